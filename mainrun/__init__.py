@@ -1,0 +1,36 @@
+"""mainrun: train a small language model under a fixed budget, to the same bits each time.
+
+This is the whole public face. Names load on first use, so that `import mainrun` costs nothing;
+the training itself is `from mainrun.train import train`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mainrun.config import TrainConfig, from_dict, load
+    from mainrun.errors import Diverged, Interrupted, MainrunError, UsageError
+
+__version__ = "0.1.0"
+
+__all__ = ["Diverged", "Interrupted", "MainrunError", "TrainConfig", "UsageError", "__version__", "from_dict", "load"]
+
+_HOME = {
+    "TrainConfig": "mainrun.config",
+    "from_dict": "mainrun.config",
+    "load": "mainrun.config",
+    "Diverged": "mainrun.errors",
+    "Interrupted": "mainrun.errors",
+    "MainrunError": "mainrun.errors",
+    "UsageError": "mainrun.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mainrun' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,446 @@
+"""The command line: `mainrun train | presets | compare | sample | doctor | download`.
+
+stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
+0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
+(torch, Rich, pydantic) is imported by the command that needs it: `mainrun --help` must feel instant.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from mainrun import __version__
+from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mainrun.config import TrainConfig
+
+CTRL_C_TWICE = 130
+
+
+class _Group(TyperGroup):
+    """Turns every way a command can end into an exit code and at most one message on stderr."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
+        args = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(args, "mainrun", standalone_mode=False)
+        except (KeyboardInterrupt, typer.Abort):
+            code = CTRL_C_TWICE
+        except typer.TyperException as e:  # unknown command or option, a missing or misshapen argument
+            code = _fail(e, "error", _usage(e), UsageError.exit_code, args)
+        except Interrupted as e:
+            code = _fail(e, "interrupted", str(e), e.exit_code, args)
+        except Diverged as e:
+            code = _fail(e, "diverged", str(e), e.exit_code, args)
+        except MainrunError as e:
+            code = _fail(e, "error", str(e), e.exit_code, args)
+        except Exception as e:
+            text = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+            hints = ", ".join(["--debug shows the traceback", *getattr(e, "__notes__", [])])
+            code = _fail(e, "crash", f"{text}; {hints}", MainrunError.exit_code, args)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            from mainrun.config import _nearest
+
+            allowed = ", ".join(self.commands)
+            raise UsageError(f"unknown command {args[0]!r}{_nearest(args[0], self.commands)}; `mainrun --help` lists them: {allowed}")
+        return super().resolve_command(ctx, args)
+
+
+def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
+    if "--debug" in args:
+        traceback.print_exception(e)
+    print(f"{kind}: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _usage(e: typer.TyperException) -> str:
+    """Typer's own errors in our form: got, nearest, where the allowed ones are listed."""
+    ctx = getattr(e, "ctx", None)
+    command = ctx.command_path if ctx else "mainrun COMMAND"
+    text = e.format_message().rstrip(".")
+    got = getattr(e, "option_name", None)
+    known = [name for p in ctx.command.params for name in (*p.opts, *p.secondary_opts)] if ctx else []
+    if got and ctx and got not in known:
+        from mainrun.config import _nearest
+
+        text = f"unknown option {got!r}{_nearest(got, known)}"
+    elif "extra argument" in text and "=" in text:
+        text += "; each key=value needs its own --set"
+    return f"{text}; `{command} --help` lists what is allowed"
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: no Rich import, and the same text in a pipe
+    help="Train a small language model under a fixed budget, to the same bits each time.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The `mainrun` script."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"mainrun {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the run directories.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
+
+
+def _emit(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _console() -> Console:
+    """For tables on stdout. In a pipe or a file nothing is wrapped to a width that nobody has."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+# -- train
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")] = "optimized",
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")] = None,
+    out: Out = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left, and redo it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a preset, or go on with its run.
+
+    A run that is done shows its result. A preset with several steps trains each in turn and ends with their
+    comparison. Ctrl-C stops between two steps and keeps everything; the same command goes on from there.
+    """
+    from mainrun.config import load
+
+    configs = load(preset, sets or [])
+    if dry_run:
+        _dry_run(configs, as_json)
+        return
+    summaries, diverged = [], []
+    for i, cfg in enumerate(configs):
+        try:
+            summaries.append(_train_one(cfg, out, fresh, quiet, f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""))
+        except Diverged as e:
+            if len(configs) == 1:
+                raise
+            diverged.append(f"{cfg.run_id}: {e}")  # the other steps of a ladder are still worth training
+    if as_json:
+        _emit(summaries if len(configs) > 1 else summaries[0])
+    elif not quiet:
+        _show_results(summaries, out)
+    if diverged:
+        raise Diverged("; ".join(diverged))
+
+
+def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str) -> dict[str, Any]:
+    from mainrun import compare
+    from mainrun.progress import make_progress
+    from mainrun.store.rundir import RunDir, check_same
+
+    run = RunDir(out / cfg.run_id)
+    if not fresh and (run.path / "summary.json").is_file():
+        check_same(run, cfg)
+        return compare.finished(run)
+    progress = make_progress(quiet)
+    if label:
+        progress.note(f"{label}{cfg.run_id}")
+    crash = run.path / "traceback.txt"
+    with _stoppable():
+        try:
+            from mainrun.train import train as train_run
+
+            summary = train_run(cfg, out, fresh=fresh, progress=progress)
+        except MainrunError:
+            raise
+        except Exception as e:
+            if run.path.is_dir():  # a crash may come after hours: keep what it said
+                crash.write_text(traceback.format_exc(), encoding="utf-8")
+                e.add_note(f"{crash} keeps it")
+            raise
+        finally:
+            progress.close()
+    crash.unlink(missing_ok=True)
+    return summary
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C outside the steps (torch is still loading, say) end like those between two steps.
+
+    While it steps, the training has its own handlers in place of these.
+    """
+    asked = 0
+
+    def stop(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked += 1
+        # a BaseException: no `except Exception` of a library that is being imported can swallow it
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if asked == 1:
+            raise Interrupted("stopped outside the training steps; nothing is lost, start the same command again") from None
+        raise
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _dry_run(configs: list[TrainConfig], as_json: bool) -> None:
+    from mainrun.train import estimate
+
+    estimates = [estimate(cfg) for cfg in configs]
+    if as_json:
+        _emit(estimates if len(estimates) > 1 else estimates[0])
+        return
+    from rich.table import Table
+
+    console = _console()
+    for found in estimates:
+        table = Table(title=f"{found['run']} (nothing is trained)", title_justify="left", show_header=False)
+        for row in _estimated(found):
+            table.add_row(*row)
+        console.print(table)
+
+
+def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run costs, then what it resolves to; a number that moves over the run as first -> last."""
+    from mainrun.progress import clock, short
+
+    plan = found["plan"]
+    yield "parameters", f"{found['params']:,}"
+    yield "FLOPs", f"{found['flops']:.3g}"
+    yield "memory", f"about {short(found['memory'])}B"
+    yield "ETA", f"about {clock(found['eta_seconds'])} plus evaluations and checkpoints"
+    for key, value in plan.items():
+        if key not in ("first_step", "last_step"):
+            yield key, _value(value)
+    for key, value in plan["first_step"].items():
+        last = plan["last_step"][key]
+        yield key, _value(value) if last == value else f"{_value(value)} -> {_value(last)}"
+    for key, value in found["machine_class"].items():
+        yield key, _value(value)
+
+
+def _value(value: Any) -> str:
+    """A field as --set takes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value) or '""'
+
+
+def _show_results(summaries: list[dict[str, Any]], out: Path) -> None:
+    from mainrun import compare
+
+    if not summaries:
+        return
+    console = _console()
+    try:
+        compare.show(compare.rows(summaries), console)
+    except RunError as e:  # a ladder may change the data on its way: then there is no common table
+        for summary in summaries:
+            compare.show(compare.rows([summary]), console)
+        print(f"no comparison: {e}", file=sys.stderr)
+    for summary in summaries:
+        console.print(f"{out / summary['run']}", markup=False, soft_wrap=True)
+
+
+# -- the smaller commands
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this preset's fields.")] = None,
+    fields: Annotated[bool, typer.Option("--fields", help="List every field: default, bounds, class, meaning.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the presets, or the fields of one."""
+    from mainrun.config import TrainConfig, load, preset_names
+
+    if name and fields:
+        raise UsageError(f"got NAME {name!r} and --fields; give one of them: a preset's own fields, or all fields there are")
+    if fields:
+        found = [_describe(f) for f in TrainConfig.model_fields]
+        head = ["field", "default", "allowed", "class", "what it is"]
+        lines = [[f["field"], _value(f["default"]), f["allowed"], f["class"], f["about"]] for f in found]
+    elif name:
+        found, lines = [], []
+        before = defaults = TrainConfig().model_dump(exclude={"preset"})
+        for cfg in load(name):
+            now = cfg.model_dump(exclude={"preset"})
+            step = {k: v for k, v in now.items() if v != before[k]}
+            fields_set = {k: v for k, v in now.items() if v != defaults[k]}
+            found.append({"preset": cfg.preset, "run": cfg.run_id, "fields": fields_set, "step": step})
+            lines += [["" if i else cfg.preset, k, _value(v), _value(before[k])] for i, (k, v) in enumerate(step.items())]
+            before = now
+        head = ["preset", "field", "value", "before" if len(found) > 1 else "default"]
+    else:
+        found = []
+        for preset in preset_names():
+            steps = [cfg.preset.partition(":")[2] for cfg in load(preset)]
+            found.append({"preset": preset, "about": _about(preset), "steps": [step for step in steps if step]})
+        head = ["preset", "about", "steps"]
+        lines = [[f["preset"], f["about"], ", ".join(f["steps"])] for f in found]
+    if as_json:
+        _emit(found)
+    else:
+        _show_table(head, lines)
+
+
+def _about(preset: str) -> str:
+    import tomllib
+
+    from mainrun.config import PRESETS
+
+    return str(tomllib.loads((PRESETS / f"{preset}.toml").read_text(encoding="utf-8")).get("about", ""))
+
+
+def _describe(field: str) -> dict[str, Any]:
+    from mainrun.config import TrainConfig
+
+    schema = TrainConfig.model_json_schema()["properties"][field]
+    (kind,) = (s for s in schema.get("anyOf", [schema]) if s["type"] != "null")
+    if "enum" in kind:
+        allowed = " | ".join(kind["enum"])
+    else:
+        word = {"boolean": "true | false", "string": "text"}.get(kind["type"], kind["type"])
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        allowed = ", ".join([word, *(f"{sign} {_value(kind[k])}" for k, sign in signs.items() if k in kind)])
+    if "anyOf" in schema:
+        allowed += ", or none"
+    about, default = schema["description"], schema["default"]
+    return {"field": field, "default": default, "allowed": allowed, "class": TrainConfig.class_of(field), "about": about}
+
+
+def _show_table(head: list[str], lines: list[list[str]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    _console().print(table)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, unique beginnings of them, or run directories.")],
+    out: Out = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put finished runs side by side.
+
+    Differences in `full` are against the first run.
+    """
+    from mainrun import compare as comparison
+    from mainrun.store import rundir
+
+    rows = comparison.rows([comparison.finished(rundir.find(run, out)) for run in runs])
+    if as_json:
+        _emit(rows)
+    else:
+        comparison.show(rows, _console())
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run id, the unique beginning of one, or a run directory.")],
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="How each title begins.")],
+    n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="How many titles.")] = 1,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=65_536, help="The longest title, in tokens.")] = 40,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0: always the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same titles.")] = 0,
+    out: Out = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """Let a trained run write titles."""
+    from mainrun.store import rundir
+
+    found = rundir.find(run, out)
+    found.config()  # refuse what is no run before torch is loaded
+    from mainrun.train import sample as sample_run
+
+    for title in sample_run(found.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed):
+        print(title)
+
+
+@app.command()
+def doctor(out: Out = Path("runs"), as_json: Json = False, debug: Debug = False) -> None:
+    """Check that this machine is ready.
+
+    Exits with 1 when something must be fixed first.
+    """
+    from mainrun.doctor import checks
+
+    found = []
+    for check in checks(out):
+        found.append(check)
+        if not as_json:
+            fix = f"\n      fix: {check.fix}" if check.fix else ""
+            print(f"{check.status:4}  {check.name}: {check.detail}{fix}", flush=True)
+    if as_json:
+        _emit([vars(check) for check in found])
+    if any(check.status == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="hn or hn-2025.")],
+    debug: Debug = False,
+) -> None:
+    """Fetch a corpus, to train offline later."""
+    from mainrun.corpus import download as fetch
+
+    print(fetch(name))

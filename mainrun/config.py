@@ -1,0 +1,431 @@
+"""What a run is: one flat, frozen, bounded config, and the plan that it resolves to.
+
+Every field has a class, and the class says what the field can touch:
+
+    static      the trajectory from step 0 on (model, data, seed, threads, ...)
+    scheduled   the trajectory from the first step at which its resolved value differs (lr, dropout, batch, ...)
+    inert       nothing of the trajectory: names, cadence of logs, evaluations and checkpoints
+
+No torch in here: the command line reads this file before it knows whether there is anything to train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mainrun.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+TASK = {"seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000}  # the public task's fixed numbers
+
+
+def _field(kind: str, default: Any, doc: str, **bounds: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"class": kind}, **bounds)
+
+
+def static(default: Any, doc: str, **bounds: Any) -> Any:
+    return _field("static", default, doc, **bounds)
+
+
+def scheduled(default: Any, doc: str, **bounds: Any) -> Any:
+    return _field("scheduled", default, doc, **bounds)
+
+
+def inert(default: Any, doc: str, **bounds: Any) -> Any:
+    return _field("inert", default, doc, **bounds)
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a run. The name of a field is its `--set` key, its TOML key and its column in a table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    # -- run
+    preset: str = inert("custom", "the preset that this config came from; first half of the run id")
+    seed: int = static(TASK["seed"], "seed of the weights, of the data order and of dropout", ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda"] = static("auto", "auto: cuda where there is one, else cpu")
+    dtype: Literal["float32", "bfloat16"] = static("float32", "bfloat16: weights stay float32, matmuls autocast")
+    threads: int = static(0, "CPU threads (they change the bits); 0: one per core", ge=0, le=1024)
+    compile: bool = static(False, "torch.compile with deterministic algorithms; needs a C++ compiler on the CPU")
+
+    # -- corpus
+    corpus: str = static("synthetic", "synthetic | hn | hn-2025 | file:PATH[#COLUMN] | mix:PATH.toml")
+    num_titles: int = static(TASK["num_titles"], "how many titles are taken from the corpus", ge=2, le=100_000_000)
+    shuffle: bool = static(True, "true: permutation by the task's seed; false: the corpus' own order")
+    val_frac: float = static(TASK["val_frac"], "share of the titles, at the end, held out as val", gt=0, lt=1)
+    dev_frac: float = static(0.0, "share of train, at its end, held out as dev (what a search may look at)", ge=0, lt=1)
+
+    # -- tokens
+    tokenizer: Literal["bpe", "unigram"] = static("bpe", "byte-level BPE or unigram with byte fallback; both lossless")
+    tokenizer_fit: Literal["train", "train+val"] = static("train", "the titles that the vocabulary is fitted on")
+    vocab_size: int = static(16_000, "size of the vocabulary, special tokens and bytes included", ge=300, le=1_000_000)
+    block_size: int = static(128, "tokens of context", ge=2, le=65_536)
+    batch_size: int = scheduled(64, "rows in a step, over all micro-batches and processes", ge=1, le=65_536)
+    grad_accum: int = scheduled(1, "micro-batches that a step is cut into: a memory setting", ge=1, le=65_536)
+    epochs: int = scheduled(TASK["epochs"], "passes over train; decides the number of steps", ge=1, le=10_000)
+    order: Literal["sequential", "shuffle_titles"] = static(
+        "sequential", "sequential: one fixed stream, read from its start each epoch; shuffle_titles: a new order of titles each epoch"
+    )
+
+    # -- model
+    n_layer: int = static(6, "blocks", ge=1, le=1024)
+    n_head: int = static(8, "attention heads", ge=1, le=1024)
+    n_kv_head: int = static(0, "heads of keys and values, a divisor of n_head; 0: n_head", ge=0, le=1024)
+    d_model: int = static(512, "width", ge=2, le=65_536)
+    d_ff: int = static(0, "hidden width of the MLP; 0: 4 d_model (swiglu: 8/3, rounded up to 64)", ge=0, le=1_048_576)
+    norm: Literal["layernorm", "rmsnorm"] = static("layernorm", "what stands before attention, MLP and head")
+    position: Literal["learned", "rope"] = static("learned", "learned: a table, zero at first; rope: rotary")
+    rope_theta: float = static(10_000.0, "base of the rotary wavelengths", gt=1, le=1e9)
+    mlp: Literal["gelu", "relu2", "swiglu"] = static("gelu", "activation of the MLP; swiglu is gated")
+    bias: bool = static(True, "biases in linear layers and LayerNorm (the head never has one)")
+    qkv_bias: bool | None = static(None, "biases of q, k and v; unset: as bias")
+    qk_norm: bool = static(False, "RMS norm of q and k in each head, with one gain a channel")
+    attn_gate: bool = static(False, "each head's output times 2 sigmoid of a linear of its input, zero at first")
+    layer_scale: float = static(0.0, "first gain of each branch's output channels; 0: no gains", ge=0, le=10)
+    value_residual: bool = static(False, "mix each layer's values with the first layer's, learned share, half at first")
+    title_mask: bool = static(False, "attention stays inside a title")
+    tie_head: bool = static(True, "the head is the token embedding")
+    softcap: float = static(0.0, "logits become c tanh(logits / c); 0: off", ge=0, le=1000)
+    init_std: float = static(0.02, "standard deviation of first linear and embedding weights", gt=0, le=1)
+    init_depth_scaled: bool = static(False, "branch outputs start smaller by sqrt(2 n_layer)")
+
+    # -- optimiser
+    optimizer: Literal["sgd", "adamw", "muon"] = static("sgd", "muon: matrices by Muon, the rest by AdamW")
+    lr: float = scheduled(6e-3, "peak learning rate (muon: of the matrices)", gt=0, le=1000)
+    lr_aux: float = scheduled(0.0, "peak rate of embeddings, head, gains and biases; 0: as lr", ge=0, le=1000)
+    momentum: float = static(0.0, "of SGD and of Muon (Nesterov)", ge=0, lt=1)
+    beta1: float = static(0.9, "AdamW's", ge=0, lt=1)
+    beta2: float = static(0.999, "AdamW's", ge=0, lt=1)
+    eps: float = static(1e-8, "AdamW's", gt=0, le=1)
+    weight_decay: float = scheduled(0.0, "of matrices and embeddings; decoupled except for SGD", ge=0, le=100)
+    wd_schedule: Literal["constant", "linear", "cosine"] = scheduled("constant", "how weight decay moves to 0 over the run")
+    clip: float = static(1.0, "largest gradient norm; 0: no clipping", ge=0, le=1e6)
+
+    # -- schedule
+    schedule: Literal["constant", "cosine", "wsd"] = scheduled("cosine", "after the warm-up; wsd: constant, then decay")
+    warmup_frac: float = scheduled(0.0, "share of the steps that the rate climbs from 0", ge=0, le=1)
+    decay_frac: float = scheduled(0.2, "wsd: share of the steps, at the end, that the rate falls", ge=0, le=1)
+    decay_shape: Literal["linear", "cosine", "sqrt"] = scheduled("linear", "wsd: how it falls; sqrt: 1 - sqrt(progress)")
+    min_lr_frac: float = scheduled(0.0, "share of the peak rate that is left at the end", ge=0, le=1)
+
+    # -- regularisation
+    dropout: float = scheduled(0.0, "of the embedding, and of the two below where they are unset", ge=0, lt=1)
+    attn_dropout: float | None = scheduled(None, "of the attention weights; unset: as dropout", ge=0, lt=1)
+    resid_dropout: float | None = scheduled(None, "of each branch's output; unset: as dropout", ge=0, lt=1)
+    rdrop: float = scheduled(0.0, "weight of R-Drop: two passes, symmetric KL between them; 0: one pass", ge=0, le=100)
+    label_smoothing: float = scheduled(0.0, "share of the target's mass spread over the vocabulary", ge=0, lt=1)
+    ema: float = scheduled(0.0, "decay of the averaged weights that are scored; 0: off", ge=0, lt=1)
+    swa: float = scheduled(0.0, "share of the steps, at the end, averaged evenly and scored; 0: off", ge=0, le=1)
+
+    # -- evaluation and checkpoints
+    eval_per_epoch: int = inert(3, "evaluations in an epoch, besides the first and the last step", ge=0, le=10_000)
+    official_geometry: str = inert("", "BxT spans of the official score, fixed for the run; empty: batch_size x block_size")
+    log_every: int = inert(1, "steps between two rows of the training loss", ge=1, le=1_000_000)
+    checkpoint_every: int = inert(0, "steps between two checkpoints; 0: once an epoch", ge=0, le=1_000_000_000)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        def refuse(got: str, fix: str) -> None:
+            raise ValueError(f"{got}; {fix}")
+
+        if self.d_model % self.n_head:
+            near = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0 and (self.d_model // h) % 2 == 0]
+            near = sorted(near, key=lambda h: (abs(h - self.n_head), h))[:3]
+            refuse(f"n_head={self.n_head} does not divide d_model={self.d_model}", f"set n_head to one of {sorted(near)}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            refuse(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}", "set n_kv_head to a divisor, or 0")
+        if self.position == "rope" and self.head_dim % 2:
+            refuse(f"position=rope needs an even head width, got d_model/n_head = {self.head_dim}", "change d_model or n_head")
+        if self.batch_size % self.grad_accum:
+            refuse(f"grad_accum={self.grad_accum} does not divide batch_size={self.batch_size}", "set a divisor: accumulation cuts the batch")
+        if self.ema and self.swa:
+            refuse(f"ema={self.ema} and swa={self.swa} are both on", "set one of them to 0: one average is scored")
+        if self.rdrop and not any(self.dropouts):
+            refuse(f"rdrop={self.rdrop} without any dropout", "set dropout > 0: R-Drop compares two dropout masks")
+        if self.warmup_frac + (self.decay_frac if self.schedule == "wsd" else 0) > 1:
+            refuse(f"warmup_frac={self.warmup_frac} and decay_frac={self.decay_frac} overlap", "their sum may be at most 1")
+        rows, length = self.geometry
+        if rows < 1 or not 1 <= length <= self.block_size:
+            refuse(f"official_geometry={self.official_geometry!r}", f"write ROWSxTOKENS, like 64x128, tokens at most block_size={self.block_size}")
+        if self.corpus.split(":", 1)[0] not in ("synthetic", "hn", "hn-2025", "file", "mix") or self.corpus in ("file", "mix", "file:", "mix:"):
+            refuse(f"corpus={self.corpus!r}", "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml")
+        return self
+
+    # -- what follows from the fields
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def ff_width(self) -> int:
+        return self.d_ff or (-(-8 * self.d_model // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.d_model)
+
+    @property
+    def dropouts(self) -> tuple[float, float, float]:
+        """Embedding, attention, residual."""
+        other = (self.dropout if p is None else p for p in (self.attn_dropout, self.resid_dropout))
+        return (self.dropout, *other)  # type: ignore[return-value]
+
+    @property
+    def geometry(self) -> tuple[int, int]:
+        """Rows and tokens of one span of the official score."""
+        if not self.official_geometry:
+            return self.batch_size, self.block_size
+        rows, _, length = self.official_geometry.partition("x")
+        return (int(rows), int(length)) if rows.isdecimal() and length.isdecimal() else (0, 0)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of every field but the preset's name: equal configs are one run, whatever they are called."""
+        fields = self.model_dump(exclude={"preset"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.preset.replace(':', '-')}-{self.digest[:8]}"
+
+    @classmethod
+    def class_of(cls, field: str) -> str:
+        extra = cls.model_fields[field].json_schema_extra
+        return str(extra["class"]) if isinstance(extra, dict) else ""
+
+
+# -- the plan: fractions become integer steps, once
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything scheduled that enters one step. Two runs are the same as long as these are (and the statics)."""
+
+    lr: float
+    lr_aux: float
+    weight_decay: float
+    dropout: float
+    attn_dropout: float
+    resid_dropout: float
+    batch_size: int
+    grad_accum: int
+    rdrop: float
+    label_smoothing: float
+    average: float  # share of the new weights in the scored average; 1: no average
+
+
+class Plan:
+    """A config on a number of training tokens: which steps, and what enters each. Steps count from 0 here."""
+
+    def __init__(self, cfg: TrainConfig, train_tokens: int) -> None:
+        span = cfg.batch_size * cfg.block_size
+        if train_tokens <= span:
+            raise ConfigError(
+                f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
+                "lower batch_size or block_size, or raise num_titles"
+            )
+        self.cfg = cfg
+        self.train_tokens = train_tokens
+        self.steps_per_epoch = train_tokens // span
+        self.steps = cfg.epochs * self.steps_per_epoch
+        self.warmup_steps = round(cfg.warmup_frac * self.steps)
+        self.decay_start = self.steps - round(cfg.decay_frac * self.steps) if cfg.schedule == "wsd" else self.warmup_steps
+        self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps
+        self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
+
+    @cached_property
+    def eval_steps(self) -> frozenset[int]:
+        """Steps (counted from 1) after which val and dev are scored."""
+        every = max(1, self.steps_per_epoch // self.cfg.eval_per_epoch) if self.cfg.eval_per_epoch else self.steps
+        return frozenset({1, self.steps, *range(every, self.steps + 1, every)})
+
+    def lr_factor(self, step: int) -> float:
+        cfg, low = self.cfg, self.cfg.min_lr_frac
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if cfg.schedule == "constant" or step < self.decay_start:
+            return 1.0
+        progress = (step - self.decay_start) / (self.steps - self.decay_start)
+        shape = "cosine" if cfg.schedule == "cosine" else cfg.decay_shape
+        return low + (1 - low) * _fall(shape, progress)
+
+    def average(self, step: int) -> float:
+        if step >= self.swa_start:
+            return 1 / (step - self.swa_start + 1)
+        # a young average follows the weights closely, else the random start would be in it for ever
+        return 1 - min(self.cfg.ema, (1 + step) / (10 + step)) if self.cfg.ema else 1.0
+
+    def at(self, step: int) -> StepInputs:
+        cfg, factor = self.cfg, self.lr_factor(step)
+        fall = 1.0 if cfg.wd_schedule == "constant" else _fall(cfg.wd_schedule, step / self.steps)
+        embedding, attention, residual = cfg.dropouts
+        return StepInputs(
+            lr=cfg.lr * factor,
+            lr_aux=(cfg.lr_aux or cfg.lr) * factor,
+            weight_decay=cfg.weight_decay * fall,
+            dropout=embedding,
+            attn_dropout=attention,
+            resid_dropout=residual,
+            batch_size=cfg.batch_size,
+            grad_accum=cfg.grad_accum,
+            rdrop=cfg.rdrop,
+            label_smoothing=cfg.label_smoothing,
+            average=self.average(step),
+        )
+
+    def table(self) -> dict[str, Any]:
+        """The resolved numbers, as config.json and --dry-run show them."""
+        cfg = self.cfg
+        return {
+            "train_tokens": self.train_tokens,
+            "tokens_per_step": cfg.batch_size * cfg.block_size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "decay_start": self.decay_start,
+            "swa_start": self.swa_start if cfg.swa else None,
+            "evaluations": len(self.eval_steps),
+            "checkpoint_every": self.checkpoint_every,
+            "official_geometry": list(cfg.geometry),
+            "d_ff": cfg.ff_width,
+            "n_kv_head": cfg.kv_heads,
+            "first_step": dataclasses.asdict(self.at(0)),
+            "last_step": dataclasses.asdict(self.at(self.steps - 1)),
+        }
+
+
+def _fall(shape: str, progress: float) -> float:
+    """From 1 at progress 0 to 0 at progress 1."""
+    return {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "sqrt": 1 - math.sqrt(progress),
+    }[shape]
+
+
+# -- presets and --set
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+
+def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
+    """The configs of a preset: one, or one a step where the file is a ladder (`[[steps]]`); `--set` goes on top of all.
+
+    preset: a built-in name, a TOML file, or either with `:step` for one step of a ladder.
+    """
+    overrides = dict(parse_set(s) for s in sets)
+    return [_build(fields | overrides, label) for label, fields in _expand(preset)]
+
+
+def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(label, fields) of a preset, bases resolved."""
+    path, step = _find(preset)
+    if preset in above:
+        raise ConfigError(f"preset {preset!r} is its own base ({' -> '.join((*above, preset))}); remove one of the base keys")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"preset file {path} is not valid TOML: {e}") from None
+    except OSError as e:
+        raise ConfigError(f"preset file {path} cannot be read: {e.strerror}") from None
+
+    def base_of(table: dict[str, Any]) -> dict[str, Any]:
+        base = table.pop("base", None)
+        if base is None:
+            return {}
+        found = _expand(str(base), (*above, preset))
+        if len(found) != 1:
+            raise ConfigError(f"base = {base!r} in {path.name} is a ladder; name one step, like {base}:{found[0][0].split(':')[-1]}")
+        return found[0][1]
+
+    data.pop("about", None)
+    steps, scale = data.pop("steps", None), data.pop("scale", {})
+    fields = base_of(data) | data
+    if steps is None:
+        if step:
+            raise ConfigError(f"preset {path.stem!r} has no steps, got {preset!r}; write --preset {preset.removesuffix(':' + step)}")
+        return [(path.stem, fields | scale)]
+    ladder = []
+    for i, entry in enumerate(steps):
+        entry = dict(entry)
+        name = str(entry.pop("name", i))
+        entry.pop("about", None)
+        fields = (base_of(entry) if "base" in entry else fields) | entry
+        ladder.append((f"{path.stem}:{name}", fields | scale))
+    if not step:
+        return ladder
+    for label, found in ladder:
+        if label.split(":", 1)[1] == step:
+            return [(label, found)]
+    names = [label.split(":", 1)[1] for label, _ in ladder]
+    raise ConfigError(f"preset {path.stem!r} has no step {step!r}{_nearest(step, names)}; its steps: {', '.join(names)}")
+
+
+def _find(preset: str) -> tuple[Path, str]:
+    """The file and the step that a preset's name means."""
+    name, _, step = preset.partition(":")
+    if (PRESETS / f"{name}.toml").is_file() and "/" not in name:
+        return PRESETS / f"{name}.toml", step
+    for text, part in ((preset, ""), (preset.rpartition(":")[0], preset.rpartition(":")[2])):
+        if text.endswith(".toml"):
+            if Path(text).is_file():
+                return Path(text), part
+            raise ConfigError(f"preset file {text} does not exist; give a TOML file or one of: {', '.join(preset_names())}")
+    raise ConfigError(f"unknown preset {preset!r}{_nearest(name, preset_names())}; allowed: {', '.join(preset_names())}, or a file ending in .toml")
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`key=value`, the value a TOML literal, or else a plain string; `none` unsets."""
+    key, eq, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not eq or not key:
+        raise ConfigError(f"--set got {text!r}; write key=value, like --set lr=0.01")
+    if raw.lower() == "none":
+        return key, None
+    try:
+        return key, tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        return key, raw
+
+
+def _build(fields: dict[str, Any], label: str) -> TrainConfig:
+    try:
+        return TrainConfig(**(fields | {"preset": label}))
+    except ValidationError as e:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
+
+
+def from_dict(fields: dict[str, Any]) -> TrainConfig:
+    """A config as config.json holds it."""
+    return _build(fields, str(fields.get("preset", "custom")))
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as got / allowed / fix."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    got, kind = error["input"], error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown field {name!r}{_nearest(name, TrainConfig.model_fields)}; `mainrun presets --fields` lists all"
+    if kind == "value_error":  # from _fits_together, already whole
+        return str(error["ctx"]["error"])
+    doc = TrainConfig.model_fields[name].description
+    return f"{name}={got!r} is not allowed: {error['msg'].lower()} ({name}: {doc})"
+
+
+def _nearest(got: str, allowed: Iterable[str]) -> str:
+    match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

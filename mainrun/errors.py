@@ -1,0 +1,50 @@
+"""Every error a user can meet, and the exit code it ends with.
+
+    MainrunError            1   something failed
+    ├── UsageError          2   the request cannot be met as written: got, allowed, fix
+    │   ├── ConfigError         a field, a preset, sizes that do not fit together
+    │   ├── CorpusError         missing, empty, binary or too small a corpus
+    │   ├── HubError            a download that failed, or a damaged one
+    │   └── RunError            a run directory that is not ours, is locked or cannot be written
+    ├── Diverged            3   the loss is not a number any more
+    └── Interrupted        75   stopped between two steps; start the same command again to go on
+        └── DiskFull            nothing half-written; free some space and start again
+
+A message says what was got, what is allowed and how to fix it. Everything else is a bug of ours and exits with 1.
+"""
+
+
+class MainrunError(Exception):
+    exit_code = 1
+
+
+class UsageError(MainrunError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class CorpusError(UsageError):
+    pass
+
+
+class HubError(UsageError):
+    pass
+
+
+class RunError(UsageError):
+    pass
+
+
+class Diverged(MainrunError):
+    exit_code = 3
+
+
+class Interrupted(MainrunError):
+    exit_code = 75
+
+
+class DiskFull(Interrupted):
+    pass

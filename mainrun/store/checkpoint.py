@@ -1,0 +1,125 @@
+"""Checkpoints: safetensors + JSON in one folder, there whole or not at all, and never believed unchecked.
+
+A checkpoint is written beside its place, synced, and renamed into it. Its meta.json holds the checksum of the
+tensors and one of itself, so a torn, truncated or edited one is found out, named, and passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mainrun.store.rundir import disk_errors, fsync_folder, to_json, write_json
+
+FORMAT = 1
+KEEP = 2  # the newest, and the one before it in case the newest turns out damaged
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Path:
+    place = folder / f"step-{step:08d}"
+    temp = folder / f".tmp-{place.name}"
+    with disk_errors(place):
+        for left in folder.glob(".tmp-*"):  # by an earlier kill
+            shutil.rmtree(left, ignore_errors=True)
+        temp.mkdir(parents=True)
+    try:
+        with disk_errors(place):
+            _save_tensors(tensors, temp / "state.safetensors")
+            meta = {"format": FORMAT, "step": step, **meta, "state_sha256": sha256_file(temp / "state.safetensors")}
+            write_json(temp / "meta.json", meta | {"meta_sha256": _meta_sha256(meta)})
+            for stale in steps(folder):  # of this step or a later one: passed over when the run was resumed, this one replaces them
+                if stale >= place:
+                    _remove(stale)
+            temp.rename(place)
+            fsync_folder(folder)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    for old in steps(folder)[KEEP:]:
+        _remove(old)
+    return place
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    except Exception as e:  # safetensors has its own error type and hides errno in its text
+        if code := re.search(r"os error (\d+)", str(e)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
+        raise
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints there, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def load_newest(
+    folder: Path, usable: Callable[[dict[str, Any]], str | None], note: Callable[[str], None]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole and that `usable` has nothing against (it answers with a reason); others are named."""
+    for place in steps(folder):
+        try:
+            return _load(place, usable)
+        except ValueError as e:
+            note(f"checkpoint {place} is passed over: {e}")
+    return None
+
+
+def _load(place: Path, usable: Callable[[dict[str, Any]], str | None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        text = (place / "meta.json").read_bytes()
+        meta = json.loads(text)
+        claimed = meta.pop("meta_sha256")
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+        if claimed != _meta_sha256(meta) or text != to_json(meta | {"meta_sha256": claimed}).encode():
+            raise ValueError("meta.json was changed after it was written")
+        if sha256_file(place / "state.safetensors") != meta["state_sha256"]:
+            raise ValueError("state.safetensors is torn or was changed after it was written")
+    except OSError as e:
+        raise ValueError(f"{e.filename} cannot be read ({e.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError("meta.json is torn or was changed after it was written") from None
+    if reason := usable(meta):
+        raise ValueError(reason)
+    try:
+        return load_file(place / "state.safetensors"), meta
+    except SafetensorError as e:
+        raise ValueError(f"state.safetensors is no safetensors file ({e})") from None
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_tensors(named: Iterator[tuple[str, torch.Tensor]]) -> str:
+    """One hash of names, shapes, types and bits."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(named):
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _meta_sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

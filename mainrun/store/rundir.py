@@ -1,0 +1,228 @@
+"""The run directory: the one door between a training and everything that reads it. No torch.
+
+    config.json  env.json  status.json  metrics.jsonl  summary.json  tokenizer.json  checkpoints/
+
+JSON files are replaced whole or not at all; metrics.jsonl is append-only and cut back to the checkpoint on resume.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from mainrun.config import TrainConfig, from_dict
+from mainrun.errors import ConfigError, DiskFull, RunError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk and an unwritable place become errors that say so."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in FULL:
+            raise DiskFull(f"no space left to write {path} ({e.strerror}); free some and start the same command again, it goes on") from e
+        raise RunError(f"cannot write {path}: {e.strerror or e}; choose a writable folder with --out") from e
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, to_json(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing: temp file, fsync, rename."""
+    temp = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            with temp.open("w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            temp.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise RunError(f"{path} cannot be read ({e}); restore it, or train the run again with --fresh") from None
+
+
+class Metrics:
+    """metrics.jsonl as it is written: one row a line, and a running checksum that a checkpoint can hold on to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with disk_errors(path):
+            self._file = path.open("ab", buffering=0)  # no buffer: what a full disk refused must not be tried again on closing
+        self._sha = hashlib.sha256()
+        self._size = 0
+
+    def rewind(self, mark: dict[str, Any]) -> bool:
+        """Cut the file back to a mark. False if what is there is not what was marked; the file is then untouched."""
+        data = self.path.read_bytes()[: mark["bytes"]]
+        sha = hashlib.sha256(data)
+        if len(data) != mark["bytes"] or sha.hexdigest() != mark["sha256"]:
+            return False
+        os.truncate(self.path, mark["bytes"])
+        self._sha, self._size = sha, len(data)
+        return True
+
+    def append(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        with disk_errors(self.path):
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self._sha.update(line)
+        self._size += len(line)
+
+    def mark(self) -> dict[str, Any]:
+        """Where the file stands now, on disk for certain."""
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
+        return {"bytes": self._size, "sha256": self._sha.hexdigest()}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RunDir:
+    """A run directory, to read. `open_run` gives one to write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def config(self) -> TrainConfig:
+        data = _read_json(self.path / "config.json")
+        if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
+            raise RunError(f"{self.path} is not a run directory (no usable config.json); give one that `mainrun train` made")
+        try:
+            return from_dict(data["config"])
+        except ConfigError as e:
+            raise RunError(f"{self.path}/config.json does not hold a config of this version: {e}") from None
+
+    def plan(self) -> dict[str, Any]:
+        """The resolved table."""
+        return (_read_json(self.path / "config.json") or {}).get("plan", {})
+
+    def summary(self) -> dict[str, Any] | None:
+        return _read_json(self.path / "summary.json")
+
+    def status(self) -> dict[str, Any]:
+        return _read_json(self.path / "status.json") or {}
+
+    def env(self) -> dict[str, Any]:
+        return _read_json(self.path / "env.json") or {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]  # a row being written now has no end yet
+        except FileNotFoundError:
+            return []
+        except ValueError as e:
+            raise RunError(f"{path} holds a line that is not JSON ({e}); train the run again with --fresh") from None
+
+    def write(self, name: str, value: Any) -> None:
+        write_json(self.path / name, value)
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+
+def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
+    """The directory of this config below `out`, locked for writing. What is there stays unless `fresh`."""
+    run = RunDir(Path(out) / cfg.run_id)
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = (run.path / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise RunError(f"{run.path} is being written by process {holder}; wait for it, or give another --out") from None
+    run._lock = lock
+    try:
+        with disk_errors(run.path):
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), str(os.getpid()).encode())  # not through the file's buffer: it would be tried again on closing
+        if fresh:
+            with disk_errors(run.path):
+                for child in run.path.iterdir():
+                    if child.name != ".lock":
+                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+        check_same(run, cfg)
+    except BaseException:
+        run.release()
+        raise
+    return run
+
+
+def check_same(run: RunDir, cfg: TrainConfig) -> None:
+    """Refuse a directory that holds something else than this config's run."""
+    if not (run.path / "config.json").exists():
+        strays = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
+        if strays:
+            raise RunError(
+                f"{run.path} holds {', '.join(strays[:3])} but no config.json, so it is no run of ours; move it away or use --fresh"
+            )
+        return
+    found, asked = run.config().model_dump(), cfg.model_dump()
+    differ = [f"{k}={found[k]!r} (asked: {asked[k]!r})" for k in asked if found[k] != asked[k]]
+    if differ:
+        what = f"{run.path} holds a run of another config: {', '.join(differ)}"
+        raise RunError(f"{what}; give another --out, or --fresh to overwrite it")
+
+
+def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
+    """A run by path, by id, or by the unique beginning of its id."""
+    if (Path(name) / "config.json").is_file():
+        return RunDir(Path(name))
+    ids = sorted(p.parent.name for p in Path(out).glob("*/config.json"))
+    hits = [i for i in ids if i == str(name)] or [i for i in ids if i.startswith(str(name))]
+    if len(hits) == 1:
+        return RunDir(Path(out) / hits[0])
+    if hits:
+        raise RunError(f"run {str(name)!r} is not unique in {out}: {', '.join(hits[:5])}; write more of the id")
+    near = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
+    hint = f"there are: {', '.join(near)}" if near else "there are none yet: `mainrun train` makes one"
+    raise RunError(f"no run {str(name)!r} in {out} and no run directory of that path; {hint}")

@@ -1,0 +1,390 @@
+"""Titles to token ids and back, the cached token streams, and the batch of each step.
+
+Two tokenizers, both lossless and both the same on every machine: byte-level BPE (`tokenizers`) and unigram (`sentencepiece`;
+the unigram trainer of `tokenizers` is not deterministic). Ids 0, 1, 2 are <pad> <eos> <unk>; no title ever encodes to one of them,
+so the <eos> ids of a stream are its title boundaries. The few characters that a model cannot spell are written `\\x{HEX}`.
+
+Streams are kept in the cache as memory-mapped arrays with checksums. A damaged entry is built again, with a warning; where the
+cache cannot be written (read-only, full disk) the streams stay in memory, with a warning.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mainrun.config import TrainConfig
+from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from mainrun.corpus import Corpus
+
+PAD, EOS, UNK = 0, 1, 2
+SPECIALS = ("<pad>", "<eos>", "<unk>")
+FORMAT = 1  # of the cache and of tokenizer.json: raise it when either, or the ids themselves, change
+LEAST = 300  # the smallest vocab_size of a config: room for special tokens, bytes and something to learn
+SPLITS = ("train", "dev", "val")
+LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
+DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
+
+# What sentencepiece cannot give back or refuses to read: its own sign for a space, NUL, its tab separator, line ends.
+UNIGRAM_UNSAFE = frozenset("\u2581\0\t\n\r")
+ESCAPE_ALPHABET = "\\x{}0123456789abcdef"
+ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
+
+
+class Tokenizer:
+    """A fitted vocabulary. `model` is what its library loads: JSON text (bpe) or a serialised sentencepiece model (unigram)."""
+
+    PAD, EOS, UNK = PAD, EOS, UNK
+
+    def __init__(self, kind: str, vocab_size: int, model: bytes) -> None:
+        self.kind = kind
+        self.vocab_size = vocab_size
+        self.model = model
+
+    def encode(self, titles: Sequence[str]) -> np.ndarray:
+        """One flat stream, an <eos> after each title."""
+        texts = _escape(titles, self._unsafe)
+        if self.kind == "bpe":
+            rows: Iterable[list[int]] = (e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False))
+        else:
+            rows = self._library.encode(texts, out_type=int, num_threads=os.cpu_count() or 1)
+        return np.fromiter(itertools.chain.from_iterable(_closed(rows)), dtype=self.dtype)
+
+    def titles(self, stream: np.ndarray | Sequence[int]) -> list[str]:
+        """The titles of a stream; the last one needs no <eos>."""
+        ids = np.asarray(stream, dtype=np.int64)
+        rows = [row[row > UNK].tolist() for row in np.split(ids, np.flatnonzero(ids == EOS) + 1)]
+        if len(ids) == 0 or ids[-1] == EOS:
+            rows.pop()
+        if not rows:
+            return []
+        texts = self._library.decode_batch(rows) if self.kind == "bpe" else self._library.decode(rows)
+        return [ESCAPED.sub(_unescape, text) for text in texts]
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The text of one title (several: one a line)."""
+        return "\n".join(self.titles(ids))
+
+    @property
+    def dtype(self) -> Any:
+        return np.uint16 if self.vocab_size < 2**16 else np.uint32
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of tokenizer.json."""
+        model: Any = json.loads(self.model) if self.kind == "bpe" else base64.b64encode(self.model).decode()
+        table = {"format": FORMAT, "kind": self.kind, "vocab_size": self.vocab_size, "model": model}
+        return json.dumps(table, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        try:
+            table = json.loads(text)
+            kind, size, model = table["kind"], table["vocab_size"], table["model"]
+            if table["format"] != FORMAT or kind not in LIBRARY or type(size) is not int:
+                raise ValueError(f"format {table['format']!r}, kind {kind!r}")
+            raw = _dump(model) if kind == "bpe" else base64.b64decode(model, validate=True)
+            if not model:
+                raise ValueError("no model")
+        except (ValueError, TypeError, KeyError, binascii.Error) as e:
+            raise RunError(f"tokenizer.json is damaged or of another version ({e}); {DAMAGED}") from None
+        return cls(kind, size, raw)
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @cached_property
+    def _library(self) -> Any:
+        """Loaded on first use: a run that finds its streams in the cache may never need it."""
+        if self.kind == "bpe":
+            return _load_bpe(self.model)
+        import sentencepiece
+
+        try:
+            loaded = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except RuntimeError as e:
+            raise RunError(f"tokenizer.json holds no sentencepiece model ({e}); {DAMAGED}") from None
+        return loaded
+
+    @cached_property
+    def _unsafe(self) -> Callable[[str], bool]:
+        """Whether the model cannot spell a character."""
+        if self.kind == "unigram":
+            return UNIGRAM_UNSAFE.__contains__
+        vocab = self._library.get_vocab()
+        known = {byte for byte, sign in enumerate(_byte_signs()) if sign in vocab}
+        return lambda char: not known.issuperset(char.encode())
+
+
+def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A vocabulary of exactly `vocab_size`, special tokens and bytes included."""
+    if vocab_size < LEAST:
+        raise ConfigError(f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; --set vocab_size={LEAST} or more")
+    return {"bpe": _fit_bpe, "unigram": _fit_unigram}[kind](titles, vocab_size)
+
+
+def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    # Each title gets one space in front, so that a first word is the same token as a later one; the decoder takes it off again.
+    # (ByteLevel's own add_prefix_space does not, and does it only where there is none: not lossless.)
+    library = Library(models.BPE(unk_token=SPECIALS[UNK]))
+    library.normalizer = normalizers.Prepend(" ")
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    # Only bytes that occur get a token (as in the public baseline); the others are escaped, so what an escape needs is always there.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=list(ESCAPE_ALPHABET), show_progress=False
+    )
+    library.train_from_iterator(_escape(titles, lambda char: False), trainer, length=len(titles))
+    found = library.get_vocab_size()
+    if found != vocab_size:
+        raise _vocabulary_error(vocab_size, found)
+    return Tokenizer("bpe", found, _dump(json.loads(library.to_str())))
+
+
+def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_escape(titles, UNIGRAM_UNSAFE.__contains__)),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=True,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            pad_piece=SPECIALS[PAD],
+            eos_piece=SPECIALS[EOS],
+            unk_piece=SPECIALS[UNK],
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            input_sentence_size=0,  # all of them
+            shuffle_input_sentence=False,
+            max_sentence_length=2**30,  # a longer title would be left out without a word
+            num_threads=1,  # the number of threads changes the order of sums, and so the vocabulary; more were not faster
+            # the candidates at the start: fewer give a shorter text in half the time, but a large vocabulary needs more
+            seed_sentencepiece_size=50_000 if vocab_size <= 16_000 else 1_000_000,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        reason = str(e)
+        if most := re.search(r"value <= (\d+)", reason):
+            raise _vocabulary_error(vocab_size, int(most[1])) from None
+        if need := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+            raise ConfigError(
+                f"vocab_size={vocab_size:,} is too small for tokenizer=unigram on these titles: special tokens, bytes and characters "
+                f"take {int(need[1]):,}; use more, like --set vocab_size={int(need[1]) + 100}, or --set tokenizer=bpe"
+            ) from None
+        raise CorpusError(f"tokenizer=unigram cannot be fitted on these {len(titles):,} titles ({reason}); give more text") from None
+    return Tokenizer("unigram", vocab_size, model.getvalue())
+
+
+def _vocabulary_error(asked: int, most: int) -> ConfigError:
+    fix = f"--set vocab_size={most}, or raise num_titles" if most >= LEAST else f"the least is {LEAST}: raise num_titles, or give more text"
+    return ConfigError(f"vocab_size={asked:,} is larger than the text allows: these titles give at most {most:,} tokens; {fix}")
+
+
+def _load_bpe(model: bytes) -> Any:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        library = Library.from_str(model.decode())
+    except Exception as e:  # the library raises nothing narrower
+        raise RunError(f"tokenizer.json holds no BPE model ({e}); {DAMAGED}") from None
+    library.encode_special_tokens = True  # "<eos>" inside a title is text
+    return library
+
+
+def _byte_signs() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    spare = itertools.count(256)
+    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
+
+
+def _escape(titles: Sequence[str], unsafe: Callable[[str], bool]) -> list[str]:
+    """Unsafe characters as \\x{HEX}; so a literal "\\x{" has its backslash written that way too."""
+    text = "".join(titles)
+    chars = set(text)
+    if lone := next((char for char in chars if "\ud800" <= char <= "\udfff"), ""):
+        title = next(title for title in titles if lone in title)
+        raise UsageError(f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8")
+    table = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if unsafe(char)}
+    if not table and "\\x{" not in text:
+        return list(titles)
+    return [title.replace("\\x{", "\\x{5c}x{").translate(table) for title in titles]
+
+
+def _unescape(match: re.Match[str]) -> str:
+    code = int(match[1], 16)
+    return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else match[0]  # a sampled title may hold anything
+
+
+def _closed(rows: Iterable[list[int]]) -> Iterator[list[int]]:
+    for row in rows:
+        row.append(EOS)
+        yield row
+
+
+def _dump(table: Any) -> bytes:
+    return json.dumps(table, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+# -- token streams and their cache
+
+
+@dataclass(frozen=True)
+class TokenData:
+    tokenizer: Tokenizer
+    splits: dict[str, np.ndarray]  # train, val, and dev when it is not empty
+    chars: dict[str, int]  # of the titles joined and closed by "<eos>"
+    bytes: dict[str, int]  # of the titles in UTF-8, one a line
+    digest: str  # of the tokenizer and of every stream
+
+
+def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
+    """The tokenizer and the streams of a config, from the cache or fitted now (dev titles never enter the fit)."""
+    from mainrun.corpus import cache_dir
+
+    entry = cache_dir() / "tokens" / _key(cfg, corpus)
+    found = _load(entry)
+    if found is None:
+        found = _store(entry, _build(cfg, corpus))
+    return found
+
+
+def _key(cfg: TrainConfig, corpus: Corpus) -> str:
+    splits = {split: corpus.fingerprints[split] for split in SPLITS}
+    library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
+    return hashlib.sha256(_dump([FORMAT, splits, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library])).hexdigest()
+
+
+def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
+    tokenizer = fit(cfg.tokenizer, corpus.train + corpus.val if cfg.tokenizer_fit == "train+val" else corpus.train, cfg.vocab_size)
+    titles = {split: found for split in SPLITS if (found := getattr(corpus, split))}
+    splits = {split: tokenizer.encode(found) for split, found in titles.items()}
+    for split, found in titles.items():
+        assert np.count_nonzero(splits[split] == EOS) == len(found), "a title holds an <eos> id"
+    chars = {split: sum(map(len, found)) + len(SPECIALS[EOS]) * len(found) for split, found in titles.items()}
+    size = {split: len("\n".join(found).encode()) + 1 for split, found in titles.items()}
+    return TokenData(tokenizer, splits, chars, size, _digest(tokenizer, splits, chars, size))
+
+
+def _digest(tokenizer: Tokenizer, splits: dict[str, np.ndarray], chars: dict[str, int], size: dict[str, int]) -> str:
+    streams = {split: [stream.dtype.str, hashlib.sha256(np.ascontiguousarray(stream).data).hexdigest()] for split, stream in splits.items()}
+    return hashlib.sha256(_dump([tokenizer.digest, streams, chars, size])).hexdigest()
+
+
+def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
+    """A cache entry; None when there is none, or when it is not what was written."""
+    try:
+        meta = json.loads((entry / "meta.json").read_bytes())
+        tokenizer = Tokenizer.from_json((entry / "tokenizer.json").read_text(encoding="utf-8"))
+        splits = {split: np.load(entry / f"{split}.npy", mmap_mode="r") for split in SPLITS if split in meta["chars"]}
+        if meta["digest"] != _digest(tokenizer, splits, meta["chars"], meta["bytes"]):
+            raise ValueError("its checksum differs")
+        return TokenData(tokenizer, splits, meta["chars"], meta["bytes"], meta["digest"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RunError) as e:
+        if warn and os.path.lexists(entry):
+            warnings.warn(f"cached tokens {entry} are damaged ({e}); they are built again", stacklevel=3)
+        return None
+
+
+def _store(entry: Path, data: TokenData) -> TokenData:
+    """Write an entry in one rename. Whoever comes second takes the first one's, which holds the same."""
+    temp: Path | None = None
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(prefix=f"{entry.name[:16]}.", suffix=".tmp", dir=entry.parent))
+        fresh = temp / "fresh"
+        fresh.mkdir()
+        (fresh / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
+        for split, stream in data.splits.items():
+            np.save(fresh / f"{split}.npy", stream)
+        (fresh / "meta.json").write_bytes(_dump({"chars": data.chars, "bytes": data.bytes, "digest": data.digest}))
+        try:
+            fresh.rename(entry)
+        except OSError:
+            if found := _load(entry, warn=False):
+                return found
+            entry.rename(temp / "damaged")
+            fresh.rename(entry)
+    except OSError as e:
+        warnings.warn(f"tokens are not cached in {entry.parent} ({e}); they stay in memory", stacklevel=3)
+        return data
+    finally:
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+    return _load(entry) or data
+
+
+# -- batches
+
+
+class Batches:
+    """The batch of a step as a pure function of (config, step): asked in any order, it is the same."""
+
+    def __init__(self, cfg: TrainConfig, train: np.ndarray) -> None:
+        self.cfg = cfg
+        self.train = train
+        self._epoch = -1
+        self._stream = train
+
+    def at(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets [batch_size, block_size] of a step, counted from 0."""
+        span = batch_size * self.cfg.block_size
+        spans = (len(self.train) - 1) // span  # a pointer that goes back to 0 where span + 1 tokens do not fit any more
+        if spans < 1:
+            raise ConfigError(
+                f"train has {len(self.train):,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
+                "lower batch_size or block_size, or raise num_titles"
+            )
+        if self.cfg.order == "shuffle_titles":
+            epoch, step = divmod(step, len(self.train) // span)
+            stream = self._shuffled(epoch)
+        else:
+            stream = self.train
+        start = step % spans * span
+        chunk = stream[start : start + span + 1].astype(np.int64)
+        shape = (batch_size, self.cfg.block_size)
+        return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """Train with its titles in the order of an epoch; only the last one asked for is kept."""
+        if self._epoch != epoch:
+            ends = np.flatnonzero(self.train == EOS) + 1
+            starts = np.concatenate(([0], ends[:-1]))
+            order = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(ends))
+            lengths = (ends - starts)[order]
+            moved = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+            source = np.arange(lengths.sum()) + np.repeat(starts[order] - moved, lengths)
+            self._epoch, self._stream = epoch, self.train[source]
+        return self._stream

@@ -1,0 +1,357 @@
+"""The installed command line, driven as a person drives it: subprocesses, signals, files on disk."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_sets
+
+MAINRUN = [sys.executable, "-m", "mainrun"]
+
+
+def run(*args: object, env: dict[str, str] | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*MAINRUN, *map(str, args)], capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def train_args(out: Path, **changes: object) -> list[str]:
+    return ["train", "--preset", "baseline", *tiny_sets(**changes), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One run directory that many tests look at, and what the command that made it printed."""
+    out = tmp_path_factory.mktemp("runs")
+    return out, run(*train_args(out), "--json")
+
+
+def children_seconds() -> float:
+    """CPU seconds of all ended children: what a command takes on an idle machine, also while this one is busy."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def only(out: Path) -> Path:
+    (path,) = (p for p in out.iterdir() if p.is_dir())
+    return path
+
+
+def test_a_run_leaves_a_whole_run_directory(trained: tuple[Path, Any]) -> None:
+    out, done = trained
+    summary = json.loads(done.stdout)
+    path = only(out)
+    assert path.name == summary["run"]
+    assert path.name.startswith("baseline-")
+    for name in ("config.json", "env.json", "status.json", "summary.json", "tokenizer.json"):
+        assert isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict), name
+    assert json.loads((path / "summary.json").read_text(encoding="utf-8")) == summary
+    assert json.loads((path / "status.json").read_text(encoding="utf-8"))["state"] == "done"
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [r["step"] for r in rows if r["event"] == "step"]
+    assert steps == list(range(1, summary["steps"] + 1))
+    assert {r["step"] for r in rows if r["event"] == "eval"} >= {1, summary["steps"]}
+    last = [r for r in rows if r["event"] == "eval" and r["split"] == "val"][-1]
+    assert (last["full"], last["official"]) == (summary["last"]["full"], summary["last"]["official"])
+    assert any((path / "checkpoints").iterdir())
+    assert not list(path.rglob("*tmp*"))
+    assert len(summary["guards"]) == 13
+
+
+def test_stdout_is_the_result_and_stderr_the_progress(trained: tuple[Path, Any]) -> None:
+    _, done = trained
+    assert isinstance(json.loads(done.stdout), dict)
+    lines = done.stderr.splitlines()
+    assert "steps of 128 tokens" in lines[0]
+    assert all("val full" in line and "best" in line for line in lines[1:])
+    assert len(lines) >= 3
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
+
+
+def test_a_finished_run_is_shown_again_within_a_second(trained: tuple[Path, Any]) -> None:
+    out, first = trained
+    before, times = files(out), []
+    for _ in range(3):
+        begin = children_seconds()
+        done = run(*train_args(out), "--json")
+        times.append(children_seconds() - begin)
+        assert (done.stdout, done.stderr) == (first.stdout, "")
+    assert min(times) < 1.0
+    assert files(out) == before
+
+
+def test_fresh_redoes_a_run_to_the_same_bits(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    first = json.loads(trained[1].stdout)
+    one = json.loads(run(*train_args(tmp_path), "--json", "--quiet").stdout)
+    checkpoint = max((only(tmp_path) / "checkpoints").iterdir())
+    stamp = (checkpoint / "meta.json").stat().st_mtime_ns
+    again = json.loads(run(*train_args(tmp_path), "--json", "--fresh").stdout)
+    assert (checkpoint / "meta.json").stat().st_mtime_ns > stamp
+    assert one["weights"] == again["weights"] == first["weights"]
+    assert one["last"] == again["last"]
+    assert again["resumed"] == 0
+
+
+def test_quiet_prints_nothing(tmp_path: Path) -> None:
+    done = run(*train_args(tmp_path), "--quiet")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_plain_result_is_a_table(trained: tuple[Path, Any]) -> None:
+    out, first = trained
+    summary = json.loads(first.stdout)
+    done = run(*train_args(out))
+    assert summary["run"] in done.stdout
+    assert f"{summary['last']['full']:.4f}" in done.stdout
+    assert str(only(out)) in done.stdout
+
+
+def test_dry_run_trains_nothing_and_says_what_would_be(tmp_path: Path, trained: tuple[Path, Any]) -> None:
+    out = tmp_path / "runs"
+    summary = json.loads(trained[1].stdout)
+    found = json.loads(run(*train_args(out), "--dry-run", "--json").stdout)
+    assert found["run"] == summary["run"]
+    assert found["params"] == summary["params"]
+    assert found["flops"] == summary["flops"]
+    assert found["plan"]["steps"] == summary["steps"]
+    assert found["memory"] > 4 * found["params"]
+    assert found["eta_seconds"] > 0
+    text = run(*train_args(out), "--dry-run").stdout
+    assert summary["run"] in text
+    assert "memory" in text
+    assert "ETA" in text
+    assert f"{summary['steps']}" in text
+    assert not out.exists()
+
+
+def test_compare(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    out, first = trained
+    summary = json.loads(first.stdout)
+    run(*train_args(tmp_path, lr=0.1), "--quiet")
+    one, two = json.loads(run("compare", only(out), only(tmp_path), "--json").stdout)
+    assert one["run"] == summary["run"]
+    assert one["delta_full"] == 0
+    assert two["delta_full"] == pytest.approx(two["full_last"] - one["full_last"])
+    assert two["delta_full"] != 0
+    done = run("compare", only(out), only(tmp_path))
+    assert one["run"] in done.stdout
+    assert two["run"] in done.stdout
+    assert f"{two['delta_full']:+.4f}" in done.stdout
+    other = tmp_path / "other"
+    run(*train_args(other, num_titles=500), "--quiet")
+    refused = run("compare", only(out), only(other), code=2)
+    assert refused.stdout == ""
+    assert "val fingerprint" in refused.stderr
+
+
+def test_sample(trained: tuple[Path, Any]) -> None:
+    out, _ = trained
+    args = ["sample", only(out).name[:12], "--out", out, "--prompt", "Show HN: ", "-n", 3, "--max-tokens", 8]
+    done = run(*args)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 3
+    assert all(line.startswith("Show HN: ") for line in done.stdout.splitlines())
+    assert run(*args).stdout == done.stdout
+    assert run(*args, "--seed", 1).stdout != done.stdout
+    coldest = run(*args, "--temperature", 0).stdout.splitlines()
+    assert len(set(coldest)) == 1
+
+
+def test_presets_and_doctor_answer(tmp_path: Path) -> None:
+    assert "baseline" in run("presets").stdout
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "MAINRUN_CACHE": str(tmp_path)}
+    done = subprocess.run([*MAINRUN, "doctor", "--json"], capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+    found = {c["name"]: c for c in json.loads(done.stdout)}
+    assert done.stderr == ""
+    assert found["torch"]["status"] == "ok"
+    assert found["hub"]["status"] == "warn"
+
+
+def test_the_ladder_form_of_json_is_a_list(tmp_path: Path) -> None:
+    ladder = tmp_path / "ladder.toml"
+    ladder.write_text('[[steps]]\nname = "a"\n[[steps]]\nname = "b"\nlr = 0.1\n', encoding="utf-8")
+    done = run("train", "--preset", ladder, *tiny_sets(), "--out", tmp_path / "runs", "--json")
+    a, b = json.loads(done.stdout)
+    assert (a["preset"], b["preset"]) == ("ladder:a", "ladder:b")
+    assert a["weights"] != b["weights"]
+
+
+def test_no_torch_where_nothing_is_trained(trained: tuple[Path, Any]) -> None:
+    """A torch that cannot be imported is not noticed by help, lists, tables and finished runs."""
+    out, _ = trained
+    fake = out.parent / "no-torch"
+    fake.mkdir(exist_ok=True)
+    (fake / "torch.py").write_text("raise ImportError('torch was imported')", encoding="utf-8")
+    env = {"PYTHONPATH": os.pathsep.join([str(fake), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    for args in (["--help"], ["train", "--help"], ["presets"], ["presets", "--fields"], ["compare", str(only(out))], train_args(out)):
+        assert run(*args, env=env).stdout
+    crashed = run(*train_args(out.parent / "never"), env=env, code=1)
+    assert "crash: ImportError: torch was imported" in crashed.stderr
+    assert len(crashed.stderr.splitlines()) == 1
+
+
+# -- Ctrl-C
+
+
+class Running:
+    """A run long enough to be stopped, and a way to know that it has begun to step."""
+
+    def __init__(self, out: Path, **changes: object) -> None:
+        self.out = out
+        self.args = train_args(out, **{"epochs": 400, "eval_per_epoch": 0, **changes})
+        self.process = subprocess.Popen([*MAINRUN, *self.args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def steps(self) -> int:
+        return sum(path.read_bytes().count(b'"event": "step"') for path in self.out.glob("*/metrics.jsonl"))
+
+    def wait_for(self, steps: int) -> None:
+        until = time.monotonic() + 120
+        while self.steps() < steps:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str, str]:
+        out, self.err = self.process.communicate(timeout=120)
+        assert "Traceback" not in self.err, self.err
+        return self.process.returncode, out, self.err
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """start(**changes) begins a run; whatever the test did with it, it is not left running."""
+    begun: list[Running] = []
+
+    def begin(**changes: object) -> Running:
+        begun.append(Running(tmp_path / "runs", **changes))
+        return begun[-1]
+
+    yield begin
+    for it in begun:
+        if it.process.poll() is None:
+            it.process.kill()
+            it.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_with_75_and_the_same_command_goes_on(start: Callable[..., Running], number: int) -> None:
+    it = start(epochs=40)
+    it.wait_for(20)
+    it.process.send_signal(number)
+    code, out, err = it.end()
+    assert (code, out) == (75, ""), err
+    assert err.splitlines()[-1].startswith("interrupted: ")
+    assert "goes on" in err.splitlines()[-1]
+    path = only(it.out)
+    status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    assert status["state"] == "interrupted"
+    assert status["step"] >= 20
+    assert not (path / "summary.json").exists()
+    done = run(*it.args, "--json")
+    summary = json.loads(done.stdout)
+    assert summary["resumed"] == 1
+    assert f"after step {status['step']}" in done.stderr
+    steps = [
+        json.loads(line)["step"]
+        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if '"loss"' in line and '"lr"' in line
+    ]
+    assert steps == list(range(1, summary["steps"] + 1))
+
+
+def test_ctrl_c_twice_ends_at_once_with_130(start: Callable[..., Running]) -> None:
+    """Both come while one step, of a second or so, is under way: the second does not wait for its end."""
+    it = start(num_titles=2000, batch_size=32, block_size=64, n_layer=4, d_model=128, grad_accum=16, checkpoint_every=1)
+    it.wait_for(2)
+    it.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # two signals at once would be one
+    it.process.send_signal(signal.SIGINT)
+    assert it.end() == (130, "", it.err)
+    assert "interrupted" not in it.err
+    path = only(it.out)
+    assert not (path / "summary.json").exists()
+    assert any((path / "checkpoints").iterdir())  # and what was saved before is still there
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_torch_loads_ends_with_75(tmp_path: Path, number: int) -> None:
+    fake = tmp_path / "slow"
+    fake.mkdir()
+    (fake / "torch.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__).with_name('here').touch()\ntime.sleep(60)\n", encoding="utf-8"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(fake), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    process = subprocess.Popen(
+        [*MAINRUN, *train_args(tmp_path / "runs")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    while not (fake / "here").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (75, "")
+    assert err.startswith("interrupted: ")
+    assert len(err.splitlines()) == 1
+
+
+# -- a terminal
+
+
+def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
+    """What a terminal of that width gets on stderr."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    keep = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR")}
+    process = subprocess.Popen(
+        [*MAINRUN, *args], stdout=subprocess.PIPE, stderr=follower, stdin=follower, env={**keep, "TERM": "xterm-256color", **env}
+    )
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not part:
+            break
+        seen += part
+    os.close(leader)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, seen
+    assert json.loads(out)["status"] == "done"
+    return seen.decode()
+
+
+@pytest.mark.parametrize(("width", "env"), [(100, {}), (100, {"NO_COLOR": "1"}), (24, {})])
+def test_a_terminal_gets_one_bar(tmp_path: Path, width: int, env: dict[str, str]) -> None:
+    import re
+
+    seen = on_a_terminal([*train_args(tmp_path), "--json"], width, env)
+    assert "\x1b[2K" in seen  # the line is drawn over itself
+    assert bool(re.search(r"\x1b\[(\d+;)*3[0-8]", seen)) is (not env and width > 60)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    steps = json.loads((only(tmp_path) / "summary.json").read_text(encoding="utf-8"))["steps"]
+    last = [line for line in re.split(r"[\r\n]+", plain) if line.strip()][-1]
+    assert f"step {steps}/{steps}" in last
+    assert len(last.rstrip()) <= width
+    if width > 60:
+        assert all(word in last for word in ("loss", "best", "tok/s", "ETA 0:00"))

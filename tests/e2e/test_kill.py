@@ -1,0 +1,124 @@
+"""Killed at any moment, asked again, and in the end the same run: by the real command line, with real signals."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_sets
+
+from mainrun.store.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+KILLS = 20
+CONFIG: dict[str, Any] = {
+    "num_titles": 300, "epochs": 15, "batch_size": 8, "dropout": 0.1, "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "ema": 0.9,
+    "order": "shuffle_titles", "checkpoint_every": 3, "eval_per_epoch": 8,
+}  # fmt: skip
+
+
+def start(out: Path, **changes: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mainrun.train", "--preset", "baseline", *tiny_sets(**CONFIG | changes), "--out", str(out)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def finish(out: Path, **changes: Any) -> RunDir:
+    process = start(out, **changes)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    return the_run(out)
+
+
+def the_run(out: Path) -> RunDir:
+    (path,) = out.iterdir()
+    return RunDir(path)
+
+
+def clean(run: RunDir) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
+
+
+def size(out: Path) -> int:
+    return sum(p.stat().st_size for p in out.glob("*/metrics.jsonl"))
+
+
+def wait_until_it_trains(process: subprocess.Popen[str], out: Path, before: int, step: int) -> None:
+    """Until rows are written again. (A start cuts metrics.jsonl back first, so the file need not be longer than before.)"""
+    last = before
+    while process.poll() is None:
+        now = size(out)
+        if now > last or (now and not step):
+            return
+        last = now
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return finish(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> None:
+    """Some hit while it starts (imports, data, resuming), the others at random moments of training, evaluating and saving."""
+    chance = random.Random(1)
+    starting = set(chance.sample(range(1, KILLS), 5))
+    total = (undisturbed.summary() or {})["steps"]
+    reached, moments = [], Counter[str]()
+    startup = 1.0
+    for kill in range(KILLS):
+        before, begin = size(tmp_path), time.monotonic()
+        process = start(tmp_path)
+        if kill in starting:
+            time.sleep(startup * chance.uniform(0.1, 1.2))
+        else:
+            wait_until_it_trains(process, tmp_path, before, step=kill)
+            startup = time.monotonic() - begin
+            time.sleep(chance.uniform(0, 0.5))
+        assert process.poll() is None, f"it ended before kill {kill}: {process.communicate()[1]}"
+        process.kill()
+        process.communicate()
+        for run in map(RunDir, tmp_path.iterdir()):
+            run.config(), run.status(), run.env()  # whole, whenever the kill was
+            steps = [r["step"] for r in run.metrics() if r["event"] == "step"]
+            assert steps == list(range(1, len(steps) + 1)), "no row lost or doubled, also on the way"
+            reached.append(len(steps))
+            moments["saving"] += bool(list(run.checkpoints.glob(".tmp-*")))
+            moments["writing a row"] += not (run.path / "metrics.jsonl").read_bytes().endswith(b"\n")
+        moments["starting" if kill in starting else "training"] += 1
+    print(f"steps reached: {reached} of {total}; kills while {dict(moments)}")
+    saved = [int(p.name.split("-")[1]) for p in the_run(tmp_path).checkpoints.glob("step-*")]
+    assert 0 < max(saved) < total, "kills must hit the run in its middle"
+    assert len(set(reached)) >= 8, "it went on between the kills"
+
+    run = finish(tmp_path)
+    assert clean(run) == clean(undisturbed)
+    summary, expected = run.summary(), undisturbed.summary()
+    assert summary is not None and expected is not None
+    assert summary["weights"] == expected["weights"] and summary["scores"] == expected["scores"]
+    assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, total + 1))
+    assert summary["resumed"] >= 5 and not list(run.path.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_75_and_the_same_command_goes_on(tmp_path: Path, undisturbed: RunDir, number: signal.Signals) -> None:
+    process = start(tmp_path)
+    wait_until_it_trains(process, tmp_path, 0, 0)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 75, error
+    assert f"{number.name} at step" in error and "same command goes on" in error and "Traceback" not in error
+    status = the_run(tmp_path).status()
+    assert status["state"] == "interrupted" and 0 < status["step"] < status["steps"]
+    run = finish(tmp_path)
+    assert clean(run) == clean(undisturbed)
+    assert (run.summary() or {})["weights"] == (undisturbed.summary() or {})["weights"]
+    assert (run.summary() or {})["resumed"] == 1

@@ -1,0 +1,541 @@
+"""What a config promises: it comes back whole, says what is wrong with it, and resolves to the same steps every time."""
+
+import contextlib
+import itertools
+import json
+import math
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from mainrun import config
+from mainrun.config import Plan, StepInputs, TrainConfig, from_dict, load, parse_set, preset_names
+from mainrun.errors import ConfigError
+
+SCHEMA = TrainConfig.model_json_schema()["properties"]
+FIELDS = [f for f in TrainConfig.model_fields if f != "preset"]
+
+# one other value of each field, such that the default config with only this one changed is still allowed
+OTHER: dict[str, Any] = {
+    "seed": 7, "device": "cpu", "dtype": "bfloat16", "threads": 2, "compile": True, "corpus": "hn", "num_titles": 5000, "shuffle": False,
+    "val_frac": 0.2, "dev_frac": 0.05, "tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 8000, "block_size": 64,
+    "batch_size": 32, "grad_accum": 2, "epochs": 3, "order": "shuffle_titles", "n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 256,
+    "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False, "qkv_bias": True,
+    "qk_norm": True, "attn_gate": True, "layer_scale": 0.1, "value_residual": True, "title_mask": True, "tie_head": False,
+    "softcap": 15.0, "init_std": 0.01, "init_depth_scaled": True, "optimizer": "muon", "lr": 0.01, "lr_aux": 0.001, "momentum": 0.9,
+    "beta1": 0.8, "beta2": 0.95, "eps": 1e-9, "weight_decay": 0.1, "wd_schedule": "linear", "clip": 0.5, "schedule": "wsd",
+    "warmup_frac": 0.1, "decay_frac": 0.5, "decay_shape": "sqrt", "min_lr_frac": 0.1, "dropout": 0.1, "attn_dropout": 0.2,
+    "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5, "official_geometry": "8x64",
+    "log_every": 10, "checkpoint_every": 50,
+}  # fmt: skip
+NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # not allowed alone
+
+
+def default(**changes: Any) -> TrainConfig:
+    return from_dict(changes)
+
+
+def values(field: str) -> st.SearchStrategy[Any]:
+    """Everything that a field's own bounds allow."""
+    kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])
+    return st.one_of([_values(kind) for kind in kinds])
+
+
+def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
+    if "enum" in kind:
+        return st.sampled_from(kind["enum"])
+    if kind["type"] == "null":
+        return st.none()
+    if kind["type"] == "boolean":
+        return st.booleans()
+    if kind["type"] == "integer":
+        low, high = kind["minimum"], kind.get("maximum", kind.get("exclusiveMaximum", 1) - 1)
+        return st.integers(low, high)
+    assert kind["type"] == "number", kind
+    return st.floats(
+        kind.get("minimum", kind.get("exclusiveMinimum")),
+        kind.get("maximum", kind.get("exclusiveMaximum")),
+        exclude_min="exclusiveMinimum" in kind,
+        exclude_max="exclusiveMaximum" in kind,
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> TrainConfig:
+    """Any config that is allowed: few fields changed at a time, else the sizes would never fit together."""
+    names = draw(st.lists(st.sampled_from([f for f in FIELDS if f not in ("corpus", "official_geometry")]), unique=True, max_size=8))
+    try:
+        return from_dict({name: draw(values(name)) for name in names})
+    except ConfigError:
+        assume(False)
+        raise
+
+
+# -- the fields
+
+
+def test_every_field_has_a_class_a_description_and_bounds() -> None:
+    for name in TrainConfig.model_fields:
+        assert TrainConfig.class_of(name) in ("static", "scheduled", "inert"), name
+        assert len(TrainConfig.model_fields[name].description or "") > 3, name
+        for kind in SCHEMA[name].get("anyOf", [SCHEMA[name]]):
+            if kind["type"] in ("integer", "number"):
+                assert {"minimum", "exclusiveMinimum"} & kind.keys(), name
+                assert {"maximum", "exclusiveMaximum"} & kind.keys(), name
+
+
+def test_what_a_step_takes_is_classed_scheduled_and_nothing_else_is() -> None:
+    """A scheduled field shows in the resolved steps; one that did not would enter the lineage key unseen."""
+    inputs = set(StepInputs.__dataclass_fields__) - {"average"}
+    assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
+    shapes_of_them = {"epochs", "wd_schedule", "schedule", "warmup_frac", "decay_frac", "decay_shape", "min_lr_frac", "ema", "swa"}
+    assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes_of_them
+
+
+@pytest.mark.parametrize("field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled"))
+def test_a_scheduled_field_changes_a_resolved_step(field: str) -> None:
+    base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd"}
+    if field == "schedule":
+        changed = base | {"schedule": "cosine"}
+    elif field in base:
+        changed = base | {field: 0.2}
+    else:
+        changed = base | NEEDS.get(field, {field: OTHER.get(field)})
+    before, after = (Plan(default(**c), 200_000) for c in (base, changed))
+    assert [before.at(s) for s in range(before.steps)] != [after.at(s) for s in range(after.steps)]
+
+
+def test_the_table_of_other_values_covers_every_field() -> None:
+    assert set(OTHER) | set(NEEDS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_the_digest_changes_with_every_field(field: str) -> None:
+    changes = NEEDS.get(field, {field: OTHER.get(field)})
+    without = {k: v for k, v in changes.items() if k != field}
+    assert default(**changes).digest != default(**without).digest
+
+
+def test_the_digest_ignores_the_name_and_the_run_id_holds_both() -> None:
+    one, two = default(preset="one"), default(preset="ladder:step")
+    assert one.digest == two.digest
+    assert one.run_id == f"one-{one.digest[:8]}"
+    assert two.run_id == f"ladder-step-{one.digest[:8]}"
+
+
+@given(configs())
+def test_a_config_comes_back_from_its_dict_as_it_was(cfg: TrainConfig) -> None:
+    back = from_dict(json.loads(json.dumps(cfg.model_dump())))
+    assert back == cfg
+    assert back.digest == cfg.digest
+
+
+@given(configs(), st.sampled_from(FIELDS))
+def test_set_takes_what_the_config_gives(cfg: TrainConfig, field: str) -> None:
+    """The value of any field, written as TOML, is the same value again."""
+    value = getattr(cfg, field)
+    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    key, back = parse_set(f"{field}={text}")
+    assert key == field
+    assert back == value if value != "" else back == ""
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        default().lr = 1.0  # type: ignore[misc]
+
+
+# -- what is refused, and what it says
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
+    for kind in SCHEMA[field].get("anyOf", [SCHEMA[field]]):
+        bad: list[Any] = [["a list"]]
+        if "enum" in kind:
+            bad.append("nonsense")
+        if kind["type"] in ("integer", "number"):
+            step = 1 if kind["type"] == "integer" else 1e-6
+            bad += [kind["minimum"] - step] if "minimum" in kind else []
+            bad += [kind["exclusiveMinimum"]] if "exclusiveMinimum" in kind else []
+            bad += [kind["maximum"] + 1] if "maximum" in kind else []
+            bad += [kind["exclusiveMaximum"]] if "exclusiveMaximum" in kind else []
+            bad += [math.nan, math.inf, "three", True]
+        if kind["type"] == "boolean":
+            bad += [1, "yes"]
+        for value in bad:
+            with pytest.raises(ConfigError) as e:
+                default(**{field: value})
+            assert field in str(e.value)
+            assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_head": 7}, ["n_head=7", "d_model=512", "set n_head to one of [2, 4, 8]"]),
+        ({"n_kv_head": 3}, ["n_kv_head=3", "n_head=8", "divisor"]),
+        ({"position": "rope", "d_model": 24, "n_head": 8}, ["rope", "even", "3"]),
+        ({"grad_accum": 3}, ["grad_accum=3", "batch_size=64", "divisor"]),
+        ({"ema": 0.9, "swa": 0.5}, ["ema=0.9", "swa=0.5", "0"]),
+        ({"rdrop": 1.0}, ["rdrop=1.0", "dropout > 0"]),
+        ({"schedule": "wsd", "warmup_frac": 0.6, "decay_frac": 0.5}, ["warmup_frac=0.6", "decay_frac=0.5", "at most 1"]),
+        ({"official_geometry": "64"}, ["official_geometry='64'", "ROWSxTOKENS"]),
+        ({"official_geometry": "0x128"}, ["official_geometry"]),
+        ({"official_geometry": "8x129"}, ["official_geometry", "block_size=128"]),
+        ({"official_geometry": "-1x8"}, ["official_geometry"]),
+        ({"corpus": "wiki"}, ["corpus='wiki'", "synthetic"]),
+        ({"corpus": "file:"}, ["corpus='file:'", "file:PATH"]),
+        ({"corpus": "mix"}, ["corpus='mix'", "mix:PATH.toml"]),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_refused_with_the_fix(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        default(**changes)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_misspelt_field_is_refused_with_the_nearest(field: str) -> None:
+    wrong = field + "q"
+    with pytest.raises(ConfigError) as e:
+        default(**{wrong: 1})
+    assert repr(wrong) in str(e.value)
+    assert "did you mean" in str(e.value)
+
+
+def test_every_wrong_field_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as e:
+        default(lr=-1.0, n_layer=0, nonsense=3)
+    assert all(word in str(e.value) for word in ("lr=-1.0", "n_layer=0", "'nonsense'"))
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(FIELDS), st.one_of(st.integers(), st.floats(), st.text("abx01.-", max_size=5), st.none(), st.booleans()), max_size=3
+    )
+)
+@example({"batch_size": 0})
+def test_nothing_but_a_config_error_comes_of_bad_fields(fields: dict[str, Any]) -> None:
+    with contextlib.suppress(ConfigError):
+        default(**fields)
+
+
+# -- --set
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("lr=0.01", ("lr", 0.01)),
+        ("lr=1e-3", ("lr", 1e-3)),
+        (" batch_size = 8 ", ("batch_size", 8)),
+        ("vocab_size=16_000", ("vocab_size", 16_000)),
+        ("bias=false", ("bias", False)),
+        ("qkv_bias=none", ("qkv_bias", None)),
+        ("mlp=swiglu", ("mlp", "swiglu")),
+        ('mlp="swiglu"', ("mlp", "swiglu")),
+        ("corpus=file:a=b.txt#title", ("corpus", "file:a=b.txt#title")),
+        ("corpus=hn-2025", ("corpus", "hn-2025")),
+        ("official_geometry=", ("official_geometry", "")),
+        ("official_geometry=8x64", ("official_geometry", "8x64")),
+    ],
+)
+def test_set_reads_values_as_toml_and_else_as_text(text: str, value: tuple[str, Any]) -> None:
+    assert parse_set(text) == value
+
+
+@pytest.mark.parametrize("text", ["lr", "=3", "", "  ", "lr 0.1"])
+def test_set_without_a_key_or_a_value_says_how_it_is_written(text: str) -> None:
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_set(text)
+
+
+@given(st.text(alphabet=string.printable, max_size=20))
+def test_set_never_fails_otherwise(text: str) -> None:
+    try:
+        key, _ = parse_set(text)
+        assert key
+    except ConfigError:
+        pass
+
+
+def test_an_integer_is_a_number_where_a_number_is_asked() -> None:
+    assert load("baseline", ["clip=1", "dropout=0"])[0].clip == 1.0
+
+
+def test_a_later_set_wins_and_all_go_over_the_preset() -> None:
+    (cfg,) = load("baseline", ["lr=1.0", "n_layer=2", "lr=0.5"])
+    assert (cfg.lr, cfg.n_layer, cfg.preset) == (0.5, 2, "baseline")
+
+
+# -- presets and ladders
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_every_preset_loads_and_says_what_it_is() -> None:
+    import tomllib
+
+    assert "baseline" in preset_names()
+    for name in preset_names():
+        assert len(tomllib.loads((config.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
+        found = load(name)
+        assert len({c.run_id for c in found}) == len(found)
+        assert all(c.preset.partition(":")[0] == name for c in found)
+
+
+def test_the_baseline_is_the_public_one() -> None:
+    (cfg,) = load("baseline")
+    facts = {
+        "seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000, "vocab_size": 16_000, "tokenizer": "bpe", "block_size": 128,
+        "batch_size": 64, "n_layer": 6, "n_head": 8, "d_model": 512, "dropout": 0.1, "norm": "layernorm", "mlp": "gelu", "bias": True,
+        "position": "learned", "tie_head": True, "optimizer": "sgd", "lr": 6e-3, "weight_decay": 0.0, "schedule": "cosine", "clip": 1.0,
+        "tokenizer_fit": "train+val", "order": "sequential", "eval_per_epoch": 3, "warmup_frac": 0.0, "min_lr_frac": 0.0, "dev_frac": 0.0,
+    }  # fmt: skip
+    assert {k: getattr(cfg, k) for k in facts} == facts
+    for train_tokens, per_epoch, steps in ((1_102_455, 134, 938), (228_354, 27, 189)):  # the spec's two reference runs
+        plan = Plan(cfg, train_tokens)
+        assert (plan.steps_per_epoch, plan.steps) == (per_epoch, steps)
+    assert sorted(Plan(cfg, 228_354).eval_steps)[:4] == [1, 9, 18, 27]
+    assert 189 in Plan(cfg, 228_354).eval_steps
+
+
+LADDER = """
+about = "three steps"
+lr = 0.5
+[scale]
+n_layer = 1
+[[steps]]
+name = "a"
+about = "the first"
+[[steps]]
+name = "b"
+lr = 0.25
+n_layer = 9
+[[steps]]
+name = "c"
+dropout = 0.5
+"""
+
+
+def test_a_ladder_gives_one_config_a_step_each_on_top_of_the_one_before(tmp_path: Path) -> None:
+    path = write(tmp_path, "ladder", LADDER)
+    found = load(path, ["d_model=64"])
+    assert [c.preset for c in found] == ["ladder:a", "ladder:b", "ladder:c"]
+    assert [(c.lr, c.dropout) for c in found] == [(0.5, 0.0), (0.25, 0.0), (0.25, 0.5)]
+    assert {c.n_layer for c in found} == {1}  # scale is over every step
+    assert {c.d_model for c in found} == {64}  # and --set over all
+    assert load(f"{path}:b")[0] == load(path)[1]
+
+
+def test_a_base_is_a_preset_that_others_change(tmp_path: Path) -> None:
+    write_to = write(tmp_path, "child", 'base = "baseline"\nlr = 0.5\n')
+    (child,), (base,) = load(write_to), load("baseline")
+    assert child.model_dump(exclude={"lr", "preset"}) == base.model_dump(exclude={"lr", "preset"})
+    assert child.lr == 0.5
+    ladder = write(tmp_path, "ladder", LADDER)
+    (step,) = load(write(tmp_path, "onestep", f'base = "{ladder}:b"\nseed = 1\n'))
+    assert (step.preset, step.lr, step.seed) == ("onestep", 0.25, 1)
+    (first, second) = load(
+        write(tmp_path, "pair", f'[[steps]]\nname = "x"\nbase = "baseline"\n[[steps]]\nname = "y"\nbase = "{ladder}:c"\n')
+    )
+    assert (first.lr, second.lr) == (6e-3, 0.25)  # a step with a base starts anew
+
+
+@pytest.mark.parametrize(
+    ("text", "ask", "words"),
+    [
+        ("lr = ", "{}", ["not valid TOML"]),
+        ("lr = 0.1", "{}:step", ["has no steps"]),
+        (LADDER, "{}:d", ["no step 'd'", "a, b, c"]),
+        ('base = "baselin"', "{}", ["unknown preset 'baselin'", "did you mean 'baseline'?"]),
+        ('base = "{self}"', "{}", ["its own base", "remove"]),
+        ('base = "nowhere.toml"', "{}", ["nowhere.toml", "does not exist"]),
+        ("nonsense = 1", "{}", ["unknown field 'nonsense'"]),
+        ("n_head = 7", "{}", ["n_head=7"]),
+    ],
+)
+def test_a_preset_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, ask: str, words: list[str]) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("{self}", str(path)), encoding="utf-8")
+    with pytest.raises(ConfigError) as e:
+        load(ask.format(path))
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_two_presets_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.toml", tmp_path / "b.toml"
+    a.write_text(f'base = "{b}"')
+    b.write_text(f'base = "{a}"')
+    with pytest.raises(ConfigError, match="own base"):
+        load(str(a))
+
+
+def test_a_ladder_as_a_base_needs_a_step(tmp_path: Path) -> None:
+    ladder = write(tmp_path, "ladder", LADDER)
+    with pytest.raises(ConfigError, match="is a ladder; name one step"):
+        load(write(tmp_path, "child", f'base = "{ladder}"'))
+
+
+@pytest.mark.parametrize("got", ["basline", "Baseline", "baseline2"])
+def test_an_unknown_preset_is_refused_with_the_nearest(got: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'baseline'"):
+        load(got)
+
+
+@pytest.mark.parametrize("got", ["", "../presets/baseline", "/", "no/such.toml", ":", "baseline:x"])
+def test_no_path_slips_in_as_a_preset(got: str) -> None:
+    with pytest.raises(ConfigError):
+        load(got)
+
+
+# -- what follows from the fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({}, 2048),
+        ({"mlp": "relu2"}, 2048),
+        ({"mlp": "swiglu"}, 1408),
+        ({"mlp": "swiglu", "d_model": 384}, 1024),
+        ({"d_ff": 100, "mlp": "swiglu"}, 100),
+    ],
+)
+def test_the_width_of_the_mlp(changes: dict[str, Any], width: int) -> None:
+    assert default(**changes).ff_width == width
+
+
+def test_unset_fields_follow_the_others() -> None:
+    cfg = default(dropout=0.3, resid_dropout=0.1)
+    assert cfg.dropouts == (0.3, 0.3, 0.1)
+    assert (cfg.kv_heads, default(n_kv_head=2).kv_heads, cfg.head_dim) == (8, 2, 64)
+    assert cfg.geometry == (64, 128)
+    assert default(official_geometry="8x64").geometry == (8, 64)
+
+
+# -- the plan
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Short runs of every schedule."""
+    fields = {name: draw(values(name)) for name in ("schedule", "decay_shape", "warmup_frac", "decay_frac", "min_lr_frac", "wd_schedule")}
+    fields |= {"epochs": draw(st.integers(1, 7)), "weight_decay": 0.1, "batch_size": 2, "block_size": 4}
+    fields |= draw(st.sampled_from([{}, {"ema": 0.9}, {"swa": 0.4}]))
+    fields |= {"eval_per_epoch": draw(st.integers(0, 50))}
+    try:
+        return Plan(from_dict(fields), draw(st.integers(9, 150)))
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@given(plans())
+def test_the_learning_rate_stays_between_nothing_and_its_peak(plan: Plan) -> None:
+    factors = [plan.lr_factor(s) for s in range(plan.steps)]
+    assert all(0 <= f <= 1 for f in factors)
+    warm, flat = factors[: plan.warmup_steps], factors[plan.warmup_steps : plan.decay_start]
+    assert all(a < b for a, b in itertools.pairwise(warm))
+    assert not warm or (warm[0] > 0 and warm[-1] == 1)
+    assert all(f == 1 for f in flat)
+    after = factors[plan.warmup_steps :]
+    assert all(a >= b for a, b in itertools.pairwise(after))
+    low = plan.cfg.min_lr_frac
+    assert all(f >= low - 1e-12 for f in after)
+    # one step beyond the end the rate would be exactly what is left: the schedule spans the run and no more
+    if plan.cfg.schedule != "constant" and plan.decay_start < plan.steps:
+        assert factors[plan.decay_start] == 1
+        assert math.isclose(plan.lr_factor(plan.steps), low, abs_tol=1e-12)
+
+
+@given(plans())
+def test_every_resolved_step_is_within_its_bounds(plan: Plan) -> None:
+    decays = []
+    for s in range(plan.steps):
+        inputs = plan.at(s)
+        assert inputs.lr == plan.cfg.lr * plan.lr_factor(s)
+        assert inputs.lr_aux == inputs.lr
+        assert 0 <= inputs.weight_decay <= plan.cfg.weight_decay
+        assert 0 < inputs.average <= 1
+        decays.append(inputs.weight_decay)
+    assert all(a >= b for a, b in itertools.pairwise(decays))
+
+
+@given(plans())
+def test_the_evaluations_are_at_both_ends_and_as_often_as_asked(plan: Plan) -> None:
+    steps = sorted(plan.eval_steps)
+    assert steps[0] == 1
+    assert steps[-1] == plan.steps
+    assert all(1 <= s <= plan.steps for s in steps)
+    per_epoch, length = plan.cfg.eval_per_epoch, plan.steps_per_epoch
+    if not per_epoch:
+        assert set(steps) == {1, plan.steps}
+    elif length % per_epoch == 0:
+        assert len(set(steps) - {1}) >= plan.cfg.epochs * per_epoch - 1
+    assert plan.table()["evaluations"] == len(steps)
+
+
+def test_swa_averages_the_last_steps_evenly() -> None:
+    plan = Plan(default(swa=0.5, batch_size=2, block_size=4, epochs=1), 81)
+    assert (plan.steps, plan.swa_start) == (10, 5)
+    assert [plan.average(s) for s in range(10)] == [1, 1, 1, 1, 1, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
+    mean = 0.0
+    for s in range(10):  # the average of the step numbers 5..9, step by step
+        mean += (s - mean) * plan.average(s)
+    assert math.isclose(mean, 7)
+
+
+def test_ema_follows_closely_at_first_and_then_with_its_decay() -> None:
+    plan = Plan(default(ema=0.9, batch_size=2, block_size=4, epochs=7), 8 * 200 + 1)
+    shares = [plan.average(s) for s in range(plan.steps)]
+    assert shares[0] == 0.9
+    assert shares[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(shares))
+
+
+def test_the_aux_rate_follows_the_same_shape() -> None:
+    plan = Plan(default(lr=1.0, lr_aux=0.5, warmup_frac=0.2), 200_000)
+    for s in range(0, plan.steps, 7):
+        inputs = plan.at(s)
+        assert inputs.lr_aux == pytest.approx(0.5 * inputs.lr)
+
+
+@pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+def test_the_shapes_of_the_decay(shape: str, half: float) -> None:
+    plan = Plan(default(schedule="wsd", decay_frac=0.5, decay_shape=shape, batch_size=2, block_size=4, epochs=1), 8 * 40)
+    assert (plan.steps, plan.decay_start) == (40, 20)
+    assert plan.lr_factor(30) == pytest.approx(half)
+
+
+def test_too_few_tokens_for_one_step_are_refused_before_step_0() -> None:
+    cfg = default()
+    with pytest.raises(ConfigError, match=r"8,192 tokens.*8,193"):
+        Plan(cfg, 8192)
+    assert Plan(cfg, 8193).steps_per_epoch == 1
+
+
+def test_the_resolved_table_is_json_and_holds_integers_for_fractions() -> None:
+    plan = Plan(default(warmup_frac=0.1, schedule="wsd", swa=0.2), 228_354)
+    table = json.loads(json.dumps(plan.table()))
+    assert table["steps"] == 189
+    assert table["warmup_steps"] == 19
+    assert table["decay_start"] == 151
+    assert table["swa_start"] == 151
+    assert table["d_ff"] == 2048
+    assert table["n_kv_head"] == 8
+    assert table["first_step"]["lr"] == pytest.approx(6e-3 / 19)
+
+
+def test_the_tiny_config_of_the_suite_is_allowed(tiny: Any) -> None:
+    assert tiny().model_dump() | TINY == tiny().model_dump()

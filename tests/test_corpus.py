@@ -1,0 +1,363 @@
+"""Every kind of corpus but the hub's: order, splits, fingerprints, and what a bad input says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mainrun.config import from_dict
+from mainrun.corpus import Corpus, cache_dir, fingerprint, load_corpus
+from mainrun.errors import CorpusError
+
+TITLES = [f"Title {i}, “quoted” and plain" for i in range(50)]
+
+
+def load(corpus: object, n: int = 50, **changes: Any) -> Corpus:
+    return load_corpus(from_dict({"corpus": str(corpus), "num_titles": n, "shuffle": False} | changes))
+
+
+def refused(corpus: object, n: int = 50, **changes: Any) -> str:
+    with pytest.raises(CorpusError) as e:
+        load(corpus, n, **changes)
+    return str(e.value)
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return f"file:{path}"
+
+
+def titles_of(c: Corpus) -> list[str]:
+    return c.train + c.dev + c.val
+
+
+@pytest.fixture
+def txt(tmp_path: Path) -> str:
+    return write(tmp_path / "titles.txt", "\n".join(TITLES) + "\n")
+
+
+# -- order and splits
+
+
+def test_file_order_and_the_last_tenth_is_val(txt: str) -> None:
+    c = load(txt)
+    assert (c.name, c.train, c.dev, c.val) == (txt, TITLES[:45], [], TITLES[45:])
+
+
+def test_shuffle_is_the_tasks_permutation_over_all_titles(txt: str) -> None:
+    expected = [TITLES[i] for i in np.random.default_rng(1337).permutation(50)]
+    assert titles_of(load(txt, shuffle=True)) == expected
+    assert titles_of(load(txt, 20, shuffle=True)) == expected[:20]
+    assert titles_of(load(txt, 20, shuffle=True, seed=1)) == expected[:20], "the seed of a run does not move the task's data"
+
+
+def test_dev_is_carved_from_the_end_of_train_and_val_stays(txt: str) -> None:
+    c, without = load(txt, dev_frac=0.2), load(txt)
+    assert (c.train, c.dev, c.val) == (TITLES[:36], TITLES[36:45], without.val)
+    assert c.fingerprints["val"] == without.fingerprints["val"] and c.fingerprints["corpus"] == without.fingerprints["corpus"]
+    assert c.fingerprints["train"] != without.fingerprints["train"]
+
+
+@pytest.mark.parametrize(
+    ("n", "val_frac", "dev_frac", "sizes"),
+    [
+        (20_000, 0.1, 0.0, (18_000, 0, 2_000)),
+        (100_000, 0.1, 0.05, (85_500, 4_500, 10_000)),
+        (100, 0.29, 0.0, (71, 0, 29)),  # 100 * (1 - 0.29) is 70.999... in floats
+        (1_000, 0.1, 0.3, (630, 270, 100)),
+        (2, 0.1, 0.0, (1, 0, 1)),
+    ],
+)
+def test_sizes_are_exact(tmp_path: Path, n: int, val_frac: float, dev_frac: float, sizes: tuple[int, ...]) -> None:
+    c = load(write(tmp_path / "n.txt", "\n".join(map(str, range(n)))), n, val_frac=val_frac, dev_frac=dev_frac)
+    assert (len(c.train), len(c.dev), len(c.val)) == sizes
+
+
+def test_splits_that_leave_nothing_to_train_on(txt: str) -> None:
+    for fracs in ({"val_frac": 0.99}, {"dev_frac": 0.99}):
+        message = refused(txt, 20, **fracs)
+        assert "no title to train on" in message and "num_titles=20" in message and "lower val_frac or dev_frac" in message
+
+
+def test_reposts_in_val_are_counted_and_kept(tmp_path: Path) -> None:
+    c = load(write(tmp_path / "a.txt", "\n".join([*TITLES[:9], TITLES[0]])), 10)
+    assert c.val == [TITLES[0]] and c.origin["val_in_train"] == 1
+
+
+# -- fingerprints
+
+
+def test_fingerprints_follow_order_content_and_nothing_else(txt: str, tmp_path: Path) -> None:
+    one = load(txt).fingerprints
+    assert set(one) == {"corpus", "train", "dev", "val"} and all(len(f) == 64 for f in one.values())
+    assert load(write(tmp_path / "same.txt", "\r\n".join(TITLES))).fingerprints == one
+    for other in ([*TITLES[1:], TITLES[0]], [TITLES[0] + "!", *TITLES[1:]], [TITLES[1], TITLES[0], *TITLES[2:]]):
+        changed = load(write(tmp_path / "other.txt", "\n".join(other))).fingerprints
+        assert changed["corpus"] != one["corpus"] and changed["train"] != one["train"]
+    swapped_val = load(write(tmp_path / "val.txt", "\n".join([*TITLES[:48], TITLES[49], TITLES[48]]))).fingerprints
+    assert swapped_val["train"] == one["train"] and swapped_val["val"] != one["val"] and swapped_val["corpus"] != one["corpus"]
+
+
+def test_a_fingerprint_is_sha256_of_length_and_bytes() -> None:
+    assert fingerprint(["é", ""]) == hashlib.sha256(struct.pack("<Q", 2) + "é".encode() + struct.pack("<Q", 0)).hexdigest()
+
+
+LISTS = st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=6), max_size=6)
+
+
+@given(LISTS, LISTS)
+def test_two_lists_share_a_fingerprint_only_if_equal(a: list[str], b: list[str]) -> None:
+    assert (fingerprint(a) == fingerprint(b)) == (a == b)
+
+
+@given(LISTS, st.integers(0, 6), st.integers(1, 5))
+def test_moving_a_border_between_two_titles_changes_the_fingerprint(titles: list[str], at: int, by: int) -> None:
+    joined = [*titles[:at], "".join(titles[at : at + 2]), *titles[at + 2 :]]
+    moved = [*titles[:at], joined[at][:by], joined[at][by:], *titles[at + 2 :]]
+    assert (fingerprint(moved) == fingerprint(titles)) == (moved == titles)
+    assert (fingerprint(joined) == fingerprint(titles)) == (joined == titles)
+
+
+# -- synthetic
+
+
+def test_synthetic_needs_nothing_and_has_as_many_as_asked_for() -> None:
+    c = load("synthetic", 300, shuffle=True)
+    assert len(set(titles_of(c))) == 300 and len(c.val) == 30 and c.origin["val_in_train"] == 0
+    assert c == load("synthetic", 300, shuffle=True)
+    json.dumps(c.origin)
+
+
+# -- files
+
+
+def test_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
+    c = load(write(tmp_path / "a.txt", b"\xef\xbb\xbf one \r\n\r\n  \t\r\ntwo\r\nthr\xc3\xa9e"), 3)
+    assert titles_of(c) == ["one", "two", "thrée"]
+    assert c.origin["blank"] == 2 and c.origin["kind"] == "file"
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+    lines = ["a\u2028b", "c\x0bd", "e\x85f"]
+    assert titles_of(load(write(tmp_path / "a.txt", "\n".join(lines)), 3)) == lines
+
+
+@pytest.mark.parametrize("column", ["title", "headline"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns(tmp_path: Path, kind: str, column: str) -> None:
+    rows = ['with, comma and "quotes"', "two\nlines", "", " plain "]
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        quoted = "\r\n".join(f'{i},"{t.replace(chr(34), chr(34) * 2)}"' for i, t in enumerate(rows))
+        path.write_bytes(f"id,{column}\r\n{quoted}\r\n".encode("utf-8-sig"))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"id": i, column: t or None}) + "\n" for i, t in enumerate(rows)))
+    else:
+        pq.write_table(pa.table({"id": range(4), column: [t or None for t in rows]}), path)
+    c = load(f"file:{path}" + ("" if column == "title" else "#headline"), 3)
+    assert titles_of(c) == ['with, comma and "quotes"', "two lines", "plain"]
+    assert c.origin["blank"] == 1 and c.origin["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    json.dumps(c.origin)
+
+
+def test_a_hash_in_a_file_name(tmp_path: Path) -> None:
+    assert len(titles_of(load(write(tmp_path / "a#b.txt", "\n".join(TITLES))))) == 50
+
+
+def test_missing_file_names_its_neighbour(txt: str, tmp_path: Path) -> None:
+    message = refused(f"file:{tmp_path}/title.txt")
+    assert "does not exist" in message and "did you mean 'titles.txt'" in message and ".parquet" in message
+
+
+def test_a_directory_an_unreadable_and_an_odd_file(tmp_path: Path) -> None:
+    assert "is a directory" in refused(f"file:{tmp_path}")
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refused(f"file:{tmp_path}/pipe")
+    locked = tmp_path / "locked.txt"
+    locked.write_text("a\nb\n")
+    locked.chmod(0)
+    if not os.access(locked, os.R_OK):  # root reads everything
+        assert "permissions" in refused(f"file:{locked}")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", ["is empty"]),
+        (b"\n \n\r\n", ["no titles", "3 blank"]),
+        (b"one\ntwo\nth\x00ree\n", ["binary", "offset 10", "line 3", "UTF-8"]),
+        ("\ufeffone\ntwo".encode("utf-16-le"), ["UTF-16", "offset 3", "UTF-8"]),
+        (b"one\ncaf\xe9\n", ["not UTF-8", "0xe9", "offset 7", "line 2"]),
+        (b"\xef\xbb\xbfone\ncaf\xe9\n", ["0xe9", "offset 10", "line 2"]),
+        (b"only one\n", ["1 title,", "two at least"]),
+        (b"one\ntwo\nthree", ["3 titles", "num_titles=50", "--set num_titles=3"]),
+    ],
+)
+def test_bad_text(tmp_path: Path, content: bytes, says: list[str]) -> None:
+    message = refused(write(tmp_path / "bad.txt", content))
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "id,titel\n1,x\n", ["no column 'title'", "did you mean 'titel'", "'id', 'titel'", "#COLUMN"]),
+        ("a.csv", "id,title\n1,x\n2\n", ["line 3", "1 fields", "'title' is field 2"]),
+        ("a.csv", 'title\nx\n"open', ["line 3", "not valid CSV"]),
+        ("a.csv", "id,title\n", ["no titles"]),
+        ("a.jsonl", '{"title": "x"}\n\n{"title": \n', ["line 3", "not valid JSON"]),
+        ("a.jsonl", '{"title": "x"}\n["y"]\n', ["line 2", "JSON list"]),
+        ("a.jsonl", '{"title": "x"}\n{"titles": "y"}\n', ["line 2", "no key 'title'", "did you mean 'titles'"]),
+        ("a.jsonl", '{"title": "x"}\n{"title": 3}\n', ["line 2", "is 3", "string"]),
+        ("a.jsonl", '{"title": "x"}\n{"title": "\\ud83d"}\n', ["title 2", "surrogate"]),
+        ("a.jsonl", "[" * 100_000, ["line 1", "not valid JSON"]),
+        ("a.json", '[{"title": "x"}]', [".jsonl"]),
+        ("a.parquet", "PAR1 but not really", ["no readable parquet"]),
+    ],
+)
+def test_bad_tables(tmp_path: Path, name: str, content: str, says: list[str]) -> None:
+    message = refused(write(tmp_path / name, content))
+    assert all(part in message for part in says), message
+
+
+def test_bad_parquets(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"headline": TITLES, "id": range(50)}), path)
+    assert "no column 'title'" in refused(f"file:{path}")
+    assert "did you mean 'headline'" in refused(f"file:{path}#headlin")
+    assert "must hold strings" in refused(f"file:{path}#id")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "no readable parquet" in refused(f"file:{path}#headline")
+
+
+def test_a_column_of_a_text_file(txt: str) -> None:
+    assert "lines, not columns" in refused(txt + "#title")
+
+
+# -- mixes
+
+
+def mix(tmp_path: Path, text: str) -> str:
+    write(tmp_path / "mix.toml", text)
+    return f"mix:{tmp_path}/mix.toml"
+
+
+def two_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "\n".join(f"a{i}" for i in range(100)))
+    write(tmp_path / "b.txt", "\n".join(f"b{i}" for i in range(100)))
+
+
+RATIO_3_1 = '[[source]]\npath = "a.txt"\nratio = 3\n[[source]]\npath = "b.txt"\nratio = 1\n'
+
+
+def test_a_mix_has_its_ratios_in_every_split(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    c = load(mix(tmp_path, RATIO_3_1), 80, val_frac=0.2, dev_frac=0.25)
+    for split in (c.train, c.dev, c.val):
+        assert sum(t[0] == "a" for t in split) == 3 * sum(t[0] == "b" for t in split) > 0
+    assert [t for t in titles_of(c) if t[0] == "a"] == [f"a{i}" for i in range(60)], "each source keeps its order"
+    assert [s["titles"] for s in c.origin["sources"]] == [60, 20]
+    json.dumps(c.origin)
+
+
+def test_a_mix_is_shuffled_source_by_source(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    c = load(mix(tmp_path, RATIO_3_1), 80, shuffle=True)
+    assert [t for t in titles_of(c) if t[0] == "a"] == [f"a{i}" for i in np.random.default_rng(1337).permutation(100)[:60]]
+
+
+def test_a_weight_repeats_train_only(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    plain = load(mix(tmp_path, RATIO_3_1), 80, dev_frac=0.1)
+    c = load(mix(tmp_path, RATIO_3_1.replace("ratio = 1", "ratio = 1\nweight = 3")), 80, dev_frac=0.1)
+    assert (c.dev, c.val) == (plain.dev, plain.val)
+    b = [t for t in plain.train if t[0] == "b"]
+    assert c.train == plain.train + b + b
+    assert not set(c.train) & set(c.val + c.dev)
+    assert c.origin["train_repeats"] == 2 * len(b) and plain.origin["train_repeats"] == 0
+
+
+def test_a_mix_takes_a_title_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "\n".join(["x", "y", "x", "z", "u"]))
+    write(tmp_path / "b.txt", "\n".join(["y", "v", "x", "w", "q"]))
+    c = load(mix(tmp_path, '[[source]]\npath = "a.txt"\n[[source]]\npath = "b.txt"\n'), 6, val_frac=0.5)
+    assert sorted(titles_of(c)) == ["q", "v", "w", "x", "y", "z"] and c.origin["val_in_train"] == 0
+
+
+def test_a_mix_of_kinds_with_paths_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "a.csv", "headline\n" + "\n".join(f"a{i}" for i in range(20)))
+    monkeypatch.chdir(tmp_path)
+    name = mix(tmp_path / "sub", '[[source]]\ncorpus = "synthetic"\n[[source]]\ncorpus = "file:a.csv#headline"\n')
+    c = load(name, 40)
+    assert [t for t in titles_of(c) if t[0] == "a" and t[1:].isdecimal()] == [f"a{i}" for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", ["is empty"]),
+        ("x = 1", ["names no sources", "[[source]]"]),
+        ("[[source", ["not valid TOML"]),
+        ("[[source]]\nratio = 1", ["source 1", "none of path and corpus"]),
+        ('[[source]]\npath = "a.txt"\ncorpus = "hn"', ["both of path and corpus"]),
+        ('[[source]]\npath = "a.txt"\nwieght = 2', ["unknown key 'wieght'", "did you mean 'weight'"]),
+        ('[[source]]\npath = "a.txt"\nratio = 0', ["ratio=0", "above 0"]),
+        ('[[source]]\npath = "a.txt"\nratio = nan', ["ratio=nan"]),
+        ('[[source]]\npath = "a.txt"\nweight = 1.5', ["weight=1.5", "whole number"]),
+        ('[[source]]\npath = "a.txt"\nweight = true', ["weight=True"]),
+        ('[[source]]\ncorpus = "mix:a.toml"', ["cannot be mixed"]),
+        ('[[source]]\ncorpus = 3', ["cannot be mixed"]),
+        ('[[source]]\ncorpus = "hnn"', ["'hnn' is not known", "did you mean 'hn'"]),
+        ('[[source]]\npath = "c.txt"', ["c.txt does not exist"]),
+        ('[[source]]\npath = "a.txt"\nratio = 1000\n[[source]]\npath = "b.txt"', ["source 2", "gives it no title"]),
+        ('[[source]]\npath = "a.txt"\n[[source]]\npath = "a.txt"', ["source 2", "0 titles that no earlier source has"]),
+    ],
+)
+def test_bad_mixes(tmp_path: Path, text: str, says: list[str]) -> None:
+    write(tmp_path / "a.txt", "\n".join(f"a{i}" for i in range(50)))
+    write(tmp_path / "b.txt", "\n".join(f"b{i}" for i in range(50)))
+    message = refused(mix(tmp_path, text), 100 if text.count("a.txt") == 2 else 50)
+    assert all(part in message for part in says), message
+
+
+def test_a_mix_that_is_too_small_says_what_would_fit(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    name = mix(tmp_path, RATIO_3_1)
+    assert "--set num_titles=133" in refused(name, 200)
+    assert len(titles_of(load(name, 133))) == 133
+
+
+# -- the cache, the real titles
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINRUN_CACHE", "/x")
+    assert cache_dir() == Path("/x")
+    monkeypatch.delenv("MAINRUN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/y")
+    assert cache_dir() == Path("/y/mainrun")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "mainrun"
+
+
+def test_real_titles(real_titles: Path) -> None:
+    c = load(f"file:{real_titles}", 20_000)
+    lines = real_titles.read_text(encoding="utf-8").split("\n")[:20_000]
+    assert (c.train, c.val) == (lines[:18_000], lines[18_000:])
+    assert c.origin["blank"] == 0 and c.origin["val_in_train"] == 0
+
+
+def test_fewer_real_titles_than_asked_for(real_titles: Path) -> None:
+    assert "--set num_titles=150000" in refused(f"file:{real_titles}", 200_000)

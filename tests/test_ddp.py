@@ -1,0 +1,142 @@
+"""Two processes (gloo, by torchrun) are one: ranks take slices of one global batch, and the leader alone writes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, tiny_sets
+
+from mainrun.config import TrainConfig, from_dict
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RunDir
+from mainrun.train import train
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {"num_titles": 200, "preset": "baseline", "dropout": 0.0, "lr": 0.3, "optimizer": "sgd"}
+
+
+def config(**changes: Any) -> TrainConfig:
+    """What the command line makes of the same changes."""
+    from mainrun.config import load
+
+    fields = load("baseline")[0].model_dump() | TINY | SMALL | changes
+    return from_dict(fields | {"preset": "baseline"})
+
+
+def command(out: Path, *arguments: str, processes: int = 2, **changes: Any) -> list[str]:
+    sets = {k: v for k, v in (SMALL | changes).items() if k != "preset"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*torchrun, "-m", "mainrun.train", "--preset", "baseline", *tiny_sets(**sets), "--out", str(out), *arguments]
+
+
+def torchrun(out: Path, *arguments: str, **changes: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(out, *arguments, **changes), capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def losses(run: RunDir) -> list[float]:
+    return [r["loss"] for r in run.metrics() if r["event"] == "step"]
+
+
+def compare(one: RunDir, two: RunDir) -> None:
+    a, b = losses(one), losses(two)
+    assert len(a) == len(b) >= 20 and a[0] - a[-1] > 0.05
+    assert b == pytest.approx(a, abs=1e-5)
+    for row_a, row_b in zip(one.metrics(), two.metrics(), strict=True):
+        assert row_a["event"] == row_b["event"] and row_a["step"] == row_b["step"]
+        if row_a["event"] == "eval":
+            assert row_b["full"] == pytest.approx(row_a["full"], abs=1e-5)
+    first, second = (checkpoint.load_newest(r.checkpoints, lambda meta: None, lambda text: None) for r in (one, two))
+    assert first is not None and second is not None and first[0].keys() == second[0].keys()
+    for name, tensor in first[0].items():
+        if name.startswith("model/"):
+            assert (tensor - second[0][name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"optimizer": "adamw", "lr": 1e-3, "grad_accum": 2, "ema": 0.9, "weight_decay": 0.1},
+        {"optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "order": "shuffle_titles", "title_mask": True, "value_residual": True},
+    ],
+    ids=["sgd", "adamw, accumulation, ema", "muon, modern"],
+)
+def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    cfg = config(**recipe)
+    train(cfg, tmp_path / "one")
+    done = torchrun(tmp_path / "two", **recipe)
+    assert done.returncode == 0, done.stderr
+    one, two = (RunDir(tmp_path / name / cfg.run_id) for name in ("one", "two"))
+    compare(one, two)
+    summary = two.summary()
+    assert summary is not None and summary["machine_class"]["processes"] == 2
+    assert done.stdout.count(cfg.run_id) == 1, "the leader alone speaks"
+
+
+def test_dropout_masks_differ_between_the_processes(tmp_path: Path) -> None:
+    """The same rows on both ranks would get the same mask if the ranks shared a seed; two pieces of one process never do."""
+    changes = {"dropout": 0.5, "lr": 1e-9, "eval_per_epoch": 0}
+    done = torchrun(tmp_path / "two", **changes)
+    assert done.returncode == 0, done.stderr
+    cfg = config(**changes, grad_accum=2)
+    train(cfg, tmp_path / "one")
+    two = RunDir(tmp_path / "two" / config(**changes).run_id)
+    assert losses(two) == pytest.approx(losses(RunDir(tmp_path / "one" / cfg.run_id)), abs=1e-5)
+
+
+def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
+    changes = {"optimizer": "adamw", "lr": 1e-3, "epochs": 20, "checkpoint_every": 50}
+    cfg = config(**changes)
+    run = RunDir(tmp_path / "two" / cfg.run_id)
+    process = subprocess.Popen(command(tmp_path / "two", **changes), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 300
+        while len(losses(run)) < 20:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.05)
+        os.kill(run.status()["pid"], signal.SIGTERM)  # one process is asked, both stop
+        error = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert re.findall(r"exitcode *: (\d+)", error) == ["75", "75"], error
+    assert "SIGTERM at step" in error
+    status = run.status()
+    assert status["state"] == "interrupted" and 20 <= status["step"] < status["steps"]
+    done = torchrun(tmp_path / "two", **changes)
+    assert done.returncode == 0, done.stderr
+    assert f"goes on after step {status['step']}" in done.stderr
+    train(cfg, tmp_path / "one")
+    compare(RunDir(tmp_path / "one" / cfg.run_id), run)
+    assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, status["steps"] + 1))
+
+    # asked again it is done; --fresh does it again, and no process takes the old summary for the new run's
+    weights = (run.summary() or {})["weights"]
+    assert torchrun(tmp_path / "two", **changes).returncode == 0 and (run.summary() or {})["resumed"] == 1
+    done = torchrun(tmp_path / "two", "--fresh", **changes)
+    assert done.returncode == 0, done.stderr
+    summary = run.summary()
+    assert summary is not None and summary["resumed"] == 0 and len(weights) == 64
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, grad_accum=8)
+    message = "batch_size=8 does not split over 2 processes x grad_accum=8"
+    assert done.returncode != 0 and message in done.stderr and "Traceback (most recent call last):\n  File \"<" not in done.stderr
+    assert re.findall(r"exitcode *: (\d+)", done.stderr)[:1] == ["2"], done.stderr
+    assert list(tmp_path.iterdir()) == []
+    # the process itself, without torchrun around it
+    alone = [sys.executable, *command(tmp_path, grad_accum=8)[6:]]
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    one = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert one.returncode == 2 and one.stderr.startswith(f"error: {message}") and "Traceback" not in one.stderr

@@ -1,0 +1,273 @@
+"""evaluate against the formula written out token by token, and the promises around it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mainrun import scoring
+from mainrun.errors import ConfigError
+from mainrun.scoring import evaluate, official_coverage, official_spans
+
+EOS = 1  # the task's; written out here on purpose
+VOCAB = 23
+
+
+class Attention(nn.Module):
+    """One causal layer over learned positions, with dropout: what a score depends on in a small GPT."""
+
+    def __init__(self, vocab: int = VOCAB, block_size: int = 16, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.positions = nn.Embedding(block_size, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.drop(self.embed(idx) + self.positions.weight[: idx.shape[1]])
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return (x + F.scaled_dot_product_attention(q, k, v, is_causal=True)) @ self.embed.weight.T
+
+
+@pytest.fixture(scope="module")
+def model() -> Attention:
+    torch.manual_seed(0)
+    return Attention()
+
+
+def stream(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB, n).astype(np.uint16)
+
+
+def token_nll(model: nn.Module, context: list[int], target: int) -> float:
+    """One token's, from its own forward pass over its own context."""
+    with torch.no_grad():
+        logits = model(torch.tensor([context]))[0, -1].double()
+    return float(logits.logsumexp(0) - logits[target])
+
+
+def naive_full(model: nn.Module, tokens: list[int], block_size: int) -> float:
+    total, inputs = 0.0, [EOS, *tokens[:-1]]
+    for i, target in enumerate(tokens):
+        start = i // block_size * block_size
+        total += token_nll(model, inputs[start : i + 1], target)
+    return total
+
+
+def naive_official(model: nn.Module, tokens: list[int], rows: int, length: int) -> tuple[float, int]:
+    """The pointer of the public task, literally."""
+    total, targets, span, pointer = 0.0, 0, rows * length + 1, 0
+    while pointer + span <= len(tokens):
+        part = tokens[pointer : pointer + span]
+        x, y = part[:-1], part[1:]
+        for row in range(rows):
+            for i in range(length):
+                total += token_nll(model, x[row * length : row * length + i + 1], y[row * length + i])
+                targets += 1
+        pointer += span
+    return total, targets
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 90), block_size=st.integers(1, 16), rows=st.integers(1, 4), length=st.integers(1, 16), seed=st.integers(0, 9))
+def test_both_scores_are_the_formula(model: Attention, n: int, block_size: int, rows: int, length: int, seed: int) -> None:
+    length = min(length, block_size)
+    tokens = stream(n, seed)
+    if n < rows * length + 1:
+        with pytest.raises(ConfigError, match="shorter than one span"):
+            evaluate(model, tokens, chars=100, nbytes=50, block_size=block_size, geometry=(rows, length))
+        return
+    score = evaluate(model, tokens, chars=100, nbytes=50, block_size=block_size, geometry=(rows, length))
+    model.eval()
+    official, targets = naive_official(model, tokens.tolist(), rows, length)
+    full = naive_full(model, tokens.tolist(), block_size)
+    model.train()
+    assert score.full == pytest.approx(full / 100, rel=1e-5)
+    assert score.loss == pytest.approx(full / n, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(full / math.log(2) / 50, rel=1e-5)
+    assert score.official == pytest.approx(official / 100, rel=1e-5)
+    assert score.coverage == targets / n == official_coverage(n, (rows, length))
+    assert score.tokens == n
+
+
+class ById(nn.Module):
+    """Gives every token the nats of its own id, so that the sum says which targets were counted."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab = vocab
+        self.table = nn.Parameter(-torch.arange(vocab).float())
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.table.expand(*idx.shape, self.vocab)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(3, 400), block_size=st.integers(2, 64))
+def test_every_token_is_a_target_exactly_once(n: int, block_size: int) -> None:
+    tokens = np.random.default_rng(n).permutation(np.arange(2, n + 2)).astype(np.uint16)
+    model = ById(n + 2)
+    score = evaluate(model, tokens, chars=1, nbytes=1, block_size=block_size, geometry=(1, 2))
+    log_z = float(model.table.detach().double().logsumexp(0))
+    assert score.loss * n == pytest.approx(float(tokens.astype(np.int64).sum()) + n * log_z, rel=1e-6)
+    seen = [t for x, y in scoring._full(tokens, block_size) for t in y.flatten().tolist()]
+    given_ = [t for x, y in scoring._full(tokens, block_size) for t in x.flatten().tolist()]
+    assert seen == tokens.tolist()
+    assert given_ == [EOS, *tokens[:-1].tolist()]
+    assert all(x.shape[1] <= block_size for x, _ in scoring._full(tokens, block_size))
+
+
+@pytest.mark.parametrize("logits", [1, 500, 3_000, 10**9])
+def test_full_does_not_depend_on_the_width_of_a_batch(model: Attention, monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    want = evaluate(model, stream(200), chars=700, nbytes=600, block_size=16, geometry=(2, 8))
+    monkeypatch.setitem(scoring.LOGITS, "cpu", logits)
+    got = evaluate(model, stream(200), chars=700, nbytes=600, block_size=16, geometry=(2, 8))
+    assert got.full == pytest.approx(want.full, rel=1e-6)
+    assert got.official == pytest.approx(want.official, rel=1e-6)
+
+
+def test_batches_are_wide_and_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring.LOGITS, "cpu", 100 * 8 * 5)
+    shapes: list[tuple[int, ...]] = []
+
+    class Shapes(ById):
+        def forward(self, idx: Tensor) -> Tensor:
+            shapes.append(tuple(idx.shape))
+            return super().forward(idx)
+
+    evaluate(Shapes(100), stream(161), chars=1, nbytes=1, block_size=8, geometry=(4, 8))
+    assert max(b * t * 100 for b, t in shapes) == 4000
+    assert len(shapes) <= 2 * (1 + math.ceil(20 / 5)) + 1
+
+
+def test_full_is_the_same_under_any_official_geometry(model: Attention) -> None:
+    scores = [evaluate(model, stream(150), chars=9, nbytes=9, block_size=16, geometry=g) for g in ((1, 16), (8, 16), (3, 5))]
+    assert len({s.full for s in scores}) == len({s.loss for s in scores}) == 1
+    assert len({s.coverage for s in scores}) == 2
+
+
+def test_modes_of_every_module_come_back(model: Attention) -> None:
+    model.train()
+    model.drop.eval()  # one that somebody froze
+    evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
+    assert model.training
+    assert model.qkv.training
+    assert not model.drop.training
+    model.train()
+
+
+def test_modes_come_back_after_an_error() -> None:
+    class Broken(Attention):
+        def forward(self, idx: Tensor) -> Tensor:
+            raise RuntimeError("broken")
+
+    model = Broken()
+    with pytest.raises(RuntimeError, match="broken"):
+        evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
+    assert all(m.training for m in model.modules())
+
+
+def test_no_dropout_no_gradient_no_random_state(model: Attention) -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
+    weights = copy.deepcopy(model.state_dict())
+    scores = {evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16)) for _ in range(3)}
+    assert len(scores) == 1, "dropout was on"
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[index]
+    assert random.getstate() == states[2]
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_graph_is_kept() -> None:
+    class Watcher(Attention):
+        graphs = 0
+
+        def forward(self, idx: Tensor) -> Tensor:
+            logits = super().forward(idx)
+            self.graphs += logits.requires_grad
+            return logits
+
+    model = Watcher()
+    evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
+    assert model.graphs == 0
+
+
+def test_a_table_made_while_scoring_can_be_trained_with_afterwards() -> None:
+    class Lazy(Attention):
+        scale: Tensor | None = None
+
+        def forward(self, idx: Tensor) -> Tensor:
+            self.scale = torch.ones(12) if self.scale is None else self.scale
+            return (self.embed(idx) * self.scale) @ self.embed.weight.T
+
+    model = Lazy()
+    evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
+    model(torch.ones(1, 4, dtype=torch.int64)).sum().backward()
+
+
+def test_bfloat16_autocast() -> None:
+    class Half(Attention):
+        def forward(self, idx: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(idx)
+
+    torch.manual_seed(0)
+    half = Half()
+    full = Attention()
+    full.load_state_dict(half.state_dict())
+    assert half.eval()(torch.ones(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
+    got, want = (evaluate(m, stream(300), chars=900, nbytes=900, block_size=16, geometry=(4, 16)) for m in (half, full))
+    assert got.full == pytest.approx(want.full, rel=2e-2)
+    assert got.full != want.full
+    # the softmax is float32: in bfloat16 it would keep three digits only
+    logits = half.eval()(torch.tensor([[EOS, 5]])).detach().double()
+    one = evaluate(half, np.array([5, 9], dtype=np.uint16), chars=1, nbytes=1, block_size=2, geometry=(1, 1))
+    by_hand = sum(float(logits[0, i].logsumexp(0) - logits[0, i, t]) for i, t in enumerate((5, 9)))
+    assert one.full == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_the_sum_is_float64() -> None:
+    """A large stream of equal losses: a float32 sum drifts in the sixth digit, float64 does not."""
+    table = nn.Embedding.from_pretrained(torch.tensor([[0.1, 0.0, 0.2]] * 3))
+    tokens = np.full(3_000_000, 2, dtype=np.uint16)
+    score = evaluate(table, tokens, chars=len(tokens), nbytes=1, block_size=1000, geometry=(1, 1000))
+    one = float(F.cross_entropy(table.weight[:1], torch.tensor([2])))
+    assert score.full == pytest.approx(one, rel=1e-12)
+
+
+def test_memory_mapped_tokens(model: Attention, tmp_path: Path) -> None:
+    np.save(tmp_path / "val.npy", stream(100))
+    mapped = np.load(tmp_path / "val.npy", mmap_mode="r")
+    args = {"chars": 5, "nbytes": 5, "block_size": 16, "geometry": (2, 16)}
+    assert evaluate(model, mapped, **args) == evaluate(model, stream(100), **args)  # type: ignore[arg-type]
+
+
+def test_refusals_say_what_to_do(model: Attention) -> None:
+    with pytest.raises(ConfigError, match=r"32 tokens, shorter than one span.*2x16\+1 = 33.*official_geometry"):
+        evaluate(model, stream(32), chars=1, nbytes=1, block_size=16, geometry=(2, 16))
+    assert official_spans(33, (2, 16)) == 1
+    assert official_spans(65, (2, 16)) == 1  # spans do not overlap: two take 66 tokens
+    assert official_spans(66, (2, 16)) == 2
+    with pytest.raises(ConfigError, match="longer than block_size=8"):
+        evaluate(model, stream(100), chars=1, nbytes=1, block_size=8, geometry=(2, 16))
+    with pytest.raises(ConfigError, match="chars=0"):
+        evaluate(model, stream(100), chars=0, nbytes=1, block_size=16, geometry=(2, 16))
+
+
+def test_the_hash_is_of_the_whole_file() -> None:
+    assert scoring.evaluate_source_hash() == hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()

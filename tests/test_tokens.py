@@ -1,0 +1,556 @@
+"""Tokenizers are lossless and the same everywhere, the cache is never wrong, and a batch is a function of its step."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mainrun import tokens
+from mainrun.corpus import Corpus
+from mainrun.errors import ConfigError, RunError, UsageError
+from mainrun.tokens import EOS, UNK, Batches, Tokenizer, fit, prepare
+
+KINDS = ("bpe", "unigram")
+SYLLABLES = (["ker", "ban", "sho", "lu"], ["", "pyt", "ro", "mi"], ["st", "nel", "ng", "o"])
+WORDS = ["café", "€50", "—", "10x", *map("".join, itertools.product(*SYLLABLES))]
+TRICKY = ["<eos>", "<pad>", "<unk>", "<0x41>", "▁", "\\x{", "\\x{41}", "\\", "x{", "}"]
+TRICKY += ["\t", "\0", "\r", " ", "  ", "é", "e\u0301", "😀", "\x7f", " ⁇ "]
+
+
+def some_titles(n: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))).capitalize() + f" {i}" for i in range(n)]
+
+
+def a_corpus(n: int = 300, dev: int = 20, seed: int = 0) -> Corpus:
+    titles = some_titles(n, seed)
+    cut = n * 9 // 10
+    parts = {"train": titles[: cut - dev], "dev": titles[cut - dev : cut], "val": titles[cut:]}
+    prints = {split: f"{split} {n} {dev} {seed}" for split in (*parts, "corpus")}
+    return Corpus(name="test", fingerprints=prints, origin={"kind": "test"}, **parts)
+
+
+@cache
+def fitted(kind: str, vocab_size: int = 400) -> Tokenizer:
+    return fit(kind, some_titles(400), vocab_size)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for one test; the folder that its entries come to lie in."""
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def no_fit(monkeypatch: pytest.MonkeyPatch):
+    """After no_fit() whoever fits a vocabulary fails: only the cache is left."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("fitted again")
+
+    return lambda: monkeypatch.setattr(tokens, "fit", refuse)
+
+
+def same(a: tokens.TokenData, b: tokens.TokenData) -> bool:
+    equal = all(np.array_equal(a.splits[s], b.splits[s]) and a.splits[s].dtype == b.splits[s].dtype for s in a.splits)
+    return equal and list(a.splits) == list(b.splits) and (a.chars, a.bytes, a.digest) == (b.chars, b.bytes, b.digest)
+
+
+# -- lossless
+
+
+def titles_of_any_kind() -> st.SearchStrategy[str]:
+    anything = st.text(st.characters(exclude_characters="\n", codec="utf-8"), max_size=8)
+    return st.lists(st.one_of(st.sampled_from(TRICKY), st.sampled_from(WORDS), anything), max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None)
+@given(titles=st.lists(titles_of_any_kind(), max_size=4))
+def test_any_title_survives(kind: str, titles: list[str]) -> None:
+    tokenizer = fitted(kind)
+    stream = tokenizer.encode(titles)
+    assert tokenizer.titles(stream) == titles
+    assert np.count_nonzero(stream == EOS) == len(titles), "one <eos> a title, none inside"
+    assert stream.size == 0 or (stream[stream != EOS].min(initial=3) > UNK and stream.max() < tokenizer.vocab_size)
+    for title in titles:
+        assert tokenizer.decode(tokenizer.encode([title])) == title
+        assert tokenizer.decode(tokenizer.encode([title])[:-1]) == title, "a last title needs no <eos>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_characters_of_all_unicode_survive(kind: str) -> None:
+    chars = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 17))]
+    titles = ["".join(chars[i : i + 256]) for i in range(0, len(chars), 256)]
+    stream = fitted(kind).encode(titles)
+    assert fitted(kind).titles(stream) == titles
+    assert stream[stream != EOS].min() > UNK
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitted_on_the_names_of_special_tokens_it_still_treats_them_as_text(kind: str) -> None:
+    titles = [f"{a}{b} {a} {i % 7}" for i, (a, b) in enumerate(itertools.product(TRICKY, repeat=2))]
+    tokenizer = fit(kind, [*titles, *some_titles(200)], 320)
+    stream = tokenizer.encode(titles)
+    assert tokenizer.titles(stream) == titles
+    assert np.count_nonzero(stream <= UNK) == np.count_nonzero(stream == EOS) == len(titles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_ids_always_decode(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        assert isinstance(fitted(kind).decode(rng.integers(0, 400, 30)), str)
+    assert fitted(kind).decode([]) == ""
+    assert fitted(kind).titles([UNK, tokens.PAD, EOS, EOS]) == ["", ""]
+    for written in ("\\x{110000}", "\\x{d800}", "\\x{}", "\\x{gg}"):  # as a model might write; no title encodes to this
+        raw = fitted("bpe")._library.encode(written).ids
+        assert fitted("bpe").decode(raw) == written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_surrogate_pair_is_refused(kind: str) -> None:
+    with pytest.raises(UsageError, match="surrogate"):
+        fitted(kind).encode(["fine", "bad \udc80"])
+
+
+# -- fitting
+
+
+def test_bpe_gives_the_stream_of_the_public_baseline(real_titles: Path) -> None:
+    with open(real_titles, encoding="utf-8", newline="\n") as file:
+        titles = [line.rstrip("\n") for line in itertools.islice(file, 20_000)]
+    tokenizer = fit("bpe", titles, 16_000)
+    stream = tokenizer.encode(titles[:18_000])
+    assert len(stream) == 228_354
+    assert tokenizer.vocab_size == 16_000
+    assert tokenizer.titles(stream) == titles[:18_000]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_come_first(kind: str) -> None:
+    library = fitted(kind)._library
+    name = library.id_to_token if kind == "bpe" else library.id_to_piece
+    assert [name(i) for i in range(3)] == ["<pad>", "<eos>", "<unk>"]
+    assert (tokens.PAD, tokens.EOS, tokens.UNK) == (Tokenizer.PAD, Tokenizer.EOS, Tokenizer.UNK) == (0, 1, 2)
+    assert fitted(kind).vocab_size == 400 == (library.get_vocab_size() if kind == "bpe" else library.get_piece_size())
+
+
+def test_unigram_puts_nothing_before_a_title() -> None:
+    assert not fitted("unigram")._library.id_to_piece(int(fitted("unigram").encode(["kerst"])[0])).startswith("▁")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(kind: str) -> None:
+    titles = some_titles(300)
+    with pytest.raises(ConfigError, match=r"vocab_size=30,000 is larger") as error:
+        fit(kind, titles, 30_000)
+    most = int(re.search(r"--set vocab_size=(\d+)", str(error.value))[1])
+    assert fit(kind, titles, most).vocab_size == most
+    with pytest.raises(ConfigError, match=f"at most {most:,} "):
+        fit(kind, titles, most + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_little_text_for_any_vocabulary_does_not_suggest_one(kind: str) -> None:
+    for titles in (["ab"] * 9, [""] * 9, []):
+        with pytest.raises(UsageError, match=r"num_titles|more text") as error:
+            fit(kind, titles, 300)
+        assert "--set vocab_size" not in str(error.value)
+
+
+def test_a_vocabulary_without_room_is_refused() -> None:
+    for kind in KINDS:
+        with pytest.raises(ConfigError, match="no room for 3 special tokens and 256 bytes"):
+            fit(kind, some_titles(300), 258)
+    many = ["".join(chr(c) for c in range(0x4E00, 0x4E00 + 200))] * 3
+    with pytest.raises(ConfigError, match="too small for tokenizer=unigram") as error:
+        fit("unigram", many, 300)
+    assert fit("unigram", [*many, *some_titles(300)], int(re.search(r"--set vocab_size=(\d+)", str(error.value))[1])).vocab_size > 450
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitting_prints_nothing(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    fit(kind, some_titles(300), 330).encode(some_titles(5))
+    with pytest.raises(ConfigError):
+        fit(kind, some_titles(60), 30_000)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("extra", ["", "\t", "\0", "▁", "\r"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_titles_and_odd_ones_are_part_of_the_fit(kind: str, extra: str) -> None:
+    tokenizer = fit(kind, [*some_titles(300), "ж " * 5_000 + extra], 350)
+    assert len(tokenizer.encode(["ж"])) == 2, "one token and <eos>; a character that the fit never saw takes two bytes or more"
+
+
+FIT = """
+import sys
+from mainrun.tokens import fit
+titles = sys.stdin.read().split("\\n")
+for kind in ("bpe", "unigram"):
+    t = fit(kind, titles, 900)
+    print(kind, t.digest, t.encode(titles).sum())
+"""
+
+
+def test_processes_and_threads_do_not_change_a_vocabulary() -> None:
+    """Ties between merges or between pieces must not fall by hash seed or by thread."""
+    rng = random.Random(1)
+    text = "\n".join("".join(rng.choices("abcdefgh ", k=40)) for _ in range(2_000))
+    found = set()
+    for threads, seed in (("1", "1"), ("2", "2"), ("4", "3")):
+        env = os.environ | {"RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": seed}
+        env["TOKENIZERS_PARALLELISM"] = "false" if threads == "1" else "true"
+        found.add(subprocess.run([sys.executable, "-c", FIT], input=text, env=env, check=True, capture_output=True, text=True).stdout)
+    assert len(found) == 1
+    assert len(found.pop().splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_json_gives_the_same_tokenizer(kind: str) -> None:
+    one = fitted(kind)
+    two = Tokenizer.from_json(one.to_json())
+    titles = [*some_titles(30), *TRICKY]
+    assert (two.kind, two.vocab_size, two.digest) == (one.kind, one.vocab_size, one.digest)
+    assert two.to_json() == one.to_json()
+    assert np.array_equal(two.encode(titles), one.encode(titles))
+    assert two.titles(one.encode(titles)) == titles
+    assert fitted(kind).digest != fitted(kind, 401).digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_tokenizer_file_is_one_clear_error(kind: str) -> None:
+    good = fitted(kind).to_json()
+    table = json.loads(good)
+    for text in ("", "[]", "null", good[:-9], '{"kind": "bpe"}', json.dumps(table | {"format": 99}), json.dumps(table | {"kind": "words"})):
+        with pytest.raises(RunError, match="--fresh"):
+            Tokenizer.from_json(text)
+    for model in ({}, "", "AAAA", 5, None):
+        with pytest.raises(RunError, match="--fresh"):
+            Tokenizer.from_json(json.dumps(table | {"model": model})).encode(["a"])
+
+
+# -- streams and their cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_hold_every_title_of_every_split(kind: str, tiny, own_cache: Path) -> None:
+    corpus = a_corpus()
+    data = prepare(tiny(tokenizer=kind), corpus)
+    assert list(data.splits) == ["train", "dev", "val"]
+    for split, stream in data.splits.items():
+        titles = getattr(corpus, split)
+        assert isinstance(stream, np.memmap)
+        assert not stream.flags.writeable
+        assert stream.dtype == np.uint16
+        assert stream[-1] == EOS
+        assert data.tokenizer.titles(stream) == titles
+        assert data.chars[split] == len("<eos>".join(titles) + "<eos>")
+        assert data.bytes[split] == len("".join(title + "\n" for title in titles).encode())
+    assert list(prepare(tiny(tokenizer=kind), a_corpus(dev=0)).splits) == ["train", "val"]
+
+
+def test_what_the_vocabulary_is_fitted_on(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, seen = a_corpus(), []
+    monkeypatch.setattr(tokens, "fit", lambda kind, titles, size: seen.append(list(titles)) or fit(kind, titles, size))
+    prepare(tiny(tokenizer_fit="train"), corpus)
+    prepare(tiny(tokenizer_fit="train+val"), corpus)
+    assert seen == [corpus.train, corpus.train + corpus.val]
+
+
+def test_large_vocabularies_take_wider_ids() -> None:
+    assert [Tokenizer("bpe", size, b"").dtype for size in (65_535, 65_536)] == [np.uint16, np.uint32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_time_comes_from_the_cache(kind: str, tiny, own_cache: Path, no_fit) -> None:
+    first = prepare(tiny(tokenizer=kind), a_corpus())
+    no_fit()
+    second = prepare(tiny(tokenizer=kind), a_corpus())
+    assert same(first, second)
+    assert second.tokenizer.digest == first.tokenizer.digest
+    assert prepare(tiny(tokenizer=kind, lr=0.5, seed=7, preset="other"), a_corpus()).digest == first.digest
+
+
+def test_what_changes_the_streams_changes_the_entry(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, base = a_corpus(), tiny()
+    keys = {tokens._key(base, corpus)}
+    for change in ({"vocab_size": 401}, {"tokenizer": "unigram"}, {"tokenizer_fit": "train+val"}):
+        keys.add(tokens._key(tiny(**change), corpus))
+    for split in ("train", "dev", "val"):
+        other = Corpus(corpus.name, corpus.train, corpus.dev, corpus.val, corpus.fingerprints | {split: "another"}, corpus.origin)
+        keys.add(tokens._key(base, other))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.0")
+    keys.add(tokens._key(base, corpus))
+    monkeypatch.setattr(tokens, "FORMAT", 2)
+    keys.add(tokens._key(base, corpus))
+    assert len(keys) == 9
+
+
+def test_the_digest_covers_every_stream(tiny, own_cache: Path) -> None:
+    data = prepare(tiny(), a_corpus())
+    for split in data.splits:
+        edited = {s: stream.copy() for s, stream in data.splits.items()}
+        edited[split][0] += 1
+        assert tokens._digest(data.tokenizer, edited, data.chars, data.bytes) != data.digest
+
+
+def flip(path: Path, where: float) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[int(where * (len(raw) - 1))] ^= 1
+    path.write_bytes(raw)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+DAMAGE = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path: os.truncate(path, 0),
+    "first byte": lambda path: flip(path, 0),
+    "last byte": lambda path: flip(path, 1),
+    "middle byte": lambda path: flip(path, 0.5),
+    "removed": Path.unlink,
+    "not a file": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.npy", "dev.npy", "val.npy"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_entry_is_built_again(name: str, how: str, tiny, own_cache: Path) -> None:
+    good = prepare(tiny(), a_corpus())
+    good = tokens.TokenData(good.tokenizer, {s: stream.copy() for s, stream in good.splits.items()}, good.chars, good.bytes, good.digest)
+    [entry] = own_cache.iterdir()
+    DAMAGE[how](entry / name)
+    with pytest.warns(UserWarning, match="damaged") as seen:
+        assert same(prepare(tiny(), a_corpus()), good)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = prepare(tiny(), a_corpus())
+    assert same(again, good)
+    assert isinstance(again.splits["train"], np.memmap)
+    assert [path.name for path in own_cache.iterdir()] == [entry.name], "nothing is left lying about"
+
+
+def test_edited_counts_are_damage(tiny, own_cache: Path) -> None:
+    good = prepare(tiny(), a_corpus())
+    [entry] = own_cache.iterdir()
+    for table in ("chars", "bytes"):
+        count = getattr(good, table)["val"]
+        edit(entry / "meta.json", f'"val":{count}', f'"val":{count + 1}')
+        with pytest.warns(UserWarning, match="checksum"):
+            assert same(prepare(tiny(), a_corpus()), good)
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(tiny, own_cache: Path) -> None:
+    good = prepare(tiny(), a_corpus())
+    [entry] = own_cache.iterdir()
+    entry.rename(own_cache.parent / "aside")
+    entry.write_text("?")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert same(prepare(tiny(), a_corpus()), good)
+    assert entry.is_dir()
+
+
+PREPARE = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import test_tokens
+from conftest import TINY
+from mainrun.config import from_dict
+from mainrun.tokens import prepare
+print("ready", flush=True)
+sys.stdin.readline()
+warnings.simplefilter("error" if sys.argv[2] == "empty" else "ignore")
+data = prepare(from_dict(TINY), test_tokens.a_corpus())
+print(data.digest, type(data.splits["train"]).__name__)
+"""
+
+
+@pytest.mark.parametrize("state", ["empty", "damaged"])
+def test_processes_that_fill_the_cache_at_once_agree(state: str, tiny, own_cache: Path) -> None:
+    if state == "damaged":
+        prepare(tiny(), a_corpus())
+        [entry] = own_cache.iterdir()
+        os.truncate(entry / "train.npy", 100)
+    command = [sys.executable, "-c", PREPARE, str(Path(__file__).parent), state]
+    runs = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    found = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 4
+    assert {line.split()[0] for line in found} == {prepare(tiny(), a_corpus()).digest}
+    assert len(list(own_cache.iterdir())) == 1
+
+
+def test_the_second_of_two_keeps_the_entry_of_the_first(tiny, own_cache: Path) -> None:
+    built = tokens._build(tiny(), a_corpus())
+    tokens._store(own_cache / "entry", built)
+    before = (own_cache / "entry" / "train.npy").stat()
+    found = tokens._store(own_cache / "entry", built)
+    assert (own_cache / "entry" / "train.npy").stat().st_ino == before.st_ino
+    assert isinstance(found.splits["train"], np.memmap)
+    assert same(found, built)
+
+
+def test_a_full_disk_costs_only_the_cache(tiny, own_cache: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.warns(UserWarning, match="not cached"):
+            data = prepare(tiny(), a_corpus())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(own_cache.iterdir()) == []
+    assert same(data, prepare(tiny(), a_corpus()))
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_cache(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="not cached"):
+        data = prepare(tiny(), a_corpus())
+    assert data.tokenizer.titles(data.splits["val"]) == a_corpus().val
+
+
+# -- batches
+
+
+def a_stream(lengths: list[int]) -> np.ndarray:
+    """Titles of these lengths, every token but <eos> used once, so that a token names its place."""
+    flat, token = [], 3
+    for length in lengths:
+        flat += [*range(token, token + length), EOS]
+        token += length
+    return np.array(flat, dtype=np.uint16)
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    block, batch = draw(st.integers(2, 9)), draw(st.integers(1, 5))
+    lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
+    stream = a_stream(lengths)
+    if draw(st.booleans()):  # the corner: as many tokens as whole spans
+        fill = -len(stream) % (block * batch) or block * batch
+        stream = a_stream([*lengths, fill - 1])
+    if len(stream) <= block * batch:
+        stream = a_stream([*lengths, block * batch])
+    return stream, batch, block
+
+
+@settings(max_examples=200, deadline=None)
+@given(geometry=geometries(), epochs=st.integers(1, 4))
+def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, int], epochs: int) -> None:
+    from conftest import TINY
+
+    from mainrun.config import Plan, from_dict
+
+    stream, batch, block = geometry
+    cfg = from_dict(TINY | {"block_size": block, "batch_size": batch, "epochs": epochs})
+    batches, plan = Batches(cfg, stream), Plan(cfg, len(stream))
+    assert plan.steps == epochs * (len(stream) // (block * batch))
+    pointer = 0
+    for step in range(plan.steps):
+        if pointer + block * batch + 1 > len(stream):
+            pointer = 0
+        x = stream[pointer : pointer + block * batch].reshape(batch, block)
+        y = stream[pointer + 1 : pointer + block * batch + 1].reshape(batch, block)
+        pointer += block * batch
+        got_x, got_y = batches.at(step, batch)
+        assert got_x.dtype == got_y.dtype == np.int64
+        assert np.array_equal(got_x, x)
+        assert np.array_equal(got_y, y)
+
+
+@settings(max_examples=200, deadline=None)
+@given(geometry=geometries(), seed=st.integers(0, 2**32 - 1), asked=st.randoms(use_true_random=False))
+def test_shuffled_epochs_hold_every_title_once(geometry: tuple[np.ndarray, int, int], seed: int, asked: random.Random) -> None:
+    from conftest import TINY
+
+    from mainrun.config import from_dict
+
+    stream, batch, block = geometry
+    span = batch * block
+    cfg = from_dict(TINY | {"block_size": block, "batch_size": batch, "seed": seed, "order": "shuffle_titles"})
+    batches, steps = Batches(cfg, stream), len(stream) // span
+    in_order = [batches.at(step, batch) for step in range(3 * steps)]
+
+    whole = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
+    for epoch in range(3):
+        spans = (len(stream) - 1) // span  # at whole spans the last one lacks its last target, and the pointer goes back
+        rows = in_order[epoch * steps : epoch * steps + spans]
+        x, y = (np.concatenate([row[i].ravel() for row in rows]) for i in (0, 1))
+        assert np.array_equal(x[1:], y[:-1]), "y is x, one later, through the whole epoch"
+        read = np.append(x, y[-1])
+        assert len(stream) - len(read) < span, "less than a span is dropped"
+        *closed, cut = np.split(read, np.flatnonzero(read == EOS) + 1)
+        missing = whole.copy()
+        missing.subtract(tuple(t) for t in closed)
+        assert min(missing.values()) >= 0, "no title twice, none that is not there"
+        assert cut.size == 0 or any(t[: len(cut)] == tuple(cut) for t in missing if missing[t] > 0)
+
+    order = list(range(3 * steps))
+    asked.shuffle(order)
+    for step in order:
+        assert all(np.array_equal(a, b) for a, b in zip(batches.at(step, batch), in_order[step], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(Batches(cfg, stream).at(step, batch), in_order[step], strict=True))
+
+
+def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(tiny) -> None:
+    stream = a_stream([5] * 200)
+    firsts = [Batches(tiny(order="shuffle_titles", seed=seed), stream).at(step, 8)[0] for seed in (1, 2) for step in (0, 9, 18)]
+    assert len({first.tobytes() for first in firsts}) == 6
+    assert np.array_equal(firsts[0], Batches(tiny(order="shuffle_titles", seed=1, lr=0.5), stream).at(0, 8)[0])
+    plain = [Batches(tiny(seed=seed), stream).at(3, 8)[0] for seed in (1, 2)]
+    assert np.array_equal(*plain)
+
+
+def test_no_validation_token_is_in_a_batch(tiny, own_cache: Path) -> None:
+    """The held-out titles are made of tokens that train never has."""
+    train, held = some_titles(200), ["qvd dvq"] * 20
+    prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
+    corpus = Corpus(name="test", train=train, dev=held, val=held, fingerprints=prints, origin={})
+    for order in ("sequential", "shuffle_titles"):
+        cfg = tiny(order=order, tokenizer="unigram", tokenizer_fit="train+val", vocab_size=350, block_size=4, batch_size=2)
+        data = prepare(cfg, corpus)
+        only_held = set(data.splits["val"].tolist()) - set(data.splits["train"].tolist())
+        assert only_held
+        batches = Batches(cfg, data.splits["train"])
+        for step in range(3 * len(data.splits["train"]) // 8):
+            assert only_held.isdisjoint(np.stack(batches.at(step, 2)).ravel().tolist())
+
+
+@pytest.mark.parametrize("order", ["sequential", "shuffle_titles"])
+def test_a_stream_shorter_than_one_step_is_refused(tiny, order: str) -> None:
+    with pytest.raises(ConfigError, match="batch_size\\*block_size\\+1 = 129"):
+        Batches(tiny(order=order), a_stream([127])).at(0, 8)
+    assert Batches(tiny(order=order), a_stream([128])).at(0, 8)[0].shape == (8, 16)
+
+
+def test_tokenizer_libraries_are_imported_when_used() -> None:
+    """The command line reads this module's names; it must not pay for the libraries, nor for torch."""
+    code = "import sys, mainrun.tokens; print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,650 @@
+"""The loop's promises: the same bits whatever happens on the way, and a clear word when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, tiny_sets
+
+from mainrun import train as trainer
+from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted
+from mainrun.progress import Progress
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RunDir
+from mainrun.train import estimate, sample, train
+
+SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # about 30 steps, a second
+
+
+def config(**changes: Any) -> TrainConfig:
+    return from_dict(TINY | SMALL | changes)
+
+
+class Watch(Progress):
+    """Does something after given steps; remembers what it was told."""
+
+    def __init__(self, at: dict[int, Callable[[], object]] | None = None) -> None:
+        self.at = dict(at or {})
+        self.steps: list[int] = []
+        self.notes: list[str] = []
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.steps.append(row["step"])
+        self.at.pop(row["step"], lambda: None)()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
+    """metrics.jsonl but for the clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in RunDir(run).metrics() if not event or r["event"] == event]
+
+
+def end(run: Path) -> tuple[list[dict[str, Any]], str, str]:
+    """All that two equal runs have in common: rows, scored weights, and every tensor of the last checkpoint."""
+    summary = RunDir(run).summary()
+    assert summary is not None and summary["status"] == "done"
+    meta = json.loads((checkpoint.steps(run / "checkpoints")[0] / "meta.json").read_text())
+    assert meta["step"] == summary["steps"]
+    return rows(run), summary["weights"], meta["state_sha256"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], Path]:
+    """The run directory of a config that was trained in one go, once for all tests here."""
+    out = tmp_path_factory.mktemp("undisturbed")
+
+    def run(cfg: TrainConfig) -> Path:
+        if not (out / cfg.run_id / "summary.json").exists():
+            train(cfg, out)
+        return out / cfg.run_id
+
+    return run
+
+
+# -- bits
+
+
+def in_a_fresh_process(out: Path, hash_seed: int, **changes: Any) -> Path:
+    """By the command line, with other hashes and an empty cache of compiled code."""
+    env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
+    command = [sys.executable, "-m", "mainrun.train", "--preset", "baseline", *tiny_sets(**SMALL | changes), "--out", str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return next(p.parent for p in out.glob("*/summary.json"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_config_gives_the_same_bits(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], dtype: str) -> None:
+    cfg = config(dtype=dtype)
+    one = undisturbed(cfg)
+    torch.manual_seed(12345)  # what happened in this process before does not matter
+    torch.randn(1000)
+    train(cfg, tmp_path)
+    assert end(tmp_path / cfg.run_id) == end(one)
+    losses = [r["loss"] for r in rows(one, "step")]
+    assert losses[0] - losses[-1] > 0.1, "it learns, else equal bits mean little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "compiled"), [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
+)
+def test_the_same_config_gives_the_same_bits_in_two_processes(tmp_path: Path, dtype: str, compiled: bool) -> None:
+    """With R-Drop, gates, a title mask and all three dropouts: what is random is drawn again in the same way."""
+    if compiled and not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    recipe = {"rdrop": 0.5, "title_mask": True, "attn_gate": True, "position": "rope", "optimizer": "muon", "momentum": 0.9, "lr": 0.01}
+    ends = [end(in_a_fresh_process(tmp_path / name, i, dtype=dtype, compile=compiled, n_layer=1, **recipe)) for i, name in enumerate("ab")]
+    assert ends[0] == ends[1]
+
+
+def test_the_cadence_of_evaluations_rows_and_checkpoints_does_not_touch_the_bits(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]
+) -> None:
+    one = undisturbed(config())
+    losses = {r["step"]: r["loss"] for r in rows(one, "step")}
+    scores = {r["step"]: r["full"] for r in rows(one, "eval")}
+    for changes in (
+        {"eval_per_epoch": 0, "log_every": 7, "checkpoint_every": 3},
+        {"eval_per_epoch": 1000, "checkpoint_every": 1000},
+        {"official_geometry": "2x8", "dev_frac": 0.0, "preset": "other"},
+    ):
+        cfg = config(**changes)
+        train(cfg, tmp_path)
+        other = tmp_path / cfg.run_id
+        assert end(other)[1:] == end(one)[1:], changes
+        assert all(losses[r["step"]] == r["loss"] for r in rows(other, "step"))
+        common = [r for r in rows(other, "eval") if r["step"] in scores]
+        assert common and all(scores[r["step"]] == r["full"] for r in common)
+    assert len(rows(other, "step")) == len(losses)
+
+
+def test_rows_are_written_as_often_as_asked(tmp_path: Path) -> None:
+    cfg = config(log_every=7, eval_per_epoch=2)
+    summary = train(cfg, tmp_path)
+    run = tmp_path / cfg.run_id
+    plan = Plan(cfg, RunDir(run).plan()["train_tokens"])
+    assert summary["steps"] == plan.steps > 21
+    assert [r["step"] for r in rows(run, "step")] == sorted({*range(7, plan.steps + 1, 7), plan.steps})
+    assert [r["step"] for r in rows(run, "eval")] == sorted(plan.eval_steps)
+    assert set(rows(run, "step")[0]) == {"event", "step", "tokens", "loss", "lr", "grad_norm"}
+    scores = {"official", "full", "loss", "bits_per_byte", "coverage", "tokens"}
+    assert set(rows(run, "eval")[0]) == {"event", "step", "split"} | scores
+    for row in rows(run, "step"):
+        assert row["tokens"] == row["step"] * cfg.batch_size * cfg.block_size
+        assert row["lr"] == plan.at(row["step"] - 1).lr
+    for row in RunDir(run).metrics():
+        assert list(row)[-1] == "seconds" and row["seconds"] > 0
+
+
+def test_weights_dropout_and_order_come_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the three at a time: the weights are put to one seed's, then dropout and the order of titles alone are left."""
+
+    def first_losses(**changes: Any) -> list[float]:
+        cfg = config(eval_per_epoch=0, **changes)
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        with pytest.raises(Interrupted):
+            train(cfg, out, progress=Watch({3: terminate}))
+        return [r["loss"] for r in rows(out / cfg.run_id)]
+
+    assert first_losses(seed=1, dropout=0.0) != first_losses(seed=2, dropout=0.0)
+    build = trainer.build
+    monkeypatch.setattr(trainer, "build", lambda cfg, vocab_size: build(from_dict(cfg.model_dump() | {"seed": 1}), vocab_size))
+    assert first_losses(seed=1, dropout=0.0) == first_losses(seed=2, dropout=0.0)
+    assert first_losses(seed=1) != first_losses(seed=2)
+    shuffled = {"dropout": 0.0, "order": "shuffle_titles"}
+    assert first_losses(seed=1, **shuffled) != first_losses(seed=2, **shuffled)
+
+
+def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    original = trainer.compute_loss
+
+    def spy(*args: Any) -> Any:
+        drawn.append(torch.get_rng_state().numpy().tobytes())
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "compute_loss", spy)
+    train(config(grad_accum=2), tmp_path)
+    assert len(drawn) == len(set(drawn)) > 40
+
+
+# -- one step, from the outside
+
+
+def test_the_first_step_is_the_hand_written_one(tmp_path: Path) -> None:
+    """Batch, loss, clipping, rate and update together: train()'s first step against the same in a few plain lines."""
+    cfg = config(dropout=0.0, lr=0.3, lr_aux=0.1, warmup_frac=0.2, clip=0.5, checkpoint_every=1)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path, progress=Watch({1: terminate}))
+    run = RunDir(tmp_path / cfg.run_id)
+    found = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
+    assert found is not None and found[1]["step"] == 1
+    data = trainer.prepare(cfg, trainer.load_corpus(cfg))
+    stream = torch.tensor(data.splits["train"][: 8 * 16 + 1].astype("int64"))
+    model = trainer.build(cfg, data.tokenizer.vocab_size)
+    logits = model(stream[:-1].view(8, 16))
+    loss = -logits.log_softmax(-1).gather(-1, stream[1:].view(8, 16, 1)).mean()
+    loss.backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+    (row,) = rows(run.path, "step")
+    warmup = RunDir(run.path).plan()["warmup_steps"]
+    assert warmup > 3
+    assert row["loss"] == pytest.approx(float(loss), abs=1e-6) and row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert row["lr"] == pytest.approx(0.3 / warmup)
+    for name, p in model.named_parameters():
+        rate = (0.3 if name.startswith("blocks.") and p.ndim == 2 else 0.1) / warmup
+        assert p.grad is not None
+        expected = p.detach() - rate * p.grad * min(1.0, 0.5 / (norm + 1e-6))
+        assert torch.allclose(found[0][f"model/{name}"], expected, atol=1e-7), name
+
+
+# -- interrupted and resumed
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "sgd with momentum": {"momentum": 0.9, "lr": 0.01},
+    "adamw, ema": {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, "weight_decay": 0.1, "wd_schedule": "cosine"},
+    "muon, swa": {
+        "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "swa": 0.7, "schedule": "wsd", "order": "shuffle_titles", "epochs": 2,
+        "dev_frac": 0.2,
+    },
+    "r-drop": {"optimizer": "adamw", "lr": 1e-3, "rdrop": 0.5, "label_smoothing": 0.1, "grad_accum": 2, "warmup_frac": 0.3},
+    "every option": {
+        "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
+        "value_residual": True, "title_mask": True, "tie_head": False, "softcap": 15.0, "n_kv_head": 1, "optimizer": "muon", "momentum": 0.9,
+        "lr": 0.01, "lr_aux": 1e-3, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], recipe: dict[str, Any]
+) -> None:
+    cfg = config(checkpoint_every=10, **recipe)
+    whole = undisturbed(cfg)
+    run = RunDir(tmp_path / cfg.run_id)
+    for start, stop in ((1, 7), (8, 10), (11, 24)):  # between two checkpoints, on one, and long after it
+        watch = Watch({stop: terminate})
+        with pytest.raises(Interrupted, match=rf"SIGTERM at step {stop} of \d+.*same command") as e:
+            train(cfg, tmp_path, progress=watch)
+        assert e.value.exit_code == 75
+        assert watch.steps[0] == start and watch.steps[-1] == stop, "nothing is trained twice"
+        assert run.status()["state"] == "interrupted" and run.status()["step"] == stop and run.summary() is None
+        assert [r["step"] for r in rows(run.path, "step")] == list(range(1, stop + 1))
+    assert train(cfg, tmp_path)["resumed"] == 3
+    assert end(run.path) == end(whole)
+    assert not list(run.path.rglob("*tmp*"))
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint_and_drops_the_rows_after_it(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]
+) -> None:
+    class Crash(Exception):
+        pass
+
+    def crash() -> None:
+        raise Crash
+
+    cfg = config(checkpoint_every=10)
+    for stop in (3, 17, 29):
+        with pytest.raises(Crash):
+            train(cfg, tmp_path, progress=Watch({stop: crash}))
+        with (tmp_path / cfg.run_id / "metrics.jsonl").open("a") as f:
+            f.write('{"event": "step", "st')  # the row that was being written
+    watch = Watch()
+    train(cfg, tmp_path, progress=watch)
+    assert watch.steps[0] == 21 and any("goes on after step 20" in n for n in watch.notes)
+    assert end(tmp_path / cfg.run_id) == end(undisturbed(cfg))
+
+
+def test_a_run_stopped_before_its_summary_only_writes_that(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]) -> None:
+    cfg = config()
+    whole = undisturbed(cfg)
+    shutil.copytree(whole, tmp_path / cfg.run_id)
+    (tmp_path / cfg.run_id / "summary.json").unlink()
+    watch = Watch()
+    train(cfg, tmp_path, progress=watch)
+    assert watch.steps == [] and end(tmp_path / cfg.run_id) == end(whole)
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "config.json"], [".lock", "config.json", "tokenizer.json"], ["metrics.jsonl", "config.json"]])
+def test_a_run_killed_while_it_opened_starts_over(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], monkeypatch: pytest.MonkeyPatch, left: list[str]
+) -> None:
+    cfg = config()
+    whole = undisturbed(cfg)
+    (tmp_path / cfg.run_id).mkdir()
+    for name in left:
+        shutil.copy(whole / name, tmp_path / cfg.run_id)
+    train(cfg, tmp_path)
+    assert end(tmp_path / cfg.run_id) == end(whole)
+
+
+def test_a_kill_between_any_two_files_of_the_start_leaves_a_run_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is written first, second, third: a death right before it is not taken for somebody else's folder."""
+
+    class Killed(BaseException):
+        pass
+
+    cfg = config()
+    for dies_at in range(1, 5):
+        left = dies_at
+        replace = Path.replace
+
+        def dying(self: Path, target: Path, replace: Any = replace) -> Path:
+            nonlocal left
+            if str(tmp_path) in str(target):
+                left -= 1
+                if not left:
+                    raise Killed
+            return replace(self, target)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "replace", dying)
+            train(cfg, tmp_path)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path, progress=Watch({2: terminate}))
+
+
+def test_a_signal_while_the_data_is_prepared_stops_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = trainer.prepare
+
+    def slow(*args: Any) -> Any:
+        terminate()
+        return prepare(*args)
+
+    cfg, watch = config(), Watch()
+    monkeypatch.setattr(trainer, "prepare", slow)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM at step 0"):
+        train(cfg, tmp_path, progress=watch)
+    assert watch.steps == [] and signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert train(cfg, tmp_path)["resumed"] == 0
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    cfg = config()
+    watch = Watch({5: twice})
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, tmp_path, progress=watch)
+    assert watch.steps[-1] == 5
+    with pytest.raises(Interrupted, match="SIGINT at step 2"):
+        train(cfg, tmp_path, progress=Watch({2: lambda: os.kill(os.getpid(), signal.SIGINT)}))
+
+
+# -- the average is what is scored
+
+
+def test_ema_is_scored_and_sampled_but_not_trained_on(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]) -> None:
+    plain, averaged = undisturbed(config(dropout=0.0)), undisturbed(config(dropout=0.0, swa=0.5))
+    assert [r["loss"] for r in rows(plain, "step")] == [r["loss"] for r in rows(averaged, "step")]
+    a, b = rows(plain, "eval"), rows(averaged, "eval")
+    assert a[0] == b[0], "before the average begins the weights themselves are scored"
+    assert a[-1]["full"] != b[-1]["full"]
+    model, _ = trainer.load_model(RunDir(averaged))
+    summary = RunDir(averaged).summary()
+    assert summary is not None
+    assert checkpoint.sha256_tensors(iter(model.named_parameters())) == summary["weights"]
+
+
+# -- not a number
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[TrainConfig], Path]
+) -> None:
+    cfg = config(checkpoint_every=10)
+    run = RunDir(tmp_path / cfg.run_id)
+    original = trainer.compute_loss
+    calls = 0
+
+    def planted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss, plain = original(*args)
+        return (loss * math.inf, plain * math.inf) if calls == 15 else (loss, plain)
+
+    monkeypatch.setattr(trainer, "compute_loss", planted)
+    with pytest.raises(Diverged) as e:
+        train(cfg, tmp_path)
+    assert e.value.exit_code == 3
+    text = str(e.value)
+    lr = rows(undisturbed(cfg), "step")[14]["lr"]
+    assert "loss inf" in text and "step 15 of" in text and f"lr {lr:g}" in text and "gradient norm nan" in text and "lower lr" in text
+    assert run.status()["state"] == "diverged" and run.status()["step"] == 14 and run.status()["why"] == text
+    assert run.summary() is None and [r["step"] for r in rows(run.path, "step")] == list(range(1, 15))
+    found = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
+    assert found is not None and found[1]["step"] == 14
+    assert all(t.isfinite().all() for t in found[0].values())
+    model, _ = trainer.load_model(run)
+    assert all(p.isfinite().all() for p in model.parameters())
+    monkeypatch.undo()  # the plant was not the config's: without it the run goes on from there
+    watch = Watch()
+    train(cfg, tmp_path, progress=watch)
+    assert watch.steps[0] == 15 and end(run.path) == end(undisturbed(cfg))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_only_one_of_loss_and_gradient_need_be_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    original = trainer.compute_loss
+
+    def planted(*args: Any) -> Any:
+        loss, plain = original(*args)
+        return (loss, plain + math.nan) if where == "loss" else (loss * math.nan, plain)
+
+    monkeypatch.setattr(trainer, "compute_loss", planted)
+    with pytest.raises(Diverged, match="at step 1 of"):
+        train(config(), tmp_path)
+
+
+def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
+    cfg = config(optimizer="adamw", lr=1000.0, weight_decay=100.0, schedule="constant")
+    run = RunDir(tmp_path / cfg.run_id)
+    messages = set()
+    for _ in range(2):  # asked again it says the same
+        with pytest.raises(Diverged, match=r"lr 1000") as e:
+            train(cfg, tmp_path)
+        messages.add(str(e.value))
+    assert len(messages) == 1 and run.summary() is None
+    assert all(math.isfinite(v) for r in rows(run.path) for v in r.values() if isinstance(v, float)), "no row holds what is not a number"
+
+
+# -- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs; the limits on file size below stand in")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(place: Path, leave: int) -> None:
+    disk = os.statvfs(place)
+    (place / "ballast").write_bytes(b"x" * (disk.f_bavail * disk.f_frsize - leave))
+
+
+def no_half_files(run: Path) -> None:
+    names = [str(p.relative_to(run)) for p in run.rglob("*")]
+    assert not [n for n in names if "tmp" in n], names
+    for path in run.glob("*.json"):
+        json.loads(path.read_text())
+    RunDir(run).metrics()
+    notes: list[str] = []
+    checkpoint.load_newest(run / "checkpoints", lambda meta: None, notes.append)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("step", "leave", "checkpoint_every", "full"),
+    [
+        (0, 0, 10, ""), (0, 8192, 10, ""), (0, 24_000, 10, ""), (0, 60_000, 10, ""),
+        (3, 0, 1000, "metrics.jsonl"), (9, 100_000, 10, "step-00000010"), (19, 100_000, 10, "step-00000020"),
+    ],
+    ids=["nothing is left at the start", "two blocks at the start", "six blocks", "a few files fit", "metrics", "checkpoint", "second checkpoint"],
+)  # fmt: skip
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    small_disk: Path, undisturbed: Callable[[TrainConfig], Path], step: int, leave: int, checkpoint_every: int, full: str
+) -> None:
+    cfg = config(checkpoint_every=checkpoint_every, batch_size=4)
+    whole, run = undisturbed(cfg), small_disk / cfg.run_id
+    if step == 0:
+        fill(small_disk, leave)
+    with pytest.raises(DiskFull, match=r"no space left to write .*free some and start the same command again") as e:
+        train(cfg, small_disk, progress=Watch({step: lambda: fill(small_disk, leave)}))
+    assert e.value.exit_code == 75 and full in str(e.value)
+    no_half_files(run)
+    (small_disk / "ballast").unlink()
+    watch = Watch()
+    train(cfg, small_disk, progress=watch)
+    assert watch.steps[0] == (11 if step == 19 else 1)
+    assert end(run) == end(whole)
+
+
+@pytest.mark.parametrize(("limit", "checkpoint_every", "full"), [(100_000, 10, "step-00000010"), (2_000, 1000, "metrics.jsonl")])
+def test_a_limit_on_file_size_is_a_full_disk(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], limit: int, checkpoint_every: int, full: str
+) -> None:
+    cfg = config(checkpoint_every=checkpoint_every)
+    whole = undisturbed(cfg)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(DiskFull, match=full):
+            train(cfg, tmp_path, progress=Watch({1: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    no_half_files(tmp_path / cfg.run_id)
+    assert RunDir(tmp_path / cfg.run_id).status()["state"] == "interrupted"
+    train(cfg, tmp_path)
+    assert end(tmp_path / cfg.run_id) == end(whole)
+
+
+def test_a_disk_that_is_full_at_the_summary_costs_no_step(
+    small_disk: Path, undisturbed: Callable[[TrainConfig], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    whole = undisturbed(cfg)
+    summarize = trainer.summarize
+
+    def then_full(*args: Any) -> Any:
+        found = summarize(*args)
+        fill(small_disk, 0)
+        return found
+
+    monkeypatch.setattr(trainer, "summarize", then_full)
+    with pytest.raises(DiskFull, match=r"summary\.json"):
+        train(cfg, small_disk)
+    monkeypatch.undo()
+    no_half_files(small_disk / cfg.run_id)
+    (small_disk / "ballast").unlink()
+    watch = Watch()
+    train(cfg, small_disk, progress=watch)
+    assert watch.steps == [] and end(small_disk / cfg.run_id) == end(whole)
+
+
+# -- around the loop
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "loop", lambda *args: pytest.fail("it trained"))
+
+
+def test_a_finished_run_gives_its_summary_without_training(
+    undisturbed: Callable[[TrainConfig], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    run = undisturbed(cfg)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"}
+    forbid_training(monkeypatch)
+    assert train(cfg, run.parent) == RunDir(run).summary()
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"} == before
+
+
+def test_fresh_trains_again(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]) -> None:
+    cfg = config()
+    shutil.copytree(undisturbed(cfg), tmp_path / cfg.run_id)
+    watch = Watch()
+    train(cfg, tmp_path, fresh=True, progress=watch)
+    assert watch.steps[0] == 1 and end(tmp_path / cfg.run_id) == end(undisturbed(cfg))
+
+
+def test_a_dry_run_trains_nothing_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    forbid_training(monkeypatch)
+    cfg = config(rdrop=0.5)
+    found = estimate(cfg)
+    assert list(tmp_path.iterdir()) == []
+    assert found["run"] == cfg.run_id and found["plan"]["steps"] > 10 and found["plan"]["warmup_steps"] == 0
+    model = trainer.build(cfg, 400)
+    assert found["params"] == sum(p.numel() for p in model.parameters())
+    assert found["memory"] > found["params"] * 8 and 0 < found["eta_seconds"] < 600
+    json.dumps(found)
+    half = estimate(config())
+    assert found["flops"] == 2 * half["flops"] > 0, "R-Drop's second pass is counted"
+
+
+def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path]) -> None:
+    cfg = config(dev_frac=0.2, eval_per_epoch=6)
+    run = undisturbed(cfg)
+    summary = RunDir(run).summary()
+    assert summary is not None
+    assert set(summary) == {
+        "run", "preset", "status", "steps", "last", "best", "scores", "params", "tokens", "presentations", "flops", "seconds", "tokens_per_s",
+        "fingerprints", "tokenizer", "guards", "machine_class", "machine_classes", "versions", "weights", "resumed",
+    }  # fmt: skip
+    plan = RunDir(run).plan()
+    assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (cfg.run_id, cfg.preset, "done", 0)
+    assert summary["steps"] == plan["steps"] and summary["tokens"] == plan["steps"] * 8 * 16
+    for split in ("val", "dev"):
+        mine = [r for r in rows(run, "eval") if r["split"] == split]
+        last, best = mine[-1], min(mine, key=lambda r: r["full"])
+        assert summary["scores"][split] == {
+            "last": {k: v for k, v in last.items() if k != "event"}, "best": {k: v for k, v in best.items() if k != "event"},
+        }  # fmt: skip
+        assert last["step"] == plan["steps"] and last["full"] < mine[0]["full"] - 0.05
+        assert len({r["tokens"] for r in mine}) == 1 and len({r["coverage"] for r in mine}) == 1
+    assert summary["last"] == summary["scores"]["val"]["last"] and summary["best"] == summary["scores"]["val"]["best"]
+    assert summary["presentations"]["presentations_per_token"] == pytest.approx(summary["tokens"] / plan["train_tokens"])
+    assert summary["presentations"] | {"presentations_per_token": 0} == {
+        "train_tokens_per_epoch": plan["train_tokens"], "forward_passes": 1, "ensemble_members": 1, "presentations_per_token": 0,
+    }  # fmt: skip
+    assert set(summary["fingerprints"]) == {"corpus", "train", "dev", "val"}
+    assert all(len(h) == 64 for h in (*summary["fingerprints"].values(), summary["tokenizer"], summary["weights"]))
+    assert summary["params"] == 400 * 32 + 16 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32) + 2 * 32
+    assert summary["seconds"] > 0 and summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    assert summary["machine_classes"] == [summary["machine_class"]] and summary["machine_class"]["threads"] == 1
+    assert {"python", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "train.py"} <= set(summary["versions"])
+    assert len(summary["guards"]) >= 13
+    assert all(set(g) == {"name", "status", "detail"} and g["status"] in ("pass", "flag") for g in summary["guards"]), summary["guards"]
+
+
+def test_the_status_follows_the_run(tmp_path: Path) -> None:
+    cfg = config()
+    run = RunDir(tmp_path / cfg.run_id)
+    seen: list[dict[str, Any]] = []
+    train(cfg, tmp_path, progress=Watch({2: lambda: seen.append(run.status())}))
+    assert seen == [{"state": "running", "step": 0, "pid": os.getpid(), "resumed": 0}]
+    steps = run.plan()["steps"]
+    assert run.status() == {"state": "done", "step": steps, "steps": steps}
+    files = {"config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints", ".lock"}
+    assert {p.name for p in run.path.iterdir()} == files
+    env = run.env()
+    assert set(env) == {"machine_class", "machine_classes", "versions", "evaluate_hash", "command"}
+    assert run.config() == cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"val_frac": 0.01}, "validation|val has"),
+        ({"dev_frac": 0.01}, "dev has|validation has"),
+        ({"batch_size": 512, "block_size": 128, "official_geometry": "1x8"}, r"train has .*batch_size"),
+        ({"vocab_size": 60_000}, "vocab_size=60,000"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    for attempt in (lambda: train(config(**changes), tmp_path), lambda: estimate(config(**changes))):
+        with pytest.raises(ConfigError, match=words):
+            attempt()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_begin_with_the_prompt_and_come_from_the_seed(undisturbed: Callable[[TrainConfig], Path]) -> None:
+    run = undisturbed(config())
+    titles = sample(run, "Show HN: ", n=3, max_tokens=8, seed=1)
+    assert len(titles) == 3 == len(set(titles)) and all(t.startswith("Show HN: ") for t in titles)
+    assert sample(run, "Show HN: ", n=2, max_tokens=8, seed=1) == titles[:2]
+    assert sample(run, "Show HN: ", n=1, max_tokens=8, seed=2) != titles[:1]
+    greedy = sample(run, "", n=2, max_tokens=40, temperature=0.0)
+    assert greedy[0] == greedy[1], "longer than the block, and without a prompt"
