@@ -149,7 +149,7 @@ class TrainConfig(BaseModel):
         if self.position == "rope" and self.head_dim % 2:
             refuse(f"position=rope needs an even head width, got d_model/n_head = {self.head_dim}", "change d_model or n_head")
         if self.batch_size % self.grad_accum:
-            refuse(f"grad_accum={self.grad_accum} does not divide batch_size={self.batch_size}", "set a divisor: accumulation cuts the batch")
+            refuse(f"grad_accum={self.grad_accum} does not divide batch_size={self.batch_size}", "set a divisor: it cuts the batch")
         if self.ema and self.swa:
             refuse(f"ema={self.ema} and swa={self.swa} are both on", "set one of them to 0: one average is scored")
         if self.rdrop and not any(self.dropouts):
@@ -158,8 +158,10 @@ class TrainConfig(BaseModel):
             refuse(f"warmup_frac={self.warmup_frac} and decay_frac={self.decay_frac} overlap", "their sum may be at most 1")
         rows, length = self.geometry
         if rows < 1 or not 1 <= length <= self.block_size:
-            refuse(f"official_geometry={self.official_geometry!r}", f"write ROWSxTOKENS, like 64x128, tokens at most block_size={self.block_size}")
-        if self.corpus.split(":", 1)[0] not in ("synthetic", "hn", "hn-2025", "file", "mix") or self.corpus in ("file", "mix", "file:", "mix:"):
+            fix = f"write ROWSxTOKENS, like 64x128, tokens at most block_size={self.block_size}"
+            refuse(f"official_geometry={self.official_geometry!r}", fix)
+        kind, _, place = self.corpus.partition(":")
+        if kind not in ("synthetic", "hn", "hn-2025", "file", "mix") or bool(place) != (kind in ("file", "mix")):
             refuse(f"corpus={self.corpus!r}", "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml")
         return self
 
@@ -385,7 +387,8 @@ def _find(preset: str) -> tuple[Path, str]:
             if Path(text).is_file():
                 return Path(text), part
             raise ConfigError(f"preset file {text} does not exist; give a TOML file or one of: {', '.join(preset_names())}")
-    raise ConfigError(f"unknown preset {preset!r}{_nearest(name, preset_names())}; allowed: {', '.join(preset_names())}, or a file ending in .toml")
+    known = preset_names()
+    raise ConfigError(f"unknown preset {preset!r}{_nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -327,7 +327,7 @@ def data_known(e: Evidence, all: bool) -> Verdict:
     if kind not in ("synthetic", "hub"):
         return "flag", f"unknown data: compare only with runs of the same fingerprint, {true['corpus'][:12]}"
     if kind == "hub" and (origin["revision"] != corpora.HUB_REVISIONS[e.cfg.corpus] or origin.get("verified") is not True):
-        return "fail", f"{e.cfg.corpus} is pinned and verified; this is revision {origin['revision']}, verified: {origin.get('verified', False)}"
+        return "fail", f"revision {origin['revision']}, verified: {origin.get('verified', False)}; {e.cfg.corpus} is pinned and verified"
     if kind == "synthetic" or all:
         again = corpora.load_corpus(e.cfg).fingerprints
         if again != true:

@@ -55,9 +55,7 @@ def official_coverage(n_tokens: int, geometry: tuple[int, int]) -> float:
     return official_spans(n_tokens, geometry) * geometry[0] * geometry[1] / n_tokens
 
 
-def evaluate(
-    model: nn.Module, tokens: np.ndarray, *, chars: int, nbytes: int, block_size: int, geometry: tuple[int, int]
-) -> Score:
+def evaluate(model: nn.Module, tokens: np.ndarray, *, chars: int, nbytes: int, block_size: int, geometry: tuple[int, int]) -> Score:
     """Score `model` (idx [B, T] -> logits [B, T, V]) on one split. No gradient, no RNG; every module's mode is as it was."""
     n = len(tokens)
     spans = official_spans(n, geometry)

