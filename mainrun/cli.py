@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from mainrun.config import TrainConfig
 
-CTRL_C_TWICE = 130
-
 
 class _Group(TyperGroup):
     """Turns every way a command can end into an exit code and at most one message on stderr."""
@@ -36,9 +34,7 @@ class _Group(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         args = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(args, "mainrun", standalone_mode=False)
-        except (KeyboardInterrupt, typer.Abort):
-            code = CTRL_C_TWICE
+            code = super().main(args, "mainrun", standalone_mode=False)  # a KeyboardInterrupt comes back as 130
         except typer.TyperException as e:  # unknown command or option, a missing or misshapen argument
             code = _fail(e, "error", _usage(e), UsageError.exit_code, args)
         except Interrupted as e:

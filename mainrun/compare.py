@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mainrun.errors import RunError
-from mainrun.progress import clock, short
+from mainrun.progress import clock, percent, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,7 +135,7 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         f"{row['full_last']:.4f}",
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
-        f"{row['official']:.4f} ({row['coverage']:.0%}{'!' if row['official_flagged'] else ''})",
+        f"{row['official']:.4f} ({percent(row['coverage'])}{'!' if row['official_flagged'] else ''})",
         f"{row['bits_per_byte']:.4f}",
         f"{row['steps']:,}",
         short(row["tokens"]),

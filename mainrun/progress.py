@@ -77,7 +77,7 @@ class Lines(Progress):
         self.show_eval(row)
 
     def show_eval(self, row: dict[str, Any]) -> None:
-        official = f"official {row['official']:.4f} ({row['coverage']:.0%} covered)"
+        official = f"official {row['official']:.4f} ({percent(row['coverage'])} covered)"
         parts = [f"step {row['step']}/{self.steps}", f"{row['split']} full {row['full']:.4f}", official, self.show_best(), *self.speed()]
         self.note("  ".join(p for p in parts if p))
 
@@ -158,6 +158,11 @@ def clock(seconds: float) -> str:
     if days:
         return f"{days}d {h:02}:{m:02}:{s:02}"
     return f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def percent(share: float) -> str:
+    """Rounded down: 96.98% must not look like the 97% that a rule asks for."""
+    return f"{int(100 * share + 1e-9)}%"
 
 
 def short(number: float) -> str:

@@ -190,7 +190,7 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             shuffle_input_sentence=False,
             max_sentence_length=2**30,  # a longer title would be left out without a word
             num_threads=1,  # the number of threads changes the order of sums, and so the vocabulary; more were not faster
-            # the candidates at the start: fewer give a shorter text in half the time, but a large vocabulary needs more
+            # the candidates at the start: fewer give a shorter text and a quicker fit, but a large vocabulary needs more
             seed_sentencepiece_size=50_000 if vocab_size <= 16_000 else 1_000_000,
             minloglevel=2,
         )

@@ -435,6 +435,7 @@ def loop(
             meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
             meta |= {"resumed": state.resumed, "presented": state.presented, "seconds": before + time.perf_counter() - started}
             checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
+        machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         last_saved = state.step
 
     def write(row: dict[str, Any]) -> None:
@@ -447,7 +448,7 @@ def loop(
             why = f"{stop.asked or 'another process stopped'} at step {state.step} of {plan.steps}"
             raise Interrupted(f"{why}; everything is saved, the same command goes on from here")
         clock = time.perf_counter()
-        inputs = plan.at(state.step)
+        inputs, presented = plan.at(state.step), state.presented
         model.train()
         model.set_dropout(inputs)
         state.optimizers.zero_grad()
@@ -465,7 +466,8 @@ def loop(
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf))
         mean_loss = machine.mean(total)
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-            save()  # the weights before this step are still good
+            state.presented = presented  # nothing was learnt from this step
+            save()  # the weights before it are still good
             raise Diverged(
                 f"loss {mean_loss} with gradient norm {norm} at step {state.step + 1} of {plan.steps}, lr {inputs.lr:g}; "
                 "lower lr or lr_aux, or raise warmup_frac (the checkpoint before this step is kept)"
@@ -631,7 +633,7 @@ def estimate(cfg: TrainConfig) -> dict[str, Any]:
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     """The scored weights of a run's newest checkpoint."""
     cfg = run.config()
-    tokenizer = Tokenizer.from_json((run.path / "tokenizer.json").read_text())
+    tokenizer = Tokenizer.from_json((run.path / "tokenizer.json").read_text(encoding="utf-8"))
     found = checkpoint.load_newest(run.checkpoints, lambda meta: "" if meta["digest"] == cfg.digest else "another config's", lambda _: None)
     if found is None:
         raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")

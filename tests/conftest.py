@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for each other on a busy machine; the tokens are the same
 
 REAL_TITLES = Path(__file__).parents[2] / "shared" / "data" / "hn_titles.txt"
 

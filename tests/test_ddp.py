@@ -47,19 +47,19 @@ def losses(run: RunDir) -> list[float]:
     return [r["loss"] for r in run.metrics() if r["event"] == "step"]
 
 
-def compare(one: RunDir, two: RunDir) -> None:
+def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
     a, b = losses(one), losses(two)
     assert len(a) == len(b) >= 20 and a[0] - a[-1] > 0.05
-    assert b == pytest.approx(a, abs=1e-5)
+    assert b == pytest.approx(a, abs=tolerance)
     for row_a, row_b in zip(one.metrics(), two.metrics(), strict=True):
         assert row_a["event"] == row_b["event"] and row_a["step"] == row_b["step"]
         if row_a["event"] == "eval":
-            assert row_b["full"] == pytest.approx(row_a["full"], abs=1e-5)
+            assert row_b["full"] == pytest.approx(row_a["full"], abs=tolerance)
     first, second = (checkpoint.load_newest(r.checkpoints, lambda meta: None, lambda text: None) for r in (one, two))
     assert first is not None and second is not None and first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
         if name.startswith("model/"):
-            assert (tensor - second[0][name]).abs().max() < 1e-4, name
+            assert (tensor - second[0][name]).abs().max() < 10 * tolerance, name
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,21 @@ def compare(one: RunDir, two: RunDir) -> None:
         {"optimizer": "adamw", "lr": 1e-3, "grad_accum": 2, "ema": 0.9, "weight_decay": 0.1},
         {"optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "order": "shuffle_titles", "value_residual": True},
     ],
-    ids=["sgd", "adamw, accumulation, ema", "muon, modern"],
+    ids=["sgd", "adamw, accumulation, ema", "muon"],
 )
 def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     cfg = config(**recipe)
-    train(cfg, tmp_path / "one")
     done = torchrun(tmp_path / "two", **recipe)
     assert done.returncode == 0, done.stderr
-    one, two = (RunDir(tmp_path / name / cfg.run_id) for name in ("one", "two"))
-    compare(one, two)
+    two = RunDir(tmp_path / "two" / cfg.run_id)
+    # torch's Muon orthogonalises in bfloat16, which makes one rounding of a sum of gradients as large as 1e-4 in the loss ...
+    train(cfg, tmp_path / "one")
+    compare(RunDir(tmp_path / "one" / cfg.run_id), two, 5e-4 if cfg.optimizer == "muon" else 1e-5)
+    # ... so for it one process sums the same pieces in the same order
+    if cfg.optimizer == "muon":
+        pieces = config(**recipe, grad_accum=2)
+        train(pieces, tmp_path / "one")
+        compare(RunDir(tmp_path / "one" / pieces.run_id), two)
     summary = two.summary()
     assert summary is not None and summary["machine_class"]["processes"] == 2
     assert done.stdout.count(cfg.run_id) == 1, "the leader alone speaks"
@@ -109,7 +115,7 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode != 0
-    assert re.findall(r"exitcode *: (\d+)", error) == ["75", "75"], error
+    assert set(re.findall(r"exitcode *: (\d+)", error)) == {"75"}, error
     assert "SIGTERM at step" in error
     status = run.status()
     assert status["state"] == "interrupted" and 20 <= status["step"] < status["steps"]

@@ -336,6 +336,15 @@ def test_a_torn_note_is_written_anew(hub: Hub, tmp_path: Path) -> None:
     assert blobs(hub) == 1
 
 
+def test_a_note_of_another_revision_does_not_count(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = download("hn")
+    monkeypatch.setitem(corpus.HUB_REVISIONS, "hn", "c" * 40)
+    hub.revisions.add("c" * 40)
+    hub.body = parquet([t.upper() for t in TITLES])
+    assert download("hn") != old
+    assert load_corpus(config()).train == in_task_order([t.upper() for t in TITLES], 180)
+
+
 def test_offline_without_a_cache(hub: Hub) -> None:
     process = child(HF_HUB_OFFLINE="1")
     _, err = process.communicate(timeout=120)

@@ -58,13 +58,13 @@ def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in RunDir(run).metrics() if not event or r["event"] == event]
 
 
-def end(run: Path) -> tuple[list[dict[str, Any]], str, str]:
-    """All that two equal runs have in common: rows, scored weights, and every tensor of the last checkpoint."""
+def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
+    """All that two equal runs have in common: rows, scored weights, every tensor of the last checkpoint, the ledger."""
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done"
     meta = json.loads((checkpoint.steps(run / "checkpoints")[0] / "meta.json").read_text())
     assert meta["step"] == summary["steps"]
-    return rows(run), summary["weights"], meta["state_sha256"]
+    return rows(run), summary["weights"], meta["state_sha256"], summary["presentations"]
 
 
 @pytest.fixture(scope="module")
