@@ -58,7 +58,8 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
     first, second = (checkpoint.load_newest(r.checkpoints, lambda meta: None, lambda text: None) for r in (one, two))
     assert first is not None and second is not None and first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
-        if name.startswith("model/"):
+        # nothing depends on the bias of k, so AdamW makes steps of its gradient's rounding alone
+        if name.startswith("model/") and not name.endswith("attn.k.bias"):
             assert (tensor - second[0][name]).abs().max() < 10 * tolerance, name
 
 
@@ -101,7 +102,7 @@ def test_dropout_masks_differ_between_the_processes(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
-    changes = {"optimizer": "adamw", "lr": 1e-3, "epochs": 20, "checkpoint_every": 50}
+    changes = {"optimizer": "adamw", "lr": 1e-3, "epochs": 8, "checkpoint_every": 50}
     cfg = config(**changes)
     run = RunDir(tmp_path / "two" / cfg.run_id)
     process = subprocess.Popen(command(tmp_path / "two", **changes), stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -109,7 +110,7 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
         deadline = time.monotonic() + 300
         while len(losses(run)) < 20:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.05)
+            time.sleep(0.01)
         os.kill(run.status()["pid"], signal.SIGTERM)  # one process is asked, both stop
         error = process.communicate(timeout=300)[1]
     finally:

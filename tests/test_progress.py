@@ -17,7 +17,7 @@ from rich.console import Console
 
 from mainrun import progress
 from mainrun.config import TrainConfig
-from mainrun.progress import Bar, Lines, Progress, clock, make_progress, short
+from mainrun.progress import Bar, Lines, Progress, clock, make_progress, percent, short
 
 TABLE = {"steps": 200, "tokens_per_step": 8192}
 
@@ -227,3 +227,8 @@ def test_short(number: float, text: str) -> None:
 
 def test_the_base_has_every_call_that_the_trainer_makes() -> None:
     assert {"start", "step", "eval", "note", "close"} <= {n for n in vars(progress.Progress) if not n.startswith("_")}
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0, "0%"), (0.57, "57%"), (0.97, "97%"), (0.96999, "96%"), (1.0, "100%")])
+def test_percent(share: float, text: str) -> None:
+    assert percent(share) == text

@@ -118,7 +118,7 @@ def test_the_same_config_gives_the_same_bits_in_two_processes(tmp_path: Path, dt
 def test_the_cadence_of_evaluations_rows_and_checkpoints_does_not_touch_the_bits(
     tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]
 ) -> None:
-    one = undisturbed(config())
+    one = undisturbed(config(ema=0.9))
     losses = {r["step"]: r["loss"] for r in rows(one, "step")}
     scores = {r["step"]: r["full"] for r in rows(one, "eval")}
     for changes in (
@@ -126,7 +126,7 @@ def test_the_cadence_of_evaluations_rows_and_checkpoints_does_not_touch_the_bits
         {"eval_per_epoch": 1000, "checkpoint_every": 1000},
         {"official_geometry": "2x8", "dev_frac": 0.0, "preset": "other"},
     ):
-        cfg = config(**changes)
+        cfg = config(ema=0.9, **changes)
         train(cfg, tmp_path)
         other = tmp_path / cfg.run_id
         assert end(other)[1:] == end(one)[1:], changes

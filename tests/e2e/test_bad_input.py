@@ -94,8 +94,8 @@ def refused(out: Path, call: Callable[[], Result], *words: str) -> None:
         (["lr"], ["--set got 'lr'", "key=value"]),
         (["vocab_size=50000"], ["vocab_size=50,000", "--set vocab_size="]),
         (["tokenizer=unigram", "vocab_size=50000"], ["vocab_size=50,000", "--set vocab_size="]),
-        (["official_geometry=1000x16"], ["val has", "16,001", "official_geometry"]),
-        (["dev_frac=0.01", "official_geometry=10x16"], ["dev has", "161"]),
+        (["official_geometry=1000x16"], ["the val split", "16,001", "official_geometry"]),
+        (["dev_frac=0.01", "official_geometry=10x16"], ["the dev split", "161"]),
         (["batch_size=2048"], ["batch_size"]),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_dry_run_refuses_the_same(out: Path, tmp_path: Path) -> None:
     dry = ("--dry-run",)
     refused(out, lambda: train(out, "n_head=7", flags=dry), "n_head=7")
     refused(out, lambda: train(out, f"corpus=file:{tmp_path}/no.txt", flags=dry), "no.txt")
-    refused(out, lambda: train(out, "official_geometry=1000x16", flags=dry), "val has")
+    refused(out, lambda: train(out, "official_geometry=1000x16", flags=dry), "the val split")
 
 
 # -- as a person runs them
