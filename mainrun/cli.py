@@ -227,7 +227,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _dry_run(configs: list[TrainConfig], as_json: bool) -> None:
-    from mainrun.train import estimate
+    from mainrun.estimate import estimate
 
     estimates = [estimate(cfg) for cfg in configs]
     if as_json:
@@ -405,7 +405,7 @@ def sample(
 
     found = rundir.find(run, out)
     found.config()  # refuse what is no run before torch is loaded
-    from mainrun.train import sample as sample_run
+    from mainrun.sample import sample as sample_run
 
     for title in sample_run(found.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed):
         print(title)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import platform
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mainrun.config import TrainConfig
@@ -107,20 +104,6 @@ def versions() -> dict[str, str]:
     source = hashlib.sha256(Path(__file__).with_name("train.py").read_bytes()).hexdigest()
     found = {m.__name__: str(m.__version__) for m in (torch, numpy, tokenizers, sentencepiece, safetensors)}
     return {"python": platform.python_version(), "train.py": source, **found}
-
-
-def matmul_speed(cfg: TrainConfig, machine: Machine) -> float:
-    """FLOP/s of this machine on a product of the config's shape; a training step reaches about 0.6 of it."""
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
-    rows = min(4096, cfg.batch_size * cfg.block_size)
-    x = torch.ones(rows, cfg.d_model, dtype=dtype, device=machine.device)
-    w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=machine.device)
-    best = math.inf
-    for _ in range(5):
-        clock = time.perf_counter()
-        float(F.linear(x, w)[0, 0])  # reading one number waits for the device
-        best = min(best, time.perf_counter() - clock)
-    return 2 * rows * cfg.d_model * cfg.ff_width / best
 
 
 class StopFlag:

@@ -33,11 +33,11 @@ from mainrun.config import Plan, StepInputs, TrainConfig, load
 from mainrun.corpus import load_corpus
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, MainrunError, RunError
 from mainrun.guards import Evidence, guards
-from mainrun.machine import Machine, StopFlag, matmul_speed, versions
+from mainrun.machine import Machine, StopFlag, versions
 from mainrun.progress import make_progress
 from mainrun.store import checkpoint
-from mainrun.store.rundir import Metrics, RunDir, find, open_run, write_text
-from mainrun.tokens import EOS, Batches, TokenData, Tokenizer, prepare
+from mainrun.store.rundir import Metrics, RunDir, open_run, write_text
+from mainrun.tokens import EOS, Batches, TokenData, prepare
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. Shapes: B rows, T tokens, D width, H heads, K heads of keys and values, h width of a head, V vocabulary.
@@ -595,72 +595,11 @@ def summarize(cfg: TrainConfig, plan: Plan, corpus: Any, data: TokenData, run: R
     return summary | {"guards": [asdict(g) for g in guards(evidence)]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Around the loop: what a run would cost, and what it has learnt
-
-
 def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
     """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("embed", "positions")))
     head = model.embed.weight.numel() if cfg.tie_head else 0  # type: ignore[union-attr, operator]
     return 6 * (weights + int(head)) + 12 * cfg.n_layer * cfg.d_model * cfg.block_size
-
-
-def estimate(cfg: TrainConfig) -> dict[str, Any]:
-    """--dry-run: the resolved table, and what the run would cost, without training a step."""
-    machine = Machine(cfg)
-    data = prepare(cfg, load_corpus(cfg))
-    plan = Plan(cfg, len(data.splits["train"]))
-    check_spans(cfg, data)
-    with torch.device("meta"):
-        model = GPT(cfg, data.tokenizer.vocab_size)
-    params = sum(p.numel() for p in model.parameters())
-    passes = 2 if cfg.rdrop else 1
-    per_step = cfg.batch_size * cfg.block_size * passes * flops_per_token(cfg, model)
-    moments = {"sgd": 1 if cfg.momentum else 0, "adamw": 2, "muon": 1.5}[cfg.optimizer]
-    rows = cfg.batch_size // cfg.grad_accum // machine.world * passes
-    width = 2 if cfg.dtype == "bfloat16" else 4
-    # kept for the backward pass, per token and layer: both norms' in and out, q k v, heads' out, branch outs, the MLP's wide ones
-    layer = cfg.d_model * (4 * 4 + 6 * width) + 2 * width * cfg.ff_width * (1.5 if cfg.mlp == "swiglu" else 1)
-    attention = cfg.n_head * cfg.block_size * (4 + width + (1 if cfg.dropouts[1] else 0))
-    activations = rows * cfg.block_size * (cfg.n_layer * (layer + attention) + data.tokenizer.vocab_size * (4 * 2 + width))
-    memory = params * 4 * (2 + moments + (1 if cfg.ema or cfg.swa else 0)) + activations
-    seconds = plan.steps * per_step / (0.6 * matmul_speed(cfg, machine))
-    cost = {"params": params, "flops": plan.steps * per_step, "memory": int(memory), "eta_seconds": seconds}
-    return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.facts}
-
-
-def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
-    """The scored weights of a run's newest checkpoint."""
-    cfg = run.config()
-    tokenizer = Tokenizer.from_json((run.path / "tokenizer.json").read_text(encoding="utf-8"))
-    found = checkpoint.load_newest(run.checkpoints, lambda meta: "" if meta["digest"] == cfg.digest else "another config's", lambda _: None)
-    if found is None:
-        raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")
-    model = build(cfg, tokenizer.vocab_size)
-    state = State(cfg, model)
-    state.load(*found)
-    state.average._swap()
-    return model.eval(), tokenizer
-
-
-@torch.inference_mode()
-def sample(run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temperature: float = 0.8, seed: int = 0) -> list[str]:
-    """n titles that begin with the prompt."""
-    model, tokenizer = load_model(find(run_dir))
-    given = [EOS, *(int(t) for t in tokenizer.encode([prompt])[:-1])] if prompt else [EOS]
-    titles = []
-    for i in range(n):
-        torch.manual_seed(mix(seed, "sample", i))
-        ids = list(given)
-        for _ in range(max_tokens):
-            logits = model(torch.tensor([ids[-model.cfg.block_size :]]))[0, -1].float()
-            chosen = int((logits / temperature).softmax(-1).multinomial(1) if temperature else logits.argmax())
-            if chosen == EOS:
-                break
-            ids.append(chosen)
-        titles.append(tokenizer.decode(ids[1:]))
-    return titles
 
 
 def main() -> int:

@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "mainrun.growth": "mainrun.layers mainrun.store mainrun.config mainrun.errors",
     "mainrun.train": "mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.growth mainrun.store "
     "mainrun.machine mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.estimate": "mainrun.train mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
+    "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.doctor": "mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.cli": "*",

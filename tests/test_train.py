@@ -21,10 +21,12 @@ from conftest import TINY, tiny_sets
 from mainrun import train as trainer
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted
+from mainrun.estimate import estimate
 from mainrun.progress import Progress
+from mainrun.sample import load_model, sample
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import estimate, sample, train
+from mainrun.train import train
 
 SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # about 30 steps, a second
 
@@ -365,7 +367,7 @@ def test_ema_is_scored_and_sampled_but_not_trained_on(tmp_path: Path, undisturbe
     a, b = rows(plain, "eval"), rows(averaged, "eval")
     assert a[0] == b[0], "before the average begins the weights themselves are scored"
     assert a[-1]["full"] != b[-1]["full"]
-    model, _ = trainer.load_model(RunDir(averaged))
+    model, _ = load_model(RunDir(averaged))
     summary = RunDir(averaged).summary()
     assert summary is not None
     assert checkpoint.sha256_tensors(iter(model.named_parameters())) == summary["weights"]
@@ -400,7 +402,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
     found = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
     assert found is not None and found[1]["step"] == 14
     assert all(t.isfinite().all() for t in found[0].values())
-    model, _ = trainer.load_model(run)
+    model, _ = load_model(run)
     assert all(p.isfinite().all() for p in model.parameters())
     monkeypatch.undo()  # the plant was not the config's: without it the run goes on from there
     watch = Watch()
