@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from mainrun import __version__
-from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError
+from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,10 +51,8 @@ class _Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
-            from mainrun.config import _nearest
-
             allowed = ", ".join(self.commands)
-            raise UsageError(f"unknown command {args[0]!r}{_nearest(args[0], self.commands)}; `mainrun --help` lists them: {allowed}")
+            raise UsageError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; `mainrun --help` lists them: {allowed}")
         return super().resolve_command(ctx, args)
 
 
@@ -73,9 +71,7 @@ def _usage(e: typer.TyperException) -> str:
     got = getattr(e, "option_name", None)
     known = [name for p in ctx.command.params for name in (*p.opts, *p.secondary_opts)] if ctx else []
     if got and ctx and got not in known:
-        from mainrun.config import _nearest
-
-        text = f"unknown option {got!r}{_nearest(got, known)}"
+        text = f"unknown option {got!r}{nearest(got, known)}"
     elif "extra argument" in text and "=" in text:
         text += "; each key=value needs its own --set"
     return f"{text}; `{command} --help` lists what is allowed"

@@ -12,7 +12,6 @@ No torch in here: the command line reads this file before it knows whether there
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mainrun.errors import ConfigError
+from mainrun.errors import ConfigError, nearest
 
 PRESETS = Path(__file__).parent / "presets"
 TASK = {"seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000}  # the public task's fixed numbers
@@ -356,6 +355,10 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
 
     data.pop("about", None)
     steps, scale = data.pop("steps", None), data.pop("scale", {})
+    if not isinstance(scale, dict):
+        raise ConfigError(f"scale = {scale!r} in {path.name} is not a table; write [scale] and a field = value in each line below it")
+    if steps is not None and not (isinstance(steps, list) and steps and all(isinstance(entry, dict) for entry in steps)):
+        raise ConfigError(f"steps = {steps!r} in {path.name} is not a list of tables; write [[steps]] before the fields of each step")
     fields = base_of(data) | data
     if steps is None:
         if step:
@@ -368,13 +371,16 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
         entry.pop("about", None)
         fields = (base_of(entry) if "base" in entry else fields) | entry
         ladder.append((f"{path.stem}:{name}", fields | scale))
+    labels = [label for label, _ in ladder]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise ConfigError(f"two steps of {path.name} are called {twice.split(':', 1)[1]!r}; give each a name of its own")
     if not step:
         return ladder
     for label, found in ladder:
         if label.split(":", 1)[1] == step:
             return [(label, found)]
     names = [label.split(":", 1)[1] for label, _ in ladder]
-    raise ConfigError(f"preset {path.stem!r} has no step {step!r}{_nearest(step, names)}; its steps: {', '.join(names)}")
+    raise ConfigError(f"preset {path.stem!r} has no step {step!r}{nearest(step, names)}; its steps: {', '.join(names)}")
 
 
 def _find(preset: str) -> tuple[Path, str]:
@@ -388,7 +394,7 @@ def _find(preset: str) -> tuple[Path, str]:
                 return Path(text), part
             raise ConfigError(f"preset file {text} does not exist; give a TOML file or one of: {', '.join(preset_names())}")
     known = preset_names()
-    raise ConfigError(f"unknown preset {preset!r}{_nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
+    raise ConfigError(f"unknown preset {preset!r}{nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -422,13 +428,8 @@ def _explain(error: Any) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     got, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
-        return f"unknown field {name!r}{_nearest(name, TrainConfig.model_fields)}; `mainrun presets --fields` lists all"
+        return f"unknown field {name!r}{nearest(name, TrainConfig.model_fields)}; `mainrun presets --fields` lists all"
     if kind == "value_error":  # from _fits_together, already whole
         return str(error["ctx"]["error"])
     doc = TrainConfig.model_fields[name].description
     return f"{name}={got!r} is not allowed: {error['msg'].lower()} ({name}: {doc})"
-
-
-def _nearest(got: str, allowed: Iterable[str]) -> str:
-    match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""

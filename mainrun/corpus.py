@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import errno
 import hashlib
 import io
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from mainrun.config import TASK, TrainConfig
-from mainrun.errors import CorpusError, DiskFull, HubError
+from mainrun.errors import CorpusError, DiskFull, HubError, nearest
 
 HUB_REPO = "julien040/hacker-news-posts"
 HUB_REVISIONS = {  # the first is newer; the task's public figures are about the second
@@ -141,7 +140,7 @@ def _rows(name: str, wanted: int) -> Rows:
         return _hub_rows(kind)
     if kind == "file" and rest:
         return _file_rows(rest)
-    raise CorpusError(f"corpus={name!r} is not known{_nearest(name, ['synthetic', *HUB_REVISIONS])}; allowed: {KINDS}")
+    raise CorpusError(f"corpus={name!r} is not known{nearest(name, ['synthetic', *HUB_REVISIONS])}; allowed: {KINDS}")
 
 
 def _listed(titles: list[str], origin: dict[str, Any]) -> Rows:
@@ -150,11 +149,6 @@ def _listed(titles: list[str], origin: dict[str, Any]) -> Rows:
 
 def _one_line(text: str) -> str:
     return text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ").strip()
-
-
-def _nearest(got: str, allowed: Iterable[str]) -> str:
-    match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 # -- files
@@ -188,7 +182,7 @@ def _file_rows(text: str) -> Rows:
 
 def _bytes(path: Path, allowed: str) -> bytes:
     if not path.exists():
-        near = _nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise CorpusError(f"{path} does not exist{near}; give {allowed}")
     if not path.is_file():
         raise CorpusError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}; give {allowed}")
@@ -223,7 +217,7 @@ def _lines(data: bytes, path: Path) -> list[str]:
 def _column_of(column: str, columns: Sequence[str], path: Path) -> None:
     if column not in columns:
         names = ", ".join(map(repr, columns)) or "none"
-        raise CorpusError(f"{path} has no column {column!r}{_nearest(column, columns)}; its columns: {names}; write file:{path}#COLUMN")
+        raise CorpusError(f"{path} has no column {column!r}{nearest(column, columns)}; its columns: {names}; write file:{path}#COLUMN")
 
 
 def _csv(data: bytes, path: Path, column: str) -> list[str]:
@@ -252,7 +246,7 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, line {number}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}")
         if column not in row:
-            raise CorpusError(f"{path}, line {number}: no key {column!r}{_nearest(column, row)}; write file:{path}#KEY")
+            raise CorpusError(f"{path}, line {number}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")
         if not isinstance(row[column], str | None):
             raise CorpusError(f"{path}, line {number}: {column!r} is {row[column]!r}; it must be a string")
         found.append(row[column] or "")
@@ -335,7 +329,7 @@ def _mix_source(path: Path, number: int, source: dict[str, Any]) -> tuple[str, F
     allowed = ("path", "corpus", "ratio", "weight")
     for key in source:
         if key not in allowed:
-            raise CorpusError(f"{where}: unknown key {key!r}{_nearest(key, allowed)}; allowed: {', '.join(allowed)}")
+            raise CorpusError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}")
     if ("path" in source) == ("corpus" in source):
         raise CorpusError(f"{where}: got {'both' if 'path' in source else 'none'} of path and corpus; write one of them")
     name = source.get("corpus", f"file:{source.get('path')}")
@@ -382,7 +376,7 @@ def _hub_rows(name: str) -> Rows:
 def download(name: str) -> Path:
     """Fetch a hub corpus into the cache, or find it there, check it, and say where it is."""
     if name not in HUB_REVISIONS:
-        raise CorpusError(f"corpus={name!r} is not downloaded{_nearest(name, HUB_REVISIONS)}; allowed: {', '.join(HUB_REVISIONS)}")
+        raise CorpusError(f"corpus={name!r} is not downloaded{nearest(name, HUB_REVISIONS)}; allowed: {', '.join(HUB_REVISIONS)}")
     return _fetch(name)[0]
 
 

@@ -13,6 +13,15 @@
 A message says what was got, what is allowed and how to fix it. Everything else is a bug of ours and exits with 1.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(got: str, allowed: Iterable[str]) -> str:
+    """What was probably meant, to stand behind what was got."""
+    match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
 
 class MainrunError(Exception):
     exit_code = 1

@@ -81,7 +81,7 @@ def coverage(e: Evidence, all: bool) -> Verdict:
         return "fail", f"the full score covers {last['tokens']:,} of {n:,} validation tokens; it must cover all"
     share = scoring.official_coverage(n, e.cfg.geometry)
     if share < MIN_COVERAGE:
-        return "flag", f"official covers {share:.1%} of the validation tokens, below {MIN_COVERAGE:.0%}: compare the full score only"
+        return "flag", f"official covers {share:.2%} of the validation tokens, below {MIN_COVERAGE:.0%}: compare the full score only"
     return "pass", f"official covers {share:.1%}, full covers all {n:,} tokens"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def make_progress(quiet: bool = False) -> Progress:
 class Progress:
     """The five calls that a run makes. This one shows nothing."""
 
-    def start(self, cfg: TrainConfig, table: dict[str, Any]) -> None:
-        """A run begins or goes on; table is the plan's resolved table."""
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
+        """A run begins or goes on; table is the plan's resolved table, earlier the rows of metrics.jsonl so far."""
 
     def step(self, row: dict[str, Any]) -> None:
         """One "step" row of metrics.jsonl."""
@@ -52,11 +53,11 @@ class Progress:
 class Lines(Progress):
     """One plain line an evaluation, for logs."""
 
-    def start(self, cfg: TrainConfig, table: dict[str, Any]) -> None:
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
         self.run_id, self.steps = cfg.run_id, int(table["steps"])
         self.tokens_per_step = int(table["tokens_per_step"])
         self.ranked = "dev" if cfg.dev_frac else "val"  # the split whose best is shown: a search looks at dev
-        self.best: float | None = None
+        self.best: float | None = min((row["full"] for row in earlier if row.get("split") == self.ranked), default=None)
         self.first: tuple[int, float] | None = None
         self.rate = 0.0  # steps a second since this process trains, evaluations included
         self.at, self.loss = 0, ""
@@ -103,8 +104,8 @@ class Bar(Lines):
         self.console, self.live = console, Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self.next_draw = 0.0
 
-    def start(self, cfg: TrainConfig, table: dict[str, Any]) -> None:
-        super().start(cfg, table)
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
+        super().start(cfg, table, earlier)
         self.live.start()
         self.draw()
         self.next_draw = 0.0  # the first drawing imports what it needs: its cost says nothing about the others

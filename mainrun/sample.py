@@ -16,6 +16,8 @@ from mainrun.train import GPT, State, build, mix
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     """The scored weights of a run's newest checkpoint."""
     cfg = run.config()
+    if not (run.path / "tokenizer.json").is_file():
+        raise RunError(f"{run.path} has no tokenizer.json; restore it, or train the run again with --fresh")
     tokenizer = Tokenizer.from_json((run.path / "tokenizer.json").read_text(encoding="utf-8"))
     found = checkpoint.load_newest(run.checkpoints, lambda meta: "" if meta["digest"] == cfg.digest else "another config's", lambda _: None)
     if found is None:

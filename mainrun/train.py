@@ -36,7 +36,7 @@ from mainrun.guards import Evidence, guards
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.progress import make_progress
 from mainrun.store import checkpoint
-from mainrun.store.rundir import Metrics, RunDir, open_run, write_text
+from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
 from mainrun.tokens import EOS, Batches, TokenData, prepare
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,6 +358,7 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Any, stop: StopFl
     machine = Machine(cfg)
     if not machine.leads:
         progress = make_progress(quiet=True)
+    check_writable(out)  # before the data is read, which may take a while
     corpus = load_corpus(cfg)
     with machine.leader_first():  # the others find its tokens in the cache
         data = prepare(cfg, corpus)
@@ -371,14 +372,16 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Any, stop: StopFl
             return summary
         if machine.leads:
             # the config first: a folder without it, with anything else in it, is not taken for a run
-            run.write("config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table()})
+            titles = {"fingerprints": corpus.fingerprints, "tokenizer": data.tokenizer.digest}
+            check_same_data(run, titles)
+            run.write("config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles})
             write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
         env = {"machine_class": machine.facts, "versions": versions(), "evaluate_hash": scoring.evaluate_source_hash(), "command": sys.argv}
         metrics = resume(cfg, run, state, env, progress) if machine.leads else None
         if machine.world > 1:
             follow(cfg, run, state, machine)
-        progress.start(cfg, plan.table())
+        progress.start(cfg, plan.table(), run.metrics())
         started = time.perf_counter()
         try:
             loop(cfg, plan, data, machine, run, state, metrics, progress, stop)

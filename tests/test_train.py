@@ -20,9 +20,9 @@ from conftest import TINY, tiny_sets
 
 from mainrun import train as trainer
 from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted
+from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
 from mainrun.estimate import estimate
-from mainrun.progress import Progress
+from mainrun.progress import Lines, Progress
 from mainrun.sample import load_model, sample
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
@@ -647,3 +647,32 @@ def test_samples_begin_with_the_prompt_and_come_from_the_seed(undisturbed: Calla
     assert sample(run, "Show HN: ", n=1, max_tokens=8, seed=2) != titles[:1]
     greedy = sample(run, "", n=2, max_tokens=40, temperature=0.0)
     assert greedy[0] == greedy[1], "longer than the block, and without a prompt"
+
+
+def test_a_corpus_that_changed_under_an_interrupted_run_is_refused(tmp_path: Path) -> None:
+    titles = tmp_path / "titles.txt"
+    titles.write_text("\n".join(f"title number {i} of the {i * 7 % 50} kind" for i in range(300)))
+    cfg = config(corpus=f"file:{titles}", num_titles=300, vocab_size=320)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path / "runs", progress=Watch({5: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    before = (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes()
+    titles.write_text(titles.read_text().replace("number 7 ", "numero 7 "))
+    with pytest.raises(RunError, match="begun with other fingerprints"):
+        train(cfg, tmp_path / "runs")
+    assert (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_best_of_earlier_sittings_is_shown(tmp_path: Path) -> None:
+    told: list[float | None] = []
+
+    class Told(Lines):
+        def start(self, *args: Any, **kwargs: Any) -> None:
+            super().start(*args, **kwargs)
+            told.append(self.best)
+
+    cfg = config(eval_per_epoch=4)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path, progress=Watch({12: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    seen = [row["full"] for row in RunDir(tmp_path / cfg.run_id).metrics() if row["event"] == "eval"]
+    train(cfg, tmp_path, progress=Told())
+    assert told == [min(seen)]

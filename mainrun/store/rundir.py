@@ -197,6 +197,25 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
     return run
 
 
+def check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be made or written, without making it."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise RunError(f"cannot write {out}: {there} is not a folder; choose a writable one with --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write {out}: no permission to write in {there}; choose a writable folder with --out")
+
+
+def check_same_data(run: RunDir, titles: dict[str, Any]) -> None:
+    """Refuse to go on with other titles or tokens than the run began with: a file behind a config can change."""
+    begun = _read_json(run.path / "config.json") or {}
+    for name, now in titles.items():
+        if begun.get(name, now) != now:
+            raise RunError(
+                f"{run.path} was begun with other {name} than its corpus gives now; restore the corpus, or use --fresh to start over"
+            )
+
+
 def check_same(run: RunDir, cfg: TrainConfig) -> None:
     """Refuse a directory that holds something else than this config's run."""
     if not (run.path / "config.json").exists():
