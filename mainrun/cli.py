@@ -368,6 +368,7 @@ def _show_table(head: list[str], lines: list[list[str]]) -> None:
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, unique beginnings of them, or run directories.")],
     out: Out = Path("runs"),
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Also draw the table as a picture.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -379,6 +380,8 @@ def compare(
     from mainrun.store import rundir
 
     rows = comparison.rows([comparison.finished(rundir.find(run, out)) for run in runs])
+    if svg:
+        comparison.picture(rows, svg)
     if as_json:
         _emit(rows)
     else:

@@ -5,10 +5,13 @@ Runs are comparable only when they were scored on the same titles: other data is
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mainrun.errors import RunError
 from mainrun.progress import clock, percent, short
+from mainrun.store.rundir import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,6 +129,16 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
     for row in table:
         if row["guards"]["fail"] or row["guards"]["flag"]:
             console.print(f"{row['run']}: guards: {verdict(row['guards'])}", soft_wrap=True, markup=False)
+
+
+def picture(table: list[dict[str, Any]], path: Path) -> None:
+    """The same table as an SVG."""
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
+    show(table, console)
+    # a fixed id: the same table is the same file
+    write_text(path, console.export_svg(title="mainrun compare", unique_id="mainrun"))
 
 
 def _cells(row: dict[str, Any], *, first: bool) -> list[str]:

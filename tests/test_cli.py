@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -300,6 +301,17 @@ def test_other_training_titles_are_no_reason_to_refuse(tmp_path: Path) -> None:
     make_run(tmp_path, TrainConfig(preset="one"))
     make_run(tmp_path, TrainConfig(preset="two"), fingerprints={"corpus": "c" * 64, "val": "v" * 64, "train": "other"})
     assert ask("compare", "one", "two", "--out", tmp_path).exit_code == 0
+
+
+def test_a_comparison_is_drawn_as_a_picture_and_the_same_one_each_time(tmp_path: Path) -> None:
+    for cfg in (TrainConfig(preset="one"), TrainConfig(preset="two", lr=0.5)):
+        make_run(tmp_path, cfg)
+    for name in ("a.svg", "b.svg"):
+        assert ask("compare", "one", "two", "--out", tmp_path, "--svg", tmp_path / name).exit_code == 0
+    picture = ElementTree.parse(tmp_path / "a.svg")
+    assert TrainConfig(preset="one").run_id in "".join(picture.getroot().itertext())
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    refused(ask("compare", "one", "--out", tmp_path, "--svg", tmp_path / "no" / "c.svg"), "c.svg")
 
 
 def test_an_unfinished_run_is_not_compared(tmp_path: Path) -> None:
