@@ -465,7 +465,9 @@ def test_ci_ends_with_pytests_summary_and_its_verdict(made: House, fast: bool, s
     (made.root / "tests/test_x.py").write_text(
         f"import pytest\ndef test_a():\n    assert {fast}\n@pytest.mark.slow\ndef test_b():\n    assert {slow}\n"
     )
-    done = subprocess.run([made.root / ".ci/run"], cwd="/", env=made.env(), capture_output=True, text=True, timeout=120)
+    env = made.env(CI="true")
+    del env["NO_COLOR"]  # as CI calls it: go-task then writes in colours
+    done = subprocess.run([made.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stdout
     assert done.stderr == ""
     ends = [line for line in done.stdout.splitlines() if line.strip("= ").endswith("s") and "deselected in" in line]
@@ -486,6 +488,7 @@ def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHON")}
+    env["NO_COLOR"] = "1"  # go-task colours its menu whenever CI is set
     env["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent))
 
     def task(*args: str) -> subprocess.CompletedProcess[str]:
