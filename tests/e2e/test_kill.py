@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 KILLS = 20
 CONFIG: dict[str, Any] = {
-    "num_titles": 300, "epochs": 6, "dropout": 0.1, "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "ema": 0.9,
+    "num_titles": 300, "epochs": 8, "dropout": 0.1, "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "ema": 0.9,
     "order": "shuffle_titles", "checkpoint_every": 3, "eval_per_epoch": 8,
 }  # fmt: skip
 
@@ -47,10 +47,10 @@ def clean(run: RunDir) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
 
 
-def wait_for_rows(process: subprocess.Popen[str], out: Path, rows: int) -> None:
+def wait_for_rows(process: subprocess.Popen[str], out: Path, rows: int, seconds: float = 600) -> None:
     """Until it has written so many. (A start cuts metrics.jsonl back first: what grows is counted, not what is there.)"""
-    size, written = -1, 0
-    while process.poll() is None and written < rows:
+    size, written, deadline = -1, 0, time.monotonic() + seconds
+    while process.poll() is None and written < rows and time.monotonic() < deadline:
         now = sum(p.stat().st_size for p in out.glob("*/metrics.jsonl"))
         written += 0 <= size < now
         size = now
@@ -73,7 +73,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> Non
         begin = time.monotonic()
         process = start(tmp_path)
         if kill in starting:
-            time.sleep(startup * chance.uniform(0.1, 1.1))
+            wait_for_rows(process, tmp_path, 3, seconds=startup * chance.uniform(0.1, 1.1))
         else:
             wait_for_rows(process, tmp_path, 1)
             startup = time.monotonic() - begin

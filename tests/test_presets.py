@@ -1,0 +1,35 @@
+"""The presets that come with the package: they load, say what they are, and the ladder leads from one recipe to the other."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from mainrun.config import load, preset_names
+from mainrun.train import train
+
+# the ladder at a scale of seconds a step
+DEMO = ["num_titles=1500", "vocab_size=600", "epochs=2", "n_layer=2", "n_head=2", "d_model=64", "threads=1", "eval_per_epoch=0"]
+DEMO += ["official_geometry=1x64"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_its_runs_have_names_of_their_own(name: str) -> None:
+    ids = [cfg.run_id for cfg in load(name)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_ladder_goes_from_baseline_to_optimized_and_no_step_is_idle() -> None:
+    ladder = [cfg.model_dump(exclude={"preset"}) for cfg in load("ablation")]
+    assert ladder[0] == load("baseline")[0].model_dump(exclude={"preset"})
+    assert ladder[-1] == load("optimized")[0].model_dump(exclude={"preset"})
+    assert all(before != after for before, after in pairwise(ladder))
+
+
+@pytest.mark.slow
+def test_the_ladder_trains_at_demo_scale_and_earns_something(tmp_path: Path) -> None:
+    summaries = [train(cfg, tmp_path) for cfg in load("ablation", DEMO)]
+    assert [g for s in summaries for g in s["guards"] if g["status"] == "fail"] == []
+    assert len({s["fingerprints"]["val"] for s in summaries}) == 1
+    # on so little text the gain is some tenths of a nat; a ladder that lost its way loses it all
+    assert summaries[-1]["last"]["full"] < summaries[0]["last"]["full"] - 0.2
