@@ -20,12 +20,13 @@ import typer
 from typer.core import TyperGroup
 
 from mainrun import __version__
-from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError, nearest
+from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError, nearest, plain_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mainrun.config import TrainConfig
+    from mainrun.store.rundir import RunDir
 
 
 class _Group(TyperGroup):
@@ -33,6 +34,7 @@ class _Group(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         args = list(sys.argv[1:] if args is None else args)
+        plain_warnings()
         try:
             code = super().main(args, "mainrun", standalone_mode=False)  # a KeyboardInterrupt comes back as 130
         except typer.TyperException as e:  # unknown command or option, a missing or misshapen argument
@@ -173,6 +175,7 @@ def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str
     run = RunDir(out / cfg.run_id)
     if not fresh and (run.path / "summary.json").is_file():
         check_same(run, cfg)
+        _check_files(run, cfg)
         return compare.finished(run)
     progress = make_progress(quiet)
     if label:
@@ -194,6 +197,19 @@ def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str
             progress.close()
     crash.unlink(missing_ok=True)
     return summary
+
+
+def _check_files(run: RunDir, cfg: TrainConfig) -> None:
+    """A finished run does not speak for titles that it never saw: its file may have changed. One that is gone contradicts nothing."""
+    if cfg.corpus.startswith(("file:", "mix:")):
+        from mainrun.corpus import load_corpus
+        from mainrun.store.rundir import check_same_data
+
+        try:
+            now = load_corpus(cfg).fingerprints
+        except UsageError:
+            return
+        check_same_data(run, {"fingerprints": now})
 
 
 @contextmanager

@@ -14,13 +14,25 @@ A message says what was got, what is allowed and how to fix it. Everything else 
 """
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
     """What was probably meant, to stand behind what was got."""
     match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def plain_warnings() -> None:
+    """From here on a warning, ours or a library's, is one line that a user can read."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 class MainrunError(Exception):

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -323,6 +324,9 @@ def _store(entry: Path, data: TokenData) -> TokenData:
     temp: Path | None = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
+        for left in entry.parent.glob("*.tmp"):  # by a process that was killed; a day is longer than any takes
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
         temp = Path(tempfile.mkdtemp(prefix=f"{entry.name[:16]}.", suffix=".tmp", dir=entry.parent))
         fresh = temp / "fresh"
         fresh.mkdir()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig, load
 from mainrun.corpus import load_corpus
-from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, MainrunError, RunError
+from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, MainrunError, RunError, plain_warnings
 from mainrun.guards import Evidence, guards
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.progress import make_progress
@@ -368,12 +368,12 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Any, stop: StopFl
     with machine.leader_first():  # the others see what it has left of an earlier run
         run = open_run(out, cfg, fresh) if machine.leads else RunDir(out / cfg.run_id)
     try:
+        titles = {"fingerprints": corpus.fingerprints, "tokenizer": data.tokenizer.digest}
+        check_same_data(run, titles)
         if summary := run.summary():
             return summary
         if machine.leads:
             # the config first: a folder without it, with anything else in it, is not taken for a run
-            titles = {"fingerprints": corpus.fingerprints, "tokenizer": data.tokenizer.digest}
-            check_same_data(run, titles)
             run.write("config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles})
             write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
@@ -612,6 +612,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args()
+    plain_warnings()
     try:
         for cfg in load(args.preset, args.set):
             summary = train(cfg, args.out, fresh=args.fresh, progress=make_progress(quiet=False))

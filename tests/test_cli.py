@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import mainrun
 from mainrun import compare, doctor
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict, preset_names
+from mainrun.corpus import load_corpus
 from mainrun.errors import Diverged, Interrupted, RunError
 from mainrun.store.rundir import write_json
 
@@ -435,6 +437,32 @@ def test_a_finished_run_is_shown_without_training(tmp_path: Path) -> None:
     assert json.loads(ask(*args, "--json").stdout) == summary(cfg)
     quiet = ask(*args, "--quiet")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_a_finished_run_does_not_speak_for_titles_that_changed(tmp_path: Path) -> None:
+    titles = tmp_path / "titles.txt"
+    titles.write_text("".join(f"Title number {i}\n" for i in range(40)))
+    args = ["train", "--preset", "baseline", "--set", f"corpus=file:{titles}", "--set", "num_titles=40", "--out", tmp_path]
+    (cfg,) = mainrun.load("baseline", [f"corpus=file:{titles}", "num_titles=40"])
+    path = make_run(tmp_path, cfg)
+    begun = json.loads((path / "config.json").read_text()) | {"fingerprints": load_corpus(cfg).fingerprints}
+    write_json(path / "config.json", begun)
+    assert ask(*args).exit_code == 0
+    titles.write_text(titles.read_text().replace("number 7", "number seven"))
+    refused(ask(*args), cfg.run_id, "other fingerprints", "restore the corpus", "--fresh")
+    titles.unlink()
+    assert ask(*args).exit_code == 0, "what is gone contradicts nothing"
+
+
+def test_a_warning_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(out: Path) -> list[doctor.Check]:
+        warnings.warn("the cache is damaged", stacklevel=1)
+        return []
+
+    monkeypatch.setattr(doctor, "checks", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert ask("doctor", "--out", tmp_path).stderr == "warning: the cache is damaged\n"
 
 
 def test_a_summary_of_another_config_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -833,11 +833,12 @@ def claim(e: Evidence, **fields: Any) -> Evidence:
 
 @pytest.mark.parametrize("fields", [{"epochs": 8}, {"seed": 1338}, {"val_frac": 0.05}, {"num_titles": 99_999}, {"shuffle": False}])
 def test_rules_of_the_task(honest: Honest, fields: dict[str, Any]) -> None:
-    """Where the task is claimed a difference fails; elsewhere it is named."""
+    """Who submits must keep every rule; who studies is told which differ."""
     name = next(iter(fields))
-    status, detail = GUARDS["task_rules"](claim(honest(), **fields), False)
-    assert status == "fail"
-    assert f"{name}=" in detail.replace("shuffle=false", "shuffle=")
+    for all, expected in ((True, "fail"), (False, "flag")):
+        status, detail = GUARDS["task_rules"](claim(honest(), **fields), all)
+        assert status == expected
+        assert f"{name}=" in detail.replace("shuffle=false", "shuffle=")
     found = verdict(honest(**(fields | ({"num_titles": 2900} if name == "num_titles" else {}))), "task_rules")
     assert found.status == "flag"
     assert f"{name}=" in found.detail
@@ -846,7 +847,8 @@ def test_rules_of_the_task(honest: Honest, fields: dict[str, Any]) -> None:
 
 def test_fewer_titles_than_said(honest: Honest) -> None:
     e = claim(honest())
-    assert GUARDS["task_rules"](replace(e, corpus=replace(e.corpus, val=["b"] * 5_000)), False)[0] == "fail"
+    assert GUARDS["task_rules"](e, True)[0] == "pass"
+    assert GUARDS["task_rules"](replace(e, corpus=replace(e.corpus, val=["b"] * 5_000)), True)[0] == "fail"
 
 
 # presentations
@@ -879,6 +881,24 @@ def a_larger_train(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """More tokens an epoch than train has."""
     e = honest()
     return replace(e, ledger=e.ledger | {"train_tokens_per_epoch": 2 * e.ledger["train_tokens_per_epoch"]})
+
+
+@pytest.mark.parametrize(("weight", "status"), [(1, "pass"), (5, "flag")])
+def test_titles_repeated_by_a_mix_are_presentations(honest: Honest, tmp_path: Path, weight: int, status: str) -> None:
+    (tmp_path / "mix.toml").write_text(f'[[source]]\ncorpus = "synthetic"\nweight = {weight}\n')
+    found = verdict(honest(corpus=f"mix:{tmp_path / 'mix.toml'}"), "presentations")
+    assert found.status == status
+    assert ("repeats by the mix's weights, up to 5 of one" in found.detail) == (weight > 1)
+
+
+def test_val_titles_in_train_are_counted(honest: Honest) -> None:
+    e = honest()
+    leak = replace(e.corpus, train=[*e.corpus.train, *e.corpus.val[:7]])
+    cfg = from_dict(SMALL | {"corpus": "file:titles.txt"})
+    leak = replace(leak, origin={"kind": "file"}, fingerprints=fingerprints(leak.train, leak.dev, leak.val))
+    leaking = replace(e, cfg=cfg, corpus=leak, summary=e.summary | {"fingerprints": leak.fingerprints})
+    found = verdict(leaking, "data_known")
+    assert found.status == "flag" and f"7 of its {len(leak.val)} val titles are in train too" in found.detail
 
 
 # all of them

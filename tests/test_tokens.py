@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from functools import cache
@@ -414,6 +415,14 @@ def test_the_second_of_two_keeps_the_entry_of_the_first(tiny, own_cache: Path) -
     assert (own_cache / "entry" / "train.npy").stat().st_ino == before.st_ino
     assert isinstance(found.splits["train"], np.memmap)
     assert same(found, built)
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tiny, own_cache: Path) -> None:
+    for name, age in (("old.tmp", 90_000), ("new.tmp", 60)):
+        (own_cache / name / "fresh").mkdir(parents=True)
+        os.utime(own_cache / name, (time.time() - age,) * 2)
+    prepare(tiny(), a_corpus())
+    assert {path.name for path in own_cache.iterdir() if path.suffix == ".tmp"} == {"new.tmp"}
 
 
 def test_a_full_disk_costs_only_the_cache(tiny, own_cache: Path) -> None:
