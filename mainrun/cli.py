@@ -186,6 +186,10 @@ def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str
             from mainrun.train import train as train_run
 
             summary = train_run(cfg, out, fresh=fresh, progress=progress)
+        except Interrupted as e:
+            if fresh:  # "the same command" would throw away what it has
+                e.args = (f"{e} (without --fresh, which starts over)",)
+            raise
         except MainrunError:
             raise
         except Exception as e:

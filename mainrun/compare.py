@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError
 from mainrun.progress import clock, percent, short
 from mainrun.store.rundir import write_text
@@ -18,8 +19,20 @@ if TYPE_CHECKING:
 
     from mainrun.store.rundir import RunDir
 
-COVERAGE = 0.97  # an official score that covers less of val is never compared
-NEEDED = ("run", "last", "best", "steps", "tokens", "presentations", "params", "seconds", "tokens_per_s", "fingerprints", "guards")
+NEEDED = (
+    "run",
+    "last",
+    "best",
+    "steps",
+    "tokens",
+    "presentations",
+    "params",
+    "seconds",
+    "tokens_per_s",
+    "fingerprints",
+    "geometry",
+    "guards",
+)
 SAME = ("corpus", "val")  # the fingerprints that comparable runs share
 
 
@@ -31,10 +44,22 @@ def finished(run: RunDir) -> dict[str, Any]:
         if missing:
             raise RunError(f"{run.path}/summary.json is damaged (no {missing[0]!r}); train the run again with --fresh")
         assert summary is not None
+        _check_scores(run, summary)
         return summary
     run.config()  # says so when this is no run directory at all
     state = run.status().get("state", "not started")
     raise RunError(f"run {run.path.name} is not finished ({state}); the `mainrun train` command that started it goes on with it")
+
+
+def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
+    """A summary says what its rows say, or it was edited."""
+    rows = [row for row in run.metrics() if row.get("event") == "eval" and row["split"] == summary["last"]["split"]]
+    true = {"last": rows[-1], "best": min(rows, key=lambda row: row["full"])} if rows else {}
+    for name in ("last", "best"):
+        for k, shown in summary[name].items():
+            if name not in true or true[name].get(k) != shown:
+                says = f"{run.path}/summary.json gives {shown} for {k} of the {name} score, metrics.jsonl {true.get(name, {}).get(k)}"
+                raise RunError(f"{says}; one of them was changed after the run: restore it, or train again with --fresh")
 
 
 def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -54,13 +79,14 @@ def _same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
     if differ:
         raise RunError(
             f"{first['run']} and {other['run']} were scored on different data: {'; '.join(differ)}; "
-            "compare runs of the same corpus, num_titles, shuffle, val_frac and dev_frac"
+            "compare runs of the same corpus, num_titles, shuffle and val_frac"
         )
 
 
 def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     last, guards = summary["last"], summary["guards"]
-    comparable = min(last["coverage"], first["last"]["coverage"]) >= COVERAGE
+    # other spans leave other tokens out
+    comparable = min(last["coverage"], first["last"]["coverage"]) >= MIN_COVERAGE and summary["geometry"] == first["geometry"]
     return {
         "run": summary["run"],
         "full_last": last["full"],
@@ -68,7 +94,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "delta_full": last["full"] - first["last"]["full"],
         "official": last["official"],
         "coverage": last["coverage"],
-        "official_flagged": last["coverage"] < COVERAGE,
+        "official_flagged": last["coverage"] < MIN_COVERAGE,
         "delta_official": last["official"] - first["last"]["official"] if comparable else None,
         "bits_per_byte": last["bits_per_byte"],
         "steps": summary["steps"],
@@ -124,7 +150,7 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
         console.print(drawn)
         cells = cells[n:]
     if any(row["official_flagged"] for row in table):
-        note = f"(!) covers less than {COVERAGE:.0%} of val, so this official score is not comparable; `full` covers all of it."
+        note = f"(!) covers less than {MIN_COVERAGE:.0%} of val, so this official score is not comparable; `full` covers all of it."
         console.print(note, soft_wrap=True, markup=False)
     for row in table:
         if row["guards"]["fail"] or row["guards"]["flag"]:

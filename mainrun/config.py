@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mainrun.errors import ConfigError, nearest
 
 PRESETS = Path(__file__).parent / "presets"
+MIN_COVERAGE = 0.97  # an official score that covers less of val is shown with its coverage and never compared
 TASK = {"seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000}  # the public task's fixed numbers
 
 
@@ -193,7 +195,7 @@ class TrainConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of every field but the preset's name: equal configs are one run, whatever they are called."""
+        """sha256 of every field but the preset's name: what a run computes, whatever it is called."""
         fields = self.model_dump(exclude={"preset"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -242,7 +244,8 @@ class Plan:
         self.steps_per_epoch = train_tokens // span
         self.steps = cfg.epochs * self.steps_per_epoch
         self.warmup_steps = round(cfg.warmup_frac * self.steps)
-        self.decay_start = self.steps - round(cfg.decay_frac * self.steps) if cfg.schedule == "wsd" else self.warmup_steps
+        fall = round(cfg.decay_frac * self.steps) if cfg.schedule == "wsd" else self.steps
+        self.decay_start = max(self.warmup_steps, self.steps - fall)  # both fractions may have been rounded up
         self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
 
@@ -329,6 +332,8 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
     preset: a built-in name, a TOML file, or either with `:step` for one step of a ladder.
     """
     overrides = dict(parse_set(s) for s in sets)
+    if "preset" in overrides:
+        raise ConfigError(f"--set preset={overrides['preset']}: a preset is chosen by --preset, and its name is its file's")
     return [_build(fields | overrides, label) for label, fields in _expand(preset)]
 
 
@@ -354,11 +359,15 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
         return found[0][1]
 
     data.pop("about", None)
+    _named(path.stem, f"preset file {path}")
     steps, scale = data.pop("steps", None), data.pop("scale", {})
     if not isinstance(scale, dict):
         raise ConfigError(f"scale = {scale!r} in {path.name} is not a table; write [scale] and a field = value in each line below it")
     if steps is not None and not (isinstance(steps, list) and steps and all(isinstance(entry, dict) for entry in steps)):
         raise ConfigError(f"steps = {steps!r} in {path.name} is not a list of tables; write [[steps]] before the fields of each step")
+    for table in (data, scale, *(steps or ())):
+        if "preset" in table:
+            raise ConfigError(f"preset = {table['preset']!r} in {path.name} sets nothing: a preset's name is its file's; remove it")
     fields = base_of(data) | data
     if steps is None:
         if step:
@@ -367,7 +376,7 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
     ladder = []
     for i, entry in enumerate(steps):
         entry = dict(entry)
-        name = str(entry.pop("name", i))
+        name = _named(str(entry.pop("name", i)), f"step {i + 1} of {path.name}")
         entry.pop("about", None)
         fields = (base_of(entry) if "base" in entry else fields) | entry
         ladder.append((f"{path.stem}:{name}", fields | scale))
@@ -381,6 +390,13 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
             return [(label, found)]
     names = [label.split(":", 1)[1] for label, _ in ladder]
     raise ConfigError(f"preset {path.stem!r} has no step {step!r}{nearest(step, names)}; its steps: {', '.join(names)}")
+
+
+def _named(name: str, what: str) -> str:
+    """Names become part of a run's folder, so they hold nothing that leads elsewhere."""
+    if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
+        raise ConfigError(f"{what} is called {name!r}; write at most 80 letters, digits and . + - _ or blanks, a letter or digit first")
+    return name
 
 
 def _find(preset: str) -> tuple[Path, str]:

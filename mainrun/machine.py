@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,7 +46,10 @@ class Machine:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            if name == "cuda":
+                torch.cuda.set_device(self.device)
+            # the others wait while the leader tokenises or scores, which may take long
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
         self.facts = {
             "device": torch.cuda.get_device_name(self.device) if name == "cuda" else cpu_model(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -95,15 +99,17 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that computes: Python, the libraries, and train.py itself by its hash."""
+    """Of everything that computes: Python, the libraries, and mainrun by the hash of its own files that do."""
     import numpy
     import safetensors
     import sentencepiece
     import tokenizers
 
-    source = hashlib.sha256(Path(__file__).with_name("train.py").read_bytes()).hexdigest()
+    source = hashlib.sha256()
+    for name in ("config", "corpus", "machine", "scoring", "synthetic", "tokens", "train"):
+        source.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
     found = {m.__name__: str(m.__version__) for m in (torch, numpy, tokenizers, sentencepiece, safetensors)}
-    return {"python": platform.python_version(), "train.py": source, **found}
+    return {"python": platform.python_version(), "mainrun": source.hexdigest(), **found}
 
 
 class StopFlag:

@@ -25,7 +25,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     model = build(cfg, tokenizer.vocab_size)
     state = State(cfg, model)
     state.load(*found)
-    state.average._swap()
+    state.average.swap()
     return model.eval(), tokenizer
 
 

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig, load
-from mainrun.corpus import load_corpus
-from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, MainrunError, RunError, plain_warnings
+from mainrun.corpus import Corpus, load_corpus
+from mainrun.errors import ConfigError, Diverged, Interrupted, MainrunError, RunError, plain_warnings
 from mainrun.guards import Evidence, guards
 from mainrun.machine import Machine, StopFlag, versions
-from mainrun.progress import make_progress
+from mainrun.progress import Progress, make_progress
 from mainrun.store import checkpoint
 from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
 from mainrun.tokens import EOS, Batches, TokenData, prepare
@@ -305,13 +305,13 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        self._swap()
+        self.swap()
         try:
             yield
         finally:
-            self._swap()
+            self.swap()
 
-    def _swap(self) -> None:
+    def swap(self) -> None:
         for name, average in self.shadow.items():
             p = self.live[name]
             p.data, self.shadow[name] = average, p.data
@@ -348,13 +348,13 @@ class State:
         self.presented = meta["presented"]
 
 
-def train(cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Any = None) -> dict[str, Any]:
+def train(cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Train a config to its end, from its last checkpoint if it has one, and give the summary."""
     with StopFlag() as stop:  # from the start: a signal while the data is prepared is obeyed before the first step
         return _train(cfg, Path(out), fresh, progress or make_progress(quiet=True), stop)
 
 
-def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Any, stop: StopFlag) -> dict[str, Any]:
+def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: StopFlag) -> dict[str, Any]:
     machine = Machine(cfg)
     if not machine.leads:
         progress = make_progress(quiet=True)
@@ -385,11 +385,12 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Any, stop: StopFl
         started = time.perf_counter()
         try:
             loop(cfg, plan, data, machine, run, state, metrics, progress, stop)
-        except MainrunError as e:
-            kind = {75: "interrupted", 3: "diverged"}.get(e.exit_code, "failed")
+        except BaseException as e:
+            kind = {75: "interrupted", 3: "diverged"}.get(getattr(e, "exit_code", 1), "failed")
             if machine.leads:
-                with suppress(DiskFull):  # `e` is what must be heard; a full disk is heard at the next write
-                    run.write("status.json", {"state": kind, "step": state.step, "steps": plan.steps, "why": str(e)})
+                with suppress(MainrunError):  # `e` is what must be heard; a full disk is heard at the next write
+                    why = str(e) or type(e).__name__
+                    run.write("status.json", {"state": kind, "step": state.step, "steps": plan.steps, "why": why})
             raise
         finally:
             progress.close()
@@ -415,8 +416,8 @@ def loop(
     run: RunDir,
     state: State,
     metrics: Metrics | None,
-    progress: Any,
-    stop: Any,
+    progress: Progress,
+    stop: StopFlag,
 ) -> None:
     model = state.model
     runner: nn.Module = torch.compile(model) if cfg.compile else model  # type: ignore[assignment]
@@ -484,8 +485,12 @@ def loop(
             row["seconds"] = time.perf_counter() - clock
             write(row)
             progress.step(row | {"steps": plan.steps})
-        if state.step in plan.eval_steps and machine.leads:
-            for row in score(cfg, data, state):
+        if state.step in plan.eval_steps:
+            found = list(score(cfg, data, state)) if machine.leads else []
+            if machine.any(not all(math.isfinite(row["loss"]) for row in found)):
+                why = f"the score at step {state.step} of {plan.steps} is no number after lr {inputs.lr:g} and gradient norm {norm:g}"
+                raise Diverged(f"{why}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)")
+            for row in found:
                 write(row)
                 progress.eval(row | {"steps": plan.steps})
         if state.step % plan.checkpoint_every == 0 or state.step == plan.steps:
@@ -513,7 +518,7 @@ def check_spans(cfg: TrainConfig, data: TokenData) -> None:
                 raise ConfigError(f"the {split} split is too short: {e}") from None
 
 
-def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Any) -> Metrics:
+def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress) -> Metrics:
     """Bring state, metrics.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
     metrics = Metrics(run.path / "metrics.jsonl")
 
@@ -523,16 +528,20 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
         return None if metrics.rewind(meta["metrics"]) else "metrics.jsonl is not the one it was saved with"
 
     found = checkpoint.load_newest(run.checkpoints, usable, progress.note)
-    classes = [c for c in run.env().get("machine_classes", []) if found] or []
+    earlier = run.env() if found else {}
     if found:
         state.load(*found)
-        env["evaluate_hash"] = run.env().get("evaluate_hash", "")  # the first start's: an edit between two sittings must show
+        env["evaluate_hash"] = earlier.get("evaluate_hash", "")  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
-        if found[1]["machine_class"] != env["machine_class"]:
-            progress.note("this is another machine class than the one before: from here on the bits are not those of an undisturbed run")
+        for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
+            now = env["machine_class" if key == "machine_classes" else "versions"]
+            if earlier.get(key, [now])[-1] != now:
+                progress.note(f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run")
     else:
         metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
-    env["machine_classes"] = classes + [env["machine_class"]] * (env["machine_class"] not in classes)
+    for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
+        seen = earlier.get(key, [])
+        env[key] = [entry for entry in seen if entry != now] + [now]
     run.write("env.json", env)
     run.write("status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed})
     return metrics
@@ -552,7 +561,9 @@ def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> Non
         state.load(*found)
 
 
-def summarize(cfg: TrainConfig, plan: Plan, corpus: Any, data: TokenData, run: RunDir, state: State, env: dict[str, Any]) -> dict[str, Any]:
+def summarize(
+    cfg: TrainConfig, plan: Plan, corpus: Corpus, data: TokenData, run: RunDir, state: State, env: dict[str, Any]
+) -> dict[str, Any]:
     """summary.json: the last and the best score, what they cost, what they stand on, and the guards they passed."""
     rows = run.metrics()
     evals = [r for r in rows if r["event"] == "eval"]
@@ -584,10 +595,13 @@ def summarize(cfg: TrainConfig, plan: Plan, corpus: Any, data: TokenData, run: R
         "seconds": state.seconds,
         "tokens_per_s": tokens / max(state.seconds, 1e-9),
         "fingerprints": corpus.fingerprints,
+        "origin": corpus.origin,
+        "geometry": list(cfg.geometry),
         "tokenizer": data.tokenizer.digest,
         "machine_class": env["machine_class"],
         "machine_classes": env["machine_classes"],
         "versions": env["versions"],
+        "all_versions": env["all_versions"],
         "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
         "resumed": state.resumed,
     }
@@ -613,18 +627,24 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args()
     plain_warnings()
+    code = 0
     try:
         for cfg in load(args.preset, args.set):
-            summary = train(cfg, args.out, fresh=args.fresh, progress=make_progress(quiet=False))
+            try:
+                summary = train(cfg, args.out, fresh=args.fresh, progress=make_progress(quiet=False))
+            except Diverged as e:  # the other steps of a ladder are still worth training
+                print(f"diverged: {cfg.run_id}: {e}", file=sys.stderr)
+                code = e.exit_code
+                continue
             if summary:
                 print(f"{summary['run']}: full {summary['last']['full']:.4f}, official {summary['last']['official']:.4f}")
     except MainrunError as e:
         print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+        code = e.exit_code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

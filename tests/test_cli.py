@@ -44,20 +44,24 @@ def summary(cfg: TrainConfig, **changes: Any) -> dict[str, Any]:
     """A summary as train() writes it, with made-up figures."""
     score = {"step": 10, "split": "val", "official": 1.4, "full": 1.5, "loss": 5.0, "bits_per_byte": 2.0, "coverage": 0.98, "tokens": 999}
     found: dict[str, Any] = {
-        "run": cfg.run_id, "preset": cfg.preset, "status": "done", "steps": 10, "last": score, "best": {**score, "full": 1.45},
+        "run": cfg.run_id, "preset": cfg.preset, "status": "done", "steps": 10,
         "params": 27_172_864, "tokens": 81_920, "presentations": {"presentations_per_token": 7.0}, "flops": 1e12, "seconds": 75.0,
-        "tokens_per_s": 1092.0, "fingerprints": {"corpus": "c" * 64, "val": "v" * 64, "train": "t" * 64},
+        "tokens_per_s": 1092.0, "fingerprints": {"corpus": "c" * 64, "val": "v" * 64, "train": "t" * 64}, "geometry": [64, 128],
         "guards": [{"name": "causality", "status": "pass", "detail": ""}, {"name": "coverage", "status": "flag", "detail": "0.78"}],
     }  # fmt: skip
     last = changes.pop("last", {})
-    return found | {"last": {**score, **last}} | changes
+    best = {**score, "full": 1.45, "split": last.get("split", "val")}
+    return found | {"last": {**score, **last}, "best": best} | changes
 
 
 def make_run(out: Path, cfg: TrainConfig, **changes: Any) -> Path:
     path = out / cfg.run_id
     path.mkdir(parents=True)
     write_json(path / "config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": {}})
-    write_json(path / "summary.json", summary(cfg, **changes))
+    found = summary(cfg, **changes)
+    write_json(path / "summary.json", found)
+    rows = [{"event": "eval", **found[name]} for name in ("best", "last")]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

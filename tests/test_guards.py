@@ -91,8 +91,9 @@ def row(cfg: TrainConfig, data: TokenData, model: nn.Module, step: int, split: s
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    val = [r for r in rows if r["split"] == "val"]
-    return {"last": val[-1], "best": min(val, key=lambda r: r["full"])}
+    mine = {split: [r for r in rows if r["split"] == split] for split in ("val", "dev")}
+    scores = {split: {"last": found[-1], "best": min(found, key=lambda r: r["full"])} for split, found in mine.items() if found}
+    return {**scores["val"], "scores": scores}
 
 
 def run(
@@ -275,6 +276,51 @@ def full_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
         return r | {"tokens": round(r["tokens"] * part), "full": r["full"] * part, "bits_per_byte": r["bits_per_byte"] * part}
 
     return with_rows(e, shorter)
+
+
+def with_dev(honest: Honest, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Evidence:
+    """Only the rows of dev, which a search ranks by, are doctored."""
+    return with_rows(honest(dev_frac=0.2), lambda r: change(r) if r["split"] == "dev" else r)
+
+
+@trick("coverage")
+def dev_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """dev's full score over all tokens but six."""
+
+    def shorter(r: dict[str, Any]) -> dict[str, Any]:
+        part = (r["tokens"] - 6) / r["tokens"]
+        return r | {"tokens": r["tokens"] - 6, "full": r["full"] * part, "bits_per_byte": r["bits_per_byte"] * part}
+
+    return with_dev(honest, shorter)
+
+
+@trick("geometry")
+def another_geometry_for_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """dev's official score covers another share than the config's spans do."""
+    return with_dev(honest, lambda r: r | {"coverage": r["coverage"] * 0.9})
+
+
+@trick("denominator")
+def divides_dev_by_more(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """dev's figures were divided by more than its titles' characters."""
+    return with_dev(honest, lambda r: r | {"full": r["full"] * 0.9, "official": r["official"] * 0.9})
+
+
+@trick("last_and_best")
+def invents_a_best_of_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """A score of dev in the summary that no evaluation gave."""
+    e = honest(dev_frac=0.2)
+    scores = copy.deepcopy(e.summary["scores"])
+    scores["dev"]["last"]["full"] -= 0.1
+    return replace(e, summary=e.summary | {"scores": scores})
+
+
+@trick("lossless_tokens")
+def trains_on_val(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The stream that is trained on is val's, as often as it takes."""
+    e = honest()
+    stream = np.resize(e.data.splits["val"], len(e.data.splits["train"]))
+    return replace(e, data=replace(e.data, splits=e.data.splits | {"train": stream}))
 
 
 @trick("geometry")
@@ -748,10 +794,16 @@ def test_long_tokens_of_train_and_words_of_val_are_honest() -> None:
     assert verdict(e, "no_val_tokens").status == "pass"
 
 
-def test_a_title_without_spaces_is_not_a_word() -> None:
-    title = "本日は晴天なりと彼女は言ったがすぐに雨が降り出した"
-    e = memorised(lambda c: [title], val=lambda c: [*c.val[:-1], title])
-    assert verdict(e, "no_val_tokens").status == "fail"
+@pytest.mark.parametrize("text", ["{}", "{}!", "she says {}"])
+def test_a_phrase_without_spaces_is_not_a_word(text: str) -> None:
+    """A long piece of validation text, a whole title or a part of one."""
+    phrase = "本日は晴天なりと彼女は言ったがすぐに雨が降り出した"
+    cfg, corpus, _ = material(tokenizer_fit="train+val")
+    corpus = replace(corpus, val=[*corpus.val[:-1], phrase])
+    data = prepare_uncached(cfg, corpus)
+    data = retokenised(data, corpus, Memoriser(data.tokenizer, [phrase]))
+    corpus = replace(corpus, val=[*corpus.val[:-1], text.format(phrase)])
+    assert verdict(run(cfg, corpus, data), "no_val_tokens").status == "fail"
 
 
 # data_known
@@ -908,7 +960,8 @@ def test_val_titles_in_train_are_counted(honest: Honest) -> None:
 def test_a_trick_trips_exactly_its_guard(name: str, honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
     guard, status, play = TRICKS[name]
     found = guards(play(honest, monkeypatch))
-    assert of(found, "fail") == ({guard} if status == "fail" else set()), found
+    # rows that were doctored, or weights that learnt on, do not fit each other either: the second scoring may see it too
+    assert of(found, "fail") - {"same_evaluate"} == ({guard} if status == "fail" else set()) - {"same_evaluate"}, found
     assert next(g for g in found if g.name == guard).status == status
     assert all_detailed(found)
 
@@ -917,26 +970,27 @@ def test_every_guard_has_a_trick() -> None:
     assert {guard for guard, _, _ in TRICKS.values()} | {"task_rules"} == set(GUARDS)
 
 
-def test_all_scores_the_weights_again(honest: Honest) -> None:
-    """Rows that agree with each other, but that these weights do not give: only all=True looks."""
-    e = honest()
-    better = with_rows(e, lambda r: r | {k: r[k] * 0.9 for k in ("loss", "official", "full", "bits_per_byte")} if r["step"] > 1 else r)
-    assert of(guards(better), "fail") == set()
-    assert of(guards(better, all=True), "fail") == {"same_evaluate"}
-    assert "the last evaluation says" in verdict(better, "same_evaluate", all=True).detail
+@pytest.mark.parametrize("split", ["val", "dev"])
+def test_the_weights_are_scored_again(honest: Honest, split: str) -> None:
+    """Rows that agree with each other, but that these weights do not give."""
+    e = honest(dev_frac=0.2)
+    figures = ("loss", "official", "full", "bits_per_byte")
+    better = with_rows(e, lambda r: r | {k: r[k] * 0.9 for k in figures} if r["step"] > 1 and r["split"] == split else r)
+    assert of(guards(better), "fail") == {"same_evaluate"}
+    assert f"on {split} the weights score" in verdict(better, "same_evaluate").detail
 
 
-def test_all_looks_at_every_title(honest: Honest) -> None:
-    """One train title stored as another: a sample does not see it."""
+def test_every_stored_token_is_looked_at(honest: Honest) -> None:
+    """One train title stored as another."""
     e = honest()
     train = e.data.tokenizer.encode([*e.corpus.train[:-1], "Something else"])
     broken = replace(e, data=replace(e.data, splits=e.data.splits | {"train": train}))
-    assert verdict(broken, "lossless_tokens", all=True).status == "fail"
+    assert verdict(broken, "lossless_tokens").status == "fail"
 
 
 @pytest.mark.parametrize("lost", ["evals", "ledger", "summary"])
 def test_evidence_that_cannot_be_read_does_not_pass(honest: Honest, lost: str) -> None:
     found = guards(replace(honest(), **{lost: [] if lost == "evals" else {}}))
-    assert of(found, "fail") <= {"coverage", "geometry", "denominator", "last_and_best", "random_start", "presentations"}
+    assert of(found, "fail") <= {"coverage", "geometry", "denominator", "last_and_best", "same_evaluate", "random_start", "presentations"}
     assert all("cannot be read" in g.detail for g in found if g.status == "fail")
     assert of(found, "fail")

@@ -580,7 +580,8 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
     assert summary is not None
     assert set(summary) == {
         "run", "preset", "status", "steps", "last", "best", "scores", "params", "tokens", "presentations", "flops", "seconds",
-        "tokens_per_s", "fingerprints", "tokenizer", "guards", "machine_class", "machine_classes", "versions", "weights", "resumed",
+        "tokens_per_s", "fingerprints", "origin", "geometry", "tokenizer", "guards", "machine_class", "machine_classes", "versions",
+        "all_versions", "weights", "resumed",
     }  # fmt: skip
     plan = RunDir(run).plan()
     assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (cfg.run_id, cfg.preset, "done", 0)
@@ -603,7 +604,7 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
     assert summary["params"] == 400 * 32 + 16 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32) + 2 * 32
     assert summary["seconds"] > 0 and summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
     assert summary["machine_classes"] == [summary["machine_class"]] and summary["machine_class"]["threads"] == 1
-    assert {"python", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "train.py"} <= set(summary["versions"])
+    assert {"python", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "mainrun"} <= set(summary["versions"])
     assert len(summary["guards"]) >= 13
     assert all(set(g) == {"name", "status", "detail"} and g["status"] in ("pass", "flag") for g in summary["guards"]), summary["guards"]
 
@@ -619,7 +620,7 @@ def test_the_status_follows_the_run(tmp_path: Path) -> None:
     files = {"config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints", ".lock"}
     assert {p.name for p in run.path.iterdir()} == files
     env = run.env()
-    assert set(env) == {"machine_class", "machine_classes", "versions", "evaluate_hash", "command"}
+    assert set(env) == {"machine_class", "machine_classes", "versions", "all_versions", "evaluate_hash", "command"}
     assert run.config() == cfg
 
 

@@ -208,9 +208,9 @@ def check_writable(out: Path) -> None:
 
 def check_same_data(run: RunDir, titles: dict[str, Any]) -> None:
     """Refuse to go on with other titles or tokens than the run began with: a file behind a config can change."""
-    begun = _read_json(run.path / "config.json") or {}
+    begun = _read_json(run.path / "config.json")
     for name, now in titles.items():
-        if begun.get(name, now) != now:
+        if begun is not None and begun.get(name) != now:
             raise RunError(
                 f"{run.path} was begun with other {name} than its corpus gives now; restore the corpus, or use --fresh to start over"
             )

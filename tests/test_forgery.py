@@ -1,0 +1,149 @@
+"""What a hand can do to a real run's files and cache between two sittings, and that no figure gets better by it unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mainrun import compare, tokens, train
+from mainrun.config import TrainConfig
+from mainrun.corpus import load_corpus
+from mainrun.errors import Interrupted, RunError
+from mainrun.progress import Progress
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RunDir, to_json, write_json
+from mainrun.train import train as train_run
+
+
+class StopAt(Progress):
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def step(self, row: dict[str, Any]) -> None:
+        if row["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def failed(summary: dict[str, Any]) -> set[str]:
+    return {g["name"] for g in summary["guards"] if g["status"] == "fail"}
+
+
+def interrupted(cfg: TrainConfig, out: Path, step: int = 12) -> RunDir:
+    with pytest.raises(Interrupted):
+        train_run(cfg, out, progress=StopAt(step))
+    return RunDir(out / cfg.run_id)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+def test_a_cache_that_trains_on_val(tiny: Callable[..., TrainConfig], tmp_path: Path, own_cache: Path) -> None:
+    """The cached train stream is val's, and the entry's checksum is made to fit."""
+    cfg = tiny()
+    data = tokens.prepare(cfg, load_corpus(cfg))
+    [entry] = own_cache.iterdir()
+    train_stream = np.resize(data.splits["val"], len(data.splits["train"]))
+    np.save(entry / "train.npy", train_stream)
+    meta = json.loads((entry / "meta.json").read_text())
+    meta["digest"] = tokens._digest(data.tokenizer, {**data.splits, "train": train_stream}, meta["chars"], meta["bytes"])
+    (entry / "meta.json").write_text(json.dumps(meta))
+    assert "lossless_tokens" in failed(train_run(cfg, tmp_path / "runs"))
+
+
+def test_scores_that_the_weights_do_not_give(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Rows made better in metrics.jsonl and in the checkpoint that vouches for it; the summary is then made anew from them."""
+    cfg = tiny()
+    train_run(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    rows = [r | {k: r[k] / 2 for k in ("loss", "full", "official", "bits_per_byte") if r["event"] == "eval"} for r in run.metrics()]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (run.path / "metrics.jsonl").write_bytes(text)
+    place = checkpoint.steps(run.checkpoints)[0]
+    meta = json.loads((place / "meta.json").read_text())
+    del meta["meta_sha256"]
+    meta["metrics"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (place / "meta.json").write_text(to_json(meta | {"meta_sha256": checkpoint._meta_sha256(meta)}))
+    (run.path / "summary.json").unlink()
+    assert {"same_evaluate", "random_start"} & failed(train_run(cfg, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_an_edited_summary_is_not_compared(tiny: Callable[..., TrainConfig], tmp_path: Path, name: str) -> None:
+    cfg = tiny()
+    summary = train_run(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    assert compare.finished(run) == summary
+    write_json(run.path / "summary.json", summary | {name: summary[name] | {"full": 0.5}})
+    with pytest.raises(RunError, match=rf"gives 0.5 for full of the {name} score, metrics.jsonl"):
+        compare.finished(run)
+
+
+def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Nothing says any more which titles the run was begun on."""
+    titles = tmp_path / "titles.txt"
+    titles.write_text("\n".join(f"title number {i} of the {i * 7 % 50} kind" for i in range(300)))
+    cfg = tiny(corpus=f"file:{titles}", num_titles=300, vocab_size=320)
+    run = interrupted(cfg, tmp_path / "runs", step=5)
+    begun = json.loads((run.path / "config.json").read_text())
+    del begun["fingerprints"]
+    write_json(run.path / "config.json", begun)
+    with pytest.raises(RunError, match="begun with other fingerprints"):
+        train_run(cfg, tmp_path / "runs")
+
+
+def test_every_sitting_leaves_its_versions(tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edited trainer, another torch, another machine or another evaluate in the first sitting is in the last one's summary."""
+    cfg = tiny()
+    true = train.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "versions", lambda: true | {"mainrun": "edited"})
+        patch.setattr(train.scoring, "evaluate_source_hash", lambda: "another")
+        patch.setattr("mainrun.machine.cpu_model", lambda: "another processor")
+        interrupted(cfg, tmp_path)
+    told: list[str] = []
+
+    class Told(Progress):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    summary = train_run(cfg, tmp_path, progress=Told())
+    assert summary["all_versions"] == [true | {"mainrun": "edited"}, true]
+    assert [c["device"] for c in summary["machine_classes"]] == ["another processor", summary["machine_class"]["device"]]
+    assert "same_evaluate" in failed(summary)
+    assert any("another machine class" in text for text in told) and any("another mainrun" in text for text in told)
+
+
+def test_a_finished_run_speaks_only_for_its_titles(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    titles = tmp_path / "titles.txt"
+    titles.write_text("\n".join(f"title number {i} of the {i * 7 % 50} kind" for i in range(300)))
+    cfg = tiny(corpus=f"file:{titles}", num_titles=300, vocab_size=320)
+    first = train_run(cfg, tmp_path / "runs")
+    assert train_run(cfg, tmp_path / "runs") == first
+    titles.write_text(titles.read_text().replace("number 7 ", "numero 7 "))
+    with pytest.raises(RunError, match="begun with other fingerprints"):
+        train_run(cfg, tmp_path / "runs")
+
+
+def test_a_name_cannot_lead_out_of_the_runs(tmp_path: Path) -> None:
+    from mainrun.config import load
+    from mainrun.errors import ConfigError
+
+    for name in ("a/../../../escaped", "..", ".hidden", "a\\b", "", "a\nb", "-rf", "x" * 200):
+        (tmp_path / "p.toml").write_text(f"[[steps]]\nname = {json.dumps(name)}\nbase = 'demo:baseline'\n")
+        with pytest.raises(ConfigError, match="is called"):
+            load(str(tmp_path / "p.toml"))
+    shutil.copy(tmp_path / "p.toml", tmp_path / ".toml")
+    with pytest.raises(ConfigError, match="is called"):
+        load(str(tmp_path / ".toml"))
