@@ -507,6 +507,14 @@ def ladder(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_interrupted_fresh_run_does_not_ask_for_fresh_again(fake: FakeTrain, tmp_path: Path, fresh: bool) -> None:
+    fake.errors["baseline"] = Interrupted("SIGTERM at step 3 of 9; the same command goes on from here")
+    result = ask("train", "--preset", "baseline", "--out", tmp_path, *(["--fresh"] if fresh else []))
+    assert result.exit_code == 75
+    assert ("without --fresh" in result.stderr) == fresh
+
+
 def test_a_ladder_trains_each_step_and_ends_with_the_comparison(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
     result = ask("train", "--preset", ladder, "--out", tmp_path / "runs")
     assert result.exit_code == 0

@@ -486,6 +486,32 @@ def test_the_evaluations_are_at_both_ends_and_as_often_as_asked(plan: Plan) -> N
     assert plan.table()["evaluations"] == len(steps)
 
 
+@pytest.mark.parametrize(("shape", "half"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("quarter", 0.0)])
+def test_the_weight_decay_falls_as_it_says(shape: str, half: float) -> None:
+    fields = {"weight_decay": 0.1, "batch_size": 2, "block_size": 4, "epochs": 1}
+    if shape == "quarter":  # where linear and cosine part
+        linear, cosine = (Plan(default(wd_schedule=s, **fields), 8 * 40).at(10).weight_decay for s in ("linear", "cosine"))
+        assert linear == pytest.approx(0.075) and cosine == pytest.approx(0.1 * (1 + math.cos(math.pi / 4)) / 2)
+    else:
+        plan = Plan(default(wd_schedule=shape, **fields), 8 * 40)
+        assert plan.at(20).weight_decay == pytest.approx(0.1 * half)
+
+
+def test_a_fall_does_not_begin_before_the_warm_up_ends() -> None:
+    """Both fractions may round up; the fall then gives way."""
+    plan = Plan(default(schedule="wsd", warmup_frac=0.3, decay_frac=0.7, batch_size=2, block_size=4, epochs=1), 8 * 5)
+    assert (plan.steps, plan.warmup_steps, plan.decay_start) == (5, 2, 2)
+    assert [plan.lr_factor(s) for s in range(5)] == pytest.approx([0.5, 1, 1, 2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("where", ["set", "file", "step", "scale"])
+def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
+    text = {"file": "preset = 'x'", "step": "[[steps]]\npreset = 'x'", "scale": "[scale]\npreset = 'x'", "set": ""}[where]
+    (tmp_path / "mine.toml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match="preset"):
+        load(str(tmp_path / "mine.toml"), ["preset=x"] if where == "set" else [])
+
+
 def test_swa_averages_the_last_steps_evenly() -> None:
     plan = Plan(default(swa=0.5, batch_size=2, block_size=4, epochs=1), 81)
     assert (plan.steps, plan.swa_start) == (10, 5)

@@ -87,6 +87,7 @@ def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
         compare(RunDir(tmp_path / "one" / pieces.run_id), two)
     summary = two.summary()
     assert summary is not None and summary["machine_class"]["processes"] == 2
+    assert [g for g in summary["guards"] if g["status"] == "fail"] == [], "both processes' tokens are in the ledger"
     assert done.stdout.count(cfg.run_id) == 1, "the leader alone speaks"
 
 

@@ -537,6 +537,32 @@ def test_muon_moves_matrices_by_the_nearest_orthogonal_one_at_adamws_size() -> N
             assert torch.allclose(update.abs(), torch.full_like(update, 0.01), rtol=1e-3), name
 
 
+def test_muon_remembers_earlier_gradients() -> None:
+    """Nesterov momentum of 0.9: at the second step the first gradient still weighs, as the written-out average says."""
+    cfg = config(optimizer="muon", momentum=0.9)
+    model = shaken(cfg)
+    optimizers = Optimizers(cfg, model)
+    steps = [{n: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for n, p in model.named_parameters()} for i in (1, 2)]
+    for gradients in steps:
+        before = weights_of(model)
+        for n, p in model.named_parameters():
+            p.grad = gradients[n].clone()
+        optimizers.step(inputs(cfg, lr=0.1, lr_aux=0.01, weight_decay=0.0))
+
+    def nearest(matrix: Tensor) -> Tensor:
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return u @ vt
+
+    for name, p in model.named_parameters():
+        if name.startswith("blocks.") and p.ndim == 2:
+            first, second = (g[name] for g in steps)
+            average = 0.9 * 0.1 * first + 0.1 * second
+            like, unlike = nearest(0.1 * second + 0.9 * average), nearest(second)
+            update = before[name] - p.detach()
+            assert F.cosine_similarity(update.flatten(), like.flatten(), dim=0) > 0.9, name
+            assert F.cosine_similarity(update.flatten(), unlike.flatten(), dim=0) < 0.9, name
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_an_optimizers_state_goes_out_and_comes_back(optimizer: str) -> None:
     cfg = config(optimizer=optimizer, momentum=0.9)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -433,6 +434,88 @@ def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
         messages.add(str(e.value))
     assert len(messages) == 1 and run.summary() is None
     assert all(math.isfinite(v) for r in rows(run.path) for v in r.values() if isinstance(v, float)), "no row holds what is not a number"
+
+
+def test_a_last_update_that_breaks_the_weights_diverges_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later loss would show it; the last score does."""
+    cfg = config(checkpoint_every=10)
+    original = trainer.Optimizers.step
+    done = 0
+
+    def broken(self: Any, inputs: Any) -> None:
+        nonlocal done
+        original(self, inputs)
+        done += 1
+        if done == last:
+            with torch.no_grad():
+                next(iter(self.names)).fill_(math.nan)
+
+    last = estimate(cfg)["plan"]["steps"]
+    monkeypatch.setattr(trainer.Optimizers, "step", broken)
+    with pytest.raises(Diverged, match=f"the score at step {last} of {last} is no number"):
+        train(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    assert run.summary() is None and run.status()["state"] == "diverged"
+    assert all(math.isfinite(v) for r in rows(run.path) for v in r.values() if isinstance(v, float))
+    found = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
+    assert found is not None and found[1]["step"] < last and all(t.isfinite().all() for t in found[0].values())
+
+
+def test_a_crash_is_not_left_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(trainer, "compute_loss", broken)
+    with pytest.raises(RuntimeError):
+        train(config(), tmp_path)
+    assert RunDir(tmp_path / config().run_id).status() == {"state": "failed", "step": 0, "steps": ANY, "why": "a bug of ours"}
+
+
+def test_a_ladder_goes_on_behind_a_step_that_diverges(tmp_path: Path) -> None:
+    (tmp_path / "ladder.toml").write_text(
+        "[[steps]]\nname = 'high'\nlr = 1000.0\nweight_decay = 100.0\n[[steps]]\nname = 'fine'\nlr = 0.001\nweight_decay = 0.0\n"
+    )
+    sets = tiny_sets(optimizer="adamw", schedule="constant")
+    command = [sys.executable, "-m", "mainrun.train", "--preset", "ladder.toml", "--out", "runs", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 3 and "diverged: ladder-high-" in done.stderr
+    assert done.stdout.startswith("ladder-fine-")
+
+
+def test_what_is_said_to_be_on_disk_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a checkpoint is renamed into its place, its tensors, its meta and the rows it vouches for are on disk."""
+    synced: list[str] = []
+    renamed: list[tuple[str, set[str]]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def seen(fd: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def moved(self: Path, target: Path) -> Path:
+        renamed.append((Path(target).name, set(synced)))
+        synced.clear()
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(Path, "rename", moved)
+    train(config(), tmp_path)
+    places = [before for name, before in renamed if name.startswith("step-")]
+    assert places and all({"state.safetensors", ".meta.json.tmp", "metrics.jsonl"} <= before for before in places)
+
+
+def test_the_operations_that_torch_cannot_repeat_are_refused(tmp_path: Path) -> None:
+    train(config(), tmp_path)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_flops_are_counted_as_the_formula_says() -> None:
+    """Six a weight that multiplies; twice a score and a sum over the whole block in attention, three times with the backward pass."""
+    cfg = config(n_layer=2, d_model=32, block_size=16)
+    model = trainer.build(cfg, 400)
+    products = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 400 * 32
+    attention = 2 * (2 * 16 * 32) * 2 * 3
+    assert trainer.flops_per_token(cfg, model) == 6 * products + attention
 
 
 # -- a full disk
