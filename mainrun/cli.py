@@ -260,20 +260,20 @@ def _dry_run(configs: list[TrainConfig], as_json: bool) -> None:
 
 
 def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a run costs, then what it resolves to; a number that moves over the run as first -> last."""
-    from mainrun.progress import clock, short
+    """What a run costs, then what it resolves to."""
+    from mainrun.progress import clock
 
     plan = found["plan"]
     yield "parameters", f"{found['params']:,}"
     yield "FLOPs", f"{found['flops']:.3g}"
-    yield "memory", f"about {short(found['memory'])}B"
+    yield "memory", f"about {found['memory'] / 1e9:.1f} GB"
     yield "ETA", f"about {clock(found['eta_seconds'])} plus evaluations and checkpoints"
     for key, value in plan.items():
         if key not in ("first_step", "last_step"):
             yield key, _value(value)
     for key, value in plan["first_step"].items():
         last = plan["last_step"][key]
-        yield key, _value(value) if last == value else f"{_value(value)} -> {_value(last)}"
+        yield key, _value(value) if last == value else f"{_value(value)} at the first step, {_value(last)} at the last"
     for key, value in found["machine_class"].items():
         yield key, _value(value)
 
@@ -452,7 +452,7 @@ def doctor(out: Out = Path("runs"), as_json: Json = False, debug: Debug = False)
 
 @app.command()
 def download(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="hn or hn-2025.")],
+    name: Annotated[str, typer.Argument(metavar="hn|hn-2025", help="The corpus.")],
     debug: Debug = False,
 ) -> None:
     """Fetch a corpus, to train offline later."""

@@ -33,22 +33,23 @@ NEEDED = (
     "geometry",
     "guards",
 )
+SCORES = ("step", "split", "full", "official", "loss", "bits_per_byte", "coverage", "tokens")
 SAME = ("corpus", "val")  # the fingerprints that comparable runs share
 
 
 def finished(run: RunDir) -> dict[str, Any]:
     """The summary of a run that is done."""
-    if (run.path / "summary.json").is_file():
-        summary = run.summary()
-        missing = [k for k in NEEDED if not isinstance(summary, dict) or k not in summary]
-        if missing:
-            raise RunError(f"{run.path}/summary.json is damaged (no {missing[0]!r}); train the run again with --fresh")
-        assert summary is not None
-        _check_scores(run, summary)
-        return summary
-    run.config()  # says so when this is no run directory at all
-    state = run.status().get("state", "not started")
-    raise RunError(f"run {run.path.name} is not finished ({state}); the `mainrun train` command that started it goes on with it")
+    run.config()  # says so when this is no run directory at all, or when its config was changed
+    if not (run.path / "summary.json").is_file():
+        state = run.status().get("state", "not started")
+        raise RunError(f"run {run.path.name} is not finished ({state}); the `mainrun train` command that started it goes on with it")
+    summary = run.summary() or {}
+    missing = [k for k in NEEDED if not isinstance(summary, dict) or k not in summary]
+    missing = missing or [f"{k} of {name}" for name in ("last", "best") for k in SCORES if k not in summary[name]]
+    if missing:
+        raise RunError(f"{run.path}/summary.json is damaged (no {missing[0]!r}); train the run again with --fresh")
+    _check_scores(run, summary)
+    return summary
 
 
 def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:

@@ -144,7 +144,9 @@ class TrainConfig(BaseModel):
         if self.d_model % self.n_head:
             near = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0 and (self.d_model // h) % 2 == 0]
             near = sorted(near, key=lambda h: (abs(h - self.n_head), h))[:3]
-            refuse(f"n_head={self.n_head} does not divide d_model={self.d_model}", f"set n_head to one of {sorted(near)}")
+            width = 2 * self.n_head * max(1, round(self.d_model / (2 * self.n_head)))
+            fix = f"set n_head to one of {sorted(near)}, or d_model={width}" if near else f"set d_model={width}"
+            refuse(f"n_head={self.n_head} does not divide d_model={self.d_model}", fix)
         if self.n_kv_head and self.n_head % self.n_kv_head:
             refuse(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}", "set n_kv_head to a divisor, or 0")
         if self.position == "rope" and self.head_dim % 2:
@@ -186,6 +188,11 @@ class TrainConfig(BaseModel):
         return (self.dropout, *other)  # type: ignore[return-value]
 
     @property
+    def passes(self) -> int:
+        """How often a step shows each of its tokens to the model."""
+        return 2 if self.rdrop else 1
+
+    @property
     def geometry(self) -> tuple[int, int]:
         """Rows and tokens of one span of the official score."""
         if not self.official_geometry:
@@ -196,8 +203,7 @@ class TrainConfig(BaseModel):
     @property
     def digest(self) -> str:
         """sha256 of every field but the preset's name: what a run computes, whatever it is called."""
-        fields = self.model_dump(exclude={"preset"})
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.model_dump())
 
     @property
     def run_id(self) -> str:
@@ -344,7 +350,9 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
         raise ConfigError(f"preset {preset!r} is its own base ({' -> '.join((*above, preset))}); remove one of the base keys")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError:
+        raise ConfigError(f"preset file {path} is not UTF-8 text; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"preset file {path} is not valid TOML: {e}") from None
     except OSError as e:
         raise ConfigError(f"preset file {path} cannot be read: {e.strerror}") from None
@@ -401,13 +409,17 @@ def _named(name: str, what: str) -> str:
 
 def _find(preset: str) -> tuple[Path, str]:
     """The file and the step that a preset's name means."""
-    name, _, step = preset.partition(":")
+    name, colon, step = preset.partition(":")
+    if colon and preset.endswith(":"):
+        raise ConfigError(f"preset {preset!r} names no step; write {preset[:-1]}:STEP, or {preset[:-1]} for all of it")
     if (PRESETS / f"{name}.toml").is_file() and "/" not in name:
         return PRESETS / f"{name}.toml", step
     for text, part in ((preset, ""), (preset.rpartition(":")[0], preset.rpartition(":")[2])):
         if text.endswith(".toml"):
             if Path(text).is_file():
                 return Path(text), part
+            if Path(text).is_dir():
+                raise ConfigError(f"preset file {text} is a folder; give a TOML file or one of: {', '.join(preset_names())}")
             raise ConfigError(f"preset file {text} does not exist; give a TOML file or one of: {', '.join(preset_names())}")
     known = preset_names()
     raise ConfigError(f"unknown preset {preset!r}{nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
@@ -434,6 +446,11 @@ def _build(fields: dict[str, Any], label: str) -> TrainConfig:
         raise ConfigError("\n".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
 
 
+def digest_of(fields: dict[str, Any]) -> str:
+    """The digest of a config as a dict, of another version too."""
+    return hashlib.sha256(json.dumps({k: v for k, v in fields.items() if k != "preset"}, sort_keys=True).encode()).hexdigest()
+
+
 def from_dict(fields: dict[str, Any]) -> TrainConfig:
     """A config as config.json holds it."""
     return _build(fields, str(fields.get("preset", "custom")))
@@ -444,8 +461,19 @@ def _explain(error: Any) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     got, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
-        return f"unknown field {name!r}{nearest(name, TrainConfig.model_fields)}; `mainrun presets --fields` lists all"
+        words = name.lower().replace("_", " ")
+        meant = nearest(name, TrainConfig.model_fields) or next(
+            (
+                f" (did you mean {field!r}: {f.description}?)"
+                for field, f in TrainConfig.model_fields.items()
+                if words in str(f.description)
+            ),
+            "",
+        )
+        return f"unknown field {name!r}{meant}; `mainrun presets --fields` lists all"
     if kind == "value_error":  # from _fits_together, already whole
         return str(error["ctx"]["error"])
     doc = TrainConfig.model_fields[name].description
+    if kind.startswith("bool"):
+        return f"{name}={got!r} is not allowed: write true or false ({name}: {doc})"
     return f"{name}={got!r} is not allowed: {error['msg'].lower()} ({name}: {doc})"

@@ -21,9 +21,10 @@ from typing import Any
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """What was probably meant, to stand behind what was got."""
-    match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    """What was probably meant, to stand behind what was got. Case does not count, nor does the -- of an option."""
+    plain = {name.lower().lstrip("-"): name for name in allowed}
+    match = difflib.get_close_matches(got.lower().lstrip("-"), plain, n=1, cutoff=0.6)
+    return f" (did you mean {plain[match[0]]!r}?)" if match else ""
 
 
 def plain_warnings() -> None:

@@ -25,10 +25,9 @@ def estimate(cfg: TrainConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = GPT(cfg, data.tokenizer.vocab_size)
     params = sum(p.numel() for p in model.parameters())
-    passes = 2 if cfg.rdrop else 1
-    per_step = cfg.batch_size * cfg.block_size * passes * flops_per_token(cfg, model)
+    per_step = cfg.batch_size * cfg.block_size * cfg.passes * flops_per_token(cfg, model)
     moments = {"sgd": 1 if cfg.momentum else 0, "adamw": 2, "muon": 1.5}[cfg.optimizer]
-    rows = cfg.batch_size // cfg.grad_accum // machine.world * passes
+    rows = cfg.batch_size // cfg.grad_accum // machine.world * cfg.passes
     width = 2 if cfg.dtype == "bfloat16" else 4
     # kept for the backward pass, per token and layer: both norms' in and out, q k v, heads' out, branch outs, the MLP's wide ones
     layer = cfg.d_model * (4 * 4 + 6 * width) + 2 * width * cfg.ff_width * (1.5 if cfg.mlp == "swiglu" else 1)

@@ -317,8 +317,7 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
 def data_known(e: Evidence, all: bool) -> Verdict:
     """Prevents other data under a known name: fingerprints are taken again, and must be those of the source."""
     parts, origin = {split: getattr(e.corpus, split) for split in ("train", "dev", "val")}, e.corpus.origin
-    titles = parts | {"corpus": [title for part in parts.values() for title in part]}
-    true = {name: corpora.fingerprint(part) for name, part in titles.items()}
+    true = corpora.fingerprints(**parts)
     for where, claimed in (("the corpus", e.corpus.fingerprints), ("the summary", e.summary.get("fingerprints", true))):
         for name in true:
             if claimed[name] != true[name]:
@@ -358,9 +357,9 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
 
 
 def presentations(e: Evidence, all: bool) -> Verdict:
-    """Prevents hidden training: how often each token was shown is computed again, R-Drop's second pass and ensembles included."""
+    """Prevents hidden training: how often each token was shown is counted again, R-Drop's second pass and a mix's repeats included."""
     plan, got = _plan(e), e.ledger
-    passes, members = (2 if e.cfg.rdrop else 1), got["ensemble_members"]
+    passes, members = e.cfg.passes, got["ensemble_members"]
     expected = {
         "train_tokens_per_epoch": plan.train_tokens,
         "forward_passes": passes,

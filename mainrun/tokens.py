@@ -209,8 +209,9 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _vocabulary_error(asked: int, most: int) -> ConfigError:
-    fix = f"--set vocab_size={most}, or raise num_titles" if most >= LEAST else f"the least is {LEAST}: raise num_titles, or give more text"
-    return ConfigError(f"vocab_size={asked:,} is larger than the text allows: these titles give at most {most:,} tokens; {fix}")
+    fix = f"--set vocab_size={most}, or " if most >= LEAST else f"the least is {LEAST}: "
+    got = f"vocab_size={asked:,} is larger than the text allows: these titles give at most {most:,} tokens"
+    return ConfigError(f"{got}; {fix}raise num_titles (val_frac and dev_frac take from it)")
 
 
 def _load_bpe(model: bytes) -> Any:

@@ -573,12 +573,11 @@ def summarize(
         for split in ("val", "dev")
         if (mine := [r for r in evals if r["split"] == split])
     }
-    passes = 2 if cfg.rdrop else 1
     tokens = plan.steps * cfg.batch_size * cfg.block_size
     ledger = {
         "train_tokens_per_epoch": plan.train_tokens,
         "presentations_per_token": state.presented / plan.train_tokens,
-        "forward_passes": passes,
+        "forward_passes": cfg.passes,
         "ensemble_members": 1,
     }
     summary = {

@@ -512,6 +512,21 @@ def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
         load(str(tmp_path / "mine.toml"), ["preset=x"] if where == "set" else [])
 
 
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [("LR", "'lr'"), ("learning_rate", "'lr'"), ("vocabsize", "'vocab_size'"), ("n_heads", "'n_head'"), ("growth", None)],
+)
+def test_an_unknown_field_is_met_with_what_was_meant(field: str, meant: str | None) -> None:
+    with pytest.raises(ConfigError) as e:
+        load("baseline", [f"{field}=1"])
+    assert ("did you mean" in str(e.value)) == bool(meant) and (meant or "") in str(e.value)
+
+
+def test_a_width_that_no_number_of_heads_fits_gets_a_width() -> None:
+    with pytest.raises(ConfigError, match="set d_model=64"):
+        load("baseline", ["d_model=63", "n_head=2"])
+
+
 def test_swa_averages_the_last_steps_evenly() -> None:
     plan = Plan(default(swa=0.5, batch_size=2, block_size=4, epochs=1), 81)
     assert (plan.steps, plan.swa_start) == (10, 5)

@@ -90,6 +90,27 @@ def test_an_edited_summary_is_not_compared(tiny: Callable[..., TrainConfig], tmp
         compare.finished(run)
 
 
+@pytest.mark.parametrize("damage", [{"last": {}}, {"best": {"full": 1.0}}, {"fingerprints": None}])
+def test_a_summary_with_holes_is_damaged(tiny: Callable[..., TrainConfig], tmp_path: Path, damage: dict[str, Any]) -> None:
+    cfg = tiny()
+    summary = train_run(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    write_json(run.path / "summary.json", {k: v for k, v in (summary | damage).items() if v is not None})
+    with pytest.raises(RunError, match="is damaged"):
+        compare.finished(run)
+
+
+def test_an_edited_config_is_not_compared(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    cfg = tiny()
+    train_run(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    held = json.loads((run.path / "config.json").read_text())
+    held["config"]["lr"] = 0.5
+    write_json(run.path / "config.json", held)
+    with pytest.raises(RunError, match=r"config.json was changed.*--fresh"):
+        compare.finished(run)
+
+
 def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """Nothing says any more which titles the run was begun on."""
     titles = tmp_path / "titles.txt"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mainrun.config import TrainConfig, from_dict
+from mainrun.config import TrainConfig, digest_of, from_dict
 from mainrun.errors import ConfigError, DiskFull, RunError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -130,6 +130,8 @@ class RunDir:
         data = _read_json(self.path / "config.json")
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
             raise RunError(f"{self.path} is not a run directory (no usable config.json); give one that `mainrun train` made")
+        if data.get("digest") != digest_of(data["config"]):
+            raise RunError(f"{self.path}/config.json was changed after the run began; restore it, or train the run again with --fresh")
         try:
             return from_dict(data["config"])
         except ConfigError as e:
