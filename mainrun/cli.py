@@ -8,6 +8,7 @@ stdout carries results (with --json: JSON and nothing else), stderr carries prog
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import traceback
@@ -236,6 +237,7 @@ def _stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         if asked == 1:
             raise Interrupted("stopped outside the training steps; nothing is lost, start the same command again") from None
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         raise
     finally:
         for s, handler in before.items():
@@ -261,16 +263,16 @@ def _dry_run(configs: list[TrainConfig], as_json: bool) -> None:
 
 def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What a run costs, then what it resolves to."""
-    from mainrun.progress import clock
+    from mainrun.progress import clock, short
 
     plan = found["plan"]
     yield "parameters", f"{found['params']:,}"
     yield "FLOPs", f"{found['flops']:.3g}"
-    yield "memory", f"about {found['memory'] / 1e9:.1f} GB"
+    yield "memory", f"about {short(found['memory'])}B"
     yield "ETA", f"about {clock(found['eta_seconds'])} plus evaluations and checkpoints"
     for key, value in plan.items():
         if key not in ("first_step", "last_step"):
-            yield key, _value(value)
+            yield key, f"{value:,}" if type(value) is int else _value(value)
     for key, value in plan["first_step"].items():
         last = plan["last_step"][key]
         yield key, _value(value) if last == value else f"{_value(value)} at the first step, {_value(last)} at the last"
@@ -284,8 +286,6 @@ def _value(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int):
-        return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, float) else str(value) or '""'
 
 
@@ -427,7 +427,7 @@ def sample(
     from mainrun.sample import sample as sample_run
 
     for title in sample_run(found.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed):
-        print(title)
+        print(re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", title))  # a title is one line and moves no cursor
 
 
 @app.command()

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mainrun.config import MIN_COVERAGE
-from mainrun.errors import RunError
+from mainrun.errors import RunError, UsageError
 from mainrun.progress import clock, percent, short
-from mainrun.store.rundir import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +41,10 @@ def finished(run: RunDir) -> dict[str, Any]:
     run.config()  # says so when this is no run directory at all, or when its config was changed
     if not (run.path / "summary.json").is_file():
         state = run.status().get("state", "not started")
-        raise RunError(f"run {run.path.name} is not finished ({state}); the `mainrun train` command that started it goes on with it")
+        fix = "the `mainrun train` command that started it goes on with it"
+        if state == "diverged":
+            fix = "it would diverge again: train a config with a lower lr, or a longer warm-up"
+        raise RunError(f"run {run.path.name} is not finished ({state}); {fix}")
     summary = run.summary() or {}
     missing = [k for k in NEEDED if not isinstance(summary, dict) or k not in summary]
     missing = missing or [f"{k} of {name}" for name in ("last", "best") for k in SCORES if k not in summary[name]]
@@ -165,7 +167,11 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
     console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
     show(table, console)
     # a fixed id: the same table is the same file
-    write_text(path, console.export_svg(title="mainrun compare", unique_id="mainrun"))
+    drawn = console.export_svg(title="mainrun compare", unique_id="mainrun")
+    try:
+        path.write_text(drawn, encoding="utf-8")
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror}; give --svg a file in a writable folder") from None
 
 
 def _cells(row: dict[str, Any], *, first: bool) -> list[str]:

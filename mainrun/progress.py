@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Lines(Progress):
         self.best: float | None = min((row["full"] for row in earlier if row.get("split") == self.ranked), default=None)
         self.first: tuple[int, float] | None = None
         self.rate = 0.0  # steps a second since this process trains, evaluations included
-        self.at, self.loss = 0, ""
+        self.at, self.loss = max((row["step"] for row in earlier), default=0), ""
         self.note(f"{cfg.run_id}: {self.steps:,} steps of {self.tokens_per_step:,} tokens")
 
     def step(self, row: dict[str, Any]) -> None:
@@ -92,7 +93,8 @@ class Lines(Progress):
         return [f"ETA {clock(left)}", f"{short(self.rate * self.tokens_per_step)} tok/s"]
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read it has left; the training goes on
+            print(text, file=sys.stderr, flush=True)
 
 
 class Bar(Lines):
@@ -106,7 +108,8 @@ class Bar(Lines):
 
     def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
         super().start(cfg, table, earlier)
-        self.live.start()
+        with suppress(OSError):
+            self.live.start()
         self.draw()
         self.next_draw = 0.0  # the first drawing imports what it needs: its cost says nothing about the others
 
@@ -120,7 +123,8 @@ class Bar(Lines):
 
     def draw(self) -> None:
         begin = time.thread_time()  # the work of drawing; a wait for a busy machine is none
-        self.live.update(self.line(), refresh=True)
+        with suppress(OSError):  # the terminal is gone
+            self.live.update(self.line(), refresh=True)
         cost = time.thread_time() - begin
         self.next_draw = time.perf_counter() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
 
@@ -144,11 +148,14 @@ class Bar(Lines):
         return line
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        with suppress(OSError):
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.live.is_started:
-            self.live.stop()
+            self.draw()  # what stays on the screen is where the run ended
+            with suppress(OSError):
+                self.live.stop()
 
 
 def clock(seconds: float) -> str:

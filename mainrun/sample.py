@@ -40,7 +40,10 @@ def sample(run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temp
         ids = list(given)
         for _ in range(max_tokens):
             logits = model(torch.tensor([ids[-model.cfg.block_size :]]))[0, -1].float()
-            chosen = int((logits / temperature).softmax(-1).multinomial(1) if temperature else logits.argmax())
+            if not logits.isfinite().any() or logits.isnan().any():
+                raise RunError(f"{run_dir} holds weights that give no probabilities; its run diverged")
+            scaled = (logits - logits.max()) / (temperature or 1)  # at most 0: a tiny temperature cannot overflow
+            chosen = int(scaled.softmax(-1).multinomial(1) if temperature else logits.argmax())
             if chosen == EOS:
                 break
             ids.append(chosen)

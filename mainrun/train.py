@@ -525,19 +525,26 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     def usable(meta: dict[str, Any]) -> str | None:
         if meta["digest"] != cfg.digest:
             return "it belongs to another config"
-        return None if metrics.rewind(meta["metrics"]) else "metrics.jsonl is not the one it was saved with"
+        if not metrics.rewind(meta["metrics"]):  # hours of training are not thrown away over a log: whoever changed it decides
+            raise RunError(f"{metrics.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over")
+        return None
 
+    before = checkpoint.steps(run.checkpoints)
     found = checkpoint.load_newest(run.checkpoints, usable, progress.note)
     earlier = run.env() if found else {}
     if found:
+        if "evaluate_hash" not in earlier:
+            raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
         state.load(*found)
-        env["evaluate_hash"] = earlier.get("evaluate_hash", "")  # the first start's: an edit between two sittings must show
+        env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
         for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
             now = env["machine_class" if key == "machine_classes" else "versions"]
             if earlier.get(key, [now])[-1] != now:
                 progress.note(f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run")
     else:
+        if before:
+            progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
     for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
         seen = earlier.get(key, [])
@@ -627,18 +634,23 @@ def main() -> int:
     args = parser.parse_args()
     plain_warnings()
     code = 0
+
+    def say(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of two processes that fail for one reason, one says so
+            print(text, file=sys.stderr)
+
     try:
         for cfg in load(args.preset, args.set):
             try:
                 summary = train(cfg, args.out, fresh=args.fresh, progress=make_progress(quiet=False))
             except Diverged as e:  # the other steps of a ladder are still worth training
-                print(f"diverged: {cfg.run_id}: {e}", file=sys.stderr)
+                say(f"diverged: {cfg.run_id}: {e}")
                 code = e.exit_code
                 continue
             if summary:
                 print(f"{summary['run']}: full {summary['last']['full']:.4f}, official {summary['last']['official']:.4f}")
     except MainrunError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"{'interrupted' if isinstance(e, Interrupted) else 'error'}: {e}")
         code = e.exit_code
     finally:
         if dist.is_initialized():

@@ -352,7 +352,7 @@ def test_a_run_without_a_usable_checkpoint_starts_over(finished: tuple[TrainConf
 
     notes = again(*finished, tmp_path, damage)
     assert notes.first_step == 1
-    assert sum("passed over" in n for n in notes.all) == 2
+    assert sum("passed over" in n for n in notes.all) == 2 and "starts over at step 0" in notes.all[-1]
 
 
 def test_a_run_takes_no_checkpoint_of_another_config(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
@@ -372,12 +372,19 @@ def test_a_run_takes_no_checkpoint_of_another_config(finished: tuple[TrainConfig
     assert undisturbed is not None and summary["weights"] == undisturbed["weights"]
 
 
-def test_a_run_takes_no_checkpoint_whose_rows_are_gone(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_whose_rows_were_changed_waits_for_a_decision(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
     """metrics.jsonl that was edited, or lost, is not continued as if nothing had been."""
 
     def damage(places: list[Path]) -> None:
         path = places[0].parents[1] / "metrics.jsonl"
         path.write_text(path.read_text().replace('"loss": 5.', '"loss": 4.', 1).replace('"loss": 6.', '"loss": 5.', 1))
 
-    notes = again(*finished, tmp_path, damage)
-    assert notes.first_step == 1 and sum("metrics.jsonl is not the one" in n for n in notes.all) == 2
+    with pytest.raises(RunError, match=r"metrics.jsonl is not the one.*--fresh"):
+        again(*finished, tmp_path, damage)
+    assert len(checkpoint.steps(tmp_path / finished[0].run_id / "checkpoints")) == 2, "the weights are still there"
+
+
+def test_a_run_whose_beginning_is_lost_is_not_judged_by_its_end(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+    """Without env.json nothing says that the evaluation is still the first sitting's."""
+    with pytest.raises(RunError, match=r"env.json.*is lost.*--fresh"):
+        again(*finished, tmp_path, lambda places: (places[0].parents[1] / "env.json").unlink())

@@ -1,5 +1,6 @@
 """What a person sees of a run: on stderr, one line wide, cheap, and nothing at all when quiet."""
 
+import errno
 import io
 import json
 import os
@@ -232,3 +233,28 @@ def test_the_base_has_every_call_that_the_trainer_makes() -> None:
 @pytest.mark.parametrize(("share", "text"), [(0.0, "0%"), (0.57, "57%"), (0.97, "97%"), (0.96999, "96%"), (1.0, "100%")])
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+def test_after_a_resume_it_stands_where_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    it, screen = bar()
+    it.start(TrainConfig(), TABLE, [step(1), step(120), scored(120)])
+    assert "step 120/200" in screen.getvalue()
+    it.next_draw = float("inf")  # no drawing falls due any more
+    it.step(step(131))
+    it.close()
+    assert "step 131/200" in screen.getvalue(), "what stays on the screen is the last step"
+
+
+class Gone(io.StringIO):
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+def test_a_reader_who_left_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone(BrokenPipeError()))
+    drive(Lines())
+    drive(Bar(Console(file=Gone(OSError(errno.EIO, "terminal gone")), force_terminal=True, width=100)))

@@ -760,3 +760,13 @@ def test_the_best_of_earlier_sittings_is_shown(tmp_path: Path) -> None:
     seen = [row["full"] for row in RunDir(tmp_path / cfg.run_id).metrics() if row["event"] == "eval"]
     train(cfg, tmp_path, progress=Told())
     assert told == [min(seen)]
+
+
+def test_a_sample_of_broken_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config(), tmp_path)
+    run = tmp_path / config().run_id
+    healthy = sample(run, "Show", n=1, max_tokens=4, temperature=0.0)
+    assert sample(run, "Show", n=1, max_tokens=4, temperature=1e-39) == healthy
+    monkeypatch.setattr(trainer.GPT, "forward", lambda self, idx: torch.full((1, idx.shape[1], 400), math.nan))
+    with pytest.raises(RunError, match="no probabilities"):
+        sample(run, "Show", n=1, max_tokens=4)

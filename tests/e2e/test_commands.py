@@ -171,6 +171,8 @@ def test_sample(trained: tuple[Path, Any]) -> None:
     assert run(*args, "--seed", 1).stdout != done.stdout
     coldest = run(*args, "--temperature", 0).stdout.splitlines()
     assert len(set(coldest)) == 1
+    odd = run("sample", only(out).name[:12], "--out", out, "--prompt", "a\x1b[31mb\nc", "-n", 2, "--max-tokens", 2).stdout.splitlines()
+    assert len(odd) == 2 and all(line.startswith(r"a\x1b[31mb\x0ac") for line in odd), "a title is a line and moves no cursor"
 
 
 def test_presets_and_doctor_answer(tmp_path: Path) -> None:
