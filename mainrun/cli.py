@@ -92,7 +92,10 @@ app = typer.Typer(
 
 def main() -> None:
     """The `mainrun` script."""
-    app()
+    try:
+        app()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; one more Ctrl-C must not tear the libraries' goodbyes
 
 
 def _version(asked: bool) -> None:

@@ -18,6 +18,7 @@ from conftest import tiny_sets
 from typer.testing import CliRunner, Result
 
 from mainrun.cli import app
+from mainrun.config import digest_of
 
 TITLES = "".join(f"Show HN: a title about {word} number {i}\n" for i in range(200) for word in ("ships", "bread", "rust"))
 
@@ -80,7 +81,7 @@ def refused(out: Path, call: Callable[[], Result], *words: str) -> None:
         (["learning_rate=2"], ["unknown field 'learning_rate'"]),
         (["n_layer=two"], ["n_layer='two'", "integer"]),
         (["n_layer=2.5"], ["n_layer=2.5", "integer"]),
-        (["bias=1"], ["bias=1", "boolean"]),
+        (["bias=1"], ["bias=1", "true or false"]),
         (["lr=fast"], ["lr='fast'", "number"]),
         (["lr=nan"], ["lr=nan"]),
         (["optimizer=adam"], ["optimizer='adam'", "'adamw'"]),
@@ -110,7 +111,7 @@ def test_a_bad_field(out: Path, sets: list[str], words: list[str]) -> None:
         ("baseline:x", None, ["baseline", "no steps"]),
         ("{dir}/no.toml", None, ["no.toml", "does not exist"]),
         ("{dir}/mine.toml", "lr = = 3", ["mine.toml", "not valid TOML"]),
-        ("{dir}/mine.toml", "\udc80\udcff", ["mine.toml", "not valid TOML"]),
+        ("{dir}/mine.toml", "\udc80\udcff", ["mine.toml", "not UTF-8"]),
         ("{dir}/mine.toml", "learning = 3", ["unknown field 'learning'"]),
         ("{dir}/mine.toml", "steps = 3", ["mine.toml", "steps"]),
         ("{dir}/mine.toml", "steps = []", ["mine.toml", "steps"]),
@@ -174,6 +175,9 @@ def test_a_run_directory_of_another_config(out: Path) -> None:
     path = only(out) / "config.json"
     held = json.loads(path.read_text(encoding="utf-8"))
     held["config"]["lr"] = 0.7
+    path.write_text(json.dumps(held), encoding="utf-8")
+    refused(out, lambda: train(out), "config.json was changed after the run began", "--fresh")
+    held["digest"] = digest_of(held["config"])  # now it is whole, and not the one that was asked for
     path.write_text(json.dumps(held), encoding="utf-8")
     refused(out, lambda: train(out), "another config", "lr=0.7", "0.006", "--fresh")
     (only(out) / "summary.json").unlink()

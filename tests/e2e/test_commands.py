@@ -280,14 +280,16 @@ def test_one_signal_ends_with_75_and_the_same_command_goes_on(start: Callable[..
 
 
 def test_ctrl_c_twice_ends_at_once_with_130(start: Callable[..., Running]) -> None:
-    """Both come while one step, of a second or so, is under way: the second does not wait for its end."""
-    it = start(num_titles=2000, batch_size=32, block_size=64, n_layer=4, d_model=128, grad_accum=16, checkpoint_every=1)
+    """Both come while one step, of some seconds, is under way: the second does not wait for its end."""
+    sizes = {"num_titles": 2000, "batch_size": 128, "block_size": 64, "n_layer": 4, "d_model": 128, "grad_accum": 128}
+    it = start(**sizes, official_geometry="1x64", checkpoint_every=1)
     it.wait_for(2)
+    time.sleep(0.3)  # the checkpoint of step 2 is written, step 3 has begun
     it.process.send_signal(signal.SIGINT)
-    time.sleep(0.05)  # two signals at once would be one
+    time.sleep(0.2)  # two signals during one of its many small products would be one
     it.process.send_signal(signal.SIGINT)
     assert it.end() == (130, "", it.err)
-    assert "interrupted" not in it.err
+    assert "interrupted" not in it.err and "stopped at once" in it.err
     path = only(it.out)
     assert not (path / "summary.json").exists()
     assert any((path / "checkpoints").iterdir())  # and what was saved before is still there
