@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | presets | compare | sample | doctor | download`.
+"""The command line: `mainrun train | presets | compare | sample | doctor | download | bench`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -8,6 +8,7 @@ stdout carries results (with --json: JSON and nothing else), stderr carries prog
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -55,14 +56,21 @@ class _Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
             allowed = ", ".join(self.commands)
-            raise UsageError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; `mainrun --help` lists them: {allowed}")
+            known = f"`{ctx.command_path} --help` lists them: {allowed}"
+            raise UsageError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; {known}")
         return super().resolve_command(ctx, args)
+
+
+def _leads() -> bool:
+    """Of the processes that torchrun starts one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
     if "--debug" in args:
         traceback.print_exception(e)
-    print(f"{kind}: {text}", file=sys.stderr, flush=True)
+    if _leads():
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -140,6 +148,7 @@ def train(
     out: Out = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left, and redo it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="With --dry-run: take the time of a few steps, and throw them away.")] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
     debug: Debug = False,
@@ -151,19 +160,28 @@ def train(
     """
     from mainrun.config import load
 
+    if probe and not dry_run:
+        raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
     configs = load(preset, sets or [])
     if dry_run:
-        _dry_run(configs, as_json)
+        _dry_run(configs, probe, as_json)
         return
+    quiet = quiet or not _leads()
     summaries, diverged = [], []
-    for i, cfg in enumerate(configs):
-        try:
-            summaries.append(_train_one(cfg, out, fresh, quiet, f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""))
-        except Diverged as e:
-            if len(configs) == 1:
-                raise
-            diverged.append(f"{cfg.run_id}: {e}")  # the other steps of a ladder are still worth training
-    if as_json:
+    try:
+        for i, cfg in enumerate(configs):
+            try:
+                summaries.append(_train_one(cfg, out, fresh, quiet, f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""))
+            except Diverged as e:
+                if len(configs) == 1:
+                    raise
+                diverged.append(f"{cfg.run_id}: {e}")  # the other steps of a ladder are still worth training
+    finally:
+        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
+            dist.destroy_process_group()
+    if not _leads():
+        pass
+    elif as_json:
         _emit(summaries if len(configs) > 1 else summaries[0])
     elif not quiet:
         _show_results(summaries, out)
@@ -247,10 +265,10 @@ def _stoppable() -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def _dry_run(configs: list[TrainConfig], as_json: bool) -> None:
+def _dry_run(configs: list[TrainConfig], probe: bool, as_json: bool) -> None:
     from mainrun.estimate import estimate
 
-    estimates = [estimate(cfg) for cfg in configs]
+    estimates = [estimate(cfg, probe) for cfg in configs]
     if as_json:
         _emit(estimates if len(estimates) > 1 else estimates[0])
         return
@@ -272,7 +290,7 @@ def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{found['params']:,}"
     yield "FLOPs", f"{found['flops']:.3g}"
     yield "memory", f"about {short(found['memory'])}B"
-    yield "ETA", f"about {clock(found['eta_seconds'])} plus evaluations and checkpoints"
+    yield "ETA", f"about {clock(found['eta_seconds'])} {_eta_basis(found)}"
     for key, value in plan.items():
         if key not in ("first_step", "last_step"):
             yield key, f"{value:,}" if type(value) is int else _value(value)
@@ -281,6 +299,14 @@ def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield key, _value(value) if last == value else f"{_value(value)} at the first step, {_value(last)} at the last"
     for key, value in found["machine_class"].items():
         yield key, _value(value)
+
+
+def _eta_basis(found: dict[str, Any]) -> str:
+    if "probe" not in found:
+        return "plus evaluations and checkpoints (--probe measures)"
+    probe = found["probe"]
+    compiles = "; not compiled here, what compiling gains is a rule of thumb" if probe["compiles"] else ""
+    return f"(probed: {probe['step_seconds']:.3g} s a step, {probe['evaluation_seconds']:.3g} s an evaluation{compiles})"
 
 
 def _value(value: Any) -> str:
@@ -462,3 +488,69 @@ def download(
     from mainrun.corpus import download as fetch
 
     print(fetch(name))
+
+
+# -- what a step costs
+
+bench = typer.Typer(cls=_Group, help="Measure what a training step costs: step, gpu.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback(invoke_without_command=True)
+def _bench(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Measured steps of each; their median counts.")]
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@bench.command("step")
+def bench_step(
+    preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")] = "baseline",
+    sets: Sets = None,
+    rivals: Annotated[bool, typer.Option("--rivals", help="Also a plain loop, and both with the C library's own allocator.")] = False,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a training step and its parts, beside rivals.
+
+    Each rival has a process of its own and they take turns, step by step. The plain loop is always float32 with AdamW.
+    """
+    from mainrun.bench import step
+    from mainrun.config import load
+
+    configs = load(preset, sets or [])
+    if len(configs) > 1:
+        raise UsageError(f"preset {preset!r} has {len(configs)} steps, bench takes one; write --preset {configs[0].preset}, say")
+    found = step.measure(configs[0], rivals=rivals, repeats=repeats, note=_note)
+    if as_json:
+        _emit(found)
+    else:
+        _show_table(*step.table(found))
+        print(*step.lines(found), sep="\n")
+
+
+@bench.command("gpu")
+def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, debug: Debug = False) -> None:
+    """On a GPU: share of the peak, whole runs, repeats.
+
+    For baseline and optimized, in bfloat16: the share of the GPU's peak that a step reaches, the wall time of a whole run, and
+    whether a second run gives the same losses and weights to the bit.
+    """
+    from mainrun.bench import gpu
+
+    found = gpu.measure(sets or [], repeats=repeats, note=_note)
+    if as_json:
+        _emit(found)
+    else:
+        _show_table(*gpu.table(found))
+        print(*gpu.lines(found), sep="\n")
+    if any(row["differences"] for row in found["presets"]):
+        raise MainrunError("two runs of one config are not the same; the lines above say where they part")

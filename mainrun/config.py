@@ -59,7 +59,10 @@ class TrainConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = static("auto", "auto: cuda where there is one, else cpu")
     dtype: Literal["float32", "bfloat16"] = static("float32", "bfloat16: weights stay float32, matmuls autocast")
     threads: int = static(0, "CPU threads (they change the bits); 0: one per core", ge=0, le=1024)
-    compile: bool = static(False, "torch.compile with deterministic algorithms; needs a C++ compiler on the CPU")
+    compile: Literal["auto", "on", "off"] = static(
+        "auto", "torch.compile (on a CPU it needs a C++ compiler); auto: for a run that is long enough"
+    )
+    attention: Literal["auto", "plain", "sdpa"] = static("auto", "how attention is computed; auto: the faster, by device, dtype and length")
 
     # -- corpus
     corpus: str = static("synthetic", "synthetic | hn | hn-2025 | file:PATH[#COLUMN] | mix:PATH.toml")
@@ -280,7 +283,7 @@ class Plan:
     def at(self, step: int) -> StepInputs:
         cfg, factor = self.cfg, self.lr_factor(step)
         fall = 1.0 if cfg.wd_schedule == "constant" else _fall(cfg.wd_schedule, step / self.steps)
-        embedding, attention, residual = cfg.dropouts
+        embedding, attention, residual = map(_in_256ths, cfg.dropouts)
         return StepInputs(
             lr=cfg.lr * factor,
             lr_aux=(cfg.lr_aux or cfg.lr) * factor,
@@ -314,6 +317,11 @@ class Plan:
             "first_step": dataclasses.asdict(self.at(0)),
             "last_step": dataclasses.asdict(self.at(self.steps - 1)),
         }
+
+
+def _in_256ths(p: float) -> float:
+    """The rate that is used: one random byte decides, so it is a whole 256th, and never none where one was asked for."""
+    return min(max(round(256 * p), p > 0), 255) / 256
 
 
 def _fall(shape: str, progress: float) -> float:

@@ -48,6 +48,7 @@ def checks(out: Path) -> Iterator[Check]:
     yield _cpu()
     yield _gpu(torch)
     yield _memory()
+    yield _allocator()
     yield from _disk(out)
     yield _compiler()
     yield _hub()
@@ -126,6 +127,15 @@ def _memory() -> Check:
     return Check("memory", "ok", detail)
 
 
+def _allocator() -> Check:
+    from mainrun.allocator import tune_allocator
+
+    found = tune_allocator()
+    if found.startswith("default"):
+        return Check("allocator", "warn", found, "steps on a CPU may take twice as long; use Linux with glibc, without MAINRUN_ALLOCATOR")
+    return Check("allocator", "ok", found)
+
+
 def _disk(out: Path) -> Iterator[Check]:
     from mainrun.corpus import cache_dir
 
@@ -153,9 +163,9 @@ def _compiler() -> Check:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not found:
         detail = f"CXX={asked} is not there" if asked else "none found"
-        return Check("c++ compiler", "warn", detail, "install g++; until then leave compile=false")
+        return Check("c++ compiler", "warn", detail, "install g++; until then leave compile=off")
     if not header.is_file():
-        return Check("c++ compiler", "warn", f"{found[0]}, but no {header}", "install python3-dev; until then leave compile=false")
+        return Check("c++ compiler", "warn", f"{found[0]}, but no {header}", "install python3-dev; until then leave compile=off")
     return Check("c++ compiler", "ok", found[0])
 
 

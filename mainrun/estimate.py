@@ -1,41 +1,50 @@
-"""What a run would cost, without training a step: `mainrun train --dry-run`."""
+"""What a run would cost, without training it: `mainrun train --dry-run`, and with --probe a few steps that are thrown away."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mainrun.config import Plan, TrainConfig
+from mainrun import scoring
+from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
-from mainrun.machine import Machine
-from mainrun.tokens import prepare
-from mainrun.train import GPT, check_spans, flops_per_token
+from mainrun.machine import Machine, compile_balance
+from mainrun.sitting import check_spans, flops_per_token
+from mainrun.tokens import Batches, TokenData, prepare
+from mainrun.train import GPT, Muon, State, build, compute_loss, drops, gradients, make_runner
+
+PROBED = 3  # steps
+DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
 
 
-def estimate(cfg: TrainConfig) -> dict[str, Any]:
-    """--dry-run: the resolved table, and what the run would cost, without training a step."""
+def estimate(cfg: TrainConfig, probe: bool = False) -> dict[str, Any]:
+    """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
     machine = Machine(cfg)
     data = prepare(cfg, load_corpus(cfg))
     plan = Plan(cfg, len(data.splits["train"]))
     check_spans(cfg, data)
+    machine.settle(cfg, plan)
+    vocab_size = data.tokenizer.vocab_size
     with torch.device("meta"):
-        model = GPT(cfg, data.tokenizer.vocab_size)
+        model = GPT(cfg, vocab_size)
     params = sum(p.numel() for p in model.parameters())
-    per_step = cfg.batch_size * cfg.block_size * cfg.passes * flops_per_token(cfg, model)
-    moments = {"sgd": 1 if cfg.momentum else 0, "adamw": 2, "muon": 1.5}[cfg.optimizer]
-    rows = cfg.batch_size // cfg.grad_accum // machine.world * cfg.passes
-    width = 2 if cfg.dtype == "bfloat16" else 4
-    # kept for the backward pass, per token and layer: both norms' in and out, q k v, heads' out, branch outs, the MLP's wide ones
-    layer = cfg.d_model * (4 * 4 + 6 * width) + 2 * width * cfg.ff_width * (1.5 if cfg.mlp == "swiglu" else 1)
-    attention = cfg.n_head * cfg.block_size * (4 + width + (1 if cfg.dropouts[1] else 0))
-    activations = rows * cfg.block_size * (cfg.n_layer * (layer + attention) + data.tokenizer.vocab_size * (4 * 2 + width))
-    memory = params * 4 * (2 + moments + (1 if cfg.ema or cfg.swa else 0)) + activations
-    seconds = plan.steps * per_step / (0.6 * matmul_speed(cfg, machine))
-    cost = {"params": params, "flops": plan.steps * per_step, "memory": int(memory), "eta_seconds": seconds}
+    flops = plan.steps * cfg.batch_size * cfg.block_size * cfg.passes * flops_per_token(cfg, model)
+    cost: dict[str, Any] = {"params": params, "flops": flops, "memory": memory(cfg, machine, vocab_size)}
+    if probe:
+        cost |= probed(cfg, machine, plan, data)
+    else:
+        cost["eta_seconds"] = flops / (0.6 * matmul_speed(cfg, machine))
     return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.facts}
 
 
@@ -51,3 +60,179 @@ def matmul_speed(cfg: TrainConfig, machine: Machine) -> float:
         float(F.linear(x, w)[0, 0])  # reading one number waits for the device
         best = min(best, time.perf_counter() - clock)
     return 2 * rows * cfg.d_model * cfg.ff_width / best
+
+
+# -- time, measured
+
+
+class Trial:
+    """The real training step of a config, on weights that nobody keeps."""
+
+    def __init__(self, cfg: TrainConfig, machine: Machine, plan: Plan, vocab_size: int) -> None:
+        self.cfg, self.machine, self.plan = cfg, machine, plan
+        self.state = State(cfg, build(cfg, vocab_size).to(machine.device))
+        self.runner = make_runner(machine, self.state.model)
+
+    def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
+        """Steps, to the very end of the last, whose loss is given. As in a run, none of them waits for the one before."""
+        for _ in range(count):
+            state, inputs = self.state, self.plan.at(min(self.state.step, self.plan.steps - 1))
+            numbers = gradients(self.cfg, self.machine, self.runner, state.model, x, y, inputs, state.step)
+            state.optimizers.step(inputs)
+            state.average.update(inputs)
+            state.step += 1
+        if self.machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return float(numbers[0])
+
+
+def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData) -> dict[str, Any]:
+    """The time of the run by a few of its steps, one part of an evaluation, and the size of a checkpoint."""
+    compiles, machine.compile = machine.compile, False  # a probe must be cheap
+    try:
+        trial, batches = Trial(cfg, machine, plan, data.tokenizer.vocab_size), Batches(cfg, data.splits["train"])
+    finally:
+        machine.compile = compiles
+
+    def step(i: int) -> None:
+        x, y = (machine.put(a) for a in batches.at(i, cfg.batch_size))
+        trial.step(x, y)
+
+    step(0)  # the first maps the memory
+    seconds = statistics.median(timed(lambda i=i: step(i)) for i in range(1, 1 + PROBED))  # type: ignore[misc]
+    evaluation = sum(_evaluation(cfg, trial, data, split) for split in ("val", "dev") if split in data.splits)
+    held = sum(t.numel() * t.element_size() for t in trial.state.tensors().values())
+    saves = -(-plan.steps // plan.checkpoint_every)
+    steps = plan.steps * seconds
+    if compiles:
+        costs, gains = compile_balance(cfg, plan, machine)  # the gain by rule of thumb, and never more than that of modern blocks
+        steps += costs - min(gains, steps / 3)
+    # the guards take each score again, and a few more, at the end: about one evaluation
+    total = steps + evaluation * (len(plan.eval_steps) + 1) + saves * held / DISK
+    return {"eta_seconds": total, "probe": {"step_seconds": seconds, "evaluation_seconds": evaluation, "compiles": compiles}}
+
+
+def _evaluation(cfg: TrainConfig, trial: Trial, data: TokenData, split: str) -> float:
+    """Seconds to score a split, from the first tokens of it."""
+    tokens, (rows, length) = data.splits[split], cfg.geometry
+    span = rows * length + 1
+    part = tokens[: max(span, 2 * cfg.batch_size * cfg.block_size)]
+
+    def work(n: int) -> int:  # targets, of the official score and of the full one
+        return n // span * rows * length + n
+
+    size = {"chars": len(part), "nbytes": len(part), "block_size": cfg.block_size}
+    seconds = timed(lambda: scoring.evaluate(trial.state.model, part, **size, geometry=cfg.geometry))
+    return seconds * work(len(tokens)) / work(len(part))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    clock = time.perf_counter()
+    work()
+    return time.perf_counter() - clock
+
+
+# -- memory, counted
+
+# Python, torch and the other libraries of a run, in bytes; on a GPU they are not in its memory.
+PROCESS = 500_000_000
+FRAGMENTS = 1.2  # the heap's peak over that of the tensors in it: measured 1.21 and 1.23 on baseline
+COMPILER = 100_000_000  # what torch.compile leaves in the process ...
+COMPILED = 0.9  # ... and the peak of its step over that of the tensors of an eager one: it keeps fewer, and reuses them
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive while it is open, and their most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:  # a view has the storage of what it shows
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.gone, key).atexit = False
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def memory(cfg: TrainConfig, machine: Machine, vocab_size: int) -> int:
+    """The peak of the whole process (of a GPU's memory), in bytes: a step and an evaluation on tensors that have sizes but no memory.
+
+    So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives.
+    """
+    rows = cfg.batch_size // cfg.grad_accum // machine.world
+    inputs = Plan(cfg, cfg.batch_size * cfg.block_size * 2).at(0)
+    with FakeTensorMode(allow_fallback_kernels=False), Live() as live, machine.device:
+        state = State(cfg, GPT(cfg, vocab_size))
+        model = state.model
+        model.set_up(inputs, machine.attention)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        moments = _moments(cfg, state)  # first: from the second step on they are there while the model runs
+        _evaluate(model, cfg, vocab_size)
+        model.zero_grad(set_to_none=True)
+        size = sum(n for n, _ in drops(cfg, inputs, rows * cfg.passes, machine.attention))
+        pool = torch.empty(size, dtype=torch.uint8) if size else None
+        _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
+        del moments
+    if machine.world > 1:
+        live.most += 4 * sum(p.numel() for p in model.parameters())  # the buckets in which gradients travel
+    if machine.device.type == "cuda":
+        return live.most
+    return PROCESS + (int(COMPILED * live.most) + COMPILER if machine.compile else int(FRAGMENTS * live.most))
+
+
+def _moments(cfg: TrainConfig, state: State) -> list[Tensor]:
+    """What the optimisers keep. Only Muon needs more than that while it steps; the fused ones have no form without memory."""
+    kept = []
+    for optimizer in state.optimizers.all:
+        if isinstance(optimizer, Muon):
+            optimizer.step()
+        else:
+            each = 2 if isinstance(optimizer, torch.optim.AdamW) else int(cfg.momentum > 0)
+            kept += [torch.empty_like(p) for group in optimizer.param_groups for p in group["params"] for _ in range(each)]
+    return kept
+
+
+def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
+    """The widest batch of a score, as scoring.py takes it."""
+    device = model.embed.weight.device
+    rows = max(1, scoring.LOGITS[device.type] // (cfg.block_size * vocab_size))
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(rows, cfg.block_size, dtype=torch.int64)).flatten(0, 1)
+        F.log_softmax(logits.float(), dim=-1)
+
+
+class HeldGradient(torch.autograd.Function):
+    """The memory of train.CrossEntropy: beside the logits their gradient, in their type, and nothing else of that size."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.grad = torch.empty_like(logits)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return ctx.grad
+
+
+def _backward(model: GPT, x: Tensor, inputs: StepInputs, pool: Tensor | None) -> None:
+    model.train()
+    if inputs.rdrop:
+        loss = compute_loss(model, x, x, inputs, pool)[0]
+    else:
+        loss = HeldGradient.apply(model(x, pool).flatten(0, 1))
+    loss.backward()

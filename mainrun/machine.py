@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mainrun.config import TrainConfig
+from mainrun.allocator import tune_allocator
+from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError
 
 
@@ -31,8 +36,8 @@ class Machine:
         name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")
-        if name == "cpu" and cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-            raise ConfigError("compile=true needs a C++ compiler on the CPU and there is none; install g++, or set compile=false")
+        if name == "cpu" and cfg.compile == "on" and not compiler(name):
+            raise ConfigError("compile=on needs a C++ compiler on the CPU and there is none; install g++, or set compile=off")
         if cfg.batch_size % (cfg.grad_accum * self.world):
             pieces = f"{self.world} processes x grad_accum={cfg.grad_accum}"
             raise ConfigError(f"batch_size={cfg.batch_size} does not split over {pieces}; change one of them")
@@ -50,6 +55,11 @@ class Machine:
                 torch.cuda.set_device(self.device)
             # the others wait while the leader tokenises or scores, which may take long
             dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
+        self.allocator = tune_allocator()
+        self.attention = cfg.attention if cfg.attention != "auto" else best_attention(cfg, name)
+        # on a GPU nothing waits for a step's numbers until this many steps have theirs
+        self.lag = 32 if name == "cuda" else 1
+        self.compile, self.why = cfg.compile == "on", ""
         self.facts = {
             "device": torch.cuda.get_device_name(self.device) if name == "cuda" else cpu_model(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -57,8 +67,45 @@ class Machine:
             "threads": self.threads,
             "processes": self.world,
             "dtype": cfg.dtype,
-            "compile": cfg.compile,
+            "attention": self.attention,
+            "compile": self.compile,
         }
+        if self.compile:
+            self.facts["compiler"] = compiler(name)
+
+    def settle(self, cfg: TrainConfig, plan: Plan) -> None:
+        """Settle compile=auto for the run that is planned. By its length, not by a stopwatch: that would give other bits on another day."""
+        if cfg.compile == "auto":
+            costs, saves = compile_balance(cfg, plan, self)
+            self.compile = saves > costs and bool(compiler(self.device.type))
+            if self.compile:
+                self.facts |= {"compile": True, "compiler": compiler(self.device.type)}
+                self.why = f"compiling: about {costs:.0f} s, to save about {saves:.0f} s (--set compile=off: without)"
+
+    def put(self, array: np.ndarray) -> Tensor:
+        """On the device; to a GPU without waiting for it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def masks(self, places: list[tuple[int, float]], seed: int) -> Tensor | None:
+        """Dropout's masks, one behind the other: a random byte a number, 1 where it is at least 256 p. None where nothing drops."""
+        torch.manual_seed(seed)  # for the one dropout that draws its own: that of a GPU's fused attention
+        total = sum(size for size, _ in places)
+        if not total:
+            return None
+        compare: Any = np.greater_equal  # ten times faster than torch's on a CPU
+        if self.device.type == "cuda":
+            generator, compare = torch.Generator(self.device).manual_seed(seed), torch.greater_equal
+            noise: Any = torch.randint(0, 256, (total,), dtype=torch.uint8, device=self.device, generator=generator)
+        else:
+            words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-total // 8), dtype=np.uint64)
+            noise = words.view(np.uint8)[:total]
+        start = 0
+        for size, p in places:
+            part = noise[start : start + size]
+            compare(part, round(256 * p), out=part)
+            start += size
+        return noise if self.device.type == "cuda" else torch.from_numpy(noise)
 
     @property
     def leads(self) -> bool:
@@ -81,11 +128,40 @@ class Machine:
         dist.all_reduce(votes)
         return bool(votes.item())
 
-    def mean(self, value: Tensor) -> float:
+    def mean(self, value: Tensor) -> Tensor:
         if self.world > 1:
             dist.all_reduce(value)
             value = value / self.world
-        return float(value)
+        return value
+
+
+def best_attention(cfg: TrainConfig, device: str) -> str:
+    """Four plain lines, or torch's fused kernels: as they were measured (docs/log.md). On a CPU those have no byte masks."""
+    if device == "cuda":
+        return "sdpa"
+    pays = 1024 if cfg.dtype == "bfloat16" else 128
+    return "sdpa" if cfg.block_size >= pays and not cfg.dropouts[1] else "plain"
+
+
+def compiler(device: str) -> str:
+    """The first line of what the C++ compiler says of itself; for a GPU the one that comes with torch. Empty: there is none."""
+    if device == "cuda":
+        return f"triton {importlib.metadata.version('triton')}" if importlib.util.find_spec("triton") else ""
+    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))), None)
+    return subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0] if found else ""
+
+
+def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[float, float]:
+    """Seconds that compiling costs, and that it saves over the run, by rule of thumb (the figures are in docs/log.md)."""
+    attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim
+    mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.d_model * cfg.ff_width
+    weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
+    flops = 6 * weights * plan.steps * cfg.batch_size * cfg.block_size * cfg.passes
+    if machine.device.type == "cuda":
+        return 20 + 4 * cfg.n_layer, 0.3 * flops / 2e14
+    speed = machine.threads * (1.5e11 if cfg.dtype == "bfloat16" else 6e10)
+    share = 0.06 if cfg.dtype == "bfloat16" else 0.0
+    return 10 + 8 * cfg.n_layer, share * flops / speed
 
 
 def cpu_model() -> str:
@@ -106,7 +182,7 @@ def versions() -> dict[str, str]:
     import tokenizers
 
     source = hashlib.sha256()
-    for name in ("config", "corpus", "machine", "scoring", "synthetic", "tokens", "train"):
+    for name in ("config", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
         source.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
     found = {m.__name__: str(m.__version__) for m in (torch, numpy, tokenizers, sentencepiece, safetensors)}
     return {"python": platform.python_version(), "mainrun": source.hexdigest(), **found}

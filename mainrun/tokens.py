@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
-FORMAT = 1  # of the cache and of tokenizer.json: raise it when either, or the ids themselves, change
+FORMAT = 2  # of the cache and of tokenizer.json: raise it when either, or the ids themselves, change
 LEAST = 300  # the smallest vocab_size of a config: room for special tokens, bytes and something to learn
 SPLITS = ("train", "dev", "val")
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
@@ -190,9 +190,9 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             input_sentence_size=0,  # all of them
             shuffle_input_sentence=False,
             max_sentence_length=2**30,  # a longer title would be left out without a word
-            num_threads=1,  # the number of threads changes the order of sums, and so the vocabulary; more were not faster
-            # the candidates at the start: fewer give a shorter text and a quicker fit, but a large vocabulary needs more
-            seed_sentencepiece_size=50_000 if vocab_size <= 16_000 else 1_000_000,
+            num_threads=16,  # on every machine: how the sums are split decides their last bits, and so the vocabulary
+            # the candidates at the start: ten for each that stays give a shorter text than more, and a quicker fit
+            seed_sentencepiece_size=max(10_000, 10 * vocab_size),
             minloglevel=2,
         )
     except RuntimeError as e:

@@ -1,8 +1,8 @@
 """The trainer, whole, in one file: model, loss, optimiser, loop. Read it top to bottom.
 
-    python -m mainrun.train --preset baseline
-    python -m mainrun.train --preset optimized --set corpus=file:titles.txt --set num_titles=20000
-    torchrun --nproc-per-node 2 -m mainrun.train --preset optimized
+    mainrun train --preset baseline
+    mainrun train --preset optimized --set corpus=file:titles.txt --set num_titles=20000
+    torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
 One config gives one sequence of bits on one machine class. That holds because nothing in here remembers: the batch,
 the dropout masks and the learning rate of a step are functions of (config, step), so a run that was killed goes on
@@ -11,10 +11,8 @@ from its checkpoint as if nothing had been. Scores live in scoring.py, the sched
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,23 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mainrun import scoring
-from mainrun.config import Plan, StepInputs, TrainConfig, load
-from mainrun.corpus import Corpus, load_corpus
-from mainrun.errors import ConfigError, Diverged, Interrupted, MainrunError, RunError, plain_warnings
-from mainrun.guards import Evidence, guards
+from mainrun.config import Plan, StepInputs, TrainConfig
+from mainrun.corpus import load_corpus
+from mainrun.errors import Diverged, Interrupted, MainrunError
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.progress import Progress, make_progress
+from mainrun.sitting import check_spans, follow, resume, summarize
 from mainrun.store import checkpoint
 from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
 from mainrun.tokens import EOS, Batches, TokenData, prepare
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. Shapes: B rows, T tokens, D width, H heads, K heads of keys and values, h width of a head, V vocabulary.
+
+
+Rope = tuple[Tensor, Tensor] | None
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -72,6 +72,32 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), 1e-6)
 
 
+def cast(x: Tensor) -> Tensor:
+    """To what matrix products are computed in: once, where several would each do it."""
+    return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
+
+
+class Masks:
+    """Ones and zeros, a byte each, dealt out to the places that drop, in the order in which they come (`drops`)."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self.pool, self.used = pool, 0
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        if not p:
+            return x
+        start, self.used = self.used, self.used + x.numel()
+        return x * (self.pool[start : self.used].view(x.shape).to(x.dtype) * (1 / (1 - p)))  # a bool would be six times slower
+
+
+def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[tuple[int, float]]:
+    """Of each place that drops, in one pass of that many rows: how many numbers, and the share that is dropped."""
+    branch = (rows * cfg.block_size * cfg.d_model, inputs.resid_dropout)
+    weights = (rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0, inputs.attn_dropout)
+    places = [(branch[0], inputs.dropout), *[weights, branch, branch] * cfg.n_layer]
+    return [(size, p) for size, p in places if size and p]
+
+
 class Attention(nn.Module):
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
@@ -84,10 +110,11 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (HeadNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
         self.gate = nn.Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
         self.first_share = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and not first else None
-        self.dropout = 0.0
+        self.fused, self.dropout = False, 0.0
 
-    def forward(self, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor] | None, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
+        x = cast(x)
         q = self.q_norm(self.q(x).view(B, T, self.heads, self.width).transpose(1, 2))  # (B, H, T, h)
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.width).transpose(1, 2))  # (B, K, T, h)
         v = self.v(x).view(B, T, self.kv_heads, self.width).transpose(1, 2)
@@ -98,13 +125,14 @@ class Attention(nn.Module):
         values = v
         if self.kv_heads != self.heads:
             k, values = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        p = self.dropout if self.training else 0.0
-        if x.is_cuda:
-            y = F.scaled_dot_product_attention(q.to(values.dtype), k.to(values.dtype), values, attn_mask=mask, dropout_p=p)
-        else:  # at a title's length the CPU's fused backward is several times slower than these four lines
-            score = (q @ k.transpose(-2, -1)) * self.width**-0.5
-            score = score.masked_fill(~mask, -torch.inf)
-            y = F.dropout(score.softmax(dim=-1), p) @ values
+        p = self.dropout if masks else 0.0
+        if self.fused:
+            y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), values, bias, dropout_p=p, is_causal=bias is None)
+        else:
+            score = (q * self.width**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+            with torch.autocast(x.device.type, enabled=False):  # which would copy the scores to float32 and back
+                weights = (score if bias is None else score + bias).softmax(dim=-1)
+                y = (masks.drop(weights, p) if masks else weights) @ values
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(self.gate(x))).transpose(1, 2).unsqueeze(-1)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), v
@@ -119,9 +147,13 @@ class MLP(nn.Module):
         self.down = nn.Linear(cfg.ff_width, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast(x)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x)) if self.kind == "gelu" else F.relu(self.up(x)).square())
+        if self.kind == "gelu":
+            return self.down(F.gelu(self.up(x)))
+        x = F.relu(self.up(x))
+        return self.down(x * x)  # square() would be computed in float32
 
 
 class Block(nn.Module):
@@ -134,13 +166,14 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.full((cfg.d_model,), scale)) if scale else None
         self.dropout = 0.0
 
-    def branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
-        return F.dropout(y if scale is None else y * scale, self.dropout if self.training else 0.0)
+    def branch(self, y: Tensor, scale: Tensor | None, masks: Masks | None) -> Tensor:
+        y = y if scale is None else y * scale
+        return masks.drop(y, self.dropout) if masks else y
 
-    def forward(self, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor] | None, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, v = self.attn(self.attn_norm(x), mask, rope, v_first)
-        x = x + self.branch(y, self.attn_scale)
-        return x + self.branch(self.mlp(self.mlp_norm(x)), self.mlp_scale), v
+    def forward(self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None) -> tuple[Tensor, Tensor]:
+        y, v = self.attn(self.attn_norm(x), bias, rope, v_first, masks)
+        x = x + self.branch(y, self.attn_scale, masks)
+        return x + self.branch(self.mlp(self.mlp_norm(x)), self.mlp_scale, masks), v
 
 
 class GPT(nn.Module):
@@ -175,27 +208,41 @@ class GPT(nn.Module):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero.weight)
 
-    def set_dropout(self, inputs: StepInputs) -> None:
+    def set_up(self, inputs: StepInputs, attention: str) -> None:
+        """How the passes of a step run; a score takes no noise, so it drops nothing."""
         self.dropout = inputs.dropout
         for block in self.blocks:
-            block.dropout, block.attn.dropout = inputs.resid_dropout, inputs.attn_dropout
+            block.dropout, block.attn.dropout, block.attn.fused = inputs.resid_dropout, inputs.attn_dropout, attention == "sdpa"
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token after each. The matrix products run in the config's dtype, wherever this is called from."""
+    def attention_bias(self, idx: Tensor) -> Tensor | None:
+        """0 where a token may look, -inf where not, broadcast to (B, H, T, T). None: the fused kernel knows what causal means."""
+        T = idx.size(1)
+        seen = self.causal[:T, :T]
+        if self.cfg.title_mask:  # <eos> opens the title it stands before: it is what its first word is told from
+            title = (idx == EOS).cumsum(1)  # (B, T)
+            seen = (seen & (title.unsqueeze(2) == title.unsqueeze(1))).unsqueeze(1)  # (B, 1, T, T)
+        elif self.blocks[0].attn.fused:
+            return None
+        kind = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else self.embed.weight.dtype
+        return torch.zeros_like(seen, dtype=kind).masked_fill_(~seen, -torch.inf)
+
+    def forward(self, idx: Tensor, pool: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each. The matrix products run in the config's dtype, wherever this is called from.
+
+        pool: dropout's masks; without them nothing is dropped.
+        """
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             T = idx.size(1)
-            mask = self.causal[:T, :T]
-            if self.cfg.title_mask:  # <eos> opens the title it stands before: it is what its first word is told from
-                title = (idx == EOS).cumsum(1)  # (B, T)
-                mask = (mask & (title.unsqueeze(2) == title.unsqueeze(1))).unsqueeze(1)  # (B, 1, T, T)
+            bias = self.attention_bias(idx)
             x = self.embed(idx)  # (B, T, D)
             if self.positions is not None:
                 x = x + self.positions.weight[:T]
-            x = F.dropout(x, self.dropout if self.training else 0.0)
+            masks = None if pool is None else Masks(pool)
+            x = masks.drop(x, self.dropout) if masks else x
             rope = (self.cos, self.sin) if self.cfg.position == "rope" else None
             v_first = None
             for block in self.blocks:
-                x, v = block(x, mask, rope, v_first)
+                x, v = block(x, bias, rope, v_first, masks)
                 v_first = v if v_first is None and self.cfg.value_residual else v_first
             logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
             return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
@@ -216,15 +263,46 @@ def mix(*parts: object) -> int:
 # The loss
 
 
-def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+# Numbers of logits at a time: what a CPU's cache holds; on a GPU as few launches as fit
+CHUNK = {"cpu": 500_000, "cuda": 500_000_000}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of rows of logits, some rows at a time: they stay in the cache, and no float32 copy of all of them is made."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        rows, vocab = logits.shape
+        ctx.grad = torch.empty_like(logits)
+        plain, even = torch.zeros(2, device=logits.device)
+        width = max(1, CHUNK[logits.device.type] // vocab)
+        for start in range(0, rows, width):
+            part = slice(start, start + width)
+            logp = F.log_softmax(logits[part].float(), dim=-1)
+            right = torch.arange(len(logp), device=logp.device), target[part]
+            plain = plain - logp[right].sum()
+            if smoothing:
+                even = even - logp.mean(1).sum()
+            p = logp.exp_()
+            p[right] -= 1 - smoothing
+            ctx.grad[part] = p.sub_(smoothing / vocab).mul_(1 / rows) if smoothing else p.mul_(1 / rows)
+        plain, even = plain / rows, even / rows
+        loss = torch.lerp(plain, even, smoothing) if smoothing else plain.clone()
+        ctx.mark_non_differentiable(plain)
+        return loss, plain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.grad.mul_(grads[0]), None, None
+
+
+def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None) -> tuple[Tensor, Tensor]:
     """What is descended, and the plain cross entropy in it (nats per token), which is what is logged."""
     if not inputs.rdrop:
-        logits = model(x).float().flatten(0, 1)  # (BT, V)
-        loss = F.cross_entropy(logits, y.flatten(), label_smoothing=inputs.label_smoothing)
-        plain = F.cross_entropy(logits.detach(), y.flatten()) if inputs.label_smoothing else loss.detach()
-        return loss, plain
+        found: tuple[Tensor, Tensor] = CrossEntropy.apply(model(x, pool).flatten(0, 1), y.flatten(), inputs.label_smoothing)
+        return found
     # R-Drop: the same rows under two dropout masks; both must predict the target, and agree with each other
-    logp = F.log_softmax(model(torch.cat([x, x])).float().flatten(0, 1), dim=-1)  # (2BT, V)
+    logp = F.log_softmax(model(torch.cat([x, x]), pool).float().flatten(0, 1), dim=-1)  # (2BT, V)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
     plain = loss.detach()
     if inputs.label_smoothing:
@@ -236,6 +314,44 @@ def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs) -> 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimiser
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: every singular value of an update is about 1. Matrices of one shape are done in one batch.
+
+    The rate is in AdamW's units: an update has the size (rms) that AdamW's would have.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
+        super().__init__(groups, {"lr": 1.0, "weight_decay": 0.0})
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                grads = [p.grad for p in params if p.grad is not None]
+                moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(moments, grads, 1 - self.momentum)
+                ahead = torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads  # Nesterov's look ahead
+                updates = orthogonal(torch.stack(ahead)).to(params[0].dtype).unbind()
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonal(batch: Tensor) -> Tensor:
+    """The nearest matrices with singular values near 1, by five quintic Newton-Schulz steps in bfloat16. (N, rows, columns)"""
+    x = batch.bfloat16()
+    if tall := x.size(1) > x.size(2):
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 class Optimizers:
@@ -256,11 +372,8 @@ class Optimizers:
         elif cfg.optimizer == "adamw":
             self.all = [torch.optim.AdamW([inner, *outer], lr=1.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)]
         else:
-            self.all = [
-                # the rate is in AdamW's units: an update has the size (rms) that AdamW's would have
-                torch.optim.Muon([inner], lr=1.0, momentum=cfg.momentum, nesterov=cfg.momentum > 0, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True),
-            ]
+            beside = torch.optim.AdamW(outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+            self.all = [Muon([inner], cfg.momentum), beside]
 
     def step(self, inputs: StepInputs) -> None:
         for optimizer in self.all:
@@ -268,10 +381,6 @@ class Optimizers:
                 group["lr"] = getattr(inputs, group["rate"])
                 group["weight_decay"] = inputs.weight_decay if group["decays"] else 0.0
             optimizer.step()
-
-    def zero_grad(self) -> None:
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -330,8 +439,16 @@ class State:
         self.average = Average(cfg, model)
         self.step = 0  # steps done
         self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
-        self.seconds = 0.0  # of earlier sittings
         self.resumed = 0
+        self.spent: dict[str, float] = {}  # seconds, by what they went into
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
 
     def tensors(self) -> dict[str, Tensor]:
         model = {f"model/{n}": p for n, p in self.model.named_parameters()}
@@ -344,8 +461,8 @@ class State:
             for name, t in self.average.shadow.items():
                 t.copy_(tensors[f"average/{name}"])
         self.optimizers.load({k: v for k, v in tensors.items() if k.startswith("optimizer/")})
-        self.step, self.seconds, self.resumed = meta["step"], meta["seconds"], meta["resumed"] + 1
-        self.presented = meta["presented"]
+        self.step, self.presented, self.resumed = meta["step"], meta["presented"], meta["resumed"] + 1
+        self.spent = {part: meta["spent"].get(part, 0.0) + self.spent.get(part, 0.0) for part in {**meta["spent"], **self.spent}}
 
 
 def train(cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -355,6 +472,7 @@ def train(cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Progres
 
 
 def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: StopFlag) -> dict[str, Any]:
+    started = time.perf_counter()
     machine = Machine(cfg)
     if not machine.leads:
         progress = make_progress(quiet=True)
@@ -362,8 +480,10 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
     corpus = load_corpus(cfg)
     with machine.leader_first():  # the others find its tokens in the cache
         data = prepare(cfg, corpus)
+    read = time.perf_counter() - started
     plan = Plan(cfg, len(data.splits["train"]))
     check_spans(cfg, data)
+    machine.settle(cfg, plan)
 
     with machine.leader_first():  # the others see what it has left of an earlier run
         run = open_run(out, cfg, fresh) if machine.leads else RunDir(out / cfg.run_id)
@@ -377,12 +497,16 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
             run.write("config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles})
             write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
-        env = {"machine_class": machine.facts, "versions": versions(), "evaluate_hash": scoring.evaluate_source_hash(), "command": sys.argv}
+        state.spent["data"] = read
+        env = {"machine_class": machine.facts, "versions": versions(), "evaluate_hash": scoring.evaluate_source_hash()}
+        env |= {"allocator": machine.allocator, "command": sys.argv}
         metrics = resume(cfg, run, state, env, progress) if machine.leads else None
         if machine.world > 1:
             follow(cfg, run, state, machine)
         progress.start(cfg, plan.table(), run.metrics())
-        started = time.perf_counter()
+        if machine.why:
+            progress.note(machine.why)
+        earlier = sum(state.spent.values()) - read
         try:
             loop(cfg, plan, data, machine, run, state, metrics, progress, stop)
         except BaseException as e:
@@ -396,16 +520,46 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
             progress.close()
             if metrics:
                 metrics.close()
-        state.seconds += time.perf_counter() - started
         if not machine.leads:
             return {}
-        with state.average.applied():
+        with state.average.applied(), state.clock("guards"):
             summary = summarize(cfg, plan, corpus, data, run, state, env)
+        state.spent["overhead"] = state.spent.get("overhead", 0.0) + earlier + time.perf_counter() - started - sum(state.spent.values())
+        seconds = sum(state.spent.values())
+        summary |= {"seconds": seconds, "tokens_per_s": summary["tokens"] / seconds, "spent": state.spent}
         run.write("summary.json", summary)
         run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
         return summary
     finally:
         run.release()
+
+
+def make_runner(machine: Machine, model: GPT) -> nn.Module:
+    """The model as the steps call it. Scores are taken from the model itself."""
+    runner: nn.Module = torch.compile(model) if machine.compile else model  # type: ignore[assignment]
+    return nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
+
+
+def gradients(
+    cfg: TrainConfig, machine: Machine, runner: nn.Module, model: GPT, x: Tensor, y: Tensor, inputs: StepInputs, step: int
+) -> Tensor:
+    """A step as far as the clipped gradients: its loss and their norm, still on the device."""
+    model.train()
+    model.set_up(inputs, machine.attention)
+    model.zero_grad(set_to_none=True)
+    pieces = inputs.grad_accum * machine.world  # micro-batch m of this process is piece m * world + rank
+    places = drops(cfg, inputs, cfg.passes * len(x) // pieces, machine.attention)
+    total = torch.zeros((), device=machine.device)
+    for micro in range(inputs.grad_accum):
+        piece = micro * machine.world + machine.rank
+        pool = machine.masks(places, mix(cfg.seed, "step", step, piece))
+        last = micro == inputs.grad_accum - 1
+        with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
+            loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool)
+            (loss / inputs.grad_accum).backward()
+        total += plain / inputs.grad_accum
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    return torch.stack((machine.mean(total), norm))
 
 
 def loop(
@@ -419,26 +573,23 @@ def loop(
     progress: Progress,
     stop: StopFlag,
 ) -> None:
-    model = state.model
-    runner: nn.Module = torch.compile(model) if cfg.compile else model  # type: ignore[assignment]
-    if machine.world > 1:
-        runner = nn.parallel.DistributedDataParallel(runner)
+    model, runner, warm = state.model, make_runner(machine, state.model), False
     batches = Batches(cfg, data.splits["train"])
 
-    def count(module: nn.Module, args: tuple[Tensor]) -> None:
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if model.training:
             state.presented += args[0].numel() * machine.world
 
     runner.register_forward_pre_hook(count)  # the ledger counts what really goes forward, not what the config says
-    started, before = time.perf_counter(), state.seconds
     last_saved = state.step
 
     def save() -> None:
         nonlocal last_saved
         if metrics is not None and state.step > last_saved:
-            meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
-            meta |= {"resumed": state.resumed, "presented": state.presented, "seconds": before + time.perf_counter() - started}
-            checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
+            with state.clock("checkpoints"):
+                meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
+                meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
+                checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
         machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         last_saved = state.step
 
@@ -446,55 +597,70 @@ def loop(
         if metrics is not None:
             metrics.append(row)
 
+    unread: list[tuple[dict[str, Any], Tensor]] = []  # steps whose numbers are on the device: to read one is to wait for it
+    read: list[dict[str, Any]] = []
+
+    def fetch() -> None:
+        """Read them, and end the run if one is no number. Read at each step (on a CPU), that one has not reached the weights yet."""
+        numbers = torch.stack([found for _, found in unread]).tolist() if unread else []
+        for (row, _), (loss, norm) in zip(unread, numbers, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = "the last checkpoint before it is kept"
+                if row["step"] == state.step + 1:
+                    state.presented -= cfg.batch_size * cfg.block_size * cfg.passes  # nothing was learnt from this step
+                    save()
+                    kept = "the checkpoint before this step is kept"
+                raise Diverged(
+                    f"loss {loss} with gradient norm {norm} at step {row['step']} of {plan.steps}, lr {row['lr']:g}; "
+                    f"lower lr or lr_aux, or raise warmup_frac ({kept})"
+                )
+            read.append(row | {"loss": loss, "grad_norm": norm})
+        unread.clear()
+
+    def report(seconds: float) -> None:
+        for row in read:
+            if row["step"] % cfg.log_every == 0 or row["step"] == plan.steps:
+                row["seconds"] = seconds / len(read)
+                write(row)
+                progress.step(row | {"steps": plan.steps})
+        read.clear()
+
+    clock = time.perf_counter()
     while state.step < plan.steps:
         if machine.any(bool(stop.asked)):
+            fetch()
+            report(time.perf_counter() - clock)
             save()
             why = f"{stop.asked or 'another process stopped'} at step {state.step} of {plan.steps}"
             raise Interrupted(f"{why}; everything is saved, the same command goes on from here")
-        clock = time.perf_counter()
-        inputs, presented = plan.at(state.step), state.presented
-        model.train()
-        model.set_dropout(inputs)
-        state.optimizers.zero_grad()
-        x, y = (torch.from_numpy(a).to(machine.device) for a in batches.at(state.step, inputs.batch_size))
-        pieces = inputs.grad_accum * machine.world  # micro-batch m of this process is piece m * world + rank
-        total = torch.zeros((), device=machine.device)
-        for micro in range(inputs.grad_accum):
-            piece = micro * machine.world + machine.rank
-            torch.manual_seed(mix(cfg.seed, "step", state.step, piece))
-            last = micro == inputs.grad_accum - 1
-            with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
-                loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs)
-                (loss / inputs.grad_accum).backward()
-            total += plain / inputs.grad_accum
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf))
-        mean_loss = machine.mean(total)
-        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-            state.presented = presented  # nothing was learnt from this step
-            save()  # the weights before it are still good
-            raise Diverged(
-                f"loss {mean_loss} with gradient norm {norm} at step {state.step + 1} of {plan.steps}, lr {inputs.lr:g}; "
-                "lower lr or lr_aux, or raise warmup_frac (the checkpoint before this step is kept)"
-            )
-        state.optimizers.step(inputs)
-        state.average.update(inputs)
-        state.step += 1
-        tokens = state.step * cfg.batch_size * cfg.block_size
-        if state.step % cfg.log_every == 0 or state.step == plan.steps:
-            row = {"event": "step", "step": state.step, "tokens": tokens, "loss": mean_loss, "lr": inputs.lr, "grad_norm": norm}
-            row["seconds"] = time.perf_counter() - clock
-            write(row)
-            progress.step(row | {"steps": plan.steps})
-        if state.step in plan.eval_steps:
-            found = list(score(cfg, data, state)) if machine.leads else []
+        inputs, done = plan.at(state.step), state.step + 1
+        evaluates = done in plan.eval_steps
+        saves = done % plan.checkpoint_every == 0 or done == plan.steps
+        with state.clock("steps" if warm or not machine.compile else "compile"):  # which the first step sets off
+            x, y = (machine.put(a) for a in batches.at(state.step, inputs.batch_size))
+            numbers = gradients(cfg, machine, runner, model, x, y, inputs, state.step)
+            tokens = done * cfg.batch_size * cfg.block_size
+            unread.append(({"event": "step", "step": done, "tokens": tokens, "lr": inputs.lr}, numbers))
+            if len(unread) == machine.lag or evaluates or saves:
+                fetch()
+            state.optimizers.step(inputs)
+            state.average.update(inputs)
+        state.step, warm = done, True
+        if read:
+            report(time.perf_counter() - clock)
+        if evaluates:
+            with state.clock("evaluation"):
+                found = list(score(cfg, data, state)) if machine.leads else []
             if machine.any(not all(math.isfinite(row["loss"]) for row in found)):
-                why = f"the score at step {state.step} of {plan.steps} is no number after lr {inputs.lr:g} and gradient norm {norm:g}"
+                why = f"the score at step {state.step} of {plan.steps} is no number after lr {inputs.lr:g}"
                 raise Diverged(f"{why}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)")
             for row in found:
                 write(row)
                 progress.eval(row | {"steps": plan.steps})
-        if state.step % plan.checkpoint_every == 0 or state.step == plan.steps:
+        if saves:
             save()
+        if not unread:
+            clock = time.perf_counter()
 
 
 def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
@@ -506,157 +672,3 @@ def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str,
             with state.average.applied():
                 found = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
             yield {"event": "eval", "step": state.step, "split": split, **asdict(found), "seconds": time.perf_counter() - clock}
-
-
-def check_spans(cfg: TrainConfig, data: TokenData) -> None:
-    """Before step 0: a split that cannot be scored is found now, not an hour later."""
-    for split in ("val", "dev"):
-        if split in data.splits:
-            try:
-                scoring.official_spans(len(data.splits[split]), cfg.geometry)
-            except ConfigError as e:
-                raise ConfigError(f"the {split} split is too short: {e}") from None
-
-
-def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress) -> Metrics:
-    """Bring state, metrics.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
-    metrics = Metrics(run.path / "metrics.jsonl")
-
-    def usable(meta: dict[str, Any]) -> str | None:
-        if meta["digest"] != cfg.digest:
-            return "it belongs to another config"
-        if not metrics.rewind(meta["metrics"]):  # hours of training are not thrown away over a log: whoever changed it decides
-            raise RunError(f"{metrics.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over")
-        return None
-
-    before = checkpoint.steps(run.checkpoints)
-    found = checkpoint.load_newest(run.checkpoints, usable, progress.note)
-    earlier = run.env() if found else {}
-    if found:
-        if "evaluate_hash" not in earlier:
-            raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
-        state.load(*found)
-        env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
-        progress.note(f"{run.path} goes on after step {state.step}")
-        for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
-            now = env["machine_class" if key == "machine_classes" else "versions"]
-            if earlier.get(key, [now])[-1] != now:
-                progress.note(f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run")
-    else:
-        if before:
-            progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
-        metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
-    for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
-        seen = earlier.get(key, [])
-        env[key] = [entry for entry in seen if entry != now] + [now]
-    run.write("env.json", env)
-    run.write("status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed})
-    return metrics
-
-
-def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> None:
-    """Every process starts where the leader does (it chose the checkpoint, the others read the same one)."""
-    step = torch.tensor(state.step, device=machine.device)
-    dist.broadcast(step, src=0)
-    if step and not machine.leads:
-        found = checkpoint.load_newest(
-            run.checkpoints, lambda meta: "" if meta["step"] == step else "the leader chose another", lambda _: None
-        )
-        if found is None:
-            what = f"process {machine.rank} cannot read the checkpoint of step {int(step)} in {run.checkpoints}"
-            raise RunError(f"{what}; --out must be a folder that all processes share")
-        state.load(*found)
-
-
-def summarize(
-    cfg: TrainConfig, plan: Plan, corpus: Corpus, data: TokenData, run: RunDir, state: State, env: dict[str, Any]
-) -> dict[str, Any]:
-    """summary.json: the last and the best score, what they cost, what they stand on, and the guards they passed."""
-    rows = run.metrics()
-    evals = [r for r in rows if r["event"] == "eval"]
-    names = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
-    scores = {
-        split: {"last": {k: mine[-1][k] for k in names}, "best": {k: min(mine, key=lambda r: r["full"])[k] for k in names}}
-        for split in ("val", "dev")
-        if (mine := [r for r in evals if r["split"] == split])
-    }
-    tokens = plan.steps * cfg.batch_size * cfg.block_size
-    ledger = {
-        "train_tokens_per_epoch": plan.train_tokens,
-        "presentations_per_token": state.presented / plan.train_tokens,
-        "forward_passes": cfg.passes,
-        "ensemble_members": 1,
-    }
-    summary = {
-        "run": cfg.run_id,
-        "preset": cfg.preset,
-        "status": "done",
-        "steps": plan.steps,
-        **scores["val"],
-        "scores": scores,
-        "params": sum(p.numel() for p in state.model.parameters()),
-        "tokens": tokens,
-        "presentations": ledger,
-        "flops": state.presented * flops_per_token(cfg, state.model),
-        "seconds": state.seconds,
-        "tokens_per_s": tokens / max(state.seconds, 1e-9),
-        "fingerprints": corpus.fingerprints,
-        "origin": corpus.origin,
-        "geometry": list(cfg.geometry),
-        "tokenizer": data.tokenizer.digest,
-        "machine_class": env["machine_class"],
-        "machine_classes": env["machine_classes"],
-        "versions": env["versions"],
-        "all_versions": env["all_versions"],
-        "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
-        "resumed": state.resumed,
-    }
-    evidence = Evidence(
-        cfg=cfg, corpus=corpus, data=data, model=state.model, evals=evals, ledger=ledger, summary=summary,
-        initial_weights="random", evaluate_hash=env["evaluate_hash"],
-    )  # fmt: skip
-    return summary | {"guards": [asdict(g) for g in guards(evidence)]}
-
-
-def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
-    """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("embed", "positions")))
-    head = model.embed.weight.numel() if cfg.tie_head else 0  # type: ignore[union-attr, operator]
-    return 6 * (weights + int(head)) + 12 * cfg.n_layer * cfg.d_model * cfg.block_size
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Train one config (the same as `mainrun train`, for torchrun too).")
-    parser.add_argument("--preset", default="optimized")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--fresh", action="store_true")
-    args = parser.parse_args()
-    plain_warnings()
-    code = 0
-
-    def say(text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":  # of two processes that fail for one reason, one says so
-            print(text, file=sys.stderr)
-
-    try:
-        for cfg in load(args.preset, args.set):
-            try:
-                summary = train(cfg, args.out, fresh=args.fresh, progress=make_progress(quiet=False))
-            except Diverged as e:  # the other steps of a ladder are still worth training
-                say(f"diverged: {cfg.run_id}: {e}")
-                code = e.exit_code
-                continue
-            if summary:
-                print(f"{summary['run']}: full {summary['last']['full']:.4f}, official {summary['last']['official']:.4f}")
-    except MainrunError as e:
-        say(f"{'interrupted' if isinstance(e, Interrupted) else 'error'}: {e}")
-        code = e.exit_code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -36,7 +36,7 @@ def config(**changes: Any) -> TrainConfig:
 def command(out: Path, *arguments: str, processes: int = 2, **changes: Any) -> list[str]:
     sets = {k: v for k, v in (SMALL | changes).items() if k != "preset"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*torchrun, "-m", "mainrun.train", "--preset", "baseline", *tiny_sets(**sets), "--out", str(out), *arguments]
+    return [*torchrun, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(**sets), "--out", str(out), *arguments]
 
 
 def torchrun(out: Path, *arguments: str, **changes: Any) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,7 @@ def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     summary = two.summary()
     assert summary is not None and summary["machine_class"]["processes"] == 2
     assert [g for g in summary["guards"] if g["status"] == "fail"] == [], "both processes' tokens are in the ledger"
-    assert done.stdout.count(cfg.run_id) == 1, "the leader alone speaks"
+    assert done.stdout.count("guards:") == 1, "the leader alone speaks"
 
 
 def test_dropout_masks_differ_between_the_processes(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
 
 
 def start(out: Path, **changes: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mainrun.train", "--preset", "baseline", *tiny_sets(**CONFIG | changes), "--out", str(out)]
+    command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(**CONFIG | changes), "--out", str(out)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 

@@ -1,0 +1,141 @@
+"""How a sitting begins and ends: from which checkpoint a run goes on, and what it amounts to once it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mainrun import scoring
+from mainrun.config import Plan, TrainConfig
+from mainrun.corpus import Corpus
+from mainrun.errors import ConfigError, RunError
+from mainrun.guards import Evidence, guards
+from mainrun.machine import Machine
+from mainrun.progress import Progress
+from mainrun.store import checkpoint
+from mainrun.store.rundir import Metrics, RunDir
+from mainrun.tokens import TokenData
+
+if TYPE_CHECKING:
+    from mainrun.train import State
+
+
+def check_spans(cfg: TrainConfig, data: TokenData) -> None:
+    """Before step 0: a split that cannot be scored is found now, not an hour later."""
+    for split in ("val", "dev"):
+        if split in data.splits:
+            try:
+                scoring.official_spans(len(data.splits[split]), cfg.geometry)
+            except ConfigError as e:
+                raise ConfigError(f"the {split} split is too short: {e}") from None
+
+
+def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress) -> Metrics:
+    """Bring state, metrics.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
+    metrics = Metrics(run.path / "metrics.jsonl")
+
+    def usable(meta: dict[str, Any]) -> str | None:
+        if meta["digest"] != cfg.digest:
+            return "it belongs to another config"
+        if not metrics.rewind(meta["metrics"]):  # hours of training are not thrown away over a log: whoever changed it decides
+            raise RunError(f"{metrics.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over")
+        return None
+
+    before = checkpoint.steps(run.checkpoints)
+    found = checkpoint.load_newest(run.checkpoints, usable, progress.note)
+    earlier = run.env() if found else {}
+    if found:
+        if "evaluate_hash" not in earlier:
+            raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
+        state.load(*found)
+        env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
+        progress.note(f"{run.path} goes on after step {state.step}")
+        for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
+            now = env["machine_class" if key == "machine_classes" else "versions"]
+            if earlier.get(key, [now])[-1] != now:
+                progress.note(f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run")
+    else:
+        if before:
+            progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
+        metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
+    for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
+        seen = earlier.get(key, [])
+        env[key] = [entry for entry in seen if entry != now] + [now]
+    run.write("env.json", env)
+    run.write("status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed})
+    return metrics
+
+
+def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> None:
+    """Every process starts where the leader does (it chose the checkpoint, the others read the same one)."""
+    step = torch.tensor(state.step, device=machine.device)
+    dist.broadcast(step, src=0)
+    if step and not machine.leads:
+        found = checkpoint.load_newest(
+            run.checkpoints, lambda meta: "" if meta["step"] == step else "the leader chose another", lambda _: None
+        )
+        if found is None:
+            what = f"process {machine.rank} cannot read the checkpoint of step {int(step)} in {run.checkpoints}"
+            raise RunError(f"{what}; --out must be a folder that all processes share")
+        state.load(*found)
+
+
+def summarize(
+    cfg: TrainConfig, plan: Plan, corpus: Corpus, data: TokenData, run: RunDir, state: State, env: dict[str, Any]
+) -> dict[str, Any]:
+    """summary.json: the last and the best score, what they cost, what they stand on, and the guards they passed."""
+    rows = run.metrics()
+    evals = [r for r in rows if r["event"] == "eval"]
+    names = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
+    scores = {
+        split: {"last": {k: mine[-1][k] for k in names}, "best": {k: min(mine, key=lambda r: r["full"])[k] for k in names}}
+        for split in ("val", "dev")
+        if (mine := [r for r in evals if r["split"] == split])
+    }
+    tokens = plan.steps * cfg.batch_size * cfg.block_size
+    ledger = {
+        "train_tokens_per_epoch": plan.train_tokens,
+        "presentations_per_token": state.presented / plan.train_tokens,
+        "forward_passes": cfg.passes,
+        "ensemble_members": 1,
+    }
+    summary = {
+        "run": cfg.run_id,
+        "preset": cfg.preset,
+        "status": "done",
+        "steps": plan.steps,
+        **scores["val"],
+        "scores": scores,
+        "params": sum(p.numel() for p in state.model.parameters()),
+        "tokens": tokens,
+        "presentations": ledger,
+        "flops": state.presented * flops_per_token(cfg, state.model),
+        "fingerprints": corpus.fingerprints,
+        "origin": corpus.origin,
+        "geometry": list(cfg.geometry),
+        "tokenizer": data.tokenizer.digest,
+        "machine_class": env["machine_class"],
+        "machine_classes": env["machine_classes"],
+        "versions": env["versions"],
+        "all_versions": env["all_versions"],
+        "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
+        "resumed": state.resumed,
+    }
+    evidence = Evidence(
+        cfg=cfg, corpus=corpus, data=data, model=state.model, evals=evals, ledger=ledger, summary=summary,
+        initial_weights="random", evaluate_hash=env["evaluate_hash"],
+    )  # fmt: skip
+    return summary | {"guards": [asdict(g) for g in guards(evidence)]}
+
+
+def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
+    """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("embed", "positions")))
+    head = model.embed.weight.numel() if cfg.tie_head else 0  # type: ignore[union-attr, operator]
+    return 6 * (weights + int(head)) + 12 * cfg.n_layer * cfg.d_model * cfg.block_size

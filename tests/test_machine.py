@@ -1,0 +1,265 @@
+"""How a machine is used: what is chosen for a run, what of it the machine class tells, and that the choice is never a stopwatch's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_sets
+
+from mainrun import machine
+from mainrun import train as trainer
+from mainrun.allocator import tune_allocator
+from mainrun.config import Plan, TrainConfig, from_dict, load
+from mainrun.errors import ConfigError, Diverged, Interrupted
+from mainrun.machine import Machine, best_attention, compile_balance
+from mainrun.progress import Progress
+from mainrun.store.rundir import RunDir
+from mainrun.train import train
+
+COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
+Tiny = Callable[..., TrainConfig]
+
+
+def results(run: RunDir) -> tuple[Any, list[dict[str, Any]]]:
+    summary = run.summary()
+    assert summary is not None
+    return summary["weights"], [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
+
+
+# -- the allocator
+
+
+def python(code: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# twenty times a tensor of 64 MB: mapped anew each time, or kept
+FAULTS = """
+import resource
+from mainrun.allocator import tune_allocator
+said = tune_allocator()
+import torch
+torch.set_num_threads(1)
+for _ in range(20):
+    torch.ones(16_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(16_000_000)
+print(said, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, sep="|")
+"""
+
+
+@pytest.mark.skipif("tuned" not in tune_allocator(), reason="the C library here is not glibc")
+def test_the_tuned_allocator_keeps_a_steps_memory() -> None:
+    tuned, faults = python(FAULTS).split("|")
+    default, default_faults = python(FAULTS, MAINRUN_ALLOCATOR="default").split("|")
+    assert tuned.startswith("glibc") and tuned.endswith("tuned") and default.startswith("default")
+    assert int(faults) < 100 and int(default_faults) > 20 * int(faults)
+
+
+def test_the_allocator_changes_no_bit_and_stands_in_env_json(tmp_path: Path) -> None:
+    found = []
+    for name in ("tuned", "default"):
+        env = os.environ | ({"MAINRUN_ALLOCATOR": "default"} if name == "default" else {})
+        command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(), "--out", str(tmp_path / name), "--quiet"]
+        subprocess.run(command, env=env, check=True)
+        (run,) = map(RunDir, (tmp_path / name).iterdir())
+        found.append((results(run), run.env()["allocator"]))
+    assert found[0][0] == found[1][0] and found[1][1].startswith("default") and found[0][1] != found[1][1]
+
+
+# -- what is chosen
+
+
+def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> None:
+    def best(device: str, **changes: Any) -> str:
+        return best_attention(tiny(**changes), device)
+
+    assert best("cuda") == best("cuda", dropout=0.1) == "sdpa"
+    assert best("cpu", block_size=64) == best("cpu", block_size=512, dtype="bfloat16") == "plain"
+    assert best("cpu", block_size=128) == best("cpu", block_size=1024, dtype="bfloat16") == "sdpa"
+    assert best("cpu", block_size=128, dropout=0.1) == "plain", "the fused kernel takes no byte masks"
+    assert best("cpu", block_size=128, dropout=0.1, attn_dropout=0.0) == "sdpa"
+    assert Machine(tiny(attention="sdpa")).facts["attention"] == "sdpa" and Machine(tiny()).facts["attention"] == "plain"
+
+
+@COMPILER
+def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> None:
+    cfg = load("baseline", ["dtype=bfloat16", "device=cpu", "threads=2"])[0]
+    for tokens, compiled in ((100_000, False), (50_000_000, True)):
+        found = Machine(cfg)
+        assert not found.facts["compile"] and "compiler" not in found.facts
+        plan = Plan(cfg, tokens)
+        found.settle(cfg, plan)
+        costs, saves = compile_balance(cfg, plan, found)
+        assert found.compile == found.facts["compile"] == compiled == (saves > costs)
+        assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.why) == compiled
+        assert ("compiler" in found.facts) == compiled
+    for asked in ("on", "off"):
+        fixed = cfg.model_copy(update={"compile": asked})
+        found = Machine(fixed)
+        found.settle(fixed, Plan(fixed, 50_000_000 if asked == "off" else 100_000))
+        assert found.facts["compile"] == (asked == "on") and found.why == ""
+
+
+def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load("optimized", ["device=cpu", "threads=2"])[0]
+    plan = Plan(cfg, 3_000_000)
+    once = compile_balance(cfg, plan, Machine(cfg))
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
+    assert compile_balance(cfg, plan, Machine(cfg)) == once
+    assert compile_balance(cfg, Plan(cfg, 6_000_000), Machine(cfg))[1] == pytest.approx(2 * once[1], rel=1e-3)
+
+
+def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "compiler", lambda device: "")
+    cfg = load("baseline", ["dtype=bfloat16", "device=cpu"])[0]
+    found = Machine(cfg)
+    found.settle(cfg, Plan(cfg, 10**9))
+    assert not found.compile and not found.facts["compile"]
+    with pytest.raises(ConfigError, match=r"compile=on needs a C\+\+ compiler.*install g\+\+, or set compile=off"):
+        Machine(cfg.model_copy(update={"compile": "on"}))
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0.1, 26), (0.0, 0), (0.0001, 1), (0.9999, 255), (0.5, 128)])
+def test_the_rate_that_is_used_is_a_whole_256th_and_recorded(asked: float, used: int) -> None:
+    cfg = from_dict({"dropout": asked, "attn_dropout": 0.0})
+    table = Plan(cfg, 100_000).table()
+    for step in ("first_step", "last_step"):
+        assert table[step]["dropout"] == table[step]["resid_dropout"] == used / 256 and table[step]["attn_dropout"] == 0.0
+
+
+# -- numbers that stay on the device for a while
+
+
+class Late(Machine):
+    """As on a GPU: the numbers of several steps are read together."""
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        super().__init__(cfg)
+        self.lag = 7
+
+
+def test_reading_the_numbers_late_changes_none(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(checkpoint_every=10)
+    train(cfg, tmp_path / "at once")
+    monkeypatch.setattr(trainer, "Machine", Late)
+    reads = []
+    fetch = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), fetch(self))[1])
+    train(cfg, tmp_path / "late")
+    assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "at once" / cfg.run_id))
+    assert max(shape[0] for shape in reads if len(shape) == 2) == 7
+
+
+def test_a_stop_between_two_readings_loses_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(eval_per_epoch=0)
+    train(cfg, tmp_path / "whole")
+    monkeypatch.setattr(trainer, "Machine", Late)
+    loss, calls = trainer.compute_loss, 0
+
+    def then_stop(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            os.kill(os.getpid(), 15)
+        return loss(*args)
+
+    monkeypatch.setattr(trainer, "compute_loss", then_stop)
+    with pytest.raises(Interrupted, match="at step 11 of"):
+        train(cfg, tmp_path / "late")
+    run = RunDir(tmp_path / "late" / cfg.run_id)
+    assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, 12))
+    train(cfg, tmp_path / "late")
+    weights, rows = results(run)
+    assert (weights, rows) == results(RunDir(tmp_path / "whole" / cfg.run_id))
+
+
+def test_a_loss_that_is_read_late_still_ends_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "Machine", Late)
+    loss, calls = trainer.compute_loss, 0
+
+    def planted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found, plain = loss(*args)
+        return (found * float("nan"), plain) if calls == 12 else (found, plain)
+
+    monkeypatch.setattr(trainer, "compute_loss", planted)
+    cfg = tiny(checkpoint_every=10, eval_per_epoch=0)
+    with pytest.raises(Diverged, match=r"at step 12 of .*the last checkpoint before it is kept"):
+        train(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000010"]
+    assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, 11)), "rows behind the checkpoint were not written"
+
+
+# -- time, by what it went into
+
+
+def test_the_seconds_of_a_run_add_up(tiny: Tiny, tmp_path: Path) -> None:
+    class Stop(Progress):
+        def step(self, row: dict[str, Any]) -> None:
+            if row["step"] == 20 and not stopped:
+                stopped.append(1)
+                os.kill(os.getpid(), 15)
+
+    stopped: list[int] = []
+    cfg = tiny(checkpoint_every=10)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path, progress=Stop())
+    half = json.loads(next(iter(sorted(RunDir(tmp_path / cfg.run_id).checkpoints.glob("*/meta.json"), reverse=True))).read_text())["spent"]
+    summary = train(cfg, tmp_path)
+    assert set(summary["spent"]) == {"data", "steps", "evaluation", "checkpoints", "guards", "overhead"}
+    assert sum(summary["spent"].values()) == pytest.approx(summary["seconds"]) and min(summary["spent"].values()) > 0
+    assert summary["spent"]["steps"] > half["steps"] > 0, "both sittings are in it"
+    steps = sum(r["seconds"] for r in RunDir(tmp_path / cfg.run_id).metrics() if r["event"] == "step")
+    assert summary["spent"]["steps"] == pytest.approx(steps, rel=0.2)
+
+
+# -- the compiled path keeps what the plain one promises
+
+
+@COMPILER
+@pytest.mark.slow
+def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
+    class Stop(Progress):
+        def step(self, row: dict[str, Any]) -> None:
+            if row["step"] == 13:
+                os.kill(os.getpid(), 15)
+
+    cfg = tiny(compile="on", n_layer=1, dropout=0.1, title_mask=True, norm="rmsnorm", dtype="bfloat16")
+    train(cfg, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path / "cut", progress=Stop())
+    torch._dynamo.reset()
+    train(cfg, tmp_path / "cut")
+    whole, cut = (RunDir(tmp_path / name / cfg.run_id) for name in ("whole", "cut"))
+    assert results(whole) == results(cut)
+    summary = whole.summary()
+    assert summary is not None and summary["machine_class"]["compile"] and summary["machine_class"]["compiler"]
+    assert summary["spent"]["compile"] > 1
+
+
+def test_the_gpu_path(tiny: Tiny, tmp_path: Path) -> None:
+    """The same run twice: the same bits; and the same scores as a CPU's, nearly."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and torch sees none here")
+    cfg = tiny(device="cuda", dropout=0.1, attn_dropout=0.0, dtype="bfloat16")
+    for name in "ab":
+        train(cfg, tmp_path / name)
+    a, b = (RunDir(tmp_path / name / cfg.run_id) for name in "ab")
+    assert results(a) == results(b)
+    still = {"dropout": 0.0, "compile": "off"}
+    full = [train(tiny(device=device, **still), tmp_path / device)["last"]["full"] for device in ("cpu", "cuda")]
+    assert full[0] == pytest.approx(full[1], abs=1e-3)
