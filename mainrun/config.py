@@ -59,9 +59,7 @@ class TrainConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = static("auto", "auto: cuda where there is one, else cpu")
     dtype: Literal["float32", "bfloat16"] = static("float32", "bfloat16: weights stay float32, matmuls autocast")
     threads: int = static(0, "CPU threads (they change the bits); 0: one per core", ge=0, le=1024)
-    compile: Literal["auto", "on", "off"] = static(
-        "auto", "torch.compile (on a CPU with a C++ compiler); auto: for long enough runs"
-    )
+    compile: Literal["auto", "on", "off"] = static("auto", "torch.compile (on a CPU with a C++ compiler); auto: for long enough runs")
     attention: Literal["auto", "plain", "sdpa"] = static("auto", "how attention is computed; auto: the faster, by device, dtype and length")
 
     # -- corpus

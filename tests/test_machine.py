@@ -95,8 +95,8 @@ def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> N
 
 @COMPILER
 def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> None:
-    cfg = load("baseline", ["dtype=bfloat16", "device=cpu", "threads=2"])[0]
-    for tokens, compiled in ((100_000, False), (50_000_000, True)):
+    cfg = load("optimized", ["device=cpu", "threads=2"])[0]
+    for tokens, compiled in ((400_000, False), (4_000_000, True)):
         found = Machine(cfg)
         assert not found.facts["compile"] and "compiler" not in found.facts
         plan = Plan(cfg, tokens)
@@ -108,7 +108,7 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
     for asked in ("on", "off"):
         fixed = cfg.model_copy(update={"compile": asked})
         found = Machine(fixed)
-        found.settle(fixed, Plan(fixed, 50_000_000 if asked == "off" else 100_000))
+        found.settle(fixed, Plan(fixed, 4_000_000 if asked == "off" else 400_000))
         assert found.facts["compile"] == (asked == "on") and found.why == ""
 
 
@@ -123,7 +123,7 @@ def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: py
 
 def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "compiler", lambda device: "")
-    cfg = load("baseline", ["dtype=bfloat16", "device=cpu"])[0]
+    cfg = load("optimized", ["device=cpu"])[0]
     found = Machine(cfg)
     found.settle(cfg, Plan(cfg, 10**9))
     assert not found.compile and not found.facts["compile"]
