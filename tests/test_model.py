@@ -22,7 +22,21 @@ from mainrun.machine import Machine
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.tokens import EOS
-from mainrun.train import GPT, Average, CrossEntropy, Masks, Muon, Optimizers, build, compute_loss, drops, rope_table, rotate, train
+from mainrun.train import (
+    GPT,
+    Average,
+    CrossEntropy,
+    Masks,
+    Muon,
+    Optimizers,
+    RootMeanSquare,
+    build,
+    compute_loss,
+    drops,
+    rope_table,
+    rotate,
+    train,
+)
 
 V = 53  # vocabulary
 T = 12  # tokens of context
@@ -417,6 +431,16 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
     assert big is not None
     for part, p in zip(big.split(1_000_000), (0.25, 1 / 256, 255 / 256), strict=True):
         assert abs(1 - part.float().mean().item() - p) < 5 * (p * (1 - p) / 1e6) ** 0.5
+
+
+def test_the_rms_norm_is_torchs_and_its_gradient_is_the_numerical_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gain = (torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in ((3, 5, 8), (8,)))
+    assert torch.allclose(RootMeanSquare.apply(x, gain), F.rms_norm(x, (8,), gain, 1e-6), atol=1e-12)
+    assert torch.autograd.gradcheck(RootMeanSquare.apply, (x, gain))
+    half, gain32 = x.detach().bfloat16(), gain.detach().float()
+    exact = F.rms_norm(half.float(), (8,), gain32, 1e-6)
+    assert torch.equal(RootMeanSquare.apply(half, gain32), exact.bfloat16()), "bfloat16 goes in and out, and is rounded once"
 
 
 def test_the_two_ways_of_attention_agree() -> None:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mainrun.config import TrainConfig
 from mainrun.machine import Machine
-from mainrun.train import GPT, Attention, HeadNorm, Masks
+from mainrun.train import GPT, Attention, Masks, RMSNorm
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
 MARK, STEP = "part:", "whole step"
@@ -29,7 +29,7 @@ BY_NAME = {
     "GEMM": ("aten::mm", "aten::addmm", "aten::linear", "_linear_pointwise", "mkldnn_linear", "cpp_packed_gemm", "gemm"),
     "attention": ("softmax", "bmm", "attention"),
     "dropout": ("bernoulli", "random_", "dropout"),
-    "norm": ("layer_norm", "rms_norm", "rmsnorm", "layernorm", "rsqrt"),
+    "norm": ("layer_norm", "rms_norm", "rmsnorm", "rootmeansquare", "layernorm", "rsqrt"),
 }
 
 
@@ -94,7 +94,7 @@ def marked(model: nn.Module) -> Iterator[None]:
             open_marks.pop().__exit__(None, None, None)
 
         for module in model.modules():
-            part = "norm" if isinstance(module, nn.LayerNorm | nn.RMSNorm | HeadNorm) else None
+            part = "norm" if isinstance(module, nn.LayerNorm | RMSNorm) else None
             part = "attention" if isinstance(module, Attention) else part
             if part:
                 for handle in (module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)):
