@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,8 +70,10 @@ def _leads() -> bool:
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
     if "--debug" in args:
         traceback.print_exception(e)
-    if _leads():
-        print(f"{kind}: {text}", file=sys.stderr, flush=True)
+    if not _leads():  # the leader mostly says the same, and torchrun then ends the others while they wait here
+        time.sleep(5)
+        kind = f"{kind} in process {os.environ['RANK']}"
+    print(f"{kind}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -164,11 +167,12 @@ def train(
         raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
     configs = load(preset, sets or [])
     if dry_run:
-        _dry_run(configs, probe, as_json)
+        with _process_group():
+            _dry_run(configs, probe, as_json)
         return
     quiet = quiet or not _leads()
     summaries, diverged = [], []
-    try:
+    with _process_group():
         for i, cfg in enumerate(configs):
             try:
                 summaries.append(_train_one(cfg, out, fresh, quiet, f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""))
@@ -176,9 +180,6 @@ def train(
                 if len(configs) == 1:
                     raise
                 diverged.append(f"{cfg.run_id}: {e}")  # the other steps of a ladder are still worth training
-    finally:
-        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
-            dist.destroy_process_group()
     if not _leads():
         pass
     elif as_json:
@@ -187,6 +188,19 @@ def train(
         _show_results(summaries, out)
     if diverged:
         raise Diverged("; ".join(diverged))
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Memory before torch takes any; and the processes that torchrun started part in order."""
+    from mainrun.host import tune_allocator
+
+    tune_allocator()
+    try:
+        yield
+    finally:
+        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str) -> dict[str, Any]:
@@ -269,6 +283,8 @@ def _dry_run(configs: list[TrainConfig], probe: bool, as_json: bool) -> None:
     from mainrun.estimate import estimate
 
     estimates = [estimate(cfg, probe) for cfg in configs]
+    if not _leads():
+        return
     if as_json:
         _emit(estimates if len(estimates) > 1 else estimates[0])
         return

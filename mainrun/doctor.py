@@ -8,11 +8,12 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from mainrun.host import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
 
 TORCH_SECONDS = 120  # longer than any import that is worth waiting for
 FREE_WARN, FREE_FAIL = 5e9, 5e8  # bytes: a few runs of the largest preset; one checkpoint
@@ -26,9 +27,6 @@ t = time.perf_counter() - t
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 print(json.dumps({"version": torch.__version__, "seconds": t, "gpus": gpus}))
 """
-
-
-CPU_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16", "sve": "SVE", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -85,26 +83,20 @@ def _torch(found: dict[str, Any]) -> Check:
 
 
 def _cores() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = cores()
     total = os.cpu_count() or usable
     detail = f"{usable} usable of {total}"
     return Check("cores", "ok", detail) if usable > 1 else Check("cores", "warn", detail, "training on one core is slow; give it more")
 
 
 def _cpu() -> Check:
-    facts: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    except OSError:
-        return Check("cpu", "ok", f"{platform.processor() or platform.machine()} (its features cannot be read here)")
-    model = facts.get("model name") or platform.machine()
-    flags = set((facts.get("flags") or facts.get("Features") or "").split())
-    found = ", ".join(label for flag, label in CPU_FLAGS.items() if flag in flags)
-    if flags & {"amx_bf16", "avx512_bf16", "bf16"}:
-        return Check("cpu", "ok", f"{model}: {found}")
-    return Check("cpu", "warn", f"{model}: {found or 'no wide vectors'}; no fast bf16", "dtype=float32 is the faster one here")
+    found = cpu_flags()
+    detail = f"{cpu_name()}: {', '.join(found) or 'no wide vectors known'}"
+    if cpu_limits():
+        detail += ", limited by " + ", ".join(f"{name}={value}" for name, value in cpu_limits().items())
+    if any("bf16" in flag for flag in found):
+        return Check("cpu", "ok", detail)
+    return Check("cpu", "warn", f"{detail}; no fast bf16", "dtype=float32 is the faster one here")
 
 
 def _gpu(torch: dict[str, Any]) -> Check:
@@ -128,8 +120,6 @@ def _memory() -> Check:
 
 
 def _allocator() -> Check:
-    from mainrun.allocator import tune_allocator
-
     found = tune_allocator()
     if found.startswith("default"):
         return Check("allocator", "warn", found, "steps on a CPU may take twice as long; use Linux with glibc, without MAINRUN_ALLOCATOR")
@@ -158,15 +148,11 @@ def _disk(out: Path) -> Iterator[Check]:
 
 
 def _compiler() -> Check:
-    asked = os.environ.get("CXX")
-    found = [path for name in ([asked] if asked else ["g++", "clang++", "c++"]) if (path := shutil.which(name))]
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not found:
-        detail = f"CXX={asked} is not there" if asked else "none found"
-        return Check("c++ compiler", "warn", detail, "install g++; until then leave compile=off")
-    if not header.is_file():
-        return Check("c++ compiler", "warn", f"{found[0]}, but no {header}", "install python3-dev; until then leave compile=off")
-    return Check("c++ compiler", "ok", found[0])
+    found, problem = cxx()
+    if problem:
+        fix = "install python3-dev" if found else "install g++, or name a compiler with CXX"
+        return Check("c++ compiler", "warn", problem, f"{fix}; until then no run is compiled on the CPU")
+    return Check("c++ compiler", "ok", found)
 
 
 def _hub() -> Check:

@@ -22,7 +22,7 @@ from mainrun.corpus import load_corpus
 from mainrun.machine import Machine, compile_balance
 from mainrun.sitting import check_spans, flops_per_token
 from mainrun.tokens import Batches, TokenData, prepare
-from mainrun.train import GPT, Muon, State, build, compute_loss, drops, gradients, make_runner
+from mainrun.train import CHUNK, GPT, Muon, State, build, compute_loss, drops, gradients, make_runner
 
 PROBED = 3  # steps
 DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
@@ -31,7 +31,9 @@ DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sy
 def estimate(cfg: TrainConfig, probe: bool = False) -> dict[str, Any]:
     """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
     machine = Machine(cfg)
-    data = prepare(cfg, load_corpus(cfg))
+    corpus = load_corpus(cfg)
+    with machine.leader_first():
+        data = prepare(cfg, corpus)
     plan = Plan(cfg, len(data.splits["train"]))
     check_spans(cfg, data)
     machine.settle(cfg, plan)
@@ -217,16 +219,20 @@ def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
 
 
 class HeldGradient(torch.autograd.Function):
-    """The memory of train.CrossEntropy: beside the logits their gradient, in their type, and nothing else of that size."""
+    """The memory of train.CrossEntropy: beside the logits their gradient, in their type, and for a chunk of them two float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.grad = torch.empty_like(logits)
+        chunk = min(logits.numel(), CHUNK[logits.device.type])
+        copies = [torch.empty(chunk, dtype=torch.float32) for _ in "ab"]
+        del copies
         return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return ctx.grad
+        grad, ctx.grad = ctx.grad, None
+        return grad
 
 
 def _backward(model: GPT, x: Tensor, inputs: StepInputs, pool: Tensor | None) -> None:

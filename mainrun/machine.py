@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import threading
@@ -23,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mainrun.allocator import tune_allocator
 from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError
+from mainrun.host import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
 
 
 class Machine:
@@ -36,13 +35,14 @@ class Machine:
         name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")
-        if name == "cpu" and cfg.compile == "on" and not compiler(name):
-            raise ConfigError("compile=on needs a C++ compiler on the CPU and there is none; install g++, or set compile=off")
+        if cfg.compile == "on" and not compiler(name):
+            needs = "triton, which comes with torch" if name == "cuda" else f"a C++ compiler and Python's headers on a CPU ({cxx()[1]})"
+            raise ConfigError(f"compile=on needs {needs}; install what is missing, or set compile=off")
         if cfg.batch_size % (cfg.grad_accum * self.world):
             pieces = f"{self.world} processes x grad_accum={cfg.grad_accum}"
             raise ConfigError(f"batch_size={cfg.batch_size} does not split over {pieces}; change one of them")
         self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        self.threads = cfg.threads or len(os.sched_getaffinity(0))
+        self.threads = cfg.threads or cores()
         torch.set_num_threads(self.threads)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -61,8 +61,8 @@ class Machine:
         self.lag = 32 if name == "cuda" else 1
         self.compile, self.why = cfg.compile == "on", ""
         self.facts = {
-            "device": torch.cuda.get_device_name(self.device) if name == "cuda" else cpu_model(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "device": torch.cuda.get_device_name(self.device) if name == "cuda" else cpu_name(),
+            "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *cpu_flags()]),
             "torch": torch.__version__,
             "threads": self.threads,
             "processes": self.world,
@@ -70,8 +70,9 @@ class Machine:
             "attention": self.attention,
             "compile": self.compile,
         }
+        self.facts |= {"limits": cpu_limits()} if cpu_limits() else {}
         if self.compile:
-            self.facts["compiler"] = compiler(name)
+            self.facts["compiler"], self.why = compiler(name), "compiling, which may take some minutes; a stop waits for it"
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """Settle compile=auto for the run that is planned. By its length, not by a stopwatch: that would give other bits on another day."""
@@ -80,7 +81,17 @@ class Machine:
             self.compile = saves > costs and bool(compiler(self.device.type))
             if self.compile:
                 self.facts |= {"compile": True, "compiler": compiler(self.device.type)}
-                self.why = f"compiling: about {costs:.0f} s, to save about {saves:.0f} s (--set compile=off: without)"
+                self.why = f"compiling: about {costs:.0f} s, to save about {saves:.0f} s (--set compile=off: without); a stop waits for it"
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What torch.compile says when it fails, as an error with a way out."""
+        try:
+            yield
+        except Exception as e:
+            if type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                raise ConfigError(f"torch.compile failed ({str(e).strip().splitlines()[0]}); --set compile=off trains without it") from e
+            raise
 
     def put(self, array: np.ndarray) -> Tensor:
         """On the device; to a GPU without waiting for it."""
@@ -144,11 +155,11 @@ def best_attention(cfg: TrainConfig, device: str) -> str:
 
 
 def compiler(device: str) -> str:
-    """The first line of what the C++ compiler says of itself; for a GPU the one that comes with torch. Empty: there is none."""
+    """The first line of what the C++ compiler says of itself; for a GPU the one that comes with torch. Empty: none that works."""
     if device == "cuda":
         return f"triton {importlib.metadata.version('triton')}" if importlib.util.find_spec("triton") else ""
-    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))), None)
-    return subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0] if found else ""
+    found, problem = cxx()
+    return "" if problem else subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[float, float]:
@@ -165,16 +176,6 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
     return 15 + 8 * cfg.n_layer, share * flops / speed
 
 
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # no /proc on this system: the name below is all there is
-    return platform.processor() or platform.machine()
-
-
 def versions() -> dict[str, str]:
     """Of everything that computes: Python, the libraries, and mainrun by the hash of its own files that do."""
     import numpy
@@ -183,7 +184,7 @@ def versions() -> dict[str, str]:
     import tokenizers
 
     source = hashlib.sha256()
-    for name in ("config", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
+    for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
         source.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
     found = {m.__name__: str(m.__version__) for m in (torch, numpy, tokenizers, sentencepiece, safetensors)}
     return {"python": platform.python_version(), "mainrun": source.hexdigest(), **found}

@@ -107,7 +107,8 @@ class Masks:
         if not p:
             return x
         start, self.used = self.used, self.used + x.numel()
-        return x * (self.pool[start : self.used].view(x.shape).to(x.dtype) * (1 / (1 - p)))  # a bool would be six times slower
+        # a bool would be six times slower; the scale apart and last, so that bfloat16 does not round it
+        return x * self.pool[start : self.used].view(x.shape).to(x.dtype) * (1 / (1 - p))
 
 
 def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[tuple[int, float]]:
@@ -145,14 +146,14 @@ class Attention(nn.Module):
         values = v
         if self.kv_heads != self.heads:
             k, values = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        p = self.dropout if masks else 0.0
         if self.fused:
+            p = self.dropout if self.training else 0.0  # it draws for itself
             y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), values, bias, dropout_p=p, is_causal=bias is None)
         else:
             score = (q * self.width**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
             with torch.autocast(x.device.type, enabled=False):  # which would copy the scores to float32 and back
                 weights = (score if bias is None else score + bias).softmax(dim=-1)
-                y = (masks.drop(weights, p) if masks else weights) @ values
+                y = (masks.drop(weights, self.dropout) if masks else weights) @ values
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(self.gate(x))).transpose(1, 2).unsqueeze(-1)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), v
@@ -283,8 +284,8 @@ def mix(*parts: object) -> int:
 # The loss
 
 
-# Numbers of logits at a time: what a CPU's cache holds; on a GPU as few launches as fit
-CHUNK = {"cpu": 500_000, "cuda": 500_000_000}
+# Numbers of logits at a time: what a CPU's cache holds; on a GPU as many as keep it busy
+CHUNK = {"cpu": 500_000, "cuda": 50_000_000}
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -313,7 +314,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.grad.mul_(grads[0]), None, None
+        grad, ctx.grad = ctx.grad, None  # nobody else holds it, so it goes as soon as it is used
+        return grad.mul_(grads[0]), None, None
 
 
 def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -353,8 +355,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                grads = [p.grad for p in params if p.grad is not None]
-                moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                moments, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(moments, grads, 1 - self.momentum)
                 ahead = torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads  # Nesterov's look ahead
                 updates = orthogonal(torch.stack(ahead)).to(params[0].dtype).unbind()
@@ -578,6 +582,7 @@ def gradients(
             loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool)
             (loss / inputs.grad_accum).backward()
         total += plain / inputs.grad_accum
+        del loss, pool  # what they hold is not needed beside the next micro-batch
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     return torch.stack((machine.mean(total), norm))
 
@@ -630,6 +635,7 @@ def loop(
                     state.presented -= cfg.batch_size * cfg.block_size * cfg.passes  # nothing was learnt from this step
                     save()
                     kept = "the checkpoint before this step is kept"
+                report(time.perf_counter() - clock)
                 raise Diverged(
                     f"loss {loss} with gradient norm {norm} at step {row['step']} of {plan.steps}, lr {row['lr']:g}; "
                     f"lower lr or lr_aux, or raise warmup_frac ({kept})"
@@ -647,7 +653,7 @@ def loop(
 
     clock = time.perf_counter()
     while state.step < plan.steps:
-        if machine.any(bool(stop.asked)):
+        if (machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked)):
             fetch()
             report(time.perf_counter() - clock)
             save()
@@ -656,7 +662,7 @@ def loop(
         inputs, done = plan.at(state.step), state.step + 1
         evaluates = done in plan.eval_steps
         saves = done % plan.checkpoint_every == 0 or done == plan.steps
-        with state.clock("steps" if warm or not machine.compile else "compile"):  # which the first step sets off
+        with state.clock("steps" if warm or not machine.compile else "compile"), machine.compiling():  # at the first step
             x, y = (machine.put(a) for a in batches.at(state.step, inputs.batch_size))
             numbers = gradients(cfg, machine, runner, model, x, y, inputs, state.step)
             tokens = done * cfg.batch_size * cfg.block_size

@@ -131,7 +131,7 @@ def test_every_sitting_leaves_its_versions(tiny: Callable[..., TrainConfig], tmp
     with monkeypatch.context() as patch:
         patch.setattr(train, "versions", lambda: true | {"mainrun": "edited"})
         patch.setattr(train.scoring, "evaluate_source_hash", lambda: "another")
-        patch.setattr("mainrun.machine.cpu_model", lambda: "another processor")
+        patch.setattr("mainrun.machine.cpu_name", lambda: "another processor")
         interrupted(cfg, tmp_path)
     told: list[str] = []
 

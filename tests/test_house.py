@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "mainrun.errors": "",
     "mainrun.synthetic": "",
     "mainrun.config": "mainrun.errors",
-    "mainrun.allocator": "",
-    "mainrun.machine": "mainrun.allocator mainrun.config mainrun.errors",
+    "mainrun.host": "",
+    "mainrun.machine": "mainrun.host mainrun.config mainrun.errors",
     "mainrun.progress": "mainrun.config mainrun.errors",
     "mainrun.store": "mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
@@ -48,12 +48,12 @@ MAY_IMPORT = {
     "mainrun.config mainrun.errors mainrun.train",  # train for its types alone
     "mainrun.train": "mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth mainrun.store "
     "mainrun.machine mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.bench": "mainrun.allocator mainrun.train mainrun.sitting mainrun.store mainrun.estimate mainrun.scoring mainrun.machine "
+    "mainrun.bench": "mainrun.host mainrun.train mainrun.sitting mainrun.store mainrun.estimate mainrun.scoring mainrun.machine "
     "mainrun.config mainrun.errors",
     "mainrun.estimate": "mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.doctor": "mainrun.allocator mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
+    "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.cli": "*",
     # they speak to the trainer through its config, the run directory and a subprocess
     "sweeps": "mainrun.store mainrun.config mainrun.errors",

@@ -7,6 +7,7 @@ two runs of one config give the same losses and the same weights.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -24,17 +25,19 @@ from mainrun.store.rundir import RunDir
 PRESETS = ("baseline", "optimized")
 BURST = 20  # steps that are launched before one is waited for, as in a run
 # dense bf16 FLOP/s as their maker states them; the first name that the device's holds
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAKS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
 def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """All of it. A UsageError where torch sees no GPU."""
+    sets = ["device=cuda", "dtype=bfloat16", *sets]
+    configs = [load(preset, sets)[0] for preset in PRESETS]  # a wrong --set is refused before anything is measured
+    if any(cfg.device != "cuda" for cfg in configs):
+        raise UsageError(f"bench gpu got device={configs[0].device}; it measures the GPU: leave device out")
     import torch
 
     if not torch.cuda.is_available():
         raise UsageError("no GPU: torch sees none here; run this on a machine with one")
-    sets = ["device=cuda", "dtype=bfloat16", *sets]
-    configs = [load(preset, sets)[0] for preset in PRESETS]  # a wrong --set is refused before anything is measured
     name = torch.cuda.get_device_name()
     stated, reached = stated_peak(name), matmul_peak()
     found: dict[str, Any] = {"device": name, "stated_peak": stated, "matmul_peak": reached, "presets": []}
@@ -52,7 +55,7 @@ def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = 
 
 
 def stated_peak(device: str) -> float | None:
-    return next((peak for name, peak in PEAKS.items() if all(word in device for word in name.split())), None)
+    return next((peak for name, peak in PEAKS.items() if set(name.split()) <= set(re.split(r"[\s-]+", device))), None)
 
 
 def matmul_peak(size: int = 8192) -> float:
@@ -142,7 +145,7 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{1e3 * row['seconds_min']:.2f}-{1e3 * row['seconds_max']:.2f}",
                 f"{row['mfu']:.1%}",
                 f"{row['mfu_of_matmul']:.1%}",
-                gigabytes(row["peak"]),
+                f"{gigabytes(row['peak'])} ({row['peak'] / row['memory_estimate']:.2f} of --dry-run)",
                 *walls,
                 "NO" if row["differences"] else "yes",
             ]

@@ -159,8 +159,8 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 row["rival"],
                 f"{row['tokens_per_s']:,.0f}",
-                f"{row['seconds']:.3f}",
-                f"{row['seconds_min']:.3f}-{row['seconds_max']:.3f}",
+                seconds(row["seconds"]),
+                f"{seconds(row['seconds_min'])}-{seconds(row['seconds_max'])}",
                 f"x{row['ours_is']:.2f}",
                 f"{row['floor_share']:.0%}",
                 "" if row["peak"] is None else gigabytes(row["peak"]),
@@ -188,6 +188,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     if "bf16_error" in evaluation:
         verdict = "within" if evaluation["bf16_close"] else "NOT within"
         yield f"bfloat16: the loss is {evaluation['bf16_error']:.1e} from float32's on the same weights, {verdict} {CLOSE_BF16:g}"
+
+
+def seconds(found: float) -> str:
+    return f"{found:.3f}" if found >= 0.1 else f"{found:.5f}"
 
 
 def gigabytes(size: int) -> str:

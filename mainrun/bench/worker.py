@@ -12,16 +12,16 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
+import resource
 import statistics
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError, UsageError
+from mainrun.host import cores, tune_allocator
 
 WARMUP = 2  # steps: the first compiles and maps the memory, the second finds all of it there
 TOKENS_A_TITLE = 14  # about; the plan's length decides whether compile=auto compiles
@@ -40,14 +40,12 @@ class Rival(Protocol):
 
 class Plain:
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        from mainrun.allocator import tune_allocator
-
         self.allocator = tune_allocator()  # before torch takes any memory
         import torch
 
         from mainrun.bench.plain import PlainGPT
 
-        torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cfg.threads or cores())
         torch.manual_seed(cfg.seed)
         cuda = cfg.device != "cpu" and torch.cuda.is_available()
         self.device, self.clip = torch.device("cuda" if cuda else "cpu"), cfg.clip
@@ -185,8 +183,7 @@ def peak(cuda: bool) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def serve(request: dict[str, Any], heard: queue.Queue[str], channel: TextIO) -> None:
@@ -210,6 +207,7 @@ def serve(request: dict[str, Any], heard: queue.Queue[str], channel: TextIO) -> 
 
 
 def main() -> int:
+    tune_allocator()  # before torch takes any memory
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library that prints would say what is no JSON
     heard: queue.Queue[str] = queue.Queue()

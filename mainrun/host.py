@@ -1,0 +1,83 @@
+"""What this host is and has, found out without torch: processor, cores, C++ compiler, and the C library's memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import sysconfig
+from pathlib import Path
+
+CPU_FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 vnni",
+    "avx512_bf16": "AVX-512 bf16",
+    "amx_bf16": "AMX bf16",
+    "sve": "SVE",
+    "bf16": "bf16",
+}
+# each of them makes a library compute in another way
+CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def cpu() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor; empty where there is none."""
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass  # no /proc on this system: callers name what Python knows
+    return facts
+
+
+def cpu_name() -> str:
+    """Model, and the numbers that tell apart what a cloud sells under one name."""
+    facts = cpu()
+    numbers = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({numbers})" if numbers else name
+
+
+def cpu_flags() -> list[str]:
+    facts = cpu()
+    found = set((facts.get("flags") or facts.get("Features") or "").split())
+    return [label for flag, label in CPU_FLAGS.items() if flag in found]
+
+
+def cpu_limits() -> dict[str, str]:
+    return {name: os.environ[name] for name in CPU_LIMITS if name in os.environ}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cxx() -> tuple[str, str]:
+    """The C++ compiler that torch.compile would take for a CPU, and what is wrong with it (empty: nothing)."""
+    asked = os.environ.get("CXX")
+    found = shutil.which(asked or "g++")
+    if not found:
+        return "", f"CXX={asked} is not there" if asked else "no g++"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return found, "" if header.is_file() else f"{found}, but no {header}"
+
+
+def tune_allocator() -> str:
+    """Let glibc keep a step's memory for the next one: else each step maps its large tensors anew, page by page. No bit changes.
+
+    Says what is in use. MAINRUN_ALLOCATOR=default leaves the C library as it is; others than glibc have no such settings.
+    """
+    if os.environ.get("MAINRUN_ALLOCATOR") == "default":
+        return "default (MAINRUN_ALLOCATOR)"
+    library, version = platform.libc_ver()
+    if library != "glibc":
+        return f"default ({library or 'this C library'} cannot be tuned)"
+    mallopt = ctypes.CDLL(None).mallopt
+    # mmap_max 0 and trim_threshold -1: nothing is given back; top_pad: the heap grows in large steps; arena_max: and is one
+    settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20), "arena_max": (-8, 1)}
+    refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
+    return f"glibc {version}, tuned" + (f" but for {', '.join(refused)}" if refused else "")
