@@ -204,6 +204,27 @@ def test_a_loss_that_is_read_late_still_ends_the_run(tiny: Tiny, tmp_path: Path,
     assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, 12)), "what led there can be seen"
 
 
+def test_a_checkpoint_between_two_readings_has_every_row(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(eval_per_epoch=0, checkpoint_every=10)
+    train(cfg, tmp_path / "whole")
+    loss, calls = trainer.compute_loss, 0
+
+    def then_crash(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 13:
+            raise RuntimeError("the power went")
+        return loss(*args)
+
+    with monkeypatch.context() as late:
+        late.setattr(trainer, "Machine", Late)
+        late.setattr(trainer, "compute_loss", then_crash)
+        with pytest.raises(RuntimeError):
+            train(cfg, tmp_path / "late")
+    train(cfg, tmp_path / "late")
+    assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "whole" / cfg.run_id))
+
+
 # -- dropout that is asked for happens
 
 
