@@ -630,12 +630,12 @@ def loop(
         numbers = torch.stack([found for _, found in unread]).tolist() if unread else []
         for (row, _), (loss, norm) in zip(unread, numbers, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                report(time.perf_counter() - clock)
                 kept = "the last checkpoint before it is kept"
                 if row["step"] == state.step + 1:
                     state.presented -= cfg.batch_size * cfg.block_size * cfg.passes  # nothing was learnt from this step
                     save()
                     kept = "the checkpoint before this step is kept"
-                report(time.perf_counter() - clock)
                 raise Diverged(
                     f"loss {loss} with gradient norm {norm} at step {row['step']} of {plan.steps}, lr {row['lr']:g}; "
                     f"lower lr or lr_aux, or raise warmup_frac ({kept})"

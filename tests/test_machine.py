@@ -204,6 +204,28 @@ def test_a_loss_that_is_read_late_still_ends_the_run(tiny: Tiny, tmp_path: Path,
     assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, 12)), "what led there can be seen"
 
 
+def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That step has not reached the weights: they are saved, and the checkpoint must vouch for every row up to it."""
+    cfg = tiny(eval_per_epoch=0, checkpoint_every=10**6)
+    train(cfg, tmp_path / "whole")
+    loss, calls = trainer.compute_loss, 0
+
+    def planted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found, plain = loss(*args)
+        return (found * float("nan"), plain) if calls == last else (found, plain)
+
+    last = 8  # the first step is read alone, for its score: the seven behind it are read together
+    with monkeypatch.context() as late:
+        late.setattr(trainer, "Machine", Late)
+        late.setattr(trainer, "compute_loss", planted)
+        with pytest.raises(Diverged, match="at step 8 of .*the checkpoint before this step is kept"):
+            train(cfg, tmp_path / "late")
+    train(cfg, tmp_path / "late")
+    assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "whole" / cfg.run_id))
+
+
 def test_a_checkpoint_between_two_readings_has_every_row(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny(eval_per_epoch=0, checkpoint_every=10)
     train(cfg, tmp_path / "whole")

@@ -122,7 +122,7 @@ def differences(a: RunDir, b: RunDir) -> list[str]:
     found = []
     if len(rows[0]) != len(rows[1]):
         found.append(f"one run has {len(rows[0])} rows, the other {len(rows[1])}")
-    for one, other in zip(*rows, strict=False):
+    for one, other in zip(*rows, strict=False):  # a length that differs is named above; this finds where they part
         if one != other:
             found.append(f"{one['event']} at step {one['step']}: {one} against {other}")
             break
