@@ -220,7 +220,7 @@ def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(tiny: Tiny,
     with monkeypatch.context() as late:
         late.setattr(trainer, "Machine", Late)
         late.setattr(trainer, "compute_loss", planted)
-        with pytest.raises(Diverged, match="at step 8 of .*the checkpoint before this step is kept"):
+        with pytest.raises(Diverged, match=r"at step 8 of .*the checkpoint before this step is kept"):
             train(cfg, tmp_path / "late")
     train(cfg, tmp_path / "late")
     assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "whole" / cfg.run_id))
