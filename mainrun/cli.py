@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | presets | compare | sample | doctor | download | bench`.
+"""The command line: `mainrun train | presets | compare | sample | store | doctor | download | bench`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mainrun.config import TrainConfig
+    from mainrun.store.nodes import Node, Store
     from mainrun.store.rundir import RunDir
 
 
@@ -126,7 +127,21 @@ def _root(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the run directories.")]
+StorePlace = Annotated[str | None, typer.Option("--store", metavar="PLACE", help="The store: a folder, or a URL that fsspec knows.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
+
+
+def _store(place: str | None, out: Path, size: str = "20GB") -> Store:
+    from mainrun.store import nodes
+
+    return nodes.Store(place or nodes.whereabouts(out), _bytes(size))
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)b?", text.strip().lower())
+    if not found:
+        raise UsageError(f"got --store-size {text!r}; write a number of bytes with K, M, G or T behind it, like 20GB")
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
 
 
 def _emit(value: Any) -> None:
@@ -152,6 +167,10 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left, and redo it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="With --dry-run: take the time of a few steps, and throw them away.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say which steps the store or another step has already; train nothing.")] = False,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Train every step, and keep none for other runs.")] = False,
+    place: StorePlace = None,
+    size: Annotated[str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")] = "20GB",
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
     debug: Debug = False,
@@ -160,22 +179,31 @@ def train(
 
     A run that is done shows its result. A preset with several steps trains each in turn and ends with their
     comparison. Ctrl-C stops between two steps and keeps everything; the same command goes on from there.
+    Steps that another run has trained, to the bit, are taken from the store (DIR/.store, or MAINRUN_STORE).
     """
     from mainrun.config import load
 
     if probe and not dry_run:
         raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
+    if dry_run and plan:
+        raise UsageError("got --dry-run and --plan; give one of them: what a run costs, or what of it is there already")
     configs = load(preset, sets or [])
+    store = None if no_store else _store(place, out, size)
+    if plan:
+        with _process_group():
+            _plan(configs, store, as_json)
+        return
     if dry_run:
         with _process_group():
             _dry_run(configs, probe, as_json)
         return
     quiet = quiet or not _leads()
     summaries, diverged = [], []
-    with _process_group():
+    with _process_group(), _batch(configs, store) as keep:
         for i, cfg in enumerate(configs):
+            label = f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""
             try:
-                summaries.append(_train_one(cfg, out, fresh, quiet, f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""))
+                summaries.append(_train_one(cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, [])))
             except Diverged as e:
                 if len(configs) == 1:
                     raise
@@ -203,7 +231,49 @@ def _process_group() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str) -> dict[str, Any]:
+@contextmanager
+def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[dict[str, list[int]]]:
+    """Of runs that share steps, where each must leave a node for the others; those nodes are pinned until all are done."""
+    if store is None or len(configs) < 2:
+        yield {}
+        return
+    from mainrun import batch
+
+    if not batch.may_share(configs):
+        yield {}
+        return
+    shared = batch.plan(configs, store)
+    name = f"batch-{shared.keys[0][:16]}" if shared.keys else ""
+    try:
+        if name and _leads():
+            store.pin(name, shared.keys)
+        yield shared.keep
+    finally:
+        if name and _leads():
+            store.unpin(name)
+
+
+def _plan(configs: list[TrainConfig], store: Store | None, as_json: bool) -> None:
+    from mainrun import batch
+
+    found = batch.plan(configs, store).parts
+    if not _leads():
+        return
+    rows = [vars(part) | {"steps": part.steps} for part in found.parts]
+    total = {"asked": found.asked, "to_train": found.steps, "saving": found.asked / found.steps if found.steps else None}
+    if as_json:
+        _emit(total | {"runs": rows})
+        return
+    head = ["run", "trains", "from step", "to step", "after", "nodes for others at"]
+    cells = [[r["name"], r["steps"], r["begin"], r["end"], r["after"] or "", ", ".join(map(str, r["forks"]))] for r in rows]
+    _show_table(head, [[str(cell) for cell in line] for line in cells])
+    times = f" (1/{total['saving']:.2f})" if found.steps else ""
+    print(f"steps asked: {found.asked:,}; to train: {found.steps:,}{times}; nothing is trained now")
+
+
+def _train_one(
+    cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str, store: Store | None = None, keep: Sequence[int] = ()
+) -> dict[str, Any]:
     from mainrun import compare
     from mainrun.progress import make_progress
     from mainrun.store.rundir import RunDir, check_same
@@ -221,7 +291,7 @@ def _train_one(cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str
         try:
             from mainrun.train import train as train_run
 
-            summary = train_run(cfg, out, fresh=fresh, progress=progress)
+            summary = train_run(cfg, out, fresh=fresh, progress=progress, store=store, keep=keep)
         except Interrupted as e:
             if fresh:  # "the same command" would throw away what it has
                 e.args = (f"{e} (without --fresh, which starts over)",)
@@ -405,8 +475,10 @@ def _describe(field: str) -> dict[str, Any]:
     from mainrun.config import TrainConfig
 
     schema = TrainConfig.model_json_schema()["properties"][field]
-    (kind,) = (s for s in schema.get("anyOf", [schema]) if s["type"] != "null")
-    if "enum" in kind:
+    (kind,) = (s for s in schema.get("anyOf", [schema]) if s.get("type") != "null")
+    if "$ref" in kind:
+        allowed = "a table, or its file"
+    elif "enum" in kind:
         allowed = " | ".join(kind["enum"])
     else:
         word = {"boolean": "true | false", "string": "text"}.get(kind["type"], kind["type"])
@@ -504,6 +576,185 @@ def download(
     from mainrun.corpus import download as fetch
 
     print(fetch(name))
+
+
+# -- the store
+
+store_app = typer.Typer(cls=_Group, help="The steps that runs share: ls, du, gc, verify, audit, pin, unpin.", rich_markup_mode=None)
+app.add_typer(store_app, name="store")
+
+
+@store_app.callback(invoke_without_command=True)
+def _store_root(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@store_app.command("ls")
+def store_ls(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List the nodes: where runs can begin."""
+    store = _store(place, out)
+    nodes, damaged = store.summary()
+    states, pinned = store.states(), store.pinned()
+    rows = [
+        {name: getattr(node, name) for name in ("key", "root", "step", "begins", "run", "size", "seconds", "made")}
+        | {
+            "state": node.state in states,
+            "used": states[node.state].modified if node.state in states else None,
+            "pinned": node.key in pinned,
+        }
+        for node in nodes
+    ]
+    if as_json:
+        _emit({"nodes": rows, "damaged": [{"key": key, "why": why} for key, why in damaged]})
+        return
+    lines = [[r["key"][:12], r["root"][:12], str(r["step"]), _state(r), str(r["run"]), _ago(r["made"]), _ago(r["used"])] for r in rows]
+    _show_table(["node", "root", "step", "state", "by", "made", "used"], lines)
+    for key, why in damaged:
+        print(f"damaged: {key[:12]}: {why}", file=sys.stderr)
+
+
+def _state(row: dict[str, Any]) -> str:
+    from mainrun.progress import short
+
+    return (f"{short(row['size'])}B" if row["state"] else "evicted") + (", pinned" if row["pinned"] else "")
+
+
+def _ago(when: float | None) -> str:
+    from mainrun.progress import clock
+
+    if when is None:
+        return ""
+    seconds = time.time() - when
+    return f"{clock(seconds)} ago" if seconds >= 0 else "in the future"
+
+
+@store_app.command("du")
+def store_du(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What the store holds, and the training that it saves."""
+    from mainrun.progress import clock, short
+
+    store = _store(place, out)
+    nodes, damaged = store.summary()
+    states = store.states()
+    found = {
+        "store": str(store), "nodes": len(nodes), "damaged": len(damaged), "states": len(states),
+        "bytes": sum(entry.size for entry in states.values()), "roots": len({node.root for node in nodes}),
+        "steps": sum(node.step - node.begins for node in nodes), "seconds": sum(node.seconds for node in nodes),
+    }  # fmt: skip
+    if as_json:
+        _emit(found)
+        return
+    print(
+        f"{found['store']}: {short(found['bytes'])}B in {found['states']:,} states of {found['nodes']:,} nodes, {found['roots']} beginnings"
+    )
+    print(f"{found['steps']:,} steps that need not be trained again: {clock(found['seconds'])} of training")
+
+
+@store_app.command("gc")
+def store_gc(
+    out: Out = Path("runs"),
+    place: StorePlace = None,
+    size: Annotated[str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")] = "20GB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Clear what is damaged or leads nowhere, and evict beyond the size.
+
+    No run breaks by it; what is gone is trained again when it is wanted.
+    """
+    counts = _store(place, out, size).gc()
+    if as_json:
+        _emit(counts)
+    else:
+        print(f"cleared: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+
+
+@store_app.command("verify")
+def store_verify(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Read everything, and name what is not as it was written.
+
+    Exits with 1 when there is any.
+    """
+    store = _store(place, out)
+    found = store.verify()
+    if as_json:
+        _emit(found)
+    else:
+        print(*found, *([] if found else [f"{len(store.node_keys()):,} nodes, all as they were written"]), sep="\n")
+    if found:
+        raise MainrunError(f"{len(found)} findings; runs pass over what is damaged, and `mainrun store gc` clears it")
+
+
+@store_app.command("audit")
+def store_audit(
+    segments: Annotated[int, typer.Option("--segments", min=1, max=1_000_000, help="How many.")] = 3,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="The same seed takes the same ones; without it, others each time.")
+    ] = None,
+    out: Out = Path("runs"),
+    place: StorePlace = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train random segments again and compare every bit.
+
+    Exits with 1 when one differs.
+    """
+    store, found = _store(place, out), []
+    with _process_group(), _stoppable():
+        from mainrun.audit import audit
+
+        for finding in audit(store, segments, seed):
+            node = finding.node
+            found.append(
+                {"key": node.key, "begins": node.begins, "step": node.step, "run": node.run, "status": finding.status, "why": finding.why}
+            )
+            if not as_json:
+                why = f": {finding.why}" if finding.why else ""
+                print(f"{finding.status:7}  {node.key[:12]}  steps {node.begins + 1} to {node.step} of {node.run}{why}", flush=True)
+    if as_json:
+        _emit(found)
+    elif not found:
+        print("nothing to audit: the store has no node whose beginning is there too")
+    if any(finding["status"] == "differs" for finding in found):
+        raise MainrunError("a segment trained again is not what the store holds; the lines above say which")
+
+
+@store_app.command("pin")
+def store_pin(
+    key: Annotated[str, typer.Argument(metavar="NODE", help="A node, or the unique beginning of one.")],
+    out: Out = Path("runs"),
+    place: StorePlace = None,
+    debug: Debug = False,
+) -> None:
+    """Keep a node from eviction."""
+    store = _store(place, out)
+    node = _node(store, key)
+    store.pin(f"node-{node.key}", [node.key])
+    print(f"pinned: {node.key[:12]}, step {node.step} of {node.run}")
+
+
+@store_app.command("unpin")
+def store_unpin(
+    key: Annotated[str, typer.Argument(metavar="NODE", help="A node, or the unique beginning of one.")],
+    out: Out = Path("runs"),
+    place: StorePlace = None,
+    debug: Debug = False,
+) -> None:
+    """Let a node be evicted again."""
+    store = _store(place, out)
+    node = _node(store, key)
+    store.unpin(f"node-{node.key}")
+    print(f"not pinned: {node.key[:12]}, step {node.step} of {node.run}")
+
+
+def _node(store: Store, beginning: str) -> Node:
+    hits = sorted(key for key in store.node_keys() if key.startswith(beginning))
+    if len(hits) != 1:
+        what = "is not unique" if hits else "is none"
+        raise UsageError(f"node {beginning!r} {what} of the store {store}; `mainrun store ls` lists them")
+    return store.node(hits[0], rows=False)
 
 
 # -- what a step costs

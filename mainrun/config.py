@@ -11,17 +11,16 @@ No torch in here: the command line reads this file before it knows whether there
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import re
 import tomllib
+from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -46,6 +45,48 @@ def scheduled(default: Any, doc: str, **bounds: Any) -> Any:
 
 def inert(default: Any, doc: str, **bounds: Any) -> Any:
     return _field("inert", default, doc, **bounds)
+
+
+class Trigger(BaseModel):
+    """When an op fires: after that many steps, or once that share of the run's tokens is trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    step: int | None = Field(None, ge=1)
+    budget_frac: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> Trigger:
+        if (self.step is None) == (self.budget_frac is None):
+            raise ValueError("a trigger names one of step and budget_frac; write trigger = { budget_frac = 0.5 }, say")
+        return self
+
+
+class Op(BaseModel):
+    """One change of the run on its way: from its step on the field that it names has its value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Literal["set_lr", "set_weight_decay", "set_dropout", "set_batch_size", "set_grad_accum"]
+    value: int | float
+    trigger: Trigger
+
+    @property
+    def field(self) -> str:
+        return self.name.removeprefix("set_")
+
+
+class Growth(BaseModel):
+    """What changes on the way, in order: an op waits for the one before it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[2] = 2
+    ops: tuple[Op, ...] = Field(default=(), strict=False)  # a list in TOML and JSON
+
+    def __str__(self) -> str:
+        """As --set takes it."""
+        return self.model_dump_json(exclude_none=True)
 
 
 class TrainConfig(BaseModel):
@@ -131,6 +172,9 @@ class TrainConfig(BaseModel):
     ema: float = scheduled(0.0, "decay of the averaged weights that are scored; 0: off", ge=0, lt=1)
     swa: float = scheduled(0.0, "share of the steps, at the end, averaged evenly and scored; 0: off", ge=0, le=1)
 
+    # -- growth
+    growth: Growth = scheduled(Growth(), "what changes on the way: { ops = [{ name, value, trigger }, ...] }, or a TOML or JSON file of it")
+
     # -- evaluation and checkpoints
     eval_per_epoch: int = inert(3, "evaluations in an epoch, besides the first and the last step", ge=0, le=10_000)
     official_geometry: str = inert("", "BxT spans of the official score, fixed for the run; empty: batch_size x block_size")
@@ -167,9 +211,22 @@ class TrainConfig(BaseModel):
         kind, _, place = self.corpus.partition(":")
         if kind not in ("synthetic", "hn", "hn-2025", "file", "mix") or bool(place) != (kind in ("file", "mix")):
             refuse(f"corpus={self.corpus!r}", "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml")
+        _ = self.phases  # refuses an op that leads to no config
         return self
 
     # -- what follows from the fields
+    @property
+    def phases(self) -> tuple[TrainConfig, ...]:
+        """The config in force from the start, and from each op on."""
+        found, fields = [self], self.model_dump(exclude={"growth"})
+        for i, op in enumerate(self.growth.ops):
+            fields |= {op.field: op.value}
+            try:
+                found.append(TrainConfig(**fields))
+            except ValidationError as e:
+                raise ValueError(f"growth.ops[{i}] {op.name}: {'; '.join(_explain(error) for error in e.errors())}") from None
+        return tuple(found)
+
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_head
@@ -219,8 +276,7 @@ class TrainConfig(BaseModel):
 # -- the plan: fractions become integer steps, once
 
 
-@dataclass(frozen=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """Everything scheduled that enters one step. Two runs are the same as long as these are (and the statics)."""
 
     lr: float
@@ -236,31 +292,103 @@ class StepInputs:
     average: float  # share of the new weights in the scored average; 1: no average
 
 
+class Stretch(NamedTuple):
+    """Steps of one phase: the config in force, and where its first step stands in the tokens."""
+
+    cfg: TrainConfig
+    first: int = 0
+    tokens: int = 0  # trained before it
+    epoch: int = 0
+    start: int = 0  # in the stream of the epoch
+
+    @property
+    def span(self) -> int:
+        return self.cfg.batch_size * self.cfg.block_size
+
+    def place(self, step: int, train_tokens: int) -> tuple[int, int]:
+        """The epoch of a step, and where its tokens begin: a pointer that goes back to 0 where span + 1 tokens do not fit any more."""
+        ahead, span, spans = step - self.first, self.span, (train_tokens - 1) // self.span
+        here = (train_tokens - self.start) // span  # steps of the epoch that is under way
+        if self.cfg.order == "shuffle_titles":
+            if ahead < here:
+                epoch, start = self.epoch, self.start + ahead * span
+            else:
+                later, ahead = divmod(ahead - here, train_tokens // span)
+                epoch, start = self.epoch + 1 + later, ahead * span
+            return epoch, start if start + span < train_tokens else 0
+        here = (train_tokens - 1 - self.start) // span
+        return 0, self.start + ahead * span if ahead < here else (ahead - here) % spans * span
+
+
 class Plan:
     """A config on a number of training tokens: which steps, and what enters each. Steps count from 0 here."""
 
     def __init__(self, cfg: TrainConfig, train_tokens: int) -> None:
-        span = cfg.batch_size * cfg.block_size
-        if train_tokens <= span:
-            raise ConfigError(
-                f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
-                "lower batch_size or block_size, or raise num_titles"
-            )
+        for phase in cfg.phases:
+            span = phase.batch_size * phase.block_size
+            if train_tokens <= span:
+                raise ConfigError(
+                    f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
+                    "lower batch_size or block_size, or raise num_titles"
+                )
         self.cfg = cfg
         self.train_tokens = train_tokens
-        self.steps_per_epoch = train_tokens // span
-        self.steps = cfg.epochs * self.steps_per_epoch
+        self.steps_per_epoch = train_tokens // (cfg.batch_size * cfg.block_size)
+        self.stretches = self._walk()
+        self._firsts = [stretch.first for stretch in self.stretches]
+        self._dropouts = [tuple(map(_in_256ths, stretch.cfg.dropouts)) for stretch in self.stretches]
+        last = self.stretches[-1]
+        self.steps = last.first + (self.budget - last.tokens) // last.span
+        if late := next((op for op, s in zip(cfg.growth.ops, self.stretches[1:], strict=True) if s.first >= self.steps), None):
+            raise ConfigError(f"growth: {late.name} would come after the last of the {self.steps} steps; give it an earlier trigger")
         self.warmup_steps = round(cfg.warmup_frac * self.steps)
         fall = round(cfg.decay_frac * self.steps) if cfg.schedule == "wsd" else self.steps
         self.decay_start = max(self.warmup_steps, self.steps - fall)  # both fractions may have been rounded up
         self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
 
+    @property
+    def budget(self) -> int:
+        """Tokens of the run."""
+        return self.cfg.epochs * self.steps_per_epoch * self.cfg.batch_size * self.cfg.block_size
+
+    def _walk(self) -> list[Stretch]:
+        """Where each phase begins. An op waits for the one before it."""
+        found = [Stretch(self.cfg)]
+        for op, cfg in zip(self.cfg.growth.ops, self.cfg.phases[1:], strict=True):
+            before = found[-1]
+            first = op.trigger.step
+            if op.trigger.budget_frac is not None:
+                first = before.first + round((op.trigger.budget_frac * self.budget - before.tokens) / before.span)
+            first = max(before.first, first or 0)
+            tokens = before.tokens + (first - before.first) * before.span
+            found.append(Stretch(cfg, first, tokens, *before.place(first, self.train_tokens)))
+        return found
+
+    def stretch(self, step: int) -> Stretch:
+        return self.stretches[bisect_right(self._firsts, step) - 1]
+
+    def tokens(self, done: int) -> int:
+        """Trained after so many steps."""
+        stretch = self.stretch(done)
+        return stretch.tokens + (done - stretch.first) * stretch.span
+
     @cached_property
     def eval_steps(self) -> frozenset[int]:
         """Steps (counted from 1) after which val and dev are scored."""
-        every = max(1, self.steps_per_epoch // self.cfg.eval_per_epoch) if self.cfg.eval_per_epoch else self.steps
-        return frozenset({1, self.steps, *range(every, self.steps + 1, every)})
+        found = {1, self.steps}
+        for stretch, end in zip(self.stretches, [*self._firsts[1:], self.steps], strict=True):
+            if self.cfg.eval_per_epoch:
+                every = max(1, self.train_tokens // stretch.span // self.cfg.eval_per_epoch)
+                found |= set(range(stretch.first + every, end + 1, every))
+        return frozenset(found)
+
+    @cached_property
+    def breaks(self) -> list[int]:
+        """Steps after which another config may well part from this one: the end of its warm-up, its ops, the start of its decay."""
+        # the first step of a decay still has the peak rate, the first of an average the weights as they are
+        steps = {self.warmup_steps, self.decay_start + 1, self.swa_start + 1, *self._firsts}
+        return sorted(step for step in steps if 0 < step < self.steps)
 
     def lr_factor(self, step: int) -> float:
         cfg, low = self.cfg, self.cfg.min_lr_frac
@@ -270,7 +398,7 @@ class Plan:
             return 1.0
         progress = (step - self.decay_start) / (self.steps - self.decay_start)
         shape = "cosine" if cfg.schedule == "cosine" else cfg.decay_shape
-        return low + (1 - low) * _fall(shape, progress)
+        return low + (1 - low) * FALL[shape](progress)
 
     def average(self, step: int) -> float:
         if step >= self.swa_start:
@@ -279,9 +407,10 @@ class Plan:
         return 1 - min(self.cfg.ema, (1 + step) / (10 + step)) if self.cfg.ema else 1.0
 
     def at(self, step: int) -> StepInputs:
-        cfg, factor = self.cfg, self.lr_factor(step)
-        fall = 1.0 if cfg.wd_schedule == "constant" else _fall(cfg.wd_schedule, step / self.steps)
-        embedding, attention, residual = map(_in_256ths, cfg.dropouts)
+        phase, factor = bisect_right(self._firsts, step) - 1, self.lr_factor(step)
+        cfg = self.stretches[phase].cfg
+        fall = 1.0 if cfg.wd_schedule == "constant" else FALL[cfg.wd_schedule](step / self.steps)
+        embedding, attention, residual = self._dropouts[phase]
         return StepInputs(
             lr=cfg.lr * factor,
             lr_aux=(cfg.lr_aux or cfg.lr) * factor,
@@ -307,13 +436,14 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "decay_start": self.decay_start,
             "swa_start": self.swa_start if cfg.swa else None,
+            "growth": [f"{op.name} {op.value:g} after step {first}" for op, first in zip(cfg.growth.ops, self._firsts[1:], strict=True)],
             "evaluations": len(self.eval_steps),
             "checkpoint_every": self.checkpoint_every,
             "official_geometry": list(cfg.geometry),
             "d_ff": cfg.ff_width,
             "n_kv_head": cfg.kv_heads,
-            "first_step": dataclasses.asdict(self.at(0)),
-            "last_step": dataclasses.asdict(self.at(self.steps - 1)),
+            "first_step": self.at(0)._asdict(),
+            "last_step": self.at(self.steps - 1)._asdict(),
         }
 
 
@@ -322,13 +452,8 @@ def _in_256ths(p: float) -> float:
     return min(max(round(256 * p), p > 0), 255) / 256
 
 
-def _fall(shape: str, progress: float) -> float:
-    """From 1 at progress 0 to 0 at progress 1."""
-    return {
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "sqrt": 1 - math.sqrt(progress),
-    }[shape]
+# from 1 at progress 0 to 0 at progress 1
+FALL = {"linear": lambda t: 1 - t, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)), "sqrt": lambda t: 1 - math.sqrt(t)}
 
 
 # -- presets and --set
@@ -446,10 +571,27 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def _build(fields: dict[str, Any], label: str) -> TrainConfig:
+    if isinstance(growth := fields.get("growth"), str):
+        fields = fields | {"growth": _read_growth(growth)}
     try:
         return TrainConfig(**(fields | {"preset": label}))
     except ValidationError as e:
         raise ConfigError("\n".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
+
+
+def _read_growth(text: str) -> Any:
+    """A schedule that is given by its file, or as JSON."""
+    path = Path(text)
+    try:
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        if path.suffix not in (".toml", ".json"):
+            raise ConfigError(f"growth={text!r} is no schedule; give a file ending in .toml or .json, or {{ ops = [...] }}")
+        return (tomllib if path.suffix == ".toml" else json).loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"growth={text}: the file cannot be read ({e.strerror}); give the path of a schedule") from None
+    except ValueError as e:
+        raise ConfigError(f"growth={text}: not valid {'TOML' if path.suffix == '.toml' else 'JSON'} ({e}); mend the file") from None
 
 
 def digest_of(fields: dict[str, Any]) -> str:
@@ -466,6 +608,15 @@ def _explain(error: Any) -> str:
     """One pydantic error as got / allowed / fix."""
     name = str(error["loc"][0]) if error["loc"] else ""
     got, kind = error["input"], error["type"]
+    if len(error["loc"]) > 1:  # inside growth
+        where = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in error["loc"] if part not in ("int", "float")))
+        if kind == "value_error":
+            return f"{where}: {error['ctx']['error']}"
+        if kind == "extra_forbidden":
+            models: dict[str, type[BaseModel]] = {"trigger": Trigger, "growth": Growth}
+            known = models.get(str(error["loc"][-2]), Op).model_fields
+            return f"unknown key {where}{nearest(str(error['loc'][-1]), known)}; allowed: {', '.join(known)}"
+        return f"{where}={got!r} is not allowed: {error['msg'].lower()}"
     if kind == "extra_forbidden":
         words = name.lower().replace("_", " ")
         meant = nearest(name, TrainConfig.model_fields) or next(

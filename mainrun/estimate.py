@@ -41,7 +41,7 @@ def estimate(cfg: TrainConfig, probe: bool = False) -> dict[str, Any]:
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
     params = sum(p.numel() for p in model.parameters())
-    flops = plan.steps * cfg.batch_size * cfg.block_size * cfg.passes * flops_per_token(cfg, model)
+    flops = plan.tokens(plan.steps) * cfg.passes * flops_per_token(cfg, model)
     cost: dict[str, Any] = {"params": params, "flops": flops, "memory": memory(cfg, machine, vocab_size)}
     if probe:
         cost |= probed(cfg, machine, plan, data)
@@ -97,7 +97,7 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData) -> d
         machine.compile = compiles
 
     def step(i: int) -> None:
-        x, y = (machine.put(a) for a in batches.at(i, cfg.batch_size))
+        x, y = (machine.put(a) for a in batches.at(i))
         trial.step(x, y)
 
     step(0)  # the first maps the memory
@@ -175,6 +175,7 @@ def memory(cfg: TrainConfig, machine: Machine, vocab_size: int) -> int:
 
     So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives.
     """
+    cfg = max(cfg.phases, key=lambda phase: (phase.batch_size // phase.grad_accum, max(phase.dropouts)))
     rows = cfg.batch_size // cfg.grad_accum // machine.world
     inputs = Plan(cfg, cfg.batch_size * cfg.block_size * 2).at(0)
     with FakeTensorMode(allow_fallback_kernels=False), Live() as live, machine.device:

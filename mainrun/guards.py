@@ -267,7 +267,7 @@ def random_start(e: Evidence, all: bool) -> Verdict:
     if first["step"] != 1:
         return "fail", f"the first evaluation is of step {first['step']}; without step 1 nothing shows that the start was random"
     vocab = e.data.tokenizer.vocab_size
-    counts = np.bincount(Batches(e.cfg, e.data.splits["train"]).at(0, e.cfg.batch_size)[1].ravel(), minlength=vocab)[None]
+    counts = np.bincount(Batches(e.cfg, e.data.splits["train"]).at(0)[1].ravel(), minlength=vocab)[None]
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])  # the smoothing that suits val best: no fresh start guesses it
     counting = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1).min()
     floor = 0.95 * min(float(counting), math.log(vocab))
@@ -363,7 +363,7 @@ def presentations(e: Evidence, all: bool) -> Verdict:
     expected = {
         "train_tokens_per_epoch": plan.train_tokens,
         "forward_passes": passes,
-        "presentations_per_token": plan.steps * e.cfg.batch_size * e.cfg.block_size * passes * members / plan.train_tokens,
+        "presentations_per_token": plan.tokens(plan.steps) * passes * members / plan.train_tokens,
     }
     for name, value in expected.items():
         if not _close(got[name], value):

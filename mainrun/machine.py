@@ -38,9 +38,10 @@ class Machine:
         if cfg.compile == "on" and not compiler(name):
             needs = "triton, which comes with torch" if name == "cuda" else f"a C++ compiler and Python's headers on a CPU ({cxx()[1]})"
             raise ConfigError(f"compile=on needs {needs}; install what is missing, or set compile=off")
-        if cfg.batch_size % (cfg.grad_accum * self.world):
-            pieces = f"{self.world} processes x grad_accum={cfg.grad_accum}"
-            raise ConfigError(f"batch_size={cfg.batch_size} does not split over {pieces}; change one of them")
+        for phase in cfg.phases:
+            if phase.batch_size % (phase.grad_accum * self.world):
+                pieces = f"{self.world} processes x grad_accum={phase.grad_accum}"
+                raise ConfigError(f"batch_size={phase.batch_size} does not split over {pieces}; change one of them")
         self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         self.threads = cfg.threads or cores()
         torch.set_num_threads(self.threads)
@@ -139,6 +140,14 @@ class Machine:
         dist.all_reduce(votes)
         return bool(votes.item())
 
+    def share(self, *numbers: int) -> tuple[int, ...]:
+        """The leader's, on every process."""
+        if self.world == 1:
+            return numbers
+        told = torch.tensor(numbers, device=self.device)
+        dist.broadcast(told, src=0)
+        return tuple(told.tolist())
+
     def mean(self, value: Tensor) -> Tensor:
         if self.world > 1:
             dist.all_reduce(value)
@@ -167,7 +176,7 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
     attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.d_model * cfg.ff_width
     weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
-    flops = 6 * weights * plan.steps * cfg.batch_size * cfg.block_size * cfg.passes
+    flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes
     if machine.device.type == "cuda":
         return 20 + 4 * cfg.n_layer, 0.3 * flops / 2e14
     speed = machine.threads * (1.5e11 if cfg.dtype == "bfloat16" else 6e10)

@@ -24,7 +24,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
         raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")
     model = build(cfg, tokenizer.vocab_size)
     state = State(cfg, model)
-    state.load(*found)
+    state.load(found[0], found[1]["step"], found[1]["presented"])
     state.average.swap()
     return model.eval(), tokenizer
 

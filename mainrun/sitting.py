@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mainrun import scoring
 from mainrun.config import Plan, TrainConfig
 from mainrun.corpus import Corpus
-from mainrun.errors import ConfigError, RunError
+from mainrun.errors import ConfigError, MainrunError, RunError
 from mainrun.guards import Evidence, guards
-from mainrun.machine import Machine
+from mainrun.machine import Machine, versions
 from mainrun.progress import Progress
 from mainrun.store import checkpoint
 from mainrun.store.rundir import Metrics, RunDir
 from mainrun.tokens import TokenData
 
 if TYPE_CHECKING:
+    from mainrun.reuse import Reuse
     from mainrun.train import State
 
 
@@ -36,9 +40,18 @@ def check_spans(cfg: TrainConfig, data: TokenData) -> None:
                 raise ConfigError(f"the {split} split is too short: {e}") from None
 
 
-def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress) -> Metrics:
+def environment(machine: Machine) -> dict[str, Any]:
+    """env.json of this sitting."""
+    env: dict[str, Any] = {"machine_class": machine.facts, "versions": versions(), "evaluate_hash": scoring.evaluate_source_hash()}
+    return env | {"allocator": machine.allocator, "command": sys.argv}
+
+
+def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress, reuse: Reuse | None) -> Metrics:
     """Bring state, metrics.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
     metrics = Metrics(run.path / "metrics.jsonl")
+    rows = [row for row in run.metrics() if row["event"] == "step"]
+    taken = max((row["step"] for row in rows if row.get("reused")), default=0)
+    reached = rows[-1]["step"] if rows else 0  # before what no checkpoint holds is cut off
 
     def usable(meta: dict[str, Any]) -> str | None:
         if meta["digest"] != cfg.digest:
@@ -53,7 +66,7 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     if found:
         if "evaluate_hash" not in earlier:
             raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
-        state.load(*found)
+        _load(state, *found)
         env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
         for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
@@ -64,6 +77,14 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
         if before:
             progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
+    lost = (max(state.step, taken), max(reached, state.step, taken))  # of these steps some may be in the store
+    state.wasted += lost[1] - lost[0]
+    if reuse:
+        reuse.own = lost
+        if found:
+            reuse.restore(found[1].get("store"), state.step)
+        else:
+            reuse.strangers()
     for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
         seen = earlier.get(key, [])
         env[key] = [entry for entry in seen if entry != now] + [now]
@@ -74,16 +95,61 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
 
 def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> None:
     """Every process starts where the leader does (it chose the checkpoint, the others read the same one)."""
-    step = torch.tensor(state.step, device=machine.device)
-    dist.broadcast(step, src=0)
+    step, _ = machine.share(state.step, 0)
     if step and not machine.leads:
         found = checkpoint.load_newest(
             run.checkpoints, lambda meta: "" if meta["step"] == step else "the leader chose another", lambda _: None
         )
         if found is None:
-            what = f"process {machine.rank} cannot read the checkpoint of step {int(step)} in {run.checkpoints}"
+            what = f"process {machine.rank} cannot read the checkpoint of step {step} in {run.checkpoints}"
             raise RunError(f"{what}; --out must be a folder that all processes share")
-        state.load(*found)
+        _load(state, *found)
+
+
+def _load(state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """A checkpoint, and what the sittings before it have cost."""
+    state.load(tensors, meta["step"], meta["presented"])
+    state.resumed, state.reused, state.wasted = meta["resumed"] + 1, meta.get("reused", 0), meta.get("wasted", 0)
+    state.spent = {part: meta["spent"].get(part, 0.0) + state.spent.get(part, 0.0) for part in {**meta["spent"], **state.spent}}
+
+
+def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
+    """The eval rows of the weights as they stand."""
+    for split in ("val", "dev"):
+        if split in data.splits:
+            clock = time.perf_counter()
+            size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
+            with state.average.applied():
+                found = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
+            yield {"event": "eval", "step": state.step, "split": split, **asdict(found), "seconds": time.perf_counter() - clock}
+
+
+@contextmanager
+def ending(machine: Machine, run: RunDir, state: State, plan: Plan, parts: Sequence[Reuse | Progress | Metrics | None]) -> Iterator[None]:
+    """Whatever ends a sitting, status.json says it, and its parts are closed."""
+    try:
+        yield
+    except BaseException as e:
+        kind = {75: "interrupted", 3: "diverged"}.get(getattr(e, "exit_code", 1), "failed")
+        if machine.leads:
+            with suppress(MainrunError):  # `e` is what must be heard; a full disk is heard at the next write
+                why = str(e) or type(e).__name__
+                run.write("status.json", {"state": kind, "step": state.step, "steps": plan.steps, "why": why})
+        raise
+    finally:
+        for part in parts:
+            if part:
+                part.close()
+
+
+def finish(run: RunDir, state: State, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
+    """What all of it took, and the last words of a run that is done."""
+    seconds = sum(state.spent.values())
+    trained = plan.tokens(plan.steps) * (1 - state.reused / plan.steps)
+    summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": state.spent}
+    run.write("summary.json", summary)
+    run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
+    return summary
 
 
 def summarize(
@@ -98,7 +164,7 @@ def summarize(
         for split in ("val", "dev")
         if (mine := [r for r in evals if r["split"] == split])
     }
-    tokens = plan.steps * cfg.batch_size * cfg.block_size
+    tokens = plan.tokens(plan.steps)
     ledger = {
         "train_tokens_per_epoch": plan.train_tokens,
         "presentations_per_token": state.presented / plan.train_tokens,
@@ -114,6 +180,12 @@ def summarize(
         "scores": scores,
         "params": sum(p.numel() for p in state.model.parameters()),
         "tokens": tokens,
+        "ledger": {
+            "asked": plan.steps + state.wasted,
+            "trained": plan.steps + state.wasted - state.reused,
+            "reused": state.reused,
+            "wasted": state.wasted,
+        },
         "presentations": ledger,
         "flops": state.presented * flops_per_token(cfg, state.model),
         "fingerprints": corpus.fingerprints,

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mainrun.config import TrainConfig
+from mainrun.config import Stretch, TrainConfig
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
 
 if TYPE_CHECKING:
@@ -363,23 +363,19 @@ class Batches:
         self._epoch = -1
         self._stream = train
 
-    def at(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets [batch_size, block_size] of a step, counted from 0."""
-        span = batch_size * self.cfg.block_size
-        spans = (len(self.train) - 1) // span  # a pointer that goes back to 0 where span + 1 tokens do not fit any more
-        if spans < 1:
+    def at(self, step: int, stretch: Stretch | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets [batch_size, block_size] of a step, counted from 0. stretch: the phase of the run that it is in."""
+        stretch = stretch or Stretch(self.cfg)
+        span = stretch.span
+        if len(self.train) <= span:
             raise ConfigError(
                 f"train has {len(self.train):,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
                 "lower batch_size or block_size, or raise num_titles"
             )
-        if self.cfg.order == "shuffle_titles":
-            epoch, step = divmod(step, len(self.train) // span)
-            stream = self._shuffled(epoch)
-        else:
-            stream = self.train
-        start = step % spans * span
+        epoch, start = stretch.place(step, len(self.train))
+        stream = self._shuffled(epoch) if self.cfg.order == "shuffle_titles" else self.train
         chunk = stream[start : start + span + 1].astype(np.int64)
-        shape = (batch_size, self.cfg.block_size)
+        shape = (stretch.cfg.batch_size, self.cfg.block_size)
         return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
 
     def _shuffled(self, epoch: int) -> np.ndarray:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
-from mainrun.errors import Diverged, Interrupted, MainrunError
-from mainrun.machine import Machine, StopFlag, versions
+from mainrun.errors import Diverged, Interrupted
+from mainrun.machine import Machine, StopFlag
 from mainrun.progress import Progress, make_progress
-from mainrun.sitting import check_spans, follow, resume, summarize
+from mainrun.reuse import Reuse, Steps
+from mainrun.sitting import check_spans, ending, environment, finish, follow, resume, score, summarize
 from mainrun.store import checkpoint
+from mainrun.store.nodes import Store
 from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
 from mainrun.tokens import EOS, Batches, TokenData, prepare
+
+Summary = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. Shapes: B rows, T tokens, D width, H heads, K heads of keys and values, h width of a head, V vocabulary.
@@ -430,10 +431,12 @@ class Average:
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
         self.live = dict(model.named_parameters())
         self.on = bool(cfg.ema or cfg.swa)
+        self.apart = False  # until a step has averaged, the shadow is the weights
         self.shadow = {name: p.detach().clone() for name, p in self.live.items()} if self.on else {}
 
     def update(self, inputs: StepInputs) -> None:
         if self.on:
+            self.apart |= inputs.average < 1
             torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.live.values()], inputs.average)
 
     @contextmanager
@@ -464,6 +467,7 @@ class State:
         self.step = 0  # steps done
         self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
         self.resumed = 0
+        self.reused = self.wasted = 0  # steps taken from the store; trained and lost again
         self.spent: dict[str, float] = {}  # seconds, by what they went into
 
     @contextmanager
@@ -476,26 +480,29 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         model = {f"model/{n}": p for n, p in self.model.named_parameters()}
-        return model | self.optimizers.state() | {f"average/{n}": t for n, t in self.average.shadow.items()}
+        average = self.average.shadow.items() if self.average.apart else ()
+        return model | self.optimizers.state() | {f"average/{n}": t for n, t in average}
 
-    def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], step: int, presented: int) -> None:
+        self.step, self.presented = step, presented
+        self.average.apart = any(name.startswith("average/") for name in tensors)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model/{name}"])
             for name, t in self.average.shadow.items():
-                t.copy_(tensors[f"average/{name}"])
+                t.copy_(tensors[f"{'average' if self.average.apart else 'model'}/{name}"])
         self.optimizers.load({k: v for k, v in tensors.items() if k.startswith("optimizer/")})
-        self.step, self.presented, self.resumed = meta["step"], meta["presented"], meta["resumed"] + 1
-        self.spent = {part: meta["spent"].get(part, 0.0) + self.spent.get(part, 0.0) for part in {**meta["spent"], **self.spent}}
 
 
-def train(cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Train a config to its end, from its last checkpoint if it has one, and give the summary."""
+def train(
+    cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Progress | None = None, store: Store | None = None, keep: Steps = ()
+) -> Summary:
+    """Train a config to its end, from its last checkpoint or what the store has of it. `keep`: more steps for the store to keep."""
     with StopFlag() as stop:  # from the start: a signal while the data is prepared is obeyed before the first step
-        return _train(cfg, Path(out), fresh, progress or make_progress(quiet=True), stop)
+        return _train(cfg, Path(out), fresh, progress or make_progress(quiet=True), stop, store, keep)
 
 
-def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: StopFlag) -> dict[str, Any]:
+def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: StopFlag, store: Store | None, keep: Steps) -> Summary:
     started = time.perf_counter()
     machine = Machine(cfg)
     if not machine.leads:
@@ -522,38 +529,23 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
             write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
         state.spent["data"] = read
-        env = {"machine_class": machine.facts, "versions": versions(), "evaluate_hash": scoring.evaluate_source_hash()}
-        env |= {"allocator": machine.allocator, "command": sys.argv}
-        metrics = resume(cfg, run, state, env, progress) if machine.leads else None
+        env = environment(machine)
+        reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, fresh) if store else None
+        metrics = resume(cfg, run, state, env, progress, reuse) if machine.leads else None
         if machine.world > 1:
             follow(cfg, run, state, machine)
         progress.start(cfg, plan.table(), run.metrics())
         if machine.why:
             progress.note(machine.why)
         earlier = sum(state.spent.values()) - read
-        try:
-            loop(cfg, plan, data, machine, run, state, metrics, progress, stop)
-        except BaseException as e:
-            kind = {75: "interrupted", 3: "diverged"}.get(getattr(e, "exit_code", 1), "failed")
-            if machine.leads:
-                with suppress(MainrunError):  # `e` is what must be heard; a full disk is heard at the next write
-                    why = str(e) or type(e).__name__
-                    run.write("status.json", {"state": kind, "step": state.step, "steps": plan.steps, "why": why})
-            raise
-        finally:
-            progress.close()
-            if metrics:
-                metrics.close()
+        with ending(machine, run, state, plan, [reuse, progress, metrics]):
+            loop(cfg, plan, data, machine, run, state, metrics, progress, stop, reuse)
         if not machine.leads:
             return {}
         with state.average.applied(), state.clock("guards"):
             summary = summarize(cfg, plan, corpus, data, run, state, env)
         state.spent["overhead"] = state.spent.get("overhead", 0.0) + earlier + time.perf_counter() - started - sum(state.spent.values())
-        seconds = sum(state.spent.values())
-        summary |= {"seconds": seconds, "tokens_per_s": summary["tokens"] / seconds, "spent": state.spent}
-        run.write("summary.json", summary)
-        run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
-        return summary
+        return finish(run, state, plan, summary)
     finally:
         run.release()
 
@@ -597,6 +589,7 @@ def loop(
     metrics: Metrics | None,
     progress: Progress,
     stop: StopFlag,
+    reuse: Reuse | None,
 ) -> None:
     model, runner, warm = state.model, make_runner(machine, state.model), False
     batches = Batches(cfg, data.splits["train"])
@@ -614,12 +607,15 @@ def loop(
             with state.clock("checkpoints"):
                 meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
                 meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
+                meta |= {"reused": state.reused, "wasted": state.wasted, "store": reuse.meta() if reuse else None}
                 checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
         machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         last_saved = state.step
 
-    def write(row: dict[str, Any]) -> None:
-        if metrics is not None:
+    def write(row: dict[str, Any], logged: bool = True) -> None:
+        if reuse:
+            reuse.rows.append(row)
+        if metrics is not None and logged:
             metrics.append(row)
 
     unread: list[tuple[dict[str, Any], Tensor]] = []  # steps whose numbers are on the device: to read one is to wait for it
@@ -633,7 +629,7 @@ def loop(
                 report(time.perf_counter() - clock)
                 kept = "the last checkpoint before it is kept"
                 if row["step"] == state.step + 1:
-                    state.presented -= cfg.batch_size * cfg.block_size * cfg.passes  # nothing was learnt from this step
+                    state.presented -= plan.stretch(state.step).span * cfg.passes  # nothing was learnt from this step
                     save()
                     kept = "the checkpoint before this step is kept"
                 raise Diverged(
@@ -645,12 +641,31 @@ def loop(
 
     def report(seconds: float) -> None:
         for row in read:
-            if row["step"] % cfg.log_every == 0 or row["step"] == plan.steps:
-                row["seconds"] = seconds / len(read)
-                write(row)
+            row["seconds"] = seconds / len(read)
+            write(row, logged := row["step"] % cfg.log_every == 0 or row["step"] == plan.steps)
+            if logged:
                 progress.step(row | {"steps": plan.steps})
         read.clear()
 
+    def evaluate(lr: float) -> None:
+        with state.clock("evaluation"):
+            found = list(score(cfg, data, state)) if machine.leads else []
+        if machine.any(not all(math.isfinite(row["loss"]) for row in found)):
+            why = f"the score at step {state.step} of {plan.steps} is no number after lr {lr:g}"
+            raise Diverged(f"{why}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)")
+        for row in found:
+            write(row)
+            progress.eval(row | {"steps": plan.steps})
+
+    def share() -> None:
+        """Leave the state for others, and go on from what others have left further on."""
+        if reuse:
+            reuse.publish(state)
+            reuse.advance(state, metrics, stop)
+            if reuse.unscored:
+                evaluate(plan.at(state.step - 1).lr)
+
+    share()
     clock = time.perf_counter()
     while state.step < plan.steps:
         if (machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked)):
@@ -662,12 +677,12 @@ def loop(
         inputs, done = plan.at(state.step), state.step + 1
         evaluates = done in plan.eval_steps
         saves = done % plan.checkpoint_every == 0 or done == plan.steps
+        keeps = reuse is not None and done in reuse.stops
         with state.clock("steps" if warm or not machine.compile else "compile"), machine.compiling():  # at the first step
-            x, y = (machine.put(a) for a in batches.at(state.step, inputs.batch_size))
+            x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
             numbers = gradients(cfg, machine, runner, model, x, y, inputs, state.step)
-            tokens = done * cfg.batch_size * cfg.block_size
-            unread.append(({"event": "step", "step": done, "tokens": tokens, "lr": inputs.lr}, numbers))
-            if len(unread) == machine.lag or evaluates or saves:
+            unread.append(({"event": "step", "step": done, "tokens": plan.tokens(done), "lr": inputs.lr}, numbers))
+            if len(unread) == machine.lag or evaluates or keeps or saves:
                 fetch()
             state.optimizers.step(inputs)
             state.average.update(inputs)
@@ -675,26 +690,11 @@ def loop(
         if read:
             report(time.perf_counter() - clock)
         if evaluates:
-            with state.clock("evaluation"):
-                found = list(score(cfg, data, state)) if machine.leads else []
-            if machine.any(not all(math.isfinite(row["loss"]) for row in found)):
-                why = f"the score at step {state.step} of {plan.steps} is no number after lr {inputs.lr:g}"
-                raise Diverged(f"{why}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)")
-            for row in found:
-                write(row)
-                progress.eval(row | {"steps": plan.steps})
+            evaluate(inputs.lr)
+        if keeps:
+            share()
         if saves:
             save()
         if not unread:
             clock = time.perf_counter()
-
-
-def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
-    """The eval rows of the weights as they stand."""
-    for split in ("val", "dev"):
-        if split in data.splits:
-            clock = time.perf_counter()
-            size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
-            with state.average.applied():
-                found = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
-            yield {"event": "eval", "step": state.step, "split": split, **asdict(found), "seconds": time.perf_counter() - clock}
+    save()

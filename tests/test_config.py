@@ -32,7 +32,7 @@ OTHER: dict[str, Any] = {
     "beta1": 0.8, "beta2": 0.95, "eps": 1e-9, "weight_decay": 0.1, "wd_schedule": "linear", "clip": 0.5, "schedule": "wsd",
     "warmup_frac": 0.1, "decay_frac": 0.5, "decay_shape": "sqrt", "min_lr_frac": 0.1, "dropout": 0.1, "attn_dropout": 0.2,
     "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5, "official_geometry": "8x64",
-    "log_every": 10, "checkpoint_every": 50,
+    "log_every": 10, "checkpoint_every": 50, "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
 }  # fmt: skip
 NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # not allowed alone
 
@@ -47,7 +47,16 @@ def values(field: str) -> st.SearchStrategy[Any]:
     return st.one_of([_values(kind) for kind in kinds])
 
 
+def ops() -> st.SearchStrategy[dict[str, Any]]:
+    fracs = st.floats(0, 1, exclude_min=True, exclude_max=True).map(lambda f: {"budget_frac": f})
+    trigger = st.one_of(fracs, st.integers(1, 10**6).map(lambda s: {"step": s}))
+    kinds = [("set_lr", st.floats(1e-6, 1)), ("set_dropout", st.floats(0, 0.9)), ("set_weight_decay", st.floats(0, 10))]
+    return st.one_of([st.fixed_dictionaries({"name": st.just(name), "value": value, "trigger": trigger}) for name, value in kinds])
+
+
 def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
+    if "$ref" in kind:
+        return st.lists(ops(), max_size=3).map(lambda found: {"ops": found})
     if "enum" in kind:
         return st.sampled_from(kind["enum"])
     if kind["type"] == "null":
@@ -85,17 +94,17 @@ def test_every_field_has_a_class_a_description_and_bounds() -> None:
         assert TrainConfig.class_of(name) in ("static", "scheduled", "inert"), name
         assert len(TrainConfig.model_fields[name].description or "") > 3, name
         for kind in SCHEMA[name].get("anyOf", [SCHEMA[name]]):
-            if kind["type"] in ("integer", "number"):
+            if kind.get("type") in ("integer", "number"):
                 assert {"minimum", "exclusiveMinimum"} & kind.keys(), name
                 assert {"maximum", "exclusiveMaximum"} & kind.keys(), name
 
 
 def test_what_a_step_takes_is_classed_scheduled_and_nothing_else_is() -> None:
     """A scheduled field shows in the resolved steps; one that did not would enter the lineage key unseen."""
-    inputs = set(StepInputs.__dataclass_fields__) - {"average"}
+    inputs = set(StepInputs._fields) - {"average"}
     assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
-    shapes_of_them = {"epochs", "wd_schedule", "schedule", "warmup_frac", "decay_frac", "decay_shape", "min_lr_frac", "ema", "swa"}
-    assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes_of_them
+    shapes = {"epochs", "wd_schedule", "schedule", "warmup_frac", "decay_frac", "decay_shape", "min_lr_frac", "ema", "swa", "growth"}
+    assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes
 
 
 @pytest.mark.parametrize("field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled"))
@@ -143,6 +152,8 @@ def test_set_takes_what_the_config_gives(cfg: TrainConfig, field: str) -> None:
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     key, back = parse_set(f"{field}={text}")
     assert key == field
+    if field == "growth":
+        back = from_dict({"growth": back}).growth
     assert back == value if value != "" else back == ""
 
 
@@ -160,14 +171,14 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         bad: list[Any] = [["a list"]]
         if "enum" in kind:
             bad.append("nonsense")
-        if kind["type"] in ("integer", "number"):
+        if kind.get("type") in ("integer", "number"):
             step = 1 if kind["type"] == "integer" else 1e-6
             bad += [kind["minimum"] - step] if "minimum" in kind else []
             bad += [kind["exclusiveMinimum"]] if "exclusiveMinimum" in kind else []
             bad += [kind["maximum"] + 1] if "maximum" in kind else []
             bad += [kind["exclusiveMaximum"]] if "exclusiveMaximum" in kind else []
             bad += [math.nan, math.inf, "three", True]
-        if kind["type"] == "boolean":
+        if kind.get("type") == "boolean":
             bad += [1, "yes"]
         for value in bad:
             with pytest.raises(ConfigError) as e:

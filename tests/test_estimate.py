@@ -145,7 +145,7 @@ def test_a_trial_steps_as_a_run_does(tiny: Any, tmp_path: Path) -> None:
     rows = [row for row in RunDir(tmp_path / cfg.run_id).metrics() if row["event"] == "step"]
     machine, plan, data = planned(cfg)
     trial, batches = estimate.Trial(cfg, machine, plan, data.tokenizer.vocab_size), Batches(cfg, data.splits["train"])
-    losses = [trial.step(*(machine.put(a) for a in batches.at(i, cfg.batch_size))) for i in range(4)]
+    losses = [trial.step(*(machine.put(a) for a in batches.at(i))) for i in range(4)]
     assert losses == [row["loss"] for row in rows[:4]]
     assert isinstance(trial.state, State) and trial.state.average.on
 

@@ -45,9 +45,13 @@ MAY_IMPORT = {
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.growth": "mainrun.layers mainrun.store mainrun.config mainrun.errors",
     "mainrun.sitting": "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
-    "mainrun.config mainrun.errors mainrun.train",  # train for its types alone
-    "mainrun.train": "mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth mainrun.store "
-    "mainrun.machine mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.config mainrun.errors mainrun.reuse mainrun.train",  # these two for their types alone
+    "mainrun.reuse": "mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # train for its types alone
+    "mainrun.batch": "mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
+    "mainrun.audit": "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
+    "mainrun.errors",
+    "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
+    "mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench": "mainrun.host mainrun.train mainrun.sitting mainrun.store mainrun.estimate mainrun.scoring mainrun.machine "
     "mainrun.config mainrun.errors",
     "mainrun.estimate": "mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def inputs(cfg: TrainConfig, **changes: Any) -> StepInputs:
-    return replace(Plan(cfg, 100_000).at(0), **changes)
+    return Plan(cfg, 100_000).at(0)._replace(**changes)
 
 
 def shaken(cfg: TrainConfig, seed: int = 0) -> GPT:

@@ -488,7 +488,7 @@ def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, 
         x = stream[pointer : pointer + block * batch].reshape(batch, block)
         y = stream[pointer + 1 : pointer + block * batch + 1].reshape(batch, block)
         pointer += block * batch
-        got_x, got_y = batches.at(step, batch)
+        got_x, got_y = batches.at(step)
         assert got_x.dtype == got_y.dtype == np.int64
         assert np.array_equal(got_x, x)
         assert np.array_equal(got_y, y)
@@ -505,7 +505,7 @@ def test_shuffled_epochs_hold_every_title_once(geometry: tuple[np.ndarray, int, 
     span = batch * block
     cfg = from_dict(TINY | {"block_size": block, "batch_size": batch, "seed": seed, "order": "shuffle_titles"})
     batches, steps = Batches(cfg, stream), len(stream) // span
-    in_order = [batches.at(step, batch) for step in range(3 * steps)]
+    in_order = [batches.at(step) for step in range(3 * steps)]
 
     whole = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
     for epoch in range(3):
@@ -524,16 +524,16 @@ def test_shuffled_epochs_hold_every_title_once(geometry: tuple[np.ndarray, int, 
     order = list(range(3 * steps))
     asked.shuffle(order)
     for step in order:
-        assert all(np.array_equal(a, b) for a, b in zip(batches.at(step, batch), in_order[step], strict=True))
-        assert all(np.array_equal(a, b) for a, b in zip(Batches(cfg, stream).at(step, batch), in_order[step], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(batches.at(step), in_order[step], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(Batches(cfg, stream).at(step), in_order[step], strict=True))
 
 
 def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(tiny) -> None:
     stream = a_stream([5] * 200)
-    firsts = [Batches(tiny(order="shuffle_titles", seed=seed), stream).at(step, 8)[0] for seed in (1, 2) for step in (0, 9, 18)]
+    firsts = [Batches(tiny(order="shuffle_titles", seed=seed), stream).at(step)[0] for seed in (1, 2) for step in (0, 9, 18)]
     assert len({first.tobytes() for first in firsts}) == 6
-    assert np.array_equal(firsts[0], Batches(tiny(order="shuffle_titles", seed=1, lr=0.5), stream).at(0, 8)[0])
-    plain = [Batches(tiny(seed=seed), stream).at(3, 8)[0] for seed in (1, 2)]
+    assert np.array_equal(firsts[0], Batches(tiny(order="shuffle_titles", seed=1, lr=0.5), stream).at(0)[0])
+    plain = [Batches(tiny(seed=seed), stream).at(3)[0] for seed in (1, 2)]
     assert np.array_equal(*plain)
 
 
@@ -549,14 +549,14 @@ def test_no_validation_token_is_in_a_batch(tiny, own_cache: Path) -> None:
         assert only_held
         batches = Batches(cfg, data.splits["train"])
         for step in range(3 * len(data.splits["train"]) // 8):
-            assert only_held.isdisjoint(np.stack(batches.at(step, 2)).ravel().tolist())
+            assert only_held.isdisjoint(np.stack(batches.at(step)).ravel().tolist())
 
 
 @pytest.mark.parametrize("order", ["sequential", "shuffle_titles"])
 def test_a_stream_shorter_than_one_step_is_refused(tiny, order: str) -> None:
     with pytest.raises(ConfigError, match="batch_size\\*block_size\\+1 = 129"):
-        Batches(tiny(order=order), a_stream([127])).at(0, 8)
-    assert Batches(tiny(order=order), a_stream([128])).at(0, 8)[0].shape == (8, 16)
+        Batches(tiny(order=order), a_stream([127])).at(0)
+    assert Batches(tiny(order=order), a_stream([128])).at(0)[0].shape == (8, 16)
 
 
 def test_tokenizer_libraries_are_imported_when_used() -> None:

@@ -1,0 +1,96 @@
+"""Train random segments of the store again and compare every bit: what the store promises is checked, not believed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mainrun.config import Plan, from_dict
+from mainrun.corpus import load_corpus
+from mainrun.errors import MainrunError
+from mainrun.machine import Machine, versions
+from mainrun.sitting import score
+from mainrun.store import lineage
+from mainrun.store.checkpoint import sha256_tensors
+from mainrun.store.nodes import Damaged, Node, Store
+from mainrun.tokens import Batches, prepare
+from mainrun.train import State, build, gradients, make_runner
+
+
+@dataclass
+class Finding:
+    node: Node
+    status: str  # same | differs | skipped
+    why: str = ""
+
+
+def audit(store: Store, segments: int, seed: int | None = None) -> Iterator[Finding]:
+    """Of the nodes that this machine can train again, a random few."""
+    nodes, damaged = store.summary()
+    for key, why in damaged:
+        yield Finding(_unreadable(key), "differs", why)
+    states = store.states()
+    there = {node.key: node for node in nodes if node.state in states}
+    ready = [node for node in there.values() if not node.begins or node.parent in there]
+    for node in random.Random(seed).sample(ready, min(segments, len(ready))):
+        yield _again(store, store.node(node.key), there.get(node.parent))
+
+
+def _again(store: Store, node: Node, before: Node | None) -> Finding:
+    """Train a node's segment from the node before it, or from the start."""
+    try:
+        cfg = from_dict(node.config)
+        machine, corpus = Machine(cfg), load_corpus(cfg)
+        data = prepare(cfg, corpus)
+        plan = Plan(cfg, len(data.splits["train"]))
+        machine.settle(cfg, plan)
+        begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), machine.facts)
+        if lineage.root(begun) != node.root:
+            theirs = dict(store.roots()).get(node.root, {})
+            return Finding(node, "skipped", "; ".join(lineage.differences(begun, theirs)[:3]))
+        state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
+        if before:
+            state.load(store.load(before), before.step, before.presented)
+        stored = store.load(node)
+    except Damaged as e:
+        return Finding(node, "differs", str(e))
+    except MainrunError as e:
+        return Finding(node, "skipped", str(e))
+    runner, batches = make_runner(machine, state.model), Batches(cfg, data.splits["train"])
+    rows: list[dict[str, Any]] = []
+    scored = {row["step"] for row in node.rows if row["event"] == "eval"}
+    while state.step < node.step:
+        inputs = plan.at(state.step)
+        x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
+        loss, norm = gradients(cfg, machine, runner, state.model, x, y, inputs, state.step).tolist()
+        state.optimizers.step(inputs)
+        state.average.update(inputs)
+        state.step += 1
+        rows.append({"event": "step", "step": state.step, "loss": loss, "grad_norm": norm})
+        if state.step in scored:
+            rows += score(cfg, data, state)
+    return Finding(node, *_compare(node, stored, state, rows))
+
+
+def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    again = state.tensors()
+    if names := sorted({*stored} ^ {*again}):
+        return "differs", f"one of them has no {names[0]}"
+    apart = [name for name in sorted(again) if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))]
+    if apart:
+        return "differs", f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
+    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows}
+    for row in rows:
+        there = kept.get((row["event"], row["step"], row.get("split")))
+        if there is None:
+            return "differs", f"no {row['event']} row of step {row['step']}"
+        for name in set(row) - {"seconds"}:
+            if there[name] != row[name]:
+                return "differs", f"{name} at step {row['step']}: {there[name]!r} in the store, {row[name]!r} now"
+    return "same", ""
+
+
+def _unreadable(key: str) -> Node:
+    return Node(key, "", "", 0, 0, 0, "", 0, [], 0.0, "", {}, 0.0, "")

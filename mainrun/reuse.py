@@ -1,0 +1,257 @@
+"""What a run takes from the store, and what it leaves there for others.
+
+At its start, and at each step where a node is kept, a run looks for the deepest node on its own key chain and goes on from there.
+Where there is none it takes the lease on the next node and trains the way to it, or waits while somebody else does. Nodes are
+written by a thread of their own. Whatever is wrong with the store costs steps, never the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from mainrun.config import Plan, TrainConfig
+from mainrun.machine import Machine, StopFlag, versions
+from mainrun.store import lineage
+from mainrun.store.leases import Fenced, Lease, Leases
+from mainrun.store.nodes import Damaged, Node, Refused, Store
+from mainrun.store.rundir import FULL, Metrics
+
+if TYPE_CHECKING:
+    from mainrun.train import State
+
+Steps = Iterable[int]
+POLL = 0.1  # seconds between two looks at a lease
+
+
+class Reuse:
+    def __init__(
+        self,
+        store: Store,
+        cfg: TrainConfig,
+        plan: Plan,
+        machine: Machine,
+        fingerprints: dict[str, str],
+        tokens: str,
+        note: Callable[[str], None],
+        keep: Steps = (),
+        fresh: bool = False,
+    ) -> None:
+        self.store, self.cfg, self.plan, self.machine, self.note = store, cfg, plan, machine, note
+        self.begun = lineage.origin(cfg, fingerprints, tokens, versions(), machine.facts)
+        self.keys = lineage.chain(lineage.root(self.begun), plan)
+        # the first evaluation is after step 1: a node there would save one step
+        self.stops = sorted({*plan.breaks, *plan.eval_steps - {1}, *keep, plan.steps} & set(range(1, plan.steps + 1)))
+        self.reads, self.writes = not fresh, True
+        self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
+        self.own = (0, 0)  # after the first, to the second: steps that this run itself had trained, and lost with a sitting
+        self.before = (0, self.keys[0])  # step and key of the node before the rows
+        self.rows: list[dict[str, Any]] = []  # since then, every step's
+        self._named: set[str] = set()
+        self._since = time.perf_counter()
+        self._leases = Leases(store.files)
+        self._lease: Lease | None = None
+        self._writer = ThreadPoolExecutor(1, "store")
+        self._writing: Future[None] | None = None
+
+    # -- taking
+
+    def advance(self, state: State, metrics: Metrics | None, stop: StopFlag) -> None:
+        """Go on from the deepest node there is, and hold the lease on the next one; wait while others train towards it."""
+        with state.clock("store"):
+            self.unscored = False
+            if self.machine.leads:
+                self._settle(state, metrics, stop)
+            step, unscored = self.machine.share(state.step, int(self.unscored))
+            self.unscored = bool(unscored)
+            if step != state.step:
+                node = self.store.node(self.keys[step], rows=False)
+                state.load(self.store.load(node), node.step, node.presented)
+        self._since = time.perf_counter()
+
+    def _settle(self, state: State, metrics: Metrics | None, stop: StopFlag) -> None:
+        waited = False
+        while state.step < self.plan.steps and not stop.asked:
+            try:
+                if self.reads and self._take(state, metrics):
+                    continue
+                if not self.writes:
+                    return
+                other = self._other(state.step) if self.reads else None
+                if other is None:
+                    target = next(step for step in self.stops if step > state.step)
+                    about = {"run": self.cfg.run_id, "step": target, "scores": self._scores(state.step, target), "geometry": self._geometry}
+                    self._lease = self._leases.acquire(self.keys[target], **about)
+                    if self._lease or not self.reads:
+                        # it may have been published between the look and the lease
+                        if self.reads and self._take(state, metrics):
+                            self._free()
+                            continue
+                        return
+                elif not waited:
+                    self.note(f"waiting for {other.get('run')}, which trains the way to step {other.get('step')} that both share")
+                    waited = True
+            except OSError as e:
+                self._stop_writing(f"the store {self.store} cannot be written ({e.strerror or e}); nothing more is kept in it")
+                return
+            time.sleep(POLL)
+
+    @property
+    def _geometry(self) -> list[int]:
+        return list(self.cfg.geometry)
+
+    def _scores(self, begin: int, end: int) -> list[int]:
+        """Scores that the way there writes."""
+        return sorted(step for step in self.plan.eval_steps if begin < step < end)
+
+    def _other(self, step: int) -> dict[str, Any] | None:
+        """Who trains towards a node further on this chain, and leaves the scores that this run needs."""
+        if not (active := self._leases.active()):
+            return None
+        ahead = {key: i for i, key in enumerate(self.keys) if i > step}
+        for key, holder in active.items():
+            target = ahead.get(key)
+            if target is not None:
+                needed = set(self._scores(step, target))
+                if not needed or (holder.get("geometry") == self._geometry and needed <= set(holder.get("scores", []))):
+                    return holder
+        return None
+
+    def _take(self, state: State, metrics: Metrics | None) -> bool:
+        for node, past in self._usable(state.step):
+            try:
+                tensors = self.store.load(node)
+            except Damaged as e:
+                self._name(node.key, node.step, e)
+                continue
+            first = state.step
+            state.load(tensors, node.step, node.presented)
+            mine = max(0, min(self.own[1], node.step) - max(self.own[0], first))
+            state.reused += node.step - first - mine
+            state.wasted -= mine
+            scored = False
+            for row in self._shown(past, first):
+                scored |= row["event"] == "eval" and row["step"] == node.step
+                if metrics:
+                    metrics.append(row if self.own[0] < row["step"] <= self.own[1] else row | {"reused": True})
+            self.unscored = node.step in self.plan.eval_steps and not scored
+            self.before, self.rows = (node.step, node.key), []
+            runs = sorted({part.run for part in past})
+            whose = f"trained by {', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''}"
+            self.note(f"steps {first + 1} to {node.step} of {self.plan.steps} are taken from the store ({whose})")
+            return True
+        return False
+
+    def _usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
+        """Nodes further on this chain, the deepest first, each with those that hold the rows on the way to it, the first first."""
+        there, states = self.store.node_keys(), None
+        for further in range(len(self.keys) - 1, step, -1):
+            if self.keys[further] not in there:
+                continue
+            states = self.store.states() if states is None else states
+            try:
+                node = self.store.node(self.keys[further])
+                if node.step != further:
+                    raise Damaged(f"it says that it is of step {node.step}")
+                if node.state not in states:  # evicted
+                    continue
+                past = list(self.store.history(node, step))[::-1]
+            except Damaged as e:
+                self._name(self.keys[further], further, e)
+                continue
+            scored = {row["step"] for row in self._shown(past, step) if row["event"] == "eval"}
+            if set(self._scores(step, further)) <= scored:
+                yield node, past
+
+    def _shown(self, past: list[Node], since: int) -> Iterator[dict[str, Any]]:
+        """Rows as this run would have written them itself: its cadence, its scores."""
+        for node in past:
+            for row in node.rows:
+                if row["step"] <= since:
+                    continue
+                if row["event"] == "step":
+                    if row["step"] % self.cfg.log_every == 0 or row["step"] == self.plan.steps:
+                        yield row
+                elif row["step"] in self.plan.eval_steps and node.geometry == self._geometry:
+                    yield row
+
+    def _name(self, key: str, step: int, why: Exception) -> None:
+        if key not in self._named:
+            self._named.add(key)
+            self.note(f"the store's node of step {step} ({key[:12]}) is passed over: {why}")
+
+    def strangers(self) -> None:
+        """Say so where the store has this run's steps from another machine or another version: their bits would be others."""
+        same, best = lineage.root(self.begun), None
+        for root, begun in self.store.roots():
+            if isinstance(begun, dict) and begun.get("fields") == self.begun["fields"] and begun.get("data") == self.begun["data"]:
+                if root == same:
+                    return
+                best = begun
+        if best:
+            differ = "; ".join(lineage.differences(self.begun, best)[:4])
+            self.note(f"the store has this run's beginning, but with other bits, so nothing of it is taken ({differ})")
+
+    # -- leaving
+
+    def publish(self, state: State) -> None:
+        """Keep the state of this step, if it is one to keep. The copy is taken now, the rest happens beside the training."""
+        if state.step not in self.stops or not self.writes or self.before[0] == state.step or not self.machine.leads:
+            return
+        with state.clock("store"):
+            if self._writing:
+                self._writing.result()
+            tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
+            node = Node(
+                key=self.keys[state.step], parent=self.before[1], root=self.keys[0], step=state.step, begins=self.before[0],
+                presented=state.presented, state="", size=0, geometry=self._geometry, seconds=time.perf_counter() - self._since,
+                run=self.cfg.run_id, config=self.cfg.model_dump(mode="json"), made=time.time(), rows_sha256="", rows=tuple(self.rows),
+            )  # fmt: skip
+            self.before, self.rows = (node.step, node.key), []
+            lease, self._lease = self._lease, None
+            self._writing = self._writer.submit(self._write, node, tensors, lease)
+
+    def _write(self, node: Node, tensors: dict[str, Any], lease: Lease | None) -> None:
+        try:
+            self.store.begin(node.root, self.begun)
+            self.store.save(node, tensors, lease.check if lease else lambda: None)
+            self.store.evict({node.key})
+        except Fenced as e:
+            self.note(f"step {node.step} is not kept in the store: {e}")
+        except Refused as e:
+            self._stop_writing(f"step {node.step} is not kept in the store, nor what comes after: {e}")
+        except OSError as e:
+            why = f"no space left in the store {self.store}" if e.errno in FULL else f"the store {self.store} cannot be written ({e})"
+            self._stop_writing(f"{why}; nothing more is kept in it")
+        finally:
+            if lease:
+                lease.release()
+
+    def _stop_writing(self, why: str) -> None:
+        if self.writes:
+            self.writes = False
+            self.note(why)
+
+    # -- a run's own checkpoints
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the next node after it has all its rows."""
+        return {"before": list(self.before), "rows": self.rows}
+
+    def restore(self, meta: dict[str, Any] | None, step: int) -> None:
+        if not meta:
+            self._stop_writing(f"the steps up to {step} were trained without a store: nothing of this run is kept in it")
+            return
+        self.before, self.rows = (meta["before"][0], meta["before"][1]), list(meta["rows"])
+
+    def _free(self) -> None:
+        if self._lease:
+            self._lease.release(unfinished=True)
+            self._lease = None
+
+    def close(self) -> None:
+        """All that is on its way is written; what was not reached is free for others."""
+        self._writer.shutdown()
+        self._free()

@@ -1,0 +1,382 @@
+"""The store of nodes: states that runs came through, each under the key of the chain that leads to it. No torch until one is loaded.
+
+    store.json                   what this folder is
+    nodes/KEY                    one line about the node, then the metric rows since its parent, one a line
+    states/SHA256.safetensors    weights, moments and averages, under the hash of their own bytes
+    roots/KEY                    what the chains below a root began with, for people and for `audit`
+    leases/KEY.TOKEN             who trains the way to a node now (leases.py)
+    pins/NAME                    keys that eviction passes over
+
+A node is there once its file is; its state was there before. What is read is checked: a node that is torn, changed or foreign is
+named and passed over. Eviction takes a state away and leaves the rows, so that the history of what comes after stays whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mainrun.errors import ConfigError, RunError
+from mainrun.store.files import Files, open_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+SIZE = 20_000_000_000  # bytes of states, unless asked otherwise
+KEY = re.compile(r"[0-9a-f]{64}")
+STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
+AHEAD = 3600.0  # seconds that a clock may differ from another before it is worth a word
+
+
+class Damaged(Exception):
+    """A node that cannot be used, and why."""
+
+
+class Refused(Exception):
+    """A node that may not be written, and why."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One line of nodes/KEY. `rows` are read with it or not at all."""
+
+    key: str
+    parent: str  # the key of the node before it on the chain, or its root
+    root: str
+    step: int
+    begins: int  # step of the parent
+    presented: int
+    state: str  # sha256 of the state's file
+    size: int  # its bytes
+    geometry: list[int]  # of the official scores in its rows
+    seconds: float  # that training from the parent took
+    run: str
+    config: dict[str, Any]
+    made: float
+    rows_sha256: str
+    rows: tuple[dict[str, Any], ...] = ()
+
+    def dump(self) -> bytes:
+        body = _lines(self.rows)
+        line = {name: getattr(self, name) for name in _FIELDS} | {"rows_sha256": hashlib.sha256(body).hexdigest()}
+        return _dump(line | {"sha256": hashlib.sha256(_dump(line)).hexdigest()}) + b"\n" + body
+
+
+_FIELDS = [name for name in Node.__dataclass_fields__ if name != "rows"]
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _parse(key: str, text: bytes, *, whole: bool) -> Node:
+    head, _, body = text.partition(b"\n")
+    try:
+        line = json.loads(head)
+        claimed = line.pop("sha256")
+        if claimed != hashlib.sha256(_dump(line)).hexdigest():
+            raise Damaged("its first line was changed after it was written")
+        if line["key"] != key:
+            raise Damaged(f"it is the node {line['key'][:12]} under another name")
+        if whole and line["rows_sha256"] != hashlib.sha256(body).hexdigest():
+            raise Damaged("its rows are torn or were changed after they were written")
+        return Node(**line, rows=tuple(json.loads(row) for row in body.splitlines()) if whole else ())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged("it is torn, or no node at all") from None
+
+
+class Store:
+    """Open with `Store(place)`: a folder, or a URL that fsspec knows. Nothing is made until something is kept."""
+
+    def __init__(self, place: str | Path, size: int = SIZE) -> None:
+        self.files: Files = open_files(place)
+        self.size = size
+        try:
+            found = json.loads(self.files.read("store.json"))
+            if found.get("format") != FORMAT:
+                got = f"has format {found.get('format')}, this version reads {FORMAT}"
+                raise ConfigError(f"store {place} {got}; give another, or --no-store")
+        except FileNotFoundError:
+            strays = self.files.names("") - {"new"}
+            if strays:
+                got = f"{', '.join(sorted(strays)[:3])} but no store.json"
+                raise ConfigError(f"store {place} holds {got}, so it is no store of ours; give another place, or --no-store") from None
+        except NotADirectoryError:
+            raise ConfigError(f"store {place} is not a folder; give another place, or --no-store") from None
+        except (ValueError, AttributeError):
+            raise ConfigError(f"store {place}: store.json is damaged; restore it (it holds {_dump({'format': FORMAT}).decode()})") from None
+        except OSError as e:
+            raise ConfigError(f"store {place} cannot be read ({e.strerror or e}); give another place, or --no-store") from None
+
+    def __str__(self) -> str:
+        return str(self.files)
+
+    # -- reading
+
+    def node_keys(self) -> set[str]:
+        """Of every node, damaged ones too."""
+        return {name for name in self.files.names("nodes") if KEY.fullmatch(name)}
+
+    def node(self, key: str, *, rows: bool = True) -> Node:
+        try:
+            text = self.files.read(f"nodes/{key}") if rows else self.files.first_line(f"nodes/{key}")
+        except FileNotFoundError:
+            raise Damaged("it is gone") from None
+        except OSError as e:
+            raise Damaged(f"it cannot be read ({e.strerror or e})") from None
+        return _parse(key, text, whole=rows)
+
+    def history(self, node: Node, since: int = 0) -> Iterator[Node]:
+        """The node and those before it, back to the one that covers the step after `since`, newest first."""
+        while True:
+            yield node
+            if node.begins <= since:
+                return
+            try:
+                before = self.node(node.parent)
+            except Damaged as e:
+                raise Damaged(f"the rows before step {node.begins} are lost: node {node.parent[:12]}: {e}") from None
+            if before.step != node.begins or before.root != node.root:
+                raise Damaged(f"node {node.parent[:12]} is not what it says was before it")
+            node = before
+
+    def load(self, node: Node) -> dict[str, Tensor]:
+        """Its state. One that is not what was written is taken out of the way, so that it can be written again."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        name = f"states/{node.state}.safetensors"
+        try:
+            with self.files.local(name) as path:
+                if sha256(path) != node.state:
+                    raise Damaged("its state is torn or was changed after it was written")
+                found = load_file(path)
+        except FileNotFoundError:
+            raise Damaged("its state is gone") from None
+        except OSError as e:
+            raise Damaged(f"its state cannot be read ({e.strerror or e})") from None
+        except SafetensorError as e:
+            raise Damaged(f"its state is no safetensors file ({e})") from None
+        self.touch(node)
+        return found
+
+    def touch(self, node: Node) -> None:
+        """Just used: it is the last to be evicted. Where one may not write, nothing is."""
+        with suppress(OSError):
+            self.files.touch(f"states/{node.state}.safetensors")
+
+    def states(self) -> dict[str, Any]:
+        """sha256 -> size and time of last use, of every state that is there."""
+        found = self.files.list("states")
+        return {name.removesuffix(".safetensors"): entry for name, entry in found.items() if STATE.fullmatch(name)}
+
+    def roots(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name in sorted(self.files.names("roots")):
+            try:
+                yield name, json.loads(self.files.read(f"roots/{name}"))
+            except (OSError, ValueError):
+                continue
+
+    # -- writing
+
+    def begin(self, root: str, begun: dict[str, Any]) -> None:
+        """Before the first node of a root."""
+        if not self.files.exists("store.json"):
+            self.files.write("store.json", _dump({"format": FORMAT}))
+        if not self.files.exists(f"roots/{root}"):
+            self.files.write(f"roots/{root}", _dump(begun))
+
+    def save(self, node: Node, tensors: dict[str, Tensor], allowed: Callable[[], None] = lambda: None) -> Node:
+        """Write a node; `allowed` is asked at the last moment and may raise Refused. Gives the node as it is in the store.
+
+        A node that is there already is left alone, but its state must be the same to the bit: it is written again where it was evicted.
+        """
+        from safetensors.torch import save_file
+
+        with self.files.new() as path:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+            found = sha256(path)
+            node = Node(**(vars(node) | {"state": found, "size": path.stat().st_size}))
+            if node.size > self.size:
+                raise Refused(f"its {node.size:,} bytes are more than the store may hold ({self.size:,}); raise --store-size")
+            try:
+                there: Node | None = self.node(node.key)
+            except Damaged as e:
+                there = None
+                if self.files.exists(f"nodes/{node.key}") and str(e) != "it is gone":
+                    self.files.remove(f"nodes/{node.key}")  # it helps nobody, and would be in the way
+            if there and there.state != found:
+                other = f"the store has other bits for step {node.step} (by {there.run})"
+                raise Refused(f"{other}: two trainings of one thing differ; `mainrun store audit` finds out which is right")
+            allowed()
+            if not self._has(found, node.size):
+                self.files.put(path, f"states/{found}.safetensors")
+        allowed()  # writing may have taken a while
+        if there is None and not self.files.create(f"nodes/{node.key}", node.dump()):
+            return self.save(node, tensors, allowed)  # somebody was faster by a moment
+        return there or node
+
+    def _has(self, state: str, size: int) -> bool:
+        entry = self.states().get(state)
+        return entry is not None and entry.size == size
+
+    # -- pins and room
+
+    def pin(self, name: str, keys: Iterable[str]) -> None:
+        """Keep these from eviction until `unpin(name)`."""
+        self.files.write(f"pins/{name}", _dump(sorted(keys)))
+
+    def unpin(self, name: str) -> None:
+        self.files.remove(f"pins/{name}")
+
+    def pinned(self) -> set[str]:
+        keys: set[str] = set()
+        for name in self.files.names("pins"):
+            try:
+                keys |= set(json.loads(self.files.read(f"pins/{name}")))
+            except (OSError, ValueError, TypeError):
+                continue
+        return keys
+
+    def evict(self, keep: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+        """Take the least recently used states away until the rest fits. Pinned ones stay, and `keep`, whatever they weigh."""
+        there = self.states()
+        excess = sum(entry.size for entry in there.values()) - self.size
+        if excess <= 0:
+            return []
+        pinned = keep | self.pinned()
+        held = {self.node(key, rows=False).state for key in pinned & self.node_keys() if self._readable(key)}
+        now, gone = time.time(), []
+        # a time in the future says nothing about use: the clock has been put back since
+        oldest = sorted(there, key=lambda state: (min(there[state].modified, now), state))
+        for state in oldest:
+            if excess <= 0:
+                break
+            if state not in held:
+                self.files.remove(f"states/{state}.safetensors")
+                excess -= there[state].size
+                gone.append(state)
+        return gone
+
+    def _readable(self, key: str) -> bool:
+        try:
+            self.node(key, rows=False)
+        except Damaged:
+            return False
+        return True
+
+    # -- housekeeping
+
+    def summary(self) -> tuple[list[Node], list[tuple[str, str]]]:
+        """Every node without its rows, by root and step; and those that cannot be read, with the reason."""
+        nodes, damaged = [], []
+        for key in sorted(self.node_keys()):
+            try:
+                nodes.append(self.node(key, rows=False))
+            except Damaged as e:
+                damaged.append((key, str(e)))
+        return sorted(nodes, key=lambda node: (node.root, node.step, node.key)), damaged
+
+    def verify(self) -> list[str]:
+        """Everything that is not as it was written, one sentence each."""
+        found: list[str] = []
+        nodes: dict[str, Node] = {}
+        for key in sorted(self.node_keys()):
+            try:
+                nodes[key] = self.node(key)
+            except Damaged as e:
+                found.append(f"node {key[:12]}: {e}")
+        roots = set(self.files.names("roots"))
+        for node in nodes.values():
+            name, before = f"node {node.key[:12]} (step {node.step})", nodes.get(node.parent)
+            if node.begins and before is None:
+                found.append(f"{name}: the rows before step {node.begins} are lost with {node.parent[:12]}")
+            elif node.begins and before and (before.step != node.begins or before.root != node.root):
+                found.append(f"{name}: {node.parent[:12]} is not what it says was before it")
+            if node.root not in roots:
+                found.append(f"{name}: what its root {node.root[:12]} began with is lost")
+        sizes = {node.state: node for node in nodes.values()}
+        for state, entry in sorted(self.states().items()):
+            name = f"states/{state}.safetensors"
+            with self.files.local(name) as path:
+                if sha256(path) != state:
+                    whose = f"step {sizes[state].step} of {sizes[state].run}" if state in sizes else "no node"
+                    found.append(f"state {state[:12]} ({whose}): torn or changed after it was written")
+            if entry.modified > time.time() + AHEAD:
+                found.append(f"state {state[:12]}: last used in the future; the clock was put back since")
+        for root, begun in self.roots():
+            from mainrun.store import lineage
+
+            if not isinstance(begun, dict) or lineage.root(begun) != root:
+                found.append(f"root {root[:12]}: torn or changed after it was written")
+        found += [f"{name}: no file of a store; move it away" for name in self._strays()]
+        return found
+
+    def _strays(self) -> list[str]:
+        ours = {"store.json", "nodes", "states", "roots", "leases", "pins", "new"}
+        found = sorted(self.files.names("") - ours)
+        for folder, pattern in (("nodes", KEY), ("states", STATE), ("roots", KEY), ("leases", re.compile(r"[0-9a-f]{64}\.\d{6}"))):
+            found += sorted(f"{folder}/{name}" for name in self.files.names(folder) if not pattern.fullmatch(name))
+        return found
+
+    def gc(self) -> dict[str, int]:
+        """Clear what helps nobody: damaged nodes and states, states without a node, rows that lead to no state; then the budget."""
+        counts = {"damaged": 0, "orphans": 0, "rows": 0, "evicted": 0, "bytes": 0}
+        there, old = self.states(), time.time() - AHEAD
+        nodes: dict[str, Node] = {}
+        for key in self.node_keys():
+            try:
+                nodes[key] = self.node(key)
+            except Damaged:
+                counts["damaged"] += 1
+                self.files.remove(f"nodes/{key}")
+        named = {node.state for node in nodes.values()}
+        for state, entry in there.items():
+            with self.files.local(f"states/{state}.safetensors") as path:
+                damaged = sha256(path) != state
+            orphan = state not in named and entry.modified < old  # a younger one may be a node's that is being written
+            if damaged or orphan:
+                counts["damaged" if damaged else "orphans"] += 1
+                counts["bytes"] += entry.size
+                self.files.remove(f"states/{state}.safetensors")
+        counts["evicted"] = len(self.evict())
+        there = self.states()
+        needed: set[str] = set()
+        for node in sorted(nodes.values(), key=lambda node: -node.step):
+            if node.state in there or node.key in needed:
+                needed.add(node.parent)
+            elif node.made < old:
+                counts["rows"] += 1
+                self.files.remove(f"nodes/{node.key}")
+        for folder in ("new", "leases"):  # by writers that were killed; a holder that lives writes its lease all the time
+            for name, entry in self.files.list(folder).items():
+                if entry.modified < old:
+                    self.files.remove(f"{folder}/{name}")
+        return counts
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def whereabouts(out: Path) -> str:
+    """Where the store of a folder of runs is, unless it is said."""
+    return os.environ.get("MAINRUN_STORE") or str(Path(out) / ".store")
+
+
+def from_error(error: OSError) -> RunError:
+    return RunError(f"the store cannot be written ({error.strerror or error})")
