@@ -35,7 +35,12 @@ def audit(store: Store, segments: int, seed: int | None = None) -> Iterator[Find
     there = {node.key: node for node in nodes if node.state in states}
     ready = [node for node in there.values() if not node.begins or node.parent in there]
     for node in random.Random(seed).sample(ready, min(segments, len(ready))):
-        yield _again(store, store.node(node.key), there.get(node.parent))
+        try:
+            node = store.node(node.key)
+        except Damaged as e:
+            yield Finding(node, "differs", str(e))
+            continue
+        yield _again(store, node, there.get(node.parent))
 
 
 def _again(store: Store, node: Node, before: Node | None) -> Finding:
@@ -50,6 +55,8 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         if lineage.root(begun) != node.root:
             theirs = dict(store.roots()).get(node.root, {})
             return Finding(node, "skipped", "; ".join(lineage.differences(begun, theirs)[:3]))
+        if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
+            return Finding(node, "differs", "its config does not lead to its key")
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
         if before:
             state.load(store.load(before), before.step, before.presented)
@@ -61,6 +68,8 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
     runner, batches = make_runner(machine, state.model), Batches(cfg, data.splits["train"])
     rows: list[dict[str, Any]] = []
     scored = {row["step"] for row in node.rows if row["event"] == "eval"}
+    if node.begins in scored:  # its run began there, and nobody had this score yet
+        rows += score(cfg, data, state)
     while state.step < node.step:
         inputs = plan.at(state.step)
         x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
@@ -68,9 +77,13 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         state.optimizers.step(inputs)
         state.average.update(inputs)
         state.step += 1
-        rows.append({"event": "step", "step": state.step, "loss": loss, "grad_norm": norm})
+        row = {"event": "step", "step": state.step, "tokens": plan.tokens(state.step), "lr": inputs.lr}
+        rows.append(row | {"loss": loss, "grad_norm": norm})
         if state.step in scored:
             rows += score(cfg, data, state)
+    presented = plan.tokens(node.step) * cfg.passes
+    if node.presented != presented:
+        return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")
     return Finding(node, *_compare(node, stored, state, rows))
 
 
@@ -83,12 +96,14 @@ def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[s
         return "differs", f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
     kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows}
     for row in rows:
-        there = kept.get((row["event"], row["step"], row.get("split")))
+        there = kept.pop((row["event"], row["step"], row.get("split")), None)
         if there is None:
             return "differs", f"no {row['event']} row of step {row['step']}"
-        for name in set(row) - {"seconds"}:
-            if there[name] != row[name]:
-                return "differs", f"{name} at step {row['step']}: {there[name]!r} in the store, {row[name]!r} now"
+        for name in sorted({*row, *there} - {"seconds"}):
+            if there.get(name) != row.get(name):
+                return "differs", f"{name} at step {row['step']}: {there.get(name)!r} in the store, {row.get(name)!r} now"
+    if kept:
+        return "differs", "the store has a row that no step writes: {} of step {}".format(*next(iter(kept)))
     return "same", ""
 
 

@@ -195,7 +195,7 @@ def train(
         return
     if dry_run:
         with _process_group():
-            _dry_run(configs, probe, as_json)
+            _dry_run(configs, probe, store is not None, as_json)
         return
     quiet = quiet or not _leads()
     summaries, diverged = [], []
@@ -349,10 +349,10 @@ def _stoppable() -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def _dry_run(configs: list[TrainConfig], probe: bool, as_json: bool) -> None:
+def _dry_run(configs: list[TrainConfig], probe: bool, store: bool, as_json: bool) -> None:
     from mainrun.estimate import estimate
 
-    estimates = [estimate(cfg, probe) for cfg in configs]
+    estimates = [estimate(cfg, probe, store) for cfg in configs]
     if not _leads():
         return
     if as_json:
@@ -401,6 +401,8 @@ def _value(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return json.dumps(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value) or '""'
 
 
@@ -802,6 +804,39 @@ def bench_step(
     else:
         _show_table(*step.table(found))
         print(*step.lines(found), sep="\n")
+
+
+@bench.command("lineage")
+def bench_lineage(
+    preset: Annotated[str | None, typer.Option("--preset", metavar="NAME|FILE", help="The base, in place of a very small one.")] = None,
+    sets: Sets = None,
+    studies: Annotated[str, typer.Option("--studies", metavar="1,2,3,4", help="Which.")] = "1,2,3,4",
+    trials: Annotated[int, typer.Option("--trials", min=0, max=192, help="Of each study so many, at random; 0: all.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What sharing prefixes saves, and that it changes no bit.
+
+    Four studies are trained with a store and from scratch; it takes a while (half an hour for all of them).
+    """
+    from mainrun.config import from_dict, load, parse_set
+
+    if not (re.fullmatch(r"[1-4](,[1-4])*", studies)):
+        raise UsageError(f"got --studies {studies!r}; write some of 1,2,3,4 with commas between them")
+    with _process_group(), _stoppable():
+        from mainrun.bench import lineage
+
+        changes = dict(parse_set(text) for text in sets or [])
+        base = load(preset, sets or [])[0] if preset else from_dict(lineage.SMALL | changes)
+        found = lineage.measure(base, [int(study) for study in studies.split(",")], trials, _note)
+        overheads = lineage.overheads()
+    if as_json:
+        _emit({"studies": found, "overheads": overheads})
+    else:
+        _show_table(*lineage.table(found))
+        print(*lineage.lines(overheads), sep="\n")
+    if any(row["differ"] for row in found):
+        raise MainrunError("a run that shared its prefix is not the same as from scratch; the last column says how many")
 
 
 @bench.command("gpu")

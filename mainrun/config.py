@@ -19,6 +19,7 @@ import tomllib
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -52,13 +53,14 @@ class Trigger(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    step: int | None = Field(None, ge=1)
-    budget_frac: float | None = Field(None, gt=0, lt=1)
+    step: int | None = Field(None, description="a whole number, 1 or more", ge=1)
+    budget_frac: float | None = Field(None, description="a share of the run's tokens, above 0 and below 1", gt=0, lt=1)
 
     @model_validator(mode="after")
     def _one(self) -> Trigger:
         if (self.step is None) == (self.budget_frac is None):
-            raise ValueError("a trigger names one of step and budget_frac; write trigger = { budget_frac = 0.5 }, say")
+            fix = f"write {Op.model_fields['trigger'].description}"
+            raise ValueError(f"a trigger has one of step and budget_frac, got {'none' if self.step is None else 'both'}; {fix}")
         return self
 
 
@@ -67,9 +69,11 @@ class Op(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    name: Literal["set_lr", "set_weight_decay", "set_dropout", "set_batch_size", "set_grad_accum"]
-    value: int | float
-    trigger: Trigger
+    name: Literal["set_lr", "set_weight_decay", "set_dropout", "set_batch_size", "set_grad_accum"] = Field(
+        description="set_lr, set_weight_decay, set_dropout, set_batch_size or set_grad_accum"
+    )
+    value: int | float = Field(description="a finite number")
+    trigger: Trigger = Field(description="{ step = N } or { budget_frac = F }")
 
     @property
     def field(self) -> str:
@@ -81,8 +85,8 @@ class Growth(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[2] = 2
-    ops: tuple[Op, ...] = Field(default=(), strict=False)  # a list in TOML and JSON
+    version: Literal[2] = Field(default=2, description="2")
+    ops: tuple[Op, ...] = Field(default=(), description="a list of { name, value, trigger }", strict=False)  # a list in TOML and JSON
 
     def __str__(self) -> str:
         """As --set takes it."""
@@ -293,13 +297,13 @@ class StepInputs(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Steps of one phase: the config in force, and where its first step stands in the tokens."""
+    """Steps of one phase: the config in force, and where it takes over in the tokens."""
 
     cfg: TrainConfig
     first: int = 0
     tokens: int = 0  # trained before it
     epoch: int = 0
-    start: int = 0  # in the stream of the epoch
+    start: int = 0  # in the stream of the epoch: where the step before it stopped reading
 
     @property
     def span(self) -> int:
@@ -307,17 +311,23 @@ class Stretch(NamedTuple):
 
     def place(self, step: int, train_tokens: int) -> tuple[int, int]:
         """The epoch of a step, and where its tokens begin: a pointer that goes back to 0 where span + 1 tokens do not fit any more."""
-        ahead, span, spans = step - self.first, self.span, (train_tokens - 1) // self.span
-        here = (train_tokens - self.start) // span  # steps of the epoch that is under way
-        if self.cfg.order == "shuffle_titles":
-            if ahead < here:
-                epoch, start = self.epoch, self.start + ahead * span
-            else:
-                later, ahead = divmod(ahead - here, train_tokens // span)
-                epoch, start = self.epoch + 1 + later, ahead * span
-            return epoch, start if start + span < train_tokens else 0
-        here = (train_tokens - 1 - self.start) // span
-        return 0, self.start + ahead * span if ahead < here else (ahead - here) % spans * span
+        epoch, start = self._pointer(step, train_tokens)
+        return epoch, start if start + self.span < train_tokens else 0
+
+    def after(self, step: int, train_tokens: int) -> tuple[int, int]:
+        """Epoch and pointer where this phase leaves them before a step. What fits there, the size of that step decides."""
+        epoch, start = self._pointer(step - 1, train_tokens)
+        return epoch, start + self.span
+
+    def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
+        # An epoch of whole spans has its last one in the plan, but no last target for it. The sequential stream begins anew there; a
+        # shuffled epoch reads its start again, and the next one comes when the plan says.
+        readable = train_tokens if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0 else train_tokens - 1
+        ahead, here = step - self.first, max(0, readable - self.start) // self.span  # `here`: steps of the epoch that is under way
+        if ahead < here:
+            return self.epoch, self.start + ahead * self.span
+        later, ahead = divmod(ahead - here, readable // self.span)
+        return self.epoch + 1 + later, ahead * self.span
 
 
 class Plan:
@@ -339,8 +349,6 @@ class Plan:
         self._dropouts = [tuple(map(_in_256ths, stretch.cfg.dropouts)) for stretch in self.stretches]
         last = self.stretches[-1]
         self.steps = last.first + (self.budget - last.tokens) // last.span
-        if late := next((op for op, s in zip(cfg.growth.ops, self.stretches[1:], strict=True) if s.first >= self.steps), None):
-            raise ConfigError(f"growth: {late.name} would come after the last of the {self.steps} steps; give it an earlier trigger")
         self.warmup_steps = round(cfg.warmup_frac * self.steps)
         fall = round(cfg.decay_frac * self.steps) if cfg.schedule == "wsd" else self.steps
         self.decay_start = max(self.warmup_steps, self.steps - fall)  # both fractions may have been rounded up
@@ -355,14 +363,20 @@ class Plan:
     def _walk(self) -> list[Stretch]:
         """Where each phase begins. An op waits for the one before it."""
         found = [Stretch(self.cfg)]
-        for op, cfg in zip(self.cfg.growth.ops, self.cfg.phases[1:], strict=True):
+        for i, (op, cfg) in enumerate(zip(self.cfg.growth.ops, self.cfg.phases[1:], strict=True)):
             before = found[-1]
             first = op.trigger.step
             if op.trigger.budget_frac is not None:
                 first = before.first + round((op.trigger.budget_frac * self.budget - before.tokens) / before.span)
             first = max(before.first, first or 0)
             tokens = before.tokens + (first - before.first) * before.span
-            found.append(Stretch(cfg, first, tokens, *before.place(first, self.train_tokens)))
+            found.append(Stretch(cfg, first, tokens, *before.after(first, self.train_tokens)))
+            if tokens + found[-1].span > self.budget:
+                steps = before.first + (self.budget - before.tokens) // before.span
+                raise ConfigError(
+                    f"growth.ops[{i}] {op.name} would fire after step {first}, with less than a step left to train "
+                    f"(without it the run has {steps} steps); give it an earlier trigger"
+                )
         return found
 
     def stretch(self, step: int) -> Stretch:
@@ -377,7 +391,9 @@ class Plan:
     def eval_steps(self) -> frozenset[int]:
         """Steps (counted from 1) after which val and dev are scored."""
         found = {1, self.steps}
-        for stretch, end in zip(self.stretches, [*self._firsts[1:], self.steps], strict=True):
+        # counted anew where an epoch comes to have another number of steps; any other op leaves them where they are
+        sizes = [now for before, now in pairwise([None, *self.stretches]) if now and (before is None or before.span != now.span)]
+        for stretch, end in zip(sizes, [*(later.first for later in sizes[1:]), self.steps], strict=True):
             if self.cfg.eval_per_epoch:
                 every = max(1, self.train_tokens // stretch.span // self.cfg.eval_per_epoch)
                 found |= set(range(stretch.first + every, end + 1, every))
@@ -387,7 +403,8 @@ class Plan:
     def breaks(self) -> list[int]:
         """Steps after which another config may well part from this one: the end of its warm-up, its ops, the start of its decay."""
         # the first step of a decay still has the peak rate, the first of an average the weights as they are
-        steps = {self.warmup_steps, self.decay_start + 1, self.swa_start + 1, *self._firsts}
+        falls = self.decay_start + 1 if self.cfg.schedule != "constant" else 0
+        steps = {self.warmup_steps, falls, self.swa_start + 1, *self._firsts}
         return sorted(step for step in steps if 0 < step < self.steps)
 
     def lr_factor(self, step: int) -> float:
@@ -428,6 +445,7 @@ class Plan:
     def table(self) -> dict[str, Any]:
         """The resolved numbers, as config.json and --dry-run show them."""
         cfg = self.cfg
+        fired = zip(cfg.growth.ops, self._firsts[1:], strict=True)
         return {
             "train_tokens": self.train_tokens,
             "tokens_per_step": cfg.batch_size * cfg.block_size,
@@ -436,7 +454,7 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "decay_start": self.decay_start,
             "swa_start": self.swa_start if cfg.swa else None,
-            "growth": [f"{op.name} {op.value:g} after step {first}" for op, first in zip(cfg.growth.ops, self._firsts[1:], strict=True)],
+            "growth": ", ".join(f"{op.name} {op.value:g} after step {first}" for op, first in fired) or None,
             "evaluations": len(self.eval_steps),
             "checkpoint_every": self.checkpoint_every,
             "official_geometry": list(cfg.geometry),
@@ -584,7 +602,11 @@ def _read_growth(text: str) -> Any:
     path = Path(text)
     try:
         if text.lstrip().startswith("{"):
-            return json.loads(text)
+            try:
+                return json.loads(text)
+            except ValueError as e:
+                shape = "{ ops = [{ name, value, trigger }, ...] }"
+                raise ConfigError(f"growth={text} is neither TOML nor JSON (read as JSON: {e}); write {shape}, or give its file") from None
         if path.suffix not in (".toml", ".json"):
             raise ConfigError(f"growth={text!r} is no schedule; give a file ending in .toml or .json, or {{ ops = [...] }}")
         return (tomllib if path.suffix == ".toml" else json).loads(path.read_text(encoding="utf-8"))
@@ -612,11 +634,16 @@ def _explain(error: Any) -> str:
         where = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in error["loc"] if part not in ("int", "float")))
         if kind == "value_error":
             return f"{where}: {error['ctx']['error']}"
+        above, _, key = where.rpartition(".")
+        models: dict[str, type[BaseModel]] = {"trigger": Trigger, "growth": Growth}
+        known = models.get(above.rpartition(".")[2], Op).model_fields
         if kind == "extra_forbidden":
-            models: dict[str, type[BaseModel]] = {"trigger": Trigger, "growth": Growth}
-            known = models.get(str(error["loc"][-2]), Op).model_fields
-            return f"unknown key {where}{nearest(str(error['loc'][-1]), known)}; allowed: {', '.join(known)}"
-        return f"{where}={got!r} is not allowed: {error['msg'].lower()}"
+            return f"unknown key {where}{nearest(key, known)}; allowed: {', '.join(known)}"
+        write = known[key].description if key in known else "{ name, value, trigger }"  # an op that is no table
+        if kind == "missing":
+            return f"{above} has no {key}; write {key} = {write}"
+        meant = nearest(str(got), re.findall(r"'(\w+)'", error["ctx"]["expected"])) if kind == "literal_error" else ""
+        return f"{where}={got!r} is not allowed{meant}: write {write}"
     if kind == "extra_forbidden":
         words = name.lower().replace("_", " ")
         meant = nearest(name, TrainConfig.model_fields) or next(

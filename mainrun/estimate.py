@@ -28,7 +28,7 @@ PROBED = 3  # steps
 DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
 
 
-def estimate(cfg: TrainConfig, probe: bool = False) -> dict[str, Any]:
+def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
     machine = Machine(cfg)
     corpus = load_corpus(cfg)
@@ -42,7 +42,7 @@ def estimate(cfg: TrainConfig, probe: bool = False) -> dict[str, Any]:
         model = GPT(cfg, vocab_size)
     params = sum(p.numel() for p in model.parameters())
     flops = plan.tokens(plan.steps) * cfg.passes * flops_per_token(cfg, model)
-    cost: dict[str, Any] = {"params": params, "flops": flops, "memory": memory(cfg, machine, vocab_size)}
+    cost: dict[str, Any] = {"params": params, "flops": flops, "memory": memory(cfg, machine, vocab_size, store)}
     if probe:
         cost |= probed(cfg, machine, plan, data)
     else:
@@ -170,10 +170,11 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def memory(cfg: TrainConfig, machine: Machine, vocab_size: int) -> int:
+def memory(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool = False) -> int:
     """The peak of the whole process (of a GPU's memory), in bytes: a step and an evaluation on tensors that have sizes but no memory.
 
-    So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives.
+    So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives;
+    and the copy of a state that is on its way to the store, if there is one.
     """
     cfg = max(cfg.phases, key=lambda phase: (phase.batch_size // phase.grad_accum, max(phase.dropouts)))
     rows = cfg.batch_size // cfg.grad_accum // machine.world
@@ -190,7 +191,10 @@ def memory(cfg: TrainConfig, machine: Machine, vocab_size: int) -> int:
         size = sum(n for n, _ in drops(cfg, inputs, rows * cfg.passes, machine.attention))
         pool = torch.empty(size, dtype=torch.uint8) if size else None
         _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
-        del moments
+        held = [*state.tensors().values(), *moments, *state.average.shadow.values()]
+        if store and machine.device.type == "cpu":
+            live.most += sum(t.numel() * t.element_size() for t in held)
+        del moments, held
     if machine.world > 1:
         live.most += 4 * sum(p.numel() for p in model.parameters())  # the buckets in which gradients travel
     if machine.device.type == "cuda":

@@ -19,7 +19,10 @@ CPU_FLAGS = {
     "bf16": "bf16",
 }
 # each of them makes a library compute in another way
-CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+CPU_LIMITS = (
+    "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_THREAD_LIMIT", "NVIDIA_TF32_OVERRIDE",
+)  # fmt: skip
 
 
 def cpu() -> dict[str, str]:

@@ -46,7 +46,7 @@ class Reuse:
         self.stops = sorted({*plan.breaks, *plan.eval_steps - {1}, *keep, plan.steps} & set(range(1, plan.steps + 1)))
         self.reads, self.writes = not fresh, True
         self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
-        self.own = (0, 0)  # after the first, to the second: steps that this run itself had trained, and lost with a sitting
+        self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
         self.before = (0, self.keys[0])  # step and key of the node before the rows
         self.rows: list[dict[str, Any]] = []  # since then, every step's
         self._named: set[str] = set()
@@ -54,7 +54,8 @@ class Reuse:
         self._leases = Leases(store.files)
         self._lease: Lease | None = None
         self._writer = ThreadPoolExecutor(1, "store")
-        self._writing: Future[None] | None = None
+        self._writing: Future[bool] | None = None
+        self._pending: Node | None = None  # what is on its way to the store, as long as `before` is that
 
     # -- taking
 
@@ -76,6 +77,8 @@ class Reuse:
         while state.step < self.plan.steps and not stop.asked:
             try:
                 if self.reads and self._take(state, metrics):
+                    if self.unscored:  # before anything else
+                        return
                     continue
                 if not self.writes:
                     return
@@ -88,7 +91,8 @@ class Reuse:
                         # it may have been published between the look and the lease
                         if self.reads and self._take(state, metrics):
                             self._free()
-                            continue
+                            if not self.unscored:
+                                continue
                         return
                 elif not waited:
                     self.note(f"waiting for {other.get('run')}, which trains the way to step {other.get('step')} that both share")
@@ -128,16 +132,16 @@ class Reuse:
                 continue
             first = state.step
             state.load(tensors, node.step, node.presented)
-            mine = max(0, min(self.own[1], node.step) - max(self.own[0], first))
+            mine = sum(first < step <= node.step for step in self.own)
             state.reused += node.step - first - mine
             state.wasted -= mine
             scored = False
             for row in self._shown(past, first):
                 scored |= row["event"] == "eval" and row["step"] == node.step
                 if metrics:
-                    metrics.append(row if self.own[0] < row["step"] <= self.own[1] else row | {"reused": True})
+                    metrics.append(row if row["step"] in self.own else row | {"reused": True})
             self.unscored = node.step in self.plan.eval_steps and not scored
-            self.before, self.rows = (node.step, node.key), []
+            self.before, self.rows, self._pending = (node.step, node.key), [], None
             runs = sorted({part.run for part in past})
             whose = f"trained by {', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''}"
             self.note(f"steps {first + 1} to {node.step} of {self.plan.steps} are taken from the store ({whose})")
@@ -167,6 +171,7 @@ class Reuse:
 
     def _shown(self, past: list[Node], since: int) -> Iterator[dict[str, Any]]:
         """Rows as this run would have written them itself: its cadence, its scores."""
+        scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
         for node in past:
             for row in node.rows:
                 if row["step"] <= since:
@@ -174,7 +179,8 @@ class Reuse:
                 if row["event"] == "step":
                     if row["step"] % self.cfg.log_every == 0 or row["step"] == self.plan.steps:
                         yield row
-                elif row["step"] in self.plan.eval_steps and node.geometry == self._geometry:
+                elif row["step"] in self.plan.eval_steps and node.geometry == self._geometry and (row["step"], row["split"]) not in scored:
+                    scored.add((row["step"], row["split"]))
                     yield row
 
     def _name(self, key: str, step: int, why: Exception) -> None:
@@ -185,7 +191,12 @@ class Reuse:
     def strangers(self) -> None:
         """Say so where the store has this run's steps from another machine or another version: their bits would be others."""
         same, best = lineage.root(self.begun), None
-        for root, begun in self.store.roots():
+        try:
+            roots = list(self.store.roots())
+        except OSError as e:
+            self.note(f"what the runs in the store {self.store} began with cannot be read ({e.strerror or e})")
+            return
+        for root, begun in roots:
             if isinstance(begun, dict) and begun.get("fields") == self.begun["fields"] and begun.get("data") == self.begun["data"]:
                 if root == same:
                     return
@@ -198,26 +209,33 @@ class Reuse:
 
     def publish(self, state: State) -> None:
         """Keep the state of this step, if it is one to keep. The copy is taken now, the rest happens beside the training."""
-        if state.step not in self.stops or not self.writes or self.before[0] == state.step or not self.machine.leads:
+        if state.step not in self.stops or self.before[0] == state.step or not self.machine.leads:
             return
         with state.clock("store"):
             if self._writing:
                 self._writing.result()
+            if not self.writes:
+                self._free()  # nobody is to wait for what does not come
+                return
+            self.before, self.rows = self._kept()
             tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
             node = Node(
                 key=self.keys[state.step], parent=self.before[1], root=self.keys[0], step=state.step, begins=self.before[0],
                 presented=state.presented, state="", size=0, geometry=self._geometry, seconds=time.perf_counter() - self._since,
                 run=self.cfg.run_id, config=self.cfg.model_dump(mode="json"), made=time.time(), rows_sha256="", rows=tuple(self.rows),
             )  # fmt: skip
-            self.before, self.rows = (node.step, node.key), []
+            self.before, self.rows, self._pending = (node.step, node.key), [], node
             lease, self._lease = self._lease, None
             self._writing = self._writer.submit(self._write, node, tensors, lease)
 
-    def _write(self, node: Node, tensors: dict[str, Any], lease: Lease | None) -> None:
+    def _write(self, node: Node, tensors: dict[str, Any], lease: Lease | None) -> bool:
         try:
             self.store.begin(node.root, self.begun)
+            if node.begins and not self.store.files.exists(f"nodes/{node.parent}"):
+                raise Refused(f"the rows up to step {node.begins} are gone from it")
             self.store.save(node, tensors, lease.check if lease else lambda: None)
             self.store.evict({node.key})
+            return True
         except Fenced as e:
             self.note(f"step {node.step} is not kept in the store: {e}")
         except Refused as e:
@@ -225,9 +243,18 @@ class Reuse:
         except OSError as e:
             why = f"no space left in the store {self.store}" if e.errno in FULL else f"the store {self.store} cannot be written ({e})"
             self._stop_writing(f"{why}; nothing more is kept in it")
+        except Exception as e:  # a library's own, like safetensors' for a full disk; named, and no run's end
+            self._stop_writing(f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it")
         finally:
             if lease:
                 lease.release()
+        return False
+
+    def _kept(self) -> tuple[tuple[int, str], list[dict[str, Any]]]:
+        """The node before the rows, and the rows: while that node is not in the store, the one before it and the rows of both."""
+        if self._pending and self._writing and not (self._writing.done() and self._writing.result()):
+            return (self._pending.begins, self._pending.parent), [*self._pending.rows, *self.rows]
+        return self.before, self.rows
 
     def _stop_writing(self, why: str) -> None:
         if self.writes:
@@ -237,8 +264,9 @@ class Reuse:
     # -- a run's own checkpoints
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that the next node after it has all its rows."""
-        return {"before": list(self.before), "rows": self.rows}
+        """What a checkpoint must hold so that the next node after it has all its rows, if this process is killed now too."""
+        before, rows = self._kept()
+        return {"before": list(before), "rows": rows}
 
     def restore(self, meta: dict[str, Any] | None, step: int) -> None:
         if not meta:

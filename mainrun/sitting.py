@@ -49,9 +49,7 @@ def environment(machine: Machine) -> dict[str, Any]:
 def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress, reuse: Reuse | None) -> Metrics:
     """Bring state, metrics.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
     metrics = Metrics(run.path / "metrics.jsonl")
-    rows = [row for row in run.metrics() if row["event"] == "step"]
-    taken = max((row["step"] for row in rows if row.get("reused")), default=0)
-    reached = rows[-1]["step"] if rows else 0  # before what no checkpoint holds is cut off
+    own = _trained(run.metrics())  # before what no checkpoint holds is cut off
 
     def usable(meta: dict[str, Any]) -> str | None:
         if meta["digest"] != cfg.digest:
@@ -77,8 +75,8 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
         if before:
             progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
-    lost = (max(state.step, taken), max(reached, state.step, taken))  # of these steps some may be in the store
-    state.wasted += lost[1] - lost[0]
+    lost = {step for step in own if step > state.step}  # some of these may be in the store
+    state.wasted += len(lost)
     if reuse:
         reuse.own = lost
         if found:
@@ -91,6 +89,19 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     run.write("env.json", env)
     run.write("status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed})
     return metrics
+
+
+def _trained(rows: list[dict[str, Any]]) -> set[int]:
+    """The steps behind the rows that were not taken from the store."""
+    found: set[int] = set()
+    last = 0
+    for row in rows:
+        if row.get("reused"):
+            last = row["step"]
+        elif row["event"] == "step":
+            found |= set(range(last + 1, row["step"] + 1))
+            last = row["step"]
+    return found
 
 
 def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> None:

@@ -551,8 +551,8 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
 
 
 def make_runner(machine: Machine, model: GPT) -> nn.Module:
-    """The model as the steps call it. Scores are taken from the model itself."""
-    runner: nn.Module = torch.compile(model) if machine.compile else model  # type: ignore[assignment]
+    """The model as the steps call it, compiled for the shape at hand, whatever this process saw before. Scores are the model's own."""
+    runner: nn.Module = torch.compile(model, dynamic=False) if machine.compile else model  # type: ignore[assignment]
     return nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
 
 

@@ -592,3 +592,235 @@ def test_the_resolved_table_is_json_and_holds_integers_for_fractions() -> None:
 
 def test_the_tiny_config_of_the_suite_is_allowed(tiny: Any) -> None:
     assert tiny().model_dump() | TINY == tiny().model_dump()
+
+
+# -- growth
+
+
+def op(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
+    return {"name": name, "value": value, "trigger": trigger}
+
+
+def fires() -> st.SearchStrategy[dict[str, Any]]:
+    """A trigger, within reach of a short run most of the time."""
+    fracs = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    return st.one_of(st.integers(1, 60).map(lambda s: {"step": s}), fracs.map(lambda f: {"budget_frac": f}))
+
+
+def changes(*names: str) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """Some ops in a row, of these names."""
+    kinds = {
+        "set_lr": st.floats(1e-6, 1),
+        "set_weight_decay": st.floats(0, 10),
+        "set_dropout": st.floats(0, 0.9),
+        "set_batch_size": st.integers(1, 8),
+        "set_grad_accum": st.integers(1, 4),
+    }
+    one = st.one_of([st.fixed_dictionaries({"name": st.just(n), "value": kinds[n], "trigger": fires()}) for n in names or kinds])
+    return st.lists(one, min_size=1, max_size=4)
+
+
+SHORT: dict[str, Any] = {"block_size": 4, "batch_size": 2, "epochs": 2, "schedule": "wsd", "lr": 0.5, "weight_decay": 0.1, "dropout": 0.1}
+
+
+def planned(train_tokens: int, found: list[dict[str, Any]], **fields: Any) -> Plan:
+    """A short plan with these ops, if there is one."""
+    try:
+        return Plan(default(**SHORT | fields, growth={"ops": found}), train_tokens)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@given(st.integers(40, 250), changes(), st.sampled_from([0, 1, 3, 50]))
+def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(train_tokens: int, found: list[dict[str, Any]], evals: int) -> None:
+    plan = planned(train_tokens, found, eval_per_epoch=evals)
+    trained = list(itertools.accumulate((plan.at(s).batch_size * 4 for s in range(plan.steps)), initial=0))
+    assert [plan.tokens(done) for done in range(plan.steps + 1)] == trained
+    assert plan.budget == 2 * (train_tokens // 8) * 8
+    assert 0 <= plan.budget - trained[-1] < plan.stretches[-1].span
+    assert plan.eval_steps <= set(range(1, plan.steps + 1)) and {1, plan.steps} <= plan.eval_steps
+    assert plan.breaks == sorted({*plan.breaks} & {*range(1, plan.steps)})
+    assert plan.table()["steps"] == plan.steps
+
+
+@given(st.integers(40, 250), changes())
+def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(train_tokens: int, found: list[dict[str, Any]]) -> None:
+    plan = planned(train_tokens, found)
+    assert plan.stretches[0][1:] == (0, 0, 0, 0)
+    for wanted, before, after in zip(found, plan.stretches, plan.stretches[1:], strict=False):
+        assert before.first <= after.first < plan.steps
+        assert after.tokens == before.tokens + (after.first - before.first) * before.span == plan.tokens(after.first)
+        assert getattr(after.cfg, wanted["name"].removeprefix("set_")) == wanted["value"]
+        assert after.first in (0, *plan.breaks)
+        if step := wanted["trigger"].get("step"):
+            assert after.first == max(step, before.first)
+        else:
+            share = wanted["trigger"]["budget_frac"] * plan.budget
+            near = abs(after.tokens - share) <= before.span / 2 + 1e-6
+            assert near or (after.first == before.first and share < before.tokens)
+    for step in range(plan.steps):
+        cfg = plan.stretch(step).cfg
+        assert plan.at(step).lr == cfg.lr * plan.lr_factor(step)
+        assert (plan.at(step).batch_size, plan.at(step).grad_accum) == (cfg.batch_size, cfg.grad_accum)
+
+
+@given(st.integers(40, 250), changes("set_lr", "set_weight_decay", "set_dropout"), st.sampled_from(["sequential", "shuffle_titles"]))
+def test_ops_that_leave_the_batch_alone_move_nothing_else(train_tokens: int, found: list[dict[str, Any]], order: str) -> None:
+    plan, plain = planned(train_tokens, found, order=order), Plan(default(**SHORT | {"order": order}), train_tokens)
+    assert (plan.steps, plan.budget, plan.eval_steps) == (plain.steps, plain.budget, plain.eval_steps)
+    assert (plan.warmup_steps, plan.decay_start, plan.checkpoint_every) == (plain.warmup_steps, plain.decay_start, plain.checkpoint_every)
+    for step in range(plan.steps):
+        assert plan.tokens(step) == plain.tokens(step)
+        assert plan.lr_factor(step) == plain.lr_factor(step)
+        assert plan.stretch(step).place(step, train_tokens) == plain.stretch(step).place(step, train_tokens)
+
+
+def test_ops_that_set_what_is_set_change_nothing() -> None:
+    names = ("lr", "weight_decay", "dropout", "batch_size")
+    same = [op(f"set_{name}", SHORT[name], step=step) for step, name in enumerate(names, start=2)]
+    plan, plain = planned(200, same), planned(200, [])
+    assert [plan.at(s) for s in range(plan.steps)] == [plain.at(s) for s in range(plain.steps)]
+
+
+def test_a_schedule_by_hand() -> None:
+    """400 tokens, 8 a step, 2 epochs: 100 steps. The batch doubles at half of the tokens, then the rate falls, then nothing drops."""
+    found = [
+        op("set_batch_size", 4, budget_frac=0.5),
+        op("set_lr", 0.25, budget_frac=0.75),
+        op("set_dropout", 0.0, step=3),  # due long ago: it waits for the ones before it
+    ]
+    plan = Plan(default(**SHORT | {"growth": {"ops": found}, "schedule": "constant", "eval_per_epoch": 1}), 400)
+    assert [(s.first, s.tokens) for s in plan.stretches] == [(0, 0), (50, 400), (62, 592), (62, 592)]
+    assert plan.steps == 75 and plan.tokens(75) == 800
+    assert [(plan.at(s).batch_size, plan.at(s).lr, plan.at(s).dropout) for s in (49, 50, 61, 62)] == [
+        (2, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.25, 0.0),
+    ]  # fmt: skip
+    assert plan.eval_steps == {1, 50, 75}  # an epoch is 50 steps, then 25
+    assert {50, 62} <= set(plan.breaks)
+    assert plan.table()["growth"] == "set_batch_size 4 after step 50, set_lr 0.25 after step 62, set_dropout 0 after step 62"
+    assert planned(400, []).table()["growth"] is None
+
+
+def test_an_op_fires_within_the_budget_or_is_refused() -> None:
+    for late in (op("set_lr", 0.1, step=100), op("set_lr", 0.1, step=10**9), op("set_batch_size", 1, step=10**6)):
+        with pytest.raises(ConfigError) as e:
+            Plan(default(**SHORT | {"growth": {"ops": [op("set_lr", 0.2, step=5), late]}}), 400)
+        words = [f"growth.ops[1] {late['name']}", f"after step {late['trigger']['step']}", "has 100 steps", "earlier trigger"]
+        assert all(word in str(e.value) for word in words), str(e.value)
+    with pytest.raises(ConfigError, match=r"growth.ops\[0\] set_batch_size .*after step 99.*has 100 steps"):  # a larger step does not fit
+        Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 4, step=99)]}}), 400)
+    assert Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 1, step=99)]}}), 400).steps == 101
+
+
+ONE = op("set_lr", 0.25, budget_frac=0.5)
+TOML = '[[ops]]\nname = "set_lr"\nvalue = 0.25\ntrigger = { budget_frac = 0.5 }\n'
+
+
+@pytest.mark.parametrize("how", ["inline", "json text", "toml file", "json file", "preset"])
+def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(TOML)
+    (tmp_path / "mine.json").write_text(json.dumps({"ops": [ONE]}))
+    (tmp_path / "preset.toml").write_text(TOML.replace("[[ops]]", "[[growth.ops]]"))
+    inline = '{ ops = [{ name = "set_lr", value = 0.25, trigger = { budget_frac = 0.5 } }] }'
+    given_as = {"inline": inline, "json text": json.dumps({"version": 2, "ops": [ONE]})}
+    given_as |= {"toml file": str(tmp_path / "mine.toml"), "json file": str(tmp_path / "mine.json")}
+    (cfg,) = load(str(tmp_path / "preset.toml")) if how == "preset" else load("baseline", [f"growth={given_as[how]}"])
+    assert cfg.growth == default(growth={"ops": [ONE]}).growth
+    assert load("baseline", [f"growth={cfg.growth}"])[0].growth == cfg.growth
+    assert from_dict(json.loads(json.dumps(cfg.model_dump()))) == cfg
+
+
+GOOD = op("set_lr", 0.1, step=5)
+FAULTY: list[tuple[Any, list[str]]] = [
+    (3, ["growth=3", "{ ops = ["]),
+    (True, ["growth=True", "{ ops = ["]),
+    ([GOOD], ["growth=", "{ ops = ["]),
+    ({"opps": [GOOD]}, ["unknown key growth.opps", "did you mean 'ops'", "allowed: version, ops"]),
+    ({"version": 1}, ["growth.version=1", "write 2"]),
+    ({"ops": 3}, ["growth.ops=3", "a list of { name, value, trigger }"]),
+    ({"ops": [GOOD, 5]}, ["growth.ops[1]=5", "{ name, value, trigger }"]),
+    ({"ops": [{**GOOD, "name": "set_lrr"}]}, ["growth.ops[0].name='set_lrr'", "did you mean 'set_lr'", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "name": "deepen"}]}, ["growth.ops[0].name='deepen'", "set_lr", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "name": None}]}, ["growth.ops[0].name=None", "set_lr", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "valu": 3}]}, ["unknown key growth.ops[0].valu", "did you mean 'value'", "allowed: name, value, trigger"]),
+    ({"ops": [{"name": "set_lr", "value": 0.1}]}, ["growth.ops[0] has no trigger", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]}, ["growth.ops[0] has no value", "a finite number"]),
+    ({"ops": [{**GOOD, "value": "0.1"}]}, ["growth.ops[0].value='0.1'", "a finite number"]),
+    ({"ops": [{**GOOD, "value": True}]}, ["growth.ops[0].value=True", "a finite number"]),
+    ({"ops": [{**GOOD, "value": math.nan}]}, ["growth.ops[0].value=nan", "a finite number"]),
+    ({"ops": [{**GOOD, "value": None}]}, ["growth.ops[0].value=None", "a finite number"]),
+    ({"ops": [{**GOOD, "value": 0.0}]}, ["growth.ops[0] set_lr: lr=0", "greater than 0"]),
+    ({"ops": [{**GOOD, "value": -1}]}, ["growth.ops[0] set_lr: lr=-1", "greater than 0"]),
+    ({"ops": [op("set_batch_size", 4.5, step=5)]}, ["growth.ops[0] set_batch_size: batch_size=4.5", "integer"]),
+    ({"ops": [op("set_dropout", 1.0, step=5)]}, ["growth.ops[0] set_dropout: dropout=1", "less than 1"]),
+    ({"ops": [op("set_weight_decay", -0.1, step=5)]}, ["growth.ops[0] set_weight_decay: weight_decay=-0.1"]),
+    ({"ops": [{**GOOD, "trigger": 5}]}, ["growth.ops[0].trigger=5", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{**GOOD, "trigger": {}}]}, ["growth.ops[0].trigger", "got none", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [op("set_lr", 0.1, step=5, budget_frac=0.5)]}, ["growth.ops[0].trigger", "got both", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [op("set_lr", 0.1, steps=5)]}, ["unknown key growth.ops[0].trigger.steps", "did you mean 'step'"]),
+    ({"ops": [op("set_lr", 0.1, step=0)]}, ["growth.ops[0].trigger.step=0", "1 or more"]),
+    ({"ops": [op("set_lr", 0.1, step=2.5)]}, ["growth.ops[0].trigger.step=2.5", "a whole number"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=0)]}, ["growth.ops[0].trigger.budget_frac=0", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=1)]}, ["growth.ops[0].trigger.budget_frac=1", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=1.5)]}, ["growth.ops[0].trigger.budget_frac=1.5", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=math.nan)]}, ["growth.ops[0].trigger.budget_frac=nan", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac="half")]}, ["growth.ops[0].trigger.budget_frac='half'", "above 0 and below 1"]),
+    ({"ops": [GOOD, op("set_grad_accum", 3, step=9)]}, ["growth.ops[1] set_grad_accum: grad_accum=3", "batch_size=64", "set a divisor"]),
+    ({"ops": [op("set_grad_accum", 4, step=5), op("set_batch_size", 2, step=9)]}, ["growth.ops[1] set_batch_size", "batch_size=2"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("growth", "words"), FAULTY)
+def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(growth: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        default(growth=growth)
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert "\n" not in str(e.value), "one fault, one line"
+
+
+def test_dropout_cannot_go_where_r_drop_needs_it() -> None:
+    with pytest.raises(ConfigError) as e:
+        default(rdrop=0.5, dropout=0.1, growth={"ops": [GOOD, op("set_dropout", 0.0, step=9)]})
+    assert all(word in str(e.value) for word in ("growth.ops[1] set_dropout", "rdrop=0.5 without any dropout", "set dropout > 0"))
+
+
+def test_every_fault_of_a_schedule_is_named_at_once() -> None:
+    bad = {"ops": [{**GOOD, "name": "grow"}, op("set_lr", "x", step=0)], "steps": 3}
+    with pytest.raises(ConfigError) as e:
+        default(growth=bad)
+    assert str(e.value).count("\n") == 3, str(e.value)
+    assert all(word in str(e.value) for word in ("ops[0].name='grow'", "ops[1].value='x'", "ops[1].trigger.step=0", "growth.steps"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("gone.toml", None, ["gone.toml", "cannot be read", "No such file", "give the path"]),
+        ("folder.toml", ..., ["folder.toml", "cannot be read", "give the path"]),
+        ("mine.yaml", "ops: []", ["mine.yaml", "no schedule", ".toml or .json"]),
+        ("mine", "", ["no schedule", ".toml or .json"]),
+        ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "mend the file"]),
+        ("mine.toml", "\xff", ["mine.toml", "not valid TOML", "mend the file"]),
+        ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "mend the file"]),
+        ("mine.json", "[]", ["growth=[]", "{ ops = ["]),
+        ("mine.json", '{"ops": [{"name": "set_lr", "value": NaN, "trigger": {"step": 1}}]}', ["value=nan", "a finite number"]),
+        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth.ops[0] has no trigger"]),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_schedule_is_refused_by_its_name(tmp_path: Path, name: str, text: Any, words: list[str]) -> None:
+    path = tmp_path / name
+    if text is ...:
+        path.mkdir()
+    elif text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError) as e:
+        load("baseline", [f"growth={path}"])
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+@pytest.mark.parametrize("text", ['{"ops": [', "{ ops = [", '{ ops = [{ name = "set_lr" value = 1 }] }'])
+def test_a_schedule_that_is_written_wrong_is_no_file_to_mend(text: str) -> None:
+    with pytest.raises(ConfigError, match="neither TOML nor JSON") as e:
+        load("baseline", [f"growth={text}"])
+    assert text in str(e.value) and "write { ops = [{ name, value, trigger }, ...] }" in str(e.value) and "mend" not in str(e.value)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mainrun import compare, tokens, train
+from mainrun import compare, sitting, tokens
 from mainrun.config import TrainConfig
 from mainrun.corpus import load_corpus
 from mainrun.errors import Interrupted, RunError
@@ -127,10 +127,10 @@ def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_
 def test_every_sitting_leaves_its_versions(tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An edited trainer, another torch, another machine or another evaluate in the first sitting is in the last one's summary."""
     cfg = tiny()
-    true = train.versions()
+    true = sitting.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "versions", lambda: true | {"mainrun": "edited"})
-        patch.setattr(train.scoring, "evaluate_source_hash", lambda: "another")
+        patch.setattr(sitting, "versions", lambda: true | {"mainrun": "edited"})
+        patch.setattr(sitting.scoring, "evaluate_source_hash", lambda: "another")
         patch.setattr("mainrun.machine.cpu_name", lambda: "another processor")
         interrupted(cfg, tmp_path)
     told: list[str] = []

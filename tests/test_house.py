@@ -52,8 +52,8 @@ MAY_IMPORT = {
     "mainrun.errors",
     "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
     "mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.bench": "mainrun.host mainrun.train mainrun.sitting mainrun.store mainrun.estimate mainrun.scoring mainrun.machine "
-    "mainrun.config mainrun.errors",
+    "mainrun.bench": "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
+    "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
     "mainrun.estimate": "mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",

@@ -665,7 +665,7 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
     assert set(summary) == {
         "run", "preset", "status", "steps", "last", "best", "scores", "params", "tokens", "presentations", "flops", "seconds",
         "tokens_per_s", "fingerprints", "origin", "geometry", "tokenizer", "guards", "machine_class", "machine_classes", "versions",
-        "all_versions", "weights", "resumed", "spent",
+        "all_versions", "weights", "resumed", "spent", "ledger",
     }  # fmt: skip
     plan = RunDir(run).plan()
     assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (cfg.run_id, cfg.preset, "done", 0)

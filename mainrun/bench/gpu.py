@@ -99,7 +99,21 @@ def run(preset: str, sets: list[str], out: Path, note: Callable[[str], None]) ->
     """One whole run by the command line, as a person would start it; its wall time, and what that went into."""
     note(f"{preset}: a whole run into {out.name}")
     given = [part for text in sets for part in ("--set", text)]
-    command = [sys.executable, "-m", "mainrun", "train", "--preset", preset, *given, "--out", str(out), "--fresh", "--quiet", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "mainrun",
+        "train",
+        "--preset",
+        preset,
+        *given,
+        "--out",
+        str(out),
+        "--fresh",
+        "--no-store",
+        "--quiet",
+        "--json",
+    ]
     clock = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - clock

@@ -34,7 +34,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[s
         temp.mkdir(parents=True)
     try:
         with disk_errors(place):
-            _save_tensors(tensors, temp / "state.safetensors")
+            save_tensors(tensors, temp / "state.safetensors")
             meta = {"format": FORMAT, "step": step, **meta, "state_sha256": sha256_file(temp / "state.safetensors")}
             write_json(temp / "meta.json", meta | {"meta_sha256": _meta_sha256(meta)})
             for stale in steps(folder):  # of this step or a later one: passed over when the run was resumed, this one replaces them
@@ -56,7 +56,8 @@ def _remove(place: Path) -> None:
         place.unlink()
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """One safetensors file, synced. A full disk is an OSError that says so."""
     try:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
     except Exception as e:  # safetensors has its own error type and hides errno in its text

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +76,11 @@ class Folder:
     def put(self, file: Path, name: str) -> None:
         with file.open("rb") as f:
             os.fsync(f.fileno())
-        (self.place / name).parent.mkdir(parents=True, exist_ok=True)
+        folder = (self.place / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
         file.replace(self.place / name)
-        fsync_folder((self.place / name).parent)
+        fsync_folder(folder)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
@@ -119,16 +122,15 @@ class Folder:
 
     @contextmanager
     def _temp(self, name: str) -> Iterator[Path]:
-        """Beside where it will be, so that a rename is enough."""
+        """Beside where it will be, so that a rename is enough. Not one of tempfile's, which nobody else may read."""
         folder = self.place / "new"
         (self.place / name).parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=folder, prefix=f"{os.getpid()}-")
-        os.close(handle)
+        path = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            yield Path(path)
+            yield path
         finally:
-            Path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -145,10 +147,10 @@ class Remote:
         import fsspec
 
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
+            fs, self.root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as e:
             raise ConfigError(f"store {url!r} cannot be opened ({e}); give a folder or a place that fsspec knows") from None
-        self.url = url
+        self.fs, self.url = _OSErrors(fs), url
 
     def __str__(self) -> str:
         return self.url
@@ -211,12 +213,31 @@ class Remote:
         return self.fs.exists(self._fresh(name))
 
     def remove(self, name: str) -> None:
-        path = self._fresh(name)
-        if self.fs.exists(path):
-            self.fs.rm(path, recursive=True)
+        with suppress(FileNotFoundError):
+            self.fs.rm(self._fresh(name), recursive=True)
 
     def touch(self, name: str) -> None:
         self.write(name, self.read(name))
+
+
+class _OSErrors:
+    """The verbs of one of fsspec's places. Each has errors of its own for a network or a key that fails; here they are all OSErrors."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        verb = getattr(self._fs, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return verb(*args, **kwargs)
+            except OSError:
+                raise
+            except Exception as e:
+                raise OSError(errno.EIO, f"{type(e).__name__}: {e}") from e
+
+        return call
 
 
 def _modified(row: dict[str, Any]) -> float:
@@ -231,4 +252,7 @@ Files = Folder | Remote
 
 
 def open_files(place: str | Path) -> Files:
-    return Remote(str(place)) if "://" in str(place) else Folder(Path(place))
+    scheme, url, path = str(place).partition("://")
+    if url and scheme not in ("file", "local"):
+        return Remote(str(place))
+    return Folder(Path(path if url else place))  # fsspec would neither exclude nor replace there: it opens a file and writes into it

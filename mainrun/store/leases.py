@@ -98,12 +98,14 @@ class Leases:
         name = f"leases/{key}.{token:06d}"
         try:
             said = self.files.read(name)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError:  # like a torn one
+            said = b""
         try:
             about = json.loads(said)
             gone = about.get("released") or _gone(about)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, KeyError, TypeError):
             about, gone = {}, False  # torn: its beats decide, like those of any other
         now = time.monotonic()
         before, since = self._seen.get(name, (b"", now))
@@ -121,6 +123,9 @@ class Leases:
         lease = Lease(self, key, newest + 1, me() | about)
         if not self.files.create(lease.name, _dump(lease.about)):
             return None  # by a moment
+        if max(self.tokens().get(key, [])) > lease.token:  # others came and went since the look: this token is an old one
+            self.files.remove(lease.name)
+            return None
         for token in tokens:
             self.files.remove(f"leases/{key}.{token:06d}")
         lease._thread = threading.Thread(target=lease._beat, daemon=True, name="lease")
@@ -139,9 +144,12 @@ def _dump(value: Any) -> bytes:
 
 @cache
 def _boot() -> str:
-    """Which start of which machine; empty where it cannot be told."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()} {path.read_text().strip()}" if path.exists() else ""
+    """Which start of which machine, and which container's process numbers; empty where it cannot be told."""
+    try:
+        boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    return f"{platform.node()} {boot} {numbers}"
 
 
 def _started(pid: int) -> str:

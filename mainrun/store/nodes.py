@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,10 @@ AHEAD = 3600.0  # seconds that a clock may differ from another before it is wort
 
 class Damaged(Exception):
     """A node that cannot be used, and why."""
+
+
+class Unreadable(Damaged):
+    """It may be whole: the place did not give it. Nothing is thrown away for that."""
 
 
 class Refused(Exception):
@@ -87,7 +91,8 @@ def _parse(key: str, text: bytes, *, whole: bool) -> Node:
     try:
         line = json.loads(head)
         claimed = line.pop("sha256")
-        if claimed != hashlib.sha256(_dump(line)).hexdigest():
+        # what `dump` hashed are these very bytes without the hash
+        if claimed != hashlib.sha256(head.replace(b'"sha256": "%s", ' % claimed.encode(), b"", 1)).hexdigest():
             raise Damaged("its first line was changed after it was written")
         if line["key"] != key:
             raise Damaged(f"it is the node {line['key'][:12]} under another name")
@@ -110,7 +115,7 @@ class Store:
                 got = f"has format {found.get('format')}, this version reads {FORMAT}"
                 raise ConfigError(f"store {place} {got}; give another, or --no-store")
         except FileNotFoundError:
-            strays = self.files.names("") - {"new"}
+            strays = self.files.names("") - {"new", "leases", "pins"}  # those may be there before the first node is
             if strays:
                 got = f"{', '.join(sorted(strays)[:3])} but no store.json"
                 raise ConfigError(f"store {place} holds {got}, so it is no store of ours; give another place, or --no-store") from None
@@ -135,8 +140,10 @@ class Store:
             text = self.files.read(f"nodes/{key}") if rows else self.files.first_line(f"nodes/{key}")
         except FileNotFoundError:
             raise Damaged("it is gone") from None
+        except IsADirectoryError:
+            raise Damaged("it is a folder") from None
         except OSError as e:
-            raise Damaged(f"it cannot be read ({e.strerror or e})") from None
+            raise Unreadable(f"it cannot be read ({e.strerror or e})") from None
         return _parse(key, text, whole=rows)
 
     def history(self, node: Node, since: int = 0) -> Iterator[Node]:
@@ -154,7 +161,7 @@ class Store:
             node = before
 
     def load(self, node: Node) -> dict[str, Tensor]:
-        """Its state. One that is not what was written is taken out of the way, so that it can be written again."""
+        """Its state, or Damaged when it is not what was written; `save` replaces one that is not."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -185,6 +192,8 @@ class Store:
 
     def roots(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name in sorted(self.files.names("roots")):
+            if not KEY.fullmatch(name):
+                continue
             try:
                 yield name, json.loads(self.files.read(f"roots/{name}"))
             except (OSError, ValueError):
@@ -193,27 +202,30 @@ class Store:
     # -- writing
 
     def begin(self, root: str, begun: dict[str, Any]) -> None:
-        """Before the first node of a root."""
+        """Before the first node of a root. One that was damaged is whole again after it."""
         if not self.files.exists("store.json"):
             self.files.write("store.json", _dump({"format": FORMAT}))
-        if not self.files.exists(f"roots/{root}"):
+        if self._root(root) is None:
             self.files.write(f"roots/{root}", _dump(begun))
 
     def save(self, node: Node, tensors: dict[str, Tensor], allowed: Callable[[], None] = lambda: None) -> Node:
         """Write a node; `allowed` is asked at the last moment and may raise Refused. Gives the node as it is in the store.
 
-        A node that is there already is left alone, but its state must be the same to the bit: it is written again where it was evicted.
+        A node that is there already is left alone, but its state must be the same to the bit: it is written again where it was evicted
+        or damaged.
         """
-        from safetensors.torch import save_file
+        from mainrun.store.checkpoint import save_tensors
 
         with self.files.new() as path:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+            save_tensors(tensors, path)
             found = sha256(path)
-            node = Node(**(vars(node) | {"state": found, "size": path.stat().st_size}))
+            node = replace(node, state=found, size=path.stat().st_size)
             if node.size > self.size:
                 raise Refused(f"its {node.size:,} bytes are more than the store may hold ({self.size:,}); raise --store-size")
             try:
                 there: Node | None = self.node(node.key)
+            except Unreadable as e:
+                raise Refused(f"the store has step {node.step} already, but {e}") from None
             except Damaged as e:
                 there = None
                 if self.files.exists(f"nodes/{node.key}") and str(e) != "it is gone":
@@ -222,16 +234,24 @@ class Store:
                 other = f"the store has other bits for step {node.step} (by {there.run})"
                 raise Refused(f"{other}: two trainings of one thing differ; `mainrun store audit` finds out which is right")
             allowed()
-            if not self._has(found, node.size):
+            if self._sound(found):
+                self.touch(node)
+            else:
                 self.files.put(path, f"states/{found}.safetensors")
         allowed()  # writing may have taken a while
         if there is None and not self.files.create(f"nodes/{node.key}", node.dump()):
             return self.save(node, tensors, allowed)  # somebody was faster by a moment
         return there or node
 
-    def _has(self, state: str, size: int) -> bool:
-        entry = self.states().get(state)
-        return entry is not None and entry.size == size
+    def _sound(self, state: str) -> bool | None:
+        """Whether a state is what was written; None when there is none."""
+        try:
+            with self.files.local(f"states/{state}.safetensors") as path:
+                return sha256(path) == state
+        except FileNotFoundError:
+            return None
+        except IsADirectoryError:
+            return False
 
     # -- pins and room
 
@@ -245,11 +265,18 @@ class Store:
     def pinned(self) -> set[str]:
         keys: set[str] = set()
         for name in self.files.names("pins"):
-            try:
-                keys |= set(json.loads(self.files.read(f"pins/{name}")))
-            except (OSError, ValueError, TypeError):
-                continue
+            keys |= self._pin(name) or set()
         return keys
+
+    def _pin(self, name: str) -> set[str] | None:
+        """None when it is damaged: it pins nothing then."""
+        try:
+            found = json.loads(self.files.read(f"pins/{name}"))
+        except FileNotFoundError:  # just now
+            return set()
+        except (IsADirectoryError, ValueError):
+            return None
+        return set(found) if isinstance(found, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in found) else None
 
     def evict(self, keep: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
         """Take the least recently used states away until the rest fits. Pinned ones stay, and `keep`, whatever they weigh."""
@@ -258,9 +285,15 @@ class Store:
         if excess <= 0:
             return []
         pinned = keep | self.pinned()
-        held = {self.node(key, rows=False).state for key in pinned & self.node_keys() if self._readable(key)}
+        held = set()
+        for key in pinned & self.node_keys():
+            with suppress(Damaged):
+                held.add(self.node(key, rows=False).state)
         now, gone = time.time(), []
-        # a time in the future says nothing about use: the clock has been put back since
+        for state, entry in there.items():
+            if entry.modified > now + AHEAD:  # says nothing about use: the clock was put back since. It ages from now on
+                with suppress(OSError):
+                    self.files.touch(f"states/{state}.safetensors")
         oldest = sorted(there, key=lambda state: (min(there[state].modified, now), state))
         for state in oldest:
             if excess <= 0:
@@ -270,13 +303,6 @@ class Store:
                 excess -= there[state].size
                 gone.append(state)
         return gone
-
-    def _readable(self, key: str) -> bool:
-        try:
-            self.node(key, rows=False)
-        except Damaged:
-            return False
-        return True
 
     # -- housekeeping
 
@@ -296,34 +322,45 @@ class Store:
         nodes: dict[str, Node] = {}
         for key in sorted(self.node_keys()):
             try:
-                nodes[key] = self.node(key)
+                nodes[key] = replace(self.node(key), rows=())
             except Damaged as e:
                 found.append(f"node {key[:12]}: {e}")
-        roots = set(self.files.names("roots"))
+        roots = {root for root in self.files.names("roots") if KEY.fullmatch(root)}
         for node in nodes.values():
             name, before = f"node {node.key[:12]} (step {node.step})", nodes.get(node.parent)
             if node.begins and before is None:
                 found.append(f"{name}: the rows before step {node.begins} are lost with {node.parent[:12]}")
-            elif node.begins and before and (before.step != node.begins or before.root != node.root):
+            elif _misplaced(node, before):
                 found.append(f"{name}: {node.parent[:12]} is not what it says was before it")
             if node.root not in roots:
                 found.append(f"{name}: what its root {node.root[:12]} began with is lost")
         sizes = {node.state: node for node in nodes.values()}
         for state, entry in sorted(self.states().items()):
-            name = f"states/{state}.safetensors"
-            with self.files.local(name) as path:
-                if sha256(path) != state:
-                    whose = f"step {sizes[state].step} of {sizes[state].run}" if state in sizes else "no node"
+            whose = f"step {sizes[state].step} of {sizes[state].run}" if state in sizes else "no node"
+            try:
+                if self._sound(state) is False:
                     found.append(f"state {state[:12]} ({whose}): torn or changed after it was written")
+            except OSError as e:
+                found.append(f"state {state[:12]} ({whose}): it cannot be read ({e.strerror or e})")
             if entry.modified > time.time() + AHEAD:
                 found.append(f"state {state[:12]}: last used in the future; the clock was put back since")
-        for root, begun in self.roots():
-            from mainrun.store import lineage
-
-            if not isinstance(begun, dict) or lineage.root(begun) != root:
-                found.append(f"root {root[:12]}: torn or changed after it was written")
+        found += [f"root {root[:12]}: torn or changed after it was written" for root in sorted(roots) if self._root(root) is None]
+        found += [f"pin {name}: torn, or no pin at all; it keeps nothing" for name in self._torn_pins()]
         found += [f"{name}: no file of a store; move it away" for name in self._strays()]
         return found
+
+    def _root(self, root: str) -> dict[str, Any] | None:
+        """What its chains began with; None when that is lost or damaged."""
+        from mainrun.store import lineage
+
+        try:
+            begun = json.loads(self.files.read(f"roots/{root}"))
+        except (FileNotFoundError, IsADirectoryError, ValueError):
+            return None
+        return begun if isinstance(begun, dict) and lineage.root(begun) == root else None
+
+    def _torn_pins(self) -> list[str]:
+        return sorted(name for name in self.files.names("pins") if self._pin(name) is None)
 
     def _strays(self) -> list[str]:
         ours = {"store.json", "nodes", "states", "roots", "leases", "pins", "new"}
@@ -333,32 +370,48 @@ class Store:
         return found
 
     def gc(self) -> dict[str, int]:
-        """Clear what helps nobody: damaged nodes and states, states without a node, rows that lead to no state; then the budget."""
+        """Clear what helps nobody: damaged nodes and states, states without a node, rows that lead to no state; then the budget.
+
+        What comes after a node that is lost stays: it is whole again when somebody trains the way there.
+        """
         counts = {"damaged": 0, "orphans": 0, "rows": 0, "evicted": 0, "bytes": 0}
-        there, old = self.states(), time.time() - AHEAD
+        there, now = self.states(), time.time()
+        old = now - AHEAD
         nodes: dict[str, Node] = {}
+        damaged, unread = [], False
         for key in self.node_keys():
             try:
-                nodes[key] = self.node(key)
+                nodes[key] = replace(self.node(key), rows=())
+            except Unreadable:
+                unread = True  # what it may stand for stays
             except Damaged:
-                counts["damaged"] += 1
-                self.files.remove(f"nodes/{key}")
+                damaged.append(f"nodes/{key}")
+        damaged += [f"nodes/{node.key}" for node in nodes.values() if _misplaced(node, nodes.get(node.parent))]
+        damaged += [f"roots/{root}" for root in self.files.names("roots") if KEY.fullmatch(root) and self._root(root) is None]
+        damaged += [f"pins/{name}" for name in self._torn_pins()]
+        counts["damaged"] = len(damaged)
+        for name in damaged:
+            self.files.remove(name)
+            nodes.pop(name.removeprefix("nodes/"), None)
         named = {node.state for node in nodes.values()}
         for state, entry in there.items():
-            with self.files.local(f"states/{state}.safetensors") as path:
-                damaged = sha256(path) != state
-            orphan = state not in named and entry.modified < old  # a younger one may be a node's that is being written
-            if damaged or orphan:
-                counts["damaged" if damaged else "orphans"] += 1
+            try:
+                torn = self._sound(state) is False
+            except OSError:
+                continue
+            # a young one may be a node's that is being written; a time far in the future is that of a clock put back since
+            orphan = state not in named and not unread and not old < entry.modified < now + AHEAD
+            if torn or orphan:
+                counts["damaged" if torn else "orphans"] += 1
                 counts["bytes"] += entry.size
                 self.files.remove(f"states/{state}.safetensors")
         counts["evicted"] = len(self.evict())
         there = self.states()
         needed: set[str] = set()
         for node in sorted(nodes.values(), key=lambda node: -node.step):
-            if node.state in there or node.key in needed:
+            if node.state in there or node.key in needed or unread or old < node.made < now + AHEAD:
                 needed.add(node.parent)
-            elif node.made < old:
+            else:
                 counts["rows"] += 1
                 self.files.remove(f"nodes/{node.key}")
         for folder in ("new", "leases"):  # by writers that were killed; a holder that lives writes its lease all the time
@@ -366,6 +419,13 @@ class Store:
                 if entry.modified < old:
                     self.files.remove(f"{folder}/{name}")
         return counts
+
+
+def _misplaced(node: Node, before: Node | None) -> bool:
+    """Whether what is stored as its parent cannot be that."""
+    if not node.begins:
+        return node.parent != node.root
+    return before is not None and (before.step, before.root) != (node.begins, node.root)
 
 
 def sha256(path: Path) -> str:

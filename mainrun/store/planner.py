@@ -7,6 +7,7 @@ soon as the run that passes there has passed; of those that are ready the one wi
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ def plan(chains: Mapping[str, Sequence[str]], stored: set[str] = frozenset()) ->
         waits = [child.begin - part.begin + child.ahead for child in children.get(part.name, [])]
         part.ahead = max([part.steps, *waits])
     order = sorted(parts.values(), key=lambda part: (_depth(part, parts), -part.ahead, part.name))
-    return Batch(_by_readiness(order, parts), sum(len(keys) - 1 for keys in chains.values()))
+    return Batch(_by_readiness(order), sum(len(keys) - 1 for keys in chains.values()))
 
 
 def shared(a: Sequence[str], b: Sequence[str]) -> int:
@@ -89,14 +90,16 @@ def _depth(part: Part, parts: dict[str, Part]) -> int:
     return depth
 
 
-def _by_readiness(order: list[Part], parts: dict[str, Part]) -> list[Part]:
+def _by_readiness(order: list[Part]) -> list[Part]:
     """Nobody before the run that leaves its beginning; of the others the longest way first."""
-    done: set[str] = set()
-    left, found = list(order), []
-    while left:
-        ready = [part for part in left if part.after is None or part.after in done]
-        best = max(ready, key=lambda part: (part.ahead, -order.index(part)))
-        left.remove(best)
-        found.append(best)
-        done.add(best.name)
+    waiting: dict[str | None, list[tuple[int, int, Part]]] = {}
+    for place, part in enumerate(order):
+        waiting.setdefault(part.after, []).append((-part.ahead, place, part))
+    ready, found = waiting.get(None, []), []
+    heapq.heapify(ready)
+    while ready:
+        part = heapq.heappop(ready)[2]
+        found.append(part)
+        for one in waiting.get(part.name, []):
+            heapq.heappush(ready, one)
     return found

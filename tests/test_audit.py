@@ -1,0 +1,315 @@
+"""The audit finds what no checksum can, and the store's commands say what there is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from mainrun import audit as auditor
+from mainrun import batch, machine
+from mainrun.audit import Finding, audit
+from mainrun.cli import app
+from mainrun.config import TrainConfig, from_dict
+from mainrun.corpus import load_corpus
+from mainrun.store.nodes import Node, Store, sha256
+from mainrun.train import train
+
+# 37 steps; nodes at 18 and 36 (scores), 27 (the decay begins) and 37 (the end)
+SMALL: dict[str, Any] = {
+    "num_titles": 200,
+    "n_layer": 1,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "dropout": 0.1,
+    "schedule": "wsd",
+    "decay_frac": 0.3,
+}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return from_dict(TINY | SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store after one run."""
+    out = tmp_path_factory.mktemp("made")
+    train(config(), out, store=Store(out / "store"))
+    return out / "store"
+
+
+@pytest.fixture
+def store(tmp_path: Path, made: Path) -> Store:
+    shutil.copytree(made, tmp_path / "store")
+    return Store(tmp_path / "store")
+
+
+def at(store: Store, step: int) -> Node:
+    (found,) = [node for node in store.summary()[0] if node.step == step]
+    return store.node(found.key)
+
+
+def rewrite(store: Store, node: Node, **changes: Any) -> Node:
+    """The node with other contents, and checksums that fit them."""
+    found = Node(**(vars(node) | changes))
+    (Path(str(store)) / "nodes" / found.key).write_bytes(found.dump())
+    assert store.verify() == [], "checksums find nothing"
+    return found
+
+
+def restate(store: Store, node: Node, change: Callable[[dict[str, Any]], object]) -> Node:
+    """The same with another state, under the hash of its bytes."""
+    states = Path(str(store)) / "states"
+    tensors = load_file(states / f"{node.state}.safetensors")
+    change(tensors)
+    save_file(tensors, states / "new")
+    found = sha256(states / "new")
+    (states / "new").rename(states / f"{found}.safetensors")
+    (states / f"{node.state}.safetensors").unlink()
+    return rewrite(store, node, state=found, size=(states / f"{found}.safetensors").stat().st_size)
+
+
+def findings(store: Store, segments: int = 100) -> dict[int, Finding]:
+    return {finding.node.step: finding for finding in audit(store, segments, seed=0)}
+
+
+# -- a store that is right
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "muon, swa": {"optimizer": "muon", "momentum": 0.9, "swa": 0.5},
+    "titles in a new order, dev": {"order": "shuffle_titles", "epochs": 2, "dev_frac": 0.2, "eval_per_epoch": 1},
+    "two passes, micro-batches, ema": {"rdrop": 0.5, "grad_accum": 2, "ema": 0.9},
+    "growth": {"growth": {"ops": [{"name": "set_batch_size", "value": 4, "trigger": {"step": 20}}]}, "log_every": 7},
+}
+
+
+def test_every_segment_of_a_good_store_is_the_same_again(store: Store) -> None:
+    before = {path: path.read_bytes() for path in Path(str(store)).rglob("*") if path.is_file()}
+    found = findings(store)
+    assert {step: finding.status for step, finding in found.items()} == {18: "same", 27: "same", 36: "same", 37: "same"}, found
+    assert {path: path.read_bytes() for path in Path(str(store)).rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_every_recipe_is_the_same_again(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    store = Store(tmp_path / "store")
+    train(config(**recipe), tmp_path, store=store)
+    found = findings(store)
+    assert len(found) >= 4 and {finding.status for finding in found.values()} == {"same"}, found
+
+
+def test_scores_that_another_run_added_are_taken_again_too(tmp_path: Path, store: Store) -> None:
+    train(config(official_geometry="2x8"), tmp_path, store=store)
+    (end,) = [node for node in map(store.node, store.node_keys()) if node.step == 37]
+    assert {finding.status for finding in audit(store, 100)} == {"same"}, end
+
+
+def test_as_many_segments_are_taken_as_asked_and_a_seed_repeats_them(store: Store) -> None:
+    picked = [[finding.node.step for finding in audit(store, 2, seed)] for seed in (1, 1, 2, 3, 4)]
+    assert all(len(set(steps)) == 2 for steps in picked) and picked[0] == picked[1] and len({tuple(steps) for steps in picked}) > 1
+
+
+def test_a_segment_whose_beginning_was_evicted_is_not_asked_for(store: Store) -> None:
+    store.files.remove(f"states/{at(store, 18).state}.safetensors")
+    assert sorted(findings(store)) == [36, 37]
+
+
+# -- what no checksum finds
+
+
+def test_one_bit_of_an_optimiser_state_is_found_and_named(store: Store) -> None:
+    def flip(tensors: dict[str, Any]) -> None:
+        name = next(name for name in sorted(tensors) if name.startswith("optimizer/") and tensors[name].dim() == 2)
+        tensors[name].numpy().view("uint32")[1, 2] ^= 1
+        names.append(name)
+
+    names: list[str] = []
+    tensors = len(load_file(Path(str(store)) / "states" / f"{at(store, 27).state}.safetensors"))
+    restate(store, at(store, 27), flip)
+    found = findings(store)
+    assert (found[18].status, found[27].status, found[37].status) == ("same", "differs", "same")
+    assert found[27].why == f"1 of {tensors} tensors: {names[0]}"
+
+
+def test_a_state_with_other_tensors_is_found(store: Store) -> None:
+    restate(store, at(store, 37), lambda tensors: tensors.pop("model/embed.weight"))
+    assert findings(store)[37].why == "one of them has no model/embed.weight"
+
+
+def changed(rows: tuple[dict[str, Any], ...], event: str, step: int, **changes: Any) -> tuple[dict[str, Any], ...]:
+    assert any(row["event"] == event and row["step"] == step for row in rows)
+    return tuple(row | changes if row["event"] == event and row["step"] == step else row for row in rows)
+
+
+LIES: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
+    "a loss": (27, lambda n: {"rows": changed(n.rows, "step", 20, loss=math.nextafter(n.rows[1]["loss"], 9))}, "loss at step 20: "),
+    "a rate": (27, lambda n: {"rows": changed(n.rows, "step", 20, lr=0.02)}, "lr at step 20: 0.02 in the store, 0.01 now"),
+    "a score": (36, lambda n: {"rows": changed(n.rows, "eval", 36, full=1.0)}, "full at step 36: 1.0 in the store, "),
+    "a score less": (36, lambda n: {"rows": changed(n.rows, "eval", 36, split="dev")}, "no eval row of step 36"),
+    "a row less": (27, lambda n: {"rows": n.rows[1:]}, "no step row of step 19"),
+    "a row more": (27, lambda n: {"rows": (*n.rows, n.rows[0] | {"step": 40})}, "a row that no step writes: step of step 40"),
+    "a word more": (27, lambda n: {"rows": changed(n.rows, "step", 20, note="?")}, "note at step 20: '?' in the store, None now"),
+    "what was presented": (27, lambda n: {"presented": n.presented + 1}, "3,457 tokens were presented, its steps present 3,456"),
+    "its config": (27, lambda n: {"config": n.config | {"lr": 0.02}}, "its config does not lead to its key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "lie", "why"), LIES.values(), ids=LIES.keys())
+def test_what_was_changed_with_its_checksum_is_found_and_named(store: Store, step: int, lie: Any, why: str) -> None:
+    rewrite(store, at(store, step), **lie(at(store, step)))
+    found = findings(store)
+    assert found[step].status == "differs" and why in found[step].why, found[step].why
+    assert {finding.status for other, finding in found.items() if other != step} == {"same"}
+
+
+def test_a_node_in_the_place_of_another_run_is_found(store: Store) -> None:
+    """Right in itself; but whoever wants a decay that begins earlier would get one that begins later."""
+    other = batch.plan([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
+    rewrite(store, at(store, 37), key=other)
+    assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {"its config does not lead to its key"}
+
+
+def test_damage_is_a_finding_not_a_crash(store: Store, tmp_path: Path) -> None:
+    for step, spoil in ((18, lambda path: os.truncate(path, path.stat().st_size - 9)), (37, lambda path: path.write_bytes(b"{}"))):
+        spoil(tmp_path / "store" / "nodes" / at(store, step).key)
+    state = tmp_path / "store" / "states" / f"{at(store, 36).state}.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    found = list(audit(store, 100))
+    why = {finding.node.step: finding.why for finding in found}
+    assert (
+        {finding.status for finding in found if finding.node.step != 27} == {"differs"} and "torn" in why[0] and "state is torn" in why[36]
+    )
+    assert "rows are torn" in why[18]
+
+
+# -- what cannot be trained again here
+
+
+def test_a_segment_whose_corpus_is_gone_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    titles, store = tmp_path / "titles.txt", Store(tmp_path / "store")
+    cfg = config(corpus=f"file:{titles}")
+    titles.write_text("\n".join(load_corpus(config()).train * 2))
+    train(cfg, tmp_path, store=store)
+    assert {finding.status for finding in audit(store, 1)} == {"same"}
+    titles.write_text(titles.read_text().replace("a", "o"))
+    assert {finding.status for finding in audit(store, 1)} == {"skipped"} and "data " in next(audit(store, 1)).why
+    titles.unlink()
+    assert {finding.status for finding in audit(store, 1)} == {"skipped"} and "titles.txt" in next(audit(store, 1)).why
+
+
+@pytest.mark.parametrize("what", ["versions torch: ", "machine_class device: "])
+def test_a_segment_of_another_version_or_machine_is_skipped_with_the_reason(
+    store: Store, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    here = machine.versions()
+    if what.startswith("versions"):
+        monkeypatch.setattr(auditor, "versions", lambda: here | {"torch": "9.9"})
+    else:
+        monkeypatch.setattr(machine, "cpu_name", lambda: "Another CPU")
+    found = findings(store)
+    assert len(found) == 4 and all(finding.status == "skipped" and finding.why.startswith(what) for finding in found.values()), found
+    result = ask("audit", "--store", store)
+    assert result.exit_code == 0 and result.stdout.count("skipped") == 3 and what in result.stdout
+
+
+def test_a_segment_of_a_config_that_this_version_does_not_know_is_skipped(store: Store) -> None:
+    rewrite(store, at(store, 18), config=at(store, 18).config | {"later": 1})
+    assert findings(store)[18].status == "skipped" and "unknown field 'later'" in findings(store)[18].why
+
+
+# -- the commands
+
+
+def ask(*args: object) -> Result:
+    return CliRunner().invoke(app, ["store", *map(str, args)], catch_exceptions=False)
+
+
+def say(*args: object) -> Any:
+    result = ask(*args, "--json")
+    return json.loads(result.stdout)
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.startswith("error: "), result.output
+    assert "Traceback" not in result.stderr and all(word in result.stderr for word in words), result.stderr
+
+
+def test_ls_and_du_say_what_is_there(store: Store) -> None:
+    nodes = say("ls", "--store", store)
+    assert nodes["damaged"] == [] and [node["step"] for node in nodes["nodes"]] == [18, 27, 36, 37]
+    assert all(node["state"] and not node["pinned"] and node["size"] > 1000 and node["run"] == config().run_id for node in nodes["nodes"])
+    store.files.remove(f"states/{at(store, 18).state}.safetensors")
+    text = ask("ls", "--store", store)
+    assert text.exit_code == 0 and "evicted" in text.stdout and text.stdout.count(config().run_id) == 4
+    used = say("du", "--store", store)
+    assert (used["nodes"], used["states"], used["roots"], used["steps"], used["damaged"]) == (4, 3, 1, 37, 0) and used["seconds"] > 0
+    assert used["bytes"] == sum(node["size"] for node in nodes["nodes"][1:])
+    assert "37 steps that need not be trained again" in ask("du", "--store", store).stdout
+
+
+def test_an_empty_place_is_an_empty_store_and_stays_empty(tmp_path: Path) -> None:
+    for command in ("ls", "du", "gc", "verify", "audit"):
+        assert ask(command, "--out", tmp_path / "runs").exit_code == 0, command
+    assert say("audit", "--store", tmp_path / "none") == [] and say("verify", "--store", tmp_path / "none") == []
+    assert "nothing to audit" in ask("audit", "--store", tmp_path / "none").stdout and list(tmp_path.iterdir()) == []
+
+
+def test_findings_end_with_1(store: Store) -> None:
+    assert ask("verify", "--store", store).exit_code == 0 and say("verify", "--store", store) == []
+    assert "4 nodes, all as they were written" in ask("verify", "--store", store).stdout
+    same = ask("audit", "--store", store, "--segments", 4)
+    assert same.exit_code == 0 and same.stdout.count("same ") == 4 and "steps 1 to 18 of" in same.stdout
+    rewrite(store, at(store, 27), rows=changed(at(store, 27).rows, "step", 20, loss=1.0))
+    result = ask("audit", "--store", store, "--segments", 4, "--json")
+    assert result.exit_code == 1 and "trained again is not what the store holds" in result.stderr
+    assert {entry["step"]: entry["status"] for entry in json.loads(result.stdout)} == {18: "same", 27: "differs", 36: "same", 37: "same"}
+    path = Path(str(store)) / "states" / f"{at(store, 36).state}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    result = ask("verify", "--store", store, "--json")
+    assert result.exit_code == 1 and len(json.loads(result.stdout)) == 1 and "step 36 of" in json.loads(result.stdout)[0]
+    assert "1 finding" in result.stderr and "gc" in result.stderr
+    assert say("gc", "--store", store)["damaged"] == 1 and ask("verify", "--store", store).exit_code == 0
+
+
+def test_gc_keeps_what_is_pinned(store: Store) -> None:
+    node = at(store, 18)
+    for path in (Path(str(store)) / "states").iterdir():
+        os.utime(path, (time.time() - 9999, time.time() - 9999))
+    assert f"pinned: {node.key[:12]}, step 18 of" in ask("pin", node.key[:10], "--store", store).stdout
+    assert [entry["pinned"] for entry in say("ls", "--store", store)["nodes"]] == [True, False, False, False]
+    assert say("gc", "--store", store, "--store-size", "10")["evicted"] == 3 and set(store.states()) == {node.state}
+    assert f"not pinned: {node.key[:12]}" in ask("unpin", node.key, "--store", store).stdout and store.pinned() == set()
+    assert "1 evicted" in ask("gc", "--store", store, "--store-size", "10").stdout and store.states() == {}
+
+
+def test_what_cannot_be_meant_ends_with_2(store: Store, tmp_path: Path) -> None:
+    for command in ("pin", "unpin"):
+        refused(ask(command, "zz", "--store", store), "node 'zz' is none of the store", "mainrun store ls")
+        refused(ask(command, "", "--store", store), "is not unique")
+    for size in ("much", "-1", "10X", ""):
+        refused(ask("gc", "--store", store, "--store-size", size), "--store-size", "like 20GB")
+    (tmp_path / "file").write_text("?")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("?")
+    for command in ("ls", "du", "gc", "verify", "audit"):
+        refused(ask(command, "--store", tmp_path / "file"), "is not a folder")
+        refused(ask(command, "--store", tmp_path / "folder"), "thesis.txt", "no store of ours")
+    result = CliRunner().invoke(app, ["train", "--store", str(tmp_path / "file"), "--out", str(tmp_path / "runs")])
+    refused(result, "is not a folder")
+    result = CliRunner().invoke(app, ["train", "--store-size", "much", "--out", str(tmp_path / "runs")])
+    refused(result, "--store-size")
+    assert not (tmp_path / "runs").exists() and ask("audit", "--segments", "0", "--store", store).exit_code == 2
+    (tmp_path / "store" / "store.json").write_text('{"format": 99}')
+    refused(ask("ls", "--store", store), "format 99")

@@ -1,0 +1,1038 @@
+"""What the store promises a run: fewer steps to train, and never another bit, whatever happens to the run or to the store."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, tiny_sets
+from typer.testing import CliRunner, Result
+
+from mainrun import batch, machine, reuse, sitting
+from mainrun import train as trainer
+from mainrun.cli import app
+from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.errors import Diverged, Interrupted
+from mainrun.machine import Machine
+from mainrun.progress import Progress
+from mainrun.store import checkpoint, leases, nodes
+from mainrun.store.files import Folder
+from mainrun.store.leases import Leases
+from mainrun.store.nodes import Node, Store
+from mainrun.store.rundir import RunDir
+from mainrun.train import train
+
+ROOT = Path(__file__).parents[1]
+# 37 steps in a third of a second; a node is kept at 18 and 36 (scores), 27 (the decay begins) and 37 (the end)
+SMALL: dict[str, Any] = {
+    "num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "schedule": "wsd", "decay_frac": 0.3,
+    "checkpoint_every": 1000,
+}  # fmt: skip
+STEPS = 37
+
+
+def config(**changes: Any) -> TrainConfig:
+    return from_dict(TINY | SMALL | changes)
+
+
+def late(name: str, value: float, step: int = 20) -> dict[str, Any]:
+    return {"growth": {"ops": [{"name": name, "value": value, "trigger": {"step": step}}]}}
+
+
+class Killed(BaseException):
+    """The process is gone at this point, as far as one process can play that."""
+
+
+class Watch(Progress):
+    """Does something after given steps, and when something is said; remembers both."""
+
+    def __init__(self, at: dict[int, Callable[[], object]] | None = None, on: dict[str, Callable[[], object]] | None = None) -> None:
+        self.at, self.on = dict(at or {}), dict(on or {})
+        self.steps: list[int] = []
+        self.notes: list[str] = []
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.steps.append(row["step"])
+        self.at.pop(row["step"], lambda: None)()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        for words in [words for words in self.on if words in text]:
+            self.on.pop(words)()
+
+    def said(self, words: str) -> bool:
+        return any(words in note for note in self.notes)
+
+
+def crash() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl but for the clock and the mark of what was taken."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "reused")} for row in RunDir(run).metrics()]
+
+
+def reused(run: Path) -> list[int]:
+    return [row["step"] for row in RunDir(run).metrics() if row["event"] == "step" and row.get("reused")]
+
+
+def end(run: Path) -> dict[str, Any]:
+    """All that a run has in common with its run from scratch."""
+    summary = RunDir(run).summary()
+    assert summary is not None and summary["status"] == "done", f"{run} is lost"
+    found = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
+    assert found is not None and found[1]["step"] == summary["steps"]
+    same = ("weights", "last", "best", "scores", "steps", "tokens", "presentations", "flops", "geometry", "fingerprints")
+    guards = [(guard["name"], guard["status"]) for guard in summary["guards"]]
+    return {name: summary[name] for name in same} | {"rows": rows(run), "state": found[1]["state_sha256"], "guards": guards}
+
+
+def ledger(asked: int, reused: int, wasted: int = 0) -> dict[str, int]:
+    return {"asked": asked, "trained": asked - reused, "reused": reused, "wasted": wasted}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], dict[str, Any]]:
+    """The end of a config's run from scratch, without a store; each is trained once for all tests here."""
+    out = tmp_path_factory.mktemp("alone")
+
+    def run(cfg: TrainConfig) -> dict[str, Any]:
+        if not (out / cfg.run_id / "summary.json").exists():
+            summary = train(cfg, out)
+            assert summary["ledger"] == ledger(summary["steps"], 0)
+        return end(out / cfg.run_id)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, TrainConfig], Store]:
+    """stocked(place, cfg): a store that holds what one run of the config has left."""
+    out = tmp_path_factory.mktemp("stocked")
+
+    def fill(place: Path, cfg: TrainConfig) -> Store:
+        if not (out / cfg.run_id / "summary.json").exists():
+            train(cfg, out, store=Store(out / "stores" / cfg.run_id))
+        shutil.copytree(out / "stores" / cfg.run_id, place)
+        return Store(place)
+
+    return fill
+
+
+def keys(cfg: TrainConfig) -> list[str]:
+    return batch.plan([cfg], None).chains[cfg.run_id]
+
+
+def node(store: Store, step: int) -> Node:
+    (found,) = [entry for entry in store.summary()[0] if entry.step == step]
+    return found
+
+
+def state_file(store: Store, step: int) -> Path:
+    return Path(str(store)) / "states" / f"{node(store, step).state}.safetensors"
+
+
+def node_file(store: Store, step: int) -> Path:
+    return Path(str(store)) / "nodes" / node(store, step).key
+
+
+def held(store: Store) -> dict[str, dict[str, Any]]:
+    return Leases(store.files).active()
+
+
+# -- the same bits, fewer steps
+
+DROP = {"lr": 0.3, "optimizer": "sgd", "momentum": 0.9}
+MUON = {"optimizer": "muon", "momentum": 0.9, "lr_aux": 1e-3}
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "the same again": ({}, {}, 37),
+    "a longer run at a constant rate": ({"schedule": "constant"}, {"schedule": "constant", "epochs": 2}, 37),
+    "a longer run of the same trunk": ({}, {"epochs": 2, "decay_frac": 0.2}, 27),
+    "a shorter run of the same trunk": ({"epochs": 2, "decay_frac": 0.2}, {}, 18),
+    "a later decay": ({}, {"decay_frac": 0.2}, 27),
+    "an earlier decay": ({"decay_frac": 0.2}, {}, 18),
+    "another shape of the decay": ({}, {"decay_shape": "sqrt"}, 27),
+    "another rate": ({}, {"lr": 0.02}, 0),
+    "another weight decay, late": (late("set_weight_decay", 0.1), late("set_weight_decay", 0.5), 20),
+    "another dropout, late": (late("set_dropout", 0.2), late("set_dropout", 0.0), 20),
+    "another batch, late": (late("set_batch_size", 4), late("set_batch_size", 2), 20),
+    "another rate, late": (late("set_lr", 0.02), late("set_lr", 0.005), 20),
+    "more micro-batches, late": (late("set_grad_accum", 2), late("set_grad_accum", 4), 20),
+    "an average at the end": ({}, {"swa": 0.4}, 18),
+    "no average at the end": ({"swa": 0.4}, {}, 23),
+    "another average at the end": ({"swa": 0.4}, {"swa": 0.3}, 23),
+    "an average throughout": ({}, {"ema": 0.9}, 0),
+    "an average throughout, and a later decay": ({"ema": 0.9}, {"ema": 0.9, "decay_frac": 0.2}, 27),
+    "fewer scores": ({}, {"eval_per_epoch": 0}, 37),
+    "more scores": ({}, {"eval_per_epoch": 5}, 4 + 6 + 2),
+    "scores elsewhere": ({"eval_per_epoch": 3}, {"eval_per_epoch": 2}, 12 + 19),
+    "the official score in another geometry": ({}, {"official_geometry": "2x8"}, 18),
+    "fewer rows": ({}, {"log_every": 7}, 37),
+    "more rows": ({"log_every": 7}, {}, 37),
+    "with a dev split": ({"dev_frac": 0.2}, {"dev_frac": 0.2, "decay_shape": "cosine"}, 21),
+    "titles in a new order": ({"order": "shuffle_titles", "epochs": 2}, {"order": "shuffle_titles", "epochs": 2, "decay_frac": 0.2}, 53),
+    "sgd with momentum": (DROP, DROP | {"decay_frac": 0.2}, 27),
+    "muon": (MUON, MUON | {"decay_frac": 0.2}, 27),
+    "two passes a step": ({"rdrop": 0.5}, {"rdrop": 0.5, "decay_frac": 0.2}, 27),
+    "bfloat16": ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "decay_frac": 0.2}, 27),
+}
+MORE = {
+    "a shorter run of the same trunk", "an earlier decay", "more micro-batches, late", "no average at the end", "an average throughout",
+    "an average throughout, and a later decay", "scores elsewhere", "sgd with momentum", "two passes a step", "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [pytest.param(*pair, id=name, marks=pytest.mark.slow if name in MORE else []) for name, pair in PAIRS.items()],
+)
+def test_a_run_that_begins_from_the_store_ends_as_its_run_from_scratch(
+    tmp_path: Path, alone: Any, stocked: Any, first: dict[str, Any], second: dict[str, Any], shared: int
+) -> None:
+    cfg, watch = config(compile="off", **second), Watch()
+    store = stocked(tmp_path / "store", config(compile="off", **first))
+    summary = train(cfg, tmp_path, store=store, progress=watch)
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert summary["ledger"] == ledger(summary["steps"], shared)
+    assert watch.said("are taken from the store (trained by custom-") == bool(shared)
+    logged = [row["step"] for row in rows(tmp_path / cfg.run_id) if row["event"] == "step"]
+    assert sorted({*reused(tmp_path / cfg.run_id), *watch.steps}) == logged, "every row is one that was taken or one that was trained"
+    assert store.verify() == [] and held(store) == {}
+
+
+def test_a_run_that_leaves_nodes_ends_as_one_that_does_not(tmp_path: Path, alone: Any) -> None:
+    cfg, store = config(), Store(tmp_path / "store")
+    summary = train(cfg, tmp_path, store=store, keep=[5])
+    assert end(tmp_path / cfg.run_id) == alone(cfg) and summary["ledger"] == ledger(STEPS, 0)
+    assert [entry.step for entry in store.summary()[0]] == [5, 18, 27, 36, 37]
+    assert store.verify() == [] and held(store) == {} and list((tmp_path / "store" / "leases").iterdir()) == []
+    assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
+
+
+def test_only_tokens_that_were_trained_count_for_the_speed(tmp_path: Path, stocked: Any) -> None:
+    for changes, trained in (({"decay_frac": 0.2}, 10), ({}, 0)):
+        summary = train(config(**changes), tmp_path, store=stocked(tmp_path / f"store{trained}", config()))
+        assert summary["tokens"] == STEPS * 128
+        assert summary["tokens_per_s"] == pytest.approx(trained * 128 / summary["seconds"])
+
+
+@pytest.mark.parametrize("cadence", ["2x8", "8x16"])
+def test_scores_that_somebody_added_to_the_steps_of_another_are_found_once(tmp_path: Path, alone: Any, cadence: str) -> None:
+    """One run trains, a second adds its scores on the way, and half of what the first left is lost: others still get each row once."""
+    store, other = Store(tmp_path / "store"), config(official_geometry="2x8")
+    train(config(), tmp_path, store=store)
+    train(other, tmp_path, store=store)
+    node_file(store, 36).unlink()
+    third = config(official_geometry=cadence, preset="third")
+    for cfg in (third, from_dict(third.model_dump() | {"preset": "fourth"})):
+        train(cfg, tmp_path, store=store)
+        assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert store.verify() == []
+
+
+# -- the ledger, and kills
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "wasted"),
+    [(1000, 5, 5), (1000, 18, 18), (1000, 30, 3), (10, 12, 2), (10, 30, 3), (10, 31, 1), (25, 26, 1), (9, 20, 2)],
+)
+def test_steps_lost_with_a_kill_and_found_in_the_store_count_as_trained(
+    tmp_path: Path, alone: Any, every: int, at: int, wasted: int
+) -> None:
+    """The store may be further than the checkpoints: what this run itself had left there is its own work."""
+    cfg, store, watch = config(checkpoint_every=every), Store(tmp_path / "store"), Watch()
+    with pytest.raises(Killed):
+        train(cfg, tmp_path, store=store, progress=Watch({at: crash}))
+    summary = train(cfg, tmp_path, store=store, progress=watch)
+    assert summary["ledger"] == ledger(STEPS + wasted, 0, wasted)  # the row of a step comes before its node and its checkpoint
+    assert reused(tmp_path / cfg.run_id) == [] and len(watch.steps) == STEPS - at + wasted
+    assert end(tmp_path / cfg.run_id) == alone(config(checkpoint_every=every))
+    assert store.verify() == []
+
+
+def test_what_others_trained_stays_reused_after_a_kill(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    cfg, store = config(), stocked(tmp_path / "store", config(decay_frac=0.9, decay_shape="sqrt"))  # it shares 5 steps
+    with pytest.raises(Killed):
+        train(cfg, tmp_path, store=store, progress=Watch({20: crash}))
+    summary = train(cfg, tmp_path, store=store)
+    assert summary["ledger"] == ledger(STEPS + 2, 5, 2) and reused(tmp_path / cfg.run_id) == [1, 2, 3, 4, 5]
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+def test_what_others_trained_on_the_way_stays_reused_after_a_kill(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    """Trained to 18, taken to 27, trained to 30, killed: 18 + 3 steps were this run's own."""
+    cfg, store, full = config(), Store(tmp_path / "store"), stocked(tmp_path / "full", config())
+
+    def lend() -> None:
+        for name in (f"states/{node(full, 27).state}.safetensors", f"nodes/{node(full, 18).key}", f"nodes/{node(full, 27).key}"):
+            (tmp_path / "store" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "full" / name, tmp_path / "store" / name)
+
+    with pytest.raises(Killed):
+        train(cfg, tmp_path, store=store, progress=Watch({10: lend, 30: crash}))
+    summary = train(cfg, tmp_path, store=store)
+    assert summary["ledger"] == ledger(STEPS + 3, 9, 3) and reused(tmp_path / cfg.run_id) == list(range(19, 28))
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint after it holds the rows that the lost node would have had."""
+    cfg, store = config(checkpoint_every=9), Store(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(reuse.Reuse, "_write", lambda self, node, tensors, lease: lease and lease.release(unfinished=True))
+        with pytest.raises(Killed):
+            train(cfg, tmp_path, store=store, progress=Watch({29: crash}))
+    assert store.node_keys() == set()
+    train(cfg, tmp_path, store=store)
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    again = from_dict(cfg.model_dump() | {"preset": "again"})
+    summary = train(again, tmp_path, store=store)
+    assert summary["ledger"] == ledger(STEPS, STEPS) and end(tmp_path / again.run_id) == alone(again)
+    assert store.verify() == []
+
+
+def test_a_run_that_goes_on_with_another_store_leaves_no_hole_in_it(tmp_path: Path, alone: Any) -> None:
+    cfg, watch, other = config(checkpoint_every=10), Watch(), Store(tmp_path / "other")
+    with pytest.raises(Killed):
+        train(cfg, tmp_path, store=Store(tmp_path / "store"), progress=Watch({19: lambda: time.sleep(0.5), 22: crash}))
+    train(cfg, tmp_path, store=other, progress=watch)
+    assert watch.said("the rows up to step 18 are gone") and other.verify() == []
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+@pytest.mark.parametrize("sittings", ["-S", "S-S", "-SS"])
+def test_a_run_with_sittings_without_a_store_leaves_no_hole(tmp_path: Path, alone: Any, sittings: str) -> None:
+    cfg, store, said = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
+    for i, kind in enumerate(sittings):
+        said = Watch({} if i == len(sittings) - 1 else {12 * (i + 1): crash})
+        with suppress(Killed):
+            train(cfg, tmp_path, store=store if kind == "S" else None, progress=said)
+    assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
+    assert said.said("were trained without a store: nothing of this run is kept in it") == (sittings != "-SS" or store.node_keys() == set())
+    again = from_dict(cfg.model_dump() | {"preset": "again"})
+    train(again, tmp_path, store=store)
+    assert end(tmp_path / again.run_id) == alone(again) and store.verify() == []
+
+
+# -- fresh, and without a store
+
+
+def test_fresh_trains_again_and_takes_nothing(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    cfg, watch, store = config(), Watch(), stocked(tmp_path / "store", config())
+    made = {path: path.read_bytes() for path in (tmp_path / "store" / "nodes").iterdir()}
+    summary = train(cfg, tmp_path, store=store, fresh=True, progress=watch)
+    assert summary["ledger"] == ledger(STEPS, 0) and watch.steps == list(range(1, STEPS + 1)) and reused(tmp_path / cfg.run_id) == []
+    assert end(tmp_path / cfg.run_id) == alone(cfg) and not watch.said("other bits")
+    assert {path: path.read_bytes() for path in (tmp_path / "store" / "nodes").iterdir()} == made
+
+
+def test_fresh_finds_a_store_that_has_other_bits(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    """As after an error of memory on some machine: well-formed, and wrong."""
+    cfg, watch, store = config(), Watch(), stocked(tmp_path / "store", config())
+    wrong = store.load(node(store, 27))
+    wrong["model/embed.weight"][3, 3] += 1e-6
+    (there,) = [store.node(node(store, 27).key)]
+    node_file(store, 27).unlink()
+    store.save(there, wrong)
+    train(cfg, tmp_path, store=store, fresh=True, progress=watch)
+    assert watch.said("the store has other bits for step 27") and watch.said("mainrun store audit")
+    assert end(tmp_path / cfg.run_id) == alone(cfg) and held(store) == {}
+
+
+# -- waiting, taking over, fencing
+
+
+def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: Any) -> None:
+    """Two workers, here two threads: together they train each step once."""
+    store, watch = Store(tmp_path / "store"), Watch()
+    one, two = config(), config(decay_frac=0.2)
+    found: list[dict[str, Any]] = []
+    other = threading.Thread(target=lambda: found.append(train(two, tmp_path, store=store, progress=watch)))
+
+    def begin() -> None:
+        other.start()
+        deadline = time.monotonic() + 60
+        while not watch.said("waiting for custom-") and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    found.append(train(one, tmp_path, store=store, progress=Watch({3: begin})))
+    other.join()
+    assert watch.said(f"waiting for {one.run_id}, which trains the way to step 18 that both share")
+    distinct = len({*keys(one)[1:], *keys(two)[1:]})
+    assert distinct == STEPS + 10 and sum(summary["ledger"]["trained"] for summary in found) == distinct
+    for cfg in (one, two):
+        assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert store.verify() == [] and held(store) == {}
+
+
+def test_a_waiter_that_is_interrupted_goes_on_later(tmp_path: Path, alone: Any) -> None:
+    cfg, store = config(), Store(tmp_path / "store")
+    lease = Leases(store.files).acquire(keys(cfg)[18], run="another", step=18, scores=[1], geometry=[8, 16])
+    assert lease is not None
+    with pytest.raises(Interrupted, match="SIGTERM at step 0") as e:
+        train(cfg, tmp_path, store=store, progress=Watch(on={"waiting for another": terminate}))
+    assert e.value.exit_code == 75 and RunDir(tmp_path / cfg.run_id).status()["state"] == "interrupted"
+    assert set(held(store)) == {lease.key}, "the holder keeps what it holds"
+    lease.release(unfinished=True)
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0)
+    assert end(tmp_path / cfg.run_id) == alone(cfg) and held(store) == {}
+
+
+def test_scores_that_the_holder_does_not_write_are_not_waited_for(tmp_path: Path, alone: Any) -> None:
+    cfg, store, watch = config(eval_per_epoch=5), Store(tmp_path / "store"), Watch()
+    lease = Leases(store.files).acquire(keys(cfg)[18], run="another", step=18, scores=[1], geometry=[8, 16])
+    assert lease is not None
+    watch.at = {14: lease.release}  # from there on it would be: no score is wanted before 18
+    train(cfg, tmp_path, store=store, progress=watch)
+    assert not watch.said("waiting for") and end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+def test_a_holder_that_is_dead_is_not_waited_for(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, store, watch = config(), Store(tmp_path / "store"), Watch()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "me", lambda: {"boot": leases._boot(), "pid": gone.pid, "started": "1"})
+        lease = Leases(store.files).acquire(keys(cfg)[18])
+    assert lease is not None
+    started = time.monotonic()
+    train(cfg, tmp_path, store=store, progress=watch)
+    lease._over.set()
+    assert time.monotonic() - started < 20 and not watch.said("waiting for") and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert [entry.step for entry in store.summary()[0]] == [18, 27, 36, 37] and held(store) == {}
+
+
+def test_a_holder_that_was_taken_over_publishes_nothing_late_and_ends_right(tmp_path: Path, alone: Any) -> None:
+    cfg, store, watch = config(), Store(tmp_path / "store"), Watch()
+    name = f"leases/{keys(cfg)[18]}.000002"
+    watch.at = {10: lambda: store.files.create(name, b"{}"), 30: lambda: store.files.remove(name)}
+    train(cfg, tmp_path, store=store, progress=watch)
+    assert watch.said("step 18 is not kept in the store: another process has taken these steps over")
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    kept = store.summary()[0]
+    assert [(entry.begins, entry.step) for entry in kept] == [(0, 27), (27, 36), (36, 37)], "the next node has the rows of both"
+    assert store.verify() == [] and held(store) == {}
+    again = config(decay_frac=0.2)
+    assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(tmp_path / again.run_id) == alone(again)
+
+
+def test_a_run_that_cannot_keep_nodes_holds_nobody_up(tmp_path: Path, alone: Any) -> None:
+    """Its state is larger than the whole store may be."""
+    cfg, store, watch = config(), Store(tmp_path / "store", size=1000), Watch()
+    seen: list[set[str]] = []
+    watch.at = {33: lambda: seen.append(set(held(store)))}
+    train(cfg, tmp_path, store=store, progress=watch)
+    assert watch.said("step 18 is not kept in the store, nor what comes after") and watch.said("raise --store-size")
+    assert seen == [set()] and held(store) == {} and end(tmp_path / cfg.run_id) == alone(cfg) and store.node_keys() == set()
+
+
+# -- whatever happens to the store
+
+
+def flip(path: Path, at: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def in_place_of(path: Path) -> None:
+    """A file where a folder should be."""
+    shutil.rmtree(path)
+    path.write_bytes(b"?")
+
+
+def a_folder_for(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+Harm = Callable[[Store, Path], object]
+DAMAGE: dict[str, tuple[Harm, str, int]] = {
+    "a bit of a state": (lambda s, p: flip(state_file(s, 37)), "of step 37 .* its state is torn or was changed", 36),
+    "a bit of every state": (lambda s, p: [flip(state_file(s, n)) for n in (18, 27, 36, 37)], "of step 18 .* its state is torn", 0),
+    "half of a state": (lambda s, p: os.truncate(state_file(s, 37), 5000), "of step 37 .* its state is torn or was changed", 36),
+    "a state without a byte": (lambda s, p: os.truncate(state_file(s, 37), 0), "of step 37 .* its state is torn", 36),
+    "a node in the middle": (lambda s, p: node_file(s, 18).unlink(), "of step 27 .* the rows before step 18 are lost", 19),
+    "a foreign file for a node": (lambda s, p: node_file(s, 27).write_bytes(b"\0hello\xff" * 99), "step 27 .* torn, or no node at all", 19),
+    "a folder for a node": (lambda s, p: a_folder_for(node_file(s, 37)), "of step 37 .* it is a folder", 36),
+    "a changed head": (lambda s, p: flip(node_file(s, 27), 200), "step 27 .* (changed after it was written|torn)", 28),
+    "changed rows": (lambda s, p: flip(node_file(s, 27)), "step 27 .* rows are torn or were changed", 28),
+    "half of the rows": (lambda s, p: os.truncate(node_file(s, 27), node_file(s, 27).stat().st_size - 999), "rows are torn", 28),
+    "another node's name": (lambda s, p: shutil.copy(node_file(s, 18), node_file(s, 27)), "is the node .* under another name", 28),
+    "a foreign file beside them": (lambda s, p: [(p / f / "readme").write_text("?") for f in ("nodes", "states", "leases")], "", 37),
+    "a file for all nodes": (lambda s, p: in_place_of(p / "nodes"), "the store .* cannot be written", 0),
+    "a file for all states": (lambda s, p: in_place_of(p / "states"), "the store .* cannot be written", 0),
+    "a file for all roots": (lambda s, p: in_place_of(p / "roots"), "began with cannot be read", 37),
+    "a file for all leases": (lambda s, p: in_place_of(p / "leases"), "", 37),
+    "all states": (lambda s, p: shutil.rmtree(p / "states"), "", 0),
+    "the whole store": (lambda s, p: shutil.rmtree(p), "", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("harm", "words", "taken"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_named_and_costs_steps_but_no_bit(tmp_path: Path, alone: Any, stocked: Any, harm: Harm, words: str, taken: int) -> None:
+    cfg, watch = config(), Watch()
+    store = stocked(tmp_path / "store", cfg)
+    harm(store, tmp_path / "store")
+    summary = train(cfg, tmp_path, store=store, progress=watch)
+    assert re.search(words, "\n".join(watch.notes)), watch.notes
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert summary["ledger"]["reused"] >= taken if words else summary["ledger"]["reused"] == taken
+    if all(path.is_dir() for path in (tmp_path / "store").iterdir() if path.name != "store.json"):
+        assert [finding for finding in store.verify() if "no file of a store" not in finding and "its root" not in finding] == []
+        if taken < STEPS:  # what was damaged has been trained again, so it is whole again
+            again = from_dict(cfg.model_dump() | {"preset": "again"})
+            assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS) and end(tmp_path / again.run_id) == alone(again)
+
+
+def test_damage_while_a_run_is_on_its_way_costs_no_bit(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    """The nodes behind it go while it trains."""
+    cfg, store = config(decay_frac=0.2), stocked(tmp_path / "store", config())
+    watch = Watch({28: lambda: [shutil.rmtree(tmp_path / "store" / name) for name in ("nodes", "states")]})
+    train(cfg, tmp_path, store=store, progress=watch)
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert watch.said("the rows up to step 27 are gone") and store.verify() == []
+
+
+@contextmanager
+def mounted(place: Path, *options: str) -> Iterator[None]:
+    if subprocess.run(["mount", *options, str(place)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_store_that_cannot_be_written_is_read(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    cfg, watch, place = config(decay_frac=0.2), Watch(), tmp_path / "store"
+    store = stocked(place, config())
+    before = {path: path.stat() for path in place.rglob("*") if path.is_file()}
+    with mounted(place, "--bind", str(place)):
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            (place / "x").touch()
+        summary = train(cfg, tmp_path, store=store, progress=watch)
+    assert watch.said("cannot be written") and sum("cannot be written" in note for note in watch.notes) == 1
+    assert summary["ledger"] == ledger(STEPS, 27) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert {path: path.stat().st_mtime for path in before} == {path: stat.st_mtime for path, stat in before.items()}
+
+
+@pytest.mark.parametrize("room", [0, 20_000, 150_000])
+def test_a_full_disk_under_the_store_costs_no_step_of_the_run(tmp_path: Path, alone: Any, room: int) -> None:
+    cfg, watch, place = config(), Watch(), tmp_path / "store"
+    place.mkdir()
+    with mounted(place, "-t", "tmpfs", "-o", "size=2m", "tmpfs"):
+        store = Store(place)
+        store.begin("0" * 64, {})
+        disk = os.statvfs(place)
+        (place / "new").mkdir(exist_ok=True)
+        (place / "new" / "ballast").write_bytes(b"x" * max(0, disk.f_bavail * disk.f_frsize - room))
+        summary = train(cfg, tmp_path, store=store, progress=watch)
+        assert summary["ledger"] == ledger(STEPS, 0) and end(tmp_path / cfg.run_id) == alone(cfg)
+        assert watch.said("nothing more is kept in it") and (watch.said("o space left")), watch.notes
+        assert store.node_keys() == set() and held(store) == {} and [path.name for path in (place / "new").iterdir()] == ["ballast"]
+        (place / "new" / "ballast").unlink()
+        again = from_dict(cfg.model_dump() | {"preset": "again"})
+        train(again, tmp_path, store=store)
+        assert end(tmp_path / again.run_id) == alone(again) and len(store.node_keys()) == 4
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_clock_that_jumps_does_no_harm(tmp_path: Path, alone: Any, stocked: Any, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    cfg, real = config(decay_frac=0.2), time.time
+    store = stocked(tmp_path / "store", config())
+    store.size = 5 * node(store, 18).size + 1000
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    for path in (tmp_path / "store" / "states").iterdir():
+        os.utime(path, (real() - jump, real() - jump))
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27)
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert [finding for finding in store.verify() if "used in the future" not in finding] == [] and held(store) == {}
+    assert store.files.list("states").keys() >= {f"{store.node(keys(cfg)[STEPS], rows=False).state}.safetensors"}
+
+
+def test_an_error_that_nobody_thought_of_costs_no_step_of_the_run(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's own, say, of a place that fsspec opens."""
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("the bucket has a hole")
+
+    cfg, store, watch = config(), Store(tmp_path / "store"), Watch()
+    monkeypatch.setattr(Store, "save", broken)
+    assert train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0) and held(store) == {}
+    assert watch.said("RuntimeError('the bucket has a hole')); nothing more is kept in it") and end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+def test_eviction_costs_steps_only(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    """Room for one state: each new one drives out the one before it."""
+    store = Store(tmp_path / "store", size=node(stocked(tmp_path / "full", config()), 18).size + 1000)
+    train(config(), tmp_path, store=store)
+    assert len(store.states()) == 1 and len(store.node_keys()) == 4
+    for cfg, taken in ((config(decay_frac=0.2), 0), (config(preset="again"), 0), (config(preset="third"), STEPS)):
+        assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, taken)
+        assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
+
+
+# -- other machines
+
+
+def test_another_number_of_threads_shares_nothing_and_says_why(tmp_path: Path, alone: Any, stocked: Any) -> None:
+    cfg, watch = config(threads=2), Watch()
+    try:
+        summary = train(cfg, tmp_path, store=stocked(tmp_path / "store", config()), progress=watch)
+    finally:
+        torch.set_num_threads(1)
+    assert summary["ledger"] == ledger(STEPS, 0)
+    assert watch.said("the store has this run's beginning, but with other bits, so nothing of it is taken (machine_class threads: 1 there")
+    watch = Watch()
+    train(config(lr=0.02), tmp_path, store=stocked(tmp_path / "another", config()), progress=watch)
+    assert not watch.said("other bits"), "the same machine, and steps that part at once"
+
+
+@pytest.mark.parametrize("what", ["device", "torch"])
+def test_another_machine_or_library_shares_nothing_and_says_why(
+    tmp_path: Path, stocked: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    cfg, watch, versions = config(), Watch(), machine.versions
+    store = stocked(tmp_path / "store", cfg)
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Another CPU")
+    if what == "torch":
+        monkeypatch.undo()
+        monkeypatch.setattr(reuse, "versions", lambda: versions() | {"torch": "9.9"})
+    assert train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0)
+    assert watch.said(f"nothing of it is taken ({'machine_class device' if what == 'device' else 'versions torch'}: ")
+    assert len(store.node_keys()) == 8, "and leaves its own beside"
+
+
+# -- runs that fail
+
+
+def test_a_run_that_diverges_leaves_no_lease_and_nothing_wrong(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, store, calls = config(), Store(tmp_path / "store"), [0]
+    original = trainer.compute_loss
+
+    def planted(*args: Any) -> Any:
+        calls[0] += 1
+        loss, plain = original(*args)
+        return (loss * torch.inf, plain * torch.inf) if calls[0] == 30 else (loss, plain)
+
+    monkeypatch.setattr(trainer, "compute_loss", planted)
+    with pytest.raises(Diverged, match="at step 30"):
+        train(cfg, tmp_path, store=store)
+    monkeypatch.undo()
+    assert held(store) == {} and [entry.step for entry in store.summary()[0]] == [18, 27] and store.verify() == []
+    other = config(decay_shape="sqrt")  # nobody waits for it
+    assert train(other, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(tmp_path / other.run_id) == alone(other)
+    train(cfg, tmp_path, store=store)
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+def test_a_config_that_diverges_does_so_from_the_store_too(tmp_path: Path) -> None:
+    cfg, store = config(lr=1000.0, weight_decay=100.0, schedule="constant", eval_per_epoch=40), Store(tmp_path / "store")
+    said = set()
+    for i in range(2):
+        with pytest.raises(Diverged) as e:
+            train(cfg, tmp_path / str(i), store=store)
+        said.add(str(e.value))
+    assert len(said) == 1 and store.node_keys() and store.verify() == [] and held(store) == {}
+    assert all(tensor.isfinite().all() for entry in store.summary()[0] for tensor in store.load(entry).values())
+    assert rows(tmp_path / "0" / cfg.run_id) == rows(tmp_path / "1" / cfg.run_id) and reused(tmp_path / "1" / cfg.run_id)
+
+
+# -- a batch of runs
+
+LADDER = """
+[[steps]]
+name = "one"
+[[steps]]
+name = "shape"
+decay_shape = "sqrt"
+[[steps]]
+name = "start"
+decay_frac = 0.2
+decay_shape = "linear"
+[[steps]]
+name = "twin"
+decay_frac = 0.2
+[[steps]]
+name = "apart"
+lr = 0.02
+[[steps]]
+name = "longer"
+lr = 0.01
+epochs = 2
+"""
+
+
+def ask(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def test_a_ladder_trains_each_step_of_its_tree_once(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, ladder = tmp_path / "runs", tmp_path / "ladder.toml"
+    ladder.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in (TINY | SMALL).items()) + LADDER)
+    sets: list[str] = []
+    planned = json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)
+    assert not out.exists(), "a plan trains nothing and leaves nothing"
+    text = ask("train", "--preset", ladder, *sets, "--out", out, "--plan").stdout
+    assert f"steps asked: {planned['asked']}; to train: {planned['to_train']} (1/" in text and "nothing is trained now" in text
+    pins: list[set[str]] = []
+    original = Store.save
+
+    def spy(self: Store, *args: Any) -> Any:
+        pins.append(self.pinned())
+        return original(self, *args)
+
+    monkeypatch.setattr(Store, "save", spy)
+    summaries = json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--json").stdout)
+    ledgers = [summary["ledger"] for summary in summaries]
+    configs = [RunDir(out / summary["run"]).config() for summary in summaries]
+    distinct = {key for cfg in configs for key in keys(cfg)[1:]}
+    assert sum(entry["trained"] for entry in ledgers) == planned["to_train"] == len(distinct)
+    assert sum(entry["asked"] for entry in ledgers) == planned["asked"] == 5 * STEPS + 74
+    assert [entry["trained"] for entry in ledgers[1:5]] == [10, 10, 0, STEPS]
+    for cfg in configs:
+        assert end(out / cfg.run_id) == alone(cfg)
+    store = Store(out / ".store")
+    assert store.verify() == [] and held(store) == {}
+    assert all(pins) and store.pinned() == set() and list((out / ".store" / "pins").iterdir()) == []
+    assert json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)["to_train"] == 0
+
+
+def test_a_ladder_that_fails_unpins_too(tmp_path: Path) -> None:
+    ladder = tmp_path / "ladder.toml"
+    ladder.write_text(
+        "lr = 1000.0\nweight_decay = 100.0\noptimizer = 'adamw'\n[[steps]]\nname = 'a'\n[[steps]]\nname = 'b'\nschedule = 'wsd'\n"
+    )
+    assert ask("train", "--preset", ladder, *tiny_sets(num_titles=200, n_layer=1, eval_per_epoch=40), "--out", tmp_path).exit_code == 3
+    store = Store(tmp_path / ".store")
+    assert store.pinned() == set() and held(store) == {} and store.verify() == []
+
+
+def test_without_a_store_there_is_no_trace_of_one(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = tiny_sets(**SMALL)
+    monkeypatch.setenv("MAINRUN_STORE", str(tmp_path / "elsewhere"))
+    summary = json.loads(ask("train", "--preset", "baseline", *sets, "--out", tmp_path / "runs", "--no-store", "--json").stdout)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"} and [path.name for path in (tmp_path / "runs").iterdir()] == [
+        summary["run"]
+    ]
+    again = json.loads(ask("train", "--preset", "baseline", *sets, "--out", tmp_path / "more", "--json").stdout)
+    assert len(Store(tmp_path / "elsewhere").node_keys()) == 4 and again["ledger"] == summary["ledger"] == ledger(STEPS, 0)
+    assert end(tmp_path / "more" / again["run"]) == end(tmp_path / "runs" / summary["run"])
+
+
+# -- real processes
+
+WORKER = """
+import sys, time
+from mainrun.store import leases
+leases.Leases.__init__.__defaults__ = (float(sys.argv.pop(1)),)
+pace = float(sys.argv.pop(1))
+from mainrun import train
+gradients = train.gradients
+train.gradients = lambda *args: (time.sleep(pace), gradients(*args))[1]
+from mainrun.cli import main
+main()
+"""
+
+
+class Worker:
+    """`mainrun train` in a process of its own, its steps slowed down to be met, its leases short."""
+
+    def __init__(self, out: Path, store: Path, pace: float = 0.0, ttl: float = 30.0, **changes: Any) -> None:
+        self.out = out
+        sets = tiny_sets(**SMALL | changes)
+        command = [sys.executable, "-c", WORKER, str(ttl), str(pace), "train", "--preset", "baseline", *sets]
+        command += ["--out", str(out), "--store", str(store), "--json"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)  # type: ignore[call-overload]
+
+    def until(self, step: int) -> None:
+        """It has trained so far."""
+        deadline = time.monotonic() + 120
+        while True:
+            for path in self.out.glob("*/metrics.jsonl"):
+                if path.read_text().count('"step", "step"') >= step:
+                    return
+            assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()
+            time.sleep(0.005)
+
+    def summary(self) -> dict[str, Any]:
+        stdout, self.stderr = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, self.stderr
+        return json.loads(stdout)
+
+    def end(self) -> dict[str, Any]:
+        (path,) = self.out.glob("*/summary.json")
+        return end(path.parent)
+
+
+@pytest.fixture
+def worker() -> Iterator[Callable[..., Worker]]:
+    begun: list[Worker] = []
+
+    def begin(*args: Any, **changes: Any) -> Worker:
+        begun.append(Worker(*args, **changes))
+        return begun[-1]
+
+    yield begin
+    for entry in begun:
+        with suppress(ProcessLookupError):
+            entry.process.send_signal(signal.SIGCONT)
+        entry.process.kill()
+        entry.process.communicate()
+
+
+def baseline(**changes: Any) -> TrainConfig:
+    from mainrun.config import load
+
+    return from_dict(load("baseline")[0].model_dump() | TINY | SMALL | changes)
+
+
+@pytest.mark.slow
+def test_a_real_kill_at_any_moment_costs_no_bit(tmp_path: Path, worker: Any, alone: Any) -> None:
+    chance, kills, cfg = random.Random(1), 2, baseline(checkpoint_every=12)
+    reached = 0
+    for i in range(kills):
+        one = worker(tmp_path / "runs", tmp_path / "store", 0.02, checkpoint_every=12)
+        one.until(chance.randint(reached + 1, 10 + 12 * i))
+        time.sleep(chance.random() * 0.04)
+        one.process.kill()
+        one.process.communicate()
+        reached = len(rows(tmp_path / "runs" / cfg.run_id)) - 3
+    last = worker(tmp_path / "runs", tmp_path / "store", checkpoint_every=12)
+    found = last.summary()
+    assert last.end() == alone(cfg)
+    book = found["ledger"]
+    assert book["asked"] == book["trained"] + book["reused"] == STEPS + book["wasted"] and book["reused"] == 0, book
+    store = Store(tmp_path / "store")
+    assert store.verify() == [] and held(store) == {}
+    again = worker(tmp_path / "again", tmp_path / "store", checkpoint_every=12)
+    assert again.summary()["ledger"] == ledger(STEPS, STEPS) and again.end() == alone(cfg)
+
+
+@pytest.mark.slow
+def test_two_processes_that_want_the_same_steps_train_them_once(tmp_path: Path, worker: Any, alone: Any) -> None:
+    changes = [{}, {"decay_frac": 0.2}]
+    both = [worker(tmp_path / str(i), tmp_path / "store", 0.03, **change) for i, change in enumerate(changes)]
+    trained = sum(one.summary()["ledger"]["trained"] for one in both)
+    assert trained == len({key for change in changes for key in keys(baseline(**change))[1:]}) == STEPS + 10
+    for one, change in zip(both, changes, strict=True):
+        assert one.end() == alone(baseline(**change))
+    store = Store(tmp_path / "store")
+    assert store.verify() == [] and held(store) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_holder_that_is_gone_is_taken_over(tmp_path: Path, worker: Any, alone: Any, how: str) -> None:
+    """Killed: at once. Stopped: when its beats have stopped for long enough; it comes back, is too late, and still ends right."""
+    one = worker(tmp_path / "one", tmp_path / "store", 0.05, ttl=3.0)
+    one.until(8)
+    (key,) = held(Store(tmp_path / "store"))
+    two = worker(tmp_path / "two", tmp_path / "store", 0.2, ttl=3.0)
+    one.process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    two.until(10)
+    if how == "stopped":
+        assert (tmp_path / "store" / "leases" / f"{key}.000002").exists()
+        one.process.send_signal(signal.SIGCONT)
+        one.summary()
+        assert "step 18 is not kept in the store: another process has taken these steps over" in one.stderr
+        assert one.end() == alone(baseline())
+    found = two.summary()
+    assert two.end() == alone(baseline()) and found["ledger"]["wasted"] == 0
+    assert ("waiting for" in two.stderr) == (how == "stopped")
+    store = Store(tmp_path / "store")
+    assert store.verify() == [] and held(store) == {}
+
+
+@pytest.mark.slow
+def test_a_waiting_process_that_is_asked_to_stop_ends_with_75_and_goes_on_later(tmp_path: Path, worker: Any, alone: Any) -> None:
+    one = worker(tmp_path / "one", tmp_path / "store", 1.0)
+    one.until(1)
+    two = worker(tmp_path / "two", tmp_path / "store")
+    for line in two.process.stderr:
+        if "waiting for" in line:
+            break
+    one.process.send_signal(signal.SIGSTOP)
+    two.process.terminate()
+    two.process.communicate()
+    assert two.process.returncode == 75
+    one.process.kill()
+    two = worker(tmp_path / "two", tmp_path / "store")
+    assert two.summary()["ledger"] == ledger(STEPS, 0) and two.end() == alone(baseline())
+
+
+@pytest.mark.slow
+def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
+    """torchrun with gloo; the bits are those of its own run from scratch with two processes."""
+
+    def two(out: str, *arguments: str, **changes: Any) -> dict[str, Any]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mainrun", "train"]
+        sets = tiny_sets(**SMALL | changes)
+        command += ["--preset", "baseline", *sets, "--out", str(tmp_path / out), "--json", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    place = ["--store", str(tmp_path / "store")]
+    two("first", *place)
+    later = two("second", *place, decay_frac=0.2)
+    scratch = two("scratch", "--no-store", decay_frac=0.2)
+    assert later["ledger"] == ledger(STEPS, 27) and scratch["ledger"] == ledger(STEPS, 0)
+    assert end(tmp_path / "second" / later["run"]) == end(tmp_path / "scratch" / scratch["run"])
+    watch = Watch()
+    train(baseline(), tmp_path, store=Store(tmp_path / "store"), progress=watch)
+    assert watch.said("nothing of it is taken (machine_class processes: 2 there, 1 here)")
+
+
+# -- everything at once
+
+
+@pytest.mark.slow
+def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 times: a run of some config, killed at some moment (perhaps while a node is written), the store short of something, again."""
+    configs = [
+        config(num_titles=120, block_size=8, log_every=log, checkpoint_every=every, **changes)
+        for log, every, changes in (
+            (1, 10, {}), (1, 1000, {"decay_frac": 0.2}), (7, 7, {"decay_shape": "sqrt"}), (1, 15, {"swa": 0.4}),
+            (1, 9, {"eval_per_epoch": 3}), (1, 12, late("set_batch_size", 4)), (3, 20, {"epochs": 2, "decay_frac": 0.1}),
+        )
+    ]  # fmt: skip
+    corpora, prepared = functools.cache(trainer.load_corpus), functools.cache(lambda cfg: prepare(cfg, corpora(cfg)))
+    prepare = trainer.prepare
+    monkeypatch.setattr(trainer, "load_corpus", corpora)
+    monkeypatch.setattr(trainer, "prepare", lambda cfg, corpus: prepared(cfg))
+    monkeypatch.setattr(sitting, "guards", lambda evidence: [])
+    scratch = {}
+    for cfg in configs:
+        train(cfg, tmp_path / "alone")
+        scratch[cfg.run_id] = end(tmp_path / "alone" / cfg.run_id)
+    dead = {"boot": leases._boot(), "pid": 2**22 + 1, "started": "1"}  # one run at a time: whoever else holds a lease is dead
+    monkeypatch.setattr(leases, "me", lambda: dead)
+    monkeypatch.setattr(nodes.os, "fsync", lambda fd: None)
+    gone = False
+
+    def guarded(name: str) -> Callable[..., Any]:
+        original = getattr(Folder, name)
+
+        def call(self: Folder, *args: Any) -> Any:
+            nonlocal left
+            if left is not None:
+                left -= 1
+            if gone or left == 0:
+                raise Killed
+            return original(self, *args)
+
+        return call
+
+    def close(self: Any) -> None:
+        """A killed process releases nothing."""
+        nonlocal gone
+        gone = gone or isinstance(sys.exc_info()[1], Killed)
+        original_close(self)
+        if gone and self._lease:
+            self._lease._over.set()
+
+    left: int | None = None
+    original_close = reuse.Reuse.close
+    for name in ("write", "create", "put", "remove"):
+        monkeypatch.setattr(Folder, name, guarded(name))
+    original_free = reuse.Reuse._free
+    monkeypatch.setattr(reuse.Reuse, "_free", lambda self: None if gone else original_free(self))
+    monkeypatch.setattr(reuse.Reuse, "close", close)
+    trained = killed = 0
+    for seed in range(200):
+        chance = random.Random(seed)
+        if seed % 10 == 0:
+            shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        store = Store(tmp_path / "store", size=chance.choice([200_000, 10**9, 10**9]))
+        cfg = chance.choice(configs)
+        steps = scratch[cfg.run_id]["steps"]
+        kill = chance.choice([chance.randint(1, steps), None])
+        left = chance.choice([None, chance.randint(1, 30)])
+        fresh = chance.random() < 0.1
+        try:
+            train(cfg, tmp_path / "runs", store=store, fresh=fresh, progress=Watch({kill: crash} if kill else {}))
+        except Killed:
+            killed += 1
+        gone, left = False, None
+        states = sorted((tmp_path / "store").glob("states/*"))
+        for path in chance.sample(states, chance.randint(0, len(states)) if chance.random() < 0.5 else 0):
+            path.unlink()
+        if states and chance.random() < 0.2 and (damaged := chance.choice(states)).exists():
+            flip(damaged)
+        if (made := sorted((tmp_path / "store").glob("nodes/*"))) and chance.random() < 0.2:
+            chance.choice([Path.unlink, flip])(chance.choice(made))
+        summary = train(cfg, tmp_path / "runs", store=store, fresh=chance.random() < 0.05)
+        assert end(tmp_path / "runs" / cfg.run_id) == scratch[cfg.run_id], seed
+        book = summary["ledger"]
+        assert book["asked"] == steps + book["wasted"] == book["trained"] + book["reused"] and min(book.values()) >= 0, (seed, book)
+        trained += book["trained"]
+    assert killed > 60, "else it proves little"
+
+
+# -- beside the training
+
+
+@pytest.mark.slow
+def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: Path) -> None:
+    """27 million weights with AdamW's moments. A busy machine is allowed for by what the bare work takes at the same moment."""
+    cfg = config()
+    size = 27_000_000
+    tensors = {f"{name}/{i}": torch.randn(size // 9) for name in ("model", "optimizer/m", "optimizer/v") for i in range(9)}
+    store, plan = Store(tmp_path / "store"), Plan(cfg, 37 * 128 + 1)
+    keeper = reuse.Reuse(store, cfg, plan, Machine(cfg), {}, "", lambda text: None, keep=range(1, 9))
+    assert plan.steps == STEPS
+    spent: dict[str, float] = {}
+    state = SimpleNamespace(step=0, presented=0, tensors=lambda: tensors)
+    state.clock = lambda part: trainer.State.clock(SimpleNamespace(spent=spent), part)  # type: ignore[arg-type]
+    stalls, saves = [], []
+    for step in range(1, 5):
+        state.step = step
+        started = time.perf_counter()
+        held_here = {name: tensor.clone() for name, tensor in tensors.items()}
+        bare = time.perf_counter() - started
+        del held_here
+        started = time.perf_counter()
+        keeper.publish(state)  # type: ignore[arg-type]
+        stalls.append((time.perf_counter() - started) / max(0.3, 2 * bare) * 0.3)
+        assert keeper._writing is not None
+        keeper._writing.result()  # each alone
+    (plain,) = [entry for entry in store.summary()[0] if entry.step == 4]
+    for i in range(3):
+        tensors["model/0"][0] = float(i)
+        started = time.perf_counter()
+        checkpoint.save_tensors(tensors, tmp_path / "bare")
+        nodes.sha256(tmp_path / "bare")
+        bare = time.perf_counter() - started
+        started = time.perf_counter()
+        store.save(Node(**(vars(plain) | {"key": f"{i}" * 64})), tensors)
+        saves.append((time.perf_counter() - started) / max(1.5, 2 * bare) * 1.5)
+    keeper.close()
+    print(f"stall {min(stalls):.2f} s, save {min(saves):.2f} s")
+    assert min(stalls) < 0.3 and min(saves) < 1.5
