@@ -34,6 +34,7 @@ FORMAT = 1
 SIZE = 20_000_000_000  # bytes of states, unless asked otherwise
 KEY = re.compile(r"[0-9a-f]{64}")
 STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
+BATCH = 7 * 86_400.0  # seconds that a batch may pin its nodes
 AHEAD = 3600.0  # seconds that a clock may differ from another before it is worth a word
 
 
@@ -96,6 +97,8 @@ def _parse(key: str, text: bytes, *, whole: bool) -> Node:
             raise Damaged("its first line was changed after it was written")
         if line["key"] != key:
             raise Damaged(f"it is the node {line['key'][:12]} under another name")
+        if not 0 <= line["begins"] < line["step"]:
+            raise Damaged("it says that it comes before itself")
         if whole and line["rows_sha256"] != hashlib.sha256(body).hexdigest():
             raise Damaged("its rows are torn or were changed after they were written")
         return Node(**line, rows=tuple(json.loads(row) for row in body.splitlines()) if whole else ())
@@ -264,9 +267,14 @@ class Store:
 
     def pinned(self) -> set[str]:
         keys: set[str] = set()
-        for name in self.files.names("pins"):
+        for name in self.files.names("pins") - self._old_pins():
             keys |= self._pin(name) or set()
         return keys
+
+    def _old_pins(self) -> set[str]:
+        """Of batches that were killed, presumably: one that lives is done within a week, or its nodes are used."""
+        old = time.time() - BATCH
+        return {name for name, entry in self.files.list("pins").items() if name.startswith("batch-") and entry.modified < old}
 
     def _pin(self, name: str) -> set[str] | None:
         """None when it is damaged: it pins nothing then."""
@@ -389,6 +397,8 @@ class Store:
         damaged += [f"nodes/{node.key}" for node in nodes.values() if _misplaced(node, nodes.get(node.parent))]
         damaged += [f"roots/{root}" for root in self.files.names("roots") if KEY.fullmatch(root) and self._root(root) is None]
         damaged += [f"pins/{name}" for name in self._torn_pins()]
+        for name in self._old_pins():
+            self.files.remove(f"pins/{name}")
         counts["damaged"] = len(damaged)
         for name in damaged:
             self.files.remove(name)
@@ -405,7 +415,9 @@ class Store:
                 counts["damaged" if torn else "orphans"] += 1
                 counts["bytes"] += entry.size
                 self.files.remove(f"states/{state}.safetensors")
-        counts["evicted"] = len(self.evict())
+        gone = self.evict()
+        counts["evicted"] = len(gone)
+        counts["bytes"] += sum(there[state].size for state in gone if state in there)
         there = self.states()
         needed: set[str] = set()
         for node in sorted(nodes.values(), key=lambda node: -node.step):

@@ -1,8 +1,9 @@
 """What a batch of runs that are known together has to train: the tree of their segments. No torch.
 
-Runs part where their keys part. Each segment of the tree is trained by one run, its first: at a fork the run whose way on takes
-longest goes on, the others begin from the node that it leaves there. So every run has a beginning of its own, and is ready as
-soon as the run that passes there has passed; of those that are ready the one with the longest way behind it goes first.
+Runs part where their keys part. Each segment of the tree is trained by one run: at a fork the run whose way on is the longest goes
+on, the others begin from the node that it leaves there. So every run has a beginning of its own, and is ready as soon as the run
+that passes there has passed. Nothing that waits for a run ends later than it does: its own way is the critical path, and of those
+that are ready the one with the longest way goes first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ class Part:
     end: int
     after: str | None  # the run that comes through `begin`; None: nobody has to be waited for
     forks: list[int] = field(default_factory=list)  # steps at which others begin, so at which a node is kept
-    ahead: int = 0  # steps from `begin` to the end of all that waits for it, the critical path
 
     @property
     def steps(self) -> int:
@@ -38,10 +38,6 @@ class Batch:
     @property
     def steps(self) -> int:
         return sum(part.steps for part in self.parts)
-
-    def keep(self) -> dict[str, list[int]]:
-        """Of each run, the steps at which a node has to be left for others."""
-        return {part.name: part.forks for part in self.parts}
 
 
 def plan(chains: Mapping[str, Sequence[str]], stored: set[str] = frozenset()) -> Batch:  # type: ignore[assignment]
@@ -63,14 +59,7 @@ def plan(chains: Mapping[str, Sequence[str]], stored: set[str] = frozenset()) ->
             apart.setdefault((fork, way), []).append(name)
         part.forks = sorted({fork for fork, _ in apart if fork > begin})
         work += [(group, fork, first if fork > begin else after) for (fork, _), group in apart.items()]
-    children: dict[str, list[Part]] = {}
-    for part in parts.values():
-        if part.after:
-            children.setdefault(part.after, []).append(part)
-    for part in sorted(parts.values(), key=lambda part: -_depth(part, parts)):
-        waits = [child.begin - part.begin + child.ahead for child in children.get(part.name, [])]
-        part.ahead = max([part.steps, *waits])
-    order = sorted(parts.values(), key=lambda part: (_depth(part, parts), -part.ahead, part.name))
+    order = sorted(parts.values(), key=lambda part: (_depth(part, parts), -part.steps, part.name))
     return Batch(_by_readiness(order), sum(len(keys) - 1 for keys in chains.values()))
 
 
@@ -94,7 +83,7 @@ def _by_readiness(order: list[Part]) -> list[Part]:
     """Nobody before the run that leaves its beginning; of the others the longest way first."""
     waiting: dict[str | None, list[tuple[int, int, Part]]] = {}
     for place, part in enumerate(order):
-        waiting.setdefault(part.after, []).append((-part.ahead, place, part))
+        waiting.setdefault(part.after, []).append((-part.steps, place, part))
     ready, found = waiting.get(None, []), []
     heapq.heapify(ready)
     while ready:
