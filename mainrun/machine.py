@@ -185,6 +185,16 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
     return 15 + 8 * cfg.n_layer, share * flops / speed
 
 
+def _source() -> str:
+    found = hashlib.sha256()
+    for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
+        found.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
+    return found.hexdigest()
+
+
+SOURCE = _source()  # once, at the start: an edit while this process lives is not what it computes with
+
+
 def versions() -> dict[str, str]:
     """Of everything that computes: Python, the libraries, and mainrun by the hash of its own files that do."""
     import numpy
@@ -192,11 +202,8 @@ def versions() -> dict[str, str]:
     import sentencepiece
     import tokenizers
 
-    source = hashlib.sha256()
-    for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
-        source.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
     found = {m.__name__: str(m.__version__) for m in (torch, numpy, tokenizers, sentencepiece, safetensors)}
-    return {"python": platform.python_version(), "mainrun": source.hexdigest(), **found}
+    return {"python": platform.python_version(), "mainrun": SOURCE, **found}
 
 
 class StopFlag:

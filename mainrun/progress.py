@@ -24,7 +24,7 @@ REFRESH_SHARE = 0.01  # ... or longer, so that drawing takes at most this share 
 def make_progress(quiet: bool = False) -> Progress:
     """The right one for where stderr goes."""
     if quiet:
-        return Progress()
+        return QUIET
     if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown"):
         from rich.console import Console
 
@@ -49,6 +49,9 @@ class Progress:
 
     def close(self) -> None:
         """The run ended, well or not. May be called twice."""
+
+
+QUIET = Progress()
 
 
 class Lines(Progress):

@@ -22,7 +22,6 @@ from mainrun.store.rundir import FULL, Metrics
 if TYPE_CHECKING:
     from mainrun.train import State
 
-Steps = Iterable[int]
 POLL = 0.1  # seconds between two looks at a lease
 
 
@@ -36,14 +35,16 @@ class Reuse:
         fingerprints: dict[str, str],
         tokens: str,
         note: Callable[[str], None],
-        keep: Steps = (),
+        keep: Iterable[int] = (),
+        until: int = 0,
         fresh: bool = False,
     ) -> None:
         self.store, self.cfg, self.plan, self.machine, self.note = store, cfg, plan, machine, note
         self.begun = lineage.origin(cfg, fingerprints, tokens, versions(), machine.facts)
         self.keys = lineage.chain(lineage.root(self.begun), plan)
         # the first evaluation is after step 1: a node there would save one step
-        self.stops = sorted({*plan.breaks, *plan.eval_steps - {1}, *keep, plan.steps} & set(range(1, plan.steps + 1)))
+        self.until = min(until or plan.steps, plan.steps)
+        self.stops = sorted({*plan.breaks, *plan.eval_steps - {1}, *keep, self.until} & set(range(1, self.until + 1)))
         self.reads, self.writes = not fresh, True
         self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
         self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
@@ -59,8 +60,11 @@ class Reuse:
 
     # -- taking
 
-    def advance(self, state: State, metrics: Metrics | None, stop: StopFlag) -> None:
-        """Go on from the deepest node there is, and hold the lease on the next one; wait while others train towards it."""
+    def advance(self, state: State, metrics: Metrics | None, stop: StopFlag) -> bool:
+        """Go on from the deepest node there is, and hold the lease on the next one; wait while others train towards it.
+
+        True: the state stands where this run wants a score and nobody had one. Call again when it has it.
+        """
         with state.clock("store"):
             self.unscored = False
             if self.machine.leads:
@@ -71,10 +75,11 @@ class Reuse:
                 node = self.store.node(self.keys[step], rows=False)
                 state.load(self.store.load(node), node.step, node.presented)
         self._since = time.perf_counter()
+        return self.unscored
 
     def _settle(self, state: State, metrics: Metrics | None, stop: StopFlag) -> None:
         waited = False
-        while state.step < self.plan.steps and not stop.asked:
+        while state.step < self.until and not stop.asked:
             try:
                 if self.reads and self._take(state, metrics):
                     if self.unscored:  # before anything else
@@ -114,7 +119,7 @@ class Reuse:
         """Who trains towards a node further on this chain, and leaves the scores that this run needs."""
         if not (active := self._leases.active()):
             return None
-        ahead = {key: i for i, key in enumerate(self.keys) if i > step}
+        ahead = {key: i for i, key in enumerate(self.keys[: self.until + 1]) if i > step}
         for key, holder in active.items():
             target = ahead.get(key)
             if target is not None:
@@ -132,9 +137,10 @@ class Reuse:
                 continue
             first = state.step
             state.load(tensors, node.step, node.presented)
-            mine = sum(first < step <= node.step for step in self.own)
-            state.reused += node.step - first - mine
-            state.wasted -= mine
+            others = [step for step in range(first + 1, node.step + 1) if step not in self.own]
+            state.ledger["reused"] += len(others)
+            state.ledger["reused_tokens"] += sum(self.plan.stretch(step - 1).span for step in others)
+            state.ledger["wasted"] -= node.step - first - len(others)
             scored = False
             for row in self._shown(past, first):
                 scored |= row["event"] == "eval" and row["step"] == node.step
@@ -151,7 +157,7 @@ class Reuse:
     def _usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
         """Nodes further on this chain, the deepest first, each with those that hold the rows on the way to it, the first first."""
         there, states = self.store.node_keys(), None
-        for further in range(len(self.keys) - 1, step, -1):
+        for further in range(self.until, step, -1):
             if self.keys[further] not in there:
                 continue
             states = self.store.states() if states is None else states

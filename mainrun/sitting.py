@@ -76,7 +76,7 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
             progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
     lost = {step for step in own if step > state.step}  # some of these may be in the store
-    state.wasted += len(lost)
+    state.ledger["wasted"] += len(lost)
     if reuse:
         reuse.own = lost
         if found:
@@ -120,7 +120,9 @@ def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> Non
 def _load(state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """A checkpoint, and what the sittings before it have cost."""
     state.load(tensors, meta["step"], meta["presented"])
-    state.resumed, state.reused, state.wasted = meta["resumed"] + 1, meta.get("reused", 0), meta.get("wasted", 0)
+    state.saved = state.step
+    state.resumed = meta["resumed"] + 1
+    state.ledger |= meta.get("ledger", {})
     state.spent = {part: meta["spent"].get(part, 0.0) + state.spent.get(part, 0.0) for part in {**meta["spent"], **state.spent}}
 
 
@@ -156,7 +158,7 @@ def ending(machine: Machine, run: RunDir, state: State, plan: Plan, parts: Seque
 def finish(run: RunDir, state: State, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
     """What all of it took, and the last words of a run that is done."""
     seconds = sum(state.spent.values())
-    trained = plan.tokens(plan.steps) * (1 - state.reused / plan.steps)
+    trained = plan.tokens(plan.steps) - state.ledger["reused_tokens"]
     summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": state.spent}
     run.write("summary.json", summary)
     run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
@@ -192,10 +194,10 @@ def summarize(
         "params": sum(p.numel() for p in state.model.parameters()),
         "tokens": tokens,
         "ledger": {
-            "asked": plan.steps + state.wasted,
-            "trained": plan.steps + state.wasted - state.reused,
-            "reused": state.reused,
-            "wasted": state.wasted,
+            "asked": plan.steps + state.ledger["wasted"],
+            "trained": plan.steps + state.ledger["wasted"] - state.ledger["reused"],
+            "reused": state.ledger["reused"],
+            "wasted": state.ledger["wasted"],
         },
         "presentations": ledger,
         "flops": state.presented * flops_per_token(cfg, state.model),

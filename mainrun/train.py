@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,13 @@ from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
 from mainrun.errors import Diverged, Interrupted
 from mainrun.machine import Machine, StopFlag
-from mainrun.progress import Progress, make_progress
-from mainrun.reuse import Reuse, Steps
+from mainrun.progress import QUIET, Progress
+from mainrun.reuse import Reuse
 from mainrun.sitting import check_spans, ending, environment, finish, follow, resume, score, summarize
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
 from mainrun.tokens import EOS, Batches, TokenData, prepare
-
-Summary = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. Shapes: B rows, T tokens, D width, H heads, K heads of keys and values, h width of a head, V vocabulary.
@@ -464,10 +462,10 @@ class State:
         self.model = model
         self.optimizers = Optimizers(cfg, model)
         self.average = Average(cfg, model)
-        self.step = 0  # steps done
+        self.step = self.saved = 0  # steps done; of them in the run's own checkpoint
         self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
         self.resumed = 0
-        self.reused = self.wasted = 0  # steps taken from the store; trained and lost again
+        self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}  # steps taken from the store; steps trained, and lost again
         self.spent: dict[str, float] = {}  # seconds, by what they went into
 
     @contextmanager
@@ -495,30 +493,36 @@ class State:
 
 
 def train(
-    cfg: TrainConfig, out: Path, *, fresh: bool = False, progress: Progress | None = None, store: Store | None = None, keep: Steps = ()
-) -> Summary:
-    """Train a config to its end, from its last checkpoint or what the store has of it. `keep`: more steps for the store to keep."""
-    with StopFlag() as stop:  # from the start: a signal while the data is prepared is obeyed before the first step
-        return _train(cfg, Path(out), fresh, progress or make_progress(quiet=True), stop, store, keep)
+    cfg: TrainConfig,
+    out: Path,
+    *,
+    fresh: bool = False,
+    progress: Progress = QUIET,
+    store: Store | None = None,
+    keep: Iterable[int] = (),
+    until: int = 0,
+) -> dict[str, Any]:
+    """Train a config to its end, from its last checkpoint or from what the store has of it, and give the summary.
 
+    keep: steps after which the store keeps the state, besides those that the config suggests. until: stop after that step.
+    """
+    with ExitStack() as held:
+        stop = held.enter_context(StopFlag())  # from the start: a signal while data is prepared is obeyed before the first step
+        started = time.perf_counter()
+        machine = Machine(cfg)
+        progress = progress if machine.leads else QUIET
+        check_writable(Path(out))  # before the data is read, which may take a while
+        corpus = load_corpus(cfg)
+        with machine.leader_first():  # the others find its tokens in the cache
+            data = prepare(cfg, corpus)
+        read = time.perf_counter() - started
+        plan = Plan(cfg, len(data.splits["train"]))
+        check_spans(cfg, data)
+        machine.settle(cfg, plan)
 
-def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: StopFlag, store: Store | None, keep: Steps) -> Summary:
-    started = time.perf_counter()
-    machine = Machine(cfg)
-    if not machine.leads:
-        progress = make_progress(quiet=True)
-    check_writable(out)  # before the data is read, which may take a while
-    corpus = load_corpus(cfg)
-    with machine.leader_first():  # the others find its tokens in the cache
-        data = prepare(cfg, corpus)
-    read = time.perf_counter() - started
-    plan = Plan(cfg, len(data.splits["train"]))
-    check_spans(cfg, data)
-    machine.settle(cfg, plan)
-
-    with machine.leader_first():  # the others see what it has left of an earlier run
-        run = open_run(out, cfg, fresh) if machine.leads else RunDir(out / cfg.run_id)
-    try:
+        with machine.leader_first():  # the others see what it has left of an earlier run
+            run = open_run(Path(out), cfg, fresh) if machine.leads else RunDir(Path(out) / cfg.run_id)
+        held.callback(run.release)
         titles = {"fingerprints": corpus.fingerprints, "tokenizer": data.tokenizer.digest}
         check_same_data(run, titles)
         if summary := run.summary():
@@ -530,7 +534,7 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
         state.spent["data"] = read
         env = environment(machine)
-        reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, fresh) if store else None
+        reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh) if store else None
         metrics = resume(cfg, run, state, env, progress, reuse) if machine.leads else None
         if machine.world > 1:
             follow(cfg, run, state, machine)
@@ -539,15 +543,13 @@ def _train(cfg: TrainConfig, out: Path, fresh: bool, progress: Progress, stop: S
             progress.note(machine.why)
         earlier = sum(state.spent.values()) - read
         with ending(machine, run, state, plan, [reuse, progress, metrics]):
-            loop(cfg, plan, data, machine, run, state, metrics, progress, stop, reuse)
+            loop(cfg, plan, data, machine, run, state, metrics, progress, stop, reuse, until or plan.steps)
         if not machine.leads:
             return {}
         with state.average.applied(), state.clock("guards"):
             summary = summarize(cfg, plan, corpus, data, run, state, env)
         state.spent["overhead"] = state.spent.get("overhead", 0.0) + earlier + time.perf_counter() - started - sum(state.spent.values())
         return finish(run, state, plan, summary)
-    finally:
-        run.release()
 
 
 def make_runner(machine: Machine, model: GPT) -> nn.Module:
@@ -590,6 +592,7 @@ def loop(
     progress: Progress,
     stop: StopFlag,
     reuse: Reuse | None,
+    until: int,
 ) -> None:
     model, runner, warm = state.model, make_runner(machine, state.model), False
     batches = Batches(cfg, data.splits["train"])
@@ -599,18 +602,16 @@ def loop(
             state.presented += args[0].numel() * machine.world
 
     runner.register_forward_pre_hook(count)  # the ledger counts what really goes forward, not what the config says
-    last_saved = state.step
 
     def save() -> None:
-        nonlocal last_saved
-        if metrics is not None and state.step > last_saved:
+        if metrics is not None and state.step > state.saved:
             with state.clock("checkpoints"):
                 meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
                 meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
-                meta |= {"reused": state.reused, "wasted": state.wasted, "store": reuse.meta() if reuse else None}
+                meta |= {"store": reuse.meta() if reuse else None, "ledger": state.ledger}
                 checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
         machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
-        last_saved = state.step
+        state.saved = state.step
 
     def write(row: dict[str, Any], logged: bool = True) -> None:
         if reuse:
@@ -661,18 +662,17 @@ def loop(
         """Leave the state for others, and go on from what others have left further on."""
         if reuse:
             reuse.publish(state)
-            reuse.advance(state, metrics, stop)
-            if reuse.unscored:
+            while reuse.advance(state, metrics, stop):
                 evaluate(plan.at(state.step - 1).lr)
 
     share()
     clock = time.perf_counter()
     while state.step < plan.steps:
-        if (machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked)):
+        if state.step >= until or ((machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked))):
             fetch()
             report(time.perf_counter() - clock)
             save()
-            why = f"{stop.asked or 'another process stopped'} at step {state.step} of {plan.steps}"
+            why = f"{stop.asked or ('stopped' if state.step >= until else 'another process stopped')} at step {state.step} of {plan.steps}"
             raise Interrupted(f"{why}; everything is saved, the same command goes on from here")
         inputs, done = plan.at(state.step), state.step + 1
         evaluates = done in plan.eval_steps

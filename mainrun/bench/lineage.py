@@ -13,10 +13,8 @@ every final score and every weight must be the same to the bit.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +26,6 @@ from typing import Any
 from mainrun import batch
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import Interrupted, MainrunError
-from mainrun.progress import Progress
 from mainrun.store import lineage
 from mainrun.store.nodes import Node, Store
 from mainrun.store.rundir import RunDir
@@ -210,7 +207,7 @@ class Bench:
         from mainrun.train import train
 
         with suppress(Interrupted):
-            train(cfg, out, store=store, keep=keep, progress=Rung(rung))
+            train(cfg, out, store=store, keep=keep, until=rung)
         rows = [row for row in RunDir(out / cfg.run_id).metrics() if row["event"] == "step" and row["step"] <= rung]
         return float(sum(row["loss"] for row in rows[-5:]))
 
@@ -242,17 +239,6 @@ class Bench:
             self.note(f"{what}: {i + 1} of {total} trials, {time.perf_counter() - begun:.0f} s")
 
 
-class Rung(Progress):
-    """Stops the run after a step, as Ctrl-C would."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.at < row["steps"]:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def final_bits(run: RunDir) -> str:
     """The weights' hash, and every score and loss as they are written."""
     summary = run.summary()
@@ -267,7 +253,7 @@ def ledger_of(run: RunDir) -> tuple[int, float]:
     if summary := run.summary():
         return summary["ledger"]["trained"], summary["spent"]["store"]
     meta = json.loads((sorted(run.checkpoints.glob("step-*"))[-1] / "meta.json").read_text())
-    return meta["step"] - meta["reused"] + meta["wasted"], meta["spent"].get("store", 0.0)
+    return meta["step"] - meta["ledger"]["reused"] + meta["ledger"]["wasted"], meta["spent"].get("store", 0.0)
 
 
 def overheads() -> dict[str, float]:
