@@ -133,8 +133,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def _store(place: str | None, out: Path, size: str = "20GB") -> Store:
     from mainrun.store import nodes
+    from mainrun.store.rundir import check_writable
 
-    return nodes.Store(place or nodes.whereabouts(out), _bytes(size))
+    place = place or nodes.whereabouts(out)
+    if out.resolve() in Path(place).resolve().parents and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir():
+        check_writable(out)  # it is --out that is wrong, not the store
+    return nodes.Store(place, _bytes(size))
 
 
 def _bytes(text: str) -> int:

@@ -73,7 +73,7 @@ def test_the_allocator_changes_no_bit_and_stands_in_env_json(tmp_path: Path) -> 
         env = os.environ | ({"MAINRUN_ALLOCATOR": "default"} if name == "default" else {})
         command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(), "--out", str(tmp_path / name), "--quiet"]
         subprocess.run(command, env=env, check=True)
-        (run,) = map(RunDir, (tmp_path / name).iterdir())
+        (run,) = map(RunDir, (tmp_path / name).glob("[!.]*"))
         found.append((results(run), run.env()["allocator"]))
     assert found[0][0] == found[1][0] and found[1][1].startswith("default") and found[0][1] != found[1][1]
 

@@ -60,7 +60,7 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def only(out: Path) -> Path:
-    (path,) = (p for p in out.iterdir() if p.is_dir())
+    (path,) = (p for p in out.iterdir() if p.is_dir() and p.name != ".store")
     return path
 
 

@@ -46,7 +46,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def only(out: Path) -> Path:
-    (path,) = (p for p in out.iterdir() if p.is_dir())
+    (path,) = (p for p in out.iterdir() if p.is_dir() and p.name != ".store")
     return path
 
 

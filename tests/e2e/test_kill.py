@@ -39,7 +39,7 @@ def finish(out: Path, **changes: Any) -> RunDir:
 
 
 def the_run(out: Path) -> RunDir:
-    (path,) = out.iterdir()
+    (path,) = (p for p in out.iterdir() if p.name != ".store")
     return RunDir(path)
 
 
@@ -83,7 +83,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> Non
         assert process.poll() is None, f"it ended before kill {kill}: {process.communicate()[1]}"
         process.kill()
         process.communicate()
-        for run in map(RunDir, tmp_path.iterdir()):
+        for run in map(RunDir, tmp_path.glob("[!.]*")):
             run.config(), run.status(), run.env()  # whole, whenever the kill was
             steps = [r["step"] for r in run.metrics() if r["event"] == "step"]
             assert steps == list(range(1, len(steps) + 1)), "no row lost or doubled, also on the way"
