@@ -27,7 +27,7 @@ class Finding:
 
 
 def audit(store: Store, segments: int, seed: int | None = None) -> Iterator[Finding]:
-    """Of the nodes that this machine can train again, a random few."""
+    """Of the nodes whose beginning is there too, a random few."""
     nodes, damaged = store.summary()
     for key, why in damaged:
         yield Finding(_unreadable(key), "differs", why)
@@ -81,6 +81,8 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         rows.append(row | {"loss": loss, "grad_norm": norm})
         if state.step in scored:
             rows += score(cfg, data, state)
+    if node.geometry != list(cfg.geometry):
+        return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
     presented = plan.tokens(node.step) * cfg.passes
     if node.presented != presented:
         return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")

@@ -14,10 +14,10 @@ from mainrun.store.nodes import Damaged, Store
 from mainrun.tokens import TokenData, prepare
 
 
-def chains_of(configs: Iterable[TrainConfig]) -> dict[str, list[str]]:
-    """The keys of each on this machine. Data that several have in common is read once."""
+def resolved(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, list[str]]]:
+    """The plan and the keys of each on this machine. Data that several have in common is read once."""
     read: dict[tuple[Any, ...], tuple[dict[str, str], TokenData]] = {}
-    found, now = {}, versions()
+    plans, chains, now = {}, {}, versions()
     for cfg in configs:
         machine, which = Machine(cfg), tuple(getattr(cfg, field) for field in sorted(lineage.IN_TOKENS))
         if which not in read:
@@ -25,10 +25,11 @@ def chains_of(configs: Iterable[TrainConfig]) -> dict[str, list[str]]:
                 corpus = load_corpus(cfg)
                 read[which] = corpus.fingerprints, prepare(cfg, corpus)
         fingerprints, data = read[which]
-        plan = Plan(cfg, len(data.splits["train"]))
+        plans[cfg.run_id] = plan = Plan(cfg, len(data.splits["train"]))
         machine.settle(cfg, plan)
-        found[cfg.run_id] = lineage.chain(lineage.root(lineage.origin(cfg, fingerprints, data.digest, now, machine.facts)), plan)
-    return found
+        root = lineage.root(lineage.origin(cfg, fingerprints, data.digest, now, machine.facts))
+        chains[cfg.run_id] = lineage.chain(root, plan)
+    return plans, chains
 
 
 def may_share(configs: Sequence[TrainConfig]) -> bool:
@@ -43,26 +44,53 @@ class Shared:
     """A batch of runs, and what the store has of it already."""
 
     parts: planner.Batch
-    keep: dict[str, list[int]]  # of each run, the steps at which others part from it
+    keep: dict[str, list[int]]  # of each run, the steps at which others part from it, or want a score that it does not take
     keys: list[str]  # of the nodes there
     chains: dict[str, list[str]]
 
 
 def plan(configs: Iterable[TrainConfig], store: Store | None) -> Shared:
-    chains = chains_of(configs)
+    plans, chains = resolved(configs)
     forks = planner.plan(chains)
     keys = {chains[part.name][step] for part in forks.parts for step in part.forks}
+    for root in {chain[0] for chain in chains.values()}:
+        alike = [name for name, chain in chains.items() if chain[0] == root]
+        if len({(plans[name].eval_steps, plans[name].cfg.geometry) for name in alike}) > 1:
+            keys |= {chains[name][step] for name in alike for step in plans[name].eval_steps}
     keep = {name: [step for step, key in enumerate(found) if key in keys] for name, found in chains.items()}
-    return Shared(planner.plan(chains, usable(store, chains)) if store else forks, keep, sorted(keys), chains)
+    return Shared(planner.plan(chains, usable(store, plans, chains)) if store else forks, keep, sorted(keys), chains)
 
 
-def usable(store: Store, chains: dict[str, list[str]]) -> set[str]:
-    """Keys on the chains whose state is there."""
-    states, found = store.states(), set()
-    for key in store.node_keys() & {key for keys in chains.values() for key in keys}:
-        try:
-            if store.node(key, rows=False).state in states:
-                found.add(key)
-        except Damaged:
-            continue
-    return found
+def usable(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
+    """The key that each run can begin at."""
+    try:
+        states, keys = store.states(), store.node_keys()
+        found = {name: _reach(store, states.keys(), keys, plans[name], chain) for name, chain in chains.items()}
+    except OSError:  # a run that finds the same says so
+        return set()
+    at = {chains[name][step]: step for name, step in found.items() if step}
+    # one that another run may not begin at, for want of a score, counts for neither: better to promise less
+    return {
+        key for key, step in at.items() if all(len(chain) <= step or chain[step] != key or found[n] >= step for n, chain in chains.items())
+    }
+
+
+def _reach(store: Store, states: Iterable[str], keys: set[str], plan: Plan, chain: list[str]) -> int:
+    """The deepest step that a run gets to from node to node, having every score that it wants on the way."""
+    step, there = 0, set(states)
+    while True:
+        for further in range(len(chain) - 1, step, -1):
+            if chain[further] not in keys:
+                continue
+            try:
+                node = store.node(chain[further])
+                past = list(store.history(node, step))
+            except Damaged:
+                continue
+            rows = (row for part in past if part.geometry == list(plan.cfg.geometry) for row in part.rows)
+            scored = {row["step"] for row in rows if row["event"] == "eval"}
+            if node.state in there and {s for s in plan.eval_steps if step < s < further} <= scored:
+                step = further
+                break
+        else:
+            return step

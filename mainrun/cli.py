@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -131,18 +131,25 @@ StorePlace = Annotated[str | None, typer.Option("--store", metavar="PLACE", help
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
 
 
-def _store(place: str | None, out: Path, size: str = "20GB") -> Store:
+def _store(place: str | None, out: Path, size: str = "20GB", *, must: bool = False) -> Store:
+    """must: there has to be one already."""
     from mainrun.store import nodes
     from mainrun.store.rundir import check_writable
 
+    if place is not None and not place.strip():
+        raise UsageError("got --store ''; give a folder, or a URL that fsspec knows")
     place = place or nodes.whereabouts(out)
+    place = place if "://" in place else os.path.expanduser(place)
     if out.resolve() in Path(place).resolve().parents and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir():
         check_writable(out)  # it is --out that is wrong, not the store
-    return nodes.Store(place, _bytes(size))
+    store = nodes.Store(place, _bytes(size))
+    if must and not store.files.exists("store.json"):
+        raise UsageError(f"there is no store at {store}; runs make one there, or give another with --store or --out")
+    return store
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)b?", text.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not found:
         raise UsageError(f"got --store-size {text!r}; write a number of bytes with K, M, G or T behind it, like 20GB")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
@@ -191,6 +198,10 @@ def train(
         raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
     if dry_run and plan:
         raise UsageError("got --dry-run and --plan; give one of them: what a run costs, or what of it is there already")
+    if plan and fresh:
+        raise UsageError("got --plan and --fresh, which takes nothing from the store; leave one of them out")
+    if no_store and place is not None:
+        raise UsageError(f"got --no-store and --store {place}; leave one of them out")
     configs = load(preset, sets or [])
     store = None if no_store else _store(place, out, size)
     if plan:
@@ -202,16 +213,18 @@ def train(
             _dry_run(configs, probe, store is not None, as_json)
         return
     quiet = quiet or not _leads()
-    summaries, diverged = [], []
-    with _process_group(), _batch(configs, store) as keep:
-        for i, cfg in enumerate(configs):
+    diverged = []
+    done: dict[str, dict[str, Any]] = {}
+    with _process_group(), _batch(configs, store) as (order, keep):
+        for i, cfg in enumerate(order):
             label = f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""
             try:
-                summaries.append(_train_one(cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, [])))
+                done[cfg.preset] = _train_one(cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, []))
             except Diverged as e:
                 if len(configs) == 1:
                     raise
                 diverged.append(f"{cfg.run_id}: {e}")  # the other steps of a ladder are still worth training
+    summaries = [done[cfg.preset] for cfg in configs if cfg.preset in done]
     if not _leads():
         pass
     elif as_json:
@@ -236,25 +249,28 @@ def _process_group() -> Iterator[None]:
 
 
 @contextmanager
-def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[dict[str, list[int]]]:
-    """Of runs that share steps, where each must leave a node for the others; those nodes are pinned until all are done."""
+def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
+    """Runs that share steps in the order of their plan, and where each leaves a node for others; those are pinned until all are done."""
     if store is None or len(configs) < 2:
-        yield {}
+        yield configs, {}
         return
     from mainrun import batch
 
     if not batch.may_share(configs):
-        yield {}
+        yield configs, {}
         return
     shared = batch.plan(configs, store)
-    name = f"batch-{shared.keys[0][:16]}" if shared.keys else ""
+    place = {part.name: i for i, part in enumerate(shared.parts.parts)}
+    name = f"batch-{shared.keys[0][:16]}-{os.getpid()}" if shared.keys and _leads() else ""
     try:
-        if name and _leads():
-            store.pin(name, shared.keys)
-        yield shared.keep
+        with suppress(OSError):  # the runs will say that the store cannot be written
+            if name:
+                store.pin(name, shared.keys)
+        yield sorted(configs, key=lambda cfg: place[cfg.run_id]), shared.keep
     finally:
-        if name and _leads():
-            store.unpin(name)
+        with suppress(OSError):
+            if name:
+                store.unpin(name)
 
 
 def _plan(configs: list[TrainConfig], store: Store | None, as_json: bool) -> None:
@@ -271,7 +287,7 @@ def _plan(configs: list[TrainConfig], store: Store | None, as_json: bool) -> Non
     head = ["run", "trains", "from step", "to step", "after", "nodes for others at"]
     cells = [[r["name"], r["steps"], r["begin"], r["end"], r["after"] or "", ", ".join(map(str, r["forks"]))] for r in rows]
     _show_table(head, [[str(cell) for cell in line] for line in cells])
-    times = f" (1/{total['saving']:.2f})" if found.steps else ""
+    times = f", {total['saving']:.2f} times fewer" if found.steps else ""
     print(f"steps asked: {found.asked:,}; to train: {found.steps:,}{times}; nothing is trained now")
 
 
@@ -599,7 +615,7 @@ def _store_root(ctx: typer.Context) -> None:
 @store_app.command("ls")
 def store_ls(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
     """List the nodes: where runs can begin."""
-    store = _store(place, out)
+    store = _store(place, out, must=True)
     nodes, damaged = store.summary()
     states, pinned = store.states(), store.pinned()
     rows = [
@@ -640,20 +656,23 @@ def store_du(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = 
     """What the store holds, and the training that it saves."""
     from mainrun.progress import clock, short
 
-    store = _store(place, out)
+    store = _store(place, out, must=True)
     nodes, damaged = store.summary()
     states = store.states()
+    needed, ways = [], set()  # what leads to a state
+    for node in sorted(nodes, key=lambda node: -node.step):
+        if node.state in states or node.key in ways:
+            needed.append(node)
+            ways.add(node.parent)
     found = {
         "store": str(store), "nodes": len(nodes), "damaged": len(damaged), "states": len(states),
         "bytes": sum(entry.size for entry in states.values()), "roots": len({node.root for node in nodes}),
-        "steps": sum(node.step - node.begins for node in nodes), "seconds": sum(node.seconds for node in nodes),
+        "steps": sum(node.step - node.begins for node in needed), "seconds": sum(node.seconds for node in needed),
     }  # fmt: skip
     if as_json:
         _emit(found)
         return
-    print(
-        f"{found['store']}: {short(found['bytes'])}B in {found['states']:,} states of {found['nodes']:,} nodes, {found['roots']} beginnings"
-    )
+    print(f"{found['store']}: {short(found['bytes'])}B in {found['states']:,} states of {found['nodes']:,} nodes")
     print(f"{found['steps']:,} steps that need not be trained again: {clock(found['seconds'])} of training")
 
 
@@ -669,7 +688,9 @@ def store_gc(
 
     No run breaks by it; what is gone is trained again when it is wanted.
     """
-    counts = _store(place, out, size).gc()
+    store = _store(place, out, size, must=True)
+    with _writing(store):
+        counts = store.gc()
     if as_json:
         _emit(counts)
     else:
@@ -682,14 +703,14 @@ def store_verify(out: Out = Path("runs"), place: StorePlace = None, as_json: Jso
 
     Exits with 1 when there is any.
     """
-    store = _store(place, out)
+    store = _store(place, out, must=True)
     found = store.verify()
     if as_json:
         _emit(found)
     else:
         print(*found, *([] if found else [f"{len(store.node_keys()):,} nodes, all as they were written"]), sep="\n")
     if found:
-        raise MainrunError(f"{len(found)} findings; runs pass over what is damaged, and `mainrun store gc` clears it")
+        raise MainrunError(f"{len(found)} findings; runs pass over what is damaged, and `mainrun store gc` clears what is the store's own")
 
 
 @store_app.command("audit")
@@ -707,7 +728,7 @@ def store_audit(
 
     Exits with 1 when one differs.
     """
-    store, found = _store(place, out), []
+    store, found = _store(place, out, must=True), list[dict[str, Any]]()
     with _process_group(), _stoppable():
         from mainrun.audit import audit
 
@@ -735,9 +756,10 @@ def store_pin(
     debug: Debug = False,
 ) -> None:
     """Keep a node from eviction."""
-    store = _store(place, out)
+    store = _store(place, out, must=True)
     node = _node(store, key)
-    store.pin(f"node-{node.key}", [node.key])
+    with _writing(store):
+        store.pin(f"node-{node.key}", [node.key])
     print(f"pinned: {node.key[:12]}, step {node.step} of {node.run}")
 
 
@@ -749,23 +771,39 @@ def store_unpin(
     debug: Debug = False,
 ) -> None:
     """Let a node be evicted again."""
-    store = _store(place, out)
-    node = _node(store, key)
-    store.unpin(f"node-{node.key}")
-    print(f"not pinned: {node.key[:12]}, step {node.step} of {node.run}")
+    store = _store(place, out, must=True)
+    hits = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]
+    if len(hits) != 1:
+        raise UsageError(f"node {key!r} is {'not unique' if hits else 'not pinned'} in the store {store}; `mainrun store ls` shows what is")
+    with _writing(store):
+        store.unpin(hits[0])
+    print(f"not pinned: {hits[0].removeprefix('node-')[:12]}")
 
 
 def _node(store: Store, beginning: str) -> Node:
+    from mainrun.store.nodes import Damaged
+
     hits = sorted(key for key in store.node_keys() if key.startswith(beginning))
     if len(hits) != 1:
         what = "is not unique" if hits else "is none"
         raise UsageError(f"node {beginning!r} {what} of the store {store}; `mainrun store ls` lists them")
-    return store.node(hits[0], rows=False)
+    try:
+        return store.node(hits[0], rows=False)
+    except Damaged as e:
+        raise RunError(f"node {hits[0][:12]} cannot be used: {e}; `mainrun store gc` clears it") from None
+
+
+@contextmanager
+def _writing(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise RunError(f"the store {store} cannot be written ({e.strerror or e}); make it writable, or give another with --store") from None
 
 
 # -- what a step costs
 
-bench = typer.Typer(cls=_Group, help="Measure what a training step costs: step, gpu.", rich_markup_mode=None)
+bench = typer.Typer(cls=_Group, help="Measure steps, and what sharing them saves: step, gpu, lineage.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 
@@ -831,7 +869,10 @@ def bench_lineage(
         from mainrun.bench import lineage
 
         changes = dict(parse_set(text) for text in sets or [])
-        base = load(preset, sets or [])[0] if preset else from_dict(lineage.SMALL | changes)
+        bases = load(preset, sets or []) if preset else [from_dict(lineage.SMALL | changes)]
+        if len(bases) > 1:
+            raise UsageError(f"preset {preset!r} has {len(bases)} steps, bench takes one; write --preset {bases[0].preset}, say")
+        (base,) = bases
         found = lineage.measure(base, [int(study) for study in studies.split(",")], trials, _note)
         overheads = lineage.overheads()
     if as_json:

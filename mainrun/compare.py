@@ -101,6 +101,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "delta_official": last["official"] - first["last"]["official"] if comparable else None,
         "bits_per_byte": last["bits_per_byte"],
         "steps": summary["steps"],
+        "reused": summary.get("ledger", {}).get("reused", 0),
         "tokens": summary["tokens"],
         "presentations_per_token": summary["presentations"]["presentations_per_token"],
         "params": summary["params"],
@@ -156,6 +157,10 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
         note = f"(!) covers less than {MIN_COVERAGE:.0%} of val, so this official score is not comparable; `full` covers all of it."
         console.print(note, soft_wrap=True, markup=False)
     for row in table:
+        if row["reused"]:
+            what = f"{row['reused']:,} of {row['steps']:,} steps were taken from the store; time and tok/s are of the others"
+            console.print(f"(*) {row['run']}: {what}", soft_wrap=True, markup=False)
+    for row in table:
         if row["guards"]["fail"] or row["guards"]["flag"]:
             console.print(f"{row['run']}: guards: {verdict(row['guards'])}", soft_wrap=True, markup=False)
 
@@ -183,11 +188,11 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         "" if first else f"{row['delta_full']:+.4f}",
         f"{row['official']:.4f} ({percent(row['coverage'])}{'!' if row['official_flagged'] else ''})",
         f"{row['bits_per_byte']:.4f}",
-        f"{row['steps']:,}",
+        f"{row['steps']:,}{'*' if row['reused'] else ''}",
         short(row["tokens"]),
         f"{row['presentations_per_token']:.4g}",
         short(row["params"]),
         clock(row["seconds"]),
-        short(row["tokens_per_s"]),
+        short(row["tokens_per_s"]) if row["reused"] < row["steps"] else "",
         ", ".join(f"{len(guards[s])} {s}" for s in ("pass", "flag", "fail") if guards[s]),
     ]

@@ -609,7 +609,8 @@ def _read_growth(text: str) -> Any:
                 raise ConfigError(f"growth={text} is neither TOML nor JSON (read as JSON: {e}); write {shape}, or give its file") from None
         if path.suffix not in (".toml", ".json"):
             raise ConfigError(f"growth={text!r} is no schedule; give a file ending in .toml or .json, or {{ ops = [...] }}")
-        return (tomllib if path.suffix == ".toml" else json).loads(path.read_text(encoding="utf-8"))
+        found = (tomllib if path.suffix == ".toml" else json).loads(path.read_text(encoding="utf-8"))
+        return found["growth"] if isinstance(found, dict) and found.keys() == {"growth"} else found  # as in a preset
     except OSError as e:
         raise ConfigError(f"growth={text}: the file cannot be read ({e.strerror}); give the path of a schedule") from None
     except ValueError as e:

@@ -103,7 +103,7 @@ class Reuse:
                     self.note(f"waiting for {other.get('run')}, which trains the way to step {other.get('step')} that both share")
                     waited = True
             except OSError as e:
-                self._stop_writing(f"the store {self.store} cannot be written ({e.strerror or e}); nothing more is kept in it")
+                self._stop_writing(f"the store {self.store} cannot be used ({e.strerror or e}); nothing more is kept in it")
                 return
             time.sleep(POLL)
 
@@ -172,8 +172,10 @@ class Reuse:
                 self._name(self.keys[further], further, e)
                 continue
             scored = {row["step"] for row in self._shown(past, step) if row["event"] == "eval"}
-            if set(self._scores(step, further)) <= scored:
+            if not (missing := set(self._scores(step, further)) - scored):
                 yield node, past
+            else:  # trained once more, for a score; where it is taken a node is kept, so that the next one need not
+                self.stops = sorted({*self.stops, *missing})
 
     def _shown(self, past: list[Node], since: int) -> Iterator[dict[str, Any]]:
         """Rows as this run would have written them itself: its cadence, its scores."""
@@ -206,9 +208,10 @@ class Reuse:
             if isinstance(begun, dict) and begun.get("fields") == self.begun["fields"] and begun.get("data") == self.begun["data"]:
                 if root == same:
                     return
-                best = begun
+                found = lineage.differences(self.begun, begun)
+                best = found if best is None or len(found) < len(best) else best
         if best:
-            differ = "; ".join(lineage.differences(self.begun, best)[:4])
+            differ = "; ".join(best[:4])
             self.note(f"the store has this run's beginning, but with other bits, so nothing of it is taken ({differ})")
 
     # -- leaving
@@ -269,8 +272,10 @@ class Reuse:
 
     # -- a run's own checkpoints
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any] | None:
         """What a checkpoint must hold so that the next node after it has all its rows, if this process is killed now too."""
+        if not self.writes:  # there may be a hole already
+            return None
         before, rows = self._kept()
         return {"before": list(before), "rows": rows}
 

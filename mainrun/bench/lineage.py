@@ -175,8 +175,9 @@ class Bench:
 
     def halving(self, study: str, configs: list[TrainConfig]) -> Row:
         """Successive halving: all to the first rung, the best of them to the next. What goes on continues where it stopped."""
+        begun = time.perf_counter()
         shared = batch.plan(configs, None)
-        chains, keep = shared.chains, shared.keep
+        planning, chains, keep = time.perf_counter() - begun, shared.chains, shared.keep
         steps = len(next(iter(chains.values()))) - 1
         rungs = [max(1, round(share * steps)) for share, _ in RUNGS]
         out, store = self.fresh()
@@ -189,7 +190,7 @@ class Bench:
                 scores[cfg.run_id] = self.until(cfg, out, store, [*keep[cfg.run_id], *rungs], rung)
                 self.say(f"study {study}, to step {rung}", i, len(alive), begun)
             alive = sorted(alive, key=lambda cfg: scores[cfg.run_id])[: max(1, len(alive) // cut)]
-        seconds = time.perf_counter() - begun
+        seconds = planning + time.perf_counter() - begun
         survivors = [cfg for cfg in configs if reached[cfg.run_id] == rungs[-1]]
         self.from_scratch(study, survivors)
         bits = {cfg.run_id: final_bits(RunDir(out / cfg.run_id)) for cfg in survivors}

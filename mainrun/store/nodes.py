@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mainrun.errors import ConfigError, RunError
+from mainrun.errors import ConfigError
 from mainrun.store.files import Files, open_files
 
 if TYPE_CHECKING:
@@ -236,6 +236,10 @@ class Store:
             if there and there.state != found:
                 other = f"the store has other bits for step {node.step} (by {there.run})"
                 raise Refused(f"{other}: two trainings of one thing differ; `mainrun store audit` finds out which is right")
+            if there and (step := _other_loss(there.rows, node.rows)):
+                raise Refused(
+                    f"the store has another loss for step {step} (by {there.run}); `mainrun store audit` finds out which is right"
+                )
             allowed()
             if self._sound(found):
                 self.touch(node)
@@ -433,6 +437,16 @@ class Store:
         return counts
 
 
+def _other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) -> int:
+    """The first step for which both have a loss, and not the same; 0: none."""
+
+    def losses(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], Any]:
+        return {(row.get("event"), row.get("step"), row.get("split")): row.get("loss") for row in rows}
+
+    known = losses(a)
+    return next((what[1] for what, loss in losses(b).items() if known.get(what, loss) != loss), 0)
+
+
 def _misplaced(node: Node, before: Node | None) -> bool:
     """Whether what is stored as its parent cannot be that."""
     if not node.begins:
@@ -448,7 +462,3 @@ def sha256(path: Path) -> str:
 def whereabouts(out: Path) -> str:
     """Where the store of a folder of runs is, unless it is said."""
     return os.environ.get("MAINRUN_STORE") or str(Path(out) / ".store")
-
-
-def from_error(error: OSError) -> RunError:
-    return RunError(f"the store cannot be written ({error.strerror or error})")
