@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import tiny_sets
 
-from mainrun.bench import gpu, parts, plain, step, worker
-from mainrun.config import Plan, TrainConfig
+from mainrun import batch
+from mainrun.bench import gpu, lineage, parts, plain, step, worker
+from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError, UsageError
 from mainrun.estimate import Trial
 from mainrun.machine import Machine
@@ -370,3 +371,50 @@ def test_a_whole_run_is_timed(tmp_path: Path) -> None:
     assert gpu.only_run(tmp_path).summary() is not None
     with pytest.raises(MainrunError, match="ended with code 2: error: n_head=7"):
         gpu.run("baseline", [*sets, "n_head=7"], tmp_path, lambda text: None)
+
+
+# -- what sharing saves
+
+
+def test_the_studies_train_the_least_and_change_no_bit(tiny) -> None:
+    small = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "eval_per_epoch": 0, "compile": "off"}
+    rows = lineage.measure(tiny(**small), studies=(1, 2, 3, 4), trials=3)
+    assert [(row["study"], row["way"]) for row in rows] == [
+        ("1", "known at once"), ("1", "one by one"), ("1 and 2", "known at once"), ("1 and 2", "one by one"),
+        ("3", "successive halving"), ("4", "known at once"), ("4", "one by one"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["differ"] == [] and row["compared"] >= 1 and row["trained"] == row["fewest"] <= row["asked"], row
+        assert row["seconds"] > 0 and row["scratch_seconds"] > 0 and row["saving"] == row["asked"] / row["trained"]
+    assert rows[2]["fewest"] < rows[2]["asked"]
+    head, lines = lineage.table(rows)
+    assert {len(line) for line in lines} == {len(head)} and lines[0][-1] == "same (3)"
+
+
+def test_a_bit_that_differs_is_shown(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "eval_per_epoch": 0, "compile": "off"}
+    true, calls = lineage.final_bits, []
+    monkeypatch.setattr(lineage, "final_bits", lambda run: calls.append(run) or f"{true(run)}{len(calls) == 2}")
+    (row, _) = lineage.measure(tiny(**small), studies=(4,), trials=1)
+    assert len(row["differ"]) == 1 and lineage.table([row])[1][0][-1] == "1 differ"
+
+
+def test_the_studies_are_those_that_are_written_down(tiny) -> None:
+    base = from_dict(lineage.SMALL)
+    first, second = (lineage.late_change(base, starts) for starts in (lineage.STARTS, lineage.MOVED))
+    assert len(first) == len(second) == 192 and len({cfg.run_id for cfg in first + second}) == 288
+    assert len({cfg.run_id for cfg in lineage.piecewise(base)}) == 128
+    chains = batch.resolved({cfg.run_id: cfg for cfg in first + second}.values())[1]
+
+    def saving(configs: list[TrainConfig]) -> float:
+        asked = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)
+        return asked / len({key for cfg in configs for key in chains[cfg.run_id][1:]})
+
+    assert saving(first) > 4.81 and saving(first + second) > 6.77
+
+
+@pytest.mark.slow
+def test_what_the_store_takes_is_measured() -> None:
+    found = lineage.overheads()
+    assert set(found) == {"copy", "save", "load", "bytes", "list_10000", "look_up_100000"} and all(value > 0 for value in found.values())
+    assert len(list(lineage.lines(found))) == 4

@@ -17,7 +17,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,6 @@ class Bench:
         planning, chains = time.perf_counter() - begun, at_once.chains
         asked = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)
         order = [distinct[part.name] for part in at_once.parts.parts]
-        self.from_scratch(study, distinct.values())
         row = self.shared(study, "known at once", configs, order, at_once.keep, asked, chains)
         row.seconds += planning
         yield row
@@ -159,15 +158,16 @@ class Bench:
         chains: dict[str, list[str]],
     ) -> Row:  # fmt: skip
         out, store = self.fresh()
-        trained, store_seconds, bits = 0, 0.0, {}
-        begun = time.perf_counter()
+        trained, seconds, store_seconds, bits, began = 0, 0.0, 0.0, {}, time.perf_counter()
         for i, cfg in enumerate(order):
+            begun = time.perf_counter()
             summary, final = self.train(cfg, out, store, keep[cfg.run_id])
+            seconds += time.perf_counter() - begun
             trained += summary["ledger"]["trained"]
             store_seconds += summary["spent"]["store"]
             bits[cfg.run_id] = final
-            self.say(f"study {study}, {way}", i, len(order), begun)
-        seconds = time.perf_counter() - begun
+            self.from_scratch(cfg)  # in turn, so that a machine that is slower for a while is so for both
+            self.say(f"study {study}, {way}", i, len(order), began)
         fewest = len({key for chain in chains.values() for key in chain[1:]})
         differ = [name for name, final in bits.items() if self.scratch[name][1] != final]
         scratch = sum(self.scratch[cfg.run_id][0] for cfg in configs)
@@ -192,7 +192,8 @@ class Bench:
             alive = sorted(alive, key=lambda cfg: scores[cfg.run_id])[: max(1, len(alive) // cut)]
         seconds = planning + time.perf_counter() - begun
         survivors = [cfg for cfg in configs if reached[cfg.run_id] == rungs[-1]]
-        self.from_scratch(study, survivors)
+        for cfg in survivors:
+            self.from_scratch(cfg)
         bits = {cfg.run_id: final_bits(RunDir(out / cfg.run_id)) for cfg in survivors}
         differ = [name for name, final in bits.items() if self.scratch[name][1] != final]
         asked = sum(reached.values())
@@ -212,14 +213,12 @@ class Bench:
         rows = [row for row in RunDir(out / cfg.run_id).metrics() if row["event"] == "step" and row["step"] <= rung]
         return float(sum(row["loss"] for row in rows[-5:]))
 
-    def from_scratch(self, study: str, configs: Iterable[TrainConfig]) -> None:
-        missing = [cfg for cfg in configs if cfg.run_id not in self.scratch]
-        out, began = self.folder / "scratch", time.perf_counter()
-        for i, cfg in enumerate(missing):
+    def from_scratch(self, cfg: TrainConfig) -> None:
+        """Once for all studies."""
+        if cfg.run_id not in self.scratch:
             begun = time.perf_counter()
-            _, final = self.train(cfg, out, None, [])
+            _, final = self.train(cfg, self.folder / "scratch", None, [])
             self.scratch[cfg.run_id] = time.perf_counter() - begun, final
-            self.say(f"study {study}, from scratch", i, len(missing), began)
 
     def train(self, cfg: TrainConfig, out: Path, store: Store | None, keep: list[int]) -> tuple[dict[str, Any], str]:
         from mainrun.train import train
