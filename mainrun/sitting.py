@@ -98,7 +98,7 @@ def _trained(rows: list[dict[str, Any]]) -> set[int]:
     for row in rows:
         if row.get("reused"):
             last = row["step"]
-        elif row["event"] == "step":
+        elif row.get("event") == "step":
             found |= set(range(last + 1, row["step"] + 1))
             last = row["step"]
     return found
