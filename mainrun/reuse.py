@@ -48,6 +48,7 @@ class Reuse:
         self.reads, self.writes = not fresh, True
         self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
         self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
+        self.found_again: Callable[[], None] = lambda: None  # called when some of them were in the store
         self.before = (0, self.keys[0])  # step and key of the node before the rows
         self.rows: list[dict[str, Any]] = []  # since then, every step's
         self._named: set[str] = set()
@@ -141,6 +142,8 @@ class Reuse:
             state.ledger["reused"] += len(others)
             state.ledger["reused_tokens"] += sum(self.plan.stretch(step - 1).span for step in others)
             state.ledger["wasted"] -= node.step - first - len(others)
+            if len(others) < node.step - first:
+                self.found_again()
             scored = False
             for row in self._shown(past, first):
                 scored |= row["event"] == "eval" and row["step"] == node.step

@@ -76,9 +76,18 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
             progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
     lost = {step for step in own if step > state.step}  # some of these may be in the store
+    carried = run.env().get("carried", {})
+    if carried and carried["checkpoint"] == state.step:  # the sitting before this one ended before it saved anything
+        state.ledger["wasted"], state.resumed = carried["wasted"], carried["resumed"] + bool(lost)
     state.ledger["wasted"] += len(lost)
+    begins = state.step
+
+    def carry() -> None:
+        env["carried"] = {"checkpoint": begins, "wasted": state.ledger["wasted"], "resumed": state.resumed}
+        run.write("env.json", env)
+
     if reuse:
-        reuse.own = lost
+        reuse.own, reuse.found_again = lost, carry
         if found:
             reuse.restore(found[1].get("store"), state.step)
         else:
@@ -86,7 +95,7 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
         seen = earlier.get(key, [])
         env[key] = [entry for entry in seen if entry != now] + [now]
-    run.write("env.json", env)
+    carry()
     run.write("status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed})
     return metrics
 

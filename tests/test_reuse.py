@@ -397,6 +397,22 @@ def test_a_run_can_be_trained_in_parts(tmp_path: Path, alone: Callable[[TrainCon
         assert end(out / cfg.run_id) == alone(cfg)
 
 
+@pytest.mark.parametrize(("stored", "kills"), [(False, (12, 23, 7, 30)), (True, (20, 22, 25, 29, 31))])
+def test_nothing_that_was_lost_is_forgotten(tmp_path: Path, alone: Any, stored: bool, kills: tuple[int, ...]) -> None:
+    """Killed again and again before a checkpoint: every step that was trained is in the ledger, once; so is every sitting."""
+    cfg, store, trained = config(), Store(tmp_path / "store") if stored else None, 0
+    for at in kills:
+        watch = Watch({at: crash})
+        with pytest.raises(Killed):
+            train(cfg, tmp_path, store=store, progress=watch)
+        trained += len(watch.steps)
+    watch = Watch()
+    summary = train(cfg, tmp_path, store=store, progress=watch)
+    assert summary["resumed"] == len(kills)
+    assert summary["ledger"]["trained"] == trained + len(watch.steps) and summary["ledger"]["reused"] == 0
+    assert end(tmp_path / cfg.run_id) == alone(cfg)
+
+
 def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: Any) -> None:
     """Two workers, here two threads: together they train each step once."""
     store, watch = Store(tmp_path / "store"), Watch()

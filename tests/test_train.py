@@ -704,7 +704,9 @@ def test_the_status_follows_the_run(tmp_path: Path) -> None:
     files = {"config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints", ".lock"}
     assert {p.name for p in run.path.iterdir()} == files
     env = run.env()
-    assert set(env) == {"machine_class", "machine_classes", "versions", "all_versions", "evaluate_hash", "allocator", "command"}
+    assert set(env) == {
+        "machine_class", "machine_classes", "versions", "all_versions", "evaluate_hash", "allocator", "command", "carried",
+    }  # fmt: skip
     assert run.config() == cfg
 
 
