@@ -748,13 +748,11 @@ def store_audit(
         raise MainrunError("a segment trained again is not what the store holds; the lines above say which")
 
 
+NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="A node, or the unique beginning of one.")]
+
+
 @store_app.command("pin")
-def store_pin(
-    key: Annotated[str, typer.Argument(metavar="NODE", help="A node, or the unique beginning of one.")],
-    out: Out = Path("runs"),
-    place: StorePlace = None,
-    debug: Debug = False,
-) -> None:
+def store_pin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: Debug = False) -> None:
     """Keep a node from eviction."""
     store = _store(place, out, must=True)
     node = _node(store, key)
@@ -764,12 +762,7 @@ def store_pin(
 
 
 @store_app.command("unpin")
-def store_unpin(
-    key: Annotated[str, typer.Argument(metavar="NODE", help="A node, or the unique beginning of one.")],
-    out: Out = Path("runs"),
-    place: StorePlace = None,
-    debug: Debug = False,
-) -> None:
+def store_unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: Debug = False) -> None:
     """Let a node be evicted again."""
     store = _store(place, out, must=True)
     hits = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]

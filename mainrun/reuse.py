@@ -275,16 +275,22 @@ class Reuse:
 
     # -- a run's own checkpoints
 
-    def meta(self) -> dict[str, Any] | None:
+    def meta(self, step: int) -> dict[str, Any] | None:
         """What a checkpoint must hold so that the next node after it has all its rows, if this process is killed now too."""
         if not self.writes:  # there may be a hole already
             return None
         before, rows = self._kept()
-        return {"before": list(before), "rows": rows}
+        return {"key": self.keys[step], "before": list(before), "rows": rows}
 
     def restore(self, meta: dict[str, Any] | None, step: int) -> None:
         if not meta:
             self._stop_writing(f"the steps up to {step} were trained without a store: nothing of this run is kept in it")
+            return
+        if meta["key"] != self.keys[step]:  # its bits are another chain's: nothing of it may go under the keys of this one
+            self.reads = False
+            self._stop_writing(
+                f"the steps up to {step} were trained elsewhere, to other bits: this run neither takes from the store nor adds to it"
+            )
             return
         self.before, self.rows = (meta["before"][0], meta["before"][1]), list(meta["rows"])
 

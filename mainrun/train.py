@@ -608,7 +608,7 @@ def loop(
             with state.clock("checkpoints"):
                 meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
                 meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
-                meta |= {"store": reuse.meta() if reuse else None, "ledger": state.ledger}
+                meta |= {"store": reuse.meta(state.step) if reuse else None, "ledger": state.ledger}
                 checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
         machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         state.saved = state.step

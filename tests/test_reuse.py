@@ -397,6 +397,18 @@ def test_a_run_can_be_trained_in_parts(tmp_path: Path, alone: Callable[[TrainCon
         assert end(out / cfg.run_id) == alone(cfg)
 
 
+def test_what_began_on_another_machine_is_never_filed_as_this_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint has that machine's bits; the keys of this machine promise this one's."""
+    cfg, store, watch = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
+    with monkeypatch.context() as patch:
+        patch.setattr("mainrun.machine.cpu_name", lambda: "another processor")
+        with pytest.raises(Killed):
+            train(cfg, tmp_path, store=store, progress=Watch({14: crash}))
+    train(cfg, tmp_path, store=store, progress=watch)
+    assert watch.said("trained elsewhere, to other bits")
+    assert not store.node_keys() & set(keys(cfg)) and store.verify() == []
+
+
 @pytest.mark.parametrize(("stored", "kills"), [(False, (12, 23, 7, 30)), (True, (20, 22, 25, 29, 31))])
 def test_nothing_that_was_lost_is_forgotten(tmp_path: Path, alone: Any, stored: bool, kills: tuple[int, ...]) -> None:
     """Killed again and again before a checkpoint: every step that was trained is in the ledger, once; so is every sitting."""

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,7 +290,7 @@ class Store:
             return None
         return set(found) if isinstance(found, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in found) else None
 
-    def evict(self, keep: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+    def evict(self, keep: Set[str] = frozenset()) -> list[str]:
         """Take the least recently used states away until the rest fits. Pinned ones stay, and `keep`, whatever they weigh."""
         there = self.states()
         excess = sum(entry.size for entry in there.values()) - self.size

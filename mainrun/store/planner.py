@@ -9,7 +9,7 @@ that are ready the one with the longest way goes first.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 
@@ -40,7 +40,7 @@ class Batch:
         return sum(part.steps for part in self.parts)
 
 
-def plan(chains: Mapping[str, Sequence[str]], stored: set[str] = frozenset()) -> Batch:  # type: ignore[assignment]
+def plan(chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset()) -> Batch:
     """chains: of each run, key[0] ... key[steps]. stored: keys that the store can give, so that nothing before them is trained."""
     parts: dict[str, Part] = {}
     begins: dict[tuple[int, str], list[str]] = {}
