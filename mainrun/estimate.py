@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
+from mainrun.kernels import CHUNK
 from mainrun.machine import Machine, compile_balance
 from mainrun.sitting import check_spans, flops_per_token
 from mainrun.tokens import Batches, TokenData, prepare
-from mainrun.train import CHUNK, GPT, Muon, State, build, compute_loss, drops, gradients, make_runner
+from mainrun.train import GPT, Muon, State, build, compute_loss, drops, gradients, make_runner
 
 PROBED = 3  # steps
 DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
@@ -224,7 +225,7 @@ def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
 
 
 class HeldGradient(torch.autograd.Function):
-    """The memory of train.CrossEntropy: beside the logits their gradient, in their type, and for a chunk of them two float32 copies."""
+    """The memory of kernels.cross_entropy: beside the logits their gradient, in their type, and for a chunk of them two float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError
 from mainrun.host import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
+from mainrun.kernels import TILES
 
 
 class Machine:
@@ -179,15 +180,16 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
     flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes
     if machine.device.type == "cuda":
         return 20 + 4 * cfg.n_layer, 0.3 * flops / 2e14
-    speed = machine.threads * (1.5e11 if cfg.dtype == "bfloat16" else 6e10)
-    # what there is to fuse in RMSNorm; LayerNorm is one kernel already, and in float32 the products outweigh all else
-    share = 0.1 if cfg.dtype == "bfloat16" and cfg.norm == "rmsnorm" else 0.0
+    half, rms = cfg.dtype == "bfloat16", cfg.norm == "rmsnorm"
+    speed = machine.threads * (4.7e11 if half and TILES else 1.5e11 if half else 6e10)
+    # what there is to fuse, most of it in RMSNorm; beside AMX's products it weighs more, beside those in float32 nothing
+    share = (0.3 if rms else 0.06) if half and TILES else 0.1 if half and rms else 0.0
     return 15 + 8 * cfg.n_layer, share * flops / speed
 
 
 def _source() -> str:
     found = hashlib.sha256()
-    for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
+    for name in ("config", "host", "corpus", "kernels", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
         found.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
     return found.hexdigest()
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
 from mainrun.errors import Diverged, Interrupted
+from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm
 from mainrun.machine import Machine, StopFlag
 from mainrun.progress import QUIET, Progress
 from mainrun.reuse import Reuse
@@ -56,35 +57,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-class RootMeanSquare(torch.autograd.Function):
-    """x over its root mean square, times a gain, in float32 at least. By hand: on a CPU torch's own takes three times as long."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        wide = x.to(gain.dtype)
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = (size * size / x.size(-1) + 1e-6).rsqrt()
-        ctx.save_for_backward(x, gain, scale)
-        return (wide * scale).mul_(gain).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain, scale = ctx.saved_tensors
-        wide, grad = x.to(gain.dtype), grads[0] * scale
-        gain_grad = (grad * wide).flatten(0, -2).sum(0)
-        grad = grad * gain
-        along = (grad * wide).sum(-1, keepdim=True) * (scale * scale / x.size(-1))
-        return torch.addcmul(grad, wide, along, value=-1).to(x.dtype), gain_grad
-
-
 class RMSNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = RootMeanSquare.apply(x, self.weight)
-        return found
+        return rms_norm(x, self.weight)
 
 
 def make_norm(cfg: TrainConfig) -> nn.Module:
@@ -96,18 +75,25 @@ def cast(x: Tensor) -> Tensor:
     return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Masks:
     """Ones and zeros, a byte each, dealt out to the places that drop, in the order in which they come (`drops`)."""
 
     def __init__(self, pool: Tensor) -> None:
         self.pool, self.used = pool, 0
 
+    def take(self, shape: Iterable[int]) -> Tensor:
+        shape = tuple(shape)
+        start, self.used = self.used, self.used + math.prod(shape)
+        return self.pool[start : self.used].view(shape)
+
     def drop(self, x: Tensor, p: float) -> Tensor:
-        if not p:
-            return x
-        start, self.used = self.used, self.used + x.numel()
         # a bool would be six times slower; the scale apart and last, so that bfloat16 does not round it
-        return x * self.pool[start : self.used].view(x.shape).to(x.dtype) * (1 / (1 - p))
+        return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p)) if p else x
 
 
 def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[tuple[int, float]]:
@@ -123,21 +109,22 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_dim
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        self.q = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=qkv_bias)
-        self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
-        self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
-        self.o = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=cfg.bias)
+        self.q = Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=qkv_bias)
+        self.k = Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
+        self.v = Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
+        self.o = Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=cfg.bias)
         self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
-        self.gate = nn.Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
+        self.gate = Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
         self.first_share = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and not first else None
         self.fused, self.dropout = False, 0.0
 
     def forward(self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
-        x = cast(x)
-        q = self.q_norm(self.q(x).view(B, T, self.heads, self.width).transpose(1, 2))  # (B, H, T, h)
-        k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.width).transpose(1, 2))  # (B, K, T, h)
-        v = self.v(x).view(B, T, self.kv_heads, self.width).transpose(1, 2)
+        x, parts = cast(x), (self.q, self.k, self.v)
+        bias3 = None if self.q.bias is None else torch.cat([part.bias for part in parts])
+        y = linear(x, torch.cat([part.weight for part in parts]), bias3)  # one product for the three: its gradient is one, too
+        q, k, v = (t.unflatten(-1, (-1, self.width)).transpose(1, 2) for t in y.split([part.out_features for part in parts], dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, h), (B, K, T, h)
         if self.first_share is not None and v_first is not None:
             v = torch.lerp(v, v_first, self.first_share.to(v.dtype))
         if rope:
@@ -149,10 +136,10 @@ class Attention(nn.Module):
             p = self.dropout if self.training else 0.0  # it draws for itself
             y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), values, bias, dropout_p=p, is_causal=bias is None)
         else:
-            score = (q * self.width**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+            mask = masks.take((B, self.heads, T, T)) if masks and self.dropout else None
             with torch.autocast(x.device.type, enabled=False):  # which would copy the scores to float32 and back
-                weights = (score if bias is None else score + bias).softmax(dim=-1)
-                y = (masks.drop(weights, self.dropout) if masks else weights) @ values
+                assert bias is not None
+                y = attend(q * self.width**-0.5, k, values, bias, mask, self.dropout)
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(self.gate(x))).transpose(1, 2).unsqueeze(-1)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), v
@@ -162,16 +149,16 @@ class MLP(nn.Module):
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__()
         self.kind = cfg.mlp
-        self.gate = nn.Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias) if cfg.mlp == "swiglu" else None
-        self.up = nn.Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias)
-        self.down = nn.Linear(cfg.ff_width, cfg.d_model, bias=cfg.bias)
+        self.gate = Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+        self.up = Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias)
+        self.down = Linear(cfg.ff_width, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = cast(x)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         if self.kind == "gelu":
-            return self.down(F.gelu(self.up(x)))
+            return self.down(gelu(self.up(x)))
         x = F.relu(self.up(x))
         return self.down(x * x)  # square() would be computed in float32
 
@@ -264,7 +251,7 @@ class GPT(nn.Module):
             for block in self.blocks:
                 x, v = block(x, bias, rope, v_first, masks)
                 v_first = v if v_first is None and self.cfg.value_residual else v_first
-            logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+            logits = linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
             return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
 
 
@@ -283,45 +270,10 @@ def mix(*parts: object) -> int:
 # The loss
 
 
-# Numbers of logits at a time: what a CPU's cache holds; on a GPU as many as keep it busy
-CHUNK = {"cpu": 500_000, "cuda": 50_000_000}
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of rows of logits, some rows at a time: they stay in the cache, and no float32 copy of all of them is made."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        rows, vocab = logits.shape
-        ctx.grad = torch.empty_like(logits)
-        plain, even = torch.zeros(2, device=logits.device)
-        width = max(1, CHUNK[logits.device.type] // vocab)
-        for start in range(0, rows, width):
-            part = slice(start, start + width)
-            logp = F.log_softmax(logits[part].float(), dim=-1)
-            right = torch.arange(len(logp), device=logp.device), target[part]
-            plain = plain - logp[right].sum()
-            if smoothing:
-                even = even - logp.mean(1).sum()
-            p = logp.exp_()
-            p[right] -= 1 - smoothing
-            ctx.grad[part] = p.sub_(smoothing / vocab).mul_(1 / rows) if smoothing else p.mul_(1 / rows)
-        plain, even = plain / rows, even / rows
-        loss = torch.lerp(plain, even, smoothing) if smoothing else plain.clone()
-        ctx.mark_non_differentiable(plain)
-        return loss, plain
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad, ctx.grad = ctx.grad, None  # nobody else holds it, so it goes as soon as it is used
-        return grad.mul_(grads[0]), None, None
-
-
 def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None) -> tuple[Tensor, Tensor]:
     """What is descended, and the plain cross entropy in it (nats per token), which is what is logged."""
     if not inputs.rdrop:
-        found: tuple[Tensor, Tensor] = CrossEntropy.apply(model(x, pool).flatten(0, 1), y.flatten(), inputs.label_smoothing)
-        return found
+        return cross_entropy(model(x, pool).flatten(0, 1), y.flatten(), inputs.label_smoothing)
     # R-Drop: the same rows under two dropout masks; both must predict the target, and agree with each other
     logp = F.log_softmax(model(torch.cat([x, x]), pool).float().flatten(0, 1), dim=-1)  # (2BT, V)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())

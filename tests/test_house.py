@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "mainrun.synthetic": "",
     "mainrun.config": "mainrun.errors",
     "mainrun.host": "",
-    "mainrun.machine": "mainrun.host mainrun.config mainrun.errors",
+    "mainrun.kernels": "mainrun.host",
+    "mainrun.machine": "mainrun.kernels mainrun.host mainrun.config mainrun.errors",
     "mainrun.progress": "mainrun.config mainrun.errors",
     "mainrun.store": "mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
@@ -51,10 +52,11 @@ MAY_IMPORT = {
     "mainrun.audit": "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
     "mainrun.errors",
     "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
-    "mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench": "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
     "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
-    "mainrun.estimate": "mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
+    "mainrun.estimate": "mainrun.kernels mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.machine "
+    "mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",

@@ -1,0 +1,160 @@
+"""What is written by hand is held against torch's own, values and gradients, in eager mode and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mainrun import kernels, machine
+from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm, turned
+
+COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
+
+
+def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def both(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Value and gradients of the two ways."""
+    found = []
+    for way in (ours, theirs):
+        given = leaves(*tensors)
+        y = way(*given)
+        y.backward(some(*y.shape, seed=9, dtype=y.dtype))
+        found.append([y.detach(), *(t.grad for t in given)])
+    return list(zip(*found, strict=True))  # type: ignore[arg-type]
+
+
+# -- norm
+
+
+def test_the_rms_norm_is_torchs_and_its_gradient_is_the_numerical_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gain = (torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in ((3, 5, 8), (8,)))
+    assert torch.allclose(rms_norm(x, gain), F.rms_norm(x, (8,), gain, 1e-6), atol=1e-12)
+    assert torch.autograd.gradcheck(rms_norm, (x, gain))
+    half, gain32 = x.detach().bfloat16(), gain.detach().float()
+    exact = F.rms_norm(half.float(), (8,), gain32, 1e-6)
+    assert torch.equal(rms_norm(half, gain32), exact.bfloat16()), "bfloat16 goes in and out, and is rounded once"
+
+
+# -- matrix products
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(96, 8, 24), (96, 24, 8), (8, 24, 96), (8, 96, 24), (1, 1, 3)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_on_tiles_is_torchs(monkeypatch: pytest.MonkeyPatch, rows: int, inputs: int, outputs: int, biased: bool) -> None:
+    """Whole numbers, so that every sum is exact in bfloat16's products and both ways must agree to the bit."""
+    monkeypatch.setattr(kernels, "TILES", True)
+    x, weight, bias = (t.mul(2).round().clamp(-2, 2) for t in (some(rows, inputs), some(outputs, inputs, seed=1), some(outputs, seed=2)))
+    tensors = [t.bfloat16() for t in ([x, weight, bias] if biased else [x, weight])]
+    grad = some(rows, outputs, seed=3).round().clamp(-1, 1)
+    given = leaves(*tensors)
+    y = linear(given[0].unflatten(0, (1, rows)), *given[1:])
+    assert type(y.grad_fn).__name__ == "ViewBackward0" or "Product" in type(y.grad_fn).__name__
+    y.backward(grad.bfloat16().unsqueeze(0))
+    exact = [x @ weight.t() + (bias if biased else 0), grad @ weight, grad.t() @ x, grad.sum(0)]
+    for found, right in zip([y.squeeze(0), *(t.grad for t in given)], exact, strict=False):
+        assert found is not None and torch.equal(found.double(), right.bfloat16().double())
+
+
+def test_it_is_taken_where_tiles_are_and_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(dtype: torch.dtype, autocast: bool) -> bool:
+        x, weight = leaves(some(4, 3, dtype=dtype), some(5, 3, seed=1, dtype=dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return "Product" in type(linear(x, weight).grad_fn).__name__
+
+    monkeypatch.setattr(kernels, "TILES", True)
+    assert taken(torch.bfloat16, False) and taken(torch.float32, True)
+    assert not taken(torch.float32, False) and not taken(torch.float64, False)
+    monkeypatch.setattr(kernels, "TILES", False)
+    assert not taken(torch.bfloat16, False) and not taken(torch.float32, True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 3), (3, 70), (64, 64), (257, 96)])
+def test_turned_is_the_transpose_to_the_bit(shape: tuple[int, int]) -> None:
+    x = some(*shape, dtype=torch.bfloat16) * 10.0 ** torch.randint(-30, 30, shape, generator=torch.Generator().manual_seed(1))
+    x = x.bfloat16()
+    assert torch.equal(turned(x), x.t()) and turned(x).is_contiguous()
+
+
+# -- attention
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    weights = (q @ k.mT + bias).softmax(-1)
+    return (weights if mask is None else weights * mask / (1 - p)) @ v
+
+
+CAUSAL = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("bias", [CAUSAL, CAUSAL.expand(2, 1, 5, 5).clone()], ids=["one for all", "one a row"])
+def test_attention_is_its_formula_and_its_gradients_are(p: float, bias: Tensor) -> None:
+    q, k, v = (some(2, 3, 5, 4, seed=i) for i in range(3))
+    mask = torch.randint(0, 2, (2, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)) if p else None
+    turned_q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes: not contiguous
+    for found, right in both(lambda *t: attend(*t, bias, mask, p), lambda *t: reference(*t, bias, mask, p), turned_q, k, v):
+        assert torch.allclose(found, right, atol=1e-12)
+
+
+@COMPILER
+def test_compiled_for_a_cpu_the_whole_ones_stay_whole_and_give_the_same() -> None:
+    """To the bit what eager mode gives: the compiler calls them, and takes none apart."""
+    q, k, v = (some(2, 3, 5, 4, seed=i, dtype=torch.float32) for i in range(3))
+    bias, mask = CAUSAL.float(), torch.ones(2, 3, 5, 5, dtype=torch.uint8)
+    mask[..., ::2] = 0
+    ways: list[tuple[Any, list[Tensor]]] = [
+        (lambda *t: attend(*t, bias, mask, 0.5), [q, k, v]),
+        (lambda *t: attend(*t, bias, None, 0.0), [q, k, v]),
+        (gelu, [some(6, 7, dtype=torch.float32)]),
+    ]
+    for eager, tensors in ways:
+        torch._dynamo.reset()
+        for found, right in both(torch.compile(eager), eager, *tensors):
+            assert torch.equal(found, right)
+
+
+@COMPILER
+def test_gelu_is_torchs_in_both_modes() -> None:
+    x = some(4, 9, dtype=torch.float32)
+    for found, right in [*both(gelu, F.gelu, x), *both(torch.compile(gelu), F.gelu, x)]:
+        assert torch.allclose(found, right, atol=1e-6)
+
+
+# -- loss
+
+
+def test_the_loss_in_chunks_is_torchs_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.randint(0, 50, (70,), generator=torch.Generator().manual_seed(1))
+    for chunk in (1, 400, 10**9):  # one row at a time, eight, all
+        monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
+        for smoothing in (0.0, 0.2):
+            a, b = (torch.randn(70, 50, generator=torch.Generator().manual_seed(2)).mul_(3).requires_grad_() for _ in "ab")
+            loss, plain = cross_entropy(a, target, smoothing)
+            (loss * 0.5).backward()
+            expected = F.cross_entropy(b, target, label_smoothing=smoothing)
+            (expected * 0.5).backward()
+            assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(plain, F.cross_entropy(b, target), atol=1e-6)
+            assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-7)
+
+
+def test_a_chance_that_is_zero_by_rounding_costs_much_and_not_infinity() -> None:
+    logits = torch.tensor([[0.0, 200.0], [0.0, 0.0]], requires_grad=True)
+    loss, plain = cross_entropy(logits, torch.tensor([0, 1]), 0.0)
+    loss.backward()
+    assert plain.item() == pytest.approx((87.3 + 0.693) / 2, abs=0.1)
+    assert torch.equal(logits.grad, torch.tensor([[-0.5, 0.5], [0.25, -0.25]]))
+    broken, _ = cross_entropy(torch.tensor([[0.0, torch.inf]]), torch.tensor([0]), 0.0)
+    assert not torch.isfinite(broken), "a number that is none stays none"
