@@ -17,6 +17,7 @@ from mainrun.host import cpu_flags
 
 # AMX multiplies tiles as they lie; an operand that has to be turned on the way halves its speed
 TILES = "AMX bf16" in cpu_flags()
+WIDE = 2048  # from where on that shows
 
 
 def whole(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,8 +60,8 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """F.linear. Its weight's gradient is a product over rows, for which one operand is turned first, the narrower one: by a product
-    with the identity, which is exact, and four times as fast as torch's copy."""
+    """F.linear. The gradient of its weight is a product over rows, for which one operand has to be turned. Where that is much narrower
+    than the other it is turned first: by a product with the identity, which is exact, and four times as fast as torch's copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,8 +72,11 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
-        weight_grad = turned(turned(rows) @ grad) if rows.size(1) <= grad.size(1) else turned(grad) @ rows
+        (outputs, inputs), rows, grad = weight.shape, x.flatten(0, -2), grads[0].flatten(0, -2)
+        if outputs >= 4 * inputs:
+            weight_grad = turned(turned(rows) @ grad)
+        else:
+            weight_grad = turned(grad) @ rows if inputs >= 4 * outputs else grad.t() @ rows
         return grads[0] @ weight, weight_grad, grad.sum(0) if ctx.bias else None
 
 
@@ -87,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, in bfloat16 under autocast."""
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
-    if not (TILES and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+    if not (TILES and x.dtype == torch.bfloat16 and x.device.type == "cpu" and max(weight.shape) >= WIDE):
         return F.linear(x, weight, bias)
     found: Tensor = Product.apply(x, weight, bias)
     return found
