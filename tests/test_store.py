@@ -618,7 +618,7 @@ def test_a_first_line_alone_is_checked_too(store: Store) -> None:
 
 FOREIGN = [
     "notes.txt", "nodes/readme", f"nodes/{key(10)}.tmp", "nodes/folder/x", "states/x.bin", f"states/{'A' * 64}.safetensors",
-    "roots/readme.json", "leases/x", f"leases/{key(10)}.1",
+    "roots/readme.json", "leases/x", f"leases/{key(10)}.1", "wants/x",
 ]  # fmt: skip
 
 
@@ -728,12 +728,25 @@ def test_gc_clears_what_killed_writers_left_once_it_is_old(store: Store) -> None
         ("new/1-young", 60),
         (f"leases/{key(20)}.000001", 2 * HOUR),
         (f"leases/{key(30)}.000001", 60),
+        (f"wants/{key(20)}", 25 * HOUR),
+        (f"wants/{key(30)}", 23 * HOUR),
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
         os.utime(folder / name, (time.time() - seconds,) * 2)
     store.gc()
     assert store.files.names("new") == {"1-young"} and store.files.names("leases") == {f"{key(30)}.000001"}
+    assert store.wants() == {key(30)} and store.verify() == []
+
+
+def test_a_want_is_forgotten_when_its_node_is_there(place: str) -> None:
+    store = Store(place)
+    store.want(key(10), "one")
+    store.want(key(10), "another")
+    store.want(key(20), "one")
+    assert Store(place).wants() == {key(10), key(20)}, "they may be there before all else"
+    save(store, 10)
+    assert store.wants() == {key(20)} and store.verify() == []
 
 
 def test_gc_keeps_the_budget_after_clearing(store: Store) -> None:

@@ -5,6 +5,7 @@
     states/SHA256.safetensors    weights, moments and averages, under the hash of their own bytes
     roots/KEY                    what the chains below a root began with, for people and for `audit`
     leases/KEY.TOKEN             who trains the way to a node now (leases.py)
+    wants/KEY                    somebody waits for this node, which whoever trains that way would not keep by himself
     pins/NAME                    keys that eviction passes over
 
 A node is there once its file is; its state was there before. What is read is checked: a node that is torn, changed or foreign is
@@ -35,6 +36,7 @@ SIZE = 20_000_000_000  # bytes of states, unless asked otherwise
 KEY = re.compile(r"[0-9a-f]{64}")
 STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
 BATCH = 7 * 86_400.0  # seconds that a batch may pin its nodes
+WANT = 86_400.0  # seconds after which nobody waits any more
 AHEAD = 3600.0  # seconds that a clock may differ from another before it is worth a word
 
 
@@ -118,7 +120,7 @@ class Store:
                 got = f"has format {found.get('format')}, this version reads {FORMAT}"
                 raise ConfigError(f"store {place} {got}; give another, or --no-store")
         except FileNotFoundError:
-            strays = self.files.names("") - {"new", "leases", "pins"}  # those may be there before the first node is
+            strays = self.files.names("") - {"new", "leases", "wants", "pins"}  # those may be there before the first node is
             if strays:
                 got = f"{', '.join(sorted(strays)[:3])} but no store.json"
                 raise ConfigError(f"store {place} holds {got}, so it is no store of ours; give another place, or --no-store") from None
@@ -248,6 +250,8 @@ class Store:
         allowed()  # writing may have taken a while
         if there is None and not self.files.create(f"nodes/{node.key}", node.dump()):
             return self.save(node, tensors, allowed)  # somebody was faster by a moment
+        with suppress(OSError):
+            self.files.remove(f"wants/{node.key}")
         return there or node
 
     def _sound(self, state: str) -> bool | None:
@@ -260,7 +264,14 @@ class Store:
         except IsADirectoryError:
             return False
 
-    # -- pins and room
+    # -- wants, pins and room
+
+    def want(self, key: str, run: str) -> None:
+        """Ask whoever trains that way to keep this node. It is forgotten when the node is there, or after a while."""
+        self.files.create(f"wants/{key}", _dump({"run": run}))
+
+    def wants(self) -> set[str]:
+        return self.files.names("wants")
 
     def pin(self, name: str, keys: Iterable[str]) -> None:
         """Keep these from eviction until `unpin(name)`."""
@@ -375,9 +386,10 @@ class Store:
         return sorted(name for name in self.files.names("pins") if self._pin(name) is None)
 
     def _strays(self) -> list[str]:
-        ours = {"store.json", "nodes", "states", "roots", "leases", "pins", "new"}
+        ours = {"store.json", "nodes", "states", "roots", "leases", "wants", "pins", "new"}
         found = sorted(self.files.names("") - ours)
-        for folder, pattern in (("nodes", KEY), ("states", STATE), ("roots", KEY), ("leases", re.compile(r"[0-9a-f]{64}\.\d{6}"))):
+        lease = re.compile(r"[0-9a-f]{64}\.\d{6}")
+        for folder, pattern in (("nodes", KEY), ("states", STATE), ("roots", KEY), ("wants", KEY), ("leases", lease)):
             found += sorted(f"{folder}/{name}" for name in self.files.names(folder) if not pattern.fullmatch(name))
         return found
 
@@ -430,9 +442,10 @@ class Store:
             else:
                 counts["rows"] += 1
                 self.files.remove(f"nodes/{node.key}")
-        for folder in ("new", "leases"):  # by writers that were killed; a holder that lives writes its lease all the time
+        # by writers that were killed; a holder that lives writes its lease all the time
+        for folder, age in (("new", AHEAD), ("leases", AHEAD), ("wants", WANT)):
             for name, entry in self.files.list(folder).items():
-                if entry.modified < old:
+                if entry.modified < now - age:
                     self.files.remove(f"{folder}/{name}")
         return counts
 
