@@ -134,13 +134,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def _store(place: str | None, out: Path, size: str = "20GB", *, must: bool = False) -> Store:
     """must: there has to be one already."""
     from mainrun.store import nodes
+    from mainrun.store.files import folder_of
     from mainrun.store.rundir import check_writable
 
     if place is not None and not place.strip():
         raise UsageError("got --store ''; give a folder, or a URL that fsspec knows")
     place = place or nodes.whereabouts(out)
-    place = place if "://" in place else os.path.expanduser(place)
-    if out.resolve() in Path(place).resolve().parents and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir():
+    folder = folder_of(place)
+    if folder and out.resolve() in folder.resolve().parents and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir():
         check_writable(out)  # it is --out that is wrong, not the store
     store = nodes.Store(place, _bytes(size))
     if must and not store.files.exists("store.json"):

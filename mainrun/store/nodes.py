@@ -313,10 +313,7 @@ class Store:
             with suppress(Damaged):
                 held.add(self.node(key, rows=False).state)
         now, gone = time.time(), []
-        for state, entry in there.items():
-            if entry.modified > now + AHEAD:  # says nothing about use: the clock was put back since. It ages from now on
-                with suppress(OSError):
-                    self.files.touch(f"states/{state}.safetensors")
+        self._date("states")
         oldest = sorted(there, key=lambda state: (min(there[state].modified, now), state))
         for state in oldest:
             if excess <= 0:
@@ -326,6 +323,13 @@ class Store:
                 excess -= there[state].size
                 gone.append(state)
         return gone
+
+    def _date(self, folder: str) -> None:
+        """A time in the future says nothing about use: the clock was put back since. Such a file ages from now on."""
+        for name, entry in self.files.list(folder).items():
+            if entry.modified > time.time() + AHEAD:
+                with suppress(OSError):
+                    self.files.touch(f"{folder}/{name}")
 
     # -- housekeeping
 
@@ -431,6 +435,8 @@ class Store:
                 counts["damaged" if torn else "orphans"] += 1
                 counts["bytes"] += entry.size
                 self.files.remove(f"states/{state}.safetensors")
+        for folder in ("states", "new", "leases", "wants", "pins"):
+            self._date(folder)
         gone = self.evict()
         counts["evicted"] = len(gone)
         counts["bytes"] += sum(there[state].size for state in gone if state in there)
