@@ -50,7 +50,8 @@ class Lease:
         while not self._over.wait(self.leases.ttl / 4):
             count += 1
             try:
-                self.leases.files.write(self.name, _dump(self.about | self.now() | {"beat": count}))
+                said = _dump(self.about | self.now() | {"beat": count})
+                self.leases.files.write(self.name, said, sync=False)  # when the power fails nobody trains either
             except OSError:  # a store that cannot be written for a while: others may take over, and `check` finds it out
                 continue
 
@@ -90,11 +91,6 @@ class Leases:
             if token.isdecimal():
                 found.setdefault(key, []).append(int(token))
         return found
-
-    def holder(self, key: str) -> dict[str, Any] | None:
-        """Who trains towards the key now; None where nobody does, or where the one who did is dead."""
-        tokens = self.tokens().get(key)
-        return self._holder(key, max(tokens)) if tokens else None
 
     def _holder(self, key: str, token: int) -> dict[str, Any] | None:
         name = f"leases/{key}.{token:06d}"
