@@ -720,6 +720,7 @@ def store_audit(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="The same seed takes the same ones; without it, others each time.")
     ] = None,
+    reach: Annotated[int, typer.Option("--reach", metavar="STEPS", min=1, help="The longest way back to a state to begin at.")] = 10_000,
     out: Out = Path("runs"),
     place: StorePlace = None,
     as_json: Json = False,
@@ -727,13 +728,13 @@ def store_audit(
 ) -> None:
     """Train random segments again and compare every bit.
 
-    Exits with 1 when one differs.
+    Each begins at the nearest earlier state that is still there, or at step 0. Exits with 1 when one differs.
     """
     store, found = _store(place, out, must=True), list[dict[str, Any]]()
     with _process_group(), _stoppable():
         from mainrun.audit import audit
 
-        for finding in audit(store, segments, seed):
+        for finding in audit(store, segments, seed, reach):
             node = finding.node
             found.append(
                 {"key": node.key, "begins": node.begins, "step": node.step, "run": node.run, "status": finding.status, "why": finding.why}
@@ -744,7 +745,7 @@ def store_audit(
     if as_json:
         _emit(found)
     elif not found:
-        print("nothing to audit: the store has no node whose beginning is there too")
+        print("nothing to audit: the store has no node")
     if any(finding["status"] == "differs" for finding in found):
         raise MainrunError("a segment trained again is not what the store holds; the lines above say which")
 

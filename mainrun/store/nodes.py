@@ -357,7 +357,7 @@ class Store:
             name, before = f"node {node.key[:12]} (step {node.step})", nodes.get(node.parent)
             if node.begins and before is None:
                 found.append(f"{name}: the rows before step {node.begins} are lost with {node.parent[:12]}")
-            elif _misplaced(node, before):
+            elif misplaced(node, before):
                 found.append(f"{name}: {node.parent[:12]} is not what it says was before it")
             if node.root not in roots:
                 found.append(f"{name}: what its root {node.root[:12]} began with is lost")
@@ -414,7 +414,7 @@ class Store:
                 unread = True  # what it may stand for stays
             except Damaged:
                 damaged.append(f"nodes/{key}")
-        damaged += [f"nodes/{node.key}" for node in nodes.values() if _misplaced(node, nodes.get(node.parent))]
+        damaged += [f"nodes/{node.key}" for node in nodes.values() if misplaced(node, nodes.get(node.parent))]
         damaged += [f"roots/{root}" for root in self.files.names("roots") if KEY.fullmatch(root) and self._root(root) is None]
         damaged += [f"pins/{name}" for name in self._torn_pins()]
         for name in self._old_pins():
@@ -466,7 +466,7 @@ def _other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) -> int
     return next((what[1] for what, loss in losses(b).items() if known.get(what, loss) != loss), 0)
 
 
-def _misplaced(node: Node, before: Node | None) -> bool:
+def misplaced(node: Node, before: Node | None) -> bool:
     """Whether what is stored as its parent cannot be that."""
     if not node.begins:
         return node.parent != node.root
