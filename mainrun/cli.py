@@ -179,7 +179,9 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left, and redo it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="With --dry-run: take the time of a few steps, and throw them away.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say which steps the store or another step has already; train nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say which steps the store, a run or another step has already; train nothing.")
+    ] = False,
     no_store: Annotated[bool, typer.Option("--no-store", help="Train every step, and keep none for other runs.")] = False,
     place: StorePlace = None,
     size: Annotated[str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")] = "20GB",
@@ -207,7 +209,7 @@ def train(
     store = None if no_store else _store(place, out, size)
     if plan:
         with _process_group():
-            _plan(configs, store, as_json)
+            _plan(configs, store, out, as_json)
         return
     if dry_run:
         with _process_group():
@@ -274,10 +276,10 @@ def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[tuple[li
                 store.unpin(name)
 
 
-def _plan(configs: list[TrainConfig], store: Store | None, as_json: bool) -> None:
+def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: bool) -> None:
     from mainrun import batch
 
-    found = batch.plan(configs, store).parts
+    found = batch.plan(configs, store, out).parts
     if not _leads():
         return
     rows = [vars(part) | {"steps": part.steps} for part in found.parts]

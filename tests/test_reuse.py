@@ -1007,6 +1007,32 @@ def test_a_ladder_trains_each_step_of_its_tree_once(tmp_path: Path, alone: Any, 
     assert json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)["to_train"] == 0
 
 
+def test_a_plan_counts_what_the_run_directories_have(tmp_path: Path) -> None:
+    """One that is done trains nothing, one that was stopped the rest, whatever the store has."""
+    for name, store in (("with", []), ("without", ["--no-store"])):
+        out = tmp_path / name
+
+        def steps(*sets: str, out: Path = out, store: Sequence[str] = store) -> list[int]:
+            found = json.loads(
+                ask("train", "--preset", "baseline", *tiny_sets(**SMALL), *sets, "--out", out, "--plan", "--json", *store).stdout
+            )
+            assert found["to_train"] == sum(run["steps"] for run in found["runs"])
+            return [run["steps"] for run in found["runs"]]
+
+        cfg = baseline()
+        assert steps() == [STEPS]
+        with pytest.raises(Interrupted):
+            train(cfg, out, until=20)
+        assert steps() == [STEPS - 20]
+        train(cfg, out)
+        assert steps() == [0] and steps("--set", "lr=0.02") == [STEPS]
+        assert not (out / ".store").exists()
+    (out / cfg.run_id / "summary.json").unlink()
+    for path in (out / cfg.run_id / "checkpoints").glob("*/state.safetensors"):
+        flip(path)
+    assert steps() == [STEPS], "what is damaged is passed over"
+
+
 def test_a_ladder_that_fails_unpins_too(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder.toml"
     ladder.write_text(
