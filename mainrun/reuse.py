@@ -132,23 +132,18 @@ class Reuse:
     def _hold(self, step: int) -> None:
         """Take the lease on the next node, if nobody has it."""
         self._passed = step
-        self._hear()
-        target = min(stop for stop in self.stops | self.wanted if stop > step)
+        target = min(stop for stop in self.stops if stop > step)
         about = {"run": self.cfg.run_id, "config": self.cfg.model_dump(mode="json"), "root": self.keys[0], "step": target}
         about |= {"scores": self._scores(step, target), "geometry": self._geometry}
         self._lease = self._leases.acquire(self.keys[target], self._beat, **about)
 
     def _beat(self) -> dict[str, Any]:
-        """What the lease says each time: the step up to which all that is kept is there."""
-        self._hear()
-        passed = self._passed  # before `_due`, which grows first
-        return {"at": min([passed, *(step - 1 for step in self._due if step > self._written)])}
-
-    def _hear(self) -> None:
-        """From now on, what others want is kept."""
+        """What the lease says each time: the step up to which all that is kept is there. From then on, what others want is kept too."""
         if self.machine.world == 1:  # the processes of one run must agree where it stops
             with suppress(OSError):
                 self.wanted = frozenset(self._steps[key] for key in self.store.wants() & self._steps.keys())
+        passed = self._passed  # before `_due`, which grows first
+        return {"at": min([passed, *(step - 1 for step in self._due if step > self._written)])}
 
     def keeps(self, step: int) -> bool:
         """Whether the state after this step is kept. Asked before the step; from then on it is too late to want it."""
