@@ -1036,6 +1036,9 @@ def test_a_plan_counts_what_the_run_directories_have(tmp_path: Path) -> None:
         assert steps() == [STEPS - 20]
         train(cfg, out)
         assert steps() == [0] and steps("--set", "lr=0.02") == [STEPS]
+        shutil.copytree(out, tmp_path / f"bare {name}")
+        shutil.rmtree(tmp_path / f"bare {name}" / cfg.run_id / "checkpoints")
+        assert steps(out=tmp_path / f"bare {name}") == [0], "its summary is enough"
         assert not (out / ".store").exists()
     (out / cfg.run_id / "summary.json").unlink()
     for path in (out / cfg.run_id / "checkpoints").glob("*/state.safetensors"):
@@ -1264,6 +1267,9 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
     scratch = two("scratch", "--no-store", decay_frac=0.2)
     assert later["ledger"] == ledger(STEPS, 27) and scratch["ledger"] == ledger(STEPS, 0)
     assert end(tmp_path / "second" / later["run"]) == end(tmp_path / "scratch" / scratch["run"])
+    other = two("third", *place, official_geometry="2x8")  # the leader alone sees that the store has no score after step 1
+    scratch = two("scratch", "--no-store", official_geometry="2x8")
+    assert end(tmp_path / "third" / other["run"]) == end(tmp_path / "scratch" / scratch["run"])
     watch = Watch()
     train(baseline(), tmp_path, store=Store(tmp_path / "store"), progress=watch)
     assert watch.said("nothing of it is taken (machine_class processes: 2 there, 1 here)")
