@@ -613,8 +613,9 @@ def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
             both.wait(60)
 
     monkeypatch.setattr(reuse.Reuse, "_hold", together)
-    for run in runs:
-        run.start()
+    runs[0].start()
+    until(lambda: met)  # its weights are drawn: two threads would draw from one generator
+    runs[1].start()
     for run in runs:
         run.join()
     assert met == [0, 0] and sum(run.trained for run in runs) == STEPS + 10
