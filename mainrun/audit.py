@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from mainrun.machine import Machine, versions
 from mainrun.sitting import score
 from mainrun.store import lineage
 from mainrun.store.checkpoint import sha256_tensors
-from mainrun.store.nodes import Damaged, Node, Store
+from mainrun.store.nodes import Damaged, Node, Store, misplaced
 from mainrun.tokens import Batches, prepare
 from mainrun.train import State, build, gradients, make_runner
 
@@ -26,25 +26,52 @@ class Finding:
     why: str = ""
 
 
-def audit(store: Store, segments: int, seed: int | None = None) -> Iterator[Finding]:
-    """Of the nodes whose beginning is there too, a random few."""
+REACH = 10_000  # steps that one segment may take
+
+
+def audit(store: Store, segments: int, seed: int | None = None, reach: int = REACH) -> Iterator[Finding]:
+    """A random few of the nodes; where there are fewer that can be trained again, the others with the reason."""
     nodes, damaged = store.summary()
     for key, why in damaged:
         yield Finding(_unreadable(key), "differs", why)
-    states = store.states()
-    there = {node.key: node for node in nodes if node.state in states}
-    ready = [node for node in there.values() if not node.begins or node.parent in there]
-    for node in random.Random(seed).sample(ready, min(segments, len(ready))):
+    states, chance = store.states(), random.Random(seed)
+    there = {node.key: node for node in nodes}
+    begins = {node.key: _before(node, there, states) for node in nodes}
+    ways = {node.key: node.step - (before.step if (before := begins[node.key]) else 0) for node in nodes}
+    ready = [node for node in nodes if node.state in states and ways[node.key] <= reach]
+    picked = chance.sample(ready, min(segments, len(ready)))
+    for node in picked:
         try:
+            if misplaced(node, there.get(node.parent)):
+                raise Damaged(f"{node.parent[:12]} is not what it says was before it")
             node = store.node(node.key)
         except Damaged as e:
             yield Finding(node, "differs", str(e))
             continue
-        yield _again(store, node, there.get(node.parent))
+        yield _again(store, node, begins[node.key])
+    rest = [node for node in nodes if node.state not in states or ways[node.key] > reach]
+    for node in sorted(rest, key=lambda node: node.state not in states)[: segments - len(picked)]:
+        if node.state in states:
+            why = f"the nearest state before it is {ways[node.key]:,} steps away; --reach {ways[node.key]} goes that far"
+        else:
+            why = "its state was evicted, so there is nothing to compare with"
+        yield Finding(node, "skipped", why)
+
+
+def _before(node: Node, nodes: Mapping[str, Node], states: Container[str]) -> Node | None:
+    """The nearest one before it whose state is there; None: only the start of all."""
+    while node.begins:
+        before = nodes.get(node.parent)
+        if before is None or misplaced(node, before):
+            return None
+        if before.state in states:
+            return before
+        node = before
+    return None
 
 
 def _again(store: Store, node: Node, before: Node | None) -> Finding:
-    """Train a node's segment from the node before it, or from the start."""
+    """Train to a node from one before it, or from the start."""
     try:
         cfg = from_dict(node.config)
         machine, corpus = Machine(cfg), load_corpus(cfg)
@@ -68,9 +95,11 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
     runner, batches = make_runner(machine, state.model), Batches(cfg, data.splits["train"])
     rows: list[dict[str, Any]] = []
     scored = {row["step"] for row in node.rows if row["event"] == "eval"}
-    if node.begins in scored:  # its run began there, and nobody had this score yet
-        rows += score(cfg, data, state)
-    while state.step < node.step:
+    while True:
+        if state.step >= node.begins and state.step in scored:  # at its beginning too, where nobody had this score yet
+            rows += score(cfg, data, state)
+        if state.step == node.step:
+            break
         inputs = plan.at(state.step)
         x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
         loss, norm = gradients(cfg, machine, runner, state.model, x, y, inputs, state.step).tolist()
@@ -78,9 +107,8 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         state.average.update(inputs)
         state.step += 1
         row = {"event": "step", "step": state.step, "tokens": plan.tokens(state.step), "lr": inputs.lr}
-        rows.append(row | {"loss": loss, "grad_norm": norm})
-        if state.step in scored:
-            rows += score(cfg, data, state)
+        if state.step > node.begins:
+            rows.append(row | {"loss": loss, "grad_norm": norm})
     if node.geometry != list(cfg.geometry):
         return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
     presented = plan.tokens(node.step) * cfg.passes

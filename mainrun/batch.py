@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mainrun.config import Plan, TrainConfig
 from mainrun.corpus import load_corpus
 from mainrun.machine import Machine, versions
-from mainrun.store import lineage, planner
+from mainrun.store import checkpoint, lineage, planner
 from mainrun.store.nodes import Damaged, Store
+from mainrun.store.rundir import RunDir
 from mainrun.tokens import TokenData, prepare
 
 
@@ -49,7 +51,8 @@ class Shared:
     chains: dict[str, list[str]]
 
 
-def plan(configs: Iterable[TrainConfig], store: Store | None) -> Shared:
+def plan(configs: Iterable[TrainConfig], store: Store | None, out: Path | None = None) -> Shared:
+    """out: where the runs' own directories are, some of them perhaps half-way or done."""
     plans, chains = resolved(configs)
     forks = planner.plan(chains)
     keys = {chains[part.name][step] for part in forks.parts for step in part.forks}
@@ -58,7 +61,18 @@ def plan(configs: Iterable[TrainConfig], store: Store | None) -> Shared:
         if len({(plans[name].eval_steps, plans[name].cfg.geometry) for name in alike}) > 1:
             keys |= {chains[name][step] for name in alike for step in plans[name].eval_steps}
     keep = {name: [step for step, key in enumerate(found) if key in keys] for name, found in chains.items()}
-    return Shared(planner.plan(chains, usable(store, plans, chains)) if store else forks, keep, sorted(keys), chains)
+    stored = usable(store, plans, chains) if store else set()
+    own = {name: _own(RunDir(out / name), plan) for name, plan in plans.items()} if out else {}
+    return Shared(planner.plan(chains, stored, own), keep, sorted(keys), chains)
+
+
+def _own(run: RunDir, plan: Plan) -> int:
+    """The step that a run directory goes on from."""
+    if run.summary():
+        return plan.steps
+    digest = plan.cfg.digest
+    found = checkpoint.load_newest(run.checkpoints, lambda meta: None if meta["digest"] == digest else "another config's", lambda _: None)
+    return found[1]["step"] if found else 0
 
 
 def usable(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:

@@ -1,20 +1,24 @@
 """What a run takes from the store, and what it leaves there for others.
 
 At its start, and at each step where a node is kept, a run looks for the deepest node on its own key chain and goes on from there.
-Where there is none it takes the lease on the next node and trains the way to it, or waits while somebody else does. Nodes are
-written by a thread of their own. Whatever is wrong with the store costs steps, never the run.
+Where there is none it takes the lease on the next node and trains the way to it, or waits while somebody else does. Who trains the
+way to a node that this run will not come to is waited for too, as far as both go together: the fork is wanted (wants/KEY), and whoever
+has the lease keeps it on the way. Nodes are written by a thread of their own. Whatever is wrong with the store costs steps, never the run.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mainrun.config import Plan, TrainConfig
+from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.errors import MainrunError
 from mainrun.machine import Machine, StopFlag, versions
-from mainrun.store import lineage
+from mainrun.store import lineage, planner
 from mainrun.store.leases import Fenced, Lease, Leases
 from mainrun.store.nodes import Damaged, Node, Refused, Store
 from mainrun.store.rundir import FULL, Metrics
@@ -23,6 +27,16 @@ if TYPE_CHECKING:
     from mainrun.train import State
 
 POLL = 0.1  # seconds between two looks at a lease
+CHANCE = random.SystemRandom()  # no generator that a training may draw from
+
+
+class Other(NamedTuple):
+    """Another run that trains steps of this one now."""
+
+    meets: int  # the node that will be there for both
+    fork: int  # the last step that both have in common, as far as that is known
+    key: str  # of its lease
+    run: str
 
 
 class Reuse:
@@ -44,7 +58,9 @@ class Reuse:
         self.keys = lineage.chain(lineage.root(self.begun), plan)
         # the first evaluation is after step 1: a node there would save one step
         self.until = min(until or plan.steps, plan.steps)
-        self.stops = sorted({*plan.breaks, *plan.eval_steps - {1}, *keep, self.until} & set(range(1, self.until + 1)))
+        self.stops = {*plan.breaks, *plan.eval_steps - {1}, *keep, self.until} & set(range(1, self.until + 1))
+        self.wanted: frozenset[int] = frozenset()  # where others, who wait there, part from this run
+        self._steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
         self.reads, self.writes = not fresh, True
         self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
         self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
@@ -55,6 +71,11 @@ class Reuse:
         self._since = time.perf_counter()
         self._leases = Leases(store.files)
         self._lease: Lease | None = None
+        self._forks: dict[tuple[str, str], int] = {}  # with whom has which lease
+        self._posted: set[str] = set()  # keys that this run has wanted
+        self._passed = 0  # nobody can want this step any more, nor one before it
+        self._due: list[int] = []  # steps that are kept, and those after `_written` are not in the store yet
+        self._written = 0
         self._writer = ThreadPoolExecutor(1, "store")
         self._writing: Future[bool] | None = None
         self._pending: Node | None = None  # what is on its way to the store, as long as `before` is that
@@ -83,30 +104,54 @@ class Reuse:
         while state.step < self.until and not stop.asked:
             try:
                 if self.reads and self._take(state, metrics):
+                    if self._lease and self._lease.about["step"] <= state.step:
+                        self._free()
                     if self.unscored:  # before anything else
                         return
                     continue
-                if not self.writes:
+                if self._lease or not self.writes:
                     return
-                other = self._other(state.step) if self.reads else None
-                if other is None:
-                    target = next(step for step in self.stops if step > state.step)
-                    about = {"run": self.cfg.run_id, "step": target, "scores": self._scores(state.step, target), "geometry": self._geometry}
-                    self._lease = self._leases.acquire(self.keys[target], **about)
-                    if self._lease or not self.reads:
-                        # it may have been published between the look and the lease
-                        if self.reads and self._take(state, metrics):
-                            self._free()
-                            if not self.unscored:
-                                continue
+                if other := self._other(state.step):
+                    self._want(other)
+                    if not waited:
+                        self.note(f"waiting for {other.run}, which trains the way to step {other.meets} that both share")
+                        waited = True
+                else:
+                    self._hold(state.step)
+                    if not self.reads:
                         return
-                elif not waited:
-                    self.note(f"waiting for {other.get('run')}, which trains the way to step {other.get('step')} that both share")
-                    waited = True
+                    if self._lease and not self._other(state.step):
+                        continue  # the node may have been published between the look and the lease
+                    self._free()  # somebody else took one that goes the same way, at the same moment
             except OSError as e:
                 self._stop_writing(f"the store {self.store} cannot be used ({e.strerror or e}); nothing more is kept in it")
+                self._free()
                 return
-            time.sleep(POLL)
+            time.sleep(POLL * CHANCE.uniform(0.5, 1.5))  # two that make room for each other do not meet for ever
+
+    def _hold(self, step: int) -> None:
+        """Take the lease on the next node, if nobody has it."""
+        self._passed = step
+        target = min(stop for stop in self.stops if stop > step)
+        about = {"run": self.cfg.run_id, "config": self.cfg.model_dump(mode="json"), "root": self.keys[0], "step": target}
+        about |= {"scores": self._scores(step, target), "geometry": self._geometry}
+        self._lease = self._leases.acquire(self.keys[target], self._beat, **about)
+
+    def _beat(self) -> dict[str, Any]:
+        """What the lease says each time: the step up to which all that is kept is there. From then on, what others want is kept too."""
+        if self.machine.world == 1:  # the processes of one run must agree where it stops
+            with suppress(OSError):
+                self.wanted = frozenset(self._steps[key] for key in self.store.wants() & self._steps.keys())
+        passed = self._passed  # before `_due`, which grows first
+        return {"at": min([passed, *(step - 1 for step in self._due if step > self._written)])}
+
+    def keeps(self, step: int) -> bool:
+        """Whether the state after this step is kept. Asked before the step; from then on it is too late to want it."""
+        found = step in self.stops or step in self.wanted
+        if found:
+            self._due = [*(due for due in self._due if due > self._written), step]
+        self._passed = step
+        return found
 
     @property
     def _geometry(self) -> list[int]:
@@ -116,18 +161,40 @@ class Reuse:
         """Scores that the way there writes."""
         return sorted(step for step in self.plan.eval_steps if begin < step < end)
 
-    def _other(self, step: int) -> dict[str, Any] | None:
-        """Who trains towards a node further on this chain, and leaves the scores that this run needs."""
-        if not (active := self._leases.active()):
-            return None
-        ahead = {key: i for i, key in enumerate(self.keys[: self.until + 1]) if i > step}
-        for key, holder in active.items():
-            target = ahead.get(key)
-            if target is not None:
-                needed = set(self._scores(step, target))
-                if not needed or (holder.get("geometry") == self._geometry and needed <= set(holder.get("scores", []))):
-                    return holder
-        return None
+    def _other(self, step: int) -> Other | None:
+        """Who trains towards or through a node further on this chain, the furthest one, and leaves the scores that this run needs."""
+        found = []
+        for key, holder in self._leases.active().items() if self.reads else ():
+            if self._lease and key == self._lease.key:
+                continue
+            fork, at, scores = self._fork(key, holder), holder.get("at"), holder.get("scores")
+            # it comes through the fork on its way elsewhere, and there is time to say that it is wanted
+            meets = self._steps.get(key) or (fork if isinstance(at, int) and at < fork else 0)
+            needed = self._scores(step, meets)
+            leaves = isinstance(scores, list) and holder.get("geometry") == self._geometry and all(score in scores for score in needed)
+            if meets > step and (leaves or not needed):
+                found.append(Other(meets, fork, key, str(holder.get("run"))))
+        return max(found, default=None)
+
+    def _fork(self, key: str, holder: dict[str, Any]) -> int:
+        """The last step that this run has in common with the holder of a lease; 0: that cannot be told, or it keeps nothing for others."""
+        known = (key, str(holder.get("run")))
+        if known not in self._forks:
+            self._forks[known] = 0
+            with suppress(MainrunError, LookupError, TypeError, ValueError, AttributeError):  # whatever it says: it costs a wait at most
+                if self.machine.world == 1 and holder["root"] == self.keys[0]:  # the same data then, and the same machine
+                    theirs = lineage.chain(self.keys[0], Plan(from_dict(holder["config"]), self.plan.train_tokens))
+                    if theirs[holder["step"]] == key:
+                        self._forks[known] = min(planner.shared(self.keys, theirs), self.until)
+        return self._forks[known]
+
+    def _want(self, other: Other) -> None:
+        """Say as early as possible where this run will part from the other, unless the other's lease is on that very node."""
+        key = self.keys[other.fork]
+        if other.fork and key != other.key and key not in self._posted:
+            self._posted.add(key)
+            with suppress(OSError):  # then it is kept by chance or not at all
+                self.store.want(key, self.cfg.run_id)
 
     def _take(self, state: State, metrics: Metrics | None) -> bool:
         for node, past in self._usable(state.step):
@@ -178,7 +245,7 @@ class Reuse:
             if not (missing := set(self._scores(step, further)) - scored):
                 yield node, past
             else:  # trained once more, for a score; where it is taken a node is kept, so that the next one need not
-                self.stops = sorted({*self.stops, *missing})
+                self.stops |= missing if self.machine.world == 1 else set()
 
     def _shown(self, past: list[Node], since: int) -> Iterator[dict[str, Any]]:
         """Rows as this run would have written them itself: its cadence, its scores."""
@@ -221,7 +288,7 @@ class Reuse:
 
     def publish(self, state: State) -> None:
         """Keep the state of this step, if it is one to keep. The copy is taken now, the rest happens beside the training."""
-        if state.step not in self.stops or self.before[0] == state.step or not self.machine.leads:
+        if state.step not in {*self.stops, *self._due} or self.before[0] == state.step or not self.machine.leads:
             return
         with state.clock("store"):
             if self._writing:
@@ -237,7 +304,9 @@ class Reuse:
                 run=self.cfg.run_id, config=self.cfg.model_dump(mode="json"), made=time.time(), rows_sha256="", rows=tuple(self.rows),
             )  # fmt: skip
             self.before, self.rows, self._pending = (node.step, node.key), [], node
-            lease, self._lease = self._lease, None
+            lease = self._lease
+            if lease and lease.about["step"] <= node.step:
+                self._lease = None  # else it is on a node further on, and others wait on the way
             self._writing = self._writer.submit(self._write, node, tensors, lease)
 
     def _write(self, node: Node, tensors: dict[str, Any], lease: Lease | None) -> bool:
@@ -258,7 +327,8 @@ class Reuse:
         except Exception as e:  # a library's own, like safetensors' for a full disk; named, and no run's end
             self._stop_writing(f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it")
         finally:
-            if lease:
+            self._written = node.step
+            if lease and (lease.key == node.key or not self.writes):
                 lease.release()
         return False
 

@@ -629,7 +629,7 @@ def loop(
         inputs, done = plan.at(state.step), state.step + 1
         evaluates = done in plan.eval_steps
         saves = done % plan.checkpoint_every == 0 or done == plan.steps
-        keeps = reuse is not None and done in reuse.stops
+        keeps = reuse is not None and reuse.keeps(done)
         with state.clock("steps" if warm or not machine.compile else "compile"), machine.compiling():  # at the first step
             x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
             numbers = gradients(cfg, machine, runner, model, x, y, inputs, state.step)

@@ -123,9 +123,35 @@ def test_as_many_segments_are_taken_as_asked_and_a_seed_repeats_them(store: Stor
     assert all(len(set(steps)) == 2 for steps in picked) and picked[0] == picked[1] and len({tuple(steps) for steps in picked}) > 1
 
 
-def test_a_segment_whose_beginning_was_evicted_is_not_asked_for(store: Store) -> None:
-    store.files.remove(f"states/{at(store, 18).state}.safetensors")
-    assert sorted(findings(store)) == [36, 37]
+@pytest.mark.parametrize("evicted", [[18], [27], [18, 27, 36]])
+def test_a_segment_whose_beginning_was_evicted_is_trained_from_further_back(store: Store, evicted: list[int]) -> None:
+    rewrite(store, at(store, 37), rows=changed(at(store, 37).rows, "step", 37, loss=1.0))
+    for step in evicted:
+        store.files.remove(f"states/{at(store, step).state}.safetensors")
+    found = findings(store)
+    assert {step for step, finding in found.items() if finding.status == "same"} == {18, 27, 36} - set(evicted)
+    assert "loss at step 37: 1.0 in the store" in found[37].why
+    for step in evicted:
+        assert (found[step].status, found[step].why) == ("skipped", "its state was evicted, so there is nothing to compare with")
+
+
+def test_a_way_that_is_too_long_is_not_gone_and_said_to_be(store: Store) -> None:
+    for step in (18, 27):
+        store.files.remove(f"states/{at(store, step).state}.safetensors")
+    found = {finding.node.step: finding for finding in audit(store, 100, reach=35)}
+    assert (found[36].status, found[37].status) == ("skipped", "same")
+    assert found[36].why == "the nearest state before it is 36 steps away; --reach 36 goes that far"
+    text = ask("audit", "--store", store, "--reach", 35)
+    assert text.exit_code == 0 and text.stdout.count("skipped") == 2 and "--reach 36 goes that far" in text.stdout
+    assert ask("audit", "--store", store, "--reach", 36, "--segments", 2).stdout.count("same ") == 2
+    assert [finding.node.step for finding in audit(store, 1, reach=1)] == [37], "one that can be trained first of all"
+
+
+def test_a_node_whose_parent_is_another_s_is_found(store: Store) -> None:
+    node = at(store, 36)
+    lie = Node(**(vars(node) | {"parent": at(store, 18).key}))
+    (Path(str(store)) / "nodes" / node.key).write_bytes(lie.dump())
+    assert findings(store)[36].status == "differs" and "is not what it says was before it" in findings(store)[36].why
 
 
 # -- what no checksum finds

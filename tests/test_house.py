@@ -61,6 +61,9 @@ MAY_IMPORT = {
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.cli": "*",
+    "mainrun.terminal": "mainrun.host mainrun.errors",
+    "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.errors",
+    "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "sweeps": "mainrun.store mainrun.config mainrun.errors",
     "reports": "mainrun.store mainrun.config mainrun.errors",
@@ -103,8 +106,10 @@ def sources(root: Path) -> Iterator[tuple[str, Path, ast.Module]]:
 
 
 def part_of(dotted: str) -> str:
-    """`mainrun.store.rundir` -> `mainrun.store`; `sweeps.engine.ray` -> `sweeps`."""
+    """`mainrun.store.rundir` -> `mainrun.store`; `sweeps.engine.ray` -> `sweeps`. The commands of a folder are a part of their own."""
     names = dotted.split(".")
+    if names[0] == "mainrun" and names[2:3] == ["cli"]:
+        return ".".join(names[:3])
     return ".".join(names[:2]) if names[0] == "mainrun" else names[0]
 
 
@@ -164,6 +169,10 @@ def test_imports_go_one_way() -> None:
         ({"sweeps__study": "def f():\n    import mainrun.train as t", "mainrun__train": ""}, "sweeps must not import mainrun.train"),
         ({"reports__load": "import sweeps.ledger", "sweeps__ledger": ""}, "reports must not import sweeps"),
         ({"mainrun__store__rundir": "from sweeps import study", "sweeps__study": ""}, "mainrun.store must not import sweeps"),
+        (
+            {"mainrun__store__nodes": "from mainrun.store.cli import app", "mainrun__store__cli": "app = 0"},
+            "must not import mainrun.store.cli",
+        ),
         ({"mainrun__novelty": ""}, "mainrun.novelty has no row"),
     ],
 )

@@ -113,16 +113,16 @@ def taken(leases: Leases, key: str = KEY) -> None:
 def test_what_one_holds_no_other_gets(tmp_path: Path, url: str) -> None:
     place = url.format(f"{tmp_path}/store")
     mine, other = Leases(open_files(place), TTL), Leases(open_files(place), TTL)
-    assert mine.holder(KEY) is None and mine.active() == {} and mine.tokens() == {}
+    assert mine.active().get(KEY) is None and mine.active() == {} and mine.tokens() == {}
     lease = acquired(mine, run="mine", step=10)
     assert other.acquire(KEY) is None and mine.acquire(KEY) is None, "not even by its own process"
-    assert other.holder(KEY) == mine.holder(KEY) and (other.holder(KEY) or {})["run"] == "mine"
+    assert other.active().get(KEY) == mine.active().get(KEY) and (other.active().get(KEY) or {})["run"] == "mine"
     another = acquired(other, OTHER, run="other")
     assert {key: about["run"] for key, about in mine.active().items()} == {KEY: "mine", OTHER: "other"}
     lease.check()
     another.check()
     lease.release()
-    assert other.holder(KEY) is None and mine.active().keys() == {OTHER}
+    assert other.active().get(KEY) is None and mine.active().keys() == {OTHER}
     again = acquired(other)
     assert mine.acquire(KEY) is None
     again.release()
@@ -214,12 +214,12 @@ def test_of_many_threads_that_race_while_others_come_and_go_one_holds_at_a_time(
 def test_a_process_that_was_killed_makes_room_at_once(files: Folder) -> None:
     with holding(files, ttl=1000.0) as holder:
         leases = Leases(files, 1000.0)
-        assert leases.acquire(KEY) is None and (leases.holder(KEY) or {})["pid"] == holder.process.pid
+        assert leases.acquire(KEY) is None and (leases.active().get(KEY) or {})["pid"] == holder.process.pid
         holder.signal(signal.SIGKILL)
         os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet buried: a zombie
-        assert leases.holder(KEY) is None and leases.active() == {}
+        assert leases.active().get(KEY) is None and leases.active() == {}
         holder.process.wait()
-        assert leases.holder(KEY) is None
+        assert leases.active().get(KEY) is None
         lease = acquired(leases)
         assert lease.token == 2
         lease.release()
@@ -233,7 +233,7 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(files
 def test_of_another_machine_only_its_beats_are_known(files: Folder) -> None:
     elsewhere(files, pid=2**22 - 1)
     leases, before = Leases(files, TTL), time.monotonic()
-    assert leases.holder(KEY) is not None
+    assert leases.active().get(KEY) is not None
     taken(leases)
     assert time.monotonic() - before >= TTL
 
@@ -290,7 +290,7 @@ def test_tokens_grow_with_every_change_of_hands(files: Folder) -> None:
         lease = acquired(leases)
         tokens.append(lease.token)
         lease.release(unfinished=True)
-        assert leases.holder(KEY) is None and leases.active() == {} and len(files.names("leases")) == 1
+        assert leases.active().get(KEY) is None and leases.active() == {} and len(files.names("leases")) == 1
     assert tokens == [1, 2, 3, 4]
     silence(late := acquired(leases))
     files.write(late.name, json.dumps(module.me() | {"pid": 2**22 - 1}).encode())
@@ -339,6 +339,34 @@ def test_an_old_look_gets_no_old_token(files: Folder) -> None:
 
 
 # -- clocks, places
+
+
+def test_a_beat_waits_for_no_disk(files: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = acquired(Leases(files, 0.1))
+
+    def slow(fd: int) -> None:
+        raise AssertionError("a beat is synced")
+
+    monkeypatch.setattr(os, "fsync", slow)
+    before, until = files.read(lease.name), time.monotonic() + 20
+    while files.read(lease.name) == before:
+        assert time.monotonic() < until, "it beats"
+        time.sleep(0.01)
+    monkeypatch.undo()
+    lease.release()
+
+
+def test_a_beat_says_how_things_stand(files: Folder) -> None:
+    steps = iter(range(7, 1000))
+    lease = Leases(files, 0.1).acquire(KEY, lambda: {"at": next(steps)}, run="mine")
+    assert lease
+    seen: set[int] = set()
+    while len(seen) < 3:
+        about = Leases(files).active()[KEY]
+        assert about["run"] == "mine"
+        seen.add(about["at"])
+    lease.release()
+    assert min(seen) >= 7
 
 
 @pytest.mark.parametrize("clock", [0.0, 1e6, -1e6, "frozen"])

@@ -63,6 +63,31 @@ def test_every_part_has_a_beginning_when_its_turn_comes(batch: tuple[dict[str, l
     assert begun == left.keys(), "a node is left only where somebody begins"
 
 
+@given(batches(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_run_that_goes_on_by_itself_trains_the_rest_and_leaves_nothing_before(
+    batch: tuple[dict[str, list[str]], set[str]], data: st.DataObject
+) -> None:
+    chains, stored = batch
+    own = {name: data.draw(st.integers(0, len(keys) - 1)) for name, keys in chains.items() if data.draw(st.booleans())}
+    found, left = plan(chains, stored, own), dict[str, str]()
+    assert sorted(part.name for part in found.parts) == sorted(chains)
+    for part in found.parts:
+        keys = chains[part.name]
+        mine = max(own.get(part.name, 0), deepest(keys, stored))
+        assert mine <= part.begin <= part.end == len(keys) - 1
+        assert left[keys[part.begin]] == part.after if part.after else part.begin == mine
+        assert all(part.begin < fork <= part.end for fork in part.forks)
+        left |= {keys[fork]: part.name for fork in part.forks}
+    assert plan(chains, stored, dict.fromkeys(chains, 0)) == plan(chains, stored)
+
+
+def test_whoever_is_done_trains_nothing_and_others_train_without_it() -> None:
+    chains = {"done": chain("aaaabb"), "half": chain("aaaab"), "new": chain("aaaac")}
+    found = {part.name: (part.begin, part.steps, part.after) for part in plan(chains, own={"done": 6, "half": 2}).parts}
+    assert found == {"done": (6, 0, None), "half": (2, 3, None), "new": (4, 1, "half")}
+
+
 @given(batches())
 @settings(max_examples=300, deadline=None)
 def test_of_those_that_are_ready_the_longest_way_goes_first(batch: tuple[dict[str, list[str]], set[str]]) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,6 +448,232 @@ def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: An
     assert store.verify() == [] and held(store) == {}
 
 
+# The decay of one begins after 27 steps; the other comes from 18 to 31, where its own begins, and does not stop at 27 by itself.
+EARLY, LATE, FORK = {"preset": "early"}, {"preset": "late", "decay_frac": 0.2}, 27
+
+
+class Beside(threading.Thread):
+    """A run in a thread of its own."""
+
+    def __init__(self, out: Path, store: Store, cfg: TrainConfig, watch: Watch | None = None, keep: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.out, self.store, self.cfg, self.watch, self.keep = out, store, cfg, watch or Watch(), keep
+        self.found: dict[str, Any] = {}
+
+    def run(self) -> None:
+        with suppress(Killed):
+            self.found = train(self.cfg, self.out, store=self.store, progress=self.watch, keep=self.keep)
+
+    def begin(self) -> None:
+        """As far as it comes while nobody else moves."""
+        self.start()
+        until(lambda: self.watch.said("waiting for"))
+
+    @property
+    def trained(self) -> int:
+        return self.found["ledger"]["trained"]
+
+
+def until(happens: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 100
+    while not happens():
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.005)
+
+
+def lease_of(store: Store, step: int, cfg: TrainConfig) -> dict[str, Any]:
+    return held(store).get(keys(cfg)[step], {})
+
+
+def beats(store: Store, step: int, cfg: TrainConfig, count: int) -> None:
+    """So many more."""
+    first = lease_of(store, step, cfg).get("beat", 0)
+    until(lambda: lease_of(store, step, cfg).get("beat", 0) >= first + count)
+
+
+def same(run: Path, alone: dict[str, Any]) -> bool:
+    """But for the guards: one of them sees that the other thread draws from the same generator."""
+    return end(run) | {"guards": None} == alone | {"guards": None}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat a second."""
+    monkeypatch.setattr(Leases.__init__, "__defaults__", (4.0,))
+
+
+@pytest.mark.parametrize("late_first", [False, True])
+def test_a_fork_on_the_way_of_another_run_is_wanted_before_it_sets_out(tmp_path: Path, alone: Any, late_first: bool) -> None:
+    """Whoever comes first: while both still have the same next node, the other says where they part."""
+    store = Store(tmp_path / "store")
+    cfgs = [config(**changes) for changes in ((LATE, EARLY) if late_first else (EARLY, LATE))]
+    wants: list[set[str]] = []
+    second = Beside(tmp_path, store, cfgs[1])
+    first = Beside(tmp_path, store, cfgs[0], Watch({3: lambda: (second.begin(), wants.append(store.wants()))}))
+    first.start()
+    first.join()
+    second.join()
+    assert wants == [{keys(cfgs[0])[FORK]}] and store.wants() == set()
+    assert first.trained + second.trained == STEPS + 10
+    assert all(same(tmp_path / cfg.run_id, alone(cfg)) for cfg in cfgs)
+    assert store.verify() == [] and held(store) == {}
+
+
+def test_a_late_want_is_heard_at_a_beat_and_kept_under_the_lease_on_what_is_further(
+    tmp_path: Path, alone: Any, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And waited for until it is there, though the holder is past it by then."""
+    store, early, late = Store(tmp_path / "store"), config(**EARLY), config(**LATE)
+    second = Beside(tmp_path, store, early)
+    seen: dict[int, Any] = {}
+
+    def slow(self: Store, entry: Node, *args: Any) -> Node:
+        if entry.step == FORK:
+            until(lambda: lease_of(store, 31, late)["at"] == FORK - 1)
+            beats(store, 31, late, 2)
+        return save(self, entry, *args)
+
+    save = Store.save
+    monkeypatch.setattr(Store, "save", slow)
+
+    def come() -> None:
+        seen[20] = lease_of(store, 31, late)
+        second.begin()
+        beats(store, 31, late, 2)  # the first of them may be that of a moment before
+
+    def pass_by() -> None:
+        seen[29] = lease_of(store, 31, late)
+        until(lambda: second.watch.said("steps 19 to 27 of 37 are taken"))
+
+    first = Beside(tmp_path, store, late, Watch({20: come, 29: pass_by}))
+    first.start()
+    first.join()
+    second.join()
+    assert second.watch.said(f"waiting for {late.run_id}, which trains the way to step 27 that both share")
+    assert seen[20]["at"] in (17, 18), "it said so when it set out; 17 while the node of 18 was on its way"
+    assert seen[29]["step"] == 31, "the lease is kept"
+    assert first.trained == STEPS and second.trained == 10
+    assert [entry.step for entry in store.summary()[0] if entry.run == late.run_id] == [18, 27, 31, 36, 37]
+    assert all(same(tmp_path / cfg.run_id, alone(cfg)) for cfg in (early, late))
+    assert store.wants() == set() and store.verify() == [] and held(store) == {}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_is_past_the_fork_is_not_waited_for(
+    tmp_path: Path, alone: Any, quick: None, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """For no longer, at least, than until a beat says so."""
+    store, early, late, beat = Store(tmp_path / "store"), config(**EARLY), config(**LATE), reuse.Reuse._beat
+    second = Beside(tmp_path, store, early)
+    if not known:  # its beats are those of the start until the other waits
+        monkeypatch.setattr(reuse.Reuse, "_beat", lambda self: beat(self) if second.watch.said("waiting for") else {"at": 18})
+
+    def come() -> None:
+        if known:
+            until(lambda: lease_of(store, 31, late)["at"] == 28)
+        second.start()
+        until(lambda: 30 in second.watch.steps)
+
+    first = Beside(tmp_path, store, late, Watch({28: come}))
+    first.start()
+    first.join()
+    second.join()
+    assert second.watch.said("waiting for") != known
+    assert (first.trained, second.trained) == (STEPS, 19)
+    assert all(same(tmp_path / cfg.run_id, alone(cfg)) for cfg in (early, late))
+    assert store.verify() == [] and held(store) == {}
+
+
+def test_when_the_holder_fails_whoever_waits_for_its_fork_goes_on(tmp_path: Path, alone: Any) -> None:
+    store, early, late = Store(tmp_path / "store"), config(**EARLY), config(**LATE)
+    second = Beside(tmp_path, store, early)
+    first = Beside(tmp_path, store, late, Watch({20: lambda: (second.begin(), crash())}))
+    first.start()
+    first.join()
+    second.join()
+    assert first.found == {} and second.trained == 19 and same(tmp_path / early.run_id, alone(early))
+    assert store.verify() == [] and held(store) == {} and store.wants() == set()
+
+
+def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks before the other has any, then both take one, and not on the same node."""
+    store, hold, both = Store(tmp_path / "store"), reuse.Reuse._hold, threading.Barrier(2)
+    runs = [Beside(tmp_path, store, config(**EARLY), keep=[10]), Beside(tmp_path, store, config(**LATE))]
+    met: list[int] = []
+
+    def together(self: Any, step: int) -> None:
+        if first := len(met) < 2:
+            met.append(step)
+            both.wait(60)
+        hold(self, step)
+        if first:
+            assert self._lease
+            both.wait(60)
+
+    monkeypatch.setattr(reuse.Reuse, "_hold", together)
+    runs[0].start()
+    until(lambda: met)  # its weights are drawn: two threads would draw from one generator
+    runs[1].start()
+    for run in runs:
+        run.join()
+    assert met == [0, 0] and sum(run.trained for run in runs) == STEPS + 10
+    assert all(same(tmp_path / run.cfg.run_id, alone(run.cfg)) for run in runs)
+    assert store.verify() == [] and held(store) == {} and store.wants() == set()
+
+
+ODD: list[dict[str, Any]] = [
+    {}, {"root": 7}, {"config": None}, {"config": {"lr": "much"}}, {"config": {"num_titles": 1, "batch_size": 10**6}}, {"step": 99},
+    {"step": "x"}, {"step": 29}, {"at": None}, {"at": "late"}, {"at": 27}, {"scores": 7}, {"scores": [[]], "geometry": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_whatever_another_s_lease_says_is_followed_or_passed_over(tmp_path: Path, alone: Any, stocked: Any, odd: dict[str, Any]) -> None:
+    cfg, other, watch = config(**EARLY), config(**LATE, eval_per_epoch=3), Watch()
+    store = stocked(tmp_path / "store", config())
+    for step in (27, 36, 37):
+        node_file(store, step).unlink()
+    about = {"run": other.run_id, "config": other.model_dump(mode="json"), "root": keys(other)[0], "step": 31, "at": 18}
+    about |= {"scores": [24], "geometry": list(other.geometry)} | odd
+    lease = Leases(store.files).acquire(keys(other)[31], **about)
+    assert lease
+    watch.on = {"waiting for": lambda: lease.release(unfinished=True)}
+    found = train(cfg, tmp_path, store=store, progress=watch)
+    lease.release()
+    assert watch.said("waiting for") == (not odd or "scores" in odd), "no score is wanted on the way to 27"
+    assert found["ledger"] == ledger(STEPS, 18) and end(tmp_path / cfg.run_id) == alone(cfg)
+
+
+def test_a_want_that_nobody_waits_for_any_more_costs_a_state_and_no_bit(tmp_path: Path, alone: Any) -> None:
+    cfg, store = config(), Store(tmp_path / "store")
+    for step in (0, 9, 18):
+        store.want(keys(cfg)[step], "somebody")
+    store.want("0" * 64, "somebody")
+    store.files.write("wants/readme", b"?")
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert [entry.step for entry in store.summary()[0]] == [9, 18, 27, 36, 37]
+    assert store.wants() == {keys(cfg)[0], "0" * 64, "readme"}
+    assert [finding for finding in store.verify() if "wants/readme" not in finding] == [] and held(store) == {}
+
+
+def test_a_node_that_took_the_run_past_its_lease_frees_it(tmp_path: Path, alone: Any, stocked: Any, quick: None) -> None:
+    """At a stop that somebody wanted there is more than it was on its way to."""
+    cfg, store, full = config(), Store(tmp_path / "store"), stocked(tmp_path / "full", config())
+
+    def lend() -> None:
+        store.want(keys(cfg)[15], "somebody")
+        beats(store, 18, cfg, 2)
+        for entry in full.summary()[0][:2]:
+            store.save(full.node(entry.key), full.load(entry))
+
+    seen: list[set[str]] = []
+    found = train(cfg, tmp_path, store=store, progress=Watch({5: lend, 30: lambda: seen.append(set(held(store)))}))
+    assert found["ledger"] == ledger(STEPS, 12) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert seen == [{keys(cfg)[36]}] and held(store) == {} and store.verify() == []
+
+
 def test_a_waiter_that_is_interrupted_goes_on_later(tmp_path: Path, alone: Any) -> None:
     cfg, store = config(), Store(tmp_path / "store")
     lease = Leases(store.files).acquire(keys(cfg)[18], run="another", step=18, scores=[1], geometry=[8, 16])
@@ -792,6 +1018,35 @@ def test_a_ladder_trains_each_step_of_its_tree_once(tmp_path: Path, alone: Any, 
     assert json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)["to_train"] == 0
 
 
+def test_a_plan_counts_what_the_run_directories_have(tmp_path: Path) -> None:
+    """One that is done trains nothing, one that was stopped the rest, whatever the store has."""
+    for name, store in (("with", []), ("without", ["--no-store"])):
+        out = tmp_path / name
+
+        def steps(*sets: str, out: Path = out, store: Sequence[str] = store) -> list[int]:
+            found = json.loads(
+                ask("train", "--preset", "baseline", *tiny_sets(**SMALL), *sets, "--out", out, "--plan", "--json", *store).stdout
+            )
+            assert found["to_train"] == sum(run["steps"] for run in found["runs"])
+            return [run["steps"] for run in found["runs"]]
+
+        cfg = baseline()
+        assert steps() == [STEPS]
+        with pytest.raises(Interrupted):
+            train(cfg, out, until=20)
+        assert steps() == [STEPS - 20]
+        train(cfg, out)
+        assert steps() == [0] and steps("--set", "lr=0.02") == [STEPS]
+        shutil.copytree(out, tmp_path / f"bare {name}")
+        shutil.rmtree(tmp_path / f"bare {name}" / cfg.run_id / "checkpoints")
+        assert steps(out=tmp_path / f"bare {name}") == [0], "its summary is enough"
+        assert not (out / ".store").exists()
+    (out / cfg.run_id / "summary.json").unlink()
+    for path in (out / cfg.run_id / "checkpoints").glob("*/state.safetensors"):
+        flip(path)
+    assert steps() == [STEPS], "what is damaged is passed over"
+
+
 def test_a_ladder_that_fails_unpins_too(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder.toml"
     ladder.write_text(
@@ -817,28 +1072,48 @@ def test_without_a_store_there_is_no_trace_of_one(tmp_path: Path, alone: Any, mo
 # -- real processes
 
 WORKER = """
-import sys, time
+import os, signal, sys, time
 from mainrun.store import leases
 leases.Leases.__init__.__defaults__ = (float(sys.argv.pop(1)),)
-pace = float(sys.argv.pop(1))
+pace, halt = float(sys.argv.pop(1)), int(sys.argv.pop(1))
 from mainrun import train
 gradients = train.gradients
-train.gradients = lambda *args: (time.sleep(pace), gradients(*args))[1]
+
+def slowed(*args):
+    if args[-1] == halt:
+        leases = os.path.join(sys.argv[sys.argv.index("--store") + 1], "leases")
+        while len(os.listdir(leases)) > 1:  # what is being written is there first
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(pace)
+    return gradients(*args)
+
+train.gradients = slowed
 from mainrun.cli import main
 main()
 """
 
 
 class Worker:
-    """`mainrun train` in a process of its own, its steps slowed down to be met, its leases short."""
+    """`mainrun train` in a process of its own, its steps slowed down to be met, its leases short; it may halt itself after a step."""
 
-    def __init__(self, out: Path, store: Path, pace: float = 0.0, ttl: float = 30.0, **changes: Any) -> None:
+    def __init__(self, out: Path, store: Path, pace: float = 0.0, ttl: float = 30.0, halt: int = -1, **changes: Any) -> None:
         self.out = out
         sets = tiny_sets(**SMALL | changes)
-        command = [sys.executable, "-c", WORKER, str(ttl), str(pace), "train", "--preset", "baseline", *sets]
+        command = [sys.executable, "-c", WORKER, str(ttl), str(pace), str(halt), "train", "--preset", "baseline", *sets]
         command += ["--out", str(out), "--store", str(store), "--json"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)  # type: ignore[call-overload]
+
+    def halted(self) -> None:
+        until(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+    def waits(self, what: str = "waiting for") -> None:
+        assert self.process.stderr
+        assert any(what in line for line in self.process.stderr), "it ended without"
+
+    def goes_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def until(self, step: int) -> None:
         """It has trained so far."""
@@ -905,15 +1180,36 @@ def test_a_real_kill_at_any_moment_costs_no_bit(tmp_path: Path, worker: Any, alo
 
 
 @pytest.mark.slow
-def test_two_processes_that_want_the_same_steps_train_them_once(tmp_path: Path, worker: Any, alone: Any) -> None:
-    changes = [{}, {"decay_frac": 0.2}]
-    both = [worker(tmp_path / str(i), tmp_path / "store", 0.03, **change) for i, change in enumerate(changes)]
-    trained = sum(one.summary()["ledger"]["trained"] for one in both)
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_processes_that_want_the_same_steps_train_them_once(tmp_path: Path, worker: Any, alone: Any, order: int) -> None:
+    """Whoever is first; the other comes when it has begun, and they part where the first would not stop by itself, or the second."""
+    changes = [{}, {"decay_frac": 0.2}][::order]
+    one = worker(tmp_path / "0", tmp_path / "store", halt=5, **changes[0])
+    one.halted()
+    two = worker(tmp_path / "1", tmp_path / "store", **changes[1])
+    two.waits()
+    one.goes_on()
+    trained = sum(entry.summary()["ledger"]["trained"] for entry in (one, two))
     assert trained == len({key for change in changes for key in keys(baseline(**change))[1:]}) == STEPS + 10
-    for one, change in zip(both, changes, strict=True):
-        assert one.end() == alone(baseline(**change))
+    for entry, change in zip((one, two), changes, strict=True):
+        assert entry.end() == alone(baseline(**change))
     store = Store(tmp_path / "store")
-    assert store.verify() == [] and held(store) == {}
+    assert store.verify() == [] and held(store) == {} and store.wants() == set()
+
+
+@pytest.mark.slow
+def test_whoever_waits_for_the_fork_of_a_process_that_is_killed_goes_on(tmp_path: Path, worker: Any, alone: Any) -> None:
+    one = worker(tmp_path / "one", tmp_path / "store", halt=20, decay_frac=0.2)
+    one.halted()
+    two = worker(tmp_path / "two", tmp_path / "store")
+    two.waits("trains the way to step 27 that both share")
+    assert Store(tmp_path / "store").wants() == {keys(baseline())[FORK]}
+    one.process.kill()
+    assert two.summary()["ledger"] == ledger(STEPS, 18) and two.end() == alone(baseline())
+    again = worker(tmp_path / "one", tmp_path / "store", decay_frac=0.2)
+    assert again.summary()["ledger"]["trained"] == STEPS - FORK + 20 and again.end() == alone(baseline(decay_frac=0.2))
+    store = Store(tmp_path / "store")
+    assert store.verify() == [] and held(store) == {} and store.wants() == set()
 
 
 @pytest.mark.slow
@@ -944,9 +1240,7 @@ def test_a_waiting_process_that_is_asked_to_stop_ends_with_75_and_goes_on_later(
     one = worker(tmp_path / "one", tmp_path / "store", 1.0)
     one.until(1)
     two = worker(tmp_path / "two", tmp_path / "store")
-    for line in two.process.stderr:
-        if "waiting for" in line:
-            break
+    two.waits()
     one.process.send_signal(signal.SIGSTOP)
     two.process.terminate()
     two.process.communicate()
@@ -974,6 +1268,9 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
     scratch = two("scratch", "--no-store", decay_frac=0.2)
     assert later["ledger"] == ledger(STEPS, 27) and scratch["ledger"] == ledger(STEPS, 0)
     assert end(tmp_path / "second" / later["run"]) == end(tmp_path / "scratch" / scratch["run"])
+    other = two("third", *place, official_geometry="2x8")  # the leader alone sees that the store has no score after step 1
+    scratch = two("scratch", "--no-store", official_geometry="2x8")
+    assert end(tmp_path / "third" / other["run"]) == end(tmp_path / "scratch" / scratch["run"])
     watch = Watch()
     train(baseline(), tmp_path, store=Store(tmp_path / "store"), progress=watch)
     assert watch.said("nothing of it is taken (machine_class processes: 2 there, 1 here)")

@@ -143,9 +143,43 @@ def test_every_place_has_the_same_verbs(place: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_a_folder_however_it_is_written(tmp_path: Path) -> None:
-    assert isinstance(open_files(f"file://{tmp_path}"), Folder) and isinstance(open_files(tmp_path), Folder)
-    assert str(open_files(f"file://{tmp_path}")) == str(tmp_path)
+    for place in (tmp_path, f"file://{tmp_path}", f"file:{tmp_path}", f"local:{tmp_path}"):
+        assert isinstance(open_files(place), Folder) and str(open_files(place)) == str(tmp_path)
+    assert str(open_files("file:here/store")) == "here/store" and str(open_files("odd:name")) == "odd:name"
+    assert str(open_files("~/store")) == str(open_files("file:~/store")) == str(Path.home() / "store")
     assert isinstance(open_files("memory://x"), Remote) and str(open_files("memory://x")) == "memory://x"
+
+
+def test_to_use_a_state_moves_none_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fsspec keeps it: reading it once is all."""
+    store = Store(f"memory://{tmp_path.name}/store")
+    nodes = save(store, *STEPS)
+    memory, moved = type(fsspec.filesystem("memory")), 0
+    original = {name: getattr(memory, name) for name in ("pipe_file", "put_file", "cat_file", "get_file")}
+
+    def count(name: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal moved
+            found = original[name](self, *args, **kwargs)
+            moved += {
+                "pipe_file": lambda: len(args[1]), "cat_file": lambda: len(found), "put_file": lambda: Path(args[0]).stat().st_size,
+                "get_file": lambda: Path(args[1]).stat().st_size,
+            }[name]()  # fmt: skip
+            return found
+
+        return call
+
+    for name in original:
+        monkeypatch.setattr(memory, name, count(name))
+    used = store.states()[nodes[0].state].modified
+    time.sleep(0.02)
+    store.touch(nodes[0])
+    assert moved == 0 and store.states()[nodes[0].state].modified > used
+    store.load(nodes[0])
+    assert moved == nodes[0].size
+    assert store.states().keys() == {node.state for node in nodes} and store.verify() == []
+    store.files.remove(f"states/{nodes[0].state}.safetensors")
+    assert not any(nodes[0].state in path for path in fsspec.filesystem("memory").find(f"/{tmp_path.name}")), "no mark stays behind"
 
 
 def test_what_is_created_is_not_created_again(place: str) -> None:
@@ -618,7 +652,7 @@ def test_a_first_line_alone_is_checked_too(store: Store) -> None:
 
 FOREIGN = [
     "notes.txt", "nodes/readme", f"nodes/{key(10)}.tmp", "nodes/folder/x", "states/x.bin", f"states/{'A' * 64}.safetensors",
-    "roots/readme.json", "leases/x", f"leases/{key(10)}.1",
+    "roots/readme.json", "leases/x", f"leases/{key(10)}.1", "wants/x",
 ]  # fmt: skip
 
 
@@ -728,12 +762,25 @@ def test_gc_clears_what_killed_writers_left_once_it_is_old(store: Store) -> None
         ("new/1-young", 60),
         (f"leases/{key(20)}.000001", 2 * HOUR),
         (f"leases/{key(30)}.000001", 60),
+        (f"wants/{key(20)}", 25 * HOUR),
+        (f"wants/{key(30)}", 23 * HOUR),
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
         os.utime(folder / name, (time.time() - seconds,) * 2)
     store.gc()
     assert store.files.names("new") == {"1-young"} and store.files.names("leases") == {f"{key(30)}.000001"}
+    assert store.wants() == {key(30)} and store.verify() == []
+
+
+def test_a_want_is_forgotten_when_its_node_is_there(place: str) -> None:
+    store = Store(place)
+    store.want(key(10), "one")
+    store.want(key(10), "another")
+    store.want(key(20), "one")
+    assert Store(place).wants() == {key(10), key(20)}, "they may be there before all else"
+    save(store, 10)
+    assert store.wants() == {key(20)} and store.verify() == []
 
 
 def test_gc_keeps_the_budget_after_clearing(store: Store) -> None:
@@ -833,6 +880,21 @@ def test_a_clock_that_was_put_back_makes_no_state_immortal(store: Store) -> None
     time.sleep(0.02)
     save(store, 20, 30)  # used after that: it is now the one that waited longest
     assert store.evict() == [nodes[0].state] and usable(store) == {20, 30}
+
+
+def test_gc_dates_anew_what_is_of_the_future(store: Store) -> None:
+    nodes = save(store, *STEPS)
+    store.pin("batch-1", [key(10)])
+    late = (f"states/{nodes[0].state}.safetensors", f"leases/{key(20)}.000001", f"wants/{key(20)}", "new/1-x", "pins/batch-1")
+    for name in late:
+        (Path(str(store)) / name).parent.mkdir(exist_ok=True)
+        (Path(str(store)) / name).touch()
+        os.utime(Path(str(store)) / name, (time.time() + 10 * 24 * HOUR,) * 2)
+    assert ["last used in the future" in finding for finding in store.verify()] == [True]
+    store.gc()
+    assert store.verify() == []
+    for name in late:
+        assert abs((Path(str(store)) / name).stat().st_mtime - time.time()) < 60, "it ages from now on"
 
 
 def test_a_clock_that_runs_a_little_ahead_is_not_worth_a_word(store: Store) -> None:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from mainrun.errors import ConfigError
 from mainrun.store.rundir import fsync_folder
 
+USED = ".used"  # a name with this says when the one without was used
+
 
 class Entry(NamedTuple):
     size: int
@@ -27,7 +29,7 @@ class Entry(NamedTuple):
 
 
 class Folder:
-    """A folder on disk. What is written is synced."""
+    """A folder on disk. What is written is synced, unless it says otherwise."""
 
     def __init__(self, place: Path) -> None:
         self.place = Path(place)
@@ -42,16 +44,17 @@ class Folder:
         with (self.place / name).open("rb") as f:
             return f.readline()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
         with self._temp(name) as temp:
-            _write_synced(temp, data)
+            _write(temp, data, sync)
             temp.replace(self.place / name)
-        fsync_folder((self.place / name).parent)
+        if sync:
+            fsync_folder((self.place / name).parent)
 
     def create(self, name: str, data: bytes) -> bool:
         """False when there is such a file already; it is then untouched."""
         with self._temp(name) as temp:
-            _write_synced(temp, data)
+            _write(temp, data, sync=True)
             try:
                 os.link(temp, self.place / name)  # a rename would replace; a link does not, and shows the file whole
             except FileExistsError:
@@ -133,11 +136,12 @@ class Folder:
             path.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, sync: bool) -> None:
     with path.open("wb") as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
 
 
 class Remote:
@@ -169,7 +173,7 @@ class Remote:
     def first_line(self, name: str) -> bytes:
         return self.read(name).partition(b"\n")[0] + b"\n"
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
         self._parent(name)
         self.fs.pipe_file(self._path(name), data)
 
@@ -204,7 +208,9 @@ class Remote:
             rows = self.fs.ls(self._fresh(folder), detail=True)
         except FileNotFoundError:
             return {}
-        return {row["name"].rpartition("/")[2]: Entry(row.get("size") or 0, _modified(row)) for row in rows}
+        found = {row["name"].rpartition("/")[2]: Entry(row.get("size") or 0, _modified(row)) for row in rows}
+        marks = {name.removesuffix(USED): found.pop(name) for name in sorted(found) if name.endswith(USED)}
+        return {name: Entry(entry.size, max(entry.modified, marks.get(name, entry).modified)) for name, entry in found.items()}
 
     def names(self, folder: str) -> set[str]:
         return set(self.list(folder))
@@ -213,11 +219,13 @@ class Remote:
         return self.fs.exists(self._fresh(name))
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self.fs.rm(self._fresh(name), recursive=True)
+        for path in (name, name + USED):
+            with suppress(FileNotFoundError):
+                self.fs.rm(self._fresh(path), recursive=True)
 
     def touch(self, name: str) -> None:
-        self.write(name, self.read(name))
+        """By a mark beside it: an object is dated anew only by writing all of it."""
+        self.write(name + USED, b"")
 
 
 class _OSErrors:
@@ -252,7 +260,16 @@ Files = Folder | Remote
 
 
 def open_files(place: str | Path) -> Files:
-    scheme, url, path = str(place).partition("://")
-    if url and scheme not in ("file", "local"):
-        return Remote(str(place))
-    return Folder(Path(path if url else place))  # fsspec would neither exclude nor replace there: it opens a file and writes into it
+    folder = folder_of(place)
+    return Remote(str(place)) if folder is None else Folder(folder)
+
+
+def folder_of(place: str | Path) -> Path | None:
+    """Where on this machine a place is; None for one that fsspec opens.
+
+    It could open folders too, but would neither exclude nor replace there: it opens a file and writes into it.
+    """
+    scheme, colon, path = str(place).partition(":")
+    if colon and scheme in ("file", "local"):  # with none, one or three slashes
+        return Path(path.removeprefix("//")).expanduser()
+    return None if "://" in str(place) else Path(place).expanduser()

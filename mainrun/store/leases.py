@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ class Lease:
     key: str
     token: int
     about: dict[str, Any]
+    now: Callable[[], dict[str, Any]]  # what changes from beat to beat
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -48,7 +50,8 @@ class Lease:
         while not self._over.wait(self.leases.ttl / 4):
             count += 1
             try:
-                self.leases.files.write(self.name, _dump(self.about | {"beat": count}))
+                said = _dump(self.about | self.now() | {"beat": count})
+                self.leases.files.write(self.name, said, sync=False)  # when the power fails nobody trains either
             except OSError:  # a store that cannot be written for a while: others may take over, and `check` finds it out
                 continue
 
@@ -89,11 +92,6 @@ class Leases:
                 found.setdefault(key, []).append(int(token))
         return found
 
-    def holder(self, key: str) -> dict[str, Any] | None:
-        """Who trains towards the key now; None where nobody does, or where the one who did is dead."""
-        tokens = self.tokens().get(key)
-        return self._holder(key, max(tokens)) if tokens else None
-
     def _holder(self, key: str, token: int) -> dict[str, Any] | None:
         name = f"leases/{key}.{token:06d}"
         try:
@@ -114,14 +112,14 @@ class Leases:
         self._seen[name] = (said, since)
         return None if gone or now - since > self.ttl else about
 
-    def acquire(self, key: str, **about: Any) -> Lease | None:
-        """None while somebody else holds it."""
+    def acquire(self, key: str, now: Callable[[], dict[str, Any]] = dict, **about: Any) -> Lease | None:
+        """None while somebody else holds it. `now` is asked at each beat for what else the lease is to say."""
         tokens = self.tokens().get(key, [])
         newest = max(tokens, default=0)
         if newest and self._holder(key, newest) is not None:
             return None
-        lease = Lease(self, key, newest + 1, me() | about)
-        if not self.files.create(lease.name, _dump(lease.about)):
+        lease = Lease(self, key, newest + 1, me() | about, now)
+        if not self.files.create(lease.name, _dump(lease.about | now())):
             return None  # by a moment
         if max(self.tokens().get(key, [])) > lease.token:  # others came and went since the look: this token is an old one
             self.files.remove(lease.name)

@@ -5,6 +5,7 @@
     states/SHA256.safetensors    weights, moments and averages, under the hash of their own bytes
     roots/KEY                    what the chains below a root began with, for people and for `audit`
     leases/KEY.TOKEN             who trains the way to a node now (leases.py)
+    wants/KEY                    somebody waits for this node, which whoever trains that way would not keep by himself
     pins/NAME                    keys that eviction passes over
 
 A node is there once its file is; its state was there before. What is read is checked: a node that is torn, changed or foreign is
@@ -35,6 +36,7 @@ SIZE = 20_000_000_000  # bytes of states, unless asked otherwise
 KEY = re.compile(r"[0-9a-f]{64}")
 STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
 BATCH = 7 * 86_400.0  # seconds that a batch may pin its nodes
+WANT = 86_400.0  # seconds after which nobody waits any more
 AHEAD = 3600.0  # seconds that a clock may differ from another before it is worth a word
 
 
@@ -118,7 +120,7 @@ class Store:
                 got = f"has format {found.get('format')}, this version reads {FORMAT}"
                 raise ConfigError(f"store {place} {got}; give another, or --no-store")
         except FileNotFoundError:
-            strays = self.files.names("") - {"new", "leases", "pins"}  # those may be there before the first node is
+            strays = self.files.names("") - {"new", "leases", "wants", "pins"}  # those may be there before the first node is
             if strays:
                 got = f"{', '.join(sorted(strays)[:3])} but no store.json"
                 raise ConfigError(f"store {place} holds {got}, so it is no store of ours; give another place, or --no-store") from None
@@ -248,6 +250,8 @@ class Store:
         allowed()  # writing may have taken a while
         if there is None and not self.files.create(f"nodes/{node.key}", node.dump()):
             return self.save(node, tensors, allowed)  # somebody was faster by a moment
+        with suppress(OSError):
+            self.files.remove(f"wants/{node.key}")
         return there or node
 
     def _sound(self, state: str) -> bool | None:
@@ -260,7 +264,14 @@ class Store:
         except IsADirectoryError:
             return False
 
-    # -- pins and room
+    # -- wants, pins and room
+
+    def want(self, key: str, run: str) -> None:
+        """Ask whoever trains that way to keep this node. It is forgotten when the node is there, or after a while."""
+        self.files.create(f"wants/{key}", _dump({"run": run}))
+
+    def wants(self) -> set[str]:
+        return self.files.names("wants")
 
     def pin(self, name: str, keys: Iterable[str]) -> None:
         """Keep these from eviction until `unpin(name)`."""
@@ -302,10 +313,7 @@ class Store:
             with suppress(Damaged):
                 held.add(self.node(key, rows=False).state)
         now, gone = time.time(), []
-        for state, entry in there.items():
-            if entry.modified > now + AHEAD:  # says nothing about use: the clock was put back since. It ages from now on
-                with suppress(OSError):
-                    self.files.touch(f"states/{state}.safetensors")
+        self._date("states")
         oldest = sorted(there, key=lambda state: (min(there[state].modified, now), state))
         for state in oldest:
             if excess <= 0:
@@ -315,6 +323,13 @@ class Store:
                 excess -= there[state].size
                 gone.append(state)
         return gone
+
+    def _date(self, folder: str) -> None:
+        """A time in the future says nothing about use: the clock was put back since. Such a file ages from now on."""
+        for name, entry in self.files.list(folder).items():
+            if entry.modified > time.time() + AHEAD:
+                with suppress(OSError):
+                    self.files.touch(f"{folder}/{name}")
 
     # -- housekeeping
 
@@ -342,7 +357,7 @@ class Store:
             name, before = f"node {node.key[:12]} (step {node.step})", nodes.get(node.parent)
             if node.begins and before is None:
                 found.append(f"{name}: the rows before step {node.begins} are lost with {node.parent[:12]}")
-            elif _misplaced(node, before):
+            elif misplaced(node, before):
                 found.append(f"{name}: {node.parent[:12]} is not what it says was before it")
             if node.root not in roots:
                 found.append(f"{name}: what its root {node.root[:12]} began with is lost")
@@ -375,9 +390,10 @@ class Store:
         return sorted(name for name in self.files.names("pins") if self._pin(name) is None)
 
     def _strays(self) -> list[str]:
-        ours = {"store.json", "nodes", "states", "roots", "leases", "pins", "new"}
+        ours = {"store.json", "nodes", "states", "roots", "leases", "wants", "pins", "new"}
         found = sorted(self.files.names("") - ours)
-        for folder, pattern in (("nodes", KEY), ("states", STATE), ("roots", KEY), ("leases", re.compile(r"[0-9a-f]{64}\.\d{6}"))):
+        lease = re.compile(r"[0-9a-f]{64}\.\d{6}")
+        for folder, pattern in (("nodes", KEY), ("states", STATE), ("roots", KEY), ("wants", KEY), ("leases", lease)):
             found += sorted(f"{folder}/{name}" for name in self.files.names(folder) if not pattern.fullmatch(name))
         return found
 
@@ -398,7 +414,7 @@ class Store:
                 unread = True  # what it may stand for stays
             except Damaged:
                 damaged.append(f"nodes/{key}")
-        damaged += [f"nodes/{node.key}" for node in nodes.values() if _misplaced(node, nodes.get(node.parent))]
+        damaged += [f"nodes/{node.key}" for node in nodes.values() if misplaced(node, nodes.get(node.parent))]
         damaged += [f"roots/{root}" for root in self.files.names("roots") if KEY.fullmatch(root) and self._root(root) is None]
         damaged += [f"pins/{name}" for name in self._torn_pins()]
         for name in self._old_pins():
@@ -419,6 +435,8 @@ class Store:
                 counts["damaged" if torn else "orphans"] += 1
                 counts["bytes"] += entry.size
                 self.files.remove(f"states/{state}.safetensors")
+        for folder in ("states", "new", "leases", "wants", "pins"):
+            self._date(folder)
         gone = self.evict()
         counts["evicted"] = len(gone)
         counts["bytes"] += sum(there[state].size for state in gone if state in there)
@@ -430,9 +448,10 @@ class Store:
             else:
                 counts["rows"] += 1
                 self.files.remove(f"nodes/{node.key}")
-        for folder in ("new", "leases"):  # by writers that were killed; a holder that lives writes its lease all the time
+        # by writers that were killed; a holder that lives writes its lease all the time
+        for folder, age in (("new", AHEAD), ("leases", AHEAD), ("wants", WANT)):
             for name, entry in self.files.list(folder).items():
-                if entry.modified < old:
+                if entry.modified < now - age:
                     self.files.remove(f"{folder}/{name}")
         return counts
 
@@ -447,7 +466,7 @@ def _other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) -> int
     return next((what[1] for what, loss in losses(b).items() if known.get(what, loss) != loss), 0)
 
 
-def _misplaced(node: Node, before: Node | None) -> bool:
+def misplaced(node: Node, before: Node | None) -> bool:
     """Whether what is stored as its parent cannot be that."""
     if not node.begins:
         return node.parent != node.root

@@ -40,8 +40,11 @@ class Batch:
         return sum(part.steps for part in self.parts)
 
 
-def plan(chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset()) -> Batch:
-    """chains: of each run, key[0] ... key[steps]. stored: keys that the store can give, so that nothing before them is trained."""
+def plan(chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset(), own: Mapping[str, int] | None = None) -> Batch:
+    """chains: of each run, key[0] ... key[steps]. stored: keys that the store can give, so that nothing before them is trained.
+
+    own: the step at which a run goes on by itself; up to there it leaves nothing for others.
+    """
     parts: dict[str, Part] = {}
     begins: dict[tuple[int, str], list[str]] = {}
     for name, keys in chains.items():
@@ -51,13 +54,20 @@ def plan(chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset()) ->
     while work:
         names, begin, after = work.pop()
         first, *others = sorted(names, key=lambda name: (-len(chains[name]), name))  # the longest goes on at every fork
-        part = parts[first] = Part(first, begin, len(chains[first]) - 1, after)
+        start = max(begin, (own or {}).get(first, 0))
+        part = parts[first] = Part(first, start, len(chains[first]) - 1, after if start == begin else None)
         apart: dict[tuple[int, str], list[str]] = {}
+        without: list[str] = []
         for name in others:
             fork = shared(chains[first], chains[name])
+            if fork <= start and start > begin:
+                without.append(name)
+                continue
             way = chains[name][fork + 1] if fork + 1 < len(chains[name]) else ""  # "": it ends there
             apart.setdefault((fork, way), []).append(name)
-        part.forks = sorted({fork for fork, _ in apart if fork > begin})
+        part.forks = sorted({fork for fork, _ in apart if fork > start})
+        if without:
+            work.append((without, begin, after))
         work += [(group, fork, first if fork > begin else after) for (fork, _), group in apart.items()]
     order = sorted(parts.values(), key=lambda part: (_depth(part, parts), -part.steps, part.name))
     return Batch(_by_readiness(order), sum(len(keys) - 1 for keys in chains.values()))
