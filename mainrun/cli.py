@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | presets | compare | sample | store | doctor | download | bench`.
+"""The command line: `mainrun train | grow | presets | compare | sample | store | doctor | download | bench`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from mainrun import __version__
 from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError, nearest, plain_warnings
+from mainrun.growth.cli import app as grow
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -598,6 +599,11 @@ def download(
     from mainrun.corpus import download as fetch
 
     print(fetch(name))
+
+
+# -- growth
+
+app.add_typer(grow, name="grow", cls=_Group)
 
 
 # -- the store

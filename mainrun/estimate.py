@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
+from mainrun.growth.schedule import check_trainable
 from mainrun.machine import Machine, compile_balance
 from mainrun.sitting import check_spans, flops_per_token
 from mainrun.tokens import Batches, TokenData, prepare
@@ -30,6 +31,7 @@ DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sy
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
+    check_trainable(cfg)
     machine = Machine(cfg)
     corpus = load_corpus(cfg)
     with machine.leader_first():

@@ -173,7 +173,7 @@ def compiler(device: str) -> str:
 
 def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[float, float]:
     """Seconds that compiling costs, and that it saves over the run, by rule of thumb (the figures are in docs/log.md)."""
-    attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim
+    attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_width
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.d_model * cfg.ff_width
     weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
     flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes

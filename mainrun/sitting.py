@@ -232,4 +232,4 @@ def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
     """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("embed", "positions")))
     head = model.embed.weight.numel() if cfg.tie_head else 0  # type: ignore[union-attr, operator]
-    return 6 * (weights + int(head)) + 12 * cfg.n_layer * cfg.d_model * cfg.block_size
+    return 6 * (weights + int(head)) + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
 from mainrun.errors import Diverged, Interrupted
+from mainrun.growth.schedule import check_trainable
 from mainrun.machine import Machine, StopFlag
 from mainrun.progress import QUIET, Progress
 from mainrun.reuse import Reuse
@@ -121,13 +122,13 @@ def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> li
 class Attention(nn.Module):
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_dim
+        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_width
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        self.q = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=qkv_bias)
-        self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
-        self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
-        self.o = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=cfg.bias)
-        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
+        self.q = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_width, bias=qkv_bias)
+        self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
+        self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
+        self.o = nn.Linear(cfg.n_head * cfg.head_width, cfg.d_model, bias=cfg.bias)
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity() for _ in "qk")
         self.gate = nn.Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
         self.first_share = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and not first else None
         self.fused, self.dropout = False, 0.0
@@ -211,7 +212,7 @@ class GPT(nn.Module):
         self.dropout = 0.0
         self.register_buffer("causal", torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril(), persistent=False)
         if cfg.position == "rope":
-            cos, sin = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+            cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
@@ -506,6 +507,7 @@ def train(
 
     keep: steps after which the store keeps the state, besides those that the config suggests. until: stop after that step.
     """
+    check_trainable(cfg)
     with ExitStack() as held:
         stop = held.enter_context(StopFlag())  # from the start: a signal while data is prepared is obeyed before the first step
         started = time.perf_counter()
@@ -582,18 +584,9 @@ def gradients(
 
 
 def loop(
-    cfg: TrainConfig,
-    plan: Plan,
-    data: TokenData,
-    machine: Machine,
-    run: RunDir,
-    state: State,
-    metrics: Metrics | None,
-    progress: Progress,
-    stop: StopFlag,
-    reuse: Reuse | None,
-    until: int,
-) -> None:
+    cfg: TrainConfig, plan: Plan, data: TokenData, machine: Machine, run: RunDir, state: State, metrics: Metrics | None,
+    progress: Progress, stop: StopFlag, reuse: Reuse | None, until: int,
+) -> None:  # fmt: skip
     model, runner, warm = state.model, make_runner(machine, state.model), False
     batches = Batches(cfg, data.splits["train"])
 

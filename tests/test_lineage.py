@@ -104,6 +104,15 @@ CASES: dict[str, Case] = {
     "softcap": Case(5.0),
     "init_std": Case(0.03),
     "init_depth_scaled": Case(False),
+    "head_dim": Case(6),
+    "experts": Case(2),
+    "top_k": Case(1),
+    "router_weights": Case("softmax"),
+    "attn_lora_rank": Case(2),
+    "embed_lora_rank": Case(2),
+    "lora_alpha": Case(8.0),
+    "frozen": Case((0,)),
+    "unused_ids": Case(5),
     "optimizer": Case("adamw"),
     "lr": Case(0.04),
     "lr_aux": Case(0.02),
@@ -116,6 +125,7 @@ CASES: dict[str, Case] = {
     "clip": Case(0.05),
     "schedule": Case("constant", FALLS),
     "warmup_frac": Case(0.0),
+    "warmup_iters": Case(1),
     "decay_frac": Case(0.6, 5),
     "decay_shape": Case("sqrt", FALLS),
     "min_lr_frac": Case(0.5, FALLS),
@@ -128,6 +138,7 @@ CASES: dict[str, Case] = {
     "swa": Case(0.6, 5),
     "growth": Case(set_lr(0.03, 6), GROWS),
     "eval_per_epoch": Case(5, None),
+    "eval_interval": Case(3, None),
     "official_geometry": Case("3x8", None),
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
@@ -139,6 +150,10 @@ NOT_HERE: dict[str, dict[str, Any]] = {}
 if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
 NOT_HERE["compile"] = {"compile": True, "compiler": "g++ 14"}  # half a minute of compiling: the slow test below does it
+# what no model has yet
+NOT_HERE |= dict.fromkeys(
+    ("experts", "top_k", "router_weights", "attn_lora_rank", "embed_lora_rank", "lora_alpha", "frozen", "unused_ids"), {}
+)
 
 
 def titles(changed: int | None = None, more: int = 0) -> str:
@@ -293,6 +308,8 @@ def test_a_compiled_run_has_bits_and_a_key_of_its_own(lab: Lab) -> None:
 
 ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the width of the MLP": ({"d_ff": 0}, {"d_ff": 64}),
+    "the width of a head": ({"head_dim": 0}, {"head_dim": 4}),
+    "the warm-up in steps": ({"warmup_frac": 0.2}, {"warmup_frac": 0.0, "warmup_iters": 2}),
     "as many heads of keys as heads": ({"n_kv_head": 0}, {"n_kv_head": 2}),
     "biases of q, k and v as the others": ({"qkv_bias": None}, {"qkv_bias": True}),
     "attention as the machine chooses": ({"attention": "auto"}, {}),
