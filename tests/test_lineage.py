@@ -151,9 +151,8 @@ if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
 NOT_HERE["compile"] = {"compile": True, "compiler": "g++ 14"}  # half a minute of compiling: the slow test below does it
 # what no model has yet
-NOT_HERE |= dict.fromkeys(
-    ("experts", "top_k", "router_weights", "attn_lora_rank", "embed_lora_rank", "lora_alpha", "frozen", "unused_ids"), {}
-)
+NOT_HERE |= {"experts": {}, "top_k": {}, "router_weights": {}, "frozen": {}, "unused_ids": {}}
+NOT_HERE |= {"attn_lora_rank": {}, "embed_lora_rank": {}, "lora_alpha": {}}
 
 
 def titles(changed: int | None = None, more: int = 0) -> str:

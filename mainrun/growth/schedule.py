@@ -151,8 +151,12 @@ def _compact(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """What was got, not longer than a line can hold."""
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) and key.isidentifier() else _shown(key)
 
 
 # -- when an op fires
@@ -291,8 +295,8 @@ def _widen_mlp(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
 
 def _widen_model(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
     width, since = cfg.d_model, _set_by(by, "d_model")
-    if not isinstance(op.value, dict):
-        raise ValueError(f"value={_shown(op.value)} is not allowed; give a multiple of the width {width}{since}, like {2 * width}")
+    if not isinstance(op.value, dict):  # a float
+        raise ValueError(f"value {op.value:g} is the old relative form; for width {width}{since} write {round(width * op.value)}")
     n = op.value.get("factor") or op.value["d_model"] / width
     if n != int(n):
         if "factor" in op.value:
@@ -307,7 +311,7 @@ def _widen_model(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
 
 
 def _add_heads(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    heads = _whole_value(op, "number of heads", cfg.n_head, _set_by(by, "n_head"))
+    heads = _whole_value(op, "n_head", cfg.n_head, _set_by(by, "n_head"))
     grouped = cfg.kv_heads != cfg.n_head
     if grouped and heads % cfg.kv_heads:
         near = -(-heads // cfg.kv_heads) * cfg.kv_heads
@@ -419,7 +423,7 @@ def _strongest(op: Op, cfg: TrainConfig) -> tuple[str, str, str]:
         if not zero and k > 1:
             return "exact", "with router=random", "router=zero"
         if odd := [key for key in ("shards", "noise_snr_db") if op.value.get(key, 1) != 1]:
-            return "exact", f"with {odd[0]}={op.value[odd[0]]:g}", "none"
+            return "exact", f"with {odd[0]}={op.value[odd[0]]:g}", f"no {odd[0]}"
         return "bitexact", "", ""
     return "exact", f"for {op.name}, which is exact to rounding", ""
 
@@ -484,13 +488,13 @@ SHAPE = "{ ops = [{ name, value, trigger }, ...] }"
 Check = tuple[Callable[[Any], Any], str]  # the value as it is kept, or None; what is allowed
 
 
-def _number(low: float, high: float = math.inf, ends: bool = False) -> Callable[[Any], float | None]:
-    """A finite number between; `ends`: the lower end counts."""
+def _number(low: float = -math.inf, high: float = math.inf, closed: bool = False) -> Callable[[Any], float | None]:
+    """A finite number between; `closed`: or at an end."""
 
     def check(value: Any) -> float | None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
             return None
-        return float(value) if low < value < high or (ends and value == low) else None
+        return float(value) if low < value < high or (closed and value in (low, high)) else None
 
     return check
 
@@ -518,7 +522,7 @@ def _plateau(value: Any) -> tuple[int, float] | None:
 
 
 CONDITIONS: dict[str, Check] = {
-    "loss_below": (_number(-math.inf), "a finite number"),
+    "loss_below": (_number(), "a finite number"),
     "wait_iters": (_whole(0), "a whole number, 0 or more"),
     "step": (_whole(1), "a whole number, 1 or more"),
     "tokens": (_whole(1), "a whole number, 1 or more"),
@@ -527,7 +531,7 @@ CONDITIONS: dict[str, Check] = {
 }
 TRIGGER = "{ step = N } or { budget_frac = F } or { any = [{ loss_below = L }, { wait_iters = N }] }"
 PARTS: dict[str, dict[str, Check]] = {
-    "optimizer": {"mode": _one_of("mode"), "min_coverage": (_number(0, 1.0000001, ends=True), "a share, 0 to 1")},
+    "optimizer": {"mode": _one_of("mode"), "min_coverage": (_number(0, 1, closed=True), "a share, 0 to 1")},
     "lr": {
         "rewarm_iters": (_whole(0), "a whole number, 0 or more"),
         "new_params_peak": (_number(0), "a number above 0"),
@@ -538,7 +542,7 @@ PARTS: dict[str, dict[str, Check]] = {
         "d_model": (_whole(2), "a whole number, 2 or more"),
         "kv": _one_of("kv"),
         "tied": _one_of("tied"),
-        "noise_snr_db": (_number(-math.inf), "a finite number"),
+        "noise_snr_db": (_number(), "a finite number"),
     },
     "upcycle_moe": {
         "experts": (_whole(2), "a whole number, 2 or more"),
@@ -547,7 +551,7 @@ PARTS: dict[str, dict[str, Check]] = {
         "router_std": (_number(0), "a number above 0"),
         "router_weights": _one_of("router_weights"),
         "shards": (_whole(1), "a whole number, 1 or more"),
-        "noise_snr_db": (_number(-math.inf), "a finite number"),
+        "noise_snr_db": (_number(), "a finite number"),
     },
 }
 FILLED: dict[str, dict[str, Any]] = {
@@ -580,7 +584,7 @@ def read(data: Any) -> tuple[Schedule, list[Fault]]:
         return Schedule(), [(-1, f"{_shown(data)} is no schedule; write {SHAPE}, or a list of ops with trigger_loss and max_wait_iters.")]
     allowed = ("version", "seed", "defaults", "ops")
     faults += [
-        (-1, f"unknown key {key!r}{nearest(str(key), allowed)}; allowed: {', '.join(allowed)}.") for key in data if key not in allowed
+        (-1, f"unknown key {_shown(key)}{nearest(str(key), allowed)}; allowed: {', '.join(allowed)}.") for key in data if key not in allowed
     ]
     version, seed, ops, defaults = (data.get(key, other) for key, other in (("version", 2), ("seed", 0), ("ops", []), ("defaults", {})))
     if version != 2 or isinstance(version, bool):
@@ -596,7 +600,7 @@ def read(data: Any) -> tuple[Schedule, list[Fault]]:
         faults.append((-1, f"defaults={_shown(defaults)} is not allowed; write a table of {', '.join(general)}."))
         defaults = {}
     for key in [key for key in defaults if key not in general]:
-        faults.append((-1, f"unknown key defaults.{key}{nearest(str(key), general)}; allowed: {', '.join(general)}."))
+        faults.append((-1, f"unknown key defaults.{_key(key)}{nearest(str(key), general)}; allowed: {', '.join(general)}."))
     common = {key: value for key, value in defaults.items() if key in general}
     wrong: list[str] = []
     common = {key: found for key, value in common.items() if (found := _said(key, value, wrong)) is not None}
@@ -693,7 +697,7 @@ def _table(name: str, value: Any, known: dict[str, Check], wrong: Wrong) -> dict
     found, before = {}, len(wrong)
     for key, given in value.items():
         if key not in known:
-            wrong.append(f"unknown key {name}.{key}{nearest(str(key), known)}; allowed: {', '.join(known)}")
+            wrong.append(f"unknown key {name}.{_key(key)}{nearest(str(key), known)}; allowed: {', '.join(known)}")
             continue
         check, allowed = known[key]
         kept = check(given) if not isinstance(given, list | dict) or key == "plateau" else None
@@ -714,6 +718,8 @@ def _value(name: str, entry: dict[str, Any], wrong: Wrong) -> Any:
     if "value" not in entry:
         wrong.append(f"no value; write value = {_wants(name)}")
         return None
+    if name == "widen_model" and type(value) is int:
+        value = {"d_model": value}
     if name in FILLED and isinstance(value, dict):
         found = _table("value", value, PARTS[name], wrong)
         if found is None:
@@ -725,13 +731,11 @@ def _value(name: str, entry: dict[str, Any], wrong: Wrong) -> Any:
         if isinstance(found.get("factor"), float) and found["factor"].is_integer():
             found["factor"] = int(found["factor"])
         return FILLED[name] | found
-    if name == "widen_model" and type(value) is int:
-        return FILLED[name] | {"d_model": value}
     if isinstance(value, list | tuple) and name in ("stack_layers", "freeze_layer", "unfreeze_layer"):
         if odd := [f"value[{i}]={_shown(v)}" for i, v in enumerate(value) if type(v) is not int]:
             wrong.append(f"{', '.join(odd[:5])} is not allowed; write {_wants(name)}")
         return tuple(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or _number(-math.inf)(value) is None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or _number()(value) is None:
         wrong.append(f"value={_shown(value)} is not allowed; write {_wants(name)}")
     return value
 
@@ -782,7 +786,7 @@ def _new_trigger(entry: dict[str, Any], wrong: Wrong) -> Trigger | None:
             return None
         given = {key: value for one in each for key, value in one.items()}
     elif len(given) != 1:
-        got = " and ".join(map(str, given)) or "none"
+        got = " and ".join(map(_key, given)) or "none"
         wrong.append(f"trigger has one condition, got {got}; write {TRIGGER}")
         return None
     found = _table("trigger", given, CONDITIONS, wrong)
