@@ -344,6 +344,8 @@ def _upcycle(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
                 "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with "
                 "noise_snr_db or optimizer.mode=asymmetric"
             )
+    elif "noise_snr_db" in value:
+        raise ValueError("noise_snr_db with router=random changes the function; leave it out, its experts differ soon, or use router=zero")
     return {"experts": experts, "top_k": k, "router_weights": weights, "d_ff": hidden // shards}
 
 

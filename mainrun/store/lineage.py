@@ -30,7 +30,7 @@ def origin(
     static = (f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static")
     fields = {f: getattr(cfg, f) for f in static if f not in IN_TOKENS | IN_MACHINE}
     fields |= {"d_ff": cfg.ff_width, "n_kv_head": cfg.kv_heads, "qkv_bias": cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias}
-    fields |= {"head_dim": cfg.head_width}
+    fields |= {"head_dim": cfg.head_width, "frozen": list(cfg.frozen)}  # a list, as it comes back from the store
     return {"fields": fields, "data": {**fingerprints, "tokens": tokens}, "versions": versions, "machine_class": machine}
 
 
