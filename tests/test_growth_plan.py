@@ -133,6 +133,9 @@ def test_experts_low_rank_terms_and_frozen_layers_are_counted() -> None:
     assert low.params - plain.params == 2 * 4 * 3 * (16 + 16) and low.flops - plain.flops == 6 * (low.params - plain.params)
     table = size(base.changed(embed_lora_rank=3, unused_ids=10))
     assert table.params - plain.params == 10 * 16 + 3 * (310 + 16)
+    assert table.flops - plain.flops == 6 * (table.params - plain.params), "the tied head is all of it"
+    apart = start(optimizer="adamw", tie_head=False)
+    assert size(apart.changed(embed_lora_rank=3)).flops == size(apart).flops, "a table is looked up"
     frozen = size(base.changed(frozen=[1]))
     layer = (plain.params - size(base.changed(n_layer=1)).params) * 4 * 2
     assert (frozen.params, frozen.flops, plain.moments - frozen.moments) == (plain.params, plain.flops, layer)
@@ -171,6 +174,17 @@ def test_with_the_runs_tokens_the_longest_waits_are_carried_out() -> None:
     assert [s.steps for s in found.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
     assert sum(s.tokens or 0 for s in found.segments) <= 716_800
     assert [s.seconds for s in found.segments] == [(s.tokens or 0) * s.size.flops / 1e9 for s in found.segments]
+
+
+def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
+    ops = [
+        {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"wait_iters": 100}},
+        {"name": "set_lr", "value": 0.1, "trigger": {"wait_iters": 0}},
+        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},
+    ]
+    cfg = start(batch_size=8, block_size=128)
+    assert [s.steps for s in simulate(cfg, {"ops": ops}, 102_401).segments] == [132, 33, 0, 535]
+    assert [s.steps for s in simulate(cfg, {"ops": [ops[0] | {"reevaluate": False}, *ops[1:]]}, 102_401).segments] == [132, 0, 0, 568]
 
 
 def test_a_static_op_that_comes_too_late_is_a_fault_once_the_tokens_are_known() -> None:
