@@ -212,6 +212,11 @@ class TrainConfig(BaseModel):
             refuse(f"ema={self.ema} and swa={self.swa} are both on", "set one of them to 0: one average is scored")
         if self.rdrop and not any(self.dropouts):
             refuse(f"rdrop={self.rdrop} without any dropout", "set dropout > 0: R-Drop compares two dropout masks")
+        if self.unused_ids and (self.rdrop or self.label_smoothing):
+            got = f"unused_ids={self.unused_ids} with " + (
+                f"rdrop={self.rdrop}" if self.rdrop else f"label_smoothing={self.label_smoothing}"
+            )
+            refuse(got, "set one of them to 0: what has no chance cannot be given a share")
         if self.warmup_frac + (self.decay_frac if self.schedule == "wsd" else 0) > 1:
             refuse(f"warmup_frac={self.warmup_frac} and decay_frac={self.decay_frac} overlap", "their sum may be at most 1")
         rows, length = self.geometry

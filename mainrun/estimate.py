@@ -186,7 +186,7 @@ def memory(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool = Fa
         model = state.model
         model.set_up(inputs, machine.attention)
         for p in model.parameters():
-            p.grad = torch.empty_like(p)
+            p.grad = torch.empty_like(p) if p.requires_grad else None
         moments = _moments(cfg, state)  # first: from the second step on they are there while the model runs
         _evaluate(model, cfg, vocab_size)
         model.zero_grad(set_to_none=True)

@@ -187,8 +187,10 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
 
 def _source() -> str:
     found = hashlib.sha256()
-    for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
-        found.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
+    here = Path(__file__).parent
+    own = (here / f"{name}.py" for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"))
+    for path in (*own, *sorted(here.glob("layers/*.py")), *sorted(here.glob("growth/*.py"))):
+        found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 
 

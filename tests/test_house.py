@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "mainrun.tokens": "mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.growth": "mainrun.layers mainrun.store mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.growth": "mainrun.layers mainrun.store mainrun.progress mainrun.config mainrun.errors mainrun.train",  # for its types alone
     "mainrun.sitting": "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
     "mainrun.config mainrun.errors mainrun.reuse mainrun.train",  # these two for their types alone
     "mainrun.reuse": "mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # train for its types alone
