@@ -38,6 +38,7 @@ architectures = st.fixed_dictionaries(
         "experts": st.sampled_from([0, 3]),
         "attn_lora_rank": st.sampled_from([0, 2]),
         "embed_lora_rank": st.sampled_from([0, 2]),
+        "lora_alpha": st.just(2.0),
         **dict.fromkeys(["bias", "qk_norm", "attn_gate", "value_residual", "tie_head"], st.booleans()),
     }
 )

@@ -322,7 +322,7 @@ def merge_lora_weights(c: Change) -> Pieces:
     found = c.by_space()
     for a in [n for n in c.old if n.endswith(".lora_a")]:
         rank, name = c.old[a].size(0), a.removesuffix("lora_a")
-        term = (c.before.lora_alpha / rank) * (c.old[f"{name}lora_b"] @ c.old[a]).detach()
+        term = (c.before.lora_alpha / rank) * (c.old[f"{name}lora_b"].detach().double() @ c.old[a].detach().double())
         found[f"{name}weight"] = replace(found[f"{name}weight"], plus=term)
     return found
 
