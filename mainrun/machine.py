@@ -188,8 +188,9 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
 def _source() -> str:
     found = hashlib.sha256()
     here = Path(__file__).parent
-    own = (here / f"{name}.py" for name in ("config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"))
-    for path in (*own, *sorted(here.glob("layers/*.py")), *sorted(here.glob("growth/*.py"))):
+    names = ["config", "host", "corpus", "machine", "scoring", "sitting", "synthetic", "tokens", "train"]
+    names += [f"growth/{name}" for name in ("schedule", "operators", "moments", "verify")]
+    for path in (*(here / f"{name}.py" for name in names), *sorted(here.glob("layers/*.py"))):
         found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 
