@@ -98,9 +98,13 @@ def test_each_tensor_that_trains_is_in_one_group(optimizer: str) -> None:
     found = {names[p]: group["rate"] for o in held.all for group in o.param_groups for p in group["params"]}
     assert found["blocks.1.mlp.router.weight"] == "lr_aux" and found["blocks.1.mlp.experts.1.up.weight"] == "lr"
     assert found["blocks.1.attn.q.lora_a"] == "lr" and found["embed.lora_a"] == "lr_aux" and not any("blocks.0" in n for n in found)
-    held.all[0].param_groups[0]["params"].append(new.get_parameter("blocks.1.attn.q.weight"))
-    assert not grouped(new, held).ok, "twice"
-    held.all[0].param_groups[0]["params"].clear()
+    inner = held.all[0].param_groups[0]["params"]
+    for more in (new.get_parameter("blocks.1.attn.q.weight"), nn.Parameter(torch.zeros(2, 2))):  # one twice, and a stranger
+        inner.append(more)
+        assert not grouped(new, held).ok
+        del inner[-1]
+        assert grouped(new, held).ok
+    inner.clear()
     assert not grouped(new, held).ok, "none"
 
 
