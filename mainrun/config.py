@@ -18,14 +18,25 @@ import re
 import tomllib
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from mainrun.errors import ConfigError, nearest
+from mainrun.growth.schedule import ARCHITECTURE, Op, Schedule, from_text, read, walk
 
 PRESETS = Path(__file__).parent / "presets"
 MIN_COVERAGE = 0.97  # an official score that covers less of val is shown with its coverage and never compared
@@ -48,49 +59,7 @@ def inert(default: Any, doc: str, **bounds: Any) -> Any:
     return _field("inert", default, doc, **bounds)
 
 
-class Trigger(BaseModel):
-    """When an op fires: after that many steps, or once that share of the run's tokens is trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    step: int | None = Field(None, description="a whole number, 1 or more", ge=1)
-    budget_frac: float | None = Field(None, description="a share of the run's tokens, above 0 and below 1", gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _one(self) -> Trigger:
-        if (self.step is None) == (self.budget_frac is None):
-            fix = f"write {Op.model_fields['trigger'].description}"
-            raise ValueError(f"a trigger has one of step and budget_frac, got {'none' if self.step is None else 'both'}; {fix}")
-        return self
-
-
-class Op(BaseModel):
-    """One change of the run on its way: from its step on the field that it names has its value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["set_lr", "set_weight_decay", "set_dropout", "set_batch_size", "set_grad_accum"] = Field(
-        description="set_lr, set_weight_decay, set_dropout, set_batch_size or set_grad_accum"
-    )
-    value: int | float = Field(description="a finite number")
-    trigger: Trigger = Field(description="{ step = N } or { budget_frac = F }")
-
-    @property
-    def field(self) -> str:
-        return self.name.removeprefix("set_")
-
-
-class Growth(BaseModel):
-    """What changes on the way, in order: an op waits for the one before it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    version: Literal[2] = Field(default=2, description="2")
-    ops: tuple[Op, ...] = Field(default=(), description="a list of { name, value, trigger }", strict=False)  # a list in TOML and JSON
-
-    def __str__(self) -> str:
-        """As --set takes it."""
-        return self.model_dump_json(exclude_none=True)
+Layer = Annotated[int, Field(strict=True, ge=0)]
 
 
 class TrainConfig(BaseModel):
@@ -147,6 +116,17 @@ class TrainConfig(BaseModel):
     softcap: float = static(0.0, "logits become c tanh(logits / c); 0: off", ge=0, le=1000)
     init_std: float = static(0.02, "standard deviation of first linear and embedding weights", gt=0, le=1)
     init_depth_scaled: bool = static(False, "branch outputs start smaller by sqrt(2 n_layer)")
+    head_dim: int = static(0, "width of a head; 0: d_model / n_head", ge=0, le=65_536)
+    experts: int = static(0, "experts of each MLP; 0: one dense MLP", ge=0, le=65_536)
+    top_k: int = static(2, "experts a token goes through", ge=1, le=65_536)
+    router_weights: Literal["renormalised", "softmax"] = static(
+        "renormalised", "renormalised: softmax over the chosen k; softmax: over all, then top-k, not renormalised"
+    )
+    attn_lora_rank: int = static(0, "low-rank terms on q, k, v, o; 0: none", ge=0, le=65_536)
+    embed_lora_rank: int = static(0, "low-rank term on the token embedding (where the head is tied: at both ends)", ge=0, le=65_536)
+    lora_alpha: float = static(16.0, "scale of the low-rank terms is alpha / rank", gt=0, le=1e6)
+    frozen: tuple[Layer, ...] = static((), "layers that do not train", strict=False)
+    unused_ids: int = static(0, "ids at the end of the vocabulary that no text uses yet: their logits are -inf", ge=0, le=1_000_000)
 
     # -- optimiser
     optimizer: Literal["sgd", "adamw", "muon"] = static("sgd", "muon: matrices by Muon, the rest by AdamW")
@@ -163,6 +143,7 @@ class TrainConfig(BaseModel):
     # -- schedule
     schedule: Literal["constant", "cosine", "wsd"] = scheduled("cosine", "after the warm-up; wsd: constant, then decay")
     warmup_frac: float = scheduled(0.0, "share of the steps that the rate climbs from 0", ge=0, le=1)
+    warmup_iters: int = scheduled(0, "the same in steps; 0: by warmup_frac", ge=0, le=1_000_000_000)
     decay_frac: float = scheduled(0.2, "wsd: share of the steps, at the end, that the rate falls", ge=0, le=1)
     decay_shape: Literal["linear", "cosine", "sqrt"] = scheduled("linear", "wsd: how it falls; sqrt: 1 - sqrt(progress)")
     min_lr_frac: float = scheduled(0.0, "share of the peak rate that is left at the end", ge=0, le=1)
@@ -177,20 +158,36 @@ class TrainConfig(BaseModel):
     swa: float = scheduled(0.0, "share of the steps, at the end, averaged evenly and scored; 0: off", ge=0, le=1)
 
     # -- growth
-    growth: Growth = scheduled(Growth(), "what changes on the way: { ops = [{ name, value, trigger }, ...] }, or a TOML or JSON file of it")
+    growth: Annotated[Schedule, PlainSerializer(Schedule.data), WithJsonSchema({"type": "object"})] = scheduled(
+        Schedule(), "what changes on the way: { ops = [{ name, value, trigger }, ...] }, or a JSON, YAML or TOML file of it"
+    )
 
     # -- evaluation and checkpoints
     eval_per_epoch: int = inert(3, "evaluations in an epoch, besides the first and the last step", ge=0, le=10_000)
+    eval_interval: int = inert(0, "the same as steps between two evaluations; 0: by eval_per_epoch", ge=0, le=1_000_000_000)
     official_geometry: str = inert("", "BxT spans of the official score, fixed for the run; empty: batch_size x block_size")
     log_every: int = inert(1, "steps between two rows of the training loss", ge=1, le=1_000_000)
     checkpoint_every: int = inert(0, "steps between two checkpoints; 0: once an epoch", ge=0, le=1_000_000_000)
+
+    @field_validator("growth", mode="plain")
+    @classmethod
+    def _grows(cls, value: Any, info: ValidationInfo) -> Schedule:
+        """All that is wrong with a schedule at once: how it is written, and where its ops lead from the fields above it."""
+        found, faults = (value, []) if isinstance(value, Schedule) else read(value)
+        names = list(cls.model_fields)
+        if found.ops and len(info.data) == names.index("growth"):  # else what is wrong there must be mended first
+            with suppress(ValidationError):
+                faults = faults + walk(cls(**info.data), found.ops)[1]
+        if faults:
+            raise ValueError("\n".join(f"growth: {text}" for _, text in sorted(faults, key=lambda fault: fault[0])))
+        return found
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
         def refuse(got: str, fix: str) -> None:
             raise ValueError(f"{got}; {fix}")
 
-        if self.d_model % self.n_head:
+        if not self.head_dim and self.d_model % self.n_head:
             near = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0 and (self.d_model // h) % 2 == 0]
             near = sorted(near, key=lambda h: (abs(h - self.n_head), h))[:3]
             width = 2 * self.n_head * max(1, round(self.d_model / (2 * self.n_head)))
@@ -198,14 +195,28 @@ class TrainConfig(BaseModel):
             refuse(f"n_head={self.n_head} does not divide d_model={self.d_model}", fix)
         if self.n_kv_head and self.n_head % self.n_kv_head:
             refuse(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}", "set n_kv_head to a divisor, or 0")
-        if self.position == "rope" and self.head_dim % 2:
-            refuse(f"position=rope needs an even head width, got d_model/n_head = {self.head_dim}", "change d_model or n_head")
+        if self.position == "rope" and self.head_width % 2:
+            got, fix = (
+                (f"head_dim = {self.head_dim}", "change it")
+                if self.head_dim
+                else (f"d_model/n_head = {self.head_width}", "change d_model or n_head")
+            )
+            refuse(f"position=rope needs an even head width, got {got}", fix)
+        if self.experts and self.top_k > self.experts:
+            refuse(f"top_k={self.top_k} of experts={self.experts}", "lower top_k, or set experts=0 for a dense MLP")
+        if self.frozen != tuple(sorted({layer for layer in self.frozen if layer < self.n_layer})):
+            refuse(f"frozen={list(self.frozen)} of n_layer={self.n_layer}", f"write some of 0..{self.n_layer - 1}, each once, in order")
         if self.batch_size % self.grad_accum:
             refuse(f"grad_accum={self.grad_accum} does not divide batch_size={self.batch_size}", "set a divisor: it cuts the batch")
         if self.ema and self.swa:
             refuse(f"ema={self.ema} and swa={self.swa} are both on", "set one of them to 0: one average is scored")
         if self.rdrop and not any(self.dropouts):
             refuse(f"rdrop={self.rdrop} without any dropout", "set dropout > 0: R-Drop compares two dropout masks")
+        if self.unused_ids and (self.rdrop or self.label_smoothing):
+            got = f"unused_ids={self.unused_ids} with " + (
+                f"rdrop={self.rdrop}" if self.rdrop else f"label_smoothing={self.label_smoothing}"
+            )
+            refuse(got, "set one of them to 0: what has no chance cannot be given a share")
         if self.warmup_frac + (self.decay_frac if self.schedule == "wsd" else 0) > 1:
             refuse(f"warmup_frac={self.warmup_frac} and decay_frac={self.decay_frac} overlap", "their sum may be at most 1")
         rows, length = self.geometry
@@ -215,25 +226,24 @@ class TrainConfig(BaseModel):
         kind, _, place = self.corpus.partition(":")
         if kind not in ("synthetic", "hn", "hn-2025", "file", "mix") or bool(place) != (kind in ("file", "mix")):
             refuse(f"corpus={self.corpus!r}", "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml")
-        _ = self.phases  # refuses an op that leads to no config
         return self
 
     # -- what follows from the fields
+    def changed(self, **fields: Any) -> TrainConfig:
+        """With other values, and without growth. ValueError: why there is no such config."""
+        try:
+            return TrainConfig(**self.model_dump(exclude={"growth"}) | fields)
+        except ValidationError as e:
+            raise ValueError("; ".join(_explain(error) for error in e.errors())) from None
+
     @property
     def phases(self) -> tuple[TrainConfig, ...]:
         """The config in force from the start, and from each op on."""
-        found, fields = [self], self.model_dump(exclude={"growth"})
-        for i, op in enumerate(self.growth.ops):
-            fields |= {op.field: op.value}
-            try:
-                found.append(TrainConfig(**fields))
-            except ValidationError as e:
-                raise ValueError(f"growth.ops[{i}] {op.name}: {'; '.join(_explain(error) for error in e.errors())}") from None
-        return tuple(found)
+        return (self, *(phase.cfg for phase in walk(self, self.growth.ops)[0]))
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_head
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -304,6 +314,7 @@ class Stretch(NamedTuple):
     tokens: int = 0  # trained before it
     epoch: int = 0
     start: int = 0  # in the stream of the epoch: where the step before it stopped reading
+    climbs: int = 0  # the step that the rate's schedule counts from: that of the last reset_lr_schedule
 
     @property
     def span(self) -> int:
@@ -331,9 +342,13 @@ class Stretch(NamedTuple):
 
 
 class Plan:
-    """A config on a number of training tokens: which steps, and what enters each. Steps count from 0 here."""
+    """A config on a number of training tokens: which steps, and what enters each. Steps count from 0 here.
 
-    def __init__(self, cfg: TrainConfig, train_tokens: int) -> None:
+    fired: after how many steps each op so far has fired. Ops that wait for an evaluation are known by that alone: without it the plan
+    goes on as if the first of them (`undecided`) never fired. With `(*plan.fired, step)` it is the plan from that decision on.
+    """
+
+    def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
         for phase in cfg.phases:
             span = phase.batch_size * phase.block_size
             if train_tokens <= span:
@@ -344,14 +359,14 @@ class Plan:
         self.cfg = cfg
         self.train_tokens = train_tokens
         self.steps_per_epoch = train_tokens // (cfg.batch_size * cfg.block_size)
-        self.stretches = self._walk()
+        self.undecided: Op | None = None
+        self.stretches = self._walk(tuple(fired))
         self._firsts = [stretch.first for stretch in self.stretches]
         self._dropouts = [tuple(map(_in_256ths, stretch.cfg.dropouts)) for stretch in self.stretches]
         last = self.stretches[-1]
         self.steps = last.first + (self.budget - last.tokens) // last.span
-        self.warmup_steps = round(cfg.warmup_frac * self.steps)
-        fall = round(cfg.decay_frac * self.steps) if cfg.schedule == "wsd" else self.steps
-        self.decay_start = max(self.warmup_steps, self.steps - fall)  # both fractions may have been rounded up
+        self._rates = [self._rate(stretch) for stretch in self.stretches]
+        self.warmup_steps, self.decay_start = self._rates[0]
         self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
 
@@ -360,27 +375,55 @@ class Plan:
         """Tokens of the run."""
         return self.cfg.epochs * self.steps_per_epoch * self.cfg.batch_size * self.cfg.block_size
 
-    def _walk(self) -> list[Stretch]:
+    @property
+    def fired(self) -> tuple[int, ...]:
+        """After how many steps each op fires, as far as that is known."""
+        return tuple(self._firsts[1:])
+
+    def _walk(self, fired: tuple[int, ...]) -> list[Stretch]:
         """Where each phase begins. An op waits for the one before it."""
-        found = [Stretch(self.cfg)]
+        found, foreseen = [Stretch(self.cfg)], True
         for i, (op, cfg) in enumerate(zip(self.cfg.growth.ops, self.cfg.phases[1:], strict=True)):
             before = found[-1]
-            first = op.trigger.step
-            if op.trigger.budget_frac is not None:
-                first = before.first + round((op.trigger.budget_frac * self.budget - before.tokens) / before.span)
-            first = max(before.first, first or 0)
+            if i >= len(fired) and not op.trigger.static:
+                self.undecided = op
+                break
+            first = fired[i] if i < len(fired) else self._due(op, before)
+            assert first >= before.first, f"ops[{i}] fired before the one before it: {fired}"
             tokens = before.tokens + (first - before.first) * before.span
-            found.append(Stretch(cfg, first, tokens, *before.after(first, self.train_tokens)))
-            if tokens + found[-1].span > self.budget:
+            climbs = first if op.name == "reset_lr_schedule" else before.climbs
+            stretch = Stretch(cfg, first, tokens, *before.after(first, self.train_tokens), climbs)
+            if i >= len(fired) and tokens + stretch.span > self.budget:
+                if not foreseen:  # what waited for an evaluation came too late for it
+                    break
                 steps = before.first + (self.budget - before.tokens) // before.span
                 raise ConfigError(
-                    f"growth.ops[{i}] {op.name} would fire after step {first}, with less than a step left to train "
+                    f"growth: ops[{i}] {op.name!r} would fire after step {first}, with less than a step left to train "
                     f"(without it the run has {steps} steps); give it an earlier trigger"
                 )
+            found.append(stretch)
+            foreseen &= op.trigger.static
         return found
 
+    def _due(self, op: Op, before: Stretch) -> int:
+        """After how many steps an op fires that needs no evaluation."""
+        trigger = op.trigger
+        asked = [trigger.tokens, trigger.budget_frac and trigger.budget_frac * self.budget]
+        firsts = [before.first + round((tokens - before.tokens) / before.span) for tokens in asked if tokens]
+        return max(before.first, min([trigger.step, *firsts] if trigger.step else firsts))
+
+    def _rate(self, stretch: Stretch) -> tuple[int, int]:
+        """Where the rate has climbed, and where it begins to fall."""
+        cfg, left = stretch.cfg, self.steps - stretch.climbs
+        climb = cfg.warmup_iters or round(cfg.warmup_frac * left)
+        fall = round(cfg.decay_frac * left) if cfg.schedule == "wsd" else left
+        return stretch.climbs + climb, stretch.climbs + max(climb, left - fall)  # both fractions may have been rounded up
+
     def stretch(self, step: int) -> Stretch:
-        return self.stretches[bisect_right(self._firsts, step) - 1]
+        return self.stretches[self._phase(step)]
+
+    def _phase(self, step: int) -> int:
+        return bisect_right(self._firsts, step) - 1
 
     def tokens(self, done: int) -> int:
         """Trained after so many steps."""
@@ -388,14 +431,26 @@ class Plan:
         return stretch.tokens + (done - stretch.first) * stretch.span
 
     @cached_property
+    def grown(self) -> dict[int, bytes]:
+        """What the ops of the architecture do, by the step before which they do it: it enters that step, beside what `at` says."""
+        found: dict[int, bytes] = {}
+        for op, first in zip(self.cfg.growth.ops, self.fired, strict=False):
+            if op.name in ARCHITECTURE:
+                found[first] = found.get(first, b"") + json.dumps(op.effect(), sort_keys=True).encode()
+        return found
+
+    @cached_property
     def eval_steps(self) -> frozenset[int]:
         """Steps (counted from 1) after which val and dev are scored."""
         found = {1, self.steps}
-        # counted anew where an epoch comes to have another number of steps; any other op leaves them where they are
-        sizes = [now for before, now in pairwise([None, *self.stretches]) if now and (before is None or before.span != now.span)]
-        for stretch, end in zip(sizes, [*(later.first for later in sizes[1:]), self.steps], strict=True):
-            if self.cfg.eval_per_epoch:
+        # counted anew where the interval changes, or an epoch comes to have another number of steps; no other op moves them
+        paces = [(s.cfg.eval_interval, 0 if s.cfg.eval_interval else s.span) for s in self.stretches]
+        parts = [s for s, before, now in zip(self.stretches, [None, *paces], paces, strict=False) if before != now]
+        for stretch, end in zip(parts, [*(later.first for later in parts[1:]), self.steps], strict=True):
+            every = stretch.cfg.eval_interval
+            if not every and self.cfg.eval_per_epoch:
                 every = max(1, self.train_tokens // stretch.span // self.cfg.eval_per_epoch)
+            if every:
                 found |= set(range(stretch.first + every, end + 1, every))
         return frozenset(found)
 
@@ -403,17 +458,18 @@ class Plan:
     def breaks(self) -> list[int]:
         """Steps after which another config may well part from this one: the end of its warm-up, its ops, the start of its decay."""
         # the first step of a decay still has the peak rate, the first of an average the weights as they are
-        falls = self.decay_start + 1 if self.cfg.schedule != "constant" else 0
-        steps = {self.warmup_steps, falls, self.swa_start + 1, *self._firsts}
+        falls = [fall + 1 for _, fall in self._rates] if self.cfg.schedule != "constant" else []
+        steps = {*(climbed for climbed, _ in self._rates), *falls, self.swa_start + 1, *self._firsts}
         return sorted(step for step in steps if 0 < step < self.steps)
 
     def lr_factor(self, step: int) -> float:
-        cfg, low = self.cfg, self.cfg.min_lr_frac
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if cfg.schedule == "constant" or step < self.decay_start:
+        cfg, low, phase = self.cfg, self.cfg.min_lr_frac, self._phase(step)
+        begun, (climbed, falls) = self.stretches[phase].climbs, self._rates[phase]
+        if step < climbed:
+            return (step - begun + 1) / (climbed - begun)
+        if cfg.schedule == "constant" or step < falls:
             return 1.0
-        progress = (step - self.decay_start) / (self.steps - self.decay_start)
+        progress = (step - falls) / (self.steps - falls)
         shape = "cosine" if cfg.schedule == "cosine" else cfg.decay_shape
         return low + (1 - low) * FALL[shape](progress)
 
@@ -424,7 +480,7 @@ class Plan:
         return 1 - min(self.cfg.ema, (1 + step) / (10 + step)) if self.cfg.ema else 1.0
 
     def at(self, step: int) -> StepInputs:
-        phase, factor = bisect_right(self._firsts, step) - 1, self.lr_factor(step)
+        phase, factor = self._phase(step), self.lr_factor(step)
         cfg = self.stretches[phase].cfg
         fall = 1.0 if cfg.wd_schedule == "constant" else FALL[cfg.wd_schedule](step / self.steps)
         embedding, attention, residual = self._dropouts[phase]
@@ -445,7 +501,8 @@ class Plan:
     def table(self) -> dict[str, Any]:
         """The resolved numbers, as config.json and --dry-run show them."""
         cfg = self.cfg
-        fired = zip(cfg.growth.ops, self._firsts[1:], strict=True)
+        growth = [f"{op} after step {first}" for op, first in zip(cfg.growth.ops, self.fired, strict=False)]
+        growth += [f"then {self.undecided} at {self.undecided.trigger}"] if self.undecided else []
         return {
             "train_tokens": self.train_tokens,
             "tokens_per_step": cfg.batch_size * cfg.block_size,
@@ -454,7 +511,7 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "decay_start": self.decay_start,
             "swa_start": self.swa_start if cfg.swa else None,
-            "growth": ", ".join(f"{op.name} {op.value:g} after step {first}" for op, first in fired) or None,
+            "growth": ", ".join(growth) or None,
             "evaluations": len(self.eval_steps),
             "checkpoint_every": self.checkpoint_every,
             "official_geometry": list(cfg.geometry),
@@ -590,31 +647,11 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 def _build(fields: dict[str, Any], label: str) -> TrainConfig:
     if isinstance(growth := fields.get("growth"), str):
-        fields = fields | {"growth": _read_growth(growth)}
+        fields = fields | {"growth": from_text(growth)}
     try:
         return TrainConfig(**(fields | {"preset": label}))
     except ValidationError as e:
         raise ConfigError("\n".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
-
-
-def _read_growth(text: str) -> Any:
-    """A schedule that is given by its file, or as JSON."""
-    path = Path(text)
-    try:
-        if text.lstrip().startswith("{"):
-            try:
-                return json.loads(text)
-            except ValueError as e:
-                shape = "{ ops = [{ name, value, trigger }, ...] }"
-                raise ConfigError(f"growth={text} is neither TOML nor JSON (read as JSON: {e}); write {shape}, or give its file") from None
-        if path.suffix not in (".toml", ".json"):
-            raise ConfigError(f"growth={text!r} is no schedule; give a file ending in .toml or .json, or {{ ops = [...] }}")
-        found = (tomllib if path.suffix == ".toml" else json).loads(path.read_text(encoding="utf-8"))
-        return found["growth"] if isinstance(found, dict) and found.keys() == {"growth"} else found  # as in a preset
-    except OSError as e:
-        raise ConfigError(f"growth={text}: the file cannot be read ({e.strerror}); give the path of a schedule") from None
-    except ValueError as e:
-        raise ConfigError(f"growth={text}: not valid {'TOML' if path.suffix == '.toml' else 'JSON'} ({e}); mend the file") from None
 
 
 def digest_of(fields: dict[str, Any]) -> str:
@@ -631,20 +668,6 @@ def _explain(error: Any) -> str:
     """One pydantic error as got / allowed / fix."""
     name = str(error["loc"][0]) if error["loc"] else ""
     got, kind = error["input"], error["type"]
-    if len(error["loc"]) > 1:  # inside growth
-        where = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in error["loc"] if part not in ("int", "float")))
-        if kind == "value_error":
-            return f"{where}: {error['ctx']['error']}"
-        above, _, key = where.rpartition(".")
-        models: dict[str, type[BaseModel]] = {"trigger": Trigger, "growth": Growth}
-        known = models.get(above.rpartition(".")[2], Op).model_fields
-        if kind == "extra_forbidden":
-            return f"unknown key {where}{nearest(key, known)}; allowed: {', '.join(known)}"
-        write = known[key].description if key in known else "{ name, value, trigger }"  # an op that is no table
-        if kind == "missing":
-            return f"{above} has no {key}; write {key} = {write}"
-        meant = nearest(str(got), re.findall(r"'(\w+)'", error["ctx"]["expected"])) if kind == "literal_error" else ""
-        return f"{where}={got!r} is not allowed{meant}: write {write}"
     if kind == "extra_forbidden":
         words = name.lower().replace("_", " ")
         meant = nearest(name, TrainConfig.model_fields) or next(
@@ -656,7 +679,7 @@ def _explain(error: Any) -> str:
             "",
         )
         return f"unknown field {name!r}{meant}; `mainrun presets --fields` lists all"
-    if kind == "value_error":  # from _fits_together, already whole
+    if kind == "value_error":  # from _fits_together or growth, already whole
         return str(error["ctx"]["error"])
     doc = TrainConfig.model_fields[name].description
     if kind.startswith("bool"):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
+from mainrun.growth.schedule import check_trainable
 from mainrun.kernels import CHUNK
 from mainrun.machine import Machine, compile_balance
 from mainrun.sitting import check_spans, flops_per_token
@@ -31,6 +32,7 @@ DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sy
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
+    check_trainable(cfg)
     machine = Machine(cfg)
     corpus = load_corpus(cfg)
     with machine.leader_first():
@@ -185,7 +187,7 @@ def memory(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool = Fa
         model = state.model
         model.set_up(inputs, machine.attention)
         for p in model.parameters():
-            p.grad = torch.empty_like(p)
+            p.grad = torch.empty_like(p) if p.requires_grad else None
         moments = _moments(cfg, state)  # first: from the second step on they are there while the model runs
         _evaluate(model, cfg, vocab_size)
         model.zero_grad(set_to_none=True)

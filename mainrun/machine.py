@@ -174,7 +174,7 @@ def compiler(device: str) -> str:
 
 def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[float, float]:
     """Seconds that compiling costs, and that it saves over the run, by rule of thumb (the figures are in docs/log.md)."""
-    attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim
+    attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_width
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.d_model * cfg.ff_width
     weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
     flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes
@@ -189,8 +189,11 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
 
 def _source() -> str:
     found = hashlib.sha256()
-    for name in ("config", "host", "corpus", "kernels", "machine", "scoring", "sitting", "synthetic", "tokens", "train"):
-        found.update(hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).digest())
+    here = Path(__file__).parent
+    names = ["config", "host", "corpus", "kernels", "machine", "scoring", "sitting", "synthetic", "tokens", "train"]
+    names += [f"growth/{name}" for name in ("schedule", "operators", "moments", "verify")]
+    for path in (*(here / f"{name}.py" for name in names), *sorted(here.glob("layers/*.py"))):
+        found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 
 

@@ -230,6 +230,8 @@ def summarize(
 
 def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
     """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("embed", "positions")))
-    head = model.embed.weight.numel() if cfg.tie_head else 0  # type: ignore[union-attr, operator]
-    return 6 * (weights + int(head)) + 12 * cfg.n_layer * cfg.d_model * cfg.block_size
+    looked_up = ("positions",) if cfg.tie_head else ("positions", "embed")
+    weights = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(looked_up)}
+    experts = sum(size for n, size in weights.items() if ".experts." in n)
+    met = sum(weights.values()) - experts + (experts * cfg.top_k // cfg.experts if cfg.experts else 0)
+    return 6 * met + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
-from mainrun.errors import Diverged, Interrupted
+from mainrun.errors import Diverged, Interrupted, RunError
+from mainrun.growth.schedule import check_trainable
 from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm
+from mainrun.layers.average import Average
 from mainrun.machine import Machine, StopFlag
 from mainrun.progress import QUIET, Progress
 from mainrun.reuse import Reuse
@@ -76,6 +78,9 @@ def cast(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
+    def table(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -107,13 +112,13 @@ def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> li
 class Attention(nn.Module):
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_dim
+        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_width
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        self.q = Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=qkv_bias)
-        self.k = Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
-        self.v = Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=qkv_bias)
-        self.o = Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=cfg.bias)
-        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
+        self.q = Linear(cfg.d_model, cfg.n_head * cfg.head_width, bias=qkv_bias)
+        self.k = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
+        self.v = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
+        self.o = Linear(cfg.n_head * cfg.head_width, cfg.d_model, bias=cfg.bias)
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity() for _ in "qk")
         self.gate = Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
         self.first_share = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and not first else None
         self.fused, self.dropout = False, 0.0
@@ -122,7 +127,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         x, parts = cast(x), (self.q, self.k, self.v)
         bias3 = None if self.q.bias is None else torch.cat([part.bias for part in parts])
-        y = linear(x, torch.cat([part.weight for part in parts]), bias3)  # one product for the three: its gradient is one, too
+        y = linear(x, torch.cat([part.table() for part in parts]), bias3)  # one product for the three: its gradient is one, too
         q, k, v = (t.unflatten(-1, (-1, self.width)).transpose(1, 2) for t in y.split([part.out_features for part in parts], dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, h), (B, K, T, h)
         if self.first_share is not None and v_first is not None:
@@ -163,11 +168,19 @@ class MLP(nn.Module):
         return self.down(x * x)  # square() would be computed in float32
 
 
+def make_mlp(cfg: TrainConfig) -> nn.Module:
+    if not cfg.experts:
+        return MLP(cfg)
+    from mainrun.layers.moe import MoE
+
+    return MoE(cfg, lambda: MLP(cfg))
+
+
 class Block(nn.Module):
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
         self.attn_norm, self.attn = make_norm(cfg), Attention(cfg, first)
-        self.mlp_norm, self.mlp = make_norm(cfg), MLP(cfg)
+        self.mlp_norm, self.mlp = make_norm(cfg), make_mlp(cfg)
         scale = cfg.layer_scale
         self.attn_scale = nn.Parameter(torch.full((cfg.d_model,), scale)) if scale else None
         self.mlp_scale = nn.Parameter(torch.full((cfg.d_model,), scale)) if scale else None
@@ -190,6 +203,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__()
         self.cfg = cfg
+        vocab_size += cfg.unused_ids
         self.embed = nn.Embedding(vocab_size, cfg.d_model)
         self.positions = nn.Embedding(cfg.block_size, cfg.d_model) if cfg.position == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, first=i == 0) for i in range(cfg.n_layer))  # type: ignore[assignment]
@@ -198,10 +212,16 @@ class GPT(nn.Module):
         self.dropout = 0.0
         self.register_buffer("causal", torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril(), persistent=False)
         if cfg.position == "rope":
-            cos, sin = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+            cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+        if cfg.attn_lora_rank or cfg.embed_lora_rank:
+            from mainrun.layers.lora import add_low_rank
+
+            add_low_rank(self, cfg)
         self.init_weights()
+        for i in cfg.frozen:
+            self.blocks[i].requires_grad_(False)
 
     def init_weights(self) -> None:
         std = self.cfg.init_std
@@ -233,6 +253,9 @@ class GPT(nn.Module):
         kind = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else self.embed.weight.dtype
         return torch.zeros_like(seen, dtype=kind).masked_fill_(~seen, -torch.inf)
 
+    def table(self) -> Tensor:
+        return self.embed.table() if self.cfg.embed_lora_rank else self.embed.weight  # type: ignore[operator]
+
     def forward(self, idx: Tensor, pool: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the token after each. The matrix products run in the config's dtype, wherever this is called from.
 
@@ -251,8 +274,11 @@ class GPT(nn.Module):
             for block in self.blocks:
                 x, v = block(x, bias, rope, v_first, masks)
                 v_first = v if v_first is None and self.cfg.value_residual else v_first
-            logits = linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
-            return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+            logits = linear(self.norm(x), self.table() if self.head is None else self.head.weight)
+            logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+            if self.cfg.unused_ids:
+                logits[..., -self.cfg.unused_ids :] = -torch.inf
+            return logits
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
@@ -333,10 +359,12 @@ class Optimizers:
     """One optimiser, or Muon beside AdamW; parameters in groups by what they are; state by the parameter's name."""
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
-        named = dict(model.named_parameters())
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names: dict[Tensor, str] = {p: n for n, p in named.items()}
-        matrices = [p for n, p in named.items() if n.startswith("blocks.") and p.ndim == 2]
-        tables = [p for n, p in named.items() if not n.startswith("blocks.") and p.ndim == 2]
+        # a router's gradient lacks one direction, what all its scores share: Muon would fill it with noise of full size
+        inside = {n for n in named if n.startswith("blocks.") and ".router." not in n}
+        matrices = [p for n, p in named.items() if n in inside and p.ndim == 2]
+        tables = [p for n, p in named.items() if n not in inside and p.ndim == 2]
         vectors = [p for p in named.values() if p.ndim < 2]
         inner = {"params": matrices, "rate": "lr", "decays": True}
         outer = [{"params": tables, "rate": "lr_aux", "decays": True}, {"params": vectors, "rate": "lr_aux", "decays": False}]
@@ -375,34 +403,6 @@ class Optimizers:
             optimizer.state[p][key] = value.to(p.device, copy=True)
 
 
-class Average:
-    """The weights that are scored: the trained ones, or their EMA or SWA where the config asks for one."""
-
-    def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
-        self.live = dict(model.named_parameters())
-        self.on = bool(cfg.ema or cfg.swa)
-        self.apart = False  # until a step has averaged, the shadow is the weights
-        self.shadow = {name: p.detach().clone() for name, p in self.live.items()} if self.on else {}
-
-    def update(self, inputs: StepInputs) -> None:
-        if self.on:
-            self.apart |= inputs.average < 1
-            torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.live.values()], inputs.average)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-    def swap(self) -> None:
-        for name, average in self.shadow.items():
-            p = self.live[name]
-            p.data, self.shadow[name] = average, p.data
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -434,6 +434,8 @@ class State:
         return model | self.optimizers.state() | {f"average/{n}": t for n, t in average}
 
     def load(self, tensors: dict[str, Tensor], step: int, presented: int) -> None:
+        if more := {n for n in tensors if n.startswith("model/")} - {f"model/{n}" for n, _ in self.model.named_parameters()}:
+            raise RunError(f"the state holds {min(more)}, the model does not; build the model as it was when the state was saved")
         self.step, self.presented = step, presented
         self.average.apart = any(name.startswith("average/") for name in tensors)
         with torch.no_grad():
@@ -458,6 +460,7 @@ def train(
 
     keep: steps after which the store keeps the state, besides those that the config suggests. until: stop after that step.
     """
+    check_trainable(cfg)
     with ExitStack() as held:
         stop = held.enter_context(StopFlag())  # from the start: a signal while data is prepared is obeyed before the first step
         started = time.perf_counter()
@@ -534,18 +537,9 @@ def gradients(
 
 
 def loop(
-    cfg: TrainConfig,
-    plan: Plan,
-    data: TokenData,
-    machine: Machine,
-    run: RunDir,
-    state: State,
-    metrics: Metrics | None,
-    progress: Progress,
-    stop: StopFlag,
-    reuse: Reuse | None,
-    until: int,
-) -> None:
+    cfg: TrainConfig, plan: Plan, data: TokenData, machine: Machine, run: RunDir, state: State, metrics: Metrics | None,
+    progress: Progress, stop: StopFlag, reuse: Reuse | None, until: int,
+) -> None:  # fmt: skip
     model, runner, warm = state.model, make_runner(machine, state.model), False
     batches = Batches(cfg, data.splits["train"])
 

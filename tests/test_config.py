@@ -28,10 +28,14 @@ OTHER: dict[str, Any] = {
     "batch_size": 32, "grad_accum": 2, "epochs": 3, "order": "shuffle_titles", "n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 256,
     "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False, "qkv_bias": True,
     "qk_norm": True, "attn_gate": True, "layer_scale": 0.1, "value_residual": True, "title_mask": True, "tie_head": False,
-    "softcap": 15.0, "init_std": 0.01, "init_depth_scaled": True, "optimizer": "muon", "lr": 0.01, "lr_aux": 0.001, "momentum": 0.9,
+    "softcap": 15.0, "init_std": 0.01, "init_depth_scaled": True,
+    "head_dim": 32, "experts": 8, "top_k": 3, "router_weights": "softmax", "attn_lora_rank": 8, "embed_lora_rank": 8, "lora_alpha": 8.0,
+    "frozen": [0], "unused_ids": 10, "optimizer": "muon", "lr": 0.01, "lr_aux": 0.001, "momentum": 0.9,
     "beta1": 0.8, "beta2": 0.95, "eps": 1e-9, "weight_decay": 0.1, "wd_schedule": "linear", "clip": 0.5, "schedule": "wsd",
-    "warmup_frac": 0.1, "decay_frac": 0.5, "decay_shape": "sqrt", "min_lr_frac": 0.1, "dropout": 0.1, "attn_dropout": 0.2,
-    "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5, "official_geometry": "8x64",
+    "warmup_frac": 0.1, "warmup_iters": 7,
+    "decay_frac": 0.5, "decay_shape": "sqrt", "min_lr_frac": 0.1, "dropout": 0.1, "attn_dropout": 0.2,
+    "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5, "eval_interval": 20,
+    "official_geometry": "8x64",
     "log_every": 10, "checkpoint_every": 50, "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
 }  # fmt: skip
 NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # not allowed alone
@@ -55,7 +59,9 @@ def ops() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
-    if "$ref" in kind:
+    if kind.get("type") == "array":
+        return st.lists(st.integers(0, 5), max_size=3, unique=True).map(sorted)
+    if kind.get("type") == "object":
         return st.lists(ops(), max_size=3).map(lambda found: {"ops": found})
     if "enum" in kind:
         return st.sampled_from(kind["enum"])
@@ -103,7 +109,19 @@ def test_what_a_step_takes_is_classed_scheduled_and_nothing_else_is() -> None:
     """A scheduled field shows in the resolved steps; one that did not would enter the lineage key unseen."""
     inputs = set(StepInputs._fields) - {"average"}
     assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
-    shapes = {"epochs", "wd_schedule", "schedule", "warmup_frac", "decay_frac", "decay_shape", "min_lr_frac", "ema", "swa", "growth"}
+    shapes = {
+        "epochs",
+        "wd_schedule",
+        "schedule",
+        "warmup_frac",
+        "decay_frac",
+        "decay_shape",
+        "min_lr_frac",
+        "ema",
+        "swa",
+        "growth",
+        "warmup_iters",
+    }
     assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes
 
 
@@ -148,7 +166,7 @@ def test_a_config_comes_back_from_its_dict_as_it_was(cfg: TrainConfig) -> None:
 @given(configs(), st.sampled_from(FIELDS))
 def test_set_takes_what_the_config_gives(cfg: TrainConfig, field: str) -> None:
     """The value of any field, written as TOML, is the same value again."""
-    value = getattr(cfg, field)
+    value = list(found) if isinstance(found := getattr(cfg, field), tuple) else found
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     key, back = parse_set(f"{field}={text}")
     assert key == field
@@ -193,6 +211,10 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"n_head": 7}, ["n_head=7", "d_model=512", "set n_head to one of [2, 4, 8]"]),
         ({"n_kv_head": 3}, ["n_kv_head=3", "n_head=8", "divisor"]),
         ({"position": "rope", "d_model": 24, "n_head": 8}, ["rope", "even", "3"]),
+        ({"position": "rope", "head_dim": 33}, ["rope", "even", "head_dim = 33"]),
+        ({"experts": 4, "top_k": 5}, ["top_k=5", "experts=4", "lower top_k"]),
+        ({"frozen": [6]}, ["frozen=[6]", "n_layer=6", "0..5"]),
+        ({"frozen": [1, 0]}, ["frozen=[1, 0]", "in order"]),
         ({"grad_accum": 3}, ["grad_accum=3", "batch_size=64", "divisor"]),
         ({"ema": 0.9, "swa": 0.5}, ["ema=0.9", "swa=0.5", "0"]),
         ({"rdrop": 1.0}, ["rdrop=1.0", "dropout > 0"]),
@@ -431,7 +453,7 @@ def test_the_width_of_the_mlp(changes: dict[str, Any], width: int) -> None:
 def test_unset_fields_follow_the_others() -> None:
     cfg = default(dropout=0.3, resid_dropout=0.1)
     assert cfg.dropouts == (0.3, 0.3, 0.1)
-    assert (cfg.kv_heads, default(n_kv_head=2).kv_heads, cfg.head_dim) == (8, 2, 64)
+    assert (cfg.kv_heads, default(n_kv_head=2).kv_heads, cfg.head_width, default(head_dim=32).head_width) == (8, 2, 64, 32)
     assert cfg.geometry == (64, 128)
     assert default(official_geometry="8x64").geometry == (8, 64)
 
@@ -647,7 +669,7 @@ def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(train_token
 @given(st.integers(40, 250), changes())
 def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(train_tokens: int, found: list[dict[str, Any]]) -> None:
     plan = planned(train_tokens, found)
-    assert plan.stretches[0][1:] == (0, 0, 0, 0)
+    assert plan.stretches[0][1:] == (0, 0, 0, 0, 0)
     for wanted, before, after in zip(found, plan.stretches, plan.stretches[1:], strict=False):
         assert before.first <= after.first < plan.steps
         assert after.tokens == before.tokens + (after.first - before.first) * before.span == plan.tokens(after.first)
@@ -706,9 +728,11 @@ def test_an_op_fires_within_the_budget_or_is_refused() -> None:
     for late in (op("set_lr", 0.1, step=100), op("set_lr", 0.1, step=10**9), op("set_batch_size", 1, step=10**6)):
         with pytest.raises(ConfigError) as e:
             Plan(default(**SHORT | {"growth": {"ops": [op("set_lr", 0.2, step=5), late]}}), 400)
-        words = [f"growth.ops[1] {late['name']}", f"after step {late['trigger']['step']}", "has 100 steps", "earlier trigger"]
+        words = [f"growth: ops[1] {late['name']!r}", f"after step {late['trigger']['step']}", "has 100 steps", "earlier trigger"]
         assert all(word in str(e.value) for word in words), str(e.value)
-    with pytest.raises(ConfigError, match=r"growth.ops\[0\] set_batch_size .*after step 99.*has 100 steps"):  # a larger step does not fit
+    with pytest.raises(
+        ConfigError, match=r"growth: ops\[0\] 'set_batch_size' .*after step 99.*has 100 steps"
+    ):  # a larger step does not fit
         Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 4, step=99)]}}), 400)
     assert Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 1, step=99)]}}), 400).steps == 101
 
@@ -717,14 +741,18 @@ ONE = op("set_lr", 0.25, budget_frac=0.5)
 TOML = '[[ops]]\nname = "set_lr"\nvalue = 0.25\ntrigger = { budget_frac = 0.5 }\n'
 
 
-@pytest.mark.parametrize("how", ["inline", "json text", "toml file", "json file", "preset"])
+@pytest.mark.parametrize("how", ["inline", "json text", "yaml text", "toml file", "json file", "yaml file", "yml file", "preset"])
 def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(TOML)
     (tmp_path / "mine.json").write_text(json.dumps({"ops": [ONE]}))
+    yaml = "ops:\n- name: set_lr\n  value: 25e-2\n  trigger: {budget_frac: 0.5}\n"
+    (tmp_path / "mine.yaml").write_text(yaml)
+    (tmp_path / "mine.yml").write_text(f"growth: {json.dumps({'ops': [ONE]})}")
     (tmp_path / "preset.toml").write_text(TOML.replace("[[ops]]", "[[growth.ops]]"))
     inline = '{ ops = [{ name = "set_lr", value = 0.25, trigger = { budget_frac = 0.5 } }] }'
     given_as = {"inline": inline, "json text": json.dumps({"version": 2, "ops": [ONE]})}
-    given_as |= {"toml file": str(tmp_path / "mine.toml"), "json file": str(tmp_path / "mine.json")}
+    given_as |= {"toml file": str(tmp_path / "mine.toml"), "json file": str(tmp_path / "mine.json"), "yaml text": yaml}
+    given_as |= {f"{kind} file": str(tmp_path / f"mine.{kind}") for kind in ("yaml", "yml")}
     (cfg,) = load(str(tmp_path / "preset.toml")) if how == "preset" else load("baseline", [f"growth={given_as[how]}"])
     assert cfg.growth == default(growth={"ops": [ONE]}).growth
     assert load("baseline", [f"growth={cfg.growth}"])[0].growth == cfg.growth
@@ -732,42 +760,43 @@ def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
 
 
 GOOD = op("set_lr", 0.1, step=5)
+# a few of each kind: test_growth_schedule.py has them all, word for word
 FAULTY: list[tuple[Any, list[str]]] = [
-    (3, ["growth=3", "{ ops = ["]),
-    (True, ["growth=True", "{ ops = ["]),
-    ([GOOD], ["growth=", "{ ops = ["]),
-    ({"opps": [GOOD]}, ["unknown key growth.opps", "did you mean 'ops'", "allowed: version, ops"]),
-    ({"version": 1}, ["growth.version=1", "write 2"]),
-    ({"ops": 3}, ["growth.ops=3", "a list of { name, value, trigger }"]),
-    ({"ops": [GOOD, 5]}, ["growth.ops[1]=5", "{ name, value, trigger }"]),
-    ({"ops": [{**GOOD, "name": "set_lrr"}]}, ["growth.ops[0].name='set_lrr'", "did you mean 'set_lr'", "set_grad_accum"]),
-    ({"ops": [{**GOOD, "name": "deepen"}]}, ["growth.ops[0].name='deepen'", "set_lr", "set_grad_accum"]),
-    ({"ops": [{**GOOD, "name": None}]}, ["growth.ops[0].name=None", "set_lr", "set_grad_accum"]),
-    ({"ops": [{**GOOD, "valu": 3}]}, ["unknown key growth.ops[0].valu", "did you mean 'value'", "allowed: name, value, trigger"]),
-    ({"ops": [{"name": "set_lr", "value": 0.1}]}, ["growth.ops[0] has no trigger", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]}, ["growth.ops[0] has no value", "a finite number"]),
-    ({"ops": [{**GOOD, "value": "0.1"}]}, ["growth.ops[0].value='0.1'", "a finite number"]),
-    ({"ops": [{**GOOD, "value": True}]}, ["growth.ops[0].value=True", "a finite number"]),
-    ({"ops": [{**GOOD, "value": math.nan}]}, ["growth.ops[0].value=nan", "a finite number"]),
-    ({"ops": [{**GOOD, "value": None}]}, ["growth.ops[0].value=None", "a finite number"]),
-    ({"ops": [{**GOOD, "value": 0.0}]}, ["growth.ops[0] set_lr: lr=0", "greater than 0"]),
-    ({"ops": [{**GOOD, "value": -1}]}, ["growth.ops[0] set_lr: lr=-1", "greater than 0"]),
-    ({"ops": [op("set_batch_size", 4.5, step=5)]}, ["growth.ops[0] set_batch_size: batch_size=4.5", "integer"]),
-    ({"ops": [op("set_dropout", 1.0, step=5)]}, ["growth.ops[0] set_dropout: dropout=1", "less than 1"]),
-    ({"ops": [op("set_weight_decay", -0.1, step=5)]}, ["growth.ops[0] set_weight_decay: weight_decay=-0.1"]),
-    ({"ops": [{**GOOD, "trigger": 5}]}, ["growth.ops[0].trigger=5", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [{**GOOD, "trigger": {}}]}, ["growth.ops[0].trigger", "got none", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [op("set_lr", 0.1, step=5, budget_frac=0.5)]}, ["growth.ops[0].trigger", "got both", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [op("set_lr", 0.1, steps=5)]}, ["unknown key growth.ops[0].trigger.steps", "did you mean 'step'"]),
-    ({"ops": [op("set_lr", 0.1, step=0)]}, ["growth.ops[0].trigger.step=0", "1 or more"]),
-    ({"ops": [op("set_lr", 0.1, step=2.5)]}, ["growth.ops[0].trigger.step=2.5", "a whole number"]),
-    ({"ops": [op("set_lr", 0.1, budget_frac=0)]}, ["growth.ops[0].trigger.budget_frac=0", "above 0 and below 1"]),
-    ({"ops": [op("set_lr", 0.1, budget_frac=1)]}, ["growth.ops[0].trigger.budget_frac=1", "above 0 and below 1"]),
-    ({"ops": [op("set_lr", 0.1, budget_frac=1.5)]}, ["growth.ops[0].trigger.budget_frac=1.5", "above 0 and below 1"]),
-    ({"ops": [op("set_lr", 0.1, budget_frac=math.nan)]}, ["growth.ops[0].trigger.budget_frac=nan", "above 0 and below 1"]),
-    ({"ops": [op("set_lr", 0.1, budget_frac="half")]}, ["growth.ops[0].trigger.budget_frac='half'", "above 0 and below 1"]),
-    ({"ops": [GOOD, op("set_grad_accum", 3, step=9)]}, ["growth.ops[1] set_grad_accum: grad_accum=3", "batch_size=64", "set a divisor"]),
-    ({"ops": [op("set_grad_accum", 4, step=5), op("set_batch_size", 2, step=9)]}, ["growth.ops[1] set_batch_size", "batch_size=2"]),
+    (3, ["growth: 3 is no schedule", "{ ops = ["]),
+    (True, ["growth: True is no schedule", "{ ops = ["]),
+    ([GOOD], ["growth: ops[0] 'set_lr'", "'trigger' is a key of version 2", "no trigger_loss", "{ version = 2, ops = [...] }"]),
+    ({"opps": [GOOD]}, ["growth: unknown key 'opps'", "did you mean 'ops'", "allowed: version, seed, defaults, ops"]),
+    ({"version": 1}, ["growth: version=1", "write 2"]),
+    ({"ops": 3}, ["growth: ops=3", "a list of { name, value, trigger }"]),
+    ({"ops": [GOOD, 5]}, ["growth: ops[1]=5", "{ name, value, trigger }"]),
+    ({"ops": [{**GOOD, "name": "set_lrr"}]}, ["growth: ops[0] 'set_lrr': unknown op", "did you mean 'set_lr'", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "name": "deepen"}]}, ["growth: ops[0] 'deepen': unknown op", "set_lr", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "name": None}]}, ["growth: ops[0]: unknown op None", "set_lr", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "valu": 3}]}, ["growth: ops[0] 'set_lr': unknown key 'valu'", "did you mean 'value'", "allowed: id, name"]),
+    ({"ops": [{"name": "set_lr", "value": 0.1}]}, ["growth: ops[0] 'set_lr': no trigger", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]}, ["growth: ops[0] 'set_lr': no value", "a finite number"]),
+    ({"ops": [{**GOOD, "value": "0.1"}]}, ["ops[0] 'set_lr': value='0.1'", "a finite number"]),
+    ({"ops": [{**GOOD, "value": True}]}, ["ops[0] 'set_lr': value=True", "a finite number"]),
+    ({"ops": [{**GOOD, "value": math.nan}]}, ["ops[0] 'set_lr': value=nan", "a finite number"]),
+    ({"ops": [{**GOOD, "value": None}]}, ["ops[0] 'set_lr': value=None", "a finite number"]),
+    ({"ops": [{**GOOD, "value": 0.0}]}, ["ops[0] 'set_lr': lr=0", "greater than 0"]),
+    ({"ops": [{**GOOD, "value": -1}]}, ["ops[0] 'set_lr': lr=-1", "greater than 0"]),
+    ({"ops": [op("set_batch_size", 4.5, step=5)]}, ["ops[0] 'set_batch_size': batch_size=4.5", "integer"]),
+    ({"ops": [op("set_dropout", 1.0, step=5)]}, ["ops[0] 'set_dropout': dropout=1", "less than 1"]),
+    ({"ops": [op("set_weight_decay", -0.1, step=5)]}, ["ops[0] 'set_weight_decay': weight_decay=-0.1"]),
+    ({"ops": [{**GOOD, "trigger": 5}]}, ["ops[0] 'set_lr': trigger=5", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{**GOOD, "trigger": {}}]}, ["ops[0] 'set_lr': trigger", "got none", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [op("set_lr", 0.1, step=5, budget_frac=0.5)]}, ["ops[0] 'set_lr': trigger", "got step and budget_frac", "{ any = ["]),
+    ({"ops": [op("set_lr", 0.1, steps=5)]}, ["unknown key trigger.steps", "did you mean 'step'"]),
+    ({"ops": [op("set_lr", 0.1, step=0)]}, ["trigger.step=0", "1 or more"]),
+    ({"ops": [op("set_lr", 0.1, step=2.5)]}, ["trigger.step=2.5", "a whole number"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=0)]}, ["trigger.budget_frac=0", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=1)]}, ["trigger.budget_frac=1", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=1.5)]}, ["trigger.budget_frac=1.5", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac=math.nan)]}, ["trigger.budget_frac=nan", "above 0 and below 1"]),
+    ({"ops": [op("set_lr", 0.1, budget_frac="half")]}, ["trigger.budget_frac='half'", "above 0 and below 1"]),
+    ({"ops": [GOOD, op("set_grad_accum", 3, step=9)]}, ["ops[1] 'set_grad_accum': grad_accum=3", "batch_size=64", "set a divisor"]),
+    ({"ops": [op("set_grad_accum", 4, step=5), op("set_batch_size", 2, step=9)]}, ["ops[1] 'set_batch_size'", "batch_size=2"]),
 ]  # fmt: skip
 
 
@@ -776,13 +805,13 @@ def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(growth:
     with pytest.raises(ConfigError) as e:
         default(growth=growth)
     assert all(word in str(e.value) for word in words), str(e.value)
-    assert "\n" not in str(e.value), "one fault, one line"
+    assert all(line.startswith("growth: ") for line in str(e.value).splitlines()), "one fault, one line"
 
 
 def test_dropout_cannot_go_where_r_drop_needs_it() -> None:
     with pytest.raises(ConfigError) as e:
         default(rdrop=0.5, dropout=0.1, growth={"ops": [GOOD, op("set_dropout", 0.0, step=9)]})
-    assert all(word in str(e.value) for word in ("growth.ops[1] set_dropout", "rdrop=0.5 without any dropout", "set dropout > 0"))
+    assert all(word in str(e.value) for word in ("growth: ops[1] 'set_dropout'", "rdrop=0.5 without any dropout", "set dropout > 0"))
 
 
 def test_every_fault_of_a_schedule_is_named_at_once() -> None:
@@ -790,7 +819,9 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as e:
         default(growth=bad)
     assert str(e.value).count("\n") == 3, str(e.value)
-    assert all(word in str(e.value) for word in ("ops[0].name='grow'", "ops[1].value='x'", "ops[1].trigger.step=0", "growth.steps"))
+    assert all(
+        word in str(e.value) for word in ("ops[0] 'grow'", "ops[1] 'set_lr': value='x'", "ops[1] 'set_lr': trigger.step=0", "key 'steps'")
+    )
 
 
 @pytest.mark.parametrize(
@@ -798,14 +829,16 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
     [
         ("gone.toml", None, ["gone.toml", "cannot be read", "No such file", "give the path"]),
         ("folder.toml", ..., ["folder.toml", "cannot be read", "give the path"]),
-        ("mine.yaml", "ops: []", ["mine.yaml", "no schedule", ".toml or .json"]),
-        ("mine", "", ["no schedule", ".toml or .json"]),
+        ("mine.yaml", "ops: [", ["mine.yaml", "not valid YAML", "line 1", "mend the file"]),
+        ("mine.yml", "[1", ["mine.yml", "not valid YAML", "mend the file"]),
+        ("mine.txt", "ops: []", ["mine.txt", "no schedule", ".yml or .toml"]),
+        ("mine", "", ["no schedule", ".yml or .toml"]),
         ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "mend the file"]),
         ("mine.toml", "\xff", ["mine.toml", "not valid TOML", "mend the file"]),
         ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "mend the file"]),
-        ("mine.json", "[]", ["growth=[]", "{ ops = ["]),
+        ("mine.json", "3", ["growth: 3 is no schedule", "{ ops = ["]),
         ("mine.json", '{"ops": [{"name": "set_lr", "value": NaN, "trigger": {"step": 1}}]}', ["value=nan", "a finite number"]),
-        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth.ops[0] has no trigger"]),
+        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth: ops[0] 'set_lr': no trigger"]),
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_schedule_is_refused_by_its_name(tmp_path: Path, name: str, text: Any, words: list[str]) -> None:
@@ -821,6 +854,6 @@ def test_a_file_that_holds_no_schedule_is_refused_by_its_name(tmp_path: Path, na
 
 @pytest.mark.parametrize("text", ['{"ops": [', "{ ops = [", '{ ops = [{ name = "set_lr" value = 1 }] }'])
 def test_a_schedule_that_is_written_wrong_is_no_file_to_mend(text: str) -> None:
-    with pytest.raises(ConfigError, match="neither TOML nor JSON") as e:
+    with pytest.raises(ConfigError, match="neither TOML, JSON nor YAML") as e:
         load("baseline", [f"growth={text}"])
     assert text in str(e.value) and "write { ops = [{ name, value, trigger }, ...] }" in str(e.value) and "mend" not in str(e.value)

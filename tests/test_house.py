@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "mainrun.__main__": "mainrun.cli",
     "mainrun.errors": "",
     "mainrun.synthetic": "",
-    "mainrun.config": "mainrun.errors",
+    "mainrun.config": "mainrun.errors mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
     "mainrun.host": "",
     "mainrun.kernels": "mainrun.host",
     "mainrun.machine": "mainrun.kernels mainrun.host mainrun.config mainrun.errors",
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "mainrun.tokens": "mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.growth": "mainrun.layers mainrun.store mainrun.config mainrun.errors",
+    "mainrun.growth": "mainrun.layers mainrun.store mainrun.progress mainrun.config mainrun.errors mainrun.train",  # for its types alone
     "mainrun.sitting": "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
     "mainrun.config mainrun.errors mainrun.reuse mainrun.train",  # these two for their types alone
     "mainrun.reuse": "mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # train for its types alone
@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench": "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
     "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
-    "mainrun.estimate": "mainrun.kernels mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.machine "
+    "mainrun.estimate": "mainrun.kernels mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.growth "
+    "mainrun.machine "
     "mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
@@ -63,6 +64,7 @@ MAY_IMPORT = {
     "mainrun.cli": "*",
     "mainrun.terminal": "mainrun.host mainrun.errors",
     "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.errors",
+    "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "sweeps": "mainrun.store mainrun.config mainrun.errors",
@@ -70,7 +72,10 @@ MAY_IMPORT = {
 }
 
 # What must start at once, and what must therefore wait until a function needs it.
-LIGHT = ("", ".errors", ".config", ".synthetic", ".corpus", ".tokens", ".progress", ".store.rundir", ".cli")
+LIGHT = (
+    "", ".errors", ".config", ".synthetic", ".corpus", ".tokens", ".progress", ".store.rundir", ".cli",
+    ".growth.schedule", ".growth.simulate", ".growth.cli",
+)  # fmt: skip
 HEAVY = ("torch", "optuna", "ray", "matplotlib", "pandas")
 
 # The public faces. Who adds a name to an `__all__` adds it here, on purpose.

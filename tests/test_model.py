@@ -135,7 +135,7 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
             x = x + w["positions.weight"][:n]
         first: Tensor | None = None
         for i in range(cfg.n_layer):
-            block, width = f"blocks.{i}", cfg.head_dim
+            block, width = f"blocks.{i}", cfg.head_width
             seen = norm(x, f"{block}.attn_norm")
             q, k, v = (linear(seen, f"{block}.attn.{part}") for part in "qkv")
             if cfg.value_residual and first is not None:

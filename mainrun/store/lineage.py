@@ -1,7 +1,7 @@
 """The key chain: what a run's state after each step depends on, as one hash a step. No torch.
 
     key[0]   = H(model, optimiser and seed; the tokens; the versions of everything that computes; the machine class)
-    key[i+1] = H(key[i], everything scheduled that enters step i)
+    key[i+1] = H(key[i], everything scheduled that enters step i, the ops of the architecture that act before it)
 
 Two runs share a prefix exactly as long as their keys agree. Nothing else decides: not their names, not their length, not the
 study that they belong to.
@@ -30,6 +30,7 @@ def origin(
     static = (f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static")
     fields = {f: getattr(cfg, f) for f in static if f not in IN_TOKENS | IN_MACHINE}
     fields |= {"d_ff": cfg.ff_width, "n_kv_head": cfg.kv_heads, "qkv_bias": cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias}
+    fields |= {"head_dim": cfg.head_width, "frozen": list(cfg.frozen)}  # a list, as it comes back from the store
     return {"fields": fields, "data": {**fingerprints, "tokens": tokens}, "versions": versions, "machine_class": machine}
 
 
@@ -38,10 +39,10 @@ def root(begun: dict[str, Any]) -> str:
 
 
 def chain(root: str, plan: Plan) -> list[str]:
-    """key[0] ... key[steps]."""
-    key, found, sha256, pack, at = bytes.fromhex(root), [root], hashlib.sha256, INPUTS.pack, plan.at
+    """key[0] ... key[steps]; where an op waits for an evaluation (`plan.undecided`), as if it never fired."""
+    key, found, sha256, pack, at, grown = bytes.fromhex(root), [root], hashlib.sha256, INPUTS.pack, plan.at, plan.grown
     for step in range(plan.steps):
-        key = sha256(key + pack(*at(step))).digest()
+        key = sha256(key + pack(*at(step)) + grown.get(step, b"")).digest()
         found.append(key.hex())
     return found
 

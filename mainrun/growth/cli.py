@@ -1,0 +1,85 @@
+"""`mainrun grow plan`: a schedule checked whole, and what it would make of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mainrun.errors import ConfigError, UsageError
+from mainrun.terminal import Debug, Group, Json, emit, show_table
+
+app = typer.Typer(cls=Group, help="How a model grows while it trains: plan.", rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def _root(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@app.command("plan")
+def plan(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A schedule: a JSON, YAML or TOML file, or JSON itself.")],
+    preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="What it begins with.")] = "optimized",
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--train-tokens", min=1, metavar="N", help="Of an epoch: shows steps, and warns of triggers out of reach.")
+    ] = None,
+    speed: Annotated[float | None, typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: shows the time.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a schedule op by op, and say what each makes of the model. Nothing is trained.
+
+    Exits with 2 when something is wrong with it; every fault is named.
+    """
+    from mainrun.config import load
+    from mainrun.growth.schedule import from_text
+    from mainrun.growth.simulate import simulate
+
+    if speed and tokens is None:
+        raise UsageError("got --speed without --train-tokens; give both for the time, or neither")
+    configs = load(preset, sets or [])
+    if len(configs) > 1:
+        raise UsageError(f"preset {preset!r} has {len(configs)} steps, a schedule begins with one; write --preset {configs[0].preset}, say")
+    found = simulate(configs[0], from_text(file), tokens, speed)
+    if found.faults:
+        raise ConfigError("\n".join([f"{file} cannot be carried out", *found.faults]))
+    rows = [_row(segment) for segment in found.segments]
+    if as_json:
+        emit({"warnings": found.warnings, "segments": rows})
+        return
+    _show(rows)
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+
+
+def _row(segment: Any) -> dict[str, Any]:
+    cfg, size = segment.cfg, segment.size
+    return {
+        "op": segment.op, "begins": segment.begins, "layers": cfg.n_layer, "width": cfg.d_model, "heads": cfg.n_head,
+        "experts": cfg.experts, "params": size.params, "active": size.active, "flops_per_token": size.flops,
+        "optimizer_bytes": size.moments, "steps": segment.steps, "tokens": segment.tokens, "seconds": segment.seconds,
+    }  # fmt: skip
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from mainrun.progress import clock, short
+
+    columns: dict[str, Any] = {
+        "op": lambda row: row["op"] or "start",
+        "begins": lambda row: row["begins"],
+        "layers": lambda row: str(row["layers"]),
+        "width": lambda row: str(row["width"]),
+        "heads": lambda row: str(row["heads"]),
+        "experts": lambda row: str(row["experts"] or ""),
+        "parameters": lambda row: f"{row['params']:,}",
+        "active": lambda row: f"{row['active']:,}",
+        "FLOPs a token": lambda row: f"{row['flops_per_token']:.3g}",
+        "optimiser": lambda row: f"{short(row['optimizer_bytes'])}B",
+        "steps": lambda row: "" if row["steps"] is None else f"{row['steps']:,}",
+        "ETA": lambda row: "" if row["seconds"] is None else clock(row["seconds"]),
+    }
+    columns = {head: cell for head, cell in columns.items() if head not in ("steps", "ETA") or any(map(cell, rows))}
+    show_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])

@@ -1,0 +1,1 @@
+"""What no preset needs of a model, or of what is scored."""

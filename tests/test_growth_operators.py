@@ -1,0 +1,476 @@
+"""Each op of the architecture against what it promises to keep, over small models of every kind; and the formulas, written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from growing import IDX, MODERN, T, V, architectures, config, gradients, grown, op, shaken, steps, trained, weights
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mainrun.config import TrainConfig
+from mainrun.growth.moments import transfer
+from mainrun.growth.operators import OPS, SPACES, grow, part, truncate
+from mainrun.growth.schedule import ARCHITECTURE, Op, Transfer, after
+from mainrun.growth.verify import delta, preserved
+from mainrun.train import GPT, Optimizers
+
+ASYMMETRIC = Transfer("asymmetric")  # without it, or noise, the schedule refuses a zero router: it locks
+Made = Callable[[TrainConfig], Op | None]  # None: not for this model
+
+EXACT: dict[str, Made] = {
+    "split hidden units": lambda c: op("widen_mlp", c.ff_width + 7),
+    "new hidden units": lambda c: op("widen_mlp", c.ff_width + 7, init="identity"),
+    "twice as wide": lambda c: op("widen_model", {"factor": 2}),
+    "twice as wide, the same keys and values": lambda c: op("widen_model", {"factor": 2, "kv": "keep"}),
+    "three times as wide, with noise": lambda c: op("widen_model", {"factor": 3, "noise_snr_db": 10.0}),
+    "twice as wide, the same keys and values, with noise": lambda c: op("widen_model", {"factor": 2, "kv": "keep", "noise_snr_db": 3.0}),
+    "twice as many heads": lambda c: op("add_heads", 8),
+    "experts behind a random router": lambda c: None if c.experts else op("upcycle_moe", {"experts": 4, "router_std": 0.5}),
+    "8 of 8 experts": lambda c: None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 8}),
+    "shards of experts": lambda c: None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2, "router_std": 0.5}),
+    "softmax weights": lambda c: (
+        None if c.experts else op("upcycle_moe", {"experts": 6, "top_k": 3, "router": "zero", "router_weights": "softmax"})
+    ),
+    "shards with softmax weights": lambda c: (
+        None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 4, "router": "zero", "router_weights": "softmax"})
+    ),
+    **{
+        f"noisy experts, {k}": lambda c, k=k: (  # type: ignore[misc]
+            None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": k, "router": "zero", "noise_snr_db": 3.0})
+        )
+        for k in (2, 3, 4)
+    },
+    "low rank, or a higher one, in attention": lambda c: op("set_attn_lora_rank", c.attn_lora_rank + 3),
+    "low rank, or a higher one, of the embedding": lambda c: op("set_embedding_lora_rank", c.embed_lora_rank + 3),
+    "merged low rank": lambda c: op("merge_lora_weights") if c.attn_lora_rank or c.embed_lora_rank else None,
+    "more ids": lambda c: op("resize_vocabulary", c.vocab_size + 5),
+}
+BIT_EXACT: dict[str, Made] = {
+    "new layers": lambda c: op("stack_layers", tuple(i for i in range(c.n_layer) for _ in "ab"), init="identity"),
+    "new layers at the end": lambda c: op("stack_layers", (*range(c.n_layer), 0, c.n_layer - 1), init="identity"),
+    "frozen": lambda c: op("freeze_layer", 0),
+    **{
+        f"{k} of 4 experts behind a zero router": lambda c, k=k: (  # type: ignore[misc]
+            None if c.experts else op("upcycle_moe", {"experts": 4, "top_k": k, "router": "zero"}, optimizer=ASYMMETRIC)
+        )
+        for k in (2, 4)
+    },
+    "1 of 4 experts": lambda c: (
+        None
+        if c.experts
+        else op("upcycle_moe", {"experts": 4, "top_k": 1, "router": "zero", "router_weights": "softmax"}, optimizer=ASYMMETRIC)
+    ),
+}
+
+
+def made(case: Made, fields: dict[str, Any]) -> Op:
+    what = case(config(**fields))
+    assume(what is not None)
+    assert what is not None
+    if what.name == "upcycle_moe" and what.value["router"] == "zero":
+        what = replace(what, optimizer=ASYMMETRIC)
+    return what
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(architectures, st.integers(0, 1000))
+@settings(max_examples=6, deadline=None)
+def test_an_exact_op_keeps_the_function(name: str, fields: dict[str, Any], seed: int) -> None:
+    what = replace(made(EXACT[name], fields), seed=seed)
+    for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model = shaken(config(**fields), seed, dtype)
+        new, moved = grown(model, what)
+        moved_most, size = delta(model, new, IDX)
+        assert moved_most <= most * max(1.0, size), (dtype, moved_most)
+        assert preserved("exact", model, new, IDX).ok
+        changed = {n for n, p in new.named_parameters() if n not in moved.old or p.shape != moved.old[n]}
+        assert changed or what.name == "merge_lora_weights", "else nothing grew"
+
+
+@pytest.mark.parametrize("name", BIT_EXACT)
+@given(architectures, st.integers(0, 1000))
+@settings(max_examples=6, deadline=None)
+def test_a_bit_exact_op_keeps_every_bit(name: str, fields: dict[str, Any], seed: int) -> None:
+    what = made(BIT_EXACT[name], fields)
+    for dtype in (torch.float64, torch.float32):
+        model = shaken(config(**fields), seed, dtype)
+        new, _ = grown(model, what)
+        with torch.no_grad():
+            assert torch.equal(model(IDX), new(IDX)), dtype
+        assert preserved("bitexact", model, new, IDX).ok
+
+
+def test_every_op_of_the_schedule_has_an_operator() -> None:
+    assert set(OPS) == set(ARCHITECTURE)
+
+
+@given(architectures)
+@settings(max_examples=20, deadline=None)
+def test_every_tensor_spans_spaces_of_its_own_shape(fields: dict[str, Any]) -> None:
+    cfg = config(**fields)
+    sizes = {
+        "D": 8, "V": V, "T": T, "H": 4, "Q": 4 * cfg.head_width, "K": cfg.kv_heads * cfg.head_width, "h": cfg.head_width,
+        "F": 12, "E": cfg.experts, "R": cfg.attn_lora_rank, "S": cfg.embed_lora_rank,
+    }  # fmt: skip
+    for name, p in shaken(cfg).named_parameters():
+        assert tuple(p.shape) == tuple(sizes[s] for s in SPACES[part(name)]), name
+
+
+# -- depth
+
+
+@given(architectures, st.lists(st.integers(0, 1), min_size=1, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_a_map_of_layers_is_followed_exactly(fields: dict[str, Any], sources: list[int]) -> None:
+    model = shaken(config(**fields | {"n_layer": 2}))
+    new, _ = grown(model, op("stack_layers", tuple(sources)))
+    old, found = weights(model), weights(new)
+    assert new.cfg.n_layer == len(new.blocks) == len(sources)
+    for name, w in found.items():
+        if not name.startswith("blocks."):
+            assert torch.equal(w, old[name])
+            continue
+        _, layer, rest = name.split(".", 2)
+        source = f"blocks.{sources[int(layer)]}.{rest}"
+        assert torch.equal(w, old[source]) if source in old else not w.any() and rest == "attn.first_share"
+
+
+def test_copied_layers_change_the_function() -> None:
+    model = shaken(config())
+    new, _ = grown(model, op("stack_layers", (0, 0, 1, 1)))
+    assert delta(model, new, IDX)[0] > 0.01 and not preserved("exact", model, new, IDX).ok and preserved("none", model, new, IDX).ok
+
+
+def test_an_identity_layer_ends_in_zeros_and_learns() -> None:
+    """Every tensor of it that stands before the zeros is a copy; the zeros get gradients, and after a step all else does."""
+    model = shaken(config(bias=True, attn_lora_rank=2))
+    new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
+    old, found = weights(model), weights(new)
+    ends = {n for n in found if n.startswith("blocks.2.") and n.split(".", 2)[2] in ("attn.o.weight", "attn.o.bias", "attn.o.lora_b",
+            "mlp.down.weight", "mlp.down.bias")}  # fmt: skip
+    assert len(ends) == 5 and not any(found[n].any() for n in ends)
+    assert all(
+        torch.equal(w, old[n.replace("blocks.2", "blocks.1")]) for n, w in found.items() if n.startswith("blocks.2.") and n not in ends
+    )
+    gradients(new, 1)
+    assert all(new.get_parameter(n).grad.abs().max() > 0 for n in ends - {"blocks.2.attn.o.lora_b"})  # type: ignore[union-attr]
+    steps(new, Optimizers(new.cfg, new), range(2))
+    gradients(new, 1)
+    assert all(p.grad.abs().max() > 0 for n, p in new.named_parameters() if n.startswith("blocks.2.") and not n.endswith("k.bias"))  # type: ignore[union-attr]
+
+
+def test_trap_a_gain_of_zero_is_no_identity_layer() -> None:
+    """It gives back what it gets, too, but the MLP behind it never hears of an error."""
+    model = shaken(config(norm="rmsnorm", bias=False))
+    right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
+    faulty, _ = grown(model, op("stack_layers", (0, 1, 1)))
+    with torch.no_grad():
+        for norm in (faulty.blocks[2].attn_norm, faulty.blocks[2].mlp_norm):
+            norm.weight.zero_()  # type: ignore[operator, union-attr]
+    assert delta(model, faulty, IDX)[0] == delta(model, right, IDX)[0] == 0
+    for new, learns in ((faulty, False), (right, True)):
+        gradients(new, 1)
+        assert bool(new.blocks[2].mlp.down.weight.grad.any()) == learns  # type: ignore[union-attr]
+
+
+def test_trap_forgotten_biases_of_branch_outputs() -> None:
+    model = shaken(config(bias=True))
+    what = op("stack_layers", (0, 1, 1), init="identity")
+    new, _ = grown(model, what)
+    assert preserved("bitexact", model, new, IDX).ok
+    for name in ("attn.o.bias", "mlp.down.bias"):
+        faulty, _ = grown(model, what)
+        with torch.no_grad():
+            faulty.get_parameter(f"blocks.2.{name}").copy_(model.get_parameter(f"blocks.1.{name}"))
+        assert not preserved("bitexact", model, faulty, IDX).ok and delta(model, faulty, IDX)[0] > 1e-3, name
+
+
+# -- width
+
+
+def test_split_units_share_their_output_unevenly() -> None:
+    model = shaken(config(mlp="swiglu", bias=True))
+    new, moved = grown(model, op("widen_mlp", 40))
+    old, found = weights(model), weights(new)
+    for mlp in ("blocks.0.mlp.", "blocks.1.mlp."):
+        units = moved.pieces[f"{mlp}up.weight"].index[0]
+        share = moved.pieces[f"{mlp}down.weight"].weight
+        assert units is not None and isinstance(share, Tensor)
+        assert torch.equal(units[:12], torch.arange(12)) and set(units.tolist()) == set(range(12))
+        for side in ("up", "gate"):  # one map for both
+            assert torch.equal(found[f"{mlp}{side}.weight"], old[f"{mlp}{side}.weight"][units])
+            assert torch.equal(found[f"{mlp}{side}.bias"], old[f"{mlp}{side}.bias"][units])
+        assert torch.equal(found[f"{mlp}down.weight"], old[f"{mlp}down.weight"][:, units] * share)
+        assert torch.equal(found[f"{mlp}down.bias"], old[f"{mlp}down.bias"]), "once, not once a copy"
+        assert torch.allclose(torch.zeros(12, dtype=torch.float64).index_add(0, units, share), torch.ones(12, dtype=torch.float64))
+        assert len(share.unique()) > 12, "equal shares would leave nothing that tells copies apart"
+    one, other = (moved.pieces[f"blocks.{i}.mlp.up.weight"].index[0] for i in (0, 1))
+    assert one is not None and other is not None and not torch.equal(one, other)
+
+
+def test_new_units_are_random_and_have_no_output() -> None:
+    new, _ = grown(shaken(config()), op("widen_mlp", 40, init="identity"))
+    mlp: Any = new.blocks[0].mlp
+    assert not mlp.down.weight[:, 12:].any() and not mlp.up.bias[12:].any()
+    assert 0.01 < mlp.up.weight[12:].std() < 0.03 and mlp.down.weight[:, :12].all()
+
+
+def test_a_wide_model_is_tiled() -> None:
+    """tile(W, n, n) / n inside, the embedding as it is, the 1/n of a tied head in the last norm."""
+    for tied in (True, False):
+        model = shaken(
+            config(tie_head=tied, norm="layernorm", qk_norm=True, attn_gate=True, layer_scale=0.5, value_residual=True, experts=3)
+        )
+        new, _ = grown(model, op("widen_model", {"factor": 2}))
+        old, found = weights(model), weights(new)
+        assert (new.cfg.d_model, new.cfg.n_head, new.cfg.head_width, new.cfg.ff_width) == (16, 4, 4, 24)
+        for name, w in found.items():
+            expected = old[name]
+            if name in ("embed.weight", "positions.weight"):
+                expected = expected.tile(1, 2)
+            elif name == "head.weight" or ".router." in name:
+                expected = expected.tile(1, 2) / 2
+            elif w.ndim == 2:
+                expected = expected.tile(2, 2) / 2
+            elif name in ("norm.weight", "norm.bias"):
+                expected = expected.tile(2) / (2 if tied else 1)
+            elif "first_share" not in name and "q_norm" not in name and "k_norm" not in name:
+                expected = expected.tile(2)
+            assert torch.equal(w, expected), name
+
+
+def test_kept_keys_and_values_are_shared_by_the_copies_of_their_queries() -> None:
+    model = shaken(config(n_head=4, n_kv_head=2))
+    new, _ = grown(model, op("widen_model", {"factor": 2, "kv": "keep"}))
+    old, found = weights(model), weights(new)
+    q, k, o = "blocks.0.attn.q.weight", "blocks.0.attn.k.weight", "blocks.0.attn.o.weight"
+    assert torch.equal(found[q], old[q].view(4, 2, 8).repeat_interleave(2, 0).flatten(0, 1).tile(1, 2) / 2)
+    assert torch.equal(found[k], old[k].tile(1, 2) / 2)
+    assert torch.equal(found[o], old[o].view(8, 4, 2).repeat_interleave(2, 1).flatten(1).tile(2, 1) / 2)
+    faulty, _ = grown(model, op("widen_model", {"factor": 2, "kv": "keep"}))
+    with torch.no_grad():  # heads tiled, as where keys and values scale: the copies of head 1 look at the keys of head 2
+        for block in faulty.blocks:
+            block.attn.q.weight.copy_(block.attn.q.weight.view(4, 2, 2, 16).transpose(0, 1).reshape(16, 16))
+            block.attn.o.weight.copy_(block.attn.o.weight.view(16, 4, 2, 2).transpose(1, 2).reshape(16, 16))
+            block.attn.q.bias.copy_(block.attn.q.bias.view(4, 2, 2).transpose(0, 1).flatten())
+    assert delta(model, new, IDX)[0] < 1e-10 and delta(model, faulty, IDX)[0] > 1e-3
+
+
+def test_a_head_that_changes_its_width_is_refused() -> None:
+    model = shaken(config())
+    what = op("widen_model", {"factor": 2})
+    with pytest.raises(ValueError, match="a head would become 8 wide; keep its 4"):
+        grow(what, model.cfg, model.cfg.changed(d_model=16, d_ff=24), model, 1)
+
+
+def test_trap_a_tied_head_doubled_twice() -> None:
+    """The 1/n goes into the last norm at each doubling; without it the logits are 4-fold."""
+    model = shaken(config(tie_head=True))
+    once, _ = grown(model, op("widen_model", {"factor": 2}))
+    twice, _ = grown(once, op("widen_model", {"factor": 2}))
+    assert delta(model, once, IDX)[0] < 1e-10 and delta(model, twice, IDX)[0] < 1e-10
+    assert twice.head is None
+    with torch.no_grad():
+        twice.norm.weight.copy_(model.norm.weight.tile(4))  # type: ignore[operator, union-attr]
+        twice.norm.bias.copy_(model.norm.bias.tile(4))  # type: ignore[operator, union-attr]
+        assert torch.allclose(twice(IDX), 4 * model(IDX))
+
+
+def test_noise_has_its_size_and_keeps_the_function_only_on_pairs_of_columns() -> None:
+    model = shaken(config())
+    plain, _ = grown(model, op("widen_model", {"factor": 2}))
+    noisy, _ = grown(model, op("widen_model", {"factor": 2, "noise_snr_db": 10.0}))
+    faulty, _ = grown(model, op("widen_model", {"factor": 2}))
+    name = "blocks.0.mlp.up.weight"
+    noise = noisy.get_parameter(name) - plain.get_parameter(name)
+    assert torch.allclose(noise[:, :8], -noise[:, 8:])
+    ratio = 10 * torch.log10(plain.get_parameter(name).square().mean() / noise.square().mean())
+    assert 8 < ratio < 12
+    with torch.no_grad():
+        rows = noise[:12, :8].repeat(1, 2)
+        faulty.get_parameter(name).add_(torch.cat([rows, -rows]))
+    assert delta(model, noisy, IDX)[0] < 1e-10 and delta(model, faulty, IDX)[0] > 1e-3
+
+
+def test_new_heads_go_out_through_zeros() -> None:
+    model = shaken(config(n_head=4, n_kv_head=2, attn_lora_rank=2, attn_gate=True, d_model=16))
+    new, _ = grown(model, op("add_heads", 6))
+    attn: Any = new.blocks[0].attn
+    fresh = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool).repeat_interleave(4)  # each group's third
+    assert not attn.o.weight[:, fresh].any() and not attn.o.lora_a[:, fresh].any() and not attn.q.lora_b[fresh].any()
+    assert attn.q.weight[fresh].all() and torch.equal(attn.q.weight[~fresh], model.blocks[0].attn.q.weight)
+    assert torch.equal(attn.k.weight, model.blocks[0].attn.k.weight)
+    with pytest.raises(ValueError, match="do not hold"):
+        grow(op("add_heads", 8), model.cfg, model.cfg.changed(n_head=4, n_kv_head=4, head_dim=4), model, 1)
+
+
+# -- experts
+
+
+def test_experts_are_the_mlp_or_its_shards() -> None:
+    model = shaken(config(mlp="swiglu", bias=True))
+    old = weights(model)
+    new, _ = grown(model, op("upcycle_moe", {"experts": 4, "router_std": 0.02}))
+    for name, w in weights(new).items():
+        if ".experts." in name:
+            assert torch.equal(w, old[name[: name.index("experts.")] + name.split("experts.")[1][2:]]), name
+    router = new.get_parameter("blocks.0.mlp.router.weight")
+    assert 0.01 < router.std() < 0.03
+    new, _ = grown(model, op("upcycle_moe", {"experts": 4, "top_k": 2, "shards": 2}))
+    found = weights(new)
+    for e in range(4):
+        part_of = slice(e % 2 * 6, e % 2 * 6 + 6)
+        assert torch.equal(found[f"blocks.0.mlp.experts.{e}.gate.weight"], old["blocks.0.mlp.gate.weight"][part_of])
+        assert torch.equal(found[f"blocks.0.mlp.experts.{e}.down.weight"], old["blocks.0.mlp.down.weight"][:, part_of] * 2)
+    assert torch.equal(found["blocks.0.mlp.router.weight"][0], found["blocks.0.mlp.router.weight"][1]), "a group's shards go together"
+    assert not torch.equal(found["blocks.0.mlp.router.weight"][1], found["blocks.0.mlp.router.weight"][2])
+
+
+def test_softmax_weights_need_the_down_projection_alone_scaled() -> None:
+    model = shaken(config(bias=True))
+    what = op("upcycle_moe", {"experts": 6, "top_k": 3, "router": "zero", "router_weights": "softmax"}, optimizer=ASYMMETRIC)
+    new, _ = grown(model, what)
+    for kind in ("weight", "bias"):
+        assert torch.equal(new.get_parameter(f"blocks.0.mlp.experts.1.down.{kind}"), model.get_parameter(f"blocks.0.mlp.down.{kind}") * 2)
+        assert torch.equal(new.get_parameter(f"blocks.0.mlp.experts.1.up.{kind}"), model.get_parameter(f"blocks.0.mlp.up.{kind}"))
+
+
+def test_experts_that_do_not_divide_and_noise_that_changes_are_refused() -> None:
+    model = shaken(config())
+    for value, match in (({"shards": 5}, "shards=5 must divide"), ({"noise_snr_db": 3.0}, "noise_snr_db with router=random")):
+        with pytest.raises(ValueError, match=match):
+            grow(op("upcycle_moe", {"experts": 4} | value), model.cfg, model.cfg.changed(experts=4), model, 1)
+
+
+# -- low-rank terms
+
+
+def test_a_lower_rank_is_the_nearest_and_says_what_is_lost() -> None:
+    model = shaken(config(attn_lora_rank=4, embed_lora_rank=4))
+    for name, modules in (
+        ("set_attn_lora_rank", [f"blocks.{i}.attn.{n}" for i in (0, 1) for n in "qkvo"]),
+        ("set_embedding_lora_rank", ["embed"]),
+    ):
+        new, moved = grown(model, op(name, 2))
+        assert set(moved.truncated) == set(modules)
+        for module in modules:
+            before, now = (m.get_submodule(module) for m in (model, new))
+            full, low = (m.scale * (m.lora_b @ m.lora_a).detach() for m in (before, now))  # type: ignore[operator, union-attr]
+            u, s, vt = torch.linalg.svd(full)
+            assert torch.allclose(low, u[:, :2] * s[:2] @ vt[:2], atol=1e-12)
+            assert moved.truncated[module] == pytest.approx(float((full - low).norm() / full.norm()))
+            assert 0.05 < moved.truncated[module] < 1
+    a, b = torch.randn(4, 9, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    low_a, low_b, lost = truncate(a, b, 4)
+    assert torch.allclose(low_b @ low_a, b @ a) and lost < 1e-12
+    assert truncate(a, torch.zeros(7, 4), 2)[2] == 0
+
+
+def test_a_rank_of_none_is_refused() -> None:
+    model = shaken(config(attn_lora_rank=2))
+    with pytest.raises(ValueError, match="merge_lora_weights"):
+        grow(op("set_attn_lora_rank", 0), model.cfg, model.cfg.changed(attn_lora_rank=0), model, 1)
+
+
+def test_trap_a_term_of_a_tied_embedding_is_at_both_ends() -> None:
+    """With the term at the input alone, merging it would change the head."""
+    model = shaken(config(embed_lora_rank=2))
+    new, _ = grown(model, op("merge_lora_weights"))
+    assert "embed.lora_a" not in weights(new) and delta(model, new, IDX)[0] < 1e-10
+    embed: Any = model.embed
+
+    class AtTheInput(GPT):
+        def table(self) -> Tensor:
+            return self.embed.weight
+
+    model.__class__ = AtTheInput
+    assert delta(model, new, IDX)[0] > 1e-3
+    assert torch.allclose(new.embed.weight, embed.table())
+
+
+# -- vocabulary
+
+
+def test_more_ids_are_exact_behind_their_mask_alone() -> None:
+    model = shaken(config(vocab_size=300))
+    new, _ = grown(model, op("resize_vocabulary", 311))
+    assert new.embed.num_embeddings == V + 11 and torch.equal(new.embed.weight[:V], model.embed.weight)
+    with torch.no_grad():
+        before, logits = model(IDX), new(IDX)
+        assert torch.equal(logits[..., :V], before) and (logits[..., V:] == -torch.inf).all()
+        new.cfg = new.cfg.changed(unused_ids=0)  # as soon as they are used
+        open_ = new(IDX)
+    rise = before.log_softmax(-1)[..., 0] - open_.log_softmax(-1)[..., 0]
+    assert torch.allclose(rise, torch.log1p((open_[..., V:] - before.logsumexp(-1, keepdim=True)).exp().sum(-1)))
+    assert (rise > 0.1).any() and not preserved("exact", model, new, IDX).ok
+
+
+# -- what draws, and what does not
+
+
+def test_draws_come_from_the_seed_alone() -> None:
+    model = shaken(config(**MODERN))
+    before, state = weights(model), torch.get_rng_state()
+    whats = [op("widen_mlp", 40), op("widen_model", {"factor": 2, "noise_snr_db": 3.0}), op("add_heads", 8)]
+    whats += [op("set_attn_lora_rank", 2), op("upcycle_moe", {"experts": 2}), op("resize_vocabulary", 500)]
+    for what in whats:
+        one, again, other = (weights(grown(model, replace(what, seed=seed))[0]) for seed in (1, 1, 2))
+        assert all(torch.equal(one[n], again[n]) for n in one), what.name
+        assert not all(torch.equal(one[n], other[n]) for n in one), what.name
+    assert torch.equal(state, torch.get_rng_state()), "global state is neither read nor moved"
+    assert all(torch.equal(before[n], w) for n, w in weights(model).items()), "the model before is as it was"
+
+
+def test_trap_an_op_that_fails_leaves_all_as_it_was() -> None:
+    """So that whoever called it can go on without it, and need not try again."""
+    model, optimizers = trained(config())
+    before, state = weights(model), {k: v.clone() for k, v in optimizers.state().items()}
+    what = op("upcycle_moe", {"experts": 4, "shards": 5})
+    with pytest.raises(ValueError, match="shards=5"):
+        grow(what, model.cfg, model.cfg.changed(experts=4), model, 1)
+    assert all(torch.equal(before[n], w) for n, w in weights(model).items())
+    assert all(torch.equal(state[n], w) for n, w in optimizers.state().items())
+    with torch.no_grad():  # the faulty way: in place, what came before the failure stays
+        model.embed.weight.mul_(2)
+    with pytest.raises(RuntimeError):
+        model.norm.weight.data.copy_(torch.zeros(5))  # type: ignore[operator, union-attr]
+    assert not torch.equal(before["embed.weight"], model.embed.weight)
+
+
+def test_a_grown_model_computes_as_the_old_one_did() -> None:
+    """Mode, kind of attention, type and frozen layers go over."""
+    model = shaken(config(), dtype=torch.float32).train()
+    for block in model.blocks:
+        block.attn.fused = True
+    new, moved = grown(model, op("freeze_layer", 1))
+    assert new.training and all(block.attn.fused for block in new.blocks) and new.embed.weight.dtype == torch.float32
+    frozen = {n for n, p in new.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n in weights(new) if n.startswith("blocks.1.")} and not frozen & set(moved.new)
+    thawed, moved = grown(new, op("unfreeze_layer", 1))
+    assert set(moved.new) == set(weights(thawed))
+
+
+def test_the_staged_plan_on_paper_is_the_staged_plan_carried_out() -> None:
+    """Dense, experts, twice as wide, deeper: each step keeps what it declares, from where the one before it ended."""
+    model, optimizers = trained(config(**MODERN))
+    for what, promise in (
+        (op("upcycle_moe", {"experts": 4, "top_k": 2, "router": "zero"}, optimizer=ASYMMETRIC), "bitexact"),
+        (op("widen_model", {"factor": 2, "noise_snr_db": 10.0}), "exact"),
+        (op("stack_layers", (0, 0, 1), init="identity"), "bitexact"),
+    ):
+        cfg = after(replace(what, preserve=promise), model.cfg)
+        new, moved = grow(what, model.cfg, cfg, model, 3)
+        assert preserved(promise, model, new, IDX).ok, what.name
+        then = Optimizers(cfg, new)
+        then.load(transfer(optimizers.state(), moved)[0])
+        steps(new, then, range(3))
+        model, optimizers = new, then
+    logits = model(IDX)
+    assert logits.isfinite().all() and F.cross_entropy(logits.flatten(0, 1), IDX.flatten()).isfinite()
