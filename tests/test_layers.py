@@ -15,10 +15,11 @@ from mainrun.config import Plan, from_dict
 from mainrun.errors import ConfigError
 from mainrun.estimate import memory
 from mainrun.growth.simulate import size
+from mainrun.kernels import cross_entropy
 from mainrun.layers.moe import MoE
 from mainrun.machine import Machine
 from mainrun.sitting import flops_per_token
-from mainrun.train import GPT, MLP, CrossEntropy, Optimizers, build
+from mainrun.train import GPT, MLP, Optimizers, build
 
 LATE: dict[str, Any] = {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2, "frozen": (0,), "unused_ids": 3}
 
@@ -151,7 +152,7 @@ def test_unused_ids_have_no_chance_and_no_gradient(softcap: float) -> None:
     model.load_state_dict({n: F.pad(w, (0, 0, 0, 3), value=0.5) if w.shape[0] == V else w for n, w in plain.state_dict().items()})
     logits, expected = model(IDX), plain(IDX)
     assert logits.shape[-1] == V + 3 and torch.equal(logits[..., :V], expected) and (logits[..., V:] == -torch.inf).all()
-    losses = [CrossEntropy.apply(x.flatten(0, 1), IDX.flatten(), 0.0)[0] for x in (logits, expected)]
+    losses = [cross_entropy(x.flatten(0, 1), IDX.flatten(), 0.0)[0] for x in (logits, expected)]
     assert torch.allclose(losses[0], losses[1])
     losses[0].backward()
     for table in (model.embed, model.head):
