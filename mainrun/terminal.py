@@ -52,6 +52,18 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+def commands(help: str) -> typer.Typer:
+    """A command that has commands of its own; alone it shows its help."""
+    app = typer.Typer(cls=Group, help=help, rich_markup_mode=None)
+
+    @app.callback(invoke_without_command=True)
+    def _root(ctx: typer.Context) -> None:
+        if ctx.invoked_subcommand is None:
+            print(ctx.get_help())
+
+    return app
+
+
 def leads() -> bool:
     """Of the processes that torchrun starts one speaks for all."""
     return os.environ.get("RANK", "0") == "0"

@@ -9,15 +9,9 @@ from typing import Annotated
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.terminal import Debug, Group, Json, emit, process_group, show_table, stoppable
+from mainrun.terminal import Debug, Json, commands, emit, process_group, show_table, stoppable
 
-app = typer.Typer(cls=Group, help="Measure steps, and what sharing them saves: step, gpu, lineage.", rich_markup_mode=None)
-
-
-@app.callback(invoke_without_command=True)
-def _root(ctx: typer.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+app = commands("Measure steps, and what sharing them saves: step, gpu, lineage.")
 
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")]

@@ -7,15 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from mainrun.errors import ConfigError, UsageError
-from mainrun.terminal import Debug, Group, Json, emit, show_table
+from mainrun.terminal import Debug, Json, commands, emit, show_table
 
-app = typer.Typer(cls=Group, help="How a model grows while it trains: plan.", rich_markup_mode=None)
-
-
-@app.callback(invoke_without_command=True)
-def _root(ctx: typer.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+app = commands("How a model grows while it trains: plan.")
 
 
 @app.command("plan")

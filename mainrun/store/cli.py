@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import MainrunError, RunError, UsageError
-from mainrun.terminal import Debug, Group, Json, Out, emit, process_group, show_table, stoppable
+from mainrun.terminal import Debug, Json, Out, commands, emit, process_group, show_table, stoppable
 
 if TYPE_CHECKING:
     from mainrun.store.nodes import Node, Store
@@ -46,13 +46,7 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
 
 
-app = typer.Typer(cls=Group, help="The steps that runs share: ls, du, gc, verify, audit, pin, unpin.", rich_markup_mode=None)
-
-
-@app.callback(invoke_without_command=True)
-def _root(ctx: typer.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+app = commands("The steps that runs share: ls, du, gc, verify, audit, pin, unpin.")
 
 
 @app.command("ls")
