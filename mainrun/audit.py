@@ -10,13 +10,14 @@ from typing import Any
 from mainrun.config import Plan, from_dict
 from mainrun.corpus import load_corpus
 from mainrun.errors import MainrunError
+from mainrun.growth.live import Growth, taken
 from mainrun.machine import Machine, versions
 from mainrun.sitting import score
 from mainrun.store import lineage
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
 from mainrun.tokens import Batches, prepare
-from mainrun.train import State, build, gradients, make_runner
+from mainrun.train import State, Stepper, build
 
 
 @dataclass
@@ -76,7 +77,7 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         cfg = from_dict(node.config)
         machine, corpus = Machine(cfg), load_corpus(cfg)
         data = prepare(cfg, corpus)
-        plan = Plan(cfg, len(data.splits["train"]))
+        plan = Plan(cfg, len(data.splits["train"]), node.grown.get("fired", ()))
         machine.settle(cfg, plan)
         begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), machine.facts)
         if lineage.root(begun) != node.root:
@@ -85,26 +86,29 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
             return Finding(node, "differs", "its config does not lead to its key")
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
+        state.model.set_up(plan.at(0), machine.attention)
         if before:
-            state.load(store.load(before), before.step, before.presented)
+            state.load(store.load(before), before.step, before.presented, taken(plan, before))
         stored = store.load(node)
     except Damaged as e:
         return Finding(node, "differs", str(e))
     except MainrunError as e:
         return Finding(node, "skipped", str(e))
-    runner, batches = make_runner(machine, state.model), Batches(cfg, data.splits["train"])
+    growth, batches = Growth(cfg, plan, machine, state), Batches(cfg, data.splits["train"])
+    stepper = Stepper(state.cfg, machine, state)
     rows: list[dict[str, Any]] = []
     scored = {row["step"] for row in node.rows if row["event"] == "eval"}
     while True:
         if state.step >= node.begins and state.step in scored:  # at its beginning too, where nobody had this score yet
-            rows += score(cfg, data, state)
+            rows += [row | growth.figures for row in score(cfg, data, state)]
         if state.step == node.step:
             break
+        if growth.waits and growth.act(list):
+            stepper = Stepper(state.cfg, machine, state)
         inputs = plan.at(state.step)
         x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
-        loss, norm = gradients(cfg, machine, runner, state.model, x, y, inputs, state.step).tolist()
-        state.optimizers.step(inputs)
-        state.average.update(inputs)
+        loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
+        stepper.update(inputs)
         state.step += 1
         row = {"event": "step", "step": state.step, "tokens": plan.tokens(state.step), "lr": inputs.lr}
         if state.step > node.begins:
@@ -124,7 +128,7 @@ def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[s
     apart = [name for name in sorted(again) if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))]
     if apart:
         return "differs", f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
-    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows}
+    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows if row["event"] in ("step", "eval")}
     for row in rows:
         there = kept.pop((row["event"], row["step"], row.get("split")), None)
         if there is None:
