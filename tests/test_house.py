@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "mainrun.tokens": "mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.growth": "mainrun.layers mainrun.store mainrun.progress mainrun.config mainrun.errors "
+    "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.config mainrun.errors "
     "mainrun.train mainrun.machine",  # these two for their types alone
     "mainrun.sitting": "mainrun.growth "
     "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "

@@ -31,6 +31,7 @@ from mainrun.growth.verify import (
     router_scale,
     tied,
 )  # fmt: skip
+from mainrun.host import give_back
 from mainrun.store.rundir import Metrics
 
 if TYPE_CHECKING:
@@ -191,7 +192,10 @@ class Growth:
         if all(check.ok for check in checks):
             del old
             state.become(after, new, optimizers)  # so that the old weights go before the new moments come
+            give_back()
             optimizers.load(transfer(moments, moved, *how)[0], copy=False)
+            del moments
+            give_back()
             if shadow:
                 state.average.apart = True
                 state.average.shadow = {name: p.detach() for name, p in shadow.items()}
