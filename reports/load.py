@@ -285,8 +285,9 @@ def _recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
         alike = [json.loads(text) for name, text in groups if name == preset]
         own = json.loads(json.dumps(fields(mine[0].cfg)))
         differ = [k for k in own if any(other[k] != own[k] for other in alike)]
-        said = " ".join(f"{k}={own[k]}" for k in differ if not isinstance(own[k], dict))
-        found.append(Recipe(f"{preset} {said or 'with growth' * bool(differ)}".strip(), tuple(mine)))
+        said = [f"{k}={own[k]}" for k in differ if k != "growth"]
+        said += ["with growth"] if "growth" in differ and own["growth"]["ops"] else []
+        found.append(Recipe(" ".join([preset, *said]), tuple(mine)))
     return tuple(found)
 
 
@@ -295,7 +296,7 @@ def _headline(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, 
 
     def called(name: str) -> list[Recipe]:
         mine = [r for r in recipes if r.cfg.preset.split(":")[-1] == name]
-        return sorted(mine, key=lambda r: (-len(r.good), ":" in r.cfg.preset, r.name))
+        return sorted(mine, key=lambda r: (-len(r.good), r.cfg.preset.startswith("ablation:"), r.name))
 
     if not recipes:
         return None, None, "no run was given"
@@ -313,5 +314,3 @@ def _headline(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, 
 def config_differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
     x, y = a.model_dump(exclude={"preset"}), b.model_dump(exclude={"preset"})
     return [(k, x[k], y[k]) for k in x if x[k] != y[k]]
-
-
