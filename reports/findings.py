@@ -22,7 +22,7 @@ class Claim:
 
 
 def claim(e: Evidence) -> Claim:
-    a, b, noise = e.baseline, e.optimised, tables.e_noise(e)
+    a, b, noise = e.baseline, e.optimised, tables.noise_of(e)
     if a is None:
         return Claim("no claim", "No claim: no run was given, so there is nothing to compare.")
     if b is None:
@@ -122,7 +122,7 @@ def ablated(e: Evidence) -> Iterator[str]:
     text = f"Of the {len(steps)} steps from {first} to {last}, {best[0]} lowers full most ({fixed(4, sign=True)(best[3])}, {best[7]})"
     if best[3] >= 0:
         text = f"None of the {len(steps)} steps from {first} to {last} lowers full"
-    if tables.e_noise(e) is None:
+    if tables.noise_of(e) is None:
         yield text + "; with one seed a step, none of the changes is backed."
     else:
         yield text + f"; {len(backed)} of {len(steps)} changes are backed after Holm's correction, {quiet} are within noise."

@@ -13,7 +13,7 @@ from typing import Any
 from mainrun.config import MIN_COVERAGE, TrainConfig
 from reports import stats
 from reports.figures import ledger, rungs
-from reports.load import Evidence, Run, Study, bad, config_differences
+from reports.load import Evidence, Run, Study, bad, config_differences, fields
 
 Format = Callable[[Any], str]
 
@@ -144,7 +144,7 @@ def runs(e: Evidence) -> Table:
 def ablation(e: Evidence) -> Table | None:
     if not e.ladder:
         return None
-    noise = e_noise(e)
+    noise = noise_of(e)
     apart = [stats.difference(a.scores, b.scores) for a, b in zip(e.ladder, e.ladder[1:], strict=False)]
     backed = [d.p for d in apart if d.p is not None]
     adjusted = iter(stats.holm(backed))
@@ -167,8 +167,12 @@ def ablation(e: Evidence) -> Table | None:
     return Table("ablation", "From step to step", columns, rows, note)
 
 
-def e_noise(e: Evidence) -> stats.Noise | None:
-    return stats.noise([list(r.scores.values()) for r in e.recipes if r.good])
+def noise_of(e: Evidence) -> stats.Noise | None:
+    """One recipe under two names, as two presets may have it, is counted once."""
+    groups: dict[str, dict[int, float]] = {}
+    for r in e.recipes:
+        groups.setdefault(json.dumps(fields(r.cfg), sort_keys=True), {}).update(r.scores)
+    return stats.noise([list(scores.values()) for scores in groups.values()])
 
 
 def short(cfg: TrainConfig) -> str:

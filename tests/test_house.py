@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "sweeps": "mainrun.store mainrun.config mainrun.errors",
-    "reports": "mainrun.store mainrun.config mainrun.errors",
+    "reports": "mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.
