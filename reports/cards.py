@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mainrun.config import TASK
-from reports import findings, tables
+from reports import findings
 from reports.load import Evidence
 from reports.tables import Column, Table, fixed, power, text, whole
 
@@ -42,7 +42,7 @@ def _items(e: Evidence) -> Iterator[tuple[str, str, str]]:
     chosen = f"optimised is {e.optimised.name}: {e.chosen}" if e.optimised else e.chosen
     split = "the last step of val, looked at for every recipe here; a search should look at dev"
     yield "C2", "Search, bounds, selection", f"{searched}; selection criterion: {chosen}; judged by {split}"
-    noise = tables.noise_of(e)
+    noise = e.noise
     backing = f"{noise.df} degrees of freedom between seeds" if noise else "no repeats: no recipe was run with two seeds"
     yield "C3", "Error bars, single run or mean", f"means over seeds, 95% intervals by Student's t, Holm over ablation steps; {backing}"
     if runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,9 +81,12 @@ def write(
 
 def _samples(e: Evidence, n: int) -> Iterator[tuple[str, list[str]]]:
     """What the two recipes write, each in a process of its own: nothing here knows the model. A run without its weights writes nothing."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a number of threads changes bits, and two processes would wait for each other's
     pair = [r for r in (e.baseline, e.optimised) if n and r is not None and r.good]
     asked = [(r.good[0], [sys.executable, "-m", "mainrun", "sample", str(r.good[0].path), "--prompt", "", "-n", str(n)]) for r in pair]
-    started = [(run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)) for run, command in asked]
+    started = [
+        (run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone)) for run, command in asked
+    ]
     for run, process in started:
         titles, _ = process.communicate()
         if process.returncode == 0:

@@ -29,7 +29,7 @@ GREY = "#8A8A8A"
 MOST = 6  # recipes that a figure tells apart; the others are grey
 POINTS = 400  # of one line: more cannot be seen
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": FONT, "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "axes.titlelocation": "left", "lines.linewidth": 1.2, "lines.markersize": 3.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
@@ -125,6 +125,11 @@ def look(place: int | None) -> dict[str, Any]:
     return {"color": COLOURS[place], "linestyle": DASHES[place], "zorder": 3}
 
 
+def beside(axes: Axes, x: float, y: float, text: str) -> None:
+    """What a bar is worth, right of its end. (Blanks would not do: SVG drops them.)"""
+    axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+
+
 def keyed(figure: Figure, axes: Axes) -> None:
     """One key for the whole figure, below it: no line runs under it."""
     handles, labels = axes.get_legend_handles_labels()
@@ -189,7 +194,7 @@ def headline(e: Evidence) -> Figure | None:
     pair = [r for r in (e.baseline, e.optimised) if r is not None and r.good]
     if not pair:
         return None
-    figure, (axes,) = new(2.55)
+    figure, (axes,) = new(3.1)
     for i, recipe in enumerate(pair):
         band(axes, recipe, tokens, full, i)
     window(axes, [v for recipe in pair for run in recipe.good for v in full(run)])
@@ -319,7 +324,7 @@ def waterfall(e: Evidence) -> Figure | None:
     if not ladder:
         return None
     means = [stats.Mean(tuple(r.scores.values())).mean for r in ladder]
-    floor = stats.noise([list(r.scores.values()) for r in e.recipes if r.good])
+    floor = e.noise
     figure, (axes,) = new(0.8 + 0.25 * len(ladder))
     span = max(means) - min(means)
     for y, mean in enumerate(means):
@@ -332,7 +337,7 @@ def waterfall(e: Evidence) -> Figure | None:
         if floor is not None and y:
             axes.errorbar(before, y, xerr=floor.floor, fmt="none", ecolor="black", capsize=2, linewidth=0.8)
         text = f"{mean:.4f}" if not y else f"{change:+.4f}".replace("-", "\N{MINUS SIGN}") + (" (noise)" if quiet else "")
-        axes.text(max(mean, before + (floor.floor if floor is not None and y else 0)) + 0.012 * span, y, text, va="center", fontsize=7)
+        beside(axes, max(mean, before + (floor.floor if floor is not None and y else 0)), y, text)
     axes.set_yticks(range(len(ladder)), [r.cfg.preset.split(":")[-1] for r in ladder])
     axes.set_ylim(len(ladder) - 0.4, -0.6)
     reach = floor.floor if floor is not None else 0.0
@@ -354,7 +359,8 @@ def growth(run: Run, around: int = 40) -> Figure:
     left.set(title="full score of val", xlabel="step", ylabel="nats per character")
     for i, op in enumerate(run.ops):
         left.axvline(op["step"], color="black", linewidth=0.7, linestyle=(0, (2, 2)))
-        left.text(op["step"], 1.0, f" {i + 1}", transform=left.get_xaxis_transform(), va="top", fontsize=7)
+        at = {"xytext": (3, -1), "textcoords": "offset points", "va": "top", "fontsize": 7}
+        left.annotate(str(i + 1), (op["step"], 1.0), xycoords=left.get_xaxis_transform(), **at)
     if sized:
         starts = [row for row in run.journal if str(row["event"]).endswith("START")]
         steps = [0, *(op["step"] for op in sized), run.summary["steps"]]
@@ -401,10 +407,12 @@ def history(study: Study) -> Figure | None:
     if not study.done:
         return None
     figure, (axes,) = new(2.2)
-    trials, values = [t["trial"] for t in study.done], [float(t["value"]) for t in study.done]
-    axes.plot(trials, values, "o", color=COLOURS[0], markerfacecolor="none", label="a trial")
-    axes.step(trials, np.minimum.accumulate(values), where="post", color=COLOURS[1], label="the lowest so far")
-    window(axes, values)
+    for colour, label, mine in ((GREY, "stopped at a lower rung", study.stopped), (COLOURS[0], "trained to the end", study.whole)):
+        if mine:
+            axes.plot(*zip(*((t["trial"], t["value"]) for t in mine), strict=True), "o", color=colour, markerfacecolor="none", label=label)
+    trials, values = [t["trial"] for t in study.whole], [float(t["value"]) for t in study.whole]
+    axes.step(trials, np.minimum.accumulate(values), where="post", color=COLOURS[1], label="the lowest of these so far")
+    window(axes, [float(t["value"]) for t in study.done])
     axes.set(xlabel="trial", ylabel=objective(study))
     plain(axes.xaxis, 8)
     plain(axes.yaxis)
@@ -424,7 +432,7 @@ def importance(study: Study) -> Figure | None:
     figure, (axes,) = new(0.7 + 0.2 * len(ranked))
     for y, (_, share) in enumerate(ranked):
         axes.barh(y, share, color=COLOURS[0], height=0.6)
-        axes.text(share, y, f" {share:.3f}", va="center", fontsize=7)
+        beside(axes, share, y, f"{share:.3f}")
     axes.set_yticks(range(len(ranked)), [name for name, _ in ranked])
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(share for _, share in ranked) or 1)
@@ -449,11 +457,14 @@ def slices(study: Study, most: int = 9) -> Figure | None:
     rows = -(-len(fields) // columns)
     figure, axes = new(0.3 + 1.75 * rows, rows, columns, sharey=True)
     for ax, name in zip(axes, fields, strict=False):
-        mine = [t for t in study.done if t.get(f"params.{name}") is not None]
+        mine = [t for t in (*study.stopped, *study.whole) if t.get(f"params.{name}") is not None]
         x, names, log = places([t[f"params.{name}"] for t in mine])
         if log:
             ax.set_xscale("log")
-        ax.plot(x, [float(t["value"]) for t in mine], "o", color=COLOURS[0], markerfacecolor="none", markersize=3)
+        cut = sum(t.get(f"params.{name}") is not None for t in study.stopped)
+        values = [float(t["value"]) for t in mine]
+        ax.plot(x[:cut], values[:cut], "o", color=GREY, markerfacecolor="none", markersize=3)
+        ax.plot(x[cut:], values[cut:], "o", color=COLOURS[0], markerfacecolor="none", markersize=3)
         ax.set_xlabel(name)
         if names:
             ax.set_xticks(range(len(names)), [n if len(n) < 12 else n[:11] + "…" for n in names])
@@ -484,7 +495,9 @@ def decades(axis: Any, values: Sequence[float]) -> None:
 def parallel(study: Study, most: int = 8) -> Figure | None:
     """One line a trial through all fields, the best tenth on top of the others."""
     fields = sorted(study.searched, key=lambda f: -shares(study).get(f, 0.0))[:most]
-    trials = [t for t in study.done if all(t.get(f"params.{f}") is not None for f in fields)]
+    trials = [t for t in study.whole if all(t.get(f"params.{f}") is not None for f in fields)]
+    if len(trials) < 10:
+        trials = [t for t in study.done if all(t.get(f"params.{f}") is not None for f in fields)]
     if len(fields) < 2 or len(trials) < 3:
         return None
     figure, (axes,) = new(3.0)
@@ -564,7 +577,7 @@ def spent(study: Study) -> Figure | None:
     figure, (axes,) = new(1.35)
     for y, (name, value) in enumerate(found.items()):
         axes.barh(y, value, color=GREY if name == "asked" else COLOURS[1] if name == "wasted" else COLOURS[0], height=0.6)
-        axes.text(value, y, f" {value:,.0f}", va="center", fontsize=7)
+        beside(axes, value, y, f"{value:,.0f}")
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * max(found.values()))

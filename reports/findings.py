@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mainrun.config import MIN_COVERAGE
@@ -22,7 +22,7 @@ class Claim:
 
 
 def claim(e: Evidence) -> Claim:
-    a, b, noise = e.baseline, e.optimised, tables.noise_of(e)
+    a, b, noise = e.baseline, e.optimised, e.noise
     if a is None:
         return Claim("no claim", "No claim: no run was given, so there is nothing to compare.")
     if b is None:
@@ -102,7 +102,7 @@ def params(recipe: Recipe) -> int:
     return int(recipe.good[0].summary["params"])
 
 
-def mean(recipe: Recipe, get: tables.Callable[[Run], float]) -> float:
+def mean(recipe: Recipe, get: Callable[[Run], float]) -> float:
     return sum(map(get, recipe.good)) / len(recipe.good)
 
 
@@ -122,7 +122,7 @@ def ablated(e: Evidence) -> Iterator[str]:
     text = f"Of the {len(steps)} steps from {first} to {last}, {best[0]} lowers full most ({fixed(4, sign=True)(best[3])}, {best[7]})"
     if best[3] >= 0:
         text = f"None of the {len(steps)} steps from {first} to {last} lowers full"
-    if tables.noise_of(e) is None:
+    if e.noise is None:
         yield text + "; with one seed a step, none of the changes is backed."
     else:
         yield text + f"; {len(backed)} of {len(steps)} changes are backed after Holm's correction, {quiet} are within noise."

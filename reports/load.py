@@ -14,6 +14,7 @@ from mainrun.compare import SAME, finished
 from mainrun.config import Plan, TrainConfig, load, preset_names
 from mainrun.errors import MainrunError, RunError
 from mainrun.store.rundir import RunDir, find
+from reports.stats import Noise, noise
 
 EXPORT = ("study.json", "trials.parquet")
 FIRED = ("SUCCESS", "ERROR")  # how an event of growth.jsonl ends that says an op is over
@@ -114,6 +115,18 @@ class Study:
         return [t for t in self.trials if t.get("value") is not None and not bad(t)]
 
     @cached_property
+    def whole(self) -> list[dict[str, Any]]:
+        """Those whose values may be compared: trained to the end. An export that does not tell has its highest rung."""
+        ended = [t for t in self.done if str(t.get("state")).lower() in ("complete", "completed", "done")]
+        top = max(((t.get("rung") or 0) for t in self.done), default=0)
+        return ended or [t for t in self.done if (t.get("rung") or 0) == top]
+
+    @cached_property
+    def stopped(self) -> list[dict[str, Any]]:
+        whole = {t["trial"] for t in self.whole}
+        return [t for t in self.done if t["trial"] not in whole]
+
+    @cached_property
     def searched(self) -> list[str]:
         """The fields of the space that took more than one value."""
         names = [k for k in (self.rows[0] if self.rows else {}) if k.startswith("params.")]
@@ -135,6 +148,14 @@ class Evidence:
     @cached_property
     def runs(self) -> list[Run]:
         return [run for recipe in self.recipes for run in recipe.runs]
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """Between the seeds of a recipe. One under two names, as two presets may have it, is counted once."""
+        groups: dict[str, dict[int, float]] = {}
+        for r in self.recipes:
+            groups.setdefault(json.dumps(fields(r.cfg), sort_keys=True), {}).update(r.scores)
+        return noise([list(scores.values()) for scores in groups.values()])
 
     @cached_property
     def ladder(self) -> list[Recipe]:

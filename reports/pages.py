@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from reports import cards, figures, findings, tables
 from reports.load import Evidence, Run
-from reports.pdf import figure, heading, new_page, table, words
+from reports.pdf import figure, heading, section, table, words
 from reports.tables import Column, Table, fixed, power, text, whole
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
     from reportlab.platypus import Flowable
 
+Part = Callable[["Report", Mapping[str, "Drawing"]], Iterator["Flowable"]]
 LOST = re.compile(r"\b(worse|slower|fail(s|ed)?|diverge[sd]?|did not help|lost)\b")
 
 
@@ -134,7 +135,7 @@ def subtitle(e: Evidence) -> str:
 
 def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "curves" in drawn:
-        yield new_page()
+        yield section()
         yield heading("Loss against what it costs", 0)
         note = " Grey: the other recipes." if len([x for x in r.e.recipes if x.good]) > figures.MOST else ""
         reused = " Steps from the store count with the time that they took when they were trained." if took(r.e) else ""
@@ -153,9 +154,9 @@ def took(e: Evidence) -> bool:
 
 def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if r.e.runs:
-        yield new_page()
+        yield section()
         yield heading("Recipes and runs", 0)
-        noise = tables.noise_of(r.e)
+        noise = r.e.noise
         if noise:
             yield words(
                 f"Noise floor: {fixed(4)(noise.floor)} nats per character. A seed alone moves full by {fixed(4)(noise.sd)} (standard "
@@ -170,7 +171,7 @@ def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 
 def ablation(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "waterfall" in drawn:
-        yield new_page()
+        yield section()
         yield heading("Ablation", 0)
         yield from figure(
             drawn,
@@ -182,7 +183,7 @@ def ablation(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 
 def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "gap" in drawn:
-        yield new_page()
+        yield section()
         yield heading("How they trained", 0)
         yield heading("Train and validation", 1)
         yield from figure(
@@ -195,11 +196,11 @@ def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         yield from figure(drawn, "schedules", "What enters each step, by the plan that the run followed. Marks: growth ops.")
 
 
-def studies(r: Report) -> Iterator[object]:
+def studies(r: Report) -> Iterator[Part]:
     for i, study in enumerate(r.e.studies, 1):
 
         def pages(r: Report, drawn: Mapping[str, Drawing], i: int = i, name: str = study.name) -> Iterator[Flowable]:
-            yield new_page()
+            yield section()
             yield heading(f"Study {name}", 0)
             for part in ("", "_confirmation", "_space"):
                 yield from r.table(f"study_{i}{part}")
@@ -207,8 +208,8 @@ def studies(r: Report) -> Iterator[object]:
                 ("history", "Each trial's value at its highest rung, in the order of the trials."),
                 ("importance", "How much of the value each field decides, as the study exported it."),
                 ("ledger", "Steps: asked = trained + reused; wasted is part of trained (pruned, failed, tried again)."),
-                ("slices", "The value against each field. The highest values lie above the frame."),
-                ("parallel", "Every trial through all fields that each trial has. The best tenth is on top."),
+                ("slices", "The value against each field; grey: stopped at a lower rung. The highest values lie above the frame."),
+                ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth is on top."),
                 ("rungs", "Value at a rung against the value at the last one, of the trials that went on to it."),
             ):
                 yield from figure(drawn, f"study-{i}-{part}", caption)
@@ -218,7 +219,7 @@ def studies(r: Report) -> Iterator[object]:
 
 def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for i, run in enumerate(figures.grown(r.e), 1):
-        yield new_page()
+        yield section()
         yield heading(f"Growth of {run.id}", 0)
         yield from figure(drawn, f"growth-{i}", "Dashed: the ops, by their numbers in the table.")
         yield from r.table(f"growth_{i}")
@@ -227,12 +228,12 @@ def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 def failed(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     found, told = r.table("failures"), from_log(r.log)
     if found or told:
-        yield new_page()
+        yield section()
         yield heading("What failed", 0)
         yield from found
     if told and r.log:
         yield heading("From the log", 1)
-        digest = sha256(r.log.read_bytes()).hexdigest()[:16]
+        digest = sha256(r.log.read_bytes()).hexdigest()[:12]
         yield words(f"What {r.log.name} (sha256 {digest}) says went worse, slower or wrong; it holds every experiment.", "small")
         for sentence in told:
             yield words(f"• {sentence}", "finding")
@@ -249,7 +250,7 @@ def from_log(log: Path | None, most: int = 16) -> list[str]:
 
 def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if r.samples:
-        yield new_page()
+        yield section()
         yield heading("Samples", 0)
         for name, titles in r.samples:
             yield heading(name, 1)
@@ -258,7 +259,7 @@ def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 
 
 def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield new_page()
+    yield section()
     yield heading("Appendix", 0)
     yield words(f"Left out: {'; '.join(missing(r, drawn)) or 'nothing, the inputs have data for every page'}.")
     for name in ("config", "other_configs", "commands", "guards", "fingerprints", "hashes", "machines", "checklist"):

@@ -84,10 +84,11 @@ def figure(drawn: Mapping[str, Drawing], name: str, caption: str) -> list[Flowab
     return [KeepTogether([drawn[name], words(caption, "caption"), Spacer(1, 6)])]
 
 
-def new_page() -> Flowable:
-    from reportlab.platypus import PageBreak
+def section(least: float = 330.0) -> Flowable:
+    """A new page, unless this one has room for the beginning of what comes."""
+    from reportlab.platypus import CondPageBreak
 
-    return PageBreak()
+    return CondPageBreak(least)
 
 
 @cache
@@ -98,8 +99,8 @@ def styles() -> dict[str, Any]:
     return {
         "body": body,
         "title": ParagraphStyle("title", body, fontName=BOLD, fontSize=17, leading=21, spaceAfter=2),
-        "h0": ParagraphStyle("h0", body, fontName=BOLD, fontSize=12.5, leading=16, spaceBefore=10, spaceAfter=5, keepWithNext=1),
-        "h1": ParagraphStyle("h1", body, fontName=BOLD, fontSize=9, leading=12, spaceBefore=8, spaceAfter=3, keepWithNext=1),
+        "h0": ParagraphStyle("h0", body, fontName=BOLD, fontSize=12.5, leading=16, spaceBefore=14, spaceAfter=5),
+        "h1": ParagraphStyle("h1", body, fontName=BOLD, fontSize=9, leading=12, spaceBefore=8, spaceAfter=3),
         "caption": ParagraphStyle("caption", body, fontSize=7.5, leading=10, textColor="#444444", spaceAfter=3),
         "note": ParagraphStyle("note", body, fontSize=7, leading=9.5, textColor="#444444", spaceBefore=2, spaceAfter=8),
         "cell": ParagraphStyle("cell", body, fontSize=7, leading=9, spaceAfter=0),
@@ -134,18 +135,17 @@ def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
 
     cells = list(found.cells())
     columns = found.columns
-    natural = [
-        max(stringWidth(text, FONT, 7.1) for text in (column.head, *(row[i] for row in cells))) + 9 for i, column in enumerate(columns)
-    ]
+    longest = [max(stringWidth(text, BOLD, 7) for text in (c.head, *(row[i] for row in cells))) + 9 for i, c in enumerate(columns)]
+    natural = [w if c.right else min(w, 0.3 * width) for w, c in zip(longest, columns, strict=True)]
     fixed = sum(w for w, c in zip(natural, columns, strict=True) if not c.share)
     shares = sum(c.share for c in columns)
     widths = [(width - fixed) * c.share / shares if c.share else w for w, c in zip(natural, columns, strict=True)]
     if not shares and fixed > width:
         widths = [w * width / fixed for w in widths]
-    wraps = [bool(c.share) or fixed > width for c in columns]
+    wraps = [not c.right and w < long for c, w, long in zip(columns, widths, longest, strict=True)]
 
     def cell(text: str, i: int, red: bool) -> Any:
-        if wraps[i] and not columns[i].right:
+        if wraps[i]:
             return Paragraph(_breakable(text, widths[i] - 9), styles()["bad" if red else "cell"])
         return text
 
@@ -160,10 +160,10 @@ def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
     ]  # fmt: skip
     look += [("ALIGN", (i, 0), (i, -1), "RIGHT") for i, c in enumerate(columns) if c.right]
     look += [("TEXTCOLOR", (0, n + 1), (-1, n + 1), RED) for n in sorted(found.red)]
-    head = [Paragraph(f"<b>{escape(h)}</b>", styles()["cell"]) if wraps[i] and not columns[i].right else h for i, h in enumerate(head)]
+    head = [Paragraph(f"<b>{escape(h)}</b>", styles()["cell"]) if wraps[i] else h for i, h in enumerate(head)]
     drawn = Table([head, *rows], colWidths=widths, repeatRows=1, style=look, hAlign="LEFT")
     note = [Paragraph(escape(found.note), styles()["note"])] if found.note else [Spacer(1, 6)]
-    return [heading(found.title, 1), drawn, *note]
+    return [section(90), heading(found.title, 1), drawn, *note]
 
 
 def _breakable(text: str, width: float) -> str:

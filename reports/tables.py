@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from mainrun.config import MIN_COVERAGE, TrainConfig
 from reports import stats
 from reports.figures import ledger, rungs
-from reports.load import Evidence, Run, Study, bad, config_differences, fields
+from reports.load import Evidence, Run, Study, bad, config_differences
 
 Format = Callable[[Any], str]
 
@@ -120,7 +121,7 @@ def runs(e: Evidence) -> Table:
     rows, red = [], set()
     for i, run in enumerate(e.runs):
         s, said = run.summary, Counter(g["status"] for g in run.summary["guards"])
-        guards = f"FAIL: {', '.join(run.failed)}" if run.failed else f"{said['pass']} pass" + f", {said['flag']} flag" * bool(said["flag"])
+        guards = f"FAIL: {', '.join(run.failed)}" if run.failed else "ok" + f", {said['flag']} flag" * bool(said["flag"])
         last = s["last"]
         rows.append(
             [
@@ -131,9 +132,9 @@ def runs(e: Evidence) -> Table:
         if run.failed:
             red.add(i)
     columns = [
-        Column("run", text, 0.235), Column("seed", whole), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
+        Column("run", text, 0.24), Column("seed", whole), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
         Column("covers %", fixed(1)), Column("bits/byte", fixed(4)), Column("steps", whole), Column("reused", whole),
-        Column("tokens/s", whole), Column("guards", text, 0.15),
+        Column("tokens/s", whole), Column("guards", text, 0.14),
     ]  # fmt: skip
     note = "full and official of the last step; best: the lowest full of any evaluation, shown for honesty and used for nothing."
     if red:
@@ -144,7 +145,7 @@ def runs(e: Evidence) -> Table:
 def ablation(e: Evidence) -> Table | None:
     if not e.ladder:
         return None
-    noise = noise_of(e)
+    noise = e.noise
     apart = [stats.difference(a.scores, b.scores) for a, b in zip(e.ladder, e.ladder[1:], strict=False)]
     backed = [d.p for d in apart if d.p is not None]
     adjusted = iter(stats.holm(backed))
@@ -165,14 +166,6 @@ def ablation(e: Evidence) -> Table | None:
     if noise:
         note += f" Noise floor {noise.floor:.4f} (sd {noise.sd:.4f} between seeds, {noise.df} degrees of freedom)."
     return Table("ablation", "From step to step", columns, rows, note)
-
-
-def noise_of(e: Evidence) -> stats.Noise | None:
-    """One recipe under two names, as two presets may have it, is counted once."""
-    groups: dict[str, dict[int, float]] = {}
-    for r in e.recipes:
-        groups.setdefault(json.dumps(fields(r.cfg), sort_keys=True), {}).update(r.scores)
-    return stats.noise([list(scores.values()) for scores in groups.values()])
 
 
 def short(cfg: TrainConfig) -> str:
@@ -256,34 +249,32 @@ def growth(run: Run, i: int) -> Table:
         Column("Δ logits", text),
     ]  # fmt: skip
     note = "full at the last evaluation before the op, and at the first one after it. Δ logits: the largest change that the op itself made."
-    return Table(f"growth_{i}", f"Growth of {run.id}", columns, rows, note)
+    return Table(f"growth_{i}", "The ops", columns, rows, note)
 
 
 # -- appendix
 
 
 def commands(e: Evidence) -> Table:
-    rows = [[run.id, " ".join(["mainrun", *map(quoted, run.env.get("command", ["", "(not recorded)"])[1:])])] for run in e.runs]
-    note = "As env.json has them: those of the last sitting of each run."
-    return Table("commands", "Commands", [Column("run", text, 0.25), Column("command", text, 0.75)], rows, note)
-
-
-def quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
+    given: dict[str, list[str]] = {}
+    for run in e.runs:
+        words = run.env.get("command", ["", "(not recorded)"])[1:]
+        given.setdefault(" ".join(["mainrun", *map(shlex.quote, words)]), []).append(run.id)
+    rows = [[command, ", ".join(ids)] for command, ids in given.items()]
+    note = "As env.json has them: those of the last sitting of each run. A ladder trains all of its steps."
+    return Table("commands", "Commands", [Column("command", text, 0.6), Column("runs", text, 0.4)], rows, note)
 
 
 def hashes(e: Evidence) -> Table:
     rows = [
         [
-            run.id, run.cfg.digest[:16], run.summary.get("weights", "")[:16], run.env.get("evaluate_hash", "")[:16],
-            run.summary.get("versions", {}).get("mainrun", "")[:16], run.summary.get("tokenizer", "")[:16],
+            run.id, run.cfg.digest[:12], run.summary.get("weights", "")[:12], run.env.get("evaluate_hash", "")[:12],
+            run.summary.get("versions", {}).get("mainrun", "")[:12], run.summary.get("tokenizer", "")[:12],
         ]
         for run in e.runs
     ]  # fmt: skip
-    columns = [Column("run", text, 0.25), *(Column(h, text, 0.15) for h in ("config", "weights", "evaluate", "source", "tokenizer"))]
-    note = "The first 16 digits of each sha256; evaluate and source: the code that scored and that trained."
+    columns = [Column("run"), *(Column(h, text, 0.15) for h in ("config", "weights", "evaluate", "source", "tokenizer"))]
+    note = "The first 12 digits of each sha256; evaluate and source: the code that scored and that trained."
     return Table("hashes", "Hashes", columns, rows, note)
 
 
@@ -291,8 +282,8 @@ def fingerprints(e: Evidence) -> Table:
     seen: dict[tuple[str, ...], list[str]] = {}
     for run in e.runs:
         f, origin = run.summary["fingerprints"], run.summary.get("origin", {})
-        key = (*(f.get(k, "")[:16] for k in ("corpus", "train", "dev", "val")), f"{run.cfg.corpus}, {run.cfg.num_titles:,} titles")
-        seen.setdefault((*key, str(origin.get("sha256", ""))[:16]), []).append(run.id)
+        key = (*(f.get(k, "")[:12] for k in ("corpus", "train", "dev", "val")), f"{run.cfg.corpus}, {run.cfg.num_titles:,} titles")
+        seen.setdefault((*key, str(origin.get("sha256", ""))[:12]), []).append(run.id)
     rows = [[*key, len(ids)] for key, ids in seen.items()]
     heads = ("corpus", "train", "dev", "val", "which titles", "file")
     return Table("fingerprints", "Data fingerprints", [*(Column(h, text, 0.15) for h in heads), Column("runs", whole)], rows)
@@ -304,11 +295,11 @@ def machines(e: Evidence) -> Table:
     for run in e.runs:
         for kind, entries in (("machine class", run.summary.get("machine_classes", [])), ("versions", run.summary.get("all_versions", []))):
             for entry in entries:
-                shown = {k: (v[:16] if k == "mainrun" else v) for k, v in entry.items()}
+                shown = {k: (v[:12] if k == "mainrun" else v) for k, v in entry.items()}
                 seen[kind, ", ".join(f"{k} {value(v)}" for k, v in shown.items())] += 1
     rows = [[kind, what, n] for (kind, what), n in sorted(seen.items())]
     return Table(
-        "machines", "Machines and versions", [Column("", text, 0.15), Column("what", text, 0.77), Column("runs", whole, 0.08)], rows
+        "machines", "Machines and versions", [Column("kind", text, 0.15), Column("what", text, 0.77), Column("runs", whole, 0.08)], rows
     )
 
 
@@ -317,7 +308,7 @@ def machines(e: Evidence) -> Table:
 
 def study(s: Study, i: int) -> list[Table]:
     states = Counter(str(t.get("state")) for t in s.trials)
-    best = min(s.done, key=lambda t: float(t["value"])) if s.done else None
+    best = min(s.whole, key=lambda t: float(t["value"])) if s.whole else None
     facts: list[list[Any]] = [["trials", f"{len(s.trials):,}: " + ", ".join(f"{n} {state}" for state, n in sorted(states.items()))]]
     if best:
         facts.append(["best trial", f"{best['trial']}, value {float(best['value']):.4f}"])
@@ -327,16 +318,16 @@ def study(s: Study, i: int) -> list[Table]:
     facts.append(["steps", ", ".join(f"{name} {n:,.0f}" for name, n in ledger(s).items()) or "not exported"])
     for rung, n, rho, _ in rungs(s):
         facts.append([f"rung {rung}", f"rank correlation with the last rung {'none' if rho is None else f'{rho:.2f}'}, over {n} trials"])
-    found = [Table(f"study_{i}", f"Study {s.name}", [Column("", text, 0.15), Column("", text, 0.85)], facts)]
+    found = [Table(f"study_{i}", "In short", [Column("fact", text, 0.15), Column("value", text, 0.85)], facts)]
     if isinstance(space := s.facts.get("space"), dict):
         rows = [[k, bounds(v), value(best.get(f"params.{k}")) if best else ""] for k, v in space.items()]
         columns = [Column("field", text, 0.3), Column("searched", text, 0.5), Column("best trial", text, 0.2)]
-        found.append(Table(f"study_{i}_space", f"Bounds of {s.name}", columns, rows))
+        found.append(Table(f"study_{i}_space", "Bounds", columns, rows))
     if confirmed := [c for c in s.facts.get("confirmation") or [] if isinstance(c, dict)]:
         heads = list(dict.fromkeys(k for c in confirmed for k in c))
         rows = [[c.get(k) for k in heads] for c in confirmed]
         note = "Fresh paired seeds, as the study wrote it."
-        found.append(Table(f"study_{i}_confirmation", f"Confirmation of {s.name}", [Column(h, value) for h in heads], rows, note))
+        found.append(Table(f"study_{i}_confirmation", "Confirmation", [Column(h, value) for h in heads], rows, note))
     return found
 
 
@@ -366,4 +357,4 @@ def failures(e: Evidence, most: int = 30) -> Table | None:
         if len(failed) > most:
             rows.append([s.name, "", f"and {len(failed) - most} more failed trials, in trials.parquet"])
     columns = [Column("what", text, 0.25), Column("where", text, 0.12), Column("why", text, 0.63)]
-    return Table("failures", "What failed", columns, rows) if rows else None
+    return Table("failures", "Runs, trials and ops", columns, rows) if rows else None
