@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,8 +68,9 @@ def write(
         if folder:
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: pdf.drawing(svg) for name, svg in pdf.svgs(e, figures).items()}
-    made = Report(e, title, log, tuple(_samples(e, samples)))
+    with _writing(e, samples) as written:  # they write while this draws
+        drawn = {name: pdf.drawing(svg) for name, svg in pdf.svgs(e, figures).items()}
+        made = Report(e, title, log, tuple(written()))
     if tables:
         with disk_errors(tables):
             for table in made.tables.values():
@@ -79,15 +81,26 @@ def write(
     return {"report": str(out), "claim": claim.text, "kind": claim.kind, "findings": findings.findings(e), **facts}
 
 
-def _samples(e: Evidence, n: int) -> Iterator[tuple[str, list[str]]]:
+@contextmanager
+def _writing(e: Evidence, n: int) -> Iterator[Callable[[], Iterator[tuple[str, list[str]]]]]:
     """What the two recipes write, each in a process of its own: nothing here knows the model. A run without its weights writes nothing."""
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a number of threads changes bits, and two processes would wait for each other's
-    pair = [r for r in (e.baseline, e.optimised) if n and r is not None and r.good]
-    asked = [(r.good[0], [sys.executable, "-m", "mainrun", "sample", str(r.good[0].path), "--prompt", "", "-n", str(n)]) for r in pair]
-    started = [
-        (run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone)) for run, command in asked
-    ]
-    for run, process in started:
-        titles, _ = process.communicate()
-        if process.returncode == 0:
-            yield run.id, titles.splitlines()
+    runs = [r.good[0] for r in (e.baseline, e.optimised) if n and r is not None and r.good]
+    started = []
+    for run in runs:
+        command = [sys.executable, "-m", "mainrun", "sample", str(run.path), "--prompt", "", "-n", str(n)]
+        started.append((run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone)))
+
+    def written() -> Iterator[tuple[str, list[str]]]:
+        for run, process in started:
+            titles, _ = process.communicate()
+            if process.returncode == 0:
+                yield run.id, titles.splitlines()
+
+    try:
+        yield written
+    finally:
+        for _, process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()

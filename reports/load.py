@@ -187,10 +187,14 @@ class _Found:
         return False
 
     def below(self, folder: Path) -> None:
-        before = len(self.runs) + len(self.studies)
+        taken = 0
         for path, below, _ in os.walk(folder):
-            below[:] = [] if self.take(Path(path)) else sorted(name for name in below if not name.startswith("."))
-        if before == len(self.runs) + len(self.studies):
+            below.sort()
+            if self.take(Path(path)):
+                taken += 1
+                below.clear()
+            below[:] = [name for name in below if not name.startswith(".")]
+        if not taken:
             self.faults.append(f"{folder} holds no run and no exported study; `mainrun train` and `mainrun sweep export` make them")
 
 
