@@ -85,7 +85,8 @@ def write(
 def _writing(e: Evidence, n: int) -> Iterator[Callable[[], Iterator[tuple[str, list[str]]]]]:
     """What the two recipes write, each in a process of its own: nothing here knows the model. A run without its weights writes nothing."""
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a number of threads changes bits, and two processes would wait for each other's
-    runs = [r.good[0] for r in (e.baseline, e.optimised) if n and r is not None and r.good]
+    pair = [r.good[0] for r in (e.baseline, e.optimised) if n and r is not None and r.good]
+    runs = [run for run in pair if (run.path / "checkpoints").is_dir()]
     started = []
     for run in runs:
         command = [sys.executable, "-m", "mainrun", "sample", str(run.path), "--prompt", "", "-n", str(n)]

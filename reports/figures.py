@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reports import stats
-from reports.load import Evidence, Recipe, Run, Study, bad
+from reports.load import Evidence, Recipe, Run, Study, bad, ladder_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -323,7 +323,7 @@ def waterfall(e: Evidence) -> Figure | None:
     ladder = e.ladder
     if not ladder:
         return None
-    means = [stats.Mean(tuple(r.scores.values())).mean for r in ladder]
+    means = [stats.Mean(tuple(scores.values())).mean for scores in ladder_scores(ladder)]
     floor = e.noise
     figure, (axes,) = new(0.8 + 0.25 * len(ladder))
     span = max(means) - min(means)
@@ -407,9 +407,11 @@ def history(study: Study) -> Figure | None:
     if not study.done:
         return None
     figure, (axes,) = new(2.2)
-    for colour, label, mine in ((GREY, "stopped at a lower rung", study.stopped), (COLOURS[0], "trained to the end", study.whole)):
+    kinds = ((GREY, "x", "stopped at a lower rung", study.stopped), (COLOURS[0], "o", "trained to the end", study.whole))
+    for colour, marker, label, mine in kinds:
         if mine:
-            axes.plot(*zip(*((t["trial"], t["value"]) for t in mine), strict=True), "o", color=colour, markerfacecolor="none", label=label)
+            points = zip(*((t["trial"], t["value"]) for t in mine), strict=True)
+            axes.plot(*points, marker, color=colour, markerfacecolor="none", label=label)
     trials, values = [t["trial"] for t in study.whole], [float(t["value"]) for t in study.whole]
     axes.step(trials, np.minimum.accumulate(values), where="post", color=COLOURS[1], label="the lowest of these so far")
     window(axes, [float(t["value"]) for t in study.done])
@@ -463,7 +465,7 @@ def slices(study: Study, most: int = 9) -> Figure | None:
             ax.set_xscale("log")
         cut = sum(t.get(f"params.{name}") is not None for t in study.stopped)
         values = [float(t["value"]) for t in mine]
-        ax.plot(x[:cut], values[:cut], "o", color=GREY, markerfacecolor="none", markersize=3)
+        ax.plot(x[:cut], values[:cut], "x", color=GREY, markersize=2.5)
         ax.plot(x[cut:], values[cut:], "o", color=COLOURS[0], markerfacecolor="none", markersize=3)
         ax.set_xlabel(name)
         if names:

@@ -283,12 +283,12 @@ def _mixed(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
             if value is not None:
                 values.setdefault("x".join(map(str, value)) if isinstance(value, list) else str(value)[:12], []).append(name)
         if len(values) > 1:
-            each = "; ".join(f"{value}: {_few(names)}" for value, names in values.items())
+            each = "; ".join(f"{value}: {few(names)}" for value, names in values.items())
             faults.append(f"the {what} is not one: {each}; {advice.get(what, 'report runs of the same titles and splits together')}")
     return faults
 
 
-def _few(names: Sequence[str], most: int = 4) -> str:
+def few(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -334,6 +334,14 @@ def _headline(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, 
         return base, others[0] if others else None, "the only other recipe"
     best = min(good, key=lambda r: sum(r.scores.values()) / len(r.scores))
     return base, best, f"the lowest mean full score of {len(good)} recipes" if len(good) > 1 else "the only other recipe"
+
+
+def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
+    """The scores of each step, over the seeds that all have where there are two: then every change is the difference of what is shown."""
+    common = set.intersection(*(set(r.scores) for r in ladder))
+    if len(common) < 2:
+        return [r.scores for r in ladder]
+    return [{seed: r.scores[seed] for seed in sorted(common)} for r in ladder]
 
 
 def config_differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

@@ -114,6 +114,8 @@ def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         else:
             by = f"{fixed(4, sign=True)(d.mean)}, {findings.seeds(d.n_a)} and {findings.seeds(d.n_b)}: no interval"
         yield words(f"{e.baseline.name} → {e.optimised.name}, full score of val in nats per character, lower is better: {by}.")
+        if e.chosen.startswith("the lowest"):
+            yield words(f"{e.optimised.name} was chosen on val itself, as {e.chosen}: part of its lead is that choice.")
     else:
         yield words("No headline figure", "big")
     yield from r.table("headline")

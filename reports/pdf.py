@@ -26,6 +26,7 @@ RED = "#B00020"
 CREATOR = "mainrun report"
 COLUMN = 487.0  # points: an A4 page without its margins, a little more than figures.WIDTH
 MARGIN = 54.0
+GAP = 6.0  # between the columns of a table
 
 
 @cache
@@ -135,7 +136,7 @@ def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
 
     cells = list(found.cells())
     columns = found.columns
-    longest = [max(stringWidth(text, BOLD, 7) for text in (c.head, *(row[i] for row in cells))) + 9 for i, c in enumerate(columns)]
+    longest = [max(stringWidth(text, BOLD, 7) for text in (c.head, *(row[i] for row in cells))) + GAP + 1 for i, c in enumerate(columns)]
     natural = [w if c.right else min(w, 0.3 * width) for w, c in zip(longest, columns, strict=True)]
     fixed = sum(w for w, c in zip(natural, columns, strict=True) if not c.share)
     shares = sum(c.share for c in columns)
@@ -146,7 +147,7 @@ def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
 
     def cell(text: str, i: int, red: bool) -> Any:
         if wraps[i]:
-            return Paragraph(_breakable(text, widths[i] - 9), styles()["bad" if red else "cell"])
+            return Paragraph(_breakable(text, widths[i] - GAP - 1), styles()["bad" if red else "cell"])
         return text
 
     head = [c.head for c in columns]
@@ -155,7 +156,7 @@ def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
         ("FONT", (0, 0), (-1, 0), BOLD, 7), ("FONT", (0, 1), (-1, -1), FONT, 7), ("LEADING", (0, 0), (-1, -1), 9),
         ("VALIGN", (0, 0), (-1, -1), "TOP"), ("LINEBELOW", (0, 0), (-1, 0), 0.6, "#000000"),
         ("LINEBELOW", (0, -1), (-1, -1), 0.4, "#888888"),
-        ("LEFTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-1, -1), 7), ("TOPPADDING", (0, 0), (-1, -1), 1.6),
+        ("LEFTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-1, -1), GAP), ("TOPPADDING", (0, 0), (-1, -1), 1.6),
         ("BOTTOMPADDING", (0, 0), (-1, -1), 1.6),
     ]  # fmt: skip
     look += [("ALIGN", (i, 0), (i, -1), "RIGHT") for i, c in enumerate(columns) if c.right]

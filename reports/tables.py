@@ -8,13 +8,14 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mainrun.config import MIN_COVERAGE, TrainConfig
 from reports import stats
 from reports.figures import ledger, rungs
-from reports.load import Evidence, Run, Study, bad, config_differences
+from reports.load import Evidence, Run, Study, bad, config_differences, few, ladder_scores
 
 Format = Callable[[Any], str]
 
@@ -25,6 +26,10 @@ def fixed(decimals: int, sign: bool = False) -> Format:
 
 def whole(v: Any) -> str:
     return "" if v is None else f"{v:,.0f}"
+
+
+def chance(v: Any) -> str:
+    return "<0.001" if v is not None and v < 0.001 else fixed(3)(v)
 
 
 def text(v: Any) -> str:
@@ -132,7 +137,7 @@ def runs(e: Evidence) -> Table:
         if run.failed:
             red.add(i)
     columns = [
-        Column("run", text, 0.24), Column("seed", whole), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
+        Column("run", text, 0.3), Column("seed", whole), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
         Column("covers %", fixed(1)), Column("bits/byte", fixed(4)), Column("steps", whole), Column("reused", whole),
         Column("tokens/s", whole), Column("guards", text, 0.14),
     ]  # fmt: skip
@@ -146,20 +151,19 @@ def ablation(e: Evidence) -> Table | None:
     if not e.ladder:
         return None
     noise = e.noise
-    apart = [stats.difference(a.scores, b.scores) for a, b in zip(e.ladder, e.ladder[1:], strict=False)]
-    backed = [d.p for d in apart if d.p is not None]
-    adjusted = iter(stats.holm(backed))
-    first = e.ladder[0]
-    rows: list[list[Any]] = [[short(first.cfg), len(first.good), stats.Mean(tuple(first.scores.values())).mean, *[None] * 4, "", ""]]
-    for before, recipe, d in zip(e.ladder, e.ladder[1:], apart, strict=False):
+    scores = ladder_scores(e.ladder)
+    apart = [stats.difference(a, b) for a, b in pairwise(scores)]
+    adjusted = iter(stats.holm([d.p for d in apart if d.p is not None]))
+    means = [stats.Mean(tuple(found.values())).mean for found in scores]
+    rows: list[list[Any]] = [[short(e.ladder[0].cfg), len(scores[0]), means[0], *[None] * 4, "", ""]]
+    for (before, recipe), d, mean, mine in zip(pairwise(e.ladder), apart, means[1:], scores[1:], strict=True):
         low, high = d.interval or (None, None)
         p = next(adjusted) if d.p is not None else None
-        mean = stats.Mean(tuple(recipe.scores.values())).mean
         changed = ", ".join(f"{k}={value(b)}" for k, _, b in config_differences(before.cfg, recipe.cfg) if k != "seed")
-        rows.append([short(recipe.cfg), len(recipe.good), mean, d.mean, low, high, p, verdict(d, noise, p), changed])
+        rows.append([short(recipe.cfg), len(mine), mean, d.mean, low, high, p, verdict(d, noise, p), changed])
     columns = [
         Column("step", text, 0.11), Column("seeds", whole), Column("full", fixed(4)), Column("delta", fixed(4, sign=True)),
-        Column("low", fixed(4, sign=True)), Column("high", fixed(4, sign=True)), Column("p", fixed(3)), Column("verdict", text, 0.12),
+        Column("low", fixed(4, sign=True)), Column("high", fixed(4, sign=True)), Column("p", chance), Column("verdict", text, 0.12),
         Column("what it sets", text, 0.27),
     ]  # fmt: skip
     note = "Each step keeps the changes of the steps before it. delta with its 95% interval (low, high); p by Holm over all steps."
@@ -260,7 +264,7 @@ def commands(e: Evidence) -> Table:
     for run in e.runs:
         words = run.env.get("command", ["", "(not recorded)"])[1:]
         given.setdefault(" ".join(["mainrun", *map(shlex.quote, words)]), []).append(run.id)
-    rows = [[command, ", ".join(ids)] for command, ids in given.items()]
+    rows = [[command, few(ids, 8)] for command, ids in given.items()]
     note = "As env.json has them: those of the last sitting of each run. A ladder trains all of its steps."
     return Table("commands", "Commands", [Column("command", text, 0.6), Column("runs", text, 0.4)], rows, note)
 
