@@ -61,7 +61,7 @@ def test_a_single_run_has_no_interval(a: dict[int, float], b: dict[int, float]) 
 
 
 def test_an_interval_holds_the_truth_in_95_of_100_cases() -> None:
-    rng, hits, n = random.Random(7), 0, 2000
+    rng, hits, n = random.Random(7), 0, 800
     for _ in range(n):
         a, b = ({s: rng.gauss(mean, sd) for s in seeds} for mean, sd, seeds in ((1.0, 0.1, range(3)), (0.8, 0.3, range(3, 8))))
         low, high = stats.difference(a, b).interval or (0, 0)
@@ -70,7 +70,7 @@ def test_an_interval_holds_the_truth_in_95_of_100_cases() -> None:
 
 
 def test_two_equal_runs_are_closer_than_the_floor_in_95_of_100_cases() -> None:
-    rng, hits, n = random.Random(8), 0, 2000
+    rng, hits, n = random.Random(8), 0, 800
     for _ in range(n):
         found = stats.noise([[rng.gauss(0, 1) for _ in range(3)], [rng.gauss(5, 1) for _ in range(4)], [9.0]])
         assert found is not None and found.df == 5
