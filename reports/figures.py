@@ -234,7 +234,7 @@ def seeds(e: Evidence, most: int = 24) -> Figure | None:
     ranked = sorted((r for r in e.recipes if r.good), key=lambda r: stats.Mean(tuple(r.scores.values())).mean)[:most]
     if not ranked:
         return None
-    figure, (axes,) = new(0.75 + 0.21 * len(ranked))
+    figure, (axes,) = new(0.9 + 0.24 * len(ranked))
     for y, recipe in enumerate(ranked):
         found = stats.Mean(tuple(recipe.scores.values()))
         axes.plot(list(recipe.scores.values()), [y] * len(recipe.scores), "o", color=COLOURS[0], markerfacecolor="none", label="a run")

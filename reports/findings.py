@@ -11,6 +11,8 @@ from reports.figures import ledger, shares
 from reports.load import Evidence, Recipe, Run, Study
 from reports.tables import fixed, whole
 
+BUSY = 1.25  # runs of one recipe whose times differ by more were not alone on their machine
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -81,7 +83,8 @@ def cost(e: Evidence) -> str:
         note = "; time is not compared, since the runs were on different machines"
     else:
         said.append(f"{times(mean(b, seconds), mean(a, seconds))} the time ({mean(b, seconds):.1f} s against {mean(a, seconds):.1f} s)")
-        note = ""
+        spread = max(max(map(seconds, r.good)) / min(map(seconds, r.good)) for r in (a, b))
+        note = f"; the same work took up to {spread:.1f} times as long in another run, so the machine was busy" if spread > BUSY else ""
     return f"{b.name} takes {', '.join(said[:-1])} and {said[-1]} of {a.name}{note}."
 
 

@@ -187,15 +187,14 @@ def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "gap" in drawn:
         yield section()
         yield heading("How they trained", 0)
-        yield heading("Train and validation", 1)
         yield from figure(
             drawn,
             "gap",
             "Loss in nats per token, a line a seed. Training losses have dropout, and lie before the evaluation that they end at, "
             "so they may well be above validation. Tokens of two tokenizers are not the same thing: read each panel alone.",
+            "Train and validation",
         )
-        yield heading("Schedules", 1)
-        yield from figure(drawn, "schedules", "What enters each step, by the plan that the run followed. Marks: growth ops.")
+        yield from figure(drawn, "schedules", "What enters each step, by the plan that the run followed. Marks: growth ops.", "Schedules")
 
 
 def studies(r: Report) -> Iterator[Part]:

@@ -76,13 +76,14 @@ def words(text: str, style: str = "body") -> Flowable:
     return Paragraph(_breakable(text, 460), styles()[style])
 
 
-def figure(drawn: Mapping[str, Drawing], name: str, caption: str) -> list[Flowable]:
-    """With what it shows below it; nothing where there is no such figure."""
+def figure(drawn: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
+    """With what it shows below it, all on one page; nothing where there is no such figure."""
     from reportlab.platypus import KeepTogether, Spacer
 
     if name not in drawn:
         return []
-    return [KeepTogether([drawn[name], words(caption, "caption"), Spacer(1, 6)])]
+    above = [heading(title, 1)] if title else []
+    return [KeepTogether([*above, drawn[name], words(caption, "caption"), Spacer(1, 6)])]
 
 
 def section(least: float = 330.0) -> Flowable:
