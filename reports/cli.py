@@ -41,6 +41,7 @@ def report(
     inputs, and the same inputs give the same bytes. Runs on other data, or scored in other spans, are refused together.
     """
     from reports import load
+    from reports.pages import counted
 
     if log is not None and not log.is_file():
         raise UsageError(f"--log {log} is no file; give the log of experiments, or leave --log out")
@@ -54,7 +55,8 @@ def report(
         emit(wrote)
     else:
         print(wrote["claim"])
-        print(f"{out}: {wrote['pages']} pages, {wrote['bytes']:,} bytes, {wrote['runs']} runs, {wrote['studies']} studies")
+        inputs = f"{counted(len(e.runs), 'run')} and {counted(len(e.studies), 'export')}"
+        print(f"{out}: {wrote['pages']} pages, {wrote['bytes']:,} bytes, from {inputs}")
 
 
 def write(

@@ -241,7 +241,7 @@ def seeds(e: Evidence, most: int = 24) -> Figure | None:
         if found.half is not None:
             line = axes.errorbar(found.mean, y + 0.28, xerr=found.half, fmt="|", color="black", markersize=6, capsize=2, linewidth=1)
             line.set_label("mean and 95% interval")
-    axes.set_yticks(range(len(ranked)), [r.name if len(r.name) < 40 else r.name[:38] + "…" for r in ranked])
+    axes.set_yticks(range(len(ranked)), [r.name if len(r.name) < 40 else f"{r.name[:16]}…{r.name[-22:]}" for r in ranked])
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     every = [v for r in ranked for v in r.scores.values()]
     room = 0.15 * (max(every) - min(every)) or 0.01
@@ -452,7 +452,8 @@ def shares(study: Study) -> dict[str, float]:
 
 def slices(study: Study, most: int = 9) -> Figure | None:
     """The value over each searched field, the others as they came."""
-    fields = sorted(study.searched, key=lambda f: -shares(study).get(f, 0.0))[:most]
+    told = [f for f in study.searched if any(t.get(f"params.{f}") is not None for t in study.done)]
+    fields = sorted(told, key=lambda f: -shares(study).get(f, 0.0))[:most]
     if not fields or len(study.done) < 2:
         return None
     columns = min(3, len(fields))

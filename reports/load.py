@@ -117,7 +117,7 @@ class Study:
     @cached_property
     def whole(self) -> list[dict[str, Any]]:
         """Those whose values may be compared: trained to the end. An export that does not tell has its highest rung."""
-        ended = [t for t in self.done if str(t.get("state")).lower() in ("complete", "completed", "done")]
+        ended = [t for t in self.done if state(t) in ("complete", "completed", "done")]
         top = max(((t.get("rung") or 0) for t in self.done), default=0)
         return ended or [t for t in self.done if (t.get("rung") or 0) == top]
 
@@ -134,7 +134,12 @@ class Study:
 
 
 def bad(trial: dict[str, Any]) -> bool:
-    return str(trial.get("state", "")).lower() in ("fail", "failed", "error", "diverged")
+    return state(trial) in ("fail", "failed", "error", "diverged")
+
+
+def state(trial: dict[str, Any]) -> str:
+    """Optuna's names, with or without their class before them."""
+    return str(trial.get("state", "")).split(".")[-1].lower()
 
 
 @dataclass(frozen=True)
@@ -310,7 +315,7 @@ def _recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
         alike = [json.loads(text) for name, text in groups if name == preset]
         own = json.loads(json.dumps(fields(mine[0].cfg)))
         differ = [k for k in own if any(other[k] != own[k] for other in alike)]
-        said = [f"{k}={own[k]}" for k in differ if k != "growth"]
+        said = [f"{k}={own[k]:.6g}" if isinstance(own[k], float) else f"{k}={own[k]}" for k in differ if k != "growth"]
         said += ["with growth"] if "growth" in differ and own["growth"]["ops"] else []
         found.append(Recipe(" ".join([preset, *said]), tuple(mine)))
     return tuple(found)

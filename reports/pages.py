@@ -126,13 +126,17 @@ def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 
 
 def subtitle(e: Evidence) -> str:
-    parts = [f"{len(e.runs)} runs of {len(e.recipes)} recipes"] if e.runs else []
+    parts = [f"{counted(len(e.runs), 'run')} of {counted(len(e.recipes), 'recipe')}"] if e.runs else []
     if e.runs:
         one = e.runs[0]
         parts.append(f"{one.cfg.corpus.split('/')[-1]}, {one.cfg.num_titles:,} titles, val {one.summary['fingerprints']['val'][:12]}")
         parts.append("spans of the official score {}x{}".format(*one.summary["geometry"]))
     parts += [f"study {s.name}, {len(s.trials)} trials" for s in e.studies]
     return "; ".join(parts)
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:

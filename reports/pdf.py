@@ -73,7 +73,7 @@ def svgs(e: Evidence, folder: Path | None) -> dict[str, bytes]:
 def words(text: str, style: str = "body") -> Flowable:
     from reportlab.platypus import Paragraph
 
-    return Paragraph(_breakable(text, 460), styles()[style])
+    return Paragraph(escape(text), styles()[style])
 
 
 def figure(drawn: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
