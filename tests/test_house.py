@@ -72,7 +72,8 @@ MAY_IMPORT = {
     "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
-    "sweeps": "mainrun.store mainrun.config mainrun.errors",
+    "mainrun.stats": "",
+    "sweeps": "mainrun.store mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config mainrun.errors",
     "reports": "mainrun.store mainrun.config mainrun.errors",
 }
 
