@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | grow | presets | compare | sample | store | doctor | download | bench`.
+"""The command line: `mainrun train | grow | presets | compare | report | sample | store | doctor | download | bench`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -27,6 +27,7 @@ from mainrun.growth import cli as grow
 from mainrun.store import cli as store_commands
 from mainrun.store.cli import StorePlace, open_store
 from mainrun.terminal import Debug, Group, Json, Out, console, emit, leads, process_group, show_table, stoppable
+from reports import cli as reports
 from sweeps import cli as sweep
 
 if TYPE_CHECKING:
@@ -462,6 +463,7 @@ def download(
     print(fetch(name))
 
 
+app.command()(reports.report)
 app.add_typer(store_commands.app, name="store")
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")

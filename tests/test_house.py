@@ -74,7 +74,7 @@ MAY_IMPORT = {
     # they speak to the trainer through its config, the run directory and a subprocess
     "mainrun.stats": "",
     "sweeps": "mainrun.store mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config mainrun.errors",
-    "reports": "mainrun.store mainrun.config mainrun.errors",
+    "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.
