@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mainrun.config import Plan, from_dict
+from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.corpus import load_corpus
 from mainrun.errors import MainrunError
 from mainrun.machine import Machine, versions
@@ -15,7 +15,7 @@ from mainrun.sitting import score
 from mainrun.store import lineage
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
-from mainrun.tokens import Batches, prepare
+from mainrun.tokens import Batches, TokenData, prepare
 from mainrun.train import State, build, gradients, make_runner
 
 
@@ -92,14 +92,27 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         return Finding(node, "differs", str(e))
     except MainrunError as e:
         return Finding(node, "skipped", str(e))
+    scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
+    found = again(cfg, machine, data, plan, state, node.step, scored)
+    rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
+    if node.geometry != list(cfg.geometry):
+        return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
+    presented = plan.tokens(node.step) * cfg.passes
+    if node.presented != presented:
+        return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")
+    return Finding(node, *_compare(node, stored, state, rows))
+
+
+def again(
+    cfg: TrainConfig, machine: Machine, data: TokenData, plan: Plan, state: State, end: int, scored: Container[int]
+) -> Iterator[dict[str, Any]]:
+    """Train on to step `end`: the rows that a run writes on its way, every step's, with scores after the steps named."""
     runner, batches = make_runner(machine, state.model), Batches(cfg, data.splits["train"])
-    rows: list[dict[str, Any]] = []
-    scored = {row["step"] for row in node.rows if row["event"] == "eval"}
     while True:
-        if state.step >= node.begins and state.step in scored:  # at its beginning too, where nobody had this score yet
-            rows += score(cfg, data, state)
-        if state.step == node.step:
-            break
+        if state.step in scored:
+            yield from score(cfg, data, state)
+        if state.step == end:
+            return
         inputs = plan.at(state.step)
         x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
         loss, norm = gradients(cfg, machine, runner, state.model, x, y, inputs, state.step).tolist()
@@ -107,14 +120,7 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         state.average.update(inputs)
         state.step += 1
         row = {"event": "step", "step": state.step, "tokens": plan.tokens(state.step), "lr": inputs.lr}
-        if state.step > node.begins:
-            rows.append(row | {"loss": loss, "grad_norm": norm})
-    if node.geometry != list(cfg.geometry):
-        return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
-    presented = plan.tokens(node.step) * cfg.passes
-    if node.presented != presented:
-        return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")
-    return Finding(node, *_compare(node, stored, state, rows))
+        yield row | {"loss": loss, "grad_norm": norm}
 
 
 def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[str, Any]]) -> tuple[str, str]:
