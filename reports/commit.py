@@ -27,7 +27,7 @@ class Commit:
 def git(root: Path, *args: str, given: bytes | None = None) -> bytes:
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], input=given, capture_output=True, env=env)
+        done = subprocess.run(["git", "--no-replace-objects", "-C", str(root), *args], input=given, capture_output=True, env=env)
     except FileNotFoundError:
         raise UsageError("git is not installed, and a submission holds the code of a commit; install it") from None
     if done.returncode:
