@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | grow | presets | compare | sample | store | doctor | download | bench`.
+"""The command line: `mainrun train | grow | presets | compare | sample | store | doctor | download | bench | submit | verify`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -27,6 +27,7 @@ from mainrun.growth import cli as grow
 from mainrun.store import cli as store_commands
 from mainrun.store.cli import StorePlace, open_store
 from mainrun.terminal import Debug, Group, Json, Out, console, emit, leads, process_group, show_table, stoppable
+from reports import submission_cli as submission
 
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
@@ -454,3 +455,5 @@ def download(
 app.add_typer(store_commands.app, name="store")
 app.add_typer(bench.app, name="bench")
 app.add_typer(grow.app, name="grow")
+app.command()(submission.submit)
+app.command()(submission.verify)

@@ -64,7 +64,9 @@ def all_guards(run: RunDir) -> dict[str, Any]:
     place, summary = Place(run), run.summary() or {}
     state = place.end()
     if state is None:
-        raise RunError(f"{run.path} has no usable checkpoint of its last step, and the guards need its weights; train it again with --fresh")
+        raise RunError(
+            f"{run.path} has no usable checkpoint of its last step, and the guards need its weights; train it again with --fresh"
+        )
     with state.average.applied():
         weights = sha256_tensors(iter(state.model.named_parameters()))
         if weights != summary["weights"]:
@@ -87,10 +89,10 @@ def first_steps(run: RunDir, n: int) -> dict[str, Any]:
     found = place.facts() | {"steps": n, "of": place.plan.steps, "rows": rows, "params": sum(p.numel() for p in state.model.parameters())}
     if end := place.end():
         found["last"] = list(score(place.cfg, place.data, end))
-    scored_weights = state if n == place.plan.steps else end
-    if scored_weights:
-        with scored_weights.average.applied():
-            found["weights"] = sha256_tensors(iter(scored_weights.model.named_parameters()))
+    for name, whole in (("weights", end), ("trained_weights", state if n == place.plan.steps else None)):
+        if whole:
+            with whole.average.applied():
+                found[name] = sha256_tensors(iter(whole.model.named_parameters()))
     return found
 
 

@@ -1,6 +1,6 @@
 """The zip of a submission: packed to the same bytes each time, and unpacked with nothing believed.
 
-    MANIFEST.json   report.pdf   run/ (a run directory)   code/ (the tree of a commit)
+MANIFEST.json   report.pdf   run/ (a run directory)   code/ (the tree of a commit)
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def collisions(names: Iterable[str]) -> list[str]:
 def show(name: str) -> str:
     """A name that moves no cursor, cut to what a line holds."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("ascii", "replace") for c in name)
-    return plain if len(plain) <= 120 else f"{plain[:100]}..."
+    return plain if len(plain) <= 300 else f"{plain[:280]}..."
 
 
 # -- packing

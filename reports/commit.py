@@ -55,7 +55,9 @@ def head(root: Path, but: Iterable[Path] = ()) -> Commit:
     files = {name: data for name, data in contents.items() if name not in left_out}
     check_leaks(files)
     runnable = [name for mode, _, _, name in kept if mode == "100755" and name in files]
-    return Commit(git(root, "rev-parse", "HEAD").decode().strip(), git(root, "rev-parse", "HEAD^{tree}").decode().strip(), files, runnable, left_out)
+    return Commit(
+        git(root, "rev-parse", "HEAD").decode().strip(), git(root, "rev-parse", "HEAD^{tree}").decode().strip(), files, runnable, left_out
+    )
 
 
 def check_leaks(files: Mapping[str, bytes]) -> None:
@@ -66,7 +68,9 @@ def check_leaks(files: Mapping[str, bytes]) -> None:
 def _check_tree(root: Path, but: set[Path]) -> None:
     top = Path(os.fsdecode(git(root, "rev-parse", "--show-toplevel").rstrip(b"\n")))
     if top.resolve() != root.resolve():
-        raise UsageError(f"{root} is a folder of the git repository {top}; a submission needs mainrun in a repository of its own (git clone)")
+        raise UsageError(
+            f"{root} is a folder of the git repository {top}; a submission needs mainrun in a repository of its own (git clone)"
+        )
     try:
         git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     except UsageError:

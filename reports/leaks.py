@@ -25,7 +25,8 @@ EXAMPLES = re.compile(r"\.env\.(example|sample|template|dist)", re.IGNORECASE)  
 
 LEFT_OUT_FOLDERS = {
     ".git": "git's own", ".venv": "a virtual environment", "venv": "a virtual environment", "node_modules": "installed packages",
-    "site-packages": "installed packages", "__pycache__": "a cache", ".cache": "a cache", ".mypy_cache": "a cache", ".ruff_cache": "a cache",
+    "site-packages": "installed packages", "__pycache__": "a cache", ".cache": "a cache",
+    ".mypy_cache": "a cache", ".ruff_cache": "a cache",
     ".pytest_cache": "a cache", ".hypothesis": "a cache", ".task": "a cache", ".ipynb_checkpoints": "a cache", "wandb": "runs",
 }  # fmt: skip
 LEFT_OUT_TOP = {"runs": "runs", "data": "data", "build": "a build", "dist": "a build"}
@@ -87,7 +88,9 @@ _TOKENS = {what: re.compile(pattern) for what, pattern in TOKENS.items()}
 _NAMES = rb"(passw(?:or)?d|passwd|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key|auth[_-]?key|private[_-]?key|credential)s?"
 # NAME = "value" in code, JSON, TOML; and without quotes alone on a line, as in shell, INI and YAML files
 _QUOTED = re.compile(rb"(?i)" + _NAMES + rb"[\"']?\s{0,9}[:=]\s{0,9}[bru]{0,2}[\"']([^\s\"']{6,500})[\"']")
-_BARE = re.compile(rb"(?im)^[ \t]{0,99}(?:export[ \t]+)?[\w.-]{0,60}?" + _NAMES + rb"[ \t]{0,9}[:=][ \t]{0,9}([^\s\"'#()\[\]{},;]{6,500})[ \t]*\r?$")
+_BARE = re.compile(
+    rb"(?im)^[ \t]{0,99}(?:export[ \t]+)?[\w.-]{0,60}?" + _NAMES + rb"[ \t]{0,9}[:=][ \t]{0,9}([^\s\"'#()\[\]{},;]{6,500})[ \t]*\r?$"
+)
 
 
 def secrets_in(data: bytes) -> Iterator[tuple[int, str]]:

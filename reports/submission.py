@@ -1,4 +1,4 @@
-"""What is handed in: a run whose figures hold, the code that made it, the report that quotes it. Everything is checked before anything is written."""
+"""What is handed in: a run whose figures hold, the code that made it, the report that quotes it. First everything is checked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from reports.replaying import replay
 ROOT = Path(__file__).parents[1]  # the repository that this code is of
 RUN_FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json")
 OTHER_FILES = ("growth.jsonl",)  # where there is one
+
+FIGURES = ("last", "best", "steps", "params", "weights")
 
 # What to do when a guard fails, by its name
 FIXES = {
@@ -57,7 +59,9 @@ def choose(name: str | None, runs: Path) -> RunDir:
     done = sorted(path.parent.name for path in runs.glob("*/summary.json"))
     if len(done) != 1:
         what = f"several finished runs in {runs} ({', '.join(done[:5])})" if done else f"no finished run in {runs}"
-        raise UsageError(f"got no --run, and there {'are' if done else 'is'} {what}; {'name one' if done else 'train one first'}: --run RUN")
+        raise UsageError(
+            f"got no --run, and there {'are' if done else 'is'} {what}; {'name one' if done else 'train one first'}: --run RUN"
+        )
     return RunDir(runs / done[0])
 
 
@@ -71,10 +75,9 @@ def prepare(run: RunDir, report: Path, out: Path, note: Callable[[str], None], r
     check_leaks({name: data for name, data in files.items() if not name.startswith(CODE)})  # the code was looked at by its commit
     note(f"the guards, by the code of commit {commit.id[:12]}")
     found = _guards(run, commit, summary)
-    last = summary["last"]
     manifest = {
         "format": bundle.FORMAT, "run": summary["run"], "preset": summary["preset"], "commit": commit.id, "tree": commit.tree,
-        "figures": {"last": last, "best": summary["best"], "steps": summary["steps"], "params": summary["params"], "weights": summary["weights"]},
+        "figures": {name: summary[name] for name in FIGURES},
         "fingerprints": summary["fingerprints"], "tokenizer": summary["tokenizer"], "geometry": summary["geometry"],
         "machine_class": summary["machine_class"], "versions": summary["versions"], "guards": found,
         "files": {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in sorted(files.items())},
@@ -189,7 +192,7 @@ def _guards(run: RunDir, commit: Commit, summary: dict[str, Any]) -> list[dict[s
         bundle.write(commit.files, code)
         if not (code / "mainrun" / "replay.py").is_file():
             raise UsageError(f"commit {commit.id[:12]} has no mainrun/replay.py, which runs the guards; update the repository")
-        found = replay(code, "guards", run)
+        found = replay(code, "guards", run.path)
     here = found["versions"]["mainrun"]
     of_run = {entry["mainrun"] for entry in summary["all_versions"]}
     if of_run != {here}:

@@ -1,4 +1,4 @@
-"""Whether a bundle's figures come from its code: its first steps are trained again, its last weights scored again, and every number compared."""
+"""Whether a bundle's figures come from its code: its first steps trained again, its last weights scored again, all compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mainrun.store.rundir import RunDir
 from reports import bundle
 from reports.bundle import CODE, REPORT, RUN, BundleError
 from reports.replaying import replay
-from reports.submission import RUN_FILES, pdf_text, quotes, summary_faults
+from reports.submission import FIGURES, ROOT, RUN_FILES, pdf_text, quotes, summary_faults
 
 # On another machine class the first steps may round otherwise, which grows from step to step; scores of given weights only round.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -31,6 +31,7 @@ class Verdict:
     tolerance: float = 0.0
     steps: int = 0
     of: int = 0
+    other_code: list[str] = field(default_factory=list)  # files of the trainer that are not those installed here
 
     @property
     def verified(self) -> bool:
@@ -62,7 +63,8 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
         verdict.done.append("the summary, the log, the manifest and the report against each other")
         if verdict.differences:
             return verdict
-        note(f"this executes the bundle's own code (commit {str(manifest.get('commit'))[:12]}) to train {steps} of its steps")
+        verdict.other_code = _other_code(files)
+        note(f"this executes the bundle's own code (commit {str(manifest.get('commit'))[:12]}) to train its first steps, {steps} at most")
         try:
             found = replay(place / CODE, "steps", run.path, str(steps))
             _compare(verdict, found, summary, rows, run.env(), dtype)
@@ -73,14 +75,18 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
     return verdict
 
 
-def _on_paper(manifest: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], run: RunDir, files: dict[str, bytes]) -> list[str]:
+def _on_paper(
+    manifest: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], run: RunDir, files: dict[str, bytes]
+) -> list[str]:
     """What can be seen without running anything."""
     found = summary_faults(summary, rows)
     cfg = run.config()
     figures = manifest["figures"]
-    told = {"run": cfg.run_id, "preset": cfg.preset} | {k: summary[k] for k in ("fingerprints", "tokenizer", "geometry", "machine_class", "versions")}
+    told = {"run": cfg.run_id, "preset": cfg.preset} | {
+        k: summary[k] for k in ("fingerprints", "tokenizer", "geometry", "machine_class", "versions")
+    }
     found += [f"{k} is {manifest.get(k)!r} in the manifest, {value!r} in the run" for k, value in told.items() if manifest.get(k) != value]
-    for k in ("last", "best", "steps", "params", "weights"):
+    for k in FIGURES:
         if figures.get(k) != summary[k]:
             found.append(f"{k} of the figures is {figures.get(k)!r} in the manifest, {summary[k]!r} in the summary")
     found += [f"guard {guard['name']} failed: {guard['detail']}" for guard in manifest["guards"] if guard["status"] == "fail"]
@@ -92,11 +98,21 @@ def _on_paper(manifest: dict[str, Any], summary: dict[str, Any], rows: list[dict
     return found
 
 
-def _compare(verdict: Verdict, found: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], env: dict[str, Any], dtype: str) -> None:
+def _other_code(files: dict[str, bytes]) -> list[str]:
+    theirs = {name.removeprefix(CODE): data for name, data in files.items() if name.startswith(f"{CODE}mainrun/") and name.endswith(".py")}
+    ours = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "mainrun").rglob("*.py")}
+    return sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+
+
+def _compare(
+    verdict: Verdict, found: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], env: dict[str, Any], dtype: str
+) -> None:
     first, versions = env["machine_classes"][0], env["all_versions"][0]
     here = found["machine_class"] | {f"version of {k}": v for k, v in found["versions"].items() if k != "mainrun"}
     there = first | {f"version of {k}": v for k, v in versions.items() if k != "mainrun"}
     verdict.apart = [f"{k}: {there.get(k)} there, {here.get(k)} here" for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
+    if len(env["machine_classes"]) + len(env["all_versions"]) > 2:
+        verdict.apart.append("the run was stopped, and went on on another machine class or with other versions")
     verdict.same_class = not verdict.apart
     verdict.tolerance = 0.0 if verdict.same_class else TOLERANCE[dtype]
     verdict.steps, verdict.of = found["steps"], found["of"]
@@ -107,7 +123,9 @@ def _compare(verdict: Verdict, found: dict[str, Any], summary: dict[str, Any], r
         named = ", ".join(sorted(source[:12] for source in sources))
         verdict.differences.append(f"the run was trained by source {named}, the code is source {found['versions']['mainrun'][:12]}")
     verdict.differences += [
-        f"{k} is {summary[k]!r} in the run, {found[k]!r} by its code and config" for k in ("fingerprints", "tokenizer", "params") if found[k] != summary[k]
+        f"{k} is {summary[k]!r} in the run, {found[k]!r} by its code and config"
+        for k in ("fingerprints", "tokenizer", "params")
+        if found[k] != summary[k]
     ]
     _rows(verdict, {_key(row): row for row in rows}, found["rows"], verdict.tolerance)
     scored = sorted({row["step"] for row in found["rows"] if row["event"] == "eval"})
@@ -115,8 +133,10 @@ def _compare(verdict: Verdict, found: dict[str, Any], summary: dict[str, Any], r
     if "last" in found:  # given weights: nothing has grown
         _rows(verdict, {_key(row): row for row in rows}, found["last"], min(verdict.tolerance, 1e-3))
         verdict.done.append("the last weights scored again")
-    if "weights" in found and (verdict.same_class or verdict.steps < verdict.of) and found["weights"] != summary["weights"]:
-        verdict.differences.append(f"the last weights are {found['weights'][:12]}, the summary says {str(summary['weights'])[:12]}")
+    # a checkpoint's are the run's on every machine; those trained anew on this class alone
+    for name, what, due in (("weights", "the checkpoint's", True), ("trained_weights", "the replay's", verdict.same_class)):
+        if due and name in found and found[name] != summary["weights"]:
+            verdict.differences.append(f"{what} weights are {found[name][:12]}, the summary says {str(summary['weights'])[:12]}")
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -51,6 +51,8 @@ MAY_IMPORT = {
     "mainrun.batch": "mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
     "mainrun.audit": "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
     "mainrun.errors",
+    "mainrun.replay": "mainrun.audit mainrun.train mainrun.sitting mainrun.guards mainrun.store mainrun.tokens mainrun.corpus "
+    "mainrun.machine mainrun.config mainrun.errors",
     "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
     "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench": "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
@@ -68,7 +70,7 @@ MAY_IMPORT = {
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "sweeps": "mainrun.store mainrun.config mainrun.errors",
-    "reports": "mainrun.store mainrun.config mainrun.errors",
+    "reports": "mainrun.store mainrun.config mainrun.errors mainrun.terminal",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.
