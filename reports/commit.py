@@ -62,7 +62,12 @@ def head(root: Path, but: Iterable[Path] = ()) -> Commit:
 
 def check_leaks(files: Mapping[str, bytes]) -> None:
     """Nothing that looks like a key leaves, wherever it stands."""
-    _refuse(f"{show(name)}, line {line}: {what}" for name, data in files.items() for line, what in leaks.secrets_in(data))
+    _refuse(f"{show(name)}, {where}: {what}" for name, data in files.items() for where, what in _leaks(name, data))
+
+
+def _leaks(name: str, data: bytes) -> Iterator[tuple[str, str]]:
+    yield from (("in its name", what) for _, what in leaks.secrets_in(os.fsencode(name)))
+    yield from ((f"line {line}", what) for line, what in leaks.secrets_in(data))
 
 
 def _check_tree(root: Path, but: set[Path]) -> None:
