@@ -123,7 +123,7 @@ def _put(path: Path, url: SplitResult, timeout: float) -> Answer:
             with path.open("rb") as f:
                 while block := f.read(BLOCK):
                     connection.send(block)
-        except (BrokenPipeError, ConnectionResetError) as e:
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as e:
             cut = e  # a server that has said no need not read on: its answer may be here already
         try:
             response = connection.getresponse()

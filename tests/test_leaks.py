@@ -65,8 +65,8 @@ TOKENS: dict[str, Callable[[random.Random], str]] = {
 }
 SECRET_NAMES = [
     ".env", ".env.local", "prod.env", ".envrc", "id_rsa", "id_ed25519", "tls/server.pem", "x.key", ".netrc", ".pypirc", ".npmrc",
-    "credentials.json",    ".aws/config", ".ssh/known_hosts", "secrets.yaml", "conf/.ENV", "Token.txt", "service-account-3.json", ".docker/config.json", 
-    "vault.kdbx",
+    "credentials.json", ".aws/config", ".ssh/known_hosts", "secrets.yaml", "conf/.ENV", "Token.txt", "service-account-3.json",
+    ".docker/config.json", "vault.kdbx",
 ]  # fmt: skip
 ODD_NAMES = [
     "a\nb.py", "a\tb.py", "a\x1b[2Jb.py", "a\\b.py", "a:b.py", "end.", " a.py", "con.txt", "LPT1",
