@@ -162,7 +162,7 @@ def _report(path: Path, summary: dict[str, Any]) -> bytes:
 def quotes(text: str, summary: dict[str, Any]) -> list[str]:
     """What of the run the text lacks."""
     missing = [] if summary["run"] in re.sub(r"\s", "", text) else [f"run {summary['run']}"]  # an id may be broken over two lines
-    printed = re.findall(r"(?<![\d.,])\d+\.\d{4,}(?![\d])", text)
+    printed = re.findall(r"\d+\.\d{4,}", text)
     for name in ("official", "full"):
         value = summary["last"][name]
         if not any(number == f"{value:.{len(number.partition('.')[2])}f}" for number in printed):

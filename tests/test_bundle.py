@@ -6,6 +6,7 @@ import io
 import json
 import stat
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "the same name in capitals": (lambda: zipped(("code/A.PY", b"x")), "are the same name"),
     "a file that is a folder": (lambda: zipped(("code/a.py/x", b"x")), "is a file and the folder of"),
     "a zero byte": (lambda: named(b"code/a\0evil.py"), "zero byte"),
-    "no UTF-8": (lambda: named(b"code/\xff\xfe.py"), "another encoding|other than UTF-8|cannot be"),
+    "no UTF-8": (lambda: named(b"code/\x81.py"), "other than UTF-8"),
     "a terminal's command": (lambda: named(b"code/\x1b[2Jx.py"), "cannot be printed"),
     "right to left": (lambda: zipped(("code/\u202egpj.py", b"x")), "cannot be printed"),
     "a device's name": (lambda: zipped(("code/nul.py", b"x")), "a device's name"),
@@ -188,6 +189,19 @@ def test_an_attack_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     done = CliRunner().invoke(app, ["verify", str(path)])
     assert done.exit_code == 2 and done.stdout == "" and written == []
     assert done.stderr.startswith(f"error: {path} is ") and "\x1b" not in done.stderr
+
+
+def test_a_bomb_that_lies_takes_no_memory(tmp_path: Path) -> None:
+    size = 150_000_000
+    data = zipped(("code/zeros", b"\0" * size)).replace(struct.pack("<I", size), struct.pack("<I", 10))
+    (tmp_path / "x.zip").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError, match="no whole zip"):
+            read(tmp_path / "x.zip")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_bundle_is_read_as_it_was_packed(tmp_path: Path) -> None:
