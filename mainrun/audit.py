@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import Plan, from_dict
 from mainrun.corpus import load_corpus
 from mainrun.errors import MainrunError
+from mainrun.growth.live import Growth, taken
 from mainrun.machine import Machine, versions
 from mainrun.sitting import score
 from mainrun.store import lineage
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
 from mainrun.tokens import Batches, TokenData, prepare
-from mainrun.train import State, build, gradients, make_runner
+from mainrun.train import State, Stepper, build
 
 
 @dataclass
@@ -76,7 +77,7 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         cfg = from_dict(node.config)
         machine, corpus = Machine(cfg), load_corpus(cfg)
         data = prepare(cfg, corpus)
-        plan = Plan(cfg, len(data.splits["train"]))
+        plan = Plan(cfg, len(data.splits["train"]), node.grown.get("fired", ()))
         machine.settle(cfg, plan)
         begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), machine.facts)
         if lineage.root(begun) != node.root:
@@ -85,15 +86,16 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
             return Finding(node, "differs", "its config does not lead to its key")
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
+        state.model.set_up(plan.at(0), machine.attention)
         if before:
-            state.load(store.load(before), before.step, before.presented)
+            state.load(store.load(before), before.step, before.presented, taken(plan, before))
         stored = store.load(node)
     except Damaged as e:
         return Finding(node, "differs", str(e))
     except MainrunError as e:
         return Finding(node, "skipped", str(e))
     scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
-    found = again(cfg, machine, data, plan, state, node.step, scored)
+    found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
     rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
     if node.geometry != list(cfg.geometry):
         return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
@@ -103,23 +105,30 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
     return Finding(node, *_compare(node, stored, state, rows))
 
 
-def again(
-    cfg: TrainConfig, machine: Machine, data: TokenData, plan: Plan, state: State, end: int, scored: Container[int]
-) -> Iterator[dict[str, Any]]:
-    """Train on to step `end`: the rows that a run writes on its way, every step's, with scores after the steps named."""
-    runner, batches = make_runner(machine, state.model), Batches(cfg, data.splits["train"])
+def again(growth: Growth, data: TokenData, end: int, scored: Callable[[int], bool], decides: bool = False) -> Iterator[dict[str, Any]]:
+    """Train on to step `end`, or the run's: the rows of every step on the way, and the scores after those that are `scored`.
+
+    decides: the scores say what grows, as in a run; they must be all that it had so far. Else the plan knows.
+    """
+    cfg, machine, state = growth.cfg, growth.machine, growth.state
+    batches, stepper = Batches(cfg, data.splits["train"]), Stepper(state.cfg, machine, state)
     while True:
-        if state.step in scored:
-            yield from score(cfg, data, state)
-        if state.step == end:
+        if scored(state.step):
+            found = [row | growth.figures for row in score(cfg, data, state)]
+            yield from found
+            if decides:
+                growth.heard(found)
+                growth.decide()
+        if state.step >= min(end, growth.plan.steps):
             return
-        inputs = plan.at(state.step)
-        x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
-        loss, norm = gradients(cfg, machine, runner, state.model, x, y, inputs, state.step).tolist()
-        state.optimizers.step(inputs)
-        state.average.update(inputs)
+        if growth.waits and growth.act(list):
+            stepper = Stepper(state.cfg, machine, state)
+        inputs = growth.plan.at(state.step)
+        x, y = (machine.put(a) for a in batches.at(state.step, growth.plan.stretch(state.step)))
+        loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
+        stepper.update(inputs)
         state.step += 1
-        row = {"event": "step", "step": state.step, "tokens": plan.tokens(state.step), "lr": inputs.lr}
+        row = {"event": "step", "step": state.step, "tokens": growth.plan.tokens(state.step), "lr": inputs.lr}
         yield row | {"loss": loss, "grad_norm": norm}
 
 
@@ -130,7 +139,7 @@ def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[s
     apart = [name for name in sorted(again) if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))]
     if apart:
         return "differs", f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
-    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows}
+    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows if row["event"] in ("step", "eval")}
     for row in rows:
         there = kept.pop((row["event"], row["step"], row.get("split")), None)
         if there is None:

@@ -315,6 +315,7 @@ class Stretch(NamedTuple):
     epoch: int = 0
     start: int = 0  # in the stream of the epoch: where the step before it stopped reading
     climbs: int = 0  # the step that the rate's schedule counts from: that of the last reset_lr_schedule
+    op: Op | None = None  # what began it, as it is carried out
 
     @property
     def span(self) -> int:
@@ -344,8 +345,9 @@ class Stretch(NamedTuple):
 class Plan:
     """A config on a number of training tokens: which steps, and what enters each. Steps count from 0 here.
 
-    fired: after how many steps each op so far has fired. Ops that wait for an evaluation are known by that alone: without it the plan
-    goes on as if the first of them (`undecided`) never fired. With `(*plan.fired, step)` it is the plan from that decision on.
+    fired: after how many steps each op so far has fired; ~step where it was passed over then. Ops that wait for an evaluation are known by
+    that alone: without it the plan goes on as if the first of them (`undecided`) never fired. With `(*plan.fired, step)` it is the plan
+    from that decision on; what was before it stays as it was planned then.
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
@@ -360,7 +362,10 @@ class Plan:
         self.train_tokens = train_tokens
         self.steps_per_epoch = train_tokens // (cfg.batch_size * cfg.block_size)
         self.undecided: Op | None = None
-        self.stretches = self._walk(tuple(fired))
+        told = tuple(fired)
+        self.before, self.since = self._decided(told)
+        self.fired: tuple[int, ...] = ()  # as far as that is known
+        self.stretches = self._walk(told)
         self._firsts = [stretch.first for stretch in self.stretches]
         self._dropouts = [tuple(map(_in_256ths, stretch.cfg.dropouts)) for stretch in self.stretches]
         last = self.stretches[-1]
@@ -375,16 +380,26 @@ class Plan:
         """Tokens of the run."""
         return self.cfg.epochs * self.steps_per_epoch * self.cfg.batch_size * self.cfg.block_size
 
-    @property
-    def fired(self) -> tuple[int, ...]:
-        """After how many steps each op fires, as far as that is known."""
-        return tuple(self._firsts[1:])
+    def _decided(self, fired: tuple[int, ...]) -> tuple[Plan | None, int]:
+        """The plan before the last of the decisions that only the run could take, and after how many steps it was taken."""
+        for i in range(len(fired) - 1, -1, -1):
+            if fired[i] < 0 or not self.cfg.growth.ops[i].trigger.static:
+                return Plan(self.cfg, self.train_tokens, fired[:i]), max(fired[i], ~fired[i])
+        return None, 0
 
     def _walk(self, fired: tuple[int, ...]) -> list[Stretch]:
         """Where each phase begins. An op waits for the one before it."""
         found, foreseen = [Stretch(self.cfg)], True
-        for i, (op, cfg) in enumerate(zip(self.cfg.growth.ops, self.cfg.phases[1:], strict=True)):
-            before = found[-1]
+        passed = [i for i, first in enumerate(fired) if first < 0]
+        phases, faults = walk(self.cfg, [op for i, op in enumerate(self.cfg.growth.ops) if i not in passed])
+        if passed and faults:
+            raise ConfigError(f"growth: ops[{passed[-1]}] was passed over, and without it the schedule cannot go on: {faults[0][1]}")
+        begun = {phase.op.place: phase for phase in phases}
+        for i in range(len(self.cfg.growth.ops)):
+            if i in passed:
+                self.fired = (*self.fired, fired[i])
+                continue
+            (op, cfg), before = begun[i], found[-1]
             if i >= len(fired) and not op.trigger.static:
                 self.undecided = op
                 break
@@ -392,7 +407,7 @@ class Plan:
             assert first >= before.first, f"ops[{i}] fired before the one before it: {fired}"
             tokens = before.tokens + (first - before.first) * before.span
             climbs = first if op.name == "reset_lr_schedule" else before.climbs
-            stretch = Stretch(cfg, first, tokens, *before.after(first, self.train_tokens), climbs)
+            stretch = Stretch(cfg, first, tokens, *before.after(first, self.train_tokens), climbs, op)
             if i >= len(fired) and tokens + stretch.span > self.budget:
                 if not foreseen:  # what waited for an evaluation came too late for it
                     break
@@ -402,7 +417,8 @@ class Plan:
                     f"(without it the run has {steps} steps); give it an earlier trigger"
                 )
             found.append(stretch)
-            foreseen &= op.trigger.static
+            self.fired = (*self.fired, first)
+            foreseen &= op.trigger.static and not passed
         return found
 
     def _due(self, op: Op, before: Stretch) -> int:
@@ -434,9 +450,10 @@ class Plan:
     def grown(self) -> dict[int, bytes]:
         """What the ops of the architecture do, by the step before which they do it: it enters that step, beside what `at` says."""
         found: dict[int, bytes] = {}
-        for op, first in zip(self.cfg.growth.ops, self.fired, strict=False):
-            if op.name in ARCHITECTURE:
-                found[first] = found.get(first, b"") + json.dumps(op.effect(), sort_keys=True).encode()
+        for stretch in self.stretches:
+            if stretch.op and stretch.op.name in ARCHITECTURE:
+                effect = json.dumps(stretch.op.effect(), sort_keys=True).encode()
+                found[stretch.first] = found.get(stretch.first, b"") + effect
         return found
 
     @cached_property
@@ -452,6 +469,8 @@ class Plan:
                 every = max(1, self.train_tokens // stretch.span // self.cfg.eval_per_epoch)
             if every:
                 found |= set(range(stretch.first + every, end + 1, every))
+        if self.before:
+            return frozenset(step for step in found if step > self.since) | {s for s in self.before.eval_steps if s <= self.since}
         return frozenset(found)
 
     @cached_property
@@ -460,7 +479,8 @@ class Plan:
         # the first step of a decay still has the peak rate, the first of an average the weights as they are
         falls = [fall + 1 for _, fall in self._rates] if self.cfg.schedule != "constant" else []
         steps = {*(climbed for climbed, _ in self._rates), *falls, self.swa_start + 1, *self._firsts}
-        return sorted(step for step in steps if 0 < step < self.steps)
+        past = [step for step in self.before.breaks if step <= self.since] if self.before else []
+        return past + sorted(step for step in steps if self.since < step < self.steps)
 
     def lr_factor(self, step: int) -> float:
         cfg, low, phase = self.cfg, self.cfg.min_lr_frac, self._phase(step)
@@ -480,6 +500,8 @@ class Plan:
         return 1 - min(self.cfg.ema, (1 + step) / (10 + step)) if self.cfg.ema else 1.0
 
     def at(self, step: int) -> StepInputs:
+        if self.before and step < self.since:
+            return self.before.at(step)
         phase, factor = self._phase(step), self.lr_factor(step)
         cfg = self.stretches[phase].cfg
         fall = 1.0 if cfg.wd_schedule == "constant" else FALL[cfg.wd_schedule](step / self.steps)
@@ -501,7 +523,7 @@ class Plan:
     def table(self) -> dict[str, Any]:
         """The resolved numbers, as config.json and --dry-run show them."""
         cfg = self.cfg
-        growth = [f"{op} after step {first}" for op, first in zip(cfg.growth.ops, self.fired, strict=False)]
+        growth = [f"{stretch.op} after step {stretch.first}" for stretch in self.stretches if stretch.op]
         growth += [f"then {self.undecided} at {self.undecided.trigger}"] if self.undecided else []
         return {
             "train_tokens": self.train_tokens,

@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 from mainrun import scoring
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
-from mainrun.growth.schedule import check_trainable
-from mainrun.kernels import CHUNK
+from mainrun.growth.schedule import Schedule
+from mainrun.growth.simulate import segments, size
+from mainrun.kernels import CHUNK, Muon
 from mainrun.machine import Machine, compile_balance
-from mainrun.sitting import check_spans, flops_per_token
+from mainrun.sitting import check_spans
 from mainrun.tokens import Batches, TokenData, prepare
-from mainrun.train import GPT, Muon, State, build, compute_loss, drops, gradients, make_runner
+from mainrun.train import GPT, State, Stepper, build, compute_loss, drops
 
 PROBED = 3  # steps
 DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
@@ -32,7 +34,6 @@ DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sy
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
-    check_trainable(cfg)
     machine = Machine(cfg)
     corpus = load_corpus(cfg)
     with machine.leader_first():
@@ -41,13 +42,13 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
     check_spans(cfg, data)
     machine.settle(cfg, plan)
     vocab_size = data.tokenizer.vocab_size
-    with torch.device("meta"):
-        model = GPT(cfg, vocab_size)
-    params = sum(p.numel() for p in model.parameters())
-    flops = plan.tokens(plan.steps) * cfg.passes * flops_per_token(cfg, model)
-    cost: dict[str, Any] = {"params": params, "flops": flops, "memory": memory(cfg, machine, vocab_size, store)}
+    parts = segments(plan, vocab_size)
+    flops = sum(part["flops"] for part in parts)
+    cost: dict[str, Any] = {"params": parts[-1]["params"], "flops": flops, "memory": memory(plan, machine, vocab_size, store)}
+    if cfg.growth.ops:
+        cost["segments"] = parts
     if probe:
-        cost |= probed(cfg, machine, plan, data)
+        cost |= probed(cfg, machine, plan, data, flops / (plan.tokens(plan.steps) * cfg.passes * parts[0]["flops_per_token"]))
     else:
         cost["eta_seconds"] = flops / (0.6 * matmul_speed(cfg, machine))
     return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.facts}
@@ -76,23 +77,25 @@ class Trial:
     def __init__(self, cfg: TrainConfig, machine: Machine, plan: Plan, vocab_size: int) -> None:
         self.cfg, self.machine, self.plan = cfg, machine, plan
         self.state = State(cfg, build(cfg, vocab_size).to(machine.device))
-        self.runner = make_runner(machine, self.state.model)
+        self.stepper = Stepper(cfg, machine, self.state)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
         """Steps, to the very end of the last, whose loss is given. As in a run, none of them waits for the one before."""
         for _ in range(count):
             state, inputs = self.state, self.plan.at(min(self.state.step, self.plan.steps - 1))
-            numbers = gradients(self.cfg, self.machine, self.runner, state.model, x, y, inputs, state.step)
-            state.optimizers.step(inputs)
-            state.average.update(inputs)
+            numbers = self.stepper.gradients(x, y, inputs, state.step)
+            self.stepper.update(inputs)
             state.step += 1
         if self.machine.device.type == "cuda":
             torch.cuda.synchronize()
         return float(numbers[0])
 
 
-def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData) -> dict[str, Any]:
-    """The time of the run by a few of its steps, one part of an evaluation, and the size of a checkpoint."""
+def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grows: float) -> dict[str, Any]:
+    """The time of the run by a few of its steps, one part of an evaluation, and the size of a checkpoint.
+
+    grows: by how much a token costs more in the mean of the run than at its start.
+    """
     compiles, machine.compile = machine.compile, False  # a probe must be cheap
     try:
         trial, batches = Trial(cfg, machine, plan, data.tokenizer.vocab_size), Batches(cfg, data.splits["train"])
@@ -108,12 +111,12 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData) -> d
     evaluation = sum(_evaluation(cfg, trial, data, split) for split in ("val", "dev") if split in data.splits)
     held = sum(t.numel() * t.element_size() for t in trial.state.tensors().values())
     saves = -(-plan.steps // plan.checkpoint_every)
-    steps = plan.steps * seconds
+    steps = plan.tokens(plan.steps) / plan.stretches[0].span * seconds * grows
     if compiles:
         costs, gains = compile_balance(cfg, plan, machine)  # the gain by rule of thumb, and never more than that of modern blocks
         steps += costs - min(gains, steps / 3)
     # the guards take each score again, and a few more, at the end: about one evaluation
-    total = steps + evaluation * (len(plan.eval_steps) + 1) + saves * held / DISK
+    total = steps + evaluation * grows * (len(plan.eval_steps) + 1) + saves * held / DISK
     return {"eta_seconds": total, "probe": {"step_seconds": seconds, "evaluation_seconds": evaluation, "compiles": compiles}}
 
 
@@ -173,15 +176,44 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def memory(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool = False) -> int:
+def memory(plan: Plan, machine: Machine, vocab_size: int, store: bool = False) -> int:
     """The peak of the whole process (of a GPU's memory), in bytes: a step and an evaluation on tensors that have sizes but no memory.
 
     So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives;
     and the copy of a state that is on its way to the store, if there is one.
     """
-    cfg = max(cfg.phases, key=lambda phase: (phase.batch_size // phase.grad_accum, max(phase.dropouts)))
+    ends = [*(stretch.first for stretch in plan.stretches[1:]), plan.steps]
+    phases = [stretch.cfg for stretch, end in zip(plan.stretches, ends, strict=True) if end > stretch.first]
+    phases += plan.cfg.phases[len(plan.stretches) :]  # what waits for a loss may come
+    return max([_phase(phase, machine, vocab_size, store) for phase in _largest(phases)] + list(_ops(phases, machine, vocab_size)))
+
+
+def _ops(phases: list[TrainConfig], machine: Machine, vocab_size: int) -> Iterator[int]:
+    """Between two phases: the weights before and after are there at once, then the moments before and after."""
+    sizes = [size(phase.model_copy(update={"vocab_size": vocab_size})) for phase in phases]
+    for a, b in pairwise(sizes):
+        yield _process(machine, 4 * b.params + a.moments + max(4 * a.params, b.moments))
+
+
+def _process(machine: Machine, live: int) -> int:
+    """The peak of a process, of that of its tensors."""
+    if machine.device.type == "cuda":
+        return live
+    return PROCESS + (int(COMPILED * live) + COMPILER if machine.compile else int(FRAGMENTS * live))
+
+
+def _largest(phases: list[TrainConfig]) -> list[TrainConfig]:
+    """Of each model the phase with the most rows, and the most that drops."""
+    found: dict[str, TrainConfig] = {}
+    for phase in phases:
+        model = str([getattr(phase, field) for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"])
+        found[model] = max(found.get(model, phase), phase, key=lambda c: (c.batch_size // c.grad_accum, max(c.dropouts)))
+    return list(found.values())
+
+
+def _phase(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool) -> int:
     rows = cfg.batch_size // cfg.grad_accum // machine.world
-    inputs = Plan(cfg, cfg.batch_size * cfg.block_size * 2).at(0)
+    inputs = Plan(cfg.model_copy(update={"growth": Schedule()}), cfg.batch_size * cfg.block_size * 2).at(0)
     with FakeTensorMode(allow_fallback_kernels=False), Live() as live, machine.device:
         state = State(cfg, GPT(cfg, vocab_size))
         model = state.model
@@ -200,9 +232,7 @@ def memory(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool = Fa
         del moments, held
     if machine.world > 1:
         live.most += 4 * sum(p.numel() for p in model.parameters())  # the buckets in which gradients travel
-    if machine.device.type == "cuda":
-        return live.most
-    return PROCESS + (int(COMPILED * live.most) + COMPILER if machine.compile else int(FRAGMENTS * live.most))
+    return _process(machine, live.most)
 
 
 def _moments(cfg: TrainConfig, state: State) -> list[Tensor]:

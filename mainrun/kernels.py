@@ -6,7 +6,8 @@ is marked `whole` it calls, and does not look into.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
 import torch
@@ -222,3 +223,65 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Ten
     """What is descended, and the plain cross entropy in it."""
     found: tuple[Tensor, Tensor] = CrossEntropy.apply(logits, target, smoothing)
     return found
+
+
+# -- dropout
+
+
+class Masks:
+    """Ones and zeros, a byte each, dealt out to the places that drop, in the order in which they come (`drops`)."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self.pool, self.used = pool, 0
+
+    def take(self, shape: Iterable[int]) -> Tensor:
+        shape = tuple(shape)
+        start, self.used = self.used, self.used + math.prod(shape)
+        return self.pool[start : self.used].view(shape)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        # a bool would be six times slower; the scale apart and last, so that bfloat16 does not round it
+        return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p)) if p else x
+
+
+# -- optimiser
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: every singular value of an update is about 1. Matrices of one shape are done in one batch.
+
+    The rate is in AdamW's units: an update has the size (rms) that AdamW's would have.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
+        super().__init__(groups, {"lr": 1.0, "weight_decay": 0.0})
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                moments, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params if p.grad is not None]
+                torch._foreach_lerp_(moments, grads, 1 - self.momentum)
+                ahead = torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads  # Nesterov's look ahead
+                updates = orthogonal(torch.stack(ahead)).to(params[0].dtype) * (-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates.unbind())
+
+
+def orthogonal(batch: Tensor) -> Tensor:
+    """The nearest matrices with singular values near 1, by five quintic Newton-Schulz steps in bfloat16. (N, rows, columns)"""
+    x = batch.bfloat16()
+    if tall := x.size(1) > x.size(2):
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x

@@ -10,9 +10,10 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError
 from mainrun.host import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
 from mainrun.kernels import TILES
+from mainrun.recorded import Recorded
 
 
 class Machine:
@@ -61,6 +63,8 @@ class Machine:
         self.attention = cfg.attention if cfg.attention != "auto" else best_attention(cfg, name)
         # on a GPU nothing waits for a step's numbers until this many steps have theirs
         self.lag = 32 if name == "cuda" else 1
+        self.seeds: list[int] = []
+        self.generators: list[torch.Generator] = []  # a GPU's, one a micro-batch
         self.compile, self.why = cfg.compile == "on", ""
         self.facts = {
             "device": torch.cuda.get_device_name(self.device) if name == "cuda" else cpu_name(),
@@ -100,21 +104,36 @@ class Machine:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def masks(self, places: list[tuple[int, float]], seed: int) -> Tensor | None:
+    def recorded(self, cfg: TrainConfig, work: Callable[..., Tensor | None]) -> Recorded:
+        """Recorded where that pays and works: on one GPU, unless a router decides what is computed."""
+        return Recorded(work, self.generators, on=self.device.type == "cuda" and self.world == 1 and not cfg.experts)
+
+    def seed(self, seeds: list[int]) -> None:
+        """Of a step's micro-batches: what they draw is decided here."""
+        self.seeds = seeds
+        if self.device.type == "cuda":
+            torch.manual_seed(seeds[0])  # for the one dropout that draws its own: that of fused attention
+            self.generators += [torch.Generator(self.device) for _ in seeds[len(self.generators) :]]
+            for generator, seed in zip(self.generators, seeds, strict=False):
+                generator.manual_seed(seed)
+
+    def masks(self, places: list[tuple[int, float]], micro: int) -> Tensor | None:
         """Dropout's masks, one behind the other: a random byte a number, 1 where it is at least 256 p. None where nothing drops."""
-        torch.manual_seed(seed)  # for the one dropout that draws its own: that of a GPU's fused attention
+        compare: Any = np.greater_equal  # ten times faster than torch's on a CPU
         total = sum(size for size, _ in places)
+        if self.device.type == "cpu":
+            torch.manual_seed(self.seeds[micro])  # for fused attention's own, here too
         if not total:
             return None
-        compare: Any = np.greater_equal  # ten times faster than torch's on a CPU
         if self.device.type == "cuda":
-            generator, compare = torch.Generator(self.device).manual_seed(seed), torch.greater_equal
-            noise: Any = torch.randint(0, 256, (total,), dtype=torch.uint8, device=self.device, generator=generator)
+            compare = torch.greater_equal
+            noise: Any = torch.randint(0, 256, (total,), dtype=torch.uint8, device=self.device, generator=self.generators[micro])
         else:
-            words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-total // 8), dtype=np.uint64)
+            words = np.random.Generator(np.random.SFC64(self.seeds[micro])).integers(0, 2**64, -(-total // 8), dtype=np.uint64)
             noise = words.view(np.uint8)[:total]
         start = 0
-        for size, p in places:
+        for p, run in groupby(places, key=lambda place: place[1]):
+            size = sum(size for size, _ in run)
             part = noise[start : start + size]
             compare(part, round(256 * p), out=part)
             start += size
@@ -190,8 +209,8 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
 def _source() -> str:
     found = hashlib.sha256()
     here = Path(__file__).parent
-    names = ["config", "host", "corpus", "kernels", "machine", "scoring", "sitting", "synthetic", "tokens", "train"]
-    names += [f"growth/{name}" for name in ("schedule", "operators", "moments", "verify")]
+    names = ["config", "host", "corpus", "kernels", "machine", "recorded", "scoring", "sitting", "synthetic", "tokens", "train"]
+    names += [f"growth/{name}" for name in ("schedule", "live", "operators", "moments", "verify")]
     for path in (*(here / f"{name}.py" for name in names), *sorted(here.glob("layers/*.py"))):
         found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.audit import again
-from mainrun.config import Plan, TrainConfig
+from mainrun.config import Plan
 from mainrun.corpus import Corpus, load_corpus
 from mainrun.errors import MainrunError, RunError
+from mainrun.growth.live import Growth
 from mainrun.guards import Evidence, guards
 from mainrun.machine import Machine, versions
 from mainrun.sitting import score
@@ -42,37 +43,38 @@ class Place:
         titles = {"fingerprints": self.corpus.fingerprints, "tokenizer": self.data.tokenizer.digest}
         return {"versions": versions(), "machine_class": self.machine.facts, **titles}
 
-    def start(self) -> State:
-        return State(self.cfg, build(self.cfg, self.data.tokenizer.vocab_size).to(self.machine.device))
+    def start(self) -> Growth:
+        state = State(self.cfg, build(self.cfg, self.data.tokenizer.vocab_size).to(self.machine.device))
+        state.model.set_up(self.plan.at(0), self.machine.attention)
+        return Growth(self.cfg, self.plan, self.machine, state)
 
-    def end(self) -> State | None:
+    def end(self) -> Growth | None:
         """The run's last weights, if its checkpoint is there."""
-        found = checkpoint.load_newest(self.run.checkpoints, lambda meta: _last(meta, self.cfg, self.plan), lambda _: None)
+        found = checkpoint.load_newest(self.run.checkpoints, self._last, lambda _: None)
         if found is None:
             return None
-        state = self.start()
-        state.load(found[0], found[1]["step"], found[1]["presented"])
-        state.model.set_up(self.plan.at(state.step - 1), self.machine.attention)
-        return state
+        growth, (tensors, meta) = self.start(), found
+        growth.state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
+        growth.restored()
+        return growth
 
-
-def _last(meta: dict[str, Any], cfg: TrainConfig, plan: Plan) -> str | None:
-    return None if meta["digest"] == cfg.digest and meta["step"] == plan.steps else "it is not of this run's last step"
+    def _last(self, meta: dict[str, Any]) -> str | None:
+        plan = Plan(self.cfg, self.plan.train_tokens, (meta.get("growth") or {}).get("fired", ()))
+        return None if meta["digest"] == self.cfg.digest and meta["step"] == plan.steps else "it is not of this run's last step"
 
 
 def all_guards(run: RunDir) -> dict[str, Any]:
     place, summary = Place(run), run.summary() or {}
-    state = place.end()
-    if state is None:
+    end = place.end()
+    if end is None:
         raise RunError(
             f"{run.path} has no usable checkpoint of its last step, and the guards need its weights; train it again with --fresh"
         )
-    with state.average.applied():
-        weights = sha256_tensors(iter(state.model.named_parameters()))
-        if weights != summary["weights"]:
-            raise RunError(f"{run.path}/summary.json was written for other weights than its checkpoint holds; train it again with --fresh")
+    if weights(end.state) != summary["weights"]:
+        raise RunError(f"{run.path}/summary.json was written for other weights than its checkpoint holds; train it again with --fresh")
+    with end.state.average.applied():
         evidence = Evidence(
-            cfg=place.cfg, corpus=place.corpus, data=place.data, model=state.model,
+            cfg=place.cfg, corpus=place.corpus, data=place.data, model=end.state.model,
             evals=[row for row in run.metrics() if row["event"] == "eval"], ledger=summary["presentations"], summary=summary,
             initial_weights="random", evaluate_hash=run.env()["evaluate_hash"],
         )  # fmt: skip
@@ -82,18 +84,24 @@ def all_guards(run: RunDir) -> dict[str, Any]:
 
 def first_steps(run: RunDir, n: int) -> dict[str, Any]:
     place = Place(run)
-    n = min(n, place.plan.steps)
-    state = place.start()
-    scored = {step for step in place.plan.eval_steps if step <= n}
-    rows = list(again(place.cfg, place.machine, place.data, place.plan, state, n, scored))
-    found = place.facts() | {"steps": n, "of": place.plan.steps, "rows": rows, "params": sum(p.numel() for p in state.model.parameters())}
-    if end := place.end():
-        found["last"] = list(score(place.cfg, place.data, end))
-    for name, whole in (("weights", end), ("trained_weights", state if n == place.plan.steps else None)):
-        if whole:
-            with whole.average.applied():
-                found[name] = sha256_tensors(iter(whole.model.named_parameters()))
+    growth, end = place.start(), place.end()
+    rows = list(again(growth, place.data, n, lambda step: step in growth.plan.eval_steps, decides=True))
+    whole = growth.state.step == growth.plan.steps
+    found = place.facts() | {"steps": growth.state.step, "rows": rows}
+    if end:
+        last = [row | end.figures for row in score(place.cfg, place.data, end.state)]
+        found |= {"last": last, "weights": weights(end.state)}
+    if whole:
+        found["trained_weights"] = weights(growth.state)
+    if known := end or (growth if whole else None):
+        found |= {"of": known.plan.steps, "params": sum(p.numel() for p in known.state.model.parameters())}
     return found
+
+
+def weights(state: State) -> str:
+    """The hash of what is scored."""
+    with state.average.applied():
+        return sha256_tensors(iter(state.model.named_parameters()))
 
 
 def main(what: str, run: str, into: str, n: str = "1") -> int:

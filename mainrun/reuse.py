@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError
+from mainrun.growth.live import taken
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.store import lineage, planner
 from mainrun.store.leases import Fenced, Lease, Leases
@@ -53,14 +54,14 @@ class Reuse:
         until: int = 0,
         fresh: bool = False,
     ) -> None:
-        self.store, self.cfg, self.plan, self.machine, self.note = store, cfg, plan, machine, note
+        self.store, self.cfg, self.machine, self.note = store, cfg, machine, note
+        self.journal: Metrics | None = None  # of the run's growth: rows of steps that are taken belong there, too
         self.begun = lineage.origin(cfg, fingerprints, tokens, versions(), machine.facts)
-        self.keys = lineage.chain(lineage.root(self.begun), plan)
-        # the first evaluation is after step 1: a node there would save one step
-        self.until = min(until or plan.steps, plan.steps)
-        self.stops = {*plan.breaks, *plan.eval_steps - {1}, *keep, self.until} & set(range(1, self.until + 1))
+        self._asked = until, frozenset(keep)
         self.wanted: frozenset[int] = frozenset()  # where others, who wait there, part from this run
-        self._steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
+        self._lease: Lease | None = None
+        self._forks: dict[tuple[str, str], int] = {}  # with whom has which lease
+        self.follow(plan)
         self.reads, self.writes = not fresh, True
         self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
         self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
@@ -70,8 +71,6 @@ class Reuse:
         self._named: set[str] = set()
         self._since = time.perf_counter()
         self._leases = Leases(store.files)
-        self._lease: Lease | None = None
-        self._forks: dict[tuple[str, str], int] = {}  # with whom has which lease
         self._posted: set[str] = set()  # keys that this run has wanted
         self._passed = 0  # nobody can want this step any more, nor one before it
         self._due: list[int] = []  # steps that are kept, and those after `_written` are not in the store yet
@@ -79,6 +78,26 @@ class Reuse:
         self._writer = ThreadPoolExecutor(1, "store")
         self._writing: Future[bool] | None = None
         self._pending: Node | None = None  # what is on its way to the store, as long as `before` is that
+
+    def follow(self, plan: Plan) -> None:
+        """The plan, at first or from here on."""
+        until, keep = self._asked
+        self.plan, self.keys = plan, lineage.chain(lineage.root(self.begun), plan)
+        # the first evaluation is after step 1: a node there would save one step
+        self.until = min(until or plan.steps, plan.steps)
+        self.stops = {*plan.breaks, *plan.eval_steps - {1}, *keep, self.until} & set(range(1, self.until + 1))
+        self._steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
+        self._forks.clear()
+        if self._lease and self._lease.key not in self._steps:  # on a node that this run will not come to
+            self._free()
+
+    def rows_append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def _far(self, step: int) -> int:
+        """How far ahead the plan is certain: to the next evaluation where that may fire an op."""
+        later = (s for s in sorted(self.plan.eval_steps) if s > step) if self.plan.undecided else iter(())
+        return min(next(later, self.until), self.until)
 
     # -- taking
 
@@ -95,7 +114,7 @@ class Reuse:
             self.unscored = bool(unscored)
             if step != state.step:
                 node = self.store.node(self.keys[step], rows=False)
-                state.load(self.store.load(node), node.step, node.presented)
+                state.load(self.store.load(node), node.step, node.presented, taken(self.plan, node))
         self._since = time.perf_counter()
         return self.unscored
 
@@ -106,7 +125,7 @@ class Reuse:
                 if self.reads and self._take(state, metrics):
                     if self._lease and self._lease.about["step"] <= state.step:
                         self._free()
-                    if self.unscored:  # before anything else
+                    if self.unscored or self.plan.undecided:  # the score comes first, and what it decides
                         return
                     continue
                 if self._lease or not self.writes:
@@ -134,7 +153,7 @@ class Reuse:
         self._passed = step
         target = min(stop for stop in self.stops if stop > step)
         about = {"run": self.cfg.run_id, "config": self.cfg.model_dump(mode="json"), "root": self.keys[0], "step": target}
-        about |= {"scores": self._scores(step, target), "geometry": self._geometry}
+        about |= {"scores": self._scores(step, target), "geometry": self._geometry, "fired": list(self.plan.fired)}
         self._lease = self._leases.acquire(self.keys[target], self._beat, **about)
 
     def _beat(self) -> dict[str, Any]:
@@ -163,13 +182,14 @@ class Reuse:
 
     def _other(self, step: int) -> Other | None:
         """Who trains towards or through a node further on this chain, the furthest one, and leaves the scores that this run needs."""
-        found = []
+        found, far = [], self._far(step)
         for key, holder in self._leases.active().items() if self.reads else ():
             if self._lease and key == self._lease.key:
                 continue
-            fork, at, scores = self._fork(key, holder), holder.get("at"), holder.get("scores")
+            fork, at, scores = min(self._fork(key, holder), far), holder.get("at"), holder.get("scores")
             # it comes through the fork on its way elsewhere, and there is time to say that it is wanted
-            meets = self._steps.get(key) or (fork if isinstance(at, int) and at < fork else 0)
+            meets = self._steps.get(key, 0)
+            meets = meets if 0 < meets <= far else fork if isinstance(at, int) and at < fork else 0
             needed = self._scores(step, meets)
             leaves = isinstance(scores, list) and holder.get("geometry") == self._geometry and all(score in scores for score in needed)
             if meets > step and (leaves or not needed):
@@ -183,7 +203,7 @@ class Reuse:
             self._forks[known] = 0
             with suppress(MainrunError, LookupError, TypeError, ValueError, AttributeError):  # whatever it says: it costs a wait at most
                 if self.machine.world == 1 and holder["root"] == self.keys[0]:  # the same data then, and the same machine
-                    theirs = lineage.chain(self.keys[0], Plan(from_dict(holder["config"]), self.plan.train_tokens))
+                    theirs = lineage.chain(self.keys[0], Plan(from_dict(holder["config"]), self.plan.train_tokens, holder.get("fired", ())))
                     if theirs[holder["step"]] == key:
                         self._forks[known] = min(planner.shared(self.keys, theirs), self.until)
         return self._forks[known]
@@ -204,7 +224,7 @@ class Reuse:
                 self._name(node.key, node.step, e)
                 continue
             first = state.step
-            state.load(tensors, node.step, node.presented)
+            state.load(tensors, node.step, node.presented, taken(self.plan, node))
             others = [step for step in range(first + 1, node.step + 1) if step not in self.own]
             state.ledger["reused"] += len(others)
             state.ledger["reused_tokens"] += sum(self.plan.stretch(step - 1).span for step in others)
@@ -214,8 +234,9 @@ class Reuse:
             scored = False
             for row in self._shown(past, first):
                 scored |= row["event"] == "eval" and row["step"] == node.step
-                if metrics:
-                    metrics.append(row if row["step"] in self.own else row | {"reused": True})
+                log = metrics if row["event"] in ("step", "eval") else self.journal
+                if log:
+                    log.append(row if row["step"] in self.own else row | {"reused": True})
             self.unscored = node.step in self.plan.eval_steps and not scored
             self.before, self.rows, self._pending = (node.step, node.key), [], None
             runs = sorted({part.run for part in past})
@@ -227,7 +248,7 @@ class Reuse:
     def _usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
         """Nodes further on this chain, the deepest first, each with those that hold the rows on the way to it, the first first."""
         there, states = self.store.node_keys(), None
-        for further in range(self.until, step, -1):
+        for further in range(self._far(step), step, -1):
             if self.keys[further] not in there:
                 continue
             states = self.store.states() if states is None else states
@@ -252,6 +273,10 @@ class Reuse:
         scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
         for node in past:
             for row in node.rows:
+                if row["event"] not in ("step", "eval"):  # an op's: what acts after a step comes behind its node
+                    if row["step"] >= since:
+                        yield row
+                    continue
                 if row["step"] <= since:
                     continue
                 if row["event"] == "step":
@@ -302,6 +327,7 @@ class Reuse:
                 key=self.keys[state.step], parent=self.before[1], root=self.keys[0], step=state.step, begins=self.before[0],
                 presented=state.presented, state="", size=0, geometry=self._geometry, seconds=time.perf_counter() - self._since,
                 run=self.cfg.run_id, config=self.cfg.model_dump(mode="json"), made=time.time(), rows_sha256="", rows=tuple(self.rows),
+                grown=state.grown,
             )  # fmt: skip
             self.before, self.rows, self._pending = (node.step, node.key), [], node
             lease = self._lease

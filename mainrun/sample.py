@@ -22,11 +22,10 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     found = checkpoint.load_newest(run.checkpoints, lambda meta: "" if meta["digest"] == cfg.digest else "another config's", lambda _: None)
     if found is None:
         raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")
-    model = build(cfg, tokenizer.vocab_size)
-    state = State(cfg, model)
-    state.load(found[0], found[1]["step"], found[1]["presented"])
+    state = State(cfg, build(cfg, tokenizer.vocab_size))
+    state.load(found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
     state.average.swap()
-    return model.eval(), tokenizer
+    return state.model.eval(), tokenizer
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from mainrun.errors import ConfigError
 from mainrun.tokens import EOS
 
 # Numbers in one forward's logits, and of them in the cross entropy at a time (a CPU's cache holds those): speed, never the formula
-LOGITS = {"cpu": 16_000_000, "cuda": 64_000_000}
+LOGITS = {"cpu": 16_000_000, "cuda": 512_000_000}
 CHUNK = {"cpu": 1_000_000, "cuda": 64_000_000}
 
 

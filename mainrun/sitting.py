@@ -18,6 +18,7 @@ from mainrun import scoring
 from mainrun.config import Plan, TrainConfig
 from mainrun.corpus import Corpus
 from mainrun.errors import ConfigError, MainrunError, RunError
+from mainrun.growth.simulate import segments
 from mainrun.guards import Evidence, guards
 from mainrun.machine import Machine, versions
 from mainrun.progress import Progress
@@ -26,8 +27,12 @@ from mainrun.store.rundir import Metrics, RunDir
 from mainrun.tokens import TokenData
 
 if TYPE_CHECKING:
+    from mainrun.growth.live import Growth
     from mainrun.reuse import Reuse
     from mainrun.train import State
+
+
+NOTHING = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # where a log stands that has no row
 
 
 def check_spans(cfg: TrainConfig, data: TokenData) -> None:
@@ -46,16 +51,19 @@ def environment(machine: Machine) -> dict[str, Any]:
     return env | {"allocator": machine.allocator, "command": sys.argv}
 
 
-def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress, reuse: Reuse | None) -> Metrics:
-    """Bring state, metrics.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
+def resume(
+    cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress, reuse: Reuse | None, growth: Growth
+) -> Metrics:
+    """Bring state, metrics.jsonl, growth.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
     metrics = Metrics(run.path / "metrics.jsonl")
     own = _trained(run.metrics())  # before what no checkpoint holds is cut off
 
     def usable(meta: dict[str, Any]) -> str | None:
         if meta["digest"] != cfg.digest:
             return "it belongs to another config"
-        if not metrics.rewind(meta["metrics"]):  # hours of training are not thrown away over a log: whoever changed it decides
-            raise RunError(f"{metrics.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over")
+        for log, mark in ((metrics, meta["metrics"]), (growth.journal, meta.get("journal"))):
+            if log and not log.rewind(mark or NOTHING):  # hours of training are not thrown away over a log: whoever changed it decides
+                raise RunError(f"{log.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over")
         return None
 
     before = checkpoint.steps(run.checkpoints)
@@ -64,7 +72,7 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     if found:
         if "evaluate_hash" not in earlier:
             raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
-        _load(state, *found)
+        _load(state, *found, growth)
         env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
         for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
@@ -74,7 +82,9 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
     else:
         if before:
             progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
-        metrics.rewind({"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
+        metrics.rewind(NOTHING)
+        if growth.journal:
+            growth.journal.rewind(NOTHING)
     lost = {step for step in own if step > state.step}  # some of these may be in the store
     carried = run.env().get("carried", {})
     if carried and carried["checkpoint"] == state.step:  # the sitting before this one ended before it saved anything
@@ -88,6 +98,7 @@ def resume(cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], pro
 
     if reuse:
         reuse.own, reuse.found_again = lost, carry
+        reuse.follow(growth.plan)
         if found:
             reuse.restore(found[1].get("store"), state.step)
         else:
@@ -113,7 +124,7 @@ def _trained(rows: list[dict[str, Any]]) -> set[int]:
     return found
 
 
-def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> None:
+def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine, growth: Growth) -> None:
     """Every process starts where the leader does (it chose the checkpoint, the others read the same one)."""
     step, _ = machine.share(state.step, 0)
     if step and not machine.leads:
@@ -123,12 +134,13 @@ def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine) -> Non
         if found is None:
             what = f"process {machine.rank} cannot read the checkpoint of step {step} in {run.checkpoints}"
             raise RunError(f"{what}; --out must be a folder that all processes share")
-        _load(state, *found)
+        _load(state, *found, growth)
 
 
-def _load(state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+def _load(state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any], growth: Growth) -> None:
     """A checkpoint, and what the sittings before it have cost."""
-    state.load(tensors, meta["step"], meta["presented"])
+    state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
+    growth.restored()
     state.saved = state.step
     state.resumed = meta["resumed"] + 1
     state.ledger |= meta.get("ledger", {})
@@ -147,7 +159,7 @@ def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str,
 
 
 @contextmanager
-def ending(machine: Machine, run: RunDir, state: State, plan: Plan, parts: Sequence[Reuse | Progress | Metrics | None]) -> Iterator[None]:
+def ending(machine: Machine, run: RunDir, growth: Growth, parts: Sequence[Reuse | Progress | Metrics | Growth | None]) -> Iterator[None]:
     """Whatever ends a sitting, status.json says it, and its parts are closed."""
     try:
         yield
@@ -156,7 +168,8 @@ def ending(machine: Machine, run: RunDir, state: State, plan: Plan, parts: Seque
         if machine.leads:
             with suppress(MainrunError):  # `e` is what must be heard; a full disk is heard at the next write
                 why = str(e) or type(e).__name__
-                run.write("status.json", {"state": kind, "step": state.step, "steps": plan.steps, "why": why})
+                at = {"step": growth.state.step, "steps": growth.plan.steps}
+                run.write("status.json", {"state": kind, **at, "why": why})
         raise
     finally:
         for part in parts:
@@ -187,6 +200,7 @@ def summarize(
         if (mine := [r for r in evals if r["split"] == split])
     }
     tokens = plan.tokens(plan.steps)
+    parts = segments(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
     ledger = {
         "train_tokens_per_epoch": plan.train_tokens,
         "presentations_per_token": state.presented / plan.train_tokens,
@@ -209,7 +223,7 @@ def summarize(
             "wasted": state.ledger["wasted"],
         },
         "presentations": ledger,
-        "flops": state.presented * flops_per_token(cfg, state.model),
+        "flops": state.presented * flops_per_token(cfg, state.model) if not cfg.growth.ops else sum(part["flops"] for part in parts),
         "fingerprints": corpus.fingerprints,
         "origin": corpus.origin,
         "geometry": list(cfg.geometry),
@@ -218,6 +232,7 @@ def summarize(
         "machine_classes": env["machine_classes"],
         "versions": env["versions"],
         "all_versions": env["all_versions"],
+        "peak_memory": peak(),
         "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
         "resumed": state.resumed,
     }
@@ -225,7 +240,18 @@ def summarize(
         cfg=cfg, corpus=corpus, data=data, model=state.model, evals=evals, ledger=ledger, summary=summary,
         initial_weights="random", evaluate_hash=env["evaluate_hash"],
     )  # fmt: skip
+    if cfg.growth.ops:
+        summary |= {"active": parts[-1]["active"], "segments": parts}
     return summary | {"guards": [asdict(g) for g in guards(evidence)]}
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes: the GPU's where it has one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 
 from mainrun.config import Plan, StepInputs, TrainConfig
 from mainrun.corpus import load_corpus
-from mainrun.errors import Diverged, Interrupted, RunError
-from mainrun.growth.schedule import check_trainable
-from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm
+from mainrun.errors import Diverged, Interrupted, MainrunError, RunError
+from mainrun.growth.live import Growth, rebuilt
+from mainrun.growth.moments import PLAIN, Mark
+from mainrun.growth.schedule import ARCHITECTURE
+from mainrun.kernels import Masks, Muon, attend, cross_entropy, gelu, linear, rms_norm
 from mainrun.layers.average import Average
 from mainrun.machine import Machine, StopFlag
 from mainrun.progress import QUIET, Progress
@@ -83,22 +86,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-class Masks:
-    """Ones and zeros, a byte each, dealt out to the places that drop, in the order in which they come (`drops`)."""
-
-    def __init__(self, pool: Tensor) -> None:
-        self.pool, self.used = pool, 0
-
-    def take(self, shape: Iterable[int]) -> Tensor:
-        shape = tuple(shape)
-        start, self.used = self.used, self.used + math.prod(shape)
-        return self.pool[start : self.used].view(shape)
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        # a bool would be six times slower; the scale apart and last, so that bfloat16 does not round it
-        return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p)) if p else x
 
 
 def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[tuple[int, float]]:
@@ -315,75 +302,57 @@ def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, poo
 # The optimiser
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: every singular value of an update is about 1. Matrices of one shape are done in one batch.
-
-    The rate is in AdamW's units: an update has the size (rms) that AdamW's would have.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
-        super().__init__(groups, {"lr": 1.0, "weight_decay": 0.0})
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                moments, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params if p.grad is not None]
-                torch._foreach_lerp_(moments, grads, 1 - self.momentum)
-                ahead = torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads  # Nesterov's look ahead
-                updates = orthogonal(torch.stack(ahead)).to(params[0].dtype).unbind()
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
-
-
-def orthogonal(batch: Tensor) -> Tensor:
-    """The nearest matrices with singular values near 1, by five quintic Newton-Schulz steps in bfloat16. (N, rows, columns)"""
-    x = batch.bfloat16()
-    if tall := x.size(1) > x.size(2):
-        x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
-
-
 class Optimizers:
-    """One optimiser, or Muon beside AdamW; parameters in groups by what they are; state by the parameter's name."""
+    """One optimiser, or Muon beside AdamW; parameters in groups by what they are and how they learn; state by the parameter's name."""
 
-    def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
+    def __init__(self, cfg: TrainConfig, model: nn.Module, marks: Mapping[str, Mark] = MappingProxyType({})) -> None:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names: dict[Tensor, str] = {p: n for n, p in named.items()}
+        self.marks = dict(marks)
         # a router's gradient lacks one direction, what all its scores share: Muon would fill it with noise of full size
         inside = {n for n in named if n.startswith("blocks.") and ".router." not in n}
         matrices = [p for n, p in named.items() if n in inside and p.ndim == 2]
         tables = [p for n, p in named.items() if n not in inside and p.ndim == 2]
         vectors = [p for p in named.values() if p.ndim < 2]
-        inner = {"params": matrices, "rate": "lr", "decays": True}
-        outer = [{"params": tables, "rate": "lr_aux", "decays": True}, {"params": vectors, "rate": "lr_aux", "decays": False}]
-        outer = [group for group in outer if group["params"]]
+
+        def groups(params: Iterable[Tensor], rate: str, decays: bool) -> list[dict[str, Any]]:
+            """One, where all of them learn alike."""
+            by_mark: dict[Mark, list[Tensor]] = {}
+            for p in params:
+                by_mark.setdefault(marks.get(self.names[p], PLAIN), []).append(p)
+            return [{"params": held, "rate": rate, "decays": decays, "mark": m, "eps": cfg.eps * m.eps} for m, held in by_mark.items()]
+
+        inner, outer = groups(matrices, "lr", True), groups(tables, "lr_aux", True) + groups(vectors, "lr_aux", False)
         self.all: list[torch.optim.Optimizer]
         if cfg.optimizer == "sgd":
-            self.all = [torch.optim.SGD([inner, *outer], lr=1.0, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)]
+            self.all = [torch.optim.SGD(inner + outer, lr=1.0, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)]
         elif cfg.optimizer == "adamw":
-            self.all = [torch.optim.AdamW([inner, *outer], lr=1.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)]
+            self.all = [torch.optim.AdamW(inner + outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)]
         else:
-            beside = torch.optim.AdamW(outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
-            self.all = [Muon([inner], cfg.momentum), beside]
+            beside = torch.optim.AdamW(outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+            self.all = [*([Muon(inner, cfg.momentum)] if inner else []), beside]
+        self.groups = [group for optimizer in self.all for group in optimizer.param_groups]
 
-    def step(self, inputs: StepInputs) -> None:
+    def set_rates(self, inputs: StepInputs, step: int) -> None:
+        for group in self.groups:
+            rate, mark = getattr(inputs, group["rate"]), group["mark"]
+            if mark != PLAIN:
+                rate *= mark.rate(step)
+            if group["params"][0].is_cuda:  # where a recorded step finds it
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else torch.tensor(rate, device="cuda")
+            else:
+                group["lr"] = rate
+            group["weight_decay"] = inputs.weight_decay * mark.weight_decay if group["decays"] else 0.0
+
+    def apply(self) -> None:
+        for group in self.groups:
+            group["capturable"] = group["params"][0].is_cuda and torch.cuda.is_current_stream_capturing()
         for optimizer in self.all:
-            for group in optimizer.param_groups:
-                group["lr"] = getattr(inputs, group["rate"])
-                group["weight_decay"] = inputs.weight_decay if group["decays"] else 0.0
             optimizer.step()
+
+    def step(self, inputs: StepInputs, step: int = 0) -> None:
+        self.set_rates(inputs, step)
+        self.apply()
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -394,13 +363,13 @@ class Optimizers:
             if value is not None
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor], copy: bool = True) -> None:
+        """copy: not the tensors themselves, which may be a mapped file."""
         owner = {self.names[p]: (optimizer, p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
         for full_name, value in tensors.items():
             _, name, key = full_name.split("/")
             optimizer, p = owner[name]
-            # fused kernels want all of it beside the weights, the step count too; a copy, for these tensors are a mapped file
-            optimizer.state[p][key] = value.to(p.device, copy=True)
+            optimizer.state[p][key] = value.to(p.device, copy=copy)  # fused kernels want all of it there, the step count too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,14 +380,16 @@ class State:
     """Everything a run carries from step to step, and so everything a checkpoint holds."""
 
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
-        self.model = model
-        self.optimizers = Optimizers(cfg, model)
-        self.average = Average(cfg, model)
         self.step = self.saved = 0  # steps done; of them in the run's own checkpoint
         self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
         self.resumed = 0
         self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}  # steps taken from the store; steps trained, and lost again
         self.spent: dict[str, float] = {}  # seconds, by what they went into
+        self.grown: dict[str, Any] = {}  # of a run with a schedule: what growth/live.py needs to go on from here
+        self.become(cfg, model, Optimizers(cfg, model))
+
+    def become(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
+        self.cfg, self.model, self.optimizers, self.average = cfg, model, optimizers, Average(cfg, model)
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -433,7 +404,10 @@ class State:
         average = self.average.shadow.items() if self.average.apart else ()
         return model | self.optimizers.state() | {f"average/{n}": t for n, t in average}
 
-    def load(self, tensors: dict[str, Tensor], step: int, presented: int) -> None:
+    def load(self, tensors: dict[str, Tensor], step: int, presented: int, grown: dict[str, Any] | None = None) -> None:
+        if grown:
+            self.become(*rebuilt(self, grown))
+        self.grown = grown or {}
         if more := {n for n in tensors if n.startswith("model/")} - {f"model/{n}" for n, _ in self.model.named_parameters()}:
             raise RunError(f"the state holds {min(more)}, the model does not; build the model as it was when the state was saved")
         self.step, self.presented = step, presented
@@ -460,7 +434,6 @@ def train(
 
     keep: steps after which the store keeps the state, besides those that the config suggests. until: stop after that step.
     """
-    check_trainable(cfg)
     with ExitStack() as held:
         stop = held.enter_context(StopFlag())  # from the start: a signal while data is prepared is obeyed before the first step
         started = time.perf_counter()
@@ -487,20 +460,25 @@ def train(
             run.write("config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles})
             write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
+        state.model.set_up(plan.at(0), machine.attention)  # a score may come before a step
         state.spent["data"] = read
         env = environment(machine)
+        growth = Growth(cfg, plan, machine, state, Metrics(run.path / "growth.jsonl") if machine.leads and cfg.growth.ops else None)
         reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh) if store else None
-        metrics = resume(cfg, run, state, env, progress, reuse) if machine.leads else None
+        if reuse:
+            growth.also, reuse.journal = reuse.rows_append, growth.journal
+        metrics = resume(cfg, run, state, env, progress, reuse, growth) if machine.leads else None
         if machine.world > 1:
-            follow(cfg, run, state, machine)
-        progress.start(cfg, plan.table(), run.metrics())
+            follow(cfg, run, state, machine, growth)
+        progress.start(cfg, growth.plan.table(), run.metrics())
         if machine.why:
             progress.note(machine.why)
         earlier = sum(state.spent.values()) - read
-        with ending(machine, run, state, plan, [reuse, progress, metrics]):
-            loop(cfg, plan, data, machine, run, state, metrics, progress, stop, reuse, until or plan.steps)
+        with ending(machine, run, growth, [reuse, progress, metrics, growth]):
+            loop(cfg, growth, data, machine, run, state, metrics, progress, stop, reuse, until)
         if not machine.leads:
             return {}
+        plan = growth.plan
         with state.average.applied(), state.clock("guards"):
             summary = summarize(cfg, plan, corpus, data, run, state, env)
         state.spent["overhead"] = state.spent.get("overhead", 0.0) + earlier + time.perf_counter() - started - sum(state.spent.values())
@@ -513,41 +491,85 @@ def make_runner(machine: Machine, model: GPT) -> nn.Module:
     return nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
 
 
-def gradients(
-    cfg: TrainConfig, machine: Machine, runner: nn.Module, model: GPT, x: Tensor, y: Tensor, inputs: StepInputs, step: int
-) -> Tensor:
-    """A step as far as the clipped gradients: its loss and their norm, still on the device."""
-    model.train()
-    model.set_up(inputs, machine.attention)
-    model.zero_grad(set_to_none=True)
-    pieces = inputs.grad_accum * machine.world  # micro-batch m of this process is piece m * world + rank
-    places = drops(cfg, inputs, cfg.passes * len(x) // pieces, machine.attention)
-    total = torch.zeros((), device=machine.device)
-    for micro in range(inputs.grad_accum):
-        piece = micro * machine.world + machine.rank
-        pool = machine.masks(places, mix(cfg.seed, "step", step, piece))
-        last = micro == inputs.grad_accum - 1
-        with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
-            loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool)
-            (loss / inputs.grad_accum).backward()
-        total += plain / inputs.grad_accum
-        del loss, pool  # what they hold is not needed beside the next micro-batch
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-    return torch.stack((machine.mean(total), norm))
+class Stepper:
+    """What a step does: its gradients, then what they do to the weights. Each is recorded on a GPU, so all that changes from step to
+    step without a change of `inputs` (the batch, the seeds, the rates) reaches them through tensors and generators."""
+
+    def __init__(self, cfg: TrainConfig, machine: Machine, state: State) -> None:
+        self.cfg, self.machine, self.state, self.model = cfg, machine, state, state.model
+        self.runner = make_runner(machine, state.model)
+        # the ledger counts what really goes forward, not what the config says
+        self.counts = self.runner.register_forward_pre_hook(self.count)
+        self.learn, self.move = machine.recorded(cfg, self._learn), machine.recorded(cfg, self._move)
+        self.goes = 0  # tokens of a step that is recorded: a replay calls no model
+
+    def count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.model.training:
+            self.state.presented += args[0].numel() * self.machine.world
+
+    def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs, step: int) -> Tensor:
+        """A step as far as the clipped gradients: its loss and their norm, still on the device."""
+        machine, before = self.machine, self.state.presented
+        # micro-batch m of this process is piece m * world + rank
+        machine.seed([mix(self.cfg.seed, "step", step, m * machine.world + machine.rank) for m in range(inputs.grad_accum)])
+        self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
+        numbers = self.learn((self.inputs, x.shape), x, y)
+        assert numbers is not None
+        self.goes = self.state.presented - before or self.goes
+        self.state.presented = before + self.goes
+        return numbers
+
+    def _learn(self, x: Tensor, y: Tensor) -> Tensor:
+        cfg, machine, inputs, model, runner = self.cfg, self.machine, self.inputs, self.model, self.runner
+        model.train()
+        model.set_up(inputs, machine.attention)
+        model.zero_grad(set_to_none=True)
+        pieces = inputs.grad_accum * machine.world
+        places = drops(cfg, inputs, cfg.passes * len(x) // pieces, machine.attention)
+        total = torch.zeros((), device=machine.device)
+        for micro in range(inputs.grad_accum):
+            piece = micro * machine.world + machine.rank
+            pool = machine.masks(places, micro)
+            last = micro == inputs.grad_accum - 1
+            with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
+                loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool)
+                (loss / inputs.grad_accum).backward()
+            total += plain / inputs.grad_accum
+            del loss, pool  # what they hold is not needed beside the next micro-batch
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        return torch.stack((machine.mean(total), norm))
+
+    def update(self, inputs: StepInputs) -> None:
+        self.state.optimizers.set_rates(inputs, self.state.step)
+        self.move.on = self.learn.graph is not None  # before, the gradients lie elsewhere at each step
+        self.move((inputs.weight_decay, self.learn.graph))
+        self.state.average.update(inputs)
+
+    def _move(self) -> None:
+        self.state.optimizers.apply()
+
+    def forget(self, model: bool = False) -> None:
+        """The state was loaded anew; or, with its model, will be another."""
+        self.learn.forget()
+        self.move.forget()
+        if model:
+            self.counts.remove()
+            self.model = self.runner = None  # type: ignore[assignment]
 
 
 def loop(
-    cfg: TrainConfig, plan: Plan, data: TokenData, machine: Machine, run: RunDir, state: State, metrics: Metrics | None,
+    cfg: TrainConfig, growth: Growth, data: TokenData, machine: Machine, run: RunDir, state: State, metrics: Metrics | None,
     progress: Progress, stop: StopFlag, reuse: Reuse | None, until: int,
 ) -> None:  # fmt: skip
-    model, runner, warm = state.model, make_runner(machine, state.model), False
+    stepper, warm = Stepper(state.cfg, machine, state), False
     batches = Batches(cfg, data.splits["train"])
 
-    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if model.training:
-            state.presented += args[0].numel() * machine.world
-
-    runner.register_forward_pre_hook(count)  # the ledger counts what really goes forward, not what the config says
+    def renew() -> None:
+        """The state was loaded, or grown."""
+        nonlocal stepper, warm
+        stepper.forget()
+        if stepper.model is not state.model:
+            stepper, warm = Stepper(state.cfg, machine, state), False
 
     def save() -> None:
         if metrics is not None and state.step > state.saved:
@@ -555,6 +577,7 @@ def loop(
                 meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
                 meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
                 meta |= {"store": reuse.meta(state.step) if reuse else None, "ledger": state.ledger}
+                meta |= {"growth": state.grown, "journal": growth.journal.mark() if growth.journal else None}
                 checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
         machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         state.saved = state.step
@@ -576,11 +599,11 @@ def loop(
                 report(time.perf_counter() - clock)
                 kept = "the last checkpoint before it is kept"
                 if row["step"] == state.step + 1:
-                    state.presented -= plan.stretch(state.step).span * cfg.passes  # nothing was learnt from this step
+                    state.presented -= growth.plan.stretch(state.step).span * cfg.passes  # nothing was learnt from this step
                     save()
                     kept = "the checkpoint before this step is kept"
                 raise Diverged(
-                    f"loss {loss} with gradient norm {norm} at step {row['step']} of {plan.steps}, lr {row['lr']:g}; "
+                    f"loss {loss} with gradient norm {norm} at step {row['step']} of {growth.plan.steps}, lr {row['lr']:g}; "
                     f"lower lr or lr_aux, or raise warmup_frac ({kept})"
                 )
             read.append(row | {"loss": loss, "grad_norm": norm})
@@ -589,55 +612,85 @@ def loop(
     def report(seconds: float) -> None:
         for row in read:
             row["seconds"] = seconds / len(read)
-            write(row, logged := row["step"] % cfg.log_every == 0 or row["step"] == plan.steps)
+            write(row, logged := row["step"] % cfg.log_every == 0 or row["step"] == growth.plan.steps)
             if logged:
-                progress.step(row | {"steps": plan.steps})
+                progress.step(row | {"steps": growth.plan.steps})
         read.clear()
 
-    def evaluate(lr: float) -> None:
+    def scores() -> list[dict[str, Any]]:
         with state.clock("evaluation"):
-            found = list(score(cfg, data, state)) if machine.leads else []
+            return [row | growth.figures for row in score(cfg, data, state)] if machine.leads else []
+
+    def evaluate(lr: float) -> None:
+        found = scores()
         if machine.any(not all(math.isfinite(row["loss"]) for row in found)):
-            why = f"the score at step {state.step} of {plan.steps} is no number after lr {lr:g}"
+            why = f"the score at step {state.step} of {growth.plan.steps} is no number after lr {lr:g}"
             raise Diverged(f"{why}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)")
         for row in found:
             write(row)
-            progress.eval(row | {"steps": plan.steps})
+            progress.eval(row | {"steps": growth.plan.steps})
 
     def share() -> None:
-        """Leave the state for others, and go on from what others have left further on."""
-        if reuse:
-            reuse.publish(state)
-            while reuse.advance(state, metrics, stop):
-                evaluate(plan.at(state.step - 1).lr)
+        """Leave the state for others, go on from what others have left further on, and settle what the scores so far decide."""
+        again = True
+        while again:
+            again = False
+            if reuse:
+                reuse.publish(state)
+                step, unscored = state.step, reuse.advance(state, metrics, stop)
+                if moved := state.step != step:
+                    growth.restored()
+                    renew()
+                if unscored:
+                    evaluate(growth.plan.at(state.step - 1).lr)
+                again = unscored or (moved and growth.plan.undecided is not None)
+            growth.heard(run.metrics() if metrics is not None and cfg.growth.ops else [])
+            if growth.decide():
+                again = reuse is not None
+                if reuse:
+                    reuse.follow(growth.plan)
 
     share()
     clock = time.perf_counter()
-    while state.step < plan.steps:
-        if state.step >= until or ((machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked))):
+    while state.step < (plan := growth.plan).steps:
+        wanted = until and state.step >= until
+        if wanted or ((machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked))):
             fetch()
             report(time.perf_counter() - clock)
             save()
-            why = f"{stop.asked or ('stopped' if state.step >= until else 'another process stopped')} at step {state.step} of {plan.steps}"
+            why = f"{stop.asked or ('stopped' if wanted else 'another process stopped')} at step {state.step} of {plan.steps}"
             raise Interrupted(f"{why}; everything is saved, the same command goes on from here")
+        if op := growth.waits:
+            stepper.forget(model=op.name in ARCHITECTURE)  # two models are enough
+            try:
+                with state.clock("growth"):
+                    growth.act(scores)
+            except MainrunError:
+                save()
+                raise
+            renew()
+            if reuse:
+                reuse.follow(growth.plan)
+            continue
         inputs, done = plan.at(state.step), state.step + 1
         evaluates = done in plan.eval_steps
         saves = done % plan.checkpoint_every == 0 or done == plan.steps
         keeps = reuse is not None and reuse.keeps(done)
         with state.clock("steps" if warm or not machine.compile else "compile"), machine.compiling():  # at the first step
             x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
-            numbers = gradients(cfg, machine, runner, model, x, y, inputs, state.step)
+            numbers = stepper.gradients(x, y, inputs, state.step)
             unread.append(({"event": "step", "step": done, "tokens": plan.tokens(done), "lr": inputs.lr}, numbers))
             if len(unread) == machine.lag or evaluates or keeps or saves:
                 fetch()
-            state.optimizers.step(inputs)
-            state.average.update(inputs)
+            stepper.update(inputs)
         state.step, warm = done, True
         if read:
             report(time.perf_counter() - clock)
+        for warning in growth.look_back():
+            progress.note(warning)
         if evaluates:
             evaluate(inputs.lr)
-        if keeps:
+        if keeps or evaluates:
             share()
         if saves:
             save()

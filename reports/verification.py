@@ -115,9 +115,9 @@ def _compare(
         verdict.apart.append("the run was stopped, and went on on another machine class or with other versions")
     verdict.same_class = not verdict.apart
     verdict.tolerance = 0.0 if verdict.same_class else TOLERANCE[dtype]
-    verdict.steps, verdict.of = found["steps"], found["of"]
-    if verdict.of != summary["steps"]:
-        verdict.differences.append(f"its config makes {verdict.of} steps, the summary says {summary['steps']}")
+    verdict.steps, verdict.of = found["steps"], summary["steps"]
+    if found.get("of", verdict.of) != verdict.of:
+        verdict.differences.append(f"its config makes {found['of']} steps, the summary says {verdict.of}")
     sources = {entry["mainrun"] for entry in summary["all_versions"]}
     if sources != {found["versions"]["mainrun"]}:
         named = ", ".join(sorted(source[:12] for source in sources))
@@ -125,7 +125,7 @@ def _compare(
     verdict.differences += [
         f"{k} is {summary[k]!r} in the run, {found[k]!r} by its code and config"
         for k in ("fingerprints", "tokenizer", "params")
-        if found[k] != summary[k]
+        if found.get(k, summary[k]) != summary[k]
     ]
     _rows(verdict, {_key(row): row for row in rows}, found["rows"], verdict.tolerance)
     scored = sorted({row["step"] for row in found["rows"] if row["event"] == "eval"})

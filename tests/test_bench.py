@@ -110,7 +110,7 @@ def shares(cfg: TrainConfig) -> dict[str, float]:
     trial = Trial(cfg, Machine(cfg), Plan(cfg, 10_000), cfg.vocab_size)
     x, y = worker.random_batch(cfg, "cpu")
     trial.step(x, y)
-    return parts.shares(lambda: trial.step(x, y), trial.runner)
+    return parts.shares(lambda: trial.step(x, y), trial.stepper.runner)
 
 
 def test_the_parts_sum_to_the_step(tiny: Any) -> None:

@@ -669,7 +669,7 @@ def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(train_token
 @given(st.integers(40, 250), changes())
 def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(train_tokens: int, found: list[dict[str, Any]]) -> None:
     plan = planned(train_tokens, found)
-    assert plan.stretches[0][1:] == (0, 0, 0, 0, 0)
+    assert plan.stretches[0][1:] == (0, 0, 0, 0, 0, None)
     for wanted, before, after in zip(found, plan.stretches, plan.stretches[1:], strict=False):
         assert before.first <= after.first < plan.steps
         assert after.tokens == before.tokens + (after.first - before.first) * before.span == plan.tokens(after.first)

@@ -24,6 +24,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"num_titles": 200, "preset": "baseline", "dropout": 0.0, "lr": 0.3, "optimizer": "sgd"}
 
+# one op at its step, one when an evaluation decides: all processes must find the same
+GROWS = (
+    '{"version":2,"ops":[{"name":"stack_layers","value":[0,0,1],"init":"identity","trigger":{"step":9}},'
+    '{"name":"widen_mlp","value":160,"trigger":{"any":[{"loss_below":0.1},{"wait_iters":5}]}}]}'
+)
+
 
 def config(**changes: Any) -> TrainConfig:
     """What the command line makes of the same changes."""
@@ -69,8 +75,9 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
         {},
         {"optimizer": "adamw", "lr": 1e-3, "grad_accum": 2, "ema": 0.9, "weight_decay": 0.1},
         {"optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "order": "shuffle_titles", "value_residual": True},
+        {"growth": GROWS},
     ],
-    ids=["sgd", "adamw, accumulation, ema", "muon"],
+    ids=["sgd", "adamw, accumulation, ema", "muon", "growth"],
 )
 def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     cfg = config(**recipe)

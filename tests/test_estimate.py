@@ -39,7 +39,7 @@ def test_the_count_follows_what_is_alive() -> None:
 def tensors(cfg: TrainConfig) -> float:
     """The bytes of the tensors alone, without what the process takes in any case."""
     machine = Machine(cfg)
-    return (memory(cfg, machine, cfg.vocab_size) - estimate.PROCESS) / FRAGMENTS
+    return (memory(Plan(cfg, 10**9), machine, cfg.vocab_size) - estimate.PROCESS) / FRAGMENTS
 
 
 def test_the_memory_has_its_terms(tiny: Any) -> None:
@@ -67,7 +67,7 @@ def test_the_memory_has_its_terms(tiny: Any) -> None:
 def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: str) -> None:
     huge = tiny(d_model=8192, n_layer=20, batch_size=512, block_size=1024, vocab_size=100_000, compile="off", optimizer=optimizer)
     before, held = torch.get_rng_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert memory(huge, Machine(huge), 100_000) > 5e11
+    assert memory(Plan(huge, 10**12), Machine(huge), 100_000) > 5e11
     assert torch.equal(before, torch.get_rng_state())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < held + 300_000  # kB
 
@@ -108,7 +108,7 @@ def test_a_probe_adds_up_its_parts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(estimate, "timed", timed)
     real = estimate.Trial.step
     monkeypatch.setattr(estimate.Trial, "step", lambda self, x, y: steps.append(self.state.step) or real(self, x, y))
-    found = estimate.probed(cfg, machine, plan, data)
+    found = estimate.probed(cfg, machine, plan, data, 1.0)
     assert steps == list(range(1 + PROBED))
     part = 2 * 8 * 16
     span = 8 * 16 + 1
@@ -130,7 +130,7 @@ def test_a_probe_does_not_compile(tiny: Any, monkeypatch: pytest.MonkeyPatch) ->
     machine.compile = True
     monkeypatch.setattr(torch, "compile", lambda model: pytest.fail("compiled"))
     monkeypatch.setattr(estimate, "compile_balance", lambda *_: (100.0, 1.0))
-    found = estimate.probed(cfg, machine, plan, data)
+    found = estimate.probed(cfg, machine, plan, data, 1.0)
     assert found["probe"]["compiles"] and found["eta_seconds"] + 1 > 100 and machine.compile
 
 

@@ -88,7 +88,9 @@ SHAPES: dict[str, Any] = {
     "n_head": [2, 4], "n_kv_head": [0, 1, 2], "d_model": [16, 24], "d_ff": [0, 40], "norm": ["layernorm", "rmsnorm"],
     "position": ["learned", "rope"], "mlp": ["gelu", "swiglu", "relu2"], "bias": [True, False], "qkv_bias": [None, True, False],
     "qk_norm": [True, False], "attn_gate": [True, False], "layer_scale": [0.0, 0.1], "value_residual": [True, False],
-    "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8],
+    "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8], "experts": [0, 4], "top_k": [1, 2],
+    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "embed_lora_rank": [0, 2], "unused_ids": [0, 5],
+    "frozen": [(), (0,)],
 }  # fmt: skip
 
 
@@ -107,7 +109,10 @@ def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
     with torch.device("meta"):
         model = GPT(cfg, cfg.vocab_size)
     found, counted = size(cfg), sum(p.numel() for p in model.parameters())
-    assert (found.params, found.active, found.trained) == (counted, counted, counted)
+    met = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * cfg.top_k // cfg.experts if cfg.experts else 0
+    others = sum(p.numel() for n, p in model.named_parameters() if ".experts." not in n)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (found.params, found.active, found.trained) == (counted, others + met, trained)
     assert found.flops == flops_per_token(cfg, model)
 
 

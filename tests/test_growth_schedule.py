@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import ConfigError
-from mainrun.growth.schedule import ARCHITECTURE, NAMES, TRAINING, Facts, Op, Schedule, Trigger, after, check_trainable, due, read, walk
+from mainrun.growth.schedule import ARCHITECTURE, NAMES, TRAINING, Facts, Op, Schedule, Trigger, after, due, read, walk
 from mainrun.store import lineage
 
 # the original format, as the specification has it
@@ -487,14 +487,3 @@ def test_an_interval_of_evaluations_counts_from_where_it_is_set() -> None:
 
 
 # -- what is not trained yet
-
-
-@pytest.mark.parametrize("entry", [op("stack_layers", [0, 0, 1]), op("set_lr", 0.1, {"loss_below": 3})])
-def test_what_no_loop_carries_out_yet_is_refused_before_anything_is_read(tmp_path: Path, entry: dict[str, Any]) -> None:
-    from mainrun.train import train
-
-    cfg = config(corpus="file:nowhere.txt", growth={"ops": [op("set_lr", 0.1), entry]})
-    with pytest.raises(ConfigError, match=rf"growth: ops\[1\] {entry['name']!r} cannot be trained yet; .*grow plan"):
-        train(cfg, tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
-    check_trainable(config(growth={"ops": [op("set_lr", 0.1), op("set_dropout", 0.1, {"any": [{"tokens": 9}, {"budget_frac": 0.5}]})]}))

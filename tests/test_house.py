@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "mainrun.config": "mainrun.errors mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
     "mainrun.host": "",
     "mainrun.kernels": "mainrun.host",
-    "mainrun.machine": "mainrun.kernels mainrun.host mainrun.config mainrun.errors",
+    "mainrun.recorded": "",
+    "mainrun.machine": "mainrun.kernels mainrun.recorded mainrun.host mainrun.config mainrun.errors",
     "mainrun.progress": "mainrun.config mainrun.errors",
     "mainrun.store": "mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
@@ -44,18 +45,22 @@ MAY_IMPORT = {
     "mainrun.tokens": "mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.growth": "mainrun.layers mainrun.store mainrun.progress mainrun.config mainrun.errors mainrun.train",  # for its types alone
-    "mainrun.sitting": "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
+    "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.config mainrun.errors "
+    "mainrun.train mainrun.machine",  # these two for their types alone
+    "mainrun.sitting": "mainrun.growth "
+    "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
     "mainrun.config mainrun.errors mainrun.reuse mainrun.train",  # these two for their types alone
-    "mainrun.reuse": "mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # train for its types alone
+    "mainrun.reuse": "mainrun.growth mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # for its types alone
     "mainrun.batch": "mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
-    "mainrun.audit": "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
+    "mainrun.audit": "mainrun.growth "
+    "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
     "mainrun.errors",
-    "mainrun.replay": "mainrun.audit mainrun.train mainrun.sitting mainrun.guards mainrun.store mainrun.tokens mainrun.corpus "
-    "mainrun.machine mainrun.config mainrun.errors",
+    "mainrun.replay": "mainrun.audit mainrun.growth mainrun.train mainrun.sitting mainrun.guards mainrun.store mainrun.tokens "
+    "mainrun.corpus mainrun.machine mainrun.config mainrun.errors",
     "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
     "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.bench": "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
+    "mainrun.bench": "mainrun.kernels "
+    "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
     "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
     "mainrun.estimate": "mainrun.kernels mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.growth "
     "mainrun.machine "
@@ -66,7 +71,7 @@ MAY_IMPORT = {
     "mainrun.cli": "*",
     "mainrun.terminal": "mainrun.host mainrun.errors",
     "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.errors",
-    "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "sweeps": "mainrun.store mainrun.config mainrun.errors",

@@ -179,7 +179,7 @@ def test_all_of_them_at_once_are_estimated_counted_and_trained() -> None:
     assert told.flops == flops_per_token(cfg, model)
     machine = Machine(cfg)
     machine.settle(cfg, Plan(cfg, 10_000))
-    more = memory(cfg.changed(experts=32), machine, cfg.vocab_size) - memory(cfg, machine, cfg.vocab_size)
+    more = memory(Plan(cfg.changed(experts=32), 10**6), machine, cfg.vocab_size) - memory(Plan(cfg, 10**6), machine, cfg.vocab_size)
     extra = size(cfg.changed(experts=32)).params - told.params
     assert 2 * 4 * extra < more < 6 * 4 * extra, "weights, gradients, momentum; half of the layers are frozen"
     live, optimizers = trained(cfg, 2, torch.float32)

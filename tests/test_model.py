@@ -397,7 +397,9 @@ def test_dropout_has_three_places_and_none_in_evaluation() -> None:
 
 def masks(cfg: TrainConfig, at: StepInputs, idx: Tensor, seed: int) -> Tensor | None:
     wide = cfg.model_copy(update={"block_size": idx.size(1)})
-    return Machine(cfg).masks(drops(wide, at, len(idx), "plain"), seed)
+    machine = Machine(cfg)
+    machine.seed([seed])
+    return machine.masks(drops(wide, at, len(idx), "plain"), 0)
 
 
 def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +440,9 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
     assert [start for start, _ in taken] == [0, *(end for _, end in taken[:-1])] and taken[-1][1] == len(pool)
     places = drops(cfg.model_copy(update={"block_size": idx.size(1)}), at, len(idx), "plain")
     assert [end - start for start, end in taken] == [size for size, _ in places]
-    big = Machine(cfg).masks([(1_000_000, 0.25), (1_000_000, 1 / 256), (1_000_000, 255 / 256)], 5)
+    machine = Machine(cfg)
+    machine.seed([5])
+    big = machine.masks([(1_000_000, 0.25), (1_000_000, 1 / 256), (1_000_000, 255 / 256)], 0)
     assert big is not None
     for part, p in zip(big.split(1_000_000), (0.25, 1 / 256, 255 / 256), strict=True):
         assert abs(1 - part.float().mean().item() - p) < 5 * (p * (1 - p) / 1e6) ** 0.5

@@ -626,6 +626,7 @@ def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
 ODD: list[dict[str, Any]] = [
     {}, {"root": 7}, {"config": None}, {"config": {"lr": "much"}}, {"config": {"num_titles": 1, "batch_size": 10**6}}, {"step": 99},
     {"step": "x"}, {"step": 29}, {"at": None}, {"at": "late"}, {"at": 27}, {"scores": 7}, {"scores": [[]], "geometry": 3},
+    {"fired": None}, {"fired": "x"}, {"fired": [10**6]},
 ]  # fmt: skip
 
 
@@ -1077,7 +1078,7 @@ from mainrun.store import leases
 leases.Leases.__init__.__defaults__ = (float(sys.argv.pop(1)),)
 pace, halt = float(sys.argv.pop(1)), int(sys.argv.pop(1))
 from mainrun import train
-gradients = train.gradients
+gradients = train.Stepper.gradients
 
 def slowed(*args):
     if args[-1] == halt:
@@ -1088,7 +1089,7 @@ def slowed(*args):
     time.sleep(pace)
     return gradients(*args)
 
-train.gradients = slowed
+train.Stepper.gradients = slowed
 from mainrun.cli import main
 main()
 """
@@ -1403,3 +1404,14 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
     keeper.close()
     print(f"stall {min(stalls):.2f} s, save {min(saves):.2f} s")
     assert min(stalls) < 0.3 and min(saves) < 1.5
+
+
+def test_a_score_before_the_first_step_of_a_sitting_is_computed_as_all_are(tmp_path: Path) -> None:
+    """How attention is computed is settled before the first step, not by it."""
+    never, once = (config(attention="sdpa", dropout=0.0, eval_interval=every) for every in (1000, 10))
+    store = Store(tmp_path / "store")
+    train(never, tmp_path / "shared", store=store, keep=[10])
+    found = train(once, tmp_path / "shared", store=store)
+    assert found["ledger"]["reused"] >= 10
+    train(once, tmp_path / "alone")
+    assert end(tmp_path / "shared" / once.run_id) == end(tmp_path / "alone" / once.run_id)

@@ -440,19 +440,19 @@ def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
 def test_a_last_update_that_breaks_the_weights_diverges_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No later loss would show it; the last score does."""
     cfg = config(checkpoint_every=10)
-    original = trainer.Optimizers.step
+    original = trainer.Optimizers.apply
     done = 0
 
-    def broken(self: Any, inputs: Any) -> None:
+    def broken(self: Any) -> None:
         nonlocal done
-        original(self, inputs)
+        original(self)
         done += 1
         if done == last:
             with torch.no_grad():
                 next(iter(self.names)).fill_(math.nan)
 
     last = estimate(cfg)["plan"]["steps"]
-    monkeypatch.setattr(trainer.Optimizers, "step", broken)
+    monkeypatch.setattr(trainer.Optimizers, "apply", broken)
     with pytest.raises(Diverged, match=f"the score at step {last} of {last} is no number"):
         train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
@@ -665,7 +665,7 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
     assert set(summary) == {
         "run", "preset", "status", "steps", "last", "best", "scores", "params", "tokens", "presentations", "flops", "seconds",
         "tokens_per_s", "fingerprints", "origin", "geometry", "tokenizer", "guards", "machine_class", "machine_classes", "versions",
-        "all_versions", "weights", "resumed", "spent", "ledger",
+        "all_versions", "weights", "resumed", "spent", "ledger", "peak_memory",
     }  # fmt: skip
     plan = RunDir(run).plan()
     assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (cfg.run_id, cfg.preset, "done", 0)

@@ -15,8 +15,9 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mainrun.config import TrainConfig
+from mainrun.kernels import Masks
 from mainrun.machine import Machine
-from mainrun.train import GPT, Attention, Masks, RMSNorm
+from mainrun.train import GPT, Attention, RMSNorm
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
 MARK, STEP = "part:", "whole step"

@@ -105,7 +105,7 @@ class Ours:
             "compile": self.machine.compile,
             "params": sum(p.numel() for p in model.parameters()),
             "flops": self.cfg.batch_size * self.cfg.block_size * self.cfg.passes * flops_per_token(self.cfg, model),
-            "memory_estimate": memory(self.cfg, self.machine, self.cfg.vocab_size),
+            "memory_estimate": memory(self.trial.plan, self.machine, self.cfg.vocab_size),
             "machine_class": self.machine.facts,
         }
 
@@ -116,7 +116,9 @@ class Ours:
         if self.request.get("evaluate"):
             found["evaluation"] = self.evaluation()
         if self.request.get("profile"):
-            found["profile"] = shares(self.step, self.trial.runner)
+            self.trial.stepper.forget()
+            self.trial.stepper.learn.on = False  # kernel by kernel, or there is nothing to tell apart
+            found["profile"] = shares(self.step, self.trial.stepper.runner)
         return found
 
     def evaluation(self) -> dict[str, Any]:

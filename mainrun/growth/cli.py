@@ -1,15 +1,17 @@
-"""`mainrun grow plan`: a schedule checked whole, and what it would make of a run."""
+"""`mainrun grow`: a schedule checked whole before a run, and what it did proven after it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mainrun.errors import ConfigError, UsageError
-from mainrun.terminal import Debug, Json, commands, emit, show_table
+from mainrun.errors import ConfigError, MainrunError, UsageError
+from mainrun.store.cli import StorePlace, open_store
+from mainrun.terminal import Debug, Json, commands, emit, show_table, stoppable
 
-app = commands("How a model grows while it trains: plan.")
+app = commands("How a model grows while it trains: plan, verify.")
 
 
 @app.command("plan")
@@ -47,6 +49,35 @@ def plan(
     _show(rows)
     for warning in found.warnings:
         print(f"warning: {warning}")
+
+
+@app.command("verify")
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    place: StorePlace = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Do the ops of a run once more, from the states before them, and check what they promised.
+
+    The way to each op comes from the store beside the run (or --store), and is trained where it is not there. Exits with 1 when a check
+    fails, or an op leaves another row than it did in the run.
+    """
+    from mainrun.growth.repeat import repeat
+    from mainrun.store.rundir import RunDir
+
+    with stoppable():
+        found = [finding._asdict() for finding in repeat(RunDir(run), open_store(place, run.absolute().parent))]
+    if as_json:
+        emit(found)
+    else:
+        verdict = {(True, True): "ok", (True, False): "ok, but not as in the run", (False, True): "FAILS", (False, False): "FAILS"}
+        rows = [[f["name"], str(f["step"]), f["check"], verdict[f["ok"], f["same"]], f["detail"]] for f in found]
+        show_table(["op", "step", "check", "", "what was found"], rows)
+    wrong = [f for f in found if not f["ok"]]
+    if wrong or not all(f["same"] for f in found):
+        why = f"{len(wrong)} of {len(found)} checks fail" if wrong else "the ops did not do again what the run's journal says"
+        raise MainrunError(f"{why}; the table says where")
 
 
 def _row(segment: Any) -> dict[str, Any]:

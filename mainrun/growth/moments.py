@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mainrun.growth.schedule import Op
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
 Factor = float | Tensor  # one for all, or what broadcasts to the tensor
@@ -104,13 +107,46 @@ def rates(moved: IndexMap) -> dict[str, Rate]:
     return found
 
 
+class Mark(NamedTuple):
+    """How a parameter learns, beside what the config says: by what its rate, decay and eps are multiplied, and how it came in."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    since: int = 0  # after this step it was new; its rate climbs over the next `rewarm`
+    rewarm: int = 0
+
+    def rate(self, step: int) -> float:
+        return self.lr * min(1.0, (step - self.since + 1) / self.rewarm) if self.rewarm else self.lr
+
+
+PLAIN = Mark()
+
+
+def marks(before: Mapping[str, Mark], moved: IndexMap, op: Op, step: int) -> dict[str, Mark]:
+    """Of the parameters that do not learn as all do. New are those without a past, and a layer's second copy."""
+    found, wide, seen = {}, rates(moved) if op.lr.width_rule == "adam_1_over_n" else {}, set[str]()
+    for name, piece in moved.pieces.items():
+        mark = before.get(piece.source or "", PLAIN)
+        new = piece.grad is None or piece.source is None or (op.name == "stack_layers" and piece.source in seen)
+        seen.add(piece.source or "")
+        if new:
+            mark = Mark(op.lr.new_params_peak, since=step if op.lr.rewarm_iters else 0, rewarm=op.lr.rewarm_iters)
+        elif name in wide:
+            by = wide[name]
+            mark = mark._replace(lr=mark.lr * by.lr, weight_decay=mark.weight_decay * by.weight_decay, eps=mark.eps * by.eps)
+        if mark != PLAIN:
+            found[name] = mark
+    return found
+
+
 def transfer(
-    state: Mapping[str, Tensor], moved: IndexMap, mode: str = "auto", min_coverage: float = 0.0
+    state: Mapping[str, Tensor], moved: IndexMap, mode: str = "auto", min_coverage: float = 0.0, dry: bool = False
 ) -> tuple[dict[str, Tensor], float]:
     """train.Optimizers.state() of the model before, as that of the model after; and the share of its elements that kept theirs.
 
     scale: by the gradients' factors. auto: the same, for every op. keep: as they are. reset: nothing. asymmetric: as scale, but only the
-    first of several copies keeps its momentum, so that they part. A run without any state yet keeps all of it.
+    first of several copies keeps its momentum, so that they part. A run without any state yet keeps all of it. dry: the share alone.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not allowed; use {', '.join(MODES)}")
@@ -129,7 +165,7 @@ def transfer(
             goes_on = known & _firsts(piece, shape) & ~piece.take(used)
             used |= _used(piece, used.shape)
         factor = 1.0 if mode == "keep" else piece.grad
-        for key in mine.keys() - {"step"}:
+        for key in mine.keys() - ({"step"} if not dry else {"step", "exp_avg", "momentum_buffer"}):
             by = factor if key != "exp_avg_sq" else factor * factor
             mine[key] = scaled(piece.take(mine[key]), by)
         if not known.all() and "exp_avg_sq" in mine:
@@ -138,9 +174,11 @@ def transfer(
             if not typical > 0:
                 continue  # nothing was learnt yet: it restarts as a whole
             mine["exp_avg_sq"] = mine["exp_avg_sq"].where(there, typical)
+        kept += int(goes_on.sum())
+        if dry:
+            continue
         for key in mine.keys() & {"exp_avg", "momentum_buffer"}:
             mine[key] = mine[key].masked_fill(~goes_on.to(mine[key].device), 0)
-        kept += int(goes_on.sum())
         found |= {f"optimizer/{name}/{key}": value.clone() for key, value in mine.items()}
     total = sum(shape.numel() for shape in moved.new.values())
     coverage = kept / total if state and total else 1.0

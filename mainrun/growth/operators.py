@@ -90,14 +90,7 @@ def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int
 
     op: its name, value and init, of mainrun.growth.schedule; before and after: the configs in force.
     """
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    with torch.device("meta"):  # which draws nothing
-        made = type(model)(after, model.embed.num_embeddings - before.unused_ids)
-    new = made.to(dtype).to_empty(device=device).train(model.training)
-    for name, buffer in new.named_buffers():
-        buffer.copy_(model.get_buffer(name))  # of the context's length and a head's width, which no op changes
-    for block in new.blocks:
-        block.attn.fused = model.blocks[0].attn.fused
+    new = like(model, after)
     old = dict(model.named_parameters())
     change = Change(op, before, after, old, dict(new.named_parameters()), torch.Generator().manual_seed(seed))
     pieces = OPS[op.name](change)
@@ -109,6 +102,18 @@ def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int
     trained = {name: p.shape for name, p in new.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in old.items()}
     return new, IndexMap({name: pieces[name] for name in trained}, shapes, trained, change.truncated)
+
+
+def like(model: GPT, cfg: TrainConfig) -> GPT:
+    """A model of another config, beside this one. Nothing is drawn: its numbers are whatever its memory holds."""
+    with torch.device("meta"):
+        made = type(model)(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
+    new = made.to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device).train(model.training)
+    for name, buffer in new.named_buffers():
+        buffer.copy_(model.get_buffer(name))  # of the context's length and a head's width, which no op changes
+    for block in new.blocks:
+        block.attn.fused = model.blocks[0].attn.fused
+    return new
 
 
 # -- depth

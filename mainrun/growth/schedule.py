@@ -459,16 +459,6 @@ def walk(cfg: TrainConfig, ops: Iterable[Op]) -> tuple[list[Phase], list[Fault]]
     return phases, faults
 
 
-def check_trainable(cfg: TrainConfig) -> None:
-    """Refuse what no training loop carries out yet."""
-    waits = [f"ops[{op.place}] {op.name!r}" for op in cfg.growth.ops if op.name in ARCHITECTURE or not op.trigger.static]
-    if waits:
-        raise ConfigError(
-            f"growth: {', '.join(waits)} cannot be trained yet; ops of the training at a step, tokens or budget_frac can. "
-            "`mainrun grow plan` shows the whole schedule"
-        )
-
-
 # -- reading it
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -68,6 +68,22 @@ def size(cfg: TrainConfig) -> Size:
     return Size(params, params - unmet, trained, flops, 4 * numbers)
 
 
+def costs(cfg: TrainConfig, ids: int) -> dict[str, Any]:
+    """ids: of the tokenizer, which may have found fewer than it was allowed."""
+    found = size(cfg.model_copy(update={"vocab_size": ids}))
+    return {"params": found.params, "active": found.active, "flops_per_token": found.flops}
+
+
+def segments(plan: Plan, ids: int) -> list[dict[str, Any]]:
+    """A run by its ops: from which step on, for how many tokens, of what size, for how many FLOPs."""
+    found = []
+    for stretch, end in zip(plan.stretches, [*(s.first for s in plan.stretches[1:]), plan.steps], strict=True):
+        cost, tokens = costs(stretch.cfg, ids), plan.tokens(end) - plan.tokens(stretch.first)
+        flops = tokens * stretch.cfg.passes * cost["flops_per_token"]
+        found.append({"op": str(stretch.op or ""), "begins": stretch.first, "ends": end, "tokens": tokens, "flops": flops, **cost})
+    return found
+
+
 def simulate(cfg: TrainConfig, data: Any, train_tokens: int | None = None, speed: float | None = None) -> Found:
     """A schedule (its data) on a config, op by op. train_tokens: of an epoch; speed: FLOP/s, for the time."""
     schedule, wrong = read(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -197,7 +197,7 @@ def heads_diverge(moved: IndexMap, new: nn.Module) -> Check:
     )
 
 
-def layer_identity(new: GPT, layers: tuple[int, ...], idx: Tensor) -> Check:
+def layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> Check:
     """Inserted layers give back what they get, to the bit."""
     wrong: list[int] = []
 

@@ -21,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,9 @@ class Node:
     made: float
     rows_sha256: str
     rows: tuple[dict[str, Any], ...] = ()
+    grown: dict[str, Any] = field(
+        default_factory=dict
+    )  # of a run with a schedule: the ops that fired, the config in force (growth/live.py)
 
     def dump(self) -> bytes:
         body = _lines(self.rows)

@@ -1,0 +1,260 @@
+"""A schedule carried out while a run trains: when an op is due, what it makes of the state, and the proof that it kept its word.
+
+A state after step S is the one before the ops that act there: a checkpoint and a node of the store hold it so, and whoever goes on from
+one decides and acts once more. Both are functions of the config and of the scores so far, so it comes to the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.errors import MainrunError
+from mainrun.growth.moments import IndexMap, Mark, marks, transfer
+from mainrun.growth.operators import grow, like
+from mainrun.growth.schedule import ARCHITECTURE, Facts, Op, due
+from mainrun.growth.simulate import costs
+from mainrun.growth.verify import (
+    Check,
+    covered,
+    delta,
+    grouped,
+    heads_diverge,
+    layer_identity,
+    preserved,
+    probe,
+    rope_integrity,
+    router_lock,
+    router_scale,
+    tied,
+)  # fmt: skip
+from mainrun.host import give_back
+from mainrun.store.rundir import Metrics
+
+if TYPE_CHECKING:
+    from mainrun.machine import Machine
+    from mainrun.store.nodes import Node
+    from mainrun.train import GPT, Optimizers, State
+
+Row = dict[str, Any]
+SETTLES = 10  # steps after which copies should have parted, and a router have chosen
+ROWS = 4  # of the batch that an op is checked on
+PREFIX = "OPERATION_"  # of the journal's events
+
+
+class Growth:
+    """One run's schedule: `plan` is what is known of it by now, `journal` what was done."""
+
+    def __init__(self, cfg: TrainConfig, plan: Plan, machine: Machine, state: State, journal: Metrics | None = None) -> None:
+        self.cfg, self.plan, self.machine, self.state, self.journal = cfg, plan, machine, state, journal
+        self.also: Callable[[Row], None] = lambda row: None  # hears each row of the journal, too
+        self.losses: list[tuple[int, float]] = []  # of the split that decides, by step
+        self.applied = 0  # of the plan's stretches
+        self._fresh: tuple[Op, int, IndexMap] | None = None  # the last op of the architecture, until its copies should have parted
+        self.restored()
+
+    @property
+    def split(self) -> str:
+        return "dev" if self.cfg.dev_frac else "val"
+
+    @property
+    def ids(self) -> int:
+        model = self.state.model
+        return model.embed.num_embeddings - model.cfg.unused_ids
+
+    def tell(self, row: Row) -> None:
+        self.also(row)
+        if self.journal:
+            self.journal.append(row)
+
+    def close(self) -> None:
+        if self.journal:
+            self.journal.close()
+
+    def restored(self) -> None:
+        """The state was loaded, or built: the ops that act right where it stands are still to come, unless it says otherwise."""
+        if self.state.grown:
+            self.plan = Plan(self.cfg, self.plan.train_tokens, self.state.grown["fired"])
+        self.applied = self.state.grown.get("applied", acted(self.plan, self.state.step))
+        self._fresh = None
+        self._keep()
+
+    def _keep(self) -> None:
+        self.state.grown = standing(self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()})
+
+    @property
+    def figures(self) -> Row:
+        """Of the model as it stands, for a row of scores; nothing where nothing grows."""
+        if not self.cfg.growth.ops:
+            return {}
+        spent = 0
+        for stretch, later in zip(self.plan.stretches, [*self.plan.stretches[1:], None], strict=True):
+            end = min(self.state.step, later.first if later else self.state.step)
+            tokens = max(0, end - stretch.first) * stretch.span
+            spent += tokens * stretch.cfg.passes * costs(stretch.cfg, self.ids)["flops_per_token"]
+        return {k: v for k, v in costs(self.state.cfg, self.ids).items() if k != "flops_per_token"} | {"flops": spent}
+
+    def heard(self, rows: Iterable[Row]) -> None:
+        """Scores: of dev where there is one, for val must not steer a run."""
+        found = {r["step"]: r["loss"] for r in rows if r["event"] == "eval" and r["split"] == self.split}
+        self.losses = sorted({**dict(self.losses), **found}.items())
+
+    # -- when
+
+    def decide(self) -> bool:
+        """After an evaluation: have ops that waited for it become due? If so the plan from here on is another."""
+        changed = False
+        while (op := self.plan.undecided) and self.plan.stretches[-1].first <= (step := self.state.step):
+            last = self.plan.stretches[-1]
+            if step not in self.plan.eval_steps or (last.op and last.op.reevaluate and last.first == step):
+                break
+            why = self._why(op, last.first) if self.machine.leads else None
+            if not self.machine.any(bool(why)):
+                break
+            self.plan, changed = Plan(self.cfg, self.plan.train_tokens, (*self.plan.fired, step)), True
+        self._keep()
+        return changed
+
+    def _why(self, op: Op, last: int) -> str | None:
+        step = self.state.step
+        return due(op, Facts(step, last, self.plan.tokens(step), self.plan.budget, [e for e in self.losses if e[0] <= step]))
+
+    # -- what
+
+    @property
+    def waits(self) -> Op | None:
+        """The op that acts before the next step, if there is one."""
+        later = self.plan.stretches[self.applied + 1 :]
+        return later[0].op if later and later[0].first <= self.state.step < self.plan.steps else None
+
+    def act(self, evaluate: Callable[[], list[Row]]) -> bool:
+        """Carry out what is due before the next step. True: the model is another one."""
+        grew = False
+        while op := self.waits:
+            (last, stretch), before = self.plan.stretches[self.applied : self.applied + 2], self.state.cfg
+            now = {"op": op.id, "name": op.name, "value": op.value, "step": self.state.step, "tokens": self.plan.tokens(self.state.step)}
+            old = self.losses[-1][1] if self.losses else None
+            told = {
+                "ops": op.place,
+                "desc": op.desc,
+                "why": self._why(op, last.first) or str(op.trigger),
+                "loss": old,
+                "seed": op.seed,
+                "preserve": op.preserve,
+            }
+            self.tell({"event": f"{PREFIX}START", **now, **told, **costs(before, self.ids)})
+            clock = time.perf_counter()
+            if op.name in ARCHITECTURE:
+                checks, found = self._grow(op, before, stretch.cfg)
+                if wrong := [check for check in checks if not check.ok]:
+                    self._fail(op, now, wrong)
+                    continue
+                grew = True
+            else:
+                self.state.cfg, checks, found = stretch.cfg, [], {}
+            self.applied += 1
+            done = {"event": f"{PREFIX}SUCCESS", **now, "seconds": time.perf_counter() - clock, **costs(stretch.cfg, self.ids), **found}
+            self.tell(done | {"checks": [vars(check) for check in checks]})
+            if op.reevaluate and (rows := evaluate()):
+                new = next(r["loss"] for r in rows if r["split"] == self.split)
+                change = None if old is None else new - old
+                self.tell({"event": f"{PREFIX}REEVALUATION", **now, "loss_before": old, "loss_after": new, "change": change})
+        self._keep()
+        return grew
+
+    def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[Check], Row]:
+        """The new model in place of the old one, if it passes; else nothing has changed."""
+        state = self.state
+        old, idx = state.model, self._probe()
+        old.zero_grad(set_to_none=True)
+        new, moved = grow(op, before, after, old, op.seed)
+        moved_by, largest = delta(old, new, idx, full=op.preserve == "exact")
+        checks = [preserved(op.preserve, old, new, idx), tied(before, new), rope_integrity(old, new)]
+        if op.preserve in ("exact", "bitexact") and op.name != "stack_layers":
+            checks.append(router_scale(old, new, idx))
+        if op.name == "stack_layers" and op.init == "identity":
+            inserted = [i for i, source in enumerate(op.value) if source in op.value[:i]]
+            checks.append(layer_identity(new, inserted, idx))
+        shadow = None
+        if state.average.apart:
+            with state.average.applied():
+                shadow = dict(grow(op, before, after, old, op.seed)[0].named_parameters())  # the same draws: the same change
+        optimizers = type(state.optimizers)(after, new, marks(state.optimizers.marks, moved, op, state.step))
+        moments, how = state.optimizers.state(), (op.optimizer.mode, op.optimizer.min_coverage)
+        try:
+            _, coverage = transfer(moments, moved, *how, dry=True)
+        except ValueError as e:
+            return [*checks, Check("coverage", False, str(e))], {}
+        checks += [covered(coverage, op.optimizer.min_coverage if op.optimizer.mode != "reset" else 0.0), grouped(new, optimizers)]
+        if all(check.ok for check in checks):
+            del old
+            state.become(after, new, optimizers)  # so that the old weights go before the new moments come
+            give_back()
+            optimizers.load(transfer(moments, moved, *how)[0], copy=False)
+            del moments
+            give_back()
+            if shadow:
+                state.average.apart = True
+                state.average.shadow = {name: p.detach() for name, p in shadow.items()}
+            pieces = {name: replace(piece, plus=None) for name, piece in moved.pieces.items()}  # as large as the model, and of no use now
+            self._fresh = (op, state.step, replace(moved, pieces=pieces))
+        return checks, {"delta_logits": moved_by, "largest_logit": largest, "coverage": coverage, "truncated": moved.truncated}
+
+    def _fail(self, op: Op, now: Row, wrong: list[Check]) -> None:
+        """Rolled back already, for the state was never touched; and never tried again."""
+        why = "; ".join(f"{check.name}: {check.detail}" for check in wrong)
+        self.tell({"event": f"{PREFIX}ERROR", **now, "checks": [vars(check) for check in wrong], "on_fail": op.on_fail})
+        if op.on_fail == "abort":
+            self._keep()
+            raise MainrunError(
+                f"growth: ops[{op.place}] {op.name!r} did not keep its word at step {self.state.step}: {why}; the state before it is kept. "
+                "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
+            )
+        self.plan = Plan(self.cfg, self.plan.train_tokens, (*self.plan.fired[: op.place], ~self.state.step))
+
+    def _probe(self) -> Any:
+        model = self.state.model
+        return probe(self.ids, min(model.cfg.block_size, 128), self.cfg.seed, ROWS).to(model.embed.weight.device)
+
+    # -- some steps later
+
+    def look_back(self) -> list[str]:
+        """Once after an op: copies that are still one thing, routers that choose but the same."""
+        if not self._fresh or self.state.step < self._fresh[1] + SETTLES:
+            return []
+        (op, since, moved), self._fresh = self._fresh, None
+        model: GPT = self.state.model
+        symmetry, locked = heads_diverge(moved, model), router_lock(model, self._probe())
+        wrong = ([] if symmetry.ok else [symmetry.detail]) + locked
+        router = Check("router", not locked, "; ".join(locked) or "each layer's tokens go to several experts, where it has any")
+        row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name, "step": self.state.step, "since": since}
+        self.tell(row | {"checks": [vars(symmetry), vars(router)]})
+        return [f"growth: {SETTLES} steps after ops[{op.place}] {op.name!r}: {text}" for text in wrong]
+
+
+def rebuilt(state: State, grown: dict[str, Any]) -> tuple[TrainConfig, GPT, Optimizers]:
+    """Config, model and optimisers as they were when a state was saved."""
+    cfg = from_dict(grown["config"])
+    model = like(state.model, cfg)
+    return cfg, model, type(state.optimizers)(cfg, model, {name: Mark(*mark) for name, mark in grown["marks"].items()})
+
+
+def acted(plan: Plan, step: int) -> int:
+    """How many ops have acted on the state after a step, which is kept before those that act right there."""
+    return sum(stretch.first < step for stretch in plan.stretches[1:])
+
+
+def standing(plan: Plan, applied: int, learns: dict[str, list[Any]]) -> dict[str, Any]:
+    """What a state says of its growth; nothing where nothing grows."""
+    if not plan.cfg.growth.ops:
+        return {}
+    config = plan.stretches[applied].cfg.model_dump(mode="json")
+    return {"fired": list(plan.fired), "applied": applied, "config": config, "marks": learns}
+
+
+def taken(plan: Plan, node: Node) -> dict[str, Any]:
+    """The same of a node that another run may have left: on the same chain, by another schedule."""
+    return standing(plan, acted(plan, node.step), node.grown.get("marks", {}))

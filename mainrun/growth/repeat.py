@@ -1,0 +1,72 @@
+"""`mainrun grow verify`: the ops of a run done once more, from the states before them, with all their checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from mainrun.config import TrainConfig
+from mainrun.errors import Interrupted, RunError, UsageError
+from mainrun.growth.live import PREFIX, SETTLES
+from mainrun.growth.schedule import ARCHITECTURE
+from mainrun.store.nodes import Store
+from mainrun.store.rundir import RunDir
+from mainrun.train import train
+
+CLOCKS = ("seconds", "reused")  # what differs from one time to the next
+
+
+class Finding(NamedTuple):
+    """A check of an op as it came out now; `same`: the op left the same row in the run's own journal, to the bit."""
+
+    op: str
+    name: str
+    step: int
+    check: str
+    ok: bool
+    same: bool
+    detail: str
+
+
+def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
+    """The way to an op is taken from the store where it is there, and trained where not; the op and the steps behind it are done here."""
+    cfg, told = run.config(), journal(run)
+    done = {row["op"]: row["step"] for row in told if row["event"] == f"{PREFIX}SUCCESS" and row["name"] in ARCHITECTURE}
+    if not done:
+        raise UsageError(f"{run.path} has no op of the architecture that acted; give a run whose schedule grew it")
+    with TemporaryDirectory() as folder:
+        for step in sorted(set(done.values())):
+            _train(cfg, Path(folder), store, step)
+            _train(cfg, Path(folder), None, step + SETTLES)
+        again = journal(RunDir(Path(folder) / cfg.run_id))
+    for row in again:
+        if row["op"] not in done or row["event"] not in (f"{PREFIX}SUCCESS", f"{PREFIX}LOOKBACK"):
+            continue
+        theirs = [_bare(other) for other in told if (other["event"], other["op"]) == (row["event"], row["op"])]
+        # a run that was stopped right behind an op did not look back on it
+        same = _bare(row) in theirs or (not theirs and row["event"] == f"{PREFIX}LOOKBACK")
+        for check in row["checks"]:
+            yield Finding(row["op"], row["name"], row["step"], check["name"], check["ok"], same, check["detail"])
+
+
+def _train(cfg: TrainConfig, out: Path, store: Store | None, until: int) -> None:
+    with suppress(Interrupted):  # as it was asked to
+        train(cfg, out, store=store, until=until)
+
+
+def journal(run: RunDir) -> list[dict[str, Any]]:
+    file = run.path / "growth.jsonl"
+    if not file.is_file():
+        raise UsageError(f"{run.path} has no growth.jsonl; give a run with a growth schedule")
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as e:
+        raise RunError(f"{file} is damaged ({e}); restore it, or train the run again with --fresh") from None
+
+
+def _bare(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in CLOCKS}

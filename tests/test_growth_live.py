@@ -1,0 +1,488 @@
+"""A schedule carried out while a run trains: the right op at the right evaluation, the same bits whatever happens, and no broken word."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, tiny_sets
+from test_reuse import Killed, Watch, end, reused
+from typer.testing import CliRunner
+
+from mainrun import audit
+from mainrun.cli import app
+from mainrun.config import TrainConfig, from_dict
+from mainrun.errors import Interrupted, MainrunError
+from mainrun.growth import live, operators
+from mainrun.growth.moments import PLAIN, Mark
+from mainrun.growth.repeat import repeat
+from mainrun.growth.schedule import Facts, Rates, due
+from mainrun.store import checkpoint
+from mainrun.store.nodes import Store
+from mainrun.store.rundir import RunDir
+from mainrun.train import GPT, Optimizers, train
+
+# 37 steps, scored after 1, 9, 18, 27, 36 and 37
+SMALL: dict[str, Any] = {"num_titles": 200, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "eval_per_epoch": 4, "checkpoint_every": 12}
+
+
+def op(name: str, value: Any = None, trigger: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, "value": value, "trigger": trigger or {"step": 5}, **more}
+
+
+def config(*ops: dict[str, Any], **changes: Any) -> TrainConfig:
+    return from_dict(TINY | SMALL | {"growth": {"ops": list(ops)}} | changes)
+
+
+MANY = (
+    op("stack_layers", [0, 0, 1], {"step": 7}, init="identity"),
+    op("set_lr", 0.005, {"loss_below": 100.0}),
+    op("widen_mlp", 160, {"wait_iters": 5}),
+    op("widen_model", {"factor": 2}, {"any": [{"loss_below": 0.1}, {"wait_iters": 9}]}),
+    op("set_attn_lora_rank", 4, {"step": 30}),
+    op("merge_lora_weights", None, {"step": 33}),
+)
+
+
+def journal(run: Path, event: str = "") -> list[dict[str, Any]]:
+    """growth.jsonl but for the clock and the mark of what was taken."""
+    found = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "reused")} for row in found if row["event"].endswith(event)]
+
+
+def done(run: Path) -> list[tuple[str, int]]:
+    return [(row["name"], row["step"]) for row in journal(run, "SUCCESS")]
+
+
+def whole(run: Path) -> dict[str, Any]:
+    """All that a run leaves, but for what only a process that saw the op can look back on."""
+    return end(run) | {"journal": [row for row in journal(run) if not row["event"].endswith("LOOKBACK")]}
+
+
+# -- the right op at the right time
+
+
+def expected(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
+    """By the losses that the run wrote, looked at one evaluation after the other."""
+    rows = [row for row in run.metrics() if row["event"] == "eval" and row["split"] == ("dev" if cfg.dev_frac else "val")]
+    tokens = {row["step"]: row["tokens"] for row in run.metrics() if row["event"] == "step"}
+    losses: list[tuple[int, float]] = []
+    ops, found, last = list(cfg.growth.ops), list[tuple[str, int]](), 0
+    for row in rows:
+        losses.append((row["step"], row["loss"]))
+        while ops and due(ops[0], Facts(row["step"], last, tokens[row["step"]], 10**12, losses)) and row is not rows[-1]:
+            fired, last = ops.pop(0), row["step"]
+            found.append((fired.name, last))
+            if fired.reevaluate:
+                break
+    return found
+
+
+EXAMPLE = """
+[{"name": "set_lr", "desc": "start", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false},
+ {"name": "stack_layers", "desc": "2 -> 4", "value": [0, 0, 1, 1], "trigger_loss": 3.5, "max_wait_iters": 500, "reevaluate": true},
+ {"name": "widen_mlp", "value": 128, "trigger_loss": 3.2, "max_wait_iters": 500, "reevaluate": true},
+ {"name": "set_attn_lora_rank", "value": 8, "trigger_loss": 2.8, "max_wait_iters": 1000, "reevaluate": true},
+ {"name": "stack_layers", "desc": "drop layer 0", "value": [1, 1, 2, 3], "trigger_loss": 2.5, "max_wait_iters": 1000, "reevaluate": true}]
+"""
+
+
+@pytest.mark.slow
+def test_the_original_example_runs_unchanged_on_two_layers(tmp_path: Path) -> None:
+    file = tmp_path / "schedule.json"
+    file.write_text(EXAMPLE)
+    sets = tiny_sets(
+        growth=file, num_titles=2000, vocab_size=300, d_ff=64, optimizer="adamw", lr=3e-3, epochs=12, eval_per_epoch=8, dev_frac=0.1
+    )
+    made = subprocess.run(
+        [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--out", str(tmp_path / "runs"), "--no-store", "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert file.read_text() == EXAMPLE, "a user's file is only read"
+    summary = json.loads(made.stdout)
+    run = tmp_path / "runs" / summary["run"]
+    cfg = RunDir(run).config()
+    assert done(run) == expected(cfg, RunDir(run))
+    assert [name for name, _ in done(run)] == ["set_lr", "stack_layers", "widen_mlp", "set_attn_lora_rank", "stack_layers"]
+    again = journal(run, "REEVALUATION")
+    assert [row["name"] for row in again] == ["stack_layers", "widen_mlp", "set_attn_lora_rank", "stack_layers"]
+    assert all(row["change"] == row["loss_after"] - row["loss_before"] for row in again)
+    assert abs(again[1]["change"]) < 1e-4 and abs(again[2]["change"]) < 1e-4, "these two keep the function"
+    assert abs(again[0]["change"]) > 1e-4, "copies of layers do not"
+
+
+def test_ops_fire_at_the_evaluation_that_decides(tmp_path: Path) -> None:
+    cfg = config(*MANY)
+    train(cfg, tmp_path)
+    run = tmp_path / cfg.run_id
+    assert done(run) == [
+        ("stack_layers", 7), ("set_lr", 9), ("widen_mlp", 18), ("widen_model", 27), ("set_attn_lora_rank", 30), ("merge_lora_weights", 33)
+    ]  # fmt: skip
+    sizes = [row["params"] for row in RunDir(run).metrics() if row["event"] == "eval"]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+    summary = RunDir(run).summary()
+    assert summary is not None
+    segments = summary["segments"]
+    assert [part["begins"] for part in segments] == [0, 7, 9, 18, 27, 30, 33]
+    assert sum(part["tokens"] for part in segments) == summary["tokens"]
+    assert summary["flops"] == sum(part["flops"] for part in segments)
+    assert summary["params"] == segments[-1]["params"], "the arithmetic is the model's"
+    last = [row for row in RunDir(run).metrics() if row["event"] == "eval"][-1]
+    assert (last["params"], last["flops"]) == (summary["params"], summary["flops"])
+
+
+def test_a_reevaluation_is_no_evaluation_that_decides(tmp_path: Path) -> None:
+    """The op after one that asks for a new loss waits for the next evaluation; after one that does not it goes by the same loss."""
+    for asks, second in ((False, 9), (True, 18)):
+        first = op("widen_mlp", 160, {"wait_iters": 5}, reevaluate=asks)
+        cfg = config(first, op("widen_mlp", 192, {"loss_below": 100.0}), seed=int(asks))
+        train(cfg, tmp_path)
+        assert done(tmp_path / cfg.run_id) == [("widen_mlp", 9), ("widen_mlp", second)]
+
+
+def test_what_an_op_keeps_is_in_the_journal(tmp_path: Path) -> None:
+    cfg = config(op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"), op("widen_model", {"factor": 2}, {"step": 8}))
+    train(cfg, tmp_path)
+    deeper, wider = journal(tmp_path / cfg.run_id, "SUCCESS")
+    assert deeper["delta_logits"] == 0 and 0 < wider["delta_logits"] < 1e-4
+    assert 0.5 < deeper["coverage"] < 1 and wider["coverage"] == 1
+    assert wider["params"] > deeper["params"]
+    assert [row["event"] for row in journal(tmp_path / cfg.run_id)][:3] == [
+        "OPERATION_START",
+        "OPERATION_SUCCESS",
+        "OPERATION_REEVALUATION",
+    ]
+    back = journal(tmp_path / cfg.run_id, "LOOKBACK")
+    assert [check["name"] for check in back[-1]["checks"]] == ["symmetry", "router"]
+    assert {check["name"]: check["ok"] for check in deeper["checks"]} == dict.fromkeys(
+        ("function", "tying", "rope", "layer identity", "coverage", "groups"), True
+    )
+
+
+# -- the same bits
+
+
+@pytest.mark.parametrize("at", [3, 8, 9, 20, 27, 31])
+def test_a_run_that_is_killed_grows_to_the_same_bits(tmp_path: Path, at: int) -> None:
+    cfg = config(*MANY, ema=0.5 if at % 2 else 0.0)
+    train(cfg, tmp_path / "whole")
+
+    def crash() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(cfg, tmp_path / "cut", progress=Watch({at: crash}))
+    train(cfg, tmp_path / "cut")
+    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / "whole" / cfg.run_id)
+
+
+def test_a_stop_between_any_two_steps_keeps_the_bits(tmp_path: Path) -> None:
+    cfg = config(*MANY)
+    train(cfg, tmp_path / "whole")
+    for step in range(1, 37):
+        with pytest.raises(Interrupted):
+            train(cfg, tmp_path / "cut", until=step)
+    train(cfg, tmp_path / "cut")
+    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / "whole" / cfg.run_id)
+
+
+KILLER = """
+import os, signal, sys
+from mainrun.growth import live
+nth, before = int(sys.argv.pop(1)), sys.argv.pop(1) == "before"
+real, calls = live.grow, []
+
+def grow(*args):
+    calls.append(1)
+    if len(calls) == nth and before:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = real(*args)
+    if len(calls) == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+live.grow = grow
+from mainrun.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", [False, True])
+def test_kill_9_in_the_middle_of_an_op(tmp_path: Path, store: bool) -> None:
+    cfg = config(*MANY, preset="baseline")
+    file = tmp_path / "growth.json"
+    file.write_text(str(cfg.growth))
+    sets = tiny_sets(**SMALL | {"growth": file})
+    arguments = ["train", "--preset", "baseline", *sets, "--out", str(tmp_path / "cut")]
+    arguments += ["--store", str(tmp_path / "store")] if store else ["--no-store"]
+    for nth, when in ((1, "before"), (1, "after"), (2, "before"), (3, "after"), (1, "after")):
+        made = subprocess.run([sys.executable, "-c", KILLER, str(nth), when, *arguments], capture_output=True, text=True)
+        assert made.returncode in (-signal.SIGKILL, 0), made.stderr
+    made = subprocess.run([sys.executable, "-m", "mainrun", *arguments, "--json"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    run = tmp_path / "cut" / json.loads(made.stdout)["run"]
+    train(RunDir(run).config(), tmp_path / "whole")
+    assert whole(run) == whole(tmp_path / "whole" / run.name)
+
+
+# -- no step twice
+
+
+def test_a_run_takes_a_grown_one_from_the_store(tmp_path: Path) -> None:
+    cfg = config(*MANY, ema=0.5)
+    store = Store(tmp_path / "store")
+    train(cfg, tmp_path / "first", store=store)
+    train(cfg, tmp_path / "second", store=store)
+    train(cfg, tmp_path / "alone")
+    first, second, alone = (tmp_path / name / cfg.run_id for name in ("first", "second", "alone"))
+    assert reused(second) == list(range(1, 38))
+    assert whole(first) == whole(second) == whole(alone)
+
+
+@pytest.mark.parametrize("later", [20, 33])
+def test_growth_timings_share_the_way_to_where_they_part(tmp_path: Path, later: int) -> None:
+    early, late = (config(op("widen_mlp", 160, {"step": step}), op("set_lr", 0.001, {"loss_below": 100.0})) for step in (15, later))
+    store = Store(tmp_path / "store")
+    for cfg in (early, late):
+        train(cfg, tmp_path / "shared", store=store)
+        train(cfg, tmp_path / "alone")
+        assert whole(tmp_path / "shared" / cfg.run_id) == whole(tmp_path / "alone" / cfg.run_id)
+    assert reused(tmp_path / "shared" / late.run_id) == list(range(1, 16))
+
+
+def test_a_decision_that_came_out_otherwise_takes_nothing_beyond_it(tmp_path: Path) -> None:
+    """Both wait for the evaluation after step 18; one fires there, the other never: the steps after it are another's."""
+    store = Store(tmp_path / "store")
+    fires = config(op("widen_mlp", 160, {"any": [{"loss_below": 0.01}, {"wait_iters": 18}]}))
+    never = config(op("widen_mlp", 160, {"loss_below": 0.01}))
+    for cfg in (never, fires):
+        train(cfg, tmp_path / "shared", store=store)
+        train(cfg, tmp_path / "alone")
+        assert whole(tmp_path / "shared" / cfg.run_id) == whole(tmp_path / "alone" / cfg.run_id)
+    assert reused(tmp_path / "shared" / fires.run_id) == list(range(1, 19))
+    assert done(tmp_path / "shared" / never.run_id) == [] and done(tmp_path / "shared" / fires.run_id) == [("widen_mlp", 18)]
+
+
+def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
+    cfg = config(*MANY)
+    store = Store(tmp_path / "store")
+    train(cfg, tmp_path / "runs", store=store)
+    found = list(audit.audit(store, 1000, seed=0))
+    assert len(found) >= 4 and {finding.status for finding in found} == {"same"}, found
+
+
+# -- a word that is not kept
+
+
+def broken(c: operators.Change) -> operators.Pieces:
+    """More output from each copied unit than its share."""
+    found = operators.widen_mlp(c)
+    return {n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in found.items()}
+
+
+def test_a_broken_op_ends_the_run_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(op("widen_mlp", 160, {"step": 14}))
+    with monkeypatch.context() as patch:
+        patch.setitem(operators.OPS, "widen_mlp", broken)
+        with pytest.raises(MainrunError, match=r"ops\[0\] 'widen_mlp' did not keep its word at step 14: function: max \|delta logits\|"):
+            train(cfg, tmp_path)
+    run = tmp_path / cfg.run_id
+    assert [row["event"] for row in journal(run)] == ["OPERATION_START", "OPERATION_ERROR"]
+    found = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
+    assert found is not None and found[1]["step"] == 14 and found[0]["model/blocks.0.mlp.up.weight"].shape == (128, 32)
+    train(cfg, tmp_path)  # mended: it goes on, and its journal is that of a run that never failed
+    train(cfg, tmp_path / "alone")
+    assert end(run) == end(tmp_path / "alone" / cfg.run_id)
+
+
+def test_an_op_that_is_skipped_is_as_if_it_were_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = op("stack_layers", [0, 0, 1], {"wait_iters": 8}, init="identity")
+    cfg = config(op("widen_mlp", 160, {"step": 14}, on_fail="skip"), more)
+    store = Store(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setitem(operators.OPS, "widen_mlp", broken)
+        train(cfg, tmp_path, store=store)
+    run = tmp_path / cfg.run_id
+    assert [row["event"] for row in journal(run)][:2] == ["OPERATION_START", "OPERATION_ERROR"]
+    assert done(run) == [("stack_layers", 9)] or done(run) == [("stack_layers", 18)]
+    alone = config(more)
+    train(alone, tmp_path)
+    a, b = (RunDir(tmp_path / c.run_id).summary() for c in (cfg, alone))
+    assert a is not None and b is not None
+    assert a["params"] == b["params"] and a["steps"] == b["steps"]
+    train(cfg, tmp_path / "again", store=store)  # which knows nothing of the fault, and widens
+    assert done(tmp_path / "again" / cfg.run_id)[0] == ("widen_mlp", 14)
+
+
+def test_coverage_that_is_asked_for_and_not_reached_fails(tmp_path: Path) -> None:
+    cfg = config(op("stack_layers", [0, 0, 1, 1], {"step": 14}, init="identity", optimizer={"min_coverage": 0.99}))
+    with pytest.raises(MainrunError, match=r"coverage: .*min_coverage=0.99 asks for more"):
+        train(cfg, tmp_path)
+
+
+# -- how what is new learns
+
+
+def test_new_tensors_climb_and_wide_ones_slow_down(tmp_path: Path) -> None:
+    rewarm = {"rewarm_iters": 4, "new_params_peak": 1.5}
+    cfg = config(
+        op("stack_layers", [0, 0, 1], {"step": 10}, init="identity", lr=rewarm),
+        op("widen_model", {"factor": 2}, {"step": 20}, lr={"width_rule": "adam_1_over_n"}),
+    )
+    seen: dict[int, dict[str, tuple[float, float]]] = {}
+    real = Optimizers.set_rates
+
+    def watch(self: Optimizers, inputs: Any, step: int) -> None:
+        real(self, inputs, step)
+        seen[step] = {self.names[p]: (g["lr"] / inputs.lr, g["weight_decay"]) for g in self.groups for p in g["params"]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizers, "set_rates", watch)
+        train(cfg, tmp_path)
+    assert {rate for rate, _ in seen[9].values()} == {1.0}
+    climbing = [seen[step]["blocks.1.mlp.up.weight"][0] for step in range(10, 16)]
+    assert climbing == pytest.approx([0.375, 0.75, 1.125, 1.5, 1.5, 1.5])
+    assert {seen[step][name][0] for step in range(10, 20) for name in ("blocks.0.mlp.up.weight", "blocks.2.mlp.up.weight")} == {1.0}
+    assert seen[20]["blocks.0.mlp.up.weight"][0] == 0.5 and seen[20]["embed.weight"][0] == 1.0
+    assert seen[20]["blocks.1.mlp.up.weight"][0] == 0.75, "both rules at once"
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path / "cut", until=22)
+    train(cfg, tmp_path / "cut")
+    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / cfg.run_id), "a checkpoint knows how each tensor learns"
+
+
+def test_plain_marks_make_no_group_of_their_own() -> None:
+    cfg = config()
+    model = GPT(cfg, 29)
+    plain = [len(group["params"]) for group in Optimizers(cfg, model).groups]
+    assert plain == [len(group["params"]) for group in Optimizers(cfg, model, {"embed.weight": PLAIN}).groups]
+    marked = Optimizers(cfg, model, {"embed.weight": Mark(lr=0.5)})
+    assert len(marked.groups) == len(plain) + 1
+    assert Rates() == Rates(0, 1.0, "none")
+
+
+# -- averages
+
+
+def test_an_average_grows_by_the_same_draws(tmp_path: Path) -> None:
+    """The average is scored: after an exact op it scores as before it."""
+    cfg = config(op("widen_model", {"factor": 2, "noise_snr_db": 10}, {"step": 18}), ema=0.9)
+    train(cfg, tmp_path)
+    (row,) = journal(tmp_path / cfg.run_id, "REEVALUATION")
+    assert abs(row["change"]) < 1e-5
+    assert row["loss_before"] is not None
+
+
+def test_state_of_another_size_is_refused_where_it_is_not_said_how_it_grew(tmp_path: Path) -> None:
+    cfg = config(op("widen_mlp", 160, {"step": 14}))
+    train(cfg, tmp_path)
+    found = checkpoint.load_newest(tmp_path / cfg.run_id / "checkpoints", lambda meta: None, lambda text: None)
+    assert found is not None
+    tensors, meta = found
+    assert meta["growth"]["config"]["d_ff"] == 160 and meta["growth"]["fired"] == [14] and meta["growth"]["applied"] == 1
+    assert tensors["model/blocks.0.mlp.up.weight"].shape == torch.Size((160, 32))
+
+
+# -- the staged plan
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`staged-demo`, trained once, with a store."""
+    folder = tmp_path_factory.mktemp("staged")
+    made = subprocess.run(
+        [sys.executable, "-m", "mainrun", "train", "--preset", "staged-demo", "--out", str(folder), "--quiet", "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    return folder / str(json.loads(made.stdout)["run"])
+
+
+@pytest.mark.slow
+def test_the_staged_plan_runs_and_is_verified(staged: Path) -> None:
+    assert done(staged) == [
+        ("upcycle_moe", 10), ("set_lr", 10), ("widen_model", 20), ("set_lr", 20), ("set_batch_size", 20), ("stack_layers", 30),
+        ("set_lr", 30), ("set_batch_size", 30),
+    ]  # fmt: skip
+    summary = RunDir(staged).summary()
+    assert summary is not None
+    trained = [part for part in summary["segments"] if part["ends"] > part["begins"]]
+    assert all(part["ends"] - part["begins"] >= 10 for part in trained) and len(trained) == 4
+    assert [row["delta_logits"] == 0 for row in journal(staged, "SUCCESS") if "delta_logits" in row] == [True, False, True]
+    found = subprocess.run([sys.executable, "-m", "mainrun", "grow", "verify", str(staged), "--json"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    checks = [(f["name"], f["check"]) for f in json.loads(found.stdout) if f["ok"] and f["same"]]
+    assert {
+        ("widen_model", "rope"),
+        ("widen_model", "router scale"),
+        ("widen_model", "symmetry"),
+        ("stack_layers", "layer identity"),
+    } <= set(checks)
+
+
+def faulty(name: str, change: Any) -> Any:
+    """The op, with its pieces changed by name."""
+    real = operators.OPS[name]
+
+    def op(c: operators.Change) -> operators.Pieces:
+        return {n: change(n, piece) for n, piece in real(c).items()}
+
+    return op
+
+
+FAULTS: dict[str, tuple[str, Any]] = {
+    "router scale": ("widen_model", lambda n, p: replace(p, weight=1.0) if ".router." in n else p),
+    "layer identity": ("stack_layers", lambda n, p: _loud(n, p)),
+    "symmetry": ("widen_model", lambda n, p: replace(p, plus=None)),
+}
+
+
+def _loud(name: str, piece: Any) -> Any:
+    """An inserted layer that goes on saying what its source said."""
+    return replace(piece, source="blocks.3.attn.o.weight") if name == "blocks.4.attn.o.weight" else piece
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", FAULTS)
+def test_each_check_of_the_staged_plan_can_fail(staged: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    name, change = FAULTS[check]
+    monkeypatch.setitem(operators.OPS, name, faulty(name, change))
+    store = Store(staged.parent / ".store")
+    if check == "symmetry":  # which only the steps after the op can tell
+        found = list(repeat(RunDir(staged), store))
+        assert [finding.name for finding in found if finding.check == check and not finding.ok] == [name]
+    else:
+        with pytest.raises(MainrunError, match=rf"{name!r} did not keep its word.*{check}: "):
+            list(repeat(RunDir(staged), store))
+
+
+@pytest.mark.slow
+def test_rope_that_is_turned_fails(staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = live.grow
+
+    def turned(*args: Any) -> Any:
+        new, moved = real(*args)
+        new.cos = new.get_buffer("cos").roll(1, 0)
+        return new, moved
+
+    monkeypatch.setattr(live, "grow", turned)
+    with pytest.raises(MainrunError, match=r"'upcycle_moe' did not keep its word.*rope: "):
+        list(repeat(RunDir(staged), Store(staged.parent / ".store")))
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["PLAIN"]])
+def test_verify_says_what_it_needs(tmp_path: Path, arguments: list[str]) -> None:
+    cfg = from_dict(TINY | SMALL)
+    train(cfg, tmp_path)
+    place = str(tmp_path / cfg.run_id) if arguments == ["PLAIN"] else str(tmp_path / "nowhere")
+    found = CliRunner().invoke(app, ["grow", "verify", place])
+    assert found.exit_code in (1, 2) and place in found.output + (found.stderr or "")
