@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | grow | presets | compare | report | sample | store | doctor | download | bench`.
+"""The command line: `mainrun train | grow | sweep | report | submit | verify | presets | compare | sample | store | bench | ...`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -28,6 +28,7 @@ from mainrun.store import cli as store_commands
 from mainrun.store.cli import StorePlace, open_store
 from mainrun.terminal import Debug, Group, Json, Out, console, emit, leads, process_group, show_table, stoppable
 from reports import cli as reports
+from reports import submission_cli as submission
 from sweeps import cli as sweep
 
 if TYPE_CHECKING:
@@ -468,3 +469,5 @@ app.add_typer(store_commands.app, name="store")
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
 app.add_typer(grow.app, name="grow")
+app.command()(submission.submit)
+app.command()(submission.verify)

@@ -55,6 +55,8 @@ MAY_IMPORT = {
     "mainrun.audit": "mainrun.growth "
     "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
     "mainrun.errors",
+    "mainrun.replay": "mainrun.audit mainrun.growth mainrun.train mainrun.sitting mainrun.guards mainrun.store mainrun.tokens "
+    "mainrun.corpus mainrun.machine mainrun.config mainrun.errors",
     "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
     "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench": "mainrun.kernels "
