@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from mainrun.sitting import score
 from mainrun.store import lineage
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
-from mainrun.tokens import Batches, prepare
+from mainrun.tokens import Batches, TokenData, prepare
 from mainrun.train import State, Stepper, build
 
 
@@ -94,31 +94,42 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         return Finding(node, "differs", str(e))
     except MainrunError as e:
         return Finding(node, "skipped", str(e))
-    growth, batches = Growth(cfg, plan, machine, state), Batches(cfg, data.splits["train"])
-    stepper = Stepper(state.cfg, machine, state)
-    rows: list[dict[str, Any]] = []
-    scored = {row["step"] for row in node.rows if row["event"] == "eval"}
-    while True:
-        if state.step >= node.begins and state.step in scored:  # at its beginning too, where nobody had this score yet
-            rows += [row | growth.figures for row in score(cfg, data, state)]
-        if state.step == node.step:
-            break
-        if growth.waits and growth.act(list):
-            stepper = Stepper(state.cfg, machine, state)
-        inputs = plan.at(state.step)
-        x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
-        loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
-        stepper.update(inputs)
-        state.step += 1
-        row = {"event": "step", "step": state.step, "tokens": plan.tokens(state.step), "lr": inputs.lr}
-        if state.step > node.begins:
-            rows.append(row | {"loss": loss, "grad_norm": norm})
+    scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
+    found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
+    rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
     if node.geometry != list(cfg.geometry):
         return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
     presented = plan.tokens(node.step) * cfg.passes
     if node.presented != presented:
         return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")
     return Finding(node, *_compare(node, stored, state, rows))
+
+
+def again(growth: Growth, data: TokenData, end: int, scored: Callable[[int], bool], decides: bool = False) -> Iterator[dict[str, Any]]:
+    """Train on to step `end`, or the run's: the rows of every step on the way, and the scores after those that are `scored`.
+
+    decides: the scores say what grows, as in a run; they must be all that it had so far. Else the plan knows.
+    """
+    cfg, machine, state = growth.cfg, growth.machine, growth.state
+    batches, stepper = Batches(cfg, data.splits["train"]), Stepper(state.cfg, machine, state)
+    while True:
+        if scored(state.step):
+            found = [row | growth.figures for row in score(cfg, data, state)]
+            yield from found
+            if decides:
+                growth.heard(found)
+                growth.decide()
+        if state.step >= min(end, growth.plan.steps):
+            return
+        if growth.waits and growth.act(list):
+            stepper = Stepper(state.cfg, machine, state)
+        inputs = growth.plan.at(state.step)
+        x, y = (machine.put(a) for a in batches.at(state.step, growth.plan.stretch(state.step)))
+        loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
+        stepper.update(inputs)
+        state.step += 1
+        row = {"event": "step", "step": state.step, "tokens": growth.plan.tokens(state.step), "lr": inputs.lr}
+        yield row | {"loss": loss, "grad_norm": norm}
 
 
 def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[str, Any]]) -> tuple[str, str]:

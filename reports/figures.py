@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports import stats
+from mainrun import stats
 from reports.load import Evidence, Recipe, Run, Study, bad, ladder_scores
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mainrun import stats
 from mainrun.config import MIN_COVERAGE
-from reports import stats, tables
+from reports import tables
 from reports.figures import ledger, shares
 from reports.load import Evidence, Recipe, Run, Study
 from reports.tables import fixed, whole

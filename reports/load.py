@@ -13,8 +13,8 @@ from typing import Any
 from mainrun.compare import SAME, finished
 from mainrun.config import Plan, TrainConfig, load, preset_names
 from mainrun.errors import MainrunError, RunError
+from mainrun.stats import Noise, noise
 from mainrun.store.rundir import RunDir, find
-from reports.stats import Noise, noise
 
 EXPORT = ("study.json", "trials.parquet")
 FIRED = ("SUCCESS", "ERROR")  # how an event of growth.jsonl ends that says an op is over

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mainrun import stats
 from mainrun.config import MIN_COVERAGE, TrainConfig
-from reports import stats
 from reports.figures import ledger, rungs
 from reports.load import Evidence, Run, Study, bad, config_differences, few, ladder_scores
 

@@ -55,6 +55,8 @@ MAY_IMPORT = {
     "mainrun.audit": "mainrun.growth "
     "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
     "mainrun.errors",
+    "mainrun.replay": "mainrun.audit mainrun.growth mainrun.train mainrun.sitting mainrun.guards mainrun.store mainrun.tokens "
+    "mainrun.corpus mainrun.machine mainrun.config mainrun.errors",
     "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
     "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench": "mainrun.kernels "
@@ -72,8 +74,9 @@ MAY_IMPORT = {
     "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
-    "sweeps": "mainrun.store mainrun.config mainrun.errors",
-    "reports": "mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
+    "mainrun.stats": "",
+    "sweeps": "mainrun.store mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config mainrun.errors",
+    "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from reporting import edit, export, fail_guard, make, rescore, reseed
 
+from mainrun import stats
 from mainrun.errors import RunError
-from reports import cli, figures, findings, load, stats, tables
+from reports import cli, figures, findings, load, tables
 
 T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
 

@@ -320,7 +320,7 @@ def test_alone_it_lists_the_menu(made: House) -> None:
     done = made.task()
     assert done.returncode == 0
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("* ")] == [
-        f"{name}:" for name in ("train", "demo", "test", "check", "checkpoint", "download", "bench", "doctor")
+        f"{name}:" for name in ("train", "demo", "test", "check", "checkpoint", "submit", "verify", "download", "bench", "doctor")
     ]
 
 
@@ -453,6 +453,16 @@ def test_checkpoint_that_git_refuses_fails(repo: House) -> None:
     done = repo.task("checkpoint")
     assert done.returncode == 1
     assert done.stdout == ""
+
+
+def test_submit_commits_first_and_only_what_is_new(repo: House) -> None:
+    for commits in ("1", "1", "2"):
+        done = repo.task("submit", "--", "--run", "a b", cwd=repo.root / "mainrun")
+        assert json.loads(done.stdout.splitlines()[-1]) == [str(repo.root / "mainrun"), "submit", "--run", "a b"], done.stderr
+        assert git(repo, "rev-list", "--count", "HEAD") == commits and git(repo, "status", "--porcelain") == ""
+        assert git(repo, "log", "-1", "--format=%s").startswith("checkpoint 20")  # the arguments are the command's, no message
+        if done.stdout.count("\n") == 1:
+            (repo.root / "new.txt").touch()
 
 
 # -- what CI runs

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from reports import stats
+from mainrun import stats
 
 
 @pytest.mark.parametrize(
