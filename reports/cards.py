@@ -36,7 +36,7 @@ def _items(e: Evidence) -> Iterator[tuple[str, str, str]]:
             f"runs here, {whole(asked)} steps asked for, {whole(wasted)} wasted; on {', '.join(devices)}"
         )
         yield "C1", "Parameters, budget, infrastructure", budget
-    space = "; ".join(f"{s.name}: {len(s.trials)} trials over {', '.join(s.facts.get('space') or s.searched)}" for s in studies)
+    space = "; ".join(f"{s.name}: {len(s.trials)} trials over {', '.join(s.fact('space') or s.searched)}" for s in studies)
     trials = sum(len(s.trials) for s in studies)
     searched = f"{trials} trials ({space}); bounds and best values on the studies' pages" if studies else "no study was given"
     chosen = f"optimised is {e.optimised.name}: {e.chosen}" if e.optimised else e.chosen

@@ -5,6 +5,7 @@ Text stays text in the SVG (so that it can be searched, and is set in the report
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mainrun import stats
-from reports.load import Evidence, Recipe, Run, Study, bad, ladder_scores
+from reports.load import Evidence, Recipe, Run, Study, ladder_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -423,7 +424,7 @@ def history(study: Study) -> Figure | None:
 
 
 def objective(study: Study) -> str:
-    return str(study.facts.get("objective") or "value")
+    return str(study.fact("objective") or "value")
 
 
 def importance(study: Study) -> Figure | None:
@@ -445,9 +446,27 @@ def importance(study: Study) -> Figure | None:
 
 
 def shares(study: Study) -> dict[str, float]:
-    found = study.facts.get("importance")
-    found = found if isinstance(found, dict) else {}
-    return {str(k).removeprefix("params."): float(v) for k, v in found.items() if isinstance(v, (int, float))}
+    """As exported; else what each field alone explains of the values of the trials that were trained to the end."""
+    found = study.fact("importance")
+    if isinstance(found, dict):
+        return {str(k).removeprefix("params."): float(v) for k, v in found.items() if isinstance(v, (int, float))}
+    return {name: share for name in study.searched if (share := explained(study, name)) is not None}
+
+
+def explained(study: Study, name: str, least: int = 10) -> float | None:
+    """The share of the variance between the groups of a field (its values, or the quarters of a number), less what chance would give."""
+    mine = [t for t in study.whole if t.get(f"params.{name}") is not None]
+    values, (x, _, _) = (
+        np.array([float(t["value"]) for t in mine]),
+        places([t[f"params.{name}"] for t in mine]) if mine else ([], [], False),
+    )
+    if len(mine) < least or not values.var():
+        return None
+    groups = np.array(x) if len(set(x)) <= 4 else np.searchsorted(np.quantile(x, (0.25, 0.5, 0.75)), x)
+    n, k = len(mine), len(set(groups.tolist()))
+    within = sum(((values[groups == g] - values[groups == g].mean()) ** 2).sum() for g in set(groups.tolist()))
+    share = within / ((values - values.mean()) ** 2).sum()
+    return float(max(0.0, 1 - share * (n - 1) / (n - k))) if n > k else None
 
 
 def slices(study: Study, most: int = 9) -> Figure | None:
@@ -534,16 +553,13 @@ def parallel(study: Study, most: int = 8) -> Figure | None:
     return figure
 
 
-def rungs(study: Study) -> list[tuple[Any, int, float | None, list[tuple[float, float]]]]:
-    """(rung, trials, rank correlation with the last score, pairs) of each rung that trials went on from."""
-    by_trial: dict[Any, dict[Any, float]] = {}
-    for row in study.rows:
-        if row.get("rung") is not None and row.get("value") is not None and not bad(row):
-            by_trial.setdefault(row["trial"], {})[row["rung"]] = float(row["value"])
-    top = max((rung for found in by_trial.values() for rung in found), default=None)
+def rungs(study: Study) -> list[tuple[int, int, float | None, list[tuple[float, float]]]]:
+    """(rung, trials, rank correlation with the last score, pairs) of each rung, over the trials that were trained to the end."""
+    scores = [{int(k): float(v) for k, v in json.loads(t["scores"]).items()} for t in study.whole if t.get("scores")]
+    top = max((rung for mine in scores for rung in mine), default=0)
     found = []
-    for rung in sorted({r for mine in by_trial.values() for r in mine} - {top}):
-        pairs = [(mine[rung], mine[top]) for mine in by_trial.values() if rung in mine and top in mine]
+    for rung in range(top):
+        pairs = [(mine[rung], mine[top]) for mine in scores if rung in mine and top in mine]
         if len(pairs) > 2:
             a, b = zip(*pairs, strict=True)
             found.append((rung, len(pairs), stats.spearman(a, b), pairs))
@@ -568,8 +584,8 @@ LEDGER = ("asked", "trained", "reused", "wasted")
 
 
 def ledger(study: Study) -> dict[str, float]:
-    """Sums over the rows; a trial has a row a rung where rungs were exported one by one."""
-    given = {k: [float(row[k]) for row in study.rows if row.get(k) is not None] for k in LEDGER}
+    """Sums over the trials."""
+    given = {k: [float(t[k]) for t in study.trials if t.get(k) is not None] for k in LEDGER}
     return {k: sum(found) for k, found in given.items() if found}
 
 

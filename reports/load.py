@@ -93,21 +93,16 @@ class Recipe:
 class Study:
     path: Path
     facts: dict[str, Any]  # study.json
-    rows: list[dict[str, Any]]  # trials.parquet
+    trials: list[dict[str, Any]]  # trials.parquet: a row a trial
 
     @property
     def name(self) -> str:
-        return str(self.facts.get("name") or self.facts.get("study") or self.path.name)
+        return str(self.facts.get("name") or self.path.name)
 
-    @cached_property
-    def trials(self) -> list[dict[str, Any]]:
-        """One row a trial: where it was exported a row a rung, that of the highest."""
-        last: dict[Any, dict[str, Any]] = {}
-        for row in self.rows:
-            before = last.get(row["trial"])
-            if before is None or (row.get("rung") or 0) >= (before.get("rung") or 0):
-                last[row["trial"]] = row
-        return [last[key] for key in sorted(last)]
+    def fact(self, name: str) -> Any:
+        """Of the export itself, of the study file that it holds, or of its evidence."""
+        inside = (self.facts, *(self.facts.get(k) or {} for k in ("study", "evidence")))
+        return next((found[name] for found in inside if found.get(name) not in (None, {}, [], "")), None)
 
     @cached_property
     def done(self) -> list[dict[str, Any]]:
@@ -129,7 +124,7 @@ class Study:
     @cached_property
     def searched(self) -> list[str]:
         """The fields of the space that took more than one value."""
-        names = [k for k in (self.rows[0] if self.rows else {}) if k.startswith("params.")]
+        names = [k for k in (self.trials[0] if self.trials else {}) if k.startswith("params.")]
         return [k.removeprefix("params.") for k in names if len({str(t.get(k)) for t in self.trials if t.get(k) is not None}) > 1]
 
 
@@ -187,6 +182,8 @@ class _Found:
             self.runs.setdefault(path.resolve(), RunDir(path))
             return True
         if any((path / name).is_file() for name in EXPORT):
+            if (path / "export").is_dir():  # the study's own folder, where its driver works
+                path = path / "export"
             self.studies.setdefault(path.resolve(), path)
             return True
         return False
@@ -259,7 +256,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _study(path: Path) -> Study:
     missing = [name for name in EXPORT if not (path / name).is_file()]
     if missing:
-        raise RunError(f"the study {path} lacks {', '.join(missing)}; `mainrun sweep export` writes both")
+        raise RunError(f"the study {path} lacks {', '.join(missing)}; `mainrun sweep` writes both at the end of a study; go on with it")
     import pyarrow.parquet
 
     try:

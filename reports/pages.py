@@ -211,7 +211,11 @@ def studies(r: Report) -> Iterator[Part]:
                 yield from r.table(f"study_{i}{part}")
             for part, caption in (
                 ("history", "Each trial's value at its highest rung, in the order of the trials."),
-                ("importance", "How much of the value each field decides, as the study exported it."),
+                (
+                    "importance",
+                    "How much of the value each field decides: as exported; or else the share of the variance between the groups of that "
+                    "field alone (its values, or the quarters of a number), over the trials that were trained to the end.",
+                ),
                 ("ledger", "Steps: asked = trained + reused; wasted is part of trained (pruned, failed, tried again)."),
                 ("slices", "The value against each field; grey: stopped at a lower rung. The highest values lie above the frame."),
                 ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth is on top."),

@@ -14,7 +14,7 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE, TrainConfig
-from reports.figures import ledger, rungs
+from reports.figures import ledger
 from reports.load import Evidence, Run, Study, bad, config_differences, few, ladder_scores
 
 Format = Callable[[Any], str]
@@ -316,34 +316,53 @@ def study(s: Study, i: int) -> list[Table]:
     facts: list[list[Any]] = [["trials", f"{len(s.trials):,}: " + ", ".join(f"{n} {state}" for state, n in sorted(states.items()))]]
     if best:
         facts.append(["best trial", f"{best['trial']}, value {float(best['value']):.4f}"])
-    for key in ("preset", "objective", "sampler", "budget", "rungs", "seeds", "noise", "criterion", "engine"):
-        if s.facts.get(key) not in (None, {}, []):
-            facts.append([key, value(s.facts[key])])
+    for key in ("preset", "objective", "set", "sampler", "budget", "rungs", "engine", "noise", "seeds", "base", "claim", "val"):
+        if (found := s.fact(key)) is not None:
+            facts.append([key, told(found)])
     facts.append(["steps", ", ".join(f"{name} {n:,.0f}" for name, n in ledger(s).items()) or "not exported"])
-    for rung, n, rho, _ in rungs(s):
-        facts.append([f"rung {rung}", f"rank correlation with the last rung {'none' if rho is None else f'{rho:.2f}'}, over {n} trials"])
-    found = [Table(f"study_{i}", "In short", [Column("fact", text, 0.15), Column("value", text, 0.85)], facts)]
-    if isinstance(space := s.facts.get("space"), dict):
+    for rung, rho in (s.fact("rung_correlation") or {}).items():
+        facts.append([f"rung {rung}", "rank correlation with the last rung " + ("none" if rho is None else f"{rho:.2f}")])
+    made = [Table(f"study_{i}", "In short", [Column("fact", text, 0.15), Column("value", text, 0.85)], facts)]
+    if isinstance(space := s.fact("space"), dict):
         rows = [[k, bounds(v), value(best.get(f"params.{k}")) if best else ""] for k, v in space.items()]
         columns = [Column("field", text, 0.3), Column("searched", text, 0.5), Column("best trial", text, 0.2)]
-        found.append(Table(f"study_{i}_space", "Bounds", columns, rows))
-    if confirmed := [c for c in s.facts.get("confirmation") or [] if isinstance(c, dict)]:
-        heads = list(dict.fromkeys(k for c in confirmed for k in c))
-        rows = [[c.get(k) for k in heads] for c in confirmed]
-        note = "Fresh paired seeds, as the study wrote it."
-        found.append(Table(f"study_{i}_confirmation", "Confirmation", [Column(h, value) for h in heads], rows, note))
-    return found
+        made.append(Table(f"study_{i}_space", "Bounds", columns, rows))
+    if confirmed := [c for c in s.fact("rows") or [] if isinstance(c, dict)]:
+        rows = [
+            [
+                *(c.get("trial"), c.get("mean"), c.get("difference"), *(c.get("interval") or (None, None)), c.get("p_holm")),
+                "claimed" if c.get("claim") else c.get("why"),
+                told(c.get("params")),
+            ]
+            for c in confirmed
+        ]
+        columns = [
+            Column("trial", whole), Column("mean", fixed(4)), Column("difference", fixed(4, sign=True)), Column("low", fixed(4, sign=True)),
+            Column("high", fixed(4, sign=True)), Column("p", chance), Column("verdict", text, 0.25), Column("what it sets", text, 0.35),
+        ]  # fmt: skip
+        note = "Against the base, on fresh paired seeds: interval and verdict as the study wrote them; p by Holm."
+        made.append(Table(f"study_{i}_confirmation", "Confirmation", columns, rows, note))
+    return made
+
+
+def told(found: Any) -> str:
+    """A table of settings in words: what is unset stays unsaid."""
+    if isinstance(found, dict):
+        return ", ".join(f"{k} {told(v)}" for k, v in found.items() if v not in (None, "", {}, []))
+    if isinstance(found, (list, tuple)):
+        return " ".join(map(told, found))
+    return value(found)
 
 
 def bounds(space: Any) -> str:
     if not isinstance(space, dict):
         return value(space)
-    if "values" in space:
+    if space.get("values"):
         said = "one of " + ", ".join(value(v) for v in space["values"])
     else:
         said = f"{value(space.get('low'))} to {value(space.get('high'))}" + ", logarithmic" * bool(space.get("log"))
     when = space.get("when")
-    return said + (f", when {value(when)}" if when else "")
+    return said + (f", when {told(when)}" if when else "")
 
 
 def failures(e: Evidence, most: int = 30) -> Table | None:

@@ -67,6 +67,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
         "run",
     )
     columns: dict[str, Any] = {key: [t[key] for t in found["trials"]] for key in plain}
+    columns["scores"] = [json.dumps(t["scores"]) for t in found["trials"]]  # of each rung that it reached
     for name in names:
         values = [t["params"].get(name) for t in found["trials"]]
         mixed = len({type(v) for v in values if v is not None}) > 1 and not all(isinstance(v, int | float) for v in values if v is not None)

@@ -74,7 +74,7 @@ def fail_guard(run: Path, name: str = "causality") -> None:
 
 
 def export(folder: Path, trials: int = 40, **facts: Any) -> Path:
-    """A study as `mainrun sweep export` leaves it: one row a rung. Rung 0 ranks as the last one does, but for every ninth trial."""
+    """A study as `mainrun sweep` exports it. Rung 0 ranks as the last one does, but for every ninth trial."""
     import pyarrow
     import pyarrow.parquet
 
@@ -83,24 +83,36 @@ def export(folder: Path, trials: int = 40, **facts: Any) -> Path:
         lr, optimizer = 10 ** (-4 + 3 * ((t * 0.618034) % 1)), ("adamw", "muon", "sgd")[t % 3]
         base = {"trial": t, "seed": 7, "params.lr": lr, "params.optimizer": optimizer, "params.momentum": 0.9 if t % 3 else None}
         value = 1.5 + 0.1 * abs(t * 0.618034 % 1 - 0.5) + 0.05 * (t % 3)
+        early = value + 0.3 + 0.2 * (t % 9 == 0)
         if t % 13 == 12:
-            died = {"state": "FAIL", "value": None, "rung": 0, "steps": 10, "asked": 10, "trained": 10, "reused": 0, "wasted": 10}
-            rows.append(base | died | {"reason": f"diverged at step 9 (lr {lr:.4f})"})
-            continue
-        rows.append(
-            base
-            | {"state": "PRUNED" if t % 2 else "COMPLETE", "value": value + 0.3 + 0.2 * (t % 9 == 0), "rung": 0, "steps": 10}
-            | {"asked": 10, "trained": 10, "reused": 0, "wasted": 10 * (t % 2), "reason": None}
-        )
-        if t % 2 == 0:
-            spent = {"steps": 30, "asked": 30, "trained": 20, "reused": 10, "wasted": 0, "reason": None}
-            rows.append(base | {"state": "COMPLETE", "value": value, "rung": 1} | spent)
+            ended = {"state": "diverged", "value": None, "rung": 0, "steps": 0, "asked": 10, "trained": 10, "reused": 0, "wasted": 10}
+            ended |= {"reason": f"diverged at step 9 (lr {lr:.4f})", "scores": "{}"}
+        elif t % 2:
+            ended = {"state": "pruned", "value": early, "rung": 0, "steps": 10, "asked": 10, "trained": 10, "reused": 0, "wasted": 10}
+            ended |= {"reason": "", "scores": json.dumps({"0": early})}
+        else:
+            ended = {"state": "done", "value": value, "rung": 1, "steps": 30, "asked": 30, "trained": 20, "reused": 10, "wasted": 0}
+            ended |= {"reason": "", "scores": json.dumps({"0": early, "1": value})}
+        rows.append(base | ended)
     folder.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "trials.parquet")
-    told = {
-        "name": folder.name, "preset": "optimized", "objective": "dev/full", "sampler": {"name": "tpe", "seed": 3},
-        "budget": {"trials": trials}, "importance": {"lr": 0.625, "optimizer": 0.25, "momentum": 0.0},
-        "space": {"lr": {"low": 1e-4, "high": 0.1, "log": True}, "optimizer": {"values": ["adamw", "muon", "sgd"]}},
+    space = {
+        "lr": {"low": 1e-4, "high": 0.1, "log": True, "values": [], "when": {}},
+        "optimizer": {"values": ["adamw", "muon", "sgd"], "low": None, "high": None},
+    }
+    row = {
+        "trial": 6,
+        "mean": 1.51,
+        "difference": -0.021,
+        "interval": [-0.03, -0.012],
+        "p_holm": 0.004,
+        "claim": True,
+        "params": {"lr": 0.005},
+    }
+    told: dict[str, Any] = {
+        "name": folder.name, "preset": "optimized", "objective": "dev/full", "rung_correlation": {"0": 0.875},
+        "study": {"sampler": {"name": "tpe", "seed": 3}, "budget": {"trials": trials, "tokens": None}, "space": space},
+        "evidence": {"noise": {"sigma": 0.0031, "floor": 0.0098}, "rows": [row], "winner": 6, "claim": "trial 6 is better than the base"},
     }  # fmt: skip
     (folder / "study.json").write_text(json.dumps(told | facts), encoding="utf-8")
     return folder

@@ -172,6 +172,16 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
         load.gather([str(tmp_path)], tmp_path)
 
 
+def test_the_folder_of_a_study_means_its_export(tmp_path: Path) -> None:
+    folder = export(tmp_path / "lr" / "export").parent
+    (folder / "study.json").write_text("{}")  # the driver's own
+    (s,) = load.gather([], tmp_path).studies
+    assert s.path == folder / "export" and len(s.trials) == 40
+    shutil.rmtree(folder / "export")
+    with pytest.raises(RunError, match=r"lr lacks trials.parquet; `mainrun sweep` writes both at the end of a study"):
+        load.gather([], tmp_path)
+
+
 @pytest.mark.parametrize("text", ["not parquet", ""])
 def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
     study = export(tmp_path / "lr")
@@ -330,24 +340,36 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.bad(t)] == failed
     assert [t["trial"] for t in s.whole] == whole
     assert s.searched == ["lr", "optimizer"]  # momentum took one value
-    n = len(whole)
-    pruned = 40 - n - len(failed)
+    n, pruned = len(whole), 40 - len(whole) - len(failed)
     assert figures.ledger(s) == {
-        "asked": 40 * n + 10 * pruned + 10 * len(failed),
-        "trained": 30 * n + 10 * pruned + 10 * len(failed),
+        "asked": 30 * n + 10 * (pruned + len(failed)),
+        "trained": 20 * n + 10 * (pruned + len(failed)),
         "reused": 10 * n,
-        "wasted": 10 * pruned + 10 * len(failed),
+        "wasted": 10 * (pruned + len(failed)),
     }
     ((rung, pairs, rho, _),) = figures.rungs(s)
-    odd = {t for t in whole if t % 9 == 0}
-    first = [next(r["value"] for r in s.rows if r["trial"] == t and r["rung"] == 0) for t in whole]
-    assert (rung, pairs) == (0, n) and rho == stats.spearman(first, [t["value"] for t in s.whole]) and odd and rho is not None and rho < 1
+    first = [json.loads(t["scores"])["0"] for t in s.whole]
+    assert (rung, pairs) == (0, n) and rho == stats.spearman(first, [t["value"] for t in s.whole]) and rho is not None and rho < 1
     assert findings.claim(e).kind == "no claim"
     failures = tables.failures(e)
     assert failures is not None and len(failures.rows) == len(failed) and "diverged at step 9" in failures.rows[0][2]
 
 
-@pytest.mark.parametrize("lacking", [("importance", "space"), ("sampler", "budget", "objective", "preset", "name")])
+def test_importance_is_the_share_that_a_field_explains(tmp_path: Path) -> None:
+    (s,) = load.gather([str(export(tmp_path / "lr", trials=200))], tmp_path).studies
+    found = figures.shares(s)
+    groups: dict[str, list[float]] = {}
+    for t in s.whole:
+        groups.setdefault(t["params.optimizer"], []).append(t["value"])
+    n, k = len(s.whole), len(groups)
+    within = sum(statistics.pvariance(g) * len(g) for g in groups.values()) / (statistics.pvariance([t["value"] for t in s.whole]) * n)
+    assert found["optimizer"] == pytest.approx(1 - within * (n - 1) / (n - k)) and found["optimizer"] > 0.5
+    assert 0 < found["lr"] < 0.5 and found.keys() == {"lr", "optimizer"}
+    (told,) = load.gather([str(export(tmp_path / "told", importance={"lr": 0.9}))], tmp_path).studies
+    assert figures.shares(told) == {"lr": 0.9}
+
+
+@pytest.mark.parametrize("lacking", [("study", "rung_correlation"), ("evidence", "objective", "preset", "name")])
 def test_an_export_may_lack_what_it_does_not_know(tmp_path: Path, lacking: tuple[str, ...]) -> None:
     study = export(tmp_path / "lr")
     edit(study / "study.json", lambda facts: [facts.pop(k) for k in lacking])
@@ -462,9 +484,10 @@ def known(folder: Path) -> set[float]:
         found.add(y / x)
     study = pq.read_table(folder / "lr" / "trials.parquet").to_pylist()
     found |= numbers_in(json.loads((folder / "lr" / "study.json").read_text())) | numbers_in(study)
-    rung = {t["trial"]: t["value"] for t in study if t["rung"] == 0}
-    top = {t["trial"]: t["value"] for t in study if t["rung"] == 1}
-    found.add(stats.spearman([rung[k] for k in top], list(top.values())) or 0.0)
+    pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
+    found.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
+    (s,) = load.gather([str(folder / "lr")], folder).studies
+    found |= set(figures.shares(s).values())  # held by a test of its own
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
     return found | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
 
