@@ -216,7 +216,7 @@ def studies(r: Report) -> Iterator[Part]:
                     "How much of the value each field decides: as exported; or else the share of the variance between the groups of that "
                     "field alone (its values, or the quarters of a number), over the trials that were trained to the end.",
                 ),
-                ("ledger", "Steps: asked = trained + reused; wasted is part of trained (pruned, failed, tried again)."),
+                ("ledger", "Steps: asked = trained + reused; wasted is part of trained."),
                 ("slices", "The value against each field; grey: stopped at a lower rung. The highest values lie above the frame."),
                 ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth is on top."),
                 ("rungs", "Value at a rung against the value at the last one, of the trials that went on to it."),
