@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,8 +224,10 @@ class Search:
     # -- what came out
 
     def spent(self, trial: Trial) -> Ledger:
+        """A trial that was not taken to its end is wasted whole, whatever it taught the sampler."""
         run = self.run_dir(trial)
-        return spent(run, trial.cfg) if run and trial.cfg else Ledger()
+        found = spent(run, trial.cfg) if run and trial.cfg else Ledger()
+        return replace(found, wasted=found.trained) if trial.state in ("pruned", "diverged", "failed") else found
 
     def best(self, count: int = 1) -> list[Trial]:
         done = [trial for trial in self.trials if trial.state == "done"]

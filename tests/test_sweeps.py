@@ -314,6 +314,7 @@ def ledger_adds_up(out: Path) -> None:
     assert ledger["asked"] == ledger["trained"] + ledger["reused"] and 0 <= ledger["wasted"] <= ledger["trained"]
     for key in ("asked", "trained", "reused", "wasted", "tokens"):
         assert ledger[key] == sum(t[key] for t in found["trials"])
+    assert all(t["wasted"] == t["trained"] > 0 for t in found["trials"] if t["state"] == "pruned")
 
 
 @pytest.mark.slow
