@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | grow | presets | compare | sample | store | doctor | download | bench | submit | verify`.
+"""The command line: `mainrun train | grow | presets | compare | report | submit | verify | sample | store | doctor | download | bench`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import
@@ -27,7 +27,9 @@ from mainrun.growth import cli as grow
 from mainrun.store import cli as store_commands
 from mainrun.store.cli import StorePlace, open_store
 from mainrun.terminal import Debug, Group, Json, Out, console, emit, leads, process_group, show_table, stoppable
+from reports import cli as reports
 from reports import submission_cli as submission
+from sweeps import cli as sweep
 
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
@@ -82,6 +84,7 @@ def train(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say which steps the store, a run or another step has already; train nothing.")
     ] = False,
+    until: Annotated[int, typer.Option("--until", min=0, metavar="STEP", help="Stop after that step; the same command goes on.")] = 0,
     no_store: Annotated[bool, typer.Option("--no-store", help="Train every step, and keep none for other runs.")] = False,
     place: StorePlace = None,
     size: Annotated[str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")] = "20GB",
@@ -101,6 +104,8 @@ def train(
         raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
     if dry_run and plan:
         raise UsageError("got --dry-run and --plan; give one of them: what a run costs, or what of it is there already")
+    if until and (dry_run or plan):
+        raise UsageError(f"got --until {until} and {'--dry-run' if dry_run else '--plan'}, which trains nothing; leave one of them out")
     if plan and fresh:
         raise UsageError("got --plan and --fresh, which takes nothing from the store; leave one of them out")
     if no_store and place is not None:
@@ -122,7 +127,7 @@ def train(
         for i, cfg in enumerate(order):
             label = f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""
             try:
-                done[cfg.preset] = _train_one(cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, []))
+                done[cfg.preset] = _train_one(cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, []), until)
             except Diverged as e:
                 if len(configs) == 1:
                     raise
@@ -182,7 +187,14 @@ def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: b
 
 
 def _train_one(
-    cfg: TrainConfig, out: Path, fresh: bool, quiet: bool, label: str, store: Store | None = None, keep: Sequence[int] = ()
+    cfg: TrainConfig,
+    out: Path,
+    fresh: bool,
+    quiet: bool,
+    label: str,
+    store: Store | None = None,
+    keep: Sequence[int] = (),
+    until: int = 0,
 ) -> dict[str, Any]:
     from mainrun import compare
     from mainrun.progress import make_progress
@@ -201,7 +213,7 @@ def _train_one(
         try:
             from mainrun.train import train as train_run
 
-            summary = train_run(cfg, out, fresh=fresh, progress=progress, store=store, keep=keep)
+            summary = train_run(cfg, out, fresh=fresh, progress=progress, store=store, keep=keep, until=until)
         except Interrupted as e:
             if fresh:  # "the same command" would throw away what it has
                 e.args = (f"{e} (without --fresh, which starts over)",)
@@ -452,7 +464,9 @@ def download(
     print(fetch(name))
 
 
+app.command()(reports.report)
 app.add_typer(store_commands.app, name="store")
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
 app.add_typer(grow.app, name="grow")
 app.command()(submission.submit)

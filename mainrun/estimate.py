@@ -144,9 +144,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 # Python, torch and the other libraries of a run, in bytes; on a GPU they are not in its memory.
 PROCESS = 500_000_000
-FRAGMENTS = 1.2  # the heap's peak over that of the tensors in it: measured 1.21 and 1.23 on baseline
+FRAGMENTS = 1.28  # the heap's peak over that of the tensors that come and go in a step; those that stay leave no holes (docs/log.md)
 COMPILER = 100_000_000  # what torch.compile leaves in the process ...
-COMPILED = 0.9  # ... and the peak of its step over that of the tensors of an eager one: it keeps fewer, and reuses them
+COMPILED = 1.0  # ... and the same peak where a step is compiled: it keeps fewer, and reuses them
 
 
 class Live(TorchDispatchMode):
@@ -192,14 +192,16 @@ def _ops(phases: list[TrainConfig], machine: Machine, vocab_size: int) -> Iterat
     """Between two phases: the weights before and after are there at once, then the moments before and after."""
     sizes = [size(phase.model_copy(update={"vocab_size": vocab_size})) for phase in phases]
     for a, b in pairwise(sizes):
-        yield _process(machine, 4 * b.params + a.moments + max(4 * a.params, b.moments))
+        live = 4 * b.params + a.moments + max(4 * a.params, b.moments)
+        yield _process(machine, live, live)
 
 
-def _process(machine: Machine, live: int) -> int:
-    """The peak of a process, of that of its tensors."""
+def _process(machine: Machine, live: int, stays: int) -> int:
+    """The peak of a process, of that of its tensors, of which some stay from step to step."""
     if machine.device.type == "cuda":
         return live
-    return PROCESS + (int(COMPILED * live) + COMPILER if machine.compile else int(FRAGMENTS * live))
+    comes = live - stays
+    return PROCESS + stays + (int(COMPILED * comes) + COMPILER if machine.compile else int(FRAGMENTS * comes))
 
 
 def _largest(phases: list[TrainConfig]) -> list[TrainConfig]:
@@ -227,12 +229,15 @@ def _phase(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool) -> 
         pool = torch.empty(size, dtype=torch.uint8) if size else None
         _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
         held = [*state.tensors().values(), *moments, *state.average.shadow.values()]
+        stays = sum(t.numel() * t.element_size() for t in held)
         if store and machine.device.type == "cpu":
-            live.most += sum(t.numel() * t.element_size() for t in held)
+            live.most += stays
+            stays *= 2
         del moments, held
+    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if machine.world > 1:
-        live.most += 4 * sum(p.numel() for p in model.parameters())  # the buckets in which gradients travel
-    return _process(machine, live.most)
+        live.most += gradients  # the buckets in which they travel
+    return _process(machine, live.most, min(stays + gradients, live.most))
 
 
 def _moments(cfg: TrainConfig, state: State) -> list[Tensor]:

@@ -13,7 +13,7 @@ from mainrun import estimate
 from mainrun.bench import step
 from mainrun.config import Plan, TrainConfig
 from mainrun.corpus import load_corpus
-from mainrun.estimate import FRAGMENTS, PROBED, Live, memory
+from mainrun.estimate import PROBED, Live, memory
 from mainrun.machine import Machine
 from mainrun.tokens import prepare
 from mainrun.train import State, build
@@ -39,7 +39,9 @@ def test_the_count_follows_what_is_alive() -> None:
 def tensors(cfg: TrainConfig) -> float:
     """The bytes of the tensors alone, without what the process takes in any case."""
     machine = Machine(cfg)
-    return (memory(Plan(cfg, 10**9), machine, cfg.vocab_size) - estimate.PROCESS) / FRAGMENTS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "FRAGMENTS", 1.0)
+        return memory(Plan(cfg, 10**9), machine, cfg.vocab_size) - estimate.PROCESS
 
 
 def test_the_memory_has_its_terms(tiny: Any) -> None:

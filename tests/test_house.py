@@ -74,8 +74,9 @@ MAY_IMPORT = {
     "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
-    "sweeps": "mainrun.store mainrun.config mainrun.errors",
-    "reports": "mainrun.store mainrun.config mainrun.errors mainrun.terminal",
+    "mainrun.stats": "",
+    "sweeps": "mainrun.store mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config mainrun.errors",
+    "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.

@@ -1,0 +1,291 @@
+"""Which pages a report has, and in which order. What the inputs have no data for is left out, and said in the appendix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reports import cards, figures, findings, tables
+from reports.load import Evidence, Run
+from reports.pdf import figure, heading, section, table, words
+from reports.tables import Column, Table, fixed, power, text, whole
+
+if TYPE_CHECKING:
+    from reportlab.graphics.shapes import Drawing
+    from reportlab.platypus import Flowable
+
+Part = Callable[["Report", Mapping[str, "Drawing"]], Iterator["Flowable"]]
+LOST = re.compile(r"\b(worse|slower|fail(s|ed)?|diverge[sd]?|did not help|lost)\b")
+
+
+@dataclass
+class Report:
+    """All that goes on the pages, computed once: the PDF and the CSV files show the same tables."""
+
+    e: Evidence
+    title: str
+    log: Path | None = None
+    samples: Sequence[tuple[str, Sequence[str]]] = ()
+    tables: dict[str, Table] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        e = self.e
+        found = [tables.runs(e), tables.recipes(e)] if e.runs else []
+        found += [t for t in (headline(e), tables.ablation(e), tables.differences(e), tables.others(e), tables.failures(e)) if t]
+        found += [make(e) for make in (tables.commands, tables.guards, tables.fingerprints, tables.hashes, tables.machines) if e.runs]
+        found += [tables.growth(run, i) for i, run in enumerate(figures.grown(e), 1)]
+        found += [t for i, s in enumerate(e.studies, 1) for t in tables.study(s, i)]
+        found += [cards.checklist(e)]
+        self.tables = {t.name: t for t in found}
+
+    def told(self) -> dict[str, str]:
+        """For whoever looks at the file's properties: what it claims, and of which runs."""
+        return {"subject": findings.claim(self.e).text, "keywords": ", ".join(run.id for run in self.e.runs)}
+
+    def story(self, drawn: Mapping[str, Drawing]) -> list[Flowable]:
+        parts = (first, curves, recipes, ablation, training, *studies(self), growth, failed, written, appendix)
+        return [flowable for part in parts for flowable in part(self, drawn)]
+
+    def table(self, name: str) -> list[Flowable]:
+        return table(self.tables.get(name))
+
+
+def headline(e: Evidence) -> Table | None:
+    """Both recipes of page 1, over the same seeds as their difference."""
+    pair = [r for r in (e.baseline, e.optimised) if r is not None]
+    if not pair:
+        return None
+    d = findings.claim(e).difference
+    rows, red = [], set()
+    for i, recipe in enumerate(pair):
+        runs = [run for run in recipe.good if d is None or not d.paired or run.cfg.seed in d.seeds]
+        means = [tables.mean_of(runs, get) for get in (full, official, coverage, flops, seconds)]
+        params = recipe.runs[0].summary["params"]
+        name = recipe.name if recipe.good else f"{recipe.name} (failed a guard)"
+        rows.append([name, ", ".join(str(run.cfg.seed) for run in runs), *means[:3], params, *means[3:]])
+        if not recipe.good:
+            red.add(i)
+    columns = [
+        Column("recipe", text, 0.28), Column("seeds", text, 0.1), Column("full", fixed(4)), Column("official", fixed(4)),
+        Column("covers %", fixed(1)), Column("parameters", whole), Column("FLOPs", power), Column("seconds", fixed(1)),
+    ]  # fmt: skip
+    note = "Means over the seeds named, of the last step, in nats per character of val. full scores every token once and is what ranks."
+    return Table("headline", "Both in figures", columns, rows, note, red)
+
+
+def full(run: Run) -> float:
+    return run.full
+
+
+def official(run: Run) -> float:
+    return float(run.summary["last"]["official"])
+
+
+def coverage(run: Run) -> float:
+    return 100 * float(run.summary["last"]["coverage"])
+
+
+def flops(run: Run) -> float:
+    return float(run.summary["flops"])
+
+
+def seconds(run: Run) -> float:
+    return float(run.summary["seconds"])
+
+
+# -- the pages
+
+
+def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    e, claim = r.e, findings.claim(r.e)
+    yield words(r.title, "title")
+    yield words(subtitle(e), "small")
+    yield heading("Result", 0)
+    if claim.difference is not None and e.baseline and e.optimised:
+        d = claim.difference
+        yield words(f"{fixed(4)(d.a)} → {fixed(4)(d.b)}", "big")
+        if d.interval:
+            low, high = (fixed(4, sign=True)(v) for v in d.interval)
+            by = f"{fixed(4, sign=True)(d.mean)}, 95% interval {low} to {high}, {findings.how(d)}"
+        else:
+            by = f"{fixed(4, sign=True)(d.mean)}, {findings.seeds(d.n_a)} and {findings.seeds(d.n_b)}: no interval"
+        yield words(f"{e.baseline.name} → {e.optimised.name}, full score of val in nats per character, lower is better: {by}.")
+        if e.chosen.startswith("the lowest"):
+            yield words(f"{e.optimised.name} was chosen on val itself, as {e.chosen}: part of its lead is that choice.")
+    else:
+        yield words("No headline figure", "big")
+    yield from r.table("headline")
+    yield heading("Findings", 1)
+    for n, sentence in enumerate(findings.findings(e), 1):
+        yield words(f"{n}. {sentence}", "finding")
+    yield from figure(drawn, "headline", "Full score against the tokens trained; bands reach from the lowest to the highest seed.")
+
+
+def subtitle(e: Evidence) -> str:
+    parts = [f"{len(e.runs)} runs of {len(e.recipes)} recipes"] if e.runs else []
+    if e.runs:
+        one = e.runs[0]
+        parts.append(f"{one.cfg.corpus.split('/')[-1]}, {one.cfg.num_titles:,} titles, val {one.summary['fingerprints']['val'][:12]}")
+        parts.append("spans of the official score {}x{}".format(*one.summary["geometry"]))
+    parts += [f"study {s.name}, {len(s.trials)} trials" for s in e.studies]
+    return "; ".join(parts)
+
+
+def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if "curves" in drawn:
+        yield section()
+        yield heading("Loss against what it costs", 0)
+        note = " Grey: the other recipes." if len([x for x in r.e.recipes if x.good]) > figures.MOST else ""
+        reused = " Steps from the store count with the time that they took when they were trained." if took(r.e) else ""
+        yield from figure(
+            drawn,
+            "curves",
+            f"Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest to the highest.{note}"
+            f"{reused} The first evaluations, of models that know nothing yet, lie above the frame.",
+        )
+        yield from figure(drawn, "seeds", "Every run that passed its guards, and the mean of each recipe with its interval (Student's t).")
+
+
+def took(e: Evidence) -> bool:
+    return any(run.summary.get("ledger", {}).get("reused") for run in e.runs)
+
+
+def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if r.e.runs:
+        yield section()
+        yield heading("Recipes and runs", 0)
+        noise = r.e.noise
+        if noise:
+            yield words(
+                f"Noise floor: {fixed(4)(noise.floor)} nats per character. A seed alone moves full by {fixed(4)(noise.sd)} (standard "
+                f"deviation inside recipes, {noise.df} degrees of freedom); two single runs of one recipe are closer than the floor in "
+                "95 of 100 cases, so no smaller difference is called one."
+            )
+        else:
+            yield words("Noise floor: not known, no recipe was run with two seeds. No difference in this report is backed.")
+        yield from r.table("recipes")
+        yield from r.table("runs")
+
+
+def ablation(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if "waterfall" in drawn:
+        yield section()
+        yield heading("Ablation", 0)
+        yield from figure(
+            drawn,
+            "waterfall",
+            "Each step from where the one before it stood. Blue lowers the score, orange raises it, grey is inside the noise.",
+        )
+        yield from r.table("ablation")
+
+
+def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if "gap" in drawn:
+        yield section()
+        yield heading("How they trained", 0)
+        yield from figure(
+            drawn,
+            "gap",
+            "Loss in nats per token, a line a seed. Training losses have dropout, and lie before the evaluation that they end at, "
+            "so they may well be above validation. Tokens of two tokenizers are not the same thing: read each panel alone.",
+            "Train and validation",
+        )
+        yield from figure(drawn, "schedules", "What enters each step, by the plan that the run followed. Marks: growth ops.", "Schedules")
+
+
+def studies(r: Report) -> Iterator[Part]:
+    for i, study in enumerate(r.e.studies, 1):
+
+        def pages(r: Report, drawn: Mapping[str, Drawing], i: int = i, name: str = study.name) -> Iterator[Flowable]:
+            yield section()
+            yield heading(f"Study {name}", 0)
+            for part in ("", "_confirmation", "_space"):
+                yield from r.table(f"study_{i}{part}")
+            for part, caption in (
+                ("history", "Each trial's value at its highest rung, in the order of the trials."),
+                ("importance", "How much of the value each field decides, as the study exported it."),
+                ("ledger", "Steps: asked = trained + reused; wasted is part of trained (pruned, failed, tried again)."),
+                ("slices", "The value against each field; grey: stopped at a lower rung. The highest values lie above the frame."),
+                ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth is on top."),
+                ("rungs", "Value at a rung against the value at the last one, of the trials that went on to it."),
+            ):
+                yield from figure(drawn, f"study-{i}-{part}", caption)
+
+        yield pages
+
+
+def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    for i, run in enumerate(figures.grown(r.e), 1):
+        yield section()
+        yield heading(f"Growth of {run.id}", 0)
+        yield from figure(drawn, f"growth-{i}", "Dashed: the ops, by their numbers in the table.")
+        yield from r.table(f"growth_{i}")
+
+
+def failed(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    found, told = r.table("failures"), from_log(r.log)
+    if found or told:
+        yield section()
+        yield heading("What failed", 0)
+        yield from found
+    if told and r.log:
+        yield heading("From the log", 1)
+        digest = sha256(r.log.read_bytes()).hexdigest()[:12]
+        yield words(f"What {r.log.name} (sha256 {digest}) says went worse, slower or wrong; it holds every experiment.", "small")
+        for sentence in told:
+            yield words(f"• {sentence}", "finding")
+
+
+def from_log(log: Path | None, most: int = 16) -> list[str]:
+    """The points of the log that tell of something that did not work, cut to their beginning."""
+    if log is None:
+        return []
+    points = re.findall(r"(?m)^- (.+(?:\n  .+)*)", log.read_text(encoding="utf-8"))
+    clean = [" ".join(point.split()).replace("**", "").replace("`", "") for point in points]
+    return [p if len(p) < 240 else p[: p.rfind(" ", 0, 238)] + " …" for p in clean if LOST.search(p)][:most]
+
+
+def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if r.samples:
+        yield section()
+        yield heading("Samples", 0)
+        for name, titles in r.samples:
+            yield heading(name, 1)
+            for title in titles:
+                yield words(title, "finding")
+
+
+def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    yield section()
+    yield heading("Appendix", 0)
+    yield words(f"Left out: {'; '.join(missing(r, drawn)) or 'nothing, the inputs have data for every page'}.")
+    for name in ("config", "other_configs", "commands", "guards", "fingerprints", "hashes", "machines", "checklist"):
+        yield from r.table(name)
+    if r.e.runs:
+        yield heading("Model card", 1)
+        for line in cards.card(r.e):
+            yield words(line)
+
+
+def missing(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[str]:
+    """What the inputs had no data for."""
+    if not r.e.runs:
+        yield "everything about runs (none was given)"
+    if not r.e.ladder:
+        yield "ablation (needs three steps of a ladder, like `mainrun train --preset ablation`)"
+    if not r.e.studies:
+        yield "studies (no export was given)"
+    for i, s in enumerate(r.e.studies, 1):
+        lacks = [name for name in figures.STUDY if f"study-{i}-{name}" not in drawn]
+        if lacks:
+            yield f"of the study {s.name} {', '.join(lacks)} (not in its export)"
+    if not figures.grown(r.e):
+        yield "growth (no run changed on its way)"
+    if not r.samples:
+        yield "samples (not asked for, or no checkpoint to write them)"
+    if r.log is None:
+        yield "the log (no docs/log.md beside the code)"

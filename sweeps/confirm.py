@@ -1,0 +1,102 @@
+"""What a study may claim: the best trials and the base once more, on seeds that the search never saw, against what a seed alone does."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mainrun import stats
+from mainrun.config import TrainConfig
+from mainrun.errors import MainrunError
+from mainrun.store.rundir import RunDir
+from sweeps.driver import Search, Trial, preset_of, sets_of
+from sweeps.engine.protocol import Task
+from sweeps.space import changed
+
+NOISE, FRESH = 1, 101  # where their seeds begin, counted from the base's
+
+
+def confirm(search: Search) -> dict[str, Any]:
+    """Noise floor, paired differences with their intervals, and the sentence that they allow."""
+    study, base = search.study, search.base
+    asks = study.evidence
+    chosen = [trial for trial in search.best(asks.best + 1) if trial.number][: asks.best]
+    noise_seeds = [base.seed + NOISE + i for i in range(asks.noise_seeds)]
+    fresh = [base.seed + FRESH + i for i in range(asks.seeds)]
+    jobs = {("noise", seed): seeded(base, seed) for seed in noise_seeds}
+    for trial in [search.trials[0], *chosen]:
+        assert trial.cfg is not None
+        jobs |= {(str(trial.number), seed): seeded(trial.cfg, seed) for seed in fresh}
+    scores = _trained(search, jobs)
+    noise = stats.noise([[scores["noise", seed] for seed in noise_seeds]])
+    assert noise is not None
+    floor = noise.floor / math.sqrt(len(fresh))  # of a difference of means over so many seeds
+    mine = {seed: scores["0", seed] for seed in fresh}
+    found = [stats.difference(mine, {seed: scores[str(t.number), seed] for seed in fresh}) for t in chosen]
+    adjusted = stats.holm([1.0 if d.p is None else d.p for d in found])
+    rows = [_row(t, d, p, floor) for t, d, p in zip(chosen, found, adjusted, strict=True)]
+    claimed = sorted((row for row in rows if row["claim"]), key=lambda row: row["difference"])
+    result: dict[str, Any] = {
+        "objective": study.objective, "seeds": fresh, "base": [mine[seed] for seed in fresh], "rows": rows,
+        "noise": {"seeds": noise_seeds, "values": [scores["noise", s] for s in noise_seeds], "sigma": noise.sd, "floor": floor},
+    }  # fmt: skip
+    if not claimed:
+        return result | {"winner": None, "claim": "not better than the base within noise"}
+    winner = claimed[0]
+    low, high = winner["interval"]
+    by = f"{-winner['difference']:.4f} [{-high:.4f}, {-low:.4f}]"
+    text = f"trial {winner['trial']} is better than the base by {by}, {len(fresh)} paired seeds"
+    trial = search.trials[winner["trial"]]
+    assert trial.cfg is not None
+    return result | {"winner": winner["trial"], "claim": text, "val": _val(search, seeded(trial.cfg, fresh[0]))}
+
+
+def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
+    return changed(cfg, {"seed": seed})
+
+
+def _row(trial: Trial, d: stats.Difference, p: float, floor: float) -> dict[str, Any]:
+    interval = d.interval or (-math.inf, math.inf)
+    claim = interval[1] < 0 and -d.mean > floor and p < 1 - stats.LEVEL
+    return {
+        "trial": trial.number, "mean": d.b, "difference": d.mean, "interval": list(interval), "p_holm": p, "claim": claim,
+        "params": trial.values, "why": "" if claim else _why(d, interval, floor, p),
+    }  # fmt: skip
+
+
+def _why(d: stats.Difference, interval: tuple[float, float], floor: float, p: float) -> str:
+    if d.mean >= 0:
+        return "it is not better"
+    if interval[1] >= 0:
+        return "its interval holds zero"
+    return f"the difference is within the noise floor {floor:.4f}" if -d.mean <= floor else f"p={p:.3f} after Holm's correction"
+
+
+def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[tuple[str, int], float]:
+    split, name = search.study.objective.split("/")
+
+    def work(cfg: TrainConfig) -> float:
+        task = Task(preset_of(search.study), tuple(sets_of(cfg)), search.runs, search.store, 0, search.study.threads)
+        outcome = search.engine.train(task)
+        search.tick()
+        if outcome.diverged:
+            return math.inf
+        if not outcome.ok:
+            raise MainrunError(f"{cfg.run_id} cannot be trained: {outcome.why}")
+        return float(_scores(RunDir(search.runs / cfg.run_id), split)[name])
+
+    with ThreadPoolExecutor(search.engine.workers) as pool:
+        return dict(zip(jobs, pool.map(work, jobs.values()), strict=True))
+
+
+def _scores(run: RunDir, split: str) -> dict[str, Any]:
+    summary = run.summary() or {}
+    found: dict[str, Any] = summary["scores"][split]["last"]
+    return found
+
+
+def _val(search: Search, cfg: TrainConfig) -> dict[str, Any]:
+    """Read here, and nowhere else in a study."""
+    last = _scores(RunDir(search.runs / cfg.run_id), "val")
+    return {"run": cfg.run_id, "full": last["full"], "official": last["official"]}

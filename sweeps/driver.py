@@ -1,0 +1,355 @@
+"""One process owns a study: it asks for trials, has them trained, and decides who goes on. Kill it anywhere and start it again.
+
+It remembers nothing that cannot be found again. What a trial is follows from the study file; what it scored is in its run directory,
+where training goes on from the last checkpoint. So a driver that begins again asks for the same trials, and those that are done
+answer at once. Optuna's database is written for people and their dashboards, a trial at a time, in order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mainrun.config import Plan, TrainConfig
+from mainrun.errors import ConfigError, MainrunError, RunError, UsageError
+from mainrun.store.rundir import RunDir, write_text
+from sweeps.engine.protocol import Engine, Outcome, Task
+from sweeps.ledger import Ledger, spent
+from sweeps.sampling import Asker
+from sweeps.space import resolved
+from sweeps.study import Study
+
+
+@dataclass
+class Trial:
+    number: int
+    values: dict[str, Any]
+    cfg: TrainConfig | None  # None: its values do not go together
+    stops: list[int] = field(default_factory=list)  # the step of each rung; the last is the end
+    scores: dict[int, float] = field(default_factory=dict)  # by rung
+    state: str = "waiting"  # running | done | pruned | diverged | failed
+    why: str = ""
+    retries: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("done", "pruned", "diverged", "failed")
+
+    @property
+    def rung(self) -> int:
+        return max(self.scores, default=-1)
+
+
+class Search:
+    """A study in its folder. `trials` is all that is known of it."""
+
+    def __init__(self, study: Study, folder: Path, engine: Engine, note: Callable[[str], None], tick: Callable[[], None]) -> None:
+        self.study, self.folder, self.engine, self.note, self.tick = study, folder, engine, note, tick
+        self.base = study.base()
+        self.trials: list[Trial] = []
+        self.asker = Asker(study, self.base)
+        self.told = 0  # generations
+        self.began = time.monotonic()
+        self.train_tokens = self._train_tokens()
+
+    # -- what is asked
+
+    def _train_tokens(self) -> int:
+        """Of an epoch: read once, by the trainer itself."""
+        file = self.folder / "tokens.json"
+        if file.is_file():
+            return int(json.loads(file.read_text())["train_tokens"])
+        sets = [part for text in sets_of(self.base) for part in ("--set", text)]
+        made = subprocess.run(
+            [sys.executable, "-m", "mainrun", "train", "--preset", preset_of(self.study), *sets, "--dry-run", "--json"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if made.returncode:
+            raise MainrunError(f"the base of the study cannot be trained: {(made.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        found = int(json.loads(made.stdout)["plan"]["train_tokens"])
+        write_text(file, json.dumps({"train_tokens": found}))
+        return found
+
+    @property
+    def size(self) -> int:
+        return self.study.sampler.generation
+
+    def generation(self, g: int) -> list[Trial]:
+        return self.trials[g * self.size : (g + 1) * self.size]
+
+    def ask(self) -> bool:
+        """The next generation, once that before the last is over; False: not yet, or the budget is spent."""
+        g = len(self.trials) // self.size
+        if g > 1 and not all(trial.over for trial in self.generation(g - 2)):
+            return False
+        while self.told < g - 1:
+            for trial in self.generation(self.told):
+                self.asker.tell(trial.number, trial.scores, trial.state == "done")
+            self.told += 1
+        left = self.left()
+        if left <= 0:
+            return False
+        for number in range(len(self.trials), len(self.trials) + min(self.size, left)):
+            self.trials.append(self._trial(number, self.asker.ask(number)))
+        return True
+
+    def left(self) -> int:
+        """Trials that the budget still has. Tokens and FLOPs count as far as the sampler was told: workers' speed decides nothing."""
+        budget, most = self.study.budget, 1_000_000
+        if budget.trials is not None:
+            most = budget.trials - len(self.trials)
+        if self.study.sampler.name == "grid":
+            from sweeps.sampling import _grid
+
+            cells = 1
+            for p in self.study.space.values():
+                cells *= len(_grid(p))
+            most = min(most, cells + 1 - len(self.trials))
+        if budget.tokens or budget.flops:
+            known = [self.spent(trial) for trial in self.trials[: self.told * self.size]]
+            if budget.tokens and sum(part.tokens for part in known) >= budget.tokens:
+                return 0
+            if budget.flops and sum(part.flops for part in known) >= budget.flops:
+                return 0
+        if budget.minutes and time.monotonic() - self.began >= 60 * budget.minutes:
+            return 0
+        return most
+
+    def _trial(self, number: int, values: dict[str, Any]) -> Trial:
+        try:
+            cfg = resolved(self.base, values, self.train_tokens)
+            plan = Plan(cfg, self.train_tokens)
+        except ConfigError as e:
+            return Trial(number, values, None, state="failed", why=str(e))
+        evals, at = sorted(plan.eval_steps), self.study.rungs.at if self.study.rungs else ()
+        rungs = [next(step for step in evals if step >= share * plan.steps) for share in at]
+        return Trial(number, values, cfg, [*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps])
+
+    # -- what is trained
+
+    def run(self) -> None:
+        """To the end of the budget. A KeyboardInterrupt leaves everything as it can be gone on with."""
+        waiting: dict[Future[Outcome], tuple[Trial, int]] = {}
+        record = Record(self)
+        with ThreadPoolExecutor(self.engine.workers) as pool:
+            try:
+                while True:
+                    while self.ask():
+                        pass
+                    for trial, rung in self._ready():
+                        trial.state = "running"
+                        waiting[pool.submit(self.engine.train, self._task(trial, rung))] = (trial, rung)
+                    record.write()
+                    self.tick()
+                    if not waiting:
+                        break
+                    for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                        trial, rung = waiting.pop(future)
+                        self._hear(trial, rung, future.result())
+                    self._decide()
+            except BaseException:
+                self.engine.close()
+                raise
+
+    def _ready(self) -> Iterator[tuple[Trial, int]]:
+        for trial in self.trials:
+            if trial.state == "waiting":
+                yield trial, trial.rung + 1
+
+    def _task(self, trial: Trial, rung: int) -> Task:
+        assert trial.cfg is not None
+        until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
+        return Task(preset_of(self.study), tuple(sets_of(trial.cfg)), self.runs, self.store, until, self.study.threads)
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "runs" / ".store"
+
+    def run_dir(self, trial: Trial) -> RunDir | None:
+        return RunDir(self.runs / run_id(self.study, trial.cfg)) if trial.cfg else None
+
+    def _hear(self, trial: Trial, rung: int, outcome: Outcome) -> None:
+        trial.retries += outcome.retries
+        if not outcome.ok:
+            trial.state, trial.why = "diverged" if outcome.diverged else "failed", outcome.why
+            self.note(f"trial {trial.number} {trial.state}: {outcome.why}")
+            return
+        trial.scores[rung] = self.score(trial, trial.stops[rung])
+        if rung + 1 == len(trial.stops):
+            trial.state = "done"
+        else:
+            trial.state = "held"  # until its generation is there
+
+    def score(self, trial: Trial, step: int) -> float:
+        run = self.run_dir(trial)
+        assert run is not None
+        split, name = self.study.objective.split("/")
+        found = [row[name] for row in run.metrics() if row["event"] == "eval" and row["split"] == split and row["step"] == step]
+        if not found:
+            raise RunError(f"{run.path} has no score of {split} at step {step}; its metrics.jsonl was changed: remove the run, start again")
+        return float(found[-1])
+
+    def _decide(self) -> None:
+        """Generations of which all have come to a rung: the best go on, the others end there. Ties go to the lower number."""
+        assert self.study.rungs or not any(t.state == "held" for t in self.trials)
+        for g in range(-(-len(self.trials) // self.size)):
+            group = [t for t in self.generation(g) if not t.over]
+            held = [t for t in group if t.state == "held"]
+            if not held or len(held) < len(group):
+                continue
+            rung = min(t.rung for t in held)
+            here = sorted((t for t in held if t.rung == rung), key=lambda t: (t.scores[rung], t.number))
+            assert self.study.rungs is not None
+            keep = max(1, round(self.study.rungs.keep * len(here)))
+            for place, trial in enumerate(here):
+                goes_on = place < keep or trial.number == 0  # the base is what all are held against
+                trial.state = "waiting" if goes_on else "pruned"
+                trial.why = "" if goes_on else f"place {place + 1} of {len(here)} at step {trial.stops[rung]}"
+
+    # -- what came out
+
+    def spent(self, trial: Trial) -> Ledger:
+        run = self.run_dir(trial)
+        return spent(run, trial.cfg) if run and trial.cfg else Ledger()
+
+    def best(self, count: int = 1) -> list[Trial]:
+        done = [trial for trial in self.trials if trial.state == "done"]
+        return sorted(done, key=lambda t: (t.scores[t.rung], t.number))[:count]
+
+
+def preset_of(study: Study) -> str:
+    return study.preset
+
+
+def sets_of(cfg: TrainConfig) -> list[str]:
+    """What --set must say for this config, on top of its preset."""
+    from mainrun.config import load
+
+    plain = load(cfg.preset)[0]
+    found = []
+    for name in TrainConfig.model_fields:
+        value = getattr(cfg, name)
+        if name == "preset" or value == getattr(plain, name):
+            continue
+        if name == "growth":
+            found.append(f"growth={json.dumps(value.data())}")
+        elif value is None:
+            found.append(f"{name}=none")
+        else:
+            found.append(f"{name}={json.dumps(value) if not isinstance(value, str) else value}")
+    return found
+
+
+def run_id(study: Study, cfg: TrainConfig | None) -> str:
+    assert cfg is not None
+    return cfg.run_id
+
+
+class Record:
+    """Optuna's database of the study: a trial when it is over, in the order of their numbers, each once."""
+
+    def __init__(self, search: Search) -> None:
+        import optuna
+
+        self.search = search
+        study = search.study
+        self.url = study.storage or f"sqlite:///{(search.folder / 'study.db').absolute()}"
+        self.optuna = self._patiently(lambda: optuna.create_study(study_name=study.name, storage=self.url, load_if_exists=True))
+        known = self.optuna.user_attrs.get("digest")
+        if known is None:
+            self._patiently(lambda: self.optuna.set_user_attr("digest", study.digest))
+        elif known != study.digest:
+            raise UsageError(f"{self.url} holds another study called {study.name!r}; give this one another name, or another --storage")
+        self.written = len(self.optuna.get_trials(deepcopy=False))
+
+    def _patiently(self, work: Callable[[], Any]) -> Any:
+        """A server that is away comes back: the study waits for it, and loses nothing."""
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import OperationalError
+
+        pause, said = 0.2, False
+        while True:
+            try:
+                return work()
+            except (StorageInternalError, OperationalError) as e:
+                if not self.url.startswith("postgresql"):
+                    raise MainrunError(
+                        f"the storage {self.url} cannot be used ({str(e).splitlines()[0]}); free it, or give another --storage"
+                    ) from e
+                if not said:
+                    self.search.note(f"the storage does not answer ({str(e).splitlines()[0]}); waiting for it")
+                    said = True
+                time.sleep(pause)
+                pause = min(5.0, 2 * pause)
+
+    def write(self) -> None:
+        import optuna
+        from optuna.trial import TrialState, create_trial
+
+        from sweeps.sampling import distribution
+
+        states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL, "failed": TrialState.FAIL}
+        del optuna
+        while self.written < len(self.search.trials) and (trial := self.search.trials[self.written]).over:
+            ledger = self.search.spent(trial)
+            found = create_trial(
+                state=states[trial.state],
+                value=trial.scores[trial.rung] if trial.state == "done" else None,
+                params=trial.values,
+                distributions={name: distribution(self.search.study.space[name]) for name in trial.values},
+                intermediate_values=dict(trial.scores),
+                user_attrs={"number": trial.number, "why": trial.why, "run": trial.cfg.run_id if trial.cfg else "", **vars(ledger)},
+            )
+            self._patiently(partial(self.optuna.add_trial, found))
+            self.written += 1
+
+
+@contextmanager
+def owned(folder: Path, study: Study) -> Iterator[None]:
+    """One driver at a time, and always the same study in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UsageError(f"{folder} is searched by process {lock.read().strip()}; wait for it, or give another --out") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        file = folder / "study.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if before["digest"] != study.digest:
+                raise UsageError(
+                    f"{folder} holds another study of that name: {'; '.join(differences(before['study'], study.model_dump(mode='json')))}. "
+                    f"Go on with the old file, or start this one anew with --as NAME"
+                )
+        write_text(file, json.dumps({"digest": study.digest, "study": study.model_dump(mode="json")}, indent=2))
+        yield
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], above: str = "") -> list[str]:
+    found = []
+    for key in sorted({*a, *b}):
+        x, y, name = a.get(key), b.get(key), f"{above}{key}"
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += differences(x, y, f"{name}.")
+        elif x != y:
+            found.append(f"{name} was {x!r}, is {y!r}")
+    return found[:5]

@@ -1,0 +1,75 @@
+"""A finished study as data: what `show` and `best` read, and what a report reads elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mainrun import stats
+from mainrun.store.rundir import write_text
+from sweeps.driver import Search, sets_of
+from sweeps.ledger import total
+
+
+def export(search: Search, evidence: dict[str, Any] | None) -> None:
+    """export.json, and the two files of `write`, in the study's folder."""
+    trials = []
+    for trial in search.trials:
+        ledger = search.spent(trial)
+        trials.append({
+            "trial": trial.number, "state": trial.state, "value": trial.scores.get(trial.rung),
+            "seed": trial.cfg.seed if trial.cfg else None,
+            "params": trial.values, "rung": trial.rung, "scores": {str(k): v for k, v in trial.scores.items()}, "stops": trial.stops,
+            "run": trial.cfg.run_id if trial.cfg else "", "sets": sets_of(trial.cfg) if trial.cfg else [], "reason": trial.why,
+            "steps": trial.stops[trial.rung] if trial.scores else 0, **{k: getattr(ledger, k) for k in ledger.__dataclass_fields__},
+        })  # fmt: skip
+    found = {
+        "name": search.study.name, "preset": search.study.preset, "objective": search.study.objective, "digest": search.study.digest,
+        "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": vars(total(search.spent(t) for t in search.trials)),
+        "rung_correlation": correlations(search), "evidence": evidence,
+    }  # fmt: skip
+    write_text(search.folder / "export.json", json.dumps(found, indent=1))
+    write(found, search.folder / "export")
+
+
+def correlations(search: Search) -> dict[str, float | None]:
+    """Of each rung's scores with the final ones, over the trials that have both: what a short rung is worth."""
+    done = [t for t in search.trials if t.state == "done" and len(t.scores) > 1]
+    last = max((t.rung for t in done), default=0)
+    return {
+        str(rung): stats.spearman([t.scores[rung] for t in done], [t.scores[t.rung] for t in done]) if len(done) > 2 else None
+        for rung in range(last)
+    }
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({name for t in found["trials"] for name in t["params"]})
+    plain = (
+        "trial",
+        "state",
+        "value",
+        "seed",
+        "rung",
+        "steps",
+        "asked",
+        "trained",
+        "reused",
+        "wasted",
+        "tokens",
+        "flops",
+        "seconds",
+        "reason",
+        "run",
+    )
+    columns: dict[str, Any] = {key: [t[key] for t in found["trials"]] for key in plain}
+    for name in names:
+        values = [t["params"].get(name) for t in found["trials"]]
+        mixed = len({type(v) for v in values if v is not None}) > 1 and not all(isinstance(v, int | float) for v in values if v is not None)
+        columns[f"params.{name}"] = [None if v is None else str(v) for v in values] if mixed else values
+    pq.write_table(pa.table(columns), folder / "trials.parquet")
+    write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))

@@ -1,0 +1,45 @@
+"""What trials cost: asked = trained + reused, in steps; wasted is within trained. Read from the run directories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mainrun.config import TrainConfig
+from mainrun.growth.simulate import costs
+from mainrun.store.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Ledger:
+    asked: int = 0  # steps
+    trained: int = 0
+    reused: int = 0
+    wasted: int = 0
+    tokens: int = 0  # trained
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+def spent(run: RunDir, cfg: TrainConfig) -> Ledger:
+    rows = [row for row in run.metrics() if row["event"] == "step"]
+    if not rows:
+        return Ledger()
+    last = reused = tokens = 0
+    before = 0
+    for row in rows:  # a row stands for the steps since the one before it
+        steps, more = row["step"] - last, row["tokens"] - before
+        if row.get("reused"):
+            reused += steps
+        else:
+            tokens += more
+        last, before = row["step"], row["tokens"]
+    wasted = int(run.env().get("carried", {}).get("wasted", 0))
+    flops = tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]
+    seconds = sum(row["seconds"] * 1.0 for row in rows if not row.get("reused"))
+    return Ledger(last + wasted, last - reused + wasted, reused, wasted, tokens, float(flops), seconds)
+
+
+def total(parts: Iterable[Ledger]) -> Ledger:
+    found = list(parts)
+    return Ledger(*(sum(getattr(part, name) for part in found) for name in Ledger.__dataclass_fields__))

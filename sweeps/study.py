@@ -1,0 +1,188 @@
+"""A study file: what is searched, by which sampler, for how much. TOML in, a checked `Study` out, with everything that is wrong at once.
+
+name = "lr"
+preset = "optimized"
+[set]                     # on top of the preset, in every trial
+dev_frac = 0.1
+[space.lr]                # a config field, or a path into the growth schedule like "growth.ops.1.trigger.budget_frac"
+low = 1e-3
+high = 3e-2
+log = true
+[space.momentum]
+values = [0.9, 0.95]
+when = { optimizer = ["muon", "sgd"] }
+[budget]                  # the first that ends
+trials = 24
+[rungs]
+at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation go on from their checkpoints
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mainrun.config import TrainConfig, load
+from mainrun.errors import ConfigError, nearest
+from sweeps.space import Choice, Parameter, Range, Space, faults
+
+BUILT_IN = Path(__file__).parent / "studies"
+SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid", "qmc")
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(Part):
+    """The first of these that is spent ends the study."""
+
+    trials: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    tokens: Annotated[float | None, Field(gt=0)] = None
+    flops: Annotated[float | None, Field(gt=0)] = None
+    minutes: Annotated[float | None, Field(gt=0)] = None
+
+
+class Sampler(Part):
+    name: Literal["tpe", "gp", "cmaes", "random", "grid", "qmc"] = "tpe"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    startup: Annotated[int, Field(ge=1, le=10_000, description="random trials before the sampler learns")] = 8
+    generation: Annotated[
+        int, Field(ge=1, le=1000, description="trials asked at once, from the results up to the generation before the last")
+    ] = 4
+
+
+class Rungs(Part):
+    at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, description="shares of a trial's steps")] = (0.25,)
+    keep: Annotated[float, Field(gt=0, lt=1, description="share of a generation that goes on")] = 0.5
+    score: Literal["raw", "branch"] = "raw"
+
+
+class Evidence(Part):
+    noise_seeds: Annotated[int, Field(ge=2, le=100, description="other seeds of the base: the noise floor")] = 5
+    seeds: Annotated[int, Field(ge=2, le=100, description="fresh seeds that confirm")] = 5
+    best: Annotated[int, Field(ge=1, le=20, description="trials that are confirmed")] = 2
+
+
+class Study(Part):
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,59}$")]
+    about: str = ""
+    preset: str = "optimized"
+    set: dict[str, Any] = {}
+    space: dict[str, Range | Choice]
+    objective: Literal["dev/full", "dev/official"] = "dev/full"
+    budget: Budget = Budget(trials=24)
+    sampler: Sampler = Sampler()
+    rungs: Rungs | None = None
+    evidence: Evidence = Evidence()
+    threads: Annotated[int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")] = 1
+    workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
+    engine: Literal["local", "ray"] = "local"
+    storage: Annotated[str, Field(description="a URL of Optuna's; empty: SQLite in the study's folder")] = ""
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what the trials are: not the workers, the engine or the storage."""
+        data = self.model_dump(exclude={"about", "workers", "engine", "storage", "budget", "evidence"}, mode="json")
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def base(self) -> TrainConfig:
+        """Trial 0, and what all others change."""
+        return self.configs(self.preset)
+
+    def configs(self, preset: str) -> TrainConfig:
+        return load(preset, [f"{key}={_toml(value)}" for key, value in {"threads": self.threads, **self.set}.items()])[0]
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        return dict(self.space)
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+
+
+def read(place: str, sets: dict[str, Any] | None = None) -> Study:
+    """A built-in study or a file; `sets` go on top of its [set]. A ConfigError names every fault."""
+    path = BUILT_IN / f"{place}.toml" if "/" not in place and not place.endswith(".toml") else Path(place)
+    if not path.is_file():
+        known = names()
+        raise ConfigError(f"unknown study {place!r}{nearest(place, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"study {path} is not valid TOML: {e}") from None
+    data.setdefault("name", path.stem)
+    if sets:
+        data["set"] = {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
+    return checked(data, str(path))
+
+
+def checked(data: dict[str, Any], where: str) -> Study:
+    try:
+        study = Study.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError("\n".join([f"study {where} cannot be searched", *_explain(e)])) from None
+    if wrong := list(_wrong(study)):
+        raise ConfigError("\n".join([f"study {where} cannot be searched", *wrong]))
+    return study
+
+
+def _explain(e: ValidationError) -> Iterator[str]:
+    seen = set()
+    for error in e.errors():
+        place = [str(part) for part in error["loc"] if part not in ("Range", "Choice")]
+        name, got = ".".join(place), error.get("input")
+        if error["type"] == "extra_forbidden":
+            known: dict[str, Any] = {"": Study, "budget": Budget, "sampler": Sampler, "rungs": Rungs, "evidence": Evidence}
+            parent = known.get(".".join(place[:-1]))
+            allowed = list(parent.model_fields) if parent else ["low", "high", "log", "step", "values", "when"]
+            text = f"unknown key {name}{nearest(place[-1], allowed)}; allowed: {', '.join(allowed)}."
+        else:
+            text = f"{name}={got!r} is not allowed: {error['msg']}." if error["type"] != "missing" else f"{name} is missing; write it."
+        if len(place) > 1 and place[0] == "space":  # it fits neither of the two kinds
+            text = f"space.{place[1]} is no parameter: write low and high (and log, step), or values; got {data_of(e, place[1])}."
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+def data_of(e: ValidationError, name: str) -> Any:
+    return next((error["input"] for error in e.errors() if name in error["loc"]), None)
+
+
+def _wrong(study: Study) -> Iterator[str]:
+    try:
+        base = study.base()
+    except ConfigError as e:
+        yield f"preset {study.preset!r} with [set]: {e}."
+        return
+    if not base.dev_frac:
+        yield "dev_frac=0: there is no dev split to search on, and val must not be looked at; write dev_frac = 0.1 under [set]."
+    yield from faults(study.space, base)
+    if study.sampler.name == "grid" and any(isinstance(p, Range) and p.step is None for p in study.space.values()):
+        yield "sampler.name='grid' needs values, or a step with low and high, for every parameter."
+    if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
+        yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
+    if study.rungs and study.rungs.score == "branch" and base.schedule != "wsd":
+        yield f'rungs.score=\'branch\' decays a plateau, and schedule={base.schedule} has none; set schedule = "wsd", or score = "raw".'
+    if not any(study.budget.model_dump().values()):
+        yield "budget is empty; write at least one of trials, tokens, flops, minutes."
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a study file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mainrun study", **Study.model_json_schema()}
+
+
+__all__ = ["Space", "Study", "checked", "names", "read", "schema"]

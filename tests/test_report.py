@@ -1,0 +1,634 @@
+"""The report from real tiny runs: what it reads, refuses and claims, and that its pages hold what the run directories hold."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reporting import edit, export, fail_guard, make, rescore, reseed
+
+from mainrun import stats
+from mainrun.errors import RunError
+from reports import cli, figures, findings, load, tables
+
+T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import TINY
+
+    from mainrun.config import from_dict
+
+    out = tmp_path_factory.mktemp("made")
+    make(out, lambda **changes: from_dict(TINY | changes))
+    return out
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "runs", ignore=shutil.ignore_patterns(".store")))
+
+
+def of(runs: Path, preset: str) -> dict[int, Path]:
+    """seed -> run directory."""
+    found = {json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")}
+    return dict(sorted(found.items()))
+
+
+def score(runs: Path, **fulls: list[float]) -> None:
+    for preset, values in fulls.items():
+        for run, full in zip(of(runs, preset).values(), values, strict=True):
+            rescore(run, full)
+
+
+def report(*args: Any, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mainrun", "report", *map(str, args)]
+    root = str(Path(__file__).parents[1])
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PYTHONPATH": root} | env, timeout=120)
+
+
+# -- what it reads
+
+
+def test_runs_become_recipes_and_seeds(runs: Path) -> None:
+    e = load.gather([], runs)
+    assert {r.name: sorted(r.scores) for r in e.recipes} == {"baseline": [1, 2, 3], "optimized": [1, 2, 3], "grown": [1]}
+    assert e.baseline is not None and e.baseline.name == "baseline" and e.optimised is not None and e.optimised.name == "optimized"
+    for run in e.runs:
+        assert run.full == json.loads((run.path / "summary.json").read_text())["last"]["full"]
+
+
+def test_ids_folders_and_studies_may_be_mixed(runs: Path, tmp_path: Path) -> None:
+    study = export(tmp_path / "studies" / "lr")
+    some = [of(runs, "baseline")[1].name, str(of(runs, "optimized")[2])]
+    e = load.gather([*some, str(study.parent)], runs)
+    assert sorted(run.path.name for run in e.runs) == sorted(Path(place).name for place in some)
+    assert [s.name for s in e.studies] == ["lr"]
+    twice = load.gather([*some, *some, str(study), str(study.parent)], runs)
+    assert len(twice.runs) == 2 and len(twice.studies) == 1
+
+
+def test_the_trials_of_a_study_are_not_runs_of_the_report(runs: Path) -> None:
+    study = export(runs / "lr")
+    shutil.copytree(of(runs, "baseline")[1], study / "trials" / "0")
+    assert len(load.gather([], runs).runs) == 7
+
+
+def test_two_recipes_of_one_preset_are_told_apart_by_what_differs(runs: Path) -> None:
+    reseed(of(runs, "optimized")[1], runs, lr=0.02)
+    names = {r.name for r in load.gather([], runs).recipes}
+    assert names == {"baseline", "grown", "optimized lr=0.005", "optimized lr=0.02"}
+
+
+def test_the_one_with_most_seeds_is_the_optimised_one(runs: Path) -> None:
+    reseed(of(runs, "optimized")[1], runs, lr=0.02)
+    e = load.gather([], runs)
+    assert e.optimised is not None and e.optimised.name == "optimized lr=0.005"
+
+
+def test_without_a_name_the_best_mean_is_taken_and_that_is_said(runs: Path) -> None:
+    for run in of(runs, "optimized").values():
+        shutil.rmtree(run)
+    rescore(of(runs, "grown")[1], 1.0)
+    other = reseed(of(runs, "grown")[1], runs, preset="other", lr=0.001)
+    rescore(other, 1.1)
+    e = load.gather([], runs)
+    assert e.optimised is not None and e.optimised.name == "grown"
+    assert e.chosen == "the lowest mean full score of 2 recipes"
+
+
+# -- what it refuses
+
+
+def test_everything_wrong_is_said_at_once(runs: Path, tmp_path: Path) -> None:
+    base, opt = of(runs, "baseline"), of(runs, "optimized")
+    (base[1] / "summary.json").unlink()
+    edit(base[1] / "status.json", lambda status: status.update(state="interrupted"))
+    (base[2] / "env.json").unlink()
+    edit(opt[1] / "summary.json", lambda summary: summary["last"].update(full=0.5))
+    study = export(tmp_path / "half")
+    (study / "study.json").unlink()
+    done = report(runs, study, "no-such-run", "--runs", runs, "--out", tmp_path / "r.pdf")
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "r.pdf").exists()
+    assert done.stderr.startswith("error: 5 things keep the report from being written:\n")
+    for said in (
+        f"run {base[1].name} is not finished (interrupted)",
+        f"{base[2]} lacks env.json",
+        f"{opt[1]}/summary.json gives 0.5 for full of the last score",
+        f"the study {study} lacks study.json",
+        "no run 'no-such-run'",
+    ):
+        assert said in done.stderr, said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fingerprints": {"val": "f" * 64}}, "the val fingerprint is not one: "),
+        ({"fingerprints": {"corpus": "f" * 64}}, "the corpus fingerprint is not one: "),
+        ({"geometry": [4, 16]}, "the evaluation geometry is not one: "),
+    ],
+)
+def test_other_data_and_other_spans_are_refused_together(runs: Path, change: dict[str, Any], said: str) -> None:
+    odd = of(runs, "optimized")[2]
+
+    def spoil(summary: dict[str, Any]) -> None:
+        for k, v in change.items():
+            summary[k] = summary[k] | v if isinstance(v, dict) else v
+
+    edit(odd / "summary.json", spoil)
+    with pytest.raises(RunError) as e:
+        load.gather([], runs)
+    assert said in str(e.value) and odd.name in str(e.value) and "ffffffffffff" in str(e.value) + "ffffffffffff" * ("geometry" in change)
+
+
+def test_a_study_of_other_data_is_refused_too(runs: Path) -> None:
+    export(runs / "lr", fingerprints={"val": "0" * 64, "corpus": "0" * 64})
+    with pytest.raises(RunError, match=r"the val fingerprint is not one: .*000000000000: study lr"):
+        load.gather([], runs)
+
+
+def test_a_seed_counts_once(runs: Path) -> None:
+    shutil.copytree(of(runs, "baseline")[1], runs / "copy")
+    with pytest.raises(RunError, match="seed 1 of baseline is there more than once"):
+        load.gather([], runs)
+
+
+def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run and no exported study"):
+        load.gather([str(tmp_path)], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["not parquet", ""])
+def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
+    study = export(tmp_path / "lr")
+    (study / "trials.parquet").write_text(text)
+    with pytest.raises(RunError, match="cannot be read"):
+        load.gather([str(study)], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--out", "."], "is a folder"),
+        (["--log", "none.md"], "--log none.md is no file"),
+        (["--title", "a\nb"], "cannot be printed"),
+        (["--samples", "-1"], "--samples"),
+    ],
+)
+def test_odd_requests_are_refused(runs: Path, tmp_path: Path, args: list[str], said: str) -> None:
+    done = report(runs, *args, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+# -- what it claims
+
+
+def test_a_clear_gain_is_claimed_with_its_numbers(runs: Path) -> None:
+    score(runs, baseline=[2.00, 2.01, 2.02], optimized=[1.80, 1.82, 1.81])
+    claim = findings.claim(load.gather([], runs))
+    apart = [-0.20, -0.19, -0.21]
+    half = T3 * statistics.stdev(apart) / 3**0.5
+    assert claim.kind == "better"
+    assert claim.text.startswith(
+        f"optimized is better than baseline: full falls by 0.2000 (95% interval −{0.2 + half:.4f} to −{0.2 - half:.4f}, 3 paired seeds)"
+    )
+
+
+def test_a_loss_is_said_to_be_one(runs: Path) -> None:
+    score(runs, baseline=[1.80, 1.82, 1.81], optimized=[2.00, 2.01, 2.02])
+    claim = findings.claim(load.gather([], runs))
+    assert claim.kind == "worse" and claim.text.startswith("optimized is worse than baseline: full rises by 0.2000")
+
+
+def test_a_difference_under_the_floor_is_none(runs: Path) -> None:
+    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189])  # always better, by a tenth of what a seed does
+    claim = findings.claim(load.gather([], runs))
+    assert claim.difference is not None and claim.difference.interval is not None and claim.difference.interval[1] < 0
+    assert (
+        claim.kind == "within noise"
+        and "is not better than baseline within noise" in claim.text
+        and "is under the noise floor" in claim.text
+    )
+
+
+def test_an_interval_with_zero_in_it_claims_nothing(runs: Path) -> None:
+    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60])  # -0.4 on average, over the floor, but -0.2 to -0.6
+    claim = findings.claim(load.gather([], runs))
+    assert claim.kind == "not sure" and "its interval holds zero" in claim.text
+
+
+def test_a_busy_machine_is_said_with_the_time(runs: Path) -> None:
+    for run in of(runs, "baseline").values():
+        edit(run / "summary.json", lambda s: s.update(seconds=10.0))
+    for run, seconds in zip(of(runs, "optimized").values(), (12.0, 12.5, 12.5), strict=True):
+        edit(run / "summary.json", lambda s, seconds=seconds: s.update(seconds=seconds))
+    assert "busy" not in findings.cost(load.gather([], runs))
+    edit(of(runs, "optimized")[2] / "summary.json", lambda s: s.update(seconds=24.0))
+    assert "took up to 2.0 times as long in another run" in findings.cost(load.gather([], runs))
+
+
+@pytest.mark.parametrize("preset", ["baseline", "optimized"])
+def test_one_seed_claims_nothing(runs: Path, preset: str) -> None:
+    for seed in (2, 3):
+        shutil.rmtree(of(runs, preset)[seed])
+    claim = findings.claim(load.gather([], runs))
+    assert (
+        claim.kind == "no claim"
+        and f"{preset}{' was run' if preset == 'baseline' else ''} with one seed" in claim.text
+        and "better than" not in claim.text
+    )
+
+
+def test_what_failed_a_guard_is_in_no_figure_of_the_headline(runs: Path) -> None:
+    score(runs, baseline=[2.00, 2.01, 2.02], optimized=[1.80, 0.10, 1.81])
+    fail_guard(of(runs, "optimized")[2])
+    e = load.gather([], runs)
+    claim = findings.claim(e)
+    assert claim.difference is not None and claim.difference.seeds == (1, 3) and claim.difference.b == pytest.approx(1.805)
+    assert e.noise is not None and e.noise.df == 3
+    shown = tables.runs(e)
+    assert {shown.rows[i][0] for i in shown.red} == {of(runs, "optimized")[2].name}
+    assert all(0.1 not in row for row in tables.recipes(e).rows)
+    failures = tables.failures(e)
+    assert failures is not None and [row[2] for row in failures.rows] == ["causality: logits change with the future at position 3"]
+
+
+def test_a_recipe_whose_runs_all_failed_has_no_figure(runs: Path) -> None:
+    for run in of(runs, "optimized").values():
+        fail_guard(run)
+    e = load.gather([], runs)
+    assert findings.claim(e).text == "No claim: every run of optimized failed a guard (causality), so it has no figure."
+    assert findings.findings(e)[1].startswith("Cost: there are no two recipes")
+
+
+def test_cost_says_when_time_is_not_one(runs: Path) -> None:
+    e = load.gather([], runs)
+    assert "the time (" in findings.cost(e)
+    edit(of(runs, "optimized")[1] / "summary.json", lambda s: s["machine_class"].update(device="another processor"))
+    assert "time is not compared, since the runs were on different machines" in findings.cost(load.gather([], runs))
+    edit(of(runs, "baseline")[1] / "summary.json", lambda s: s["ledger"].update(reused=5))
+    assert "time is not compared, since baseline took steps from the store" in findings.cost(load.gather([], runs))
+
+
+def test_low_coverage_is_a_finding(runs: Path) -> None:
+    for run in of(runs, "grown").values():
+        shutil.rmtree(run)
+    low = of(runs, "baseline")[1]
+    rows = [json.loads(line) for line in (low / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["event"] == "eval":
+            row["coverage"] = 0.65
+    (low / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rescore(low, 2.5)
+    assert f"The official score of {low.name} covers 65.0% of val, under 97%" in findings.findings(load.gather([], runs))[2]
+
+
+def test_the_ablation_is_read_in_the_order_of_its_preset(runs: Path) -> None:
+    start = of(runs, "baseline")
+    for step, lr, fulls in (("baseline", 0.01, (3.0, 3.01)), ("muon", 0.011, (2.0, 2.01)), ("adamw", 0.012, (2.5, 2.51))):
+        for seed, full in zip((1, 2), fulls, strict=True):
+            rescore(reseed(start[seed], runs, preset=f"ablation:{step}", lr=lr), full)
+    e = load.gather([], runs)
+    assert [r.cfg.preset for r in e.ladder] == ["ablation:baseline", "ablation:adamw", "ablation:muon"]
+    table = tables.ablation(e)
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["baseline", "adamw", "muon"]
+    assert [row[3] for row in table.rows[1:]] == pytest.approx([-0.5, -0.5])
+    assert findings.findings(e)[2].startswith("Of the 2 steps from baseline to muon, ")
+
+
+def test_one_recipe_under_two_names_counts_once_in_the_noise(runs: Path) -> None:
+    before = load.gather([], runs).noise
+    for seed, run in of(runs, "baseline").items():
+        reseed(run, runs, preset="same", seed=seed)
+    e = load.gather([], runs)
+    assert e.noise == before and "same" in {r.name for r in e.recipes}
+
+
+# -- studies
+
+
+def test_a_study_is_counted(tmp_path: Path) -> None:
+    e = load.gather([str(export(tmp_path / "lr"))], tmp_path)
+    (s,) = e.studies
+    failed = [t for t in range(40) if t % 13 == 12]
+    whole = [t for t in range(40) if t % 2 == 0 and t not in failed]
+    assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.bad(t)] == failed
+    assert [t["trial"] for t in s.whole] == whole
+    assert s.searched == ["lr", "optimizer"]  # momentum took one value
+    n = len(whole)
+    pruned = 40 - n - len(failed)
+    assert figures.ledger(s) == {
+        "asked": 40 * n + 10 * pruned + 10 * len(failed),
+        "trained": 30 * n + 10 * pruned + 10 * len(failed),
+        "reused": 10 * n,
+        "wasted": 10 * pruned + 10 * len(failed),
+    }
+    ((rung, pairs, rho, _),) = figures.rungs(s)
+    odd = {t for t in whole if t % 9 == 0}
+    first = [next(r["value"] for r in s.rows if r["trial"] == t and r["rung"] == 0) for t in whole]
+    assert (rung, pairs) == (0, n) and rho == stats.spearman(first, [t["value"] for t in s.whole]) and odd and rho is not None and rho < 1
+    assert findings.claim(e).kind == "no claim"
+    failures = tables.failures(e)
+    assert failures is not None and len(failures.rows) == len(failed) and "diverged at step 9" in failures.rows[0][2]
+
+
+@pytest.mark.parametrize("lacking", [("importance", "space"), ("sampler", "budget", "objective", "preset", "name")])
+def test_an_export_may_lack_what_it_does_not_know(tmp_path: Path, lacking: tuple[str, ...]) -> None:
+    study = export(tmp_path / "lr")
+    edit(study / "study.json", lambda facts: [facts.pop(k) for k in lacking])
+    wrote = cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
+    assert wrote["studies"] == 1 and (tmp_path / "r.pdf").stat().st_size > 10_000
+
+
+def test_columns_that_an_export_lacks_are_not_missed(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    study = export(tmp_path / "lr")
+    thin = pq.read_table(study / "trials.parquet").select(["trial", "state", "value", "params.lr"])
+    pq.write_table(thin, study / "trials.parquet")
+    cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
+    pq.write_table(thin.select(["trial"]), study / "trials.parquet")
+    with pytest.raises(RunError, match="no trial, state and value"):
+        load.gather([str(study)], tmp_path)
+
+
+# -- the pages
+
+
+@pytest.fixture(scope="module")
+def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """report.pdf of all there is, and beside it the figures, the tables and the folders that it was made from."""
+    from reports.load import gather
+
+    folder = tmp_path_factory.mktemp("pages")
+    export(folder / "lr")
+    runs = Path(shutil.copytree(made, folder / "runs", ignore=shutil.ignore_patterns(".store")))
+    log = folder / "log.md"
+    log.write_text("# Log\n\n- Wider was worse by far.\n- Deeper was better.\n")
+    fail_guard(of(runs, "baseline")[3])
+    e = gather([str(runs), str(folder / "lr")], runs)
+    cli.write(e, folder / "report.pdf", "A title <of> & all", folder / "figures", folder / "tables", log)
+    return folder
+
+
+def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
+    """(page, text, x, y, size) of every piece of text."""
+    from pypdf import PdfReader
+
+    found: list[tuple[int, str, float, float, float]] = []
+    for n, page in enumerate(PdfReader(pdf).pages):
+
+        def visit(text: str, cm: Any, tm: Any, font: Any, size: float, n: int = n) -> None:
+            if text.strip():
+                x, y = tm[4] * cm[0] + tm[5] * cm[2] + cm[4], tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
+                scale = abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5  # turned text has one, too
+                found.append((n, text.strip(), x, y, size * scale))
+
+        page.extract_text(visitor_text=visit)
+    return found
+
+
+def text_of(pdf: Path) -> str:
+    from pypdf import PdfReader
+
+    return "\n".join(page.extract_text() for page in PdfReader(pdf).pages)
+
+
+def numbers_in(value: Any) -> set[float]:
+    if isinstance(value, bool) or value is None:
+        return set()
+    if isinstance(value, (int, float)):
+        return {float(value)}
+    if isinstance(value, str):
+        return {float(n) for n in re.findall(r"\d+\.\d+(?:e-?\d+)?|\d+", value.replace(",", ""))}
+    parts = value.values() if isinstance(value, dict) else value
+    return set().union(*map(numbers_in, parts)) if parts else set()
+
+
+def known(folder: Path) -> set[float]:
+    """Every number of the inputs, and what follows from them, worked out here once more."""
+    import pyarrow.parquet as pq
+
+    found, scores = set(), {}
+    for run in (folder / "runs").iterdir():
+        files = {name: json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary", "env")}
+        rows = [
+            json.loads(line)
+            for name in ("metrics", "growth")
+            if (run / f"{name}.jsonl").is_file()
+            for line in (run / f"{name}.jsonl").open()
+        ]
+        found |= numbers_in(files) | numbers_in(rows)
+        found.add(100 * files["summary"]["last"]["coverage"])
+        if not any(g["status"] == "fail" for g in files["summary"]["guards"]):
+            last, cfg = files["summary"]["last"], files["config"]["config"]
+            means = {"full": last["full"], "official": last["official"], "flops": files["summary"]["flops"]}
+            scores.setdefault(cfg["preset"], {})[cfg["seed"]] = means | {k: files["summary"][k] for k in ("seconds", "params")}
+    full = {preset: {seed: s["full"] for seed, s in mine.items()} for preset, mine in scores.items()}
+    squares = sum(statistics.variance(v.values()) * (len(v) - 1) for v in full.values() if len(v) > 1)
+    df = sum(len(v) - 1 for v in full.values())
+    t = {1: 12.706205, 2: 4.302653, 3: 3.182446}
+    sd = (squares / df) ** 0.5
+    floor = t[df] * 2**0.5 * sd
+    found |= {sd, floor}
+    for mine in full.values():
+        v = list(mine.values())
+        if len(v) > 1:
+            found |= {statistics.stdev(v), t[len(v) - 1] * statistics.stdev(v) / len(v) ** 0.5}
+    for mine in scores.values():
+        for some in (mine, {seed: s for seed, s in mine.items() if seed in full["baseline"]}):
+            found |= {statistics.fmean(s[k] for s in some.values()) for k in next(iter(mine.values()))} if some else set()
+    a, b = full["baseline"], full["optimized"]
+    apart = [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
+    middle, half = statistics.fmean(apart), t[len(apart) - 1] * statistics.stdev(apart) / len(apart) ** 0.5
+    found |= {middle, middle - half, middle + half, abs(middle) / floor}
+    for k in ("flops", "seconds", "params"):
+        x, y = (statistics.fmean(s[k] for s in scores[p].values()) for p in ("baseline", "optimized"))
+        found.add(y / x)
+    study = pq.read_table(folder / "lr" / "trials.parquet").to_pylist()
+    found |= numbers_in(json.loads((folder / "lr" / "study.json").read_text())) | numbers_in(study)
+    rung = {t["trial"]: t["value"] for t in study if t["rung"] == 0}
+    top = {t["trial"]: t["value"] for t in study if t["rung"] == 1}
+    found.add(stats.spearman([rung[k] for k in top], list(top.values())) or 0.0)
+    every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
+    return found | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
+
+
+def ticks(folder: Path) -> set[str]:
+    """What stands at the axes of the figures."""
+    from xml.etree import ElementTree
+
+    trees = [ElementTree.parse(svg) for svg in (folder / "figures").glob("*.svg")]
+    groups = [g for tree in trees for g in tree.iter("{http://www.w3.org/2000/svg}g") if re.match("[xy]tick_", g.get("id", ""))]
+    return {text.strip().replace("\N{MINUS SIGN}", "-") for g in groups for text in g.itertext() if text.strip()}
+
+
+def unknown(folder: Path) -> list[str]:
+    """The numbers with decimals on the pages, outside of the figures' axes, that the inputs do not hold."""
+    allowed, at_axes = known(folder), ticks(folder)
+    text = text_of(folder / "report.pdf").replace("\N{MINUS SIGN}", "-")
+    wrong = []
+    for token in re.findall(r"(?<![\w.])-?\d[\d,]*\.\d{3,}(?:e-?\d+)?(?![\w.])|(?<![\w.])\d\.\d+e\d+", text):
+        number = float(token.replace(",", ""))
+        decimals = len(token.split("e")[0].split(".")[1])
+        slack = 0.5000001 * 10.0 ** (-decimals + (int(token.split("e")[1]) if "e" in token else 0))
+        if token not in at_axes and not any(abs(abs(number) - abs(k)) <= slack for k in allowed):
+            wrong.append(token)
+    return wrong
+
+
+def test_every_number_is_found_in_the_inputs(pages: Path) -> None:
+    assert unknown(pages) == []
+    text = text_of(pages / "report.pdf")
+    for run in (pages / "runs").iterdir():
+        last = json.loads((run / "summary.json").read_text())["last"]
+        for shown in (f"{last['full']:.4f}", f"{last['official']:.4f}", f"{last['bits_per_byte']:.4f}", run.name[:8]):
+            assert shown in text
+
+
+def test_a_number_that_no_run_has_is_seen(pages: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pages, tmp_path / "pages"))
+    for run in of(folder / "runs", "optimized").values():
+        rescore(run, 0.1234)
+    assert unknown(folder)
+    assert tables.fixed(4)(0.98765) not in text_of(pages / "report.pdf")
+
+
+def test_pages_outline_and_properties(pages: Path) -> None:
+    from pypdf import PdfReader
+
+    pdf = PdfReader(pages / "report.pdf")
+    n = len(pdf.pages)
+    assert n > 5
+    for i, page in enumerate(pdf.pages, 1):
+        assert f"page {i} of {n}" in page.extract_text()
+    titles = [entry.title for entry in pdf.outline if not isinstance(entry, list)]
+    assert titles[0] == "Result" and titles[-1] == "Appendix"
+    assert {"Loss against what it costs", "Recipes and runs", "How they trained", "Study lr", "What failed"} <= set(titles)
+    told = pdf.metadata
+    assert (
+        told is not None and told.title == "A title <of> & all" and of(pages / "runs", "optimized")[1].name in (told.get("/Keywords") or "")
+    )
+    fonts = {str(font) for page in pdf.pages for font in re.findall(r"/[A-Z]{6}\+[\w-]+", str(page["/Resources"]["/Font"]))}
+    base = {str(f.get_object()["/BaseFont"]) for page in pdf.pages for f in page["/Resources"]["/Font"].values()}
+    assert {name.split("+")[-1] for name in base | fonts} <= {"DejaVuSans", "DejaVuSans-Bold", "/Helvetica"}
+
+
+def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
+    from reportlab.pdfbase.pdfmetrics import stringWidth
+
+    from reports.pdf import fonts
+
+    fonts()
+    found = words(pages / "report.pdf")
+    assert len(found) > 300
+    for page, text, x, y, size in found:
+        assert size > 6.9, (page, text, size)
+        assert 20 < y < 842 - 20 and x > 20, (page, text, x, y)
+        assert x + max(stringWidth(line, figures.FONT, size) for line in text.splitlines()) < 595 - 20, (page, text, x)
+    for svg in (pages / "figures").glob("*.svg"):
+        sizes = [float(s) for s in re.findall(r"(?:font-size|font): ?([\d.]+)px", svg.read_text())]
+        assert sizes and min(sizes) >= 7, svg.name
+
+
+def red(pdf: Path) -> list[str]:
+    """The text that is drawn in red, outside of figures."""
+    from pypdf import PdfReader
+
+    found = []
+    for page in PdfReader(pdf).pages:
+        fill: list[float] = []
+
+        def before(op: bytes, args: Any, *_: Any, fill: list[float] = fill) -> None:
+            if op == b"rg":
+                fill[:] = [round(float(v), 2) for v in args]
+
+        def visit(text: str, *_: Any, fill: list[float] = fill) -> None:
+            if fill == [0.69, 0.0, 0.13] and text.strip():
+                found.append(text.strip())
+
+        page.extract_text(visitor_operand_before=before, visitor_text=visit)
+    return found
+
+
+def test_a_failed_run_is_red_and_named(pages: Path, runs: Path, tmp_path: Path) -> None:
+    shown = " ".join(red(pages / "report.pdf"))
+    assert (
+        "FAIL: causality" in shown
+        and f"{json.loads((of(pages / 'runs', 'baseline')[3] / 'summary.json').read_text())['last']['full']:.4f}" in shown
+    )
+    text = text_of(pages / "report.pdf")
+    assert "logits change with the future at position 3" in text
+    assert "Wider was worse by far." in text and "Deeper was better" not in text
+    cli.write(load.gather([], runs), tmp_path / "r.pdf", "t")
+    assert red(tmp_path / "r.pdf") == []
+
+
+def test_figures_and_tables_are_kept(pages: Path) -> None:
+    drawn = sorted(p.name for p in (pages / "figures").iterdir())
+    assert {"headline.svg", "headline.png", "curves.svg", "growth-1.svg", "study-1-parallel.svg", "schedules.svg"} <= set(drawn)
+    rows = list(csv.DictReader(io.StringIO((pages / "tables" / "runs.csv").read_text())))
+    assert len(rows) == 7
+    for row in rows:
+        last = json.loads((pages / "runs" / row["run"] / "summary.json").read_text())["last"]
+        assert float(row["full"]) == last["full"] and float(row["official"]) == last["official"]  # whole, not rounded
+
+
+def test_what_has_no_data_is_said(runs: Path, tmp_path: Path) -> None:
+    shutil.rmtree(of(runs, "grown")[1])
+    cli.write(load.gather([], runs), tmp_path / "r.pdf", "t")
+    text = " ".join(text_of(tmp_path / "r.pdf").split())
+    for left_out in ("ablation (needs", "studies (no export", "growth (no run changed", "samples (not asked"):
+        assert left_out in text
+    assert "Ablation" not in text
+
+
+def same(folder: Path, runs: Path, **env: str) -> bytes:
+    folder.mkdir()
+    done = report(runs, "--out", "r.pdf", "--samples", "0", "--figures", "f", "--tables", "t", cwd=folder, **env)
+    assert done.returncode == 0, done.stderr
+    kept = sorted((p for p in folder.rglob("*") if p.is_file()), key=str)
+    return b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in kept)
+
+
+@pytest.mark.slow
+def test_the_same_inputs_are_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    """In another folder, from another copy of the runs, at another time, in another zone and language, with other hashes of Python."""
+    copies = [Path(shutil.copytree(made, tmp_path / name, ignore=shutil.ignore_patterns(".store"))) for name in ("a", "deep/er/b")]
+    for copy in copies:
+        export(copy / "lr")
+    one = same(tmp_path / "one", copies[0], PYTHONHASHSEED="1", TZ="Asia/Tokyo")
+    two = same(tmp_path / "two", copies[1], PYTHONHASHSEED="2", TZ="America/Lima", LC_ALL="C", MPLCONFIGDIR=str(tmp_path / "mpl"))
+    assert one == two
+
+
+@pytest.mark.slow
+def test_the_command_writes_samples_and_says_its_claim(made: Path, tmp_path: Path) -> None:
+    done = report(made, "--out", tmp_path / "r.pdf", "--samples", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["runs"] == 7 and told["kind"] in ("better", "worse", "within noise", "not sure") and len(told["findings"]) == 3
+    assert "Samples" in text_of(tmp_path / "r.pdf")
+
+
+def test_every_pair_of_series_differs_in_grey() -> None:
+    """Colours that a grey print makes one are told apart by dash and marker."""
+    assert len(set(map(str, figures.DASHES))) == len(figures.DASHES) == len(figures.COLOURS) == len(set(figures.MARKERS)) == figures.MOST
+    grey = [sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))) for c in figures.COLOURS]
+    assert all(abs(x - y) > 2 or figures.DASHES[i] != figures.DASHES[j] for (i, x), (j, y) in combinations(enumerate(grey), 2))
+    assert max(grey) < 190  # legible on white

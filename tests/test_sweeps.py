@@ -1,0 +1,381 @@
+"""Studies: refused whole where they are wrong, and the same trials, scores and decisions whoever trains them and whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from typer.testing import CliRunner
+
+from mainrun.cli import app
+from mainrun.errors import ConfigError, UsageError
+from sweeps import study
+from sweeps.confirm import confirm
+from sweeps.driver import Search, Trial, owned, sets_of
+from sweeps.engine.protocol import Outcome, Task
+from sweeps.ledger import Ledger, spent, total
+from sweeps.sampling import Asker
+from sweeps.study import Study
+
+SET: dict[str, Any] = {k: v for k, v in TINY.items() if k != "threads"} | {
+    "num_titles": 300,
+    "n_layer": 1,
+    "optimizer": "adamw",
+    "dev_frac": 0.1,
+}
+SPACE: dict[str, Any] = {
+    "lr": {"low": 1e-3, "high": 0.1, "log": True},
+    "optimizer": {"values": ["adamw", "sgd"]},
+    "momentum": {"low": 0.5, "high": 0.95, "when": {"optimizer": ["sgd"]}},
+}
+
+
+def data(**changes: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": "tiny", "preset": "baseline", "set": SET, "space": SPACE, "budget": {"trials": 12}}
+    return found | {"sampler": {"startup": 3, "generation": 3}, "rungs": {"at": [0.4], "keep": 0.5}} | changes
+
+
+def made(**changes: Any) -> Study:
+    return study.checked(data(**changes), "tiny.toml")
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"space": {"seed": {"values": [1, 2]}}}, "space.seed: a seed is drawn, not chosen"),
+        ({"space": {"epochs": {"values": [1, 2]}}}, "space.epochs: the epochs are the task's budget"),
+        ({"space": {"num_titles": {"low": 10, "high": 100}}}, "space.num_titles: the data is the task's"),
+        ({"space": {"official_geometry": {"values": ["1x8"]}}}, "the geometry of the evaluation is the task's"),
+        ({"space": {"lrr": {"low": 1.0, "high": 2.0}}}, "space.lrr is no config field (did you mean"),
+        ({"space": {"log_every": {"values": [1, 2]}}}, "space.log_every changes nothing that is trained"),
+        ({"space": {"lr": {"low": 2.0, "high": 1.0}}}, "space.lr: low=2 > high=1"),
+        ({"space": {"lr": {"low": 1.0, "high": 1.0}}}, "there is nothing to search"),
+        ({"space": {"lr": {"low": 0.0, "high": 1.0, "log": True}}}, "log=true with low=0"),
+        ({"space": {"lr": {"low": 0.1}}}, "space.lr is no parameter: write low and high"),
+        ({"space": {"dropout": {"values": []}}}, "space.dropout.values is empty"),
+        ({"space": {"dropout": {"values": [0.1, 7.0]}}}, "7.0 is no value of it"),
+        ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["muon"]}}}}, "optimizer is never 'muon'"),
+        ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"lr": [0.1]}}}}, "lr is a range"),
+        ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimiser": ["sgd"]}}}}, "optimiser is no config field"),
+        ({"space": SPACE | {"timescale": {"low": 1.0, "high": 2.0}, "weight_decay": {"low": 0.1, "high": 1.0}}}, "keep one of them"),
+        ({"space": {"growth.ops.0.value": {"values": [1]}}}, "the preset's schedule has no '0' in ops"),
+        ({"space": {}}, "space is empty"),
+        ({"sampler": {"name": "tpx"}}, "sampler.name='tpx' is not allowed"),
+        ({"sampler": {"name": "grid"}}, "sampler.name='grid' needs values"),
+        ({"rungs": {"at": [0.5, 0.2]}}, "is not ascending"),
+        ({"rungs": {"at": [0.5], "score": "branch"}}, "schedule=cosine has none"),
+        ({"budget": {}}, "budget is empty"),
+        ({"budgets": {}}, "unknown key budgets (did you mean 'budget'?)"),
+        ({"set": SET | {"dev_frac": 0.0}}, "there is no dev split to search on"),
+        ({"set": SET | {"n_head": 3}}, "preset 'baseline' with [set]"),
+        ({"objective": "val/full"}, "objective='val/full' is not allowed"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        made(**changes)
+    assert said in str(e.value)
+
+
+def test_all_faults_are_named_at_once() -> None:
+    wrong = {"seed": {"values": [1, 2]}, "lr": {"low": 2.0, "high": 1.0}, "nothing": {"values": [1]}}
+    with pytest.raises(ConfigError) as e:
+        made(space=wrong, budget={})
+    assert len(str(e.value).splitlines()) == 5
+
+
+@pytest.mark.parametrize("name", study.names())
+def test_the_built_in_studies_are_sound(name: str) -> None:
+    found = study.read(name)
+    assert found.name == name and found.about and found.base().dev_frac
+
+
+def test_an_unknown_study_is_named_with_its_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown study 'regularisation'.*did you mean 'regularization'"):
+        study.read("regularisation")
+
+
+def test_the_schema_knows_every_key() -> None:
+    found = study.schema()
+    assert set(found["properties"]) == set(Study.model_fields)
+    assert CliRunner().invoke(app, ["sweep", "run", "demo", "--schema"]).exit_code == 0
+
+
+# -- who is asked
+
+
+class Pretended(Search):
+    """Trials that are trained at once: the driver alone."""
+
+    def _train_tokens(self) -> int:
+        return 10_000
+
+    def score(self, trial: Trial, step: int) -> float:
+        return abs(trial.values.get("lr", 0.05) - 0.02) + 1 / step
+
+    def spent(self, trial: Trial) -> Ledger:
+        return Ledger()
+
+
+class AtOnce:
+    def __init__(self, workers: int, pause: float = 0.0, dies: int = -1) -> None:
+        self.workers, self.pause, self.dies, self.done = workers, pause, dies, 0
+
+    def train(self, task: Task) -> Outcome:
+        self.done += 1
+        if self.pause:
+            time.sleep(self.pause * random.random())
+        return Outcome(False, diverged=True, why="lr too high") if any(text.startswith("lr=0.09") for text in task.sets) else Outcome(True)
+
+    def close(self) -> None:
+        pass
+
+
+def searched(folder: Path, engine: Any, **changes: Any) -> Search:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Pretended(made(**changes), folder, engine, lambda text: None, lambda: None)
+    found.run()
+    return found
+
+
+def told(search: Search) -> list[tuple[Any, ...]]:
+    return [(t.number, t.values, t.state, t.scores, t.why) for t in search.trials]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_the_trials_do_not_depend_on_workers_or_their_speed(tmp_path: Path, sampler: str) -> None:
+    how = {"sampler": {"name": sampler, "startup": 3, "generation": 3}, "budget": {"trials": 20}}
+    one = searched(tmp_path / "1", AtOnce(1), **how)
+    many = searched(tmp_path / "7", AtOnce(7, pause=0.02), **how)
+    assert told(one) == told(many) and len(one.trials) == 20
+    assert one.trials[0].values == {} and len({str(t.values) for t in one.trials}) == 20
+    assert any(t.state == "pruned" for t in one.trials) and one.trials[0].state == "done"
+    other = searched(tmp_path / "s", AtOnce(1), **how | {"sampler": how["sampler"] | {"seed": 1}})  # type: ignore[operator]
+    assert told(other) != told(one)
+
+
+def test_a_study_that_begins_again_goes_on(tmp_path: Path) -> None:
+    """The database has each trial once, however often the driver begins."""
+    import optuna
+
+    found = [searched(tmp_path, AtOnce(2), budget={"trials": trials}) for trials in (6, 12, 12)]
+    assert told(found[1]) == told(found[2]) and told(found[0])[:3] == told(found[1])[:3]
+    kept = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+    assert [t.user_attrs["number"] for t in kept] == list(range(12))
+
+
+def test_a_conditional_parameter_is_there_where_its_condition_holds(tmp_path: Path) -> None:
+    for trial in searched(tmp_path, AtOnce(1), budget={"trials": 15}).trials[1:]:
+        assert ("momentum" in trial.values) == (trial.values["optimizer"] == "sgd")
+
+
+def test_a_trial_that_diverges_fails_with_its_reason_and_the_sampler_stays_away(tmp_path: Path) -> None:
+    asker = Asker(made(), made().base())
+    asker.ask(0)
+    values = [asker.ask(n) for n in (1, 2)]
+    asker.tell(0, {0: 2.0}, True)
+    asker.tell(1, {0: 1.0}, True)
+    asker.tell(2, {}, False)
+    assert len(values) == 2 and [t.value for t in asker.mirror.trials] == [1.0, 3.0]
+
+
+def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
+    with owned(tmp_path / "a", made()), pytest.raises(UsageError, match="is searched by process"), owned(tmp_path / "a", made()):
+        pass
+    wider = made(space=SPACE | {"lr": {"low": 1e-3, "high": 0.2, "log": True}})
+    words = r"another study of that name: space.lr.high was 0.1, is 0.2. .*--as NAME"
+    with pytest.raises(UsageError, match=words), owned(tmp_path / "a", wider):
+        pass
+    with owned(tmp_path / "a", made(budget={"trials": 50}, workers=3)):
+        pass  # more of the same study
+
+
+def test_sets_say_a_config_again() -> None:
+    from mainrun.config import load
+
+    cfg = made().base().model_copy(update={"lr": 0.0123456789012345})
+    assert load("baseline", sets_of(cfg))[0] == cfg
+
+
+def test_the_timescale_is_a_weight_decay() -> None:
+    from mainrun.config import Plan
+    from sweeps.space import resolved
+
+    base = made().base()
+    cfg = resolved(base, {"lr": 0.01, "timescale": 2.0}, 10_000)
+    assert cfg.weight_decay == pytest.approx(1 / (0.01 * 2.0 * Plan(base, 10_000).steps))
+
+
+@pytest.mark.slow
+def test_the_driver_stays_quick_and_small(tmp_path: Path) -> None:
+    import resource
+
+    took: list[float] = []
+    last = time.perf_counter()
+
+    def tick() -> None:
+        nonlocal last
+        took.append(time.perf_counter() - last)
+        last = time.perf_counter()
+
+    study_ = made(sampler={"name": "random", "generation": 50}, budget={"trials": 2000}, rungs=None)
+    search = Pretended(study_, tmp_path, AtOnce(1), lambda text: None, tick)
+    search.run()
+    assert len(search.trials) == 2000
+    third = len(took) // 3
+    assert sum(took) / 2000 < 0.05 and sum(took[-third:]) < 3 * sum(took[:third])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3_000_000
+
+
+# -- real trials
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """A study file."""
+    lines: list[str] = []
+    found = data(**changes)
+    for key, value in found.items():
+        if not isinstance(value, dict):
+            lines.append(f"{key} = {json.dumps(value)}")
+    for key, value in found.items():
+        if isinstance(value, dict) and key != "space":
+            lines += [f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+    for name, p in found["space"].items():
+        lines.append(f'[space."{name}"]')
+        lines += [f"{k} = {json.dumps(v) if not isinstance(v, dict) else _inline(v)}" for k, v in p.items()]
+    file = folder / "tiny.toml"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def _inline(table: dict[str, Any]) -> str:
+    return "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in table.items()) + " }"
+
+
+def command(file: Path, out: Path, workers: int) -> list[str]:
+    return [sys.executable, "-m", "mainrun", "sweep", str(file), "--out", str(out), "--workers", str(workers)]
+
+
+def results(out: Path) -> dict[str, Any]:
+    found = json.loads((out / "tiny" / "export.json").read_text())
+    same = ("trial", "state", "value", "params", "scores", "stops", "run", "rung", "reason", "steps")
+    return {"trials": [{k: t[k] for k in same} for t in found["trials"]], "evidence": found["evidence"], "rungs": found["rung_correlation"]}
+
+
+@pytest.mark.slow
+def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, budget={"trials": 24}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1}, sampler={"startup": 6, "generation": 6}
+    )
+    for workers in (1, 3):
+        made = subprocess.run(command(file, tmp_path / str(workers), workers), capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+    chance, kills, restarts = random.Random(5), 10, 3
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(file, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(1 + 2 * chance.random())
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if restarts and kills <= 7 and chance.random() < 0.3:
+            process.kill()
+            process.wait()
+            restarts -= 1
+            process = subprocess.Popen(command(file, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        elif children and kills:
+            kills -= 1
+            try:
+                os.kill(int(chance.choice(children)), signal.SIGKILL)
+            except ProcessLookupError:
+                kills += 1
+    assert process.returncode == 0 and kills == 0 and restarts == 0
+    one = results(tmp_path / "1")
+    assert one == results(tmp_path / "3") == results(out)
+    assert len(one["trials"]) == 24 and {t["state"] for t in one["trials"]} >= {"done", "pruned"}
+    ledger_adds_up(out)
+
+
+def ledger_adds_up(out: Path) -> None:
+    found = json.loads((out / "tiny" / "export.json").read_text())
+    ledger = found["ledger"]
+    assert ledger["asked"] == ledger["trained"] + ledger["reused"] and 0 <= ledger["wasted"] <= ledger["trained"]
+    for key in ("asked", "trained", "reused", "wasted", "tokens"):
+        assert ledger[key] == sum(t[key] for t in found["trials"])
+
+
+@pytest.mark.slow
+def test_a_study_from_the_command_line(tmp_path: Path) -> None:
+    """Promotion goes on from the checkpoint, the ledger adds up, the winner becomes a preset that trains."""
+    file = write(tmp_path, budget={"trials": 6}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1})
+    made = subprocess.run(command(file, tmp_path / "out", 2), capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    ledger_adds_up(tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "tiny" / "export.json").read_text())
+    promoted = [t for t in found["trials"] if t["state"] == "done" and t["trial"]]
+    assert promoted and all(t["asked"] == t["stops"][-1] and t["wasted"] == 0 for t in promoted), "no step twice"
+    from mainrun.store.rundir import RunDir
+    from mainrun.train import train
+
+    run = RunDir(tmp_path / "out" / "tiny" / "runs" / promoted[0]["run"])
+    alone = train(run.config(), tmp_path / "alone")
+    summary = run.summary()
+    assert summary is not None and alone["weights"] == summary["weights"], "the bits of a run that was never stopped"
+    assert total([spent(run, run.config())]).asked == summary["steps"]
+    runner = CliRunner()
+    out = ["--out", str(tmp_path / "out")]
+    assert runner.invoke(app, ["sweep", "show", "tiny", *out]).exit_code == 0
+    assert "finished" in runner.invoke(app, ["sweep", "ls", *out]).output
+    os.chdir(tmp_path)
+    best = runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out])
+    assert best.exit_code == 0 and "--preset won.toml" in best.output
+    from mainrun.config import load
+
+    number = json.loads(runner.invoke(app, ["sweep", "best", "tiny", "--json", *out]).output)["trial"]
+    trial = next(t for t in found["trials"] if t["trial"] == number)
+    assert load("won.toml")[0].digest == load("baseline", trial["sets"])[0].digest
+    import pyarrow.parquet as pq
+
+    assert runner.invoke(app, ["sweep", "export", "tiny", "data", *out]).exit_code == 0
+    assert pq.read_table("data/trials.parquet").num_rows == 6
+
+
+# -- what may be claimed
+
+
+def claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, noise: float, seed: int) -> dict[str, Any]:
+    evidence = {"seeds": 5, "noise_seeds": 5, "best": 2}
+    search = searched(tmp_path, AtOnce(1), rungs=None, budget={"trials": 6}, evidence=evidence)
+    base = search.base
+    chance = random.Random(seed)
+
+    def trained(_: Any, jobs: Any) -> dict[Any, float]:
+        better = {job: cfg.model_copy(update={"seed": base.seed}) != base for job, cfg in jobs.items()}
+        return {job: 2.0 + chance.gauss(0, noise) - gain * better[job] for job in jobs}
+
+    monkeypatch.setattr("sweeps.confirm._trained", trained)
+    monkeypatch.setattr("sweeps.confirm._val", lambda *_: {"full": 1.0})
+    return confirm(search)
+
+
+def test_a_real_gain_is_claimed_and_a_small_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = claimed(tmp_path / "a", monkeypatch, gain=0.1, noise=0.002, seed=1)
+    assert clear["winner"] is not None and "is better than the base by 0." in clear["claim"] and clear["val"] == {"full": 1.0}
+    small = claimed(tmp_path / "b", monkeypatch, gain=0.001, noise=0.01, seed=1)
+    assert small["winner"] is None and small["claim"] == "not better than the base within noise" and "val" not in small
+    assert all(row["why"] for row in small["rows"])
+
+
+def test_nothing_is_claimed_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(claimed(tmp_path / str(i), monkeypatch, 0.0, 0.01, i)["winner"] is not None for i in range(20)) <= 1
