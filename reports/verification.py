@@ -58,8 +58,10 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
         try:
             summary, rows, dtype = whole(run), run.metrics(), run.config().dtype
             verdict.differences += _on_paper(manifest, summary, run, files)
-        except (MainrunError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        except MainrunError as e:
             verdict.differences.append(f"the run: {e}".replace(f"{place}/", ""))
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
+            verdict.differences.append(f"the run cannot be read ({type(e).__name__}: {e})")
         verdict.done.append("the summary, the log, the manifest and the report against each other")
         if verdict.differences:
             return verdict
@@ -70,7 +72,7 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
             _compare(verdict, found, summary, rows, run.env(), dtype)
         except MainrunError as e:
             verdict.differences.append(f"the replay failed: {e}".replace(f"{place}/", ""))
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
             verdict.differences.append(f"the replay's findings cannot be read ({type(e).__name__}: {e})")
     return verdict
 
