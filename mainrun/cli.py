@@ -1,4 +1,4 @@
-"""The command line: `mainrun train | grow | presets | compare | report | submit | verify | sample | store | doctor | download | bench`.
+"""The command line: `mainrun train | grow | sweep | report | submit | verify | presets | compare | sample | store | bench | ...`.
 
 stdout carries results (with --json: JSON and nothing else), stderr carries progress and errors. Exit codes:
 0 done, 1 crash, 2 usage, 3 diverged, 75 interrupted and resumable, 130 Ctrl-C twice. Whatever is slow to import

@@ -73,8 +73,6 @@ def run(
     if plan:
         _plan(study, as_json)
         return
-    if study.engine != "local":
-        raise UsageError(f"engine={study.engine} is not there yet; use local")
     _run(study, out / study.name, as_json)
 
 

@@ -313,7 +313,7 @@ class Record:
                 params=trial.values,
                 distributions={name: distribution(self.search.study.space[name]) for name in trial.values},
                 intermediate_values=dict(trial.scores),
-                user_attrs={"number": trial.number, "why": trial.why, "run": trial.cfg.run_id if trial.cfg else "", **vars(ledger)},
+                user_attrs={"number": trial.number, "why": trial.why, "run": trial.cfg.run_id if trial.cfg else "", "ledger": vars(ledger)},
             )
             self._patiently(partial(self.optuna.add_trial, found))
             self.written += 1

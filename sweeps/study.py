@@ -61,7 +61,7 @@ class Sampler(Part):
 class Rungs(Part):
     at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, description="shares of a trial's steps")] = (0.25,)
     keep: Annotated[float, Field(gt=0, lt=1, description="share of a generation that goes on")] = 0.5
-    score: Literal["raw", "branch"] = "raw"
+    score: Literal["raw"] = "raw"
 
 
 class Evidence(Part):
@@ -83,7 +83,7 @@ class Study(Part):
     evidence: Evidence = Evidence()
     threads: Annotated[int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")] = 1
     workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
-    engine: Literal["local", "ray"] = "local"
+    engine: Literal["local"] = "local"
     storage: Annotated[str, Field(description="a URL of Optuna's; empty: SQLite in the study's folder")] = ""
 
     @property
@@ -174,8 +174,6 @@ def _wrong(study: Study) -> Iterator[str]:
         yield "sampler.name='grid' needs values, or a step with low and high, for every parameter."
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
         yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
-    if study.rungs and study.rungs.score == "branch" and base.schedule != "wsd":
-        yield f'rungs.score=\'branch\' decays a plateau, and schedule={base.schedule} has none; set schedule = "wsd", or score = "raw".'
     if not any(study.budget.model_dump().values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
 

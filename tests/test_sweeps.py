@@ -75,7 +75,7 @@ def made(**changes: Any) -> Study:
         ({"sampler": {"name": "tpx"}}, "sampler.name='tpx' is not allowed"),
         ({"sampler": {"name": "grid"}}, "sampler.name='grid' needs values"),
         ({"rungs": {"at": [0.5, 0.2]}}, "is not ascending"),
-        ({"rungs": {"at": [0.5], "score": "branch"}}, "schedule=cosine has none"),
+        ({"rungs": {"at": [0.5], "score": "branch"}}, "rungs.score='branch' is not allowed"),
         ({"budget": {}}, "budget is empty"),
         ({"budgets": {}}, "unknown key budgets (did you mean 'budget'?)"),
         ({"set": SET | {"dev_frac": 0.0}}, "there is no dev split to search on"),
@@ -223,20 +223,20 @@ def test_the_timescale_is_a_weight_decay() -> None:
 def test_the_driver_stays_quick_and_small(tmp_path: Path) -> None:
     import resource
 
-    took: list[float] = []
-    last = time.perf_counter()
+    took: list[float] = []  # of this process, not of whatever else the machine does
+    last = time.process_time()
 
     def tick() -> None:
         nonlocal last
-        took.append(time.perf_counter() - last)
-        last = time.perf_counter()
+        took.append(time.process_time() - last)
+        last = time.process_time()
 
     study_ = made(sampler={"name": "random", "generation": 50}, budget={"trials": 2000}, rungs=None)
     search = Pretended(study_, tmp_path, AtOnce(1), lambda text: None, tick)
     search.run()
     assert len(search.trials) == 2000
     third = len(took) // 3
-    assert sum(took) / 2000 < 0.05 and sum(took[-third:]) < 3 * sum(took[:third])
+    assert sum(took) / 2000 < 0.02 and sum(took[-third:]) < 3 * sum(took[:third])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3_000_000
 
 
@@ -276,6 +276,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path) -> None:
     file = write(
         tmp_path, budget={"trials": 24}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1}, sampler={"startup": 6, "generation": 6}
@@ -288,7 +289,7 @@ def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path)
     process = subprocess.Popen(command(file, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(1 + 2 * chance.random())
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = [child for task in Path(f"/proc/{process.pid}/task").glob("*/children") for child in task.read_text().split()]
         if restarts and kills <= 7 and chance.random() < 0.3:
             process.kill()
             process.wait()
@@ -316,7 +317,7 @@ def ledger_adds_up(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_from_the_command_line(tmp_path: Path) -> None:
+def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promotion goes on from the checkpoint, the ledger adds up, the winner becomes a preset that trains."""
     file = write(tmp_path, budget={"trials": 6}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1})
     made = subprocess.run(command(file, tmp_path / "out", 2), capture_output=True, text=True)
@@ -337,7 +338,7 @@ def test_a_study_from_the_command_line(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert runner.invoke(app, ["sweep", "show", "tiny", *out]).exit_code == 0
     assert "finished" in runner.invoke(app, ["sweep", "ls", *out]).output
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     best = runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out])
     assert best.exit_code == 0 and "--preset won.toml" in best.output
     from mainrun.config import load
