@@ -94,7 +94,8 @@ def first_steps(run: RunDir, n: int) -> dict[str, Any]:
     if whole:
         found["trained_weights"] = weights(growth.state)
     if known := end or (growth if whole else None):
-        found |= {"of": known.plan.steps, "params": sum(p.numel() for p in known.state.model.parameters())}
+        params = sum(p.numel() for p in known.state.model.parameters())
+        found |= {"of": known.plan.steps, "params": params, "tokens": known.plan.tokens(known.plan.steps)}
     return found
 
 

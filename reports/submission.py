@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mainrun import compare
 from mainrun.errors import RunError, UsageError
 from mainrun.store.rundir import RunDir, disk_errors, find, fsync_folder, to_json
 from reports import bundle
@@ -23,6 +24,7 @@ RUN_FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "summary
 OTHER_FILES = ("growth.jsonl",)  # where there is one
 
 FIGURES = ("last", "best", "steps", "params", "weights")
+NEEDED = (*FIGURES, "scores", "tokenizer", "machine_class", "versions", "all_versions")
 
 # What to do when a guard fails, by its name
 FIXES = {
@@ -67,7 +69,7 @@ def choose(name: str | None, runs: Path) -> RunDir:
 
 def prepare(run: RunDir, report: Path, out: Path, note: Callable[[str], None], root: Path = ROOT) -> Submission:
     """All checks, the quick ones first, and the zip in memory."""
-    summary = _finished(run)
+    summary = whole(run)
     quoted = _report(report, summary)
     commit = head(root, but=(report, out))
     files, notes = _run_files(run)
@@ -101,36 +103,25 @@ def write(made: Submission, out: Path) -> None:
             temp.unlink(missing_ok=True)
 
 
-def _finished(run: RunDir) -> dict[str, Any]:
-    cfg = run.config()
-    summary = run.summary()
-    if summary is None:
-        state = run.status().get("state", "not started")
-        raise RunError(f"run {run.path.name} is not finished ({state}); the `mainrun train` command that started it goes on with it")
+def whole(run: RunDir) -> dict[str, Any]:
+    """The summary of a run that is done, complete, and at one with its log."""
+    summary = compare.finished(run)
     missing = [name for name in RUN_FILES if not (run.path / name).is_file()]
     if missing:
         raise RunError(f"{run.path} has no {', '.join(missing)}; restore it, or train the run again with --fresh")
-    if summary.get("run") != cfg.run_id or "weights" not in summary or "last" not in summary:
-        raise RunError(f"{run.path}/summary.json is not of this run; restore it, or train the run again with --fresh")
-    if wrong := summary_faults(summary, run.metrics()):
-        raise RunError(f"{run.path}: {wrong[0]}; restore it, or train the run again with --fresh")
+    lacking = [name for name in NEEDED if name not in summary]
+    wrong = "" if lacking or summary["run"] == run.config().run_id else f"is of {summary['run']}"
+    if not lacking and summary["scores"].get("val") != {name: summary[name] for name in ("last", "best")}:
+        wrong = "gives the scores of val in two ways"
+    if lacking or wrong:
+        what = wrong or f"has no {lacking[0]!r}"
+        raise RunError(f"{run.path}/summary.json {what}; restore it, or train the run again with --fresh")
+    ends = {row["event"]: row["step"] for row in run.metrics() if row["event"] == "step" or row.get("split") == "val"}
+    if ends != {"step": summary["steps"], "eval": summary["steps"]}:
+        raise RunError(
+            f"{run.path}/metrics.jsonl does not reach the last step, {summary['steps']}, with its score; restore it, or train again"
+        )
     return summary
-
-
-def summary_faults(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Where the summary and the log part: the log must end with the final score, and the summary's scores are rows of it."""
-    evals = [row for row in rows if row.get("event") == "eval" and row.get("split") == "val"]
-    steps = [row["step"] for row in rows if row.get("event") == "step"]
-    if not evals or not steps or (evals[-1]["step"], steps[-1]) != (summary["steps"], summary["steps"]):
-        return [f"metrics.jsonl does not reach the last step, {summary['steps']}, with its score"]
-    true = {"last": evals[-1], "best": min(evals, key=lambda row: row["full"])}
-    return [
-        f"{k} of the {name} score is {shown} in summary.json, {row.get(k)} in metrics.jsonl"
-        for name, row in true.items()
-        for scores in (summary[name], summary["scores"]["val"][name])
-        for k, shown in scores.items()
-        if row.get(k) != shown
-    ]
 
 
 def pdf_text(data: bytes, name: str) -> str:

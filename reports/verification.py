@@ -14,7 +14,7 @@ from mainrun.store.rundir import RunDir
 from reports import bundle
 from reports.bundle import CODE, REPORT, RUN, BundleError
 from reports.replaying import replay
-from reports.submission import FIGURES, ROOT, RUN_FILES, pdf_text, quotes, summary_faults
+from reports.submission import FIGURES, ROOT, RUN_FILES, pdf_text, quotes, whole
 
 # On another machine class the first steps may round otherwise, which grows from step to step; scores of given weights only round.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -56,10 +56,12 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
         bundle.write(files, place)
         run = RunDir(place / RUN)
         try:
-            summary, rows, dtype = run.summary() or {}, run.metrics(), run.config().dtype
-            verdict.differences += _on_paper(manifest, summary, rows, run, files)
-        except (MainrunError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-            verdict.differences.append(f"the run directory cannot be read ({e})".replace(f"{place}/", ""))
+            summary, rows, dtype = whole(run), run.metrics(), run.config().dtype
+            verdict.differences += _on_paper(manifest, summary, run, files)
+        except MainrunError as e:
+            verdict.differences.append(f"the run: {e}".replace(f"{place}/", ""))
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
+            verdict.differences.append(f"the run cannot be read ({type(e).__name__}: {e})")
         verdict.done.append("the summary, the log, the manifest and the report against each other")
         if verdict.differences:
             return verdict
@@ -70,22 +72,19 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
             _compare(verdict, found, summary, rows, run.env(), dtype)
         except MainrunError as e:
             verdict.differences.append(f"the replay failed: {e}".replace(f"{place}/", ""))
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
             verdict.differences.append(f"the replay's findings cannot be read ({type(e).__name__}: {e})")
     return verdict
 
 
-def _on_paper(
-    manifest: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], run: RunDir, files: dict[str, bytes]
-) -> list[str]:
+def _on_paper(manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, files: dict[str, bytes]) -> list[str]:
     """What can be seen without running anything."""
-    found = summary_faults(summary, rows)
     cfg = run.config()
     figures = manifest["figures"]
     told = {"run": cfg.run_id, "preset": cfg.preset} | {
         k: summary[k] for k in ("fingerprints", "tokenizer", "geometry", "machine_class", "versions")
     }
-    found += [f"{k} is {manifest.get(k)!r} in the manifest, {value!r} in the run" for k, value in told.items() if manifest.get(k) != value]
+    found = [f"{k} is {manifest.get(k)!r} in the manifest, {value!r} in the run" for k, value in told.items() if manifest.get(k) != value]
     for k in FIGURES:
         if figures.get(k) != summary[k]:
             found.append(f"{k} of the figures is {figures.get(k)!r} in the manifest, {summary[k]!r} in the summary")
@@ -124,7 +123,7 @@ def _compare(
         verdict.differences.append(f"the run was trained by source {named}, the code is source {found['versions']['mainrun'][:12]}")
     verdict.differences += [
         f"{k} is {summary[k]!r} in the run, {found[k]!r} by its code and config"
-        for k in ("fingerprints", "tokenizer", "params")
+        for k in ("fingerprints", "tokenizer", "params", "tokens")
         if found.get(k, summary[k]) != summary[k]
     ]
     _rows(verdict, {_key(row): row for row in rows}, found["rows"], verdict.tolerance)

@@ -27,7 +27,7 @@ def commit(root: Path) -> str:
 
 def repository(root: Path) -> Path:
     """The code at hand, committed."""
-    for package in ("mainrun", "reports"):
+    for package in ("mainrun", "sweeps", "reports"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", ".gitignore", "task"):
         shutil.copy(ROOT / name, root / name)

@@ -32,7 +32,9 @@ def test_a_run_is_the_same_once_more(name: str, tmp_path: Path) -> None:
     summary = train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     found = first_steps(run, 10_000)
-    assert found["steps"] == found["of"] == summary["steps"] and found["params"] == summary["params"]
+    assert (
+        found["steps"] == found["of"] == summary["steps"] and found["params"] == summary["params"] and found["tokens"] == summary["tokens"]
+    )
     assert found["weights"] == found["trained_weights"] == summary["weights"]
     assert found["versions"] == summary["versions"] and found["machine_class"] == summary["machine_class"]
     again = {(row["event"], row["step"], row.get("split")): row for row in [*found["rows"], *found["last"]]}
@@ -53,5 +55,5 @@ def test_a_few_steps_say_what_they_know(tmp_path: Path) -> None:
     for path in (tmp_path / cfg.run_id / "checkpoints").glob("*/state.safetensors"):
         path.write_bytes(b"")
     without = first_steps(RunDir(tmp_path / cfg.run_id), 8)
-    assert without.keys() & {"last", "weights", "of", "params"} == set()
+    assert without.keys() & {"last", "weights", "of", "params", "tokens"} == set()
     assert [r | {"seconds": 0} for r in without["rows"]] == [r | {"seconds": 0} for r in found["rows"]]

@@ -197,10 +197,12 @@ def test_a_report_that_is_no_pdf(mine: Path) -> None:
     ("harm", "said"),
     [
         (lambda run: (run / "summary.json").unlink(), "no finished run in .*: --run RUN"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         (lambda run: (run / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda run: _cut_log(run), "metrics.jsonl does not reach the last step"),
-        (lambda run: _edit(run / "summary.json", lambda s: s["last"].update(full=1.0)), "full of the last score is 1.0 in summary.json"),
+        (lambda run: _cut_log(run), "metrics.jsonl"),
+        (lambda run: _drop_steps(run), "metrics.jsonl does not reach the last step, 37, with its score"),
+        (lambda run: _edit(run / "summary.json", lambda s: s["scores"]["val"]["last"].update(full=1.0)), "the scores of val in two ways"),
+        (lambda run: _edit(run / "summary.json", lambda s: s["last"].update(full=1.0)), "gives 1.0 for full of the last score"),
         (lambda run: _edit(run / "config.json", lambda c: c["config"].update(lr=0.5)), "config.json was changed after the run began"),
         (lambda run: _edit(run / "env.json", lambda e: e.update(command=["--token", "gh" + "p_" + "aB3" * 12])), "a GitHub token"),
         (lambda run: _to_link(run / "env.json"), "env.json is a link"),
@@ -229,6 +231,12 @@ def _edit(path: Path, change: Callable[[Any], None]) -> None:
 def _cut_log(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+
+
+def _drop_steps(run: Path) -> None:
+    """The last step's row, not its score."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if not ('"event": "step"' in line and '"step": 37,' in line)))
 
 
 def _to_link(path: Path) -> None:
@@ -364,7 +372,7 @@ def test_a_manifest_that_was_made_to_fit_does_not_help_on_paper(handed_in: Path,
     monkeypatch.setattr(verification, "replay", lambda *args: pytest.fail("it was run"))
     files, place = files_of(handed_in), tmp_path / "x.zip"
     better = edited(files, "run/summary.json", lambda s: s["last"].update(full=s["last"]["full"] - 0.1))
-    assert any("full of the last score is" in line for line in deny(rewrite(place, better, honest=True)))
+    assert any("for full of the last score" in line for line in deny(rewrite(place, better, honest=True)))
     claims = edited(files, MANIFEST, lambda m: m["figures"]["last"].update(official=1.0))
     assert any(line.startswith("last of the figures") for line in deny(rewrite(place, claims)))
     other = files | {"report.pdf": pdf(["another report"])}

@@ -320,7 +320,22 @@ def test_alone_it_lists_the_menu(made: House) -> None:
     done = made.task()
     assert done.returncode == 0
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("* ")] == [
-        f"{name}:" for name in ("train", "demo", "test", "check", "checkpoint", "submit", "verify", "download", "bench", "doctor")
+        f"{name}:"
+        for name in [
+            "train",
+            "report",
+            "demo",
+            "sweep",
+            "dashboard",
+            "test",
+            "check",
+            "checkpoint",
+            "submit",
+            "verify",
+            "download",
+            "bench",
+            "doctor",
+        ]
     ]
 
 
