@@ -26,9 +26,7 @@ class Sweep(Group):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["run", *args])
 
 
-app = typer.Typer(
-    cls=Sweep, help="Search: STUDY|FILE.toml runs a study or goes on with it; ls, show, best, export, dashboard.", rich_markup_mode=None
-)
+app = typer.Typer(cls=Sweep, help="Search settings: a study, ls, show, best, export, dashboard.", rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

@@ -487,7 +487,7 @@ class FakeTrain:
         self.changes: dict[str, dict[str, Any]] = {}
         monkeypatch.setattr("mainrun.train.train", self)
 
-    def __call__(self, cfg: TrainConfig, out: Path, *, fresh: bool, progress: Any, store: Any, keep: Any) -> dict[str, Any]:
+    def __call__(self, cfg: TrainConfig, out: Path, *, fresh: bool, progress: Any, store: Any, keep: Any, until: int) -> dict[str, Any]:
         self.asked.append(cfg.preset)
         (out / cfg.run_id).mkdir(parents=True, exist_ok=True)
         if error := self.errors.get(cfg.preset):

@@ -61,7 +61,8 @@ def size(cfg: TrainConfig) -> Size:
     unmet = cfg.n_layer * (experts - met) * (up_and_down + mlp_bias)
     multiplied = cfg.n_layer * (matrices + met * up_and_down) + vocab * d + (cfg.embed_lora_rank * (vocab + d) if cfg.tie_head else 0)
     frozen = len(cfg.frozen) * layer + (shares and sum(i > 0 for i in cfg.frozen))
-    inner = (cfg.n_layer - len(cfg.frozen)) * (matrices + experts * up_and_down)  # matrices of blocks: Muon's
+    router = d * cfg.experts
+    inner = (cfg.n_layer - len(cfg.frozen)) * (matrices - router + experts * up_and_down)  # matrices of blocks but routers: Muon's
     trained = params - frozen
     numbers = {"sgd": trained if cfg.momentum else 0, "adamw": 2 * trained, "muon": inner + 2 * (trained - inner)}[cfg.optimizer]
     flops = 6 * multiplied + 12 * cfg.n_layer * heads * cfg.block_size
