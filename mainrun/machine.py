@@ -10,7 +10,7 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
@@ -104,9 +104,9 @@ class Machine:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def recorded(self, cfg: TrainConfig, work: Callable[..., Tensor | None]) -> Recorded:
+    def recorded(self, cfg: TrainConfig) -> Recorded:
         """Recorded where that pays and works: on one GPU, unless a router decides what is computed."""
-        return Recorded(work, self.generators, on=self.device.type == "cuda" and self.world == 1 and not cfg.experts)
+        return Recorded(self.generators, on=self.device.type == "cuda" and self.world == 1 and not cfg.experts)
 
     def seed(self, seeds: list[int]) -> None:
         """Of a step's micro-batches: what they draw is decided here."""

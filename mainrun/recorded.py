@@ -14,8 +14,8 @@ class Recorded:
     """Work on tensors, done as often as it is called. With `on`, and once it was called a few times with the same key (which is all that
     it does besides numbers on the device), it is recorded, and from then on replayed: the same kernels, so the same bits."""
 
-    def __init__(self, work: Callable[..., Tensor | None], generators: list[torch.Generator], on: bool) -> None:
-        self.work, self.generators, self.on = work, generators, on
+    def __init__(self, generators: list[torch.Generator], on: bool) -> None:
+        self.generators, self.on = generators, on
         self.forget()
 
     def forget(self) -> None:
@@ -26,19 +26,19 @@ class Recorded:
         self.inputs: list[Tensor] = []
         self.result: Tensor | None = None
 
-    def __call__(self, key: Hashable, *given: Tensor) -> Tensor | None:
+    def __call__(self, key: Hashable, work: Callable[..., Tensor | None], *given: Tensor) -> Tensor | None:
         if key != self.key:
             self.forget()
             self.key = key
         self.calls += 1
         if not self.on or self.calls <= WARM:
-            return self.work(*given)
+            return work(*given)
         if self.graph is None:
             self.inputs, self.graph = [t.clone() for t in given], torch.cuda.CUDAGraph()
             for generator in self.generators:
                 self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
-                self.result = self.work(*self.inputs)
+                self.result = work(*self.inputs)
         for mine, new in zip(self.inputs, given, strict=True):
             mine.copy_(new)
         self.graph.replay()

@@ -497,15 +497,16 @@ class Stepper:
 
     def __init__(self, cfg: TrainConfig, machine: Machine, state: State) -> None:
         self.cfg, self.machine, self.state, self.model = cfg, machine, state, state.model
-        self.runner = make_runner(machine, state.model)
-        # the ledger counts what really goes forward, not what the config says
-        self.counts = self.runner.register_forward_pre_hook(self.count)
-        self.learn, self.move = machine.recorded(cfg, self._learn), machine.recorded(cfg, self._move)
-        self.goes = 0  # tokens of a step that is recorded: a replay calls no model
+        self.runner, model = make_runner(machine, state.model), state.model
 
-    def count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self.model.training:
-            self.state.presented += args[0].numel() * self.machine.world
+        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if model.training:
+                state.presented += args[0].numel() * machine.world
+
+        # the ledger counts what really goes forward; nothing refers back to here, or DDP would outlive its process group
+        self.counts = self.runner.register_forward_pre_hook(count)
+        self.learn, self.move = machine.recorded(cfg), machine.recorded(cfg)
+        self.goes = 0  # tokens of a step that is recorded: a replay calls no model
 
     def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs, step: int) -> Tensor:
         """A step as far as the clipped gradients: its loss and their norm, still on the device."""
@@ -513,7 +514,7 @@ class Stepper:
         # micro-batch m of this process is piece m * world + rank
         machine.seed([mix(self.cfg.seed, "step", step, m * machine.world + machine.rank) for m in range(inputs.grad_accum)])
         self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
-        numbers = self.learn((self.inputs, x.shape), x, y)
+        numbers = self.learn((self.inputs, x.shape), self._learn, x, y)
         assert numbers is not None
         self.goes = self.state.presented - before or self.goes
         self.state.presented = before + self.goes
@@ -542,11 +543,8 @@ class Stepper:
     def update(self, inputs: StepInputs) -> None:
         self.state.optimizers.set_rates(inputs, self.state.step)
         self.move.on = self.learn.graph is not None  # before, the gradients lie elsewhere at each step
-        self.move((inputs.weight_decay, self.learn.graph))
+        self.move((inputs.weight_decay, self.learn.graph), self.state.optimizers.apply)
         self.state.average.update(inputs)
-
-    def _move(self) -> None:
-        self.state.optimizers.apply()
 
     def forget(self, model: bool = False) -> None:
         """The state was loaded anew; or, with its model, will be another."""
