@@ -114,7 +114,7 @@ def again(growth: Growth, data: TokenData, end: int, scored: Callable[[int], boo
     batches, stepper = Batches(cfg, data.splits["train"]), Stepper(state.cfg, machine, state)
     while True:
         if scored(state.step):
-            found = [row | growth.figures for row in score(cfg, data, state)]
+            found = [row | growth.figures(state.step) for row in score(cfg, data, state)]
             yield from found
             if decides:
                 growth.heard(found)

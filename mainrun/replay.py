@@ -89,7 +89,7 @@ def first_steps(run: RunDir, n: int) -> dict[str, Any]:
     whole = growth.state.step == growth.plan.steps
     found = place.facts() | {"steps": growth.state.step, "rows": rows}
     if end:
-        last = [row | end.figures for row in score(place.cfg, place.data, end.state)]
+        last = [row | end.figures(end.state.step) for row in score(place.cfg, place.data, end.state)]
         found |= {"last": last, "weights": weights(end.state)}
     if whole:
         found["trained_weights"] = weights(growth.state)

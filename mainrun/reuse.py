@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError
-from mainrun.growth.live import taken
+from mainrun.growth.live import FIGURES, taken
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.store import lineage, planner
 from mainrun.store.leases import Fenced, Lease, Leases
@@ -56,6 +56,7 @@ class Reuse:
     ) -> None:
         self.store, self.cfg, self.machine, self.note = store, cfg, machine, note
         self.journal: Metrics | None = None  # of the run's growth: rows of steps that are taken belong there, too
+        self.figures: Callable[[int], dict[str, Any]] = lambda step: {}  # what this run's rows of scores say of its model
         self.begun = lineage.origin(cfg, fingerprints, tokens, versions(), machine.facts)
         self._asked = until, frozenset(keep)
         self.wanted: frozenset[int] = frozenset()  # where others, who wait there, part from this run
@@ -234,6 +235,8 @@ class Reuse:
             scored = False
             for row in self._shown(past, first):
                 scored |= row["event"] == "eval" and row["step"] == node.step
+                if row["event"] == "eval":  # another schedule may have written it, or none
+                    row = {k: v for k, v in row.items() if k not in FIGURES} | self.figures(row["step"])
                 log = metrics if row["event"] in ("step", "eval") else self.journal
                 if log:
                     log.append(row if row["step"] in self.own else row | {"reused": True})

@@ -466,7 +466,7 @@ def train(
         growth = Growth(cfg, plan, machine, state, Metrics(run.path / "growth.jsonl") if machine.leads and cfg.growth.ops else None)
         reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh) if store else None
         if reuse:
-            growth.also, reuse.journal = reuse.rows_append, growth.journal
+            growth.also, reuse.journal, reuse.figures = reuse.rows_append, growth.journal, growth.figures
         metrics = resume(cfg, run, state, env, progress, reuse, growth) if machine.leads else None
         if machine.world > 1:
             follow(cfg, run, state, machine, growth)
@@ -617,7 +617,7 @@ def loop(
 
     def scores() -> list[dict[str, Any]]:
         with state.clock("evaluation"):
-            return [row | growth.figures for row in score(cfg, data, state)] if machine.leads else []
+            return [row | growth.figures(state.step) for row in score(cfg, data, state)] if machine.leads else []
 
     def evaluate(lr: float) -> None:
         found = scores()

@@ -24,6 +24,7 @@ from typing import Any
 from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError, MainrunError, RunError, UsageError
 from mainrun.store.rundir import RunDir, write_text
+from sweeps.engine.local import PATIENCE
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.ledger import Ledger, spent
 from sweeps.sampling import Asker
@@ -71,10 +72,11 @@ class Search:
         if file.is_file():
             return int(json.loads(file.read_text())["train_tokens"])
         sets = [part for text in sets_of(self.base) for part in ("--set", text)]
-        made = subprocess.run(
-            [sys.executable, "-m", "mainrun", "train", "--preset", preset_of(self.study), *sets, "--dry-run", "--json"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "mainrun", "train", "--preset", preset_of(self.study), *sets, "--dry-run", "--json"]
+        for _ in range(PATIENCE):
+            made = subprocess.run(command, capture_output=True, text=True)
+            if made.returncode >= 0:  # it was not killed
+                break
         if made.returncode:
             raise MainrunError(f"the base of the study cannot be trained: {(made.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         found = int(json.loads(made.stdout)["plan"]["train_tokens"])

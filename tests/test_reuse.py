@@ -1377,7 +1377,7 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
     keeper = reuse.Reuse(store, cfg, plan, Machine(cfg), {}, "", lambda text: None, keep=range(1, 9))
     assert plan.steps == STEPS
     spent: dict[str, float] = {}
-    state = SimpleNamespace(step=0, presented=0, tensors=lambda: tensors)
+    state = SimpleNamespace(step=0, presented=0, grown={}, tensors=lambda: tensors)
     state.clock = lambda part: trainer.State.clock(SimpleNamespace(spent=spent), part)  # type: ignore[arg-type]
     stalls, saves = [], []
     for step in range(1, 5):

@@ -43,6 +43,7 @@ Row = dict[str, Any]
 SETTLES = 10  # steps after which copies should have parted, and a router have chosen
 ROWS = 4  # of the batch that an op is checked on
 PREFIX = "OPERATION_"  # of the journal's events
+FIGURES = ("params", "active", "flops")  # in the rows of scores of a run with a schedule; flops: so far
 
 
 class Growth:
@@ -85,17 +86,17 @@ class Growth:
     def _keep(self) -> None:
         self.state.grown = standing(self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()})
 
-    @property
-    def figures(self) -> Row:
-        """Of the model as it stands, for a row of scores; nothing where nothing grows."""
+    def figures(self, step: int) -> Row:
+        """Of the model after a step, for a row of its scores; nothing where nothing grows."""
         if not self.cfg.growth.ops:
             return {}
-        spent = 0
-        for stretch, later in zip(self.plan.stretches, [*self.plan.stretches[1:], None], strict=True):
-            end = min(self.state.step, later.first if later else self.state.step)
+        spent, stretches = 0, self.plan.stretches
+        for stretch, later in zip(stretches, [*stretches[1:], None], strict=True):
+            end = min(step, later.first if later else step)
             tokens = max(0, end - stretch.first) * stretch.span
             spent += tokens * stretch.cfg.passes * costs(stretch.cfg, self.ids)["flops_per_token"]
-        return {k: v for k, v in costs(self.state.cfg, self.ids).items() if k != "flops_per_token"} | {"flops": spent}
+        found = costs(stretches[acted(self.plan, step)].cfg, self.ids)
+        return dict(zip(FIGURES, (found["params"], found["active"], spent), strict=True))
 
     def heard(self, rows: Iterable[Row]) -> None:
         """Scores: of dev where there is one, for val must not steer a run."""
