@@ -20,7 +20,7 @@ START = (
     "    import ctypes, os; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.getppid() == {parent} or sys.exit(75)\n"
     "from mainrun.cli import main; main()\n"
 )
-PATIENCE = 5  # deaths in a row without a step between them
+PATIENCE = 20  # deaths of one task: then it is the task that kills
 BUSY = "is being written by process"
 
 
