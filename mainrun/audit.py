@@ -96,7 +96,10 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         return Finding(node, "skipped", str(e))
     scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
     found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
-    rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
+    try:
+        rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
+    except MainrunError as e:  # an op that did not keep its word here
+        return Finding(node, "differs", str(e))
     if node.geometry != list(cfg.geometry):
         return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
     presented = plan.tokens(node.step) * cfg.passes

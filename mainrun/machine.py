@@ -114,7 +114,7 @@ class Machine:
         if self.device.type == "cuda":
             torch.manual_seed(seeds[0])  # for the one dropout that draws its own: that of fused attention
             self.generators += [torch.Generator(self.device) for _ in seeds[len(self.generators) :]]
-            for generator, seed in zip(self.generators, seeds, strict=False):
+            for generator, seed in zip(self.generators, seeds, strict=False):  # an earlier step may have had more micro-batches
                 generator.manual_seed(seed)
 
     def masks(self, places: list[tuple[int, float]], micro: int) -> Tensor | None:

@@ -661,8 +661,7 @@ def loop(
         if op := growth.waits:
             stepper.forget(model=op.name in ARCHITECTURE)  # two models are enough
             try:
-                with state.clock("growth"):
-                    growth.act(scores)
+                growth.act(scores)
             except MainrunError:
                 save()
                 raise

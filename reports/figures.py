@@ -478,7 +478,7 @@ def slices(study: Study, most: int = 9) -> Figure | None:
     columns = min(3, len(fields))
     rows = -(-len(fields) // columns)
     figure, axes = new(0.3 + 1.75 * rows, rows, columns, sharey=True)
-    for ax, name in zip(axes, fields, strict=False):
+    for ax, name in zip(axes, fields, strict=False):  # a last row may have panels left
         mine = [t for t in (*study.stopped, *study.whole) if t.get(f"params.{name}") is not None]
         x, names, log = places([t[f"params.{name}"] for t in mine])
         if log:

@@ -59,7 +59,7 @@ class Run:
         if not self.cfg.growth.ops:
             return []
         plan = Plan(self.cfg, self.plan["train_tokens"])
-        ops = zip(self.cfg.growth.ops, plan.fired, strict=False)
+        ops = zip(self.cfg.growth.ops, plan.fired, strict=False)  # what waits for a loss has no step in a plan
         return [{"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)} for op, step in ops if step >= 0]
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import ConfigError, RunError, UsageError
-from mainrun.terminal import Debug, Group, Json, Out, emit, show_table, stoppable
+from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable
 
 if TYPE_CHECKING:
     from sweeps.driver import Search
@@ -44,7 +44,6 @@ def run(
     place: Annotated[str, typer.Argument(metavar="STUDY|FILE", help="A built-in study, or a TOML file.")],
     out: Studies = Path("runs/studies"),
     workers: Annotated[int | None, typer.Option("--workers", min=1, max=10_000, help="At most so many trials at once.")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", metavar="local", help="Who trains.")] = None,
     storage: Annotated[
         str | None, typer.Option("--storage", metavar="URL", help="Optuna's database; SQLite in the study's folder.")
     ] = None,
@@ -66,7 +65,7 @@ def run(
         emit(studies.schema())
         return
     study = studies.read(place, dict(parse_set(text) for text in sets or []))
-    change = {"workers": workers, "engine": engine, "storage": storage, "name": named}
+    change = {"workers": workers, "storage": storage, "name": named}
     study = studies.checked(study.model_dump(exclude_unset=True) | {k: v for k, v in change.items() if v is not None}, place)
     if plan:
         _plan(study, as_json)
@@ -243,7 +242,10 @@ def ls(out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug 
     if as_json:
         emit({"studies": rows, "built_in": names()})
         return
-    cells = [[str(r["study"]), "finished" if r["finished"] else "begun", str(r["trials"] or ""), f"{r['best'] or 0:.4f}"] for r in rows]
+    cells = [
+        [str(r["study"]), "finished" if r["finished"] else "begun", str(r["trials"] or ""), "" if r["best"] is None else f"{r['best']:.4f}"]
+        for r in rows
+    ]
     show_table(["study", "state", "trials", "best"], cells)
     print(f"built in: {', '.join(names())}")
 
@@ -277,6 +279,8 @@ def best(
     if save:
         if not save.replace("-", "").replace("_", "").isalnum():
             raise UsageError(f"got --save {save!r}; write letters, digits, - and _")
+        if Path(f"{save}.toml").exists():
+            raise UsageError(f"{save}.toml is there already; give another name, or remove it")
         about = f"trial {number} of {name}: {evidence.get('claim', 'not confirmed')}"
         lines = [f"about = {json.dumps(about)}", f"base = {json.dumps(found['preset'])}"]
         for text in trial["sets"]:
@@ -339,6 +343,3 @@ def dashboard(
         raise UsageError("optuna-dashboard is not installed; pip install 'mainrun[dashboard]'")
     url = json.loads(file.read_text(encoding="utf-8"))["study"]["storage"] or f"sqlite:///{(out / name / 'study.db').absolute()}"
     os.execv(sys.executable, [sys.executable, "-m", "optuna_dashboard", url, "--port", str(port)])
-
-
-__all__ = ["Out", "app"]

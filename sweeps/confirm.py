@@ -10,7 +10,7 @@ from mainrun import stats
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError
 from mainrun.store.rundir import RunDir
-from sweeps.driver import Search, Trial, preset_of, sets_of
+from sweeps.driver import Search, Trial, sets_of
 from sweeps.engine.protocol import Task
 from sweeps.space import changed
 
@@ -77,7 +77,7 @@ def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[t
     split, name = search.study.objective.split("/")
 
     def work(cfg: TrainConfig) -> float:
-        task = Task(preset_of(search.study), tuple(sets_of(cfg)), search.runs, search.store, 0, search.study.threads)
+        task = Task(search.study.preset, tuple(sets_of(search.study, cfg)), search.runs, search.store, 0, search.study.threads)
         outcome = search.engine.train(task)
         search.tick()
         if outcome.diverged:
@@ -87,7 +87,11 @@ def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[t
         return float(_scores(RunDir(search.runs / cfg.run_id), split)[name])
 
     with ThreadPoolExecutor(search.engine.workers) as pool:
-        return dict(zip(jobs, pool.map(work, jobs.values()), strict=True))
+        try:
+            return dict(zip(jobs, pool.map(work, jobs.values()), strict=True))
+        except BaseException:  # a Ctrl-C would wait for all of them
+            search.engine.close()
+            raise
 
 
 def _scores(run: RunDir, split: str) -> dict[str, Any]:

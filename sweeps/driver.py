@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mainrun.config import Plan, TrainConfig
+from mainrun.config import Plan, TrainConfig, load
 from mainrun.errors import ConfigError, MainrunError, RunError, UsageError
 from mainrun.store.rundir import RunDir, write_text
 from sweeps.engine.local import PATIENCE
@@ -41,7 +41,6 @@ class Trial:
     scores: dict[int, float] = field(default_factory=dict)  # by rung
     state: str = "waiting"  # running | done | pruned | diverged | failed
     why: str = ""
-    retries: int = 0
 
     @property
     def over(self) -> bool:
@@ -59,6 +58,8 @@ class Search:
         self.study, self.folder, self.engine, self.note, self.tick = study, folder, engine, note, tick
         self.base = study.base()
         self.trials: list[Trial] = []
+        self.owners: dict[str, int] = {}  # run: the first trial that is it; a sampler may give the same values again
+        self._spent: dict[int, Ledger] = {}  # of trials that are over
         self.asker = Asker(study, self.base)
         self.told = 0  # generations
         self.began = time.monotonic()
@@ -71,8 +72,8 @@ class Search:
         file = self.folder / "tokens.json"
         if file.is_file():
             return int(json.loads(file.read_text())["train_tokens"])
-        sets = [part for text in sets_of(self.base) for part in ("--set", text)]
-        command = [sys.executable, "-m", "mainrun", "train", "--preset", preset_of(self.study), *sets, "--dry-run", "--json"]
+        sets = [part for text in sets_of(self.study, self.base) for part in ("--set", text)]
+        command = [sys.executable, "-m", "mainrun", "train", "--preset", self.study.preset, *sets, "--dry-run", "--json"]
         for _ in range(PATIENCE):
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode >= 0:  # it was not killed
@@ -134,6 +135,7 @@ class Search:
             plan = Plan(cfg, self.train_tokens)
         except ConfigError as e:
             return Trial(number, values, None, state="failed", why=str(e))
+        self.owners.setdefault(cfg.run_id, number)
         evals, at = sorted(plan.eval_steps), self.study.rungs.at if self.study.rungs else ()
         rungs = [next(step for step in evals if step >= share * plan.steps) for share in at]
         return Trial(number, values, cfg, [*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps])
@@ -172,7 +174,7 @@ class Search:
     def _task(self, trial: Trial, rung: int) -> Task:
         assert trial.cfg is not None
         until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
-        return Task(preset_of(self.study), tuple(sets_of(trial.cfg)), self.runs, self.store, until, self.study.threads)
+        return Task(self.study.preset, tuple(sets_of(self.study, trial.cfg)), self.runs, self.store, until, self.study.threads)
 
     @property
     def runs(self) -> Path:
@@ -183,10 +185,9 @@ class Search:
         return self.folder / "runs" / ".store"
 
     def run_dir(self, trial: Trial) -> RunDir | None:
-        return RunDir(self.runs / run_id(self.study, trial.cfg)) if trial.cfg else None
+        return RunDir(self.runs / trial.cfg.run_id) if trial.cfg else None
 
     def _hear(self, trial: Trial, rung: int, outcome: Outcome) -> None:
-        trial.retries += outcome.retries
         if not outcome.ok:
             trial.state, trial.why = "diverged" if outcome.diverged else "failed", outcome.why
             self.note(f"trial {trial.number} {trial.state}: {outcome.why}")
@@ -226,25 +227,28 @@ class Search:
     # -- what came out
 
     def spent(self, trial: Trial) -> Ledger:
-        """A trial that was not taken to its end is wasted whole, whatever it taught the sampler."""
+        """A trial that was not taken to its end is wasted whole, whatever it taught the sampler; one that was there before cost nothing."""
+        if trial.number in self._spent:
+            return self._spent[trial.number]
         run = self.run_dir(trial)
         found = spent(run, trial.cfg) if run and trial.cfg else Ledger()
-        return replace(found, wasted=found.trained) if trial.state in ("pruned", "diverged", "failed") else found
+        if trial.cfg and self.owners[trial.cfg.run_id] != trial.number:
+            steps = found.asked - found.wasted
+            found = Ledger(asked=steps, reused=steps)
+        elif trial.state in ("pruned", "diverged", "failed"):
+            found = replace(found, wasted=found.trained)
+        if trial.over:
+            self._spent[trial.number] = found
+        return found
 
     def best(self, count: int = 1) -> list[Trial]:
         done = [trial for trial in self.trials if trial.state == "done"]
         return sorted(done, key=lambda t: (t.scores[t.rung], t.number))[:count]
 
 
-def preset_of(study: Study) -> str:
-    return study.preset
-
-
-def sets_of(cfg: TrainConfig) -> list[str]:
-    """What --set must say for this config, on top of its preset."""
-    from mainrun.config import load
-
-    plain = load(cfg.preset)[0]
+def sets_of(study: Study, cfg: TrainConfig) -> list[str]:
+    """What --set must say for this config, on top of the study's preset."""
+    plain = load(study.preset)[0]
     found = []
     for name in TrainConfig.model_fields:
         value = getattr(cfg, name)
@@ -257,11 +261,6 @@ def sets_of(cfg: TrainConfig) -> list[str]:
         else:
             found.append(f"{name}={json.dumps(value) if not isinstance(value, str) else value}")
     return found
-
-
-def run_id(study: Study, cfg: TrainConfig | None) -> str:
-    assert cfg is not None
-    return cfg.run_id
 
 
 class Record:
@@ -302,13 +301,11 @@ class Record:
                 pause = min(5.0, 2 * pause)
 
     def write(self) -> None:
-        import optuna
         from optuna.trial import TrialState, create_trial
 
         from sweeps.sampling import distribution
 
         states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL, "failed": TrialState.FAIL}
-        del optuna
         while self.written < len(self.search.trials) and (trial := self.search.trials[self.written]).over:
             ledger = self.search.spent(trial)
             found = create_trial(

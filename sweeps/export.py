@@ -21,7 +21,8 @@ def export(search: Search, evidence: dict[str, Any] | None) -> None:
             "trial": trial.number, "state": trial.state, "value": trial.scores.get(trial.rung),
             "seed": trial.cfg.seed if trial.cfg else None,
             "params": trial.values, "rung": trial.rung, "scores": {str(k): v for k, v in trial.scores.items()}, "stops": trial.stops,
-            "run": trial.cfg.run_id if trial.cfg else "", "sets": sets_of(trial.cfg) if trial.cfg else [], "reason": trial.why,
+            "run": trial.cfg.run_id if trial.cfg else "", "reason": trial.why,
+            "sets": sets_of(search.study, trial.cfg) if trial.cfg else [],
             "steps": trial.stops[trial.rung] if trial.scores else 0, **{k: getattr(ledger, k) for k in ledger.__dataclass_fields__},
         })  # fmt: skip
     found = {

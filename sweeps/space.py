@@ -20,7 +20,6 @@ NEVER = {
     **dict.fromkeys(("device", "threads", "compile", "attention", "dtype"), "the machine is the study's, under [set] or threads"),
 }
 DERIVED = {"timescale": "weight_decay"}  # searched in place of it: epochs over which a weight forgets, 1 / (lr * weight_decay * steps)
-Value = bool | int | float | str | None
 
 
 class Range(BaseModel):
@@ -116,6 +115,8 @@ def _conditions(where: str, p: Parameter, space: Space) -> Iterator[str]:
 def _outside(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
     """Values that no config takes, found by asking for the config."""
     if name in DERIVED:
+        if not all(isinstance(v, int | float) and v > 0 for v in (p.values if isinstance(p, Choice) else [p.low])):
+            yield f"{where} is a time; its values must be above 0."
         return
     for value in p.values if isinstance(p, Choice) else [p.low, p.high]:
         try:

@@ -30,10 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mainrun.config import TrainConfig, load
 from mainrun.errors import ConfigError, nearest
-from sweeps.space import Choice, Parameter, Range, Space, faults
+from sweeps.space import Choice, Range, faults
 
 BUILT_IN = Path(__file__).parent / "studies"
-SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid", "qmc")
 
 
 class Part(BaseModel):
@@ -61,7 +60,6 @@ class Sampler(Part):
 class Rungs(Part):
     at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, description="shares of a trial's steps")] = (0.25,)
     keep: Annotated[float, Field(gt=0, lt=1, description="share of a generation that goes on")] = 0.5
-    score: Literal["raw"] = "raw"
 
 
 class Evidence(Part):
@@ -83,25 +81,20 @@ class Study(Part):
     evidence: Evidence = Evidence()
     threads: Annotated[int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")] = 1
     workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
-    engine: Literal["local"] = "local"
     storage: Annotated[str, Field(description="a URL of Optuna's; empty: SQLite in the study's folder")] = ""
 
     @property
     def digest(self) -> str:
-        """Of all that decides what the trials are: not the workers, the engine or the storage."""
-        data = self.model_dump(exclude={"about", "workers", "engine", "storage", "budget", "evidence"}, mode="json")
+        """Of all that decides what the trials are: not the workers or the storage."""
+        data = self.model_dump(exclude={"about", "workers", "storage", "budget", "evidence"}, mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def base(self) -> TrainConfig:
         """Trial 0, and what all others change."""
-        return self.configs(self.preset)
-
-    def configs(self, preset: str) -> TrainConfig:
-        return load(preset, [f"{key}={_toml(value)}" for key, value in {"threads": self.threads, **self.set}.items()])[0]
-
-    @property
-    def parameters(self) -> dict[str, Parameter]:
-        return dict(self.space)
+        found = load(self.preset, [f"{key}={_toml(value)}" for key, value in {"threads": self.threads, **self.set}.items()])
+        if len(found) > 1:
+            raise ConfigError(f"preset {self.preset!r} has {len(found)} steps, a study begins with one; write {found[-1].preset!r}, say")
+        return found[0]
 
 
 def _toml(value: Any) -> str:
@@ -181,6 +174,3 @@ def _wrong(study: Study) -> Iterator[str]:
 def schema() -> dict[str, Any]:
     """The JSON schema of a study file."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mainrun study", **Study.model_json_schema()}
-
-
-__all__ = ["Space", "Study", "checked", "names", "read", "schema"]

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from typer.testing import CliRunner
 
 from mainrun.cli import app
 from mainrun.errors import ConfigError, UsageError
+from mainrun.store.rundir import RunDir
 from sweeps import study
 from sweeps.confirm import confirm
 from sweeps.driver import Search, Trial, owned, sets_of
+from sweeps.engine.local import Local
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger, spent, total
 from sweeps.sampling import Asker
@@ -75,7 +78,9 @@ def made(**changes: Any) -> Study:
         ({"sampler": {"name": "tpx"}}, "sampler.name='tpx' is not allowed"),
         ({"sampler": {"name": "grid"}}, "sampler.name='grid' needs values"),
         ({"rungs": {"at": [0.5, 0.2]}}, "is not ascending"),
-        ({"rungs": {"at": [0.5], "score": "branch"}}, "rungs.score='branch' is not allowed"),
+        ({"rungs": {"at": [0.5], "score": "branch"}}, "unknown key rungs.score"),
+        ({"preset": "demo", "set": {"dev_frac": 0.1}}, "preset 'demo' has 2 steps, a study begins with one"),
+        ({"space": {"timescale": {"low": 0.0, "high": 2.0}}}, "space.timescale is a time"),
         ({"budget": {}}, "budget is empty"),
         ({"budgets": {}}, "unknown key budgets (did you mean 'budget'?)"),
         ({"set": SET | {"dev_frac": 0.0}}, "there is no dev split to search on"),
@@ -207,7 +212,38 @@ def test_sets_say_a_config_again() -> None:
     from mainrun.config import load
 
     cfg = made().base().model_copy(update={"lr": 0.0123456789012345})
-    assert load("baseline", sets_of(cfg))[0] == cfg
+    assert load("baseline", sets_of(made(), cfg))[0] == cfg
+
+
+def test_a_study_may_begin_with_a_preset_of_ones_own(tmp_path: Path) -> None:
+    """Such a preset's name is no longer the way to it."""
+    from mainrun.config import load
+
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "baseline"\nlr = 0.02\n')
+    own = made(preset=str(file))
+    cfg = own.base().model_copy(update={"dropout": 0.2})
+    assert cfg.lr == 0.02 and load(str(file), sets_of(own, cfg))[0] == cfg
+
+
+def test_values_that_come_again_cost_nothing_again(tmp_path: Path) -> None:
+    class Twice(Pretended):
+        spent = Search.spent
+
+        def run_dir(self, trial: Trial) -> Any:
+            folder = self.runs / (trial.cfg.run_id if trial.cfg else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [{"event": "step", "step": step, "tokens": 8 * step, "seconds": 0.1} for step in range(1, 11)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return RunDir(folder)
+
+    few = {"space": {"optimizer": {"values": ["adamw", "sgd"]}}, "rungs": None, "budget": {"trials": 9}}
+    search = Twice(made(**few), tmp_path, AtOnce(1), lambda text: None, lambda: None)
+    search.run()
+    parts = [search.spent(t) for t in search.trials]
+    runs = {t.cfg.run_id for t in search.trials if t.cfg}
+    assert len(runs) == 2 and sum(part.trained for part in parts) == 20
+    assert all(part.asked == part.trained + part.reused == 10 for part in parts)
 
 
 def test_the_timescale_is_a_weight_decay() -> None:
@@ -327,7 +363,6 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     found = json.loads((tmp_path / "out" / "tiny" / "export.json").read_text())
     promoted = [t for t in found["trials"] if t["state"] == "done" and t["trial"]]
     assert promoted and all(t["asked"] == t["stops"][-1] and t["wasted"] == 0 for t in promoted), "no step twice"
-    from mainrun.store.rundir import RunDir
     from mainrun.train import train
 
     run = RunDir(tmp_path / "out" / "tiny" / "runs" / promoted[0]["run"])
@@ -342,6 +377,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     best = runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out])
     assert best.exit_code == 0 and "--preset won.toml" in best.output
+    assert "won.toml is there already" in runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out]).stderr
     from mainrun.config import load
 
     number = json.loads(runner.invoke(app, ["sweep", "best", "tiny", "--json", *out]).output)["trial"]
@@ -351,6 +387,36 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
 
     assert runner.invoke(app, ["sweep", "export", "tiny", "data", *out]).exit_code == 0
     assert pq.read_table("data/trials.parquet").num_rows == 6
+
+
+@pytest.mark.slow
+def test_a_worker_that_finds_its_run_further_on_is_done(tmp_path: Path) -> None:
+    """A driver may be killed while a promoted trial is on its way, which saves it where it stands; the next one asks for the rung again."""
+    cfg = made().base()
+    sets = tuple(sets_of(made(), cfg))
+    engine = Local(1, 1)
+    for until in (20, 10):
+        assert engine.train(Task("baseline", sets, tmp_path, tmp_path / ".store", until)) == Outcome(True)
+    assert RunDir(tmp_path / cfg.run_id).metrics()[-1]["step"] == 20
+
+
+def test_ctrl_c_ends_the_confirmation_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(AtOnce):
+        closed = False
+
+        def train(self, task: Task) -> Outcome:
+            while not self.closed:
+                time.sleep(0.01)
+            return Outcome(False, why="the driver stopped")
+
+        def close(self) -> None:
+            self.closed = True
+
+    search = searched(tmp_path, AtOnce(1), rungs=None, budget={"trials": 3})
+    search.engine = Slow(2)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        confirm(search)
 
 
 # -- what may be claimed

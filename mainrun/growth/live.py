@@ -30,7 +30,7 @@ from mainrun.growth.verify import (
     router_lock,
     router_scale,
     tied,
-)  # fmt: skip
+)
 from mainrun.host import give_back
 from mainrun.store.rundir import Metrics
 
@@ -149,7 +149,8 @@ class Growth:
             self.tell({"event": f"{PREFIX}START", **now, **told, **costs(before, self.ids)})
             clock = time.perf_counter()
             if op.name in ARCHITECTURE:
-                checks, found = self._grow(op, before, stretch.cfg)
+                with self.state.clock("growth"):
+                    checks, found = self._grow(op, before, stretch.cfg)
                 if wrong := [check for check in checks if not check.ok]:
                     self._fail(op, now, wrong)
                     continue

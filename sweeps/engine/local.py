@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,36 +32,27 @@ class Local:
         self._lock, self._closed = threading.Lock(), False
 
     def train(self, task: Task) -> Outcome:
-        deaths = retries = 0
+        deaths = 0
         while not self._closed:
             code, said = self._once(task)
-            if code == 0 or (code == Interrupted.exit_code and task.until and f"stopped at step {task.until} " in said):
-                return Outcome(True, retries=retries)
+            if code == 0 or (code == Interrupted.exit_code and _came(said, task.until)):
+                return Outcome(True)
             last = said.strip().splitlines()[-1] if said.strip() else f"it ended with code {code} and said nothing"
             if code == Diverged.exit_code:
-                return Outcome(False, diverged=True, why=last, retries=retries)
+                return Outcome(False, diverged=True, why=last)
             if BUSY in said:  # a worker of a driver that is gone: it ends soon
                 time.sleep(0.5)
                 continue
-            deaths, retries = deaths + 1, retries + 1
+            deaths += 1
             if code >= 0 and code != Interrupted.exit_code:  # an error, not a death: the next time it is the same
-                return Outcome(False, why=last, retries=retries)
+                return Outcome(False, why=last)
             if deaths >= PATIENCE:
-                return Outcome(False, why=f"its worker died {deaths} times: {last}", retries=retries)
-        return Outcome(False, why="the driver stopped", retries=retries)
+                return Outcome(False, why=f"its worker died {deaths} times: {last}")
+        return Outcome(False, why="the driver stopped")
 
     def _once(self, task: Task) -> tuple[int, str]:
-        command = [
-            sys.executable,
-            "-c",
-            START.format(parent=os.getpid()),
-            "train",
-            "--preset",
-            task.preset,
-            "--quiet",
-            "--out",
-            str(task.out),
-        ]
+        command = [sys.executable, "-c", START.format(parent=os.getpid()), "train", "--preset", task.preset, "--quiet"]
+        command += ["--out", str(task.out)]
         command += ["--store", str(task.store), *(part for text in task.sets for part in ("--set", text))]
         command += ["--until", str(task.until)] if task.until else []
         env = os.environ | {"OMP_NUM_THREADS": str(task.threads)}
@@ -82,3 +74,9 @@ class Local:
             self._closed = True
             for process in self._live:
                 process.send_signal(signal.SIGTERM)
+
+
+def _came(said: str, until: int) -> bool:
+    """Stopped there, as it was asked to; or further on, where an earlier driver had it go on and was killed."""
+    stopped = re.search(r"stopped at step (\d+) of", said)
+    return bool(until and stopped and int(stopped[1]) >= until)

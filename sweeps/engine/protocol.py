@@ -24,7 +24,6 @@ class Outcome:
     ok: bool
     diverged: bool = False
     why: str = ""
-    retries: int = 0
 
 
 class Engine(Protocol):
