@@ -354,7 +354,7 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tiny: Tiny, tmp
     assert results(whole) == results(cut)
     summary = whole.summary()
     assert summary is not None and summary["machine_class"]["compile"] and summary["machine_class"]["compiler"]
-    assert summary["spent"]["compile"] > 1
+    assert summary["spent"]["compile"] > 0.1, "its seconds are told apart"
 
 
 def test_the_gpu_path(tiny: Tiny, tmp_path: Path) -> None:
