@@ -175,7 +175,7 @@ def _wrong(study: Study) -> Iterator[str]:
         got = f"address={study.address!r}" if study.address else f"gpus={study.gpus:g}"
         yield f"{got} with engine='local': it is for Ray's; write engine = \"ray\" (--engine ray), or remove it."
     if study.engine == "ray" and base.device == "cuda" and not study.gpus:
-        yield "set.device='cuda' with engine='ray' and gpus=0: Ray hides the GPUs from who asks for none; write gpus = 1, or a share of one."
+        yield "set.device='cuda' with engine='ray' and gpus=0: Ray gives a GPU to who asks for it; write gpus = 1, or a share of one."
     if not any(study.budget.model_dump().values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
 

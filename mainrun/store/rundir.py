@@ -166,8 +166,10 @@ class RunDir:
             raise RunError(f"{path} holds a line that is not JSON ({e}); train the run again with --fresh") from None
 
     def check(self) -> None:
-        """A lock can be lost while its holder lives: a file server drops those of a machine that it does not hear. Whoever opens the run
-        then writes its own name into .lock, and the one before, should it come back, writes nothing more."""
+        """A lock can be lost while its holder lives: a file server drops those of a machine that it does not hear.
+
+        Whoever opens the run then writes its own name into .lock, and the one before, should it come back, writes nothing more.
+        """
         if self._lock:
             try:
                 found = (self.path / ".lock").read_text(encoding="utf-8")

@@ -116,15 +116,16 @@ def attempt(task: Task, folder: str) -> End:
 
 def _join(address: str, num_cpus: int) -> None:
     """The cluster at an address, or one of our own on this machine, which ends with us."""
-    if address and address != "auto":
-        if not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
-            raise UsageError(f"got --address {address!r}; allowed: auto, or HOST:PORT of the cluster's head, like 10.0.0.1:6379")
-        host, port = address.split(":")
+    found = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address  # as Ray understands auto
+    if found not in ("", "auto"):
+        if not re.fullmatch(r"[\w.-]+:\d{1,5}", found):
+            raise UsageError(f"got --address {found!r}; allowed: auto, or HOST:PORT of the cluster's head, like head:6379")
+        host, port = found.split(":")
         try:  # Ray itself would ask for a minute, and end the process
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, OverflowError) as e:
             raise UsageError(
-                f"no Ray cluster answers at {address} ({e}); see `ray status --address {address}` on its head, or leave --address out"
+                f"no Ray cluster answers at {found} ({e}); look with `ray status --address {found}`, or leave --address out"
             ) from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a search reports to nobody
     import ray
@@ -132,8 +133,8 @@ def _join(address: str, num_cpus: int) -> None:
     own = {"num_cpus": num_cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else own))
+        ray.init(found or "local", logging_level="ERROR", log_to_driver=False, **({} if address else own))
     except (ConnectionError, RuntimeError) as e:
-        raise UsageError(f"no Ray cluster can be joined at {address or 'this machine'}: {str(e).splitlines()[0]}") from e
+        raise UsageError(f"no Ray cluster can be joined at {found or 'this machine'}: {str(e).splitlines()[0]}") from e
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which would end us without a word

@@ -1,4 +1,4 @@
-"""A worker is `mainrun train` in a process of its own, on whatever machine this runs: how it starts, what its end means, when it is begun again."""
+"""A worker is `mainrun train` in a process of its own: how it starts, on whatever machine; what its end means; when it is begun again."""
 
 from __future__ import annotations
 
