@@ -121,7 +121,7 @@ def _join(address: str, num_cpus: int) -> None:
         if not re.fullmatch(r"[\w.-]+:\d{1,5}", found):
             raise UsageError(f"got --address {found!r}; allowed: auto, or HOST:PORT of the cluster's head, like head:6379")
         host, port = found.split(":")
-        try:  # Ray itself would ask for a minute, and end the process
+        try:  # Ray itself asks for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, OverflowError) as e:
             raise UsageError(
