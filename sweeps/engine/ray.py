@@ -9,6 +9,7 @@ lost without it (rundir.RunDir.check) it writes nothing more.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import platform
@@ -130,10 +131,10 @@ def _join(address: str, num_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a search reports to nobody
     import ray
 
-    own = {"num_cpus": num_cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
+    own: dict[str, Any] = {"num_cpus": num_cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(found or "local", logging_level="ERROR", log_to_driver=False, **({} if address else own))
+        ray.init(found or "local", logging_level=logging.ERROR, log_to_driver=False, **({} if address else own))
     except (ConnectionError, RuntimeError) as e:
         raise UsageError(f"no Ray cluster can be joined at {found or 'this machine'}: {str(e).splitlines()[0]}") from e
     finally:
