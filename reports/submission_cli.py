@@ -57,6 +57,18 @@ def submit(
         _send(made, out, url, yes, timeout)
 
 
+def unfit() -> str:
+    """Why no submission can be made of this code, whatever the run; empty: it can."""
+    from reports.commit import check_tree
+    from reports.submission import ROOT
+
+    try:
+        check_tree(ROOT)
+    except UsageError as e:
+        return str(e)
+    return ""
+
+
 def _show(made: Submission, out: Path | None, as_json: bool) -> None:
     from reports import bundle
 
