@@ -33,16 +33,18 @@ class Step(NamedTuple):
 
 
 def way(out: Path, sets: Sequence[str]) -> list[Step]:
-    """Train, search, report, hand in, check."""
+    """Train, grow, search, report, hand in, check."""
     more = [part for text in sets for part in ("--set", text)]
     (run,) = (cfg.run_id for cfg in load("demo:optimized", sets))
     report, bundle = str(out / "report.pdf"), str(out / "submission.zip")
     return [
         *(
-            Step("train", f"the baseline, the optimised recipe, one that grows; seed {seed}",
+            Step("train", f"the baseline and the optimised recipe, seed {seed}",
                  ["train", "--preset", "demo", "--set", f"seed={seed}", *more, "--out", str(out)])
             for seed in SEEDS
         ),
+        Step("grow", "twice the layers from half of the tokens on; the steps before are there already",
+             ["train", "--preset", "demo-grown", *more, "--out", str(out)]),
         Step("sweep", "12 trials, then the best of them against the base on fresh seeds",
              ["sweep", STUDY, *more, "--out", str(out / "studies")]),
         Step("report", "one PDF of all that", ["report", str(out), "--out", report, "--title", "Mainrun demo"]),
@@ -79,11 +81,11 @@ def _told(step: Step, out: Path, said: str) -> list[str]:
     if step.name == "sweep":
         found = json.loads((out / "studies" / STUDY / "export.json").read_text(encoding="utf-8"))
         return [found["evidence"]["claim"]] if found.get("evidence") else []
-    return {"train": [], "submit": lines[-2:]}.get(step.name, lines)
+    return {"train": [], "grow": [], "submit": lines[-2:]}.get(step.name, lines)
 
 
 def _there(steps: list[Step], unfit: bool) -> Iterator[tuple[str, list[str]]]:
-    train, _, sweep, report, submit, verify = (step.command for step in steps)
+    train, *_, sweep, report, submit, verify = (step.command for step in steps)
     out, run, studies, pdf, bundle = train[-1], submit[2], sweep[-1], report[3], verify[1]
     ids = [path.parent.name for path in sorted(Path(out).glob("*/summary.json"))]
     yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", out, *ids]

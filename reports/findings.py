@@ -129,7 +129,8 @@ def ablated(e: Evidence) -> Iterator[str]:
     if e.noise is None:
         yield text + "; with one seed a step, none of the changes is backed."
     else:
-        yield text + f"; {len(backed)} of {len(steps)} changes are backed after Holm's correction, {quiet} are within noise."
+        backing = f"{len(backed)} of {len(steps)} changes are backed after Holm's correction"
+        yield f"{text}; {backing}, {quiet} {'is' if quiet == 1 else 'are'} within noise."
 
 
 def searched(study: Study) -> str:
