@@ -95,7 +95,8 @@ def _there(steps: list[Step], unfit: bool) -> Iterator[tuple[str, list[str]]]:
     if unfit:
         yield "no submission, for the reason above", submit
     else:
-        yield f"the submission: {bundle}", ["verify", bundle, "--steps", "1000000"]
+        steps_of_run = json.loads((Path(out) / run / "summary.json").read_text(encoding="utf-8"))["steps"]
+        yield f"the submission: {bundle}", ["verify", bundle, "--steps", str(steps_of_run)]
 
 
 def _run(step: Step, log: Path) -> str:

@@ -135,7 +135,10 @@ def ablated(e: Evidence) -> Iterator[str]:
 
 def searched(study: Study) -> str:
     spent = ledger(study)
-    text = f"The study {study.name} has {len(study.trials)} trials, {len(study.trials) - len(study.done)} of them without a value"
+    lost = len(study.trials) - len(study.done)
+    text = f"The study {study.name} has {len(study.trials)} trials" + f", {lost} of them without a value" * bool(lost)
+    if said := study.fact("claim"):
+        text += f": {said}"
     if found := shares(study):
         field, share = max(found.items(), key=lambda item: item[1])
         text += f"; {field} matters most (importance {share:.3f})"

@@ -270,7 +270,7 @@ def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         for name, titles in r.samples:
             yield heading(name, 1)
             for title in titles:
-                yield words(title, "finding")
+                yield words(title if title.strip() else "(an empty title)", "finding")
 
 
 def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
