@@ -6,6 +6,7 @@ one decides and acts once more. Both are functions of the config and of the scor
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.errors import MainrunError
+from mainrun.errors import UsageError
 from mainrun.growth.moments import IndexMap, Mark, marks, transfer
 from mainrun.growth.operators import grow, like, mapped, outline
 from mainrun.growth.schedule import ARCHITECTURE, Facts, Op, due
@@ -55,7 +56,9 @@ class Growth:
         self.also: Callable[[Row], None] = lambda row: None  # hears each row of the journal, too
         self.losses: list[tuple[int, float]] = []  # of the split that decides, by step
         self.applied = 0  # of the plan's stretches
-        self._fresh: tuple[Op, int, IndexMap] | None = None  # the last op of the architecture, until its copies should have parted
+        self._fresh: list[tuple[Op, int, IndexMap]] = []  # ops of the architecture, until their copies should have parted
+        self._compiled: tuple[Op, float] | None = None  # the last op of the architecture, and what compiling had taken before
+        self._notes: list[str] = []  # for whoever watches
         self.restored()
 
     @property
@@ -84,19 +87,24 @@ class Growth:
         self._fresh = self._recall()
         self._keep()
 
-    def _recall(self) -> tuple[Op, int, IndexMap] | None:
-        """The op that a sitting before this one, or another run, carried out and did not look back on yet."""
-        stretches = self.plan.stretches[: self.applied + 1]
-        for last, stretch in reversed([*pairwise(stretches)]):
-            if (op := stretch.op) and op.name in ARCHITECTURE:
-                if not stretch.first < self.state.step < stretch.first + SETTLES:
-                    return None
-                old = like(self.state.model, last.cfg)
-                for p in old.parameters():
-                    p.detach().zero_()  # where numbers go does not depend on what they are
-                moved = mapped(op, last.cfg, stretch.cfg, old, outline(old, stretch.cfg), op.seed)[1]
-                return op, stretch.first, bare(moved)
-        return None
+    def _recall(self) -> list[tuple[Op, int, IndexMap]]:
+        """The ops that a sitting before this one, or another run, carried out and did not look back on yet."""
+        found: list[tuple[Op, int, IndexMap]] = []
+        for last, stretch in pairwise(self.plan.stretches[: self.applied + 1]):
+            if (op := stretch.op) and op.name in ARCHITECTURE and stretch.first < self.state.step:
+                found = self._standing(op, found)
+                if self.state.step < stretch.first + SETTLES:
+                    old = like(self.state.model, last.cfg)
+                    for p in old.parameters():
+                        p.detach().zero_()  # where numbers go does not depend on what they are
+                    moved = mapped(op, last.cfg, stretch.cfg, old, outline(old, stretch.cfg), op.seed)[1]
+                    found.append((op, stretch.first, bare(moved)))
+        return found
+
+    @staticmethod
+    def _standing(op: Op, fresh: list[tuple[Op, int, IndexMap]]) -> list[tuple[Op, int, IndexMap]]:
+        """Those whose tensors keep their names when this op acts."""
+        return [] if op.name == "stack_layers" else fresh
 
     def _keep(self) -> None:
         self.state.grown = standing(self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()})
@@ -148,45 +156,77 @@ class Growth:
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
         """Carry out what is due before the next step. True: the model is another one."""
-        grew = False
+        grew, step = False, self.state.step
+        here = dict(self.losses).get(step)  # the loss of the state as it is; nothing where nobody scored it
         while op := self.waits:
             (last, stretch), before = self.plan.stretches[self.applied : self.applied + 2], self.state.cfg
-            now = {"op": op.id, "name": op.name, "value": op.value, "step": self.state.step, "tokens": self.plan.tokens(self.state.step)}
-            old = self.losses[-1][1] if self.losses else None
-            told = {
-                "ops": op.place,
-                "desc": op.desc,
-                "why": self._why(op, last.first) or str(op.trigger),
-                "loss": old,
-                "seed": op.seed,
-                "preserve": op.preserve,
-            }
+            now = {"op": op.id, "name": op.name, "value": op.value, "step": step, "tokens": self.plan.tokens(step)}
+            why = self._why(op, last.first) or str(op.trigger)
+            told = {"ops": op.place, "desc": op.desc, "why": why, "loss": here, "seed": op.seed, "preserve": op.preserve}
             self.tell({"event": f"{PREFIX}START", **now, **told, **costs(before, self.ids)})
             clock = time.perf_counter()
             if op.name in ARCHITECTURE:
+                self._part(op)
                 with self.state.clock("growth"):
                     checks, found = self._grow(op, before, stretch.cfg)
                 if wrong := [check for check in checks if not check.ok]:
                     self._fail(op, now, wrong)
                     continue
                 grew = True
+                if self.machine.compile:
+                    self._compiled = (op, self.state.spent.get("compile", 0.0))
             else:
                 self.state.cfg, checks, found = stretch.cfg, [], {}
             self.applied += 1
-            done = {"event": f"{PREFIX}SUCCESS", **now, "seconds": time.perf_counter() - clock, **costs(stretch.cfg, self.ids), **found}
+            sizes = [costs(cfg, self.ids) for cfg in (before, stretch.cfg)]
+            done = {"event": f"{PREFIX}SUCCESS", **now, "seconds": time.perf_counter() - clock, **sizes[1], **found}
             self.tell(done | {"checks": [vars(check) for check in checks]})
+            became = [f"{size['params']:,}" for size in sizes] if op.name in ARCHITECTURE else []
+            said = f"growth: step {step}: ops[{op.place}] {op.name!r}" + ("" if op.value is None else f" {json.dumps(op.value)}")
+            self._notes.append(said + (f": {became[0]} -> {became[1]} parameters" if became else ""))
             if op.reevaluate and (rows := evaluate()):
                 new = next(r["loss"] for r in rows if r["split"] == self.split)
-                change = None if old is None else new - old
-                self.tell({"event": f"{PREFIX}REEVALUATION", **now, "loss_before": old, "loss_after": new, "change": change})
+                change = None if here is None else new - here
+                self.tell({"event": f"{PREFIX}REEVALUATION", **now, "loss_before": here, "loss_after": new, "change": change})
+                here = new
+            elif op.name in ARCHITECTURE:
+                here = None
         self._keep()
         return grew
+
+    def _part(self, op: Op) -> None:
+        """Before this op: what could not be looked back on behind it is now."""
+        kept = self._standing(op, self._fresh)
+        for entry in self._fresh:
+            if entry not in kept and entry[1] < self.state.step:
+                self._look(*entry)
+        self._fresh = kept
 
     def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[Check], Row]:
         """The new model in place of the old one, if it passes; else nothing has changed."""
         state = self.state
+        state.model.zero_grad(set_to_none=True)
+        try:
+            new, optimizers, shadow, moved, checks, found = self._made(op, before, after)
+        except Exception as e:  # whatever it is: memory that is not there, a number that is none
+            return [Check("op", False, f"{type(e).__name__}: {e}")], {}
+        if all(check.ok for check in checks):
+            moments, how = state.optimizers.state(), (op.optimizer.mode, op.optimizer.min_coverage)
+            state.become(after, new, optimizers)  # so that the old weights go before the new moments come
+            give_back()
+            optimizers.load(transfer(moments, moved, *how)[0], copy=False)
+            del moments
+            give_back()
+            if shadow:
+                state.average.apart = True
+                state.average.shadow = {name: p.detach() for name, p in shadow.items()}
+            self._fresh.append((op, state.step, bare(moved)))
+        return checks, found
+
+    def _made(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[GPT, Optimizers, Any, IndexMap, list[Check], Row]:
+        """What an op makes of the state, which it does not touch, and whether it kept its word."""
+        state = self.state
         old, idx = state.model, self._probe()
-        old.zero_grad(set_to_none=True)
         new, moved = grow(op, before, after, old, op.seed)
         moved_by, largest = delta(old, new, idx, full=op.preserve == "exact")
         checks = [preserved(op.preserve, old, new, idx), tied(before, new), rope_integrity(old, new)]
@@ -200,24 +240,12 @@ class Growth:
             with state.average.applied():
                 shadow = dict(grow(op, before, after, old, op.seed)[0].named_parameters())  # the same draws: the same change
         optimizers = type(state.optimizers)(after, new, marks(state.optimizers.marks, moved, op, state.step))
-        moments, how = state.optimizers.state(), (op.optimizer.mode, op.optimizer.min_coverage)
-        try:
-            _, coverage = transfer(moments, moved, *how, dry=True)
-        except ValueError as e:
-            return [*checks, Check("coverage", False, str(e))], {}
-        checks += [covered(coverage, op.optimizer.min_coverage if op.optimizer.mode != "reset" else 0.0), grouped(new, optimizers)]
-        if all(check.ok for check in checks):
-            del old
-            state.become(after, new, optimizers)  # so that the old weights go before the new moments come
-            give_back()
-            optimizers.load(transfer(moments, moved, *how)[0], copy=False)
-            del moments
-            give_back()
-            if shadow:
-                state.average.apart = True
-                state.average.shadow = {name: p.detach() for name, p in shadow.items()}
-            self._fresh = (op, state.step, bare(moved))
-        return checks, {"delta_logits": moved_by, "largest_logit": largest, "coverage": coverage, "truncated": moved.truncated}
+        least = op.optimizer.min_coverage
+        coverage = transfer(state.optimizers.state(), moved, op.optimizer.mode, dry=True)[1]
+        checks += [covered(coverage, least if op.optimizer.mode != "reset" else 0.0), grouped(new, optimizers)]
+        return new, optimizers, shadow, moved, checks, {
+            "delta_logits": moved_by, "largest_logit": largest, "coverage": coverage, "truncated": moved.truncated,
+        }  # fmt: skip
 
     def _fail(self, op: Op, now: Row, wrong: list[Check]) -> None:
         """Rolled back already, for the state was never touched; and never tried again."""
@@ -225,7 +253,7 @@ class Growth:
         self.tell({"event": f"{PREFIX}ERROR", **now, "checks": [vars(check) for check in wrong], "on_fail": op.on_fail})
         if op.on_fail == "abort":
             self._keep()
-            raise MainrunError(
+            raise UsageError(
                 f"growth: ops[{op.place}] {op.name!r} did not keep its word at step {self.state.step}: {why}; the state before it is kept. "
                 "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
             )
@@ -238,17 +266,29 @@ class Growth:
     # -- some steps later
 
     def look_back(self) -> list[str]:
-        """Once after an op: copies that are still one thing, routers that choose but the same."""
-        if not self._fresh or self.state.step < self._fresh[1] + SETTLES:
-            return []
-        (op, since, moved), self._fresh = self._fresh, None
+        """After each step: what there is to say of ops, and some steps after one of copies and routers that are locked."""
+        if self._compiled:
+            (op, before), self._compiled = self._compiled, None
+            if seconds := self.state.spent.get("compile", 0.0) - before:
+                self.tell({"event": f"{PREFIX}RECOMPILE", "op": op.id, "name": op.name, "step": self.state.step, "seconds": seconds})
+        for entry in [entry for entry in self._fresh if self.state.step >= entry[1] + SETTLES]:
+            self._fresh.remove(entry)
+            self._look(*entry)
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _look(self, op: Op, since: int, moved: IndexMap) -> None:
         model: GPT = self.state.model
-        symmetry, locked = heads_diverge(moved, model), router_lock(model, self._probe())
+        later = self.state.step - since
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        kept = {name: piece for name, piece in moved.pieces.items() if shapes.get(name) == moved.new[name]}  # by ops in between
+        symmetry = heads_diverge(replace(moved, pieces=kept), model)
+        locked = router_lock(model, self._probe()) if later >= SETTLES else []  # earlier it need not have chosen
         wrong = ([] if symmetry.ok else [symmetry.detail]) + locked
         router = Check("router", not locked, "; ".join(locked) or "each layer's tokens go to several experts, where it has any")
         row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name, "step": self.state.step, "since": since}
         self.tell(row | {"checks": [vars(symmetry), vars(router)]})
-        return [f"growth: {SETTLES} steps after ops[{op.place}] {op.name!r}: {text}" for text in wrong]
+        self._notes += [f"growth: {later} steps after ops[{op.place}] {op.name!r}: {text}" for text in wrong]
 
 
 def bare(moved: IndexMap) -> IndexMap:

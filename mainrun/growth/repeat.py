@@ -18,6 +18,7 @@ from mainrun.store.rundir import RunDir
 from mainrun.train import train
 
 CLOCKS = ("seconds", "reused")  # what differs from one time to the next
+PROVEN = (f"{PREFIX}SUCCESS", f"{PREFIX}LOOKBACK")
 
 
 class Finding(NamedTuple):
@@ -43,12 +44,19 @@ def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
             _train(cfg, Path(folder), store, step)
             _train(cfg, Path(folder), None, step + SETTLES)
         again = journal(RunDir(Path(folder) / cfg.run_id))
+    own = [_bare(row) for row in told if row["event"] in PROVEN and row["name"] in ARCHITECTURE]
     for row in again:
-        if row["op"] not in done or row["event"] not in (f"{PREFIX}SUCCESS", f"{PREFIX}LOOKBACK"):
+        if row["event"] not in PROVEN or row["name"] not in ARCHITECTURE:
             continue
-        same = _bare(row) in [_bare(other) for other in told]
+        same = _bare(row) in own
         for check in row["checks"]:
             yield Finding(row["op"], row["name"], row["step"], check["name"], check["ok"], same, check["detail"])
+    found = [_bare(row) for row in again]
+    for row in own:  # a row that nothing here left; that of an op that does not act again is one
+        if row not in found and not any((row["event"], row["op"]) == (other["event"], other["op"]) for other in found):
+            yield Finding(
+                row["op"], row["name"], row["step"], "journal", True, False, "the run's journal says so, and it did not come again"
+            )
 
 
 def _train(cfg: TrainConfig, out: Path, store: Store | None, until: int) -> None:

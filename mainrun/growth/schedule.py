@@ -534,7 +534,7 @@ PARTS: dict[str, dict[str, Check]] = {
         "d_model": (_whole(2), "a whole number, 2 or more"),
         "kv": _one_of("kv"),
         "tied": _one_of("tied"),
-        "noise_snr_db": (_number(), "a finite number"),
+        "noise_snr_db": (_number(-200, 200), "a number of decibels between -200 and 200"),
     },
     "upcycle_moe": {
         "experts": (_whole(2), "a whole number, 2 or more"),
@@ -543,7 +543,7 @@ PARTS: dict[str, dict[str, Check]] = {
         "router_std": (_number(0), "a number above 0"),
         "router_weights": _one_of("router_weights"),
         "shards": (_whole(1), "a whole number, 1 or more"),
-        "noise_snr_db": (_number(), "a finite number"),
+        "noise_snr_db": (_number(-200, 200), "a number of decibels between -200 and 200"),
     },
 }
 FILLED: dict[str, dict[str, Any]] = {
@@ -792,11 +792,11 @@ def from_text(text: str) -> Any:
     """The data of a schedule that is given by its file, or as JSON or YAML."""
     path = Path(text)
     readers: dict[str, tuple[str, Callable[[str], Any]]] = {
-        ".json": ("JSON", json.loads), ".toml": ("TOML", tomllib.loads), ".yaml": ("YAML", _yaml), ".yml": ("YAML", _yaml),
+        ".json": ("JSON", _json), ".toml": ("TOML", tomllib.loads), ".yaml": ("YAML", _yaml), ".yml": ("YAML", _yaml),
     }  # fmt: skip
     if text.lstrip()[:1] in ("{", "[") or "\n" in text:
         try:
-            return json.loads(text)
+            return _json(text)
         except ValueError as e:
             said: ValueError = e
         try:
@@ -804,16 +804,35 @@ def from_text(text: str) -> Any:
         except ValueError as e:
             said = e if "\n" in text else said
         raise ConfigError(f"growth={text} is neither TOML, JSON nor YAML ({said}); write {SHAPE}, or give its file") from None
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise ConfigError(f"growth={text!r} is no schedule; give a file ending in .json, .yaml, .yml or .toml, or {{ ops = [...] }}")
-    kind, reader = readers[path.suffix]
+    kind, reader = readers[path.suffix.lower()]
     try:
-        found = reader(path.read_text(encoding="utf-8"))
+        found = reader(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ConfigError(f"growth={text}: the file cannot be read ({e.strerror}); give the path of a schedule") from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"growth={text}: no UTF-8 text ({e.reason} at byte {e.start}); save the file as UTF-8") from None
     except ValueError as e:
         raise ConfigError(f"growth={text}: not valid {kind} ({e}); mend the file") from None
     return found["growth"] if isinstance(found, dict) and found.keys() == {"growth"} else found  # as in a preset
+
+
+DEEP = "it is nested too deep"
+
+
+def _json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError(DEEP) from None
 
 
 def _yaml(text: str) -> Any:
@@ -821,11 +840,20 @@ def _yaml(text: str) -> Any:
 
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for i, key in enumerate(keys):
+                if key in keys[:i] and key != "<<":
+                    raise ValueError(f"the key {key!r} stands twice in one mapping")
+            return super().construct_mapping(node, deep)
+
     # YAML 1.1 takes 6e-4 for a text; JSON, TOML and YAML 1.2 for a number
-    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     exponent = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     try:
-        return yaml.load(text, loader)
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError(DEEP) from None
     except yaml.YAMLError as e:
         raise ValueError(" ".join(str(e).split())) from None
