@@ -64,9 +64,8 @@ def run(
     if schema:
         emit(studies.schema())
         return
-    study = studies.read(place, dict(parse_set(text) for text in sets or []))
     change = {"workers": workers, "storage": storage, "name": named}
-    study = studies.checked(study.model_dump(exclude_unset=True) | {k: v for k, v in change.items() if v is not None}, place)
+    study = studies.read(place, dict(parse_set(text) for text in sets or []), **{k: v for k, v in change.items() if v is not None})
     if plan:
         _plan(study, as_json)
         return
@@ -219,12 +218,16 @@ def _found(name: str, out: Path) -> tuple[Path, dict[str, Any]]:
     folder = out / name
     file = folder / "export.json"
     if not (folder / "study.json").is_file():
-        have = sorted(p.parent.name for p in out.glob("*/study.json"))
-        raise UsageError(f"no study {name!r} in {out}; there: {', '.join(have) or 'none'}")
+        raise _unknown(name, out)
     if not file.is_file():
         raise RunError(f"{folder} is not finished; `mainrun sweep {name}` goes on with it")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return folder, found
+
+
+def _unknown(name: str, out: Path) -> UsageError:
+    have = sorted(p.parent.name for p in out.glob("*/study.json"))
+    return UsageError(f"no study {name!r} in {out}; there: {', '.join(have) or 'none'}")
 
 
 @app.command("ls")
@@ -330,16 +333,32 @@ def dashboard(
     name: Name,
     out: Studies = Path("runs/studies"),
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8080,
+    storage: Annotated[str | None, typer.Option("--storage", metavar="URL", help="Its database, where a password is needed.")] = None,
     debug: Debug = False,
 ) -> None:
     """Open optuna-dashboard on a study (pip install 'mainrun[dashboard]')."""
     import importlib.util
-    import os
 
-    file = out / name / "study.json"
-    if not file.is_file():
-        raise UsageError(f"no study {name!r} in {out}")
+    folder = out / name
+    if not (folder / "study.json").is_file():
+        raise _unknown(name, out)
     if importlib.util.find_spec("optuna_dashboard") is None:
         raise UsageError("optuna-dashboard is not installed; pip install 'mainrun[dashboard]'")
-    url = json.loads(file.read_text(encoding="utf-8"))["study"]["storage"] or f"sqlite:///{(out / name / 'study.db').absolute()}"
-    os.execv(sys.executable, [sys.executable, "-m", "optuna_dashboard", url, "--port", str(port)])
+    url = storage or json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]["storage"]
+    if not url and not (folder / "study.db").is_file():
+        raise RunError(f"{folder} has no study.db yet; `mainrun sweep {name}` goes on with it")
+    from optuna.exceptions import StorageInternalError
+    from optuna_dashboard import run_server
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from sweeps.record import opened, why
+
+    try:
+        database = opened(url, folder / "study.db")
+    except (StorageInternalError, SQLAlchemyError) as e:
+        raise UsageError(f"the study's database cannot be opened ({why(e)}); a password stands in PGPASSWORD, or in --storage") from None
+    print(f"{name} at http://127.0.0.1:{port}/dashboard, Ctrl-C ends", file=sys.stderr, flush=True)
+    try:
+        run_server(database, host="127.0.0.1", port=port)
+    except OSError as e:
+        raise UsageError(f"port {port} cannot be used ({e.strerror}); give another --port") from None

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +143,10 @@ class Search:
 
     def run(self) -> None:
         """To the end of the budget. A KeyboardInterrupt leaves everything as it can be gone on with."""
+        from sweeps.record import Record
+
         waiting: dict[Future[Outcome], tuple[Trial, int]] = {}
-        record = Record(self)
+        record = Record(self.study, self.folder, self.note)
         with ThreadPoolExecutor(self.engine.workers) as pool:
             try:
                 while True:
@@ -154,7 +155,7 @@ class Search:
                     for trial, rung in self._ready():
                         trial.state = "running"
                         waiting[pool.submit(self.engine.train, self._task(trial, rung))] = (trial, rung)
-                    record.write()
+                    record.write(self.trials, self.spent)
                     self.tick()
                     if not waiting:
                         break
@@ -261,63 +262,6 @@ def sets_of(study: Study, cfg: TrainConfig) -> list[str]:
         else:
             found.append(f"{name}={json.dumps(value) if not isinstance(value, str) else value}")
     return found
-
-
-class Record:
-    """Optuna's database of the study: a trial when it is over, in the order of their numbers, each once."""
-
-    def __init__(self, search: Search) -> None:
-        import optuna
-
-        self.search = search
-        study = search.study
-        self.url = study.storage or f"sqlite:///{(search.folder / 'study.db').absolute()}"
-        self.optuna = self._patiently(lambda: optuna.create_study(study_name=study.name, storage=self.url, load_if_exists=True))
-        known = self.optuna.user_attrs.get("digest")
-        if known is None:
-            self._patiently(lambda: self.optuna.set_user_attr("digest", study.digest))
-        elif known != study.digest:
-            raise UsageError(f"{self.url} holds another study called {study.name!r}; give this one another name, or another --storage")
-        self.written = len(self.optuna.get_trials(deepcopy=False))
-
-    def _patiently(self, work: Callable[[], Any]) -> Any:
-        """A server that is away comes back: the study waits for it, and loses nothing."""
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import OperationalError
-
-        pause, said = 0.2, False
-        while True:
-            try:
-                return work()
-            except (StorageInternalError, OperationalError) as e:
-                if not self.url.startswith("postgresql"):
-                    raise MainrunError(
-                        f"the storage {self.url} cannot be used ({str(e).splitlines()[0]}); free it, or give another --storage"
-                    ) from e
-                if not said:
-                    self.search.note(f"the storage does not answer ({str(e).splitlines()[0]}); waiting for it")
-                    said = True
-                time.sleep(pause)
-                pause = min(5.0, 2 * pause)
-
-    def write(self) -> None:
-        from optuna.trial import TrialState, create_trial
-
-        from sweeps.sampling import distribution
-
-        states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL, "failed": TrialState.FAIL}
-        while self.written < len(self.search.trials) and (trial := self.search.trials[self.written]).over:
-            ledger = self.search.spent(trial)
-            found = create_trial(
-                state=states[trial.state],
-                value=trial.scores[trial.rung] if trial.state == "done" else None,
-                params=trial.values,
-                distributions={name: distribution(self.search.study.space[name]) for name in trial.values},
-                intermediate_values=dict(trial.scores),
-                user_attrs={"number": trial.number, "why": trial.why, "run": trial.cfg.run_id if trial.cfg else "", "ledger": vars(ledger)},
-            )
-            self._patiently(partial(self.optuna.add_trial, found))
-            self.written += 1
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from mainrun.config import TrainConfig, load
 from mainrun.errors import ConfigError, nearest
@@ -81,7 +82,13 @@ class Study(Part):
     evidence: Evidence = Evidence()
     threads: Annotated[int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")] = 1
     workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
-    storage: Annotated[str, Field(description="a URL of Optuna's; empty: SQLite in the study's folder")] = ""
+    storage: Annotated[
+        str, Field(repr=False, description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder")
+    ] = ""
+
+    @field_serializer("storage")
+    def _written(self, url: str) -> str:
+        return without_password(url)  # what is written of a study is handed on
 
     @property
     def digest(self) -> str:
@@ -101,12 +108,18 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
+def without_password(url: str) -> str:
+    """libpq finds it elsewhere: PGPASSWORD, ~/.pgpass."""
+    url = re.sub(r"^([\w+]+://[^:/@?]*):.*@", r"\1@", url, flags=re.DOTALL)
+    return re.sub(r"(?<=[?&])(ssl)?password=[^&]*&?", "", url).rstrip("?&")
+
+
 def names() -> list[str]:
     return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
 
 
-def read(place: str, sets: dict[str, Any] | None = None) -> Study:
-    """A built-in study or a file; `sets` go on top of its [set]. A ConfigError names every fault."""
+def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
+    """A built-in study or a file; `sets` go on top of its [set], `changes` of its keys. A ConfigError names every fault."""
     path = BUILT_IN / f"{place}.toml" if "/" not in place and not place.endswith(".toml") else Path(place)
     if not path.is_file():
         known = names()
@@ -118,7 +131,7 @@ def read(place: str, sets: dict[str, Any] | None = None) -> Study:
     data.setdefault("name", path.stem)
     if sets:
         data["set"] = {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
-    return checked(data, str(path))
+    return checked(data | changes, str(path))
 
 
 def checked(data: dict[str, Any], where: str) -> Study:
@@ -167,6 +180,11 @@ def _wrong(study: Study) -> Iterator[str]:
         yield "sampler.name='grid' needs values, or a step with low and high, for every parameter."
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
         yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
+    url = study.storage
+    if url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
+        yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
+    elif url.startswith("postgresql") and "@" in "".join(url.partition("@")[2:]):
+        yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."
     if not any(study.budget.model_dump().values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
 
