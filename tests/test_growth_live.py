@@ -62,8 +62,8 @@ def done(run: Path) -> list[tuple[str, int]]:
 
 
 def whole(run: Path) -> dict[str, Any]:
-    """All that a run leaves, but for what only a process that saw the op can look back on."""
-    return end(run) | {"journal": [row for row in journal(run) if not row["event"].endswith("LOOKBACK")]}
+    """All that a run leaves."""
+    return end(run) | {"journal": journal(run)}
 
 
 # -- the right op at the right time

@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError
 from mainrun.growth.moments import IndexMap, Mark, marks, transfer
-from mainrun.growth.operators import grow, like
+from mainrun.growth.operators import grow, like, mapped, outline
 from mainrun.growth.schedule import ARCHITECTURE, Facts, Op, due
 from mainrun.growth.simulate import costs
 from mainrun.growth.verify import (
@@ -80,8 +81,22 @@ class Growth:
         if self.state.grown:
             self.plan = Plan(self.cfg, self.plan.train_tokens, self.state.grown["fired"])
         self.applied = self.state.grown.get("applied", acted(self.plan, self.state.step))
-        self._fresh = None
+        self._fresh = self._recall()
         self._keep()
+
+    def _recall(self) -> tuple[Op, int, IndexMap] | None:
+        """The op that a sitting before this one, or another run, carried out and did not look back on yet."""
+        stretches = self.plan.stretches[: self.applied + 1]
+        for last, stretch in reversed([*pairwise(stretches)]):
+            if (op := stretch.op) and op.name in ARCHITECTURE:
+                if not stretch.first < self.state.step < stretch.first + SETTLES:
+                    return None
+                old = like(self.state.model, last.cfg)
+                for p in old.parameters():
+                    p.detach().zero_()  # where numbers go does not depend on what they are
+                moved = mapped(op, last.cfg, stretch.cfg, old, outline(old, stretch.cfg), op.seed)[1]
+                return op, stretch.first, bare(moved)
+        return None
 
     def _keep(self) -> None:
         self.state.grown = standing(self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()})
@@ -201,8 +216,7 @@ class Growth:
             if shadow:
                 state.average.apart = True
                 state.average.shadow = {name: p.detach() for name, p in shadow.items()}
-            pieces = {name: replace(piece, plus=None) for name, piece in moved.pieces.items()}  # as large as the model, and of no use now
-            self._fresh = (op, state.step, replace(moved, pieces=pieces))
+            self._fresh = (op, state.step, bare(moved))
         return checks, {"delta_logits": moved_by, "largest_logit": largest, "coverage": coverage, "truncated": moved.truncated}
 
     def _fail(self, op: Op, now: Row, wrong: list[Check]) -> None:
@@ -235,6 +249,11 @@ class Growth:
         row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name, "step": self.state.step, "since": since}
         self.tell(row | {"checks": [vars(symmetry), vars(router)]})
         return [f"growth: {SETTLES} steps after ops[{op.place}] {op.name!r}: {text}" for text in wrong]
+
+
+def bare(moved: IndexMap) -> IndexMap:
+    """Without what is added to the numbers: as large as the model, and of no use afterwards."""
+    return replace(moved, pieces={name: replace(piece, plus=None) for name, piece in moved.pieces.items()})
 
 
 def rebuilt(state: State, grown: dict[str, Any]) -> tuple[TrainConfig, GPT, Optimizers]:

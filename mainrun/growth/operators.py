@@ -91,23 +91,35 @@ def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int
     op: its name, value and init, of mainrun.growth.schedule; before and after: the configs in force.
     """
     new = like(model, after)
+    pieces, moved = mapped(op, before, after, model, new, seed)
     old = dict(model.named_parameters())
-    change = Change(op, before, after, old, dict(new.named_parameters()), torch.Generator().manual_seed(seed))
-    pieces = OPS[op.name](change)
     with torch.no_grad():
         for name, p in new.named_parameters():
             value = pieces[name].value(old, p)
             assert value.shape == p.shape, f"{name}: {tuple(value.shape)} for {tuple(p.shape)}"  # copy_ would stretch it
             p.copy_(value)
+    return new, moved
+
+
+def mapped(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, new: GPT, seed: int) -> tuple[Pieces, IndexMap]:
+    """Where all numbers of the new model come from, and those of them that train. It may lie on the meta device."""
+    old = dict(model.named_parameters())
+    change = Change(op, before, after, old, dict(new.named_parameters()), torch.Generator().manual_seed(seed))
+    pieces = OPS[op.name](change)
     trained = {name: p.shape for name, p in new.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in old.items()}
-    return new, IndexMap({name: pieces[name] for name in trained}, shapes, trained, change.truncated)
+    return pieces, IndexMap({name: pieces[name] for name in trained}, shapes, trained, change.truncated)
+
+
+def outline(model: GPT, cfg: TrainConfig) -> GPT:
+    """A model of another config, without any numbers."""
+    with torch.device("meta"):
+        return type(model)(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
 
 
 def like(model: GPT, cfg: TrainConfig) -> GPT:
     """A model of another config, beside this one. Nothing is drawn: its numbers are whatever its memory holds."""
-    with torch.device("meta"):
-        made = type(model)(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
+    made = outline(model, cfg)
     new = made.to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device).train(model.training)
     for name, buffer in new.named_buffers():
         buffer.copy_(model.get_buffer(name))  # of the context's length and a head's width, which no op changes

@@ -46,9 +46,7 @@ def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
     for row in again:
         if row["op"] not in done or row["event"] not in (f"{PREFIX}SUCCESS", f"{PREFIX}LOOKBACK"):
             continue
-        theirs = [_bare(other) for other in told if (other["event"], other["op"]) == (row["event"], row["op"])]
-        # a run that was stopped right behind an op did not look back on it
-        same = _bare(row) in theirs or (not theirs and row["event"] == f"{PREFIX}LOOKBACK")
+        same = _bare(row) in [_bare(other) for other in told]
         for check in row["checks"]:
             yield Finding(row["op"], row["name"], row["step"], check["name"], check["ok"], same, check["detail"])
 
