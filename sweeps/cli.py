@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mainrun.errors import ConfigError, RunError, UsageError
+from mainrun.errors import ConfigError, DiskFull, Interrupted, RunError, UsageError
 from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable
 
 if TYPE_CHECKING:
@@ -73,6 +74,21 @@ def run(
 
 
 def _run(study: Study, folder: Path, as_json: bool) -> None:
+    try:
+        _search(study, folder, as_json)
+    except DiskFull:
+        raise
+    except Interrupted as e:
+        again = shlex.join(["mainrun", *sys.argv[1:]])
+        raise Interrupted(f"stopped; what was trained is saved, nothing is lost: `{again}` goes on from here") from e
+    found = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    if as_json:
+        emit(found)
+    else:
+        _show(found)
+
+
+def _search(study: Study, folder: Path, as_json: bool) -> None:
     from sweeps.confirm import confirm
     from sweeps.driver import Search, owned
     from sweeps.engine.local import Local
@@ -87,21 +103,18 @@ def _run(study: Study, folder: Path, as_json: bool) -> None:
         search = show.search = Search(study, folder, engine, show.note, show.tick)
         show.note(f"{study.name}: {search.engine.workers} workers, {search.base.run_id} is trial 0")
         search.run()
+        show.shown = 0.0
+        show.tick()
         show.note("the search is over; the noise floor and the best on fresh seeds")
         evidence = confirm(search)
         export(search, evidence)
-    found = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    if as_json:
-        emit(found)
-    else:
-        _show(found)
 
 
 class Show:
     """One live table where somebody watches, plain lines in a pipe."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet, self.said, self.began = quiet, "", time.monotonic()
+        self.quiet, self.said, self.began, self.shown = quiet, "", time.monotonic(), 0.0
         self.search: Search | None = None
         self.live: Any = None
 
@@ -127,8 +140,9 @@ class Show:
             print(text, file=sys.stderr, flush=True)
 
     def tick(self) -> None:
-        if self.quiet or self.search is None:
+        if self.quiet or self.search is None or time.monotonic() - self.shown < 0.25:
             return
+        self.shown = time.monotonic()
         if self.live:
             self.live.update(self._table())
             return
@@ -200,6 +214,9 @@ def _show(found: dict[str, Any]) -> None:
     print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
     parts = f"{ledger['trained']:,} trained + {ledger['reused']:,} reused; {ledger['wasted']:,} wasted of the trained"
     print(f"steps: {ledger['asked']:,} asked = {parts}")
+    if runs := (found.get("evidence") or {}).get("runs"):
+        asked = {kind: sum(row["asked"] for row in runs if row["kind"] == kind) for kind in ("noise", "confirmation")}
+        print(f"of these {asked['noise']:,} for the noise floor, {asked['confirmation']:,} for the confirmation")
     for pair, value in (found.get("rung_correlation") or {}).items():
         weak = "; below 0.5: short rungs say little here, train fully (remove [rungs])" if value is not None and value < 0.5 else ""
         print(f"rank correlation of rung {pair}: {'none' if value is None else f'{value:.2f}'}{weak}")
@@ -297,8 +314,6 @@ def best(
     if as_json:
         emit({"trial": number, "value": trial["value"], "claim": evidence.get("claim"), "command": command})
     else:
-        import shlex
-
         print(f"trial {number}, {found['objective']} {trial['value']:.4f}; {evidence.get('claim', 'not confirmed')}", file=sys.stderr)
         print(shlex.join(command))
 

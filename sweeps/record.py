@@ -31,7 +31,7 @@ def opened(url: str, file: Path) -> Any:
     name = without_password(url) or str(file)
     server = url.startswith("postgresql")
     url = url.replace("postgresql://", "postgresql+psycopg://", 1) or f"sqlite:///{file.absolute()}"  # SQLAlchemy's own choice changes
-    how: dict[str, Any] = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True} if server else {}
+    how: dict[str, Any] = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True} if server else {"connect_args": {"timeout": 1}}
     try:
         engine = create_engine(url, **how)
     except ImportError as e:
@@ -65,7 +65,7 @@ class Record:
         self.name = without_password(study.storage) or str(self.file)
         self.server, self.unsure = study.storage.startswith("postgresql"), False
         self.optuna = self._patiently(self._open, opening=True)
-        self.written = len(self.optuna.get_trials(deepcopy=False))
+        self.written = self._patiently(self._count)
         known = self.optuna.user_attrs.get("digest")
         if known is None and not self.written:
             self._patiently(lambda: self.optuna.set_user_attr("digest", study.digest))
@@ -79,6 +79,9 @@ class Record:
 
         storage = opened(self.study.storage, self.file)
         return optuna.create_study(study_name=self.study.name, storage=storage, load_if_exists=True)
+
+    def _count(self) -> int:
+        return len(self.optuna.get_trials(deepcopy=False))
 
     def _patiently(self, work: Callable[[], Any], opening: bool = False) -> Any:
         """A server that goes away comes back, and a file is locked for a moment: the study waits, while its workers train on."""
@@ -125,7 +128,7 @@ class Record:
         from sweeps.sampling import distribution
 
         if self.unsure:  # an answer that did not come: what was sent may stand there all the same
-            self.written, self.unsure = len(self.optuna.get_trials(deepcopy=False)), False
+            self.written, self.unsure = self._count(), False
             if self.written > trial.number:
                 return
         states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL, "failed": TrialState.FAIL}

@@ -183,7 +183,7 @@ def _wrong(study: Study) -> Iterator[str]:
     url = study.storage
     if url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
         yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
-    elif url.startswith("postgresql") and "@" in "".join(url.partition("@")[2:]):
+    elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
         yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."
     if not any(study.budget.model_dump().values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."

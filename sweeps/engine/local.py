@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from mainrun.errors import Diverged, Interrupted
+from mainrun.errors import DiskFull, Diverged, Interrupted
 from mainrun.host import cores
 from sweeps.engine.protocol import Outcome, Task
 
@@ -40,6 +40,8 @@ class Local:
             last = said.strip().splitlines()[-1] if said.strip() else f"it ended with code {code} and said nothing"
             if code == Diverged.exit_code:
                 return Outcome(False, diverged=True, why=last)
+            if code == Interrupted.exit_code and "no space left" in last:  # it is the study that must wait for space
+                raise DiskFull(last.removeprefix("interrupted: "))
             if BUSY in said:  # a worker of a driver that is gone: it ends soon
                 time.sleep(0.5)
                 continue
