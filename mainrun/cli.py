@@ -321,6 +321,22 @@ def _show_results(summaries: list[dict[str, Any]], out: Path) -> None:
 
 
 @app.command()
+def demo(
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of every run; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all that it makes.")] = Path("runs/demo"),
+    debug: Debug = False,
+) -> None:
+    """Go the whole way in minutes: train, sweep, report, submit, verify.
+
+    Each step is a command of its own, and shown. Ctrl-C stops it; the same command goes on. Nothing is sent anywhere.
+    """
+    from mainrun.demo import demo as whole_way
+
+    with stoppable():
+        whole_way(out, sets or [], submission.unfit)
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this preset's fields.")] = None,
     fields: Annotated[bool, typer.Option("--fields", help="List every field: default, bounds, class, meaning.")] = False,

@@ -55,7 +55,7 @@ def resume(
     cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress, reuse: Reuse | None, growth: Growth
 ) -> Metrics:
     """Bring state, metrics.jsonl, growth.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
-    metrics = Metrics(run.path / "metrics.jsonl")
+    metrics = run.log("metrics.jsonl")
     own = _trained(run.metrics())  # before what no checkpoint holds is cut off
 
     def usable(meta: dict[str, Any]) -> str | None:

@@ -141,6 +141,19 @@ def stoppable() -> Iterator[None]:
             signal.signal(s, handler)
 
 
+def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
+    """What is written whole replaces what lies there: that may be an earlier one, never a folder, a device or somebody's other file."""
+    if path.is_dir():
+        what = "a folder"
+    elif path.exists() and not path.is_file():
+        what = "a device or a pipe, not a file"
+    elif path.is_file() and path.stat().st_size and path.open("rb").read(len(begins)) != begins:
+        what = f"a file that is no {kind}, and would be lost"
+    else:
+        return
+    raise UsageError(f"got {option} {path}, {what}; give the name of a new file, or of an earlier {kind}")
+
+
 # -- what it prints
 
 

@@ -463,7 +463,7 @@ def train(
         state.model.set_up(plan.at(0), machine.attention)  # a score may come before a step
         state.spent["data"] = read
         env = environment(machine)
-        growth = Growth(cfg, plan, machine, state, Metrics(run.path / "growth.jsonl") if machine.leads and cfg.growth.ops else None)
+        growth = Growth(cfg, plan, machine, state, run.log("growth.jsonl") if machine.leads and cfg.growth.ops else None)
         reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh) if store else None
         if reuse:
             growth.also, reuse.journal, reuse.figures = reuse.rows_append, growth.journal, growth.figures
@@ -576,7 +576,7 @@ def loop(
                 meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
                 meta |= {"store": reuse.meta(state.step) if reuse else None, "ledger": state.ledger}
                 meta |= {"growth": state.grown, "journal": growth.journal.mark() if growth.journal else None}
-                checkpoint.save(run.checkpoints, state.step, state.tensors(), meta)
+                checkpoint.save(run.checkpoints, state.step, state.tensors(), meta, run.check)
         machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         state.saved = state.step
 

@@ -60,8 +60,9 @@ def card(e: Evidence) -> Iterator[str]:
     shape = f"{cfg.n_layer} layers, width {cfg.d_model}, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,} ({cfg.tokenizer})"
     yield f"Model: {recipe.name}, a decoder-only transformer with {whole(s['params'])} parameters ({shape}), trained from random weights."
     fits = all(getattr(cfg, k) == v for k, v in TASK.items() if k != "seed")
+    epochs = f"{cfg.epochs} epoch{'s' * (cfg.epochs != 1)}"
     yield (
-        f"Data: {cfg.num_titles:,} titles of {cfg.corpus}, {cfg.epochs} epochs, {whole(s['tokens'])} tokens in {whole(s['steps'])} steps. "
+        f"Data: {cfg.num_titles:,} titles of {cfg.corpus}, {epochs}, {whole(s['tokens'])} tokens in {whole(s['steps'])} steps. "
         + ("Sizes are the task's own." if fits else "Sizes are not the task's own: its figures are not comparable with these.")
     )
     scores = ", ".join(f"{fixed(4)(v)} (seed {seed})" for seed, v in recipe.scores.items()) or "none that counts"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mainrun.errors import UsageError
-from mainrun.terminal import Debug, Json, emit
+from mainrun.terminal import Debug, Json, check_place, emit
 
 if TYPE_CHECKING:
     from reports.load import Evidence
@@ -45,8 +45,7 @@ def report(
 
     if log is not None and not log.is_file():
         raise UsageError(f"--log {log} is no file; give the log of experiments, or leave --log out")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; give the name of a file, like {out / 'report.pdf'}")
+    check_place(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; write one line of text")
     e = load.gather(places or [], runs)

@@ -38,7 +38,7 @@ def git(root: Path, *args: str, given: bytes | None = None) -> bytes:
 
 def head(root: Path, but: Iterable[Path] = ()) -> Commit:
     """The commit that the working tree is at, looked through; refused where the tree is not as it says, or a file may not leave."""
-    _check_tree(root, {path.resolve() for path in but})
+    check_tree(root, but)
     listed = git(root, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD")
     entries = [_entry(line) for line in listed.split(b"\0") if line]
     left_out = {name: what for _, _, _, name in entries if (what := leaks.left_out(name))}
@@ -70,8 +70,16 @@ def _leaks(name: str, data: bytes) -> Iterator[tuple[str, str]]:
     yield from ((f"line {line}", what) for line, what in leaks.secrets_in(data))
 
 
-def _check_tree(root: Path, but: set[Path]) -> None:
-    top = Path(os.fsdecode(git(root, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+def check_tree(root: Path, but: Iterable[Path] = ()) -> None:
+    """All of it is committed, in a repository of its own."""
+    but = {path.resolve() for path in but}
+    try:
+        top = Path(os.fsdecode(git(root, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+    except UsageError as e:
+        if "not a git repository" not in str(e):
+            raise
+        what = f"{root} is in no git repository, and a submission holds the code of a commit"
+        raise UsageError(f"{what}; get mainrun by git clone (or git init, then `./task checkpoint`)") from None
     if top.resolve() != root.resolve():
         raise UsageError(
             f"{root} is a folder of the git repository {top}; a submission needs mainrun in a repository of its own (git clone)"

@@ -518,8 +518,6 @@ def parallel(study: Study, most: int = 8) -> Figure | None:
     """One line a trial through all fields, the best tenth on top of the others."""
     fields = sorted(study.searched, key=lambda f: -shares(study).get(f, 0.0))[:most]
     trials = [t for t in study.whole if all(t.get(f"params.{f}") is not None for f in fields)]
-    if len(trials) < 10:
-        trials = [t for t in study.done if all(t.get(f"params.{f}") is not None for f in fields)]
     if len(fields) < 2 or len(trials) < 3:
         return None
     figure, (axes,) = new(3.0)

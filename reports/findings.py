@@ -129,12 +129,16 @@ def ablated(e: Evidence) -> Iterator[str]:
     if e.noise is None:
         yield text + "; with one seed a step, none of the changes is backed."
     else:
-        yield text + f"; {len(backed)} of {len(steps)} changes are backed after Holm's correction, {quiet} are within noise."
+        backing = f"{len(backed)} of {len(steps)} changes are backed after Holm's correction"
+        yield f"{text}; {backing}, {quiet} {'is' if quiet == 1 else 'are'} within noise."
 
 
 def searched(study: Study) -> str:
     spent = ledger(study)
-    text = f"The study {study.name} has {len(study.trials)} trials, {len(study.trials) - len(study.done)} of them without a value"
+    lost = len(study.trials) - len(study.done)
+    text = f"The study {study.name} has {len(study.trials)} trials" + f", {lost} of them without a value" * bool(lost)
+    if said := study.fact("claim"):
+        text += f": {said}"
     if found := shares(study):
         field, share = max(found.items(), key=lambda item: item[1])
         text += f"; {field} matters most (importance {share:.3f})"

@@ -63,7 +63,8 @@ def headline(e: Evidence) -> Table | None:
     rows, red = [], set()
     for i, recipe in enumerate(pair):
         runs = [run for run in recipe.good if d is None or not d.paired or run.cfg.seed in d.seeds]
-        means = [tables.mean_of(runs, get) for get in (full, official, coverage, flops, seconds)]
+        means = [tables.mean_of(runs, get) for get in (full, official, coverage, flops)]
+        means.append(tables.mean_of([run for run in runs if not run.summary.get("ledger", {}).get("reused")], seconds))
         params = recipe.runs[0].summary["params"]
         name = recipe.name if recipe.good else f"{recipe.name} (failed a guard)"
         rows.append([name, ", ".join(str(run.cfg.seed) for run in runs), *means[:3], params, *means[3:]])
@@ -149,9 +150,14 @@ def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
             drawn,
             "curves",
             f"Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest to the highest.{note}"
-            f"{reused} The first evaluations, of models that know nothing yet, lie above the frame.",
+            f"{reused} What lies above the frame are first evaluations, of models that know nothing yet.",
         )
-        yield from figure(drawn, "seeds", "Every run that passed its guards, and the mean of each recipe with its interval (Student's t).")
+        yield from figure(
+            drawn,
+            "seeds",
+            "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
+            "An interval that has no end here goes on outside the frame, as those of two seeds may.",
+        )
 
 
 def took(e: Evidence) -> bool:
@@ -217,8 +223,8 @@ def studies(r: Report) -> Iterator[Part]:
                     "field alone (its values, or the quarters of a number), over the trials that were trained to the end.",
                 ),
                 ("ledger", "Steps: asked = trained + reused; wasted is part of trained."),
-                ("slices", "The value against each field; grey: stopped at a lower rung. The highest values lie above the frame."),
-                ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth is on top."),
+                ("slices", "The value against each field; grey: stopped at a lower rung. The highest values may lie above the frame."),
+                ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth, at least one, is on top."),
                 ("rungs", "Value at a rung against the value at the last one, of the trials that went on to it."),
             ):
                 yield from figure(drawn, f"study-{i}-{part}", caption)
@@ -230,7 +236,7 @@ def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for i, run in enumerate(figures.grown(r.e), 1):
         yield section()
         yield heading(f"Growth of {run.id}", 0)
-        yield from figure(drawn, f"growth-{i}", "Dashed: the ops, by their numbers in the table.")
+        yield from figure(drawn, f"growth-{i}", "Dashed: the ops, by their numbers in the table. The first scores may lie above the frame.")
         yield from r.table(f"growth_{i}")
 
 
@@ -264,7 +270,7 @@ def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         for name, titles in r.samples:
             yield heading(name, 1)
             for title in titles:
-                yield words(title, "finding")
+                yield words(title if title.strip() else "(an empty title)", "finding")
 
 
 def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -290,7 +296,7 @@ def missing(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[str]:
     for i, s in enumerate(r.e.studies, 1):
         lacks = [name for name in figures.STUDY if f"study-{i}-{name}" not in drawn]
         if lacks:
-            yield f"of the study {s.name} {', '.join(lacks)} (not in its export)"
+            yield f"of the study {s.name} {', '.join(lacks)} (not in its export, or too few trials)"
     if not figures.grown(r.e):
         yield "growth (no run changed on its way)"
     if not r.samples:

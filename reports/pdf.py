@@ -109,7 +109,7 @@ def styles() -> dict[str, Any]:
         "bad": ParagraphStyle("bad", body, fontSize=7, leading=9, spaceAfter=0, textColor=RED),
         "finding": ParagraphStyle("finding", body, leftIndent=13, bulletIndent=0, spaceAfter=4),
         "big": ParagraphStyle("big", body, fontName=BOLD, fontSize=15, leading=19, spaceAfter=0),
-        "small": ParagraphStyle("small", body, fontSize=7, leading=9, textColor="#444444", spaceAfter=0),
+        "small": ParagraphStyle("small", body, fontSize=7, leading=9, textColor="#444444", spaceAfter=2),
     }
 
 

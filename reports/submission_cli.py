@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.terminal import Debug, Json, emit, show_table
+from mainrun.terminal import Debug, Json, check_place, emit, show_table
 
 if TYPE_CHECKING:
     from reports.submission import Submission
@@ -45,16 +45,27 @@ def submit(
     target = check_url(url) if url else None
     if target and not yes and not dry_run and not sys.stdin.isatty():
         raise UsageError("got --upload without a terminal to ask on; add --yes to send without asking")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UsageError(
-            f"got --out {out}, {'a folder' if out.is_dir() else 'whose folder is not there'}; write a file name, like submission.zip"
-        )
+    check_place(out, "--out", b"PK", "zip")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"got --out {out}, whose folder is not there; make it, or give another")
     made = submission.prepare(submission.choose(run, runs), report, out, _note)
     if not dry_run:
         submission.write(made, out)
     _show(made, None if dry_run else out, as_json)
     if url and target and not dry_run:
         _send(made, out, url, yes, timeout)
+
+
+def unfit() -> str:
+    """Why no submission can be made of this code, whatever the run; empty: it can."""
+    from reports.commit import check_tree
+    from reports.submission import ROOT
+
+    try:
+        check_tree(ROOT)
+    except UsageError as e:
+        return str(e)
+    return ""
 
 
 def _show(made: Submission, out: Path | None, as_json: bool) -> None:

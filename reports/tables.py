@@ -28,6 +28,11 @@ def whole(v: Any) -> str:
     return "" if v is None else f"{v:,.0f}"
 
 
+def plain(v: Any) -> str:
+    """A number that is a name, like a seed."""
+    return f"{v}"
+
+
 def chance(v: Any) -> str:
     return "<0.001" if v is not None and v < 0.001 else fixed(3)(v)
 
@@ -137,7 +142,7 @@ def runs(e: Evidence) -> Table:
         if run.failed:
             red.add(i)
     columns = [
-        Column("run", text, 0.3), Column("seed", whole), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
+        Column("run", text, 0.3), Column("seed", plain), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
         Column("covers %", fixed(1)), Column("bits/byte", fixed(4)), Column("steps", whole), Column("reused", whole),
         Column("tokens/s", whole), Column("guards", text, 0.14),
     ]  # fmt: skip

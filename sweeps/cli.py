@@ -17,6 +17,7 @@ from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable
 
 if TYPE_CHECKING:
     from sweeps.driver import Search
+    from sweeps.engine.protocol import Engine
     from sweeps.study import Study
 
 
@@ -45,6 +46,12 @@ def run(
     place: Annotated[str, typer.Argument(metavar="STUDY|FILE", help="A built-in study, or a TOML file.")],
     out: Studies = Path("runs/studies"),
     workers: Annotated[int | None, typer.Option("--workers", min=1, max=10_000, help="At most so many trials at once.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="local|ray", help="Workers on this machine, or on a Ray cluster (mainrun[ray]).")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="auto|HOST:PORT", help="Ray: the cluster to join; else one is started here.")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option("--storage", metavar="URL", help="Optuna's database; SQLite in the study's folder.")
     ] = None,
@@ -65,7 +72,7 @@ def run(
     if schema:
         emit(studies.schema())
         return
-    change = {"workers": workers, "storage": storage, "name": named}
+    change = {"workers": workers, "engine": engine, "address": address, "storage": storage, "name": named}
     study = studies.read(place, dict(parse_set(text) for text in sets or []), **{k: v for k, v in change.items() if v is not None})
     if plan:
         _plan(study, as_json)
@@ -91,14 +98,13 @@ def _run(study: Study, folder: Path, as_json: bool) -> None:
 def _search(study: Study, folder: Path, as_json: bool) -> None:
     from sweeps.confirm import confirm
     from sweeps.driver import Search, owned
-    from sweeps.engine.local import Local
     from sweeps.export import export
 
     with ExitStack() as held:
         held.enter_context(stoppable())
-        held.enter_context(owned(folder, study))
-        engine = Local(study.workers, study.threads)
+        engine = _engine(study)
         held.callback(engine.close)
+        held.enter_context(owned(folder, study))
         show = held.enter_context(Show(quiet=as_json))
         search = show.search = Search(study, folder, engine, show.note, show.tick)
         show.note(f"{study.name}: {search.engine.workers} workers, {search.base.run_id} is trial 0")
@@ -108,6 +114,16 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
         show.note("the search is over; the noise floor and the best on fresh seeds")
         evidence = confirm(search)
         export(search, evidence)
+
+
+def _engine(study: Study) -> Engine:
+    if study.engine == "ray":
+        from sweeps.engine.ray import Ray
+
+        return Ray(study.workers, study.threads, study.gpus, study.address)
+    from sweeps.engine.local import Local
+
+    return Local(study.workers, study.threads)
 
 
 class Show:

@@ -23,8 +23,8 @@ from typing import Any
 from mainrun.config import Plan, TrainConfig, load
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
 from mainrun.store.rundir import RunDir, disk_errors, write_text
-from sweeps.engine.local import PATIENCE
 from sweeps.engine.protocol import Engine, Outcome, Task
+from sweeps.engine.worker import PATIENCE
 from sweeps.ledger import Ledger, spent
 from sweeps.sampling import Asker
 from sweeps.space import resolved

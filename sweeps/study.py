@@ -82,6 +82,9 @@ class Study(Part):
     evidence: Evidence = Evidence()
     threads: Annotated[int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")] = 1
     workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
+    engine: Annotated[Literal["local", "ray"], Field(description="who starts the workers: this machine, or a Ray cluster")] = "local"
+    address: Annotated[str, Field(description="Ray: auto, or HOST:PORT of a cluster's head; empty: one of our own on this machine")] = ""
+    gpus: Annotated[float, Field(ge=0, le=64, description="Ray: of a trial; 0.25 puts four on a GPU")] = 0.0
     storage: Annotated[
         str, Field(repr=False, description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder")
     ] = ""
@@ -92,8 +95,9 @@ class Study(Part):
 
     @property
     def digest(self) -> str:
-        """Of all that decides what the trials are: not the workers or the storage."""
-        data = self.model_dump(exclude={"about", "workers", "storage", "budget", "evidence"}, mode="json")
+        """Of all that decides what the trials are: not who trains them, or the storage."""
+        where = {"workers", "engine", "address", "gpus", "storage"}
+        data = self.model_dump(exclude={"about", "budget", "evidence", *where}, mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def base(self) -> TrainConfig:
@@ -185,6 +189,11 @@ def _wrong(study: Study) -> Iterator[str]:
         yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
     elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
         yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."
+    if study.engine != "ray" and (study.address or study.gpus):
+        got = f"address={study.address!r}" if study.address else f"gpus={study.gpus:g}"
+        yield f"{got} with engine='local': it is for Ray's; write engine = \"ray\" (--engine ray), or remove it."
+    if study.engine == "ray" and base.device == "cuda" and not study.gpus:
+        yield "set.device='cuda' with engine='ray' and gpus=0: Ray gives a GPU to who asks for it; write gpus = 1, or a share of one."
     if not any(study.budget.model_dump().values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
 

@@ -69,6 +69,7 @@ MAY_IMPORT = {
     "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.cli": "*",
+    "mainrun.demo": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
     "mainrun.terminal": "mainrun.host mainrun.errors",
     "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.errors",
     "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.config mainrun.errors",

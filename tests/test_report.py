@@ -193,13 +193,17 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--out", "."], "is a folder"),
+        (["--out", "."], "got --out ., a folder"),
+        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
+        (["--out", "notes.md"], "got --out notes.md, a file that is no PDF, and would be lost"),
         (["--log", "none.md"], "--log none.md is no file"),
         (["--title", "a\nb"], "cannot be printed"),
         (["--samples", "-1"], "--samples"),
     ],
 )
 def test_odd_requests_are_refused(runs: Path, tmp_path: Path, args: list[str], said: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "notes.md").write_text("mine")
     done = report(runs, *args, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from mainrun.config import TrainConfig
 from mainrun.errors import DiskFull, Interrupted, RunError
-from mainrun.store import rundir
+from mainrun.store import checkpoint, rundir
 from mainrun.store.rundir import Metrics, RunDir, disk_errors, find, open_run, write_json, write_text
 
 
@@ -50,7 +51,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path)
     try:
         assert holder.stdout.readline() == "locked\n"
         for fresh in (False, True):
-            with pytest.raises(RunError, match=rf"{cfg.run_id} is being written by process {holder.pid}; .*--out"):
+            with pytest.raises(RunError, match=rf"{cfg.run_id} is being written by process {holder.pid} on .*; .*--out"):
                 open_run(tmp_path, cfg, fresh=fresh)
         other = open_run(tmp_path / "elsewhere", cfg)
         other.release()
@@ -62,12 +63,46 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path)
         holder.wait()
         holder.communicate()
     run = open_run(tmp_path, cfg)
-    assert (run.path / ".lock").read_text() == str(os.getpid())
+    assert (run.path / ".lock").read_text().startswith(f"{os.getpid()} on ")
     with pytest.raises(RunError, match=f"process {os.getpid()}"):
         open_run(tmp_path, cfg)  # the same process is a second writer, too
     run.release()
     run.release()
     open_run(tmp_path, cfg).release()
+
+
+def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
+    """As a file server does it to a machine that it does not hear; the machine comes back and knows nothing of it."""
+    cfg = TrainConfig()
+    made(tmp_path, cfg)
+    old = open_run(tmp_path, cfg)
+    log = old.log("metrics.jsonl")
+    log.append({"step": 1})
+    mark = log.mark()
+    checkpoint.save(old.checkpoints, 1, {}, {}, old.check)
+    assert old._lock is not None
+    fcntl.flock(old._lock, fcntl.LOCK_UN)
+    new = open_run(tmp_path, cfg)
+    again = new.log("metrics.jsonl")
+    assert again.rewind(mark)
+    again.append({"step": 2})
+    checkpoint.save(new.checkpoints, 2, {}, {}, new.check)
+    before = {path: path.read_bytes() for path in new.path.rglob("*") if path.is_file()}
+    for write in (
+        lambda: old.write("status.json", {}),
+        lambda: log.append({"step": 3}),
+        lambda: log.rewind(mark),
+        lambda: checkpoint.save(old.checkpoints, 1, {}, {}, old.check),
+    ):
+        with pytest.raises(RunError, match=f"was taken over by process {os.getpid()} on .*writes nothing more"):
+            write()
+    assert {path: path.read_bytes() for path in new.path.rglob("*") if path.is_file()} == before
+    old.release()
+    new.write("status.json", {})
+    (new.path / ".lock").unlink()
+    with pytest.raises(RunError, match="was taken away"):
+        new.write("status.json", {})
+    new.release()
 
 
 def test_a_refused_directory_is_not_left_locked(tmp_path: Path) -> None:

@@ -289,12 +289,15 @@ def test_weights_that_are_not_the_runs(mine: Path) -> None:
 
 
 def test_the_command_says_no_in_one_line(mine: Path) -> None:
+    os.mkfifo(mine / "pipe")
     for args, said in (
         (["--yes"], "got --yes without --upload"),
         (["--upload", "https://nowhere.invalid/x"], "got --upload without a terminal to ask on; add --yes"),
         (["--upload", "http://example.org/x", "--yes"], "write https://"),
         (["--out", "runs"], "got --out runs, a folder"),
         (["--out", "no/x.zip"], "whose folder is not there"),
+        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
+        (["--out", "report.pdf"], "got --out report.pdf, a file that is no zip, and would be lost"),
         (["--run", "nothing"], "no run 'nothing' in runs"),
         (["--report", "none.pdf"], "no report none.pdf"),
     ):

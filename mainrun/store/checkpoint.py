@@ -25,7 +25,8 @@ FORMAT = 1
 KEEP = 2  # the newest, and the one before it in case the newest turns out damaged
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], check: Callable[[], None] = lambda: None) -> Path:
+    """`check` is asked last of all before anything that others see is touched."""
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
     with disk_errors(place):
@@ -37,6 +38,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[s
             save_tensors(tensors, temp / "state.safetensors")
             meta = {"format": FORMAT, "step": step, **meta, "state_sha256": sha256_file(temp / "state.safetensors")}
             write_json(temp / "meta.json", meta | {"meta_sha256": _meta_sha256(meta)})
+            check()
             for stale in steps(folder):  # of this step or a later one: passed over when the run was resumed, this one replaces them
                 if stale >= place:
                     _remove(stale)

@@ -13,8 +13,10 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -79,8 +81,8 @@ def _read_json(path: Path) -> Any:
 class Metrics:
     """metrics.jsonl as it is written: one row a line, and a running checksum that a checkpoint can hold on to."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
+        self.path, self._check = path, check
         with disk_errors(path):
             self._file = path.open("ab", buffering=0)  # no buffer: what a full disk refused must not be tried again on closing
         self._sha = hashlib.sha256()
@@ -88,6 +90,7 @@ class Metrics:
 
     def rewind(self, mark: dict[str, Any]) -> bool:
         """Cut the file back to a mark. False if what is there is not what was marked; the file is then untouched."""
+        self._check()
         data = self.path.read_bytes()[: mark["bytes"]]
         sha = hashlib.sha256(data)
         if len(data) != mark["bytes"] or sha.hexdigest() != mark["sha256"]:
@@ -97,6 +100,7 @@ class Metrics:
         return True
 
     def append(self, row: dict[str, Any]) -> None:
+        self._check()
         line = json.dumps(row).encode() + b"\n"
         with disk_errors(self.path):
             rest = memoryview(line)
@@ -121,6 +125,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._lock: IO[str] | None = None
+        self._holder = ""  # what .lock says while it is ours
 
     @property
     def checkpoints(self) -> Path:
@@ -160,8 +165,27 @@ class RunDir:
         except ValueError as e:
             raise RunError(f"{path} holds a line that is not JSON ({e}); train the run again with --fresh") from None
 
+    def check(self) -> None:
+        """A lock can be lost while its holder lives: a file server drops those of a machine that it does not hear.
+
+        Whoever opens the run then writes its own name into .lock, and the one before, should it come back, writes nothing more.
+        """
+        if self._lock:
+            try:
+                found = (self.path / ".lock").read_text(encoding="utf-8")
+            except OSError as e:
+                raise RunError(
+                    f"{self.path} was taken away ({e.strerror or e}) while this process wrote it; nothing more is written"
+                ) from e
+            if found != self._holder:
+                raise RunError(f"{self.path} was taken over by process {_name(found)}; this one writes nothing more")
+
     def write(self, name: str, value: Any) -> None:
+        self.check()
         write_json(self.path / name, value)
+
+    def log(self, name: str) -> Metrics:
+        return Metrics(self.path / name, self.check)
 
     def release(self) -> None:
         if self._lock:
@@ -179,14 +203,14 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        holder = lock.read().strip()
+        holder = _name(lock.read())
         lock.close()
         raise RunError(f"{run.path} is being written by process {holder}; wait for it, or give another --out") from None
-    run._lock = lock
+    run._lock, run._holder = lock, f"{os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n"
     try:
         with disk_errors(run.path):
             os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), str(os.getpid()).encode())  # not through the file's buffer: it would be tried again on closing
+            os.write(lock.fileno(), run._holder.encode())  # not through the file's buffer: it would be tried again on closing
         if fresh:
             with disk_errors(run.path):
                 for child in run.path.iterdir():
@@ -197,6 +221,10 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
         run.release()
         raise
     return run
+
+
+def _name(holder: str) -> str:
+    return holder.partition("\n")[0].strip()
 
 
 def check_writable(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who trains: `local` subprocesses on this machine. An engine takes a task, sees that it is done, and says how it ended."""
+"""Who trains: `local` subprocesses, or those of a `ray` cluster. An engine takes a task, sees that it is done, and says how it ended."""
 
 from __future__ import annotations
 
