@@ -168,6 +168,7 @@ class Show:
             print(text, file=sys.stderr, flush=True)
 
     def _table(self) -> Any:
+        from rich.console import Group as Lines
         from rich.table import Table
 
         from mainrun.progress import clock
@@ -186,9 +187,11 @@ class Show:
         spent = total(search.spent(trial) for trial in search.trials)
         left = search.left()
         seconds = time.monotonic() - self.began
-        words = f"{_line(search)}; {spent.tokens / max(seconds, 1e-9):,.0f} tokens/s, {clock(seconds)}, {left} trials left"
-        table.caption = words
-        return table
+        over = sum(trial.over for trial in search.trials)
+        words = f"{spent.tokens / max(seconds, 1e-9):,.0f} tokens/s, {clock(seconds)} so far, {left} trials to ask"
+        if over:
+            words += f", about {clock(seconds / over * (left + len(search.trials) - over))} to go"
+        return Lines(table, _line(search), words)
 
 
 def _values(values: dict[str, Any]) -> str:
@@ -199,7 +202,11 @@ def _line(search: Search) -> str:
     counts: dict[str, int] = {}
     for trial in search.trials:
         counts[trial.state] = counts.get(trial.state, 0) + 1
-    text = ", ".join(f"{counts[state]} {state}" for state in ("running", "held", "done", "pruned", "diverged", "failed") if state in counts)
+    if (more := counts.get("running", 0) - search.engine.workers) > 0:
+        counts |= {"running": search.engine.workers, "waiting": more}
+    text = ", ".join(
+        f"{counts[state]} {state}" for state in ("running", "waiting", "held", "done", "pruned", "diverged", "failed") if state in counts
+    )
     best = search.best()
     return f"{len(search.trials)} trials: {text}" + (f"; best {best[0].scores[best[0].rung]:.4f}, trial {best[0].number}" if best else "")
 
