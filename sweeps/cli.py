@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mainrun.errors import ConfigError, RunError, UsageError
+from mainrun.errors import ConfigError, DiskFull, Interrupted, RunError, UsageError
 from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable
 
 if TYPE_CHECKING:
@@ -71,9 +72,8 @@ def run(
     if schema:
         emit(studies.schema())
         return
-    study = studies.read(place, dict(parse_set(text) for text in sets or []))
     change = {"workers": workers, "engine": engine, "address": address, "storage": storage, "name": named}
-    study = studies.checked(study.model_dump(exclude_unset=True) | {k: v for k, v in change.items() if v is not None}, place)
+    study = studies.read(place, dict(parse_set(text) for text in sets or []), **{k: v for k, v in change.items() if v is not None})
     if plan:
         _plan(study, as_json)
         return
@@ -81,6 +81,21 @@ def run(
 
 
 def _run(study: Study, folder: Path, as_json: bool) -> None:
+    try:
+        _search(study, folder, as_json)
+    except DiskFull:
+        raise
+    except Interrupted as e:
+        again = shlex.join(["mainrun", *sys.argv[1:]])
+        raise Interrupted(f"stopped; what was trained is saved, nothing is lost: `{again}` goes on from here") from e
+    found = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    if as_json:
+        emit(found)
+    else:
+        _show(found)
+
+
+def _search(study: Study, folder: Path, as_json: bool) -> None:
     from sweeps.confirm import confirm
     from sweeps.driver import Search, owned
     from sweeps.export import export
@@ -94,14 +109,11 @@ def _run(study: Study, folder: Path, as_json: bool) -> None:
         search = show.search = Search(study, folder, engine, show.note, show.tick)
         show.note(f"{study.name}: {search.engine.workers} workers, {search.base.run_id} is trial 0")
         search.run()
+        show.shown = 0.0
+        show.tick()
         show.note("the search is over; the noise floor and the best on fresh seeds")
         evidence = confirm(search)
         export(search, evidence)
-    found = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    if as_json:
-        emit(found)
-    else:
-        _show(found)
 
 
 def _engine(study: Study) -> Engine:
@@ -118,7 +130,7 @@ class Show:
     """One live table where somebody watches, plain lines in a pipe."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet, self.said, self.began = quiet, "", time.monotonic()
+        self.quiet, self.said, self.began, self.shown = quiet, "", time.monotonic(), 0.0
         self.search: Search | None = None
         self.live: Any = None
 
@@ -144,8 +156,9 @@ class Show:
             print(text, file=sys.stderr, flush=True)
 
     def tick(self) -> None:
-        if self.quiet or self.search is None:
+        if self.quiet or self.search is None or time.monotonic() - self.shown < 0.25:
             return
+        self.shown = time.monotonic()
         if self.live:
             self.live.update(self._table())
             return
@@ -155,6 +168,7 @@ class Show:
             print(text, file=sys.stderr, flush=True)
 
     def _table(self) -> Any:
+        from rich.console import Group as Lines
         from rich.table import Table
 
         from mainrun.progress import clock
@@ -173,9 +187,11 @@ class Show:
         spent = total(search.spent(trial) for trial in search.trials)
         left = search.left()
         seconds = time.monotonic() - self.began
-        words = f"{_line(search)}; {spent.tokens / max(seconds, 1e-9):,.0f} tokens/s, {clock(seconds)}, {left} trials left"
-        table.caption = words
-        return table
+        over = sum(trial.over for trial in search.trials)
+        words = f"{spent.tokens / max(seconds, 1e-9):,.0f} tokens/s, {clock(seconds)} so far, {left} trials to ask"
+        if over:
+            words += f", about {clock(seconds / over * (left + len(search.trials) - over))} to go"
+        return Lines(table, _line(search), words)
 
 
 def _values(values: dict[str, Any]) -> str:
@@ -186,7 +202,11 @@ def _line(search: Search) -> str:
     counts: dict[str, int] = {}
     for trial in search.trials:
         counts[trial.state] = counts.get(trial.state, 0) + 1
-    text = ", ".join(f"{counts[state]} {state}" for state in ("running", "held", "done", "pruned", "diverged", "failed") if state in counts)
+    if (more := counts.get("running", 0) - search.engine.workers) > 0:
+        counts |= {"running": search.engine.workers, "waiting": more}
+    text = ", ".join(
+        f"{counts[state]} {state}" for state in ("running", "waiting", "held", "done", "pruned", "diverged", "failed") if state in counts
+    )
     best = search.best()
     return f"{len(search.trials)} trials: {text}" + (f"; best {best[0].scores[best[0].rung]:.4f}, trial {best[0].number}" if best else "")
 
@@ -217,6 +237,9 @@ def _show(found: dict[str, Any]) -> None:
     print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
     parts = f"{ledger['trained']:,} trained + {ledger['reused']:,} reused; {ledger['wasted']:,} wasted of the trained"
     print(f"steps: {ledger['asked']:,} asked = {parts}")
+    if runs := (found.get("evidence") or {}).get("runs"):
+        asked = {kind: sum(row["asked"] for row in runs if row["kind"] == kind) for kind in ("noise", "confirmation")}
+        print(f"of these {asked['noise']:,} for the noise floor, {asked['confirmation']:,} for the confirmation")
     for pair, value in (found.get("rung_correlation") or {}).items():
         weak = "; below 0.5: short rungs say little here, train fully (remove [rungs])" if value is not None and value < 0.5 else ""
         print(f"rank correlation of rung {pair}: {'none' if value is None else f'{value:.2f}'}{weak}")
@@ -235,12 +258,16 @@ def _found(name: str, out: Path) -> tuple[Path, dict[str, Any]]:
     folder = out / name
     file = folder / "export.json"
     if not (folder / "study.json").is_file():
-        have = sorted(p.parent.name for p in out.glob("*/study.json"))
-        raise UsageError(f"no study {name!r} in {out}; there: {', '.join(have) or 'none'}")
+        raise _unknown(name, out)
     if not file.is_file():
         raise RunError(f"{folder} is not finished; `mainrun sweep {name}` goes on with it")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return folder, found
+
+
+def _unknown(name: str, out: Path) -> UsageError:
+    have = sorted(p.parent.name for p in out.glob("*/study.json"))
+    return UsageError(f"no study {name!r} in {out}; there: {', '.join(have) or 'none'}")
 
 
 @app.command("ls")
@@ -310,8 +337,6 @@ def best(
     if as_json:
         emit({"trial": number, "value": trial["value"], "claim": evidence.get("claim"), "command": command})
     else:
-        import shlex
-
         print(f"trial {number}, {found['objective']} {trial['value']:.4f}; {evidence.get('claim', 'not confirmed')}", file=sys.stderr)
         print(shlex.join(command))
 
@@ -346,16 +371,32 @@ def dashboard(
     name: Name,
     out: Studies = Path("runs/studies"),
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8080,
+    storage: Annotated[str | None, typer.Option("--storage", metavar="URL", help="Its database, where a password is needed.")] = None,
     debug: Debug = False,
 ) -> None:
     """Open optuna-dashboard on a study (pip install 'mainrun[dashboard]')."""
     import importlib.util
-    import os
 
-    file = out / name / "study.json"
-    if not file.is_file():
-        raise UsageError(f"no study {name!r} in {out}")
+    folder = out / name
+    if not (folder / "study.json").is_file():
+        raise _unknown(name, out)
     if importlib.util.find_spec("optuna_dashboard") is None:
         raise UsageError("optuna-dashboard is not installed; pip install 'mainrun[dashboard]'")
-    url = json.loads(file.read_text(encoding="utf-8"))["study"]["storage"] or f"sqlite:///{(out / name / 'study.db').absolute()}"
-    os.execv(sys.executable, [sys.executable, "-m", "optuna_dashboard", url, "--port", str(port)])
+    url = storage or json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]["storage"]
+    if not url and not (folder / "study.db").is_file():
+        raise RunError(f"{folder} has no study.db yet; `mainrun sweep {name}` goes on with it")
+    from optuna.exceptions import StorageInternalError
+    from optuna_dashboard import run_server
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from sweeps.record import opened, why
+
+    try:
+        database = opened(url, folder / "study.db")
+    except (StorageInternalError, SQLAlchemyError) as e:
+        raise UsageError(f"the study's database cannot be opened ({why(e)}); a password stands in PGPASSWORD, or in --storage") from None
+    print(f"{name} at http://127.0.0.1:{port}/dashboard, Ctrl-C ends", file=sys.stderr, flush=True)
+    try:
+        run_server(database, host="127.0.0.1", port=port)
+    except OSError as e:
+        raise UsageError(f"port {port} cannot be used ({e.strerror}); give another --port") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from mainrun import stats
@@ -12,6 +13,7 @@ from mainrun.errors import MainrunError
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search, Trial, sets_of
 from sweeps.engine.protocol import Task
+from sweeps.ledger import spent
 from sweeps.space import changed
 
 NOISE, FRESH = 1, 101  # where their seeds begin, counted from the base's
@@ -40,6 +42,7 @@ def confirm(search: Search) -> dict[str, Any]:
     result: dict[str, Any] = {
         "objective": study.objective, "seeds": fresh, "base": [mine[seed] for seed in fresh], "rows": rows,
         "noise": {"seeds": noise_seeds, "values": [scores["noise", s] for s in noise_seeds], "sigma": noise.sd, "floor": floor},
+        "runs": [_cost(search, job, cfg, scores[job]) for job, cfg in jobs.items()],
     }  # fmt: skip
     if not claimed:
         return result | {"winner": None, "claim": "not better than the base within noise"}
@@ -50,6 +53,14 @@ def confirm(search: Search) -> dict[str, Any]:
     trial = search.trials[winner["trial"]]
     assert trial.cfg is not None
     return result | {"winner": winner["trial"], "claim": text, "val": _val(search, seeded(trial.cfg, fresh[0]))}
+
+
+def _cost(search: Search, job: tuple[str, int], cfg: TrainConfig, score: float) -> dict[str, Any]:
+    """A run's row of the ledger: it belongs to what the study cost as the trials do."""
+    found = spent(RunDir(search.runs / cfg.run_id), cfg)
+    found = replace(found, wasted=found.trained) if math.isinf(score) else found
+    kind, trial = ("noise", 0) if job[0] == "noise" else ("confirmation", int(job[0]))
+    return {"kind": kind, "trial": trial, "seed": job[1], "run": cfg.run_id, **vars(found)}
 
 
 def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:

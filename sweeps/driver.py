@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mainrun.config import Plan, TrainConfig, load
-from mainrun.errors import ConfigError, MainrunError, RunError, UsageError
-from mainrun.store.rundir import RunDir, write_text
+from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
+from mainrun.store.rundir import RunDir, disk_errors, write_text
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.engine.worker import PATIENCE
 from sweeps.ledger import Ledger, spent
@@ -61,7 +60,7 @@ class Search:
         self.owners: dict[str, int] = {}  # run: the first trial that is it; a sampler may give the same values again
         self._spent: dict[int, Ledger] = {}  # of trials that are over
         self.asker = Asker(study, self.base)
-        self.told = 0  # generations
+        self.told = self.first = 0  # generations: told to the sampler, and the first in which a trial is not over
         self.began = time.monotonic()
         self.train_tokens = self._train_tokens()
 
@@ -79,7 +78,10 @@ class Search:
             if made.returncode >= 0:  # it was not killed
                 break
         if made.returncode:
-            raise MainrunError(f"the base of the study cannot be trained: {(made.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+            last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            if made.returncode == Interrupted.exit_code:  # a full disk, say
+                raise Interrupted(last.removeprefix("interrupted: "))
+            raise MainrunError(f"the base of the study cannot be trained: {last.removeprefix('error: ')}")
         found = int(json.loads(made.stdout)["plan"]["train_tokens"])
         write_text(file, json.dumps({"train_tokens": found}))
         return found
@@ -108,10 +110,14 @@ class Search:
         return True
 
     def left(self) -> int:
-        """Trials that the budget still has. Tokens and FLOPs count as far as the sampler was told: workers' speed decides nothing."""
+        """Trials that the budget still has. Tokens and FLOPs count as far as the sampler was told: workers' speed decides nothing.
+
+        A generation with rungs is never cut: else a larger budget, given later, would decide anew about trials that are over.
+        """
         budget, most = self.study.budget, 1_000_000
         if budget.trials is not None:
-            most = budget.trials - len(self.trials)
+            whole = -(-budget.trials // self.size) * self.size if self.study.rungs else budget.trials
+            most = whole - len(self.trials)
         if self.study.sampler.name == "grid":
             from sweeps.sampling import _grid
 
@@ -136,6 +142,7 @@ class Search:
         except ConfigError as e:
             return Trial(number, values, None, state="failed", why=str(e))
         self.owners.setdefault(cfg.run_id, number)
+        object.__setattr__(cfg, "__pydantic_fields_set__", self.base.model_fields_set)  # the same names in all: 8 KB a trial, else
         evals, at = sorted(plan.eval_steps), self.study.rungs.at if self.study.rungs else ()
         rungs = [next(step for step in evals if step >= share * plan.steps) for share in at]
         return Trial(number, values, cfg, [*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps])
@@ -144,8 +151,10 @@ class Search:
 
     def run(self) -> None:
         """To the end of the budget. A KeyboardInterrupt leaves everything as it can be gone on with."""
+        from sweeps.record import Record
+
         waiting: dict[Future[Outcome], tuple[Trial, int]] = {}
-        record = Record(self)
+        record = Record(self.study, self.folder, self.note)
         with ThreadPoolExecutor(self.engine.workers) as pool:
             try:
                 while True:
@@ -154,7 +163,7 @@ class Search:
                     for trial, rung in self._ready():
                         trial.state = "running"
                         waiting[pool.submit(self.engine.train, self._task(trial, rung))] = (trial, rung)
-                    record.write()
+                    record.write(self.trials, self.spent)
                     self.tick()
                     if not waiting:
                         break
@@ -166,8 +175,15 @@ class Search:
                 self.engine.close()
                 raise
 
+    def _open(self) -> range:
+        """The generations with trials that are not over. Only they are looked through: studies have thousands of trials."""
+        count = -(-len(self.trials) // self.size)
+        while self.first < count and all(trial.over for trial in self.generation(self.first)):
+            self.first += 1
+        return range(self.first, count)
+
     def _ready(self) -> Iterator[tuple[Trial, int]]:
-        for trial in self.trials:
+        for trial in (trial for g in self._open() for trial in self.generation(g)):
             if trial.state == "waiting":
                 yield trial, trial.rung + 1
 
@@ -209,8 +225,7 @@ class Search:
 
     def _decide(self) -> None:
         """Generations of which all have come to a rung: the best go on, the others end there. Ties go to the lower number."""
-        assert self.study.rungs or not any(t.state == "held" for t in self.trials)
-        for g in range(-(-len(self.trials) // self.size)):
+        for g in self._open():
             group = [t for t in self.generation(g) if not t.over]
             held = [t for t in group if t.state == "held"]
             if not held or len(held) < len(group):
@@ -242,7 +257,8 @@ class Search:
         return found
 
     def best(self, count: int = 1) -> list[Trial]:
-        done = [trial for trial in self.trials if trial.state == "done"]
+        """Each run once: a sampler may have come to the same values twice."""
+        done = [trial for trial in self.trials if trial.state == "done" and trial.cfg and self.owners[trial.cfg.run_id] == trial.number]
         return sorted(done, key=lambda t: (t.scores[t.rung], t.number))[:count]
 
 
@@ -263,76 +279,21 @@ def sets_of(study: Study, cfg: TrainConfig) -> list[str]:
     return found
 
 
-class Record:
-    """Optuna's database of the study: a trial when it is over, in the order of their numbers, each once."""
-
-    def __init__(self, search: Search) -> None:
-        import optuna
-
-        self.search = search
-        study = search.study
-        self.url = study.storage or f"sqlite:///{(search.folder / 'study.db').absolute()}"
-        self.optuna = self._patiently(lambda: optuna.create_study(study_name=study.name, storage=self.url, load_if_exists=True))
-        known = self.optuna.user_attrs.get("digest")
-        if known is None:
-            self._patiently(lambda: self.optuna.set_user_attr("digest", study.digest))
-        elif known != study.digest:
-            raise UsageError(f"{self.url} holds another study called {study.name!r}; give this one another name, or another --storage")
-        self.written = len(self.optuna.get_trials(deepcopy=False))
-
-    def _patiently(self, work: Callable[[], Any]) -> Any:
-        """A server that is away comes back: the study waits for it, and loses nothing."""
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import OperationalError
-
-        pause, said = 0.2, False
-        while True:
-            try:
-                return work()
-            except (StorageInternalError, OperationalError) as e:
-                if not self.url.startswith("postgresql"):
-                    raise MainrunError(
-                        f"the storage {self.url} cannot be used ({str(e).splitlines()[0]}); free it, or give another --storage"
-                    ) from e
-                if not said:
-                    self.search.note(f"the storage does not answer ({str(e).splitlines()[0]}); waiting for it")
-                    said = True
-                time.sleep(pause)
-                pause = min(5.0, 2 * pause)
-
-    def write(self) -> None:
-        from optuna.trial import TrialState, create_trial
-
-        from sweeps.sampling import distribution
-
-        states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL, "failed": TrialState.FAIL}
-        while self.written < len(self.search.trials) and (trial := self.search.trials[self.written]).over:
-            ledger = self.search.spent(trial)
-            found = create_trial(
-                state=states[trial.state],
-                value=trial.scores[trial.rung] if trial.state == "done" else None,
-                params=trial.values,
-                distributions={name: distribution(self.search.study.space[name]) for name in trial.values},
-                intermediate_values=dict(trial.scores),
-                user_attrs={"number": trial.number, "why": trial.why, "run": trial.cfg.run_id if trial.cfg else "", "ledger": vars(ledger)},
-            )
-            self._patiently(partial(self.optuna.add_trial, found))
-            self.written += 1
-
-
 @contextmanager
 def owned(folder: Path, study: Study) -> Iterator[None]:
     """One driver at a time, and always the same study in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+b", buffering=0)
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            raise UsageError(f"{folder} is searched by process {lock.read().strip()}; wait for it, or give another --out") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+            raise UsageError(f"{folder} is searched by process {lock.read().decode()}; wait for it, or give another --out") from None
+        with disk_errors(folder):
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
         file = folder / "study.json"
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))

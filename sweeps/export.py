@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mainrun import stats
-from mainrun.store.rundir import write_text
+from mainrun.store.rundir import disk_errors, write_text
 from sweeps.driver import Search, sets_of
-from sweeps.ledger import total
+from sweeps.ledger import Ledger, total
 
 
 def export(search: Search, evidence: dict[str, Any] | None) -> None:
@@ -25,9 +25,11 @@ def export(search: Search, evidence: dict[str, Any] | None) -> None:
             "sets": sets_of(search.study, trial.cfg) if trial.cfg else [],
             "steps": trial.stops[trial.rung] if trial.scores else 0, **{k: getattr(ledger, k) for k in ledger.__dataclass_fields__},
         })  # fmt: skip
+    confirming = [Ledger(**{k: row[k] for k in Ledger.__dataclass_fields__}) for row in (evidence or {}).get("runs", [])]
+    whole = total([*(search.spent(t) for t in search.trials), *confirming])
     found = {
         "name": search.study.name, "preset": search.study.preset, "objective": search.study.objective, "digest": search.study.digest,
-        "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": vars(total(search.spent(t) for t in search.trials)),
+        "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": vars(whole),
         "rung_correlation": correlations(search), "evidence": evidence,
     }  # fmt: skip
     write_text(search.folder / "export.json", json.dumps(found, indent=1))
@@ -48,7 +50,8 @@ def write(found: dict[str, Any], folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     names = sorted({name for t in found["trials"] for name in t["params"]})
     plain = (
         "trial",
@@ -73,5 +76,6 @@ def write(found: dict[str, Any], folder: Path) -> None:
         values = [t["params"].get(name) for t in found["trials"]]
         mixed = len({type(v) for v in values if v is not None}) > 1 and not all(isinstance(v, int | float) for v in values if v is not None)
         columns[f"params.{name}"] = [None if v is None else str(v) for v in values] if mixed else values
-    pq.write_table(pa.table(columns), folder / "trials.parquet")
+    with disk_errors(folder):
+        pq.write_table(pa.table(columns), folder / "trials.parquet")
     write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from mainrun.config import TrainConfig, load
 from mainrun.errors import ConfigError, nearest
@@ -84,7 +85,13 @@ class Study(Part):
     engine: Annotated[Literal["local", "ray"], Field(description="who starts the workers: this machine, or a Ray cluster")] = "local"
     address: Annotated[str, Field(description="Ray: auto, or HOST:PORT of a cluster's head; empty: one of our own on this machine")] = ""
     gpus: Annotated[float, Field(ge=0, le=64, description="Ray: of a trial; 0.25 puts four on a GPU")] = 0.0
-    storage: Annotated[str, Field(description="a URL of Optuna's; empty: SQLite in the study's folder")] = ""
+    storage: Annotated[
+        str, Field(repr=False, description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder")
+    ] = ""
+
+    @field_serializer("storage")
+    def _written(self, url: str) -> str:
+        return without_password(url)  # what is written of a study is handed on
 
     @property
     def digest(self) -> str:
@@ -105,12 +112,18 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
+def without_password(url: str) -> str:
+    """libpq finds it elsewhere: PGPASSWORD, ~/.pgpass."""
+    url = re.sub(r"^([\w+]+://[^:/@?]*):.*@", r"\1@", url, flags=re.DOTALL)
+    return re.sub(r"(?<=[?&])(ssl)?password=[^&]*&?", "", url).rstrip("?&")
+
+
 def names() -> list[str]:
     return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
 
 
-def read(place: str, sets: dict[str, Any] | None = None) -> Study:
-    """A built-in study or a file; `sets` go on top of its [set]. A ConfigError names every fault."""
+def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
+    """A built-in study or a file; `sets` go on top of its [set], `changes` of its keys. A ConfigError names every fault."""
     path = BUILT_IN / f"{place}.toml" if "/" not in place and not place.endswith(".toml") else Path(place)
     if not path.is_file():
         known = names()
@@ -122,7 +135,7 @@ def read(place: str, sets: dict[str, Any] | None = None) -> Study:
     data.setdefault("name", path.stem)
     if sets:
         data["set"] = {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
-    return checked(data, str(path))
+    return checked(data | changes, str(path))
 
 
 def checked(data: dict[str, Any], where: str) -> Study:
@@ -171,6 +184,11 @@ def _wrong(study: Study) -> Iterator[str]:
         yield "sampler.name='grid' needs values, or a step with low and high, for every parameter."
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
         yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
+    url = study.storage
+    if url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
+        yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
+    elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
+        yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."
     if study.engine != "ray" and (study.address or study.gpus):
         got = f"address={study.address!r}" if study.address else f"gpus={study.gpus:g}"
         yield f"{got} with engine='local': it is for Ray's; write engine = \"ray\" (--engine ray), or remove it."

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from mainrun.errors import Diverged, Interrupted
+from mainrun.errors import DiskFull, Diverged, Interrupted
 from sweeps.engine.protocol import Outcome, Task
 
 # where whoever started it is gone nobody waits for it: it stops as on Ctrl-C, and everything is saved (Linux; elsewhere it goes on alone)
@@ -47,6 +47,8 @@ def insist(task: Task, once: Callable[[], End], closed: Callable[[], bool]) -> O
         last = said.strip().splitlines()[-1] if said.strip() else f"it ended with code {code} and said nothing"
         if code == Diverged.exit_code:
             return Outcome(False, diverged=True, why=last)
+        if code == Interrupted.exit_code and "no space left" in last:  # it is the study that must wait for space
+            raise DiskFull(last.removeprefix("interrupted: "))
         if BUSY in said:  # a worker whom nobody waits for any more: it ends soon
             time.sleep(0.5)
             continue
