@@ -63,18 +63,14 @@ def test_the_whole_way_stopped_and_gone_on_with(house: Path) -> None:
     following = [line.split() for line in said.split("the whole way")[1].splitlines() if line.startswith("      mainrun ")]
     assert [words[1] for words in following] == ["compare", "sample", "sweep", "report", "verify"]
 
-    # again: nothing is trained twice, and the same bundle comes out; in a tree that is not committed it says so, and is no failure
-    before = {path: path.stat().st_mtime_ns for path in house.glob("runs/demo/**/metrics.jsonl")}
-    zip_before = (house / ZIP).read_bytes()
+    # again: nothing is trained twice (a row holds the time that its step took); changes that are not committed are no failure of the demo
+    before = {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")}
     (house / ZIP).unlink()
     (house / "note.txt").touch()
     said = demo(house)
-    assert {path: path.stat().st_mtime_ns for path in house.glob("runs/demo/**/metrics.jsonl")} == before
+    assert {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")} == before
     assert "left out: the working tree is not committed: note.txt; `./task checkpoint` commits it" in said
     assert "no submission, for the reason above" in said and not (house / ZIP).exists()
-    (house / "note.txt").unlink()
-    assert "verified: " in demo(house)
-    assert (house / ZIP).read_bytes() == zip_before
 
 
 @pytest.mark.slow
