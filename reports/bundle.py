@@ -155,6 +155,8 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
     name, mode = entry.filename, entry.external_attr >> 16
     if entry.orig_filename != name:
         raise BundleError(f"the name {show(entry.orig_filename)} holds a zero byte")
+    if entry.is_dir():
+        raise BundleError(f"{show(name)} is a folder, packed in a way that `mainrun submit` does not use")
     if fault := name_fault(name):
         raise BundleError(f"the name {show(name)!r} cannot be: {fault}")
     if name not in (MANIFEST, REPORT) and not name.startswith((RUN, CODE)):
@@ -163,6 +165,8 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
         raise BundleError(f"the name {show(name)} is in an encoding other than UTF-8")
     if stat.S_ISLNK(mode):
         raise BundleError(f"{show(name)} is a link")
+    if not stat.S_IFMT(mode):
+        raise BundleError(f"{show(name)} is packed in a way that `mainrun submit` does not use")
     if not stat.S_ISREG(mode) or mode & 0o7022:
         raise BundleError(f"{show(name)} is no plain file (mode {mode:o})")
     if entry.flag_bits & ~0x800:
@@ -195,7 +199,11 @@ def manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
         if found["format"] != FORMAT:
             raise BundleError(f"it has format {found['format']}, this version reads {FORMAT}; use the mainrun that made it")
         listed = found["files"]
-        if not isinstance(found["figures"], dict) or not all(isinstance(listed[name]["sha256"], str) for name in listed):
+        if (
+            not isinstance(found["figures"], dict)
+            or not isinstance(listed, dict)
+            or not all(isinstance(listed[name]["sha256"], str) for name in listed)
+        ):
             raise TypeError
         return found
     except (ValueError, KeyError, TypeError, RecursionError):
