@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from mainrun import audit
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
-from mainrun.errors import Interrupted, MainrunError
+from mainrun.errors import Interrupted, MainrunError, UsageError
 from mainrun.growth import live, operators
 from mainrun.growth.moments import PLAIN, Mark
 from mainrun.growth.repeat import repeat
@@ -325,8 +326,72 @@ def test_an_op_that_is_skipped_is_as_if_it_were_not_there(tmp_path: Path, monkey
 
 def test_coverage_that_is_asked_for_and_not_reached_fails(tmp_path: Path) -> None:
     cfg = config(op("stack_layers", [0, 0, 1, 1], {"step": 14}, init="identity", optimizer={"min_coverage": 0.99}))
-    with pytest.raises(MainrunError, match=r"coverage: .*min_coverage=0.99 asks for more"):
+    with pytest.raises(MainrunError, match=r"coverage: .*99.0% is asked for.*optimizer.min_coverage"):
         train(cfg, tmp_path)
+
+
+def bursting(c: operators.Change) -> operators.Pieces:
+    raise OverflowError("no such number")
+
+
+@pytest.mark.parametrize("on_fail", ["abort", "skip"])
+def test_an_op_that_breaks_off_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_fail: str) -> None:
+    cfg = config(op("widen_mlp", 160, {"step": 14}, on_fail=on_fail))
+    monkeypatch.setitem(operators.OPS, "widen_mlp", bursting)
+    with pytest.raises(UsageError, match="op: OverflowError: no such number") if on_fail == "abort" else nullcontext():
+        train(cfg, tmp_path)
+    assert [row["event"] for row in journal(tmp_path / cfg.run_id)] == ["OPERATION_START", "OPERATION_ERROR"]
+
+
+def test_a_loss_is_of_the_state_it_stands_at(tmp_path: Path) -> None:
+    """Where nobody scored the state before an op there is no change to speak of; of two ops at a step the second has the first's."""
+    ops = [op("widen_mlp", 160, {"step": 5}), op("widen_mlp", 192, {"step": 9}), op("widen_mlp", 256, {"step": 9})]
+    cfg = config(*ops)
+    train(cfg, tmp_path)
+    one, two, three = journal(tmp_path / cfg.run_id, "REEVALUATION")
+    assert (one["step"], two["step"], three["step"]) == (5, 9, 9)
+    assert one["loss_before"] is None and one["change"] is None
+    assert abs(two["change"]) < 1e-5 and three["loss_before"] == two["loss_after"]
+
+
+def test_an_op_right_behind_another_hides_nothing(tmp_path: Path) -> None:
+    """Copies of a width without any noise stay copies, whatever else happens in the steps behind; before layers move, one looks at once."""
+    wide = op("widen_model", {"factor": 2}, {"step": 4})
+    after = {
+        "frozen": op("freeze_layer", 0, {"step": 7}), "deeper": op("stack_layers", [0, 0, 1], {"step": 7}, init="identity"),
+    }  # fmt: skip
+    for name, other in {"alone": None, **after}.items():
+        watch = Watch()
+        cfg = config(*filter(None, (wide, other)), optimizer="sgd", momentum=0.0)
+        train(cfg, tmp_path / name, progress=watch)
+        rows = journal(tmp_path / name / cfg.run_id, "LOOKBACK")
+        assert rows[0]["name"] == "widen_model" and rows[0]["step"] == (7 if name == "deeper" else 14)
+        assert len(rows) == (1 if name == "alone" else 2)
+        assert not rows[0]["checks"][0]["ok"], name
+        assert watch.said("after ops[0] 'widen_model'") and watch.said("are locked")
+        assert watch.said("growth: step 4: ops[0] 'widen_model'")
+
+
+def test_verify_misses_no_row_of_the_journal(tmp_path: Path) -> None:
+    cfg = config(op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"), op("widen_mlp", 160, {"step": 8}))
+    train(cfg, tmp_path)
+    run = RunDir(tmp_path / cfg.run_id)
+    whole_journal = (run.path / "growth.jsonl").read_text().splitlines()
+    assert all(found.ok and found.same for found in repeat(run, None))
+    (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in whole_journal if "widen_mlp" not in row))
+    assert {found.name for found in repeat(run, None) if not found.same} == {"widen_mlp"}
+    forged = whole_journal[1].replace("0-stack_layers", "7-stack_layers")
+    (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in [*whole_journal, forged]))
+    assert [found.check for found in repeat(run, None) if not found.same] == ["journal"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_compiled_again_and_the_journal_says_how_long(tmp_path: Path) -> None:
+    cfg = config(op("widen_mlp", 160, {"step": 4}), compile="on", n_layer=1, epochs=1)
+    train(cfg, tmp_path)
+    (row,) = [json.loads(line) for line in (tmp_path / cfg.run_id / "growth.jsonl").read_text().splitlines() if "RECOMPILE" in line]
+    summary = RunDir(tmp_path / cfg.run_id).summary()
+    assert summary is not None and 0 < row["seconds"] < summary["spent"]["compile"] and row["step"] == 5
 
 
 # -- how what is new learns

@@ -91,6 +91,31 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("twice.json", b'[{"name": "set_lr", "value": 0.1, "value": 0.2}]', "the key 'value' stands twice"),
+        ("twice.yaml", b"ops:\n- {name: set_lr, value: 0.1}\nops: []\n", "the key 'ops' stands twice"),
+        ("deep.json", b"[" * 100_000, "it is nested too deep"),
+        ("deep.yaml", b"[" * 3_000, "it is nested too deep"),
+        ("wide.json", '[{"name": "set_lr"}]'.encode("utf-16"), "save the file as UTF-8"),
+    ],
+)
+def test_files_that_say_something_else_than_they_seem_to(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+    from mainrun.growth.schedule import from_text
+
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=said):
+        from_text(str(tmp_path / name))
+
+
+def test_a_mark_of_byte_order_and_capitals_do_no_harm(tmp_path: Path) -> None:
+    from mainrun.growth.schedule import from_text
+
+    (tmp_path / "UP.JSON").write_bytes(b'\xef\xbb\xbf{"ops": []}')
+    assert from_text(str(tmp_path / "UP.JSON")) == {"ops": []}
+
+
 def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
     """PyYAML follows YAML 1.1, where 6e-4 is a text."""
     from mainrun.growth.schedule import from_text
