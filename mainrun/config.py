@@ -40,7 +40,7 @@ from mainrun.growth.schedule import ARCHITECTURE, Op, Schedule, from_text, read,
 
 PRESETS = Path(__file__).parent / "presets"
 MIN_COVERAGE = 0.97  # an official score that covers less of val is shown with its coverage and never compared
-TASK = {"seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000}  # the public task's fixed numbers
+TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}  # the public task's fixed numbers
 
 
 def _field(kind: str, default: Any, doc: str, **bounds: Any) -> Any:
@@ -91,6 +91,7 @@ class TrainConfig(BaseModel):
     batch_size: int = scheduled(64, "rows in a step, over all micro-batches and processes", ge=1, le=65_536)
     grad_accum: int = scheduled(1, "micro-batches that a step is cut into: a memory setting", ge=1, le=65_536)
     epochs: int = scheduled(TASK["epochs"], "passes over train; decides the number of steps", ge=1, le=10_000)
+    max_steps: int = scheduled(0, "end after so many steps, the schedule with them; 0: after the epochs", ge=0, le=1_000_000_000)
     order: Literal["sequential", "shuffle_titles"] = static(
         "sequential", "sequential: one fixed stream, read from its start each epoch; shuffle_titles: a new order of titles each epoch"
     )
@@ -206,6 +207,8 @@ class TrainConfig(BaseModel):
             refuse(f"top_k={self.top_k} of experts={self.experts}", "lower top_k, or set experts=0 for a dense MLP")
         if self.frozen != tuple(sorted({layer for layer in self.frozen if layer < self.n_layer})):
             refuse(f"frozen={list(self.frozen)} of n_layer={self.n_layer}", f"write some of 0..{self.n_layer - 1}, each once, in order")
+        if self.max_steps and self.growth.ops:
+            refuse(f"max_steps={self.max_steps} with growth", "set max_steps=0: a schedule of growth is laid out over the epochs")
         if self.batch_size % self.grad_accum:
             refuse(f"grad_accum={self.grad_accum} does not divide batch_size={self.batch_size}", "set a divisor: it cuts the batch")
         if self.ema and self.swa:
@@ -369,7 +372,8 @@ class Plan:
         self._firsts = [stretch.first for stretch in self.stretches]
         self._dropouts = [tuple(map(_in_256ths, stretch.cfg.dropouts)) for stretch in self.stretches]
         last = self.stretches[-1]
-        self.steps = last.first + (self.budget - last.tokens) // last.span
+        whole = last.first + (self.budget - last.tokens) // last.span
+        self.steps = min(cfg.max_steps or whole, whole)
         self._rates = [self._rate(stretch) for stretch in self.stretches]
         self.warmup_steps, self.decay_start = self._rates[0]
         self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps

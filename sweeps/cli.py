@@ -219,7 +219,11 @@ def _plan(study: Study, as_json: bool) -> None:
         return
     show_table(["parameter", "values", "when"], rows)
     budget = ", ".join(f"{v:g} {k}" for k, v in study.budget.model_dump().items() if v)
-    rungs = f"rungs at {', '.join(map(str, study.rungs.at))} of the steps, {study.rungs.keep:g} go on" if study.rungs else "no rungs"
+    rungs = (
+        f"rungs at {', '.join(map(str, study.rungs.at))} of the steps, {study.rungs.keep:g} go on by their {study.rungs.score} scores"
+        if study.rungs
+        else "no rungs"
+    )
     print(f"{study.name}: {study.about or 'no description'}")
     print(f"base {base.run_id}; {study.sampler.name}; {budget}; {rungs}; nothing is trained now")
 
@@ -236,13 +240,16 @@ def _show(found: dict[str, Any]) -> None:
     counts = {state: sum(t["state"] == state for t in found["trials"]) for state in ("done", "pruned", "diverged", "failed")}
     print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
     parts = f"{ledger['trained']:,} trained + {ledger['reused']:,} reused; {ledger['wasted']:,} wasted of the trained"
+    parts += f", {ledger['branch']:,} on branches" if ledger.get("branch") else ""
     print(f"steps: {ledger['asked']:,} asked = {parts}")
     if runs := (found.get("evidence") or {}).get("runs"):
         asked = {kind: sum(row["asked"] for row in runs if row["kind"] == kind) for kind in ("noise", "confirmation")}
         print(f"of these {asked['noise']:,} for the noise floor, {asked['confirmation']:,} for the confirmation")
     for pair, value in (found.get("rung_correlation") or {}).items():
         weak = "; below 0.5: short rungs say little here, train fully (remove [rungs])" if value is not None and value < 0.5 else ""
-        print(f"rank correlation of rung {pair}: {'none' if value is None else f'{value:.2f}'}{weak}")
+        raw = (found.get("raw_rung_correlation") or {}).get(pair)
+        of = f" on branches, {raw:.2f} raw" if raw is not None and found["study"]["rungs"].get("score") == "branch" else ""
+        print(f"rank correlation of rung {pair}: {'none' if value is None else f'{value:.2f}'}{of}{weak}")
     evidence = found.get("evidence")
     if evidence:
         noise = evidence["noise"]

@@ -23,9 +23,10 @@ from typing import Any
 from mainrun.config import Plan, TrainConfig, load
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
 from mainrun.store.rundir import RunDir, disk_errors, write_text
+from sweeps import branch
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.engine.worker import PATIENCE
-from sweeps.ledger import Ledger, spent
+from sweeps.ledger import Ledger, spent, total
 from sweeps.sampling import Asker
 from sweeps.space import resolved
 from sweeps.study import Study
@@ -37,7 +38,9 @@ class Trial:
     values: dict[str, Any]
     cfg: TrainConfig | None  # None: its values do not go together
     stops: list[int] = field(default_factory=list)  # the step of each rung; the last is the end
-    scores: dict[int, float] = field(default_factory=dict)  # by rung
+    scores: dict[int, float] = field(default_factory=dict)  # by rung; what it is judged by
+    raw: dict[int, float] = field(default_factory=dict)  # the same where it stood itself
+    branches: dict[int, TrainConfig] = field(default_factory=dict)  # by rung: the run that scores it, if not the trial itself
     state: str = "waiting"  # running | done | pruned | diverged | failed
     why: str = ""
 
@@ -145,7 +148,12 @@ class Search:
         object.__setattr__(cfg, "__pydantic_fields_set__", self.base.model_fields_set)  # the same names in all: 8 KB a trial, else
         evals, at = sorted(plan.eval_steps), self.study.rungs.at if self.study.rungs else ()
         rungs = [next(step for step in evals if step >= share * plan.steps) for share in at]
-        return Trial(number, values, cfg, [*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps])
+        stops = [*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps]
+        asks = self.study.rungs
+        branches = {}
+        if asks and asks.score == "branch":
+            branches = {rung: branch.of(cfg, plan, step, asks.branch) for rung, step in enumerate(stops[:-1])}
+        return Trial(number, values, cfg, stops, branches=branches)
 
     # -- what is trained
 
@@ -162,7 +170,7 @@ class Search:
                         pass
                     for trial, rung in self._ready():
                         trial.state = "running"
-                        waiting[pool.submit(self.engine.train, self._task(trial, rung))] = (trial, rung)
+                        waiting[pool.submit(self._train, self._tasks(trial, rung))] = (trial, rung)
                     record.write(self.trials, self.spent)
                     self.tick()
                     if not waiting:
@@ -187,10 +195,24 @@ class Search:
             if trial.state == "waiting":
                 yield trial, trial.rung + 1
 
-    def _task(self, trial: Trial, rung: int) -> Task:
+    def _tasks(self, trial: Trial, rung: int) -> list[Task]:
+        """The trial up to its rung, and the branch that scores it there."""
         assert trial.cfg is not None
         until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
-        return Task(self.study.preset, tuple(sets_of(self.study, trial.cfg)), self.runs, self.store, until, self.study.threads)
+        found = [(trial.cfg, until)]
+        if mine := trial.branches.get(rung):
+            self.owners.setdefault(mine.run_id, trial.number)  # trials that differ in their fall alone may have it in common
+            found.append((mine, 0))
+        return [
+            Task(self.study.preset, tuple(sets_of(self.study, cfg)), self.runs, self.store, at, self.study.threads) for cfg, at in found
+        ]
+
+    def _train(self, tasks: list[Task]) -> Outcome:
+        for task in tasks:
+            outcome = self.engine.train(task)
+            if not outcome.ok:
+                break
+        return outcome
 
     @property
     def runs(self) -> Path:
@@ -200,23 +222,28 @@ class Search:
     def store(self) -> Path:
         return self.folder / "runs" / ".store"
 
-    def run_dir(self, trial: Trial) -> RunDir | None:
-        return RunDir(self.runs / trial.cfg.run_id) if trial.cfg else None
+    def run_dir(self, cfg: TrainConfig) -> RunDir:
+        return RunDir(self.runs / cfg.run_id)
 
     def _hear(self, trial: Trial, rung: int, outcome: Outcome) -> None:
         if not outcome.ok:
             trial.state, trial.why = "diverged" if outcome.diverged else "failed", outcome.why
             self.note(f"trial {trial.number} {trial.state}: {outcome.why}")
             return
-        trial.scores[rung] = self.score(trial, trial.stops[rung])
+        trial.scores[rung] = trial.raw[rung] = self.score(trial, trial.stops[rung])
+        if mine := trial.branches.get(rung):
+            trial.scores[rung] = self.scored(mine, mine.max_steps)
         if rung + 1 == len(trial.stops):
             trial.state = "done"
         else:
             trial.state = "held"  # until its generation is there
 
     def score(self, trial: Trial, step: int) -> float:
-        run = self.run_dir(trial)
-        assert run is not None
+        assert trial.cfg is not None
+        return self.scored(trial.cfg, step)
+
+    def scored(self, cfg: TrainConfig, step: int) -> float:
+        run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
         found = [row[name] for row in run.metrics() if row["event"] == "eval" and row["split"] == split and row["step"] == step]
         if not found:
@@ -245,13 +272,17 @@ class Search:
         """A trial that was not taken to its end is wasted whole, whatever it taught the sampler; one that was there before cost nothing."""
         if trial.number in self._spent:
             return self._spent[trial.number]
-        run = self.run_dir(trial)
-        found = spent(run, trial.cfg) if run and trial.cfg else Ledger()
-        if trial.cfg and self.owners[trial.cfg.run_id] != trial.number:
-            steps = found.asked - found.wasted
-            found = Ledger(asked=steps, reused=steps)
-        elif trial.state in ("pruned", "diverged", "failed"):
-            found = replace(found, wasted=found.trained)
+        found = Ledger()
+        for cfg in [trial.cfg, *(trial.branches[rung] for rung in trial.branches if rung in trial.scores)]:
+            if cfg is None:
+                continue
+            part = spent(self.run_dir(cfg), cfg)
+            if self.owners[cfg.run_id] != trial.number:
+                steps = part.asked - part.wasted
+                part = Ledger(asked=steps, reused=steps)
+            elif trial.state in ("pruned", "diverged", "failed"):
+                part = replace(part, wasted=part.trained)
+            found = total([found, part if cfg is trial.cfg else replace(part, branch=part.trained)])
         if trial.over:
             self._spent[trial.number] = found
         return found

@@ -20,7 +20,8 @@ def export(search: Search, evidence: dict[str, Any] | None) -> None:
         trials.append({
             "trial": trial.number, "state": trial.state, "value": trial.scores.get(trial.rung),
             "seed": trial.cfg.seed if trial.cfg else None,
-            "params": trial.values, "rung": trial.rung, "scores": {str(k): v for k, v in trial.scores.items()}, "stops": trial.stops,
+            "params": trial.values, "rung": trial.rung, "scores": {str(k): v for k, v in trial.scores.items()},
+            "raw_scores": {str(k): v for k, v in trial.raw.items()}, "stops": trial.stops,
             "run": trial.cfg.run_id if trial.cfg else "", "reason": trial.why,
             "sets": sets_of(search.study, trial.cfg) if trial.cfg else [],
             "steps": trial.stops[trial.rung] if trial.scores else 0, **{k: getattr(ledger, k) for k in ledger.__dataclass_fields__},
@@ -30,20 +31,21 @@ def export(search: Search, evidence: dict[str, Any] | None) -> None:
     found = {
         "name": search.study.name, "preset": search.study.preset, "objective": search.study.objective, "digest": search.study.digest,
         "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": vars(whole),
-        "rung_correlation": correlations(search), "evidence": evidence,
+        "rung_correlation": correlations(search), "raw_rung_correlation": correlations(search, raw=True), "evidence": evidence,
     }  # fmt: skip
     write_text(search.folder / "export.json", json.dumps(found, indent=1))
     write(found, search.folder / "export")
 
 
-def correlations(search: Search) -> dict[str, float | None]:
-    """Of each rung's scores with the final ones, over the trials that have both: what a short rung is worth."""
+def correlations(search: Search, raw: bool = False) -> dict[str, float | None]:
+    """Of each rung's scores with the final ones, over the trials that have both: what a short rung is worth. raw: of the trials' own."""
     done = [t for t in search.trials if t.state == "done" and len(t.scores) > 1]
     last = max((t.rung for t in done), default=0)
-    return {
-        str(rung): stats.spearman([t.scores[rung] for t in done], [t.scores[t.rung] for t in done]) if len(done) > 2 else None
-        for rung in range(last)
-    }
+    found: dict[str, float | None] = {}
+    for rung in range(last):
+        here = [(t.raw if raw else t.scores)[rung] for t in done]
+        found[str(rung)] = stats.spearman(here, [t.scores[t.rung] for t in done]) if len(done) > 2 else None
+    return found
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
@@ -64,6 +66,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
         "trained",
         "reused",
         "wasted",
+        "branch",
         "tokens",
         "flops",
         "seconds",
@@ -72,6 +75,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     )
     columns: dict[str, Any] = {key: [t[key] for t in found["trials"]] for key in plain}
     columns["scores"] = [json.dumps(t["scores"]) for t in found["trials"]]  # of each rung that it reached
+    columns["raw_scores"] = [json.dumps(t["raw_scores"]) for t in found["trials"]]
     for name in names:
         values = [t["params"].get(name) for t in found["trials"]]
         mixed = len({type(v) for v in values if v is not None}) > 1 and not all(isinstance(v, int | float) for v in values if v is not None)

@@ -1,4 +1,4 @@
-"""What trials cost: asked = trained + reused, in steps; wasted is within trained. Read from the run directories."""
+"""What trials cost: asked = trained + reused, in steps; wasted and branch are within trained. Read from the run directories."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Ledger:
     trained: int = 0
     reused: int = 0
     wasted: int = 0
+    branch: int = 0  # trained to score rungs: of a trial that is done they are its price, and not wasted
     tokens: int = 0  # trained
     flops: float = 0.0
     seconds: float = 0.0
@@ -37,7 +38,7 @@ def spent(run: RunDir, cfg: TrainConfig) -> Ledger:
     wasted = int(run.env().get("carried", {}).get("wasted", 0))
     flops = tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]
     seconds = sum(row["seconds"] * 1.0 for row in rows if not row.get("reused"))
-    return Ledger(last + wasted, last - reused + wasted, reused, wasted, tokens, float(flops), seconds)
+    return Ledger(last + wasted, last - reused + wasted, reused, wasted, 0, tokens, float(flops), seconds)
 
 
 def total(parts: Iterable[Ledger]) -> Ledger:

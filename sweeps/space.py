@@ -15,6 +15,7 @@ from mainrun.errors import ConfigError, nearest
 NEVER = {
     "seed": "a seed is drawn, not chosen: a study that may choose it fits noise",
     "epochs": "the epochs are the task's budget",
+    "max_steps": "the steps are the task's budget",
     **dict.fromkeys(("corpus", "num_titles", "shuffle", "val_frac", "dev_frac", "tokenizer_fit"), "the data is the task's"),
     "official_geometry": "the geometry of the evaluation is the task's",
     **dict.fromkeys(("device", "threads", "compile", "attention", "dtype"), "the machine is the study's, under [set] or threads"),

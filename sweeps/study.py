@@ -15,6 +15,7 @@ when = { optimizer = ["muon", "sgd"] }
 trials = 24
 [rungs]
 at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation go on from their checkpoints
+score = "branch"          # by what they score after a short decay (sweeps/branch.py), not at their peak rate
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from mainrun.config import TrainConfig, load
 from mainrun.errors import ConfigError, nearest
+from sweeps import branch
 from sweeps.space import Choice, Range, faults
 
 BUILT_IN = Path(__file__).parent / "studies"
@@ -60,7 +62,11 @@ class Sampler(Part):
 
 class Rungs(Part):
     at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, description="shares of a trial's steps")] = (0.25,)
-    keep: Annotated[float, Field(gt=0, lt=1, description="share of a generation that goes on")] = 0.5
+    keep: Annotated[float, Field(gt=0, le=1, description="share of a generation that goes on; 1: all, which measures the rungs")] = 0.5
+    score: Annotated[
+        Literal["raw", "branch"], Field(description="raw: where the trial stands; branch: after a short decay of its own (wsd), beside it")
+    ] = "raw"
+    branch: Annotated[float, Field(gt=0, le=1, description="steps that a branch goes beyond its rung, as a share of those so far")] = 0.1
 
 
 class Evidence(Part):
@@ -189,6 +195,8 @@ def _wrong(study: Study) -> Iterator[str]:
         yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
     elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
         yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."
+    if study.rungs and study.rungs.score == "branch":
+        yield from branch.faults(study.space, base)
     if study.engine != "ray" and (study.address or study.gpus):
         got = f"address={study.address!r}" if study.address else f"gpus={study.gpus:g}"
         yield f"{got} with engine='local': it is for Ray's; write engine = \"ray\" (--engine ray), or remove it."

@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False, "qkv_bias": True,
     "qk_norm": True, "attn_gate": True, "layer_scale": 0.1, "value_residual": True, "title_mask": True, "tie_head": False,
     "softcap": 15.0, "init_std": 0.01, "init_depth_scaled": True,
+    "max_steps": 40,
     "head_dim": 32, "experts": 8, "top_k": 3, "router_weights": "softmax", "attn_lora_rank": 8, "embed_lora_rank": 8, "lora_alpha": 8.0,
     "frozen": [0], "unused_ids": 10, "optimizer": "muon", "lr": 0.01, "lr_aux": 0.001, "momentum": 0.9,
     "beta1": 0.8, "beta2": 0.95, "eps": 1e-9, "weight_decay": 0.1, "wd_schedule": "linear", "clip": 0.5, "schedule": "wsd",
@@ -111,6 +112,7 @@ def test_what_a_step_takes_is_classed_scheduled_and_nothing_else_is() -> None:
     assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
     shapes = {
         "epochs",
+        "max_steps",
         "wd_schedule",
         "schedule",
         "warmup_frac",

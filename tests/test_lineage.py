@@ -83,6 +83,7 @@ CASES: dict[str, Case] = {
     "batch_size": Case(4),
     "grad_accum": Case(2),
     "epochs": Case(2, FALLS, {"warmup_frac": 0.0, "wd_schedule": "constant"}),
+    "max_steps": Case(9, FALLS - 1, {"warmup_frac": 0.0, "wd_schedule": "constant", "growth": {"ops": []}}),
     "order": Case("sequential"),
     "n_layer": Case(1),
     "n_head": Case(4),

@@ -18,13 +18,15 @@ from conftest import TINY
 from typer.testing import CliRunner
 
 from mainrun.cli import app
+from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError, UsageError
 from mainrun.store.rundir import RunDir
-from sweeps import study
+from sweeps import branch, study
 from sweeps.confirm import confirm
 from sweeps.driver import Search, Trial, owned, sets_of
 from sweeps.engine.local import Local
 from sweeps.engine.protocol import Outcome, Task
+from sweeps.export import correlations
 from sweeps.ledger import Ledger, spent, total
 from sweeps.sampling import Asker
 from sweeps.study import Study
@@ -35,6 +37,9 @@ SET: dict[str, Any] = {k: v for k, v in TINY.items() if k != "threads"} | {
     "optimizer": "adamw",
     "dev_frac": 0.1,
 }
+WSD = SET | {"schedule": "wsd", "warmup_frac": 0.1, "decay_frac": 0.3}
+BRANCH = {"at": [0.4], "score": "branch"}
+GROWS = {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]}
 SPACE: dict[str, Any] = {
     "lr": {"low": 1e-3, "high": 0.1, "log": True},
     "optimizer": {"values": ["adamw", "sgd"]},
@@ -78,7 +83,12 @@ def made(**changes: Any) -> Study:
         ({"sampler": {"name": "tpx"}}, "sampler.name='tpx' is not allowed"),
         ({"sampler": {"name": "grid"}}, "sampler.name='grid' needs values"),
         ({"rungs": {"at": [0.5, 0.2]}}, "is not ascending"),
-        ({"rungs": {"at": [0.5], "score": "branch"}}, "unknown key rungs.score"),
+        ({"rungs": {"at": [0.5], "scored": "branch"}}, "unknown key rungs.scored (did you mean 'score'?)"),
+        ({"rungs": {"at": [0.5], "score": "branch"}}, "schedule='cosine': only wsd has a trunk to branch from"),
+        ({"rungs": BRANCH, "set": WSD, "space": SPACE | {"schedule": {"values": ["wsd", "cosine"]}}}, "keep schedule at wsd"),
+        ({"rungs": BRANCH, "set": WSD | {"wd_schedule": "linear"}}, "wd_schedule='linear': weight decay that falls"),
+        ({"rungs": BRANCH, "set": WSD | {"growth": GROWS}}, "with growth, which is laid out over the whole run"),
+        ({"space": {"max_steps": {"values": [10, 20]}}}, "the steps are the task's budget"),
         ({"preset": "demo", "set": {"dev_frac": 0.1}}, "preset 'demo' has 2 steps, a study begins with one"),
         ({"space": {"timescale": {"low": 0.0, "high": 2.0}}}, "space.timescale is a time"),
         ({"budget": {}}, "budget is empty"),
@@ -230,8 +240,8 @@ def test_values_that_come_again_cost_nothing_again(tmp_path: Path) -> None:
     class Twice(Pretended):
         spent = Search.spent
 
-        def run_dir(self, trial: Trial) -> Any:
-            folder = self.runs / (trial.cfg.run_id if trial.cfg else "")
+        def run_dir(self, cfg: TrainConfig) -> Any:
+            folder = self.runs / cfg.run_id
             folder.mkdir(parents=True, exist_ok=True)
             rows = [{"event": "step", "step": step, "tokens": 8 * step, "seconds": 0.1} for step in range(1, 11)]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -247,7 +257,6 @@ def test_values_that_come_again_cost_nothing_again(tmp_path: Path) -> None:
 
 
 def test_the_timescale_is_a_weight_decay() -> None:
-    from mainrun.config import Plan
     from sweeps.space import resolved
 
     base = made().base()
@@ -432,6 +441,95 @@ def test_ctrl_c_ends_the_confirmation_too(tmp_path: Path, monkeypatch: pytest.Mo
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         confirm(search)
+
+
+# -- decay branches
+
+
+@pytest.mark.parametrize("fields", [{}, {"warmup_iters": 3}, {"swa": 0.5, "ema": 0.0}, {"decay_frac": 0.8, "warmup_frac": 0.2}])
+def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> None:
+    """The trunk's steps up to the fall, which no key tells apart, then the trial's own fall, whole."""
+    from mainrun.store import lineage
+
+    cfg = made(set=WSD | {"min_lr_frac": 0.1} | fields, space={"lr": SPACE["lr"]}).base()
+    plan = Plan(cfg, 10_000)
+    for step in (20, 31, 60):
+        short = Plan(branch.of(cfg, plan, step, 0.25), 10_000)
+        falls = min(step, plan.decay_start)
+        common = min(falls, plan.swa_start)
+        assert short.steps == step + round(0.25 * step) and short.decay_start == max(falls, plan.warmup_steps)
+        assert lineage.chain("0" * 64, short)[: common + 1] == lineage.chain("0" * 64, plan)[: common + 1]
+        rates = [short.at(i).lr for i in range(short.steps)]
+        assert rates[short.decay_start] == cfg.lr > rates[short.decay_start + 1] > rates[-1] > 0.1 * cfg.lr
+        assert rates[-1] - 0.1 * cfg.lr <= 0.9 * cfg.lr / (short.steps - short.decay_start) + 1e-12, "the fall is whole"
+        assert short.swa_start >= falls or not cfg.swa
+
+
+def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path: Path) -> None:
+    class Turned(Pretended):
+        def scored(self, cfg: TrainConfig, step: int) -> float:
+            return (-cfg.lr if cfg.max_steps else cfg.lr) + 1 / step
+
+        score = Search.score
+
+    raw, by_branch = (
+        Turned(made(set=WSD, space={"lr": SPACE["lr"]}, rungs=BRANCH | {"score": score}), tmp_path / score, AtOnce(1), str, lambda: None)
+        for score in ("raw", "branch")
+    )
+    for search in (raw, by_branch):
+        search.folder.mkdir()
+        search.run()
+    first = raw.trials[1:3], by_branch.trials[1:3]
+    assert [t.values for t in first[0]] == [t.values for t in first[1]]
+    assert [t.state for t in first[0]] == [t.state for t in first[1]][::-1] and {t.state for t in first[0]} == {"pruned", "done"}
+    assert all(t.raw[0] == t.cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.cfg and t.scores)
+    assert all(t.scores[0] == -t.cfg.lr + 1 / t.branches[0].max_steps for t in by_branch.trials if t.cfg and t.scores)
+    assert by_branch.engine.done == raw.engine.done + 12  # type: ignore[attr-defined]
+    assert all(t.scores[1] == t.raw[1] for t in by_branch.trials if t.state == "done"), "the end is scored where it is"
+
+
+def test_rungs_are_held_against_the_end_raw_and_on_branches() -> None:
+    search = Search.__new__(Search)
+    search.trials = [
+        Trial(n, {}, None, [5, 9], {0: on_branch, 1: end}, {0: own, 1: end}, state="done")
+        for n, (own, on_branch, end) in enumerate([(3.0, 1.1, 1.0), (2.0, 2.1, 2.0), (1.0, 3.1, 3.0), (4.0, 4.1, 4.0)])
+    ]
+    assert correlations(search) == {"0": pytest.approx(1.0)} and correlations(search, raw=True) == {"0": pytest.approx(0.2)}
+
+
+@pytest.mark.slow
+def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: Path) -> None:
+    """By the ledger and by the rows; a promoted trial has the bits of a run that nobody stopped or branched from."""
+    from mainrun.train import train
+
+    few = {"budget": {"trials": 3}, "sampler": {"generation": 3, "startup": 3}, "rungs": BRANCH | {"branch": 0.25}}
+    # the second and third differ in their fall alone, and one begins to fall before the rung
+    space = {"decay_frac": {"values": [0.2, 0.8]}}
+    (tmp_path / "s").mkdir()
+    search = Search(made(set=WSD, space=space, **few), tmp_path / "s", Local(1, 1), print, lambda: None)
+    with owned(search.folder, search.study):
+        search.run()
+    parts, ends = [search.spent(t) for t in search.trials], {t.state for t in search.trials}
+    assert ends == {"done", "pruned"}
+    sums = total(parts)
+    assert sums.asked == sums.trained + sums.reused and sums.branch <= sums.trained
+    fresh = set()
+    for trial in search.trials:
+        assert trial.cfg is not None
+        step, cfg = trial.stops[0], trial.branches[0]
+        falls = min(step, Plan(trial.cfg, search.train_tokens).decay_start)
+        mine = spent(search.run_dir(cfg), cfg)
+        # the trunk keeps a node where its rate first differs: one step behind the beginning of the fall
+        assert mine.asked == cfg.max_steps and (mine.trained == cfg.max_steps - falls - (falls < step) or cfg.run_id in fresh)
+        fresh.add(cfg.run_id)
+        if trial.state == "done":
+            summary = search.run_dir(trial.cfg).summary()
+            assert summary is not None and train(trial.cfg, tmp_path / f"alone{trial.number}")["weights"] == summary["weights"]
+            assert spent(search.run_dir(trial.cfg), trial.cfg).asked == trial.stops[-1], "it trained on from its rung"
+        else:
+            assert search.spent(trial).wasted == search.spent(trial).trained
+    runs = {cfg.run_id: spent(search.run_dir(cfg), cfg).trained for t in search.trials for cfg in t.branches.values()}
+    assert sums.branch == sum(runs.values()) > 0, "each branch once, whoever shares it"
 
 
 # -- what may be claimed
