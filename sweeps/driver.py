@@ -273,7 +273,8 @@ class Search:
         if trial.number in self._spent:
             return self._spent[trial.number]
         found = Ledger()
-        for cfg in [trial.cfg, *(trial.branches[rung] for rung in trial.branches if rung in trial.scores)]:
+        begun = [mine for rung, mine in trial.branches.items() if rung in trial.scores or self.owners.get(mine.run_id) == trial.number]
+        for cfg in [trial.cfg, *begun]:  # one that diverged scored nothing, and cost what it cost
             if cfg is None:
                 continue
             part = spent(self.run_dir(cfg), cfg)

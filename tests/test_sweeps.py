@@ -145,6 +145,19 @@ class Pretended(Search):
         return Ledger()
 
 
+class Written(Pretended):
+    """Each run has ten steps in its folder."""
+
+    spent = Search.spent
+
+    def run_dir(self, cfg: TrainConfig) -> Any:
+        folder = self.runs / cfg.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"event": "step", "step": step, "tokens": 8 * step, "seconds": 0.1} for step in range(1, 11)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return RunDir(folder)
+
+
 class AtOnce:
     def __init__(self, workers: int, pause: float = 0.0, dies: int = -1) -> None:
         self.workers, self.pause, self.dies, self.done = workers, pause, dies, 0
@@ -237,18 +250,8 @@ def test_a_study_may_begin_with_a_preset_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_values_that_come_again_cost_nothing_again(tmp_path: Path) -> None:
-    class Twice(Pretended):
-        spent = Search.spent
-
-        def run_dir(self, cfg: TrainConfig) -> Any:
-            folder = self.runs / cfg.run_id
-            folder.mkdir(parents=True, exist_ok=True)
-            rows = [{"event": "step", "step": step, "tokens": 8 * step, "seconds": 0.1} for step in range(1, 11)]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return RunDir(folder)
-
     few = {"space": {"optimizer": {"values": ["adamw", "sgd"]}}, "rungs": None, "budget": {"trials": 9}}
-    search = Twice(made(**few), tmp_path, AtOnce(1), lambda text: None, lambda: None)
+    search = Written(made(**few), tmp_path, AtOnce(1), lambda text: None, lambda: None)
     search.run()
     parts = [search.spent(t) for t in search.trials]
     runs = {t.cfg.run_id for t in search.trials if t.cfg}
@@ -488,6 +491,20 @@ def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path
         reached, ends = (sum(found) for found in zip(*((bool(t.scores), t.state == "done") for t in search.trials), strict=True))
         assert search.engine.done == len(search.trials) + (each - 1) * reached + ends  # type: ignore[attr-defined]
     assert all(t.scores[1] == t.raw[1] for t in by_branch.trials if t.state == "done"), "the end is scored where it is"
+
+
+def test_a_branch_that_diverges_ends_its_trial_and_is_paid_for(tmp_path: Path) -> None:
+    class Bursts(AtOnce):
+        def train(self, task: Task) -> Outcome:
+            return (
+                Outcome(False, diverged=True, why="it burst") if any(text.startswith("max_steps=") for text in task.sets) else Outcome(True)
+            )
+
+    search = Written(made(set=WSD, space={"lr": SPACE["lr"]}, rungs=BRANCH, budget={"trials": 3}), tmp_path, Bursts(1), str, lambda: None)
+    search.run()
+    parts = [search.spent(t) for t in search.trials]
+    assert [t.state for t in search.trials] == ["diverged"] * 3 and all(not t.scores for t in search.trials)
+    assert all((part.trained, part.branch, part.wasted) == (20, 10, 20) for part in parts), "the trunk's ten and the branch's"
 
 
 def test_rungs_are_held_against_the_end_raw_and_on_branches() -> None:
