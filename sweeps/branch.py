@@ -1,8 +1,9 @@
 """Decay branches: what a rung would score, had the run been planned to end about there.
 
-Before the rate has fallen a loss is not what the same steps could come to, and how far it is off depends on the rate and on whose fall has
-begun; short rungs flatter high rates, too, which are ahead early. So a rung of a `wsd` trial can be scored on an ordinary run of its own, the trial's recipe with an earlier end: the same warm-up, the peak rate as far as the trial itself
-has it, then the trial's own fall, whole, to a step a little behind the rung. The steps before the fall are the trunk's, from the store.
+Before the rate has fallen a loss is not what the same steps could come to; how far it is off depends on the rate and on whose fall has
+begun, and short rungs flatter high rates, which are ahead early. So a rung of a `wsd` trial can be scored on an ordinary run of its own,
+the trial's recipe with an earlier end: the same warm-up, the peak rate as far as the trial itself has it, then the trial's own fall,
+whole, to a step a little behind the rung. The steps before the fall are the trunk's, from the store.
 """
 
 from __future__ import annotations
