@@ -33,7 +33,8 @@ def train(out: Path, *sets: str, preset: object = "baseline", flags: tuple[str, 
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """But for .lock, which says who looked at a run last."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 def one_message(stderr: str, *words: str) -> None:
