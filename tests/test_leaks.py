@@ -248,7 +248,7 @@ def test_a_replaced_object_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_no_commit_and_no_repository(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not a git repository"):
+    with pytest.raises(UsageError, match="is in no git repository"):
         commits.head(tmp_path)
     git(tmp_path, "init", "--quiet")
     with pytest.raises(UsageError, match="no commit yet"):

