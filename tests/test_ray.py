@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from mainrun.cli import app
 from mainrun.errors import ConfigError
+from mainrun.store.rundir import RunDir
 from sweeps import study
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (mainrun[ray])")
@@ -97,41 +99,86 @@ def cluster() -> Iterator[Any]:
     found.shutdown()
 
 
+class Driver:
+    """`mainrun sweep` as it is started by hand, killed and started again; and a look at its trials."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder, self.log = folder / "tiny", folder / "said.txt"
+        self.line = [*command(write(folder, **STUDY), folder, 2), "--engine", "ray", "--address", address]
+        self.begin()
+
+    def begin(self) -> None:
+        with self.log.open("ab") as said:
+            self.process = subprocess.Popen(self.line, stdout=said, stderr=said)
+
+    def until(self, look: Callable[[], Any]) -> Any:
+        while not (found := look()):
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+        return found
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        return {file.parent.name: json.loads(file.read_text()) for file in self.folder.glob("runs/*/status.json")}
+
+    def under_way(self) -> dict[str, int]:
+        """run -> process."""
+        running = {run: state["pid"] for run, state in self.states().items() if state["state"] == "running"}
+        return {run: pid for run, pid in running.items() if parent(pid)}
+
+    def at_rung(self) -> list[str]:
+        return [run for run, state in self.states().items() if state["state"] == "done" or "stopped at" in state.get("why", "")]
+
+
+def parent(pid: int) -> int:
+    """0 where there is no such process."""
+    try:
+        state, above, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state in "ZX" else int(above)
+
+
 @pytest.mark.slow
 @needs_ray
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at the workers in /proc")
 def test_a_lost_node_and_a_lost_driver_cost_nothing(tmp_path: Path, local: dict[str, Any], cluster: Any) -> None:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
     cluster.wait_for_nodes()
-    line = [*command(write(tmp_path, **STUDY), tmp_path, 2), "--engine", "ray", "--address", cluster.address]
-    log = tmp_path / "said.txt"
+    driver = Driver(tmp_path, cluster.address)
+    halted: dict[str, tuple[int, int]] = {}  # run -> process, its Ray worker: one on each node, held in the middle of a trial
 
-    def begin() -> subprocess.Popen[bytes]:
-        with log.open("ab") as said:
-            return subprocess.Popen(line, stdout=said, stderr=said)
+    def halt() -> bool:
+        for run, pid in driver.under_way().items():
+            if run not in halted:
+                above = parent(pid)
+                os.kill(pid, signal.SIGSTOP)
+                if driver.under_way().get(run) == pid:
+                    halted[run] = pid, above
+                else:
+                    os.kill(pid, signal.SIGCONT)
+        return len(halted) == 2
 
-    driver = begin()
-    both(tmp_path / "tiny", driver, 2)
-    cluster.remove_node(nodes[0], allow_graceful=False)  # in the middle of a trial
-    both(tmp_path / "tiny", driver, 1)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    driver = begin()
-    assert driver.wait() == 0, log.read_text()
+    driver.until(halt)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    lost = driver.until(lambda: [run for run, (pid, above) in halted.items() if parent(pid) != above])
+    assert len(lost) == 1
+    (kept,) = {*halted} - {*lost}
+    os.kill(halted[kept][0], signal.SIGCONT)
+    # what the lost node had begun may still hold its run, as if it were only out of reach: whoever is to go on with it waits
+    driver.until(lambda: len(driver.at_rung()) >= 2)
+    pid = halted[lost[0]][0]
+    assert not parent(pid) or lost[0] not in driver.at_rung()
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    driver.until(lambda: lost[0] in driver.at_rung() or driver.under_way().get(lost[0], pid) != pid)
+    driver.until(driver.under_way)
+    driver.process.kill()
+    driver.process.wait()
+    driver.begin()
+    assert driver.process.wait() == 0, driver.log.read_text()
     assert results(tmp_path) == local
     ledger_adds_up(tmp_path)
-    rows = [json.loads(row) for run in (tmp_path / "tiny" / "runs").glob("*/metrics.jsonl") for row in run.read_text().splitlines()]
-    assert rows
-    for run in (tmp_path / "tiny" / "runs").glob("*/metrics.jsonl"):
-        steps = [row["step"] for row in map(json.loads, run.read_text().splitlines()) if row["event"] == "step"]
-        assert steps == sorted(set(steps)), "a step stands twice"
-
-
-def both(folder: Path, driver: subprocess.Popen[bytes], many: int) -> None:
-    """Wait until so many trials are under way at once."""
-    while True:
-        assert driver.poll() is None
-        states = [json.loads(file.read_text()) for file in folder.glob("runs/*/status.json")]
-        if sum(state["state"] == "running" and os.path.exists(f"/proc/{state['pid']}") for state in states) >= many:
-            return
-        time.sleep(0.05)
+    for run in driver.states():
+        rows = RunDir(driver.folder / "runs" / run).metrics()
+        steps = [row["step"] for row in rows if row["event"] == "step"]
+        assert steps and steps == sorted(set(steps)), "a step stands twice"
