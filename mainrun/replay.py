@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mainrun.config import Plan
 from mainrun.corpus import Corpus, load_corpus
 from mainrun.errors import MainrunError, RunError
 from mainrun.growth.live import Growth
+from mainrun.growth.simulate import segments
 from mainrun.guards import Evidence, guards
 from mainrun.machine import Machine, versions
 from mainrun.sitting import score
@@ -48,9 +50,9 @@ class Place:
         state.model.set_up(self.plan.at(0), self.machine.attention)
         return Growth(self.cfg, self.plan, self.machine, state)
 
-    def end(self) -> Growth | None:
+    def end(self, note: Callable[[str], None] = lambda _: None) -> Growth | None:
         """The run's last weights, if its checkpoint is there."""
-        found = checkpoint.load_newest(self.run.checkpoints, self._last, lambda _: None)
+        found = checkpoint.load_newest(self.run.checkpoints, self._last, note)
         if found is None:
             return None
         growth, (tensors, meta) = self.start(), found
@@ -84,18 +86,22 @@ def all_guards(run: RunDir) -> dict[str, Any]:
 
 def first_steps(run: RunDir, n: int) -> dict[str, Any]:
     place = Place(run)
-    growth, end = place.start(), place.end()
+    notes: list[str] = []
+    growth, end = place.start(), place.end(notes.append)
     rows = list(again(growth, place.data, n, lambda step: step in growth.plan.eval_steps, decides=True))
     whole = growth.state.step == growth.plan.steps
     found = place.facts() | {"steps": growth.state.step, "rows": rows}
     if end:
         last = [row | end.figures(end.state.step) for row in score(place.cfg, place.data, end.state)]
         found |= {"last": last, "weights": weights(end.state)}
+    elif checkpoint.steps(run.checkpoints):
+        found["unusable"] = "; ".join(notes) or "they are not of its last step"
     if whole:
         found["trained_weights"] = weights(growth.state)
-    if known := end or (growth if whole else None):
+    if known := end or (growth if whole or not place.cfg.growth.ops else None):  # how a run grew only its end can tell
         params = sum(p.numel() for p in known.state.model.parameters())
-        found |= {"of": known.plan.steps, "params": params, "tokens": known.plan.tokens(known.plan.steps)}
+        flops = sum(part["flops"] for part in segments(known.plan, known.ids))
+        found |= {"of": known.plan.steps, "params": params, "tokens": known.plan.tokens(known.plan.steps), "flops": flops}
     return found
 
 

@@ -32,7 +32,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        return self.cfg.run_id
+        return str(self.summary["run"])  # not what today's code would name it
 
     @property
     def full(self) -> float:

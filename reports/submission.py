@@ -113,6 +113,11 @@ def whole(run: RunDir) -> dict[str, Any]:
     wrong = "" if lacking or summary["run"] == run.config().run_id else f"is of {summary['run']}"
     if not lacking and summary["scores"].get("val") != {name: summary[name] for name in ("last", "best")}:
         wrong = "gives the scores of val in two ways"
+    if wrong.startswith("is of") and summary["run"] == run.path.name:
+        raise RunError(
+            f"{run.path} was trained by other code, which named it so; today's names its config {run.config().run_id}: "
+            "check out the commit that trained it, or train it again"
+        )
     if lacking or wrong:
         what = wrong or f"has no {lacking[0]!r}"
         raise RunError(f"{run.path}/summary.json {what}; restore it, or train the run again with --fresh")

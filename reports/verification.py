@@ -88,6 +88,8 @@ def _on_paper(manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, fi
     for k in FIGURES:
         if figures.get(k) != summary[k]:
             found.append(f"{k} of the figures is {figures.get(k)!r} in the manifest, {summary[k]!r} in the summary")
+    if (state := run.status().get("state")) != "done":
+        found.append(f"status.json says {state!r}, and only a run that is done can be handed in")
     found += [f"guard {guard['name']} failed: {guard['detail']}" for guard in manifest["guards"] if guard["status"] == "fail"]
     try:
         if missing := quotes(pdf_text(files[REPORT], REPORT), summary):
@@ -123,7 +125,7 @@ def _compare(
         verdict.differences.append(f"the run was trained by source {named}, the code is source {found['versions']['mainrun'][:12]}")
     verdict.differences += [
         f"{k} is {summary[k]!r} in the run, {found[k]!r} by its code and config"
-        for k in ("fingerprints", "tokenizer", "params", "tokens")
+        for k in ("fingerprints", "tokenizer", "params", "tokens", "flops")
         if found.get(k, summary[k]) != summary[k]
     ]
     _rows(verdict, {_key(row): row for row in rows}, found["rows"], verdict.tolerance)
@@ -132,6 +134,8 @@ def _compare(
     if "last" in found:  # given weights: nothing has grown
         _rows(verdict, {_key(row): row for row in rows}, found["last"], min(verdict.tolerance, 1e-3))
         verdict.done.append("the last weights scored again")
+    elif "unusable" in found:
+        verdict.differences.append(f"the last weights are in the bundle and cannot be used: {found['unusable']}")
     # a checkpoint's are the run's on every machine; those trained anew on this class alone
     for name, what, due in (("weights", "the checkpoint's", True), ("trained_weights", "the replay's", verdict.same_class)):
         if due and name in found and found[name] != summary["weights"]:

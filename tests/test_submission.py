@@ -404,6 +404,23 @@ def test_the_replay_finds_what_fits_on_paper(handed_in: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_what_else_follows_from_code_and_config_is_compared(handed_in: Path, tmp_path: Path) -> None:
+    """Each with everything else made to fit: weights that cannot be read, FLOPs, a run that says it is not done."""
+    files, place = files_of(handed_in), tmp_path / "x.zip"
+    (weights,) = (name for name in files if name.endswith("state.safetensors"))
+    torn = files | {weights: files[weights][:-1] + bytes([files[weights][-1] ^ 1])}
+    said = deny(rewrite(place, torn, honest=True), steps=1)
+    assert len(said) == 1 and said[0].startswith("the last weights are in the bundle and cannot be used: ")
+    dearer = edited(files, "run/summary.json", lambda s: s.update(flops=2 * s["flops"]))
+    without = {name: data for name, data in dearer.items() if "/checkpoints/" not in name}  # known without them, too
+    for forged in (dearer, without):
+        said = deny(rewrite(place, forged, honest=True), steps=1)
+        assert len(said) == 1 and said[0].startswith("flops is ")
+    running = edited(files, "run/status.json", lambda s: s.update(state="running"))
+    assert deny(rewrite(place, running, honest=True)) == ["status.json says 'running', and only a run that is done can be handed in"]
+
+
+@pytest.mark.slow
 def test_a_last_score_that_the_weights_do_not_give(handed_in: Path, tmp_path: Path) -> None:
     """Summary, log, manifest and report all tell the better figure; only the weights do not."""
     files = files_of(handed_in)
