@@ -86,13 +86,21 @@ def _run(study: Study, folder: Path, as_json: bool) -> None:
     except DiskFull:
         raise
     except Interrupted as e:
-        again = shlex.join(["mainrun", *sys.argv[1:]])
+        again = shlex.join(["mainrun", *map(_shown, sys.argv[1:])])
         raise Interrupted(f"stopped; what was trained is saved, nothing is lost: `{again}` goes on from here") from e
     found = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     if as_json:
         emit(found)
     else:
         _show(found)
+
+
+def _shown(argument: str) -> str:
+    """An argument as it may be printed: --storage may hold a password."""
+    from sweeps.study import without_password
+
+    option, url = ("--storage=", argument[10:]) if argument.startswith("--storage=") else ("", argument)
+    return option + without_password(url)
 
 
 def _search(study: Study, folder: Path, as_json: bool) -> None:

@@ -185,7 +185,7 @@ def test_real_trials_on_a_server_that_is_stopped_and_started(server: Server, dat
     while not (rows := _rows(server, database)) and process.poll() is None:
         time.sleep(0.1)
     server.stop()
-    time.sleep(2)
+    time.sleep(2)  # trials end meanwhile, and wait to be written
     server.start()
     said, _ = process.communicate()
     assert process.returncode == 0 and rows < 3, said

@@ -102,6 +102,14 @@ def test_a_storage_that_cannot_be_is_refused_and_its_password_not_shown(url: str
     assert said in str(e.value) and not any(part in str(e.value) for part in ("secret", "sec", "ret@"))
 
 
+@pytest.mark.parametrize("option", ["", "--storage="])
+def test_the_command_that_goes_on_holds_no_password(option: str) -> None:
+    from sweeps.cli import _shown
+
+    assert _shown(option + "postgresql://me\x3as%40cret@host/x") == option + "postgresql://me@host/x"
+    assert _shown("--set") == "--set" and _shown("corpus=file:a:b@c.txt") == "corpus=file:a:b@c.txt"
+
+
 @pytest.mark.parametrize(
     ("url", "plain"),
     [
