@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from mainrun import stats
@@ -28,8 +28,8 @@ def confirm(search: Search) -> dict[str, Any]:
     fresh = [base.seed + FRESH + i for i in range(asks.seeds)]
     jobs = {("noise", seed): seeded(base, seed) for seed in noise_seeds}
     for trial in [search.trials[0], *chosen]:
-        assert trial.cfg is not None
-        jobs |= {(str(trial.number), seed): seeded(trial.cfg, seed) for seed in fresh}
+        cfg = search.made(trial).cfg
+        jobs |= {(str(trial.number), seed): seeded(cfg, seed) for seed in fresh}
     scores = _trained(search, jobs)
     noise = stats.noise([[scores["noise", seed] for seed in noise_seeds]])
     assert noise is not None
@@ -50,9 +50,8 @@ def confirm(search: Search) -> dict[str, Any]:
     low, high = winner["interval"]
     by = f"{-winner['difference']:.4f} [{-high:.4f}, {-low:.4f}]"
     text = f"trial {winner['trial']} is better than the base by {by}, {len(fresh)} paired seeds"
-    trial = search.trials[winner["trial"]]
-    assert trial.cfg is not None
-    return result | {"winner": winner["trial"], "claim": text, "val": _val(search, seeded(trial.cfg, fresh[0]))}
+    cfg = search.made(search.trials[winner["trial"]]).cfg
+    return result | {"winner": winner["trial"], "claim": text, "val": _val(search, seeded(cfg, fresh[0]))}
 
 
 def _cost(search: Search, job: tuple[str, int], cfg: TrainConfig, score: float) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def _cost(search: Search, job: tuple[str, int], cfg: TrainConfig, score: float) 
     found = spent(RunDir(search.runs / cfg.run_id), cfg)
     found = replace(found, wasted=found.trained) if math.isinf(score) else found
     kind, trial = ("noise", 0) if job[0] == "noise" else ("confirmation", int(job[0]))
-    return {"kind": kind, "trial": trial, "seed": job[1], "run": cfg.run_id, **vars(found)}
+    return {"kind": kind, "trial": trial, "seed": job[1], "run": cfg.run_id, **asdict(found)}
 
 
 def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:

@@ -32,16 +32,15 @@ from sweeps.space import resolved
 from sweeps.study import Study
 
 
-@dataclass
+@dataclass(slots=True)
 class Trial:
     number: int
     values: dict[str, Any]
-    cfg: TrainConfig | None  # None: its values do not go together
-    stops: list[int] = field(default_factory=list)  # the step of each rung; the last is the end
+    run: str = ""  # empty: its values do not go together
+    stops: tuple[int, ...] = ()  # the step of each rung; the last is the end
     scores: dict[int, float] = field(default_factory=dict)  # by rung; what it is judged by
-    raw: dict[int, float] = field(default_factory=dict)  # the same where it stood itself
-    branches: dict[int, TrainConfig] = field(default_factory=dict)  # by rung: the run that scores it, if not the trial itself
-    state: str = "waiting"  # running | done | pruned | diverged | failed
+    raw: dict[int, float] = field(default_factory=dict)  # its own, of a rung that a branch scored
+    state: str = "waiting"  # running | held | done | pruned | diverged | failed
     why: str = ""
 
     @property
@@ -53,6 +52,15 @@ class Trial:
         return max(self.scores, default=-1)
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a trial's values come to."""
+
+    cfg: TrainConfig
+    stops: tuple[int, ...]
+    branches: dict[int, TrainConfig]  # by rung: the run that scores it, if not the trial itself
+
+
 class Search:
     """A study in its folder. `trials` is all that is known of it."""
 
@@ -62,6 +70,7 @@ class Search:
         self.trials: list[Trial] = []
         self.owners: dict[str, int] = {}  # run: the first trial that is it; a sampler may give the same values again
         self._spent: dict[int, Ledger] = {}  # of trials that are over
+        self._made: dict[int, Made] = {}  # of the others: a config takes more memory than all else of a trial
         self.asker = Asker(study, self.base)
         self.told = self.first = 0  # generations: told to the sampler, and the first in which a trial is not over
         self.began = time.monotonic()
@@ -140,20 +149,27 @@ class Search:
 
     def _trial(self, number: int, values: dict[str, Any]) -> Trial:
         try:
-            cfg = resolved(self.base, values, self.train_tokens)
-            plan = Plan(cfg, self.train_tokens)
+            made = self._make(values)
         except ConfigError as e:
-            return Trial(number, values, None, state="failed", why=str(e))
-        self.owners.setdefault(cfg.run_id, number)
-        object.__setattr__(cfg, "__pydantic_fields_set__", self.base.model_fields_set)  # the same names in all: 8 KB a trial, else
-        evals, at = sorted(plan.eval_steps), self.study.rungs.at if self.study.rungs else ()
-        rungs = [next(step for step in evals if step >= share * plan.steps) for share in at]
-        stops = [*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps]
-        asks = self.study.rungs
+            return Trial(number, values, state="failed", why=str(e))
+        trial = Trial(number, values, made.cfg.run_id, made.stops)
+        self._made[number] = made
+        self.owners.setdefault(trial.run, number)
+        return trial
+
+    def _make(self, values: dict[str, Any]) -> Made:
+        cfg = resolved(self.base, values, self.train_tokens)
+        plan, asks = Plan(cfg, self.train_tokens), self.study.rungs
+        evals = sorted(plan.eval_steps)
+        rungs = [next(step for step in evals if step >= share * plan.steps) for share in (asks.at if asks else ())]
+        stops = (*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps)
         branches = {}
         if asks and asks.score == "branch":
             branches = {rung: branch.of(cfg, plan, step, asks.branch) for rung, step in enumerate(stops[:-1])}
-        return Trial(number, values, cfg, stops, branches=branches)
+        return Made(cfg, stops, branches)
+
+    def made(self, trial: Trial) -> Made:
+        return self._made.get(trial.number) or self._make(trial.values)
 
     # -- what is trained
 
@@ -172,6 +188,8 @@ class Search:
                         trial.state = "running"
                         waiting[pool.submit(self._train, self._tasks(trial, rung))] = (trial, rung)
                     record.write(self.trials, self.spent)
+                    for number in [n for n in self._made if n < record.written and self.trials[n].over]:
+                        del self._made[number]
                     self.tick()
                     if not waiting:
                         break
@@ -197,10 +215,10 @@ class Search:
 
     def _tasks(self, trial: Trial, rung: int) -> list[Task]:
         """The trial up to its rung, and the branch that scores it there."""
-        assert trial.cfg is not None
+        made = self.made(trial)
         until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
-        found = [(trial.cfg, until)]
-        if mine := trial.branches.get(rung):
+        found = [(made.cfg, until)]
+        if mine := made.branches.get(rung):
             self.owners.setdefault(mine.run_id, trial.number)  # trials that differ in their fall alone may have it in common
             found.append((mine, 0))
         return [
@@ -230,17 +248,16 @@ class Search:
             trial.state, trial.why = "diverged" if outcome.diverged else "failed", outcome.why
             self.note(f"trial {trial.number} {trial.state}: {outcome.why}")
             return
-        trial.scores[rung] = trial.raw[rung] = self.score(trial, trial.stops[rung])
-        if mine := trial.branches.get(rung):
-            trial.scores[rung] = self.scored(mine, mine.max_steps)
+        trial.scores[rung] = self.score(trial, trial.stops[rung])
+        if mine := self.made(trial).branches.get(rung):
+            trial.raw[rung], trial.scores[rung] = trial.scores[rung], self.scored(mine, mine.max_steps)
         if rung + 1 == len(trial.stops):
             trial.state = "done"
         else:
             trial.state = "held"  # until its generation is there
 
     def score(self, trial: Trial, step: int) -> float:
-        assert trial.cfg is not None
-        return self.scored(trial.cfg, step)
+        return self.scored(self.made(trial).cfg, step)
 
     def scored(self, cfg: TrainConfig, step: int) -> float:
         run = self.run_dir(cfg)
@@ -273,24 +290,25 @@ class Search:
         if trial.number in self._spent:
             return self._spent[trial.number]
         found = Ledger()
-        begun = [mine for rung, mine in trial.branches.items() if rung in trial.scores or self.owners.get(mine.run_id) == trial.number]
-        for cfg in [trial.cfg, *begun]:  # one that diverged scored nothing, and cost what it cost
-            if cfg is None:
-                continue
+        if not trial.run:
+            return found
+        made = self.made(trial)
+        begun = [mine for rung, mine in made.branches.items() if rung in trial.scores or self.owners.get(mine.run_id) == trial.number]
+        for cfg in [made.cfg, *begun]:  # one that diverged scored nothing, and cost what it cost
             part = spent(self.run_dir(cfg), cfg)
             if self.owners[cfg.run_id] != trial.number:
                 steps = part.asked - part.wasted
                 part = Ledger(asked=steps, reused=steps)
             elif trial.state in ("pruned", "diverged", "failed"):
                 part = replace(part, wasted=part.trained)
-            found = total([found, part if cfg is trial.cfg else replace(part, branch=part.trained)])
+            found = total([found, part if cfg is made.cfg else replace(part, branch=part.trained)])
         if trial.over:
             self._spent[trial.number] = found
         return found
 
     def best(self, count: int = 1) -> list[Trial]:
         """Each run once: a sampler may have come to the same values twice."""
-        done = [trial for trial in self.trials if trial.state == "done" and trial.cfg and self.owners[trial.cfg.run_id] == trial.number]
+        done = [trial for trial in self.trials if trial.state == "done" and self.owners[trial.run] == trial.number]
         return sorted(done, key=lambda t: (t.scores[t.rung], t.number))[:count]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,21 @@ def export(search: Search, evidence: dict[str, Any] | None) -> None:
     """export.json, and the two files of `write`, in the study's folder."""
     trials = []
     for trial in search.trials:
-        ledger = search.spent(trial)
+        cfg = search.made(trial).cfg if trial.run else None
         trials.append({
             "trial": trial.number, "state": trial.state, "value": trial.scores.get(trial.rung),
-            "seed": trial.cfg.seed if trial.cfg else None,
+            "seed": cfg.seed if cfg else None,
             "params": trial.values, "rung": trial.rung, "scores": {str(k): v for k, v in trial.scores.items()},
-            "raw_scores": {str(k): v for k, v in trial.raw.items()}, "stops": trial.stops,
-            "run": trial.cfg.run_id if trial.cfg else "", "reason": trial.why,
-            "sets": sets_of(search.study, trial.cfg) if trial.cfg else [],
-            "steps": trial.stops[trial.rung] if trial.scores else 0, **{k: getattr(ledger, k) for k in ledger.__dataclass_fields__},
+            "raw_scores": {str(k): v for k, v in (trial.scores | trial.raw).items()}, "stops": trial.stops,
+            "run": trial.run, "reason": trial.why,
+            "sets": sets_of(search.study, cfg) if cfg else [],
+            "steps": trial.stops[trial.rung] if trial.scores else 0, **asdict(search.spent(trial)),
         })  # fmt: skip
     confirming = [Ledger(**{k: row[k] for k in Ledger.__dataclass_fields__}) for row in (evidence or {}).get("runs", [])]
     whole = total([*(search.spent(t) for t in search.trials), *confirming])
     found = {
         "name": search.study.name, "preset": search.study.preset, "objective": search.study.objective, "digest": search.study.digest,
-        "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": vars(whole),
+        "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": asdict(whole),
         "rung_correlation": correlations(search), "raw_rung_correlation": correlations(search, raw=True), "evidence": evidence,
     }  # fmt: skip
     write_text(search.folder / "export.json", json.dumps(found, indent=1))
@@ -43,7 +44,7 @@ def correlations(search: Search, raw: bool = False) -> dict[str, float | None]:
     last = max((t.rung for t in done), default=0)
     found: dict[str, float | None] = {}
     for rung in range(last):
-        here = [(t.raw if raw else t.scores)[rung] for t in done]
+        here = [(t.scores | t.raw if raw else t.scores)[rung] for t in done]
         found[str(rung)] = stats.spearman(here, [t.scores[t.rung] for t in done]) if len(done) > 2 else None
     return found
 

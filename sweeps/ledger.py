@@ -10,7 +10,7 @@ from mainrun.growth.simulate import costs
 from mainrun.store.rundir import RunDir
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ledger:
     asked: int = 0  # steps
     trained: int = 0

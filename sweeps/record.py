@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ class Record:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.server, self.unsure = study.storage.startswith("postgresql"), False
-        self.optuna = self._patiently(self._open, opening=True)
+        self.storage, self.optuna = self._patiently(self._open, opening=True)
         self.written = self._patiently(self._count)
         known = self.optuna.user_attrs.get("digest")
         if known is None and not self.written:
@@ -74,14 +75,18 @@ class Record:
                 f"{self.name} holds another study called {study.name!r}; give this one another --as NAME, or another --storage"
             )
 
-    def _open(self) -> Any:
+    def _open(self) -> tuple[Any, Any]:
         import optuna
 
         storage = opened(self.study.storage, self.file)
-        return optuna.create_study(study_name=self.study.name, storage=storage, load_if_exists=True)
+        return storage, optuna.create_study(study_name=self.study.name, storage=storage, load_if_exists=True)
+
+    @property
+    def _id(self) -> int:
+        return int(self.storage.get_study_id_from_name(self.study.name))
 
     def _count(self) -> int:
-        return len(self.optuna.get_trials(deepcopy=False))
+        return int(self.storage.get_n_trials(self._id))
 
     def _patiently(self, work: Callable[[], Any], opening: bool = False) -> Any:
         """A server that goes away comes back, and a file is locked for a moment: the study waits, while its workers train on."""
@@ -119,8 +124,8 @@ class Record:
         return UsageError(f"the storage {self.name} cannot be used ({said}); mend that and {again}, or give another --storage")
 
     def write(self, trials: Sequence[Trial], spent: Callable[[Trial], Ledger]) -> None:
-        while self.written < len(trials) and trials[self.written].over:
-            self._patiently(partial(self._add, trials[self.written], spent))
+        while self.written < len(trials) and (trial := trials[self.written]).over:
+            self._patiently(partial(self._add, trial, spent))
 
     def _add(self, trial: Trial, spent: Callable[[Trial], Ledger]) -> None:
         from optuna.trial import TrialState, create_trial
@@ -139,8 +144,8 @@ class Record:
             distributions={name: distribution(self.study.space[name]) for name in trial.values},
             intermediate_values=dict(trial.scores),
             user_attrs={
-                "number": trial.number, "why": trial.why, "run": trial.cfg.run_id if trial.cfg else "", "ledger": vars(spent(trial)),
+                "number": trial.number, "why": trial.why, "run": trial.run, "ledger": asdict(spent(trial)),
             },
         )  # fmt: skip
-        self.optuna.add_trial(found)
+        self.storage.create_new_trial(self._id, template_trial=found)  # Optuna's study would keep a copy in memory
         self.written += 1

@@ -31,23 +31,29 @@ class Asker:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.study, self.base = study, base
         self.mirror = optuna.create_study(direction="minimize")
+        self.domains = {name: distribution(p) for name, p in study.space.items()}
         self.asked: dict[int, optuna.Trial] = {}
         self.worst: float | None = None
 
     def ask(self, number: int) -> dict[str, Any]:
         """Trial 0 is the base itself: it has no values of its own."""
+        import optuna
+
         if number == 0:
             return {}
-        self.mirror.sampler = self._sampler(number)
-        trial = self.mirror.ask()
+        forgets = self.study.sampler.name == "random"  # it looks at nothing that was before
+        mirror = optuna.create_study() if forgets else self.mirror
+        mirror.sampler = self._sampler(number)
+        trial = mirror.ask()
         space, values = self.study.space, dict[str, Any]()
         for name, parameter in space.items():
             if not parameter.when:
-                values[name] = _suggest(trial, name, parameter)
+                values[name] = trial._suggest(name, self.domains[name])
         for name, parameter in active(space, values, self.base).items():
             if parameter.when:
-                values[name] = _suggest(trial, name, parameter)
-        self.asked[number] = trial
+                values[name] = trial._suggest(name, self.domains[name])
+        if not forgets:
+            self.asked[number] = trial
         return values
 
     def tell(self, number: int, values: Mapping[int, float], finished: bool) -> None:
@@ -92,10 +98,6 @@ def distribution(p: Parameter) -> Any:
     if all(isinstance(x, int) for x in (p.low, p.high)) and (p.step is None or isinstance(p.step, int)):
         return d.IntDistribution(int(p.low), int(p.high), log=p.log, step=int(p.step or 1))
     return d.FloatDistribution(float(p.low), float(p.high), log=p.log, step=p.step)
-
-
-def _suggest(trial: optuna.Trial, name: str, p: Parameter) -> Any:
-    return trial._suggest(name, distribution(p))
 
 
 def _grid(p: Parameter) -> list[Any]:

@@ -254,7 +254,7 @@ def test_values_that_come_again_cost_nothing_again(tmp_path: Path) -> None:
     search = Written(made(**few), tmp_path, AtOnce(1), lambda text: None, lambda: None)
     search.run()
     parts = [search.spent(t) for t in search.trials]
-    runs = {t.cfg.run_id for t in search.trials if t.cfg}
+    runs = {t.run for t in search.trials if t.run}
     assert len(runs) == 2 and sum(part.trained for part in parts) == 20
     assert all(part.asked == part.trained + part.reused == 10 for part in parts)
 
@@ -488,12 +488,13 @@ def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path
     first = raw.trials[1:3], by_branch.trials[1:3]
     assert [t.values for t in first[0]] == [t.values for t in first[1]]
     assert [t.state for t in first[0]] == [t.state for t in first[1]][::-1] and {t.state for t in first[0]} == {"pruned", "done"}
-    assert all(t.raw[0] == t.cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.cfg and t.scores)
-    assert all(t.scores[0] == -t.cfg.lr + 1 / t.branches[0].max_steps for t in by_branch.trials if t.cfg and t.scores)
+    found = {t.number: by_branch.made(t) for t in by_branch.trials if t.scores}
+    assert found and all(t.raw[0] == found[t.number].cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.scores)
+    assert all(t.scores[0] == -m.cfg.lr + 1 / m.branches[0].max_steps for t, m in ((by_branch.trials[n], m) for n, m in found.items()))
     for search, each in ((raw, 1), (by_branch, 2)):  # tasks of each trial to its rung
         reached, ends = (sum(found) for found in zip(*((bool(t.scores), t.state == "done") for t in search.trials), strict=True))
         assert search.engine.done == len(search.trials) + (each - 1) * reached + ends  # type: ignore[attr-defined]
-    assert all(t.scores[1] == t.raw[1] for t in by_branch.trials if t.state == "done"), "the end is scored where it is"
+    assert all([*t.raw] == [0] for t in by_branch.trials if t.state == "done"), "the end is scored where it is"
 
 
 def test_a_branch_that_diverges_ends_its_trial_and_is_paid_for(tmp_path: Path) -> None:
@@ -513,7 +514,7 @@ def test_a_branch_that_diverges_ends_its_trial_and_is_paid_for(tmp_path: Path) -
 def test_rungs_are_held_against_the_end_raw_and_on_branches() -> None:
     search = Search.__new__(Search)
     search.trials = [
-        Trial(n, {}, None, [5, 9], {0: on_branch, 1: end}, {0: own, 1: end}, state="done")
+        Trial(n, {}, "run", (5, 9), {0: on_branch, 1: end}, {0: own}, state="done")
         for n, (own, on_branch, end) in enumerate([(3.0, 1.1, 1.0), (2.0, 2.1, 2.0), (1.0, 3.1, 3.0), (4.0, 4.1, 4.0)])
     ]
     assert correlations(search) == {"0": pytest.approx(1.0)} and correlations(search, raw=True) == {"0": pytest.approx(0.2)}
@@ -537,20 +538,19 @@ def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: 
     assert sums.asked == sums.trained + sums.reused and sums.branch <= sums.trained
     fresh = set()
     for trial in search.trials:
-        assert trial.cfg is not None
-        step, cfg = trial.stops[0], trial.branches[0]
-        falls = min(step, Plan(trial.cfg, search.train_tokens).decay_start)
+        step, trunk, cfg = trial.stops[0], search.made(trial).cfg, search.made(trial).branches[0]
+        falls = min(step, Plan(trunk, search.train_tokens).decay_start)
         mine = spent(search.run_dir(cfg), cfg)
         # the trunk keeps a node where its rate first differs: one step behind the beginning of the fall
         assert mine.asked == cfg.max_steps and (mine.trained == cfg.max_steps - falls - (falls < step) or cfg.run_id in fresh)
         fresh.add(cfg.run_id)
         if trial.state == "done":
-            summary = search.run_dir(trial.cfg).summary()
-            assert summary is not None and train(trial.cfg, tmp_path / f"alone{trial.number}")["weights"] == summary["weights"]
-            assert spent(search.run_dir(trial.cfg), trial.cfg).asked == trial.stops[-1], "it trained on from its rung"
+            summary = search.run_dir(trunk).summary()
+            assert summary is not None and train(trunk, tmp_path / f"alone{trial.number}")["weights"] == summary["weights"]
+            assert spent(search.run_dir(trunk), trunk).asked == trial.stops[-1], "it trained on from its rung"
         else:
             assert search.spent(trial).wasted == search.spent(trial).trained
-    runs = {cfg.run_id: spent(search.run_dir(cfg), cfg).trained for t in search.trials for cfg in t.branches.values()}
+    runs = {cfg.run_id: spent(search.run_dir(cfg), cfg).trained for t in search.trials for cfg in search.made(t).branches.values()}
     assert sums.branch == sum(runs.values()) > 0, "each branch once, whoever shares it"
 
 
