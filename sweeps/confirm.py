@@ -11,8 +11,7 @@ from mainrun import stats
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError
 from mainrun.store.rundir import RunDir
-from sweeps.driver import Search, Trial, sets_of
-from sweeps.engine.protocol import Task
+from sweeps.driver import Search, Trial
 from sweeps.ledger import spent
 from sweeps.space import changed
 
@@ -87,8 +86,7 @@ def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[t
     split, name = search.study.objective.split("/")
 
     def work(cfg: TrainConfig) -> float:
-        task = Task(search.study.preset, tuple(sets_of(search.study, cfg)), search.runs, search.store, 0, search.study.threads)
-        outcome = search.engine.train(task)
+        outcome = search.train(cfg)
         search.tick()
         if outcome.diverged:
             return math.inf

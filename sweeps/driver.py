@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.config import Plan, TrainConfig, load
+from mainrun.corpus import load_corpus
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
-from mainrun.store.rundir import RunDir, disk_errors, write_text
+from mainrun.store.rundir import RunDir, check_same, disk_errors, write_text
 from sweeps import branch
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.engine.worker import PATIENCE
@@ -79,10 +80,15 @@ class Search:
     # -- what is asked
 
     def _train_tokens(self) -> int:
-        """Of an epoch: read once, by the trainer itself."""
+        """Of an epoch: read once, by the trainer itself. The titles may not change behind a study that goes on."""
         file = self.folder / "tokens.json"
+        titles = load_corpus(self.base).fingerprints
         if file.is_file():
-            return int(json.loads(file.read_text())["train_tokens"])
+            before = json.loads(file.read_text())
+            if before.get("fingerprints", titles) != titles:
+                now = f"{self.base.corpus} gives other titles now than when {self.folder} began"
+                raise UsageError(f"{now}; restore it, or begin a study of its own with --as NAME")
+            return int(before["train_tokens"])
         sets = [part for text in sets_of(self.study, self.base) for part in ("--set", text)]
         command = [sys.executable, "-m", "mainrun", "train", "--preset", self.study.preset, *sets, "--dry-run", "--json"]
         for _ in range(PATIENCE):
@@ -95,7 +101,7 @@ class Search:
                 raise Interrupted(last.removeprefix("interrupted: "))
             raise MainrunError(f"the base of the study cannot be trained: {last.removeprefix('error: ')}")
         found = int(json.loads(made.stdout)["plan"]["train_tokens"])
-        write_text(file, json.dumps({"train_tokens": found}))
+        write_text(file, json.dumps({"train_tokens": found, "fingerprints": titles}))
         return found
 
     @property
@@ -186,7 +192,7 @@ class Search:
                         pass
                     for trial, rung in self._ready():
                         trial.state = "running"
-                        waiting[pool.submit(self._train, self._tasks(trial, rung))] = (trial, rung)
+                        waiting[pool.submit(self._train, self._runs(trial, rung))] = (trial, rung)
                     record.write(self.trials, self.spent)
                     for number in [n for n in self._made if n < record.written and self.trials[n].over]:
                         del self._made[number]
@@ -213,7 +219,7 @@ class Search:
             if trial.state == "waiting":
                 yield trial, trial.rung + 1
 
-    def _tasks(self, trial: Trial, rung: int) -> list[Task]:
+    def _runs(self, trial: Trial, rung: int) -> list[tuple[TrainConfig, int]]:
         """The trial up to its rung, and the branch that scores it there."""
         made = self.made(trial)
         until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
@@ -221,16 +227,25 @@ class Search:
         if mine := made.branches.get(rung):
             self.owners.setdefault(mine.run_id, trial.number)  # trials that differ in their fall alone may have it in common
             found.append((mine, 0))
-        return [
-            Task(self.study.preset, tuple(sets_of(self.study, cfg)), self.runs, self.store, at, self.study.threads) for cfg, at in found
-        ]
+        return found
 
-    def _train(self, tasks: list[Task]) -> Outcome:
-        for task in tasks:
-            outcome = self.engine.train(task)
+    def _train(self, runs: list[tuple[TrainConfig, int]]) -> Outcome:
+        for cfg, until in runs:
+            outcome = self.train(cfg, until)
             if not outcome.ok:
                 break
         return outcome
+
+    def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
+        """Up to a step, or to the end. What its folder has already needs no worker, who would take a second to say so."""
+        run = self.run_dir(cfg)
+        status = run.status()
+        stopped = status.get("state") == "interrupted" and 0 < until <= status["step"]
+        if stopped or (status.get("state") == "done" and run.summary()):
+            check_same(run, cfg)
+            return Outcome(True)
+        sets = tuple(sets_of(self.study, cfg))
+        return self.engine.train(Task(self.study.preset, sets, self.runs, self.store, until, self.study.threads))
 
     @property
     def runs(self) -> Path:

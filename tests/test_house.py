@@ -76,7 +76,8 @@ MAY_IMPORT = {
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "mainrun.stats": "",
-    "sweeps": "mainrun.store mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config mainrun.errors",
+    "sweeps": "mainrun.store mainrun.corpus mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config "
+    "mainrun.errors",
     "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
 }
 

@@ -172,6 +172,14 @@ class AtOnce:
         pass
 
 
+class Nobody(AtOnce):
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def train(self, task: Task) -> Outcome:
+        raise AssertionError(f"a worker was asked for {task}")
+
+
 def searched(folder: Path, engine: Any, **changes: Any) -> Search:
     folder.mkdir(parents=True, exist_ok=True)
     found = Pretended(made(**changes), folder, engine, lambda text: None, lambda: None)
@@ -393,6 +401,9 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     found = json.loads((tmp_path / "out" / "tiny" / "export.json").read_text())
     promoted = [t for t in found["trials"] if t["state"] == "done" and t["trial"]]
     assert promoted and all(t["asked"] == t["stops"][-1] and t["wasted"] == 0 for t in promoted), "no step twice"
+    again = Search(study.read(str(file)), tmp_path / "out" / "tiny", Nobody(), str, lambda: None)
+    again.run()
+    assert confirm(again) == found["evidence"], "what is there already needs no worker"
     from mainrun.train import train
 
     run = RunDir(tmp_path / "out" / "tiny" / "runs" / promoted[0]["run"])

@@ -21,7 +21,7 @@ from mainrun.cli import app
 from mainrun.errors import DiskFull, RunError, UsageError
 from mainrun.store.rundir import RunDir
 from sweeps import record
-from sweeps.driver import owned, sets_of
+from sweeps.driver import Search, owned, sets_of
 from sweeps.engine.local import Local
 from sweeps.engine.protocol import Task
 from sweeps.ledger import Ledger, spent, total
@@ -30,6 +30,18 @@ from sweeps.record import Record
 
 def quiet(text: str) -> None:
     pass
+
+
+def test_titles_that_change_behind_a_study_are_refused(tmp_path: Path) -> None:
+    """Its next trials would be of other data than those that are over."""
+    titles, how = tmp_path / "titles.txt", SET | {"corpus": f"file:{tmp_path / 'titles.txt'}", "vocab_size": 300}
+    lines = [f"Title number {i} of many" for i in range(300)]
+    titles.write_text("\n".join(lines))
+    first = Search(made(set=how), tmp_path, AtOnce(1), quiet, lambda: None).train_tokens
+    assert Search(made(set=how), tmp_path, AtOnce(1), quiet, lambda: None).train_tokens == first
+    titles.write_text("\n".join([*lines[:-1], "Another one"]))
+    with pytest.raises(UsageError, match=r"gives other titles now than when .* began; restore it, or .* with --as NAME"):
+        Search(made(set=how), tmp_path, AtOnce(1), quiet, lambda: None)
 
 
 # -- databases
