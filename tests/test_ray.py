@@ -99,15 +99,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results(folder)
 
 
-@pytest.mark.slow
-@needs_ray
-def test_a_study_is_the_same_with_ray(tmp_path: Path, local: dict[str, Any]) -> None:
-    made = subprocess.run([*command(write(tmp_path, **STUDY), tmp_path, 2), "--engine", "ray"], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert results(tmp_path) == local and {t["state"] for t in local["trials"]} >= {"done", "pruned"}
-    ledger_adds_up(tmp_path)
-
-
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster

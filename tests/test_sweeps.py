@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -355,8 +356,11 @@ def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path)
     file = write(
         tmp_path, budget={"trials": 24}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1}, sampler={"startup": 6, "generation": 6}
     )
-    for workers in (1, 3):
-        made = subprocess.run(command(file, tmp_path / str(workers), workers), capture_output=True, text=True)
+    legs = {"1": command(file, tmp_path / "1", 1), "3": command(file, tmp_path / "3", 3)}
+    if importlib.util.find_spec("ray"):
+        legs["ray"] = [*command(file, tmp_path / "ray", 2), "--engine", "ray"]
+    for line in legs.values():
+        made = subprocess.run(line, capture_output=True, text=True)
         assert made.returncode == 0, made.stderr
     chance, kills, restarts = random.Random(5), 10, 3
     out = tmp_path / "killed"
@@ -377,7 +381,7 @@ def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path)
                 kills += 1
     assert process.returncode == 0 and kills == 0 and restarts == 0
     one = results(tmp_path / "1")
-    assert one == results(tmp_path / "3") == results(out)
+    assert all(results(tmp_path / leg) == one for leg in [*legs, "killed"])
     assert len(one["trials"]) == 24 and {t["state"] for t in one["trials"]} >= {"done", "pruned"}
     ledger_adds_up(out)
 
@@ -596,7 +600,8 @@ def test_trials_that_differ_in_their_seed_alone_claim_nothing(tmp_path: Path, mo
     """Real scores of the base, each of a seed of its own, in the place of every run that a confirmation asks for."""
     from mainrun.train import train
 
-    search = searched(tmp_path, AtOnce(1), rungs=None, budget={"trials": 6}, evidence={"seeds": 5, "noise_seeds": 5, "best": 2})
+    evidence = {"seeds": 5, "noise_seeds": 5, "best": 2}
+    search = searched(tmp_path, AtOnce(1), set=SET | {"epochs": 3}, rungs=None, budget={"trials": 6}, evidence=evidence)
     base = search.base
     seeds = (base.model_copy(update={"seed": 5000 + i}) for i in range(20 * 20))
     scores = [train(cfg, tmp_path / "null")["scores"]["dev"]["last"]["full"] for cfg in seeds]
