@@ -81,18 +81,23 @@ def run(
 
 
 def _run(study: Study, folder: Path, as_json: bool) -> None:
+    from sweeps.folder import finished
+
     try:
         _search(study, folder, as_json)
     except DiskFull:
         raise
     except Interrupted as e:
-        again = shlex.join(["mainrun", *map(_shown, sys.argv[1:])])
-        raise Interrupted(f"stopped; what was trained is saved, nothing is lost: `{again}` goes on from here") from e
-    found = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        raise Interrupted(f"stopped; what was trained is saved, nothing is lost: `{_again()}` goes on from here") from e
+    found = finished(folder)
     if as_json:
         emit(found)
     else:
         _show(found)
+
+
+def _again() -> str:
+    return shlex.join(["mainrun", *map(_shown, sys.argv[1:])])
 
 
 def _shown(argument: str) -> str:
@@ -104,9 +109,11 @@ def _shown(argument: str) -> str:
 
 
 def _search(study: Study, folder: Path, as_json: bool) -> None:
+    from mainrun.host import cores
     from sweeps.confirm import confirm
-    from sweeps.driver import Search, owned
+    from sweeps.driver import Search
     from sweeps.export import export
+    from sweeps.folder import begin, owned
 
     with ExitStack() as held:
         held.enter_context(stoppable())
@@ -115,6 +122,9 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
         held.enter_context(owned(folder, study))
         show = held.enter_context(Show(quiet=as_json))
         search = show.search = Search(study, folder, engine, show.note, show.tick)
+        begin(folder, study, _again())
+        if study.threads > cores():
+            show.note(f"threads = {study.threads} in each trial, on {cores()} cores: they wait for each other")
         show.note(f"{study.name}: {search.engine.workers} workers, {search.base.run_id} is trial 0")
         search.run()
         show.shown = 0.0
@@ -221,7 +231,7 @@ def _line(search: Search) -> str:
 
 def _plan(study: Study, as_json: bool) -> None:
     base = study.base()
-    rows = [[name, _domain(p), str(p.when or "")] for name, p in study.space.items()]
+    rows = [[name, _domain(p), _condition(p)] for name, p in study.space.items()]
     if as_json:
         emit({"study": study.model_dump(mode="json"), "base": base.model_dump(mode="json")})
         return
@@ -240,6 +250,10 @@ def _domain(p: Any) -> str:
     return ", ".join(map(str, p.values)) if hasattr(p, "values") else f"{p.low:g} to {p.high:g}{', log' if p.log else ''}"
 
 
+def _condition(p: Any) -> str:
+    return " and ".join(f"{field} is {' or '.join(map(str, values))}" for field, values in p.when.items())
+
+
 def _show(found: dict[str, Any]) -> None:
     done = sorted((t for t in found["trials"] if t["state"] == "done"), key=lambda t: (t["value"], t["trial"]))
     rows = [[str(t["trial"]), f"{t['value']:.4f}", _values(t["params"])] for t in done[:8]]
@@ -253,11 +267,14 @@ def _show(found: dict[str, Any]) -> None:
     if runs := (found.get("evidence") or {}).get("runs"):
         asked = {kind: sum(row["asked"] for row in runs if row["kind"] == kind) for kind in ("noise", "confirmation")}
         print(f"of these {asked['noise']:,} for the noise floor, {asked['confirmation']:,} for the confirmation")
+    ended = sum(t["state"] == "done" and len(t["scores"]) > 1 for t in found["trials"])
     for pair, value in (found.get("rung_correlation") or {}).items():
         weak = "; below 0.5: short rungs say little here, train fully (remove [rungs])" if value is not None and value < 0.5 else ""
         raw = (found.get("raw_rung_correlation") or {}).get(pair)
         of = f" on branches, {raw:.2f} raw" if raw is not None and found["study"]["rungs"].get("score") == "branch" else ""
-        print(f"rank correlation of rung {pair}: {'none' if value is None else f'{value:.2f}'}{of}{weak}")
+        much = "none" if value is None else f"{value:.2f}"
+        few = "; few to tell by" if ended < 8 else ""
+        print(f"rank correlation of rung {pair} with the end: {much}{of}, {ended} trials{few}{weak}")
     evidence = found.get("evidence")
     if evidence:
         noise = evidence["noise"]
@@ -269,34 +286,26 @@ def _show(found: dict[str, Any]) -> None:
         print(evidence["claim"] + (f"; val {evidence['val']['full']:.4f}" if evidence.get("val") else ""))
 
 
-def _found(name: str, out: Path) -> tuple[Path, dict[str, Any]]:
-    folder = out / name
-    file = folder / "export.json"
-    if not (folder / "study.json").is_file():
-        raise _unknown(name, out)
-    if not file.is_file():
-        raise RunError(f"{folder} is not finished; `mainrun sweep {name}` goes on with it")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return folder, found
-
-
-def _unknown(name: str, out: Path) -> UsageError:
-    have = sorted(p.parent.name for p in out.glob("*/study.json"))
-    return UsageError(f"no study {name!r} in {out}; there: {', '.join(have) or 'none'}")
-
-
 @app.command("ls")
 def ls(out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug = False) -> None:
     """List the studies of a folder, and the built-in ones."""
+    from sweeps.folder import begun, finished
     from sweeps.study import names
 
+    if out.is_file():
+        raise UsageError(f"got --out {out}, which is a file; give the folder of the studies")
     rows = []
-    for file in sorted(out.glob("*/study.json")):
-        folder = file.parent
-        done = folder / "export.json"
-        found = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
-        best = min((t["value"] for t in found["trials"] if t["state"] == "done"), default=None) if found else None
-        rows.append({"study": folder.name, "finished": found is not None, "trials": len(found["trials"]) if found else None, "best": best})
+    for folder in sorted(file.parent for file in out.glob("*/study.json")):
+        row: dict[str, Any] = {"study": folder.name, "finished": (folder / "export.json").is_file(), "trials": None, "best": None}
+        try:
+            begun(folder)
+            if row["finished"]:
+                trials = finished(folder)["trials"]
+                best = min((t["value"] for t in trials if t["state"] == "done"), default=None)
+                row |= {"trials": len(trials), "best": best}
+        except RunError as e:
+            print(e, file=sys.stderr)
+        rows.append(row)
     if as_json:
         emit({"studies": rows, "built_in": names()})
         return
@@ -311,7 +320,9 @@ def ls(out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug 
 @app.command("show")
 def show(name: Name, out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug = False) -> None:
     """Show a finished study: its best trials, what it cost, what it may claim."""
-    _, found = _found(name, out)
+    from sweeps.folder import finished
+
+    found = finished(out / name)
     if as_json:
         emit(found)
     else:
@@ -327,14 +338,16 @@ def best(
     debug: Debug = False,
 ) -> None:
     """Print the command that trains the winner; the confirmed one, where one was."""
-    _, found = _found(name, out)
+    from sweeps.folder import finished
+
+    found = finished(out / name)
     done = sorted((t for t in found["trials"] if t["state"] == "done"), key=lambda t: (t["value"], t["trial"]))
     if not done:
         raise RunError(f"no trial of {name} was trained to its end; give it a larger budget")
     evidence = found.get("evidence") or {}
     number = evidence.get("winner") if evidence.get("winner") is not None else done[0]["trial"]
     trial = next(t for t in found["trials"] if t["trial"] == number)
-    if save:
+    if save is not None:
         if not save.replace("-", "").replace("_", "").isalnum():
             raise UsageError(f"got --save {save!r}; write letters, digits, - and _")
         if Path(f"{save}.toml").exists():
@@ -375,9 +388,11 @@ def export_(
 ) -> None:
     """Write a study for the report and for other tools: trials.parquet and study.json."""
     from sweeps.export import write
+    from sweeps.folder import finished
 
-    _, found = _found(name, out)
-    write(found, folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"got DIR {folder}, which is a file; give a folder, or one that is not there yet")
+    write(finished(out / name), folder)
     print(f"{folder / 'trials.parquet'}\n{folder / 'study.json'}")
 
 
@@ -392,14 +407,15 @@ def dashboard(
     """Open optuna-dashboard on a study (pip install 'mainrun[dashboard]')."""
     import importlib.util
 
+    from sweeps.folder import known
+
     folder = out / name
-    if not (folder / "study.json").is_file():
-        raise _unknown(name, out)
+    before = known(folder)
     if importlib.util.find_spec("optuna_dashboard") is None:
         raise UsageError("optuna-dashboard is not installed; pip install 'mainrun[dashboard]'")
-    url = storage or json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]["storage"]
+    url = storage or before["study"]["storage"]
     if not url and not (folder / "study.db").is_file():
-        raise RunError(f"{folder} has no study.db yet; `mainrun sweep {name}` goes on with it")
+        raise RunError(f"{folder} has no study.db yet; `{before['command']}` goes on with it")
     from optuna.exceptions import StorageInternalError
     from optuna_dashboard import run_server
     from sqlalchemy.exc import SQLAlchemyError

@@ -7,15 +7,12 @@ answer at once. Optuna's database is written for people and their dashboards, a 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from typing import Any
 from mainrun.config import Plan, TrainConfig, load
 from mainrun.corpus import load_corpus
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
-from mainrun.store.rundir import RunDir, check_same, disk_errors, write_text
+from mainrun.store.rundir import RunDir, check_same, write_text
 from sweeps import branch
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.engine.worker import PATIENCE
@@ -99,7 +96,8 @@ class Search:
             last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1]
             if made.returncode == Interrupted.exit_code:  # a full disk, say
                 raise Interrupted(last.removeprefix("interrupted: "))
-            raise MainrunError(f"the base of the study cannot be trained: {last.removeprefix('error: ')}")
+            kind = UsageError if made.returncode == UsageError.exit_code else MainrunError
+            raise kind(f"the base of the study cannot be trained: {last.removeprefix('error: ')}")
         found = int(json.loads(made.stdout)["plan"]["train_tokens"])
         write_text(file, json.dumps({"train_tokens": found, "fingerprints": titles}))
         return found
@@ -185,6 +183,8 @@ class Search:
 
         waiting: dict[Future[Outcome], tuple[Trial, int]] = {}
         record = Record(self.study, self.folder, self.note)
+        if (asked := self.left()) < record.written:
+            raise UsageError(f"{self.folder} has {record.written} trials, the budget has {asked}; it may only grow: write at least these")
         with ThreadPoolExecutor(self.engine.workers) as pool:
             try:
                 while True:
@@ -312,7 +312,7 @@ class Search:
         for cfg in [made.cfg, *begun]:  # one that diverged scored nothing, and cost what it cost
             part = spent(self.run_dir(cfg), cfg)
             if self.owners[cfg.run_id] != trial.number:
-                steps = part.asked - part.wasted
+                steps = min(part.asked - part.wasted, trial.stops[trial.rung] if trial.scores else 0)
                 part = Ledger(asked=steps, reused=steps)
             elif trial.state in ("pruned", "diverged", "failed"):
                 part = replace(part, wasted=part.trained)
@@ -342,41 +342,3 @@ def sets_of(study: Study, cfg: TrainConfig) -> list[str]:
         else:
             found.append(f"{name}={json.dumps(value) if not isinstance(value, str) else value}")
     return found
-
-
-@contextmanager
-def owned(folder: Path, study: Study) -> Iterator[None]:
-    """One driver at a time, and always the same study in a folder."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+b", buffering=0)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UsageError(f"{folder} is searched by process {lock.read().decode()}; wait for it, or give another --out") from None
-        with disk_errors(folder):
-            lock.truncate(0)
-            lock.write(str(os.getpid()).encode())
-        file = folder / "study.json"
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if before["digest"] != study.digest:
-                raise UsageError(
-                    f"{folder} holds another study of that name: {'; '.join(differences(before['study'], study.model_dump(mode='json')))}. "
-                    f"Go on with the old file, or start this one anew with --as NAME"
-                )
-        write_text(file, json.dumps({"digest": study.digest, "study": study.model_dump(mode="json")}, indent=2))
-        yield
-
-
-def differences(a: dict[str, Any], b: dict[str, Any], above: str = "") -> list[str]:
-    found = []
-    for key in sorted({*a, *b}):
-        x, y, name = a.get(key), b.get(key), f"{above}{key}"
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += differences(x, y, f"{name}.")
-        elif x != y:
-            found.append(f"{name} was {x!r}, is {y!r}")
-    return found[:5]

@@ -69,7 +69,7 @@ def faults(space: Space, base: TrainConfig) -> Iterator[str]:
             yield f"{where} stands for {DERIVED[name]}, which is in the space too; keep one of them."
         before = len(bad := list(_values(where, parameter)))
         yield from bad
-        yield from _conditions(where, parameter, space)
+        yield from _conditions(where, parameter, space, base)
         if not before:
             yield from _outside(where, name, parameter, base)
 
@@ -91,15 +91,19 @@ def _values(where: str, p: Parameter) -> Iterator[str]:
         yield f"{where}: low and high are both {p.low:g}, there is nothing to search; write it under [set]."
     if p.log and p.low <= 0:
         yield f"{where}: log=true with low={p.low:g}; a logarithm needs low > 0."
+    if p.step is not None and p.step > 0 and not p.log and p.low < p.high and p.step > p.high - p.low:
+        yield f"{where}: step={p.step:g} is wider than from low={p.low:g} to high={p.high:g}; write a smaller step, or values."
     if p.step is not None and (p.step <= 0 or p.log):
         yield f"{where}: step={p.step:g}{' with log=true' if p.log else ''}; write a step above 0, and no log."
 
 
-def _conditions(where: str, p: Parameter, space: Space) -> Iterator[str]:
+def _conditions(where: str, p: Parameter, space: Space, base: TrainConfig) -> Iterator[str]:
     for other, values in p.when.items():
         if other not in space:
             if other not in TrainConfig.model_fields:
                 yield f"{where}.when: {other} is no config field{nearest(other, known_fields())}; name one that is."
+            elif (fixed := getattr(base, other)) not in values:
+                yield f"{where}.when: {other} is {fixed!r} in every trial, never one of {values}; search it too, or remove {where}."
             continue
         parent = space[other]
         if parent.when:

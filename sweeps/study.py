@@ -26,7 +26,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
@@ -39,16 +39,16 @@ BUILT_IN = Path(__file__).parent / "studies"
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Budget(Part):
     """The first of these that is spent ends the study."""
 
     trials: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    tokens: Annotated[float | None, Field(gt=0)] = None
-    flops: Annotated[float | None, Field(gt=0)] = None
-    minutes: Annotated[float | None, Field(gt=0)] = None
+    tokens: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    flops: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    minutes: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
 
 
 class Sampler(Part):
@@ -61,7 +61,9 @@ class Sampler(Part):
 
 
 class Rungs(Part):
-    at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, description="shares of a trial's steps")] = (0.25,)
+    at: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, strict=False, description="shares of a trial's steps")
+    ] = (0.25,)
     keep: Annotated[float, Field(gt=0, le=1, description="share of a generation that goes on; 1: all, which measures the rungs")] = 0.5
     score: Annotated[
         Literal["raw", "branch"], Field(description="raw: where the trial stands; branch: after a short decay of its own (wsd), beside it")
@@ -77,7 +79,7 @@ class Evidence(Part):
 
 class Study(Part):
     name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,59}$")]
-    about: str = ""
+    about: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
     preset: str = "optimized"
     set: dict[str, Any] = {}
     space: dict[str, Range | Choice]
@@ -99,11 +101,13 @@ class Study(Part):
     def _written(self, url: str) -> str:
         return without_password(url)  # what is written of a study is handed on
 
+    # what may change while a study goes on: how much of it there is, who trains it, where it is written
+    FREE: ClassVar = {"about", "budget", "evidence", "workers", "engine", "address", "gpus", "storage"}
+
     @property
     def digest(self) -> str:
-        """Of all that decides what the trials are: not who trains them, or the storage."""
-        where = {"workers", "engine", "address", "gpus", "storage"}
-        data = self.model_dump(exclude={"about", "budget", "evidence", *where}, mode="json")
+        """Of all that decides what the trials are."""
+        data = self.model_dump(exclude=self.FREE, mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def base(self) -> TrainConfig:
@@ -130,7 +134,8 @@ def names() -> list[str]:
 
 def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
     """A built-in study or a file; `sets` go on top of its [set], `changes` of its keys. A ConfigError names every fault."""
-    path = BUILT_IN / f"{place}.toml" if "/" not in place and not place.endswith(".toml") else Path(place)
+    built_in = "/" not in place and not place.endswith(".toml")
+    path = BUILT_IN / f"{place}.toml" if built_in else Path(place)
     if not path.is_file():
         known = names()
         raise ConfigError(f"unknown study {place!r}{nearest(place, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
@@ -138,23 +143,27 @@ def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Stud
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"study {path} is not valid TOML: {e}") from None
+    except RecursionError:
+        raise ConfigError(f"study {path} is nested without end; write a study as `mainrun sweep run demo --schema` describes it") from None
     data.setdefault("name", path.stem)
     if sets:
         data["set"] = {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
-    return checked(data | changes, str(path))
+    given = [f"--set {key}={value}" for key, value in (sets or {}).items()]
+    given += [f"--{'as' if key == 'name' else key} {without_password(str(value))}" for key, value in changes.items()]
+    return checked(data | changes, " ".join([place if built_in else str(path), *given]))
 
 
 def checked(data: dict[str, Any], where: str) -> Study:
     try:
         study = Study.model_validate(data)
     except ValidationError as e:
-        raise ConfigError("\n".join([f"study {where} cannot be searched", *_explain(e)])) from None
+        raise ConfigError("\n".join([f"study {where} cannot be searched", *_explain(e, data)])) from None
     if wrong := list(_wrong(study)):
         raise ConfigError("\n".join([f"study {where} cannot be searched", *wrong]))
     return study
 
 
-def _explain(e: ValidationError) -> Iterator[str]:
+def _explain(e: ValidationError, data: dict[str, Any]) -> Iterator[str]:
     seen = set()
     for error in e.errors():
         place = [str(part) for part in error["loc"] if part not in ("Range", "Choice")]
@@ -164,17 +173,18 @@ def _explain(e: ValidationError) -> Iterator[str]:
             parent = known.get(".".join(place[:-1]))
             allowed = list(parent.model_fields) if parent else ["low", "high", "log", "step", "values", "when"]
             text = f"unknown key {name}{nearest(place[-1], allowed)}; allowed: {', '.join(allowed)}."
+        elif error["type"] == "string_pattern_mismatch":
+            instead = "letters, digits and _.- (60 of them at most, a letter, digit or _ first)" if name == "name" else "text on one line"
+            text = f"{name}={got!r} is not allowed; write {instead}."
+        elif error["type"] == "too_short" and got and any(other["loc"][:-1] == error["loc"] for other in e.errors()):
+            continue  # what was in it is wrong, and is said
         else:
             text = f"{name}={got!r} is not allowed: {error['msg']}." if error["type"] != "missing" else f"{name} is missing; write it."
         if len(place) > 1 and place[0] == "space":  # it fits neither of the two kinds
-            text = f"space.{place[1]} is no parameter: write low and high (and log, step), or values; got {data_of(e, place[1])}."
+            text = f"space.{place[1]} is no parameter: write low and high (and log, step), or values; got {data['space'][place[1]]}."
         if text not in seen:
             seen.add(text)
             yield text
-
-
-def data_of(e: ValidationError, name: str) -> Any:
-    return next((error["input"] for error in e.errors() if name in error["loc"]), None)
 
 
 def _wrong(study: Study) -> Iterator[str]:

@@ -138,18 +138,19 @@ def test_a_server_that_goes_away_is_waited_for(server: Server, database: str, tm
 
 def test_an_answer_that_never_came_doubles_nothing(server: Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server has written the trial, and is gone before it says so."""
-    import optuna
+    from optuna.storages import RDBStorage
     from sqlalchemy.exc import OperationalError
 
-    real, cuts = optuna.Study.add_trial, [3, 7]
+    real, cuts = RDBStorage.create_new_trial, [3, 7]
 
-    def cut(self: Any, trial: Any) -> None:
-        real(self, trial)
-        if trial.user_attrs["number"] in cuts:
-            cuts.remove(trial.user_attrs["number"])
+    def cut(self: Any, study: int, template_trial: Any) -> int:
+        made = real(self, study, template_trial)
+        if template_trial.user_attrs["number"] in cuts:
+            cuts.remove(template_trial.user_attrs["number"])
             raise OperationalError("insert", None, Exception("server closed the connection unexpectedly"))
+        return made
 
-    monkeypatch.setattr(optuna.Study, "add_trial", cut)
+    monkeypatch.setattr(RDBStorage, "create_new_trial", cut)
     searched(tmp_path, AtOnce(1), storage=server.url(database))
     assert not cuts and [row[0] for row in kept(server.url(database))] == list(range(12))
 

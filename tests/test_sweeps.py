@@ -24,10 +24,11 @@ from mainrun.errors import ConfigError, UsageError
 from mainrun.store.rundir import RunDir
 from sweeps import branch, study
 from sweeps.confirm import confirm
-from sweeps.driver import Search, Trial, owned, sets_of
+from sweeps.driver import Search, Trial, sets_of
 from sweeps.engine.local import Local
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.export import correlations
+from sweeps.folder import begin, owned
 from sweeps.ledger import Ledger, spent, total
 from sweeps.sampling import Asker
 from sweeps.study import Study
@@ -77,6 +78,14 @@ def made(**changes: Any) -> Study:
         ({"space": {"dropout": {"values": [0.1, 7.0]}}}, "7.0 is no value of it"),
         ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["muon"]}}}}, "optimizer is never 'muon'"),
         ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"lr": [0.1]}}}}, "lr is a range"),
+        ({"space": {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["sgd"]}}}}, "optimizer is 'adamw' in every trial"),
+        ({"space": {"lr": {"low": 0.1, "high": 0.2, "step": 0.5}}}, "step=0.5 is wider than from low=0.1 to high=0.2"),
+        ({"space": {"lr": {"low": 0.1, "values": [0.1]}}}, "or values; got {'low': 0.1, 'values': [0.1]}"),
+        ({"budget": {"trials": "8"}}, "budget.trials='8' is not allowed"),
+        ({"budget": {"trials": True}}, "budget.trials=True is not allowed"),
+        ({"budget": {"flops": float("inf")}}, "budget.flops=inf is not allowed"),
+        ({"name": "a/b"}, "name='a/b' is not allowed; write letters, digits"),
+        ({"about": "\x1b[31m"}, "is not allowed; write text on one line"),
         ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimiser": ["sgd"]}}}}, "optimiser is no config field"),
         ({"space": SPACE | {"timescale": {"low": 1.0, "high": 2.0}, "weight_decay": {"low": 0.1, "high": 1.0}}}, "keep one of them"),
         ({"space": {"growth.ops.0.value": {"values": [1]}}}, "the preset's schedule has no '0' in ops"),
@@ -149,13 +158,15 @@ class Pretended(Search):
 class Written(Pretended):
     """Each run has ten steps in its folder."""
 
-    spent = Search.spent
+    spent, writing = Search.spent, threading.Lock()
 
     def run_dir(self, cfg: TrainConfig) -> Any:
         folder = self.runs / cfg.run_id
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"event": "step", "step": step, "tokens": 8 * step, "seconds": 0.1} for step in range(1, 11)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with self.writing:
+            if not (folder / "metrics.jsonl").exists():
+                (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return RunDir(folder)
 
 
@@ -232,8 +243,11 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_sampler_stays_away(
 def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
     with owned(tmp_path / "a", made()), pytest.raises(UsageError, match="is searched by process"), owned(tmp_path / "a", made()):
         pass
-    wider = made(space=SPACE | {"lr": {"low": 1e-3, "high": 0.2, "log": True}})
-    words = r"another study of that name: space.lr.high was 0.1, is 0.2. .*--as NAME"
+    with owned(tmp_path / "a", made(space={"lr": {"values": [0.1, 0.2]}})):
+        pass  # nothing was begun
+    begin(tmp_path / "a", made(), "mainrun sweep x")
+    wider = made(space=SPACE | {"lr": {"low": 1e-3, "high": 0.2, "log": True}}, workers=7)
+    words = r"another study of that name: space.lr.high was 0.1, is 0.2\. Go on .*--as NAME"
     with pytest.raises(UsageError, match=words), owned(tmp_path / "a", wider):
         pass
     with owned(tmp_path / "a", made(budget={"trials": 50}, workers=3)):
@@ -390,8 +404,13 @@ def ledger_adds_up(out: Path) -> None:
     found = json.loads((out / "tiny" / "export.json").read_text())
     ledger = found["ledger"]
     assert ledger["asked"] == ledger["trained"] + ledger["reused"] and 0 <= ledger["wasted"] <= ledger["trained"]
+    parts = [*found["trials"], *found["evidence"]["runs"]]
     for key in ("asked", "trained", "reused", "wasted", "tokens"):
-        assert ledger[key] == sum(t[key] for t in [*found["trials"], *found["evidence"]["runs"]])
+        assert ledger[key] == sum(t[key] for t in parts)
+    assert all(t["tokens"] * ledger["trained"] == ledger["tokens"] * t["trained"] for t in parts), "lost steps have tokens too"
+    runs = [RunDir(file.parent) for file in (out / "tiny" / "runs").glob("*/config.json")]
+    whole = total(spent(run, run.config()) for run in runs)
+    assert (whole.trained, whole.tokens) == (ledger["trained"], ledger["tokens"]), "what the run directories say"
     assert all(t["wasted"] == t["trained"] > 0 for t in found["trials"] if t["state"] == "pruned")
 
 

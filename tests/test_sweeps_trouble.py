@@ -21,9 +21,10 @@ from mainrun.cli import app
 from mainrun.errors import DiskFull, RunError, UsageError
 from mainrun.store.rundir import RunDir
 from sweeps import record
-from sweeps.driver import Search, owned, sets_of
+from sweeps.driver import Search, sets_of
 from sweeps.engine.local import Local
 from sweeps.engine.protocol import Task
+from sweeps.folder import begin, owned
 from sweeps.ledger import Ledger, spent, total
 from sweeps.record import Record
 
@@ -135,6 +136,7 @@ def test_the_command_that_goes_on_holds_no_password(option: str) -> None:
 def test_what_is_written_of_a_study_has_no_password(tmp_path: Path, url: str, plain: str) -> None:
     study = made(storage=url)
     with owned(tmp_path, study):
+        begin(tmp_path, study, "mainrun sweep tiny")
         assert json.loads((tmp_path / "study.json").read_text())["study"]["storage"] == plain
     assert study.storage == url and "cret" not in repr(study)
 
@@ -162,7 +164,7 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
         with pytest.raises(DiskFull, match=r"no space left to write .*study.db.*start the same command again, nothing is lost"):
             searched(place, AtOnce(1))
         with pytest.raises(DiskFull, match="no space left to write"), owned(place / "x", made()):
-            pass
+            begin(place / "x", made(), "mainrun sweep tiny")
         (place / "ballast").unlink()
         assert told(searched(place, AtOnce(1))) == told(searched(tmp_path / "free", AtOnce(1)))
         assert Record(made(), place, quiet).written == 12
@@ -192,6 +194,8 @@ def test_a_larger_budget_later_changes_no_trial_that_is_over(tmp_path: Path) -> 
     once = searched(tmp_path / "b", AtOnce(1), budget={"trials": 15})
     assert len(few.trials) == 9 and told(few) == told(more)[:9] and told(more) == told(once)
     assert any(t.state == "pruned" for t in few.trials[6:])
+    with pytest.raises(UsageError, match="has 15 trials, the budget has 9; it may only grow"):
+        searched(tmp_path / "a", AtOnce(1), budget={"trials": 7})
     plain = searched(tmp_path / "c", AtOnce(1), budget={"trials": 7}, rungs=None)
     assert len(plain.trials) == 7 and told(plain) == told(searched(tmp_path / "c", AtOnce(1), budget={"trials": 11}, rungs=None))[:7]
 
