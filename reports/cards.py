@@ -35,6 +35,8 @@ def _items(e: Evidence) -> Iterator[tuple[str, str, str]]:
             f"{whole(min(sizes))} to {whole(max(sizes))} parameters; {power(flops)} FLOPs and {fixed(1)(seconds / 60)} minutes in all "
             f"runs here, {whole(asked)} steps asked for, {whole(wasted)} wasted; on {', '.join(devices)}"
         )
+        if searching := sum(float((s.facts.get("ledger") or {}).get("flops") or 0) for s in studies):
+            budget += f"; the studies trained {power(searching)} FLOPs besides"
         yield "C1", "Parameters, budget, infrastructure", budget
     space = "; ".join(f"{s.name}: {len(s.trials)} trials over {', '.join(s.fact('space') or s.searched)}" for s in studies)
     trials = sum(len(s.trials) for s in studies)

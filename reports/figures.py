@@ -582,7 +582,9 @@ LEDGER = ("asked", "trained", "reused", "wasted")
 
 
 def ledger(study: Study) -> dict[str, float]:
-    """Sums over the trials."""
+    """Of all that a study trained, its evidence too; where an export does not say, sums over the trials."""
+    if whole := study.facts.get("ledger"):
+        return {k: float(whole[k]) for k in LEDGER if whole.get(k) is not None}
     given = {k: [float(t[k]) for t in study.trials if t.get(k) is not None] for k in LEDGER}
     return {k: sum(found) for k, found in given.items() if found}
 

@@ -351,6 +351,9 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
         "reused": 10 * n,
         "wasted": 10 * (pruned + len(failed)),
     }
+    all_of_it = {"asked": 9000, "trained": 8000, "reused": 1000, "wasted": 70}
+    s.facts["ledger"] = all_of_it | {"flops": 1e12}
+    assert figures.ledger(s) == all_of_it, "what confirms the trials was trained too"
     ((rung, pairs, rho, _),) = figures.rungs(s)
     first = [json.loads(t["scores"])["0"] for t in s.whole]
     assert (rung, pairs) == (0, n) and rho == stats.spearman(first, [t["value"] for t in s.whole]) and rho is not None and rho < 1
