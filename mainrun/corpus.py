@@ -33,6 +33,7 @@ import numpy as np
 
 from mainrun.config import TASK, TrainConfig
 from mainrun.errors import CorpusError, DiskFull, HubError, nearest
+from mainrun.host import cache_dir
 
 HUB_REPO = "julien040/hacker-news-posts"
 HUB_REVISIONS = {  # the first is newer; the task's public figures are about the second
@@ -105,12 +106,6 @@ def fingerprint(titles: Iterable[str]) -> str:
         data = title.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def cache_dir() -> Path:
-    if own := os.environ.get("MAINRUN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mainrun"
 
 
 # -- selection

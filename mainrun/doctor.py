@@ -127,7 +127,7 @@ def _allocator() -> Check:
 
 
 def _disk(out: Path) -> Iterator[Check]:
-    from mainrun.corpus import cache_dir
+    from mainrun.host import cache_dir
 
     for name, place, fix in (("disk: runs", out, "--out"), ("disk: cache", cache_dir(), "MAINRUN_CACHE")):
         there = place.absolute()

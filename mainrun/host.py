@@ -76,6 +76,12 @@ def cxx() -> tuple[str, str]:
     return found, "" if header.is_file() else f"{found}, but no {header}"
 
 
+def cache_dir() -> Path:
+    if own := os.environ.get("MAINRUN_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mainrun"
+
+
 def tune_allocator() -> str:
     """Let glibc keep a step's memory for the next one: else each step maps its large tensors anew, page by page. No bit changes.
 

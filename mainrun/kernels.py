@@ -1,7 +1,7 @@
 """Parts of a step that are faster by hand than torch's own, most of all on a CPU; each is held against torch's in the tests.
 
 In eager mode they save passes over memory. A compiler would fuse most of that away, but its exp and erf are slow on a CPU: what
-is marked `whole` it calls, and does not look into.
+is marked `whole` it calls, and does not look into; in bfloat16 that is C++ of our own (native.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mainrun import native
 from mainrun.host import cpu_flags
 
 # AMX multiplies tiles as they lie; an operand that has to be turned on the way halves its speed
@@ -21,9 +22,9 @@ TILES = "AMX bf16" in cpu_flags()
 WIDE = 2048  # from where on that shows
 
 
-def whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function; while compiling for a CPU, as one operation of that name."""
-    op = torch.library.custom_op(f"mainrun::{function.__name__}", function, mutates_args=())
+def whole(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The function; while compiling for a CPU, as one operation of that name, which may do the same in C++."""
+    op = torch.library.custom_op(f"mainrun::{function.__name__.strip('_')}", compiled or function, mutates_args=())
     op.register_fake(function)
     return lambda *args: op(*args) if torch.compiler.is_compiling() and args[0].device.type == "cpu" else function(*args)
 
@@ -133,19 +134,25 @@ def gelu(x: Tensor) -> Tensor:
 # -- attention
 
 
-@whole
-def attend_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
     weights = (q @ k.mT).add_(bias).softmax(dim=-1)
     # the scale on the way out, where there are fewer numbers
     return weights @ v if mask is None else ((weights * mask) @ v).mul_(scale), weights
 
 
-@whole
-def attend_backward(
+def _forward_native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
+    if q.dtype != torch.bfloat16 or native.library() is None:
+        return _forward(q, k, v, bias, mask, scale)
+    weights, dropped = native.softmax(q @ k.mT, bias, mask)
+    return dropped @ v if mask is None else (dropped @ v).mul_(scale), weights
+
+
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor,
     weights: Tensor,
     mask: Tensor | None,
     scale: float,
@@ -159,11 +166,31 @@ def attend_backward(
     return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
 
 
+def _backward_native(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.dtype != torch.bfloat16 or native.library() is None:
+        return _backward(grad, q, k, v, bias, weights, mask, scale)
+    grad = grad if mask is None else grad * scale
+    score_grad, dropped = native.softmax_backward(grad @ v.mT, weights, bias, mask)
+    return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
+
+
+attend_forward, attend_backward = whole(_forward, _forward_native), whole(_backward, _backward_native)
+
+
 class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         y, weights = attend_forward(q, k, v, bias, mask, scale)
-        ctx.save_for_backward(q, k, v, weights, mask)
+        ctx.save_for_backward(q, k, v, bias, weights, mask)
         ctx.scale = scale
         found: Tensor = y
         return found
@@ -190,7 +217,12 @@ class CrossEntropy(torch.autograd.Function):
     """Mean cross entropy of rows of logits, some rows at a time: they stay in the cache, and no float32 copy of all of them is made."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, compiled: bool) -> tuple[Tensor, Tensor]:
+        if compiled and logits.dtype == torch.bfloat16 and not smoothing:
+            each, ctx.grad = native.cross_entropy(logits.contiguous(), target.contiguous())
+            plain = each.mean().float()
+            ctx.mark_non_differentiable(plain)
+            return plain.clone(), plain
         (rows, vocab), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
         ctx.grad = torch.empty_like(logits)
         plain, even = torch.zeros(2, dtype=torch.float64, device=logits.device)  # of many rows, so that their number does not show
@@ -212,16 +244,16 @@ class CrossEntropy(torch.autograd.Function):
         return loss, plain
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad, ctx.grad = ctx.grad, None  # nobody else holds it, so it goes as soon as it is used
         if grad.is_cuda or grads[0] != 1:  # a pass over all of it; to ask a GPU would be to wait for it
             grad.mul_(grads[0])
-        return grad, None, None
+        return grad, None, None, None
 
 
-def cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """What is descended, and the plain cross entropy in it."""
-    found: tuple[Tensor, Tensor] = CrossEntropy.apply(logits, target, smoothing)
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    """What is descended, and the plain cross entropy in it. compiled: in C++, where native.py has that."""
+    found: tuple[Tensor, Tensor] = CrossEntropy.apply(logits, target, smoothing, compiled)
     return found
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mainrun import native
 from mainrun.config import Plan, TrainConfig
 from mainrun.errors import ConfigError
 from mainrun.host import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
@@ -77,8 +78,10 @@ class Machine:
             "compile": self.compile,
         }
         self.facts |= {"limits": cpu_limits()} if cpu_limits() else {}
+        self.half = cfg.dtype == "bfloat16"
         if self.compile:
-            self.facts["compiler"], self.why = compiler(name), "compiling, which may take some minutes; a stop waits for it"
+            self.why = "compiling, which may take some minutes; a stop waits for it"
+            self.facts |= self._compiled()
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """Settle compile=auto for the run that is planned. By its length, not by a stopwatch: that would give other bits on another day."""
@@ -86,8 +89,16 @@ class Machine:
             costs, saves = compile_balance(cfg, plan, self)
             self.compile = saves > costs and bool(compiler(self.device.type))
             if self.compile:
-                self.facts |= {"compile": True, "compiler": compiler(self.device.type)}
+                self.facts |= self._compiled()
                 self.why = f"compiling: about {costs:.0f} s, to save about {saves:.0f} s (--set compile=off: without); a stop waits for it"
+
+    @property
+    def native(self) -> bool:
+        """The loss and attention of a compiled step in C++ of our own."""
+        return self.compile and self.half and self.device.type == "cpu" and native.library() is not None
+
+    def _compiled(self) -> dict[str, Any]:
+        return {"compile": True, "compiler": compiler(self.device.type)} | ({"native": True} if self.native else {})
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -209,10 +220,11 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
 def _source() -> str:
     found = hashlib.sha256()
     here = Path(__file__).parent
-    names = ["config", "host", "corpus", "kernels", "machine", "recorded", "scoring", "sitting", "synthetic", "tokens", "train"]
+    names = ["config", "host", "corpus", "kernels", "machine", "native", "recorded", "scoring", "sitting", "synthetic", "tokens", "train"]
     names += [f"growth/{name}" for name in ("schedule", "live", "operators", "moments", "verify")]
     for path in (*(here / f"{name}.py" for name in names), *sorted(here.glob("layers/*.py"))):
         found.update(hashlib.sha256(path.read_bytes()).digest())
+    found.update(native.SOURCE.read_bytes())
     return found.hexdigest()
 
 

@@ -274,7 +274,7 @@ class TokenData:
 
 def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
     """The tokenizer and the streams of a config, from the cache or fitted now (dev titles never enter the fit)."""
-    from mainrun.corpus import cache_dir
+    from mainrun.host import cache_dir
 
     entry = cache_dir() / "tokens" / _key(cfg, corpus)
     found = _load(entry)

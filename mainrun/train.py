@@ -283,10 +283,12 @@ def mix(*parts: object) -> int:
 # The loss
 
 
-def compute_loss(model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None) -> tuple[Tensor, Tensor]:
+def compute_loss(
+    model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
+) -> tuple[Tensor, Tensor]:
     """What is descended, and the plain cross entropy in it (nats per token), which is what is logged."""
     if not inputs.rdrop:
-        return cross_entropy(model(x, pool).flatten(0, 1), y.flatten(), inputs.label_smoothing)
+        return cross_entropy(model(x, pool).flatten(0, 1), y.flatten(), inputs.label_smoothing, native)
     # R-Drop: the same rows under two dropout masks; both must predict the target, and agree with each other
     logp = F.log_softmax(model(torch.cat([x, x]), pool).float().flatten(0, 1), dim=-1)  # (2BT, V)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
@@ -533,7 +535,7 @@ class Stepper:
             pool = machine.masks(places, micro)
             last = micro == inputs.grad_accum - 1
             with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
-                loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool)
+                loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool, machine.native)
                 (loss / inputs.grad_accum).backward()
             total += plain / inputs.grad_accum
             del loss, pool  # what they hold is not needed beside the next micro-batch

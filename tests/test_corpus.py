@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mainrun.config import from_dict
-from mainrun.corpus import Corpus, cache_dir, fingerprint, load_corpus
+from mainrun.corpus import Corpus, fingerprint, load_corpus
 from mainrun.errors import CorpusError
+from mainrun.host import cache_dir
 
 TITLES = [f"Title {i}, “quoted” and plain" for i in range(50)]
 

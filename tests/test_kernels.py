@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mainrun import kernels, machine
+from mainrun import kernels, machine, native
 from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm, turned
 
 COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
@@ -159,3 +160,114 @@ def test_a_chance_that_is_zero_by_rounding_costs_much_and_not_infinity() -> None
     assert torch.equal(logits.grad, torch.tensor([[-0.5, 0.5], [0.25, -0.25]]))
     broken, _ = cross_entropy(torch.tensor([[0.0, torch.inf]]), torch.tensor([0]), 0.0)
     assert not torch.isfinite(broken), "a number that is none stays none"
+
+
+# -- in C++
+
+
+NATIVE = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler that makes native.cpp")
+HALF = torch.bfloat16
+
+
+def on(threads: int, work: Callable[[], Any]) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return work()
+    finally:
+        torch.set_num_threads(before)
+
+
+def close(found: Tensor, exact: Tensor) -> bool:
+    """Rounded once: within half a unit of bfloat16's last place, and the little that float32 adds."""
+    return torch.allclose(found.double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
+
+
+@NATIVE
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 7), (70, 1003), (64, 4096)])
+def test_the_loss_in_cpp_is_the_formula(rows: int, vocab: int) -> None:
+    logits, target = some(rows, vocab, dtype=HALF) * 8, torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1))
+    exact = logits.double().requires_grad_()
+    right = F.cross_entropy(exact, target, reduction="none")
+    right.mean().backward()
+    one, two = (on(threads, lambda: native.cross_entropy(logits, target)) for threads in (1, 2))
+    assert exact.grad is not None
+    assert torch.allclose(one[0], right, rtol=1e-6, atol=1e-6) and close(one[1].double() * rows, exact.grad * rows)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), "threads do not show"
+
+
+@NATIVE
+def test_the_loss_in_cpp_at_its_edges() -> None:
+    minus = -torch.inf
+    logits = torch.tensor([[0.0, 200.0, minus], [0.0, 0.0, minus], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=HALF)
+    loss, grad = native.cross_entropy(logits, torch.tensor([0, 1, 0, 1]))
+    assert loss[0] == 200 and loss[1].item() == pytest.approx(0.693147, abs=1e-6)
+    assert torch.equal(grad[:2] * 4, torch.tensor([[-1.0, 1.0, 0.0], [0.5, -0.5, 0.0]], dtype=HALF)), "what cannot be has no gradient"
+    assert not torch.isfinite(loss[2:]).any(), "a number that is none stays none"
+
+
+@NATIVE
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("size", [5, 77])
+@pytest.mark.parametrize("kind", ["causal", "titles", "all"])
+def test_attention_in_cpp_is_the_formula(p: float, size: int, kind: str) -> None:
+    seen = torch.ones(size, size, dtype=torch.bool)
+    if kind != "all":
+        seen = seen.tril()
+    if kind == "titles":
+        title = torch.arange(2 * size).view(2, size) // 3
+        seen = (seen & (title.unsqueeze(2) == title.unsqueeze(1))).unsqueeze(1)
+    bias = torch.zeros_like(seen, dtype=HALF).masked_fill_(~seen, -torch.inf)
+    mask = (some(2, 3, size, size, seed=4) > -0.7).to(torch.uint8) if p else None
+    scores, upstream = some(2, 3, size, size, dtype=HALF) * 3, some(2, 3, size, size, seed=5, dtype=HALF)
+
+    def ours() -> tuple[Tensor, ...]:
+        weights, dropped = native.softmax(scores.clone(), bias, mask)
+        return weights, dropped, *native.softmax_backward(upstream.clone(), weights, bias, mask)
+
+    weights, dropped, grad, again = on(1, ours)
+    assert close(weights, (scores.double() + bias).softmax(-1)) and weights[~seen.expand_as(weights)].abs().sum() == 0
+    keep = torch.ones_like(weights) if mask is None else mask
+    assert torch.equal(dropped, weights * keep) and torch.equal(again, dropped)
+    wide, kept = weights.double(), upstream.double() * keep
+    assert close(grad, wide * (kept - (kept * wide).sum(-1, keepdim=True)))
+    assert all(torch.equal(a, b) for a, b in zip((weights, dropped, grad, again), on(2, ours), strict=True)), "threads do not show"
+
+
+@NATIVE
+@COMPILER
+def test_a_compiled_step_in_bfloat16_takes_them_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    real = native._call
+    monkeypatch.setattr(native, "_call", lambda name, *args: (taken.append(name), real(name, *args))[1])
+    q, k, v = (some(2, 3, 5, 4, seed=i, dtype=HALF) for i in range(3))
+    bias, mask = CAUSAL.to(HALF), torch.ones(2, 3, 5, 5, dtype=torch.uint8)
+    torch._dynamo.reset()
+    for way in (torch.compile(lambda *t: attend(*t, bias, mask, 0.5)), lambda *t: attend(*t, bias, mask, 0.5)):
+        both(way, lambda *t: reference(*(x.float() for x in t), bias.float(), mask, 0.5), q, k, v)
+    assert taken == ["softmax", "softmax_backward"], "the compiled one, not the eager one"
+    logits, target = some(6, 50, dtype=HALF), torch.arange(6)
+    for args in ((0.0, True), (0.0, False), (0.1, True)):
+        cross_entropy(logits, target, *args)
+    cross_entropy(logits.float(), target, 0.0, True)
+    assert taken[2:] == ["cross_entropy"]
+
+
+@NATIVE
+def test_the_library_is_made_once_and_made_again_where_it_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
+    make = native.library.__wrapped__
+    assert make() is not None
+    (kept,) = (tmp_path / "cache" / "native").iterdir()
+    size, when = kept.stat().st_size, kept.stat().st_mtime_ns
+    assert make() is not None and kept.stat().st_mtime_ns == when
+    torn = tmp_path / "other" / "native" / kept.name  # a file that was loaded once is not read again
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "other"))
+    assert make() is not None and torn.stat().st_size == size
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "file"))
+    assert make() is not None, "a cache that cannot be written"
+    monkeypatch.setenv("CXX", "false")
+    assert make() is None, "a compiler that cannot"
