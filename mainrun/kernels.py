@@ -134,20 +134,20 @@ def gelu(x: Tensor) -> Tensor:
 # -- attention
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
+def _attend_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
     weights = (q @ k.mT).add_(bias).softmax(dim=-1)
     # the scale on the way out, where there are fewer numbers
     return weights @ v if mask is None else ((weights * mask) @ v).mul_(scale), weights
 
 
-def _forward_native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
+def _attend_forward_native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
     if q.dtype != torch.bfloat16 or native.library() is None:
-        return _forward(q, k, v, bias, mask, scale)
+        return _attend_forward(q, k, v, bias, mask, scale)
     weights, dropped = native.softmax(q @ k.mT, bias, mask)
     return dropped @ v if mask is None else (dropped @ v).mul_(scale), weights
 
 
-def _backward(
+def _attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -166,7 +166,7 @@ def _backward(
     return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
 
 
-def _backward_native(
+def _attend_backward_native(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -177,13 +177,13 @@ def _backward_native(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.dtype != torch.bfloat16 or native.library() is None:
-        return _backward(grad, q, k, v, bias, weights, mask, scale)
+        return _attend_backward(grad, q, k, v, bias, weights, mask, scale)
     grad = grad if mask is None else grad * scale
     score_grad, dropped = native.softmax_backward(grad @ v.mT, weights, bias, mask)
     return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
 
 
-attend_forward, attend_backward = whole(_forward, _forward_native), whole(_backward, _backward_native)
+attend_forward, attend_backward = whole(_attend_forward, _attend_forward_native), whole(_attend_backward, _attend_backward_native)
 
 
 class Attend(torch.autograd.Function):

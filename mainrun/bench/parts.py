@@ -28,7 +28,7 @@ BY_NAME = {
     "optimiser": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
     "GEMM": ("aten::mm", "aten::addmm", "aten::linear", "_linear_pointwise", "mkldnn_linear", "cpp_packed_gemm", "gemm"),
-    "attention": ("softmax", "bmm", "attention"),
+    "attention": ("softmax", "bmm", "attention", "attend_"),
     "dropout": ("bernoulli", "random_", "dropout"),
     "norm": ("layer_norm", "rms_norm", "rmsnorm", "rootmeansquare", "layernorm", "rsqrt"),
 }
