@@ -404,7 +404,8 @@ def test_more_ids_are_exact_behind_their_mask_alone() -> None:
     assert new.embed.num_embeddings == V + 11 and torch.equal(new.embed.weight[:V], model.embed.weight)
     with torch.no_grad():
         before, logits = model(IDX), new(IDX)
-        assert torch.equal(logits[..., :V], before) and (logits[..., V:] == -torch.inf).all()
+        assert torch.allclose(logits[..., :V], before, rtol=0, atol=1e-12)  # a wider product may add up in another order
+        assert (logits[..., V:] == -torch.inf).all()
         new.cfg = new.cfg.changed(unused_ids=0)  # as soon as they are used
         open_ = new(IDX)
     rise = before.log_softmax(-1)[..., 0] - open_.log_softmax(-1)[..., 0]

@@ -181,9 +181,9 @@ def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(tmp_path: Pat
     drawn = []
     original = trainer.compute_loss
 
-    def spy(model: Any, x: Any, y: Any, inputs: Any, pool: Any) -> Any:
+    def spy(model: Any, x: Any, y: Any, inputs: Any, pool: Any, *rest: Any) -> Any:
         drawn.append(pool.numpy().tobytes())
-        return original(model, x, y, inputs, pool)
+        return original(model, x, y, inputs, pool, *rest)
 
     monkeypatch.setattr(trainer, "compute_loss", spy)
     train(config(grad_accum=2), tmp_path)
