@@ -620,7 +620,7 @@ def test_trials_that_differ_in_their_seed_alone_claim_nothing(tmp_path: Path, mo
     from mainrun.train import train
 
     evidence = {"seeds": 5, "noise_seeds": 5, "best": 2}
-    search = searched(tmp_path, AtOnce(1), set=SET | {"epochs": 3}, rungs=None, budget={"trials": 6}, evidence=evidence)
+    search = searched(tmp_path, AtOnce(1), set=SET | {"epochs": 1}, rungs=None, budget={"trials": 6}, evidence=evidence)
     base = search.base
     seeds = (base.model_copy(update={"seed": 5000 + i}) for i in range(20 * 20))
     scores = [train(cfg, tmp_path / "null")["scores"]["dev"]["last"]["full"] for cfg in seeds]
