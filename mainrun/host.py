@@ -93,7 +93,8 @@ def tune_allocator() -> str:
     if library != "glibc":
         return f"default ({library or 'this C library'} cannot be tuned)"
     mallopt = ctypes.CDLL(None).mallopt
-    # mmap_max 0 and trim_threshold -1: nothing is given back; top_pad: the heap grows in large steps; arena_max: and is one
-    settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20), "arena_max": (-8, 1)}
+    # mmap_max 0 and trim_threshold -1: nothing is given back; top_pad: the heap grows in large steps. Threads keep heaps of their own:
+    # in a single one those of a tokenizer would wait for each other, and a step would gain nothing
+    settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
     return f"glibc {version}, tuned" + (f" but for {', '.join(refused)}" if refused else "")

@@ -211,14 +211,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p
 
 # Numbers of logits at a time: what a CPU's cache holds; on a GPU as many as keep it busy
 CHUNK = {"cpu": 1_000_000, "cuda": 50_000_000}
+WIDEST = 2**16  # of a vocabulary in native_gpu.py: a row is held in one program's registers
 
 
 class CrossEntropy(torch.autograd.Function):
     """Mean cross entropy of rows of logits, some rows at a time: they stay in the cache, and no float32 copy of all of them is made."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, compiled: bool) -> tuple[Tensor, Tensor]:
-        if compiled and logits.dtype == torch.bfloat16 and not smoothing:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, by_hand: bool) -> tuple[Tensor, Tensor]:
+        if by_hand:
             each, ctx.grad = native.cross_entropy(logits.contiguous(), target.contiguous())
             plain = each.mean().float()
             ctx.mark_non_differentiable(plain)
@@ -251,9 +252,36 @@ class CrossEntropy(torch.autograd.Function):
         return grad, None, None, None
 
 
-def cross_entropy(logits: Tensor, target: Tensor, smoothing: float, compiled: bool = False) -> tuple[Tensor, Tensor]:
-    """What is descended, and the plain cross entropy in it. compiled: in C++, where native.py has that."""
-    found: tuple[Tensor, Tensor] = CrossEntropy.apply(logits, target, smoothing, compiled)
+class CrossEntropyOnGpu(torch.autograd.Function):
+    """The same in a kernel each way. How much of the gradient is asked for stays on the device: to look at it would be to wait for it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        from mainrun import native_gpu
+
+        logits, target = logits.contiguous(), target.contiguous()
+        each, log_sum = native_gpu.cross_entropy(logits, target)
+        ctx.save_for_backward(logits, target, log_sum)
+        plain = each.mean(dtype=torch.float64).float()
+        ctx.mark_non_differentiable(plain)
+        return plain.clone(), plain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        from mainrun import native_gpu
+
+        logits, target, log_sum = ctx.saved_tensors
+        return native_gpu.cross_entropy_backward(logits, target, log_sum, grads[0]), None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float, by_hand: bool = False) -> tuple[Tensor, Tensor]:
+    """What is descended, and the plain cross entropy in it. by_hand: in kernels of our own, where there are some for such logits."""
+    found: tuple[Tensor, Tensor]
+    by_hand = by_hand and logits.dtype == torch.bfloat16 and not smoothing
+    if by_hand and logits.is_cuda and logits.size(-1) <= WIDEST:
+        found = CrossEntropyOnGpu.apply(logits, target)
+    else:
+        found = CrossEntropy.apply(logits, target, smoothing, by_hand and not logits.is_cuda)
     return found
 
 

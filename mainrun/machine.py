@@ -79,6 +79,8 @@ class Machine:
         }
         self.facts |= {"limits": cpu_limits()} if cpu_limits() else {}
         self.half = cfg.dtype == "bfloat16"
+        self.triton = compiler(name) if name == "cuda" and self.half and not cxx()[1] else ""  # it compiles, too
+        self.facts |= {"native": self.triton} if self.triton else {}
         if self.compile:
             self.why = "compiling, which may take some minutes; a stop waits for it"
             self.facts |= self._compiled()
@@ -94,11 +96,11 @@ class Machine:
 
     @property
     def native(self) -> bool:
-        """The loss and attention of a compiled step in C++ of our own."""
-        return self.compile and self.half and self.device.type == "cpu" and native.library() is not None
+        """The loss of a step in kernels of our own: on a GPU in Triton; on a CPU in C++, if it is compiled, and attention too."""
+        return bool(self.triton) or (self.compile and self.half and self.device.type == "cpu" and native.library() is not None)
 
     def _compiled(self) -> dict[str, Any]:
-        return {"compile": True, "compiler": compiler(self.device.type)} | ({"native": True} if self.native else {})
+        return {"compile": True, "compiler": compiler(self.device.type)} | ({"native": True} if self.native and not self.triton else {})
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -209,7 +211,7 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
     weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
     flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes
     if machine.device.type == "cuda":
-        return 20 + 4 * cfg.n_layer, 0.3 * flops / 2e14
+        return 10 + 3 * cfg.n_layer, 0.3 * flops / 2e14
     half, rms = cfg.dtype == "bfloat16", cfg.norm == "rmsnorm"
     speed = machine.threads * (4.7e11 if half and TILES else 1.5e11 if half else 6e10)
     # what there is to fuse, most of it in RMSNorm; beside AMX's products it weighs more, beside those in float32 nothing
@@ -220,7 +222,8 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
 def _source() -> str:
     found = hashlib.sha256()
     here = Path(__file__).parent
-    names = ["config", "host", "corpus", "kernels", "machine", "native", "recorded", "scoring", "sitting", "synthetic", "tokens", "train"]
+    names = ["config", "host", "corpus", "kernels", "machine", "native", "native_gpu"]
+    names += ["recorded", "scoring", "sitting", "synthetic", "tokens", "train"]
     names += [f"growth/{name}" for name in ("schedule", "live", "operators", "moments", "verify")]
     for path in (*(here / f"{name}.py" for name in names), *sorted(here.glob("layers/*.py"))):
         found.update(hashlib.sha256(path.read_bytes()).digest())

@@ -33,6 +33,7 @@ import numpy as np
 
 from mainrun.config import Stretch, TrainConfig
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
+from mainrun.host import cores
 
 if TYPE_CHECKING:
     from mainrun.corpus import Corpus
@@ -67,7 +68,7 @@ class Tokenizer:
         if self.kind == "bpe":
             rows: Iterable[list[int]] = (e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False))
         else:
-            rows = self._library.encode(texts, out_type=int, num_threads=os.cpu_count() or 1)
+            rows = self._library.encode(texts, out_type=int, num_threads=cores())
         return np.fromiter(itertools.chain.from_iterable(_closed(rows)), dtype=self.dtype)
 
     def titles(self, stream: np.ndarray | Sequence[int]) -> list[str]:

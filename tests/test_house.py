@@ -35,8 +35,9 @@ MAY_IMPORT = {
     "mainrun.synthetic": "",
     "mainrun.config": "mainrun.errors mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
     "mainrun.host": "",
-    "mainrun.kernels": "mainrun.native mainrun.host",
+    "mainrun.kernels": "mainrun.native mainrun.native_gpu mainrun.host",
     "mainrun.native": "mainrun.host",
+    "mainrun.native_gpu": "",
     "mainrun.recorded": "",
     "mainrun.machine": "mainrun.kernels mainrun.native mainrun.recorded mainrun.host mainrun.config mainrun.errors",
     "mainrun.progress": "mainrun.config mainrun.errors",

@@ -271,3 +271,47 @@ def test_the_library_is_made_once_and_made_again_where_it_is_damaged(tmp_path: P
     assert make() is not None, "a cache that cannot be written"
     monkeypatch.setenv("CXX", "false")
     assert make() is None, "a compiler that cannot"
+
+
+# -- in Triton
+
+
+@pytest.fixture
+def triton_loss(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device that Triton's kernels run on: without a GPU a CPU, by its interpreter."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # which is asked for when it is imported
+    pytest.importorskip("triton", reason="Triton comes with torch for a GPU, and is not here")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 259), (7, 1003), (3, 4097), (2, 16000)])
+def test_the_loss_in_triton_is_the_formula(triton_loss: str, rows: int, vocab: int) -> None:
+    from mainrun import native_gpu
+
+    logits, target = some(rows, vocab, dtype=HALF).to(triton_loss) * 8, torch.arange(rows, device=triton_loss) * 37 % vocab
+    logits[:, -3:] = -torch.inf  # what unused ids have
+    exact = logits.double().requires_grad_()
+    right = F.cross_entropy(exact, target, reduction="none")
+    right.mean().mul(0.5).backward()
+    factor = torch.tensor(0.5, device=triton_loss)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        loss, log_sum = native_gpu.cross_entropy(logits, target)
+        return loss, native_gpu.cross_entropy_backward(logits, target, log_sum, factor)
+
+    (loss, grad), again = ours(), ours()
+    assert exact.grad is not None
+    assert torch.allclose(loss.double(), right, rtol=1e-5, atol=1e-5)
+    unit = 2**-8 if triton_loss == "cuda" else 2**-7  # the interpreter cuts off where a GPU rounds
+    assert torch.allclose(grad.double(), exact.grad, rtol=unit * 1.01, atol=1e-6)
+    assert torch.equal(grad[:, -3:], torch.zeros_like(grad[:, -3:])), "what cannot be has no gradient"
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
+
+
+def test_the_loss_in_triton_at_its_edges(triton_loss: str) -> None:
+    from mainrun import native_gpu
+
+    logits = torch.tensor([[0.0, 200.0, 0.0], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=HALF, device=triton_loss)
+    loss, _ = native_gpu.cross_entropy(logits, torch.tensor([0, 0, 1], device=triton_loss))
+    assert loss[0] == 200 and not torch.isfinite(loss[1:]).any(), "a number that is none stays none"
