@@ -20,6 +20,7 @@ from mainrun.corpus import Corpus
 from mainrun.errors import ConfigError, MainrunError, RunError
 from mainrun.growth.simulate import segments
 from mainrun.guards import Evidence, guards
+from mainrun.host import peak_memory
 from mainrun.machine import Machine, versions
 from mainrun.progress import Progress
 from mainrun.store import checkpoint
@@ -249,9 +250,7 @@ def peak() -> int:
     """The most memory that this process has had, in bytes: the GPU's where it has one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
 
 
 def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:

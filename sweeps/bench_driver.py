@@ -5,7 +5,6 @@ python -m sweeps.bench_driver [TRIALS [SAMPLER]]          10000 random
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from mainrun.host import peak_memory
 from sweeps.driver import Search, Trial
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger
@@ -40,10 +40,6 @@ class Untrained(Search):
         return Ledger()
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
-
-
 def bench(trials: int, sampler: str, folder: Path) -> Iterator[tuple[int, float, float, float]]:
     """Trials so far; milliseconds of each since the line before: of this process, and on the clock; its memory's peak in MB."""
     space = {"lr": {"low": 1e-3, "high": 0.1, "log": True}, "dropout": {"low": 0.0, "high": 0.3}}
@@ -52,11 +48,11 @@ def bench(trials: int, sampler: str, folder: Path) -> Iterator[tuple[int, float,
          "sampler": {"name": sampler}, "rungs": {"at": [0.25]}},
         "bench",
     )  # fmt: skip
-    seen = [(0, time.process_time(), time.monotonic(), peak())]
+    seen = [(0, time.process_time(), time.monotonic(), peak_memory() / 2**20)]
 
     def tick() -> None:
         if len(search.trials) >= len(seen) * trials / 10:
-            seen.append((len(search.trials), time.process_time(), time.monotonic(), peak()))
+            seen.append((len(search.trials), time.process_time(), time.monotonic(), peak_memory() / 2**20))
 
     search = Untrained(study, folder, AtOnce(), lambda text: None, tick)
     search.run()

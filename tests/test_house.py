@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.config mainrun.errors "
     "mainrun.train mainrun.machine",  # these two for their types alone
-    "mainrun.sitting": "mainrun.growth "
+    "mainrun.sitting": "mainrun.growth mainrun.host "
     "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
     "mainrun.config mainrun.errors mainrun.reuse mainrun.train",  # these two for their types alone
     "mainrun.reuse": "mainrun.growth mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # for its types alone

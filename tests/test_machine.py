@@ -68,6 +68,12 @@ def test_the_tuned_allocator_keeps_a_steps_memory() -> None:
     assert int(faults) < 100 and int(default_faults) > 20 * int(faults)
 
 
+def test_the_peak_is_this_processes_and_not_its_parents() -> None:
+    child = "from mainrun.host import peak_memory; print(peak_memory())"
+    held = f"import subprocess, sys; much = b'x' * 500_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert 5_000_000 < int(python(held)) < 100_000_000
+
+
 def test_the_allocator_changes_no_bit_and_stands_in_env_json(tmp_path: Path) -> None:
     found = []
     for name in ("tuned", "default"):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import resource
 import statistics
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Protocol, TextIO
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError, UsageError
-from mainrun.host import cores, tune_allocator
+from mainrun.host import cores, peak_memory, tune_allocator
 
 WARMUP = 2  # steps: the first compiles and maps the memory, the second finds all of it there
 TOKENS_A_TITLE = 14  # about; the plan's length decides whether compile=auto compiles
@@ -185,7 +184,7 @@ def peak(cuda: bool) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
 
 
 def serve(request: dict[str, Any], heard: queue.Queue[str], channel: TextIO) -> None:
