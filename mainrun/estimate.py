@@ -24,6 +24,7 @@ from mainrun.growth.schedule import Schedule
 from mainrun.growth.simulate import segments, size
 from mainrun.kernels import CHUNK, Muon
 from mainrun.machine import Machine, compile_balance
+from mainrun.recorded import WARM
 from mainrun.sitting import check_spans
 from mainrun.tokens import Batches, TokenData, prepare
 from mainrun.train import GPT, State, Stepper, build, compute_loss, drops
@@ -106,8 +107,10 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grow
         x, y = (machine.put(a) for a in batches.at(i))
         trial.step(x, y)
 
-    step(0)  # the first maps the memory
-    seconds = statistics.median(timed(lambda i=i: step(i)) for i in range(1, 1 + PROBED))  # type: ignore[misc]
+    warm = 1 + (WARM if trial.stepper.learn.on else 0)  # the first maps the memory; on a GPU a few go before what a run does is recorded
+    for i in range(warm):
+        step(i)
+    seconds = statistics.median(timed(lambda i=i: step(i)) for i in range(warm, warm + PROBED))  # type: ignore[misc]
     evaluation = sum(_evaluation(cfg, trial, data, split) for split in ("val", "dev") if split in data.splits)
     held = sum(t.numel() * t.element_size() for t in trial.state.tensors().values())
     saves = -(-plan.steps // plan.checkpoint_every)

@@ -23,7 +23,8 @@ CPU_FLAGS = {
 # each of them makes a library compute in another way
 CPU_LIMITS = (
     "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
-    "OMP_THREAD_LIMIT", "NVIDIA_TF32_OVERRIDE",
+    "OMP_THREAD_LIMIT", "NVIDIA_TF32_OVERRIDE", "TRITON_DEFAULT_FP_FUSION", "TRITON_INTERPRET", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT",
+    "TORCHINDUCTOR_MAX_AUTOTUNE",
 )  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def give_back() -> None:
 def peak_memory() -> int:
     """The most memory that this process has had, in bytes."""
     with suppress(OSError):  # what getrusage says begins on Linux with what the process that started this one had
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"VmHWM:"):
                 return 1024 * int(line.split()[1])
     import resource
 

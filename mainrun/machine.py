@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
@@ -49,15 +50,15 @@ class Machine:
         self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         self.threads = cfg.threads or cores()
         torch.set_num_threads(self.threads)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # another might choose other kernels
         torch.use_deterministic_algorithms(True)
         # torch's default costs a pass over every buffer and guards nothing here
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
+        if name == "cuda":
+            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            if name == "cuda":
-                torch.cuda.set_device(self.device)
             # the others wait while the leader tokenises or scores, which may take long
             dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
         self.allocator = tune_allocator()
@@ -66,7 +67,7 @@ class Machine:
         self.lag = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
         self.generators: list[torch.Generator] = []  # a GPU's, one a micro-batch
-        self.compile, self.why = cfg.compile == "on", ""
+        self.compile = cfg.compile == "on"
         self.facts = {
             "device": torch.cuda.get_device_name(self.device) if name == "cuda" else cpu_name(),
             "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *cpu_flags()]),
@@ -79,7 +80,7 @@ class Machine:
         }
         self.facts |= {"limits": cpu_limits()} if cpu_limits() else {}
         self.half = cfg.dtype == "bfloat16"
-        self.triton = compiler(name) if name == "cuda" and self.half and not cxx()[1] else ""  # it compiles, too
+        self.triton, self.why = triton_works(self.device) if name == "cuda" and self.half else ("", "")
         self.facts |= {"native": self.triton} if self.triton else {}
         if self.compile:
             self.why = "compiling, which may take some minutes; a stop waits for it"
@@ -199,9 +200,31 @@ def best_attention(cfg: TrainConfig, device: str) -> str:
 def compiler(device: str) -> str:
     """The first line of what the C++ compiler says of itself; for a GPU the one that comes with torch. Empty: none that works."""
     if device == "cuda":
-        return f"triton {importlib.metadata.version('triton')}" if importlib.util.find_spec("triton") else ""
+        if not importlib.util.find_spec("triton"):
+            return ""
+        import triton
+
+        return f"triton {triton.__version__}"
     found, problem = cxx()
     return "" if problem else subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+@cache
+def triton_works(device: torch.device) -> tuple[str, str]:
+    """Its version, if kernels of our own can be made and run there; else why a run goes without."""
+    try:
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise RuntimeError("a GPU of this age has no bfloat16")
+        from mainrun import native_gpu
+
+        logits, target = torch.zeros(1, 2, dtype=torch.bfloat16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        loss, log_sum = native_gpu.cross_entropy(logits, target)
+        native_gpu.cross_entropy_backward(logits, target, log_sum, loss[0])
+        torch.cuda.synchronize(device)
+    except Exception as e:  # not there, of another version, without a C compiler, without the driver's library: torch's own operations do
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        return "", f"the loss takes torch's own operations, which are slower: Triton does not work here ({reason})"
+    return compiler("cuda"), ""
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[float, float]:
@@ -211,7 +234,7 @@ def compile_balance(cfg: TrainConfig, plan: Plan, machine: Machine) -> tuple[flo
     weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
     flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes
     if machine.device.type == "cuda":
-        return 10 + 3 * cfg.n_layer, 0.3 * flops / 2e14
+        return 10 + 3 * cfg.n_layer, max(3e-4 * cfg.n_layer * plan.steps, 0.3 * flops / 2e14)
     half, rms = cfg.dtype == "bfloat16", cfg.norm == "rmsnorm"
     speed = machine.threads * (4.7e11 if half and TILES else 1.5e11 if half else 6e10)
     # what there is to fuse, most of it in RMSNorm; beside AMX's products it weighs more, beside those in float32 nothing

@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for each other on a busy machine; the tokens are the same
+
+# no machine is too slow: how long an example takes says how busy it is
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 REAL_TITLES = Path(__file__).parents[2] / "shared" / "data" / "hn_titles.txt"
 

@@ -237,7 +237,7 @@ def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
         assert done.exit_code == 2 and done.stderr == f"error: no file {path}; give a bundle that `mainrun submit` made\n"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.text(max_size=12), max_size=4).map("/".join))
 def test_a_name_without_fault_stays_in_its_folder(name: str) -> None:
     if not name_fault(name):
@@ -245,7 +245,7 @@ def test_a_name_without_fault_stays_in_its_folder(name: str) -> None:
         assert place.resolve().is_relative_to("/in") and str(place) == f"/in/{name}"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_no_flipped_byte_goes_unseen(data: st.DataObject) -> None:
     """Any one byte of a bundle changed: refused, or the files are not those of the manifest, or nothing that is read differs."""

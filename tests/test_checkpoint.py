@@ -62,7 +62,7 @@ def edit_meta(place: Path, change: Callable[[dict[str, Any]], Any], **dump: Any)
     raw=st.binary(min_size=8 * 64, max_size=8 * 64),
     transposed=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_bit_comes_back(
     tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, shape: list[int], raw: bytes, transposed: bool
 ) -> None:
@@ -213,7 +213,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, bytes]:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_changed_byte_is_detected(whole: dict[Path, bytes], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(whole)))
     at = data.draw(st.integers(0, len(whole[path]) - 1))

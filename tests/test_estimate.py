@@ -15,6 +15,7 @@ from mainrun.config import Plan, TrainConfig
 from mainrun.corpus import load_corpus
 from mainrun.estimate import PROBED, Live, memory
 from mainrun.machine import Machine
+from mainrun.recorded import WARM, Recorded
 from mainrun.tokens import prepare
 from mainrun.train import State, build
 
@@ -124,6 +125,23 @@ def test_a_probe_adds_up_its_parts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
     held = 4 * sum(p.numel() for p in build(cfg, 400).parameters())
     expected = 0.5 * plan.steps + (len(plan.eval_steps) + 1) * evaluation + held / estimate.DISK
     assert found["eta_seconds"] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_probe_on_a_gpu_times_steps_that_are_recorded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(compile="off")
+    machine, plan, data = planned(cfg)
+    launched: list[str] = []
+
+    def call(self: Recorded, key: Any, work: Any, *given: Any) -> Any:
+        launched.append("a step" if given else "its update")
+        return work(*given)
+
+    monkeypatch.setattr(Recorded, "__call__", call)
+    machine.recorded = lambda cfg: Recorded([], on=True)  # type: ignore[method-assign]
+    timed: list[int] = []
+    monkeypatch.setattr(estimate, "timed", lambda work: (timed.append(launched.count("a step")), work(), 1.0)[-1])
+    estimate.probed(cfg, machine, plan, data, 1.0)
+    assert timed[:PROBED] == [WARM + 1, WARM + 2, WARM + 3], "what is recorded at the call after the warm ones is replayed from the next on"
 
 
 def test_a_probe_does_not_compile(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 @given(architectures, st.integers(0, 100))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(name: str, fields: dict[str, Any], seed: int) -> None:
     model = shaken(config(**fields), seed)
     what = OPS[name](model.cfg)

@@ -81,7 +81,7 @@ def made(case: Made, fields: dict[str, Any]) -> Op:
 
 @pytest.mark.parametrize("name", EXACT)
 @given(architectures, st.integers(0, 1000))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_an_exact_op_keeps_the_function(name: str, fields: dict[str, Any], seed: int) -> None:
     what = replace(made(EXACT[name], fields), seed=seed)
     for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
@@ -96,7 +96,7 @@ def test_an_exact_op_keeps_the_function(name: str, fields: dict[str, Any], seed:
 
 @pytest.mark.parametrize("name", BIT_EXACT)
 @given(architectures, st.integers(0, 1000))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_a_bit_exact_op_keeps_every_bit(name: str, fields: dict[str, Any], seed: int) -> None:
     what = made(BIT_EXACT[name], fields)
     for dtype in (torch.float64, torch.float32):
@@ -112,7 +112,7 @@ def test_every_op_of_the_schedule_has_an_operator() -> None:
 
 
 @given(architectures)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_every_tensor_spans_spaces_of_its_own_shape(fields: dict[str, Any]) -> None:
     cfg = config(**fields)
     sizes = {
@@ -127,7 +127,7 @@ def test_every_tensor_spans_spaces_of_its_own_shape(fields: dict[str, Any]) -> N
 
 
 @given(architectures, st.lists(st.integers(0, 1), min_size=1, max_size=5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_map_of_layers_is_followed_exactly(fields: dict[str, Any], sources: list[int]) -> None:
     model = shaken(config(**fields | {"n_layer": 2}))
     new, _ = grown(model, op("stack_layers", tuple(sources)))

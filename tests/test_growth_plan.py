@@ -103,7 +103,6 @@ def shapes(draw: st.DrawFn) -> TrainConfig:
         raise
 
 
-@settings(deadline=None)
 @given(shapes())
 def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
     with torch.device("meta"):
@@ -116,7 +115,7 @@ def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
     assert found.flops == flops_per_token(cfg, model)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shapes(), st.sampled_from([("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("muon", 0.9)]))
 def test_the_moments_are_the_optimisers(cfg: TrainConfig, kind: tuple[str, float]) -> None:
     cfg = cfg.changed(optimizer=kind[0], momentum=kind[1])

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "mainrun.native": "mainrun.host",
     "mainrun.native_gpu": "",
     "mainrun.recorded": "",
-    "mainrun.machine": "mainrun.kernels mainrun.native mainrun.recorded mainrun.host mainrun.config mainrun.errors",
+    "mainrun.machine": "mainrun.kernels mainrun.native mainrun.native_gpu mainrun.recorded mainrun.host mainrun.config mainrun.errors",
     "mainrun.progress": "mainrun.config mainrun.errors",
     "mainrun.store": "mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "mainrun.bench": "mainrun.kernels "
     "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
     "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
-    "mainrun.estimate": "mainrun.kernels mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.growth "
+    "mainrun.estimate": "mainrun.kernels mainrun.recorded mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.growth "
     "mainrun.machine "
     "mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",

@@ -31,7 +31,7 @@ LATE: dict[str, Any] = {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2,
     st.sampled_from(["gelu", "swiglu"]),
     st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_token_goes_through_its_top_k(experts: int, k: int, router_weights: str, mlp: str, seed: int) -> None:
     cfg = config(experts=max(experts, k), top_k=k, router_weights=router_weights, mlp=mlp)
     moe: Any = shaken(cfg, seed).blocks[0].mlp

@@ -451,7 +451,7 @@ def told_twice(draw: st.DrawFn) -> tuple[Plan, Plan]:
     return one, other
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(told_twice())
 def test_runs_with_the_same_keys_read_the_same_tokens(plans: tuple[Plan, Plan]) -> None:
     """Where a step reads is in no key: it must follow from the sizes of the steps before it, by whatever ops they came about."""

@@ -363,11 +363,13 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tiny: Tiny, tmp
     assert summary["spent"]["compile"] > 0.1, "its seconds are told apart"
 
 
-def test_the_gpu_path(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
     """The same run twice: the same bits; and the same scores as a CPU's, nearly."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch sees none here")
-    cfg = tiny(device="cuda", dropout=0.1, attn_dropout=0.0, dtype="bfloat16")
+    cfg = tiny(device="cuda", dropout=0.1, grad_accum=2, dtype="bfloat16", compile=compiled)
+    assert Machine(cfg).facts["native"], "the loss in Triton"
     for name in "ab":
         train(cfg, tmp_path / name)
     a, b = (RunDir(tmp_path / name / cfg.run_id) for name in "ab")

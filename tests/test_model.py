@@ -337,7 +337,7 @@ architectures = st.fixed_dictionaries(
 
 
 @given(architectures, st.booleans(), st.integers(1, T - 1), st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, at: int, seed: int) -> None:
     model, idx = shaken(config(**fields, title_mask=title_mask), seed), some_titles(seed=seed)
     changed = idx.clone()
@@ -349,7 +349,7 @@ def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, a
 
 
 @given(architectures, st.integers(1, T - 1), st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_title_mask_hides_earlier_titles(fields: dict[str, Any], start: int, seed: int) -> None:
     """A title is told from its <eos> on; the words before that cannot be seen with the mask, and can without."""
     idx = some_titles(seed=seed)

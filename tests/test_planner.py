@@ -32,7 +32,7 @@ def deepest(keys: list[str], stored: set[str]) -> int:
 
 
 @given(batches())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_step_is_trained_once_and_none_besides(batch: tuple[dict[str, list[str]], set[str]]) -> None:
     chains, stored = batch
     found = plan(chains, stored)
@@ -45,7 +45,7 @@ def test_every_step_is_trained_once_and_none_besides(batch: tuple[dict[str, list
 
 
 @given(batches())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_part_has_a_beginning_when_its_turn_comes(batch: tuple[dict[str, list[str]], set[str]]) -> None:
     """At a root, at what the store has, or where one before it left a node."""
     chains, stored = batch
@@ -64,7 +64,7 @@ def test_every_part_has_a_beginning_when_its_turn_comes(batch: tuple[dict[str, l
 
 
 @given(batches(), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_run_that_goes_on_by_itself_trains_the_rest_and_leaves_nothing_before(
     batch: tuple[dict[str, list[str]], set[str]], data: st.DataObject
 ) -> None:
@@ -89,7 +89,7 @@ def test_whoever_is_done_trains_nothing_and_others_train_without_it() -> None:
 
 
 @given(batches())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_of_those_that_are_ready_the_longest_way_goes_first(batch: tuple[dict[str, list[str]], set[str]]) -> None:
     found = plan(*batch)
 
@@ -105,7 +105,7 @@ def test_of_those_that_are_ready_the_longest_way_goes_first(batch: tuple[dict[st
 
 
 @given(batches())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_plan_is_the_same_in_whatever_order_the_runs_are_given(batch: tuple[dict[str, list[str]], set[str]]) -> None:
     chains, stored = batch
     assert plan(dict(reversed(chains.items())), stored) == plan(chains, stored)

@@ -119,7 +119,7 @@ def test_the_bar_shows_step_loss_best_rate_eta() -> None:
 
 
 @given(st.integers(1, 250), st.integers(1, 10**9), st.floats(0, 1e6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_bar_is_one_line_on_any_terminal(width: int, steps: int, loss: float) -> None:
     it, _ = bar(width)
     Lines.start(it, TrainConfig(), {"steps": steps, "tokens_per_step": 8192})

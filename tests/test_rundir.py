@@ -248,7 +248,7 @@ values = st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
     st.integers(0, 8),
     st.binary(max_size=12),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_mark_brings_back_exactly_the_rows_before_it(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], at: int, torn: bytes
 ) -> None:

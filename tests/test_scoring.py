@@ -79,7 +79,7 @@ def naive_official(model: nn.Module, tokens: list[int], rows: int, length: int) 
     return total, targets
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(2, 90), block_size=st.integers(1, 16), rows=st.integers(1, 4), length=st.integers(1, 16), seed=st.integers(0, 9))
 def test_both_scores_are_the_formula(model: Attention, n: int, block_size: int, rows: int, length: int, seed: int) -> None:
     length = min(length, block_size)
@@ -113,7 +113,7 @@ class ById(nn.Module):
         return self.table.expand(*idx.shape, self.vocab)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(3, 400), block_size=st.integers(2, 64))
 def test_every_token_is_a_target_exactly_once(n: int, block_size: int) -> None:
     tokens = np.random.default_rng(n).permutation(np.arange(2, n + 2)).astype(np.uint16)

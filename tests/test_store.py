@@ -803,7 +803,7 @@ def test_gc_keeps_the_budget_after_clearing(store: Store) -> None:
     keep=st.sets(st.integers(0, 7), max_size=2),
     budget=st.integers(0, 200),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_least_recently_used_go_first_and_no_more_than_must(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], order: Any, pinned: set[int], keep: set[int], budget: int
 ) -> None:

@@ -82,7 +82,7 @@ def titles_of_any_kind() -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(titles=st.lists(titles_of_any_kind(), max_size=4))
 def test_any_title_survives(kind: str, titles: list[str]) -> None:
     tokenizer = fitted(kind)
@@ -471,7 +471,7 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     return stream, batch, block
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(geometry=geometries(), epochs=st.integers(1, 4))
 def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, int], epochs: int) -> None:
     from conftest import TINY
@@ -495,7 +495,7 @@ def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, 
         assert np.array_equal(got_y, y)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(geometry=geometries(), seed=st.integers(0, 2**32 - 1), asked=st.randoms(use_true_random=False))
 def test_shuffled_epochs_hold_every_title_once(geometry: tuple[np.ndarray, int, int], seed: int, asked: random.Random) -> None:
     from conftest import TINY
@@ -552,7 +552,7 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
         raise
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(growing("sequential"))
 def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(run: tuple[np.ndarray, Plan, Batches]) -> None:
     stream, plan, batches = run
@@ -568,7 +568,7 @@ def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(run: tuple[np.n
         pointer += span
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(growing("shuffle_titles"), st.randoms(use_true_random=False))
 def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(run: tuple[np.ndarray, Plan, Batches], asked: random.Random) -> None:
     stream, plan, batches = run
