@@ -151,7 +151,7 @@ def _compiler() -> Check:
     found, problem = cxx()
     if problem:
         fix = "install python3-dev" if found else "install g++, or name a compiler with CXX"
-        return Check("c++ compiler", "warn", problem, f"{fix}; until then no run is compiled on the CPU, and a GPU's loss is slower")
+        return Check("c++ compiler", "warn", problem, f"{fix}; until then no run is compiled on the CPU")
     return Check("c++ compiler", "ok", found)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import signal
@@ -200,10 +198,10 @@ def best_attention(cfg: TrainConfig, device: str) -> str:
 def compiler(device: str) -> str:
     """The first line of what the C++ compiler says of itself; for a GPU the one that comes with torch. Empty: none that works."""
     if device == "cuda":
-        if not importlib.util.find_spec("triton"):
+        try:
+            import triton
+        except Exception:  # there is none, or one that was built for something else
             return ""
-        import triton
-
         return f"triton {triton.__version__}"
     found, problem = cxx()
     return "" if problem else subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
@@ -215,6 +213,8 @@ def triton_works(device: torch.device) -> tuple[str, str]:
     try:
         if torch.cuda.get_device_capability(device) < (8, 0):
             raise RuntimeError("a GPU of this age has no bfloat16")
+        if os.environ.get("TRITON_INTERPRET", "0") != "0":
+            raise RuntimeError("TRITON_INTERPRET has it run on the CPU")
         from mainrun import native_gpu
 
         logits, target = torch.zeros(1, 2, dtype=torch.bfloat16, device=device), torch.zeros(1, dtype=torch.int64, device=device)

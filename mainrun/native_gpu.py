@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 
+# (Triton has no types: its decorator, and what it makes of a function, are beyond mypy.)
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(logits, target, loss, log_sum, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

@@ -64,7 +64,8 @@ MAY_IMPORT = {
     "mainrun.bench": "mainrun.kernels "
     "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
     "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
-    "mainrun.estimate": "mainrun.kernels mainrun.recorded mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus mainrun.growth "
+    "mainrun.estimate": "mainrun.kernels mainrun.recorded mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus "
+    "mainrun.growth "
     "mainrun.machine "
     "mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
