@@ -1,0 +1,296 @@
+"""The small bugs that `./task mutate` plants: which there are in a file, and what the file looks like with one of them.
+
+Cosmic Ray finds and applies them. Its own operators change numbers, comparisons, arithmetic, booleans, loops, decorators and
+`except` clauses. The operators below add the bugs that people make in this code: an entry missing from a table, a call or a
+keyword argument left out, half of a condition ignored, `min` for `max`, a filter that lets everything through.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import parso
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator
+
+# Replacing `<` by `is`, or `+` by `>>`, gives type errors that any test notices; these are the slips that hide.
+SLIPS = {
+    "Comparison": "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is",
+    "Binary": "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_Mul Pow_Mul BitOr_BitAnd BitAnd_BitOr RShift_LShift LShift_RShift",
+    "Unary": "Delete_USub Delete_Not",
+}
+OTHERS = (
+    "AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue "
+    "ReplaceContinueWithBreak ExceptionReplacer NumberReplacer RemoveDecorator ZeroIterationForLoop"
+)
+# zip(strict=True) holds lengths equal that are equal; the others change memory, or what Python does on a machine without UTF-8
+SAFEGUARDS = ("strict", "encoding", "slots")
+TWINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+class AddedOperator(Operator):
+    """An operator that replaces whole nodes: `alternatives` gives the code of each replacement of a node."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        raise NotImplementedError
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
+        for _ in self.alternatives(node):
+            yield node.start_pos, node.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        prefix = node.get_first_leaf().prefix
+        return parso.parse(prefix + self.alternatives(node)[index])
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return ()
+
+
+class DropElement(AddedOperator):
+    """Leave one element out of a literal with two or more: `{"a": 1, "b": 2}` becomes `{"b": 2}`."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        is_literal = node.type == "atom" and node.children[0].value in ("(", "[", "{")
+        if not is_literal or len(node.children) != 3:
+            return []
+        inner = node.children[1]
+        if inner.type not in ("dictorsetmaker", "testlist_comp"):
+            return []
+        is_comprehension = any(child.type in ("sync_comp_for", "comp_for") for child in inner.children)
+        elements = split_at_commas(inner.children)
+        if is_comprehension or len(elements) < 2:
+            return []
+        start, end = node.children[0].value, node.children[2].value
+        return [f"{start}{join(elements, without=i)},{end}" for i in range(len(elements))]
+
+
+class DropKeyword(AddedOperator):
+    """Leave one keyword argument out of a call."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        is_call = node.type == "trailer" and node.children[0].value == "(" and len(node.children) == 3
+        if not is_call:
+            return []
+        inner = node.children[1]
+        arguments = split_at_commas(inner.children) if inner.type == "arglist" else [[inner]]
+        keywords = [i for i, argument in enumerate(arguments) if is_keyword(argument) and name_of(argument) not in SAFEGUARDS]
+        return [f"({join(arguments, without=i)})" for i in keywords]
+
+
+class DropStatement(AddedOperator):
+    """Do nothing where a call, an assignment to an attribute or an item, an addition or a `raise` stands."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        if node.parent is None or node.parent.type != "simple_stmt":
+            return []
+        if node.type in ("raise_stmt", "del_stmt"):
+            return ["pass"]
+        if node.type == "atom_expr" or (node.type == "power" and node.children[-1].type == "trailer"):
+            return ["pass"]
+        if node.type != "expr_stmt":
+            return []
+        target, sign = node.children[0], node.children[1]
+        changes_a_value = sign.type == "operator" and sign.value != "="
+        changes_an_object = target.type in ("atom_expr", "power")
+        return ["pass"] if changes_a_value or changes_an_object else []
+
+
+class DropCondition(AddedOperator):
+    """Ignore one side of `and` or `or`."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        if node.type not in ("and_test", "or_test"):
+            return []
+        word = node.children[1].value
+        operands = [child.get_code().strip() for child in node.children[::2]]
+        return [f" {word} ".join(operands[:i] + operands[i + 1 :]) for i in range(len(operands))]
+
+
+class DropFilter(AddedOperator):
+    """Let everything through the `if` of a comprehension."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        return ["if True"] if node.type == "comp_if" else []
+
+
+class SwapTwin(AddedOperator):
+    """`min` for `max`, `any` for `all`."""
+
+    def alternatives(self, node: Any) -> list[str]:
+        is_call = node.type == "name" and node.value in TWINS and getattr(node.get_next_leaf(), "value", "") == "("
+        return [TWINS[node.value]] if is_call else []
+
+
+ADDED = (DropElement, DropKeyword, DropStatement, DropCondition, DropFilter, SwapTwin)
+
+
+def split_at_commas(children: list[Any]) -> list[list[Any]]:
+    parts: list[list[Any]] = [[]]
+    for child in children:
+        if getattr(child, "value", None) == ",":
+            parts.append([])
+        else:
+            parts[-1].append(child)
+    return [part for part in parts if part]
+
+
+def join(parts: list[list[Any]], without: int) -> str:
+    kept = parts[:without] + parts[without + 1 :]
+    return ",".join("".join(node.get_code() for node in part) for part in kept)
+
+
+def is_keyword(argument: list[Any]) -> bool:
+    node = argument[0]
+    return node.type == "argument" and len(node.children) == 3 and node.children[1].value == "="
+
+
+def name_of(argument: list[Any]) -> str:
+    return argument[0].children[0].value
+
+
+# -- all mutants of a file
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug at one place. `lines` is the statement that holds it, `before` and `after` are the first line that differs."""
+
+    file: str
+    operator: str
+    occurrence: int
+    line: int
+    lines: range
+    before: str
+    after: str
+
+
+def operators() -> dict[str, Operator]:
+    names = [f"Replace{kind}Operator_{slip}" for kind, slips in SLIPS.items() for slip in slips.split()] + OTHERS.split()
+    ready = {name: get_operator(f"core/{name}")() for name in names}
+    return ready | {operator.__name__: operator() for operator in ADDED}
+
+
+OPERATORS = operators()
+
+
+def places(source: str) -> list[tuple[str, int, int]]:
+    """(operator, occurrence, line) of everything that the operators can change, but for what no test can notice."""
+    nodes = list(ast_nodes(get_ast(source)))
+    everything = []
+    for name, operator in OPERATORS.items():
+        positions = [(node, start) for node in nodes for start, _end in operator.mutation_positions(node)]
+        for occurrence, (node, (line, _column)) in enumerate(positions):
+            if not is_unseen(node):
+                everything.append((name, occurrence, line))
+    return everything
+
+
+def draw(file: str, source: str, count: int, chance: random.Random) -> list[Mutant]:
+    """So many mutants at random (0: all) that compile and differ from the source in more than their spaces."""
+    candidates = places(source)
+    chance.shuffle(candidates)
+    statements = statement_lines(source)
+    drawn: list[Mutant] = []
+    for name, occurrence, line in candidates:
+        if count and len(drawn) == count:
+            break
+        mutated = mutate_code(source, OPERATORS[name], occurrence)
+        if mutated is None or not is_different_code(source, mutated):
+            continue
+        before, after = changed_line(source, mutated)
+        drawn.append(Mutant(file, name, occurrence, line, statements.get(line, range(line, line + 1)), before, after))
+    return drawn
+
+
+def apply(mutant: Mutant, source: str) -> str:
+    mutated = mutate_code(source, OPERATORS[mutant.operator], mutant.occurrence)
+    assert mutated is not None
+    return mutated
+
+
+def is_unseen(node: Any) -> bool:
+    """No test can notice a change here, and no user either."""
+    return is_annotation(node) or is_shortened_text(node) or is_safeguard(node)
+
+
+def is_annotation(node: Any) -> bool:
+    """With `from __future__ import annotations` nothing evaluates these."""
+    for child in upwards(node):
+        parent = child.parent
+        if parent.type == "annassign" and child is parent.children[1]:
+            return True
+        if parent.type == "tfpdef" and child is parent.children[2]:
+            return True
+        if parent.type == "funcdef" and getattr(child.get_previous_sibling(), "value", "") == "->":
+            return True
+    return False
+
+
+def is_shortened_text(node: Any) -> bool:
+    """How many characters of a hash a message shows, as in f"{digest[:12]}"."""
+    in_slice = node.parent is not None and node.parent.type in ("subscript", "sliceop")
+    return node.type == "number" and in_slice and any(child.parent.type == "fstring" for child in upwards(node))
+
+
+def is_safeguard(node: Any) -> bool:
+    """Asserts that help the type checker, and keyword arguments that only matter when another bug is there."""
+    if any(child.parent.type == "assert_stmt" for child in upwards(node)):
+        return True
+    arguments = [child for child in (node, *upwards(node)) if child.type == "argument"]
+    return bool(arguments) and getattr(arguments[0].children[0], "value", "") in SAFEGUARDS
+
+
+def upwards(node: Any) -> Iterator[Any]:
+    """The node and those around it, up to the one below the module."""
+    while node.parent is not None:
+        yield node
+        node = node.parent
+
+
+def is_different_code(source: str, mutated: str) -> bool:
+    try:
+        return ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(source))
+    except SyntaxError:
+        return False
+
+
+def changed_line(source: str, mutated: str) -> tuple[str, str]:
+    old, new = source.splitlines(), mutated.splitlines()
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag != "equal":
+            return " ".join(line.strip() for line in old[a:b]), " ".join(line.strip() for line in new[c:d])
+    return "", ""
+
+
+def statement_lines(source: str) -> dict[int, range]:
+    """For each line the lines of the smallest statement around it; of a compound statement only its head counts."""
+    ranges = {}
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.stmt):
+            continue
+        body = getattr(node, "body", None)
+        end = body[0].lineno - 1 if body else node.end_lineno
+        head = range(node.lineno, max(end, node.lineno) + 1)
+        for line in head:
+            if line not in ranges or len(head) < len(ranges[line]):
+                ranges[line] = head
+    return ranges
+
+
+def sources(root: Path, targets: list[str]) -> list[str]:
+    """The Python files that the targets name, relative to the root; a folder stands for all that are in it."""
+    files = []
+    for target in targets:
+        path = (root / target).resolve()
+        inside = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        files += [str(file.relative_to(root.resolve())) for file in inside if file.name != "__init__.py"]
+    return files

@@ -1,0 +1,453 @@
+"""Mutation testing: plant one small bug at a time in a source file and see whether the fast tests notice.
+
+    ./task mutate -- sweeps/confirm.py --sample 40 --seed 1
+    ./task mutate -- mainrun/store --sample 0          # a folder; 0: every mutant there is
+
+First the tests that mirror the file run once, without a bug, to learn which of them execute which line and how long each takes.
+Then every mutant gets the tests that execute its line (and those that start other processes), the likeliest to fail first.
+One worker per core: it imports the libraries once, and forks a process per mutant, so that a mutant costs its tests and no start-up.
+
+Cosmic Ray makes the mutants (tests/mutants.py). mutmut does not fit this suite. It changes function bodies only, while tolerances,
+bounds and leak patterns stand in tables at the top of a module; and it rewrites every function, which the guards that hash the
+source refuse. The runner is ours because Cosmic Ray's own starts a new Python per mutant, which costs four seconds of imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+EQUIVALENT = HERE / "equivalent_mutants.toml"
+LEFT_OUT = ("[.]git", ".venv*", "runs", "*_cache", "__pycache__", ".hypothesis", ".task", "*.egg-info", "docs")
+
+# tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the tests named here.
+MIRRORS = {
+    "mainrun/batch.py": "test_reuse test_audit",
+    "mainrun/bench": "test_bench",
+    "mainrun/compare.py": "test_cli test_damaged",
+    "mainrun/demo.py": "test_cli",
+    "mainrun/doctor.py": "test_cli",
+    "mainrun/errors.py": "test_cli test_doors",
+    "mainrun/growth/cli.py": "test_growth_plan",
+    "mainrun/growth/repeat.py": "test_growth_live",
+    "mainrun/growth/simulate.py": "test_growth_plan",
+    "mainrun/guards.py": "test_guards test_guards_rows",
+    "mainrun/host.py": "test_machine",
+    "mainrun/layers": "test_layers test_layers_rows test_model",
+    "mainrun/native.py": "test_kernels",
+    "mainrun/recorded.py": "test_estimate",
+    "mainrun/sample.py": "test_cli test_doors",
+    "mainrun/scoring.py": "test_scoring test_guards",
+    "mainrun/sitting.py": "test_train test_checkpoint test_reuse test_forgery",
+    "mainrun/store/cli.py": "test_store test_audit",
+    "mainrun/store/files.py": "test_store test_leases",
+    "mainrun/store/nodes.py": "test_store",
+    "mainrun/store/records.py": "test_damaged",
+    "mainrun/terminal.py": "test_cli test_doors",
+    "mainrun/train.py": "test_train test_model",
+    "reports": "test_report",
+    "reports/bundle.py": "test_bundle test_submission",
+    "reports/commit.py": "test_leaks test_bundle",
+    "reports/replaying.py": "test_submission",
+    "reports/submission.py": "test_submission",
+    "reports/upload.py": "test_upload",
+    "reports/verification.py": "test_submission",
+    "sweeps": "test_sweeps test_sweeps_trouble",
+}
+
+
+def mirrored_tests(file: str, root: Path) -> list[str]:
+    stem, package = Path(file).stem, Path(file).parent.name
+    names = {f"test_{stem}", f"test_{stem}_rows", f"test_{package}_{stem}", f"test_{package}_{stem}_rows"}
+    for place in (file, *map(str, Path(file).parents)):
+        if place in MIRRORS:
+            names |= set(MIRRORS[place].split())
+            break
+    return sorted(f"tests/{name}.py" for name in names if (root / "tests" / f"{name}.py").is_file())
+
+
+# -- the worker: a process in a copy of the tree, which forks
+
+
+def serve() -> None:
+    """Answer one JSON line per request; stdout is only for answers."""
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        for name in request.pop("imports", ()):
+            import_if_possible(name)
+        print(json.dumps(run_in_fork(**request)), file=answers, flush=True)
+
+
+def import_if_possible(name: str) -> None:
+    try:
+        __import__(name)
+    except Exception as error:  # a library that is broken here is the tests' affair
+        print(f"{name} is not imported ahead: {error}", file=sys.stderr)
+
+
+def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[str, Any]:
+    """Run the tests in a child with a process group of its own, which is ended with all that it started."""
+    Path(result).unlink(missing_ok=True)
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        devnull = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(devnull, 0)
+        code = 70
+        try:
+            code = run_tests(kind=kind, result=Path(result), **arguments)
+        finally:
+            os._exit(code)
+    code: int | None = None
+    while code is None and time.monotonic() - began < limit:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if pid else None
+        time.sleep(0 if pid else 0.02)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if code is None:
+        os.waitpid(child, 0)
+    return {"code": code, "seconds": time.monotonic() - began}
+
+
+def run_tests(kind: str, tests: list[str], selected: list[str], result: Path, temporary: str, sources: list[str]) -> int:
+    import pytest
+
+    recorder: Recorder = Measure(sources) if kind == "measure" else Stop(selected)
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={temporary}"]
+    if kind != "measure":
+        options.append("-x")
+    code = int(pytest.main([*options, *tests], plugins=[recorder]))
+    result.write_text(json.dumps(recorder.result()))
+    return code
+
+
+class Recorder:
+    def result(self) -> dict[str, Any]:
+        return {}
+
+
+class Stop(Recorder):
+    """Run the selected tests in their order, file by file, and name the first that failed."""
+
+    def __init__(self, selected: list[str]) -> None:
+        self.place = {test: i for i, test in enumerate(selected)}
+        self.failed = ""
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        first: dict[str, int] = {}
+        for item in items:
+            rank = self.place.get(item.nodeid, len(self.place))
+            first[item.fspath] = min(rank, first.get(item.fspath, rank))
+        kept = [item for item in items if item.nodeid in self.place]
+        items[:] = sorted(kept, key=lambda item: (first[item.fspath], self.place[item.nodeid]))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def result(self) -> dict[str, Any]:
+        return {"failed": self.failed}
+
+
+class Measure(Recorder):
+    """Which test executes which line, how long it takes, whether it starts processes and whether it fails as it is."""
+
+    def __init__(self, sources: list[str]) -> None:
+        import coverage
+
+        os.environ["COVERAGE_CORE"] = "ctrace"  # the one that knows contexts
+        self.sources = sources
+        self.coverage = coverage.Coverage(data_file=None, include=sources, config_file=False, messages=False)
+        self.seconds: Counter[str] = Counter()
+        self.failed: set[str] = set()
+        self.starters: set[str] = set()
+        self.current = ""
+        sys.addaudithook(self.audit)
+        self.coverage.start()
+
+    def audit(self, event: str, _arguments: Any) -> None:
+        if event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec"):
+            self.starters.add(self.current)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.current = nodeid
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+    def result(self) -> dict[str, Any]:
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        lines = {file: {str(k): v for k, v in data.contexts_by_lineno(file).items()} for file in data.measured_files()}
+        site = ("site-packages", "dist-packages")
+        imports = [name for name, module in sys.modules.items() if any(s in (getattr(module, "__file__", "") or "") for s in site)]
+        return {
+            "lines": lines, "seconds": self.seconds, "failed": sorted(self.failed),
+            "starters": sorted(self.starters), "imports": [name for name in imports if "coverage" not in name],
+        }  # fmt: skip
+
+
+# -- the side that asks
+
+
+class Worker:
+    """A copy of the tree and a process in it."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.tree, self.result = folder / "tree", folder / "result.json"
+        self.temporary = folder / "tmp"
+        self.log = folder / "log"
+        self.changes = 0
+        shutil.copytree(root, self.tree, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
+        env = os.environ | {"PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, str(HERE / "mutate.py"), "--serve"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.tree, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def write(self, file: str, source: str) -> None:
+        """Python trusts compiled files by size and second, so each change gets a second of its own."""
+        path = self.tree / file
+        path.write_text(source, encoding="utf-8")
+        self.changes += 1
+        os.utime(path, (1_000_000_000 + self.changes, 1_000_000_000 + self.changes))
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        request |= {"result": str(self.result), "temporary": str(self.temporary)}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"mutate: a worker ended by itself:\n{self.log.read_text(errors='replace')[-2000:]}")
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        result = json.loads(self.result.read_text()) if self.result.is_file() else {}
+        return json.loads(answer) | result
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass
+class Baseline:
+    """What the tests do without a bug."""
+
+    tests: list[str]
+    lines: dict[str, dict[int, list[str]]]
+    seconds: dict[str, float]
+    starters: set[str]
+    failed: list[str]
+    imports: list[str]
+    kills: Counter[str] = field(default_factory=Counter)
+
+    def tests_of(self, file: str, lines: range) -> list[str]:
+        """The tests to run against a mutant, the likeliest to fail and the quickest first."""
+        contexts = {context for line in lines for context in self.lines.get(file, {}).get(line, ())}
+        on_import = "" in contexts or not contexts
+        everyone = set(self.seconds) - set(self.failed)
+        chosen = everyone if on_import else (contexts | self.starters) & everyone
+        return sorted(chosen, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test]))
+
+
+def measure(worker: Worker, files: list[str], tests: list[str]) -> Baseline:
+    paths = [str(worker.tree / file) for file in files]
+    answer = worker.ask(kind="measure", limit=1800, tests=tests, selected=[], sources=paths)
+    if "lines" not in answer or not answer["seconds"]:
+        raise SystemExit(f"mutate: the tests cannot be run as they are:\n{worker.log.read_text(errors='replace')[-2000:]}")
+    lines = {
+        str(Path(file).relative_to(worker.tree)): {int(line): contexts for line, contexts in by_line.items()}
+        for file, by_line in answer["lines"].items()
+    }
+    return Baseline(tests, lines, answer["seconds"], set(answer["starters"]), answer["failed"], answer["imports"])
+
+
+@dataclass
+class Verdict:
+    mutant: Any
+    outcome: str  # killed | timeout | survived | equivalent
+    by: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> Verdict:
+    from mutants import apply
+
+    selected = baseline.tests_of(mutant.file, mutant.lines)
+    expected = sum(baseline.seconds[test] for test in selected)
+    files = [test for test in baseline.tests if any(name.startswith(f"{test}::") for name in selected)]
+    worker.write(mutant.file, apply(mutant, source))
+    try:
+        answer = worker.ask(kind="stop", limit=30 + 5 * expected, tests=files, selected=selected, sources=[], imports=baseline.imports)
+    finally:
+        worker.write(mutant.file, source)
+    if answer["code"] is None:
+        return Verdict(mutant, "timeout", seconds=answer["seconds"])
+    if answer["code"] in (0, 5):
+        return Verdict(mutant, "survived", seconds=answer["seconds"])
+    by = answer.get("failed", "")
+    baseline.kills[by] += 1
+    return Verdict(mutant, "killed", by=by, seconds=answer["seconds"])
+
+
+def known_equivalents(paths: list[Path]) -> dict[tuple[str, str, str], str]:
+    known = {}
+    for path in paths:
+        for file, rows in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            for row in rows:
+                known[file, squeezed(row["line"]), squeezed(row["mutant"])] = row["reason"]
+    return known
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def verdicts(args: argparse.Namespace, files: list[str], tests: list[str], folder: Path) -> Iterator[Verdict]:
+    from mutants import draw
+
+    chance = random.Random(args.seed)
+    sources = {file: (args.root / file).read_text(encoding="utf-8") for file in files}
+    drawn = [mutant for file, source in sources.items() for mutant in draw(file, source, args.sample, chance)]
+    if args.sample:
+        drawn = chance.sample(drawn, min(args.sample, len(drawn)))
+    known = known_equivalents([path for path in (EQUIVALENT, args.equivalent) if path and path.is_file()])
+    tried = []
+    for mutant in drawn:
+        reason = known.get((mutant.file, squeezed(mutant.before), squeezed(mutant.after)))
+        if reason is None:
+            tried.append(mutant)
+        else:
+            yield Verdict(mutant, "equivalent", reason=reason)
+
+    workers = [Worker(args.root, folder / str(i)) for i in range(args.jobs)]
+    try:
+        baseline = measure(workers[0], files, tests)
+        for test in baseline.failed:
+            print(f"left out, it fails without any mutant: {test}", flush=True)
+        free: Queue[Worker] = Queue()
+        for worker in workers:
+            free.put(worker)
+
+        def work(mutant: Any) -> Verdict:
+            worker = free.get()
+            try:
+                return try_mutant(worker, baseline, mutant, sources[mutant.file])
+            finally:
+                free.put(worker)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            yield from pool.map(work, tried)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def show(verdict: Verdict) -> None:
+    mutant = verdict.mutant
+    if verdict.outcome not in ("survived", "equivalent"):
+        return
+    print(f"{verdict.outcome}: {mutant.file}:{mutant.line} ({mutant.operator})")
+    print(f"    - {mutant.before}\n    + {mutant.after}")
+    if verdict.reason:
+        print(f"    {verdict.reason}")
+    sys.stdout.flush()
+
+
+def summary(name: str, results: list[Verdict], seed: int, seconds: float) -> str:
+    count = Counter(verdict.outcome for verdict in results)
+    killed = count["killed"] + count["timeout"]
+    rate = score(results)
+    return (
+        f"{name}: {len(results)} mutants (seed {seed}): {killed} killed ({count['timeout']} by the time limit), "
+        f"{count['survived']} survived, {count['equivalent']} equivalent: {rate:.1%} of {killed + count['survived']}; {seconds:.0f} s"
+    )
+
+
+def score(results: list[Verdict]) -> float:
+    count = Counter(verdict.outcome for verdict in results)
+    killed = count["killed"] + count["timeout"]
+    return killed / max(1, killed + count["survived"])
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./task mutate --", description="Plant small bugs and see whether the fast tests notice.")
+    parser.add_argument("targets", nargs="+", metavar="FILE", help="a source file, or a folder of them")
+    parser.add_argument("--sample", type=int, default=40, metavar="N", help="how many mutants, drawn at random; 0: all (40)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (1)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="J", help="processes (one per core)")
+    parser.add_argument("--tests", metavar="A,B", help="these test files instead of those that mirror the file")
+    parser.add_argument("--at-least", type=float, default=0, metavar="PERCENT", help="exit with 1 when fewer are killed (0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every mutant and its outcome here")
+    parser.add_argument(
+        "--equivalent", type=Path, metavar="FILE", help="more mutants that change nothing, beside tests/equivalent_mutants.toml"
+    )
+    parser.add_argument("--root", type=Path, default=HERE.parent, metavar="DIR", help="the tree (this one)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    args.root = args.root.resolve()
+    from mutants import sources
+
+    missing = [target for target in args.targets if not (args.root / target).exists()]
+    if missing:
+        print(f"mutate: no such file in {args.root}: {', '.join(missing)}; give a path such as sweeps/confirm.py", file=sys.stderr)
+        return 2
+    files = sources(args.root, args.targets)
+    if not files:
+        print(f"mutate: no Python file in {', '.join(args.targets)}; give a path such as sweeps/confirm.py", file=sys.stderr)
+        return 2
+    mirrored = {test for file in files for test in mirrored_tests(file, args.root)}
+    tests = args.tests.split(",") if args.tests else sorted(mirrored)
+    if not tests:
+        print(f"mutate: no test mirrors {', '.join(files)}; name some with --tests, or add a row to MIRRORS", file=sys.stderr)
+        return 2
+    print(f"tests: {', '.join(tests)}", flush=True)
+    began = time.monotonic()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        for verdict in verdicts(args, files, tests, Path(folder)):
+            show(verdict)
+            results.append(verdict)
+    name = " ".join(args.targets)
+    print(summary(name, results, args.seed, time.monotonic() - began))
+    if args.json:
+        rows = [asdict(v) | {"mutant": asdict(v.mutant) | {"lines": [v.mutant.lines.start, v.mutant.lines.stop]}} for v in results]
+        args.json.write_text(json.dumps({"name": name, "seed": args.seed, "sample": args.sample, "mutants": rows}, indent=1))
+    return 1 if 100 * score(results) < args.at_least else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""The mutation tester: the bugs that it plants, and that it tells a test that notices from one that does not."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import mutants
+import mutate
+import pytest
+
+SCRIPT = Path(mutate.__file__)
+
+
+def planted(source: str) -> set[str]:
+    """Every mutant of a line of code, without its spaces."""
+    drawn = mutants.draw("x.py", f"{source}\n", 0, random.Random(0))
+    return {mutate.squeezed(mutant.after) for mutant in drawn}
+
+
+@pytest.mark.parametrize(
+    ("source", "mutant"),
+    [
+        ("x = a < b", "x=a<=b"),
+        ("x = a <= b", "x=a>b"),
+        ("x = a == b", "x=a!=b"),
+        ("x = a is None", "x=aisnotNone"),
+        ("x = a - b", "x=a+b"),
+        ("x = -a", "x=a"),
+        ("x = not a", "x=a"),
+        ("x = a if b else c", "x=aifnotbelsec"),
+        ("x = 1e-6", "x=1.000001"),
+        ("x = 3", "x=2"),
+        ("x = True", "x=False"),
+        ("x = a and b", "x=aorb"),
+        ("x = a and b", "x=b"),
+        ("x = a or b or c", "x=aorc"),
+        ("x = {'a': 1, 'b': 2}", "x={'b':2,}"),
+        ("x = {a, b}", "x={a,}"),
+        ("x = (a, b, c)", "x=(a,c,)"),
+        ("f(a, key=b)", "f(a)"),
+        ("f(a)", "pass"),
+        ("x[0] = a", "pass"),
+        ("x.y = a", "pass"),
+        ("x += a", "pass"),
+        ("raise ValueError(x)", "pass"),
+        ("x = [a for a in b if a]", "x=[aforainbifTrue]"),
+        ("x = min(a)", "x=max(a)"),
+        ("x = any(a)", "x=all(a)"),
+    ],
+)
+def test_a_bug_is_planted(source: str, mutant: str) -> None:
+    assert mutant in planted(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = a",
+        "x: int | None = a",
+        "def f(x: tuple[int, str] | None) -> int | None: ...",
+        'x = f"{digest[:12]}"',
+        "x = zip(a, b, strict=True)",
+        "x = path.read_text(encoding=name)",
+        "assert isinstance(x, int) and y < name, x",
+        "x = (a for a in b)",
+    ],
+)
+def test_nothing_is_planted_where_no_test_can_notice(source: str) -> None:
+    drawn = mutants.draw("x.py", f"{source}\n", 0, random.Random(0))
+    assert [mutant for mutant in drawn if mutant.operator != "AddNot"] == []
+
+
+def test_a_seed_draws_the_same_mutants_and_another_seed_others() -> None:
+    source = "\n".join(f"x{i} = {i} < y" for i in range(30))
+    first, again, other = (mutants.draw("x.py", source, 10, random.Random(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({mutant.line for mutant in first}) > 5
+
+
+def test_a_mutant_knows_the_lines_of_its_statement() -> None:
+    source = "if (a <\n    b):\n    x = [\n        1,\n    ]\n"
+    lines = {mutant.line: mutant.lines for mutant in mutants.draw("x.py", source, 0, random.Random(0))}
+    assert lines[1] == range(1, 3)
+    assert lines[4] == range(3, 6)
+
+
+def test_every_source_file_has_tests_that_mirror_it() -> None:
+    root = SCRIPT.parents[1]
+    files = mutants.sources(root, ["mainrun", "sweeps", "reports"])
+    tests = {file: mutate.mirrored_tests(file, root) for file in files}
+    assert tests["mainrun/growth/live.py"] == ["tests/test_growth_live.py"]
+    assert [file for file, names in tests.items() if not names] == ["mainrun/__main__.py"]
+
+
+SOURCE = """LIMIT = 10
+
+
+def check(x):
+    if x > LIMIT:
+        raise ValueError(x)
+    return x + 1 if x else 0
+
+
+def unseen(x):
+    return x < 3
+"""
+TESTS = """import pytest
+from mainrun.thing import check
+
+
+@pytest.mark.parametrize("x", [0, 1, 10])
+def test_check(x):
+    assert check(x) == (x + 1 if x else 0)
+
+
+def test_too_large():
+    with pytest.raises(ValueError):
+        check(11)
+
+
+def test_fails_anyway():
+    assert False
+"""
+EQUIVALENT = """[["mainrun/thing.py"]]
+line = "return x < 3"
+mutant = "return x <= 3"
+reason = "nobody calls it"
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
+    """What the command prints and writes for a small tree with a test for one function, and none for the other."""
+    root = tmp_path_factory.mktemp("tree")
+    (root / "mainrun").mkdir()
+    (root / "tests").mkdir()
+    (root / "mainrun" / "__init__.py").touch()
+    (root / "mainrun" / "thing.py").write_text(SOURCE)
+    (root / "tests" / "test_thing.py").write_text(TESTS)
+    (root / "equivalent.toml").write_text(EQUIVALENT)
+    (root / "pyproject.toml").write_text('[tool.pytest.ini_options]\npythonpath = ["."]\nmarkers = ["slow: no"]\n')
+    options = [
+        "--root",
+        str(root),
+        "--sample",
+        "0",
+        "--jobs",
+        "1",
+        "--json",
+        str(root / "out.json"),
+        "--equivalent",
+        str(root / "equivalent.toml"),
+    ]
+    command = [sys.executable, str(SCRIPT), "mainrun/thing.py", *options, "--at-least", "99"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    return done.stdout, json.loads((root / "out.json").read_text())["mutants"]
+
+
+def test_what_a_test_notices_is_killed_and_named(outcome: tuple[str, list[dict]]) -> None:
+    _, rows = outcome
+    killed = {mutate.squeezed(row["mutant"]["after"]): row["by"] for row in rows if row["outcome"] == "killed"}
+    assert killed["ifx>=LIMIT:"] == "tests/test_thing.py::test_check[10]"
+    assert killed["pass"] == "tests/test_thing.py::test_too_large"
+    assert {"LIMIT=9", "LIMIT=11", "ifx<=LIMIT:", "returnx-1ifxelse0"} <= set(killed)
+
+
+def test_what_no_test_notices_survives(outcome: tuple[str, list[dict]]) -> None:
+    text, rows = outcome
+    survived = {mutate.squeezed(row["mutant"]["after"]) for row in rows if row["outcome"] == "survived"}
+    assert survived == {"returnx>=3", "returnx<4", "returnx<2"}
+    assert "survived: mainrun/thing.py:11" in text
+
+
+def test_a_listed_equivalent_is_named_with_its_reason_and_does_not_count(outcome: tuple[str, list[dict]]) -> None:
+    text, rows = outcome
+    assert [row["reason"] for row in rows if row["outcome"] == "equivalent"] == ["nobody calls it"]
+    assert "nobody calls it" in text
+    killed = sum(row["outcome"] == "killed" for row in rows)
+    assert f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent: {killed / (killed + 3):.1%} of {killed + 3}" in text
+
+
+def test_a_test_that_fails_without_a_mutant_is_left_out(outcome: tuple[str, list[dict]]) -> None:
+    assert "left out, it fails without any mutant: tests/test_thing.py::test_fails_anyway" in outcome[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nowhere.py"], "no such file"), (["docs"], "no Python file"), (["mainrun/__main__.py"], "no test mirrors mainrun/__main__.py")],
+)
+def test_a_wrong_target_is_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mutate.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_every_equivalent_mutant_has_a_reason_and_stands_in_its_file() -> None:
+    """A row whose line is gone would hide nothing and mislead."""
+    root = SCRIPT.parents[1]
+    for file, line, _mutant in mutate.known_equivalents([mutate.EQUIVALENT]):
+        assert line in mutate.squeezed((root / file).read_text()), f"{file}: {line}"
+    assert all(mutate.known_equivalents([mutate.EQUIVALENT]).values())
