@@ -14,7 +14,7 @@ from mainrun.growth.live import Growth, taken
 from mainrun.machine import Machine, versions
 from mainrun.sitting import score
 from mainrun.store import lineage
-from mainrun.store.checkpoint import sha256_tensors
+from mainrun.store.checkpoint import fitting, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
 from mainrun.tokens import Batches, TokenData, prepare
 from mainrun.train import State, Stepper, build
@@ -88,12 +88,15 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
         state.model.set_up(plan.at(0), machine.attention)
         if before:
-            state.load(store.load(before), before.step, before.presented, taken(plan, before))
+            with fitting(f"node {before.key[:12]}"):
+                state.load(store.load(before), before.step, before.presented, taken(plan, before))
         stored = store.load(node)
     except Damaged as e:
         return Finding(node, "differs", str(e))
     except MainrunError as e:
         return Finding(node, "skipped", str(e))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as e:  # a node that a hand wrote
+        return Finding(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
     found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
     try:

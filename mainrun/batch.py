@@ -71,7 +71,12 @@ def _own(run: RunDir, plan: Plan) -> int:
     if run.summary():
         return plan.steps
     digest = plan.cfg.digest
-    found = checkpoint.load_newest(run.checkpoints, lambda meta: None if meta["digest"] == digest else "another config's", lambda _: None)
+
+    def usable(meta: dict[str, Any]) -> str:
+        other = "it belongs to another config" if meta.get("digest") != digest else ""
+        return checkpoint.fault(meta) or other
+
+    found = checkpoint.load_newest(run.checkpoints, usable, lambda _: None)
     return found[1]["step"] if found else 0
 
 

@@ -26,7 +26,7 @@ from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageE
 from mainrun.growth import cli as grow
 from mainrun.store import cli as store_commands
 from mainrun.store.cli import StorePlace, open_store
-from mainrun.terminal import Debug, Group, Json, Out, console, emit, leads, process_group, show_table, stoppable
+from mainrun.terminal import Debug, Group, Json, Out, console, emit, guard_streams, leads, process_group, show_table, stoppable, usable
 from reports import cli as reports
 from reports import submission_cli as submission
 from sweeps import cli as sweep
@@ -49,6 +49,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The `mainrun` script."""
+    guard_streams()
     try:
         app()
     finally:
@@ -323,7 +324,9 @@ def _show_results(summaries: list[dict[str, Any]], out: Path) -> None:
 @app.command()
 def demo(
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of every run; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all that it makes.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", callback=usable, help="The folder of all that it makes.")] = Path(
+        "runs/demo"
+    ),
     debug: Debug = False,
 ) -> None:
     """Go the whole way in minutes: train, sweep, report, submit, verify.
@@ -407,7 +410,7 @@ def _describe(field: str) -> dict[str, Any]:
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, unique beginnings of them, or run directories.")],
     out: Out = Path("runs"),
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Also draw the table as a picture.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", callback=usable, help="Also draw the table as a picture.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

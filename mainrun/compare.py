@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
 from mainrun.progress import clock, percent, short
+from mainrun.store.records import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,36 +33,36 @@ NEEDED = (
     "geometry",
     "guards",
 )
-SCORES = ("step", "split", "full", "official", "loss", "bits_per_byte", "coverage", "tokens")
 SAME = ("corpus", "val")  # the fingerprints that comparable runs share
 
 
 def finished(run: RunDir) -> dict[str, Any]:
     """The summary of a run that is done."""
     run.config()  # says so when this is no run directory at all, or when its config was changed
-    if not (run.path / "summary.json").is_file():
+    summary = run.summary()
+    if summary is None:
         state = run.status().get("state", "not started")
         fix = "the `mainrun train` command that started it goes on with it"
         if state == "diverged":
             fix = "it would diverge again: train a config with a lower lr, or a longer warm-up"
         raise RunError(f"run {run.path.name} is not finished ({state}); {fix}")
-    summary = run.summary() or {}
-    missing = [k for k in NEEDED if not isinstance(summary, dict) or k not in summary]
-    missing = missing or [f"{k} of {name}" for name in ("last", "best") for k in SCORES if k not in summary[name]]
+    missing = [name for name in NEEDED if name not in summary]
+    missing += [f"{name} fingerprint" for name in SAME if name not in summary.get("fingerprints", {})]
     if missing:
-        raise RunError(f"{run.path}/summary.json is damaged (no {missing[0]!r}); train the run again with --fresh")
+        raise RunError(f"{run.path}/summary.json is damaged (no {missing[0]!r}); {run.fix}")
     _check_scores(run, summary)
     return summary
 
 
 def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
     """A summary says what its rows say, or it was edited."""
-    rows = [row for row in run.metrics() if row.get("event") == "eval" and row["split"] == summary["last"]["split"]]
+    rows = [row for row in run.rows() if row.get("event") == "eval" and row["split"] == summary["last"]["split"]]
     true = {"last": rows[-1], "best": min(rows, key=lambda row: row["full"])} if rows else {}
     for name in ("last", "best"):
-        for k, shown in summary[name].items():
-            if name not in true or true[name].get(k) != shown:
-                says = f"{run.path}/summary.json gives {shown} for {k} of the {name} score, metrics.jsonl {true.get(name, {}).get(k)}"
+        for k, given in summary[name].items():
+            if name not in true or true[name].get(k) != given:
+                logged = shown(true.get(name, {}).get(k), 60)
+                says = f"{run.path}/summary.json gives {shown(given, 60)} for {k} of the {name} score, metrics.jsonl {logged}"
                 raise RunError(f"{says}; one of them was changed after the run: restore it, or train again with --fresh")
 
 

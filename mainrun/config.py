@@ -15,9 +15,8 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +34,7 @@ from pydantic import (
     model_validator,
 )
 
+from mainrun import inputs
 from mainrun.errors import ConfigError, nearest
 from mainrun.growth.schedule import ARCHITECTURE, Op, Schedule, from_text, read, walk
 
@@ -581,13 +581,13 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[st
     if preset in above:
         raise ConfigError(f"preset {preset!r} is its own base ({' -> '.join((*above, preset))}); remove one of the base keys")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ConfigError(f"preset file {path} is not UTF-8 text; save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as e:
+        text = inputs.read_text(path)
+    except inputs.BadInput as e:
+        raise ConfigError(f"preset file {path} {e}") from None
+    try:
+        data = inputs.parse_toml(text)
+    except inputs.BadInput as e:
         raise ConfigError(f"preset file {path} is not valid TOML: {e}") from None
-    except OSError as e:
-        raise ConfigError(f"preset file {path} cannot be read: {e.strerror}") from None
 
     def base_of(table: dict[str, Any]) -> dict[str, Any]:
         base = table.pop("base", None)
@@ -644,17 +644,18 @@ def _find(preset: str) -> tuple[Path, str]:
     name, colon, step = preset.partition(":")
     if colon and preset.endswith(":"):
         raise ConfigError(f"preset {preset!r} names no step; write {preset[:-1]}:STEP, or {preset[:-1]} for all of it")
-    if (PRESETS / f"{name}.toml").is_file() and "/" not in name:
+    if name in preset_names():
         return PRESETS / f"{name}.toml", step
     for text, part in ((preset, ""), (preset.rpartition(":")[0], preset.rpartition(":")[2])):
         if text.endswith(".toml"):
-            if Path(text).is_file():
-                return Path(text), part
-            if Path(text).is_dir():
-                raise ConfigError(f"preset file {text} is a folder; give a TOML file or one of: {', '.join(preset_names())}")
-            raise ConfigError(f"preset file {text} does not exist; give a TOML file or one of: {', '.join(preset_names())}")
+            why = inputs.not_a_file(Path(text))
+            if why:
+                got = inputs.shortened(text, 120)
+                raise ConfigError(f"preset file {got} {why}; give a TOML file or one of: {', '.join(preset_names())}")
+            return Path(text), part
     known = preset_names()
-    raise ConfigError(f"unknown preset {preset!r}{nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
+    got = inputs.shown(preset, 80)
+    raise ConfigError(f"unknown preset {got}{nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -662,13 +663,14 @@ def parse_set(text: str) -> tuple[str, Any]:
     key, eq, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not eq or not key:
-        raise ConfigError(f"--set got {text!r}; write key=value, like --set lr=0.01")
+        raise ConfigError(f"--set got {inputs.shown(text)}; write key=value, like --set lr=0.01")
     if raw.lower() == "none":
         return key, None
     try:
-        return key, tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        return key, raw
+        return key, inputs.toml_value(raw)
+    except inputs.BadInput as e:
+        got = inputs.shortened(f"{key}={raw}", 120)
+        raise ConfigError(f"--set {got} cannot be used: {e}") from None
 
 
 def _build(fields: dict[str, Any], label: str) -> TrainConfig:
@@ -677,7 +679,17 @@ def _build(fields: dict[str, Any], label: str) -> TrainConfig:
     try:
         return TrainConfig(**(fields | {"preset": label}))
     except ValidationError as e:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
+        raise ConfigError("\n".join(inputs.first_ten(_explained(e), "faults"))) from None
+
+
+def _explained(e: ValidationError) -> Iterator[str]:
+    """Each fault once. A name is compared with those of the fields only as long as a person reads on."""
+    seen: set[str] = set()
+    for error in e.errors():
+        text = _explain(error, guess=len(seen) < 10)
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
 def digest_of(fields: dict[str, Any]) -> str:
@@ -690,24 +702,28 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
     return _build(fields, str(fields.get("preset", "custom")))
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as got / allowed / fix."""
+def _explain(error: Any, guess: bool = True) -> str:
+    """One pydantic error as got / allowed / fix; `guess` says which field was meant."""
     name = str(error["loc"][0]) if error["loc"] else ""
     got, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
-        words = name.lower().replace("_", " ")
-        meant = nearest(name, TrainConfig.model_fields) or next(
-            (
-                f" (did you mean {field!r}: {f.description}?)"
-                for field, f in TrainConfig.model_fields.items()
-                if words in str(f.description)
-            ),
-            "",
-        )
-        return f"unknown field {name!r}{meant}; `mainrun presets --fields` lists all"
+        meant = _meant(name) if guess else ""
+        return f"unknown field {inputs.shown(name, 80)}{meant}; `mainrun presets --fields` lists all"
     if kind == "value_error":  # from _fits_together or growth, already whole
         return str(error["ctx"]["error"])
     doc = TrainConfig.model_fields[name].description
     if kind.startswith("bool"):
-        return f"{name}={got!r} is not allowed: write true or false ({name}: {doc})"
-    return f"{name}={got!r} is not allowed: {error['msg'].lower()} ({name}: {doc})"
+        return f"{name}={inputs.shown(got)} is not allowed: write true or false ({name}: {doc})"
+    return f"{name}={inputs.shown(got)} is not allowed: {error['msg'].lower()} ({name}: {doc})"
+
+
+def _meant(name: str) -> str:
+    """The field of a like name, or of a description that has these words."""
+    close = nearest(name, TrainConfig.model_fields)
+    if close:
+        return close
+    words = name.lower().replace("_", " ")
+    for field, info in TrainConfig.model_fields.items():
+        if words in str(info.description):
+            return f" (did you mean {field!r}: {info.description}?)"
+    return ""

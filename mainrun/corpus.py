@@ -22,7 +22,6 @@ import json
 import os
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from mainrun import inputs
 from mainrun.config import TASK, TrainConfig
 from mainrun.errors import CorpusError, DiskFull, HubError, nearest
 from mainrun.host import cache_dir
@@ -66,7 +66,7 @@ class Rows:
 
 def load_corpus(cfg: TrainConfig) -> Corpus:
     if cfg.corpus.startswith("mix:"):
-        titles, repeats, origin = _mix(Path(cfg.corpus[4:]).expanduser(), cfg.num_titles, cfg.shuffle)
+        titles, repeats, origin = _mix(inputs.expanded(cfg.corpus[4:]), cfg.num_titles, cfg.shuffle)
     else:
         rows = _rows(cfg.corpus, cfg.num_titles)
         titles, origin = _select(rows, cfg.corpus, cfg.num_titles, cfg.shuffle), rows.origin
@@ -150,11 +150,11 @@ def _one_line(text: str) -> str:
 
 
 def _file_rows(text: str) -> Rows:
-    whole = Path(text).expanduser()
+    whole = inputs.expanded(text)
     path, column = whole, None
     if "#" in text and not whole.exists():  # a # may be part of the name
         front, _, column = text.rpartition("#")
-        path = Path(front).expanduser()
+        path = inputs.expanded(front)
     data = _bytes(path, "a file with one title a line, or .csv, .jsonl or .parquet")
     readers = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
@@ -176,11 +176,15 @@ def _file_rows(text: str) -> Rows:
 
 
 def _bytes(path: Path, allowed: str) -> bytes:
+    why = inputs.bad_path(str(path))
+    if why:
+        raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read, {why}; give {allowed}")
     if not path.exists():
         near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise CorpusError(f"{path} does not exist{near}; give {allowed}")
     if not path.is_file():
-        raise CorpusError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}; give {allowed}")
+        kind = "is a directory" if path.is_dir() else f"{inputs.not_a_file(path)}, not a regular file"
+        raise CorpusError(f"{path} {kind}; give {allowed}")
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -227,6 +231,9 @@ def _csv(data: bytes, path: Path, column: str) -> list[str]:
                 raise CorpusError(f"{path}, line {reader.line_num}: {len(row)} fields, but {column!r} is field {at + 1}; repair the line")
             found.append(row[at] if row else "")
     except csv.Error as e:
+        if "field larger" in str(e):
+            most = f"more than {csv.field_size_limit():,} characters"
+            raise CorpusError(f"{path}, line {reader.line_num}: a field has {most}; shorten it, or close its quotes") from None
         raise CorpusError(f"{path}, line {reader.line_num}: not valid CSV ({e}); quote the field") from None
     return found
 
@@ -237,13 +244,13 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
         try:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
-            raise CorpusError(f"{path}, line {number}: not valid JSON ({e}); write one object a line") from None
+            raise CorpusError(f"{path}, line {number}: not valid JSON ({inputs.plain(e)}); write one object a line") from None
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, line {number}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}")
         if column not in row:
             raise CorpusError(f"{path}, line {number}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")
         if not isinstance(row[column], str | None):
-            raise CorpusError(f"{path}, line {number}: {column!r} is {row[column]!r}; it must be a string")
+            raise CorpusError(f"{path}, line {number}: {column!r} is {inputs.shown(row[column])}; it must be a string")
         found.append(row[column] or "")
     return found
 
@@ -270,6 +277,8 @@ def _parquet_column(source: Any, path: Path, column: str) -> Any:
 
 # -- mixes
 
+MOST_SOURCES = 1000
+
 
 def _mix(path: Path, wanted: int, shuffle: bool) -> tuple[list[str], list[int], dict[str, Any]]:
     """Titles from several sources, and how often each is presented in train.
@@ -285,11 +294,13 @@ def _mix(path: Path, wanted: int, shuffle: bool) -> tuple[list[str], list[int], 
     """
     text = _text(_bytes(path, "a TOML file with [[source]] tables"), path)
     try:
-        sources = tomllib.loads(text).get("source")
-    except tomllib.TOMLDecodeError as e:
+        sources = inputs.parse_toml(text).get("source")
+    except inputs.BadInput as e:
         raise CorpusError(f"{path} is not valid TOML: {e}") from None
     if not isinstance(sources, list) or not sources or not all(isinstance(s, dict) for s in sources):
         raise CorpusError(f"{path} names no sources; write [[source]] tables with path (or corpus), ratio and weight")
+    if len(sources) > MOST_SOURCES:
+        raise CorpusError(f"{path} has {len(sources):,} sources; write at most {MOST_SOURCES:,}")
     names, ratios, weights = zip(*(_mix_source(path, i, source) for i, source in enumerate(sources, 1)), strict=True)
     shares = _shares(ratios, wanted)
     placed: list[tuple[Fraction, int, str]] = []
@@ -324,20 +335,22 @@ def _mix_source(path: Path, number: int, source: dict[str, Any]) -> tuple[str, F
     allowed = ("path", "corpus", "ratio", "weight")
     for key in source:
         if key not in allowed:
-            raise CorpusError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}")
+            raise CorpusError(f"{where}: unknown key {inputs.shown(key, 80)}{nearest(key, allowed)}; allowed: {', '.join(allowed)}")
     if ("path" in source) == ("corpus" in source):
         raise CorpusError(f"{where}: got {'both' if 'path' in source else 'none'} of path and corpus; write one of them")
     name = source.get("corpus", f"file:{source.get('path')}")
     kind, _, rest = str(name).partition(":")
     if kind == "mix" or not isinstance(name, str):
-        raise CorpusError(f"{where}: {name!r} cannot be mixed; write synthetic, hn, hn-2025 or file:PATH")
+        raise CorpusError(f"{where}: {inputs.shown(name)} cannot be mixed; write synthetic, hn, hn-2025 or file:PATH")
     if kind == "file":
-        name = f"file:{path.parent / Path(rest).expanduser()}"
+        name = f"file:{path.parent / inputs.expanded(rest)}"
     ratio, weight = source.get("ratio", 1), source.get("weight", 1)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
-        raise CorpusError(f"{where}: ratio={ratio!r}; it must be a number above 0")
+        raise CorpusError(f"{where}: ratio={inputs.shown(ratio)}; it must be a number above 0")
     if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= 1000:
-        raise CorpusError(f"{where}: weight={weight!r}; it must be a whole number from 1 to 1000: how often an epoch presents a title")
+        raise CorpusError(
+            f"{where}: weight={inputs.shown(weight)}; it must be a whole number from 1 to 1000: how often an epoch presents a title"
+        )
     return name, Fraction(str(ratio)), weight
 
 

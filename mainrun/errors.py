@@ -10,18 +10,24 @@
     └── Interrupted        75   stopped between two steps; start the same command again to go on
         └── DiskFull            nothing half-written; free some space and start again
 
-A message says what was got, what is allowed and how to fix it. Everything else is a bug of ours and exits with 1.
+A message says what was got, what is allowed and how to fix it. An error of the operating system that names a path is turned into
+one of these (inputs.refusal). Everything else is a bug of ours and exits with 1.
 """
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_GUESS = 100  # characters of a name that may be misspelt
+
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
     """What was probably meant, to stand behind what was got. Case does not count, nor does the -- of an option."""
+    if len(got) > LONGEST_GUESS:  # comparing takes the product of both lengths
+        return ""
     plain = {name.lower().lstrip("-"): name for name in allowed}
     match = difflib.get_close_matches(got.lower().lstrip("-"), plain, n=1, cutoff=0.6)
     return f" (did you mean {plain[match[0]]!r}?)" if match else ""
@@ -31,7 +37,8 @@ def plain_warnings() -> None:
     """From here on a warning, ours or a library's, is one line that a user can read."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message))
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     warnings.showwarning = show
 

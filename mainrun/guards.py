@@ -269,8 +269,8 @@ def random_start(e: Evidence, all: bool) -> Verdict:
     vocab = e.data.tokenizer.vocab_size
     counts = np.bincount(Batches(e.cfg, e.data.splits["train"]).at(0)[1].ravel(), minlength=vocab)[None]
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])  # the smoothing that suits val best: no fresh start guesses it
-    counting = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1).min()
-    floor = 0.95 * min(float(counting), math.log(vocab))
+    losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
+    floor = 0.95 * min(float(losses.min()), math.log(vocab))
     if first["loss"] < floor:
         return "fail", f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, which is all that the first batch's counts could give"
     return "pass", f"loss {first['loss']:.3f} after step 1; no fresh start is below {floor:.3f}"

@@ -56,12 +56,18 @@ class Place:
         if found is None:
             return None
         growth, (tensors, meta) = self.start(), found
-        growth.state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
-        growth.restored()
+        with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {self.run.checkpoints}"):
+            growth.state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
+            growth.restored()
         return growth
 
     def _last(self, meta: dict[str, Any]) -> str | None:
-        plan = Plan(self.cfg, self.plan.train_tokens, (meta.get("growth") or {}).get("fired", ()))
+        if fault := checkpoint.fault(meta):
+            return fault
+        try:
+            plan = Plan(self.cfg, self.plan.train_tokens, (meta.get("growth") or {}).get("fired", ()))
+        except (MainrunError, LookupError, AssertionError) as e:
+            return f"its ops cannot have fired so ({e})"
         return None if meta["digest"] == self.cfg.digest and meta["step"] == plan.steps else "it is not of this run's last step"
 
 
@@ -72,13 +78,13 @@ def all_guards(run: RunDir) -> dict[str, Any]:
         raise RunError(
             f"{run.path} has no usable checkpoint of its last step, and the guards need its weights; train it again with --fresh"
         )
-    if weights(end.state) != summary["weights"]:
+    if weights(end.state) != summary.get("weights"):
         raise RunError(f"{run.path}/summary.json was written for other weights than its checkpoint holds; train it again with --fresh")
     with end.state.average.applied():
         evidence = Evidence(
             cfg=place.cfg, corpus=place.corpus, data=place.data, model=end.state.model,
-            evals=[row for row in run.metrics() if row["event"] == "eval"], ledger=summary["presentations"], summary=summary,
-            initial_weights="random", evaluate_hash=run.env()["evaluate_hash"],
+            evals=[row for row in run.rows() if row["event"] == "eval"], ledger=summary["presentations"], summary=summary,
+            initial_weights="random", evaluate_hash=str(run.env().get("evaluate_hash")),
         )  # fmt: skip
         found = guards(evidence, all=True)
     return place.facts() | {"guards": [asdict(guard) for guard in found]}
@@ -115,7 +121,7 @@ def main(what: str, run: str, into: str, n: str = "1") -> int:
     try:
         found = all_guards(RunDir(Path(run))) if what == "guards" else first_steps(RunDir(Path(run)), int(n))
     except MainrunError as e:
-        found = {"error": str(e)}
+        found = {"error": str(e), "exit_code": e.exit_code}
     write_json(Path(into), found)
     return 0
 

@@ -20,6 +20,7 @@ from mainrun.errors import MainrunError
 from mainrun.growth.live import FIGURES, taken
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.store import lineage, planner
+from mainrun.store.checkpoint import fitting
 from mainrun.store.leases import Fenced, Lease, Leases
 from mainrun.store.nodes import Damaged, Node, Refused, Store
 from mainrun.store.rundir import FULL, Metrics
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mainrun.train import State
 
 POLL = 0.1  # seconds between two looks at a lease
+MISREAD = (MainrunError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, AssertionError)
 CHANCE = random.SystemRandom()  # no generator that a training may draw from
 
 
@@ -202,7 +204,7 @@ class Reuse:
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
-            with suppress(MainrunError, LookupError, TypeError, ValueError, AttributeError):  # whatever it says: it costs a wait at most
+            with suppress(*MISREAD):  # whatever it says: it costs a wait at most
                 if self.machine.world == 1 and holder["root"] == self.keys[0]:  # the same data then, and the same machine
                     theirs = lineage.chain(self.keys[0], Plan(from_dict(holder["config"]), self.plan.train_tokens, holder.get("fired", ())))
                     if theirs[holder["step"]] == key:
@@ -225,7 +227,8 @@ class Reuse:
                 self._name(node.key, node.step, e)
                 continue
             first = state.step
-            state.load(tensors, node.step, node.presented, taken(self.plan, node))
+            with fitting(f"node {node.key[:12]} of the store {self.store}"):
+                state.load(tensors, node.step, node.presented, taken(self.plan, node))
             others = [step for step in range(first + 1, node.step + 1) if step not in self.own]
             state.ledger["reused"] += len(others)
             state.ledger["reused_tokens"] += sum(self.plan.stretch(step - 1).span for step in others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,18 +13,26 @@ from mainrun.store.rundir import RunDir
 from mainrun.tokens import EOS, Tokenizer
 from mainrun.train import GPT, State, build, mix
 
+COLDEST = 1e-30  # below it the likeliest token is chosen, which is the limit: float32 would round the temperature to 0
+
 
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     """The scored weights of a run's newest checkpoint."""
     cfg = run.config()
-    if not (run.path / "tokenizer.json").is_file():
-        raise RunError(f"{run.path} has no tokenizer.json; restore it, or train the run again with --fresh")
-    tokenizer = Tokenizer.from_json((run.path / "tokenizer.json").read_text(encoding="utf-8"))
-    found = checkpoint.load_newest(run.checkpoints, lambda meta: "" if meta["digest"] == cfg.digest else "another config's", lambda _: None)
+    tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
+    if run.begun().get("tokenizer", tokenizer.digest) != tokenizer.digest:
+        raise RunError(f"{run.path}/tokenizer.json is not the one that the run was trained with; {run.fix}")
+
+    def usable(meta: dict[str, Any]) -> str:
+        other = "it belongs to another config" if meta.get("digest") != cfg.digest else ""
+        return checkpoint.fault(meta) or other
+
+    found = checkpoint.load_newest(run.checkpoints, usable, lambda _: None)
     if found is None:
         raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")
     state = State(cfg, build(cfg, tokenizer.vocab_size))
-    state.load(found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
+    with checkpoint.fitting(f"the checkpoint of step {found[1]['step']} in {run.checkpoints}"):
+        state.load(found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
     state.average.swap()
     return state.model.eval(), tokenizer
 
@@ -41,8 +50,11 @@ def sample(run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temp
             logits = model(torch.tensor([ids[-model.cfg.block_size :]]))[0, -1].float()
             if not logits.isfinite().any() or logits.isnan().any():
                 raise RunError(f"{run_dir} holds weights that give no probabilities; its run diverged")
-            scaled = (logits - logits.max()) / (temperature or 1)  # at most 0: a tiny temperature cannot overflow
-            chosen = int(scaled.softmax(-1).multinomial(1) if temperature else logits.argmax())
+            if temperature < COLDEST:
+                chosen = int(logits.argmax())
+            else:
+                scaled = (logits - logits.max()) / temperature  # at most 0: a low temperature cannot overflow
+                chosen = int(scaled.softmax(-1).multinomial(1))
             if chosen == EOS:
                 break
             ids.append(chosen)

@@ -57,9 +57,11 @@ def resume(
 ) -> Metrics:
     """Bring state, metrics.jsonl, growth.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
     metrics = run.log("metrics.jsonl")
-    own = _trained(run.metrics())  # before what no checkpoint holds is cut off
+    own = _trained(run.rows_so_far(), growth.plan.steps)  # before what no checkpoint holds is cut off
 
     def usable(meta: dict[str, Any]) -> str | None:
+        if fault := checkpoint.fault(meta):
+            return fault
         if meta["digest"] != cfg.digest:
             return "it belongs to another config"
         for log, mark in ((metrics, meta["metrics"]), (growth.journal, meta.get("journal"))):
@@ -73,7 +75,8 @@ def resume(
     if found:
         if "evaluate_hash" not in earlier:
             raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
-        _load(state, *found, growth)
+        run.rows()  # a checksum that fits does not make a row of what is none
+        _load(run, state, *found, growth)
         env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
         for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
@@ -112,16 +115,17 @@ def resume(
     return metrics
 
 
-def _trained(rows: list[dict[str, Any]]) -> set[int]:
-    """The steps behind the rows that were not taken from the store."""
+def _trained(rows: list[dict[str, Any]], end: int) -> set[int]:
+    """The steps behind the rows that were not taken from the store. Rows beyond the end of the run are not its own."""
     found: set[int] = set()
     last = 0
     for row in rows:
+        step = min(row["step"], end)
         if row.get("reused"):
-            last = row["step"]
+            last = step
         elif row.get("event") == "step":
-            found |= set(range(last + 1, row["step"] + 1))
-            last = row["step"]
+            found |= set(range(last + 1, step + 1))
+            last = step
     return found
 
 
@@ -130,18 +134,19 @@ def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine, growth
     step, _ = machine.share(state.step, 0)
     if step and not machine.leads:
         found = checkpoint.load_newest(
-            run.checkpoints, lambda meta: "" if meta["step"] == step else "the leader chose another", lambda _: None
+            run.checkpoints, lambda meta: "" if meta.get("step") == step else "the leader chose another", lambda _: None
         )
         if found is None:
             what = f"process {machine.rank} cannot read the checkpoint of step {step} in {run.checkpoints}"
             raise RunError(f"{what}; --out must be a folder that all processes share")
-        _load(state, *found, growth)
+        _load(run, state, *found, growth)
 
 
-def _load(state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any], growth: Growth) -> None:
+def _load(run: RunDir, state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any], growth: Growth) -> None:
     """A checkpoint, and what the sittings before it have cost."""
-    state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
-    growth.restored()
+    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
+        state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
+        growth.restored()
     state.saved = state.step
     state.resumed = meta["resumed"] + 1
     state.ledger |= meta.get("ledger", {})
@@ -192,7 +197,7 @@ def summarize(
     cfg: TrainConfig, plan: Plan, corpus: Corpus, data: TokenData, run: RunDir, state: State, env: dict[str, Any]
 ) -> dict[str, Any]:
     """summary.json: the last and the best score, what they cost, what they stand on, and the guards they passed."""
-    rows = run.metrics()
+    rows = run.rows()
     evals = [r for r in rows if r["event"] == "eval"]
     names = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
     scores = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -11,11 +14,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
+from mainrun import inputs
 from mainrun.errors import Diverged, Interrupted, MainrunError, UsageError, nearest, plain_warnings
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ class Group(TyperGroup):
         args = list(sys.argv[1:] if args is None else args)
         plain_warnings()
         try:
+            _check_text(args)
+            _check_caches()
             code = super().main(args, "mainrun", standalone_mode=False)  # a KeyboardInterrupt comes back as 130
         except typer.TyperException as e:  # unknown command or option, a missing or misshapen argument
             code = _fail(e, "error", _usage(e), UsageError.exit_code, args)
@@ -38,11 +44,16 @@ class Group(TyperGroup):
             code = _fail(e, "diverged", str(e), e.exit_code, args)
         except MainrunError as e:
             code = _fail(e, "error", str(e), e.exit_code, args)
+        except OSError as e:  # a path that the system refuses; what names no path is a bug
+            known = e.filename is not None or e.errno in inputs.NO_SPACE
+            code = _refuse(e, args) if known else _crash(e, args)
         except Exception as e:
-            text = f"{type(e).__name__}: {e}".strip().splitlines()[0]
-            hints = ", ".join(["--debug shows the traceback", *getattr(e, "__notes__", [])])
-            code = _fail(e, "crash", f"{text}; {hints}", MainrunError.exit_code, args)
-        sys.exit(code if isinstance(code, int) else 0)
+            code = _crash(e, args)
+        except SystemExit as e:  # how Typer ends, without a word, when a pipe to another process breaks
+            if not isinstance(e.__context__, OSError):
+                raise
+            code = _crash(e.__context__, args)
+        sys.exit(_said(code if isinstance(code, int) else 0))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
@@ -69,14 +80,59 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _check_text(args: Sequence[str]) -> None:
+    """No argument holds bytes that are no text: names of files are written into JSON, tables and PDFs."""
+    for arg in args:
+        if re.search("[\x00\ud800-\udfff]", arg) is None:
+            continue
+        if sys.getfilesystemencoding() != "utf-8":
+            fix = f"this locale knows {sys.getfilesystemencoding()} alone, set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+        else:
+            fix = "write it in UTF-8, and rename a file whose name is not"
+        raise UsageError(f"got the argument {inputs.shown(arg)}, which is not UTF-8 text; {fix}")
+
+
+def _check_caches() -> None:
+    """Deep inside a run nobody would say which variable is to blame."""
+    for name in ("MAINRUN_CACHE", "XDG_CACHE_HOME"):
+        place = os.environ.get(name)
+        if place:
+            inputs.check_path(inputs.expanded(place), name)
+
+
+def _crash(e: Exception, args: Sequence[str]) -> int:
+    text = (f"{type(e).__name__}: {e}".strip().splitlines() or [""])[0]
+    hints = ", ".join(["--debug shows the traceback", *getattr(e, "__notes__", [])])
+    return _fail(e, "crash", f"{text}; {hints}", MainrunError.exit_code, args)
+
+
+def _refuse(e: OSError, args: Sequence[str]) -> int:
+    known = inputs.refusal(e)
+    return _fail(e, "interrupted" if isinstance(known, Interrupted) else "error", str(known), known.exit_code, args)
+
+
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
     if "--debug" in args:
         traceback.print_exception(e)
     if not leads():  # the leader mostly says the same, and torchrun then ends the others while they wait here
         time.sleep(5)
         kind = f"{kind} in process {os.environ['RANK']}"
-    print(f"{kind}: {text}", file=sys.stderr, flush=True)
+    print(f"{kind}: {_readable(text)}", file=sys.stderr, flush=True)
     return code
+
+
+MOST_TEXT, MOST_LINE = 2800, 1200  # characters of a message, and of a line of it
+
+
+def _readable(text: str) -> str:
+    """A message as a terminal may show it: no control characters, and no more than a person reads."""
+    lines = [inputs.shortened(inputs.printable(line), MOST_LINE) for line in text.split("\n")]
+    kept: list[str] = []
+    for line in lines:
+        if sum(map(len, kept)) + len(line) > MOST_TEXT:
+            return "\n".join([*kept, f"and {len(lines) - len(kept):,} more lines"])
+        kept.append(line)
+    return "\n".join(kept)
 
 
 def _usage(e: typer.TyperException) -> str:
@@ -93,8 +149,17 @@ def _usage(e: typer.TyperException) -> str:
     return f"{text}; `{command} --help` lists what is allowed"
 
 
+def usable(param: typer.CallbackParam, value: Any) -> Any:
+    """The callback of every option and argument that is a path: refuse what no file can be called."""
+    name = param.opts[0] if param.param_type_name == "option" else param.metavar
+    for path in value if isinstance(value, list | tuple) else [value]:
+        if path is not None:
+            inputs.check_path(path, str(name))
+    return value
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the run directories.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", callback=usable, help="The folder of the run directories.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
 
 
@@ -154,11 +219,69 @@ def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
     raise UsageError(f"got {option} {path}, {what}; give the name of a new file, or of an earlier {kind}")
 
 
+# -- where it prints
+
+
+class _Outlet(io.FileIO):
+    """stdout or stderr: what cannot be written is dropped, and why is kept for the end. So a command finishes what it does."""
+
+    fault: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        if self.fault is None:
+            try:
+                return super().write(data)
+            except OSError as e:
+                self.fault = e
+        return len(data)
+
+
+def guard_streams() -> None:
+    """Full disks, readers that left and closed descriptors must not end a training. Called once, before anything is printed."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # else the next file that is opened would become stdout
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = _guarded(sys.stdout, 1)
+    sys.stderr = _guarded(sys.stderr, 2)
+
+
+def _guarded(stream: TextIO | None, fd: int) -> TextIO:
+    """The same stream with an outlet that does not raise, and with escapes for what its encoding lacks."""
+    try:
+        raw = _Outlet(fd if stream is None else stream.fileno(), "w", closefd=False)
+    except io.UnsupportedOperation:  # somebody's own stream, in memory
+        return stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    lines = stream is None or bool(getattr(stream, "line_buffering", False))
+    through = bool(getattr(stream, "write_through", False))
+    buffer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=lines, write_through=through)
+
+
+def _said(code: int) -> int:
+    """The exit code, when all is flushed. A reader that left (`| head`) has what it wanted; a full disk has not."""
+    if sys.stdout is None:
+        return code
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    fault = raw.fault if isinstance(raw, _Outlet) else None
+    if fault is None or fault.errno == errno.EPIPE or code:
+        return code
+    text = f"stdout cannot be written ({fault.strerror}), so the results are not shown; send it elsewhere and run the command again"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return UsageError.exit_code
+
+
 # -- what it prints
 
 
 def emit(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode))
 
 
 def console() -> Console:

@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ FORMAT = 2  # of the cache and of tokenizer.json: raise it when either, or the i
 LEAST = 300  # the smallest vocab_size of a config: room for special tokens, bytes and something to learn
 SPLITS = ("train", "dev", "val")
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
+PUBLISH_ATTEMPTS = 10  # each failure means that another process has just changed the entry
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
 # sentencepiece's own signs: it gives the first back as a space, and leaves a title with the second out of the fit
@@ -308,6 +310,9 @@ def _digest(tokenizer: Tokenizer, splits: dict[str, np.ndarray], chars: dict[str
 
 def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
     """A cache entry; None when there is none, or when it is not what was written."""
+    # Look before reading: after a failed read, an entry that exists may be a good one that another process has just published.
+    if not os.path.lexists(entry):
+        return None
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
         tokenizer = Tokenizer.from_json((entry / "tokenizer.json").read_text(encoding="utf-8"))
@@ -316,19 +321,17 @@ def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
             raise ValueError("its checksum differs")
         return TokenData(tokenizer, splits, meta["chars"], meta["bytes"], meta["digest"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RunError) as e:
-        if warn and os.path.lexists(entry):
+        if warn:
             warnings.warn(f"cached tokens {entry} are damaged ({e}); they are built again", stacklevel=3)
         return None
 
 
 def _store(entry: Path, data: TokenData) -> TokenData:
-    """Write an entry in one rename. Whoever comes second takes the first one's, which holds the same."""
+    """Write an entry in one rename. A process that comes second takes the entry of the first, which holds the same."""
     temp: Path | None = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        for left in entry.parent.glob("*.tmp"):  # by a process that was killed; a day is longer than any takes
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
+        _remove_abandoned(entry.parent)
         temp = Path(tempfile.mkdtemp(prefix=f"{entry.name[:16]}.", suffix=".tmp", dir=entry.parent))
         fresh = temp / "fresh"
         fresh.mkdir()
@@ -336,20 +339,46 @@ def _store(entry: Path, data: TokenData) -> TokenData:
         for split, stream in data.splits.items():
             np.save(fresh / f"{split}.npy", stream)
         (fresh / "meta.json").write_bytes(_dump({"chars": data.chars, "bytes": data.bytes, "digest": data.digest}))
-        try:
-            fresh.rename(entry)
-        except OSError:
-            if found := _load(entry, warn=False):
-                return found
-            entry.rename(temp / "damaged")
-            fresh.rename(entry)
+        first = _publish(fresh, entry)
     except OSError as e:
         warnings.warn(f"tokens are not cached in {entry.parent} ({e}); they stay in memory", stacklevel=3)
         return data
     finally:
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
-    return _load(entry) or data
+    return first or _load(entry, warn=False) or data
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders of killed processes. A day is longer than any process takes to write one."""
+    for temp in folder.glob("*.tmp"):
+        with suppress(OSError):  # another process has finished with it, and removes it too
+            if time.time() - temp.stat().st_mtime > 86_400:
+                shutil.rmtree(temp, ignore_errors=True)
+
+
+def _publish(fresh: Path, entry: Path) -> TokenData | None:
+    """Move a finished entry into place; return the intact entry of another process instead, if that came first."""
+    for attempt in itertools.count():
+        try:
+            fresh.rename(entry)
+            return None
+        except OSError:
+            if attempt == PUBLISH_ATTEMPTS:
+                raise
+        first = _load(entry, warn=False)
+        if first is not None:
+            return first
+        aside = fresh.with_name(f"aside-{attempt}")
+        try:
+            entry.rename(aside)
+        except FileNotFoundError:  # another process has moved it aside, and is about to publish its own
+            continue
+        # Between the check and the rename, another process may have replaced the damaged entry by an intact one.
+        if _load(aside, warn=False) is not None:
+            with suppress(OSError):  # a third process has published meanwhile
+                aside.rename(entry)
+    return None
 
 
 # -- batches

@@ -372,6 +372,8 @@ class Optimizers:
             _, name, key = full_name.split("/")
             optimizer, p = owner[name]
             optimizer.state[p][key] = value.to(p.device, copy=copy)  # fused kernels want all of it there, the step count too
+        for p in self.names if tensors and self.all[0].defaults.get("nesterov") else ():  # fused SGD takes momentum for all or for none
+            self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))  # new ones begin as all did at the first step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

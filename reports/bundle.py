@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mainrun import inputs
 from mainrun.errors import UsageError
 from mainrun.store.rundir import disk_errors
 
@@ -28,6 +29,7 @@ LONGEST = 200  # bytes of a name
 CHECKPOINT = 20_000_000  # a run's last weights go in up to this size, so that its last score can be taken again
 MANIFEST, REPORT, RUN, CODE = "MANIFEST.json", "report.pdf", "run/", "code/"
 DOS_NAMES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
+AGAIN = "; get it again from whoever made it"
 
 
 class BundleError(UsageError):
@@ -116,14 +118,17 @@ def read(path: Path) -> dict[str, bytes]:
             _check_entries(entries, len(data))
             return {entry.filename: _content(z, entry) for entry in entries}
     except BundleError as e:
-        raise BundleError(f"{path} is refused: {e}") from None
+        raise BundleError(f"{path} is refused: {e}{'' if ';' in str(e) else AGAIN}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError) as e:
         raise BundleError(f"{path} is no whole zip file ({e}); get it again") from None
 
 
 def _bytes(path: Path) -> bytes:
-    if not path.is_file():
+    why = inputs.not_a_file(path)
+    if why in ("does not exist", "is a folder"):
         raise UsageError(f"no file {path}; give a bundle that `mainrun submit` made")
+    if why:
+        raise UsageError(f"{path} {why.partition('; ')[0]}; give a bundle that `mainrun submit` made")
     if path.stat().st_size > LIMIT:
         raise BundleError(f"it has {size(path.stat().st_size)}, a bundle at most {size(LIMIT)}")
     try:

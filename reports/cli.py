@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mainrun.errors import UsageError
-from mainrun.terminal import Debug, Json, check_place, emit
+from mainrun.terminal import Debug, Json, check_place, emit, usable
 
 if TYPE_CHECKING:
     from reports.load import Evidence
@@ -23,15 +23,19 @@ LOG = Path(__file__).parents[1] / "docs" / "log.md"
 
 def report(
     places: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN|STUDY]...", help="Runs, exported studies, or folders of them.")
+        list[str] | None, typer.Argument(metavar="[RUN|STUDY]...", callback=usable, help="Runs, exported studies, or folders of them.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The PDF.")] = Path("report.pdf"),
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", callback=usable, help="The PDF.")] = Path("report.pdf"),
     title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What stands on top of it.")] = "Mainrun report",
-    figures: Annotated[Path | None, typer.Option("--figures", metavar="DIR", help="Also keep each figure, as SVG and PNG.")] = None,
-    tables: Annotated[Path | None, typer.Option("--tables", metavar="DIR", help="Also keep each table, as CSV.")] = None,
-    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder of the run directories.")] = Path("runs"),
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", callback=usable, help="Also keep each figure, as SVG and PNG.")
+    ] = None,
+    tables: Annotated[Path | None, typer.Option("--tables", metavar="DIR", callback=usable, help="Also keep each table, as CSV.")] = None,
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=usable, help="The folder of the run directories.")] = Path("runs"),
     samples: Annotated[int, typer.Option("--samples", min=0, max=100, help="Titles that each of the two recipes writes.")] = 8,
-    log: Annotated[Path | None, typer.Option("--log", metavar="FILE", help="The log of experiments, for what failed.")] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", callback=usable, help="The log of experiments, for what failed.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -80,7 +80,7 @@ TOKENS: dict[str, bytes] = {
     "an npm token": rb"\bnpm_[A-Za-z0-9]{36}|_authToken\s*=\s*[^\s$]{8,}",
     "a PyPI token": rb"\bpypi-[A-Za-z0-9_-]{50,}",
     "a web token": rb"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{5,}",
-    "a password in a URL": rb"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$]{1,100}:[^\s/@\"'<>{}$]{3,200}@[\w.-]",
+    "a password in a URL": rb"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$]{0,100}:[^\s/@\"'<>{}$]{3,200}@[\w.-]",
     "a key of a header": rb"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+[A-Za-z0-9+/_.=-]{16,}",
     "an Azure key": rb"(?i)AccountKey=[A-Za-z0-9+/]{40,}={0,2}",
 }

@@ -14,6 +14,7 @@ from mainrun.compare import SAME, finished
 from mainrun.config import Plan, TrainConfig, load, preset_names
 from mainrun.errors import MainrunError, RunError
 from mainrun.stats import Noise, noise
+from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
 
 EXPORT = ("study.json", "trials.parquet")
@@ -178,10 +179,10 @@ class _Found:
 
     def take(self, path: Path) -> bool:
         """Whether this folder is one of them."""
-        if (path / "config.json").is_file():
+        if os.path.lexists(path / "config.json"):
             self.runs.setdefault(path.resolve(), RunDir(path))
             return True
-        if any((path / name).is_file() for name in EXPORT):
+        if any(os.path.lexists(path / name) for name in EXPORT):
             if (path / "export").is_dir():  # the study's own folder, where its driver works
                 path = path / "export"
             self.studies.setdefault(path.resolve(), path)
@@ -243,30 +244,87 @@ def _run(run: RunDir) -> Run:
     missing = [name for name in ("env.json", "metrics.jsonl", "tokenizer.json") if not (run.path / name).is_file()]
     if missing:
         raise RunError(f"{run.path} lacks {', '.join(missing)}; restore what is missing, or train the run again with --fresh")
-    return Run(run.path, run.config(), run.plan(), run.env(), summary, run.metrics(), _lines(run.path / "growth.jsonl"))
+    found = Run(run.path, run.config(), run.plan(), run.env(), summary, run.rows(), run.journal())
+    _check_run(run, found)
+    return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+# what the pages need beside what a comparison needs
+REPORTED = {"flops": records.above, "presentations": {"train_tokens_per_epoch": records.first}}
+ROWS = {"step": {"tokens": records.count, "loss": records.number}, "eval": {}}
+STARTED = {"params": records.count, "flops_per_token": records.positive}
+ENDED = {"tokens": records.count, "value": records.anything, "step": records.step}
+
+
+def _check_run(run: RunDir, found: Run) -> None:
+    """What the pages need of a run is there, and its journal goes with its config."""
+    faults = {"summary.json": records.fault(found.summary, REPORTED)}
+    faults["metrics.jsonl"] = next((fault for row in found.rows if (fault := records.fault(row, ROWS[row["event"]]))), "")
+    faults["growth.jsonl"] = next((fault for row in found.journal if (fault := records.fault(row, _needed(row)))), "")
+    if not found.steps or not found.evals:
+        faults["metrics.jsonl"] = "has no row of a step" if not found.steps else "has no score of val"
+    if any("params" in op for op in found.ops) and not any(row["event"].endswith("START") for row in found.journal):
+        faults["growth.jsonl"] = "says how ops ended, and of none that it began"
+    for name, fault in faults.items():
+        if fault:
+            raise RunError(f"{run.path / name} is damaged: it {fault}; {run.fix}")
+    if "train_tokens" not in found.plan:
+        raise RunError(f"{run.path}/config.json is damaged: it lacks 'plan.train_tokens'; {run.fix}")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    except ValueError as e:
-        raise RunError(f"{path} holds a line that is not JSON ({e}); train the run again with --fresh") from None
+        _ = found.resolved
+    except (MainrunError, LookupError, AssertionError) as e:
+        raise RunError(f"{run.path} cannot have trained as its config.json and growth.jsonl say ({e}); {run.fix}") from None
+
+
+def _needed(row: dict[str, Any]) -> records.Shape:
+    if row["event"].endswith("START"):
+        return STARTED
+    return ENDED if row["event"].endswith(FIRED) else {}
 
 
 def _study(path: Path) -> Study:
-    missing = [name for name in EXPORT if not (path / name).is_file()]
+    missing = [name for name in EXPORT if not os.path.lexists(path / name)]
     if missing:
         raise RunError(f"the study {path} lacks {', '.join(missing)}; `mainrun sweep` writes both at the end of a study; go on with it")
     import pyarrow.parquet
 
+    again = "export it again with `mainrun sweep export`"
+    facts = records.load(path / "study.json", FACTS, again)
     try:
-        facts = json.loads((path / "study.json").read_text(encoding="utf-8"))
-        rows = pyarrow.parquet.read_table(path / "trials.parquet").to_pylist()
-    except (OSError, ValueError) as e:  # pyarrow's own errors are among these
-        raise RunError(f"the study {path} cannot be read ({e}); export it again with `mainrun sweep export`") from None
-    if not isinstance(facts, dict) or (rows and not {"trial", "state", "value"} <= rows[0].keys()):
-        raise RunError(f"the study {path} is not as `mainrun sweep export` writes it (no trial, state and value); export it again")
+        with records.open_file(path / "trials.parquet") as f:
+            rows = pyarrow.parquet.read_table(f).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as e:
+        why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+        raise RunError(f"the study {path} cannot be read (trials.parquet: {why}); {again}") from None
+    if rows and not {"trial", "state", "value"} <= rows[0].keys():
+        raise RunError(f"the study {path} is not as `mainrun sweep export` writes it (no trial, state and value); {again}")
+    for row in rows:
+        if fault := records.fault(row, TRIAL | {name: records.setting for name in row if name.startswith("params.")}):
+            raise RunError(f"{path}/trials.parquet is damaged: a trial {fault}; {again}")
     return Study(path, facts, rows)
+
+
+CONFIRMED = {
+    "trial?": records.optional(records.count), "mean?": records.optional(records.real), "difference?": records.optional(records.real),
+    "interval?": records.optional(records.pair(records.real)), "p_holm?": records.optional(records.real), "why?": records.words,
+}  # fmt: skip
+# what `Study.fact` looks for, in the export itself and in two parts of it
+FACT: dict[str, Any] = {
+    "rows?": records.optional([CONFIRMED]), "rung_correlation?": records.optional(records.table_of(records.optional(records.real))),
+    "space?": records.optional(
+        records.table_of(records.optional({"values?": records.optional([records.anything]), "when?": records.optional(records.table)}))
+    ),
+    "importance?": records.optional(records.table_of(records.optional(records.number))),
+}  # fmt: skip
+FACTS = FACT | {
+    "name?": records.text, "study?": records.optional(FACT), "evidence?": records.optional(FACT),
+    "ledger?": records.optional(records.table_of(records.optional(records.positive))),
+}  # fmt: skip
+LEDGER = dict.fromkeys(("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.positive))
+TRIAL = LEDGER | {
+    "trial": records.count, "state": records.text, "value": records.optional(records.number), "reason?": records.optional(records.words),
+    "rung?": records.optional(records.real), "scores?": records.optional(records.scores),
+}  # fmt: skip
 
 
 def _mixed(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:

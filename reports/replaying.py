@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mainrun.errors import MainrunError
+from mainrun.errors import MainrunError, UsageError
 
 # all that the process gets of the environment: where things are, what the bits depend on
 HANDED_ON = (
@@ -36,5 +36,7 @@ def replay(code: Path, what: str, run: Path, *args: str) -> dict[str, Any]:
             said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
             raise MainrunError(f"the code at hand could not be run on {run.name}: {said[-1]}") from None
     if not isinstance(found, dict) or "error" in found:
-        raise MainrunError(str(found["error"]) if isinstance(found, dict) else "the code at hand gave no findings")
+        bad_input = isinstance(found, dict) and found.get("exit_code") == UsageError.exit_code
+        kind = UsageError if bad_input else MainrunError
+        raise kind(str(found["error"]) if isinstance(found, dict) else "the code at hand gave no findings")
     return found

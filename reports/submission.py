@@ -13,7 +13,7 @@ from typing import Any
 
 from mainrun import compare
 from mainrun.errors import RunError, UsageError
-from mainrun.store.rundir import RunDir, disk_errors, find, fsync_folder, to_json
+from mainrun.store.rundir import RunDir, check_place, disk_errors, find, fsync_folder, to_json
 from reports import bundle
 from reports.bundle import CODE, MANIFEST, REPORT, RUN, sha256, size
 from reports.commit import Commit, check_leaks, head
@@ -121,7 +121,7 @@ def whole(run: RunDir) -> dict[str, Any]:
     if lacking or wrong:
         what = wrong or f"has no {lacking[0]!r}"
         raise RunError(f"{run.path}/summary.json {what}; restore it, or train the run again with --fresh")
-    ends = {row["event"]: row["step"] for row in run.metrics() if row["event"] == "step" or row.get("split") == "val"}
+    ends = {row["event"]: row["step"] for row in run.rows() if row["event"] == "step" or row.get("split") == "val"}
     if ends != {"step": summary["steps"], "eval": summary["steps"]}:
         raise RunError(
             f"{run.path}/metrics.jsonl does not reach the last step, {summary['steps']}, with its score; restore it, or train again"
@@ -171,6 +171,9 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
     notes = []
     if newest := max(run.checkpoints.glob("step-*"), default=None):
         inside = [newest / "meta.json", newest / "state.safetensors"]
+        for path in inside:
+            if not path.exists():
+                raise RunError(f"{newest} has no {path.name}; restore it, or train the run again with --fresh")
         if (total := sum(path.stat().st_size for path in inside if path.is_file())) <= bundle.CHECKPOINT:
             names += [str(path.relative_to(run.path)) for path in inside]
         else:
@@ -178,6 +181,7 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
     for name in names:
         if (run.path / name).is_symlink():
             raise RunError(f"{run.path / name} is a link; put the file itself in its place")
+        check_place(run.path / name)
     return {RUN + name: (run.path / name).read_bytes() for name in names}, notes
 
 

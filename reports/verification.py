@@ -44,7 +44,7 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
     try:
         manifest = bundle.manifest(files)
     except BundleError as e:
-        raise BundleError(f"{path} is refused: {e}") from None
+        raise BundleError(f"{path} is refused: {e}{'' if ';' in str(e) else bundle.AGAIN}") from None
     verdict = Verdict(bundle.show(str(manifest.get("run"))), bundle.differences(files, manifest["files"]))
     missing = [name for name in (*(RUN + name for name in RUN_FILES), REPORT, CODE + "mainrun/replay.py") if name not in files]
     verdict.differences += [f"there is no {name}" for name in missing]
@@ -56,7 +56,7 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
         bundle.write(files, place)
         run = RunDir(place / RUN)
         try:
-            summary, rows, dtype = whole(run), run.metrics(), run.config().dtype
+            summary, rows, dtype = whole(run), run.rows(), run.config().dtype
             verdict.differences += _on_paper(manifest, summary, run, files)
         except MainrunError as e:
             verdict.differences.append(f"the run: {e}".replace(f"{place}/", ""))

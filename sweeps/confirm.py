@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from statistics import fmean
 from typing import Any
 
 from mainrun import stats
 from mainrun.config import TrainConfig
-from mainrun.errors import MainrunError
+from mainrun.errors import MainrunError, RunError
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search, Trial
 from sweeps.ledger import spent
@@ -30,17 +31,16 @@ def confirm(search: Search) -> dict[str, Any]:
         cfg = search.made(trial).cfg
         jobs |= {(str(trial.number), seed): seeded(cfg, seed) for seed in fresh}
     scores = _trained(search, jobs)
-    noise = stats.noise([[scores["noise", seed] for seed in noise_seeds]])
-    assert noise is not None
-    floor = noise.floor / math.sqrt(len(fresh))  # of a difference of means over so many seeds
+    sigma, single_floor = _noise([scores["noise", seed] for seed in noise_seeds])
+    floor = single_floor / math.sqrt(len(fresh))  # of a difference of means over so many seeds
     mine = {seed: scores["0", seed] for seed in fresh}
-    found = [stats.difference(mine, {seed: scores[str(t.number), seed] for seed in fresh}) for t in chosen]
+    found = [_difference(mine, {seed: scores[str(t.number), seed] for seed in fresh}) for t in chosen]
     adjusted = stats.holm([1.0 if d.p is None else d.p for d in found])
     rows = [_row(t, d, p, floor) for t, d, p in zip(chosen, found, adjusted, strict=True)]
     claimed = sorted((row for row in rows if row["claim"]), key=lambda row: row["difference"])
     result: dict[str, Any] = {
         "objective": study.objective, "seeds": fresh, "base": [mine[seed] for seed in fresh], "rows": rows,
-        "noise": {"seeds": noise_seeds, "values": [scores["noise", s] for s in noise_seeds], "sigma": noise.sd, "floor": floor},
+        "noise": {"seeds": noise_seeds, "values": [scores["noise", s] for s in noise_seeds], "sigma": sigma, "floor": floor},
         "runs": [_cost(search, job, cfg, scores[job]) for job, cfg in jobs.items()],
     }  # fmt: skip
     if not claimed:
@@ -55,7 +55,7 @@ def confirm(search: Search) -> dict[str, Any]:
 
 def _cost(search: Search, job: tuple[str, int], cfg: TrainConfig, score: float) -> dict[str, Any]:
     """A run's row of the ledger: it belongs to what the study cost as the trials do."""
-    found = spent(RunDir(search.runs / cfg.run_id), cfg)
+    found = spent(search.run_dir(cfg), cfg)
     found = replace(found, wasted=found.trained) if math.isinf(score) else found
     kind, trial = ("noise", 0) if job[0] == "noise" else ("confirmation", int(job[0]))
     return {"kind": kind, "trial": trial, "seed": job[1], "run": cfg.run_id, **asdict(found)}
@@ -63,6 +63,22 @@ def _cost(search: Search, job: tuple[str, int], cfg: TrainConfig, score: float) 
 
 def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
     return changed(cfg, {"seed": seed})
+
+
+def _noise(values: list[float]) -> tuple[float, float]:
+    """Sigma and floor of what a seed alone does. Both are infinite if the base diverged on a seed, so that nothing is claimed."""
+    if not all(map(math.isfinite, values)):
+        return math.inf, math.inf
+    noise = stats.noise([values])
+    assert noise is not None
+    return noise.sd, noise.floor
+
+
+def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
+    """Paired by seed. A run that diverged scores infinity, which has no spread, so there is no interval and no p-value."""
+    if all(map(math.isfinite, (*base.values(), *trial.values()))):
+        return stats.difference(base, trial)
+    return stats.Difference(fmean(base.values()), fmean(trial.values()), len(base), len(trial), (), None, 0)
 
 
 def _row(trial: Trial, d: stats.Difference, p: float, floor: float) -> dict[str, Any]:
@@ -77,6 +93,8 @@ def _row(trial: Trial, d: stats.Difference, p: float, floor: float) -> dict[str,
 def _why(d: stats.Difference, interval: tuple[float, float], floor: float, p: float) -> str:
     if d.mean >= 0:
         return "it is not better"
+    if d.interval is None:
+        return "a run diverged, so there is no interval"
     if interval[1] >= 0:
         return "its interval holds zero"
     return f"the difference is within the noise floor {floor:.4f}" if -d.mean <= floor else f"p={p:.3f} after Holm's correction"
@@ -92,7 +110,7 @@ def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[t
             return math.inf
         if not outcome.ok:
             raise MainrunError(f"{cfg.run_id} cannot be trained: {outcome.why}")
-        return float(_scores(RunDir(search.runs / cfg.run_id), split)[name])
+        return float(_scores(search.run_dir(cfg), split)[name])
 
     with ThreadPoolExecutor(search.engine.workers) as pool:
         try:
@@ -103,12 +121,14 @@ def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[t
 
 
 def _scores(run: RunDir, split: str) -> dict[str, Any]:
-    summary = run.summary() or {}
-    found: dict[str, Any] = summary["scores"][split]["last"]
+    scores = (run.summary() or {}).get("scores", {})
+    if split not in scores:
+        raise RunError(f"{run.path}/summary.json is damaged: it has no score of {split}; {run.fix}")
+    found: dict[str, Any] = scores[split]["last"]
     return found
 
 
 def _val(search: Search, cfg: TrainConfig) -> dict[str, Any]:
     """Read here, and nowhere else in a study."""
-    last = _scores(RunDir(search.runs / cfg.run_id), "val")
+    last = _scores(search.run_dir(cfg), "val")
     return {"run": cfg.run_id, "full": last["full"], "official": last["official"]}

@@ -20,6 +20,7 @@ from typing import Any
 from mainrun.config import Plan, TrainConfig, load
 from mainrun.corpus import load_corpus
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
+from mainrun.store import records
 from mainrun.store.rundir import RunDir, check_same, write_text
 from sweeps import branch
 from sweeps.engine.protocol import Engine, Outcome, Task
@@ -28,6 +29,8 @@ from sweeps.ledger import Ledger, spent, total
 from sweeps.sampling import Asker
 from sweeps.space import resolved
 from sweeps.study import Study
+
+TOKENS = {"train_tokens": records.first, "fingerprints?": records.table}  # of tokens.json
 
 
 @dataclass(slots=True)
@@ -80,12 +83,16 @@ class Search:
         """Of an epoch: read once, by the trainer itself. The titles may not change behind a study that goes on."""
         file = self.folder / "tokens.json"
         titles = load_corpus(self.base).fingerprints
-        if file.is_file():
-            before = json.loads(file.read_text())
+        if before := records.load(file, TOKENS, "remove it, and start the same command again: it is made anew"):
             if before.get("fingerprints", titles) != titles:
                 now = f"{self.base.corpus} gives other titles now than when {self.folder} began"
                 raise UsageError(f"{now}; restore it, or begin a study of its own with --as NAME")
-            return int(before["train_tokens"])
+            known = int(before["train_tokens"])
+            try:
+                Plan(self.base, known)
+            except ConfigError as e:
+                raise RunError(f"{file} is damaged: it has train_tokens = {known:,} ({e}); remove it, and start again") from None
+            return known
         sets = [part for text in sets_of(self.study, self.base) for part in ("--set", text)]
         command = [sys.executable, "-m", "mainrun", "train", "--preset", self.study.preset, *sets, "--dry-run", "--json"]
         for _ in range(PATIENCE):
@@ -240,7 +247,7 @@ class Search:
         """Up to a step, or to the end. What its folder has already needs no worker, who would take a second to say so."""
         run = self.run_dir(cfg)
         status = run.status()
-        stopped = status.get("state") == "interrupted" and 0 < until <= status["step"]
+        stopped = status.get("state") == "interrupted" and 0 < until <= status.get("step", 0)
         if stopped or (status.get("state") == "done" and run.summary()):
             check_same(run, cfg)
             return Outcome(True)
@@ -256,7 +263,8 @@ class Search:
         return self.folder / "runs" / ".store"
 
     def run_dir(self, cfg: TrainConfig) -> RunDir:
-        return RunDir(self.runs / cfg.run_id)
+        path = self.runs / cfg.run_id
+        return RunDir(path, f"restore it, or remove {path} and start the same command again")
 
     def _hear(self, trial: Trial, rung: int, outcome: Outcome) -> None:
         if not outcome.ok:
@@ -277,7 +285,7 @@ class Search:
     def scored(self, cfg: TrainConfig, step: int) -> float:
         run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
-        found = [row[name] for row in run.metrics() if row["event"] == "eval" and row["split"] == split and row["step"] == step]
+        found = [row[name] for row in run.rows() if row["event"] == "eval" and row["split"] == split and row["step"] == step]
         if not found:
             raise RunError(f"{run.path} has no score of {split} at step {step}; its metrics.jsonl was changed: remove the run, start again")
         return float(found[-1])

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mainrun import stats
-from mainrun.store.rundir import disk_errors, write_text
+from mainrun.errors import RunError
+from mainrun.store.rundir import check_place, disk_errors, write_text
 from sweeps.driver import Search, sets_of
 from sweeps.ledger import Ledger, total
 
@@ -49,38 +50,36 @@ def correlations(search: Search, raw: bool = False) -> dict[str, float | None]:
     return found
 
 
+PLAIN = (
+    "trial", "state", "value", "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "seconds",
+    "reason", "run",
+)  # fmt: skip
+
+
 def write(found: dict[str, Any], folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    names = sorted({name for t in found["trials"] for name in t["params"]})
-    plain = (
-        "trial",
-        "state",
-        "value",
-        "seed",
-        "rung",
-        "steps",
-        "asked",
-        "trained",
-        "reused",
-        "wasted",
-        "branch",
-        "tokens",
-        "flops",
-        "seconds",
-        "reason",
-        "run",
-    )
-    columns: dict[str, Any] = {key: [t[key] for t in found["trials"]] for key in plain}
-    columns["scores"] = [json.dumps(t["scores"]) for t in found["trials"]]  # of each rung that it reached
-    columns["raw_scores"] = [json.dumps(t["raw_scores"]) for t in found["trials"]]
+    try:
+        table = pa.table(_columns(found["trials"]))
+    except (pa.ArrowException, ArithmeticError, TypeError, ValueError, KeyError) as e:
+        raise RunError(f"the trials of {found.get('name')} do not make a table ({e!r:.200}); restore export.json of the study") from None
+    for name in ("trials.parquet", "study.json"):
+        check_place(folder / name, "move it away, or give another folder")
+    with disk_errors(folder):
+        pq.write_table(table, folder / "trials.parquet")
+    write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))
+
+
+def _columns(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    names = sorted({name for t in trials for name in t["params"]})
+    columns: dict[str, Any] = {key: [t[key] for t in trials] for key in PLAIN}
+    columns["scores"] = [json.dumps(t["scores"]) for t in trials]  # of each rung that it reached
+    columns["raw_scores"] = [json.dumps(t["raw_scores"]) for t in trials]
     for name in names:
-        values = [t["params"].get(name) for t in found["trials"]]
+        values = [t["params"].get(name) for t in trials]
         mixed = len({type(v) for v in values if v is not None}) > 1 and not all(isinstance(v, int | float) for v in values if v is not None)
         columns[f"params.{name}"] = [None if v is None else str(v) for v in values] if mixed else values
-    with disk_errors(folder):
-        pq.write_table(pa.table(columns), folder / "trials.parquet")
-    write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))
+    return columns

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.errors import RunError, UsageError
-from mainrun.store.rundir import disk_errors, write_text
+from mainrun.store import records
+from mainrun.store.rundir import check_place, disk_errors, write_text
 from sweeps.study import Study
 
 
@@ -26,13 +27,17 @@ def owned(folder: Path, study: Study) -> Iterator[None]:
     """One driver at a time, and always the same study in a folder."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / ".lock", "remove it, and start the same command again")
+    with disk_errors(folder):
         lock = (folder / ".lock").open("a+b", buffering=0)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            raise UsageError(f"{folder} is searched by process {lock.read().decode()}; wait for it, or give another --out") from None
+            raise UsageError(
+                f"{folder} is searched by process {lock.read().decode(errors='replace')}; wait for it, or give another --out"
+            ) from None
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(str(os.getpid()).encode())
@@ -52,7 +57,7 @@ def begin(folder: Path, study: Study, command: str) -> None:
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
-    return _read(folder / "study.json")
+    return _read(folder / "study.json", BEGUN)
 
 
 def known(folder: Path) -> dict[str, Any]:
@@ -66,21 +71,54 @@ def known(folder: Path) -> dict[str, Any]:
 def finished(folder: Path) -> dict[str, Any]:
     """What came out."""
     before = known(folder)
-    found = _read(folder / "export.json")
+    file = folder / "export.json"
+    found = _read(file, FINISHED)
     if not found:
         raise RunError(f"{folder} is not finished; `{before['command']}` goes on with it")
+    if fault := _disagrees(found):
+        raise RunError(f"{file} is damaged: {fault}; restore it, or remove it: `{before['command']}` writes it again")
     return found
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as e:
-        raise RunError(f"{file} cannot be read ({e}); restore it, or move {file.parent} away and begin anew") from None
-    if not isinstance(found, dict) or not {"study", "digest"} <= set(found):
-        raise RunError(f"{file} is none of ours; restore it, or move {file.parent} away and begin anew")
+def _disagrees(found: dict[str, Any]) -> str:
+    """How the parts of what came out do not go together; empty: they do."""
+    numbers = [trial["trial"] for trial in found["trials"]]
+    if len(set(numbers)) < len(numbers):
+        return "it has a trial twice"
+    if unscored := [trial["trial"] for trial in found["trials"] if trial["state"] == "done" and trial["value"] is None]:
+        return f"its trial {unscored[0]} is done and has no value"
+    if found.get("raw_rung_correlation") and not found["study"].get("rungs"):
+        return "it has scores of rungs, and a study without rungs"
+    winner = (found.get("evidence") or {}).get("winner")
+    return f"it has no trial {winner}, which it says won" if winner is not None and winner not in numbers else ""
+
+
+BEGUN = {"digest": records.text, "study": records.table, "command?": records.words}
+COSTS = dict.fromkeys(("asked", "trained", "reused", "wasted"), records.count) | {"branch?": records.count, "tokens?": records.count}
+TRIAL = {f"{name}?": records.count for name in ("asked", "trained", "reused", "wasted", "branch", "tokens", "steps")} | {
+    "trial": records.count, "state": records.text, "value": records.optional(records.real), "params": records.table_of(records.setting),
+    "scores": records.table, "sets": [records.words], "raw_scores?": records.table, "seed?": records.optional(records.count),
+    "rung?": records.number, "run?": records.words, "reason?": records.words, "flops?": records.positive, "seconds?": records.positive,
+}  # fmt: skip
+CONFIRMED = {
+    "trial": records.count, "difference": records.real, "interval": records.pair(records.real), "p_holm": records.real,
+    "claim": records.yes_or_no, "why": records.words, "params": records.table_of(records.setting),
+}  # fmt: skip
+EVIDENCE = {
+    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]}, "rows": [CONFIRMED], "claim": records.words,
+    "winner": records.optional(records.count), "val?": {"full": records.real, "official": records.real},
+    "runs?": [COSTS | {"kind": records.text}],
+}  # fmt: skip
+CORRELATIONS = records.optional(records.table_of(records.optional(records.real)))
+FINISHED = BEGUN | {
+    "name?": records.text, "preset": records.words, "objective": records.text, "trials": [TRIAL], "ledger": COSTS,
+    "evidence?": records.optional(EVIDENCE), "rung_correlation?": CORRELATIONS, "raw_rung_correlation?": CORRELATIONS,
+    "study": {"rungs?": records.optional(records.table), "storage?": records.words},
+}  # fmt: skip
+
+
+def _read(file: Path, shape: records.Shape) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = records.load(file, shape, f"restore it, or move {file.parent} away and begin anew")
     return found
 
 

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mainrun.config import TrainConfig
+from mainrun.errors import RunError
 from mainrun.growth.simulate import costs
+from mainrun.store import records
 from mainrun.store.rundir import RunDir
+
+COSTS = {"step": records.first, "tokens": records.count, "seconds": records.positive}  # of a row of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +27,11 @@ class Ledger:
 
 
 def spent(run: RunDir, cfg: TrainConfig) -> Ledger:
-    rows = [row for row in run.metrics() if row["event"] == "step"]
+    rows = [row for row in run.rows() if row["event"] == "step"]
     if not rows:
         return Ledger()
+    if fault := next((fault for row in rows if (fault := records.fault(row, COSTS))), ""):
+        raise RunError(f"{run.path}/metrics.jsonl is damaged: a row {fault}; {run.fix}")
     last = reused = tokens = 0
     before = 0
     for row in rows:  # a row stands for the steps since the one before it

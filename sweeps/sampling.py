@@ -105,4 +105,5 @@ def _grid(p: Parameter) -> list[Any]:
         return list(p.values)
     assert p.step is not None
     count = int((p.high - p.low) / p.step + 1e-9) + 1
-    return [p.low + i * p.step for i in range(count)]
+    highest = distribution(p).high  # 0 + 3 * 0.1 is a little above 0.3, and Optuna refuses such a value
+    return [min(p.low + i * p.step, highest) for i in range(count)]

@@ -23,13 +23,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from mainrun import inputs
 from mainrun.config import TrainConfig, load
 from mainrun.errors import ConfigError, nearest
 from sweeps import branch
@@ -135,56 +135,89 @@ def names() -> list[str]:
 def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
     """A built-in study or a file; `sets` go on top of its [set], `changes` of its keys. A ConfigError names every fault."""
     built_in = "/" not in place and not place.endswith(".toml")
-    path = BUILT_IN / f"{place}.toml" if built_in else Path(place)
-    if not path.is_file():
-        known = names()
-        raise ConfigError(f"unknown study {place!r}{nearest(place, known)}; allowed: {', '.join(known)}, or a file ending in .toml")
+    path = _file_of(place, built_in)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"study {path} is not valid TOML: {e}") from None
-    except RecursionError:
-        raise ConfigError(f"study {path} is nested without end; write a study as `mainrun sweep run demo --schema` describes it") from None
+        text = inputs.read_text(path)
+    except inputs.BadInput as e:
+        raise ConfigError(f"study {path} {e}") from None
+    try:
+        data = inputs.parse_toml(text)
+    except inputs.BadInput as e:
+        hint = "write a study as `mainrun sweep run demo --schema` describes it"
+        raise ConfigError(f"study {path} is not valid TOML: {e}; {hint}") from None
     data.setdefault("name", path.stem)
     if sets:
         data["set"] = {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
-    given = [f"--set {key}={value}" for key, value in (sets or {}).items()]
+    given = [f"--set {key}={inputs.shortened(str(value), 80)}" for key, value in (sets or {}).items()]
     given += [f"--{'as' if key == 'name' else key} {without_password(str(value))}" for key, value in changes.items()]
     return checked(data | changes, " ".join([place if built_in else str(path), *given]))
+
+
+def _file_of(place: str, built_in: bool) -> Path:
+    known = names()
+    allowed = f"allowed: {', '.join(known)}, or a file ending in .toml"
+    if built_in and place in known:
+        return BUILT_IN / f"{place}.toml"
+    if built_in:
+        raise ConfigError(f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}; {allowed}")
+    why = inputs.not_a_file(Path(place))
+    if why == "does not exist":
+        raise ConfigError(f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}, no such file; {allowed}")
+    if why:
+        raise ConfigError(f"study {inputs.shown(place, 80)} {why}; {allowed}")
+    return Path(place)
 
 
 def checked(data: dict[str, Any], where: str) -> Study:
     try:
         study = Study.model_validate(data)
     except ValidationError as e:
-        raise ConfigError("\n".join([f"study {where} cannot be searched", *_explain(e, data)])) from None
-    if wrong := list(_wrong(study)):
+        named = inputs.first_ten(_explain(e, data), "faults")
+        raise ConfigError("\n".join([f"study {where} cannot be searched", *named])) from None
+    if wrong := list(inputs.first_ten(_wrong(study), "faults")):
         raise ConfigError("\n".join([f"study {where} cannot be searched", *wrong]))
     return study
 
 
 def _explain(e: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    seen = set()
+    """Each fault once. A name is compared with those that are allowed only as long as a person reads on."""
+    seen: set[str] = set()
     for error in e.errors():
-        place = [str(part) for part in error["loc"] if part not in ("Range", "Choice")]
-        name, got = ".".join(place), error.get("input")
-        if error["type"] == "extra_forbidden":
-            known: dict[str, Any] = {"": Study, "budget": Budget, "sampler": Sampler, "rungs": Rungs, "evidence": Evidence}
-            parent = known.get(".".join(place[:-1]))
-            allowed = list(parent.model_fields) if parent else ["low", "high", "log", "step", "values", "when"]
-            text = f"unknown key {name}{nearest(place[-1], allowed)}; allowed: {', '.join(allowed)}."
-        elif error["type"] == "string_pattern_mismatch":
-            instead = "letters, digits and _.- (60 of them at most, a letter, digit or _ first)" if name == "name" else "text on one line"
-            text = f"{name}={got!r} is not allowed; write {instead}."
-        elif error["type"] == "too_short" and got and any(other["loc"][:-1] == error["loc"] for other in e.errors()):
-            continue  # what was in it is wrong, and is said
-        else:
-            text = f"{name}={got!r} is not allowed: {error['msg']}." if error["type"] != "missing" else f"{name} is missing; write it."
-        if len(place) > 1 and place[0] == "space":  # it fits neither of the two kinds
-            text = f"space.{place[1]} is no parameter: write low and high (and log, step), or values; got {data['space'][place[1]]}."
+        if _holds_others(error, e):
+            continue
+        text = _fault(error, data, guess=len(seen) < 10)
         if text not in seen:
             seen.add(text)
             yield text
+
+
+def _holds_others(error: Any, e: ValidationError) -> bool:
+    """A list is too short because what was in it is wrong, and that is said."""
+    if error["type"] != "too_short" or not error.get("input"):
+        return False
+    return any(other["loc"][:-1] == error["loc"] for other in e.errors())
+
+
+PARTS: dict[str, type[BaseModel]] = {"": Study, "budget": Budget, "sampler": Sampler, "rungs": Rungs, "evidence": Evidence}
+
+
+def _fault(error: Any, data: dict[str, Any], guess: bool) -> str:
+    place = [str(part) for part in error["loc"] if part not in ("Range", "Choice")]
+    if len(place) > 1 and place[0] == "space":  # it fits neither of the two kinds
+        got = inputs.shown(data["space"][place[1]])
+        return f"space.{place[1]} is no parameter: write low and high (and log, step), or values; got {got}."
+    name, got = ".".join(place), inputs.shown(error.get("input"))
+    if error["type"] == "extra_forbidden":
+        parent = PARTS.get(".".join(place[:-1]))
+        allowed = list(parent.model_fields) if parent else ["low", "high", "log", "step", "values", "when"]
+        meant = nearest(place[-1], allowed) if guess else ""
+        return f"unknown key {inputs.shortened(name, 80)}{meant}; allowed: {', '.join(allowed)}."
+    if error["type"] == "string_pattern_mismatch":
+        instead = "letters, digits and _.- (60 of them at most, a letter, digit or _ first)" if name == "name" else "text on one line"
+        return f"{name}={got} is not allowed; write {instead}."
+    if error["type"] == "missing":
+        return f"{name} is missing; write it."
+    return f"{name}={got} is not allowed: {error['msg']}."
 
 
 def _wrong(study: Study) -> Iterator[str]:

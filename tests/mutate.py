@@ -4,7 +4,7 @@
     ./task mutate -- mainrun/store --sample 0          # a folder; 0: every mutant there is
 
 First the tests that mirror the file run once, without a bug, to learn which of them execute which line and how long each takes.
-Then every mutant gets the tests that execute its line (and those that start other processes), the likeliest to fail first.
+Then every mutant gets the test files that execute its line (and the tests that start other processes), the likeliest to fail first.
 One worker per core: it imports the libraries once, and forks a process per mutant, so that a mutant costs its tests and no start-up.
 
 Cosmic Ray makes the mutants (tests/mutants.py). mutmut does not fit this suite. It changes function bodies only, while tolerances,
@@ -268,12 +268,20 @@ class Baseline:
     kills: Counter[str] = field(default_factory=Counter)
 
     def tests_of(self, file: str, lines: range) -> list[str]:
-        """The tests to run against a mutant, the likeliest to fail and the quickest first."""
+        """The tests to run against a mutant, the likeliest to fail and the quickest first.
+
+        A fixture that several tests share executes its lines in the first of them alone, so all tests of a file go together.
+        """
         contexts = {context for line in lines for context in self.lines.get(file, {}).get(line, ())}
         on_import = "" in contexts or not contexts
         everyone = set(self.seconds) - set(self.failed)
-        chosen = everyone if on_import else (contexts | self.starters) & everyone
+        reached = {file_of(test) for test in contexts}
+        chosen = {test for test in everyone if on_import or file_of(test) in reached or test in self.starters}
         return sorted(chosen, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test]))
+
+
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def measure(worker: Worker, files: list[str], tests: list[str]) -> Baseline:
@@ -302,7 +310,8 @@ def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> 
 
     selected = baseline.tests_of(mutant.file, mutant.lines)
     expected = sum(baseline.seconds[test] for test in selected)
-    files = [test for test in baseline.tests if any(name.startswith(f"{test}::") for name in selected)]
+    needed = {file_of(test) for test in selected}
+    files = [file for file in baseline.tests if file in needed]
     worker.write(mutant.file, apply(mutant, source))
     try:
         answer = worker.ask(kind="stop", limit=30 + 5 * expected, tests=files, selected=selected, sources=[], imports=baseline.imports)

@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "mainrun": "mainrun.config mainrun.errors",
     "mainrun.__main__": "mainrun.cli",
     "mainrun.errors": "",
+    "mainrun.inputs": "mainrun.errors",
     "mainrun.synthetic": "",
-    "mainrun.config": "mainrun.errors mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
+    "mainrun.config": "mainrun.errors mainrun.inputs mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
     "mainrun.host": "",
     "mainrun.kernels": "mainrun.native mainrun.native_gpu mainrun.host",
     "mainrun.native": "mainrun.host",
@@ -41,13 +42,13 @@ MAY_IMPORT = {
     "mainrun.recorded": "",
     "mainrun.machine": "mainrun.kernels mainrun.native mainrun.native_gpu mainrun.recorded mainrun.host mainrun.config mainrun.errors",
     "mainrun.progress": "mainrun.config mainrun.errors",
-    "mainrun.store": "mainrun.config mainrun.errors",
+    "mainrun.store": "mainrun.inputs mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
-    "mainrun.corpus": "mainrun.synthetic mainrun.host mainrun.config mainrun.errors",
+    "mainrun.corpus": "mainrun.synthetic mainrun.host mainrun.inputs mainrun.config mainrun.errors",
     "mainrun.tokens": "mainrun.corpus mainrun.host mainrun.config mainrun.errors",
     "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.config mainrun.errors "
+    "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.inputs mainrun.config mainrun.errors "
     "mainrun.train mainrun.machine",  # these two for their types alone
     "mainrun.sitting": "mainrun.growth mainrun.host "
     "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
@@ -73,15 +74,17 @@ MAY_IMPORT = {
     "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.cli": "*",
     "mainrun.demo": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.terminal": "mainrun.host mainrun.errors",
-    "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.errors",
-    "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.terminal": "mainrun.host mainrun.inputs mainrun.errors",
+    "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.inputs mainrun.errors",
+    "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.inputs mainrun.config "
+    "mainrun.errors",
     "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "mainrun.stats": "",
     "sweeps": "mainrun.store mainrun.corpus mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config "
+    "mainrun.inputs "
     "mainrun.errors",
-    "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.config mainrun.errors",
+    "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.inputs mainrun.config mainrun.errors",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mainrun import kernels, machine, native
+from mainrun.host import cpu_flags
 from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm, turned
 
 COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
@@ -271,3 +273,442 @@ def test_the_library_is_made_once_and_made_again_where_it_is_damaged(tmp_path: P
     assert make() is not None, "a cache that cannot be written"
     monkeypatch.setenv("CXX", "false")
     assert make() is None, "a compiler that cannot"
+
+
+# -- the same at odd shapes, in both dtypes, and at the edges
+
+
+SHAPES = [(5, 8), (3, 5, 8), (2, 1, 3, 7), (1, 1), (4, 130)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 0.0])
+def test_the_rms_norm_at_odd_shapes_and_sizes(shape: tuple[int, ...], scale: float) -> None:
+    """Small numbers show the 1e-6 below the root."""
+    x, gain = some(*shape) * scale, some(shape[-1], seed=1)
+    plain = lambda x, gain: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain  # noqa: E731
+    for ours, theirs in both(rms_norm, plain, x, gain):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradients_of_the_rms_norm_in_bfloat16_are_rounded_once(shape: tuple[int, ...]) -> None:
+    x, gain = some(*shape, dtype=torch.bfloat16), some(shape[-1], seed=1, dtype=torch.float32)
+    exact = both(rms_norm, rms_norm, x.double(), gain.double())
+    given = leaves(x, gain)
+    y = rms_norm(*given)
+    y.backward(some(*shape, seed=9).to(torch.bfloat16))
+    for got, (right, _), dtype in zip([y, *(t.grad for t in given)], exact, (x.dtype, x.dtype, gain.dtype), strict=True):
+        assert got is not None and got.dtype == dtype
+        assert torch.allclose(got.double(), right, rtol=2e-2, atol=3e-2 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "turns"),
+    [
+        (8, 32, 2), (8, 33, 2),  # four times as many outputs
+        (8, 31, 0), (8, 8, 0), (31, 8, 0),
+        (32, 8, 1), (33, 8, 1),  # four times as many inputs
+    ],
+)  # fmt: skip
+def test_the_narrow_operand_of_a_product_is_turned(monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, turns: int) -> None:
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(kernels, "turned", lambda x: (shapes.append(tuple(x.shape)), turned(x))[1])
+    x, weight, bias = some(2, 3, inputs), some(outputs, inputs, seed=1), some(outputs, seed=2)
+    for ours, theirs in both(kernels.Product.apply, F.linear, x, weight, bias):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    expected = {0: [], 1: [(6, outputs)], 2: [(6, inputs), (inputs, outputs)]}
+    assert shapes == expected[turns]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 2), (7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_keeps_the_dtype(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert turned(some(*shape, dtype=dtype)).dtype == dtype
+    assert torch.equal(turned(some(*shape, dtype=dtype)), some(*shape, dtype=dtype).t())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_under_autocast_a_product_is_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tiles: bool, bias: bool) -> None:
+    monkeypatch.setattr(kernels, "TILES", tiles)
+    monkeypatch.setattr(kernels, "WIDE", 4)
+    x, weight, offset = (some(*shape, dtype=torch.float32) for shape in ((3, 5), (4, 5), (4,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight, offset if bias else None)
+    assert y.dtype == torch.bfloat16
+    right = x.bfloat16().float() @ weight.bfloat16().float().t() + (offset.bfloat16().float() if bias else 0)
+    assert torch.allclose(y.float(), right, rtol=1e-2, atol=1e-2)
+    assert linear(x, weight, offset).dtype == torch.float32
+    assert torch.equal(linear(x, weight, offset), F.linear(x, weight, offset))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "taken"), [(9, 2, True), (2, 9, True), (8, 2, True), (2, 8, True), (7, 7, False)])
+def test_a_product_on_tiles_is_as_wide_as_its_longer_side(monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, taken: bool) -> None:
+    monkeypatch.setattr(kernels, "TILES", True)
+    monkeypatch.setattr(kernels, "WIDE", 8)
+    x, weight = leaves(some(3, inputs, dtype=torch.bfloat16), some(outputs, inputs, dtype=torch.bfloat16))
+    assert ("Product" in type(linear(x, weight).grad_fn).__name__) == taken
+
+
+def test_sizes_that_were_measured_and_decide_bits() -> None:
+    """A change of one of them changes the order of sums, or how fast they are: it needs a new measurement."""
+    assert (kernels.WIDE, kernels.WIDEST) == (2048, 65_536)
+    assert kernels.CHUNK == {"cpu": 1_000_000, "cuda": 50_000_000}
+    assert ("AMX bf16" in cpu_flags()) == kernels.TILES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 5)])
+def test_gelu_as_it_is_compiled_is_torchs(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = some(*shape, dtype=dtype) * 3
+    for ours, theirs in both(kernels.Gelu.apply, F.gelu, x):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in both(gelu, F.gelu, x):
+        assert torch.equal(ours, theirs)
+
+
+def test_gelu_takes_a_gradient_that_is_not_contiguous() -> None:
+    (x,) = leaves(some(4, 6, dtype=torch.float32))
+    grad = some(6, 4, seed=2, dtype=torch.float32).t()
+    kernels.Gelu.apply(x).backward(grad)
+    (right,) = leaves(x)
+    F.gelu(right).backward(grad)
+    assert torch.equal(x.grad, right.grad)
+
+
+def test_a_whole_operation_is_compiled_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other form is for compiling on a CPU alone; the name is the function's without underscores."""
+
+    def _thrice(x: Tensor) -> Tensor:
+        return 3 * x
+
+    def in_one_pass(x: Tensor) -> Tensor:
+        return 4 * x
+
+    thrice = kernels.whole(_thrice, in_one_pass)
+    assert torch.ops.mainrun.thrice(torch.ones(1)).item() == 4
+    assert thrice(torch.ones(1)).item() == 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert thrice(torch.ones(1)).item() == 4
+    assert thrice(torch.ones(2, device="meta")).shape == (2,)
+    assert torch.equal(gelu(torch.ones(3)), F.gelu(torch.ones(3)))
+
+
+def test_gelu_is_our_own_only_while_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x,) = leaves(some(3, dtype=torch.float32))
+    assert "GeluBackward0" in type(gelu(x).grad_fn).__name__
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert type(gelu(x).grad_fn).__name__ == "GeluBackward"
+
+
+FORWARD = [kernels._attend_forward, kernels._attend_forward_native, kernels.attend_forward]
+BACKWARD = [kernels._attend_backward, kernels._attend_backward_native, kernels.attend_backward]
+
+
+def attention_parts(dtype: torch.dtype, p: float, size: int = 5) -> tuple[Any, ...]:
+    q, k, v = (some(2, 3, size, 4, seed=i, dtype=dtype) for i in range(3))
+    bias = torch.zeros(size, size, dtype=dtype).masked_fill(~torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf)
+    mask = torch.randint(0, 2, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)) if p else None
+    return q, k, v, bias, mask
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", range(3), ids=["plain", "native", "whole"])
+@pytest.mark.parametrize("library", ["as it is", "none"])
+def test_every_way_of_attention_is_the_formula(
+    monkeypatch: pytest.MonkeyPatch, library: str, way: int, dtype: torch.dtype, p: float
+) -> None:
+    if library == "none":
+        monkeypatch.setattr(native, "library", lambda: None)
+    q, k, v, bias, mask = attention_parts(dtype, p)
+    exact = leaves(q.double(), k.double(), v.double())
+    right = reference(*exact, bias.double(), mask, p)
+    upstream = some(*right.shape, seed=8, dtype=dtype)
+    right.backward(upstream.double())
+    scale = 1 / (1 - p)
+    y, weights = FORWARD[way](q, k, v, bias, mask, scale)
+    grads = BACKWARD[way](upstream, q, k, v, bias, weights, mask, scale)
+    close_to = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}[dtype]
+    for got, wanted in zip([y, *grads], [right, *(t.grad for t in exact)], strict=True):
+        assert got.dtype == dtype
+        assert torch.allclose(got.double(), wanted, atol=close_to, rtol=close_to)
+    assert torch.allclose(weights.double(), (q.double() @ k.double().mT + bias.double()).softmax(-1), atol=close_to)
+
+
+@NATIVE
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.bfloat16, 2), (torch.float32, 0)])
+def test_attention_in_cpp_is_for_bfloat16(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, taken: int) -> None:
+    names: list[str] = []
+    real = native._call
+    monkeypatch.setattr(native, "_call", lambda name, *args: (names.append(name), real(name, *args))[1])
+    q, k, v, bias, mask = attention_parts(dtype, 0.5)
+    y, weights = kernels._attend_forward_native(q, k, v, bias, mask, 2.0)
+    kernels._attend_backward_native(y, q, k, v, bias, weights, mask, 2.0)
+    assert len(names) == taken
+
+
+def test_attention_takes_tensors_and_gradients_that_are_not_contiguous() -> None:
+    q, k, v, bias, _ = attention_parts(torch.float64, 0.0)
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    given, plain = leaves(*apart), leaves(q, k, v)
+    grad = some(2, 5, 3, 4, seed=8).transpose(1, 2)
+    attend(*given, bias, None, 0.0).backward(grad)
+    reference(*plain, bias, None, 0.0).backward(grad)
+    for ours, theirs in zip(given, plain, strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-12)
+
+
+# -- loss, further
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0, 0.5, -1.0, 0.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 2), (3, 5), (7, 33)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_times_anything_has_torchs_gradient(dtype: torch.dtype, rows: int, vocab: int, smoothing: float, upstream: float) -> None:
+    logits, target = some(rows, vocab, dtype=dtype) * 3, torch.arange(rows) % vocab
+    ours, theirs = leaves(logits, logits.double())
+    loss, plain = cross_entropy(ours, target, smoothing)
+    (loss * upstream).backward()
+    right = F.cross_entropy(theirs, target, label_smoothing=smoothing)
+    (right * upstream).backward()
+    wide = torch.promote_types(dtype, torch.float32)
+    assert (loss.dtype, plain.dtype, ours.grad.dtype) == (wide, wide, dtype)
+    assert not plain.requires_grad
+    assert loss.item() == pytest.approx(right.item(), rel=1e-6, abs=1e-6)
+    assert plain.item() == pytest.approx(F.cross_entropy(theirs, target).item(), rel=1e-6, abs=1e-6)
+    close_to = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    assert torch.allclose(ours.grad.double(), theirs.grad, atol=close_to)
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(1, [1] * 7), (49, [1] * 7), (50, [1] * 7), (99, [1] * 7), (100, [2, 2, 2, 1]), (350, [7])])
+def test_as_many_rows_at_a_time_as_the_cache_holds(monkeypatch: pytest.MonkeyPatch, chunk: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+    real = F.softmax
+    monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(kernels.F, "softmax", lambda x, *args, **kwargs: (seen.append(len(x)), real(x, *args, **kwargs))[1])
+    cross_entropy(some(7, 50, dtype=torch.float32), torch.arange(7), 0.0)
+    assert seen == sizes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cuda", "vocab", "smoothing", "by_hand", "way"),
+    [
+        (torch.bfloat16, False, 50, 0.0, True, "by hand"),
+        (torch.bfloat16, False, 50, 0.0, False, "in chunks"),
+        (torch.bfloat16, False, 50, 0.1, True, "in chunks"),
+        (torch.float32, False, 50, 0.0, True, "in chunks"),
+        (torch.bfloat16, True, 65_536, 0.0, True, "on the GPU"),
+        (torch.bfloat16, True, 65_537, 0.0, True, "in chunks"),
+        (torch.bfloat16, True, 50, 0.0, False, "in chunks"),
+        (torch.bfloat16, True, 50, 0.1, True, "in chunks"),
+        (torch.float32, True, 50, 0.0, True, "in chunks"),
+    ],
+)
+def test_which_kernel_computes_the_loss(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, cuda: bool, vocab: int, smoothing: float, by_hand: bool, way: str
+) -> None:
+    class Logits:
+        is_cuda = cuda
+
+        def size(self, axis: int) -> int:
+            assert axis == -1
+            return vocab
+
+    Logits.dtype = dtype  # type: ignore[attr-defined]
+    monkeypatch.setattr(kernels.CrossEntropy, "apply", lambda _l, _t, share, own: ("by hand" if own else "in chunks", share))
+    monkeypatch.setattr(kernels.CrossEntropyOnGpu, "apply", lambda _l, _t: ("on the GPU", 0.0))
+    assert cross_entropy(Logits(), None, smoothing, by_hand) == (way, smoothing)  # type: ignore[arg-type]
+
+
+def test_by_hand_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cross_entropy", lambda *args: pytest.fail("taken"))
+    cross_entropy(some(3, 5, dtype=torch.bfloat16), torch.arange(3), 0.0)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_the_loss_by_hand_is_the_mean_and_its_gradient_that_of_the_mean(monkeypatch: pytest.MonkeyPatch, upstream: float) -> None:
+    def rows_by_formula(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        assert logits.is_contiguous() and target.is_contiguous()
+        exact = logits.double().requires_grad_()
+        each = F.cross_entropy(exact, target, reduction="none")
+        with torch.enable_grad():
+            each = F.cross_entropy(exact, target, reduction="none")
+            each.mean().backward()
+        return each.detach(), exact.grad.to(logits.dtype)
+
+    monkeypatch.setattr(native, "cross_entropy", rows_by_formula)
+    (logits,) = leaves(some(5, 4, dtype=torch.bfloat16).t())
+    target = torch.arange(8)[::2] % 5
+    loss, plain = cross_entropy(logits, target, 0.0, True)
+    (loss * upstream).backward()
+    exact = logits.detach().double().requires_grad_()
+    right = F.cross_entropy(exact, target)
+    (right * upstream).backward()
+    assert (loss.dtype, plain.requires_grad) == (torch.float32, False)
+    assert loss.item() == plain.item() == pytest.approx(right.item(), rel=1e-6)
+    assert torch.allclose(logits.grad.double(), exact.grad, atol=2e-3)
+
+
+def test_the_loss_on_a_gpu_is_the_mean_of_its_kernels_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are stood in for: what is held here is how their numbers are put together."""
+    seen: list[Any] = []
+
+    class Kernels:
+        @staticmethod
+        def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            assert logits.is_contiguous() and target.is_contiguous()
+            return torch.tensor([1.0, 2.0, 6.0]), torch.tensor([7.0, 8.0, 9.0])
+
+        @staticmethod
+        def cross_entropy_backward(logits: Tensor, target: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
+            seen.append((target.tolist(), log_sum.tolist(), grad.item()))
+            return torch.full_like(logits, 0.25)
+
+    monkeypatch.setattr("mainrun.native_gpu", Kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "mainrun.native_gpu", Kernels)
+    (logits,) = leaves(some(5, 3).t())
+    loss, plain = kernels.CrossEntropyOnGpu.apply(logits, torch.arange(6)[::2])
+    (loss * 4).backward()
+    assert loss.item() == plain.item() == 3.0
+    assert (loss.dtype, plain.requires_grad) == (torch.float32, False)
+    assert seen == [([0, 2, 4], [7.0, 8.0, 9.0], 4.0)]
+    assert torch.equal(logits.grad, torch.full_like(logits, 0.25))
+
+
+# -- dropout
+
+
+def test_masks_are_dealt_out_in_order_and_only_where_something_is_dropped() -> None:
+    pool = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0], dtype=torch.uint8)
+    masks = kernels.Masks(pool)
+    assert masks.take([1, 3]).tolist() == [[0, 1, 1]]
+    x = torch.tensor([[2.0, 3.0]])
+    assert masks.drop(x, 0.0) is x
+    assert torch.equal(masks.drop(x, 0.75), torch.tensor([[0.0, 12.0]]))
+    assert masks.take(iter((3,))).tolist() == [1, 1, 0]
+    assert masks.used == 8
+
+
+def test_what_is_kept_is_scaled_after_it_was_masked() -> None:
+    x = some(64, dtype=torch.bfloat16)
+    kept = kernels.Masks(torch.ones(64, dtype=torch.uint8)).drop(x, 0.1)
+    assert kept.dtype == torch.bfloat16
+    assert torch.equal(kept, (x.float() * (1 / 0.9)).bfloat16())
+
+
+# -- Muon
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """The five steps written out, in float64."""
+    x = matrix.double()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 3), (6, 6), (1, 9), (16, 4)])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
+def test_an_orthogonal_update_is_five_steps_of_its_polynomial(shape: tuple[int, int], size: float) -> None:
+    batch = torch.stack([some(*shape, seed=seed, dtype=torch.float32) * size for seed in range(3)])
+    result = kernels.orthogonal(batch)
+    assert (result.dtype, result.shape) == (torch.bfloat16, batch.shape)
+    for matrix, got in zip(batch, result, strict=True):
+        assert torch.allclose(got.double(), newton_schulz(matrix), atol=0.1)
+        assert torch.equal(kernels.orthogonal(matrix[None])[0], got) or shape[0] > 1, "each by itself"
+
+
+def test_the_bits_of_a_square_update() -> None:
+    """It is not turned."""
+    x = some(1, 6, 6, dtype=torch.bfloat16)
+    result = kernels.orthogonal(x)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    assert torch.equal(result, x)
+
+
+def test_no_update_without_a_gradient_and_none_that_is_blown_up() -> None:
+    assert torch.equal(kernels.orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4).bfloat16())
+    tiny = torch.zeros(1, 3, 4)
+    tiny[0, 0, 0] = 1e-9
+    assert 0 < float(kernels.orthogonal(tiny).abs().max()) < 20, "divided by 1e-7 at least"
+    assert float(kernels.orthogonal(tiny)[0, 0, 0]) == pytest.approx(float(newton_schulz(tiny[0])[0, 0]), rel=3e-2)
+
+
+def muon_by_hand(
+    weights: list[Tensor], grads: list[list[Tensor]], lr: float, weight_decay: float, momentum: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    moments = [torch.zeros_like(w) for w in weights]
+    weights = [w.clone() for w in weights]
+    for step in grads:
+        for i, grad in enumerate(step):
+            moments[i] = momentum * moments[i] + (1 - momentum) * grad
+            ahead = momentum * moments[i] + (1 - momentum) * grad
+            update = newton_schulz(ahead).to(grad.dtype) * 0.2 * max(grad.shape) ** 0.5
+            weights[i] = weights[i] * (1 - lr * weight_decay) - lr * update
+    return weights, moments
+
+
+@pytest.mark.parametrize(
+    ("lr", "weight_decay", "momentum"),
+    [(0.1, 0.0, 0.0), (0.1, 0.0, 0.9), (0.1, 0.5, 0.9), (0.02, 3.0, 0.5), (0.0, 0.5, 0.9), (1.0, 1.0, 0.0)],
+)
+@pytest.mark.parametrize("shapes", [[(4, 6)], [(4, 6), (4, 6), (6, 4)], [(5, 5), (2, 9), (5, 5)]])
+def test_muon_is_its_formula(shapes: list[tuple[int, int]], lr: float, weight_decay: float, momentum: float) -> None:
+    weights = [some(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
+    grads = [[some(*shape, seed=10 * step + i, dtype=torch.float32) for i, shape in enumerate(shapes)] for step in (1, 2, 3)]
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = kernels.Muon([{"params": params, "lr": lr, "weight_decay": weight_decay}], momentum)
+    for step in grads:
+        for param, grad in zip(params, step, strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+    right, moments = muon_by_hand(weights, grads, lr, weight_decay, momentum)
+    for param, wanted, moment in zip(params, right, moments, strict=True):
+        assert param.dtype == torch.float32
+        assert torch.allclose(param, wanted, atol=max(1e-7, 0.15 * lr))
+        assert torch.allclose(optimizer.state[param]["momentum_buffer"], moment, atol=1e-6)
+
+
+def test_the_groups_of_muon_have_rates_of_their_own() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(3)]
+    groups = [{"params": params[:1]}, {"params": params[1:2], "lr": 0.5}, {"params": params[2:], "weight_decay": 0.25, "lr": 0.0}]
+    optimizer = kernels.Muon(groups, 0.0)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1.0, 0.0), (0.5, 0.0), (0.0, 0.25)]
+    for param in params:
+        param.grad = some(3, 4, seed=5, dtype=torch.float32)
+    optimizer.step()
+    moved = [param.detach() - 1 for param in params]
+    assert torch.allclose(moved[0], 2 * moved[1], atol=1e-6)
+    assert torch.equal(moved[2], torch.zeros(3, 4))
+
+
+def test_an_update_of_muon_has_the_size_of_one_of_adamws() -> None:
+    """Its root mean square is about 0.2 of the rate, whatever the shape."""
+    for shape in ((8, 32), (32, 8), (24, 24)):
+        param = torch.nn.Parameter(torch.zeros(shape))
+        param.grad = some(*shape, dtype=torch.float32) * 1e-4
+        kernels.Muon([{"params": [param], "lr": 1.0}], 0.0).step()
+        assert 0.15 < float(param.detach().pow(2).mean().sqrt()) < 0.23
+
+
+def test_the_loss_is_summed_where_its_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device | None] = []
+    real = torch.zeros
+
+    def recording(*shape: Any, device: torch.device | None = None, **options: Any) -> Tensor:
+        devices.append(device)
+        return real(*shape, device=device, **options)
+
+    logits, target = some(4, 5, dtype=torch.float32), torch.arange(4)
+    monkeypatch.setattr(torch, "zeros", recording)
+    cross_entropy(logits, target, 0.1)
+    assert devices == [torch.device("cpu")]

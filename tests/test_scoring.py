@@ -6,7 +6,9 @@ import copy
 import hashlib
 import math
 import random
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,3 +273,148 @@ def test_refusals_say_what_to_do(model: Attention) -> None:
 
 def test_the_hash_is_of_the_whole_file() -> None:
     assert scoring.evaluate_source_hash() == hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()
+
+
+# -- edges
+
+
+@pytest.mark.parametrize(
+    ("tokens", "geometry", "spans"),
+    [
+        (2, (1, 1), 1), (3, (1, 1), 1), (4, (1, 1), 2), (7, (2, 3), 1), (13, (2, 3), 1), (14, (2, 3), 2), (21, (3, 2), 3),
+        (2_000_000, (64, 128), 244),
+    ],
+)  # fmt: skip
+def test_whole_spans_and_what_they_cover(tokens: int, geometry: tuple[int, int], spans: int) -> None:
+    assert official_spans(tokens, geometry) == spans
+    assert official_coverage(tokens, geometry) == spans * geometry[0] * geometry[1] / tokens
+
+
+@pytest.mark.parametrize(("tokens", "geometry"), [(0, (1, 1)), (1, (1, 1)), (6, (2, 3)), (1_024, (32, 32))])
+def test_less_than_a_span_is_refused_with_its_numbers(tokens: int, geometry: tuple[int, int]) -> None:
+    rows, length = geometry
+    for refused in (official_spans, official_coverage):
+        with pytest.raises(ConfigError) as error:
+            refused(tokens, geometry)
+        message = str(error.value)
+        assert f"{tokens:,} tokens" in message and f"{rows}x{length}+1 = {rows * length + 1:,} tokens" in message
+        assert all(fix in message for fix in ("official_geometry", "batch_size", "block_size", "num_titles", "val_frac"))
+
+
+@pytest.mark.parametrize(("chars", "nbytes"), [(0, 5), (-1, 5), (5, 0), (5, -1), (0, 0)])
+def test_what_it_divides_by_is_positive(model: Attention, chars: int, nbytes: int) -> None:
+    with pytest.raises(ConfigError) as error:
+        evaluate(model, stream(20), chars=chars, nbytes=nbytes, block_size=16, geometry=(1, 16))
+    assert f"chars={chars} and bytes={nbytes}" in str(error.value)
+    assert model.training, "nothing was touched"
+
+
+@pytest.mark.parametrize(("length", "is_allowed"), [(7, True), (8, True), (9, False)])
+def test_rows_of_the_official_score_fit_into_a_block(model: Attention, length: int, is_allowed: bool) -> None:
+    def score() -> scoring.Score:
+        return evaluate(model, stream(40), chars=1, nbytes=1, block_size=8, geometry=(1, length))
+
+    if is_allowed:
+        assert score().tokens == 40
+        return
+    with pytest.raises(ConfigError, match="rows of 9 tokens are longer than block_size=8"):
+        score()
+
+
+def test_a_model_without_parameters_is_scored() -> None:
+    class Uniform(nn.Module):
+        def forward(self, idx: Tensor) -> Tensor:
+            assert idx.dtype == torch.int64 and idx.device.type == "cpu"
+            return torch.zeros(*idx.shape, 10)
+
+    score = evaluate(Uniform(), stream(30) % 10, chars=60, nbytes=15, block_size=4, geometry=(2, 3))
+    assert score.loss == pytest.approx(math.log(10), rel=1e-6)
+    assert score.full == pytest.approx(math.log(10) / 2, rel=1e-6)
+    assert score.bits_per_byte == pytest.approx(2 * math.log2(10), rel=1e-6)
+    assert score.official == pytest.approx(24 * math.log(10) / 60, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 9, 15, 16, 17])
+def test_inputs_and_targets_of_the_full_score(count: int) -> None:
+    """Whole blocks in one batch, then the short one; where all are whole, no empty one comes after them."""
+    tokens = np.arange(2, count + 2, dtype=np.uint16)
+    parts = list(scoring._full(tokens, 8))
+    whole, rest = divmod(count, 8)
+    assert [x.shape for x, _ in parts] == [(whole, 8)] * (whole > 0) + [(1, rest)] * (rest > 0)
+    assert [x.shape for x, _ in parts] == [y.shape for _, y in parts]
+    assert all(x.dtype == np.uint16 for x, _ in parts)
+
+
+def test_inputs_and_targets_of_the_official_score() -> None:
+    [(x, y)] = scoring._official(np.arange(17), 2, (2, 3))
+    assert x.tolist() == [[0, 1, 2], [3, 4, 5], [7, 8, 9], [10, 11, 12]]
+    assert y.tolist() == [[1, 2, 3], [4, 5, 6], [8, 9, 10], [11, 12, 13]]
+
+
+@pytest.mark.parametrize(("chunk", "rows"), [(1, 1), (VOCAB, 1), (5 * VOCAB - 1, 4), (5 * VOCAB, 5), (10**6, 64)])
+def test_the_cross_entropy_takes_as_many_rows_as_the_cache_holds(
+    model: Attention, monkeypatch: pytest.MonkeyPatch, chunk: int, rows: int
+) -> None:
+    seen: list[int] = []
+    real = F.cross_entropy
+
+    def counting(logits: Tensor, target: Tensor, **options: str) -> Tensor:
+        assert logits.dtype == torch.float32
+        seen.append(len(logits))
+        return real(logits, target, **options)
+
+    want = evaluate(model, stream(65), chars=1, nbytes=1, block_size=16, geometry=(4, 16))
+    monkeypatch.setitem(scoring.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(scoring.F, "cross_entropy", counting)
+    assert evaluate(model, stream(65), chars=1, nbytes=1, block_size=16, geometry=(4, 16)).full == pytest.approx(want.full, rel=1e-6)
+    assert max(seen) == min(rows, 48) and sum(seen) == 64 + 65
+
+
+@pytest.mark.parametrize(
+    ("logits", "shapes"),
+    [
+        (1, [1] * 20),
+        (100 * 8 - 1, [1] * 20),
+        (100 * 8 * 2, [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]),
+        (100 * 8 * 7 + 799, [1, 7, 7, 5]),
+    ],
+)
+def test_a_batch_is_one_row_first_and_then_as_wide_as_its_bound(monkeypatch: pytest.MonkeyPatch, logits: int, shapes: list[int]) -> None:
+    seen: list[int] = []
+
+    class Rows(ById):
+        def forward(self, idx: Tensor) -> Tensor:
+            seen.append(len(idx))
+            return super().forward(idx)
+
+    monkeypatch.setitem(scoring.LOGITS, "cpu", logits)
+    with torch.no_grad():
+        scoring._nll(Rows(100), iter([(np.zeros((20, 8), dtype=np.uint16), np.ones((20, 8), dtype=np.uint16))]))
+    assert seen == shapes
+
+
+def test_how_much_is_computed_at_a_time_is_recorded() -> None:
+    """Speed, and the order of the last sum: a change of these is measured, and changes the hash of the file."""
+    assert scoring.LOGITS == {"cpu": 16_000_000, "cuda": 512_000_000}
+    assert scoring.CHUNK == {"cpu": 1_000_000, "cuda": 64_000_000}
+
+
+def test_a_score_cannot_be_changed(model: Attention) -> None:
+    score = evaluate(model, stream(20), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
+    with pytest.raises(FrozenInstanceError):
+        score.full = 0.0  # type: ignore[misc]
+
+
+def test_a_score_is_summed_where_its_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device | None] = []
+    real = torch.zeros
+
+    def recording(*shape: Any, device: torch.device | None = None, **options: Any) -> Tensor:
+        devices.append(device)
+        return real(*shape, device=device, **options)
+
+    model, parts = ById(9), [(np.ones((2, 3), dtype=np.uint16),) * 2]
+    monkeypatch.setattr(torch, "zeros", recording)
+    with torch.no_grad():
+        scoring._nll(model, iter(parts))
+    assert devices == [torch.device("cpu")]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import FrozenInstanceError
 from statistics import fmean, stdev
+from typing import Any
 
 import pytest
+from scipy import special
+from scipy import stats as reference
 
 from mainrun import stats
 
@@ -109,3 +113,180 @@ def test_a_mean_of_one_has_no_spread() -> None:
     assert stats.Mean((1.5,)).sd is None and stats.Mean((1.5,)).half is None
     three = stats.Mean((1.0, 2.0, 3.0))
     assert three.mean == fmean((1, 2, 3)) and three.sd == 1.0 and three.half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
+
+
+# -- against scipy, and at the edges
+
+
+@pytest.mark.parametrize("df", [1, 1.5, 2, 3, 7.3, 40, 1e4])
+@pytest.mark.parametrize("t", [-1e6, -37.0, -2.0, -1e-9, 0.0, 1e-9, 0.3, 1.0, 12.0, 1e6])
+def test_the_distribution_is_scipys(t: float, df: float) -> None:
+    assert stats.t_cdf(t, df) == pytest.approx(float(reference.t.cdf(t, df)), rel=1e-9, abs=1e-300)
+
+
+@pytest.mark.parametrize("df", [1, 1.5, 2, 3, 7.3, 40, 1e4])
+@pytest.mark.parametrize("p", [1e-6, 0.025, 0.3, 0.5, 0.7, 0.9, 0.975, 0.9999])
+def test_the_quantiles_are_scipys(p: float, df: float) -> None:
+    assert stats.t_quantile(p, df) == pytest.approx(float(reference.t.ppf(p, df)), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("t", "p"), [(math.inf, 1.0), (-math.inf, 0.0)])
+@pytest.mark.parametrize("df", [1, 5])
+def test_the_distribution_at_infinity(t: float, p: float, df: int) -> None:
+    assert stats.t_cdf(t, df) == p
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-12, 0.01, 0.2, 0.5, 0.51, 0.8, 0.99, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (3.0, 0.5), (0.5, 3.0), (20.0, 0.5), (40.0, 60.0), (500.0, 0.5), (1.0, 1.0)])
+def test_the_incomplete_beta_function_is_scipys(a: float, b: float, x: float) -> None:
+    assert stats._beta(a, b, x) == pytest.approx(float(special.betainc(a, b, x)), rel=1e-9, abs=1e-300)
+
+
+@pytest.mark.parametrize(("x", "value"), [(-0.5, 0.0), (0.0, 0.0), (1.0, 1.0), (1.5, 1.0)])
+def test_the_incomplete_beta_function_outside_of_its_interval(x: float, value: float) -> None:
+    assert stats._beta(2.0, 0.5, x) == value
+
+
+def test_the_level_is_95_percent() -> None:
+    assert stats.LEVEL == 0.95
+
+
+@pytest.mark.parametrize("values", [(1.0, 4.0), (1.0, 1.0), (2.0, 3.0, 7.0, 7.5), (-1e6, 1e6, 3.0)])
+def test_the_interval_of_a_mean_is_scipys(values: tuple[float, ...]) -> None:
+    of_these = stats.Mean(values)
+    assert of_these.mean == fmean(values) and of_these.sd == stdev(values)
+    error = float(reference.sem(values))
+    assert of_these.half == pytest.approx(float(reference.t.ppf(0.975, len(values) - 1)) * error, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "kind"),
+    [
+        ({1: 2.0, 2: 2.5}, {1: 1.0, 2: 1.75}, "paired"),
+        ({1: 2.0, 2: 2.5, 3: 2.0, 4: 9.0}, {1: 1.0, 2: 1.75, 3: 2.25, 5: 0.0}, "paired"),
+        ({1: 2.0, 2: 2.5}, {2: 1.75, 3: 1.0}, "welch"),  # one seed in common is no pair
+        ({1: 2.0, 2: 2.5, 3: 4.0}, {4: 1.75, 5: 1.0}, "welch"),
+        ({1: 2.0, 2: 2.0}, {3: 1.75, 4: 1.0, 5: 1.5}, "welch"),
+        ({1: 3.0, 2: 3.5, 3: 3.25}, {4: 1.0, 5: 1.0}, "welch"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_differences_are_scipys(a: dict[int, float], b: dict[int, float], kind: str) -> None:
+    got = stats.difference(a, b)
+    common = sorted(a.keys() & b.keys())
+    if kind == "paired":
+        sample = [a[s] for s in common], [b[s] for s in common]
+        expected: Any = reference.ttest_rel(sample[1], sample[0])
+        assert got.seeds == tuple(common)
+        assert (got.n_a, got.n_b) == (len(common), len(common))
+    else:
+        sample = list(a.values()), list(b.values())
+        expected = reference.ttest_ind(sample[1], sample[0], equal_var=False)
+        assert got.seeds == ()
+        assert (got.n_a, got.n_b) == (len(a), len(b))
+    interval = expected.confidence_interval(0.95)
+    assert got.paired == (kind == "paired")
+    assert (got.a, got.b) == (fmean(sample[0]), fmean(sample[1]))
+    assert got.mean == got.b - got.a
+    assert got.df == pytest.approx(float(expected.df), rel=1e-12)
+    assert got.p == pytest.approx(float(expected.pvalue), rel=1e-9)
+    assert got.interval == pytest.approx((float(interval.low), float(interval.high)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "p", "interval", "df"),
+    [
+        ({1: 2.0, 2: 3.0}, {1: 1.5, 2: 2.5}, 0.0, (-0.5, -0.5), 1),  # the same difference twice
+        ({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0}, 1.0, (0.0, 0.0), 1),
+        ({1: 2.0, 2: 2.0}, {3: 1.5, 4: 1.5, 5: 1.5}, 0.0, (-0.5, -0.5), 3),  # no spread at all
+        ({1: 2.0, 2: 2.0}, {3: 2.0, 4: 2.0, 5: 2.0}, 1.0, (0.0, 0.0), 3),
+    ],
+)
+def test_differences_without_spread(a: dict[int, float], b: dict[int, float], p: float, interval: tuple[float, float], df: int) -> None:
+    got = stats.difference(a, b)
+    assert (got.error, got.p, got.interval, got.df) == (0.0, p, interval, df)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "counts"),
+    [
+        ({1: 1.0}, {1: 0.5}, (1, 1)),
+        ({1: 1.0, 2: 1.5}, {1: 0.5}, (2, 1)),
+        ({1: 1.0}, {2: 0.5, 3: 0.5}, (1, 2)),
+    ],
+)
+def test_a_difference_with_a_single_run_is_a_difference_of_means(a: dict[int, float], b: dict[int, float], counts: tuple[int, int]) -> None:
+    got = stats.difference(a, b)
+    assert got == stats.Difference(fmean(a.values()), fmean(b.values()), *counts, (), None, 0)
+    assert (got.interval, got.p, got.paired) == (None, None, False)
+
+
+def test_results_cannot_be_changed() -> None:
+    for result, field in ((stats.Mean((1.0,)), "values"), (stats.difference({1: 1.0}, {1: 2.0}), "a"), (stats.Noise(1.0, 2), "sd")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(result, field, None)
+
+
+@pytest.mark.parametrize(
+    ("groups", "sd", "df"),
+    [
+        ([[1.0, 2.0]], math.sqrt(0.5), 1),
+        ([[1.0, 2.0], [9.0]], math.sqrt(0.5), 1),  # a single run says nothing
+        ([[1.0, 2.0], [7.0, 7.0]], 0.5, 2),
+        ([[1.0, 2.0], [5.0, 5.5, 6.0], []], math.sqrt(1 / 3), 3),
+        ([[3.0, 3.0]], 0.0, 1),
+        ([[0.0, 2.0, 4.0, 6.0], [1.0, 2.0]], math.sqrt(20.5 / 4), 4),
+    ],
+)
+def test_the_noise_is_the_spread_within_recipes(groups: list[list[float]], sd: float, df: int) -> None:
+    pooled = stats.noise(groups)
+    assert pooled is not None
+    assert (pooled.sd, pooled.df) == (pytest.approx(sd, rel=1e-12), df)
+    assert pooled.floor == pytest.approx(float(reference.t.ppf(0.975, df)) * math.sqrt(2) * sd, rel=1e-9)
+
+
+@pytest.mark.parametrize("groups", [[], [[]], [[1.0]], [[1.0], [2.0], []]])
+def test_there_is_no_noise_without_two_runs_of_one_recipe(groups: list[list[float]]) -> None:
+    assert stats.noise(groups) is None
+
+
+@pytest.mark.parametrize(
+    ("ps", "adjusted"),
+    [
+        ([], []),
+        ([0.2], [0.2]),
+        ([0.0], [0.0]),
+        ([1.0], [1.0]),
+        ([0.01, 0.02], [0.02, 0.02]),
+        ([0.02, 0.01], [0.02, 0.02]),
+        ([0.03, 0.02, 0.01], [0.04, 0.04, 0.03]),
+        ([0.01, 0.01, 0.01], [0.03, 0.03, 0.03]),  # ties
+        ([0.001, 0.04, 0.03, 0.2], [0.004, 0.09, 0.09, 0.2]),
+        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),  # at most 1
+        ([0.0, 0.9, 0.5], [0.0, 1.0, 1.0]),
+        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),  # never less than a smaller one's
+    ],
+)
+def test_holms_correction_by_hand(ps: list[float], adjusted: list[float]) -> None:
+    assert stats.holm(ps) == pytest.approx(adjusted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([1, 2, 3], [3, 1, 2]),
+        ([1, 2], [2, 1]),
+        ([1, 1, 2, 3], [4, 5, 5, 5]),
+        ([5, 5, 5, 1, 2], [1, 2, 2, 9, 9]),
+        ([0.1, -3, 1e9, math.inf], [1, 2, 4, 3]),
+        ([7, 7, 7, 7, 1], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_rank_correlation_is_scipys(a: list[float], b: list[float]) -> None:
+    assert stats.spearman(a, b) == pytest.approx(float(reference.spearmanr(a, b).statistic), rel=1e-12)
+    assert stats.spearman(b, a) == pytest.approx(stats.spearman(a, b), rel=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1], [2]), ([1, 1], [1, 2]), ([1, 2], [3, 3]), ([4, 4], [4, 4])])
+def test_a_single_rank_has_no_correlation(a: list[float], b: list[float]) -> None:
+    assert stats.spearman(a, b) is None

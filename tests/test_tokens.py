@@ -7,13 +7,17 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -406,6 +410,104 @@ def test_processes_that_fill_the_cache_at_once_agree(state: str, tiny, own_cache
     assert [run.returncode for run in runs] == [0] * 4
     assert {line.split()[0] for line in found} == {prepare(tiny(), a_corpus()).digest}
     assert len(list(own_cache.iterdir())) == 1
+
+
+Act = Callable[[], object]
+
+
+def run_interrupted(call: Act, line: int, act: Act) -> bool:
+    """Call it, and act just before it reaches the given line of the functions of mainrun/tokens.py. False: it reaches fewer lines."""
+    left, before = line, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != tokens.__file__ or "." in frame.f_code.co_qualname:  # methods touch no files
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                act()
+        return trace if left > 0 else None
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+def damage_an_entry(folder: Path) -> None:
+    os.truncate(next(folder.iterdir()) / "train.npy", 100)
+
+
+@pytest.mark.parametrize(("state", "act"), [("empty", "publishes"), ("damaged", "publishes"), ("empty", "cleans up")])
+def test_another_process_disturbs_at_no_line(state: str, act: str, tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process acts between two lines of the one that fills the cache. Both agree, no warning is untrue, one entry is left."""
+    cfg, corpus = tiny(), a_corpus()
+    built = tokens._build(cfg, corpus)
+    monkeypatch.setattr(tokens, "_build", lambda cfg, corpus: built)
+    other = own_cache / "killed.tmp"
+
+    def publish() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert same(prepare(cfg, corpus), built)
+
+    def clean_up() -> None:
+        shutil.rmtree(other, ignore_errors=True)
+
+    results: list[tokens.TokenData] = []
+    reached, line = True, 0
+    while reached:
+        line += 1
+        shutil.rmtree(own_cache, ignore_errors=True)
+        if state == "damaged":
+            prepare(cfg, corpus)
+            damage_an_entry(own_cache)
+        if act == "cleans up":
+            other.mkdir(parents=True)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            reached = run_interrupted(lambda: results.append(prepare(cfg, corpus)), line, publish if act == "publishes" else clean_up)
+        assert same(results.pop(), built)
+        untrue = [str(w.message) for w in seen if state == "empty" or "damaged" not in str(w.message)]
+        assert not untrue, f"at line {line}: {untrue}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            data = prepare(cfg, corpus)
+            assert same(data, built)
+            assert isinstance(data.splits["train"], np.memmap), f"at line {line} the entry was lost"
+        clean_up()
+        assert len(list(own_cache.iterdir())) == 1, f"at line {line} something is left lying about"
+    assert line > 20, "the lines of the cache are traced"
+
+
+def test_an_intact_entry_is_not_replaced_by_a_process_that_saw_the_damaged_one(
+    tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes replace a damaged entry. The slower one looks at the damaged entry, then moves the new one aside: it puts it back."""
+    cfg, corpus = tiny(), a_corpus()
+    data = tokens._build(cfg, corpus)
+    prepare(cfg, corpus)
+    damage_an_entry(own_cache)
+    [entry] = own_cache.iterdir()
+    rename, published = Path.rename, []
+
+    def rename_late(path: Path, target: Path) -> Path:
+        if path == entry and not published:
+            monkeypatch.setattr(Path, "rename", rename)
+            tokens._store(entry, data)
+            published.append((entry / "train.npy").stat().st_ino)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(tokens._store(entry, data), data)
+    assert [(entry / "train.npy").stat().st_ino] == published
+    assert list(own_cache.iterdir()) == [entry]
 
 
 def test_the_second_of_two_keeps_the_entry_of_the_first(tiny, own_cache: Path) -> None:

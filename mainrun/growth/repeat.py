@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +37,7 @@ def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
     """The way to an op is taken from the store where it is there, and trained where not; the op and the steps behind it are done here."""
     cfg, told = run.config(), journal(run)
     done = {row["op"]: row["step"] for row in told if row["event"] == f"{PREFIX}SUCCESS" and row["name"] in ARCHITECTURE}
-    if not done:
+    if not done or not cfg.growth.ops:
         raise UsageError(f"{run.path} has no op of the architecture that acted; give a run whose schedule grew it")
     with TemporaryDirectory() as folder:
         for step in sorted(set(done.values())):
@@ -66,12 +66,12 @@ def _train(cfg: TrainConfig, out: Path, store: Store | None, until: int) -> None
 
 def journal(run: RunDir) -> list[dict[str, Any]]:
     file = run.path / "growth.jsonl"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise UsageError(f"{run.path} has no growth.jsonl; give a run with a growth schedule")
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except ValueError as e:
-        raise RunError(f"{file} is damaged ({e}); restore it, or train the run again with --fresh") from None
+    rows = run.journal()
+    if fault := next((row for row in rows if row["event"] in PROVEN and "checks" not in row), None):
+        raise RunError(f"{file} is damaged: its row {fault['event']} of step {fault['step']} lacks 'checks'; {run.fix}")
+    return rows
 
 
 def _bare(row: dict[str, Any]) -> dict[str, Any]:

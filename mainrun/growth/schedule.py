@@ -25,12 +25,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mainrun import inputs
 from mainrun.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -570,14 +570,14 @@ def _fault(place: int, name: Any, text: str) -> Fault:
 def read(data: Any) -> tuple[Schedule, list[Fault]]:
     """The ops that are well formed, and everything that is wrong with the others."""
     faults: list[Fault] = []
+    if isinstance(data, list) and len(data) > MOST_OPS:
+        return Schedule(), [(-1, f"the list has {len(data):,} ops; write at most {MOST_OPS:,}.")]
     if isinstance(data, list):
         return Schedule(_ops(data, faults, {}, 0, listed=True)), faults
     if not isinstance(data, dict):
         return Schedule(), [(-1, f"{_shown(data)} is no schedule; write {SHAPE}, or a list of ops with trigger_loss and max_wait_iters.")]
     allowed = ("version", "seed", "defaults", "ops")
-    faults += [
-        (-1, f"unknown key {_shown(key)}{nearest(str(key), allowed)}; allowed: {', '.join(allowed)}.") for key in data if key not in allowed
-    ]
+    faults += [(-1, f"{text}.") for text in _unknown("", data, allowed)]
     version, seed, ops, defaults = (data.get(key, other) for key, other in (("version", 2), ("seed", 0), ("ops", []), ("defaults", {})))
     if version != 2 or isinstance(version, bool):
         faults.append((-1, f"version={_shown(version)} is not known; write 2, or the original format as a list."))
@@ -587,17 +587,38 @@ def read(data: Any) -> tuple[Schedule, list[Fault]]:
     if not isinstance(ops, list | tuple):
         faults.append((-1, f"ops={_shown(ops)} is not allowed; write a list of {{ name, value, trigger }}."))
         ops = []
+    if len(ops) > MOST_OPS:
+        faults.append((-1, f"ops has {len(ops):,} entries; write at most {MOST_OPS:,}."))
+        ops = []
     general = ("reevaluate", *OF_WEIGHTS[1:])
     if not isinstance(defaults, dict):
         faults.append((-1, f"defaults={_shown(defaults)} is not allowed; write a table of {', '.join(general)}."))
         defaults = {}
-    for key in [key for key in defaults if key not in general]:
-        faults.append((-1, f"unknown key defaults.{_key(key)}{nearest(str(key), general)}; allowed: {', '.join(general)}."))
+    faults += [(-1, f"{text}.") for text in _unknown("defaults.", defaults, general)]
     common = {key: value for key, value in defaults.items() if key in general}
     wrong: list[str] = []
     common = {key: found for key, value in common.items() if (found := _said(key, value, wrong)) is not None}
     faults += [(-1, f"defaults.{text}.") for text in wrong]
     return Schedule(_ops(ops, faults, common, int(seed)), int(seed)), faults
+
+
+MOST_OPS = 1000
+
+
+def _unknown(where: str, keys: Iterable[Any], allowed: Collection[str]) -> list[str]:
+    """A sentence for each key that is not allowed; ten of them, and how many more there are."""
+    strange = [key for key in keys if key not in allowed]
+    texts = [_unknown_key(where, key, allowed) for key in strange[:10]]
+    return texts + _uncounted(len(strange))
+
+
+def _unknown_key(where: str, key: Any, allowed: Collection[str]) -> str:
+    name = _key(key) if where else _shown(key)
+    return f"unknown key {where}{name}{nearest(str(key), allowed)}; allowed: {', '.join(allowed)}"
+
+
+def _uncounted(strange: int) -> list[str]:
+    return [f"and {strange - 10:,} more unknown keys"] if strange > 10 else []
 
 
 Wrong = list[str]
@@ -622,14 +643,18 @@ def _ops(entries: Sequence[Any], faults: list[Fault], common: dict[str, Any], se
 def _op(place: int, entry: dict[str, Any], common: dict[str, Any], seed: int, listed: bool, wrong: Wrong) -> Op | None:
     keys, others = (LIST_KEYS, OP_KEYS) if listed else (OP_KEYS, LIST_KEYS)
     fires = (_list_trigger if listed else _new_trigger)(entry, wrong)
+    strange = 0
     for key in entry:
         if key in keys:
             continue
         if key in others:
             form = "version 2; write { version = 2, ops = [...] } around the list" if listed else "the list format; write a trigger"
             wrong.append(f"{key!r} is a key of {form}")
-        else:
-            wrong.append(f"unknown key {_shown(key)}{nearest(str(key), keys)}; allowed: {', '.join(keys)}")
+            continue
+        strange += 1
+        if strange <= 10:
+            wrong.append(_unknown_key("", key, keys))
+    wrong += _uncounted(strange)
     name: Any = entry.get("name")
     relative = isinstance(name, str) and name.startswith("change_") and TRAINING.get(f"set_{name[7:]}", _Training("")).field
     if "name" not in entry:
@@ -687,9 +712,12 @@ def _table(name: str, value: Any, known: dict[str, Check], wrong: Wrong) -> dict
         wrong.append(f"{name}={_shown(value)} is not allowed; write a table of {', '.join(known)}")
         return None
     found, before = {}, len(wrong)
+    strange = 0
     for key, given in value.items():
         if key not in known:
-            wrong.append(f"unknown key {name}.{_key(key)}{nearest(str(key), known)}; allowed: {', '.join(known)}")
+            strange += 1
+            if strange <= 10:
+                wrong.append(_unknown_key(f"{name}.", key, known))
             continue
         check, allowed = known[key]
         kept = check(given) if not isinstance(given, list | dict) or key == "plateau" else None
@@ -697,6 +725,7 @@ def _table(name: str, value: Any, known: dict[str, Check], wrong: Wrong) -> dict
             meant = nearest(given, CHOICES[key]) if isinstance(given, str) and key in CHOICES else ""
             wrong.append(f"{name}.{key}={_shown(given)} is not allowed{meant}; write {allowed}")
         found[key] = kept
+    wrong += _uncounted(strange)
     return found if len(wrong) == before else None
 
 
@@ -788,72 +817,46 @@ def _new_trigger(entry: dict[str, Any], wrong: Wrong) -> Trigger | None:
 # -- where it stands
 
 
+READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    ".json": ("JSON", inputs.parse_json),
+    ".toml": ("TOML", inputs.parse_toml),
+    ".yaml": ("YAML", inputs.parse_yaml),
+    ".yml": ("YAML", inputs.parse_yaml),
+}
+
+
 def from_text(text: str) -> Any:
     """The data of a schedule that is given by its file, or as JSON or YAML."""
-    path = Path(text)
-    readers: dict[str, tuple[str, Callable[[str], Any]]] = {
-        ".json": ("JSON", _json), ".toml": ("TOML", tomllib.loads), ".yaml": ("YAML", _yaml), ".yml": ("YAML", _yaml),
-    }  # fmt: skip
     if text.lstrip()[:1] in ("{", "[") or "\n" in text:
-        try:
-            return _json(text)
-        except ValueError as e:
-            said: ValueError = e
-        try:
-            return _yaml(text)
-        except ValueError as e:
-            said = e if "\n" in text else said
-        raise ConfigError(f"growth={text} is neither TOML, JSON nor YAML ({said}); write {SHAPE}, or give its file") from None
-    if path.suffix.lower() not in readers:
-        raise ConfigError(f"growth={text!r} is no schedule; give a file ending in .json, .yaml, .yml or .toml, or {{ ops = [...] }}")
-    kind, reader = readers[path.suffix.lower()]
+        return _inline(text)
+    got = inputs.shortened(inputs.printable(text), 120)
+    path = Path(text)
+    if path.suffix.lower() not in READERS:
+        raise ConfigError(f"growth={got!r} is no schedule; give a file ending in .json, .yaml, .yml or .toml, or {{ ops = [...] }}")
+    why = inputs.not_a_file(path)
+    if why:
+        why = why.replace("does not exist", "No such file or directory")
+        raise ConfigError(f"growth={got}: the file cannot be read ({why}); give the path of a schedule")
     try:
-        found = reader(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise ConfigError(f"growth={text}: the file cannot be read ({e.strerror}); give the path of a schedule") from None
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"growth={text}: no UTF-8 text ({e.reason} at byte {e.start}); save the file as UTF-8") from None
-    except ValueError as e:
-        raise ConfigError(f"growth={text}: not valid {kind} ({e}); mend the file") from None
-    return found["growth"] if isinstance(found, dict) and found.keys() == {"growth"} else found  # as in a preset
-
-
-DEEP = "it is nested too deep"
-
-
-def _json(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise ValueError(f"the key {twice!r} stands twice in one object")
-        return found
-
+        content = inputs.read_text(path)
+    except inputs.BadInput as e:
+        raise ConfigError(f"growth={got}: the file {e}") from None
+    kind, parse = READERS[path.suffix.lower()]
     try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError(DEEP) from None
+        data = parse(content)
+    except inputs.BadInput as e:
+        raise ConfigError(f"growth={got}: not valid {kind} ({e}); mend the file") from None
+    return data["growth"] if isinstance(data, dict) and data.keys() == {"growth"} else data  # as in a preset
 
 
-def _yaml(text: str) -> Any:
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for i, key in enumerate(keys):
-                if key in keys[:i] and key != "<<":
-                    raise ValueError(f"the key {key!r} stands twice in one mapping")
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 takes 6e-4 for a text; JSON, TOML and YAML 1.2 for a number
-    exponent = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+def _inline(text: str) -> Any:
+    """A schedule that stands on the command line itself."""
     try:
-        return yaml.load(text, Loader)
-    except RecursionError:
-        raise ValueError(DEEP) from None
-    except yaml.YAMLError as e:
-        raise ValueError(" ".join(str(e).split())) from None
+        return inputs.parse_json(text)
+    except inputs.BadInput as e:
+        why = e
+    try:
+        return inputs.parse_yaml(text)
+    except inputs.BadInput as e:
+        why = e if "\n" in text else why
+    raise ConfigError(f"growth={inputs.shortened(text, 200)} is neither TOML, JSON nor YAML ({why}); write {SHAPE}, or give its file")

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mainrun.store.rundir import disk_errors, fsync_folder, to_json, write_json
+from mainrun.errors import MainrunError, RunError
+from mainrun.store import records
+from mainrun.store.records import open_file
+from mainrun.store.rundir import FIX, disk_errors, fsync_folder, to_json, write_json
 
 FORMAT = 1
 KEEP = 2  # the newest, and the one before it in case the newest turns out damaged
@@ -71,8 +75,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints there, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """The checkpoints there, newest first. A folder that cannot be listed may hold some, and is an error."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise RunError(f"{folder} is damaged: it cannot be read ({e.strerror}); {FIX}") from None
+    return sorted((folder / name for name in names if name.startswith("step-")), reverse=True)
 
 
 def load_newest(
@@ -89,7 +99,8 @@ def load_newest(
 
 def _load(place: Path, usable: Callable[[dict[str, Any]], str | None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
-        text = (place / "meta.json").read_bytes()
+        with open_file(place / "meta.json") as f:
+            text = f.read()
         meta = json.loads(text)
         claimed = meta.pop("meta_sha256")
         if meta["format"] != FORMAT:
@@ -100,18 +111,36 @@ def _load(place: Path, usable: Callable[[dict[str, Any]], str | None]) -> tuple[
             raise ValueError("state.safetensors is torn or was changed after it was written")
     except OSError as e:
         raise ValueError(f"{e.filename} cannot be read ({e.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("meta.json is torn or was changed after it was written") from None
     if reason := usable(meta):
         raise ValueError(reason)
     try:
         return load_file(place / "state.safetensors"), meta
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise ValueError(f"state.safetensors is no safetensors file ({e})") from None
 
 
+def fault(meta: dict[str, Any]) -> str:
+    """What is wrong with the meta.json of a run's checkpoint, whatever its checksum says; empty: nothing."""
+    found = records.fault(meta, records.CHECKPOINT)
+    return f"meta.json {found}" if found else ""
+
+
+@contextmanager
+def fitting(what: object) -> Iterator[None]:
+    """While a state is loaded: tensors that do not fit the model are the fault of the file that they came from."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (MainrunError, LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as e:
+        why = " ".join(str(e).split())
+        raise RunError(f"{what} does not fit the model of its run ({type(e).__name__}: {why[:300]}); {FIX}") from e
+
+
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mainrun import inputs
 from mainrun.errors import MainrunError, RunError, UsageError
 from mainrun.terminal import Debug, Json, Out, commands, emit, process_group, show_table, stoppable
 
@@ -29,20 +30,37 @@ def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool =
 
     if place is not None and not place.strip():
         raise UsageError("got --store ''; give a folder, or a URL that fsspec knows")
+    option = "--store" if place is not None else "the store"
     place = place or nodes.whereabouts(out)
+    inputs.expanded(re.sub("^(file|local):(//)?", "", place))
     folder = folder_of(place)
+    if folder:
+        inputs.check_path(folder, option)
     if folder and out.resolve() in folder.resolve().parents and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir():
         check_writable(out)  # it is --out that is wrong, not the store
-    store = nodes.Store(place, _bytes(size))
+    store = _opened(place, size)
     if must and not store.files.exists("store.json"):
         raise UsageError(f"there is no store at {store}; runs make one there, or give another with --store or --out")
     return store
 
 
+def _opened(place: str, size: str) -> Store:
+    """fsspec's places fail in ways of their own: no library, no such scheme, a URL that one cannot read."""
+    from mainrun.store import nodes
+
+    try:
+        return nodes.Store(place, _bytes(size))
+    except MainrunError:
+        raise
+    except Exception as e:
+        why = inputs.shortened(f"{type(e).__name__}: {e}", 200)
+        raise UsageError(f"store {inputs.shown(place, 80)} cannot be opened ({why}); give a folder, or a URL that fsspec knows") from None
+
+
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not found:
-        raise UsageError(f"got --store-size {text!r}; write a number of bytes with K, M, G or T behind it, like 20GB")
+        raise UsageError(f"got --store-size {inputs.shown(text, 80)}; write a number of bytes with K, M, G or T behind it, like 20GB")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
 
 

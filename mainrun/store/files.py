@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mainrun.errors import ConfigError
+from mainrun.store.records import open_file
 from mainrun.store.rundir import fsync_folder
 
 USED = ".used"  # a name with this says when the one without was used
@@ -38,10 +39,11 @@ class Folder:
         return str(self.place)
 
     def read(self, name: str) -> bytes:
-        return (self.place / name).read_bytes()
+        with open_file(self.place / name) as f:
+            return f.read()
 
     def first_line(self, name: str) -> bytes:
-        with (self.place / name).open("rb") as f:
+        with open_file(self.place / name) as f:
             return f.readline()
 
     def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
@@ -99,6 +101,8 @@ class Folder:
                         stat = entry.stat()
                     except FileNotFoundError:  # just now
                         continue
+                    except OSError:  # a link that leads back to itself
+                        stat = entry.stat(follow_symlinks=False)
                     found[entry.name] = Entry(stat.st_size, stat.st_mtime)
         except FileNotFoundError:
             pass

@@ -103,7 +103,7 @@ class Leases:
         try:
             about = json.loads(said)
             gone = about.get("released") or _gone(about)
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError, RecursionError):
             about, gone = {}, False  # torn: its beats decide, like those of any other
         now = time.monotonic()
         before, since = self._seen.get(name, (b"", now))

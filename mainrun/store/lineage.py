@@ -51,7 +51,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What two beginnings differ in, for a sentence."""
     found = []
     for part in a:
-        mine, other = a[part], b.get(part, {})
+        mine, other = a[part], b.get(part)
+        other = other if isinstance(other, dict) else {}
         names = [k for k in sorted({*mine, *other}) if mine.get(k) != other.get(k)]
         found += [f"{part} {k}: {_short(other.get(k))} there, {_short(mine.get(k))} here" for k in names]
     return found

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mainrun.errors import ConfigError
+from mainrun.store import records
 from mainrun.store.files import Files, open_files
+from mainrun.store.records import NotAFile, open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +108,10 @@ def _parse(key: str, text: bytes, *, whole: bool) -> Node:
             raise Damaged("it says that it comes before itself")
         if whole and line["rows_sha256"] != hashlib.sha256(body).hexdigest():
             raise Damaged("its rows are torn or were changed after they were written")
-        return Node(**line, rows=tuple(json.loads(row) for row in body.splitlines()) if whole else ())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if fault := records.fault(line, records.NODE):
+            raise Damaged(f"it is no node: it {fault}")
+        return Node(**line, rows=tuple(records.lines(body, records.any_row)) if whole else ())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("it is torn, or no node at all") from None
 
 
@@ -118,7 +122,7 @@ class Store:
         self.files: Files = open_files(place)
         self.size = size
         try:
-            found = json.loads(self.files.read("store.json"))
+            found = records.parse(self.files.read("store.json"))
             if found.get("format") != FORMAT:
                 got = f"has format {found.get('format')}, this version reads {FORMAT}"
                 raise ConfigError(f"store {place} {got}; give another, or --no-store")
@@ -150,6 +154,8 @@ class Store:
             raise Damaged("it is gone") from None
         except IsADirectoryError:
             raise Damaged("it is a folder") from None
+        except NotAFile as e:
+            raise Damaged(str(e.strerror)) from None
         except OSError as e:
             raise Unreadable(f"it cannot be read ({e.strerror or e})") from None
         return _parse(key, text, whole=rows)
@@ -202,10 +208,9 @@ class Store:
         for name in sorted(self.files.names("roots")):
             if not KEY.fullmatch(name):
                 continue
-            try:
-                yield name, json.loads(self.files.read(f"roots/{name}"))
-            except (OSError, ValueError):
-                continue
+            with suppress(OSError):
+                if begun := self._root(name):
+                    yield name, begun
 
     # -- writing
 
@@ -264,7 +269,7 @@ class Store:
                 return sha256(path) == state
         except FileNotFoundError:
             return None
-        except IsADirectoryError:
+        except (IsADirectoryError, NotAFile):
             return False
 
     # -- wants, pins and room
@@ -297,10 +302,10 @@ class Store:
     def _pin(self, name: str) -> set[str] | None:
         """None when it is damaged: it pins nothing then."""
         try:
-            found = json.loads(self.files.read(f"pins/{name}"))
+            found = records.parse(self.files.read(f"pins/{name}"))
         except FileNotFoundError:  # just now
             return set()
-        except (IsADirectoryError, ValueError):
+        except (IsADirectoryError, NotAFile, ValueError):
             return None
         return set(found) if isinstance(found, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in found) else None
 
@@ -384,8 +389,8 @@ class Store:
         from mainrun.store import lineage
 
         try:
-            begun = json.loads(self.files.read(f"roots/{root}"))
-        except (FileNotFoundError, IsADirectoryError, ValueError):
+            begun = records.parse(self.files.read(f"roots/{root}"))
+        except (FileNotFoundError, IsADirectoryError, NotAFile, ValueError):
             return None
         return begun if isinstance(begun, dict) and lineage.root(begun) == root else None
 
@@ -477,7 +482,7 @@ def misplaced(node: Node, before: Node | None) -> bool:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

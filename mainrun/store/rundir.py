@@ -17,13 +17,17 @@ import platform
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from mainrun import inputs
 from mainrun.config import TrainConfig, digest_of, from_dict
 from mainrun.errors import ConfigError, DiskFull, RunError
+from mainrun.inputs import BadInput
+from mainrun.store import records
 
+FIX = "restore it, or train the run again with --fresh"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -69,20 +73,12 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise RunError(f"{path} cannot be read ({e}); restore it, or train the run again with --fresh") from None
-
-
 class Metrics:
     """metrics.jsonl as it is written: one row a line, and a running checksum that a checkpoint can hold on to."""
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
         self.path, self._check = path, check
+        check_place(path)  # to open a pipe would wait for a reader
         with disk_errors(path):
             self._file = path.open("ab", buffering=0)  # no buffer: what a full disk refused must not be tried again on closing
         self._sha = hashlib.sha256()
@@ -120,10 +116,13 @@ class Metrics:
 
 
 class RunDir:
-    """A run directory, to read. `open_run` gives one to write."""
+    """A run directory, to read. `open_run` gives one to write.
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    A file in it that is not as it was written is a RunError with `fix`, what to do about it.
+    """
+
+    def __init__(self, path: Path, fix: str = FIX) -> None:
+        self.path, self.fix = Path(path), fix
         self._lock: IO[str] | None = None
         self._holder = ""  # what .lock says while it is ours
 
@@ -131,39 +130,73 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def _load(self, name: str, shape: records.Shape) -> Any:
+        return records.load(self.path / name, shape, self.fix)
+
     def config(self) -> TrainConfig:
-        data = _read_json(self.path / "config.json")
+        place = self.path / "config.json"
+        data = self._load("config.json", records.anything)
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
             raise RunError(f"{self.path} is not a run directory (no usable config.json); give one that `mainrun train` made")
         if data.get("digest") != digest_of(data["config"]):
-            raise RunError(f"{self.path}/config.json was changed after the run began; restore it, or train the run again with --fresh")
+            raise RunError(f"{place} was changed after the run began; {self.fix}")
         try:
             return from_dict(data["config"])
         except ConfigError as e:
-            raise RunError(f"{self.path}/config.json does not hold a config of this version: {e}") from None
+            raise RunError(f"{place} does not hold a config of this version: {e}; {self.fix}") from None
+
+    def begun(self) -> dict[str, Any]:
+        """All of config.json: the config, the resolved table, and what the data was."""
+        return self._load("config.json", records.CONFIG) or {}
 
     def plan(self) -> dict[str, Any]:
         """The resolved table."""
-        return (_read_json(self.path / "config.json") or {}).get("plan", {})
+        return dict(self.begun().get("plan", {}))
 
     def summary(self) -> dict[str, Any] | None:
-        return _read_json(self.path / "summary.json")
+        found: dict[str, Any] | None = self._load("summary.json", records.SUMMARY)
+        return found
 
     def status(self) -> dict[str, Any]:
-        return _read_json(self.path / "status.json") or {}
+        return self._load("status.json", records.STATUS) or {}
 
     def env(self) -> dict[str, Any]:
-        return _read_json(self.path / "env.json") or {}
+        return self._load("env.json", records.ENV) or {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
+        return records.load_lines(self.path / "metrics.jsonl", records.table, self.fix)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The same, and each row has what a row of its kind must have."""
+        return records.load_lines(self.path / "metrics.jsonl", records.metric, self.fix)
+
+    def rows_so_far(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl up to the first that is damaged: what comes behind the last checkpoint may be torn."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]  # a row being written now has no end yet
-        except FileNotFoundError:
-            return []
-        except ValueError as e:
-            raise RunError(f"{path} holds a line that is not JSON ({e}); train the run again with --fresh") from None
+            data = records.read(self.path / "metrics.jsonl", records.LARGEST) or b""
+        except BadInput as e:
+            raise RunError(f"{self.path}/metrics.jsonl is damaged: it {e}; {self.fix}") from None
+        rows: list[dict[str, Any]] = []
+        with suppress(BadInput):
+            for row in records.lines(data, records.metric):
+                rows.append(row)
+        return rows
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What growth did, an event a row."""
+        return records.load_lines(self.path / "growth.jsonl", records.EVENT, self.fix)
+
+    def text(self, name: str) -> str:
+        """The text of a JSON file, which must be there."""
+        place = self.path / name
+        try:
+            data = records.read(place)
+            if data is None:
+                raise RunError(f"{self.path} has no {name}; {self.fix}")
+            records.parse(data)
+            return data.decode("utf-8")
+        except BadInput as e:
+            raise RunError(f"{place} is damaged: it {e}; {self.fix}") from None
 
     def check(self) -> None:
         """A lock can be lost while its holder lives: a file server drops those of a machine that it does not hear.
@@ -172,7 +205,7 @@ class RunDir:
         """
         if self._lock:
             try:
-                found = (self.path / ".lock").read_text(encoding="utf-8")
+                found = (self.path / ".lock").read_text(encoding="utf-8", errors="replace")
             except OSError as e:
                 raise RunError(
                     f"{self.path} was taken away ({e.strerror or e}) while this process wrote it; nothing more is written"
@@ -198,7 +231,9 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
     run = RunDir(Path(out) / cfg.run_id)
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        lock = (run.path / ".lock").open("a+")
+    check_places(run, fresh)
+    with disk_errors(run.path):
+        lock = (run.path / ".lock").open("a+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -215,12 +250,33 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
             with disk_errors(run.path):
                 for child in run.path.iterdir():
                     if child.name != ".lock":
-                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+                        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         check_same(run, cfg)
     except BaseException:
         run.release()
         raise
     return run
+
+
+FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json", ".lock")
+
+
+def check_places(run: RunDir, fresh: bool = False) -> None:
+    """Refuse a folder or a pipe in place of a file before anything is written beside it. `fresh` replaces all but the lock."""
+    for name in FILES[-1:] if fresh else FILES:
+        check_place(run.path / name, run.fix)
+    checkpoints = run.checkpoints
+    if not fresh and os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise RunError(f"{checkpoints} is damaged: it is not a folder; {run.fix}")
+
+
+def check_place(path: Path, fix: str = FIX) -> None:
+    """Refuse what is no file where one is to be written."""
+    if not os.path.lexists(path):
+        return
+    why = inputs.not_a_file(path)
+    if why:
+        raise RunError(f"{path} is damaged: it {why.partition('; ')[0]}; {fix}")
 
 
 def _name(holder: str) -> str:
@@ -238,9 +294,9 @@ def check_writable(out: Path) -> None:
 
 def check_same_data(run: RunDir, titles: dict[str, Any]) -> None:
     """Refuse to go on with other titles or tokens than the run began with: a file behind a config can change."""
-    begun = _read_json(run.path / "config.json")
+    begun = run.begun()
     for name, now in titles.items():
-        if begun is not None and begun.get(name) != now:
+        if begun and begun.get(name) != now:
             raise RunError(
                 f"{run.path} was begun with other {name} than its corpus gives now; restore the corpus, or use --fresh to start over"
             )
@@ -248,7 +304,7 @@ def check_same_data(run: RunDir, titles: dict[str, Any]) -> None:
 
 def check_same(run: RunDir, cfg: TrainConfig) -> None:
     """Refuse a directory that holds something else than this config's run."""
-    if not (run.path / "config.json").exists():
+    if not os.path.lexists(run.path / "config.json"):
         strays = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
         if strays:
             raise RunError(
@@ -264,7 +320,7 @@ def check_same(run: RunDir, cfg: TrainConfig) -> None:
 
 def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
     """A run by path, by id, or by the unique beginning of its id."""
-    if (Path(name) / "config.json").is_file():
+    if os.path.lexists(Path(name) / "config.json"):
         return RunDir(Path(name))
     ids = sorted(p.parent.name for p in Path(out).glob("*/config.json"))
     hits = [i for i in ids if i == str(name)] or [i for i in ids if i.startswith(str(name))]

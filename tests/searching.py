@@ -1,0 +1,144 @@
+"""What the tests of `sweeps` share: small studies, and an engine that writes the files of a run without training it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from conftest import TINY
+
+from mainrun.config import Plan, TrainConfig, load
+from mainrun.store.rundir import RunDir
+from sweeps.driver import Search, Trial
+from sweeps.engine.protocol import Outcome, Task
+from sweeps.ledger import Ledger
+from sweeps.study import Study, checked
+
+STEPS = 10  # of a run
+TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1
+FIELDS: dict[str, Any] = {key: value for key, value in TINY.items() if key != "threads"} | {
+    "num_titles": 20,
+    "n_layer": 1,
+    "optimizer": "adamw",
+    "dev_frac": 0.1,
+    "eval_interval": 2,
+}
+SPACE: dict[str, Any] = {"lr": {"low": 1e-3, "high": 0.1, "log": True}}
+
+Scores = Callable[[TrainConfig, int], float]
+
+
+def make_study(fields: Mapping[str, Any] | None = None, **keys: Any) -> Study:
+    data: dict[str, Any] = {"name": "tiny", "preset": "baseline", "space": SPACE, "budget": {"trials": 6}}
+    data |= {"sampler": {"name": "random", "generation": 3}, "set": FIELDS | dict(fields or {})}
+    return checked(data | keys, "tiny")
+
+
+def make_search(folder: Path, study: Study, engine: Any) -> Search:
+    """A search whose number of training tokens is known already, so that it starts no trainer to learn it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokens.json").write_text(json.dumps({"train_tokens": TRAIN_TOKENS}))
+    search = Search(study, folder, engine, lambda text: None, lambda: None)
+    engine.search = search
+    return search
+
+
+class Trainer:
+    """Writes the rows, the status and the summary of a run up to the step that a task asks for."""
+
+    def __init__(self, score: Scores, workers: int = 1) -> None:
+        self.score, self.workers = score, workers
+        self.search: Search
+        self.tasks: list[Task] = []
+        self.trained: list[TrainConfig] = []
+        self.diverging: Callable[[TrainConfig], bool] = lambda cfg: False
+        self.failing: Callable[[TrainConfig], bool] = lambda cfg: False
+        self.reused = 0  # steps at the beginning of each run that come from the store
+        self.val: Scores = lambda cfg, step: -1.0
+        self.closed = False
+
+    def train(self, task: Task) -> Outcome:
+        cfg = load(task.preset, list(task.sets))[0]
+        self.tasks.append(task)
+        self.trained.append(cfg)
+        end = Plan(cfg, TRAIN_TOKENS).steps
+        until = task.until or end
+        if self.failing(cfg):
+            return Outcome(False, why="no such corpus")
+        diverged = self.diverging(cfg)
+        write_run(task.out / cfg.run_id, cfg, until, self.score, self.val, self.reused, done=not task.until and not diverged)
+        return Outcome(not diverged, diverged=diverged, why="the loss is inf" if diverged else "")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def write_run(
+    folder: Path, cfg: TrainConfig, until: int, score: Scores, val: Scores = lambda cfg, step: -1.0, reused: int = 0, done: bool = True
+) -> RunDir:
+    """The files of a run up to a step. The first `reused` steps come from the store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    eval_steps = Plan(cfg, TRAIN_TOKENS).eval_steps
+    for step in range(1, until + 1):
+        rows.append(step_row(step, reused=step <= reused))
+        if step in eval_steps:
+            rows += [eval_row("val", step, val(cfg, step)), eval_row("dev", step, score(cfg, step))]
+    write_rows(folder, rows)
+    (folder / "config.json").write_text(json.dumps({"config": cfg.model_dump(), "digest": cfg.digest}))
+    (folder / "status.json").write_text(json.dumps({"state": "done" if done else "interrupted", "step": until}))
+    if done:
+        last = {"val": score_of("val", until, val(cfg, until)), "dev": score_of("dev", until, score(cfg, until))}
+        scores = {split: {"last": found, "best": score_of(split, 1, 0.0)} for split, found in last.items()}
+        (folder / "summary.json").write_text(json.dumps({"scores": scores}))
+    return RunDir(folder)
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def step_row(step: int, tokens: int | None = None, seconds: float = 0.5, reused: bool = False) -> dict[str, Any]:
+    row = {"event": "step", "step": step, "tokens": 128 * step if tokens is None else tokens, "seconds": seconds, "loss": 5.0, "lr": 0.1}
+    return row | {"grad_norm": 1.0} | ({"reused": True} if reused else {})
+
+
+def eval_row(split: str, step: int, full: float) -> dict[str, Any]:
+    return {"event": "eval", "seconds": 0.25} | score_of(split, step, full)
+
+
+def score_of(split: str, step: int, full: float) -> dict[str, Any]:
+    """`official` is `full` plus 10, so that no test takes one for the other."""
+    found = {"step": step, "split": split, "full": full, "official": full + 10, "loss": 5.0, "bits_per_byte": 1.0}
+    return found | {"coverage": 0.98, "tokens": 1000}
+
+
+class Script:
+    """Gives the trials prepared values, and notes what a sampler would be asked and told."""
+
+    def __init__(self, values: Callable[[int], dict[str, Any]] = lambda number: {"lr": 0.01 + 0.001 * number}) -> None:
+        self.values = values
+        self.calls: list[tuple[Any, ...]] = []
+
+    def ask(self, number: int) -> dict[str, Any]:
+        self.calls.append(("ask", number))
+        return self.values(number) if number else {}
+
+    def tell(self, number: int, values: Mapping[int, float], finished: bool) -> None:
+        self.calls.append(("tell", number, dict(values), finished))
+
+
+class Database:
+    """Stands in for Optuna's database, which takes a second to make: the trials that are over, in their order."""
+
+    def __init__(self, study: Study, folder: Path, note: Callable[[str], None], written: int = 0) -> None:
+        self.written = written
+        self.rows: list[tuple[Any, ...]] = []
+
+    def write(self, trials: list[Trial], spent: Callable[[Trial], Ledger]) -> None:
+        while self.written < len(trials) and trials[self.written].over:
+            trial = trials[self.written]
+            self.rows.append((trial.number, trial.state, dict(trial.scores), spent(trial)))
+            self.written += 1

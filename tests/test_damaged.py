@@ -1,0 +1,197 @@
+"""Damaged files on disk: no command that reads one ends in a traceback or waits for ever, and none loses a file that is whole.
+
+The damage itself is in damage.py, which also runs thousands of cases: `python tests/damage.py --cases 20000 --seed 1`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damage import DEEP, PLACES, ROWS, Row, Workshop, ends, hurt_json, hurt_lines, make, prepare, prepare_row, replace_with
+from doors import Driver
+
+from mainrun.errors import RunError
+from mainrun.inputs import BadInput
+from mainrun.store import records
+from mainrun.store.rundir import RunDir
+from reports.submission import _run_files
+
+SECONDS = 8.0  # of the random sample
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("damaged")
+    cache = os.environ["MAINRUN_CACHE"]
+    try:
+        make(folder / "made")
+    finally:
+        os.environ["MAINRUN_CACHE"] = cache
+    return Workshop(folder / "made", folder / "copy")
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    with Driver(limit=60.0) as found:  # a busy machine is no hang
+        yield found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_damage_that_crashed_or_hung(workshop: Workshop, driver: Driver, row: Row) -> None:
+    outcome, wrong = ends(workshop, driver, prepare_row(workshop, row))
+    assert not wrong, f"{wrong}\n{outcome.err}"
+    assert outcome.code == row.code, outcome.err
+
+
+def sample(workshop: Workshop, driver: Driver, seed: int, seconds: float) -> None:
+    """As many random cases as fit in the time; a failure names the number that repeats it."""
+    end = time.monotonic() + seconds
+    index = 0
+    while time.monotonic() < end:
+        case = prepare(workshop, seed, index)
+        outcome, wrong = ends(workshop, driver, case)
+        again = f"python tests/damage.py --case {case.name}"
+        assert not wrong, f"{wrong}\n{case.place}: {case.damage}\n{' '.join(case.argv)}\n{outcome.err}\n{again}"
+        index += 1
+    assert index > 3
+
+
+def test_random_damage(workshop: Workshop, driver: Driver) -> None:
+    sample(workshop, driver, seed=0, seconds=SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_more_random_damage(workshop: Workshop, driver: Driver, seed: int) -> None:
+    sample(workshop, driver, seed, seconds=120)
+
+
+def test_a_case_is_a_function_of_its_number(workshop: Workshop) -> None:
+    assert prepare(workshop, 3, 7) == prepare(workshop, 3, 7)
+    assert len({prepare(workshop, 3, index).place for index in range(4)}) > 1
+
+
+def test_two_ways_to_damage_leave_the_rest_of_a_file(workshop: Workshop) -> None:
+    """The generator hurts one place of a file, or a random case would say little."""
+    chance = random.Random(1)
+    whole = b'{"a": 1, "b": {"c": [2]}}'
+    for _ in range(200):
+        assert hurt_json(chance, whole)[0] != whole
+        text, _ = hurt_lines(chance, whole + b"\n" + whole + b"\n")
+        assert text != whole + b"\n" + whole + b"\n"
+        assert whole in text or b"a" in text
+
+
+@pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
+@pytest.mark.parametrize("what", ["missing", "a FIFO", "a folder"])
+def test_a_checkpoint_that_cannot_be_handed_in(workshop: Workshop, name: str, what: str) -> None:
+    workshop.renew("runs")
+    run = RunDir(workshop.place / "runs" / workshop.names["whole"])
+    replace_with(max(run.checkpoints.iterdir()) / name, what)
+    with pytest.raises(RunError, match=name):
+        _run_files(run)
+
+
+# -- the reader
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\0\0\0", "is not JSON"),
+        (b"\xff\xfe{\0}\0", "is not UTF-8 text"),
+        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b"9" * 5000, "5,000 digits"),
+        (DEEP.encode(), "nested too deep"),
+        (b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
+    ],
+)
+def test_a_text_that_is_no_document(data: bytes, why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        records.parse(data)
+
+
+def test_a_document_may_be_nested_a_hundred_deep() -> None:
+    assert records.parse(b"[" * 100 + b"]" * 100)
+
+
+@pytest.mark.parametrize("what", sorted(PLACES))
+def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.json"
+    PLACES[what](path)
+    if what == "missing":
+        assert records.load(path, records.table, "mend it") is None
+        return
+    if os.geteuid() == 0 and what == "a file that nobody may read":
+        pytest.skip("root may read everything")
+    with pytest.raises(RunError, match=r"x\.json is damaged: it (is|does|cannot) .*; mend it"):
+        records.load(path, records.table, "mend it")
+
+
+@pytest.mark.parametrize(
+    ("shape", "good", "bad"),
+    [
+        (records.number, [0, -1.5, 1e39], [True, "1", None, float("nan"), float("inf"), 10**400, 1e41]),
+        (records.real, [0, float("inf"), float("nan")], [True, "1", None, 10**400]),
+        (records.count, [0, 10**18], [True, -1, 1.0, 10**19, "1", None]),
+        (records.step, [0, 10**9], [-1, 10**9 + 1]),
+        (records.first, [1], [0]),
+        (records.above, [1e-30, 5], [0, -1, float("inf"), "5", True]),
+        (records.share, [0, 1, 0.5], [-0.1, 1.1]),
+        (records.text, ["", "a ü"], [5, None, "a\nb", "\x1b[31m", "\ud800"]),
+        (records.words, ["a\nb"], [5, None, "\ud800"]),
+        (records.yes_or_no, [True, False], [0, 1, "true", None]),
+        (records.table, [{}], [[], None, 5]),
+        ([records.count], [[], [1, 2]], [{}, [1, "x"], 5]),
+        ({"a": records.count}, [{"a": 1}, {"a": 1, "b": "x"}], [{}, {"a": "x"}, [], None]),
+        ({"a?": records.count}, [{}, {"a": 1}], [{"a": None}, {"a": "x"}, 5]),
+        (records.optional(records.count), [None, 1], ["x"]),
+        (records.table_of(records.count), [{}, {"x": 1}], [{"x": "y"}, {"a\nb": 1}, []]),
+        (records.pair(records.count), [[1, 2]], [[1], [1, 2, 3], [1, "x"], 5]),
+        (records.some(records.count), [[1]], [[], ["x"]]),
+        (records.one_of("a", "b"), ["a"], ["c", None, [], {}]),
+        (records.setting, [None, True, 1, 0.5, "x"], [[], {}, float("nan"), "\ud800"]),
+        (records.scores, ["{}", '{"0": 1.5}'], [5, "x", "[]", '{"x": 1}', '{"0": "x"}', '{"99999": 1}', '{"0": NaN}']),
+        (
+            records.metric,
+            [{"event": "step", "step": 1}],
+            [{"event": "step", "step": 0}, {"event": "x"}, {"event": []}, {"step": 1}, 5, None],
+        ),
+    ],
+)
+def test_a_shape_takes_what_fits(shape: Any, good: list[Any], bad: list[Any]) -> None:
+    assert [value for value in good if records.fault(value, shape)] == []
+    assert [value for value in bad if not records.fault(value, shape)] == []
+
+
+def test_a_fault_says_where_and_what() -> None:
+    shape = {"last": {"full": records.number}, "guards": [{"name": records.text}]}
+    assert records.fault({"last": 5, "guards": []}, shape) == "has last = 5, and must have an object"
+    assert records.fault({"last": {"full": "x"}}, shape) == "has last.full = 'x', and must have a number"
+    assert records.fault({"last": {"full": 1}}, shape) == "lacks 'guards'"
+    assert records.fault({"last": {"full": 1}, "guards": [{"name": "a"}, {}]}, shape) == "lacks 'guards[1].name'"
+    assert records.fault([1], shape) == "is [1], and must be an object"
+
+
+def test_a_plain_row_is_checked_quickly_and_like_any_other() -> None:
+    row = {"event": "step", "step": 1, "tokens": 8, "lr": 0.1, "loss": 2.0, "grad_norm": 1.0, "seconds": 0.5}
+    assert records.fault(row, records.metric) == ""
+    for name in row.keys() - {"event"}:
+        for other in (None, "x", -1, 0, 1.5, [], True, float("nan"), 1e300, 10**30):
+            changed = row | {name: other}
+            assert records.fault(changed, records.metric) == records.fault(changed, records.STEP_ROW)
+
+
+def test_rows_are_read_up_to_the_one_that_is_damaged() -> None:
+    rows = records.lines(b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metric)
+    assert [next(rows)["step"], next(rows)["step"]] == [1, 2]
+    with pytest.raises(BadInput, match=r"line 3 is \[1\]"):
+        next(rows)

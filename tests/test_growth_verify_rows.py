@@ -1,0 +1,416 @@
+"""Each check of a grown model at its bound: what just passes, what just fails, and what the sentence says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from growing import IDX, V, config, grown, op, shaken
+from torch import Tensor, nn
+
+from mainrun.growth import verify
+from mainrun.growth.moments import IndexMap, Piece
+from mainrun.growth.verify import (
+    Check,
+    covered,
+    delta,
+    experts_of,
+    grouped,
+    heads_diverge,
+    layer_identity,
+    preserved,
+    probe,
+    rope_integrity,
+    router_inputs,
+    router_lock,
+    router_scale,
+    still,
+    symmetry_lock,
+    tied,
+)
+from mainrun.train import GPT, Optimizers
+
+CFG = config()
+
+
+class Says(nn.Module):
+    """A model that has one answer."""
+
+    def __init__(self, *logits: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(2, 2).to(dtype)
+        self.cfg: Any = CFG
+        self.logits = torch.tensor(logits, dtype=torch.float64)
+        self.seen: list[tuple[bool, str, bool]] = []
+
+    def forward(self, idx: Tensor) -> Tensor:
+        self.seen.append((self.training, self.cfg.dtype, torch.is_grad_enabled()))
+        return self.logits
+
+
+def said(promise: str, before: Says, after: Says) -> Check:
+    return preserved(promise, before, after, IDX)  # type: ignore[arg-type]
+
+
+def test_a_probe_is_drawn_by_its_seed() -> None:
+    assert probe(50, 6, seed=1).shape == (4, 6) and probe(50, 6, seed=1, rows=2).shape == (2, 6)
+    assert torch.equal(probe(50, 6, seed=1), torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(1)))
+    assert probe(2, 99, seed=1).unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("full", "dtype"), [(False, "bfloat16"), (True, "float32")])
+def test_models_are_still_and_are_as_they_were_afterwards(full: bool, dtype: str) -> None:
+    models = [Says(1.0).train(), Says(1.0).eval()]
+    for model in models:
+        model.cfg = CFG.changed(dtype="bfloat16")
+    with pytest.raises(RuntimeError), still(*models, full=full):  # type: ignore[arg-type]
+        assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [(False, dtype, False)] * 2
+        raise RuntimeError
+    assert [(m.training, m.cfg.dtype) for m in models] == [(True, "bfloat16"), (False, "bfloat16")] and torch.is_grad_enabled()
+
+
+DELTAS: dict[str, tuple[list[float], list[float], tuple[float, float]]] = {
+    "nothing": ([1.0, -2.0], [1.0, -2.0], (0.0, 2.0)),
+    "up and down": ([1.0, -2.0], [1.5, -2.25], (0.5, 2.0)),
+    "the largest of those before": ([1.0, 0.5], [1.0, 8.5], (8.0, 1.0)),
+    "new ids without a chance": ([1.0, 2.0], [1.0, 2.0, -math.inf], (0.0, 2.0)),
+    "new ids with a chance": ([1.0, 2.0], [1.0, 2.0, -9.0], (math.inf, 2.0)),
+    "one of two with a chance": ([1.0, 2.0], [1.0, 2.0, -math.inf, 0.0], (math.inf, 2.0)),
+    "an id that had none still has none": ([1.0, -math.inf], [1.25, -math.inf], (0.25, 1.0)),
+    "an id that loses its chance": ([1.0, 2.0], [1.0, -math.inf], (math.inf, 2.0)),
+    "no number": ([1.0, 2.0], [1.0, math.nan], (math.inf, 2.0)),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), DELTAS.values(), ids=DELTAS)
+def test_how_far_logits_move(before: list[float], after: list[float], expected: tuple[float, float]) -> None:
+    assert delta(Says(*before), Says(*after), IDX) == expected  # type: ignore[arg-type]
+
+
+PROMISES: list[tuple[str, torch.dtype, list[float], list[float], bool, str]] = [
+    ("bitexact", torch.float32, [0.5], [0.5], True, "max |delta logits| 0; bit-exact means 0"),
+    ("bitexact", torch.float32, [0.5], [0.5 + 1e-12], False, "max |delta logits| 1e-12; bit-exact means 0"),
+    ("exact", torch.float32, [0.5], [0.5 + 0.99e-5], True, "max |delta logits| 9.9e-06; exact means 1e-05 at most, of logits up to 0.5"),
+    ("exact", torch.float32, [0.5], [0.5 + 1.01e-5], False, "max |delta logits| 1.01e-05; exact means 1e-05 at most, of logits up to 0.5"),
+    ("exact", torch.float32, [8.0], [8.0 + 7.9e-5], True, "max |delta logits| 7.9e-05; exact means 8e-05 at most, of logits up to 8"),
+    ("exact", torch.float32, [8.0], [8.0 + 8.1e-5], False, "max |delta logits| 8.1e-05; exact means 8e-05 at most, of logits up to 8"),
+    ("exact", torch.float64, [0.5], [0.5 + 0.99e-10], True, "exact means 1e-10 at most, of logits up to 0.5"),
+    ("exact", torch.float64, [0.5], [0.5 + 1.01e-10], False, "exact means 1e-10 at most, of logits up to 0.5"),
+    ("exact", torch.float64, [-4.0], [-4.0 - 3.9e-10], True, "exact means 4e-10 at most, of logits up to 4"),
+    ("exact", torch.float64, [0.5], [math.nan], False, "max |delta logits| inf; exact means 1e-10 at most"),
+    ("approx", torch.float32, [0.5], [99.0], True, "max |delta logits| 98.5; logits must be numbers"),
+    ("none", torch.float32, [0.5], [99.0], True, "max |delta logits| 98.5; logits must be numbers"),
+    ("approx", torch.float32, [0.5, 0.5], [99.0, math.nan], False, "max |delta logits| inf; logits must be numbers"),
+    ("none", torch.float32, [0.5, 0.5], [99.0, math.inf], False, "max |delta logits| inf; logits must be numbers"),
+    ("none", torch.float32, [0.5, 0.5], [99.0, -math.inf], True, "max |delta logits| inf; logits must be numbers"),
+]
+
+
+@pytest.mark.parametrize(("promise", "dtype", "before", "after", "ok", "words"), PROMISES)
+def test_a_promise_and_its_bound(promise: str, dtype: torch.dtype, before: list[float], after: list[float], ok: bool, words: str) -> None:
+    found = said(promise, Says(*before), Says(*after, dtype=dtype))
+    assert (found.name, found.ok) == ("function", ok) and words in found.detail
+
+
+@pytest.mark.parametrize(
+    ("promise", "dtype"), [("exact", "float32"), ("bitexact", "bfloat16"), ("none", "bfloat16"), ("approx", "bfloat16")]
+)
+def test_only_exact_is_judged_in_full_precision(promise: str, dtype: str) -> None:
+    before, after = Says(0.5), Says(0.5)
+    before.cfg = after.cfg = CFG.changed(dtype="bfloat16")
+    assert said(promise, before, after).ok
+    assert {seen for model in (before, after) for seen in model.seen} == {(False, dtype, False)}
+
+
+@pytest.mark.parametrize(
+    ("coverage", "least", "ok", "words"),
+    [
+        (0.9, 0.9, True, "90.0% of the optimiser's state went over, 90.0% is asked for"),
+        (0.8999, 0.9, False, "90.0% of the optimiser's state went over, 90.0% is asked for"),
+        (0.0, 0.0, True, "0.0% of the optimiser's state went over, 0.0% is asked for"),
+        (0.721, 1.0, False, "72.1% of the optimiser's state went over, 100.0% is asked for"),
+    ],
+)
+def test_coverage_and_its_bound(coverage: float, least: float, ok: bool, words: str) -> None:
+    assert covered(coverage, least) == Check("coverage", ok, words)
+
+
+# -- ties and groups
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_head_that_is_tied_as_the_configs_say(tie: bool) -> None:
+    model = shaken(config(tie_head=tie))
+    word, other = ("tied", "apart") if tie else ("apart", "tied")
+    assert tied(model.cfg, model) == Check("tying", True, f"head {word}, before {word}; shared: none")
+    changed = model.cfg.changed(tie_head=not tie)
+    assert tied(changed, model) == Check("tying", False, f"head {word}, before {other}; shared: none")
+    model.cfg = changed
+    assert not tied(changed, model).ok, "both configs say otherwise"
+    assert not tied(changed.changed(tie_head=tie), model).ok, "the new one does"
+
+
+def test_two_names_of_one_memory_are_named() -> None:
+    model = shaken(config())
+    first, second = model.blocks[0].mlp.up, model.blocks[1].mlp.up
+    first.weight.data = second.weight.data  # type: ignore[union-attr]
+    found = tied(model.cfg, model)
+    assert not found.ok and found.detail.endswith("shared: ['blocks.0.mlp.up.weight', 'blocks.1.mlp.up.weight']")
+
+
+class Held:
+    """Optimisers by hand."""
+
+    def __init__(self, *groups: list[Tensor]) -> None:
+        self.all = [SimpleNamespace(param_groups=[{"params": group} for group in groups])]
+
+
+def test_each_tensor_is_in_one_group_and_nothing_else_is() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    a, b, c, d = model.parameters()
+    stranger = nn.Parameter(torch.zeros(1))
+
+    def check(*groups: list[Tensor]) -> tuple[bool, str]:
+        found = grouped(model, Held(*groups))  # type: ignore[arg-type]
+        assert found.name == "groups"
+        return found.ok, found.detail
+
+    assert check([a, b], [c, d]) == (True, "4 tensors, each in one group")
+    assert check([a, b], [c]) == (False, "1.bias in 0 groups")
+    assert check([a, b, a], [c, d]) == (False, "0.weight in 2 groups")
+    assert check([a, b], [c, d, stranger]) == (False, "1 tensors that do not train here")
+    assert check([a], [a, c, stranger]) == (
+        False,
+        "0.weight in 2 groups, 0.bias in 0 groups, 1.bias in 0 groups, 1 tensors that do not train here",
+    )
+    d.requires_grad_(False)
+    assert check([a, b], [c]) == (True, "3 tensors, each in one group")
+    assert check([a, b], [c, d]) == (False, "1 tensors that do not train here")
+    six = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(6)))
+    assert grouped(six, Held()).detail == ", ".join(f"{i}.weight in 0 groups" for i in range(5))  # type: ignore[arg-type]
+
+
+# -- locks
+
+
+NAME, OTHER = "blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"
+
+
+class Tensors(nn.Module):
+    def __init__(self, **named: Tensor) -> None:
+        super().__init__()
+        self.named = {name.replace("__", "."): value for name, value in named.items()}
+
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
+        return iter(self.named.items())
+
+
+def twins(*rows: list[float], name: str = NAME, weight: Any = 1.0) -> tuple[IndexMap, Tensors]:
+    """Two rows, each with its copy behind both."""
+    value = torch.tensor(rows, dtype=torch.float64)
+    piece = Piece(name, (torch.tensor([0, 1, 0, 1]), None), weight=weight)
+    return IndexMap({name: piece}, {}, {name: value.shape}), Tensors(**{name.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "locked"),
+    [
+        ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], 1.0, True),
+        ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.00004], [0.0, 0.0]], 1.0, True),  # 8 millionths of the size
+        ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.00006], [0.0, 0.0]], 1.0, False),  # 12 millionths
+        ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0], [0.0, 1e-9]], 1.0, True),
+        ([[0.0, 0.0], [0.0, 0.0], [0.0, 1e-30], [0.0, 0.0]], 1.0, False),  # nothing is no size to compare with
+        ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], 1.0, True),
+        ([[3.0, 4.0], [1.0, 1.0], [3.0, 4.0], [1.0, 1.0]], 0.5, True),
+        ([[3.0, 4.0], [1.0, 1.0], [6.0, 8.0], [2.0, 2.0]], torch.tensor([[1.0], [1.0], [2.0], [2.0]]), True),  # shares of one
+        ([[3.0, 4.0], [1.0, 1.0], [3.0, 4.0], [1.0, 1.0]], torch.tensor([[1.0], [1.0], [2.0], [2.0]]), False),
+    ],
+)
+def test_copies_that_have_not_parted_are_locked(rows: list[list[float]], weight: Any, locked: bool) -> None:
+    moved, model = twins(*rows, weight=weight)
+    assert symmetry_lock(moved, model) == ([NAME] if locked else [])
+    found = heads_diverge(moved, model)
+    assert (found.name, found.ok) == ("symmetry", not locked)
+    assert found.detail == f"{int(locked)} of 1 tensors with copies are locked" + f": {NAME}" * locked
+
+
+def test_a_tensor_is_locked_when_all_of_its_copies_are() -> None:
+    """Rows that are copies of two other tensors count together."""
+    names = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
+    pieces = {
+        names[0]: Piece("w", (torch.tensor([0, -1]), None)), names[1]: Piece("w", (torch.tensor([1, -1]), None)),
+        names[2]: Piece("w", (torch.tensor([0, 1]), None)),
+    }  # fmt: skip
+    moved = IndexMap(pieces, {}, {name: torch.Size((2, 1)) for name in names})
+    values = {names[0]: [[1.0], [9.0]], names[1]: [[2.0], [9.0]], names[2]: [[1.0], [2.0]]}
+    model = Tensors(**{name.replace(".", "__"): torch.tensor(value) for name, value in values.items()})
+    assert symmetry_lock(moved, model) == [names[2]]
+    for row in (0, 1):
+        other = [[1.0], [2.0]]
+        other[row] = [3.0]
+        model.named[names[2]] = torch.tensor(other)
+        assert symmetry_lock(moved, model) == [], row
+
+
+def test_how_far_apart_is_not_yet_parted_may_be_said() -> None:
+    moved, model = twins([3.0, 4.0], [0.0, 0.0], [3.0, 4.05], [0.0, 0.0])
+    assert symmetry_lock(moved, model) == [] and symmetry_lock(moved, model, alike=0.02) == [NAME]
+    assert symmetry_lock(moved, model, alike=0.01) == [NAME], "so much apart is still alike"
+
+
+def test_three_of_the_locked_are_named() -> None:
+    names = [f"blocks.{i}.mlp.up.weight" for i in range(5)]
+    pieces = {name: Piece(name, (torch.tensor([0, 0]), None)) for name in names}
+    moved = IndexMap(pieces, {}, {name: torch.Size((2, 1)) for name in names})
+    model = Tensors(**{name.replace(".", "__"): torch.ones(2, 1) for name in names})
+    assert heads_diverge(moved, model).detail == f"5 of 5 tensors with copies are locked: {', '.join(names[:3])}"
+    none = IndexMap({}, {}, {})
+    assert heads_diverge(none, model) == Check("symmetry", True, "0 of 0 tensors with copies are locked")
+
+
+ROUTED = {"experts": 4, "d_model": 8}
+
+
+def routed(**fields: Any) -> GPT:
+    return shaken(config(**ROUTED | fields))
+
+
+def test_what_a_router_sees_is_what_its_layer_gets() -> None:
+    model = routed().train()
+    found = router_inputs(model, IDX)
+    assert list(found) == list(experts_of(model)) == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert all(x.shape == (*IDX.shape, 8) for x in found.values()) and model.training
+    assert not any(module._forward_pre_hooks for module in model.modules()), "no hook is left"
+    assert router_inputs(shaken(config()), IDX) == {}
+
+
+def chosen(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    return experts, torch.full(experts.shape, 0.5, dtype=x.dtype)
+
+
+def pinned(model: GPT, *experts: int) -> GPT:
+    """Every token of layer 0 goes to these, whatever it is."""
+    moe: Any = model.blocks[0].mlp
+    wanted = torch.tensor(experts)
+    moe.route = lambda x: chosen(x, wanted.expand(x[..., 0].numel(), len(experts)))
+    return model
+
+
+def test_a_router_that_always_chooses_the_same_is_locked() -> None:
+    many = probe(V, 8, 3, rows=32)
+    assert router_lock(routed(), many) == []
+    assert router_lock(pinned(routed(), 1, 3), many) == ["blocks.0.mlp: all tokens go to the same 2 of 4 experts"]
+    assert router_lock(pinned(routed(experts=2), 0, 1), many) == [], "where all are chosen there is no choice"
+    one = pinned(routed(top_k=1, router_weights="softmax"), 2)
+    assert router_lock(one, many)[0] == "blocks.0.mlp: all tokens go to the same 1 of 4 experts"
+    three: Any = pinned(routed(), 0, 1)
+    three.blocks[0].mlp.route = lambda x: chosen(x, torch.arange(x[..., 0].numel() * 2).view(-1, 2) % 3)
+    assert router_lock(three, many) == [], "three experts are more than two"
+
+
+def test_one_renormalised_expert_is_named_with_what_to_do() -> None:
+    found = router_lock(routed(top_k=1, router_weights="renormalised"), IDX)
+    rest = "the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights"
+    assert found == [f"blocks.{i}.mlp: {rest}" for i in (0, 1)]
+    assert not [text for text in router_lock(routed(top_k=2), IDX) if "gradient" in text]
+
+
+# -- the four checks of a staged growth
+
+
+def test_heads_must_be_as_wide_as_they_were() -> None:
+    model = shaken(config(position="rope"))
+    same, _ = grown(model, op("widen_model", {"factor": 2}))
+    assert rope_integrity(model, same) == Check("rope", True, "heads 4 wide before, 4 after")
+    wider = GPT(same.cfg.changed(n_head=2), V)
+    assert rope_integrity(model, wider) == Check("rope", False, "heads 4 wide before, 8 after")
+
+
+@pytest.mark.parametrize("table", ["cos", "sin"])
+def test_each_table_of_positions_must_be_the_same(table: str) -> None:
+    model = shaken(config(position="rope"))
+    new, _ = grown(model, op("widen_model", {"factor": 2}))
+    setattr(new, table, new.get_buffer(table) + 1e-6)
+    assert not rope_integrity(model, new).ok
+
+
+def test_a_width_that_attention_does_not_have_fails() -> None:
+    for change in ("width", "q"):
+        model = shaken(config())
+        new, _ = grown(model, op("widen_mlp", 20))
+        attn: Any = new.blocks[0].attn
+        if change == "width":
+            attn.width = 8
+        else:
+            attn.q = nn.Linear(8, 12)
+        assert not rope_integrity(model, new).ok, change
+
+
+def test_a_table_of_another_width_fails() -> None:
+    model = shaken(config(position="rope"))
+    new, _ = grown(model, op("widen_mlp", 20))
+    for name in ("cos", "sin"):
+        for m in (model, new):
+            setattr(m, name, m.get_buffer(name)[..., :1])
+    assert not rope_integrity(model, new).ok
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.0, True), (1.0099, True), (0.9901, True), (1.0101, False), (0.9899, False)])
+def test_a_router_may_be_one_hundredth_more_sure(factor: float, ok: bool) -> None:
+    model, new = routed(), routed()
+    idx = probe(V, 8, 3)
+    with torch.no_grad():
+        new.get_parameter("blocks.1.mlp.router.weight").mul_(factor)
+    found = router_scale(model, new, idx)
+    assert (found.name, found.ok) == ("router scale", ok)
+    x = router_inputs(model, idx)
+    with torch.no_grad():
+        spread = [float(experts_of(model)[n].scores(x[n]).double().std(-1).mean()) for n in x]
+    assert found.detail == f"scores spread by {spread[0]:.3g}, {spread[1]:.3g} before, {spread[0]:.3g}, {spread[1] * factor:.3g} after"
+    assert router_scale(model, new, idx, most=0.02).ok
+
+
+def test_a_router_where_there_was_none_must_give_numbers() -> None:
+    dense = shaken(config())
+    found = router_scale(dense, routed(), IDX)
+    assert found == Check("router scale", True, "there was no router before")
+    broken = routed()
+    with torch.no_grad():
+        broken.get_parameter("blocks.1.mlp.router.weight").fill_(math.nan)
+    assert not router_scale(dense, broken, IDX).ok
+
+
+def test_a_zero_router_is_as_sure_as_itself_and_layers_must_be_as_many() -> None:
+    model, new = routed(), routed()
+    with torch.no_grad():
+        for m in (model, new):
+            m.get_parameter("blocks.0.mlp.router.weight").zero_()
+    assert router_scale(model, new, IDX).ok
+    deeper, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
+    assert not router_scale(model, deeper, IDX).ok
+
+
+def test_inserted_layers_are_looked_at_and_no_others() -> None:
+    model = shaken(config()).train()
+    right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
+    assert layer_identity(right, [2], IDX) == Check("layer identity", True, "1 inserted layers") and right.training
+    assert layer_identity(right, [], IDX).detail == "0 inserted layers"
+    found = layer_identity(right, [0, 1, 2], IDX)
+    assert found == Check("layer identity", False, "layers 0, 1 change what they get")
+    assert not any(module._forward_hooks for module in right.modules()), "no hook is left"
+    with torch.no_grad():
+        right.get_parameter("blocks.2.mlp.down.bias").fill_(1e-12)
+    assert not layer_identity(right, [2], IDX).ok, "to the bit"
+
+
+def test_a_grown_model_passes_what_it_declares() -> None:
+    model = shaken(config(experts=4))
+    new, moved = grown(model, op("widen_model", {"factor": 2}))
+    assert preserved("exact", model, new, IDX).ok and router_scale(model, new, IDX).ok
+    assert grouped(new, Optimizers(new.cfg, new)).ok and tied(model.cfg, new).ok
+    assert set(symmetry_lock(replace(moved, pieces=moved.pieces), new)) == {name for name, *_ in moved.copies()}
+    assert verify.EXACT == {torch.float64: 1e-10, torch.float32: 1e-5} and verify.EQUAL == 1e-5

@@ -1,0 +1,593 @@
+"""The cells of each table, from rows made by hand: what is shown, rounded how, in which order, and what is red."""
+
+from __future__ import annotations
+
+import csv
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from evidence import STEPS, failing, guard, make_evidence, make_recipe, make_run, make_study, make_trial, score
+
+from reports import tables
+from reports.load import Recipe
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def cells(table: tables.Table | None) -> list[list[str]]:
+    assert table is not None
+    return list(table.cells())
+
+
+def heads(table: tables.Table | None) -> list[str]:
+    assert table is not None
+    return [column.head for column in table.columns]
+
+
+def look(table: tables.Table | None) -> list[tuple[float, bool]]:
+    """The share of the width and the side of each column."""
+    assert table is not None
+    return [(column.share, column.right) for column in table.columns]
+
+
+# -- how a number is written
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "said"),
+    [
+        (tables.fixed(4), 1.23456, "1.2346"),
+        (tables.fixed(4), -1.23456, f"{MINUS}1.2346"),
+        (tables.fixed(1), 0.25, "0.2"),
+        (tables.fixed(4), None, ""),
+        (tables.fixed(2, sign=True), 0.5, "+0.50"),
+        (tables.fixed(2, sign=True), -0.5, f"{MINUS}0.50"),
+        (tables.fixed(2, sign=True), None, ""),
+        (tables.whole, 1234567.4, "1,234,567"),
+        (tables.whole, 0, "0"),
+        (tables.whole, None, ""),
+        (tables.plain, 1337, "1337"),
+        (tables.chance, 0.001, "0.001"),
+        (tables.chance, 0.00099, "<0.001"),
+        (tables.chance, 0.0, "<0.001"),
+        (tables.chance, 0.12345, "0.123"),
+        (tables.chance, None, ""),
+        (tables.text, None, ""),
+        (tables.text, 0, "0"),
+        (tables.power, 3.5512e13, "3.55e13"),
+        (tables.power, 1e-5, "1e-05"),
+        (tables.power, 12.0, "12"),
+        (tables.power, None, ""),
+        (tables.value, None, "none"),
+        (tables.value, True, "true"),
+        (tables.value, {"a": [1]}, '{"a": [1]}'),
+        (tables.value, [1, 2], "[1, 2]"),
+        (tables.value, (1, 2), "[1, 2]"),
+        (tables.value, 0.1234567, "0.123457"),
+        (tables.value, 3.0, "3"),
+        (tables.value, 10, "10"),
+        (tables.value, "adamw", "adamw"),
+    ],
+)
+def test_how_a_value_is_written(form: tables.Format, value: Any, said: str) -> None:
+    assert form(value) == said
+
+
+def test_numbers_stand_right_and_words_left() -> None:
+    sides = {form: tables.Column("x", form).right for form in (tables.text, tables.value, tables.whole, tables.plain)}
+    assert sides == {tables.text: False, tables.value: False, tables.whole: True, tables.plain: True}
+    assert tables.Column("x") == tables.Column("x", tables.text, 0.0)
+
+
+def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
+    columns = [tables.Column("a", tables.fixed(2)), tables.Column("b"), tables.Column("c", tables.value)]
+    table = tables.Table("x", "X", columns, [[1.23456, None, {"k": 1}], [2.0, "ü, z", ["y"]]])
+    assert cells(table) == [["1.23", "", '{"k": 1}'], ["2.00", "ü, z", '["y"]']] and (table.note, table.red) == ("", set())
+    path = table.write(tmp_path)
+    assert path == tmp_path / "x.csv" and b"\r" not in path.read_bytes()
+    with path.open(encoding="utf-8", newline="") as f:
+        assert list(csv.reader(f)) == [["a", "b", "c"], ["1.23456", "", '{"k": 1}'], ["2.0", "ü, z", '["y"]']]
+
+
+def test_the_mean_of_nothing_is_none() -> None:
+    runs = [make_run(seed=seed, full=full) for seed, full in ((1, 1.0), (2, 2.0))]
+    assert tables.mean_of(runs, lambda run: run.full) == 1.5 and tables.mean_of([], lambda run: run.full) is None
+
+
+# -- recipes and runs
+
+
+def test_recipes() -> None:
+    good = make_recipe("baseline", {1: 2.0, 2: 2.2}, params=1234, flops=2e12, seconds=8.0)
+    good.runs[1].summary.update(flops=4e12, seconds=100.0, ledger={"reused": 3})
+    good.runs[1].summary["last"] |= {"official": 3.5, "coverage": 0.9}
+    better = make_recipe("optimized", {1: 1.9})
+    del better.runs[0].summary["ledger"]
+    bad = make_recipe("grown", {1: 0.1, 2: 0.3}, guards=failing())
+    table = tables.recipes(make_evidence(good, bad, better))
+    assert heads(table) == ["recipe", "seeds", "full", "sd", "±95%", "official", "covers %", "params", "FLOPs", "seconds"]
+    assert cells(table) == [
+        ["optimized", "1", "1.9000", "", "", "3.0000", "98.0", "1,000", "2e09", "10.0"],
+        ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.2500", "94.0", "1,234", "3e12", "8.0"],
+        ["grown", "0", "", "", "", "", "98.0", "1,000", "2e09", "10.0"],
+    ]
+    assert table.red == {2} and (table.name, table.title) == ("recipes", "Recipes") and "97%" in table.note
+    assert look(table) == [(0.25, False), *[(0.0, True)] * 9]
+
+
+def test_a_recipe_counts_its_good_runs_alone() -> None:
+    mixed = make_recipe("baseline", {1: 2.0, 2: 2.2, 3: 0.1})
+    mixed.runs[2].summary.update(guards=failing(), seconds=99.0, flops=9e15)
+    (row,) = cells(tables.recipes(make_evidence(mixed)))
+    assert row == ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.0000", "98.0", "1,000", "2e09", "10.0"]
+
+
+def test_a_score_of_zero_is_the_lowest() -> None:
+    table = tables.recipes(make_evidence(make_recipe("baseline", {1: 0.5}), make_recipe("optimized", {1: 0.0})))
+    assert [row[0] for row in cells(table)] == ["optimized", "baseline"]
+
+
+def test_a_recipe_all_from_the_store_has_no_time() -> None:
+    (row,) = cells(tables.recipes(make_evidence(make_recipe("baseline", {1: 2.0}, ledger={"reused": 4}))))
+    assert row[-1] == ""
+
+
+def test_runs() -> None:
+    last = score(full=2.12345, official=3.5, coverage=0.9, bits_per_byte=1.23456)
+    flagged = [guard("coverage", "flag"), guard("causality", "flag"), guard("geometry")]
+    runs = (
+        make_run(
+            seed=7, last=last, best=score(step=2, full=1.99999), guards=flagged, steps=1200, tokens_per_s=1234.5, ledger={"reused": 300}
+        ),
+        make_run(seed=8, guards=[*failing(), guard("geometry", "fail")]),
+        make_run(seed=9, full=1.5),
+    )
+    del runs[2].summary["ledger"]
+    table = tables.runs(make_evidence(Recipe("baseline", runs)))
+    assert heads(table) == ["run", "seed", "full", "best", "official", "covers %", "bits/byte", "steps", "reused", "tokens/s", "guards"]
+    assert cells(table) == [
+        [runs[0].id, "7", "2.1235", "2.0000", "3.5000", "90.0", "1.2346", "1,200", "300", "1,234", "ok, 2 flag"],
+        [runs[1].id, "8", "2.0000", "2.0000", "3.0000", "98.0", "1.5000", "4", "0", "51", "FAIL: causality, geometry"],
+        [runs[2].id, "9", "1.5000", "1.5000", "3.0000", "98.0", "1.5000", "4", "0", "51", "ok"],
+    ]
+    assert table.red == {1} and "Red" in table.note and (table.name, table.title) == ("runs", "Runs")
+    assert look(table) == [(0.3, False), *[(0.0, True)] * 9, (0.14, False)]
+    assert "Red" not in tables.runs(make_evidence(Recipe("baseline", runs[2:]))).note
+
+
+# -- from step to step
+
+
+def test_the_ablation() -> None:
+    steps = (
+        make_recipe("ablation:baseline", {1: 3.0, 2: 3.01, 3: 3.02}, {"lr": 0.001}),
+        make_recipe("ablation:size", {1: 2.5, 2: 2.51, 3: 2.52}, {"lr": 0.002, "dropout": 0.2}),
+        make_recipe("ablation:bfloat16", {1: 2.3, 2: 2.33, 3: 2.36}, {"lr": 0.003, "dropout": 0.2}),
+    )
+    e = make_evidence(*steps)
+    table = tables.ablation(e)
+    assert table is not None and e.noise is not None
+    assert heads(table) == ["step", "seeds", "full", "delta", "low", "high", "p", "verdict", "what it sets"]
+    shown = cells(table)
+    assert shown[0] == ["baseline", "3", "3.0100", "", "", "", "", "", ""]
+    assert shown[1] == [
+        "size",
+        "3",
+        "2.5100",
+        f"{MINUS}0.5000",
+        f"{MINUS}0.5000",
+        f"{MINUS}0.5000",
+        "<0.001",
+        "better",
+        "lr=0.002, dropout=0.2",
+    ]
+    p = 2 * tables.stats.t_cdf(-0.18 / (0.02 / 3**0.5), 2)
+    half = tables.stats.t_quantile(0.975, 2) * 0.02 / 3**0.5
+    assert shown[2][:6] == ["bfloat16", "3", "2.3300", f"{MINUS}0.1800", f"{MINUS}{0.18 + half:.4f}", f"{MINUS}{0.18 - half:.4f}"]
+    assert shown[2][6:] == [f"{p:.3f}", "better", "lr=0.003"]
+    assert table.rows[2][6] == pytest.approx(p) and (table.name, table.title) == ("ablation", "From step to step")
+    assert f"{e.noise.floor:.4f}" in table.note and f"sd {e.noise.sd:.4f}" in table.note and f"{e.noise.df} degrees" in table.note
+    assert look(table) == [(0.11, False), *[(0.0, True)] * 6, (0.12, False), (0.27, False)]
+
+
+def test_holm_counts_every_step() -> None:
+    """Alone, each p is under 5%; of two, the larger must stay under it and the smaller is doubled."""
+    steps = [
+        make_recipe(f"ablation:{name}", fulls, {"lr": 0.001 * n})
+        for n, (name, fulls) in enumerate(
+            (("baseline", {1: 3.0, 2: 3.01, 3: 3.02}), ("size", {1: 2.7, 2: 2.78, 3: 2.75}), ("bfloat16", {1: 2.4, 2: 2.52, 3: 2.5})), 1
+        )
+    ]
+    table = tables.ablation(make_evidence(*steps))
+    assert table is not None
+    scores = [recipe.scores for recipe in steps]
+    ps = [tables.stats.difference(a, b).p for a, b in pairwise(scores)]
+    assert [row[6] for row in table.rows[1:]] == pytest.approx(tables.stats.holm([p for p in ps if p is not None]))
+    assert [row[6] for row in table.rows[1:]] != pytest.approx(ps)
+
+
+def test_an_ablation_of_one_seed_a_step() -> None:
+    steps = [
+        make_recipe(f"ablation:{name}", {1: full}, {"lr": 0.01 * full}) for name, full in (("baseline", 3.0), ("size", 2.5), ("adamw", 2.6))
+    ]
+    table = tables.ablation(make_evidence(*steps))
+    assert [row[3:8] for row in cells(table)[1:]] == [
+        [f"{MINUS}0.5000", "", "", "", "no claim: one seed"],
+        ["+0.1000", "", "", "", "no claim: one seed"],
+    ]
+    assert table is not None and "floor" not in table.note
+
+
+def test_no_ladder_no_ablation() -> None:
+    assert tables.ablation(make_evidence(make_recipe("baseline", {1: 2.0}))) is None
+
+
+def test_the_short_name_of_a_step() -> None:
+    assert tables.short(make_run("ablation:size").cfg) == "size" and tables.short(make_run("baseline").cfg) == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "floor", "said"),
+    [
+        (-0.1, (-0.2, -0.05), 0.0999, "better"),
+        (0.1, (0.05, 0.2), 0.0999, "worse"),
+        (-0.1, (-0.2, -0.05), 0.1, "within noise"),
+        (0.1, (0.05, 0.2), 0.1, "within noise"),
+        (-0.1, (-0.2, 0.0), 0.05, "not sure"),
+        (0.1, (0.0, 0.2), 0.05, "not sure"),
+        (0.1, (1e-12, 0.2), 0.05, "worse"),
+        (-0.1, (-0.2, -1e-12), 0.05, "better"),
+        (0.0, (0.0, 0.0), 0.0, "within noise"),
+        (-0.1, None, 0.05, "no claim: one seed"),
+        (-0.1, (-0.2, -0.05), None, "no claim: one seed"),
+    ],
+)
+def test_a_verdict(mean: float, interval: Any, floor: float | None, said: str) -> None:
+    d: Any = SimpleNamespace(mean=mean, interval=interval)
+    noise: Any = None if floor is None else SimpleNamespace(floor=floor)
+    assert tables.verdict(d, noise) == said
+
+
+@pytest.mark.parametrize(
+    ("p", "verdict"), [(0.0, "better"), (0.05, "better"), (0.0500001, "not sure"), (1.0, "not sure"), (None, "better")]
+)
+def test_a_verdict_needs_holms_p(p: float | None, verdict: str) -> None:
+    d: Any = SimpleNamespace(mean=-0.1, interval=(-0.2, -0.05))
+    noise: Any = SimpleNamespace(floor=0.05)
+    if p == 0.05:
+        p = 1 - tables.stats.LEVEL
+    assert tables.verdict(d, noise, p) == verdict
+
+
+# -- what differs
+
+OPS = [
+    {"name": "set_dropout", "value": 0.0, "trigger": {"step": 2}},
+    {"name": "stack_layers", "value": [0, 0, 1, 1], "init": "identity", "trigger": {"step": 3}},
+]
+GROWTH = {"dropout": 0.1, "growth": {"version": 2, "ops": OPS}}
+
+
+def test_differences() -> None:
+    base = make_recipe("baseline", {1: 2.0, 2: 2.0})
+    other = make_recipe("optimized", {2: 1.9}, GROWTH | {"lr": 0.02, "optimizer": "adamw"})
+    table = tables.differences(make_evidence(base, other))
+    assert table is not None and heads(table) == ["field", "baseline", "optimized"]
+    ops = other.cfg.growth.ops
+    fields = [["optimizer", "sgd", "adamw"], ["lr", "0.006", "0.02"], ["dropout", "0", "0.1"]]
+    assert sorted(cells(table)[:-2]) == sorted(fields)
+    assert cells(table)[-2:] == [["growth", "", f"{op} at {op.trigger}"] for op in ops]
+    assert table.name == "config" and table.title == "Config of optimized against baseline" and table.note
+    assert look(table) == [(0.2, False), (0.35, False), (0.45, False)]
+    assert tables.differences(make_evidence(base)) is None and tables.differences(make_evidence()) is None
+
+
+def test_the_other_recipes() -> None:
+    base, optimised = make_recipe("baseline", {1: 2.0}), make_recipe("optimized", {1: 2.0}, {"lr": 0.02})
+    more = make_recipe("grown", {5: 2.0}, GROWTH | {"lr": 0.5})
+    table = tables.others(make_evidence(base, optimised, more))
+    assert cells(table) == [["grown", "lr=0.5, dropout=0.1"]]
+    assert table is not None and heads(table) == ["recipe", "sets"] and look(table) == [(0.25, False), (0.75, False)]
+    assert (table.name, table.title) == ("other_configs", "Other recipes against baseline")
+    assert tables.others(make_evidence(base, optimised)) is None
+    e = make_evidence(base, optimised, more)
+    object.__setattr__(e, "baseline", None)
+    assert tables.others(e) is None
+    steps = [make_recipe(f"ablation:{name}", {1: 2.0}, {"lr": lr}) for name, lr in (("baseline", 0.1), ("size", 0.2), ("adamw", 0.3))]
+    assert tables.others(make_evidence(base, optimised, *steps)) is None
+
+
+# -- guards and failures
+
+
+def test_guards() -> None:
+    each = [
+        [guard("coverage"), guard("causality", "pass", "a"), guard("geometry", "flag", "b")],
+        [guard("coverage"), guard("causality", "flag", "c"), guard("geometry", "flag", "a")],
+        [guard("coverage"), guard("causality", "fail", "d"), guard("geometry", "flag", "b")],
+        [guard("coverage"), guard("causality", "fail", "e"), guard("geometry", "pass", "z")],
+        [guard("coverage"), guard("causality", "fail", "d"), guard("late", "pass", "y")],
+    ]
+    runs = tuple(make_run(seed=seed, guards=guards) for seed, guards in enumerate(each))
+    table = tables.guards(make_evidence(Recipe("baseline", runs)))
+    assert heads(table)[:4] == ["guard", "pass", "flag", "fail"]
+    assert cells(table) == [
+        ["coverage", "5", "0", "0", "pass: fine"],
+        ["causality", "1", "1", "3", "fail: d (and 1 more like it)"],
+        ["geometry", "1", "3", "0", "flag: b (and 1 more like it)"],
+        ["late", "1", "0", "0", "pass: y"],
+    ]
+    assert table.red == {1} and (table.name, table.title) == ("guards", "Guards")
+    assert look(table) == [(0.17, False), (0.06, True), (0.06, True), (0.06, True), (0.65, False)]
+
+
+def test_of_details_as_frequent_the_first_by_name_is_shown() -> None:
+    runs = tuple(make_run(seed=seed, guards=[guard("x", "fail", detail)]) for seed, detail in enumerate("cab"))
+    assert cells(tables.guards(make_evidence(Recipe("baseline", runs)))) == [["x", "0", "0", "3", "fail: a (and 2 more like it)"]]
+
+
+def test_failures() -> None:
+    journal = [
+        {"event": "op SUCCESS", "name": "set_dropout", "step": 2, "value": 0.0, "tokens": 256},
+        {"event": "op ERROR", "name": "stack_layers", "step": 3, "value": [0], "tokens": 384, "checks": [{"ok": False}]},
+    ]
+    bad = make_run(seed=1, guards=[guard("coverage", "flag"), *failing("it looks ahead")[1:]])
+    grown = make_run(seed=2, journal=journal)
+    study = make_study(
+        make_trial(0),
+        make_trial(1, None, "diverged", reason="at step 9"),
+        make_trial(2, None, "TrialState.FAIL"),
+        make_trial(3, None, "failed"),
+    )
+    e = make_evidence(Recipe("baseline", (bad, grown)), studies=(study,))
+    rows = [
+        [bad.id, "guard", "causality: it looks ahead"],
+        [grown.id, "step 3", 'stack_layers was rolled back: [{"ok": false}]'],
+        ["lr, trial 1", "diverged", "at step 9"],
+        ["lr, trial 2", "TrialState.FAIL", "no reason given"],
+        ["lr, trial 3", "failed", "no reason given"],
+    ]
+    table = tables.failures(e)
+    assert table is not None and cells(table) == rows and heads(table) == ["what", "where", "why"]
+    assert look(table) == [(0.25, False), (0.12, False), (0.63, False)] and (table.name, table.title) == (
+        "failures",
+        "Runs, trials and ops",
+    )
+    assert cells(tables.failures(e, most=3)) == rows
+    assert cells(tables.failures(e, most=2)) == [*rows[:4], ["lr", "", "and 1 more failed trials, in trials.parquet"]]
+    assert tables.failures(make_evidence(make_recipe("baseline", {1: 2.0}))) is None
+
+
+def test_thirty_failed_trials_are_shown() -> None:
+    study = make_study(*(make_trial(i, None, "error") for i in range(32)))
+    assert cells(tables.failures(make_evidence(studies=(study,))))[30:] == [["lr", "", "and 2 more failed trials, in trials.parquet"]]
+
+
+# -- growth
+
+
+def test_the_ops_of_a_run() -> None:
+    rows = [{"event": "eval", **score(step=step, full=full)} for step, full in ((1, 3.0), (2, 2.5), (3, 2.25), (4, 2.0))]
+    rows.insert(1, {"event": "eval", **score(step=2, full=9.0, split="dev")})
+    done = {"params": 1000, "flops_per_token": 6000.0, "delta_logits": 1.25e-7}
+    journal = [
+        {"event": "op START", "name": "set_dropout", "step": 2, "value": 0.0},
+        {"event": "op SUCCESS", "name": "set_dropout", "step": 2, "value": 0.0, "tokens": 256, **done},
+        {"event": "op ERROR", "name": "stack_layers", "step": 3, "value": [0, 1], "tokens": 384},
+        {"event": "op SUCCESS", "name": "first", "step": 0, "value": 1, "tokens": 0, "delta_logits": 0.0},
+        {"event": "op SUCCESS", "name": "last", "step": 4, "value": None, "tokens": 512},
+    ]  # fmt: skip
+    table = tables.growth(make_run(rows=rows, journal=journal), 3)
+    assert heads(table) == ["#", "op", "value", "step", "tokens", "full before", "after", "params", "FLOPs/token", "Δ logits"]
+    assert cells(table) == [
+        ["1", "set_dropout", "0", "2", "256", "2.5000", "2.2500", "1,000", "6,000", "1.25e-07"],
+        ["2", "stack_layers", "[0, 1]", "3", "384", "2.2500", "2.0000", "", "", "failed: rolled back"],
+        ["3", "first", "1", "0", "0", "", "3.0000", "", "", "0"],
+        ["4", "last", "none", "4", "512", "2.0000", "", "", "", ""],
+    ]
+    assert (table.name, table.title) == ("growth_3", "The ops")
+    assert look(table) == [(0.0, True), (0.2, False), (0.13, False), *[(0.0, True)] * 6, (0.0, False)]
+
+
+# -- the appendix
+
+
+def test_commands() -> None:
+    told = {"command": ["/bin/mainrun", "train", "--set", "a b"]}
+    runs = [make_run(seed=seed, env=told) for seed in range(10)]
+    other = make_run(seed=11)
+    other.env["command"] = ["mainrun"]
+    bare = make_run(seed=12)
+    del bare.env["command"]
+    table = tables.commands(make_evidence(Recipe("baseline", (*runs, other, bare))))
+    assert cells(table) == [
+        ["mainrun train --set 'a b'", ", ".join(run.id for run in runs[:8]) + " and 2 more"],
+        ["mainrun", other.id],
+        ["mainrun '(not recorded)'", bare.id],
+    ]
+    assert heads(table) == ["command", "runs"] and look(table) == [(0.6, False), (0.4, False)]
+    assert (table.name, table.title) == ("commands", "Commands")
+
+
+def test_hashes() -> None:
+    digits = {name: f"{name}{'0123456789' * 3}" for name in "wesxt"}
+    full = make_run(weights=digits["w"], versions={"mainrun": digits["s"]}, tokenizer=digits["t"], env={"evaluate_hash": digits["e"]})
+    bare = make_run(seed=2)
+    for name in ("weights", "versions", "tokenizer"):
+        del bare.summary[name]
+    del bare.env["evaluate_hash"]
+    table = tables.hashes(make_evidence(Recipe("baseline", (full, bare))))
+    assert heads(table) == ["run", "config", "weights", "evaluate", "source", "tokenizer"]
+    assert cells(table) == [
+        [full.id, full.cfg.digest[:12], *(f"{name}01234567890" for name in "west")],
+        [bare.id, bare.cfg.digest[:12], "", "", "", ""],
+    ]
+    assert look(table) == [(0.0, False), *[(0.15, False)] * 5] and (table.name, table.title) == ("hashes", "Hashes")
+
+
+@pytest.mark.parametrize("name", ["corpus", "train", "dev", "val"])
+def test_fingerprints(name: str) -> None:
+    runs = [make_run(seed=seed) for seed in (1, 2, 3, 4)]
+    runs[2].summary["fingerprints"] |= {name: "123456789abcdef"}
+    del runs[3].summary["fingerprints"][name]
+    del runs[3].summary["origin"]
+    table = tables.fingerprints(make_evidence(Recipe("baseline", tuple(runs))))
+    assert heads(table) == ["corpus", "train", "dev", "val", "which titles", "file", "runs"]
+    first = ["c" * 12, "a" * 12, "d" * 12, "b" * 12, "synthetic, 400 titles", "0f" * 6, "2"]
+    place = heads(table).index(name)
+    other, bare = first.copy(), first.copy()
+    other[place], other[-1] = "123456789abc", "1"
+    bare[place], bare[5], bare[-1] = "", "", "1"
+    assert cells(table) == [first, other, bare]
+    assert look(table) == [*[(0.15, False)] * 6, (0.0, True)] and (table.name, table.title) == ("fingerprints", "Data fingerprints")
+
+
+def test_machines() -> None:
+    moved = make_run(
+        machine_classes=[{"device": "cuda"}, {"device": "cpu", "threads": 1}], all_versions=[{"torch": "2.0", "mainrun": "ab" * 20}]
+    )
+    stayed = make_run(seed=2, machine_classes=[{"device": "cuda"}], all_versions=[{"torch": "2.0", "mainrun": "ab" * 20}])
+    bare = make_run(seed=3)
+    for name in ("machine_classes", "all_versions"):
+        del bare.summary[name]
+    table = tables.machines(make_evidence(Recipe("baseline", (moved, stayed, bare))))
+    assert heads(table) == ["kind", "what", "runs"]
+    assert cells(table) == [
+        ["machine class", "device cpu, threads 1", "1"],
+        ["machine class", "device cuda", "2"],
+        ["versions", "torch 2.0, mainrun abababababab", "2"],
+    ]
+    assert look(table) == [(0.15, False), (0.77, False), (0.08, True)] and (table.name, table.title) == (
+        "machines",
+        "Machines and versions",
+    )
+
+
+# -- studies
+
+
+def test_a_study_in_short() -> None:
+    study = make_study(
+        make_trial(0, 1.5), make_trial(1, 1.25), make_trial(2, None, "failed"),
+        preset="optimized", objective="dev/full", rung_correlation={"0": 0.875, "1": None},
+        ledger={"asked": 4000, "trained": 3000.0},
+        study={"sampler": {"name": "tpe", "seed": 3}, "budget": {"trials": 40, "tokens": None}, "set": {}, "seeds": [1, 2]},
+        evidence={"claim": "trial 1 wins"},
+    )  # fmt: skip
+    (short,) = tables.study(study, 2)
+    assert (short.name, short.title, heads(short)) == ("study_2", "In short", ["fact", "value"])
+    assert cells(short) == [
+        ["trials", "3: 2 done, 1 failed"],
+        ["best trial", "1, value 1.2500"],
+        ["preset", "optimized"],
+        ["objective", "dev/full"],
+        ["sampler", "name tpe, seed 3"],
+        ["budget", "trials 40"],
+        ["seeds", "1 2"],
+        ["claim", "trial 1 wins"],
+        ["steps", "asked 4,000, trained 3,000"],
+        ["rung 0", "rank correlation with the last rung 0.88"],
+        ["rung 1", "rank correlation with the last rung none"],
+    ]
+    assert look(short) == [(0.15, False), (0.85, False)]
+
+
+FACTS = ("preset", "objective", "set", "sampler", "budget", "rungs", "engine", "noise", "seeds", "base", "claim", "val")
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_fact_of_a_study_is_shown(name: str) -> None:
+    (short,) = tables.study(make_study(make_trial(0), **{name: "something"}), 1)
+    assert [name, "something"] in cells(short)
+    assert len(short.rows) == 4
+
+
+def test_a_study_without_a_value() -> None:
+    study = make_study(make_trial(0, None, "failed"), space={"lr": {"low": 0.1, "high": 1.0}})
+    short, space = tables.study(study, 1)
+    assert cells(short) == [["trials", "1: 1 failed"], ["steps", "not exported"]]
+    assert cells(space) == [["lr", "0.1 to 1", ""]]
+
+
+def test_the_bounds_of_a_study() -> None:
+    space = {"lr": {"low": 1e-4, "high": 0.1, "log": True}, "optimizer": {"values": ["adamw", "sgd"]}, "depth": 3}
+    trials = (make_trial(0, 2.0, **{"params.lr": 0.5}), make_trial(1, 1.0, **{"params.lr": 0.0123456789, "params.optimizer": "sgd"}))
+    _, table = tables.study(make_study(*trials, space=space), 4)
+    assert (table.name, table.title, heads(table)) == ("study_4_space", "Bounds", ["field", "searched", "best trial"])
+    assert cells(table) == [
+        ["lr", "0.0001 to 0.1, logarithmic", "0.0123457"],
+        ["optimizer", "one of adamw, sgd", "sgd"],
+        ["depth", "3", "none"],
+    ]
+    assert look(table) == [(0.3, False), (0.5, False), (0.2, False)]
+
+
+def test_the_confirmation_of_a_study() -> None:
+    rows = [
+        {
+            "trial": 6,
+            "mean": 1.51,
+            "difference": -0.021,
+            "interval": [-0.03, -0.012],
+            "p_holm": 0.0004,
+            "claim": True,
+            "params": {"lr": 0.005},
+        },
+        {
+            "trial": 7,
+            "mean": 1.52,
+            "difference": 0.01,
+            "interval": None,
+            "p_holm": 0.04,
+            "claim": False,
+            "why": "within noise",
+            "params": None,
+        },
+        {},
+        "no row",
+    ]
+    _, table = tables.study(make_study(make_trial(0), evidence={"rows": rows}), 1)
+    assert heads(table) == ["trial", "mean", "difference", "low", "high", "p", "verdict", "what it sets"]
+    assert cells(table) == [
+        ["6", "1.5100", f"{MINUS}0.0210", f"{MINUS}0.0300", f"{MINUS}0.0120", "<0.001", "claimed", "lr 0.005"],
+        ["7", "1.5200", "+0.0100", "", "", "0.040", "within noise", "none"],
+        ["", "", "", "", "", "", "", "none"],
+    ]
+    assert look(table) == [*[(0.0, True)] * 6, (0.25, False), (0.35, False)]
+    assert (table.name, table.title) == ("study_1_confirmation", "Confirmation")
+    assert len(tables.study(make_study(make_trial(0), evidence={"rows": ["no row"]}), 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"a": 1, "b": None, "c": "", "d": {}, "e": [], "f": 0}, "a 1, f 0"),
+        ({"a": {"b": [1, "x"]}}, "a b 1 x"),
+        ((1, 2.0), "1 2"),
+        (False, "false"),
+        (None, "none"),
+    ],
+)
+def test_settings_in_words(settings: Any, said: str) -> None:
+    assert tables.told(settings) == said
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"values": [1, 2.5, None], "low": None, "high": None, "log": True}, "one of 1, 2.5, none"),
+        ({"low": 0, "high": 1e-3, "log": False, "when": {}}, "0 to 0.001"),
+        ({"low": 1, "high": 2, "log": True, "when": {"optimizer": ["adamw", "muon"]}}, "1 to 2, logarithmic, when optimizer adamw muon"),
+        ({}, "none to none"),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_bounds_in_words(space: Any, said: str) -> None:
+    assert tables.bounds(space) == said
+
+
+def test_steps_is_what_the_summary_has() -> None:
+    assert cells(tables.runs(make_evidence(make_recipe("baseline", {1: 2.0}))))[0][7] == str(STEPS)

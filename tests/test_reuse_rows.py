@@ -1,0 +1,857 @@
+"""What a run takes from the store and leaves there, decision by decision: no training, and a store of hand-made nodes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import TINY
+
+from mainrun import reuse
+from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.reuse import Other, Reuse
+from mainrun.store import lineage
+from mainrun.store.leases import Fenced
+from mainrun.store.nodes import Damaged, Node, Refused
+
+# 37 steps: scores after 1, 18, 36 and 37, and the decay begins after 27
+SMALL: dict[str, Any] = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "schedule": "wsd", "decay_frac": 0.3}
+TOKENS = 37 * 128
+GEOMETRY = [8, 16]
+
+
+def config(**changes: Any) -> TrainConfig:
+    return from_dict(TINY | SMALL | changes)
+
+
+class Leases:
+    """Those of other runs, and what this run acquires."""
+
+    def __init__(self, held: dict[str, dict[str, Any]] | None = None) -> None:
+        self.held = held or {}
+
+    def active(self) -> dict[str, dict[str, Any]]:
+        return self.held
+
+    def acquire(self, key: str, beat: Any, **about: Any) -> SimpleNamespace:
+        return lease(key, about)
+
+
+def lease(key: str, about: dict[str, Any]) -> SimpleNamespace:
+    released: list[bool] = []
+
+    def release(unfinished: bool = False) -> None:
+        released.append(unfinished)
+
+    return SimpleNamespace(key=key, about=about, release=release, released=released, check=lambda: None)
+
+
+class Store:
+    """Nodes by their key; remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node | Exception] = {}
+        self.evicted: set[str] = set()
+        self.wanted: set[str] = set()
+        self.saved: list[Node] = []
+        self.kept: list[set[str]] = []
+        self.began: list[tuple[str, dict[str, Any]]] = []
+        self.files = SimpleNamespace(exists=lambda name: name.removeprefix("nodes/") in self.nodes)
+        self.fault: Exception | None = None
+        self.beginnings: list[tuple[str, Any]] = []
+
+    def __str__(self) -> str:
+        return "STORE"
+
+    def node_keys(self) -> set[str]:
+        return set(self.nodes)
+
+    def states(self) -> set[str]:
+        return {node.state for node in self.nodes.values() if isinstance(node, Node)} - self.evicted
+
+    def node(self, key: str, rows: bool = True) -> Node:
+        node = self.nodes[key]
+        if isinstance(node, Exception):
+            raise node
+        return node
+
+    def history(self, node: Node, since: int) -> Iterator[Node]:
+        yield node
+        while node.begins > since and node.parent in self.nodes:
+            node = self.node(node.parent)
+            yield node
+
+    def load(self, node: Node) -> dict[str, Any]:
+        if node.state == "damaged":
+            raise Damaged("its state is torn")
+        return {"of": node.step}
+
+    def wants(self) -> set[str]:
+        return self.wanted
+
+    def want(self, key: str, run: str) -> None:
+        self.wanted.add(key)
+
+    def roots(self) -> list[tuple[str, Any]]:
+        if self.fault:
+            raise self.fault
+        return self.beginnings
+
+    def begin(self, root: str, begun: dict[str, Any]) -> None:
+        self.began.append((root, begun))
+
+    def save(self, node: Node, tensors: dict[str, Any], check: Any) -> None:
+        check()
+        if self.fault:
+            raise self.fault
+        self.saved.append(node)
+        self.nodes[node.key] = node
+
+    def evict(self, keep: set[str]) -> None:
+        self.kept.append(keep)
+
+
+class State:
+    def __init__(self, step: int = 0) -> None:
+        self.step, self.presented = step, 128 * step
+        self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
+        self.grown: dict[str, Any] = {}
+        self.timed: list[str] = []
+        self.loads: list[tuple[int, int]] = []
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        self.timed.append(part)
+        yield
+
+    def load(self, tensors: dict[str, Any], step: int, presented: int, grown: dict[str, Any] | None = None) -> None:
+        assert tensors == {"of": step}
+        self.step, self.presented = step, presented
+        self.loads.append((step, presented))
+
+    def tensors(self) -> dict[str, Any]:
+        return {}
+
+
+class Journal(list[dict[str, Any]]):
+    """A log of rows, which is a log while it is empty, too."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class House:
+    """A run's view of a store, and what it said."""
+
+    def __init__(self, until: int = 0, keep: tuple[int, ...] = (), fresh: bool = False, world: int = 1, leads: bool = True, **changes: Any):
+        self.cfg = config(**changes)
+        self.store, self.notes = Store(), []
+        self.plan = Plan(self.cfg, TOKENS)
+        machine = SimpleNamespace(world=world, leads=leads, facts={"cpu": "x"}, share=lambda step, unscored: (step, unscored))
+        self.machine = machine
+        self.reuse = Reuse(self.store, self.cfg, self.plan, machine, {"corpus": "c"}, "t", self.notes.append, keep, until, fresh)
+        self.reuse._leases = Leases()
+        self.keys = self.reuse.keys
+
+    def node(self, step: int, begins: int = 0, rows: tuple[dict[str, Any], ...] | None = None, **changes: Any) -> Node:
+        node = Node(
+            key=self.keys[step], parent=self.keys[begins], root=self.keys[0], step=step, begins=begins, presented=128 * step,
+            state=f"state {step}", size=1, geometry=GEOMETRY, seconds=1.0, run="other-1", config={}, made=0.0, rows_sha256="",
+            rows=self.rows(begins, step) if rows is None else rows,
+        )  # fmt: skip
+        return replace(node, **changes)
+
+    def add(self, *nodes: Node) -> None:
+        self.store.nodes |= {node.key: node for node in nodes}
+
+    def rows(self, begins: int, end: int) -> tuple[dict[str, Any], ...]:
+        """All the rows that a run with this plan writes after `begins` up to `end`."""
+        rows = []
+        for step in range(begins + 1, end + 1):
+            rows.append({"event": "step", "step": step, "loss": 1.0})
+            if step in self.plan.eval_steps:
+                rows.append({"event": "eval", "step": step, "split": "val", "full": 2.0})
+        return tuple(rows)
+
+
+def test_the_geometry_of_these_tests_is_that_of_the_config() -> None:
+    house = House()
+    assert house.reuse._geometry == GEOMETRY == list(house.cfg.geometry)
+    assert house.plan.steps == 37 and house.plan.eval_steps == {1, 18, 36, 37} and house.plan.breaks == [27]
+
+
+# -- where nodes are kept
+
+
+@pytest.mark.parametrize(
+    ("until", "keep", "stops"),
+    [
+        (0, (), {18, 27, 36, 37}),  # scores, the decay, the end; not the score after step 1
+        (20, (), {18, 20}),
+        (99, (), {18, 27, 36, 37}),
+        (0, (5, 30, 38, 0), {5, 18, 27, 30, 36, 37}),
+        (0, (1,), {1, 18, 27, 36, 37}),
+    ],
+)
+def test_nodes_are_kept_at_scores_breaks_forks_and_the_end(until: int, keep: tuple[int, ...], stops: set[int]) -> None:
+    house = House(until, keep)
+    assert house.reuse.stops == stops
+    assert house.reuse.until == min(until or 37, 37)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(17, False), (18, True), (19, False), (20, True), (37, True)])
+def test_a_step_is_kept_where_this_run_or_another_wants_it(step: int, kept: bool) -> None:
+    house = House()
+    house.reuse.wanted = frozenset({20})
+    assert house.reuse.keeps(step) is kept
+    assert house.reuse._due == ([step] if kept else [])
+    assert house.reuse._passed == step
+
+
+def test_what_is_written_is_no_longer_due() -> None:
+    house = House()
+    house.reuse._due, house.reuse._written = [18, 27], 18
+    house.reuse.keeps(36)
+    assert house.reuse._due == [27, 36]
+
+
+def test_a_beat_says_how_far_all_that_is_kept_is_there() -> None:
+    house = House()
+    house.reuse._passed, house.reuse._due, house.reuse._written = 30, [18, 27], 18
+    assert house.reuse._beat() == {"at": 26}
+    house.reuse._written = 27
+    assert house.reuse._beat() == {"at": 30}
+
+
+@pytest.mark.parametrize(("world", "wanted"), [(1, {20}), (2, set())])
+def test_a_beat_hears_wants_on_the_way_of_one_process(world: int, wanted: set[int]) -> None:
+    house = House(world=world)
+    house.store.wanted = {house.keys[20], "f" * 64}
+    house.reuse._beat()
+    assert house.reuse.wanted == wanted
+
+
+def test_a_beat_outlives_a_store_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House()
+
+    def fail() -> None:
+        raise OSError
+
+    monkeypatch.setattr(house.store, "wants", fail)
+    house.reuse._passed = 7
+    assert house.reuse._beat() == {"at": 7}
+
+
+@pytest.mark.parametrize(("step", "target", "scores"), [(0, 18, [1]), (17, 18, []), (18, 27, []), (27, 36, []), (36, 37, [])])
+def test_the_lease_is_on_the_next_node_and_says_what_it_leaves(step: int, target: int, scores: list[int]) -> None:
+    house = House()
+    house.reuse._hold(step)
+    held = house.reuse._lease
+    assert held is not None and held.key == house.keys[target] and house.reuse._passed == step
+    about = {"run": house.cfg.run_id, "config": house.cfg.model_dump(mode="json"), "root": house.keys[0], "step": target}
+    assert held.about == about | {"scores": scores, "geometry": GEOMETRY, "fired": []}
+
+
+WAITS = {"ops": [{"name": "set_lr", "value": 0.001, "trigger": {"loss_below": 1.0}}]}
+
+
+@pytest.mark.parametrize(
+    ("growth", "step", "far"), [(None, 0, 37), (None, 20, 37), (WAITS, 0, 1), (WAITS, 1, 18), (WAITS, 18, 36), (WAITS, 37, 37)]
+)
+def test_the_plan_is_certain_up_to_a_score_that_may_fire_an_op(growth: dict[str, Any] | None, step: int, far: int) -> None:
+    house = House(**({"growth": growth} if growth else {}))
+    assert house.reuse._far(step) == far
+
+
+def test_a_plan_that_leaves_the_lease_frees_it() -> None:
+    house = House()
+    on_the_way = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    house.reuse.follow(house.plan)
+    assert house.reuse._lease is on_the_way and on_the_way.released == []
+    house.reuse.follow(Plan(config(lr=0.02), TOKENS))
+    assert house.reuse._lease is None and on_the_way.released == [True]
+
+
+def test_a_run_begins_with_nothing_written_and_no_score_missing() -> None:
+    fresh = House().reuse
+    assert (fresh._written, fresh._due, fresh._passed, fresh.unscored, fresh.rows) == (0, [], 0, False, [])
+    assert (fresh.before, fresh.reads, fresh.writes) == ((0, fresh.keys[0]), True, True)
+
+
+# -- whom a run waits for
+
+
+def holder(house: House, step: int, **changes: Any) -> dict[str, Any]:
+    """The lease of another run with the same config, on its way to a node."""
+    about = {
+        "run": "other",
+        "root": house.keys[0],
+        "config": house.cfg.model_dump(mode="json"),
+        "step": step,
+        "at": 0,
+        "geometry": GEOMETRY,
+    }
+    return about | {"scores": [1, 18, 36], "fired": []} | changes
+
+
+LATER = config(decay_frac=0.2).model_dump(mode="json")  # parts after step 27, where the first decay begins
+
+
+@pytest.mark.parametrize(
+    ("step", "target", "changes", "meets"),
+    [
+        pytest.param(0, 18, {}, 18, id="on the way to the same node"),
+        pytest.param(18, 18, {}, None, id="a node that is reached is no help"),
+        pytest.param(17, 18, {"scores": []}, 18, id="no score is needed in between"),
+        pytest.param(0, 18, {"scores": []}, None, id="it does not leave the score after step 1"),
+        pytest.param(0, 27, {"scores": [1]}, None, id="it leaves only one of two scores"),
+        pytest.param(0, 27, {"scores": [1, 18]}, 27, id="it leaves both"),
+        pytest.param(0, 18, {"scores": "1"}, None, id="scores that are no list"),
+        pytest.param(0, 18, {"geometry": [1, 1]}, None, id="scores of another geometry"),
+        pytest.param(17, 18, {"geometry": [1, 1], "scores": None}, 18, id="the geometry does not matter without a score"),
+    ],
+)
+def test_another_run_is_waited_for_if_it_brings_steps_and_scores(
+    step: int, target: int, changes: dict[str, Any], meets: int | None
+) -> None:
+    house = House()
+    house.reuse._leases = Leases({house.keys[target]: holder(house, target, **changes)})
+    other = house.reuse._other(step)
+    assert (other and other.meets) == meets
+    if other:
+        assert (other.key, other.run) == (house.keys[target], "other")
+
+
+@pytest.mark.parametrize(("at", "meets"), [(0, 27), (26, 27), (27, None), (30, None), ("0", None), (None, None)])
+def test_a_run_that_leaves_the_way_is_waited_for_up_to_the_fork_if_there_is_time(at: Any, meets: int | None) -> None:
+    house = House()
+    theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
+    assert theirs[27] == house.keys[27] and theirs[28] != house.keys[28]
+    house.reuse._leases = Leases({theirs[36]: holder(house, 36, config=LATER, at=at)})
+    other = house.reuse._other(18)
+    assert (other and other.meets) == meets
+
+
+def test_a_run_that_is_past_the_fork_is_no_help_from_the_start_either() -> None:
+    house = House()
+    theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
+    house.reuse._leases = Leases({theirs[36]: holder(house, 36, config=LATER, at=30)})
+    assert house.reuse._other(0) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "fork"),
+    [
+        ({}, 27),
+        ({"root": "0" * 64}, 0),
+        ({"step": 35}, 0),
+        ({"step": 99}, 0),
+        ({"step": "x"}, 0),
+        ({"config": {"lr": -1}}, 0),
+        ({"config": 5}, 0),
+        ({"fired": 5}, 0),
+    ],
+)
+def test_a_fork_is_found_only_in_a_lease_that_tells_the_truth(changes: dict[str, Any], fork: int) -> None:
+    house = House()
+    theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
+    about = holder(house, 36, config=LATER) | changes
+    assert house.reuse._fork(theirs[36], about) == fork
+    assert house.reuse._fork(theirs[36], {"run": "other"}) == fork  # remembered
+
+
+def test_a_fork_lies_within_this_run_and_needs_one_process() -> None:
+    assert House(until=20).reuse._fork(House().keys[36], holder(House(), 36)) == 20
+    assert House(world=2).reuse._fork(House().keys[36], holder(House(), 36)) == 0
+
+
+def test_of_several_the_furthest_is_waited_for_and_the_own_lease_does_not_count() -> None:
+    house = House()
+    held = {house.keys[step]: holder(house, step, run=f"run {step}") for step in (18, 36, 27)}
+    house.reuse._leases = Leases(held)
+    furthest = house.reuse._other(0)
+    assert furthest is not None and furthest.run == "run 36"
+    house.reuse._lease = lease(house.keys[36], {})
+    next_one = house.reuse._other(0)
+    assert next_one is not None and next_one.run == "run 27"
+    house.reuse.reads = False
+    assert house.reuse._other(0) is None
+
+
+@pytest.mark.parametrize(
+    ("fork", "key", "wanted"), [(27, 36, True), (0, 36, False), (36, 36, False)], ids=["parts on the way", "unknown", "its own node"]
+)
+def test_a_fork_is_wanted_once_unless_the_lease_is_on_it(fork: int, key: int, wanted: bool) -> None:
+    house = House()
+    house.reuse._want(Other(27, fork, house.keys[key], "other"))
+    assert house.store.wanted == ({house.keys[fork]} if wanted else set())
+    house.store.wanted.clear()
+    house.reuse._want(Other(27, fork, house.keys[key], "other"))
+    assert house.store.wanted == set()
+
+
+# -- which node is taken
+
+
+def usable(house: House, step: int = 0) -> list[int]:
+    return [node.step for node, _ in house.reuse._usable(step)]
+
+
+def test_the_deepest_node_ahead_comes_first_with_the_rows_in_order() -> None:
+    house = House()
+    house.add(house.node(18), house.node(27, 18), house.node(36, 27))
+    assert usable(house) == [36, 27, 18]
+    assert usable(house, 18) == [36, 27]
+    (_, past), *_ = house.reuse._usable(0)
+    assert [node.step for node in past] == [18, 27, 36]
+
+
+def test_an_evicted_state_is_passed_over_without_a_word() -> None:
+    house = House()
+    house.add(house.node(18), house.node(27, 18))
+    house.store.evicted = {"state 27"}
+    assert usable(house) == [18] and house.notes == []
+
+
+@pytest.mark.parametrize("damage", ["misplaced", "torn"])
+def test_a_damaged_node_is_named_once_and_passed_over(damage: str) -> None:
+    house = House()
+    house.add(house.node(18), house.node(27, 18))
+    house.store.nodes[house.keys[27]] = replace(house.node(27), step=26) if damage == "misplaced" else Damaged("it is torn")
+    assert usable(house) == [18]
+    assert usable(house) == [18]
+    (note,) = house.notes
+    assert "step 27" in note and house.keys[27][:12] in note and ("step 26" if damage == "misplaced" else "it is torn") in note
+
+
+def test_a_node_without_a_score_that_this_run_needs_is_not_taken_and_the_score_is_kept() -> None:
+    house = House(eval_per_epoch=4)
+    assert 9 in house.plan.eval_steps
+    without = tuple(row for row in house.rows(0, 18) if (row["event"], row["step"]) != ("eval", 9))
+    house.add(house.node(18, rows=without))
+    house.reuse.stops -= {9}
+    assert usable(house) == [] and 9 in house.reuse.stops
+    several = House(eval_per_epoch=4, world=2)
+    several.add(several.node(18, rows=without))
+    several.reuse.stops -= {9}
+    assert usable(several) == [] and 9 not in several.reuse.stops
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        pytest.param({"event": "step", "step": 4}, True, id="its cadence"),
+        pytest.param({"event": "step", "step": 5}, False, id="another cadence"),
+        pytest.param({"event": "step", "step": 37}, True, id="the last step always"),
+        pytest.param({"event": "step", "step": 2}, False, id="before"),
+        pytest.param({"event": "eval", "step": 18, "split": "val"}, True, id="its score"),
+        pytest.param({"event": "eval", "step": 17, "split": "val"}, False, id="a score that it does not take"),
+        pytest.param({"event": "eval", "step": 1, "split": "val"}, False, id="a score before"),
+        pytest.param({"event": "op", "step": 2}, True, id="an op at the very state it begins from"),
+        pytest.param({"event": "op", "step": 1}, False, id="an op before"),
+    ],
+)
+def test_rows_are_shown_as_this_run_would_have_written_them(row: dict[str, Any], shown: bool) -> None:
+    house = House(log_every=4)
+    node = SimpleNamespace(rows=[row], geometry=GEOMETRY)
+    assert list(house.reuse._shown([node], 2)) == ([row] if shown else [])
+
+
+def test_a_score_is_shown_once_for_each_split_and_only_in_this_geometry() -> None:
+    house = House()
+    val, dev = ({"event": "eval", "step": 18, "split": split} for split in ("val", "dev"))
+    foreign, again = val | {"full": 1.0}, val | {"full": 2.0}
+    nodes = [SimpleNamespace(rows=[foreign], geometry=[1, 1]), SimpleNamespace(rows=[val, dev], geometry=GEOMETRY)]
+    nodes.append(SimpleNamespace(rows=[again], geometry=GEOMETRY))
+    assert list(house.reuse._shown(nodes, 0)) == [val, dev]
+
+
+def test_rows_before_the_start_do_not_hide_those_behind_them() -> None:
+    house = House(log_every=4)
+    rows = [{"event": "op", "step": 1}, *({"event": "step", "step": step} for step in (3, 4, 5, 8))]
+    assert [row["step"] for row in house.reuse._shown([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)] == [4, 8]
+
+
+# -- what taking it does
+
+
+def test_steps_that_are_taken_count_as_reused_and_their_rows_say_so() -> None:
+    house, state, metrics = House(), State(), Journal()
+    house.reuse.figures = lambda step: {"params": step}
+    foreign = [row | {"flops": 5} if row["event"] == "eval" else row for row in house.rows(0, 18)]
+    house.add(house.node(18, rows=tuple(foreign)), house.node(27, 18, run="other-2"))
+    assert house.reuse._take(state, metrics)
+    assert state.loads == [(27, 27 * 128)]
+    assert state.ledger == {"reused": 27, "reused_tokens": 27 * 128, "wasted": 0}
+    assert [row["step"] for row in metrics if row["event"] == "step"] == list(range(1, 28))
+    assert all(row["reused"] for row in metrics)
+    assert [row["params"] for row in metrics if row["event"] == "eval"] == [1, 18]
+    assert not any("flops" in row for row in metrics), "figures of the model are this run's own"
+    assert (house.reuse.before, house.reuse.rows, house.reuse._pending) == ((27, house.keys[27]), [], None)
+    assert not house.reuse.unscored
+    assert house.notes == ["steps 1 to 27 of 37 are taken from the store (trained by other-1, other-2)"]
+
+
+def test_the_note_names_three_runs_at_most() -> None:
+    house = House()
+    house.add(*(house.node(step, before, run=f"r{step}") for step, before in ((18, 0), (27, 18), (36, 27), (37, 36))))
+    house.reuse._take(State(), None)
+    assert "(trained by r18, r27, r36, ...)" in house.notes[0]
+
+
+def test_own_steps_that_were_lost_come_back_and_are_not_wasted() -> None:
+    house, state, metrics, calls = House(), State(10), Journal(), []
+    house.reuse.own, house.reuse.found_again = {11, 12, 40}, lambda: calls.append(1)
+    state.ledger["wasted"] = 5
+    house.add(house.node(18))
+    assert house.reuse._take(state, metrics)
+    assert state.ledger == {"reused": 6, "reused_tokens": 6 * 128, "wasted": 3}
+    assert calls == [1]
+    assert [row["step"] for row in metrics if row["event"] == "step" and not row.get("reused")] == [11, 12]
+
+
+def test_nothing_is_called_back_when_nothing_was_lost() -> None:
+    house, calls = House(), []
+    house.reuse.found_again = lambda: calls.append(1)
+    house.add(house.node(18))
+    house.reuse._take(State(), None)
+    assert calls == []
+
+
+def test_rows_of_ops_go_to_the_journal() -> None:
+    house, metrics, journal = House(), Journal(), Journal()
+    house.reuse.journal = journal
+    op = {"event": "op", "step": 5}
+    house.add(house.node(18, rows=(*house.rows(0, 18), op)))
+    house.reuse._take(State(), metrics)
+    assert journal == [op | {"reused": True}] and op not in metrics
+
+
+def test_a_state_without_its_score_asks_for_it() -> None:
+    house, state = House(), State()
+    house.add(house.node(18, rows=house.rows(0, 18)[:-1]))
+    assert house.reuse._take(state, None) and house.reuse.unscored
+
+
+def test_a_damaged_state_is_named_and_the_node_before_it_is_taken() -> None:
+    house, state = House(), State()
+    house.add(house.node(18), house.node(27, 18, state="damaged"))
+    assert house.reuse._take(state, None) and state.step == 18
+    assert "its state is torn" in house.notes[0]
+    assert not House().reuse._take(State(), None)
+
+
+# -- taking or training
+
+
+STOP = SimpleNamespace(asked="")
+
+
+def test_a_run_takes_what_there_is_and_holds_the_lease_on_the_rest() -> None:
+    house, state = House(), State()
+    house.add(house.node(18))
+    assert house.reuse.advance(state, None, STOP) is False
+    assert state.step == 18 and state.timed == ["store"]
+    assert house.reuse._lease is not None and house.reuse._lease.key == house.keys[27]
+
+
+def test_a_run_that_may_not_read_takes_nothing_and_holds_its_lease() -> None:
+    house, state = House(fresh=True), State()
+    house.add(house.node(18))
+    assert house.reuse.advance(state, None, STOP) is False
+    assert state.step == 0 and house.reuse._lease is not None and house.reuse._lease.key == house.keys[18]
+
+
+def test_a_run_that_may_not_write_holds_no_lease() -> None:
+    house = House()
+    house.reuse.writes = False
+    house.reuse.advance(State(), None, STOP)
+    assert house.reuse._lease is None
+
+
+def test_a_run_that_is_done_or_asked_to_stop_looks_for_nothing() -> None:
+    for step, asked in ((37, ""), (0, "SIGTERM")):
+        house = House()
+        house.add(house.node(18))
+        state = State(step)
+        house.reuse.advance(state, None, SimpleNamespace(asked=asked))
+        assert state.step == step and house.reuse._lease is None
+
+
+def test_a_node_beyond_the_own_lease_frees_it() -> None:
+    house, state = House(), State(3)
+    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    house.add(house.node(18))
+    house.reuse.advance(state, None, STOP)
+    assert held.released == [True]
+    assert house.reuse._lease is not None and house.reuse._lease.key == house.keys[27]
+
+
+def test_a_lease_further_on_stays() -> None:
+    house, state = House(), State(3)
+    held = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    house.add(house.node(18))
+    house.reuse.advance(state, None, STOP)
+    assert state.step == 18 and held.released == [] and house.reuse._lease is held
+
+
+def test_a_score_that_is_missing_comes_before_anything_else() -> None:
+    house, state = House(), State()
+    house.add(house.node(18, rows=house.rows(0, 18)[:-1]))
+    assert house.reuse.advance(state, None, STOP) is True
+    assert house.reuse._lease is None
+
+
+def test_the_leader_waits_and_says_for_whom_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    house, state, waits = House(), State(), []
+    others = Leases({house.keys[18]: holder(house, 18, run="slow-1")})
+    house.reuse._leases = others
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            others.held = {}
+            house.add(house.node(18))
+
+    monkeypatch.setattr(reuse.time, "sleep", sleep)
+    house.reuse.advance(state, None, STOP)
+    assert state.step == 18 and len(waits) == 3 and all(0.05 <= wait <= 0.15 for wait in waits)
+    assert [note for note in house.notes if "waiting" in note] == ["waiting for slow-1, which trains the way to step 18 that both share"]
+
+
+def test_a_waiting_run_says_where_it_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House()
+    theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
+    others = Leases({theirs[36]: holder(house, 36, config=LATER)})
+    house.reuse._leases = others
+    monkeypatch.setattr(reuse.time, "sleep", lambda seconds: others.held.clear())
+    house.reuse.advance(State(18), None, STOP)
+    assert house.store.wanted == {house.keys[27]}
+
+
+def test_two_that_take_a_lease_at_once_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    house, waits = House(), []
+    taken: list[SimpleNamespace] = []
+    others = Leases()
+
+    def acquire(key: str, beat: Any, **about: Any) -> SimpleNamespace:
+        taken.append(lease(key, about))
+        others.held = {house.keys[27]: holder(house, 27)} if len(taken) == 1 else {}
+        return taken[-1]
+
+    others.acquire = acquire
+    house.reuse._leases = others
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        others.held = {}
+
+    monkeypatch.setattr(reuse.time, "sleep", sleep)
+    house.reuse.advance(State(), None, STOP)
+    assert [one.released for one in taken] == [[True], []] and len(waits) == 1
+
+
+def test_a_store_that_breaks_costs_the_store_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    house, state = House(), State()
+
+    def fail() -> set[str]:
+        raise OSError(errno.EIO, "broken")
+
+    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    monkeypatch.setattr(house.store, "node_keys", fail)
+    house.reuse.advance(state, None, STOP)
+    assert not house.reuse.writes and house.reuse._lease is None and held.released == [True]
+    assert house.notes == ["the store STORE cannot be used (broken); nothing more is kept in it"]
+
+
+def test_a_follower_loads_what_the_leader_took() -> None:
+    house, state = House(world=2, leads=False), State()
+    house.add(house.node(18))
+    house.machine.share = lambda step, unscored: (18, 1)
+    assert house.reuse.advance(state, None, STOP) is True
+    assert state.loads == [(18, 18 * 128)] and house.reuse.unscored is True
+
+
+# -- leaving
+
+
+def published(house: House, step: int, leads: bool = True) -> Node | None:
+    house.reuse.machine.leads = leads
+    state = State(step)
+    state.grown = {"cfg": step}
+    house.reuse.publish(state)
+    assert not house.store.saved or state.timed in (["store"], [])
+    if house.reuse._writing:
+        house.reuse._writing.result()
+    return house.store.saved[-1] if house.store.saved else None
+
+
+def test_a_node_holds_the_state_and_the_rows_since_the_one_before() -> None:
+    house = House()
+    house.reuse.rows = list(house.rows(0, 18))
+    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    node = published(house, 18)
+    assert node is not None and (node.key, node.parent, node.root) == (house.keys[18], house.keys[0], house.keys[0])
+    assert (node.step, node.begins, node.presented, node.rows) == (18, 0, 18 * 128, house.rows(0, 18))
+    assert (node.run, node.geometry, node.config) == (house.cfg.run_id, GEOMETRY, house.cfg.model_dump(mode="json"))
+    assert node.seconds >= 0 and node.made > 1e9 and (node.state, node.size, node.rows_sha256) == ("", 0, "")
+    assert node.grown == {"cfg": 18}
+    assert house.store.began == [(house.keys[0], house.reuse.begun)] and house.store.kept == [{house.keys[18]}]
+    assert house.reuse._lease is None and held.released == [False] and house.reuse._written == 18
+    assert (house.reuse.before, house.reuse.rows) == ((18, house.keys[18]), [])
+
+
+@pytest.mark.parametrize(("step", "leads"), [(17, True), (18, False), (0, True)])
+def test_nothing_is_published_elsewhere_or_by_others(step: int, leads: bool) -> None:
+    assert published(House(), step, leads) is None
+
+
+def test_a_node_is_not_published_twice_and_a_due_one_is() -> None:
+    house = House()
+    house.reuse.before = (18, house.keys[18])
+    assert published(house, 18) is None
+    house.reuse._due = [20]
+    node = published(house, 20)
+    assert node is None or node.step == 20
+
+
+def test_a_due_node_without_its_parent_stops_the_writing() -> None:
+    house = House()
+    house.reuse.before = (18, house.keys[18])
+    house.reuse._due = [20]
+    published(house, 20)
+    assert not house.reuse.writes and house.store.saved == [] and "the rows up to step 18 are gone" in house.notes[0]
+
+
+def test_a_lease_further_on_is_kept_when_a_node_on_the_way_is_published() -> None:
+    house = House()
+    held = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    published(house, 18)
+    assert house.reuse._lease is held and held.released == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "writes"),
+    [
+        (Fenced("taken over"), "step 18 is not kept in the store: taken over", True),
+        (Refused("other bits"), "step 18 is not kept in the store, nor what comes after: other bits", False),
+        (OSError(errno.ENOSPC, "full"), "no space left in the store STORE; nothing more is kept in it", False),
+        (OSError(errno.EIO, "broken"), "the store STORE cannot be written ([Errno 5] broken); nothing more is kept in it", False),
+        (RuntimeError("odd"), "the store STORE cannot be written (RuntimeError('odd')); nothing more is kept in it", False),
+    ],
+)
+def test_what_cannot_be_written_is_named_and_the_lease_freed(fault: Exception, words: str, writes: bool) -> None:
+    house = House()
+    house.store.fault = fault
+    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    published(house, 18)
+    assert house.notes == [words] and house.reuse.writes is writes
+    assert held.released == [False] and house.reuse._written == 18 and house.store.saved == []
+
+
+def test_a_run_that_cannot_write_frees_its_lease_and_publishes_nothing() -> None:
+    house = House()
+    house.reuse.writes = False
+    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    assert published(house, 18) is None and held.released == [True]
+
+
+def test_the_next_node_holds_only_the_rows_since_the_one_before() -> None:
+    house = House()
+    published(house, 18)
+    house.reuse.rows = list(house.rows(18, 27))
+    node = published(house, 27)
+    assert node is not None and (node.begins, node.parent, node.rows) == (18, house.keys[18], house.rows(18, 27))
+
+
+def test_rows_whose_node_was_not_written_go_with_the_next() -> None:
+    house = House()
+    house.reuse.rows = list(house.rows(0, 18))
+    house.store.fault = Fenced("taken over")
+    published(house, 18)
+    house.store.fault = None
+    house.reuse.rows = list(house.rows(18, 27))
+    node = published(house, 27)
+    assert node is not None and (node.begins, node.parent) == (0, house.keys[0]) and node.rows == house.rows(0, 27)
+
+
+# -- a run's own checkpoints
+
+
+def test_a_checkpoint_holds_the_rows_since_the_last_node_and_gives_them_back() -> None:
+    house, other = House(), House()
+    house.reuse.before, house.reuse.rows = (18, house.keys[18]), [{"step": 19}]
+    meta = house.reuse.meta(19)
+    assert meta == {"key": house.keys[19], "before": [18, house.keys[18]], "rows": [{"step": 19}]}
+    other.reuse.restore(meta, 19)
+    assert (other.reuse.before, other.reuse.rows, other.reuse.writes, other.reuse.reads) == (
+        (18, house.keys[18]),
+        [{"step": 19}],
+        True,
+        True,
+    )
+    house.reuse.writes = False
+    assert house.reuse.meta(19) is None
+
+
+@pytest.mark.parametrize(
+    ("meta", "reads", "words"),
+    [
+        (None, True, "trained without a store"),
+        ({"key": "0" * 64, "before": [0, ""], "rows": []}, False, "trained elsewhere, to other bits"),
+    ],
+)
+def test_steps_of_another_beginning_never_go_into_the_store(meta: dict[str, Any] | None, reads: bool, words: str) -> None:
+    house = House()
+    house.reuse.restore(meta, 19)
+    assert (house.reuse.reads, house.reuse.writes) == (reads, False)
+    assert words in house.notes[0] and "up to 19" in house.notes[0]
+
+
+# -- why nothing is taken
+
+
+def begun(house: House, **machine: Any) -> dict[str, Any]:
+    return house.reuse.begun | {"machine_class": house.reuse.begun["machine_class"] | machine}
+
+
+def test_another_machine_s_steps_are_named_with_the_nearest_difference() -> None:
+    house = House()
+    house.store.beginnings = [("a", begun(house, cpu="y", isa="z")), ("b", begun(house, cpu="y")), ("c", 5)]
+    house.reuse.strangers()
+    (note,) = house.notes
+    assert "machine_class cpu: y there, x here" in note and "isa" not in note
+
+
+def test_at_most_four_differences_are_named() -> None:
+    house = House()
+    house.store.beginnings = [("a", begun(house, **{f"k{i}": i for i in range(6)}))]
+    house.reuse.strangers()
+    assert house.notes[0].count("machine_class k") == 4
+
+
+@pytest.mark.parametrize("change", ["fields", "data"])
+def test_the_steps_of_another_config_or_data_are_no_strangers(change: str) -> None:
+    house = House()
+    house.store.beginnings = [("a", begun(house, cpu="y") | {change: {}})]
+    house.reuse.strangers()
+    assert house.notes == []
+
+
+def test_the_same_beginning_needs_no_word() -> None:
+    house = House()
+    house.store.beginnings = [("a", begun(house, cpu="y")), (lineage.root(house.reuse.begun), house.reuse.begun)]
+    house.reuse.strangers()
+    assert house.notes == []
+
+
+def test_beginnings_that_cannot_be_read_are_said() -> None:
+    house = House()
+    house.store.fault = OSError(errno.EIO, "broken")
+    house.reuse.strangers()
+    assert house.notes == ["what the runs in the store STORE began with cannot be read (broken)"]

@@ -1,0 +1,453 @@
+"""What a study may claim: only what fresh, paired seeds show beyond the noise floor, after Holm's correction."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from searching import Trainer, make_search, make_study
+
+from mainrun import stats
+from mainrun.config import TrainConfig
+from mainrun.errors import MainrunError, RunError
+from sweeps.confirm import confirm
+from sweeps.ledger import Ledger
+from sweeps.sampling import Asker
+
+SEED = 1337  # the base's own, which the search trains with
+NOT_BETTER = "not better than the base within noise"
+QUIET = (2.0, 2.001, 1.999)  # scores of the base on the seeds of the noise floor
+Z = 2.7764451051977934  # t of 97.5% with 4 degrees of freedom
+
+
+class Confirmation:
+    """A finished search with chosen scores, and its confirmation with chosen scores on fresh seeds."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fresh: Mapping[int, Sequence[float]],
+        noise: Sequence[float] = QUIET,
+        searched: Mapping[int, float] | None = None,
+        fields: Mapping[str, Any] | None = None,
+        **evidence: Any,
+    ) -> None:
+        """`fresh`: trial -> its scores on the fresh seeds; `searched`: trial -> its score in the search (by number unless given)."""
+        self.fresh, self.noise = fresh, noise
+        asked = {"seeds": len(fresh[0]), "noise_seeds": len(noise), "best": max(1, len(fresh) - 1)} | evidence
+        self.study = make_study(fields, evidence=asked, budget={"trials": 50})
+        self.trainer = Trainer(self.score)
+        self.search = make_search(folder, self.study, self.trainer)
+        self.base = self.search.base
+        searched = searched or {number: 3.0 - 0.1 * bool(number) + 0.01 * number for number in fresh}
+        self.end(searched)
+
+    def end(self, searched: Mapping[int, float]) -> None:
+        """Ask for the trials, and let each end with its score."""
+        while len(self.search.trials) <= max(searched):
+            assert self.search.ask()
+            for trial in self.search.trials:
+                trial.state = "failed"  # unless it has a score
+        for number, score in searched.items():
+            trial = self.search.trials[number]
+            trial.scores, trial.state = {0: score}, "done"
+
+    def score(self, cfg: TrainConfig, step: int) -> float:
+        number = self.search.owners[cfg.model_copy(update={"seed": SEED}).run_id]
+        if SEED + 1 <= cfg.seed <= SEED + 100:
+            assert number == 0, "the noise floor is the base's"
+            return self.noise[cfg.seed - SEED - 1]
+        return self.fresh[number][cfg.seed - SEED - 101]
+
+    def seeds(self) -> list[int]:
+        return [cfg.seed for cfg in self.trainer.trained]
+
+
+def rows_of(found: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {row["trial"]: row for row in found["rows"]}
+
+
+# -- a claim as a function of difference, interval, p and floor
+
+
+BEYOND_P = 1 - stats.LEVEL
+BELOW_P = math.nextafter(BEYOND_P, 0)
+BARELY_NEGATIVE = -5e-324
+HOLDS_ZERO, NO_GAIN, NO_INTERVAL = "its interval holds zero", "it is not better", "a run diverged, so there is no interval"
+IN_FLOOR, BY_HOLM = "the difference is within the noise floor 0.2500", "p=0.050 after Holm's correction"
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "p", "why"),
+    [
+        pytest.param(-0.5, (-0.75, -0.25), 0.001, "", id="all three pass"),
+        pytest.param(math.nextafter(-0.25, -1), (-1.0, BARELY_NEGATIVE), BELOW_P, "", id="all three just pass"),
+        pytest.param(-0.5, (-1.0, 0.0), 0.001, HOLDS_ZERO, id="the interval touches zero"),
+        pytest.param(-0.5, (-1.5, 0.5), 0.001, HOLDS_ZERO, id="the interval holds zero"),
+        pytest.param(-0.5, None, 0.001, NO_INTERVAL, id="there is no interval"),
+        pytest.param(-0.25, (-0.3, -0.2), 0.001, IN_FLOOR, id="the difference equals the floor"),
+        pytest.param(-0.1, (-0.2, -0.05), 0.001, IN_FLOOR, id="the difference is below the floor"),
+        pytest.param(-0.5, (-0.75, -0.25), BEYOND_P, BY_HOLM, id="p is at the level"),
+        pytest.param(-0.5, (-0.75, -0.25), 0.7, "p=0.700 after Holm's correction", id="p is above the level"),
+        pytest.param(0.0, (-0.1, 0.1), 0.001, NO_GAIN, id="no difference"),
+        pytest.param(0.0, (0.0, 0.0), 1.0, NO_GAIN, id="no difference and no spread"),
+        pytest.param(0.5, (0.25, 0.75), 0.001, NO_GAIN, id="surely worse"),
+        pytest.param(-0.1, (-0.3, 0.1), 0.7, HOLDS_ZERO, id="nothing passes: the interval is named first"),
+        pytest.param(-0.1, (-0.3, -0.05), 0.7, IN_FLOOR, id="floor and p fail: the floor is named first"),
+    ],
+)
+def test_a_claim_needs_the_interval_the_floor_and_p(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float, interval: tuple[float, float] | None, p: float, why: str
+) -> None:
+    """The floor is 0.25 for four seeds. Each condition fails alone, and just passes."""
+    found = SimpleNamespace(a=2.0, b=2.0 + difference, mean=difference, interval=interval, p=0.02)
+    monkeypatch.setattr(stats, "difference", lambda a, b: found)
+    monkeypatch.setattr(stats, "noise", lambda groups: SimpleNamespace(sd=0.1, floor=0.5))
+    corrected: list[list[float]] = []
+
+    def holm(ps: list[float]) -> list[float]:
+        corrected.append(ps)
+        return [p for _ in ps]
+
+    monkeypatch.setattr(stats, "holm", holm)
+    result = confirm(Confirmation(tmp_path, {0: (2.0,) * 4, 1: (2.0,) * 4}).search)
+    (row,) = result["rows"]
+    assert row["why"] == why
+    assert row["claim"] is (why == "")
+    assert row["interval"] == (list(interval) if interval else [-math.inf, math.inf])
+    assert (row["difference"], row["mean"], row["p_holm"]) == (difference, 2.0 + difference, p)
+    assert corrected == [[0.02]]
+    assert result["noise"]["floor"] == 0.25
+    assert result["winner"] == (None if why else 1)
+    assert result["claim"] == NOT_BETTER if why else result["claim"].startswith("trial 1 is better than the base by ")
+    assert ("val" in result) == (not why)
+
+
+def test_no_p_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an interval there is no p either, and nothing to be sure of."""
+    unsure = SimpleNamespace(a=2.0, b=1.0, mean=-1.0, interval=None, p=None)
+    certain = SimpleNamespace(a=2.0, b=1.0, mean=-1.0, interval=(-1.1, -0.9), p=0.0)
+    differences = iter([unsure, certain])
+    monkeypatch.setattr(stats, "difference", lambda a, b: next(differences))
+    result = confirm(Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0), 2: (1.0, 1.0)}).search)
+    assert [row["p_holm"] for row in result["rows"]] == [1.0, 0.0]
+    assert [row["claim"] for row in result["rows"]] == [False, True]
+
+
+# -- the same with real scores
+
+
+BASE = (2.0, 2.1, 2.2, 2.3)
+GAINS = (0.099, 0.101, 0.1, 0.1)
+
+
+def lower(gains: Sequence[float]) -> tuple[float, ...]:
+    return tuple(score - gain for score, gain in zip(BASE, gains, strict=True))
+
+
+def test_a_gain_on_paired_seeds_is_claimed_with_its_interval(tmp_path: Path) -> None:
+    """The seeds differ by 0.3 and the recipes by 0.1: only pairs of equal seeds show it. The win is named with its figures."""
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    result = confirm(setup.search)
+    row = rows_of(result)[1]
+    half = stats.t_quantile(0.975, 3) * math.sqrt(2e-6 / 3) / 2
+    assert row["difference"] == pytest.approx(-0.1)
+    assert row["interval"] == pytest.approx([-0.1 - half, -0.1 + half])
+    assert row["mean"] == pytest.approx(2.05)
+    assert row["params"] == setup.search.trials[1].values != {}
+    assert result["base"] == list(BASE)
+    assert result["seeds"] == [SEED + 101, SEED + 102, SEED + 103, SEED + 104]
+    assert result["winner"] == 1
+    assert result["claim"] == "trial 1 is better than the base by 0.1000 [0.0987, 0.1013], 4 paired seeds"
+    assert result["objective"] == "dev/full"
+
+
+def test_scores_are_paired_by_their_seeds(tmp_path: Path) -> None:
+    """The same scores in another order are no longer a sure gain."""
+    result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)[::-1]}).search)
+    assert result["rows"][0]["difference"] == pytest.approx(-0.1)
+    assert result["rows"][0]["why"] == HOLDS_ZERO
+    assert result["winner"] is None and result["claim"] == NOT_BETTER
+
+
+def test_the_noise_floor_is_of_a_mean_over_the_fresh_seeds(tmp_path: Path) -> None:
+    """t (4 degrees of freedom) times sqrt(2) times sigma, divided by the root of the number of fresh seeds."""
+    noise = (2.0, 2.1, 1.9, 2.05, 1.95)
+    sigma = math.sqrt(0.00625)
+    floor = Z * math.sqrt(2) * sigma / math.sqrt(4)
+    assert 0.1 < floor < 0.2
+    result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2, 0.2, 0.2, 0.2))}, noise=noise).search)
+    assert result["noise"] == {
+        "seeds": [SEED + 1, SEED + 2, SEED + 3, SEED + 4, SEED + 5],
+        "values": list(noise),
+        "sigma": pytest.approx(sigma),
+        "floor": pytest.approx(floor),
+    }
+    assert rows_of(result)[1]["why"] == f"the difference is within the noise floor {floor:.4f}"
+    assert rows_of(result)[2]["claim"] and result["winner"] == 2
+
+
+def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
+    """Two scores below 2.0 by about `size` whose paired difference has this p (one degree of freedom)."""
+    t = math.tan(math.pi / 2 * (1 - p))
+    return 2.0 - size - size / t, 2.0 - size + size / t
+
+
+@pytest.mark.parametrize(
+    ("ps", "adjusted", "claims"),
+    [
+        pytest.param([0.049], [0.049], [True], id="one trial needs no correction"),
+        pytest.param([0.024, 0.049], [0.048, 0.049], [True, True], id="the smaller p counts twice"),
+        pytest.param([0.026, 0.049], [0.052, 0.052], [False, False], id="the smaller p fails and stops the other"),
+        pytest.param([0.049, 0.001], [0.049, 0.002], [True, True], id="the order is that of the p-values"),
+        pytest.param([0.03, 0.02, 0.001], [0.04, 0.04, 0.003], [True, True, True], id="three trials"),
+        pytest.param([0.03, 0.026, 0.001], [0.052, 0.052, 0.003], [False, False, True], id="three trials, two of them fail"),
+    ],
+)
+def test_holms_correction_counts_the_trials_that_are_confirmed(
+    tmp_path: Path, ps: list[float], adjusted: list[float], claims: list[bool]
+) -> None:
+    """Every trial here is claimed when it is confirmed alone."""
+    fresh = {0: (2.0, 2.0)} | {number: paired(p) for number, p in enumerate(ps, 1)}
+    result = confirm(Confirmation(tmp_path, fresh).search)
+    assert [row["trial"] for row in result["rows"]] == list(range(1, 1 + len(ps)))
+    assert [row["p_holm"] for row in result["rows"]] == pytest.approx(adjusted)
+    assert [row["claim"] for row in result["rows"]] == claims
+    whys = [f"p={p:.3f} after Holm's correction" for p, claim in zip(adjusted, claims, strict=True) if not claim]
+    assert [row["why"] for row in result["rows"] if not row["claim"]] == whys
+
+
+@pytest.mark.parametrize(("gains", "winner"), [((0.1, 0.3, 0.2), 2), ((0.3, 0.1, 0.2), 1), ((0.1, 0.2, 0.3), 3)])
+def test_the_winner_has_the_largest_gain_on_fresh_seeds(tmp_path: Path, gains: tuple[float, ...], winner: int) -> None:
+    """Whatever its place in the search."""
+    result = confirm(Confirmation(tmp_path, {0: BASE} | {n: lower((gain,) * 4) for n, gain in enumerate(gains, 1)}).search)
+    assert all(row["claim"] for row in result["rows"])
+    assert result["winner"] == winner
+    assert result["claim"].startswith(f"trial {winner} is better than the base by 0.3000 [0.3000, 0.3000], 4 paired seeds")
+
+
+def test_the_largest_gain_does_not_win_where_it_is_not_claimed(tmp_path: Path) -> None:
+    result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower((0.9, 0.0, 0.9, 0.0)), 2: lower((0.1,) * 4)}).search)
+    assert rows_of(result)[1]["difference"] < rows_of(result)[2]["difference"]
+    assert result["winner"] == 2
+
+
+# -- which runs are trained for it
+
+
+def test_the_seeds_of_the_search_decide_nothing(tmp_path: Path) -> None:
+    """The trial of the best score in the search is no better on fresh seeds; the search's own seed is never trained again."""
+    setup = Confirmation(tmp_path, {0: BASE, 1: BASE}, searched={0: 3.0, 1: 0.5})
+    result = confirm(setup.search)
+    assert result["claim"] == NOT_BETTER and rows_of(result)[1]["why"] == NO_GAIN
+    assert SEED not in setup.seeds()
+    assert sorted(setup.seeds()) == [SEED + 1, SEED + 2, SEED + 3, *sorted([SEED + 101 + i for i in range(4)] * 2)]
+
+
+def test_noise_and_confirmation_never_share_a_seed(tmp_path: Path) -> None:
+    """With as many seeds of noise as a study may ask for."""
+    setup = Confirmation(tmp_path, {0: (2.0, 2.0)}, noise=[2.0 + 0.001 * i for i in range(100)])
+    result = confirm(setup.search)
+    assert result["noise"]["seeds"] == list(range(SEED + 1, SEED + 101))
+    assert result["seeds"] == [SEED + 101, SEED + 102]
+    assert result["rows"] == [] and result["claim"] == NOT_BETTER
+
+
+def test_every_run_is_its_trial_with_another_seed(tmp_path: Path) -> None:
+    setup = Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0)})
+    confirm(setup.search)
+    base, trial = setup.base, setup.search.made(setup.search.trials[1]).cfg
+    expected = [(base, SEED + 1), (base, SEED + 2), (base, SEED + 3)]
+    expected += [(cfg, SEED + 101 + i) for cfg in (base, trial) for i in range(2)]
+    assert setup.trainer.trained == [cfg.model_copy(update={"seed": seed}) for cfg, seed in expected]
+    assert all(task.until == 0 for task in setup.trainer.tasks)
+
+
+@pytest.mark.parametrize(
+    ("searched", "best", "chosen"),
+    [
+        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 1, [2], id="the best one"),
+        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 2, [2, 1], id="the best first"),
+        pytest.param({0: 1.5, 1: 2.0, 2: 1.0}, 2, [2, 1], id="the base takes no place"),
+        pytest.param({0: 1.0, 1: 2.0, 2: 3.0}, 1, [1], id="the base is the best"),
+        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 5, [2, 1], id="fewer than asked for"),
+        pytest.param({0: 1.0}, 2, [], id="the base alone"),
+        pytest.param({0: 3.0, 1: 1.0, 2: 1.0}, 1, [1], id="a tie goes to the lower number"),
+        pytest.param({0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0, 4: 1.0}, 3, [4, 3, 2], id="three of four"),
+    ],
+)
+def test_the_best_trials_are_confirmed_and_never_the_base(tmp_path: Path, searched: dict[int, float], best: int, chosen: list[int]) -> None:
+    fresh = dict.fromkeys(searched, (2.0, 2.0))
+    setup = Confirmation(tmp_path, fresh, searched=searched, best=best)
+    result = confirm(setup.search)
+    assert [row["trial"] for row in result["rows"]] == chosen
+    assert len(setup.trainer.trained) == 3 + 2 * (1 + len(chosen))
+
+
+def test_the_same_values_are_confirmed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler may give a trial's values again, or the base's."""
+    values = [{}, {"lr": 0.01}, {"lr": 0.01}, {"lr": 0.02}]
+    monkeypatch.setattr(Asker, "ask", lambda self, number: values[min(number, 3)])
+    searched = {0: 5.0, 1: 1.0, 2: 1.0, 3: 2.0}
+    setup = Confirmation(tmp_path, dict.fromkeys(searched, (2.0, 2.0)), searched=searched, best=2)
+    assert [row["trial"] for row in confirm(setup.search)["rows"]] == [1, 3]
+
+
+@pytest.mark.parametrize("objective", ["dev/full", "dev/official"])
+def test_the_objective_is_what_is_compared(tmp_path: Path, objective: str) -> None:
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    setup.search.study = setup.study.model_copy(update={"objective": objective})
+    more = 10 if objective == "dev/official" else 0
+    result = confirm(setup.search)
+    assert result["base"] == [score + more for score in BASE]
+    assert result["noise"]["values"] == [score + more for score in QUIET]
+    assert result["objective"] == objective
+
+
+# -- val is read once, at the end
+
+
+def test_val_is_read_for_the_winner_alone(tmp_path: Path) -> None:
+    """Of its first fresh seed; the scores on dev stay what the claim is about."""
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2,) * 4)})
+    setup.trainer.val = lambda cfg, step: cfg.seed + cfg.lr
+    result = confirm(setup.search)
+    cfg = setup.search.made(setup.search.trials[2]).cfg.model_copy(update={"seed": SEED + 101})
+    full = cfg.seed + cfg.lr
+    assert result["winner"] == 2
+    assert result["val"] == {"run": cfg.run_id, "full": full, "official": full + 10}
+
+
+def test_nothing_else_of_val_is_read(tmp_path: Path) -> None:
+    """The evidence is the same without any score of val in any run but the one that is shown."""
+
+    def evidence(folder: Path, keep_val: bool) -> dict[str, Any]:
+        setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.01,) * 4)})
+        trainer, shown = setup.trainer, setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 101})
+        train = trainer.train
+
+        def without_val(task: Any) -> Any:
+            outcome = train(task)
+            run = trainer.trained[-1].run_id
+            summary, metrics = (task.out / run / name for name in ("summary.json", "metrics.jsonl"))
+            if not keep_val and run != shown.run_id:
+                scores = json.loads(summary.read_text())["scores"]
+                summary.write_text(json.dumps({"scores": {"dev": scores["dev"]}}))
+                metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"val"' not in line))
+            return outcome
+
+        trainer.train = without_val  # type: ignore[method-assign]
+        return confirm(setup.search)
+
+    assert evidence(tmp_path / "without", False) == evidence(tmp_path / "with", True)
+
+
+def test_val_is_not_shown_without_a_claim(tmp_path: Path) -> None:
+    result = confirm(Confirmation(tmp_path, {0: BASE, 1: BASE}).search)
+    assert "val" not in result and result["winner"] is None
+
+
+# -- what can go wrong, and what it cost
+
+
+def test_the_costs_name_every_run_and_why_it_was_trained(tmp_path: Path) -> None:
+    setup = Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0)}, noise=(2.0, 2.1))
+    setup.trainer.reused = 4
+    result = confirm(setup.search)
+    trial = setup.search.made(setup.search.trials[1]).cfg
+    expected = [("noise", 0, SEED + 1), ("noise", 0, SEED + 2), ("confirmation", 0, SEED + 101), ("confirmation", 0, SEED + 102)]
+    expected += [("confirmation", 1, SEED + 101), ("confirmation", 1, SEED + 102)]
+    assert [(row["kind"], row["trial"], row["seed"]) for row in result["runs"]] == expected
+    configs = [(trial if number else setup.base).model_copy(update={"seed": seed}) for _, number, seed in expected]
+    assert [row["run"] for row in result["runs"]] == [cfg.run_id for cfg in configs]
+    assert {*Ledger.__dataclass_fields__, "kind", "trial", "seed", "run"} == set(result["runs"][0])
+    for row in result["runs"]:
+        assert (row["asked"], row["trained"], row["reused"], row["wasted"], row["tokens"]) == (10, 6, 4, 0, 6 * 128)
+    assert all("wasted" in row and row["seconds"] == 3.0 for row in result["runs"])
+
+
+def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_wasted(tmp_path: Path) -> None:
+    """The other trial can be claimed still."""
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower(GAINS)})
+    bad = setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 103})
+    setup.trainer.diverging = lambda cfg: cfg == bad
+    result = confirm(setup.search)
+    row = rows_of(result)[1]
+    assert row["mean"] == row["difference"] == math.inf
+    assert row["interval"] == [-math.inf, math.inf] and row["p_holm"] == 1.0 and not row["claim"]
+    assert row["why"] == NO_GAIN
+    assert result["winner"] == 2
+    wasted = {row["run"]: row["wasted"] for row in result["runs"] if row["wasted"]}
+    assert wasted == {bad.run_id: 10}
+
+
+@pytest.mark.parametrize("seeds", [[SEED + 2], [SEED + 1, SEED + 2, SEED + 3]], ids=["one", "all"])
+def test_without_a_noise_floor_nothing_is_claimed(tmp_path: Path, seeds: list[int]) -> None:
+    """The base diverges on a seed of the noise floor."""
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    setup.trainer.diverging = lambda cfg: cfg.seed in seeds
+    result = confirm(setup.search)
+    assert result["noise"]["sigma"] == result["noise"]["floor"] == math.inf
+    assert result["winner"] is None and "floor inf" in rows_of(result)[1]["why"]
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["the base alone", "base and trial"])
+def test_a_base_that_diverges_backs_no_claim(tmp_path: Path, both: bool) -> None:
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    setup.trainer.diverging = lambda cfg: cfg.seed == SEED + 102 and (both or cfg.lr == setup.base.lr)
+    result = confirm(setup.search)
+    assert result["winner"] is None and not result["rows"][0]["claim"]
+    assert result["rows"][0]["why"] == NO_INTERVAL
+
+
+def test_a_run_that_cannot_be_trained_ends_the_confirmation_and_its_workers(tmp_path: Path) -> None:
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    setup.trainer.failing = lambda cfg: cfg.seed == SEED + 102
+    run = setup.base.model_copy(update={"seed": SEED + 102}).run_id
+    with pytest.raises(MainrunError, match=f"^{run} cannot be trained: no such corpus$"):
+        confirm(setup.search)
+    assert setup.trainer.closed
+
+
+@pytest.mark.parametrize("summary", [None, {"scores": {}}, {}], ids=["no summary", "no scores of dev", "no scores"])
+def test_a_run_without_its_score_is_damage(tmp_path: Path, summary: Any) -> None:
+    setup = Confirmation(tmp_path, {0: BASE, 1: BASE})
+    train = setup.trainer.train
+
+    def damage(task: Any) -> Any:
+        outcome = train(task)
+        file = task.out / setup.trainer.trained[-1].run_id / "summary.json"
+        file.unlink() if summary is None else file.write_text(json.dumps(summary))
+        return outcome
+
+    setup.trainer.train = damage  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"summary\.json is damaged: it has no score of dev; restore it, or remove "):
+        confirm(setup.search)
+
+
+def test_workers_are_left_to_the_caller_after_a_good_end(tmp_path: Path) -> None:
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    confirm(setup.search)
+    assert not setup.trainer.closed
+
+
+def test_the_caller_hears_of_every_run(tmp_path: Path) -> None:
+    setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
+    ticks: list[int] = []
+    setup.search.tick = lambda: ticks.append(1)
+    confirm(setup.search)
+    assert len(ticks) == 3 + 4 + 4
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    def evidence(folder: Path, workers: int) -> dict[str, Any]:
+        setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.2,) * 4)})
+        setup.trainer.workers = workers
+        return confirm(setup.search)
+
+    assert evidence(tmp_path / "one", 1) == evidence(tmp_path / "four", 4)
