@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError
-from mainrun.growth.live import FIGURES, taken
+from mainrun.growth.live import FIGURES, PREFIX, taken
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.store import lineage, planner
 from mainrun.store.checkpoint import fitting
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mainrun.train import State
 
 POLL = 0.1  # seconds between two looks at a lease
+WITH_STEP = (f"{PREFIX}LOOKBACK", f"{PREFIX}RECOMPILE")  # events that a step writes, so they come before its node
 MISREAD = (MainrunError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, AssertionError)
 CHANCE = random.SystemRandom()  # no generator that a training may draw from
 
@@ -279,6 +280,10 @@ class Reuse:
         scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
         for node in past:
             for row in node.rows:
+                if row["event"] in WITH_STEP:
+                    if row["step"] > since:
+                        yield row
+                    continue
                 if row["event"] not in ("step", "eval"):  # an op's: what acts after a step comes behind its node
                     if row["step"] >= since:
                         yield row

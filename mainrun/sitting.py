@@ -188,8 +188,9 @@ def finish(run: RunDir, state: State, plan: Plan, summary: dict[str, Any]) -> di
     seconds = sum(state.spent.values())
     trained = plan.tokens(plan.steps) - state.ledger["reused_tokens"]
     summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": state.spent}
-    run.write("summary.json", summary)
+    # The summary comes last: a run that has one is never begun again, so a status that a kill left unwritten would stay so.
     run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
+    run.write("summary.json", summary)
     return summary
 
 

@@ -443,6 +443,7 @@ MEMBERS = (
 )
 
 RENEWED = (".lock", "status.json", "env.json")  # what a start writes anew, whatever comes of it
+OF_THE_CODE = ("the working tree is not committed", "this may not leave the machine")  # what `submit` says of the code under test
 FINDS = {"store verify": {1}, "store audit": {1}, "grow verify": {1}, "verify": {1}}  # what a check says when it finds something
 
 
@@ -690,7 +691,7 @@ def problem(workshop: Workshop, case: Case, outcome: Outcome) -> str:
         lost = workshop.lost(case.place.partition(".zip/")[0] + ".zip" if ".zip/" in case.place else case.place)
         if lost:
             return f"refused, and yet changed {', '.join(lost[:3])}"
-        if "the working tree is not committed" in outcome.message:  # the last word of `submit` where one works on the code
+        if any(text in outcome.message for text in OF_THE_CODE):
             return ""
         if not _names(case, outcome.message):
             return f"the message does not say what is damaged: {outcome.message[:300]}"

@@ -203,8 +203,8 @@ def draw(file: str, source: str, count: int, chance: random.Random) -> list[Muta
     for name, occurrence, line in candidates:
         if count and len(drawn) == count:
             break
-        mutated = mutate_code(source, OPERATORS[name], occurrence)
-        if mutated is None or not is_different_code(source, mutated):
+        mutated = mutate(source, name, occurrence)
+        if not is_different_code(source, mutated):
             continue
         before, after = changed_line(source, mutated)
         drawn.append(Mutant(file, name, occurrence, line, statements.get(line, range(line, line + 1)), before, after))
@@ -212,9 +212,15 @@ def draw(file: str, source: str, count: int, chance: random.Random) -> list[Muta
 
 
 def apply(mutant: Mutant, source: str) -> str:
-    mutated = mutate_code(source, OPERATORS[mutant.operator], mutant.occurrence)
-    assert mutated is not None
-    return mutated
+    return mutate(source, mutant.operator, mutant.occurrence)
+
+
+def mutate(source: str, operator: str, occurrence: int) -> str:
+    """The source with one change, or as it is where the operator cannot make it."""
+    try:
+        return mutate_code(source, OPERATORS[operator], occurrence) or source
+    except AttributeError:  # Cosmic Ray 8.7 does not know dotted names in `except (a.Error, b.Error)`
+        return source
 
 
 def is_unseen(node: Any) -> bool:

@@ -15,7 +15,18 @@ from mainrun.growth import repeat
 from mainrun.growth.repeat import Finding
 from mainrun.store.rundir import RunDir
 
-START = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 64, "batch_size": 8, "block_size": 8, "vocab_size": 300, "lr": 0.01, "dropout": 0.1}
+UPCYCLED = 'upcycle_moe {"top_k":2,"router":"random","shards":1,"experts":4}'
+START = {
+    "n_layer": 2,
+    "d_model": 16,
+    "n_head": 2,
+    "d_ff": 64,
+    "batch_size": 8,
+    "block_size": 8,
+    "vocab_size": 300,
+    "lr": 0.01,
+    "dropout": 0.1,
+}
 SETS = ["--preset", "baseline", *(arg for key, value in START.items() for arg in ("--set", f"{key}={value}"))]
 GROWS = (
     '{"ops": [{"name": "set_lr", "value": 0.02, "trigger": {"step": 30}},'
@@ -43,7 +54,7 @@ def test_the_table_of_a_plan_without_tokens() -> None:
         ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs a token", "optimiser"],
         ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         ["set_lr 0.02", "step 30", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
-        ['upcycle_moe {"top_k":2,"router":"random","shards":1,"experts":4}', "step 6,000", "2", "16", "2", "4", "24,416", "15,904", "9.41e+04",
+        [UPCYCLED, "step 6,000", "2", "16", "2", "4", "24,416", "15,904", "9.41e+04",
          "0B"],
     ]  # fmt: skip
 
@@ -79,7 +90,7 @@ def test_a_plan_as_json() -> None:
         "flops_per_token": 68736, "optimizer_bytes": 0, "steps": 30, "tokens": 1920, "seconds": 1920 * 68736 / 1e6,
     }  # fmt: skip
     assert last == {
-        "op": 'upcycle_moe {"top_k":2,"router":"random","shards":1,"experts":4}', "begins": "step 6000", "layers": 2, "width": 16, "heads": 2,
+        "op": UPCYCLED, "begins": "step 6000", "layers": 2, "width": 16, "heads": 2,
         "experts": 4, "params": 24416, "active": 15904, "flops_per_token": 94080, "optimizer_bytes": 0, "steps": 1000, "tokens": 64000,
         "seconds": 64000 * 94080 / 1e6,
     }  # fmt: skip
@@ -177,9 +188,7 @@ VERDICTS = [
 
 
 @pytest.mark.parametrize(("findings", "verdict", "said"), VERDICTS)
-def test_the_verdict_of_verify(
-    tmp_path: Path, repeated: list[Any], findings: list[Finding], verdict: str | None, said: str | None
-) -> None:
+def test_the_verdict_of_verify(tmp_path: Path, repeated: list[Any], findings: list[Finding], verdict: str | None, said: str | None) -> None:
     repeated[0].extend(findings)
     code, text, why = run("verify", str(tmp_path / "run"))
     assert (code, why) == ((0, "") if said is None else (1, f"error: {said}\n"))

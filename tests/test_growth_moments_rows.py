@@ -33,15 +33,17 @@ PIECES: dict[str, tuple[Piece, list[list[float]], list[list[bool]]]] = {
     "rows": (Piece("w", (index(1, 0, 1), None)), [[4, 5, 6], [1, 2, 3], [4, 5, 6]], [[True] * 3] * 3),
     "columns": (Piece("w", (None, index(2, 0))), [[3, 1], [6, 4]], [[True] * 2] * 2),
     "a new row": (Piece("w", (index(0, -1), None)), [[1, 2, 3], [0, 0, 0]], [[True] * 3, [False] * 3]),
-    "a new row and a new column": (
-        Piece("w", (index(-1, 1), index(0, -1))), [[0, 0], [4, 0]], [[False, False], [True, False]]
-    ),
+    "a new row and a new column": (Piece("w", (index(-1, 1), index(0, -1))), [[0, 0], [4, 0]], [[False, False], [True, False]]),
     "times a number": (Piece("w", (None, index(0, 2)), weight=0.5), [[0.5, 1.5], [2, 3]], [[True] * 2] * 2),
     "times one a column": (Piece("w", weight=index(1, 0, 2).double()), [[1, 0, 6], [4, 0, 12]], [[True] * 3] * 2),
-    "and something more": (Piece("w", (index(0, -1), None), weight=2.0, plus=torch.ones(2, 3)), [[3, 5, 7], [1, 1, 1]], [[True] * 3, [False] * 3]),
+    "and something more": (
+        Piece("w", (index(0, -1), None), weight=2.0, plus=torch.ones(2, 3)),
+        [[3, 5, 7], [1, 1, 1]],
+        [[True] * 3, [False] * 3],
+    ),
     "from nothing": (Piece(None), [[0, 0, 0], [0, 0, 0]], [[False] * 3] * 2),
     "from nothing, with numbers": (Piece(None, plus=W.double()), [[1, 2, 3], [4, 5, 6]], [[False] * 3] * 2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("piece", "value", "known"), PIECES.values(), ids=PIECES)
@@ -126,7 +128,7 @@ def test_rates_follow_a_width_by_its_factors() -> None:
 )
 def test_a_rate_climbs_over_its_steps(mark: Mark, steps: dict[int, float]) -> None:
     assert {step: mark.rate(step) for step in steps} == steps
-    assert PLAIN == Mark(1.0, 1.0, 1.0, 0, 0)
+    assert Mark(1.0, 1.0, 1.0, 0, 0) == PLAIN
 
 
 def marked(name: str, pieces: dict[str, Piece], lr: Rates, before: dict[str, Mark] | None = None) -> dict[str, Mark]:
@@ -253,6 +255,11 @@ def test_only_the_first_of_several_copies_keeps_its_momentum(piece: Piece, momen
     assert whole == pytest.approx(float(piece.known(size(*shape)).float().mean())), "scale keeps it for each copy"
 
 
+def test_a_momentum_buffer_is_left_to_the_first_copy_as_well() -> None:
+    found, _ = transfer(state(momentum_buffer=M), moved(Piece("w", (index(1, 1), None)), 2, 3), "asymmetric")
+    assert of(found, "momentum_buffer") == [[4, 5, 6], [0, 0, 0]]
+
+
 def test_a_copy_in_another_tensor_is_no_first_either() -> None:
     pieces = {"a": Piece("w", (index(0), None)), "b": Piece("w", (index(0, 1), None)), "c": Piece("w")}
     shapes = {"a": size(1, 3), "b": size(2, 3), "c": size(2, 3)}
@@ -309,14 +316,18 @@ def test_modes_are_five() -> None:
         ("optimizer/w/momentum_buffer", W, ""),
         ("optimizer/w/step", torch.tensor(3.0), ""),
         ("optimizer/w/step", torch.zeros(7), ""),
-        ("model/w/exp_avg", W, "state 'model/w/exp_avg' belongs to no parameter of the model before the op; give it as optimizer/<parameter>/"),
+        (
+            "model/w/exp_avg",
+            W,
+            "state 'model/w/exp_avg' belongs to no parameter of the model before the op; give it as optimizer/<parameter>/",
+        ),
         ("optimizer/v/exp_avg", W, "state 'optimizer/v/exp_avg' belongs to no parameter"),
         ("optimizer/w/max_exp_avg_sq", W, "and exp_avg, exp_avg_sq, step or momentum_buffer"),
         ("optimizer/exp_avg", W, "state 'optimizer/exp_avg' belongs to no parameter"),
         ("optimizer/w/exp_avg", W.T, "state 'optimizer/w/exp_avg' has shape (3, 2); its parameter has (2, 3)"),
         ("optimizer/w/momentum_buffer", W[0], "has shape (3,); its parameter has (2, 3)"),
     ],
-)  # fmt: skip
+)
 def test_state_that_fits_no_parameter_is_refused(name: str, value: Tensor, said: str) -> None:
     old = {"w": size(2, 3), "a/b": size(2, 3)}
     if not said:

@@ -144,9 +144,7 @@ def test_training_ops_and_other_events_need_not_come_again(tmp_path: Path, again
     ],
     ids=["an empty journal", "only training ops", "none that acted", "a config without growth"],
 )  # fmt: skip
-def test_a_run_that_nothing_grew_is_refused(
-    tmp_path: Path, again: Again, rows: list[dict[str, Any]], ops: list[dict[str, Any]]
-) -> None:
+def test_a_run_that_nothing_grew_is_refused(tmp_path: Path, again: Again, rows: list[dict[str, Any]], ops: list[dict[str, Any]]) -> None:
     with pytest.raises(UsageError, match="has no op of the architecture that acted; give a run whose schedule grew it"):
         list(repeat(run_of(tmp_path, rows, ops), STORE))
     assert not again.asked

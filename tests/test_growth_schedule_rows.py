@@ -1,4 +1,4 @@
-"""The rules of a schedule, one row each: the smallest value that is refused beside the largest that is not, and the facts in each message."""
+"""The rules of a schedule, one row each: the smallest value that is refused beside its neighbour, and the facts in each message."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from mainrun.errors import ConfigError
 from mainrun.growth.schedule import Facts, Op, Rates, Schedule, Transfer, Trigger, after, due, from_text, read, walk
 
 START: dict[str, Any] = {
-    "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 64, "block_size": 4, "batch_size": 2, "vocab_size": 300, "lr": 0.01, "dropout": 0.1,
-}  # fmt: skip
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+    "d_ff": 64,
+    "block_size": 4,
+    "batch_size": 2,
+    "vocab_size": 300,
+    "lr": 0.01,
+    "dropout": 0.1,
+}
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -47,12 +55,18 @@ TRIGGERS: dict[str, tuple[dict[str, Any], str, bool, dict[str, Any]]] = {
     "plateau": ({"plateau": {"evals": 3, "rel": 0.01}}, "plateau of 3 evaluations", False, {"plateau": {"evals": 3, "rel": 0.01}}),
     "any of one": ({"any": [{"step": 5}]}, "step 5", True, {"step": 5}),
     "any, all static": (
-        {"any": [{"budget_frac": 0.5}, {"step": 5}]}, "step 5 or 0.5 of the budget", True, {"any": [{"step": 5}, {"budget_frac": 0.5}]}
+        {"any": [{"budget_frac": 0.5}, {"step": 5}]},
+        "step 5 or 0.5 of the budget",
+        True,
+        {"any": [{"step": 5}, {"budget_frac": 0.5}]},
     ),
     "any, one of them not": (
-        {"any": [{"wait_iters": 0}, {"step": 5}]}, "a wait of 0 or step 5", False, {"any": [{"wait_iters": 0}, {"step": 5}]}
+        {"any": [{"wait_iters": 0}, {"step": 5}]},
+        "a wait of 0 or step 5",
+        False,
+        {"any": [{"wait_iters": 0}, {"step": 5}]},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("given", "words", "static", "data"), TRIGGERS.values(), ids=TRIGGERS)
@@ -80,25 +94,30 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "the share": ({"budget_frac": 0.25}, Facts(5, 0, 1000, 4000), "1,000 tokens, 0.25 of the budget"),
     "nothing before the last two": ({"plateau": {"evals": 2, "rel": 0.01}}, Facts(20, 0, 9, 100, EVALUATED[:2]), None),
     "a plateau": (
-        {"plateau": {"evals": 2, "rel": 0.01}}, Facts(30, 0, 9, 100, EVALUATED),
+        {"plateau": {"evals": 2, "rel": 0.01}},
+        Facts(30, 0, 9, 100, EVALUATED),
         "plateau: 2 evaluations took the loss from 4.0000 to 3.9700 at best",
     ),
     "a gain of exactly the share is one": ({"plateau": {"evals": 1, "rel": 0.25}}, Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0)]), None),
     "a gain of a bit less": (
-        {"plateau": {"evals": 1, "rel": 0.25}}, Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0001)]),
+        {"plateau": {"evals": 1, "rel": 0.25}},
+        Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0001)]),
         "plateau: 1 evaluations took the loss from 4.0000 to 3.0001 at best",
     ),
     "the best before counts": (
-        {"plateau": {"evals": 1, "rel": 0.25}}, Facts(30, 0, 9, 100, [(10, 3.0), (20, 4.0), (30, 2.9)]),
+        {"plateau": {"evals": 1, "rel": 0.25}},
+        Facts(30, 0, 9, 100, [(10, 3.0), (20, 4.0), (30, 2.9)]),
         "plateau: 1 evaluations took the loss from 3.0000 to 2.9000 at best",
     ),
     "the best of the last counts": ({"plateau": {"evals": 2, "rel": 0.25}}, Facts(30, 0, 9, 100, [(10, 4.0), (20, 2.0), (30, 3.9)]), None),
     "the loss at the last op is not since it": ({"plateau": {"evals": 2, "rel": 0.01}}, Facts(30, 10, 9, 100, EVALUATED), None),
     "the first condition that holds is the reason": (
-        {"any": [{"step": 5}, {"loss_below": 9}]}, Facts(30, 0, 9, 100, EVALUATED), "loss 3.9700 < 9"
+        {"any": [{"step": 5}, {"loss_below": 9}]},
+        Facts(30, 0, 9, 100, EVALUATED),
+        "loss 3.9700 < 9",
     ),
     "none of several": ({"any": [{"step": 50}, {"loss_below": 1}, {"tokens": 10}]}, Facts(30, 0, 9, 100, EVALUATED), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("trigger", "facts", "reason"), DUE.values(), ids=DUE)
@@ -131,10 +150,21 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
     "budget_frac": ("a share of the run's tokens, above 0 and below 1", [0, 0.0, 1, 1.0, -0.1, 1.1, True]),
     "plateau": (
         "{ evals = N, rel = R }, N 1 or more, R above 0 and below 1",
-        [{"evals": 1}, {"rel": 0.5}, {"evals": 1, "rel": 0.5, "x": 1}, {"evals": 0, "rel": 0.5}, {"evals": 1, "rel": 0},
-         {"evals": 1, "rel": 1}, {"evals": 1.5, "rel": 0.5}, {"evals": "1", "rel": 0.5}, 3, [1, 0.5], {}],
+        [
+            {"evals": 1},
+            {"rel": 0.5},
+            {"evals": 1, "rel": 0.5, "x": 1},
+            {"evals": 0, "rel": 0.5},
+            {"evals": 1, "rel": 0},
+            {"evals": 1, "rel": 1},
+            {"evals": 1.5, "rel": 0.5},
+            {"evals": "1", "rel": 0.5},
+            3,
+            [1, 0.5],
+            {},
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("condition", KEPT)
@@ -149,8 +179,14 @@ def test_what_a_condition_takes_and_what_it_refuses(condition: str) -> None:
 
 
 PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
-    ("widen_mlp", "optimizer", "mode", [(m, m) for m in ("auto", "keep", "scale", "reset", "asymmetric")],
-     "auto or keep or scale or reset or asymmetric", ["half", 1, True, None, ["auto"]]),
+    (
+        "widen_mlp",
+        "optimizer",
+        "mode",
+        [(m, m) for m in ("auto", "keep", "scale", "reset", "asymmetric")],
+        "auto or keep or scale or reset or asymmetric",
+        ["half", 1, True, None, ["auto"]],
+    ),
     ("widen_mlp", "optimizer", "min_coverage", [(0, 0.0), (1, 1.0), (0.5, 0.5)], "a share, 0 to 1", [-1e-9, 1.000001, True, "1", None]),
     ("widen_mlp", "lr", "rewarm_iters", [(0, 0), (5.0, 5)], "a whole number, 0 or more", [-1, 0.5, True]),
     ("widen_mlp", "lr", "new_params_peak", [(1e-9, 1e-9), (3, 3.0)], "a number above 0", [0, -1, math.inf, 1e300, True]),
@@ -159,16 +195,29 @@ PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
     ("widen_model", "value", "d_model", [(2, 2), (32.0, 32)], "a whole number, 2 or more", [1, 32.5, True]),
     ("widen_model", "value", "kv", [("scale", "scale"), ("keep", "keep")], "scale or keep", ["drop"]),
     ("widen_model", "value", "tied", [("fold_final_norm", "fold_final_norm")], "fold_final_norm", ["no"]),
-    ("widen_model", "value", "noise_snr_db", [(-199.9, -199.9), (199, 199.0), (0, 0.0)],
-     "a number of decibels between -200 and 200", [-200, 200, math.nan]),
+    (
+        "widen_model",
+        "value",
+        "noise_snr_db",
+        [(-199.9, -199.9), (199, 199.0), (0, 0.0)],
+        "a number of decibels between -200 and 200",
+        [-200, 200, math.nan],
+    ),
     ("upcycle_moe", "value", "experts", [(2, 2), (8.0, 8)], "a whole number, 2 or more", [1, 0, 2.5]),
     ("upcycle_moe", "value", "top_k", [(1, 1)], "a whole number, 1 or more", [0, 1.5]),
     ("upcycle_moe", "value", "router", [("random", "random"), ("zero", "zero")], "random or zero", ["ones"]),
     ("upcycle_moe", "value", "router_std", [(1e-9, 1e-9), (2, 2.0)], "a number above 0", [0, -0.1]),
-    ("upcycle_moe", "value", "router_weights", [("renormalised", "renormalised"), ("softmax", "softmax")], "renormalised or softmax", ["max"]),
+    (
+        "upcycle_moe",
+        "value",
+        "router_weights",
+        [("renormalised", "renormalised"), ("softmax", "softmax")],
+        "renormalised or softmax",
+        ["max"],
+    ),
     ("upcycle_moe", "value", "shards", [(1, 1), (2, 2)], "a whole number, 1 or more", [0]),
     ("upcycle_moe", "value", "noise_snr_db", [(-199.9, -199.9), (199.9, 199.9)], "a number of decibels between -200 and 200", [-200, 200]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "table", "key", "kept", "allowed", "refused"), PARTS, ids=[f"{row[0]}-{row[2]}" for row in PARTS])
@@ -200,8 +249,11 @@ def test_what_a_table_of_an_op_is_filled_with() -> None:
     assert one("widen_model", {"factor": 2, "kv": "keep"}).value == {"kv": "keep", "tied": "fold_final_norm", "factor": 2}
     assert one("upcycle_moe", {"experts": 4}).value == {"top_k": 2, "router": "random", "shards": 1, "experts": 4}
     assert one("upcycle_moe", {"experts": 4, "top_k": 1, "router": "zero", "shards": 2}).value == {
-        "top_k": 1, "router": "zero", "shards": 2, "experts": 4,
-    }  # fmt: skip
+        "top_k": 1,
+        "router": "zero",
+        "shards": 2,
+        "experts": 4,
+    }
 
 
 # -- what an op is where nothing is said
@@ -210,13 +262,23 @@ def test_what_a_table_of_an_op_is_filled_with() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "init", "reevaluate"),
     [
-        ("set_lr", 0.1, "", False), ("set_batch_size", 4, "", False), ("set_dropout", 0.2, "", False), ("reset_lr_schedule", None, "", False),
-        ("stack_layers", [0, 1, 1], "copy", True), ("widen_mlp", 128, "copy", True), ("widen_model", 32, "", True), ("add_heads", 4, "", True),
-        ("upcycle_moe", {"experts": 4}, "", True), ("set_attn_lora_rank", 4, "", True), ("set_embedding_lora_rank", 4, "", True),
-        ("merge_lora_weights", None, "", True), ("freeze_layer", 0, "", True), ("unfreeze_layer", [0], "", True),
+        ("set_lr", 0.1, "", False),
+        ("set_batch_size", 4, "", False),
+        ("set_dropout", 0.2, "", False),
+        ("reset_lr_schedule", None, "", False),
+        ("stack_layers", [0, 1, 1], "copy", True),
+        ("widen_mlp", 128, "copy", True),
+        ("widen_model", 32, "", True),
+        ("add_heads", 4, "", True),
+        ("upcycle_moe", {"experts": 4}, "", True),
+        ("set_attn_lora_rank", 4, "", True),
+        ("set_embedding_lora_rank", 4, "", True),
+        ("merge_lora_weights", None, "", True),
+        ("freeze_layer", 0, "", True),
+        ("unfreeze_layer", [0], "", True),
         ("resize_vocabulary", 310, "", True),
     ],
-)  # fmt: skip
+)
 def test_what_an_op_is_where_nothing_is_said(name: str, value: Any, init: str, reevaluate: bool) -> None:
     found = one(name, value)
     assert (found.id, found.desc, found.place, found.init, found.reevaluate) == (f"0-{name}", "", 0, init, reevaluate)
@@ -229,9 +291,15 @@ def test_data_holds_only_what_is_not_so_anyway() -> None:
     plain = one("widen_mlp", 128)
     assert plain.data() == {"name": "widen_mlp", "value": 128, "trigger": {"step": 5}}
     more = {
-        "id": "wide", "desc": "more", "reevaluate": False, "init": "identity", "preserve": "exact", "on_fail": "skip",
-        "optimizer": {"mode": "keep", "min_coverage": 0.5}, "lr": {"rewarm_iters": 9, "new_params_peak": 2.0, "width_rule": "none"},
-    }  # fmt: skip
+        "id": "wide",
+        "desc": "more",
+        "reevaluate": False,
+        "init": "identity",
+        "preserve": "exact",
+        "on_fail": "skip",
+        "optimizer": {"mode": "keep", "min_coverage": 0.5},
+        "lr": {"rewarm_iters": 9, "new_params_peak": 2.0, "width_rule": "none"},
+    }
     assert one("widen_mlp", 128, **more).data() == plain.data() | more
     for key, value in more.items():
         assert one("widen_mlp", 128, **{key: value}).data() == plain.data() | {key: value}
@@ -272,11 +340,59 @@ def test_the_seed_of_an_op_is_that_of_its_place_and_the_schedules_seed() -> None
 SEEDS = [[4481077711173917646, 6403782323461907794], [8793111607293158513, 7897666548380046824]]
 
 
+CHANGES: list[tuple[dict[str, Any], str, Any, dict[str, Any]]] = [
+    ({}, "set_lr", 0.5, {"lr": 0.5}),
+    ({}, "set_batch_size", 4, {"batch_size": 4}),
+    ({}, "set_grad_accum", 2, {"grad_accum": 2}),
+    ({}, "set_warmup_iters", 7, {"warmup_iters": 7}),
+    ({}, "set_eval_interval", 7, {"eval_interval": 7}),
+    ({}, "set_weight_decay", 0.5, {"weight_decay": 0.5}),
+    ({}, "set_dropout", 0.5, {"dropout": 0.5}),
+    ({}, "reset_lr_schedule", None, {}),
+    ({"n_layer": 3, "frozen": [1]}, "stack_layers", [1, 1, 0, 2], {"n_layer": 4, "frozen": (0,)}),
+    ({"n_layer": 3, "frozen": [1]}, "stack_layers", [0, 2], {"n_layer": 2, "frozen": ()}),
+    ({"n_layer": 3, "frozen": [0, 2]}, "stack_layers", [2, 2, 1, 0], {"n_layer": 4, "frozen": (0, 3)}),
+    ({}, "widen_mlp", 65, {"d_ff": 65}),
+    ({"d_ff": 0}, "widen_model", 32, {"d_model": 32, "d_ff": 128, "n_head": 4}),
+    ({"n_head": 4, "n_kv_head": 2}, "widen_model", 48, {"d_model": 48, "d_ff": 192, "n_head": 12, "n_kv_head": 6}),
+    ({}, "widen_model", {"factor": 2, "kv": "keep"}, {"d_model": 32, "d_ff": 128, "n_head": 4, "n_kv_head": 2}),
+    ({}, "add_heads", 3, {"n_head": 3, "head_dim": 8}),
+    ({"n_head": 4, "n_kv_head": 2}, "add_heads", 6, {"n_head": 6, "head_dim": 4}),
+    ({}, "upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2}, {"experts": 8, "top_k": 4, "d_ff": 32}),
+    ({}, "set_attn_lora_rank", 3, {"attn_lora_rank": 3}),
+    ({}, "set_embedding_lora_rank", 3, {"embed_lora_rank": 3}),
+    ({"frozen": [1]}, "freeze_layer", 0, {"frozen": (0, 1)}),
+    ({"frozen": [0, 1]}, "unfreeze_layer", [0], {"frozen": (1,)}),
+    ({"unused_ids": 5}, "resize_vocabulary", 309, {"unused_ids": 9}),
+]
+
+
+@pytest.mark.parametrize(("start", "name", "value", "changed"), CHANGES, ids=[f"{i}-{row[1]}" for i, row in enumerate(CHANGES)])
+def test_what_an_op_changes_and_nothing_else(start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]) -> None:
+    before = config(**start)
+    now = after(one(name, value), before)
+    differ = {f: getattr(now, f) for f in TrainConfig.model_fields if getattr(now, f) != getattr(before, f)}
+    assert differ == changed
+
+
+@pytest.mark.parametrize("name", ["widen_mlp", "add_heads", "resize_vocabulary"])
+def test_a_size_that_is_no_number_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"value='wide' is not allowed; give an integer > \d+, the "):
+        after(Op(name, "wide", Trigger(step=1)), config())
+
+
 def test_an_op_that_is_made_by_hand() -> None:
     bare = Op("set_lr", 0.1, Trigger(step=5))
     assert (bare.place, bare.seed, bare.id, bare.desc, bare.reevaluate, bare.init, bare.preserve, bare.on_fail) == (
-        0, 0, "", "", True, "", "", "abort",
-    )  # fmt: skip
+        0,
+        0,
+        "",
+        "",
+        True,
+        "",
+        "",
+        "abort",
+    )
     assert (bare.optimizer, bare.lr) == (Transfer("auto", 0.0), Rates(0, 1.0, "none"))
 
 
@@ -314,6 +430,8 @@ def test_a_default_that_is_wrong_is_left_out_and_named() -> None:
 
 # -- faults of the whole
 
+NO_SCHEDULE = "is no schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops with trigger_loss and max_wait_iters."
+
 
 @pytest.mark.parametrize(
     ("data", "said"),
@@ -335,11 +453,14 @@ def test_a_default_that_is_wrong_is_left_out_and_named() -> None:
         ({"defaults": {5: 1}}, "unknown key defaults.5; allowed: reevaluate, preserve, optimizer, lr, on_fail."),
         ({"a b": 1}, "unknown key 'a b'; allowed: version, seed, defaults, ops."),
         ({"defaults": {"a b": 1}}, "unknown key defaults.'a b'; allowed: reevaluate, preserve, optimizer, lr, on_fail."),
-        ("text", "'text' is no schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops with trigger_loss and max_wait_iters."),
-        ((), "[] is no schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops with trigger_loss and max_wait_iters."),
+        (
+            "text",
+            f"'text' {NO_SCHEDULE}",
+        ),
+        ((), f"[] {NO_SCHEDULE}"),
         ({"ops": [5]}, "ops[0]=5 is no op; write { name, value, trigger }."),
     ],
-)  # fmt: skip
+)
 def test_a_fault_of_the_whole(data: Any, said: str | None) -> None:
     assert read(data)[1] == ([] if said is None else [(0 if said.startswith("ops[0]") else -1, said)])
 
@@ -377,14 +498,19 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a number as a name": ({"name": 3, "trigger": {"step": 1}}, "ops[0]: unknown op 3; allowed: set_lr, "),
     "one of 41 is not": ({"name": "x" * 41, "trigger": {"step": 1}}, "ops[0]: unknown op; allowed: set_lr, "),
     "no name": ({"value": 1, "trigger": {"step": 1}}, "ops[0]: no name; write one of set_lr, "),
-    "no value": ({"name": "widen_model", "trigger": {"step": 1}},
-                 "ops[0] 'widen_model': no value; write value = { factor = 2 } or { d_model = N }."),
+    "no value": (
+        {"name": "widen_model", "trigger": {"step": 1}},
+        "ops[0] 'widen_model': no value; write value = { factor = 2 } or { d_model = N }.",
+    ),
     "a value for none": (op("merge_lora_weights", 0), "ops[0] 'merge_lora_weights': value=0 is not allowed: it takes none; write null"),
     "null for a value": (op("set_lr", None), "ops[0] 'set_lr': value=None is not allowed; write a finite number."),
     "infinite": (op("set_lr", math.inf), "ops[0] 'set_lr': value=inf is not allowed; write a finite number."),
     "too large": (op("set_lr", 1e300), "ops[0] 'set_lr': value=1e+300 is not allowed; write a finite number."),
     "a truth for a size": (op("widen_mlp", True), "ops[0] 'widen_mlp': value=True is not allowed; write a whole number."),
-    "a truth for a layer": (op("freeze_layer", [True]), "ops[0] 'freeze_layer': value[0]=True is not allowed; write a layer, or a list of layers."),
+    "a truth for a layer": (
+        op("freeze_layer", [True]),
+        "ops[0] 'freeze_layer': value[0]=True is not allowed; write a layer, or a list of layers.",
+    ),
     "five of seven odd layers": (
         op("stack_layers", list("abcdefg")),
         "ops[0] 'stack_layers': value[0]='a', value[1]='b', value[2]='c', value[3]='d', value[4]='e' is not allowed; write the source",
@@ -394,7 +520,10 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no size": (op("widen_model", {}), "ops[0] 'widen_model': value={} has no size; write { factor = 2 } or { d_model = N }."),
     "no experts": (op("upcycle_moe", {}), "ops[0] 'upcycle_moe': value={} has no size; write { experts = 8, top_k = 2 }."),
     "a list in a table": (op("upcycle_moe", {"experts": [8]}), "value.experts=[8] is not allowed; write a whole number, 2 or more."),
-    "init of an op that has none": (op("widen_model", 32, init="copy"), "ops[0] 'widen_model': init is for stack_layers and widen_mlp; remove it."),
+    "init of an op that has none": (
+        op("widen_model", 32, init="copy"),
+        "ops[0] 'widen_model': init is for stack_layers and widen_mlp; remove it.",
+    ),
     "init of a training op": (op("set_lr", 0.1, init="copy"), "ops[0] 'set_lr': init is for ops that change the weights; remove it."),
     "preserve of a training op": (op("set_lr", 0.1, preserve="none"), "ops[0] 'set_lr': preserve is for ops that change the weights"),
     "lr of a training op": (op("set_lr", 0.1, lr={}), "ops[0] 'set_lr': lr is for ops that change the weights; remove it."),
@@ -406,21 +535,41 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "init that is near": (op("widen_mlp", 128, init="copi"), "init='copi' is not allowed (did you mean 'copy'?); write copy or identity."),
     "init that is a number": (op("widen_mlp", 128, init=1), "ops[0] 'widen_mlp': init=1 is not allowed; write copy or identity."),
     "optimizer as a number": (op("widen_mlp", 128, optimizer=1), "optimizer=1 is not allowed; write a table of mode, min_coverage."),
-    "optimizer as an unknown text": (op("widen_mlp", 128, optimizer="rest"), "optimizer.mode='rest' is not allowed (did you mean 'reset'?); write auto"),
-    "lr as a text": (op("widen_mlp", 128, lr="slow"), "lr='slow' is not allowed; write a table of rewarm_iters, new_params_peak, width_rule."),
+    "optimizer as an unknown text": (
+        op("widen_mlp", 128, optimizer="rest"),
+        "optimizer.mode='rest' is not allowed (did you mean 'reset'?); write auto",
+    ),
+    "lr as a text": (
+        op("widen_mlp", 128, lr="slow"),
+        "lr='slow' is not allowed; write a table of rewarm_iters, new_params_peak, width_rule.",
+    ),
     "no trigger": ({"name": "set_lr", "value": 0.1}, f"ops[0] 'set_lr': no trigger; write trigger = {TO_WRITE}."),
     "a trigger that is a list": (op("set_lr", 0.1, [5]), f"ops[0] 'set_lr': trigger=[5] is not allowed; write {TO_WRITE}."),
     "two conditions": (op("set_lr", 0.1, {"step": 1, "tokens": 2}), "trigger has one condition, got step and tokens; write { step = N }"),
-    "any beside another": (op("set_lr", 0.1, {"any": [{"step": 1}], "step": 2}), "write any = [...] alone, with one condition in each table."),
+    "any beside another": (
+        op("set_lr", 0.1, {"any": [{"step": 1}], "step": 2}),
+        "write any = [...] alone, with one condition in each table.",
+    ),
     "any of nothing": (op("set_lr", 0.1, {"any": []}), "trigger={'any': []} is not allowed; write any = [...] alone"),
     "any as a table": (op("set_lr", 0.1, {"any": {"step": 1}}), "trigger={'any': {'step': 1}} is not allowed; write any = [...] alone"),
     "any of numbers": (op("set_lr", 0.1, {"any": [1]}), "trigger={'any': [1]} is not allowed; write any = [...] alone"),
     "any with two in one": (op("set_lr", 0.1, {"any": [{"step": 1}, {"step": 2, "tokens": 3}]}), "write any = [...] alone"),
-    "any with one twice": (op("set_lr", 0.1, {"any": [{"step": 1}, {"tokens": 2}, {"step": 3}]}), "trigger.any has step twice; keep the one that"),
-    "an unknown condition": (op("set_lr", 0.1, {"stop": 1}), "unknown key trigger.stop (did you mean 'step'?); allowed: loss_below, wait_iters, "),
+    "any as a number": (op("set_lr", 0.1, {"any": 5}), "trigger={'any': 5} is not allowed; write any = [...] alone"),
+    "any with two twice": (
+        op("set_lr", 0.1, {"any": [{"tokens": 1}, {"step": 2}, {"tokens": 3}, {"step": 4}]}),
+        "trigger.any has step twice; keep the one that comes first.",
+    ),
+    "any with one twice": (
+        op("set_lr", 0.1, {"any": [{"step": 1}, {"tokens": 2}, {"step": 3}]}),
+        "trigger.any has step twice; keep the one that",
+    ),
+    "an unknown condition": (
+        op("set_lr", 0.1, {"stop": 1}),
+        "unknown key trigger.stop (did you mean 'step'?); allowed: loss_below, wait_iters, ",
+    ),
     "any with an unknown condition": (op("set_lr", 0.1, {"any": [{"stop": 1}]}), "unknown key trigger.stop (did you mean 'step'?)"),
     "keys of the list format": (op("set_lr", 0.1, max_wait_iters=5), "'max_wait_iters' is a key of the list format; write a trigger."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("entry", "said"), OP_FAULTS.values(), ids=OP_FAULTS)
@@ -439,11 +588,13 @@ def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
         ({"trigger_loss": 3, "max_wait_iters": -1}, ["max_wait_iters=-1 is not allowed; write a whole number, 0 or more."]),
         ({"trigger_loss": 3, "max_wait_iters": 0}, []),
         ({"trigger_loss": 3, "max_wait_iters": 0, "desc": ""}, []),
-        ({"trigger_loss": 3, "max_wait_iters": 0, "id": "a"},
-         ["'id' is a key of version 2; write { version = 2, ops = [...] } around the list."]),
+        (
+            {"trigger_loss": 3, "max_wait_iters": 0, "id": "a"},
+            ["'id' is a key of version 2; write { version = 2, ops = [...] } around the list."],
+        ),
         ({"trigger_loss": 3, "max_wait_iters": 0, "reevaluate": 0}, ["reevaluate=0 is not allowed; write true or false."]),
     ],
-)  # fmt: skip
+)
 def test_an_entry_of_the_list_format(entry: dict[str, Any], said: list[str]) -> None:
     schedule, faults = read([{"name": "set_lr", "value": 0.1} | entry])
     assert [text for _, text in faults] == [f"ops[0] 'set_lr': {text}" for text in said]
@@ -462,60 +613,189 @@ def test_an_id_is_taken_once() -> None:
     ]
 
 
+def test_an_op_that_is_wrong_takes_no_id() -> None:
+    ops = [op("set_lr", 0.1, id="a"), op("set_lr", "x", id="a"), op("set_lr", "x", id="b"), op("set_lr", 0.2, id="b")]
+    schedule, faults = read({"ops": ops})
+    assert [o.id for o in schedule.ops] == ["a", "b"]
+    assert [text for _, text in faults] == [f"ops[{i}] 'set_lr': value='x' is not allowed; write a finite number." for i in (1, 2)]
+
+
 # -- what only the model can tell: the smallest violation and its neighbour
 
 MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # start, name, value, what it may be instead, message
+    "half a factor": ({}, "stack_layers", 2.5, {}, "value=2.5 is no list of layers; the model has 2 layers here"),
+    "out of one layer": (
+        {"n_layer": 1},
+        "stack_layers",
+        [1],
+        {"value": [0]},
+        "value[0]=1 out of range; the model has 1 layer here. Use 0.",
+    ),
     "an old triple": ({}, "stack_layers", 3, {}, 'value 3 is the old "triple" form; for 2 layers write [0,1,0,1,0,1]'),
     "as many layers as 1,024": ({}, "stack_layers", 513, {}, "value=513 is no list of layers; the model has 2 layers here"),
     "an old factor of 512": ({}, "stack_layers", 512, {}, 'value 512 is the old "512-fold" form; for 2 layers write [0,1,0,1,'),
     "an old double of one layer": ({"n_layer": 1}, "stack_layers", 2, {}, 'value 2 is the old "double" form; for 1 layer write [0,0]'),
     "one is no factor of one layer": ({"n_layer": 1}, "stack_layers", 1, {}, "value=1 is no list of layers; the model has 1 layer here"),
     "a factor of 1 of two layers": ({}, "stack_layers", 1, {}, 'value 1 is the old "1-fold" form; for 2 layers write [0,1]'),
-    "a layer that is the last but one": ({}, "stack_layers", [0, 1, 2], {"value": [0, 1, 1]}, "value[2]=2 out of range; the model has 2 layers here. Use 0..1"),
+    "a layer that is the last but one": (
+        {},
+        "stack_layers",
+        [0, 1, 2],
+        {"value": [0, 1, 1]},
+        "value[2]=2 out of range; the model has 2 layers here. Use 0..1",
+    ),
     "a layer below 0": ({}, "stack_layers", [-1], {"value": [0]}, "value[0]=-1 out of range; the model has 2 layers here. Use 0..1"),
     "five layers of six": ({}, "stack_layers", [9] * 6, {}, "value[0]=9, value[1]=9, value[2]=9, value[3]=9, value[4]=9 out of range"),
     "the same hidden width": ({}, "widen_mlp", 64, {"value": 65}, "64 <= current hidden 64; give an integer > 64"),
     "an old hidden factor": ({}, "widen_mlp", 1.5, {}, "value 1.5 is the old relative form; for hidden 64 write 96"),
     "an old width factor": ({}, "widen_model", 1.5, {}, "value 1.5 is the old relative form; for width 16 write 24"),
     "no multiple": ({}, "widen_model", 33, {"value": 32}, "d_model=33 is no multiple of the width 16; give 32, 48, ..."),
-    "no whole factor": ({}, "widen_model", {"factor": 2.5}, {"value": {"factor": 2}}, "factor=2.5 is no whole number; the width is 16, give 2, 3, ..."),
+    "no whole factor": (
+        {},
+        "widen_model",
+        {"factor": 2.5},
+        {"value": {"factor": 2}},
+        "factor=2.5 is no whole number; the width is 16, give 2, 3, ...",
+    ),
     "the same width": ({}, "widen_model", 16, {"value": 48}, "16 <= current width 16; give 32, 48, ..."),
     "as many heads": ({}, "add_heads", 2, {"value": 3}, "2 <= current n_head 2; give an integer > 2"),
-    "heads that do not share": ({"n_head": 4, "n_kv_head": 2}, "add_heads", 7, {"value": 8}, "7 heads do not share 2 heads of keys and values; give a multiple, like 8"),
-    "experts again": ({"experts": 4}, "upcycle_moe", {"experts": 8}, {}, "the model has 4 experts already; a dense one can be upcycled, once. Remove it"),
+    "heads that do not share": (
+        {"n_head": 4, "n_kv_head": 2},
+        "add_heads",
+        7,
+        {"value": 8},
+        "7 heads do not share 2 heads of keys and values; give a multiple, like 8",
+    ),
+    "experts again": (
+        {"experts": 4},
+        "upcycle_moe",
+        {"experts": 8},
+        {},
+        "the model has 4 experts already; a dense one can be upcycled, once. Remove it",
+    ),
     "a number of experts": ({}, "upcycle_moe", 8, {"value": {"experts": 8}}, "value=8 is not allowed; write { experts = 8, top_k = 2 }"),
-    "more than all experts": ({}, "upcycle_moe", {"experts": 4, "top_k": 5}, {"value": {"experts": 4, "top_k": 4}}, "top_k=5 of 4 experts; use 1..4"),
-    "shards of the hidden width": ({"d_ff": 62}, "upcycle_moe", {"experts": 8, "top_k": 4, "shards": 4}, {"value": {"experts": 8, "top_k": 4, "shards": 2}},
-                                   "shards=4 does not divide hidden=62; use a divisor of hidden, experts and top_k"),
-    "shards of the experts": ({}, "upcycle_moe", {"experts": 6, "top_k": 4, "shards": 4}, {"value": {"experts": 8, "top_k": 4, "shards": 4}},
-                              "shards=4 does not divide experts=6; use a divisor of hidden, experts and top_k"),
-    "shards of the chosen": ({}, "upcycle_moe", {"experts": 8, "top_k": 2, "shards": 4}, {"value": {"experts": 8, "top_k": 2, "shards": 2}},
-                             "shards=4 does not divide top_k=2; use a divisor of hidden, experts and top_k"),
-    "one renormalised weight": ({}, "upcycle_moe", {"experts": 4, "top_k": 1}, {"value": {"experts": 4, "top_k": 1, "router_weights": "softmax"}},
-                                "top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax"),
-    "a zero router that locks": ({}, "upcycle_moe", {"experts": 4, "router": "zero"}, {"optimizer": "asymmetric"},
-                                 "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with noise_snr_db or"),
+    "more than all experts": (
+        {},
+        "upcycle_moe",
+        {"experts": 4, "top_k": 5},
+        {"value": {"experts": 4, "top_k": 4}},
+        "top_k=5 of 4 experts; use 1..4",
+    ),
+    "shards of the hidden width": (
+        {"d_ff": 62},
+        "upcycle_moe",
+        {"experts": 8, "top_k": 4, "shards": 4},
+        {"value": {"experts": 8, "top_k": 4, "shards": 2}},
+        "shards=4 does not divide hidden=62; use a divisor of hidden, experts and top_k",
+    ),
+    "shards of the experts": (
+        {},
+        "upcycle_moe",
+        {"experts": 6, "top_k": 4, "shards": 4},
+        {"value": {"experts": 8, "top_k": 4, "shards": 4}},
+        "shards=4 does not divide experts=6; use a divisor of hidden, experts and top_k",
+    ),
+    "shards of the chosen": (
+        {},
+        "upcycle_moe",
+        {"experts": 8, "top_k": 2, "shards": 4},
+        {"value": {"experts": 8, "top_k": 2, "shards": 2}},
+        "shards=4 does not divide top_k=2; use a divisor of hidden, experts and top_k",
+    ),
+    "one renormalised weight": (
+        {},
+        "upcycle_moe",
+        {"experts": 4, "top_k": 1},
+        {"value": {"experts": 4, "top_k": 1, "router_weights": "softmax"}},
+        "top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax",
+    ),
+    "a zero router that locks": (
+        {},
+        "upcycle_moe",
+        {"experts": 4, "router": "zero"},
+        {"optimizer": "asymmetric"},
+        "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with noise_snr_db or",
+    ),
     "a zero router with keep": ({}, "upcycle_moe", {"experts": 4, "router": "zero", "noise_snr_db": 9}, {}, ""),
-    "a zero router with a spread": ({}, "upcycle_moe", {"experts": 4, "router": "zero", "router_std": 0.5, "noise_snr_db": 9}, {},
-                                    "router_std=0.5 with router=zero; leave it out, or use router=random"),
-    "noise with a random router": ({}, "upcycle_moe", {"experts": 4, "noise_snr_db": 9}, {"value": {"experts": 4}}, "noise_snr_db with router=random changes the function"),
+    "a zero router with a spread": (
+        {},
+        "upcycle_moe",
+        {"experts": 4, "router": "zero", "router_std": 0.5, "noise_snr_db": 9},
+        {},
+        "router_std=0.5 with router=zero; leave it out, or use router=random",
+    ),
+    "noise with a random router": (
+        {},
+        "upcycle_moe",
+        {"experts": 4, "noise_snr_db": 9},
+        {"value": {"experts": 4}},
+        "noise_snr_db with router=random changes the function",
+    ),
     "a rank of none": ({}, "set_attn_lora_rank", 0, {"value": 1}, "value=0 is not allowed; give a rank, 1 or more"),
-    "a rank of none, with one": ({"attn_lora_rank": 2}, "set_attn_lora_rank", -1, {"value": 1}, "value=-1 is not allowed; give a rank, 1 or more, or merge_lora_weights"),
-    "an old rank factor": ({"embed_lora_rank": 4}, "set_embedding_lora_rank", 1.5, {}, "value 1.5 is the old relative form; the rank is 4 here, write 6"),
-    "an old rank factor of none": ({}, "set_attn_lora_rank", 1.5, {}, "value 1.5 is the old relative form; the rank is 0 here, give the rank, like 8"),
+    "a rank of none, with one": (
+        {"attn_lora_rank": 2},
+        "set_attn_lora_rank",
+        -1,
+        {"value": 1},
+        "value=-1 is not allowed; give a rank, 1 or more, or merge_lora_weights",
+    ),
+    "an old rank factor": (
+        {"embed_lora_rank": 4},
+        "set_embedding_lora_rank",
+        1.5,
+        {},
+        "value 1.5 is the old relative form; the rank is 4 here, write 6",
+    ),
+    "an old rank factor of none": (
+        {},
+        "set_attn_lora_rank",
+        1.5,
+        {},
+        "value 1.5 is the old relative form; the rank is 0 here, give the rank, like 8",
+    ),
     "nothing to merge": ({}, "merge_lora_weights", None, {}, "there is nothing to merge; put it behind a set_attn_lora_rank, or remove it"),
-    "a layer to freeze that is not there": ({}, "freeze_layer", 2, {"value": 1}, "layer 2 out of range; the model has 2 layers here. Use 0..1"),
-    "a layer below 0 to freeze": ({}, "freeze_layer", [0, -1], {"value": [0]}, "layer -1 out of range; the model has 2 layers here. Use 0..1"),
+    "a layer to freeze that is not there": (
+        {},
+        "freeze_layer",
+        2,
+        {"value": 1},
+        "layer 2 out of range; the model has 2 layers here. Use 0..1",
+    ),
+    "a layer below 0 to freeze": (
+        {},
+        "freeze_layer",
+        [0, -1],
+        {"value": [0]},
+        "layer -1 out of range; the model has 2 layers here. Use 0..1",
+    ),
     "no layer to freeze": ({}, "freeze_layer", [], {}, "value=[] is no layer; give one of 0..1, or a list of them"),
     "half a layer": ({}, "freeze_layer", 0.5, {}, "value=0.5 is no layer; give one of 0..1, or a list of them"),
     "frozen already": ({"frozen": [0, 1]}, "freeze_layer", 1, {}, "layer 1 is frozen already; frozen here: 0, 1. Leave it out"),
     "not frozen": ({}, "unfreeze_layer", 1, {}, "layer 1 is not frozen; frozen here: none. Leave it out"),
     "as many ids": ({"unused_ids": 5}, "resize_vocabulary", 305, {"value": 306}, "305 <= current vocabulary 305; give an integer > 305"),
     "an old factor of the ids": ({}, "resize_vocabulary", 1.5, {}, "value 1.5 is the old relative form; for vocabulary 300 write 450"),
-    "no evaluations to set": ({}, "set_eval_iters", 200, {}, "every evaluation here scores each token of val once, there is nothing to set; remove the op"),
-    "an old factor of the rate": ({}, "change_lr", 1.234567891, {}, 'the old relative form; lr is 0.01 here, write "set_lr" and the value 0.0123457'),
-    "an old factor of the batch": ({}, "change_batch_size", 1.3, {}, 'the old relative form; batch_size is 2 here, write "set_batch_size" and the value 3'),
-}  # fmt: skip
+    "no evaluations to set": (
+        {},
+        "set_eval_iters",
+        200,
+        {},
+        "every evaluation here scores each token of val once, there is nothing to set; remove the op",
+    ),
+    "an old factor of the rate": (
+        {},
+        "change_lr",
+        1.234567891,
+        {},
+        'the old relative form; lr is 0.01 here, write "set_lr" and the value 0.0123457',
+    ),
+    "an old factor of the batch": (
+        {},
+        "change_batch_size",
+        1.3,
+        {},
+        'the old relative form; batch_size is 2 here, write "set_batch_size" and the value 3',
+    ),
+}
 
 
 @pytest.mark.parametrize(("start", "name", "value", "instead", "said"), MODEL.values(), ids=MODEL)
@@ -544,11 +824,15 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "rank": ({}, [("set_attn_lora_rank", 4), ("set_attn_lora_rank", 2.0)], "the rank is 4 here (set by ops[0]), write 8"),
     "merge": ({"attn_lora_rank": 2}, [("merge_lora_weights", None)] * 2, "there is nothing to merge (after ops[0]); put it behind"),
     "frozen": ({}, [("freeze_layer", 1), ("freeze_layer", 1)], "frozen here: 1 (after ops[0]). Leave it out"),
-    "ids": ({}, [("resize_vocabulary", 310), ("resize_vocabulary", 305)], "305 <= current vocabulary 310 (set by ops[0]); give an integer > 310"),
+    "ids": (
+        {},
+        [("resize_vocabulary", 310), ("resize_vocabulary", 305)],
+        "305 <= current vocabulary 310 (set by ops[0]); give an integer > 310",
+    ),
     "rate": ({}, [("set_lr", 0.5), ("change_lr", 0.5)], 'lr is 0.5 here (set by ops[0]), write "set_lr" and the value 0.25'),
     "the last op that set it": ({}, [("widen_mlp", 128), ("set_lr", 0.1), ("widen_mlp", 256), ("widen_mlp", 9)], "256 (set by ops[2])"),
     "an op that did nothing set nothing": ({}, [("set_lr", 0.01), ("change_lr", 0.5)], 'lr is 0.01 here, write "set_lr"'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("start", "ops", "said"), BEFORE.values(), ids=BEFORE)
@@ -560,22 +844,66 @@ def test_a_message_names_the_op_that_set_what_is_in_the_way(start: dict[str, Any
 
 
 PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, str]] = {
-    "a map that drops": ({}, ("stack_layers", [1]), {}, "approx",
-                         "with a map that drops or reorders layers; use each of 0..1, the first copies in order, with init=identity, or preserve=none"),
+    "shards and noise": (
+        {},
+        ("upcycle_moe", {"experts": 4, "shards": 2, "noise_snr_db": 9, "router": "zero"}),
+        {},
+        "bitexact",
+        "with shards=2; use no shards, or preserve=exact",
+    ),
+    "a map that drops": (
+        {},
+        ("stack_layers", [1]),
+        {},
+        "approx",
+        "with a map that drops or reorders layers; use each of 0..1, the first copies in order, with init=identity, or preserve=none",
+    ),
     "copies": ({}, ("stack_layers", [0, 1, 1]), {}, "approx", "with init=copy; use init=identity, or preserve=none"),
     "hidden": ({}, ("widen_mlp", 65), {}, "bitexact", "for widen_mlp, which is exact to rounding; use preserve=exact"),
-    "a rank that is cut": ({"attn_lora_rank": 4}, ("set_attn_lora_rank", 3), {}, "exact", "with a rank cut from 4 to 3; use 4 or more, or preserve=approx"),
-    "the rank that it has": ({"attn_lora_rank": 4}, ("set_attn_lora_rank", 4), {}, "bitexact", "for set_attn_lora_rank, which is exact to rounding"),
-    "softmax weights": ({}, ("upcycle_moe", {"experts": 4, "router_weights": "softmax"}), {}, "exact",
-                        "with softmax weights, which are not renormalised; use router_weights=renormalised, or preserve=approx"),
-    "three experts": ({}, ("upcycle_moe", {"experts": 4, "top_k": 3, "router": "zero"}), {"optimizer": "asymmetric"}, "bitexact",
-                      "with top_k=3; use 1, 2 or 4, or preserve=exact"),
+    "a rank that is cut": (
+        {"attn_lora_rank": 4},
+        ("set_attn_lora_rank", 3),
+        {},
+        "exact",
+        "with a rank cut from 4 to 3; use 4 or more, or preserve=approx",
+    ),
+    "the rank that it has": (
+        {"attn_lora_rank": 4},
+        ("set_attn_lora_rank", 4),
+        {},
+        "bitexact",
+        "for set_attn_lora_rank, which is exact to rounding",
+    ),
+    "softmax weights": (
+        {},
+        ("upcycle_moe", {"experts": 4, "router_weights": "softmax"}),
+        {},
+        "exact",
+        "with softmax weights, which are not renormalised; use router_weights=renormalised, or preserve=approx",
+    ),
+    "three experts": (
+        {},
+        ("upcycle_moe", {"experts": 4, "top_k": 3, "router": "zero"}),
+        {"optimizer": "asymmetric"},
+        "bitexact",
+        "with top_k=3; use 1, 2 or 4, or preserve=exact",
+    ),
     "a random router": ({}, ("upcycle_moe", {"experts": 4}), {}, "bitexact", "with router=random; use router=zero, or preserve=exact"),
-    "shards": ({}, ("upcycle_moe", {"experts": 4, "shards": 2, "router": "zero"}), {"optimizer": "asymmetric"}, "bitexact",
-               "with shards=2; use no shards, or preserve=exact"),
-    "noise": ({}, ("upcycle_moe", {"experts": 4, "noise_snr_db": 12.5, "router": "zero"}), {}, "bitexact",
-              "with noise_snr_db=12.5; use no noise_snr_db, or preserve=exact"),
-}  # fmt: skip
+    "shards": (
+        {},
+        ("upcycle_moe", {"experts": 4, "shards": 2, "router": "zero"}),
+        {"optimizer": "asymmetric"},
+        "bitexact",
+        "with shards=2; use no shards, or preserve=exact",
+    ),
+    "noise": (
+        {},
+        ("upcycle_moe", {"experts": 4, "noise_snr_db": 12.5, "router": "zero"}),
+        {},
+        "bitexact",
+        "with noise_snr_db=12.5; use no noise_snr_db, or preserve=exact",
+    ),
+}
 
 
 @pytest.mark.parametrize(("start", "what", "more", "asked", "said"), PRESERVE.values(), ids=PRESERVE)
@@ -588,7 +916,12 @@ def test_why_an_op_cannot_keep_more(start: dict[str, Any], what: tuple[str, Any]
 @pytest.mark.parametrize(
     ("start", "what", "more", "most"),
     [
-        ({"router_weights": "softmax"}, ("upcycle_moe", {"experts": 4, "router": "zero", "top_k": 1}), {"optimizer": "asymmetric"}, "exact"),
+        (
+            {"router_weights": "softmax"},
+            ("upcycle_moe", {"experts": 4, "router": "zero", "top_k": 1}),
+            {"optimizer": "asymmetric"},
+            "exact",
+        ),
         ({}, ("upcycle_moe", {"experts": 4, "top_k": 4, "router": "zero"}), {"optimizer": "asymmetric"}, "bitexact"),
         ({}, ("upcycle_moe", {"experts": 8, "top_k": 5}), {}, "exact"),
         ({}, ("upcycle_moe", {"experts": 4, "router": "zero", "noise_snr_db": 1}), {}, "bitexact"),
@@ -596,7 +929,7 @@ def test_why_an_op_cannot_keep_more(start: dict[str, Any], what: tuple[str, Any]
         ({}, ("stack_layers", [0, 1, 1, 0]), {"init": "identity"}, "bitexact"),
         ({}, ("stack_layers", [1, 0]), {"init": "identity"}, "none"),
     ],
-)  # fmt: skip
+)
 def test_what_an_op_keeps_where_nothing_is_said(start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], most: str) -> None:
     phases, faults = walk(config(**start), [one(*what, **more)])
     assert not faults and phases[0].op.preserve == most
@@ -610,6 +943,8 @@ def test_a_file_may_hold_the_schedule_under_its_key(tmp_path: Path) -> None:
     assert from_text(str(tmp_path / "a.toml")) == {"seed": 3}
     (tmp_path / "b.json").write_text('{"growth": 1, "seed": 3}')
     assert from_text(str(tmp_path / "b.json")) == {"growth": 1, "seed": 3}
+    (tmp_path / "c.json").write_text('[{"name": "set_lr"}]')
+    assert from_text(str(tmp_path / "c.json")) == [{"name": "set_lr"}]
     assert from_text(' {"seed": 3}') == {"seed": 3} and from_text("[]") == [] and from_text("seed: 3\n") == {"seed": 3}
     assert from_text("{seed: 3}") == {"seed": 3} and from_text("[{name: set_lr}]") == [{"name": "set_lr"}]
 
@@ -617,11 +952,15 @@ def test_a_file_may_hold_the_schedule_under_its_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", "{", "not valid JSON"), ("a.toml", "= 3", "not valid TOML"), ("a.yaml", "a: [", "not valid YAML"),
-        ("a.yml", "a: [", "not valid YAML"), ("a.json", None, "the file cannot be read"), ("a.txt", "{}", "give a file ending in .json"),
+        ("a.json", "{", "not valid JSON"),
+        ("a.toml", "= 3", "not valid TOML"),
+        ("a.yaml", "a: [", "not valid YAML"),
+        ("a.yml", "a: [", "not valid YAML"),
+        ("a.json", None, "the file cannot be read"),
+        ("a.txt", "{}", "give a file ending in .json"),
         ("a", "{}", "give a file ending in .json"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_none(tmp_path: Path, name: str, content: str | None, said: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -634,3 +973,16 @@ def test_a_file_that_is_none(tmp_path: Path, name: str, content: str | None, sai
 def test_an_inline_schedule_that_is_none(text: str) -> None:
     with pytest.raises(ConfigError, match="is neither TOML, JSON nor YAML"):
         from_text(text)
+
+
+def test_a_long_text_is_shown_in_part() -> None:
+    for count, whole in ((200, True), (201, False)):
+        text = "{" + "x" * (count - 1)
+        with pytest.raises(ConfigError) as e:
+            from_text(text)
+        assert (text in str(e.value)) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give its file" in str(e.value)
+    for count, whole in ((120, True), (121, False)):
+        text = "x" * count
+        with pytest.raises(ConfigError) as e:
+            from_text(text)
+        assert (text in str(e.value)) is whole and "is no schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)

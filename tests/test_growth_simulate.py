@@ -101,7 +101,8 @@ def test_the_segments_of_a_run_are_cut_where_its_ops_act() -> None:
 def test_a_run_without_ops_is_one_segment() -> None:
     (only,) = segments(Plan(config(), 641), 300)
     assert only == {
-        "op": "", "begins": 0, "ends": 70, "tokens": 4480, "flops": 4480 * 68736, "params": 11520, "active": 11520, "flops_per_token": 68736,
+        "op": "", "begins": 0, "ends": 70, "tokens": 4480, "flops": 4480 * 68736, "params": 11520, "active": 11520,
+        "flops_per_token": 68736,
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,9 +67,14 @@ def test_models_are_still_and_are_as_they_were_afterwards(full: bool, dtype: str
     models = [Says(1.0).train(), Says(1.0).eval()]
     for model in models:
         model.cfg = CFG.changed(dtype="bfloat16")
-    with pytest.raises(RuntimeError), still(*models, full=full):  # type: ignore[arg-type]
-        assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [(False, dtype, False)] * 2
-        raise RuntimeError
+
+    def look() -> None:
+        with still(*models, full=full):  # type: ignore[arg-type]
+            assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [(False, dtype, False)] * 2
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        look()
     assert [(m.training, m.cfg.dtype) for m in models] == [(True, "bfloat16"), (False, "bfloat16")] and torch.is_grad_enabled()
 
 
@@ -91,11 +96,20 @@ def test_how_far_logits_move(before: list[float], after: list[float], expected: 
     assert delta(Says(*before), Says(*after), IDX) == expected  # type: ignore[arg-type]
 
 
+def test_logits_are_compared_as_they_are_computed_unless_in_full() -> None:
+    before, after = Says(0.5), Says(0.5)
+    before.cfg = after.cfg = CFG.changed(dtype="bfloat16")
+    delta(before, after, IDX)  # type: ignore[arg-type]
+    delta(before, after, IDX, full=True)  # type: ignore[arg-type]
+    assert before.seen == after.seen == [(False, "bfloat16", False), (False, "float32", False)]
+
+
 PROMISES: list[tuple[str, torch.dtype, list[float], list[float], bool, str]] = [
     ("bitexact", torch.float32, [0.5], [0.5], True, "max |delta logits| 0; bit-exact means 0"),
     ("bitexact", torch.float32, [0.5], [0.5 + 1e-12], False, "max |delta logits| 1e-12; bit-exact means 0"),
     ("exact", torch.float32, [0.5], [0.5 + 0.99e-5], True, "max |delta logits| 9.9e-06; exact means 1e-05 at most, of logits up to 0.5"),
     ("exact", torch.float32, [0.5], [0.5 + 1.01e-5], False, "max |delta logits| 1.01e-05; exact means 1e-05 at most, of logits up to 0.5"),
+    ("exact", torch.float32, [0.0], [1e-5], True, "max |delta logits| 1e-05; exact means 1e-05 at most, of logits up to 0"),
     ("exact", torch.float32, [8.0], [8.0 + 7.9e-5], True, "max |delta logits| 7.9e-05; exact means 8e-05 at most, of logits up to 8"),
     ("exact", torch.float32, [8.0], [8.0 + 8.1e-5], False, "max |delta logits| 8.1e-05; exact means 8e-05 at most, of logits up to 8"),
     ("exact", torch.float64, [0.5], [0.5 + 0.99e-10], True, "exact means 1e-10 at most, of logits up to 0.5"),
@@ -114,6 +128,25 @@ PROMISES: list[tuple[str, torch.dtype, list[float], list[float], bool, str]] = [
 def test_a_promise_and_its_bound(promise: str, dtype: torch.dtype, before: list[float], after: list[float], ok: bool, words: str) -> None:
     found = said(promise, Says(*before), Says(*after, dtype=dtype))
     assert (found.name, found.ok) == ("function", ok) and words in found.detail
+
+
+@pytest.mark.parametrize(
+    ("logits", "ok"),
+    [
+        ([[0.0, -math.inf], [1.0, -math.inf]], True),
+        ([[0.0, 1.0], [math.nan, 1.0]], False),
+        ([[-math.inf, -math.inf], [0.0, 0.0]], False),
+    ],
+)
+def test_each_token_must_have_a_chance(logits: list[list[float]], ok: bool) -> None:
+    before, after = Says(0.0), Says(0.0)
+    before.logits, after.logits = torch.zeros(2, 2), torch.tensor(logits)
+    assert said("none", before, after).ok is ok
+
+
+def test_a_check_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(FrozenInstanceError):
+        covered(0.1, 0.2).ok = True  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +287,18 @@ def test_a_tensor_is_locked_when_all_of_its_copies_are() -> None:
         other[row] = [3.0]
         model.named[names[2]] = torch.tensor(other)
         assert symmetry_lock(moved, model) == [], row
+
+
+def test_copies_are_compared_without_the_factors_that_they_began_with() -> None:
+    names = EXPERTS[:2]
+    pieces = {names[0]: Piece("w", weight=1.0), names[1]: Piece("w", weight=2.0)}
+    moved = IndexMap(pieces, {}, {name: torch.Size((1, 1)) for name in names})
+    for value, locked in ((6.0, True), (3.0, False)):
+        model = Tensors(**{names[0].replace(".", "__"): torch.tensor([[3.0]]), names[1].replace(".", "__"): torch.tensor([[value]])})
+        assert symmetry_lock(moved, model) == ([names[1]] if locked else [])
+
+
+EXPERTS = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
 
 
 def test_how_far_apart_is_not_yet_parted_may_be_said() -> None:
@@ -413,4 +458,4 @@ def test_a_grown_model_passes_what_it_declares() -> None:
     assert preserved("exact", model, new, IDX).ok and router_scale(model, new, IDX).ok
     assert grouped(new, Optimizers(new.cfg, new)).ok and tied(model.cfg, new).ok
     assert set(symmetry_lock(replace(moved, pieces=moved.pieces), new)) == {name for name, *_ in moved.copies()}
-    assert verify.EXACT == {torch.float64: 1e-10, torch.float32: 1e-5} and verify.EQUAL == 1e-5
+    assert {torch.float64: 1e-10, torch.float32: 1e-5} == verify.EXACT and verify.EQUAL == 1e-5

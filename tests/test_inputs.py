@@ -102,7 +102,7 @@ def test_what_no_file_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("x" * 300, lambda path: None, "cannot be read: a name of 300 bytes"),
         ("file/x", lambda path: path.parent.touch(), "cannot be read: a part of the path is a file"),
     ],
-    ids=short,
+    ids=["a file", "nothing", "a folder", "a pipe", "a device", "a loop", "a long name", "below a file"],
 )
 def test_what_is_no_file(tmp_path: Path, name: str, make: Callable[[Path], Any], why: str) -> None:
     make(tmp_path / name)

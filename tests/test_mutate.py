@@ -65,6 +65,7 @@ def test_a_bug_is_planted(source: str, mutant: str) -> None:
         "x = path.read_text(encoding=name)",
         "assert isinstance(x, int) and y < name, x",
         "x = (a for a in b)",
+        "try:\n    x = a\nexcept (b.Error, c.Error):\n    x = a",
     ],
 )
 def test_nothing_is_planted_where_no_test_can_notice(source: str) -> None:

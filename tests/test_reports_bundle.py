@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import GOOD, bundled, entry, zipped
+from test_bundle import GOOD, bundled, entry, lying_bomb, zipped
 
 from mainrun.errors import MainrunError, UsageError
 from reports import bundle
@@ -76,7 +76,15 @@ def test_a_name_is_shown_without_moving_the_cursor() -> None:
 
 @pytest.mark.parametrize(
     ("n", "said"),
-    [(0, "0.0 kB"), (1500, "1.5 kB"), (999_999, "1000.0 kB"), (1e6, "1.0 MB"), (50_000_000, "50.0 MB"), (1_250_000, "1.2 MB")],
+    [
+        (0, "0.0 kB"),
+        (1500, "1.5 kB"),
+        (999_999, "1000.0 kB"),
+        (1e6, "1.0 MB"),
+        (50_000_000, "50.0 MB"),
+        (1_250_000, "1.2 MB"),
+        (1e12, "1000000.0 MB"),
+    ],
 )
 def test_how_a_size_is_written(n: float, said: str) -> None:
     assert size(n) == said
@@ -212,6 +220,11 @@ def test_an_entry_of_some_bytes(tmp_path: Path, size_of_data: int) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(changed(data=b"y" * size_of_data))
     assert read(path)["code/x"] == b"y" * size_of_data
+
+
+def test_a_file_longer_than_it_says(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(lying_bomb())
+    assert "no whole zip" in refusal(tmp_path / "x.zip")
 
 
 def test_the_order_of_the_directory_is_free(tmp_path: Path) -> None:

@@ -392,6 +392,8 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / make_run(seed=seed).id, tmp_path / f"again-{seed}")
     said = refusal(tmp_path)
     assert said.splitlines()[1].startswith("seed 1 of baseline is there more than once (") and "seed 3 of baseline" in said
+    first = said.splitlines()[1]
+    assert "again-1" in first and "again-3" not in first
     assert str(tmp_path / "again-1") in said and str(tmp_path / make_run().id) in said and "seed 2" not in said
 
 
@@ -405,6 +407,11 @@ def named(*runs: Run) -> list[tuple[str, list[int]]]:
 def test_runs_that_differ_by_their_seed_are_a_recipe() -> None:
     runs = (make_run(seed=3), make_run("optimized"), make_run(seed=1), make_run(seed=2, fields={"log_every": 7}))
     assert named(*runs) == [("baseline", [1, 2, 3]), ("optimized", [1])]
+
+
+def test_recipes_stand_in_one_order() -> None:
+    runs = [make_run(fields={"lr": lr}) for lr in (0.1, 0.2, 0.3)]
+    assert named(*runs) == named(*reversed(runs)) == named(*sorted(runs, key=lambda run: run.id))
 
 
 def test_a_preset_is_told_apart_from_its_own_kind_alone() -> None:
@@ -615,7 +622,7 @@ def test_the_fields_that_a_study_searched() -> None:
         make_trial(0, **{"params.lr": 0.1, "params.wd": 1, "params.only": None, "params.once": 3, "other": 1}),
         make_trial(1, **{"params.lr": 0.2, "params.wd": 1, "params.only": None, "params.once": None, "other": 2}),
     ]
-    assert make_study(*trials).searched == ["lr"] and make_study().searched == []
+    assert make_study(*trials).searched == ["lr"] and make_study().searched == [] and make_study(trials[0]).searched == []
 
 
 @pytest.mark.parametrize("empty", [None, {}, [], ""])
@@ -623,6 +630,7 @@ def test_a_fact_is_looked_for_in_three_places(empty: Any) -> None:
     study = make_study(a=1, b=empty, study={"b": 2, "c": empty, "a": 9}, evidence={"c": 3, "b": 9})
     assert [study.fact(name) for name in "abcd"] == [1, 2, 3, None]
     assert make_study(study=None, a=0).fact("a") == 0
+    assert make_study(study=None, evidence={"a": 1}).fact("a") == 1 and make_study(evidence=None).fact("a") is None
 
 
 def test_the_name_of_a_study() -> None:

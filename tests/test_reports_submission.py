@@ -301,6 +301,16 @@ def test_the_newest_checkpoint_goes_in(desk: Desk) -> None:
     assert made.files[inside[1]] == b"\0" * 10
 
 
+@pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
+def test_a_checkpoint_that_lacks_a_file(desk: Desk, name: str) -> None:
+    newest = checkpoint(desk.folder, 4)
+    (newest / name).unlink()
+    said = desk.refusal()
+    assert str(newest) in said and name in said
+    (newest / name).mkdir()
+    assert str(newest / name) in desk.refusal()
+
+
 @pytest.mark.parametrize(("weights", "inside"), [(998, True), (999, False)])
 def test_a_checkpoint_up_to_a_size(desk: Desk, weights: int, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "CHECKPOINT", 1000)

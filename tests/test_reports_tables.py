@@ -546,6 +546,7 @@ def test_the_confirmation_of_a_study() -> None:
             "why": "within noise",
             "params": None,
         },
+        {"interval": [0.01, 0.02]},
         {},
         "no row",
     ]
@@ -554,6 +555,7 @@ def test_the_confirmation_of_a_study() -> None:
     assert cells(table) == [
         ["6", "1.5100", f"{MINUS}0.0210", f"{MINUS}0.0300", f"{MINUS}0.0120", "<0.001", "claimed", "lr 0.005"],
         ["7", "1.5200", "+0.0100", "", "", "0.040", "within noise", "none"],
+        ["", "", "", "+0.0100", "+0.0200", "", "", "none"],
         ["", "", "", "", "", "", "", "none"],
     ]
     assert look(table) == [*[(0.0, True)] * 6, (0.25, False), (0.35, False)]

@@ -411,7 +411,7 @@ def test_a_step_that_the_log_leaves_out_is_not_compared(case: Case) -> None:
     assert case.refusal() == "step 2: lr is 0.1 in the log, 0.2 now"
 
 
-@pytest.mark.parametrize(("there", "now"), [(True, 1), (None, 5.0), ("5.0", 5.0), (5, 5.0)])
+@pytest.mark.parametrize(("there", "now"), [(True, 1), (None, 5.0), ("5.0", 5.0), (5, 5.0), (5.0, 5)])
 def test_a_tolerance_is_for_numbers_alone(case: Case, there: Any, now: Any) -> None:
     case.found["machine_class"] = MACHINE | {"device": "cuda"}
     case.edit_rows(lambda rows: rows[0].update(extra=there))

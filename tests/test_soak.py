@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,11 @@ import torch
 from soak_sessions import Ending, Session, Strike
 
 from mainrun.config import Plan
+from mainrun.reuse import Reuse
+from mainrun.sitting import finish
+from mainrun.store.files import Folder
+from mainrun.store.nodes import Store
+from mainrun.store.rundir import RunDir, write_json
 from mainrun.train import Optimizers, build
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +186,57 @@ def test_new_parameters_join_the_momentum_of_the_others(tiny) -> None:
     assert list(momentum.values()) == pytest.approx([1.9] * len(momentum))
 
 
+def test_a_store_that_another_process_begins_meanwhile_is_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Folder.read
+
+    def read_late(self: Folder, name: str) -> bytes:
+        try:
+            return read(self, name)
+        except FileNotFoundError:  # here the process pauses
+            (tmp_path / "nodes").mkdir()
+            (tmp_path / "store.json").write_text('{"format": 1}')
+            raise
+
+    monkeypatch.setattr(Folder, "read", read_late)
+    assert Store(tmp_path).node_keys() == set()
+
+
+def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
+    """A kill between the two writes must not leave a finished run that is `running` for ever."""
+    seen = []
+    run = RunDir(tmp_path)
+
+    def write(name: str, value: Any) -> None:
+        seen.append((name, run.status().get("state")))
+        write_json(tmp_path / name, value)
+
+    run.write = write
+    state = SimpleNamespace(spent={"steps": 1.0}, ledger={"reused_tokens": 0}, step=3)
+    finish(run, state, Plan(tiny(), 10_000), {})
+    assert seen == [("status.json", None), ("summary.json", "done")]
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "shown"),
+    [
+        ("OPERATION_LOOKBACK", 15, False),
+        ("OPERATION_LOOKBACK", 16, True),
+        ("OPERATION_RECOMPILE", 15, False),
+        ("OPERATION_START", 15, True),
+        ("OPERATION_SUCCESS", 15, True),
+        ("OPERATION_START", 14, False),
+        ("step", 15, False),
+        ("step", 16, True),
+    ],
+)
+def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(event: str, step: int, shown: bool, tiny) -> None:
+    """A look back belongs to the step that it comes with; an op acts after its step."""
+    reuse = object.__new__(Reuse)
+    reuse.cfg, reuse.plan = tiny(), Plan(tiny(), 10_000)
+    row = {"event": event, "step": step}
+    assert list(reuse._shown([SimpleNamespace(rows=[row], geometry=[])], since=15)) == [row] * shown
+
+
 def run_soak(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """In an interpreter of its own, which has not computed anything before it forks."""
     program = (
@@ -199,7 +256,7 @@ def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_product_that_loses_the_optimizers_state_fails(tmp_path: Path) -> None:
     loses = "import mainrun.train\nmainrun.train.Optimizers.load = lambda *_, **__: None"
-    done = run_soak(loses, "--seed", "1", "--only", "1", "--out", str(tmp_path))  # adamw
+    done = run_soak(loses, "--seed", "1", "--kills", "10", "--out", str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED" in done.stdout and "undisturbed" in done.stdout
-    assert "./task soak -- --seed 1 --only 1" in done.stdout, "how to see it again"
+    assert "./task soak -- --seed 1 --only " in done.stdout, "how to see it again"

@@ -168,6 +168,7 @@ def test_the_interval_of_a_mean_is_scipys(values: tuple[float, ...]) -> None:
         ({1: 2.0, 2: 2.5, 3: 4.0}, {4: 1.75, 5: 1.0}, "welch"),
         ({1: 2.0, 2: 2.0}, {3: 1.75, 4: 1.0, 5: 1.5}, "welch"),
         ({1: 3.0, 2: 3.5, 3: 3.25}, {4: 1.0, 5: 1.0}, "welch"),
+        ({1: 3.0, 2: 3.5}, {3: 1.0, 4: 1.5}, "welch"),  # the same spread in both
     ],
 )
 @pytest.mark.filterwarnings("ignore:Precision loss")

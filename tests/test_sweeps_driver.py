@@ -450,6 +450,13 @@ def test_what_is_there_already_needs_no_worker(tmp_path: Path, status: dict[str,
     assert [task.until for task in study.trainer.tasks] == [until] * asked
 
 
+def test_a_run_is_trained_to_its_end_unless_a_step_is_asked_for(tmp_path: Path) -> None:
+    study = Prepared(tmp_path, [1.0])
+    study.search.ask()
+    study.search.train(study.search.base)
+    assert [task.until for task in study.trainer.tasks] == [0]
+
+
 def test_a_run_of_another_config_in_its_place_is_refused(tmp_path: Path) -> None:
     study = Prepared(tmp_path, [1.0])
     search = study.search

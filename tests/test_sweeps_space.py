@@ -277,7 +277,7 @@ def test_what_is_wrong_with_a_condition(when: dict[str, list[Any]], more: dict[s
         ({"optimizer": "muon"}, {"optimizer", "lr"}),
         ({"optimizer": "sgd", "schedule": "wsd"}, {"optimizer", "momentum", "both", "lr"}),
     ],
-    ids=str,
+    ids=["sgd", "adamw", "the base", "muon", "two conditions"],
 )
 def test_the_parameters_whose_conditions_hold(values: dict[str, Any], names: set[str]) -> None:
     """Of the base where the space has no value; all conditions of a parameter."""

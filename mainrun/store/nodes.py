@@ -128,7 +128,8 @@ class Store:
                 raise ConfigError(f"store {place} {got}; give another, or --no-store")
         except FileNotFoundError:
             strays = self.files.names("") - {"new", "leases", "wants", "pins"}  # those may be there before the first node is
-            if strays:
+            # Another process may have begun the store since: it writes store.json before the first node.
+            if strays and not self.files.exists("store.json"):
                 got = f"{', '.join(sorted(strays)[:3])} but no store.json"
                 raise ConfigError(f"store {place} holds {got}, so it is no store of ours; give another place, or --no-store") from None
         except NotADirectoryError:
