@@ -228,7 +228,8 @@ def _train_one(
             raise
         finally:
             progress.close()
-    crash.unlink(missing_ok=True)
+    with suppress(OSError):  # a folder of that name is none of ours
+        crash.unlink(missing_ok=True)
     return summary
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mainrun import inputs
 from mainrun.config import Stretch, TrainConfig
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
 from mainrun.host import cores
@@ -314,13 +315,17 @@ def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
     if not os.path.lexists(entry):
         return None
     try:
+        for file in entry.iterdir():
+            fault = inputs.not_a_file(file)  # to open a pipe would wait for a writer
+            if fault:
+                raise ValueError(f"{file.name} {fault}")
         meta = json.loads((entry / "meta.json").read_bytes())
         tokenizer = Tokenizer.from_json((entry / "tokenizer.json").read_text(encoding="utf-8"))
         splits = {split: np.load(entry / f"{split}.npy", mmap_mode="r") for split in SPLITS if split in meta["chars"]}
         if meta["digest"] != _digest(tokenizer, splits, meta["chars"], meta["bytes"]):
             raise ValueError("its checksum differs")
         return TokenData(tokenizer, splits, meta["chars"], meta["bytes"], meta["digest"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RunError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, RunError) as e:
         if warn:
             warnings.warn(f"cached tokens {entry} are damaged ({e}); they are built again", stacklevel=3)
         return None

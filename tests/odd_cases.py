@@ -257,7 +257,8 @@ def store(rng: random.Random) -> str:
 
 def url(rng: random.Random) -> str:
     urls = ("http://127.0.0.1:9/x", "https://127.0.0.1:9/", "http://", "http://[", "http://x:99999/", "ftp://x", "file:x", "http://\x00/",
-            "http://a b/", "http://" + "x" * 300 + "/", "http://user:" + "secret@127.0.0.1:9/x", "http://127.0.0.1:9/" + "x" * 5000)  # fmt: skip
+            "http://a b/", "http://" + "x" * 300 + "/", "http://user:" + "secret@127.0.0.1:9/x",
+            "http://127.0.0.1:9/" + "x" * 5000)  # fmt: skip
     return rng.choice((word, lambda r: r.choice(urls)))(rng)
 
 

@@ -85,7 +85,7 @@ def write_run(
     for step in range(1, until + 1):
         rows.append(step_row(step, reused=step <= reused))
         if step in eval_steps:
-            rows += [eval_row("val", step, val(cfg, step)), eval_row("dev", step, score(cfg, step))]
+            rows += [eval_row("dev", step, score(cfg, step)), eval_row("val", step, val(cfg, step))]
     write_rows(folder, rows)
     (folder / "config.json").write_text(json.dumps({"config": cfg.model_dump(), "digest": cfg.digest}))
     (folder / "status.json").write_text(json.dumps({"state": "done" if done else "interrupted", "step": until}))

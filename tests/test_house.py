@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "mainrun.store": "mainrun.inputs mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
     "mainrun.corpus": "mainrun.synthetic mainrun.host mainrun.inputs mainrun.config mainrun.errors",
-    "mainrun.tokens": "mainrun.corpus mainrun.host mainrun.config mainrun.errors",
+    "mainrun.tokens": "mainrun.corpus mainrun.host mainrun.config mainrun.errors mainrun.inputs",
     "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.inputs mainrun.config mainrun.errors "

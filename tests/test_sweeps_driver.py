@@ -33,6 +33,7 @@ from sweeps import driver, record
 from sweeps.driver import Search, Trial, sets_of
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger
+from sweeps.sampling import Asker
 
 RUNGS = {"at": [0.4], "keep": 0.5}  # at step 4 of 10
 TOKENS = 128 * STEPS  # of a trial
@@ -292,6 +293,21 @@ def test_workers_do_not_change_what_is_told(tmp_path: Path, workers: int) -> Non
     assert [call[1] for call in study.script.calls] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8, 3, 4, 5]
 
 
+def test_the_values_are_those_of_the_studys_sampler(tmp_path: Path) -> None:
+    study = make_study()
+    search = make_search(tmp_path, study, Trainer(lambda cfg, step: cfg.lr))
+    search.run()
+    sampler = Asker(study, study.base())
+    assert [trial.values for trial in search.trials] == [sampler.ask(number) for number in range(6)]
+    assert len({trial.run for trial in search.trials}) == 6
+
+
+def test_what_a_trial_comes_to_is_a_value(tmp_path: Path) -> None:
+    made = Prepared(tmp_path, [1.0]).search._make({})
+    with pytest.raises(AttributeError):
+        made.stops = ()  # type: ignore[misc]
+
+
 def test_a_generation_waits_for_the_one_before_the_last(tmp_path: Path) -> None:
     study = Prepared(tmp_path, [1.0] * 9, generation=3)
     search = study.search
@@ -472,7 +488,14 @@ def test_a_score_is_that_of_its_step_and_split(tmp_path: Path) -> None:
     search = study.search
     folder = search.runs / search.base.run_id
     folder.mkdir(parents=True)
-    rows = [eval_row("dev", 2, 7.0), step_row(4), eval_row("val", 4, 1.0), eval_row("dev", 4, 3.0), eval_row("dev", 4, 2.0)]
+    rows = [
+        eval_row("dev", 2, 7.0),
+        step_row(4),
+        eval_row("val", 4, 1.0),
+        eval_row("dev", 4, 3.0),
+        eval_row("dev", 4, 2.0),
+        eval_row("val", 4, 0.5),
+    ]
     write_rows(folder, [*rows, eval_row("dev", 6, 5.0)])
     assert search.scored(search.base, 4) == 2.0, "the last one, where a run was resumed"
     assert search.scored(search.base, 2) == 7.0
@@ -677,6 +700,13 @@ def test_a_branch_is_trained_behind_its_trial(tmp_path: Path) -> None:
     assert trained[:4] == [(rates[0], 0, 4), (rates[0], 6, 0), (rates[1], 0, 4), (rates[1], 6, 0)]
     assert trained[4:] == [(rates[0], 0, 0)]
     assert study.search._make({}).branches[0].max_steps == 6
+
+
+def test_every_rung_but_the_end_has_a_branch(tmp_path: Path) -> None:
+    rungs = {"at": [0.2, 0.4, 0.6], "score": "branch", "branch": 0.5}
+    made = Prepared(tmp_path, [1.0], fields=WSD, rungs=rungs).search._make({})
+    assert made.stops == (2, 4, 6, 10)
+    assert {rung: cfg.max_steps for rung, cfg in made.branches.items()} == {0: 4, 1: 6, 2: 9}
 
 
 def test_only_a_study_that_asks_for_branches_has_them(tmp_path: Path) -> None:

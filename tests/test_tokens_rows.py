@@ -304,6 +304,11 @@ def change_meta(entry: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (entry / "meta.json").write_text(json.dumps(change(meta)))
 
 
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -320,6 +325,8 @@ def change_meta(entry: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         lambda entry: (entry / "tokenizer.json").write_bytes(b"\xff"),
         lambda entry: (entry / "tokenizer.json").write_text("{}"),
         lambda entry: (entry / "val.npy").write_bytes(b""),
+        lambda entry: (entry / "meta.json").write_text("[" * 100_000),
+        *(lambda entry, name=name: make_pipe(entry / name) for name in ("meta.json", "tokenizer.json", "val.npy")),
         lambda entry: np.save(entry / "val.npy", np.array([None])),
         lambda entry: np.save(entry / "val.npy", np.load(entry / "val.npy").astype(np.uint32)),
     ],

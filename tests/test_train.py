@@ -606,7 +606,7 @@ def test_a_disk_that_is_full_at_the_summary_costs_no_step(
         return found
 
     monkeypatch.setattr(trainer, "summarize", then_full)
-    with pytest.raises(DiskFull, match=r"summary\.json"):
+    with pytest.raises(DiskFull, match=r"status\.json"):
         train(cfg, small_disk)
     monkeypatch.undo()
     no_half_files(small_disk / cfg.run_id)

@@ -329,6 +329,8 @@ def test_alone_it_lists_the_menu(made: House) -> None:
             "sweep",
             "dashboard",
             "test",
+            "mutate",
+            "soak",
             "check",
             "checkpoint",
             "submit",
