@@ -44,6 +44,7 @@ def owned(folder: Path, study: Study) -> Iterator[None]:
         before = begun(folder)
         if before and before["digest"] != study.digest:
             changes = "; ".join(differences(decisive(before["study"]), decisive(study.model_dump(mode="json"))))
+            changes = changes or "its study.json was changed; restore it"
             raise UsageError(
                 f"{folder} holds another study of that name: {changes}. Go on with the old file, or start this one anew with --as NAME"
             )
