@@ -113,6 +113,7 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
         code = 70

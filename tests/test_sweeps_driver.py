@@ -364,7 +364,7 @@ def test_a_budget_of_flops_ends_the_study(tmp_path: Path, share: float, asked: i
     assert flops > 0
     study = Prepared(tmp_path / "second", [1.0] * 20, generation=3, budget={"flops": share * 3 * flops}, rungs=None)
     study.run()
-    assert len(study.trials) == asked
+    assert len(study.trials) == asked and study.search.left() == 0
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.0, 50), (119.0, 50), (120.0, 0), (121.0, 0)])
@@ -718,6 +718,16 @@ def test_the_steps_of_a_branch_are_counted_apart(tmp_path: Path) -> None:
     study.run()
     assert steps(cost(study, 0)) == (16, 16, 0, 0, 6)
     assert steps(cost(study, 1)) == (10, 10, 0, 10, 6)
+
+
+def test_a_branch_that_was_never_begun_costs_nothing(tmp_path: Path) -> None:
+    """A trial that ends at the first of two rungs."""
+    rungs = {"at": [0.4, 0.6], "keep": 0.5, "score": "branch", "branch": 0.5}
+    study = Prepared(tmp_path, [1.0, 2.0], fields=WSD, rungs=rungs)
+    study.trainer.score = lambda cfg, step: cfg.lr if cfg.lr == 0.011 else 0.0
+    assert study.run() == states("dp")
+    assert steps(cost(study, 1)) == (10, 10, 0, 10, 6)
+    assert steps(cost(study, 0)) == (10 + 6 + 9, 25, 0, 0, 15)
 
 
 def test_a_branch_that_diverges_ends_its_trial(tmp_path: Path) -> None:
