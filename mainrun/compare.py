@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
+from mainrun.inputs import shown
 from mainrun.progress import clock, percent, short
-from mainrun.store.records import shown
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""What comes from outside: values in messages, paths, and files in TOML, JSON and YAML. No library but PyYAML, when there is YAML.
+"""Input from outside: values in messages, paths, and files in TOML, JSON and YAML. PyYAML is imported only for YAML.
 
 A file or a text that cannot be used is a `ValueError` (`BadInput`) whose words complete a sentence that begins with its name:
 "preset.toml" + " is a folder; give a file".
@@ -71,7 +71,7 @@ def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def bad_path(text: str) -> str:
-    """Why no file can have this name, and what to do; empty when one can."""
+    """Why no file can have this name, and what to do; empty if one can."""
     if not text.strip():
         return "which is empty; give a path"
     if "\0" in text:
@@ -93,7 +93,7 @@ def bad_path(text: str) -> str:
 
 
 def check_path(text: str | Path, what: str) -> None:
-    """Refuse what no file can be called. `what` is the option, like --out."""
+    """Refuse a path that no file can have. `what` is the option, such as --out."""
     why = bad_path(str(text))
     if why:
         raise UsageError(f"got {what} {shown(str(text), 80)}, {why}")
@@ -277,7 +277,7 @@ def _yaml_loader() -> Any:
 
 
 def plain(e: Exception) -> str:
-    """What a parser says, without Python's advice to programmers."""
+    """The message of a parser, without Python's advice to programmers."""
     if isinstance(e, RecursionError):
         return DEEP
     digits = re.search(r"value has (\d+) digits", str(e))
@@ -287,7 +287,7 @@ def plain(e: Exception) -> str:
 
 
 def check_data(data: Any) -> None:
-    """Refuse what no part of the program can hold: endless nesting, numbers that cannot be printed, texts that cannot be written."""
+    """Refuse data that the program cannot handle: deep nesting, numbers too long to print, text that cannot be written."""
     todo = [(data, 1)]
     for _ in range(MOST_VALUES):
         if not todo:

@@ -29,7 +29,7 @@ LONGEST = 200  # bytes of a name
 CHECKPOINT = 20_000_000  # a run's last weights go in up to this size, so that its last score can be taken again
 MANIFEST, REPORT, RUN, CODE = "MANIFEST.json", "report.pdf", "run/", "code/"
 DOS_NAMES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
-AGAIN = "; get it again from whoever made it"
+AGAIN = "; get it again from its author"
 
 
 class BundleError(UsageError):

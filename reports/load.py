@@ -244,9 +244,9 @@ def _run(run: RunDir) -> Run:
     missing = [name for name in ("env.json", "metrics.jsonl", "tokenizer.json") if not (run.path / name).is_file()]
     if missing:
         raise RunError(f"{run.path} lacks {', '.join(missing)}; restore what is missing, or train the run again with --fresh")
-    found = Run(run.path, run.config(), run.plan(), run.env(), summary, run.rows(), run.journal())
-    _check_run(run, found)
-    return found
+    loaded = Run(run.path, run.config(), run.plan(), run.env(), summary, run.rows(), run.journal())
+    _check_run(run, loaded)
+    return loaded
 
 
 # what the pages need beside what a comparison needs
@@ -256,22 +256,22 @@ STARTED = {"params": records.count, "flops_per_token": records.positive}
 ENDED = {"tokens": records.count, "value": records.anything, "step": records.step}
 
 
-def _check_run(run: RunDir, found: Run) -> None:
-    """What the pages need of a run is there, and its journal goes with its config."""
-    faults = {"summary.json": records.fault(found.summary, REPORTED)}
-    faults["metrics.jsonl"] = next((fault for row in found.rows if (fault := records.fault(row, ROWS[row["event"]]))), "")
-    faults["growth.jsonl"] = next((fault for row in found.journal if (fault := records.fault(row, _needed(row)))), "")
-    if not found.steps or not found.evals:
-        faults["metrics.jsonl"] = "has no row of a step" if not found.steps else "has no score of val"
-    if any("params" in op for op in found.ops) and not any(row["event"].endswith("START") for row in found.journal):
+def _check_run(run: RunDir, loaded: Run) -> None:
+    """Check that a run has what the pages need, and that its journal fits its config."""
+    faults = {"summary.json": records.fault(loaded.summary, REPORTED)}
+    faults["metrics.jsonl"] = next((fault for row in loaded.rows if (fault := records.fault(row, ROWS[row["event"]]))), "")
+    faults["growth.jsonl"] = next((fault for row in loaded.journal if (fault := records.fault(row, _needed(row)))), "")
+    if not loaded.steps or not loaded.evals:
+        faults["metrics.jsonl"] = "has no row of a step" if not loaded.steps else "has no score of val"
+    if any("params" in op for op in loaded.ops) and not any(row["event"].endswith("START") for row in loaded.journal):
         faults["growth.jsonl"] = "says how ops ended, and of none that it began"
     for name, fault in faults.items():
         if fault:
             raise RunError(f"{run.path / name} is damaged: it {fault}; {run.fix}")
-    if "train_tokens" not in found.plan:
+    if "train_tokens" not in loaded.plan:
         raise RunError(f"{run.path}/config.json is damaged: it lacks 'plan.train_tokens'; {run.fix}")
     try:
-        _ = found.resolved
+        _ = loaded.resolved
     except (MainrunError, LookupError, AssertionError) as e:
         raise RunError(f"{run.path} cannot have trained as its config.json and growth.jsonl say ({e}); {run.fix}") from None
 

@@ -73,24 +73,24 @@ def finished(folder: Path) -> dict[str, Any]:
     """What came out."""
     before = known(folder)
     file = folder / "export.json"
-    found = _read(file, FINISHED)
-    if not found:
+    export = _read(file, FINISHED)
+    if not export:
         raise RunError(f"{folder} is not finished; `{before['command']}` goes on with it")
-    if fault := _disagrees(found):
+    if fault := _disagrees(export):
         raise RunError(f"{file} is damaged: {fault}; restore it, or remove it: `{before['command']}` writes it again")
-    return found
+    return export
 
 
-def _disagrees(found: dict[str, Any]) -> str:
-    """How the parts of what came out do not go together; empty: they do."""
-    numbers = [trial["trial"] for trial in found["trials"]]
+def _disagrees(export: dict[str, Any]) -> str:
+    """Why the parts of an export contradict each other; empty: they do not."""
+    numbers = [trial["trial"] for trial in export["trials"]]
     if len(set(numbers)) < len(numbers):
         return "it has a trial twice"
-    if unscored := [trial["trial"] for trial in found["trials"] if trial["state"] == "done" and trial["value"] is None]:
+    if unscored := [trial["trial"] for trial in export["trials"] if trial["state"] == "done" and trial["value"] is None]:
         return f"its trial {unscored[0]} is done and has no value"
-    if found.get("raw_rung_correlation") and not found["study"].get("rungs"):
+    if export.get("raw_rung_correlation") and not export["study"].get("rungs"):
         return "it has scores of rungs, and a study without rungs"
-    winner = (found.get("evidence") or {}).get("winner")
+    winner = (export.get("evidence") or {}).get("winner")
     return f"it has no trial {winner}, which it says won" if winner is not None and winner not in numbers else ""
 
 
@@ -119,8 +119,8 @@ FINISHED = BEGUN | {
 
 
 def _read(file: Path, shape: records.Shape) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = records.load(file, shape, f"restore it, or move {file.parent} away and begin anew")
-    return found
+    document: dict[str, Any] | None = records.load(file, shape, f"restore it, or move {file.parent} away and begin anew")
+    return document
 
 
 def decisive(study: dict[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_a_number_is_finite(field: str, value: float) -> None:
 
 def test_a_config_cannot_be_changed_and_takes_no_other_field() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        from_dict({}).lr = 1.0  # type: ignore[misc]
+        from_dict({}).lr = 1.0
     assert "lr='0.5' is not allowed" in refusals(lr="0.5")
     assert "n_layer=2.0 is not allowed" in refusals(n_layer=2.0)
     assert TrainConfig.model_json_schema()["properties"]["growth"]["type"] == "object"

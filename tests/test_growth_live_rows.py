@@ -585,7 +585,7 @@ def test_what_a_state_says_of_its_growth() -> None:
     for step, applied in ((10, 0), (11, 1)):
         node: Any = SimpleNamespace(step=step, grown={"marks": learns})
         assert taken(plan, node) == standing(plan, applied, learns)
-    assert taken(plan, SimpleNamespace(step=11, grown={}))["marks"] == {}  # type: ignore[arg-type]
+    assert taken(plan, SimpleNamespace(step=11, grown={}))["marks"] == {}
 
 
 def test_what_a_map_adds_is_not_kept() -> None:

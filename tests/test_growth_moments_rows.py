@@ -226,9 +226,9 @@ def test_a_tensor_that_restarts_keeps_nobody_else_from_going_on() -> None:
 def test_what_a_map_says_cannot_be_changed_afterwards() -> None:
     piece = Piece("w")
     with pytest.raises(FrozenInstanceError):
-        piece.weight = 2.0  # type: ignore[misc]
+        piece.weight = 2.0
     with pytest.raises(FrozenInstanceError):
-        moved(piece, 2, 3).old = {}  # type: ignore[misc]
+        moved(piece, 2, 3).old = {}
 
 
 def test_momentum_alone_needs_no_mean() -> None:

@@ -24,7 +24,7 @@ def pieces(model: GPT, what: Any, **fields: Any) -> dict[str, Piece]:
 
 
 def places(piece: Piece, dim: int) -> list[int] | None:
-    return None if not piece.index or piece.index[dim] is None else piece.index[dim].tolist()  # type: ignore[union-attr]
+    return None if not piece.index or piece.index[dim] is None else piece.index[dim].tolist()
 
 
 def change(before: TrainConfig, after: TrainConfig, what: Any = None, seed: int = 7) -> Change:
@@ -115,7 +115,7 @@ def test_an_outline_has_no_numbers_and_as_many_ids() -> None:
 @pytest.mark.parametrize(("training", "dtype"), [(True, torch.float32), (False, torch.float64)])
 def test_a_model_beside_another_is_of_its_kind(training: bool, dtype: torch.dtype) -> None:
     model = shaken(config(position="rope"), dtype=dtype).train(training)
-    model.blocks[0].attn.fused = model.blocks[1].attn.fused = training  # type: ignore[assignment]
+    model.blocks[0].attn.fused = model.blocks[1].attn.fused = training
     made = like(model, model.cfg.changed(n_layer=3))
     assert (made.training, made.embed.weight.dtype) == (training, dtype) and len(made.blocks) == 3
     assert {block.attn.fused for block in made.blocks} == {training}

@@ -53,7 +53,7 @@ class Says(nn.Module):
 
 
 def said(promise: str, before: Says, after: Says) -> Check:
-    return preserved(promise, before, after, IDX)  # type: ignore[arg-type]
+    return preserved(promise, before, after, IDX)
 
 
 def test_a_probe_is_drawn_by_its_seed() -> None:
@@ -69,7 +69,7 @@ def test_models_are_still_and_are_as_they_were_afterwards(full: bool, dtype: str
         model.cfg = CFG.changed(dtype="bfloat16")
 
     def look() -> None:
-        with still(*models, full=full):  # type: ignore[arg-type]
+        with still(*models, full=full):
             assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [(False, dtype, False)] * 2
             raise RuntimeError
 
@@ -93,14 +93,14 @@ DELTAS: dict[str, tuple[list[float], list[float], tuple[float, float]]] = {
 
 @pytest.mark.parametrize(("before", "after", "expected"), DELTAS.values(), ids=DELTAS)
 def test_how_far_logits_move(before: list[float], after: list[float], expected: tuple[float, float]) -> None:
-    assert delta(Says(*before), Says(*after), IDX) == expected  # type: ignore[arg-type]
+    assert delta(Says(*before), Says(*after), IDX) == expected
 
 
 def test_logits_are_compared_as_they_are_computed_unless_in_full() -> None:
     before, after = Says(0.5), Says(0.5)
     before.cfg = after.cfg = CFG.changed(dtype="bfloat16")
-    delta(before, after, IDX)  # type: ignore[arg-type]
-    delta(before, after, IDX, full=True)  # type: ignore[arg-type]
+    delta(before, after, IDX)
+    delta(before, after, IDX, full=True)
     assert before.seen == after.seen == [(False, "bfloat16", False), (False, "float32", False)]
 
 
@@ -146,7 +146,7 @@ def test_each_token_must_have_a_chance(logits: list[list[float]], ok: bool) -> N
 
 def test_a_check_cannot_be_changed_afterwards() -> None:
     with pytest.raises(FrozenInstanceError):
-        covered(0.1, 0.2).ok = True  # type: ignore[misc]
+        covered(0.1, 0.2).ok = True
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_head_that_is_tied_as_the_configs_say(tie: bool) -> None:
 def test_two_names_of_one_memory_are_named() -> None:
     model = shaken(config())
     first, second = model.blocks[0].mlp.up, model.blocks[1].mlp.up
-    first.weight.data = second.weight.data  # type: ignore[union-attr]
+    first.weight.data = second.weight.data
     found = tied(model.cfg, model)
     assert not found.ok and found.detail.endswith("shared: ['blocks.0.mlp.up.weight', 'blocks.1.mlp.up.weight']")
 
@@ -208,7 +208,7 @@ def test_each_tensor_is_in_one_group_and_nothing_else_is() -> None:
     stranger = nn.Parameter(torch.zeros(1))
 
     def check(*groups: list[Tensor]) -> tuple[bool, str]:
-        found = grouped(model, Held(*groups))  # type: ignore[arg-type]
+        found = grouped(model, Held(*groups))
         assert found.name == "groups"
         return found.ok, found.detail
 
@@ -224,7 +224,7 @@ def test_each_tensor_is_in_one_group_and_nothing_else_is() -> None:
     assert check([a, b], [c]) == (True, "3 tensors, each in one group")
     assert check([a, b], [c, d]) == (False, "1 tensors that do not train here")
     six = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(6)))
-    assert grouped(six, Held()).detail == ", ".join(f"{i}.weight in 0 groups" for i in range(5))  # type: ignore[arg-type]
+    assert grouped(six, Held()).detail == ", ".join(f"{i}.weight in 0 groups" for i in range(5))
 
 
 # -- locks

@@ -208,15 +208,15 @@ def test_all_is_handed_to_every_guard_and_an_error_in_one_fails_that_one(monkeyp
     guards(evidence())
     assert given == [False, True, False]
     with pytest.raises(TypeError):
-        guards(evidence(), True)  # type: ignore[misc]
+        guards(evidence(), True)
 
 
 def test_verdicts_and_evidence_cannot_be_changed() -> None:
     e = evidence()
     with pytest.raises(FrozenInstanceError):
-        e.initial_weights = "random"  # type: ignore[misc]
+        e.initial_weights = "random"
     with pytest.raises(FrozenInstanceError):
-        guards(e)[0].status = "pass"  # type: ignore[misc]
+        guards(e)[0].status = "pass"
 
 
 @pytest.mark.parametrize("split", ["val", "dev"])
@@ -443,7 +443,7 @@ def test_a_hash_of_another_file_fails_and_both_are_shown() -> None:
 def test_no_module_of_the_package_has_an_evaluate_of_its_own(module: str, own: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType(module)
     if own != "none":
-        fake.evaluate = scoring.evaluate if own == "the package's" else print  # type: ignore[attr-defined]
+        fake.evaluate = scoring.evaluate if own == "the package's" else print
     monkeypatch.setitem(sys.modules, module, fake)
     got, detail = check(evidence(), "same_evaluate")
     assert got == status
@@ -773,7 +773,7 @@ def frame_peeker(amount: float) -> Callable[[Tensor], Tensor]:
             targets = frame.f_locals.get("y")
             if isinstance(targets, Tensor) and targets.shape == idx.shape:
                 return amount * (targets[:, -1:] == EOS)
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return torch.zeros(idx.shape)
 
     return peek
@@ -866,7 +866,7 @@ def test_the_targets_that_are_given_are_the_next_tokens_and_a_row_backwards() ->
 
 def test_the_first_argument_is_the_input_whatever_its_name() -> None:
     class Named(Table):
-        def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, y: Tensor) -> Tensor:
             return super().forward(y)
 
     assert check(replace(evidence(), model=Named()), "targets_unseen")[0] == "pass"

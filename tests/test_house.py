@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "mainrun.machine "
     "mainrun.config",
     "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
-    "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
+    "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors mainrun.inputs",
     "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
     "mainrun.cli": "*",
     "mainrun.demo": "mainrun.store mainrun.progress mainrun.config mainrun.errors",

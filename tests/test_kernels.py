@@ -35,7 +35,7 @@ def both(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: T
         y = way(*given)
         y.backward(some(*y.shape, seed=9, dtype=y.dtype))
         found.append([y.detach(), *(t.grad for t in given)])
-    return list(zip(*found, strict=True))  # type: ignore[arg-type]
+    return list(zip(*found, strict=True))
 
 
 # -- norm
@@ -518,10 +518,10 @@ def test_which_kernel_computes_the_loss(
             assert axis == -1
             return vocab
 
-    Logits.dtype = dtype  # type: ignore[attr-defined]
+    Logits.dtype = dtype
     monkeypatch.setattr(kernels.CrossEntropy, "apply", lambda _l, _t, share, own: ("by hand" if own else "in chunks", share))
     monkeypatch.setattr(kernels.CrossEntropyOnGpu, "apply", lambda _l, _t: ("on the GPU", 0.0))
-    assert cross_entropy(Logits(), None, smoothing, by_hand) == (way, smoothing)  # type: ignore[arg-type]
+    assert cross_entropy(Logits(), None, smoothing, by_hand) == (way, smoothing)
 
 
 def test_by_hand_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def test_the_order_of_the_directory_is_free(tmp_path: Path) -> None:
     made = io.BytesIO(pack(bundled(GOOD)))
     with zipfile.ZipFile(made, "a") as z:
         z.filelist.reverse()
-        z._didModify = True  # type: ignore[attr-defined]
+        z._didModify = True
     path.write_bytes(made.getvalue())
     assert read(path) == bundled(GOOD)
 
@@ -244,12 +244,12 @@ def test_bytes_that_no_file_has(tmp_path: Path, where: str) -> None:
     with zipfile.ZipFile(made, "w") as z:
         z.writestr(entry("code/a"), b"1")
         if where == "between the files":
-            z.fp.write(b"evil")  # type: ignore[union-attr]
-            z.start_dir = z.fp.tell()  # type: ignore[union-attr]
+            z.fp.write(b"evil")
+            z.start_dir = z.fp.tell()
         z.writestr(entry("code/b"), b"1")
         if where == "before the directory":
-            z.fp.write(b"evil")  # type: ignore[union-attr]
-            z.start_dir = z.fp.tell()  # type: ignore[union-attr]
+            z.fp.write(b"evil")
+            z.start_dir = z.fp.tell()
     path = tmp_path / "x.zip"
     path.write_bytes(made.getvalue())
     said = refusal(path)

@@ -257,7 +257,7 @@ def test_the_best_step_is_named_with_what_backs_it() -> None:
     e = ladder({1: 3.0, 2: 3.01}, {1: 2.5, 2: 2.51}, {1: 2.5, 2: 2.512}, {1: 2.6, 2: 2.61})
     (said,) = findings.ablated(e)
     assert said.startswith(f"Of the 3 steps from baseline to adamw, size lowers full most ({MINUS}0.5000, better); ")
-    backed = [row[7] for row in tables.ablation(e).rows[1:]]  # type: ignore[union-attr]
+    backed = [row[7] for row in tables.ablation(e).rows[1:]]
     assert f"{sum(v in ('better', 'worse') for v in backed)} of 3 changes are backed" in said
     assert "1 is within noise" in said
 

@@ -184,12 +184,12 @@ def test_no_dropout_no_gradient_no_random_state(model: Attention) -> None:
     torch.manual_seed(7)
     np.random.seed(7)
     random.seed(7)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     weights = copy.deepcopy(model.state_dict())
     scores = {evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16)) for _ in range(3)}
     assert len(scores) == 1, "dropout was on"
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[index]
+    assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -256,7 +256,7 @@ def test_memory_mapped_tokens(model: Attention, tmp_path: Path) -> None:
     np.save(tmp_path / "val.npy", stream(100))
     mapped = np.load(tmp_path / "val.npy", mmap_mode="r")
     args = {"chars": 5, "nbytes": 5, "block_size": 16, "geometry": (2, 16)}
-    assert evaluate(model, mapped, **args) == evaluate(model, stream(100), **args)  # type: ignore[arg-type]
+    assert evaluate(model, mapped, **args) == evaluate(model, stream(100), **args)
 
 
 def test_refusals_say_what_to_do(model: Attention) -> None:
@@ -402,7 +402,7 @@ def test_how_much_is_computed_at_a_time_is_recorded() -> None:
 def test_a_score_cannot_be_changed(model: Attention) -> None:
     score = evaluate(model, stream(20), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
     with pytest.raises(FrozenInstanceError):
-        score.full = 0.0  # type: ignore[misc]
+        score.full = 0.0
 
 
 def test_a_score_is_summed_where_its_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:

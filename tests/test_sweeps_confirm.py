@@ -341,7 +341,7 @@ def test_nothing_else_of_val_is_read(tmp_path: Path) -> None:
                 metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"val"' not in line))
             return outcome
 
-        trainer.train = without_val  # type: ignore[method-assign]
+        trainer.train = without_val
         return confirm(setup.search)
 
     assert evidence(tmp_path / "without", False) == evidence(tmp_path / "with", True)
@@ -425,7 +425,7 @@ def test_a_run_without_its_score_is_damage(tmp_path: Path, summary: Any) -> None
         file.unlink() if summary is None else file.write_text(json.dumps(summary))
         return outcome
 
-    setup.trainer.train = damage  # type: ignore[method-assign]
+    setup.trainer.train = damage
     with pytest.raises(RunError, match=r"summary\.json is damaged: it has no score of dev; restore it, or remove "):
         confirm(setup.search)
 

@@ -72,7 +72,7 @@ class Prepared:
         self.search = make_search(folder, make_study(fields, **keys), self.trainer)
         prepared = dict(values or {})
         self.script = Script(lambda number: prepared.get(number, {"lr": 0.01 + 0.001 * number}))
-        self.search.asker = self.script  # type: ignore[assignment]
+        self.search.asker = self.script
 
     @property
     def trials(self) -> list[Trial]:
@@ -166,7 +166,7 @@ def test_nothing_is_decided_before_a_whole_generation_is_there(tmp_path: Path) -
             time.sleep(0.1)
         return train(task)
 
-    study.trainer.train = slowly  # type: ignore[method-assign]
+    study.trainer.train = slowly
     assert study.run() == states("dppd")
     assert sorted(study.tasks()[:4]) == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
@@ -210,7 +210,7 @@ def test_val_decides_nothing(tmp_path: Path) -> None:
     """Scores on val in the opposite order leave the search as it is, and so does their absence."""
     for number, val in enumerate([1.0, -1.0]):
         study = Prepared(tmp_path / str(number), [4.0, 3.0, 2.0, 1.0])
-        study.trainer.val = lambda cfg, step, val=val, study=study: val * study.score(cfg, step)  # type: ignore[misc]
+        study.trainer.val = lambda cfg, step, val=val, study=study: val * study.score(cfg, step)
         assert study.run() == states("dpdd")
         assert [trial.scores[0] for trial in study.trials] == [4.0, 3.0, 2.0, 1.0]
 
@@ -227,7 +227,7 @@ def test_a_score_that_is_no_number_promotes_nobody(tmp_path: Path, score: str) -
         file.write_text(file.read_text().replace('"full": 2.0', f'"full": {score}'))
         return outcome
 
-    study.trainer.train = damage  # type: ignore[method-assign]
+    study.trainer.train = damage
     with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: line \d+ has full = "):
         study.run()
     assert not any(trial.state in ("done", "pruned") for trial in study.trials)
@@ -305,7 +305,7 @@ def test_the_values_are_those_of_the_studys_sampler(tmp_path: Path) -> None:
 def test_what_a_trial_comes_to_is_a_value(tmp_path: Path) -> None:
     made = Prepared(tmp_path, [1.0]).search._make({})
     with pytest.raises(AttributeError):
-        made.stops = ()  # type: ignore[misc]
+        made.stops = ()
 
 
 def test_a_generation_waits_for_the_one_before_the_last(tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ def test_an_error_ends_the_workers(tmp_path: Path) -> None:
     def full(task: Task) -> Outcome:
         raise DiskFull("no space left")
 
-    study.trainer.train = full  # type: ignore[method-assign]
+    study.trainer.train = full
     with pytest.raises(DiskFull):
         study.run()
     assert study.trainer.closed
@@ -606,7 +606,7 @@ def test_a_trial_that_diverges_or_fails_is_wasted_whole(tmp_path: Path, letter: 
         outcome = train(task)
         return ends[letter] if study.trainer.trained[-1].lr == 0.011 else outcome
 
-    study.trainer.train = end  # type: ignore[method-assign]
+    study.trainer.train = end
     assert study.run() == states("d" + letter)
     assert steps(cost(study, 1)) == (4, 4, 0, 4, 0)
 
@@ -677,7 +677,7 @@ def branched(folder: Path, scores: Sequence[float], keep: float = 0.5, **keys: A
 
     def score(cfg: TrainConfig, step: int) -> float:
         number = study.search.owners[cfg.run_id]
-        return study.scores[number] * (10 if cfg.max_steps and number % 2 else 1)  # type: ignore[operator]
+        return study.scores[number] * (10 if cfg.max_steps and number % 2 else 1)
 
     study.trainer.score = score
     return study

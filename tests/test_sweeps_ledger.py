@@ -84,4 +84,4 @@ def test_the_parts_are_added_by_name() -> None:
 def test_a_ledger_is_a_value() -> None:
     """Trials keep it once they are over, so nobody may change it."""
     with pytest.raises(AttributeError):
-        Ledger().asked = 1  # type: ignore[misc]
+        Ledger().asked = 1

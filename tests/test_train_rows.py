@@ -170,7 +170,7 @@ def test_the_tables_and_buffers_of_the_model() -> None:
     assert plain.embed.weight.shape == (V + 3, 8) and plain.head is None
     assert plain.positions is not None and plain.positions.weight.shape == (4, 8)
     assert rope.positions is None and rope.head is not None and rope.head.weight.shape == (V, 8) and rope.head.bias is None
-    assert rope.cos.shape == rope.sin.shape == (4, 2)  # type: ignore[union-attr]
+    assert rope.cos.shape == rope.sin.shape == (4, 2)
     assert not hasattr(plain, "cos")
     for model in (plain, rope):
         assert model.causal.tolist() == [[j <= i for j in range(4)] for i in range(4)]
@@ -381,7 +381,7 @@ def test_the_loss_by_hand() -> None:
     uniform = (math.log(2 * 4 * 4) + math.log(8 * 8 * 4 / 3)) / 6
     cfg = config()
     for smoothing in (0.0, 0.25):
-        loss, plain = compute_loss(model, x, y, inputs(cfg, label_smoothing=smoothing), "pool")  # type: ignore[arg-type]
+        loss, plain = compute_loss(model, x, y, inputs(cfg, label_smoothing=smoothing), "pool")
         assert plain.item() == pytest.approx(cross, rel=1e-6)
         assert loss.item() == pytest.approx((1 - smoothing) * cross + smoothing * uniform, rel=1e-6)
     assert all(x is given and pool == "pool" for given, pool in model.given)
@@ -395,7 +395,7 @@ def test_r_drop_by_hand() -> None:
     divergence = 0.75 * math.log(3) - 0.25 * math.log(3)
     for smoothing in (0.0, 0.5):
         at = inputs(config(), rdrop=2.0, label_smoothing=smoothing)
-        loss, plain = compute_loss(model, x, y, at, "pool")  # type: ignore[arg-type]
+        loss, plain = compute_loss(model, x, y, at, "pool")
         assert plain.item() == pytest.approx(cross, rel=1e-6) and not plain.requires_grad
         assert loss.item() == pytest.approx(cross + 2 * divergence, rel=1e-6)  # over two ids smoothing is the mean of both passes
     assert all(given.tolist() == [[1], [1]] and pool == "pool" for given, pool in model.given)
@@ -612,7 +612,7 @@ class Parts:
         self.machine = Machine(cfg)
         self.machine.rank, self.machine.world = rank, world
         self.synced: list[str] = []
-        self.machine.mean = lambda value: value * mean  # type: ignore[method-assign]
+        self.machine.mean = lambda value: value * mean
         self.state = State(cfg, build(cfg, V))
         parts = self
 
@@ -622,7 +622,7 @@ class Parts:
                 self.inner = model
 
             def forward(self, *args: Any) -> Tensor:
-                return self.inner(*args)  # type: ignore[no-any-return]
+                return self.inner(*args)
 
             @contextmanager
             def no_sync(self) -> Iterator[None]:
@@ -664,7 +664,7 @@ def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, g
         assert p.grad is not None and torch.allclose(p.grad, factor * gradients[name], atol=1e-7, rtol=1e-4), name
     assert parts.synced == [] and parts.state.presented == 16 and parts.state.model.training
     parts.run(x, y, inputs(cfg), 1)  # gradients do not add up from step to step
-    assert all(torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4) for n, p in parts.state.model.named_parameters())  # type: ignore[arg-type]
+    assert all(torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4) for n, p in parts.state.model.named_parameters())
     assert parts.state.presented == 32
 
 
@@ -755,7 +755,7 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     parts.stepper.update(at)
     assert move.calls == [(0.125, None)] and move.on is False
     assert not torch.equal(before, parts.state.model.embed.weight) and parts.state.average.apart
-    learn.graph = "graph"  # type: ignore[assignment]
+    learn.graph = "graph"
     parts.stepper.update(at)
     assert move.calls[1] == (0.125, "graph") and move.on is True
     parts.stepper.forget()
@@ -801,7 +801,7 @@ def test_how_the_model_is_run(monkeypatch: pytest.MonkeyPatch, compiled: bool, w
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
     machine: Any = SimpleNamespace(compile=compiled, world=world)
     model = nn.Linear(1, 1)
-    assert trainer.make_runner(machine, model) is model  # type: ignore[arg-type]
+    assert trainer.make_runner(machine, model) is model
     assert done == calls
 
 

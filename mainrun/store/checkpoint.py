@@ -122,9 +122,9 @@ def _load(place: Path, usable: Callable[[dict[str, Any]], str | None]) -> tuple[
 
 
 def fault(meta: dict[str, Any]) -> str:
-    """What is wrong with the meta.json of a run's checkpoint, whatever its checksum says; empty: nothing."""
-    found = records.fault(meta, records.CHECKPOINT)
-    return f"meta.json {found}" if found else ""
+    """What is wrong with the meta.json of a run's checkpoint, even if its checksum fits; empty: nothing."""
+    misfit = records.fault(meta, records.CHECKPOINT)
+    return f"meta.json {misfit}" if misfit else ""
 
 
 @contextmanager

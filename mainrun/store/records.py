@@ -1,4 +1,4 @@
-"""JSON from disk, read with nothing believed: a reader that no file can block or flood, and a check of what a file says. No torch.
+"""Read JSON from disk without trusting it: no file can block or flood the reader, and its values are checked. No torch.
 
 A shape says what a value must be: a function that checks it, a table of shapes by key ("key?" may be missing), or a list
 of one shape for all items. What does not fit is a `BadInput`, whose words complete a sentence that begins with the file's name.
@@ -17,8 +17,7 @@ from typing import Any
 
 from mainrun import inputs
 from mainrun.errors import RunError
-from mainrun.inputs import BadInput
-from mainrun.inputs import shown as shown  # for what may not import `inputs`
+from mainrun.inputs import BadInput, shown
 
 LARGEST = 4_000_000_000  # bytes of a log
 LARGEST_DOCUMENT = 500_000_000  # bytes of a JSON document
@@ -219,7 +218,7 @@ def table(value: Any, name: str) -> None:
 
 
 def anything(value: Any, name: str) -> None:
-    """What is only shown or compared."""
+    """No check, for values that are only shown or compared."""
 
 
 def setting(value: Any, name: str) -> None:
@@ -279,9 +278,9 @@ def scores(value: Any, name: str) -> None:
     """The scores of a trial by rung, as a text of JSON: Parquet has no such table."""
     words(value, name)
     try:
-        found = parse(value.encode())
-        check(found, table_of(number), name)
-        ok = all(key.isdecimal() and len(key) < 4 for key in found)
+        by_rung = parse(value.encode())
+        check(by_rung, table_of(number), name)
+        ok = all(key.isdecimal() and len(key) < 4 for key in by_rung)
     except BadInput:
         ok = False
     if not ok:
@@ -340,7 +339,7 @@ def metric(value: Any, name: str) -> None:
 
 
 def _is_plain_step(row: Any) -> bool:
-    """What nearly every row is, found out quickly: there may be a million."""
+    """A quick check that nearly every row passes. There may be a million rows."""
     if type(row) is not dict or row.get("event") != "step" or row.get("reused", True) is not True:
         return False
     at, tokens = row.get("step"), row.get("tokens")
@@ -364,7 +363,7 @@ GROWN = {"fired": [partial(whole, low=-LAST_STEP - 1, high=LAST_STEP)], "applied
 
 
 def grown(value: Any, name: str) -> None:
-    """What a state says of its growth; nothing where nothing grows."""
+    """The growth of a state; empty for a run without a schedule."""
     if value:
         check(value, GROWN, name)
 
