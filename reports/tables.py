@@ -224,7 +224,7 @@ def guards(e: Evidence) -> Table:
     for i, name in enumerate(names):
         mine = [g for run in e.runs for g in run.summary["guards"] if g["name"] == name]
         said = Counter(g["status"] for g in mine)
-        worst = next((s for s in ("fail", "flag", "pass") if said[s]), "pass")
+        worst = next((s for s in ("fail", "flag") if said[s]), "pass")
         details = Counter(g["detail"] for g in mine if g["status"] == worst)
         detail, _ = min(details.items(), key=lambda item: (-item[1], item[0]))
         more = f" (and {len(details) - 1} more like it)" if len(details) > 1 else ""

@@ -52,7 +52,7 @@ def faults(space: Space, base: TrainConfig) -> Iterator[str]:
         yield "space is empty; write at least one [space.FIELD]."
     for name, parameter in space.items():
         where = f"space.{name}"
-        field = name.split(".", 1)[0]
+        field = name.partition(".")[0]
         if name in NEVER:
             yield f"{where}: {NEVER[name]}; remove it."
             continue
@@ -127,9 +127,18 @@ def _outside(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator
         try:
             changed(base, {name: value})
         except ConfigError as e:
-            if name.split(".")[0] in str(e).split(":", 1)[0]:  # not a quarrel with another field, which the space may settle
+            if name.partition(".")[0] in str(e).partition(":")[0]:  # not a quarrel with another field, which the space may settle
                 yield f"{where}: {value!r} is no value of it: {e}."
                 return
+
+
+def _parts_below(node: Any) -> str:
+    """What a path into a schedule can name next."""
+    if isinstance(node, list) and node:
+        return f"0..{len(node) - 1}"
+    if isinstance(node, dict):
+        return ", ".join(node)
+    return "nothing"
 
 
 def _no_path(base: TrainConfig, name: str) -> str:
@@ -142,8 +151,7 @@ def _no_path(base: TrainConfig, name: str) -> str:
             node = node[part]
         else:
             got = ".".join(parts[:i]) or "growth"
-            have = f"0..{len(node) - 1}" if isinstance(node, list) else ", ".join(node) if isinstance(node, dict) else "nothing below it"
-            return f"the preset's schedule has no {part!r} in {got}; there: {have or 'nothing'}"
+            return f"the preset's schedule has no {part!r} in {got}; there: {_parts_below(node)}"
     return "" if parts else "name what of the schedule, like growth.ops.0.trigger.budget_frac"
 
 

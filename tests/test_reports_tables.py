@@ -193,6 +193,15 @@ def test_the_ablation() -> None:
     assert look(table) == [(0.11, False), *[(0.0, True)] * 6, (0.12, False), (0.27, False)]
 
 
+def test_a_step_of_other_seeds_sets_no_seed() -> None:
+    steps = [
+        make_recipe("ablation:baseline", {1: 3.0, 2: 3.0}, {"lr": 0.1}),
+        make_recipe("ablation:size", {2: 2.5, 3: 2.5}, {"lr": 0.2}),
+        make_recipe("ablation:adamw", {2: 2.4, 3: 2.4}, {"lr": 0.3}),
+    ]
+    assert [row[-1] for row in cells(tables.ablation(make_evidence(*steps)))] == ["", "lr=0.2", "lr=0.3"]
+
+
 def test_holm_counts_every_step() -> None:
     """Alone, each p is under 5%; of two, the larger must stay under it and the smaller is doubled."""
     steps = [
