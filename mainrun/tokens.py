@@ -11,7 +11,6 @@ cache cannot be written (read-only, full disk) the streams stay in memory, with 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import importlib.metadata
 import io
@@ -109,7 +108,7 @@ class Tokenizer:
             raw = _dump(model) if kind == "bpe" else base64.b64decode(model, validate=True)
             if not model:
                 raise ValueError("no model")
-        except (ValueError, TypeError, KeyError, binascii.Error) as e:
+        except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a ValueError
             raise RunError(f"tokenizer.json is damaged or of another version ({e}); {DAMAGED}") from None
         return cls(kind, size, raw)
 
@@ -359,7 +358,7 @@ def _remove_abandoned(folder: Path) -> None:
     for temp in folder.glob("*.tmp"):
         with suppress(OSError):  # another process has finished with it, and removes it too
             if time.time() - temp.stat().st_mtime > 86_400:
-                shutil.rmtree(temp, ignore_errors=True)
+                shutil.rmtree(temp)
 
 
 def _publish(fresh: Path, entry: Path) -> TokenData | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -26,16 +27,18 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.toml"
+DEADLINE = ".deadline"  # beside the file of the result
 LEFT_OUT = ("[.]git", ".venv*", "runs", "*_cache", "__pycache__", ".hypothesis", ".task", "*.egg-info", "docs")
 
 # tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the tests named here.
@@ -89,6 +92,8 @@ def mirrored_tests(file: str, root: Path) -> list[str]:
 
 def serve() -> None:
     """Answer one JSON line per request; stdout is only for answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -108,12 +113,14 @@ def import_if_possible(name: str) -> None:
 
 def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[str, Any]:
     """Run the tests in a child with a process group of its own, which is ended with all that it started."""
-    Path(result).unlink(missing_ok=True)
-    began = time.monotonic()
+    for leftover in (Path(result), Path(result + DEADLINE)):
+        leftover.unlink(missing_ok=True)
+    began, parent = time.monotonic(), os.getppid()
     child = os.fork()
     if child == 0:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
         code = 70
@@ -122,21 +129,31 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
         finally:
             os._exit(code)
     code: int | None = None
-    while code is None and time.monotonic() - began < limit:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        code = os.waitstatus_to_exitcode(status) if pid else None
-        time.sleep(0 if pid else 0.02)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    try:
+        while code is None and time.monotonic() < min(began + limit, deadline_of(result)) and os.getppid() == parent:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if pid else None
+            time.sleep(0 if pid else 0.02)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     if code is None:
         os.waitpid(child, 0)
     return {"code": code, "seconds": time.monotonic() - began}
 
 
-def run_tests(kind: str, tests: list[str], selected: list[str], result: Path, temporary: str, sources: list[str]) -> int:
+def deadline_of(result: str) -> float:
+    """When the test that runs now has taken too long, by the monotonic clock."""
+    try:
+        return float(Path(result + DEADLINE).read_text())
+    except (OSError, ValueError):  # no test has begun, or its line is being written
+        return math.inf
+
+
+def run_tests(kind: str, tests: list[str], selected: dict[str, float], result: Path, temporary: str, sources: list[str]) -> int:
     import pytest
 
-    recorder: Recorder = Measure(sources) if kind == "measure" else Stop(selected)
+    recorder: Recorder = Measure(sources) if kind == "measure" else Stop(selected, Path(f"{result}{DEADLINE}"))
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={temporary}"]
     if kind != "measure":
         options.append("-x")
@@ -151,11 +168,18 @@ class Recorder:
 
 
 class Stop(Recorder):
-    """Run the selected tests in their order, file by file, and name the first that failed."""
+    """Run the selected tests in their order, file by file, and name the first that failed.
 
-    def __init__(self, selected: list[str]) -> None:
+    `selected` has the seconds that each may take. The deadline of the test that runs stands in a file, for the worker to keep.
+    """
+
+    def __init__(self, selected: dict[str, float], deadline: Path) -> None:
+        self.selected, self.deadline = selected, deadline
         self.place = {test: i for i, test in enumerate(selected)}
         self.failed = ""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.deadline.write_text(str(time.monotonic() + self.selected[nodeid]))
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         first: dict[str, int] = {}
@@ -252,7 +276,8 @@ class Worker:
         return json.loads(answer) | result
 
     def close(self) -> None:
-        self.process.kill()
+        """End the worker, and the mutant that it runs."""
+        self.process.terminate()
         self.process.wait()
 
 
@@ -281,13 +306,26 @@ class Baseline:
         return sorted(chosen, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test]))
 
 
+    def allowed(self, test: str) -> float:
+        """The seconds that a test may take. Whichever test comes first pays for the fixtures that a file shares."""
+        return 20 + 5 * self.slowest[file_of(test)]
+
+    @cached_property
+    def slowest(self) -> dict[str, float]:
+        """The seconds of the slowest test of each file."""
+        slowest: dict[str, float] = {}
+        for test, seconds in self.seconds.items():
+            slowest[file_of(test)] = max(seconds, slowest.get(file_of(test), 0.0))
+        return slowest
+
+
 def file_of(test: str) -> str:
     return test.partition("::")[0]
 
 
 def measure(worker: Worker, files: list[str], tests: list[str]) -> Baseline:
     paths = [str(worker.tree / file) for file in files]
-    answer = worker.ask(kind="measure", limit=1800, tests=tests, selected=[], sources=paths)
+    answer = worker.ask(kind="measure", limit=1800, tests=tests, selected={}, sources=paths)
     if "lines" not in answer or not answer["seconds"]:
         raise SystemExit(f"mutate: the tests cannot be run as they are:\n{worker.log.read_text(errors='replace')[-2000:]}")
     lines = {
@@ -310,12 +348,13 @@ def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> 
     from mutants import apply
 
     selected = baseline.tests_of(mutant.file, mutant.lines)
-    expected = sum(baseline.seconds[test] for test in selected)
+    allowed = {test: baseline.allowed(test) for test in selected}
+    limit = 30 + 5 * sum(baseline.seconds[test] for test in selected)
     needed = {file_of(test) for test in selected}
     files = [file for file in baseline.tests if file in needed]
     worker.write(mutant.file, apply(mutant, source))
     try:
-        answer = worker.ask(kind="stop", limit=30 + 5 * expected, tests=files, selected=selected, sources=[], imports=baseline.imports)
+        answer = worker.ask(kind="stop", limit=limit, tests=files, selected=allowed, sources=[], imports=baseline.imports)
     finally:
         worker.write(mutant.file, source)
     if answer["code"] is None:
@@ -358,6 +397,7 @@ def verdicts(args: argparse.Namespace, files: list[str], tests: list[str], folde
             yield Verdict(mutant, "equivalent", reason=reason)
 
     workers = [Worker(args.root, folder / str(i)) for i in range(args.jobs)]
+    pool = ThreadPoolExecutor(args.jobs)
     try:
         baseline = measure(workers[0], files, tests)
         for test in baseline.failed:
@@ -373,9 +413,9 @@ def verdicts(args: argparse.Namespace, files: list[str], tests: list[str], folde
             finally:
                 free.put(worker)
 
-        with ThreadPoolExecutor(args.jobs) as pool:
-            yield from pool.map(work, tried)
+        yield from pool.map(work, tried)
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.close()
 
@@ -407,12 +447,21 @@ def score(results: list[Verdict]) -> float:
     return killed / max(1, killed + count["survived"])
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of {low} or more")
+        return int(text)
+
+    return number
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./task mutate --", description="Plant small bugs and see whether the fast tests notice.")
     parser.add_argument("targets", nargs="+", metavar="FILE", help="a source file, or a folder of them")
-    parser.add_argument("--sample", type=int, default=40, metavar="N", help="how many mutants, drawn at random; 0: all (40)")
+    parser.add_argument("--sample", type=at_least(0), default=40, metavar="N", help="how many mutants, drawn at random; 0: all (40)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (1)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="J", help="processes (one per core)")
+    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), metavar="J", help="processes (one per core)")
     parser.add_argument("--tests", metavar="A,B", help="these test files instead of those that mirror the file")
     parser.add_argument("--at-least", type=float, default=0, metavar="PERCENT", help="exit with 1 when fewer are killed (0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every mutant and its outcome here")
@@ -438,18 +487,34 @@ def main(arguments: list[str]) -> int:
         return 2
     mirrored = {test for file in files for test in mirrored_tests(file, args.root)}
     tests = args.tests.split(",") if args.tests else sorted(mirrored)
+    absent = [test for test in tests if not (args.root / test).is_file()]
+    if absent:
+        print(f"mutate: no such test file in {args.root}: {', '.join(absent)}; give a path such as tests/test_stats.py", file=sys.stderr)
+        return 2
+    if args.json and not args.json.absolute().parent.is_dir():
+        print(f"mutate: --json {args.json}: its folder does not exist; create it or give another path", file=sys.stderr)
+        return 2
     if not tests:
         print(f"mutate: no test mirrors {', '.join(files)}; name some with --tests, or add a row to MIRRORS", file=sys.stderr)
         return 2
     print(f"tests: {', '.join(tests)}", flush=True)
     began = time.monotonic()
     results = []
-    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        for verdict in verdicts(args, files, tests, Path(folder)):
-            show(verdict)
-            results.append(verdict)
+    interrupted = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
+        try:
+            with closing(verdicts(args, files, tests, Path(folder))) as each:
+                for verdict in each:
+                    show(verdict)
+                    results.append(verdict)
+        except KeyboardInterrupt:
+            interrupted = True
     name = " ".join(args.targets)
     print(summary(name, results, args.seed, time.monotonic() - began))
+    if interrupted:
+        print("mutate: interrupted; the figures are those of the mutants tried so far", file=sys.stderr)
+        return 130
     if args.json:
         rows = [asdict(v) | {"mutant": asdict(v.mutant) | {"lines": [v.mutant.lines.start, v.mutant.lines.stop]}} for v in results]
         args.json.write_text(json.dumps({"name": name, "seed": args.seed, "sample": args.sample, "mutants": rows}, indent=1))

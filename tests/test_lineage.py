@@ -393,6 +393,20 @@ def test_each_fact_of_a_beginning_enters_the_root_and_is_named(lab: Lab) -> None
     assert lineage.differences(begun, begun) == []
 
 
+IN_TOKENS = ("corpus", "dev_frac", "num_titles", "shuffle", "tokenizer", "tokenizer_fit", "val_frac", "vocab_size")
+IN_MACHINE = ("attention", "compile", "device", "dtype", "threads")
+
+
+@pytest.mark.parametrize("field", [*IN_TOKENS, *IN_MACHINE])
+def test_a_field_that_enters_by_its_effect_does_not_enter_by_its_value(field: str) -> None:
+    """Two ways to the same tokens, and two to the same machine class, have the same keys."""
+    cfg = from_dict({})
+    origin = lineage.origin(cfg, {}, "tokens", {}, {})
+    assert field not in origin["fields"] and "n_layer" in origin["fields"]
+    other = cfg.model_copy(update={field: "another"})
+    assert lineage.origin(other, {}, "tokens", {}, {}) == origin
+
+
 def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
     cfg = lab.config(seed=5)
     store = Store(str(tmp_path / "store"))

@@ -1,9 +1,14 @@
 """The mutation tester: the bugs that it plants, and that it tells a test that notices from one that does not."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mutants
@@ -199,6 +204,81 @@ def test_a_test_that_fails_without_a_mutant_is_left_out(outcome: tuple[str, list
 def test_a_wrong_target_is_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert mutate.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_test_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mutate.main(["mainrun/stats.py", "--tests", "tests/test_statistics.py"]) == 2
+    assert "no such test file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--sample=-1", "--sample=all", "--jobs=0"])
+def test_a_wrong_number_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        mutate.main(["mainrun/stats.py", option])
+    assert refused.value.code == 2
+    assert "give a whole number of" in capsys.readouterr().err
+
+
+WAITING = """
+import os, time
+from pathlib import Path
+from mainrun.thing import LIMIT
+
+def test_waits_for_a_mutant():
+    if LIMIT != 10:
+        Path({file!r}).write_text(str(os.getpid()))
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> tuple[list[str], Path]:
+    """A command whose mutants wait without an end, and the file in which a mutant leaves its process."""
+    (tmp_path / "mainrun").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "mainrun" / "__init__.py").touch()
+    (tmp_path / "mainrun" / "thing.py").write_text("LIMIT = 10\n")
+    pid_file = tmp_path / "pid"
+    (tmp_path / "tests" / "test_thing.py").write_text(WAITING.format(file=str(pid_file)))
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\npythonpath = ["."]\nmarkers = ["slow: no"]\n')
+    command = [sys.executable, str(SCRIPT), "mainrun/thing.py", "--root", str(tmp_path), "--jobs", "1", "--sample", "1"]
+    return command, pid_file
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_process_outlives_the_command(name: str, waiting: tuple[list[str], Path]) -> None:
+    command, pid_file = waiting
+    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores them
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts)
+    wait_until(lambda: pid_file.is_file() and pid_file.read_text() != "")
+    process.send_signal(getattr(signal, name))
+    stderr = process.communicate(timeout=60)[1]
+    if name != "SIGKILL":
+        assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    wait_until(lambda: not is_alive(int(pid_file.read_text())))
+
+
+@pytest.mark.slow
+def test_a_mutant_that_waits_is_killed_by_the_time_limit_of_its_test(waiting: tuple[list[str], Path]) -> None:
+    command, pid_file = waiting
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "1 killed (1 by the time limit)" in done.stdout
+    assert not is_alive(int(pid_file.read_text()))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 15  # a mutant that waits is killed after 20 seconds anyway
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_every_equivalent_mutant_has_a_reason_and_stands_in_its_file() -> None:

@@ -30,7 +30,7 @@ BAD_NAMES = {
     "e\u0301": "composed", "/a": "absolute", "a//b": "part ''", "a/": "part ''", "./a": "part '.'", "a/.": "part '.'",
     "a/../b": "part '..'",
     "..": "part '..'", " a": "space", "a ": "space", "x/ a/b": "space", "a.": "full stop", "x/a./b": "full stop", "a...": "full stop",
-    **{f"a{sign}b": f"it holds {sign}" for sign in '\\:*?"<>|'},
+    **{f"a{sign}b": f"it holds {sign}" for sign in '\\:*?"<>|'}, "a?b*c": "it holds *",
     **dict.fromkeys(("con", "PRN", "aux.py", "x/nul.tar.gz", "conin$", "CONOUT$"), "a device's name"),
     **dict.fromkeys(("com0", "com9.txt", "lpt1", "LPT³", "com¹", "lpt²"), "a device's name"),
 }  # fmt: skip

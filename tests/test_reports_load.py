@@ -409,6 +409,11 @@ def test_runs_that_differ_by_their_seed_are_a_recipe() -> None:
     assert named(*runs) == [("baseline", [1, 2, 3]), ("optimized", [1])]
 
 
+def test_recipes_are_ordered_by_preset_before_seed() -> None:
+    runs = make_run("optimized", 1), make_run("baseline", 3), make_run("baseline", 2)
+    assert named(*runs) == [("baseline", [2, 3]), ("optimized", [1])]
+
+
 def test_recipes_stand_in_one_order() -> None:
     runs = [make_run(fields={"lr": lr}) for lr in (0.1, 0.2, 0.3)]
     assert named(*runs) == named(*reversed(runs)) == named(*sorted(runs, key=lambda run: run.id))

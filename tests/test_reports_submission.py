@@ -98,6 +98,11 @@ def test_what_is_handed_in(desk: Desk) -> None:
     assert "commit c0ffeec0ffee" in note
 
 
+def test_the_size_is_checked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "FILES", 3)
+    assert "allowed are 3 and" in desk.refusal()
+
+
 def test_what_is_runnable_stays_so(desk: Desk) -> None:
     import io
     import zipfile

@@ -125,6 +125,12 @@ def test_a_recipe_counts_its_good_runs_alone() -> None:
     assert row == ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.0000", "98.0", "1,000", "2e09", "10.0"]
 
 
+def test_recipes_without_a_good_run_come_last_in_their_order() -> None:
+    red = [make_recipe(name, {1: 0.1}, guards=failing()) for name in ("grown", "staged")]
+    table = tables.recipes(make_evidence(*red, make_recipe("baseline", {1: 2.0})))
+    assert [row[0] for row in cells(table)] == ["baseline", "grown", "staged"]
+
+
 def test_a_score_of_zero_is_the_lowest() -> None:
     table = tables.recipes(make_evidence(make_recipe("baseline", {1: 0.5}), make_recipe("optimized", {1: 0.0})))
     assert [row[0] for row in cells(table)] == ["optimized", "baseline"]

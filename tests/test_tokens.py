@@ -510,6 +510,27 @@ def test_an_intact_entry_is_not_replaced_by_a_process_that_saw_the_damaged_one(
     assert list(own_cache.iterdir()) == [entry]
 
 
+def test_a_damaged_entry_may_vanish_before_it_is_moved_aside(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process moves it aside first."""
+    cfg, corpus = tiny(), a_corpus()
+    data = tokens._build(cfg, corpus)
+    prepare(cfg, corpus)
+    damage_an_entry(own_cache)
+    [entry] = own_cache.iterdir()
+    rename = Path.rename
+
+    def rename_after_another(path: Path, target: Path) -> Path:
+        if path == entry:
+            shutil.rmtree(entry)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_after_another)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(tokens._store(entry, data), data)
+    assert list(own_cache.iterdir()) == [entry]
+
+
 def test_the_second_of_two_keeps_the_entry_of_the_first(tiny, own_cache: Path) -> None:
     built = tokens._build(tiny(), a_corpus())
     tokens._store(own_cache / "entry", built)
