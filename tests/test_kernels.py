@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,18 @@ def test_the_loss_in_chunks_is_torchs_and_so_is_its_gradient(monkeypatch: pytest
             (expected * 0.5).backward()
             assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(plain, F.cross_entropy(b, target), atol=1e-6)
             assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-7)
+
+
+def test_the_number_of_rows_at_a_time_does_not_change_a_bit_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are summed in float64, and so are the rows of a chunk."""
+    noise = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        logits, target = torch.randn(999, 7, generator=noise), torch.randint(0, 7, (999,), generator=noise)
+        losses = set()
+        for chunk in (7, 700, 10**9):
+            monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
+            losses.add(tuple(part.item() for part in cross_entropy(logits, target, 0.2)))
+        assert len(losses) == 1
 
 
 def test_a_chance_that_is_zero_by_rounding_costs_much_and_not_infinity() -> None:
@@ -378,6 +391,10 @@ def test_gelu_takes_a_gradient_that_is_not_contiguous() -> None:
     assert torch.equal(x.grad, right.grad)
 
 
+class OnGpu(float):
+    device = SimpleNamespace(type="cuda")
+
+
 def test_a_whole_operation_is_compiled_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other form is for compiling on a CPU alone; the name is the function's without underscores."""
 
@@ -393,6 +410,7 @@ def test_a_whole_operation_is_compiled_as_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert thrice(torch.ones(1)).item() == 4
     assert thrice(torch.ones(2, device="meta")).shape == (2,)
+    assert thrice(OnGpu(2.0)) == 6, "and not on a GPU"
     assert torch.equal(gelu(torch.ones(3)), F.gelu(torch.ones(3)))
 
 

@@ -504,6 +504,32 @@ def test_the_note_names_three_runs_at_most() -> None:
     assert "(trained by r18, r27, r36, ...)" in house.notes[0]
 
 
+def test_three_runs_are_all_there_are() -> None:
+    house = House()
+    house.add(*(house.node(step, before, run=f"r{step}") for step, before in ((18, 0), (27, 18), (36, 27))))
+    house.reuse._take(State(), None)
+    assert "(trained by r18, r27, r36)" in house.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "shown"),
+    [
+        ("OPERATION_LOOKBACK", 15, False),
+        ("OPERATION_LOOKBACK", 16, True),
+        ("OPERATION_RECOMPILE", 15, False),
+        ("OPERATION_START", 15, True),
+        ("OPERATION_SUCCESS", 15, True),
+        ("OPERATION_START", 14, False),
+        ("step", 15, False),
+        ("step", 16, True),
+    ],
+)
+def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(event: str, step: int, shown: bool) -> None:
+    """A look back belongs to the step that it comes with; an op acts after its step."""
+    row = {"event": event, "step": step}
+    assert list(House().reuse._shown([SimpleNamespace(rows=[row], geometry=[])], since=15)) == [row] * shown
+
+
 def test_own_steps_that_were_lost_come_back_and_are_not_wasted() -> None:
     house, state, metrics, calls = House(), State(10), Journal(), []
     house.reuse.own, house.reuse.found_again = {11, 12, 40}, lambda: calls.append(1)
@@ -826,6 +852,13 @@ def test_another_machine_s_steps_are_named_with_the_nearest_difference() -> None
     house.reuse.strangers()
     (note,) = house.notes
     assert "machine_class cpu: y there, x here" in note and "isa" not in note
+
+
+def test_of_beginnings_as_near_the_first_is_named() -> None:
+    house = House()
+    house.store.beginnings = [("a", begun(house, cpu="y")), ("b", begun(house, cpu="z"))]
+    house.reuse.strangers()
+    assert "machine_class cpu: y there" in house.notes[0]
 
 
 def test_at_most_four_differences_are_named() -> None:

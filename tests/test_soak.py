@@ -17,7 +17,6 @@ import torch
 from soak_sessions import Ending, Session, Strike
 
 from mainrun.config import Plan
-from mainrun.reuse import Reuse
 from mainrun.sitting import finish
 from mainrun.store.files import Folder
 from mainrun.store.nodes import Store
@@ -214,27 +213,6 @@ def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
     state = SimpleNamespace(spent={"steps": 1.0}, ledger={"reused_tokens": 0}, step=3)
     finish(run, state, Plan(tiny(), 10_000), {})
     assert seen == [("status.json", None), ("summary.json", "done")]
-
-
-@pytest.mark.parametrize(
-    ("event", "step", "shown"),
-    [
-        ("OPERATION_LOOKBACK", 15, False),
-        ("OPERATION_LOOKBACK", 16, True),
-        ("OPERATION_RECOMPILE", 15, False),
-        ("OPERATION_START", 15, True),
-        ("OPERATION_SUCCESS", 15, True),
-        ("OPERATION_START", 14, False),
-        ("step", 15, False),
-        ("step", 16, True),
-    ],
-)
-def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(event: str, step: int, shown: bool, tiny) -> None:
-    """A look back belongs to the step that it comes with; an op acts after its step."""
-    reuse = object.__new__(Reuse)
-    reuse.cfg, reuse.plan = tiny(), Plan(tiny(), 10_000)
-    row = {"event": event, "step": step}
-    assert list(reuse._shown([SimpleNamespace(rows=[row], geometry=[])], since=15)) == [row] * shown
 
 
 def run_soak(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
