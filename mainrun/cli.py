@@ -26,7 +26,21 @@ from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageE
 from mainrun.growth import cli as grow
 from mainrun.store import cli as store_commands
 from mainrun.store.cli import StorePlace, open_store
-from mainrun.terminal import Debug, Group, Json, Out, console, emit, guard_streams, leads, process_group, show_table, stoppable, usable
+from mainrun.terminal import (
+    Debug,
+    Group,
+    Json,
+    Out,
+    check_place,
+    console,
+    emit,
+    guard_streams,
+    is_leader,
+    process_group,
+    show_table,
+    stoppable,
+    validate_paths,
+)
 from reports import cli as reports
 from reports import submission_cli as submission
 from sweeps import cli as sweep
@@ -121,7 +135,7 @@ def train(
         with process_group():
             _dry_run(configs, probe, store is not None, as_json)
         return
-    quiet = quiet or not leads()
+    quiet = quiet or not is_leader()
     diverged = []
     done: dict[str, dict[str, Any]] = {}
     with process_group(), _batch(configs, store) as (order, keep):
@@ -134,7 +148,7 @@ def train(
                     raise
                 diverged.append(f"{cfg.run_id}: {e}")  # the other steps of a ladder are still worth training
     summaries = [done[cfg.preset] for cfg in configs if cfg.preset in done]
-    if not leads():
+    if not is_leader():
         pass
     elif as_json:
         emit(summaries if len(configs) > 1 else summaries[0])
@@ -157,7 +171,7 @@ def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[tuple[li
         return
     shared = batch.plan(configs, store)
     place = {part.name: i for i, part in enumerate(shared.parts.parts)}
-    name = f"batch-{shared.keys[0][:16]}-{os.getpid()}" if shared.keys and leads() else ""
+    name = f"batch-{shared.keys[0][:16]}-{os.getpid()}" if shared.keys and is_leader() else ""
     try:
         with suppress(OSError):  # the runs will say that the store cannot be written
             if name:
@@ -173,7 +187,7 @@ def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: b
     from mainrun import batch
 
     found = batch.plan(configs, store, out).parts
-    if not leads():
+    if not is_leader():
         return
     rows = [vars(part) | {"steps": part.steps} for part in found.parts]
     total = {"asked": found.asked, "to_train": found.steps, "saving": found.asked / found.steps if found.steps else None}
@@ -250,7 +264,7 @@ def _dry_run(configs: list[TrainConfig], probe: bool, store: bool, as_json: bool
     from mainrun.estimate import estimate
 
     estimates = [estimate(cfg, probe, store) for cfg in configs]
-    if not leads():
+    if not is_leader():
         return
     if as_json:
         emit(estimates if len(estimates) > 1 else estimates[0])
@@ -325,7 +339,7 @@ def _show_results(summaries: list[dict[str, Any]], out: Path) -> None:
 @app.command()
 def demo(
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of every run; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", callback=usable, help="The folder of all that it makes.")] = Path(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of all that it makes.")] = Path(
         "runs/demo"
     ),
     debug: Debug = False,
@@ -411,7 +425,9 @@ def _describe(field: str) -> dict[str, Any]:
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, unique beginnings of them, or run directories.")],
     out: Out = Path("runs"),
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", callback=usable, help="Also draw the table as a picture.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", callback=validate_paths, help="Also draw the table as a picture.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -422,6 +438,8 @@ def compare(
     from mainrun import compare as comparison
     from mainrun.store import rundir
 
+    if svg:
+        check_place(svg, "--svg", b"<svg", "SVG")
     rows = comparison.rows([comparison.finished(rundir.find(run, out)) for run in runs])
     if svg:
         comparison.picture(rows, svg)

@@ -22,6 +22,7 @@ import json
 import os
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -66,7 +67,7 @@ class Rows:
 
 def load_corpus(cfg: TrainConfig) -> Corpus:
     if cfg.corpus.startswith("mix:"):
-        titles, repeats, origin = _mix(inputs.expanded(cfg.corpus[4:]), cfg.num_titles, cfg.shuffle)
+        titles, repeats, origin = _mix(inputs.expanded(cfg.corpus[4:], "corpus"), cfg.num_titles, cfg.shuffle)
     else:
         rows = _rows(cfg.corpus, cfg.num_titles)
         titles, origin = _select(rows, cfg.corpus, cfg.num_titles, cfg.shuffle), rows.origin
@@ -150,11 +151,11 @@ def _one_line(text: str) -> str:
 
 
 def _file_rows(text: str) -> Rows:
-    whole = inputs.expanded(text)
+    whole = inputs.expanded(text, "corpus")
     path, column = whole, None
     if "#" in text and not whole.exists():  # a # may be part of the name
         front, _, column = text.rpartition("#")
-        path = inputs.expanded(front)
+        path = inputs.expanded(front, "corpus")
     data = _bytes(path, "a file with one title a line, or .csv, .jsonl or .parquet")
     readers = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
@@ -171,7 +172,8 @@ def _file_rows(text: str) -> Rows:
         if not title.isascii() and any("\ud800" <= c <= "\udfff" for c in title):
             raise CorpusError(f"{path}: title {number} holds half of a surrogate pair and is no text; repair or remove it")
     if not titles:
-        raise CorpusError(f"{path} has no titles: {len(found)} blank; give a file with at least two")
+        blank = f": all {len(found):,} rows are blank" if found else ""
+        raise CorpusError(f"{path} has no titles{blank}; give a file with at least two")
     return _listed(titles, {"kind": "file", "path": text, "sha256": hashlib.sha256(data).hexdigest(), "blank": len(found) - len(titles)})
 
 
@@ -266,7 +268,11 @@ def _parquet_column(source: Any, path: Path, column: str) -> Any:
     try:
         file = pq.ParquetFile(source)
         _column_of(column, file.schema_arrow.names, path)
+        if file.schema_arrow.names.count(column) > 1:
+            raise CorpusError(f"{path} has more than one column called {column!r}; rename all but one")
         found = file.read(columns=[column]).column(column)
+        if pa.types.is_dictionary(found.type):
+            found = found.cast(found.type.value_type)
     except (pa.ArrowException, OSError) as e:
         reason = str(e).splitlines()[0]
         raise CorpusError(f"{path} is no readable parquet file ({reason}); write it again, or use .txt, .csv or .jsonl") from None
@@ -343,7 +349,7 @@ def _mix_source(path: Path, number: int, source: dict[str, Any]) -> tuple[str, F
     if kind == "mix" or not isinstance(name, str):
         raise CorpusError(f"{where}: {inputs.shown(name)} cannot be mixed; write synthetic, hn, hn-2025 or file:PATH")
     if kind == "file":
-        name = f"file:{path.parent / inputs.expanded(rest)}"
+        name = f"file:{path.parent / inputs.expanded(rest, 'path')}"
     ratio, weight = source.get("ratio", 1), source.get("weight", 1)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
         raise CorpusError(f"{where}: ratio={inputs.shown(ratio)}; it must be a number above 0")
@@ -393,7 +399,10 @@ def hub_reachable(timeout: float = 3.0) -> tuple[bool, str]:
     import urllib.error
     import urllib.request
 
-    endpoint = _endpoint()
+    try:
+        endpoint = _endpoint()
+    except HubError as e:
+        return False, str(e)
     if _offline():
         return False, f"{endpoint} is not asked: HF_HUB_OFFLINE is set"
     try:
@@ -401,12 +410,21 @@ def hub_reachable(timeout: float = 3.0) -> tuple[bool, str]:
             return True, f"{endpoint} answers"
     except urllib.error.HTTPError as e:
         return e.code < 500, f"{endpoint} answers with status {e.code}"
-    except (OSError, ValueError) as e:  # URLError is an OSError; a malformed HF_ENDPOINT is a ValueError
+    except (OSError, ValueError) as e:  # URLError is an OSError
         return False, f"{endpoint} does not answer: {getattr(e, 'reason', e)}"
 
 
 def _endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    """The hub's URL, without a slash at its end."""
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, a port that is no number
+        usable = False
+    if not usable:
+        raise HubError(f"got HF_ENDPOINT={inputs.shown(url, 80)}, which is not a URL; write it like https://huggingface.co, or unset it")
+    return url
 
 
 def _offline() -> bool:

@@ -5,12 +5,12 @@
     │   ├── ConfigError         a field, a preset, sizes that do not fit together
     │   ├── CorpusError         missing, empty, binary or too small a corpus
     │   ├── HubError            a download that failed, or a damaged one
-    │   └── RunError            a run directory that is not ours, is locked or cannot be written
+    │   └── RunError            a run directory that mainrun did not make, is locked or cannot be written
     ├── Diverged            3   the loss is not a number any more
     └── Interrupted        75   stopped between two steps; start the same command again to go on
         └── DiskFull            nothing half-written; free some space and start again
 
-A message says what was got, what is allowed and how to fix it. An error of the operating system that names a path is turned into
+A message says what was given, what is allowed and how to fix it. An error of the operating system that names a path is turned into
 one of these (inputs.refusal). Everything else is a bug of ours and exits with 1.
 """
 
@@ -25,7 +25,7 @@ LONGEST_GUESS = 100  # characters of a name that may be misspelt
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """What was probably meant, to stand behind what was got. Case does not count, nor does the -- of an option."""
+    """A suggestion such as " (did you mean 'lr'?)", or an empty text. Case does not count, nor does the -- of an option."""
     if len(got) > LONGEST_GUESS:  # comparing takes the product of both lengths
         return ""
     plain = {name.lower().lstrip("-"): name for name in allowed}
@@ -34,7 +34,7 @@ def nearest(got: str, allowed: Iterable[str]) -> str:
 
 
 def plain_warnings() -> None:
-    """From here on a warning, ours or a library's, is one line that a user can read."""
+    """Print every warning, ours or a library's, as one line."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message))

@@ -25,7 +25,7 @@ DEEPEST = 100  # levels of lists and tables
 MOST_VALUES = 1_000_000  # YAML's aliases can name one list a billion times
 MOST_DIGITS = 300  # of a whole number; Python refuses to print one of 4,301
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and on macOS
-MOST_FOLDERS = 200  # in a path; Python makes them one inside the other
+MOST_FOLDERS = 200  # in a path; `Path.mkdir(parents=True)` recurses once per folder
 
 
 class BadInput(ValueError):
@@ -36,12 +36,12 @@ class BadInput(ValueError):
 
 
 def printable(text: str) -> str:
-    """On one line, with control characters and what is not text written as escapes, so that no message moves a cursor."""
+    """The text on one line. Control characters and lone surrogates become escapes, so that a message cannot move the cursor."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 def shortened(text: str, most: int) -> str:
-    """The beginning and the end, where it is longer."""
+    """The beginning and the end of a text that is longer than `most`."""
     if len(text) <= most:
         return text
     mark = f" [... {len(text) - most:,} characters ...] "
@@ -71,7 +71,7 @@ def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def bad_path(text: str) -> str:
-    """Why no file can have this name, and what to do; empty if one can."""
+    """Why the path is invalid and how to fix it, or an empty text."""
     if not text.strip():
         return "which is empty; give a path"
     if "\0" in text:
@@ -83,12 +83,12 @@ def bad_path(text: str) -> str:
     if len(name) > LONGEST_PATH:
         return f"a path of {len(name):,} bytes; at most {LONGEST_PATH:,} are allowed, give a shorter one"
     if name.count(b"/") > MOST_FOLDERS:
-        return f"a path of {name.count(b'/'):,} folders; at most {MOST_FOLDERS} are allowed, give a shorter one"
+        return f"a path with {name.count(b'/'):,} folders; at most {MOST_FOLDERS} are allowed, give a shorter one"
     try:
         os.stat(text)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES):
-            return f"{_because(e)}"
+            return f"{reason_for(e)}"
     return ""
 
 
@@ -99,16 +99,16 @@ def check_path(text: str | Path, what: str) -> None:
         raise UsageError(f"got {what} {shown(str(text), 80)}, {why}")
 
 
-def expanded(text: str) -> Path:
-    """With the home folder in place of ~."""
+def expanded(text: str, what: str) -> Path:
+    """The path, with the home folder in place of ~. `what` is the option or the variable."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UsageError(f"got {shown(text, 80)}, whose ~ names no user of this machine; write the path in full") from None
+        raise UsageError(f"got {what} {shown(text, 80)}, whose ~ names no user of this machine; write the path in full") from None
 
 
 def not_a_file(path: Path) -> str:
-    """Why there is no file to read: "is a folder", say. Empty when there is one. A pipe is never opened."""
+    """Why the path is not a readable file, such as "is a folder", or an empty text. A pipe is never opened."""
     why = bad_path(str(path))
     if why:
         return f"cannot be read: {why.removeprefix('which ')}"
@@ -117,7 +117,7 @@ def not_a_file(path: Path) -> str:
     except FileNotFoundError:
         return "does not exist"
     except OSError as e:
-        return f"cannot be read: {_because(e)}"
+        return f"cannot be read: {reason_for(e)}"
     kinds = {stat.S_IFREG: "", stat.S_IFDIR: "is a folder", stat.S_IFIFO: "is a named pipe", stat.S_IFSOCK: "is a socket"}
     return kinds.get(kind, "is a device")
 
@@ -127,30 +127,30 @@ REASONS = {
     errno.ELOOP: "a symbolic link that leads back to itself; remove it, or give another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
     errno.EISDIR: "it is a folder; give a file",
-    errno.EEXIST: "there is something of that name; remove it, or give another path",
+    errno.EEXIST: "the name is already taken; remove what has it, or give another path",
     errno.EACCES: "permission denied; change its permissions, or give another path",
     errno.EPERM: "permission denied; change its permissions, or give another path",
     errno.EROFS: "the file system is read-only; give a path on another one",
     errno.ENOENT: "it does not exist; check the path",
-    errno.ENXIO: "it is a named pipe that nobody serves; give a file",
+    errno.ENXIO: "it is a named pipe that no process has open; give a file",
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
     errno.ENFILE: "too many open files on this machine; close some",
-    errno.EILSEQ: "the name is no text; rename it to UTF-8",
+    errno.EILSEQ: "the name is not valid text; rename it in UTF-8",
 }
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _because(e: OSError) -> str:
+def reason_for(e: OSError) -> str:
     return REASONS.get(e.errno or 0) or f"{e.strerror or e}; check it, or give another path"
 
 
 def refusal(e: OSError) -> MainrunError:
-    """An error of the operating system as ours: the path, what is wrong with it, what to do."""
+    """Turn an OSError into a MainrunError that names the path, the fault and the fix."""
     names = [shown(os.fsdecode(name), 120) for name in (e.filename, e.filename2) if isinstance(name, str | bytes | os.PathLike)]
     where = " -> ".join(names) or "a file"
     if e.errno in NO_SPACE:
         return DiskFull(f"no space left to write {where} ({e.strerror}); free some and start the same command again, it goes on")
-    return UsageError(f"{where} cannot be used: {_because(e)}")
+    return UsageError(f"{where} cannot be used: {reason_for(e)}")
 
 
 # -- files
@@ -165,7 +165,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         size = path.stat().st_size
         data = b"" if size > largest else path.read_bytes()
     except OSError as e:
-        raise BadInput(f"cannot be read: {_because(e)}") from None
+        raise BadInput(f"cannot be read: {reason_for(e)}") from None
     if size > largest:
         raise BadInput(f"has {size:,} bytes; at most {largest:,} are allowed, so it must be another file")
     return data
@@ -175,14 +175,14 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
     """A file's text, in UTF-8, with or without a byte order mark."""
     data = read_bytes(path, largest)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise BadInput("is not UTF-8 (no UTF-8 text, but UTF-16); save the file as UTF-8")
+        raise BadInput("is UTF-16, not UTF-8; save the file as UTF-8")
     at = data.find(b"\0")
     if at >= 0:
         raise BadInput(f"is binary: a NUL byte at offset {at:,}; give a text file in UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise BadInput(f"is not UTF-8 (no UTF-8 text: {e.reason} at byte {e.start:,}); save the file as UTF-8") from None
+        raise BadInput(f"is not UTF-8 ({e.reason} at byte {e.start:,}); save the file as UTF-8") from None
 
 
 # -- documents
@@ -202,7 +202,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """The value of a key in TOML; a text that is none stands for itself."""
+    """Parse a TOML value. A text that is not valid TOML is returned as it is."""
     try:
         data = tomllib.loads(f"v = {text}")
     except tomllib.TOMLDecodeError:
@@ -217,7 +217,7 @@ def toml_value(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """A key that stands twice in one object is refused: one of the two would be lost."""
+    """A key that appears twice in one object is refused, because one of the two would be lost."""
     try:
         data = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
@@ -232,7 +232,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadInput(f"the key {shown(twice, 80)} stands twice in one object")
+        raise BadInput(f"the key {shown(twice, 80)} appears twice in one object")
     return data
 
 
@@ -266,7 +266,7 @@ def _yaml_loader() -> Any:
                 if name.__hash__ is None:
                     raise BadInput(f"the key {shown(name, 80)} is a list or a table; write a text")
                 if name in seen:
-                    raise BadInput(f"the key {shown(name, 80)} stands twice in one mapping")
+                    raise BadInput(f"the key {shown(name, 80)} appears twice in one mapping")
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
@@ -277,7 +277,7 @@ def _yaml_loader() -> Any:
 
 
 def plain(e: Exception) -> str:
-    """The message of a parser, without Python's advice to programmers."""
+    """The message of a parser, without Python's hints for developers."""
     if isinstance(e, RecursionError):
         return DEEP
     digits = re.search(r"value has (\d+) digits", str(e))

@@ -30,11 +30,22 @@ from mainrun.kernels import TILES
 from mainrun.recorded import Recorded
 
 
+def _place() -> tuple[int, int]:
+    """The number of this process and how many there are, from the variables that torchrun sets. A batch system may leave others."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    got, fix = f"got RANK={rank!r} and WORLD_SIZE={world!r}", "start with torchrun, or unset both"
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ConfigError(f"{got}; RANK must be a number below WORLD_SIZE: {fix}")
+    if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(f"{got}, but no MASTER_ADDR and MASTER_PORT; {fix}")
+    return int(rank), int(world)
+
+
 class Machine:
     """Threads, device, processes. `facts` is the machine class: same facts, same config, same bits."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = _place()
         name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")

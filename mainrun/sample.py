@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
         other = "it belongs to another config" if meta.get("digest") != cfg.digest else ""
         return checkpoint.fault(meta) or other
 
-    found = checkpoint.load_newest(run.checkpoints, usable, lambda _: None)
+    passed_over: list[str] = []
+    found = checkpoint.load_newest(run.checkpoints, usable, passed_over.append)
     if found is None:
         raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")
+    for text in passed_over:
+        warnings.warn(text, stacklevel=3)
     state = State(cfg, build(cfg, tokenizer.vocab_size))
     with checkpoint.fitting(f"the checkpoint of step {found[1]['step']} in {run.checkpoints}"):
         state.load(found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
@@ -49,7 +53,9 @@ def sample(run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temp
         for _ in range(max_tokens):
             logits = model(torch.tensor([ids[-model.cfg.block_size :]]))[0, -1].float()
             if not logits.isfinite().any() or logits.isnan().any():
-                raise RunError(f"{run_dir} holds weights that give no probabilities; its run diverged")
+                raise RunError(
+                    f"the weights in {run_dir} give no probabilities: they diverged, or were changed; train the run again with --fresh"
+                )
             if temperature < COLDEST:
                 chosen = int(logits.argmax())
             else:

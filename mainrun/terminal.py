@@ -33,6 +33,7 @@ class Group(TyperGroup):
         args = list(sys.argv[1:] if args is None else args)
         plain_warnings()
         try:
+            _check_folder()
             _check_text(args)
             _check_caches()
             code = super().main(args, "mainrun", standalone_mode=False)  # a KeyboardInterrupt comes back as 130
@@ -53,7 +54,7 @@ class Group(TyperGroup):
             if not isinstance(e.__context__, OSError):
                 raise
             code = _crash(e.__context__, args)
-        sys.exit(_said(code if isinstance(code, int) else 0))
+        sys.exit(_final_code(code if isinstance(code, int) else 0))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
@@ -64,7 +65,7 @@ class Group(TyperGroup):
 
 
 def commands(help: str) -> typer.Typer:
-    """A command that has commands of its own; alone it shows its help."""
+    """Create a command group. Without a subcommand it prints its help."""
     app = typer.Typer(cls=Group, help=help, rich_markup_mode=None)
 
     @app.callback(invoke_without_command=True)
@@ -75,29 +76,43 @@ def commands(help: str) -> typer.Typer:
     return app
 
 
-def leads() -> bool:
-    """Of the processes that torchrun starts one speaks for all."""
+def is_leader() -> bool:
+    """Whether this process prints. Of the processes that torchrun starts, only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
 
 
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as e:
+        raise UsageError(f"the current folder cannot be used ({e.strerror}); change to another one") from None
+
+
+PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "--store", "--svg", "--tables")
+
+
 def _check_text(args: Sequence[str]) -> None:
-    """No argument holds bytes that are no text: names of files are written into JSON, tables and PDFs."""
-    for arg in args:
+    """Refuse arguments that are not valid text, because they end up in JSON, tables and PDFs."""
+    for before, arg in zip(["", *args], args, strict=False):
+        if arg == "" and before in PATH_OPTIONS:
+            raise UsageError(f"got {before} '', which is empty; give a path")
+        if arg in [f"{option}=" for option in PATH_OPTIONS]:
+            raise UsageError(f"got {arg}'', which is empty; give a path")
         if re.search("[\x00\ud800-\udfff]", arg) is None:
             continue
         if sys.getfilesystemencoding() != "utf-8":
-            fix = f"this locale knows {sys.getfilesystemencoding()} alone, set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+            fix = f"the locale supports only {sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
         else:
             fix = "write it in UTF-8, and rename a file whose name is not"
         raise UsageError(f"got the argument {inputs.shown(arg)}, which is not UTF-8 text; {fix}")
 
 
 def _check_caches() -> None:
-    """Deep inside a run nobody would say which variable is to blame."""
+    """Check the cache variables first, so that the error names the variable."""
     for name in ("MAINRUN_CACHE", "XDG_CACHE_HOME"):
         place = os.environ.get(name)
         if place:
-            inputs.check_path(inputs.expanded(place), name)
+            inputs.check_path(inputs.expanded(place, name), name)
 
 
 def _crash(e: Exception, args: Sequence[str]) -> int:
@@ -114,7 +129,7 @@ def _refuse(e: OSError, args: Sequence[str]) -> int:
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
     if "--debug" in args:
         traceback.print_exception(e)
-    if not leads():  # the leader mostly says the same, and torchrun then ends the others while they wait here
+    if not is_leader():  # rank 0 usually prints the same error; wait so that torchrun can end this process
         time.sleep(5)
         kind = f"{kind} in process {os.environ['RANK']}"
     print(f"{kind}: {_readable(text)}", file=sys.stderr, flush=True)
@@ -136,7 +151,7 @@ def _readable(text: str) -> str:
 
 
 def _usage(e: typer.TyperException) -> str:
-    """Typer's own errors in our form: got, nearest, where the allowed ones are listed."""
+    """Rewrite Typer's errors: what was given, a suggestion, and where to look."""
     ctx = getattr(e, "ctx", None)
     command = ctx.command_path if ctx else "mainrun COMMAND"
     text = e.format_message().rstrip(".")
@@ -149,8 +164,8 @@ def _usage(e: typer.TyperException) -> str:
     return f"{text}; `{command} --help` lists what is allowed"
 
 
-def usable(param: typer.CallbackParam, value: Any) -> Any:
-    """The callback of every option and argument that is a path: refuse what no file can be called."""
+def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
+    """The callback of every option and argument that is a path: refuse a name that no file can have."""
     name = param.opts[0] if param.param_type_name == "option" else param.metavar
     for path in value if isinstance(value, list | tuple) else [value]:
         if path is not None:
@@ -159,7 +174,7 @@ def usable(param: typer.CallbackParam, value: Any) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", callback=usable, help="The folder of the run directories.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the run directories.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
 
 
@@ -168,7 +183,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Memory before torch takes any; and the processes that torchrun started part in order."""
+    """Set up the allocator before torch starts, and shut down the process group at the end."""
     from mainrun.host import tune_allocator
 
     tune_allocator()
@@ -207,13 +222,13 @@ def stoppable() -> Iterator[None]:
 
 
 def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
-    """What is written whole replaces what lies there: that may be an earlier one, never a folder, a device or somebody's other file."""
+    """Refuse to overwrite anything but an earlier output of the same kind."""
     if path.is_dir():
         what = "a folder"
     elif path.exists() and not path.is_file():
         what = "a device or a pipe, not a file"
     elif path.is_file() and path.stat().st_size and path.open("rb").read(len(begins)) != begins:
-        what = f"a file that is no {kind}, and would be lost"
+        what = f"a file that is not a {kind} and would be overwritten"
     else:
         return
     raise UsageError(f"got {option} {path}, {what}; give the name of a new file, or of an earlier {kind}")
@@ -223,7 +238,7 @@ def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
 
 
 class _Outlet(io.FileIO):
-    """stdout or stderr: what cannot be written is dropped, and why is kept for the end. So a command finishes what it does."""
+    """stdout or stderr. It drops what cannot be written and remembers the error, so that the command can finish."""
 
     fault: OSError | None = None
 
@@ -237,7 +252,7 @@ class _Outlet(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Full disks, readers that left and closed descriptors must not end a training. Called once, before anything is printed."""
+    """A full disk, a closed pipe or a closed descriptor must not end a training. Called once, before anything is printed."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -262,8 +277,8 @@ def _guarded(stream: TextIO | None, fd: int) -> TextIO:
     return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
 
-def _said(code: int) -> int:
-    """The exit code, when all is flushed. A reader that left (`| head`) has what it wanted; a full disk has not."""
+def _final_code(code: int) -> int:
+    """Flush stdout and return the exit code. A closed pipe (`| head`) is not an error; a full disk is."""
     if sys.stdout is None:
         return code
     sys.stdout.flush()
@@ -285,11 +300,11 @@ def emit(value: Any) -> None:
 
 
 def console() -> Console:
-    """For tables on stdout. In a pipe or a file nothing is wrapped to a width that nobody has."""
+    """For tables on stdout. In a pipe or a file they are 200 columns wide."""
     from rich.console import Console
 
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=200)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def show_table(head: list[str], lines: list[list[str]]) -> None:

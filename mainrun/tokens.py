@@ -321,6 +321,8 @@ def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
         meta = json.loads((entry / "meta.json").read_bytes())
         tokenizer = Tokenizer.from_json((entry / "tokenizer.json").read_text(encoding="utf-8"))
         splits = {split: np.load(entry / f"{split}.npy", mmap_mode="r") for split in SPLITS if split in meta["chars"]}
+        if any(stream.ndim != 1 for stream in splits.values()):
+            raise ValueError("a stream has more than one dimension")
         if meta["digest"] != _digest(tokenizer, splits, meta["chars"], meta["bytes"]):
             raise ValueError("its checksum differs")
         return TokenData(tokenizer, splits, meta["chars"], meta["bytes"], meta["digest"])

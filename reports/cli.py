@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mainrun.errors import UsageError
-from mainrun.terminal import Debug, Json, check_place, emit, usable
+from mainrun.terminal import Debug, Json, check_place, emit, validate_paths
 
 if TYPE_CHECKING:
     from reports.load import Evidence
@@ -23,18 +23,23 @@ LOG = Path(__file__).parents[1] / "docs" / "log.md"
 
 def report(
     places: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN|STUDY]...", callback=usable, help="Runs, exported studies, or folders of them.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN|STUDY]...", callback=validate_paths, help="Runs, exported studies, or folders of them."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", callback=usable, help="The PDF.")] = Path("report.pdf"),
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The PDF.")] = Path("report.pdf"),
     title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What stands on top of it.")] = "Mainrun report",
     figures: Annotated[
-        Path | None, typer.Option("--figures", metavar="DIR", callback=usable, help="Also keep each figure, as SVG and PNG.")
+        Path | None, typer.Option("--figures", metavar="DIR", callback=validate_paths, help="Also keep each figure, as SVG and PNG.")
     ] = None,
-    tables: Annotated[Path | None, typer.Option("--tables", metavar="DIR", callback=usable, help="Also keep each table, as CSV.")] = None,
-    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=usable, help="The folder of the run directories.")] = Path("runs"),
+    tables: Annotated[
+        Path | None, typer.Option("--tables", metavar="DIR", callback=validate_paths, help="Also keep each table, as CSV.")
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories.")] = Path(
+        "runs"
+    ),
     samples: Annotated[int, typer.Option("--samples", min=0, max=100, help="Titles that each of the two recipes writes.")] = 8,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", callback=usable, help="The log of experiments, for what failed.")
+        Path | None, typer.Option("--log", metavar="FILE", callback=validate_paths, help="The log of experiments, for what failed.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -69,15 +74,15 @@ def write(
     from reports import findings, pdf
     from reports.pages import Report
 
-    for folder in (figures, tables):
+    for folder, option in ((figures, "--figures"), (tables, "--tables")):
         if folder:
-            with disk_errors(folder):
+            with disk_errors(folder, option):
                 folder.mkdir(parents=True, exist_ok=True)
     with _writing(e, samples) as written:  # they write while this draws
         drawn = {name: pdf.drawing(svg) for name, svg in pdf.svgs(e, figures).items()}
         made = Report(e, title, log, tuple(written()))
     if tables:
-        with disk_errors(tables):
+        with disk_errors(tables, "--tables"):
             for table in made.tables.values():
                 table.write(tables)
     pages = pdf.write(out, lambda: made.story(drawn), title, made.told())

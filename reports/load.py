@@ -306,7 +306,7 @@ def _study(path: Path) -> Study:
 
 CONFIRMED = {
     "trial?": records.optional(records.count), "mean?": records.optional(records.real), "difference?": records.optional(records.real),
-    "interval?": records.optional(records.pair(records.real)), "p_holm?": records.optional(records.real), "why?": records.words,
+    "interval?": records.optional(records.pair(records.real)), "p_holm?": records.optional(records.real), "why?": records.any_text,
 }  # fmt: skip
 # what `Study.fact` looks for, in the export itself and in two parts of it
 FACT: dict[str, Any] = {
@@ -322,7 +322,7 @@ FACTS = FACT | {
 }  # fmt: skip
 LEDGER = dict.fromkeys(("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.positive))
 TRIAL = LEDGER | {
-    "trial": records.count, "state": records.text, "value": records.optional(records.number), "reason?": records.optional(records.words),
+    "trial": records.count, "state": records.text, "value": records.optional(records.number), "reason?": records.optional(records.any_text),
     "rung?": records.optional(records.real), "scores?": records.optional(records.scores),
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def svgs(e: Evidence, folder: Path | None) -> dict[str, bytes]:
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": CREATOR})
             found[name] = out.getvalue()
             if folder:
-                with disk_errors(folder):
+                with disk_errors(folder, "--figures"):
                     (folder / f"{name}.svg").write_bytes(found[name])
                     figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": CREATOR})
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.terminal import Debug, Json, check_place, emit, show_table, usable
+from mainrun.terminal import Debug, Json, check_place, emit, show_table, validate_paths
 
 if TYPE_CHECKING:
     from reports.submission import Submission
@@ -22,11 +22,13 @@ def _note(text: str) -> None:
 
 def submit(
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Which; not needed where only one is finished.")] = None,
-    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=usable, help="The folder of the run directories.")] = Path("runs"),
-    report: Annotated[Path, typer.Option("--report", metavar="PDF", callback=usable, help="The report that quotes it.")] = Path(
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories.")] = Path(
+        "runs"
+    ),
+    report: Annotated[Path, typer.Option("--report", metavar="PDF", callback=validate_paths, help="The report that quotes it.")] = Path(
         "report.pdf"
     ),
-    out: Annotated[Path, typer.Option("--out", metavar="ZIP", callback=usable, help="The bundle.")] = Path("submission.zip"),
+    out: Annotated[Path, typer.Option("--out", metavar="ZIP", callback=validate_paths, help="The bundle.")] = Path("submission.zip"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list it; write and send nothing.")] = False,
     url: Annotated[str | None, typer.Option("--upload", metavar="URL", help="Also send it there, by HTTP PUT.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Send it without asking.")] = False,
@@ -109,7 +111,7 @@ def _send(made: Submission, out: Path, url: str, yes: bool, timeout: float) -> N
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="ZIP", callback=usable, help="A bundle that `mainrun submit` made.")],
+    path: Annotated[Path, typer.Argument(metavar="ZIP", callback=validate_paths, help="A bundle that `mainrun submit` made.")],
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="How many to train again; the run's number: all of it.")] = 10,
     as_json: Json = False,
     debug: Debug = False,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import ConfigError, DiskFull, Interrupted, RunError, UsageError
-from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable, usable
+from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable, validate_paths
 
 if TYPE_CHECKING:
     from sweeps.driver import Search
@@ -38,7 +38,7 @@ def _root(ctx: typer.Context) -> None:
 
 
 Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of a study that was begun.")]
-Studies = Annotated[Path, typer.Option("--out", metavar="DIR", callback=usable, help="The folder of the studies.")]
+Studies = Annotated[Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the studies.")]
 
 
 @app.command("run")
@@ -382,7 +382,7 @@ def _is_toml(value: str) -> bool:
 @app.command("export")
 def export_(
     name: Name,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=usable, help="Where trials.parquet and study.json go.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=validate_paths, help="Where trials.parquet and study.json go.")],
     out: Studies = Path("runs/studies"),
     debug: Debug = False,
 ) -> None:
@@ -392,6 +392,8 @@ def export_(
 
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"got DIR {folder}, which is a file; give a folder, or one that is not there yet")
+    if (folder / "study.json").is_file() and not (folder / "trials.parquet").is_file():
+        raise UsageError(f"got DIR {folder}, whose study.json is not an export and would be overwritten; give another folder")
     write(finished(out / name), folder)
     print(f"{folder / 'trials.parquet'}\n{folder / 'study.json'}")
 

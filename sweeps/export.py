@@ -60,7 +60,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with disk_errors(folder):
+    with disk_errors(folder, "DIR"):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         table = pa.table(_columns(found["trials"]))
@@ -68,7 +68,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
         raise RunError(f"the trials of {found.get('name')} do not make a table ({e!r:.200}); restore export.json of the study") from None
     for name in ("trials.parquet", "study.json"):
         check_place(folder / name, "move it away, or give another folder")
-    with disk_errors(folder):
+    with disk_errors(folder, "DIR"):
         pq.write_table(table, folder / "trials.parquet")
     write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mainrun.errors import RunError, UsageError
+from mainrun.errors import RunError, UsageError, nearest
 from mainrun.store import records
 from mainrun.store.rundir import check_place, disk_errors, write_text
 from sweeps.study import Study
@@ -65,7 +65,8 @@ def known(folder: Path) -> dict[str, Any]:
     before = begun(folder)
     if not before:
         have = sorted(p.parent.name for p in folder.parent.glob("*/study.json"))
-        raise UsageError(f"no study {folder.name!r} in {folder.parent}; there: {', '.join(have) or 'none'}")
+        listed = f"it holds: {', '.join(have)}" if have else "it holds none; `mainrun sweep run STUDY` starts one"
+        raise UsageError(f"no study {folder.name!r} in {folder.parent}{nearest(folder.name, have)}; {listed}")
     return {"command": f"mainrun sweep {folder.name}"} | before
 
 
@@ -94,27 +95,28 @@ def _disagrees(export: dict[str, Any]) -> str:
     return f"it has no trial {winner}, which it says won" if winner is not None and winner not in numbers else ""
 
 
-BEGUN = {"digest": records.text, "study": records.table, "command?": records.words}
+BEGUN = {"digest": records.text, "study": records.table, "command?": records.any_text}
 COSTS = dict.fromkeys(("asked", "trained", "reused", "wasted"), records.count) | {"branch?": records.count, "tokens?": records.count}
 TRIAL = {f"{name}?": records.count for name in ("asked", "trained", "reused", "wasted", "branch", "tokens", "steps")} | {
     "trial": records.count, "state": records.text, "value": records.optional(records.real), "params": records.table_of(records.setting),
-    "scores": records.table, "sets": [records.words], "raw_scores?": records.table, "seed?": records.optional(records.count),
-    "rung?": records.number, "run?": records.words, "reason?": records.words, "flops?": records.positive, "seconds?": records.positive,
+    "scores": records.table, "sets": [records.any_text], "raw_scores?": records.table, "seed?": records.optional(records.count),
+    "rung?": records.number, "run?": records.any_text, "reason?": records.any_text, "flops?": records.positive,
+    "seconds?": records.positive,
 }  # fmt: skip
 CONFIRMED = {
     "trial": records.count, "difference": records.real, "interval": records.pair(records.real), "p_holm": records.real,
-    "claim": records.yes_or_no, "why": records.words, "params": records.table_of(records.setting),
+    "claim": records.yes_or_no, "why": records.any_text, "params": records.table_of(records.setting),
 }  # fmt: skip
 EVIDENCE = {
-    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]}, "rows": [CONFIRMED], "claim": records.words,
+    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]}, "rows": [CONFIRMED], "claim": records.any_text,
     "winner": records.optional(records.count), "val?": {"full": records.real, "official": records.real},
     "runs?": [COSTS | {"kind": records.text}],
 }  # fmt: skip
 CORRELATIONS = records.optional(records.table_of(records.optional(records.real)))
 FINISHED = BEGUN | {
-    "name?": records.text, "preset": records.words, "objective": records.text, "trials": [TRIAL], "ledger": COSTS,
+    "name?": records.text, "preset": records.any_text, "objective": records.text, "trials": [TRIAL], "ledger": COSTS,
     "evidence?": records.optional(EVIDENCE), "rung_correlation?": CORRELATIONS, "raw_rung_correlation?": CORRELATIONS,
-    "study": {"rungs?": records.optional(records.table), "storage?": records.words},
+    "study": {"rungs?": records.optional(records.table), "storage?": records.any_text},
 }  # fmt: skip
 
 

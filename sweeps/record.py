@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mainrun.errors import DiskFull, MainrunError, UsageError
+from mainrun.errors import DiskFull, MainrunError, RunError, UsageError
 from sweeps.study import Study, without_password
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Record:
         self.server, self.unsure = study.storage.startswith("postgresql"), False
         self.storage, self.optuna = self._patiently(self._open, opening=True)
         self.written = self._patiently(self._count)
-        known = self.optuna.user_attrs.get("digest")
+        known = self._patiently(lambda: self.optuna.user_attrs.get("digest"))
         if known is None and not self.written:
             self._patiently(lambda: self.optuna.set_user_attr("digest", study.digest))
         elif known != study.digest:
@@ -110,6 +110,9 @@ class Record:
                     said = True
                 time.sleep(pause)
                 pause = min(5.0, 2 * pause)
+            except (LookupError, ValueError, AssertionError) as e:  # rows that Optuna did not write
+                what = f"{self.name} holds rows that Optuna cannot read ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+                raise RunError(f"{what}; restore it, or give this study another --as NAME") from e
             else:
                 if said:
                     self.note("the storage answers again")

@@ -234,7 +234,9 @@ def _wrong(study: Study) -> Iterator[str]:
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
         yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
     url = study.storage
-    if url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
+    if re.fullmatch(r"sqlite:///(:memory:|file::memory:.*)?", url):
+        yield f"storage={url!r} is in memory, and would be lost; write sqlite:///FILE."
+    elif url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
         yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
     elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
         yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."

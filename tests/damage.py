@@ -1,7 +1,7 @@
-"""Damaged files for test_damaged.py: a workshop with one of everything that is kept on disk, and the ways in which a file breaks.
+"""Damaged files for test_damaged.py: a fixture directory with every kind of file that mainrun writes, and ways to damage them.
 
-    python tests/damage.py --cases 20000 --seed 1        # prints every case whose command did not end as it should
-    python tests/damage.py --case 1:57                   # one of them, with all that was printed
+    python tests/damage.py --cases 20000 --seed 1        # print every case that fails
+    python tests/damage.py --case 1:57                   # one of them, with all of its output
 
 A case is a function of (seed, index): which file, which damage, which command.
 """
@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from doors import Driver, Outcome
+from doors import Driver, Outcome, case_number
+from mutate import whole_number
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,8 +58,8 @@ import json, sys
 from pathlib import Path
 run, into = Path(sys.argv[2]), Path(sys.argv[3])
 summary = json.loads((run / "summary.json").read_text())
-found = {name: summary[name] for name in ("versions", "machine_class", "fingerprints", "tokenizer")}
-json.dump(found | {"steps": 0, "rows": []}, into.open("w"))
+fields = {name: summary[name] for name in ("versions", "machine_class", "fingerprints", "tokenizer")}
+json.dump(fields | {"steps": 0, "rows": []}, into.open("w"))
 """
 
 
@@ -67,17 +68,17 @@ def sets(fields: dict[str, Any]) -> list[str]:
     return [word for key, value in fields.items() for word in ("--set", f"{key}={json.dumps(value) if key == 'growth' else value}")]
 
 
-# -- the workshop
+# -- the fixture directory
 
 
 def make(folder: Path) -> None:
-    """One of everything, in a few seconds: a whole, an interrupted and a grown run with their store, a study, an export and a bundle."""
+    """Make a finished, an interrupted and a growing run with their store, a study, an export and a bundle. This takes seconds."""
     os.environ["MAINRUN_CACHE"] = str(folder / "cache")
     runs = folder / "runs"
     names = {"whole": _train(runs, PLAIN), "half": _train(runs, HALF, until=14), "grown": _train(runs, GROWN)}
-    with tempfile.TemporaryDirectory() as undisturbed:
-        name = _train(Path(undisturbed), HALF)
-        names["weights"] = json.loads((Path(undisturbed) / name / "summary.json").read_text(encoding="utf-8"))["weights"]
+    with tempfile.TemporaryDirectory() as uninterrupted:
+        name = _train(Path(uninterrupted), HALF)
+        names["weights"] = json.loads((Path(uninterrupted) / name / "summary.json").read_text(encoding="utf-8"))["weights"]
     (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
     _search(folder)
     _bundle(folder, runs / names["whole"])
@@ -95,8 +96,8 @@ def _train(out: Path, fields: dict[str, Any], until: int = 0) -> str:
     return cfg.run_id
 
 
-class AtOnce:
-    """An engine that trains in this process."""
+class SameProcess:
+    """An engine that trains in the current process."""
 
     workers = 1
 
@@ -130,7 +131,7 @@ def _search(folder: Path) -> None:
     with owned(place, study):
         known = {"train_tokens": len(prepare(base, corpus).splits["train"]), "fingerprints": corpus.fingerprints}
         (place / "tokens.json").write_text(json.dumps(known), encoding="utf-8")
-        search = Search(study, place, AtOnce(), lambda text: None, lambda: None)
+        search = Search(study, place, SameProcess(), lambda text: None, lambda: None)
         begin(place, study, "mainrun sweep tiny.toml")
         search.run()
         export(search, confirm(search))
@@ -158,18 +159,18 @@ def _bundle(folder: Path, run: Path) -> None:
     names += [str(path.relative_to(run)) for path in newest.iterdir()]
     files = {f"run/{name}": (run / name).read_bytes() for name in names}
     files |= {"report.pdf": report, "code/mainrun/replay.py": STUB.encode(), "code/mainrun/__init__.py": b""}
-    (folder / "submission.zip").write_bytes(bundle.pack(sealed_bundle(files, summary)))
+    (folder / "submission.zip").write_bytes(bundle.pack(add_manifest(files, summary)))
 
 
-def sealed_bundle(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, bytes]:
-    """The files with a manifest that fits them."""
-    given = {name: data for name, data in files.items() if name != "MANIFEST.json"}
+def add_manifest(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, bytes]:
+    """Return the files with a matching manifest."""
+    members = {name: data for name, data in files.items() if name != "MANIFEST.json"}
     figures = {name: summary[name] for name in ("last", "best", "steps", "params", "weights")}
     plain = ("run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions", "guards")
-    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in given.items()}
+    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in members.items()}
     manifest = {"format": 1, "commit": "0" * 40, "tree": "0" * 40, "figures": figures, "files": listed}
     manifest |= {name: summary[name] for name in plain}
-    return given | {"MANIFEST.json": json.dumps(manifest).encode()}
+    return members | {"MANIFEST.json": json.dumps(manifest).encode()}
 
 
 # -- damage
@@ -183,12 +184,13 @@ RAW_VALUES = {
     "4,000 digits": "9" * 4000, "5,000 digits": "9" * 5000,
     "nested 500 deep": "[" * 500 + "]" * 500, "nested 10,000 deep": "[" * 10_000 + "]" * 10_000, "100,000 items": f"[{'0,' * 99_999}0]",
 }  # fmt: skip
+FIXED = ", checksums fixed"  # the end of a description
 PLACEHOLDER = "PLACEHOLDER-OF-A-RAW-VALUE"
 RAW_LINES = ("[1]", "5", "null", "true", '"x"', "[]", "{}", "", "{", "NaN", "\0\0\0\0", '{"event": "step"}', '{"event": 5, "step": 1}')
 
 
 def slots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all values inside, those of containers too."""
+    """Yield the paths of all values inside a value, including containers."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -196,7 +198,7 @@ def slots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """The value with another one at the path."""
+    """Return the value with another value at the path."""
     if not path:
         return new
     copy = value.copy()
@@ -205,7 +207,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def cut(value: Any, path: tuple[Any, ...]) -> Any:
-    """The value without what is at the path."""
+    """Return the value without the entry at the path."""
     parent = value
     for key in path[:-1]:
         parent = parent[key]
@@ -214,10 +216,10 @@ def cut(value: Any, path: tuple[Any, ...]) -> Any:
     return put(value, path[:-1], shorter)
 
 
-def hurt_value(chance: random.Random, value: Any) -> tuple[str, str]:
-    """Another JSON text, and what was done to it."""
+def damage_value(chance: random.Random, value: Any) -> tuple[str, str]:
+    """Return a damaged JSON text and a description of the damage."""
     paths = list(slots(value))
-    depth = chance.randint(0, max(map(len, paths)))  # else the many figures deep inside would have all the attention
+    depth = chance.randint(0, max(map(len, paths)))  # otherwise the many values deep inside would be drawn almost always
     path = chance.choice([path for path in paths if len(path) <= depth])
     where = ".".join(map(str, path)) or "the top"
     if path and chance.random() < 0.25:
@@ -233,12 +235,12 @@ def hurt_value(chance: random.Random, value: Any) -> tuple[str, str]:
     return json.dumps(put(value, path, new)), f"{where} = {new!r:.60}"
 
 
-def hurt_json(chance: random.Random, data: bytes) -> tuple[bytes, str]:
-    text, what = hurt_value(chance, json.loads(data))
+def damage_json(chance: random.Random, data: bytes) -> tuple[bytes, str]:
+    text, what = damage_value(chance, json.loads(data))
     return text.encode(), what
 
 
-def hurt_lines(chance: random.Random, data: bytes) -> tuple[bytes, str]:
+def damage_lines(chance: random.Random, data: bytes) -> tuple[bytes, str]:
     lines = data.splitlines()
     place = chance.choice((0, len(lines) - 1, chance.randrange(len(lines))))
     kind = chance.random()
@@ -253,12 +255,12 @@ def hurt_lines(chance: random.Random, data: bytes) -> tuple[bytes, str]:
         lines.insert(place, lines[place])
         what = f"line {place + 1} twice"
     else:
-        text, what = hurt_value(chance, json.loads(lines[place]))
+        text, what = damage_value(chance, json.loads(lines[place]))
         lines[place], what = text.encode(), f"line {place + 1}: {what}"
     return b"".join(line + b"\n" for line in lines), what
 
 
-def hurt_bytes(chance: random.Random, data: bytes) -> tuple[bytes, str]:
+def damage_bytes(chance: random.Random, data: bytes) -> tuple[bytes, str]:
     size = len(data)
     ways: dict[str, Callable[[], bytes]] = {
         "empty": lambda: b"",
@@ -285,13 +287,13 @@ def _with(data: bytes, place: int, flip: int) -> bytes:
 
 
 def _socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # the address of a socket is short
+    folder = os.getcwd()
+    os.chdir(path.parent)  # the address of a socket must be short
     try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
     finally:
-        os.chdir(here)
+        os.chdir(folder)
 
 
 PLACES: dict[str, Callable[[Path], Any]] = {
@@ -308,7 +310,7 @@ PLACES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def hurt_place(chance: random.Random, path: Path) -> str:
+def damage_place(chance: random.Random, path: Path) -> str:
     what = chance.choice(sorted(PLACES))
     replace_with(path, what)
     return what
@@ -319,7 +321,7 @@ def replace_with(path: Path, what: str) -> None:
     PLACES[what](path)
 
 
-# -- checksums made to fit: a hostile user knows how
+# -- recompute checksums, as a malicious user would
 
 
 def _dumped(value: Any) -> bytes:
@@ -330,22 +332,19 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def seal_config(path: Path) -> None:
+def fix_config(path: Path) -> None:
     data = json.loads(path.read_bytes())
     data["digest"] = _sha256(_dumped({k: v for k, v in data["config"].items() if k != "preset"}))
     path.write_text(json.dumps(data))
 
 
-def seal_meta(path: Path) -> None:
+def fix_meta(path: Path) -> None:
     meta = json.loads(path.read_bytes())
     meta.pop("meta_sha256", None)
-    state = path.with_name("state.safetensors")
-    if path.with_name(".seal-state").exists():
-        meta["state_sha256"] = _sha256(state.read_bytes())
     path.write_text(json.dumps(meta | {"meta_sha256": _sha256(_dumped(meta))}, indent=1, ensure_ascii=False) + "\n")
 
 
-def seal_node(path: Path) -> None:
+def fix_node(path: Path) -> None:
     head, _, body = path.read_bytes().partition(b"\n")
     line = json.loads(head)
     line.pop("sha256", None)
@@ -353,18 +352,18 @@ def seal_node(path: Path) -> None:
     path.write_bytes(_dumped(line | {"sha256": _sha256(_dumped(line))}) + b"\n" + body)
 
 
-SEALS: dict[str, Callable[[Path], None]] = {"config.json": seal_config, "meta.json": seal_meta, "nodes": seal_node}
+CHECKSUMS: dict[str, Callable[[Path], None]] = {"config.json": fix_config, "meta.json": fix_meta, "nodes": fix_node}
 
 
-# -- what is there to damage, and who reads it
+# -- the files to damage, and the commands that read them
 
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file. `commands` have {whole}, {half}, {grown} for the names of runs."""
+    """A kind of file. In `commands`, {whole}, {half} and {grown} stand for the names of the runs."""
 
-    pattern: str  # below the workshop
-    hurt: Callable[[random.Random, bytes], tuple[bytes, str]]
+    pattern: str  # relative to the fixture directory
+    damage: Callable[[random.Random, bytes], tuple[bytes, str]]
     commands: tuple[str, ...]
     weight: int = 1
 
@@ -388,49 +387,49 @@ SWEEP += ("sweep ls --out studies", "sweep export tiny exported --out studies", 
 STUDIES = ("report-study",)
 
 TARGETS = (
-    Target("runs/{whole}/summary.json", hurt_json, SHOW, 6),
-    Target("runs/{whole}/metrics.jsonl", hurt_lines, SHOW, 6),
-    Target("runs/{whole}/config.json", hurt_json, (*SHOW, *RUNS), 3),
-    Target("runs/{whole}/env.json", hurt_json, ("report-one", "submit", "train-whole"), 2),
-    Target("runs/{whole}/status.json", hurt_json, SHOW, 1),
-    Target("runs/{whole}/tokenizer.json", hurt_json, (*RUNS, "report-one", "submit"), 2),
-    Target("runs/{whole}/checkpoints", hurt_bytes, (*RUNS, "submit", "report-one"), 1),
-    Target("runs/{whole}/checkpoints/*/meta.json", hurt_json, (*RUNS, "submit"), 2),
-    Target("runs/{whole}/checkpoints/*/state.safetensors", hurt_bytes, (*RUNS, "submit"), 2),
-    Target("runs/{half}/metrics.jsonl", hurt_lines, RESUME, 4),
-    Target("runs/{half}/config.json", hurt_json, RESUME, 3),
-    Target("runs/{half}/env.json", hurt_json, RESUME, 4),
-    Target("runs/{half}/status.json", hurt_json, (*RESUME, "compare {half}"), 1),
-    Target("runs/{half}/tokenizer.json", hurt_json, RESUME, 1),
-    Target("runs/{half}/.lock", hurt_bytes, RESUME, 1),
-    Target("runs/{half}/checkpoints", hurt_bytes, RESUME, 1),
-    Target("runs/{half}/checkpoints/*/meta.json", hurt_json, RESUME, 6),
-    Target("runs/{half}/checkpoints/*/state.safetensors", hurt_bytes, RESUME, 3),
-    Target("runs/{grown}/growth.jsonl", hurt_lines, GROW, 4),
-    Target("runs/{grown}/summary.json", hurt_json, GROW, 2),
-    Target("runs/{grown}/checkpoints/*/meta.json", hurt_json, ("sample {grown} --prompt a --max-tokens 3",), 2),
-    Target("runs/.store/store.json", hurt_json, STORE, 2),
-    Target("runs/.store/nodes/*", hurt_lines, STORE, 6),
-    Target("runs/.store/states/*", hurt_bytes, STORE, 2),
-    Target("runs/.store/roots/*", hurt_json, STORE, 2),
-    Target("runs/.store/*", hurt_bytes, STORE, 2),
-    Target("runs/.store/pins/batch-x", hurt_json, STORE, 1),
-    Target("studies/tiny/study.json", hurt_json, SWEEP, 3),
-    Target("studies/tiny/tokens.json", hurt_json, SWEEP[:1], 2),
-    Target("studies/tiny/export.json", hurt_json, (*SWEEP[1:], *SWEEP[:1]), 6),
-    Target("studies/tiny/study.db", hurt_bytes, SWEEP[:1], 2),
-    Target("studies/tiny/.lock", hurt_bytes, SWEEP[:1], 1),
-    Target("studies/tiny/runs/*/metrics.jsonl", hurt_lines, SWEEP[:1], 3),
-    Target("studies/tiny/runs/*/summary.json", hurt_json, SWEEP[:1], 2),
-    Target("studies/tiny/runs/*/status.json", hurt_json, SWEEP[:1], 2),
-    Target("studies/tiny/runs/*/env.json", hurt_json, SWEEP[:1], 2),
-    Target("studies/tiny/runs/*/config.json", hurt_json, SWEEP[:1], 1),
-    Target("studies/tiny/export/study.json", hurt_json, STUDIES, 4),
-    Target("studies/tiny/export/trials.parquet", hurt_bytes, STUDIES, 2),
-    Target("submission.zip", hurt_bytes, ("verify submission.zip",), 2),
-    Target("cache/tokens/*/meta.json", hurt_json, ("train-half",), 2),
-    Target("cache/tokens/*/tokenizer.json", hurt_json, ("train-half",), 2),
-    Target("cache/tokens/*/train.npy", hurt_bytes, ("train-half",), 2),
+    Target("runs/{whole}/summary.json", damage_json, SHOW, 6),
+    Target("runs/{whole}/metrics.jsonl", damage_lines, SHOW, 6),
+    Target("runs/{whole}/config.json", damage_json, (*SHOW, *RUNS), 3),
+    Target("runs/{whole}/env.json", damage_json, ("report-one", "submit", "train-whole"), 2),
+    Target("runs/{whole}/status.json", damage_json, SHOW, 1),
+    Target("runs/{whole}/tokenizer.json", damage_json, (*RUNS, "report-one", "submit"), 2),
+    Target("runs/{whole}/checkpoints", damage_bytes, (*RUNS, "submit", "report-one"), 1),
+    Target("runs/{whole}/checkpoints/*/meta.json", damage_json, (*RUNS, "submit"), 2),
+    Target("runs/{whole}/checkpoints/*/state.safetensors", damage_bytes, (*RUNS, "submit"), 2),
+    Target("runs/{half}/metrics.jsonl", damage_lines, RESUME, 4),
+    Target("runs/{half}/config.json", damage_json, RESUME, 3),
+    Target("runs/{half}/env.json", damage_json, RESUME, 4),
+    Target("runs/{half}/status.json", damage_json, (*RESUME, "compare {half}"), 1),
+    Target("runs/{half}/tokenizer.json", damage_json, RESUME, 1),
+    Target("runs/{half}/.lock", damage_bytes, RESUME, 1),
+    Target("runs/{half}/checkpoints", damage_bytes, RESUME, 1),
+    Target("runs/{half}/checkpoints/*/meta.json", damage_json, RESUME, 6),
+    Target("runs/{half}/checkpoints/*/state.safetensors", damage_bytes, RESUME, 3),
+    Target("runs/{grown}/growth.jsonl", damage_lines, GROW, 4),
+    Target("runs/{grown}/summary.json", damage_json, GROW, 2),
+    Target("runs/{grown}/checkpoints/*/meta.json", damage_json, ("sample {grown} --prompt a --max-tokens 3",), 2),
+    Target("runs/.store/store.json", damage_json, STORE, 2),
+    Target("runs/.store/nodes/*", damage_lines, STORE, 6),
+    Target("runs/.store/states/*", damage_bytes, STORE, 2),
+    Target("runs/.store/roots/*", damage_json, STORE, 2),
+    Target("runs/.store/*", damage_bytes, STORE, 2),
+    Target("runs/.store/pins/batch-x", damage_json, STORE, 1),
+    Target("studies/tiny/study.json", damage_json, SWEEP, 3),
+    Target("studies/tiny/tokens.json", damage_json, SWEEP[:1], 2),
+    Target("studies/tiny/export.json", damage_json, (*SWEEP[1:], *SWEEP[:1]), 6),
+    Target("studies/tiny/study.db", damage_bytes, SWEEP[:1], 2),
+    Target("studies/tiny/.lock", damage_bytes, SWEEP[:1], 1),
+    Target("studies/tiny/runs/*/metrics.jsonl", damage_lines, SWEEP[:1], 3),
+    Target("studies/tiny/runs/*/summary.json", damage_json, SWEEP[:1], 2),
+    Target("studies/tiny/runs/*/status.json", damage_json, SWEEP[:1], 2),
+    Target("studies/tiny/runs/*/env.json", damage_json, SWEEP[:1], 2),
+    Target("studies/tiny/runs/*/config.json", damage_json, SWEEP[:1], 1),
+    Target("studies/tiny/export/study.json", damage_json, STUDIES, 4),
+    Target("studies/tiny/export/trials.parquet", damage_bytes, STUDIES, 2),
+    Target("submission.zip", damage_bytes, ("verify submission.zip",), 2),
+    Target("cache/tokens/*/meta.json", damage_json, ("train-half",), 2),
+    Target("cache/tokens/*/tokenizer.json", damage_json, ("train-half",), 2),
+    Target("cache/tokens/*/train.npy", damage_bytes, ("train-half",), 2),
 )
 MEMBERS = (
     "MANIFEST.json",
@@ -442,33 +441,41 @@ MEMBERS = (
     "run/tokenizer.json",
 )
 
-RENEWED = (".lock", "status.json", "env.json")  # what a start writes anew, whatever comes of it
-OF_THE_CODE = ("the working tree is not committed", "this may not leave the machine")  # what `submit` says of the code under test
-FINDS = {"store verify": {1}, "store audit": {1}, "grow verify": {1}, "verify": {1}}  # what a check says when it finds something
+REWRITTEN = (".lock", "status.json", "env.json")  # rewritten by every start
+ABOUT_THE_TREE = (
+    "the working tree is not committed",
+    "this may not leave the machine",
+)  # messages about the tree under test, not about the damage
+CHECKS = {
+    "store verify": {1},
+    "store audit": {1},
+    "grow verify": {1},
+    "verify": {1},
+}  # exit codes of commands that check files and find a problem
 
 
-# -- damage that ended in a crash or a hang once
+# -- damage that once caused a crash or a hang
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
     pattern: str
-    hurt: Callable[[Path], Any]
+    damage: Callable[[Path], Any]
     command: str
     code: int = 2
 
 
 def value_at(*path: Any, value: Any) -> Callable[[Path], Any]:
-    """Another value in a JSON document, which is sealed when it has a checksum of its own."""
+    """Change a value in a JSON document, and fix its checksum if it has one."""
 
-    def hurt(file: Path) -> None:
+    def damage(file: Path) -> None:
         file.write_text(json.dumps(put(json.loads(file.read_bytes()), path, value)))
-        seal = SEALS.get(file.name)
-        if seal:
-            seal(file)
+        fix_checksum = CHECKSUMS.get(file.name)
+        if fix_checksum:
+            fix_checksum(file)
 
-    return hurt
+    return damage
 
 
 def last_line(text: str) -> Callable[[Path], Any]:
@@ -544,38 +551,38 @@ ROWS = (
 )  # fmt: skip
 
 
-def prepare_row(workshop: Workshop, row: Row) -> Case:
-    workshop.renew(row.pattern.partition("/")[0])
-    path = workshop.file(row.pattern, random.Random(0))
-    row.hurt(path)
-    return Case(row.name, str(path.relative_to(workshop.place)), row.name, workshop.argv(row.command))
+def prepare_row(fixture: FixtureDirectory, row: Row) -> Case:
+    fixture.renew(row.pattern.partition("/")[0])
+    path = fixture.file(row.pattern, random.Random(0))
+    row.damage(path)
+    return Case(row.name, str(path.relative_to(fixture.place)), row.name, fixture.argv(row.command))
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    place: str  # what is damaged
-    damage: str
+    place: str  # the damaged file
+    damage: str  # what was done to it
     argv: tuple[str, ...]
 
 
-class Workshop:
-    """A copy of everything, to be damaged."""
+class FixtureDirectory:
+    """A copy of the fixture directory, to be damaged."""
 
     def __init__(self, made: Path, place: Path) -> None:
         self.made, self.place = made, place
         self.names: dict[str, str] = json.loads((made / "names.json").read_text(encoding="utf-8"))
-        self.kept = self._kept()
+        self.hashes = self._hashes()
 
-    def _kept(self) -> dict[str, str]:
-        """Every file that must not be lost, by its hash."""
-        paths = sorted(path for path in self.made.rglob("*") if path.is_file() and path.name not in RENEWED)
-        found = {str(path.relative_to(self.made)): _sha256(path.read_bytes()) for path in paths}
-        found.pop("studies/tiny/study.json")  # a start says in it how to go on
-        return found
+    def _hashes(self) -> dict[str, str]:
+        """Return the hash of every file that must not change."""
+        paths = sorted(path for path in self.made.rglob("*") if path.is_file() and path.name not in REWRITTEN)
+        hashes = {str(path.relative_to(self.made)): _sha256(path.read_bytes()) for path in paths}
+        hashes.pop("studies/tiny/study.json")  # a start writes into it how to resume
+        return hashes
 
     def renew(self, *parts: str) -> None:
-        """What a case needs, whole again: these parts and the small files."""
+        """Copy these parts and the small files again."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         for path in self.made.iterdir():
@@ -584,17 +591,17 @@ class Workshop:
             elif path.name in (*parts, "cache"):
                 shutil.copytree(path, self.place / path.name)
 
-    def lost(self, damaged: str) -> list[str]:
-        """Files beside the damaged one that are not as they were made."""
-        found = []
-        for name, sha256 in self.kept.items():
+    def changed(self, damaged: str) -> list[str]:
+        """Return the files that changed, apart from the damaged one."""
+        changed = []
+        for name, sha256 in self.hashes.items():
             path = self.place / name
-            here = (self.place / Path(name).parts[0]).exists()
-            if not here or name == damaged or name.startswith(f"{damaged}/"):
+            is_present = (self.place / Path(name).parts[0]).exists()
+            if not is_present or name == damaged or name.startswith(f"{damaged}/"):
                 continue
             if not path.is_file() or _sha256(path.read_bytes()) != sha256:
-                found.append(name)
-        return found
+                changed.append(name)
+        return changed
 
     def argv(self, command: str) -> tuple[str, ...]:
         name, _, more = command.partition(" ")
@@ -615,50 +622,50 @@ class Workshop:
         return chance.choice(sorted(self.place.glob(pattern)) or [self.place / pattern])
 
 
-def prepare(workshop: Workshop, seed: int, index: int) -> Case:
-    """Damage a fresh workshop as the case says."""
+def prepare(fixture: FixtureDirectory, seed: int, index: int) -> Case:
+    """Damage a new copy of the fixture directory. The seed and the index decide how."""
     chance = random.Random(f"{seed}:{index}")
     if chance.random() < 0.06:
-        workshop.renew()
-        return _member(workshop, chance, f"{seed}:{index}")
+        fixture.renew()
+        return _damage_member(fixture, chance, f"{seed}:{index}")
     target = chance.choices(TARGETS, [target.weight for target in TARGETS])[0]
-    workshop.renew(target.pattern.partition("/")[0], *(["runs"] if target.pattern.startswith("cache") else []))
-    path = workshop.file(target.pattern, chance)
-    _stand_in(path)
+    fixture.renew(target.pattern.partition("/")[0], *(["runs"] if target.pattern.startswith("cache") else []))
+    path = fixture.file(target.pattern, chance)
+    _add_missing(path)
     command = chance.choice(target.commands)
     kind = chance.random()
     if path.is_dir() or kind < 0.2:
-        damage = hurt_place(chance, path)
+        description = damage_place(chance, path)
     else:
-        hurt = hurt_bytes if kind < 0.4 else target.hurt
-        data, damage = hurt(chance, path.read_bytes())
+        damage = damage_bytes if kind < 0.4 else target.damage
+        data, description = damage(chance, path.read_bytes())
         path.write_bytes(data)
-        seal = SEALS.get(path.name) or SEALS.get(path.parent.name)
-        if seal and chance.random() < 0.6:
+        fix_checksum = CHECKSUMS.get(path.name) or CHECKSUMS.get(path.parent.name)
+        if fix_checksum and chance.random() < 0.6:
             with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                seal(path)
-                damage += ", sealed"
-    return Case(f"{seed}:{index}", str(path.relative_to(workshop.place)), damage, workshop.argv(command))
+                fix_checksum(path)
+                description += FIXED
+    return Case(f"{seed}:{index}", str(path.relative_to(fixture.place)), description, fixture.argv(command))
 
 
-def _stand_in(path: Path) -> None:
-    """Files of a store that only a run at work has."""
+def _add_missing(path: Path) -> None:
+    """Create a file that a store has only during a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.name == "pins":
         path.write_text(json.dumps(["0" * 64]))
     elif path.name == "*":
-        raise AssertionError(f"the workshop has no {path}")
+        raise AssertionError(f"the fixture directory has no {path}")
 
 
-def _member(workshop: Workshop, chance: random.Random, name: str) -> Case:
-    """A bundle with a damaged file in it, and mostly a manifest that fits."""
+def _damage_member(fixture: FixtureDirectory, chance: random.Random, name: str) -> Case:
+    """Damage a file in the bundle. In most cases, fix its checksum in the manifest."""
     from reports import bundle
 
-    path = workshop.place / "submission.zip"
+    path = fixture.place / "submission.zip"
     files = bundle.read(path)
     member = chance.choice(MEMBERS)
-    hurt = hurt_bytes if chance.random() < 0.2 else hurt_lines if member.endswith("l") else hurt_json
-    files[member], damage = hurt(chance, files[member])
+    damage = damage_bytes if chance.random() < 0.2 else damage_lines if member.endswith("l") else damage_json
+    files[member], description = damage(chance, files[member])
     if member != "MANIFEST.json" and chance.random() < 0.8:
         manifest = json.loads(files["MANIFEST.json"])
         manifest["files"][member]["sha256"] = _sha256(files[member])
@@ -668,45 +675,45 @@ def _member(workshop: Workshop, chance: random.Random, name: str) -> Case:
                 manifest |= {k: summary[k] for k in ("run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions")}
                 manifest["figures"] |= {k: summary[k] for k in manifest["figures"]}
         files["MANIFEST.json"] = json.dumps(manifest).encode()
-        damage += ", sealed"
+        description += FIXED
     path.write_bytes(bundle.pack(files))
-    return Case(name, f"submission.zip/{member}", damage, ("verify", "submission.zip"))
+    return Case(name, f"submission.zip/{member}", description, ("verify", "submission.zip"))
 
 
-def ends(workshop: Workshop, driver: Driver, case: Case) -> tuple[Outcome, str]:
-    """How the command of a prepared case ended, and what is wrong with that; empty: nothing."""
-    env = {"MAINRUN_CACHE": str(workshop.place / "cache")}
-    outcome = driver.run(case.argv, workshop.place, env)
-    return outcome, problem(workshop, case, outcome)
+def run_case(fixture: FixtureDirectory, driver: Driver, case: Case) -> tuple[Outcome, str]:
+    """Run the command of a prepared case. Returns its outcome and why it failed, or an empty string."""
+    env = {"MAINRUN_CACHE": str(fixture.place / "cache")}
+    outcome = driver.run(case.argv, fixture.place, env)
+    return outcome, find_problem(fixture, case, outcome)
 
 
-def problem(workshop: Workshop, case: Case, outcome: Outcome) -> str:
-    allowed = FINDS.get(" ".join(case.argv[:2]), FINDS.get(case.argv[0], set()))
-    found = outcome.problem(tuple(allowed))
-    if found:
-        return found
-    if outcome.code == 0 and case.argv[0] == "train" and "sealed" not in case.damage:
-        return _other_bits(workshop)
+def find_problem(fixture: FixtureDirectory, case: Case, outcome: Outcome) -> str:
+    allowed = CHECKS.get(" ".join(case.argv[:2]), CHECKS.get(case.argv[0], set()))
+    problem = outcome.problem(tuple(allowed))
+    if problem:
+        return problem
+    if outcome.code == 0 and case.argv[0] == "train" and FIXED not in case.damage:
+        return _compare_weights(fixture)
     if outcome.code == 2:
-        lost = workshop.lost(case.place.partition(".zip/")[0] + ".zip" if ".zip/" in case.place else case.place)
-        if lost:
-            return f"refused, and yet changed {', '.join(lost[:3])}"
-        if any(text in outcome.message for text in OF_THE_CODE):
+        changed = fixture.changed(case.place.partition(".zip/")[0] + ".zip" if ".zip/" in case.place else case.place)
+        if changed:
+            return f"a refused command changed {', '.join(changed[:3])}"
+        if any(text in outcome.message for text in ABOUT_THE_TREE):
             return ""
         if not _names(case, outcome.message):
-            return f"the message does not say what is damaged: {outcome.message[:300]}"
+            return f"the message does not name the damaged file: {outcome.message[:300]}"
         if ";" not in outcome.message and "fix:" not in outcome.message:
-            return f"the message does not say what to do: {outcome.message[:300]}"
+            return f"the message does not say how to fix it: {outcome.message[:300]}"
     return ""
 
 
-def _other_bits(workshop: Workshop) -> str:
-    """The interrupted run, where it has gone on, must have come to the weights of an undisturbed one."""
-    summary = workshop.place / "runs" / workshop.names["half"] / "summary.json"
+def _compare_weights(fixture: FixtureDirectory) -> str:
+    """If the interrupted run is finished, it must end with the same weights as an uninterrupted run."""
+    summary = fixture.place / "runs" / fixture.names["half"] / "summary.json"
     if not summary.is_file():
         return ""
     weights = json.loads(summary.read_text(encoding="utf-8"))["weights"]
-    return "" if weights == workshop.names["weights"] else "the run went on, and came to other weights"
+    return "" if weights == fixture.names["weights"] else "the resumed run ended with other weights"
 
 
 def _names(case: Case, message: str) -> bool:
@@ -717,78 +724,92 @@ def _names(case: Case, message: str) -> bool:
 # -- the command line
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
+    )
+    parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
+    parser.add_argument("--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other cases (default: 0)")
+    parser.add_argument("--case", type=case_number, metavar="SEED:INDEX", help="run only this case and print all of its output")
+    parser.add_argument("--rows", action="store_true", help="run the damage in ROWS instead of random damage")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
+    parser.add_argument("--made", type=Path, help="use this fixture directory, or make it if it is missing")
+    parser.add_argument("--make", type=Path, help="make a fixture directory and do nothing else")
+    parser.add_argument("--keep", type=Path, help="keep the damaged copy in this folder")
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", help="SEED:INDEX of one case")
-    parser.add_argument("--rows", action="store_true", help="the damage of ROWS")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the code under test")
-    parser.add_argument("--made", type=Path, help="a workshop to use again; it is made there when it is missing")
-    parser.add_argument("--make", type=Path, help="make a workshop there and do nothing else")
-    parser.add_argument("--keep", type=Path, help="the folder of the damaged copy")
-    given = parser.parse_args()
-    if given.make:
-        make(given.make)
+    args = parse()
+    if args.make:
+        make(args.make)
         return 0
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where copies cost least
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # copying is fastest in memory
     with tempfile.TemporaryDirectory(prefix="damage-", dir=memory) as folder:
-        made = given.made or Path(folder) / "made"
-        sys.path.insert(0, str(given.tree))
+        made = args.made or Path(folder) / "made"
+        sys.path.insert(0, str(args.tree))
         if not (made / "submission.zip").is_file():
             command = [sys.executable, __file__, "--make", str(made.resolve())]
-            env = os.environ | {"PYTHONPATH": f"{given.tree}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+            env = os.environ | {"PYTHONPATH": f"{args.tree}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
             subprocess.run(command, env=env, check=True)
-        workshop = Workshop(made, given.keep or Path(folder) / "copy")
-        with Driver(tree=given.tree) as driver:
-            if given.rows:
-                return _rows(workshop, driver)
-            if given.case:
-                return _one(workshop, driver, given.case)
-            return _many(workshop, driver, given.seed, given.first, given.cases)
+        fixture = FixtureDirectory(made, args.keep or Path(folder) / "copy")
+        with Driver(tree=args.tree) as driver:
+            if args.rows:
+                return _run_rows(fixture, driver)
+            if args.case:
+                return _show(fixture, driver, *args.case)
+            return _run_many(fixture, driver, args.seed, args.first, args.cases)
 
 
-def _rows(workshop: Workshop, driver: Driver) -> int:
-    wrongs = 0
+def _run_rows(fixture: FixtureDirectory, driver: Driver) -> int:
+    failures = 0
     for row in ROWS:
-        outcome, wrong = ends(workshop, driver, prepare_row(workshop, row))
-        if not wrong and outcome.code != row.code:
-            wrong = f"exit code {outcome.code}, and {row.code} was due"
-        wrongs += bool(wrong)
-        print(f"{'FAILS' if wrong else 'ok':5}  {row.name}: {wrong[:200] or outcome.message[:300]}", flush=True)
-    print(f"{wrongs} of {len(ROWS)} rows fail")
-    return bool(wrongs)
+        outcome, problem = run_case(fixture, driver, prepare_row(fixture, row))
+        if not problem and outcome.code != row.code:
+            problem = f"exit code {outcome.code}, expected {row.code}"
+        failures += bool(problem)
+        print(f"{'FAILS' if problem else 'ok':5}  {row.name}: {problem[:200] or outcome.message[:300]}", flush=True)
+    print(f"{failures} of {len(ROWS)} rows fail")
+    return bool(failures)
 
 
-def _one(workshop: Workshop, driver: Driver, name: str) -> int:
-    case = prepare(workshop, *map(int, name.split(":")))
-    outcome, wrong = ends(workshop, driver, replace(case, argv=(*case.argv, "--debug")))
+def _show(fixture: FixtureDirectory, driver: Driver, seed: int, index: int) -> int:
+    case = prepare(fixture, seed, index)
+    outcome, problem = run_case(fixture, driver, replace(case, argv=(*case.argv, "--debug")))
     print(f"{case.place}: {case.damage}\n$ mainrun {' '.join(case.argv)}")
-    print(f"{outcome.out}{outcome.err}\nexit code {outcome.code}; {wrong or 'well'}")
-    return bool(wrong)
+    print(f"{outcome.out}{outcome.err}\nexit code {outcome.code}; {problem or 'ok'}")
+    return bool(problem)
 
 
-def _many(workshop: Workshop, driver: Driver, seed: int, first: int, cases: int) -> int:
-    codes, wrongs, begin = Counter[Any](), Counter[str](), time.monotonic()
+def _run_many(fixture: FixtureDirectory, driver: Driver, seed: int, first: int, cases: int) -> int:
+    codes, problems, start = Counter[Any](), Counter[str](), time.monotonic()
     for index in range(first, first + cases):
-        case = prepare(workshop, seed, index)
-        outcome, wrong = ends(workshop, driver, case)
+        case = prepare(fixture, seed, index)
+        outcome, problem = run_case(fixture, driver, case)
         codes[outcome.code] += 1
-        if wrong:
-            kind = re.sub(r"\d+", "N", wrong)[:120]
-            wrongs[kind] += 1
-            print(f"{case.name}  {case.place}: {case.damage}\n    {' '.join(case.argv)[:150]}\n    {wrong[:400]}", flush=True)
+        if problem:
+            kind = re.sub(r"\d+", "N", problem)[:120]
+            problems[kind] += 1
+            print(f"{case.name}  {case.place}: {case.damage}\n    {' '.join(case.argv)[:150]}\n    {problem[:400]}", flush=True)
         if (index + 1 - first) % 500 == 0:
-            print(f"{index + 1 - first:,} cases so far, {sum(wrongs.values())} problems", file=sys.stderr, flush=True)
+            print(f"{index + 1 - first:,} cases so far, {sum(problems.values())} problems", file=sys.stderr, flush=True)
         if outcome.seconds > 8:
             print(f"{case.name} slow: {outcome.seconds:.1f} s {case.place} {case.damage} {' '.join(case.argv)[:80]}", flush=True)
-    print(f"{cases:,} cases from {first} with seed {seed} in {time.monotonic() - begin:.0f} s: exit codes {dict(codes)}")
-    for kind, count in wrongs.most_common():
+    print(f"{cases:,} cases from {first} with seed {seed} in {time.monotonic() - start:.0f} s: exit codes {dict(codes)}")
+    for kind, count in problems.most_common():
         print(f"{count:6}  {kind}")
-    print(f"{sum(wrongs.values()):,} problems")
-    return bool(wrongs)
+    print(f"{sum(problems.values()):,} problems")
+    return bool(problems)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("damage: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except subprocess.CalledProcessError:
+        print("damage: the fixture directory cannot be made; see the error above", file=sys.stderr)
+        sys.exit(2)

@@ -1,7 +1,7 @@
 """Run the command line with odd input, thousands of times: each case is a child forked from a process that has imported everything.
 
-A door holds when the command ends in time, with an exit code that it documents, and with at most one message that a
-person can read. `Driver.run` runs a case, and `Outcome.problem` says what is wrong with its end.
+A case passes if the command ends in time with a documented exit code and at most one readable message.
+`Driver.run` runs a case. `Outcome.problem` returns the reason why it failed.
 
     with Driver() as driver:
         outcome = driver.run(["presets", "no-such-preset"], cwd=tmp_path)
@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -36,9 +37,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mutate import whole_number
+
 ROOT = Path(__file__).parents[1]
 
-# imported once, before the first case; nothing is computed, so no thread is lost in a fork
+# Imported once, before the first case. Nothing is computed, so there are no threads that a fork would lose.
 WARM = (
     "mainrun.cli", "mainrun.config", "mainrun.corpus", "mainrun.train", "mainrun.sitting", "mainrun.sample", "mainrun.guards",
     "mainrun.compare", "mainrun.doctor", "mainrun.demo", "mainrun.estimate", "mainrun.batch", "mainrun.growth.verify",
@@ -49,29 +52,29 @@ WARM = (
     "urllib.request", "concurrent.futures", "multiprocessing",
 )  # fmt: skip
 
-# exit codes beside 0, 2 and 75, for the commands whose documentation names them
+# documented exit codes of the commands, apart from 0, 2 and 75
 OTHER_CODES = {
-    "train": {3},  # the loss is not a number any more
+    "train": {3},  # the loss became NaN
     "demo": {3},
-    "doctor": {1},  # something must be fixed first
-    "submit": {1},  # an upload that failed
-    "verify": {1},  # a bundle that is not what it says
-    "store verify": {1},  # damage
-    "store audit": {1},  # a segment that trains to other bits
-    "grow verify": {1},  # an op that breaks its promise
-    "bench lineage": {1},  # a shared prefix that changes bits
-    "bench gpu": {1},  # two runs that differ
+    "doctor": {1},  # something must be fixed before training
+    "submit": {1},  # the upload failed
+    "verify": {1},  # the bundle does not match its manifest
+    "store verify": {1},  # a file is damaged
+    "store audit": {1},  # training a segment again gives other bits
+    "grow verify": {1},  # an op violates its contract
+    "bench lineage": {1},  # a shared prefix changes the bits
+    "bench gpu": {1},  # two runs differ
 }
-MESSAGES = {"demo": 2}  # that of the command that it ran, and its own
+MESSAGES = {"demo": 2}  # the message of the command that it runs, and its own
 LONGEST_MESSAGE = 3000
-MOST_OUTPUT = 1 << 20  # bytes of each stream that an outcome keeps
-PREFIX = re.compile(r"^(error|interrupted|diverged|crash)( in process \d+)?: ?", re.MULTILINE)
+MOST_OUTPUT = 1 << 20  # of each stream, in bytes; the rest is cut off
+PREFIX = re.compile(r"^(error|interrupted|diverged|crash)( in process [^\n:]*)?: ?", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. `code` is None when it was killed at the time limit, and negative when a signal ended it."""
+    """How a command ended. `code` is None if it was killed at the time limit, and negative if a signal ended it."""
 
     command: str
     code: int | None
@@ -81,12 +84,12 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The error message, without its prefix; empty when there is none."""
+        """The error message without its prefix, or an empty string."""
         match = PREFIX.search(self.err)
         return self.err[match.end() :].strip() if match else ""
 
     def problem(self, allowed: Sequence[int] = (), stderr_is_read: bool = True) -> str:
-        """Why the door did not hold; empty when it did. `allowed` adds exit codes to those that the command documents."""
+        """Return why the case failed, or an empty string. `allowed` are further exit codes that are correct."""
         if self.code is None:
             return f"hangs: no end after {self.seconds:.0f} s"
         for name, text in (("stdout", self.out), ("stderr", self.err)):
@@ -117,17 +120,17 @@ class Outcome:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """What `OTHER_CODES` is keyed by: the first word, and the second where the first is a group."""
+    """Return the key for `OTHER_CODES`: the first word, or the first two words if the first is a group of commands."""
     groups = {name.split()[0] for name in OTHER_CODES if " " in name}
     return " ".join(argv[: 2 if argv and argv[0] in groups else 1])
 
 
 @dataclass
 class Driver:
-    """A warm process that forks one child per case. Use it as a context manager, from one thread.
+    """A process that has imported everything and forks one child per case. Use it as a context manager, from one thread.
 
-    `tree` is the root of the code under test, `env` changes the environment of the interpreter (a locale, say),
-    `warm=False` imports the command line only.
+    `tree` is the root of the code under test. `env` changes the environment of the interpreter, for example its locale.
+    `warm=False` imports only the command line.
     """
 
     tree: Path = ROOT
@@ -163,10 +166,10 @@ class Driver:
         stderr: str = "file",
         limit: float | None = None,
     ) -> Outcome:
-        """Run `mainrun *argv` in the folder `cwd`, with that environment on top (None removes a variable).
+        """Run `mainrun *argv` in the folder `cwd`. `env` changes the environment; None removes a variable.
 
         `stdin` is null, none (no such descriptor) or text:TEXT. `stdout` and `stderr` are file, pipe, none, closed (a pipe
-        that nobody reads) or full (/dev/full); only file and pipe are shown in the outcome.
+        that nobody reads) or full (/dev/full). The outcome has the text of file and pipe only.
         """
         words = [os.fsdecode(word) for word in argv]
         case = {"argv": words, "cwd": str(cwd), "env": dict(env or {}), "stdin": stdin, "stdout": stdout, "stderr": stderr}
@@ -179,11 +182,12 @@ class Driver:
         return Outcome(command_of(words), **json.loads(line))
 
 
-# -- the warm process
+# -- the process that forks the cases
 
 
 def serve(warm: bool) -> None:
-    """Answer one case a line until stdin ends."""
+    """Read one case per line, run it and write its outcome, until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     channel = os.fdopen(os.dup(1), "wb")
     requests = os.fdopen(os.dup(0), "rb")
     null = os.open(os.devnull, os.O_RDWR)
@@ -194,7 +198,7 @@ def serve(warm: bool) -> None:
     for name in WARM if warm else WARM[:1]:
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as e:  # an older or a newer tree has other modules
+        except ModuleNotFoundError as e:  # an older or newer tree may have other modules
             if name == WARM[0] or not name.startswith(("mainrun", "sweeps", "reports")):
                 raise RuntimeError(f"{name} cannot be imported") from e
     typer_main = importlib.import_module("typer.main")
@@ -208,18 +212,18 @@ def serve(warm: bool) -> None:
         channel.flush()
 
 
-def _run_case(case: dict[str, Any], mine: tuple[io.BufferedWriter, io.BufferedReader]) -> dict[str, Any]:
+def _run_case(case: dict[str, Any], channels: tuple[io.BufferedWriter, io.BufferedReader]) -> dict[str, Any]:
     streams = {name: _stream(case[name]) for name in ("stdout", "stderr")}
     begin = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        said = os.dup(2)  # for the faults of this file
+        log = os.dup(2)  # for errors of this file
         try:
-            for file in mine:
+            for file in channels:
                 os.close(file.fileno())
             _child(case, {name: write for name, (_, write) in streams.items()})
         except BaseException:
-            os.write(said, traceback.format_exc().encode())
+            os.write(log, traceback.format_exc().encode())
         finally:
             os._exit(99)
     for _, write in streams.values():
@@ -241,7 +245,7 @@ def _run_case(case: dict[str, Any], mine: tuple[io.BufferedWriter, io.BufferedRe
 
 
 def _stream(kind: str) -> tuple[int | None, int | None]:
-    """What the outcome is read from, and what the child writes to."""
+    """Return the read and write descriptors of a stream."""
     if kind == "none":
         return None, None
     if kind == "full":
@@ -257,7 +261,7 @@ def _stream(kind: str) -> tuple[int | None, int | None]:
 
 
 def _wait(pid: int, end: float, pipes: dict[int, bytearray]) -> int | None:
-    """The exit code, or None at the time limit. Whatever the child has started ends with it."""
+    """Return the exit code, or None at the time limit. Then kill all processes that the child has started."""
     ended = os.pidfd_open(pid)
     waiting = [ended, *pipes]
     late = False
@@ -285,7 +289,7 @@ def _wait(pid: int, end: float, pipes: dict[int, bytearray]) -> int | None:
 
 
 def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
-    """Become what a shell would have started, and end as an interpreter does."""
+    """Run the case in the child as if a shell had started it."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _redirect(case["stdin"], writes)
@@ -294,8 +298,8 @@ def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
         if value is None:
             os.environ.pop(name, None)
         else:
-            os.environ[name] = _as_given(value)
-    sys.argv = ["mainrun", *map(_as_given, case["argv"])]
+            os.environ[name] = _decode(value)
+    sys.argv = ["mainrun", *map(_decode, case["argv"])]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from mainrun.cli import main
 
@@ -311,8 +315,8 @@ def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
     os._exit(_finish(code))
 
 
-def _as_given(text: str) -> str:
-    """What the interpreter would make of these bytes, in its locale. Half of a surrogate pair comes from no shell, and stays."""
+def _decode(text: str) -> str:
+    """Decode an argument as the interpreter does in its locale. A lone surrogate cannot come from a shell and is kept."""
     try:
         return os.fsdecode(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -346,7 +350,7 @@ def _redirect(stdin: str, writes: dict[str, int | None]) -> None:
 
 
 def _finish(code: int) -> int:
-    """Flush what is still to be written; an interpreter that cannot says so, and ends with 120."""
+    """Flush the streams as the interpreter does at its end: if that fails, it prints a message and exits with 120."""
     for file in (sys.stdout, sys.stderr):
         try:
             if file is not None and not file.closed:
@@ -361,73 +365,104 @@ def _finish(code: int) -> int:
 
 # -- many cases
 
+CaseRow = tuple[int, Any, Outcome, str]  # index, case, outcome, problem
+
+
+def case_number(text: str) -> tuple[int, int]:
+    """Convert the argument of --case."""
+    match = re.fullmatch(r"(-?\d+):(\d+)", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give SEED:INDEX, such as 1:57")
+    return int(match[1]), int(match[2])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
+    )
+    parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
+    parser.add_argument("--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)")
+    parser.add_argument("--seed", type=int, default=1, help="another seed draws other cases (default: 1)")
+    parser.add_argument("--jobs", type=whole_number(1), default=1, help="how many processes run cases (default: 1)")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
+    parser.add_argument("--case", type=case_number, metavar="SEED:INDEX", help="run only this case and print all of its output")
+    return parser.parse_args()
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000, help="how many (default 1000)")
-    parser.add_argument("--first", type=int, default=0, help="the index of the first")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that run cases at once")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
-    parser.add_argument("--case", metavar="SEED:INDEX", help="run this one, and show all of it")
-    given = parser.parse_args()
-    sys.path.insert(0, str(given.tree))  # the options of the tree under test
+    args = parse()
+    sys.path.insert(0, str(args.tree))  # the options of the tree under test
     import odd_cases
 
     known = odd_cases.commands()
-    with tempfile.TemporaryDirectory(prefix="doors-") as temp:
-        if given.case:
-            seed, index = map(int, given.case.split(":"))
-            return _show(odd_cases.make(seed, index, known), given.tree, Path(temp))
-        parts = [range(given.first + job, given.first + given.cases, given.jobs) for job in range(given.jobs)]
+    with tempfile.TemporaryDirectory(prefix="doors-") as folder:
+        if args.case:
+            return _show(odd_cases.make(*args.case, known), args.tree, Path(folder))
         began = time.monotonic()
-        with ThreadPoolExecutor(given.jobs) as pool:
-            jobs = [pool.submit(_part, part, given.seed, given.tree, Path(temp) / str(i), known) for i, part in enumerate(parts)]
-            ended = [row for job in jobs for row in job.result()]
-    _summary(ended, given.seed, time.monotonic() - began)
-    return int(any(problem for *_, problem in ended))
+        rows = _run_cases(args, known, Path(folder))
+    _summary(rows, args.seed, time.monotonic() - began)
+    return int(any(problem for *_, problem in rows))
 
 
-def _part(indices: range, seed: int, tree: Path, folder: Path, known: dict[str, list[Any]]) -> list[tuple[int, Any, Outcome, str]]:
+def _run_cases(args: argparse.Namespace, known: dict[str, list[Any]], folder: Path) -> list[CaseRow]:
+    parts = [range(args.first + job, args.first + args.cases, args.jobs) for job in range(args.jobs)]
+    stop = threading.Event()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(_run_part, part, args, known, folder / str(i), stop) for i, part in enumerate(parts)]
+        try:
+            return [row for job in jobs for row in job.result()]
+        finally:
+            stop.set()  # after Ctrl-C, each job ends after its current case
+
+
+def _run_part(indices: range, args: argparse.Namespace, known: dict[str, list[Any]], folder: Path, stop: threading.Event) -> list[CaseRow]:
     import odd_cases
 
     folder.mkdir()
-    ended = []
-    with Driver(tree) as driver:
-        kit = odd_cases.make_kit(driver, folder)
+    rows = []
+    with Driver(args.tree) as driver:
+        fixture = odd_cases.make_fixture(driver, folder)
         for index in indices:
-            case = odd_cases.make(seed, index, known)
-            outcome, problem = odd_cases.run_case(driver, case, kit, folder / "case")
+            if stop.is_set():
+                break
+            case = odd_cases.make(args.seed, index, known)
+            outcome, problem = odd_cases.run_case(driver, case, fixture, folder / "case")
             if problem:
-                print(f"{seed}:{index}  {problem}\n    {case}", flush=True)
-            ended.append((index, case, outcome, problem))
-    return ended
+                print(f"{args.seed}:{index}  {problem}\n    {case}", flush=True)
+            rows.append((index, case, outcome, problem))
+    return rows
 
 
 def _show(case: Any, tree: Path, folder: Path) -> int:
     import odd_cases
 
     with Driver(tree) as driver:
-        outcome, problem = odd_cases.run_case(driver, case, odd_cases.make_kit(driver, folder), folder / "case")
+        outcome, problem = odd_cases.run_case(driver, case, odd_cases.make_fixture(driver, folder), folder / "case")
     print(case, f"exit code {outcome.code}, {outcome.seconds:.2f} s", "stdout:", outcome.out, "stderr:", outcome.err, sep="\n")
-    print(f"PROBLEM: {problem}" if problem else "the door held")
+    print(f"fails: {problem}" if problem else "passes")
     return int(bool(problem))
 
 
-def _summary(ended: list[tuple[int, Any, Outcome, str]], seed: int, seconds: float) -> None:
-    counts = Counter(case.command for _, case, _, _ in ended)
-    bad = Counter(case.command for _, case, _, problem in ended if problem)
-    codes = Counter(outcome.code for _, _, outcome, _ in ended)
+def _summary(rows: list[CaseRow], seed: int, seconds: float) -> None:
+    counts = Counter(case.command for _, case, _, _ in rows)
+    bad = Counter(case.command for _, case, _, problem in rows if problem)
+    codes = Counter(outcome.code for _, _, outcome, _ in rows)
     for command, count in sorted(counts.items()):
         print(f"{command:16} {count:6,} cases {bad[command]:6,} problems")
     print(f"exit codes: {', '.join(f'{code}: {count:,}' for code, count in sorted(codes.items(), key=str))}")
-    slowest = max(ended, key=lambda row: row[2].seconds)
+    slowest = max(rows, key=lambda row: row[2].seconds)
     print(f"slowest: {seed}:{slowest[0]}, {slowest[2].seconds:.1f} s")
-    print(f"seed {seed}: {len(ended):,} cases, {sum(bad.values()):,} problems, {seconds:.0f} s")
+    print(f"seed {seed}: {len(rows):,} cases, {sum(bad.values()):,} problems, {seconds:.0f} s")
 
 
 if __name__ == "__main__":
     if "--serve" in sys.argv:
         serve("--cold" not in sys.argv)
-    else:
+        sys.exit()
+    try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("doors: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,8 +1,8 @@
-"""The small bugs that `./task mutate` plants: which there are in a file, and what the file looks like with one of them.
+"""Find the mutants of a file and apply one of them.
 
-Cosmic Ray finds and applies them. Its own operators change numbers, comparisons, arithmetic, booleans, loops, decorators and
-`except` clauses. The operators below add the bugs that people make in this code: an entry missing from a table, a call or a
-keyword argument left out, half of a condition ignored, `min` for `max`, a filter that lets everything through.
+A mutant is the file with one small bug. Cosmic Ray provides operators that change numbers, comparisons, arithmetic, booleans,
+loops, decorators and `except` clauses. The operators in this module add the bugs that people make in this code: an entry missing
+from a table, a call or a keyword argument left out, half of a condition ignored, `min` for `max`, a filter that accepts everything.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
 
-# Replacing `<` by `is`, or `+` by `>>`, gives type errors that any test notices; these are the slips that hide.
-SLIPS = {
+# Replacing `<` by `is`, or `+` by `>>`, gives type errors that any test notices. These mistakes are easy to miss.
+MISTAKES = {
     "Comparison": "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is",
     "Binary": "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_Mul Pow_Mul BitOr_BitAnd BitAnd_BitOr RShift_LShift LShift_RShift",
     "Unary": "Delete_USub Delete_Not",
@@ -31,13 +31,13 @@ OTHERS = (
     "AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue "
     "ReplaceContinueWithBreak ExceptionReplacer NumberReplacer RemoveDecorator ZeroIterationForLoop"
 )
-# zip(strict=True) holds lengths equal that are equal; the others change memory, or what Python does on a machine without UTF-8
+# `strict=True` only checks lengths that are already equal. The others change memory, or the behaviour on a machine without UTF-8.
 SAFEGUARDS = ("strict", "encoding", "slots")
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 class AddedOperator(Operator):
-    """An operator that replaces whole nodes: `alternatives` gives the code of each replacement of a node."""
+    """An operator that replaces whole nodes. `alternatives` returns the code of each replacement of a node."""
 
     def alternatives(self, node: Any) -> list[str]:
         raise NotImplementedError
@@ -87,7 +87,7 @@ class DropKeyword(AddedOperator):
 
 
 class DropStatement(AddedOperator):
-    """Do nothing where a call, an assignment to an attribute or an item, an addition or a `raise` stands."""
+    """Replace a call, an assignment to an attribute or an item, an augmented assignment or a `raise` with `pass`."""
 
     def alternatives(self, node: Any) -> list[str]:
         if node.parent is None or node.parent.type != "simple_stmt":
@@ -116,14 +116,14 @@ class DropCondition(AddedOperator):
 
 
 class DropFilter(AddedOperator):
-    """Let everything through the `if` of a comprehension."""
+    """Make the `if` of a comprehension accept everything."""
 
     def alternatives(self, node: Any) -> list[str]:
         return ["if True"] if node.type == "comp_if" else []
 
 
 class SwapTwin(AddedOperator):
-    """`min` for `max`, `any` for `all`."""
+    """Swap `min` and `max`, or `any` and `all`."""
 
     def alternatives(self, node: Any) -> list[str]:
         is_call = node.type == "name" and node.value in TWINS and getattr(node.get_next_leaf(), "value", "") == "("
@@ -157,12 +157,12 @@ def name_of(argument: list[Any]) -> str:
     return argument[0].children[0].value
 
 
-# -- all mutants of a file
+# -- the mutants of a file
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug at one place. `lines` is the statement that holds it, `before` and `after` are the first line that differs."""
+    """One bug in one place. `lines` are the lines of its statement; `before` and `after` are the first line that differs."""
 
     file: str
     operator: str
@@ -174,7 +174,7 @@ class Mutant:
 
 
 def operators() -> dict[str, Operator]:
-    names = [f"Replace{kind}Operator_{slip}" for kind, slips in SLIPS.items() for slip in slips.split()] + OTHERS.split()
+    names = [f"Replace{kind}Operator_{change}" for kind, changes in MISTAKES.items() for change in changes.split()] + OTHERS.split()
     ready = {name: get_operator(f"core/{name}")() for name in names}
     return ready | {operator.__name__: operator() for operator in ADDED}
 
@@ -183,19 +183,19 @@ OPERATORS = operators()
 
 
 def places(source: str) -> list[tuple[str, int, int]]:
-    """(operator, occurrence, line) of everything that the operators can change, but for what no test can notice."""
+    """Return (operator, occurrence, line) of all that the operators can change, except changes that no test could notice."""
     nodes = list(ast_nodes(get_ast(source)))
     everything = []
     for name, operator in OPERATORS.items():
         positions = [(node, start) for node in nodes for start, _end in operator.mutation_positions(node)]
         for occurrence, (node, (line, _column)) in enumerate(positions):
-            if not is_unseen(node):
+            if not is_unobservable(node):
                 everything.append((name, occurrence, line))
     return everything
 
 
 def draw(file: str, source: str, count: int, chance: random.Random) -> list[Mutant]:
-    """So many mutants at random (0: all) that compile and differ from the source in more than their spaces."""
+    """Draw `count` random mutants (0: all). Each compiles and differs from the source in more than its spaces."""
     candidates = places(source)
     chance.shuffle(candidates)
     statements = statement_lines(source)
@@ -216,20 +216,20 @@ def apply(mutant: Mutant, source: str) -> str:
 
 
 def mutate(source: str, operator: str, occurrence: int) -> str:
-    """The source with one change, or as it is where the operator cannot make it."""
+    """Return the source with one change, or without a change if the operator fails."""
     try:
         return mutate_code(source, OPERATORS[operator], occurrence) or source
     except AttributeError:  # Cosmic Ray 8.7 does not know dotted names in `except (a.Error, b.Error)`
         return source
 
 
-def is_unseen(node: Any) -> bool:
-    """No test can notice a change here, and no user either."""
+def is_unobservable(node: Any) -> bool:
+    """Whether neither a test nor a user could notice a change of this node."""
     return is_annotation(node) or is_shortened_text(node) or is_safeguard(node)
 
 
 def is_annotation(node: Any) -> bool:
-    """With `from __future__ import annotations` nothing evaluates these."""
+    """Whether the node is part of an annotation, which Python does not evaluate (`from __future__ import annotations`)."""
     for child in upwards(node):
         parent = child.parent
         if parent.type == "annassign" and child is parent.children[1]:
@@ -242,13 +242,13 @@ def is_annotation(node: Any) -> bool:
 
 
 def is_shortened_text(node: Any) -> bool:
-    """How many characters of a hash a message shows, as in f"{digest[:12]}"."""
+    """Whether the number only sets how much of a hash a message shows, as in f"{digest[:12]}"."""
     in_slice = node.parent is not None and node.parent.type in ("subscript", "sliceop")
     return node.type == "number" and in_slice and any(child.parent.type == "fstring" for child in upwards(node))
 
 
 def is_safeguard(node: Any) -> bool:
-    """Asserts that help the type checker, and keyword arguments that only matter when another bug is there."""
+    """Whether the node is part of an assert for the type checker, or of a keyword argument that only matters after another bug."""
     if any(child.parent.type == "assert_stmt" for child in upwards(node)):
         return True
     arguments = [child for child in (node, *upwards(node)) if child.type == "argument"]
@@ -256,7 +256,7 @@ def is_safeguard(node: Any) -> bool:
 
 
 def upwards(node: Any) -> Iterator[Any]:
-    """The node and those around it, up to the one below the module."""
+    """Yield the node and its ancestors, except for the module."""
     while node.parent is not None:
         yield node
         node = node.parent
@@ -278,7 +278,7 @@ def changed_line(source: str, mutated: str) -> tuple[str, str]:
 
 
 def statement_lines(source: str) -> dict[int, range]:
-    """For each line the lines of the smallest statement around it; of a compound statement only its head counts."""
+    """Map each line to the lines of its smallest statement. For a compound statement these are the lines before its body."""
     ranges = {}
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.stmt):
@@ -293,10 +293,10 @@ def statement_lines(source: str) -> dict[int, range]:
 
 
 def sources(root: Path, targets: list[str]) -> list[str]:
-    """The Python files that the targets name, relative to the root; a folder stands for all that are in it."""
+    """Return the Python files of the targets, relative to the root. A folder stands for all files in it."""
     files = []
     for target in targets:
         path = (root / target).resolve()
-        inside = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        files += [str(file.relative_to(root.resolve())) for file in inside if file.name != "__init__.py"]
-    return files
+        candidates = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        files += [str(file.relative_to(root.resolve())) for file in candidates if file.suffix == ".py" and file.name != "__init__.py"]
+    return list(dict.fromkeys(files))

@@ -1,15 +1,16 @@
-"""Mutation testing: plant one small bug at a time in a source file and see whether the fast tests notice.
+"""Mutation testing: plant one small bug at a time in a source file and see whether the tests notice.
 
     ./task mutate -- sweeps/confirm.py --sample 40 --seed 1
     ./task mutate -- mainrun/store --sample 0          # a folder; 0: every mutant there is
 
-First the tests that mirror the file run once, without a bug, to learn which of them execute which line and how long each takes.
-Then every mutant gets the test files that execute its line (and the tests that start other processes), the likeliest to fail first.
-One worker per core: it imports the libraries once, and forks a process per mutant, so that a mutant costs its tests and no start-up.
+First the test files that mirror the source file run once without a bug. This shows which test executes which line, and how long
+each test takes. Then each mutant is tested by the test files that reach its line, and by the tests that start other processes.
+The tests that are most likely to fail run first. Tests marked slow never run. One worker runs per core. It imports the libraries
+once and forks a process for each mutant, so a mutant has no start-up time.
 
-Cosmic Ray makes the mutants (tests/mutants.py). mutmut does not fit this suite. It changes function bodies only, while tolerances,
-bounds and leak patterns stand in tables at the top of a module; and it rewrites every function, which the guards that hash the
-source refuse. The runner is ours because Cosmic Ray's own starts a new Python per mutant, which costs four seconds of imports.
+Cosmic Ray makes the mutants (tests/mutants.py). We use our own runner because Cosmic Ray's starts a new Python for each mutant,
+which takes four seconds. We do not use mutmut for two reasons. It changes function bodies only, but our tolerances, bounds and leak
+patterns are tables at the top of a module. It also rewrites every function, and the guards that hash the source refuse that.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ EQUIVALENT = HERE / "equivalent_mutants.toml"
 DEADLINE = ".deadline"  # beside the file of the result
 LEFT_OUT = ("[.]git", ".venv*", "runs", "*_cache", "__pycache__", ".hypothesis", ".task", "*.egg-info", "docs")
 
-# tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the tests named here.
+# tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the tests in this table.
 MIRRORS = {
     "mainrun/batch.py": "test_reuse test_audit",
     "mainrun/bench": "test_bench",
@@ -87,12 +88,12 @@ def mirrored_tests(file: str, root: Path) -> list[str]:
     return sorted(f"tests/{name}.py" for name in names if (root / "tests" / f"{name}.py").is_file())
 
 
-# -- the worker: a process in a copy of the tree, which forks
+# -- the worker: a process in a copy of the tree, which forks a child for each mutant
 
 
 def serve() -> None:
-    """Answer one JSON line per request; stdout is only for answers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    """Read one request per line and answer each with one line of JSON. Stdout is only for answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group, and the parent handles it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
     answers = os.fdopen(os.dup(1), "w")
@@ -107,19 +108,19 @@ def serve() -> None:
 def import_if_possible(name: str) -> None:
     try:
         __import__(name)
-    except Exception as error:  # a library that is broken here is the tests' affair
-        print(f"{name} is not imported ahead: {error}", file=sys.stderr)
+    except Exception as error:  # if a library cannot be imported, the tests report it
+        print(f"{name} cannot be imported in advance: {error}", file=sys.stderr)
 
 
 def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[str, Any]:
-    """Run the tests in a child with a process group of its own, which is ended with all that it started."""
+    """Run the tests in a child with its own process group. Kill the whole group at the end."""
     for leftover in (Path(result), Path(result + DEADLINE)):
         leftover.unlink(missing_ok=True)
     began, parent = time.monotonic(), os.getppid()
     child = os.fork()
     if child == 0:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit an ignored SIGINT, but some tests send SIGINT
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
@@ -143,10 +144,10 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
 
 
 def deadline_of(result: str) -> float:
-    """When the test that runs now has taken too long, by the monotonic clock."""
+    """Return the monotonic time at which the current test has taken too long."""
     try:
         return float(Path(result + DEADLINE).read_text())
-    except (OSError, ValueError):  # no test has begun, or its line is being written
+    except (OSError, ValueError):  # no test has started, or the file is being written
         return math.inf
 
 
@@ -168,9 +169,9 @@ class Recorder:
 
 
 class Stop(Recorder):
-    """Run the selected tests in their order, file by file, and name the first that failed.
+    """Run the selected tests in their order, file by file, and record the first that fails.
 
-    `selected` has the seconds that each may take. The deadline of the test that runs stands in a file, for the worker to keep.
+    `selected` maps each test to the seconds that it may take. The deadline of the current test is in a file that the worker reads.
     """
 
     def __init__(self, selected: dict[str, float], deadline: Path) -> None:
@@ -198,12 +199,12 @@ class Stop(Recorder):
 
 
 class Measure(Recorder):
-    """Which test executes which line, how long it takes, whether it starts processes and whether it fails as it is."""
+    """Record which lines each test executes, how long it takes, whether it starts processes and whether it fails without a mutant."""
 
     def __init__(self, sources: list[str]) -> None:
         import coverage
 
-        os.environ["COVERAGE_CORE"] = "ctrace"  # the one that knows contexts
+        os.environ["COVERAGE_CORE"] = "ctrace"  # the only core that supports contexts
         self.sources = sources
         self.coverage = coverage.Coverage(data_file=None, include=sources, config_file=False, messages=False)
         self.seconds: Counter[str] = Counter()
@@ -238,11 +239,11 @@ class Measure(Recorder):
         }  # fmt: skip
 
 
-# -- the side that asks
+# -- the parent: it sends the requests
 
 
 class Worker:
-    """A copy of the tree and a process in it."""
+    """A copy of the tree, and a process that works in it."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.tree, self.result = folder / "tree", folder / "result.json"
@@ -258,7 +259,7 @@ class Worker:
             )
 
     def write(self, file: str, source: str) -> None:
-        """Python trusts compiled files by size and second, so each change gets a second of its own."""
+        """Python reuses a .pyc if size and modification time (in seconds) match, so each change gets a new time."""
         path = self.tree / file
         path.write_text(source, encoding="utf-8")
         self.changes += 1
@@ -270,20 +271,20 @@ class Worker:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"mutate: a worker ended by itself:\n{self.log.read_text(errors='replace')[-2000:]}")
+            raise SystemExit(f"mutate: a worker process exited unexpectedly:\n{self.log.read_text(errors='replace')[-2000:]}")
         shutil.rmtree(self.temporary, ignore_errors=True)
         result = json.loads(self.result.read_text()) if self.result.is_file() else {}
         return json.loads(answer) | result
 
     def close(self) -> None:
-        """End the worker, and the mutant that it runs."""
+        """Stop the worker and the mutant that it runs."""
         self.process.terminate()
         self.process.wait()
 
 
 @dataclass
 class Baseline:
-    """What the tests do without a bug."""
+    """The results of the tests without a mutant."""
 
     tests: list[str]
     lines: dict[str, dict[int, list[str]]]
@@ -294,25 +295,24 @@ class Baseline:
     kills: Counter[str] = field(default_factory=Counter)
 
     def tests_of(self, file: str, lines: range) -> list[str]:
-        """The tests to run against a mutant, the likeliest to fail and the quickest first.
+        """Return the tests to run against a mutant: first those that are most likely to fail, then the quickest.
 
-        A fixture that several tests share executes its lines in the first of them alone, so all tests of a file go together.
+        A shared fixture executes its lines only in the first test that uses it, so all tests of a file are selected together.
         """
         contexts = {context for line in lines for context in self.lines.get(file, {}).get(line, ())}
         on_import = "" in contexts or not contexts
-        everyone = set(self.seconds) - set(self.failed)
+        passing = set(self.seconds) - set(self.failed)
         reached = {file_of(test) for test in contexts}
-        chosen = {test for test in everyone if on_import or file_of(test) in reached or test in self.starters}
-        return sorted(chosen, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test]))
-
+        selected = {test for test in passing if on_import or file_of(test) in reached or test in self.starters}
+        return sorted(selected, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test]))
 
     def allowed(self, test: str) -> float:
-        """The seconds that a test may take. Whichever test comes first pays for the fixtures that a file shares."""
+        """Return the seconds that a test may take. The first test of a file also runs its shared fixtures, so the slowest test counts."""
         return 20 + 5 * self.slowest[file_of(test)]
 
     @cached_property
     def slowest(self) -> dict[str, float]:
-        """The seconds of the slowest test of each file."""
+        """The time of the slowest test of each file, in seconds."""
         slowest: dict[str, float] = {}
         for test, seconds in self.seconds.items():
             slowest[file_of(test)] = max(seconds, slowest.get(file_of(test), 0.0))
@@ -327,7 +327,7 @@ def measure(worker: Worker, files: list[str], tests: list[str]) -> Baseline:
     paths = [str(worker.tree / file) for file in files]
     answer = worker.ask(kind="measure", limit=1800, tests=tests, selected={}, sources=paths)
     if "lines" not in answer or not answer["seconds"]:
-        raise SystemExit(f"mutate: the tests cannot be run as they are:\n{worker.log.read_text(errors='replace')[-2000:]}")
+        raise SystemExit(f"mutate: the tests cannot be run without a mutant:\n{worker.log.read_text(errors='replace')[-2000:]}")
     lines = {
         str(Path(file).relative_to(worker.tree)): {int(line): contexts for line, contexts in by_line.items()}
         for file, by_line in answer["lines"].items()
@@ -366,42 +366,40 @@ def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> 
     return Verdict(mutant, "killed", by=by, seconds=answer["seconds"])
 
 
-def known_equivalents(paths: list[Path]) -> dict[tuple[str, str, str], str]:
-    known = {}
+Reasons = dict[tuple[str, str, str], str]  # why a mutant (file, line, changed line) is equivalent
+
+
+def read_equivalents(paths: list[Path]) -> Reasons:
+    reasons = {}
     for path in paths:
         for file, rows in tomllib.loads(path.read_text(encoding="utf-8")).items():
             for row in rows:
-                known[file, squeezed(row["line"]), squeezed(row["mutant"])] = row["reason"]
-    return known
+                reasons[file, without_spaces(row["line"]), without_spaces(row["mutant"])] = row["reason"]
+    return reasons
 
 
-def squeezed(text: str) -> str:
+def without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-def verdicts(args: argparse.Namespace, files: list[str], tests: list[str], folder: Path) -> Iterator[Verdict]:
+def draw_mutants(sources: dict[str, str], args: argparse.Namespace) -> list[Any]:
     from mutants import draw
 
     chance = random.Random(args.seed)
-    sources = {file: (args.root / file).read_text(encoding="utf-8") for file in files}
-    drawn = [mutant for file, source in sources.items() for mutant in draw(file, source, args.sample, chance)]
+    mutants = [mutant for file, source in sources.items() for mutant in draw(file, source, args.sample, chance)]
     if args.sample:
-        drawn = chance.sample(drawn, min(args.sample, len(drawn)))
-    known = known_equivalents([path for path in (EQUIVALENT, args.equivalent) if path and path.is_file()])
-    tried = []
-    for mutant in drawn:
-        reason = known.get((mutant.file, squeezed(mutant.before), squeezed(mutant.after)))
-        if reason is None:
-            tried.append(mutant)
-        else:
-            yield Verdict(mutant, "equivalent", reason=reason)
+        return chance.sample(mutants, min(args.sample, len(mutants)))
+    return mutants
 
+
+def try_mutants(mutants: list[Any], sources: dict[str, str], tests: list[str], args: argparse.Namespace, folder: Path) -> Iterator[Verdict]:
+    """Test the mutants in parallel, and yield the verdicts in order."""
     workers = [Worker(args.root, folder / str(i)) for i in range(args.jobs)]
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        baseline = measure(workers[0], files, tests)
+        baseline = measure(workers[0], list(sources), tests)
         for test in baseline.failed:
-            print(f"left out, it fails without any mutant: {test}", flush=True)
+            print(f"skipped, because it fails without a mutant: {test}", flush=True)
         free: Queue[Worker] = Queue()
         for worker in workers:
             free.put(worker)
@@ -413,11 +411,14 @@ def verdicts(args: argparse.Namespace, files: list[str], tests: list[str], folde
             finally:
                 free.put(worker)
 
-        yield from pool.map(work, tried)
+        yield from pool.map(work, mutants)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.close()
+
+
+# -- output
 
 
 def show(verdict: Verdict) -> None:
@@ -431,94 +432,187 @@ def show(verdict: Verdict) -> None:
     sys.stdout.flush()
 
 
+def show_progress(done: int, total: int) -> None:
+    """Show a counter on a terminal. The next line of output overwrites it."""
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total}\r", end="", file=sys.stderr, flush=True)
+
+
 def summary(name: str, results: list[Verdict], seed: int, seconds: float) -> str:
     count = Counter(verdict.outcome for verdict in results)
     killed = count["killed"] + count["timeout"]
-    rate = score(results)
+    mutants = "1 mutant" if len(results) == 1 else f"{len(results)} mutants"
     return (
-        f"{name}: {len(results)} mutants (seed {seed}): {killed} killed ({count['timeout']} by the time limit), "
-        f"{count['survived']} survived, {count['equivalent']} equivalent: {rate:.1%} of {killed + count['survived']}; {seconds:.0f} s"
+        f"{name}: {mutants} (seed {seed}): {killed} killed ({count['timeout']} by the time limit), "
+        f"{count['survived']} survived, {count['equivalent']} equivalent: {score(results):.1f}% of {killed + count['survived']}; "
+        f"{seconds:.0f} s"
     )
 
 
 def score(results: list[Verdict]) -> float:
+    """The percentage of the mutants that were killed, without the equivalent ones."""
     count = Counter(verdict.outcome for verdict in results)
     killed = count["killed"] + count["timeout"]
-    return killed / max(1, killed + count["survived"])
+    return 100 * killed / max(1, killed + count["survived"])
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
+def write_json(path: Path, name: str, results: list[Verdict], args: argparse.Namespace) -> None:
+    rows = [asdict(v) | {"mutant": asdict(v.mutant) | {"lines": [v.mutant.lines.start, v.mutant.lines.stop]}} for v in results]
+    path.write_text(json.dumps({"name": name, "seed": args.seed, "sample": args.sample, "mutants": rows}, indent=1))
+
+
+# -- the command line
+
+
+class UsageError(Exception):
+    """The command was used in a wrong way."""
+
+
+def whole_number(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of {low} or more")
         return int(text)
 
+    return convert
+
+
+def percentage(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a number from 0 to 100")
     return number
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./task mutate --", description="Plant small bugs and see whether the fast tests notice.")
-    parser.add_argument("targets", nargs="+", metavar="FILE", help="a source file, or a folder of them")
-    parser.add_argument("--sample", type=at_least(0), default=40, metavar="N", help="how many mutants, drawn at random; 0: all (40)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (1)")
-    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), metavar="J", help="processes (one per core)")
-    parser.add_argument("--tests", metavar="A,B", help="these test files instead of those that mirror the file")
-    parser.add_argument("--at-least", type=float, default=0, metavar="PERCENT", help="exit with 1 when fewer are killed (0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every mutant and its outcome here")
-    parser.add_argument(
-        "--equivalent", type=Path, metavar="FILE", help="more mutants that change nothing, beside tests/equivalent_mutants.toml"
+    parser = argparse.ArgumentParser(
+        prog="./task mutate",
+        usage="./task mutate -- FILE [FILE ...] [OPTIONS]",
+        description="Plant small bugs in source files and see whether the tests that are not marked slow notice.",
+        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. 2: wrong use. 130: interrupted.",
     )
-    parser.add_argument("--root", type=Path, default=HERE.parent, metavar="DIR", help="the tree (this one)")
+    parser.add_argument("targets", nargs="+", metavar="FILE", help="a source file or a folder, relative to the root of the tree")
+    parser.add_argument(
+        "--sample", type=whole_number(0), default=40, metavar="N", help="how many mutants to draw at random; 0: all (default: 40)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (default: 1)")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=os.cpu_count(), metavar="J", help="worker processes (default: one per core)"
+    )
+    parser.add_argument("--tests", metavar="A,B", help="run these test files instead of those that mirror the source file")
+    parser.add_argument(
+        "--at-least", type=percentage, default=0.0, metavar="PERCENT", help="exit with 1 if fewer than PERCENT are killed (default: 0)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every mutant and its outcome to this file")
+    parser.add_argument("--equivalent", type=Path, metavar="FILE", help="a second list of equivalent mutants")
+    parser.add_argument("--root", type=Path, default=HERE.parent, metavar="DIR", help="the root of the tree to test (default: this one)")
     return parser.parse_args(arguments)
+
+
+def find_sources(args: argparse.Namespace) -> list[str]:
+    from mutants import sources
+
+    example = "give a path such as sweeps/confirm.py"
+    outside = [target for target in args.targets if not (args.root / target).resolve().is_relative_to(args.root)]
+    if outside:
+        raise UsageError(f"{', '.join(outside)}: outside of {args.root}; {example}")
+    missing = [target for target in args.targets if not (args.root / target).exists()]
+    if missing:
+        raise UsageError(f"no such file in {args.root}: {', '.join(missing)}; {example}")
+    files = sources(args.root, args.targets)
+    if not files:
+        raise UsageError(f"no Python file in {', '.join(args.targets)}; {example}")
+    return files
+
+
+def find_tests(files: list[str], args: argparse.Namespace) -> list[str]:
+    mirrored = {test for file in files for test in mirrored_tests(file, args.root)}
+    tests = args.tests.split(",") if args.tests else sorted(mirrored)
+    missing = [test for test in tests if not (args.root / test).is_file()]
+    if missing:
+        raise UsageError(f"no such test file in {args.root}: {', '.join(missing)}; give a path such as tests/test_stats.py")
+    if not tests:
+        raise UsageError(f"no test mirrors {', '.join(files)}; name some with --tests, or add a row to MIRRORS")
+    return tests
+
+
+def find_reasons(extra: Path | None) -> Reasons:
+    reasons = read_equivalents([EQUIVALENT])
+    if extra is None:
+        return reasons
+    try:
+        return reasons | read_equivalents([extra])
+    except OSError as error:
+        raise UsageError(f"--equivalent {extra}: cannot be read ({error.strerror}); give an existing file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--equivalent {extra}: not a list like {EQUIVALENT.name} ({error}); correct the file") from error
+
+
+def check_output(path: Path | None) -> None:
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--json {path}: its folder does not exist; create it or give another path")
+    if path.is_dir():
+        raise UsageError(f"--json {path}: is a folder; give the path of a file")
 
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
     args.root = args.root.resolve()
-    from mutants import sources
-
-    missing = [target for target in args.targets if not (args.root / target).exists()]
-    if missing:
-        print(f"mutate: no such file in {args.root}: {', '.join(missing)}; give a path such as sweeps/confirm.py", file=sys.stderr)
-        return 2
-    files = sources(args.root, args.targets)
-    if not files:
-        print(f"mutate: no Python file in {', '.join(args.targets)}; give a path such as sweeps/confirm.py", file=sys.stderr)
-        return 2
-    mirrored = {test for file in files for test in mirrored_tests(file, args.root)}
-    tests = args.tests.split(",") if args.tests else sorted(mirrored)
-    absent = [test for test in tests if not (args.root / test).is_file()]
-    if absent:
-        print(f"mutate: no such test file in {args.root}: {', '.join(absent)}; give a path such as tests/test_stats.py", file=sys.stderr)
-        return 2
-    if args.json and not args.json.absolute().parent.is_dir():
-        print(f"mutate: --json {args.json}: its folder does not exist; create it or give another path", file=sys.stderr)
-        return 2
-    if not tests:
-        print(f"mutate: no test mirrors {', '.join(files)}; name some with --tests, or add a row to MIRRORS", file=sys.stderr)
+    try:
+        files = find_sources(args)
+        tests = find_tests(files, args)
+        reasons = find_reasons(args.equivalent)
+        check_output(args.json)
+    except UsageError as error:
+        print(f"mutate: {error}", file=sys.stderr)
         return 2
     print(f"tests: {', '.join(tests)}", flush=True)
-    began = time.monotonic()
-    results = []
+    start = time.monotonic()
+    results: list[Verdict] = []
     interrupted = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
-        try:
-            with closing(verdicts(args, files, tests, Path(folder))) as each:
-                for verdict in each:
-                    show(verdict)
-                    results.append(verdict)
-        except KeyboardInterrupt:
-            interrupted = True
+    try:
+        collect(results, files, tests, reasons, args)
+    except KeyboardInterrupt:
+        interrupted = True
     name = " ".join(args.targets)
-    print(summary(name, results, args.seed, time.monotonic() - began))
+    print(summary(name, results, args.seed, time.monotonic() - start))
     if interrupted:
         print("mutate: interrupted; the figures are those of the mutants tried so far", file=sys.stderr)
         return 130
     if args.json:
-        rows = [asdict(v) | {"mutant": asdict(v.mutant) | {"lines": [v.mutant.lines.start, v.mutant.lines.stop]}} for v in results]
-        args.json.write_text(json.dumps({"name": name, "seed": args.seed, "sample": args.sample, "mutants": rows}, indent=1))
-    return 1 if 100 * score(results) < args.at_least else 0
+        write_json(args.json, name, results, args)
+    if score(results) < args.at_least:
+        print(f"mutate: {score(results):.1f}% is below --at-least {args.at_least:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def collect(results: list[Verdict], files: list[str], tests: list[str], reasons: Reasons, args: argparse.Namespace) -> None:
+    """Append the verdict of each mutant to the results. After an interruption they have the verdicts so far."""
+    sources = {file: (args.root / file).read_text(encoding="utf-8") for file in files}
+    mutants = draw_mutants(sources, args)
+    remaining = []
+    for mutant in mutants:
+        reason = reasons.get((mutant.file, without_spaces(mutant.before), without_spaces(mutant.after)))
+        if reason is None:
+            remaining.append(mutant)
+            continue
+        results.append(Verdict(mutant, "equivalent", reason=reason))
+        show(results[-1])
+    with (
+        tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder,
+        closing(try_mutants(remaining, sources, tests, args, Path(folder))) as verdicts,
+    ):
+        for verdict in verdicts:
+            results.append(verdict)
+            show(verdict)
+            show_progress(len(results), len(mutants))
 
 
 if __name__ == "__main__":

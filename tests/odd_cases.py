@@ -1,7 +1,7 @@
-"""Odd command lines for test_doors.py: every command, every option, values that nobody means. A case is a function of (seed, index).
+"""Odd command lines for test_doors.py: every command, every option, unlikely values. A case is a function of (seed, index).
 
-The commands and their options are read from the command line itself. An option of text needs a row in `TEXT`; the types of the
-others decide. No case reaches the network, and none trains for longer than a second: `BASE` sees to that.
+The commands and their options are read from the command line itself. A text option needs a row in `TEXT`. The values of other
+options depend on their type. The arguments in `BASE` keep a case from using the network or training for longer than a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL = {
 
 
 def nested(rng: random.Random) -> str:
-    """Lists and tables in each other, closed or not, in the manner of TOML, JSON and YAML."""
+    """Deeply nested lists and tables in TOML, JSON or YAML, closed or not."""
     depth = rng.choice([60, 99, 101, 400, 3000, 20_000])
     shapes = [
         "[" * depth,
@@ -51,7 +51,7 @@ def nested(rng: random.Random) -> str:
 
 
 def bomb(word: str) -> str:
-    """Ten lines of YAML that name a hundred million words."""
+    """Ten lines of YAML that expand to a hundred million words."""
     lists = [f"{b}: &{b} [{','.join(['*' + a] * 8)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
     return "\n".join([f"a: &a [{word},{word}]", *lists, ""])
 
@@ -79,7 +79,7 @@ def number(rng: random.Random) -> str:
     return word(rng) if rng.random() < 0.15 else rng.choice(NUMBERS)
 
 
-# -- documents that are nearly right: written for one case, under these names
+# -- documents that are nearly valid: written for one case, under the names in DOCUMENTS
 
 VALUES = (
     "-1", "0", "1", "1.5", "1e-320", "1e308", "-0.0", "nan", "inf", "true", '""', '"x"', '"none"', "[]", "{}", "[[]]", "[1, 1]", "[0.5]",
@@ -129,7 +129,7 @@ def growth_file(rng: random.Random) -> str:
 
 
 def _document(rng: random.Random, known: dict[str, str], always: tuple[str, ...]) -> str:
-    """TOML with the keys that are always there, some others, and one or two odd values among them."""
+    """TOML with the keys in `always` and some others. Up to two of them have odd values."""
     keys = [*always, *rng.sample(sorted(set(known) - set(always)), rng.choice((0, 1, 1, 2, 3)))]
     odd = rng.choices(keys, k=rng.choice((0, 1, 1, 2)))
     return "".join(f"{key} = {rng.choice(VALUES) if key in odd else known[key]}\n" for key in keys)
@@ -146,7 +146,7 @@ DOCUMENTS: dict[str, Draw] = {
 
 
 def path(rng: random.Random) -> str:
-    """Something in the folder of the case (`make_folder`), or a word."""
+    """A path in the folder of the case (`make_folder`), or a word."""
     chance = rng.random()
     if chance < 0.25:
         return word(rng)
@@ -168,17 +168,17 @@ PLACES = (
 )  # fmt: skip
 
 
-# -- text options: what is half right, beside words and paths
+# -- text options: values that are nearly valid, besides words and paths
 
 
 def preset(rng: random.Random) -> str:
-    """None that would train for minutes."""
+    """Draw a preset that does not train for minutes."""
     names = ("demo:x", "baseline:x", "staged:", "small.toml", "small.toml:x", "Grown", "demo-grow", "demo:")
     return rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
 
 
 def setting(rng: random.Random) -> str:
-    """KEY=VALUE. Fields that say how much work there is get no large number that is allowed."""
+    """KEY=VALUE. A field that sets the amount of work gets no large number that is valid."""
     from mainrun.config import TrainConfig
 
     fields = [*sorted(TrainConfig.model_fields), *["corpus", "growth"] * 6]
@@ -229,7 +229,7 @@ def schedule(rng: random.Random) -> str:
     data: Any = {"ops": [op] * rng.choice((1, 1, 2, 30)), rng.choice(("version", "seed", "defaults", "y")): rng.choice(odd)}
     try:
         return json.dumps(data if rng.random() < 0.7 else data["ops"])
-    except ValueError:  # Python prints no number of so many digits
+    except ValueError:  # Python refuses to print a number with so many digits
         return "{}"
 
 
@@ -280,7 +280,7 @@ def choice(*some: str) -> Draw:
     return lambda rng: rng.choice(some) if rng.random() < 0.4 else word(rng)
 
 
-# what an option or an argument of text takes, by its name
+# the values of text options and arguments, by name
 TEXT: dict[str, Draw] = {
     "--preset": preset,
     "--set": setting,
@@ -305,7 +305,7 @@ TEXT: dict[str, Draw] = {
     "file": lambda rng: rng.choice((path, nested, schedule, word, _growth_name))(rng),
 }
 
-# commands that would work for long, and what keeps them from it
+# arguments that keep each command short
 BASE: dict[str, list[str]] = {
     "train": ["--preset", "small.toml"],
     "demo": ["--set", "no_such_field=1"],
@@ -336,7 +336,7 @@ BASE: dict[str, list[str]] = {
     "grow plan": [],
     "grow verify": [],
 }
-LAST = {"demo", "bench step", "bench lineage", "bench gpu"}  # their base stands behind what was drawn: a later --set wins
+LAST = {"demo", "bench step", "bench lineage", "bench gpu"}  # their base comes last, because the last --set wins
 WEIGHT = {
     "train": 4.0,
     "sweep run": 3.0,
@@ -349,9 +349,18 @@ WEIGHT = {
     "report": 0.5,
     "store audit": 0.5,
 }
-RIGHT = {"name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml", "file": "growth.json",
+VALID = {"name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml", "file": "growth.json",
          "folder": "new", "path": "bundle.zip"}  # fmt: skip
-FEW = {"-n", "--max-tokens", "--samples", "--segments", "--repeats", "--steps", "--trials", "--workers"}  # how much work there is
+WORK_SIZES = {
+    "-n",
+    "--max-tokens",
+    "--samples",
+    "--segments",
+    "--repeats",
+    "--steps",
+    "--trials",
+    "--workers",
+}  # options that set the amount of work
 
 
 # -- cases
@@ -375,7 +384,7 @@ class Case:
 
 
 def commands() -> dict[str, list[Any]]:
-    """Every command of the command line, by its words, with its parameters."""
+    """Return the parameters of every command, by the words of the command."""
     from typer.main import get_command
 
     from mainrun.cli import app
@@ -392,15 +401,15 @@ def commands() -> dict[str, list[Any]]:
 
 
 def draw_for(param: Any) -> Draw | None:
-    """How odd values of a parameter are drawn; None for a flag. A LookupError names an option that nobody thought of."""
+    """Return the function that draws odd values of a parameter, or None for a flag. LookupError: an option without a row in TEXT."""
     kind = param.type_descriptor.annotation
     if getattr(param, "is_flag", False):
         return None
     if kind is Path:
         return path
     if kind in (int, float):
-        few = param.opts[0] in FEW
-        return (lambda rng: rng.choice(("0", "-1", "1", "2", "nan", "1e-320", "1" * 5000, "x", ""))) if few else number
+        sets_work = param.opts[0] in WORK_SIZES
+        return (lambda rng: rng.choice(("0", "-1", "1", "2", "nan", "1e-320", "1" * 5000, "x", ""))) if sets_work else number
     if param.opts[0] in TEXT:
         return TEXT[param.opts[0]]
     raise LookupError(f"{param.opts[0]} of type {kind} has no odd values; add a row to TEXT in {Path(__file__).name}")
@@ -430,12 +439,12 @@ def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
     for param in arguments:
         draw = draw_for(param)
         assert draw
-        right = RIGHT[param.name]
+        valid = VALID[param.name]
         odd = rng.random() < (0.6 if len(drawn) else 0.9)
         count = rng.choice((0, 1, 1, 2)) if param.nargs == -1 else rng.choice((1,) * 20 + (0, 2))
-        places += [draw(rng) if odd else right for _ in range(count)]
+        places += [draw(rng) if odd else valid for _ in range(count)]
     if ends_early:
-        places = ["broken.toml"]  # its corpus is not there
+        places = ["broken.toml"]  # its corpus is missing
     if any(p.opts[0] == "--prompt" for p in options) and "--prompt" not in drawn and rng.random() < 0.9:
         drawn += ["--prompt", "Show"]
     base = BASE[command]
@@ -449,7 +458,7 @@ def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
 
 
 def _around(rng: random.Random) -> dict[str, Any]:
-    """Redirections and the environment: mostly the usual ones."""
+    """Draw redirections and environment variables; most cases have none."""
     around: dict[str, Any] = {}
     if rng.random() < 0.2:
         around["stdout"] = rng.choice(("pipe", "closed", "full", "none"))
@@ -466,17 +475,17 @@ def _around(rng: random.Random) -> dict[str, Any]:
     return around
 
 
-# -- where a case runs
+# -- the folder of a case
 
 
-def make_kit(driver: Driver, folder: Path) -> Path:
-    """What the cases find: a finished run with its store, and a study that is done. Copied for each."""
-    kit = folder / "kit"
-    kit.mkdir()
-    _small(kit)
-    made = driver.run(["train", "--preset", "small.toml", "--json"], cwd=kit, limit=120)
+def make_fixture(driver: Driver, folder: Path) -> Path:
+    """Make the files that each case gets a copy of: a finished run with its store, and a finished study."""
+    fixture = folder / "fixture"
+    fixture.mkdir()
+    _small(fixture)
+    made = driver.run(["train", "--preset", "small.toml", "--json"], cwd=fixture, limit=120)
     assert made.code == 0, made.err
-    done = kit / "runs" / "studies" / "done"
+    done = fixture / "runs" / "studies" / "done"
     done.mkdir(parents=True)
     ledger = {"asked": 1, "trained": 1, "reused": 0, "wasted": 0, "branch": 0}
     trial = {
@@ -494,7 +503,7 @@ def make_kit(driver: Driver, folder: Path) -> Path:
     }  # fmt: skip
     (done / "study.json").write_text(json.dumps({"digest": "x", "study": study, "command": "mainrun sweep done"}), encoding="utf-8")
     (done / "export.json").write_text(json.dumps(ended), encoding="utf-8")
-    return kit
+    return fixture
 
 
 def _small(folder: Path) -> None:
@@ -540,9 +549,9 @@ FILES: dict[str, bytes] = {
 REFERS = {"mix.toml": "titles.txt", "loopmix.toml": "loop fifo", "study.toml": "small.toml", "broken.toml": "small.toml"}
 
 
-def make_folder(kit: Path, folder: Path, words: Sequence[str]) -> None:
-    """A copy of what `make_kit` made, and beside it the odd things that the words of a command name."""
-    shutil.copytree(kit, folder, symlinks=True)
+def make_folder(fixture: Path, folder: Path, words: Sequence[str]) -> None:
+    """Copy the fixture, and add the odd files whose names occur in the words of the command."""
+    shutil.copytree(fixture, folder, symlinks=True)
     named = " ".join(words)
     named += " ".join(more for name, more in REFERS.items() if name in named)
     for name, data in FILES.items():
@@ -557,7 +566,7 @@ def make_folder(kit: Path, folder: Path, words: Sequence[str]) -> None:
 def _socket(path: Path) -> None:
     before = os.open(".", os.O_RDONLY)
     try:
-        os.chdir(path.parent)  # the path of a socket may have 100 characters
+        os.chdir(path.parent)  # the path of a socket is limited to 100 characters
         with socket.socket(socket.AF_UNIX) as s:
             s.bind(path.name)
     finally:
@@ -575,9 +584,9 @@ ODD: dict[str, Callable[[Path], None]] = {
 }
 
 
-def run_case(driver: Driver, case: Case, kit: Path, folder: Path) -> tuple[Outcome, str]:
-    """The end of a case, and why its door did not hold (empty: it did)."""
-    make_folder(kit, folder, [*case.argv, *case.env.values(), *case.files.values()])
+def run_case(driver: Driver, case: Case, fixture: Path, folder: Path) -> tuple[Outcome, str]:
+    """Run a case. Returns its outcome and why it failed, or an empty string."""
+    make_folder(fixture, folder, [*case.argv, *case.env.values(), *case.files.values()])
     for document, text in case.files.items():
         (folder / document).write_text(text, encoding="utf-8", errors="surrogateescape")
     (name,) = (p.name for p in (folder / "runs").iterdir() if (p / "config.json").is_file())
@@ -594,6 +603,6 @@ def run_case(driver: Driver, case: Case, kit: Path, folder: Path) -> tuple[Outco
 
 
 def _state(run: Path) -> dict[str, tuple[int, int]]:
-    """Of every file but .lock, which says who looked last."""
+    """Size and time of every file except .lock."""
     files = [p for p in run.rglob("*") if p.is_file() and p.name != ".lock"]
     return {str(p.relative_to(run)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}

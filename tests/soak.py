@@ -1,15 +1,15 @@
-"""Train random small runs and studies, kill them at random moments, resume them, and compare them with undisturbed ones.
+"""Train small random runs and studies, kill them at random moments, resume them, and compare them with undisturbed ones.
 
     ./task soak -- --kills 200
     ./task soak -- --seed 1 --only 12
 
 Each subject is one run, two runs that share a store, or a study with two workers. It is trained once undisturbed. Then it is
 started again and again by the same command and disturbed: SIGKILL, SIGTERM, SIGINT, SIGSTOP and later SIGCONT, a killed worker,
-a full disk, a clock that jumps, files that are dated wrongly. In the end it must be the undisturbed one: every row, every score
-and the hash of the weights; of a study its trials, promotions and claims.
+a full disk, a clock that jumps, files with wrong dates. In the end it must equal the undisturbed run: every row, every score and
+the hash of the weights. A study must have the same trials, promotions and claims.
 
-The seed decides what is run, how it is disturbed and before which file operation; when a signal arrives after so many seconds,
-the load of the machine decides, too. Exit code 0: all are the same. 1: the failures are listed, each with its command and its folder.
+The seed decides what is run, how it is disturbed and before which file operation. If a signal is sent after some seconds, its
+effect also depends on the load of the machine.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ from typing import Any, get_args
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from soak_sessions import Ending, Running, Session, Strike, adopt_orphans, wait_for_orphans, warm_up  # noqa: E402
+from mutate import whole_number  # noqa: E402
+from soak_sessions import Disturbance, Ending, Running, Session, adopt_orphans, wait_for_orphans, warm_up  # noqa: E402
 
 HOUR, DAY = 3600.0, 86_400.0
 CLOCKS = (-400 * DAY, -3 * DAY, -2 * HOUR, -90.0, 90.0, 2 * HOUR, 3 * DAY, 400 * DAY)
-BUSY = "is being written by process"  # another session has the run
+BUSY = "is being written by process"  # another session uses the run
 MOST_REFUSALS = 200
 EVERY_STUDY, EVERY_PAIR = 30, 4
-DISK = 64 << 20  # bytes of a subject's own disk
+DISK = 64 << 20  # size of a subject's own disk in bytes
 MS_REMOUNT, MNT_DETACH = 32, 2
 
 
-# -- what is compared
+# -- comparing
 
-# what the clock, the machine or the number of sessions decides
+# fields that depend on the clock, machine or number of sessions
 ROW_FREE = frozenset({"seconds", "reused"})
 SUMMARY_FREE = frozenset({
     "seconds", "tokens_per_s", "spent", "ledger", "peak_memory", "resumed", "machine_class", "machine_classes", "versions", "all_versions",
@@ -58,7 +59,7 @@ STUDY_FREE = frozenset({"seconds", "asked", "trained", "reused", "wasted", "bran
 
 
 def compare_runs(expected: Path, actual: Path) -> list[str]:
-    """How a run differs from the undisturbed one."""
+    """Return how a run differs from the undisturbed one."""
     differences = []
     for name in ("metrics.jsonl", "growth.jsonl"):
         differences += compare_rows(name, read_rows(expected / name), read_rows(actual / name))
@@ -86,7 +87,7 @@ def read_rows(path: Path) -> list[Any]:
 
 
 def compare_rows(name: str, expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]) -> list[str]:
-    """The first rows that differ, and another number of rows."""
+    """Return the first rows that differ, and a different number of rows."""
     differences = []
     if len(expected) != len(actual):
         differences.append(f"{name}: {len(actual)} rows, undisturbed {len(expected)}")
@@ -102,7 +103,7 @@ def compare_rows(name: str, expected: Sequence[dict[str, Any]], actual: Sequence
 
 
 def compare_studies(expected: Path, actual: Path) -> list[str]:
-    """How a study's export differs from the undisturbed one: trials, scores, promotions, evidence, claims."""
+    """Return how a study's export differs from the undisturbed one: trials, scores, promotions, evidence, claims."""
     try:
         a, b = (without_costs(json.loads((folder / "export.json").read_bytes())) for folder in (expected, actual))
     except (OSError, ValueError) as e:
@@ -132,7 +133,7 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-# -- what is run
+# -- drawing what is run
 
 BASE: dict[str, Any] = {
     "num_titles": 90, "vocab_size": 320, "block_size": 12, "batch_size": 4, "epochs": 1, "n_layer": 2, "n_head": 2, "d_model": 16,
@@ -161,7 +162,7 @@ def optimizers() -> tuple[str, ...]:
 
 
 def draw_run(chance: random.Random, index: int, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """A valid config, and what is special about it. Every optimizer and feature comes in turn, others by chance."""
+    """Draw a valid config and the names of its features. The index selects one optimizer and one feature; others are random."""
     from mainrun.config import load
     from mainrun.errors import ConfigError
 
@@ -260,23 +261,23 @@ def write_study(chance: random.Random, path: Path) -> Path:
     return path
 
 
-# -- how it is disturbed
+# -- drawing disturbances
 
 
-def draw_strikes(chance: random.Random, expected: Ending, study: bool) -> tuple[Strike, ...]:
-    """One signal, or a stop and then a signal. Half of them by the clock, half by the file operations of the session."""
+def draw_disturbances(chance: random.Random, expected: Ending, study: bool) -> tuple[Disturbance, ...]:
+    """Draw one signal, or a stop and then a signal. Half are timed, half happen before a file operation."""
     kinds = ["KILL"] * 5 + ["TERM"] * 2 + ["INT"] + ["STOP"] * 2 + ["WORKER"] * 4 * study
     kind = chance.choice(kinds)
     pause = chance.choice([0.05, 0.2, 0.6]) if kind == "STOP" else 0.0
-    # sessions that go on are shorter, so early moments are more likely to be reached
+    # resumed sessions are shorter, so early moments are more likely to be reached
     share = chance.random() ** (4.0 if study else 3.0)
     if kind != "WORKER" and chance.random() < 0.5:
-        first = Strike(kind, operation=1 + int(share * expected.operations), pause=pause)
+        first = Disturbance(kind, operation=1 + int(share * expected.operations), pause=pause)
     else:
-        first = Strike(kind, after=share * expected.seconds, pause=pause)
+        first = Disturbance(kind, after=share * expected.seconds, pause=pause)
     if kind not in ("STOP", "WORKER"):
         return (first,)
-    return (first, Strike(chance.choice(["KILL", "TERM"]), after=chance.random() * expected.seconds * 0.6))
+    return (first, Disturbance(chance.choice(["KILL", "TERM"]), after=chance.random() * expected.seconds * 0.6))
 
 
 def draw_clock(chance: random.Random) -> tuple[float, float, int]:
@@ -302,7 +303,7 @@ def date_now(folder: Path) -> None:
 
 @contextmanager
 def own_disk(place: Path) -> Iterator[bool]:
-    """A small disk at a folder, where this process may mount one. `fill_disk` fills it, `empty_disk` gives the space back."""
+    """Mount a small disk at a folder, if this process may. `set_disk` changes its size."""
     place.mkdir(parents=True, exist_ok=True)
     mounted = ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, f"size={DISK}".encode()) == 0
     try:
@@ -328,7 +329,7 @@ def used_space(place: Path) -> int:
 class Result:
     index: int
     about: str = ""
-    kills: Counter[str] = field(default_factory=Counter)
+    disturbances: Counter[str] = field(default_factory=Counter)
     areas: Counter[str] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
     sessions: int = 0
@@ -344,11 +345,11 @@ class Result:
         self.sessions += 1
         self.clocks += any(ending.session.clock)
         self.codes[str(ending.code)] += 1
-        for kind, area in ending.struck:
-            self.kills[kind] += 1
+        for kind, area in ending.applied:
+            self.disturbances[kind] += 1
             self.areas[area] += 1
         if ending.session.disk_is_full and ending.code == 75:
-            self.kills["FULL"] += 1
+            self.disturbances["full disk"] += 1
             self.areas["full disk"] += 1
         problem = ending.problem()
         if problem:
@@ -357,12 +358,12 @@ class Result:
 
     @property
     def total(self) -> int:
-        return sum(self.kills.values())
+        return sum(self.disturbances.values())
 
 
 @dataclass
 class Member:
-    """One command of a subject, its undisturbed end, and what is left of its disturbances."""
+    """One command of a subject, its undisturbed ending, and how many disturbances remain."""
 
     argv: tuple[str, ...]
     reference: Path
@@ -376,7 +377,7 @@ class Member:
 
 
 class Subject:
-    """What one index of a seed stands for: a run, two runs that share a store, or a study."""
+    """One test case: a run, two runs that share a store, or a study."""
 
     def __init__(self, seed: int, index: int, folder: Path, limit: float = 240.0) -> None:
         self.seed, self.index, self.folder, self.limit = seed, index, folder, limit
@@ -386,7 +387,7 @@ class Subject:
         self.disk = folder / "disk"
         self.cache = folder / "cache"
         self.shared_cache = folder / "reference-cache"
-        self._intruded = False
+        self._had_second_process = False
         self._refused = 0
 
     def run(self) -> Result:
@@ -422,7 +423,7 @@ class Subject:
             self.result.failures += [f"{member.place.name}: {text}" for text in compare(member.reference, member.place)]
         store = self.disk / "store"
         if store.is_dir() and self.kind != "study":
-            date_now(store)  # a state that was last used in the future is a finding, and the soak's own doing
+            date_now(store)  # a state that was last used in the future would be reported, but the soak caused it
             self._undisturbed(("store", "verify", "--store", str(store)), "verify")
 
     # -- undisturbed
@@ -434,7 +435,7 @@ class Subject:
         return ending
 
     def _reference(self, argv: Sequence[str], name: str) -> Ending | None:
-        """None: this subject cannot be trained at all, which says nothing about interruptions."""
+        """Returns None if the subject cannot be trained even without interruptions."""
         ending = self._undisturbed(argv, name)
         if ending.code in (2, 3):
             self.result.failures.clear()
@@ -510,7 +511,7 @@ class Subject:
             return
         if member.running is None:
             session = self._next_session(member)
-            stopped = (lambda: self._intrude(member)) if member.chance.random() < 0.3 else None
+            stopped = (lambda: self._start_second_process(member)) if member.chance.random() < 0.3 else None
             member.running = Running(session, stopped)
             return
         ending = member.running.poll()
@@ -519,14 +520,14 @@ class Subject:
         member.running = None
         if ending.session.disk_is_full and self.has_disk:
             set_disk(self.disk, DISK)
-        if ending.code == 2 and BUSY in ending.text and (self.kind == "study" or self._intruded):
-            self._refused += 1  # what an ended session had started, or an intruder, still writes
+        if ending.code == 2 and BUSY in ending.text and (self.kind == "study" or self._had_second_process):
+            self._refused += 1  # a process of an ended session, or a second process, still writes
             if self._refused > MOST_REFUSALS:
-                self.result.failures.append(f"a lock that nobody holds any more: {ending.text.strip()[-300:]}")
+                self.result.failures.append(f"a lock that no process holds any more: {ending.text.strip()[-300:]}")
             time.sleep(0.1)
             return
         self.result.count(ending)
-        member.left -= max(1, len(ending.struck))
+        member.left -= max(1, len(ending.applied))
         member.done = ending.code == 0
 
     def _next_session(self, member: Member) -> Session:
@@ -543,20 +544,20 @@ class Subject:
         session = replace(session, clock=draw_clock(chance))
         if chance.random() < 0.15:
             return self._on_a_full_disk(session, chance)
-        return replace(session, strikes=draw_strikes(chance, member.expected, self.kind == "study"))
+        return replace(session, disturbances=draw_disturbances(chance, member.expected, self.kind == "study"))
 
     def _on_a_full_disk(self, session: Session, chance: random.Random) -> Session:
-        if self.has_disk and self.kind != "pair":  # the other run of a pair would be hit, too
+        if self.has_disk and self.kind != "pair":  # a full disk would also affect the other run of a pair
             set_disk(self.disk, used_space(self.disk) + int(600_000 * chance.random() ** 2))
             return replace(session, disk_is_full=True)
         return replace(session, disk_is_full=True, file_limit=chance.randint(3_000, 200_000))
 
-    def _intrude(self, member: Member) -> None:
-        """Start the command a second time while the first is stopped: it is refused, or it gets the run and the first is refused."""
+    def _start_second_process(self, member: Member) -> None:
+        """Start the command a second time while the first is stopped. One of the two must be refused."""
         if self.kind != "run":
             return
-        self._intruded = True
-        session = Session(member.argv, self.folder, self.cache, self.folder / f"intruder-{member.started:03d}.log", limit=self.limit)
+        self._had_second_process = True
+        session = Session(member.argv, self.folder, self.cache, self.folder / f"second-{member.started:03d}.log", limit=self.limit)
         ending = Running(session).wait()
         if not (ending.code == 2 and BUSY in ending.text):
             self.result.count(ending)
@@ -566,7 +567,7 @@ class Subject:
 
 
 def serve(seed: int, folder: Path, requests: int, answers: int) -> None:
-    """In a process of its own: run the subjects whose numbers it reads, and write their results."""
+    """Run the subjects whose numbers it reads, and write their results. Called in a child process."""
     adopt_orphans()
     with os.fdopen(requests, "r") as numbers, os.fdopen(answers, "w") as results:
         for line in numbers:
@@ -576,7 +577,7 @@ def serve(seed: int, folder: Path, requests: int, answers: int) -> None:
 
 
 def soak(seed: int, kills: int, jobs: int, minutes: float, folder: Path, only: int | None) -> list[Result]:
-    """Run subjects until there were so many kills."""
+    """Run subjects until `kills` disturbances have happened."""
     end = time.monotonic() + 60 * minutes
     servers: dict[int, tuple[int, int]] = {}
     for _ in range(1 if only is not None else jobs):
@@ -584,7 +585,7 @@ def soak(seed: int, kills: int, jobs: int, minutes: float, folder: Path, only: i
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # end what runs, and give its disk back
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # kill the running sessions and unmount their disk
             for fd in [send, receive, *(fd for pair in servers.values() for fd in pair)]:
                 os.close(fd)
             with suppress(BaseException):
@@ -599,66 +600,73 @@ def soak(seed: int, kills: int, jobs: int, minutes: float, folder: Path, only: i
     idle = list(servers.values())
     busy: dict[int, tuple[int, int]] = {}
     done = 0
-    while True:
-        try:
-            while idle and done < kills and time.monotonic() < end:
-                number = next(numbers, None)
-                if number is None:
+    try:
+        while True:
+            try:
+                while idle and done < kills and time.monotonic() < end:
+                    number = next(numbers, None)
+                    if number is None:
+                        break
+                    pair = idle.pop()
+                    busy[pair[1]] = pair
+                    os.write(pair[0], f"{number}\n".encode())
+                if not busy:
                     break
-                pair = idle.pop()
-                busy[pair[1]] = pair
-                os.write(pair[0], f"{number}\n".encode())
-            if not busy:
-                break
-            ready, _, _ = select.select(list(busy), [], [], 60)
-        except KeyboardInterrupt:
-            print("stopping; the subjects that are under way end first", flush=True)
-            end = 0.0
-            continue
-        for receive in ready:
-            line = files[receive].readline()
-            if not line:
-                raise RuntimeError("a process of the soak has ended early")
-            result = Result(**json.loads(line))
-            for name in ("kills", "areas", "codes"):
-                setattr(result, name, Counter(getattr(result, name)))
-            results.append(result)
-            idle.append(busy.pop(receive))
-            done += result.total
-            print(progress(result, done, kills), flush=True)
-    for pid, (send, _) in servers.items():
-        os.close(send)
-        os.waitpid(pid, 0)
+                ready, _, _ = select.select(list(busy), [], [], 60)
+            except KeyboardInterrupt:
+                print("stopping; the current subjects are finished first", flush=True)
+                end = 0.0
+                continue
+            for receive in ready:
+                line = files[receive].readline()
+                if not line:
+                    raise RuntimeError("a process of the soak exited unexpectedly")
+                result = Result(**json.loads(line))
+                for name in ("disturbances", "areas", "codes"):
+                    setattr(result, name, Counter(getattr(result, name)))
+                results.append(result)
+                idle.append(busy.pop(receive))
+                done += result.total
+                counter = "" if only is not None else f"[{done}/{kills}] "
+                print(counter + progress(result), flush=True)
+    except BaseException:
+        for pid in servers:
+            os.kill(pid, signal.SIGTERM)
+        raise
+    finally:
+        for pid, (send, _) in servers.items():
+            os.close(send)
+            os.waitpid(pid, 0)
     return results
 
 
-def progress(result: Result, done: int, kills: int) -> str:
+def progress(result: Result) -> str:
     verdict = f"FAILED: {result.failures[0]}" if result.failures else "the same"
     if result.skipped:
         verdict = f"skipped: {result.skipped}"
-    struck = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kills.items())) or "none"
-    return f"[{done}/{kills}] #{result.index} {result.about}: {struck} in {result.sessions} sessions, {verdict} ({result.seconds:.1f} s)"
+    disturbances = show(result.disturbances)
+    return f"#{result.index} {result.about}: {disturbances} in {result.sessions} sessions, {verdict} ({result.seconds:.1f} s)"
 
 
 def summary(results: Sequence[Result], seed: int, seconds: float) -> str:
-    counters = {name: sum((getattr(r, name) for r in results), Counter()) for name in ("kills", "areas", "codes")}
+    counters = {name: sum((getattr(r, name) for r in results), Counter()) for name in ("disturbances", "areas", "codes")}
     failed = [r for r in results if r.failures]
     skipped = [r for r in results if r.skipped]
     kinds = Counter(r.about.split()[0] for r in results if r.about and not r.skipped)
     lines = [
         "",
-        f"kills        {sum(counters['kills'].values()):,}: " + show(counters["kills"]),
-        "hit at       " + show(counters["areas"]),
-        f"sessions     {sum(r.sessions for r in results):,}, of these {sum(r.clocks for r in results):,} with a wrong or jumping clock",
-        "exit codes   " + show(counters["codes"]),
-        f"subjects     {show(kinds)}; {len(skipped)} skipped",
-        f"comparisons  {sum(r.comparisons for r in results):,}",
-        f"failures     {len(failed)}",
-        f"minutes      {seconds / 60:.1f}",
+        f"disturbances: {sum(counters['disturbances'].values()):,} ({show(counters['disturbances'])})",
+        f"during: {show(counters['areas'])}",
+        f"sessions: {sum(r.sessions for r in results):,}, of which {sum(r.clocks for r in results):,} had a wrong or jumping clock",
+        f"exit codes: {show_codes(counters['codes'])}",
+        f"subjects: {show(kinds)}; {len(skipped)} skipped",
+        f"comparisons: {sum(r.comparisons for r in results):,}",
+        f"failures: {len(failed)}",
+        f"minutes: {seconds / 60:.1f}",
     ]
     for result in failed:
         lines += ["", f"#{result.index} {result.about}", *(f"  {text}" for text in result.failures)]
-        lines += [f"  again: ./task soak -- --seed {seed} --only {result.index}", f"  its files: {result.folder}"]
+        lines += [f"  repeat it: ./task soak -- --seed {seed} --only {result.index}", f"  its files: {result.folder}"]
     return "\n".join(lines)
 
 
@@ -666,25 +674,82 @@ def show(counter: Counter[str]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counter.most_common()) or "none"
 
 
+def show_codes(counter: Counter[str]) -> str:
+    """List exit codes with their counts, as in `0 (10 times), 75 (7)`."""
+    parts = [f"{code} ({count:,})" for code, count in counter.most_common()]
+    if not parts:
+        return "none"
+    return ", ".join([parts[0].replace(")", " times)"), *parts[1:]])
+
+
+# -- the command line
+
+
+def positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a number above 0")
+    return number
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./task soak",
+        usage="./task soak -- [OPTIONS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0: all are the same. 1: one differs or crashes, or nothing was compared. 2: wrong use. 130, 143: stopped.",
+    )
+    parser.add_argument(
+        "--kills", type=whole_number(1), default=100, metavar="N",
+        help="stop after N disturbances; stops, killed workers and full disks count as well (default: 100)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=1, help="decides what is run and how it is disturbed (default: 1)")
+    parser.add_argument("--jobs", type=whole_number(1), default=1, help="subjects at once (default: 1)")
+    parser.add_argument("--out", type=Path, help="the folder of the runs; failed subjects are kept (default: a temporary folder)")
+    parser.add_argument("--minutes", type=positive_number, default=600, help="start no further subject after this time (default: 600)")
+    parser.add_argument("--only", type=whole_number(0), metavar="INDEX", help="run only this subject of the seed")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
-    parser.add_argument("--seed", type=int, default=1, help="decides what is run and how it is disturbed (default 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="subjects at once (default 1)")
-    parser.add_argument("--out", type=Path, help="where the runs lie; a failed subject stays (default: a temporary folder)")
-    parser.add_argument("--minutes", type=float, default=600, help="begin no further subject after that time")
-    parser.add_argument("--only", type=int, metavar="INDEX", help="run this subject of the seed alone")
-    given = parser.parse_args(arguments)
-    folder = (given.out or Path(tempfile.mkdtemp(prefix="soak-"))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    args = parse(arguments)
+    try:
+        folder = (args.out or Path(tempfile.mkdtemp(prefix="soak-"))).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"soak: --out {args.out}: cannot be used as a folder ({error.strerror}); give another path", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = False
+    try:
+        results = run(args, folder)
+        failed = any(result.failures for result in results)
+    except KeyboardInterrupt:
+        print("soak: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if args.out is None and not failed:
+            shutil.rmtree(folder, ignore_errors=True)
+    if failed:
+        return 1
+    if not any(result.comparisons for result in results):
+        print("soak: nothing was compared", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace, folder: Path) -> list[Result]:
+    start = time.monotonic()
     warm_up()
-    print(f"soak: seed {given.seed}, {given.kills:,} kills, {given.jobs} at once, in {folder}", flush=True)
-    results = soak(given.seed, given.kills, given.jobs, given.minutes, folder, given.only)
-    print(summary(results, given.seed, time.monotonic() - begin), flush=True)
-    if not any(result.failures for result in results) and given.out is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return int(any(result.failures for result in results))
+    amount = f"{args.kills:,} disturbances, {args.jobs} at once" if args.only is None else f"only subject {args.only}"
+    print(f"soak: seed {args.seed}, {amount}, in {folder}", flush=True)
+    results = soak(args.seed, args.kills, args.jobs, args.minutes, folder, args.only)
+    print(summary(results, args.seed, time.monotonic() - start), flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Sessions of the command line for the soak: forked from a warm process, watched, and disturbed at chosen moments.
+"""Sessions of the command line for the soak test: start them, watch them and disturb them at chosen moments.
 
-A session is `mainrun ARGUMENTS` in a process of its own. It is forked from a process that has imported everything and has
-computed nothing, so it starts in milliseconds. A strike is a signal at a moment: after some seconds, or just before the
-n-th file operation of the session, which hits the few instructions between two operations every time.
+A session is `mainrun ARGUMENTS` in its own process. It is forked from a process that has imported everything and computed
+nothing, so it starts in milliseconds. A disturbance is a signal. It is sent after some seconds, or just before the n-th file
+operation of the session. The second way always hits the few instructions between two operations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DRIVER_LEVEL = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS
 FILE_OPERATIONS = frozenset(
     {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "os.listdir", "os.scandir"}
 )
-# what the last file operation was for; the first that its path holds
+# the purpose of a file operation: the first entry whose text occurs in the path wins
 AREAS = (
     ("token cache", "/tokens"), ("checkpoint", "/checkpoints"), ("store", "/.store"), ("store", "/store/"), ("rows", "metrics.jsonl"),
     ("rows", "growth.jsonl"), ("end", "summary.json"), ("study", "/studies/"), ("start", ""),
@@ -50,7 +50,7 @@ AREAS = (
 NAMES = tuple(dict.fromkeys(name for name, _ in AREAS))
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "STOP": signal.SIGSTOP}
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-SHARED = struct.Struct("<III")  # file operations so far, area of the last one, strikes that the session carried out on itself
+SHARED = struct.Struct("<III")  # file operations so far, area of the last one, disturbances that the session sent to itself
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -69,13 +69,13 @@ def warm_up() -> None:
 
 
 @dataclass(frozen=True)
-class Strike:
-    """A signal just before file operation number `operation`, or else `after` seconds. WORKER kills a worker of a study."""
+class Disturbance:
+    """A signal just before file operation number `operation`, or after `after` seconds. WORKER kills a worker of a study."""
 
     kind: str
     after: float = 0.0
     operation: int = 0
-    pause: float = 0.0  # of STOP, until CONT
+    pause: float = 0.0  # seconds from STOP to CONT
 
     def __str__(self) -> str:
         moment = f"operation {self.operation}" if self.operation else f"{self.after:.2f} s"
@@ -84,20 +84,20 @@ class Strike:
 
 @dataclass(frozen=True)
 class Session:
-    """What to run and how to disturb it. Operations below `base` count."""
+    """What to run and how to disturb it. Only file operations below `base` and `cache` are counted."""
 
     argv: tuple[str, ...]
     base: Path
     cache: Path
     log: Path
-    strikes: tuple[Strike, ...] = ()
-    clock: tuple[float, float, int] = (0.0, 0.0, 0)  # seconds that time.time() is wrong by, at first and after so many calls
-    file_limit: int = 0  # bytes that a file may have; 0: no limit
-    disk_is_full: bool = False  # what it writes to may run out of space
+    disturbances: tuple[Disturbance, ...] = ()
+    clock: tuple[float, float, int] = (0.0, 0.0, 0)  # error of time.time() in seconds: at first, later, and the call at which it changes
+    file_limit: int = 0  # the largest size of a file in bytes; 0: no limit
+    disk_is_full: bool = False  # the disk may run out of space
     limit: float = 120.0
 
     def __str__(self) -> str:
-        parts = [str(strike) for strike in self.strikes]
+        parts = [str(disturbance) for disturbance in self.disturbances]
         parts += [f"files of at most {self.file_limit} bytes"] if self.file_limit else []
         parts += ["a full disk"] if self.disk_is_full and not self.file_limit else []
         parts += [f"a clock that is wrong by {self.clock[0]:.0f} s, then {self.clock[1]:.0f} s"] if any(self.clock) else []
@@ -106,18 +106,18 @@ class Session:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a session ended. `code` is None at the time limit, and negative when a signal ended it."""
+    """How a session ended. `code` is None at the time limit, and negative if a signal ended it."""
 
     session: Session
     code: int | None
     text: str
     seconds: float
     operations: int
-    struck: tuple[tuple[str, str], ...]  # kind and area of each strike that hit
+    applied: tuple[tuple[str, str], ...]  # kind and area of each disturbance that took place
 
     def problem(self) -> str:
-        """Why it should not have ended so; empty when it may."""
-        kinds = {kind for kind, _ in self.struck}
+        """Return why this ending is wrong, or an empty string."""
+        kinds = {kind for kind, _ in self.applied}
         if self.code is None:
             return f"hangs: no end after {self.seconds:.0f} s"
         if "Traceback (most recent call last)" in self.text or "crash:" in self.text:
@@ -126,30 +126,30 @@ class Ending:
         for kind in kinds & {"KILL", "TERM", "INT"}:
             allowed |= {-SIGNALS[kind], *(() if kind == "KILL" else (75,))}
         if "INT" in kinds:
-            allowed.add(130)  # before the command has its own handlers
+            allowed.add(130)  # before the command has set its own handlers
         if self.session.disk_is_full:
             allowed.add(75)
         return "" if self.code in allowed else f"exit code {self.code}"
 
 
 class Running:
-    """A session that runs. `poll` moves it on; `stopped` is called while a STOP holds it."""
+    """A running session. Call `poll` regularly. `stopped` is called while the session is stopped."""
 
     def __init__(self, session: Session, stopped: Callable[[], None] | None = None) -> None:
         self.session, self.stopped = session, stopped
         self.shared = mmap.mmap(-1, SHARED.size)
         self.begin = self.last = time.monotonic()
-        self.struck: list[tuple[str, str]] = []
-        self._waiting = list(session.strikes)
+        self.applied: list[tuple[str, str]] = []
+        self._waiting = list(session.disturbances)
         self._resume_at: float | None = None
         self._pause = 0.0
-        self._own = 0  # strikes of its own that are counted
+        self._own = 0  # disturbances by the session itself that are counted
         sys.stdout.flush()
         sys.stderr.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)  # until the session has handlers of its own
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)  # until the session has set its own handlers
         self.pid = os.fork()
         if self.pid == 0:
-            _become(session, self.shared)
+            _run_session(session, self.shared)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def poll(self) -> Ending | None:
@@ -171,7 +171,7 @@ class Running:
             self.destroy()
             return self._end(None)
         if self._waiting and not self._waiting[0].operation and now - self.last >= self._waiting[0].after:
-            self._strike(self._waiting.pop(0))
+            self._send(self._waiting.pop(0))
         return None
 
     def wait(self) -> Ending:
@@ -182,7 +182,7 @@ class Running:
         return ending
 
     def destroy(self) -> None:
-        """Kill it and all that it has started."""
+        """Kill the session and all processes that it has started."""
         for pid in [*descendants(self.pid), self.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -198,23 +198,23 @@ class Running:
     def _count_own(self) -> None:
         while self._own < self._read()[2]:
             self._own += 1
-            strike = self._waiting.pop(0)
+            disturbance = self._waiting.pop(0)
             self.last = time.monotonic()
-            self.struck.append((strike.kind, self._area()))
-            if strike.kind == "STOP":
-                self._pause = strike.pause
+            self.applied.append((disturbance.kind, self._area()))
+            if disturbance.kind == "STOP":
+                self._pause = disturbance.pause
 
-    def _strike(self, strike: Strike) -> None:
+    def _send(self, disturbance: Disturbance) -> None:
         self.last = time.monotonic()
-        if strike.kind == "WORKER":
-            workers = descendants(self.pid)[1:]  # the first is their nursery
+        if disturbance.kind == "WORKER":
+            workers = descendants(self.pid)[1:]  # the first is their fork server
             if not workers:
                 return
             target, number = workers[len(workers) // 2], signal.SIGKILL
         else:
-            target, number = self.pid, SIGNALS[strike.kind]
-        self._pause = strike.pause
-        self.struck.append((strike.kind, self._area()))
+            target, number = self.pid, SIGNALS[disturbance.kind]
+        self._pause = disturbance.pause
+        self.applied.append((disturbance.kind, self._area()))
         with suppress(ProcessLookupError):
             os.kill(target, number)
 
@@ -228,11 +228,11 @@ class Running:
         text = self.session.log.read_text(errors="replace") if self.session.log.exists() else ""
         operations = self._read()[0]
         self.shared.close()
-        return Ending(self.session, code, text, time.monotonic() - self.begin, operations, tuple(self.struck))
+        return Ending(self.session, code, text, time.monotonic() - self.begin, operations, tuple(self.applied))
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have, in order of their numbers."""
+    """Return the numbers of all direct and indirect children of a process."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdecimal():
@@ -251,12 +251,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of whatever outlives its own parent, so that `wait_for_orphans` can see it end."""
+    """Become the parent of processes whose parent has exited, so that `wait_for_orphans` can wait for them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def wait_for_orphans(limit: float) -> bool:
-    """Wait until no process is left that the ended sessions have started. False: some had to be killed."""
+    """Wait until all processes of ended sessions have exited. Returns False if some had to be killed."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
         try:
@@ -277,8 +277,8 @@ def wait_for_orphans(limit: float) -> bool:
 # -- in the session's process
 
 
-def _become(session: Session, shared: mmap.mmap) -> None:
-    """Be `mainrun ARGUMENTS`, and end as it does. Never returns."""
+def _run_session(session: Session, shared: mmap.mmap) -> None:
+    """Run `mainrun ARGUMENTS` in this process and exit with its code."""
     code = 99
     try:
         os.setsid()
@@ -288,13 +288,13 @@ def _become(session: Session, shared: mmap.mmap) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         os.environ["MAINRUN_CACHE"] = str(session.cache)
         if session.argv[0] == "sweep":
-            _hire(Nursery(session.log.with_suffix("")))
+            _use_fork_server(ForkServer(session.log.with_suffix("")))
         _set_clock(session.clock)
         if session.file_limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (session.file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         Probe(session, shared)
         code = run_main(session.argv)
-    except KeyboardInterrupt:  # before the command line has begun
+    except KeyboardInterrupt:  # before the command line has started
         code = 130
     except BaseException:
         traceback.print_exc()
@@ -303,7 +303,7 @@ def _become(session: Session, shared: mmap.mmap) -> None:
 
 
 def run_main(argv: Sequence[str]) -> int:
-    """Call the command line; its exit code."""
+    """Call the command line and return its exit code."""
     from mainrun.cli import main
 
     sys.argv = ["mainrun", *argv]
@@ -338,16 +338,16 @@ def _set_clock(clock: tuple[float, float, int]) -> None:
 
 
 class Probe:
-    """Counts the session's file operations, and strikes at those that it is told to."""
+    """Counts the file operations of the session, and disturbs it before the chosen ones."""
 
     def __init__(self, session: Session, shared: mmap.mmap) -> None:
         self.bases = (str(session.base), str(session.cache))
         self.shared, self.operations, self.area, self.done = shared, 0, 0, 0
-        self.strikes = list(session.strikes)
+        self.disturbances = list(session.disturbances)
         self.lock = threading.Lock()
-        sys.addaudithook(self.hear)
+        sys.addaudithook(self.on_audit_event)
 
-    def hear(self, event: str, args: tuple[Any, ...]) -> None:
+    def on_audit_event(self, event: str, args: tuple[Any, ...]) -> None:
         if event not in FILE_OPERATIONS or not args:
             return
         path = args[0]
@@ -358,15 +358,15 @@ class Probe:
         self.operations += 1
         kind = next(name for name, part in AREAS if part in path)
         self.area = NAMES.index(kind)
-        strike = self.strikes[0] if self.strikes else None
-        hits = strike is not None and 0 < strike.operation <= self.operations
-        if hits:
-            self.strikes.pop(0)
+        disturbance = self.disturbances[0] if self.disturbances else None
+        is_due = disturbance is not None and 0 < disturbance.operation <= self.operations
+        if is_due:
+            self.disturbances.pop(0)
             self.done += 1
         self.shared[:] = SHARED.pack(self.operations, self.area, self.done)
-        if hits:
-            assert strike is not None
-            os.kill(os.getpid(), SIGNALS[strike.kind])
+        if is_due:
+            assert disturbance is not None
+            os.kill(os.getpid(), SIGNALS[disturbance.kind])
 
 
 # -- workers of a study
@@ -374,25 +374,25 @@ class Probe:
 
 @dataclass(eq=False)
 class Worker:
-    """What `subprocess.Popen` would be to the engine of a study."""
+    """Stands in for `subprocess.Popen` in the study's engine."""
 
-    nursery: Nursery
+    fork_server: ForkServer
     number: int
-    said: Path
+    log: Path
     pid: int = 0
     returncode: int | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
     def communicate(self) -> tuple[None, str]:
         self.ended.wait()
-        return None, self.said.read_text(errors="replace")
+        return None, self.log.read_text(errors="replace")
 
     def send_signal(self, number: int) -> None:
-        self.nursery.send({"signal": number, "number": self.number})
+        self.fork_server.send({"signal": number, "number": self.number})
 
 
-class Nursery:
-    """A process that forks the workers of a study: a process with threads, like the one that drives the study, must not fork."""
+class ForkServer:
+    """A process that forks the workers of a study. The process that drives the study has threads and must not fork."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -405,18 +405,18 @@ class Nursery:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != driver:
                 os._exit(0)
-            _nurse(theirs)
+            _serve_forks(theirs)
         theirs.close()
         self.socket = ours
         threading.Thread(target=self._listen, daemon=True).start()
 
     def popen(self, command: list[str], *, env: dict[str, str], cwd: str | None = None, **_: Any) -> Worker:
-        """The engine's call of `subprocess.Popen`: an interpreter, -c, a program that calls the command line, and the arguments."""
+        """Replaces `subprocess.Popen`. The command is an interpreter, -c, a program and the arguments of the command line."""
         with self.lock:
             number = next(self.numbers)
             worker = self.workers[number] = Worker(self, number, self.folder / f"worker-{number}.log")
         changed = {name: value for name, value in env.items() if os.environ.get(name) != value}
-        self.send({"number": number, "argv": command[3:], "env": changed, "cwd": cwd, "said": str(worker.said)})
+        self.send({"number": number, "argv": command[3:], "env": changed, "cwd": cwd, "log": str(worker.log)})
         return worker
 
     def send(self, message: dict[str, Any]) -> None:
@@ -432,13 +432,13 @@ class Nursery:
                 worker.ended.set()
 
 
-def _hire(nursery: Nursery) -> None:
+def _use_fork_server(fork_server: ForkServer) -> None:
     worker = importlib.import_module("sweeps.engine.worker")
-    worker.subprocess = SimpleNamespace(Popen=nursery.popen, DEVNULL=-3, PIPE=-1)
+    worker.subprocess = SimpleNamespace(Popen=fork_server.popen, DEVNULL=-3, PIPE=-1)
 
 
-def _nurse(channel: socket.socket) -> None:
-    """Fork a worker for each request, and say how it ended. Never returns."""
+def _serve_forks(channel: socket.socket) -> None:
+    """Fork a worker for each request and report its exit code. Never returns."""
     channel.settimeout(0.01)
     pids: dict[int, int] = {}
     rest = b""
@@ -449,7 +449,7 @@ def _nurse(channel: socket.socket) -> None:
                 os._exit(0)
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                _obey(json.loads(line), pids, channel)
+                _handle_request(json.loads(line), pids, channel)
         for number, pid in list(pids.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -457,8 +457,8 @@ def _nurse(channel: socket.socket) -> None:
                 channel.sendall(json.dumps({"number": number, "code": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
 
 
-def _obey(message: dict[str, Any], pids: dict[int, int], channel: socket.socket) -> None:
-    number, nursery = message["number"], os.getpid()
+def _handle_request(message: dict[str, Any], pids: dict[int, int], channel: socket.socket) -> None:
+    number, fork_server = message["number"], os.getpid()
     if "signal" in message:
         if number in pids:
             os.kill(pids[number], message["signal"])
@@ -472,9 +472,9 @@ def _obey(message: dict[str, Any], pids: dict[int, int], channel: socket.socket)
         channel.close()
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != nursery:
+        if os.getppid() != fork_server:
             os._exit(75)
-        _redirect(Path(message["said"]))
+        _redirect(Path(message["log"]))
         os.environ.update(message["env"])
         if message["cwd"]:
             os.chdir(message["cwd"])

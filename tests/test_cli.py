@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import mainrun
-from mainrun import compare, doctor
+from mainrun import compare, doctor, terminal
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict, preset_names
 from mainrun.corpus import load_corpus
@@ -567,3 +567,46 @@ def test_a_crash_keeps_its_traceback_in_the_run_directory(fake: FakeTrain, tmp_p
     fake.errors.clear()
     assert ask(*args).exit_code == 0
     assert not kept.exists()
+
+
+# -- paths
+
+
+def test_a_picture_overwrites_no_other_file(tmp_path: Path) -> None:
+    make_run(tmp_path, TrainConfig(preset="one"))
+    preset = tmp_path / "mine.toml"
+    preset.write_text('base = "baseline"')
+    refused(ask("compare", "one", "--out", tmp_path, "--svg", preset), "mine.toml", "not a SVG", "would be overwritten")
+    assert preset.read_text() == 'base = "baseline"'
+
+
+def test_an_export_overwrites_no_other_study_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweeps.folder.finished", lambda folder: {})
+    (tmp_path / "study.json").write_text("mine")
+    refused(ask("sweep", "export", "demo", tmp_path), "study.json", "not an export", "another folder")
+    assert (tmp_path / "study.json").read_text() == "mine"
+
+
+def test_every_path_option_is_checked_for_being_empty() -> None:
+    root = Path(mainrun.__file__).parents[1]
+    code = "".join(path.read_text() for folder in ("mainrun", "reports", "sweeps") for path in (root / folder).rglob("*.py"))
+    checked = set(re.findall(r"""Option\(\s*"(--[a-z]+)",[^()]*callback=validate_paths""", code))
+    assert {"--out", "--svg"} <= checked <= set(terminal.PATH_OPTIONS)
+
+
+@pytest.mark.parametrize("option", terminal.PATH_OPTIONS)
+@pytest.mark.parametrize("written", ["{} ", "{}="])
+def test_an_empty_path_is_refused(option: str, written: str) -> None:
+    refused(ask("compare", "one", *written.format(option).split(" ")), f"got {option}", "'', which is empty; give a path")
+
+
+@pytest.mark.parametrize("command", [("compare", ""), ("submit", "--run=")])
+def test_an_empty_run_is_refused(command: tuple[str, ...]) -> None:
+    refused(ask(*command), "empty", "give a")
+
+
+def test_a_current_folder_that_was_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(ask("presets"), "the current folder cannot be used", "change to another one")

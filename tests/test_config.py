@@ -836,7 +836,7 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
         ("mine.txt", "ops: []", ["mine.txt", "no schedule", ".yml or .toml"]),
         ("mine", "", ["no schedule", ".yml or .toml"]),
         ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "mend the file"]),
-        ("mine.toml", "\xff", ["mine.toml", "no UTF-8 text", "save the file as UTF-8"]),
+        ("mine.toml", "\xff", ["mine.toml", "is not UTF-8", "save the file as UTF-8"]),
         ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "mend the file"]),
         ("mine.json", "3", ["growth: 3 is no schedule", "{ ops = ["]),
         ("mine.json", '{"ops": [{"name": "set_lr", "value": NaN, "trigger": {"step": 1}}]}', ["value=nan", "a finite number"]),

@@ -196,7 +196,7 @@ def test_a_directory_an_unreadable_and_an_odd_file(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"", ["is empty"]),
-        (b"\n \n\r\n", ["no titles", "3 blank"]),
+        (b"\n \n\r\n", ["no titles", "all 3 rows are blank"]),
         (b"one\ntwo\nth\x00ree\n", ["binary", "offset 10", "line 3", "UTF-8"]),
         ("\ufeffone\ntwo".encode("utf-16-le"), ["UTF-16", "offset 3", "UTF-8"]),
         (b"one\ncaf\xe9\n", ["not UTF-8", "0xe9", "offset 7", "line 2"]),
@@ -240,6 +240,26 @@ def test_bad_parquets(tmp_path: Path) -> None:
     assert "must hold strings" in refused(f"file:{path}#id")
     path.write_bytes(path.read_bytes()[:-20])
     assert "no readable parquet" in refused(f"file:{path}#headline")
+
+
+def test_a_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(TITLES), pa.array(TITLES)], names=["title", "title"]), path)
+    assert "more than one column called 'title'; rename all but one" in refused(f"file:{path}")
+
+
+def test_a_parquet_may_hold_a_dictionary_of_strings(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": pa.array(TITLES).dictionary_encode()}), path)
+    loaded = load_corpus(from_dict({"corpus": f"file:{path}", "num_titles": len(TITLES)}))
+    assert sorted([*loaded.train, *loaded.dev, *loaded.val]) == sorted(TITLES)
+
+
+@pytest.mark.parametrize(("titles", "said"), [([], "has no titles; give"), (["", " "], "has no titles: all 2 rows are blank; give")])
+def test_a_parquet_without_titles(titles: list[str], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": pa.array(titles, pa.string())}), path)
+    assert said in refused(f"file:{path}")
 
 
 def test_a_column_of_a_text_file(txt: str) -> None:

@@ -1,6 +1,6 @@
-"""Damaged files on disk: no command that reads one ends in a traceback or waits for ever, and none loses a file that is whole.
+"""Damaged files on disk: a command that reads one neither crashes nor hangs, and it does not change undamaged files.
 
-The damage itself is in damage.py, which also runs thousands of cases: `python tests/damage.py --cases 20000 --seed 1`.
+The damage is in damage.py, which also runs thousands of cases: `python tests/damage.py --cases 20000 --seed 1`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import DEEP, PLACES, ROWS, Row, Workshop, ends, hurt_json, hurt_lines, make, prepare, prepare_row, replace_with
+from damage import DEEP, PLACES, ROWS, FixtureDirectory, Row, damage_json, damage_lines, make, prepare, prepare_row, replace_with, run_case
 from doors import Driver
 
 from mainrun.errors import RunError
@@ -22,77 +22,77 @@ from mainrun.store import records
 from mainrun.store.rundir import RunDir
 from reports.submission import _run_files
 
-SECONDS = 8.0  # of the random sample
+SECONDS = 8.0  # for the random sample
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def fixture(tmp_path_factory: pytest.TempPathFactory) -> FixtureDirectory:
     folder = tmp_path_factory.mktemp("damaged")
     cache = os.environ["MAINRUN_CACHE"]
     try:
         make(folder / "made")
     finally:
         os.environ["MAINRUN_CACHE"] = cache
-    return Workshop(folder / "made", folder / "copy")
+    return FixtureDirectory(folder / "made", folder / "copy")
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    with Driver(limit=60.0) as found:  # a busy machine is no hang
-        yield found
+    with Driver(limit=60.0) as process:  # long enough for a busy machine
+        yield process
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_damage_that_crashed_or_hung(workshop: Workshop, driver: Driver, row: Row) -> None:
-    outcome, wrong = ends(workshop, driver, prepare_row(workshop, row))
-    assert not wrong, f"{wrong}\n{outcome.err}"
+def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, row: Row) -> None:
+    outcome, problem = run_case(fixture, driver, prepare_row(fixture, row))
+    assert not problem, f"{problem}\n{outcome.err}"
     assert outcome.code == row.code, outcome.err
 
 
-def sample(workshop: Workshop, driver: Driver, seed: int, seconds: float) -> None:
-    """As many random cases as fit in the time; a failure names the number that repeats it."""
+def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float) -> None:
+    """Run as many random cases as fit in the time. The message of a failure has the command that repeats it."""
     end = time.monotonic() + seconds
     index = 0
     while time.monotonic() < end:
-        case = prepare(workshop, seed, index)
-        outcome, wrong = ends(workshop, driver, case)
+        case = prepare(fixture, seed, index)
+        outcome, problem = run_case(fixture, driver, case)
         again = f"python tests/damage.py --case {case.name}"
-        assert not wrong, f"{wrong}\n{case.place}: {case.damage}\n{' '.join(case.argv)}\n{outcome.err}\n{again}"
+        assert not problem, f"{problem}\n{case.place}: {case.damage}\n{' '.join(case.argv)}\n{outcome.err}\n{again}"
         index += 1
     assert index > 3
 
 
-def test_random_damage(workshop: Workshop, driver: Driver) -> None:
-    sample(workshop, driver, seed=0, seconds=SECONDS)
+def test_random_damage(fixture: FixtureDirectory, driver: Driver) -> None:
+    sample(fixture, driver, seed=0, seconds=SECONDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_more_random_damage(workshop: Workshop, driver: Driver, seed: int) -> None:
-    sample(workshop, driver, seed, seconds=120)
+def test_more_random_damage(fixture: FixtureDirectory, driver: Driver, seed: int) -> None:
+    sample(fixture, driver, seed, seconds=120)
 
 
-def test_a_case_is_a_function_of_its_number(workshop: Workshop) -> None:
-    assert prepare(workshop, 3, 7) == prepare(workshop, 3, 7)
-    assert len({prepare(workshop, 3, index).place for index in range(4)}) > 1
+def test_a_case_is_a_function_of_its_number(fixture: FixtureDirectory) -> None:
+    assert prepare(fixture, 3, 7) == prepare(fixture, 3, 7)
+    assert len({prepare(fixture, 3, index).place for index in range(4)}) > 1
 
 
-def test_two_ways_to_damage_leave_the_rest_of_a_file(workshop: Workshop) -> None:
-    """The generator hurts one place of a file, or a random case would say little."""
+def test_damage_leaves_the_rest_of_the_file() -> None:
+    """The generator damages a single place of a file."""
     chance = random.Random(1)
     whole = b'{"a": 1, "b": {"c": [2]}}'
     for _ in range(200):
-        assert hurt_json(chance, whole)[0] != whole
-        text, _ = hurt_lines(chance, whole + b"\n" + whole + b"\n")
+        assert damage_json(chance, whole)[0] != whole
+        text, _ = damage_lines(chance, whole + b"\n" + whole + b"\n")
         assert text != whole + b"\n" + whole + b"\n"
         assert whole in text or b"a" in text
 
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
 @pytest.mark.parametrize("what", ["missing", "a FIFO", "a folder"])
-def test_a_checkpoint_that_cannot_be_handed_in(workshop: Workshop, name: str, what: str) -> None:
-    workshop.renew("runs")
-    run = RunDir(workshop.place / "runs" / workshop.names["whole"])
+def test_a_checkpoint_that_cannot_be_handed_in(fixture: FixtureDirectory, name: str, what: str) -> None:
+    fixture.renew("runs")
+    run = RunDir(fixture.place / "runs" / fixture.names["whole"])
     replace_with(max(run.checkpoints.iterdir()) / name, what)
     with pytest.raises(RunError, match=name):
         _run_files(run)
@@ -147,7 +147,7 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
         (records.above, [1e-30, 5], [0, -1, float("inf"), "5", True]),
         (records.share, [0, 1, 0.5], [-0.1, 1.1]),
         (records.text, ["", "a ü"], [5, None, "a\nb", "\x1b[31m", "\ud800"]),
-        (records.words, ["a\nb"], [5, None, "\ud800"]),
+        (records.any_text, ["a\nb"], [5, None, "\ud800"]),
         (records.yes_or_no, [True, False], [0, 1, "true", None]),
         (records.table, [{}], [[], None, 5]),
         ([records.count], [[], [1, 2]], [{}, [1, "x"], 5]),
@@ -174,11 +174,11 @@ def test_a_shape_takes_what_fits(shape: Any, good: list[Any], bad: list[Any]) ->
 
 def test_a_fault_says_where_and_what() -> None:
     shape = {"last": {"full": records.number}, "guards": [{"name": records.text}]}
-    assert records.fault({"last": 5, "guards": []}, shape) == "has last = 5, and must have an object"
-    assert records.fault({"last": {"full": "x"}}, shape) == "has last.full = 'x', and must have a number"
+    assert records.fault({"last": 5, "guards": []}, shape) == "has last = 5, but last must be an object"
+    assert records.fault({"last": {"full": "x"}}, shape) == "has last.full = 'x', but last.full must be a number"
     assert records.fault({"last": {"full": 1}}, shape) == "lacks 'guards'"
     assert records.fault({"last": {"full": 1}, "guards": [{"name": "a"}, {}]}, shape) == "lacks 'guards[1].name'"
-    assert records.fault([1], shape) == "is [1], and must be an object"
+    assert records.fault([1], shape) == "is [1], but must be an object"
 
 
 def test_a_plain_row_is_checked_quickly_and_like_any_other() -> None:

@@ -1,7 +1,7 @@
-"""Whatever the command line is given, it ends with a documented exit code and at most one message. See doors.py and odd_cases.py.
+"""With any input, a command ends with a documented exit code and at most one message. See doors.py and odd_cases.py.
 
 python tests/doors.py --cases 20000 --seed 1    # many more random cases than these tests run
-python tests/doors.py --case 1:57               # one of them, with all that it printed
+python tests/doors.py --case 1:57               # one of them, with all of its output
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +28,7 @@ from mainrun import config, inputs
 from mainrun.cli import app
 from mainrun.errors import ConfigError, UsageError
 
-TREE = Path(os.environ.get("DOORS_TREE", ROOT))  # another tree, to see what these tests find there
+TREE = Path(os.environ.get("DOORS_TREE", ROOT))  # to run these tests on another tree
 CASES = int(os.environ.get("DOORS_CASES", "60"))
 SEED = int(os.environ.get("DOORS_SEED", "1"))
 
@@ -35,16 +40,16 @@ def driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def kit(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return odd_cases.make_kit(driver, tmp_path_factory.mktemp("doors"))
+def fixture(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return odd_cases.make_fixture(driver, tmp_path_factory.mktemp("doors"))
 
 
-# -- the doors that were open once: each of these rows fails on the code before them
+# -- input that failed once: each row failed before its fix
 
 
 class Row(NamedTuple):
-    words: str  # of the command; LONG, DEEP and the like stand for what `ODD` holds
-    said: str  # a part of the message, or of stdout where the command succeeds
+    words: str  # of the command; LONG, DEEP and other keys of `ODD` are replaced by their values
+    expected: str  # a part of the message, or of stdout if the command succeeds
     code: int = 2
     around: dict[str, Any] = {}  # noqa: RUF012
 
@@ -64,7 +69,7 @@ LONG = "300 bytes; at most 255"
 LOOP = "leads back to itself"
 TRAIN = "train --preset small.toml --dry-run"
 
-OPEN_ONCE = [
+FAILED_ONCE = [
     # nested TOML and JSON
     Row(f"{TRAIN} --set lr=DEEP", DEEP),
     Row(f"{TRAIN} --set lr=DOTTED", DEEP),
@@ -116,7 +121,7 @@ OPEN_ONCE = [
     Row("sweep run broken.toml --out FOLDERS", "1,500 folders; at most 200"),
     Row(f"{TRAIN} --set seed=6", "got MAINRUN_CACHE", 2, {"env": {"MAINRUN_CACHE": "d/" * 1500}}),
     Row(f"{TRAIN} --set seed=6", "got MAINRUN_CACHE", 2, {"env": {"MAINRUN_CACHE": "loop"}}),
-    # the home of nobody
+    # the home of an unknown user
     Row("store ls --store ~no-such-user", "~ names no user"),
     Row(f"{TRAIN} --set corpus=file:~no-such-user/x", "~ names no user"),
     Row("download hn", "~ names no user", 2, {"env": {"MAINRUN_CACHE": "~no-such-user"}}),
@@ -125,11 +130,11 @@ OPEN_ONCE = [
     Row(f"{TRAIN} --store loop", LOOP),
     Row("store ls --store loop", LOOP),
     Row(f"{TRAIN} --out loop/x", LOOP),
-    # names that are no text, and what stdout cannot say
+    # names that are not text, and a stdout that cannot be written
     Row("train --preset small.toml --out BYTES", "not UTF-8 text"),
     Row("presets", "stdout cannot be written (No space left on device)", 2, {"stdout": "full"}),
     Row("presets --json", "stdout cannot be written (No space left on device)", 2, {"stdout": "full"}),
-    Row("presets", "", 0, {"stdout": "closed"}),  # `| head` has what it wanted
+    Row("presets", "", 0, {"stdout": "closed"}),  # like `| head`, which ends early
     Row("presets no", "", 2, {"stderr": "full"}),
     Row("presets no", "", 2, {"stderr": "closed"}),
     # numbers
@@ -137,7 +142,7 @@ OPEN_ONCE = [
     Row(f"{TRAIN} --set seed=HEX", "more than 300 digits"),
     Row("train --preset numbers.toml", "5,000 digits"),
     Row("sample RUN --prompt x --temperature 1e-320", "x", 0),
-    # messages that misled
+    # messages that were misleading
     Row("train --preset fifo.toml", "is a named pipe"),
     Row("sweep run fifo.toml", "is a named pipe"),
     Row("sweep run folder.toml", "is a folder"),
@@ -147,17 +152,17 @@ OPEN_ONCE = [
 ]
 
 
-@pytest.mark.parametrize("row", OPEN_ONCE, ids=[inputs.shown(f"{row.words} {row.around}", 120) for row in OPEN_ONCE])
-def test_a_door_that_was_open_once(driver: Driver, kit: Path, tmp_path: Path, row: Row) -> None:
-    outcome = end_of(driver, kit, tmp_path, row.words, **row.around)
+@pytest.mark.parametrize("row", FAILED_ONCE, ids=[inputs.shown(f"{row.words} {row.around}", 120) for row in FAILED_ONCE])
+def test_input_that_failed_once(driver: Driver, fixture: Path, tmp_path: Path, row: Row) -> None:
+    outcome = end_of(driver, fixture, tmp_path, row.words, **row.around)
     assert outcome.code == row.code
-    said = outcome.message if row.code else outcome.out
-    assert row.said in said, said
+    output = outcome.message if row.code else outcome.out
+    assert row.expected in output, output
 
 
-def end_of(driver: Driver, kit: Path, tmp_path: Path, words: str, **around: Any) -> Outcome:
+def end_of(driver: Driver, fixture: Path, tmp_path: Path, words: str, **around: Any) -> Outcome:
     argv = [re.sub("|".join(ODD), lambda odd: ODD[odd[0]], word) for word in words.split(" ")]
-    outcome, problem = odd_cases.run_case(driver, Case("", argv, **around), kit, tmp_path / "case")
+    outcome, problem = odd_cases.run_case(driver, Case("", argv, **around), fixture, tmp_path / "case")
     assert not problem, f"{problem}\n{outcome}"
     return outcome
 
@@ -180,11 +185,11 @@ def test_only_the_faults_that_are_shown_are_looked_up(tmp_path: Path, monkeypatc
     assert asked == [f"k{i}" for i in range(10)]
 
 
-# -- what is said of too much, and what is done all the same
+# -- messages about too large input, and commands that work nevertheless
 
 
 @pytest.mark.parametrize(
-    ("words", "document", "said"),
+    ("words", "document", "expected"),
     [
         ("grow plan odd.json", '{"ops": [' + ",".join(["{}"] * 1001) + "]}", "ops has 1,001 entries; write at most 1,000"),
         ("grow plan odd.json", "[" + ",".join(["{}"] * 1001) + "]", "the list has 1,001 ops; write at most 1,000"),
@@ -199,33 +204,33 @@ def test_only_the_faults_that_are_shown_are_looked_up(tmp_path: Path, monkeypatc
     ],
     ids=lambda text: inputs.shown(text, 40),
 )
-def test_too_much_of_it(driver: Driver, tmp_path: Path, words: str, document: str, said: str) -> None:
+def test_too_much_of_it(driver: Driver, tmp_path: Path, words: str, document: str, expected: str) -> None:
     name = re.search(r"odd\.\w+", words)
     assert name
     (tmp_path / name[0]).write_text(document, encoding="utf-8")
     outcome = driver.run(words.split(), cwd=tmp_path)
     assert not outcome.problem() and outcome.code == 2
-    assert said in outcome.message
+    assert expected in outcome.message
 
 
-def test_the_coldest_temperature_is_the_likeliest_token(driver: Driver, kit: Path, tmp_path: Path) -> None:
-    """1e-320 is 0 in float32, and nothing may be divided by it."""
-    said = [end_of(driver, kit, tmp_path, f"sample RUN --prompt x -n 3 --temperature {t}").out for t in ("0", "1e-320", "1e-31")]
-    assert said[0] and said == [said[0]] * 3
+def test_the_coldest_temperature_is_the_likeliest_token(driver: Driver, fixture: Path, tmp_path: Path) -> None:
+    """1e-320 is 0 in float32, so it must not be used as a divisor."""
+    samples = [end_of(driver, fixture, tmp_path, f"sample RUN --prompt x -n 3 --temperature {t}").out for t in ("0", "1e-320", "1e-31")]
+    assert samples[0] and samples == [samples[0]] * 3
 
 
-def test_a_training_whose_results_nobody_can_read_is_finished(driver: Driver, kit: Path, tmp_path: Path) -> None:
-    odd_cases.make_folder(kit, tmp_path / "case", ())
+def test_a_training_finishes_although_stdout_is_full(driver: Driver, fixture: Path, tmp_path: Path) -> None:
+    odd_cases.make_folder(fixture, tmp_path / "case", ())
     outcome = driver.run(["train", "--preset", "small.toml", "--set", "seed=5", "--json"], cwd=tmp_path / "case", stdout="full")
     assert outcome.code == 2 and not outcome.problem()
     assert len(list((tmp_path / "case" / "runs").glob("*/summary.json"))) == 2
 
 
-# -- how a command may end
+# -- the endings of a command
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
         (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: 'xx' cannot be used: the name is too long"),
         (OSError(errno.ENOSPC, "No space left on device", "xx"), 75, "interrupted: no space left to write 'xx'"),
@@ -239,14 +244,14 @@ def test_a_training_whose_results_nobody_can_read_is_finished(driver: Driver, ki
     ],
     ids=lambda value: inputs.shown(value, 60),
 )
-def test_one_message_whatever_is_raised(monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str) -> None:
+def test_one_message_whatever_is_raised(monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, expected: str) -> None:
     def fail() -> list[str]:
         raise error
 
     monkeypatch.setattr("mainrun.config.preset_names", fail)
     result = CliRunner().invoke(app, ["presets"])
     assert (result.exit_code, result.stdout) == (code, "")
-    assert said in result.stderr and len(result.stderr) < 3000 and "Traceback" not in result.stderr
+    assert expected in result.stderr and len(result.stderr) < 3000 and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("word", ["a\0", "\ud83d"])
@@ -259,9 +264,9 @@ def test_an_argument_that_is_no_text(word: str) -> None:
 
 
 def test_every_option_has_odd_values() -> None:
-    """A new command or option is fuzzed without further words; one of text says in odd_cases.py what it takes."""
+    """A new command or option is tested automatically. A text option needs a row in TEXT."""
     known = odd_cases.commands()
-    assert set(known) == set(odd_cases.BASE), "give each command a row in BASE: what keeps its cases short"
+    assert set(known) == set(odd_cases.BASE), "give each command a row in BASE, which keeps its cases short"
     for params in known.values():
         for param in params:
             odd_cases.draw_for(param)
@@ -278,45 +283,82 @@ def test_every_path_is_checked() -> None:
     assert bare == []
 
 
-def test_a_case_is_made_by_its_number_alone() -> None:
+def test_a_case_is_a_function_of_its_number() -> None:
     known = odd_cases.commands()
     cases = [odd_cases.make(7, index, known) for index in range(2000)]
     assert cases == [odd_cases.make(7, index, known) for index in range(2000)]
     assert {case.command for case in cases} == set(known)
 
 
-def held(driver: Driver, kit: Path, folder: Path, indices: range) -> None:
+def check_cases(driver: Driver, fixture: Path, folder: Path, indices: range) -> None:
     known = odd_cases.commands()
     for index in indices:
         case = odd_cases.make(SEED, index, known)
-        _, problem = odd_cases.run_case(driver, case, kit, folder / "case")
+        _, problem = odd_cases.run_case(driver, case, fixture, folder / "case")
         assert not problem, f"{SEED}:{index}: {problem}\n{case}\npython tests/doors.py --case {SEED}:{index} shows it"
 
 
-def test_random_cases(driver: Driver, kit: Path, tmp_path: Path) -> None:
-    held(driver, kit, tmp_path, range(CASES))
+def test_random_cases(driver: Driver, fixture: Path, tmp_path: Path) -> None:
+    check_cases(driver, fixture, tmp_path, range(CASES))
 
 
 @pytest.mark.slow
-def test_more_random_cases(driver: Driver, kit: Path, tmp_path: Path) -> None:
-    held(driver, kit, tmp_path, range(CASES, 13 * CASES))
+def test_more_random_cases(driver: Driver, fixture: Path, tmp_path: Path) -> None:
+    check_cases(driver, fixture, tmp_path, range(CASES, 13 * CASES))
+
+
+# -- the tool itself
+
+
+@pytest.mark.parametrize(
+    ("err", "problem"),
+    [
+        ("crash: KeyError: 1", "a crash: KeyError: 1"),
+        ("crash in process 3: KeyError: 1", "a crash: KeyError: 1"),
+        ("crash in process abc: KeyError: 1", "a crash: KeyError: 1"),
+        ("error in process a b: no such file; give another", ""),
+    ],
+)
+def test_a_crash_is_recognised_in_every_process(err: str, problem: str) -> None:
+    assert Outcome("train", 2, "", err, 1.0).problem() == problem
+
+
+@pytest.mark.parametrize("script", ["doors.py", "damage.py"])
+@pytest.mark.parametrize("option", ["--case=1", "--case=a:b", "--cases=0"])
+def test_a_wrong_option_of_the_tool_is_refused(script: str, option: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / script), option], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{script}: error: argument {option.split('=')[0]}: got " in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_tool_ends_without_a_traceback() -> None:
+    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs inherit an ignored SIGINT
+    command = [sys.executable, str(ROOT / "tests" / "doors.py"), "--cases", "100000", "--jobs", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=allow_interrupts
+    )
+    time.sleep(6)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate(timeout=120)[1]
+    assert (process.returncode, stderr) == (130, "doors: interrupted\n")
 
 
 # -- locales
 
 
 @pytest.mark.parametrize(
-    ("env", "code", "said"),
+    ("env", "code", "expected"),
     [
-        ({"LC_ALL": "C"}, 0, "ü: nothing"),  # Python then takes UTF-8
+        ({"LC_ALL": "C"}, 0, "ü: nothing"),  # Python then uses UTF-8
         ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 2, "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"),
     ],
 )
-def test_umlauts_in_a_small_locale(tmp_path: Path, env: dict[str, str], code: int, said: str) -> None:
+def test_umlauts_in_a_small_locale(tmp_path: Path, env: dict[str, str], code: int, expected: str) -> None:
     (tmp_path / "ü.toml").write_text('about = "ü: nothing"\nlr = 0.5\n', encoding="utf-8")
     with Driver(TREE, env=env, warm=False) as driver:
         outcome = driver.run(["presets", "ü.toml"], cwd=tmp_path)
         assert not outcome.problem() and outcome.code == code
-        assert code == 0 or said in outcome.message
+        assert code == 0 or expected in outcome.message
         shown = driver.run(["grow", "plan", "growth.json"], cwd=tmp_path)
         assert not shown.problem()

@@ -94,8 +94,8 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("twice.json", b'[{"name": "set_lr", "value": 0.1, "value": 0.2}]', "the key 'value' stands twice"),
-        ("twice.yaml", b"ops:\n- {name: set_lr, value: 0.1}\nops: []\n", "the key 'ops' stands twice"),
+        ("twice.json", b'[{"name": "set_lr", "value": 0.1, "value": 0.2}]', "the key 'value' appears twice"),
+        ("twice.yaml", b"ops:\n- {name: set_lr, value: 0.1}\nops: []\n", "the key 'ops' appears twice"),
         ("deep.json", b"[" * 100_000, "it is nested too deep"),
         ("deep.yaml", b"[" * 3_000, "it is nested too deep"),
         ("wide.json", '[{"name": "set_lr"}]'.encode("utf-16"), "save the file as UTF-8"),

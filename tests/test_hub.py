@@ -413,3 +413,13 @@ def test_the_names_are_those_of_the_spec() -> None:
         "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
         "hn": "d210f96ddcc592f324c3108dd1d7b7edc03ca788",
     }
+
+
+@pytest.mark.parametrize("url", ["http://h:abc", "http://h:99999", "http://[", "http://[::1", "http://h:-1", "h", "ftp://h", "http://"])
+def test_an_endpoint_that_is_no_url_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    said = f"got HF_ENDPOINT='{url.rstrip('/')}', which is not a URL; write it like https://huggingface.co, or unset it"
+    assert hub_reachable() == (False, said)
+    with pytest.raises(HubError) as refused:
+        download("hn")
+    assert said in str(refused.value)

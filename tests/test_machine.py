@@ -381,3 +381,25 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
     still = {"dropout": 0.0, "compile": "off"}
     full = [train(tiny(device=device, **still), tmp_path / device)["last"]["full"] for device in ("cpu", "cuda")]
     assert full[0] == pytest.approx(full[1], abs=1e-3)
+
+
+# -- processes
+
+
+@pytest.mark.parametrize(
+    ("rank", "world"), [("0", "abc"), ("x", "1"), ("", "1"), ("0", ""), ("1", "1"), ("-1", "1"), ("2", "2"), ("0", "0"), ("0", "2")]
+)
+def test_what_a_batch_system_left_in_the_environment_is_refused(rank: str, world: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"):
+        Machine(tiny())
+
+
+def test_one_process_needs_no_port(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert (Machine(tiny()).rank, Machine(tiny()).world) == (0, 1)

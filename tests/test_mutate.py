@@ -1,4 +1,4 @@
-"""The mutation tester: the bugs that it plants, and that it tells a test that notices from one that does not."""
+"""The mutation tester: which bugs it plants, which tests notice them, and which arguments it refuses."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mutants
 import mutate
@@ -19,9 +20,9 @@ SCRIPT = Path(mutate.__file__)
 
 
 def planted(source: str) -> set[str]:
-    """Every mutant of a line of code, without its spaces."""
+    """Return every mutant of a line of code, without spaces."""
     drawn = mutants.draw("x.py", f"{source}\n", 0, random.Random(0))
-    return {mutate.squeezed(mutant.after) for mutant in drawn}
+    return {mutate.without_spaces(mutant.after) for mutant in drawn}
 
 
 @pytest.mark.parametrize(
@@ -77,10 +78,10 @@ def test_nothing_is_planted_where_no_test_can_notice(source: str) -> None:
     assert [mutant for mutant in drawn if mutant.operator != "AddNot"] == []
 
 
-def test_an_exception_with_a_dotted_name_stops_nothing() -> None:
+def test_a_file_with_a_dotted_exception_name_is_mutated() -> None:
     source = "try:\n    x = a < b\nexcept (c.Error, d.Error):\n    x = 1\n"
     drawn = mutants.draw("x.py", source, 0, random.Random(0))
-    assert {mutate.squeezed(mutant.after) for mutant in drawn} >= {"x=a<=b", "x=2"}
+    assert {mutate.without_spaces(mutant.after) for mutant in drawn} >= {"x=a<=b", "x=2"}
 
 
 def test_a_seed_draws_the_same_mutants_and_another_seed_others() -> None:
@@ -141,9 +142,15 @@ reason = "nobody calls it"
 """
 
 
+class Outcome(NamedTuple):
+    out: str
+    err: str
+    rows: list[dict]
+
+
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
-    """What the command prints and writes for a small tree with a test for one function, and none for the other."""
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Standard output, standard error and the rows for a small tree. One function has tests, the other has none."""
     root = tmp_path_factory.mktemp("tree")
     (root / "mainrun").mkdir()
     (root / "tests").mkdir()
@@ -167,56 +174,81 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
     command = [sys.executable, str(SCRIPT), "mainrun/thing.py", *options, "--at-least", "99"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    return done.stdout, json.loads((root / "out.json").read_text())["mutants"]
+    return Outcome(done.stdout, done.stderr, json.loads((root / "out.json").read_text())["mutants"])
 
 
-def test_what_a_test_notices_is_killed_and_named(outcome: tuple[str, list[dict]]) -> None:
-    _, rows = outcome
-    killed = {mutate.squeezed(row["mutant"]["after"]): row["by"] for row in rows if row["outcome"] == "killed"}
+def test_what_a_test_notices_is_killed_and_named(outcome: Outcome) -> None:
+    killed = {mutate.without_spaces(row["mutant"]["after"]): row["by"] for row in outcome.rows if row["outcome"] == "killed"}
     assert killed["ifx>=LIMIT:"] == "tests/test_thing.py::test_check[10]"
     assert killed["pass"] == "tests/test_thing.py::test_too_large"
     assert {"LIMIT=9", "LIMIT=11", "ifx<=LIMIT:", "returnx-1ifxelse0"} <= set(killed)
 
 
-def test_what_no_test_notices_survives(outcome: tuple[str, list[dict]]) -> None:
-    text, rows = outcome
-    survived = {mutate.squeezed(row["mutant"]["after"]) for row in rows if row["outcome"] == "survived"}
+def test_what_no_test_notices_survives(outcome: Outcome) -> None:
+    survived = {mutate.without_spaces(row["mutant"]["after"]) for row in outcome.rows if row["outcome"] == "survived"}
     assert survived == {"returnx>=3", "returnx<4", "returnx<2"}
-    assert "survived: mainrun/thing.py:11" in text
+    assert "survived: mainrun/thing.py:11" in outcome.out
 
 
-def test_a_listed_equivalent_is_named_with_its_reason_and_does_not_count(outcome: tuple[str, list[dict]]) -> None:
-    text, rows = outcome
-    assert [row["reason"] for row in rows if row["outcome"] == "equivalent"] == ["nobody calls it"]
-    assert "nobody calls it" in text
-    killed = sum(row["outcome"] == "killed" for row in rows)
-    assert f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent: {killed / (killed + 3):.1%} of {killed + 3}" in text
+def test_a_listed_equivalent_is_named_with_its_reason_and_does_not_count(outcome: Outcome) -> None:
+    assert [row["reason"] for row in outcome.rows if row["outcome"] == "equivalent"] == ["nobody calls it"]
+    assert "nobody calls it" in outcome.out
+    killed = sum(row["outcome"] == "killed" for row in outcome.rows)
+    assert f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent: {killed / (killed + 3):.1%} of {killed + 3}" in outcome.out
 
 
-def test_a_test_that_fails_without_a_mutant_is_left_out(outcome: tuple[str, list[dict]]) -> None:
-    assert "left out, it fails without any mutant: tests/test_thing.py::test_fails_anyway" in outcome[0]
+def test_a_score_below_the_minimum_is_reported(outcome: Outcome) -> None:
+    killed = sum(row["outcome"] == "killed" for row in outcome.rows)
+    assert outcome.err == f"mutate: {100 * killed / (killed + 3):.1f}% is below --at-least 99\n", (
+        "and no progress, as stderr is no terminal"
+    )
+
+
+def test_a_test_that_fails_without_a_mutant_is_skipped(outcome: Outcome) -> None:
+    assert "skipped, because it fails without a mutant: tests/test_thing.py::test_fails_anyway" in outcome.out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(["nowhere.py"], "no such file"), (["docs"], "no Python file"), (["mainrun/__main__.py"], "no test mirrors mainrun/__main__.py")],
+    ("arguments", "message"),
+    [
+        (["nowhere.py"], "no such file"),
+        (["/etc/passwd"], "/etc/passwd: outside of"),
+        (["../x.py"], "../x.py: outside of"),
+        (["docs"], "no Python file"),
+        (["README.md"], "no Python file"),
+        (["mainrun/__main__.py"], "no test mirrors mainrun/__main__.py"),
+        (["mainrun/stats.py", "--tests", "tests/test_statistics.py"], "no such test file"),
+        (["mainrun/stats.py", "--equivalent", "/nofile"], "--equivalent /nofile: cannot be read (No such file or directory)"),
+        (["mainrun/stats.py", "--equivalent", str(SCRIPT)], "not a list like equivalent_mutants.toml"),
+        (["mainrun/stats.py", "--json", "/nofolder/x.json"], "its folder does not exist"),
+        (["mainrun/stats.py", "--json", "/"], "is a folder"),
+    ],
 )
-def test_a_wrong_target_is_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_path_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert mutate.main(arguments) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_test_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mutate.main(["mainrun/stats.py", "--tests", "tests/test_statistics.py"]) == 2
-    assert "no such test file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--sample=-1", "--sample=all", "--jobs=0"])
+@pytest.mark.parametrize("option", ["--sample=-1", "--sample=all", "--jobs=0", "--at-least=nan", "--at-least=200", "--at-least=-1"])
 def test_a_wrong_number_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         mutate.main(["mainrun/stats.py", option])
     assert refused.value.code == 2
-    assert "give a whole number of" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "./task mutate: error: argument" in message
+    assert "give a whole number of" in message or "give a number from 0 to 100" in message
+
+
+def test_one_mutant_is_singular() -> None:
+    assert "x.py: 1 mutant (seed 1)" in mutate.summary("x.py", [mutate.Verdict(None, "killed")], 1, 2.0)
+    assert "x.py: 0 mutants (seed 1)" in mutate.summary("x.py", [], 1, 2.0)
+
+
+@pytest.mark.parametrize(("terminal", "text"), [(True, "\r12/40\r"), (False, "")])
+def test_progress_is_for_terminals(terminal: bool, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    mutate.show_progress(12, 40)
+    assert capsys.readouterr().err == text
 
 
 WAITING = """
@@ -233,7 +265,7 @@ def test_waits_for_a_mutant():
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> tuple[list[str], Path]:
-    """A command whose mutants wait without an end, and the file in which a mutant leaves its process."""
+    """A command whose mutants never end, and the file to which a mutant writes the number of its process."""
     (tmp_path / "mainrun").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "mainrun" / "__init__.py").touch()
@@ -248,7 +280,7 @@ def waiting(tmp_path: Path) -> tuple[list[str], Path]:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_command(name: str, waiting: tuple[list[str], Path]) -> None:
     command, pid_file = waiting
-    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores them
+    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs inherit an ignored SIGINT
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts)
     wait_until(lambda: pid_file.is_file() and pid_file.read_text() != "")
     process.send_signal(getattr(signal, name))
@@ -281,9 +313,9 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_every_equivalent_mutant_has_a_reason_and_stands_in_its_file() -> None:
-    """A row whose line is gone would hide nothing and mislead."""
+def test_every_equivalent_mutant_has_a_reason_and_its_line_exists() -> None:
+    """A row for a line that no longer exists would be misleading."""
     root = SCRIPT.parents[1]
-    for file, line, _mutant in mutate.known_equivalents([mutate.EQUIVALENT]):
-        assert line in mutate.squeezed((root / file).read_text()), f"{file}: {line}"
-    assert all(mutate.known_equivalents([mutate.EQUIVALENT]).values())
+    for file, line, _mutant in mutate.read_equivalents([mutate.EQUIVALENT]):
+        assert line in mutate.without_spaces((root / file).read_text()), f"{file}: {line}"
+    assert all(mutate.read_equivalents([mutate.EQUIVALENT]).values())

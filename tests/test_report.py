@@ -195,7 +195,7 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
     [
         (["--out", "."], "got --out ., a folder"),
         (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
-        (["--out", "notes.md"], "got --out notes.md, a file that is no PDF, and would be lost"),
+        (["--out", "notes.md"], "got --out notes.md, a file that is not a PDF and would be overwritten"),
         (["--log", "none.md"], "--log none.md is no file"),
         (["--title", "a\nb"], "cannot be printed"),
         (["--samples", "-1"], "--samples"),

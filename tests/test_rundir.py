@@ -135,14 +135,61 @@ def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path
     fresh.release()
 
 
-def test_files_that_are_no_run_are_refused_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("config", ["", "{", '{"architectures": ["GPT2"]}', '{"config": {}}', '{"digest": ""}'])
+def test_files_that_are_no_run_are_refused_and_kept(tmp_path: Path, config: str, fresh: bool) -> None:
     cfg = TrainConfig()
     path = tmp_path / cfg.run_id
     path.mkdir()
     (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match=r"holds thesis\.txt but no config\.json.*move it away"):
-        open_run(tmp_path, cfg)
+    if config:
+        (path / "config.json").write_text(config)
+    with pytest.raises(RunError) as refused:
+        open_run(tmp_path, cfg, fresh=fresh)
+    if fresh or not config:
+        assert str(refused.value) == f"{path} holds thesis.txt but no run of mainrun; move it away, or give another --out"
     assert (path / "thesis.txt").read_text() == "years of work"
+    assert not config or (path / "config.json").read_text() == config
+
+
+def test_fresh_removes_only_what_a_run_writes(tmp_path: Path) -> None:
+    """Also through a link in place of the run directory, or of its checkpoints."""
+    cfg, elsewhere = TrainConfig(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run = made(tmp_path, cfg)
+    for name in ("config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json"):
+        if name != "config.json":
+            (run.path / name).write_text("{}")
+        (run.path / f".{name}.tmp").write_text("")
+    (run.path / "traceback.txt").write_text("")
+    (elsewhere / "photo.jpg").write_text("")
+    (run.path / "checkpoints").symlink_to(elsewhere)
+    (run.path / "notes.md").write_text("mine")
+    (run.path / "figures").mkdir()
+    run.path.rename(tmp_path / "moved")
+    run.path.symlink_to(tmp_path / "moved")
+    fresh = open_run(tmp_path, cfg, fresh=True)
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == [".lock", "figures", "notes.md"]
+    assert [path.name for path in elsewhere.iterdir()] == ["photo.jpg"]
+    fresh.release()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_file_in_place_of_the_run_directory_is_refused(tmp_path: Path, fresh: bool) -> None:
+    path = tmp_path / TrainConfig().run_id
+    path.write_text("mine")
+    with pytest.raises(RunError, match="not a folder"):
+        open_run(tmp_path, TrainConfig(), fresh=fresh)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_lock_that_is_no_file_is_to_be_removed(tmp_path: Path, fresh: bool) -> None:
+    run = made(tmp_path, TrainConfig())
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()
+    with pytest.raises(RunError, match=r"is damaged: it is a folder; remove it$"):
+        open_run(tmp_path, TrainConfig(), fresh=fresh)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {"lr": "fast"}}', "\x00\x01"])

@@ -215,6 +215,14 @@ def test_the_summary_counts_steps_tokens_and_flops(trained: tuple[TrainConfig, R
     assert summary["peak_memory"] > 50e6 and len(summary["guards"]) == 14 and "segments" not in summary and "active" not in summary
 
 
+def test_the_summary_of_a_grown_run_has_its_segments(tmp_path: Path) -> None:
+    wider = {"name": "widen_mlp", "value": 160, "trigger": {"step": 2}}
+    summary = train(config(max_steps=4, growth={"version": 2, "ops": [wider]}), tmp_path)
+    first, last = summary["segments"]
+    assert first["params"] < last["params"] == summary["params"] and summary["active"] == last["active"]
+    assert summary["flops"] == first["flops"] + last["flops"]
+
+
 def test_the_weights_hash_is_that_of_the_last_checkpoint(trained: tuple[TrainConfig, RunDir, dict[str, Any]]) -> None:
     _, run, summary = trained
     loaded = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
@@ -366,6 +374,9 @@ def test_another_machine_or_version_is_said_and_remembered(session: Session, key
     session.env[key] = before
     session.resume()
     assert session.env[history] == [{"other": "x"}, before], "the present one is the last"
+    session.notes.texts.clear()
+    session.resume()
+    assert not any(words in text for text in session.notes.texts), "it is the one of the session before"
 
 
 class FakeReuse:

@@ -1,11 +1,14 @@
-"""The soak notices what an interruption breaks: every difference that is planted here, and a product that loses state."""
+"""The soak test notices every planted difference, and a trainer that loses its state."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import soak
 import torch
-from soak_sessions import Ending, Session, Strike
+from soak_sessions import Disturbance, Ending, Session
 
 from mainrun.config import Plan
 from mainrun.sitting import finish
@@ -77,7 +80,7 @@ def test_a_planted_difference_is_noticed(case: str, tmp_path: Path) -> None:
     assert any(text.startswith(message) for text in differences), differences
 
 
-def test_what_the_clock_decides_is_no_difference(tmp_path: Path) -> None:
+def test_fields_that_depend_on_the_clock_are_ignored(tmp_path: Path) -> None:
     summary = SUMMARY | {"seconds": 9.0, "resumed": 7, "ledger": {"wasted": 3}, "spent": {"steps": 1.0}, "peak_memory": 5}
     rows = [row | {"seconds": 9.0, "reused": True} for row in ROWS]
     actual = write_run(tmp_path / "b", rows, summary, changed(EVENTS, 0, seconds=9.0))
@@ -113,7 +116,7 @@ def test_a_planted_difference_of_a_study_is_noticed(case: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("code", "struck", "full", "text", "problem"),
+    ("code", "applied", "full", "text", "problem"),
     [
         (0, (), False, "", ""),
         (0, ("TERM",), False, "", ""),
@@ -133,9 +136,9 @@ def test_a_planted_difference_of_a_study_is_noticed(case: str, tmp_path: Path) -
         (None, ("STOP",), False, "", "hangs: no end after 2 s"),
     ],
 )  # fmt: skip
-def test_an_end_that_may_not_be_is_a_problem(code: int | None, struck: tuple[str, ...], full: bool, text: str, problem: str) -> None:
+def test_a_wrong_ending_is_a_problem(code: int | None, applied: tuple[str, ...], full: bool, text: str, problem: str) -> None:
     session = Session(("train",), Path("base"), Path("cache"), Path("log"), disk_is_full=full)
-    assert Ending(session, code, text, 2.0, 9, tuple((kind, "start") for kind in struck)).problem() == problem
+    assert Ending(session, code, text, 2.0, 9, tuple((kind, "start") for kind in applied)).problem() == problem
 
 
 def test_the_seed_decides_what_is_run_and_how_it_is_disturbed(tmp_path: Path) -> None:
@@ -144,26 +147,26 @@ def test_the_seed_decides_what_is_run_and_how_it_is_disturbed(tmp_path: Path) ->
 
     def drawn(seed: int) -> tuple[object, ...]:
         chance = random.Random(seed)
-        return soak.draw_run(chance, 5, tmp_path), *(soak.draw_strikes(chance, expected, study=False) for _ in range(20))
+        return soak.draw_run(chance, 5, tmp_path), *(soak.draw_disturbances(chance, expected, study=False) for _ in range(20))
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
 
 
-def test_every_optimizer_feature_and_signal_comes(tmp_path: Path) -> None:
+def test_every_optimizer_feature_and_signal_is_drawn(tmp_path: Path) -> None:
     session = Session(("train",), tmp_path, tmp_path, tmp_path / "log")
     expected = Ending(session, 0, "", 2.0, 100, ())
     special = {name for index in range(48) for name in soak.draw_run(random.Random(index), index, tmp_path)[1]}
     assert {*soak.optimizers(), *soak.FEATURES} <= special
-    strikes = [strike for i in range(200) for strike in soak.draw_strikes(random.Random(i), expected, study=True)]
-    assert {strike.kind for strike in strikes} == {"KILL", "TERM", "INT", "STOP", "WORKER"}
-    assert any(strike.operation for strike in strikes)
-    assert all(1 <= strike.operation <= 101 or 0 <= strike.after <= 2.0 for strike in strikes)
-    assert str(Strike("STOP", operation=7, pause=0.2)) == "STOP at operation 7 for 0.20 s"
+    disturbances = [disturbance for i in range(200) for disturbance in soak.draw_disturbances(random.Random(i), expected, study=True)]
+    assert {disturbance.kind for disturbance in disturbances} == {"KILL", "TERM", "INT", "STOP", "WORKER"}
+    assert any(disturbance.operation for disturbance in disturbances)
+    assert all(1 <= disturbance.operation <= 101 or 0 <= disturbance.after <= 2.0 for disturbance in disturbances)
+    assert str(Disturbance("STOP", operation=7, pause=0.2)) == "STOP at operation 7 for 0.20 s"
 
 
 def test_new_parameters_join_the_momentum_of_the_others(tiny) -> None:
-    """The soak has shown it: fused SGD takes momentum for all parameters or for none, and an op that grows a model adds some without."""
+    """A bug from the soak test: fused SGD needs momentum for all parameters or none, and a growth op adds parameters without it."""
     cfg = tiny(optimizer="sgd", momentum=0.9, weight_decay=0.0)
     model = build(cfg, 50)
     optimizers = Optimizers(cfg, model)
@@ -191,7 +194,7 @@ def test_a_store_that_another_process_begins_meanwhile_is_a_store(tmp_path: Path
     def read_late(self: Folder, name: str) -> bytes:
         try:
             return read(self, name)
-        except FileNotFoundError:  # here the process pauses
+        except FileNotFoundError:  # the process pauses at this point
             (tmp_path / "nodes").mkdir()
             (tmp_path / "store.json").write_text('{"format": 1}')
             raise
@@ -216,25 +219,67 @@ def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
 
 
 def run_soak(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In an interpreter of its own, which has not computed anything before it forks."""
+    """Run the soak test in a new interpreter, which has computed nothing before it forks."""
     program = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import soak\n{program}\nsys.exit(soak.main(sys.argv[1:]))"
     )
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
+@pytest.mark.parametrize("option", ["--kills=0", "--kills=-1", "--jobs=0", "--minutes=nan", "--minutes=-1", "--minutes=0", "--only=-5"])
+def test_a_wrong_number_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        soak.main([option])
+    assert refused.value.code == 2
+    assert f"./task soak: error: argument {option.split('=')[0]}: got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["/etc/passwd", "/proc/x"])
+def test_a_wrong_folder_is_refused(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert soak.main(["--out", out]) == 2
+    assert f"soak: --out {out}: cannot be used as a folder" in capsys.readouterr().err
+
+
+def test_exit_codes_have_their_counts() -> None:
+    assert soak.show_codes(Counter({"0": 10, "75": 7, "-9": 3})) == "0 (10 times), 75 (7), -9 (3)"
+    assert soak.show_codes(Counter()) == "none"
+
+
+def test_a_soak_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(soak, "run", lambda args, folder: [soak.Result(0, skipped="cannot be trained")])
+    monkeypatch.setattr(soak.signal, "signal", lambda *_: None)
+    assert soak.main(["--out", str(tmp_path)]) == 1
+    assert "nothing was compared" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
+def test_a_terminated_soak_removes_its_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--only", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert "only subject 0" in first and "disturbances" not in first
+    time.sleep(1)
+    process.terminate()
+    stderr = process.communicate(timeout=120)[1]
+    assert (process.returncode, stderr) == (143, "")
+    assert list(tmp_path.glob("soak-*")) == []
+
+
+@pytest.mark.slow
+def test_a_short_soak_passes(tmp_path: Path) -> None:
     done = run_soak("", "--kills", "15", "--seed", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "failures     0" in done.stdout
-    assert list(tmp_path.iterdir()) == [], "what is the same is removed"
+    assert "failures: 0" in done.stdout
+    assert list(tmp_path.iterdir()) == [], "subjects without a difference are removed"
 
 
 @pytest.mark.slow
-def test_a_product_that_loses_the_optimizers_state_fails(tmp_path: Path) -> None:
+def test_a_trainer_that_loses_the_optimizer_state_fails(tmp_path: Path) -> None:
     loses = "import mainrun.train\nmainrun.train.Optimizers.load = lambda *_, **__: None"
     done = run_soak(loses, "--seed", "1", "--kills", "10", "--out", str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED" in done.stdout and "undisturbed" in done.stdout
-    assert "./task soak -- --seed 1 --only " in done.stdout, "how to see it again"
+    assert "./task soak -- --seed 1 --only " in done.stdout, "the command that repeats it"

@@ -694,10 +694,10 @@ def test_a_store_whose_paper_is_lost_is_not_opened(store: Store) -> None:
 
 def test_a_file_or_a_folder_of_something_else_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"file is not a folder; give another place, or --no-store"):
+    with pytest.raises(ConfigError, match=r"file is not a folder; give another place for the store"):
         Store(tmp_path / "file")
     (tmp_path / "thesis.doc").write_text("x")
-    with pytest.raises(ConfigError, match=r"holds file, thesis.doc but no store.json, so it is no store of ours"):
+    with pytest.raises(ConfigError, match=r"holds file, thesis.doc but no store.json, so it is not a store of mainrun"):
         Store(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis.doc"]
 

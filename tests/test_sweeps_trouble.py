@@ -102,9 +102,34 @@ def test_a_database_with_another_study_of_that_name_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    "statement",
+    [
+        "update trials set state = 'ODD'",
+        "update trial_values set value = null",
+        "update trial_params set distribution_json = '{'",
+        "update trial_user_attributes set value_json = '{'",
+        "update trials set datetime_start = 'x'",
+        "update study_user_attributes set value_json = '{'",
+        "delete from trials",
+        "delete from studies",
+    ],
+)
+def test_a_database_with_edited_rows_ends_with_one_message(tmp_path: Path, statement: str) -> None:
+    searched(tmp_path, AtOnce(1))
+    with sqlite3.connect(tmp_path / "study.db") as other:
+        other.execute(statement)
+    with pytest.raises(UsageError, match=r"study\.db .*--as NAME|study\.db cannot be used"):
+        searched(tmp_path, AtOnce(1))
+
+
+@pytest.mark.parametrize(
     ("url", "said"),
     [
         ("mysql://me\x3asecret@host/x", "storage='mysql://me@host/x' is not allowed; write sqlite:///FILE or postgresql://"),
+        *(
+            (f"sqlite:///{memory}", "is in memory, and would be lost; write sqlite:///FILE")
+            for memory in ("", ":memory:", "file::memory:?uri=true")
+        ),
         ("postgresql://me:sec/ret@host/x", "a password has @ as %40 and / as %2F in a URL"),
         ("postgresql://me\x3asec@ret@host/x", "a password has @ as %40 and / as %2F in a URL"),
     ],

@@ -328,6 +328,7 @@ def make_pipe(path: Path) -> None:
         lambda entry: (entry / "meta.json").write_text("[" * 100_000),
         *(lambda entry, name=name: make_pipe(entry / name) for name in ("meta.json", "tokenizer.json", "val.npy")),
         lambda entry: np.save(entry / "val.npy", np.array([None])),
+        lambda entry: np.save(entry / "val.npy", np.load(entry / "val.npy")[None]),
         lambda entry: np.save(entry / "val.npy", np.load(entry / "val.npy").astype(np.uint32)),
     ],
 )

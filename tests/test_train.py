@@ -765,6 +765,15 @@ def test_the_best_of_earlier_sittings_is_shown(tmp_path: Path) -> None:
     assert told == [min(seen)]
 
 
+def test_a_sample_of_an_older_checkpoint_says_so(tmp_path: Path) -> None:
+    train(config(checkpoint_every=2), tmp_path)
+    run = RunDir(tmp_path / config(checkpoint_every=2).run_id)
+    newest = max(run.checkpoints.iterdir())
+    (newest / "state.safetensors").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=f"checkpoint {newest} is passed over"):
+        sample(run.path, "Show", n=1, max_tokens=4)
+
+
 def test_a_sample_of_broken_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config(), tmp_path)
     run = tmp_path / config().run_id

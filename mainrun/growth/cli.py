@@ -9,7 +9,7 @@ import typer
 
 from mainrun.errors import ConfigError, MainrunError, UsageError
 from mainrun.store.cli import StorePlace, open_store
-from mainrun.terminal import Debug, Json, commands, emit, show_table, stoppable, usable
+from mainrun.terminal import Debug, Json, commands, emit, show_table, stoppable, validate_paths
 
 app = commands("How a model grows while it trains: plan, verify.")
 
@@ -53,7 +53,7 @@ def plan(
 
 @app.command("verify")
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", callback=usable, help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", callback=validate_paths, help="A run directory.")],
     place: StorePlace = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -91,7 +91,7 @@ class Growth:
         """The ops that a sitting before this one, or another run, carried out and did not look back on yet."""
         found: list[tuple[Op, int, IndexMap]] = []
         for last, stretch in pairwise(self.plan.stretches[: self.applied + 1]):
-            if (op := stretch.op) and op.name in ARCHITECTURE and stretch.first < self.state.step:
+            if (op := stretch.op) and op.name in ARCHITECTURE:
                 found = self._standing(op, found)
                 if self.state.step < stretch.first + SETTLES:
                     old = like(self.state.model, last.cfg)

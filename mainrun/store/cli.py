@@ -32,7 +32,7 @@ def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool =
         raise UsageError("got --store ''; give a folder, or a URL that fsspec knows")
     option = "--store" if place is not None else "the store"
     place = place or nodes.whereabouts(out)
-    inputs.expanded(re.sub("^(file|local):(//)?", "", place))
+    inputs.expanded(re.sub("^(file|local):(//)?", "", place), option)
     folder = folder_of(place)
     if folder:
         inputs.check_path(folder, option)
@@ -234,8 +234,9 @@ def _node(store: Store, beginning: str) -> Node:
 
     hits = sorted(key for key in store.node_keys() if key.startswith(beginning))
     if len(hits) != 1:
-        what = "is not unique" if hits else "is none"
-        raise UsageError(f"node {beginning!r} {what} of the store {store}; `mainrun store ls` lists them")
+        if hits:
+            raise UsageError(f"{len(hits):,} nodes of the store {store} begin with {beginning!r}; give more characters of the key")
+        raise UsageError(f"no node of the store {store} begins with {beginning!r}; `mainrun store ls` lists them")
     try:
         return store.node(hits[0], rows=False)
     except Damaged as e:

@@ -125,19 +125,19 @@ class Store:
             found = records.parse(self.files.read("store.json"))
             if found.get("format") != FORMAT:
                 got = f"has format {found.get('format')}, this version reads {FORMAT}"
-                raise ConfigError(f"store {place} {got}; give another, or --no-store")
+                raise ConfigError(f"store {place} {got}; give another place for the store")
         except FileNotFoundError:
             strays = self.files.names("") - {"new", "leases", "wants", "pins"}  # those may be there before the first node is
             # Another process may have begun the store since: it writes store.json before the first node.
             if strays and not self.files.exists("store.json"):
                 got = f"{', '.join(sorted(strays)[:3])} but no store.json"
-                raise ConfigError(f"store {place} holds {got}, so it is no store of ours; give another place, or --no-store") from None
+                raise ConfigError(f"store {place} holds {got}, so it is not a store of mainrun; give another place for the store") from None
         except NotADirectoryError:
-            raise ConfigError(f"store {place} is not a folder; give another place, or --no-store") from None
+            raise ConfigError(f"store {place} is not a folder; give another place for the store") from None
         except (ValueError, AttributeError):
             raise ConfigError(f"store {place}: store.json is damaged; restore it (it holds {_dump({'format': FORMAT}).decode()})") from None
         except OSError as e:
-            raise ConfigError(f"store {place} cannot be read ({e.strerror or e}); give another place, or --no-store") from None
+            raise ConfigError(f"store {place} cannot be read ({e.strerror or e}); give another place for the store") from None
 
     def __str__(self) -> str:
         return str(self.files)

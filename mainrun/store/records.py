@@ -22,8 +22,8 @@ from mainrun.inputs import BadInput, shown
 LARGEST = 4_000_000_000  # bytes of a log
 LARGEST_DOCUMENT = 500_000_000  # bytes of a JSON document
 DEEPEST = 100  # levels of lists and tables
-MOST = 10**18  # of anything that is counted
-HUGE = 1e40  # beyond every loss in float32; sums and squares of such numbers are still finite
+MAX_COUNT = 10**18
+MAX_NUMBER = 1e40  # beyond every loss in float32; sums and squares of such numbers are still finite
 
 Shape = Callable[[Any, str], None] | Mapping[str, Any] | list[Any]
 
@@ -44,7 +44,7 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
-    """The bytes of a file; None when there is none. BadInput when it is no file, or cannot be read."""
+    """The bytes of a file; None if it does not exist. Raises BadInput if it is not a regular file or cannot be read."""
     if not path.exists() and not path.is_symlink():
         return None
     try:
@@ -54,7 +54,7 @@ def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
 
 
 def parse(data: bytes) -> Any:
-    """A JSON document in UTF-8. The plain `json.loads` takes UTF-16 too, and fails in more ways than one."""
+    """A JSON document in UTF-8. The plain `json.loads` takes UTF-16 too, and raises several kinds of exception."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -82,7 +82,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def load(path: Path, shape: Shape, fix: str, *, largest: int = LARGEST_DOCUMENT) -> Any:
-    """The JSON document of a file, or None where there is no file. RunError, with the fix, where it is not as it was written."""
+    """The JSON document of a file, or None if there is no file. Raises RunError, with the fix, if the content is damaged."""
     try:
         data = read(path, largest)
         if data is None:
@@ -95,7 +95,7 @@ def load(path: Path, shape: Shape, fix: str, *, largest: int = LARGEST_DOCUMENT)
 
 
 def load_lines(path: Path, shape: Shape, fix: str) -> list[dict[str, Any]]:
-    """The rows of a log, one JSON object a line; empty where there is no file. A last line without an end is not read."""
+    """The rows of a log, one JSON object a line; empty where there is no file. A last line without a newline is ignored."""
     try:
         data = read(path, LARGEST) or b""
     except BadInput as e:
@@ -162,30 +162,30 @@ def _check_keys(value: Any, shapes: Mapping[str, Any], name: str) -> None:
 
 def _fault(value: Any, name: str, what: str) -> BadInput:
     got = shown(value, 60)
-    return BadInput(f"has {name} = {got}, and must have {what}" if name else f"is {got}, and must be {what}")
+    return BadInput(f"has {name} = {got}, but {name} must be {what}" if name else f"is {got}, but must be {what}")
 
 
-def number(value: Any, name: str, low: float = -HUGE, high: float = HUGE) -> None:
-    """A finite one."""
+def number(value: Any, name: str, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> None:
+    """Check for a finite number."""
     if type(value) not in (int, float) or not low <= value <= high:
         raise _fault(value, name, _between("a number", low, high))
 
 
 def above(value: Any, name: str) -> None:
-    """A number to divide by."""
-    if type(value) not in (int, float) or not 1e-30 <= value <= HUGE:
+    """Check for a number above 0, to divide by."""
+    if type(value) not in (int, float) or not 1e-30 <= value <= MAX_NUMBER:
         raise _fault(value, name, "a number above 0")
 
 
-def whole(value: Any, name: str, low: int = 0, high: int = MOST) -> None:
+def whole(value: Any, name: str, low: int = 0, high: int = MAX_COUNT) -> None:
     if type(value) is not int or not low <= value <= high:
         raise _fault(value, name, _between("a whole number", low, high))
 
 
 def _between(what: str, low: float, high: float) -> str:
-    if high < min(MOST, HUGE):
+    if high < min(MAX_COUNT, MAX_NUMBER):
         return f"{what} from {low:g} to {high:g}"
-    return f"{what} from {low:g} on" if low > -HUGE else what
+    return f"{what} from {low:g} on" if low > -MAX_NUMBER else what
 
 
 def real(value: Any, name: str) -> None:
@@ -201,7 +201,7 @@ def text(value: Any, name: str) -> None:
         raise _fault(value, name, "a text on one line")
 
 
-def words(value: Any, name: str) -> None:
+def any_text(value: Any, name: str) -> None:
     """A text of any kind."""
     if not isinstance(value, str) or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)):
         raise _fault(value, name, "a text")
@@ -224,7 +224,7 @@ def anything(value: Any, name: str) -> None:
 def setting(value: Any, name: str) -> None:
     """The value of a field in a search space, or null."""
     if isinstance(value, str):
-        words(value, name)
+        any_text(value, name)
     elif value is not None and type(value) is not bool:
         number(value, name)
 
@@ -238,7 +238,7 @@ def one_of(*allowed: str) -> Shape:
 
 
 def optional(shape: Shape) -> Shape:
-    """Or null."""
+    """Accept null as well."""
     return lambda value, name: None if value is None else check(value, shape, name)
 
 
@@ -258,7 +258,7 @@ def pair(shape: Shape) -> Shape:
     def both(value: Any, name: str) -> None:
         check(value, [shape], name)
         if len(value) != 2:
-            raise _fault(value, name, "two items")
+            raise _fault(value, name, "a list of two items")
 
     return both
 
@@ -269,14 +269,14 @@ def some(shape: Shape) -> Shape:
     def items(value: Any, name: str) -> None:
         check(value, [shape], name)
         if not value:
-            raise _fault(value, name, "an item at least")
+            raise _fault(value, name, "a list with at least one item")
 
     return items
 
 
 def scores(value: Any, name: str) -> None:
-    """The scores of a trial by rung, as a text of JSON: Parquet has no such table."""
-    words(value, name)
+    """The scores of a trial by rung, as a JSON text, because Parquet cannot store this table."""
+    any_text(value, name)
     try:
         by_rung = parse(value.encode())
         check(by_rung, table_of(number), name)
@@ -314,17 +314,17 @@ SUMMARY = {
     "presentations?": {"presentations_per_token": positive, "train_tokens_per_epoch?": first},
     "fingerprints?": table_of(text), "origin?": table, "tokenizer?": text, "weights?": text, "machine_class?": table,
     "machine_classes?": [table], "versions?": table_of(text), "all_versions?": [table_of(text)],
-    "guards?": [{"name": text, "status": one_of("pass", "flag", "fail"), "detail": words}],
+    "guards?": [{"name": text, "status": one_of("pass", "flag", "fail"), "detail": any_text}],
 }  # fmt: skip
 STATUS = {"state?": text, "step?": step}
 ENV = {
-    "machine_class?": table, "versions?": table_of(text), "evaluate_hash?": text, "command?": [words], "machine_classes?": some(table),
-    "all_versions?": some(table_of(text)), "carried?": {"checkpoint": step, "wasted": partial(whole, low=-MOST), "resumed": count},
+    "machine_class?": table, "versions?": table_of(text), "evaluate_hash?": text, "command?": [any_text], "machine_classes?": some(table),
+    "all_versions?": some(table_of(text)), "carried?": {"checkpoint": step, "wasted": partial(whole, low=-MAX_COUNT), "resumed": count},
 }  # fmt: skip
 CONFIG = {"config": table, "plan?": {"train_tokens?": partial(whole, low=2, high=10**13)}}
-CHECK = {"name": text, "ok": yes_or_no, "detail": words}
+CHECK = {"name": text, "ok": yes_or_no, "detail": any_text}
 EVENT = {
-    "event": text, "op": words, "name": text, "step": step, "tokens?": count, "params?": count, "active?": count,
+    "event": text, "op": any_text, "name": text, "step": step, "tokens?": count, "params?": count, "active?": count,
     "flops_per_token?": positive, "delta_logits?": real, "largest_logit?": real, "coverage?": real, "checks?": [CHECK],
     "seconds?": positive,
 }  # fmt: skip
@@ -345,8 +345,8 @@ def _is_plain_step(row: Any) -> bool:
     at, tokens = row.get("step"), row.get("tokens")
     figures = [row.get(name) for name in ("lr", "loss", "grad_norm", "seconds")]
     return (
-        type(at) is int and 0 < at <= LAST_STEP and type(tokens) is int and 0 <= tokens <= MOST
-        and all(type(value) is float and 0 <= value <= HUGE for value in figures)
+        type(at) is int and 0 < at <= LAST_STEP and type(tokens) is int and 0 <= tokens <= MAX_COUNT
+        and all(type(value) is float and 0 <= value <= MAX_NUMBER for value in figures)
     )  # fmt: skip
 
 
@@ -370,7 +370,7 @@ def grown(value: Any, name: str) -> None:
 
 CHECKPOINT = {
     "step": step, "digest": text, "metrics": MARK, "journal?": optional(MARK), "resumed": count, "presented": count,
-    "spent": table_of(positive), "ledger?": table_of(partial(whole, low=-MOST)), "growth?": grown,
+    "spent": table_of(positive), "ledger?": table_of(partial(whole, low=-MAX_COUNT)), "growth?": grown,
     "store?": optional({"key": text, "before": pair(anything), "rows": [any_row]}),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from mainrun import inputs
 from mainrun.config import TrainConfig, digest_of, from_dict
-from mainrun.errors import ConfigError, DiskFull, RunError
+from mainrun.errors import ConfigError, DiskFull, RunError, UsageError
 from mainrun.inputs import BadInput
 from mainrun.store import records
 
@@ -32,14 +32,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk and an unwritable place become errors that say so."""
+def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
+    """A full disk and an unwritable place become errors that say so. `option` is the one that gave the path."""
     try:
         yield
     except OSError as e:
         if e.errno in FULL:
             raise DiskFull(f"no space left to write {path} ({e.strerror}); free some and start the same command again, it goes on") from e
-        raise RunError(f"cannot write {path}: {e.strerror or e}; choose a writable folder with --out") from e
+        raise RunError(f"cannot write {path}: {e.strerror or e}; choose a writable folder with {option}") from e
 
 
 def to_json(value: Any) -> str:
@@ -229,6 +229,8 @@ class RunDir:
 def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
     """The directory of this config below `out`, locked for writing. What is there stays unless `fresh`."""
     run = RunDir(Path(out) / cfg.run_id)
+    if os.path.lexists(run.path) and not run.path.is_dir():
+        raise RunError(f"{run.path} is not a folder; remove it, or give another --out")
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     check_places(run, fresh)
@@ -247,27 +249,55 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), run._holder.encode())  # not through the file's buffer: it would be tried again on closing
         if fresh:
-            with disk_errors(run.path):
-                for child in run.path.iterdir():
-                    if child.name != ".lock":
-                        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
-        check_same(run, cfg)
+            _forget(run)
+        else:
+            check_same(run, cfg)
     except BaseException:
         run.release()
         raise
     return run
 
 
-FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json", ".lock")
+FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json")
+WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
+
+
+def _forget(run: RunDir) -> None:
+    """Remove what an earlier start of the run wrote, and nothing else."""
+    strays = sorted(path.name for path in run.path.iterdir() if path.name not in WRITTEN)
+    if strays and not _is_run(run):
+        raise RunError(_not_a_run(run, strays))
+    with disk_errors(run.path):
+        for path in run.path.iterdir():
+            if path.name not in WRITTEN or path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_run(run: RunDir) -> bool:
+    """Whether a run began in this folder, perhaps one of another version."""
+    try:
+        return {"config", "digest"} <= run.begun().keys()
+    except RunError:
+        return False
+
+
+def _not_a_run(run: RunDir, strays: list[str]) -> str:
+    return f"{run.path} holds {', '.join(strays[:3])} but no run of mainrun; move it away, or give another --out"
 
 
 def check_places(run: RunDir, fresh: bool = False) -> None:
     """Refuse a folder or a pipe in place of a file before anything is written beside it. `fresh` replaces all but the lock."""
-    for name in FILES[-1:] if fresh else FILES:
+    check_place(run.path / ".lock", "remove it")
+    if fresh:
+        return
+    for name in FILES:
         check_place(run.path / name, run.fix)
-    checkpoints = run.checkpoints
-    if not fresh and os.path.lexists(checkpoints) and not checkpoints.is_dir():
-        raise RunError(f"{checkpoints} is damaged: it is not a folder; {run.fix}")
+    if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
+        raise RunError(f"{run.checkpoints} is damaged: it is not a folder; {run.fix}")
 
 
 def check_place(path: Path, fix: str = FIX) -> None:
@@ -307,9 +337,7 @@ def check_same(run: RunDir, cfg: TrainConfig) -> None:
     if not os.path.lexists(run.path / "config.json"):
         strays = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
         if strays:
-            raise RunError(
-                f"{run.path} holds {', '.join(strays[:3])} but no config.json, so it is no run of ours; move it away or use --fresh"
-            )
+            raise RunError(_not_a_run(run, strays))
         return
     found, asked = run.config().model_dump(), cfg.model_dump()
     differ = [f"{k}={found[k]!r} (asked: {asked[k]!r})" for k in asked if found[k] != asked[k]]
@@ -320,6 +348,8 @@ def check_same(run: RunDir, cfg: TrainConfig) -> None:
 
 def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
     """A run by path, by id, or by the unique beginning of its id."""
+    if not str(name):
+        raise UsageError(f"got an empty run; give a run id, the beginning of one, or a run directory (those in {out} are searched)")
     if os.path.lexists(Path(name) / "config.json"):
         return RunDir(Path(name))
     ids = sorted(p.parent.name for p in Path(out).glob("*/config.json"))
