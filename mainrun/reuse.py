@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.config import Plan, TrainConfig, from_dict
 from mainrun.errors import MainrunError
-from mainrun.growth.live import FIGURES, PREFIX, taken
+from mainrun.growth.live import FIGURES, taken
 from mainrun.machine import Machine, StopFlag, versions
 from mainrun.store import lineage, planner
 from mainrun.store.checkpoint import fitting
@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     from mainrun.train import State
 
 POLL = 0.1  # seconds between two looks at a lease
-WITH_STEP = (f"{PREFIX}LOOKBACK", f"{PREFIX}RECOMPILE")  # events that a step writes, so they come before its node
 MISREAD = (MainrunError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, AssertionError)
 CHANCE = random.SystemRandom()  # no generator that a training may draw from
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What no two rows of a journal of growth have in common."""
+    return row["event"], row["op"], row["step"]
 
 
 class Other(NamedTuple):
@@ -237,7 +241,8 @@ class Reuse:
             if len(others) < node.step - first:
                 self.found_again()
             scored = False
-            for row in self._shown(past, first):
+            told = {_identity(row) for row in self.journal.rows()} if self.journal else set()
+            for row in self._shown(past, first, told):
                 scored |= row["event"] == "eval" and row["step"] == node.step
                 if row["event"] == "eval":  # another schedule may have written it, or none
                     row = {k: v for k, v in row.items() if k not in FIGURES} | self.figures(row["step"])
@@ -275,17 +280,13 @@ class Reuse:
             else:  # trained once more, for a score; where it is taken a node is kept, so that the next one need not
                 self.stops |= missing if self.machine.world == 1 else set()
 
-    def _shown(self, past: list[Node], since: int) -> Iterator[dict[str, Any]]:
-        """Rows as this run would have written them itself: its cadence, its scores."""
+    def _shown(self, past: list[Node], since: int, told: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+        """Rows as this run would have written them itself: its cadence, its scores. `told`: what its journal of growth has."""
         scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
         for node in past:
             for row in node.rows:
-                if row["event"] in WITH_STEP:
-                    if row["step"] > since:
-                        yield row
-                    continue
-                if row["event"] not in ("step", "eval"):  # an op's: what acts after a step comes behind its node
-                    if row["step"] >= since:
+                if row["event"] not in ("step", "eval"):  # of growth: at `since` itself the run may have acted before it was stopped
+                    if row["step"] >= since and _identity(row) not in told:
                         yield row
                     continue
                 if row["step"] <= since:

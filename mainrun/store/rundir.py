@@ -105,6 +105,10 @@ class Metrics:
         self._sha.update(line)
         self._size += len(line)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What the file holds now."""
+        return records.load_lines(self.path, records.any_row, FIX)
+
     def mark(self) -> dict[str, Any]:
         """Where the file stands now, on disk for certain."""
         with disk_errors(self.path):
