@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mainrun import inputs
 from mainrun.errors import UsageError
 from mainrun.terminal import Debug, Json, check_place, emit, validate_paths
 
@@ -54,6 +55,11 @@ def report(
 
     if log is not None and not log.is_file():
         raise UsageError(f"--log {log} is no file; give the log of experiments, or leave --log out")
+    if log is not None:
+        try:
+            inputs.read_bytes(log)
+        except inputs.BadInput as e:
+            raise UsageError(f"--log {log} {e}") from None
     check_place(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; write one line of text")

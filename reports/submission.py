@@ -146,7 +146,10 @@ def _report(path: Path, summary: dict[str, Any]) -> bytes:
         raise UsageError(f"no report {path}; {make}")
     if path.stat().st_size > bundle.LIMIT:
         raise UsageError(f"{path} has {size(path.stat().st_size)}, a submission at most {size(bundle.LIMIT)}; {make}")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read ({e.strerror}); {make}") from None
     text = pdf_text(data, str(path))
     missing = quotes(text, summary)
     if missing:

@@ -253,6 +253,12 @@ def test_no_report(desk: Desk) -> None:
     assert f"no report {desk.report}" in desk.refusal()
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs a file that looks whole and cannot be read, as Linux has one")
+def test_a_report_that_cannot_be_read(desk: Desk) -> None:
+    desk.report = Path("/proc/self/mem")
+    assert "/proc/self/mem cannot be read (Input/output error); make it: mainrun report" in desk.refusal()
+
+
 def test_a_report_that_quotes_another_run(desk: Desk) -> None:
     desk.report.write_bytes(pdf(["run other", "full 2.0000"]))
     assert f"it has no run {desk.run.id}, no official 3.0000; make it: mainrun report {desk.run.id}" in desk.refusal()
