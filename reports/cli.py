@@ -69,8 +69,8 @@ def report(
         emit(wrote)
     else:
         print(wrote["claim"])
-        inputs = f"{counted(len(e.runs), 'run')} and {counted(len(e.studies), 'export')}"
-        print(f"{out}: {wrote['pages']} pages, {wrote['bytes']:,} bytes, from {inputs}")
+        sources = f"{counted(len(e.runs), 'run')} and {counted(len(e.studies), 'export')}"
+        print(f"{out}: {wrote['pages']} pages, {wrote['bytes']:,} bytes, from {sources}")
 
 
 def write(
