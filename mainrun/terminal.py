@@ -33,6 +33,7 @@ class Group(TyperGroup):
         args = list(sys.argv[1:] if args is None else args)
         plain_warnings()
         try:
+            _drop_odd_sizes()
             _check_folder()
             _check_text(args)
             _check_caches()
@@ -81,7 +82,15 @@ def is_leader() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _drop_odd_sizes() -> None:
+    """Ignore sizes of a terminal that are no numbers. Rich takes every digit for one that Python can read, such as a superscript."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[0-9]{1,6}", os.environ.get(name, "0")):
+            del os.environ[name]
+
+
 def _check_folder() -> None:
+    """Refuse a current folder that was removed."""
     try:
         os.getcwd()
     except OSError as e:

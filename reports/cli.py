@@ -58,8 +58,8 @@ def report(
     if log is not None:
         try:
             inputs.read_bytes(log)
-        except inputs.BadInput as e:
-            raise UsageError(f"--log {log} {e}") from None
+        except inputs.BadInput as fault:
+            raise UsageError(f"--log {log} {fault}") from None
     check_place(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; write one line of text")

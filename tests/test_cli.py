@@ -1,6 +1,7 @@
 """The command line in one process: what it prints where, its exit codes, its tables, and how it says no."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -610,3 +611,10 @@ def test_a_current_folder_that_was_removed_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     refused(ask("presets"), "the current folder cannot be used", "change to another one")
+
+
+@pytest.mark.parametrize("columns", ["²", "1" * 5000, "-1", "wide", ""])
+def test_a_width_that_is_no_number_is_ignored(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert ask("presets").exit_code == 0
+    assert "COLUMNS" not in os.environ

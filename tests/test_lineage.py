@@ -407,6 +407,32 @@ def test_a_field_that_enters_by_its_effect_does_not_enter_by_its_value(field: st
     assert lineage.origin(other, {}, "tokens", {}, {}) == origin
 
 
+def test_a_root_does_not_depend_on_the_order_of_the_keys() -> None:
+    assert lineage.root({"a": 1, "b": {"c": 2, "d": 3}}) == lineage.root({"b": {"d": 3, "c": 2}, "a": 1})
+    assert lineage.root({"a": 1}) == hashlib.sha256(b'{"a": 1}').hexdigest()
+
+
+def test_what_is_frozen_is_a_list_as_in_the_store() -> None:
+    frozen = lineage.origin(from_dict({"frozen": [1, 2]}), {}, "tokens", {}, {})["fields"]["frozen"]
+    assert frozen == [1, 2] and isinstance(frozen, list)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "said"),
+    [
+        ({"x": 1}, {}, ["p x: None there, 1 here"]),
+        ({}, {"x": 1}, ["p x: 1 there, None here"]),
+        ({"b": 1, "a": 1}, {"b": 2, "a": 2}, ["p a: 2 there, 1 here", "p b: 2 there, 1 here"]),
+        ({"x": 1}, 5, ["p x: None there, 1 here"]),
+        ({"x": "a" * 64}, {"x": "b" * 63}, [f"p x: {'b' * 63} there, {'a' * 12} here"]),
+        ({"x": "a" * 65}, {"x": "b" * 64}, [f"p x: {'b' * 12} there, {'a' * 65} here"]),
+        ({"x": 1}, {"x": 1}, []),
+    ],
+)
+def test_differences_of_two_beginnings(mine: dict[str, Any], other: Any, said: list[str]) -> None:
+    assert lineage.differences({"p": mine}, {"p": other}) == said
+
+
 def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
     cfg = lab.config(seed=5)
     store = Store(str(tmp_path / "store"))
