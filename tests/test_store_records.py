@@ -498,3 +498,8 @@ def test_a_log_is_loaded_line_by_line(tmp_path: Path) -> None:
         records.load_lines(tmp_path / "a.jsonl", records.table, FIX)
     with pytest.raises(RunError, match=rf"^{tmp_path} is damaged: it is a folder; {FIX}$"):
         records.load_lines(tmp_path, records.table, FIX)
+
+
+@pytest.mark.parametrize("value", [0, "", [], False])
+def test_the_growth_of_a_state_is_an_object_or_null(value: Any) -> None:
+    assert records.fault(value, records.grown) and not records.fault({}, records.grown) and not records.fault(None, records.grown)

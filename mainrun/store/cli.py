@@ -165,7 +165,8 @@ def verify(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = Fa
     else:
         print(*found, *([] if found else [f"{len(store.node_keys()):,} nodes, all as they were written"]), sep="\n")
     if found:
-        raise MainrunError(f"{len(found)} findings; runs pass over what is damaged, and `mainrun store gc` clears what is the store's own")
+        count = "1 finding" if len(found) == 1 else f"{len(found)} findings"
+        raise MainrunError(f"{count}; runs pass over what is damaged, and `mainrun store gc` clears what is the store's own")
 
 
 @app.command("audit")

@@ -363,8 +363,8 @@ GROWN = {"fired": [partial(whole, low=-LAST_STEP - 1, high=LAST_STEP)], "applied
 
 
 def grown(value: Any, name: str) -> None:
-    """The growth of a state; empty for a run without a schedule."""
-    if value:
+    """The growth of a state; null or an empty object for a run without a schedule."""
+    if value is not None and value != {}:
         check(value, GROWN, name)
 
 
