@@ -132,7 +132,10 @@ def test_a_ladder_is_refused_with_one_of_its_steps() -> None:
     assert "a schedule begins with one; write --preset demo:baseline, say" in run("plan", "[]", "--preset", "demo")[2]
 
 
-@pytest.mark.parametrize(("option", "value"), [("--train-tokens", "0"), ("--train-tokens", "-5"), ("--speed", "0.5"), ("--speed", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--train-tokens", "0"), ("--train-tokens", "-5"), ("--train-tokens", "1" * 402), ("--speed", "0.5"), ("--speed", "0")],
+)
 def test_numbers_that_are_too_small_are_refused(option: str, value: str) -> None:
     args = ["plan", "[]", *SETS, option, value] + (["--train-tokens", "64001"] if option == "--speed" else [])
     code, text, why = run(*args)
@@ -234,7 +237,7 @@ def test_the_help_of_plan_says_what_each_option_takes() -> None:
     text = " ".join(run("plan", "--help")[1].split())
     for words in (
         "FILE <str> A schedule: a JSON, YAML or TOML file, or JSON itself.", "--preset NAME|FILE What it begins with. [default: optimized]",
-        "--set KEY=VALUE Change one field; may be repeated.", "--train-tokens N Of an epoch: shows steps", "[x>=1]",
+        "--set KEY=VALUE Change one field; may be repeated.", "--train-tokens N Of an epoch: shows steps", "[1<=x<=10000000000000]",
         "--speed FLOP/S With --train-tokens: shows the time. [x>=1.0]", "--json ", "--debug ",
     ):  # fmt: skip
         assert words in text, words

@@ -20,7 +20,10 @@ def plan(
     preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="What it begins with.")] = "optimized",
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")] = None,
     tokens: Annotated[
-        int | None, typer.Option("--train-tokens", min=1, metavar="N", help="Of an epoch: shows steps, and warns of triggers out of reach.")
+        int | None,
+        typer.Option(
+            "--train-tokens", min=1, max=10**13, metavar="N", help="Of an epoch: shows steps, and warns of triggers out of reach."
+        ),
     ] = None,
     speed: Annotated[float | None, typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: shows the time.")] = None,
     as_json: Json = False,
