@@ -6,6 +6,7 @@ A file or a text that cannot be used is a `ValueError` (`BadInput`) whose words 
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -190,6 +191,9 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 DEEP = f"it is nested too deep: at most {DEEPEST} levels are allowed"
 
 
+TIMES = (datetime.date, datetime.time)  # what TOML and YAML can hold, and no setting is
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     try:
         data = tomllib.loads(text)
@@ -212,6 +216,8 @@ def toml_value(text: str) -> Any:
     except ValueError as e:
         raise BadInput(plain(e)) from None
     value = data["v"] if len(data) == 1 else text  # a text of several lines may set more than one key
+    if isinstance(value, TIMES):
+        value = text
     check_data(value)
     return value
 
@@ -305,6 +311,8 @@ def check_data(data: Any) -> None:
 
 
 def _check_value(value: Any) -> None:
+    if isinstance(value, TIMES):
+        raise BadInput(f"{value} is a date or a time; write it in quotes")
     if isinstance(value, int) and value.bit_length() > MOST_DIGITS * 3.33:
         raise BadInput(f"a number has more than {MOST_DIGITS} digits")
     if isinstance(value, str) and "\0" in value:

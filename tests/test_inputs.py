@@ -208,6 +208,9 @@ def test_a_document(kind: str, text: str, value: Any) -> None:
         ("TOML", "a = 0x" + "f" * 400, "a number has more than 300 digits"),
         ("TOML", 'a = "\\u0000"', "a text holds a NUL character"),
         ("TOML", "a = ", "Invalid value"),
+        ("TOML", "a = 07:32:00", "07:32:00 is a date or a time; write it in quotes"),
+        ("TOML", "a = [{b = 2026-11-28}]", "2026-11-28 is a date or a time; write it in quotes"),
+        ("YAML", "a: 2026-11-28T07:32:00", "2026-11-28 07:32:00 is a date or a time; write it in quotes"),
         ("JSON", "[" * 101 + "]" * 101, "nested too deep: at most 100 levels"),
         ("JSON", "[" * 100_000, "nested too deep"),
         ("JSON", "1" * 5000, "a number has 5,000 digits"),
@@ -245,6 +248,8 @@ def test_lists_that_name_each_other_a_billion_times() -> None:
     [
         ("1", 1), ("1.5", 1.5), ("true", True), ("[1, 2]", [1, 2]), ('"x"', "x"), ("{ a = 1 }", {"a": 1}), ("nan0", "nan0"), ("", ""),
         ("fast", "fast"), ("file:x.txt#a", "file:x.txt#a"), ("1\nb = 2", "1\nb = 2"), ("1 # one", 1),
+        ("07:32:00", "07:32:00"),
+        ("2026-11-28", "2026-11-28"),
     ],
     ids=short,
 )  # fmt: skip
