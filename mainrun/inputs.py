@@ -89,7 +89,7 @@ def bad_path(text: str) -> str:
         os.stat(text)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES):
-            return f"{reason_for(e)}"
+            return reason_for(e)
     return ""
 
 
@@ -128,7 +128,7 @@ REASONS = {
     errno.ELOOP: "a symbolic link that leads back to itself; remove it, or give another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
     errno.EISDIR: "it is a folder; give a file",
-    errno.EEXIST: "the name is already taken; remove what has it, or give another path",
+    errno.EEXIST: "the name is already taken; remove that file, or give another path",
     errno.EACCES: "permission denied; change its permissions, or give another path",
     errno.EPERM: "permission denied; change its permissions, or give another path",
     errno.EROFS: "the file system is read-only; give a path on another one",
@@ -136,7 +136,7 @@ REASONS = {
     errno.ENXIO: "it is a named pipe that no process has open; give a file",
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
     errno.ENFILE: "too many open files on this machine; close some",
-    errno.EILSEQ: "the name is not valid text; rename it in UTF-8",
+    errno.EILSEQ: "the name is not valid text; rename the file in UTF-8",
 }
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -191,7 +191,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 DEEP = f"it is nested too deep: at most {DEEPEST} levels are allowed"
 
 
-TIMES = (datetime.date, datetime.time)  # what TOML and YAML can hold, and no setting is
+TIMES = (datetime.date, datetime.time)  # types of TOML and YAML that no setting uses
 
 
 def parse_toml(text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import signal
 import subprocess
 import threading
@@ -34,7 +35,8 @@ def _place() -> tuple[int, int]:
     """The number of this process and how many there are, from the variables that torchrun sets. A batch system may leave others."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     got, fix = f"got RANK={rank!r} and WORLD_SIZE={world!r}", "start with torchrun, or unset both"
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    whole = re.compile("[0-9]{1,6}")
+    if not (whole.fullmatch(rank) and whole.fullmatch(world) and int(rank) < int(world)):
         raise ConfigError(f"{got}; RANK must be a number below WORLD_SIZE: {fix}")
     if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(f"{got}, but no MASTER_ADDR and MASTER_PORT; {fix}")

@@ -34,7 +34,7 @@ CHANCE = random.SystemRandom()  # no generator that a training may draw from
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What no two rows of a journal of growth have in common."""
+    """What identifies a row of growth.jsonl: the event, the operation and the step."""
     return row["event"], row["op"], row["step"]
 
 
@@ -241,8 +241,8 @@ class Reuse:
             if len(others) < node.step - first:
                 self.found_again()
             scored = False
-            told = {_identity(row) for row in self.journal.rows()} if self.journal else set()
-            for row in self._shown(past, first, told):
+            written = {_identity(row) for row in self.journal.rows()} if self.journal else set()
+            for row in self._shown(past, first, written):
                 scored |= row["event"] == "eval" and row["step"] == node.step
                 if row["event"] == "eval":  # another schedule may have written it, or none
                     row = {k: v for k, v in row.items() if k not in FIGURES} | self.figures(row["step"])
@@ -280,13 +280,13 @@ class Reuse:
             else:  # trained once more, for a score; where it is taken a node is kept, so that the next one need not
                 self.stops |= missing if self.machine.world == 1 else set()
 
-    def _shown(self, past: list[Node], since: int, told: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-        """Rows as this run would have written them itself: its cadence, its scores. `told`: what its journal of growth has."""
+    def _shown(self, past: list[Node], since: int, written: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+        """Rows as this run would have written them itself: its cadence, its scores. `written`: rows that its growth.jsonl has."""
         scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
         for node in past:
             for row in node.rows:
-                if row["event"] not in ("step", "eval"):  # of growth: at `since` itself the run may have acted before it was stopped
-                    if row["step"] >= since and _identity(row) not in told:
+                if row["event"] not in ("step", "eval"):  # of growth: the run may have been stopped after it acted at `since`
+                    if row["step"] >= since and _identity(row) not in written:
                         yield row
                     continue
                 if row["step"] <= since:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
@@ -83,7 +84,7 @@ def is_leader() -> bool:
 
 
 def _drop_odd_sizes() -> None:
-    """Ignore sizes of a terminal that are no numbers. Rich takes every digit for one that Python can read, such as a superscript."""
+    """Ignore terminal sizes that are not numbers. Rich accepts digits such as a superscript, which `int` refuses."""
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[0-9]{1,6}", os.environ.get(name, "0")):
             del os.environ[name]
@@ -102,7 +103,7 @@ PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "-
 
 def _check_text(args: Sequence[str]) -> None:
     """Refuse arguments that are not valid text, because they end up in JSON, tables and PDFs."""
-    for before, arg in zip(["", *args], args, strict=False):
+    for before, arg in pairwise(["", *args]):
         if arg == "" and before in PATH_OPTIONS:
             raise UsageError(f"got {before} '', which is empty; give a path")
         if arg in [f"{option}=" for option in PATH_OPTIONS]:
@@ -237,7 +238,7 @@ def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
     elif path.exists() and not path.is_file():
         what = "a device or a pipe, not a file"
     elif path.is_file() and path.stat().st_size and path.open("rb").read(len(begins)) != begins:
-        what = f"a file that is not a {kind} and would be overwritten"
+        what = "a file of another kind, which would be overwritten"
     else:
         return
     raise UsageError(f"got {option} {path}, {what}; give the name of a new file, or of an earlier {kind}")

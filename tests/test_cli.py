@@ -577,7 +577,12 @@ def test_a_picture_overwrites_no_other_file(tmp_path: Path) -> None:
     make_run(tmp_path, TrainConfig(preset="one"))
     preset = tmp_path / "mine.toml"
     preset.write_text('base = "baseline"')
-    refused(ask("compare", "one", "--out", tmp_path, "--svg", preset), "mine.toml", "not a SVG", "would be overwritten")
+    refused(
+        ask("compare", "one", "--out", tmp_path, "--svg", preset),
+        "mine.toml",
+        "of another kind, which would be overwritten",
+        "an earlier SVG",
+    )
     assert preset.read_text() == 'base = "baseline"'
 
 

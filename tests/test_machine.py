@@ -387,7 +387,8 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "world"), [("0", "abc"), ("x", "1"), ("", "1"), ("0", ""), ("1", "1"), ("-1", "1"), ("2", "2"), ("0", "0"), ("0", "2")]
+    ("rank", "world"),
+    [("0", "abc"), ("x", "1"), ("", "1"), ("0", ""), ("1", "1"), ("-1", "1"), ("2", "2"), ("0", "0"), ("0", "2"), ("0", "9" * 5000)],
 )
 def test_what_a_batch_system_left_in_the_environment_is_refused(rank: str, world: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", rank)

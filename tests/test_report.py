@@ -195,7 +195,7 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
     [
         (["--out", "."], "got --out ., a folder"),
         (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
-        (["--out", "notes.md"], "got --out notes.md, a file that is not a PDF and would be overwritten"),
+        (["--out", "notes.md"], "got --out notes.md, a file of another kind, which would be overwritten"),
         (["--log", "none.md"], "--log none.md is no file"),
         (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # looks like a file, and cannot be read
         (["--title", "a\nb"], "cannot be printed"),

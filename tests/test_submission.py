@@ -297,7 +297,7 @@ def test_the_command_says_no_in_one_line(mine: Path) -> None:
         (["--out", "runs"], "got --out runs, a folder"),
         (["--out", "no/x.zip"], "whose folder is not there"),
         (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
-        (["--out", "report.pdf"], "got --out report.pdf, a file that is not a zip and would be overwritten"),
+        (["--out", "report.pdf"], "got --out report.pdf, a file of another kind, which would be overwritten"),
         (["--run", "nothing"], "no run 'nothing' in runs"),
         (["--report", "none.pdf"], "no report none.pdf"),
     ):
