@@ -147,9 +147,12 @@ class Reuse:
                     self._hold(state.step)
                     if not self.reads:
                         return
-                    if self._lease and not self._other(state.step):
+                    rival = self._other(state.step)
+                    if self._lease and not rival:
                         continue  # the node may have been published between the look and the lease
-                    self._free()  # somebody else took one that goes the same way, at the same moment
+                    if rival:  # it took a lease at the same moment; whichever run goes on first must know the fork
+                        self._want(rival)
+                    self._free()
             except OSError as e:
                 self._stop_writing(f"the store {self.store} cannot be used ({e.strerror or e}); nothing more is kept in it")
                 self._free()

@@ -152,6 +152,6 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     # the process itself, without torchrun around it
     alone = [sys.executable, *command(tmp_path, grad_accum=8)[6:]]
-    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     one = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
     assert one.returncode == 2 and one.stderr.startswith(f"error: {message}") and "Traceback" not in one.stderr
