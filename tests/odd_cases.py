@@ -174,7 +174,8 @@ PLACES = (
 def preset(rng: random.Random) -> str:
     """Draw a preset that does not train for minutes."""
     names = ("demo:x", "baseline:x", "staged:", "small.toml", "small.toml:x", "Grown", "demo-grow", "demo:")
-    return rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
+    drawn = rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
+    return "small.toml" if drawn == "empty.toml" else drawn  # an empty preset is the baseline at its full size
 
 
 def setting(rng: random.Random) -> str:
@@ -507,10 +508,10 @@ def make_fixture(driver: Driver, folder: Path) -> Path:
 
 
 def _small(folder: Path) -> None:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in SMALL.items()]
-    (folder / "small.toml").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "small.toml").write_bytes(SMALL_TOML)
 
 
+SMALL_TOML = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SMALL.items()).encode()
 DEEP = 3000
 FILES: dict[str, bytes] = {
     "notes.txt": b"someone's notes\n",
@@ -520,7 +521,7 @@ FILES: dict[str, bytes] = {
     "binary.pdf": b"%PDF" + bytes(range(256)), "binary.zip": b"PK\3\4" + bytes(range(256)), "bundle.zip": b"PK\5\6" + bytes(18),
     "report.pdf": b"%PDF-1.4\n%%EOF\n",
     "utf16.toml": "lr = 0.1\n".encode("utf-16"), "utf16.json": b"{}".decode().encode("utf-16"), "utf16.yaml": "ops: []".encode("utf-16"),
-    "bom.toml": b"\xef\xbb\xbflr = 0.1\n", "bom.json": b'\xef\xbb\xbf{"ops": []}', "bom.yaml": b"\xef\xbb\xbfops: []\n",
+    "bom.toml": b"\xef\xbb\xbf" + SMALL_TOML, "bom.json": b'\xef\xbb\xbf{"ops": []}', "bom.yaml": b"\xef\xbb\xbfops: []\n",
     "latin.toml": b'about = "caf\xe9"\n', "latin.json": b'{"ops": "\xe9"}', "latin.yaml": b"ops: \xe9\n",
     "deep.toml": b"lr = " + b"[" * DEEP + b"]" * DEEP, "deep.json": b"[" * DEEP + b"]" * DEEP, "deep.yaml": b"[" * DEEP + b"]" * DEEP,
     "dotted.toml": b"a." * DEEP + b"b = 1\n",

@@ -147,7 +147,8 @@ FAILED_ONCE = [
     Row("sweep run fifo.toml", "is a named pipe"),
     Row("sweep run folder.toml", "is a folder"),
     Row(f"{TRAIN} --set corpus=file:fifo", "is a named pipe"),
-    Row("presets bom.toml", "lr", 0),
+    Row("presets bom.toml", "num_titles", 0),
+    Row("presets empty.toml", "default", 0),
     Row(f"{TRAIN} --set corpus=file:wide.csv", "more than 131,072 characters; shorten it"),
 ]
 

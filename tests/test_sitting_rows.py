@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -300,6 +301,21 @@ def test_a_run_resumes_at_its_newest_checkpoint(session: Session) -> None:
     assert session.run.status() == {"state": "running", "step": end, "pid": session.run.status()["pid"], "resumed": 1}
     assert session.notes.texts == [f"{session.run.path} goes on after step {end}"]
     assert session.run.env()["carried"] == {"checkpoint": end, "wasted": 0, "resumed": 1}
+
+
+@pytest.mark.parametrize("row", ["[1]", '{"event": "step", "step": "x"}'])
+def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(session: Session, row: str) -> None:
+    """The checksum only says that the log is the one that was saved."""
+    log = session.run.path / "metrics.jsonl"
+    log.write_text(log.read_text() + row + "\n")
+    mark = {"bytes": log.stat().st_size, "sha256": hashlib.sha256(log.read_bytes()).hexdigest()}
+    place = checkpoint.steps(session.run.checkpoints)[0]
+    meta = json.loads((place / "meta.json").read_text()) | {"metrics": mark}
+    del meta["meta_sha256"]
+    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
+    with pytest.raises(RunError, match=r"metrics\.jsonl.* line \d+"):
+        session.resume()
+    assert session.loaded == []
 
 
 def test_steps_behind_the_checkpoint_are_cut_off_and_wasted(session: Session) -> None:
