@@ -62,6 +62,7 @@ def test_what_an_earlier_kill_left_is_removed_first(tmp_path: Path) -> None:
     for name in (".tmp-step-00000003", ".tmp-step-00000007"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.safetensors").touch()
+    (tmp_path / ".tmp-step-00000008").touch()
     (tmp_path / ".tmp-file").touch()
     (tmp_path / "notes").mkdir()
     save(tmp_path, 7)

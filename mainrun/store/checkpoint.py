@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[s
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
     with disk_errors(place):
-        for left in folder.glob(".tmp-*"):  # by an earlier kill
-            shutil.rmtree(left, ignore_errors=True)
+        for left in folder.glob(".tmp-step-*"):  # by an earlier kill
+            with suppress(OSError):
+                _remove(left)
         temp.mkdir(parents=True)
     try:
         with disk_errors(place):

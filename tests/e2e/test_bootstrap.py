@@ -300,6 +300,17 @@ def test_a_newer_python_beside_an_old_one_is_found(house: House) -> None:
     assert house.calls() == ALL
 
 
+def test_an_environment_that_is_a_link_is_refused(house: House, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "notes").touch()
+    (house.root / ".venv").symlink_to(theirs)
+    done = house.task("--list")
+    assert done.returncode == 2
+    assert "is a link" in done.stderr and "remove the link" in done.stderr
+    assert [path.name for path in theirs.iterdir()] == ["notes"]
+
+
 def test_an_unwritable_folder_is_refused() -> None:
     with tempfile.TemporaryDirectory() as name:  # not tmp_path: that one only its owner may enter
         for file in ("task", "pyproject.toml", "constraints.txt"):
