@@ -25,7 +25,7 @@ OURS = {"studies", "version_info", "alembic_version"}  # of Optuna's tables
 
 
 def opened(url: str, file: Path) -> Any:
-    """Optuna's storage at a URL; empty: the file. What is there already must be its own."""
+    """Open Optuna's storage at a URL, or in the file if the URL is empty. Tables of other programs are refused."""
     import optuna
     from sqlalchemy import create_engine, inspect
 
@@ -38,16 +38,28 @@ def opened(url: str, file: Path) -> Any:
     except ImportError as e:
         raise UsageError(f"{name} needs {e.name or 'a driver'}, which is not installed; pip install 'mainrun[postgres]'") from None
     try:
-        there = set(inspect(engine).get_table_names())
+        inspector = inspect(engine)
+        tables = set(inspector.get_table_names())
+        usable = not tables or tables >= OURS or _is_unfinished(inspector, tables)
     finally:
         engine.dispose()
-    if there and not there >= OURS:
-        few = ", ".join(sorted(there)[:4])
+    if not usable:
+        few = ", ".join(sorted(tables)[:4])
         raise UsageError(f"{name} is a database of something else (tables {few}); make a new one for studies, or give another --storage")
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=how)
     except RuntimeError as e:  # Optuna's word on a schema of another version
         raise UsageError(f"{name} cannot be used: {' '.join(str(e).split())} Or make a new database, or give another --storage") from None
+
+
+def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
+    """Whether Optuna was stopped while it made its tables. It makes the missing ones when it opens the database again."""
+    from optuna.storages._rdb.models import BaseModel
+
+    known = BaseModel.metadata.tables
+    if not tables <= known.keys():
+        return False
+    return all({column["name"] for column in inspector.get_columns(name)} == set(known[name].columns.keys()) for name in tables)
 
 
 def why(e: Exception) -> str:

@@ -84,6 +84,28 @@ def test_a_file_that_is_no_database_of_studies_is_refused_untouched(tmp_path: Pa
     assert "unable to open database file" in refused(tmp_path, storage=f"sqlite:///{tmp_path / 'no' / 'x.db'}")
 
 
+@pytest.mark.parametrize("kept", range(14))
+def test_a_database_whose_creation_was_killed_is_completed(tmp_path: Path, kept: int) -> None:
+    """Optuna creates its tables one after the other, each for good, and writes their version last."""
+    Record(made(), tmp_path, quiet)
+    with sqlite3.connect(tmp_path / "study.db") as other:
+        names = [name for (name,) in other.execute("select name from sqlite_master where type = 'table' order by rowid")]
+        assert len(names) == 13 and names[-1] == "alembic_version"
+        for name in names[kept:]:
+            other.execute(f"drop table {name}")
+        for name in names[:kept]:
+            other.execute(f"delete from {name}")
+    assert Record(made(), tmp_path, quiet).written == 0
+    search = searched(tmp_path, AtOnce(1))
+    assert Record(made(), tmp_path, quiet).written == len(search.trials)
+
+
+def test_a_table_that_only_has_a_name_of_optuna_s_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "study.db") as other:
+        other.execute("create table studies (title text)")
+    assert "is a database of something else (tables studies)" in refused(tmp_path)
+
+
 def test_a_database_of_another_optuna_is_refused(tmp_path: Path) -> None:
     Record(made(), tmp_path, quiet)
     with sqlite3.connect(tmp_path / "study.db") as other:
