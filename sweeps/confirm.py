@@ -10,7 +10,7 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.config import TrainConfig
-from mainrun.errors import MainrunError, RunError
+from mainrun.errors import MainrunError, RunError, UsageError
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search, Trial
 from sweeps.ledger import spent
@@ -109,7 +109,8 @@ def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[t
         if outcome.diverged:
             return math.inf
         if not outcome.ok:
-            raise MainrunError(f"{cfg.run_id} cannot be trained: {outcome.why}")
+            kind = UsageError if outcome.refused else MainrunError
+            raise kind(f"{cfg.run_id} cannot be trained: {outcome.why.removeprefix('error: ')}")
         return float(_scores(search.run_dir(cfg), split)[name])
 
     with ThreadPoolExecutor(search.engine.workers) as pool:

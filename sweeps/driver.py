@@ -248,7 +248,7 @@ class Search:
         run = self.run_dir(cfg)
         status = run.status()
         stopped = status.get("state") == "interrupted" and 0 < until <= status.get("step", 0)
-        if stopped or (status.get("state") == "done" and run.summary()):
+        if stopped or (status.get("state") == "done" and run.summary() is not None):
             check_same(run, cfg)
             return Outcome(True)
         sets = tuple(sets_of(self.study, cfg))

@@ -545,6 +545,7 @@ ROWS = (
     Row("a winner that is no trial", "studies/tiny/export.json", value_at("evidence", "winner", value=9), "sweep best tiny --out studies"),
     Row("values of many kinds", "studies/tiny/export.json", value_at("trials", 0, "run", value=True), "sweep export tiny x --out studies"),
     Row("a trial's log is a number", "studies/tiny/runs/*/metrics.jsonl", last_line("0"), "sweep run tiny.toml --out studies"),
+    Row("a trial's summary is empty", "studies/tiny/runs/*/summary.json", content("{}"), "sweep run tiny.toml --out studies"),
     Row("a trial's status is a text", "studies/tiny/runs/*/status.json", content('"x"'), "sweep run tiny.toml --out studies"),
     Row("a correlation is a text", "studies/tiny/export/study.json", value_at("rung_correlation", value={"0": "x"}), "report-study"),
     Row("evidence is a list", "studies/tiny/export/study.json", value_at("evidence", value=[1]), "report-study"),

@@ -55,6 +55,7 @@ class Trainer:
         self.trained: list[TrainConfig] = []
         self.diverging: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failing: Callable[[TrainConfig], bool] = lambda cfg: False
+        self.failure = Outcome(False, why="no such corpus")
         self.reused = 0  # steps at the beginning of each run that come from the store
         self.val: Scores = lambda cfg, step: -1.0
         self.closed = False
@@ -66,7 +67,7 @@ class Trainer:
         end = Plan(cfg, TRAIN_TOKENS).steps
         until = task.until or end
         if self.failing(cfg):
-            return Outcome(False, why="no such corpus")
+            return self.failure
         diverged = self.diverging(cfg)
         write_run(task.out / cfg.run_id, cfg, until, self.score, self.val, self.reused, done=not task.until and not diverged)
         return Outcome(not diverged, diverged=diverged, why="the loss is inf" if diverged else "")

@@ -79,7 +79,8 @@ def test_what_a_workers_end_means() -> None:
         return found if not left else Outcome(False, why=f"{len(left)} tries were not made")
 
     assert outcome(lost, busy, (75, "SIGTERM at step 3 of 20"), there) == Outcome(True)
-    assert outcome((2, "error: no such field")) == Outcome(False, why="error: no such field")
+    assert outcome((2, "error: no such field")) == Outcome(False, refused=True, why="error: no such field")
+    assert outcome((1, "error: no such field")) == Outcome(False, why="error: no such field")
     assert outcome((3, "diverged: loss is nan")) == Outcome(False, diverged=True, why="diverged: loss is nan")
     assert outcome(*PATIENCE * [lost]) == Outcome(False, why=f"its worker died {PATIENCE} times: lost")
     assert outcome(lost) == Outcome(False, why="the driver stopped")

@@ -14,8 +14,9 @@ from searching import Trainer, make_search, make_study
 
 from mainrun import stats
 from mainrun.config import TrainConfig
-from mainrun.errors import MainrunError, RunError
+from mainrun.errors import MainrunError, RunError, UsageError
 from sweeps.confirm import confirm
+from sweeps.engine.protocol import Outcome
 from sweeps.ledger import Ledger
 from sweeps.sampling import Asker
 
@@ -405,12 +406,24 @@ def test_a_base_that_diverges_backs_no_claim(tmp_path: Path, both: bool) -> None
     assert result["rows"][0]["why"] == NO_INTERVAL
 
 
-def test_a_run_that_cannot_be_trained_ends_the_confirmation_and_its_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (Outcome(False, why="no such corpus"), MainrunError),
+        (Outcome(False, refused=True, why="error: no such corpus"), UsageError),
+    ],
+    ids=["a crash", "wrong input"],
+)
+def test_a_run_that_cannot_be_trained_ends_the_confirmation_and_its_workers(
+    tmp_path: Path, failure: Outcome, kind: type[MainrunError]
+) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     setup.trainer.failing = lambda cfg: cfg.seed == SEED + 102
     run = setup.base.model_copy(update={"seed": SEED + 102}).run_id
-    with pytest.raises(MainrunError, match=f"^{run} cannot be trained: no such corpus$"):
+    setup.trainer.failure = failure
+    with pytest.raises(MainrunError, match=f"^{run} cannot be trained: no such corpus$") as error:
         confirm(setup.search)
+    assert type(error.value) is kind
     assert setup.trainer.closed
 
 

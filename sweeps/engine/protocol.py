@@ -23,6 +23,7 @@ class Task:
 class Outcome:
     ok: bool
     diverged: bool = False
+    refused: bool = False  # the worker exited with 2: its input is wrong or damaged
     why: str = ""
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from mainrun.errors import DiskFull, Diverged, Interrupted
+from mainrun.errors import DiskFull, Diverged, Interrupted, UsageError
 from sweeps.engine.protocol import Outcome, Task
 
 # where whoever started it is gone nobody waits for it: it stops as on Ctrl-C, and everything is saved (Linux; elsewhere it goes on alone)
@@ -54,7 +54,7 @@ def insist(task: Task, once: Callable[[], End], closed: Callable[[], bool]) -> O
             continue
         deaths += 1
         if code >= 0 and code != Interrupted.exit_code:
-            return Outcome(False, why=last)
+            return Outcome(False, refused=code == UsageError.exit_code, why=last)
         if deaths >= PATIENCE:
             return Outcome(False, why=f"its worker died {deaths} times: {last}")
     return Outcome(False, why="the driver stopped")
