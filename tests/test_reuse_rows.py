@@ -64,6 +64,7 @@ class Store:
         self.files = SimpleNamespace(exists=lambda name: name.removeprefix("nodes/") in self.nodes)
         self.fault: Exception | None = None
         self.beginnings: list[tuple[str, Any]] = []
+        self.rows_read = 0
 
     def __str__(self) -> str:
         return "STORE"
@@ -76,6 +77,7 @@ class Store:
 
     def node(self, key: str, rows: bool = True) -> Node:
         node = self.nodes[key]
+        self.rows_read += rows
         if isinstance(node, Exception):
             raise node
         return node
@@ -205,6 +207,12 @@ def test_nodes_are_kept_at_scores_breaks_forks_and_the_end(until: int, keep: tup
     house = House(until, keep)
     assert house.reuse.stops == stops
     assert house.reuse.until == min(until or 37, 37)
+
+
+def test_a_run_goes_to_its_end_unless_it_is_asked_to_stop_before() -> None:
+    house = House()
+    reuse = Reuse(house.store, house.cfg, house.plan, house.machine, {"corpus": "c"}, "t", house.notes.append)
+    assert (reuse.until, reuse.stops) == (37, {18, 27, 36, 37})
 
 
 @pytest.mark.parametrize(("step", "kept"), [(17, False), (18, True), (19, False), (20, True), (37, True)])
@@ -366,6 +374,7 @@ def test_a_fork_is_found_only_in_a_lease_that_tells_the_truth(changes: dict[str,
     about = holder(house, 36, config=LATER) | changes
     assert house.reuse._fork(theirs[36], about) == fork
     assert house.reuse._fork(theirs[36], {"run": "other"}) == fork  # remembered
+    assert house.reuse._fork(theirs[27], {"run": "other"}) == 0, "what is remembered is of one lease"
 
 
 def test_a_fork_lies_within_this_run_and_needs_one_process() -> None:
@@ -714,6 +723,7 @@ def test_a_follower_loads_what_the_leader_took() -> None:
     house.machine.share = lambda step, unscored: (18, 1)
     assert house.reuse.advance(state, None, STOP) is True
     assert state.loads == [(18, 18 * 128)] and house.reuse.unscored is True
+    assert house.store.rows_read == 0, "only the leader writes rows"
 
 
 # -- leaving
@@ -806,6 +816,16 @@ def test_the_next_node_holds_only_the_rows_since_the_one_before() -> None:
     house.reuse.rows = list(house.rows(18, 27))
     node = published(house, 27)
     assert node is not None and (node.begins, node.parent, node.rows) == (18, house.keys[18], house.rows(18, 27))
+
+
+def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
+    house = House()
+    house.reuse.rows = list(house.rows(0, 18))
+    published(house, 18)
+    house.reuse.rows = [{"step": 19}]
+    house.reuse._writing = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
+    meta = house.reuse.meta(19)
+    assert meta == {"key": house.keys[19], "before": [0, house.keys[0]], "rows": [*house.rows(0, 18), {"step": 19}]}
 
 
 def test_rows_whose_node_was_not_written_go_with_the_next() -> None:
