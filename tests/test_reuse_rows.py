@@ -14,6 +14,7 @@ from conftest import TINY
 
 from mainrun import reuse
 from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.errors import MainrunError
 from mainrun.reuse import Other, Reuse
 from mainrun.store import lineage
 from mainrun.store.leases import Fenced
@@ -213,6 +214,7 @@ def test_a_run_goes_to_its_end_unless_it_is_asked_to_stop_before() -> None:
     house = House()
     reuse = Reuse(house.store, house.cfg, house.plan, house.machine, {"corpus": "c"}, "t", house.notes.append)
     assert (reuse.until, reuse.stops) == (37, {18, 27, 36, 37})
+    assert reuse.reads and reuse.writes
 
 
 @pytest.mark.parametrize(("step", "kept"), [(17, False), (18, True), (19, False), (20, True), (37, True)])
@@ -375,6 +377,30 @@ def test_a_fork_is_found_only_in_a_lease_that_tells_the_truth(changes: dict[str,
     assert house.reuse._fork(theirs[36], about) == fork
     assert house.reuse._fork(theirs[36], {"run": "other"}) == fork  # remembered
     assert house.reuse._fork(theirs[27], {"run": "other"}) == 0, "what is remembered is of one lease"
+    assert house.reuse._fork(theirs[36], {"run": "third"}) == 0, "and of one holder"
+
+
+def test_a_fork_is_found_again_when_the_plan_changes() -> None:
+    house, other = House(), Plan(from_dict(LATER), TOKENS)
+    theirs = lineage.chain(house.keys[0], other)
+    about = holder(house, 36, config=LATER)
+    assert house.reuse._fork(theirs[36], about) == 27
+    house.reuse.follow(house.plan)
+    house.reuse.keys = theirs
+    assert house.reuse._fork(theirs[36], about) == 37
+
+
+@pytest.mark.parametrize(
+    "error", [MainrunError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, AssertionError]
+)
+def test_a_lease_that_cannot_be_understood_has_no_fork(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    house = House()
+
+    def fail(*_: object) -> None:
+        raise error("odd")
+
+    monkeypatch.setattr(lineage, "chain", fail)
+    assert house.reuse._fork("f" * 64, holder(house, 36)) == 0
 
 
 def test_a_fork_lies_within_this_run_and_needs_one_process() -> None:
@@ -808,6 +834,15 @@ def test_a_run_that_cannot_write_frees_its_lease_and_publishes_nothing() -> None
     house.reuse.writes = False
     held = house.reuse._lease = lease(house.keys[18], {"step": 18})
     assert published(house, 18) is None and held.released == [True]
+
+
+@pytest.mark.parametrize(("fault", "released"), [(None, []), (Fenced("taken over"), []), (OSError(errno.EIO, "broken"), [False])])
+def test_a_lease_further_on_is_freed_when_nothing_more_is_written(fault: Exception | None, released: list[bool]) -> None:
+    house = House()
+    house.store.fault = fault
+    held = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    published(house, 18)
+    assert held.released == released
 
 
 def test_the_next_node_holds_only_the_rows_since_the_one_before() -> None:
