@@ -607,6 +607,7 @@ def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
         """The run that keeps no state at the fork trains everything before the other one looks again."""
 
         def uniform(self, low: float, high: float) -> float:
+            assert low < high, "two runs that always wait equally long meet again and again"
             return low if threading.current_thread() is runs[1] else 50
 
     monkeypatch.setattr(reuse, "CHANCE", Chance())

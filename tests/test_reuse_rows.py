@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -861,6 +863,45 @@ def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
     house.reuse._writing = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
     meta = house.reuse.meta(19)
     assert meta == {"key": house.keys[19], "before": [0, house.keys[0]], "rows": [*house.rows(0, 18), {"step": 19}]}
+
+
+def test_rows_are_kept_in_their_order() -> None:
+    house = House()
+    for step in (1, 2):
+        house.reuse.rows_append({"step": step})
+    assert house.reuse.rows == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_ends_when_its_last_node_is_written() -> None:
+    house, gate = House(), threading.Event()
+    save = house.store.save
+
+    def late(*arguments: Any) -> None:
+        gate.wait(60)
+        save(*arguments)
+
+    house.store.save = late  # type: ignore[method-assign]
+    house.reuse.publish(State(18))
+    threading.Timer(0.2, gate.set).start()
+    house.reuse.close()
+    assert [node.step for node in house.store.saved] == [18]
+
+
+def test_the_seconds_of_a_node_do_not_include_the_time_spent_in_the_store() -> None:
+    house = House()
+    house.reuse._since = before = time.perf_counter() - 1000
+    house.reuse.advance(State(), None, STOP)
+    assert house.reuse._since > before + 999
+
+
+def test_tokens_that_were_not_trained_are_counted_step_by_step() -> None:
+    larger = {"name": "set_batch_size", "value": 16, "trigger": {"step": 9}}
+    house, state = House(growth={"version": 2, "ops": [larger]}), State(5)
+    stop = min(step for step in house.reuse.stops if step > 9)
+    assert house.plan.tokens(stop) != stop * house.plan.tokens(1)
+    house.add(house.node(9), house.node(stop, begins=9))
+    assert house.reuse._take(state, None)
+    assert state.step == stop and state.ledger["reused_tokens"] == house.plan.tokens(stop) - house.plan.tokens(5)
 
 
 def test_rows_whose_node_was_not_written_go_with_the_next() -> None:

@@ -1,0 +1,220 @@
+"""The golden record: what small runs of every kind came to, to the last bit. test_golden.py holds the code to it.
+
+    python tests/golden.py              # add a record for this kind of machine
+    python tests/golden.py --check      # train all cases again and name those that differ
+
+A record belongs to a machine class and to versions of the libraries: other processors and other versions of torch give
+other bits. Make a record from a commit that is known to be right, and never to make a failing test pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+FILE = Path(__file__).parent / "data" / "golden.jsonl"
+SIZE: dict[str, Any] = {
+    "num_titles": 300, "vocab_size": 400, "block_size": 16, "batch_size": 8, "epochs": 1, "n_layer": 2, "n_head": 2, "d_model": 32,
+    "threads": 1, "device": "cpu", "compile": "off", "eval_per_epoch": 2, "dev_frac": 0.1,
+    "official_geometry": "8x16",
+}  # fmt: skip
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}
+MUON: dict[str, Any] = {"optimizer": "muon", "lr": 0.02, "lr_aux": 0.01, "weight_decay": 0.1}
+MODERN: dict[str, Any] = {
+    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
+    "value_residual": True, "tie_head": False, "softcap": 8.0, "n_kv_head": 1, "title_mask": True, "init_depth_scaled": True,
+}  # fmt: skip
+
+
+def grow(name: str, value: Any = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, "value": value, "trigger": {"step": 7}} | more
+
+
+def growing(*ops: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return ADAMW | fields | {"growth": {"version": 2, "ops": list(ops)}}
+
+
+# name -> (preset, fields). Names that begin with "compiled" or "two processes" take long, and are tested with the slow tests.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "preset baseline": ("baseline", {}),
+    "preset optimized": ("optimized", {}),
+    "preset grown": ("grown", {}),
+    "preset demo:baseline": ("demo:baseline", {}),
+    "preset demo:optimized": ("demo:optimized", {}),
+    "preset demo-grown": ("demo-grown", {}),
+    "preset staged-demo": ("staged-demo", {"n_layer": 12, "num_titles": 210}),
+    "sgd with momentum": ("baseline", {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
+    "adamw": ("baseline", ADAMW),
+    "adamw, modern blocks": ("baseline", ADAMW | MODERN),
+    "adamw, bfloat16": ("baseline", ADAMW | {"dtype": "bfloat16"}),
+    "muon": ("baseline", MUON),
+    "muon, modern blocks, bfloat16": ("baseline", MUON | MODERN | {"dtype": "bfloat16"}),
+    "relu2, untied, plain attention": ("baseline", ADAMW | {"mlp": "relu2", "tie_head": False, "attention": "plain"}),
+    "attention by sdpa": ("baseline", ADAMW | {"attention": "sdpa", "attn_dropout": 0.0, "dropout": 0.1}),
+    "no dropout": ("baseline", ADAMW | {"dropout": 0.0}),
+    "dropout of attention alone": ("baseline", ADAMW | {"dropout": 0.0, "attn_dropout": 0.2}),
+    "dropout of the residual alone": ("baseline", ADAMW | {"dropout": 0.0, "resid_dropout": 0.2}),
+    "rdrop": ("baseline", ADAMW | {"rdrop": 0.5, "dropout": 0.1, "label_smoothing": 0.1}),
+    "ema": ("baseline", ADAMW | {"ema": 0.9}),
+    "swa": ("baseline", ADAMW | {"swa": 0.4}),
+    "experts": ("baseline", ADAMW | {"experts": 3, "top_k": 2}),
+    "experts, muon, softmax router": ("baseline", MUON | {"experts": 2, "top_k": 1, "router_weights": "softmax"}),
+    "low rank": ("baseline", ADAMW | {"attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0}),
+    "frozen layer": ("baseline", ADAMW | {"attn_lora_rank": 2, "frozen": [0]}),
+    "accumulation": ("baseline", ADAMW | {"grad_accum": 4, "dropout": 0.1}),
+    "wsd with warm-up": (
+        "baseline",
+        ADAMW
+        | {"schedule": "wsd", "warmup_iters": 4, "decay_frac": 0.4, "decay_shape": "sqrt", "min_lr_frac": 0.1, "wd_schedule": "cosine"},
+    ),
+    "shuffled titles": ("baseline", ADAMW | {"order": "shuffle_titles", "epochs": 2}),
+    "unigram tokenizer": ("baseline", ADAMW | {"tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 380}),
+    "mix": ("baseline", ADAMW | {"corpus": "mix:mix.toml"}),
+    "grow training values": (
+        "baseline",
+        growing(
+            grow("set_lr", 0.005), grow("set_batch_size", 16, trigger={"step": 9}), grow("set_grad_accum", 2, trigger={"step": 11}),
+            grow("set_weight_decay", 0.0, trigger={"step": 12}), grow("set_dropout", 0.1, trigger={"step": 13}),
+            grow("reset_lr_schedule", trigger={"step": 15}),
+        ),
+    ),
+    "grow stack_layers": ("baseline", growing(grow("stack_layers", [0, 0, 1], init="identity"))),
+    "grow stack_layers, muon and ema": ("baseline", growing(grow("stack_layers", [0, 1, 1])) | MUON | {"ema": 0.9}),
+    "grow widen_mlp": ("baseline", growing(grow("widen_mlp", 160))),
+    "grow widen_model": ("baseline", growing(grow("widen_model", {"factor": 2}))),
+    "grow add_heads": ("baseline", growing(grow("add_heads", 4), head_dim=16)),
+    "grow upcycle_moe": ("baseline", growing(grow("upcycle_moe", {"experts": 3, "top_k": 2}))),
+    "grow adapters and merge them": (
+        "baseline",
+        growing(
+            grow("set_attn_lora_rank", 4), grow("set_embedding_lora_rank", 4, trigger={"step": 9}),
+            grow("merge_lora_weights", trigger={"step": 15}),
+        ),
+    ),
+    "grow freeze_layer and unfreeze_layer": (
+        "baseline", growing(grow("freeze_layer", [0]), grow("unfreeze_layer", [0], trigger={"step": 12})),
+    ),
+    "grow resize_vocabulary": ("baseline", growing(grow("resize_vocabulary", 420))),
+    "grow when the loss says so": (
+        "baseline",
+        growing(
+            grow("stack_layers", [0, 0, 1], init="identity", trigger={"loss_below": 100.0}),
+            grow("widen_mlp", 160, trigger={"wait_iters": 5}),
+        ),
+    ),
+    "compiled, muon": ("baseline", MUON | {"compile": "on", "n_layer": 1, "dropout": 0.1}),
+    "compiled, bfloat16": ("baseline", ADAMW | {"compile": "on", "n_layer": 1, "dtype": "bfloat16", "dropout": 0.1}),
+    "two processes": ("baseline", ADAMW | {"dropout": 0.1}),
+}  # fmt: skip
+SLOW = tuple(name for name in CASES if name.startswith(("compiled", "two processes")))
+
+
+def arguments(name: str, out: Path) -> list[str]:
+    preset, fields = CASES[name]
+    sets = [part for key, value in (SIZE | fields).items() for part in ("--set", f"{key}={_to_toml(value)}")]
+    return ["train", "--preset", preset, *sets, "--no-store", "--quiet", "--out", str(out)]
+
+
+def _to_toml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def write_mix(folder: Path) -> None:
+    (folder / "mine.txt").write_text("".join(f"a title of mine number {i} about kernel {i * i % 97}\n" for i in range(120)))
+    (folder / "mix.toml").write_text('[[source]]\npath = "mine.txt"\nratio = 1\nweight = 2\n[[source]]\ncorpus = "synthetic"\nratio = 2\n')
+
+
+def train(name: str, folder: Path) -> dict[str, Any]:
+    """Train a case in the folder and return its numbers."""
+    write_mix(folder)
+    out = folder / "runs"
+    if name.startswith("two processes"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mainrun"]
+        done = subprocess.run(
+            [*command, *arguments(name, out)], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    else:
+        from mainrun.cli import app
+
+        with contextlib.chdir(folder), contextlib.suppress(SystemExit):  # a failure leaves no summary
+            app(arguments(name, out))
+    (run,) = (path.parent for path in out.glob("*/summary.json"))
+    return numbers(run)
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "step"]
+    scores = [[row["step"], row["split"], row["full"], row["official"]] for row in rows if row["event"] == "eval"]
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "loss": [row["loss"] for row in steps],
+        "grad_norm": [row["grad_norm"] for row in steps],
+        "scores": scores,
+        "params": summary["params"],
+        "tokenizer": summary["tokenizer"],
+        "weights": summary["weights"],
+    }
+
+
+def machine_class() -> dict[str, Any]:
+    """What the bits depend on besides the code: the processor, and the versions of the libraries that compute."""
+    from importlib.metadata import version
+
+    from mainrun.config import from_dict
+    from mainrun.machine import Machine
+
+    facts = Machine(from_dict(SIZE | {"compile": "on"})).facts
+    kept = {name: facts[name] for name in ("device", "instructions", "torch", "compiler", "limits") if name in facts}
+    return kept | {name: version(name) for name in ("numpy", "tokenizers")}
+
+
+def lines() -> list[dict[str, Any]]:
+    """A line for each case on each machine class."""
+    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def record_for(machine: dict[str, Any]) -> dict[str, Any]:
+    """The recorded numbers of each case on a machine class."""
+    return {line["case"]: line["numbers"] for line in lines() if line["machine"] == machine}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tests/golden.py", description="Make or check the golden record of this machine class.")
+    parser.add_argument("--check", action="store_true", help="compare with the record instead of making one")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only the cases whose names contain this text")
+    options = parser.parse_args()
+    machine = machine_class()
+    with tempfile.TemporaryDirectory() as place:
+        cases: dict[str, Any] = {}
+        for i, name in enumerate(name for name in CASES if options.only in name):
+            folder = Path(place) / str(i)
+            folder.mkdir()
+            cases[name] = train(name, folder)
+            print(f"{name}: {cases[name]['weights'][:12]}", flush=True)
+    known = record_for(machine)
+    if options.check or options.only:
+        differ = [name for name, values in cases.items() if known.get(name) != values]
+        print(f"{len(differ)} of {len(cases)} cases differ" + "".join(f"\n    {name}" for name in differ))
+        return bool(differ)
+    kept = [line for line in lines() if line["machine"] != machine]
+    new = [{"machine": machine, "case": name, "numbers": values} for name, values in cases.items()]
+    FILE.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *new]))
+    print(f"{len(cases)} cases are in {FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
