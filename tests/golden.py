@@ -45,7 +45,7 @@ def growing(*ops: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return ADAMW | fields | {"growth": {"version": 2, "ops": list(ops)}}
 
 
-# name -> (preset, fields). Names that begin with "compiled" or "two processes" take long, and are tested with the slow tests.
+# name -> (preset, fields). Those in SLOW take long and are tested with the slow tests.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preset baseline": ("baseline", {}),
     "preset optimized": ("optimized", {}),
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled, bfloat16": ("baseline", ADAMW | {"compile": "on", "n_layer": 1, "dtype": "bfloat16", "dropout": 0.1}),
     "two processes": ("baseline", ADAMW | {"dropout": 0.1}),
 }  # fmt: skip
-SLOW = tuple(name for name in CASES if name.startswith(("compiled", "two processes")))
+SLOW = tuple(name for name in CASES if name.startswith(("compiled", "two processes", "preset staged")))
 
 
 def arguments(name: str, out: Path) -> list[str]:
