@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mainrun.config import TrainConfig, from_dict, load
+    from mainrun.config import TrainConfig, from_dict
     from mainrun.errors import Diverged, Interrupted, MainrunError, UsageError
+    from mainrun.plan.recipes import load
 
 __version__ = "0.1.0"
 
@@ -18,7 +19,7 @@ __all__ = ["Diverged", "Interrupted", "MainrunError", "TrainConfig", "UsageError
 _HOME = {
     "TrainConfig": "mainrun.config",
     "from_dict": "mainrun.config",
-    "load": "mainrun.config",
+    "load": "mainrun.plan.recipes",
     "Diverged": "mainrun.errors",
     "Interrupted": "mainrun.errors",
     "MainrunError": "mainrun.errors",

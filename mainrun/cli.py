@@ -23,10 +23,9 @@ import typer
 from mainrun import __version__
 from mainrun.bench import cli as bench
 from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError
-from mainrun.growth import cli as grow
-from mainrun.store import cli as store_commands
-from mainrun.store.cli import StorePlace, open_store
-from mainrun.terminal import (
+from mainrun.ui import growth_cli as grow
+from mainrun.ui import store_cli as store_commands
+from mainrun.ui.console import (
     Debug,
     Group,
     Json,
@@ -41,6 +40,7 @@ from mainrun.terminal import (
     stoppable,
     validate_paths,
 )
+from mainrun.ui.store_cli import StorePlace, open_store
 from reports import cli as reports
 from reports import submission_cli as submission
 from sweeps import cli as sweep
@@ -113,7 +113,7 @@ def train(
     comparison. Ctrl-C stops between two steps and keeps everything; the same command goes on from there.
     Steps that another run has trained, to the bit, are taken from the store (DIR/.store, or MAINRUN_STORE).
     """
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     if probe and not dry_run:
         raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
@@ -164,7 +164,7 @@ def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[tuple[li
     if store is None or len(configs) < 2:
         yield configs, {}
         return
-    from mainrun import batch
+    from mainrun.run import batch
 
     if not batch.may_share(configs):
         yield configs, {}
@@ -184,7 +184,7 @@ def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[tuple[li
 
 
 def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: bool) -> None:
-    from mainrun import batch
+    from mainrun.run import batch
 
     found = batch.plan(configs, store, out).parts
     if not is_leader():
@@ -211,9 +211,9 @@ def _train_one(
     keep: Sequence[int] = (),
     until: int = 0,
 ) -> dict[str, Any]:
-    from mainrun import compare
-    from mainrun.progress import make_progress
+    from mainrun.run.progress import make_progress
     from mainrun.store.rundir import RunDir, check_same
+    from mainrun.ui import compare
 
     run = RunDir(out / cfg.run_id)
     if not fresh and (run.path / "summary.json").is_file():
@@ -250,7 +250,7 @@ def _train_one(
 def _check_files(run: RunDir, cfg: TrainConfig) -> None:
     """A finished run does not speak for titles that it never saw: its file may have changed. One that is gone contradicts nothing."""
     if cfg.corpus.startswith(("file:", "mix:")):
-        from mainrun.corpus import load_corpus
+        from mainrun.data.sources import load_corpus
         from mainrun.store.rundir import check_same_data
 
         try:
@@ -261,7 +261,7 @@ def _check_files(run: RunDir, cfg: TrainConfig) -> None:
 
 
 def _dry_run(configs: list[TrainConfig], probe: bool, store: bool, as_json: bool) -> None:
-    from mainrun.estimate import estimate
+    from mainrun.ui.estimate import estimate
 
     estimates = [estimate(cfg, probe, store) for cfg in configs]
     if not is_leader():
@@ -281,7 +281,7 @@ def _dry_run(configs: list[TrainConfig], probe: bool, store: bool, as_json: bool
 
 def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What a run costs, then what it resolves to."""
-    from mainrun.progress import clock, short
+    from mainrun.run.progress import clock, short
 
     plan = found["plan"]
     yield "parameters", f"{found['params']:,}"
@@ -318,7 +318,7 @@ def _value(value: Any) -> str:
 
 
 def _show_results(summaries: list[dict[str, Any]], out: Path) -> None:
-    from mainrun import compare
+    from mainrun.ui import compare
 
     if not summaries:
         return
@@ -348,7 +348,7 @@ def demo(
 
     Each step is a command of its own, and shown. Ctrl-C stops it; the same command goes on. Nothing is sent anywhere.
     """
-    from mainrun.demo import demo as whole_way
+    from mainrun.ui.demo import demo as whole_way
 
     with stoppable():
         whole_way(out, sets or [], submission.unfit)
@@ -362,7 +362,8 @@ def presets(
     debug: Debug = False,
 ) -> None:
     """List the presets, or the fields of one."""
-    from mainrun.config import TrainConfig, load, preset_names
+    from mainrun.config import TrainConfig
+    from mainrun.plan.recipes import load, preset_names
 
     if name and fields:
         raise UsageError(f"got NAME {name!r} and --fields; give one of them: a preset's own fields, or all fields there are")
@@ -397,7 +398,7 @@ def presets(
 def _about(preset: str) -> str:
     import tomllib
 
-    from mainrun.config import PRESETS
+    from mainrun.plan.recipes import PRESETS
 
     return str(tomllib.loads((PRESETS / f"{preset}.toml").read_text(encoding="utf-8")).get("about", ""))
 
@@ -435,8 +436,8 @@ def compare(
 
     Differences in `full` are against the first run.
     """
-    from mainrun import compare as comparison
     from mainrun.store import rundir
+    from mainrun.ui import compare as comparison
 
     if svg:
         check_place(svg, "--svg", b"<svg", "SVG")
@@ -465,7 +466,7 @@ def sample(
 
     found = rundir.find(run, out)
     found.config()  # refuse what is no run before torch is loaded
-    from mainrun.sample import sample as sample_run
+    from mainrun.ui.sample import sample as sample_run
 
     for title in sample_run(found.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed):
         print(re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", title))  # a title is one line and moves no cursor
@@ -477,7 +478,7 @@ def doctor(out: Out = Path("runs"), as_json: Json = False, debug: Debug = False)
 
     Exits with 1 when something must be fixed first.
     """
-    from mainrun.doctor import checks
+    from mainrun.ui.doctor import checks
 
     found = []
     for check in checks(out):
@@ -497,7 +498,7 @@ def download(
     debug: Debug = False,
 ) -> None:
     """Fetch a corpus, to train offline later."""
-    from mainrun.corpus import download as fetch
+    from mainrun.data.sources import download as fetch
 
     print(fetch(name))
 

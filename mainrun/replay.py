@@ -14,19 +14,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mainrun.audit import again
-from mainrun.config import Plan
-from mainrun.corpus import Corpus, load_corpus
+from mainrun.checks.audit import again
+from mainrun.checks.guards import Evidence, guards
+from mainrun.core.device import Machine
+from mainrun.core.machine_class import versions
+from mainrun.data.sources import Corpus, load_corpus
+from mainrun.data.token_cache import TokenData, prepare
 from mainrun.errors import MainrunError, RunError
-from mainrun.growth.live import Growth
-from mainrun.growth.simulate import segments
-from mainrun.guards import Evidence, guards
-from mainrun.machine import Machine, versions
-from mainrun.sitting import score
+from mainrun.growth.controller import Growth
+from mainrun.plan.cost import segments
+from mainrun.plan.plan import Plan
+from mainrun.run.session import score
 from mainrun.store import checkpoint
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.rundir import RunDir, write_json
-from mainrun.tokens import TokenData, prepare
 from mainrun.train import State, build
 
 

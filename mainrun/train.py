@@ -24,22 +24,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mainrun.config import Plan, StepInputs, TrainConfig
-from mainrun.corpus import load_corpus
+from mainrun.config import TrainConfig
+from mainrun.core.average import Average
+from mainrun.core.device import Machine
+from mainrun.core.dropout import Masks
+from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rms_norm
+from mainrun.core.optimizers import Muon
+from mainrun.data.batches import Batches
+from mainrun.data.sources import load_corpus
+from mainrun.data.token_cache import TokenData, prepare
+from mainrun.data.tokenizer import EOS
 from mainrun.errors import Diverged, Interrupted, MainrunError, RunError
-from mainrun.growth.live import Growth, rebuilt
+from mainrun.growth.controller import Growth, rebuilt
 from mainrun.growth.moments import PLAIN, Mark
-from mainrun.growth.schedule import ARCHITECTURE
-from mainrun.kernels import Masks, Muon, attend, cross_entropy, gelu, linear, rms_norm
-from mainrun.layers.average import Average
-from mainrun.machine import Machine, StopFlag
-from mainrun.progress import QUIET, Progress
-from mainrun.reuse import Reuse
-from mainrun.sitting import check_spans, ending, environment, finish, follow, resume, score, summarize
+from mainrun.plan.ops import ARCHITECTURE
+from mainrun.plan.plan import Plan, StepInputs
+from mainrun.run.progress import QUIET, Progress
+from mainrun.run.session import check_spans, ending, environment, finish, follow, resume, score, summarize
+from mainrun.run.sharing import Reuse
+from mainrun.run.stop import StopFlag
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
-from mainrun.tokens import EOS, Batches, TokenData, prepare
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. Shapes: B rows, T tokens, D width, H heads, K heads of keys and values, h width of a head, V vocabulary.
@@ -158,7 +164,7 @@ class MLP(nn.Module):
 def make_mlp(cfg: TrainConfig) -> nn.Module:
     if not cfg.experts:
         return MLP(cfg)
-    from mainrun.layers.moe import MoE
+    from mainrun.core.moe import MoE
 
     return MoE(cfg, lambda: MLP(cfg))
 
@@ -203,7 +209,7 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         if cfg.attn_lora_rank or cfg.embed_lora_rank:
-            from mainrun.layers.lora import add_low_rank
+            from mainrun.core.lora import add_low_rank
 
             add_low_rank(self, cfg)
         self.init_weights()

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mainrun import inputs
 from mainrun.errors import UsageError
+from mainrun.files import inputs
 from mainrun.store.rundir import disk_errors
 
 FORMAT = 1

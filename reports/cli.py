@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mainrun import inputs
 from mainrun.errors import UsageError
-from mainrun.terminal import Debug, Json, check_place, emit, validate_paths
+from mainrun.files import inputs
+from mainrun.ui.console import Debug, Json, check_place, emit, validate_paths
 
 if TYPE_CHECKING:
     from reports.load import Evidence

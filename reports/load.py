@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mainrun.compare import SAME, finished
-from mainrun.config import Plan, TrainConfig, load, preset_names
+from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, RunError
+from mainrun.plan.plan import Plan
+from mainrun.plan.recipes import load, preset_names
 from mainrun.stats import Noise, noise
 from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
+from mainrun.ui.compare import SAME, finished
 
 EXPORT = ("study.json", "trials.parquet")
 FIRED = ("SUCCESS", "ERROR")  # how an event of growth.jsonl ends that says an op is over

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mainrun import compare
 from mainrun.errors import RunError, UsageError
 from mainrun.store.rundir import RunDir, check_place, disk_errors, find, fsync_folder, to_json
+from mainrun.ui import compare
 from reports import bundle
 from reports.bundle import CODE, MANIFEST, REPORT, RUN, sha256, size
 from reports.commit import Commit, check_leaks, head

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.terminal import Debug, Json, check_place, emit, show_table, validate_paths
+from mainrun.ui.console import Debug, Json, check_place, emit, show_table, validate_paths
 
 if TYPE_CHECKING:
     from reports.submission import Submission

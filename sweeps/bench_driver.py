@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from mainrun.host import peak_memory
+from mainrun.core.hardware import peak_memory
 from sweeps.driver import Search, Trial
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mainrun.config import Plan, TrainConfig
+from mainrun.config import TrainConfig
+from mainrun.plan.plan import Plan
 from sweeps.space import changed
 
 

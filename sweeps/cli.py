@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import ConfigError, DiskFull, Interrupted, RunError, UsageError
-from mainrun.terminal import Debug, Group, Json, emit, show_table, stoppable, validate_paths
+from mainrun.ui.console import Debug, Group, Json, emit, show_table, stoppable, validate_paths
 
 if TYPE_CHECKING:
     from sweeps.driver import Search
@@ -66,7 +66,7 @@ def run(
 
     Ends with the best trials, what the search cost, and what may be claimed: the best and the base are trained again on fresh seeds.
     """
-    from mainrun.config import parse_set
+    from mainrun.plan.recipes import parse_set
     from sweeps import study as studies
 
     if schema:
@@ -109,7 +109,7 @@ def _shown(argument: str) -> str:
 
 
 def _search(study: Study, folder: Path, as_json: bool) -> None:
-    from mainrun.host import cores
+    from mainrun.core.hardware import cores
     from sweeps.confirm import confirm
     from sweeps.driver import Search
     from sweeps.export import export
@@ -189,7 +189,7 @@ class Show:
         from rich.console import Group as Lines
         from rich.table import Table
 
-        from mainrun.progress import clock
+        from mainrun.run.progress import clock
         from sweeps.ledger import total
 
         search = self.search

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mainrun.config import Plan, TrainConfig, load
-from mainrun.corpus import load_corpus
+from mainrun.config import TrainConfig
+from mainrun.data.sources import load_corpus
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
+from mainrun.plan.plan import Plan
+from mainrun.plan.recipes import load
 from mainrun.store import records
 from mainrun.store.rundir import RunDir, check_same, write_text
 from sweeps import branch

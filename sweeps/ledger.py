@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mainrun.config import TrainConfig
 from mainrun.errors import RunError
-from mainrun.growth.simulate import costs
+from mainrun.plan.cost import costs
 from mainrun.store import records
 from mainrun.store.rundir import RunDir
 

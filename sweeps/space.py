@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError, nearest
+from mainrun.plan.plan import Plan
 
 # what a comparison must hold still: other data, other epochs or another geometry are another task; a seed is no setting
 NEVER = {

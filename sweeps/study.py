@@ -29,9 +29,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
-from mainrun import inputs
-from mainrun.config import TrainConfig, load
+from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, nearest
+from mainrun.files import inputs
+from mainrun.plan.recipes import load
 from sweeps import branch
 from sweeps.space import Choice, Range, faults
 

@@ -85,8 +85,8 @@ def make(folder: Path) -> None:
 
 
 def _train(out: Path, fields: dict[str, Any], until: int = 0) -> str:
-    from mainrun.config import load
     from mainrun.errors import Interrupted
+    from mainrun.plan.recipes import load
     from mainrun.store.nodes import Store
     from mainrun.train import train
 
@@ -102,8 +102,8 @@ class SameProcess:
     workers = 1
 
     def train(self, task: Any) -> Any:
-        from mainrun.config import load
         from mainrun.errors import Interrupted
+        from mainrun.plan.recipes import load
         from mainrun.store.nodes import Store
         from mainrun.train import train
         from sweeps.engine.protocol import Outcome as End
@@ -117,8 +117,8 @@ class SameProcess:
 
 
 def _search(folder: Path) -> None:
-    from mainrun.corpus import load_corpus
-    from mainrun.tokens import prepare
+    from mainrun.data.sources import load_corpus
+    from mainrun.data.token_cache import prepare
     from sweeps.confirm import confirm
     from sweeps.driver import Search
     from sweeps.export import export

@@ -43,9 +43,9 @@ ROOT = Path(__file__).parents[1]
 
 # Imported once, before the first case. Nothing is computed, so there are no threads that a fork would lose.
 WARM = (
-    "mainrun.cli", "mainrun.config", "mainrun.corpus", "mainrun.train", "mainrun.sitting", "mainrun.sample", "mainrun.guards",
-    "mainrun.compare", "mainrun.doctor", "mainrun.demo", "mainrun.estimate", "mainrun.batch", "mainrun.growth.verify",
-    "mainrun.growth.simulate", "sweeps.study", "sweeps.driver", "reports.pdf", "reports.bundle", "reports.submission",
+    "mainrun.cli", "mainrun.config", "mainrun.data.sources", "mainrun.train", "mainrun.run.session", "mainrun.ui.sample", "mainrun.checks.guards",
+    "mainrun.ui.compare", "mainrun.ui.doctor", "mainrun.ui.demo", "mainrun.ui.estimate", "mainrun.run.batch", "mainrun.growth.verify",
+    "mainrun.plan.simulate", "sweeps.study", "sweeps.driver", "reports.pdf", "reports.bundle", "reports.submission",
     "reports.verification", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors.torch", "optuna", "sqlalchemy", "scipy.stats",
     "matplotlib.figure", "matplotlib.backends.backend_svg", "reportlab.platypus", "svglib.svglib", "pypdf", "pyarrow.parquet",
     "huggingface_hub", "rich.console", "rich.table", "rich.text", "rich.box", "tomllib", "yaml", "ctypes", "difflib", "http.client",

@@ -174,7 +174,7 @@ def machine_class() -> dict[str, Any]:
     from importlib.metadata import version
 
     from mainrun.config import from_dict
-    from mainrun.machine import Machine
+    from mainrun.core.device import Machine
 
     facts = Machine(from_dict(SIZE | {"compile": "on"})).facts
     kept = {name: facts[name] for name in ("device", "instructions", "torch", "compiler", "limits") if name in facts}

@@ -10,11 +10,13 @@ from conftest import TINY
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mainrun.config import Plan, StepInputs, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.growth.moments import IndexMap, transfer
 from mainrun.growth.operators import grow
-from mainrun.growth.schedule import FILLED, Op, Trigger, after
 from mainrun.growth.verify import probe
+from mainrun.plan.op_files import FILLED
+from mainrun.plan.ops import Op, Trigger, after
+from mainrun.plan.plan import Plan, StepInputs
 from mainrun.train import GPT, Optimizers, build
 
 V, T = 29, 8

@@ -9,7 +9,9 @@ from typing import Any
 
 from conftest import TINY
 
-from mainrun.config import Plan, TrainConfig, load
+from mainrun.config import TrainConfig
+from mainrun.plan.plan import Plan
+from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search, Trial
 from sweeps.engine.protocol import Outcome, Task

@@ -163,8 +163,8 @@ def optimizers() -> tuple[str, ...]:
 
 def draw_run(chance: random.Random, index: int, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Draw a valid config and the names of its features. The index selects one optimizer and one feature; others are random."""
-    from mainrun.config import load
     from mainrun.errors import ConfigError
+    from mainrun.plan.recipes import load
 
     optimizer = optimizers()[index % len(optimizers())]
     while True:

@@ -16,12 +16,13 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from mainrun import audit as auditor
-from mainrun import batch, machine
-from mainrun.audit import Finding, audit
+from mainrun.checks import audit as auditor
+from mainrun.checks.audit import Finding, audit
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
-from mainrun.corpus import load_corpus
+from mainrun.core import device as machine
+from mainrun.data.sources import load_corpus
+from mainrun.run import batch
 from mainrun.store.nodes import Node, Store, sha256
 from mainrun.train import train
 

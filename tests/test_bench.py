@@ -17,15 +17,16 @@ import pytest
 import torch
 from conftest import tiny_sets
 
-from mainrun import batch
 from mainrun.bench import gpu, lineage, parts, plain, step, worker
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.device import Machine
 from mainrun.errors import MainrunError, UsageError
-from mainrun.estimate import Trial
-from mainrun.machine import Machine
-from mainrun.sitting import flops_per_token
+from mainrun.plan.plan import Plan
+from mainrun.run import batch
+from mainrun.run.session import flops_per_token
 from mainrun.store.rundir import RunDir
 from mainrun.train import build, train
+from mainrun.ui.estimate import Trial
 
 ROOT = Path(__file__).parents[1]
 

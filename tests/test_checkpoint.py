@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.errors import RunError
-from mainrun.progress import Progress
+from mainrun.run.progress import Progress
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import train

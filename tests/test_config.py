@@ -14,8 +14,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from mainrun import config
-from mainrun.config import Plan, StepInputs, TrainConfig, from_dict, load, parse_set, preset_names
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
+from mainrun.plan.plan import Plan, StepInputs
+from mainrun.plan.recipes import load, parse_set, preset_names
 
 SCHEMA = TrainConfig.model_json_schema()["properties"]
 FIELDS = [f for f in TrainConfig.model_fields if f != "preset"]

@@ -12,9 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from mainrun import config
-from mainrun.config import Plan, Stretch, TrainConfig, from_dict, load, parse_set
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
-from mainrun.growth.schedule import ARCHITECTURE
+from mainrun.plan.ops import ARCHITECTURE
+from mainrun.plan.plan import Plan, Stretch
+from mainrun.plan.recipes import load, parse_set
 
 INF = math.inf
 

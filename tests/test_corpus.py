@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mainrun.config import from_dict
-from mainrun.corpus import Corpus, fingerprint, load_corpus
+from mainrun.core.hardware import cache_dir
+from mainrun.data.sources import Corpus, fingerprint, load_corpus
 from mainrun.errors import CorpusError
-from mainrun.host import cache_dir
 
 TITLES = [f"Title {i}, “quoted” and plain" for i in range(50)]
 

@@ -17,7 +17,7 @@ from damage import DEEP, PLACES, ROWS, FixtureDirectory, Row, damage_json, damag
 from doors import Driver
 
 from mainrun.errors import RunError
-from mainrun.inputs import BadInput
+from mainrun.files.inputs import BadInput
 from mainrun.store import records
 from mainrun.store.rundir import RunDir
 from reports.submission import _run_files

@@ -33,7 +33,7 @@ GROWS = (
 
 def config(**changes: Any) -> TrainConfig:
     """What the command line makes of the same changes."""
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     fields = load("baseline")[0].model_dump() | TINY | SMALL | changes
     return from_dict(fields | {"preset": "baseline"})

@@ -24,9 +24,10 @@ from doors import ROOT, Driver, Outcome
 from odd_cases import Case
 from typer.testing import CliRunner
 
-from mainrun import config, inputs
+from mainrun import config
 from mainrun.cli import app
 from mainrun.errors import ConfigError, UsageError
+from mainrun.files import inputs
 
 TREE = Path(os.environ.get("DOORS_TREE", ROOT))  # to run these tests on another tree
 CASES = int(os.environ.get("DOORS_CASES", "60"))
@@ -249,7 +250,7 @@ def test_one_message_whatever_is_raised(monkeypatch: pytest.MonkeyPatch, error: 
     def fail() -> list[str]:
         raise error
 
-    monkeypatch.setattr("mainrun.config.preset_names", fail)
+    monkeypatch.setattr("mainrun.plan.recipes.preset_names", fail)
     result = CliRunner().invoke(app, ["presets"])
     assert (result.exit_code, result.stdout) == (code, "")
     assert expected in result.stderr and len(result.stderr) < 3000 and "Traceback" not in result.stderr

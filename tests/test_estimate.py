@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from mainrun import estimate
 from mainrun.bench import step
-from mainrun.config import Plan, TrainConfig
-from mainrun.corpus import load_corpus
-from mainrun.estimate import PROBED, Live, memory
-from mainrun.machine import Machine
-from mainrun.recorded import WARM, Recorded
-from mainrun.tokens import prepare
+from mainrun.config import TrainConfig
+from mainrun.core.cuda_graph import WARM, Recorded
+from mainrun.core.device import Machine
+from mainrun.data.sources import load_corpus
+from mainrun.data.token_cache import prepare
+from mainrun.plan.plan import Plan
 from mainrun.train import State, build
+from mainrun.ui import estimate
+from mainrun.ui.estimate import PROBED, Live, memory
 
 # -- memory
 
@@ -156,8 +157,8 @@ def test_a_probe_does_not_compile(tiny: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_trial_steps_as_a_run_does(tiny: Any, tmp_path: Path) -> None:
     """The same losses as the first steps of the run itself: what is timed is the real thing."""
+    from mainrun.data.batches import Batches
     from mainrun.store.rundir import RunDir
-    from mainrun.tokens import Batches
     from mainrun.train import train
 
     cfg = tiny(dropout=0.1, optimizer="muon", lr=0.01, ema=0.9, compile="off")

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mainrun import compare, sitting, tokens
 from mainrun.config import TrainConfig
-from mainrun.corpus import load_corpus
+from mainrun.data import tokenizer as tokens
+from mainrun.data.sources import load_corpus
 from mainrun.errors import Interrupted, RunError
-from mainrun.progress import Progress
+from mainrun.run import session as sitting
+from mainrun.run.progress import Progress
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir, to_json, write_json
 from mainrun.train import train as train_run
+from mainrun.ui import compare
 
 
 class StopAt(Progress):
@@ -131,7 +133,7 @@ def test_every_sitting_leaves_its_versions(tiny: Callable[..., TrainConfig], tmp
     with monkeypatch.context() as patch:
         patch.setattr(sitting, "versions", lambda: true | {"mainrun": "edited"})
         patch.setattr(sitting.scoring, "evaluate_source_hash", lambda: "another")
-        patch.setattr("mainrun.machine.cpu_name", lambda: "another processor")
+        patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")
         interrupted(cfg, tmp_path)
     told: list[str] = []
 
@@ -158,8 +160,8 @@ def test_a_finished_run_speaks_only_for_its_titles(tiny: Callable[..., TrainConf
 
 
 def test_a_name_cannot_lead_out_of_the_runs(tmp_path: Path) -> None:
-    from mainrun.config import load
     from mainrun.errors import ConfigError
+    from mainrun.plan.recipes import load
 
     for name in ("a/../../../escaped", "..", ".hidden", "a\\b", "", "a\nb", "-rf", "x" * 200):
         (tmp_path / "p.toml").write_text(f"[[steps]]\nname = {json.dumps(name)}\nbase = 'demo:baseline'\n")

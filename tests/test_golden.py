@@ -27,7 +27,7 @@ def test_every_operation_and_every_optimizer_has_a_case() -> None:
     from typing import get_args
 
     from mainrun.config import TrainConfig
-    from mainrun.growth.schedule import NAMES
+    from mainrun.plan.ops import NAMES
 
     fields = [fields for _, fields in golden.CASES.values()]
     named = {op["name"] for values in fields for op in values.get("growth", {}).get("ops", ())}

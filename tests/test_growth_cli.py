@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mainrun.checks import repeat
+from mainrun.checks.repeat import Finding
 from mainrun.cli import app
-from mainrun.growth import repeat
-from mainrun.growth.repeat import Finding
 from mainrun.store.rundir import RunDir
 
 UPCYCLED = 'upcycle_moe {"top_k":2,"router":"random","shards":1,"experts":4}'

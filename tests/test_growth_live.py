@@ -17,14 +17,15 @@ from conftest import TINY, tiny_sets
 from test_reuse import Killed, Watch, end, reused
 from typer.testing import CliRunner
 
-from mainrun import audit
+from mainrun.checks import audit
+from mainrun.checks.repeat import repeat
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import Interrupted, MainrunError, UsageError
-from mainrun.growth import live, operators
+from mainrun.growth import controller as live
+from mainrun.growth import operators
 from mainrun.growth.moments import PLAIN, Mark
-from mainrun.growth.repeat import repeat
-from mainrun.growth.schedule import Facts, Rates, due
+from mainrun.plan.ops import Facts, Rates, due
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir

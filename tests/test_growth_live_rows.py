@@ -12,12 +12,14 @@ import torch
 from conftest import TINY
 from growing import V
 
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import UsageError
-from mainrun.growth import live, operators
-from mainrun.growth.live import Growth, acted, bare, standing, taken
+from mainrun.growth import controller as live
+from mainrun.growth import operators
+from mainrun.growth.controller import Growth, acted, bare, standing, taken
 from mainrun.growth.moments import Mark
-from mainrun.growth.simulate import costs
+from mainrun.plan.cost import costs
+from mainrun.plan.plan import Plan
 from mainrun.train import Optimizers, State, build
 
 # 16 tokens a step, 40 steps an epoch, evaluated after 1, 10, 20, 30 and 40

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.growth.moments import IndexMap, Piece, Rate, rates, scaled, transfer
-from mainrun.growth.schedule import Op, Transfer
 from mainrun.growth.verify import delta, symmetry_lock
+from mainrun.plan.ops import Op, Transfer
 from mainrun.train import GPT, Optimizers
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mainrun.growth.moments import PLAIN, IndexMap, Mark, Piece, Rate, along, by_parameter, marks, rates, scaled, transfer
-from mainrun.growth.schedule import Rates
+from mainrun.plan.ops import Rates
 
 W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from mainrun.config import TrainConfig
 from mainrun.growth.moments import transfer
 from mainrun.growth.operators import OPS, SPACES, grow, part, truncate
-from mainrun.growth.schedule import ARCHITECTURE, Op, Transfer, after
 from mainrun.growth.verify import delta, preserved
+from mainrun.plan.ops import ARCHITECTURE, Op, Transfer, after
 from mainrun.train import GPT, Optimizers
 
 ASYMMETRIC = Transfer("asymmetric")  # without it, or noise, the schedule refuses a zero router: it locks

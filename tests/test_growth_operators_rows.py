@@ -327,7 +327,7 @@ def test_the_factors_of_an_expert(
 
 
 def operators_mode(mode: str) -> Any:
-    from mainrun.growth.schedule import Transfer
+    from mainrun.plan.ops import Transfer
 
     return Transfer(mode)
 

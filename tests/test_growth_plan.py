@@ -15,11 +15,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_growth_schedule import LIST
 
-from mainrun.config import Plan, TrainConfig, from_dict, parse_set
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
-from mainrun.growth.schedule import from_text
-from mainrun.growth.simulate import simulate, size
-from mainrun.sitting import flops_per_token
+from mainrun.plan.cost import size
+from mainrun.plan.op_files import from_text
+from mainrun.plan.plan import Plan
+from mainrun.plan.recipes import parse_set
+from mainrun.plan.simulate import simulate
+from mainrun.run.session import flops_per_token
 from mainrun.train import GPT, State, build
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from conftest import TINY
 
+from mainrun.checks import repeat as module
+from mainrun.checks.repeat import Finding, journal, repeat
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import Interrupted, RunError, UsageError
-from mainrun.growth import repeat as module
-from mainrun.growth.repeat import Finding, journal, repeat
 from mainrun.store.rundir import RunDir
 
 OPS = [

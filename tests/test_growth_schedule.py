@@ -11,9 +11,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
-from mainrun.growth.schedule import ARCHITECTURE, NAMES, TRAINING, Facts, Op, Schedule, Trigger, after, due, read, walk
+from mainrun.plan.op_files import read
+from mainrun.plan.ops import ARCHITECTURE, NAMES, TRAINING, Facts, Op, Schedule, Trigger, after, due, walk
+from mainrun.plan.plan import Plan
 from mainrun.store import lineage
 
 # the original format, as the specification has it
@@ -73,7 +75,7 @@ def test_both_formats_say_the_same() -> None:
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ".toml"])
 def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path, suffix: str) -> None:
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     path = tmp_path / f"mine{suffix}"
     entries = json.loads(LIST)
@@ -102,7 +104,7 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
     ],
 )
 def test_files_that_say_something_else_than_they_seem_to(tmp_path: Path, name: str, data: bytes, said: str) -> None:
-    from mainrun.growth.schedule import from_text
+    from mainrun.plan.op_files import from_text
 
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=said):
@@ -110,7 +112,7 @@ def test_files_that_say_something_else_than_they_seem_to(tmp_path: Path, name: s
 
 
 def test_a_mark_of_byte_order_and_capitals_do_no_harm(tmp_path: Path) -> None:
-    from mainrun.growth.schedule import from_text
+    from mainrun.plan.op_files import from_text
 
     (tmp_path / "UP.JSON").write_bytes(b'\xef\xbb\xbf{"ops": []}')
     assert from_text(str(tmp_path / "UP.JSON")) == {"ops": []}
@@ -118,7 +120,7 @@ def test_a_mark_of_byte_order_and_capitals_do_no_harm(tmp_path: Path) -> None:
 
 def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
     """PyYAML follows YAML 1.1, where 6e-4 is a text."""
-    from mainrun.growth.schedule import from_text
+    from mainrun.plan.op_files import from_text
 
     for text, value in (("6e-4", 6e-4), ("1.5E+3", 1500.0), ("2e8", 2e8), ("-1e2", -100.0), ("7", 7), ("abc", "abc"), ("1e", "1e")):
         assert from_text(f"ops:\n- value: {text}\n") == {"ops": [{"value": value}]}

@@ -11,7 +11,8 @@ import pytest
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
-from mainrun.growth.schedule import Facts, Op, Rates, Schedule, Transfer, Trigger, after, due, from_text, read, walk
+from mainrun.plan.op_files import from_text, read
+from mainrun.plan.ops import Facts, Op, Rates, Schedule, Transfer, Trigger, after, due, walk
 
 START: dict[str, Any] = {
     "n_layer": 2,

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.growth.simulate import costs, latest, segments, simulate, size
+from mainrun.config import TrainConfig, from_dict
+from mainrun.plan.cost import costs, segments, size
+from mainrun.plan.plan import Plan
+from mainrun.plan.simulate import latest, simulate
 
 # 16 x 8 = 128 positions, 300 x 16 = 4,800 for the table, 32 for the last norm; each layer 1,024 + 2,048 in matrices and 208 in vectors
 BASE: dict[str, Any] = {

@@ -12,7 +12,6 @@ from torch import nn
 
 from mainrun.errors import RunError
 from mainrun.growth.moments import transfer
-from mainrun.growth.schedule import Transfer
 from mainrun.growth.verify import (
     covered,
     delta,
@@ -28,6 +27,7 @@ from mainrun.growth.verify import (
     symmetry_lock,
     tied,
 )
+from mainrun.plan.ops import Transfer
 from mainrun.train import GPT, Optimizers, State
 
 MANY = probe(V, 8, seed=3, rows=32)

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mainrun import guards as guards_module
-from mainrun import scoring
-from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.corpus import HUB_REVISIONS, Corpus, fingerprint, load_corpus
-from mainrun.guards import GUARDS, Evidence, Guard, guards
-from mainrun.scoring import evaluate, evaluate_source_hash
-from mainrun.tokens import EOS, PAD, TokenData, prepare
+from mainrun.checks import guards as guards_module
+from mainrun.checks.guards import GUARDS, Evidence, Guard, guards
+from mainrun.config import TrainConfig, from_dict
+from mainrun.data import scoring
+from mainrun.data.scoring import evaluate, evaluate_source_hash
+from mainrun.data.sources import HUB_REVISIONS, Corpus, fingerprint, load_corpus
+from mainrun.data.token_cache import TokenData, prepare
+from mainrun.data.tokenizer import EOS, PAD
+from mainrun.plan.plan import Plan
 
 SMALL: dict[str, Any] = {
     "num_titles": 3000, "vocab_size": 600, "block_size": 16, "batch_size": 4, "epochs": 7, "device": "cpu", "threads": 1,

@@ -22,12 +22,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mainrun import guards as guards_module
-from mainrun import scoring
-from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.corpus import HUB_REVISIONS, Corpus, fingerprints
-from mainrun.guards import GUARDS, Evidence, guards
-from mainrun.tokens import EOS, PAD, UNK, TokenData
+from mainrun.checks import guards as guards_module
+from mainrun.checks.guards import GUARDS, Evidence, guards
+from mainrun.config import TrainConfig, from_dict
+from mainrun.data import scoring
+from mainrun.data.sources import HUB_REVISIONS, Corpus, fingerprints
+from mainrun.data.token_cache import TokenData
+from mainrun.data.tokenizer import EOS, PAD, UNK
+from mainrun.plan.plan import Plan
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzé"
 BEYOND, WITHIN = 2e-6, 5e-7  # relative changes on both sides of the tolerance of figures, 1e-6

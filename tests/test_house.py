@@ -32,59 +32,59 @@ MAY_IMPORT = {
     "mainrun": "mainrun.config mainrun.errors",
     "mainrun.__main__": "mainrun.cli",
     "mainrun.errors": "",
-    "mainrun.inputs": "mainrun.errors",
-    "mainrun.synthetic": "",
-    "mainrun.config": "mainrun.errors mainrun.inputs mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
-    "mainrun.host": "",
-    "mainrun.kernels": "mainrun.native mainrun.native_gpu mainrun.host",
-    "mainrun.native": "mainrun.host",
-    "mainrun.native_gpu": "",
-    "mainrun.recorded": "",
-    "mainrun.machine": "mainrun.kernels mainrun.native mainrun.native_gpu mainrun.recorded mainrun.host mainrun.config mainrun.errors",
-    "mainrun.progress": "mainrun.config mainrun.errors",
-    "mainrun.store": "mainrun.inputs mainrun.config mainrun.errors",
+    "mainrun.files.inputs": "mainrun.errors",
+    "mainrun.data.synthetic": "",
+    "mainrun.config": "mainrun.errors mainrun.files.inputs mainrun.growth",  # of growth its schedule, which knows TrainConfig for its type alone
+    "mainrun.core.hardware": "",
+    "mainrun.core.kernels": "mainrun.core.native.cpu mainrun.core.native.gpu mainrun.core.hardware",
+    "mainrun.core.native.cpu": "mainrun.core.hardware",
+    "mainrun.core.native.gpu": "",
+    "mainrun.core.cuda_graph": "",
+    "mainrun.core.device": "mainrun.core.kernels mainrun.core.native.cpu mainrun.core.native.gpu mainrun.core.cuda_graph mainrun.core.hardware mainrun.config mainrun.errors",
+    "mainrun.run.progress": "mainrun.config mainrun.errors",
+    "mainrun.store": "mainrun.files.inputs mainrun.config mainrun.errors",
     "mainrun.layers": "mainrun.config mainrun.errors",
-    "mainrun.corpus": "mainrun.synthetic mainrun.host mainrun.inputs mainrun.config mainrun.errors",
-    "mainrun.tokens": "mainrun.corpus mainrun.host mainrun.config mainrun.errors mainrun.inputs",
-    "mainrun.scoring": "mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.guards": "mainrun.scoring mainrun.tokens mainrun.corpus mainrun.config mainrun.errors",
-    "mainrun.growth": "mainrun.layers mainrun.host mainrun.store mainrun.progress mainrun.inputs mainrun.config mainrun.errors "
-    "mainrun.train mainrun.machine",  # these two for their types alone
-    "mainrun.sitting": "mainrun.growth mainrun.host "
-    "mainrun.tokens mainrun.corpus mainrun.scoring mainrun.guards mainrun.store mainrun.machine mainrun.progress "
-    "mainrun.config mainrun.errors mainrun.reuse mainrun.train",  # these two for their types alone
-    "mainrun.reuse": "mainrun.growth mainrun.store mainrun.machine mainrun.config mainrun.errors mainrun.train",  # for its types alone
-    "mainrun.batch": "mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config",
-    "mainrun.audit": "mainrun.growth "
-    "mainrun.train mainrun.sitting mainrun.store mainrun.tokens mainrun.corpus mainrun.machine mainrun.config "
+    "mainrun.data.sources": "mainrun.data.synthetic mainrun.core.hardware mainrun.files.inputs mainrun.config mainrun.errors",
+    "mainrun.data.tokenizer": "mainrun.data.sources mainrun.core.hardware mainrun.config mainrun.errors mainrun.files.inputs",
+    "mainrun.data.scoring": "mainrun.data.tokenizer mainrun.data.sources mainrun.config mainrun.errors",
+    "mainrun.checks.guards": "mainrun.data.scoring mainrun.data.tokenizer mainrun.data.sources mainrun.config mainrun.errors",
+    "mainrun.growth": "mainrun.layers mainrun.core.hardware mainrun.store mainrun.run.progress mainrun.files.inputs mainrun.config mainrun.errors "
+    "mainrun.train mainrun.core.device",  # these two for their types alone
+    "mainrun.run.session": "mainrun.growth mainrun.core.hardware "
+    "mainrun.data.tokenizer mainrun.data.sources mainrun.data.scoring mainrun.checks.guards mainrun.store mainrun.core.device mainrun.run.progress "
+    "mainrun.config mainrun.errors mainrun.run.sharing mainrun.train",  # these two for their types alone
+    "mainrun.run.sharing": "mainrun.growth mainrun.store mainrun.core.device mainrun.config mainrun.errors mainrun.train",  # for its types alone
+    "mainrun.run.batch": "mainrun.store mainrun.data.tokenizer mainrun.data.sources mainrun.core.device mainrun.config",
+    "mainrun.checks.audit": "mainrun.growth "
+    "mainrun.train mainrun.run.session mainrun.store mainrun.data.tokenizer mainrun.data.sources mainrun.core.device mainrun.config "
     "mainrun.errors",
-    "mainrun.replay": "mainrun.audit mainrun.growth mainrun.train mainrun.sitting mainrun.guards mainrun.store mainrun.tokens "
-    "mainrun.corpus mainrun.machine mainrun.config mainrun.errors",
-    "mainrun.train": "mainrun.reuse mainrun.layers mainrun.tokens mainrun.corpus mainrun.scoring mainrun.sitting mainrun.growth "
-    "mainrun.kernels mainrun.store mainrun.machine mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.bench": "mainrun.kernels "
-    "mainrun.host mainrun.batch mainrun.progress mainrun.train mainrun.sitting mainrun.store mainrun.estimate "
-    "mainrun.scoring mainrun.machine mainrun.config mainrun.errors",
-    "mainrun.estimate": "mainrun.kernels mainrun.recorded mainrun.train mainrun.sitting mainrun.scoring mainrun.tokens mainrun.corpus "
+    "mainrun.replay": "mainrun.checks.audit mainrun.growth mainrun.train mainrun.run.session mainrun.checks.guards mainrun.store mainrun.data.tokenizer "
+    "mainrun.data.sources mainrun.core.device mainrun.config mainrun.errors",
+    "mainrun.train": "mainrun.run.sharing mainrun.layers mainrun.data.tokenizer mainrun.data.sources mainrun.data.scoring mainrun.run.session mainrun.growth "
+    "mainrun.core.kernels mainrun.store mainrun.core.device mainrun.run.progress mainrun.config mainrun.errors",
+    "mainrun.bench": "mainrun.core.kernels "
+    "mainrun.core.hardware mainrun.run.batch mainrun.run.progress mainrun.train mainrun.run.session mainrun.store mainrun.ui.estimate "
+    "mainrun.data.scoring mainrun.core.device mainrun.config mainrun.errors",
+    "mainrun.ui.estimate": "mainrun.core.kernels mainrun.core.cuda_graph mainrun.train mainrun.run.session mainrun.data.scoring mainrun.data.tokenizer mainrun.data.sources "
     "mainrun.growth "
-    "mainrun.machine "
+    "mainrun.core.device "
     "mainrun.config",
-    "mainrun.sample": "mainrun.train mainrun.tokens mainrun.store mainrun.errors",
-    "mainrun.compare": "mainrun.store mainrun.progress mainrun.config mainrun.errors mainrun.inputs",
-    "mainrun.doctor": "mainrun.host mainrun.machine mainrun.corpus mainrun.config mainrun.errors",
+    "mainrun.ui.sample": "mainrun.train mainrun.data.tokenizer mainrun.store mainrun.errors",
+    "mainrun.ui.compare": "mainrun.store mainrun.run.progress mainrun.config mainrun.errors mainrun.files.inputs",
+    "mainrun.ui.doctor": "mainrun.core.hardware mainrun.core.device mainrun.data.sources mainrun.config mainrun.errors",
     "mainrun.cli": "*",
-    "mainrun.demo": "mainrun.store mainrun.progress mainrun.config mainrun.errors",
-    "mainrun.terminal": "mainrun.host mainrun.inputs mainrun.errors",
-    "mainrun.store.cli": "mainrun.terminal mainrun.store mainrun.audit mainrun.progress mainrun.inputs mainrun.errors",
-    "mainrun.growth.cli": "mainrun.terminal mainrun.growth mainrun.store.cli mainrun.store mainrun.progress mainrun.inputs mainrun.config "
+    "mainrun.ui.demo": "mainrun.store mainrun.run.progress mainrun.config mainrun.errors",
+    "mainrun.ui.console": "mainrun.core.hardware mainrun.files.inputs mainrun.errors",
+    "mainrun.ui.store_cli": "mainrun.ui.console mainrun.store mainrun.checks.audit mainrun.run.progress mainrun.files.inputs mainrun.errors",
+    "mainrun.ui.growth_cli": "mainrun.ui.console mainrun.growth mainrun.ui.store_cli mainrun.store mainrun.run.progress mainrun.files.inputs mainrun.config "
     "mainrun.errors",
-    "mainrun.bench.cli": "mainrun.terminal mainrun.bench mainrun.config mainrun.errors",
+    "mainrun.bench.cli": "mainrun.ui.console mainrun.bench mainrun.config mainrun.errors",
     # they speak to the trainer through its config, the run directory and a subprocess
     "mainrun.stats": "",
-    "sweeps": "mainrun.store mainrun.corpus mainrun.growth mainrun.stats mainrun.host mainrun.terminal mainrun.progress mainrun.config "
-    "mainrun.inputs "
+    "sweeps": "mainrun.store mainrun.data.sources mainrun.growth mainrun.stats mainrun.core.hardware mainrun.ui.console mainrun.run.progress mainrun.config "
+    "mainrun.files.inputs "
     "mainrun.errors",
-    "reports": "mainrun.stats mainrun.store mainrun.compare mainrun.terminal mainrun.inputs mainrun.config mainrun.errors",
+    "reports": "mainrun.stats mainrun.store mainrun.ui.compare mainrun.ui.console mainrun.files.inputs mainrun.config mainrun.errors",
 }
 
 # What must start at once, and what must therefore wait until a function needs it.
@@ -176,7 +176,10 @@ def test_imports_go_one_way() -> None:
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"mainrun__config": "import mainrun.tokens", "mainrun__tokens": ""}, "mainrun.config must not import mainrun.tokens"),
+        (
+            {"mainrun__config": "import mainrun.data.tokenizer", "mainrun__tokens": ""},
+            "mainrun.config must not import mainrun.data.tokenizer",
+        ),
         (
             {"mainrun__layers__moe": "from mainrun.growth import verify", "mainrun__growth__verify": ""},
             "mainrun.layers must not import mainrun.growth",
@@ -185,14 +188,14 @@ def test_imports_go_one_way() -> None:
             {"mainrun__layers__moe": "from ..growth import verify", "mainrun__growth__verify": ""},
             "mainrun.layers must not import mainrun.growth",
         ),
-        ({"mainrun__scoring": "from . import train", "mainrun__train": ""}, "mainrun.scoring must not import mainrun.train"),
+        ({"mainrun__scoring": "from . import train", "mainrun__train": ""}, "mainrun.data.scoring must not import mainrun.train"),
         ({"sweeps__study": "from mainrun import train", "mainrun__train": ""}, "sweeps must not import mainrun.train"),
         ({"sweeps__study": "def f():\n    import mainrun.train as t", "mainrun__train": ""}, "sweeps must not import mainrun.train"),
         ({"reports__load": "import sweeps.ledger", "sweeps__ledger": ""}, "reports must not import sweeps"),
         ({"mainrun__store__rundir": "from sweeps import study", "sweeps__study": ""}, "mainrun.store must not import sweeps"),
         (
-            {"mainrun__store__nodes": "from mainrun.store.cli import app", "mainrun__store__cli": "app = 0"},
-            "must not import mainrun.store.cli",
+            {"mainrun__store__nodes": "from mainrun.ui.store_cli import app", "mainrun__store__cli": "app = 0"},
+            "must not import mainrun.ui.store_cli",
         ),
         ({"mainrun__novelty": ""}, "mainrun.novelty has no row"),
     ],

@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mainrun import corpus
 from mainrun.config import from_dict
-from mainrun.corpus import HUB_REPO, HUB_REVISIONS, download, hub_reachable, load_corpus
+from mainrun.data import sources as corpus
+from mainrun.data.sources import HUB_REPO, HUB_REVISIONS, download, hub_reachable, load_corpus
 from mainrun.errors import CorpusError, HubError
 
 TITLES = [f"Title {i} of the café – {i * i}" for i in range(300)]
@@ -166,7 +166,7 @@ def config(**changes: Any) -> Any:
 CHILD = """
 import json, sys
 from mainrun.config import from_dict
-from mainrun.corpus import load_corpus
+from mainrun.data.sources import load_corpus
 from mainrun.errors import MainrunError
 try:
     c = load_corpus(from_dict({"corpus": "hn", "num_titles": 200}))

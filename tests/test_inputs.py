@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mainrun import inputs
 from mainrun.errors import DiskFull, UsageError
-from mainrun.inputs import BadInput
+from mainrun.files import inputs
+from mainrun.files.inputs import BadInput
 
 
 def short(value: Any) -> str:

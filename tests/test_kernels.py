@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mainrun import kernels, machine, native
-from mainrun.host import cpu_flags
-from mainrun.kernels import attend, cross_entropy, gelu, linear, rms_norm, turned
+from mainrun.core import device as machine
+from mainrun.core import kernels
+from mainrun.core.hardware import cpu_flags
+from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rms_norm, turned
+from mainrun.core.native import cpu as native
 
 COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
 
@@ -180,7 +182,7 @@ def test_a_chance_that_is_zero_by_rounding_costs_much_and_not_infinity() -> None
 # -- in C++
 
 
-NATIVE = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler that makes native.cpp")
+NATIVE = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler that makes kernels.cpp")
 HALF = torch.bfloat16
 
 
@@ -586,8 +588,8 @@ def test_the_loss_on_a_gpu_is_the_mean_of_its_kernels_rows(monkeypatch: pytest.M
             seen.append((target.tolist(), log_sum.tolist(), grad.item()))
             return torch.full_like(logits, 0.25)
 
-    monkeypatch.setattr("mainrun.native_gpu", Kernels, raising=False)
-    monkeypatch.setitem(sys.modules, "mainrun.native_gpu", Kernels)
+    monkeypatch.setattr("mainrun.core.native.gpu", Kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "mainrun.core.native.gpu", Kernels)
     (logits,) = leaves(some(5, 3).t())
     loss, plain = kernels.CrossEntropyOnGpu.apply(logits, torch.arange(6)[::2])
     (loss * 4).backward()

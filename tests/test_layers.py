@@ -11,15 +11,16 @@ from growing import IDX, SMALL, V, at, config, gradients, probe, shaken, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mainrun.config import Plan, from_dict
+from mainrun.config import from_dict
+from mainrun.core.device import Machine
+from mainrun.core.kernels import cross_entropy
+from mainrun.core.moe import MoE
 from mainrun.errors import ConfigError
-from mainrun.estimate import memory
-from mainrun.growth.simulate import size
-from mainrun.kernels import cross_entropy
-from mainrun.layers.moe import MoE
-from mainrun.machine import Machine
-from mainrun.sitting import flops_per_token
+from mainrun.plan.cost import size
+from mainrun.plan.plan import Plan
+from mainrun.run.session import flops_per_token
 from mainrun.train import GPT, MLP, Optimizers, build
+from mainrun.ui.estimate import memory
 
 LATE: dict[str, Any] = {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2, "frozen": (0,), "unused_ids": 3}
 

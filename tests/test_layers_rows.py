@@ -12,10 +12,11 @@ from conftest import TINY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mainrun.config import Plan, StepInputs, TrainConfig, from_dict
-from mainrun.layers.average import Average
-from mainrun.layers.lora import LowRankEmbedding, LowRankLinear
-from mainrun.layers.moe import MoE
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.average import Average
+from mainrun.core.lora import LowRankEmbedding, LowRankLinear
+from mainrun.core.moe import MoE
+from mainrun.plan.plan import Plan, StepInputs
 from mainrun.train import build
 
 

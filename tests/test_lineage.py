@@ -23,15 +23,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mainrun import train as trainer
-from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.corpus import load_corpus
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.device import Machine
+from mainrun.core.hardware import cores, cxx
+from mainrun.core.machine_class import versions
+from mainrun.data.sources import load_corpus
+from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError
-from mainrun.host import cores, cxx
-from mainrun.machine import Machine, versions
+from mainrun.plan.plan import Plan
 from mainrun.store import lineage
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.tokens import prepare
 
 STEPS = 10  # of the base: warm-up 0 and 1, an op before 4, the decay from 6 (7 is the first to be lower), the average from 7 (8 differs)
 FALLS, AVERAGES, GROWS = 7, 8, 4

@@ -14,14 +14,17 @@ import pytest
 import torch
 from conftest import tiny_sets
 
-from mainrun import machine
 from mainrun import train as trainer
-from mainrun.config import Plan, TrainConfig, from_dict, load
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core import device as machine
+from mainrun.core.device import Machine, best_attention
+from mainrun.core.hardware import tune_allocator
+from mainrun.core.kernels import cross_entropy
+from mainrun.core.machine_class import compile_balance
 from mainrun.errors import ConfigError, Diverged, Interrupted
-from mainrun.host import tune_allocator
-from mainrun.kernels import cross_entropy
-from mainrun.machine import Machine, best_attention, compile_balance
-from mainrun.progress import Progress
+from mainrun.plan.plan import Plan
+from mainrun.plan.recipes import load
+from mainrun.run.progress import Progress
 from mainrun.store.rundir import RunDir
 from mainrun.train import train
 
@@ -47,7 +50,7 @@ def python(code: str, **env: str) -> str:
 # twenty times a tensor of 64 MB: mapped anew each time, or kept
 FAULTS = """
 import resource
-from mainrun.host import tune_allocator
+from mainrun.core.hardware import tune_allocator
 said = tune_allocator()
 import torch
 torch.set_num_threads(1)
@@ -69,7 +72,7 @@ def test_the_tuned_allocator_keeps_a_steps_memory() -> None:
 
 
 def test_the_peak_is_this_processes_and_not_its_parents() -> None:
-    child = "from mainrun.host import peak_memory; print(peak_memory())"
+    child = "from mainrun.core.hardware import peak_memory; print(peak_memory())"
     held = f"import subprocess, sys; much = b'x' * 500_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
     assert 5_000_000 < int(python(held)) < 100_000_000
 
@@ -108,7 +111,7 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
         assert not found.facts["compile"] and "compiler" not in found.facts
         plan = Plan(cfg, tokens)
         found.settle(cfg, plan)
-        costs, saves = compile_balance(cfg, plan, found)
+        costs, saves = compile_balance(cfg, plan, found.device.type, found.threads)
         assert found.compile == found.facts["compile"] == compiled == (saves > costs)
         assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.why) == compiled
         assert ("compiler" in found.facts) == compiled
@@ -122,10 +125,10 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
 def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load("optimized", ["device=cpu", "threads=2"])[0]
     plan = Plan(cfg, 3_000_000)
-    once = compile_balance(cfg, plan, Machine(cfg))
+    once = compile_balance(cfg, plan, "cpu", Machine(cfg).threads)
     monkeypatch.setattr("time.perf_counter", lambda: 0.0)
-    assert compile_balance(cfg, plan, Machine(cfg)) == once
-    assert compile_balance(cfg, Plan(cfg, 6_000_000), Machine(cfg))[1] == pytest.approx(2 * once[1], rel=1e-3)
+    assert compile_balance(cfg, plan, "cpu", Machine(cfg).threads) == once
+    assert compile_balance(cfg, Plan(cfg, 6_000_000), "cpu", Machine(cfg).threads)[1] == pytest.approx(2 * once[1], rel=1e-3)
 
 
 def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

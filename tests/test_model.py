@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mainrun import train as trainer
-from mainrun.config import Plan, StepInputs, TrainConfig, from_dict, load
-from mainrun.machine import Machine
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.device import Machine
+from mainrun.data.tokenizer import EOS
+from mainrun.plan.plan import Plan, StepInputs
+from mainrun.plan.recipes import load
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.tokens import EOS
 from mainrun.train import (
     GPT,
     Average,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mainrun import kernels, machine
+from mainrun.core import device as machine
+from mainrun.core import kernels
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,7 +53,7 @@ def test_it_is_the_formula_and_the_same_bits_again(rows: int, vocab: int, factor
 
 @HERE
 def test_its_edges() -> None:
-    from mainrun import native_gpu
+    from mainrun.core.native import gpu as native_gpu
 
     logits = torch.tensor([[0.0, 200.0, 0.0], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=torch.bfloat16, device=DEVICE)
     loss, _ = native_gpu.cross_entropy(logits, torch.tensor([0, 0, 1], device=DEVICE))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mainrun.config import load, preset_names
+from mainrun.plan.recipes import load, preset_names
 from mainrun.train import train
 
 # the ladder at a scale of seconds a step

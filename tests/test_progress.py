@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mainrun import progress
 from mainrun.config import TrainConfig
-from mainrun.progress import Bar, Lines, Progress, clock, make_progress, percent, short
+from mainrun.run import progress
+from mainrun.run.progress import Bar, Lines, Progress, clock, make_progress, percent, short
 
 TABLE = {"steps": 200, "tokens_per_step": 8192}
 
@@ -210,7 +210,7 @@ def test_no_color_is_honoured(no_color: str) -> None:
 
 
 def test_importing_it_is_light() -> None:
-    code = "import sys, mainrun.progress; print(sorted({'rich', 'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, mainrun.run.progress; print(sorted({'rich', 'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 from test_growth_live import MANY, SMALL, config
 
-from mainrun import guards
+from mainrun.checks import guards
 from mainrun.config import TrainConfig, from_dict
 from mainrun.replay import all_guards, first_steps
 from mainrun.store.rundir import RunDir

@@ -24,13 +24,17 @@ import torch
 from conftest import TINY, tiny_sets
 from typer.testing import CliRunner, Result
 
-from mainrun import batch, machine, reuse, sitting
 from mainrun import train as trainer
 from mainrun.cli import app
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core import device as machine
+from mainrun.core.device import Machine
 from mainrun.errors import Diverged, Interrupted
-from mainrun.machine import Machine
-from mainrun.progress import Progress
+from mainrun.plan.plan import Plan
+from mainrun.run import batch
+from mainrun.run import session as sitting
+from mainrun.run import sharing as reuse
+from mainrun.run.progress import Progress
 from mainrun.store import checkpoint, leases, nodes
 from mainrun.store.files import Folder
 from mainrun.store.leases import Leases
@@ -401,7 +405,7 @@ def test_what_began_on_another_machine_is_never_filed_as_this_one_s(tmp_path: Pa
     """Its checkpoint has that machine's bits; the keys of this machine promise this one's."""
     cfg, store, watch = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
     with monkeypatch.context() as patch:
-        patch.setattr("mainrun.machine.cpu_name", lambda: "another processor")
+        patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")
         with pytest.raises(Killed):
             train(cfg, tmp_path, store=store, progress=Watch({14: crash}))
     train(cfg, tmp_path, store=store, progress=watch)
@@ -1162,7 +1166,7 @@ def worker() -> Iterator[Callable[..., Worker]]:
 
 
 def baseline(**changes: Any) -> TrainConfig:
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     return from_dict(load("baseline")[0].model_dump() | TINY | SMALL | changes)
 

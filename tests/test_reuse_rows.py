@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-from mainrun import reuse
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import MainrunError
-from mainrun.reuse import Other, Reuse
+from mainrun.plan.plan import Plan
+from mainrun.run import sharing as reuse
+from mainrun.run.sharing import Other, Reuse
 from mainrun.store import lineage
 from mainrun.store.leases import Fenced
 from mainrun.store.nodes import Damaged, Node, Refused

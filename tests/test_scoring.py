@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mainrun import scoring
+from mainrun.data import scoring
+from mainrun.data.scoring import evaluate, official_coverage, official_spans
 from mainrun.errors import ConfigError
-from mainrun.scoring import evaluate, official_coverage, official_spans
 
 EOS = 1  # the task's; written out here on purpose
 VOCAB = 23

@@ -14,14 +14,16 @@ import pytest
 from conftest import TINY
 from torch import nn
 
-from mainrun import scoring, sitting
-from mainrun.config import Plan, TrainConfig, from_dict
-from mainrun.corpus import load_corpus
+from mainrun.config import TrainConfig, from_dict
+from mainrun.data import scoring
+from mainrun.data.sources import load_corpus
+from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
-from mainrun.progress import Progress
+from mainrun.plan.plan import Plan
+from mainrun.run import session as sitting
+from mainrun.run.progress import Progress
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.tokens import prepare
 from mainrun.train import build, train
 
 SMALL: dict[str, Any] = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "checkpoint_every": 10, "dev_frac": 0.1}

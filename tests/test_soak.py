@@ -19,8 +19,8 @@ import soak
 import torch
 from soak_sessions import Disturbance, Ending, Session
 
-from mainrun.config import Plan
-from mainrun.sitting import finish
+from mainrun.plan.plan import Plan
+from mainrun.run.session import finish
 from mainrun.store.files import Folder
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir, write_json

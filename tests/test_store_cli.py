@@ -18,9 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mainrun.errors import ConfigError, MainrunError, RunError, UsageError
-from mainrun.store import cli
 from mainrun.store.files import Entry
 from mainrun.store.nodes import Damaged, Node, Store
+from mainrun.ui import store_cli as cli
 
 KEYS = ["a" * 64, "ab" + "c" * 62, "d" * 64]
 
@@ -265,7 +265,7 @@ def audited(monkeypatch: pytest.MonkeyPatch, *findings: tuple[Node, str, str]) -
         asked.append(args)
         return [SimpleNamespace(node=one, status=status, why=why) for one, status, why in findings]
 
-    monkeypatch.setitem(sys.modules, "mainrun.audit", SimpleNamespace(audit=audit))
+    monkeypatch.setitem(sys.modules, "mainrun.checks.audit", SimpleNamespace(audit=audit))
     return asked
 
 

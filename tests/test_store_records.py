@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mainrun import inputs
 from mainrun.errors import RunError
-from mainrun.inputs import BadInput
+from mainrun.files import inputs
+from mainrun.files.inputs import BadInput
 from mainrun.store import records
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -19,9 +19,9 @@ from conftest import TINY
 from handing_in import ROOT, commit, git, pdf, quoting, repository, summary
 from test_upload import Server, answer, serving
 
+from mainrun.checks.guards import GUARDS
 from mainrun.config import from_dict
 from mainrun.errors import MainrunError, UsageError
-from mainrun.guards import GUARDS
 from mainrun.train import train
 from reports import bundle, submission, verification
 from reports.bundle import MANIFEST, pack, sha256

@@ -19,8 +19,9 @@ from conftest import TINY
 from typer.testing import CliRunner
 
 from mainrun.cli import app
-from mainrun.config import Plan, TrainConfig
+from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, UsageError
+from mainrun.plan.plan import Plan
 from mainrun.store.rundir import RunDir
 from sweeps import branch, study
 from sweeps.confirm import confirm
@@ -255,7 +256,7 @@ def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
 
 
 def test_sets_say_a_config_again() -> None:
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     cfg = made().base().model_copy(update={"lr": 0.0123456789012345})
     assert load("baseline", sets_of(made(), cfg))[0] == cfg
@@ -263,7 +264,7 @@ def test_sets_say_a_config_again() -> None:
 
 def test_a_study_may_begin_with_a_preset_of_ones_own(tmp_path: Path) -> None:
     """Such a preset's name is no longer the way to it."""
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     file = tmp_path / "mine.toml"
     file.write_text('base = "baseline"\nlr = 0.02\n')
@@ -442,7 +443,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     best = runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out])
     assert best.exit_code == 0 and "--preset won.toml" in best.output
     assert "won.toml is there already" in runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out]).stderr
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     number = json.loads(runner.invoke(app, ["sweep", "best", "tiny", "--json", *out]).output)["trial"]
     trial = next(t for t in found["trials"] if t["trial"] == number)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from searching import make_study
 
-from mainrun.config import Plan, TrainConfig
+from mainrun.config import TrainConfig
+from mainrun.plan.plan import Plan
 from sweeps import branch
 
 TRAIN_TOKENS = 100 * 128 + 1  # 100 steps

@@ -26,9 +26,10 @@ from searching import (
     write_run,
 )
 
-from mainrun.config import TrainConfig, load
-from mainrun.corpus import load_corpus
+from mainrun.config import TrainConfig
+from mainrun.data.sources import load_corpus
 from mainrun.errors import DiskFull, Interrupted, MainrunError, RunError, UsageError
+from mainrun.plan.recipes import load
 from sweeps import driver, record
 from sweeps.driver import Search, Trial, sets_of
 from sweeps.engine.protocol import Outcome, Task

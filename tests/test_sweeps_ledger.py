@@ -10,7 +10,7 @@ import pytest
 from searching import eval_row, make_study, step_row, write_rows
 
 from mainrun.errors import RunError
-from mainrun.growth.simulate import costs
+from mainrun.plan.cost import costs
 from mainrun.store.rundir import RunDir
 from sweeps.ledger import Ledger, spent, total
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from searching import FIELDS, TRAIN_TOKENS, make_study
 
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
+from mainrun.plan.plan import Plan
 from sweeps.space import DERIVED, NEVER, Choice, Range, active, changed, faults, known_fields, resolved
 
 LR: dict[str, Any] = {"low": 1e-3, "high": 0.1}

@@ -15,7 +15,7 @@ from statistics import mean, pstdev
 
 import pytest
 
-from mainrun.synthetic import LONGEST, TOPIC_LISTS, inflect, titles
+from mainrun.data.synthetic import LONGEST, TOPIC_LISTS, inflect, titles
 
 FIRST_1000 = "e6b6f8c3170587cf629a70c4152454a3f46270d7afd43c7cc02862f0c3178b07"
 
@@ -31,7 +31,7 @@ def test_the_first_thousand_are_pinned() -> None:
 
 
 def test_another_process_with_another_hash_seed_writes_the_same() -> None:
-    code = "import hashlib; from mainrun.synthetic import titles; print(hashlib.sha256('\\n'.join(titles(1000)).encode()).hexdigest())"
+    code = "import hashlib; from mainrun.data.synthetic import titles; print(hashlib.sha256('\\n'.join(titles(1000)).encode()).hexdigest())"
     out = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == FIRST_1000
 

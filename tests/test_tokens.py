@@ -24,11 +24,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mainrun import tokens
-from mainrun.config import Plan, from_dict
-from mainrun.corpus import Corpus
+from mainrun.config import from_dict
+from mainrun.data import tokenizer as tokens
+from mainrun.data.batches import Batches
+from mainrun.data.sources import Corpus
+from mainrun.data.token_cache import prepare
+from mainrun.data.tokenizer import EOS, UNK, Tokenizer, fit
 from mainrun.errors import ConfigError, RunError, UsageError
-from mainrun.tokens import EOS, UNK, Batches, Tokenizer, fit, prepare
+from mainrun.plan.plan import Plan
 
 KINDS = ("bpe", "unigram")
 SYLLABLES = (["ker", "ban", "sho", "lu"], ["", "pyt", "ro", "mi"], ["st", "nel", "ng", "o"])
@@ -207,7 +210,7 @@ def test_long_titles_and_odd_ones_are_part_of_the_fit(kind: str, extra: str) -> 
 
 FIT = """
 import sys
-from mainrun.tokens import fit
+from mainrun.data.tokenizer import fit
 titles = sys.stdin.read().split("\\n")
 for kind in ("bpe", "unigram"):
     t = fit(kind, titles, 900)
@@ -384,7 +387,7 @@ sys.path.insert(0, sys.argv[1])
 import test_tokens
 from conftest import TINY
 from mainrun.config import from_dict
-from mainrun.tokens import prepare
+from mainrun.data.tokenizer import prepare
 print("ready", flush=True)
 sys.stdin.readline()
 warnings.simplefilter("error" if sys.argv[2] == "empty" else "ignore")
@@ -416,7 +419,7 @@ Act = Callable[[], object]
 
 
 def run_interrupted(call: Act, line: int, act: Act) -> bool:
-    """Call it, and act just before it reaches the given line of the functions of mainrun/tokens.py. False: it reaches fewer lines."""
+    """Call it, and act just before it reaches the given line of the functions of mainrun/data/tokenizer.py. False: it reaches fewer lines."""
     left, before = line, sys.gettrace()
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -599,7 +602,8 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
 def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, int], epochs: int) -> None:
     from conftest import TINY
 
-    from mainrun.config import Plan, from_dict
+    from mainrun.config import from_dict
+    from mainrun.plan.plan import Plan
 
     stream, batch, block = geometry
     cfg = from_dict(TINY | {"block_size": block, "batch_size": batch, "epochs": epochs})
@@ -757,5 +761,5 @@ def test_a_stream_shorter_than_one_step_is_refused(tiny, order: str) -> None:
 
 def test_tokenizer_libraries_are_imported_when_used() -> None:
     """The command line reads this module's names; it must not pay for the libraries, nor for torch."""
-    code = "import sys, mainrun.tokens; print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"
+    code = "import sys, mainrun.data.tokenizer; print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

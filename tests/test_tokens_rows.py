@@ -16,11 +16,13 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from mainrun import tokens
 from mainrun.config import TrainConfig, from_dict
-from mainrun.corpus import Corpus, fingerprints
+from mainrun.data import tokenizer as tokens
+from mainrun.data.batches import Batches
+from mainrun.data.sources import Corpus, fingerprints
+from mainrun.data.token_cache import prepare
+from mainrun.data.tokenizer import EOS, PAD, UNK, Tokenizer, fit
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
-from mainrun.tokens import EOS, PAD, UNK, Batches, Tokenizer, fit, prepare
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "again", "and", "café", "x{1}")
 TITLES = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8)) + f" {i}" for i in range(300)]

@@ -19,16 +19,17 @@ import pytest
 import torch
 from conftest import TINY, tiny_sets
 
-from mainrun import sitting
 from mainrun import train as trainer
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
-from mainrun.estimate import estimate
-from mainrun.progress import Lines, Progress
-from mainrun.sample import load_model, sample
+from mainrun.plan.plan import Plan
+from mainrun.run import session as sitting
+from mainrun.run.progress import Lines, Progress
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import train
+from mainrun.ui.estimate import estimate
+from mainrun.ui.sample import load_model, sample
 
 SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # about 30 steps, a second
 

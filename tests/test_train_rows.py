@@ -19,16 +19,18 @@ from conftest import TINY
 from torch import Tensor, nn
 
 from mainrun import train as trainer
-from mainrun.config import Plan, StepInputs, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.device import Machine
+from mainrun.core.dropout import Masks
+from mainrun.core.optimizers import Muon
+from mainrun.data.tokenizer import EOS
 from mainrun.errors import Diverged, Interrupted, RunError
 from mainrun.growth.moments import Mark
-from mainrun.kernels import Masks, Muon
-from mainrun.machine import Machine
-from mainrun.progress import Progress
+from mainrun.plan.plan import Plan, StepInputs
+from mainrun.run.progress import Progress
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.tokens import EOS
 from mainrun.train import GPT, Optimizers, RMSNorm, State, Stepper, build, compute_loss, drops, mix, rope_table, rotate, train
 
 V = 20  # vocabulary

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.terminal import Debug, Json, commands, emit, process_group, show_table, stoppable
+from mainrun.ui.console import Debug, Json, commands, emit, process_group, show_table, stoppable
 
 app = commands("Measure steps, and what sharing them saves: step, gpu, lineage.")
 
@@ -36,7 +36,7 @@ def bench_step(
     Each rival has a process of its own and they take turns, step by step. The plain loop is always float32 with AdamW.
     """
     from mainrun.bench import step
-    from mainrun.config import load
+    from mainrun.plan.recipes import load
 
     configs = load(preset, sets or [])
     if len(configs) > 1:
@@ -62,7 +62,8 @@ def bench_lineage(
 
     Four studies are trained with a store and from scratch; it takes a while (half an hour for all of them).
     """
-    from mainrun.config import from_dict, load, parse_set
+    from mainrun.config import from_dict
+    from mainrun.plan.recipes import load, parse_set
 
     if not (re.fullmatch(r"[1-4](,[1-4])*", studies)):
         raise UsageError(f"got --studies {studies!r}; write some of 1,2,3,4 with commas between them")

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.bench.step import gigabytes, start
-from mainrun.config import TrainConfig, load
+from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, UsageError
+from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
 
 PRESETS = ("baseline", "optimized")

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mainrun import batch
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import Interrupted, MainrunError
+from mainrun.plan.plan import Plan
+from mainrun.run import batch
 from mainrun.store import lineage
 from mainrun.store.nodes import Node, Store
 from mainrun.store.rundir import RunDir

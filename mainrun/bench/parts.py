@@ -15,8 +15,8 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mainrun.config import TrainConfig
-from mainrun.kernels import Masks
-from mainrun.machine import Machine
+from mainrun.core.device import Machine
+from mainrun.core.dropout import Masks
 from mainrun.train import GPT, Attention, RMSNorm
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")

@@ -18,9 +18,10 @@ import threading
 import time
 from typing import Any, Protocol, TextIO
 
-from mainrun.config import Plan, TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.hardware import cores, peak_memory, tune_allocator
 from mainrun.errors import MainrunError, UsageError
-from mainrun.host import cores, peak_memory, tune_allocator
+from mainrun.plan.plan import Plan
 
 WARMUP = 2  # steps: the first compiles and maps the memory, the second finds all of it there
 TOKENS_A_TITLE = 14  # about; the plan's length decides whether compile=auto compiles
@@ -75,8 +76,8 @@ class Plain:
 
 class Ours:
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        from mainrun.estimate import Trial
-        from mainrun.machine import Machine
+        from mainrun.core.device import Machine
+        from mainrun.ui.estimate import Trial
 
         self.machine = Machine(cfg)
         tokens = max(TOKENS_A_TITLE * cfg.num_titles, 2 * cfg.batch_size * cfg.block_size + 1)
@@ -93,8 +94,8 @@ class Ours:
         return {"seconds": (time.perf_counter() - clock) / count, "loss": loss}
 
     def about(self) -> dict[str, Any]:
-        from mainrun.estimate import memory
-        from mainrun.sitting import flops_per_token
+        from mainrun.run.session import flops_per_token
+        from mainrun.ui.estimate import memory
 
         model = self.trial.state.model
         return {
@@ -122,7 +123,7 @@ class Ours:
 
     def evaluation(self) -> dict[str, Any]:
         """What a score of a few batches costs, and how far bfloat16 is from float32 on the same weights."""
-        from mainrun.scoring import evaluate
+        from mainrun.data.scoring import evaluate
         from mainrun.train import GPT
 
         cfg, model = self.cfg, self.trial.state.model
@@ -146,7 +147,7 @@ class Ours:
 class Floor:
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
         from mainrun.bench import parts
-        from mainrun.machine import Machine
+        from mainrun.core.device import Machine
 
         self.machine = Machine(cfg)
         self.floor = parts.Floor(cfg, cfg.vocab_size, self.machine.device)

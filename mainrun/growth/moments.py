@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mainrun.growth.schedule import Op
+    from mainrun.plan.ops import Op
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
 Factor = float | Tensor  # one for all, or what broadcasts to the tensor

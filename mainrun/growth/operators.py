@@ -88,7 +88,7 @@ class Change:
 def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
     """The model after an op, and where its numbers came from. seed: of what the op draws.
 
-    op: its name, value and init, of mainrun.growth.schedule; before and after: the configs in force.
+    op: its name, value and init, of mainrun.plan.ops; before and after: the configs in force.
     """
     new = like(model, after)
     pieces, moved = mapped(op, before, after, model, new, seed)

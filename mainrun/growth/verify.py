@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.moe import MoE
 from mainrun.growth.moments import IndexMap
-from mainrun.layers.moe import MoE
 
 if TYPE_CHECKING:
     from mainrun.train import GPT, Optimizers

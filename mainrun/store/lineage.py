@@ -14,7 +14,8 @@ import json
 import struct
 from typing import Any, get_type_hints
 
-from mainrun.config import Plan, StepInputs, TrainConfig
+from mainrun.config import TrainConfig
+from mainrun.plan.plan import Plan, StepInputs
 
 # Static fields of which only the effect counts, and that is in the chain's beginning anyway: in the tokens, or in the machine class.
 IN_TOKENS = {"corpus", "num_titles", "shuffle", "val_frac", "dev_frac", "tokenizer", "tokenizer_fit", "vocab_size"}

@@ -15,9 +15,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from mainrun import inputs
 from mainrun.errors import RunError
-from mainrun.inputs import BadInput, shown
+from mainrun.files import inputs
+from mainrun.files.inputs import BadInput, shown
 
 LARGEST = 4_000_000_000  # bytes of a log
 LARGEST_DOCUMENT = 500_000_000  # bytes of a JSON document

@@ -21,10 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from mainrun import inputs
 from mainrun.config import TrainConfig, digest_of, from_dict
 from mainrun.errors import ConfigError, DiskFull, RunError, UsageError
-from mainrun.inputs import BadInput
+from mainrun.files import inputs
+from mainrun.files.inputs import BadInput
 from mainrun.store import records
 
 FIX = "restore it, or train the run again with --fresh"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 
-from mainrun.host import cores
+from mainrun.core.hardware import cores
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.engine.worker import STOPPED, End, insist, start
 

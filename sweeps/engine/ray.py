@@ -20,8 +20,8 @@ import subprocess
 import threading
 from typing import Any
 
+from mainrun.core.hardware import cores
 from mainrun.errors import UsageError
-from mainrun.host import cores
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.engine.worker import STOPPED, End, insist, start
 

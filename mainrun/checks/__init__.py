@@ -1,0 +1,1 @@
+"""Work that is done again and compared: guards, the audit of a store, repeated growth."""

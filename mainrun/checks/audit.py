@@ -1,0 +1,165 @@
+"""Train random segments of the store again and compare every bit: what the store promises is checked, not believed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mainrun.config import from_dict
+from mainrun.core.device import Machine
+from mainrun.core.machine_class import versions
+from mainrun.data.batches import Batches
+from mainrun.data.sources import load_corpus
+from mainrun.data.token_cache import TokenData, prepare
+from mainrun.errors import MainrunError
+from mainrun.growth.controller import Growth, taken
+from mainrun.plan.plan import Plan
+from mainrun.run.session import score
+from mainrun.store import lineage
+from mainrun.store.checkpoint import fitting, sha256_tensors
+from mainrun.store.nodes import Damaged, Node, Store, misplaced
+from mainrun.train import State, Stepper, build
+
+
+@dataclass
+class Finding:
+    node: Node
+    status: str  # same | differs | skipped
+    why: str = ""
+
+
+REACH = 10_000  # steps that one segment may take
+
+
+def audit(store: Store, segments: int, seed: int | None = None, reach: int = REACH) -> Iterator[Finding]:
+    """A random few of the nodes; where there are fewer that can be trained again, the others with the reason."""
+    nodes, damaged = store.summary()
+    for key, why in damaged:
+        yield Finding(_unreadable(key), "differs", why)
+    states, chance = store.states(), random.Random(seed)
+    there = {node.key: node for node in nodes}
+    begins = {node.key: _before(node, there, states) for node in nodes}
+    ways = {node.key: node.step - (before.step if (before := begins[node.key]) else 0) for node in nodes}
+    ready = [node for node in nodes if node.state in states and ways[node.key] <= reach]
+    picked = chance.sample(ready, min(segments, len(ready)))
+    for node in picked:
+        try:
+            if misplaced(node, there.get(node.parent)):
+                raise Damaged(f"{node.parent[:12]} is not what it says was before it")
+            node = store.node(node.key)
+        except Damaged as e:
+            yield Finding(node, "differs", str(e))
+            continue
+        yield _again(store, node, begins[node.key])
+    rest = [node for node in nodes if node.state not in states or ways[node.key] > reach]
+    for node in sorted(rest, key=lambda node: node.state not in states)[: segments - len(picked)]:
+        if node.state in states:
+            why = f"the nearest state before it is {ways[node.key]:,} steps away; --reach {ways[node.key]} goes that far"
+        else:
+            why = "its state was evicted, so there is nothing to compare with"
+        yield Finding(node, "skipped", why)
+
+
+def _before(node: Node, nodes: Mapping[str, Node], states: Container[str]) -> Node | None:
+    """The nearest one before it whose state is there; None: only the start of all."""
+    while node.begins:
+        before = nodes.get(node.parent)
+        if before is None or misplaced(node, before):
+            return None
+        if before.state in states:
+            return before
+        node = before
+    return None
+
+
+def _again(store: Store, node: Node, before: Node | None) -> Finding:
+    """Train to a node from one before it, or from the start."""
+    try:
+        cfg = from_dict(node.config)
+        machine, corpus = Machine(cfg), load_corpus(cfg)
+        data = prepare(cfg, corpus)
+        plan = Plan(cfg, len(data.splits["train"]), node.grown.get("fired", ()))
+        machine.settle(cfg, plan)
+        begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), machine.facts)
+        if lineage.root(begun) != node.root:
+            theirs = dict(store.roots()).get(node.root, {})
+            return Finding(node, "skipped", "; ".join(lineage.differences(begun, theirs)[:3]))
+        if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
+            return Finding(node, "differs", "its config does not lead to its key")
+        state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
+        state.model.set_up(plan.at(0), machine.attention)
+        if before:
+            with fitting(f"node {before.key[:12]}"):
+                state.load(store.load(before), before.step, before.presented, taken(plan, before))
+        stored = store.load(node)
+    except Damaged as e:
+        return Finding(node, "differs", str(e))
+    except MainrunError as e:
+        return Finding(node, "skipped", str(e))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as e:  # a node that a hand wrote
+        return Finding(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
+    scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
+    found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
+    try:
+        rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
+    except MainrunError as e:  # an op that did not keep its word here
+        return Finding(node, "differs", str(e))
+    if node.geometry != list(cfg.geometry):
+        return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
+    presented = plan.tokens(node.step) * cfg.passes
+    if node.presented != presented:
+        return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")
+    return Finding(node, *_compare(node, stored, state, rows))
+
+
+def again(growth: Growth, data: TokenData, end: int, scored: Callable[[int], bool], decides: bool = False) -> Iterator[dict[str, Any]]:
+    """Train on to step `end`, or the run's: the rows of every step on the way, and the scores after those that are `scored`.
+
+    decides: the scores say what grows, as in a run; they must be all that it had so far. Else the plan knows.
+    """
+    cfg, machine, state = growth.cfg, growth.machine, growth.state
+    batches, stepper = Batches(cfg, data.splits["train"]), Stepper(state.cfg, machine, state)
+    while True:
+        if scored(state.step):
+            found = [row | growth.figures(state.step) for row in score(cfg, data, state)]
+            yield from found
+            if decides:
+                growth.heard(found)
+                growth.decide()
+        if state.step >= min(end, growth.plan.steps):
+            return
+        if growth.waits and growth.act(list):
+            stepper = Stepper(state.cfg, machine, state)
+        inputs = growth.plan.at(state.step)
+        x, y = (machine.put(a) for a in batches.at(state.step, growth.plan.stretch(state.step)))
+        loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
+        stepper.update(inputs)
+        state.step += 1
+        row = {"event": "step", "step": state.step, "tokens": growth.plan.tokens(state.step), "lr": inputs.lr}
+        yield row | {"loss": loss, "grad_norm": norm}
+
+
+def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    again = state.tensors()
+    if names := sorted({*stored} ^ {*again}):
+        return "differs", f"one of them has no {names[0]}"
+    apart = [name for name in sorted(again) if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))]
+    if apart:
+        return "differs", f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
+    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows if row["event"] in ("step", "eval")}
+    for row in rows:
+        there = kept.pop((row["event"], row["step"], row.get("split")), None)
+        if there is None:
+            return "differs", f"no {row['event']} row of step {row['step']}"
+        for name in sorted({*row, *there} - {"seconds"}):
+            if there.get(name) != row.get(name):
+                return "differs", f"{name} at step {row['step']}: {there.get(name)!r} in the store, {row.get(name)!r} now"
+    if kept:
+        return "differs", "the store has a row that no step writes: {} of step {}".format(*next(iter(kept)))
+    return "same", ""
+
+
+def _unreadable(key: str) -> Node:
+    return Node(key, "", "", 0, 0, 0, "", 0, [], 0.0, "", {}, 0.0, "")

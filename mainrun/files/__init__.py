@@ -1,0 +1,1 @@
+"""Files that users write, hashes of files, and locks between processes."""

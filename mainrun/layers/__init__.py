@@ -1,1 +1,0 @@
-"""What no preset needs of a model, or of what is scored."""
