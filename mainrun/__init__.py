@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Diverged", "Interrupted", "MainrunError", "TrainConfig", "UsageError", "__version__", "from_dict", "load"]
+__all__ = [
+    "Diverged",
+    "Interrupted",
+    "MainrunError",
+    "TrainConfig",
+    "UsageError",
+    "__version__",
+    "from_dict",
+    "load",
+]
 
 _HOME = {
     "TrainConfig": "mainrun.config",

@@ -67,7 +67,9 @@ def main() -> None:
     try:
         app()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; one more Ctrl-C must not tear the libraries' goodbyes
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # all is said; one more Ctrl-C must not tear the libraries' goodbyes
 
 
 def _version(asked: bool) -> None:
@@ -79,7 +81,9 @@ def _version(asked: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
@@ -90,19 +94,43 @@ def _root(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")] = "optimized",
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")] = None,
+    preset: Annotated[
+        str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")
+    ] = "optimized",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated."),
+    ] = None,
     out: Out = Path("runs"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left, and redo it.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")] = False,
-    probe: Annotated[bool, typer.Option("--probe", help="With --dry-run: take the time of a few steps, and throw them away.")] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say which steps the store, a run or another step has already; train nothing.")
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what an earlier start of this run left, and redo it.")
     ] = False,
-    until: Annotated[int, typer.Option("--until", min=0, metavar="STEP", help="Stop after that step; the same command goes on.")] = 0,
-    no_store: Annotated[bool, typer.Option("--no-store", help="Train every step, and keep none for other runs.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")
+    ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="With --dry-run: take the time of a few steps, and throw them away."),
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Say which steps the store, a run or another step has already; train nothing."
+        ),
+    ] = False,
+    until: Annotated[
+        int,
+        typer.Option(
+            "--until", min=0, metavar="STEP", help="Stop after that step; the same command goes on."
+        ),
+    ] = 0,
+    no_store: Annotated[
+        bool, typer.Option("--no-store", help="Train every step, and keep none for other runs.")
+    ] = False,
     place: StorePlace = None,
-    size: Annotated[str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")] = "20GB",
+    size: Annotated[
+        str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")
+    ] = "20GB",
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
     debug: Debug = False,
@@ -116,11 +144,17 @@ def train(
     from mainrun.plan.recipes import load
 
     if probe and not dry_run:
-        raise UsageError("got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train")
+        raise UsageError(
+            "got --probe without --dry-run, which it refines; add --dry-run, or leave --probe out to train"
+        )
     if dry_run and plan:
-        raise UsageError("got --dry-run and --plan; give one of them: what a run costs, or what of it is there already")
+        raise UsageError(
+            "got --dry-run and --plan; give one of them: what a run costs, or what of it is there already"
+        )
     if until and (dry_run or plan):
-        raise UsageError(f"got --until {until} and {'--dry-run' if dry_run else '--plan'}, which trains nothing; leave one of them out")
+        raise UsageError(
+            f"got --until {until} and {'--dry-run' if dry_run else '--plan'}, which trains nothing; leave one of them out"
+        )
     if plan and fresh:
         raise UsageError("got --plan and --fresh, which takes nothing from the store; leave one of them out")
     if no_store and place is not None:
@@ -142,7 +176,9 @@ def train(
         for i, cfg in enumerate(order):
             label = f"[{i + 1}/{len(configs)}] " if len(configs) > 1 else ""
             try:
-                done[cfg.preset] = _train_one(cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, []), until)
+                done[cfg.preset] = _train_one(
+                    cfg, out, fresh, quiet, label, store, keep.get(cfg.run_id, []), until
+                )
             except Diverged as e:
                 if len(configs) == 1:
                     raise
@@ -159,7 +195,9 @@ def train(
 
 
 @contextmanager
-def _batch(configs: list[TrainConfig], store: Store | None) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
+def _batch(
+    configs: list[TrainConfig], store: Store | None
+) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
     """Runs that share steps in the order of their plan, and where each leaves a node for others; those are pinned until all are done."""
     if store is None or len(configs) < 2:
         yield configs, {}
@@ -190,12 +228,19 @@ def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: b
     if not is_leader():
         return
     rows = [vars(part) | {"steps": part.steps} for part in found.parts]
-    total = {"asked": found.asked, "to_train": found.steps, "saving": found.asked / found.steps if found.steps else None}
+    total = {
+        "asked": found.asked,
+        "to_train": found.steps,
+        "saving": found.asked / found.steps if found.steps else None,
+    }
     if as_json:
         emit(total | {"runs": rows})
         return
     head = ["run", "trains", "from step", "to step", "after", "nodes for others at"]
-    cells = [[r["name"], r["steps"], r["begin"], r["end"], r["after"] or "", ", ".join(map(str, r["forks"]))] for r in rows]
+    cells = [
+        [r["name"], r["steps"], r["begin"], r["end"], r["after"] or "", ", ".join(map(str, r["forks"]))]
+        for r in rows
+    ]
     show_table(head, [[str(cell) for cell in line] for line in cells])
     times = f", {total['saving']:.2f} times fewer" if found.steps else ""
     print(f"steps asked: {found.asked:,}; to train: {found.steps:,}{times}; nothing is trained now")
@@ -293,7 +338,12 @@ def _estimated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"{value:,}" if type(value) is int else _value(value)
     for key, value in plan["first_step"].items():
         last = plan["last_step"][key]
-        yield key, _value(value) if last == value else f"{_value(value)} at the first step, {_value(last)} at the last"
+        yield (
+            key,
+            _value(value)
+            if last == value
+            else f"{_value(value)} at the first step, {_value(last)} at the last",
+        )
     for key, value in found["machine_class"].items():
         yield key, _value(value)
 
@@ -338,10 +388,16 @@ def _show_results(summaries: list[dict[str, Any]], out: Path) -> None:
 
 @app.command()
 def demo(
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of every run; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of all that it makes.")] = Path(
-        "runs/demo"
-    ),
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of every run; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", callback=validate_paths, help="The folder of all that it makes."
+        ),
+    ] = Path("runs/demo"),
     debug: Debug = False,
 ) -> None:
     """Go the whole way in minutes: train, sweep, report, submit, verify.
@@ -357,7 +413,9 @@ def demo(
 @app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this preset's fields.")] = None,
-    fields: Annotated[bool, typer.Option("--fields", help="List every field: default, bounds, class, meaning.")] = False,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="List every field: default, bounds, class, meaning.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -366,7 +424,9 @@ def presets(
     from mainrun.plan.recipes import load, preset_names
 
     if name and fields:
-        raise UsageError(f"got NAME {name!r} and --fields; give one of them: a preset's own fields, or all fields there are")
+        raise UsageError(
+            f"got NAME {name!r} and --fields; give one of them: a preset's own fields, or all fields there are"
+        )
     if fields:
         found = [_describe(f) for f in TrainConfig.model_fields]
         head = ["field", "default", "allowed", "class", "what it is"]
@@ -379,14 +439,19 @@ def presets(
             step = {k: v for k, v in now.items() if v != before[k]}
             fields_set = {k: v for k, v in now.items() if v != defaults[k]}
             found.append({"preset": cfg.preset, "run": cfg.run_id, "fields": fields_set, "step": step})
-            lines += [["" if i else cfg.preset, k, _value(v), _value(before[k])] for i, (k, v) in enumerate(step.items())]
+            lines += [
+                ["" if i else cfg.preset, k, _value(v), _value(before[k])]
+                for i, (k, v) in enumerate(step.items())
+            ]
             before = now
         head = ["preset", "field", "value", "before" if len(found) > 1 else "default"]
     else:
         found = []
         for preset in preset_names():
             steps = [cfg.preset.partition(":")[2] for cfg in load(preset)]
-            found.append({"preset": preset, "about": _about(preset), "steps": [step for step in steps if step]})
+            found.append(
+                {"preset": preset, "about": _about(preset), "steps": [step for step in steps if step]}
+            )
         head = ["preset", "about", "steps"]
         lines = [[f["preset"], f["about"], ", ".join(f["steps"])] for f in found]
     if as_json:
@@ -419,15 +484,27 @@ def _describe(field: str) -> dict[str, Any]:
     if "anyOf" in schema:
         allowed += ", or none"
     about, default = schema["description"], schema["default"]
-    return {"field": field, "default": default, "allowed": allowed, "class": TrainConfig.class_of(field), "about": about}
+    return {
+        "field": field,
+        "default": default,
+        "allowed": allowed,
+        "class": TrainConfig.class_of(field),
+        "about": about,
+    }
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, unique beginnings of them, or run directories.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run ids, unique beginnings of them, or run directories."),
+    ],
     out: Out = Path("runs"),
     svg: Annotated[
-        Path | None, typer.Option("--svg", metavar="FILE", callback=validate_paths, help="Also draw the table as a picture.")
+        Path | None,
+        typer.Option(
+            "--svg", metavar="FILE", callback=validate_paths, help="Also draw the table as a picture."
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -452,12 +529,20 @@ def compare(
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run id, the unique beginning of one, or a run directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run id, the unique beginning of one, or a run directory.")
+    ],
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="How each title begins.")],
     n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="How many titles.")] = 1,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=65_536, help="The longest title, in tokens.")] = 40,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0: always the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same titles.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, max=65_536, help="The longest title, in tokens.")
+    ] = 40,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, max=100.0, help="0: always the likeliest token.")
+    ] = 0.8,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same titles.")
+    ] = 0,
     out: Out = Path("runs"),
     debug: Debug = False,
 ) -> None:
@@ -468,8 +553,12 @@ def sample(
     found.config()  # refuse what is no run before torch is loaded
     from mainrun.ui.sample import sample as sample_run
 
-    for title in sample_run(found.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed):
-        print(re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", title))  # a title is one line and moves no cursor
+    for title in sample_run(
+        found.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed
+    ):
+        print(
+            re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", title)
+        )  # a title is one line and moves no cursor
 
 
 @app.command()

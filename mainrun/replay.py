@@ -22,7 +22,7 @@ from mainrun.data.sources import Corpus, load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.errors import MainrunError, RunError
 from mainrun.growth.controller import Growth
-from mainrun.plan.cost import segments
+from mainrun.plan.cost import segment_costs
 from mainrun.plan.plan import Plan
 from mainrun.run.session import score
 from mainrun.store import checkpoint
@@ -69,7 +69,11 @@ class Place:
             plan = Plan(self.cfg, self.plan.train_tokens, (meta.get("growth") or {}).get("fired", ()))
         except (MainrunError, LookupError, AssertionError) as e:
             return f"its ops cannot have fired so ({e})"
-        return None if meta["digest"] == self.cfg.digest and meta["step"] == plan.steps else "it is not of this run's last step"
+        return (
+            None
+            if meta["digest"] == self.cfg.digest and meta["step"] == plan.steps
+            else "it is not of this run's last step"
+        )
 
 
 def all_guards(run: RunDir) -> dict[str, Any]:
@@ -80,7 +84,9 @@ def all_guards(run: RunDir) -> dict[str, Any]:
             f"{run.path} has no usable checkpoint of its last step, and the guards need its weights; train it again with --fresh"
         )
     if weights(end.state) != summary.get("weights"):
-        raise RunError(f"{run.path}/summary.json was written for other weights than its checkpoint holds; train it again with --fresh")
+        raise RunError(
+            f"{run.path}/summary.json was written for other weights than its checkpoint holds; train it again with --fresh"
+        )
     with end.state.average.applied():
         evidence = Evidence(
             cfg=place.cfg, corpus=place.corpus, data=place.data, model=end.state.model,
@@ -105,10 +111,17 @@ def first_steps(run: RunDir, n: int) -> dict[str, Any]:
         found["unusable"] = "; ".join(notes) or "they are not of its last step"
     if whole:
         found["trained_weights"] = weights(growth.state)
-    if known := end or (growth if whole or not place.cfg.growth.ops else None):  # how a run grew only its end can tell
+    if known := end or (
+        growth if whole or not place.cfg.growth.ops else None
+    ):  # how a run grew only its end can tell
         params = sum(p.numel() for p in known.state.model.parameters())
-        flops = sum(part["flops"] for part in segments(known.plan, known.ids))
-        found |= {"of": known.plan.steps, "params": params, "tokens": known.plan.tokens(known.plan.steps), "flops": flops}
+        flops = sum(part["flops"] for part in segment_costs(known.plan, known.ids))
+        found |= {
+            "of": known.plan.steps,
+            "params": params,
+            "tokens": known.plan.tokens(known.plan.steps),
+            "flops": flops,
+        }
     return found
 
 

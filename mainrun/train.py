@@ -116,12 +116,19 @@ class Attention(nn.Module):
         self.first_share = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and not first else None
         self.fused, self.dropout = False, 0.0
 
-    def forward(self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
+    ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         x, parts = cast(x), (self.q, self.k, self.v)
         bias3 = None if self.q.bias is None else torch.cat([part.bias for part in parts])
-        y = linear(x, torch.cat([part.table() for part in parts]), bias3)  # one product for the three: its gradient is one, too
-        q, k, v = (t.unflatten(-1, (-1, self.width)).transpose(1, 2) for t in y.split([part.out_features for part in parts], dim=-1))
+        y = linear(
+            x, torch.cat([part.table() for part in parts]), bias3
+        )  # one product for the three: its gradient is one, too
+        q, k, v = (
+            t.unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for t in y.split([part.out_features for part in parts], dim=-1)
+        )
         q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, h), (B, K, T, h)
         if self.first_share is not None and v_first is not None:
             v = torch.lerp(v, v_first, self.first_share.to(v.dtype))
@@ -132,10 +139,14 @@ class Attention(nn.Module):
             k, values = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         if self.fused:
             p = self.dropout if self.training else 0.0  # it draws for itself
-            y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), values, bias, dropout_p=p, is_causal=bias is None)
+            y = F.scaled_dot_product_attention(
+                q.to(v.dtype), k.to(v.dtype), values, bias, dropout_p=p, is_causal=bias is None
+            )
         else:
             mask = masks.take((B, self.heads, T, T)) if masks and self.dropout else None
-            with torch.autocast(x.device.type, enabled=False):  # which would copy the scores to float32 and back
+            with torch.autocast(
+                x.device.type, enabled=False
+            ):  # which would copy the scores to float32 and back
                 assert bias is not None
                 y = attend(q * self.width**-0.5, k, values, bias, mask, self.dropout)
         if self.gate is not None:
@@ -183,7 +194,9 @@ class Block(nn.Module):
         y = y if scale is None else y * scale
         return masks.drop(y, self.dropout) if masks else y
 
-    def forward(self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
+    ) -> tuple[Tensor, Tensor]:
         y, v = self.attn(self.attn_norm(x), bias, rope, v_first, masks)
         x = x + self.branch(y, self.attn_scale, masks)
         return x + self.branch(self.mlp(self.mlp_norm(x)), self.mlp_scale, masks), v
@@ -203,7 +216,9 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg)
         self.head = None if cfg.tie_head else nn.Linear(cfg.d_model, vocab_size, bias=False)
         self.dropout = 0.0
-        self.register_buffer("causal", torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril(), persistent=False)
+        self.register_buffer(
+            "causal", torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril(), persistent=False
+        )
         if cfg.position == "rope":
             cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
@@ -232,13 +247,19 @@ class GPT(nn.Module):
         """How the passes of a step run; a score takes no noise, so it drops nothing."""
         self.dropout = inputs.dropout
         for block in self.blocks:
-            block.dropout, block.attn.dropout, block.attn.fused = inputs.resid_dropout, inputs.attn_dropout, attention == "sdpa"
+            block.dropout, block.attn.dropout, block.attn.fused = (
+                inputs.resid_dropout,
+                inputs.attn_dropout,
+                attention == "sdpa",
+            )
 
     def attention_bias(self, idx: Tensor) -> Tensor | None:
         """0 where a token may look, -inf where not, broadcast to (B, H, T, T). None: the fused kernel knows what causal means."""
         T = idx.size(1)
         seen = self.causal[:T, :T]
-        if self.cfg.title_mask:  # <eos> opens the title it stands before: it is what its first word is told from
+        if (
+            self.cfg.title_mask
+        ):  # <eos> opens the title it stands before: it is what its first word is told from
             title = (idx == EOS).cumsum(1)  # (B, T)
             seen = (seen & (title.unsqueeze(2) == title.unsqueeze(1))).unsqueeze(1)  # (B, 1, T, T)
         elif self.blocks[0].attn.fused:
@@ -313,7 +334,9 @@ def compute_loss(
 class Optimizers:
     """One optimiser, or Muon beside AdamW; parameters in groups by what they are and how they learn; state by the parameter's name."""
 
-    def __init__(self, cfg: TrainConfig, model: nn.Module, marks: Mapping[str, Mark] = MappingProxyType({})) -> None:
+    def __init__(
+        self, cfg: TrainConfig, model: nn.Module, marks: Mapping[str, Mark] = MappingProxyType({})
+    ) -> None:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names: dict[Tensor, str] = {p: n for n, p in named.items()}
         self.marks = dict(marks)
@@ -328,12 +351,22 @@ class Optimizers:
             by_mark: dict[Mark, list[Tensor]] = {}
             for p in params:
                 by_mark.setdefault(marks.get(self.names[p], PLAIN), []).append(p)
-            return [{"params": held, "rate": rate, "decays": decays, "mark": m, "eps": cfg.eps * m.eps} for m, held in by_mark.items()]
+            return [
+                {"params": held, "rate": rate, "decays": decays, "mark": m, "eps": cfg.eps * m.eps}
+                for m, held in by_mark.items()
+            ]
 
-        inner, outer = groups(matrices, "lr", True), groups(tables, "lr_aux", True) + groups(vectors, "lr_aux", False)
+        inner, outer = (
+            groups(matrices, "lr", True),
+            groups(tables, "lr_aux", True) + groups(vectors, "lr_aux", False),
+        )
         self.all: list[torch.optim.Optimizer]
         if cfg.optimizer == "sgd":
-            self.all = [torch.optim.SGD(inner + outer, lr=1.0, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)]
+            self.all = [
+                torch.optim.SGD(
+                    inner + outer, lr=1.0, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True
+                )
+            ]
         elif cfg.optimizer == "adamw":
             self.all = [torch.optim.AdamW(inner + outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)]
         else:
@@ -347,7 +380,11 @@ class Optimizers:
             if mark != PLAIN:
                 rate *= mark.rate(step)
             if group["params"][0].is_cuda:  # where a recorded step finds it
-                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else torch.tensor(rate, device="cuda")
+                group["lr"] = (
+                    group["lr"].fill_(rate)
+                    if isinstance(group["lr"], Tensor)
+                    else torch.tensor(rate, device="cuda")
+                )
             else:
                 group["lr"] = rate
             group["weight_decay"] = inputs.weight_decay * mark.weight_decay if group["decays"] else 0.0
@@ -373,13 +410,24 @@ class Optimizers:
 
     def load(self, tensors: dict[str, Tensor], copy: bool = True) -> None:
         """copy: not the tensors themselves, which may be a mapped file."""
-        owner = {self.names[p]: (optimizer, p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
+        owner = {
+            self.names[p]: (optimizer, p)
+            for optimizer in self.all
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         for full_name, value in tensors.items():
             _, name, key = full_name.split("/")
             optimizer, p = owner[name]
-            optimizer.state[p][key] = value.to(p.device, copy=copy)  # fused kernels want all of it there, the step count too
-        for p in self.names if tensors and self.all[0].defaults.get("nesterov") else ():  # fused SGD takes momentum for all or for none
-            self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))  # new ones begin as all did at the first step
+            optimizer.state[p][key] = value.to(
+                p.device, copy=copy
+            )  # fused kernels want all of it there, the step count too
+        for p in (
+            self.names if tensors and self.all[0].defaults.get("nesterov") else ()
+        ):  # fused SGD takes momentum for all or for none
+            self.all[0].state[p].setdefault(
+                "momentum_buffer", torch.zeros_like(p)
+            )  # new ones begin as all did at the first step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,9 +441,15 @@ class State:
         self.step = self.saved = 0  # steps done; of them in the run's own checkpoint
         self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
         self.resumed = 0
-        self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}  # steps taken from the store; steps trained, and lost again
+        self.ledger = {
+            "reused": 0,
+            "reused_tokens": 0,
+            "wasted": 0,
+        }  # steps taken from the store; steps trained, and lost again
         self.spent: dict[str, float] = {}  # seconds, by what they went into
-        self.grown: dict[str, Any] = {}  # of a run with a schedule: what growth/live.py needs to go on from here
+        self.grown: dict[
+            str, Any
+        ] = {}  # of a run with a schedule: what growth/live.py needs to go on from here
         self.become(cfg, model, Optimizers(cfg, model))
 
     def become(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
@@ -414,12 +468,18 @@ class State:
         average = self.average.shadow.items() if self.average.apart else ()
         return model | self.optimizers.state() | {f"average/{n}": t for n, t in average}
 
-    def load(self, tensors: dict[str, Tensor], step: int, presented: int, grown: dict[str, Any] | None = None) -> None:
+    def load(
+        self, tensors: dict[str, Tensor], step: int, presented: int, grown: dict[str, Any] | None = None
+    ) -> None:
         if grown:
             self.become(*rebuilt(self, grown))
         self.grown = grown or {}
-        if more := {n for n in tensors if n.startswith("model/")} - {f"model/{n}" for n, _ in self.model.named_parameters()}:
-            raise RunError(f"the state holds {min(more)}, the model does not; build the model as it was when the state was saved")
+        if more := {n for n in tensors if n.startswith("model/")} - {
+            f"model/{n}" for n, _ in self.model.named_parameters()
+        }:
+            raise RunError(
+                f"the state holds {min(more)}, the model does not; build the model as it was when the state was saved"
+            )
         self.step, self.presented = step, presented
         self.average.apart = any(name.startswith("average/") for name in tensors)
         with torch.no_grad():
@@ -445,7 +505,9 @@ def train(
     keep: steps after which the store keeps the state, besides those that the config suggests. until: stop after that step.
     """
     with ExitStack() as held:
-        stop = held.enter_context(StopFlag())  # from the start: a signal while data is prepared is obeyed before the first step
+        stop = held.enter_context(
+            StopFlag()
+        )  # from the start: a signal while data is prepared is obeyed before the first step
         started = time.perf_counter()
         machine = Machine(cfg)
         progress = progress if machine.leads else QUIET
@@ -467,14 +529,25 @@ def train(
             return summary
         if machine.leads:
             # the config first: a folder without it, with anything else in it, is not taken for a run
-            run.write("config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles})
+            run.write(
+                "config.json",
+                {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles},
+            )
             write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
         state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
         state.model.set_up(plan.at(0), machine.attention)  # a score may come before a step
         state.spent["data"] = read
         env = environment(machine)
-        growth = Growth(cfg, plan, machine, state, run.log("growth.jsonl") if machine.leads and cfg.growth.ops else None)
-        reuse = Reuse(store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh) if store else None
+        growth = Growth(
+            cfg, plan, machine, state, run.log("growth.jsonl") if machine.leads and cfg.growth.ops else None
+        )
+        reuse = (
+            Reuse(
+                store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh
+            )
+            if store
+            else None
+        )
         if reuse:
             growth.also, reuse.journal, reuse.figures = reuse.rows_append, growth.journal, growth.figures
         metrics = resume(cfg, run, state, env, progress, reuse, growth) if machine.leads else None
@@ -491,7 +564,13 @@ def train(
         plan = growth.plan
         with state.average.applied(), state.clock("guards"):
             summary = summarize(cfg, plan, corpus, data, run, state, env)
-        state.spent["overhead"] = state.spent.get("overhead", 0.0) + earlier + time.perf_counter() - started - sum(state.spent.values())
+        state.spent["overhead"] = (
+            state.spent.get("overhead", 0.0)
+            + earlier
+            + time.perf_counter()
+            - started
+            - sum(state.spent.values())
+        )
         return finish(run, state, plan, summary)
 
 
@@ -522,7 +601,12 @@ class Stepper:
         """A step as far as the clipped gradients: its loss and their norm, still on the device."""
         machine, before = self.machine, self.state.presented
         # micro-batch m of this process is piece m * world + rank
-        machine.seed([mix(self.cfg.seed, "step", step, m * machine.world + machine.rank) for m in range(inputs.grad_accum)])
+        machine.seed(
+            [
+                mix(self.cfg.seed, "step", step, m * machine.world + machine.rank)
+                for m in range(inputs.grad_accum)
+            ]
+        )
         self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
         numbers = self.learn((self.inputs, x.shape), self._learn, x, y)
         assert numbers is not None
@@ -543,7 +627,9 @@ class Stepper:
             pool = machine.masks(places, micro)
             last = micro == inputs.grad_accum - 1
             with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
-                loss, plain = compute_loss(runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool, machine.native)
+                loss, plain = compute_loss(
+                    runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool, machine.native
+                )
                 (loss / inputs.grad_accum).backward()
             total += plain / inputs.grad_accum
             del loss, pool  # what they hold is not needed beside the next micro-batch
@@ -582,12 +668,18 @@ def loop(
     def save() -> None:
         if metrics is not None and state.step > state.saved:
             with state.clock("checkpoints"):
-                meta: dict[str, Any] = {"digest": cfg.digest, "machine_class": machine.facts, "metrics": metrics.mark()}
+                meta: dict[str, Any] = {
+                    "digest": cfg.digest,
+                    "machine_class": machine.facts,
+                    "metrics": metrics.mark(),
+                }
                 meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
                 meta |= {"store": reuse.meta(state.step) if reuse else None, "ledger": state.ledger}
                 meta |= {"growth": state.grown, "journal": growth.journal.mark() if growth.journal else None}
                 checkpoint.save(run.checkpoints, state.step, state.tensors(), meta, run.check)
-        machine.any(False)  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
+        machine.any(
+            False
+        )  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
         state.saved = state.step
 
     def write(row: dict[str, Any], logged: bool = True) -> None:
@@ -596,7 +688,9 @@ def loop(
         if metrics is not None and logged:
             metrics.append(row)
 
-    unread: list[tuple[dict[str, Any], Tensor]] = []  # steps whose numbers are on the device: to read one is to wait for it
+    unread: list[
+        tuple[dict[str, Any], Tensor]
+    ] = []  # steps whose numbers are on the device: to read one is to wait for it
     read: list[dict[str, Any]] = []
 
     def fetch() -> None:
@@ -607,7 +701,9 @@ def loop(
                 report(time.perf_counter() - clock)
                 kept = "the last checkpoint before it is kept"
                 if row["step"] == state.step + 1:
-                    state.presented -= growth.plan.stretch(state.step).span * cfg.passes  # nothing was learnt from this step
+                    state.presented -= (
+                        growth.plan.segment_at(state.step).span * cfg.passes
+                    )  # nothing was learnt from this step
                     save()
                     kept = "the checkpoint before this step is kept"
                 raise Diverged(
@@ -627,7 +723,9 @@ def loop(
 
     def scores() -> list[dict[str, Any]]:
         with state.clock("evaluation"):
-            return [row | growth.figures(state.step) for row in score(cfg, data, state)] if machine.leads else []
+            return (
+                [row | growth.figures(state.step) for row in score(cfg, data, state)] if machine.leads else []
+            )
 
     def evaluate(lr: float) -> None:
         found = scores()
@@ -662,7 +760,9 @@ def loop(
     clock = time.perf_counter()
     while state.step < (plan := growth.plan).steps:
         wanted = until and state.step >= until
-        if wanted or ((machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked))):
+        if wanted or (
+            (machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked))
+        ):
             fetch()
             report(time.perf_counter() - clock)
             save()
@@ -683,10 +783,15 @@ def loop(
         evaluates = done in plan.eval_steps
         saves = done % plan.checkpoint_every == 0 or done == plan.steps
         keeps = reuse is not None and reuse.keeps(done)
-        with state.clock("steps" if warm or not machine.compile else "compile"), machine.compiling():  # at the first step
-            x, y = (machine.put(a) for a in batches.at(state.step, plan.stretch(state.step)))
+        with (
+            state.clock("steps" if warm or not machine.compile else "compile"),
+            machine.compiling(),
+        ):  # at the first step
+            x, y = (machine.put(a) for a in batches.at(state.step, plan.segment_at(state.step)))
             numbers = stepper.gradients(x, y, inputs, state.step)
-            unread.append(({"event": "step", "step": done, "tokens": plan.tokens(done), "lr": inputs.lr}, numbers))
+            unread.append(
+                ({"event": "step", "step": done, "tokens": plan.tokens(done), "lr": inputs.lr}, numbers)
+            )
             if len(unread) == machine.lag or evaluates or keeps or saves:
                 fetch()
             stepper.update(inputs)

@@ -26,7 +26,9 @@ LIMIT = 50_000_000  # bytes of the zip
 UNPACKED = 200_000_000
 FILES = 10_000
 LONGEST = 200  # bytes of a name
-CHECKPOINT = 20_000_000  # a run's last weights go in up to this size, so that its last score can be taken again
+CHECKPOINT = (
+    20_000_000  # a run's last weights go in up to this size, so that its last score can be taken again
+)
 MANIFEST, REPORT, RUN, CODE = "MANIFEST.json", "report.pdf", "run/", "code/"
 DOS_NAMES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 AGAIN = "; get it again from its author"
@@ -86,7 +88,10 @@ def collisions(names: Iterable[str]) -> list[str]:
 
 def show(name: str) -> str:
     """A name that moves no cursor, cut to what a line holds."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("ascii", "replace") for c in name)
+    plain = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("ascii", "replace")
+        for c in name
+    )
     return plain if len(plain) <= 300 else f"{plain[:280]}..."
 
 
@@ -119,7 +124,15 @@ def read(path: Path) -> dict[str, bytes]:
             return {entry.filename: _content(z, entry) for entry in entries}
     except BundleError as e:
         raise BundleError(f"{path} is refused: {e}{'' if ';' in str(e) else AGAIN}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError) as e:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+    ) as e:
         raise BundleError(f"{path} is no whole zip file ({e}); get it again") from None
 
 
@@ -147,9 +160,13 @@ def _check_entries(entries: list[zipfile.ZipInfo], total: int) -> None:
     if (unpacked := sum(entry.file_size for entry in entries)) > UNPACKED:
         raise BundleError(f"unpacked it would have {size(unpacked)}, a bundle at most {size(UNPACKED)}")
     end = 0
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):  # each after the other, from the first byte on
+    for entry in sorted(
+        entries, key=lambda entry: entry.header_offset
+    ):  # each after the other, from the first byte on
         if entry.header_offset != end:
-            raise BundleError(f"{show(entry.filename)} shares bytes with another file, or something is hidden before it")
+            raise BundleError(
+                f"{show(entry.filename)} shares bytes with another file, or something is hidden before it"
+            )
         end += 30 + len(entry.filename.encode()) + entry.compress_size
     directory = sum(46 + len(entry.filename.encode()) for entry in entries) + 22
     if end + directory != total:
@@ -182,7 +199,9 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
 
 def _content(z: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     with z.open(entry) as f:
-        return f.read(entry.file_size + 1)  # a bomb is unpacked no further than it says, and then its checksum is wrong
+        return f.read(
+            entry.file_size + 1
+        )  # a bomb is unpacked no further than it says, and then its checksum is wrong
 
 
 def write(files: Mapping[str, bytes], into: Path) -> None:
@@ -202,7 +221,9 @@ def manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         found = json.loads(files[MANIFEST], object_pairs_hook=_once)
         if found["format"] != FORMAT:
-            raise BundleError(f"it has format {found['format']}, this version reads {FORMAT}; use the mainrun that made it")
+            raise BundleError(
+                f"it has format {found['format']}, this version reads {FORMAT}; use the mainrun that made it"
+            )
         listed = found["files"]
         if (
             not isinstance(found["figures"], dict)
@@ -212,7 +233,9 @@ def manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
             raise TypeError
         return found
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BundleError(f"its {MANIFEST} cannot be read; give a bundle that `mainrun submit` made") from None
+        raise BundleError(
+            f"its {MANIFEST} cannot be read; give a bundle that `mainrun submit` made"
+        ) from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -223,10 +246,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def differences(files: Mapping[str, bytes], listed: Mapping[str, Any]) -> list[str]:
     """Where the files are not what the manifest lists."""
-    found = [f"{name} is in the bundle, not in its manifest" for name in sorted(files.keys() - listed.keys() - {MANIFEST})]
+    found = [
+        f"{name} is in the bundle, not in its manifest"
+        for name in sorted(files.keys() - listed.keys() - {MANIFEST})
+    ]
     for name in sorted(listed):
         if name not in files:
             found.append(f"{show(name)} is in the manifest, not in the bundle")
         elif (now := sha256(files[name])) != listed[name]["sha256"]:
-            found.append(f"{name} was changed: sha256 {now[:12]}, the manifest says {show(listed[name]['sha256'])[:12]}")
+            found.append(
+                f"{name} was changed: sha256 {now[:12]}, the manifest says {show(listed[name]['sha256'])[:12]}"
+            )
     return found

@@ -27,7 +27,10 @@ def _items(e: Evidence) -> Iterator[tuple[str, str, str]]:
         tokens = f"{one.summary['presentations']['train_tokens_per_epoch']:,} train and {one.summary['last']['tokens']:,} val tokens"
         yield "B6", "Statistics and splits", f"{split}; {tokens} with the tokenizer of {one.id}"
         sizes = [run.summary["params"] for run in runs]
-        flops, seconds = sum(run.summary["flops"] for run in runs), sum(run.summary["seconds"] for run in runs)
+        flops, seconds = (
+            sum(run.summary["flops"] for run in runs),
+            sum(run.summary["seconds"] for run in runs),
+        )
         asked = sum(run.summary.get("ledger", {}).get("asked", run.summary["steps"]) for run in runs)
         wasted = sum(run.summary.get("ledger", {}).get("wasted", 0) for run in runs)
         devices = sorted({str(run.summary["machine_class"].get("device", "unknown")) for run in runs})
@@ -38,17 +41,33 @@ def _items(e: Evidence) -> Iterator[tuple[str, str, str]]:
         if searching := sum(float((s.facts.get("ledger") or {}).get("flops") or 0) for s in studies):
             budget += f"; the studies trained {power(searching)} FLOPs besides"
         yield "C1", "Parameters, budget, infrastructure", budget
-    space = "; ".join(f"{s.name}: {len(s.trials)} trials over {', '.join(s.fact('space') or s.searched)}" for s in studies)
+    space = "; ".join(
+        f"{s.name}: {len(s.trials)} trials over {', '.join(s.fact('space') or s.searched)}" for s in studies
+    )
     trials = sum(len(s.trials) for s in studies)
-    searched = f"{trials} trials ({space}); bounds and best values on the studies' pages" if studies else "no study was given"
+    searched = (
+        f"{trials} trials ({space}); bounds and best values on the studies' pages"
+        if studies
+        else "no study was given"
+    )
     chosen = f"optimised is {e.optimised.name}: {e.chosen}" if e.optimised else e.chosen
     split = "the last step of val, looked at for every recipe here; a search should look at dev"
     yield "C2", "Search, bounds, selection", f"{searched}; selection criterion: {chosen}; judged by {split}"
     noise = e.noise
-    backing = f"{noise.df} degrees of freedom between seeds" if noise else "no repeats: no recipe was run with two seeds"
-    yield "C3", "Error bars, single run or mean", f"means over seeds, 95% intervals by Student's t, Holm over ablation steps; {backing}"
+    backing = (
+        f"{noise.df} degrees of freedom between seeds"
+        if noise
+        else "no repeats: no recipe was run with two seeds"
+    )
+    yield (
+        "C3",
+        "Error bars, single run or mean",
+        f"means over seeds, 95% intervals by Student's t, Holm over ablation steps; {backing}",
+    )
     if runs:
-        packages = sorted({f"{k} {v}" for run in runs for k, v in run.summary.get("versions", {}).items() if k != "mainrun"})
+        packages = sorted(
+            {f"{k} {v}" for run in runs for k, v in run.summary.get("versions", {}).items() if k != "mainrun"}
+        )
         yield "C4", "Packages and settings", ", ".join(packages) + "; each run's command is above"
 
 
@@ -65,9 +84,15 @@ def card(e: Evidence) -> Iterator[str]:
     epochs = f"{cfg.epochs} epoch{'s' * (cfg.epochs != 1)}"
     yield (
         f"Data: {cfg.num_titles:,} titles of {cfg.corpus}, {epochs}, {whole(s['tokens'])} tokens in {whole(s['steps'])} steps. "
-        + ("Sizes are the task's own." if fits else "Sizes are not the task's own: its figures are not comparable with these.")
+        + (
+            "Sizes are the task's own."
+            if fits
+            else "Sizes are not the task's own: its figures are not comparable with these."
+        )
     )
-    scores = ", ".join(f"{fixed(4)(v)} (seed {seed})" for seed, v in recipe.scores.items()) or "none that counts"
+    scores = (
+        ", ".join(f"{fixed(4)(v)} (seed {seed})" for seed, v in recipe.scores.items()) or "none that counts"
+    )
     yield f"Score: full {scores}, in nats per character of held-out titles. {findings.covered(e)}"
     yield (
         "Use: to study training recipes on short titles. It writes text in the manner of its titles, without knowledge or safety; "

@@ -25,22 +25,44 @@ LOG = Path(__file__).parents[1] / "docs" / "log.md"
 def report(
     places: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN|STUDY]...", callback=validate_paths, help="Runs, exported studies, or folders of them."),
+        typer.Argument(
+            metavar="[RUN|STUDY]...",
+            callback=validate_paths,
+            help="Runs, exported studies, or folders of them.",
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The PDF.")] = Path("report.pdf"),
-    title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What stands on top of it.")] = "Mainrun report",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The PDF.")
+    ] = Path("report.pdf"),
+    title: Annotated[
+        str, typer.Option("--title", metavar="TEXT", help="What stands on top of it.")
+    ] = "Mainrun report",
     figures: Annotated[
-        Path | None, typer.Option("--figures", metavar="DIR", callback=validate_paths, help="Also keep each figure, as SVG and PNG.")
+        Path | None,
+        typer.Option(
+            "--figures", metavar="DIR", callback=validate_paths, help="Also keep each figure, as SVG and PNG."
+        ),
     ] = None,
     tables: Annotated[
-        Path | None, typer.Option("--tables", metavar="DIR", callback=validate_paths, help="Also keep each table, as CSV.")
+        Path | None,
+        typer.Option(
+            "--tables", metavar="DIR", callback=validate_paths, help="Also keep each table, as CSV."
+        ),
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories.")] = Path(
-        "runs"
-    ),
-    samples: Annotated[int, typer.Option("--samples", min=0, max=100, help="Titles that each of the two recipes writes.")] = 8,
+    runs: Annotated[
+        Path,
+        typer.Option(
+            "--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories."
+        ),
+    ] = Path("runs"),
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, max=100, help="Titles that each of the two recipes writes.")
+    ] = 8,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", callback=validate_paths, help="The log of experiments, for what failed.")
+        Path | None,
+        typer.Option(
+            "--log", metavar="FILE", callback=validate_paths, help="The log of experiments, for what failed."
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -74,7 +96,13 @@ def report(
 
 
 def write(
-    e: Evidence, out: Path, title: str, figures: Path | None = None, tables: Path | None = None, log: Path | None = None, samples: int = 0
+    e: Evidence,
+    out: Path,
+    title: str,
+    figures: Path | None = None,
+    tables: Path | None = None,
+    log: Path | None = None,
+    samples: int = 0,
 ) -> dict[str, object]:
     from mainrun.store.rundir import disk_errors
     from reports import findings, pdf
@@ -94,19 +122,34 @@ def write(
     pages = pdf.write(out, lambda: made.story(drawn), title, made.told())
     claim = findings.claim(e)
     facts = {"pages": pages, "bytes": out.stat().st_size, "runs": len(e.runs), "studies": len(e.studies)}
-    return {"report": str(out), "claim": claim.text, "kind": claim.kind, "findings": findings.findings(e), **facts}
+    return {
+        "report": str(out),
+        "claim": claim.text,
+        "kind": claim.kind,
+        "findings": findings.findings(e),
+        **facts,
+    }
 
 
 @contextmanager
 def _writing(e: Evidence, n: int) -> Iterator[Callable[[], Iterator[tuple[str, list[str]]]]]:
     """What the two recipes write, each in a process of its own: nothing here knows the model. A run without its weights writes nothing."""
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a number of threads changes bits, and two processes would wait for each other's
+    alone = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # a number of threads changes bits, and two processes would wait for each other's
     pair = [r.good[0] for r in (e.baseline, e.optimised) if n and r is not None and r.good]
     runs = [run for run in pair if (run.path / "checkpoints").is_dir()]
     started = []
     for run in runs:
         command = [sys.executable, "-m", "mainrun", "sample", str(run.path), "--prompt", "", "-n", str(n)]
-        started.append((run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone)))
+        started.append(
+            (
+                run,
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone
+                ),
+            )
+        )
 
     def written() -> Iterator[tuple[str, list[str]]]:
         for run, process in started:

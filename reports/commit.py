@@ -25,11 +25,18 @@ class Commit:
 
 
 def git(root: Path, *args: str, given: bytes | None = None) -> bytes:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
+        "GIT_OPTIONAL_LOCKS": "0",
+        "LC_ALL": "C",
+    }
     try:
-        done = subprocess.run(["git", "--no-replace-objects", "-C", str(root), *args], input=given, capture_output=True, env=env)
+        done = subprocess.run(
+            ["git", "--no-replace-objects", "-C", str(root), *args], input=given, capture_output=True, env=env
+        )
     except FileNotFoundError:
-        raise UsageError("git is not installed, and a submission holds the code of a commit; install it") from None
+        raise UsageError(
+            "git is not installed, and a submission holds the code of a commit; install it"
+        ) from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UsageError(f"git {args[0]} failed in {root}: {said[-1] if said else done.returncode}")
@@ -49,20 +56,30 @@ def head(root: Path, but: Iterable[Path] = ()) -> Commit:
     if (total := sum(length for _, _, length, _ in kept)) > UNPACKED:
         largest = sorted(kept, key=lambda entry: -entry[2])[:3]
         named = ", ".join(f"{show(name)} ({size(length)})" for _, _, length, name in largest)
-        raise UsageError(f"the commit's code has {size(total)}, a submission at most {size(LIMIT)}; take out of it {named}")
-    contents = dict(zip((name for *_, name in kept), _blobs(root, [sha for _, sha, _, _ in kept]), strict=True))
+        raise UsageError(
+            f"the commit's code has {size(total)}, a submission at most {size(LIMIT)}; take out of it {named}"
+        )
+    contents = dict(
+        zip((name for *_, name in kept), _blobs(root, [sha for _, sha, _, _ in kept]), strict=True)
+    )
     left_out |= {name: "an archive" for name, data in contents.items() if leaks.packed(data)}
     files = {name: data for name, data in contents.items() if name not in left_out}
     check_leaks(files)
     runnable = [name for mode, _, _, name in kept if mode == "100755" and name in files]
     return Commit(
-        git(root, "rev-parse", "HEAD").decode().strip(), git(root, "rev-parse", "HEAD^{tree}").decode().strip(), files, runnable, left_out
+        git(root, "rev-parse", "HEAD").decode().strip(),
+        git(root, "rev-parse", "HEAD^{tree}").decode().strip(),
+        files,
+        runnable,
+        left_out,
     )
 
 
 def check_leaks(files: Mapping[str, bytes]) -> None:
     """Nothing that looks like a key leaves, wherever it stands."""
-    _refuse(f"{show(name)}, {where}: {what}" for name, data in files.items() for where, what in _leaks(name, data))
+    _refuse(
+        f"{show(name)}, {where}: {what}" for name, data in files.items() for where, what in _leaks(name, data)
+    )
 
 
 def _leaks(name: str, data: bytes) -> Iterator[tuple[str, str]]:
@@ -79,7 +96,9 @@ def check_tree(root: Path, but: Iterable[Path] = ()) -> None:
         if "not a git repository" not in str(e):
             raise
         what = f"{root} is in no git repository, and a submission holds the code of a commit"
-        raise UsageError(f"{what}; get mainrun by git clone (or git init, then `./task checkpoint`)") from None
+        raise UsageError(
+            f"{what}; get mainrun by git clone (or git init, then `./task checkpoint`)"
+        ) from None
     if top.resolve() != root.resolve():
         raise UsageError(
             f"{root} is a folder of the git repository {top}; a submission needs mainrun in a repository of its own (git clone)"
@@ -88,7 +107,10 @@ def check_tree(root: Path, but: Iterable[Path] = ()) -> None:
         git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     except UsageError:
         raise UsageError(f"{root} has no commit yet; `./task checkpoint` makes one") from None
-    changed, entries = [], iter(git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames").split(b"\0"))
+    changed, entries = (
+        [],
+        iter(git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames").split(b"\0")),
+    )
     for entry in entries:
         name = os.fsdecode(entry[3:])
         if entry and not (entry[:2] == b"??" and (root / name).resolve() in but):
@@ -96,7 +118,9 @@ def check_tree(root: Path, but: Iterable[Path] = ()) -> None:
     if changed:
         more = f" and {len(changed) - FIRST} more" if len(changed) > FIRST else ""
         named = ", ".join(show(name) for name in changed[:FIRST])
-        raise UsageError(f"the working tree is not committed: {named}{more}; `./task checkpoint` commits it (or git commit, or git stash)")
+        raise UsageError(
+            f"the working tree is not committed: {named}{more}; `./task checkpoint` commits it (or git commit, or git stash)"
+        )
 
 
 def _entry(line: bytes) -> tuple[str, str, int, str]:

@@ -24,7 +24,14 @@ WIDTH = 6.7  # inches: the column of the page
 FONT = "DejaVu Sans"
 # Okabe and Ito's, without the yellow: told apart by the colour-blind, and by dash and marker in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1, 1.2)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (8, 2)),
+)
 MARKERS = "osD^vP"
 GREY = "#8A8A8A"
 MOST = 6  # recipes that a figure tells apart; the others are grey
@@ -152,11 +159,23 @@ def spans(run: Run) -> list[tuple[int, float, float]]:
             last = row["tokens"]
         elif row["split"] == "val":
             flops = row.get("flops")
-            found.append((row["step"], seconds, float(flops) if flops else total * trained.get(row["step"], last) / tokens))
+            found.append(
+                (
+                    row["step"],
+                    seconds,
+                    float(flops) if flops else total * trained.get(row["step"], last) / tokens,
+                )
+            )
     return found
 
 
-def band(axes: Axes, recipe: Recipe, x: Callable[[Run], Sequence[float]], y: Callable[[Run], Sequence[float]], place: int | None) -> None:
+def band(
+    axes: Axes,
+    recipe: Recipe,
+    x: Callable[[Run], Sequence[float]],
+    y: Callable[[Run], Sequence[float]],
+    place: int | None,
+) -> None:
     """The mean of the seeds, and between the lowest and the highest of them a band. Seeds whose evaluations differ are drawn one by one."""
     label = recipe.name if place is not None else None
     xs, ys = [list(x(run)) for run in recipe.good], [list(y(run)) for run in recipe.good]
@@ -167,7 +186,9 @@ def band(axes: Axes, recipe: Recipe, x: Callable[[Run], Sequence[float]], y: Cal
     middle = np.mean(xs, axis=0)
     axes.plot(middle, np.mean(ys, axis=0), label=label, **look(place))
     if place is not None and len(ys) > 1:
-        axes.fill_between(middle, np.min(ys, axis=0), np.max(ys, axis=0), color=COLOURS[place], alpha=0.25, linewidth=0)
+        axes.fill_between(
+            middle, np.min(ys, axis=0), np.max(ys, axis=0), color=COLOURS[place], alpha=0.25, linewidth=0
+        )
 
 
 def full(run: Run) -> list[float]:
@@ -232,21 +253,43 @@ def curves(e: Evidence) -> Figure | None:
 
 def seeds(e: Evidence, most: int = 24) -> Figure | None:
     """Every run's last score, and each recipe's mean with its interval."""
-    ranked = sorted((r for r in e.recipes if r.good), key=lambda r: stats.Mean(tuple(r.scores.values())).mean)[:most]
+    ranked = sorted(
+        (r for r in e.recipes if r.good), key=lambda r: stats.Mean(tuple(r.scores.values())).mean
+    )[:most]
     if not ranked:
         return None
     figure, (axes,) = new(0.9 + 0.24 * len(ranked))
     for y, recipe in enumerate(ranked):
         found = stats.Mean(tuple(recipe.scores.values()))
-        axes.plot(list(recipe.scores.values()), [y] * len(recipe.scores), "o", color=COLOURS[0], markerfacecolor="none", label="a run")
+        axes.plot(
+            list(recipe.scores.values()),
+            [y] * len(recipe.scores),
+            "o",
+            color=COLOURS[0],
+            markerfacecolor="none",
+            label="a run",
+        )
         if found.half is not None:
-            line = axes.errorbar(found.mean, y + 0.28, xerr=found.half, fmt="|", color="black", markersize=6, capsize=2, linewidth=1)
+            line = axes.errorbar(
+                found.mean,
+                y + 0.28,
+                xerr=found.half,
+                fmt="|",
+                color="black",
+                markersize=6,
+                capsize=2,
+                linewidth=1,
+            )
             line.set_label("mean and 95% interval")
-    axes.set_yticks(range(len(ranked)), [r.name if len(r.name) < 40 else f"{r.name[:16]}…{r.name[-22:]}" for r in ranked])
+    axes.set_yticks(
+        range(len(ranked)), [r.name if len(r.name) < 40 else f"{r.name[:16]}…{r.name[-22:]}" for r in ranked]
+    )
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     every = [v for r in ranked for v in r.scores.values()]
     room = 0.15 * (max(every) - min(every)) or 0.01
-    axes.set_xlim(min(every) - room, max(every) + room)  # the interval of two seeds may be wider than all that was measured
+    axes.set_xlim(
+        min(every) - room, max(every) + room
+    )  # the interval of two seeds may be wider than all that was measured
     axes.set_xlabel("full score of val at the last step, nats per character")
     plain(axes.xaxis, 8)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -265,7 +308,13 @@ def gap(e: Evidence) -> Figure | None:
         for j, run in enumerate(recipe.good):
             steps, train = trained(run)
             val = [row["loss"] for row in run.evals if row["step"] in set(steps)]
-            ax.plot(steps, train, color=COLOURS[i], linestyle=DASHES[1], label=None if j else "train, mean since the last evaluation")
+            ax.plot(
+                steps,
+                train,
+                color=COLOURS[i],
+                linestyle=DASHES[1],
+                label=None if j else "train, mean since the last evaluation",
+            )
             ax.plot(steps, val, color=COLOURS[i], linestyle="-", label=None if j else "validation")
             values += train + val
         window(ax, values)
@@ -307,7 +356,14 @@ def schedules(e: Evidence) -> Figure | None:
             ax.plot([step + 1 for step in steps], values, label=recipe.name, **look(place))
             for op in run.ops:
                 at = min(op["step"], plan.steps - 1)
-                ax.plot(at, getattr(plan.at(at), name), MARKERS[place], color=look(place)["color"], markersize=5, zorder=4)
+                ax.plot(
+                    at,
+                    getattr(plan.at(at), name),
+                    MARKERS[place],
+                    color=look(place)["color"],
+                    markersize=5,
+                    zorder=4,
+                )
     for ax, name in zip(axes, ("lr", "weight_decay"), strict=True):
         ax.set(title=name + (" (of the matrices)" if name == "lr" else ""), xlabel="step")
         ax.set_ylim(bottom=0)
@@ -334,16 +390,29 @@ def waterfall(e: Evidence) -> Figure | None:
         quiet = floor is not None and abs(change) <= floor.floor
         colour = GREY if quiet or not y else COLOURS[0] if change < 0 else COLOURS[1]
         axes.barh(y, change, left=before, height=0.62, color=colour, linewidth=0)
-        axes.plot([mean, mean], [y - 0.31, y + (1.31 if y + 1 < len(ladder) else 0.31)], color="black", linewidth=0.7)
+        axes.plot(
+            [mean, mean],
+            [y - 0.31, y + (1.31 if y + 1 < len(ladder) else 0.31)],
+            color="black",
+            linewidth=0.7,
+        )
         if floor is not None and y:
             axes.errorbar(before, y, xerr=floor.floor, fmt="none", ecolor="black", capsize=2, linewidth=0.8)
-        text = f"{mean:.4f}" if not y else f"{change:+.4f}".replace("-", "\N{MINUS SIGN}") + (" (noise)" if quiet else "")
+        text = (
+            f"{mean:.4f}"
+            if not y
+            else f"{change:+.4f}".replace("-", "\N{MINUS SIGN}") + (" (noise)" if quiet else "")
+        )
         beside(axes, max(mean, before + (floor.floor if floor is not None and y else 0)), y, text)
     axes.set_yticks(range(len(ladder)), [r.cfg.preset.split(":")[-1] for r in ladder])
     axes.set_ylim(len(ladder) - 0.4, -0.6)
     reach = floor.floor if floor is not None else 0.0
     axes.set_xlim(min(means) - reach - 0.03 * span, max(means) + reach + 0.24 * (span + reach))
-    note = "; whiskers: the noise floor around the step before" if floor is not None else "; one seed each: no noise floor"
+    note = (
+        "; whiskers: the noise floor around the step before"
+        if floor is not None
+        else "; one seed each: no noise floor"
+    )
     axes.set_xlabel("full score of val at the last step, nats per character" + note)
     axes.grid(axis="y", visible=False)
     plain(axes.xaxis, 8)
@@ -375,7 +444,12 @@ def growth(run: Run, around: int = 40) -> Figure:
     losses = {row["step"]: row["loss"] for row in run.steps}
     for i, op in enumerate(run.ops[:MOST]):
         near = [step for step in range(op["step"] - around, op["step"] + around + 1) if step in losses]
-        right.plot([step - op["step"] for step in near], [losses[step] for step in near], label=f"{i + 1} {op['name']}", **look(i))
+        right.plot(
+            [step - op["step"] for step in near],
+            [losses[step] for step in near],
+            label=f"{i + 1} {op['name']}",
+            **look(i),
+        )
     right.axvline(0, color="black", linewidth=0.7, linestyle=(0, (2, 2)))
     right.set(title="training loss around each op", xlabel="steps since the op", ylabel="nats per token")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1)
@@ -408,13 +482,22 @@ def history(study: Study) -> Figure | None:
     if not study.done:
         return None
     figure, (axes,) = new(2.2)
-    kinds = ((GREY, "x", "stopped at a lower rung", study.stopped), (COLOURS[0], "o", "trained to the end", study.whole))
+    kinds = (
+        (GREY, "x", "stopped at a lower rung", study.stopped),
+        (COLOURS[0], "o", "trained to the end", study.whole),
+    )
     for colour, marker, label, mine in kinds:
         if mine:
             points = zip(*((t["trial"], t["value"]) for t in mine), strict=True)
             axes.plot(*points, marker, color=colour, markerfacecolor="none", label=label)
     trials, values = [t["trial"] for t in study.whole], [float(t["value"]) for t in study.whole]
-    axes.step(trials, np.minimum.accumulate(values), where="post", color=COLOURS[1], label="the lowest of these so far")
+    axes.step(
+        trials,
+        np.minimum.accumulate(values),
+        where="post",
+        color=COLOURS[1],
+        label="the lowest of these so far",
+    )
     window(axes, [float(t["value"]) for t in study.done])
     axes.set(xlabel="trial", ylabel=objective(study))
     plain(axes.xaxis, 8)
@@ -449,7 +532,9 @@ def shares(study: Study) -> dict[str, float]:
     """As exported; else what each field alone explains of the values of the trials that were trained to the end."""
     found = study.fact("importance")
     if isinstance(found, dict):
-        return {str(k).removeprefix("params."): float(v) for k, v in found.items() if isinstance(v, (int, float))}
+        return {
+            str(k).removeprefix("params."): float(v) for k, v in found.items() if isinstance(v, (int, float))
+        }
     return {name: share for name in study.searched if (share := explained(study, name)) is not None}
 
 
@@ -464,7 +549,9 @@ def explained(study: Study, name: str, least: int = 10) -> float | None:
         return None
     groups = np.array(x) if len(set(x)) <= 4 else np.searchsorted(np.quantile(x, (0.25, 0.5, 0.75)), x)
     n, k = len(mine), len(set(groups.tolist()))
-    within = sum(((values[groups == g] - values[groups == g].mean()) ** 2).sum() for g in set(groups.tolist()))
+    within = sum(
+        ((values[groups == g] - values[groups == g].mean()) ** 2).sum() for g in set(groups.tolist())
+    )
     share = within / ((values - values.mean()) ** 2).sum()
     return float(max(0.0, 1 - share * (n - 1) / (n - k))) if n > k else None
 
@@ -534,10 +621,16 @@ def parallel(study: Study, most: int = 8) -> Figure | None:
         axes.plot([i, i], [0, 1], color="black", linewidth=0.6)
     cut = sorted(float(t["value"]) for t in trials)[max(0, len(trials) // 10 - 1)]
     for best in (False, True):
-        lines = [[column[j] for column in unit] for j, t in enumerate(trials) if (float(t["value"]) <= cut) == best]
+        lines = [
+            [column[j] for column in unit] for j, t in enumerate(trials) if (float(t["value"]) <= cut) == best
+        ]
         for j, line in enumerate(lines):
             label = None if j else ("the best tenth" if best else "the others")
-            kw: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3} if best else {"color": GREY, "linewidth": 0.4}
+            kw: dict[str, Any] = (
+                {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3}
+                if best
+                else {"color": GREY, "linewidth": 0.4}
+            )
             axes.plot(range(len(fields)), line, label=label, **kw)
     axes.set_xticks(range(len(fields)), [f if len(f) < 16 else "…" + f[-15:] for f in fields])
     axes.tick_params(axis="x", length=0, pad=12)
@@ -553,7 +646,9 @@ def parallel(study: Study, most: int = 8) -> Figure | None:
 
 def rungs(study: Study) -> list[tuple[int, int, float | None, list[tuple[float, float]]]]:
     """(rung, trials, rank correlation with the last score, pairs) of each rung, over the trials that were trained to the end."""
-    scores = [{int(k): float(v) for k, v in json.loads(t["scores"]).items()} for t in study.whole if t.get("scores")]
+    scores = [
+        {int(k): float(v) for k, v in json.loads(t["scores"]).items()} for t in study.whole if t.get("scores")
+    ]
     top = max((rung for mine in scores for rung in mine), default=0)
     found = []
     for rung in range(top):
@@ -571,7 +666,10 @@ def correlation(study: Study) -> Figure | None:
     figure, axes = new(2.3, 1, len(found), sharey=True)
     for ax, (rung, n, rho, pairs) in zip(axes, found, strict=True):
         ax.plot(*zip(*pairs, strict=True), "o", color=COLOURS[0], markerfacecolor="none")
-        ax.set(title=f"{n} trials" + (f", rank correlation {rho:.2f}" if rho is not None else ""), xlabel=f"value at rung {rung}")
+        ax.set(
+            title=f"{n} trials" + (f", rank correlation {rho:.2f}" if rho is not None else ""),
+            xlabel=f"value at rung {rung}",
+        )
         plain(ax.xaxis, 4)
         plain(ax.yaxis)
     axes[0].set_ylabel("value at the last rung")
@@ -595,7 +693,12 @@ def spent(study: Study) -> Figure | None:
         return None
     figure, (axes,) = new(1.35)
     for y, (name, value) in enumerate(found.items()):
-        axes.barh(y, value, color=GREY if name == "asked" else COLOURS[1] if name == "wasted" else COLOURS[0], height=0.6)
+        axes.barh(
+            y,
+            value,
+            color=GREY if name == "asked" else COLOURS[1] if name == "wasted" else COLOURS[0],
+            height=0.6,
+        )
         beside(axes, value, y, f"{value:,.0f}")
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.4, -0.6)

@@ -33,7 +33,10 @@ def claim(e: Evidence) -> Claim:
     for recipe in (a, b):
         if not recipe.good:
             failed = sorted({name for run in recipe.runs for name in run.failed})
-            return Claim("no claim", f"No claim: every run of {recipe.name} failed a guard ({', '.join(failed)}), so it has no figure.")
+            return Claim(
+                "no claim",
+                f"No claim: every run of {recipe.name} failed a guard ({', '.join(failed)}), so it has no figure.",
+            )
     d = stats.difference(a.scores, b.scores)
     size = f"{fixed(4, sign=True)(d.mean)} nats per character"
     if d.interval is None or noise is None:
@@ -53,11 +56,25 @@ def claim(e: Evidence) -> Claim:
             d,
         )
     if low <= 0 <= high:
-        return Claim("not sure", f"No claim: the difference of {size} is above {floor}, but its interval holds zero ({backing}).", d)
-    times = f"{abs(d.mean) / noise.floor:.1f} times {floor}" if noise.floor else "with no noise between seeds at all"
+        return Claim(
+            "not sure",
+            f"No claim: the difference of {size} is above {floor}, but its interval holds zero ({backing}).",
+            d,
+        )
+    times = (
+        f"{abs(d.mean) / noise.floor:.1f} times {floor}"
+        if noise.floor
+        else "with no noise between seeds at all"
+    )
     if d.mean < 0:
-        return Claim("better", f"{b.name} is better than {a.name}: full falls by {fixed(4)(-d.mean)} ({backing}), {times}.", d)
-    return Claim("worse", f"{b.name} is worse than {a.name}: full rises by {fixed(4)(d.mean)} ({backing}), {times}.", d)
+        return Claim(
+            "better",
+            f"{b.name} is better than {a.name}: full falls by {fixed(4)(-d.mean)} ({backing}), {times}.",
+            d,
+        )
+    return Claim(
+        "worse", f"{b.name} is worse than {a.name}: full rises by {fixed(4)(d.mean)} ({backing}), {times}.", d
+    )
 
 
 def seeds(n: int) -> str:
@@ -83,15 +100,25 @@ def cost(e: Evidence) -> str:
     elif len(classes) > 1:
         note = "; time is not compared, since the runs were on different machines"
     else:
-        said.append(f"{times(mean(b, seconds), mean(a, seconds))} the time ({mean(b, seconds):.1f} s against {mean(a, seconds):.1f} s)")
+        said.append(
+            f"{times(mean(b, seconds), mean(a, seconds))} the time ({mean(b, seconds):.1f} s against {mean(a, seconds):.1f} s)"
+        )
         spread = max(max(map(seconds, r.good)) / min(map(seconds, r.good)) for r in (a, b))
-        note = f"; the same work took up to {spread:.1f} times as long in another run, so the machine was busy" if spread > BUSY else ""
+        note = (
+            f"; the same work took up to {spread:.1f} times as long in another run, so the machine was busy"
+            if spread > BUSY
+            else ""
+        )
     return f"{b.name} takes {', '.join(said[:-1])} and {said[-1]} of {a.name}{note}."
 
 
 def hardware(run: Run) -> dict[str, object]:
     """Of a machine class what is the machine's; the dtype, say, is the recipe's."""
-    return {k: v for k, v in run.summary.get("machine_class", {}).items() if k in ("device", "instructions", "processes")}
+    return {
+        k: v
+        for k, v in run.summary.get("machine_class", {}).items()
+        if k in ("device", "instructions", "processes")
+    }
 
 
 def flops(run: Run) -> float:
@@ -136,7 +163,10 @@ def ablated(e: Evidence) -> Iterator[str]:
 def searched(study: Study) -> str:
     spent = ledger(study)
     lost = len(study.trials) - len(study.done)
-    text = f"The study {study.name} has {len(study.trials)} trials" + f", {lost} of them without a value" * bool(lost)
+    text = (
+        f"The study {study.name} has {len(study.trials)} trials"
+        + f", {lost} of them without a value" * bool(lost)
+    )
     if said := study.fact("claim"):
         text += f": {said}"
     if found := shares(study):
@@ -161,7 +191,10 @@ def covered(e: Evidence) -> str:
     early = [run for run in e.runs if run.summary["best"]["step"] != run.summary["last"]["step"]]
     text = f"The official score covers at least {100 * low:.1f}% of val in every run. "
     if early:
-        return text + f"{len(early)} of {len(e.runs)} runs scored lower before their end; what counts is the last step."
+        return (
+            text
+            + f"{len(early)} of {len(e.runs)} runs scored lower before their end; what counts is the last step."
+        )
     return text + "The last evaluation of every run is also its lowest: no step was chosen."
 
 

@@ -21,7 +21,9 @@ SECRET_NAMES = re.compile(
     re.IGNORECASE,
 )
 SECRET_FOLDERS = {".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure", ".gcloud"}
-EXAMPLES = re.compile(r"\.env\.(example|sample|template|dist)", re.IGNORECASE)  # their contents are looked at like all others
+EXAMPLES = re.compile(
+    r"\.env\.(example|sample|template|dist)", re.IGNORECASE
+)  # their contents are looked at like all others
 
 LEFT_OUT_FOLDERS = {
     ".git": "git's own", ".venv": "a virtual environment", "venv": "a virtual environment", "node_modules": "installed packages",
@@ -38,7 +40,16 @@ LEFT_OUT_ENDINGS = {
 }
 _ENDINGS = {f".{ending}": what for what, endings in LEFT_OUT_ENDINGS.items() for ending in endings.split()}
 # what is packed cannot be looked into, whatever its name says
-_PACKED = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd", b"Rar!", b"SQLite format 3\x00")
+_PACKED = (
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"7z\xbc\xaf\x27\x1c",
+    b"\x28\xb5\x2f\xfd",
+    b"Rar!",
+    b"SQLite format 3\x00",
+)
 
 
 def secret_name(path: str) -> str:
@@ -89,7 +100,9 @@ _NAMES = rb"(passw(?:or)?d|passwd|passphrase|pwd|secret|token|api[_-]?key|access
 # NAME = "value" in code, JSON, TOML; and without quotes alone on a line, as in shell, INI and YAML files
 _QUOTED = re.compile(rb"(?i)" + _NAMES + rb"[\"']?\s{0,9}[:=]\s{0,9}[bru]{0,2}[\"']([^\s\"']{6,500})[\"']")
 _BARE = re.compile(
-    rb"(?im)^[ \t]{0,99}(?:export[ \t]+)?[\w.-]{0,60}?" + _NAMES + rb"[ \t]{0,9}[:=][ \t]{0,9}([^\s\"'#()\[\]{},;]{6,500})[ \t]*\r?$"
+    rb"(?im)^[ \t]{0,99}(?:export[ \t]+)?[\w.-]{0,60}?"
+    + _NAMES
+    + rb"[ \t]{0,9}[:=][ \t]{0,9}([^\s\"'#()\[\]{},;]{6,500})[ \t]*\r?$"
 )
 
 
@@ -112,7 +125,11 @@ def _telling(name: bytes, value: bytes, quoted: bool) -> bool:
     if name.startswith((b"pass", b"pwd")) and quoted:
         return True
     mixed = re.search(rb"\d", value) and re.search(rb"[A-Za-z]", value)
-    return bool(mixed) and len(value) >= (8 if name.startswith((b"pass", b"pwd")) else 16) and _entropy(value) > 2.5
+    return (
+        bool(mixed)
+        and len(value) >= (8 if name.startswith((b"pass", b"pwd")) else 16)
+        and _entropy(value) > 2.5
+    )
 
 
 def _entropy(value: bytes) -> float:

@@ -62,13 +62,23 @@ class Run:
         if not self.cfg.growth.ops:
             return []
         plan = Plan(self.cfg, self.plan["train_tokens"])
-        ops = zip(self.cfg.growth.ops, plan.fired, strict=False)  # what waits for a loss has no step in a plan
-        return [{"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)} for op, step in ops if step >= 0]
+        ops = zip(
+            self.cfg.growth.ops, plan.fired, strict=False
+        )  # what waits for a loss has no step in a plan
+        return [
+            {"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)}
+            for op, step in ops
+            if step >= 0
+        ]
 
     @cached_property
     def resolved(self) -> Plan:
         """The plan that the run followed: with what its journal says about when each op fired."""
-        fired = [~row["step"] if str(row["event"]).endswith("ERROR") else row["step"] for row in self.ops] if self.journal else []
+        fired = (
+            [~row["step"] if str(row["event"]).endswith("ERROR") else row["step"] for row in self.ops]
+            if self.journal
+            else []
+        )
         return Plan(self.cfg, self.plan["train_tokens"], fired)
 
 
@@ -128,7 +138,11 @@ class Study:
     def searched(self) -> list[str]:
         """The fields of the space that took more than one value."""
         names = [k for k in (self.trials[0] if self.trials else {}) if k.startswith("params.")]
-        return [k.removeprefix("params.") for k in names if len({str(t.get(k)) for t in self.trials if t.get(k) is not None}) > 1]
+        return [
+            k.removeprefix("params.")
+            for k in names
+            if len({str(t.get(k)) for t in self.trials if t.get(k) is not None}) > 1
+        ]
 
 
 def bad(trial: dict[str, Any]) -> bool:
@@ -200,7 +214,9 @@ class _Found:
                 below.clear()
             below[:] = [name for name in below if not name.startswith(".")]
         if not taken:
-            self.faults.append(f"{folder} holds no run and no exported study; `mainrun train` and `mainrun sweep export` make them")
+            self.faults.append(
+                f"{folder} holds no run and no exported study; `mainrun train` and `mainrun sweep export` make them"
+            )
 
 
 def gather(places: Sequence[str], out: Path = Path("runs")) -> Evidence:
@@ -226,9 +242,13 @@ def gather(places: Sequence[str], out: Path = Path("runs")) -> Evidence:
         seeds = [run.cfg.seed for run in recipe.runs]
         for seed in sorted({s for s in seeds if seeds.count(s) > 1}):
             twice = ", ".join(str(run.path) for run in recipe.runs if run.cfg.seed == seed)
-            met.faults.append(f"seed {seed} of {recipe.name} is there more than once ({twice}); give one of them: a seed counts once")
+            met.faults.append(
+                f"seed {seed} of {recipe.name} is there more than once ({twice}); give one of them: a seed counts once"
+            )
     if met.faults:
-        head = f"{len(met.faults)} things keep the report from being written:\n" if len(met.faults) > 1 else ""
+        head = (
+            f"{len(met.faults)} things keep the report from being written:\n" if len(met.faults) > 1 else ""
+        )
         raise RunError(head + "\n".join(met.faults))
     return Evidence(recipes, tuple(studies), *_headline(recipes))
 
@@ -243,9 +263,13 @@ def _each(things: Iterable[Any], read: Any, faults: list[str]) -> Iterator[Any]:
 
 def _run(run: RunDir) -> Run:
     summary = finished(run)
-    missing = [name for name in ("env.json", "metrics.jsonl", "tokenizer.json") if not (run.path / name).is_file()]
+    missing = [
+        name for name in ("env.json", "metrics.jsonl", "tokenizer.json") if not (run.path / name).is_file()
+    ]
     if missing:
-        raise RunError(f"{run.path} lacks {', '.join(missing)}; restore what is missing, or train the run again with --fresh")
+        raise RunError(
+            f"{run.path} lacks {', '.join(missing)}; restore what is missing, or train the run again with --fresh"
+        )
     loaded = Run(run.path, run.config(), run.plan(), run.env(), summary, run.rows(), run.journal())
     _check_run(run, loaded)
     return loaded
@@ -261,11 +285,17 @@ ENDED = {"tokens": records.count, "value": records.anything, "step": records.ste
 def _check_run(run: RunDir, loaded: Run) -> None:
     """Check that a run has what the pages need, and that its journal fits its config."""
     faults = {"summary.json": records.fault(loaded.summary, REPORTED)}
-    faults["metrics.jsonl"] = next((fault for row in loaded.rows if (fault := records.fault(row, ROWS[row["event"]]))), "")
-    faults["growth.jsonl"] = next((fault for row in loaded.journal if (fault := records.fault(row, _needed(row)))), "")
+    faults["metrics.jsonl"] = next(
+        (fault for row in loaded.rows if (fault := records.fault(row, ROWS[row["event"]]))), ""
+    )
+    faults["growth.jsonl"] = next(
+        (fault for row in loaded.journal if (fault := records.fault(row, _needed(row)))), ""
+    )
     if not loaded.steps or not loaded.evals:
         faults["metrics.jsonl"] = "has no row of a step" if not loaded.steps else "has no score of val"
-    if any("params" in op for op in loaded.ops) and not any(row["event"].endswith("START") for row in loaded.journal):
+    if any("params" in op for op in loaded.ops) and not any(
+        row["event"].endswith("START") for row in loaded.journal
+    ):
         faults["growth.jsonl"] = "says how ops ended, and of none that it began"
     for name, fault in faults.items():
         if fault:
@@ -275,7 +305,9 @@ def _check_run(run: RunDir, loaded: Run) -> None:
     try:
         _ = loaded.resolved
     except (MainrunError, LookupError, AssertionError) as e:
-        raise RunError(f"{run.path} cannot have trained as its config.json and growth.jsonl say ({e}); {run.fix}") from None
+        raise RunError(
+            f"{run.path} cannot have trained as its config.json and growth.jsonl say ({e}); {run.fix}"
+        ) from None
 
 
 def _needed(row: dict[str, Any]) -> records.Shape:
@@ -287,7 +319,9 @@ def _needed(row: dict[str, Any]) -> records.Shape:
 def _study(path: Path) -> Study:
     missing = [name for name in EXPORT if not os.path.lexists(path / name)]
     if missing:
-        raise RunError(f"the study {path} lacks {', '.join(missing)}; `mainrun sweep` writes both at the end of a study; go on with it")
+        raise RunError(
+            f"the study {path} lacks {', '.join(missing)}; `mainrun sweep` writes both at the end of a study; go on with it"
+        )
     import pyarrow.parquet
 
     again = "export it again with `mainrun sweep export`"
@@ -299,9 +333,13 @@ def _study(path: Path) -> Study:
         why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
         raise RunError(f"the study {path} cannot be read (trials.parquet: {why}); {again}") from None
     if rows and not {"trial", "state", "value"} <= rows[0].keys():
-        raise RunError(f"the study {path} is not as `mainrun sweep export` writes it (no trial, state and value); {again}")
+        raise RunError(
+            f"the study {path} is not as `mainrun sweep export` writes it (no trial, state and value); {again}"
+        )
     for row in rows:
-        if fault := records.fault(row, TRIAL | {name: records.setting for name in row if name.startswith("params.")}):
+        if fault := records.fault(
+            row, TRIAL | {name: records.setting for name in row if name.startswith("params.")}
+        ):
             raise RunError(f"{path}/trials.parquet is damaged: a trial {fault}; {again}")
     return Study(path, facts, rows)
 
@@ -322,7 +360,9 @@ FACTS = FACT | {
     "name?": records.text, "study?": records.optional(FACT), "evidence?": records.optional(FACT),
     "ledger?": records.optional(records.table_of(records.optional(records.positive))),
 }  # fmt: skip
-LEDGER = dict.fromkeys(("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.positive))
+LEDGER = dict.fromkeys(
+    ("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.positive)
+)
 TRIAL = LEDGER | {
     "trial": records.count, "state": records.text, "value": records.optional(records.number), "reason?": records.optional(records.any_text),
     "rung?": records.optional(records.real), "scores?": records.optional(records.scores),
@@ -333,7 +373,9 @@ def _mixed(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
     """Scores of other titles, or of other spans, do not stand side by side."""
     given = [(run.id, run.summary) for run in runs] + [(f"study {s.name}", s.facts) for s in studies]
     faults = []
-    asked = {f"{name} fingerprint": ("fingerprints", name) for name in SAME} | {"evaluation geometry": ("geometry", "")}
+    asked = {f"{name} fingerprint": ("fingerprints", name) for name in SAME} | {
+        "evaluation geometry": ("geometry", "")
+    }
     advice = {
         "evaluation geometry": "train them with one --set official_geometry=ROWSxTOKENS (the steps come from the store)",
     }
@@ -343,10 +385,14 @@ def _mixed(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
             value = facts.get(key)
             value = value.get(part) if part and isinstance(value, dict) else value
             if value is not None:
-                values.setdefault("x".join(map(str, value)) if isinstance(value, list) else str(value)[:12], []).append(name)
+                values.setdefault(
+                    "x".join(map(str, value)) if isinstance(value, list) else str(value)[:12], []
+                ).append(name)
         if len(values) > 1:
             each = "; ".join(f"{value}: {few(names)}" for value, names in values.items())
-            faults.append(f"the {what} is not one: {each}; {advice.get(what, 'report runs of the same titles and splits together')}")
+            faults.append(
+                f"the {what} is not one: {each}; {advice.get(what, 'report runs of the same titles and splits together')}"
+            )
     return faults
 
 
@@ -372,7 +418,11 @@ def _recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
         alike = [json.loads(text) for name, text in groups if name == preset]
         own = json.loads(json.dumps(fields(mine[0].cfg)))
         differ = [k for k in own if any(other[k] != own[k] for other in alike)]
-        said = [f"{k}={own[k]:.6g}" if isinstance(own[k], float) else f"{k}={own[k]}" for k in differ if k != "growth"]
+        said = [
+            f"{k}={own[k]:.6g}" if isinstance(own[k], float) else f"{k}={own[k]}"
+            for k in differ
+            if k != "growth"
+        ]
         said += ["with growth"] if "growth" in differ and own["growth"]["ops"] else []
         found.append(Recipe(" ".join([preset, *said]), tuple(mine)))
     return tuple(found)
@@ -390,12 +440,20 @@ def _headline(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, 
     base = (called("baseline") or list(recipes))[0]
     others = [r for r in recipes if r is not base]
     if named := [r for r in called("optimized") if r is not base]:
-        return base, named[0], "the recipe is called optimized" + (", the one with most seeds" if len(named) > 1 else "")
+        return (
+            base,
+            named[0],
+            "the recipe is called optimized" + (", the one with most seeds" if len(named) > 1 else ""),
+        )
     good = [r for r in others if r.good]
     if not good:
         return base, others[0] if others else None, "the only other recipe"
     best = min(good, key=lambda r: sum(r.scores.values()) / len(r.scores))
-    return base, best, f"the lowest mean full score of {len(good)} recipes" if len(good) > 1 else "the only other recipe"
+    return (
+        base,
+        best,
+        f"the lowest mean full score of {len(good)} recipes" if len(good) > 1 else "the only other recipe",
+    )
 
 
 def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:

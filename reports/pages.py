@@ -35,8 +35,22 @@ class Report:
     def __post_init__(self) -> None:
         e = self.e
         found = [tables.runs(e), tables.recipes(e)] if e.runs else []
-        found += [t for t in (headline(e), tables.ablation(e), tables.differences(e), tables.others(e), tables.failures(e)) if t]
-        found += [make(e) for make in (tables.commands, tables.guards, tables.fingerprints, tables.hashes, tables.machines) if e.runs]
+        found += [
+            t
+            for t in (
+                headline(e),
+                tables.ablation(e),
+                tables.differences(e),
+                tables.others(e),
+                tables.failures(e),
+            )
+            if t
+        ]
+        found += [
+            make(e)
+            for make in (tables.commands, tables.guards, tables.fingerprints, tables.hashes, tables.machines)
+            if e.runs
+        ]
         found += [tables.growth(run, i) for i, run in enumerate(figures.grown(e), 1)]
         found += [t for i, s in enumerate(e.studies, 1) for t in tables.study(s, i)]
         found += [cards.checklist(e)]
@@ -47,7 +61,18 @@ class Report:
         return {"subject": findings.claim(self.e).text, "keywords": ", ".join(run.id for run in self.e.runs)}
 
     def story(self, drawn: Mapping[str, Drawing]) -> list[Flowable]:
-        parts = (first, curves, recipes, ablation, training, *studies(self), growth, failed, written, appendix)
+        parts = (
+            first,
+            curves,
+            recipes,
+            ablation,
+            training,
+            *studies(self),
+            growth,
+            failed,
+            written,
+            appendix,
+        )
         return [flowable for part in parts for flowable in part(self, drawn)]
 
     def table(self, name: str) -> list[Flowable]:
@@ -64,7 +89,9 @@ def headline(e: Evidence) -> Table | None:
     for i, recipe in enumerate(pair):
         runs = [run for run in recipe.good if d is None or not d.paired or run.cfg.seed in d.seeds]
         means = [tables.mean_of(runs, get) for get in (full, official, coverage, flops)]
-        means.append(tables.mean_of([run for run in runs if not run.summary.get("ledger", {}).get("reused")], seconds))
+        means.append(
+            tables.mean_of([run for run in runs if not run.summary.get("ledger", {}).get("reused")], seconds)
+        )
         params = recipe.runs[0].summary["params"]
         name = recipe.name if recipe.good else f"{recipe.name} (failed a guard)"
         rows.append([name, ", ".join(str(run.cfg.seed) for run in runs), *means[:3], params, *means[3:]])
@@ -114,23 +141,33 @@ def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
             by = f"{fixed(4, sign=True)(d.mean)}, 95% interval {low} to {high}, {findings.how(d)}"
         else:
             by = f"{fixed(4, sign=True)(d.mean)}, {findings.seeds(d.n_a)} and {findings.seeds(d.n_b)}: no interval"
-        yield words(f"{e.baseline.name} → {e.optimised.name}, full score of val in nats per character, lower is better: {by}.")
+        yield words(
+            f"{e.baseline.name} → {e.optimised.name}, full score of val in nats per character, lower is better: {by}."
+        )
         if e.chosen.startswith("the lowest"):
-            yield words(f"{e.optimised.name} was chosen on val itself, as {e.chosen}: part of its lead is that choice.")
+            yield words(
+                f"{e.optimised.name} was chosen on val itself, as {e.chosen}: part of its lead is that choice."
+            )
     else:
         yield words("No headline figure", "big")
     yield from r.table("headline")
     yield heading("Findings", 1)
     for n, sentence in enumerate(findings.findings(e), 1):
         yield words(f"{n}. {sentence}", "finding")
-    yield from figure(drawn, "headline", "Full score against the tokens trained; bands reach from the lowest to the highest seed.")
+    yield from figure(
+        drawn,
+        "headline",
+        "Full score against the tokens trained; bands reach from the lowest to the highest seed.",
+    )
 
 
 def subtitle(e: Evidence) -> str:
     parts = [f"{counted(len(e.runs), 'run')} of {counted(len(e.recipes), 'recipe')}"] if e.runs else []
     if e.runs:
         one = e.runs[0]
-        parts.append(f"{one.cfg.corpus.split('/')[-1]}, {one.cfg.num_titles:,} titles, val {one.summary['fingerprints']['val'][:12]}")
+        parts.append(
+            f"{one.cfg.corpus.split('/')[-1]}, {one.cfg.num_titles:,} titles, val {one.summary['fingerprints']['val'][:12]}"
+        )
         parts.append("spans of the official score {}x{}".format(*one.summary["geometry"]))
     parts += [f"study {s.name}, {len(s.trials)} trials" for s in e.studies]
     return "; ".join(parts)
@@ -145,7 +182,11 @@ def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         yield section()
         yield heading("Loss against what it costs", 0)
         note = " Grey: the other recipes." if len([x for x in r.e.recipes if x.good]) > figures.MOST else ""
-        reused = " Steps from the store count with the time that they took when they were trained." if took(r.e) else ""
+        reused = (
+            " Steps from the store count with the time that they took when they were trained."
+            if took(r.e)
+            else ""
+        )
         yield from figure(
             drawn,
             "curves",
@@ -176,7 +217,9 @@ def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
                 "95 of 100 cases, so no smaller difference is called one."
             )
         else:
-            yield words("Noise floor: not known, no recipe was run with two seeds. No difference in this report is backed.")
+            yield words(
+                "Noise floor: not known, no recipe was run with two seeds. No difference in this report is backed."
+            )
         yield from r.table("recipes")
         yield from r.table("runs")
 
@@ -204,13 +247,20 @@ def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
             "so they may well be above validation. Tokens of two tokenizers are not the same thing: read each panel alone.",
             "Train and validation",
         )
-        yield from figure(drawn, "schedules", "What enters each step, by the plan that the run followed. Marks: growth ops.", "Schedules")
+        yield from figure(
+            drawn,
+            "schedules",
+            "What enters each step, by the plan that the run followed. Marks: growth ops.",
+            "Schedules",
+        )
 
 
 def studies(r: Report) -> Iterator[Part]:
     for i, study in enumerate(r.e.studies, 1):
 
-        def pages(r: Report, drawn: Mapping[str, Drawing], i: int = i, name: str = study.name) -> Iterator[Flowable]:
+        def pages(
+            r: Report, drawn: Mapping[str, Drawing], i: int = i, name: str = study.name
+        ) -> Iterator[Flowable]:
             yield section()
             yield heading(f"Study {name}", 0)
             for part in ("", "_confirmation", "_space"):
@@ -223,9 +273,18 @@ def studies(r: Report) -> Iterator[Part]:
                     "field alone (its values, or the quarters of a number), over the trials that were trained to the end.",
                 ),
                 ("ledger", "Steps: asked = trained + reused; wasted is part of trained."),
-                ("slices", "The value against each field; grey: stopped at a lower rung. The highest values may lie above the frame."),
-                ("parallel", "Trials that were trained to the end and have all of these fields. The best tenth, at least one, is on top."),
-                ("rungs", "Value at a rung against the value at the last one, of the trials that went on to it."),
+                (
+                    "slices",
+                    "The value against each field; grey: stopped at a lower rung. The highest values may lie above the frame.",
+                ),
+                (
+                    "parallel",
+                    "Trials that were trained to the end and have all of these fields. The best tenth, at least one, is on top.",
+                ),
+                (
+                    "rungs",
+                    "Value at a rung against the value at the last one, of the trials that went on to it.",
+                ),
             ):
                 yield from figure(drawn, f"study-{i}-{part}", caption)
 
@@ -236,7 +295,11 @@ def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for i, run in enumerate(figures.grown(r.e), 1):
         yield section()
         yield heading(f"Growth of {run.id}", 0)
-        yield from figure(drawn, f"growth-{i}", "Dashed: the ops, by their numbers in the table. The first scores may lie above the frame.")
+        yield from figure(
+            drawn,
+            f"growth-{i}",
+            "Dashed: the ops, by their numbers in the table. The first scores may lie above the frame.",
+        )
         yield from r.table(f"growth_{i}")
 
 
@@ -249,7 +312,10 @@ def failed(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if told and r.log:
         yield heading("From the log", 1)
         digest = sha256(r.log.read_bytes()).hexdigest()[:12]
-        yield words(f"What {r.log.name} (sha256 {digest}) says went worse, slower or wrong; it holds every experiment.", "small")
+        yield words(
+            f"What {r.log.name} (sha256 {digest}) says went worse, slower or wrong; it holds every experiment.",
+            "small",
+        )
         for sentence in told:
             yield words(f"• {sentence}", "finding")
 
@@ -276,8 +342,19 @@ def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     yield section()
     yield heading("Appendix", 0)
-    yield words(f"Left out: {'; '.join(missing(r, drawn)) or 'nothing, the inputs have data for every page'}.")
-    for name in ("config", "other_configs", "commands", "guards", "fingerprints", "hashes", "machines", "checklist"):
+    yield words(
+        f"Left out: {'; '.join(missing(r, drawn)) or 'nothing, the inputs have data for every page'}."
+    )
+    for name in (
+        "config",
+        "other_configs",
+        "commands",
+        "guards",
+        "fingerprints",
+        "hashes",
+        "machines",
+        "checklist",
+    ):
         yield from r.table(name)
     if r.e.runs:
         yield heading("Model card", 1)

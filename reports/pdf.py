@@ -101,10 +101,16 @@ def styles() -> dict[str, Any]:
     return {
         "body": body,
         "title": ParagraphStyle("title", body, fontName=BOLD, fontSize=17, leading=21, spaceAfter=2),
-        "h0": ParagraphStyle("h0", body, fontName=BOLD, fontSize=12.5, leading=16, spaceBefore=14, spaceAfter=5),
+        "h0": ParagraphStyle(
+            "h0", body, fontName=BOLD, fontSize=12.5, leading=16, spaceBefore=14, spaceAfter=5
+        ),
         "h1": ParagraphStyle("h1", body, fontName=BOLD, fontSize=9, leading=12, spaceBefore=8, spaceAfter=3),
-        "caption": ParagraphStyle("caption", body, fontSize=7.5, leading=10, textColor="#444444", spaceAfter=3),
-        "note": ParagraphStyle("note", body, fontSize=7, leading=9.5, textColor="#444444", spaceBefore=2, spaceAfter=8),
+        "caption": ParagraphStyle(
+            "caption", body, fontSize=7.5, leading=10, textColor="#444444", spaceAfter=3
+        ),
+        "note": ParagraphStyle(
+            "note", body, fontSize=7, leading=9.5, textColor="#444444", spaceBefore=2, spaceAfter=8
+        ),
         "cell": ParagraphStyle("cell", body, fontSize=7, leading=9, spaceAfter=0),
         "bad": ParagraphStyle("bad", body, fontSize=7, leading=9, spaceAfter=0, textColor=RED),
         "finding": ParagraphStyle("finding", body, leftIndent=13, bulletIndent=0, spaceAfter=4),
@@ -137,11 +143,16 @@ def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
 
     cells = list(found.cells())
     columns = found.columns
-    longest = [max(stringWidth(text, BOLD, 7) for text in (c.head, *(row[i] for row in cells))) + GAP + 1 for i, c in enumerate(columns)]
+    longest = [
+        max(stringWidth(text, BOLD, 7) for text in (c.head, *(row[i] for row in cells))) + GAP + 1
+        for i, c in enumerate(columns)
+    ]
     natural = [w if c.right else min(w, 0.3 * width) for w, c in zip(longest, columns, strict=True)]
     fixed = sum(w for w, c in zip(natural, columns, strict=True) if not c.share)
     shares = sum(c.share for c in columns)
-    widths = [(width - fixed) * c.share / shares if c.share else w for w, c in zip(natural, columns, strict=True)]
+    widths = [
+        (width - fixed) * c.share / shares if c.share else w for w, c in zip(natural, columns, strict=True)
+    ]
     if not shares and fixed > width:
         widths = [w * width / fixed for w in widths]
     wraps = [not c.right and w < long for c, w, long in zip(columns, widths, longest, strict=True)]
@@ -211,7 +222,16 @@ def _build(story: list[Flowable], title: str, told: Mapping[str, str], total: in
         canvas.drawRightString(A4[0] - MARGIN, 30, f"page {doc.page} of {total}")
 
     out = io.BytesIO()
-    doc = BaseDocTemplate(out, pagesize=A4, invariant=1, lang="en", title=title, creator=CREATOR, author=f"mainrun {__version__}", **told)
+    doc = BaseDocTemplate(
+        out,
+        pagesize=A4,
+        invariant=1,
+        lang="en",
+        title=title,
+        creator=CREATOR,
+        author=f"mainrun {__version__}",
+        **told,
+    )
     frame = Frame(MARGIN, 46, COLUMN, A4[1] - 46 - 44, 0, 0, 0, 0)
     doc.addPageTemplates(PageTemplate("page", [frame], onPage=footer))
     doc.build(story)

@@ -28,8 +28,19 @@ def replay(code: Path, what: str, run: Path, *args: str) -> dict[str, Any]:
     env |= {"PYTHONPATH": str(code.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory(prefix="mainrun-replay-") as folder:
         into = Path(folder) / "found.json"
-        command = [sys.executable, "-P", "-m", "mainrun.replay", what, str(run.resolve()), str(into), *args]  # -P: not the current folder's
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "mainrun.replay",
+            what,
+            str(run.resolve()),
+            str(into),
+            *args,
+        ]  # -P: not the current folder's
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+        )
         try:
             found = json.loads(into.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):

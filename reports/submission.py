@@ -60,21 +60,29 @@ def choose(name: str | None, runs: Path) -> RunDir:
         return find(name, runs)
     done = sorted(path.parent.name for path in runs.glob("*/summary.json"))
     if len(done) != 1:
-        what = f"several finished runs in {runs} ({', '.join(done[:5])})" if done else f"no finished run in {runs}"
+        what = (
+            f"several finished runs in {runs} ({', '.join(done[:5])})"
+            if done
+            else f"no finished run in {runs}"
+        )
         raise UsageError(
             f"got no --run, and there {'are' if done else 'is'} {what}; {'name one' if done else 'train one first'}: --run RUN"
         )
     return RunDir(runs / done[0])
 
 
-def prepare(run: RunDir, report: Path, out: Path, note: Callable[[str], None], root: Path = ROOT) -> Submission:
+def prepare(
+    run: RunDir, report: Path, out: Path, note: Callable[[str], None], root: Path = ROOT
+) -> Submission:
     """All checks, the quick ones first, and the zip in memory."""
     summary = whole(run)
     quoted = _report(report, summary)
     commit = head(root, but=(report, out))
     files, notes = _run_files(run)
     files |= {CODE + name: data for name, data in commit.files.items()} | {REPORT: quoted}
-    check_leaks({name: data for name, data in files.items() if not name.startswith(CODE)})  # the code was looked at by its commit
+    check_leaks(
+        {name: data for name, data in files.items() if not name.startswith(CODE)}
+    )  # the code was looked at by its commit
     note(f"the guards, by the code of commit {commit.id[:12]}")
     found = _guards(run, commit, summary)
     manifest = {
@@ -108,7 +116,9 @@ def whole(run: RunDir) -> dict[str, Any]:
     summary = compare.finished(run)
     missing = [name for name in RUN_FILES if not (run.path / name).is_file()]
     if missing:
-        raise RunError(f"{run.path} has no {', '.join(missing)}; restore it, or train the run again with --fresh")
+        raise RunError(
+            f"{run.path} has no {', '.join(missing)}; restore it, or train the run again with --fresh"
+        )
     lacking = [name for name in NEEDED if name not in summary]
     wrong = "" if lacking or summary["run"] == run.config().run_id else f"is of {summary['run']}"
     if not lacking and summary["scores"].get("val") != {name: summary[name] for name in ("last", "best")}:
@@ -121,7 +131,9 @@ def whole(run: RunDir) -> dict[str, Any]:
     if lacking or wrong:
         what = wrong or f"has no {lacking[0]!r}"
         raise RunError(f"{run.path}/summary.json {what}; restore it, or train the run again with --fresh")
-    ends = {row["event"]: row["step"] for row in run.rows() if row["event"] == "step" or row.get("split") == "val"}
+    ends = {
+        row["event"]: row["step"] for row in run.rows() if row["event"] == "step" or row.get("split") == "val"
+    }
     if ends != {"step": summary["steps"], "eval": summary["steps"]}:
         raise RunError(
             f"{run.path}/metrics.jsonl does not reach the last step, {summary['steps']}, with its score; restore it, or train again"
@@ -136,7 +148,9 @@ def pdf_text(data: bytes, name: str) -> str:
     try:
         return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(data)).pages)
     except Exception as e:  # its errors are many, and a damaged file meets others
-        raise UsageError(f"{name} is no PDF that can be read ({type(e).__name__}: {e}); make it again: mainrun report") from None
+        raise UsageError(
+            f"{name} is no PDF that can be read ({type(e).__name__}: {e}); make it again: mainrun report"
+        ) from None
 
 
 def _report(path: Path, summary: dict[str, Any]) -> bytes:
@@ -145,7 +159,9 @@ def _report(path: Path, summary: dict[str, Any]) -> bytes:
     if not path.is_file():
         raise UsageError(f"no report {path}; {make}")
     if path.stat().st_size > bundle.LIMIT:
-        raise UsageError(f"{path} has {size(path.stat().st_size)}, a submission at most {size(bundle.LIMIT)}; {make}")
+        raise UsageError(
+            f"{path} has {size(path.stat().st_size)}, a submission at most {size(bundle.LIMIT)}; {make}"
+        )
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -160,7 +176,9 @@ def _report(path: Path, summary: dict[str, Any]) -> bytes:
 
 def quotes(text: str, summary: dict[str, Any]) -> list[str]:
     """What of the run the text lacks."""
-    missing = [] if summary["run"] in re.sub(r"\s", "", text) else [f"run {summary['run']}"]  # an id may be broken over two lines
+    missing = (
+        [] if summary["run"] in re.sub(r"\s", "", text) else [f"run {summary['run']}"]
+    )  # an id may be broken over two lines
     printed = re.findall(r"\d+\.\d{4,}", text)
     for name in ("official", "full"):
         value = summary["last"][name]
@@ -176,11 +194,15 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
         inside = [newest / "meta.json", newest / "state.safetensors"]
         for path in inside:
             if not path.exists():
-                raise RunError(f"{newest} has no {path.name}; restore it, or train the run again with --fresh")
+                raise RunError(
+                    f"{newest} has no {path.name}; restore it, or train the run again with --fresh"
+                )
         if (total := sum(path.stat().st_size for path in inside if path.is_file())) <= bundle.CHECKPOINT:
             names += [str(path.relative_to(run.path)) for path in inside]
         else:
-            notes.append(f"without the last checkpoint: {size(total)}, at most {size(bundle.CHECKPOINT)} goes in")
+            notes.append(
+                f"without the last checkpoint: {size(total)}, at most {size(bundle.CHECKPOINT)} goes in"
+            )
     for name in names:
         if (run.path / name).is_symlink():
             raise RunError(f"{run.path / name} is a link; put the file itself in its place")
@@ -194,20 +216,30 @@ def _guards(run: RunDir, commit: Commit, summary: dict[str, Any]) -> list[dict[s
         code = Path(folder)
         bundle.write(commit.files, code)
         if not (code / "mainrun" / "replay.py").is_file():
-            raise UsageError(f"commit {commit.id[:12]} has no mainrun/replay.py, which runs the guards; update the repository")
+            raise UsageError(
+                f"commit {commit.id[:12]} has no mainrun/replay.py, which runs the guards; update the repository"
+            )
         found = replay(code, "guards", run.path)
     here = found["versions"]["mainrun"]
     of_run = {entry["mainrun"] for entry in summary["all_versions"]}
     if of_run != {here}:
         theirs = ", ".join(sorted(source[:12] for source in of_run))
         what = f"run {summary['run']} was trained by source {theirs}, commit {commit.id[:12]} is source {here[:12]}"
-        raise UsageError(f"{what}; check out the commit that trained it, or train it again with this one (--fresh)")
+        raise UsageError(
+            f"{what}; check out the commit that trained it, or train it again with this one (--fresh)"
+        )
     failed = [guard for guard in found["guards"] if guard["status"] == "fail"]
     if failed:
         lines = [f"{guard['name']}: {guard['detail']}\n    fix: {FIXES[guard['name']]}" for guard in failed]
-        raise UsageError("\n  ".join([f"{len(failed)} of {len(found['guards'])} guards failed on {summary['run']}:", *lines]))
+        raise UsageError(
+            "\n  ".join(
+                [f"{len(failed)} of {len(found['guards'])} guards failed on {summary['run']}:", *lines]
+            )
+        )
     if wrong := [name for name in ("fingerprints", "tokenizer") if found[name] != summary[name]]:
-        raise UsageError(f"the corpus gives other {wrong[0]} now than run {summary['run']} was trained on; restore it, or train again")
+        raise UsageError(
+            f"the corpus gives other {wrong[0]} now than run {summary['run']} was trained on; restore it, or train again"
+        )
     return found["guards"]
 
 
@@ -217,4 +249,6 @@ def _check_size(files: dict[str, bytes], data: bytes) -> None:
         largest = sorted(files, key=lambda name: -len(files[name]))[:3]
         named = ", ".join(f"{name} ({size(len(files[name]))})" for name in largest)
         what = f"the submission has {len(files):,} files and {size(len(data))} ({size(total)} unpacked)"
-        raise UsageError(f"{what}; allowed are {bundle.FILES:,} and {size(bundle.LIMIT)} ({size(bundle.UNPACKED)}); the largest: {named}")
+        raise UsageError(
+            f"{what}; allowed are {bundle.FILES:,} and {size(bundle.LIMIT)} ({size(bundle.UNPACKED)}); the largest: {named}"
+        )

@@ -21,18 +21,32 @@ def _note(text: str) -> None:
 
 
 def submit(
-    run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Which; not needed where only one is finished.")] = None,
-    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories.")] = Path(
-        "runs"
-    ),
-    report: Annotated[Path, typer.Option("--report", metavar="PDF", callback=validate_paths, help="The report that quotes it.")] = Path(
-        "report.pdf"
-    ),
-    out: Annotated[Path, typer.Option("--out", metavar="ZIP", callback=validate_paths, help="The bundle.")] = Path("submission.zip"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list it; write and send nothing.")] = False,
-    url: Annotated[str | None, typer.Option("--upload", metavar="URL", help="Also send it there, by HTTP PUT.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Which; not needed where only one is finished.")
+    ] = None,
+    runs: Annotated[
+        Path,
+        typer.Option(
+            "--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories."
+        ),
+    ] = Path("runs"),
+    report: Annotated[
+        Path,
+        typer.Option("--report", metavar="PDF", callback=validate_paths, help="The report that quotes it."),
+    ] = Path("report.pdf"),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="ZIP", callback=validate_paths, help="The bundle.")
+    ] = Path("submission.zip"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list it; write and send nothing.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option("--upload", metavar="URL", help="Also send it there, by HTTP PUT.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Send it without asking.")] = False,
-    timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=3600, help="Seconds without a sign of the server.")] = 60,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, max=3600, help="Seconds without a sign of the server.")
+    ] = 60,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -76,7 +90,11 @@ def _show(made: Submission, out: Path | None, as_json: bool) -> None:
     from reports import bundle
 
     listed = {name: len(data) for name, data in sorted(made.files.items())}
-    facts: dict[str, Any] = {"zip": str(out) if out else None, "bytes": len(made.data), "sha256": bundle.sha256(made.data)}
+    facts: dict[str, Any] = {
+        "zip": str(out) if out else None,
+        "bytes": len(made.data),
+        "sha256": bundle.sha256(made.data),
+    }
     if as_json:
         emit(
             facts
@@ -90,7 +108,9 @@ def _show(made: Submission, out: Path | None, as_json: bool) -> None:
     for line in [*made.notes, *(f"flag: {flag}" for flag in made.flags)]:
         print(line)
     last = made.manifest["figures"]["last"]
-    print(f"{made.manifest['run']}: full {last['full']:.4f}, official {last['official']:.4f} ({last['coverage']:.1%})")
+    print(
+        f"{made.manifest['run']}: full {last['full']:.4f}, official {last['official']:.4f} ({last['coverage']:.1%})"
+    )
     where = str(out) if out else "nothing was written; it would have been a zip"
     print(
         f"{where}: {len(listed)} files, {bundle.size(len(made.data))} (at most {bundle.size(bundle.LIMIT)}), sha256 {facts['sha256'][:16]}"
@@ -103,7 +123,9 @@ def _send(made: Submission, out: Path, url: str, yes: bool, timeout: float) -> N
 
     target, run = check_url(url), made.manifest["run"]
     if not yes:
-        _note(f"{out} ({size(len(made.data))}) goes to {shown(target)}; type the run's id, {run}, to send it:")
+        _note(
+            f"{out} ({size(len(made.data))}) goes to {shown(target)}; type the run's id, {run}, to send it:"
+        )
         if sys.stdin.readline().strip() != run:
             raise MainrunError(f"not sent, for the id was not typed; {out} is kept")
     said = upload(out, url, _note, timeout=timeout)
@@ -111,8 +133,16 @@ def _send(made: Submission, out: Path, url: str, yes: bool, timeout: float) -> N
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="ZIP", callback=validate_paths, help="A bundle that `mainrun submit` made.")],
-    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="How many to train again; the run's number: all of it.")] = 10,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="ZIP", callback=validate_paths, help="A bundle that `mainrun submit` made."),
+    ],
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", min=1, metavar="N", help="How many to train again; the run's number: all of it."
+        ),
+    ] = 10,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -143,11 +173,15 @@ def _show_verdict(found: Verdict) -> None:
         if found.same_class:
             print("compared: every bit, for this is the machine class of the run")
         else:
-            print(f"compared: within a relative {found.tolerance:g} (gradient norms ten times that), for this is another machine class")
+            print(
+                f"compared: within a relative {found.tolerance:g} (gradient norms ten times that), for this is another machine class"
+            )
             for line in found.apart:
                 print(f"  {show(line)}")
         trainer = (
-            "is the one installed here" if not found.other_code else f"is not the one installed here: {', '.join(found.other_code[:5])}"
+            "is the one installed here"
+            if not found.other_code
+            else f"is not the one installed here: {', '.join(found.other_code[:5])}"
         )
         print(f"the trainer in the bundle {trainer}")
     for line in found.differences[:MOST]:

@@ -21,7 +21,9 @@ Format = Callable[[Any], str]
 
 
 def fixed(decimals: int, sign: bool = False) -> Format:
-    return lambda v: "" if v is None else f"{v:{'+' if sign else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    return lambda v: (
+        "" if v is None else f"{v:{'+' if sign else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    )
 
 
 def whole(v: Any) -> str:
@@ -84,7 +86,9 @@ class Table:
         with path.open("w", encoding="utf-8", newline="") as f:
             out = csv.writer(f, lineterminator="\n")
             out.writerow([column.head for column in self.columns])
-            out.writerows([json.dumps(v) if isinstance(v, (dict, list)) else v for v in row] for row in self.rows)
+            out.writerows(
+                [json.dumps(v) if isinstance(v, (dict, list)) else v for v in row] for row in self.rows
+            )
         return path
 
 
@@ -94,7 +98,9 @@ def mean_of(runs: Sequence[Run], get: Callable[[Run], float]) -> float | None:
 
 def recipes(e: Evidence) -> Table:
     rows, red = [], set()
-    for i, r in enumerate(sorted(e.recipes, key=lambda r: (not r.good, mean_of(r.good, lambda run: run.full) or 0))):
+    for i, r in enumerate(
+        sorted(e.recipes, key=lambda r: (not r.good, mean_of(r.good, lambda run: run.full) or 0))
+    ):
         scores = stats.Mean(tuple(r.scores.values())) if r.good else None
         counted = r.good or r.runs
         fresh = [run for run in counted if not run.summary.get("ledger", {}).get("reused")]
@@ -131,7 +137,11 @@ def runs(e: Evidence) -> Table:
     rows, red = [], set()
     for i, run in enumerate(e.runs):
         s, said = run.summary, Counter(g["status"] for g in run.summary["guards"])
-        guards = f"FAIL: {', '.join(run.failed)}" if run.failed else "ok" + f", {said['flag']} flag" * bool(said["flag"])
+        guards = (
+            f"FAIL: {', '.join(run.failed)}"
+            if run.failed
+            else "ok" + f", {said['flag']} flag" * bool(said["flag"])
+        )
         last = s["last"]
         rows.append(
             [
@@ -164,7 +174,9 @@ def ablation(e: Evidence) -> Table | None:
     for (before, recipe), d, mean, mine in zip(pairwise(e.ladder), apart, means[1:], scores[1:], strict=True):
         low, high = d.interval or (None, None)
         p = next(adjusted) if d.p is not None else None
-        changed = ", ".join(f"{k}={value(b)}" for k, _, b in config_differences(before.cfg, recipe.cfg) if k != "seed")
+        changed = ", ".join(
+            f"{k}={value(b)}" for k, _, b in config_differences(before.cfg, recipe.cfg) if k != "seed"
+        )
         rows.append([short(recipe.cfg), len(mine), mean, d.mean, low, high, p, verdict(d, noise, p), changed])
     columns = [
         Column("step", text, 0.11), Column("seeds", whole), Column("full", fixed(4)), Column("delta", fixed(4, sign=True)),
@@ -196,12 +208,24 @@ def differences(e: Evidence) -> Table | None:
     if e.baseline is None or e.optimised is None:
         return None
     rows: list[list[Any]] = [
-        [k, value(a), value(b)] for k, a, b in config_differences(e.baseline.cfg, e.optimised.cfg) if k not in ("seed", "growth")
+        [k, value(a), value(b)]
+        for k, a, b in config_differences(e.baseline.cfg, e.optimised.cfg)
+        if k not in ("seed", "growth")
     ]
     for op in e.optimised.cfg.growth.ops:
         rows.append(["growth", "", f"{op} at {op.trigger}"])
-    columns = [Column("field", text, 0.2), Column(e.baseline.name, text, 0.35), Column(e.optimised.name, text, 0.45)]
-    return Table("config", f"Config of {e.optimised.name} against {e.baseline.name}", columns, rows, "Fields that are not here are equal.")
+    columns = [
+        Column("field", text, 0.2),
+        Column(e.baseline.name, text, 0.35),
+        Column(e.optimised.name, text, 0.45),
+    ]
+    return Table(
+        "config",
+        f"Config of {e.optimised.name} against {e.baseline.name}",
+        columns,
+        rows,
+        "Fields that are not here are equal.",
+    )
 
 
 def others(e: Evidence) -> Table | None:
@@ -211,10 +235,21 @@ def others(e: Evidence) -> Table | None:
         return None
     base = e.baseline.cfg
     rows = [
-        [r.name, ", ".join(f"{k}={value(b)}" for k, _, b in config_differences(base, r.cfg) if k not in ("seed", "growth"))] for r in mine
+        [
+            r.name,
+            ", ".join(
+                f"{k}={value(b)}"
+                for k, _, b in config_differences(base, r.cfg)
+                if k not in ("seed", "growth")
+            ),
+        ]
+        for r in mine
     ]
     return Table(
-        "other_configs", f"Other recipes against {e.baseline.name}", [Column("recipe", text, 0.25), Column("sets", text, 0.75)], rows
+        "other_configs",
+        f"Other recipes against {e.baseline.name}",
+        [Column("recipe", text, 0.25), Column("sets", text, 0.75)],
+        rows,
     )
 
 
@@ -271,7 +306,9 @@ def commands(e: Evidence) -> Table:
         given.setdefault(" ".join(["mainrun", *map(shlex.quote, words)]), []).append(run.id)
     rows = [[command, few(ids, 8)] for command, ids in given.items()]
     note = "As env.json has them: those of the last sitting of each run. A ladder trains all of its steps."
-    return Table("commands", "Commands", [Column("command", text, 0.6), Column("runs", text, 0.4)], rows, note)
+    return Table(
+        "commands", "Commands", [Column("command", text, 0.6), Column("runs", text, 0.4)], rows, note
+    )
 
 
 def hashes(e: Evidence) -> Table:
@@ -282,7 +319,10 @@ def hashes(e: Evidence) -> Table:
         ]
         for run in e.runs
     ]  # fmt: skip
-    columns = [Column("run"), *(Column(h, text, 0.15) for h in ("config", "weights", "evaluate", "source", "tokenizer"))]
+    columns = [
+        Column("run"),
+        *(Column(h, text, 0.15) for h in ("config", "weights", "evaluate", "source", "tokenizer")),
+    ]
     note = "The first 12 digits of each sha256; evaluate and source: the code that scored and that trained."
     return Table("hashes", "Hashes", columns, rows, note)
 
@@ -291,24 +331,38 @@ def fingerprints(e: Evidence) -> Table:
     seen: dict[tuple[str, ...], list[str]] = {}
     for run in e.runs:
         f, origin = run.summary["fingerprints"], run.summary.get("origin", {})
-        key = (*(f.get(k, "")[:12] for k in ("corpus", "train", "dev", "val")), f"{run.cfg.corpus}, {run.cfg.num_titles:,} titles")
+        key = (
+            *(f.get(k, "")[:12] for k in ("corpus", "train", "dev", "val")),
+            f"{run.cfg.corpus}, {run.cfg.num_titles:,} titles",
+        )
         seen.setdefault((*key, str(origin.get("sha256", ""))[:12]), []).append(run.id)
     rows = [[*key, len(ids)] for key, ids in seen.items()]
     heads = ("corpus", "train", "dev", "val", "which titles", "file")
-    return Table("fingerprints", "Data fingerprints", [*(Column(h, text, 0.15) for h in heads), Column("runs", whole)], rows)
+    return Table(
+        "fingerprints",
+        "Data fingerprints",
+        [*(Column(h, text, 0.15) for h in heads), Column("runs", whole)],
+        rows,
+    )
 
 
 def machines(e: Evidence) -> Table:
     """Machine classes and versions: every one that any sitting of a run was on."""
     seen: Counter[tuple[str, str]] = Counter()
     for run in e.runs:
-        for kind, entries in (("machine class", run.summary.get("machine_classes", [])), ("versions", run.summary.get("all_versions", []))):
+        for kind, entries in (
+            ("machine class", run.summary.get("machine_classes", [])),
+            ("versions", run.summary.get("all_versions", [])),
+        ):
             for entry in entries:
                 shown = {k: (v[:12] if k == "mainrun" else v) for k, v in entry.items()}
                 seen[kind, ", ".join(f"{k} {value(v)}" for k, v in shown.items())] += 1
     rows = [[kind, what, n] for (kind, what), n in sorted(seen.items())]
     return Table(
-        "machines", "Machines and versions", [Column("kind", text, 0.15), Column("what", text, 0.77), Column("runs", whole, 0.08)], rows
+        "machines",
+        "Machines and versions",
+        [Column("kind", text, 0.15), Column("what", text, 0.77), Column("runs", whole, 0.08)],
+        rows,
     )
 
 
@@ -318,15 +372,35 @@ def machines(e: Evidence) -> Table:
 def study(s: Study, i: int) -> list[Table]:
     states = Counter(str(t.get("state")) for t in s.trials)
     best = min(s.whole, key=lambda t: float(t["value"])) if s.whole else None
-    facts: list[list[Any]] = [["trials", f"{len(s.trials):,}: " + ", ".join(f"{n} {state}" for state, n in sorted(states.items()))]]
+    facts: list[list[Any]] = [
+        ["trials", f"{len(s.trials):,}: " + ", ".join(f"{n} {state}" for state, n in sorted(states.items()))]
+    ]
     if best:
         facts.append(["best trial", f"{best['trial']}, value {float(best['value']):.4f}"])
-    for key in ("preset", "objective", "set", "sampler", "budget", "rungs", "engine", "noise", "seeds", "base", "claim", "val"):
+    for key in (
+        "preset",
+        "objective",
+        "set",
+        "sampler",
+        "budget",
+        "rungs",
+        "engine",
+        "noise",
+        "seeds",
+        "base",
+        "claim",
+        "val",
+    ):
         if (found := s.fact(key)) is not None:
             facts.append([key, told(found)])
     facts.append(["steps", ", ".join(f"{name} {n:,.0f}" for name, n in ledger(s).items()) or "not exported"])
     for rung, rho in (s.fact("rung_correlation") or {}).items():
-        facts.append([f"rung {rung}", "rank correlation with the last rung " + ("none" if rho is None else f"{rho:.2f}")])
+        facts.append(
+            [
+                f"rung {rung}",
+                "rank correlation with the last rung " + ("none" if rho is None else f"{rho:.2f}"),
+            ]
+        )
     made = [Table(f"study_{i}", "In short", [Column("fact", text, 0.15), Column("value", text, 0.85)], facts)]
     if isinstance(space := s.fact("space"), dict):
         rows = [[k, bounds(v), value(best.get(f"params.{k}")) if best else ""] for k, v in space.items()]
@@ -335,7 +409,13 @@ def study(s: Study, i: int) -> list[Table]:
     if confirmed := [c for c in s.fact("rows") or [] if isinstance(c, dict)]:
         rows = [
             [
-                *(c.get("trial"), c.get("mean"), c.get("difference"), *(c.get("interval") or (None, None)), c.get("p_holm")),
+                *(
+                    c.get("trial"),
+                    c.get("mean"),
+                    c.get("difference"),
+                    *(c.get("interval") or (None, None)),
+                    c.get("p_holm"),
+                ),
                 "claimed" if c.get("claim") else c.get("why"),
                 told(c.get("params")),
             ]
@@ -365,7 +445,9 @@ def bounds(space: Any) -> str:
     if space.get("values"):
         said = "one of " + ", ".join(value(v) for v in space["values"])
     else:
-        said = f"{value(space.get('low'))} to {value(space.get('high'))}" + ", logarithmic" * bool(space.get("log"))
+        said = f"{value(space.get('low'))} to {value(space.get('high'))}" + ", logarithmic" * bool(
+            space.get("log")
+        )
     when = space.get("when")
     return said + (f", when {told(when)}" if when else "")
 
@@ -373,15 +455,23 @@ def bounds(space: Any) -> str:
 def failures(e: Evidence, most: int = 30) -> Table | None:
     """Runs that failed a guard, trials that failed, ops that were rolled back."""
     rows: list[list[Any]] = [
-        [run.id, "guard", f"{g['name']}: {g['detail']}"] for run in e.runs for g in run.summary["guards"] if g["status"] == "fail"
+        [run.id, "guard", f"{g['name']}: {g['detail']}"]
+        for run in e.runs
+        for g in run.summary["guards"]
+        if g["status"] == "fail"
     ]
     for run in e.runs:
         for op in run.journal:
             if str(op.get("event", "")).endswith("ERROR"):
-                rows.append([run.id, f"step {op['step']}", f"{op['name']} was rolled back: {value(op.get('checks'))}"])
+                rows.append(
+                    [run.id, f"step {op['step']}", f"{op['name']} was rolled back: {value(op.get('checks'))}"]
+                )
     for s in e.studies:
         failed = [t for t in s.trials if bad(t)]
-        rows += [[f"{s.name}, trial {t['trial']}", str(t["state"]), str(t.get("reason") or "no reason given")] for t in failed[:most]]
+        rows += [
+            [f"{s.name}, trial {t['trial']}", str(t["state"]), str(t.get("reason") or "no reason given")]
+            for t in failed[:most]
+        ]
         if len(failed) > most:
             rows.append([s.name, "", f"and {len(failed) - most} more failed trials, in trials.parquet"])
     columns = [Column("what", text, 0.25), Column("where", text, 0.12), Column("why", text, 0.63)]

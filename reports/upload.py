@@ -38,15 +38,28 @@ def check_url(url: str) -> SplitResult:
         found = urlsplit(url)
         port = found.port
     except ValueError as e:
-        raise UsageError(f"got an --upload address that cannot be read ({e}); write https://HOST/PATH") from None
-    if found.scheme not in ("http", "https") or not found.hostname or port == 0 or not url.isprintable() or not url.isascii() or " " in url:
-        raise UsageError(f"got --upload {found.scheme or url[:20]}..., which is no address to PUT to; write https://HOST/PATH")
+        raise UsageError(
+            f"got an --upload address that cannot be read ({e}); write https://HOST/PATH"
+        ) from None
+    if (
+        found.scheme not in ("http", "https")
+        or not found.hostname
+        or port == 0
+        or not url.isprintable()
+        or not url.isascii()
+        or " " in url
+    ):
+        raise UsageError(
+            f"got --upload {found.scheme or url[:20]}..., which is no address to PUT to; write https://HOST/PATH"
+        )
     if found.username or found.password:
         raise UsageError(
             "got --upload with a name or password in the address, which logs and histories keep; use an address signed for this upload"
         )
     if found.scheme == "http" and found.hostname not in LOOPBACK:
-        raise UsageError(f"got --upload http://{found.hostname}, which everybody on the way can read and change; write https://")
+        raise UsageError(
+            f"got --upload http://{found.hostname}, which everybody on the way can read and change; write https://"
+        )
     return found
 
 
@@ -55,7 +68,9 @@ def shown(url: SplitResult) -> str:
     return f"{url.scheme}://{url.netloc}{url.path or '/'}"
 
 
-def upload(path: Path, url: str, note: Callable[[str], None], *, timeout: float = 60.0, pause: float = 1.0) -> str:
+def upload(
+    path: Path, url: str, note: Callable[[str], None], *, timeout: float = 60.0, pause: float = 1.0
+) -> str:
     """PUT it; what the server said. Every failure says that the file is kept."""
     target = check_url(url)
     kept = f"{path} is kept"
@@ -69,7 +84,9 @@ def upload(path: Path, url: str, note: Callable[[str], None], *, timeout: float 
                 raise MainrunError(f"{why}; {_fix(answer.status)}; {kept}")
         except ssl.SSLCertVerificationError as e:
             what = f"the certificate of {target.hostname} is not to be trusted ({e.verify_message})"
-            raise MainrunError(f"{what}; check the address, or add its authority with SSL_CERT_FILE; {kept}") from None
+            raise MainrunError(
+                f"{what}; check the address, or add its authority with SSL_CERT_FILE; {kept}"
+            ) from None
         except Unreachable as e:
             why, wait = f"{shown(target)}: {e}", 0.0
         if i + 1 < TRIES:
@@ -101,14 +118,18 @@ def _follow(path: Path, target: SplitResult, timeout: float) -> Answer:
                 f"{shown(at)} sends the upload on to {where}, which is refused; if it is right, give it to --upload; {path} is kept"
             )
         at = onward
-    raise MainrunError(f"{shown(target)} sent the upload in a circle; ask for the right address; {path} is kept")
+    raise MainrunError(
+        f"{shown(target)} sent the upload in a circle; ask for the right address; {path} is kept"
+    )
 
 
 def _put(path: Path, url: SplitResult, timeout: float) -> Answer:
     host, port = url.hostname or "", url.port
     connection: http.client.HTTPConnection
     if url.scheme == "https":
-        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
+        connection = http.client.HTTPSConnection(
+            host, port, timeout=timeout, context=ssl.create_default_context()
+        )
     else:
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
     place = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -132,14 +153,24 @@ def _put(path: Path, url: SplitResult, timeout: float) -> Answer:
                 raise cut from None
             raise
         wait = response.getheader("Retry-After", "")
-        return Answer(response.status, response.reason, response.getheader("Location", ""), float(wait) if wait.isdecimal() else 0.0)
+        return Answer(
+            response.status,
+            response.reason,
+            response.getheader("Location", ""),
+            float(wait) if wait.isdecimal() else 0.0,
+        )
     except ssl.SSLCertVerificationError:
         raise
     except TimeoutError:
         raise Unreachable(f"nothing was heard for {timeout:g} s") from None
     except socket.gaierror as e:
         raise Unreachable(f"no such host ({e.strerror})") from None
-    except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, http.client.IncompleteRead):
+    except (
+        http.client.RemoteDisconnected,
+        ConnectionResetError,
+        BrokenPipeError,
+        http.client.IncompleteRead,
+    ):
         raise Unreachable("the connection was cut before there was an answer") from None
     except (OSError, http.client.HTTPException) as e:
         raise Unreachable(str(e) or type(e).__name__) from None

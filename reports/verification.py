@@ -31,7 +31,9 @@ class Verdict:
     tolerance: float = 0.0
     steps: int = 0
     of: int = 0
-    other_code: list[str] = field(default_factory=list)  # files of the trainer that are not those installed here
+    other_code: list[str] = field(
+        default_factory=list
+    )  # files of the trainer that are not those installed here
 
     @property
     def verified(self) -> bool:
@@ -46,7 +48,11 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
     except BundleError as e:
         raise BundleError(f"{path} is refused: {e}{'' if ';' in str(e) else bundle.AGAIN}") from None
     verdict = Verdict(bundle.show(str(manifest.get("run"))), bundle.differences(files, manifest["files"]))
-    missing = [name for name in (*(RUN + name for name in RUN_FILES), REPORT, CODE + "mainrun/replay.py") if name not in files]
+    missing = [
+        name
+        for name in (*(RUN + name for name in RUN_FILES), REPORT, CODE + "mainrun/replay.py")
+        if name not in files
+    ]
     verdict.differences += [f"there is no {name}" for name in missing]
     verdict.done.append(f"{len(files):,} files against their sha256 in the manifest")
     if verdict.differences:
@@ -66,7 +72,9 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
         if verdict.differences:
             return verdict
         verdict.other_code = _other_code(files)
-        note(f"this executes the bundle's own code (commit {str(manifest.get('commit'))[:12]}) to train its first steps, {steps} at most")
+        note(
+            f"this executes the bundle's own code (commit {str(manifest.get('commit'))[:12]}) to train its first steps, {steps} at most"
+        )
         try:
             found = replay(place / CODE, "steps", run.path, str(steps))
             _compare(verdict, found, summary, rows, run.env(), dtype)
@@ -77,20 +85,32 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
     return verdict
 
 
-def _on_paper(manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, files: dict[str, bytes]) -> list[str]:
+def _on_paper(
+    manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, files: dict[str, bytes]
+) -> list[str]:
     """What can be seen without running anything."""
     cfg = run.config()
     figures = manifest["figures"]
     told = {"run": cfg.run_id, "preset": cfg.preset} | {
         k: summary[k] for k in ("fingerprints", "tokenizer", "geometry", "machine_class", "versions")
     }
-    found = [f"{k} is {manifest.get(k)!r} in the manifest, {value!r} in the run" for k, value in told.items() if manifest.get(k) != value]
+    found = [
+        f"{k} is {manifest.get(k)!r} in the manifest, {value!r} in the run"
+        for k, value in told.items()
+        if manifest.get(k) != value
+    ]
     for k in FIGURES:
         if figures.get(k) != summary[k]:
-            found.append(f"{k} of the figures is {figures.get(k)!r} in the manifest, {summary[k]!r} in the summary")
+            found.append(
+                f"{k} of the figures is {figures.get(k)!r} in the manifest, {summary[k]!r} in the summary"
+            )
     if (state := run.status().get("state")) != "done":
         found.append(f"status.json says {state!r}, and only a run that is done can be handed in")
-    found += [f"guard {guard['name']} failed: {guard['detail']}" for guard in manifest["guards"] if guard["status"] == "fail"]
+    found += [
+        f"guard {guard['name']} failed: {guard['detail']}"
+        for guard in manifest["guards"]
+        if guard["status"] == "fail"
+    ]
     try:
         if missing := quotes(pdf_text(files[REPORT], REPORT), summary):
             found.append(f"{REPORT} does not quote this run: it has no {', no '.join(missing)}")
@@ -100,20 +120,37 @@ def _on_paper(manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, fi
 
 
 def _other_code(files: dict[str, bytes]) -> list[str]:
-    theirs = {name.removeprefix(CODE): data for name, data in files.items() if name.startswith(f"{CODE}mainrun/") and name.endswith(".py")}
+    theirs = {
+        name.removeprefix(CODE): data
+        for name, data in files.items()
+        if name.startswith(f"{CODE}mainrun/") and name.endswith(".py")
+    }
     ours = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "mainrun").rglob("*.py")}
     return sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
 
 
 def _compare(
-    verdict: Verdict, found: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], env: dict[str, Any], dtype: str
+    verdict: Verdict,
+    found: dict[str, Any],
+    summary: dict[str, Any],
+    rows: list[dict[str, Any]],
+    env: dict[str, Any],
+    dtype: str,
 ) -> None:
     first, versions = env["machine_classes"][0], env["all_versions"][0]
-    here = found["machine_class"] | {f"version of {k}": v for k, v in found["versions"].items() if k != "mainrun"}
+    here = found["machine_class"] | {
+        f"version of {k}": v for k, v in found["versions"].items() if k != "mainrun"
+    }
     there = first | {f"version of {k}": v for k, v in versions.items() if k != "mainrun"}
-    verdict.apart = [f"{k}: {there.get(k)} there, {here.get(k)} here" for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
+    verdict.apart = [
+        f"{k}: {there.get(k)} there, {here.get(k)} here"
+        for k in sorted({*here, *there})
+        if here.get(k) != there.get(k)
+    ]
     if len(env["machine_classes"]) + len(env["all_versions"]) > 2:
-        verdict.apart.append("the run was stopped, and went on on another machine class or with other versions")
+        verdict.apart.append(
+            "the run was stopped, and went on on another machine class or with other versions"
+        )
     verdict.same_class = not verdict.apart
     verdict.tolerance = 0.0 if verdict.same_class else TOLERANCE[dtype]
     verdict.steps, verdict.of = found["steps"], summary["steps"]
@@ -122,7 +159,9 @@ def _compare(
     sources = {entry["mainrun"] for entry in summary["all_versions"]}
     if sources != {found["versions"]["mainrun"]}:
         named = ", ".join(sorted(source[:12] for source in sources))
-        verdict.differences.append(f"the run was trained by source {named}, the code is source {found['versions']['mainrun'][:12]}")
+        verdict.differences.append(
+            f"the run was trained by source {named}, the code is source {found['versions']['mainrun'][:12]}"
+        )
     verdict.differences += [
         f"{k} is {summary[k]!r} in the run, {found[k]!r} by its code and config"
         for k in ("fingerprints", "tokenizer", "params", "tokens", "flops")
@@ -130,23 +169,37 @@ def _compare(
     ]
     _rows(verdict, {_key(row): row for row in rows}, found["rows"], verdict.tolerance)
     scored = sorted({row["step"] for row in found["rows"] if row["event"] == "eval"})
-    verdict.done.append(f"{verdict.steps} of {verdict.of} steps trained again, scored after {', '.join(map(str, scored)) or 'none'}")
+    verdict.done.append(
+        f"{verdict.steps} of {verdict.of} steps trained again, scored after {', '.join(map(str, scored)) or 'none'}"
+    )
     if "last" in found:  # given weights: nothing has grown
         _rows(verdict, {_key(row): row for row in rows}, found["last"], min(verdict.tolerance, 1e-3))
         verdict.done.append("the last weights scored again")
     elif "unusable" in found:
-        verdict.differences.append(f"the last weights are in the bundle and cannot be used: {found['unusable']}")
+        verdict.differences.append(
+            f"the last weights are in the bundle and cannot be used: {found['unusable']}"
+        )
     # a checkpoint's are the run's on every machine; those trained anew on this class alone
-    for name, what, due in (("weights", "the checkpoint's", True), ("trained_weights", "the replay's", verdict.same_class)):
+    for name, what, due in (
+        ("weights", "the checkpoint's", True),
+        ("trained_weights", "the replay's", verdict.same_class),
+    ):
         if due and name in found and found[name] != summary["weights"]:
-            verdict.differences.append(f"{what} weights are {found[name][:12]}, the summary says {str(summary['weights'])[:12]}")
+            verdict.differences.append(
+                f"{what} weights are {found[name][:12]}, the summary says {str(summary['weights'])[:12]}"
+            )
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["event"], row["step"], row.get("split")
 
 
-def _rows(verdict: Verdict, kept: dict[tuple[Any, ...], dict[str, Any]], again: list[dict[str, Any]], tolerance: float) -> None:
+def _rows(
+    verdict: Verdict,
+    kept: dict[tuple[Any, ...], dict[str, Any]],
+    again: list[dict[str, Any]],
+    tolerance: float,
+) -> None:
     for row in again:
         there = kept.get(_key(row))
         what = f"step {row['step']}" + (f", {row['split']}" if row["event"] == "eval" else "")
@@ -156,10 +209,17 @@ def _rows(verdict: Verdict, kept: dict[tuple[Any, ...], dict[str, Any]], again: 
             continue  # log_every leaves steps out
         for name in sorted({*row, *there} - CLOCKS):
             if not _same(there.get(name), row.get(name), tolerance * (10 if name == "grad_norm" else 1)):
-                verdict.differences.append(f"{what}: {name} is {there.get(name)!r} in the log, {row.get(name)!r} now")
+                verdict.differences.append(
+                    f"{what}: {name} is {there.get(name)!r} in the log, {row.get(name)!r} now"
+                )
 
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:
     if a == b and type(a) is type(b):
         return True
-    return bool(tolerance) and isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=tolerance)
+    return (
+        bool(tolerance)
+        and isinstance(a, float)
+        and isinstance(b, float)
+        and math.isclose(a, b, rel_tol=tolerance)
+    )

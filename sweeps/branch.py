@@ -18,14 +18,22 @@ from sweeps.space import changed
 
 def of(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
     """The branch of a trial at a rung. A trial whose own fall begins before the rung parts there: at a rung all have had as many steps."""
-    end = min(plan.steps, step + max(2, round(share * step)))  # the first step of a fall has the peak rate still
+    end = min(
+        plan.steps, step + max(2, round(share * step))
+    )  # the first step of a fall has the peak rate still
     falls = min(step, plan.decay_start)
     swa = min(cfg.swa, (end - falls) / end)  # an average that began before would be another trunk
-    steps: dict[str, Any] = {"warmup_iters": plan.warmup_steps, "warmup_frac": 0.0, "decay_frac": (end - falls) / end}
+    steps: dict[str, Any] = {
+        "warmup_iters": plan.warmup_steps,
+        "warmup_frac": 0.0,
+        "decay_frac": (end - falls) / end,
+    }
     found = changed(cfg, {"max_steps": end, "swa": swa, **steps})
     short = Plan(found, plan.train_tokens)
     same = next((at for at in range(end) if short.at(at) != plan.at(at)), end)
-    assert short.steps == end and same >= min(falls, plan.swa_start), f"the branch at {step} parts from its trunk at {same}, not at {falls}"
+    assert short.steps == end and same >= min(falls, plan.swa_start), (
+        f"the branch at {step} parts from its trunk at {same}, not at {falls}"
+    )
     return found
 
 

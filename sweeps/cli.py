@@ -28,7 +28,9 @@ class Sweep(Group):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["run", *args])
 
 
-app = typer.Typer(cls=Sweep, help="Search settings: a study, ls, show, best, export, dashboard.", rich_markup_mode=None)
+app = typer.Typer(
+    cls=Sweep, help="Search settings: a study, ls, show, best, export, dashboard.", rich_markup_mode=None
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -38,25 +40,43 @@ def _root(ctx: typer.Context) -> None:
 
 
 Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of a study that was begun.")]
-Studies = Annotated[Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the studies.")]
+Studies = Annotated[
+    Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the studies.")
+]
 
 
 @app.command("run")
 def run(
     place: Annotated[str, typer.Argument(metavar="STUDY|FILE", help="A built-in study, or a TOML file.")],
     out: Studies = Path("runs/studies"),
-    workers: Annotated[int | None, typer.Option("--workers", min=1, max=10_000, help="At most so many trials at once.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=10_000, help="At most so many trials at once.")
+    ] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="local|ray", help="Workers on this machine, or on a Ray cluster (mainrun[ray]).")
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="local|ray",
+            help="Workers on this machine, or on a Ray cluster (mainrun[ray]).",
+        ),
     ] = None,
     address: Annotated[
-        str | None, typer.Option("--address", metavar="auto|HOST:PORT", help="Ray: the cluster to join; else one is started here.")
+        str | None,
+        typer.Option(
+            "--address", metavar="auto|HOST:PORT", help="Ray: the cluster to join; else one is started here."
+        ),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", metavar="URL", help="Optuna's database; SQLite in the study's folder.")
+        str | None,
+        typer.Option("--storage", metavar="URL", help="Optuna's database; SQLite in the study's folder."),
     ] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of every trial; may be repeated.")] = None,
-    named: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Another name: a study of its own.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of every trial; may be repeated."),
+    ] = None,
+    named: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Another name: a study of its own.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be searched; train nothing.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a study file.")] = False,
     as_json: Json = False,
@@ -73,7 +93,11 @@ def run(
         emit(studies.schema())
         return
     change = {"workers": workers, "engine": engine, "address": address, "storage": storage, "name": named}
-    study = studies.read(place, dict(parse_set(text) for text in sets or []), **{k: v for k, v in change.items() if v is not None})
+    study = studies.read(
+        place,
+        dict(parse_set(text) for text in sets or []),
+        **{k: v for k, v in change.items() if v is not None},
+    )
     if plan:
         _plan(study, as_json)
         return
@@ -88,7 +112,9 @@ def _run(study: Study, folder: Path, as_json: bool) -> None:
     except DiskFull:
         raise
     except Interrupted as e:
-        raise Interrupted(f"stopped; what was trained is saved, nothing is lost: `{_again()}` goes on from here") from e
+        raise Interrupted(
+            f"stopped; what was trained is saved, nothing is lost: `{_again()}` goes on from here"
+        ) from e
     found = finished(folder)
     if as_json:
         emit(found)
@@ -124,7 +150,9 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
         search = show.search = Search(study, folder, engine, show.note, show.tick)
         begin(folder, study, _again())
         if study.threads > cores():
-            show.note(f"threads = {study.threads} in each trial, on {cores()} cores: they wait for each other")
+            show.note(
+                f"threads = {study.threads} in each trial, on {cores()} cores: they wait for each other"
+            )
         show.note(f"{study.name}: {search.engine.workers} workers, {search.base.run_id} is trial 0")
         search.run()
         show.shown = 0.0
@@ -213,7 +241,10 @@ class Show:
 
 
 def _values(values: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()) or "the base"
+    return (
+        ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        or "the base"
+    )
 
 
 def _line(search: Search) -> str:
@@ -223,10 +254,14 @@ def _line(search: Search) -> str:
     if (more := counts.get("running", 0) - search.engine.workers) > 0:
         counts |= {"running": search.engine.workers, "waiting": more}
     text = ", ".join(
-        f"{counts[state]} {state}" for state in ("running", "waiting", "held", "done", "pruned", "diverged", "failed") if state in counts
+        f"{counts[state]} {state}"
+        for state in ("running", "waiting", "held", "done", "pruned", "diverged", "failed")
+        if state in counts
     )
     best = search.best()
-    return f"{len(search.trials)} trials: {text}" + (f"; best {best[0].scores[best[0].rung]:.4f}, trial {best[0].number}" if best else "")
+    return f"{len(search.trials)} trials: {text}" + (
+        f"; best {best[0].scores[best[0].rung]:.4f}, trial {best[0].number}" if best else ""
+    )
 
 
 def _plan(study: Study, as_json: bool) -> None:
@@ -247,7 +282,11 @@ def _plan(study: Study, as_json: bool) -> None:
 
 
 def _domain(p: Any) -> str:
-    return ", ".join(map(str, p.values)) if hasattr(p, "values") else f"{p.low:g} to {p.high:g}{', log' if p.log else ''}"
+    return (
+        ", ".join(map(str, p.values))
+        if hasattr(p, "values")
+        else f"{p.low:g} to {p.high:g}{', log' if p.log else ''}"
+    )
 
 
 def _condition(p: Any) -> str:
@@ -255,34 +294,56 @@ def _condition(p: Any) -> str:
 
 
 def _show(found: dict[str, Any]) -> None:
-    done = sorted((t for t in found["trials"] if t["state"] == "done"), key=lambda t: (t["value"], t["trial"]))
+    done = sorted(
+        (t for t in found["trials"] if t["state"] == "done"), key=lambda t: (t["value"], t["trial"])
+    )
     rows = [[str(t["trial"]), f"{t['value']:.4f}", _values(t["params"])] for t in done[:8]]
     show_table(["trial", found["objective"], "values"], rows)
     ledger = found["ledger"]
-    counts = {state: sum(t["state"] == state for t in found["trials"]) for state in ("done", "pruned", "diverged", "failed")}
+    counts = {
+        state: sum(t["state"] == state for t in found["trials"])
+        for state in ("done", "pruned", "diverged", "failed")
+    }
     print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
     parts = f"{ledger['trained']:,} trained + {ledger['reused']:,} reused; {ledger['wasted']:,} wasted of the trained"
     parts += f", {ledger['branch']:,} on branches" if ledger.get("branch") else ""
     print(f"steps: {ledger['asked']:,} asked = {parts}")
     if runs := (found.get("evidence") or {}).get("runs"):
-        asked = {kind: sum(row["asked"] for row in runs if row["kind"] == kind) for kind in ("noise", "confirmation")}
-        print(f"of these {asked['noise']:,} for the noise floor, {asked['confirmation']:,} for the confirmation")
+        asked = {
+            kind: sum(row["asked"] for row in runs if row["kind"] == kind)
+            for kind in ("noise", "confirmation")
+        }
+        print(
+            f"of these {asked['noise']:,} for the noise floor, {asked['confirmation']:,} for the confirmation"
+        )
     ended = sum(t["state"] == "done" and len(t["scores"]) > 1 for t in found["trials"])
     for pair, value in (found.get("rung_correlation") or {}).items():
-        weak = "; below 0.5: short rungs say little here, train fully (remove [rungs])" if value is not None and value < 0.5 else ""
+        weak = (
+            "; below 0.5: short rungs say little here, train fully (remove [rungs])"
+            if value is not None and value < 0.5
+            else ""
+        )
         raw = (found.get("raw_rung_correlation") or {}).get(pair)
-        of = f" on branches, {raw:.2f} raw" if raw is not None and found["study"]["rungs"].get("score") == "branch" else ""
+        of = (
+            f" on branches, {raw:.2f} raw"
+            if raw is not None and found["study"]["rungs"].get("score") == "branch"
+            else ""
+        )
         much = "none" if value is None else f"{value:.2f}"
         few = "; few to tell by" if ended < 8 else ""
         print(f"rank correlation of rung {pair} with the end: {much}{of}, {ended} trials{few}{weak}")
     evidence = found.get("evidence")
     if evidence:
         noise = evidence["noise"]
-        print(f"noise: sigma {noise['sigma']:.4f} over {len(noise['values'])} seeds; differences under {noise['floor']:.4f} are no claim")
+        print(
+            f"noise: sigma {noise['sigma']:.4f} over {len(noise['values'])} seeds; differences under {noise['floor']:.4f} are no claim"
+        )
         for row in evidence["rows"]:
             low, high = row["interval"]
             verdict = "claimed" if row["claim"] else row["why"]
-            print(f"trial {row['trial']} - base: {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], p={row['p_holm']:.3g}: {verdict}")
+            print(
+                f"trial {row['trial']} - base: {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], p={row['p_holm']:.3g}: {verdict}"
+            )
         print(evidence["claim"] + (f"; val {evidence['val']['full']:.4f}" if evidence.get("val") else ""))
 
 
@@ -296,7 +357,12 @@ def ls(out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug 
         raise UsageError(f"got --out {out}, which is a file; give the folder of the studies")
     rows = []
     for folder in sorted(file.parent for file in out.glob("*/study.json")):
-        row: dict[str, Any] = {"study": folder.name, "finished": (folder / "export.json").is_file(), "trials": None, "best": None}
+        row: dict[str, Any] = {
+            "study": folder.name,
+            "finished": (folder / "export.json").is_file(),
+            "trials": None,
+            "best": None,
+        }
         try:
             begun(folder)
             if row["finished"]:
@@ -310,7 +376,12 @@ def ls(out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug 
         emit({"studies": rows, "built_in": names()})
         return
     cells = [
-        [str(r["study"]), "finished" if r["finished"] else "begun", str(r["trials"] or ""), "" if r["best"] is None else f"{r['best']:.4f}"]
+        [
+            str(r["study"]),
+            "finished" if r["finished"] else "begun",
+            str(r["trials"] or ""),
+            "" if r["best"] is None else f"{r['best']:.4f}",
+        ]
         for r in rows
     ]
     show_table(["study", "state", "trials", "best"], cells)
@@ -318,7 +389,9 @@ def ls(out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug 
 
 
 @app.command("show")
-def show(name: Name, out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug = False) -> None:
+def show(
+    name: Name, out: Studies = Path("runs/studies"), as_json: Json = False, debug: Debug = False
+) -> None:
     """Show a finished study: its best trials, what it cost, what it may claim."""
     from sweeps.folder import finished
 
@@ -332,7 +405,10 @@ def show(name: Name, out: Studies = Path("runs/studies"), as_json: Json = False,
 @app.command("best")
 def best(
     name: Name,
-    save: Annotated[str | None, typer.Option("--save", metavar="NAME", help="Write it as NAME.toml, for --preset NAME.toml.")] = None,
+    save: Annotated[
+        str | None,
+        typer.Option("--save", metavar="NAME", help="Write it as NAME.toml, for --preset NAME.toml."),
+    ] = None,
     out: Studies = Path("runs/studies"),
     as_json: Json = False,
     debug: Debug = False,
@@ -341,7 +417,9 @@ def best(
     from sweeps.folder import finished
 
     found = finished(out / name)
-    done = sorted((t for t in found["trials"] if t["state"] == "done"), key=lambda t: (t["value"], t["trial"]))
+    done = sorted(
+        (t for t in found["trials"] if t["state"] == "done"), key=lambda t: (t["value"], t["trial"])
+    )
     if not done:
         raise RunError(f"no trial of {name} was trained to its end; give it a larger budget")
     evidence = found.get("evidence") or {}
@@ -365,7 +443,10 @@ def best(
     if as_json:
         emit({"trial": number, "value": trial["value"], "claim": evidence.get("claim"), "command": command})
     else:
-        print(f"trial {number}, {found['objective']} {trial['value']:.4f}; {evidence.get('claim', 'not confirmed')}", file=sys.stderr)
+        print(
+            f"trial {number}, {found['objective']} {trial['value']:.4f}; {evidence.get('claim', 'not confirmed')}",
+            file=sys.stderr,
+        )
         print(shlex.join(command))
 
 
@@ -382,7 +463,12 @@ def _is_toml(value: str) -> bool:
 @app.command("export")
 def export_(
     name: Name,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=validate_paths, help="Where trials.parquet and study.json go.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", callback=validate_paths, help="Where trials.parquet and study.json go."
+        ),
+    ],
     out: Studies = Path("runs/studies"),
     debug: Debug = False,
 ) -> None:
@@ -393,7 +479,9 @@ def export_(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"got DIR {folder}, which is a file; give a folder, or one that is not there yet")
     if (folder / "study.json").is_file() and not (folder / "trials.parquet").is_file():
-        raise UsageError(f"got DIR {folder}, whose study.json is not an export and would be overwritten; give another folder")
+        raise UsageError(
+            f"got DIR {folder}, whose study.json is not an export and would be overwritten; give another folder"
+        )
     write(finished(out / name), folder)
     print(f"{folder / 'trials.parquet'}\n{folder / 'study.json'}")
 
@@ -403,7 +491,9 @@ def dashboard(
     name: Name,
     out: Studies = Path("runs/studies"),
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8080,
-    storage: Annotated[str | None, typer.Option("--storage", metavar="URL", help="Its database, where a password is needed.")] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="Its database, where a password is needed.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Open optuna-dashboard on a study (pip install 'mainrun[dashboard]')."""
@@ -427,7 +517,9 @@ def dashboard(
     try:
         database = opened(url, folder / "study.db")
     except (StorageInternalError, SQLAlchemyError) as e:
-        raise UsageError(f"the study's database cannot be opened ({why(e)}); a password stands in PGPASSWORD, or in --storage") from None
+        raise UsageError(
+            f"the study's database cannot be opened ({why(e)}); a password stands in PGPASSWORD, or in --storage"
+        ) from None
     print(f"{name} at http://127.0.0.1:{port}/dashboard, Ctrl-C ends", file=sys.stderr, flush=True)
     try:
         run_server(database, host="127.0.0.1", port=port)

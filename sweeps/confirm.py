@@ -97,7 +97,11 @@ def _why(d: stats.Difference, interval: tuple[float, float], floor: float, p: fl
         return "a run diverged, so there is no interval"
     if interval[1] >= 0:
         return "its interval holds zero"
-    return f"the difference is within the noise floor {floor:.4f}" if -d.mean <= floor else f"p={p:.3f} after Holm's correction"
+    return (
+        f"the difference is within the noise floor {floor:.4f}"
+        if -d.mean <= floor
+        else f"p={p:.3f} after Holm's correction"
+    )
 
 
 def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[tuple[str, int], float]:

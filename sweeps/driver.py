@@ -67,15 +67,26 @@ class Made:
 class Search:
     """A study in its folder. `trials` is all that is known of it."""
 
-    def __init__(self, study: Study, folder: Path, engine: Engine, note: Callable[[str], None], tick: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        engine: Engine,
+        note: Callable[[str], None],
+        tick: Callable[[], None],
+    ) -> None:
         self.study, self.folder, self.engine, self.note, self.tick = study, folder, engine, note, tick
         self.base = study.base()
         self.trials: list[Trial] = []
-        self.owners: dict[str, int] = {}  # run: the first trial that is it; a sampler may give the same values again
+        self.owners: dict[
+            str, int
+        ] = {}  # run: the first trial that is it; a sampler may give the same values again
         self._spent: dict[int, Ledger] = {}  # of trials that are over
         self._made: dict[int, Made] = {}  # of the others: a config takes more memory than all else of a trial
         self.asker = Asker(study, self.base)
-        self.told = self.first = 0  # generations: told to the sampler, and the first in which a trial is not over
+        self.told = self.first = (
+            0  # generations: told to the sampler, and the first in which a trial is not over
+        )
         self.began = time.monotonic()
         self.train_tokens = self._train_tokens()
 
@@ -85,7 +96,9 @@ class Search:
         """Of an epoch: read once, by the trainer itself. The titles may not change behind a study that goes on."""
         file = self.folder / "tokens.json"
         titles = load_corpus(self.base).fingerprints
-        if before := records.load(file, TOKENS, "remove it, and start the same command again: it is made anew"):
+        if before := records.load(
+            file, TOKENS, "remove it, and start the same command again: it is made anew"
+        ):
             if before.get("fingerprints", titles) != titles:
                 now = f"{self.base.corpus} gives other titles now than when {self.folder} began"
                 raise UsageError(f"{now}; restore it, or begin a study of its own with --as NAME")
@@ -93,10 +106,22 @@ class Search:
             try:
                 Plan(self.base, known)
             except ConfigError as e:
-                raise RunError(f"{file} is damaged: it has train_tokens = {known:,} ({e}); remove it, and start again") from None
+                raise RunError(
+                    f"{file} is damaged: it has train_tokens = {known:,} ({e}); remove it, and start again"
+                ) from None
             return known
         sets = [part for text in sets_of(self.study, self.base) for part in ("--set", text)]
-        command = [sys.executable, "-m", "mainrun", "train", "--preset", self.study.preset, *sets, "--dry-run", "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "mainrun",
+            "train",
+            "--preset",
+            self.study.preset,
+            *sets,
+            "--dry-run",
+            "--json",
+        ]
         for _ in range(PATIENCE):
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode >= 0:  # it was not killed
@@ -174,7 +199,9 @@ class Search:
         cfg = resolved(self.base, values, self.train_tokens)
         plan, asks = Plan(cfg, self.train_tokens), self.study.rungs
         evals = sorted(plan.eval_steps)
-        rungs = [next(step for step in evals if step >= share * plan.steps) for share in (asks.at if asks else ())]
+        rungs = [
+            next(step for step in evals if step >= share * plan.steps) for share in (asks.at if asks else ())
+        ]
         stops = (*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps)
         branches = {}
         if asks and asks.score == "branch":
@@ -193,7 +220,9 @@ class Search:
         waiting: dict[Future[Outcome], tuple[Trial, int]] = {}
         record = Record(self.study, self.folder, self.note)
         if (asked := self.left()) < record.written:
-            raise UsageError(f"{self.folder} has {record.written} trials, the budget has {asked}; it may only grow: write at least these")
+            raise UsageError(
+                f"{self.folder} has {record.written} trials, the budget has {asked}; it may only grow: write at least these"
+            )
         with ThreadPoolExecutor(self.engine.workers) as pool:
             try:
                 while True:
@@ -234,7 +263,9 @@ class Search:
         until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
         found = [(made.cfg, until)]
         if mine := made.branches.get(rung):
-            self.owners.setdefault(mine.run_id, trial.number)  # trials that differ in their fall alone may have it in common
+            self.owners.setdefault(
+                mine.run_id, trial.number
+            )  # trials that differ in their fall alone may have it in common
             found.append((mine, 0))
         return found
 
@@ -254,7 +285,9 @@ class Search:
             check_same(run, cfg)
             return Outcome(True)
         sets = tuple(sets_of(self.study, cfg))
-        return self.engine.train(Task(self.study.preset, sets, self.runs, self.store, until, self.study.threads))
+        return self.engine.train(
+            Task(self.study.preset, sets, self.runs, self.store, until, self.study.threads)
+        )
 
     @property
     def runs(self) -> Path:
@@ -287,9 +320,15 @@ class Search:
     def scored(self, cfg: TrainConfig, step: int) -> float:
         run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
-        found = [row[name] for row in run.rows() if row["event"] == "eval" and row["split"] == split and row["step"] == step]
+        found = [
+            row[name]
+            for row in run.rows()
+            if row["event"] == "eval" and row["split"] == split and row["step"] == step
+        ]
         if not found:
-            raise RunError(f"{run.path} has no score of {split} at step {step}; its metrics.jsonl was changed: remove the run, start again")
+            raise RunError(
+                f"{run.path} has no score of {split} at step {step}; its metrics.jsonl was changed: remove the run, start again"
+            )
         return float(found[-1])
 
     def _decide(self) -> None:
@@ -318,7 +357,11 @@ class Search:
         if not trial.run:
             return found
         made = self.made(trial)
-        begun = [mine for rung, mine in made.branches.items() if rung in trial.scores or self.owners.get(mine.run_id) == trial.number]
+        begun = [
+            mine
+            for rung, mine in made.branches.items()
+            if rung in trial.scores or self.owners.get(mine.run_id) == trial.number
+        ]
         for cfg in [made.cfg, *begun]:  # one that diverged scored nothing, and cost what it cost
             part = spent(self.run_dir(cfg), cfg)
             if self.owners[cfg.run_id] != trial.number:
@@ -333,7 +376,9 @@ class Search:
 
     def best(self, count: int = 1) -> list[Trial]:
         """Each run once: a sampler may have come to the same values twice."""
-        done = [trial for trial in self.trials if trial.state == "done" and self.owners[trial.run] == trial.number]
+        done = [
+            trial for trial in self.trials if trial.state == "done" and self.owners[trial.run] == trial.number
+        ]
         return sorted(done, key=lambda t: (t.scores[t.rung], t.number))[:count]
 
 

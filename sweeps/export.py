@@ -28,7 +28,9 @@ def export(search: Search, evidence: dict[str, Any] | None) -> None:
             "sets": sets_of(search.study, cfg) if cfg else [],
             "steps": trial.stops[trial.rung] if trial.scores else 0, **asdict(search.spent(trial)),
         })  # fmt: skip
-    confirming = [Ledger(**{k: row[k] for k in Ledger.__dataclass_fields__}) for row in (evidence or {}).get("runs", [])]
+    confirming = [
+        Ledger(**{k: row[k] for k in Ledger.__dataclass_fields__}) for row in (evidence or {}).get("runs", [])
+    ]
     whole = total([*(search.spent(t) for t in search.trials), *confirming])
     found = {
         "name": search.study.name, "preset": search.study.preset, "objective": search.study.objective, "digest": search.study.digest,
@@ -65,7 +67,9 @@ def write(found: dict[str, Any], folder: Path) -> None:
     try:
         table = pa.table(_columns(found["trials"]))
     except (pa.ArrowException, ArithmeticError, TypeError, ValueError, KeyError) as e:
-        raise RunError(f"the trials of {found.get('name')} do not make a table ({e!r:.200}); restore export.json of the study") from None
+        raise RunError(
+            f"the trials of {found.get('name')} do not make a table ({e!r:.200}); restore export.json of the study"
+        ) from None
     for name in ("trials.parquet", "study.json"):
         check_place(folder / name, "move it away, or give another folder")
     with disk_errors(folder, "DIR"):
@@ -80,6 +84,8 @@ def _columns(trials: list[dict[str, Any]]) -> dict[str, Any]:
     columns["raw_scores"] = [json.dumps(t["raw_scores"]) for t in trials]
     for name in names:
         values = [t["params"].get(name) for t in trials]
-        mixed = len({type(v) for v in values if v is not None}) > 1 and not all(isinstance(v, int | float) for v in values if v is not None)
+        mixed = len({type(v) for v in values if v is not None}) > 1 and not all(
+            isinstance(v, int | float) for v in values if v is not None
+        )
         columns[f"params.{name}"] = [None if v is None else str(v) for v in values] if mixed else values
     return columns

@@ -43,7 +43,9 @@ def owned(folder: Path, study: Study) -> Iterator[None]:
             lock.write(str(os.getpid()).encode())
         before = begun(folder)
         if before and before["digest"] != study.digest:
-            changes = "; ".join(differences(decisive(before["study"]), decisive(study.model_dump(mode="json"))))
+            changes = "; ".join(
+                differences(decisive(before["study"]), decisive(study.model_dump(mode="json")))
+            )
             changes = changes or "its study.json was changed; restore it"
             raise UsageError(
                 f"{folder} holds another study of that name: {changes}. Go on with the old file, or start this one anew with --as NAME"
@@ -65,7 +67,9 @@ def known(folder: Path) -> dict[str, Any]:
     before = begun(folder)
     if not before:
         have = sorted(p.parent.name for p in folder.parent.glob("*/study.json"))
-        listed = f"it holds: {', '.join(have)}" if have else "it holds none; `mainrun sweep run STUDY` starts one"
+        listed = (
+            f"it holds: {', '.join(have)}" if have else "it holds none; `mainrun sweep run STUDY` starts one"
+        )
         raise UsageError(f"no study {folder.name!r} in {folder.parent}{nearest(folder.name, have)}; {listed}")
     return {"command": f"mainrun sweep {folder.name}"} | before
 
@@ -78,7 +82,9 @@ def finished(folder: Path) -> dict[str, Any]:
     if not export:
         raise RunError(f"{folder} is not finished; `{before['command']}` goes on with it")
     if fault := _disagrees(export):
-        raise RunError(f"{file} is damaged: {fault}; restore it, or remove it: `{before['command']}` writes it again")
+        raise RunError(
+            f"{file} is damaged: {fault}; restore it, or remove it: `{before['command']}` writes it again"
+        )
     return export
 
 
@@ -87,16 +93,23 @@ def _disagrees(export: dict[str, Any]) -> str:
     numbers = [trial["trial"] for trial in export["trials"]]
     if len(set(numbers)) < len(numbers):
         return "it has a trial twice"
-    if unscored := [trial["trial"] for trial in export["trials"] if trial["state"] == "done" and trial["value"] is None]:
+    if unscored := [
+        trial["trial"] for trial in export["trials"] if trial["state"] == "done" and trial["value"] is None
+    ]:
         return f"its trial {unscored[0]} is done and has no value"
     if export.get("raw_rung_correlation") and not export["study"].get("rungs"):
         return "it has scores of rungs, and a study without rungs"
     winner = (export.get("evidence") or {}).get("winner")
-    return f"it has no trial {winner}, which it says won" if winner is not None and winner not in numbers else ""
+    return (
+        f"it has no trial {winner}, which it says won" if winner is not None and winner not in numbers else ""
+    )
 
 
 BEGUN = {"digest": records.text, "study": records.table, "command?": records.any_text}
-COSTS = dict.fromkeys(("asked", "trained", "reused", "wasted"), records.count) | {"branch?": records.count, "tokens?": records.count}
+COSTS = dict.fromkeys(("asked", "trained", "reused", "wasted"), records.count) | {
+    "branch?": records.count,
+    "tokens?": records.count,
+}
 TRIAL = {f"{name}?": records.count for name in ("asked", "trained", "reused", "wasted", "branch", "tokens", "steps")} | {
     "trial": records.count, "state": records.text, "value": records.optional(records.real), "params": records.table_of(records.setting),
     "scores": records.table, "sets": [records.any_text], "raw_scores?": records.table, "seed?": records.optional(records.count),
@@ -121,7 +134,9 @@ FINISHED = BEGUN | {
 
 
 def _read(file: Path, shape: records.Shape) -> dict[str, Any] | None:
-    document: dict[str, Any] | None = records.load(file, shape, f"restore it, or move {file.parent} away and begin anew")
+    document: dict[str, Any] | None = records.load(
+        file, shape, f"restore it, or move {file.parent} away and begin anew"
+    )
     return document
 
 

@@ -42,7 +42,9 @@ def spent(run: RunDir, cfg: TrainConfig) -> Ledger:
             tokens += more
         last, before = row["step"], row["tokens"]
     wasted = int(run.env().get("carried", {}).get("wasted", 0))
-    tokens += wasted * before // last  # lost with a worker: their rows are gone, they had what the others have in the mean
+    tokens += (
+        wasted * before // last
+    )  # lost with a worker: their rows are gone, they had what the others have in the mean
     flops = tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]
     seconds = sum(row["seconds"] * 1.0 for row in rows if not row.get("reused"))
     return Ledger(last + wasted, last - reused + wasted, reused, wasted, 0, tokens, float(flops), seconds)

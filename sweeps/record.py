@@ -31,12 +31,20 @@ def opened(url: str, file: Path) -> Any:
 
     name = without_password(url) or str(file)
     server = url.startswith("postgresql")
-    url = url.replace("postgresql://", "postgresql+psycopg://", 1) or f"sqlite:///{file.absolute()}"  # SQLAlchemy's own choice changes
-    how: dict[str, Any] = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True} if server else {"connect_args": {"timeout": 1}}
+    url = (
+        url.replace("postgresql://", "postgresql+psycopg://", 1) or f"sqlite:///{file.absolute()}"
+    )  # SQLAlchemy's own choice changes
+    how: dict[str, Any] = (
+        {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
+        if server
+        else {"connect_args": {"timeout": 1}}
+    )
     try:
         engine = create_engine(url, **how)
     except ImportError as e:
-        raise UsageError(f"{name} needs {e.name or 'a driver'}, which is not installed; pip install 'mainrun[postgres]'") from None
+        raise UsageError(
+            f"{name} needs {e.name or 'a driver'}, which is not installed; pip install 'mainrun[postgres]'"
+        ) from None
     try:
         inspector = inspect(engine)
         tables = set(inspector.get_table_names())
@@ -45,11 +53,15 @@ def opened(url: str, file: Path) -> Any:
         engine.dispose()
     if not usable:
         few = ", ".join(sorted(tables)[:4])
-        raise UsageError(f"{name} is a database of something else (tables {few}); make a new one for studies, or give another --storage")
+        raise UsageError(
+            f"{name} is a database of something else (tables {few}); make a new one for studies, or give another --storage"
+        )
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=how)
     except RuntimeError as e:  # Optuna's word on a schema of another version
-        raise UsageError(f"{name} cannot be used: {' '.join(str(e).split())} Or make a new database, or give another --storage") from None
+        raise UsageError(
+            f"{name} cannot be used: {' '.join(str(e).split())} Or make a new database, or give another --storage"
+        ) from None
 
 
 def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
@@ -59,14 +71,19 @@ def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
     known = BaseModel.metadata.tables
     if not tables <= known.keys():
         return False
-    return all({column["name"] for column in inspector.get_columns(name)} == set(known[name].columns.keys()) for name in tables)
+    return all(
+        {column["name"] for column in inspector.get_columns(name)} == set(known[name].columns.keys())
+        for name in tables
+    )
 
 
 def why(e: Exception) -> str:
     """SQLAlchemy's errors and Optuna's in a line."""
     from optuna.exceptions import StorageInternalError
 
-    return re.sub(r"^\([\w.]+\) ", "", str(e.__cause__ if isinstance(e, StorageInternalError) else e).splitlines()[0])
+    return re.sub(
+        r"^\([\w.]+\) ", "", str(e.__cause__ if isinstance(e, StorageInternalError) else e).splitlines()[0]
+    )
 
 
 class Record:
@@ -135,8 +152,12 @@ class Record:
         if "disk is full" in said:
             return DiskFull(f"no space left to write {self.name} ({said}); free some and {again}")
         if "is locked" in said:
-            return UsageError(f"{self.name} was locked by another process for {LOCKED:g} s; end what holds it and {again}")
-        return UsageError(f"the storage {self.name} cannot be used ({said}); mend that and {again}, or give another --storage")
+            return UsageError(
+                f"{self.name} was locked by another process for {LOCKED:g} s; end what holds it and {again}"
+            )
+        return UsageError(
+            f"the storage {self.name} cannot be used ({said}); mend that and {again}, or give another --storage"
+        )
 
     def write(self, trials: Sequence[Trial], spent: Callable[[Trial], Ledger]) -> None:
         while self.written < len(trials) and (trial := trials[self.written]).over:
@@ -151,7 +172,12 @@ class Record:
             self.written, self.unsure = self._count(), False
             if self.written > trial.number:
                 return
-        states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL, "failed": TrialState.FAIL}
+        states = {
+            "done": TrialState.COMPLETE,
+            "pruned": TrialState.PRUNED,
+            "diverged": TrialState.FAIL,
+            "failed": TrialState.FAIL,
+        }
         found = create_trial(
             state=states[trial.state],
             value=trial.scores[trial.rung] if trial.state == "done" else None,
@@ -162,5 +188,7 @@ class Record:
                 "number": trial.number, "why": trial.why, "run": trial.run, "ledger": asdict(spent(trial)),
             },
         )  # fmt: skip
-        self.storage.create_new_trial(self._id, template_trial=found)  # Optuna's study would keep a copy in memory
+        self.storage.create_new_trial(
+            self._id, template_trial=found
+        )  # Optuna's study would keep a copy in memory
         self.written += 1

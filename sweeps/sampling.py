@@ -69,7 +69,9 @@ class Asker:
             trial.report(value, rung)
         last = values[max(values)] if values else (self.worst or 100.0) * 1.5
         self.mirror.tell(
-            trial, None if values and not finished else last, TrialState.PRUNED if values and not finished else TrialState.COMPLETE
+            trial,
+            None if values and not finished else last,
+            TrialState.PRUNED if values and not finished else TrialState.COMPLETE,
         )
 
     def _sampler(self, number: int) -> Any:
@@ -78,7 +80,9 @@ class Asker:
         how, seed = self.study.sampler, seed_of(self.study, number)
         conditional = any(p.when for p in self.study.space.values())
         if how.name == "tpe":
-            return samplers.TPESampler(multivariate=True, group=conditional, seed=seed, n_startup_trials=how.startup)
+            return samplers.TPESampler(
+                multivariate=True, group=conditional, seed=seed, n_startup_trials=how.startup
+            )
         if how.name == "gp":
             return samplers.GPSampler(seed=seed, n_startup_trials=how.startup)
         if how.name == "cmaes":
@@ -86,7 +90,9 @@ class Asker:
         if how.name == "qmc":  # one sequence, so one seed: the number says where in it
             return samplers.QMCSampler(seed=how.seed, scramble=True, warn_asynchronous_seeding=False)
         if how.name == "grid":
-            return samplers.GridSampler({name: _grid(p) for name, p in self.study.space.items()}, seed=how.seed)
+            return samplers.GridSampler(
+                {name: _grid(p) for name, p in self.study.space.items()}, seed=how.seed
+            )
         return samplers.RandomSampler(seed=seed)
 
 

@@ -17,11 +17,18 @@ NEVER = {
     "seed": "a seed is drawn, not chosen: a study that may choose it fits noise",
     "epochs": "the epochs are the task's budget",
     "max_steps": "the steps are the task's budget",
-    **dict.fromkeys(("corpus", "num_titles", "shuffle", "val_frac", "dev_frac", "tokenizer_fit"), "the data is the task's"),
+    **dict.fromkeys(
+        ("corpus", "num_titles", "shuffle", "val_frac", "dev_frac", "tokenizer_fit"), "the data is the task's"
+    ),
     "official_geometry": "the geometry of the evaluation is the task's",
-    **dict.fromkeys(("device", "threads", "compile", "attention", "dtype"), "the machine is the study's, under [set] or threads"),
+    **dict.fromkeys(
+        ("device", "threads", "compile", "attention", "dtype"),
+        "the machine is the study's, under [set] or threads",
+    ),
 }
-DERIVED = {"timescale": "weight_decay"}  # searched in place of it: epochs over which a weight forgets, 1 / (lr * weight_decay * steps)
+DERIVED = {
+    "timescale": "weight_decay"
+}  # searched in place of it: epochs over which a weight forgets, 1 / (lr * weight_decay * steps)
 
 
 class Range(BaseModel):
@@ -121,14 +128,18 @@ def _conditions(where: str, p: Parameter, space: Space, base: TrainConfig) -> It
 def _outside(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
     """Values that no config takes, found by asking for the config."""
     if name in DERIVED:
-        if not all(isinstance(v, int | float) and v > 0 for v in (p.values if isinstance(p, Choice) else [p.low])):
+        if not all(
+            isinstance(v, int | float) and v > 0 for v in (p.values if isinstance(p, Choice) else [p.low])
+        ):
             yield f"{where} is a time; its values must be above 0."
         return
     for value in p.values if isinstance(p, Choice) else [p.low, p.high]:
         try:
             changed(base, {name: value})
         except ConfigError as e:
-            if name.partition(".")[0] in str(e).partition(":")[0]:  # not a quarrel with another field, which the space may settle
+            if (
+                name.partition(".")[0] in str(e).partition(":")[0]
+            ):  # not a quarrel with another field, which the space may settle
                 yield f"{where}: {value!r} is no value of it: {e}."
                 return
 
@@ -160,7 +171,9 @@ def active(space: Space, values: Mapping[str, Any], base: TrainConfig) -> dict[s
     """The parameters whose conditions hold where these values (of those without conditions) stand."""
 
     def holds(p: Parameter) -> bool:
-        return all(values.get(other, getattr(base, other, None)) in allowed for other, allowed in p.when.items())
+        return all(
+            values.get(other, getattr(base, other, None)) in allowed for other, allowed in p.when.items()
+        )
 
     return {name: p for name, p in space.items() if holds(p)}
 

@@ -57,23 +57,40 @@ class Sampler(Part):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     startup: Annotated[int, Field(ge=1, le=10_000, description="random trials before the sampler learns")] = 8
     generation: Annotated[
-        int, Field(ge=1, le=1000, description="trials asked at once, from the results up to the generation before the last")
+        int,
+        Field(
+            ge=1,
+            le=1000,
+            description="trials asked at once, from the results up to the generation before the last",
+        ),
     ] = 4
 
 
 class Rungs(Part):
     at: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, strict=False, description="shares of a trial's steps")
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        Field(min_length=1, strict=False, description="shares of a trial's steps"),
     ] = (0.25,)
-    keep: Annotated[float, Field(gt=0, le=1, description="share of a generation that goes on; 1: all, which measures the rungs")] = 0.5
+    keep: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of a generation that goes on; 1: all, which measures the rungs"),
+    ] = 0.5
     score: Annotated[
-        Literal["raw", "branch"], Field(description="raw: where the trial stands; branch: after a short decay of its own (wsd), beside it")
+        Literal["raw", "branch"],
+        Field(
+            description="raw: where the trial stands; branch: after a short decay of its own (wsd), beside it"
+        ),
     ] = "raw"
-    branch: Annotated[float, Field(gt=0, le=1, description="steps that a branch goes beyond its rung, as a share of those so far")] = 0.1
+    branch: Annotated[
+        float,
+        Field(gt=0, le=1, description="steps that a branch goes beyond its rung, as a share of those so far"),
+    ] = 0.1
 
 
 class Evidence(Part):
-    noise_seeds: Annotated[int, Field(ge=2, le=100, description="other seeds of the base: the noise floor")] = 5
+    noise_seeds: Annotated[
+        int, Field(ge=2, le=100, description="other seeds of the base: the noise floor")
+    ] = 5
     seeds: Annotated[int, Field(ge=2, le=100, description="fresh seeds that confirm")] = 5
     best: Annotated[int, Field(ge=1, le=20, description="trials that are confirmed")] = 2
 
@@ -89,13 +106,26 @@ class Study(Part):
     sampler: Sampler = Sampler()
     rungs: Rungs | None = None
     evidence: Evidence = Evidence()
-    threads: Annotated[int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")] = 1
+    threads: Annotated[
+        int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")
+    ] = 1
     workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
-    engine: Annotated[Literal["local", "ray"], Field(description="who starts the workers: this machine, or a Ray cluster")] = "local"
-    address: Annotated[str, Field(description="Ray: auto, or HOST:PORT of a cluster's head; empty: one of our own on this machine")] = ""
+    engine: Annotated[
+        Literal["local", "ray"], Field(description="who starts the workers: this machine, or a Ray cluster")
+    ] = "local"
+    address: Annotated[
+        str,
+        Field(
+            description="Ray: auto, or HOST:PORT of a cluster's head; empty: one of our own on this machine"
+        ),
+    ] = ""
     gpus: Annotated[float, Field(ge=0, le=64, description="Ray: of a trial; 0.25 puts four on a GPU")] = 0.0
     storage: Annotated[
-        str, Field(repr=False, description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder")
+        str,
+        Field(
+            repr=False,
+            description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder",
+        ),
     ] = ""
 
     @field_serializer("storage")
@@ -113,9 +143,14 @@ class Study(Part):
 
     def base(self) -> TrainConfig:
         """Trial 0, and what all others change."""
-        found = load(self.preset, [f"{key}={_toml(value)}" for key, value in {"threads": self.threads, **self.set}.items()])
+        found = load(
+            self.preset,
+            [f"{key}={_toml(value)}" for key, value in {"threads": self.threads, **self.set}.items()],
+        )
         if len(found) > 1:
-            raise ConfigError(f"preset {self.preset!r} has {len(found)} steps, a study begins with one; write {found[-1].preset!r}, say")
+            raise ConfigError(
+                f"preset {self.preset!r} has {len(found)} steps, a study begins with one; write {found[-1].preset!r}, say"
+            )
         return found[0]
 
 
@@ -148,9 +183,13 @@ def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Stud
         raise ConfigError(f"study {path} is not valid TOML: {e}; {hint}") from None
     data.setdefault("name", path.stem)
     if sets:
-        data["set"] = {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
+        data["set"] = (
+            {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
+        )
     given = [f"--set {key}={inputs.shortened(str(value), 80)}" for key, value in (sets or {}).items()]
-    given += [f"--{'as' if key == 'name' else key} {without_password(str(value))}" for key, value in changes.items()]
+    given += [
+        f"--{'as' if key == 'name' else key} {without_password(str(value))}" for key, value in changes.items()
+    ]
     return checked(data | changes, " ".join([place if built_in else str(path), *given]))
 
 
@@ -163,7 +202,9 @@ def _file_of(place: str, built_in: bool) -> Path:
         raise ConfigError(f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}; {allowed}")
     why = inputs.not_a_file(Path(place))
     if why == "does not exist":
-        raise ConfigError(f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}, no such file; {allowed}")
+        raise ConfigError(
+            f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}, no such file; {allowed}"
+        )
     if why:
         raise ConfigError(f"study {inputs.shown(place, 80)} {why}; {allowed}")
     return Path(place)
@@ -199,7 +240,13 @@ def _holds_others(error: Any, e: ValidationError) -> bool:
     return any(other["loc"][:-1] == error["loc"] for other in e.errors())
 
 
-PARTS: dict[str, type[BaseModel]] = {"": Study, "budget": Budget, "sampler": Sampler, "rungs": Rungs, "evidence": Evidence}
+PARTS: dict[str, type[BaseModel]] = {
+    "": Study,
+    "budget": Budget,
+    "sampler": Sampler,
+    "rungs": Rungs,
+    "evidence": Evidence,
+}
 
 
 def _fault(error: Any, data: dict[str, Any], guess: bool) -> str:
@@ -214,7 +261,11 @@ def _fault(error: Any, data: dict[str, Any], guess: bool) -> str:
         meant = nearest(place[-1], allowed) if guess else ""
         return f"unknown key {inputs.shortened(name, 80)}{meant}; allowed: {', '.join(allowed)}."
     if error["type"] == "string_pattern_mismatch":
-        instead = "letters, digits and _.- (60 of them at most, a letter, digit or _ first)" if name == "name" else "text on one line"
+        instead = (
+            "letters, digits and _.- (60 of them at most, a letter, digit or _ first)"
+            if name == "name"
+            else "text on one line"
+        )
         return f"{name}={got} is not allowed; write {instead}."
     if error["type"] == "missing":
         return f"{name} is missing; write it."
@@ -230,7 +281,9 @@ def _wrong(study: Study) -> Iterator[str]:
     if not base.dev_frac:
         yield "dev_frac=0: there is no dev split to search on, and val must not be looked at; write dev_frac = 0.1 under [set]."
     yield from faults(study.space, base)
-    if study.sampler.name == "grid" and any(isinstance(p, Range) and p.step is None for p in study.space.values()):
+    if study.sampler.name == "grid" and any(
+        isinstance(p, Range) and p.step is None for p in study.space.values()
+    ):
         yield "sampler.name='grid' needs values, or a step with low and high, for every parameter."
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
         yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
@@ -254,4 +307,8 @@ def _wrong(study: Study) -> Iterator[str]:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a study file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mainrun study", **Study.model_json_schema()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mainrun study",
+        **Study.model_json_schema(),
+    }

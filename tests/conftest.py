@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for each other on a busy machine; the tokens are the same
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # its threads wait for each other on a busy machine; the tokens are the same
 
 # no machine is too slow: how long an example takes says how busy it is
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,7 +41,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def real_titles() -> Path:
     if not REAL_TITLES.is_file():
-        pytest.skip(f"needs real titles, one a line, at {REAL_TITLES}; the synthetic corpus carries the suite")
+        pytest.skip(
+            f"needs real titles, one a line, at {REAL_TITLES}; the synthetic corpus carries the suite"
+        )
     return REAL_TITLES
 
 
@@ -53,4 +57,8 @@ def tiny():
 
 def tiny_sets(**changes: object) -> list[str]:
     """The same as `--set key=value ...` arguments for the command line."""
-    return [arg for k, v in (TINY | changes).items() for arg in ("--set", f"{k}={str(v).lower() if isinstance(v, bool) else v}")]
+    return [
+        arg
+        for k, v in (TINY | changes).items()
+        for arg in ("--set", f"{k}={str(v).lower() if isinstance(v, bool) else v}")
+    ]

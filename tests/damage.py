@@ -65,7 +65,11 @@ json.dump(fields | {"steps": 0, "rows": []}, into.open("w"))
 
 def sets(fields: dict[str, Any]) -> list[str]:
     """The fields as `--set` arguments."""
-    return [word for key, value in fields.items() for word in ("--set", f"{key}={json.dumps(value) if key == 'growth' else value}")]
+    return [
+        word
+        for key, value in fields.items()
+        for word in ("--set", f"{key}={json.dumps(value) if key == 'growth' else value}")
+    ]
 
 
 # -- the fixture directory
@@ -78,7 +82,9 @@ def make(folder: Path) -> None:
     names = {"whole": _train(runs, PLAIN), "half": _train(runs, HALF, until=14), "grown": _train(runs, GROWN)}
     with tempfile.TemporaryDirectory() as uninterrupted:
         name = _train(Path(uninterrupted), HALF)
-        names["weights"] = json.loads((Path(uninterrupted) / name / "summary.json").read_text(encoding="utf-8"))["weights"]
+        names["weights"] = json.loads(
+            (Path(uninterrupted) / name / "summary.json").read_text(encoding="utf-8")
+        )["weights"]
     (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
     _search(folder)
     _bundle(folder, runs / names["whole"])
@@ -129,14 +135,22 @@ def _search(folder: Path) -> None:
     base = study.base()
     corpus = load_corpus(base)
     with owned(place, study):
-        known = {"train_tokens": len(prepare(base, corpus).splits["train"]), "fingerprints": corpus.fingerprints}
+        known = {
+            "train_tokens": len(prepare(base, corpus).splits["train"]),
+            "fingerprints": corpus.fingerprints,
+        }
         (place / "tokens.json").write_text(json.dumps(known), encoding="utf-8")
         search = Search(study, place, SameProcess(), lambda text: None, lambda: None)
         begin(place, study, "mainrun sweep tiny.toml")
         search.run()
         export(search, confirm(search))
     lines = [f"{key} = {json.dumps(STUDY[key])}" for key in ("name", "preset", "workers")]
-    lines += [f"{part}.{key} = {_toml(value)}" for part in STUDY if isinstance(STUDY[part], dict) for key, value in STUDY[part].items()]
+    lines += [
+        f"{part}.{key} = {_toml(value)}"
+        for part in STUDY
+        if isinstance(STUDY[part], dict)
+        for key, value in STUDY[part].items()
+    ]
     (folder / "tiny.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -167,7 +181,10 @@ def add_manifest(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, 
     members = {name: data for name, data in files.items() if name != "MANIFEST.json"}
     figures = {name: summary[name] for name in ("last", "best", "steps", "params", "weights")}
     plain = ("run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions", "guards")
-    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in members.items()}
+    listed = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        for name, data in members.items()
+    }
     manifest = {"format": 1, "commit": "0" * 40, "tree": "0" * 40, "figures": figures, "files": listed}
     manifest |= {name: summary[name] for name in plain}
     return members | {"MANIFEST.json": json.dumps(manifest).encode()}
@@ -186,7 +203,21 @@ RAW_VALUES = {
 }  # fmt: skip
 FIXED = ", checksums fixed"  # the end of a description
 PLACEHOLDER = "PLACEHOLDER-OF-A-RAW-VALUE"
-RAW_LINES = ("[1]", "5", "null", "true", '"x"', "[]", "{}", "", "{", "NaN", "\0\0\0\0", '{"event": "step"}', '{"event": 5, "step": 1}')
+RAW_LINES = (
+    "[1]",
+    "5",
+    "null",
+    "true",
+    '"x"',
+    "[]",
+    "{}",
+    "",
+    "{",
+    "NaN",
+    "\0\0\0\0",
+    '{"event": "step"}',
+    '{"event": 5, "step": 1}',
+)
 
 
 def slots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -219,7 +250,9 @@ def cut(value: Any, path: tuple[Any, ...]) -> Any:
 def damage_value(chance: random.Random, value: Any) -> tuple[str, str]:
     """Return a damaged JSON text and a description of the damage."""
     paths = list(slots(value))
-    depth = chance.randint(0, max(map(len, paths)))  # otherwise the many values deep inside would be drawn almost always
+    depth = chance.randint(
+        0, max(map(len, paths))
+    )  # otherwise the many values deep inside would be drawn almost always
     path = chance.choice([path for path in paths if len(path) <= depth])
     where = ".".join(map(str, path)) or "the top"
     if path and chance.random() < 0.25:
@@ -230,7 +263,9 @@ def damage_value(chance: random.Random, value: Any) -> tuple[str, str]:
         return text.replace(old, f"5, {json.dumps(path[-1])}: 6", 1), f"{where} twice"
     if chance.random() < 0.35:
         name = chance.choice(sorted(RAW_VALUES))
-        return json.dumps(put(value, path, PLACEHOLDER)).replace(json.dumps(PLACEHOLDER), RAW_VALUES[name]), f"{where} = {name}"
+        return json.dumps(put(value, path, PLACEHOLDER)).replace(
+            json.dumps(PLACEHOLDER), RAW_VALUES[name]
+        ), f"{where} = {name}"
     new = chance.choice(ODD_VALUES)
     return json.dumps(put(value, path, new)), f"{where} = {new!r:.60}"
 
@@ -341,7 +376,9 @@ def fix_config(path: Path) -> None:
 def fix_meta(path: Path) -> None:
     meta = json.loads(path.read_bytes())
     meta.pop("meta_sha256", None)
-    path.write_text(json.dumps(meta | {"meta_sha256": _sha256(_dumped(meta))}, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(
+        json.dumps(meta | {"meta_sha256": _sha256(_dumped(meta))}, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def fix_node(path: Path) -> None:
@@ -352,7 +389,11 @@ def fix_node(path: Path) -> None:
     path.write_bytes(_dumped(line | {"sha256": _sha256(_dumped(line))}) + b"\n" + body)
 
 
-CHECKSUMS: dict[str, Callable[[Path], None]] = {"config.json": fix_config, "meta.json": fix_meta, "nodes": fix_node}
+CHECKSUMS: dict[str, Callable[[Path], None]] = {
+    "config.json": fix_config,
+    "meta.json": fix_meta,
+    "nodes": fix_node,
+}
 
 
 # -- the files to damage, and the commands that read them
@@ -368,7 +409,14 @@ class Target:
     weight: int = 1
 
 
-SHOW = ("compare {whole} {grown}", "compare {whole} --json", "train-whole", "train-whole --json", "report-one", "submit")
+SHOW = (
+    "compare {whole} {grown}",
+    "compare {whole} --json",
+    "train-whole",
+    "train-whole --json",
+    "report-one",
+    "submit",
+)
 RESUME = ("train-half", "train-half", "plan-half")
 RUNS = ("sample {whole} --prompt a --max-tokens 3",)
 GROW = ("grow verify runs/{grown}", "train-grown", "report-grown")
@@ -382,8 +430,16 @@ STORE = (
     "train-half",
     "store audit --segments 1 --seed 1",
 )
-SWEEP = ("sweep run tiny.toml --out studies", "sweep show tiny --out studies", "sweep best tiny --out studies")
-SWEEP += ("sweep ls --out studies", "sweep export tiny exported --out studies", "sweep show tiny --out studies --json")
+SWEEP = (
+    "sweep run tiny.toml --out studies",
+    "sweep show tiny --out studies",
+    "sweep best tiny --out studies",
+)
+SWEEP += (
+    "sweep ls --out studies",
+    "sweep export tiny exported --out studies",
+    "sweep show tiny --out studies --json",
+)
 STUDIES = ("report-study",)
 
 TARGETS = (
@@ -407,7 +463,9 @@ TARGETS = (
     Target("runs/{half}/checkpoints/*/state.safetensors", damage_bytes, RESUME, 3),
     Target("runs/{grown}/growth.jsonl", damage_lines, GROW, 4),
     Target("runs/{grown}/summary.json", damage_json, GROW, 2),
-    Target("runs/{grown}/checkpoints/*/meta.json", damage_json, ("sample {grown} --prompt a --max-tokens 3",), 2),
+    Target(
+        "runs/{grown}/checkpoints/*/meta.json", damage_json, ("sample {grown} --prompt a --max-tokens 3",), 2
+    ),
     Target("runs/.store/store.json", damage_json, STORE, 2),
     Target("runs/.store/nodes/*", damage_lines, STORE, 6),
     Target("runs/.store/states/*", damage_bytes, STORE, 2),
@@ -479,7 +537,9 @@ def value_at(*path: Any, value: Any) -> Callable[[Path], Any]:
 
 
 def last_line(text: str) -> Callable[[Path], Any]:
-    return lambda file: file.write_bytes(file.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[0] + b"\n" + text.encode() + b"\n")
+    return lambda file: file.write_bytes(
+        file.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[0] + b"\n" + text.encode() + b"\n"
+    )
 
 
 def content(text: str | bytes) -> Callable[[Path], Any]:
@@ -606,7 +666,12 @@ class FixtureDirectory:
 
     def argv(self, command: str) -> tuple[str, ...]:
         name, _, more = command.partition(" ")
-        trains = {"train-whole": PLAIN, "train-half": HALF, "train-grown": GROWN, "train-new": HALF | {"log_every": 2}}
+        trains = {
+            "train-whole": PLAIN,
+            "train-half": HALF,
+            "train-grown": GROWN,
+            "train-new": HALF | {"log_every": 2},
+        }
         if name in trains:
             return ("train", "--preset", "baseline", *sets(trains[name]), "--quiet", *more.split())
         plain = {
@@ -673,7 +738,18 @@ def _damage_member(fixture: FixtureDirectory, chance: random.Random, name: str) 
         with suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
             if member == "run/summary.json":
                 summary = json.loads(files[member])
-                manifest |= {k: summary[k] for k in ("run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions")}
+                manifest |= {
+                    k: summary[k]
+                    for k in (
+                        "run",
+                        "preset",
+                        "fingerprints",
+                        "tokenizer",
+                        "geometry",
+                        "machine_class",
+                        "versions",
+                    )
+                }
                 manifest["figures"] |= {k: summary[k] for k in manifest["figures"]}
         files["MANIFEST.json"] = json.dumps(manifest).encode()
         description += FIXED
@@ -696,7 +772,9 @@ def find_problem(fixture: FixtureDirectory, case: Case, outcome: Outcome) -> str
     if outcome.code == 0 and case.argv[0] == "train" and FIXED not in case.damage:
         return _compare_weights(fixture)
     if outcome.code == 2:
-        changed = fixture.changed(case.place.partition(".zip/")[0] + ".zip" if ".zip/" in case.place else case.place)
+        changed = fixture.changed(
+            case.place.partition(".zip/")[0] + ".zip" if ".zip/" in case.place else case.place
+        )
         if changed:
             return f"a refused command changed {', '.join(changed[:3])}"
         if any(text in outcome.message for text in ABOUT_THE_TREE):
@@ -731,9 +809,16 @@ def parse() -> argparse.Namespace:
         epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
     )
     parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
-    parser.add_argument("--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)")
+    parser.add_argument(
+        "--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other cases (default: 0)")
-    parser.add_argument("--case", type=case_number, metavar="SEED:INDEX", help="run only this case and print all of its output")
+    parser.add_argument(
+        "--case",
+        type=case_number,
+        metavar="SEED:INDEX",
+        help="run only this case and print all of its output",
+    )
     parser.add_argument("--rows", action="store_true", help="run the damage in ROWS instead of random damage")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
     parser.add_argument("--made", type=Path, help="use this fixture directory, or make it if it is missing")
@@ -771,7 +856,10 @@ def _run_rows(fixture: FixtureDirectory, driver: Driver) -> int:
         if not problem and outcome.code != row.code:
             problem = f"exit code {outcome.code}, expected {row.code}"
         failures += bool(problem)
-        print(f"{'FAILS' if problem else 'ok':5}  {row.name}: {problem[:200] or outcome.message[:300]}", flush=True)
+        print(
+            f"{'FAILS' if problem else 'ok':5}  {row.name}: {problem[:200] or outcome.message[:300]}",
+            flush=True,
+        )
     print(f"{failures} of {len(ROWS)} rows fail")
     return bool(failures)
 
@@ -793,12 +881,24 @@ def _run_many(fixture: FixtureDirectory, driver: Driver, seed: int, first: int, 
         if problem:
             kind = re.sub(r"\d+", "N", problem)[:120]
             problems[kind] += 1
-            print(f"{case.name}  {case.place}: {case.damage}\n    {' '.join(case.argv)[:150]}\n    {problem[:400]}", flush=True)
+            print(
+                f"{case.name}  {case.place}: {case.damage}\n    {' '.join(case.argv)[:150]}\n    {problem[:400]}",
+                flush=True,
+            )
         if (index + 1 - first) % 500 == 0:
-            print(f"{index + 1 - first:,} cases so far, {sum(problems.values())} problems", file=sys.stderr, flush=True)
+            print(
+                f"{index + 1 - first:,} cases so far, {sum(problems.values())} problems",
+                file=sys.stderr,
+                flush=True,
+            )
         if outcome.seconds > 8:
-            print(f"{case.name} slow: {outcome.seconds:.1f} s {case.place} {case.damage} {' '.join(case.argv)[:80]}", flush=True)
-    print(f"{cases:,} cases from {first} with seed {seed} in {time.monotonic() - start:.0f} s: exit codes {dict(codes)}")
+            print(
+                f"{case.name} slow: {outcome.seconds:.1f} s {case.place} {case.damage} {' '.join(case.argv)[:80]}",
+                flush=True,
+            )
+    print(
+        f"{cases:,} cases from {first} with seed {seed} in {time.monotonic() - start:.0f} s: exit codes {dict(codes)}"
+    )
     for kind, count in problems.most_common():
         print(f"{count:6}  {kind}")
     print(f"{sum(problems.values()):,} problems")

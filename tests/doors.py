@@ -139,7 +139,12 @@ class Driver:
     limit: float = 60.0
 
     def __enter__(self) -> Driver:
-        quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+        quiet = {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "MPLBACKEND": "agg",
+        }
         closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
         env = os.environ | quiet | closed | {"PYTHONPATH": str(self.tree)} | dict(self.env)
         for name in ("MAINRUN_STORE", "RANK", "WORLD_SIZE", "COLUMNS", "HF_HUB_OFFLINE"):
@@ -147,7 +152,9 @@ class Driver:
         self.home = tempfile.mkdtemp(prefix="doors-")
         env |= {"HOME": self.home, "MPLCONFIGDIR": self.home, "MAINRUN_CACHE": f"{self.home}/cache"}
         command = [sys.executable, __file__, "--serve", *([] if self.warm else ["--cold"])]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=self.home)
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=self.home
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,7 +179,14 @@ class Driver:
         that nobody reads) or full (/dev/full). The outcome has the text of file and pipe only.
         """
         words = [os.fsdecode(word) for word in argv]
-        case = {"argv": words, "cwd": str(cwd), "env": dict(env or {}), "stdin": stdin, "stdout": stdout, "stderr": stderr}
+        case = {
+            "argv": words,
+            "cwd": str(cwd),
+            "env": dict(env or {}),
+            "stdin": stdin,
+            "stdout": stdout,
+            "stderr": stderr,
+        }
         assert self.server.stdin and self.server.stdout
         self.server.stdin.write(json.dumps(case | {"limit": limit or self.limit}).encode() + b"\n")
         self.server.stdin.flush()
@@ -202,7 +216,9 @@ def serve(warm: bool) -> None:
             if name == WARM[0] or not name.startswith(("mainrun", "sweeps", "reports")):
                 raise RuntimeError(f"{name} cannot be imported") from e
     typer_main = importlib.import_module("typer.main")
-    typer_main.get_command = functools.cache(typer_main.get_command)  # building it takes as long as a small command
+    typer_main.get_command = functools.cache(
+        typer_main.get_command
+    )  # building it takes as long as a small command
     typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
     gc.freeze()
@@ -230,7 +246,9 @@ def _run_case(case: dict[str, Any], channels: tuple[io.BufferedWriter, io.Buffer
         if write is not None:
             os.close(write)
     pipes = {
-        read: bytearray() for kind, (read, _) in zip(streams, streams.values(), strict=True) if read is not None and case[kind] == "pipe"
+        read: bytearray()
+        for kind, (read, _) in zip(streams, streams.values(), strict=True)
+        if read is not None and case[kind] == "pipe"
     }
     code = _wait(pid, begin + case["limit"], pipes)
     seconds = time.monotonic() - begin
@@ -357,7 +375,11 @@ def _finish(code: int) -> int:
                 file.flush()
         except (OSError, ValueError) as e:
             with suppress(OSError, ValueError):
-                print(f"Exception ignored in: {file!r}\n{type(e).__name__}: {e}", file=sys.__stderr__, flush=True)
+                print(
+                    f"Exception ignored in: {file!r}\n{type(e).__name__}: {e}",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
             if file is sys.stdout or getattr(e, "errno", 0) != errno.EPIPE:
                 code = 120
     return code
@@ -383,11 +405,20 @@ def parse() -> argparse.Namespace:
         epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
     )
     parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
-    parser.add_argument("--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)")
+    parser.add_argument(
+        "--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="another seed draws other cases (default: 1)")
-    parser.add_argument("--jobs", type=whole_number(1), default=1, help="how many processes run cases (default: 1)")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=1, help="how many processes run cases (default: 1)"
+    )
     parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
-    parser.add_argument("--case", type=case_number, metavar="SEED:INDEX", help="run only this case and print all of its output")
+    parser.add_argument(
+        "--case",
+        type=case_number,
+        metavar="SEED:INDEX",
+        help="run only this case and print all of its output",
+    )
     return parser.parse_args()
 
 
@@ -410,14 +441,18 @@ def _run_cases(args: argparse.Namespace, known: dict[str, list[Any]], folder: Pa
     parts = [range(args.first + job, args.first + args.cases, args.jobs) for job in range(args.jobs)]
     stop = threading.Event()
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(_run_part, part, args, known, folder / str(i), stop) for i, part in enumerate(parts)]
+        jobs = [
+            pool.submit(_run_part, part, args, known, folder / str(i), stop) for i, part in enumerate(parts)
+        ]
         try:
             return [row for job in jobs for row in job.result()]
         finally:
             stop.set()  # after Ctrl-C, each job ends after its current case
 
 
-def _run_part(indices: range, args: argparse.Namespace, known: dict[str, list[Any]], folder: Path, stop: threading.Event) -> list[CaseRow]:
+def _run_part(
+    indices: range, args: argparse.Namespace, known: dict[str, list[Any]], folder: Path, stop: threading.Event
+) -> list[CaseRow]:
     import odd_cases
 
     folder.mkdir()
@@ -439,8 +474,18 @@ def _show(case: Any, tree: Path, folder: Path) -> int:
     import odd_cases
 
     with Driver(tree) as driver:
-        outcome, problem = odd_cases.run_case(driver, case, odd_cases.make_fixture(driver, folder), folder / "case")
-    print(case, f"exit code {outcome.code}, {outcome.seconds:.2f} s", "stdout:", outcome.out, "stderr:", outcome.err, sep="\n")
+        outcome, problem = odd_cases.run_case(
+            driver, case, odd_cases.make_fixture(driver, folder), folder / "case"
+        )
+    print(
+        case,
+        f"exit code {outcome.code}, {outcome.seconds:.2f} s",
+        "stdout:",
+        outcome.out,
+        "stderr:",
+        outcome.err,
+        sep="\n",
+    )
     print(f"fails: {problem}" if problem else "passes")
     return int(bool(problem))
 

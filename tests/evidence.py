@@ -19,7 +19,15 @@ VERSIONS = {"mainrun": "5" * 64, "torch": "2.0"}
 
 
 def score(step: int = STEPS, full: float = 2.0, **changes: Any) -> dict[str, Any]:
-    row = {"step": step, "split": "val", "full": full, "official": 3.0, "loss": 4.0, "bits_per_byte": 1.5, "coverage": 0.98}
+    row = {
+        "step": step,
+        "split": "val",
+        "full": full,
+        "official": 3.0,
+        "loss": 4.0,
+        "bits_per_byte": 1.5,
+        "coverage": 0.98,
+    }
     return row | {"tokens": 1000} | changes
 
 
@@ -45,7 +53,15 @@ def make_summary(run_id: str, preset: str, full: float = 2.0, **changes: Any) ->
 def make_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row a step, and the scores that the summary has."""
     rows: list[dict[str, Any]] = [
-        {"event": "step", "step": i, "tokens": 128 * i, "seconds": 0.5, "loss": 5.0, "lr": 0.1, "grad_norm": 1.0}
+        {
+            "event": "step",
+            "step": i,
+            "tokens": 128 * i,
+            "seconds": 0.5,
+            "loss": 5.0,
+            "lr": 0.1,
+            "grad_norm": 1.0,
+        }
         for i in range(1, summary["steps"] + 1)
     ]
     scores = [summary["last"]]
@@ -72,12 +88,24 @@ def make_run(
         summary["best"] = changes.get("best", summary["last"])
         summary["scores"] = {"val": {name: summary[name] for name in ("last", "best")}}
     told = {"command": ["mainrun", "train", "--preset", preset], "evaluate_hash": "e" * 64} | dict(env or {})
-    return Run(Path("runs") / cfg.run_id, cfg, {"train_tokens": TRAIN_TOKENS}, told, summary, rows or make_rows(summary), journal or [])
+    return Run(
+        Path("runs") / cfg.run_id,
+        cfg,
+        {"train_tokens": TRAIN_TOKENS},
+        told,
+        summary,
+        rows or make_rows(summary),
+        journal or [],
+    )
 
 
-def make_recipe(name: str, fulls: Mapping[int, float], fields: Mapping[str, Any] | None = None, **changes: Any) -> Recipe:
+def make_recipe(
+    name: str, fulls: Mapping[int, float], fields: Mapping[str, Any] | None = None, **changes: Any
+) -> Recipe:
     """A run for each seed and its score."""
-    return Recipe(name, tuple(make_run(name, seed, full, fields=fields, **changes) for seed, full in fulls.items()))
+    return Recipe(
+        name, tuple(make_run(name, seed, full, fields=fields, **changes) for seed, full in fulls.items())
+    )
 
 
 def failing(detail: str = "it sees the future", name: str = "causality") -> list[dict[str, str]]:
@@ -105,7 +133,16 @@ def write_run(out: Path, run: Run, status: str = "done") -> Path:
     config = run.cfg.model_dump(mode="json")
     for name, value in (
         ("config.json", {"config": config, "digest": digest_of(config), "plan": run.plan}),
-        ("env.json", {"machine_class": MACHINE, "machine_classes": [MACHINE], "all_versions": [VERSIONS], "versions": VERSIONS, **run.env}),
+        (
+            "env.json",
+            {
+                "machine_class": MACHINE,
+                "machine_classes": [MACHINE],
+                "all_versions": [VERSIONS],
+                "versions": VERSIONS,
+                **run.env,
+            },
+        ),
         ("status.json", {"state": status, "step": run.summary["steps"]}),
         ("summary.json", run.summary),
         ("tokenizer.json", {}),

@@ -131,8 +131,12 @@ def _to_toml(value: Any) -> str:
 
 
 def write_mix(folder: Path) -> None:
-    (folder / "mine.txt").write_text("".join(f"a title of mine number {i} about kernel {i * i % 97}\n" for i in range(120)))
-    (folder / "mix.toml").write_text('[[source]]\npath = "mine.txt"\nratio = 1\nweight = 2\n[[source]]\ncorpus = "synthetic"\nratio = 2\n')
+    (folder / "mine.txt").write_text(
+        "".join(f"a title of mine number {i} about kernel {i * i % 97}\n" for i in range(120))
+    )
+    (folder / "mix.toml").write_text(
+        '[[source]]\npath = "mine.txt"\nratio = 1\nweight = 2\n[[source]]\ncorpus = "synthetic"\nratio = 2\n'
+    )
 
 
 def train(name: str, folder: Path) -> dict[str, Any]:
@@ -140,9 +144,22 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     write_mix(folder)
     out = folder / "runs"
     if name.startswith("two processes"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mainrun"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "mainrun",
+        ]
         done = subprocess.run(
-            [*command, *arguments(name, out)], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+            [*command, *arguments(name, out)],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     else:
@@ -157,7 +174,9 @@ def train(name: str, folder: Path) -> dict[str, Any]:
 def numbers(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["event"] == "step"]
-    scores = [[row["step"], row["split"], row["full"], row["official"]] for row in rows if row["event"] == "eval"]
+    scores = [
+        [row["step"], row["split"], row["full"], row["official"]] for row in rows if row["event"] == "eval"
+    ]
     summary = json.loads((run / "summary.json").read_text())
     return {
         "loss": [row["loss"] for row in steps],
@@ -177,7 +196,11 @@ def machine_class() -> dict[str, Any]:
     from mainrun.core.device import Machine
 
     facts = Machine(from_dict(SIZE | {"compile": "on"})).facts
-    kept = {name: facts[name] for name in ("device", "instructions", "torch", "compiler", "limits") if name in facts}
+    kept = {
+        name: facts[name]
+        for name in ("device", "instructions", "torch", "compiler", "limits")
+        if name in facts
+    }
     return kept | {name: version(name) for name in ("numpy", "tokenizers")}
 
 
@@ -192,9 +215,13 @@ def record_for(machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python tests/golden.py", description="Make or check the golden record of this machine class.")
+    parser = argparse.ArgumentParser(
+        prog="python tests/golden.py", description="Make or check the golden record of this machine class."
+    )
     parser.add_argument("--check", action="store_true", help="compare with the record instead of making one")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only the cases whose names contain this text")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only the cases whose names contain this text"
+    )
     options = parser.parse_args()
     machine = machine_class()
     with tempfile.TemporaryDirectory() as place:

@@ -101,7 +101,9 @@ def trained(cfg: TrainConfig, count: int = 3, dtype: torch.dtype = torch.float64
     return model, optimizers
 
 
-def go_on(model: GPT, optimizers: Optimizers, what: Op, mode: str = "scale", count: int = 0) -> tuple[GPT, Optimizers, IndexMap]:
+def go_on(
+    model: GPT, optimizers: Optimizers, what: Op, mode: str = "scale", count: int = 0
+) -> tuple[GPT, Optimizers, IndexMap]:
     """Grow, move the state, and train some steps more."""
     new, moved = grown(model, what)
     after_it = Optimizers(new.cfg, new)

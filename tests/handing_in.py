@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def git(root: Path, *args: str, given: bytes | None = None) -> str:
-    who = ("-c", "user.name=ann", "-c", "user.email=ann@example.org", "-c", "core.protectNTFS=false", "-c", "commit.gpgsign=false")
+    who = (
+        "-c",
+        "user.name=ann",
+        "-c",
+        "user.email=ann@example.org",
+        "-c",
+        "core.protectNTFS=false",
+        "-c",
+        "commit.gpgsign=false",
+    )
     done = subprocess.run(["git", "-C", str(root), *who, *args], input=given, capture_output=True, check=True)
     return done.stdout.decode("utf-8", "replace").strip()
 
@@ -42,13 +51,21 @@ def summary(run: Path) -> dict[str, Any]:
 def quoting(found: dict[str, Any]) -> bytes:
     last = found["last"]
     return pdf(
-        ["The report", f"run {found['run']}", f"full {last['full']:.4f}", f"official {last['official']:.4f} ({last['coverage']:.1%})"]
+        [
+            "The report",
+            f"run {found['run']}",
+            f"full {last['full']:.4f}",
+            f"official {last['official']:.4f} ({last['coverage']:.1%})",
+        ]
     )
 
 
 def pdf(lines: list[str]) -> bytes:
     """One page of text."""
-    text = " ".join("({}) Tj T*".format(line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")) for line in lines)
+    text = " ".join(
+        "({}) Tj T*".format(line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)"))
+        for line in lines
+    )
     page = f"BT /F1 10 Tf 50 780 Td 14 TL {text} ET"
     parts = [
         "<</Type/Catalog/Pages 2 0 R>>",
@@ -62,4 +79,7 @@ def pdf(lines: list[str]) -> bytes:
         places.append(len(out))
         out += f"{number} 0 obj\n{part}\nendobj\n"
     table = "".join(f"{place:010} 00000 n \n" for place in places)
-    return (out + f"xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(out)}\n%%EOF").encode("latin-1")
+    return (
+        out
+        + f"xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(out)}\n%%EOF"
+    ).encode("latin-1")

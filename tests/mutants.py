@@ -82,7 +82,11 @@ class DropKeyword(AddedOperator):
             return []
         inner = node.children[1]
         arguments = split_at_commas(inner.children) if inner.type == "arglist" else [[inner]]
-        keywords = [i for i, argument in enumerate(arguments) if is_keyword(argument) and name_of(argument) not in SAFEGUARDS]
+        keywords = [
+            i
+            for i, argument in enumerate(arguments)
+            if is_keyword(argument) and name_of(argument) not in SAFEGUARDS
+        ]
         return [f"({join(arguments, without=i)})" for i in keywords]
 
 
@@ -126,7 +130,9 @@ class SwapTwin(AddedOperator):
     """Swap `min` and `max`, or `any` and `all`."""
 
     def alternatives(self, node: Any) -> list[str]:
-        is_call = node.type == "name" and node.value in TWINS and getattr(node.get_next_leaf(), "value", "") == "("
+        is_call = (
+            node.type == "name" and node.value in TWINS and getattr(node.get_next_leaf(), "value", "") == "("
+        )
         return [TWINS[node.value]] if is_call else []
 
 
@@ -174,7 +180,9 @@ class Mutant:
 
 
 def operators() -> dict[str, Operator]:
-    names = [f"Replace{kind}Operator_{change}" for kind, changes in MISTAKES.items() for change in changes.split()] + OTHERS.split()
+    names = [
+        f"Replace{kind}Operator_{change}" for kind, changes in MISTAKES.items() for change in changes.split()
+    ] + OTHERS.split()
     ready = {name: get_operator(f"core/{name}")() for name in names}
     return ready | {operator.__name__: operator() for operator in ADDED}
 
@@ -207,7 +215,9 @@ def draw(file: str, source: str, count: int, chance: random.Random) -> list[Muta
         if not is_different_code(source, mutated):
             continue
         before, after = changed_line(source, mutated)
-        drawn.append(Mutant(file, name, occurrence, line, statements.get(line, range(line, line + 1)), before, after))
+        drawn.append(
+            Mutant(file, name, occurrence, line, statements.get(line, range(line, line + 1)), before, after)
+        )
     return drawn
 
 
@@ -244,7 +254,9 @@ def is_annotation(node: Any) -> bool:
 def is_shortened_text(node: Any) -> bool:
     """Whether the number only sets how much of a hash a message shows, as in f"{digest[:12]}"."""
     in_slice = node.parent is not None and node.parent.type in ("subscript", "sliceop")
-    return node.type == "number" and in_slice and any(child.parent.type == "fstring" for child in upwards(node))
+    return (
+        node.type == "number" and in_slice and any(child.parent.type == "fstring" for child in upwards(node))
+    )
 
 
 def is_safeguard(node: Any) -> bool:
@@ -298,5 +310,9 @@ def sources(root: Path, targets: list[str]) -> list[str]:
     for target in targets:
         path = (root / target).resolve()
         candidates = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        files += [str(file.relative_to(root.resolve())) for file in candidates if file.suffix == ".py" and file.name != "__init__.py"]
+        files += [
+            str(file.relative_to(root.resolve()))
+            for file in candidates
+            if file.suffix == ".py" and file.name != "__init__.py"
+        ]
     return list(dict.fromkeys(files))

@@ -40,7 +40,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.toml"
 DEADLINE = ".deadline"  # beside the file of the result
-LEFT_OUT = ("[.]git", ".venv*", "runs", "*_cache", "__pycache__", ".hypothesis", ".task", "*.egg-info", "docs")
+LEFT_OUT = (
+    "[.]git",
+    ".venv*",
+    "runs",
+    "*_cache",
+    "__pycache__",
+    ".hypothesis",
+    ".task",
+    "*.egg-info",
+    "docs",
+)
 
 # tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the tests in this table.
 MIRRORS = {
@@ -93,7 +103,9 @@ def mirrored_tests(file: str, root: Path) -> list[str]:
 
 def serve() -> None:
     """Read one request per line and answer each with one line of JSON. Stdout is only for answers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group, and the parent handles it
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole process group, and the parent handles it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
     answers = os.fdopen(os.dup(1), "w")
@@ -120,7 +132,9 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
     child = os.fork()
     if child == 0:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit an ignored SIGINT, but some tests send SIGINT
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # background jobs inherit an ignored SIGINT, but some tests send SIGINT
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
@@ -131,7 +145,11 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
             os._exit(code)
     code: int | None = None
     try:
-        while code is None and time.monotonic() < min(began + limit, deadline_of(result)) and os.getppid() == parent:
+        while (
+            code is None
+            and time.monotonic() < min(began + limit, deadline_of(result))
+            and os.getppid() == parent
+        ):
             pid, status = os.waitpid(child, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status) if pid else None
             time.sleep(0 if pid else 0.02)
@@ -151,10 +169,14 @@ def deadline_of(result: str) -> float:
         return math.inf
 
 
-def run_tests(kind: str, tests: list[str], selected: dict[str, float], result: Path, temporary: str, sources: list[str]) -> int:
+def run_tests(
+    kind: str, tests: list[str], selected: dict[str, float], result: Path, temporary: str, sources: list[str]
+) -> int:
     import pytest
 
-    recorder: Recorder = Measure(sources) if kind == "measure" else Stop(selected, Path(f"{result}{DEADLINE}"))
+    recorder: Recorder = (
+        Measure(sources) if kind == "measure" else Stop(selected, Path(f"{result}{DEADLINE}"))
+    )
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={temporary}"]
     if kind != "measure":
         options.append("-x")
@@ -230,9 +252,16 @@ class Measure(Recorder):
     def result(self) -> dict[str, Any]:
         self.coverage.stop()
         data = self.coverage.get_data()
-        lines = {file: {str(k): v for k, v in data.contexts_by_lineno(file).items()} for file in data.measured_files()}
+        lines = {
+            file: {str(k): v for k, v in data.contexts_by_lineno(file).items()}
+            for file in data.measured_files()
+        }
         site = ("site-packages", "dist-packages")
-        imports = [name for name, module in sys.modules.items() if any(s in (getattr(module, "__file__", "") or "") for s in site)]
+        imports = [
+            name
+            for name, module in sys.modules.items()
+            if any(s in (getattr(module, "__file__", "") or "") for s in site)
+        ]
         return {
             "lines": lines, "seconds": self.seconds, "failed": sorted(self.failed),
             "starters": sorted(self.starters), "imports": [name for name in imports if "coverage" not in name],
@@ -251,11 +280,21 @@ class Worker:
         self.log = folder / "log"
         self.changes = 0
         shutil.copytree(root, self.tree, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-        env = os.environ | {"PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env = os.environ | {
+            "PYTHONPATH": str(self.tree),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [sys.executable, str(HERE / "mutate.py"), "--serve"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.tree, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command,
+                cwd=self.tree,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
 
     def write(self, file: str, source: str) -> None:
@@ -271,7 +310,9 @@ class Worker:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"mutate: a worker process exited unexpectedly:\n{self.log.read_text(errors='replace')[-2000:]}")
+            raise SystemExit(
+                f"mutate: a worker process exited unexpectedly:\n{self.log.read_text(errors='replace')[-2000:]}"
+            )
         shutil.rmtree(self.temporary, ignore_errors=True)
         result = json.loads(self.result.read_text()) if self.result.is_file() else {}
         return json.loads(answer) | result
@@ -303,8 +344,12 @@ class Baseline:
         on_import = "" in contexts or not contexts
         passing = set(self.seconds) - set(self.failed)
         reached = {file_of(test) for test in contexts}
-        selected = {test for test in passing if on_import or file_of(test) in reached or test in self.starters}
-        return sorted(selected, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test]))
+        selected = {
+            test for test in passing if on_import or file_of(test) in reached or test in self.starters
+        }
+        return sorted(
+            selected, key=lambda test: (-self.kills[test], test not in contexts, self.seconds[test])
+        )
 
     def allowed(self, test: str) -> float:
         """Return the seconds that a test may take. The first test of a file also runs its shared fixtures, so the slowest test counts."""
@@ -327,12 +372,16 @@ def measure(worker: Worker, files: list[str], tests: list[str]) -> Baseline:
     paths = [str(worker.tree / file) for file in files]
     answer = worker.ask(kind="measure", limit=1800, tests=tests, selected={}, sources=paths)
     if "lines" not in answer or not answer["seconds"]:
-        raise SystemExit(f"mutate: the tests cannot be run without a mutant:\n{worker.log.read_text(errors='replace')[-2000:]}")
+        raise SystemExit(
+            f"mutate: the tests cannot be run without a mutant:\n{worker.log.read_text(errors='replace')[-2000:]}"
+        )
     lines = {
         str(Path(file).relative_to(worker.tree)): {int(line): contexts for line, contexts in by_line.items()}
         for file, by_line in answer["lines"].items()
     }
-    return Baseline(tests, lines, answer["seconds"], set(answer["starters"]), answer["failed"], answer["imports"])
+    return Baseline(
+        tests, lines, answer["seconds"], set(answer["starters"]), answer["failed"], answer["imports"]
+    )
 
 
 @dataclass
@@ -354,7 +403,9 @@ def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> 
     files = [file for file in baseline.tests if file in needed]
     worker.write(mutant.file, apply(mutant, source))
     try:
-        answer = worker.ask(kind="stop", limit=limit, tests=files, selected=allowed, sources=[], imports=baseline.imports)
+        answer = worker.ask(
+            kind="stop", limit=limit, tests=files, selected=allowed, sources=[], imports=baseline.imports
+        )
     finally:
         worker.write(mutant.file, source)
     if answer["code"] is None:
@@ -386,13 +437,17 @@ def draw_mutants(sources: dict[str, str], args: argparse.Namespace) -> list[Any]
     from mutants import draw
 
     chance = random.Random(args.seed)
-    mutants = [mutant for file, source in sources.items() for mutant in draw(file, source, args.sample, chance)]
+    mutants = [
+        mutant for file, source in sources.items() for mutant in draw(file, source, args.sample, chance)
+    ]
     if args.sample:
         return chance.sample(mutants, min(args.sample, len(mutants)))
     return mutants
 
 
-def try_mutants(mutants: list[Any], sources: dict[str, str], tests: list[str], args: argparse.Namespace, folder: Path) -> Iterator[Verdict]:
+def try_mutants(
+    mutants: list[Any], sources: dict[str, str], tests: list[str], args: argparse.Namespace, folder: Path
+) -> Iterator[Verdict]:
     """Test the mutants in parallel, and yield the verdicts in order."""
     workers = [Worker(args.root, folder / str(i)) for i in range(args.jobs)]
     pool = ThreadPoolExecutor(args.jobs)
@@ -457,8 +512,13 @@ def score(results: list[Verdict]) -> float:
 
 
 def write_json(path: Path, name: str, results: list[Verdict], args: argparse.Namespace) -> None:
-    rows = [asdict(v) | {"mutant": asdict(v.mutant) | {"lines": [v.mutant.lines.start, v.mutant.lines.stop]}} for v in results]
-    path.write_text(json.dumps({"name": name, "seed": args.seed, "sample": args.sample, "mutants": rows}, indent=1))
+    rows = [
+        asdict(v) | {"mutant": asdict(v.mutant) | {"lines": [v.mutant.lines.start, v.mutant.lines.stop]}}
+        for v in results
+    ]
+    path.write_text(
+        json.dumps({"name": name, "seed": args.seed, "sample": args.sample, "mutants": rows}, indent=1)
+    )
 
 
 # -- the command line
@@ -494,21 +554,50 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Plant small bugs in source files and see whether the tests that are not marked slow notice.",
         epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. 2: wrong use. 130: interrupted.",
     )
-    parser.add_argument("targets", nargs="+", metavar="FILE", help="a source file or a folder, relative to the root of the tree")
     parser.add_argument(
-        "--sample", type=whole_number(0), default=40, metavar="N", help="how many mutants to draw at random; 0: all (default: 40)"
+        "targets",
+        nargs="+",
+        metavar="FILE",
+        help="a source file or a folder, relative to the root of the tree",
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (default: 1)")
     parser.add_argument(
-        "--jobs", type=whole_number(1), default=os.cpu_count(), metavar="J", help="worker processes (default: one per core)"
+        "--sample",
+        type=whole_number(0),
+        default=40,
+        metavar="N",
+        help="how many mutants to draw at random; 0: all (default: 40)",
     )
-    parser.add_argument("--tests", metavar="A,B", help="run these test files instead of those that mirror the source file")
     parser.add_argument(
-        "--at-least", type=percentage, default=0.0, metavar="PERCENT", help="exit with 1 if fewer than PERCENT are killed (default: 0)"
+        "--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (default: 1)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every mutant and its outcome to this file")
+    parser.add_argument(
+        "--jobs",
+        type=whole_number(1),
+        default=os.cpu_count(),
+        metavar="J",
+        help="worker processes (default: one per core)",
+    )
+    parser.add_argument(
+        "--tests", metavar="A,B", help="run these test files instead of those that mirror the source file"
+    )
+    parser.add_argument(
+        "--at-least",
+        type=percentage,
+        default=0.0,
+        metavar="PERCENT",
+        help="exit with 1 if fewer than PERCENT are killed (default: 0)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every mutant and its outcome to this file"
+    )
     parser.add_argument("--equivalent", type=Path, metavar="FILE", help="a second list of equivalent mutants")
-    parser.add_argument("--root", type=Path, default=HERE.parent, metavar="DIR", help="the root of the tree to test (default: this one)")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=HERE.parent,
+        metavar="DIR",
+        help="the root of the tree to test (default: this one)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -516,7 +605,9 @@ def find_sources(args: argparse.Namespace) -> list[str]:
     from mutants import sources
 
     example = "give a path such as sweeps/confirm.py"
-    outside = [target for target in args.targets if not (args.root / target).resolve().is_relative_to(args.root)]
+    outside = [
+        target for target in args.targets if not (args.root / target).resolve().is_relative_to(args.root)
+    ]
     if outside:
         raise UsageError(f"{', '.join(outside)}: outside of {args.root}; {example}")
     missing = [target for target in args.targets if not (args.root / target).exists()]
@@ -533,9 +624,13 @@ def find_tests(files: list[str], args: argparse.Namespace) -> list[str]:
     tests = args.tests.split(",") if args.tests else sorted(mirrored)
     missing = [test for test in tests if not (args.root / test).is_file()]
     if missing:
-        raise UsageError(f"no such test file in {args.root}: {', '.join(missing)}; give a path such as tests/test_stats.py")
+        raise UsageError(
+            f"no such test file in {args.root}: {', '.join(missing)}; give a path such as tests/test_stats.py"
+        )
     if not tests:
-        raise UsageError(f"no test mirrors {', '.join(files)}; name some with --tests, or add a row to MIRRORS")
+        raise UsageError(
+            f"no test mirrors {', '.join(files)}; name some with --tests, or add a row to MIRRORS"
+        )
     return tests
 
 
@@ -546,9 +641,13 @@ def find_reasons(extra: Path | None) -> Reasons:
     try:
         return reasons | read_equivalents([extra])
     except OSError as error:
-        raise UsageError(f"--equivalent {extra}: cannot be read ({error.strerror}); give an existing file") from error
+        raise UsageError(
+            f"--equivalent {extra}: cannot be read ({error.strerror}); give an existing file"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--equivalent {extra}: not a list like {EQUIVALENT.name} ({error}); correct the file") from error
+        raise UsageError(
+            f"--equivalent {extra}: not a list like {EQUIVALENT.name} ({error}); correct the file"
+        ) from error
 
 
 def check_output(path: Path | None) -> None:
@@ -593,7 +692,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def collect(results: list[Verdict], files: list[str], tests: list[str], reasons: Reasons, args: argparse.Namespace) -> None:
+def collect(
+    results: list[Verdict], files: list[str], tests: list[str], reasons: Reasons, args: argparse.Namespace
+) -> None:
     """Append the verdict of each mutant to the results. After an interruption they have the verdicts so far."""
     sources = {file: (args.root / file).read_text(encoding="utf-8") for file in files}
     mutants = draw_mutants(sources, args)

@@ -43,7 +43,10 @@ def nested(rng: random.Random) -> str:
         "{ops: &a [*a]}",
         "ops: &a [*a]\n",
         'a: &a ["x","x"]\n'
-        + "".join(f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+        + "".join(
+            f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n"
+            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
         "a." * depth + "b = 1",
         "(" * depth,
     ]
@@ -103,7 +106,9 @@ GROWTH = {"version": "2", "seed": "0", "defaults.reevaluate": "true", "ops": OPS
 
 
 def study_file(rng: random.Random) -> str:
-    return _document(rng, STUDY, ("name", "preset", "space.lr.low", "space.lr.high", "set.dev_frac", "budget.trials"))
+    return _document(
+        rng, STUDY, ("name", "preset", "space.lr.low", "space.lr.high", "set.dev_frac", "budget.trials")
+    )
 
 
 def preset_file(rng: random.Random) -> str:
@@ -120,7 +125,10 @@ def preset_file(rng: random.Random) -> str:
 
 
 def mix_file(rng: random.Random) -> str:
-    tables = [_document(rng, MIX, ("path",) if rng.random() < 0.7 else ("corpus",)) for _ in range(rng.choice((1, 2, 3)))]
+    tables = [
+        _document(rng, MIX, ("path",) if rng.random() < 0.7 else ("corpus",))
+        for _ in range(rng.choice((1, 2, 3)))
+    ]
     return "".join(f"[[source]]\n{table}" for table in tables)
 
 
@@ -175,7 +183,9 @@ def preset(rng: random.Random) -> str:
     """Draw a preset that does not train for minutes."""
     names = ("demo:x", "baseline:x", "staged:", "small.toml", "small.toml:x", "Grown", "demo-grow", "demo:")
     drawn = rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
-    return "small.toml" if drawn == "empty.toml" else drawn  # an empty preset is the baseline at its full size
+    return (
+        "small.toml" if drawn == "empty.toml" else drawn
+    )  # an empty preset is the baseline at its full size
 
 
 def setting(rng: random.Random) -> str:
@@ -226,8 +236,20 @@ def schedule(rng: random.Random) -> str:
     if rng.random() < 0.3:
         op["trigger"] = {rng.choice(("step", "tokens", "loss_below", "plateau", "any", "x")): rng.choice(odd)}
     if rng.random() < 0.3:
-        op["name"] = rng.choice(("stack_layers", "widen_model", "upcycle_to_moe", "freeze_layer", "resize_vocab", "reset_lr_schedule"))
-    data: Any = {"ops": [op] * rng.choice((1, 1, 2, 30)), rng.choice(("version", "seed", "defaults", "y")): rng.choice(odd)}
+        op["name"] = rng.choice(
+            (
+                "stack_layers",
+                "widen_model",
+                "upcycle_to_moe",
+                "freeze_layer",
+                "resize_vocab",
+                "reset_lr_schedule",
+            )
+        )
+    data: Any = {
+        "ops": [op] * rng.choice((1, 1, 2, 30)),
+        rng.choice(("version", "seed", "defaults", "y")): rng.choice(odd),
+    }
     try:
         return json.dumps(data if rng.random() < 0.7 else data["ops"])
     except ValueError:  # Python refuses to print a number with so many digits
@@ -272,9 +294,14 @@ def storage(rng: random.Random) -> str:
 
 
 def size(rng: random.Random) -> str:
-    return rng.choice((number, lambda r: r.choice(("20GB", "1" * 16, "1e9", "-1GB", "1.5.5G", "٣GB", "1 PB", "0", "0.0000000000000001k"))))(
-        rng
-    )
+    return rng.choice(
+        (
+            number,
+            lambda r: r.choice(
+                ("20GB", "1" * 16, "1e9", "-1GB", "1.5.5G", "٣GB", "1 PB", "0", "0.0000000000000001k")
+            ),
+        )
+    )(rng)
 
 
 def choice(*some: str) -> Draw:
@@ -337,7 +364,12 @@ BASE: dict[str, list[str]] = {
     "grow plan": [],
     "grow verify": [],
 }
-LAST = {"demo", "bench step", "bench lineage", "bench gpu"}  # their base comes last, because the last --set wins
+LAST = {
+    "demo",
+    "bench step",
+    "bench lineage",
+    "bench gpu",
+}  # their base comes last, because the last --set wins
 WEIGHT = {
     "train": 4.0,
     "sweep run": 3.0,
@@ -379,8 +411,14 @@ class Case:
     files: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        other = {k: v for k, v in vars(self).items() if k not in ("command", "argv") and v != getattr(Case("", []), k)}
-        words = [text if len(text) < 100 else f"{text[:60]}...({len(text)})" for text in map(ascii, self.argv)]
+        other = {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("command", "argv") and v != getattr(Case("", []), k)
+        }
+        words = [
+            text if len(text) < 100 else f"{text[:60]}...({len(text)})" for text in map(ascii, self.argv)
+        ]
         return f"mainrun {' '.join(words)}{f'  {other}' if other else ''}"
 
 
@@ -410,10 +448,16 @@ def draw_for(param: Any) -> Draw | None:
         return path
     if kind in (int, float):
         sets_work = param.opts[0] in WORK_SIZES
-        return (lambda rng: rng.choice(("0", "-1", "1", "2", "nan", "1e-320", "1" * 5000, "x", ""))) if sets_work else number
+        return (
+            (lambda rng: rng.choice(("0", "-1", "1", "2", "nan", "1e-320", "1" * 5000, "x", "")))
+            if sets_work
+            else number
+        )
     if param.opts[0] in TEXT:
         return TEXT[param.opts[0]]
-    raise LookupError(f"{param.opts[0]} of type {kind} has no odd values; add a row to TEXT in {Path(__file__).name}")
+    raise LookupError(
+        f"{param.opts[0]} of type {kind} has no odd values; add a row to TEXT in {Path(__file__).name}"
+    )
 
 
 def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
@@ -455,7 +499,9 @@ def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
     argv = [*command.split(), *words, *(["--"] if rng.random() < 0.1 and places else []), *places]
     around = _around(rng)
     named = " ".join(argv)
-    return Case(command, argv, files={name: draw(rng) for name, draw in DOCUMENTS.items() if name in named}, **around)
+    return Case(
+        command, argv, files={name: draw(rng) for name, draw in DOCUMENTS.items() if name in named}, **around
+    )
 
 
 def _around(rng: random.Random) -> dict[str, Any]:
@@ -469,9 +515,24 @@ def _around(rng: random.Random) -> dict[str, Any]:
         around["stdin"] = rng.choice(("none", "text:", "text:yes\n", "text:\x1b\n", "text:" + "x" * 10_000))
     if rng.random() < 0.15:
         name = rng.choice(
-            ("MAINRUN_STORE", "MAINRUN_CACHE", "HF_ENDPOINT", "COLUMNS", "XDG_CACHE_HOME", "MAINRUN_ALLOCATOR", "TERM", "CXX")
+            (
+                "MAINRUN_STORE",
+                "MAINRUN_CACHE",
+                "HF_ENDPOINT",
+                "COLUMNS",
+                "XDG_CACHE_HOME",
+                "MAINRUN_ALLOCATOR",
+                "TERM",
+                "CXX",
+            )
         )
-        draws = {"MAINRUN_STORE": store, "MAINRUN_CACHE": path, "XDG_CACHE_HOME": path, "HF_ENDPOINT": url, "COLUMNS": number}
+        draws = {
+            "MAINRUN_STORE": store,
+            "MAINRUN_CACHE": path,
+            "XDG_CACHE_HOME": path,
+            "HF_ENDPOINT": url,
+            "COLUMNS": number,
+        }
         around["env"] = {name: re.sub("[\0\ud800-\udb7f]", "", draws.get(name, word)(rng))}
     return around
 
@@ -502,7 +563,9 @@ def make_fixture(driver: Driver, folder: Path) -> Path:
         "name": "done", "preset": "small.toml", "objective": "dev/full", "digest": "x", "study": study, "trials": [trial],
         "ledger": ledger, "rung_correlation": {}, "raw_rung_correlation": {}, "evidence": None,
     }  # fmt: skip
-    (done / "study.json").write_text(json.dumps({"digest": "x", "study": study, "command": "mainrun sweep done"}), encoding="utf-8")
+    (done / "study.json").write_text(
+        json.dumps({"digest": "x", "study": study, "command": "mainrun sweep done"}), encoding="utf-8"
+    )
     (done / "export.json").write_text(json.dumps(ended), encoding="utf-8")
     return fixture
 
@@ -547,7 +610,12 @@ FILES: dict[str, bytes] = {
 }  # fmt: skip
 
 
-REFERS = {"mix.toml": "titles.txt", "loopmix.toml": "loop fifo", "study.toml": "small.toml", "broken.toml": "small.toml"}
+REFERS = {
+    "mix.toml": "titles.txt",
+    "loopmix.toml": "loop fifo",
+    "study.toml": "small.toml",
+    "broken.toml": "small.toml",
+}
 
 
 def make_folder(fixture: Path, folder: Path, words: Sequence[str]) -> None:
@@ -596,7 +664,12 @@ def run_case(driver: Driver, case: Case, fixture: Path, folder: Path) -> tuple[O
     try:
         outcome = driver.run(argv, folder, case.env, case.stdin, case.stdout, case.stderr)
         problem = outcome.problem(stderr_is_read=case.stderr in ("file", "pipe"))
-        if not problem and outcome.code == 2 and case.stdout != "full" and _state(folder / "runs" / name) != before:
+        if (
+            not problem
+            and outcome.code == 2
+            and case.stdout != "full"
+            and _state(folder / "runs" / name) != before
+        ):
             problem = "a refused command changed a finished run"
         return outcome, problem
     finally:

@@ -25,7 +25,10 @@ def make(out: Path, tiny: Any, seeds: tuple[int, ...] = (1, 2, 3)) -> None:
         {"name": "set_dropout", "value": 0.0, "trigger": {"step": 8}},
         {"name": "stack_layers", "value": [0, 0, 1, 1], "init": "identity", "trigger": {"step": 14}},
     ]
-    train(tiny(preset="grown", seed=1, dropout=0.1, growth={"version": 2, "ops": ops}, **RECIPES["optimized"]), out)
+    train(
+        tiny(preset="grown", seed=1, dropout=0.1, growth={"version": 2, "ops": ops}, **RECIPES["optimized"]),
+        out,
+    )
 
 
 def edit(path: Path, change: Any) -> None:
@@ -59,9 +62,14 @@ def reseed(run: Path, out: Path, **fields: Any) -> Path:
     config["config"] |= fields
     config["digest"] = digest_of(config["config"])
     run_id = from_dict(config["config"]).run_id
-    shutil.copytree(run, out / run_id, ignore=shutil.ignore_patterns("checkpoints", ".lock"), dirs_exist_ok=True)
+    shutil.copytree(
+        run, out / run_id, ignore=shutil.ignore_patterns("checkpoints", ".lock"), dirs_exist_ok=True
+    )
     (out / run_id / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    edit(out / run_id / "summary.json", lambda summary: summary.update(run=run_id, preset=config["config"]["preset"]))
+    edit(
+        out / run_id / "summary.json",
+        lambda summary: summary.update(run=run_id, preset=config["config"]["preset"]),
+    )
     return out / run_id
 
 
@@ -81,17 +89,50 @@ def export(folder: Path, trials: int = 40, **facts: Any) -> Path:
     rows: list[dict[str, Any]] = []
     for t in range(trials):
         lr, optimizer = 10 ** (-4 + 3 * ((t * 0.618034) % 1)), ("adamw", "muon", "sgd")[t % 3]
-        base = {"trial": t, "seed": 7, "params.lr": lr, "params.optimizer": optimizer, "params.momentum": 0.9 if t % 3 else None}
+        base = {
+            "trial": t,
+            "seed": 7,
+            "params.lr": lr,
+            "params.optimizer": optimizer,
+            "params.momentum": 0.9 if t % 3 else None,
+        }
         value = 1.5 + 0.1 * abs(t * 0.618034 % 1 - 0.5) + 0.05 * (t % 3)
         early = value + 0.3 + 0.2 * (t % 9 == 0)
         if t % 13 == 12:
-            ended = {"state": "diverged", "value": None, "rung": 0, "steps": 0, "asked": 10, "trained": 10, "reused": 0, "wasted": 10}
+            ended = {
+                "state": "diverged",
+                "value": None,
+                "rung": 0,
+                "steps": 0,
+                "asked": 10,
+                "trained": 10,
+                "reused": 0,
+                "wasted": 10,
+            }
             ended |= {"reason": f"diverged at step 9 (lr {lr:.4f})", "scores": "{}"}
         elif t % 2:
-            ended = {"state": "pruned", "value": early, "rung": 0, "steps": 10, "asked": 10, "trained": 10, "reused": 0, "wasted": 10}
+            ended = {
+                "state": "pruned",
+                "value": early,
+                "rung": 0,
+                "steps": 10,
+                "asked": 10,
+                "trained": 10,
+                "reused": 0,
+                "wasted": 10,
+            }
             ended |= {"reason": "", "scores": json.dumps({"0": early})}
         else:
-            ended = {"state": "done", "value": value, "rung": 1, "steps": 30, "asked": 30, "trained": 20, "reused": 10, "wasted": 0}
+            ended = {
+                "state": "done",
+                "value": value,
+                "rung": 1,
+                "steps": 30,
+                "asked": 30,
+                "trained": 20,
+                "reused": 10,
+                "wasted": 0,
+            }
             ended |= {"reason": "", "scores": json.dumps({"0": early, "1": value})}
         rows.append(base | ended)
     folder.mkdir(parents=True, exist_ok=True)

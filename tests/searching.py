@@ -71,7 +71,15 @@ class Trainer:
         if self.failing(cfg):
             return self.failure
         diverged = self.diverging(cfg)
-        write_run(task.out / cfg.run_id, cfg, until, self.score, self.val, self.reused, done=not task.until and not diverged)
+        write_run(
+            task.out / cfg.run_id,
+            cfg,
+            until,
+            self.score,
+            self.val,
+            self.reused,
+            done=not task.until and not diverged,
+        )
         return Outcome(not diverged, diverged=diverged, why="the loss is inf" if diverged else "")
 
     def close(self) -> None:
@@ -79,7 +87,13 @@ class Trainer:
 
 
 def write_run(
-    folder: Path, cfg: TrainConfig, until: int, score: Scores, val: Scores = lambda cfg, step: -1.0, reused: int = 0, done: bool = True
+    folder: Path,
+    cfg: TrainConfig,
+    until: int,
+    score: Scores,
+    val: Scores = lambda cfg, step: -1.0,
+    reused: int = 0,
+    done: bool = True,
 ) -> RunDir:
     """The files of a run up to a step. The first `reused` steps come from the store."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +105,14 @@ def write_run(
             rows += [eval_row("dev", step, score(cfg, step)), eval_row("val", step, val(cfg, step))]
     write_rows(folder, rows)
     (folder / "config.json").write_text(json.dumps({"config": cfg.model_dump(), "digest": cfg.digest}))
-    (folder / "status.json").write_text(json.dumps({"state": "done" if done else "interrupted", "step": until}))
+    (folder / "status.json").write_text(
+        json.dumps({"state": "done" if done else "interrupted", "step": until})
+    )
     if done:
-        last = {"val": score_of("val", until, val(cfg, until)), "dev": score_of("dev", until, score(cfg, until))}
+        last = {
+            "val": score_of("val", until, val(cfg, until)),
+            "dev": score_of("dev", until, score(cfg, until)),
+        }
         scores = {split: {"last": found, "best": score_of(split, 1, 0.0)} for split, found in last.items()}
         (folder / "summary.json").write_text(json.dumps({"scores": scores}))
     return RunDir(folder)
@@ -103,8 +122,17 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def step_row(step: int, tokens: int | None = None, seconds: float = 0.5, reused: bool = False) -> dict[str, Any]:
-    row = {"event": "step", "step": step, "tokens": 128 * step if tokens is None else tokens, "seconds": seconds, "loss": 5.0, "lr": 0.1}
+def step_row(
+    step: int, tokens: int | None = None, seconds: float = 0.5, reused: bool = False
+) -> dict[str, Any]:
+    row = {
+        "event": "step",
+        "step": step,
+        "tokens": 128 * step if tokens is None else tokens,
+        "seconds": seconds,
+        "loss": 5.0,
+        "lr": 0.1,
+    }
     return row | {"grad_norm": 1.0} | ({"reused": True} if reused else {})
 
 
@@ -114,14 +142,23 @@ def eval_row(split: str, step: int, full: float) -> dict[str, Any]:
 
 def score_of(split: str, step: int, full: float) -> dict[str, Any]:
     """`official` is `full` plus 10, so that no test takes one for the other."""
-    found = {"step": step, "split": split, "full": full, "official": full + 10, "loss": 5.0, "bits_per_byte": 1.0}
+    found = {
+        "step": step,
+        "split": split,
+        "full": full,
+        "official": full + 10,
+        "loss": 5.0,
+        "bits_per_byte": 1.0,
+    }
     return found | {"coverage": 0.98, "tokens": 1000}
 
 
 class Script:
     """Gives the trials prepared values, and notes what a sampler would be asked and told."""
 
-    def __init__(self, values: Callable[[int], dict[str, Any]] = lambda number: {"lr": 0.01 + 0.001 * number}) -> None:
+    def __init__(
+        self, values: Callable[[int], dict[str, Any]] = lambda number: {"lr": 0.01 + 0.001 * number}
+    ) -> None:
         self.values = values
         self.calls: list[tuple[Any, ...]] = []
 

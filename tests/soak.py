@@ -55,7 +55,9 @@ ROW_FREE = frozenset({"seconds", "reused"})
 SUMMARY_FREE = frozenset({
     "seconds", "tokens_per_s", "spent", "ledger", "peak_memory", "resumed", "machine_class", "machine_classes", "versions", "all_versions",
 })  # fmt: skip
-STUDY_FREE = frozenset({"seconds", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "ledger"})
+STUDY_FREE = frozenset(
+    {"seconds", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "ledger"}
+)
 
 
 def compare_runs(expected: Path, actual: Path) -> list[str]:
@@ -71,7 +73,9 @@ def compare_runs(expected: Path, actual: Path) -> list[str]:
     for key in sorted(summaries[0].keys() | summaries[1].keys() - SUMMARY_FREE):
         values = [summary.get(key) for summary in summaries]
         if key not in SUMMARY_FREE and values[0] != values[1]:
-            differences.append(f"summary.json: {key} is {shorten(values[1])}, undisturbed {shorten(values[0])}")
+            differences.append(
+                f"summary.json: {key} is {shorten(values[1])}, undisturbed {shorten(values[0])}"
+            )
     if state != "done":
         differences.append(f"status.json: state is {state!r}, undisturbed 'done'")
     left = sorted(str(path.relative_to(actual)) for path in actual.rglob("*.tmp*"))
@@ -86,7 +90,9 @@ def read_rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def compare_rows(name: str, expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]) -> list[str]:
+def compare_rows(
+    name: str, expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]
+) -> list[str]:
     """Return the first rows that differ, and a different number of rows."""
     differences = []
     if len(expected) != len(actual):
@@ -95,7 +101,9 @@ def compare_rows(name: str, expected: Sequence[dict[str, Any]], actual: Sequence
         a, b = ({key: value for key, value in row.items() if key not in ROW_FREE} for row in (a, b))
         if a != b:
             keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-            what = ", ".join(f"{key} is {shorten(b.get(key))}, undisturbed {shorten(a.get(key))}" for key in keys[:3])
+            what = ", ".join(
+                f"{key} is {shorten(b.get(key))}, undisturbed {shorten(a.get(key))}" for key in keys[:3]
+            )
             differences.append(f"{name}, row {number}: {what}")
             if len(differences) == 3:
                 break
@@ -105,7 +113,9 @@ def compare_rows(name: str, expected: Sequence[dict[str, Any]], actual: Sequence
 def compare_studies(expected: Path, actual: Path) -> list[str]:
     """Return how a study's export differs from the undisturbed one: trials, scores, promotions, evidence, claims."""
     try:
-        a, b = (without_costs(json.loads((folder / "export.json").read_bytes())) for folder in (expected, actual))
+        a, b = (
+            without_costs(json.loads((folder / "export.json").read_bytes())) for folder in (expected, actual)
+        )
     except (OSError, ValueError) as e:
         return [f"a file is missing or damaged: {e}"]
     return list(compare_values("export.json", a, b))[:5]
@@ -170,14 +180,25 @@ def draw_run(chance: random.Random, index: int, folder: Path) -> tuple[dict[str,
     while True:
         wanted = [FEATURES[index % len(FEATURES)]]
         wanted += [name for name in dict.fromkeys(FEATURES) if name not in wanted and chance.random() < 0.15]
-        fields = BASE | {"optimizer": optimizer, "seed": chance.randrange(1000), "weight_decay": chance.choice([0.0, 0.1])}
+        fields = BASE | {
+            "optimizer": optimizer,
+            "seed": chance.randrange(1000),
+            "weight_decay": chance.choice([0.0, 0.1]),
+        }
         fields |= {
             "momentum": chance.choice([0.0, 0.9]),
             "checkpoint_every": chance.choice([2, 5, 9]),
             "log_every": chance.choice([1, 1, 3]),
         }
-        fields |= {"schedule": chance.choice(["constant", "cosine", "wsd"]), "warmup_iters": chance.choice([0, 4])}
-        fields |= {"dev_frac": chance.choice([0.0, 0.15]), "epochs": chance.choice([1, 1, 2]), "eval_per_epoch": chance.choice([2, 4])}
+        fields |= {
+            "schedule": chance.choice(["constant", "cosine", "wsd"]),
+            "warmup_iters": chance.choice([0, 4]),
+        }
+        fields |= {
+            "dev_frac": chance.choice([0.0, 0.15]),
+            "epochs": chance.choice([1, 1, 2]),
+            "eval_per_epoch": chance.choice([2, 4]),
+        }
         for name in wanted:
             fields |= draw_feature(chance, name, folder)
         try:
@@ -228,12 +249,31 @@ def draw_growth(chance: random.Random) -> dict[str, Any]:
 
 
 def write_mix(chance: random.Random, folder: Path) -> Path:
-    words = ["ker", "ban", "shol", "pyth", "rust", "nel", "ing", "orb", "data", "web", "cache", "show", "ask", "tell", "new", "old"]
+    words = [
+        "ker",
+        "ban",
+        "shol",
+        "pyth",
+        "rust",
+        "nel",
+        "ing",
+        "orb",
+        "data",
+        "web",
+        "cache",
+        "show",
+        "ask",
+        "tell",
+        "new",
+        "old",
+    ]
     titles = [" ".join(chance.choices(words, k=chance.randint(2, 7))) + f" {i}" for i in range(120)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.txt").write_text("\n".join(titles))
     mix = folder / "mix.toml"
-    mix.write_text('[[source]]\npath = "mine.txt"\nratio = 1\nweight = 2\n[[source]]\ncorpus = "synthetic"\nratio = 2\n')
+    mix.write_text(
+        '[[source]]\npath = "mine.txt"\nratio = 1\nweight = 2\n[[source]]\ncorpus = "synthetic"\nratio = 2\n'
+    )
     return mix
 
 
@@ -243,7 +283,11 @@ def to_toml(value: Any) -> str:
 
 def train_command(fields: dict[str, Any], out: Path, store: Path | None, size: str = "") -> tuple[str, ...]:
     sets = [part for key, value in fields.items() for part in ("--set", f"{key}={to_toml(value)}")]
-    where = ["--no-store"] if store is None else ["--store", str(store), *(["--store-size", size] if size else [])]
+    where = (
+        ["--no-store"]
+        if store is None
+        else ["--store", str(store), *(["--store-size", size] if size else [])]
+    )
     return ("train", "--preset", "baseline", *sets, "--out", str(out), *where)
 
 
@@ -251,9 +295,28 @@ def write_study(chance: random.Random, path: Path) -> Path:
     fields = BASE | {
         "optimizer": chance.choice(optimizers()), "dev_frac": 0.2, "schedule": "wsd", "dropout": 0.1, "checkpoint_every": 4,
     }  # fmt: skip
-    lines = ['name = "soak"', 'preset = "baseline"', "[set]", *(f"{k} = {json.dumps(v)}" for k, v in fields.items() if k != "threads")]
-    lines += ["[space.lr]", "low = 1e-3", "high = 0.1", "log = true", "[space.decay_frac]", "values = [0.3, 0.6]"]
-    lines += ["[budget]", "trials = 5", "[sampler]", f'name = "{chance.choice(["random", "tpe"])}"', "startup = 2", "generation = 2"]
+    lines = [
+        'name = "soak"',
+        'preset = "baseline"',
+        "[set]",
+        *(f"{k} = {json.dumps(v)}" for k, v in fields.items() if k != "threads"),
+    ]
+    lines += [
+        "[space.lr]",
+        "low = 1e-3",
+        "high = 0.1",
+        "log = true",
+        "[space.decay_frac]",
+        "values = [0.3, 0.6]",
+    ]
+    lines += [
+        "[budget]",
+        "trials = 5",
+        "[sampler]",
+        f'name = "{chance.choice(["random", "tpe"])}"',
+        "startup = 2",
+        "generation = 2",
+    ]
     lines += ["[rungs]", "at = [0.4]", "keep = 0.5", f'score = "{chance.choice(["raw", "branch"])}"']
     lines += ["[evidence]", "noise_seeds = 2", "seeds = 2", "best = 1"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +340,10 @@ def draw_disturbances(chance: random.Random, expected: Ending, study: bool) -> t
         first = Disturbance(kind, after=share * expected.seconds, pause=pause)
     if kind not in ("STOP", "WORKER"):
         return (first,)
-    return (first, Disturbance(chance.choice(["KILL", "TERM"]), after=chance.random() * expected.seconds * 0.6))
+    return (
+        first,
+        Disturbance(chance.choice(["KILL", "TERM"]), after=chance.random() * expected.seconds * 0.6),
+    )
 
 
 def draw_clock(chance: random.Random) -> tuple[float, float, int]:
@@ -420,16 +486,22 @@ class Subject:
             self.result.runs += 1
             self.result.comparisons += 1
             compare = compare_studies if self.kind == "study" else compare_runs
-            self.result.failures += [f"{member.place.name}: {text}" for text in compare(member.reference, member.place)]
+            self.result.failures += [
+                f"{member.place.name}: {text}" for text in compare(member.reference, member.place)
+            ]
         store = self.disk / "store"
         if store.is_dir() and self.kind != "study":
-            date_now(store)  # a state that was last used in the future would be reported, but the soak caused it
+            date_now(
+                store
+            )  # a state that was last used in the future would be reported, but the soak caused it
             self._undisturbed(("store", "verify", "--store", str(store)), "verify")
 
     # -- undisturbed
 
     def _undisturbed(self, argv: Sequence[str], name: str) -> Ending:
-        session = Session(tuple(argv), self.folder, self.shared_cache, self.folder / f"{name}.log", limit=self.limit)
+        session = Session(
+            tuple(argv), self.folder, self.shared_cache, self.folder / f"{name}.log", limit=self.limit
+        )
         ending = Running(session).wait()
         self.result.count(ending)
         return ending
@@ -451,7 +523,15 @@ class Subject:
         configs = [fields]
         if self.kind == "pair":
             configs.append(
-                fields | chance.choice([{"lr": 0.02, "warmup_iters": 0}, {"decay_frac": 0.6}, {"swa": 0.5, "ema": 0.0}, {"log_every": 2}])
+                fields
+                | chance.choice(
+                    [
+                        {"lr": 0.02, "warmup_iters": 0},
+                        {"decay_frac": 0.6},
+                        {"swa": 0.5, "ema": 0.0},
+                        {"log_every": 2},
+                    ]
+                )
             )
         kinds = [
             self.kind,
@@ -491,7 +571,16 @@ class Subject:
         if ending is None:
             return None
         chance = random.Random(f"{self.seed}/{self.index}/study")
-        return [Member((*command, str(out)), reference / "soak", out / "soak", ending, chance, self.chance.randint(8, 16))]
+        return [
+            Member(
+                (*command, str(out)),
+                reference / "soak",
+                out / "soak",
+                ending,
+                chance,
+                self.chance.randint(8, 16),
+            )
+        ]
 
     # -- disturbed
 
@@ -523,7 +612,9 @@ class Subject:
         if ending.code == 2 and BUSY in ending.text and (self.kind == "study" or self._had_second_process):
             self._refused += 1  # a process of an ended session, or a second process, still writes
             if self._refused > MOST_REFUSALS:
-                self.result.failures.append(f"a lock that no process holds any more: {ending.text.strip()[-300:]}")
+                self.result.failures.append(
+                    f"a lock that no process holds any more: {ending.text.strip()[-300:]}"
+                )
             time.sleep(0.1)
             return
         self.result.count(ending)
@@ -557,7 +648,13 @@ class Subject:
         if self.kind != "run":
             return
         self._had_second_process = True
-        session = Session(member.argv, self.folder, self.cache, self.folder / f"second-{member.started:03d}.log", limit=self.limit)
+        session = Session(
+            member.argv,
+            self.folder,
+            self.cache,
+            self.folder / f"second-{member.started:03d}.log",
+            limit=self.limit,
+        )
         ending = Running(session).wait()
         if not (ending.code == 2 and BUSY in ending.text):
             self.result.count(ending)
@@ -585,7 +682,9 @@ def soak(seed: int, kills: int, jobs: int, minutes: float, folder: Path, only: i
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # kill the running sessions and unmount their disk
+            signal.signal(
+                signal.SIGTERM, lambda *_: sys.exit(1)
+            )  # kill the running sessions and unmount their disk
             for fd in [send, receive, *(fd for pair in servers.values() for fd in pair)]:
                 os.close(fd)
             with suppress(BaseException):
@@ -649,7 +748,10 @@ def progress(result: Result) -> str:
 
 
 def summary(results: Sequence[Result], seed: int, seconds: float) -> str:
-    counters = {name: sum((getattr(r, name) for r in results), Counter()) for name in ("disturbances", "areas", "codes")}
+    counters = {
+        name: sum((getattr(r, name) for r in results), Counter())
+        for name in ("disturbances", "areas", "codes")
+    }
     failed = [r for r in results if r.failures]
     skipped = [r for r in results if r.skipped]
     kinds = Counter(r.about.split()[0] for r in results if r.about and not r.skipped)
@@ -666,7 +768,10 @@ def summary(results: Sequence[Result], seed: int, seconds: float) -> str:
     ]
     for result in failed:
         lines += ["", f"#{result.index} {result.about}", *(f"  {text}" for text in result.failures)]
-        lines += [f"  repeat it: ./task soak -- --seed {seed} --only {result.index}", f"  its files: {result.folder}"]
+        lines += [
+            f"  repeat it: ./task soak -- --seed {seed} --only {result.index}",
+            f"  its files: {result.folder}",
+        ]
     return "\n".join(lines)
 
 
@@ -707,11 +812,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--kills", type=whole_number(1), default=100, metavar="N",
         help="stop after N disturbances; stops, killed workers and full disks count as well (default: 100)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1, help="decides what is run and how it is disturbed (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="decides what is run and how it is disturbed (default: 1)"
+    )
     parser.add_argument("--jobs", type=whole_number(1), default=1, help="subjects at once (default: 1)")
-    parser.add_argument("--out", type=Path, help="the folder of the runs; failed subjects are kept (default: a temporary folder)")
-    parser.add_argument("--minutes", type=positive_number, default=600, help="start no further subject after this time (default: 600)")
-    parser.add_argument("--only", type=whole_number(0), metavar="INDEX", help="run only this subject of the seed")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the folder of the runs; failed subjects are kept (default: a temporary folder)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=positive_number,
+        default=600,
+        help="start no further subject after this time (default: 600)",
+    )
+    parser.add_argument(
+        "--only", type=whole_number(0), metavar="INDEX", help="run only this subject of the seed"
+    )
     return parser.parse_args(arguments)
 
 
@@ -721,7 +839,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = (args.out or Path(tempfile.mkdtemp(prefix="soak-"))).absolute()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"soak: --out {args.out}: cannot be used as a folder ({error.strerror}); give another path", file=sys.stderr)
+        print(
+            f"soak: --out {args.out}: cannot be used as a folder ({error.strerror}); give another path",
+            file=sys.stderr,
+        )
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = False
@@ -745,7 +866,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, folder: Path) -> list[Result]:
     start = time.monotonic()
     warm_up()
-    amount = f"{args.kills:,} disturbances, {args.jobs} at once" if args.only is None else f"only subject {args.only}"
+    amount = (
+        f"{args.kills:,} disturbances, {args.jobs} at once"
+        if args.only is None
+        else f"only subject {args.only}"
+    )
     print(f"soak: seed {args.seed}, {amount}, in {folder}", flush=True)
     results = soak(args.seed, args.kills, args.jobs, args.minutes, folder, args.only)
     print(summary(results, args.seed, time.monotonic() - start), flush=True)

@@ -38,9 +38,26 @@ WARM = (
     "sqlalchemy.dialects.sqlite", "scipy.stats", "pyarrow.parquet", "rich.console", "rich.table", "rich.box", "tomllib", "torch._dynamo",
 )  # fmt: skip
 
-DRIVER_LEVEL = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+DRIVER_LEVEL = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
 FILE_OPERATIONS = frozenset(
-    {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "os.listdir", "os.scandir"}
+    {
+        "open",
+        "os.rename",
+        "os.link",
+        "os.remove",
+        "os.mkdir",
+        "os.rmdir",
+        "os.truncate",
+        "os.utime",
+        "os.chmod",
+        "os.listdir",
+        "os.scandir",
+    }
 )
 # the purpose of a file operation: the first entry whose text occurs in the path wins
 AREAS = (
@@ -50,7 +67,9 @@ AREAS = (
 NAMES = tuple(dict.fromkeys(name for name, _ in AREAS))
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "STOP": signal.SIGSTOP}
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-SHARED = struct.Struct("<III")  # file operations so far, area of the last one, disturbances that the session sent to itself
+SHARED = struct.Struct(
+    "<III"
+)  # file operations so far, area of the last one, disturbances that the session sent to itself
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -62,7 +81,9 @@ def warm_up() -> None:
     for name in WARM:
         importlib.import_module(name)
     typer_main = importlib.import_module("typer.main")
-    typer_main.get_command = functools.cache(typer_main.get_command)  # building it takes as long as a small command
+    typer_main.get_command = functools.cache(
+        typer_main.get_command
+    )  # building it takes as long as a small command
     typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
     gc.freeze()
@@ -91,7 +112,11 @@ class Session:
     cache: Path
     log: Path
     disturbances: tuple[Disturbance, ...] = ()
-    clock: tuple[float, float, int] = (0.0, 0.0, 0)  # error of time.time() in seconds: at first, later, and the call at which it changes
+    clock: tuple[float, float, int] = (
+        0.0,
+        0.0,
+        0,
+    )  # error of time.time() in seconds: at first, later, and the call at which it changes
     file_limit: int = 0  # the largest size of a file in bytes; 0: no limit
     disk_is_full: bool = False  # the disk may run out of space
     limit: float = 120.0
@@ -100,7 +125,11 @@ class Session:
         parts = [str(disturbance) for disturbance in self.disturbances]
         parts += [f"files of at most {self.file_limit} bytes"] if self.file_limit else []
         parts += ["a full disk"] if self.disk_is_full and not self.file_limit else []
-        parts += [f"a clock that is wrong by {self.clock[0]:.0f} s, then {self.clock[1]:.0f} s"] if any(self.clock) else []
+        parts += (
+            [f"a clock that is wrong by {self.clock[0]:.0f} s, then {self.clock[1]:.0f} s"]
+            if any(self.clock)
+            else []
+        )
         return ", ".join(parts) or "undisturbed"
 
 
@@ -228,7 +257,9 @@ class Running:
         text = self.session.log.read_text(errors="replace") if self.session.log.exists() else ""
         operations = self._read()[0]
         self.shared.close()
-        return Ending(self.session, code, text, time.monotonic() - self.begin, operations, tuple(self.applied))
+        return Ending(
+            self.session, code, text, time.monotonic() - self.begin, operations, tuple(self.applied)
+        )
 
 
 def descendants(pid: int) -> list[int]:
@@ -291,7 +322,9 @@ def _run_session(session: Session, shared: mmap.mmap) -> None:
             _use_fork_server(ForkServer(session.log.with_suffix("")))
         _set_clock(session.clock)
         if session.file_limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (session.file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (session.file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
         Probe(session, shared)
         code = run_main(session.argv)
     except KeyboardInterrupt:  # before the command line has started
@@ -322,7 +355,10 @@ def run_main(argv: Sequence[str]) -> int:
 
 
 def _redirect(log: Path) -> None:
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+    ):
         fd = os.open(path, flags, 0o644)
         os.dup2(fd, number)
         os.close(fd)
@@ -454,7 +490,9 @@ def _serve_forks(channel: socket.socket) -> None:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 del pids[number]
-                channel.sendall(json.dumps({"number": number, "code": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+                channel.sendall(
+                    json.dumps({"number": number, "code": os.waitstatus_to_exitcode(status)}).encode() + b"\n"
+                )
 
 
 def _handle_request(message: dict[str, Any], pids: dict[int, int], channel: socket.socket) -> None:

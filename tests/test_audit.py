@@ -89,16 +89,29 @@ def findings(store: Store, segments: int = 100) -> dict[int, Finding]:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "muon, swa": {"optimizer": "muon", "momentum": 0.9, "swa": 0.5},
-    "titles in a new order, dev": {"order": "shuffle_titles", "epochs": 2, "dev_frac": 0.2, "eval_per_epoch": 1},
+    "titles in a new order, dev": {
+        "order": "shuffle_titles",
+        "epochs": 2,
+        "dev_frac": 0.2,
+        "eval_per_epoch": 1,
+    },
     "two passes, micro-batches, ema": {"rdrop": 0.5, "grad_accum": 2, "ema": 0.9},
-    "growth": {"growth": {"ops": [{"name": "set_batch_size", "value": 4, "trigger": {"step": 20}}]}, "log_every": 7},
+    "growth": {
+        "growth": {"ops": [{"name": "set_batch_size", "value": 4, "trigger": {"step": 20}}]},
+        "log_every": 7,
+    },
 }
 
 
 def test_every_segment_of_a_good_store_is_the_same_again(store: Store) -> None:
     before = {path: path.read_bytes() for path in Path(str(store)).rglob("*") if path.is_file()}
     found = findings(store)
-    assert {step: finding.status for step, finding in found.items()} == {18: "same", 27: "same", 36: "same", 37: "same"}, found
+    assert {step: finding.status for step, finding in found.items()} == {
+        18: "same",
+        27: "same",
+        36: "same",
+        37: "same",
+    }, found
     assert {path: path.read_bytes() for path in Path(str(store)).rglob("*") if path.is_file()} == before
 
 
@@ -121,19 +134,30 @@ def test_scores_that_another_run_added_are_taken_again_too(tmp_path: Path, store
 
 def test_as_many_segments_are_taken_as_asked_and_a_seed_repeats_them(store: Store) -> None:
     picked = [[finding.node.step for finding in audit(store, 2, seed)] for seed in (1, 1, 2, 3, 4)]
-    assert all(len(set(steps)) == 2 for steps in picked) and picked[0] == picked[1] and len({tuple(steps) for steps in picked}) > 1
+    assert (
+        all(len(set(steps)) == 2 for steps in picked)
+        and picked[0] == picked[1]
+        and len({tuple(steps) for steps in picked}) > 1
+    )
 
 
 @pytest.mark.parametrize("evicted", [[18], [27], [18, 27, 36]])
-def test_a_segment_whose_beginning_was_evicted_is_trained_from_further_back(store: Store, evicted: list[int]) -> None:
+def test_a_segment_whose_beginning_was_evicted_is_trained_from_further_back(
+    store: Store, evicted: list[int]
+) -> None:
     rewrite(store, at(store, 37), rows=changed(at(store, 37).rows, "step", 37, loss=1.0))
     for step in evicted:
         store.files.remove(f"states/{at(store, step).state}.safetensors")
     found = findings(store)
-    assert {step for step, finding in found.items() if finding.status == "same"} == {18, 27, 36} - set(evicted)
+    assert {step for step, finding in found.items() if finding.status == "same"} == {18, 27, 36} - set(
+        evicted
+    )
     assert "loss at step 37: 1.0 in the store" in found[37].why
     for step in evicted:
-        assert (found[step].status, found[step].why) == ("skipped", "its state was evicted, so there is nothing to compare with")
+        assert (found[step].status, found[step].why) == (
+            "skipped",
+            "its state was evicted, so there is nothing to compare with",
+        )
 
 
 def test_a_way_that_is_too_long_is_not_gone_and_said_to_be(store: Store) -> None:
@@ -143,16 +167,25 @@ def test_a_way_that_is_too_long_is_not_gone_and_said_to_be(store: Store) -> None
     assert (found[36].status, found[37].status) == ("skipped", "same")
     assert found[36].why == "the nearest state before it is 36 steps away; --reach 36 goes that far"
     text = ask("audit", "--store", store, "--reach", 35)
-    assert text.exit_code == 0 and text.stdout.count("skipped") == 2 and "--reach 36 goes that far" in text.stdout
+    assert (
+        text.exit_code == 0
+        and text.stdout.count("skipped") == 2
+        and "--reach 36 goes that far" in text.stdout
+    )
     assert ask("audit", "--store", store, "--reach", 36, "--segments", 2).stdout.count("same ") == 2
-    assert [finding.node.step for finding in audit(store, 1, reach=1)] == [37], "one that can be trained first of all"
+    assert [finding.node.step for finding in audit(store, 1, reach=1)] == [37], (
+        "one that can be trained first of all"
+    )
 
 
 def test_a_node_whose_parent_is_another_s_is_found(store: Store) -> None:
     node = at(store, 36)
     lie = Node(**(vars(node) | {"parent": at(store, 18).key}))
     (Path(str(store)) / "nodes" / node.key).write_bytes(lie.dump())
-    assert findings(store)[36].status == "differs" and "is not what it says was before it" in findings(store)[36].why
+    assert (
+        findings(store)[36].status == "differs"
+        and "is not what it says was before it" in findings(store)[36].why
+    )
 
 
 # -- what no checksum finds
@@ -160,7 +193,9 @@ def test_a_node_whose_parent_is_another_s_is_found(store: Store) -> None:
 
 def test_one_bit_of_an_optimiser_state_is_found_and_named(store: Store) -> None:
     def flip(tensors: dict[str, Any]) -> None:
-        name = next(name for name in sorted(tensors) if name.startswith("optimizer/") and tensors[name].dim() == 2)
+        name = next(
+            name for name in sorted(tensors) if name.startswith("optimizer/") and tensors[name].dim() == 2
+        )
         tensors[name].numpy().view("uint32")[1, 2] ^= 1
         names.append(name)
 
@@ -177,7 +212,9 @@ def test_a_state_with_other_tensors_is_found(store: Store) -> None:
     assert findings(store)[37].why == "one of them has no model/embed.weight"
 
 
-def changed(rows: tuple[dict[str, Any], ...], event: str, step: int, **changes: Any) -> tuple[dict[str, Any], ...]:
+def changed(
+    rows: tuple[dict[str, Any], ...], event: str, step: int, **changes: Any
+) -> tuple[dict[str, Any], ...]:
     assert any(row["event"] == event and row["step"] == step for row in rows)
     return tuple(row | changes if row["event"] == event and row["step"] == step else row for row in rows)
 
@@ -196,7 +233,9 @@ LIES: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize(("step", "lie", "why"), LIES.values(), ids=LIES.keys())
-def test_what_was_changed_with_its_checksum_is_found_and_named(store: Store, step: int, lie: Any, why: str) -> None:
+def test_what_was_changed_with_its_checksum_is_found_and_named(
+    store: Store, step: int, lie: Any, why: str
+) -> None:
     rewrite(store, at(store, step), **lie(at(store, step)))
     found = findings(store)
     assert found[step].status == "differs" and why in found[step].why, found[step].why
@@ -207,18 +246,25 @@ def test_a_node_in_the_place_of_another_run_is_found(store: Store) -> None:
     """Right in itself; but whoever wants a decay that begins earlier would get one that begins later."""
     other = batch.plan([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
     rewrite(store, at(store, 37), key=other)
-    assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {"its config does not lead to its key"}
+    assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {
+        "its config does not lead to its key"
+    }
 
 
 def test_damage_is_a_finding_not_a_crash(store: Store, tmp_path: Path) -> None:
-    for step, spoil in ((18, lambda path: os.truncate(path, path.stat().st_size - 9)), (37, lambda path: path.write_bytes(b"{}"))):
+    for step, spoil in (
+        (18, lambda path: os.truncate(path, path.stat().st_size - 9)),
+        (37, lambda path: path.write_bytes(b"{}")),
+    ):
         spoil(tmp_path / "store" / "nodes" / at(store, step).key)
     state = tmp_path / "store" / "states" / f"{at(store, 36).state}.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
     found = list(audit(store, 100))
     why = {finding.node.step: finding.why for finding in found}
     assert (
-        {finding.status for finding in found if finding.node.step != 27} == {"differs"} and "torn" in why[0] and "state is torn" in why[36]
+        {finding.status for finding in found if finding.node.step != 27} == {"differs"}
+        and "torn" in why[0]
+        and "state is torn" in why[36]
     )
     assert "rows are torn" in why[18]
 
@@ -233,9 +279,13 @@ def test_a_segment_whose_corpus_is_gone_is_skipped_with_the_reason(tmp_path: Pat
     train(cfg, tmp_path, store=store)
     assert {finding.status for finding in audit(store, 1)} == {"same"}
     titles.write_text(titles.read_text().replace("a", "o"))
-    assert {finding.status for finding in audit(store, 1)} == {"skipped"} and "data " in next(audit(store, 1)).why
+    assert {finding.status for finding in audit(store, 1)} == {"skipped"} and "data " in next(
+        audit(store, 1)
+    ).why
     titles.unlink()
-    assert {finding.status for finding in audit(store, 1)} == {"skipped"} and "titles.txt" in next(audit(store, 1)).why
+    assert {finding.status for finding in audit(store, 1)} == {"skipped"} and "titles.txt" in next(
+        audit(store, 1)
+    ).why
 
 
 @pytest.mark.parametrize("what", ["versions torch: ", "machine_class device: "])
@@ -248,7 +298,9 @@ def test_a_segment_of_another_version_or_machine_is_skipped_with_the_reason(
     else:
         monkeypatch.setattr(machine, "cpu_name", lambda: "Another CPU")
     found = findings(store)
-    assert len(found) == 4 and all(finding.status == "skipped" and finding.why.startswith(what) for finding in found.values()), found
+    assert len(found) == 4 and all(
+        finding.status == "skipped" and finding.why.startswith(what) for finding in found.values()
+    ), found
     result = ask("audit", "--store", store)
     assert result.exit_code == 0 and result.stdout.count("skipped") == 3 and what in result.stdout
 
@@ -271,19 +323,30 @@ def say(*args: object) -> Any:
 
 
 def refused(result: Result, *words: str) -> None:
-    assert result.exit_code == 2 and result.stdout == "" and result.stderr.startswith("error: "), result.output
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.startswith("error: "), (
+        result.output
+    )
     assert "Traceback" not in result.stderr and all(word in result.stderr for word in words), result.stderr
 
 
 def test_ls_and_du_say_what_is_there(store: Store) -> None:
     nodes = say("ls", "--store", store)
     assert nodes["damaged"] == [] and [node["step"] for node in nodes["nodes"]] == [18, 27, 36, 37]
-    assert all(node["state"] and not node["pinned"] and node["size"] > 1000 and node["run"] == config().run_id for node in nodes["nodes"])
+    assert all(
+        node["state"] and not node["pinned"] and node["size"] > 1000 and node["run"] == config().run_id
+        for node in nodes["nodes"]
+    )
     store.files.remove(f"states/{at(store, 18).state}.safetensors")
     text = ask("ls", "--store", store)
     assert text.exit_code == 0 and "evicted" in text.stdout and text.stdout.count(config().run_id) == 4
     used = say("du", "--store", store)
-    assert (used["nodes"], used["states"], used["roots"], used["steps"], used["damaged"]) == (4, 3, 1, 37, 0) and used["seconds"] > 0
+    assert (used["nodes"], used["states"], used["roots"], used["steps"], used["damaged"]) == (
+        4,
+        3,
+        1,
+        37,
+        0,
+    ) and used["seconds"] > 0
     assert used["bytes"] == sum(node["size"] for node in nodes["nodes"][1:])
     assert "37 steps that need not be trained again" in ask("du", "--store", store).stdout
 
@@ -303,11 +366,20 @@ def test_findings_end_with_1(store: Store) -> None:
     rewrite(store, at(store, 27), rows=changed(at(store, 27).rows, "step", 20, loss=1.0))
     result = ask("audit", "--store", store, "--segments", 4, "--json")
     assert result.exit_code == 1 and "trained again is not what the store holds" in result.stderr
-    assert {entry["step"]: entry["status"] for entry in json.loads(result.stdout)} == {18: "same", 27: "differs", 36: "same", 37: "same"}
+    assert {entry["step"]: entry["status"] for entry in json.loads(result.stdout)} == {
+        18: "same",
+        27: "differs",
+        36: "same",
+        37: "same",
+    }
     path = Path(str(store)) / "states" / f"{at(store, 36).state}.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     result = ask("verify", "--store", store, "--json")
-    assert result.exit_code == 1 and len(json.loads(result.stdout)) == 1 and "step 36 of" in json.loads(result.stdout)[0]
+    assert (
+        result.exit_code == 1
+        and len(json.loads(result.stdout)) == 1
+        and "step 36 of" in json.loads(result.stdout)[0]
+    )
     assert "1 finding" in result.stderr and "gc" in result.stderr
     assert say("gc", "--store", store)["damaged"] == 1 and ask("verify", "--store", store).exit_code == 0
 
@@ -318,8 +390,13 @@ def test_gc_keeps_what_is_pinned(store: Store) -> None:
         os.utime(path, (time.time() - 9999, time.time() - 9999))
     assert f"pinned: {node.key[:12]}, step 18 of" in ask("pin", node.key[:10], "--store", store).stdout
     assert [entry["pinned"] for entry in say("ls", "--store", store)["nodes"]] == [True, False, False, False]
-    assert say("gc", "--store", store, "--store-size", "10")["evicted"] == 3 and set(store.states()) == {node.state}
-    assert f"not pinned: {node.key[:12]}" in ask("unpin", node.key, "--store", store).stdout and store.pinned() == set()
+    assert say("gc", "--store", store, "--store-size", "10")["evicted"] == 3 and set(store.states()) == {
+        node.state
+    }
+    assert (
+        f"not pinned: {node.key[:12]}" in ask("unpin", node.key, "--store", store).stdout
+        and store.pinned() == set()
+    )
     assert "1 evicted" in ask("gc", "--store", store, "--store-size", "10").stdout and store.states() == {}
 
 
@@ -336,10 +413,14 @@ def test_what_cannot_be_meant_ends_with_2(store: Store, tmp_path: Path) -> None:
     for command in ("ls", "du", "gc", "verify", "audit"):
         refused(ask(command, "--store", tmp_path / "file"), "is not a folder")
         refused(ask(command, "--store", tmp_path / "folder"), "thesis.txt", "not a store of mainrun")
-    result = CliRunner().invoke(app, ["train", "--store", str(tmp_path / "file"), "--out", str(tmp_path / "runs")])
+    result = CliRunner().invoke(
+        app, ["train", "--store", str(tmp_path / "file"), "--out", str(tmp_path / "runs")]
+    )
     refused(result, "is not a folder")
     result = CliRunner().invoke(app, ["train", "--store-size", "much", "--out", str(tmp_path / "runs")])
     refused(result, "--store-size")
-    assert not (tmp_path / "runs").exists() and ask("audit", "--segments", "0", "--store", store).exit_code == 2
+    assert (
+        not (tmp_path / "runs").exists() and ask("audit", "--segments", "0", "--store", store).exit_code == 2
+    )
     (tmp_path / "store" / "store.json").write_text('{"format": 99}')
     refused(ask("ls", "--store", store), "format 99")

@@ -70,7 +70,9 @@ def test_the_plain_model_sees_no_future(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize(("field", "sites"), [("dropout", 1), ("attn_dropout", 2), ("resid_dropout", 4)])
-def test_the_plain_model_drops_at_every_site(tiny: Any, monkeypatch: pytest.MonkeyPatch, field: str, sites: int) -> None:
+def test_the_plain_model_drops_at_every_site(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, field: str, sites: int
+) -> None:
     cfg = tiny(**{"dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0} | {field: 0.25})
     model, seen = plain_model(cfg), []
     for module in model.modules():
@@ -84,7 +86,12 @@ def test_the_plain_model_drops_at_every_site(tiny: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"grad_accum": 4, "dropout": 0.1, "rdrop": 0.5}, {"mlp": "swiglu", "n_kv_head": 1, "tie_head": False}]
+    "changes",
+    [
+        {},
+        {"grad_accum": 4, "dropout": 0.1, "rdrop": 0.5},
+        {"mlp": "swiglu", "n_kv_head": 1, "tie_head": False},
+    ],
 )
 def test_the_floor_holds_every_product_of_a_step(tiny: Any, changes: dict[str, Any]) -> None:
     cfg = tiny(**changes)
@@ -127,14 +134,29 @@ def test_what_a_step_lacks_takes_no_time(tiny: Any) -> None:
 
 def test_each_part_is_what_it_is_called(tiny: Any) -> None:
     """A config that is nearly all one part has nearly all of its time there."""
-    small = {"compile": "off", "attention": "plain", "vocab_size": 300, "n_layer": 1, "d_model": 8, "n_head": 1, "batch_size": 4}
+    small = {
+        "compile": "off",
+        "attention": "plain",
+        "vocab_size": 300,
+        "n_layer": 1,
+        "d_model": 8,
+        "n_head": 1,
+        "batch_size": 4,
+    }
     assert shares(tiny(**small | {"d_model": 512, "batch_size": 16}))["GEMM"] > 0.4
     assert shares(tiny(**small | {"block_size": 1024}))["attention"] > 0.5
     dropped = shares(tiny(**small | {"block_size": 1024, "attn_dropout": 0.1}))
-    assert dropped["dropout"] > 0.01, dropped  # 0.03 to 0.17, by machine and load; exactly 0 without dropout (above)
+    assert dropped["dropout"] > 0.01, (
+        dropped
+    )  # 0.03 to 0.17, by machine and load; exactly 0 without dropout (above)
     wide = {"vocab_size": 40_000, "tie_head": False, "batch_size": 16, "label_smoothing": 0.1}
     assert shares(tiny(**small | wide))["loss"] > 0.2
-    assert shares(tiny(**small | {"d_model": 256, "batch_size": 1, "block_size": 2, "optimizer": "muon"}))["optimiser"] > 0.3
+    assert (
+        shares(tiny(**small | {"d_model": 256, "batch_size": 1, "block_size": 2, "optimizer": "muon"}))[
+            "optimiser"
+        ]
+        > 0.3
+    )
 
 
 def test_profiling_leaves_nothing_behind(tiny: Any) -> None:
@@ -202,7 +224,10 @@ def test_rivals_take_turns(tiny: Any, fake: Any) -> None:
 
 def test_alone_it_runs_ours_and_the_floor(tiny: Any, fake: Any) -> None:
     fake()
-    assert [row["rival"] for row in step.measure(tiny(), rivals=False, repeats=1)["rivals"]] == [step.OURS, step.FLOOR]
+    assert [row["rival"] for row in step.measure(tiny(), rivals=False, repeats=1)["rivals"]] == [
+        step.OURS,
+        step.FLOOR,
+    ]
 
 
 def answers(*seconds: float) -> list[dict[str, Any]]:
@@ -211,11 +236,17 @@ def answers(*seconds: float) -> list[dict[str, Any]]:
 
 def test_the_figures_follow_from_the_answers(tiny: Any) -> None:
     cfg = tiny()  # 8 x 16 tokens
-    took = {"plain, tuned allocator": answers(4, 9, 5), step.OURS: answers(2, 1, 4), step.FLOOR: answers(1, 1, 1)}
+    took = {
+        "plain, tuned allocator": answers(4, 9, 5),
+        step.OURS: answers(2, 1, 4),
+        step.FLOOR: answers(1, 1, 1),
+    }
     known = {"warmup_seconds": 3, "params": 7, "flops": 100, "memory_estimate": 50, "machine_class": {}}
     evaluation = {"tokens_per_s": 96.0, "loss": 2.0, "loss_float32": 2.002}
     end = {"peak": 60, "profile": {"GEMM": 1.0}, "evaluation": evaluation}
-    found = step.result(cfg, took, dict.fromkeys(took, known), {name: json.loads(json.dumps(end)) for name in took})
+    found = step.result(
+        cfg, took, dict.fromkeys(took, known), {name: json.loads(json.dumps(end)) for name in took}
+    )
     rival, ours, floor = found["rivals"]
     assert (ours["seconds"], ours["seconds_min"], ours["seconds_max"]) == (2, 1, 4)
     assert (ours["tokens_per_s"], ours["floor_share"], rival["ours_is"]) == (64, 0.5, 2.5)
@@ -241,7 +272,9 @@ def test_the_figures_follow_from_the_answers(tiny: Any) -> None:
         ("say(error='it broke', exit_code=1)", MainrunError, "it broke"),
     ],
 )
-def test_a_worker_that_dies_is_an_error_and_no_hang(tiny: Any, fake: Any, code: str, error: type[Exception], said: str) -> None:
+def test_a_worker_that_dies_is_an_error_and_no_hang(
+    tiny: Any, fake: Any, code: str, error: type[Exception], said: str
+) -> None:
     fake(code)
     with pytest.raises(error, match=said) as caught:
         step.measure(tiny(), rivals=False, repeats=1)
@@ -320,12 +353,18 @@ def test_the_rivals_for_real(tiny: Any) -> None:
     for row in found["rivals"]:
         assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
         if row["rival"] != step.FLOOR:
-            assert row["allocator"].startswith("default" if "default" in row["rival"] else "glibc") or sys.platform != "linux"
+            assert (
+                row["allocator"].startswith("default" if "default" in row["rival"] else "glibc")
+                or sys.platform != "linux"
+            )
 
 
 def test_the_parent_needs_no_torch() -> None:
     code = "import mainrun.bench.step, mainrun.bench.gpu, sys; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+        == "False\n"
+    )
 
 
 # -- the GPU's commands, as far as a machine without one can see
@@ -333,7 +372,9 @@ def test_the_parent_needs_no_torch() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run([sys.executable, "-m", "mainrun", "bench", "gpu"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mainrun", "bench", "gpu"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no GPU: torch sees none here; run this on a machine with one\n"
 
@@ -379,24 +420,47 @@ def test_a_whole_run_is_timed(tmp_path: Path) -> None:
 
 
 def test_the_studies_train_the_least_and_change_no_bit(tiny) -> None:
-    small = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "eval_per_epoch": 0, "compile": "off"}
+    small = {
+        "num_titles": 200,
+        "n_layer": 1,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "dropout": 0.1,
+        "eval_per_epoch": 0,
+        "compile": "off",
+    }
     rows = lineage.measure(tiny(**small), studies=(1, 2, 3, 4), trials=3)
     assert [(row["study"], row["way"]) for row in rows] == [
         ("1", "known at once"), ("1", "one by one"), ("1 and 2", "known at once"), ("1 and 2", "one by one"),
         ("3", "successive halving"), ("4", "known at once"), ("4", "one by one"),
     ]  # fmt: skip
     for row in rows:
-        assert row["differ"] == [] and row["compared"] >= 1 and row["trained"] == row["fewest"] <= row["asked"], row
-        assert row["seconds"] > 0 and row["scratch_seconds"] > 0 and row["saving"] == row["asked"] / row["trained"]
+        assert (
+            row["differ"] == [] and row["compared"] >= 1 and row["trained"] == row["fewest"] <= row["asked"]
+        ), row
+        assert (
+            row["seconds"] > 0
+            and row["scratch_seconds"] > 0
+            and row["saving"] == row["asked"] / row["trained"]
+        )
     assert rows[2]["fewest"] < rows[2]["asked"]
     head, lines = lineage.table(rows)
     assert {len(line) for line in lines} == {len(head)} and lines[0][-1] == "same (3)"
 
 
 def test_a_bit_that_differs_is_shown(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "eval_per_epoch": 0, "compile": "off"}
+    small = {
+        "num_titles": 200,
+        "n_layer": 1,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "eval_per_epoch": 0,
+        "compile": "off",
+    }
     true, calls = lineage.final_bits, []
-    monkeypatch.setattr(lineage, "final_bits", lambda run: calls.append(run) or f"{true(run)}{len(calls) == 2}")
+    monkeypatch.setattr(
+        lineage, "final_bits", lambda run: calls.append(run) or f"{true(run)}{len(calls) == 2}"
+    )
     (row, _) = lineage.measure(tiny(**small), studies=(4,), trials=1)
     assert len(row["differ"]) == 1 and lineage.table([row])[1][0][-1] == "1 differ"
 
@@ -418,5 +482,7 @@ def test_the_studies_are_those_that_are_written_down(tiny) -> None:
 @pytest.mark.slow
 def test_what_the_store_takes_is_measured() -> None:
     found = lineage.overheads()
-    assert set(found) == {"copy", "save", "load", "bytes", "list_10000", "look_up_100000"} and all(value > 0 for value in found.values())
+    assert set(found) == {"copy", "save", "load", "bytes", "list_10000", "look_up_100000"} and all(
+        value > 0 for value in found.values()
+    )
     assert len(list(lineage.lines(found))) == 4

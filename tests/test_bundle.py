@@ -26,7 +26,13 @@ GOOD = {"code/a.py": b"print(1)\n", "code/b/c.py": b"", "run/config.json": b"{}"
 
 def bundled(files: dict[str, bytes], **changes: object) -> dict[str, bytes]:
     listed = {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in files.items()}
-    found: dict[str, object] = {"format": bundle.FORMAT, "run": "x", "figures": {}, "files": listed, "guards": []}
+    found: dict[str, object] = {
+        "format": bundle.FORMAT,
+        "run": "x",
+        "figures": {},
+        "files": listed,
+        "guards": [],
+    }
     return files | {MANIFEST: json.dumps(found | changes).encode()}
 
 
@@ -234,7 +240,10 @@ def test_every_difference_is_named() -> None:
 def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
     for path in (tmp_path / "none.zip", tmp_path):
         done = CliRunner().invoke(app, ["verify", str(path)])
-        assert done.exit_code == 2 and done.stderr == f"error: no file {path}; give a bundle that `mainrun submit` made\n"
+        assert (
+            done.exit_code == 2
+            and done.stderr == f"error: no file {path}; give a bundle that `mainrun submit` made\n"
+        )
 
 
 @settings(max_examples=300)

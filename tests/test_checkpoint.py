@@ -23,7 +23,16 @@ from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import train
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -35,7 +44,9 @@ def saved(folder: Path, step: int, **meta: Any) -> Path:
     return checkpoint.save(folder, step, tensors(step), {"digest": "d", "seconds": 1.5, **meta})
 
 
-def newest(folder: Path, usable: Callable[[dict[str, Any]], str | None] = lambda meta: None) -> tuple[int | None, list[str]]:
+def newest(
+    folder: Path, usable: Callable[[dict[str, Any]], str | None] = lambda meta: None
+) -> tuple[int | None, list[str]]:
     """The step that is loaded (its tensors must be those that were saved), and the notes."""
     notes: list[str] = []
     found = checkpoint.load_newest(folder, usable, notes.append)
@@ -64,7 +75,11 @@ def edit_meta(place: Path, change: Callable[[dict[str, Any]], Any], **dump: Any)
 )
 @settings(max_examples=40)
 def test_every_bit_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, shape: list[int], raw: bytes, transposed: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: torch.dtype,
+    shape: list[int],
+    raw: bytes,
+    transposed: bool,
 ) -> None:
     """Any bits at all: NaNs with a payload, negative zeros, subnormals; scalars, empty tensors, views."""
     n = torch.Size(shape).numel()
@@ -79,8 +94,13 @@ def test_every_bit_comes_back(
     assert found is not None
     back = found[0]["t"]
     assert back.dtype == value.dtype and back.shape == value.shape
-    assert back.reshape(-1).view(torch.uint8).tolist() == value.contiguous().reshape(-1).view(torch.uint8).tolist()
-    assert checkpoint.sha256_tensors(iter({"t": back}.items())) == checkpoint.sha256_tensors(iter({"t": value}.items()))
+    assert (
+        back.reshape(-1).view(torch.uint8).tolist()
+        == value.contiguous().reshape(-1).view(torch.uint8).tolist()
+    )
+    assert checkpoint.sha256_tensors(iter({"t": back}.items())) == checkpoint.sha256_tensors(
+        iter({"t": value}.items())
+    )
     shutil.rmtree(folder)
 
 
@@ -89,7 +109,12 @@ def test_the_meta_comes_back_with_format_and_step(tmp_path: Path) -> None:
     found = checkpoint.load_newest(tmp_path, lambda meta: None, lambda text: None)
     assert found is not None
     meta = found[1]
-    assert meta["step"] == 7 and meta["format"] == checkpoint.FORMAT and meta["note"] == "Grüße" and meta["nested"] == {"b": [1, 2.5, None]}
+    assert (
+        meta["step"] == 7
+        and meta["format"] == checkpoint.FORMAT
+        and meta["note"] == "Grüße"
+        and meta["nested"] == {"b": [1, 2.5, None]}
+    )
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -171,7 +196,11 @@ class Trap:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     **{f"state cut at {at}": cut("state.safetensors", at) for at in (0.0, 4, 9, 0.3, 0.5, 0.9, 0.999)},
     **{f"meta cut at {at}": cut("meta.json", at) for at in (0.0, 1, 0.3, 0.6, 0.95)},
-    **{f"{name} flipped at {at}": flip(name, at) for name in ("state.safetensors", "meta.json") for at in (0.0, 0.2, 0.7, 1.0)},
+    **{
+        f"{name} flipped at {at}": flip(name, at)
+        for name in ("state.safetensors", "meta.json")
+        for at in (0.0, 0.2, 0.7, 1.0)
+    },
     "step edited": lambda place: edit_meta(place, another_step, indent=1, ensure_ascii=False),
     "step edited, other format": lambda place: edit_meta(place, another_step, sort_keys=True),
     "seconds edited": lambda place: edit_meta(place, lambda meta: meta.update(seconds=0.5), indent=1),
@@ -186,8 +215,13 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no meta": remove("meta.json"),
     "an empty folder": lambda place: [f.unlink() for f in place.iterdir()],
     "a file, not a folder": lambda place: (shutil.rmtree(place), place.write_text("")),
-    "a folder for the state": lambda place: ((place / "state.safetensors").unlink(), (place / "state.safetensors").mkdir()),
-    "the older one's tensors": lambda place: shutil.copy(place.parent / "step-00000001" / "state.safetensors", place),
+    "a folder for the state": lambda place: (
+        (place / "state.safetensors").unlink(),
+        (place / "state.safetensors").mkdir(),
+    ),
+    "the older one's tensors": lambda place: shutil.copy(
+        place.parent / "step-00000001" / "state.safetensors", place
+    ),
     "the older one's meta": lambda place: shutil.copy(place.parent / "step-00000001" / "meta.json", place),
     "a pickle": posed_pickle,
 }
@@ -200,7 +234,11 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, damage: Call
     damage(place)
     step, notes = newest(tmp_path)
     assert step == 1
-    assert len(notes) == 1 and notes[0].startswith(f"checkpoint {place} is passed over: ") and "\n" not in notes[0]
+    assert (
+        len(notes) == 1
+        and notes[0].startswith(f"checkpoint {place} is passed over: ")
+        and "\n" not in notes[0]
+    )
     saved(tmp_path, 3)  # whatever lies there, the run goes on
     assert newest(tmp_path) == (3, [])
 
@@ -246,8 +284,12 @@ def test_each_changed_byte_is_detected(whole: dict[Path, bytes], name: str) -> N
 def test_a_foreign_one_is_named_with_the_reason(tmp_path: Path) -> None:
     saved(tmp_path, 1, digest="ours")
     saved(tmp_path, 2, digest="theirs")
-    step, notes = newest(tmp_path, lambda meta: None if meta["digest"] == "ours" else "it belongs to another config")
-    assert step == 1 and notes == [f"checkpoint {tmp_path}/step-00000002 is passed over: it belongs to another config"]
+    step, notes = newest(
+        tmp_path, lambda meta: None if meta["digest"] == "ours" else "it belongs to another config"
+    )
+    assert step == 1 and notes == [
+        f"checkpoint {tmp_path}/step-00000002 is passed over: it belongs to another config"
+    ]
 
 
 # -- writing is atomic
@@ -282,7 +324,9 @@ def test_an_error_while_writing_leaves_the_one_before_and_nothing_else(
     with pytest.raises(Killed):
         saved(tmp_path, 2)
     monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and {p: p.read_bytes() for p in place.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and {
+        p: p.read_bytes() for p in place.iterdir()
+    } == before
     assert newest(tmp_path) == (1, [])
 
 
@@ -313,7 +357,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Run
 
     from mainrun.config import from_dict
 
-    cfg = from_dict(TINY | {"num_titles": 200, "dropout": 0.1, "checkpoint_every": 8, "optimizer": "adamw", "lr": 1e-3})
+    cfg = from_dict(
+        TINY | {"num_titles": 200, "dropout": 0.1, "checkpoint_every": 8, "optimizer": "adamw", "lr": 1e-3}
+    )
     out = tmp_path_factory.mktemp("runs")
     train(cfg, out)
     return cfg, RunDir(out / cfg.run_id)
@@ -333,19 +379,25 @@ def again(cfg: TrainConfig, run: RunDir, out: Path, damage: Callable[[list[Path]
     return notes
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_newest_checkpoint(
+    finished: tuple[TrainConfig, RunDir], tmp_path: Path
+) -> None:
     notes = again(*finished, tmp_path, lambda places: None)
     assert notes.first_step == 0 and not any("passed over" in n for n in notes.all)
 
 
-def test_a_run_falls_back_to_the_checkpoint_before(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_falls_back_to_the_checkpoint_before(
+    finished: tuple[TrainConfig, RunDir], tmp_path: Path
+) -> None:
     notes = again(*finished, tmp_path, lambda places: flip("state.safetensors", 0.6)(places[0]))
     steps = [int(p.name.split("-")[1]) for p in checkpoint.steps(finished[1].checkpoints)]
     assert notes.first_step == steps[1] + 1
     assert any(f"step-{steps[0]:08}" in n and "torn or was changed" in n for n in notes.all)
 
 
-def test_a_run_without_a_usable_checkpoint_starts_over(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_without_a_usable_checkpoint_starts_over(
+    finished: tuple[TrainConfig, RunDir], tmp_path: Path
+) -> None:
     def damage(places: list[Path]) -> None:
         edit_meta(places[0], another_step, indent=1)
         remove("state.safetensors")(places[1])
@@ -355,7 +407,9 @@ def test_a_run_without_a_usable_checkpoint_starts_over(finished: tuple[TrainConf
     assert sum("passed over" in n for n in notes.all) == 2 and "starts over at step 0" in notes.all[-1]
 
 
-def test_a_run_takes_no_checkpoint_of_another_config(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_takes_no_checkpoint_of_another_config(
+    finished: tuple[TrainConfig, RunDir], tmp_path: Path
+) -> None:
     cfg = TrainConfig(**finished[0].model_dump() | {"seed": 2})
     (tmp_path / cfg.run_id / "checkpoints").mkdir(parents=True)
     own = tmp_path / "own"
@@ -372,19 +426,27 @@ def test_a_run_takes_no_checkpoint_of_another_config(finished: tuple[TrainConfig
     assert undisturbed is not None and summary["weights"] == undisturbed["weights"]
 
 
-def test_a_run_whose_rows_were_changed_waits_for_a_decision(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_whose_rows_were_changed_waits_for_a_decision(
+    finished: tuple[TrainConfig, RunDir], tmp_path: Path
+) -> None:
     """metrics.jsonl that was edited, or lost, is not continued as if nothing had been."""
 
     def damage(places: list[Path]) -> None:
         path = places[0].parents[1] / "metrics.jsonl"
-        path.write_text(path.read_text().replace('"loss": 5.', '"loss": 4.', 1).replace('"loss": 6.', '"loss": 5.', 1))
+        path.write_text(
+            path.read_text().replace('"loss": 5.', '"loss": 4.', 1).replace('"loss": 6.', '"loss": 5.', 1)
+        )
 
     with pytest.raises(RunError, match=r"metrics.jsonl is not the one.*--fresh"):
         again(*finished, tmp_path, damage)
-    assert len(checkpoint.steps(tmp_path / finished[0].run_id / "checkpoints")) == 2, "the weights are still there"
+    assert len(checkpoint.steps(tmp_path / finished[0].run_id / "checkpoints")) == 2, (
+        "the weights are still there"
+    )
 
 
-def test_a_run_whose_beginning_is_lost_is_not_judged_by_its_end(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_whose_beginning_is_lost_is_not_judged_by_its_end(
+    finished: tuple[TrainConfig, RunDir], tmp_path: Path
+) -> None:
     """Without env.json nothing says that the evaluation is still the first sitting's."""
     with pytest.raises(RunError, match=r"env.json.*is lost.*--fresh"):
         again(*finished, tmp_path, lambda places: (places[0].parents[1] / "env.json").unlink())

@@ -45,7 +45,16 @@ def refused(result: Result, *words: str) -> str:
 
 def summary(cfg: TrainConfig, **changes: Any) -> dict[str, Any]:
     """A summary as train() writes it, with made-up figures."""
-    score = {"step": 10, "split": "val", "official": 1.4, "full": 1.5, "loss": 5.0, "bits_per_byte": 2.0, "coverage": 0.98, "tokens": 999}
+    score = {
+        "step": 10,
+        "split": "val",
+        "official": 1.4,
+        "full": 1.5,
+        "loss": 5.0,
+        "bits_per_byte": 2.0,
+        "coverage": 0.98,
+        "tokens": 999,
+    }
     found: dict[str, Any] = {
         "run": cfg.run_id, "preset": cfg.preset, "status": "done", "steps": 10,
         "params": 27_172_864, "tokens": 81_920, "presentations": {"presentations_per_token": 7.0}, "flops": 1e12, "seconds": 75.0,
@@ -193,14 +202,20 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (RuntimeError("the disk\nis on fire"), 1, "crash: RuntimeError: the disk; --debug shows the traceback\n"),
+        (
+            RuntimeError("the disk\nis on fire"),
+            1,
+            "crash: RuntimeError: the disk; --debug shows the traceback\n",
+        ),
         (Diverged("loss nan at step 3"), 3, "diverged: loss nan at step 3\n"),
         (Interrupted("SIGTERM at step 3"), 75, "interrupted: SIGTERM at step 3\n"),
         (RunError("no such run"), 2, "error: no such run\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_exit_codes(failing: Callable[[BaseException], None], error: BaseException, code: int, text: str) -> None:
+def test_exit_codes(
+    failing: Callable[[BaseException], None], error: BaseException, code: int, text: str
+) -> None:
     failing(error)
     result = ask("presets")
     assert (result.exit_code, result.stdout, result.stderr) == (code, "", text)
@@ -229,7 +244,9 @@ def test_a_preset_shows_what_it_changes() -> None:
 
 def test_a_ladder_shows_its_steps_against_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('about = "x"\nlr = 0.5\n[[steps]]\nname = "a"\n[[steps]]\nname = "b"\nn_layer = 2\n', encoding="utf-8")
+    path.write_text(
+        'about = "x"\nlr = 0.5\n[[steps]]\nname = "a"\n[[steps]]\nname = "b"\nn_layer = 2\n', encoding="utf-8"
+    )
     a, b = json.loads(ask("presets", path, "--json").stdout)
     assert (a["preset"], a["step"]) == ("mine:a", {"lr": 0.5})
     assert (b["preset"], b["step"], b["fields"]) == ("mine:b", {"n_layer": 2}, {"lr": 0.5, "n_layer": 2})
@@ -293,8 +310,14 @@ def test_official_scores_that_cover_enough_have_a_difference(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fingerprints": {"corpus": "c" * 64, "val": "w" * 64}}, ["val fingerprint vvvvvvvvvvvv against wwwwwwwwwwww"]),
-        ({"fingerprints": {"corpus": "d" * 64, "val": "v" * 64}}, ["corpus fingerprint cccccccccccc against dddddddddddd"]),
+        (
+            {"fingerprints": {"corpus": "c" * 64, "val": "w" * 64}},
+            ["val fingerprint vvvvvvvvvvvv against wwwwwwwwwwww"],
+        ),
+        (
+            {"fingerprints": {"corpus": "d" * 64, "val": "v" * 64}},
+            ["corpus fingerprint cccccccccccc against dddddddddddd"],
+        ),
         ({"last": {"split": "dev"}}, ["scored split val against dev"]),
     ],
 )
@@ -308,7 +331,11 @@ def test_runs_on_other_data_are_refused(tmp_path: Path, changes: dict[str, Any],
 
 def test_other_training_titles_are_no_reason_to_refuse(tmp_path: Path) -> None:
     make_run(tmp_path, TrainConfig(preset="one"))
-    make_run(tmp_path, TrainConfig(preset="two"), fingerprints={"corpus": "c" * 64, "val": "v" * 64, "train": "other"})
+    make_run(
+        tmp_path,
+        TrainConfig(preset="two"),
+        fingerprints={"corpus": "c" * 64, "val": "v" * 64, "train": "other"},
+    )
     assert ask("compare", "one", "two", "--out", tmp_path).exit_code == 0
 
 
@@ -328,7 +355,9 @@ def test_an_unfinished_run_is_not_compared(tmp_path: Path) -> None:
     path = make_run(tmp_path, cfg)
     (path / "summary.json").unlink()
     write_json(path / "status.json", {"state": "interrupted", "step": 3})
-    refused(ask("compare", "half", "--out", tmp_path), cfg.run_id, "not finished (interrupted)", "mainrun train")
+    refused(
+        ask("compare", "half", "--out", tmp_path), cfg.run_id, "not finished (interrupted)", "mainrun train"
+    )
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"run": "x"}', "\x00\x01"])
@@ -419,7 +448,10 @@ def test_doctor_finds_a_place_that_cannot_be_written(monkeypatch: pytest.MonkeyP
 
 
 def test_doctor_prints_a_line_a_check_and_fails_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up = [doctor.Check("torch", "fail", "not there", "install it"), doctor.Check("hub", "ok", "reachable")]
+    made_up = [
+        doctor.Check("torch", "fail", "not there", "install it"),
+        doctor.Check("hub", "ok", "reachable"),
+    ]
     monkeypatch.setattr(doctor, "checks", lambda out: iter(made_up))
     result = ask("doctor")
     assert result.exit_code == 1
@@ -450,7 +482,17 @@ def test_a_finished_run_is_shown_without_training(tmp_path: Path) -> None:
 def test_a_finished_run_does_not_speak_for_titles_that_changed(tmp_path: Path) -> None:
     titles = tmp_path / "titles.txt"
     titles.write_text("".join(f"Title number {i}\n" for i in range(40)))
-    args = ["train", "--preset", "baseline", "--set", f"corpus=file:{titles}", "--set", "num_titles=40", "--out", tmp_path]
+    args = [
+        "train",
+        "--preset",
+        "baseline",
+        "--set",
+        f"corpus=file:{titles}",
+        "--set",
+        "num_titles=40",
+        "--out",
+        tmp_path,
+    ]
     (cfg,) = mainrun.load("baseline", [f"corpus=file:{titles}", "num_titles=40"])
     path = make_run(tmp_path, cfg)
     begun = json.loads((path / "config.json").read_text()) | {"fingerprints": load_corpus(cfg).fingerprints}
@@ -478,7 +520,13 @@ def test_a_summary_of_another_config_is_not_taken_for_this_one(tmp_path: Path) -
     path = make_run(tmp_path, cfg)
     other = from_dict(cfg.model_dump() | {"lr": 0.7})
     write_json(path / "config.json", {"config": other.model_dump(), "digest": other.digest, "plan": {}})
-    refused(ask("train", "--preset", "baseline", "--out", tmp_path), cfg.run_id, "another config", "lr=0.7", "--fresh")
+    refused(
+        ask("train", "--preset", "baseline", "--out", tmp_path),
+        cfg.run_id,
+        "another config",
+        "lr=0.7",
+        "--fresh",
+    )
 
 
 class FakeTrain:
@@ -490,7 +538,9 @@ class FakeTrain:
         self.changes: dict[str, dict[str, Any]] = {}
         monkeypatch.setattr("mainrun.train.train", self)
 
-    def __call__(self, cfg: TrainConfig, out: Path, *, fresh: bool, progress: Any, store: Any, keep: Any, until: int) -> dict[str, Any]:
+    def __call__(
+        self, cfg: TrainConfig, out: Path, *, fresh: bool, progress: Any, store: Any, keep: Any, until: int
+    ) -> dict[str, Any]:
         self.asked.append(cfg.preset)
         (out / cfg.run_id).mkdir(parents=True, exist_ok=True)
         if error := self.errors.get(cfg.preset):
@@ -512,14 +562,18 @@ def ladder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_an_interrupted_fresh_run_does_not_ask_for_fresh_again(fake: FakeTrain, tmp_path: Path, fresh: bool) -> None:
+def test_an_interrupted_fresh_run_does_not_ask_for_fresh_again(
+    fake: FakeTrain, tmp_path: Path, fresh: bool
+) -> None:
     fake.errors["baseline"] = Interrupted("SIGTERM at step 3 of 9; the same command goes on from here")
     result = ask("train", "--preset", "baseline", "--out", tmp_path, *(["--fresh"] if fresh else []))
     assert result.exit_code == 75
     assert ("without --fresh" in result.stderr) == fresh
 
 
-def test_a_ladder_trains_each_step_and_ends_with_the_comparison(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
+def test_a_ladder_trains_each_step_and_ends_with_the_comparison(
+    fake: FakeTrain, ladder: Path, tmp_path: Path
+) -> None:
     result = ask("train", "--preset", ladder, "--out", tmp_path / "runs")
     assert result.exit_code == 0
     assert fake.asked == ["ladder:a", "ladder:b", "ladder:c"]
@@ -533,7 +587,9 @@ def test_a_ladder_trains_each_step_and_ends_with_the_comparison(fake: FakeTrain,
     assert one["preset"] == "ladder:b"
 
 
-def test_a_ladder_goes_on_when_one_step_diverges_and_ends_with_3(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
+def test_a_ladder_goes_on_when_one_step_diverges_and_ends_with_3(
+    fake: FakeTrain, ladder: Path, tmp_path: Path
+) -> None:
     fake.errors["ladder:b"] = Diverged("loss nan at step 4")
     result = ask("train", "--preset", ladder, "--out", tmp_path, "--quiet")
     assert result.exit_code == 3
@@ -550,7 +606,9 @@ def test_a_ladder_stops_when_it_is_interrupted(fake: FakeTrain, ladder: Path, tm
     assert fake.asked == ["ladder:a", "ladder:b"]
 
 
-def test_a_ladder_over_several_data_sets_has_no_common_table(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
+def test_a_ladder_over_several_data_sets_has_no_common_table(
+    fake: FakeTrain, ladder: Path, tmp_path: Path
+) -> None:
     fake.changes["ladder:c"] = {"fingerprints": {"corpus": "d" * 64, "val": "w" * 64}}
     result = ask("train", "--preset", ladder, "--out", tmp_path)
     assert result.exit_code == 0
@@ -565,7 +623,10 @@ def test_a_crash_keeps_its_traceback_in_the_run_directory(fake: FakeTrain, tmp_p
     result = ask(*args)
     kept = tmp_path / cfg.run_id / "traceback.txt"
     assert result.exit_code == 1
-    assert result.stderr == f"crash: ZeroDivisionError: by nought; --debug shows the traceback, {kept} keeps it\n"
+    assert (
+        result.stderr
+        == f"crash: ZeroDivisionError: by nought; --debug shows the traceback, {kept} keeps it\n"
+    )
     assert "Traceback" in kept.read_text(encoding="utf-8")
     fake.errors.clear()
     assert ask(*args).exit_code == 0
@@ -597,7 +658,11 @@ def test_an_export_overwrites_no_other_study_json(tmp_path: Path, monkeypatch: p
 
 def test_every_path_option_is_checked_for_being_empty() -> None:
     root = Path(mainrun.__file__).parents[1]
-    code = "".join(path.read_text() for folder in ("mainrun", "reports", "sweeps") for path in (root / folder).rglob("*.py"))
+    code = "".join(
+        path.read_text()
+        for folder in ("mainrun", "reports", "sweeps")
+        for path in (root / folder).rglob("*.py")
+    )
     checked = set(re.findall(r"""Option\(\s*"(--[a-z]+)",[^()]*callback=validate_paths""", code))
     assert {"--out", "--svg"} <= checked <= set(terminal.PATH_OPTIONS)
 
@@ -605,7 +670,11 @@ def test_every_path_option_is_checked_for_being_empty() -> None:
 @pytest.mark.parametrize("option", terminal.PATH_OPTIONS)
 @pytest.mark.parametrize("written", ["{} ", "{}="])
 def test_an_empty_path_is_refused(option: str, written: str) -> None:
-    refused(ask("compare", "one", *written.format(option).split(" ")), f"got {option}", "'', which is empty; give a path")
+    refused(
+        ask("compare", "one", *written.format(option).split(" ")),
+        f"got {option}",
+        "'', which is empty; give a path",
+    )
 
 
 @pytest.mark.parametrize("command", [("compare", ""), ("submit", "--run=")])
@@ -613,7 +682,9 @@ def test_an_empty_run_is_refused(command: tuple[str, ...]) -> None:
     refused(ask(*command), "empty", "give a")
 
 
-def test_a_current_folder_that_was_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_current_folder_that_was_removed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

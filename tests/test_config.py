@@ -57,8 +57,17 @@ def values(field: str) -> st.SearchStrategy[Any]:
 def ops() -> st.SearchStrategy[dict[str, Any]]:
     fracs = st.floats(0, 1, exclude_min=True, exclude_max=True).map(lambda f: {"budget_frac": f})
     trigger = st.one_of(fracs, st.integers(1, 10**6).map(lambda s: {"step": s}))
-    kinds = [("set_lr", st.floats(1e-6, 1)), ("set_dropout", st.floats(0, 0.9)), ("set_weight_decay", st.floats(0, 10))]
-    return st.one_of([st.fixed_dictionaries({"name": st.just(name), "value": value, "trigger": trigger}) for name, value in kinds])
+    kinds = [
+        ("set_lr", st.floats(1e-6, 1)),
+        ("set_dropout", st.floats(0, 0.9)),
+        ("set_weight_decay", st.floats(0, 10)),
+    ]
+    return st.one_of(
+        [
+            st.fixed_dictionaries({"name": st.just(name), "value": value, "trigger": trigger})
+            for name, value in kinds
+        ]
+    )
 
 
 def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -87,7 +96,13 @@ def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
 @st.composite
 def configs(draw: st.DrawFn) -> TrainConfig:
     """Any config that is allowed: few fields changed at a time, else the sizes would never fit together."""
-    names = draw(st.lists(st.sampled_from([f for f in FIELDS if f not in ("corpus", "official_geometry")]), unique=True, max_size=8))
+    names = draw(
+        st.lists(
+            st.sampled_from([f for f in FIELDS if f not in ("corpus", "official_geometry")]),
+            unique=True,
+            max_size=8,
+        )
+    )
     try:
         return from_dict({name: draw(values(name)) for name in names})
     except ConfigError:
@@ -129,7 +144,9 @@ def test_what_a_step_takes_is_classed_scheduled_and_nothing_else_is() -> None:
     assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes
 
 
-@pytest.mark.parametrize("field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled"))
+@pytest.mark.parametrize(
+    "field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled")
+)
 def test_a_scheduled_field_changes_a_resolved_step(field: str) -> None:
     base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd"}
     if field == "schedule":
@@ -222,7 +239,10 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"grad_accum": 3}, ["grad_accum=3", "batch_size=64", "divisor"]),
         ({"ema": 0.9, "swa": 0.5}, ["ema=0.9", "swa=0.5", "0"]),
         ({"rdrop": 1.0}, ["rdrop=1.0", "dropout > 0"]),
-        ({"schedule": "wsd", "warmup_frac": 0.6, "decay_frac": 0.5}, ["warmup_frac=0.6", "decay_frac=0.5", "at most 1"]),
+        (
+            {"schedule": "wsd", "warmup_frac": 0.6, "decay_frac": 0.5},
+            ["warmup_frac=0.6", "decay_frac=0.5", "at most 1"],
+        ),
         ({"official_geometry": "64"}, ["official_geometry='64'", "ROWSxTOKENS"]),
         ({"official_geometry": "0x128"}, ["official_geometry"]),
         ({"official_geometry": "8x129"}, ["official_geometry", "block_size=128"]),
@@ -232,7 +252,9 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"corpus": "mix"}, ["corpus='mix'", "mix:PATH.toml"]),
     ],
 )
-def test_fields_that_do_not_fit_together_are_refused_with_the_fix(changes: dict[str, Any], words: list[str]) -> None:
+def test_fields_that_do_not_fit_together_are_refused_with_the_fix(
+    changes: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as e:
         default(**changes)
     assert all(word in str(e.value) for word in words), str(e.value)
@@ -255,7 +277,9 @@ def test_every_wrong_field_is_named_at_once() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(FIELDS), st.one_of(st.integers(), st.floats(), st.text("abx01.-", max_size=5), st.none(), st.booleans()), max_size=3
+        st.sampled_from(FIELDS),
+        st.one_of(st.integers(), st.floats(), st.text("abx01.-", max_size=5), st.none(), st.booleans()),
+        max_size=3,
     )
 )
 @example({"batch_size": 0})
@@ -341,7 +365,10 @@ def test_the_baseline_is_the_public_one() -> None:
         "tokenizer_fit": "train+val", "order": "sequential", "eval_per_epoch": 3, "warmup_frac": 0.0, "min_lr_frac": 0.0, "dev_frac": 0.0,
     }  # fmt: skip
     assert {k: getattr(cfg, k) for k in facts} == facts
-    for train_tokens, per_epoch, steps in ((1_102_455, 134, 938), (228_354, 27, 189)):  # the spec's two reference runs
+    for train_tokens, per_epoch, steps in (
+        (1_102_455, 134, 938),
+        (228_354, 27, 189),
+    ):  # the spec's two reference runs
         plan = Plan(cfg, train_tokens)
         assert (plan.steps_per_epoch, plan.steps) == (per_epoch, steps)
     assert sorted(Plan(cfg, 228_354).eval_steps)[:4] == [1, 9, 18, 27]
@@ -385,7 +412,11 @@ def test_a_base_is_a_preset_that_others_change(tmp_path: Path) -> None:
     (step,) = load(write(tmp_path, "onestep", f'base = "{ladder}:b"\nseed = 1\n'))
     assert (step.preset, step.lr, step.seed) == ("onestep", 0.25, 1)
     (first, second) = load(
-        write(tmp_path, "pair", f'[[steps]]\nname = "x"\nbase = "baseline"\n[[steps]]\nname = "y"\nbase = "{ladder}:c"\n')
+        write(
+            tmp_path,
+            "pair",
+            f'[[steps]]\nname = "x"\nbase = "baseline"\n[[steps]]\nname = "y"\nbase = "{ladder}:c"\n',
+        )
     )
     assert (first.lr, second.lr) == (6e-3, 0.25)  # a step with a base starts anew
 
@@ -403,7 +434,9 @@ def test_a_base_is_a_preset_that_others_change(tmp_path: Path) -> None:
         ("n_head = 7", "{}", ["n_head=7"]),
     ],
 )
-def test_a_preset_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, ask: str, words: list[str]) -> None:
+def test_a_preset_file_that_cannot_be_used_says_why(
+    tmp_path: Path, text: str, ask: str, words: list[str]
+) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("{self}", str(path)), encoding="utf-8")
     with pytest.raises(ConfigError) as e:
@@ -457,7 +490,12 @@ def test_the_width_of_the_mlp(changes: dict[str, Any], width: int) -> None:
 def test_unset_fields_follow_the_others() -> None:
     cfg = default(dropout=0.3, resid_dropout=0.1)
     assert cfg.dropouts == (0.3, 0.3, 0.1)
-    assert (cfg.kv_heads, default(n_kv_head=2).kv_heads, cfg.head_width, default(head_dim=32).head_width) == (8, 2, 64, 32)
+    assert (cfg.kv_heads, default(n_kv_head=2).kv_heads, cfg.head_width, default(head_dim=32).head_width) == (
+        8,
+        2,
+        64,
+        32,
+    )
     assert cfg.geometry == (64, 128)
     assert default(official_geometry="8x64").geometry == (8, 64)
 
@@ -468,7 +506,10 @@ def test_unset_fields_follow_the_others() -> None:
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Short runs of every schedule."""
-    fields = {name: draw(values(name)) for name in ("schedule", "decay_shape", "warmup_frac", "decay_frac", "min_lr_frac", "wd_schedule")}
+    fields = {
+        name: draw(values(name))
+        for name in ("schedule", "decay_shape", "warmup_frac", "decay_frac", "min_lr_frac", "wd_schedule")
+    }
     fields |= {"epochs": draw(st.integers(1, 7)), "weight_decay": 0.1, "batch_size": 2, "block_size": 4}
     fields |= draw(st.sampled_from([{}, {"ema": 0.9}, {"swa": 0.4}]))
     fields |= {"eval_per_epoch": draw(st.integers(0, 50))}
@@ -524,12 +565,18 @@ def test_the_evaluations_are_at_both_ends_and_as_often_as_asked(plan: Plan) -> N
     assert plan.table()["evaluations"] == len(steps)
 
 
-@pytest.mark.parametrize(("shape", "half"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("quarter", 0.0)])
+@pytest.mark.parametrize(
+    ("shape", "half"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("quarter", 0.0)]
+)
 def test_the_weight_decay_falls_as_it_says(shape: str, half: float) -> None:
     fields = {"weight_decay": 0.1, "batch_size": 2, "block_size": 4, "epochs": 1}
     if shape == "quarter":  # where linear and cosine part
-        linear, cosine = (Plan(default(wd_schedule=s, **fields), 8 * 40).at(10).weight_decay for s in ("linear", "cosine"))
-        assert linear == pytest.approx(0.075) and cosine == pytest.approx(0.1 * (1 + math.cos(math.pi / 4)) / 2)
+        linear, cosine = (
+            Plan(default(wd_schedule=s, **fields), 8 * 40).at(10).weight_decay for s in ("linear", "cosine")
+        )
+        assert linear == pytest.approx(0.075) and cosine == pytest.approx(
+            0.1 * (1 + math.cos(math.pi / 4)) / 2
+        )
     else:
         plan = Plan(default(wd_schedule=shape, **fields), 8 * 40)
         assert plan.at(20).weight_decay == pytest.approx(0.1 * half)
@@ -537,14 +584,21 @@ def test_the_weight_decay_falls_as_it_says(shape: str, half: float) -> None:
 
 def test_a_fall_does_not_begin_before_the_warm_up_ends() -> None:
     """Both fractions may round up; the fall then gives way."""
-    plan = Plan(default(schedule="wsd", warmup_frac=0.3, decay_frac=0.7, batch_size=2, block_size=4, epochs=1), 8 * 5)
+    plan = Plan(
+        default(schedule="wsd", warmup_frac=0.3, decay_frac=0.7, batch_size=2, block_size=4, epochs=1), 8 * 5
+    )
     assert (plan.steps, plan.warmup_steps, plan.decay_start) == (5, 2, 2)
     assert [plan.lr_factor(s) for s in range(5)] == pytest.approx([0.5, 1, 1, 2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("where", ["set", "file", "step", "scale"])
 def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
-    text = {"file": "preset = 'x'", "step": "[[steps]]\npreset = 'x'", "scale": "[scale]\npreset = 'x'", "set": ""}[where]
+    text = {
+        "file": "preset = 'x'",
+        "step": "[[steps]]\npreset = 'x'",
+        "scale": "[scale]\npreset = 'x'",
+        "set": "",
+    }[where]
     (tmp_path / "mine.toml").write_text(text + "\n")
     with pytest.raises(ConfigError, match="preset"):
         load(str(tmp_path / "mine.toml"), ["preset=x"] if where == "set" else [])
@@ -552,7 +606,13 @@ def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "meant"),
-    [("LR", "'lr'"), ("learning_rate", "'lr'"), ("vocabsize", "'vocab_size'"), ("n_heads", "'n_head'"), ("growth", None)],
+    [
+        ("LR", "'lr'"),
+        ("learning_rate", "'lr'"),
+        ("vocabsize", "'vocab_size'"),
+        ("n_heads", "'n_head'"),
+        ("growth", None),
+    ],
 )
 def test_an_unknown_field_is_met_with_what_was_meant(field: str, meant: str | None) -> None:
     with pytest.raises(ConfigError) as e:
@@ -592,7 +652,10 @@ def test_the_aux_rate_follows_the_same_shape() -> None:
 
 @pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
 def test_the_shapes_of_the_decay(shape: str, half: float) -> None:
-    plan = Plan(default(schedule="wsd", decay_frac=0.5, decay_shape=shape, batch_size=2, block_size=4, epochs=1), 8 * 40)
+    plan = Plan(
+        default(schedule="wsd", decay_frac=0.5, decay_shape=shape, batch_size=2, block_size=4, epochs=1),
+        8 * 40,
+    )
     assert (plan.steps, plan.decay_start) == (40, 20)
     assert plan.lr_factor(30) == pytest.approx(half)
 
@@ -642,11 +705,24 @@ def changes(*names: str) -> st.SearchStrategy[list[dict[str, Any]]]:
         "set_batch_size": st.integers(1, 8),
         "set_grad_accum": st.integers(1, 4),
     }
-    one = st.one_of([st.fixed_dictionaries({"name": st.just(n), "value": kinds[n], "trigger": fires()}) for n in names or kinds])
+    one = st.one_of(
+        [
+            st.fixed_dictionaries({"name": st.just(n), "value": kinds[n], "trigger": fires()})
+            for n in names or kinds
+        ]
+    )
     return st.lists(one, min_size=1, max_size=4)
 
 
-SHORT: dict[str, Any] = {"block_size": 4, "batch_size": 2, "epochs": 2, "schedule": "wsd", "lr": 0.5, "weight_decay": 0.1, "dropout": 0.1}
+SHORT: dict[str, Any] = {
+    "block_size": 4,
+    "batch_size": 2,
+    "epochs": 2,
+    "schedule": "wsd",
+    "lr": 0.5,
+    "weight_decay": 0.1,
+    "dropout": 0.1,
+}
 
 
 def planned(train_tokens: int, found: list[dict[str, Any]], **fields: Any) -> Plan:
@@ -659,24 +735,32 @@ def planned(train_tokens: int, found: list[dict[str, Any]], **fields: Any) -> Pl
 
 
 @given(st.integers(40, 250), changes(), st.sampled_from([0, 1, 3, 50]))
-def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(train_tokens: int, found: list[dict[str, Any]], evals: int) -> None:
+def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(
+    train_tokens: int, found: list[dict[str, Any]], evals: int
+) -> None:
     plan = planned(train_tokens, found, eval_per_epoch=evals)
     trained = list(itertools.accumulate((plan.at(s).batch_size * 4 for s in range(plan.steps)), initial=0))
     assert [plan.tokens(done) for done in range(plan.steps + 1)] == trained
     assert plan.budget == 2 * (train_tokens // 8) * 8
-    assert 0 <= plan.budget - trained[-1] < plan.stretches[-1].span
+    assert 0 <= plan.budget - trained[-1] < plan.segments[-1].span
     assert plan.eval_steps <= set(range(1, plan.steps + 1)) and {1, plan.steps} <= plan.eval_steps
     assert plan.breaks == sorted({*plan.breaks} & {*range(1, plan.steps)})
     assert plan.table()["steps"] == plan.steps
 
 
 @given(st.integers(40, 250), changes())
-def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(train_tokens: int, found: list[dict[str, Any]]) -> None:
+def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(
+    train_tokens: int, found: list[dict[str, Any]]
+) -> None:
     plan = planned(train_tokens, found)
-    assert plan.stretches[0][1:] == (0, 0, 0, 0, 0, None)
-    for wanted, before, after in zip(found, plan.stretches, plan.stretches[1:], strict=False):
+    assert plan.segments[0][1:] == (0, 0, 0, 0, 0, None)
+    for wanted, before, after in zip(found, plan.segments, plan.segments[1:], strict=False):
         assert before.first <= after.first < plan.steps
-        assert after.tokens == before.tokens + (after.first - before.first) * before.span == plan.tokens(after.first)
+        assert (
+            after.tokens
+            == before.tokens + (after.first - before.first) * before.span
+            == plan.tokens(after.first)
+        )
         assert getattr(after.cfg, wanted["name"].removeprefix("set_")) == wanted["value"]
         assert after.first in (0, *plan.breaks)
         if step := wanted["trigger"].get("step"):
@@ -686,20 +770,35 @@ def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(train_tokens: int, 
             near = abs(after.tokens - share) <= before.span / 2 + 1e-6
             assert near or (after.first == before.first and share < before.tokens)
     for step in range(plan.steps):
-        cfg = plan.stretch(step).cfg
+        cfg = plan.segment_at(step).cfg
         assert plan.at(step).lr == cfg.lr * plan.lr_factor(step)
         assert (plan.at(step).batch_size, plan.at(step).grad_accum) == (cfg.batch_size, cfg.grad_accum)
 
 
-@given(st.integers(40, 250), changes("set_lr", "set_weight_decay", "set_dropout"), st.sampled_from(["sequential", "shuffle_titles"]))
-def test_ops_that_leave_the_batch_alone_move_nothing_else(train_tokens: int, found: list[dict[str, Any]], order: str) -> None:
-    plan, plain = planned(train_tokens, found, order=order), Plan(default(**SHORT | {"order": order}), train_tokens)
+@given(
+    st.integers(40, 250),
+    changes("set_lr", "set_weight_decay", "set_dropout"),
+    st.sampled_from(["sequential", "shuffle_titles"]),
+)
+def test_ops_that_leave_the_batch_alone_move_nothing_else(
+    train_tokens: int, found: list[dict[str, Any]], order: str
+) -> None:
+    plan, plain = (
+        planned(train_tokens, found, order=order),
+        Plan(default(**SHORT | {"order": order}), train_tokens),
+    )
     assert (plan.steps, plan.budget, plan.eval_steps) == (plain.steps, plain.budget, plain.eval_steps)
-    assert (plan.warmup_steps, plan.decay_start, plan.checkpoint_every) == (plain.warmup_steps, plain.decay_start, plain.checkpoint_every)
+    assert (plan.warmup_steps, plan.decay_start, plan.checkpoint_every) == (
+        plain.warmup_steps,
+        plain.decay_start,
+        plain.checkpoint_every,
+    )
     for step in range(plan.steps):
         assert plan.tokens(step) == plain.tokens(step)
         assert plan.lr_factor(step) == plain.lr_factor(step)
-        assert plan.stretch(step).place(step, train_tokens) == plain.stretch(step).place(step, train_tokens)
+        assert plan.segment_at(step).place(step, train_tokens) == plain.segment_at(step).place(
+            step, train_tokens
+        )
 
 
 def test_ops_that_set_what_is_set_change_nothing() -> None:
@@ -716,23 +815,37 @@ def test_a_schedule_by_hand() -> None:
         op("set_lr", 0.25, budget_frac=0.75),
         op("set_dropout", 0.0, step=3),  # due long ago: it waits for the ones before it
     ]
-    plan = Plan(default(**SHORT | {"growth": {"ops": found}, "schedule": "constant", "eval_per_epoch": 1}), 400)
-    assert [(s.first, s.tokens) for s in plan.stretches] == [(0, 0), (50, 400), (62, 592), (62, 592)]
+    plan = Plan(
+        default(**SHORT | {"growth": {"ops": found}, "schedule": "constant", "eval_per_epoch": 1}), 400
+    )
+    assert [(s.first, s.tokens) for s in plan.segments] == [(0, 0), (50, 400), (62, 592), (62, 592)]
     assert plan.steps == 75 and plan.tokens(75) == 800
     assert [(plan.at(s).batch_size, plan.at(s).lr, plan.at(s).dropout) for s in (49, 50, 61, 62)] == [
         (2, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.25, 0.0),
     ]  # fmt: skip
     assert plan.eval_steps == {1, 50, 75}  # an epoch is 50 steps, then 25
     assert {50, 62} <= set(plan.breaks)
-    assert plan.table()["growth"] == "set_batch_size 4 after step 50, set_lr 0.25 after step 62, set_dropout 0 after step 62"
+    assert (
+        plan.table()["growth"]
+        == "set_batch_size 4 after step 50, set_lr 0.25 after step 62, set_dropout 0 after step 62"
+    )
     assert planned(400, []).table()["growth"] is None
 
 
 def test_an_op_fires_within_the_budget_or_is_refused() -> None:
-    for late in (op("set_lr", 0.1, step=100), op("set_lr", 0.1, step=10**9), op("set_batch_size", 1, step=10**6)):
+    for late in (
+        op("set_lr", 0.1, step=100),
+        op("set_lr", 0.1, step=10**9),
+        op("set_batch_size", 1, step=10**6),
+    ):
         with pytest.raises(ConfigError) as e:
             Plan(default(**SHORT | {"growth": {"ops": [op("set_lr", 0.2, step=5), late]}}), 400)
-        words = [f"growth: ops[1] {late['name']!r}", f"after step {late['trigger']['step']}", "has 100 steps", "earlier trigger"]
+        words = [
+            f"growth: ops[1] {late['name']!r}",
+            f"after step {late['trigger']['step']}",
+            "has 100 steps",
+            "earlier trigger",
+        ]
         assert all(word in str(e.value) for word in words), str(e.value)
     with pytest.raises(
         ConfigError, match=r"growth: ops\[0\] 'set_batch_size' .*after step 99.*has 100 steps"
@@ -745,7 +858,9 @@ ONE = op("set_lr", 0.25, budget_frac=0.5)
 TOML = '[[ops]]\nname = "set_lr"\nvalue = 0.25\ntrigger = { budget_frac = 0.5 }\n'
 
 
-@pytest.mark.parametrize("how", ["inline", "json text", "yaml text", "toml file", "json file", "yaml file", "yml file", "preset"])
+@pytest.mark.parametrize(
+    "how", ["inline", "json text", "yaml text", "toml file", "json file", "yaml file", "yml file", "preset"]
+)
 def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(TOML)
     (tmp_path / "mine.json").write_text(json.dumps({"ops": [ONE]}))
@@ -755,9 +870,17 @@ def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
     (tmp_path / "preset.toml").write_text(TOML.replace("[[ops]]", "[[growth.ops]]"))
     inline = '{ ops = [{ name = "set_lr", value = 0.25, trigger = { budget_frac = 0.5 } }] }'
     given_as = {"inline": inline, "json text": json.dumps({"version": 2, "ops": [ONE]})}
-    given_as |= {"toml file": str(tmp_path / "mine.toml"), "json file": str(tmp_path / "mine.json"), "yaml text": yaml}
+    given_as |= {
+        "toml file": str(tmp_path / "mine.toml"),
+        "json file": str(tmp_path / "mine.json"),
+        "yaml text": yaml,
+    }
     given_as |= {f"{kind} file": str(tmp_path / f"mine.{kind}") for kind in ("yaml", "yml")}
-    (cfg,) = load(str(tmp_path / "preset.toml")) if how == "preset" else load("baseline", [f"growth={given_as[how]}"])
+    (cfg,) = (
+        load(str(tmp_path / "preset.toml"))
+        if how == "preset"
+        else load("baseline", [f"growth={given_as[how]}"])
+    )
     assert cfg.growth == default(growth={"ops": [ONE]}).growth
     assert load("baseline", [f"growth={cfg.growth}"])[0].growth == cfg.growth
     assert from_dict(json.loads(json.dumps(cfg.model_dump()))) == cfg
@@ -805,7 +928,9 @@ FAULTY: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("growth", "words"), FAULTY)
-def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(growth: Any, words: list[str]) -> None:
+def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(
+    growth: Any, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as e:
         default(growth=growth)
     assert all(word in str(e.value) for word in words), str(e.value)
@@ -815,7 +940,10 @@ def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(growth:
 def test_dropout_cannot_go_where_r_drop_needs_it() -> None:
     with pytest.raises(ConfigError) as e:
         default(rdrop=0.5, dropout=0.1, growth={"ops": [GOOD, op("set_dropout", 0.0, step=9)]})
-    assert all(word in str(e.value) for word in ("growth: ops[1] 'set_dropout'", "rdrop=0.5 without any dropout", "set dropout > 0"))
+    assert all(
+        word in str(e.value)
+        for word in ("growth: ops[1] 'set_dropout'", "rdrop=0.5 without any dropout", "set dropout > 0")
+    )
 
 
 def test_every_fault_of_a_schedule_is_named_at_once() -> None:
@@ -824,7 +952,13 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
         default(growth=bad)
     assert str(e.value).count("\n") == 3, str(e.value)
     assert all(
-        word in str(e.value) for word in ("ops[0] 'grow'", "ops[1] 'set_lr': value='x'", "ops[1] 'set_lr': trigger.step=0", "key 'steps'")
+        word in str(e.value)
+        for word in (
+            "ops[0] 'grow'",
+            "ops[1] 'set_lr': value='x'",
+            "ops[1] 'set_lr': trigger.step=0",
+            "key 'steps'",
+        )
     )
 
 
@@ -845,7 +979,9 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
         ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth: ops[0] 'set_lr': no trigger"]),
     ],
 )  # fmt: skip
-def test_a_file_that_holds_no_schedule_is_refused_by_its_name(tmp_path: Path, name: str, text: Any, words: list[str]) -> None:
+def test_a_file_that_holds_no_schedule_is_refused_by_its_name(
+    tmp_path: Path, name: str, text: Any, words: list[str]
+) -> None:
     path = tmp_path / name
     if text is ...:
         path.mkdir()
@@ -860,4 +996,8 @@ def test_a_file_that_holds_no_schedule_is_refused_by_its_name(tmp_path: Path, na
 def test_a_schedule_that_is_written_wrong_is_no_file_to_mend(text: str) -> None:
     with pytest.raises(ConfigError, match="neither TOML, JSON nor YAML") as e:
         load("baseline", [f"growth={text}"])
-    assert text in str(e.value) and "write { ops = [{ name, value, trigger }, ...] }" in str(e.value) and "mend" not in str(e.value)
+    assert (
+        text in str(e.value)
+        and "write { ops = [{ name, value, trigger }, ...] }" in str(e.value)
+        and "mend" not in str(e.value)
+    )

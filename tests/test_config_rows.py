@@ -15,7 +15,7 @@ from mainrun import config
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.ops import ARCHITECTURE
-from mainrun.plan.plan import Plan, Stretch
+from mainrun.plan.plan import Plan, Segment
 from mainrun.plan.recipes import load, parse_set
 
 INF = math.inf
@@ -198,21 +198,41 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "n_head=7 does not divide d_model=512; set n_head to one of [2, 4, 8], or d_model=518",
         {"n_head": 7, "head_dim": 64},
     ),
-    ({"n_head": 2, "d_model": 63}, "n_head=2 does not divide d_model=63; set d_model=64", {"n_head": 3, "d_model": 63}),
+    (
+        {"n_head": 2, "d_model": 63},
+        "n_head=2 does not divide d_model=63; set d_model=64",
+        {"n_head": 3, "d_model": 63},
+    ),
     (
         {"n_head": 5, "d_model": 12},
         "n_head=5 does not divide d_model=12; set n_head to one of [2, 3, 6], or d_model=10",
         {"n_head": 6, "d_model": 12},
     ),
-    ({"n_head": 8, "d_model": 5}, "n_head=8 does not divide d_model=5; set d_model=16", {"n_head": 5, "d_model": 5}),
-    ({"n_kv_head": 3}, "n_kv_head=3 does not divide n_head=8; set n_kv_head to a divisor, or 0", {"n_kv_head": 8}),
-    ({"n_kv_head": 16}, "n_kv_head=16 does not divide n_head=8; set n_kv_head to a divisor, or 0", {"n_kv_head": 1}),
+    (
+        {"n_head": 8, "d_model": 5},
+        "n_head=8 does not divide d_model=5; set d_model=16",
+        {"n_head": 5, "d_model": 5},
+    ),
+    (
+        {"n_kv_head": 3},
+        "n_kv_head=3 does not divide n_head=8; set n_kv_head to a divisor, or 0",
+        {"n_kv_head": 8},
+    ),
+    (
+        {"n_kv_head": 16},
+        "n_kv_head=16 does not divide n_head=8; set n_kv_head to a divisor, or 0",
+        {"n_kv_head": 1},
+    ),
     (
         ROPE_ODD,
         "position=rope needs an even head width, got d_model/n_head = 3; change d_model or n_head",
         ROPE_ODD | {"d_model": 32},
     ),
-    (ROPE_ODD, "position=rope needs an even head width, got d_model/n_head = 3; change d_model or n_head", {"d_model": 24}),
+    (
+        ROPE_ODD,
+        "position=rope needs an even head width, got d_model/n_head = 3; change d_model or n_head",
+        {"d_model": 24},
+    ),
     (
         {"position": "rope", "head_dim": 33},
         "position=rope needs an even head width, got head_dim = 33; change it",
@@ -223,15 +243,31 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "top_k=3 of experts=2; lower top_k, or set experts=0 for a dense MLP",
         {"experts": 3, "top_k": 3},
     ),
-    ({"experts": 1}, "top_k=2 of experts=1; lower top_k, or set experts=0 for a dense MLP", {"experts": 0, "top_k": 9}),
+    (
+        {"experts": 1},
+        "top_k=2 of experts=1; lower top_k, or set experts=0 for a dense MLP",
+        {"experts": 0, "top_k": 9},
+    ),
     (
         {"max_steps": 1, "growth": OPS},
         "max_steps=1 with growth; set max_steps=0: a schedule of growth is laid out over the epochs",
         {"growth": OPS},
     ),
-    ({"grad_accum": 3}, "grad_accum=3 does not divide batch_size=64; set a divisor: it cuts the batch", {"grad_accum": 64}),
-    ({"ema": 0.5, "swa": 0.25}, "ema=0.5 and swa=0.25 are both on; set one of them to 0: one average is scored", {"swa": 0.25}),
-    ({"rdrop": 0.5}, "rdrop=0.5 without any dropout; set dropout > 0: R-Drop compares two dropout masks", {"rdrop": 0.5, "dropout": 0.1}),
+    (
+        {"grad_accum": 3},
+        "grad_accum=3 does not divide batch_size=64; set a divisor: it cuts the batch",
+        {"grad_accum": 64},
+    ),
+    (
+        {"ema": 0.5, "swa": 0.25},
+        "ema=0.5 and swa=0.25 are both on; set one of them to 0: one average is scored",
+        {"swa": 0.25},
+    ),
+    (
+        {"rdrop": 0.5},
+        "rdrop=0.5 without any dropout; set dropout > 0: R-Drop compares two dropout masks",
+        {"rdrop": 0.5, "dropout": 0.1},
+    ),
     (
         {"rdrop": 0.5, "dropout": 0.1, "attn_dropout": 0.0, "resid_dropout": 0.0, "unused_ids": 1},
         "unused_ids=1 with rdrop=0.5; set one of them to 0: what has no chance cannot be given a share",
@@ -261,7 +297,15 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 GEOMETRY = "write ROWSxTOKENS, like 64x128, tokens at most block_size=128"
 PAIRS += [
     ({"official_geometry": text}, f"official_geometry={text!r}; {GEOMETRY}", {"official_geometry": good})
-    for text, good in [("0x8", "1x8"), ("8x0", "8x1"), ("8x129", "8x128"), ("8", "8x8"), ("8x", "8x8"), ("x8", "8x8"), ("8x-1", "8x8")]
+    for text, good in [
+        ("0x8", "1x8"),
+        ("8x0", "8x1"),
+        ("8x129", "8x128"),
+        ("8", "8x8"),
+        ("8x", "8x8"),
+        ("x8", "8x8"),
+        ("8x-1", "8x8"),
+    ]
 ]
 CORPORA = "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml"
 PAIRS += [
@@ -273,7 +317,9 @@ PAIRS += [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("bad", "words", "good"), PAIRS, ids=[",".join(f"{k}={v}" for k, v in bad.items()) for bad, _, _ in PAIRS])
+@pytest.mark.parametrize(
+    ("bad", "words", "good"), PAIRS, ids=[",".join(f"{k}={v}" for k, v in bad.items()) for bad, _, _ in PAIRS]
+)
 def test_fields_that_do_not_fit_together(bad: dict[str, Any], words: str, good: dict[str, Any]) -> None:
     assert refusals(**bad) == words
     assert not refusals(**good)
@@ -289,7 +335,7 @@ def test_a_change_keeps_the_rest_and_leaves_growth_behind() -> None:
 
 
 def test_the_phases_are_the_config_and_one_more_for_each_op() -> None:
-    assert [phase.lr for phase in from_dict({"lr": 0.5, "growth": OPS}).phases] == [0.5, 0.01]
+    assert [phase.lr for phase in from_dict({"lr": 0.5, "growth": OPS}).segment_configs] == [0.5, 0.01]
 
 
 # -- what follows from the fields
@@ -357,7 +403,10 @@ def cosine(progress: float) -> float:
         ({"min_lr_frac": 0.5}, [0.5 + 0.5 * cosine(s / 10) for s in range(10)]),
         ({"min_lr_frac": 1.0}, [1.0] * 10),
         ({"warmup_frac": 0.2}, [0.5, 1.0, *(cosine(s / 8) for s in range(8))]),
-        ({"warmup_frac": 0.2, "min_lr_frac": 0.1}, [0.5, 1.0, *(0.1 + 0.9 * cosine(s / 8) for s in range(8))]),
+        (
+            {"warmup_frac": 0.2, "min_lr_frac": 0.1},
+            [0.5, 1.0, *(0.1 + 0.9 * cosine(s / 8) for s in range(8))],
+        ),
         ({"warmup_iters": 4, "warmup_frac": 0.9}, [0.25, 0.5, 0.75, 1.0, *(cosine(s / 6) for s in range(6))]),
         ({"warmup_iters": 20}, [s / 20 for s in range(1, 11)]),
         ({"warmup_frac": 1.0}, [s / 10 for s in range(1, 11)]),
@@ -368,12 +417,24 @@ def cosine(progress: float) -> float:
         ({"schedule": "wsd"}, [*[1.0] * 9, 0.5]),
         ({"schedule": "wsd", "decay_frac": 0.4}, [*[1.0] * 7, 0.75, 0.5, 0.25]),
         ({"schedule": "wsd", "decay_frac": 0.4, "min_lr_frac": 0.2}, [*[1.0] * 7, 0.8, 0.6, 0.4]),
-        ({"schedule": "wsd", "decay_frac": 0.4, "decay_shape": "cosine"}, [*[1.0] * 7, cosine(0.25), 0.5, cosine(0.75)]),
-        ({"schedule": "wsd", "decay_frac": 0.4, "decay_shape": "sqrt"}, [*[1.0] * 7, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5]),
+        (
+            {"schedule": "wsd", "decay_frac": 0.4, "decay_shape": "cosine"},
+            [*[1.0] * 7, cosine(0.25), 0.5, cosine(0.75)],
+        ),
+        (
+            {"schedule": "wsd", "decay_frac": 0.4, "decay_shape": "sqrt"},
+            [*[1.0] * 7, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5],
+        ),
         ({"schedule": "wsd", "decay_frac": 0.0}, [1.0] * 10),
         ({"schedule": "wsd", "decay_frac": 1.0}, [1 - s / 10 for s in range(10)]),
-        ({"schedule": "wsd", "decay_frac": 0.5, "warmup_frac": 0.5}, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
-        ({"schedule": "wsd", "decay_frac": 0.5, "warmup_iters": 8}, [*(s / 8 for s in range(1, 9)), 1.0, 0.5]),
+        (
+            {"schedule": "wsd", "decay_frac": 0.5, "warmup_frac": 0.5},
+            [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
+        ),
+        (
+            {"schedule": "wsd", "decay_frac": 0.5, "warmup_iters": 8},
+            [*(s / 8 for s in range(1, 9)), 1.0, 0.5],
+        ),
         ({"max_steps": 4}, [cosine(s / 4) for s in range(4)]),
         ({"max_steps": 40}, [cosine(s / 10) for s in range(10)]),  # it never lengthens a run
     ],
@@ -382,8 +443,12 @@ def test_the_learning_rate_step_by_step(fields: dict[str, Any], factors: list[fl
     found = plan(lr=0.5, lr_aux=0.25, **fields)
     assert found.steps == len(factors)
     assert [found.lr_factor(s) for s in range(found.steps)] == pytest.approx(factors, abs=1e-12)
-    assert [found.at(s).lr for s in range(found.steps)] == pytest.approx([0.5 * f for f in factors], abs=1e-12)
-    assert [found.at(s).lr_aux for s in range(found.steps)] == pytest.approx([0.25 * f for f in factors], abs=1e-12)
+    assert [found.at(s).lr for s in range(found.steps)] == pytest.approx(
+        [0.5 * f for f in factors], abs=1e-12
+    )
+    assert [found.at(s).lr_aux for s in range(found.steps)] == pytest.approx(
+        [0.25 * f for f in factors], abs=1e-12
+    )
 
 
 def test_without_a_rate_of_their_own_the_tables_have_the_others() -> None:
@@ -425,7 +490,9 @@ def test_a_dropout_is_a_whole_256th(asked: float, used: int) -> None:
 
 
 def test_a_step_takes_what_the_config_says() -> None:
-    inputs = plan(grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25).at(0)
+    inputs = plan(grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25).at(
+        0
+    )
     assert inputs._asdict() == {
         "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5, "resid_dropout": 0.5, "batch_size": 2,
         "grad_accum": 2, "rdrop": 0.75, "label_smoothing": 0.125, "average": 1.0,
@@ -443,7 +510,9 @@ def test_a_step_takes_what_the_config_says() -> None:
         ({"swa": 0.01}, 10, [1.0] * 10),
     ],
 )
-def test_the_share_of_the_new_weights_in_the_average(fields: dict[str, Any], start: int, shares: list[float]) -> None:
+def test_the_share_of_the_new_weights_in_the_average(
+    fields: dict[str, Any], start: int, shares: list[float]
+) -> None:
     found = plan(**fields)
     assert found.swa_start == start
     assert [found.at(s).average for s in range(10)] == pytest.approx(shares)
@@ -462,9 +531,16 @@ def test_the_share_of_the_new_weights_in_the_average(fields: dict[str, Any], sta
         (87, {"epochs": 3, "max_steps": 31}, 10, 30, 240),
     ],
 )
-def test_the_number_of_steps(tokens: int, fields: dict[str, Any], per_epoch: int, steps: int, budget: int) -> None:
+def test_the_number_of_steps(
+    tokens: int, fields: dict[str, Any], per_epoch: int, steps: int, budget: int
+) -> None:
     found = plan(tokens, **fields)
-    assert (found.train_tokens, found.steps_per_epoch, found.steps, found.budget) == (tokens, per_epoch, steps, budget)
+    assert (found.train_tokens, found.steps_per_epoch, found.steps, found.budget) == (
+        tokens,
+        per_epoch,
+        steps,
+        budget,
+    )
     assert [found.tokens(done) for done in (0, 1, steps)] == [0, 8, 8 * steps]
     assert found.checkpoint_every == per_epoch
     assert plan(tokens, checkpoint_every=3, **fields).checkpoint_every == 3
@@ -476,7 +552,9 @@ def test_one_step_must_fit() -> None:
     assert str(e.value) == (
         "train has 8 tokens, but one step takes batch_size*block_size+1 = 9; lower batch_size or block_size, or raise num_titles"
     )
-    with pytest.raises(ConfigError, match=r"train has 1,024 tokens, but one step takes batch_size\*block_size\+1 = 1,025;"):
+    with pytest.raises(
+        ConfigError, match=r"train has 1,024 tokens, but one step takes batch_size\*block_size\+1 = 1,025;"
+    ):
         plan(1024, growth={"ops": [op("set_batch_size", 256, step=5)]})
 
 
@@ -515,7 +593,13 @@ def test_the_evaluations(fields: dict[str, Any], steps: set[int]) -> None:
         ({"schedule": "constant", "swa": 0.5}, [6]),
         ({"schedule": "constant", "swa": 0.1}, []),
         ({"schedule": "constant", "swa": 0.2}, [9]),
-        ({"schedule": "constant", "growth": {"ops": [{"name": "set_lr", "value": 0.1, "trigger": {"step": 9}}]}}, [9]),
+        (
+            {
+                "schedule": "constant",
+                "growth": {"ops": [{"name": "set_lr", "value": 0.1, "trigger": {"step": 9}}]},
+            },
+            [9],
+        ),
     ],
 )
 def test_where_another_config_may_part(fields: dict[str, Any], steps: list[int]) -> None:
@@ -523,7 +607,16 @@ def test_where_another_config_may_part(fields: dict[str, Any], steps: list[int])
 
 
 def test_the_resolved_table() -> None:
-    found = plan(epochs=2, schedule="wsd", decay_frac=0.25, warmup_iters=2, lr=0.5, mlp="swiglu", d_model=32, n_kv_head=4)
+    found = plan(
+        epochs=2,
+        schedule="wsd",
+        decay_frac=0.25,
+        warmup_iters=2,
+        lr=0.5,
+        mlp="swiglu",
+        d_model=32,
+        n_kv_head=4,
+    )
     inputs = {
         "lr": 0.25, "lr_aux": 0.25, "weight_decay": 0.0, "dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0, "batch_size": 2,
         "grad_accum": 1, "rdrop": 0.0, "label_smoothing": 0.0, "average": 1.0,
@@ -552,18 +645,29 @@ def test_the_resolved_table() -> None:
     ],
 )
 def test_the_place_of_a_step(order: str, tokens: int, places: list[tuple[int, int]]) -> None:
-    stretch = Stretch(from_dict(SMALL | {"order": order}))
-    assert stretch.span == 8
-    assert [stretch.place(step, tokens) for step in range(len(places))] == places
+    segment = Segment(from_dict(SMALL | {"order": order}))
+    assert segment.span == 8
+    assert [segment.place(step, tokens) for step in range(len(places))] == places
 
 
 def test_the_place_of_a_step_within_a_stretch() -> None:
-    stretch = Stretch(from_dict(SMALL), first=5, epoch=1, start=8)
-    assert [stretch.place(step, 33) for step in range(5, 13)] == [(1, 8), (1, 16), (1, 24), (2, 0), (2, 8), (2, 16), (2, 24), (3, 0)]
-    assert [stretch.after(step, 33) for step in range(5, 10)] == [(1, 8), (1, 16), (1, 24), (1, 32), (2, 8)]
-    past = Stretch(from_dict(SMALL), first=5, epoch=1, start=40)  # a longer step before it has read on to the end
+    segment = Segment(from_dict(SMALL), first=5, epoch=1, start=8)
+    assert [segment.place(step, 33) for step in range(5, 13)] == [
+        (1, 8),
+        (1, 16),
+        (1, 24),
+        (2, 0),
+        (2, 8),
+        (2, 16),
+        (2, 24),
+        (3, 0),
+    ]
+    assert [segment.after(step, 33) for step in range(5, 10)] == [(1, 8), (1, 16), (1, 24), (1, 32), (2, 8)]
+    past = Segment(
+        from_dict(SMALL), first=5, epoch=1, start=40
+    )  # a longer step before it has read on to the end
     assert [past.place(step, 33) for step in (5, 6, 9)] == [(2, 0), (2, 8), (3, 0)]
-    assert Stretch(from_dict(SMALL))[1:] == (0, 0, 0, 0, 0, None)
+    assert Segment(from_dict(SMALL))[1:] == (0, 0, 0, 0, 0, None)
 
 
 # -- growth: 800 tokens in 100 steps of 8
@@ -598,7 +702,7 @@ def test_when_an_op_fires_that_needs_no_evaluation(trigger: dict[str, Any], firs
     found = grown(op("set_lr", 0.125, **trigger), lr=0.5)
     assert found.fired == (first,) and found.undecided is None
     assert (found.before, found.since) == (None, 0)
-    assert found.stretches[1][1:3] == (first, 8 * first)
+    assert found.segments[1][1:3] == (first, 8 * first)
     assert found.at(first).lr == 0.125
     assert first == 0 or found.at(first - 1).lr == 0.5
     told = grown(op("set_lr", 0.125, **trigger), fired=found.fired, lr=0.5)
@@ -607,7 +711,9 @@ def test_when_an_op_fires_that_needs_no_evaluation(trigger: dict[str, Any], firs
 
 
 def test_an_op_waits_for_the_one_before_it() -> None:
-    found = grown(op("set_lr", 0.125, step=40), op("set_dropout", 0.5, step=3), op("set_weight_decay", 0.25, tokens=8))
+    found = grown(
+        op("set_lr", 0.125, step=40), op("set_dropout", 0.5, step=3), op("set_weight_decay", 0.25, tokens=8)
+    )
     assert found.fired == (40, 40, 40)
 
 
@@ -625,15 +731,19 @@ def test_an_op_that_comes_too_late() -> None:
 
 
 def test_a_ramp_of_the_batch() -> None:
-    found = grown(op("set_batch_size", 4, tokens=160), op("set_batch_size", 8, tokens=320), op("set_grad_accum", 2, tokens=480))
-    assert [stretch[1:6] for stretch in found.stretches] == [
+    found = grown(
+        op("set_batch_size", 4, tokens=160),
+        op("set_batch_size", 8, tokens=320),
+        op("set_grad_accum", 2, tokens=480),
+    )
+    assert [segment[1:6] for segment in found.segments] == [
         (0, 0, 0, 0, 0), (20, 160, 0, 160, 0), (30, 320, 0, 320, 0), (35, 480, 1, 96, 0)
     ]  # fmt: skip
     assert found.steps == 45 and found.tokens(45) == 800
     assert [found.tokens(done) for done in (19, 20, 21, 30, 31)] == [152, 160, 176, 320, 352]
     assert [found.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
     assert [found.at(s).grad_accum for s in (34, 35)] == [1, 2]
-    assert [found.stretch(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
+    assert [found.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
     # a third of an epoch of 50, of 25 and of 12 steps: counted anew where the step changes
     assert found.eval_steps == {1, 16, 28, 34, 38, 42, 45}
     assert found.breaks == [20, 30, 35]
@@ -645,11 +755,16 @@ def test_another_interval_between_evaluations() -> None:
 
 
 def test_a_schedule_that_begins_anew() -> None:
-    found = grown(op("set_warmup_iters", 5, step=20), op("reset_lr_schedule", step=60), schedule="cosine", warmup_iters=10)
+    found = grown(
+        op("set_warmup_iters", 5, step=20),
+        op("reset_lr_schedule", step=60),
+        schedule="cosine",
+        warmup_iters=10,
+    )
     assert [found.lr_factor(s) for s in (0, 9, 19)] == pytest.approx([0.1, 1.0, cosine(9 / 90)])
     assert [found.lr_factor(s) for s in (20, 59)] == pytest.approx([cosine(15 / 95), cosine(54 / 95)])
     assert [found.lr_factor(s) for s in (60, 64, 65, 99)] == pytest.approx([0.2, 1.0, 1.0, cosine(34 / 35)])
-    assert [stretch.climbs for stretch in found.stretches] == [0, 0, 60]
+    assert [segment.climbs for segment in found.segments] == [0, 0, 60]
     assert (found.warmup_steps, found.decay_start) == (10, 10)
     assert found.breaks == [5, 6, 10, 11, 20, 60, 65, 66]
     shares = grown(op("reset_lr_schedule", step=60), schedule="wsd", warmup_frac=0.1, decay_frac=0.5)
@@ -660,14 +775,17 @@ def test_a_plan_that_waits_for_an_evaluation() -> None:
     ops = op("set_lr", 0.25, step=10), op("set_lr", 0.125, loss_below=3.0), op("set_dropout", 0.5, step=50)
     waits = grown(*ops, lr=0.5)
     assert waits.undecided is not None and waits.undecided.place == 1
-    assert (waits.fired, waits.steps, len(waits.stretches)) == ((10,), 100, 2)
+    assert (waits.fired, waits.steps, len(waits.segments)) == ((10,), 100, 2)
     assert waits.table()["growth"] == "set_lr 0.25 after step 10, then set_lr 0.125 at loss < 3"
     decided = grown(*ops, lr=0.5, fired=(10, 34))
     assert decided.undecided is None and decided.fired == (10, 34, 50)
     assert decided.before is not None and (decided.before.fired, decided.since) == ((10,), 34)
     assert [decided.at(s).lr for s in (9, 10, 33, 34)] == [0.5, 0.25, 0.25, 0.125]
     assert [decided.at(s).dropout for s in (49, 50)] == [0.0, 0.5]
-    assert decided.table()["growth"] == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
+    assert (
+        decided.table()["growth"]
+        == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
+    )
     late = grown(*ops, lr=0.5, fired=(10, 96))  # the last op is due at once then
     assert late.fired == (10, 96, 96)
 
@@ -694,9 +812,13 @@ def test_what_follows_a_late_decision_is_dropped() -> None:
     """An op is refused before the run; behind a decision of the run it is left out."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
     found = grown(*ops, fired=(99,))
-    assert (found.fired, len(found.stretches), found.steps) == ((99,), 2, 100)
+    assert (found.fired, len(found.segments), found.steps) == ((99,), 2, 100)
     assert grown(*ops, fired=(96,)).fired == (96, 96)
-    passed = op("set_lr", 0.25, loss_below=3.0), op("set_lr", 0.125, step=50), op("set_batch_size", 8, step=99)
+    passed = (
+        op("set_lr", 0.25, loss_below=3.0),
+        op("set_lr", 0.125, step=50),
+        op("set_batch_size", 8, step=99),
+    )
     assert grown(*passed, fired=(~30,)).fired == (~30, 50)
 
 
@@ -709,17 +831,24 @@ def test_a_decision_leaves_what_was_before_it() -> None:
     assert faster.steps == 60
     assert [faster.lr_factor(s) for s in (20, 50)] == pytest.approx([cosine(20 / 60), cosine(50 / 60)])
     # before the decision the schedule counted on 100 steps
-    assert [faster.at(s).lr for s in (0, 19, 20)] == pytest.approx([0.006, 0.006 * cosine(0.19), 0.006 * cosine(20 / 60)])
+    assert [faster.at(s).lr for s in (0, 19, 20)] == pytest.approx(
+        [0.006, 0.006 * cosine(0.19), 0.006 * cosine(20 / 60)]
+    )
     assert [faster.at(s).batch_size for s in (19, 20)] == [2, 4]
 
 
 def test_the_effects_of_the_architectures_ops_by_step() -> None:
     found = grown(
-        op("set_lr", 0.25, step=5), op("freeze_layer", 0, step=10), op("freeze_layer", 1, step=10), op("unfreeze_layer", 0, step=20)
+        op("set_lr", 0.25, step=5),
+        op("freeze_layer", 0, step=10),
+        op("freeze_layer", 1, step=10),
+        op("unfreeze_layer", 0, step=20),
     )
     assert set(found.grown) == {10, 20}
     effects = [
-        json.dumps(stretch.op.effect(), sort_keys=True) for stretch in found.stretches if stretch.op and stretch.op.name in ARCHITECTURE
+        json.dumps(segment.op.effect(), sort_keys=True)
+        for segment in found.segments
+        if segment.op and segment.op.name in ARCHITECTURE
     ]
     assert found.grown == {10: (effects[0] + effects[1]).encode(), 20: effects[2].encode()}
 
@@ -789,7 +918,16 @@ def test_a_preset_file_that_cannot_be_used(tmp_path: Path, text: str, ask: str, 
 
 @pytest.mark.parametrize(
     ("name", "ok"),
-    [("a" * 80, True), ("a" * 81, False), ("a.b+c-d_e f", True), (".a", False), ("-a", False), (" a", False), ("", False), ("a/b", False)],
+    [
+        ("a" * 80, True),
+        ("a" * 81, False),
+        ("a.b+c-d_e f", True),
+        (".a", False),
+        ("-a", False),
+        (" a", False),
+        ("", False),
+        ("a/b", False),
+    ],
 )
 def test_the_name_of_a_step(tmp_path: Path, name: str, ok: bool) -> None:
     path = write(tmp_path, f'[[steps]]\nname = "{name}"\n')
@@ -823,12 +961,18 @@ def test_a_round_of_bases_is_refused_with_its_way(tmp_path: Path) -> None:
 
 def test_a_step_goes_on_from_the_one_before_and_a_base_starts_anew(tmp_path: Path) -> None:
     other = write(tmp_path, "seed = 5\nclip = 0.5", "other")
-    path = write(tmp_path, f'lr = 0.5\n[[steps]]\nseed = 1\n[[steps]]\nbase = "{other}"\nlr = 0.25\n[[steps]]\nseed = 7\n')
+    path = write(
+        tmp_path,
+        f'lr = 0.5\n[[steps]]\nseed = 1\n[[steps]]\nbase = "{other}"\nlr = 0.25\n[[steps]]\nseed = 7\n',
+    )
     assert [(c.lr, c.seed, c.clip) for c in load(path)] == [(0.5, 1, 1.0), (0.25, 5, 0.5), (0.25, 7, 0.5)]
 
 
 def test_a_preset_is_chosen_by_its_option(tmp_path: Path) -> None:
-    assert said("baseline", "preset=x") == "--set preset=x: a preset is chosen by --preset, and its name is its file's"
+    assert (
+        said("baseline", "preset=x")
+        == "--set preset=x: a preset is chosen by --preset, and its name is its file's"
+    )
 
 
 @pytest.mark.parametrize("ask", ["baseline:x", "baseline:"])
@@ -840,7 +984,10 @@ def test_the_built_in_names_are_the_files() -> None:
     assert config.preset_names() == sorted(p.stem for p in config.PRESETS.iterdir() if p.suffix == ".toml")
     assert {"baseline", "optimized"} <= set(config.preset_names())
     known = ", ".join(config.preset_names())
-    assert said("basline") == f"unknown preset 'basline' (did you mean 'baseline'?); allowed: {known}, or a file ending in .toml"
+    assert (
+        said("basline")
+        == f"unknown preset 'basline' (did you mean 'baseline'?); allowed: {known}, or a file ending in .toml"
+    )
     assert said("gone.toml") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
     assert said("gone.toml:x") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
 
@@ -853,7 +1000,9 @@ def test_a_file_is_not_read_whatever_it_is(tmp_path: Path) -> None:
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b"about = '\xff'")
     assert said(str(latin)).startswith(f"preset file {latin} is not UTF-8")
-    assert said(write(tmp_path, "lr = ")).startswith(f"preset file {tmp_path / 'mine.toml'} is not valid TOML: ")
+    assert said(write(tmp_path, "lr = ")).startswith(
+        f"preset file {tmp_path / 'mine.toml'} is not valid TOML: "
+    )
 
 
 def test_a_colon_in_a_path_is_no_step(tmp_path: Path) -> None:
@@ -894,7 +1043,9 @@ def test_a_value_of_set(text: str, key: str, value: Any) -> None:
 def test_a_value_of_set_that_cannot_be_used() -> None:
     with pytest.raises(ConfigError) as e:
         parse_set("seed=" + "7" * 400)
-    assert str(e.value).startswith("--set seed=777") and " cannot be used: a number has more than 300 digits" in str(e.value)
+    assert str(e.value).startswith(
+        "--set seed=777"
+    ) and " cannot be used: a number has more than 300 digits" in str(e.value)
     assert len(str(e.value)) < 250
 
 

@@ -60,13 +60,18 @@ def test_shuffle_is_the_tasks_permutation_over_all_titles(txt: str) -> None:
     expected = [TITLES[i] for i in np.random.default_rng(1337).permutation(50)]
     assert titles_of(load(txt, shuffle=True)) == expected
     assert titles_of(load(txt, 20, shuffle=True)) == expected[:20]
-    assert titles_of(load(txt, 20, shuffle=True, seed=1)) == expected[:20], "the seed of a run does not move the task's data"
+    assert titles_of(load(txt, 20, shuffle=True, seed=1)) == expected[:20], (
+        "the seed of a run does not move the task's data"
+    )
 
 
 def test_dev_is_carved_from_the_end_of_train_and_val_stays(txt: str) -> None:
     c, without = load(txt, dev_frac=0.2), load(txt)
     assert (c.train, c.dev, c.val) == (TITLES[:36], TITLES[36:45], without.val)
-    assert c.fingerprints["val"] == without.fingerprints["val"] and c.fingerprints["corpus"] == without.fingerprints["corpus"]
+    assert (
+        c.fingerprints["val"] == without.fingerprints["val"]
+        and c.fingerprints["corpus"] == without.fingerprints["corpus"]
+    )
     assert c.fingerprints["train"] != without.fingerprints["train"]
 
 
@@ -80,15 +85,23 @@ def test_dev_is_carved_from_the_end_of_train_and_val_stays(txt: str) -> None:
         (2, 0.1, 0.0, (1, 0, 1)),
     ],
 )
-def test_sizes_are_exact(tmp_path: Path, n: int, val_frac: float, dev_frac: float, sizes: tuple[int, ...]) -> None:
-    c = load(write(tmp_path / "n.txt", "\n".join(map(str, range(n)))), n, val_frac=val_frac, dev_frac=dev_frac)
+def test_sizes_are_exact(
+    tmp_path: Path, n: int, val_frac: float, dev_frac: float, sizes: tuple[int, ...]
+) -> None:
+    c = load(
+        write(tmp_path / "n.txt", "\n".join(map(str, range(n)))), n, val_frac=val_frac, dev_frac=dev_frac
+    )
     assert (len(c.train), len(c.dev), len(c.val)) == sizes
 
 
 def test_splits_that_leave_nothing_to_train_on(txt: str) -> None:
     for fracs in ({"val_frac": 0.99}, {"dev_frac": 0.99}):
         message = refused(txt, 20, **fracs)
-        assert "no title to train on" in message and "num_titles=20" in message and "lower val_frac or dev_frac" in message
+        assert (
+            "no title to train on" in message
+            and "num_titles=20" in message
+            and "lower val_frac or dev_frac" in message
+        )
 
 
 def test_reposts_in_val_are_counted_and_kept(tmp_path: Path) -> None:
@@ -103,15 +116,28 @@ def test_fingerprints_follow_order_content_and_nothing_else(txt: str, tmp_path: 
     one = load(txt).fingerprints
     assert set(one) == {"corpus", "train", "dev", "val"} and all(len(f) == 64 for f in one.values())
     assert load(write(tmp_path / "same.txt", "\r\n".join(TITLES))).fingerprints == one
-    for other in ([*TITLES[1:], TITLES[0]], [TITLES[0] + "!", *TITLES[1:]], [TITLES[1], TITLES[0], *TITLES[2:]]):
+    for other in (
+        [*TITLES[1:], TITLES[0]],
+        [TITLES[0] + "!", *TITLES[1:]],
+        [TITLES[1], TITLES[0], *TITLES[2:]],
+    ):
         changed = load(write(tmp_path / "other.txt", "\n".join(other))).fingerprints
         assert changed["corpus"] != one["corpus"] and changed["train"] != one["train"]
-    swapped_val = load(write(tmp_path / "val.txt", "\n".join([*TITLES[:48], TITLES[49], TITLES[48]]))).fingerprints
-    assert swapped_val["train"] == one["train"] and swapped_val["val"] != one["val"] and swapped_val["corpus"] != one["corpus"]
+    swapped_val = load(
+        write(tmp_path / "val.txt", "\n".join([*TITLES[:48], TITLES[49], TITLES[48]]))
+    ).fingerprints
+    assert (
+        swapped_val["train"] == one["train"]
+        and swapped_val["val"] != one["val"]
+        and swapped_val["corpus"] != one["corpus"]
+    )
 
 
 def test_a_fingerprint_is_sha256_of_length_and_bytes() -> None:
-    assert fingerprint(["é", ""]) == hashlib.sha256(struct.pack("<Q", 2) + "é".encode() + struct.pack("<Q", 0)).hexdigest()
+    assert (
+        fingerprint(["é", ""])
+        == hashlib.sha256(struct.pack("<Q", 2) + "é".encode() + struct.pack("<Q", 0)).hexdigest()
+    )
 
 
 LISTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), max_size=6)
@@ -123,7 +149,9 @@ def test_two_lists_share_a_fingerprint_only_if_equal(a: list[str], b: list[str])
 
 
 @given(LISTS, st.text("ab", max_size=4), st.text("ab", max_size=4), st.integers(0, 8))
-def test_moving_a_border_between_two_titles_changes_the_fingerprint(before: list[str], one: str, two: str, at: int) -> None:
+def test_moving_a_border_between_two_titles_changes_the_fingerprint(
+    before: list[str], one: str, two: str, at: int
+) -> None:
     whole = one + two
     moved = (whole[:at], whole[at:])
     assert (fingerprint([*before, one, two]) == fingerprint([*before, *moved])) == ((one, two) == moved)
@@ -213,13 +241,21 @@ def test_bad_text(tmp_path: Path, content: bytes, says: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.csv", "id,titel\n1,x\n", ["no column 'title'", "did you mean 'titel'", "'id', 'titel'", "#COLUMN"]),
+        (
+            "a.csv",
+            "id,titel\n1,x\n",
+            ["no column 'title'", "did you mean 'titel'", "'id', 'titel'", "#COLUMN"],
+        ),
         ("a.csv", "id,title\n1,x\n2\n", ["line 3", "1 fields", "'title' is field 2"]),
         ("a.csv", 'title\nx\n"open', ["line 3", "not valid CSV"]),
         ("a.csv", "id,title\n", ["no titles"]),
         ("a.jsonl", '{"title": "x"}\n\n{"title": \n', ["line 3", "not valid JSON"]),
         ("a.jsonl", '{"title": "x"}\n["y"]\n', ["line 2", "JSON list"]),
-        ("a.jsonl", '{"title": "x"}\n{"titles": "y"}\n', ["line 2", "no key 'title'", "did you mean 'titles'"]),
+        (
+            "a.jsonl",
+            '{"title": "x"}\n{"titles": "y"}\n',
+            ["line 2", "no key 'title'", "did you mean 'titles'"],
+        ),
         ("a.jsonl", '{"title": "x"}\n{"title": 3}\n', ["line 2", "is 3", "string"]),
         ("a.jsonl", '{"title": "x"}\n{"title": "\\ud83d"}\n', ["title 2", "surrogate"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "not valid JSON"]),
@@ -255,7 +291,10 @@ def test_a_parquet_may_hold_a_dictionary_of_strings(tmp_path: Path) -> None:
     assert sorted([*loaded.train, *loaded.dev, *loaded.val]) == sorted(TITLES)
 
 
-@pytest.mark.parametrize(("titles", "said"), [([], "has no titles; give"), (["", " "], "has no titles: all 2 rows are blank; give")])
+@pytest.mark.parametrize(
+    ("titles", "said"),
+    [([], "has no titles; give"), (["", " "], "has no titles: all 2 rows are blank; give")],
+)
 def test_a_parquet_without_titles(titles: list[str], said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"title": pa.array(titles, pa.string())}), path)
@@ -287,7 +326,9 @@ def test_a_mix_has_its_ratios_in_every_split(tmp_path: Path) -> None:
     c = load(mix(tmp_path, RATIO_3_1), 80, val_frac=0.2, dev_frac=0.25)
     for split in (c.train, c.dev, c.val):
         assert sum(t[0] == "a" for t in split) == 3 * sum(t[0] == "b" for t in split) > 0
-    assert [t for t in titles_of(c) if t[0] == "a"] == [f"a{i}" for i in range(60)], "each source keeps its order"
+    assert [t for t in titles_of(c) if t[0] == "a"] == [f"a{i}" for i in range(60)], (
+        "each source keeps its order"
+    )
     assert [s["titles"] for s in c.origin["sources"]] == [60, 20]
     json.dumps(c.origin)
 
@@ -295,7 +336,9 @@ def test_a_mix_has_its_ratios_in_every_split(tmp_path: Path) -> None:
 def test_a_mix_is_shuffled_source_by_source(tmp_path: Path) -> None:
     two_files(tmp_path)
     c = load(mix(tmp_path, RATIO_3_1), 80, shuffle=True)
-    assert [t for t in titles_of(c) if t[0] == "a"] == [f"a{i}" for i in np.random.default_rng(1337).permutation(100)[:60]]
+    assert [t for t in titles_of(c) if t[0] == "a"] == [
+        f"a{i}" for i in np.random.default_rng(1337).permutation(100)[:60]
+    ]
 
 
 def test_a_weight_repeats_train_only(tmp_path: Path) -> None:
@@ -316,11 +359,15 @@ def test_a_mix_takes_a_title_once(tmp_path: Path) -> None:
     assert sorted(titles_of(c)) == ["q", "v", "w", "x", "y", "z"] and c.origin["val_in_train"] == 0
 
 
-def test_a_mix_of_kinds_with_paths_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mix_of_kinds_with_paths_from_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "a.csv", "headline\n" + "\n".join(f"a{i}" for i in range(20)))
     monkeypatch.chdir(tmp_path)
-    name = mix(tmp_path / "sub", '[[source]]\ncorpus = "synthetic"\n[[source]]\ncorpus = "file:a.csv#headline"\n')
+    name = mix(
+        tmp_path / "sub", '[[source]]\ncorpus = "synthetic"\n[[source]]\ncorpus = "file:a.csv#headline"\n'
+    )
     c = load(name, 40)
     assert [t for t in titles_of(c) if t[0] == "a" and t[1:].isdecimal()] == [f"a{i}" for i in range(20)]
 
@@ -342,8 +389,14 @@ def test_a_mix_of_kinds_with_paths_from_its_own_folder(tmp_path: Path, monkeypat
         ("[[source]]\ncorpus = 3", ["cannot be mixed"]),
         ('[[source]]\ncorpus = "hnn"', ["'hnn' is not known", "did you mean 'hn'"]),
         ('[[source]]\npath = "c.txt"', ["c.txt does not exist"]),
-        ('[[source]]\npath = "a.txt"\nratio = 1000\n[[source]]\npath = "b.txt"', ["source 2", "gives it no title"]),
-        ('[[source]]\npath = "a.txt"\n[[source]]\npath = "a.txt"', ["source 2", "0 titles that no earlier source has"]),
+        (
+            '[[source]]\npath = "a.txt"\nratio = 1000\n[[source]]\npath = "b.txt"',
+            ["source 2", "gives it no title"],
+        ),
+        (
+            '[[source]]\npath = "a.txt"\n[[source]]\npath = "a.txt"',
+            ["source 2", "0 titles that no earlier source has"],
+        ),
     ],
 )
 def test_bad_mixes(tmp_path: Path, text: str, says: list[str]) -> None:

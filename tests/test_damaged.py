@@ -13,7 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import DEEP, PLACES, ROWS, FixtureDirectory, Row, damage_json, damage_lines, make, prepare, prepare_row, replace_with, run_case
+from damage import (
+    DEEP,
+    PLACES,
+    ROWS,
+    FixtureDirectory,
+    Row,
+    damage_json,
+    damage_lines,
+    make,
+    prepare,
+    prepare_row,
+    replace_with,
+    run_case,
+)
 from doors import Driver
 
 from mainrun.errors import RunError
@@ -57,7 +70,9 @@ def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float)
         case = prepare(fixture, seed, index)
         outcome, problem = run_case(fixture, driver, case)
         again = f"python tests/damage.py --case {case.name}"
-        assert not problem, f"{problem}\n{case.place}: {case.damage}\n{' '.join(case.argv)}\n{outcome.err}\n{again}"
+        assert not problem, (
+            f"{problem}\n{case.place}: {case.damage}\n{' '.join(case.argv)}\n{outcome.err}\n{again}"
+        )
         index += 1
     assert index > 3
 
@@ -159,7 +174,11 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
         (records.some(records.count), [[1]], [[], ["x"]]),
         (records.one_of("a", "b"), ["a"], ["c", None, [], {}]),
         (records.setting, [None, True, 1, 0.5, "x"], [[], {}, float("nan"), "\ud800"]),
-        (records.scores, ["{}", '{"0": 1.5}'], [5, "x", "[]", '{"x": 1}', '{"0": "x"}', '{"99999": 1}', '{"0": NaN}']),
+        (
+            records.scores,
+            ["{}", '{"0": 1.5}'],
+            [5, "x", "[]", '{"x": 1}', '{"0": "x"}', '{"99999": 1}', '{"0": NaN}'],
+        ),
         (
             records.metric,
             [{"event": "step", "step": 1}],
@@ -175,9 +194,13 @@ def test_a_shape_takes_what_fits(shape: Any, good: list[Any], bad: list[Any]) ->
 def test_a_fault_says_where_and_what() -> None:
     shape = {"last": {"full": records.number}, "guards": [{"name": records.text}]}
     assert records.fault({"last": 5, "guards": []}, shape) == "has last = 5, but last must be an object"
-    assert records.fault({"last": {"full": "x"}}, shape) == "has last.full = 'x', but last.full must be a number"
+    assert (
+        records.fault({"last": {"full": "x"}}, shape) == "has last.full = 'x', but last.full must be a number"
+    )
     assert records.fault({"last": {"full": 1}}, shape) == "lacks 'guards'"
-    assert records.fault({"last": {"full": 1}, "guards": [{"name": "a"}, {}]}, shape) == "lacks 'guards[1].name'"
+    assert (
+        records.fault({"last": {"full": 1}, "guards": [{"name": "a"}, {}]}, shape) == "lacks 'guards[1].name'"
+    )
     assert records.fault([1], shape) == "is [1], but must be an object"
 
 

@@ -22,7 +22,13 @@ from mainrun.train import train
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-SMALL: dict[str, Any] = {"num_titles": 200, "preset": "baseline", "dropout": 0.0, "lr": 0.3, "optimizer": "sgd"}
+SMALL: dict[str, Any] = {
+    "num_titles": 200,
+    "preset": "baseline",
+    "dropout": 0.0,
+    "lr": 0.3,
+    "optimizer": "sgd",
+}
 
 # one op at its step, one when an evaluation decides: all processes must find the same
 GROWS = (
@@ -41,12 +47,32 @@ def config(**changes: Any) -> TrainConfig:
 
 def command(out: Path, *arguments: str, processes: int = 2, **changes: Any) -> list[str]:
     sets = {k: v for k, v in (SMALL | changes).items() if k != "preset"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*torchrun, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(**sets), "--out", str(out), *arguments]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return [
+        *torchrun,
+        "-m",
+        "mainrun",
+        "train",
+        "--preset",
+        "baseline",
+        *tiny_sets(**sets),
+        "--out",
+        str(out),
+        *arguments,
+    ]
 
 
 def torchrun(out: Path, *arguments: str, **changes: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(out, *arguments, **changes), capture_output=True, text=True, cwd=ROOT, timeout=600)
+    return subprocess.run(
+        command(out, *arguments, **changes), capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
 
 
 def losses(run: RunDir) -> list[float]:
@@ -61,7 +87,9 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
         assert row_a["event"] == row_b["event"] and row_a["step"] == row_b["step"]
         if row_a["event"] == "eval":
             assert row_b["full"] == pytest.approx(row_a["full"], abs=tolerance)
-    first, second = (checkpoint.load_newest(r.checkpoints, lambda meta: None, lambda text: None) for r in (one, two))
+    first, second = (
+        checkpoint.load_newest(r.checkpoints, lambda meta: None, lambda text: None) for r in (one, two)
+    )
     assert first is not None and second is not None and first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
         # nothing depends on the bias of k, so AdamW makes steps of its gradient's rounding alone
@@ -74,7 +102,14 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
     [
         {},
         {"optimizer": "adamw", "lr": 1e-3, "grad_accum": 2, "ema": 0.9, "weight_decay": 0.1},
-        {"optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "order": "shuffle_titles", "value_residual": True},
+        {
+            "optimizer": "muon",
+            "momentum": 0.9,
+            "lr": 0.01,
+            "lr_aux": 1e-3,
+            "order": "shuffle_titles",
+            "value_residual": True,
+        },
         {"growth": GROWS},
     ],
     ids=["sgd", "adamw, accumulation, ema", "muon", "growth"],
@@ -94,7 +129,9 @@ def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
         compare(RunDir(tmp_path / "one" / pieces.run_id), two)
     summary = two.summary()
     assert summary is not None and summary["machine_class"]["processes"] == 2
-    assert [g for g in summary["guards"] if g["status"] == "fail"] == [], "both processes' tokens are in the ledger"
+    assert [g for g in summary["guards"] if g["status"] == "fail"] == [], (
+        "both processes' tokens are in the ledger"
+    )
     assert done.stdout.count("guards:") == 1, "the leader alone speaks"
 
 
@@ -113,7 +150,9 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
     changes = {"optimizer": "adamw", "lr": 1e-3, "epochs": 8, "checkpoint_every": 50}
     cfg = config(**changes)
     run = RunDir(tmp_path / "two" / cfg.run_id)
-    process = subprocess.Popen(command(tmp_path / "two", **changes), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command(tmp_path / "two", **changes), stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     try:
         deadline = time.monotonic() + 300
         while len(losses(run)) < 20:
@@ -154,4 +193,6 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     alone = [sys.executable, *command(tmp_path, grad_accum=8)[6:]]
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     one = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-    assert one.returncode == 2 and one.stderr.startswith(f"error: {message}") and "Traceback" not in one.stderr
+    assert (
+        one.returncode == 2 and one.stderr.startswith(f"error: {message}") and "Traceback" not in one.stderr
+    )

@@ -154,7 +154,9 @@ FAILED_ONCE = [
 ]
 
 
-@pytest.mark.parametrize("row", FAILED_ONCE, ids=[inputs.shown(f"{row.words} {row.around}", 120) for row in FAILED_ONCE])
+@pytest.mark.parametrize(
+    "row", FAILED_ONCE, ids=[inputs.shown(f"{row.words} {row.around}", 120) for row in FAILED_ONCE]
+)
 def test_input_that_failed_once(driver: Driver, fixture: Path, tmp_path: Path, row: Row) -> None:
     outcome = end_of(driver, fixture, tmp_path, row.words, **row.around)
     assert outcome.code == row.code
@@ -174,10 +176,14 @@ def test_a_preset_of_300_000_unknown_keys(driver: Driver, tmp_path: Path) -> Non
     outcome = driver.run(["train", "--preset", "keys.toml"], cwd=tmp_path, limit=300)
     assert not outcome.problem() and outcome.code == 2
     assert len(outcome.message.splitlines()) == 11
-    assert outcome.message.startswith("unknown field 'k0'") and outcome.message.endswith("and 299,990 more faults")
+    assert outcome.message.startswith("unknown field 'k0'") and outcome.message.endswith(
+        "and 299,990 more faults"
+    )
 
 
-def test_only_the_faults_that_are_shown_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_faults_that_are_shown_are_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Comparing a name with those of all fields takes a fifth of a millisecond: a minute for 300,000 of them."""
     asked = []
     monkeypatch.setattr(config, "nearest", lambda name, allowed: asked.append(name) or "")
@@ -193,14 +199,34 @@ def test_only_the_faults_that_are_shown_are_looked_up(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "document", "expected"),
     [
-        ("grow plan odd.json", '{"ops": [' + ",".join(["{}"] * 1001) + "]}", "ops has 1,001 entries; write at most 1,000"),
-        ("grow plan odd.json", "[" + ",".join(["{}"] * 1001) + "]", "the list has 1,001 ops; write at most 1,000"),
-        ("grow plan odd.json", "{" + ",".join(f'"k{i}": 1' for i in range(2000)) + "}", "and 1,990 more unknown keys"),
-        ("grow plan odd.json", '{"ops": [{' + ",".join(f'"k{i}": 1' for i in range(2000)) + "}]}", "and 1,990 more unknown keys"),
+        (
+            "grow plan odd.json",
+            '{"ops": [' + ",".join(["{}"] * 1001) + "]}",
+            "ops has 1,001 entries; write at most 1,000",
+        ),
+        (
+            "grow plan odd.json",
+            "[" + ",".join(["{}"] * 1001) + "]",
+            "the list has 1,001 ops; write at most 1,000",
+        ),
+        (
+            "grow plan odd.json",
+            "{" + ",".join(f'"k{i}": 1' for i in range(2000)) + "}",
+            "and 1,990 more unknown keys",
+        ),
+        (
+            "grow plan odd.json",
+            '{"ops": [{' + ",".join(f'"k{i}": 1' for i in range(2000)) + "}]}",
+            "and 1,990 more unknown keys",
+        ),
         ("grow plan odd.yaml", odd_cases.bomb("x"), "more than 1,000,000 values"),
         ("grow plan odd.yaml", "k: 1\n" * 100_000, "at most 300,000 are allowed in YAML, write JSON"),
         ("sweep run odd.toml", "".join(f"k{i} = 1\n" for i in range(2000)), "and 1,991 more faults"),
-        ("train --set corpus=mix:odd.toml", '[[source]]\npath = "x"\n' * 1001, "has 1,001 sources; write at most 1,000"),
+        (
+            "train --set corpus=mix:odd.toml",
+            '[[source]]\npath = "x"\n' * 1001,
+            "has 1,001 sources; write at most 1,000",
+        ),
         ("train --preset odd.toml", "lr = " + '"x' * 2, "not valid TOML"),
         ("presets odd.toml", "#" * 16_000_001, "has 16,000,001 bytes; at most 16,000,000 are allowed"),
     ],
@@ -215,15 +241,22 @@ def test_too_much_of_it(driver: Driver, tmp_path: Path, words: str, document: st
     assert expected in outcome.message
 
 
-def test_the_coldest_temperature_is_the_likeliest_token(driver: Driver, fixture: Path, tmp_path: Path) -> None:
+def test_the_coldest_temperature_is_the_likeliest_token(
+    driver: Driver, fixture: Path, tmp_path: Path
+) -> None:
     """1e-320 is 0 in float32, so it must not be used as a divisor."""
-    samples = [end_of(driver, fixture, tmp_path, f"sample RUN --prompt x -n 3 --temperature {t}").out for t in ("0", "1e-320", "1e-31")]
+    samples = [
+        end_of(driver, fixture, tmp_path, f"sample RUN --prompt x -n 3 --temperature {t}").out
+        for t in ("0", "1e-320", "1e-31")
+    ]
     assert samples[0] and samples == [samples[0]] * 3
 
 
 def test_a_training_finishes_although_stdout_is_full(driver: Driver, fixture: Path, tmp_path: Path) -> None:
     odd_cases.make_folder(fixture, tmp_path / "case", ())
-    outcome = driver.run(["train", "--preset", "small.toml", "--set", "seed=5", "--json"], cwd=tmp_path / "case", stdout="full")
+    outcome = driver.run(
+        ["train", "--preset", "small.toml", "--set", "seed=5", "--json"], cwd=tmp_path / "case", stdout="full"
+    )
     assert outcome.code == 2 and not outcome.problem()
     assert len(list((tmp_path / "case" / "runs").glob("*/summary.json"))) == 2
 
@@ -234,10 +267,22 @@ def test_a_training_finishes_although_stdout_is_full(driver: Driver, fixture: Pa
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
-        (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: 'xx' cannot be used: the name is too long"),
-        (OSError(errno.ENOSPC, "No space left on device", "xx"), 75, "interrupted: no space left to write 'xx'"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "xx"),
+            2,
+            "error: 'xx' cannot be used: the name is too long",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "xx"),
+            75,
+            "interrupted: no space left to write 'xx'",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), 75, "interrupted: no space left to write a file"),
-        (OSError(errno.EIO, "Input/output error"), 1, "crash: OSError: [Errno 5] Input/output error; --debug shows the traceback"),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            1,
+            "crash: OSError: [Errno 5] Input/output error; --debug shows the traceback",
+        ),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "crash: BrokenPipeError: [Errno 32] Broken pipe"),
         (RuntimeError(""), 1, "crash: RuntimeError:; --debug"),
         (UsageError("a\x1b[2Jb\nc"), 2, "error: a\\x1b[2Jb\nc\n"),
@@ -246,7 +291,9 @@ def test_a_training_finishes_although_stdout_is_full(driver: Driver, fixture: Pa
     ],
     ids=lambda value: inputs.shown(value, 60),
 )
-def test_one_message_whatever_is_raised(monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, expected: str) -> None:
+def test_one_message_whatever_is_raised(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, expected: str
+) -> None:
     def fail() -> list[str]:
         raise error
 
@@ -259,7 +306,11 @@ def test_one_message_whatever_is_raised(monkeypatch: pytest.MonkeyPatch, error: 
 @pytest.mark.parametrize("word", ["a\0", "\ud83d"])
 def test_an_argument_that_is_no_text(word: str) -> None:
     result = CliRunner().invoke(app, ["presets", word])
-    assert result.exit_code == 2 and result.stderr.startswith("error: got the argument '") and "not UTF-8 text" in result.stderr
+    assert (
+        result.exit_code == 2
+        and result.stderr.startswith("error: got the argument '")
+        and "not UTF-8 text" in result.stderr
+    )
 
 
 # -- random cases
@@ -297,7 +348,9 @@ def check_cases(driver: Driver, fixture: Path, folder: Path, indices: range) -> 
     for index in indices:
         case = odd_cases.make(SEED, index, known)
         _, problem = odd_cases.run_case(driver, case, fixture, folder / "case")
-        assert not problem, f"{SEED}:{index}: {problem}\n{case}\npython tests/doors.py --case {SEED}:{index} shows it"
+        assert not problem, (
+            f"{SEED}:{index}: {problem}\n{case}\npython tests/doors.py --case {SEED}:{index} shows it"
+        )
 
 
 def test_random_cases(driver: Driver, fixture: Path, tmp_path: Path) -> None:
@@ -328,17 +381,26 @@ def test_a_crash_is_recognised_in_every_process(err: str, problem: str) -> None:
 @pytest.mark.parametrize("script", ["doors.py", "damage.py"])
 @pytest.mark.parametrize("option", ["--case=1", "--case=a:b", "--cases=0"])
 def test_a_wrong_option_of_the_tool_is_refused(script: str, option: str) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / script), option], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / script), option], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert f"{script}: error: argument {option.split('=')[0]}: got " in done.stderr
 
 
 @pytest.mark.slow
 def test_an_interrupted_tool_ends_without_a_traceback() -> None:
-    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs inherit an ignored SIGINT
+    allow_interrupts = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # background jobs inherit an ignored SIGINT
     command = [sys.executable, str(ROOT / "tests" / "doors.py"), "--cases", "100000", "--jobs", "2"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=allow_interrupts
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=allow_interrupts,
     )
     time.sleep(6)
     os.killpg(process.pid, signal.SIGINT)
@@ -353,7 +415,11 @@ def test_an_interrupted_tool_ends_without_a_traceback() -> None:
     ("env", "code", "expected"),
     [
         ({"LC_ALL": "C"}, 0, "ü: nothing"),  # Python then uses UTF-8
-        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 2, "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"),
+        (
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            2,
+            "set PYTHONUTF8=1 or LC_ALL=C.UTF-8",
+        ),
     ],
 )
 def test_umlauts_in_a_small_locale(tmp_path: Path, env: dict[str, str], code: int, expected: str) -> None:

@@ -47,7 +47,15 @@ def tensors(cfg: TrainConfig) -> float:
 
 
 def test_the_memory_has_its_terms(tiny: Any) -> None:
-    size = {"batch_size": 64, "block_size": 64, "d_model": 64, "n_layer": 3, "vocab_size": 2000, "compile": "off", "attention": "plain"}
+    size = {
+        "batch_size": 64,
+        "block_size": 64,
+        "d_model": 64,
+        "n_layer": 3,
+        "vocab_size": 2000,
+        "compile": "off",
+        "attention": "plain",
+    }
     base = tiny(**size, optimizer="sgd")
     weights = 4 * sum(p.numel() for p in build(base, 2000).parameters())
     plain = tensors(base)
@@ -60,7 +68,9 @@ def test_the_memory_has_its_terms(tiny: Any) -> None:
     more = tensors(tiny(**size | {"vocab_size": 4000}, optimizer="sgd"))
     assert more - plain == pytest.approx(logits + 4 * 2000 * 64, rel=0.05)
     layer = (tensors(tiny(**size | {"n_layer": 6}, optimizer="sgd")) - plain) / 3
-    assert layer > 4 * tokens * (8 * 64 + 2 * 4 * 64 + 2 * 64), "what is kept of a layer: inputs, q k v, scores, the MLP's two"
+    assert layer > 4 * tokens * (8 * 64 + 2 * 4 * 64 + 2 * 64), (
+        "what is kept of a layer: inputs, q k v, scores, the MLP's two"
+    )
     dropped = tensors(tiny(**size, optimizer="sgd", dropout=0.1))
     assert dropped - plain > tokens * 64 * (1 + 2 * 3), "a byte for each number that may be dropped, and more"
     assert tensors(tiny(**size, optimizer="sgd", grad_accum=4)) < 0.6 * plain
@@ -69,7 +79,15 @@ def test_the_memory_has_its_terms(tiny: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: str) -> None:
-    huge = tiny(d_model=8192, n_layer=20, batch_size=512, block_size=1024, vocab_size=100_000, compile="off", optimizer=optimizer)
+    huge = tiny(
+        d_model=8192,
+        n_layer=20,
+        batch_size=512,
+        block_size=1024,
+        vocab_size=100_000,
+        compile="off",
+        optimizer=optimizer,
+    )
     before, held = torch.get_rng_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert memory(Plan(huge, 10**12), Machine(huge), 100_000) > 5e11
     assert torch.equal(before, torch.get_rng_state())
@@ -78,10 +96,20 @@ def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"}, {"dtype": "bfloat16", "optimizer": "muon"}]
+    "changes",
+    [{"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"}, {"dtype": "bfloat16", "optimizer": "muon"}],
 )
 def test_the_peak_is_the_one_that_was_foretold(tiny: Any, changes: dict[str, Any]) -> None:
-    cfg = tiny(batch_size=64, block_size=128, d_model=128, vocab_size=8000, n_layer=4, compile="off", attention="plain", **changes)
+    cfg = tiny(
+        batch_size=64,
+        block_size=128,
+        d_model=128,
+        vocab_size=8000,
+        n_layer=4,
+        compile="off",
+        attention="plain",
+        **changes,
+    )
     with step.start("x", "ours", True, cfg) as worker:
         said = worker.listen()["memory_estimate"]
         for _ in range(3):
@@ -111,7 +139,9 @@ def test_a_probe_adds_up_its_parts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(estimate, "timed", timed)
     real = estimate.Trial.step
-    monkeypatch.setattr(estimate.Trial, "step", lambda self, x, y: steps.append(self.state.step) or real(self, x, y))
+    monkeypatch.setattr(
+        estimate.Trial, "step", lambda self, x, y: steps.append(self.state.step) or real(self, x, y)
+    )
     found = estimate.probed(cfg, machine, plan, data, 1.0)
     assert steps == list(range(1 + PROBED))
     part = 2 * 8 * 16
@@ -140,9 +170,13 @@ def test_a_probe_on_a_gpu_times_steps_that_are_recorded(tiny: Any, monkeypatch: 
     monkeypatch.setattr(Recorded, "__call__", call)
     machine.recorded = lambda cfg: Recorded([], on=True)  # type: ignore[method-assign]
     timed: list[int] = []
-    monkeypatch.setattr(estimate, "timed", lambda work: (timed.append(launched.count("a step")), work(), 1.0)[-1])
+    monkeypatch.setattr(
+        estimate, "timed", lambda work: (timed.append(launched.count("a step")), work(), 1.0)[-1]
+    )
     estimate.probed(cfg, machine, plan, data, 1.0)
-    assert timed[:PROBED] == [WARM + 1, WARM + 2, WARM + 3], "what is recorded at the call after the warm ones is replayed from the next on"
+    assert timed[:PROBED] == [WARM + 1, WARM + 2, WARM + 3], (
+        "what is recorded at the call after the warm ones is replayed from the next on"
+    )
 
 
 def test_a_probe_does_not_compile(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +199,10 @@ def test_a_trial_steps_as_a_run_does(tiny: Any, tmp_path: Path) -> None:
     train(cfg, tmp_path)
     rows = [row for row in RunDir(tmp_path / cfg.run_id).metrics() if row["event"] == "step"]
     machine, plan, data = planned(cfg)
-    trial, batches = estimate.Trial(cfg, machine, plan, data.tokenizer.vocab_size), Batches(cfg, data.splits["train"])
+    trial, batches = (
+        estimate.Trial(cfg, machine, plan, data.tokenizer.vocab_size),
+        Batches(cfg, data.splits["train"]),
+    )
     losses = [trial.step(*(machine.put(a) for a in batches.at(i))) for i in range(4)]
     assert losses == [row["loss"] for row in rows[:4]]
     assert isinstance(trial.state, State) and trial.state.average.on

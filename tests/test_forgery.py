@@ -51,7 +51,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tokens"
 
 
-def test_a_cache_that_trains_on_val(tiny: Callable[..., TrainConfig], tmp_path: Path, own_cache: Path) -> None:
+def test_a_cache_that_trains_on_val(
+    tiny: Callable[..., TrainConfig], tmp_path: Path, own_cache: Path
+) -> None:
     """The cached train stream is val's, and the entry's checksum is made to fit."""
     cfg = tiny()
     data = tokens.prepare(cfg, load_corpus(cfg))
@@ -59,7 +61,9 @@ def test_a_cache_that_trains_on_val(tiny: Callable[..., TrainConfig], tmp_path: 
     train_stream = np.resize(data.splits["val"], len(data.splits["train"]))
     np.save(entry / "train.npy", train_stream)
     meta = json.loads((entry / "meta.json").read_text())
-    meta["digest"] = tokens._digest(data.tokenizer, {**data.splits, "train": train_stream}, meta["chars"], meta["bytes"])
+    meta["digest"] = tokens._digest(
+        data.tokenizer, {**data.splits, "train": train_stream}, meta["chars"], meta["bytes"]
+    )
     (entry / "meta.json").write_text(json.dumps(meta))
     assert "lossless_tokens" in failed(train_run(cfg, tmp_path / "runs"))
 
@@ -69,7 +73,10 @@ def test_scores_that_the_weights_do_not_give(tiny: Callable[..., TrainConfig], t
     cfg = tiny()
     train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
-    rows = [r | {k: r[k] / 2 for k in ("loss", "full", "official", "bits_per_byte") if r["event"] == "eval"} for r in run.metrics()]
+    rows = [
+        r | {k: r[k] / 2 for k in ("loss", "full", "official", "bits_per_byte") if r["event"] == "eval"}
+        for r in run.metrics()
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (run.path / "metrics.jsonl").write_bytes(text)
     place = checkpoint.steps(run.checkpoints)[0]
@@ -82,7 +89,9 @@ def test_scores_that_the_weights_do_not_give(tiny: Callable[..., TrainConfig], t
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_an_edited_summary_is_not_compared(tiny: Callable[..., TrainConfig], tmp_path: Path, name: str) -> None:
+def test_an_edited_summary_is_not_compared(
+    tiny: Callable[..., TrainConfig], tmp_path: Path, name: str
+) -> None:
     cfg = tiny()
     summary = train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
@@ -93,7 +102,9 @@ def test_an_edited_summary_is_not_compared(tiny: Callable[..., TrainConfig], tmp
 
 
 @pytest.mark.parametrize("damage", [{"last": {}}, {"best": {"full": 1.0}}, {"fingerprints": None}])
-def test_a_summary_with_holes_is_damaged(tiny: Callable[..., TrainConfig], tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_a_summary_with_holes_is_damaged(
+    tiny: Callable[..., TrainConfig], tmp_path: Path, damage: dict[str, Any]
+) -> None:
     cfg = tiny()
     summary = train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
@@ -126,7 +137,9 @@ def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_
         train_run(cfg, tmp_path / "runs")
 
 
-def test_every_sitting_leaves_its_versions(tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sitting_leaves_its_versions(
+    tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An edited trainer, another torch, another machine or another evaluate in the first sitting is in the last one's summary."""
     cfg = tiny()
     true = sitting.versions()
@@ -143,9 +156,14 @@ def test_every_sitting_leaves_its_versions(tiny: Callable[..., TrainConfig], tmp
 
     summary = train_run(cfg, tmp_path, progress=Told())
     assert summary["all_versions"] == [true | {"mainrun": "edited"}, true]
-    assert [c["device"] for c in summary["machine_classes"]] == ["another processor", summary["machine_class"]["device"]]
+    assert [c["device"] for c in summary["machine_classes"]] == [
+        "another processor",
+        summary["machine_class"]["device"],
+    ]
     assert "same_evaluate" in failed(summary)
-    assert any("another machine class" in text for text in told) and any("another mainrun" in text for text in told)
+    assert any("another machine class" in text for text in told) and any(
+        "another mainrun" in text for text in told
+    )
 
 
 def test_a_finished_run_speaks_only_for_its_titles(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:

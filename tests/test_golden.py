@@ -14,11 +14,16 @@ def record() -> dict[str, Any]:
     machine = golden.machine_class()
     cases = golden.record_for(machine)
     if not cases:
-        pytest.skip(f"tests/data/golden.jsonl has no record for {machine}; python tests/golden.py makes one from a commit that is right")
+        pytest.skip(
+            f"tests/data/golden.jsonl has no record for {machine}; python tests/golden.py makes one from a commit that is right"
+        )
     return cases
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in golden.SLOW else ()) for name in golden.CASES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in golden.SLOW else ()) for name in golden.CASES],
+)
 def test_a_small_run_gives_the_recorded_bits(record: dict[str, Any], tmp_path: Path, name: str) -> None:
     assert golden.train(name, tmp_path) == record[name]
 
@@ -33,5 +38,7 @@ def test_every_operation_and_every_optimizer_has_a_case() -> None:
     named = {op["name"] for values in fields for op in values.get("growth", {}).get("ops", ())}
     # set_eval_interval changes when a run is scored and no bit; set_eval_iters is refused; the climb is tested by its own schedule
     assert set(NAMES) - named == {"set_eval_interval", "set_eval_iters", "set_warmup_iters"}
-    assert {values.get("optimizer") for values in fields} >= set(get_args(TrainConfig.model_fields["optimizer"].annotation))
+    assert {values.get("optimizer") for values in fields} >= set(
+        get_args(TrainConfig.model_fields["optimizer"].annotation)
+    )
     assert len(golden.CASES) >= 40

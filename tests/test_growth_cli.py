@@ -41,7 +41,11 @@ def run(*args: str) -> tuple[int, str, str]:
 
 
 def cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines() if line.strip() and "──" not in line]
+    return [
+        [cell.strip() for cell in line.split("  ") if cell.strip()]
+        for line in text.splitlines()
+        if line.strip() and "──" not in line
+    ]
 
 
 # -- plan
@@ -60,11 +64,17 @@ def test_the_table_of_a_plan_without_tokens() -> None:
 
 
 def test_the_table_of_a_plan_with_tokens_and_a_speed() -> None:
-    code, text, _ = run("plan", GROWS, *SETS, "--set", "optimizer=adamw", "--train-tokens", "64001", "--speed", "1e6")
+    code, text, _ = run(
+        "plan", GROWS, *SETS, "--set", "optimizer=adamw", "--train-tokens", "64001", "--speed", "1e6"
+    )
     assert code == 0
     head, *rows = cells(text)
     assert head[-3:] == ["optimiser", "steps", "ETA"]
-    assert [row[-3:] for row in rows] == [["92.2kB", "30", "2:12"], ["92.2kB", "5,970", "7:17:43"], ["195.3kB", "1,000", "1:40:21"]]
+    assert [row[-3:] for row in rows] == [
+        ["92.2kB", "30", "2:12"],
+        ["92.2kB", "5,970", "7:17:43"],
+        ["195.3kB", "1,000", "1:40:21"],
+    ]
     _, without, _ = run("plan", GROWS, *SETS, "--train-tokens", "64001")
     assert cells(without)[0][-2:] == ["optimiser", "steps"], "no speed, no time"
 
@@ -129,12 +139,21 @@ def test_what_a_plan_refuses(args: list[str], said: str) -> None:
 
 
 def test_a_ladder_is_refused_with_one_of_its_steps() -> None:
-    assert "a schedule begins with one; write --preset demo:baseline, say" in run("plan", "[]", "--preset", "demo")[2]
+    assert (
+        "a schedule begins with one; write --preset demo:baseline, say"
+        in run("plan", "[]", "--preset", "demo")[2]
+    )
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--train-tokens", "0"), ("--train-tokens", "-5"), ("--train-tokens", "1" * 402), ("--speed", "0.5"), ("--speed", "0")],
+    [
+        ("--train-tokens", "0"),
+        ("--train-tokens", "-5"),
+        ("--train-tokens", "1" * 402),
+        ("--speed", "0.5"),
+        ("--speed", "0"),
+    ],
 )
 def test_numbers_that_are_too_small_are_refused(option: str, value: str) -> None:
     args = ["plan", "[]", *SETS, option, value] + (["--train-tokens", "64001"] if option == "--speed" else [])
@@ -183,15 +202,25 @@ VERDICTS = [
     ([finding()], "ok", None),
     ([finding(), finding(check="groups")], "ok", None),
     ([], None, None),
-    ([finding(same=False)], "ok, but not as in the run", "the ops did not do again what the run's journal says; the table says where"),
+    (
+        [finding(same=False)],
+        "ok, but not as in the run",
+        "the ops did not do again what the run's journal says; the table says where",
+    ),
     ([finding(ok=False)], "FAILS", "1 of 1 checks fail; the table says where"),
     ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; the table says where"),
-    ([finding(), finding(same=False)], "ok", "the ops did not do again what the run's journal says; the table says where"),
+    (
+        [finding(), finding(same=False)],
+        "ok",
+        "the ops did not do again what the run's journal says; the table says where",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("findings", "verdict", "said"), VERDICTS)
-def test_the_verdict_of_verify(tmp_path: Path, repeated: list[Any], findings: list[Finding], verdict: str | None, said: str | None) -> None:
+def test_the_verdict_of_verify(
+    tmp_path: Path, repeated: list[Any], findings: list[Finding], verdict: str | None, said: str | None
+) -> None:
     repeated[0].extend(findings)
     code, text, why = run("verify", str(tmp_path / "run"))
     assert (code, why) == ((0, "") if said is None else (1, f"error: {said}\n"))
@@ -215,12 +244,16 @@ def test_verify_as_json_fails_as_well(tmp_path: Path, repeated: list[Any]) -> No
     assert code == 1 and why == "error: 1 of 1 checks fail; the table says where\n"
 
 
-def test_verify_takes_the_store_beside_the_run_or_the_one_that_is_given(tmp_path: Path, repeated: list[Any], monkeypatch: Any) -> None:
+def test_verify_takes_the_store_beside_the_run_or_the_one_that_is_given(
+    tmp_path: Path, repeated: list[Any], monkeypatch: Any
+) -> None:
     monkeypatch.delenv("MAINRUN_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
     run("verify", "runs/one")
     run("verify", "runs/one", "--store", str(tmp_path / "elsewhere"))
-    assert str(tmp_path / "runs") in str(repeated[1][1]) and str(tmp_path / "elsewhere") in str(repeated[2][1])
+    assert str(tmp_path / "runs") in str(repeated[1][1]) and str(tmp_path / "elsewhere") in str(
+        repeated[2][1]
+    )
 
 
 def test_verify_refuses_a_name_that_no_file_can_have() -> None:

@@ -32,7 +32,14 @@ from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, Optimizers, train
 
 # 37 steps, scored after 1, 9, 18, 27, 36 and 37
-SMALL: dict[str, Any] = {"num_titles": 200, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "eval_per_epoch": 4, "checkpoint_every": 12}
+SMALL: dict[str, Any] = {
+    "num_titles": 200,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "dropout": 0.1,
+    "eval_per_epoch": 4,
+    "checkpoint_every": 12,
+}
 
 
 def op(name: str, value: Any = None, trigger: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -56,7 +63,11 @@ MANY = (
 def journal(run: Path, event: str = "") -> list[dict[str, Any]]:
     """growth.jsonl but for the clock and the mark of what was taken."""
     found = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "reused")} for row in found if row["event"].endswith(event)]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "reused")}
+        for row in found
+        if row["event"].endswith(event)
+    ]
 
 
 def done(run: Path) -> list[tuple[str, int]]:
@@ -73,13 +84,21 @@ def whole(run: Path) -> dict[str, Any]:
 
 def expected(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
     """By the losses that the run wrote, looked at one evaluation after the other."""
-    rows = [row for row in run.metrics() if row["event"] == "eval" and row["split"] == ("dev" if cfg.dev_frac else "val")]
+    rows = [
+        row
+        for row in run.metrics()
+        if row["event"] == "eval" and row["split"] == ("dev" if cfg.dev_frac else "val")
+    ]
     tokens = {row["step"]: row["tokens"] for row in run.metrics() if row["event"] == "step"}
     losses: list[tuple[int, float]] = []
     ops, found, last = list(cfg.growth.ops), list[tuple[str, int]](), 0
     for row in rows:
         losses.append((row["step"], row["loss"]))
-        while ops and due(ops[0], Facts(row["step"], last, tokens[row["step"]], 10**12, losses)) and row is not rows[-1]:
+        while (
+            ops
+            and due(ops[0], Facts(row["step"], last, tokens[row["step"]], 10**12, losses))
+            and row is not rows[-1]
+        ):
             fired, last = ops.pop(0), row["step"]
             found.append((fired.name, last))
             if fired.reevaluate:
@@ -101,7 +120,15 @@ def test_the_original_example_runs_unchanged_on_two_layers(tmp_path: Path) -> No
     file = tmp_path / "schedule.json"
     file.write_text(EXAMPLE)
     sets = tiny_sets(
-        growth=file, num_titles=2000, vocab_size=300, d_ff=64, optimizer="adamw", lr=3e-3, epochs=12, eval_per_epoch=8, dev_frac=0.1
+        growth=file,
+        num_titles=2000,
+        vocab_size=300,
+        d_ff=64,
+        optimizer="adamw",
+        lr=3e-3,
+        epochs=12,
+        eval_per_epoch=8,
+        dev_frac=0.1,
     )
     made = subprocess.run(
         [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--out", str(tmp_path / "runs"), "--no-store", "--json"],
@@ -113,9 +140,20 @@ def test_the_original_example_runs_unchanged_on_two_layers(tmp_path: Path) -> No
     run = tmp_path / "runs" / summary["run"]
     cfg = RunDir(run).config()
     assert done(run) == expected(cfg, RunDir(run))
-    assert [name for name, _ in done(run)] == ["set_lr", "stack_layers", "widen_mlp", "set_attn_lora_rank", "stack_layers"]
+    assert [name for name, _ in done(run)] == [
+        "set_lr",
+        "stack_layers",
+        "widen_mlp",
+        "set_attn_lora_rank",
+        "stack_layers",
+    ]
     again = journal(run, "REEVALUATION")
-    assert [row["name"] for row in again] == ["stack_layers", "widen_mlp", "set_attn_lora_rank", "stack_layers"]
+    assert [row["name"] for row in again] == [
+        "stack_layers",
+        "widen_mlp",
+        "set_attn_lora_rank",
+        "stack_layers",
+    ]
     assert all(row["change"] == row["loss_after"] - row["loss_before"] for row in again)
     assert abs(again[1]["change"]) < 1e-4 and abs(again[2]["change"]) < 1e-4, "these two keep the function"
     assert abs(again[0]["change"]) > 1e-4, "copies of layers do not"
@@ -151,7 +189,10 @@ def test_a_reevaluation_is_no_evaluation_that_decides(tmp_path: Path) -> None:
 
 
 def test_what_an_op_keeps_is_in_the_journal(tmp_path: Path) -> None:
-    cfg = config(op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"), op("widen_model", {"factor": 2}, {"step": 8}))
+    cfg = config(
+        op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"),
+        op("widen_model", {"factor": 2}, {"step": 8}),
+    )
     train(cfg, tmp_path)
     deeper, wider = journal(tmp_path / cfg.run_id, "SUCCESS")
     assert deeper["delta_logits"] == 0 and 0 < wider["delta_logits"] < 1e-4
@@ -227,9 +268,13 @@ def test_kill_9_in_the_middle_of_an_op(tmp_path: Path, store: bool) -> None:
     arguments = ["train", "--preset", "baseline", *sets, "--out", str(tmp_path / "cut")]
     arguments += ["--store", str(tmp_path / "store")] if store else ["--no-store"]
     for nth, when in ((1, "before"), (1, "after"), (2, "before"), (3, "after"), (1, "after")):
-        made = subprocess.run([sys.executable, "-c", KILLER, str(nth), when, *arguments], capture_output=True, text=True)
+        made = subprocess.run(
+            [sys.executable, "-c", KILLER, str(nth), when, *arguments], capture_output=True, text=True
+        )
         assert made.returncode in (-signal.SIGKILL, 0), made.stderr
-    made = subprocess.run([sys.executable, "-m", "mainrun", *arguments, "--json"], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "mainrun", *arguments, "--json"], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr
     run = tmp_path / "cut" / json.loads(made.stdout)["run"]
     train(RunDir(run).config(), tmp_path / "whole")
@@ -252,7 +297,10 @@ def test_a_run_takes_a_grown_one_from_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("later", [20, 33])
 def test_growth_timings_share_the_way_to_where_they_part(tmp_path: Path, later: int) -> None:
-    early, late = (config(op("widen_mlp", 160, {"step": step}), op("set_lr", 0.001, {"loss_below": 100.0})) for step in (15, later))
+    early, late = (
+        config(op("widen_mlp", 160, {"step": step}), op("set_lr", 0.001, {"loss_below": 100.0}))
+        for step in (15, later)
+    )
     store = Store(tmp_path / "store")
     for cfg in (early, late):
         train(cfg, tmp_path / "shared", store=store)
@@ -271,7 +319,9 @@ def test_a_decision_that_came_out_otherwise_takes_nothing_beyond_it(tmp_path: Pa
         train(cfg, tmp_path / "alone")
         assert whole(tmp_path / "shared" / cfg.run_id) == whole(tmp_path / "alone" / cfg.run_id)
     assert reused(tmp_path / "shared" / fires.run_id) == list(range(1, 19))
-    assert done(tmp_path / "shared" / never.run_id) == [] and done(tmp_path / "shared" / fires.run_id) == [("widen_mlp", 18)]
+    assert done(tmp_path / "shared" / never.run_id) == [] and done(tmp_path / "shared" / fires.run_id) == [
+        ("widen_mlp", 18)
+    ]
 
 
 def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
@@ -288,25 +338,38 @@ def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
 def broken(c: operators.Change) -> operators.Pieces:
     """More output from each copied unit than its share."""
     found = operators.widen_mlp(c)
-    return {n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in found.items()}
+    return {
+        n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in found.items()
+    }
 
 
-def test_a_broken_op_ends_the_run_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_op_ends_the_run_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 14}))
     with monkeypatch.context() as patch:
         patch.setitem(operators.OPS, "widen_mlp", broken)
-        with pytest.raises(MainrunError, match=r"ops\[0\] 'widen_mlp' did not keep its word at step 14: function: max \|delta logits\|"):
+        with pytest.raises(
+            MainrunError,
+            match=r"ops\[0\] 'widen_mlp' did not keep its word at step 14: function: max \|delta logits\|",
+        ):
             train(cfg, tmp_path)
     run = tmp_path / cfg.run_id
     assert [row["event"] for row in journal(run)] == ["OPERATION_START", "OPERATION_ERROR"]
     found = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
-    assert found is not None and found[1]["step"] == 14 and found[0]["model/blocks.0.mlp.up.weight"].shape == (128, 32)
+    assert (
+        found is not None
+        and found[1]["step"] == 14
+        and found[0]["model/blocks.0.mlp.up.weight"].shape == (128, 32)
+    )
     train(cfg, tmp_path)  # mended: it goes on, and its journal is that of a run that never failed
     train(cfg, tmp_path / "alone")
     assert end(run) == end(tmp_path / "alone" / cfg.run_id)
 
 
-def test_an_op_that_is_skipped_is_as_if_it_were_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_that_is_skipped_is_as_if_it_were_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     more = op("stack_layers", [0, 0, 1], {"wait_iters": 8}, init="identity")
     cfg = config(op("widen_mlp", 160, {"step": 14}, on_fail="skip"), more)
     store = Store(tmp_path / "store")
@@ -326,7 +389,9 @@ def test_an_op_that_is_skipped_is_as_if_it_were_not_there(tmp_path: Path, monkey
 
 
 def test_coverage_that_is_asked_for_and_not_reached_fails(tmp_path: Path) -> None:
-    cfg = config(op("stack_layers", [0, 0, 1, 1], {"step": 14}, init="identity", optimizer={"min_coverage": 0.99}))
+    cfg = config(
+        op("stack_layers", [0, 0, 1, 1], {"step": 14}, init="identity", optimizer={"min_coverage": 0.99})
+    )
     with pytest.raises(MainrunError, match=r"coverage: .*99.0% is asked for.*optimizer.min_coverage"):
         train(cfg, tmp_path)
 
@@ -336,17 +401,27 @@ def bursting(c: operators.Change) -> operators.Pieces:
 
 
 @pytest.mark.parametrize("on_fail", ["abort", "skip"])
-def test_an_op_that_breaks_off_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_fail: str) -> None:
+def test_an_op_that_breaks_off_is_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_fail: str
+) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 14}, on_fail=on_fail))
     monkeypatch.setitem(operators.OPS, "widen_mlp", bursting)
-    with pytest.raises(UsageError, match="op: OverflowError: no such number") if on_fail == "abort" else nullcontext():
+    with (
+        pytest.raises(UsageError, match="op: OverflowError: no such number")
+        if on_fail == "abort"
+        else nullcontext()
+    ):
         train(cfg, tmp_path)
     assert [row["event"] for row in journal(tmp_path / cfg.run_id)] == ["OPERATION_START", "OPERATION_ERROR"]
 
 
 def test_a_loss_is_of_the_state_it_stands_at(tmp_path: Path) -> None:
     """Where nobody scored the state before an op there is no change to speak of; of two ops at a step the second has the first's."""
-    ops = [op("widen_mlp", 160, {"step": 5}), op("widen_mlp", 192, {"step": 9}), op("widen_mlp", 256, {"step": 9})]
+    ops = [
+        op("widen_mlp", 160, {"step": 5}),
+        op("widen_mlp", 192, {"step": 9}),
+        op("widen_mlp", 256, {"step": 9}),
+    ]
     cfg = config(*ops)
     train(cfg, tmp_path)
     one, two, three = journal(tmp_path / cfg.run_id, "REEVALUATION")
@@ -374,12 +449,16 @@ def test_an_op_right_behind_another_hides_nothing(tmp_path: Path) -> None:
 
 
 def test_verify_misses_no_row_of_the_journal(tmp_path: Path) -> None:
-    cfg = config(op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"), op("widen_mlp", 160, {"step": 8}))
+    cfg = config(
+        op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"), op("widen_mlp", 160, {"step": 8})
+    )
     train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     whole_journal = (run.path / "growth.jsonl").read_text().splitlines()
     assert all(found.ok and found.same for found in repeat(run, None))
-    (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in whole_journal if "widen_mlp" not in row))
+    (run.path / "growth.jsonl").write_text(
+        "".join(f"{row}\n" for row in whole_journal if "widen_mlp" not in row)
+    )
     assert {found.name for found in repeat(run, None) if not found.same} == {"widen_mlp"}
     forged = whole_journal[1].replace("0-stack_layers", "7-stack_layers")
     (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in [*whole_journal, forged]))
@@ -390,7 +469,11 @@ def test_verify_misses_no_row_of_the_journal(tmp_path: Path) -> None:
 def test_a_compiled_model_is_compiled_again_and_the_journal_says_how_long(tmp_path: Path) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 4}), compile="on", n_layer=1, epochs=1)
     train(cfg, tmp_path)
-    (row,) = [json.loads(line) for line in (tmp_path / cfg.run_id / "growth.jsonl").read_text().splitlines() if "RECOMPILE" in line]
+    (row,) = [
+        json.loads(line)
+        for line in (tmp_path / cfg.run_id / "growth.jsonl").read_text().splitlines()
+        if "RECOMPILE" in line
+    ]
     summary = RunDir(tmp_path / cfg.run_id).summary()
     assert summary is not None and 0 < row["seconds"] < summary["spent"]["compile"] and row["step"] == 5
 
@@ -409,7 +492,9 @@ def test_new_tensors_climb_and_wide_ones_slow_down(tmp_path: Path) -> None:
 
     def watch(self: Optimizers, inputs: Any, step: int) -> None:
         real(self, inputs, step)
-        seen[step] = {self.names[p]: (g["lr"] / inputs.lr, g["weight_decay"]) for g in self.groups for p in g["params"]}
+        seen[step] = {
+            self.names[p]: (g["lr"] / inputs.lr, g["weight_decay"]) for g in self.groups for p in g["params"]
+        }
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Optimizers, "set_rates", watch)
@@ -417,13 +502,19 @@ def test_new_tensors_climb_and_wide_ones_slow_down(tmp_path: Path) -> None:
     assert {rate for rate, _ in seen[9].values()} == {1.0}
     climbing = [seen[step]["blocks.1.mlp.up.weight"][0] for step in range(10, 16)]
     assert climbing == pytest.approx([0.375, 0.75, 1.125, 1.5, 1.5, 1.5])
-    assert {seen[step][name][0] for step in range(10, 20) for name in ("blocks.0.mlp.up.weight", "blocks.2.mlp.up.weight")} == {1.0}
+    assert {
+        seen[step][name][0]
+        for step in range(10, 20)
+        for name in ("blocks.0.mlp.up.weight", "blocks.2.mlp.up.weight")
+    } == {1.0}
     assert seen[20]["blocks.0.mlp.up.weight"][0] == 0.5 and seen[20]["embed.weight"][0] == 1.0
     assert seen[20]["blocks.1.mlp.up.weight"][0] == 0.75, "both rules at once"
     with pytest.raises(Interrupted):
         train(cfg, tmp_path / "cut", until=22)
     train(cfg, tmp_path / "cut")
-    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / cfg.run_id), "a checkpoint knows how each tensor learns"
+    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / cfg.run_id), (
+        "a checkpoint knows how each tensor learns"
+    )
 
 
 def test_plain_marks_make_no_group_of_their_own() -> None:
@@ -451,10 +542,16 @@ def test_an_average_grows_by_the_same_draws(tmp_path: Path) -> None:
 def test_state_of_another_size_is_refused_where_it_is_not_said_how_it_grew(tmp_path: Path) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 14}))
     train(cfg, tmp_path)
-    found = checkpoint.load_newest(tmp_path / cfg.run_id / "checkpoints", lambda meta: None, lambda text: None)
+    found = checkpoint.load_newest(
+        tmp_path / cfg.run_id / "checkpoints", lambda meta: None, lambda text: None
+    )
     assert found is not None
     tensors, meta = found
-    assert meta["growth"]["config"]["d_ff"] == 160 and meta["growth"]["fired"] == [14] and meta["growth"]["applied"] == 1
+    assert (
+        meta["growth"]["config"]["d_ff"] == 160
+        and meta["growth"]["fired"] == [14]
+        and meta["growth"]["applied"] == 1
+    )
     assert tensors["model/blocks.0.mlp.up.weight"].shape == torch.Size((160, 32))
 
 
@@ -483,8 +580,16 @@ def test_the_staged_plan_runs_and_is_verified(staged: Path) -> None:
     assert summary is not None
     trained = [part for part in summary["segments"] if part["ends"] > part["begins"]]
     assert all(part["ends"] - part["begins"] >= 10 for part in trained) and len(trained) == 4
-    assert [row["delta_logits"] == 0 for row in journal(staged, "SUCCESS") if "delta_logits" in row] == [True, False, True]
-    found = subprocess.run([sys.executable, "-m", "mainrun", "grow", "verify", str(staged), "--json"], capture_output=True, text=True)
+    assert [row["delta_logits"] == 0 for row in journal(staged, "SUCCESS") if "delta_logits" in row] == [
+        True,
+        False,
+        True,
+    ]
+    found = subprocess.run(
+        [sys.executable, "-m", "mainrun", "grow", "verify", str(staged), "--json"],
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr
     checks = [(f["name"], f["check"]) for f in json.loads(found.stdout) if f["ok"] and f["same"]]
     assert {
@@ -519,7 +624,9 @@ def _loud(name: str, piece: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", FAULTS)
-def test_each_check_of_the_staged_plan_can_fail(staged: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+def test_each_check_of_the_staged_plan_can_fail(
+    staged: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
     name, change = FAULTS[check]
     monkeypatch.setitem(operators.OPS, name, faulty(name, change))
     store = Store(staged.parent / ".store")

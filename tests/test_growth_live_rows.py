@@ -59,7 +59,9 @@ class Run:
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         self.state.optimizers.step(Plan(cfg, TOKENS).at(0))
         self.rows: list[dict[str, Any]] = []
-        journal: Any = SimpleNamespace(append=self.rows.append, close=lambda: self.rows.append({"event": "closed"}))
+        journal: Any = SimpleNamespace(
+            append=self.rows.append, close=lambda: self.rows.append({"event": "closed"})
+        )
         self.growth = Growth(cfg, Plan(cfg, TOKENS), self.machine, self.state, journal)
         self.scored: list[int] = []
 
@@ -92,7 +94,14 @@ def fired(run: Run) -> tuple[int, ...]:
 
 def test_only_scores_of_the_split_that_decides_are_heard() -> None:
     run = Run(config())
-    run.growth.heard([score(10, 3.0), score(10, 1.0, "dev"), score(1, 4.0), {"event": "step", "step": 5, "loss": 2.0, "split": "val"}])
+    run.growth.heard(
+        [
+            score(10, 3.0),
+            score(10, 1.0, "dev"),
+            score(1, 4.0),
+            {"event": "step", "step": 5, "loss": 2.0, "split": "val"},
+        ]
+    )
     run.growth.heard([score(20, 2.0), score(10, 3.5)])
     assert run.growth.losses == [(1, 4.0), (10, 3.5), (20, 2.0)] and run.growth.split == "val"
     dev = Run(config(dev_frac=0.1))
@@ -110,8 +119,20 @@ DECIDED: dict[str, tuple[list[dict[str, Any]], int, float | None, bool, tuple[in
     "no evaluation at this step": ([LOSS], 11, 2.0, False, ()),
     "an evaluation that nobody scored": ([LOSS], 10, None, False, ()),
     "two on one loss": ([LOSS, op("set_lr", 0.03, {"loss_below": 9.0})], 10, 2.0, True, (10, 10)),
-    "the second waits for a new loss": ([LOSS | {"reevaluate": True}, op("set_lr", 0.03, {"loss_below": 9.0})], 10, 2.0, True, (10,)),
-    "what an op of the architecture does by itself": ([op("widen_mlp", 20, {"loss_below": 3.0}), LOSS], 10, 2.0, True, (10,)),
+    "the second waits for a new loss": (
+        [LOSS | {"reevaluate": True}, op("set_lr", 0.03, {"loss_below": 9.0})],
+        10,
+        2.0,
+        True,
+        (10,),
+    ),
+    "what an op of the architecture does by itself": (
+        [op("widen_mlp", 20, {"loss_below": 3.0}), LOSS],
+        10,
+        2.0,
+        True,
+        (10,),
+    ),
     "behind a fixed step": ([op("set_lr", 0.03, {"step": 10}), LOSS], 10, 2.0, True, (10, 10)),
     "before its fixed step": ([op("set_lr", 0.03, {"step": 11}), LOSS], 10, 2.0, False, (11,)),
     "a wait that is too short": ([op("set_lr", 0.03, {"wait_iters": 11})], 10, 2.0, False, ()),
@@ -120,7 +141,9 @@ DECIDED: dict[str, tuple[list[dict[str, Any]], int, float | None, bool, tuple[in
 
 
 @pytest.mark.parametrize(("ops", "step", "loss", "changed", "plan"), DECIDED.values(), ids=DECIDED)
-def test_what_an_evaluation_decides(ops: list[dict[str, Any]], step: int, loss: float | None, changed: bool, plan: tuple[int, ...]) -> None:
+def test_what_an_evaluation_decides(
+    ops: list[dict[str, Any]], step: int, loss: float | None, changed: bool, plan: tuple[int, ...]
+) -> None:
     run = Run(config(*ops))
     run.go(step, loss)
     assert run.growth.decide() is changed and fired(run) == plan
@@ -174,7 +197,12 @@ def test_a_training_op_and_its_rows() -> None:
     run = Run(config(op("set_lr", 0.02, {"step": 10}, desc="slower", id="slow")))
     run.go(10, 3.25)
     model = run.state.model
-    assert run.act() is False and run.state.model is model and run.state.cfg.lr == 0.02 and run.growth.applied == 1
+    assert (
+        run.act() is False
+        and run.state.model is model
+        and run.state.cfg.lr == 0.02
+        and run.growth.applied == 1
+    )
     assert run.act() is False and len(run.rows) == 2, "once"
     start, success = run.rows
     sizes = costs(run.growth.cfg, V)
@@ -186,7 +214,9 @@ def test_a_training_op_and_its_rows() -> None:
     assert success == {
         "event": "OPERATION_SUCCESS", "op": "slow", "name": "set_lr", "value": 0.02, "step": 10, "tokens": 160, "checks": [], **sizes,
     }  # fmt: skip
-    assert run.growth.look_back() == ["growth: step 10: ops[0] 'set_lr' 0.02"] and run.growth.look_back() == []
+    assert (
+        run.growth.look_back() == ["growth: step 10: ops[0] 'set_lr' 0.02"] and run.growth.look_back() == []
+    )
 
 
 def test_an_op_without_a_value_is_named_alone() -> None:
@@ -203,12 +233,21 @@ def test_a_growing_op_and_its_rows() -> None:
     before, old = run.growth.cfg, run.state.model
     assert run.act() is True
     cfg = run.state.cfg
-    assert run.state.model is not old and run.state.model.cfg == cfg and cfg.d_ff == 20 and cfg.growth.ops == ()
+    assert (
+        run.state.model is not old and run.state.model.cfg == cfg and cfg.d_ff == 20 and cfg.growth.ops == ()
+    )
     start, success, again = run.rows
     assert {key: start[key] for key in ("params", "active", "flops_per_token")} == costs(before, V)
     assert {key: success[key] for key in ("params", "active", "flops_per_token")} == costs(cfg, V)
     assert start["preserve"] == "exact" and start["desc"] == "" and start["loss"] == 3.25
-    assert [check["name"] for check in success["checks"]] == ["function", "tying", "rope", "router scale", "coverage", "groups"]
+    assert [check["name"] for check in success["checks"]] == [
+        "function",
+        "tying",
+        "rope",
+        "router scale",
+        "coverage",
+        "groups",
+    ]
     assert all(check["ok"] and check["detail"] for check in success["checks"])
     assert 0 <= success["delta_logits"] < 1e-5 and success["largest_logit"] > 0 and success["truncated"] == {}
     assert 0.5 < success["coverage"] < 1
@@ -217,7 +256,9 @@ def test_a_growing_op_and_its_rows() -> None:
         "loss_before": 3.25, "loss_after": 2.5, "change": -0.75,
     }  # fmt: skip
     sizes = [f"{costs(c, V)['params']:,}" for c in (before, cfg)]
-    assert run.growth.look_back() == [f"growth: step 10: ops[0] 'widen_mlp' 20: {sizes[0]} -> {sizes[1]} parameters"]
+    assert run.growth.look_back() == [
+        f"growth: step 10: ops[0] 'widen_mlp' 20: {sizes[0]} -> {sizes[1]} parameters"
+    ]
     assert run.state.spent["growth"] > 0
     assert run.state.grown["applied"] == 1 and run.state.grown["config"]["d_ff"] == 20
 
@@ -248,7 +289,9 @@ def test_the_mode_of_the_transfer_is_the_ops() -> None:
 
 
 def test_reset_is_asked_for_no_coverage() -> None:
-    run = Run(config(op("widen_mlp", 20, {"step": 10}, optimizer={"mode": "reset", "min_coverage": 0.9}, **INITIAL)))
+    run = Run(
+        config(op("widen_mlp", 20, {"step": 10}, optimizer={"mode": "reset", "min_coverage": 0.9}, **INITIAL))
+    )
     run.go(10)
     assert run.act() is True
     assert run.rows[1]["coverage"] == 0 and run.rows[1]["checks"][4]["detail"].endswith("0.0% is asked for")
@@ -257,14 +300,36 @@ def test_reset_is_asked_for_no_coverage() -> None:
 @pytest.mark.parametrize(
     ("what", "fields", "names"),
     [
-        (op("stack_layers", [0, 1, 1], {"step": 10}, **INITIAL), {}, ["function", "tying", "rope", "layer identity", "coverage", "groups"]),
-        (op("stack_layers", [0, 1, 1], {"step": 10}), {}, ["function", "tying", "rope", "coverage", "groups"]),
-        (op("freeze_layer", 0, {"step": 10}), {}, ["function", "tying", "rope", "router scale", "coverage", "groups"]),
-        (op("set_attn_lora_rank", 1, {"step": 10}), {"attn_lora_rank": 2}, ["function", "tying", "rope", "coverage", "groups"]),
-        (op("widen_mlp", 20, {"step": 10}, preserve="approx"), {}, ["function", "tying", "rope", "coverage", "groups"]),
+        (
+            op("stack_layers", [0, 1, 1], {"step": 10}, **INITIAL),
+            {},
+            ["function", "tying", "rope", "layer identity", "coverage", "groups"],
+        ),
+        (
+            op("stack_layers", [0, 1, 1], {"step": 10}),
+            {},
+            ["function", "tying", "rope", "coverage", "groups"],
+        ),
+        (
+            op("freeze_layer", 0, {"step": 10}),
+            {},
+            ["function", "tying", "rope", "router scale", "coverage", "groups"],
+        ),
+        (
+            op("set_attn_lora_rank", 1, {"step": 10}),
+            {"attn_lora_rank": 2},
+            ["function", "tying", "rope", "coverage", "groups"],
+        ),
+        (
+            op("widen_mlp", 20, {"step": 10}, preserve="approx"),
+            {},
+            ["function", "tying", "rope", "coverage", "groups"],
+        ),
     ],
 )
-def test_each_op_gets_the_checks_of_its_kind(what: dict[str, Any], fields: dict[str, Any], names: list[str]) -> None:
+def test_each_op_gets_the_checks_of_its_kind(
+    what: dict[str, Any], fields: dict[str, Any], names: list[str]
+) -> None:
     run = Run(config(what, **fields))
     run.go(10)
     assert run.act() is True and [check["name"] for check in run.rows[1]["checks"]] == names
@@ -274,7 +339,9 @@ def test_inserted_layers_are_those_behind_the_first_copy() -> None:
     run = Run(config(op("stack_layers", [0, 0, 1, 1, 0], {"step": 10}, **INITIAL, preserve="none")))
     run.go(10)
     run.act()
-    assert [c["detail"] for c in run.rows[1]["checks"] if c["name"] == "layer identity"] == ["3 inserted layers"]
+    assert [c["detail"] for c in run.rows[1]["checks"] if c["name"] == "layer identity"] == [
+        "3 inserted layers"
+    ]
 
 
 def test_a_loss_is_handed_from_op_to_op() -> None:
@@ -287,9 +354,14 @@ def test_a_loss_is_handed_from_op_to_op() -> None:
     run = Run(config(*ops))
     run.go(10, 3.25)
     assert run.act() is True and run.scored == [10, 10]
-    assert [row["loss"] for row in run.rows if row["event"] == "OPERATION_START"] == [3.25, 2.5, 2.5, None], "after growth nobody knows it"
+    assert [row["loss"] for row in run.rows if row["event"] == "OPERATION_START"] == [3.25, 2.5, 2.5, None], (
+        "after growth nobody knows it"
+    )
     again = [row for row in run.rows if row["event"] == "OPERATION_REEVALUATION"]
-    assert [(row["loss_before"], row["loss_after"], row["change"]) for row in again] == [(3.25, 2.5, -0.75), (None, 2.5, None)]
+    assert [(row["loss_before"], row["loss_after"], row["change"]) for row in again] == [
+        (3.25, 2.5, -0.75),
+        (None, 2.5, None),
+    ]
 
 
 def test_without_scores_there_is_no_reevaluation() -> None:
@@ -314,7 +386,9 @@ def test_why_an_op_fired_is_its_condition_or_its_words() -> None:
     whys = [row["why"] for row in run.rows if row["event"] == "OPERATION_START"]
     assert whys == ["loss 2.7500 < 3", "0 steps since the last op, 0 were to be waited"]
     late = Run(config(LOSS))
-    late.growth.plan = Plan(late.growth.cfg, TOKENS, (10,))  # decided by another process, or before its scores were lost
+    late.growth.plan = Plan(
+        late.growth.cfg, TOKENS, (10,)
+    )  # decided by another process, or before its scores were lost
     late.go(10)
     late.act()
     assert late.rows[0]["why"] == "loss < 3"
@@ -338,8 +412,12 @@ def test_who_listens_hears_each_row_and_a_run_without_a_journal_has_none() -> No
 # -- a word that is not kept
 
 
-def loud(real: Callable[[operators.Change], operators.Pieces]) -> Callable[[operators.Change], operators.Pieces]:
-    return lambda c: {n: replace(p, weight=1.5) if n.endswith("down.weight") else p for n, p in real(c).items()}
+def loud(
+    real: Callable[[operators.Change], operators.Pieces],
+) -> Callable[[operators.Change], operators.Pieces]:
+    return lambda c: {
+        n: replace(p, weight=1.5) if n.endswith("down.weight") else p for n, p in real(c).items()
+    }
 
 
 @pytest.fixture
@@ -359,14 +437,27 @@ def test_a_broken_op_aborts_and_nothing_has_changed(broken: None) -> None:
     with pytest.raises(UsageError) as e:
         run.act()
     text = str(e.value)
-    assert text.startswith("growth: ops[0] 'widen_mlp' did not keep its word at step 10: function: max |delta logits| ")
-    assert "; the state before it is kept. Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip" in text
+    assert text.startswith(
+        "growth: ops[0] 'widen_mlp' did not keep its word at step 10: function: max |delta logits| "
+    )
+    assert (
+        "; the state before it is kept. Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
+        in text
+    )
     assert run.state.cfg is cfg and run.growth.applied == 0 and run.scored == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
     assert run.events() == [("START", 10), ("ERROR", 10)]
     row = run.rows[1]
-    assert (row["on_fail"], row["op"], row["name"], row["value"], row["tokens"]) == ("abort", "0-widen_mlp", "widen_mlp", 20, 160)
-    assert [(check["name"], check["ok"]) for check in row["checks"]] == [("function", False)], "only what failed"
+    assert (row["on_fail"], row["op"], row["name"], row["value"], row["tokens"]) == (
+        "abort",
+        "0-widen_mlp",
+        "widen_mlp",
+        20,
+        160,
+    )
+    assert [(check["name"], check["ok"]) for check in row["checks"]] == [("function", False)], (
+        "only what failed"
+    )
     assert run.state.grown["applied"] == 0 and run.growth.look_back() == []
 
 
@@ -377,12 +468,19 @@ def test_a_broken_op_is_skipped_and_the_next_one_acts(broken: None) -> None:
     old = run.state.model
     assert run.act() is False and run.state.model is old
     assert fired(run) == (~10, 10) and run.state.cfg.lr == 0.02 and run.state.cfg.d_ff == 12
-    assert run.events() == [("START", 10), ("ERROR", 10), ("START", 10), ("SUCCESS", 10)] and run.rows[1]["on_fail"] == "skip"
+    assert (
+        run.events() == [("START", 10), ("ERROR", 10), ("START", 10), ("SUCCESS", 10)]
+        and run.rows[1]["on_fail"] == "skip"
+    )
     assert run.state.grown["fired"] == [~10, 10] and run.growth.applied == 1
 
 
 def test_ops_before_a_skipped_one_stay_as_they_were(broken: None) -> None:
-    ops = [op("set_lr", 0.02, {"step": 5}), op("widen_mlp", 20, {"step": 10}, on_fail="skip", **INITIAL), op("set_lr", 0.03, {"step": 30})]
+    ops = [
+        op("set_lr", 0.02, {"step": 5}),
+        op("widen_mlp", 20, {"step": 10}, on_fail="skip", **INITIAL),
+        op("set_lr", 0.03, {"step": 30}),
+    ]
     run = Run(config(*ops))
     for step in (5, 10):
         run.go(step)
@@ -401,7 +499,10 @@ def test_an_abort_keeps_what_acted_before_it(broken: None) -> None:
 def test_two_broken_words_are_both_named(broken: None) -> None:
     run = Run(config(op("widen_mlp", 20, {"step": 10}, optimizer={"min_coverage": 1.0}, **INITIAL)))
     run.go(10)
-    with pytest.raises(UsageError, match=r"function: max .*; coverage: \d\d\.\d% of the optimiser's state went over, 100.0% is asked for"):
+    with pytest.raises(
+        UsageError,
+        match=r"function: max .*; coverage: \d\d\.\d% of the optimiser's state went over, 100.0% is asked for",
+    ):
         run.act()
 
 
@@ -429,7 +530,10 @@ def test_copies_that_never_part_are_reported_ten_steps_later() -> None:
     assert run.growth.look_back() == [] and run.events()[-1][0] != "LOOKBACK"
     run.go(20)
     (note,) = run.growth.look_back()
-    assert note.startswith("growth: 10 steps after ops[0] 'widen_model': ") and " tensors with copies are locked: blocks.0" in note
+    assert (
+        note.startswith("growth: 10 steps after ops[0] 'widen_model': ")
+        and " tensors with copies are locked: blocks.0" in note
+    )
     row = run.rows[-1]
     assert (row["event"], row["op"], row["name"], row["step"], row["since"]) == (
         "OPERATION_LOOKBACK",
@@ -439,7 +543,12 @@ def test_copies_that_never_part_are_reported_ten_steps_later() -> None:
         10,
     )
     symmetry, router = row["checks"]
-    assert (symmetry["name"], symmetry["ok"], router["name"], router["ok"]) == ("symmetry", False, "router", True)
+    assert (symmetry["name"], symmetry["ok"], router["name"], router["ok"]) == (
+        "symmetry",
+        False,
+        "router",
+        True,
+    )
     assert router["detail"] == "each layer's tokens go to several experts, where it has any"
     run.go(21)
     assert run.growth.look_back() == [], "once"
@@ -462,7 +571,9 @@ def test_a_locked_router_is_reported() -> None:
     run.growth.look_back()
     run.go(20)
     notes = run.growth.look_back()
-    assert [note.split(": ", 2)[2] for note in notes][1:] == [f"blocks.{i}.mlp: all tokens go to the same 2 of 4 experts" for i in (0, 1)]
+    assert [note.split(": ", 2)[2] for note in notes][1:] == [
+        f"blocks.{i}.mlp: all tokens go to the same 2 of 4 experts" for i in (0, 1)
+    ]
     router = run.rows[-1]["checks"][1]
     assert (
         not router["ok"]
@@ -483,11 +594,20 @@ def test_before_layers_move_what_could_not_be_looked_back_on_is() -> None:
     assert run.events().index(("LOOKBACK", 14)) == run.events().index(("START", 14)) + 1
     run.go(24)
     run.growth.look_back()
-    assert [row["name"] for row in run.rows if row["event"] == "OPERATION_LOOKBACK"] == ["upcycle_moe", "stack_layers"]
+    assert [row["name"] for row in run.rows if row["event"] == "OPERATION_LOOKBACK"] == [
+        "upcycle_moe",
+        "stack_layers",
+    ]
 
 
 def test_ops_at_one_step_are_not_looked_back_on_between_them() -> None:
-    run = Run(config(op("widen_mlp", 20, {"step": 10}), op("stack_layers", [0, 1, 1], {"step": 10}, **INITIAL), epochs=2))
+    run = Run(
+        config(
+            op("widen_mlp", 20, {"step": 10}),
+            op("stack_layers", [0, 1, 1], {"step": 10}, **INITIAL),
+            epochs=2,
+        )
+    )
     run.go(10)
     run.act()
     assert "LOOKBACK" not in [event for event, _ in run.events()]
@@ -516,7 +636,13 @@ def test_compiling_again_is_reported_with_its_seconds() -> None:
     run.state.spent["compile"] = 5.5
     run.go(11)
     run.growth.look_back()
-    assert run.rows[-1] == {"event": "OPERATION_RECOMPILE", "op": "0-widen_mlp", "name": "widen_mlp", "step": 11, "seconds": 2.5}
+    assert run.rows[-1] == {
+        "event": "OPERATION_RECOMPILE",
+        "op": "0-widen_mlp",
+        "name": "widen_mlp",
+        "step": 11,
+        "seconds": 2.5,
+    }
     count = len(run.rows)
     run.growth.look_back()
     assert len(run.rows) == count
@@ -546,16 +672,22 @@ def test_what_took_no_time_to_compile_is_no_row() -> None:
 
 
 def test_figures_are_of_the_model_after_a_step_and_of_the_flops_so_far() -> None:
-    cfg = config(op("widen_mlp", 20, {"step": 10}), op("set_batch_size", 4, {"step": 20}), rdrop=0.5, dropout=0.1)
+    cfg = config(
+        op("widen_mlp", 20, {"step": 10}), op("set_batch_size", 4, {"step": 20}), rdrop=0.5, dropout=0.1
+    )
     run = Run(cfg)
-    narrow, wide = costs(cfg, V), costs(cfg.phases[1], V)
+    narrow, wide = costs(cfg, V), costs(cfg.segment_configs[1], V)
     begun = 10 * 16 * 2 * narrow["flops_per_token"]
     expected = {
         0: (narrow, 0), 5: (narrow, begun // 2), 10: (narrow, begun), 11: (wide, begun + 16 * 2 * wide["flops_per_token"]),
         20: (wide, begun + 160 * 2 * wide["flops_per_token"]), 22: (wide, begun + (160 + 64) * 2 * wide["flops_per_token"]),
     }  # fmt: skip
     for step, (size, flops) in expected.items():
-        assert run.growth.figures(step) == {"params": size["params"], "active": size["active"], "flops": flops}, step
+        assert run.growth.figures(step) == {
+            "params": size["params"],
+            "active": size["active"],
+            "flops": flops,
+        }, step
     assert Run(config()).growth.figures(10) == {}
 
 
@@ -579,7 +711,7 @@ def test_what_a_state_says_of_its_growth() -> None:
     assert standing(plan, 0, learns) == {
         "fired": [10],
         "applied": 0,
-        "config": plan.stretches[0].cfg.model_dump(mode="json"),
+        "config": plan.segments[0].cfg.model_dump(mode="json"),
         "marks": learns,
     }
     assert standing(plan, 1, {})["config"]["d_ff"] == 20
@@ -625,8 +757,12 @@ def test_the_state_moves_once_and_is_not_copied_again(monkeypatch: pytest.Monkey
     dry: list[bool] = []
     copies: list[bool] = []
     moves, loads = live.transfer, Optimizers.load
-    monkeypatch.setattr(live, "transfer", lambda *args, **more: dry.append(more.get("dry", False)) or moves(*args, **more))
-    monkeypatch.setattr(Optimizers, "load", lambda self, tensors, copy=True: copies.append(copy) or loads(self, tensors, copy))
+    monkeypatch.setattr(
+        live, "transfer", lambda *args, **more: dry.append(more.get("dry", False)) or moves(*args, **more)
+    )
+    monkeypatch.setattr(
+        Optimizers, "load", lambda self, tensors, copy=True: copies.append(copy) or loads(self, tensors, copy)
+    )
     states(op("widen_mlp", 20, {"step": 10}), at=[10])
     assert dry == [True, False] and copies == [False], "a copy would take as much memory again"
 
@@ -663,7 +799,12 @@ def test_what_was_not_looked_back_on_is_recalled(step: int, applied: int, recall
     run.growth.restored()
     assert [since for _, since, _ in run.growth._fresh] == recalled
     for what, _, moved in run.growth._fresh:
-        assert what.name == "widen_model" and moved.pieces.keys() == kept.pieces.keys() and moved.old == kept.old and moved.new == kept.new
+        assert (
+            what.name == "widen_model"
+            and moved.pieces.keys() == kept.pieces.keys()
+            and moved.old == kept.old
+            and moved.new == kept.new
+        )
         assert [(n, r.tolist(), f, t.tolist()) for n, r, f, t in moved.copies()] == [
             (n, r.tolist(), f, t.tolist()) for n, r, f, t in kept.copies()
         ]
@@ -676,7 +817,10 @@ def test_layers_that_moved_end_what_was_to_be_recalled() -> None:
     )  # fmt: skip
     run.go(14)
     run.growth.restored()
-    assert [(what.name, since) for what, since, _ in run.growth._fresh] == [("stack_layers", 12), ("widen_mlp", 13)]
+    assert [(what.name, since) for what, since, _ in run.growth._fresh] == [
+        ("stack_layers", 12),
+        ("widen_mlp", 13),
+    ]
 
 
 def test_the_probe_is_four_rows_of_the_context() -> None:
@@ -705,7 +849,12 @@ def test_an_average_grows_with_the_weights() -> None:
 
 
 def test_the_marks_of_new_parameters_reach_the_optimiser() -> None:
-    run = states(op("stack_layers", [0, 1, 1], {"step": 10}, lr={"rewarm_iters": 4, "new_params_peak": 1.5}, **INITIAL), at=[10])
+    run = states(
+        op(
+            "stack_layers", [0, 1, 1], {"step": 10}, lr={"rewarm_iters": 4, "new_params_peak": 1.5}, **INITIAL
+        ),
+        at=[10],
+    )
     mark = Mark(1.5, since=10, rewarm=4)
     assert run.state.optimizers.marks and set(run.state.optimizers.marks.values()) == {mark}
     assert all(name.startswith("blocks.2.") for name in run.state.optimizers.marks)

@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from growing import IDX, MODERN, architectures, at, config, go_on, gradients, grown, op, shaken, steps, trained, weights
+from growing import (
+    IDX,
+    MODERN,
+    architectures,
+    at,
+    config,
+    go_on,
+    gradients,
+    grown,
+    op,
+    shaken,
+    steps,
+    trained,
+    weights,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +38,9 @@ def all_experts(cfg: TrainConfig, **value: Any) -> Op | None:
     """A zero router that takes all of them spreads the gradient as evenly as the map says."""
     if cfg.experts:
         return None
-    return op("upcycle_moe", {"experts": 4, "top_k": 4, "router": "zero"} | value, optimizer=Transfer("asymmetric"))
+    return op(
+        "upcycle_moe", {"experts": 4, "top_k": 4, "router": "zero"} | value, optimizer=Transfer("asymmetric")
+    )
 
 
 OPS = {
@@ -47,7 +63,9 @@ OPS = {
 @pytest.mark.parametrize("name", OPS)
 @given(architectures, st.integers(0, 100))
 @settings(max_examples=5)
-def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(name: str, fields: dict[str, Any], seed: int) -> None:
+def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(
+    name: str, fields: dict[str, Any], seed: int
+) -> None:
     model = shaken(config(**fields), seed)
     what = OPS[name](model.cfg)
     assume(what is not None)
@@ -61,7 +79,9 @@ def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(name: str, fields
         before, now = model.get_parameter(piece.source).grad, new.get_parameter(tensor).grad
         assert before is not None and now is not None
         known = piece.known(now.shape)
-        assert torch.allclose(now[known], scaled(piece.take(before), piece.grad)[known], atol=1e-12, rtol=1e-7), tensor
+        assert torch.allclose(
+            now[known], scaled(piece.take(before), piece.grad)[known], atol=1e-12, rtol=1e-7
+        ), tensor
         checked += int(known.sum())
     assert checked > 0.2 * sum(shape.numel() for shape in moved.new.values())
 
@@ -85,7 +105,10 @@ def by_name(model: GPT, state: dict[str, Tensor], rate: dict[str, Rate]) -> torc
 WIDE = {
     "baseline": ({"tie_head": True}, {"factor": 2}),
     "modern": (MODERN, {"factor": 3}),
-    "shared keys": ({"n_head": 4, "n_kv_head": 2, "position": "rope", "tie_head": True, "mlp": "relu2"}, {"factor": 2, "kv": "keep"}),
+    "shared keys": (
+        {"n_head": 4, "n_kv_head": 2, "position": "rope", "tie_head": True, "mlp": "relu2"},
+        {"factor": 2, "kv": "keep"},
+    ),
     "experts and low rank": (
         {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0, "tie_head": False},
         {"factor": 2},
@@ -119,11 +142,17 @@ def test_width_divides_m_by_n_and_v_by_its_square_but_for_the_head() -> None:
         model, optimizers = trained(config(**ADAMW, tie_head=tied))
         _, moved = grown(model, op("widen_model", {"factor": 2}))
         before, (after, coverage) = optimizers.state(), transfer(optimizers.state(), moved)
-        assert coverage == 1 and after.keys() == {f"optimizer/{n}/{k}" for n in moved.new for k in ("exp_avg", "exp_avg_sq", "step")}
+        assert coverage == 1 and after.keys() == {
+            f"optimizer/{n}/{k}" for n in moved.new for k in ("exp_avg", "exp_avg_sq", "step")
+        }
         for name in moved.new:
             factor = 1.0 if name == "head.weight" or (tied and name in ("norm.weight", "norm.bias")) else 0.5
             m, v, step = (f"optimizer/{name}/{key}" for key in ("exp_avg", "exp_avg_sq", "step"))
-            times = (1, 2) if name in ("embed.weight", "positions.weight", "head.weight") else (2,) * before[m].ndim
+            times = (
+                (1, 2)
+                if name in ("embed.weight", "positions.weight", "head.weight")
+                else (2,) * before[m].ndim
+            )
             assert torch.allclose(after[m], before[m].tile(times) * factor, atol=1e-15), name
             assert torch.allclose(after[v], before[v].tile(times) * factor**2, atol=1e-18), name
             assert after[step] == before[step] == 3
@@ -133,17 +162,24 @@ def test_a_split_unit_gives_its_share_of_the_moments() -> None:
     model, optimizers = trained(config(**ADAMW))
     _, moved = grown(model, op("widen_mlp", 20))
     before, (after, coverage) = optimizers.state(), transfer(optimizers.state(), moved)
-    units, share = moved.pieces["blocks.0.mlp.up.weight"].index[0], moved.pieces["blocks.0.mlp.down.weight"].weight
+    units, share = (
+        moved.pieces["blocks.0.mlp.up.weight"].index[0],
+        moved.pieces["blocks.0.mlp.down.weight"].weight,
+    )
     assert units is not None and isinstance(share, Tensor) and coverage == 1
     up, down = "optimizer/blocks.0.mlp.up.weight/", "optimizer/blocks.0.mlp.down.weight/"
     assert torch.allclose(after[up + "exp_avg"], before[up + "exp_avg"][units] * share.unsqueeze(1))
-    assert torch.allclose(after[up + "exp_avg_sq"], before[up + "exp_avg_sq"][units] * share.unsqueeze(1) ** 2)
+    assert torch.allclose(
+        after[up + "exp_avg_sq"], before[up + "exp_avg_sq"][units] * share.unsqueeze(1) ** 2
+    )
     assert torch.equal(after[down + "exp_avg"], before[down + "exp_avg"][:, units])
 
 
 @pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.9), ("sgd", 0.0), ("muon", 0.9)])
 def test_momentum_moves_like_m(optimizer: str, momentum: float) -> None:
-    model, optimizers = trained(config(optimizer=optimizer, momentum=momentum, tie_head=False), dtype=torch.float32)
+    model, optimizers = trained(
+        config(optimizer=optimizer, momentum=momentum, tie_head=False), dtype=torch.float32
+    )
     before = optimizers.state()
     new, after, moved = go_on(model, optimizers, op("widen_model", {"factor": 2}))
     name = "optimizer/blocks.0.mlp.up.weight/momentum_buffer"
@@ -162,7 +198,9 @@ def test_modes_keep_what_they_say() -> None:
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     state = optimizers.state()
-    scale, auto, keep, reset, apart = (transfer(state, moved, mode) for mode in ("scale", "auto", "keep", "reset", "asymmetric"))
+    scale, auto, keep, reset, apart = (
+        transfer(state, moved, mode) for mode in ("scale", "auto", "keep", "reset", "asymmetric")
+    )
     m, v = "optimizer/blocks.0.attn.q.weight/exp_avg", "optimizer/blocks.0.attn.q.weight/exp_avg_sq"
     assert all(torch.equal(scale[0][k], auto[0][k]) for k in scale[0])
     assert torch.equal(keep[0][m], state[m].tile(2, 2)) and torch.equal(keep[0][v], state[v].tile(2, 2))
@@ -182,7 +220,9 @@ def test_asymmetric_leaves_the_first_of_the_experts_its_momentum() -> None:
     _, moved = grown(model, op("upcycle_moe", {"experts": 4, "top_k": 2, "shards": 2}))
     state, _ = transfer(optimizers.state(), moved, "asymmetric")
     m = [state[f"optimizer/blocks.0.mlp.experts.{e}.up.weight/exp_avg"] for e in range(4)]
-    assert m[0].all() and m[1].all() and not m[2].any() and not m[3].any()  # 0 and 1 are two shards, 2 and 3 their copies
+    assert (
+        m[0].all() and m[1].all() and not m[2].any() and not m[3].any()
+    )  # 0 and 1 are two shards, 2 and 3 their copies
     assert not any("router" in name for name in state), "a router is new"
 
 
@@ -190,12 +230,22 @@ def test_coverage_is_the_share_of_elements_and_too_little_is_refused() -> None:
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     state, coverage = transfer(optimizers.state(), moved)
-    total, added = sum(p.numel() for p in new.parameters()), sum(p.numel() for p in new.blocks[2].parameters())
+    total, added = (
+        sum(p.numel() for p in new.parameters()),
+        sum(p.numel() for p in new.blocks[2].parameters()),
+    )
     assert coverage == pytest.approx(1 - added / total) and not any("blocks.2" in name for name in state)
-    with pytest.raises(ValueError, match=r"72\.1% of the optimiser's state went over, min_coverage=0.9 asks for more; lower it"):
+    with pytest.raises(
+        ValueError,
+        match=r"72\.1% of the optimiser's state went over, min_coverage=0.9 asks for more; lower it",
+    ):
         transfer(optimizers.state(), moved, min_coverage=0.9)
-    assert transfer(optimizers.state(), moved, "reset", min_coverage=0.9) == ({}, 0.0), "where nothing is wanted, nothing is missed"
-    assert transfer({}, moved, min_coverage=0.9) == ({}, 1.0), "before the first step there is nothing to lose"
+    assert transfer(optimizers.state(), moved, "reset", min_coverage=0.9) == ({}, 0.0), (
+        "where nothing is wanted, nothing is missed"
+    )
+    assert transfer({}, moved, min_coverage=0.9) == ({}, 1.0), (
+        "before the first step there is nothing to lose"
+    )
 
 
 def test_a_copied_layer_keeps_its_moments_and_a_frozen_one_has_none() -> None:
@@ -203,13 +253,18 @@ def test_a_copied_layer_keeps_its_moments_and_a_frozen_one_has_none() -> None:
     _, moved = grown(model, op("stack_layers", (0, 0, 1)))
     state, coverage = transfer(optimizers.state(), moved)
     name = "blocks.{}.mlp.up.weight/exp_avg"
-    assert coverage == 1 and torch.equal(state["optimizer/" + name.format(1)], optimizers.state()["optimizer/" + name.format(0)])
+    assert coverage == 1 and torch.equal(
+        state["optimizer/" + name.format(1)], optimizers.state()["optimizer/" + name.format(0)]
+    )
     frozen, held, moved = go_on(model, optimizers, op("freeze_layer", 0), count=2)
     assert transfer(optimizers.state(), moved)[1] == 1, "of what trains"
     assert not any("blocks.0." in n for n in held.state())
     assert torch.equal(frozen.blocks[0].mlp.up.weight, model.blocks[0].mlp.up.weight)
     _, thawed, moved = go_on(frozen, held, op("unfreeze_layer", 0), count=1)
-    assert thawed.state()["optimizer/blocks.0.mlp.up.weight/step"] == 1 and thawed.state()["optimizer/blocks.1.mlp.up.weight/step"] == 6
+    assert (
+        thawed.state()["optimizer/blocks.0.mlp.up.weight/step"] == 1
+        and thawed.state()["optimizer/blocks.1.mlp.up.weight/step"] == 6
+    )
     assert transfer(held.state(), moved)[1] < 0.8
 
 
@@ -231,7 +286,9 @@ def test_trap_state_that_is_found_by_its_place_or_its_identity() -> None:
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     by_place = {f"optimizer/{i}/exp_avg": v for i, v in enumerate(optimizers.state().values())}
     by_identity = {id(p): s for o in optimizers.all for p, s in o.state.items()}
-    assert not [s for p in new.parameters() if (s := by_identity.get(id(p)))], "the faulty way transfers nothing, in silence"
+    assert not [s for p in new.parameters() if (s := by_identity.get(id(p)))], (
+        "the faulty way transfers nothing, in silence"
+    )
     for wrong in (by_place, by_identity, {"optimizer/blocks.0.mlp.up.weight/exp_max": torch.zeros(12, 8)}):
         with pytest.raises(ValueError, match="belongs to no parameter of the model before the op"):
             transfer(wrong, moved)  # type: ignore[arg-type]
@@ -283,13 +340,20 @@ def test_a_new_tensor_restarts_its_own_step() -> None:
     model, optimizers = trained(config(**ADAMW), 4)
     _, held, _ = go_on(model, optimizers, op("set_attn_lora_rank", 2), count=1)
     state = held.state()
-    assert state["optimizer/blocks.0.attn.q.lora_b/step"] == 1 and state["optimizer/blocks.0.attn.q.weight/step"] == 5
+    assert (
+        state["optimizer/blocks.0.attn.q.lora_b/step"] == 1
+        and state["optimizer/blocks.0.attn.q.weight/step"] == 5
+    )
 
 
 def test_a_tensor_that_has_learnt_nothing_restarts_as_a_whole() -> None:
     piece = Piece("w", (torch.tensor([0, 1, -1]), None))
     moved = IndexMap({"w": piece}, {"w": torch.Size((2, 2))}, {"w": torch.Size((3, 2))})
-    state = {"optimizer/w/exp_avg": torch.zeros(2, 2), "optimizer/w/exp_avg_sq": torch.zeros(2, 2), "optimizer/w/step": torch.tensor(9.0)}
+    state = {
+        "optimizer/w/exp_avg": torch.zeros(2, 2),
+        "optimizer/w/exp_avg_sq": torch.zeros(2, 2),
+        "optimizer/w/step": torch.tensor(9.0),
+    }
     assert transfer(state, moved) == ({}, 0.0)
 
 
@@ -303,7 +367,9 @@ def test_trap_copies_that_stay_equal_for_ever(mode: str) -> None:
 
 @pytest.mark.parametrize(("mode", "noise"), [("scale", {"noise_snr_db": 20.0}), ("asymmetric", {})])
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["baseline", "modern"])
-def test_noise_on_pairs_of_columns_or_the_asymmetric_reset_parts_them(mode: str, noise: dict[str, Any], fields: dict[str, Any]) -> None:
+def test_noise_on_pairs_of_columns_or_the_asymmetric_reset_parts_them(
+    mode: str, noise: dict[str, Any], fields: dict[str, Any]
+) -> None:
     model, optimizers = trained(config(**ADAMW, **fields))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2, **noise}), mode, count=10)
     assert len(list(moved.copies())) >= 12 and symmetry_lock(moved, new) == []
@@ -313,7 +379,11 @@ def test_rates_are_for_factors_that_all_of_a_tensor_shares() -> None:
     model = shaken(config(tie_head=True))
     _, moved = grown(model, op("widen_model", {"factor": 2}))
     found = rates(moved)
-    assert found["blocks.0.mlp.up.weight"] == Rate(0.5, 2.0, 0.5) and found["embed.weight"] == Rate(1.0, 1.0, 0.5)
-    assert found["norm.weight"] == Rate(0.5, 2.0, 1.0) and found["blocks.0.mlp_norm.weight"] == Rate(1.0, 1.0, 0.5)
+    assert found["blocks.0.mlp.up.weight"] == Rate(0.5, 2.0, 0.5) and found["embed.weight"] == Rate(
+        1.0, 1.0, 0.5
+    )
+    assert found["norm.weight"] == Rate(0.5, 2.0, 1.0) and found["blocks.0.mlp_norm.weight"] == Rate(
+        1.0, 1.0, 0.5
+    )
     _, moved = grown(model, op("widen_mlp", 20))
     assert "blocks.0.mlp.down.weight" not in rates(moved)

@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mainrun.growth.moments import PLAIN, IndexMap, Mark, Piece, Rate, along, by_parameter, marks, rates, scaled, transfer
+from mainrun.growth.moments import (
+    PLAIN,
+    IndexMap,
+    Mark,
+    Piece,
+    Rate,
+    along,
+    by_parameter,
+    marks,
+    rates,
+    scaled,
+    transfer,
+)
 from mainrun.plan.ops import Rates
 
 W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
@@ -29,13 +41,25 @@ def size(*shape: int) -> torch.Size:
 
 PIECES: dict[str, tuple[Piece, list[list[float]], list[list[bool]]]] = {
     "as it stands": (Piece("w"), [[1, 2, 3], [4, 5, 6]], [[True] * 3] * 2),
-    "as it stands, dimension by dimension": (Piece("w", (None, None)), [[1, 2, 3], [4, 5, 6]], [[True] * 3] * 2),
+    "as it stands, dimension by dimension": (
+        Piece("w", (None, None)),
+        [[1, 2, 3], [4, 5, 6]],
+        [[True] * 3] * 2,
+    ),
     "rows": (Piece("w", (index(1, 0, 1), None)), [[4, 5, 6], [1, 2, 3], [4, 5, 6]], [[True] * 3] * 3),
     "columns": (Piece("w", (None, index(2, 0))), [[3, 1], [6, 4]], [[True] * 2] * 2),
     "a new row": (Piece("w", (index(0, -1), None)), [[1, 2, 3], [0, 0, 0]], [[True] * 3, [False] * 3]),
-    "a new row and a new column": (Piece("w", (index(-1, 1), index(0, -1))), [[0, 0], [4, 0]], [[False, False], [True, False]]),
+    "a new row and a new column": (
+        Piece("w", (index(-1, 1), index(0, -1))),
+        [[0, 0], [4, 0]],
+        [[False, False], [True, False]],
+    ),
     "times a number": (Piece("w", (None, index(0, 2)), weight=0.5), [[0.5, 1.5], [2, 3]], [[True] * 2] * 2),
-    "times one a column": (Piece("w", weight=index(1, 0, 2).double()), [[1, 0, 6], [4, 0, 12]], [[True] * 3] * 2),
+    "times one a column": (
+        Piece("w", weight=index(1, 0, 2).double()),
+        [[1, 0, 6], [4, 0, 12]],
+        [[True] * 3] * 2,
+    ),
     "and something more": (
         Piece("w", (index(0, -1), None), weight=2.0, plus=torch.ones(2, 3)),
         [[3, 5, 7], [1, 1, 1]],
@@ -69,7 +93,9 @@ def test_a_vector_along_a_dimension() -> None:
 # -- copies
 
 
-def copies(pieces: dict[str, Piece], shapes: dict[str, torch.Size]) -> list[tuple[str, list[int], str, list[int]]]:
+def copies(
+    pieces: dict[str, Piece], shapes: dict[str, torch.Size]
+) -> list[tuple[str, list[int], str, list[int]]]:
     found = IndexMap(pieces, {}, shapes).copies()
     return [(name, mine.tolist(), first, theirs.tolist()) for name, mine, first, theirs in found]
 
@@ -81,11 +107,19 @@ EXPERTS = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
 def test_rows_that_began_as_one_are_named_with_the_first() -> None:
     piece = Piece(UP, (index(0, 1, 0, 1, 0, -1), None))
     assert copies({UP: piece}, {UP: size(6, 3)}) == [(UP, [2, 3, 4], UP, [0, 1, 0])]
-    assert copies({UP: Piece(UP, (index(0, 1, -1, -1), None))}, {UP: size(4, 3)}) == [], "new rows are no copies of each other"
-    assert copies({UP: Piece(UP)}, {UP: size(4, 3)}) == [] and copies({UP: Piece(UP, (None, index(0, 0)))}, {UP: size(4, 2)}) == []
+    assert copies({UP: Piece(UP, (index(0, 1, -1, -1), None))}, {UP: size(4, 3)}) == [], (
+        "new rows are no copies of each other"
+    )
+    assert (
+        copies({UP: Piece(UP)}, {UP: size(4, 3)}) == []
+        and copies({UP: Piece(UP, (None, index(0, 0)))}, {UP: size(4, 2)}) == []
+    )
     assert copies({UP: Piece(None, (index(0, 0), None))}, {UP: size(2, 3)}) == [], "without a source"
     assert copies({UP: Piece(UP, (index(0, 0),))}, {UP: size(2)}) == [], "vectors do not count"
-    assert copies({"embed.weight": Piece("embed.weight", (index(0, 0), None))}, {"embed.weight": size(2, 3)}) == [], "only inside blocks"
+    assert (
+        copies({"embed.weight": Piece("embed.weight", (index(0, 0), None))}, {"embed.weight": size(2, 3)})
+        == []
+    ), "only inside blocks"
 
 
 def test_a_layer_that_is_stacked_twice_is_no_copy_of_itself_but_experts_are() -> None:
@@ -112,7 +146,12 @@ def test_a_layer_that_is_stacked_twice_is_no_copy_of_itself_but_experts_are() ->
 
 def test_rates_follow_a_width_by_its_factors() -> None:
     shapes = {name: size(2, 3) for name in "abcd"}
-    pieces = {"a": Piece("a", weight=0.5, grad=0.25), "b": Piece("b"), "c": Piece("c", weight=W), "d": Piece("d", grad=None)}
+    pieces = {
+        "a": Piece("a", weight=0.5, grad=0.25),
+        "b": Piece("b"),
+        "c": Piece("c", weight=W),
+        "d": Piece("d", grad=None),
+    }
     assert rates(IndexMap(pieces, shapes, shapes)) == {"a": Rate(0.5, 2.0, 0.25), "b": Rate(1.0, 1.0, 1.0)}
     assert rates(IndexMap({"a": Piece("a", grad=W)}, shapes, shapes)) == {}
 
@@ -131,7 +170,9 @@ def test_a_rate_climbs_over_its_steps(mark: Mark, steps: dict[int, float]) -> No
     assert Mark(1.0, 1.0, 1.0, 0, 0) == PLAIN
 
 
-def marked(name: str, pieces: dict[str, Piece], lr: Rates, before: dict[str, Mark] | None = None) -> dict[str, Mark]:
+def marked(
+    name: str, pieces: dict[str, Piece], lr: Rates, before: dict[str, Mark] | None = None
+) -> dict[str, Mark]:
     shapes = {n: size(2, 3) for n in pieces}
     op: Any = SimpleNamespace(name=name, lr=lr)
     return marks(before or {}, IndexMap(pieces, shapes, shapes), op, 30)
@@ -141,7 +182,9 @@ def test_what_is_new_gets_a_mark() -> None:
     pieces = {"old": Piece("old"), "restarts": Piece("old", grad=None), "made": Piece(None)}
     peak = Mark(1.5, since=30, rewarm=4)
     assert marked("widen_mlp", pieces, Rates(4, 1.5)) == {"restarts": peak, "made": peak}
-    assert marked("widen_mlp", pieces, Rates(0, 1.5)) == {"restarts": Mark(1.5), "made": Mark(1.5)}, "no climb, no beginning"
+    assert marked("widen_mlp", pieces, Rates(0, 1.5)) == {"restarts": Mark(1.5), "made": Mark(1.5)}, (
+        "no climb, no beginning"
+    )
     assert marked("widen_mlp", pieces, Rates()) == {}, "what learns as all do has no mark"
 
 
@@ -155,7 +198,9 @@ def test_a_mark_goes_over_and_a_width_multiplies_it() -> None:
     before = {"old": Mark(0.5, 2.0, 0.5, 7, 3), "new": Mark(9.0)}
     pieces = {"same": Piece("old", weight=0.25, grad=0.5), "new": Piece(None)}
     assert marked("widen_model", pieces, Rates(), before) == {"same": Mark(0.5, 2.0, 0.5, 7, 3)}
-    assert marked("widen_model", pieces, Rates(width_rule="adam_1_over_n"), before) == {"same": Mark(0.125, 8.0, 0.25, 7, 3)}
+    assert marked("widen_model", pieces, Rates(width_rule="adam_1_over_n"), before) == {
+        "same": Mark(0.125, 8.0, 0.25, 7, 3)
+    }
     alone = marked("widen_model", {"a": Piece("a", weight=0.5, grad=1.0)}, Rates(width_rule="adam_1_over_n"))
     assert alone == {"a": Mark(0.5, 2.0, 1.0)}
 
@@ -185,14 +230,17 @@ def test_m_moves_with_the_gradient_and_v_with_its_square(mode: str) -> None:
     by = 1.0 if mode == "keep" else 0.5
     assert of(found, "exp_avg") == (M * by).tolist() and of(found, "exp_avg_sq") == (V * by * by).tolist()
     assert of(found, "step") == 9 and coverage == 1.0
-    assert found["optimizer/w/exp_avg"] is not M and found["optimizer/w/step"] is not ADAM["optimizer/w/step"], (
-        "never the tensors themselves"
-    )
+    assert (
+        found["optimizer/w/exp_avg"] is not M and found["optimizer/w/step"] is not ADAM["optimizer/w/step"]
+    ), "never the tensors themselves"
 
 
 def test_a_factor_a_row_is_squared_as_well() -> None:
     found, _ = transfer(ADAM, moved(Piece("w", grad=torch.tensor([[0.5], [2.0]])), 2, 3))
-    assert of(found, "exp_avg") == [[0.5, 1, 1.5], [8, 10, 12]] and of(found, "exp_avg_sq") == [[0.25, 1, 2.25], [64, 100, 144]]
+    assert of(found, "exp_avg") == [[0.5, 1, 1.5], [8, 10, 12]] and of(found, "exp_avg_sq") == [
+        [0.25, 1, 2.25],
+        [64, 100, 144],
+    ]
 
 
 def test_new_elements_begin_with_the_mean_of_v_and_without_momentum() -> None:
@@ -219,7 +267,9 @@ def test_a_tensor_that_restarts_keeps_nobody_else_from_going_on() -> None:
     pieces = {"new": Piece(None), "idle": Piece("idle", (index(0, -1), None)), "w": Piece("w")}
     idle = {f"optimizer/idle/{key}": value * 0 for key, value in (("exp_avg", M), ("exp_avg_sq", V))}
     for mode in ("scale", "asymmetric"):
-        found, coverage = transfer(ADAM | idle, IndexMap(pieces, {"w": size(2, 3), "idle": size(2, 3)}, shapes), mode)
+        found, coverage = transfer(
+            ADAM | idle, IndexMap(pieces, {"w": size(2, 3), "idle": size(2, 3)}, shapes), mode
+        )
         assert found.keys() == ADAM.keys() and coverage == pytest.approx(1 / 3)
 
 
@@ -232,7 +282,9 @@ def test_what_a_map_says_cannot_be_changed_afterwards() -> None:
 
 
 def test_momentum_alone_needs_no_mean() -> None:
-    found, coverage = transfer(state(momentum_buffer=M), moved(Piece("w", (index(1, -1), None), grad=0.5), 2, 3))
+    found, coverage = transfer(
+        state(momentum_buffer=M), moved(Piece("w", (index(1, -1), None), grad=0.5), 2, 3)
+    )
     assert of(found, "momentum_buffer") == [[2, 2.5, 3], [0, 0, 0]] and coverage == 0.5
 
 
@@ -246,13 +298,17 @@ ASYMMETRIC: dict[str, tuple[Piece, list[list[float]], float]] = {
 
 
 @pytest.mark.parametrize(("piece", "momentum", "coverage"), ASYMMETRIC.values(), ids=ASYMMETRIC)
-def test_only_the_first_of_several_copies_keeps_its_momentum(piece: Piece, momentum: list[list[float]], coverage: float) -> None:
+def test_only_the_first_of_several_copies_keeps_its_momentum(
+    piece: Piece, momentum: list[list[float]], coverage: float
+) -> None:
     shape = (len(momentum), len(momentum[0]))
     found, share = transfer(ADAM, moved(piece, *shape), "asymmetric")
     assert of(found, "exp_avg") == momentum and share == pytest.approx(coverage)
     both, whole = transfer(ADAM, moved(piece, *shape), "scale")
     assert torch.equal(found["optimizer/w/exp_avg_sq"], both["optimizer/w/exp_avg_sq"])
-    assert whole == pytest.approx(float(piece.known(size(*shape)).float().mean())), "scale keeps it for each copy"
+    assert whole == pytest.approx(float(piece.known(size(*shape)).float().mean())), (
+        "scale keeps it for each copy"
+    )
 
 
 def test_a_momentum_buffer_is_left_to_the_first_copy_as_well() -> None:
@@ -272,7 +328,9 @@ def test_a_copy_in_another_tensor_is_no_first_either() -> None:
 
 def test_used_columns_are_remembered_too() -> None:
     pieces = {"a": Piece("w", (None, index(0, -1))), "b": Piece("w")}
-    found, _ = transfer(ADAM, IndexMap(pieces, {"w": size(2, 3)}, {"a": size(2, 2), "b": size(2, 3)}), "asymmetric")
+    found, _ = transfer(
+        ADAM, IndexMap(pieces, {"w": size(2, 3)}, {"a": size(2, 2), "b": size(2, 3)}), "asymmetric"
+    )
     assert found["optimizer/b/exp_avg"].tolist() == [[0, 2, 3], [0, 5, 6]]
 
 
@@ -291,7 +349,10 @@ def test_the_least_coverage(least: float, passes: bool) -> None:
     if passes:
         assert transfer(ADAM, half, min_coverage=least)[1] == 0.5
     else:
-        with pytest.raises(ValueError, match=rf"50\.0% of the optimiser's state went over, min_coverage={least:g} asks for more; lower it"):
+        with pytest.raises(
+            ValueError,
+            match=rf"50\.0% of the optimiser's state went over, min_coverage={least:g} asks for more; lower it",
+        ):
             transfer(ADAM, half, min_coverage=least)
     assert transfer(ADAM, half, "reset", min_coverage=least) == ({}, 0.0)
     assert transfer({}, half, min_coverage=least) == ({}, 1.0)
@@ -304,7 +365,9 @@ def test_a_model_without_anything_to_train_keeps_all_of_nothing() -> None:
 def test_modes_are_five() -> None:
     for mode in ("auto", "keep", "scale", "reset", "asymmetric"):
         transfer(ADAM, moved(Piece("w"), 2, 3), mode)
-    with pytest.raises(ValueError, match="mode='Scale' is not allowed; use auto, keep, scale, reset, asymmetric"):
+    with pytest.raises(
+        ValueError, match="mode='Scale' is not allowed; use auto, keep, scale, reset, asymmetric"
+    ):
         transfer(ADAM, moved(Piece("w"), 2, 3), "Scale")
 
 
@@ -324,7 +387,11 @@ def test_modes_are_five() -> None:
         ("optimizer/v/exp_avg", W, "state 'optimizer/v/exp_avg' belongs to no parameter"),
         ("optimizer/w/max_exp_avg_sq", W, "and exp_avg, exp_avg_sq, step or momentum_buffer"),
         ("optimizer/exp_avg", W, "state 'optimizer/exp_avg' belongs to no parameter"),
-        ("optimizer/w/exp_avg", W.T, "state 'optimizer/w/exp_avg' has shape (3, 2); its parameter has (2, 3)"),
+        (
+            "optimizer/w/exp_avg",
+            W.T,
+            "state 'optimizer/w/exp_avg' has shape (3, 2); its parameter has (2, 3)",
+        ),
         ("optimizer/w/momentum_buffer", W[0], "has shape (3,); its parameter has (2, 3)"),
     ],
 )

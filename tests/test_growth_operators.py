@@ -9,7 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from growing import IDX, MODERN, T, V, architectures, config, gradients, grown, op, shaken, steps, trained, weights
+from growing import (
+    IDX,
+    MODERN,
+    T,
+    V,
+    architectures,
+    config,
+    gradients,
+    grown,
+    op,
+    shaken,
+    steps,
+    trained,
+    weights,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,42 +44,69 @@ EXACT: dict[str, Made] = {
     "twice as wide": lambda c: op("widen_model", {"factor": 2}),
     "twice as wide, the same keys and values": lambda c: op("widen_model", {"factor": 2, "kv": "keep"}),
     "three times as wide, with noise": lambda c: op("widen_model", {"factor": 3, "noise_snr_db": 10.0}),
-    "twice as wide, the same keys and values, with noise": lambda c: op("widen_model", {"factor": 2, "kv": "keep", "noise_snr_db": 3.0}),
+    "twice as wide, the same keys and values, with noise": lambda c: op(
+        "widen_model", {"factor": 2, "kv": "keep", "noise_snr_db": 3.0}
+    ),
     "twice as many heads": lambda c: op("add_heads", 8),
-    "experts behind a random router": lambda c: None if c.experts else op("upcycle_moe", {"experts": 4, "router_std": 0.5}),
+    "experts behind a random router": lambda c: (
+        None if c.experts else op("upcycle_moe", {"experts": 4, "router_std": 0.5})
+    ),
     "8 of 8 experts": lambda c: None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 8}),
-    "shards of experts": lambda c: None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2, "router_std": 0.5}),
+    "shards of experts": lambda c: (
+        None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2, "router_std": 0.5})
+    ),
     "softmax weights": lambda c: (
-        None if c.experts else op("upcycle_moe", {"experts": 6, "top_k": 3, "router": "zero", "router_weights": "softmax"})
+        None
+        if c.experts
+        else op("upcycle_moe", {"experts": 6, "top_k": 3, "router": "zero", "router_weights": "softmax"})
     ),
     "shards with softmax weights": lambda c: (
-        None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 4, "router": "zero", "router_weights": "softmax"})
+        None
+        if c.experts
+        else op(
+            "upcycle_moe",
+            {"experts": 8, "top_k": 4, "shards": 4, "router": "zero", "router_weights": "softmax"},
+        )
     ),
     **{
         f"noisy experts, {k}": lambda c, k=k: (  # type: ignore[misc]
-            None if c.experts else op("upcycle_moe", {"experts": 8, "top_k": k, "router": "zero", "noise_snr_db": 3.0})
+            None
+            if c.experts
+            else op("upcycle_moe", {"experts": 8, "top_k": k, "router": "zero", "noise_snr_db": 3.0})
         )
         for k in (2, 3, 4)
     },
     "low rank, or a higher one, in attention": lambda c: op("set_attn_lora_rank", c.attn_lora_rank + 3),
-    "low rank, or a higher one, of the embedding": lambda c: op("set_embedding_lora_rank", c.embed_lora_rank + 3),
+    "low rank, or a higher one, of the embedding": lambda c: op(
+        "set_embedding_lora_rank", c.embed_lora_rank + 3
+    ),
     "merged low rank": lambda c: op("merge_lora_weights") if c.attn_lora_rank or c.embed_lora_rank else None,
     "more ids": lambda c: op("resize_vocabulary", c.vocab_size + 5),
 }
 BIT_EXACT: dict[str, Made] = {
-    "new layers": lambda c: op("stack_layers", tuple(i for i in range(c.n_layer) for _ in "ab"), init="identity"),
-    "new layers at the end": lambda c: op("stack_layers", (*range(c.n_layer), 0, c.n_layer - 1), init="identity"),
+    "new layers": lambda c: op(
+        "stack_layers", tuple(i for i in range(c.n_layer) for _ in "ab"), init="identity"
+    ),
+    "new layers at the end": lambda c: op(
+        "stack_layers", (*range(c.n_layer), 0, c.n_layer - 1), init="identity"
+    ),
     "frozen": lambda c: op("freeze_layer", 0),
     **{
         f"{k} of 4 experts behind a zero router": lambda c, k=k: (  # type: ignore[misc]
-            None if c.experts else op("upcycle_moe", {"experts": 4, "top_k": k, "router": "zero"}, optimizer=ASYMMETRIC)
+            None
+            if c.experts
+            else op("upcycle_moe", {"experts": 4, "top_k": k, "router": "zero"}, optimizer=ASYMMETRIC)
         )
         for k in (2, 4)
     },
     "1 of 4 experts": lambda c: (
         None
         if c.experts
-        else op("upcycle_moe", {"experts": 4, "top_k": 1, "router": "zero", "router_weights": "softmax"}, optimizer=ASYMMETRIC)
+        else op(
+            "upcycle_moe",
+            {"experts": 4, "top_k": 1, "router": "zero", "router_weights": "softmax"},
+            optimizer=ASYMMETRIC,
+        )
     ),
 }
 
@@ -145,7 +186,11 @@ def test_a_map_of_layers_is_followed_exactly(fields: dict[str, Any], sources: li
 def test_copied_layers_change_the_function() -> None:
     model = shaken(config())
     new, _ = grown(model, op("stack_layers", (0, 0, 1, 1)))
-    assert delta(model, new, IDX)[0] > 0.01 and not preserved("exact", model, new, IDX).ok and preserved("none", model, new, IDX).ok
+    assert (
+        delta(model, new, IDX)[0] > 0.01
+        and not preserved("exact", model, new, IDX).ok
+        and preserved("none", model, new, IDX).ok
+    )
 
 
 def test_an_identity_layer_ends_in_zeros_and_learns() -> None:
@@ -157,13 +202,19 @@ def test_an_identity_layer_ends_in_zeros_and_learns() -> None:
             "mlp.down.weight", "mlp.down.bias")}  # fmt: skip
     assert len(ends) == 5 and not any(found[n].any() for n in ends)
     assert all(
-        torch.equal(w, old[n.replace("blocks.2", "blocks.1")]) for n, w in found.items() if n.startswith("blocks.2.") and n not in ends
+        torch.equal(w, old[n.replace("blocks.2", "blocks.1")])
+        for n, w in found.items()
+        if n.startswith("blocks.2.") and n not in ends
     )
     gradients(new, 1)
     assert all(new.get_parameter(n).grad.abs().max() > 0 for n in ends - {"blocks.2.attn.o.lora_b"})  # type: ignore[union-attr]
     steps(new, Optimizers(new.cfg, new), range(2))
     gradients(new, 1)
-    assert all(p.grad.abs().max() > 0 for n, p in new.named_parameters() if n.startswith("blocks.2.") and not n.endswith("k.bias"))  # type: ignore[union-attr]
+    assert all(
+        p.grad.abs().max() > 0
+        for n, p in new.named_parameters()
+        if n.startswith("blocks.2.") and not n.endswith("k.bias")
+    )  # type: ignore[union-attr]
 
 
 def test_trap_a_gain_of_zero_is_no_identity_layer() -> None:
@@ -209,7 +260,10 @@ def test_split_units_share_their_output_unevenly() -> None:
             assert torch.equal(found[f"{mlp}{side}.bias"], old[f"{mlp}{side}.bias"][units])
         assert torch.equal(found[f"{mlp}down.weight"], old[f"{mlp}down.weight"][:, units] * share)
         assert torch.equal(found[f"{mlp}down.bias"], old[f"{mlp}down.bias"]), "once, not once a copy"
-        assert torch.allclose(torch.zeros(12, dtype=torch.float64).index_add(0, units, share), torch.ones(12, dtype=torch.float64))
+        assert torch.allclose(
+            torch.zeros(12, dtype=torch.float64).index_add(0, units, share),
+            torch.ones(12, dtype=torch.float64),
+        )
         assert len(share.unique()) > 12, "equal shares would leave nothing that tells copies apart"
     one, other = (moved.pieces[f"blocks.{i}.mlp.up.weight"].index[0] for i in (0, 1))
     assert one is not None and other is not None and not torch.equal(one, other)
@@ -226,7 +280,15 @@ def test_a_wide_model_is_tiled() -> None:
     """tile(W, n, n) / n inside, the embedding as it is, the 1/n of a tied head in the last norm."""
     for tied in (True, False):
         model = shaken(
-            config(tie_head=tied, norm="layernorm", qk_norm=True, attn_gate=True, layer_scale=0.5, value_residual=True, experts=3)
+            config(
+                tie_head=tied,
+                norm="layernorm",
+                qk_norm=True,
+                attn_gate=True,
+                layer_scale=0.5,
+                value_residual=True,
+                experts=3,
+            )
         )
         new, _ = grown(model, op("widen_model", {"factor": 2}))
         old, found = weights(model), weights(new)
@@ -255,7 +317,9 @@ def test_kept_keys_and_values_are_shared_by_the_copies_of_their_queries() -> Non
     assert torch.equal(found[k], old[k].tile(1, 2) / 2)
     assert torch.equal(found[o], old[o].view(8, 4, 2).repeat_interleave(2, 1).flatten(1).tile(2, 1) / 2)
     faulty, _ = grown(model, op("widen_model", {"factor": 2, "kv": "keep"}))
-    with torch.no_grad():  # heads tiled, as where keys and values scale: the copies of head 1 look at the keys of head 2
+    with (
+        torch.no_grad()
+    ):  # heads tiled, as where keys and values scale: the copies of head 1 look at the keys of head 2
         for block in faulty.blocks:
             block.attn.q.weight.copy_(block.attn.q.weight.view(4, 2, 2, 16).transpose(0, 1).reshape(16, 16))
             block.attn.o.weight.copy_(block.attn.o.weight.view(16, 4, 2, 2).transpose(1, 2).reshape(16, 16))
@@ -304,7 +368,11 @@ def test_new_heads_go_out_through_zeros() -> None:
     new, _ = grown(model, op("add_heads", 6))
     attn: Any = new.blocks[0].attn
     fresh = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool).repeat_interleave(4)  # each group's third
-    assert not attn.o.weight[:, fresh].any() and not attn.o.lora_a[:, fresh].any() and not attn.q.lora_b[fresh].any()
+    assert (
+        not attn.o.weight[:, fresh].any()
+        and not attn.o.lora_a[:, fresh].any()
+        and not attn.q.lora_b[fresh].any()
+    )
     assert attn.q.weight[fresh].all() and torch.equal(attn.q.weight[~fresh], model.blocks[0].attn.q.weight)
     assert torch.equal(attn.k.weight, model.blocks[0].attn.k.weight)
     with pytest.raises(ValueError, match="do not hold"):
@@ -327,24 +395,43 @@ def test_experts_are_the_mlp_or_its_shards() -> None:
     found = weights(new)
     for e in range(4):
         part_of = slice(e % 2 * 6, e % 2 * 6 + 6)
-        assert torch.equal(found[f"blocks.0.mlp.experts.{e}.gate.weight"], old["blocks.0.mlp.gate.weight"][part_of])
-        assert torch.equal(found[f"blocks.0.mlp.experts.{e}.down.weight"], old["blocks.0.mlp.down.weight"][:, part_of] * 2)
-    assert torch.equal(found["blocks.0.mlp.router.weight"][0], found["blocks.0.mlp.router.weight"][1]), "a group's shards go together"
+        assert torch.equal(
+            found[f"blocks.0.mlp.experts.{e}.gate.weight"], old["blocks.0.mlp.gate.weight"][part_of]
+        )
+        assert torch.equal(
+            found[f"blocks.0.mlp.experts.{e}.down.weight"], old["blocks.0.mlp.down.weight"][:, part_of] * 2
+        )
+    assert torch.equal(found["blocks.0.mlp.router.weight"][0], found["blocks.0.mlp.router.weight"][1]), (
+        "a group's shards go together"
+    )
     assert not torch.equal(found["blocks.0.mlp.router.weight"][1], found["blocks.0.mlp.router.weight"][2])
 
 
 def test_softmax_weights_need_the_down_projection_alone_scaled() -> None:
     model = shaken(config(bias=True))
-    what = op("upcycle_moe", {"experts": 6, "top_k": 3, "router": "zero", "router_weights": "softmax"}, optimizer=ASYMMETRIC)
+    what = op(
+        "upcycle_moe",
+        {"experts": 6, "top_k": 3, "router": "zero", "router_weights": "softmax"},
+        optimizer=ASYMMETRIC,
+    )
     new, _ = grown(model, what)
     for kind in ("weight", "bias"):
-        assert torch.equal(new.get_parameter(f"blocks.0.mlp.experts.1.down.{kind}"), model.get_parameter(f"blocks.0.mlp.down.{kind}") * 2)
-        assert torch.equal(new.get_parameter(f"blocks.0.mlp.experts.1.up.{kind}"), model.get_parameter(f"blocks.0.mlp.up.{kind}"))
+        assert torch.equal(
+            new.get_parameter(f"blocks.0.mlp.experts.1.down.{kind}"),
+            model.get_parameter(f"blocks.0.mlp.down.{kind}") * 2,
+        )
+        assert torch.equal(
+            new.get_parameter(f"blocks.0.mlp.experts.1.up.{kind}"),
+            model.get_parameter(f"blocks.0.mlp.up.{kind}"),
+        )
 
 
 def test_experts_that_do_not_divide_and_noise_that_changes_are_refused() -> None:
     model = shaken(config())
-    for value, match in (({"shards": 5}, "shards=5 must divide"), ({"noise_snr_db": 3.0}, "noise_snr_db with router=random")):
+    for value, match in (
+        ({"shards": 5}, "shards=5 must divide"),
+        ({"noise_snr_db": 3.0}, "noise_snr_db with router=random"),
+    ):
         with pytest.raises(ValueError, match=match):
             grow(op("upcycle_moe", {"experts": 4} | value), model.cfg, model.cfg.changed(experts=4), model, 1)
 
@@ -404,12 +491,16 @@ def test_more_ids_are_exact_behind_their_mask_alone() -> None:
     assert new.embed.num_embeddings == V + 11 and torch.equal(new.embed.weight[:V], model.embed.weight)
     with torch.no_grad():
         before, logits = model(IDX), new(IDX)
-        assert torch.allclose(logits[..., :V], before, rtol=0, atol=1e-12)  # a wider product may add up in another order
+        assert torch.allclose(
+            logits[..., :V], before, rtol=0, atol=1e-12
+        )  # a wider product may add up in another order
         assert (logits[..., V:] == -torch.inf).all()
         new.cfg = new.cfg.changed(unused_ids=0)  # as soon as they are used
         open_ = new(IDX)
     rise = before.log_softmax(-1)[..., 0] - open_.log_softmax(-1)[..., 0]
-    assert torch.allclose(rise, torch.log1p((open_[..., V:] - before.logsumexp(-1, keepdim=True)).exp().sum(-1)))
+    assert torch.allclose(
+        rise, torch.log1p((open_[..., V:] - before.logsumexp(-1, keepdim=True)).exp().sum(-1))
+    )
     assert (rise > 0.1).any() and not preserved("exact", model, new, IDX).ok
 
 
@@ -451,7 +542,11 @@ def test_a_grown_model_computes_as_the_old_one_did() -> None:
     for block in model.blocks:
         block.attn.fused = True
     new, moved = grown(model, op("freeze_layer", 1))
-    assert new.training and all(block.attn.fused for block in new.blocks) and new.embed.weight.dtype == torch.float32
+    assert (
+        new.training
+        and all(block.attn.fused for block in new.blocks)
+        and new.embed.weight.dtype == torch.float32
+    )
     frozen = {n for n, p in new.named_parameters() if not p.requires_grad}
     assert frozen == {n for n in weights(new) if n.startswith("blocks.1.")} and not frozen & set(moved.new)
     thawed, moved = grown(new, op("unfreeze_layer", 1))

@@ -71,7 +71,12 @@ def test_by_space_takes_each_dimension_by_its_letter() -> None:
     found = c.by_space(F=units)
     assert found.keys() == c.new.keys()
     up, down, q = (found[f"{BLOCK}{name}"] for name in ("mlp.up.weight", "mlp.down.weight", "attn.q.weight"))
-    assert up.index[0] is units and up.index[1] is None and down.index == (None, units) and q.index == (None, None)
+    assert (
+        up.index[0] is units
+        and up.index[1] is None
+        and down.index == (None, units)
+        and q.index == (None, None)
+    )
     assert up.source == f"{BLOCK}mlp.up.weight"
     more = change(config(), config(attn_lora_rank=2)).by_space()
     assert more[f"{BLOCK}attn.q.lora_a"] == Piece(None)
@@ -129,11 +134,15 @@ def test_a_map_is_of_what_trains() -> None:
     new = like(model, model.cfg.changed(d_ff=20))
     all_pieces, moved = mapped(op("widen_mlp", 20), model.cfg, new.cfg, model, new, 7)
     names = {name for name, p in new.named_parameters() if p.requires_grad}
-    assert set(moved.pieces) == set(moved.new) == names and set(all_pieces) >= {name for name, _ in new.named_parameters()}
+    assert set(moved.pieces) == set(moved.new) == names and set(all_pieces) >= {
+        name for name, _ in new.named_parameters()
+    }
     assert moved.old == {name: p.shape for name, p in model.named_parameters()} and moved.truncated == {}
     assert not [name for name in names if name.startswith("blocks.1.")]
     again = mapped(op("widen_mlp", 20), model.cfg, new.cfg, model, outline(model, new.cfg), 7)[1]
-    assert places(again.pieces[f"{BLOCK}mlp.up.weight"], 0) == places(moved.pieces[f"{BLOCK}mlp.up.weight"], 0)
+    assert places(again.pieces[f"{BLOCK}mlp.up.weight"], 0) == places(
+        moved.pieces[f"{BLOCK}mlp.up.weight"], 0
+    )
 
 
 # -- depth
@@ -143,15 +152,21 @@ def test_stacked_layers_have_their_sources_and_gradients() -> None:
     model = shaken(config(value_residual=True, n_layer=2))
     copied = pieces(model, op("stack_layers", (0, 0, 1)))
     assert copied["embed.weight"] == Piece("embed.weight")
-    assert [copied[f"blocks.{i}.mlp.up.weight"] for i in range(3)] == [Piece(f"blocks.{s}.mlp.up.weight") for s in (0, 0, 1)]
-    assert copied["blocks.1.attn.first_share"] == Piece(None) and copied["blocks.2.attn.first_share"] == Piece("blocks.1.attn.first_share")
+    assert [copied[f"blocks.{i}.mlp.up.weight"] for i in range(3)] == [
+        Piece(f"blocks.{s}.mlp.up.weight") for s in (0, 0, 1)
+    ]
+    assert copied["blocks.1.attn.first_share"] == Piece(None) and copied[
+        "blocks.2.attn.first_share"
+    ] == Piece("blocks.1.attn.first_share")
     assert copied["blocks.1.mlp.down.weight"] == Piece("blocks.0.mlp.down.weight")
     inserted = pieces(model, op("stack_layers", (0, 0, 1), init="identity"))
     assert inserted["blocks.0.mlp.up.weight"].grad == 1.0 and inserted["blocks.1.mlp.up.weight"] == Piece(
         "blocks.0.mlp.up.weight", grad=None
     )
     for end in ("attn.o.weight", "attn.o.bias", "mlp.down.weight", "mlp.down.bias"):
-        assert inserted[f"blocks.1.{end}"] == Piece(None) and inserted[f"blocks.2.{end}"] == Piece(f"blocks.1.{end}")
+        assert inserted[f"blocks.1.{end}"] == Piece(None) and inserted[f"blocks.2.{end}"] == Piece(
+            f"blocks.1.{end}"
+        )
 
 
 # -- width
@@ -166,10 +181,19 @@ def test_new_hidden_units_are_new_or_copies() -> None:
         plus = new[f"{BLOCK}mlp.{side}.weight"].plus
         assert plus is not None and plus[12:].all() and not plus[:12].any()
     down = new[f"{BLOCK}mlp.down.weight"]
-    assert places(down, 1) == [*range(12), -1, -1, -1] and isinstance(down.weight, Tensor) and down.weight.tolist() == [1.0] * 15
+    assert (
+        places(down, 1) == [*range(12), -1, -1, -1]
+        and isinstance(down.weight, Tensor)
+        and down.weight.tolist() == [1.0] * 15
+    )
     copied = pieces(model, op("widen_mlp", 15))
     units, share = places(copied[f"{BLOCK}mlp.up.weight"], 0), copied[f"{BLOCK}mlp.down.weight"].weight
-    assert units is not None and units[:12] == list(range(12)) and all(0 <= unit < 12 for unit in units[12:]) and isinstance(share, Tensor)
+    assert (
+        units is not None
+        and units[:12] == list(range(12))
+        and all(0 <= unit < 12 for unit in units[12:])
+        and isinstance(share, Tensor)
+    )
     for unit in range(12):
         assert float(share[[i for i, u in enumerate(units) if u == unit]].sum()) == pytest.approx(1.0)
     assert all(0.5 / 2 / 1.5 <= float(s) <= 1.0 for s in share)
@@ -192,7 +216,11 @@ def factors(piece: Piece) -> tuple[Any, Any]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_factors_of_a_width_three_times_as_large(tied: bool) -> None:
     third = 1 / 3
-    model = shaken(config(tie_head=tied, norm="layernorm", experts=2, attn_gate=True, embed_lora_rank=2, attn_lora_rank=2))
+    model = shaken(
+        config(
+            tie_head=tied, norm="layernorm", experts=2, attn_gate=True, embed_lora_rank=2, attn_lora_rank=2
+        )
+    )
     found = pieces(model, op("widen_model", {"factor": 3}))
     expected = {
         "embed.weight": (1.0, third), "embed.lora_a": (1.0, third), "embed.lora_b": (1.0, 1.0), "positions.weight": (1.0, third),
@@ -218,9 +246,14 @@ def test_the_channels_of_a_width_twice_as_large() -> None:
         assert places(found[f"{BLOCK}mlp.up.weight"], 0) == [*range(12), *range(12)]
     assert places(scaled[f"{BLOCK}attn.gate.weight"], 0) == [0, 1, 2, 3, 0, 1, 2, 3]
     assert places(kept[f"{BLOCK}attn.gate.weight"], 0) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert places(scaled[f"{BLOCK}attn.k.weight"], 0) == [0, 1, 2, 3] * 2 and places(kept[f"{BLOCK}attn.k.weight"], 0) is None
+    assert (
+        places(scaled[f"{BLOCK}attn.k.weight"], 0) == [0, 1, 2, 3] * 2
+        and places(kept[f"{BLOCK}attn.k.weight"], 0) is None
+    )
     assert places(kept[f"{BLOCK}attn.q.weight"], 0) == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7]
-    assert factors(kept[f"{BLOCK}attn.k.weight"]) == (0.5, 1.0) and factors(scaled[f"{BLOCK}attn.k.weight"]) == (0.5, 0.5)
+    assert factors(kept[f"{BLOCK}attn.k.weight"]) == (0.5, 1.0) and factors(
+        scaled[f"{BLOCK}attn.k.weight"]
+    ) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -239,19 +272,50 @@ def test_noise_is_on_pairs_of_copies(n: int) -> None:
         rms = float(model.get_parameter(name).detach().square().mean().sqrt())
         assert float(each[:, 0].std()) == pytest.approx(rms / n / 10, rel=0.05)
     noisy = {name for name, piece in found.items() if piece.plus is not None}
-    assert noisy == {name for name in found if name.endswith(("q.weight", "k.weight", "v.weight", "o.weight", "up.weight", "down.weight"))}
+    assert noisy == {
+        name
+        for name in found
+        if name.endswith(("q.weight", "k.weight", "v.weight", "o.weight", "up.weight", "down.weight"))
+    }
     assert not [p for p in pieces(model, op("widen_model", {"factor": n})).values() if p.plus is not None]
-    assert [p for p in pieces(model, op("widen_model", {"factor": n, "noise_snr_db": 0.0})).values() if p.plus is not None], "0 dB is noise"
+    assert [
+        p
+        for p in pieces(model, op("widen_model", {"factor": n, "noise_snr_db": 0.0})).values()
+        if p.plus is not None
+    ], "0 dB is noise"
 
 
 def test_new_heads_stand_at_the_end_of_their_group() -> None:
     model = shaken(config(n_head=4, n_kv_head=2, attn_gate=True))
     found = pieces(model, op("add_heads", 8))
     assert places(found[f"{BLOCK}attn.gate.weight"], 0) == [0, 1, -1, -1, 2, 3, -1, -1]
-    assert places(found[f"{BLOCK}attn.q.weight"], 0) == [0, 1, 2, 3, -1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1]
+    assert places(found[f"{BLOCK}attn.q.weight"], 0) == [
+        0,
+        1,
+        2,
+        3,
+        -1,
+        -1,
+        -1,
+        -1,
+        4,
+        5,
+        6,
+        7,
+        -1,
+        -1,
+        -1,
+        -1,
+    ]
     assert places(found[f"{BLOCK}attn.k.weight"], 0) == [0, 1, 2, 3]
     plus = found[f"{BLOCK}attn.q.weight"].plus
-    assert plus is not None and plus[4:8].all() and plus[12:].all() and not plus[:4].any() and not plus[8:12].any()
+    assert (
+        plus is not None
+        and plus[4:8].all()
+        and plus[12:].all()
+        and not plus[:4].any()
+        and not plus[8:12].any()
+    )
     for name in ("attn.o.weight", "attn.gate.weight", "attn.q.bias"):
         assert found[BLOCK + name].plus is None, name
     alone = pieces(shaken(config()), op("add_heads", 3))
@@ -270,7 +334,10 @@ def test_new_heads_stand_at_the_end_of_their_group() -> None:
         ),
         ({"n_head": 4}, "4 heads of 2 over 4 of keys and values do not hold 2 of 4 over 2"),
         ({"n_head": 2, "head_dim": 6}, "2 heads of 6 over 2 of keys and values do not hold 2 of 4 over 2"),
-        ({"n_head": 4, "head_dim": 4, "n_kv_head": 1}, "4 heads of 4 over 1 of keys and values do not hold 2 of 4 over 2"),
+        (
+            {"n_head": 4, "head_dim": 4, "n_kv_head": 1},
+            "4 heads of 4 over 1 of keys and values do not hold 2 of 4 over 2",
+        ),
         ({"n_head": 4, "head_dim": 4, "n_kv_head": 4}, ""),
         ({"n_head": 4, "head_dim": 4, "n_kv_head": 2}, ""),
         ({"n_head": 2, "head_dim": 4}, ""),
@@ -289,7 +356,10 @@ def test_heads_that_do_not_hold_the_old_ones(fields: dict[str, Any], said: str) 
 
 def test_fewer_queries_to_each_key_are_refused_with_the_number() -> None:
     model = shaken(config(n_head=4, n_kv_head=2))
-    with pytest.raises(ValueError, match=r"4 heads of 2 over 4 of keys .* do not hold 4 of 2 over 2; .* and 2 or more queries to each"):
+    with pytest.raises(
+        ValueError,
+        match=r"4 heads of 2 over 4 of keys .* do not hold 4 of 2 over 2; .* and 2 or more queries to each",
+    ):
         grow(op("add_heads", 9), model.cfg, model.cfg.changed(n_kv_head=4), model, 1)
 
 
@@ -307,9 +377,18 @@ def test_fewer_queries_to_each_key_are_refused_with_the_number() -> None:
     ],
 )
 def test_the_factors_of_an_expert(
-    experts: int, k: int, shards: int, softmax: bool, up_grad: float, down_weight: float, bias_weight: float, down_grad: float
+    experts: int,
+    k: int,
+    shards: int,
+    softmax: bool,
+    up_grad: float,
+    down_weight: float,
+    bias_weight: float,
+    down_grad: float,
 ) -> None:
-    value = {"experts": experts, "top_k": k, "shards": shards, "router": "zero"} | ({"router_weights": "softmax"} if softmax else {})
+    value = {"experts": experts, "top_k": k, "shards": shards, "router": "zero"} | (
+        {"router_weights": "softmax"} if softmax else {}
+    )
     what = replace(op("upcycle_moe", value), optimizer=operators_mode("asymmetric"))
     found = pieces(shaken(config(bias=True)), what)
     for expert in range(experts):
@@ -320,8 +399,15 @@ def test_the_factors_of_an_expert(
         assert factors(found[f"{base}down.bias"]) == pytest.approx((bias_weight, down_grad))
         assert found[f"{base}up.weight"].source == f"{BLOCK}mlp.up.weight"
         hidden = 12 // shards
-        units = None if shards == 1 else list(range(expert % shards * hidden, expert % shards * hidden + hidden))
-        assert places(found[f"{base}up.weight"], 0) == units == places(found[f"{base}down.weight"], 1) == places(found[f"{base}up.bias"], 0)
+        units = (
+            None if shards == 1 else list(range(expert % shards * hidden, expert % shards * hidden + hidden))
+        )
+        assert (
+            places(found[f"{base}up.weight"], 0)
+            == units
+            == places(found[f"{base}down.weight"], 1)
+            == places(found[f"{base}up.bias"], 0)
+        )
         assert places(found[f"{base}down.weight"], 0) is None
     assert found[f"{BLOCK}mlp.router.weight"] == Piece(None)
 
@@ -335,15 +421,24 @@ def operators_mode(mode: str) -> Any:
 def test_a_random_router_has_one_row_a_group_and_its_spread() -> None:
     model = shaken(config(d_model=200, d_ff=12))
     for std, asked in ((0.02, {}), (0.5, {"router_std": 0.5})):
-        plus = pieces(model, op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2} | asked))[f"{BLOCK}mlp.router.weight"].plus
-        assert plus is not None and plus.shape == (8, 200) and float(plus.std()) == pytest.approx(std, rel=0.1)
-        assert all(torch.equal(plus[i], plus[i + 1]) for i in (0, 2, 4, 6)) and len({tuple(row.tolist()) for row in plus}) == 4
+        plus = pieces(model, op("upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2} | asked))[
+            f"{BLOCK}mlp.router.weight"
+        ].plus
+        assert (
+            plus is not None and plus.shape == (8, 200) and float(plus.std()) == pytest.approx(std, rel=0.1)
+        )
+        assert (
+            all(torch.equal(plus[i], plus[i + 1]) for i in (0, 2, 4, 6))
+            and len({tuple(row.tolist()) for row in plus}) == 4
+        )
 
 
 def noise(experts: int, k: int, shards: int = 1, snr: float = 20.0, **fields: Any) -> list[Tensor | None]:
     value = {"experts": experts, "top_k": k, "shards": shards, "router": "zero", "noise_snr_db": snr}
     found = pieces(shaken(config(**fields)), op("upcycle_moe", value))
-    assert not [name for name, piece in found.items() if piece.plus is not None and not name.endswith("down.weight")]
+    assert not [
+        name for name, piece in found.items() if piece.plus is not None and not name.endswith("down.weight")
+    ]
     return [found[f"{BLOCK}mlp.experts.{e}.down.weight"].plus for e in range(experts)]
 
 
@@ -356,7 +451,9 @@ def signs(found: list[Tensor | None]) -> list[str]:
             shown.append("")
             continue
         key, other = tuple(plus.flatten().tolist()), tuple((-plus).flatten().tolist())
-        shown.append(f"-{names[other]}" if other in names else f"+{names.setdefault(key, 'abcdefgh'[len(names)])}")
+        shown.append(
+            f"-{names[other]}" if other in names else f"+{names.setdefault(key, 'abcdefgh'[len(names)])}"
+        )
     return shown
 
 
@@ -371,13 +468,26 @@ def signs(found: list[Tensor | None]) -> list[str]:
         (4, 4, 1, ["+a", "-a", "+b", "-b"]),
     ],
 )
-def test_noise_is_on_pairs_of_experts_that_are_chosen_together(experts: int, k: int, shards: int, expected: list[str] | None) -> None:
+def test_noise_is_on_pairs_of_experts_that_are_chosen_together(
+    experts: int, k: int, shards: int, expected: list[str] | None
+) -> None:
     if expected is not None:
         assert signs(noise(experts, k, shards)) == expected
         return
-    value = {"experts": experts, "top_k": k, "router": "zero", "noise_snr_db": 20.0, "router_weights": "softmax"}
+    value = {
+        "experts": experts,
+        "top_k": k,
+        "router": "zero",
+        "noise_snr_db": 20.0,
+        "router_weights": "softmax",
+    }
     found = pieces(shaken(config()), op("upcycle_moe", value))
-    assert signs([found[f"{BLOCK}mlp.experts.{e}.down.weight"].plus for e in range(experts)]) == ["", "+a", "-a", "+b"]
+    assert signs([found[f"{BLOCK}mlp.experts.{e}.down.weight"].plus for e in range(experts)]) == [
+        "",
+        "+a",
+        "-a",
+        "+b",
+    ]
 
 
 def test_the_noise_of_experts_has_its_size() -> None:
@@ -385,10 +495,16 @@ def test_the_noise_of_experts_has_its_size() -> None:
     rms = float(model.get_parameter(f"{BLOCK}mlp.down.weight").detach().square().mean().sqrt())
     for shards, snr, times in ((1, 20.0, 0.1), (2, 20.0, 0.2), (1, 40.0, 0.01)):
         plus = noise(8, 4, shards, snr, d_ff=400)[0]
-        assert plus is not None and plus.shape == (8, 400 // shards) and float(plus.std()) == pytest.approx(rms * times, rel=0.05)
+        assert (
+            plus is not None
+            and plus.shape == (8, 400 // shards)
+            and float(plus.std()) == pytest.approx(rms * times, rel=0.05)
+        )
     value = {"experts": 4, "top_k": 2, "router": "zero", "noise_snr_db": 20.0, "router_weights": "softmax"}
     softmax = pieces(model, op("upcycle_moe", value))[f"{BLOCK}mlp.experts.0.down.weight"].plus
-    assert softmax is not None and float(softmax.std()) == pytest.approx(rms * 0.2, rel=0.05), "of the weight as it is scaled"
+    assert softmax is not None and float(softmax.std()) == pytest.approx(rms * 0.2, rel=0.05), (
+        "of the weight as it is scaled"
+    )
 
 
 @pytest.mark.parametrize(
@@ -439,7 +555,11 @@ def test_a_first_rank_is_random_in_a_and_nothing_in_b() -> None:
     assert float(a.plus.std()) == pytest.approx(1 / 8, rel=0.06)
     assert "embed.lora_a" not in found
     table = pieces(model, op("set_embedding_lora_rank", 40))
-    assert table["embed.lora_a"].plus is not None and table["embed.lora_b"] == Piece(None) and f"{BLOCK}attn.q.lora_a" not in table
+    assert (
+        table["embed.lora_a"].plus is not None
+        and table["embed.lora_b"] == Piece(None)
+        and f"{BLOCK}attn.q.lora_a" not in table
+    )
 
 
 def test_a_higher_rank_keeps_its_term() -> None:
@@ -447,19 +567,29 @@ def test_a_higher_rank_keeps_its_term() -> None:
     found = pieces(model, op("set_attn_lora_rank", 8))
     for name in "qkvo":
         a, b = found[f"{BLOCK}attn.{name}.lora_a"], found[f"{BLOCK}attn.{name}.lora_b"]
-        assert places(a, 0) == [0, 1, *[-1] * 6] == places(b, 1) and places(a, 1) is None and places(b, 0) is None
+        assert (
+            places(a, 0) == [0, 1, *[-1] * 6] == places(b, 1)
+            and places(a, 1) is None
+            and places(b, 0) is None
+        )
         assert factors(a) == (1.0, 1.0) and factors(b) == (4.0, 0.25) and b.plus is None
         assert a.plus is not None and a.plus[2:].all() and not a.plus[:2].any()
         assert 0.2 < float(a.plus[2:].std()) < 0.5  # the root of 1/8 is 0.354
-    assert found["embed.lora_a"] == replace(Piece("embed.lora_a"), index=(None, None)) and factors(found["embed.lora_b"]) == (1.0, 1.0)
+    assert found["embed.lora_a"] == replace(Piece("embed.lora_a"), index=(None, None)) and factors(
+        found["embed.lora_b"]
+    ) == (1.0, 1.0)
     same = pieces(model, op("set_attn_lora_rank", 2))
-    assert factors(same[f"{BLOCK}attn.q.lora_b"]) == (1.0, 1.0) and places(same[f"{BLOCK}attn.q.lora_a"], 0) == [0, 1]
+    assert factors(same[f"{BLOCK}attn.q.lora_b"]) == (1.0, 1.0) and places(
+        same[f"{BLOCK}attn.q.lora_a"], 0
+    ) == [0, 1]
 
 
 def test_a_rank_of_one_is_the_least() -> None:
     model = shaken(config(attn_lora_rank=2))
     grown(model, op("set_attn_lora_rank", 1))
-    with pytest.raises(ValueError, match="rank 0 is not allowed; give 1 or more, or merge_lora_weights to be rid of the term"):
+    with pytest.raises(
+        ValueError, match="rank 0 is not allowed; give 1 or more, or merge_lora_weights to be rid of the term"
+    ):
         grow(op("set_attn_lora_rank", 0), model.cfg, model.cfg.changed(attn_lora_rank=0), model, 1)
 
 
@@ -469,18 +599,31 @@ def test_a_lower_rank_has_a_past_no_more() -> None:
     a, b = moved.pieces[f"{BLOCK}attn.q.lora_a"], moved.pieces[f"{BLOCK}attn.q.lora_b"]
     assert a.source is None and b.source is None
     low_a, low_b, lost = truncate(
-        model.get_parameter(f"{BLOCK}attn.q.lora_a").detach(), model.get_parameter(f"{BLOCK}attn.q.lora_b").detach(), 2
+        model.get_parameter(f"{BLOCK}attn.q.lora_a").detach(),
+        model.get_parameter(f"{BLOCK}attn.q.lora_b").detach(),
+        2,
     )
-    assert torch.allclose(new.get_parameter(f"{BLOCK}attn.q.lora_b"), low_b * 0.5), "the scale is alpha over a rank half as large"
-    assert torch.allclose(new.get_parameter(f"{BLOCK}attn.q.lora_a"), low_a) and moved.truncated[f"{BLOCK}attn.q"] == lost
+    assert torch.allclose(new.get_parameter(f"{BLOCK}attn.q.lora_b"), low_b * 0.5), (
+        "the scale is alpha over a rank half as large"
+    )
+    assert (
+        torch.allclose(new.get_parameter(f"{BLOCK}attn.q.lora_a"), low_a)
+        and moved.truncated[f"{BLOCK}attn.q"] == lost
+    )
     assert set(moved.truncated) == {f"blocks.{i}.attn.{n}" for i in (0, 1) for n in "qkvo"}
 
 
 def test_the_share_that_a_cut_loses() -> None:
     a, b = torch.diag(torch.tensor([1.0, 1.0])), torch.diag(torch.tensor([4.0, 3.0]))
     low_a, low_b, lost = truncate(a, b, 1)
-    assert lost == pytest.approx(3 / 5) and torch.allclose(low_b @ low_a, torch.diag(torch.tensor([4.0, 0.0])).double())
-    assert low_a.shape == (1, 2) and low_b.shape == (2, 1) and torch.allclose(low_a.abs().max(), torch.tensor(2.0).double())
+    assert lost == pytest.approx(3 / 5) and torch.allclose(
+        low_b @ low_a, torch.diag(torch.tensor([4.0, 0.0])).double()
+    )
+    assert (
+        low_a.shape == (1, 2)
+        and low_b.shape == (2, 1)
+        and torch.allclose(low_a.abs().max(), torch.tensor(2.0).double())
+    )
     assert truncate(a, b, 2)[2] == 0.0 and truncate(a, torch.zeros(2, 2), 1)[2] == 0.0
 
 
@@ -488,7 +631,11 @@ def test_a_merged_term_has_its_scale() -> None:
     model = shaken(config(attn_lora_rank=4, embed_lora_rank=2, lora_alpha=6.0))
     found = pieces(model, op("merge_lora_weights"))
     for name, rank in ((f"{BLOCK}attn.o.", 4), ("embed.", 2)):
-        term = 6.0 / rank * (model.get_parameter(f"{name}lora_b") @ model.get_parameter(f"{name}lora_a")).detach()
+        term = (
+            6.0
+            / rank
+            * (model.get_parameter(f"{name}lora_b") @ model.get_parameter(f"{name}lora_a")).detach()
+        )
         piece = found[f"{name}weight"]
         assert piece.plus is not None and torch.allclose(piece.plus, term) and factors(piece) == (1.0, 1.0)
     assert found[f"{BLOCK}mlp.up.weight"].plus is None and not [name for name in found if "lora" in name]
@@ -505,7 +652,9 @@ def test_new_ids_are_small_and_random(tied: bool) -> None:
     for name in names:
         assert places(found[name], 0) == [*range(V), *[-1] * 100] and places(found[name], 1) is None
         plus = found[name].plus
-        assert plus is not None and not plus[:V].any() and float(plus[V:].std()) == pytest.approx(0.05, rel=0.1)
+        assert (
+            plus is not None and not plus[:V].any() and float(plus[V:].std()) == pytest.approx(0.05, rel=0.1)
+        )
     assert [name for name, piece in found.items() if piece.plus is not None] == names
 
 

@@ -1,4 +1,4 @@
-"""`mainrun grow plan`: every fault of a schedule at once and word for word, what is odd about it, what each stretch costs."""
+"""`mainrun grow plan`: every fault of a schedule at once and word for word, what is odd about it, what each segment costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ from mainrun.train import GPT, State, build
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests/data/growth_faults.txt"
-START = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 64, "batch_size": 8, "lr": 0.01, "dropout": 0.1, "vocab_size": 300}
+START = {
+    "n_layer": 2,
+    "d_model": 16,
+    "n_head": 2,
+    "d_ff": 64,
+    "batch_size": 8,
+    "lr": 0.01,
+    "dropout": 0.1,
+    "vocab_size": 300,
+}
 
 
 class Case(NamedTuple):
@@ -41,7 +50,9 @@ def cases() -> list[Case]:
     found = []
     for block in FAULTS.read_text(encoding="utf-8").strip().split("\n\n")[1:]:
         name, *lines = block.splitlines()
-        changes = dict(parse_set(text) for text in lines.pop(0).split()[1:]) if lines[0].startswith("with ") else {}
+        changes = (
+            dict(parse_set(text) for text in lines.pop(0).split()[1:]) if lines[0].startswith("with ") else {}
+        )
         faults = [line.removeprefix("=> ") for line in lines if line.startswith("=> ")]
         text = "\n".join(line for line in lines if not line.startswith("=> "))
         found.append(Case(name.removeprefix("# "), changes, f"{text}\n", faults))
@@ -85,7 +96,7 @@ def test_the_specifications_example_with_its_own_words() -> None:
     ]
 
 
-# -- what a stretch costs
+# -- what a segment costs
 
 SHAPES: dict[str, Any] = {
     "n_head": [2, 4], "n_kv_head": [0, 1, 2], "d_model": [16, 24], "d_ff": [0, 40], "norm": ["layernorm", "rmsnorm"],
@@ -111,7 +122,11 @@ def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
     with torch.device("meta"):
         model = GPT(cfg, cfg.vocab_size)
     found, counted = size(cfg), sum(p.numel() for p in model.parameters())
-    met = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * cfg.top_k // cfg.experts if cfg.experts else 0
+    met = (
+        sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * cfg.top_k // cfg.experts
+        if cfg.experts
+        else 0
+    )
     others = sum(p.numel() for n, p in model.named_parameters() if ".experts." not in n)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (found.params, found.active, found.trained) == (counted, others + met, trained)
@@ -137,7 +152,9 @@ def test_experts_low_rank_terms_and_frozen_layers_are_counted() -> None:
     assert moe.params - plain.params == 2 * (7 * mlp + 8 * 16) and moe.params - moe.active == 2 * 6 * mlp
     assert moe.flops - plain.flops == 6 * 2 * (mlp + 8 * 16)
     low = size(base.changed(attn_lora_rank=3))
-    assert low.params - plain.params == 2 * 4 * 3 * (16 + 16) and low.flops - plain.flops == 6 * (low.params - plain.params)
+    assert low.params - plain.params == 2 * 4 * 3 * (16 + 16) and low.flops - plain.flops == 6 * (
+        low.params - plain.params
+    )
     table = size(base.changed(embed_lora_rank=3, unused_ids=10))
     assert table.params - plain.params == 10 * 16 + 3 * (310 + 16)
     assert table.flops - plain.flops == 6 * (table.params - plain.params), "the tied head is all of it"
@@ -180,7 +197,9 @@ def test_with_the_runs_tokens_the_longest_waits_are_carried_out() -> None:
     ]  # fmt: skip
     assert [s.steps for s in found.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
     assert sum(s.tokens or 0 for s in found.segments) <= 716_800
-    assert [s.seconds for s in found.segments] == [(s.tokens or 0) * s.size.flops / 1e9 for s in found.segments]
+    assert [s.seconds for s in found.segments] == [
+        (s.tokens or 0) * s.size.flops / 1e9 for s in found.segments
+    ]
 
 
 def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
@@ -191,7 +210,9 @@ def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
     ]
     cfg = start(batch_size=8, block_size=128)
     assert [s.steps for s in simulate(cfg, {"ops": ops}, 102_401).segments] == [132, 33, 0, 535]
-    assert [s.steps for s in simulate(cfg, {"ops": [ops[0] | {"reevaluate": False}, *ops[1:]]}, 102_401).segments] == [132, 0, 0, 568]
+    assert [
+        s.steps for s in simulate(cfg, {"ops": [ops[0] | {"reevaluate": False}, *ops[1:]]}, 102_401).segments
+    ] == [132, 0, 0, 568]
 
 
 def test_a_static_op_that_comes_too_late_is_a_fault_once_the_tokens_are_known() -> None:
@@ -244,7 +265,13 @@ def test_what_is_odd_is_said(ops: list[dict[str, Any]], tokens: int | None, warn
 
 
 def plan(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mainrun", "grow", "plan", *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "mainrun", "grow", "plan", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 SETS = [arg for key, value in START.items() for arg in ("--set", f"{key}={value}")]
@@ -255,13 +282,30 @@ def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
     path.write_text(LIST)
     done = plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stderr) == (0, "")
-    head, _, *rows = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines() if line.strip() and ":" not in line]
-    assert head == ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs a token", "optimiser"]
+    head, _, *rows = [
+        re.split(r"\s{2,}", line.strip())
+        for line in done.stdout.splitlines()
+        if line.strip() and ":" not in line
+    ]
+    assert head == [
+        "op",
+        "begins",
+        "layers",
+        "width",
+        "heads",
+        "experts",
+        "parameters",
+        "active",
+        "FLOPs a token",
+        "optimiser",
+    ]
     assert [row[0] for row in rows] == [
         "start", "set_lr 0.0006", "stack_layers [0,0,1,1]", "widen_mlp 128", "set_attn_lora_rank 8", "stack_layers [1,1,2,3]",
     ]  # fmt: skip
     assert rows[2][1:5] == ["loss < 3.5 or a wait of 500", "4", "16", "2"]
-    assert done.stdout.rstrip().endswith("warning: ops[4] 'stack_layers': drops layer 0 of 4; what is learnt there is lost.")
+    assert done.stdout.rstrip().endswith(
+        "warning: ops[4] 'stack_layers': drops layer 0 of 4; what is learnt there is lost."
+    )
     assert path.read_text() == LIST and [*tmp_path.iterdir()] == [path]
 
 
@@ -273,17 +317,25 @@ def test_the_plan_as_json_with_times() -> None:
     assert found["warnings"] == [] and [row["steps"] for row in found["segments"]] == [100, 600]
     first, second = found["segments"]
     assert (first["experts"], second["experts"], second["op"][:11]) == (0, 4, "upcycle_moe")
-    assert second["active"] < second["params"] and second["seconds"] == second["tokens"] * second["flops_per_token"] / 1e9
+    assert (
+        second["active"] < second["params"]
+        and second["seconds"] == second["tokens"] * second["flops_per_token"] / 1e9
+    )
 
 
 def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("- {name: set_lrr}\n- {name: stack_layers, value: 2, trigger_loss: 3, max_wait_iters: 9}\n")
+    path.write_text(
+        "- {name: set_lrr}\n- {name: stack_layers, value: 2, trigger_loss: 3, max_wait_iters: 9}\n"
+    )
     done = plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stdout) == (2, "")
     first, *faults = done.stderr.splitlines()
     assert first == f"error: {path} cannot be carried out" and len(faults) == 4
-    assert faults[-1] == "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1]."
+    assert (
+        faults[-1]
+        == "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1]."
+    )
 
 
 @pytest.mark.parametrize(

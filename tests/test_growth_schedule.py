@@ -26,7 +26,16 @@ LIST = """
  {"name": "set_attn_lora_rank", "value": 8, "trigger_loss": 2.8, "max_wait_iters": 1000, "reevaluate": true},
  {"name": "stack_layers", "desc": "drop layer 0", "value": [1, 1, 2, 3], "trigger_loss": 2.5, "max_wait_iters": 1000, "reevaluate": true}]
 """
-SMALL = {"n_layer": 2, "n_head": 2, "d_model": 16, "block_size": 4, "batch_size": 2, "vocab_size": 300, "epochs": 2, "lr": 0.5}
+SMALL = {
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+    "block_size": 4,
+    "batch_size": 2,
+    "vocab_size": 300,
+    "epochs": 2,
+    "lr": 0.5,
+}
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -53,10 +62,21 @@ def one(name: str, value: Any = None, trigger: Any = None, **more: Any) -> Op:
 
 def test_the_original_example_reads_and_leads_where_it_says() -> None:
     cfg = config(d_ff=64, growth=json.loads(LIST))
-    shapes = [(p.lr, p.n_layer, p.ff_width, p.attn_lora_rank) for p in cfg.phases]
-    assert shapes == [(0.5, 2, 64, 0), (6e-4, 2, 64, 0), (6e-4, 4, 64, 0), (6e-4, 4, 128, 0), (6e-4, 4, 128, 8), (6e-4, 4, 128, 8)]
+    shapes = [(p.lr, p.n_layer, p.ff_width, p.attn_lora_rank) for p in cfg.segment_configs]
+    assert shapes == [
+        (0.5, 2, 64, 0),
+        (6e-4, 2, 64, 0),
+        (6e-4, 4, 64, 0),
+        (6e-4, 4, 128, 0),
+        (6e-4, 4, 128, 8),
+        (6e-4, 4, 128, 8),
+    ]
     first, stack, *_, drop = cfg.growth.ops
-    assert (first.desc, first.reevaluate, first.trigger) == ("start", False, Trigger(loss_below=100.0, wait_iters=1))
+    assert (first.desc, first.reevaluate, first.trigger) == (
+        "start",
+        False,
+        Trigger(loss_below=100.0, wait_iters=1),
+    )
     assert (stack.value, stack.reevaluate, stack.init, stack.on_fail) == ((0, 0, 1, 1), True, "copy", "abort")
     assert drop.value == (1, 1, 2, 3)
 
@@ -65,7 +85,11 @@ def test_both_formats_say_the_same() -> None:
     entries = json.loads(LIST)
     version2 = [
         {k: v for k, v in entry.items() if k not in ("trigger_loss", "max_wait_iters")}
-        | {"trigger": {"any": [{"wait_iters": entry["max_wait_iters"]}, {"loss_below": entry["trigger_loss"]}]}}
+        | {
+            "trigger": {
+                "any": [{"wait_iters": entry["max_wait_iters"]}, {"loss_below": entry["trigger_loss"]}]
+            }
+        }
         for entry in entries
     ]
     a, b = config(d_ff=64, growth=entries), config(d_ff=64, growth={"version": 2, "ops": version2})
@@ -80,12 +104,20 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
     path = tmp_path / f"mine{suffix}"
     entries = json.loads(LIST)
     if suffix == ".toml":
-        lines = [f"{k} = {json.dumps(v)}" if k != "name" else f'[[growth]]\nname = "{v}"' for entry in entries for k, v in entry.items()]
+        lines = [
+            f"{k} = {json.dumps(v)}" if k != "name" else f'[[growth]]\nname = "{v}"'
+            for entry in entries
+            for k, v in entry.items()
+        ]
         path.write_text("\n".join(lines))
     elif suffix == ".json":
         path.write_text(LIST)
     else:
-        path.write_text("".join(f"- {{{', '.join(f'{k}: {v!r}' for k, v in e.items())}}}\n" for e in entries).replace("0.0006", "6e-4"))
+        path.write_text(
+            "".join(f"- {{{', '.join(f'{k}: {v!r}' for k, v in e.items())}}}\n" for e in entries).replace(
+                "0.0006", "6e-4"
+            )
+        )
     before = path.read_bytes()
     path.chmod(0o400)
     (cfg,) = load("baseline", [f"growth={path}", "n_layer=2", "d_ff=64"])
@@ -103,7 +135,9 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
         ("wide.json", '[{"name": "set_lr"}]'.encode("utf-16"), "save the file as UTF-8"),
     ],
 )
-def test_files_that_say_something_else_than_they_seem_to(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+def test_files_that_say_something_else_than_they_seem_to(
+    tmp_path: Path, name: str, data: bytes, said: str
+) -> None:
     from mainrun.plan.op_files import from_text
 
     (tmp_path / name).write_bytes(data)
@@ -122,7 +156,15 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
     """PyYAML follows YAML 1.1, where 6e-4 is a text."""
     from mainrun.plan.op_files import from_text
 
-    for text, value in (("6e-4", 6e-4), ("1.5E+3", 1500.0), ("2e8", 2e8), ("-1e2", -100.0), ("7", 7), ("abc", "abc"), ("1e", "1e")):
+    for text, value in (
+        ("6e-4", 6e-4),
+        ("1.5E+3", 1500.0),
+        ("2e8", 2e8),
+        ("-1e2", -100.0),
+        ("7", 7),
+        ("abc", "abc"),
+        ("1e", "1e"),
+    ):
         assert from_text(f"ops:\n- value: {text}\n") == {"ops": [{"value": value}]}
 
 
@@ -147,33 +189,48 @@ def _conditions() -> st.SearchStrategy[dict[str, Any]]:
 def _ops() -> st.SearchStrategy[dict[str, Any]]:
     number = st.one_of(st.integers(-5, 500), st.floats(-10, 1000))
     maps = st.lists(st.integers(-1, 6), max_size=6)
-    values: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(TRAINING, number) | dict.fromkeys(ARCHITECTURE, st.integers(1, 64))
+    values: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(TRAINING, number) | dict.fromkeys(
+        ARCHITECTURE, st.integers(1, 64)
+    )
     values |= {"stack_layers": maps, "freeze_layer": maps, "unfreeze_layer": maps}
     values |= dict.fromkeys(("reset_lr_schedule", "merge_lora_weights"), st.none())
     values["widen_model"] = st.one_of(
-        st.integers(2, 64), st.fixed_dictionaries({"factor": st.integers(2, 4)}, optional={"kv": st.sampled_from(["scale", "keep"])})
+        st.integers(2, 64),
+        st.fixed_dictionaries(
+            {"factor": st.integers(2, 4)}, optional={"kv": st.sampled_from(["scale", "keep"])}
+        ),
     )
     sizes = {"experts": st.integers(2, 8)}
-    values["upcycle_moe"] = st.fixed_dictionaries(sizes, optional={"top_k": st.integers(1, 4), "noise_snr_db": st.floats(1, 20)})
+    values["upcycle_moe"] = st.fixed_dictionaries(
+        sizes, optional={"top_k": st.integers(1, 4), "noise_snr_db": st.floats(1, 20)}
+    )
     general = {"desc": st.text(max_size=5), "reevaluate": st.booleans()}
     weights = {
         "preserve": st.sampled_from(["none", "approx", "exact", "bitexact"]),
         "on_fail": st.sampled_from(["abort", "skip"]),
         "optimizer": st.one_of(st.just("keep"), st.fixed_dictionaries({"min_coverage": st.floats(0, 1)})),
-        "lr": st.fixed_dictionaries({"rewarm_iters": st.integers(0, 500)}, optional={"width_rule": st.just("adam_1_over_n")}),
+        "lr": st.fixed_dictionaries(
+            {"rewarm_iters": st.integers(0, 500)}, optional={"width_rule": st.just("adam_1_over_n")}
+        ),
     }
     return st.one_of(
         st.fixed_dictionaries(
             {"name": st.just(n), "value": values[n], "trigger": _conditions()},
-            optional=general | (weights if n in ARCHITECTURE else {}) | ({"init": st.just("identity")} if n == "stack_layers" else {}),
+            optional=general
+            | (weights if n in ARCHITECTURE else {})
+            | ({"init": st.just("identity")} if n == "stack_layers" else {}),
         )
         for n in NAMES
     )
 
 
 def _schedules() -> st.SearchStrategy[dict[str, Any]]:
-    defaults = st.fixed_dictionaries({}, optional={"on_fail": st.just("skip"), "optimizer": st.sampled_from(["auto", "reset"])})
-    return st.fixed_dictionaries({"ops": st.lists(_ops(), max_size=4)}, optional={"seed": st.integers(0, 9), "defaults": defaults})
+    defaults = st.fixed_dictionaries(
+        {}, optional={"on_fail": st.just("skip"), "optimizer": st.sampled_from(["auto", "reset"])}
+    )
+    return st.fixed_dictionaries(
+        {"ops": st.lists(_ops(), max_size=4)}, optional={"seed": st.integers(0, 9), "defaults": defaults}
+    )
 
 
 @given(_schedules())
@@ -193,13 +250,17 @@ def test_what_a_config_takes_it_carries_whole(data: dict[str, Any], n_layer: int
     except ConfigError as e:
         refused = str(e)
     if refused:
-        assert all(line.startswith("growth: ops[") and line.endswith(".") for line in refused.splitlines()), refused
+        assert all(line.startswith("growth: ops[") and line.endswith(".") for line in refused.splitlines()), (
+            refused
+        )
         return
     assert from_dict(json.loads(json.dumps(cfg.model_dump()))) == cfg
     phases, faults = walk(cfg, cfg.growth.ops)
-    assert not faults and (cfg, *(p.cfg for p in phases)) == cfg.phases
-    for phase, before in zip(phases, cfg.phases, strict=False):
-        assert phase.cfg == after(phase.op, before) and not phase.cfg.growth.ops, "what `walk` settles holds alone, too"
+    assert not faults and (cfg, *(p.cfg for p in phases)) == cfg.segment_configs
+    for phase, before in zip(phases, cfg.segment_configs, strict=False):
+        assert phase.cfg == after(phase.op, before) and not phase.cfg.growth.ops, (
+            "what `walk` settles holds alone, too"
+        )
         assert (phase.op.preserve != "") == (phase.op.name in ARCHITECTURE)
 
 
@@ -218,7 +279,14 @@ json_values = st.recursive(
 
 
 @given(
-    st.one_of(json_values, st.lists(st.fixed_dictionaries({"name": st.sampled_from(NAMES), "value": json_values, "trigger": json_values})))
+    st.one_of(
+        json_values,
+        st.lists(
+            st.fixed_dictionaries(
+                {"name": st.sampled_from(NAMES), "value": json_values, "trigger": json_values}
+            )
+        ),
+    )
 )
 def test_whatever_is_given_is_read_or_refused(data: Any) -> None:
     try:
@@ -232,12 +300,23 @@ def test_whatever_is_given_is_read_or_refused(data: Any) -> None:
 
 
 def test_defaults_hold_where_an_op_says_nothing_and_can_have_them() -> None:
-    ops = [op("set_lr", 0.1), op("widen_mlp", 128), op("widen_mlp", 256, optimizer={"mode": "keep", "min_coverage": 0.5}, on_fail="abort")]
-    schedule = good({"defaults": {"on_fail": "skip", "optimizer": "reset", "lr": {"rewarm_iters": 9}}, "ops": ops})
+    ops = [
+        op("set_lr", 0.1),
+        op("widen_mlp", 128),
+        op("widen_mlp", 256, optimizer={"mode": "keep", "min_coverage": 0.5}, on_fail="abort"),
+    ]
+    schedule = good(
+        {"defaults": {"on_fail": "skip", "optimizer": "reset", "lr": {"rewarm_iters": 9}}, "ops": ops}
+    )
     rate, first, second = schedule.ops
     assert (rate.on_fail, rate.optimizer.mode, rate.lr.rewarm_iters) == ("abort", "auto", 0)
     assert (first.on_fail, first.optimizer.mode, first.lr.rewarm_iters) == ("skip", "reset", 9)
-    assert (second.on_fail, second.optimizer.mode, second.optimizer.min_coverage, second.lr.rewarm_iters) == ("abort", "keep", 0.5, 9)
+    assert (second.on_fail, second.optimizer.mode, second.optimizer.min_coverage, second.lr.rewarm_iters) == (
+        "abort",
+        "keep",
+        0.5,
+        9,
+    )
     assert good(schedule.data()) == schedule
 
 
@@ -254,7 +333,9 @@ def test_an_op_has_a_seed_and_a_name_of_its_own() -> None:
 
 def facts(step: int, *losses: float, last: int = 0, tokens: int = 0, budget: int = 1000) -> Facts:
     """The newest loss is that of this step, the ones before it are ten steps apart."""
-    return Facts(step, last, tokens, budget, [(step - 10 * i, loss) for i, loss in enumerate(reversed(losses))][::-1])
+    return Facts(
+        step, last, tokens, budget, [(step - 10 * i, loss) for i, loss in enumerate(reversed(losses))][::-1]
+    )
 
 
 PLATEAU = "plateau: 2 evaluations took the loss from 4.0000 to {:.4f} at best"
@@ -321,8 +402,20 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
     entries = [
         {"name": "set_lr", "value": 0.1, "trigger_loss": 100.0, "max_wait_iters": 10**6, "reevaluate": False},
         {"name": "set_dropout", "value": 0.1, "trigger_loss": 4.0, "max_wait_iters": 250, "reevaluate": True},
-        {"name": "set_dropout", "value": 0.2, "trigger_loss": 9.0, "max_wait_iters": 250, "reevaluate": False},
-        {"name": "set_dropout", "value": 0.3, "trigger_loss": 3.0, "max_wait_iters": 250, "reevaluate": False},
+        {
+            "name": "set_dropout",
+            "value": 0.2,
+            "trigger_loss": 9.0,
+            "max_wait_iters": 250,
+            "reevaluate": False,
+        },
+        {
+            "name": "set_dropout",
+            "value": 0.3,
+            "trigger_loss": 3.0,
+            "max_wait_iters": 250,
+            "reevaluate": False,
+        },
     ]
     cfg, plan = config(epochs=200, growth=entries), None
     plan, losses = Plan(cfg, 81), [(s, 5.0) for s in range(100, 1100, 100)]
@@ -336,7 +429,14 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
                 break
     # the second op is looked at on the first one's loss and waits 250 steps, the third goes by the next evaluation, the fourth waits again
     assert plan.fired == (100, 400, 500, 800) and plan.undecided is None
-    assert [plan.at(s).dropout for s in (399, 400, 499, 500, 799, 800)] == [0.0, 26 / 256, 26 / 256, 51 / 256, 51 / 256, 77 / 256]
+    assert [plan.at(s).dropout for s in (399, 400, 499, 500, 799, 800)] == [
+        0.0,
+        26 / 256,
+        26 / 256,
+        51 / 256,
+        51 / 256,
+        77 / 256,
+    ]
 
 
 # -- what an op does
@@ -380,7 +480,9 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
         ({"unused_ids": 10}, "resize_vocabulary", 320, {"unused_ids": 20}),
     ],
 )  # fmt: skip
-def test_what_an_op_does_and_nothing_else(start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]) -> None:
+def test_what_an_op_does_and_nothing_else(
+    start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]
+) -> None:
     before = config(**start)
     now = after(one(name, value), before)
     differ = {f: getattr(now, f) for f in TrainConfig.model_fields if getattr(now, f) != getattr(before, f)}
@@ -443,16 +545,25 @@ def test_an_op_keeps_the_most_that_it_can_and_is_asked_for_no_more(
 
 
 def test_a_plan_is_known_up_to_the_op_that_waits_for_an_evaluation() -> None:
-    ops = [op("set_lr", 0.25, {"step": 10}), op("set_dropout", 0.5, {"loss_below": 3}), op("set_lr", 0.125, {"step": 20})]
+    ops = [
+        op("set_lr", 0.25, {"step": 10}),
+        op("set_dropout", 0.5, {"loss_below": 3}),
+        op("set_lr", 0.125, {"step": 20}),
+    ]
     cfg = config(epochs=1, schedule="constant", growth={"ops": ops})
     plan = Plan(cfg, 401)
     assert plan.steps == 50 and plan.fired == (10,) and plan.undecided == cfg.growth.ops[1]
     assert plan.table()["growth"] == "set_lr 0.25 after step 10, then set_dropout 0.5 at loss < 3"
     later = Plan(cfg, 401, (10, 30))
-    assert later.fired == (10, 30, 30) and later.undecided is None, "the third was due long ago, and needs no evaluation"
+    assert later.fired == (10, 30, 30) and later.undecided is None, (
+        "the third was due long ago, and needs no evaluation"
+    )
     assert Plan(cfg, 401, (10, 15)).fired == (10, 15, 20)
     root = "f" * 64
-    a, b, never = (lineage.chain(root, p) for p in (plan, later, Plan(config(epochs=1, schedule="constant", growth={"ops": ops[:1]}), 401)))
+    a, b, never = (
+        lineage.chain(root, p)
+        for p in (plan, later, Plan(config(epochs=1, schedule="constant", growth={"ops": ops[:1]}), 401))
+    )
     assert a == never and a[:31] == b[:31] and not set(a[31:]) & set(b[31:])
 
 
@@ -464,7 +575,14 @@ def test_an_op_that_needs_no_evaluation_and_comes_too_late_behind_one_that_does_
     assert Plan(cfg, 401, (45,)).fired == (45, 45)
 
 
-@given(st.lists(st.sampled_from([{"step": 7}, {"tokens": 100}, {"budget_frac": 0.3}]), min_size=1, max_size=3, unique_by=str))
+@given(
+    st.lists(
+        st.sampled_from([{"step": 7}, {"tokens": 100}, {"budget_frac": 0.3}]),
+        min_size=1,
+        max_size=3,
+        unique_by=str,
+    )
+)
 def test_the_first_of_several_that_need_no_evaluation_counts(each: list[dict[str, Any]]) -> None:
     at = {"step": 7, "tokens": 12, "budget_frac": 15}  # of 50 steps, 8 tokens each
     cfg = config(epochs=1, growth={"ops": [op("set_lr", 0.1, {"any": each})]})
@@ -472,19 +590,33 @@ def test_the_first_of_several_that_need_no_evaluation_counts(each: list[dict[str
 
 
 @given(st.integers(1, 49), st.integers(1, 49))
-def test_an_op_of_the_architecture_is_in_the_key_of_the_step_that_it_acts_before(first: int, second: int) -> None:
+def test_an_op_of_the_architecture_is_in_the_key_of_the_step_that_it_acts_before(
+    first: int, second: int
+) -> None:
     assume(first < second)
     root, same = "f" * 64, {"epochs": 1, "schedule": "constant"}
 
     def keys(step: int, **change: Any) -> list[str]:
-        return lineage.chain(root, Plan(config(**same, growth={"ops": [op("stack_layers", [0, 0, 1], {"step": step}) | change]}), 401))
+        return lineage.chain(
+            root,
+            Plan(
+                config(**same, growth={"ops": [op("stack_layers", [0, 0, 1], {"step": step}) | change]}), 401
+            ),
+        )
 
     plain = lineage.chain(root, Plan(config(**same), 401))
     a, b = keys(first), keys(second)
     assert a[: first + 1] == plain[: first + 1] and not set(a[first + 1 :]) & set(plain)
     assert b[: second + 1] == plain[: second + 1] and not set(b[second + 1 :]) & set(plain)
-    assert a == keys(first, desc="in other words", id="other", on_fail="skip", trigger={"budget_frac": first / 50})
-    for other in ({"value": [0, 1, 1]}, {"init": "identity"}, {"optimizer": "reset"}, {"lr": {"rewarm_iters": 5}}):
+    assert a == keys(
+        first, desc="in other words", id="other", on_fail="skip", trigger={"budget_frac": first / 50}
+    )
+    for other in (
+        {"value": [0, 1, 1]},
+        {"init": "identity"},
+        {"optimizer": "reset"},
+        {"lr": {"rewarm_iters": 5}},
+    ):
         assert not set(keys(first, **other)[first + 1 :]) & set(a)
 
 
@@ -501,13 +633,19 @@ def test_a_reset_begins_the_rates_schedule_anew_over_what_is_left() -> None:
 def test_a_warm_up_in_steps_counts_from_where_the_schedule_began() -> None:
     ops = [op("set_warmup_iters", 4, {"step": 10}), op("reset_lr_schedule", None, {"step": 20})]
     plan = Plan(config(epochs=1, schedule="constant", warmup_iters=2, growth={"ops": ops}), 401)
-    assert [plan.lr_factor(s) for s in (0, 1, 2, 10, 11, 19)] == [0.5, 1, 1, 1, 1, 1], "set after the climb it moves nothing"
+    assert [plan.lr_factor(s) for s in (0, 1, 2, 10, 11, 19)] == [0.5, 1, 1, 1, 1, 1], (
+        "set after the climb it moves nothing"
+    )
     assert [plan.lr_factor(s) for s in (20, 21, 22, 23, 24)] == [0.25, 0.5, 0.75, 1, 1]
     assert Plan(config(epochs=1, warmup_iters=3), 401).warmup_steps == 3
 
 
 def test_an_interval_of_evaluations_counts_from_where_it_is_set() -> None:
-    ops = [op("set_eval_interval", 7, {"step": 20}), op("set_lr", 0.1, {"step": 30}), op("set_batch_size", 1, {"step": 36})]
+    ops = [
+        op("set_eval_interval", 7, {"step": 20}),
+        op("set_lr", 0.1, {"step": 30}),
+        op("set_batch_size", 1, {"step": 36}),
+    ]
     plan = Plan(config(epochs=1, eval_interval=9, growth={"ops": ops}), 401)
     assert plan.eval_steps == {1, 9, 18, 27, 34, 41, 48, 55, 62, plan.steps}
     assert Plan(config(epochs=1, eval_per_epoch=5), 401).eval_steps == {1, 10, 20, 30, 40, 50}

@@ -53,7 +53,12 @@ TRIGGERS: dict[str, tuple[dict[str, Any], str, bool, dict[str, Any]]] = {
     "budget": ({"budget_frac": 0.25}, "0.25 of the budget", True, {"budget_frac": 0.25}),
     "loss": ({"loss_below": 3.5}, "loss < 3.5", False, {"loss_below": 3.5}),
     "wait": ({"wait_iters": 1500}, "a wait of 1,500", False, {"wait_iters": 1500}),
-    "plateau": ({"plateau": {"evals": 3, "rel": 0.01}}, "plateau of 3 evaluations", False, {"plateau": {"evals": 3, "rel": 0.01}}),
+    "plateau": (
+        {"plateau": {"evals": 3, "rel": 0.01}},
+        "plateau of 3 evaluations",
+        False,
+        {"plateau": {"evals": 3, "rel": 0.01}},
+    ),
     "any of one": ({"any": [{"step": 5}]}, "step 5", True, {"step": 5}),
     "any, all static": (
         {"any": [{"budget_frac": 0.5}, {"step": 5}]},
@@ -71,7 +76,9 @@ TRIGGERS: dict[str, tuple[dict[str, Any], str, bool, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("given", "words", "static", "data"), TRIGGERS.values(), ids=TRIGGERS)
-def test_a_trigger_and_what_it_says(given: dict[str, Any], words: str, static: bool, data: dict[str, Any]) -> None:
+def test_a_trigger_and_what_it_says(
+    given: dict[str, Any], words: str, static: bool, data: dict[str, Any]
+) -> None:
     trigger = one("set_lr", 0.1, given).trigger
     assert (str(trigger), trigger.static, trigger.data()) == (words, static, data)
 
@@ -80,11 +87,23 @@ EVALUATED = [(10, 4.0), (20, 3.99), (30, 3.97)]
 DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "the newest loss is below": ({"loss_below": 3.98}, Facts(30, 0, 9, 100, EVALUATED), "loss 3.9700 < 3.98"),
     "equal is not below": ({"loss_below": 3.97}, Facts(30, 0, 9, 100, EVALUATED), None),
-    "an older loss does not count": ({"loss_below": 3.98}, Facts(40, 0, 9, 100, [*EVALUATED, (40, 3.99)]), None),
+    "an older loss does not count": (
+        {"loss_below": 3.98},
+        Facts(40, 0, 9, 100, [*EVALUATED, (40, 3.99)]),
+        None,
+    ),
     "no loss yet": ({"loss_below": 3.98}, Facts(30, 0, 9, 100), None),
     "one step too early for a wait": ({"wait_iters": 1500}, Facts(1509, 10, 9, 100), None),
-    "waited long enough": ({"wait_iters": 1500}, Facts(1510, 10, 9, 100), "1,500 steps since the last op, 1,500 were to be waited"),
-    "waited longer": ({"wait_iters": 5}, Facts(1510, 10, 9, 100), "1,500 steps since the last op, 5 were to be waited"),
+    "waited long enough": (
+        {"wait_iters": 1500},
+        Facts(1510, 10, 9, 100),
+        "1,500 steps since the last op, 1,500 were to be waited",
+    ),
+    "waited longer": (
+        {"wait_iters": 5},
+        Facts(1510, 10, 9, 100),
+        "1,500 steps since the last op, 5 were to be waited",
+    ),
     "one step too early": ({"step": 1500}, Facts(1499, 0, 9, 100), None),
     "at the step": ({"step": 1500}, Facts(1500, 0, 9, 100), "step 1,500 of 1,500"),
     "after the step": ({"step": 1500}, Facts(2500, 0, 9, 100), "step 2,500 of 1,500"),
@@ -93,13 +112,21 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "more tokens": ({"tokens": 2000}, Facts(5, 0, 3000, 100), "3,000 tokens of 2,000"),
     "just under the share": ({"budget_frac": 0.25}, Facts(5, 0, 999, 4000), None),
     "the share": ({"budget_frac": 0.25}, Facts(5, 0, 1000, 4000), "1,000 tokens, 0.25 of the budget"),
-    "nothing before the last two": ({"plateau": {"evals": 2, "rel": 0.01}}, Facts(20, 0, 9, 100, EVALUATED[:2]), None),
+    "nothing before the last two": (
+        {"plateau": {"evals": 2, "rel": 0.01}},
+        Facts(20, 0, 9, 100, EVALUATED[:2]),
+        None,
+    ),
     "a plateau": (
         {"plateau": {"evals": 2, "rel": 0.01}},
         Facts(30, 0, 9, 100, EVALUATED),
         "plateau: 2 evaluations took the loss from 4.0000 to 3.9700 at best",
     ),
-    "a gain of exactly the share is one": ({"plateau": {"evals": 1, "rel": 0.25}}, Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0)]), None),
+    "a gain of exactly the share is one": (
+        {"plateau": {"evals": 1, "rel": 0.25}},
+        Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0)]),
+        None,
+    ),
     "a gain of a bit less": (
         {"plateau": {"evals": 1, "rel": 0.25}},
         Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0001)]),
@@ -110,14 +137,26 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
         Facts(30, 0, 9, 100, [(10, 3.0), (20, 4.0), (30, 2.9)]),
         "plateau: 1 evaluations took the loss from 3.0000 to 2.9000 at best",
     ),
-    "the best of the last counts": ({"plateau": {"evals": 2, "rel": 0.25}}, Facts(30, 0, 9, 100, [(10, 4.0), (20, 2.0), (30, 3.9)]), None),
-    "the loss at the last op is not since it": ({"plateau": {"evals": 2, "rel": 0.01}}, Facts(30, 10, 9, 100, EVALUATED), None),
+    "the best of the last counts": (
+        {"plateau": {"evals": 2, "rel": 0.25}},
+        Facts(30, 0, 9, 100, [(10, 4.0), (20, 2.0), (30, 3.9)]),
+        None,
+    ),
+    "the loss at the last op is not since it": (
+        {"plateau": {"evals": 2, "rel": 0.01}},
+        Facts(30, 10, 9, 100, EVALUATED),
+        None,
+    ),
     "the first condition that holds is the reason": (
         {"any": [{"step": 5}, {"loss_below": 9}]},
         Facts(30, 0, 9, 100, EVALUATED),
         "loss 3.9700 < 9",
     ),
-    "none of several": ({"any": [{"step": 50}, {"loss_below": 1}, {"tokens": 10}]}, Facts(30, 0, 9, 100, EVALUATED), None),
+    "none of several": (
+        {"any": [{"step": 50}, {"loss_below": 1}, {"tokens": 10}]},
+        Facts(30, 0, 9, 100, EVALUATED),
+        None,
+    ),
 }
 
 
@@ -176,7 +215,9 @@ def test_what_a_condition_takes_and_what_it_refuses(condition: str) -> None:
     allowed, values = REFUSED[condition]
     for value in values:
         said = kept_trigger(condition, value)
-        assert said == f"ops[0] 'set_lr': trigger.{condition}={value!r} is not allowed; write {allowed}.", value
+        assert said == f"ops[0] 'set_lr': trigger.{condition}={value!r} is not allowed; write {allowed}.", (
+            value
+        )
 
 
 PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
@@ -188,11 +229,39 @@ PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
         "auto or keep or scale or reset or asymmetric",
         ["half", 1, True, None, ["auto"]],
     ),
-    ("widen_mlp", "optimizer", "min_coverage", [(0, 0.0), (1, 1.0), (0.5, 0.5)], "a share, 0 to 1", [-1e-9, 1.000001, True, "1", None]),
+    (
+        "widen_mlp",
+        "optimizer",
+        "min_coverage",
+        [(0, 0.0), (1, 1.0), (0.5, 0.5)],
+        "a share, 0 to 1",
+        [-1e-9, 1.000001, True, "1", None],
+    ),
     ("widen_mlp", "lr", "rewarm_iters", [(0, 0), (5.0, 5)], "a whole number, 0 or more", [-1, 0.5, True]),
-    ("widen_mlp", "lr", "new_params_peak", [(1e-9, 1e-9), (3, 3.0)], "a number above 0", [0, -1, math.inf, 1e300, True]),
-    ("widen_mlp", "lr", "width_rule", [("none", "none"), ("adam_1_over_n", "adam_1_over_n")], "none or adam_1_over_n", ["1/n", None]),
-    ("widen_model", "value", "factor", [(2, 2), (2.0, 2), (1.5, 1.5)], "a whole number, 2 or more", [1, 1.0, 0, -2, True, "2", math.inf]),
+    (
+        "widen_mlp",
+        "lr",
+        "new_params_peak",
+        [(1e-9, 1e-9), (3, 3.0)],
+        "a number above 0",
+        [0, -1, math.inf, 1e300, True],
+    ),
+    (
+        "widen_mlp",
+        "lr",
+        "width_rule",
+        [("none", "none"), ("adam_1_over_n", "adam_1_over_n")],
+        "none or adam_1_over_n",
+        ["1/n", None],
+    ),
+    (
+        "widen_model",
+        "value",
+        "factor",
+        [(2, 2), (2.0, 2), (1.5, 1.5)],
+        "a whole number, 2 or more",
+        [1, 1.0, 0, -2, True, "2", math.inf],
+    ),
     ("widen_model", "value", "d_model", [(2, 2), (32.0, 32)], "a whole number, 2 or more", [1, 32.5, True]),
     ("widen_model", "value", "kv", [("scale", "scale"), ("keep", "keep")], "scale or keep", ["drop"]),
     ("widen_model", "value", "tied", [("fold_final_norm", "fold_final_norm")], "fold_final_norm", ["no"]),
@@ -217,15 +286,26 @@ PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
         ["max"],
     ),
     ("upcycle_moe", "value", "shards", [(1, 1), (2, 2)], "a whole number, 1 or more", [0]),
-    ("upcycle_moe", "value", "noise_snr_db", [(-199.9, -199.9), (199.9, 199.9)], "a number of decibels between -200 and 200", [-200, 200]),
+    (
+        "upcycle_moe",
+        "value",
+        "noise_snr_db",
+        [(-199.9, -199.9), (199.9, 199.9)],
+        "a number of decibels between -200 and 200",
+        [-200, 200],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "table", "key", "kept", "allowed", "refused"), PARTS, ids=[f"{row[0]}-{row[2]}" for row in PARTS])
+@pytest.mark.parametrize(
+    ("name", "table", "key", "kept", "allowed", "refused"), PARTS, ids=[f"{row[0]}-{row[2]}" for row in PARTS]
+)
 def test_what_a_part_takes_and_what_it_refuses(
     name: str, table: str, key: str, kept: list[tuple[Any, Any]], allowed: str, refused: list[Any]
 ) -> None:
-    size: dict[str, Any] = {"widen_mlp": 128, "widen_model": {"factor": 2}, "upcycle_moe": {"experts": 4}}[name]
+    size: dict[str, Any] = {"widen_mlp": 128, "widen_model": {"factor": 2}, "upcycle_moe": {"experts": 4}}[
+        name
+    ]
 
     def written(value: Any) -> dict[str, Any]:
         if table != "value":
@@ -247,8 +327,17 @@ def test_what_a_part_takes_and_what_it_refuses(
 
 def test_what_a_table_of_an_op_is_filled_with() -> None:
     assert one("widen_model", 32).value == {"kv": "scale", "tied": "fold_final_norm", "d_model": 32}
-    assert one("widen_model", {"factor": 2, "kv": "keep"}).value == {"kv": "keep", "tied": "fold_final_norm", "factor": 2}
-    assert one("upcycle_moe", {"experts": 4}).value == {"top_k": 2, "router": "random", "shards": 1, "experts": 4}
+    assert one("widen_model", {"factor": 2, "kv": "keep"}).value == {
+        "kv": "keep",
+        "tied": "fold_final_norm",
+        "factor": 2,
+    }
+    assert one("upcycle_moe", {"experts": 4}).value == {
+        "top_k": 2,
+        "router": "random",
+        "shards": 1,
+        "experts": 4,
+    }
     assert one("upcycle_moe", {"experts": 4, "top_k": 1, "router": "zero", "shards": 2}).value == {
         "top_k": 1,
         "router": "zero",
@@ -282,7 +371,13 @@ def test_what_a_table_of_an_op_is_filled_with() -> None:
 )
 def test_what_an_op_is_where_nothing_is_said(name: str, value: Any, init: str, reevaluate: bool) -> None:
     found = one(name, value)
-    assert (found.id, found.desc, found.place, found.init, found.reevaluate) == (f"0-{name}", "", 0, init, reevaluate)
+    assert (found.id, found.desc, found.place, found.init, found.reevaluate) == (
+        f"0-{name}",
+        "",
+        0,
+        init,
+        reevaluate,
+    )
     assert (found.preserve, found.on_fail) == ("", "abort")
     assert found.optimizer == Transfer("auto", 0.0) and found.lr == Rates(0, 1.0, "none")
     assert one(name, value, reevaluate=not reevaluate).reevaluate is not reevaluate
@@ -311,19 +406,38 @@ def test_data_holds_only_what_is_not_so_anyway() -> None:
 def test_an_effect_is_what_decides_the_bits() -> None:
     plain = one("widen_mlp", 128)
     assert plain.effect() == {"name": "widen_mlp", "value": 128, "seed": plain.seed}
-    for key, value in {"id": "x", "desc": "x", "reevaluate": False, "on_fail": "skip", "trigger": {"step": 9}}.items():
+    for key, value in {
+        "id": "x",
+        "desc": "x",
+        "reevaluate": False,
+        "on_fail": "skip",
+        "trigger": {"step": 9},
+    }.items():
         assert one("widen_mlp", 128, **{key: value}).effect() == plain.effect(), key
-    for key, value in {"init": "identity", "preserve": "approx", "optimizer": "reset", "lr": {"rewarm_iters": 1}}.items():
+    for key, value in {
+        "init": "identity",
+        "preserve": "approx",
+        "optimizer": "reset",
+        "lr": {"rewarm_iters": 1},
+    }.items():
         assert one("widen_mlp", 128, **{key: value}).effect() != plain.effect(), key
 
 
 def test_a_schedule_as_data_and_as_text() -> None:
     ops = [op("set_lr", 0.1), op("stack_layers", [0, 0, 1])]
     plain, seeded = read({"ops": ops})[0], read({"ops": ops, "seed": 3})[0]
-    assert plain.data() == {"version": 2, "ops": ops} and seeded.data() == {"version": 2, "seed": 3, "ops": ops}
-    assert str(seeded) == json.dumps(seeded.data(), separators=(",", ":")) and read(json.loads(str(seeded))) == (seeded, [])
+    assert plain.data() == {"version": 2, "ops": ops} and seeded.data() == {
+        "version": 2,
+        "seed": 3,
+        "ops": ops,
+    }
+    assert str(seeded) == json.dumps(seeded.data(), separators=(",", ":")) and read(
+        json.loads(str(seeded))
+    ) == (seeded, [])
     assert Schedule().data() == {"version": 2, "ops": []} and (Schedule().ops, Schedule().seed) == ((), 0)
-    assert [str(o) for o in plain.ops] == ["set_lr 0.1", "stack_layers [0,0,1]"] and str(one("reset_lr_schedule")) == "reset_lr_schedule"
+    assert [str(o) for o in plain.ops] == ["set_lr 0.1", "stack_layers [0,0,1]"] and str(
+        one("reset_lr_schedule")
+    ) == "reset_lr_schedule"
     assert [str(one("set_lr", v)) for v in (1e-7, 6e-4, 2)] == ["set_lr 1e-07", "set_lr 0.0006", "set_lr 2"]
     assert str(one("widen_model", 32)) == 'widen_model {"kv":"scale","tied":"fold_final_norm","d_model":32}'
     assert len({hash(o) for o in (*plain.ops, *seeded.ops)}) == 2
@@ -355,8 +469,18 @@ CHANGES: list[tuple[dict[str, Any], str, Any, dict[str, Any]]] = [
     ({"n_layer": 3, "frozen": [0, 2]}, "stack_layers", [2, 2, 1, 0], {"n_layer": 4, "frozen": (0, 3)}),
     ({}, "widen_mlp", 65, {"d_ff": 65}),
     ({"d_ff": 0}, "widen_model", 32, {"d_model": 32, "d_ff": 128, "n_head": 4}),
-    ({"n_head": 4, "n_kv_head": 2}, "widen_model", 48, {"d_model": 48, "d_ff": 192, "n_head": 12, "n_kv_head": 6}),
-    ({}, "widen_model", {"factor": 2, "kv": "keep"}, {"d_model": 32, "d_ff": 128, "n_head": 4, "n_kv_head": 2}),
+    (
+        {"n_head": 4, "n_kv_head": 2},
+        "widen_model",
+        48,
+        {"d_model": 48, "d_ff": 192, "n_head": 12, "n_kv_head": 6},
+    ),
+    (
+        {},
+        "widen_model",
+        {"factor": 2, "kv": "keep"},
+        {"d_model": 32, "d_ff": 128, "n_head": 4, "n_kv_head": 2},
+    ),
     ({}, "add_heads", 3, {"n_head": 3, "head_dim": 8}),
     ({"n_head": 4, "n_kv_head": 2}, "add_heads", 6, {"n_head": 6, "head_dim": 4}),
     ({}, "upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2}, {"experts": 8, "top_k": 4, "d_ff": 32}),
@@ -368,8 +492,12 @@ CHANGES: list[tuple[dict[str, Any], str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("start", "name", "value", "changed"), CHANGES, ids=[f"{i}-{row[1]}" for i, row in enumerate(CHANGES)])
-def test_what_an_op_changes_and_nothing_else(start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("start", "name", "value", "changed"), CHANGES, ids=[f"{i}-{row[1]}" for i, row in enumerate(CHANGES)]
+)
+def test_what_an_op_changes_and_nothing_else(
+    start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]
+) -> None:
     before = config(**start)
     now = after(one(name, value), before)
     differ = {f: getattr(now, f) for f in TrainConfig.model_fields if getattr(now, f) != getattr(before, f)}
@@ -384,7 +512,16 @@ def test_a_size_that_is_no_number_is_refused(name: str) -> None:
 
 def test_an_op_that_is_made_by_hand() -> None:
     bare = Op("set_lr", 0.1, Trigger(step=5))
-    assert (bare.place, bare.seed, bare.id, bare.desc, bare.reevaluate, bare.init, bare.preserve, bare.on_fail) == (
+    assert (
+        bare.place,
+        bare.seed,
+        bare.id,
+        bare.desc,
+        bare.reevaluate,
+        bare.init,
+        bare.preserve,
+        bare.on_fail,
+    ) == (
         0,
         0,
         "",
@@ -409,19 +546,51 @@ def test_a_merge_leaves_no_rank() -> None:
 
 def test_defaults_are_for_ops_of_the_architecture_but_for_reevaluate() -> None:
     data = {
-        "defaults": {"reevaluate": True, "preserve": "approx", "optimizer": "keep", "lr": {"rewarm_iters": 3}, "on_fail": "skip"},
-        "ops": [op("set_lr", 0.1), op("widen_mlp", 128), op("widen_mlp", 256, preserve="none", on_fail="abort", reevaluate=False)],
+        "defaults": {
+            "reevaluate": True,
+            "preserve": "approx",
+            "optimizer": "keep",
+            "lr": {"rewarm_iters": 3},
+            "on_fail": "skip",
+        },
+        "ops": [
+            op("set_lr", 0.1),
+            op("widen_mlp", 128),
+            op("widen_mlp", 256, preserve="none", on_fail="abort", reevaluate=False),
+        ],
     }
     schedule, faults = read(data)
     assert not faults
     rate, wide, wider = schedule.ops
-    assert (rate.reevaluate, rate.preserve, rate.optimizer.mode, rate.lr.rewarm_iters, rate.on_fail) == (True, "", "auto", 0, "abort")
-    assert (wide.reevaluate, wide.preserve, wide.optimizer.mode, wide.lr.rewarm_iters, wide.on_fail) == (True, "approx", "keep", 3, "skip")
-    assert (wider.reevaluate, wider.preserve, wider.optimizer.mode, wider.on_fail) == (False, "none", "keep", "abort")
+    assert (rate.reevaluate, rate.preserve, rate.optimizer.mode, rate.lr.rewarm_iters, rate.on_fail) == (
+        True,
+        "",
+        "auto",
+        0,
+        "abort",
+    )
+    assert (wide.reevaluate, wide.preserve, wide.optimizer.mode, wide.lr.rewarm_iters, wide.on_fail) == (
+        True,
+        "approx",
+        "keep",
+        3,
+        "skip",
+    )
+    assert (wider.reevaluate, wider.preserve, wider.optimizer.mode, wider.on_fail) == (
+        False,
+        "none",
+        "keep",
+        "abort",
+    )
 
 
 def test_a_default_that_is_wrong_is_left_out_and_named() -> None:
-    schedule, faults = read({"defaults": {"on_fail": "retry", "preserve": "approx", "init": "copy"}, "ops": [op("widen_mlp", 128)]})
+    schedule, faults = read(
+        {
+            "defaults": {"on_fail": "retry", "preserve": "approx", "init": "copy"},
+            "ops": [op("widen_mlp", 128)],
+        }
+    )
     assert [text for _, text in faults] == [
         "unknown key defaults.init; allowed: reevaluate, preserve, optimizer, lr, on_fail.",
         "defaults.on_fail='retry' is not allowed; write abort or skip.",
@@ -445,15 +614,24 @@ NO_SCHEDULE = "is no schedule; write { ops = [{ name, value, trigger }, ...] }, 
         ({"seed": 2**63}, f"seed={2**63} is not allowed; write a whole number, 0 or more."),
         ({"seed": 2**63 - 1}, None),
         ({"ops": "x" * 78}, f"ops={'x' * 78!r} is not allowed; write a list of {{ name, value, trigger }}."),
-        ({"ops": "x" * 79}, f"ops='{'x' * 76}... is not allowed; write a list of {{ name, value, trigger }}."),
+        (
+            {"ops": "x" * 79},
+            f"ops='{'x' * 76}... is not allowed; write a list of {{ name, value, trigger }}.",
+        ),
         ({"ops": ()}, None),
         ({"ops": [0] * 1001}, "ops has 1,001 entries; write at most 1,000."),
         ([0] * 1001, "the list has 1,001 ops; write at most 1,000."),
         ({"defaults": {"reevaluate": 1}}, "defaults.reevaluate=1 is not allowed; write true or false."),
         ({5: 1}, "unknown key 5; allowed: version, seed, defaults, ops."),
-        ({"defaults": {5: 1}}, "unknown key defaults.5; allowed: reevaluate, preserve, optimizer, lr, on_fail."),
+        (
+            {"defaults": {5: 1}},
+            "unknown key defaults.5; allowed: reevaluate, preserve, optimizer, lr, on_fail.",
+        ),
         ({"a b": 1}, "unknown key 'a b'; allowed: version, seed, defaults, ops."),
-        ({"defaults": {"a b": 1}}, "unknown key defaults.'a b'; allowed: reevaluate, preserve, optimizer, lr, on_fail."),
+        (
+            {"defaults": {"a b": 1}},
+            "unknown key defaults.'a b'; allowed: reevaluate, preserve, optimizer, lr, on_fail.",
+        ),
         (
             "text",
             f"'text' {NO_SCHEDULE}",
@@ -474,8 +652,14 @@ def test_the_largest_schedule_is_read() -> None:
 
 
 def test_what_is_wrong_with_the_whole_takes_nothing_from_its_ops() -> None:
-    schedule, faults = read({"version": 3, "seed": -1, "defaults": 5, "x": 1, "ops": [op("set_lr", 0.1), 7, op("set_lr", 0.2)]})
-    assert [o.value for o in schedule.ops] == [0.1, 0.2] and [o.place for o in schedule.ops] == [0, 2] and schedule.seed == 0
+    schedule, faults = read(
+        {"version": 3, "seed": -1, "defaults": 5, "x": 1, "ops": [op("set_lr", 0.1), 7, op("set_lr", 0.2)]}
+    )
+    assert (
+        [o.value for o in schedule.ops] == [0.1, 0.2]
+        and [o.place for o in schedule.ops] == [0, 2]
+        and schedule.seed == 0
+    )
     assert [place for place, _ in faults] == [-1, -1, -1, -1, 1]
 
 
@@ -486,7 +670,9 @@ def test_of_many_unknown_keys_ten_are_named(count: int) -> None:
     whole["table"] = {"ops": [op("widen_mlp", 128, optimizer=many)]}
     for where, data in whole.items():
         texts = faults_of(data)
-        assert sum("unknown key" in text and "k9" in text for text in texts) == 1 and not any("k10" in text for text in texts), where
+        assert sum("unknown key" in text and "k9" in text for text in texts) == 1 and not any(
+            "k10" in text for text in texts
+        ), where
         assert len(texts) == (10 if count == 10 else 11), where
         assert count == 10 or texts[-1].endswith(f"and {count - 10} more unknown keys."), where
 
@@ -495,7 +681,10 @@ def test_of_many_unknown_keys_ten_are_named(count: int) -> None:
 
 TO_WRITE = "{ step = N } or { budget_frac = F } or { any = [{ loss_below = L }, { wait_iters = N }] }"
 OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "a name of 40 characters is shown": ({"name": "x" * 40, "trigger": {"step": 1}}, f"ops[0] {'x' * 40!r}: unknown op; allowed: set_lr, "),
+    "a name of 40 characters is shown": (
+        {"name": "x" * 40, "trigger": {"step": 1}},
+        f"ops[0] {'x' * 40!r}: unknown op; allowed: set_lr, ",
+    ),
     "a number as a name": ({"name": 3, "trigger": {"step": 1}}, "ops[0]: unknown op 3; allowed: set_lr, "),
     "one of 41 is not": ({"name": "x" * 41, "trigger": {"step": 1}}, "ops[0]: unknown op; allowed: set_lr, "),
     "no name": ({"value": 1, "trigger": {"step": 1}}, "ops[0]: no name; write one of set_lr, "),
@@ -503,11 +692,23 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"name": "widen_model", "trigger": {"step": 1}},
         "ops[0] 'widen_model': no value; write value = { factor = 2 } or { d_model = N }.",
     ),
-    "a value for none": (op("merge_lora_weights", 0), "ops[0] 'merge_lora_weights': value=0 is not allowed: it takes none; write null"),
-    "null for a value": (op("set_lr", None), "ops[0] 'set_lr': value=None is not allowed; write a finite number."),
+    "a value for none": (
+        op("merge_lora_weights", 0),
+        "ops[0] 'merge_lora_weights': value=0 is not allowed: it takes none; write null",
+    ),
+    "null for a value": (
+        op("set_lr", None),
+        "ops[0] 'set_lr': value=None is not allowed; write a finite number.",
+    ),
     "infinite": (op("set_lr", math.inf), "ops[0] 'set_lr': value=inf is not allowed; write a finite number."),
-    "too large": (op("set_lr", 1e300), "ops[0] 'set_lr': value=1e+300 is not allowed; write a finite number."),
-    "a truth for a size": (op("widen_mlp", True), "ops[0] 'widen_mlp': value=True is not allowed; write a whole number."),
+    "too large": (
+        op("set_lr", 1e300),
+        "ops[0] 'set_lr': value=1e+300 is not allowed; write a finite number.",
+    ),
+    "a truth for a size": (
+        op("widen_mlp", True),
+        "ops[0] 'widen_mlp': value=True is not allowed; write a whole number.",
+    ),
     "a truth for a layer": (
         op("freeze_layer", [True]),
         "ops[0] 'freeze_layer': value[0]=True is not allowed; write a layer, or a list of layers.",
@@ -516,26 +717,68 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("stack_layers", list("abcdefg")),
         "ops[0] 'stack_layers': value[0]='a', value[1]='b', value[2]='c', value[3]='d', value[4]='e' is not allowed; write the source",
     ),
-    "a table for a size": (op("widen_mlp", {"d_ff": 9}), "ops[0] 'widen_mlp': value={'d_ff': 9} is not allowed; write a whole number."),
-    "two sizes": (op("widen_model", {"factor": 2, "d_model": 32}), "has both factor and d_model; write { factor = 2 } or { d_model = N }."),
-    "no size": (op("widen_model", {}), "ops[0] 'widen_model': value={} has no size; write { factor = 2 } or { d_model = N }."),
-    "no experts": (op("upcycle_moe", {}), "ops[0] 'upcycle_moe': value={} has no size; write { experts = 8, top_k = 2 }."),
-    "a list in a table": (op("upcycle_moe", {"experts": [8]}), "value.experts=[8] is not allowed; write a whole number, 2 or more."),
+    "a table for a size": (
+        op("widen_mlp", {"d_ff": 9}),
+        "ops[0] 'widen_mlp': value={'d_ff': 9} is not allowed; write a whole number.",
+    ),
+    "two sizes": (
+        op("widen_model", {"factor": 2, "d_model": 32}),
+        "has both factor and d_model; write { factor = 2 } or { d_model = N }.",
+    ),
+    "no size": (
+        op("widen_model", {}),
+        "ops[0] 'widen_model': value={} has no size; write { factor = 2 } or { d_model = N }.",
+    ),
+    "no experts": (
+        op("upcycle_moe", {}),
+        "ops[0] 'upcycle_moe': value={} has no size; write { experts = 8, top_k = 2 }.",
+    ),
+    "a list in a table": (
+        op("upcycle_moe", {"experts": [8]}),
+        "value.experts=[8] is not allowed; write a whole number, 2 or more.",
+    ),
     "init of an op that has none": (
         op("widen_model", 32, init="copy"),
         "ops[0] 'widen_model': init is for stack_layers and widen_mlp; remove it.",
     ),
-    "init of a training op": (op("set_lr", 0.1, init="copy"), "ops[0] 'set_lr': init is for ops that change the weights; remove it."),
-    "preserve of a training op": (op("set_lr", 0.1, preserve="none"), "ops[0] 'set_lr': preserve is for ops that change the weights"),
-    "lr of a training op": (op("set_lr", 0.1, lr={}), "ops[0] 'set_lr': lr is for ops that change the weights; remove it."),
-    "on_fail of a training op": (op("set_lr", 0.1, on_fail="skip"), "ops[0] 'set_lr': on_fail is for ops that change the weights"),
+    "init of a training op": (
+        op("set_lr", 0.1, init="copy"),
+        "ops[0] 'set_lr': init is for ops that change the weights; remove it.",
+    ),
+    "preserve of a training op": (
+        op("set_lr", 0.1, preserve="none"),
+        "ops[0] 'set_lr': preserve is for ops that change the weights",
+    ),
+    "lr of a training op": (
+        op("set_lr", 0.1, lr={}),
+        "ops[0] 'set_lr': lr is for ops that change the weights; remove it.",
+    ),
+    "on_fail of a training op": (
+        op("set_lr", 0.1, on_fail="skip"),
+        "ops[0] 'set_lr': on_fail is for ops that change the weights",
+    ),
     "a blank id": (op("set_lr", 0.1, id="  "), "ops[0] 'set_lr': id='  ' is not allowed; write a text."),
     "a number as an id": (op("set_lr", 0.1, id=3), "ops[0] 'set_lr': id=3 is not allowed; write a text."),
-    "a number as a description": (op("set_lr", 0.1, desc=3), "ops[0] 'set_lr': desc=3 is not allowed; write a text."),
-    "reevaluate as text": (op("set_lr", 0.1, reevaluate="yes"), "ops[0] 'set_lr': reevaluate='yes' is not allowed; write true or false."),
-    "init that is near": (op("widen_mlp", 128, init="copi"), "init='copi' is not allowed (did you mean 'copy'?); write copy or identity."),
-    "init that is a number": (op("widen_mlp", 128, init=1), "ops[0] 'widen_mlp': init=1 is not allowed; write copy or identity."),
-    "optimizer as a number": (op("widen_mlp", 128, optimizer=1), "optimizer=1 is not allowed; write a table of mode, min_coverage."),
+    "a number as a description": (
+        op("set_lr", 0.1, desc=3),
+        "ops[0] 'set_lr': desc=3 is not allowed; write a text.",
+    ),
+    "reevaluate as text": (
+        op("set_lr", 0.1, reevaluate="yes"),
+        "ops[0] 'set_lr': reevaluate='yes' is not allowed; write true or false.",
+    ),
+    "init that is near": (
+        op("widen_mlp", 128, init="copi"),
+        "init='copi' is not allowed (did you mean 'copy'?); write copy or identity.",
+    ),
+    "init that is a number": (
+        op("widen_mlp", 128, init=1),
+        "ops[0] 'widen_mlp': init=1 is not allowed; write copy or identity.",
+    ),
+    "optimizer as a number": (
+        op("widen_mlp", 128, optimizer=1),
+        "optimizer=1 is not allowed; write a table of mode, min_coverage.",
+    ),
     "optimizer as an unknown text": (
         op("widen_mlp", 128, optimizer="rest"),
         "optimizer.mode='rest' is not allowed (did you mean 'reset'?); write auto",
@@ -544,18 +787,42 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("widen_mlp", 128, lr="slow"),
         "lr='slow' is not allowed; write a table of rewarm_iters, new_params_peak, width_rule.",
     ),
-    "no trigger": ({"name": "set_lr", "value": 0.1}, f"ops[0] 'set_lr': no trigger; write trigger = {TO_WRITE}."),
-    "a trigger that is a list": (op("set_lr", 0.1, [5]), f"ops[0] 'set_lr': trigger=[5] is not allowed; write {TO_WRITE}."),
-    "two conditions": (op("set_lr", 0.1, {"step": 1, "tokens": 2}), "trigger has one condition, got step and tokens; write { step = N }"),
+    "no trigger": (
+        {"name": "set_lr", "value": 0.1},
+        f"ops[0] 'set_lr': no trigger; write trigger = {TO_WRITE}.",
+    ),
+    "a trigger that is a list": (
+        op("set_lr", 0.1, [5]),
+        f"ops[0] 'set_lr': trigger=[5] is not allowed; write {TO_WRITE}.",
+    ),
+    "two conditions": (
+        op("set_lr", 0.1, {"step": 1, "tokens": 2}),
+        "trigger has one condition, got step and tokens; write { step = N }",
+    ),
     "any beside another": (
         op("set_lr", 0.1, {"any": [{"step": 1}], "step": 2}),
         "write any = [...] alone, with one condition in each table.",
     ),
-    "any of nothing": (op("set_lr", 0.1, {"any": []}), "trigger={'any': []} is not allowed; write any = [...] alone"),
-    "any as a table": (op("set_lr", 0.1, {"any": {"step": 1}}), "trigger={'any': {'step': 1}} is not allowed; write any = [...] alone"),
-    "any of numbers": (op("set_lr", 0.1, {"any": [1]}), "trigger={'any': [1]} is not allowed; write any = [...] alone"),
-    "any with two in one": (op("set_lr", 0.1, {"any": [{"step": 1}, {"step": 2, "tokens": 3}]}), "write any = [...] alone"),
-    "any as a number": (op("set_lr", 0.1, {"any": 5}), "trigger={'any': 5} is not allowed; write any = [...] alone"),
+    "any of nothing": (
+        op("set_lr", 0.1, {"any": []}),
+        "trigger={'any': []} is not allowed; write any = [...] alone",
+    ),
+    "any as a table": (
+        op("set_lr", 0.1, {"any": {"step": 1}}),
+        "trigger={'any': {'step': 1}} is not allowed; write any = [...] alone",
+    ),
+    "any of numbers": (
+        op("set_lr", 0.1, {"any": [1]}),
+        "trigger={'any': [1]} is not allowed; write any = [...] alone",
+    ),
+    "any with two in one": (
+        op("set_lr", 0.1, {"any": [{"step": 1}, {"step": 2, "tokens": 3}]}),
+        "write any = [...] alone",
+    ),
+    "any as a number": (
+        op("set_lr", 0.1, {"any": 5}),
+        "trigger={'any': 5} is not allowed; write any = [...] alone",
+    ),
     "any with two twice": (
         op("set_lr", 0.1, {"any": [{"tokens": 1}, {"step": 2}, {"tokens": 3}, {"step": 4}]}),
         "trigger.any has step twice; keep the one that comes first.",
@@ -568,8 +835,14 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("set_lr", 0.1, {"stop": 1}),
         "unknown key trigger.stop (did you mean 'step'?); allowed: loss_below, wait_iters, ",
     ),
-    "any with an unknown condition": (op("set_lr", 0.1, {"any": [{"stop": 1}]}), "unknown key trigger.stop (did you mean 'step'?)"),
-    "keys of the list format": (op("set_lr", 0.1, max_wait_iters=5), "'max_wait_iters' is a key of the list format; write a trigger."),
+    "any with an unknown condition": (
+        op("set_lr", 0.1, {"any": [{"stop": 1}]}),
+        "unknown key trigger.stop (did you mean 'step'?)",
+    ),
+    "keys of the list format": (
+        op("set_lr", 0.1, max_wait_iters=5),
+        "'max_wait_iters' is a key of the list format; write a trigger.",
+    ),
 }
 
 
@@ -585,15 +858,24 @@ def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
     [
         ({"trigger_loss": 3}, ["no max_wait_iters; write max_wait_iters = a whole number, 0 or more."]),
         ({"max_wait_iters": 3}, ["no trigger_loss; write trigger_loss = a finite number."]),
-        ({"trigger_loss": math.inf, "max_wait_iters": 0}, ["trigger_loss=inf is not allowed; write a finite number."]),
-        ({"trigger_loss": 3, "max_wait_iters": -1}, ["max_wait_iters=-1 is not allowed; write a whole number, 0 or more."]),
+        (
+            {"trigger_loss": math.inf, "max_wait_iters": 0},
+            ["trigger_loss=inf is not allowed; write a finite number."],
+        ),
+        (
+            {"trigger_loss": 3, "max_wait_iters": -1},
+            ["max_wait_iters=-1 is not allowed; write a whole number, 0 or more."],
+        ),
         ({"trigger_loss": 3, "max_wait_iters": 0}, []),
         ({"trigger_loss": 3, "max_wait_iters": 0, "desc": ""}, []),
         (
             {"trigger_loss": 3, "max_wait_iters": 0, "id": "a"},
             ["'id' is a key of version 2; write { version = 2, ops = [...] } around the list."],
         ),
-        ({"trigger_loss": 3, "max_wait_iters": 0, "reevaluate": 0}, ["reevaluate=0 is not allowed; write true or false."]),
+        (
+            {"trigger_loss": 3, "max_wait_iters": 0, "reevaluate": 0},
+            ["reevaluate=0 is not allowed; write true or false."],
+        ),
     ],
 )
 def test_an_entry_of_the_list_format(entry: dict[str, Any], said: list[str]) -> None:
@@ -605,7 +887,12 @@ def test_an_entry_of_the_list_format(entry: dict[str, Any], said: list[str]) -> 
 
 
 def test_an_id_is_taken_once() -> None:
-    ops = [op("set_lr", 0.1, id="a"), op("set_lr", 0.2), op("set_lr", 0.3, id="a"), op("set_lr", 0.4, id="1-set_lr")]
+    ops = [
+        op("set_lr", 0.1, id="a"),
+        op("set_lr", 0.2),
+        op("set_lr", 0.3, id="a"),
+        op("set_lr", 0.4, id="1-set_lr"),
+    ]
     schedule, faults = read({"ops": ops})
     assert [o.id for o in schedule.ops] == ["a", "1-set_lr"]
     assert [text for _, text in faults] == [
@@ -615,16 +902,31 @@ def test_an_id_is_taken_once() -> None:
 
 
 def test_an_op_that_is_wrong_takes_no_id() -> None:
-    ops = [op("set_lr", 0.1, id="a"), op("set_lr", "x", id="a"), op("set_lr", "x", id="b"), op("set_lr", 0.2, id="b")]
+    ops = [
+        op("set_lr", 0.1, id="a"),
+        op("set_lr", "x", id="a"),
+        op("set_lr", "x", id="b"),
+        op("set_lr", 0.2, id="b"),
+    ]
     schedule, faults = read({"ops": ops})
     assert [o.id for o in schedule.ops] == ["a", "b"]
-    assert [text for _, text in faults] == [f"ops[{i}] 'set_lr': value='x' is not allowed; write a finite number." for i in (1, 2)]
+    assert [text for _, text in faults] == [
+        f"ops[{i}] 'set_lr': value='x' is not allowed; write a finite number." for i in (1, 2)
+    ]
 
 
 # -- what only the model can tell: the smallest violation and its neighbour
 
-MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # start, name, value, what it may be instead, message
-    "half a factor": ({}, "stack_layers", 2.5, {}, "value=2.5 is no list of layers; the model has 2 layers here"),
+MODEL: dict[
+    str, tuple[dict[str, Any], str, Any, dict[str, Any], str]
+] = {  # start, name, value, what it may be instead, message
+    "half a factor": (
+        {},
+        "stack_layers",
+        2.5,
+        {},
+        "value=2.5 is no list of layers; the model has 2 layers here",
+    ),
     "out of one layer": (
         {"n_layer": 1},
         "stack_layers",
@@ -632,12 +934,48 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {"value": [0]},
         "value[0]=1 out of range; the model has 1 layer here. Use 0.",
     ),
-    "an old triple": ({}, "stack_layers", 3, {}, 'value 3 is the old "triple" form; for 2 layers write [0,1,0,1,0,1]'),
-    "as many layers as 1,024": ({}, "stack_layers", 513, {}, "value=513 is no list of layers; the model has 2 layers here"),
-    "an old factor of 512": ({}, "stack_layers", 512, {}, 'value 512 is the old "512-fold" form; for 2 layers write [0,1,0,1,'),
-    "an old double of one layer": ({"n_layer": 1}, "stack_layers", 2, {}, 'value 2 is the old "double" form; for 1 layer write [0,0]'),
-    "one is no factor of one layer": ({"n_layer": 1}, "stack_layers", 1, {}, "value=1 is no list of layers; the model has 1 layer here"),
-    "a factor of 1 of two layers": ({}, "stack_layers", 1, {}, 'value 1 is the old "1-fold" form; for 2 layers write [0,1]'),
+    "an old triple": (
+        {},
+        "stack_layers",
+        3,
+        {},
+        'value 3 is the old "triple" form; for 2 layers write [0,1,0,1,0,1]',
+    ),
+    "as many layers as 1,024": (
+        {},
+        "stack_layers",
+        513,
+        {},
+        "value=513 is no list of layers; the model has 2 layers here",
+    ),
+    "an old factor of 512": (
+        {},
+        "stack_layers",
+        512,
+        {},
+        'value 512 is the old "512-fold" form; for 2 layers write [0,1,0,1,',
+    ),
+    "an old double of one layer": (
+        {"n_layer": 1},
+        "stack_layers",
+        2,
+        {},
+        'value 2 is the old "double" form; for 1 layer write [0,0]',
+    ),
+    "one is no factor of one layer": (
+        {"n_layer": 1},
+        "stack_layers",
+        1,
+        {},
+        "value=1 is no list of layers; the model has 1 layer here",
+    ),
+    "a factor of 1 of two layers": (
+        {},
+        "stack_layers",
+        1,
+        {},
+        'value 1 is the old "1-fold" form; for 2 layers write [0,1]',
+    ),
     "a layer that is the last but one": (
         {},
         "stack_layers",
@@ -645,12 +983,48 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {"value": [0, 1, 1]},
         "value[2]=2 out of range; the model has 2 layers here. Use 0..1",
     ),
-    "a layer below 0": ({}, "stack_layers", [-1], {"value": [0]}, "value[0]=-1 out of range; the model has 2 layers here. Use 0..1"),
-    "five layers of six": ({}, "stack_layers", [9] * 6, {}, "value[0]=9, value[1]=9, value[2]=9, value[3]=9, value[4]=9 out of range"),
-    "the same hidden width": ({}, "widen_mlp", 64, {"value": 65}, "64 <= current hidden 64; give an integer > 64"),
-    "an old hidden factor": ({}, "widen_mlp", 1.5, {}, "value 1.5 is the old relative form; for hidden 64 write 96"),
-    "an old width factor": ({}, "widen_model", 1.5, {}, "value 1.5 is the old relative form; for width 16 write 24"),
-    "no multiple": ({}, "widen_model", 33, {"value": 32}, "d_model=33 is no multiple of the width 16; give 32, 48, ..."),
+    "a layer below 0": (
+        {},
+        "stack_layers",
+        [-1],
+        {"value": [0]},
+        "value[0]=-1 out of range; the model has 2 layers here. Use 0..1",
+    ),
+    "five layers of six": (
+        {},
+        "stack_layers",
+        [9] * 6,
+        {},
+        "value[0]=9, value[1]=9, value[2]=9, value[3]=9, value[4]=9 out of range",
+    ),
+    "the same hidden width": (
+        {},
+        "widen_mlp",
+        64,
+        {"value": 65},
+        "64 <= current hidden 64; give an integer > 64",
+    ),
+    "an old hidden factor": (
+        {},
+        "widen_mlp",
+        1.5,
+        {},
+        "value 1.5 is the old relative form; for hidden 64 write 96",
+    ),
+    "an old width factor": (
+        {},
+        "widen_model",
+        1.5,
+        {},
+        "value 1.5 is the old relative form; for width 16 write 24",
+    ),
+    "no multiple": (
+        {},
+        "widen_model",
+        33,
+        {"value": 32},
+        "d_model=33 is no multiple of the width 16; give 32, 48, ...",
+    ),
     "no whole factor": (
         {},
         "widen_model",
@@ -674,7 +1048,13 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {},
         "the model has 4 experts already; a dense one can be upcycled, once. Remove it",
     ),
-    "a number of experts": ({}, "upcycle_moe", 8, {"value": {"experts": 8}}, "value=8 is not allowed; write { experts = 8, top_k = 2 }"),
+    "a number of experts": (
+        {},
+        "upcycle_moe",
+        8,
+        {"value": {"experts": 8}},
+        "value=8 is not allowed; write { experts = 8, top_k = 2 }",
+    ),
     "more than all experts": (
         {},
         "upcycle_moe",
@@ -717,7 +1097,13 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {"optimizer": "asymmetric"},
         "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with noise_snr_db or",
     ),
-    "a zero router with keep": ({}, "upcycle_moe", {"experts": 4, "router": "zero", "noise_snr_db": 9}, {}, ""),
+    "a zero router with keep": (
+        {},
+        "upcycle_moe",
+        {"experts": 4, "router": "zero", "noise_snr_db": 9},
+        {},
+        "",
+    ),
     "a zero router with a spread": (
         {},
         "upcycle_moe",
@@ -732,7 +1118,13 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {"value": {"experts": 4}},
         "noise_snr_db with router=random changes the function",
     ),
-    "a rank of none": ({}, "set_attn_lora_rank", 0, {"value": 1}, "value=0 is not allowed; give a rank, 1 or more"),
+    "a rank of none": (
+        {},
+        "set_attn_lora_rank",
+        0,
+        {"value": 1},
+        "value=0 is not allowed; give a rank, 1 or more",
+    ),
     "a rank of none, with one": (
         {"attn_lora_rank": 2},
         "set_attn_lora_rank",
@@ -754,7 +1146,13 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {},
         "value 1.5 is the old relative form; the rank is 0 here, give the rank, like 8",
     ),
-    "nothing to merge": ({}, "merge_lora_weights", None, {}, "there is nothing to merge; put it behind a set_attn_lora_rank, or remove it"),
+    "nothing to merge": (
+        {},
+        "merge_lora_weights",
+        None,
+        {},
+        "there is nothing to merge; put it behind a set_attn_lora_rank, or remove it",
+    ),
     "a layer to freeze that is not there": (
         {},
         "freeze_layer",
@@ -769,12 +1167,42 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
         {"value": [0]},
         "layer -1 out of range; the model has 2 layers here. Use 0..1",
     ),
-    "no layer to freeze": ({}, "freeze_layer", [], {}, "value=[] is no layer; give one of 0..1, or a list of them"),
-    "half a layer": ({}, "freeze_layer", 0.5, {}, "value=0.5 is no layer; give one of 0..1, or a list of them"),
-    "frozen already": ({"frozen": [0, 1]}, "freeze_layer", 1, {}, "layer 1 is frozen already; frozen here: 0, 1. Leave it out"),
+    "no layer to freeze": (
+        {},
+        "freeze_layer",
+        [],
+        {},
+        "value=[] is no layer; give one of 0..1, or a list of them",
+    ),
+    "half a layer": (
+        {},
+        "freeze_layer",
+        0.5,
+        {},
+        "value=0.5 is no layer; give one of 0..1, or a list of them",
+    ),
+    "frozen already": (
+        {"frozen": [0, 1]},
+        "freeze_layer",
+        1,
+        {},
+        "layer 1 is frozen already; frozen here: 0, 1. Leave it out",
+    ),
     "not frozen": ({}, "unfreeze_layer", 1, {}, "layer 1 is not frozen; frozen here: none. Leave it out"),
-    "as many ids": ({"unused_ids": 5}, "resize_vocabulary", 305, {"value": 306}, "305 <= current vocabulary 305; give an integer > 305"),
-    "an old factor of the ids": ({}, "resize_vocabulary", 1.5, {}, "value 1.5 is the old relative form; for vocabulary 300 write 450"),
+    "as many ids": (
+        {"unused_ids": 5},
+        "resize_vocabulary",
+        305,
+        {"value": 306},
+        "305 <= current vocabulary 305; give an integer > 305",
+    ),
+    "an old factor of the ids": (
+        {},
+        "resize_vocabulary",
+        1.5,
+        {},
+        "value 1.5 is the old relative form; for vocabulary 300 write 450",
+    ),
     "no evaluations to set": (
         {},
         "set_eval_iters",
@@ -800,11 +1228,15 @@ MODEL: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any], str]] = {  # st
 
 
 @pytest.mark.parametrize(("start", "name", "value", "instead", "said"), MODEL.values(), ids=MODEL)
-def test_what_only_the_model_can_tell(start: dict[str, Any], name: str, value: Any, instead: dict[str, Any], said: str) -> None:
+def test_what_only_the_model_can_tell(
+    start: dict[str, Any], name: str, value: Any, instead: dict[str, Any], said: str
+) -> None:
     cfg = config(**start)
     phases, faults = walk(cfg, [one(name, value)])
     if said:
-        assert phases == [] and len(faults) == 1 and faults[0][1].startswith(f"ops[0] {name!r}: {said}"), faults
+        assert phases == [] and len(faults) == 1 and faults[0][1].startswith(f"ops[0] {name!r}: {said}"), (
+            faults
+        )
     else:
         assert len(phases) == 1 and not faults
     if instead:
@@ -812,36 +1244,95 @@ def test_what_only_the_model_can_tell(start: dict[str, Any], name: str, value: A
 
 
 BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
-    "layers": ({}, [("stack_layers", [0, 0, 1]), ("stack_layers", [3])], "the model has 3 layers here (after ops[0])"),
-    "frozen layers": ({}, [("stack_layers", [0, 0, 1]), ("freeze_layer", 3)], "the model has 3 layers here (after ops[0]). Use 0..2"),
-    "hidden": ({}, [("widen_mlp", 128), ("widen_mlp", 128)], "128 <= current hidden 128 (set by ops[0]); give an integer > 128"),
+    "layers": (
+        {},
+        [("stack_layers", [0, 0, 1]), ("stack_layers", [3])],
+        "the model has 3 layers here (after ops[0])",
+    ),
+    "frozen layers": (
+        {},
+        [("stack_layers", [0, 0, 1]), ("freeze_layer", 3)],
+        "the model has 3 layers here (after ops[0]). Use 0..2",
+    ),
+    "hidden": (
+        {},
+        [("widen_mlp", 128), ("widen_mlp", 128)],
+        "128 <= current hidden 128 (set by ops[0]); give an integer > 128",
+    ),
     "hidden, old": ({}, [("widen_mlp", 128), ("widen_mlp", 2.0)], "for hidden 128 (set by ops[0]) write 256"),
-    "width": ({}, [("widen_model", 32), ("widen_model", 32)], "32 <= current width 32 (set by ops[0]); give 64, 96, ..."),
+    "width": (
+        {},
+        [("widen_model", 32), ("widen_model", 32)],
+        "32 <= current width 32 (set by ops[0]); give 64, 96, ...",
+    ),
     "width, old": ({}, [("widen_model", 32), ("widen_model", 2.0)], "for width 32 (set by ops[0]) write 64"),
-    "width, no multiple": ({}, [("widen_model", 32), ("widen_model", 48)], "no multiple of the width 32 (set by ops[0]); give 64, 96, ..."),
-    "width, factor": ({}, [("widen_model", 32), ("widen_model", {"factor": 1.5})], "the width is 32 (set by ops[0]), give 2, 3, ..."),
-    "heads": ({}, [("add_heads", 4), ("add_heads", 3)], "3 <= current n_head 4 (set by ops[0]); give an integer > 4"),
-    "experts": ({}, [("upcycle_moe", {"experts": 4}), ("upcycle_moe", {"experts": 4})], "the model has 4 experts already (set by ops[0])"),
-    "rank": ({}, [("set_attn_lora_rank", 4), ("set_attn_lora_rank", 2.0)], "the rank is 4 here (set by ops[0]), write 8"),
-    "merge": ({"attn_lora_rank": 2}, [("merge_lora_weights", None)] * 2, "there is nothing to merge (after ops[0]); put it behind"),
+    "width, no multiple": (
+        {},
+        [("widen_model", 32), ("widen_model", 48)],
+        "no multiple of the width 32 (set by ops[0]); give 64, 96, ...",
+    ),
+    "width, factor": (
+        {},
+        [("widen_model", 32), ("widen_model", {"factor": 1.5})],
+        "the width is 32 (set by ops[0]), give 2, 3, ...",
+    ),
+    "heads": (
+        {},
+        [("add_heads", 4), ("add_heads", 3)],
+        "3 <= current n_head 4 (set by ops[0]); give an integer > 4",
+    ),
+    "experts": (
+        {},
+        [("upcycle_moe", {"experts": 4}), ("upcycle_moe", {"experts": 4})],
+        "the model has 4 experts already (set by ops[0])",
+    ),
+    "rank": (
+        {},
+        [("set_attn_lora_rank", 4), ("set_attn_lora_rank", 2.0)],
+        "the rank is 4 here (set by ops[0]), write 8",
+    ),
+    "merge": (
+        {"attn_lora_rank": 2},
+        [("merge_lora_weights", None)] * 2,
+        "there is nothing to merge (after ops[0]); put it behind",
+    ),
     "frozen": ({}, [("freeze_layer", 1), ("freeze_layer", 1)], "frozen here: 1 (after ops[0]). Leave it out"),
     "ids": (
         {},
         [("resize_vocabulary", 310), ("resize_vocabulary", 305)],
         "305 <= current vocabulary 310 (set by ops[0]); give an integer > 310",
     ),
-    "rate": ({}, [("set_lr", 0.5), ("change_lr", 0.5)], 'lr is 0.5 here (set by ops[0]), write "set_lr" and the value 0.25'),
-    "the last op that set it": ({}, [("widen_mlp", 128), ("set_lr", 0.1), ("widen_mlp", 256), ("widen_mlp", 9)], "256 (set by ops[2])"),
-    "an op that did nothing set nothing": ({}, [("set_lr", 0.01), ("change_lr", 0.5)], 'lr is 0.01 here, write "set_lr"'),
+    "rate": (
+        {},
+        [("set_lr", 0.5), ("change_lr", 0.5)],
+        'lr is 0.5 here (set by ops[0]), write "set_lr" and the value 0.25',
+    ),
+    "the last op that set it": (
+        {},
+        [("widen_mlp", 128), ("set_lr", 0.1), ("widen_mlp", 256), ("widen_mlp", 9)],
+        "256 (set by ops[2])",
+    ),
+    "an op that did nothing set nothing": (
+        {},
+        [("set_lr", 0.01), ("change_lr", 0.5)],
+        'lr is 0.01 here, write "set_lr"',
+    ),
 }
 
 
 @pytest.mark.parametrize(("start", "ops", "said"), BEFORE.values(), ids=BEFORE)
-def test_a_message_names_the_op_that_set_what_is_in_the_way(start: dict[str, Any], ops: list[tuple[str, Any]], said: str) -> None:
+def test_a_message_names_the_op_that_set_what_is_in_the_way(
+    start: dict[str, Any], ops: list[tuple[str, Any]], said: str
+) -> None:
     schedule, wrong = read({"ops": [op(*entry) for entry in ops]})
     assert not wrong
     phases, faults = walk(config(**start), schedule.ops)
-    assert len(faults) == 1 and len(phases) == len(ops) - 1 and said in faults[0][1] and faults[0][0] == len(ops) - 1
+    assert (
+        len(faults) == 1
+        and len(phases) == len(ops) - 1
+        and said in faults[0][1]
+        and faults[0][0] == len(ops) - 1
+    )
 
 
 PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, str]] = {
@@ -859,8 +1350,20 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         "approx",
         "with a map that drops or reorders layers; use each of 0..1, the first copies in order, with init=identity, or preserve=none",
     ),
-    "copies": ({}, ("stack_layers", [0, 1, 1]), {}, "approx", "with init=copy; use init=identity, or preserve=none"),
-    "hidden": ({}, ("widen_mlp", 65), {}, "bitexact", "for widen_mlp, which is exact to rounding; use preserve=exact"),
+    "copies": (
+        {},
+        ("stack_layers", [0, 1, 1]),
+        {},
+        "approx",
+        "with init=copy; use init=identity, or preserve=none",
+    ),
+    "hidden": (
+        {},
+        ("widen_mlp", 65),
+        {},
+        "bitexact",
+        "for widen_mlp, which is exact to rounding; use preserve=exact",
+    ),
     "a rank that is cut": (
         {"attn_lora_rank": 4},
         ("set_attn_lora_rank", 3),
@@ -889,7 +1392,13 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         "bitexact",
         "with top_k=3; use 1, 2 or 4, or preserve=exact",
     ),
-    "a random router": ({}, ("upcycle_moe", {"experts": 4}), {}, "bitexact", "with router=random; use router=zero, or preserve=exact"),
+    "a random router": (
+        {},
+        ("upcycle_moe", {"experts": 4}),
+        {},
+        "bitexact",
+        "with router=random; use router=zero, or preserve=exact",
+    ),
     "shards": (
         {},
         ("upcycle_moe", {"experts": 4, "shards": 2, "router": "zero"}),
@@ -908,7 +1417,9 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
 
 
 @pytest.mark.parametrize(("start", "what", "more", "asked", "said"), PRESERVE.values(), ids=PRESERVE)
-def test_why_an_op_cannot_keep_more(start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], asked: str, said: str) -> None:
+def test_why_an_op_cannot_keep_more(
+    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], asked: str, said: str
+) -> None:
     with pytest.raises(ValueError) as e:
         after(one(*what, preserve=asked, **more), config(**start))
     assert str(e.value).startswith(f"preserve={asked} impossible {said}")
@@ -923,7 +1434,12 @@ def test_why_an_op_cannot_keep_more(start: dict[str, Any], what: tuple[str, Any]
             {"optimizer": "asymmetric"},
             "exact",
         ),
-        ({}, ("upcycle_moe", {"experts": 4, "top_k": 4, "router": "zero"}), {"optimizer": "asymmetric"}, "bitexact"),
+        (
+            {},
+            ("upcycle_moe", {"experts": 4, "top_k": 4, "router": "zero"}),
+            {"optimizer": "asymmetric"},
+            "bitexact",
+        ),
         ({}, ("upcycle_moe", {"experts": 8, "top_k": 5}), {}, "exact"),
         ({}, ("upcycle_moe", {"experts": 4, "router": "zero", "noise_snr_db": 1}), {}, "bitexact"),
         ({}, ("stack_layers", [0, 1]), {"init": "copy"}, "bitexact"),
@@ -931,7 +1447,9 @@ def test_why_an_op_cannot_keep_more(start: dict[str, Any], what: tuple[str, Any]
         ({}, ("stack_layers", [1, 0]), {"init": "identity"}, "none"),
     ],
 )
-def test_what_an_op_keeps_where_nothing_is_said(start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], most: str) -> None:
+def test_what_an_op_keeps_where_nothing_is_said(
+    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], most: str
+) -> None:
     phases, faults = walk(config(**start), [one(*what, **more)])
     assert not faults and phases[0].op.preserve == most
 
@@ -946,7 +1464,11 @@ def test_a_file_may_hold_the_schedule_under_its_key(tmp_path: Path) -> None:
     assert from_text(str(tmp_path / "b.json")) == {"growth": 1, "seed": 3}
     (tmp_path / "c.json").write_text('[{"name": "set_lr"}]')
     assert from_text(str(tmp_path / "c.json")) == [{"name": "set_lr"}]
-    assert from_text(' {"seed": 3}') == {"seed": 3} and from_text("[]") == [] and from_text("seed: 3\n") == {"seed": 3}
+    assert (
+        from_text(' {"seed": 3}') == {"seed": 3}
+        and from_text("[]") == []
+        and from_text("seed: 3\n") == {"seed": 3}
+    )
     assert from_text("{seed: 3}") == {"seed": 3} and from_text("[{name: set_lr}]") == [{"name": "set_lr"}]
 
 
@@ -981,9 +1503,13 @@ def test_a_long_text_is_shown_in_part() -> None:
         text = "{" + "x" * (count - 1)
         with pytest.raises(ConfigError) as e:
             from_text(text)
-        assert (text in str(e.value)) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give its file" in str(e.value)
+        assert (
+            text in str(e.value)
+        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give its file" in str(e.value)
     for count, whole in ((120, True), (121, False)):
         text = "x" * count
         with pytest.raises(ConfigError) as e:
             from_text(text)
-        assert (text in str(e.value)) is whole and "is no schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)
+        assert (
+            text in str(e.value)
+        ) is whole and "is no schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mainrun.config import TrainConfig, from_dict
-from mainrun.plan.cost import costs, segments, size
+from mainrun.plan.cost import costs, segment_costs, size
 from mainrun.plan.plan import Plan
 from mainrun.plan.simulate import latest, simulate
 
@@ -32,21 +32,42 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
     "plain SGD keeps nothing": ({}, (11520, 11520, 11520, 68736, 0)),
     "momentum is one number each": ({"momentum": 0.9}, (11520, 11520, 11520, 68736, 4 * 11520)),
     "AdamW is two": ({"optimizer": "adamw"}, (11520, 11520, 11520, 68736, 8 * 11520)),
-    "Muon is one for the 6,144 inside": ({"optimizer": "muon"}, (11520, 11520, 11520, 68736, 4 * 6144 + 8 * (11520 - 6144))),
+    "Muon is one for the 6,144 inside": (
+        {"optimizer": "muon"},
+        (11520, 11520, 11520, 68736, 4 * 6144 + 8 * (11520 - 6144)),
+    ),
     "a head of its own costs the same FLOPs": ({"tie_head": False}, (11520 + 4800, 16320, 16320, 68736, 0)),
     "no table of positions": ({"position": "rope"}, (11520 - 128, 11392, 11392, 68736, 0)),
-    "no biases, of norms either": ({"bias": False}, (11520 - 2 * (64 + 80 + 32) - 16, 11152, 11152, 68736, 0)),
+    "no biases, of norms either": (
+        {"bias": False},
+        (11520 - 2 * (64 + 80 + 32) - 16, 11152, 11152, 68736, 0),
+    ),
     "RMS norms have no bias": ({"norm": "rmsnorm"}, (11520 - 5 * 16, 11440, 11440, 68736, 0)),
-    "a gate in the MLP": ({"mlp": "swiglu"}, (11520 + 2 * (1024 + 64), 13696, 13696, 68736 + 6 * 2 * 1024, 0)),
+    "a gate in the MLP": (
+        {"mlp": "swiglu"},
+        (11520 + 2 * (1024 + 64), 13696, 13696, 68736 + 6 * 2 * 1024, 0),
+    ),
     "no bias of queries, keys and values": ({"qkv_bias": False}, (11520 - 2 * 48, 11424, 11424, 68736, 0)),
-    "half the keys and values": ({"n_kv_head": 1}, (11520 - 2 * (256 + 16), 10976, 10976, 68736 - 6 * 2 * 256, 0)),
+    "half the keys and values": (
+        {"n_kv_head": 1},
+        (11520 - 2 * (256 + 16), 10976, 10976, 68736 - 6 * 2 * 256, 0),
+    ),
     "norms of queries and keys": ({"qk_norm": True}, (11520 + 2 * 16, 11552, 11552, 68736, 0)),
     "a gate of each head": ({"attn_gate": True}, (11520 + 2 * 32, 11584, 11584, 68736 + 6 * 2 * 32, 0)),
     "scales of the branches": ({"layer_scale": 0.1}, (11520 + 2 * 32, 11584, 11584, 68736, 0)),
-    "a share of the first values, but for layer 0": ({"value_residual": True}, (11521, 11521, 11521, 68736, 0)),
+    "a share of the first values, but for layer 0": (
+        {"value_residual": True},
+        (11521, 11521, 11521, 68736, 0),
+    ),
     "one of four experts": (
         {"experts": 4, "top_k": 1, "router_weights": "softmax", "optimizer": "muon"},
-        (11520 + 2 * (3 * 2128 + 64), 11520 + 2 * 64, 24416, 68736 + 6 * 2 * 64, 4 * 18432 + 8 * (24416 - 18432)),
+        (
+            11520 + 2 * (3 * 2128 + 64),
+            11520 + 2 * 64,
+            24416,
+            68736 + 6 * 2 * 64,
+            4 * 18432 + 8 * (24416 - 18432),
+        ),
     ),
     "two of four experts": (
         {"experts": 4, "top_k": 2, "optimizer": "adamw"},
@@ -57,7 +78,10 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
         (10976 + 2 * 3 * (2 * 32 + 2 * 24), 11648, 11648, 65664 + 6 * 672, 0),
     ),
     "low rank of a tied table": ({"embed_lora_rank": 3}, (11520 + 3 * 316, 12468, 12468, 68736 + 6 * 948, 0)),
-    "low rank of a table that is looked up": ({"embed_lora_rank": 3, "tie_head": False}, (16320 + 948, 17268, 17268, 68736, 0)),
+    "low rank of a table that is looked up": (
+        {"embed_lora_rank": 3, "tie_head": False},
+        (16320 + 948, 17268, 17268, 68736, 0),
+    ),
     "ids that nobody uses yet": ({"unused_ids": 10}, (11520 + 160, 11680, 11680, 68736 + 6 * 160, 0)),
     "a frozen layer and its share": (
         {"frozen": [1], "value_residual": True, "optimizer": "muon"},
@@ -67,7 +91,10 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
         {"frozen": [0], "value_residual": True, "experts": 4, "optimizer": "muon"},
         (24417, 15905, 24417 - 3280 - 6448, 94080, 4 * 9216 + 8 * (14689 - 9216)),
     ),
-    "narrow heads": ({"head_dim": 6}, (11520 - 2 * (256 + 12), 10984, 10984, 6 * (10944 - 512) + 12 * 2 * 12 * 8, 0)),
+    "narrow heads": (
+        {"head_dim": 6},
+        (11520 - 2 * (256 + 12), 10984, 10984, 6 * (10944 - 512) + 12 * 2 * 12 * 8, 0),
+    ),
 }
 
 
@@ -88,20 +115,37 @@ def test_costs_count_the_ids_that_the_tokenizer_has() -> None:
 
 
 def test_the_segments_of_a_run_are_cut_where_its_ops_act() -> None:
-    ops = [op("set_batch_size", 4, {"step": 30}), op("stack_layers", [0, 1, 1], {"step": 50}, init="identity")]
+    ops = [
+        op("set_batch_size", 4, {"step": 30}),
+        op("stack_layers", [0, 1, 1], {"step": 50}, init="identity"),
+    ]
     cfg = config(rdrop=0.5, growth={"ops": ops})
-    first, second, third = segments(Plan(cfg, 641), 300)
+    first, second, third = segment_costs(Plan(cfg, 641), 300)
     assert (first["op"], first["begins"], first["ends"], first["tokens"]) == ("", 0, 30, 30 * 64)
-    assert (second["op"], second["begins"], second["ends"], second["tokens"]) == ("set_batch_size 4", 30, 50, 20 * 32)
-    assert (third["op"], third["begins"], third["ends"], third["tokens"]) == ("stack_layers [0,1,1]", 50, 110, 60 * 32)
+    assert (second["op"], second["begins"], second["ends"], second["tokens"]) == (
+        "set_batch_size 4",
+        30,
+        50,
+        20 * 32,
+    )
+    assert (third["op"], third["begins"], third["ends"], third["tokens"]) == (
+        "stack_layers [0,1,1]",
+        50,
+        110,
+        60 * 32,
+    )
     assert first["flops"] == 30 * 64 * 2 * 68736, "R-Drop goes through the model twice"
     assert second["flops"] == 20 * 32 * 2 * 68736
-    assert third["params"] == 11520 + 3280 and third["active"] == 14800 and third["flops_per_token"] == 68736 + 6 * 3072 + 1536
+    assert (
+        third["params"] == 11520 + 3280
+        and third["active"] == 14800
+        and third["flops_per_token"] == 68736 + 6 * 3072 + 1536
+    )
     assert third["flops"] == 60 * 32 * 2 * third["flops_per_token"]
 
 
 def test_a_run_without_ops_is_one_segment() -> None:
-    (only,) = segments(Plan(config(), 641), 300)
+    (only,) = segment_costs(Plan(config(), 641), 300)
     assert only == {
         "op": "", "begins": 0, "ends": 70, "tokens": 4480, "flops": 4480 * 68736, "params": 11520, "active": 11520,
         "flops_per_token": 68736,
@@ -118,8 +162,12 @@ def test_the_simulated_segments_have_steps_tokens_and_seconds() -> None:
     ]
     assert [(s.steps, s.tokens) for s in found.segments] == [(30, 1920), (80, 2560), (None, None)]
     assert [s.seconds for s in found.segments] == [1920 * 2 * 68736 / 2, 2560 * 2 * 68736 / 2, None]
-    assert [s.seconds for s in simulate(config(), {"ops": ops}, 641).segments] == [None, None, None], "without a speed there is no time"
-    assert [s.steps for s in simulate(config(), {"ops": ops}).segments] == [None, None, None], "nor steps without tokens"
+    assert [s.seconds for s in simulate(config(), {"ops": ops}, 641).segments] == [None, None, None], (
+        "without a speed there is no time"
+    )
+    assert [s.steps for s in simulate(config(), {"ops": ops}).segments] == [None, None, None], (
+        "nor steps without tokens"
+    )
 
 
 def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
@@ -129,13 +177,22 @@ def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
         "version=3 is not known", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
     ]  # fmt: skip
     assert [s.op for s in found.segments] == ["", "set_lr 0.02"]
-    assert [s.steps for s in found.segments] == [None, None], "a schedule that cannot be carried out has no plan"
+    assert [s.steps for s in found.segments] == [None, None], (
+        "a schedule that cannot be carried out has no plan"
+    )
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(65, None), (64, "train has 64 tokens, but one step takes batch_size*block_size+1 = 65")])
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [(65, None), (64, "train has 64 tokens, but one step takes batch_size*block_size+1 = 65")],
+)
 def test_too_few_tokens_are_a_fault(tokens: int, said: str | None) -> None:
     faults = simulate(config(), [], tokens).faults
-    assert faults == [] if said is None else len(faults) == 1 and faults[0].startswith(said) and faults[0].endswith(".")
+    assert (
+        faults == []
+        if said is None
+        else len(faults) == 1 and faults[0].startswith(said) and faults[0].endswith(".")
+    )
 
 
 # -- the longest waits: evaluations after 1 and every 3rd step (eval_per_epoch=3)
@@ -149,12 +206,27 @@ WAITS: dict[str, tuple[list[dict[str, Any]], tuple[int, ...]]] = {
     "the end is too late": ([op("set_lr", 0.1, {"wait_iters": 70})], ()),
     "a loss alone never fires": ([op("set_lr", 0.1, {"loss_below": 99})], ()),
     "nor does a plateau": ([op("set_lr", 0.1, {"plateau": {"evals": 1, "rel": 0.5}})], ()),
-    "on the same loss": ([op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})], (9, 9)),
-    "on a new loss": ([op("widen_mlp", 80, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})], (9, 12)),
+    "on the same loss": (
+        [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})],
+        (9, 9),
+    ),
+    "on a new loss": (
+        [op("widen_mlp", 80, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})],
+        (9, 12),
+    ),
     "static after waiting": ([op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"step": 8})], (9, 9)),
-    "waiting after a static one": ([op("set_lr", 0.1, {"step": 10}), op("set_lr", 0.2, {"wait_iters": 2})], (10, 12)),
-    "a budget that needs an evaluation": ([op("set_lr", 0.1, {"any": [{"budget_frac": 0.5}, {"loss_below": 1}]})], (36,)),
-    "one that waits for one that never fires": ([op("set_lr", 0.1, {"loss_below": 9}), op("set_lr", 0.2, {"step": 8})], ()),
+    "waiting after a static one": (
+        [op("set_lr", 0.1, {"step": 10}), op("set_lr", 0.2, {"wait_iters": 2})],
+        (10, 12),
+    ),
+    "a budget that needs an evaluation": (
+        [op("set_lr", 0.1, {"any": [{"budget_frac": 0.5}, {"loss_below": 1}]})],
+        (36,),
+    ),
+    "one that waits for one that never fires": (
+        [op("set_lr", 0.1, {"loss_below": 9}), op("set_lr", 0.2, {"step": 8})],
+        (),
+    ),
 }
 
 
@@ -242,6 +314,8 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
 
 
 @pytest.mark.parametrize(("changes", "ops", "tokens", "warnings"), WARNINGS.values(), ids=WARNINGS)
-def test_a_warning_and_its_edge(changes: dict[str, Any], ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
+def test_a_warning_and_its_edge(
+    changes: dict[str, Any], ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]
+) -> None:
     found = simulate(config(**changes), {"ops": ops}, tokens)
     assert (found.faults, found.warnings) == ([], warnings)

@@ -46,7 +46,9 @@ def test_logits_are_compared_in_eval_mode_and_the_modes_come_back() -> None:
     assert delta(model, other, IDX)[0] == 0 and model.training and not other.training
     with torch.no_grad():
         other.embed.weight.add_(1e-4)
-    assert 0 < delta(model, other, IDX, full=True)[0] < 0.05, "in full precision, whatever the config computes in"
+    assert 0 < delta(model, other, IDX, full=True)[0] < 0.05, (
+        "in full precision, whatever the config computes in"
+    )
     assert model.cfg.dtype == "bfloat16" and model(IDX).dtype == torch.bfloat16
 
 
@@ -64,7 +66,9 @@ def test_exact_is_to_rounding_and_bit_exact_to_the_bit(dtype: torch.dtype, most:
     assert preserved("none", model, other, IDX).ok and preserved("approx", model, other, IDX).ok
     with torch.no_grad():
         other.embed.weight[0, 0] = math.nan
-    assert not any(preserved(promise, model, other, IDX).ok for promise in ("none", "approx", "exact", "bitexact"))
+    assert not any(
+        preserved(promise, model, other, IDX).ok for promise in ("none", "approx", "exact", "bitexact")
+    )
 
 
 def test_coverage_under_its_least_fails() -> None:
@@ -96,10 +100,19 @@ def test_each_tensor_that_trains_is_in_one_group(optimizer: str) -> None:
     assert not grouped(new, Optimizers(model.cfg, model)).ok, "tensors of the model before"
     names = {p: n for n, p in new.named_parameters()}
     found = {names[p]: group["rate"] for o in held.all for group in o.param_groups for p in group["params"]}
-    assert found["blocks.1.mlp.router.weight"] == "lr_aux" and found["blocks.1.mlp.experts.1.up.weight"] == "lr"
-    assert found["blocks.1.attn.q.lora_a"] == "lr" and found["embed.lora_a"] == "lr_aux" and not any("blocks.0" in n for n in found)
+    assert (
+        found["blocks.1.mlp.router.weight"] == "lr_aux" and found["blocks.1.mlp.experts.1.up.weight"] == "lr"
+    )
+    assert (
+        found["blocks.1.attn.q.lora_a"] == "lr"
+        and found["embed.lora_a"] == "lr_aux"
+        and not any("blocks.0" in n for n in found)
+    )
     inner = held.all[0].param_groups[0]["params"]
-    for more in (new.get_parameter("blocks.1.attn.q.weight"), nn.Parameter(torch.zeros(2, 2))):  # one twice, and a stranger
+    for more in (
+        new.get_parameter("blocks.1.attn.q.weight"),
+        nn.Parameter(torch.zeros(2, 2)),
+    ):  # one twice, and a stranger
         inner.append(more)
         assert not grouped(new, held).ok
         del inner[-1]
@@ -116,8 +129,14 @@ def test_trap_a_zero_router_locks() -> None:
     model, optimizers = trained(config(optimizer="adamw"))
     what = op("upcycle_moe", {"experts": 4, "top_k": 2} | ZERO, optimizer=ASYMMETRIC)
     new, held, _ = go_on(model, optimizers, what, "scale", count=5)  # as if nothing broke the tie
-    assert len(router_lock(new, MANY)) == 2 and "all tokens go to the same 2 of 4 experts" in router_lock(new, MANY)[0]
-    router, idle = new.get_parameter("blocks.0.mlp.router.weight"), new.get_parameter("blocks.0.mlp.experts.3.up.weight")
+    assert (
+        len(router_lock(new, MANY)) == 2
+        and "all tokens go to the same 2 of 4 experts" in router_lock(new, MANY)[0]
+    )
+    router, idle = (
+        new.get_parameter("blocks.0.mlp.router.weight"),
+        new.get_parameter("blocks.0.mlp.experts.3.up.weight"),
+    )
     gradients(new, 1)
     assert router.grad is not None and not router.grad.any() and not router.any()
     assert idle.grad is not None and not idle.grad.any()
@@ -135,7 +154,9 @@ def test_trap_one_renormalised_expert_gives_the_router_no_gradient() -> None:
         gradients(model, 1)
         grad = model.get_parameter("blocks.0.mlp.router.weight").grad
         assert grad is not None and bool(grad.any()) == learns
-        assert [("top_k=2 or softmax" in found) for found in router_lock(model, MANY)] == [True, True] * (not learns)
+        assert [("top_k=2 or softmax" in found) for found in router_lock(model, MANY)] == [True, True] * (
+            not learns
+        )
 
 
 def test_units_that_are_split_evenly_lock_and_unevenly_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +187,10 @@ def test_rope_integrity_sees_another_width_of_a_head() -> None:
 def test_the_router_is_as_sure_as_it_was() -> None:
     model = shaken(config(experts=4))
     new, _ = grown(model, op("widen_model", {"factor": 2}))
-    assert router_scale(model, new, MANY).ok and set(router_inputs(new, MANY)) == {"blocks.0.mlp", "blocks.1.mlp"}
+    assert router_scale(model, new, MANY).ok and set(router_inputs(new, MANY)) == {
+        "blocks.0.mlp",
+        "blocks.1.mlp",
+    }
     with torch.no_grad():  # tiled without its 1/n
         new.get_parameter("blocks.1.mlp.router.weight").mul_(2)
     assert not router_scale(model, new, MANY).ok
@@ -185,7 +209,10 @@ def test_heads_diverge_or_are_named() -> None:
 
 def test_an_inserted_layer_gives_back_what_it_gets() -> None:
     model = shaken(config(**MODERN))
-    for what, ok in ((op("stack_layers", (0, 1, 1), init="identity"), True), (op("stack_layers", (0, 1, 1)), False)):
+    for what, ok in (
+        (op("stack_layers", (0, 1, 1), init="identity"), True),
+        (op("stack_layers", (0, 1, 1)), False),
+    ):
         new, _ = grown(model, what)
         found = layer_identity(new, (2,), IDX)
         assert found.ok == ok and ("layers 2 change" in found.detail) != ok
@@ -214,5 +241,7 @@ def test_trap_a_state_is_not_loaded_into_the_model_that_it_has_outgrown() -> Non
     assert all(torch.equal(w, weights(new)[n]) for n, w in weights(again.model).items())
     steps(new, held, range(7, 9))
     steps(again.model, again.optimizers, range(7, 9))
-    assert all(torch.equal(w, weights(new)[n]) for n, w in weights(again.model).items()), "and it goes on to the bit"
+    assert all(torch.equal(w, weights(new)[n]) for n, w in weights(again.model).items()), (
+        "and it goes on to the bit"
+    )
     assert at(new.cfg).lr and transfer({}, grown(new, op("freeze_layer", 0))[1])[1] == 1

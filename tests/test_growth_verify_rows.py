@@ -58,7 +58,9 @@ def said(promise: str, before: Says, after: Says) -> Check:
 
 def test_a_probe_is_drawn_by_its_seed() -> None:
     assert probe(50, 6, seed=1).shape == (4, 6) and probe(50, 6, seed=1, rows=2).shape == (2, 6)
-    assert torch.equal(probe(50, 6, seed=1), torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        probe(50, 6, seed=1), torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(1))
+    )
     assert probe(2, 99, seed=1).unique().tolist() == [0, 1]
 
 
@@ -70,12 +72,17 @@ def test_models_are_still_and_are_as_they_were_afterwards(full: bool, dtype: str
 
     def look() -> None:
         with still(*models, full=full):
-            assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [(False, dtype, False)] * 2
+            assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [
+                (False, dtype, False)
+            ] * 2
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         look()
-    assert [(m.training, m.cfg.dtype) for m in models] == [(True, "bfloat16"), (False, "bfloat16")] and torch.is_grad_enabled()
+    assert [(m.training, m.cfg.dtype) for m in models] == [
+        (True, "bfloat16"),
+        (False, "bfloat16"),
+    ] and torch.is_grad_enabled()
 
 
 DELTAS: dict[str, tuple[list[float], list[float], tuple[float, float]]] = {
@@ -107,25 +114,90 @@ def test_logits_are_compared_as_they_are_computed_unless_in_full() -> None:
 PROMISES: list[tuple[str, torch.dtype, list[float], list[float], bool, str]] = [
     ("bitexact", torch.float32, [0.5], [0.5], True, "max |delta logits| 0; bit-exact means 0"),
     ("bitexact", torch.float32, [0.5], [0.5 + 1e-12], False, "max |delta logits| 1e-12; bit-exact means 0"),
-    ("exact", torch.float32, [0.5], [0.5 + 0.99e-5], True, "max |delta logits| 9.9e-06; exact means 1e-05 at most, of logits up to 0.5"),
-    ("exact", torch.float32, [0.5], [0.5 + 1.01e-5], False, "max |delta logits| 1.01e-05; exact means 1e-05 at most, of logits up to 0.5"),
-    ("exact", torch.float32, [0.0], [1e-5], True, "max |delta logits| 1e-05; exact means 1e-05 at most, of logits up to 0"),
-    ("exact", torch.float32, [8.0], [8.0 + 7.9e-5], True, "max |delta logits| 7.9e-05; exact means 8e-05 at most, of logits up to 8"),
-    ("exact", torch.float32, [8.0], [8.0 + 8.1e-5], False, "max |delta logits| 8.1e-05; exact means 8e-05 at most, of logits up to 8"),
+    (
+        "exact",
+        torch.float32,
+        [0.5],
+        [0.5 + 0.99e-5],
+        True,
+        "max |delta logits| 9.9e-06; exact means 1e-05 at most, of logits up to 0.5",
+    ),
+    (
+        "exact",
+        torch.float32,
+        [0.5],
+        [0.5 + 1.01e-5],
+        False,
+        "max |delta logits| 1.01e-05; exact means 1e-05 at most, of logits up to 0.5",
+    ),
+    (
+        "exact",
+        torch.float32,
+        [0.0],
+        [1e-5],
+        True,
+        "max |delta logits| 1e-05; exact means 1e-05 at most, of logits up to 0",
+    ),
+    (
+        "exact",
+        torch.float32,
+        [8.0],
+        [8.0 + 7.9e-5],
+        True,
+        "max |delta logits| 7.9e-05; exact means 8e-05 at most, of logits up to 8",
+    ),
+    (
+        "exact",
+        torch.float32,
+        [8.0],
+        [8.0 + 8.1e-5],
+        False,
+        "max |delta logits| 8.1e-05; exact means 8e-05 at most, of logits up to 8",
+    ),
     ("exact", torch.float64, [0.5], [0.5 + 0.99e-10], True, "exact means 1e-10 at most, of logits up to 0.5"),
-    ("exact", torch.float64, [0.5], [0.5 + 1.01e-10], False, "exact means 1e-10 at most, of logits up to 0.5"),
+    (
+        "exact",
+        torch.float64,
+        [0.5],
+        [0.5 + 1.01e-10],
+        False,
+        "exact means 1e-10 at most, of logits up to 0.5",
+    ),
     ("exact", torch.float64, [-4.0], [-4.0 - 3.9e-10], True, "exact means 4e-10 at most, of logits up to 4"),
     ("exact", torch.float64, [0.5], [math.nan], False, "max |delta logits| inf; exact means 1e-10 at most"),
     ("approx", torch.float32, [0.5], [99.0], True, "max |delta logits| 98.5; logits must be numbers"),
     ("none", torch.float32, [0.5], [99.0], True, "max |delta logits| 98.5; logits must be numbers"),
-    ("approx", torch.float32, [0.5, 0.5], [99.0, math.nan], False, "max |delta logits| inf; logits must be numbers"),
-    ("none", torch.float32, [0.5, 0.5], [99.0, math.inf], False, "max |delta logits| inf; logits must be numbers"),
-    ("none", torch.float32, [0.5, 0.5], [99.0, -math.inf], True, "max |delta logits| inf; logits must be numbers"),
+    (
+        "approx",
+        torch.float32,
+        [0.5, 0.5],
+        [99.0, math.nan],
+        False,
+        "max |delta logits| inf; logits must be numbers",
+    ),
+    (
+        "none",
+        torch.float32,
+        [0.5, 0.5],
+        [99.0, math.inf],
+        False,
+        "max |delta logits| inf; logits must be numbers",
+    ),
+    (
+        "none",
+        torch.float32,
+        [0.5, 0.5],
+        [99.0, -math.inf],
+        True,
+        "max |delta logits| inf; logits must be numbers",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("promise", "dtype", "before", "after", "ok", "words"), PROMISES)
-def test_a_promise_and_its_bound(promise: str, dtype: torch.dtype, before: list[float], after: list[float], ok: bool, words: str) -> None:
+def test_a_promise_and_its_bound(
+    promise: str, dtype: torch.dtype, before: list[float], after: list[float], ok: bool, words: str
+) -> None:
     found = said(promise, Says(*before), Says(*after, dtype=dtype))
     assert (found.name, found.ok) == ("function", ok) and words in found.detail
 
@@ -150,7 +222,8 @@ def test_a_check_cannot_be_changed_afterwards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("promise", "dtype"), [("exact", "float32"), ("bitexact", "bfloat16"), ("none", "bfloat16"), ("approx", "bfloat16")]
+    ("promise", "dtype"),
+    [("exact", "float32"), ("bitexact", "bfloat16"), ("none", "bfloat16"), ("approx", "bfloat16")],
 )
 def test_only_exact_is_judged_in_full_precision(promise: str, dtype: str) -> None:
     before, after = Says(0.5), Says(0.5)
@@ -192,7 +265,9 @@ def test_two_names_of_one_memory_are_named() -> None:
     first, second = model.blocks[0].mlp.up, model.blocks[1].mlp.up
     first.weight.data = second.weight.data
     found = tied(model.cfg, model)
-    assert not found.ok and found.detail.endswith("shared: ['blocks.0.mlp.up.weight', 'blocks.1.mlp.up.weight']")
+    assert not found.ok and found.detail.endswith(
+        "shared: ['blocks.0.mlp.up.weight', 'blocks.1.mlp.up.weight']"
+    )
 
 
 class Held:
@@ -256,10 +331,18 @@ def twins(*rows: list[float], name: str = NAME, weight: Any = 1.0) -> tuple[Inde
         ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.00004], [0.0, 0.0]], 1.0, True),  # 8 millionths of the size
         ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.00006], [0.0, 0.0]], 1.0, False),  # 12 millionths
         ([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0], [0.0, 1e-9]], 1.0, True),
-        ([[0.0, 0.0], [0.0, 0.0], [0.0, 1e-30], [0.0, 0.0]], 1.0, False),  # nothing is no size to compare with
+        (
+            [[0.0, 0.0], [0.0, 0.0], [0.0, 1e-30], [0.0, 0.0]],
+            1.0,
+            False,
+        ),  # nothing is no size to compare with
         ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], 1.0, True),
         ([[3.0, 4.0], [1.0, 1.0], [3.0, 4.0], [1.0, 1.0]], 0.5, True),
-        ([[3.0, 4.0], [1.0, 1.0], [6.0, 8.0], [2.0, 2.0]], torch.tensor([[1.0], [1.0], [2.0], [2.0]]), True),  # shares of one
+        (
+            [[3.0, 4.0], [1.0, 1.0], [6.0, 8.0], [2.0, 2.0]],
+            torch.tensor([[1.0], [1.0], [2.0], [2.0]]),
+            True,
+        ),  # shares of one
         ([[3.0, 4.0], [1.0, 1.0], [3.0, 4.0], [1.0, 1.0]], torch.tensor([[1.0], [1.0], [2.0], [2.0]]), False),
     ],
 )
@@ -294,7 +377,12 @@ def test_copies_are_compared_without_the_factors_that_they_began_with() -> None:
     pieces = {names[0]: Piece("w", weight=1.0), names[1]: Piece("w", weight=2.0)}
     moved = IndexMap(pieces, {}, {name: torch.Size((1, 1)) for name in names})
     for value, locked in ((6.0, True), (3.0, False)):
-        model = Tensors(**{names[0].replace(".", "__"): torch.tensor([[3.0]]), names[1].replace(".", "__"): torch.tensor([[value]])})
+        model = Tensors(
+            **{
+                names[0].replace(".", "__"): torch.tensor([[3.0]]),
+                names[1].replace(".", "__"): torch.tensor([[value]]),
+            }
+        )
         assert symmetry_lock(moved, model) == ([names[1]] if locked else [])
 
 
@@ -312,7 +400,9 @@ def test_three_of_the_locked_are_named() -> None:
     pieces = {name: Piece(name, (torch.tensor([0, 0]), None)) for name in names}
     moved = IndexMap(pieces, {}, {name: torch.Size((2, 1)) for name in names})
     model = Tensors(**{name.replace(".", "__"): torch.ones(2, 1) for name in names})
-    assert heads_diverge(moved, model).detail == f"5 of 5 tensors with copies are locked: {', '.join(names[:3])}"
+    assert (
+        heads_diverge(moved, model).detail == f"5 of 5 tensors with copies are locked: {', '.join(names[:3])}"
+    )
     none = IndexMap({}, {}, {})
     assert heads_diverge(none, model) == Check("symmetry", True, "0 of 0 tensors with copies are locked")
 
@@ -348,7 +438,9 @@ def pinned(model: GPT, *experts: int) -> GPT:
 def test_a_router_that_always_chooses_the_same_is_locked() -> None:
     many = probe(V, 8, 3, rows=32)
     assert router_lock(routed(), many) == []
-    assert router_lock(pinned(routed(), 1, 3), many) == ["blocks.0.mlp: all tokens go to the same 2 of 4 experts"]
+    assert router_lock(pinned(routed(), 1, 3), many) == [
+        "blocks.0.mlp: all tokens go to the same 2 of 4 experts"
+    ]
     assert router_lock(pinned(routed(experts=2), 0, 1), many) == [], "where all are chosen there is no choice"
     one = pinned(routed(top_k=1, router_weights="softmax"), 2)
     assert router_lock(one, many)[0] == "blocks.0.mlp: all tokens go to the same 1 of 4 experts"
@@ -359,7 +451,9 @@ def test_a_router_that_always_chooses_the_same_is_locked() -> None:
 
 def test_one_renormalised_expert_is_named_with_what_to_do() -> None:
     found = router_lock(routed(top_k=1, router_weights="renormalised"), IDX)
-    rest = "the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights"
+    rest = (
+        "the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights"
+    )
     assert found == [f"blocks.{i}.mlp: {rest}" for i in (0, 1)]
     assert not [text for text in router_lock(routed(top_k=2), IDX) if "gradient" in text]
 
@@ -404,7 +498,9 @@ def test_a_table_of_another_width_fails() -> None:
     assert not rope_integrity(model, new).ok
 
 
-@pytest.mark.parametrize(("factor", "ok"), [(1.0, True), (1.0099, True), (0.9901, True), (1.0101, False), (0.9899, False)])
+@pytest.mark.parametrize(
+    ("factor", "ok"), [(1.0, True), (1.0099, True), (0.9901, True), (1.0101, False), (0.9899, False)]
+)
 def test_a_router_may_be_one_hundredth_more_sure(factor: float, ok: bool) -> None:
     model, new = routed(), routed()
     idx = probe(V, 8, 3)
@@ -415,7 +511,10 @@ def test_a_router_may_be_one_hundredth_more_sure(factor: float, ok: bool) -> Non
     x = router_inputs(model, idx)
     with torch.no_grad():
         spread = [float(experts_of(model)[n].scores(x[n]).double().std(-1).mean()) for n in x]
-    assert found.detail == f"scores spread by {spread[0]:.3g}, {spread[1]:.3g} before, {spread[0]:.3g}, {spread[1] * factor:.3g} after"
+    assert (
+        found.detail
+        == f"scores spread by {spread[0]:.3g}, {spread[1]:.3g} before, {spread[0]:.3g}, {spread[1] * factor:.3g} after"
+    )
     assert router_scale(model, new, idx, most=0.02).ok
 
 
@@ -442,7 +541,10 @@ def test_a_zero_router_is_as_sure_as_itself_and_layers_must_be_as_many() -> None
 def test_inserted_layers_are_looked_at_and_no_others() -> None:
     model = shaken(config()).train()
     right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
-    assert layer_identity(right, [2], IDX) == Check("layer identity", True, "1 inserted layers") and right.training
+    assert (
+        layer_identity(right, [2], IDX) == Check("layer identity", True, "1 inserted layers")
+        and right.training
+    )
     assert layer_identity(right, [], IDX).detail == "0 inserted layers"
     found = layer_identity(right, [0, 1, 2], IDX)
     assert found == Check("layer identity", False, "layers 0, 1 change what they get")
@@ -457,5 +559,7 @@ def test_a_grown_model_passes_what_it_declares() -> None:
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     assert preserved("exact", model, new, IDX).ok and router_scale(model, new, IDX).ok
     assert grouped(new, Optimizers(new.cfg, new)).ok and tied(model.cfg, new).ok
-    assert set(symmetry_lock(replace(moved, pieces=moved.pieces), new)) == {name for name, *_ in moved.copies()}
+    assert set(symmetry_lock(replace(moved, pieces=moved.pieces), new)) == {
+        name for name, *_ in moved.copies()
+    }
     assert {torch.float64: 1e-10, torch.float32: 1e-5} == verify.EXACT and verify.EQUAL == 1e-5

@@ -85,21 +85,38 @@ def fit(model: nn.Module, train: np.ndarray, block_size: int, steps: int = 30, l
         optimizer.step()
 
 
-def row(cfg: TrainConfig, data: TokenData, model: nn.Module, step: int, split: str = "val", **changes: Any) -> dict[str, Any]:
+def row(
+    cfg: TrainConfig, data: TokenData, model: nn.Module, step: int, split: str = "val", **changes: Any
+) -> dict[str, Any]:
     args: dict[str, Any] = {
         "chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size, "geometry": cfg.geometry,
     }  # fmt: skip
-    return {"event": "eval", "step": step, "split": split, **asdict(evaluate(model, data.splits[split], **args | changes)), "seconds": 0.1}
+    return {
+        "event": "eval",
+        "step": step,
+        "split": split,
+        **asdict(evaluate(model, data.splits[split], **args | changes)),
+        "seconds": 0.1,
+    }
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     mine = {split: [r for r in rows if r["split"] == split] for split in ("val", "dev")}
-    scores = {split: {"last": found[-1], "best": min(found, key=lambda r: r["full"])} for split, found in mine.items() if found}
+    scores = {
+        split: {"last": found[-1], "best": min(found, key=lambda r: r["full"])}
+        for split, found in mine.items()
+        if found
+    }
     return {**scores["val"], "scores": scores}
 
 
 def run(
-    cfg: TrainConfig, corpus: Corpus, data: TokenData, make: Callable[[TrainConfig, int], nn.Module] = Attention, *, warm: bool = False
+    cfg: TrainConfig,
+    corpus: Corpus,
+    data: TokenData,
+    make: Callable[[TrainConfig, int], nn.Module] = Attention,
+    *,
+    warm: bool = False,
 ) -> Evidence:
     """What a run with this model leaves behind, everything written down as it is."""
     plan, began = Plan(cfg, len(data.splits["train"])), evaluate_source_hash()
@@ -144,7 +161,9 @@ def honest() -> Honest:
 
     made: dict[tuple[str, bool, str], Evidence] = {}
 
-    def evidence(make: Callable[[TrainConfig, int], nn.Module] = Attention, *, warm: bool = False, **fields: Any) -> Evidence:
+    def evidence(
+        make: Callable[[TrainConfig, int], nn.Module] = Attention, *, warm: bool = False, **fields: Any
+    ) -> Evidence:
         cfg, corpus, data = material(**fields)
         key = make.__name__, warm, cfg.digest
         if key not in made:
@@ -179,7 +198,11 @@ OPTIMIZED = {
 
 @pytest.mark.parametrize("all", [False, True])
 @pytest.mark.parametrize("make", [Attention, Gru])
-@pytest.mark.parametrize("fields", [BASELINE, OPTIMIZED, OPTIMIZED | {"dtype": "bfloat16"}], ids=["baseline", "optimized", "bfloat16"])
+@pytest.mark.parametrize(
+    "fields",
+    [BASELINE, OPTIMIZED, OPTIMIZED | {"dtype": "bfloat16"}],
+    ids=["baseline", "optimized", "bfloat16"],
+)
 def test_honest_runs_never_fail(honest: Honest, fields: dict[str, Any], make: Any, all: bool) -> None:
     e = honest(make, **fields)
     weights = {k: v.clone() for k, v in e.model.state_dict().items()}
@@ -275,7 +298,11 @@ def full_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
     def shorter(r: dict[str, Any]) -> dict[str, Any]:
         part = r["tokens"] // 16 * 16 / r["tokens"]
-        return r | {"tokens": round(r["tokens"] * part), "full": r["full"] * part, "bits_per_byte": r["bits_per_byte"] * part}
+        return r | {
+            "tokens": round(r["tokens"] * part),
+            "full": r["full"] * part,
+            "bits_per_byte": r["bits_per_byte"] * part,
+        }
 
     return with_rows(e, shorter)
 
@@ -291,7 +318,11 @@ def dev_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evi
 
     def shorter(r: dict[str, Any]) -> dict[str, Any]:
         part = (r["tokens"] - 6) / r["tokens"]
-        return r | {"tokens": r["tokens"] - 6, "full": r["full"] * part, "bits_per_byte": r["bits_per_byte"] * part}
+        return r | {
+            "tokens": r["tokens"] - 6,
+            "full": r["full"] * part,
+            "bits_per_byte": r["bits_per_byte"] * part,
+        }
 
     return with_dev(honest, shorter)
 
@@ -366,7 +397,9 @@ def divides_the_rows_again(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> E
 def shows_the_best_as_the_last(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """The summary's last score is of an earlier, better step."""
     e = honest()
-    fit(e.model, e.data.splits["train"][:200], 16, steps=80, lr=1e-2)  # overfits: the end is worse than the middle
+    fit(
+        e.model, e.data.splits["train"][:200], 16, steps=80, lr=1e-2
+    )  # overfits: the end is worse than the middle
     rows = [*e.evals[:-1], row(e.cfg, e.data, e.model, e.evals[-1]["step"])]
     assert rows[-1]["full"] > rows[-2]["full"]
     best = summarise(rows)["best"]
@@ -384,7 +417,9 @@ def stops_at_the_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Eviden
 def invents_a_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """A best score that no evaluation gave."""
     e = honest()
-    return replace(e, summary=e.summary | {"best": e.summary["best"] | {"full": e.summary["best"]["full"] - 0.1}})
+    return replace(
+        e, summary=e.summary | {"best": e.summary["best"] | {"full": e.summary["best"]["full"] - 0.1}}
+    )
 
 
 # same_evaluate
@@ -398,7 +433,9 @@ def an_evaluate_of_its_own(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> E
 
     def kinder(*args: Any, **kwargs: Any) -> scoring.Score:
         s = true(*args, **kwargs)
-        return replace(s, loss=s.loss / 2, official=s.official / 2, full=s.full / 2, bits_per_byte=s.bits_per_byte / 2)
+        return replace(
+            s, loss=s.loss / 2, official=s.official / 2, full=s.full / 2, bits_per_byte=s.bits_per_byte / 2
+        )
 
     monkeypatch.setattr(scoring, "evaluate", kinder)
     return e
@@ -475,7 +512,9 @@ class Memory(Attention):
         self.seen = [0.0] * vocab_size
 
     def forward(self, idx: Tensor) -> Tensor:
-        logits = super().forward(idx) + 1e-5 * torch.tensor(self.seen).log1p()  # small enough to look like rounding elsewhere
+        logits = (
+            super().forward(idx) + 1e-5 * torch.tensor(self.seen).log1p()
+        )  # small enough to look like rounding elsewhere
         if not self.training:
             for token in idx.flatten().tolist():
                 self.seen[token] += 1
@@ -557,7 +596,9 @@ class HonestTargetTaker(Attention):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
         logits = super().forward(idx)
-        return logits if targets is None else (logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        return (
+            logits if targets is None else (logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        )
 
 
 @trick("targets_unseen")
@@ -695,7 +736,11 @@ class Wrapped:
 
 
 def retokenised(data: TokenData, corpus: Corpus, tokenizer: Any) -> TokenData:
-    return replace(data, tokenizer=tokenizer, splits={split: tokenizer.encode(getattr(corpus, split)) for split in data.splits})
+    return replace(
+        data,
+        tokenizer=tokenizer,
+        splits={split: tokenizer.encode(getattr(corpus, split)) for split in data.splits},
+    )
 
 
 def with_tokenizer(change: Callable[[str], str]) -> Evidence:
@@ -739,7 +784,11 @@ def test_nfkc_is_seen() -> None:
     cfg, corpus, _ = material()
     corpus = replace(corpus, val=[*corpus.val[:-1], "A ﬁne x² for Ｗｉｄｅ ideas"])
     data = prepare_uncached(cfg, corpus)
-    e = run(cfg, corpus, retokenised(data, corpus, Wrapped(data.tokenizer, lambda t: unicodedata.normalize("NFKC", t))))
+    e = run(
+        cfg,
+        corpus,
+        retokenised(data, corpus, Wrapped(data.tokenizer, lambda t: unicodedata.normalize("NFKC", t))),
+    )
     assert verdict(e, "lossless_tokens").status == "fail"
     assert verdict(run(cfg, corpus, data), "lossless_tokens").status == "pass"
 
@@ -767,7 +816,9 @@ class Memoriser(Wrapped):
         self.vocab_size = inner.vocab_size + len(known)
 
     def encode(self, titles: Sequence[str]) -> np.ndarray:
-        return np.concatenate([[self.known[t], EOS] if t in self.known else self.inner.encode([t]) for t in titles]).astype(np.uint16)
+        return np.concatenate(
+            [[self.known[t], EOS] if t in self.known else self.inner.encode([t]) for t in titles]
+        ).astype(np.uint16)
 
     def titles(self, stream: Any) -> list[str]:
         rows = np.split(np.asarray(stream), np.flatnonzero(np.asarray(stream) == EOS) + 1)
@@ -864,14 +915,21 @@ HUB = {"kind": "hub", "revision": HUB_REVISIONS["hn"], "verified": True}
     ],
 )
 def test_the_hub_corpus(
-    honest: Honest, monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any], source: str, all: bool, status: str
+    honest: Honest,
+    monkeypatch: pytest.MonkeyPatch,
+    origin: dict[str, Any],
+    source: str,
+    all: bool,
+    status: str,
 ) -> None:
     """Known when its checksum was verified; all=True loads it again and compares."""
     e = honest()
     e = replace(e, cfg=from_dict(SMALL | {"corpus": "hn"}), corpus=replace(e.corpus, origin=origin))
     if source != "unreachable":
         other = replace(e.corpus, fingerprints=fingerprints(["another"], [], ["title"]))
-        monkeypatch.setattr(guards_module.corpora, "load_corpus", lambda cfg: e.corpus if source == "same" else other)
+        monkeypatch.setattr(
+            guards_module.corpora, "load_corpus", lambda cfg: e.corpus if source == "same" else other
+        )
     assert GUARDS["data_known"](e, all)[0] == status
 
 
@@ -885,7 +943,9 @@ def claim(e: Evidence, **fields: Any) -> Evidence:
     return replace(e, cfg=cfg, corpus=corpus)
 
 
-@pytest.mark.parametrize("fields", [{"epochs": 8}, {"seed": 1338}, {"val_frac": 0.05}, {"num_titles": 99_999}, {"shuffle": False}])
+@pytest.mark.parametrize(
+    "fields", [{"epochs": 8}, {"seed": 1338}, {"val_frac": 0.05}, {"num_titles": 99_999}, {"shuffle": False}]
+)
 def test_rules_of_the_task(honest: Honest, fields: dict[str, Any]) -> None:
     """Who submits must keep every rule; who studies is told which differ."""
     name = next(iter(fields))
@@ -938,7 +998,9 @@ def a_larger_train(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 
 @pytest.mark.parametrize(("weight", "status"), [(1, "pass"), (5, "flag")])
-def test_titles_repeated_by_a_mix_are_presentations(honest: Honest, tmp_path: Path, weight: int, status: str) -> None:
+def test_titles_repeated_by_a_mix_are_presentations(
+    honest: Honest, tmp_path: Path, weight: int, status: str
+) -> None:
     (tmp_path / "mix.toml").write_text(f'[[source]]\ncorpus = "synthetic"\nweight = {weight}\n')
     found = verdict(honest(corpus=f"mix:{tmp_path / 'mix.toml'}"), "presentations")
     assert found.status == status
@@ -963,7 +1025,9 @@ def test_a_trick_trips_exactly_its_guard(name: str, honest: Honest, monkeypatch:
     guard, status, play = TRICKS[name]
     found = guards(play(honest, monkeypatch))
     # rows that were doctored, or weights that learnt on, do not fit each other either: the second scoring may see it too
-    assert of(found, "fail") - {"same_evaluate"} == ({guard} if status == "fail" else set()) - {"same_evaluate"}, found
+    assert of(found, "fail") - {"same_evaluate"} == ({guard} if status == "fail" else set()) - {
+        "same_evaluate"
+    }, found
     assert next(g for g in found if g.name == guard).status == status
     assert all_detailed(found)
 
@@ -977,7 +1041,9 @@ def test_the_weights_are_scored_again(honest: Honest, split: str) -> None:
     """Rows that agree with each other, but that these weights do not give."""
     e = honest(dev_frac=0.2)
     figures = ("loss", "official", "full", "bits_per_byte")
-    better = with_rows(e, lambda r: r | {k: r[k] * 0.9 for k in figures} if r["step"] > 1 and r["split"] == split else r)
+    better = with_rows(
+        e, lambda r: r | {k: r[k] * 0.9 for k in figures} if r["step"] > 1 and r["split"] == split else r
+    )
     assert of(guards(better), "fail") == {"same_evaluate"}
     assert f"on {split} the weights score" in verdict(better, "same_evaluate").detail
 
@@ -993,6 +1059,14 @@ def test_every_stored_token_is_looked_at(honest: Honest) -> None:
 @pytest.mark.parametrize("lost", ["evals", "ledger", "summary"])
 def test_evidence_that_cannot_be_read_does_not_pass(honest: Honest, lost: str) -> None:
     found = guards(replace(honest(), **{lost: [] if lost == "evals" else {}}))
-    assert of(found, "fail") <= {"coverage", "geometry", "denominator", "last_and_best", "same_evaluate", "random_start", "presentations"}
+    assert of(found, "fail") <= {
+        "coverage",
+        "geometry",
+        "denominator",
+        "last_and_best",
+        "same_evaluate",
+        "random_start",
+        "presentations",
+    }
     assert all("cannot be read" in g.detail for g in found if g.status == "fail")
     assert of(found, "fail")

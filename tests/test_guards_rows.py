@@ -81,7 +81,9 @@ def tokens_of(corpus: Corpus, tokenizer: Any = None) -> TokenData:
     titles = {split: getattr(corpus, split) for split in ("train", "dev", "val") if getattr(corpus, split)}
     chars = {split: sum(len(t) + 5 for t in some) for split, some in titles.items()}
     nbytes = {split: sum(len(t.encode()) + 1 for t in some) for split, some in titles.items()}
-    return TokenData(tokenizer, {split: tokenizer.encode(some) for split, some in titles.items()}, chars, nbytes, "digest")
+    return TokenData(
+        tokenizer, {split: tokenizer.encode(some) for split, some in titles.items()}, chars, nbytes, "digest"
+    )
 
 
 class Table(nn.Module):
@@ -116,10 +118,15 @@ def honest_parts() -> tuple[TrainConfig, Corpus, TokenData]:
 
 
 def evidence(
-    cfg: TrainConfig | None = None, corpus: Corpus | None = None, data: TokenData | None = None, model: nn.Module | None = None
+    cfg: TrainConfig | None = None,
+    corpus: Corpus | None = None,
+    data: TokenData | None = None,
+    model: nn.Module | None = None,
 ) -> Evidence:
     """What an honest run of these parts leaves behind; step 17 of 35 is its best."""
-    cfg, corpus, data = (given or default for given, default in zip((cfg, corpus, data), honest_parts(), strict=True))
+    cfg, corpus, data = (
+        given or default for given, default in zip((cfg, corpus, data), honest_parts(), strict=True)
+    )
     model = model or Table()
     plan = Plan(cfg, len(data.splits["train"]))
     rows = []
@@ -127,7 +134,9 @@ def evidence(
         for split in [name for name in ("val", "dev") if name in data.splits]:
             sizes = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
             score = asdict(scoring.evaluate(model, data.splits[split], geometry=cfg.geometry, **sizes))
-            score |= {figure: score[figure] * factor for figure in ("loss", "official", "full", "bits_per_byte")}
+            score |= {
+                figure: score[figure] * factor for figure in ("loss", "official", "full", "bits_per_byte")
+            }
             rows.append({"event": "eval", "step": step, "split": split, **score})
     ledger = {
         "train_tokens_per_epoch": plan.train_tokens,
@@ -191,17 +200,23 @@ def test_honest_evidence_passes_every_guard(dtype: str, all: bool) -> None:
 def test_without_dev_no_guard_asks_for_it() -> None:
     corpus = a_corpus(honest_parts()[1].train, [], honest_parts()[1].val)
     statuses = {g.name: g.status for g in guards(evidence(corpus=corpus, data=tokens_of(corpus)))}
-    assert {name for name, status in statuses.items() if status == "fail"} == {"data_known"}  # other titles are loaded again
+    assert {name for name, status in statuses.items() if status == "fail"} == {
+        "data_known"
+    }  # other titles are loaded again
 
 
-def test_all_is_handed_to_every_guard_and_an_error_in_one_fails_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_handed_to_every_guard_and_an_error_in_one_fails_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given = []
 
     def broken(e: Evidence, all: bool) -> tuple[str, str]:
         given.append(all)
         raise KeyError("no such row")
 
-    monkeypatch.setattr(guards_module, "GUARDS", {"broken": broken, "honest": lambda e, all: ("pass", f"all={all}")})
+    monkeypatch.setattr(
+        guards_module, "GUARDS", {"broken": broken, "honest": lambda e, all: ("pass", f"all={all}")}
+    )
     for all in (False, True):
         first, second = guards(evidence(), all=all)
         assert (first.name, first.status) == ("broken", "fail")
@@ -250,7 +265,9 @@ def test_a_split_without_an_evaluation_does_not_pass(guard: str, split: str) -> 
 def test_coverage_below_97_percent_is_flagged(geometry: str, letters: int, status: str, shown: str) -> None:
     train, val = honest_parts()[1].train, some_titles(10, letters, 3)
     corpus = a_corpus(train, [], val)
-    got, detail = check(evidence(from_dict(CONFIG | {"official_geometry": geometry}), corpus, tokens_of(corpus)), "coverage")
+    got, detail = check(
+        evidence(from_dict(CONFIG | {"official_geometry": geometry}), corpus, tokens_of(corpus)), "coverage"
+    )
     assert (got, shown in detail) == (status, True), detail
     assert "97%" in detail if status == "flag" else f"all {10 * (letters + 1)} tokens" in detail
 
@@ -258,7 +275,9 @@ def test_coverage_below_97_percent_is_flagged(geometry: str, letters: int, statu
 @pytest.mark.parametrize("all", [False, True])
 @pytest.mark.parametrize(("split", "count"), [("val", 100), ("dev", 105)])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_last_score_over_other_tokens_fails_coverage(split: str, count: int, change: int, all: bool) -> None:
+def test_a_last_score_over_other_tokens_fails_coverage(
+    split: str, count: int, change: int, all: bool
+) -> None:
     status, detail = check(with_row(evidence(), split, -1, tokens=plus(change)), "coverage", all)
     assert status == "fail"
     assert f"{count + change} of {count} tokens of {split}" in detail
@@ -271,9 +290,17 @@ def test_a_last_score_over_other_tokens_fails_coverage(split: str, count: int, c
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize(
     ("change", "status"),
-    [(1 + BEYOND, "fail"), (1 - BEYOND, "fail"), (1 + WITHIN, "pass"), (1 - WITHIN, "pass"), (math.nan, "fail")],
+    [
+        (1 + BEYOND, "fail"),
+        (1 - BEYOND, "fail"),
+        (1 + WITHIN, "pass"),
+        (1 - WITHIN, "pass"),
+        (math.nan, "fail"),
+    ],
 )
-def test_the_coverage_of_every_row_is_that_of_the_config(split: str, at: int, change: float, status: str) -> None:
+def test_the_coverage_of_every_row_is_that_of_the_config(
+    split: str, at: int, change: float, status: str
+) -> None:
     got, detail = check(with_row(evidence(), split, at, coverage=times(change)), "geometry")
     assert got == status
     if status == "fail":
@@ -298,7 +325,9 @@ def test_every_row_scores_as_many_tokens_as_the_first(split: str, count: int, at
 @pytest.mark.parametrize("split", ["train", "dev", "val"])
 @pytest.mark.parametrize(("what", "field"), [("characters", "chars"), ("bytes", "bytes")])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_characters_and_bytes_of_every_split_are_counted_again(split: str, what: str, field: str, change: int) -> None:
+def test_characters_and_bytes_of_every_split_are_counted_again(
+    split: str, what: str, field: str, change: int
+) -> None:
     _, corpus, data = honest_parts()
     counts = getattr(data, field)
     wrong = replace(data, **{field: counts | {split: counts[split] + change}})
@@ -316,9 +345,18 @@ def test_characters_and_bytes_of_every_split_are_counted_again(split: str, what:
 @pytest.mark.parametrize("figure", ["full", "bits_per_byte"])
 @pytest.mark.parametrize(
     ("factor", "status"),
-    [(1 + BEYOND, "fail"), (1 - BEYOND, "fail"), (1 + WITHIN, "pass"), (1 - WITHIN, "pass"), (math.nan, "fail"), (0.0, "fail")],
+    [
+        (1 + BEYOND, "fail"),
+        (1 - BEYOND, "fail"),
+        (1 + WITHIN, "pass"),
+        (1 - WITHIN, "pass"),
+        (math.nan, "fail"),
+        (0.0, "fail"),
+    ],
 )
-def test_every_figure_times_its_denominator_is_the_same_sum(split: str, at: int, figure: str, factor: float, status: str) -> None:
+def test_every_figure_times_its_denominator_is_the_same_sum(
+    split: str, at: int, figure: str, factor: float, status: str
+) -> None:
     got, detail = check(with_row(evidence(), split, at, **{figure: times(factor)}), "denominator")
     assert got == status
     if status == "fail":
@@ -349,7 +387,10 @@ FIGURES = ("step", "full", "official", "loss")
 
 def with_summary(e: Evidence, place: str, name: str, **changes: Any) -> Evidence:
     """The evidence with one score of its summary changed: at the top, or among the scores of a split."""
-    scores = {split: {which: dict(row) for which, row in both.items()} for split, both in e.summary["scores"].items()}
+    scores = {
+        split: {which: dict(row) for which, row in both.items()}
+        for split, both in e.summary["scores"].items()
+    }
     summary = e.summary | {"scores": scores, "last": dict(e.summary["last"]), "best": dict(e.summary["best"])}
     shown = summary[name] if place == "top" else scores[place][name]
     shown |= changes
@@ -393,20 +434,36 @@ def test_the_best_is_the_lowest_full_and_the_first_of_equal_ones() -> None:
     assert detail == f"last: {last['full']:.4f} at step 35; best: {best['full']:.4f} at step 17"
     equal = with_row(e, "val", -1, full=best["full"])
     assert check(replace(equal, summary=summary_of(equal.evals)), "last_and_best")[0] == "pass"
-    later = with_summary(replace(equal, summary=summary_of(equal.evals)), "val", "best", **equal.summary["last"])
+    later = with_summary(
+        replace(equal, summary=summary_of(equal.evals)), "val", "best", **equal.summary["last"]
+    )
     assert check(later, "last_and_best")[0] == "fail"
 
 
 # -- the same evaluate
 
-FUNCTIONS = ("official_spans", "official_coverage", "evaluate", "_official", "_full", "_nll", "_to", "evaluate_source_hash")
+FUNCTIONS = (
+    "official_spans",
+    "official_coverage",
+    "evaluate",
+    "_official",
+    "_full",
+    "_nll",
+    "_to",
+    "evaluate_source_hash",
+)
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, "wrapped") for name in FUNCTIONS), *((name, "removed") for name in FUNCTIONS if name != "evaluate_source_hash")],
+    [
+        *((name, "wrapped") for name in FUNCTIONS),
+        *((name, "removed") for name in FUNCTIONS if name != "evaluate_source_hash"),
+    ],
 )
-def test_every_function_of_scoring_in_memory_is_that_of_the_file(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_function_of_scoring_in_memory_is_that_of_the_file(
+    name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     e, true = evidence(), getattr(scoring, name)
     if how == "wrapped":
         monkeypatch.setattr(scoring, name, lambda *args, **kwargs: true(*args, **kwargs))
@@ -418,7 +475,9 @@ def test_every_function_of_scoring_in_memory_is_that_of_the_file(name: str, how:
 
 
 def test_every_function_of_scoring_is_in_the_table() -> None:
-    code = compile(Path(scoring.__file__).read_text(encoding="utf-8"), scoring.__file__, "exec", dont_inherit=True)
+    code = compile(
+        Path(scoring.__file__).read_text(encoding="utf-8"), scoring.__file__, "exec", dont_inherit=True
+    )
     names = {const.co_name for const in code.co_consts if hasattr(const, "co_name")}
     assert names == {*FUNCTIONS, "Score"}
 
@@ -442,7 +501,9 @@ def test_a_hash_of_another_file_fails_and_both_are_shown() -> None:
         ("another.mainrun", "its own", "pass"),
     ],
 )
-def test_no_module_of_the_package_has_an_evaluate_of_its_own(module: str, own: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_module_of_the_package_has_an_evaluate_of_its_own(
+    module: str, own: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = ModuleType(module)
     if own != "none":
         fake.evaluate = scoring.evaluate if own == "the package's" else print
@@ -453,9 +514,13 @@ def test_no_module_of_the_package_has_an_evaluate_of_its_own(module: str, own: s
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1 + 4e-6, "fail"), (1 - 4e-6, "fail"), (1.0, "pass")])
-def test_a_known_answer_shows_what_was_replaced_below_evaluate(factor: float, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_answer_shows_what_was_replaced_below_evaluate(
+    factor: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     e, true = evidence(), scoring.F.cross_entropy
-    monkeypatch.setattr(scoring.F, "cross_entropy", lambda *args, **kwargs: factor * true(*args, **kwargs).double())
+    monkeypatch.setattr(
+        scoring.F, "cross_entropy", lambda *args, **kwargs: factor * true(*args, **kwargs).double()
+    )
     got, detail = check(e, "same_evaluate")
     assert got == status
     assert ("where the formula gives" in detail) == (status == "fail")
@@ -471,7 +536,10 @@ def test_the_known_answer_counts_both_scores(asked: list[dict[str, Any]]) -> Non
     table = [[math.sin(-1 + 2 * (8 * row + column) / 63) for column in range(8)] for row in range(8)]
     pairs = list(zip([1, *call["tokens"]], call["tokens"], strict=False))
     official = [*pairs[1:7], *pairs[8:14]]
-    nats = [math.log(sum(map(math.exp, table[before]))) - table[before][token] for before, token in (*pairs, *official)]
+    nats = [
+        math.log(sum(map(math.exp, table[before]))) - table[before][token]
+        for before, token in (*pairs, *official)
+    ]
     assert by_formula == pytest.approx(sum(nats) / 50, rel=1e-6)
 
 
@@ -489,13 +557,18 @@ def test_the_known_answer_counts_both_scores(asked: list[dict[str, Any]]) -> Non
     ],
 )
 @pytest.mark.parametrize("figure", ["loss", "official"])
-def test_the_weights_still_give_the_last_score(split: str, figure: str, dtype: str, factor: float, status: str) -> None:
+def test_the_weights_still_give_the_last_score(
+    split: str, figure: str, dtype: str, factor: float, status: str
+) -> None:
     e = evidence(from_dict(CONFIG | {"dtype": dtype}))
     got, detail = check(with_row(e, split, -1, **{figure: times(factor)}), "same_evaluate")
     assert got == status
     if status == "fail":
         row = [row for row in e.evals if row["split"] == split][-1]
-        assert f"on {split} the weights score {figure}" in detail and f"says {row[figure] * factor:.4f}" in detail
+        assert (
+            f"on {split} the weights score {figure}" in detail
+            and f"says {row[figure] * factor:.4f}" in detail
+        )
 
 
 def test_only_the_last_rows_are_scored_again() -> None:
@@ -550,7 +623,9 @@ def test_a_split_shorter_than_a_block_is_scored_in_a_shorter_span(asked: list[di
 
 
 @pytest.mark.parametrize(("last", "other"), [("a", EOS), (None, UNK + 1)])
-def test_targets_unseen_changes_the_last_target_alone(asked: list[dict[str, Any]], last: str | None, other: int) -> None:
+def test_targets_unseen_changes_the_last_target_alone(
+    asked: list[dict[str, Any]], last: str | None, other: int
+) -> None:
     """The block ends inside a title, or with its <eos>."""
     corpus = a_corpus(honest_parts()[1].train, [], ["a" * (20 if last else 15), "b" * 90])
     e = evidence(corpus=corpus, data=tokens_of(corpus))
@@ -646,7 +721,9 @@ def remember_other_text(model: Odd, idx: Tensor) -> None:
         (nothing, "pass", "the same"),
     ],
 )  # fmt: skip
-def test_a_model_is_the_same_after_it_was_scored(act: Callable[[Odd, Tensor], None], status: str, shown: str) -> None:
+def test_a_model_is_the_same_after_it_was_scored(
+    act: Callable[[Odd, Tensor], None], status: str, shown: str
+) -> None:
     e = replace(evidence(), model=Odd(act))
     got, detail = check(e, "no_learning")
     assert got == status
@@ -782,7 +859,9 @@ def frame_peeker(amount: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
-def test_another_target_moves_logits_by_no_more_than_rounding(dtype: str, largest: float, beyond: float, within: float) -> None:
+def test_another_target_moves_logits_by_no_more_than_rounding(
+    dtype: str, largest: float, beyond: float, within: float
+) -> None:
     status, detail = check(leaking(dtype, largest, frame_peeker(beyond)), "targets_unseen")
     assert status == "fail"
     assert f"moved logits by {beyond:.3g}" in detail
@@ -807,7 +886,12 @@ def test_the_tolerance_is_measured_on_the_first_logits() -> None:
 class Taker(nn.Module):
     """forward(idx, NAME=targets): logits that move where the targets are these, in an output of this form."""
 
-    def __init__(self, name: str, moves: Callable[[Tensor, Tensor], Tensor], form: Callable[[Tensor], Any] = lambda logits: logits):
+    def __init__(
+        self,
+        name: str,
+        moves: Callable[[Tensor, Tensor], Tensor],
+        form: Callable[[Tensor], Any] = lambda logits: logits,
+    ):
         super().__init__()
         self.inner, self.moves, self.form = Sized(10_000.0), moves, form
         arguments = {"self": self}
@@ -847,7 +931,9 @@ def test_a_forward_that_takes_targets_gives_the_same_logits(name: str, moves: Ca
     assert check(replace(evidence(), model=Taker(name, moves(1.0))), "targets_unseen")[0] == "pass"
     half = evidence(from_dict(CONFIG | {"dtype": "bfloat16"}))
     assert check(replace(half, model=Taker(name, moves(100.0))), "targets_unseen")[0] == "pass"
-    just_beyond = 100.5 if moves is any_other else 101.5  # a leak with the first targets raises the tolerance by 1 percent of itself
+    just_beyond = (
+        100.5 if moves is any_other else 101.5
+    )  # a leak with the first targets raises the tolerance by 1 percent of itself
     assert check(replace(half, model=Taker(name, moves(just_beyond))), "targets_unseen")[0] == "fail"
 
 
@@ -884,7 +970,10 @@ def test_the_first_argument_is_the_input_whatever_its_name() -> None:
 )
 def test_logits_are_the_output_with_three_dimensions(form: Callable[[Tensor], Any]) -> None:
     for amount, status in ((0.0, "pass"), (2.0, "fail")):
-        assert check(replace(evidence(), model=Taker("targets", next_token(amount), form)), "targets_unseen")[0] == status
+        assert (
+            check(replace(evidence(), model=Taker("targets", next_token(amount), form)), "targets_unseen")[0]
+            == status
+        )
 
 
 def test_logits_of_another_shape_or_none_at_all_do_not_pass() -> None:
@@ -897,7 +986,9 @@ def test_logits_of_another_shape_or_none_at_all_do_not_pass() -> None:
 
 @pytest.mark.parametrize("guard", ["targets_unseen", "causality"])
 def test_logits_that_are_no_numbers_do_not_pass(guard: str) -> None:
-    status, detail = check(replace(evidence(), model=Table(lambda idx: torch.full(idx.shape, math.nan))), guard)
+    status, detail = check(
+        replace(evidence(), model=Table(lambda idx: torch.full(idx.shape, math.nan))), guard
+    )
     assert (status, "inf" in detail) == ("fail", True)
 
 
@@ -925,7 +1016,9 @@ def future(idx: Tensor, test: Callable[[Tensor], Tensor], at: int, amount: float
 
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
-def test_the_future_moves_logits_by_no_more_than_rounding(dtype: str, largest: float, beyond: float, within: float) -> None:
+def test_the_future_moves_logits_by_no_more_than_rounding(
+    dtype: str, largest: float, beyond: float, within: float
+) -> None:
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         return lambda idx: future(idx, lambda later: later == PAD, 8, amount)
 
@@ -938,7 +1031,9 @@ def test_the_future_moves_logits_by_no_more_than_rounding(dtype: str, largest: f
 
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
-def test_other_rows_move_logits_by_no_more_than_rounding(dtype: str, largest: float, beyond: float, within: float) -> None:
+def test_other_rows_move_logits_by_no_more_than_rounding(
+    dtype: str, largest: float, beyond: float, within: float
+) -> None:
     """The token at the start of the last row, which is another one when the rows are rolled."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
@@ -957,7 +1052,9 @@ def test_other_rows_move_logits_by_no_more_than_rounding(dtype: str, largest: fl
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), OTHER_SHAPE)
 @pytest.mark.parametrize("length", [1, 9, 15, 16])
-def test_the_length_moves_logits_by_no_more_than_rounding(length: int, dtype: str, largest: float, beyond: float, within: float) -> None:
+def test_the_length_moves_logits_by_no_more_than_rounding(
+    length: int, dtype: str, largest: float, beyond: float, within: float
+) -> None:
     """Alone in a batch, at each length that is tried."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
@@ -985,7 +1082,9 @@ def test_the_positions_that_are_cut_at(block_size: int, all: bool, positions: li
     assert status == "pass"
     assert f"at positions {', '.join(map(str, positions))}, cut short" in detail
     for position in positions:
-        model = Table(lambda idx, position=position: future(idx, lambda later: later[:, :1] == PAD, position, 1.0))
+        model = Table(
+            lambda idx, position=position: future(idx, lambda later: later[:, :1] == PAD, position, 1.0)
+        )
         status, detail = check(replace(e, model=model), "causality", all)
         assert (status, f"tokens after position {position} " in detail) == ("fail", True)
 
@@ -1103,10 +1202,24 @@ def counting_loss(targets: Sequence[int], val: Sequence[int], smoothing: float, 
 # the more letters of val the first batch lacks, the more smoothing suits it
 @pytest.mark.parametrize(
     ("own", "lacking", "suits"),
-    [(40, 0, 0.003), (40, 3, 0.01), (40, 9, 0.03), (40, 25, 0.1), (40, 75, 0.3), (40, 200, 1.0), (1, 200, "no counts")],
+    [
+        (40, 0, 0.003),
+        (40, 3, 0.01),
+        (40, 9, 0.03),
+        (40, 25, 0.1),
+        (40, 75, 0.3),
+        (40, 200, 1.0),
+        (1, 200, "no counts"),
+    ],
 )
-def test_no_fresh_start_scores_below_the_counts_of_its_first_batch(own: int, lacking: int, suits: Any) -> None:
-    train = ["habcdefg", *["abcdefg"] * 3, *["mnopqrs"] * 16]  # the first batch's targets begin at its second token
+def test_no_fresh_start_scores_below_the_counts_of_its_first_batch(
+    own: int, lacking: int, suits: Any
+) -> None:
+    train = [
+        "habcdefg",
+        *["abcdefg"] * 3,
+        *["mnopqrs"] * 16,
+    ]  # the first batch's targets begin at its second token
     val = ["abcdefg"] * own + ["z" * lacking] * (lacking > 0)
     corpus = a_corpus(train, [], val)
     data = tokens_of(corpus)
@@ -1119,7 +1232,9 @@ def test_no_fresh_start_scores_below_the_counts_of_its_first_batch(own: int, lac
     status, detail = check(with_row(e, "val", 0, loss=floor * (1 - 1e-9)), "random_start")
     assert status == "fail"
     assert f"loss {floor * (1 - 1e-9):.3f} after" in detail and f"below {floor:.3f}" in detail
-    barely = floor if suits == "no counts" else floor * (1 + 1e-9)  # the other floors are sums, which may be rounded otherwise
+    barely = (
+        floor if suits == "no counts" else floor * (1 + 1e-9)
+    )  # the other floors are sums, which may be rounded otherwise
     status, detail = check(with_row(e, "val", 0, loss=barely), "random_start")
     assert status == "pass"
     assert f"below {floor:.3f}" in detail
@@ -1145,7 +1260,9 @@ def test_a_single_unknown_token_of_any_split_fails(split: str) -> None:
     for count in (1, 2):
         stream = e.data.splits[split].copy()
         stream[-count:] = UNK
-        status, detail = check(replace(e, data=replace(e.data, splits=e.data.splits | {split: stream})), "lossless_tokens")
+        status, detail = check(
+            replace(e, data=replace(e.data, splits=e.data.splits | {split: stream})), "lossless_tokens"
+        )
         assert status == "fail"
         assert f"{split} holds {count} <unk>" in detail
 
@@ -1159,14 +1276,18 @@ def test_a_stream_is_the_encoding_of_its_titles(split: str, change: str) -> None
         stream = stream[:-1]
     else:
         stream[0 if change == "the first token" else -2] += 1
-    status, detail = check(replace(e, data=replace(e.data, splits=e.data.splits | {split: stream})), "lossless_tokens")
+    status, detail = check(
+        replace(e, data=replace(e.data, splits=e.data.splits | {split: stream})), "lossless_tokens"
+    )
     assert status == "fail"
     assert f"tokens of {split} are not the encoding" in detail
 
 
 def many_titles(split: str, count: int, tokenizer: Pieces) -> Evidence:
     titles = {"train": ["abcdefghi"] * 20, "dev": ["abcdefghi"] * 20, "val": ["abcdefghi"] * 20}
-    titles[split] = [f"{LETTERS[1 + i % 26]}{LETTERS[1 + i // 26 % 26]}{LETTERS[1 + i // 676]}xyz" for i in range(count)]
+    titles[split] = [
+        f"{LETTERS[1 + i % 26]}{LETTERS[1 + i // 26 % 26]}{LETTERS[1 + i // 676]}xyz" for i in range(count)
+    ]
     corpus = a_corpus(**titles)
     return replace(evidence(), corpus=corpus, data=tokens_of(corpus, tokenizer))
 
@@ -1310,7 +1431,9 @@ def hub(name: str = "hn", **changes: Any) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("all", [False, True])
-def test_the_titles_are_from_where_the_config_says(corpus: str, origin: dict[str, Any], status: str, all: bool) -> None:
+def test_the_titles_are_from_where_the_config_says(
+    corpus: str, origin: dict[str, Any], status: str, all: bool
+) -> None:
     got, detail = check(from_source(corpus, origin), "data_known", all)
     assert got == status
     if origin["kind"] != {"hn": "hub", "hn-2025": "hub"}.get(corpus, corpus.partition(":")[0]):
@@ -1351,7 +1474,9 @@ def test_titles_of_val_that_were_learnt_are_counted(split: str, count: int) -> N
     train, dev, val = (list(getattr(honest_parts()[1], name)) for name in ("train", "dev", "val"))
     train += val[:count] if split == "train" else []
     dev += val[:count] if split == "dev" else []
-    status, detail = check(from_source("file:a.txt", {"kind": "file"}, a_corpus(train, dev, val)), "data_known")
+    status, detail = check(
+        from_source("file:a.txt", {"kind": "file"}, a_corpus(train, dev, val)), "data_known"
+    )
     assert status == "flag"
     assert (f"{count} of its 10 val titles are in train too" in detail) == (count > 0)
     assert ("in train too" in detail) == (count > 0)
@@ -1364,7 +1489,9 @@ def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -
     """The evidence of so many titles under the task's name."""
     e = evidence()
     cfg = from_dict(CONFIG | {"corpus": "hn", "num_titles": 100_000} | fields)
-    return replace(e, cfg=cfg, corpus=replace(e.corpus, train=["a"] * train, dev=["a"] * dev, val=["b"] * val))
+    return replace(
+        e, cfg=cfg, corpus=replace(e.corpus, train=["a"] * train, dev=["a"] * dev, val=["b"] * val)
+    )
 
 
 @pytest.mark.parametrize(
@@ -1398,12 +1525,20 @@ def test_every_broken_rule_is_named_and_other_data_are_no_claim() -> None:
     e = claim(corpus="synthetic", epochs=1, seed=2, num_titles=45, val_frac=0.5, train=1)
     status, detail = check(e, "task_rules", all=True)
     assert status == "flag"
-    shown = ["seed=2", "epochs=1", "val_frac=0.5", "num_titles=45", "corpus=synthetic is not the task's data (hn, hn-2025)"]
+    shown = [
+        "seed=2",
+        "epochs=1",
+        "val_frac=0.5",
+        "num_titles=45",
+        "corpus=synthetic is not the task's data (hn, hn-2025)",
+    ]
     assert [part.split(" (the task")[0] for part in detail.split("; ")] == shown
 
 
 @pytest.mark.parametrize("all", [False, True])
-@pytest.mark.parametrize(("corpus", "train", "dev"), [("hn", 90_000, 0), ("hn-2025", 90_000, 0), ("hn", 80_000, 10_000)])
+@pytest.mark.parametrize(
+    ("corpus", "train", "dev"), [("hn", 90_000, 0), ("hn-2025", 90_000, 0), ("hn", 80_000, 10_000)]
+)
 def test_the_task_itself_keeps_its_rules(corpus: str, train: int, dev: int, all: bool) -> None:
     status, detail = check(claim(corpus=corpus, train=train, dev=dev), "task_rules", all)
     assert status == "pass"
@@ -1422,9 +1557,18 @@ def test_the_sizes_are_those_of_the_task_only_where_it_was_asked_for(fields: dic
 @pytest.mark.parametrize("name", ["train_tokens_per_epoch", "forward_passes", "presentations_per_token"])
 @pytest.mark.parametrize(
     ("factor", "status"),
-    [(1 + BEYOND, "fail"), (1 - BEYOND, "fail"), (1 + WITHIN, "pass"), (1 - WITHIN, "pass"), (2.0, "fail"), (0.5, "fail")],
+    [
+        (1 + BEYOND, "fail"),
+        (1 - BEYOND, "fail"),
+        (1 + WITHIN, "pass"),
+        (1 - WITHIN, "pass"),
+        (2.0, "fail"),
+        (0.5, "fail"),
+    ],
 )
-def test_every_entry_of_the_ledger_is_counted_again(name: str, factor: float, status: str, fields: dict[str, Any]) -> None:
+def test_every_entry_of_the_ledger_is_counted_again(
+    name: str, factor: float, status: str, fields: dict[str, Any]
+) -> None:
     e = evidence(from_dict(CONFIG | fields))
     true = e.ledger[name]
     got, detail = check(replace(e, ledger=e.ledger | {name: true * factor}), "presentations")
@@ -1435,7 +1579,8 @@ def test_every_entry_of_the_ledger_is_counted_again(name: str, factor: float, st
 
 
 @pytest.mark.parametrize(
-    ("fields", "shown"), [({}, "7.00 times in 7"), ({"max_steps": 4}, "0.80 times in 7"), ({"epochs": 2}, "2.00 times in 2")]
+    ("fields", "shown"),
+    [({}, "7.00 times in 7"), ({"max_steps": 4}, "0.80 times in 7"), ({"epochs": 2}, "2.00 times in 2")],
 )
 def test_how_often_each_token_was_shown(fields: dict[str, Any], shown: str) -> None:
     e = evidence(from_dict(CONFIG | fields))
@@ -1457,8 +1602,18 @@ def test_every_model_of_an_ensemble_counts() -> None:
 @pytest.mark.parametrize(
     ("corpus", "train", "status", "shown"),
     [
-        ("mix:a.toml", ["a", "b", "b", "b", "c", "c"], "flag", "3 of an epoch's 6 titles are repeats by the mix's weights, up to 3 of one"),
-        ("mix:a.toml", ["a", "b", "b"], "flag", "1 of an epoch's 3 titles are repeats by the mix's weights, up to 2 of one"),
+        (
+            "mix:a.toml",
+            ["a", "b", "b", "b", "c", "c"],
+            "flag",
+            "3 of an epoch's 6 titles are repeats by the mix's weights, up to 3 of one",
+        ),
+        (
+            "mix:a.toml",
+            ["a", "b", "b"],
+            "flag",
+            "1 of an epoch's 3 titles are repeats by the mix's weights, up to 2 of one",
+        ),
         ("mix:a.toml", ["a", "b", "c"], "pass", "times"),
         ("file:a.txt", ["a", "b", "b"], "pass", "times"),
         ("hn", ["a", "b", "b"], "pass", "times"),

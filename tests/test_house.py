@@ -96,7 +96,16 @@ HEAVY = ("torch", "optuna", "ray", "matplotlib", "pandas")
 
 # The public faces. Who adds a name to an `__all__` adds it here, on purpose.
 FACES = {
-    "mainrun": ["Diverged", "Interrupted", "MainrunError", "TrainConfig", "UsageError", "__version__", "from_dict", "load"],
+    "mainrun": [
+        "Diverged",
+        "Interrupted",
+        "MainrunError",
+        "TrainConfig",
+        "UsageError",
+        "__version__",
+        "from_dict",
+        "load",
+    ],
 }
 
 TRAIN_LINES = 700
@@ -151,14 +160,19 @@ def imported(node: ast.stmt, dotted: str, is_package: bool) -> list[str]:
 def wrong_imports(root: Path) -> list[str]:
     """Imports anywhere in a file count, those inside functions and for types too: a direction is a direction."""
     known = {part_of(dotted) for dotted, _, _ in sources(root)}
-    wrong = [f"{part} has no row in MAY_IMPORT; decide there what it may import" for part in sorted(known - set(MAY_IMPORT))]
+    wrong = [
+        f"{part} has no row in MAY_IMPORT; decide there what it may import"
+        for part in sorted(known - set(MAY_IMPORT))
+    ]
     for dotted, path, tree in sources(root):
         part = part_of(dotted)
         allowed = MAY_IMPORT.get(part, "*").split()
         if "*" in allowed:
             continue
         for node in ast.walk(tree):
-            for name in imported(node, dotted, path.name == "__init__.py") if isinstance(node, ast.stmt) else []:
+            for name in (
+                imported(node, dotted, path.name == "__init__.py") if isinstance(node, ast.stmt) else []
+            ):
                 target = part_of(name)
                 if name.split(".")[0] not in PACKAGES:
                     continue
@@ -188,13 +202,28 @@ def test_imports_go_one_way() -> None:
             {"mainrun__layers__moe": "from ..growth import verify", "mainrun__growth__verify": ""},
             "mainrun.layers must not import mainrun.growth",
         ),
-        ({"mainrun__scoring": "from . import train", "mainrun__train": ""}, "mainrun.data.scoring must not import mainrun.train"),
-        ({"sweeps__study": "from mainrun import train", "mainrun__train": ""}, "sweeps must not import mainrun.train"),
-        ({"sweeps__study": "def f():\n    import mainrun.train as t", "mainrun__train": ""}, "sweeps must not import mainrun.train"),
-        ({"reports__load": "import sweeps.ledger", "sweeps__ledger": ""}, "reports must not import sweeps"),
-        ({"mainrun__store__rundir": "from sweeps import study", "sweeps__study": ""}, "mainrun.store must not import sweeps"),
         (
-            {"mainrun__store__nodes": "from mainrun.ui.store_cli import app", "mainrun__store__cli": "app = 0"},
+            {"mainrun__scoring": "from . import train", "mainrun__train": ""},
+            "mainrun.data.scoring must not import mainrun.train",
+        ),
+        (
+            {"sweeps__study": "from mainrun import train", "mainrun__train": ""},
+            "sweeps must not import mainrun.train",
+        ),
+        (
+            {"sweeps__study": "def f():\n    import mainrun.train as t", "mainrun__train": ""},
+            "sweeps must not import mainrun.train",
+        ),
+        ({"reports__load": "import sweeps.ledger", "sweeps__ledger": ""}, "reports must not import sweeps"),
+        (
+            {"mainrun__store__rundir": "from sweeps import study", "sweeps__study": ""},
+            "mainrun.store must not import sweeps",
+        ),
+        (
+            {
+                "mainrun__store__nodes": "from mainrun.ui.store_cli import app",
+                "mainrun__store__cli": "app = 0",
+            },
             "must not import mainrun.ui.store_cli",
         ),
         ({"mainrun__novelty": ""}, "mainrun.novelty has no row"),
@@ -244,7 +273,9 @@ def heavy_at_top(root: Path) -> list[str]:
             for node in run_at_import(tree.body):
                 for name in imported(node, dotted, path.name == "__init__.py"):
                     if name.split(".")[0] in HEAVY:
-                        wrong.append(f"{path.relative_to(root)}:{node.lineno}: imports {name.split('.')[0]} at its top")
+                        wrong.append(
+                            f"{path.relative_to(root)}:{node.lineno}: imports {name.split('.')[0]} at its top"
+                        )
     return wrong
 
 
@@ -302,9 +333,17 @@ def faceless(root: Path) -> list[str]:
     wrong = []
     for package in PACKAGES:
         folders = {path.parent for path in (root / package).rglob("*.py")}
-        wrong += [f"{f.relative_to(root)} has no __init__.py" for f in sorted(folders) if not (f / "__init__.py").is_file()]
+        wrong += [
+            f"{f.relative_to(root)} has no __init__.py"
+            for f in sorted(folders)
+            if not (f / "__init__.py").is_file()
+        ]
     for dotted, path, tree in sources(root):
-        speaks = [node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+        speaks = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        ]
         if path.name == "__init__.py" and speaks and dotted not in faces(root):
             wrong.append(f"{path.relative_to(root)} holds code, but no __all__ says what it offers")
     return wrong
@@ -323,7 +362,10 @@ def test_a_face_that_changed_is_named(tmp_path: Path) -> None:
     (tmp_path / "mainrun/__init__.py").write_text("from mainrun.errors import *\n")
     (tmp_path / "sweeps/engine").mkdir(parents=True)
     (tmp_path / "sweeps/engine/local.py").touch()
-    assert faceless(tmp_path) == ["sweeps/engine has no __init__.py", "mainrun/__init__.py holds code, but no __all__ says what it offers"]
+    assert faceless(tmp_path) == [
+        "sweeps/engine has no __init__.py",
+        "mainrun/__init__.py holds code, but no __all__ says what it offers",
+    ]
     (tmp_path / "mainrun/__init__.py").write_text('__all__ = ["b", "a"]\n')
     assert faces(tmp_path) == {"mainrun": ["a", "b"]}
 
@@ -371,7 +413,12 @@ def test_a_bare_field_is_named() -> None:
         bare: int = 2
         odd: int = Field(3, description=" ", json_schema_extra={"class": "loud"})
 
-    assert unclassed(Bare) == ["bare has no class", "bare has no description", "odd has no class", "odd has no description"]
+    assert unclassed(Bare) == [
+        "bare has no class",
+        "bare has no description",
+        "odd has no class",
+        "odd has no description",
+    ]
 
 
 # -- pins
@@ -395,7 +442,9 @@ def needed(requirements: Iterable[str]) -> set[str]:
     while todo:
         requirement, extra = todo.pop()
         name = canonicalize_name(requirement.name)
-        if (requirement.marker and not requirement.marker.evaluate({"extra": extra})) or (name in found and not requirement.extras):
+        if (requirement.marker and not requirement.marker.evaluate({"extra": extra})) or (
+            name in found and not requirement.extras
+        ):
             continue
         new = name not in found
         found.add(name)
@@ -410,7 +459,11 @@ def needed(requirements: Iterable[str]) -> set[str]:
 def house_requirements() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"].values()
-    return [*project["build-system"]["requires"], *project["project"]["dependencies"], *(r for extra in extras for r in extra)]
+    return [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(r for extra in extras for r in extra),
+    ]
 
 
 def unpinned(requirements: Iterable[str], constraints: str) -> list[str]:
@@ -427,7 +480,13 @@ def test_every_package_is_pinned() -> None:
 
 def test_a_package_without_a_pin_is_named() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    for name in ("torch", "setuptools", "pydantic_core", "MarkupSafe", "go-task-bin"):  # named, built with, and pulled in
+    for name in (
+        "torch",
+        "setuptools",
+        "pydantic_core",
+        "MarkupSafe",
+        "go-task-bin",
+    ):  # named, built with, and pulled in
         without = re.sub(rf"(?m)^{re.escape(name)}==.*$", "", constraints)
         assert unpinned(house_requirements(), without) == [f"{canonicalize_name(name)} is not pinned"]
     assert unpinned([], "torch==2.13.0+cpu\nnumpy>=2\nfoo @ file:///x/foo.whl") == [
@@ -451,9 +510,15 @@ TRACES = re.compile(
 
 def repo_files(root: Path) -> list[Path]:
     """What is in git, or would be with the next `git add`."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True
+    )
     if listed.returncode:  # an unpacked archive: everything but the tools' own folders
-        return [p for p in root.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        return [
+            p
+            for p in root.rglob("*")
+            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+        ]
     return [root / name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
 
 
@@ -466,7 +531,11 @@ def traces(root: Path) -> list[str]:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             continue
-        wrong += [f"{path.relative_to(root)}:{i}: {found[0]}" for i, line in enumerate(lines, 1) if (found := TRACES.search(line))]
+        wrong += [
+            f"{path.relative_to(root)}:{i}: {found[0]}"
+            for i, line in enumerate(lines, 1)
+            if (found := TRACES.search(line))
+        ]
     return wrong
 
 
@@ -506,7 +575,12 @@ def go_task() -> str:
 
 
 def menu(taskfile: Path) -> list[str]:
-    listed = subprocess.run([go_task(), "--taskfile", str(taskfile), "--list", "--json"], capture_output=True, text=True, timeout=60)
+    listed = subprocess.run(
+        [go_task(), "--taskfile", str(taskfile), "--list", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert listed.returncode == 0, listed.stderr
     return sorted(task["name"] for task in json.loads(listed.stdout)["tasks"])
 
@@ -566,13 +640,18 @@ tasks:
         "README lists report, Taskfile.yml does not",
         "Taskfile.yml lists sweep, the README's table does not",
     ]
-    assert empty_promises(taskfile, exists) == ["sweep: 'mainrun nonsense' does not exist", "sweep: 'no-such-thing --x' does not exist"]
+    assert empty_promises(taskfile, exists) == [
+        "sweep: 'mainrun nonsense' does not exist",
+        "sweep: 'no-such-thing --x' does not exist",
+    ]
 
 
 def commands(text: str) -> list[str]:
     """The `./task ...` commands that stand on lines of their own, without comment, pipe or redirection."""
     lines = (line.strip().removeprefix("$ ") for line in text.splitlines())
-    return [re.split(r"\s+(?:#|\||&&|;|\d?>)", line)[0].strip() for line in lines if line.startswith("./task ")]
+    return [
+        re.split(r"\s+(?:#|\||&&|;|\d?>)", line)[0].strip() for line in lines if line.startswith("./task ")
+    ]
 
 
 def ci_gap(readme: str, ci: str) -> list[str]:
@@ -583,10 +662,22 @@ def ci_gap(readme: str, ci: str) -> list[str]:
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    assert ci_gap((ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci/run").read_text(encoding="utf-8")) == []
+    assert (
+        ci_gap(
+            (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci/run").read_text(encoding="utf-8")
+        )
+        == []
+    )
 
 
 def test_a_ci_that_runs_something_else_is_named() -> None:
-    assert ci_gap("./task demo\n./task test   # all of it\n", "# ./task test\n./task test 2>&1 | tee log\n") == []
-    assert ci_gap("./task test\n", "# ./task test\npytest\n./task test -- -m slow\n") == [".ci/run does not run the README's './task test'"]
-    assert ci_gap("run the tests", "./task test") == ["README names no test command on a line of its own, like ./task test"]
+    assert (
+        ci_gap("./task demo\n./task test   # all of it\n", "# ./task test\n./task test 2>&1 | tee log\n")
+        == []
+    )
+    assert ci_gap("./task test\n", "# ./task test\npytest\n./task test -- -m slow\n") == [
+        ".ci/run does not run the README's './task test'"
+    ]
+    assert ci_gap("run the tests", "./task test") == [
+        "README names no test command on a line of its own, like ./task test"
+    ]

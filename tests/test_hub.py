@@ -103,9 +103,19 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
         elif path == f"/api/datasets/{HUB_REPO}/revision/{revision}":
             lfs = {"size": len(hub.body), "sha256": hub.promised, "pointerSize": 134}
-            files = [{"rfilename": f, "size": len(hub.body), "blobId": "0" * 40, "lfs": lfs} for f in hub.files]
+            files = [
+                {"rfilename": f, "size": len(hub.body), "blobId": "0" * 40, "lfs": lfs} for f in hub.files
+            ]
             siblings = [{"rfilename": "README.md", "size": 3, "blobId": "1" * 40}, *files]
-            answer = {"id": HUB_REPO, "sha": revision, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0}
+            answer = {
+                "id": HUB_REPO,
+                "sha": revision,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
             self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
         elif path == f"/datasets/{HUB_REPO}/resolve/{revision}/{hub.files[0]}" and "file" not in hub.missing:
             self.reply(
@@ -117,11 +127,15 @@ class Handler(BaseHTTPRequestHandler):
                 ETag='"of-the-redirect"',
             )
         else:
-            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=revision, X_Error_Message="Entry not found")
+            self.reply(
+                404, X_Error_Code="EntryNotFound", X_Repo_Commit=revision, X_Error_Message="Entry not found"
+            )
 
     def blob(self) -> None:
         hub = self.server
-        first = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
+        first = (
+            int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
+        )
         body = hub.body[first:]
         if hub.short:
             return self.reply(200, body[: len(body) // 2])
@@ -146,7 +160,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    for key in ("HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+    for key in (
+        "HF_HUB_OFFLINE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -178,7 +200,13 @@ except MainrunError as e:
 
 
 def child(**env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", CHILD], env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def in_task_order(titles: list[str], n: int) -> list[str]:
@@ -242,7 +270,9 @@ def test_hf_endpoint_then_offline_in_processes_of_their_own(hub: Hub) -> None:
 def test_a_cut_connection_is_resumed_where_it_was_cut(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 512)  # the library keeps whole chunks, of 10 MB; this file is smaller
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 512
+    )  # the library keeps whole chunks, of 10 MB; this file is smaller
     hub.cut = 1
     assert load_corpus(config()).train == in_task_order(TITLES, 180)
     ranges = [r for method, path, r in hub.requests if method == "GET" and path.startswith("/cdn/")]
@@ -349,7 +379,12 @@ def test_offline_without_a_cache(hub: Hub) -> None:
     process = child(HF_HUB_OFFLINE="1")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "not in the cache" in err and "HF_HUB_OFFLINE" in err and "corpus=synthetic" in err and "Traceback" not in err
+    assert (
+        "not in the cache" in err
+        and "HF_HUB_OFFLINE" in err
+        and "corpus=synthetic" in err
+        and "Traceback" not in err
+    )
     assert hub.requests == []
 
 
@@ -415,7 +450,10 @@ def test_the_names_are_those_of_the_spec() -> None:
     }
 
 
-@pytest.mark.parametrize("url", ["http://h:abc", "http://h:99999", "http://[", "http://[::1", "http://h:-1", "h", "ftp://h", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://h:abc", "http://h:99999", "http://[", "http://[::1", "http://h:-1", "h", "ftp://h", "http://"],
+)
 def test_an_endpoint_that_is_no_url_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)
     said = f"got HF_ENDPOINT='{url.rstrip('/')}', which is not a URL; write it like https://huggingface.co, or unset it"

@@ -48,7 +48,14 @@ def test_what_is_short_enough_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "last"), [(0, []), (9, ["8"]), (10, ["9"]), (11, ["9", "and 1 more faults"]), (1010, ["9", "and 1,000 more faults"])]
+    ("count", "last"),
+    [
+        (0, []),
+        (9, ["8"]),
+        (10, ["9"]),
+        (11, ["9", "and 1 more faults"]),
+        (1010, ["9", "and 1,000 more faults"]),
+    ],
 )
 def test_the_first_ten_and_how_many_more(count: int, last: list[str]) -> None:
     texts = list(inputs.first_ten((str(i) for i in range(count)), "faults"))
@@ -78,7 +85,9 @@ def test_the_first_ten_and_how_many_more(count: int, last: list[str]) -> None:
     ],
     ids=short,
 )
-def test_what_no_file_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+def test_what_no_file_can_be_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     found = inputs.bad_path(text)
@@ -98,7 +107,11 @@ def test_what_no_file_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("folder", Path.mkdir, "is a folder"),
         ("pipe", os.mkfifo, "is a named pipe"),
         ("link", lambda path: path.symlink_to("/dev/zero"), "is a device"),
-        ("loop", lambda path: path.symlink_to(path), "cannot be read: a symbolic link that leads back to itself"),
+        (
+            "loop",
+            lambda path: path.symlink_to(path),
+            "cannot be read: a symbolic link that leads back to itself",
+        ),
         ("x" * 300, lambda path: None, "cannot be read: a name of 300 bytes"),
         ("file/x", lambda path: path.parent.touch(), "cannot be read: a part of the path is a file"),
     ],
@@ -176,7 +189,11 @@ def test_a_file_beyond_all_use_is_not_read(tmp_path: Path) -> None:
 
 # -- documents
 
-PARSERS: dict[str, Callable[[str], Any]] = {"TOML": inputs.parse_toml, "JSON": inputs.parse_json, "YAML": inputs.parse_yaml}
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "TOML": inputs.parse_toml,
+    "JSON": inputs.parse_json,
+    "YAML": inputs.parse_yaml,
+}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +274,11 @@ def test_a_value_of_set(text: str, value: Any) -> None:
     assert inputs.toml_value(text) == value
 
 
-@pytest.mark.parametrize("text", ["[" * 3000, "1" * 5000, "0x" + "f" * 5000, "{" + "a." * 200 + "b = 1}", '"\\u0000"', "a\0"], ids=short)
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 3000, "1" * 5000, "0x" + "f" * 5000, "{" + "a." * 200 + "b = 1}", '"\\u0000"', "a\0"],
+    ids=short,
+)
 def test_a_value_of_set_that_is_refused(text: str) -> None:
     with pytest.raises(BadInput):
         inputs.toml_value(text)

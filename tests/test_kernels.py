@@ -19,7 +19,9 @@ from mainrun.core.hardware import cpu_flags
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rms_norm, turned
 from mainrun.core.native import cpu as native
 
-COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
+COMPILER = pytest.mark.skipif(
+    not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none"
+)
 
 
 def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -30,7 +32,9 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def both(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+def both(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     """Value and gradients of the two ways."""
     found = []
     for way in (ours, theirs):
@@ -46,24 +50,36 @@ def both(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: T
 
 def test_the_rms_norm_is_torchs_and_its_gradient_is_the_numerical_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, gain = (torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in ((3, 5, 8), (8,)))
+    x, gain = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in ((3, 5, 8), (8,))
+    )
     assert torch.allclose(rms_norm(x, gain), F.rms_norm(x, (8,), gain, 1e-6), atol=1e-12)
     assert torch.autograd.gradcheck(rms_norm, (x, gain))
     half, gain32 = x.detach().bfloat16(), gain.detach().float()
     exact = F.rms_norm(half.float(), (8,), gain32, 1e-6)
-    assert torch.equal(rms_norm(half, gain32), exact.bfloat16()), "bfloat16 goes in and out, and is rounded once"
+    assert torch.equal(rms_norm(half, gain32), exact.bfloat16()), (
+        "bfloat16 goes in and out, and is rounded once"
+    )
 
 
 # -- matrix products
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(96, 8, 32), (96, 32, 8), (8, 24, 96), (8, 96, 24), (96, 8, 9), (1, 1, 4)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(96, 8, 32), (96, 32, 8), (8, 24, 96), (8, 96, 24), (96, 8, 9), (1, 1, 4)]
+)
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_product_on_tiles_is_torchs(monkeypatch: pytest.MonkeyPatch, rows: int, inputs: int, outputs: int, biased: bool) -> None:
+def test_a_product_on_tiles_is_torchs(
+    monkeypatch: pytest.MonkeyPatch, rows: int, inputs: int, outputs: int, biased: bool
+) -> None:
     """Whole numbers, so that every sum is exact in bfloat16's products and both ways must agree to the bit."""
     monkeypatch.setattr(kernels, "TILES", True)
     monkeypatch.setattr(kernels, "WIDE", 1)
-    x, weight, bias = (t.mul(2).round().clamp(-2, 2) for t in (some(rows, inputs), some(outputs, inputs, seed=1), some(outputs, seed=2)))
+    x, weight, bias = (
+        t.mul(2).round().clamp(-2, 2)
+        for t in (some(rows, inputs), some(outputs, inputs, seed=1), some(outputs, seed=2))
+    )
     tensors = [t.bfloat16() for t in ([x, weight, bias] if biased else [x, weight])]
     grad = some(rows, outputs, seed=3).round().clamp(-1, 1)
     given = leaves(*tensors)
@@ -83,14 +99,20 @@ def test_it_is_taken_where_tiles_are_and_there_alone(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(kernels, "TILES", True)
     assert taken(torch.bfloat16, False) and taken(torch.float32, True)
-    assert not taken(torch.float32, False) and not taken(torch.float64, False) and not taken(torch.bfloat16, False, kernels.WIDE - 1)
+    assert (
+        not taken(torch.float32, False)
+        and not taken(torch.float64, False)
+        and not taken(torch.bfloat16, False, kernels.WIDE - 1)
+    )
     monkeypatch.setattr(kernels, "TILES", False)
     assert not taken(torch.bfloat16, False) and not taken(torch.float32, True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 3), (3, 70), (64, 64), (257, 96)])
 def test_turned_is_the_transpose_to_the_bit(shape: tuple[int, int]) -> None:
-    x = some(*shape, dtype=torch.bfloat16) * 10.0 ** torch.randint(-30, 30, shape, generator=torch.Generator().manual_seed(1))
+    x = some(*shape, dtype=torch.bfloat16) * 10.0 ** torch.randint(
+        -30, 30, shape, generator=torch.Generator().manual_seed(1)
+    )
     x = x.bfloat16()
     assert torch.equal(turned(x), x.t()) and turned(x).is_contiguous()
 
@@ -103,16 +125,26 @@ def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None
     return (weights if mask is None else weights * mask / (1 - p)) @ v
 
 
-CAUSAL = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+CAUSAL = torch.zeros(5, 5, dtype=torch.float64).masked_fill(
+    ~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf
+)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("bias", [CAUSAL, CAUSAL.expand(2, 1, 5, 5).clone()], ids=["one for all", "one a row"])
+@pytest.mark.parametrize(
+    "bias", [CAUSAL, CAUSAL.expand(2, 1, 5, 5).clone()], ids=["one for all", "one a row"]
+)
 def test_attention_is_its_formula_and_its_gradients_are(p: float, bias: Tensor) -> None:
     q, k, v = (some(2, 3, 5, 4, seed=i) for i in range(3))
-    mask = torch.randint(0, 2, (2, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)) if p else None
+    mask = (
+        torch.randint(0, 2, (2, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+        if p
+        else None
+    )
     turned_q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes: not contiguous
-    for found, right in both(lambda *t: attend(*t, bias, mask, p), lambda *t: reference(*t, bias, mask, p), turned_q, k, v):
+    for found, right in both(
+        lambda *t: attend(*t, bias, mask, p), lambda *t: reference(*t, bias, mask, p), turned_q, k, v
+    ):
         assert torch.allclose(found, right, atol=1e-12)
 
 
@@ -148,16 +180,23 @@ def test_the_loss_in_chunks_is_torchs_and_so_is_its_gradient(monkeypatch: pytest
     for chunk in (1, 400, 10**9):  # one row at a time, eight, all
         monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
         for smoothing in (0.0, 0.2):
-            a, b = (torch.randn(70, 50, generator=torch.Generator().manual_seed(2)).mul_(3).requires_grad_() for _ in "ab")
+            a, b = (
+                torch.randn(70, 50, generator=torch.Generator().manual_seed(2)).mul_(3).requires_grad_()
+                for _ in "ab"
+            )
             loss, plain = cross_entropy(a, target, smoothing)
             (loss * 0.5).backward()
             expected = F.cross_entropy(b, target, label_smoothing=smoothing)
             (expected * 0.5).backward()
-            assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(plain, F.cross_entropy(b, target), atol=1e-6)
+            assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(
+                plain, F.cross_entropy(b, target), atol=1e-6
+            )
             assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-7)
 
 
-def test_the_number_of_rows_at_a_time_does_not_change_a_bit_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_rows_at_a_time_does_not_change_a_bit_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Chunks are summed in float64, and so are the rows of a chunk."""
     noise = torch.Generator().manual_seed(3)
     for _ in range(20):
@@ -182,7 +221,9 @@ def test_a_chance_that_is_zero_by_rounding_costs_much_and_not_infinity() -> None
 # -- in C++
 
 
-NATIVE = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler that makes kernels.cpp")
+NATIVE = pytest.mark.skipif(
+    native.library() is None, reason="there is no C++ compiler that makes kernels.cpp"
+)
 HALF = torch.bfloat16
 
 
@@ -203,23 +244,32 @@ def close(found: Tensor, exact: Tensor) -> bool:
 @NATIVE
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 7), (70, 1003), (64, 4096)])
 def test_the_loss_in_cpp_is_the_formula(rows: int, vocab: int) -> None:
-    logits, target = some(rows, vocab, dtype=HALF) * 8, torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1))
+    logits, target = (
+        some(rows, vocab, dtype=HALF) * 8,
+        torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1)),
+    )
     exact = logits.double().requires_grad_()
     right = F.cross_entropy(exact, target, reduction="none")
     right.mean().backward()
     one, two = (on(threads, lambda: native.cross_entropy(logits, target)) for threads in (1, 2))
     assert exact.grad is not None
-    assert torch.allclose(one[0], right, rtol=1e-6, atol=1e-6) and close(one[1].double() * rows, exact.grad * rows)
+    assert torch.allclose(one[0], right, rtol=1e-6, atol=1e-6) and close(
+        one[1].double() * rows, exact.grad * rows
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), "threads do not show"
 
 
 @NATIVE
 def test_the_loss_in_cpp_at_its_edges() -> None:
     minus = -torch.inf
-    logits = torch.tensor([[0.0, 200.0, minus], [0.0, 0.0, minus], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=HALF)
+    logits = torch.tensor(
+        [[0.0, 200.0, minus], [0.0, 0.0, minus], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=HALF
+    )
     loss, grad = native.cross_entropy(logits, torch.tensor([0, 1, 0, 1]))
     assert loss[0] == 200 and loss[1].item() == pytest.approx(0.693147, abs=1e-6)
-    assert torch.equal(grad[:2] * 4, torch.tensor([[-1.0, 1.0, 0.0], [0.5, -0.5, 0.0]], dtype=HALF)), "what cannot be has no gradient"
+    assert torch.equal(grad[:2] * 4, torch.tensor([[-1.0, 1.0, 0.0], [0.5, -0.5, 0.0]], dtype=HALF)), (
+        "what cannot be has no gradient"
+    )
     assert not torch.isfinite(loss[2:]).any(), "a number that is none stays none"
 
 
@@ -243,12 +293,17 @@ def test_attention_in_cpp_is_the_formula(p: float, size: int, kind: str) -> None
         return weights, dropped, *native.softmax_backward(upstream.clone(), weights, bias, mask)
 
     weights, dropped, grad, again = on(1, ours)
-    assert close(weights, (scores.double() + bias).softmax(-1)) and weights[~seen.expand_as(weights)].abs().sum() == 0
+    assert (
+        close(weights, (scores.double() + bias).softmax(-1))
+        and weights[~seen.expand_as(weights)].abs().sum() == 0
+    )
     keep = torch.ones_like(weights) if mask is None else mask
     assert torch.equal(dropped, weights * keep) and torch.equal(again, dropped)
     wide, kept = weights.double(), upstream.double() * keep
     assert close(grad, wide * (kept - (kept * wide).sum(-1, keepdim=True)))
-    assert all(torch.equal(a, b) for a, b in zip((weights, dropped, grad, again), on(2, ours), strict=True)), "threads do not show"
+    assert all(
+        torch.equal(a, b) for a, b in zip((weights, dropped, grad, again), on(2, ours), strict=True)
+    ), "threads do not show"
 
 
 @NATIVE
@@ -260,7 +315,10 @@ def test_a_compiled_step_in_bfloat16_takes_them_and_no_other(monkeypatch: pytest
     q, k, v = (some(2, 3, 5, 4, seed=i, dtype=HALF) for i in range(3))
     bias, mask = CAUSAL.to(HALF), torch.ones(2, 3, 5, 5, dtype=torch.uint8)
     torch._dynamo.reset()
-    for way in (torch.compile(lambda *t: attend(*t, bias, mask, 0.5)), lambda *t: attend(*t, bias, mask, 0.5)):
+    for way in (
+        torch.compile(lambda *t: attend(*t, bias, mask, 0.5)),
+        lambda *t: attend(*t, bias, mask, 0.5),
+    ):
         both(way, lambda *t: reference(*(x.float() for x in t), bias.float(), mask, 0.5), q, k, v)
     assert taken == ["softmax", "softmax_backward"], "the compiled one, not the eager one"
     logits, target = some(6, 50, dtype=HALF), torch.arange(6)
@@ -271,7 +329,9 @@ def test_a_compiled_step_in_bfloat16_takes_them_and_no_other(monkeypatch: pytest
 
 
 @NATIVE
-def test_the_library_is_made_once_and_made_again_where_it_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_made_once_and_made_again_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
     make = native.library.__wrapped__
     assert make() is not None
@@ -314,7 +374,9 @@ def test_the_gradients_of_the_rms_norm_in_bfloat16_are_rounded_once(shape: tuple
     given = leaves(x, gain)
     y = rms_norm(*given)
     y.backward(some(*shape, seed=9).to(torch.bfloat16))
-    for got, (right, _), dtype in zip([y, *(t.grad for t in given)], exact, (x.dtype, x.dtype, gain.dtype), strict=True):
+    for got, (right, _), dtype in zip(
+        [y, *(t.grad for t in given)], exact, (x.dtype, x.dtype, gain.dtype), strict=True
+    ):
         assert got is not None and got.dtype == dtype
         assert torch.allclose(got.double(), right, rtol=2e-2, atol=3e-2 * float(right.abs().max()))
 
@@ -327,7 +389,9 @@ def test_the_gradients_of_the_rms_norm_in_bfloat16_are_rounded_once(shape: tuple
         (32, 8, 1), (33, 8, 1),  # four times as many inputs
     ],
 )  # fmt: skip
-def test_the_narrow_operand_of_a_product_is_turned(monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, turns: int) -> None:
+def test_the_narrow_operand_of_a_product_is_turned(
+    monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, turns: int
+) -> None:
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(kernels, "turned", lambda x: (shapes.append(tuple(x.shape)), turned(x))[1])
     x, weight, bias = some(2, 3, inputs), some(outputs, inputs, seed=1), some(outputs, seed=2)
@@ -346,7 +410,9 @@ def test_turned_keeps_the_dtype(shape: tuple[int, int], dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tiles", [True, False])
-def test_under_autocast_a_product_is_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tiles: bool, bias: bool) -> None:
+def test_under_autocast_a_product_is_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, tiles: bool, bias: bool
+) -> None:
     monkeypatch.setattr(kernels, "TILES", tiles)
     monkeypatch.setattr(kernels, "WIDE", 4)
     x, weight, offset = (some(*shape, dtype=torch.float32) for shape in ((3, 5), (4, 5), (4,)))
@@ -359,8 +425,12 @@ def test_under_autocast_a_product_is_in_bfloat16(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(linear(x, weight, offset), F.linear(x, weight, offset))
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "taken"), [(9, 2, True), (2, 9, True), (8, 2, True), (2, 8, True), (7, 7, False)])
-def test_a_product_on_tiles_is_as_wide_as_its_longer_side(monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, taken: bool) -> None:
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "taken"), [(9, 2, True), (2, 9, True), (8, 2, True), (2, 8, True), (7, 7, False)]
+)
+def test_a_product_on_tiles_is_as_wide_as_its_longer_side(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, taken: bool
+) -> None:
     monkeypatch.setattr(kernels, "TILES", True)
     monkeypatch.setattr(kernels, "WIDE", 8)
     x, weight = leaves(some(3, inputs, dtype=torch.bfloat16), some(outputs, inputs, dtype=torch.bfloat16))
@@ -429,8 +499,14 @@ BACKWARD = [kernels._attend_backward, kernels._attend_backward_native, kernels.a
 
 def attention_parts(dtype: torch.dtype, p: float, size: int = 5) -> tuple[Any, ...]:
     q, k, v = (some(2, 3, size, 4, seed=i, dtype=dtype) for i in range(3))
-    bias = torch.zeros(size, size, dtype=dtype).masked_fill(~torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf)
-    mask = torch.randint(0, 2, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)) if p else None
+    bias = torch.zeros(size, size, dtype=dtype).masked_fill(
+        ~torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf
+    )
+    mask = (
+        torch.randint(0, 2, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+        if p
+        else None
+    )
     return q, k, v, bias, mask
 
 
@@ -455,12 +531,16 @@ def test_every_way_of_attention_is_the_formula(
     for got, wanted in zip([y, *grads], [right, *(t.grad for t in exact)], strict=True):
         assert got.dtype == dtype
         assert torch.allclose(got.double(), wanted, atol=close_to, rtol=close_to)
-    assert torch.allclose(weights.double(), (q.double() @ k.double().mT + bias.double()).softmax(-1), atol=close_to)
+    assert torch.allclose(
+        weights.double(), (q.double() @ k.double().mT + bias.double()).softmax(-1), atol=close_to
+    )
 
 
 @NATIVE
 @pytest.mark.parametrize(("dtype", "taken"), [(torch.bfloat16, 2), (torch.float32, 0)])
-def test_attention_in_cpp_is_for_bfloat16(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, taken: int) -> None:
+def test_attention_in_cpp_is_for_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, taken: int
+) -> None:
     names: list[str] = []
     real = native._call
     monkeypatch.setattr(native, "_call", lambda name, *args: (names.append(name), real(name, *args))[1])
@@ -488,7 +568,9 @@ def test_attention_takes_tensors_and_gradients_that_are_not_contiguous() -> None
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 2), (3, 5), (7, 33)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_loss_times_anything_has_torchs_gradient(dtype: torch.dtype, rows: int, vocab: int, smoothing: float, upstream: float) -> None:
+def test_the_loss_times_anything_has_torchs_gradient(
+    dtype: torch.dtype, rows: int, vocab: int, smoothing: float, upstream: float
+) -> None:
     logits, target = some(rows, vocab, dtype=dtype) * 3, torch.arange(rows) % vocab
     ours, theirs = leaves(logits, logits.double())
     loss, plain = cross_entropy(ours, target, smoothing)
@@ -504,12 +586,19 @@ def test_the_loss_times_anything_has_torchs_gradient(dtype: torch.dtype, rows: i
     assert torch.allclose(ours.grad.double(), theirs.grad, atol=close_to)
 
 
-@pytest.mark.parametrize(("chunk", "sizes"), [(1, [1] * 7), (49, [1] * 7), (50, [1] * 7), (99, [1] * 7), (100, [2, 2, 2, 1]), (350, [7])])
-def test_as_many_rows_at_a_time_as_the_cache_holds(monkeypatch: pytest.MonkeyPatch, chunk: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "sizes"),
+    [(1, [1] * 7), (49, [1] * 7), (50, [1] * 7), (99, [1] * 7), (100, [2, 2, 2, 1]), (350, [7])],
+)
+def test_as_many_rows_at_a_time_as_the_cache_holds(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, sizes: list[int]
+) -> None:
     seen: list[int] = []
     real = F.softmax
     monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(kernels.F, "softmax", lambda x, *args, **kwargs: (seen.append(len(x)), real(x, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        kernels.F, "softmax", lambda x, *args, **kwargs: (seen.append(len(x)), real(x, *args, **kwargs))[1]
+    )
     cross_entropy(some(7, 50, dtype=torch.float32), torch.arange(7), 0.0)
     assert seen == sizes
 
@@ -529,7 +618,13 @@ def test_as_many_rows_at_a_time_as_the_cache_holds(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_which_kernel_computes_the_loss(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, cuda: bool, vocab: int, smoothing: float, by_hand: bool, way: str
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    cuda: bool,
+    vocab: int,
+    smoothing: float,
+    by_hand: bool,
+    way: str,
 ) -> None:
     class Logits:
         is_cuda = cuda
@@ -539,7 +634,9 @@ def test_which_kernel_computes_the_loss(
             return vocab
 
     Logits.dtype = dtype
-    monkeypatch.setattr(kernels.CrossEntropy, "apply", lambda _l, _t, share, own: ("by hand" if own else "in chunks", share))
+    monkeypatch.setattr(
+        kernels.CrossEntropy, "apply", lambda _l, _t, share, own: ("by hand" if own else "in chunks", share)
+    )
     monkeypatch.setattr(kernels.CrossEntropyOnGpu, "apply", lambda _l, _t: ("on the GPU", 0.0))
     assert cross_entropy(Logits(), None, smoothing, by_hand) == (way, smoothing)
 
@@ -550,7 +647,9 @@ def test_by_hand_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
-def test_the_loss_by_hand_is_the_mean_and_its_gradient_that_of_the_mean(monkeypatch: pytest.MonkeyPatch, upstream: float) -> None:
+def test_the_loss_by_hand_is_the_mean_and_its_gradient_that_of_the_mean(
+    monkeypatch: pytest.MonkeyPatch, upstream: float
+) -> None:
     def rows_by_formula(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         assert logits.is_contiguous() and target.is_contiguous()
         exact = logits.double().requires_grad_()
@@ -660,7 +759,9 @@ def test_no_update_without_a_gradient_and_none_that_is_blown_up() -> None:
     tiny = torch.zeros(1, 3, 4)
     tiny[0, 0, 0] = 1e-9
     assert 0 < float(kernels.orthogonal(tiny).abs().max()) < 20, "divided by 1e-7 at least"
-    assert float(kernels.orthogonal(tiny)[0, 0, 0]) == pytest.approx(float(newton_schulz(tiny[0])[0, 0]), rel=3e-2)
+    assert float(kernels.orthogonal(tiny)[0, 0, 0]) == pytest.approx(
+        float(newton_schulz(tiny[0])[0, 0]), rel=3e-2
+    )
 
 
 def muon_by_hand(
@@ -682,9 +783,14 @@ def muon_by_hand(
     [(0.1, 0.0, 0.0), (0.1, 0.0, 0.9), (0.1, 0.5, 0.9), (0.02, 3.0, 0.5), (0.0, 0.5, 0.9), (1.0, 1.0, 0.0)],
 )
 @pytest.mark.parametrize("shapes", [[(4, 6)], [(4, 6), (4, 6), (6, 4)], [(5, 5), (2, 9), (5, 5)]])
-def test_muon_is_its_formula(shapes: list[tuple[int, int]], lr: float, weight_decay: float, momentum: float) -> None:
+def test_muon_is_its_formula(
+    shapes: list[tuple[int, int]], lr: float, weight_decay: float, momentum: float
+) -> None:
     weights = [some(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
-    grads = [[some(*shape, seed=10 * step + i, dtype=torch.float32) for i, shape in enumerate(shapes)] for step in (1, 2, 3)]
+    grads = [
+        [some(*shape, seed=10 * step + i, dtype=torch.float32) for i, shape in enumerate(shapes)]
+        for step in (1, 2, 3)
+    ]
     params = [torch.nn.Parameter(w.clone()) for w in weights]
     optimizer = kernels.Muon([{"params": params, "lr": lr, "weight_decay": weight_decay}], momentum)
     for step in grads:
@@ -700,9 +806,17 @@ def test_muon_is_its_formula(shapes: list[tuple[int, int]], lr: float, weight_de
 
 def test_the_groups_of_muon_have_rates_of_their_own() -> None:
     params = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(3)]
-    groups = [{"params": params[:1]}, {"params": params[1:2], "lr": 0.5}, {"params": params[2:], "weight_decay": 0.25, "lr": 0.0}]
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "lr": 0.5},
+        {"params": params[2:], "weight_decay": 0.25, "lr": 0.0},
+    ]
     optimizer = kernels.Muon(groups, 0.0)
-    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1.0, 0.0), (0.5, 0.0), (0.0, 0.25)]
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (1.0, 0.0),
+        (0.5, 0.0),
+        (0.0, 0.25),
+    ]
     for param in params:
         param.grad = some(3, 4, seed=5, dtype=torch.float32)
     optimizer.step()

@@ -22,7 +22,13 @@ from mainrun.run.session import flops_per_token
 from mainrun.train import GPT, MLP, Optimizers, build
 from mainrun.ui.estimate import memory
 
-LATE: dict[str, Any] = {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2, "frozen": (0,), "unused_ids": 3}
+LATE: dict[str, Any] = {
+    "experts": 4,
+    "attn_lora_rank": 2,
+    "embed_lora_rank": 2,
+    "frozen": (0,),
+    "unused_ids": 3,
+}
 
 
 @given(
@@ -33,10 +39,14 @@ LATE: dict[str, Any] = {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2,
     st.integers(0, 99),
 )
 @settings(max_examples=20)
-def test_a_token_goes_through_its_top_k(experts: int, k: int, router_weights: str, mlp: str, seed: int) -> None:
+def test_a_token_goes_through_its_top_k(
+    experts: int, k: int, router_weights: str, mlp: str, seed: int
+) -> None:
     cfg = config(experts=max(experts, k), top_k=k, router_weights=router_weights, mlp=mlp)
     moe: Any = shaken(cfg, seed).blocks[0].mlp
-    x = torch.randn(2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    x = torch.randn(
+        2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
     y = moe(x)
     expected = []
     for token in x.flatten(0, 1):  # one token at a time
@@ -47,7 +57,9 @@ def test_a_token_goes_through_its_top_k(experts: int, k: int, router_weights: st
     reference = torch.stack(expected).view_as(x)
     assert torch.allclose(y, reference, atol=1e-12)
     leaves = [x, *moe.parameters()]
-    mine, theirs = (torch.autograd.grad(out.square().sum(), leaves, allow_unused=True) for out in (y, reference))
+    mine, theirs = (
+        torch.autograd.grad(out.square().sum(), leaves, allow_unused=True) for out in (y, reference)
+    )
     for a, b in zip(mine, theirs, strict=True):
         assert a is not None and torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-11)
 
@@ -69,7 +81,10 @@ def test_scores_are_as_wide_as_the_weights_under_autocast() -> None:
         cast = moe.route(x)
         rounded = F.linear(x, moe.router.weight)
     assert cast[1].dtype == torch.float32 and all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
-    assert rounded.dtype == torch.bfloat16 and (rounded.sort(descending=True, stable=True)[1][:, :2] != plain[0]).any()
+    assert (
+        rounded.dtype == torch.bfloat16
+        and (rounded.sort(descending=True, stable=True)[1][:, :2] != plain[0]).any()
+    )
     assert model(IDX).isfinite().all()
 
 
@@ -84,7 +99,9 @@ def test_experts_repeat_to_the_bit() -> None:
             found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     finally:
         torch.use_deterministic_algorithms(before)
-    assert found[0].keys() == weights(model).keys() and all(torch.equal(g, found[1][n]) for n, g in found[0].items())
+    assert found[0].keys() == weights(model).keys() and all(
+        torch.equal(g, found[1][n]) for n, g in found[0].items()
+    )
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
@@ -107,14 +124,23 @@ def test_a_low_rank_term_is_its_product() -> None:
     q: Any = model.blocks[0].attn.q
     x = torch.randn(5, 8, dtype=torch.float64)
     full = w["blocks.0.attn.q.weight"] + 2.0 * w["blocks.0.attn.q.lora_b"] @ w["blocks.0.attn.q.lora_a"]
-    assert torch.allclose(q(x), F.linear(x, full, w["blocks.0.attn.q.bias"])) and torch.allclose(q.table(), full)
-    assert torch.allclose(model.embed(IDX), (w["embed.weight"] + 3.0 * w["embed.lora_b"] @ w["embed.lora_a"])[IDX])
-    assert {n for n in w if "lora" in n and n.startswith("blocks.1")} == {f"blocks.1.attn.{m}.lora_{x}" for m in "qkvo" for x in "ab"}
+    assert torch.allclose(q(x), F.linear(x, full, w["blocks.0.attn.q.bias"])) and torch.allclose(
+        q.table(), full
+    )
+    assert torch.allclose(
+        model.embed(IDX), (w["embed.weight"] + 3.0 * w["embed.lora_b"] @ w["embed.lora_a"])[IDX]
+    )
+    assert {n for n in w if "lora" in n and n.startswith("blocks.1")} == {
+        f"blocks.1.attn.{m}.lora_{x}" for m in "qkvo" for x in "ab"
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_low_rank_terms_start_without_effect_and_a_tied_head_has_its_own(tied: bool) -> None:
-    plain, low = (build(config(tie_head=tied, **fields), V) for fields in ({}, {"attn_lora_rank": 2, "embed_lora_rank": 2}))
+    plain, low = (
+        build(config(tie_head=tied, **fields), V)
+        for fields in ({}, {"attn_lora_rank": 2, "embed_lora_rank": 2})
+    )
     low.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         before = plain(IDX)
@@ -149,10 +175,22 @@ def test_all_layers_can_be_frozen(optimizer: str) -> None:
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_unused_ids_have_no_chance_and_no_gradient(softcap: float) -> None:
-    plain, model = (shaken(config(softcap=softcap, tie_head=False, **more), dtype=torch.float32) for more in ({}, {"unused_ids": 3}))
-    model.load_state_dict({n: F.pad(w, (0, 0, 0, 3), value=0.5) if w.shape[0] == V else w for n, w in plain.state_dict().items()})
+    plain, model = (
+        shaken(config(softcap=softcap, tie_head=False, **more), dtype=torch.float32)
+        for more in ({}, {"unused_ids": 3})
+    )
+    model.load_state_dict(
+        {
+            n: F.pad(w, (0, 0, 0, 3), value=0.5) if w.shape[0] == V else w
+            for n, w in plain.state_dict().items()
+        }
+    )
     logits, expected = model(IDX), plain(IDX)
-    assert logits.shape[-1] == V + 3 and torch.equal(logits[..., :V], expected) and (logits[..., V:] == -torch.inf).all()
+    assert (
+        logits.shape[-1] == V + 3
+        and torch.equal(logits[..., :V], expected)
+        and (logits[..., V:] == -torch.inf).all()
+    )
     losses = [cross_entropy(x.flatten(0, 1), IDX.flatten(), 0.0)[0] for x in (logits, expected)]
     assert torch.allclose(losses[0], losses[1])
     losses[0].backward()
@@ -160,13 +198,20 @@ def test_unused_ids_have_no_chance_and_no_gradient(softcap: float) -> None:
         assert table is not None and table.weight.grad is not None and table.weight.grad.isfinite().all()
         assert not table.weight.grad[V:].any() and table.weight.grad[:V].any()
     for field in ({"label_smoothing": 0.1}, {"rdrop": 0.5, "dropout": 0.1}):
-        with pytest.raises(ConfigError, match=r"unused_ids=3 with (rdrop|label_smoothing)=0\.[15]; set one of them to 0"):
+        with pytest.raises(
+            ConfigError, match=r"unused_ids=3 with (rdrop|label_smoothing)=0\.[15]; set one of them to 0"
+        ):
             config(unused_ids=3, **field)
 
 
 def test_what_is_off_leaves_no_trace() -> None:
-    plain, other = (build(config(**fields), V) for fields in ({}, {"top_k": 1, "router_weights": "softmax", "lora_alpha": 2.0}))
-    assert all(torch.equal(w, weights(other)[n]) for n, w in weights(plain).items()) and torch.equal(plain(IDX), other(IDX))
+    plain, other = (
+        build(config(**fields), V)
+        for fields in ({}, {"top_k": 1, "router_weights": "softmax", "lora_alpha": 2.0})
+    )
+    assert all(torch.equal(w, weights(other)[n]) for n, w in weights(plain).items()) and torch.equal(
+        plain(IDX), other(IDX)
+    )
     assert not [n for n in weights(plain) if "lora" in n or "expert" in n or "router" in n]
 
 
@@ -180,7 +225,9 @@ def test_all_of_them_at_once_are_estimated_counted_and_trained() -> None:
     assert told.flops == flops_per_token(cfg, model)
     machine = Machine(cfg)
     machine.settle(cfg, Plan(cfg, 10_000))
-    more = memory(Plan(cfg.changed(experts=32), 10**6), machine, cfg.vocab_size) - memory(Plan(cfg, 10**6), machine, cfg.vocab_size)
+    more = memory(Plan(cfg.changed(experts=32), 10**6), machine, cfg.vocab_size) - memory(
+        Plan(cfg, 10**6), machine, cfg.vocab_size
+    )
     extra = size(cfg.changed(experts=32)).params - told.params
     assert 2 * 4 * extra < more < 6 * 4 * extra, "weights, gradients, momentum; half of the layers are frozen"
     live, optimizers = trained(cfg, 2, torch.float32)

@@ -239,5 +239,9 @@ def test_the_experts_of_a_block_are_its_mlps() -> None:
     block: Any = build(config(experts=3, top_k=1, mlp="swiglu", d_ff=24), 50).blocks[0]
     shapes = {n: tuple(p.shape) for n, p in block.mlp.named_parameters() if n.endswith("weight")}
     one = {"gate.weight": (24, 32), "up.weight": (24, 32), "down.weight": (32, 24)}
-    assert shapes == {"router.weight": (3, 32)} | {f"experts.{i}.{n}": shape for i in range(3) for n, shape in one.items()}
-    assert SimpleNamespace(k=block.mlp.k, renormalised=block.mlp.renormalised) == SimpleNamespace(k=1, renormalised=True)
+    assert shapes == {"router.weight": (3, 32)} | {
+        f"experts.{i}.{n}": shape for i in range(3) for n, shape in one.items()
+    }
+    assert SimpleNamespace(k=block.mlp.k, renormalised=block.mlp.renormalised) == SimpleNamespace(
+        k=1, renormalised=True
+    )

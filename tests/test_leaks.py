@@ -89,7 +89,9 @@ LEFT_OUT = [
 def in_content(what: str, rng: random.Random) -> Hazard:
     text = TOKENS[what](rng)
     line = rng.choice(
-        ["{}", "\n\n# note\n{}\n", "x = 1\r\n{}\r\nfoo"] if "value" in what else ["{}", "a {} b", "# {}\r\n", "x = '{}'\n", "<{}>"]
+        ["{}", "\n\n# note\n{}\n", "x = 1\r\n{}\r\nfoo"]
+        if "value" in what
+        else ["{}", "a {} b", "# {}\r\n", "x = '{}'\n", "<{}>"]
     ).format(text)
     name = rng.choice(["notes.md", "a/b/conf.py", "deep/er/x.cfg", "run.sh", "Makefile", "log"])
     data = line.encode(rng.choice(["utf-8", "utf-8", "utf-16-le", "utf-16-be", "utf-16"]))
@@ -115,7 +117,12 @@ def packed(rng: random.Random) -> Hazard:
     with zipfile.ZipFile(made, "w") as z:
         z.writestr("x", secret)
     name, data = rng.choice(
-        [("notes.txt", gzip.compress(secret)), ("code.py", made.getvalue()), ("a.zip", made.getvalue()), ("b.txt", b"BZh9" + secret)]
+        [
+            ("notes.txt", gzip.compress(secret)),
+            ("code.py", made.getvalue()),
+            ("a.zip", made.getvalue()),
+            ("b.txt", b"BZh9" + secret),
+        ]
     )
     return Hazard({name: data}, secret)
 
@@ -131,7 +138,9 @@ def link(target: str, rng: random.Random) -> Hazard:
 
 
 def gitlink(rng: random.Random) -> Hazard:
-    return Hazard({}, names="other", why="another repository", raw=lambda root: _index(root, f"160000,{'1' * 40},other"))
+    return Hazard(
+        {}, names="other", why="another repository", raw=lambda root: _index(root, f"160000,{'1' * 40},other")
+    )
 
 
 def _index(root: Path, entry: str) -> None:
@@ -209,7 +218,9 @@ def test_nothing_that_may_not_leave_does(i: int, tmp_path: Path, monkeypatch: py
         found = commits.head(tmp_path)
         assert set(found.files) == {"good.py", "README.md"}
         assert set(found.left_out) == set(hazard.files)
-        assert hazard.secret not in pack(found.files) and all(hazard.secret not in data for data in found.files.values())
+        assert hazard.secret not in pack(found.files) and all(
+            hazard.secret not in data for data in found.files.values()
+        )
 
 
 def test_plain_trees_go_in_whole(tmp_path: Path) -> None:
@@ -262,12 +273,19 @@ def test_no_commit_and_no_repository(tmp_path: Path) -> None:
 
 def test_this_repository_holds_nothing_that_looks_like_a_key() -> None:
     """Else nobody could submit: the patterns are wide, the code is written so that they do not meet it."""
-    listed = git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0") if (ROOT / ".git").exists() else []
+    listed = (
+        git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0")
+        if (ROOT / ".git").exists()
+        else []
+    )
     found = [
         (name, line, what)
         for name in listed
         if name and (ROOT / name).is_file()
-        for line, what in [*leaks.secrets_in((ROOT / name).read_bytes()), *((0, why) for why in [leaks.secret_name(name)] if why)]
+        for line, what in [
+            *leaks.secrets_in((ROOT / name).read_bytes()),
+            *((0, why) for why in [leaks.secret_name(name)] if why),
+        ]
     ]
     assert found == []
 

@@ -116,7 +116,9 @@ def test_what_one_holds_no_other_gets(tmp_path: Path, url: str) -> None:
     assert mine.active().get(KEY) is None and mine.active() == {} and mine.tokens() == {}
     lease = acquired(mine, run="mine", step=10)
     assert other.acquire(KEY) is None and mine.acquire(KEY) is None, "not even by its own process"
-    assert other.active().get(KEY) == mine.active().get(KEY) and (other.active().get(KEY) or {})["run"] == "mine"
+    assert (
+        other.active().get(KEY) == mine.active().get(KEY) and (other.active().get(KEY) or {})["run"] == "mine"
+    )
     another = acquired(other, OTHER, run="other")
     assert {key: about["run"] for key, about in mine.active().items()} == {KEY: "mine", OTHER: "other"}
     lease.check()
@@ -162,7 +164,9 @@ for line in sys.stdin:
 def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
     """Fresh keys, and keys that a dead process on this machine has left: then both take over at once."""
     command = [sys.executable, "-c", RACE, str(files)]
-    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    racers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     try:
         assert all(racer.stdout and racer.stdout.readline() == "ready\n" for racer in racers)
         for i in range(50):
@@ -173,7 +177,10 @@ def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
                 assert racer.stdin
                 racer.stdin.write(f"{key} {time.monotonic() + 0.005}\n")
                 racer.stdin.flush()
-            assert sorted(racer.stdout.readline() for racer in racers if racer.stdout) == ["lost\n", "won\n"], f"round {i}"
+            assert sorted(racer.stdout.readline() for racer in racers if racer.stdout) == [
+                "lost\n",
+                "won\n",
+            ], f"round {i}"
             assert Leases(files).tokens()[key] == [8 if i % 2 else 1]
     finally:
         for racer in racers:
@@ -256,7 +263,20 @@ def test_who_was_stopped_is_replaced_after_ttl_and_hears_of_it(files: Folder) ->
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b'{"pid', b"[]", b"7", b'"x"', b"null", b"\xff\xfe", b"{}", b'{"boot": "BOOT"}', b'{"boot": "BOOT", "pid": null}']
+    "text",
+    [
+        b"",
+        b"{",
+        b'{"pid',
+        b"[]",
+        b"7",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b"{}",
+        b'{"boot": "BOOT"}',
+        b'{"boot": "BOOT", "pid": null}',
+    ],
 )
 def test_a_torn_lease_holds_until_its_beats_are_missed(files: Folder, text: bytes) -> None:
     files.write(f"leases/{KEY}.000003", text.replace(b"BOOT", module._boot().encode()))
@@ -370,7 +390,9 @@ def test_a_beat_says_how_things_stand(files: Folder) -> None:
 
 
 @pytest.mark.parametrize("clock", [0.0, 1e6, -1e6, "frozen"])
-def test_the_clock_on_the_wall_does_not_matter(files: Folder, monkeypatch: pytest.MonkeyPatch, clock: float | str) -> None:
+def test_the_clock_on_the_wall_does_not_matter(
+    files: Folder, monkeypatch: pytest.MonkeyPatch, clock: float | str
+) -> None:
     real, started = time.time, time.time()
     leases, name, before = Leases(files, 0.3), elsewhere(files), time.monotonic()
     lease = acquired(Leases(files, 0.3), OTHER)

@@ -137,7 +137,9 @@ CASES: dict[str, Case] = {
     "resid_dropout": Case(None),
     "rdrop": Case(1.0),
     "label_smoothing": Case(0.0),
-    "ema": Case(0.9, 3, {"swa": 0.0, "ema": 0.3}),  # a young average follows by (1 + step) / (10 + step), 4/13 of them at step 3
+    "ema": Case(
+        0.9, 3, {"swa": 0.0, "ema": 0.3}
+    ),  # a young average follows by (1 + step) / (10 + step), 4/13 of them at step 3
     "swa": Case(0.6, 5),
     "growth": Case(set_lr(0.03, 6), GROWS),
     "eval_per_epoch": Case(5, None),
@@ -152,7 +154,10 @@ SAME_BITS = {"threads"}
 NOT_HERE: dict[str, dict[str, Any]] = {}
 if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
-NOT_HERE["compile"] = {"compile": True, "compiler": "g++ 14"}  # half a minute of compiling: the slow test below does it
+NOT_HERE["compile"] = {
+    "compile": True,
+    "compiler": "g++ 14",
+}  # half a minute of compiling: the slow test below does it
 
 
 def titles(changed: int | None = None, more: int = 0) -> str:
@@ -268,7 +273,11 @@ def same_so_far(a: Trained, b: Trained, steps: int) -> None:
 def test_the_base_is_what_the_cases_were_written_for(lab: Lab) -> None:
     base = lab.train(lab.config())
     assert base.plan.steps == STEPS
-    assert (base.plan.warmup_steps, base.plan.decay_start + 1, base.plan.swa_start + 1) == (2, FALLS, AVERAGES)
+    assert (base.plan.warmup_steps, base.plan.decay_start + 1, base.plan.swa_start + 1) == (
+        2,
+        FALLS,
+        AVERAGES,
+    )
     assert len(set(base.keys)) == STEPS + 1 and len(set(base.states)) == STEPS
 
 
@@ -315,16 +324,27 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "compiling as the length of the run decides": ({"compile": "auto"}, {}),
     "a thread a core": ({"threads": 0}, {"threads": cores()}),
     "the other rate as the rate": ({"lr_aux": 0.0, "growth": {}}, {"lr_aux": 0.02, "growth": {}}),
-    "one dropout for all": ({"attn_dropout": None, "resid_dropout": None}, {"attn_dropout": 0.1, "resid_dropout": 0.1}),
+    "one dropout for all": (
+        {"attn_dropout": None, "resid_dropout": None},
+        {"attn_dropout": 0.1, "resid_dropout": 0.1},
+    ),
     "dropout of as many 256ths": ({"dropout": 0.1}, {"dropout": 0.101}),
     "the same titles in another file": ({"shuffle": False}, {"shuffle": False, "corpus": "same"}),
     "a dev share of as many titles": ({"dev_frac": 0.05}, {"dev_frac": 0.051}),
     "a decay that begins at the same step": ({"decay_frac": 0.4}, {"decay_frac": 0.42}),
     "an average that never begins": ({"swa": 0.0}, {"swa": 0.01}),
-    "an op that sets what is set": ({"growth": {}, "lr_aux": 0.02}, {"growth": set_lr(0.02, 4), "lr_aux": 0.02}),
+    "an op that sets what is set": (
+        {"growth": {}, "lr_aux": 0.02},
+        {"growth": set_lr(0.02, 4), "lr_aux": 0.02},
+    ),
     "ops that are overtaken": (
         {},
-        {"growth": {"ops": [{"name": "set_batch_size", "value": b, "trigger": {"step": 4}} for b in (16, 8)] + set_lr(0.03, 1)["ops"]}},
+        {
+            "growth": {
+                "ops": [{"name": "set_batch_size", "value": b, "trigger": {"step": 4}} for b in (16, 8)]
+                + set_lr(0.03, 1)["ops"]
+            }
+        },
     ),
 }
 if not torch.cuda.is_available():
@@ -370,7 +390,10 @@ def test_one_title_changed_gives_another_root(lab: Lab) -> None:
     base = lab.chain(lab.config())[1][0]
     for where, at in (("train", 5), ("dev", 74), ("val", 80)):
         (lab.out / f"{where}.txt").write_text(titles(changed=at))
-        assert lab.chain(lab.config(corpus=where, shuffle=False))[1][0] != lab.chain(lab.config(shuffle=False))[1][0], where
+        assert (
+            lab.chain(lab.config(corpus=where, shuffle=False))[1][0]
+            != lab.chain(lab.config(shuffle=False))[1][0]
+        ), where
     (lab.out / "beyond.txt").write_text(titles(changed=84))
     assert lab.chain(lab.config(corpus="beyond", shuffle=False))[1] == lab.chain(lab.config(shuffle=False))[1]
     assert lab.chain(lab.config(corpus="OTHER"))[1][0] != base
@@ -383,19 +406,36 @@ def test_each_fact_of_a_beginning_enters_the_root_and_is_named(lab: Lab) -> None
     assert begun["fields"].keys() | lineage.IN_TOKENS | lineage.IN_MACHINE == {
         f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static"
     }
-    assert (begun["data"], begun["versions"], begun["machine_class"]) == (prints | {"tokens": "tokens"}, versions(), facts)
+    assert (begun["data"], begun["versions"], begun["machine_class"]) == (
+        prints | {"tokens": "tokens"},
+        versions(),
+        facts,
+    )
     roots = {lineage.root(begun)}
     for part, table in begun.items():
         for name in table:
             other = {**begun, part: {**table, name: "another"}}
             roots.add(lineage.root(other))
-            assert lineage.differences(begun, other) == [f"{part} {name}: another there, {lineage._short(table[name])} here"]
-        roots.add(lineage.root({**begun, part: {**table, "more": 1}}))  # as a limit of the processor's instructions
+            assert lineage.differences(begun, other) == [
+                f"{part} {name}: another there, {lineage._short(table[name])} here"
+            ]
+        roots.add(
+            lineage.root({**begun, part: {**table, "more": 1}})
+        )  # as a limit of the processor's instructions
     assert len(roots) == 1 + sum(len(table) + 1 for table in begun.values())
     assert lineage.differences(begun, begun) == []
 
 
-IN_TOKENS = ("corpus", "dev_frac", "num_titles", "shuffle", "tokenizer", "tokenizer_fit", "val_frac", "vocab_size")
+IN_TOKENS = (
+    "corpus",
+    "dev_frac",
+    "num_titles",
+    "shuffle",
+    "tokenizer",
+    "tokenizer_fit",
+    "val_frac",
+    "vocab_size",
+)
 IN_MACHINE = ("attention", "compile", "device", "dtype", "threads")
 
 
@@ -441,7 +481,9 @@ def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
     kept, plain = lab.train(cfg, store), lab.train(cfg)
     assert kept.keys == plain.keys and kept.weights == plain.weights
     keys = store.node_keys()
-    assert {plain.keys[STEPS], *(plain.keys[step] for step in plain.plan.breaks)} <= set(keys) <= set(plain.keys)
+    assert (
+        {plain.keys[STEPS], *(plain.keys[step] for step in plain.plan.breaks)} <= set(keys) <= set(plain.keys)
+    )
 
 
 # -- the chain
@@ -449,7 +491,18 @@ def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_chain_of_a_hundred_thousand_steps_takes_half_a_second() -> None:
     """Of processor time: 0.25 s on a quiet core, 0.4 s beside a busy neighbour. Half as much again is allowed to a busier one."""
-    plan = Plan(from_dict({"schedule": "wsd", "epochs": 1000, "batch_size": 2, "block_size": 4, "growth": set_lr(0.01, 50_000)}), 801)
+    plan = Plan(
+        from_dict(
+            {
+                "schedule": "wsd",
+                "epochs": 1000,
+                "batch_size": 2,
+                "block_size": 4,
+                "growth": set_lr(0.01, 50_000),
+            }
+        ),
+        801,
+    )
     assert plan.steps == 100_000
     taken = []
     for _ in range(3):
@@ -471,7 +524,9 @@ def test_a_chain_is_the_hash_of_the_key_before_and_the_inputs() -> None:
         other = at_zero._replace(**{name: value + 1 if isinstance(value, int) else value / 2 + 0.1})
         assert lineage.INPUTS.pack(*other) != lineage.INPUTS.pack(*at_zero), name
     nearly = at_zero._replace(lr=at_zero.lr * (1 + 2**-52))
-    assert nearly.lr != at_zero.lr and lineage.INPUTS.pack(*nearly) != lineage.INPUTS.pack(*at_zero), "the last bit counts"
+    assert nearly.lr != at_zero.lr and lineage.INPUTS.pack(*nearly) != lineage.INPUTS.pack(*at_zero), (
+        "the last bit counts"
+    )
 
 
 @st.composite
@@ -482,12 +537,19 @@ def told_twice(draw: st.DrawFn) -> tuple[Plan, Plan]:
     wordy: list[dict[str, Any]] = []
     for step in sorted(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))):
         trigger = {"trigger": {"step": step}}
-        sizes = [{"name": "set_batch_size", "value": size} | trigger for size in draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))]
+        sizes = [
+            {"name": "set_batch_size", "value": size} | trigger
+            for size in draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+        ]
         plain += sizes[-1:]
-        wordy += draw(st.permutations([*sizes[:-1], {"name": "set_lr", "value": 6e-3} | trigger])) + sizes[-1:]
+        wordy += (
+            draw(st.permutations([*sizes[:-1], {"name": "set_lr", "value": 6e-3} | trigger])) + sizes[-1:]
+        )
     fields = {"schedule": "constant", "batch_size": 2, "block_size": 4, "epochs": 3, "order": order}
     try:
-        one, other = (Plan(from_dict(fields | {"growth": {"ops": ops}}), train_tokens) for ops in (plain, wordy))
+        one, other = (
+            Plan(from_dict(fields | {"growth": {"ops": ops}}), train_tokens) for ops in (plain, wordy)
+        )
     except ConfigError:  # no room for one of the steps
         assume(False)
     return one, other
@@ -500,5 +562,7 @@ def test_runs_with_the_same_keys_read_the_same_tokens(plans: tuple[Plan, Plan]) 
     a, b = plans
     assert lineage.chain("ab" * 32, a) == lineage.chain("ab" * 32, b)
     for step in range(a.steps):
-        assert a.stretch(step).place(step, a.train_tokens) == b.stretch(step).place(step, a.train_tokens)
+        assert a.segment_at(step).place(step, a.train_tokens) == b.segment_at(step).place(
+            step, a.train_tokens
+        )
         assert a.tokens(step) == b.tokens(step)

@@ -28,7 +28,9 @@ from mainrun.run.progress import Progress
 from mainrun.store.rundir import RunDir
 from mainrun.train import train
 
-COMPILER = pytest.mark.skipif(not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none")
+COMPILER = pytest.mark.skipif(
+    not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none"
+)
 Tiny = Callable[..., TrainConfig]
 
 
@@ -81,7 +83,18 @@ def test_the_allocator_changes_no_bit_and_stands_in_env_json(tmp_path: Path) -> 
     found = []
     for name in ("tuned", "default"):
         env = os.environ | ({"MAINRUN_ALLOCATOR": "default"} if name == "default" else {})
-        command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(), "--out", str(tmp_path / name), "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "mainrun",
+            "train",
+            "--preset",
+            "baseline",
+            *tiny_sets(),
+            "--out",
+            str(tmp_path / name),
+            "--quiet",
+        ]
         subprocess.run(command, env=env, check=True)
         (run,) = map(RunDir, (tmp_path / name).glob("[!.]*"))
         found.append((results(run), run.env()["allocator"]))
@@ -100,7 +113,10 @@ def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> N
     assert best("cpu", block_size=128) == best("cpu", block_size=1024, dtype="bfloat16") == "sdpa"
     assert best("cpu", block_size=128, dropout=0.1) == "plain", "the fused kernel takes no byte masks"
     assert best("cpu", block_size=128, dropout=0.1, attn_dropout=0.0) == "sdpa"
-    assert Machine(tiny(attention="sdpa")).facts["attention"] == "sdpa" and Machine(tiny()).facts["attention"] == "plain"
+    assert (
+        Machine(tiny(attention="sdpa")).facts["attention"] == "sdpa"
+        and Machine(tiny()).facts["attention"] == "plain"
+    )
 
 
 @COMPILER
@@ -128,7 +144,9 @@ def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: py
     once = compile_balance(cfg, plan, "cpu", Machine(cfg).threads)
     monkeypatch.setattr("time.perf_counter", lambda: 0.0)
     assert compile_balance(cfg, plan, "cpu", Machine(cfg).threads) == once
-    assert compile_balance(cfg, Plan(cfg, 6_000_000), "cpu", Machine(cfg).threads)[1] == pytest.approx(2 * once[1], rel=1e-3)
+    assert compile_balance(cfg, Plan(cfg, 6_000_000), "cpu", Machine(cfg).threads)[1] == pytest.approx(
+        2 * once[1], rel=1e-3
+    )
 
 
 def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +155,9 @@ def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest
     found = Machine(cfg)
     found.settle(cfg, Plan(cfg, 10**9))
     assert not found.compile and not found.facts["compile"]
-    with pytest.raises(ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"):
+    with pytest.raises(
+        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"
+    ):
         Machine(cfg.model_copy(update={"compile": "on"}))
 
 
@@ -146,7 +166,10 @@ def test_the_rate_that_is_used_is_a_whole_256th_and_recorded(asked: float, used:
     cfg = from_dict({"dropout": asked, "attn_dropout": 0.0})
     table = Plan(cfg, 100_000).table()
     for step in ("first_step", "last_step"):
-        assert table[step]["dropout"] == table[step]["resid_dropout"] == used / 256 and table[step]["attn_dropout"] == 0.0
+        assert (
+            table[step]["dropout"] == table[step]["resid_dropout"] == used / 256
+            and table[step]["attn_dropout"] == 0.0
+        )
 
 
 # -- numbers that stay on the device for a while
@@ -160,7 +183,9 @@ class Late(Machine):
         self.lag = 7
 
 
-def test_reading_the_numbers_late_changes_none(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_numbers_late_changes_none(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = tiny(checkpoint_every=10)
     train(cfg, tmp_path / "at once")
     monkeypatch.setattr(trainer, "Machine", Late)
@@ -168,11 +193,15 @@ def test_reading_the_numbers_late_changes_none(tiny: Tiny, tmp_path: Path, monke
     fetch = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), fetch(self))[1])
     train(cfg, tmp_path / "late")
-    assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "at once" / cfg.run_id))
+    assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(
+        RunDir(tmp_path / "at once" / cfg.run_id)
+    )
     assert max(shape[0] for shape in reads if len(shape) == 2) == 7
 
 
-def test_a_stop_between_two_readings_loses_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_between_two_readings_loses_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = tiny(eval_per_epoch=0)
     train(cfg, tmp_path / "whole")
     monkeypatch.setattr(trainer, "Machine", Late)
@@ -195,7 +224,9 @@ def test_a_stop_between_two_readings_loses_nothing(tiny: Tiny, tmp_path: Path, m
     assert (weights, rows) == results(RunDir(tmp_path / "whole" / cfg.run_id))
 
 
-def test_a_loss_that_is_read_late_still_ends_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_read_late_still_ends_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer, "Machine", Late)
     loss, calls = trainer.compute_loss, 0
 
@@ -211,10 +242,14 @@ def test_a_loss_that_is_read_late_still_ends_the_run(tiny: Tiny, tmp_path: Path,
         train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000010"]
-    assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, 12)), "what led there can be seen"
+    assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, 12)), (
+        "what led there can be seen"
+    )
 
 
-def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """That step has not reached the weights: they are saved, and the checkpoint must vouch for every row up to it."""
     cfg = tiny(eval_per_epoch=0, checkpoint_every=10**6)
     train(cfg, tmp_path / "whole")
@@ -236,7 +271,9 @@ def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(tiny: Tiny,
     assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "whole" / cfg.run_id))
 
 
-def test_a_checkpoint_between_two_readings_has_every_row(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_between_two_readings_has_every_row(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = tiny(eval_per_epoch=0, checkpoint_every=10)
     train(cfg, tmp_path / "whole")
     loss, calls = trainer.compute_loss, 0
@@ -262,9 +299,17 @@ def test_a_checkpoint_between_two_readings_has_every_row(tiny: Tiny, tmp_path: P
 
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])
 @pytest.mark.parametrize("place", ["dropout", "attn_dropout", "resid_dropout"])
-def test_each_dropout_alone_changes_the_training_and_is_the_same_twice(tiny: Tiny, tmp_path: Path, attention: str, place: str) -> None:
+def test_each_dropout_alone_changes_the_training_and_is_the_same_twice(
+    tiny: Tiny, tmp_path: Path, attention: str, place: str
+) -> None:
     rates = {"dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0}
-    short = {"num_titles": 200, "vocab_size": 300, "n_layer": 1, "attention": attention, "official_geometry": "1x16"}
+    short = {
+        "num_titles": 200,
+        "vocab_size": 300,
+        "n_layer": 1,
+        "attention": attention,
+        "official_geometry": "1x16",
+    }
     runs = [("off", rates), ("on", rates | {place: 0.5}), ("again", rates | {place: 0.5})]
     off, on, again = (train(tiny(**short, **given), tmp_path / name)["weights"] for name, given in runs)
     assert off != on == again
@@ -299,18 +344,36 @@ def test_the_loss_lets_go_of_its_gradient() -> None:
 @COMPILER
 def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: Path) -> None:
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\ncase $1 in --version) echo g++ 99; exit 0;; esac\necho no such header >&2\nexit 1\n")
+    broken.write_text(
+        "#!/bin/sh\ncase $1 in --version) echo g++ 99; exit 0;; esac\necho no such header >&2\nexit 1\n"
+    )
     broken.chmod(0o755)
     env = os.environ | {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     sets = tiny_sets(compile="on", n_layer=1)
-    command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--out", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "mainrun",
+        "train",
+        "--preset",
+        "baseline",
+        *sets,
+        "--out",
+        str(tmp_path / "runs"),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "torch.compile failed" in done.stderr and "--set compile=off trains without it" in done.stderr
+    assert (
+        done.returncode == 2
+        and "torch.compile failed" in done.stderr
+        and "--set compile=off trains without it" in done.stderr
+    )
     missing = subprocess.run(command, env=env | {"CXX": "/no/such/compiler"}, capture_output=True, text=True)
     assert missing.returncode == 2 and "CXX=/no/such/compiler is not there" in missing.stderr
 
 
-def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = Machine(tiny()).facts
     assert "limits" not in plain
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
@@ -333,10 +396,17 @@ def test_the_seconds_of_a_run_add_up(tiny: Tiny, tmp_path: Path) -> None:
     cfg = tiny(checkpoint_every=10)
     with pytest.raises(Interrupted):
         train(cfg, tmp_path, progress=Stop())
-    half = json.loads(next(iter(sorted(RunDir(tmp_path / cfg.run_id).checkpoints.glob("*/meta.json"), reverse=True))).read_text())["spent"]
+    half = json.loads(
+        next(
+            iter(sorted(RunDir(tmp_path / cfg.run_id).checkpoints.glob("*/meta.json"), reverse=True))
+        ).read_text()
+    )["spent"]
     summary = train(cfg, tmp_path)
     assert set(summary["spent"]) == {"data", "steps", "evaluation", "checkpoints", "guards", "overhead"}
-    assert sum(summary["spent"].values()) == pytest.approx(summary["seconds"]) and min(summary["spent"].values()) > 0
+    assert (
+        sum(summary["spent"].values()) == pytest.approx(summary["seconds"])
+        and min(summary["spent"].values()) > 0
+    )
     assert summary["spent"]["steps"] > half["steps"] > 0, "both sittings are in it"
     steps = sum(r["seconds"] for r in RunDir(tmp_path / cfg.run_id).metrics() if r["event"] == "step")
     assert summary["spent"]["steps"] == pytest.approx(steps, rel=0.2)
@@ -362,7 +432,9 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tiny: Tiny, tmp
     whole, cut = (RunDir(tmp_path / name / cfg.run_id) for name in ("whole", "cut"))
     assert results(whole) == results(cut)
     summary = whole.summary()
-    assert summary is not None and summary["machine_class"]["compile"] and summary["machine_class"]["compiler"]
+    assert (
+        summary is not None and summary["machine_class"]["compile"] and summary["machine_class"]["compiler"]
+    )
     assert summary["spent"]["compile"] > 0.1, "its seconds are told apart"
 
 
@@ -382,7 +454,9 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
     train(cfg, tmp_path / "cut")
     assert results(RunDir(tmp_path / "cut" / cfg.run_id)) == results(a)
     still = {"dropout": 0.0, "compile": "off"}
-    full = [train(tiny(device=device, **still), tmp_path / device)["last"]["full"] for device in ("cpu", "cuda")]
+    full = [
+        train(tiny(device=device, **still), tmp_path / device)["last"]["full"] for device in ("cpu", "cuda")
+    ]
     assert full[0] == pytest.approx(full[1], abs=1e-3)
 
 
@@ -391,14 +465,29 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "world"),
-    [("0", "abc"), ("x", "1"), ("", "1"), ("0", ""), ("1", "1"), ("-1", "1"), ("2", "2"), ("0", "0"), ("0", "2"), ("0", "9" * 5000)],
+    [
+        ("0", "abc"),
+        ("x", "1"),
+        ("", "1"),
+        ("0", ""),
+        ("1", "1"),
+        ("-1", "1"),
+        ("2", "2"),
+        ("0", "0"),
+        ("0", "2"),
+        ("0", "9" * 5000),
+    ],
 )
-def test_what_a_batch_system_left_in_the_environment_is_refused(rank: str, world: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_batch_system_left_in_the_environment_is_refused(
+    rank: str, world: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"):
+    with pytest.raises(
+        ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"
+    ):
         Machine(tiny())
 
 

@@ -82,7 +82,13 @@ def some_titles(rows: int = 3, seed: int = 0) -> Tensor:
 
 # -- references: the same function, written for the eye and not for the clock
 
-TORCH_NAMES = {"self_attn.out_proj": "attn.o", "linear1": "mlp.up", "linear2": "mlp.down", "norm1": "attn_norm", "norm2": "mlp_norm"}
+TORCH_NAMES = {
+    "self_attn.out_proj": "attn.o",
+    "linear1": "mlp.up",
+    "linear2": "mlp.down",
+    "norm1": "attn_norm",
+    "norm2": "mlp_norm",
+}
 
 
 def torch_logits(model: GPT, idx: Tensor) -> Tensor:
@@ -93,10 +99,20 @@ def torch_logits(model: GPT, idx: Tensor) -> Tensor:
     mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
     for i in range(cfg.n_layer):
         layer = nn.TransformerEncoderLayer(
-            cfg.d_model, cfg.n_head, cfg.ff_width, 0.0, "gelu", batch_first=True, norm_first=True, dtype=x.dtype
+            cfg.d_model,
+            cfg.n_head,
+            cfg.ff_width,
+            0.0,
+            "gelu",
+            batch_first=True,
+            norm_first=True,
+            dtype=x.dtype,
         )
         mine = {n.removeprefix(f"blocks.{i}."): w for n, w in weights.items() if n.startswith(f"blocks.{i}.")}
-        theirs = {f"self_attn.in_proj_{kind}": torch.cat([mine[f"attn.{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")}
+        theirs = {
+            f"self_attn.in_proj_{kind}": torch.cat([mine[f"attn.{part}.{kind}"] for part in "qkv"])
+            for kind in ("weight", "bias")
+        }
         for name, other in TORCH_NAMES.items():
             theirs |= {f"{name}.{kind}": mine[f"{other}.{kind}"] for kind in ("weight", "bias")}
         layer.load_state_dict(theirs)
@@ -118,7 +134,9 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
         return x * w[f"{name}.weight"] + w.get(f"{name}.bias", torch.zeros((), dtype=x.dtype))
 
     def head_norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] if cfg.qk_norm else x
+        return (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] if cfg.qk_norm else x
+        )
 
     def turn(x: Tensor, position: int) -> Tensor:
         if cfg.position != "rope":
@@ -144,7 +162,11 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
                 share = w[f"{block}.attn.first_share"]
                 v = (1 - share) * v + share * first
             first = v if first is None else first
-            gate = 2 * torch.sigmoid(linear(seen, f"{block}.attn.gate")) if cfg.attn_gate else torch.ones(n, cfg.n_head, dtype=x.dtype)
+            gate = (
+                2 * torch.sigmoid(linear(seen, f"{block}.attn.gate"))
+                if cfg.attn_gate
+                else torch.ones(n, cfg.n_head, dtype=x.dtype)
+            )
             out = []
             for t in range(n):
                 heads = []
@@ -164,7 +186,11 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
                 gated = linear(seen, f"{block}.mlp.gate")
                 hidden = gated * torch.sigmoid(gated) * up
             else:
-                hidden = up.clamp(min=0) ** 2 if cfg.mlp == "relu2" else up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+                hidden = (
+                    up.clamp(min=0) ** 2
+                    if cfg.mlp == "relu2"
+                    else up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+                )
             x = x + linear(hidden, f"{block}.mlp.down") * w.get(f"{block}.mlp_scale", 1)
         logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_head else "head.weight"].T
         rows.append(cfg.softcap * torch.tanh(logits / cfg.softcap) if cfg.softcap else logits)
@@ -199,7 +225,12 @@ def test_the_fresh_baseline_is_torchs_own_transformer_to_1e_5() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mlp": "relu2", "n_kv_head": 1}, MODERN, MODERN | {"norm": "layernorm", "bias": True, "qkv_bias": False, "title_mask": False}],
+    [
+        {},
+        {"mlp": "relu2", "n_kv_head": 1},
+        MODERN,
+        MODERN | {"norm": "layernorm", "bias": True, "qkv_bias": False, "title_mask": False},
+    ],
     ids=["baseline", "relu2 and one kv head", "modern", "modern with biases"],
 )
 def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
@@ -240,7 +271,9 @@ def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any
     """With all weights that both have in common, the field alone changes the function; and all its weights are trained."""
     old, new = shaken(config(**before)), shaken(config(**before | change), seed=1)
     own = new.state_dict()
-    new.load_state_dict({n: w for n, w in old.state_dict().items() if n in own and own[n].shape == w.shape}, strict=False)
+    new.load_state_dict(
+        {n: w for n, w in old.state_dict().items() if n in own and own[n].shape == w.shape}, strict=False
+    )
     idx = some_titles()
     logits = new(idx)
     assert logits.shape == (3, T, V) and logits.isfinite().all()
@@ -270,9 +303,15 @@ def test_the_start_is_as_documented() -> None:
             assert p.ndim == 2 and abs(float(p.std()) / expected - 1) < 0.03, name
             assert abs(float(p.mean())) < expected / 20, name
     shares = [n for n, _ in model.named_parameters() if n.endswith("first_share")]
-    assert shares == ["blocks.1.attn.first_share", "blocks.2.attn.first_share"], "the first layer has nothing before it"
+    assert shares == ["blocks.1.attn.first_share", "blocks.2.attn.first_share"], (
+        "the first layer has nothing before it"
+    )
     plain = build(config(d_model=128, init_std=0.05), V)
-    assert all(abs(float(p.std()) / 0.05 - 1) < 0.05 for n, p in weights_of(plain).items() if n.startswith("blocks.") and p.ndim == 2)
+    assert all(
+        abs(float(p.std()) / 0.05 - 1) < 0.05
+        for n, p in weights_of(plain).items()
+        if n.startswith("blocks.") and p.ndim == 2
+    )
 
 
 @pytest.mark.parametrize("change", [{"attn_gate": True}, {"layer_scale": 1.0}, {"softcap": 1000.0}])
@@ -343,7 +382,9 @@ architectures = st.fixed_dictionaries(
 def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, at: int, seed: int) -> None:
     model, idx = shaken(config(**fields, title_mask=title_mask), seed), some_titles(seed=seed)
     changed = idx.clone()
-    changed[:, at] = 3 + (idx[:, at] - 3 + 1) % (V - 3)  # another word; where there was an <eos>, two titles become one
+    changed[:, at] = 3 + (idx[:, at] - 3 + 1) % (
+        V - 3
+    )  # another word; where there was an <eos>, two titles become one
     with torch.no_grad():
         before, after = model(idx), model(changed)
     assert torch.allclose(before[:, :at], after[:, :at], atol=1e-6)
@@ -456,7 +497,9 @@ def test_the_two_ways_of_attention_agree() -> None:
         model, idx = shaken(cfg), some_titles()
         plain = model(idx)
         model.set_up(inputs(cfg), "sdpa")
-        assert torch.allclose(model(idx), plain, atol=1e-5) and not torch.equal(model(idx), plain), "else it is one way"
+        assert torch.allclose(model(idx), plain, atol=1e-5) and not torch.equal(model(idx), plain), (
+            "else it is one way"
+        )
 
 
 # -- the loss
@@ -505,7 +548,11 @@ def test_rdrop_without_dropout_is_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-@pytest.mark.parametrize("changes", [{}, MODERN, MODERN | {"bias": True, "position": "learned"}], ids=["baseline", "modern", "all kinds"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, MODERN, MODERN | {"bias": True, "position": "learned"}],
+    ids=["baseline", "modern", "all kinds"],
+)
 def test_every_parameter_is_in_exactly_one_group(optimizer: str, changes: dict[str, Any]) -> None:
     cfg = config(optimizer=optimizer, momentum=0.9, **changes)
     model = build(cfg, V)
@@ -534,7 +581,9 @@ def test_decay_shrinks_matrices_and_tables_at_their_own_rates_and_leaves_vectors
         assert torch.allclose(p, before[name] * shrink, rtol=1e-6), name
 
 
-def hand_written_steps(cfg: TrainConfig, w: dict[str, Tensor], batches: list[Tensor], at: StepInputs) -> dict[str, Tensor]:
+def hand_written_steps(
+    cfg: TrainConfig, w: dict[str, Tensor], batches: list[Tensor], at: StepInputs
+) -> dict[str, Tensor]:
     """SGD with Nesterov momentum, or AdamW, on a dict of weights: gradients of the slow reference, clipped, and the update written out."""
     w = {n: p.clone() for n, p in w.items()}
     first, second = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
@@ -613,7 +662,10 @@ def test_muon_moves_matrices_by_the_nearest_orthogonal_one_at_adamws_size() -> N
 
 def test_muon_in_batches_is_torchs_muon_one_by_one() -> None:
     cfg = config(optimizer="muon", momentum=0.9)
-    ours, theirs = ([nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in SHAPES] for _ in "ab")
+    ours, theirs = (
+        [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in SHAPES]
+        for _ in "ab"
+    )
     mine = Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.2}], momentum=cfg.momentum)
     torchs = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
@@ -624,7 +676,9 @@ def test_muon_in_batches_is_torchs_muon_one_by_one() -> None:
         torchs.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=2e-3), a.shape  # a batched product may round otherwise, in bfloat16
-        assert not torch.allclose(a, torch.randn(a.shape, generator=torch.Generator().manual_seed(1)), atol=0.1)
+        assert not torch.allclose(
+            a, torch.randn(a.shape, generator=torch.Generator().manual_seed(1)), atol=0.1
+        )
 
 
 SHAPES = [(8, 8), (8, 32), (32, 8), (8, 8), (8, 32)]
@@ -635,7 +689,13 @@ def test_muon_remembers_earlier_gradients() -> None:
     cfg = config(optimizer="muon", momentum=0.9)
     model = shaken(cfg)
     optimizers = Optimizers(cfg, model)
-    steps = [{n: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for n, p in model.named_parameters()} for i in (1, 2)]
+    steps = [
+        {
+            n: torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+            for n, p in model.named_parameters()
+        }
+        for i in (1, 2)
+    ]
     for gradients in steps:
         before = weights_of(model)
         for n, p in model.named_parameters():
@@ -728,7 +788,9 @@ def test_the_average_is_its_formula(changes: dict[str, Any]) -> None:
     with average.applied():
         scored = weights_of(model)
     assert all(torch.equal(scored[n], average.shadow[n]) for n in scored)
-    assert all(torch.equal(live[n], p) for n, p in model.named_parameters()), "the trained weights come back to the last bit"
+    assert all(torch.equal(live[n], p) for n, p in model.named_parameters()), (
+        "the trained weights come back to the last bit"
+    )
     assert not torch.allclose(scored["embed.weight"], live["embed.weight"])
 
 

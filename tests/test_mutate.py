@@ -102,7 +102,10 @@ def test_every_source_file_has_tests_that_mirror_it() -> None:
     root = SCRIPT.parents[1]
     files = mutants.sources(root, ["mainrun", "sweeps", "reports"])
     tests = {file: mutate.mirrored_tests(file, root) for file in files}
-    assert tests["mainrun/growth/controller.py"] == ["tests/test_growth_live.py", "tests/test_growth_live_rows.py"]
+    assert tests["mainrun/growth/controller.py"] == [
+        "tests/test_growth_live.py",
+        "tests/test_growth_live_rows.py",
+    ]
     assert [file for file, names in tests.items() if not names] == ["mainrun/__main__.py"]
 
 
@@ -158,7 +161,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     (root / "mainrun" / "thing.py").write_text(SOURCE)
     (root / "tests" / "test_thing.py").write_text(TESTS)
     (root / "equivalent.toml").write_text(EQUIVALENT)
-    (root / "pyproject.toml").write_text('[tool.pytest.ini_options]\npythonpath = ["."]\nmarkers = ["slow: no"]\n')
+    (root / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\npythonpath = ["."]\nmarkers = ["slow: no"]\n'
+    )
     options = [
         "--root",
         str(root),
@@ -178,14 +183,20 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 def test_what_a_test_notices_is_killed_and_named(outcome: Outcome) -> None:
-    killed = {mutate.without_spaces(row["mutant"]["after"]): row["by"] for row in outcome.rows if row["outcome"] == "killed"}
+    killed = {
+        mutate.without_spaces(row["mutant"]["after"]): row["by"]
+        for row in outcome.rows
+        if row["outcome"] == "killed"
+    }
     assert killed["ifx>=LIMIT:"] == "tests/test_thing.py::test_check[10]"
     assert killed["pass"] == "tests/test_thing.py::test_too_large"
     assert {"LIMIT=9", "LIMIT=11", "ifx<=LIMIT:", "returnx-1ifxelse0"} <= set(killed)
 
 
 def test_what_no_test_notices_survives(outcome: Outcome) -> None:
-    survived = {mutate.without_spaces(row["mutant"]["after"]) for row in outcome.rows if row["outcome"] == "survived"}
+    survived = {
+        mutate.without_spaces(row["mutant"]["after"]) for row in outcome.rows if row["outcome"] == "survived"
+    }
     assert survived == {"returnx>=3", "returnx<4", "returnx<2"}
     assert "survived: mainrun/thing.py:11" in outcome.out
 
@@ -194,7 +205,10 @@ def test_a_listed_equivalent_is_named_with_its_reason_and_does_not_count(outcome
     assert [row["reason"] for row in outcome.rows if row["outcome"] == "equivalent"] == ["nobody calls it"]
     assert "nobody calls it" in outcome.out
     killed = sum(row["outcome"] == "killed" for row in outcome.rows)
-    assert f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent: {killed / (killed + 3):.1%} of {killed + 3}" in outcome.out
+    assert (
+        f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent: {killed / (killed + 3):.1%} of {killed + 3}"
+        in outcome.out
+    )
 
 
 def test_a_score_below_the_minimum_is_reported(outcome: Outcome) -> None:
@@ -218,18 +232,25 @@ def test_a_test_that_fails_without_a_mutant_is_skipped(outcome: Outcome) -> None
         (["README.md"], "no Python file"),
         (["mainrun/__main__.py"], "no test mirrors mainrun/__main__.py"),
         (["mainrun/stats.py", "--tests", "tests/test_statistics.py"], "no such test file"),
-        (["mainrun/stats.py", "--equivalent", "/nofile"], "--equivalent /nofile: cannot be read (No such file or directory)"),
+        (
+            ["mainrun/stats.py", "--equivalent", "/nofile"],
+            "--equivalent /nofile: cannot be read (No such file or directory)",
+        ),
         (["mainrun/stats.py", "--equivalent", str(SCRIPT)], "not a list like equivalent_mutants.toml"),
         (["mainrun/stats.py", "--json", "/nofolder/x.json"], "its folder does not exist"),
         (["mainrun/stats.py", "--json", "/"], "is a folder"),
     ],
 )
-def test_a_wrong_path_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_path_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert mutate.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--sample=-1", "--sample=all", "--jobs=0", "--at-least=nan", "--at-least=200", "--at-least=-1"])
+@pytest.mark.parametrize(
+    "option", ["--sample=-1", "--sample=all", "--jobs=0", "--at-least=nan", "--at-least=200", "--at-least=-1"]
+)
 def test_a_wrong_number_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         mutate.main(["mainrun/stats.py", option])
@@ -245,7 +266,9 @@ def test_one_mutant_is_singular() -> None:
 
 
 @pytest.mark.parametrize(("terminal", "text"), [(True, "\r12/40\r"), (False, "")])
-def test_progress_is_for_terminals(terminal: bool, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_for_terminals(
+    terminal: bool, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     mutate.show_progress(12, 40)
     assert capsys.readouterr().err == text
@@ -272,16 +295,32 @@ def waiting(tmp_path: Path) -> tuple[list[str], Path]:
     (tmp_path / "mainrun" / "thing.py").write_text("LIMIT = 10\n")
     pid_file = tmp_path / "pid"
     (tmp_path / "tests" / "test_thing.py").write_text(WAITING.format(file=str(pid_file)))
-    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\npythonpath = ["."]\nmarkers = ["slow: no"]\n')
-    command = [sys.executable, str(SCRIPT), "mainrun/thing.py", "--root", str(tmp_path), "--jobs", "1", "--sample", "1"]
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\npythonpath = ["."]\nmarkers = ["slow: no"]\n'
+    )
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "mainrun/thing.py",
+        "--root",
+        str(tmp_path),
+        "--jobs",
+        "1",
+        "--sample",
+        "1",
+    ]
     return command, pid_file
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_command(name: str, waiting: tuple[list[str], Path]) -> None:
     command, pid_file = waiting
-    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs inherit an ignored SIGINT
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts)
+    allow_interrupts = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # background jobs inherit an ignored SIGINT
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts
+    )
     wait_until(lambda: pid_file.is_file() and pid_file.read_text() != "")
     process.send_signal(getattr(signal, name))
     stderr = process.communicate(timeout=60)[1]

@@ -18,7 +18,9 @@ from mainrun.core import kernels
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
-HERE = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or Triton's interpreter as the last test asks for it")
+HERE = pytest.mark.skipif(
+    not (GPU or INTERPRETED), reason="needs a GPU, or Triton's interpreter as the last test asks for it"
+)
 
 
 def some(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,9 @@ def test_it_is_the_formula_and_the_same_bits_again(rows: int, vocab: int, factor
 def test_its_edges() -> None:
     from mainrun.core.native import gpu as native_gpu
 
-    logits = torch.tensor([[0.0, 200.0, 0.0], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=torch.bfloat16, device=DEVICE)
+    logits = torch.tensor(
+        [[0.0, 200.0, 0.0], [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0]], dtype=torch.bfloat16, device=DEVICE
+    )
     loss, _ = native_gpu.cross_entropy(logits, torch.tensor([0, 0, 1], device=DEVICE))
     assert loss[0] == 200 and not torch.isfinite(loss[1:]).any(), "a number that is none stays none"
 
@@ -63,11 +67,15 @@ def test_its_edges() -> None:
 @pytest.mark.skipif(GPU, reason="there is a GPU here")
 def test_without_a_gpu_a_run_goes_without_and_says_why() -> None:
     works, why = machine.triton_works(torch.device("cpu"))
-    assert works == "" and why.startswith("the loss takes torch's own operations, which are slower: Triton does not work here (")
+    assert works == "" and why.startswith(
+        "the loss takes torch's own operations, which are slower: Triton does not work here ("
+    )
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above ran")
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton comes with torch for a GPU, and is not here")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="Triton comes with torch for a GPU, and is not here"
+)
 def test_by_the_interpreter() -> None:
     """In a process of its own: the interpreter must be asked for before anything imports Triton."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -23,7 +23,9 @@ from mainrun.errors import UsageError
 from sweeps.record import Record
 
 PASSWORD = "p4:s%s"  # as it stands in a URL: p4%3As%25s
-BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path("/none"))
+BIN = max(
+    Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path("/none")
+)
 
 
 class Server:
@@ -31,7 +33,9 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.user: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+        self.user: dict[str, Any] = (
+            {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+        )
         if self.user:
             shutil.chown(folder, "nobody", "nogroup")
         with socket.socket() as free:
@@ -40,12 +44,28 @@ class Server:
         secret = folder / "secret"
         secret.write_text(PASSWORD)
         secret.chmod(0o644)
-        self._run("initdb", "--username=study", "--auth=scram-sha-256", f"--pwfile={secret}", "--no-sync", "--encoding=UTF8", "--locale=C")
+        self._run(
+            "initdb",
+            "--username=study",
+            "--auth=scram-sha-256",
+            f"--pwfile={secret}",
+            "--no-sync",
+            "--encoding=UTF8",
+            "--locale=C",
+        )
         self.start()
 
     def _run(self, name: str, *arguments: str) -> None:
         line = [str(BIN / name), "-D", str(self.folder / "data"), *arguments]
-        done = subprocess.run(line, cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, **self.user)
+        done = subprocess.run(
+            line,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            **self.user,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self) -> None:
@@ -98,7 +118,9 @@ def kept(url: str, name: str = "tiny") -> list[Any]:
     import optuna
 
     study = optuna.load_study(study_name=name, storage=url.replace("postgresql:", "postgresql+psycopg:"))
-    return [(t.user_attrs["number"], t.state.name, t.value, t.params, t.intermediate_values) for t in study.trials]
+    return [
+        (t.user_attrs["number"], t.state.name, t.value, t.params, t.intermediate_values) for t in study.trials
+    ]
 
 
 def test_a_study_on_a_server_is_the_study_on_a_file(server: Server, database: str, tmp_path: Path) -> None:
@@ -106,10 +128,19 @@ def test_a_study_on_a_server_is_the_study_on_a_file(server: Server, database: st
     url = server.url(database)
     mine = searched(tmp_path / "a", AtOnce(2), storage=url, budget={"trials": 6})
     mine = searched(tmp_path / "a", AtOnce(2), storage=url)
-    other = searched(tmp_path / "b", AtOnce(1), storage=url, name="other", sampler={"seed": 1, "startup": 3, "generation": 3})
+    other = searched(
+        tmp_path / "b",
+        AtOnce(1),
+        storage=url,
+        name="other",
+        sampler={"seed": 1, "startup": 3, "generation": 3},
+    )
     file = searched(tmp_path / "c", AtOnce(1))
     assert told(mine) == told(file) != told(other)
-    assert kept(url) == kept(f"sqlite:///{tmp_path / 'c' / 'study.db'}") and len(kept(url)) == len(kept(url, "other")) == 12
+    assert (
+        kept(url) == kept(f"sqlite:///{tmp_path / 'c' / 'study.db'}")
+        and len(kept(url)) == len(kept(url, "other")) == 12
+    )
     with pytest.raises(UsageError, match=r"holds another study called 'other'.*--as NAME"):
         searched(tmp_path / "d", AtOnce(1), storage=url, name="other")
 
@@ -136,7 +167,9 @@ def test_a_server_that_goes_away_is_waited_for(server: Server, database: str, tm
     assert "%3A" not in away[0] and PASSWORD not in away[0]
 
 
-def test_an_answer_that_never_came_doubles_nothing(server: Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_never_came_doubles_nothing(
+    server: Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server has written the trial, and is gone before it says so."""
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import OperationalError
@@ -168,12 +201,16 @@ def test_what_cannot_be_opened_is_refused_at_once(server: Server, tmp_path: Path
     server.sql("create database foreign_one")
     server.sql("create table invoices (id int)", "foreign_one")
     assert "is a database of something else (tables invoices)" in refused(server.url("foreign_one"))
-    with pytest.raises(UsageError, match=r"needs pg8000, which is not installed; pip install 'mainrun\[postgres\]'"):
+    with pytest.raises(
+        UsageError, match=r"needs pg8000, which is not installed; pip install 'mainrun\[postgres\]'"
+    ):
         Record(made(storage="postgresql+pg8000://study:p4@127.0.0.1/x"), tmp_path, lambda text: None)
 
 
 @pytest.mark.slow
-def test_real_trials_on_a_server_that_is_stopped_and_started(server: Server, database: str, tmp_path: Path) -> None:
+def test_real_trials_on_a_server_that_is_stopped_and_started(
+    server: Server, database: str, tmp_path: Path
+) -> None:
     """By the study file as by --storage; and the password is nowhere in what a study leaves or says."""
     few: dict[str, Any] = {
         "budget": {"trials": 3},
@@ -192,14 +229,22 @@ def test_real_trials_on_a_server_that_is_stopped_and_started(server: Server, dat
     assert process.returncode == 0 and rows < 3, said
     trials = json.loads((out / "tiny" / "export.json").read_text())["trials"]
     assert [row[0] for row in kept(url)] == [0, 1, 2]
-    assert [t["value"] for t in trials if t["state"] == "done"] == [row[2] for row in kept(url) if row[1] == "COMPLETE"]
+    assert [t["value"] for t in trials if t["state"] == "done"] == [
+        row[2] for row in kept(url) if row[1] == "COMPLETE"
+    ]
     # by --storage: its own file says none, and nothing is written twice
-    last = subprocess.run([*command(write(tmp_path, **few), out, 2), "--storage", url, "--json"], capture_output=True, text=True)
+    last = subprocess.run(
+        [*command(write(tmp_path, **few), out, 2), "--storage", url, "--json"], capture_output=True, text=True
+    )
     assert last.returncode == 0 and len(kept(url)) == 3, last.stderr
     everything = said + last.stdout + last.stderr
     for path in out.rglob("*"):
         everything += path.read_bytes().decode("latin-1") if path.is_file() else ""
-    assert "p4%3As%25s" not in everything and PASSWORD not in everything and f"study@127.0.0.1:{server.port}" in everything
+    assert (
+        "p4%3As%25s" not in everything
+        and PASSWORD not in everything
+        and f"study@127.0.0.1:{server.port}" in everything
+    )
     _looked_at(out, url)
 
 
@@ -214,7 +259,20 @@ def _looked_at(out: Path, url: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [sys.executable, "-m", "mainrun", "sweep", "dashboard", "tiny", "--out", str(out), "--storage", url, "--port", str(port)]
+    line = [
+        sys.executable,
+        "-m",
+        "mainrun",
+        "sweep",
+        "dashboard",
+        "tiny",
+        "--out",
+        str(out),
+        "--storage",
+        url,
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for _ in range(300):

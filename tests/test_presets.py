@@ -9,7 +9,16 @@ from mainrun.plan.recipes import load, preset_names
 from mainrun.train import train
 
 # the ladder at a scale of seconds a step
-DEMO = ["num_titles=1500", "vocab_size=600", "epochs=2", "n_layer=2", "n_head=2", "d_model=64", "threads=1", "eval_per_epoch=0"]
+DEMO = [
+    "num_titles=1500",
+    "vocab_size=600",
+    "epochs=2",
+    "n_layer=2",
+    "n_head=2",
+    "d_model=64",
+    "threads=1",
+    "eval_per_epoch=0",
+]
 DEMO += ["official_geometry=1x64"]
 
 

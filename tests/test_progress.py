@@ -24,7 +24,16 @@ TABLE = {"steps": 200, "tokens_per_step": 8192}
 
 
 def step(n: int, loss: float = 5.0) -> dict[str, Any]:
-    return {"event": "step", "step": n, "tokens": n * 8192, "loss": loss, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.1, "steps": 200}
+    return {
+        "event": "step",
+        "step": n,
+        "tokens": n * 8192,
+        "loss": loss,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "seconds": 0.1,
+        "steps": 200,
+    }
 
 
 def scored(n: int, full: float = 1.5, split: str = "val") -> dict[str, Any]:
@@ -34,7 +43,11 @@ def scored(n: int, full: float = 1.5, split: str = "val") -> dict[str, Any]:
 
 def bar(width: int = 100) -> tuple[Bar, io.StringIO]:
     screen = io.StringIO()
-    return Bar(Console(file=screen, force_terminal=True, width=width, height=20, color_system=None, legacy_windows=False)), screen
+    return Bar(
+        Console(
+            file=screen, force_terminal=True, width=width, height=20, color_system=None, legacy_windows=False
+        )
+    ), screen
 
 
 def drawn(it: Bar) -> list[str]:
@@ -202,7 +215,12 @@ it.close()
 @pytest.mark.parametrize("no_color", ["1", ""])
 def test_no_color_is_honoured(no_color: str) -> None:
     env = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
-    done = subprocess.run([sys.executable, "-c", SHOW, json.dumps(step(3)), json.dumps(scored(3))], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW, json.dumps(step(3)), json.dumps(scored(3))],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0
     assert done.stdout == ""
     colours = re.findall(r"\x1b\[(?:\d+;)*(?:3[0-8]|9[0-7])(?:;\d+)*m", done.stderr)
@@ -214,23 +232,31 @@ def test_importing_it_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65.4, "1:05"), (7380, "2:03:00"), (3 * 86400 + 4 * 3600, "3d 04:00:00")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (65.4, "1:05"), (7380, "2:03:00"), (3 * 86400 + 4 * 3600, "3d 04:00:00")],
+)
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (950, "950"), (12_345, "12.3k"), (27_172_864, "27.2M"), (3e9, "3.0G"), (2e15, "2000.0T")]
+    ("number", "text"),
+    [(0, "0"), (950, "950"), (12_345, "12.3k"), (27_172_864, "27.2M"), (3e9, "3.0G"), (2e15, "2000.0T")],
 )
 def test_short(number: float, text: str) -> None:
     assert short(number) == text
 
 
 def test_the_base_has_every_call_that_the_trainer_makes() -> None:
-    assert {"start", "step", "eval", "note", "close"} <= {n for n in vars(progress.Progress) if not n.startswith("_")}
+    assert {"start", "step", "eval", "note", "close"} <= {
+        n for n in vars(progress.Progress) if not n.startswith("_")
+    }
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.0, "0%"), (0.57, "57%"), (0.97, "97%"), (0.96999, "96%"), (1.0, "100%")])
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0%"), (0.57, "57%"), (0.97, "97%"), (0.96999, "96%"), (1.0, "100%")]
+)
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
 

@@ -26,7 +26,9 @@ from sweeps import study
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.engine.worker import PATIENCE, insist
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (mainrun[ray])")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed (mainrun[ray])"
+)
 
 
 def refused(file: Path, out: Path, *options: str) -> str:
@@ -37,7 +39,9 @@ def refused(file: Path, out: Path, *options: str) -> str:
 
 def test_without_ray_the_way_to_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else real(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "ray" else real(name, *more)
+    )
     said = refused(write(tmp_path), tmp_path / "out", "--engine", "ray")
     assert "pip install 'mainrun[ray]'" in said and "--engine local" in said
 
@@ -57,7 +61,9 @@ def test_a_wrong_address_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_engine_is_no_part_of_what_is_searched() -> None:
     plain = study.checked(data(), "tiny.toml")
-    assert study.checked(data(engine="ray", address="head:6379", gpus=0.5), "tiny.toml").digest == plain.digest
+    assert (
+        study.checked(data(engine="ray", address="head:6379", gpus=0.5), "tiny.toml").digest == plain.digest
+    )
     for change, said in (
         ({"engine": "slurm"}, "engine='slurm' is not allowed"),
         ({"address": "auto"}, "address='auto' with engine='local'"),
@@ -71,7 +77,11 @@ def test_the_engine_is_no_part_of_what_is_searched() -> None:
 def test_what_a_workers_end_means() -> None:
     """A death is tried again, so is a run that somebody out of reach still writes; an error is an answer."""
     task = Task("baseline", (), Path("runs"), Path("store"), 10)
-    busy, lost, there = (2, "error: runs/x is being written by process 7 on a; wait"), (-1, "lost"), (75, "stopped at step 10 of 20; saved")
+    busy, lost, there = (
+        (2, "error: runs/x is being written by process 7 on a; wait"),
+        (-1, "lost"),
+        (75, "stopped at step 10 of 20; saved"),
+    )
 
     def outcome(*ends: tuple[int, str]) -> Outcome:
         left = [*ends]
@@ -105,7 +115,9 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     few = {"object_store_memory": 80_000_000, "include_dashboard": False}
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **few})  # the driver's node, which is not lost
+    found = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, **few}
+    )  # the driver's node, which is not lost
     yield found
     found.shutdown()
 
@@ -129,7 +141,9 @@ class Driver:
         return found
 
     def states(self) -> dict[str, dict[str, Any]]:
-        return {file.parent.name: json.loads(file.read_text()) for file in self.folder.glob("runs/*/status.json")}
+        return {
+            file.parent.name: json.loads(file.read_text()) for file in self.folder.glob("runs/*/status.json")
+        }
 
     def under_way(self) -> dict[str, int]:
         """run -> process."""
@@ -137,7 +151,11 @@ class Driver:
         return {run: pid for run, pid in running.items() if parent(pid)}
 
     def at_rung(self) -> list[str]:
-        return [run for run, state in self.states().items() if state["state"] == "done" or "stopped at" in state.get("why", "")]
+        return [
+            run
+            for run, state in self.states().items()
+            if state["state"] == "done" or "stopped at" in state.get("why", "")
+        ]
 
 
 def parent(pid: int) -> int:
@@ -152,11 +170,15 @@ def parent(pid: int) -> int:
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at the workers in /proc")
-def test_a_lost_node_and_a_lost_driver_cost_nothing(tmp_path: Path, local: dict[str, Any], cluster: Any) -> None:
+def test_a_lost_node_and_a_lost_driver_cost_nothing(
+    tmp_path: Path, local: dict[str, Any], cluster: Any
+) -> None:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
     cluster.wait_for_nodes()
     driver = Driver(tmp_path, cluster.address)
-    halted: dict[str, tuple[int, int]] = {}  # run -> process, its Ray worker: one on each node, held in the middle of a trial
+    halted: dict[
+        str, tuple[int, int]
+    ] = {}  # run -> process, its Ray worker: one on each node, held in the middle of a trial
 
     def halt() -> bool:
         for run, pid in driver.under_way().items():

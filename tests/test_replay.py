@@ -15,7 +15,14 @@ from mainrun.replay import all_guards, first_steps
 from mainrun.store.rundir import RunDir
 from mainrun.train import train
 
-AVERAGED: dict[str, Any] = TINY | {"num_titles": 200, "ema": 0.9, "rdrop": 1.0, "dropout": 0.1, "dev_frac": 0.1, "log_every": 5}
+AVERAGED: dict[str, Any] = TINY | {
+    "num_titles": 200,
+    "ema": 0.9,
+    "rdrop": 1.0,
+    "dropout": 0.1,
+    "dev_frac": 0.1,
+    "log_every": 5,
+}
 
 
 RUNS: dict[str, TrainConfig] = {
@@ -33,14 +40,18 @@ def test_a_run_is_the_same_once_more(name: str, tmp_path: Path) -> None:
     run = RunDir(tmp_path / cfg.run_id)
     found = first_steps(run, 10_000)
     assert (
-        found["steps"] == found["of"] == summary["steps"] and found["params"] == summary["params"] and found["tokens"] == summary["tokens"]
+        found["steps"] == found["of"] == summary["steps"]
+        and found["params"] == summary["params"]
+        and found["tokens"] == summary["tokens"]
     )
     assert found["weights"] == found["trained_weights"] == summary["weights"]
     assert found["versions"] == summary["versions"] and found["machine_class"] == summary["machine_class"]
     again = {(row["event"], row["step"], row.get("split")): row for row in [*found["rows"], *found["last"]]}
     for row in run.metrics():
         now = again[row["event"], row["step"], row.get("split")]
-        assert {k: v for k, v in now.items() if k != "seconds"} == {k: v for k, v in row.items() if k != "seconds"}
+        assert {k: v for k, v in now.items() if k != "seconds"} == {
+            k: v for k, v in row.items() if k != "seconds"
+        }
     told = all_guards(run)
     assert [guard["name"] for guard in told["guards"]] == list(guards.GUARDS)
     assert not [guard for guard in told["guards"] if guard["status"] == "fail"]

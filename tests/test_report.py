@@ -44,7 +44,9 @@ def runs(made: Path, tmp_path: Path) -> Path:
 
 def of(runs: Path, preset: str) -> dict[int, Path]:
     """seed -> run directory."""
-    found = {json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")}
+    found = {
+        json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")
+    }
     return dict(sorted(found.items()))
 
 
@@ -57,7 +59,14 @@ def score(runs: Path, **fulls: list[float]) -> None:
 def report(*args: Any, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mainrun", "report", *map(str, args)]
     root = str(Path(__file__).parents[1])
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PYTHONPATH": root} | env, timeout=120)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": root} | env,
+        timeout=120,
+    )
 
 
 # -- what it reads
@@ -65,8 +74,17 @@ def report(*args: Any, cwd: Path | None = None, **env: str) -> subprocess.Comple
 
 def test_runs_become_recipes_and_seeds(runs: Path) -> None:
     e = load.gather([], runs)
-    assert {r.name: sorted(r.scores) for r in e.recipes} == {"baseline": [1, 2, 3], "optimized": [1, 2, 3], "grown": [1]}
-    assert e.baseline is not None and e.baseline.name == "baseline" and e.optimised is not None and e.optimised.name == "optimized"
+    assert {r.name: sorted(r.scores) for r in e.recipes} == {
+        "baseline": [1, 2, 3],
+        "optimized": [1, 2, 3],
+        "grown": [1],
+    }
+    assert (
+        e.baseline is not None
+        and e.baseline.name == "baseline"
+        and e.optimised is not None
+        and e.optimised.name == "optimized"
+    )
     for run in e.runs:
         assert run.full == json.loads((run.path / "summary.json").read_text())["last"]["full"]
 
@@ -142,7 +160,9 @@ def test_everything_wrong_is_said_at_once(runs: Path, tmp_path: Path) -> None:
         ({"geometry": [4, 16]}, "the evaluation geometry is not one: "),
     ],
 )
-def test_other_data_and_other_spans_are_refused_together(runs: Path, change: dict[str, Any], said: str) -> None:
+def test_other_data_and_other_spans_are_refused_together(
+    runs: Path, change: dict[str, Any], said: str
+) -> None:
     odd = of(runs, "optimized")[2]
 
     def spoil(summary: dict[str, Any]) -> None:
@@ -152,7 +172,11 @@ def test_other_data_and_other_spans_are_refused_together(runs: Path, change: dic
     edit(odd / "summary.json", spoil)
     with pytest.raises(RunError) as e:
         load.gather([], runs)
-    assert said in str(e.value) and odd.name in str(e.value) and "ffffffffffff" in str(e.value) + "ffffffffffff" * ("geometry" in change)
+    assert (
+        said in str(e.value)
+        and odd.name in str(e.value)
+        and "ffffffffffff" in str(e.value) + "ffffffffffff" * ("geometry" in change)
+    )
 
 
 def test_a_study_of_other_data_is_refused_too(runs: Path) -> None:
@@ -178,7 +202,9 @@ def test_the_folder_of_a_study_means_its_export(tmp_path: Path) -> None:
     (s,) = load.gather([], tmp_path).studies
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
-    with pytest.raises(RunError, match=r"lr lacks trials.parquet; `mainrun sweep` writes both at the end of a study"):
+    with pytest.raises(
+        RunError, match=r"lr lacks trials.parquet; `mainrun sweep` writes both at the end of a study"
+    ):
         load.gather([], tmp_path)
 
 
@@ -226,13 +252,21 @@ def test_a_clear_gain_is_claimed_with_its_numbers(runs: Path) -> None:
 def test_a_loss_is_said_to_be_one(runs: Path) -> None:
     score(runs, baseline=[1.80, 1.82, 1.81], optimized=[2.00, 2.01, 2.02])
     claim = findings.claim(load.gather([], runs))
-    assert claim.kind == "worse" and claim.text.startswith("optimized is worse than baseline: full rises by 0.2000")
+    assert claim.kind == "worse" and claim.text.startswith(
+        "optimized is worse than baseline: full rises by 0.2000"
+    )
 
 
 def test_a_difference_under_the_floor_is_none(runs: Path) -> None:
-    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189])  # always better, by a tenth of what a seed does
+    score(
+        runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189]
+    )  # always better, by a tenth of what a seed does
     claim = findings.claim(load.gather([], runs))
-    assert claim.difference is not None and claim.difference.interval is not None and claim.difference.interval[1] < 0
+    assert (
+        claim.difference is not None
+        and claim.difference.interval is not None
+        and claim.difference.interval[1] < 0
+    )
     assert (
         claim.kind == "within noise"
         and "is not better than baseline within noise" in claim.text
@@ -241,7 +275,9 @@ def test_a_difference_under_the_floor_is_none(runs: Path) -> None:
 
 
 def test_an_interval_with_zero_in_it_claims_nothing(runs: Path) -> None:
-    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60])  # -0.4 on average, over the floor, but -0.2 to -0.6
+    score(
+        runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60]
+    )  # -0.4 on average, over the floor, but -0.2 to -0.6
     claim = findings.claim(load.gather([], runs))
     assert claim.kind == "not sure" and "its interval holds zero" in claim.text
 
@@ -273,30 +309,46 @@ def test_what_failed_a_guard_is_in_no_figure_of_the_headline(runs: Path) -> None
     fail_guard(of(runs, "optimized")[2])
     e = load.gather([], runs)
     claim = findings.claim(e)
-    assert claim.difference is not None and claim.difference.seeds == (1, 3) and claim.difference.b == pytest.approx(1.805)
+    assert (
+        claim.difference is not None
+        and claim.difference.seeds == (1, 3)
+        and claim.difference.b == pytest.approx(1.805)
+    )
     assert e.noise is not None and e.noise.df == 3
     shown = tables.runs(e)
     assert {shown.rows[i][0] for i in shown.red} == {of(runs, "optimized")[2].name}
     assert all(0.1 not in row for row in tables.recipes(e).rows)
     failures = tables.failures(e)
-    assert failures is not None and [row[2] for row in failures.rows] == ["causality: logits change with the future at position 3"]
+    assert failures is not None and [row[2] for row in failures.rows] == [
+        "causality: logits change with the future at position 3"
+    ]
 
 
 def test_a_recipe_whose_runs_all_failed_has_no_figure(runs: Path) -> None:
     for run in of(runs, "optimized").values():
         fail_guard(run)
     e = load.gather([], runs)
-    assert findings.claim(e).text == "No claim: every run of optimized failed a guard (causality), so it has no figure."
+    assert (
+        findings.claim(e).text
+        == "No claim: every run of optimized failed a guard (causality), so it has no figure."
+    )
     assert findings.findings(e)[1].startswith("Cost: there are no two recipes")
 
 
 def test_cost_says_when_time_is_not_one(runs: Path) -> None:
     e = load.gather([], runs)
     assert "the time (" in findings.cost(e)
-    edit(of(runs, "optimized")[1] / "summary.json", lambda s: s["machine_class"].update(device="another processor"))
-    assert "time is not compared, since the runs were on different machines" in findings.cost(load.gather([], runs))
+    edit(
+        of(runs, "optimized")[1] / "summary.json",
+        lambda s: s["machine_class"].update(device="another processor"),
+    )
+    assert "time is not compared, since the runs were on different machines" in findings.cost(
+        load.gather([], runs)
+    )
     edit(of(runs, "baseline")[1] / "summary.json", lambda s: s["ledger"].update(reused=5))
-    assert "time is not compared, since baseline took steps from the store" in findings.cost(load.gather([], runs))
+    assert "time is not compared, since baseline took steps from the store" in findings.cost(
+        load.gather([], runs)
+    )
 
 
 def test_low_coverage_is_a_finding(runs: Path) -> None:
@@ -309,12 +361,19 @@ def test_low_coverage_is_a_finding(runs: Path) -> None:
             row["coverage"] = 0.65
     (low / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rescore(low, 2.5)
-    assert f"The official score of {low.name} covers 65.0% of val, under 97%" in findings.findings(load.gather([], runs))[2]
+    assert (
+        f"The official score of {low.name} covers 65.0% of val, under 97%"
+        in findings.findings(load.gather([], runs))[2]
+    )
 
 
 def test_the_ablation_is_read_in_the_order_of_its_preset(runs: Path) -> None:
     start = of(runs, "baseline")
-    for step, lr, fulls in (("baseline", 0.01, (3.0, 3.01)), ("muon", 0.011, (2.0, 2.01)), ("adamw", 0.012, (2.5, 2.51))):
+    for step, lr, fulls in (
+        ("baseline", 0.01, (3.0, 3.01)),
+        ("muon", 0.011, (2.0, 2.01)),
+        ("adamw", 0.012, (2.5, 2.51)),
+    ):
         for seed, full in zip((1, 2), fulls, strict=True):
             rescore(reseed(start[seed], runs, preset=f"ablation:{step}", lr=lr), full)
     e = load.gather([], runs)
@@ -357,10 +416,19 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     assert figures.ledger(s) == all_of_it, "what confirms the trials was trained too"
     ((rung, pairs, rho, _),) = figures.rungs(s)
     first = [json.loads(t["scores"])["0"] for t in s.whole]
-    assert (rung, pairs) == (0, n) and rho == stats.spearman(first, [t["value"] for t in s.whole]) and rho is not None and rho < 1
+    assert (
+        (rung, pairs) == (0, n)
+        and rho == stats.spearman(first, [t["value"] for t in s.whole])
+        and rho is not None
+        and rho < 1
+    )
     assert findings.claim(e).kind == "no claim"
     failures = tables.failures(e)
-    assert failures is not None and len(failures.rows) == len(failed) and "diverged at step 9" in failures.rows[0][2]
+    assert (
+        failures is not None
+        and len(failures.rows) == len(failed)
+        and "diverged at step 9" in failures.rows[0][2]
+    )
 
 
 def test_importance_is_the_share_that_a_field_explains(tmp_path: Path) -> None:
@@ -370,14 +438,18 @@ def test_importance_is_the_share_that_a_field_explains(tmp_path: Path) -> None:
     for t in s.whole:
         groups.setdefault(t["params.optimizer"], []).append(t["value"])
     n, k = len(s.whole), len(groups)
-    within = sum(statistics.pvariance(g) * len(g) for g in groups.values()) / (statistics.pvariance([t["value"] for t in s.whole]) * n)
+    within = sum(statistics.pvariance(g) * len(g) for g in groups.values()) / (
+        statistics.pvariance([t["value"] for t in s.whole]) * n
+    )
     assert found["optimizer"] == pytest.approx(1 - within * (n - 1) / (n - k)) and found["optimizer"] > 0.5
     assert 0 < found["lr"] < 0.5 and found.keys() == {"lr", "optimizer"}
     (told,) = load.gather([str(export(tmp_path / "told", importance={"lr": 0.9}))], tmp_path).studies
     assert figures.shares(told) == {"lr": 0.9}
 
 
-@pytest.mark.parametrize("lacking", [("study", "rung_correlation"), ("evidence", "objective", "preset", "name")])
+@pytest.mark.parametrize(
+    "lacking", [("study", "rung_correlation"), ("evidence", "objective", "preset", "name")]
+)
 def test_an_export_may_lack_what_it_does_not_know(tmp_path: Path, lacking: tuple[str, ...]) -> None:
     study = export(tmp_path / "lr")
     edit(study / "study.json", lambda facts: [facts.pop(k) for k in lacking])
@@ -426,7 +498,9 @@ def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
         def visit(text: str, cm: Any, tm: Any, font: Any, size: float, n: int = n) -> None:
             if text.strip():
                 x, y = tm[4] * cm[0] + tm[5] * cm[2] + cm[4], tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
-                scale = abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5  # turned text has one, too
+                scale = (
+                    abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
+                )  # turned text has one, too
                 found.append((n, text.strip(), x, y, size * scale))
 
         page.extract_text(visitor_text=visit)
@@ -456,7 +530,9 @@ def known(folder: Path) -> set[float]:
 
     found, scores = set(), {}
     for run in (folder / "runs").iterdir():
-        files = {name: json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary", "env")}
+        files = {
+            name: json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary", "env")
+        }
         rows = [
             json.loads(line)
             for name in ("metrics", "growth")
@@ -468,7 +544,9 @@ def known(folder: Path) -> set[float]:
         if not any(g["status"] == "fail" for g in files["summary"]["guards"]):
             last, cfg = files["summary"]["last"], files["config"]["config"]
             means = {"full": last["full"], "official": last["official"], "flops": files["summary"]["flops"]}
-            scores.setdefault(cfg["preset"], {})[cfg["seed"]] = means | {k: files["summary"][k] for k in ("seconds", "params")}
+            scores.setdefault(cfg["preset"], {})[cfg["seed"]] = means | {
+                k: files["summary"][k] for k in ("seconds", "params")
+            }
     full = {preset: {seed: s["full"] for seed, s in mine.items()} for preset, mine in scores.items()}
     squares = sum(statistics.variance(v.values()) * (len(v) - 1) for v in full.values() if len(v) > 1)
     df = sum(len(v) - 1 for v in full.values())
@@ -482,7 +560,11 @@ def known(folder: Path) -> set[float]:
             found |= {statistics.stdev(v), t[len(v) - 1] * statistics.stdev(v) / len(v) ** 0.5}
     for mine in scores.values():
         for some in (mine, {seed: s for seed, s in mine.items() if seed in full["baseline"]}):
-            found |= {statistics.fmean(s[k] for s in some.values()) for k in next(iter(mine.values()))} if some else set()
+            found |= (
+                {statistics.fmean(s[k] for s in some.values()) for k in next(iter(mine.values()))}
+                if some
+                else set()
+            )
     a, b = full["baseline"], full["optimized"]
     apart = [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
     middle, half = statistics.fmean(apart), t[len(apart) - 1] * statistics.stdev(apart) / len(apart) ** 0.5
@@ -505,8 +587,15 @@ def ticks(folder: Path) -> set[str]:
     from xml.etree import ElementTree
 
     trees = [ElementTree.parse(svg) for svg in (folder / "figures").glob("*.svg")]
-    groups = [g for tree in trees for g in tree.iter("{http://www.w3.org/2000/svg}g") if re.match("[xy]tick_", g.get("id", ""))]
-    return {text.strip().replace("\N{MINUS SIGN}", "-") for g in groups for text in g.itertext() if text.strip()}
+    groups = [
+        g
+        for tree in trees
+        for g in tree.iter("{http://www.w3.org/2000/svg}g")
+        if re.match("[xy]tick_", g.get("id", ""))
+    ]
+    return {
+        text.strip().replace("\N{MINUS SIGN}", "-") for g in groups for text in g.itertext() if text.strip()
+    }
 
 
 def unknown(folder: Path) -> list[str]:
@@ -528,7 +617,12 @@ def test_every_number_is_found_in_the_inputs(pages: Path) -> None:
     text = text_of(pages / "report.pdf")
     for run in (pages / "runs").iterdir():
         last = json.loads((run / "summary.json").read_text())["last"]
-        for shown in (f"{last['full']:.4f}", f"{last['official']:.4f}", f"{last['bits_per_byte']:.4f}", run.name[:8]):
+        for shown in (
+            f"{last['full']:.4f}",
+            f"{last['official']:.4f}",
+            f"{last['bits_per_byte']:.4f}",
+            run.name[:8],
+        ):
             assert shown in text
 
 
@@ -550,13 +644,27 @@ def test_pages_outline_and_properties(pages: Path) -> None:
         assert f"page {i} of {n}" in page.extract_text()
     titles = [entry.title for entry in pdf.outline if not isinstance(entry, list)]
     assert titles[0] == "Result" and titles[-1] == "Appendix"
-    assert {"Loss against what it costs", "Recipes and runs", "How they trained", "Study lr", "What failed"} <= set(titles)
+    assert {
+        "Loss against what it costs",
+        "Recipes and runs",
+        "How they trained",
+        "Study lr",
+        "What failed",
+    } <= set(titles)
     told = pdf.metadata
     assert (
-        told is not None and told.title == "A title <of> & all" and of(pages / "runs", "optimized")[1].name in (told.get("/Keywords") or "")
+        told is not None
+        and told.title == "A title <of> & all"
+        and of(pages / "runs", "optimized")[1].name in (told.get("/Keywords") or "")
     )
-    fonts = {str(font) for page in pdf.pages for font in re.findall(r"/[A-Z]{6}\+[\w-]+", str(page["/Resources"]["/Font"]))}
-    base = {str(f.get_object()["/BaseFont"]) for page in pdf.pages for f in page["/Resources"]["/Font"].values()}
+    fonts = {
+        str(font)
+        for page in pdf.pages
+        for font in re.findall(r"/[A-Z]{6}\+[\w-]+", str(page["/Resources"]["/Font"]))
+    }
+    base = {
+        str(f.get_object()["/BaseFont"]) for page in pdf.pages for f in page["/Resources"]["/Font"].values()
+    }
     assert {name.split("+")[-1] for name in base | fonts} <= {"DejaVuSans", "DejaVuSans-Bold", "/Helvetica"}
 
 
@@ -571,7 +679,11 @@ def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
     for page, text, x, y, size in found:
         assert size > 6.9, (page, text, size)
         assert 20 < y < 842 - 20 and x > 20, (page, text, x, y)
-        assert x + max(stringWidth(line, figures.FONT, size) for line in text.splitlines()) < 595 - 20, (page, text, x)
+        assert x + max(stringWidth(line, figures.FONT, size) for line in text.splitlines()) < 595 - 20, (
+            page,
+            text,
+            x,
+        )
     for svg in (pages / "figures").glob("*.svg"):
         sizes = [float(s) for s in re.findall(r"(?:font-size|font): ?([\d.]+)px", svg.read_text())]
         assert sizes and min(sizes) >= 7, svg.name
@@ -601,7 +713,8 @@ def test_a_failed_run_is_red_and_named(pages: Path, runs: Path, tmp_path: Path) 
     shown = " ".join(red(pages / "report.pdf"))
     assert (
         "FAIL: causality" in shown
-        and f"{json.loads((of(pages / 'runs', 'baseline')[3] / 'summary.json').read_text())['last']['full']:.4f}" in shown
+        and f"{json.loads((of(pages / 'runs', 'baseline')[3] / 'summary.json').read_text())['last']['full']:.4f}"
+        in shown
     )
     text = text_of(pages / "report.pdf")
     assert "logits change with the future at position 3" in text
@@ -612,12 +725,21 @@ def test_a_failed_run_is_red_and_named(pages: Path, runs: Path, tmp_path: Path) 
 
 def test_figures_and_tables_are_kept(pages: Path) -> None:
     drawn = sorted(p.name for p in (pages / "figures").iterdir())
-    assert {"headline.svg", "headline.png", "curves.svg", "growth-1.svg", "study-1-parallel.svg", "schedules.svg"} <= set(drawn)
+    assert {
+        "headline.svg",
+        "headline.png",
+        "curves.svg",
+        "growth-1.svg",
+        "study-1-parallel.svg",
+        "schedules.svg",
+    } <= set(drawn)
     rows = list(csv.DictReader(io.StringIO((pages / "tables" / "runs.csv").read_text())))
     assert len(rows) == 7
     for row in rows:
         last = json.loads((pages / "runs" / row["run"] / "summary.json").read_text())["last"]
-        assert float(row["full"]) == last["full"] and float(row["official"]) == last["official"]  # whole, not rounded
+        assert (
+            float(row["full"]) == last["full"] and float(row["official"]) == last["official"]
+        )  # whole, not rounded
 
 
 def test_what_has_no_data_is_said(runs: Path, tmp_path: Path) -> None:
@@ -631,7 +753,9 @@ def test_what_has_no_data_is_said(runs: Path, tmp_path: Path) -> None:
 
 def same(folder: Path, runs: Path, **env: str) -> bytes:
     folder.mkdir()
-    done = report(runs, "--out", "r.pdf", "--samples", "0", "--figures", "f", "--tables", "t", cwd=folder, **env)
+    done = report(
+        runs, "--out", "r.pdf", "--samples", "0", "--figures", "f", "--tables", "t", cwd=folder, **env
+    )
     assert done.returncode == 0, done.stderr
     kept = sorted((p for p in folder.rglob("*") if p.is_file()), key=str)
     return b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in kept)
@@ -640,11 +764,21 @@ def same(folder: Path, runs: Path, **env: str) -> bytes:
 @pytest.mark.slow
 def test_the_same_inputs_are_the_same_bytes(made: Path, tmp_path: Path) -> None:
     """In another folder, from another copy of the runs, at another time, in another zone and language, with other hashes of Python."""
-    copies = [Path(shutil.copytree(made, tmp_path / name, ignore=shutil.ignore_patterns(".store"))) for name in ("a", "deep/er/b")]
+    copies = [
+        Path(shutil.copytree(made, tmp_path / name, ignore=shutil.ignore_patterns(".store")))
+        for name in ("a", "deep/er/b")
+    ]
     for copy in copies:
         export(copy / "lr")
     one = same(tmp_path / "one", copies[0], PYTHONHASHSEED="1", TZ="Asia/Tokyo")
-    two = same(tmp_path / "two", copies[1], PYTHONHASHSEED="2", TZ="America/Lima", LC_ALL="C", MPLCONFIGDIR=str(tmp_path / "mpl"))
+    two = same(
+        tmp_path / "two",
+        copies[1],
+        PYTHONHASHSEED="2",
+        TZ="America/Lima",
+        LC_ALL="C",
+        MPLCONFIGDIR=str(tmp_path / "mpl"),
+    )
     assert one == two
 
 
@@ -653,13 +787,29 @@ def test_the_command_writes_samples_and_says_its_claim(made: Path, tmp_path: Pat
     done = report(made, "--out", tmp_path / "r.pdf", "--samples", "3", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["runs"] == 7 and told["kind"] in ("better", "worse", "within noise", "not sure") and len(told["findings"]) == 3
+    assert (
+        told["runs"] == 7
+        and told["kind"] in ("better", "worse", "within noise", "not sure")
+        and len(told["findings"]) == 3
+    )
     assert "Samples" in text_of(tmp_path / "r.pdf")
 
 
 def test_every_pair_of_series_differs_in_grey() -> None:
     """Colours that a grey print makes one are told apart by dash and marker."""
-    assert len(set(map(str, figures.DASHES))) == len(figures.DASHES) == len(figures.COLOURS) == len(set(figures.MARKERS)) == figures.MOST
-    grey = [sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))) for c in figures.COLOURS]
-    assert all(abs(x - y) > 2 or figures.DASHES[i] != figures.DASHES[j] for (i, x), (j, y) in combinations(enumerate(grey), 2))
+    assert (
+        len(set(map(str, figures.DASHES)))
+        == len(figures.DASHES)
+        == len(figures.COLOURS)
+        == len(set(figures.MARKERS))
+        == figures.MOST
+    )
+    grey = [
+        sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5)))
+        for c in figures.COLOURS
+    ]
+    assert all(
+        abs(x - y) > 2 or figures.DASHES[i] != figures.DASHES[j]
+        for (i, x), (j, y) in combinations(enumerate(grey), 2)
+    )
     assert max(grey) < 190  # legible on white

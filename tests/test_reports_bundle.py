@@ -16,7 +16,19 @@ from test_bundle import GOOD, bundled, entry, lying_bomb, zipped
 
 from mainrun.errors import MainrunError, UsageError
 from reports import bundle
-from reports.bundle import MANIFEST, BundleError, collisions, differences, manifest, name_fault, pack, read, sha256, show, size
+from reports.bundle import (
+    MANIFEST,
+    BundleError,
+    collisions,
+    differences,
+    manifest,
+    name_fault,
+    pack,
+    read,
+    sha256,
+    show,
+    size,
+)
 
 # -- names
 
@@ -41,7 +53,9 @@ def test_a_name_that_can_be(name: str) -> None:
     assert name_fault(name) == ""
 
 
-@pytest.mark.parametrize(("name", "why"), list(BAD_NAMES.items()), ids=[repr(name[:12]) for name in BAD_NAMES])
+@pytest.mark.parametrize(
+    ("name", "why"), list(BAD_NAMES.items()), ids=[repr(name[:12]) for name in BAD_NAMES]
+)
 def test_a_name_that_cannot_be(name: str, why: str) -> None:
     assert why in name_fault(name)
 
@@ -91,7 +105,12 @@ def test_how_a_size_is_written(n: float, said: str) -> None:
 
 
 def test_the_limits() -> None:
-    assert (bundle.FORMAT, bundle.LIMIT, bundle.UNPACKED, bundle.FILES) == (1, 50_000_000, 200_000_000, 10_000)
+    assert (bundle.FORMAT, bundle.LIMIT, bundle.UNPACKED, bundle.FILES) == (
+        1,
+        50_000_000,
+        200_000_000,
+        10_000,
+    )
     assert (bundle.LONGEST, bundle.CHECKPOINT) == (200, 20_000_000)
 
 
@@ -101,15 +120,23 @@ def test_the_limits() -> None:
 def test_what_pack_writes_of_a_file() -> None:
     data = pack({"b": b"x" * 100, "a": b"2", "c": b""}, ["b"])
     with zipfile.ZipFile(io.BytesIO(data)) as z:
-        found = [(i.filename, i.date_time, i.create_system, i.compress_type, i.external_attr >> 16) for i in z.infolist()]
+        found = [
+            (i.filename, i.date_time, i.create_system, i.compress_type, i.external_attr >> 16)
+            for i in z.infolist()
+        ]
         squeezed = z.getinfo("b").compress_size
     common = ((1980, 1, 1, 0, 0, 0), 3, zipfile.ZIP_DEFLATED)
-    assert found == [("a", *common, 0o100644), ("b", *common, 0o100755), ("c", *common, 0o100644)] and squeezed < 20
+    assert (
+        found == [("a", *common, 0o100644), ("b", *common, 0o100755), ("c", *common, 0o100644)]
+        and squeezed < 20
+    )
 
 
 def test_pack_squeezes_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     levels: list[Any] = []
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda self, info, data, compresslevel=None: levels.append(compresslevel))
+    monkeypatch.setattr(
+        zipfile.ZipFile, "writestr", lambda self, info, data, compresslevel=None: levels.append(compresslevel)
+    )
     pack({"a": b"1"})
     assert levels == [9]
 
@@ -124,18 +151,28 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize(("more", "refused"), [(0, False), (-1, True)])
-def test_the_size_of_a_bundle(tmp_path: Path, more: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_bundle(
+    tmp_path: Path, more: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(zipped())
     monkeypatch.setattr(bundle, "LIMIT", path.stat().st_size + more)
     if refused:
-        assert f"{path} is refused: it has {size(path.stat().st_size)}, a bundle at most {size(bundle.LIMIT)}" in refusal(path)
+        assert (
+            f"{path} is refused: it has {size(path.stat().st_size)}, a bundle at most {size(bundle.LIMIT)}"
+            in refusal(path)
+        )
     else:
         read(path)
 
 
-@pytest.mark.parametrize(("limit", "more", "refused"), [(name, more, more < 0) for name in ("FILES", "UNPACKED") for more in (0, -1)])
-def test_what_is_in_a_bundle(tmp_path: Path, limit: str, more: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit", "more", "refused"),
+    [(name, more, more < 0) for name in ("FILES", "UNPACKED") for more in (0, -1)],
+)
+def test_what_is_in_a_bundle(
+    tmp_path: Path, limit: str, more: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(zipped())
     files = bundled(GOOD)
@@ -145,10 +182,16 @@ def test_what_is_in_a_bundle(tmp_path: Path, limit: str, more: int, refused: boo
         assert read(path) == files
         return
     said = refusal(path)
-    assert str(len(files)) in said if limit == "FILES" else f"unpacked it would have {size(sizes[limit])}" in said
+    assert (
+        str(len(files)) in said
+        if limit == "FILES"
+        else f"unpacked it would have {size(sizes[limit])}" in said
+    )
 
 
-def changed(name: str = "code/x", data: bytes = b"x", kind: int = zipfile.ZIP_DEFLATED, **fields: Any) -> bytes:
+def changed(
+    name: str = "code/x", data: bytes = b"x", kind: int = zipfile.ZIP_DEFLATED, **fields: Any
+) -> bytes:
     info = entry(name)
     for field, value in fields.items():
         setattr(info, field, value)
@@ -253,13 +296,28 @@ def test_bytes_that_no_file_has(tmp_path: Path, where: str) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(made.getvalue())
     said = refusal(path)
-    assert ("code/b shares bytes" if where == "between the files" else "hidden between its files and its directory") in said
+    assert (
+        "code/b shares bytes"
+        if where == "between the files"
+        else "hidden between its files and its directory"
+    ) in said
 
 
 @pytest.mark.parametrize(
-    "error", [zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError, __import__("zlib").error]
+    "error",
+    [
+        zipfile.BadZipFile,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+        __import__("zlib").error,
+    ],
 )
-def test_whatever_a_damaged_zip_raises(tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_damaged_zip_raises(
+    tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> None:
         raise error("so")
 
@@ -285,7 +343,11 @@ def test_no_file_to_read(tmp_path: Path) -> None:
     for name, said in (("none.zip", "no file "), (".", "no file "), ("pipe", "named pipe")):
         with pytest.raises(UsageError) as caught:
             read(tmp_path / name)
-        assert said in str(caught.value) and str(tmp_path / name) in str(caught.value) and "mainrun submit" in str(caught.value)
+        assert (
+            said in str(caught.value)
+            and str(tmp_path / name) in str(caught.value)
+            and "mainrun submit" in str(caught.value)
+        )
 
 
 def test_a_name_with_a_zero_byte() -> None:
@@ -307,7 +369,9 @@ def test_what_is_refused_says_one_way_out(tmp_path: Path, name: str, fix: str) -
 
 def test_files_are_written_into_an_empty_folder(tmp_path: Path) -> None:
     bundle.write({"a/b/c": b"1", "d": b"", "a/e": b"2"}, tmp_path / "new")
-    assert {str(p.relative_to(tmp_path / "new")): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == {
+    assert {
+        str(p.relative_to(tmp_path / "new")): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()
+    } == {
         "a/b/c": b"1",
         "d": b"",
         "a/e": b"2",
@@ -365,11 +429,18 @@ def test_where_files_are_not_what_is_listed() -> None:
     files = {"b": b"1", "a": b"2", "c": b"3", MANIFEST: b""}
     listed = {name: {"sha256": sha256(data)} for name, data in files.items() if name != MANIFEST}
     assert differences(files, listed) == []
-    assert differences(files | {"y": b"", "x": b""}, listed) == [f"{name} is in the bundle, not in its manifest" for name in "xy"]
-    assert differences({"a": b"2"}, listed) == [f"{name} is in the manifest, not in the bundle" for name in "bc"]
+    assert differences(files | {"y": b"", "x": b""}, listed) == [
+        f"{name} is in the bundle, not in its manifest" for name in "xy"
+    ]
+    assert differences({"a": b"2"}, listed) == [
+        f"{name} is in the manifest, not in the bundle" for name in "bc"
+    ]
     for name in "abc":
         (said,) = differences(files | {name: b"evil"}, listed)
-        assert said == f"{name} was changed: sha256 {sha256(b'evil')[:12]}, the manifest says {sha256(files[name])[:12]}"
+        assert (
+            said
+            == f"{name} was changed: sha256 {sha256(b'evil')[:12]}, the manifest says {sha256(files[name])[:12]}"
+        )
     (said,) = differences(files, listed | {"n\n": {"sha256": ""}})
     assert said == "n\\n is in the manifest, not in the bundle"
     assert len(sha256(b"")) == 64 and sha256(b"").startswith("e3b0c44298fc")

@@ -21,7 +21,9 @@ T2, T4 = 4.302653, 2.776445  # Student's t at 97.5% with 2 and 4 degrees of free
 
 
 def claim(base: dict[int, float], other: dict[int, float]) -> findings.Claim:
-    return findings.claim(make_evidence(make_recipe("baseline", base), make_recipe("optimized", other, OTHER)))
+    return findings.claim(
+        make_evidence(make_recipe("baseline", base), make_recipe("optimized", other, OTHER))
+    )
 
 
 # -- the claim
@@ -114,18 +116,28 @@ def test_within_noise_says_its_numbers() -> None:
 def test_not_sure_says_its_numbers() -> None:
     found = claim({1: 2.0, 2: 2.1, 3: 2.2}, {1: 1.8, 2: 1.7, 3: 1.6})
     half = T2 * 0.2 / math.sqrt(3)
-    assert f"{MINUS}0.4000" in found.text and f"{MINUS}{0.4 + half:.4f} to +{half - 0.4:.4f}" in found.text and "zero" in found.text
+    assert (
+        f"{MINUS}0.4000" in found.text
+        and f"{MINUS}{0.4 + half:.4f} to +{half - 0.4:.4f}" in found.text
+        and "zero" in found.text
+    )
     assert found.difference is not None
 
 
 @pytest.mark.parametrize(
     ("base", "other", "said"),
     [
-        ({1: 2.0}, {1: 1.9}, ("baseline was run with one seed", "optimized with one seed", f"{MINUS}0.1000 nats")),
+        (
+            {1: 2.0},
+            {1: 1.9},
+            ("baseline was run with one seed", "optimized with one seed", f"{MINUS}0.1000 nats"),
+        ),
         ({1: 2.0, 2: 2.2}, {3: 2.2}, ("baseline was run with 2 seeds", "optimized with one seed", "+0.1000")),
     ],
 )
-def test_no_claim_says_the_seeds(base: dict[int, float], other: dict[int, float], said: tuple[str, ...]) -> None:
+def test_no_claim_says_the_seeds(
+    base: dict[int, float], other: dict[int, float], said: tuple[str, ...]
+) -> None:
     found = claim(base, other)
     assert found.difference is not None and all(part in found.text for part in said)
 
@@ -145,24 +157,38 @@ def test_no_claim_for_a_recipe_that_failed(which: str) -> None:
     bad.runs[1].summary["guards"] = failing(name="targets_unseen")
     found = findings.claim(make_evidence(*recipes))
     assert (found.kind, found.difference) == ("no claim", None)
-    assert found.text == f"No claim: every run of {which} failed a guard (causality, targets_unseen), so it has no figure."
+    assert (
+        found.text
+        == f"No claim: every run of {which} failed a guard (causality, targets_unseen), so it has no figure."
+    )
 
 
 def test_how_seeds_are_counted() -> None:
-    assert findings.seeds(1) == "one seed" and findings.seeds(2) == "2 seeds" and findings.seeds(0) == "0 seeds"
-    assert findings.how(stats.difference({1: 1.0, 2: 1.1, 5: 1.2}, {1: 1.0, 2: 1.2, 6: 1.0})) == "2 paired seeds"
-    assert findings.how(stats.difference({1: 1.0, 2: 1.1}, {3: 1.0, 4: 1.2, 5: 1.1})) == "2 and 3 seeds, not paired"
+    assert (
+        findings.seeds(1) == "one seed" and findings.seeds(2) == "2 seeds" and findings.seeds(0) == "0 seeds"
+    )
+    assert (
+        findings.how(stats.difference({1: 1.0, 2: 1.1, 5: 1.2}, {1: 1.0, 2: 1.2, 6: 1.0})) == "2 paired seeds"
+    )
+    assert (
+        findings.how(stats.difference({1: 1.0, 2: 1.1}, {3: 1.0, 4: 1.2, 5: 1.1}))
+        == "2 and 3 seeds, not paired"
+    )
 
 
 # -- what it costs
 
 
 def pair(base: dict[str, Any] | None = None, other: dict[str, Any] | None = None) -> tuple[Recipe, Recipe]:
-    return make_recipe("baseline", {1: 2.0, 2: 2.0}, **(base or {})), make_recipe("optimized", {1: 1.9, 2: 1.9}, OTHER, **(other or {}))
+    return make_recipe("baseline", {1: 2.0, 2: 2.0}, **(base or {})), make_recipe(
+        "optimized", {1: 1.9, 2: 1.9}, OTHER, **(other or {})
+    )
 
 
 def test_the_cost_is_in_ratios_of_means() -> None:
-    a, b = pair({"flops": 2e12, "params": 1000, "seconds": 10.0}, {"flops": 3e12, "params": 2500, "seconds": 12.0})
+    a, b = pair(
+        {"flops": 2e12, "params": 1000, "seconds": 10.0}, {"flops": 3e12, "params": 2500, "seconds": 12.0}
+    )
     b.runs[1].summary.update(flops=5e12, seconds=13.0, params=9)
     said = findings.cost(make_evidence(a, b))
     assert said == (
@@ -180,7 +206,10 @@ def test_what_failed_a_guard_costs_nothing() -> None:
 
 @pytest.mark.parametrize("missing", ["both", "other", "base", "failed", "base failed"])
 def test_no_cost_without_two_recipes(missing: str) -> None:
-    a, b = pair({"guards": failing()} if missing == "base failed" else None, {"guards": failing()} if missing == "failed" else None)
+    a, b = pair(
+        {"guards": failing()} if missing == "base failed" else None,
+        {"guards": failing()} if missing == "failed" else None,
+    )
     others = {"both": make_evidence(), "other": make_evidence(a), "base": Evidence((b,), (), None, b)}
     e = others.get(missing, make_evidence(a, b))
     assert findings.cost(e).startswith("Cost: there are no two recipes")
@@ -188,7 +217,13 @@ def test_no_cost_without_two_recipes(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "ratio"),
-    [((10.0, 12.5), None), ((10.0, 12.6), "1.3"), ((30.0, 10.0), "3.0"), ((10.0, 10.0), None), ((10.0, 12.50001), "1.3")],
+    [
+        ((10.0, 12.5), None),
+        ((10.0, 12.6), "1.3"),
+        ((30.0, 10.0), "3.0"),
+        ((10.0, 10.0), None),
+        ((10.0, 12.50001), "1.3"),
+    ],
 )
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_busy_machine_is_noticed(which: int, seconds: tuple[float, float], ratio: str | None) -> None:
@@ -228,7 +263,8 @@ def test_a_run_that_failed_on_another_machine_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reused", "named"), [((0, 0), ""), ((3, 0), "baseline"), ((0, 1), "optimized"), ((1, 1), "baseline and optimized")]
+    ("reused", "named"),
+    [((0, 0), ""), ((3, 0), "baseline"), ((0, 1), "optimized"), ((1, 1), "baseline and optimized")],
 )
 def test_time_is_not_compared_over_steps_from_the_store(reused: tuple[int, int], named: str) -> None:
     recipes = pair()
@@ -249,14 +285,19 @@ LADDER = ("ablation:baseline", "ablation:size", "ablation:bfloat16", "ablation:a
 
 def ladder(*scores: dict[int, float]) -> Any:
     return make_evidence(
-        *(make_recipe(name, fulls, {"lr": 0.001 * (i + 1)}) for i, (name, fulls) in enumerate(zip(LADDER, scores, strict=False)))
+        *(
+            make_recipe(name, fulls, {"lr": 0.001 * (i + 1)})
+            for i, (name, fulls) in enumerate(zip(LADDER, scores, strict=False))
+        )
     )
 
 
 def test_the_best_step_is_named_with_what_backs_it() -> None:
     e = ladder({1: 3.0, 2: 3.01}, {1: 2.5, 2: 2.51}, {1: 2.5, 2: 2.512}, {1: 2.6, 2: 2.61})
     (said,) = findings.ablated(e)
-    assert said.startswith(f"Of the 3 steps from baseline to adamw, size lowers full most ({MINUS}0.5000, better); ")
+    assert said.startswith(
+        f"Of the 3 steps from baseline to adamw, size lowers full most ({MINUS}0.5000, better); "
+    )
     backed = [row[7] for row in tables.ablation(e).rows[1:]]
     assert f"{sum(v in ('better', 'worse') for v in backed)} of 3 changes are backed" in said
     assert "1 is within noise" in said
@@ -269,7 +310,10 @@ def test_the_best_step_is_the_one_that_lowers_most_not_the_lowest() -> None:
 
 def test_no_step_lowers_full() -> None:
     (said,) = findings.ablated(ladder({1: 2.0, 2: 2.01}, {1: 2.0, 2: 2.01}, {1: 2.5, 2: 2.51}))
-    assert said.startswith("None of the 2 steps from baseline to bfloat16 lowers full; ") and "1 of 2 changes" in said
+    assert (
+        said.startswith("None of the 2 steps from baseline to bfloat16 lowers full; ")
+        and "1 of 2 changes" in said
+    )
 
 
 def test_several_steps_within_noise() -> None:
@@ -279,7 +323,10 @@ def test_several_steps_within_noise() -> None:
 
 def test_one_seed_a_step_backs_nothing() -> None:
     (said,) = findings.ablated(ladder({1: 2.0}, {1: 1.9}, {1: 1.7}))
-    assert f"bfloat16 lowers full most ({MINUS}0.2000, no claim: one seed)" in said and "none of the changes is backed" in said
+    assert (
+        f"bfloat16 lowers full most ({MINUS}0.2000, no claim: one seed)" in said
+        and "none of the changes is backed" in said
+    )
 
 
 def test_no_ladder_no_sentence() -> None:
@@ -311,7 +358,13 @@ def test_steps_are_said_where_both_are_known(ledger: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(
     ("coverages", "kind"),
-    [((0.98, 0.99), "all"), ((0.97, 1.0), "all"), ((0.9699, 1.0), "low"), ((1.0, 0.65), "low"), ((1.0, 1.0), "all")],
+    [
+        ((0.98, 0.99), "all"),
+        ((0.97, 1.0), "all"),
+        ((0.9699, 1.0), "low"),
+        ((1.0, 0.65), "low"),
+        ((1.0, 1.0), "all"),
+    ],
 )
 def test_the_lowest_coverage_decides(coverages: tuple[float, float], kind: str) -> None:
     runs = [make_run(seed=seed, last=score(coverage=share)) for seed, share in enumerate(coverages, 1)]

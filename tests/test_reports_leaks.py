@@ -79,7 +79,10 @@ def test_a_file_name_that_only_looks_like_one(name: str) -> None:
     assert leaks.secret_name(name) == "" and leaks.secret_name(f"a/b/{name}") == ""
 
 
-@pytest.mark.parametrize("name", [".env.examples", ".env.example.local", ".env.samples", ".env.x.dist", ".env.exampl", ".env.xexample"])
+@pytest.mark.parametrize(
+    "name",
+    [".env.examples", ".env.example.local", ".env.samples", ".env.x.dist", ".env.exampl", ".env.xexample"],
+)
 def test_only_an_example_is_an_example(name: str) -> None:
     assert leaks.secret_name(name) != ""
 
@@ -114,7 +117,13 @@ ENDINGS = {
 def test_a_folder_that_stays_behind(folder: str) -> None:
     for path in (f"{folder}/x.py", f"a/{folder}/b/x.py"):
         assert leaks.left_out(path) == FOLDERS[folder]
-    for path in (folder, f"a/{folder}", f"{folder}2/x.py", f"a/x{folder}2/x.py", folder.replace(".", "x") + "2/x.py"):
+    for path in (
+        folder,
+        f"a/{folder}",
+        f"{folder}2/x.py",
+        f"a/x{folder}2/x.py",
+        folder.replace(".", "x") + "2/x.py",
+    ):
         assert leaks.left_out(path) == ""
     assert leaks.left_out("egg-info/x.py") == ""
 
@@ -127,7 +136,9 @@ def test_a_folder_that_stays_behind_at_the_top_alone(folder: str) -> None:
         assert leaks.left_out(path) == ""
 
 
-@pytest.mark.parametrize(("ending", "what"), [(ending, what) for what, endings in ENDINGS.items() for ending in endings.split()])
+@pytest.mark.parametrize(
+    ("ending", "what"), [(ending, what) for what, endings in ENDINGS.items() for ending in endings.split()]
+)
 def test_an_ending_that_stays_behind(ending: str, what: str) -> None:
     for path in (f"x.{ending}", f"a/b.c.{ending}", f"x.{ending.upper()}"):
         assert leaks.left_out(path) == what
@@ -234,7 +245,9 @@ CASES: list[tuple[str, str, list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "example", "near"), CASES, ids=[f"{what} {i}" for i, (what, _, _) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("what", "example", "near"), CASES, ids=[f"{what} {i}" for i, (what, _, _) in enumerate(CASES)]
+)
 def test_a_key_is_known_by_its_form(what: str, example: str, near: list[str]) -> None:
     for text in (example, f"see ({example})", f"x = 1\r\n{example}\r\n"):
         assert kinds(text) == [what], text
@@ -252,7 +265,9 @@ NAMES = words(
     "password passwd passphrase pwd secret token api_key api-key apikey access_key access-key accesskey "
     "auth_key auth-key authkey private_key private-key privatekey credential"
 )
-NO_NAMES = words("passage pass_ pw secre toke api.key apike access__key auth.key privat_key credentia key user")
+NO_NAMES = words(
+    "passage pass_ pw secre toke api.key apike access__key auth.key privat_key credentia key user"
+)
 PASSWORDS = ("pass", "pwd")
 
 
@@ -264,7 +279,12 @@ def spelled() -> Iterator[str]:
 @pytest.mark.parametrize("name", list(spelled()))
 def test_a_value_beside_its_name(name: str) -> None:
     said = [f"a value for {name.lower().removesuffix('s') if name.endswith('s') else name.lower()}"]
-    for text in (f'{name} = "{chars(16)}"', f"{name}={chars(16)}", f"MY_{name}: {chars(16)}", f'{{"{name}": "{chars(16)}"}}'):
+    for text in (
+        f'{name} = "{chars(16)}"',
+        f"{name}={chars(16)}",
+        f"MY_{name}: {chars(16)}",
+        f'{{"{name}": "{chars(16)}"}}',
+    ):
         assert kinds(text) == said, text
     short = chars(7) if name.lower().startswith(PASSWORDS) else chars(15)
     assert kinds(f"{name}={short}") == []
@@ -373,7 +393,13 @@ A_TOKEN = "h" + "f_" + chars(34)
 @pytest.mark.parametrize("coding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_the_line_is_said_in_any_width_of_letters(coding: str) -> None:
     text = f"{A_TOKEN}\n\n# {A_TOKEN} {A_TOKEN}\n{PASS} = '{chars(9)}'\n{PASS}: {chars(9)}"
-    places = [(1, "a Hugging Face token"), (3, "a Hugging Face token"), (3, "a Hugging Face token"), (4, A_VALUE), (5, A_VALUE)]
+    places = [
+        (1, "a Hugging Face token"),
+        (3, "a Hugging Face token"),
+        (3, "a Hugging Face token"),
+        (4, A_VALUE),
+        (5, A_VALUE),
+    ]
     assert list(leaks.secrets_in(text.encode(coding))) == places
     assert list(leaks.secrets_in(f"\n{text}".encode(coding))) == [(line + 1, what) for line, what in places]
 

@@ -40,11 +40,25 @@ GROWTH = {"dropout": 0.1, "growth": {"version": 2, "ops": OPS}}
 
 
 def started(step: int, **changes: Any) -> dict[str, Any]:
-    return {"event": "op_START", "op": "x", "name": "set_dropout", "step": step, "params": 1000, "flops_per_token": 6e3} | changes
+    return {
+        "event": "op_START",
+        "op": "x",
+        "name": "set_dropout",
+        "step": step,
+        "params": 1000,
+        "flops_per_token": 6e3,
+    } | changes
 
 
 def ended(step: int, how: str = "SUCCESS", **changes: Any) -> dict[str, Any]:
-    return {"event": f"op_{how}", "op": "x", "name": "set_dropout", "step": step, "tokens": 128 * step, "value": 0.0} | changes
+    return {
+        "event": f"op_{how}",
+        "op": "x",
+        "name": "set_dropout",
+        "step": step,
+        "tokens": 128 * step,
+        "value": 0.0,
+    } | changes
 
 
 def write_study(folder: Path, trials: list[dict[str, Any]] | None = None, **facts: Any) -> Path:
@@ -77,14 +91,23 @@ def out(tmp_path: Path) -> Path:
 
 def test_a_folder_is_searched_for_runs_and_studies(out: Path) -> None:
     run = make_run().id
-    for places in ([], [str(out)], [str(out), str(out)], [str(out / run), str(out / "deep")], [run, "deep"], [run[:10], "deep/er/lr"]):
+    for places in (
+        [],
+        [str(out)],
+        [str(out), str(out)],
+        [str(out / run), str(out / "deep")],
+        [run, "deep"],
+        [run[:10], "deep/er/lr"],
+    ):
         e = load.gather(places, out)
         assert [r.path for r in e.runs] == [out / run], places
         assert [s.path for s in e.studies] == [out / "deep" / "er" / "lr"]
     assert load.gather([str(out / ".hidden")], out).runs[0].cfg.preset == "optimized"
 
 
-def test_a_path_comes_before_a_name_in_the_folder_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_comes_before_a_name_in_the_folder_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(tmp_path / "mine", make_run())
     write_run(tmp_path / "runs" / "mine", make_run("optimized"))
     monkeypatch.chdir(tmp_path)
@@ -188,7 +211,9 @@ HARMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize("name", HARMS)
 def test_a_run_that_is_damaged(tmp_path: Path, name: str) -> None:
-    folder = write_run(tmp_path, make_run(fields=GROWTH, journal=[started(1), ended(1, params=1000), ended(3)]))
+    folder = write_run(
+        tmp_path, make_run(fields=GROWTH, journal=[started(1), ended(1, params=1000), ended(3)])
+    )
     load.gather([], tmp_path)
     harm, file, said = HARMS[name]
     harm(folder)
@@ -199,7 +224,10 @@ def test_a_run_that_is_damaged(tmp_path: Path, name: str) -> None:
 def test_a_run_without_a_score_of_val_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path, make_run())
     edit_rows(folder / "metrics.jsonl", lambda rows: rows[-1].update(split="dev"))
-    edit(folder / "summary.json", lambda summary: [summary[name].update(split="dev") for name in ("last", "best")])
+    edit(
+        folder / "summary.json",
+        lambda summary: [summary[name].update(split="dev") for name in ("last", "best")],
+    )
     assert "metrics.jsonl" in refusal(tmp_path)
 
 
@@ -222,7 +250,9 @@ def test_trials_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, pyarrow.ArrowException])
-def test_whatever_reading_trials_raises(tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_reading_trials_raises(
+    tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> None:
         raise error("so\nand so")
 
@@ -232,7 +262,9 @@ def test_whatever_reading_trials_raises(tmp_path: Path, error: type[Exception], 
 
 
 @pytest.mark.parametrize("error", [RunError, KeyError, AssertionError])
-def test_a_plan_that_cannot_have_been(tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_cannot_have_been(
+    tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> None:
         raise error("so")
 
@@ -250,7 +282,9 @@ def test_trials_without_a_column(tmp_path: Path, name: str) -> None:
 
 def test_a_study_may_have_no_trials(tmp_path: Path) -> None:
     study = write_study(tmp_path / "lr", [{"other": 1}])
-    pyarrow.parquet.write_table(pyarrow.table({"other": pyarrow.array([], pyarrow.int64())}), study / "trials.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"other": pyarrow.array([], pyarrow.int64())}), study / "trials.parquet"
+    )
     (read,) = load.gather([], tmp_path).studies
     assert read.trials == [] and read.searched == [] and read.whole == []
 
@@ -270,9 +304,23 @@ def test_a_trial_that_is_damaged(tmp_path: Path, name: str, value: Any) -> None:
 
 
 def test_a_trial_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
-    unknown = dict.fromkeys(("reason", "rung", "scores", "asked", "trained", "reused", "wasted", "branch", "steps", "params.lr"))
-    told = {"reason": "", "rung": float("inf"), "scores": '{"0": 1.5}', "asked": 10, "trained": 0.5, "reused": 0, "wasted": 0, "branch": 1}
-    trials = [make_trial(0, None) | unknown, make_trial(1, 2.0) | unknown | told | {"steps": 3, "params.lr": 0.5}]
+    unknown = dict.fromkeys(
+        ("reason", "rung", "scores", "asked", "trained", "reused", "wasted", "branch", "steps", "params.lr")
+    )
+    told = {
+        "reason": "",
+        "rung": float("inf"),
+        "scores": '{"0": 1.5}',
+        "asked": 10,
+        "trained": 0.5,
+        "reused": 0,
+        "wasted": 0,
+        "branch": 1,
+    }
+    trials = [
+        make_trial(0, None) | unknown,
+        make_trial(1, 2.0) | unknown | told | {"steps": 3, "params.lr": 0.5},
+    ]
     write_study(tmp_path / "lr", trials)
     assert [t["value"] for t in load.gather([], tmp_path).studies[0].trials] == [None, 2.0]
 
@@ -293,7 +341,9 @@ def test_a_fact_of_a_study_that_is_damaged(tmp_path: Path, part: str, name: str,
     assert "study.json is damaged" in said and name in said
 
 
-@pytest.mark.parametrize(("name", "value"), [("ledger", 3), ("ledger", {"asked": -1}), ("study", 3), ("evidence", 3)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ledger", 3), ("ledger", {"asked": -1}), ("study", 3), ("evidence", 3)]
+)
 def test_a_part_of_a_study_that_is_damaged(tmp_path: Path, name: str, value: Any) -> None:
     write_study(tmp_path / "lr", **{name: value})
     said = refusal(tmp_path)
@@ -301,9 +351,15 @@ def test_a_part_of_a_study_that_is_damaged(tmp_path: Path, name: str, value: Any
 
 
 def test_a_study_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
-    unknown = dict.fromkeys(("rows", "rung_correlation", "space", "importance", "study", "evidence", "ledger"))
+    unknown = dict.fromkeys(
+        ("rows", "rung_correlation", "space", "importance", "study", "evidence", "ledger")
+    )
     row = dict.fromkeys(("trial", "mean", "difference", "interval", "p_holm"))
-    inner = {"rows": [row, {}], "rung_correlation": {"0": None}, "space": {"a": None, "b": {"values": None, "when": None}}}
+    inner = {
+        "rows": [row, {}],
+        "rung_correlation": {"0": None},
+        "space": {"a": None, "b": {"values": None, "when": None}},
+    }
     write_study(tmp_path / "a", **unknown)
     write_study(tmp_path / "b", **inner, importance={"lr": None}, ledger={"asked": None})
     write_study(tmp_path / "c")
@@ -321,7 +377,11 @@ def test_other_titles_are_refused(tmp_path: Path, what: str) -> None:
         write_run(tmp_path, one)
     said = refusal(tmp_path)
     first = run.summary["fingerprints"][what][:12]
-    assert f"the {what} fingerprint is not one: " in said and f"{first}: {run.id}" in said and f"{'f' * 12}: {other.id}" in said
+    assert (
+        f"the {what} fingerprint is not one: " in said
+        and f"{first}: {run.id}" in said
+        and f"{'f' * 12}: {other.id}" in said
+    )
     assert "same titles" in said
 
 
@@ -339,7 +399,11 @@ def test_another_geometry_is_refused(tmp_path: Path) -> None:
     for one in (run, other):
         write_run(tmp_path, one)
     said = refusal(tmp_path)
-    assert "the evaluation geometry is not one: " in said and f"8x16: {run.id}" in said and f"4x16: {other.id}" in said
+    assert (
+        "the evaluation geometry is not one: " in said
+        and f"8x16: {run.id}" in said
+        and f"4x16: {other.id}" in said
+    )
     assert "official_geometry=ROWSxTOKENS" in said
 
 
@@ -371,7 +435,11 @@ def test_of_many_runs_four_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, make_run(seed=9, geometry=[1, 1]))
     assert "and 2 more" in refusal(tmp_path)
     names = list("abcdef")
-    assert load.few(names) == "a, b, c, d and 2 more" and load.few(names[:4]) == "a, b, c, d" and load.few([]) == ""
+    assert (
+        load.few(names) == "a, b, c, d and 2 more"
+        and load.few(names[:4]) == "a, b, c, d"
+        and load.few([]) == ""
+    )
     assert load.few(names, 5) == "a, b, c, d, e and 1 more"
 
 
@@ -391,10 +459,15 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     for seed in (3, 1):
         shutil.copytree(tmp_path / make_run(seed=seed).id, tmp_path / f"again-{seed}")
     said = refusal(tmp_path)
-    assert said.splitlines()[1].startswith("seed 1 of baseline is there more than once (") and "seed 3 of baseline" in said
+    assert (
+        said.splitlines()[1].startswith("seed 1 of baseline is there more than once (")
+        and "seed 3 of baseline" in said
+    )
     first = said.splitlines()[1]
     assert "again-1" in first and "again-3" not in first
-    assert str(tmp_path / "again-1") in said and str(tmp_path / make_run().id) in said and "seed 2" not in said
+    assert (
+        str(tmp_path / "again-1") in said and str(tmp_path / make_run().id) in said and "seed 2" not in said
+    )
 
 
 # -- recipes
@@ -405,7 +478,12 @@ def named(*runs: Run) -> list[tuple[str, list[int]]]:
 
 
 def test_runs_that_differ_by_their_seed_are_a_recipe() -> None:
-    runs = (make_run(seed=3), make_run("optimized"), make_run(seed=1), make_run(seed=2, fields={"log_every": 7}))
+    runs = (
+        make_run(seed=3),
+        make_run("optimized"),
+        make_run(seed=1),
+        make_run(seed=2, fields={"log_every": 7}),
+    )
     assert named(*runs) == [("baseline", [1, 2, 3]), ("optimized", [1])]
 
 
@@ -420,9 +498,15 @@ def test_recipes_stand_in_one_order() -> None:
 
 
 def test_a_preset_is_told_apart_from_its_own_kind_alone() -> None:
-    assert named(make_run(), make_run("optimized", fields={"lr": 0.5})) == [("baseline", [1]), ("optimized", [1])]
+    assert named(make_run(), make_run("optimized", fields={"lr": 0.5})) == [
+        ("baseline", [1]),
+        ("optimized", [1]),
+    ]
     assert named(make_run("grown", fields=GROWTH)) == [("grown", [1])]
-    names = sorted(name for name, _ in named(make_run("grown", fields=GROWTH), make_run("grown", fields=GROWTH | {"lr": 0.5})))
+    names = sorted(
+        name
+        for name, _ in named(make_run("grown", fields=GROWTH), make_run("grown", fields=GROWTH | {"lr": 0.5}))
+    )
     assert names == ["grown lr=0.006", "grown lr=0.5"]
 
 
@@ -430,19 +514,28 @@ def test_a_preset_is_told_apart_from_its_own_kind_alone() -> None:
     ("fields", "others", "names"),
     [
         ({"lr": 0.0123456789}, {}, ["baseline lr=0.006", "baseline lr=0.0123457"]),
-        ({"optimizer": "adamw", "n_layer": 3}, {}, ["baseline n_layer=2 optimizer=sgd", "baseline n_layer=3 optimizer=adamw"]),
+        (
+            {"optimizer": "adamw", "n_layer": 3},
+            {},
+            ["baseline n_layer=2 optimizer=sgd", "baseline n_layer=3 optimizer=adamw"],
+        ),
         (GROWTH, {"dropout": 0.1}, ["baseline", "baseline with growth"]),
         (GROWTH, {}, ["baseline dropout=0", "baseline dropout=0.1 with growth"]),
     ],
 )
-def test_recipes_of_one_preset_are_told_apart_by_what_differs(fields: dict[str, Any], others: dict[str, Any], names: list[str]) -> None:
+def test_recipes_of_one_preset_are_told_apart_by_what_differs(
+    fields: dict[str, Any], others: dict[str, Any], names: list[str]
+) -> None:
     assert sorted(name for name, _ in named(make_run(fields=fields), make_run(fields=others))) == names
 
 
 def test_what_makes_a_recipe() -> None:
     names = load.fields(make_run().cfg)
     left_out = {name for name in TrainConfig.model_fields if name not in names}
-    assert left_out == {"seed", *(name for name in TrainConfig.model_fields if TrainConfig.class_of(name) == "inert")}
+    assert left_out == {
+        "seed",
+        *(name for name in TrainConfig.model_fields if TrainConfig.class_of(name) == "inert"),
+    }
     assert names["lr"] == 0.006
 
 
@@ -464,7 +557,11 @@ def headline(*recipes: Recipe) -> tuple[str | None, str | None, str]:
 def test_the_two_of_the_headline() -> None:
     base, base1 = make_recipe("baseline", {1: 2.0}), make_recipe("ablation:baseline", {1: 2.0})
     opt, opt1 = make_recipe("optimized", {1: 1.9}), make_recipe("demo:optimized", {1: 1.8, 2: 1.8})
-    low, lower, bad = make_recipe("grown", {1: 1.5}), make_recipe("staged", {1: 1.0, 2: 1.2}), make_recipe("x", {1: 0.1}, guards=failing())
+    low, lower, bad = (
+        make_recipe("grown", {1: 1.5}),
+        make_recipe("staged", {1: 1.0, 2: 1.2}),
+        make_recipe("x", {1: 0.1}, guards=failing()),
+    )
     only, named_so = "the only other recipe", "the recipe is called optimized"
     assert headline() == (None, None, "no run was given")
     assert headline(base) == ("baseline", None, only)
@@ -483,7 +580,9 @@ def test_the_two_of_the_headline() -> None:
 def test_of_baselines_the_one_with_most_seeds_counts() -> None:
     few, many = make_recipe("baseline", {1: 2.0}), make_recipe("ablation:baseline", {1: 2.0, 2: 2.0})
     assert headline(few, many, make_recipe("optimized", {1: 1.0}))[0] == "ablation:baseline"
-    twins = [Recipe(name, make_recipe("baseline", {1: 2.0}).runs) for name in ("baseline lr=2", "baseline lr=1")]
+    twins = [
+        Recipe(name, make_recipe("baseline", {1: 2.0}).runs) for name in ("baseline lr=2", "baseline lr=1")
+    ]
     assert headline(*twins, make_recipe("optimized", {1: 1.0}))[0] == "baseline lr=1"
 
 
@@ -503,7 +602,10 @@ def test_the_noise_is_between_the_seeds_of_a_recipe() -> None:
 
 
 def steps(*names: str, **changes: Any) -> list[Recipe]:
-    return [make_recipe(f"ablation:{name}", {1: 2.0, 2: 2.1}, {"lr": 0.001 * n}, **changes) for n, name in enumerate(names, 1)]
+    return [
+        make_recipe(f"ablation:{name}", {1: 2.0, 2: 2.1}, {"lr": 0.001 * n}, **changes)
+        for n, name in enumerate(names, 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -527,7 +629,10 @@ def test_a_step_that_failed_is_no_step() -> None:
 
 
 def test_a_pair_of_presets_is_no_ladder() -> None:
-    pair = [make_recipe(f"demo:{name}", {1: 2.0}, {"lr": lr}) for name, lr in (("baseline", 0.1), ("optimized", 0.2), ("other", 0.3))]
+    pair = [
+        make_recipe(f"demo:{name}", {1: 2.0}, {"lr": lr})
+        for name, lr in (("baseline", 0.1), ("optimized", 0.2), ("other", 0.3))
+    ]
     assert make_evidence(*pair).ladder == []
 
 
@@ -541,8 +646,12 @@ def test_a_pair_of_presets_is_no_ladder() -> None:
         (((1,), (2,)), [[1], [2]]),
     ],
 )
-def test_the_scores_of_a_ladder_are_over_common_seeds(seeds: tuple[tuple[int, ...], ...], kept: list[list[int]]) -> None:
-    recipes = [make_recipe("baseline", {seed: seed / 10 + i for seed in mine}) for i, mine in enumerate(seeds)]
+def test_the_scores_of_a_ladder_are_over_common_seeds(
+    seeds: tuple[tuple[int, ...], ...], kept: list[list[int]]
+) -> None:
+    recipes = [
+        make_recipe("baseline", {seed: seed / 10 + i for seed in mine}) for i, mine in enumerate(seeds)
+    ]
     found = load.ladder_scores(recipes)
     assert [list(scores) for scores in found] == kept
     assert all(score == seed / 10 + i for i, scores in enumerate(found) for seed, score in scores.items())
@@ -568,7 +677,13 @@ def test_the_rows_of_a_run() -> None:
 
 
 def test_the_ops_of_a_run_are_those_of_its_journal() -> None:
-    journal = [started(1), ended(1), {"event": "op_CHECK", "name": "x", "step": 2}, ended(3, "ERROR"), started(4)]
+    journal = [
+        started(1),
+        ended(1),
+        {"event": "op_CHECK", "name": "x", "step": 2},
+        ended(3, "ERROR"),
+        started(4),
+    ]
     run = make_run(fields=GROWTH, journal=journal)
     assert run.ops == [journal[1], journal[3]]
     assert run.resolved.fired == (1, ~3)
@@ -609,7 +724,10 @@ def test_a_trial_that_did_not(state: str) -> None:
 @pytest.mark.parametrize("state", ["complete", "completed", "done", "TrialState.COMPLETE"])
 def test_trials_that_were_trained_to_the_end(state: str) -> None:
     study = make_study(
-        make_trial(0, 1.0, state), make_trial(1, 0.5, "pruned", rung=5), make_trial(2, None, state), make_trial(3, 9.0, "failed")
+        make_trial(0, 1.0, state),
+        make_trial(1, 0.5, "pruned", rung=5),
+        make_trial(2, None, state),
+        make_trial(3, 9.0, "failed"),
     )
     assert [t["trial"] for t in study.whole] == [0] and [t["trial"] for t in study.stopped] == [1]
 
@@ -624,10 +742,18 @@ def test_without_a_state_the_highest_rung_was_trained_to_the_end() -> None:
 
 def test_the_fields_that_a_study_searched() -> None:
     trials = [
-        make_trial(0, **{"params.lr": 0.1, "params.wd": 1, "params.only": None, "params.once": 3, "other": 1}),
-        make_trial(1, **{"params.lr": 0.2, "params.wd": 1, "params.only": None, "params.once": None, "other": 2}),
+        make_trial(
+            0, **{"params.lr": 0.1, "params.wd": 1, "params.only": None, "params.once": 3, "other": 1}
+        ),
+        make_trial(
+            1, **{"params.lr": 0.2, "params.wd": 1, "params.only": None, "params.once": None, "other": 2}
+        ),
     ]
-    assert make_study(*trials).searched == ["lr"] and make_study().searched == [] and make_study(trials[0]).searched == []
+    assert (
+        make_study(*trials).searched == ["lr"]
+        and make_study().searched == []
+        and make_study(trials[0]).searched == []
+    )
 
 
 @pytest.mark.parametrize("empty", [None, {}, [], ""])
@@ -635,7 +761,10 @@ def test_a_fact_is_looked_for_in_three_places(empty: Any) -> None:
     study = make_study(a=1, b=empty, study={"b": 2, "c": empty, "a": 9}, evidence={"c": 3, "b": 9})
     assert [study.fact(name) for name in "abcd"] == [1, 2, 3, None]
     assert make_study(study=None, a=0).fact("a") == 0
-    assert make_study(study=None, evidence={"a": 1}).fact("a") == 1 and make_study(evidence=None).fact("a") is None
+    assert (
+        make_study(study=None, evidence={"a": 1}).fact("a") == 1
+        and make_study(evidence=None).fact("a") is None
+    )
 
 
 def test_the_name_of_a_study() -> None:

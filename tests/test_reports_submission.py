@@ -38,7 +38,9 @@ class Desk:
         files = {"mainrun/replay.py": b"1", "task": b"2"}
         self.commit = Commit("c0ffee" * 6, "7ee" * 10, files, ["task"], {})
         same = {name: self.run.summary[name] for name in ("fingerprints", "tokenizer")}
-        self.found: dict[str, Any] = copy.deepcopy({"versions": VERSIONS, "guards": [guard("coverage"), guard("causality")], **same})
+        self.found: dict[str, Any] = copy.deepcopy(
+            {"versions": VERSIONS, "guards": [guard("coverage"), guard("causality")], **same}
+        )
         self.calls: list[Any] = []
         self.notes: list[str] = []
         monkeypatch.setattr(submission, "head", self.head)
@@ -50,11 +52,15 @@ class Desk:
 
     def replay(self, code: Path, *args: Any) -> dict[str, Any]:
         assert code.name.startswith("mainrun-submit-")
-        self.calls.append((sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()), *args))
+        self.calls.append(
+            (sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()), *args)
+        )
         return self.found
 
     def prepare(self) -> submission.Submission:
-        return submission.prepare(RunDir(self.folder), self.report, self.out, self.notes.append, root=self.runs.parent)
+        return submission.prepare(
+            RunDir(self.folder), self.report, self.out, self.notes.append, root=self.runs.parent
+        )
 
     def refusal(self) -> str:
         with pytest.raises(MainrunError) as caught:
@@ -86,7 +92,10 @@ def test_what_is_handed_in(desk: Desk) -> None:
         "figures": {name: summary[name] for name in FIGURES},
         "files": {name: {"sha256": sha256(made.files[name]), "bytes": len(made.files[name])} for name in names},
     }  # fmt: skip
-    assert list(made.manifest["files"]) == sorted(names) and json.loads(made.files["MANIFEST.json"]) == made.manifest
+    assert (
+        list(made.manifest["files"]) == sorted(names)
+        and json.loads(made.files["MANIFEST.json"]) == made.manifest
+    )
     desk.out.write_bytes(made.data)
     assert bundle.read(desk.out) == made.files
     assert (made.commit, made.flags, made.notes) == (desk.commit, [], [])
@@ -137,13 +146,17 @@ def test_without_one_a_name_is_asked_for(desk: Desk, tmp_path: Path) -> None:
     shown = sorted([*ids, desk.folder.name])[:5]
     with pytest.raises(UsageError) as caught:
         submission.choose(None, desk.runs)
-    assert f"there are several finished runs in {desk.runs} ({', '.join(shown)}); name one: --run RUN" in str(caught.value)
+    assert f"there are several finished runs in {desk.runs} ({', '.join(shown)}); name one: --run RUN" in str(
+        caught.value
+    )
 
 
 # -- a run that is not whole
 
 
-@pytest.mark.parametrize("name", [name for name in RUN_FILES if name not in ("config.json", "summary.json", "metrics.jsonl")])
+@pytest.mark.parametrize(
+    "name", [name for name in RUN_FILES if name not in ("config.json", "summary.json", "metrics.jsonl")]
+)
 def test_a_file_that_is_missing(desk: Desk, name: str) -> None:
     (desk.folder / name).unlink()
     assert f"has no {name}" in desk.refusal()
@@ -155,14 +168,19 @@ def test_all_missing_files_are_named(desk: Desk) -> None:
     assert "has no env.json, tokenizer.json" in desk.refusal()
 
 
-@pytest.mark.parametrize("name", ["weights", "scores", "tokenizer", "machine_class", "versions", "all_versions"])
+@pytest.mark.parametrize(
+    "name", ["weights", "scores", "tokenizer", "machine_class", "versions", "all_versions"]
+)
 def test_a_summary_that_lacks_something(desk: Desk, name: str) -> None:
     edit(desk.folder / "summary.json", lambda summary: summary.pop(name))
     assert f"summary.json has no {name!r}" in desk.refusal()
 
 
 def test_what_is_lacking_is_said_first(desk: Desk) -> None:
-    edit(desk.folder / "summary.json", lambda summary: (summary.pop("weights"), summary.update(run="other-00000000")))
+    edit(
+        desk.folder / "summary.json",
+        lambda summary: (summary.pop("weights"), summary.update(run="other-00000000")),
+    )
     assert "has no 'weights'" in desk.refusal()
 
 
@@ -205,7 +223,9 @@ def test_scores_of_val_in_two_ways(desk: Desk, scores: dict[str, Any]) -> None:
     ],
     ids=["whole", "no last step", "no step", "no first step", "one more", "dev is another matter"],
 )
-def test_a_log_that_does_not_reach_the_end(desk: Desk, change: Callable[[list[dict[str, Any]]], Any], whole: bool) -> None:
+def test_a_log_that_does_not_reach_the_end(
+    desk: Desk, change: Callable[[list[dict[str, Any]]], Any], whole: bool
+) -> None:
     write_log(desk.folder / "metrics.jsonl", change(make_rows(desk.run.summary)))
     if whole:
         desk.prepare()
@@ -248,12 +268,18 @@ def test_what_a_report_must_quote(run: str, official: str, full: str, missing: l
 
 def test_no_report(desk: Desk) -> None:
     desk.report.unlink()
-    assert f"no report {desk.report}" in (said := desk.refusal()) and f"mainrun report {desk.run.id} --out {desk.report}" in said
+    assert (
+        f"no report {desk.report}" in (said := desk.refusal())
+        and f"mainrun report {desk.run.id} --out {desk.report}" in said
+    )
     desk.report.mkdir()
     assert f"no report {desk.report}" in desk.refusal()
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs a file that looks whole and cannot be read, as Linux has one")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").is_file(),
+    reason="needs a file that looks whole and cannot be read, as Linux has one",
+)
 def test_a_report_that_cannot_be_read(desk: Desk) -> None:
     desk.report = Path("/proc/self/mem")
     assert "/proc/self/mem cannot be read (Input/output error); make it: mainrun report" in desk.refusal()
@@ -261,13 +287,18 @@ def test_a_report_that_cannot_be_read(desk: Desk) -> None:
 
 def test_a_report_that_quotes_another_run(desk: Desk) -> None:
     desk.report.write_bytes(pdf(["run other", "full 2.0000"]))
-    assert f"it has no run {desk.run.id}, no official 3.0000; make it: mainrun report {desk.run.id}" in desk.refusal()
+    assert (
+        f"it has no run {desk.run.id}, no official 3.0000; make it: mainrun report {desk.run.id}"
+        in desk.refusal()
+    )
     desk.report.write_bytes(b"%PDF no")
     assert f"{desk.report} is no PDF that can be read" in desk.refusal()
 
 
 @pytest.mark.parametrize(("more", "refused"), [(0, False), (1, True)])
-def test_a_report_that_is_too_large(desk: Desk, more: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_is_too_large(
+    desk: Desk, more: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bundle, "LIMIT", 20_000)
     data = desk.report.read_bytes()
     room = 20_000 + more - len(data)
@@ -308,7 +339,10 @@ def test_the_newest_checkpoint_goes_in(desk: Desk) -> None:
     (newest / "notes.txt").touch()
     made = desk.prepare()
     inside = sorted(name for name in made.files if "checkpoint" in name)
-    assert inside == [f"run/checkpoints/{newest.name}/{name}" for name in ("meta.json", "state.safetensors")] and made.notes == []
+    assert (
+        inside == [f"run/checkpoints/{newest.name}/{name}" for name in ("meta.json", "state.safetensors")]
+        and made.notes == []
+    )
     assert made.files[inside[1]] == b"\0" * 10
 
 
@@ -323,7 +357,9 @@ def test_a_checkpoint_that_lacks_a_file(desk: Desk, name: str) -> None:
 
 
 @pytest.mark.parametrize(("weights", "inside"), [(998, True), (999, False)])
-def test_a_checkpoint_up_to_a_size(desk: Desk, weights: int, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_up_to_a_size(
+    desk: Desk, weights: int, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bundle, "CHECKPOINT", 1000)
     checkpoint(desk.folder, 4, weights)
     made = desk.prepare()
@@ -338,7 +374,13 @@ def test_the_journal_goes_in(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*RUN_FILES, "growth.jsonl", "checkpoints/step-00000004/meta.json", "checkpoints/step-00000004/state.safetensors"]
+    "name",
+    [
+        *RUN_FILES,
+        "growth.jsonl",
+        "checkpoints/step-00000004/meta.json",
+        "checkpoints/step-00000004/state.safetensors",
+    ],
 )
 def test_a_link_is_no_file_of_a_run(desk: Desk, name: str) -> None:
     checkpoint(desk.folder, 4)
@@ -363,11 +405,19 @@ def test_a_run_of_other_code(desk: Desk, versions: list[dict[str, str]]) -> None
     desk.edit_summary(all_versions=versions)
     theirs = ", ".join(sorted(entry["mainrun"][:12] for entry in versions))
     said = desk.refusal()
-    assert f"run {desk.run.id} was trained by source {theirs}, commit c0ffeec0ffee is source 555555555555" in said
+    assert (
+        f"run {desk.run.id} was trained by source {theirs}, commit c0ffeec0ffee is source 555555555555"
+        in said
+    )
 
 
 def test_failed_guards_are_named_with_their_way_out(desk: Desk) -> None:
-    desk.found["guards"] = [guard("coverage", "fail", "half"), guard("geometry", "flag"), guard("causality", "fail", "ahead"), guard("x")]
+    desk.found["guards"] = [
+        guard("coverage", "fail", "half"),
+        guard("geometry", "flag"),
+        guard("causality", "fail", "ahead"),
+        guard("x"),
+    ]
     said = desk.refusal()
     assert f"2 of 4 guards failed on {desk.run.id}:" in said
     for name, detail in (("coverage", "half"), ("causality", "ahead")):
@@ -386,7 +436,14 @@ def test_titles_that_are_others_now(desk: Desk, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "value", "refused"),
-    [("LIMIT", 0, False), ("LIMIT", -1, True), ("UNPACKED", 0, False), ("UNPACKED", -1, True), ("FILES", 0, False), ("FILES", -1, True)],
+    [
+        ("LIMIT", 0, False),
+        ("LIMIT", -1, True),
+        ("UNPACKED", 0, False),
+        ("UNPACKED", -1, True),
+        ("FILES", 0, False),
+        ("FILES", -1, True),
+    ],
 )
 def test_how_large_it_may_be(limit: str, value: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"b": b"1" * 300, "a": b"2" * 2000, "c": b"3" * 1000, "d": b""}
@@ -401,7 +458,10 @@ def test_how_large_it_may_be(limit: str, value: int, refused: bool, monkeypatch:
     said = str(caught.value)
     assert f"has 4 files and {bundle.size(len(data))} (3.3 kB unpacked)" in said
     assert said.endswith("the largest: a (2.0 kB), c (1.0 kB), b (0.3 kB)")
-    assert f"allowed are {bundle.FILES:,} and {bundle.size(bundle.LIMIT)} ({bundle.size(bundle.UNPACKED)})" in said
+    assert (
+        f"allowed are {bundle.FILES:,} and {bundle.size(bundle.LIMIT)} ({bundle.size(bundle.UNPACKED)})"
+        in said
+    )
 
 
 def test_the_zip_is_written_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,5 +500,7 @@ def test_the_reader_of_pdfs_says_nothing_itself() -> None:
 
 
 def test_what_is_fixed_is_said_for_every_guard() -> None:
-    assert len(submission.FIXES) == 14 and all(re.search(r"[a-z]{3}", fix) for fix in submission.FIXES.values())
+    assert len(submission.FIXES) == 14 and all(
+        re.search(r"[a-z]{3}", fix) for fix in submission.FIXES.values()
+    )
     assert MACHINE["device"] == "cpu"

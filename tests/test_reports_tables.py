@@ -9,7 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evidence import STEPS, failing, guard, make_evidence, make_recipe, make_run, make_study, make_trial, score
+from evidence import (
+    STEPS,
+    failing,
+    guard,
+    make_evidence,
+    make_recipe,
+    make_run,
+    make_study,
+    make_trial,
+    score,
+)
 
 from reports import tables
 from reports.load import Recipe
@@ -77,7 +87,10 @@ def test_how_a_value_is_written(form: tables.Format, value: Any, said: str) -> N
 
 
 def test_numbers_stand_right_and_words_left() -> None:
-    sides = {form: tables.Column("x", form).right for form in (tables.text, tables.value, tables.whole, tables.plain)}
+    sides = {
+        form: tables.Column("x", form).right
+        for form in (tables.text, tables.value, tables.whole, tables.plain)
+    }
     assert sides == {tables.text: False, tables.value: False, tables.whole: True, tables.plain: True}
     assert tables.Column("x") == tables.Column("x", tables.text, 0.0)
 
@@ -85,7 +98,10 @@ def test_numbers_stand_right_and_words_left() -> None:
 def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
     columns = [tables.Column("a", tables.fixed(2)), tables.Column("b"), tables.Column("c", tables.value)]
     table = tables.Table("x", "X", columns, [[1.23456, None, {"k": 1}], [2.0, "ü, z", ["y"]]])
-    assert cells(table) == [["1.23", "", '{"k": 1}'], ["2.00", "ü, z", '["y"]']] and (table.note, table.red) == ("", set())
+    assert cells(table) == [["1.23", "", '{"k": 1}'], ["2.00", "ü, z", '["y"]']] and (
+        table.note,
+        table.red,
+    ) == ("", set())
     path = table.write(tmp_path)
     assert path == tmp_path / "x.csv" and b"\r" not in path.read_bytes()
     with path.open(encoding="utf-8", newline="") as f:
@@ -94,7 +110,9 @@ def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
 
 def test_the_mean_of_nothing_is_none() -> None:
     runs = [make_run(seed=seed, full=full) for seed, full in ((1, 1.0), (2, 2.0))]
-    assert tables.mean_of(runs, lambda run: run.full) == 1.5 and tables.mean_of([], lambda run: run.full) is None
+    assert (
+        tables.mean_of(runs, lambda run: run.full) == 1.5 and tables.mean_of([], lambda run: run.full) is None
+    )
 
 
 # -- recipes and runs
@@ -108,7 +126,18 @@ def test_recipes() -> None:
     del better.runs[0].summary["ledger"]
     bad = make_recipe("grown", {1: 0.1, 2: 0.3}, guards=failing())
     table = tables.recipes(make_evidence(good, bad, better))
-    assert heads(table) == ["recipe", "seeds", "full", "sd", "±95%", "official", "covers %", "params", "FLOPs", "seconds"]
+    assert heads(table) == [
+        "recipe",
+        "seeds",
+        "full",
+        "sd",
+        "±95%",
+        "official",
+        "covers %",
+        "params",
+        "FLOPs",
+        "seconds",
+    ]
     assert cells(table) == [
         ["optimized", "1", "1.9000", "", "", "3.0000", "98.0", "1,000", "2e09", "10.0"],
         ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.2500", "94.0", "1,234", "3e12", "8.0"],
@@ -132,7 +161,9 @@ def test_recipes_without_a_good_run_come_last_in_their_order() -> None:
 
 
 def test_a_score_of_zero_is_the_lowest() -> None:
-    table = tables.recipes(make_evidence(make_recipe("baseline", {1: 0.5}), make_recipe("optimized", {1: 0.0})))
+    table = tables.recipes(
+        make_evidence(make_recipe("baseline", {1: 0.5}), make_recipe("optimized", {1: 0.0}))
+    )
     assert [row[0] for row in cells(table)] == ["optimized", "baseline"]
 
 
@@ -146,17 +177,59 @@ def test_runs() -> None:
     flagged = [guard("coverage", "flag"), guard("causality", "flag"), guard("geometry")]
     runs = (
         make_run(
-            seed=7, last=last, best=score(step=2, full=1.99999), guards=flagged, steps=1200, tokens_per_s=1234.5, ledger={"reused": 300}
+            seed=7,
+            last=last,
+            best=score(step=2, full=1.99999),
+            guards=flagged,
+            steps=1200,
+            tokens_per_s=1234.5,
+            ledger={"reused": 300},
         ),
         make_run(seed=8, guards=[*failing(), guard("geometry", "fail")]),
         make_run(seed=9, full=1.5),
     )
     del runs[2].summary["ledger"]
     table = tables.runs(make_evidence(Recipe("baseline", runs)))
-    assert heads(table) == ["run", "seed", "full", "best", "official", "covers %", "bits/byte", "steps", "reused", "tokens/s", "guards"]
+    assert heads(table) == [
+        "run",
+        "seed",
+        "full",
+        "best",
+        "official",
+        "covers %",
+        "bits/byte",
+        "steps",
+        "reused",
+        "tokens/s",
+        "guards",
+    ]
     assert cells(table) == [
-        [runs[0].id, "7", "2.1235", "2.0000", "3.5000", "90.0", "1.2346", "1,200", "300", "1,234", "ok, 2 flag"],
-        [runs[1].id, "8", "2.0000", "2.0000", "3.0000", "98.0", "1.5000", "4", "0", "51", "FAIL: causality, geometry"],
+        [
+            runs[0].id,
+            "7",
+            "2.1235",
+            "2.0000",
+            "3.5000",
+            "90.0",
+            "1.2346",
+            "1,200",
+            "300",
+            "1,234",
+            "ok, 2 flag",
+        ],
+        [
+            runs[1].id,
+            "8",
+            "2.0000",
+            "2.0000",
+            "3.0000",
+            "98.0",
+            "1.5000",
+            "4",
+            "0",
+            "51",
+            "FAIL: causality, geometry",
+        ],
         [runs[2].id, "9", "1.5000", "1.5000", "3.0000", "98.0", "1.5000", "4", "0", "51", "ok"],
     ]
     assert table.red == {1} and "Red" in table.note and (table.name, table.title) == ("runs", "Runs")
@@ -192,10 +265,24 @@ def test_the_ablation() -> None:
     ]
     p = 2 * tables.stats.t_cdf(-0.18 / (0.02 / 3**0.5), 2)
     half = tables.stats.t_quantile(0.975, 2) * 0.02 / 3**0.5
-    assert shown[2][:6] == ["bfloat16", "3", "2.3300", f"{MINUS}0.1800", f"{MINUS}{0.18 + half:.4f}", f"{MINUS}{0.18 - half:.4f}"]
+    assert shown[2][:6] == [
+        "bfloat16",
+        "3",
+        "2.3300",
+        f"{MINUS}0.1800",
+        f"{MINUS}{0.18 + half:.4f}",
+        f"{MINUS}{0.18 - half:.4f}",
+    ]
     assert shown[2][6:] == [f"{p:.3f}", "better", "lr=0.003"]
-    assert table.rows[2][6] == pytest.approx(p) and (table.name, table.title) == ("ablation", "From step to step")
-    assert f"{e.noise.floor:.4f}" in table.note and f"sd {e.noise.sd:.4f}" in table.note and f"{e.noise.df} degrees" in table.note
+    assert table.rows[2][6] == pytest.approx(p) and (table.name, table.title) == (
+        "ablation",
+        "From step to step",
+    )
+    assert (
+        f"{e.noise.floor:.4f}" in table.note
+        and f"sd {e.noise.sd:.4f}" in table.note
+        and f"{e.noise.df} degrees" in table.note
+    )
     assert look(table) == [(0.11, False), *[(0.0, True)] * 6, (0.12, False), (0.27, False)]
 
 
@@ -213,20 +300,28 @@ def test_holm_counts_every_step() -> None:
     steps = [
         make_recipe(f"ablation:{name}", fulls, {"lr": 0.001 * n})
         for n, (name, fulls) in enumerate(
-            (("baseline", {1: 3.0, 2: 3.01, 3: 3.02}), ("size", {1: 2.7, 2: 2.78, 3: 2.75}), ("bfloat16", {1: 2.4, 2: 2.52, 3: 2.5})), 1
+            (
+                ("baseline", {1: 3.0, 2: 3.01, 3: 3.02}),
+                ("size", {1: 2.7, 2: 2.78, 3: 2.75}),
+                ("bfloat16", {1: 2.4, 2: 2.52, 3: 2.5}),
+            ),
+            1,
         )
     ]
     table = tables.ablation(make_evidence(*steps))
     assert table is not None
     scores = [recipe.scores for recipe in steps]
     ps = [tables.stats.difference(a, b).p for a, b in pairwise(scores)]
-    assert [row[6] for row in table.rows[1:]] == pytest.approx(tables.stats.holm([p for p in ps if p is not None]))
+    assert [row[6] for row in table.rows[1:]] == pytest.approx(
+        tables.stats.holm([p for p in ps if p is not None])
+    )
     assert [row[6] for row in table.rows[1:]] != pytest.approx(ps)
 
 
 def test_an_ablation_of_one_seed_a_step() -> None:
     steps = [
-        make_recipe(f"ablation:{name}", {1: full}, {"lr": 0.01 * full}) for name, full in (("baseline", 3.0), ("size", 2.5), ("adamw", 2.6))
+        make_recipe(f"ablation:{name}", {1: full}, {"lr": 0.01 * full})
+        for name, full in (("baseline", 3.0), ("size", 2.5), ("adamw", 2.6))
     ]
     table = tables.ablation(make_evidence(*steps))
     assert [row[3:8] for row in cells(table)[1:]] == [
@@ -241,7 +336,10 @@ def test_no_ladder_no_ablation() -> None:
 
 
 def test_the_short_name_of_a_step() -> None:
-    assert tables.short(make_run("ablation:size").cfg) == "size" and tables.short(make_run("baseline").cfg) == "baseline"
+    assert (
+        tables.short(make_run("ablation:size").cfg) == "size"
+        and tables.short(make_run("baseline").cfg) == "baseline"
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +365,8 @@ def test_a_verdict(mean: float, interval: Any, floor: float | None, said: str) -
 
 
 @pytest.mark.parametrize(
-    ("p", "verdict"), [(0.0, "better"), (0.05, "better"), (0.0500001, "not sure"), (1.0, "not sure"), (None, "better")]
+    ("p", "verdict"),
+    [(0.0, "better"), (0.05, "better"), (0.0500001, "not sure"), (1.0, "not sure"), (None, "better")],
 )
 def test_a_verdict_needs_holms_p(p: float | None, verdict: str) -> None:
     d: Any = SimpleNamespace(mean=-0.1, interval=(-0.2, -0.05))
@@ -305,13 +404,20 @@ def test_the_other_recipes() -> None:
     more = make_recipe("grown", {5: 2.0}, GROWTH | {"lr": 0.5})
     table = tables.others(make_evidence(base, optimised, more))
     assert cells(table) == [["grown", "lr=0.5, dropout=0.1"]]
-    assert table is not None and heads(table) == ["recipe", "sets"] and look(table) == [(0.25, False), (0.75, False)]
+    assert (
+        table is not None
+        and heads(table) == ["recipe", "sets"]
+        and look(table) == [(0.25, False), (0.75, False)]
+    )
     assert (table.name, table.title) == ("other_configs", "Other recipes against baseline")
     assert tables.others(make_evidence(base, optimised)) is None
     e = make_evidence(base, optimised, more)
     object.__setattr__(e, "baseline", None)
     assert tables.others(e) is None
-    steps = [make_recipe(f"ablation:{name}", {1: 2.0}, {"lr": lr}) for name, lr in (("baseline", 0.1), ("size", 0.2), ("adamw", 0.3))]
+    steps = [
+        make_recipe(f"ablation:{name}", {1: 2.0}, {"lr": lr})
+        for name, lr in (("baseline", 0.1), ("size", 0.2), ("adamw", 0.3))
+    ]
     assert tables.others(make_evidence(base, optimised, *steps)) is None
 
 
@@ -340,14 +446,25 @@ def test_guards() -> None:
 
 
 def test_of_details_as_frequent_the_first_by_name_is_shown() -> None:
-    runs = tuple(make_run(seed=seed, guards=[guard("x", "fail", detail)]) for seed, detail in enumerate("cab"))
-    assert cells(tables.guards(make_evidence(Recipe("baseline", runs)))) == [["x", "0", "0", "3", "fail: a (and 2 more like it)"]]
+    runs = tuple(
+        make_run(seed=seed, guards=[guard("x", "fail", detail)]) for seed, detail in enumerate("cab")
+    )
+    assert cells(tables.guards(make_evidence(Recipe("baseline", runs)))) == [
+        ["x", "0", "0", "3", "fail: a (and 2 more like it)"]
+    ]
 
 
 def test_failures() -> None:
     journal = [
         {"event": "op SUCCESS", "name": "set_dropout", "step": 2, "value": 0.0, "tokens": 256},
-        {"event": "op ERROR", "name": "stack_layers", "step": 3, "value": [0], "tokens": 384, "checks": [{"ok": False}]},
+        {
+            "event": "op ERROR",
+            "name": "stack_layers",
+            "step": 3,
+            "value": [0],
+            "tokens": 384,
+            "checks": [{"ok": False}],
+        },
     ]
     bad = make_run(seed=1, guards=[guard("coverage", "flag"), *failing("it looks ahead")[1:]])
     grown = make_run(seed=2, journal=journal)
@@ -372,20 +489,28 @@ def test_failures() -> None:
         "Runs, trials and ops",
     )
     assert cells(tables.failures(e, most=3)) == rows
-    assert cells(tables.failures(e, most=2)) == [*rows[:4], ["lr", "", "and 1 more failed trials, in trials.parquet"]]
+    assert cells(tables.failures(e, most=2)) == [
+        *rows[:4],
+        ["lr", "", "and 1 more failed trials, in trials.parquet"],
+    ]
     assert tables.failures(make_evidence(make_recipe("baseline", {1: 2.0}))) is None
 
 
 def test_thirty_failed_trials_are_shown() -> None:
     study = make_study(*(make_trial(i, None, "error") for i in range(32)))
-    assert cells(tables.failures(make_evidence(studies=(study,))))[30:] == [["lr", "", "and 2 more failed trials, in trials.parquet"]]
+    assert cells(tables.failures(make_evidence(studies=(study,))))[30:] == [
+        ["lr", "", "and 2 more failed trials, in trials.parquet"]
+    ]
 
 
 # -- growth
 
 
 def test_the_ops_of_a_run() -> None:
-    rows = [{"event": "eval", **score(step=step, full=full)} for step, full in ((1, 3.0), (2, 2.5), (3, 2.25), (4, 2.0))]
+    rows = [
+        {"event": "eval", **score(step=step, full=full)}
+        for step, full in ((1, 3.0), (2, 2.5), (3, 2.25), (4, 2.0))
+    ]
     rows.insert(1, {"event": "eval", **score(step=2, full=9.0, split="dev")})
     done = {"params": 1000, "flops_per_token": 6000.0, "delta_logits": 1.25e-7}
     journal = [
@@ -396,7 +521,18 @@ def test_the_ops_of_a_run() -> None:
         {"event": "op SUCCESS", "name": "last", "step": 4, "value": None, "tokens": 512},
     ]  # fmt: skip
     table = tables.growth(make_run(rows=rows, journal=journal), 3)
-    assert heads(table) == ["#", "op", "value", "step", "tokens", "full before", "after", "params", "FLOPs/token", "Δ logits"]
+    assert heads(table) == [
+        "#",
+        "op",
+        "value",
+        "step",
+        "tokens",
+        "full before",
+        "after",
+        "params",
+        "FLOPs/token",
+        "Δ logits",
+    ]
     assert cells(table) == [
         ["1", "set_dropout", "0", "2", "256", "2.5000", "2.2500", "1,000", "6,000", "1.25e-07"],
         ["2", "stack_layers", "[0, 1]", "3", "384", "2.2500", "2.0000", "", "", "failed: rolled back"],
@@ -429,7 +565,12 @@ def test_commands() -> None:
 
 def test_hashes() -> None:
     digits = {name: f"{name}{'0123456789' * 3}" for name in "wesxt"}
-    full = make_run(weights=digits["w"], versions={"mainrun": digits["s"]}, tokenizer=digits["t"], env={"evaluate_hash": digits["e"]})
+    full = make_run(
+        weights=digits["w"],
+        versions={"mainrun": digits["s"]},
+        tokenizer=digits["t"],
+        env={"evaluate_hash": digits["e"]},
+    )
     bare = make_run(seed=2)
     for name in ("weights", "versions", "tokenizer"):
         del bare.summary[name]
@@ -440,7 +581,10 @@ def test_hashes() -> None:
         [full.id, full.cfg.digest[:12], *(f"{name}01234567890" for name in "west")],
         [bare.id, bare.cfg.digest[:12], "", "", "", ""],
     ]
-    assert look(table) == [(0.0, False), *[(0.15, False)] * 5] and (table.name, table.title) == ("hashes", "Hashes")
+    assert look(table) == [(0.0, False), *[(0.15, False)] * 5] and (table.name, table.title) == (
+        "hashes",
+        "Hashes",
+    )
 
 
 @pytest.mark.parametrize("name", ["corpus", "train", "dev", "val"])
@@ -457,14 +601,20 @@ def test_fingerprints(name: str) -> None:
     other[place], other[-1] = "123456789abc", "1"
     bare[place], bare[5], bare[-1] = "", "", "1"
     assert cells(table) == [first, other, bare]
-    assert look(table) == [*[(0.15, False)] * 6, (0.0, True)] and (table.name, table.title) == ("fingerprints", "Data fingerprints")
+    assert look(table) == [*[(0.15, False)] * 6, (0.0, True)] and (table.name, table.title) == (
+        "fingerprints",
+        "Data fingerprints",
+    )
 
 
 def test_machines() -> None:
     moved = make_run(
-        machine_classes=[{"device": "cuda"}, {"device": "cpu", "threads": 1}], all_versions=[{"torch": "2.0", "mainrun": "ab" * 20}]
+        machine_classes=[{"device": "cuda"}, {"device": "cpu", "threads": 1}],
+        all_versions=[{"torch": "2.0", "mainrun": "ab" * 20}],
     )
-    stayed = make_run(seed=2, machine_classes=[{"device": "cuda"}], all_versions=[{"torch": "2.0", "mainrun": "ab" * 20}])
+    stayed = make_run(
+        seed=2, machine_classes=[{"device": "cuda"}], all_versions=[{"torch": "2.0", "mainrun": "ab" * 20}]
+    )
     bare = make_run(seed=3)
     for name in ("machine_classes", "all_versions"):
         del bare.summary[name]
@@ -510,7 +660,20 @@ def test_a_study_in_short() -> None:
     assert look(short) == [(0.15, False), (0.85, False)]
 
 
-FACTS = ("preset", "objective", "set", "sampler", "budget", "rungs", "engine", "noise", "seeds", "base", "claim", "val")
+FACTS = (
+    "preset",
+    "objective",
+    "set",
+    "sampler",
+    "budget",
+    "rungs",
+    "engine",
+    "noise",
+    "seeds",
+    "base",
+    "claim",
+    "val",
+)
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -528,10 +691,21 @@ def test_a_study_without_a_value() -> None:
 
 
 def test_the_bounds_of_a_study() -> None:
-    space = {"lr": {"low": 1e-4, "high": 0.1, "log": True}, "optimizer": {"values": ["adamw", "sgd"]}, "depth": 3}
-    trials = (make_trial(0, 2.0, **{"params.lr": 0.5}), make_trial(1, 1.0, **{"params.lr": 0.0123456789, "params.optimizer": "sgd"}))
+    space = {
+        "lr": {"low": 1e-4, "high": 0.1, "log": True},
+        "optimizer": {"values": ["adamw", "sgd"]},
+        "depth": 3,
+    }
+    trials = (
+        make_trial(0, 2.0, **{"params.lr": 0.5}),
+        make_trial(1, 1.0, **{"params.lr": 0.0123456789, "params.optimizer": "sgd"}),
+    )
     _, table = tables.study(make_study(*trials, space=space), 4)
-    assert (table.name, table.title, heads(table)) == ("study_4_space", "Bounds", ["field", "searched", "best trial"])
+    assert (table.name, table.title, heads(table)) == (
+        "study_4_space",
+        "Bounds",
+        ["field", "searched", "best trial"],
+    )
     assert cells(table) == [
         ["lr", "0.0001 to 0.1, logarithmic", "0.0123457"],
         ["optimizer", "one of adamw, sgd", "sgd"],
@@ -568,7 +742,16 @@ def test_the_confirmation_of_a_study() -> None:
     _, table = tables.study(make_study(make_trial(0), evidence={"rows": rows}), 1)
     assert heads(table) == ["trial", "mean", "difference", "low", "high", "p", "verdict", "what it sets"]
     assert cells(table) == [
-        ["6", "1.5100", f"{MINUS}0.0210", f"{MINUS}0.0300", f"{MINUS}0.0120", "<0.001", "claimed", "lr 0.005"],
+        [
+            "6",
+            "1.5100",
+            f"{MINUS}0.0210",
+            f"{MINUS}0.0300",
+            f"{MINUS}0.0120",
+            "<0.001",
+            "claimed",
+            "lr 0.005",
+        ],
         ["7", "1.5200", "+0.0100", "", "", "0.040", "within noise", "none"],
         ["", "", "", "+0.0100", "+0.0200", "", "", "none"],
         ["", "", "", "", "", "", "", "none"],
@@ -597,7 +780,10 @@ def test_settings_in_words(settings: Any, said: str) -> None:
     [
         ({"values": [1, 2.5, None], "low": None, "high": None, "log": True}, "one of 1, 2.5, none"),
         ({"low": 0, "high": 1e-3, "log": False, "when": {}}, "0 to 0.001"),
-        ({"low": 1, "high": 2, "log": True, "when": {"optimizer": ["adamw", "muon"]}}, "1 to 2, logarithmic, when optimizer adamw muon"),
+        (
+            {"low": 1, "high": 2, "log": True, "when": {"optimizer": ["adamw", "muon"]}},
+            "1 to 2, logarithmic, when optimizer adamw muon",
+        ),
         ({}, "none to none"),
         ([1, 2], "[1, 2]"),
     ],

@@ -52,7 +52,14 @@ def replayed(**changes: Any) -> dict[str, Any]:
     summary = make_run(best=BEST, last=score()).summary
     rows = [row for row in make_rows(summary) if row["step"] <= 2]
     same = ("fingerprints", "tokenizer", "params", "tokens", "flops")
-    found = {"machine_class": MACHINE, "versions": VERSIONS, "steps": 2, "of": STEPS, "rows": rows, "weights": "3" * 64}
+    found = {
+        "machine_class": MACHINE,
+        "versions": VERSIONS,
+        "steps": 2,
+        "of": STEPS,
+        "rows": rows,
+        "weights": "3" * 64,
+    }
     return copy.deepcopy(found | {name: summary[name] for name in same} | changes)
 
 
@@ -88,7 +95,10 @@ class Case:
 
     def write(self, dishonest: Files | None = None) -> Path:
         """With a manifest that fits, but for `self.manifest`; then with the files of `dishonest` in place of its own."""
-        summary = json.loads(self.files.get("run/summary.json", b"null")) or make_run(best=BEST, last=score()).summary
+        summary = (
+            json.loads(self.files.get("run/summary.json", b"null"))
+            or make_run(best=BEST, last=score()).summary
+        )
         made = make_manifest(self.files, summary) | self.manifest
         self.place.write_bytes(pack(self.files | {MANIFEST: json.dumps(made).encode()} | (dishonest or {})))
         return self.place
@@ -129,7 +139,10 @@ def test_a_good_bundle(case: Case) -> None:
 
 def test_what_the_replay_scored_is_said(case: Case) -> None:
     case.found = replayed(rows=make_rows(make_run().summary)[:2], steps=2, last=[score() | {"event": "eval"}])
-    assert case.verify().done[2:] == ["2 of 4 steps trained again, scored after none", "the last weights scored again"]
+    assert case.verify().done[2:] == [
+        "2 of 4 steps trained again, scored after none",
+        "the last weights scored again",
+    ]
     case.found = replayed(rows=[{"event": "eval", **BEST}, {"event": "eval", **score()}])
     assert case.verify().done[2:] == ["2 of 4 steps trained again, scored after 2, 4"]
 
@@ -142,7 +155,13 @@ def test_a_file_that_is_changed_or_missing(case: Case, name: str) -> None:
     changed = case.verify(dishonest={name: case.files[name] + b" "})
     assert len(changed.differences) == 1 and changed.differences[0].startswith(f"{name} was changed: sha256 ")
     assert not changed.verified and changed.done == ["9 files against their sha256 in the manifest"]
-    assert (changed.same_class, changed.apart, changed.tolerance, changed.steps, changed.of) == (True, [], 0.0, 0, 0)
+    assert (changed.same_class, changed.apart, changed.tolerance, changed.steps, changed.of) == (
+        True,
+        [],
+        0.0,
+        0,
+        0,
+    )
     del case.files[name]
     assert case.refusal() == f"there is no {name}"
     assert case.calls == [] and case.notes == []
@@ -169,7 +188,9 @@ def test_no_bundle_is_refused_by_its_name(case: Case) -> None:
 # -- on paper
 
 
-@pytest.mark.parametrize("name", ["run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions"])
+@pytest.mark.parametrize(
+    "name", ["run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions"]
+)
 def test_a_manifest_that_says_something_else(case: Case, name: str) -> None:
     true = make_run(best=BEST).summary[name]
     case.manifest = {name: "other"}
@@ -200,7 +221,10 @@ def test_a_guard_that_failed(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("report", "said"),
-    [(b"no pdf", "report.pdf is no PDF"), (pdf(["run x", "full 2.0000"]), "report.pdf does not quote this run: it has no run ")],
+    [
+        (b"no pdf", "report.pdf is no PDF"),
+        (pdf(["run x", "full 2.0000"]), "report.pdf does not quote this run: it has no run "),
+    ],
     ids=["no PDF", "another run"],
 )
 def test_a_report_that_does_not_quote_the_run(case: Case, report: bytes, said: str) -> None:
@@ -221,7 +245,12 @@ def test_everything_on_paper_is_said_at_once(case: Case) -> None:
 def test_a_run_that_is_not_whole(case: Case) -> None:
     case.edit("run/summary.json", lambda summary: summary["scores"]["val"]["last"].update(full=1.0))
     said = case.refusal()
-    assert said.startswith("the run: ") and "/tmp" not in said and "run/summary.json" in said and case.calls == []
+    assert (
+        said.startswith("the run: ")
+        and "/tmp" not in said
+        and "run/summary.json" in said
+        and case.calls == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,7 +263,9 @@ def test_a_manifest_of_another_shape(case: Case, change: dict[str, Any], error: 
 
 
 @pytest.mark.parametrize("error", [LookupError, TypeError, AttributeError, ValueError, RecursionError])
-def test_a_run_that_cannot_be_read(case: Case, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_read(
+    case: Case, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(run: Any) -> None:
         raise error("so")
 
@@ -284,8 +315,13 @@ def test_another_source(case: Case) -> None:
 
 
 def test_two_sources(case: Case) -> None:
-    case.edit("run/summary.json", lambda summary: summary["all_versions"].append(VERSIONS | {"mainrun": "4" * 64}))
-    assert case.refusal() == "the run was trained by source 444444444444, 555555555555, the code is source 555555555555"
+    case.edit(
+        "run/summary.json", lambda summary: summary["all_versions"].append(VERSIONS | {"mainrun": "4" * 64})
+    )
+    assert (
+        case.refusal()
+        == "the run was trained by source 444444444444, 555555555555, the code is source 555555555555"
+    )
 
 
 def test_weights_that_are_others(case: Case) -> None:
@@ -338,7 +374,12 @@ def test_where_this_machine_is_another(case: Case, change: dict[str, Any], said:
 def test_a_run_that_moved(case: Case, name: str) -> None:
     case.edit("run/env.json", lambda env: env[name].append({"mainrun": "9" * 64}))
     verdict = case.verify()
-    assert verdict.verified and not verdict.same_class and len(verdict.apart) == 1 and "was stopped" in verdict.apart[0]
+    assert (
+        verdict.verified
+        and not verdict.same_class
+        and len(verdict.apart) == 1
+        and "was stopped" in verdict.apart[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -386,7 +427,10 @@ def drop(row: dict[str, Any], name: str) -> None:
     [
         (lambda rows: rows[0].update(loss=5.0 * ULP), f"step 1: loss is 5.0 in the log, {5.0 * ULP!r} now"),
         (lambda rows: rows[1].update(lr=0.2), "step 2: lr is 0.1 in the log, 0.2 now"),
-        (lambda rows: rows[1].update(grad_norm=1.0 * ULP), f"step 2: grad_norm is 1.0 in the log, {ULP!r} now"),
+        (
+            lambda rows: rows[1].update(grad_norm=1.0 * ULP),
+            f"step 2: grad_norm is 1.0 in the log, {ULP!r} now",
+        ),
         (lambda rows: rows[1].update(tokens=257), "step 2: tokens is 256 in the log, 257 now"),
         (lambda rows: rows[1].update(tokens=256.0), "step 2: tokens is 256 in the log, 256.0 now"),
         (lambda rows: rows[1].update(new=1), "step 2: new is None in the log, 1 now"),
@@ -427,9 +471,18 @@ def test_code_that_is_not_the_one_installed(case: Case, tmp_path: Path) -> None:
     (tmp_path / "mainrun" / "sub" / "here.py").write_bytes(b"1")
     (tmp_path / "mainrun" / "notes.md").write_bytes(b"1")
     (tmp_path / "mainrun" / "both.py").write_bytes(b"1")
-    case.files |= {"code/mainrun/there.py": b"2", "code/mainrun/both.py": b"3", "code/mainrun/data.md": b"2", "code/sweeps/x.py": b"2"}
+    case.files |= {
+        "code/mainrun/there.py": b"2",
+        "code/mainrun/both.py": b"3",
+        "code/mainrun/data.md": b"2",
+        "code/sweeps/x.py": b"2",
+    }
     verdict = case.verify()
-    assert verdict.verified and verdict.other_code == ["mainrun/both.py", "mainrun/sub/here.py", "mainrun/there.py"]
+    assert verdict.verified and verdict.other_code == [
+        "mainrun/both.py",
+        "mainrun/sub/here.py",
+        "mainrun/there.py",
+    ]
 
 
 def test_the_files_that_a_run_must_have() -> None:

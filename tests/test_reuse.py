@@ -66,7 +66,11 @@ class Killed(BaseException):
 class Watch(Progress):
     """Does something after given steps, and when something is said; remembers both."""
 
-    def __init__(self, at: dict[int, Callable[[], object]] | None = None, on: dict[str, Callable[[], object]] | None = None) -> None:
+    def __init__(
+        self,
+        at: dict[int, Callable[[], object]] | None = None,
+        on: dict[str, Callable[[], object]] | None = None,
+    ) -> None:
         self.at, self.on = dict(at or {}), dict(on or {})
         self.steps: list[int] = []
         self.notes: list[str] = []
@@ -107,9 +111,24 @@ def end(run: Path) -> dict[str, Any]:
     assert summary is not None and summary["status"] == "done", f"{run} is lost"
     found = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
     assert found is not None and found[1]["step"] == summary["steps"]
-    same = ("weights", "last", "best", "scores", "steps", "tokens", "presentations", "flops", "geometry", "fingerprints")
+    same = (
+        "weights",
+        "last",
+        "best",
+        "scores",
+        "steps",
+        "tokens",
+        "presentations",
+        "flops",
+        "geometry",
+        "fingerprints",
+    )
     guards = [(guard["name"], guard["status"]) for guard in summary["guards"]]
-    return {name: summary[name] for name in same} | {"rows": rows(run), "state": found[1]["state_sha256"], "guards": guards}
+    return {name: summary[name] for name in same} | {
+        "rows": rows(run),
+        "state": found[1]["state_sha256"],
+        "guards": guards,
+    }
 
 
 def ledger(asked: int, reused: int, wasted: int = 0) -> dict[str, int]:
@@ -195,7 +214,11 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "fewer rows": ({}, {"log_every": 7}, 37),
     "more rows": ({"log_every": 7}, {}, 37),
     "with a dev split": ({"dev_frac": 0.2}, {"dev_frac": 0.2, "decay_shape": "cosine"}, 21),
-    "titles in a new order": ({"order": "shuffle_titles", "epochs": 2}, {"order": "shuffle_titles", "epochs": 2, "decay_frac": 0.2}, 53),
+    "titles in a new order": (
+        {"order": "shuffle_titles", "epochs": 2},
+        {"order": "shuffle_titles", "epochs": 2, "decay_frac": 0.2},
+        53,
+    ),
     "sgd with momentum": (DROP, DROP | {"decay_frac": 0.2}, 27),
     "muon": (MUON, MUON | {"decay_frac": 0.2}, 27),
     "two passes a step": ({"rdrop": 0.5}, {"rdrop": 0.5, "decay_frac": 0.2}, 27),
@@ -210,7 +233,10 @@ MORE = {
 
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
-    [pytest.param(*pair, id=name, marks=pytest.mark.slow if name in MORE else []) for name, pair in PAIRS.items()],
+    [
+        pytest.param(*pair, id=name, marks=pytest.mark.slow if name in MORE else [])
+        for name, pair in PAIRS.items()
+    ],
 )
 def test_a_run_that_begins_from_the_store_ends_as_its_run_from_scratch(
     tmp_path: Path, alone: Any, stocked: Any, first: dict[str, Any], second: dict[str, Any], shared: int
@@ -222,7 +248,9 @@ def test_a_run_that_begins_from_the_store_ends_as_its_run_from_scratch(
     assert summary["ledger"] == ledger(summary["steps"], shared)
     assert watch.said("are taken from the store (trained by custom-") == bool(shared)
     logged = [row["step"] for row in rows(tmp_path / cfg.run_id) if row["event"] == "step"]
-    assert sorted({*reused(tmp_path / cfg.run_id), *watch.steps}) == logged, "every row is one that was taken or one that was trained"
+    assert sorted({*reused(tmp_path / cfg.run_id), *watch.steps}) == logged, (
+        "every row is one that was taken or one that was trained"
+    )
     assert store.verify() == [] and held(store) == {}
 
 
@@ -231,7 +259,9 @@ def test_a_run_that_leaves_nodes_ends_as_one_that_does_not(tmp_path: Path, alone
     summary = train(cfg, tmp_path, store=store, keep=[5])
     assert end(tmp_path / cfg.run_id) == alone(cfg) and summary["ledger"] == ledger(STEPS, 0)
     assert [entry.step for entry in store.summary()[0]] == [5, 18, 27, 36, 37]
-    assert store.verify() == [] and held(store) == {} and list((tmp_path / "store" / "leases").iterdir()) == []
+    assert (
+        store.verify() == [] and held(store) == {} and list((tmp_path / "store" / "leases").iterdir()) == []
+    )
     assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
 
 
@@ -252,7 +282,9 @@ def test_a_score_that_two_nodes_hold_is_one_row(tmp_path: Path, alone: Any, stoc
     node_file(store, 27).unlink()
     train(cfgs[1], tmp_path, store=store)
     holds = [
-        entry.step for entry in map(store.node, store.node_keys()) if any(r["event"] == "eval" and r["step"] == 27 for r in entry.rows)
+        entry.step
+        for entry in map(store.node, store.node_keys())
+        if any(r["event"] == "eval" and r["step"] == 27 for r in entry.rows)
     ]
     assert sorted(holds) == [27, 36]
     assert train(cfgs[2], tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS)
@@ -261,11 +293,15 @@ def test_a_score_that_two_nodes_hold_is_one_row(tmp_path: Path, alone: Any, stoc
     assert store.verify() == []
 
 
-def test_a_node_is_the_state_of_its_step_however_late_it_is_written(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_is_the_state_of_its_step_however_late_it_is_written(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, store, save = config(decay_frac=0.2), Store(tmp_path / "store"), Store.save
     monkeypatch.setattr(Store, "save", lambda *args: (time.sleep(0.1), save(*args))[1])
     train(config(), tmp_path, store=store)
-    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(
+        tmp_path / cfg.run_id
+    ) == alone(cfg)
 
 
 # -- the ledger, and kills
@@ -273,7 +309,16 @@ def test_a_node_is_the_state_of_its_step_however_late_it_is_written(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("every", "at", "wasted"),
-    [(1000, 5, 5), (1000, 18, 18), (1000, 30, 3), (10, 12, 2), (10, 30, 3), (10, 31, 1), (25, 26, 1), (9, 20, 2)],
+    [
+        (1000, 5, 5),
+        (1000, 18, 18),
+        (1000, 30, 3),
+        (10, 12, 2),
+        (10, 30, 3),
+        (10, 31, 1),
+        (25, 26, 1),
+        (9, 20, 2),
+    ],
 )
 def test_steps_lost_with_a_kill_and_found_in_the_store_count_as_trained(
     tmp_path: Path, alone: Any, every: int, at: int, wasted: int
@@ -283,14 +328,19 @@ def test_steps_lost_with_a_kill_and_found_in_the_store_count_as_trained(
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({at: crash}))
     summary = train(cfg, tmp_path, store=store, progress=watch)
-    assert summary["ledger"] == ledger(STEPS + wasted, 0, wasted)  # the row of a step comes before its node and its checkpoint
+    assert summary["ledger"] == ledger(
+        STEPS + wasted, 0, wasted
+    )  # the row of a step comes before its node and its checkpoint
     assert reused(tmp_path / cfg.run_id) == [] and len(watch.steps) == STEPS - at + wasted
     assert end(tmp_path / cfg.run_id) == alone(config(checkpoint_every=every))
     assert store.verify() == []
 
 
 def test_what_others_trained_stays_reused_after_a_kill(tmp_path: Path, alone: Any, stocked: Any) -> None:
-    cfg, store = config(), stocked(tmp_path / "store", config(decay_frac=0.9, decay_shape="sqrt"))  # it shares 5 steps
+    cfg, store = (
+        config(),
+        stocked(tmp_path / "store", config(decay_frac=0.9, decay_shape="sqrt")),
+    )  # it shares 5 steps
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({20: crash}))
     summary = train(cfg, tmp_path, store=store)
@@ -298,27 +348,39 @@ def test_what_others_trained_stays_reused_after_a_kill(tmp_path: Path, alone: An
     assert end(tmp_path / cfg.run_id) == alone(cfg)
 
 
-def test_what_others_trained_on_the_way_stays_reused_after_a_kill(tmp_path: Path, alone: Any, stocked: Any) -> None:
+def test_what_others_trained_on_the_way_stays_reused_after_a_kill(
+    tmp_path: Path, alone: Any, stocked: Any
+) -> None:
     """Trained to 18, taken to 27, trained to 30, killed: 18 + 3 steps were this run's own."""
     cfg, store, full = config(), Store(tmp_path / "store"), stocked(tmp_path / "full", config())
 
     def lend() -> None:
-        for name in (f"states/{node(full, 27).state}.safetensors", f"nodes/{node(full, 18).key}", f"nodes/{node(full, 27).key}"):
+        for name in (
+            f"states/{node(full, 27).state}.safetensors",
+            f"nodes/{node(full, 18).key}",
+            f"nodes/{node(full, 27).key}",
+        ):
             (tmp_path / "store" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "full" / name, tmp_path / "store" / name)
 
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({10: lend, 30: crash}))
     summary = train(cfg, tmp_path, store=store)
-    assert summary["ledger"] == ledger(STEPS + 3, 9, 3) and reused(tmp_path / cfg.run_id) == list(range(19, 28))
+    assert summary["ledger"] == ledger(STEPS + 3, 9, 3) and reused(tmp_path / cfg.run_id) == list(
+        range(19, 28)
+    )
     assert end(tmp_path / cfg.run_id) == alone(cfg)
 
 
-def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checkpoint after it holds the rows that the lost node would have had."""
     cfg, store = config(checkpoint_every=9), Store(tmp_path / "store")
     with monkeypatch.context() as patch:
-        patch.setattr(reuse.Reuse, "_write", lambda self, node, tensors, lease: lease and lease.release(unfinished=True))
+        patch.setattr(
+            reuse.Reuse, "_write", lambda self, node, tensors, lease: lease and lease.release(unfinished=True)
+        )
         with pytest.raises(Killed):
             train(cfg, tmp_path, store=store, progress=Watch({29: crash}))
     assert store.node_keys() == set()
@@ -333,21 +395,30 @@ def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(tmp_path: Path, alone:
 def test_a_run_that_goes_on_with_another_store_leaves_no_hole_in_it(tmp_path: Path, alone: Any) -> None:
     cfg, watch, other = config(checkpoint_every=10), Watch(), Store(tmp_path / "other")
     with pytest.raises(Killed):
-        train(cfg, tmp_path, store=Store(tmp_path / "store"), progress=Watch({19: lambda: time.sleep(0.5), 22: crash}))
+        train(
+            cfg,
+            tmp_path,
+            store=Store(tmp_path / "store"),
+            progress=Watch({19: lambda: time.sleep(0.5), 22: crash}),
+        )
     train(cfg, tmp_path, store=other, progress=watch)
     assert watch.said("the rows up to step 18 are gone") and other.verify() == []
     assert end(tmp_path / cfg.run_id) == alone(cfg)
 
 
 @pytest.mark.parametrize("sittings", ["-S", "S-S", "-SS"])
-def test_a_run_with_sittings_without_a_store_leaves_no_hole(tmp_path: Path, alone: Any, sittings: str) -> None:
+def test_a_run_with_sittings_without_a_store_leaves_no_hole(
+    tmp_path: Path, alone: Any, sittings: str
+) -> None:
     cfg, store, said = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
     for i, kind in enumerate(sittings):
         said = Watch({} if i == len(sittings) - 1 else {12 * (i + 1): crash})
         with suppress(Killed):
             train(cfg, tmp_path, store=store if kind == "S" else None, progress=said)
     assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
-    assert said.said("were trained without a store: nothing of this run is kept in it") == (sittings != "-SS" or store.node_keys() == set())
+    assert said.said("were trained without a store: nothing of this run is kept in it") == (
+        sittings != "-SS" or store.node_keys() == set()
+    )
     again = from_dict(cfg.model_dump() | {"preset": "again"})
     train(again, tmp_path, store=store)
     assert end(tmp_path / again.run_id) == alone(again) and store.verify() == []
@@ -360,7 +431,11 @@ def test_fresh_trains_again_and_takes_nothing(tmp_path: Path, alone: Any, stocke
     cfg, watch, store = config(), Watch(), stocked(tmp_path / "store", config())
     made = {path: path.read_bytes() for path in (tmp_path / "store" / "nodes").iterdir()}
     summary = train(cfg, tmp_path, store=store, fresh=True, progress=watch)
-    assert summary["ledger"] == ledger(STEPS, 0) and watch.steps == list(range(1, STEPS + 1)) and reused(tmp_path / cfg.run_id) == []
+    assert (
+        summary["ledger"] == ledger(STEPS, 0)
+        and watch.steps == list(range(1, STEPS + 1))
+        and reused(tmp_path / cfg.run_id) == []
+    )
     assert end(tmp_path / cfg.run_id) == alone(cfg) and not watch.said("other bits")
     assert {path: path.read_bytes() for path in (tmp_path / "store" / "nodes").iterdir()} == made
 
@@ -381,7 +456,9 @@ def test_fresh_finds_a_store_that_has_other_bits(tmp_path: Path, alone: Any, sto
 # -- waiting, taking over, fencing
 
 
-def test_a_run_can_be_trained_in_parts(tmp_path: Path, alone: Callable[[TrainConfig], dict[str, Any]]) -> None:
+def test_a_run_can_be_trained_in_parts(
+    tmp_path: Path, alone: Callable[[TrainConfig], dict[str, Any]]
+) -> None:
     """To a step, and no further, whatever the store has; with a store that step is kept for others."""
     cfg, other, store = config(), config(decay_frac=0.2), Store(tmp_path / "store")
     for where in (None, store):
@@ -390,7 +467,9 @@ def test_a_run_can_be_trained_in_parts(tmp_path: Path, alone: Callable[[TrainCon
             with pytest.raises(Interrupted, match=f"stopped at step {until} of {STEPS}; everything is saved"):
                 train(cfg, out, store=where, until=until)
             assert RunDir(out / cfg.run_id).status()["state"] == "interrupted"
-            assert [row["step"] for row in rows(out / cfg.run_id) if row["event"] == "step"] == [*range(1, until + 1)]
+            assert [row["step"] for row in rows(out / cfg.run_id) if row["event"] == "step"] == [
+                *range(1, until + 1)
+            ]
         with pytest.raises(Interrupted, match="stopped at step 30"):
             train(cfg, out, store=where, until=20)  # it is further already
         if where:
@@ -401,7 +480,9 @@ def test_a_run_can_be_trained_in_parts(tmp_path: Path, alone: Callable[[TrainCon
         assert end(out / cfg.run_id) == alone(cfg)
 
 
-def test_what_began_on_another_machine_is_never_filed_as_this_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_began_on_another_machine_is_never_filed_as_this_one_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its checkpoint has that machine's bits; the keys of this machine promise this one's."""
     cfg, store, watch = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
     with monkeypatch.context() as patch:
@@ -414,7 +495,9 @@ def test_what_began_on_another_machine_is_never_filed_as_this_one_s(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("stored", "kills"), [(False, (12, 23, 7, 30)), (True, (20, 22, 25, 29, 31))])
-def test_nothing_that_was_lost_is_forgotten(tmp_path: Path, alone: Any, stored: bool, kills: tuple[int, ...]) -> None:
+def test_nothing_that_was_lost_is_forgotten(
+    tmp_path: Path, alone: Any, stored: bool, kills: tuple[int, ...]
+) -> None:
     """Killed again and again before a checkpoint: every step that was trained is in the ledger, once; so is every sitting."""
     cfg, store, trained = config(), Store(tmp_path / "store") if stored else None, 0
     for at in kills:
@@ -447,7 +530,10 @@ def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: An
     assert watch.said(f"waiting for {one.run_id}, which trains the way to step 18 that both share")
     distinct = len({*keys(one)[1:], *keys(two)[1:]})
     assert distinct == STEPS + 10 and sum(summary["ledger"]["trained"] for summary in found) == distinct
-    for cfg in (one, two):  # but for the guards: one of them sees that the other thread draws from the same generator
+    for cfg in (
+        one,
+        two,
+    ):  # but for the guards: one of them sees that the other thread draws from the same generator
         assert end(tmp_path / cfg.run_id) | {"guards": None} == alone(cfg) | {"guards": None}
     assert store.verify() == [] and held(store) == {}
 
@@ -459,7 +545,9 @@ EARLY, LATE, FORK = {"preset": "early"}, {"preset": "late", "decay_frac": 0.2}, 
 class Beside(threading.Thread):
     """A run in a thread of its own."""
 
-    def __init__(self, out: Path, store: Store, cfg: TrainConfig, watch: Watch | None = None, keep: Sequence[int] = ()) -> None:
+    def __init__(
+        self, out: Path, store: Store, cfg: TrainConfig, watch: Watch | None = None, keep: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.out, self.store, self.cfg, self.watch, self.keep = out, store, cfg, watch or Watch(), keep
         self.found: dict[str, Any] = {}
@@ -507,13 +595,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("late_first", [False, True])
-def test_a_fork_on_the_way_of_another_run_is_wanted_before_it_sets_out(tmp_path: Path, alone: Any, late_first: bool) -> None:
+def test_a_fork_on_the_way_of_another_run_is_wanted_before_it_sets_out(
+    tmp_path: Path, alone: Any, late_first: bool
+) -> None:
     """Whoever comes first: while both still have the same next node, the other says where they part."""
     store = Store(tmp_path / "store")
     cfgs = [config(**changes) for changes in ((LATE, EARLY) if late_first else (EARLY, LATE))]
     wants: list[set[str]] = []
     second = Beside(tmp_path, store, cfgs[1])
-    first = Beside(tmp_path, store, cfgs[0], Watch({3: lambda: (second.begin(), wants.append(store.wants()))}))
+    first = Beside(
+        tmp_path, store, cfgs[0], Watch({3: lambda: (second.begin(), wants.append(store.wants()))})
+    )
     first.start()
     first.join()
     second.join()
@@ -570,7 +662,9 @@ def test_who_is_past_the_fork_is_not_waited_for(
     store, early, late, beat = Store(tmp_path / "store"), config(**EARLY), config(**LATE), reuse.Reuse._beat
     second = Beside(tmp_path, store, early)
     if not known:  # its beats are those of the start until the other waits
-        monkeypatch.setattr(reuse.Reuse, "_beat", lambda self: beat(self) if second.watch.said("waiting for") else {"at": 18})
+        monkeypatch.setattr(
+            reuse.Reuse, "_beat", lambda self: beat(self) if second.watch.said("waiting for") else {"at": 18}
+        )
 
     def come() -> None:
         if known:
@@ -644,12 +738,20 @@ ODD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("odd", ODD, ids=str)
-def test_whatever_another_s_lease_says_is_followed_or_passed_over(tmp_path: Path, alone: Any, stocked: Any, odd: dict[str, Any]) -> None:
+def test_whatever_another_s_lease_says_is_followed_or_passed_over(
+    tmp_path: Path, alone: Any, stocked: Any, odd: dict[str, Any]
+) -> None:
     cfg, other, watch = config(**EARLY), config(**LATE, eval_per_epoch=3), Watch()
     store = stocked(tmp_path / "store", config())
     for step in (27, 36, 37):
         node_file(store, step).unlink()
-    about = {"run": other.run_id, "config": other.model_dump(mode="json"), "root": keys(other)[0], "step": 31, "at": 18}
+    about = {
+        "run": other.run_id,
+        "config": other.model_dump(mode="json"),
+        "root": keys(other)[0],
+        "step": 31,
+        "at": 18,
+    }
     about |= {"scores": [24], "geometry": list(other.geometry)} | odd
     lease = Leases(store.files).acquire(keys(other)[31], **about)
     assert lease
@@ -666,13 +768,19 @@ def test_a_want_that_nobody_waits_for_any_more_costs_a_state_and_no_bit(tmp_path
         store.want(keys(cfg)[step], "somebody")
     store.want("0" * 64, "somebody")
     store.files.write("wants/readme", b"?")
-    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0) and end(
+        tmp_path / cfg.run_id
+    ) == alone(cfg)
     assert [entry.step for entry in store.summary()[0]] == [9, 18, 27, 36, 37]
     assert store.wants() == {keys(cfg)[0], "0" * 64, "readme"}
-    assert [finding for finding in store.verify() if "wants/readme" not in finding] == [] and held(store) == {}
+    assert [finding for finding in store.verify() if "wants/readme" not in finding] == [] and held(
+        store
+    ) == {}
 
 
-def test_a_node_that_took_the_run_past_its_lease_frees_it(tmp_path: Path, alone: Any, stocked: Any, quick: None) -> None:
+def test_a_node_that_took_the_run_past_its_lease_frees_it(
+    tmp_path: Path, alone: Any, stocked: Any, quick: None
+) -> None:
     """At a stop that somebody wanted there is more than it was on its way to."""
     cfg, store, full = config(), Store(tmp_path / "store"), stocked(tmp_path / "full", config())
 
@@ -683,7 +791,9 @@ def test_a_node_that_took_the_run_past_its_lease_frees_it(tmp_path: Path, alone:
             store.save(full.node(entry.key), full.load(entry))
 
     seen: list[set[str]] = []
-    found = train(cfg, tmp_path, store=store, progress=Watch({5: lend, 30: lambda: seen.append(set(held(store)))}))
+    found = train(
+        cfg, tmp_path, store=store, progress=Watch({5: lend, 30: lambda: seen.append(set(held(store)))})
+    )
     assert found["ledger"] == ledger(STEPS, 12) and end(tmp_path / cfg.run_id) == alone(cfg)
     assert seen == [{keys(cfg)[36]}] and held(store) == {} and store.verify() == []
 
@@ -710,7 +820,9 @@ def test_scores_that_the_holder_does_not_write_are_not_waited_for(tmp_path: Path
     assert not watch.said("waiting for") and end(tmp_path / cfg.run_id) == alone(cfg)
 
 
-def test_a_holder_that_is_dead_is_not_waited_for(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_that_is_dead_is_not_waited_for(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, store, watch = config(), Store(tmp_path / "store"), Watch()
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -721,11 +833,17 @@ def test_a_holder_that_is_dead_is_not_waited_for(tmp_path: Path, alone: Any, mon
     started = time.monotonic()
     train(cfg, tmp_path, store=store, progress=watch)
     lease._over.set()
-    assert time.monotonic() - started < 20 and not watch.said("waiting for") and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert (
+        time.monotonic() - started < 20
+        and not watch.said("waiting for")
+        and end(tmp_path / cfg.run_id) == alone(cfg)
+    )
     assert [entry.step for entry in store.summary()[0]] == [18, 27, 36, 37] and held(store) == {}
 
 
-def test_a_holder_that_was_taken_over_publishes_nothing_late_and_ends_right(tmp_path: Path, alone: Any) -> None:
+def test_a_holder_that_was_taken_over_publishes_nothing_late_and_ends_right(
+    tmp_path: Path, alone: Any
+) -> None:
     cfg, store, watch = config(), Store(tmp_path / "store"), Watch()
     name = f"leases/{keys(cfg)[18]}.000002"
     watch.at = {10: lambda: store.files.create(name, b"{}"), 30: lambda: store.files.remove(name)}
@@ -733,10 +851,14 @@ def test_a_holder_that_was_taken_over_publishes_nothing_late_and_ends_right(tmp_
     assert watch.said("step 18 is not kept in the store: another process has taken these steps over")
     assert end(tmp_path / cfg.run_id) == alone(cfg)
     kept = store.summary()[0]
-    assert [(entry.begins, entry.step) for entry in kept] == [(0, 27), (27, 36), (36, 37)], "the next node has the rows of both"
+    assert [(entry.begins, entry.step) for entry in kept] == [(0, 27), (27, 36), (36, 37)], (
+        "the next node has the rows of both"
+    )
     assert store.verify() == [] and held(store) == {}
     again = config(decay_frac=0.2)
-    assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(tmp_path / again.run_id) == alone(again)
+    assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(
+        tmp_path / again.run_id
+    ) == alone(again)
 
 
 def test_a_run_that_cannot_keep_nodes_holds_nobody_up(tmp_path: Path, alone: Any) -> None:
@@ -745,8 +867,15 @@ def test_a_run_that_cannot_keep_nodes_holds_nobody_up(tmp_path: Path, alone: Any
     seen: list[set[str]] = []
     watch.at = {33: lambda: seen.append(set(held(store)))}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("step 18 is not kept in the store, nor what comes after") and watch.said("raise --store-size")
-    assert seen == [set()] and held(store) == {} and end(tmp_path / cfg.run_id) == alone(cfg) and store.node_keys() == set()
+    assert watch.said("step 18 is not kept in the store, nor what comes after") and watch.said(
+        "raise --store-size"
+    )
+    assert (
+        seen == [set()]
+        and held(store) == {}
+        and end(tmp_path / cfg.run_id) == alone(cfg)
+        and store.node_keys() == set()
+    )
 
 
 # -- whatever happens to the store
@@ -798,9 +927,14 @@ LESS_LIKELY = {
 
 @pytest.mark.parametrize(
     ("harm", "words", "taken"),
-    [pytest.param(*harm, id=name, marks=pytest.mark.slow if name in LESS_LIKELY else []) for name, harm in DAMAGE.items()],
+    [
+        pytest.param(*harm, id=name, marks=pytest.mark.slow if name in LESS_LIKELY else [])
+        for name, harm in DAMAGE.items()
+    ],
 )
-def test_damage_is_named_and_costs_steps_but_no_bit(tmp_path: Path, alone: Any, stocked: Any, harm: Harm, words: str, taken: int) -> None:
+def test_damage_is_named_and_costs_steps_but_no_bit(
+    tmp_path: Path, alone: Any, stocked: Any, harm: Harm, words: str, taken: int
+) -> None:
     cfg, watch = config(), Watch()
     store = stocked(tmp_path / "store", cfg)
     harm(store, tmp_path / "store")
@@ -809,10 +943,16 @@ def test_damage_is_named_and_costs_steps_but_no_bit(tmp_path: Path, alone: Any, 
     assert end(tmp_path / cfg.run_id) == alone(cfg)
     assert summary["ledger"]["reused"] >= taken if words else summary["ledger"]["reused"] == taken
     if all(path.is_dir() for path in (tmp_path / "store").iterdir() if path.name != "store.json"):
-        assert [finding for finding in store.verify() if "no file of a store" not in finding and "its root" not in finding] == []
+        assert [
+            finding
+            for finding in store.verify()
+            if "no file of a store" not in finding and "its root" not in finding
+        ] == []
         if taken < STEPS:  # what was damaged has been trained again, so it is whole again
             again = from_dict(cfg.model_dump() | {"preset": "again"})
-            assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS) and end(tmp_path / again.run_id) == alone(again)
+            assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS) and end(
+                tmp_path / again.run_id
+            ) == alone(again)
 
 
 def test_damage_while_a_run_is_on_its_way_costs_no_bit(tmp_path: Path, alone: Any, stocked: Any) -> None:
@@ -845,7 +985,9 @@ def test_a_store_that_cannot_be_written_is_read(tmp_path: Path, alone: Any, stoc
         summary = train(cfg, tmp_path, store=store, progress=watch)
     assert watch.said("cannot be used (Read-only") and sum("cannot be" in note for note in watch.notes) == 1
     assert summary["ledger"] == ledger(STEPS, 27) and end(tmp_path / cfg.run_id) == alone(cfg)
-    assert {path: path.stat().st_mtime for path in before} == {path: stat.st_mtime for path, stat in before.items()}
+    assert {path: path.stat().st_mtime for path in before} == {
+        path: stat.st_mtime for path, stat in before.items()
+    }
 
 
 @pytest.mark.parametrize("room", [0, 20_000, 150_000])
@@ -861,7 +1003,11 @@ def test_a_full_disk_under_the_store_costs_no_step_of_the_run(tmp_path: Path, al
         summary = train(cfg, tmp_path, store=store, progress=watch)
         assert summary["ledger"] == ledger(STEPS, 0) and end(tmp_path / cfg.run_id) == alone(cfg)
         assert watch.said("nothing more is kept in it") and (watch.said("o space left")), watch.notes
-        assert store.node_keys() == set() and held(store) == {} and [path.name for path in (place / "new").iterdir()] == ["ballast"]
+        assert (
+            store.node_keys() == set()
+            and held(store) == {}
+            and [path.name for path in (place / "new").iterdir()] == ["ballast"]
+        )
         (place / "new" / "ballast").unlink()
         again = from_dict(cfg.model_dump() | {"preset": "again"})
         train(again, tmp_path, store=store)
@@ -869,7 +1015,9 @@ def test_a_full_disk_under_the_store_costs_no_step_of_the_run(tmp_path: Path, al
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
-def test_a_clock_that_jumps_does_no_harm(tmp_path: Path, alone: Any, stocked: Any, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+def test_a_clock_that_jumps_does_no_harm(
+    tmp_path: Path, alone: Any, stocked: Any, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
     cfg, real = config(decay_frac=0.2), time.time
     store = stocked(tmp_path / "store", config())
     store.size = 5 * node(store, 18).size + 1000
@@ -878,11 +1026,17 @@ def test_a_clock_that_jumps_does_no_harm(tmp_path: Path, alone: Any, stocked: An
         os.utime(path, (real() - jump, real() - jump))
     assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27)
     assert end(tmp_path / cfg.run_id) == alone(cfg)
-    assert [finding for finding in store.verify() if "used in the future" not in finding] == [] and held(store) == {}
-    assert store.files.list("states").keys() >= {f"{store.node(keys(cfg)[STEPS], rows=False).state}.safetensors"}
+    assert [finding for finding in store.verify() if "used in the future" not in finding] == [] and held(
+        store
+    ) == {}
+    assert store.files.list("states").keys() >= {
+        f"{store.node(keys(cfg)[STEPS], rows=False).state}.safetensors"
+    }
 
 
-def test_an_error_that_nobody_thought_of_costs_no_step_of_the_run(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_nobody_thought_of_costs_no_step_of_the_run(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A library's own, say, of a place that fsspec opens."""
 
     def broken(*args: Any) -> Any:
@@ -890,8 +1044,12 @@ def test_an_error_that_nobody_thought_of_costs_no_step_of_the_run(tmp_path: Path
 
     cfg, store, watch = config(), Store(tmp_path / "store"), Watch()
     monkeypatch.setattr(Store, "save", broken)
-    assert train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0) and held(store) == {}
-    assert watch.said("RuntimeError('the bucket has a hole')); nothing more is kept in it") and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert (
+        train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0) and held(store) == {}
+    )
+    assert watch.said("RuntimeError('the bucket has a hole')); nothing more is kept in it") and end(
+        tmp_path / cfg.run_id
+    ) == alone(cfg)
 
 
 def test_eviction_costs_steps_only(tmp_path: Path, alone: Any, stocked: Any) -> None:
@@ -899,7 +1057,11 @@ def test_eviction_costs_steps_only(tmp_path: Path, alone: Any, stocked: Any) -> 
     store = Store(tmp_path / "store", size=node(stocked(tmp_path / "full", config()), 18).size + 1000)
     train(config(), tmp_path, store=store)
     assert len(store.states()) == 1 and len(store.node_keys()) == 4
-    for cfg, taken in ((config(decay_frac=0.2), 0), (config(preset="again"), 0), (config(preset="third"), STEPS)):
+    for cfg, taken in (
+        (config(decay_frac=0.2), 0),
+        (config(preset="again"), 0),
+        (config(preset="third"), STEPS),
+    ):
         assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, taken)
         assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
 
@@ -907,14 +1069,18 @@ def test_eviction_costs_steps_only(tmp_path: Path, alone: Any, stocked: Any) -> 
 # -- other machines
 
 
-def test_another_number_of_threads_shares_nothing_and_says_why(tmp_path: Path, alone: Any, stocked: Any) -> None:
+def test_another_number_of_threads_shares_nothing_and_says_why(
+    tmp_path: Path, alone: Any, stocked: Any
+) -> None:
     cfg, watch = config(threads=2), Watch()
     try:
         summary = train(cfg, tmp_path, store=stocked(tmp_path / "store", config()), progress=watch)
     finally:
         torch.set_num_threads(1)
     assert summary["ledger"] == ledger(STEPS, 0)
-    assert watch.said("the store has this run's beginning, but with other bits, so nothing of it is taken (machine_class threads: 1 there")
+    assert watch.said(
+        "the store has this run's beginning, but with other bits, so nothing of it is taken (machine_class threads: 1 there"
+    )
     watch = Watch()
     train(config(lr=0.02), tmp_path, store=stocked(tmp_path / "another", config()), progress=watch)
     assert not watch.said("other bits"), "the same machine, and steps that part at once"
@@ -931,14 +1097,18 @@ def test_another_machine_or_library_shares_nothing_and_says_why(
         monkeypatch.undo()
         monkeypatch.setattr(reuse, "versions", lambda: versions() | {"torch": "9.9"})
     assert train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0)
-    assert watch.said(f"nothing of it is taken ({'machine_class device' if what == 'device' else 'versions torch'}: ")
+    assert watch.said(
+        f"nothing of it is taken ({'machine_class device' if what == 'device' else 'versions torch'}: "
+    )
     assert len(store.node_keys()) == 8, "and leaves its own beside"
 
 
 # -- runs that fail
 
 
-def test_a_run_that_diverges_leaves_no_lease_and_nothing_wrong(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_leaves_no_lease_and_nothing_wrong(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, store, calls = config(), Store(tmp_path / "store"), [0]
     original = trainer.compute_loss
 
@@ -951,23 +1121,36 @@ def test_a_run_that_diverges_leaves_no_lease_and_nothing_wrong(tmp_path: Path, a
     with pytest.raises(Diverged, match="at step 30"):
         train(cfg, tmp_path, store=store)
     monkeypatch.undo()
-    assert held(store) == {} and [entry.step for entry in store.summary()[0]] == [18, 27] and store.verify() == []
+    assert (
+        held(store) == {}
+        and [entry.step for entry in store.summary()[0]] == [18, 27]
+        and store.verify() == []
+    )
     other = config(decay_shape="sqrt")  # nobody waits for it
-    assert train(other, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(tmp_path / other.run_id) == alone(other)
+    assert train(other, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(
+        tmp_path / other.run_id
+    ) == alone(other)
     train(cfg, tmp_path, store=store)
     assert end(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_a_config_that_diverges_does_so_from_the_store_too(tmp_path: Path) -> None:
-    cfg, store = config(lr=100.0, weight_decay=1.0, schedule="constant", eval_per_epoch=40), Store(tmp_path / "store")
+    cfg, store = (
+        config(lr=100.0, weight_decay=1.0, schedule="constant", eval_per_epoch=40),
+        Store(tmp_path / "store"),
+    )
     said = set()
     for i in range(2):
         with pytest.raises(Diverged) as e:
             train(cfg, tmp_path / str(i), store=store)
         said.add(str(e.value))
     assert len(said) == 1 and store.node_keys() and store.verify() == [] and held(store) == {}
-    assert all(tensor.isfinite().all() for entry in store.summary()[0] for tensor in store.load(entry).values())
-    assert rows(tmp_path / "0" / cfg.run_id) == rows(tmp_path / "1" / cfg.run_id) and reused(tmp_path / "1" / cfg.run_id)
+    assert all(
+        tensor.isfinite().all() for entry in store.summary()[0] for tensor in store.load(entry).values()
+    )
+    assert rows(tmp_path / "0" / cfg.run_id) == rows(tmp_path / "1" / cfg.run_id) and reused(
+        tmp_path / "1" / cfg.run_id
+    )
 
 
 # -- a batch of runs
@@ -999,7 +1182,9 @@ def ask(*args: object) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
-def test_a_ladder_trains_each_step_of_its_tree_once(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ladder_trains_each_step_of_its_tree_once(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, ladder = tmp_path / "runs", tmp_path / "ladder.toml"
     ladder.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in (TINY | SMALL).items()) + LADDER)
     sets: list[str] = []
@@ -1007,7 +1192,8 @@ def test_a_ladder_trains_each_step_of_its_tree_once(tmp_path: Path, alone: Any, 
     assert not out.exists(), "a plan trains nothing and leaves nothing"
     text = ask("train", "--preset", ladder, *sets, "--out", out, "--plan").stdout
     assert (
-        f"steps asked: {planned['asked']}; to train: {planned['to_train']}, 1.89 times fewer" in text and "nothing is trained now" in text
+        f"steps asked: {planned['asked']}; to train: {planned['to_train']}, 1.89 times fewer" in text
+        and "nothing is trained now" in text
     )
     pins: list[set[str]] = []
     original = Store.save
@@ -1023,13 +1209,20 @@ def test_a_ladder_trains_each_step_of_its_tree_once(tmp_path: Path, alone: Any, 
     distinct = {key for cfg in configs for key in keys(cfg)[1:]}
     assert sum(entry["trained"] for entry in ledgers) == planned["to_train"] == len(distinct)
     assert sum(entry["asked"] for entry in ledgers) == planned["asked"] == 5 * STEPS + 74
-    assert {s["run"]: s["ledger"]["trained"] for s in summaries} == {part["name"]: part["steps"] for part in planned["runs"]}
+    assert {s["run"]: s["ledger"]["trained"] for s in summaries} == {
+        part["name"]: part["steps"] for part in planned["runs"]
+    }
     for cfg in configs:
         assert end(out / cfg.run_id) == alone(cfg)
     store = Store(out / ".store")
     assert store.verify() == [] and held(store) == {}
     assert all(pins) and store.pinned() == set() and list((out / ".store" / "pins").iterdir()) == []
-    assert json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)["to_train"] == 0
+    assert (
+        json.loads(ask("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)[
+            "to_train"
+        ]
+        == 0
+    )
 
 
 def test_a_plan_counts_what_the_run_directories_have(tmp_path: Path) -> None:
@@ -1039,7 +1232,18 @@ def test_a_plan_counts_what_the_run_directories_have(tmp_path: Path) -> None:
 
         def steps(*sets: str, out: Path = out, store: Sequence[str] = store) -> list[int]:
             found = json.loads(
-                ask("train", "--preset", "baseline", *tiny_sets(**SMALL), *sets, "--out", out, "--plan", "--json", *store).stdout
+                ask(
+                    "train",
+                    "--preset",
+                    "baseline",
+                    *tiny_sets(**SMALL),
+                    *sets,
+                    "--out",
+                    out,
+                    "--plan",
+                    "--json",
+                    *store,
+                ).stdout
             )
             assert found["to_train"] == sum(run["steps"] for run in found["runs"])
             return [run["steps"] for run in found["runs"]]
@@ -1066,20 +1270,38 @@ def test_a_ladder_that_fails_unpins_too(tmp_path: Path) -> None:
     ladder.write_text(
         "lr = 1000.0\nweight_decay = 100.0\noptimizer = 'adamw'\n[[steps]]\nname = 'a'\n[[steps]]\nname = 'b'\nschedule = 'wsd'\n"
     )
-    assert ask("train", "--preset", ladder, *tiny_sets(num_titles=200, n_layer=1, eval_per_epoch=40), "--out", tmp_path).exit_code == 3
+    assert (
+        ask(
+            "train",
+            "--preset",
+            ladder,
+            *tiny_sets(num_titles=200, n_layer=1, eval_per_epoch=40),
+            "--out",
+            tmp_path,
+        ).exit_code
+        == 3
+    )
     store = Store(tmp_path / ".store")
     assert store.pinned() == set() and held(store) == {} and store.verify() == []
 
 
-def test_without_a_store_there_is_no_trace_of_one(tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_store_there_is_no_trace_of_one(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sets = tiny_sets(**SMALL)
     monkeypatch.setenv("MAINRUN_STORE", str(tmp_path / "elsewhere"))
-    summary = json.loads(ask("train", "--preset", "baseline", *sets, "--out", tmp_path / "runs", "--no-store", "--json").stdout)
-    assert {path.name for path in tmp_path.iterdir()} == {"runs"} and [path.name for path in (tmp_path / "runs").iterdir()] == [
-        summary["run"]
-    ]
-    again = json.loads(ask("train", "--preset", "baseline", *sets, "--out", tmp_path / "more", "--json").stdout)
-    assert len(Store(tmp_path / "elsewhere").node_keys()) == 4 and again["ledger"] == summary["ledger"] == ledger(STEPS, 0)
+    summary = json.loads(
+        ask("train", "--preset", "baseline", *sets, "--out", tmp_path / "runs", "--no-store", "--json").stdout
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"} and [
+        path.name for path in (tmp_path / "runs").iterdir()
+    ] == [summary["run"]]
+    again = json.loads(
+        ask("train", "--preset", "baseline", *sets, "--out", tmp_path / "more", "--json").stdout
+    )
+    assert len(Store(tmp_path / "elsewhere").node_keys()) == 4 and again["ledger"] == summary[
+        "ledger"
+    ] == ledger(STEPS, 0)
     assert end(tmp_path / "more" / again["run"]) == end(tmp_path / "runs" / summary["run"])
 
 
@@ -1111,10 +1333,23 @@ main()
 class Worker:
     """`mainrun train` in a process of its own, its steps slowed down to be met, its leases short; it may halt itself after a step."""
 
-    def __init__(self, out: Path, store: Path, pace: float = 0.0, ttl: float = 30.0, halt: int = -1, **changes: Any) -> None:
+    def __init__(
+        self, out: Path, store: Path, pace: float = 0.0, ttl: float = 30.0, halt: int = -1, **changes: Any
+    ) -> None:
         self.out = out
         sets = tiny_sets(**SMALL | changes)
-        command = [sys.executable, "-c", WORKER, str(ttl), str(pace), str(halt), "train", "--preset", "baseline", *sets]
+        command = [
+            sys.executable,
+            "-c",
+            WORKER,
+            str(ttl),
+            str(pace),
+            str(halt),
+            "train",
+            "--preset",
+            "baseline",
+            *sets,
+        ]
         command += ["--out", str(out), "--store", str(store), "--json"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)  # type: ignore[call-overload]
@@ -1186,7 +1421,9 @@ def test_a_real_kill_at_any_moment_costs_no_bit(tmp_path: Path, worker: Any, alo
     found = last.summary()
     assert last.end() == alone(cfg)
     book = found["ledger"]
-    assert book["asked"] == book["trained"] + book["reused"] == STEPS + book["wasted"] and book["reused"] == 0, book
+    assert (
+        book["asked"] == book["trained"] + book["reused"] == STEPS + book["wasted"] and book["reused"] == 0
+    ), book
     store = Store(tmp_path / "store")
     assert store.verify() == [] and held(store) == {}
     again = worker(tmp_path / "again", tmp_path / "store", checkpoint_every=12)
@@ -1195,7 +1432,9 @@ def test_a_real_kill_at_any_moment_costs_no_bit(tmp_path: Path, worker: Any, alo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
-def test_two_processes_that_want_the_same_steps_train_them_once(tmp_path: Path, worker: Any, alone: Any, order: int) -> None:
+def test_two_processes_that_want_the_same_steps_train_them_once(
+    tmp_path: Path, worker: Any, alone: Any, order: int
+) -> None:
     """Whoever is first; the other comes when it has begun, and they part where the first would not stop by itself, or the second."""
     changes = [{}, {"decay_frac": 0.2}][::order]
     one = worker(tmp_path / "0", tmp_path / "store", halt=5, **changes[0])
@@ -1212,7 +1451,9 @@ def test_two_processes_that_want_the_same_steps_train_them_once(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_whoever_waits_for_the_fork_of_a_process_that_is_killed_goes_on(tmp_path: Path, worker: Any, alone: Any) -> None:
+def test_whoever_waits_for_the_fork_of_a_process_that_is_killed_goes_on(
+    tmp_path: Path, worker: Any, alone: Any
+) -> None:
     one = worker(tmp_path / "one", tmp_path / "store", halt=20, decay_frac=0.2)
     one.halted()
     two = worker(tmp_path / "two", tmp_path / "store")
@@ -1221,7 +1462,9 @@ def test_whoever_waits_for_the_fork_of_a_process_that_is_killed_goes_on(tmp_path
     one.process.kill()
     assert two.summary()["ledger"] == ledger(STEPS, 18) and two.end() == alone(baseline())
     again = worker(tmp_path / "one", tmp_path / "store", decay_frac=0.2)
-    assert again.summary()["ledger"]["trained"] == STEPS - FORK + 20 and again.end() == alone(baseline(decay_frac=0.2))
+    assert again.summary()["ledger"]["trained"] == STEPS - FORK + 20 and again.end() == alone(
+        baseline(decay_frac=0.2)
+    )
     store = Store(tmp_path / "store")
     assert store.verify() == [] and held(store) == {} and store.wants() == set()
 
@@ -1250,7 +1493,9 @@ def test_a_holder_that_is_gone_is_taken_over(tmp_path: Path, worker: Any, alone:
 
 
 @pytest.mark.slow
-def test_a_waiting_process_that_is_asked_to_stop_ends_with_75_and_goes_on_later(tmp_path: Path, worker: Any, alone: Any) -> None:
+def test_a_waiting_process_that_is_asked_to_stop_ends_with_75_and_goes_on_later(
+    tmp_path: Path, worker: Any, alone: Any
+) -> None:
     one = worker(tmp_path / "one", tmp_path / "store", 1.0)
     one.until(1)
     two = worker(tmp_path / "two", tmp_path / "store")
@@ -1269,7 +1514,17 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
     """torchrun with gloo; the bits are those of its own run from scratch with two processes."""
 
     def two(out: str, *arguments: str, **changes: Any) -> dict[str, Any]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mainrun", "train"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "mainrun",
+            "train",
+        ]
         sets = tiny_sets(**SMALL | changes)
         command += ["--preset", "baseline", *sets, "--out", str(tmp_path / out), "--json", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
@@ -1282,7 +1537,9 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
     scratch = two("scratch", "--no-store", decay_frac=0.2)
     assert later["ledger"] == ledger(STEPS, 27) and scratch["ledger"] == ledger(STEPS, 0)
     assert end(tmp_path / "second" / later["run"]) == end(tmp_path / "scratch" / scratch["run"])
-    other = two("third", *place, official_geometry="2x8")  # the leader alone sees that the store has no score after step 1
+    other = two(
+        "third", *place, official_geometry="2x8"
+    )  # the leader alone sees that the store has no score after step 1
     scratch = two("scratch", "--no-store", official_geometry="2x8")
     assert end(tmp_path / "third" / other["run"]) == end(tmp_path / "scratch" / scratch["run"])
     watch = Watch()
@@ -1294,7 +1551,9 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """200 times: a run of some config, killed at some moment (perhaps while a node is written), the store short of something, again."""
     configs = [
         config(num_titles=120, block_size=8, log_every=log, checkpoint_every=every, **changes)
@@ -1303,7 +1562,10 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(tmp_path: P
             (1, 9, {"eval_per_epoch": 3}), (1, 12, late("set_batch_size", 4)), (3, 20, {"epochs": 2, "decay_frac": 0.1}),
         )
     ]  # fmt: skip
-    corpora, prepared = functools.cache(trainer.load_corpus), functools.cache(lambda cfg: prepare(cfg, corpora(cfg)))
+    corpora, prepared = (
+        functools.cache(trainer.load_corpus),
+        functools.cache(lambda cfg: prepare(cfg, corpora(cfg))),
+    )
     prepare = trainer.prepare
     monkeypatch.setattr(trainer, "load_corpus", corpora)
     monkeypatch.setattr(trainer, "prepare", lambda cfg, corpus: prepared(cfg))
@@ -1312,7 +1574,11 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(tmp_path: P
     for cfg in configs:
         train(cfg, tmp_path / "alone")
         scratch[cfg.run_id] = end(tmp_path / "alone" / cfg.run_id)
-    dead = {"boot": leases._boot(), "pid": 2**22 + 1, "started": "1"}  # one run at a time: whoever else holds a lease is dead
+    dead = {
+        "boot": leases._boot(),
+        "pid": 2**22 + 1,
+        "started": "1",
+    }  # one run at a time: whoever else holds a lease is dead
     monkeypatch.setattr(leases, "me", lambda: dead)
     monkeypatch.setattr(nodes.os, "fsync", lambda fd: None)
     gone = False
@@ -1358,7 +1624,13 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(tmp_path: P
         left = chance.choice([None, chance.randint(1, 30)])
         fresh = chance.random() < 0.1
         try:
-            train(cfg, tmp_path / "runs", store=store, fresh=fresh, progress=Watch({kill: crash} if kill else {}))
+            train(
+                cfg,
+                tmp_path / "runs",
+                store=store,
+                fresh=fresh,
+                progress=Watch({kill: crash} if kill else {}),
+            )
         except Killed:
             killed += 1
         gone, left = False, None
@@ -1372,7 +1644,10 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(tmp_path: P
         summary = train(cfg, tmp_path / "runs", store=store, fresh=chance.random() < 0.05)
         assert end(tmp_path / "runs" / cfg.run_id) == scratch[cfg.run_id], seed
         book = summary["ledger"]
-        assert book["asked"] == steps + book["wasted"] == book["trained"] + book["reused"] and min(book.values()) >= 0, (seed, book)
+        assert (
+            book["asked"] == steps + book["wasted"] == book["trained"] + book["reused"]
+            and min(book.values()) >= 0
+        ), (seed, book)
         trained += book["trained"]
     assert killed > 60, "else it proves little"
 
@@ -1385,7 +1660,11 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
     """27 million weights with AdamW's moments. A busy machine is allowed for by what the bare work takes at the same moment."""
     cfg = config()
     size = 27_000_000
-    tensors = {f"{name}/{i}": torch.randn(size // 9) for name in ("model", "optimizer/m", "optimizer/v") for i in range(9)}
+    tensors = {
+        f"{name}/{i}": torch.randn(size // 9)
+        for name in ("model", "optimizer/m", "optimizer/v")
+        for i in range(9)
+    }
     store, plan = Store(tmp_path / "store"), Plan(cfg, 37 * 128 + 1)
     keeper = reuse.Reuse(store, cfg, plan, Machine(cfg), {}, "", lambda text: None, keep=range(1, 9))
     assert plan.steps == STEPS

@@ -24,7 +24,14 @@ from mainrun.store.leases import Fenced
 from mainrun.store.nodes import Damaged, Node, Refused
 
 # 37 steps: scores after 1, 18, 36 and 37, and the decay begins after 27
-SMALL: dict[str, Any] = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "schedule": "wsd", "decay_frac": 0.3}
+SMALL: dict[str, Any] = {
+    "num_titles": 200,
+    "n_layer": 1,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "schedule": "wsd",
+    "decay_frac": 0.3,
+}
 TOKENS = 37 * 128
 GEOMETRY = [8, 16]
 
@@ -135,7 +142,9 @@ class State:
         self.timed.append(part)
         yield
 
-    def load(self, tensors: dict[str, Any], step: int, presented: int, grown: dict[str, Any] | None = None) -> None:
+    def load(
+        self, tensors: dict[str, Any], step: int, presented: int, grown: dict[str, Any] | None = None
+    ) -> None:
         assert tensors == {"of": step}
         self.step, self.presented = step, presented
         self.loads.append((step, presented))
@@ -157,17 +166,40 @@ class Journal(list[dict[str, Any]]):
 class House:
     """A run's view of a store, and what it said."""
 
-    def __init__(self, until: int = 0, keep: tuple[int, ...] = (), fresh: bool = False, world: int = 1, leads: bool = True, **changes: Any):
+    def __init__(
+        self,
+        until: int = 0,
+        keep: tuple[int, ...] = (),
+        fresh: bool = False,
+        world: int = 1,
+        leads: bool = True,
+        **changes: Any,
+    ):
         self.cfg = config(**changes)
         self.store, self.notes = Store(), []
         self.plan = Plan(self.cfg, TOKENS)
-        machine = SimpleNamespace(world=world, leads=leads, facts={"cpu": "x"}, share=lambda step, unscored: (step, unscored))
+        machine = SimpleNamespace(
+            world=world, leads=leads, facts={"cpu": "x"}, share=lambda step, unscored: (step, unscored)
+        )
         self.machine = machine
-        self.reuse = Reuse(self.store, self.cfg, self.plan, machine, {"corpus": "c"}, "t", self.notes.append, keep, until, fresh)
+        self.reuse = Reuse(
+            self.store,
+            self.cfg,
+            self.plan,
+            machine,
+            {"corpus": "c"},
+            "t",
+            self.notes.append,
+            keep,
+            until,
+            fresh,
+        )
         self.reuse._leases = Leases()
         self.keys = self.reuse.keys
 
-    def node(self, step: int, begins: int = 0, rows: tuple[dict[str, Any], ...] | None = None, **changes: Any) -> Node:
+    def node(
+        self, step: int, begins: int = 0, rows: tuple[dict[str, Any], ...] | None = None, **changes: Any
+    ) -> Node:
         node = Node(
             key=self.keys[step], parent=self.keys[begins], root=self.keys[0], step=step, begins=begins, presented=128 * step,
             state=f"state {step}", size=1, geometry=GEOMETRY, seconds=1.0, run="other-1", config={}, made=0.0, rows_sha256="",
@@ -207,7 +239,9 @@ def test_the_geometry_of_these_tests_is_that_of_the_config() -> None:
         (0, (1,), {1, 18, 27, 36, 37}),
     ],
 )
-def test_nodes_are_kept_at_scores_breaks_forks_and_the_end(until: int, keep: tuple[int, ...], stops: set[int]) -> None:
+def test_nodes_are_kept_at_scores_breaks_forks_and_the_end(
+    until: int, keep: tuple[int, ...], stops: set[int]
+) -> None:
     house = House(until, keep)
     assert house.reuse.stops == stops
     assert house.reuse.until == min(until or 37, 37)
@@ -263,13 +297,22 @@ def test_a_beat_outlives_a_store_that_cannot_be_read(monkeypatch: pytest.MonkeyP
     assert house.reuse._beat() == {"at": 7}
 
 
-@pytest.mark.parametrize(("step", "target", "scores"), [(0, 18, [1]), (17, 18, []), (18, 27, []), (27, 36, []), (36, 37, [])])
-def test_the_lease_is_on_the_next_node_and_says_what_it_leaves(step: int, target: int, scores: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("step", "target", "scores"), [(0, 18, [1]), (17, 18, []), (18, 27, []), (27, 36, []), (36, 37, [])]
+)
+def test_the_lease_is_on_the_next_node_and_says_what_it_leaves(
+    step: int, target: int, scores: list[int]
+) -> None:
     house = House()
     house.reuse._hold(step)
     held = house.reuse._lease
     assert held is not None and held.key == house.keys[target] and house.reuse._passed == step
-    about = {"run": house.cfg.run_id, "config": house.cfg.model_dump(mode="json"), "root": house.keys[0], "step": target}
+    about = {
+        "run": house.cfg.run_id,
+        "config": house.cfg.model_dump(mode="json"),
+        "root": house.keys[0],
+        "step": target,
+    }
     assert held.about == about | {"scores": scores, "geometry": GEOMETRY, "fired": []}
 
 
@@ -277,9 +320,12 @@ WAITS = {"ops": [{"name": "set_lr", "value": 0.001, "trigger": {"loss_below": 1.
 
 
 @pytest.mark.parametrize(
-    ("growth", "step", "far"), [(None, 0, 37), (None, 20, 37), (WAITS, 0, 1), (WAITS, 1, 18), (WAITS, 18, 36), (WAITS, 37, 37)]
+    ("growth", "step", "far"),
+    [(None, 0, 37), (None, 20, 37), (WAITS, 0, 1), (WAITS, 1, 18), (WAITS, 18, 36), (WAITS, 37, 37)],
 )
-def test_the_plan_is_certain_up_to_a_score_that_may_fire_an_op(growth: dict[str, Any] | None, step: int, far: int) -> None:
+def test_the_plan_is_certain_up_to_a_score_that_may_fire_an_op(
+    growth: dict[str, Any] | None, step: int, far: int
+) -> None:
     house = House(**({"growth": growth} if growth else {}))
     assert house.reuse._far(step) == far
 
@@ -329,7 +375,13 @@ LATER = config(decay_frac=0.2).model_dump(mode="json")  # parts after step 27, w
         pytest.param(0, 27, {"scores": [1, 18]}, 27, id="it leaves both"),
         pytest.param(0, 18, {"scores": "1"}, None, id="scores that are no list"),
         pytest.param(0, 18, {"geometry": [1, 1]}, None, id="scores of another geometry"),
-        pytest.param(17, 18, {"geometry": [1, 1], "scores": None}, 18, id="the geometry does not matter without a score"),
+        pytest.param(
+            17,
+            18,
+            {"geometry": [1, 1], "scores": None},
+            18,
+            id="the geometry does not matter without a score",
+        ),
     ],
 )
 def test_another_run_is_waited_for_if_it_brings_steps_and_scores(
@@ -343,8 +395,12 @@ def test_another_run_is_waited_for_if_it_brings_steps_and_scores(
         assert (other.key, other.run) == (house.keys[target], "other")
 
 
-@pytest.mark.parametrize(("at", "meets"), [(0, 27), (26, 27), (27, None), (30, None), ("0", None), (None, None)])
-def test_a_run_that_leaves_the_way_is_waited_for_up_to_the_fork_if_there_is_time(at: Any, meets: int | None) -> None:
+@pytest.mark.parametrize(
+    ("at", "meets"), [(0, 27), (26, 27), (27, None), (30, None), ("0", None), (None, None)]
+)
+def test_a_run_that_leaves_the_way_is_waited_for_up_to_the_fork_if_there_is_time(
+    at: Any, meets: int | None
+) -> None:
     house = House()
     theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
     assert theirs[27] == house.keys[27] and theirs[28] != house.keys[28]
@@ -394,9 +450,21 @@ def test_a_fork_is_found_again_when_the_plan_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [MainrunError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, AssertionError]
+    "error",
+    [
+        MainrunError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        AssertionError,
+    ],
 )
-def test_a_lease_that_cannot_be_understood_has_no_fork(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def test_a_lease_that_cannot_be_understood_has_no_fork(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     house = House()
 
     def fail(*_: object) -> None:
@@ -425,7 +493,9 @@ def test_of_several_the_furthest_is_waited_for_and_the_own_lease_does_not_count(
 
 
 @pytest.mark.parametrize(
-    ("fork", "key", "wanted"), [(27, 36, True), (0, 36, False), (36, 36, False)], ids=["parts on the way", "unknown", "its own node"]
+    ("fork", "key", "wanted"),
+    [(27, 36, True), (0, 36, False), (36, 36, False)],
+    ids=["parts on the way", "unknown", "its own node"],
 )
 def test_a_fork_is_wanted_once_unless_the_lease_is_on_it(fork: int, key: int, wanted: bool) -> None:
     house = House()
@@ -463,11 +533,17 @@ def test_an_evicted_state_is_passed_over_without_a_word() -> None:
 def test_a_damaged_node_is_named_once_and_passed_over(damage: str) -> None:
     house = House()
     house.add(house.node(18), house.node(27, 18))
-    house.store.nodes[house.keys[27]] = replace(house.node(27), step=26) if damage == "misplaced" else Damaged("it is torn")
+    house.store.nodes[house.keys[27]] = (
+        replace(house.node(27), step=26) if damage == "misplaced" else Damaged("it is torn")
+    )
     assert usable(house) == [18]
     assert usable(house) == [18]
     (note,) = house.notes
-    assert "step 27" in note and house.keys[27][:12] in note and ("step 26" if damage == "misplaced" else "it is torn") in note
+    assert (
+        "step 27" in note
+        and house.keys[27][:12] in note
+        and ("step 26" if damage == "misplaced" else "it is torn") in note
+    )
 
 
 def test_a_node_without_a_score_that_this_run_needs_is_not_taken_and_the_score_is_kept() -> None:
@@ -491,9 +567,13 @@ def test_a_node_without_a_score_that_this_run_needs_is_not_taken_and_the_score_i
         pytest.param({"event": "step", "step": 37}, True, id="the last step always"),
         pytest.param({"event": "step", "step": 2}, False, id="before"),
         pytest.param({"event": "eval", "step": 18, "split": "val"}, True, id="its score"),
-        pytest.param({"event": "eval", "step": 17, "split": "val"}, False, id="a score that it does not take"),
+        pytest.param(
+            {"event": "eval", "step": 17, "split": "val"}, False, id="a score that it does not take"
+        ),
         pytest.param({"event": "eval", "step": 1, "split": "val"}, False, id="a score before"),
-        pytest.param({"event": "op", "op": "0-set_lr", "step": 2}, True, id="an op at the very state it begins from"),
+        pytest.param(
+            {"event": "op", "op": "0-set_lr", "step": 2}, True, id="an op at the very state it begins from"
+        ),
         pytest.param({"event": "op", "op": "0-set_lr", "step": 1}, False, id="an op before"),
     ],
 )
@@ -507,15 +587,23 @@ def test_a_score_is_shown_once_for_each_split_and_only_in_this_geometry() -> Non
     house = House()
     val, dev = ({"event": "eval", "step": 18, "split": split} for split in ("val", "dev"))
     foreign, again = val | {"full": 1.0}, val | {"full": 2.0}
-    nodes = [SimpleNamespace(rows=[foreign], geometry=[1, 1]), SimpleNamespace(rows=[val, dev], geometry=GEOMETRY)]
+    nodes = [
+        SimpleNamespace(rows=[foreign], geometry=[1, 1]),
+        SimpleNamespace(rows=[val, dev], geometry=GEOMETRY),
+    ]
     nodes.append(SimpleNamespace(rows=[again], geometry=GEOMETRY))
     assert list(house.reuse._shown(nodes, 0)) == [val, dev]
 
 
 def test_rows_before_the_start_do_not_hide_those_behind_them() -> None:
     house = House(log_every=4)
-    rows = [{"event": "op", "op": "0-set_lr", "step": 1}, *({"event": "step", "step": step} for step in (3, 4, 5, 8))]
-    assert [row["step"] for row in house.reuse._shown([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)] == [4, 8]
+    rows = [
+        {"event": "op", "op": "0-set_lr", "step": 1},
+        *({"event": "step", "step": step} for step in (3, 4, 5, 8)),
+    ]
+    assert [
+        row["step"] for row in house.reuse._shown([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)
+    ] == [4, 8]
 
 
 # -- what taking it does
@@ -540,7 +628,12 @@ def test_steps_that_are_taken_count_as_reused_and_their_rows_say_so() -> None:
 
 def test_the_note_names_three_runs_at_most() -> None:
     house = House()
-    house.add(*(house.node(step, before, run=f"r{step}") for step, before in ((18, 0), (27, 18), (36, 27), (37, 36))))
+    house.add(
+        *(
+            house.node(step, before, run=f"r{step}")
+            for step, before in ((18, 0), (27, 18), (36, 27), (37, 36))
+        )
+    )
     house.reuse._take(State(), None)
     assert "(trained by r18, r27, r36, ...)" in house.notes[0]
 
@@ -567,7 +660,9 @@ def test_three_runs_are_all_there_are() -> None:
         ("step", 16, False, True),
     ],
 )
-def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(event: str, step: int, told: bool, shown: bool) -> None:
+def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(
+    event: str, step: int, told: bool, shown: bool
+) -> None:
     """A run may be stopped right after an op has acted. Its journal says so, and the rows of the op do not come twice."""
     house, journal = House(), Journal()
     row = {"event": event, "op": "0-set_lr", "step": step}
@@ -698,7 +793,9 @@ def test_the_leader_waits_and_says_for_whom_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reuse.time, "sleep", sleep)
     house.reuse.advance(state, None, STOP)
     assert state.step == 18 and len(waits) == 3 and all(0.05 <= wait <= 0.15 for wait in waits)
-    assert [note for note in house.notes if "waiting" in note] == ["waiting for slow-1, which trains the way to step 18 that both share"]
+    assert [note for note in house.notes if "waiting" in note] == [
+        "waiting for slow-1, which trains the way to step 18 that both share"
+    ]
 
 
 def test_a_waiting_run_says_where_it_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -774,12 +871,22 @@ def test_a_node_holds_the_state_and_the_rows_since_the_one_before() -> None:
     house.reuse.rows = list(house.rows(0, 18))
     held = house.reuse._lease = lease(house.keys[18], {"step": 18})
     node = published(house, 18)
-    assert node is not None and (node.key, node.parent, node.root) == (house.keys[18], house.keys[0], house.keys[0])
+    assert node is not None and (node.key, node.parent, node.root) == (
+        house.keys[18],
+        house.keys[0],
+        house.keys[0],
+    )
     assert (node.step, node.begins, node.presented, node.rows) == (18, 0, 18 * 128, house.rows(0, 18))
-    assert (node.run, node.geometry, node.config) == (house.cfg.run_id, GEOMETRY, house.cfg.model_dump(mode="json"))
+    assert (node.run, node.geometry, node.config) == (
+        house.cfg.run_id,
+        GEOMETRY,
+        house.cfg.model_dump(mode="json"),
+    )
     assert node.seconds >= 0 and node.made > 1e9 and (node.state, node.size, node.rows_sha256) == ("", 0, "")
     assert node.grown == {"cfg": 18}
-    assert house.store.began == [(house.keys[0], house.reuse.begun)] and house.store.kept == [{house.keys[18]}]
+    assert house.store.began == [(house.keys[0], house.reuse.begun)] and house.store.kept == [
+        {house.keys[18]}
+    ]
     assert house.reuse._lease is None and held.released == [False] and house.reuse._written == 18
     assert (house.reuse.before, house.reuse.rows) == ((18, house.keys[18]), [])
 
@@ -803,7 +910,11 @@ def test_a_due_node_without_its_parent_stops_the_writing() -> None:
     house.reuse.before = (18, house.keys[18])
     house.reuse._due = [20]
     published(house, 20)
-    assert not house.reuse.writes and house.store.saved == [] and "the rows up to step 18 are gone" in house.notes[0]
+    assert (
+        not house.reuse.writes
+        and house.store.saved == []
+        and "the rows up to step 18 are gone" in house.notes[0]
+    )
 
 
 def test_a_lease_further_on_is_kept_when_a_node_on_the_way_is_published() -> None:
@@ -818,12 +929,26 @@ def test_a_lease_further_on_is_kept_when_a_node_on_the_way_is_published() -> Non
     [
         (Fenced("taken over"), "step 18 is not kept in the store: taken over", True),
         (Refused("other bits"), "step 18 is not kept in the store, nor what comes after: other bits", False),
-        (OSError(errno.ENOSPC, "full"), "no space left in the store STORE; nothing more is kept in it", False),
-        (OSError(errno.EIO, "broken"), "the store STORE cannot be written ([Errno 5] broken); nothing more is kept in it", False),
-        (RuntimeError("odd"), "the store STORE cannot be written (RuntimeError('odd')); nothing more is kept in it", False),
+        (
+            OSError(errno.ENOSPC, "full"),
+            "no space left in the store STORE; nothing more is kept in it",
+            False,
+        ),
+        (
+            OSError(errno.EIO, "broken"),
+            "the store STORE cannot be written ([Errno 5] broken); nothing more is kept in it",
+            False,
+        ),
+        (
+            RuntimeError("odd"),
+            "the store STORE cannot be written (RuntimeError('odd')); nothing more is kept in it",
+            False,
+        ),
     ],
 )
-def test_what_cannot_be_written_is_named_and_the_lease_freed(fault: Exception, words: str, writes: bool) -> None:
+def test_what_cannot_be_written_is_named_and_the_lease_freed(
+    fault: Exception, words: str, writes: bool
+) -> None:
     house = House()
     house.store.fault = fault
     held = house.reuse._lease = lease(house.keys[18], {"step": 18})
@@ -839,8 +964,12 @@ def test_a_run_that_cannot_write_frees_its_lease_and_publishes_nothing() -> None
     assert published(house, 18) is None and held.released == [True]
 
 
-@pytest.mark.parametrize(("fault", "released"), [(None, []), (Fenced("taken over"), []), (OSError(errno.EIO, "broken"), [False])])
-def test_a_lease_further_on_is_freed_when_nothing_more_is_written(fault: Exception | None, released: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("fault", "released"), [(None, []), (Fenced("taken over"), []), (OSError(errno.EIO, "broken"), [False])]
+)
+def test_a_lease_further_on_is_freed_when_nothing_more_is_written(
+    fault: Exception | None, released: list[bool]
+) -> None:
     house = House()
     house.store.fault = fault
     held = house.reuse._lease = lease(house.keys[27], {"step": 27})
@@ -853,7 +982,11 @@ def test_the_next_node_holds_only_the_rows_since_the_one_before() -> None:
     published(house, 18)
     house.reuse.rows = list(house.rows(18, 27))
     node = published(house, 27)
-    assert node is not None and (node.begins, node.parent, node.rows) == (18, house.keys[18], house.rows(18, 27))
+    assert node is not None and (node.begins, node.parent, node.rows) == (
+        18,
+        house.keys[18],
+        house.rows(18, 27),
+    )
 
 
 def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
@@ -863,7 +996,11 @@ def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
     house.reuse.rows = [{"step": 19}]
     house.reuse._writing = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
     meta = house.reuse.meta(19)
-    assert meta == {"key": house.keys[19], "before": [0, house.keys[0]], "rows": [*house.rows(0, 18), {"step": 19}]}
+    assert meta == {
+        "key": house.keys[19],
+        "before": [0, house.keys[0]],
+        "rows": [*house.rows(0, 18), {"step": 19}],
+    }
 
 
 def test_rows_are_kept_in_their_order() -> None:
@@ -902,7 +1039,9 @@ def test_tokens_that_were_not_trained_are_counted_step_by_step() -> None:
     assert house.plan.tokens(stop) != stop * house.plan.tokens(1)
     house.add(house.node(9), house.node(stop, begins=9))
     assert house.reuse._take(state, None)
-    assert state.step == stop and state.ledger["reused_tokens"] == house.plan.tokens(stop) - house.plan.tokens(5)
+    assert state.step == stop and state.ledger["reused_tokens"] == house.plan.tokens(
+        stop
+    ) - house.plan.tokens(5)
 
 
 def test_rows_whose_node_was_not_written_go_with_the_next() -> None:
@@ -913,7 +1052,11 @@ def test_rows_whose_node_was_not_written_go_with_the_next() -> None:
     house.store.fault = None
     house.reuse.rows = list(house.rows(18, 27))
     node = published(house, 27)
-    assert node is not None and (node.begins, node.parent) == (0, house.keys[0]) and node.rows == house.rows(0, 27)
+    assert (
+        node is not None
+        and (node.begins, node.parent) == (0, house.keys[0])
+        and node.rows == house.rows(0, 27)
+    )
 
 
 # -- a run's own checkpoints
@@ -942,7 +1085,9 @@ def test_a_checkpoint_holds_the_rows_since_the_last_node_and_gives_them_back() -
         ({"key": "0" * 64, "before": [0, ""], "rows": []}, False, "trained elsewhere, to other bits"),
     ],
 )
-def test_steps_of_another_beginning_never_go_into_the_store(meta: dict[str, Any] | None, reads: bool, words: str) -> None:
+def test_steps_of_another_beginning_never_go_into_the_store(
+    meta: dict[str, Any] | None, reads: bool, words: str
+) -> None:
     house = House()
     house.reuse.restore(meta, 19)
     assert (house.reuse.reads, house.reuse.writes) == (reads, False)
@@ -988,7 +1133,10 @@ def test_the_steps_of_another_config_or_data_are_no_strangers(change: str) -> No
 
 def test_the_same_beginning_needs_no_word() -> None:
     house = House()
-    house.store.beginnings = [("a", begun(house, cpu="y")), (lineage.root(house.reuse.begun), house.reuse.begun)]
+    house.store.beginnings = [
+        ("a", begun(house, cpu="y")),
+        (lineage.root(house.reuse.begun), house.reuse.begun),
+    ]
     house.reuse.strangers()
     assert house.notes == []
 

@@ -46,12 +46,16 @@ sys.stdin.read()
 
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
     cfg = TrainConfig()
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "locked\n"
         for fresh in (False, True):
-            with pytest.raises(RunError, match=rf"{cfg.run_id} is being written by process {holder.pid} on .*; .*--out"):
+            with pytest.raises(
+                RunError, match=rf"{cfg.run_id} is being written by process {holder.pid} on .*; .*--out"
+            ):
                 open_run(tmp_path, cfg, fresh=fresh)
         other = open_run(tmp_path / "elsewhere", cfg)
         other.release()
@@ -94,7 +98,9 @@ def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
         lambda: log.rewind(mark),
         lambda: checkpoint.save(old.checkpoints, 1, {}, {}, old.check),
     ):
-        with pytest.raises(RunError, match=f"was taken over by process {os.getpid()} on .*writes nothing more"):
+        with pytest.raises(
+            RunError, match=f"was taken over by process {os.getpid()} on .*writes nothing more"
+        ):
             write()
     assert {path: path.read_bytes() for path in new.path.rglob("*") if path.is_file()} == before
     old.release()
@@ -128,7 +134,12 @@ def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path
     with pytest.raises(RunError) as e:
         open_run(tmp_path, cfg)
     text = str(e.value)
-    assert "lr=0.5 (asked: 0.006)" in text and "n_layer=2 (asked: 6)" in text and "--fresh" in text and "n_head" not in text
+    assert (
+        "lr=0.5 (asked: 0.006)" in text
+        and "n_layer=2 (asked: 6)" in text
+        and "--fresh" in text
+        and "n_head" not in text
+    )
     assert run.config() == other, "nothing lost"
     fresh = open_run(tmp_path, cfg, fresh=True)
     assert [p.name for p in fresh.path.iterdir()] == [".lock"]
@@ -136,7 +147,9 @@ def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("config", ["", "{", '{"architectures": ["GPT2"]}', '{"config": {}}', '{"digest": ""}'])
+@pytest.mark.parametrize(
+    "config", ["", "{", '{"architectures": ["GPT2"]}', '{"config": {}}', '{"digest": ""}']
+)
 def test_files_that_are_no_run_are_refused_and_kept(tmp_path: Path, config: str, fresh: bool) -> None:
     cfg = TrainConfig()
     path = tmp_path / cfg.run_id
@@ -147,7 +160,10 @@ def test_files_that_are_no_run_are_refused_and_kept(tmp_path: Path, config: str,
     with pytest.raises(RunError) as refused:
         open_run(tmp_path, cfg, fresh=fresh)
     if fresh or not config:
-        assert str(refused.value) == f"{path} holds thesis.txt but no run of mainrun; move it away, or give another --out"
+        assert (
+            str(refused.value)
+            == f"{path} holds thesis.txt but no run of mainrun; move it away, or give another --out"
+        )
     assert (path / "thesis.txt").read_text() == "years of work"
     assert not config or (path / "config.json").read_text() == config
 
@@ -157,7 +173,15 @@ def test_fresh_removes_only_what_a_run_writes(tmp_path: Path) -> None:
     cfg, elsewhere = TrainConfig(), tmp_path / "elsewhere"
     elsewhere.mkdir()
     run = made(tmp_path, cfg)
-    for name in ("config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json"):
+    for name in (
+        "config.json",
+        "env.json",
+        "status.json",
+        "metrics.jsonl",
+        "growth.jsonl",
+        "summary.json",
+        "tokenizer.json",
+    ):
         if name != "config.json":
             (run.path / name).write_text("{}")
         (run.path / f".{name}.tmp").write_text("")
@@ -229,7 +253,13 @@ def test_an_output_below_a_file_is_a_run_error(tmp_path: Path) -> None:
 
 def test_an_empty_run_directory_reads_as_nothing_yet(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert run.summary() is None and run.status() == {} and run.env() == {} and run.metrics() == [] and run.plan() == {}
+    assert (
+        run.summary() is None
+        and run.status() == {}
+        and run.env() == {}
+        and run.metrics() == []
+        and run.plan() == {}
+    )
     with pytest.raises(RunError, match="not a run directory"):
         run.config()
 
@@ -359,7 +389,9 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     path = tmp_path / "summary.json"
     write_text(path, "old")
 
@@ -373,7 +405,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_temp(tmp_path: Path, monkeypa
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-@pytest.mark.parametrize(("code", "kind"), [*((code, DiskFull) for code in rundir.FULL), (errno.EACCES, RunError), (errno.EROFS, RunError)])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [*((code, DiskFull) for code in rundir.FULL), (errno.EACCES, RunError), (errno.EROFS, RunError)],
+)
 def test_disk_errors_have_their_class(tmp_path: Path, code: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
@@ -388,4 +423,7 @@ def test_json_is_readable_by_people(tmp_path: Path) -> None:
 
 def test_the_run_directory_needs_no_torch() -> None:
     probe = "import sys, mainrun.store.rundir; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )

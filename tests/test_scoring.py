@@ -82,8 +82,16 @@ def naive_official(model: nn.Module, tokens: list[int], rows: int, length: int) 
 
 
 @settings(max_examples=25)
-@given(n=st.integers(2, 90), block_size=st.integers(1, 16), rows=st.integers(1, 4), length=st.integers(1, 16), seed=st.integers(0, 9))
-def test_both_scores_are_the_formula(model: Attention, n: int, block_size: int, rows: int, length: int, seed: int) -> None:
+@given(
+    n=st.integers(2, 90),
+    block_size=st.integers(1, 16),
+    rows=st.integers(1, 4),
+    length=st.integers(1, 16),
+    seed=st.integers(0, 9),
+)
+def test_both_scores_are_the_formula(
+    model: Attention, n: int, block_size: int, rows: int, length: int, seed: int
+) -> None:
     length = min(length, block_size)
     tokens = stream(n, seed)
     if n < rows * length + 1:
@@ -131,7 +139,9 @@ def test_every_token_is_a_target_exactly_once(n: int, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("logits", [1, 500, 3_000, 10**9])
-def test_full_does_not_depend_on_the_width_of_a_batch(model: Attention, monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+def test_full_does_not_depend_on_the_width_of_a_batch(
+    model: Attention, monkeypatch: pytest.MonkeyPatch, logits: int
+) -> None:
     want = evaluate(model, stream(200), chars=700, nbytes=600, block_size=16, geometry=(2, 8))
     monkeypatch.setitem(scoring.LOGITS, "cpu", logits)
     got = evaluate(model, stream(200), chars=700, nbytes=600, block_size=16, geometry=(2, 8))
@@ -154,7 +164,10 @@ def test_batches_are_wide_and_within_their_bound(monkeypatch: pytest.MonkeyPatch
 
 
 def test_full_is_the_same_under_any_official_geometry(model: Attention) -> None:
-    scores = [evaluate(model, stream(150), chars=9, nbytes=9, block_size=16, geometry=g) for g in ((1, 16), (8, 16), (3, 5))]
+    scores = [
+        evaluate(model, stream(150), chars=9, nbytes=9, block_size=16, geometry=g)
+        for g in ((1, 16), (8, 16), (3, 5))
+    ]
     assert len({s.full for s in scores}) == len({s.loss for s in scores}) == 1
     assert len({s.coverage for s in scores}) == 2
 
@@ -186,7 +199,9 @@ def test_no_dropout_no_gradient_no_random_state(model: Attention) -> None:
     random.seed(7)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     weights = copy.deepcopy(model.state_dict())
-    scores = {evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16)) for _ in range(3)}
+    scores = {
+        evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16)) for _ in range(3)
+    }
     assert len(scores) == 1, "dropout was on"
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
@@ -233,7 +248,9 @@ def test_bfloat16_autocast() -> None:
     full = Attention()
     full.load_state_dict(half.state_dict())
     assert half.eval()(torch.ones(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
-    got, want = (evaluate(m, stream(300), chars=900, nbytes=900, block_size=16, geometry=(4, 16)) for m in (half, full))
+    got, want = (
+        evaluate(m, stream(300), chars=900, nbytes=900, block_size=16, geometry=(4, 16)) for m in (half, full)
+    )
     assert got.full == pytest.approx(want.full, rel=2e-2)
     assert got.full != want.full
     # the softmax is float32: in bfloat16 it would keep three digits only
@@ -260,7 +277,9 @@ def test_memory_mapped_tokens(model: Attention, tmp_path: Path) -> None:
 
 
 def test_refusals_say_what_to_do(model: Attention) -> None:
-    with pytest.raises(ConfigError, match=r"32 tokens, shorter than one span.*2x16\+1 = 33.*official_geometry"):
+    with pytest.raises(
+        ConfigError, match=r"32 tokens, shorter than one span.*2x16\+1 = 33.*official_geometry"
+    ):
         evaluate(model, stream(32), chars=1, nbytes=1, block_size=16, geometry=(2, 16))
     assert official_spans(33, (2, 16)) == 1
     assert official_spans(65, (2, 16)) == 1  # spans do not overlap: two take 66 tokens
@@ -297,8 +316,13 @@ def test_less_than_a_span_is_refused_with_its_numbers(tokens: int, geometry: tup
         with pytest.raises(ConfigError) as error:
             refused(tokens, geometry)
         message = str(error.value)
-        assert f"{tokens:,} tokens" in message and f"{rows}x{length}+1 = {rows * length + 1:,} tokens" in message
-        assert all(fix in message for fix in ("official_geometry", "batch_size", "block_size", "num_titles", "val_frac"))
+        assert (
+            f"{tokens:,} tokens" in message and f"{rows}x{length}+1 = {rows * length + 1:,} tokens" in message
+        )
+        assert all(
+            fix in message
+            for fix in ("official_geometry", "batch_size", "block_size", "num_titles", "val_frac")
+        )
 
 
 @pytest.mark.parametrize(("chars", "nbytes"), [(0, 5), (-1, 5), (5, 0), (5, -1), (0, 0)])
@@ -351,7 +375,9 @@ def test_inputs_and_targets_of_the_official_score() -> None:
     assert y.tolist() == [[1, 2, 3], [4, 5, 6], [8, 9, 10], [11, 12, 13]]
 
 
-@pytest.mark.parametrize(("chunk", "rows"), [(1, 1), (VOCAB, 1), (5 * VOCAB - 1, 4), (5 * VOCAB, 5), (10**6, 64)])
+@pytest.mark.parametrize(
+    ("chunk", "rows"), [(1, 1), (VOCAB, 1), (5 * VOCAB - 1, 4), (5 * VOCAB, 5), (10**6, 64)]
+)
 def test_the_cross_entropy_takes_as_many_rows_as_the_cache_holds(
     model: Attention, monkeypatch: pytest.MonkeyPatch, chunk: int, rows: int
 ) -> None:
@@ -366,7 +392,9 @@ def test_the_cross_entropy_takes_as_many_rows_as_the_cache_holds(
     want = evaluate(model, stream(65), chars=1, nbytes=1, block_size=16, geometry=(4, 16))
     monkeypatch.setitem(scoring.CHUNK, "cpu", chunk)
     monkeypatch.setattr(scoring.F, "cross_entropy", counting)
-    assert evaluate(model, stream(65), chars=1, nbytes=1, block_size=16, geometry=(4, 16)).full == pytest.approx(want.full, rel=1e-6)
+    assert evaluate(
+        model, stream(65), chars=1, nbytes=1, block_size=16, geometry=(4, 16)
+    ).full == pytest.approx(want.full, rel=1e-6)
     assert max(seen) == min(rows, 48) and sum(seen) == 64 + 65
 
 
@@ -379,7 +407,9 @@ def test_the_cross_entropy_takes_as_many_rows_as_the_cache_holds(
         (100 * 8 * 7 + 799, [1, 7, 7, 5]),
     ],
 )
-def test_a_batch_is_one_row_first_and_then_as_wide_as_its_bound(monkeypatch: pytest.MonkeyPatch, logits: int, shapes: list[int]) -> None:
+def test_a_batch_is_one_row_first_and_then_as_wide_as_its_bound(
+    monkeypatch: pytest.MonkeyPatch, logits: int, shapes: list[int]
+) -> None:
     seen: list[int] = []
 
     class Rows(ById):
@@ -389,7 +419,9 @@ def test_a_batch_is_one_row_first_and_then_as_wide_as_its_bound(monkeypatch: pyt
 
     monkeypatch.setitem(scoring.LOGITS, "cpu", logits)
     with torch.no_grad():
-        scoring._nll(Rows(100), iter([(np.zeros((20, 8), dtype=np.uint16), np.ones((20, 8), dtype=np.uint16))]))
+        scoring._nll(
+            Rows(100), iter([(np.zeros((20, 8), dtype=np.uint16), np.ones((20, 8), dtype=np.uint16))])
+        )
     assert seen == shapes
 
 

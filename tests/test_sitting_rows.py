@@ -26,7 +26,14 @@ from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import build, train
 
-SMALL: dict[str, Any] = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "checkpoint_every": 10, "dev_frac": 0.1}
+SMALL: dict[str, Any] = {
+    "num_titles": 200,
+    "n_layer": 1,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "checkpoint_every": 10,
+    "dev_frac": 0.1,
+}
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -56,19 +63,27 @@ def step_row(step: int, **more: Any) -> dict[str, Any]:
         pytest.param([step_row(5)], [1, 2, 3, 4, 5], id="one row stands for those before it"),
         pytest.param([step_row(5, reused=True), step_row(7)], [6, 7], id="after steps from the store"),
         pytest.param([step_row(2), step_row(5, reused=True)], [1, 2], id="before steps from the store"),
-        pytest.param([step_row(2), {"event": "eval", "step": 4}, step_row(5)], [1, 2, 3, 4, 5], id="a score is no step"),
-        pytest.param([{"event": "eval", "step": 4, "reused": True}, step_row(6)], [5, 6], id="a score from the store"),
+        pytest.param(
+            [step_row(2), {"event": "eval", "step": 4}, step_row(5)], [1, 2, 3, 4, 5], id="a score is no step"
+        ),
+        pytest.param(
+            [{"event": "eval", "step": 4, "reused": True}, step_row(6)], [5, 6], id="a score from the store"
+        ),
         pytest.param([step_row(9)], [1, 2, 3, 4, 5, 6, 7, 8], id="not beyond the end"),
     ],
 )
-def test_steps_behind_the_rows_were_trained_unless_they_are_marked(rows: list[dict[str, Any]], steps: list[int]) -> None:
+def test_steps_behind_the_rows_were_trained_unless_they_are_marked(
+    rows: list[dict[str, Any]], steps: list[int]
+) -> None:
     assert sorted(sitting._trained(rows, 8)) == steps
 
 
 # -- before the first step
 
 
-@pytest.mark.parametrize(("split", "sizes"), [("val", {"val": 3, "dev": 400}), ("dev", {"val": 400, "dev": 3})])
+@pytest.mark.parametrize(
+    ("split", "sizes"), [("val", {"val": 3, "dev": 400}), ("dev", {"val": 400, "dev": 3})]
+)
 def test_a_split_that_is_too_short_is_named_before_training(split: str, sizes: dict[str, int]) -> None:
     data = SimpleNamespace(splits={name: [0] * size for name, size in sizes.items()})
     with pytest.raises(ConfigError, match=f"the {split} split is too short: "):
@@ -79,7 +94,11 @@ def test_a_split_that_is_too_short_is_named_before_training(split: str, sizes: d
 def test_the_environment_says_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sitting.sys, "argv", ["mainrun", "train"])
     env = sitting.environment(SimpleNamespace(facts={"cpu": "x"}, allocator="tuned"))
-    assert env["machine_class"] == {"cpu": "x"} and env["allocator"] == "tuned" and env["command"] == ["mainrun", "train"]
+    assert (
+        env["machine_class"] == {"cpu": "x"}
+        and env["allocator"] == "tuned"
+        and env["command"] == ["mainrun", "train"]
+    )
     assert env["evaluate_hash"] == scoring.evaluate_source_hash() and "torch" in env["versions"]
 
 
@@ -98,7 +117,9 @@ def test_the_environment_says_what_the_bits_depend_on(monkeypatch: pytest.Monkey
     ],
     ids=["tied", "apart", "two layers", "one expert of four", "two of four"],
 )
-def test_flops_a_token_are_six_a_weight_and_the_products_of_attention(changes: dict[str, Any], flops: int) -> None:
+def test_flops_a_token_are_six_a_weight_and_the_products_of_attention(
+    changes: dict[str, Any], flops: int
+) -> None:
     cfg = config(**{"position": "learned", "tie_head": True, "d_ff": 128} | changes)
     assert sitting.flops_per_token(cfg, build(cfg, 400)) == flops
 
@@ -130,12 +151,19 @@ def finished_part() -> SimpleNamespace:
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
     ],
 )
-def test_whatever_ends_a_session_is_in_its_status(tmp_path: Path, error: BaseException, state: str, why: str) -> None:
+def test_whatever_ends_a_session_is_in_its_status(
+    tmp_path: Path, error: BaseException, state: str, why: str
+) -> None:
     run, part = RunDir(tmp_path), finished_part()
     growth = SimpleNamespace(state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20))
     with pytest.raises(type(error)), sitting.ending(SimpleNamespace(leads=True), run, growth, [part, None]):
         raise error
-    assert json.loads((tmp_path / "status.json").read_text()) == {"state": state, "step": 7, "steps": 20, "why": why}
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": state,
+        "step": 7,
+        "steps": 20,
+        "why": why,
+    }
     assert part.closed == 1
 
 
@@ -149,7 +177,9 @@ def test_only_the_leader_writes_the_status_and_a_good_end_writes_none(tmp_path: 
     assert part.closed == 2 and not (tmp_path / "status.json").exists()
 
 
-def test_a_full_disk_does_not_hide_what_ended_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_hide_what_ended_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDir(tmp_path)
 
     def full(name: str, data: Any) -> None:
@@ -157,7 +187,10 @@ def test_a_full_disk_does_not_hide_what_ended_the_session(tmp_path: Path, monkey
 
     monkeypatch.setattr(run, "write", full)
     growth = SimpleNamespace(state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20))
-    with pytest.raises(Diverged, match="not a number"), sitting.ending(SimpleNamespace(leads=True), run, growth, []):
+    with (
+        pytest.raises(Diverged, match="not a number"),
+        sitting.ending(SimpleNamespace(leads=True), run, growth, []),
+    ):
         raise Diverged("not a number")
 
 
@@ -190,15 +223,25 @@ def test_the_summary_says_what_the_rows_say(trained: tuple[TrainConfig, RunDir, 
         rows = [{name: row[name] for name in names} for row in evals if row["split"] == split]
         assert len(rows) > 2
         assert summary["scores"][split] == {"last": rows[-1], "best": min(rows, key=lambda row: row["full"])}
-    assert (summary["last"], summary["best"]) == (summary["scores"]["val"]["last"], summary["scores"]["val"]["best"])
+    assert (summary["last"], summary["best"]) == (
+        summary["scores"]["val"]["last"],
+        summary["scores"]["val"]["best"],
+    )
 
 
-def test_the_summary_counts_steps_tokens_and_flops(trained: tuple[TrainConfig, RunDir, dict[str, Any]]) -> None:
+def test_the_summary_counts_steps_tokens_and_flops(
+    trained: tuple[TrainConfig, RunDir, dict[str, Any]],
+) -> None:
     cfg, _, summary = trained
     data = prepare(cfg, load_corpus(cfg))
     plan = Plan(cfg, len(data.splits["train"]))
     model = build(cfg, data.tokenizer.vocab_size)
-    assert (summary["run"], summary["preset"], summary["status"], summary["steps"]) == (cfg.run_id, cfg.preset, "done", plan.steps)
+    assert (summary["run"], summary["preset"], summary["status"], summary["steps"]) == (
+        cfg.run_id,
+        cfg.preset,
+        "done",
+        plan.steps,
+    )
     assert summary["tokens"] == plan.steps * 128 and summary["resumed"] == 0
     assert summary["ledger"] == {"asked": plan.steps, "trained": plan.steps, "reused": 0, "wasted": 0}
     presentations = plan.steps * 128 / plan.train_tokens
@@ -213,9 +256,19 @@ def test_the_summary_counts_steps_tokens_and_flops(trained: tuple[TrainConfig, R
     assert summary["params"] == sum(p.numel() for p in model.parameters())
     assert summary["geometry"] == list(cfg.geometry) and summary["tokenizer"] == data.tokenizer.digest
     assert summary["seconds"] == pytest.approx(sum(summary["spent"].values()))
-    assert summary["machine_classes"] == [summary["machine_class"]] and summary["all_versions"] == [summary["versions"]]
-    assert summary["fingerprints"] == load_corpus(cfg).fingerprints and summary["origin"] == load_corpus(cfg).origin
-    assert summary["peak_memory"] > 50e6 and len(summary["guards"]) == 14 and "segments" not in summary and "active" not in summary
+    assert summary["machine_classes"] == [summary["machine_class"]] and summary["all_versions"] == [
+        summary["versions"]
+    ]
+    assert (
+        summary["fingerprints"] == load_corpus(cfg).fingerprints
+        and summary["origin"] == load_corpus(cfg).origin
+    )
+    assert (
+        summary["peak_memory"] > 50e6
+        and len(summary["guards"]) == 14
+        and "segments" not in summary
+        and "active" not in summary
+    )
 
 
 def test_the_summary_of_a_grown_run_has_its_segments(tmp_path: Path) -> None:
@@ -226,7 +279,9 @@ def test_the_summary_of_a_grown_run_has_its_segments(tmp_path: Path) -> None:
     assert summary["flops"] == first["flops"] + last["flops"]
 
 
-def test_the_weights_hash_is_that_of_the_last_checkpoint(trained: tuple[TrainConfig, RunDir, dict[str, Any]]) -> None:
+def test_the_weights_hash_is_that_of_the_last_checkpoint(
+    trained: tuple[TrainConfig, RunDir, dict[str, Any]],
+) -> None:
     _, run, summary = trained
     loaded = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
     assert loaded is not None
@@ -234,7 +289,9 @@ def test_the_weights_hash_is_that_of_the_last_checkpoint(trained: tuple[TrainCon
     assert summary["weights"] == checkpoint.sha256_tensors(iter(weights.items()))
 
 
-def test_scores_cover_val_and_dev_and_name_their_step(trained: tuple[TrainConfig, RunDir, dict[str, Any]]) -> None:
+def test_scores_cover_val_and_dev_and_name_their_step(
+    trained: tuple[TrainConfig, RunDir, dict[str, Any]],
+) -> None:
     cfg, _, _ = trained
     data = prepare(cfg, load_corpus(cfg))
     model = build(cfg, data.tokenizer.vocab_size)
@@ -249,12 +306,20 @@ def test_scores_cover_val_and_dev_and_name_their_step(trained: tuple[TrainConfig
 
     state = SimpleNamespace(model=model, step=7, average=SimpleNamespace(applied=Applied))
     rows = list(sitting.score(cfg, data, state))
-    assert [(row["event"], row["step"], row["split"]) for row in rows] == [("eval", 7, "val"), ("eval", 7, "dev")]
+    assert [(row["event"], row["step"], row["split"]) for row in rows] == [
+        ("eval", 7, "val"),
+        ("eval", 7, "dev"),
+    ]
     assert applied == [1, -1, 1, -1] and all(row["seconds"] > 0 for row in rows)
     for row in rows:
         split = row["split"]
         exact = scoring.evaluate(
-            model, data.splits[split], chars=data.chars[split], nbytes=data.bytes[split], block_size=16, geometry=cfg.geometry
+            model,
+            data.splits[split],
+            chars=data.chars[split],
+            nbytes=data.bytes[split],
+            block_size=16,
+            geometry=cfg.geometry,
         )
         assert row["full"] == exact.full and row["official"] == exact.official
 
@@ -267,11 +332,19 @@ class Session:
         shutil.copytree(source.path, place / source.path.name)
         self.run = RunDir(place / source.path.name)
         self.notes = Notes()
-        self.env = {"machine_class": source.env()["machine_class"], "versions": source.env()["versions"], "evaluate_hash": "now"}
+        self.env = {
+            "machine_class": source.env()["machine_class"],
+            "versions": source.env()["versions"],
+            "evaluate_hash": "now",
+        }
         self.loaded: list[tuple[int, int]] = []
         ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
-        self.state = SimpleNamespace(step=0, saved=0, presented=0, resumed=0, ledger=ledger, spent={"steps": 1.0}, load=self.load)
-        self.growth = SimpleNamespace(journal=None, plan=SimpleNamespace(steps=self.last), restored=lambda: None)
+        self.state = SimpleNamespace(
+            step=0, saved=0, presented=0, resumed=0, ledger=ledger, spent={"steps": 1.0}, load=self.load
+        )
+        self.growth = SimpleNamespace(
+            journal=None, plan=SimpleNamespace(steps=self.last), restored=lambda: None
+        )
 
     @property
     def last(self) -> int:
@@ -298,9 +371,20 @@ def test_a_run_resumes_at_its_newest_checkpoint(session: Session) -> None:
     end = session.last
     session.resume()
     assert session.loaded == [(end, end * 128)] and session.state.saved == end and session.state.resumed == 1
-    assert session.state.ledger["wasted"] == 0 and session.state.spent["steps"] > 1.0 and "evaluation" in session.state.spent
-    assert session.env["evaluate_hash"] == scoring.evaluate_source_hash(), "an edit between two sessions must show"
-    assert session.run.status() == {"state": "running", "step": end, "pid": session.run.status()["pid"], "resumed": 1}
+    assert (
+        session.state.ledger["wasted"] == 0
+        and session.state.spent["steps"] > 1.0
+        and "evaluation" in session.state.spent
+    )
+    assert session.env["evaluate_hash"] == scoring.evaluate_source_hash(), (
+        "an edit between two sessions must show"
+    )
+    assert session.run.status() == {
+        "state": "running",
+        "step": end,
+        "pid": session.run.status()["pid"],
+        "resumed": 1,
+    }
     assert session.notes.texts == [f"{session.run.path} goes on after step {end}"]
     assert session.run.env()["carried"] == {"checkpoint": end, "wasted": 0, "resumed": 1}
 
@@ -363,7 +447,10 @@ def test_without_a_checkpoint_a_run_starts_over(session: Session) -> None:
 def test_a_checkpoint_of_another_config_is_passed_over(session: Session) -> None:
     session.cfg = config(lr=0.02)
     session.resume()
-    assert session.state.step == 0 and sum("it belongs to another config" in text for text in session.notes.texts) == 2
+    assert (
+        session.state.step == 0
+        and sum("it belongs to another config" in text for text in session.notes.texts) == 2
+    )
 
 
 def test_a_log_that_was_changed_stops_the_run(session: Session) -> None:
@@ -381,13 +468,20 @@ def test_a_lost_environment_stops_the_run(session: Session) -> None:
 
 @pytest.mark.parametrize(
     ("key", "history", "words"),
-    [("machine_class", "machine_classes", "another machine class"), ("versions", "all_versions", "another mainrun or of a library")],
+    [
+        ("machine_class", "machine_classes", "another machine class"),
+        ("versions", "all_versions", "another mainrun or of a library"),
+    ],
 )
-def test_another_machine_or_version_is_said_and_remembered(session: Session, key: str, history: str, words: str) -> None:
+def test_another_machine_or_version_is_said_and_remembered(
+    session: Session, key: str, history: str, words: str
+) -> None:
     before = session.env[key]
     session.env[key] = {"other": "x"}
     session.resume()
-    assert sum(words in text and "not those of an undisturbed run" in text for text in session.notes.texts) == 1
+    assert (
+        sum(words in text and "not those of an undisturbed run" in text for text in session.notes.texts) == 1
+    )
     assert session.env[history] == [before, {"other": "x"}] == session.run.env()[history]
     session.env[key] = before
     session.resume()
@@ -456,8 +550,13 @@ def test_other_processes_read_the_checkpoint_that_the_leader_chose(session: Sess
     assert session.loaded == []
     sitting.follow(session.cfg, session.run, session.state, machine(leads=False, chosen=step), session.growth)
     assert session.loaded == [(step, step * 128)]
-    with pytest.raises(RunError, match=f"process 1 cannot read the checkpoint of step {step + 1} in .*; --out must be a folder"):
-        sitting.follow(session.cfg, session.run, session.state, machine(leads=False, chosen=step + 1), session.growth)
+    with pytest.raises(
+        RunError,
+        match=f"process 1 cannot read the checkpoint of step {step + 1} in .*; --out must be a folder",
+    ):
+        sitting.follow(
+            session.cfg, session.run, session.state, machine(leads=False, chosen=step + 1), session.growth
+        )
 
 
 def test_what_earlier_sessions_cost_is_added_up(session: Session) -> None:
@@ -467,14 +566,22 @@ def test_what_earlier_sessions_cost_is_added_up(session: Session) -> None:
     meta |= {"resumed": 4, "ledger": {"wasted": 6, "reused": 2}, "spent": {"steps": 2.0, "store": 1.0}}
     session.state.spent = {"steps": 3.0, "data": 0.5}
     sitting._load(session.run, session.state, tensors, meta, session.growth)
-    assert session.state.resumed == 5 and session.state.ledger == {"wasted": 6, "reused": 2, "reused_tokens": 0}
+    assert session.state.resumed == 5 and session.state.ledger == {
+        "wasted": 6,
+        "reused": 2,
+        "reused_tokens": 0,
+    }
     assert session.state.spent == {"steps": 5.0, "store": 1.0, "data": 0.5}
 
 
 def test_a_module_s_flops_ignore_what_is_looked_up() -> None:
     """Positions are never multiplied; an untied embedding neither."""
     model = nn.Module()
-    model.positions, model.embed, model.head = nn.Embedding(4, 8), nn.Embedding(5, 8), nn.Linear(8, 5, bias=False)
+    model.positions, model.embed, model.head = (
+        nn.Embedding(4, 8),
+        nn.Embedding(5, 8),
+        nn.Linear(8, 5, bias=False),
+    )
     apart, tied = config(tie_head=False), config(tie_head=True)
     attention = 12 * 1 * 2 * 16 * 16
     assert sitting.flops_per_token(apart, model) == 6 * 40 + attention

@@ -32,17 +32,45 @@ ROWS = [
     {"event": "eval", "step": 1, "split": "val", "full": 1.5, "seconds": 0.25},
     {"event": "step", "step": 2, "loss": 5.25, "lr": 0.1, "seconds": 0.5},
 ]
-SUMMARY = {"run": "r", "weights": "ab" * 32, "scores": {"val": {"last": {"full": 1.5}}}, "steps": 2, "seconds": 3.0, "resumed": 0}
-EVENTS = [{"event": "OPERATION_START", "step": 1, "seconds": 0.5}, {"event": "OPERATION_SUCCESS", "step": 1, "params": 10}]
+SUMMARY = {
+    "run": "r",
+    "weights": "ab" * 32,
+    "scores": {"val": {"last": {"full": 1.5}}},
+    "steps": 2,
+    "seconds": 3.0,
+    "resumed": 0,
+}
+EVENTS = [
+    {"event": "OPERATION_START", "step": 1, "seconds": 0.5},
+    {"event": "OPERATION_SUCCESS", "step": 1, "params": 10},
+]
 EXPORT = {
-    "trials": [{"trial": 0, "state": "done", "scores": {"0": 1.5}, "rung": 1, "seconds": 3.0, "wasted": 0, "sets": []}],
-    "evidence": {"claim": "not better", "rows": [{"trial": 1, "p_holm": float("nan")}], "noise": {"sigma": 0.5}},
+    "trials": [
+        {
+            "trial": 0,
+            "state": "done",
+            "scores": {"0": 1.5},
+            "rung": 1,
+            "seconds": 3.0,
+            "wasted": 0,
+            "sets": [],
+        }
+    ],
+    "evidence": {
+        "claim": "not better",
+        "rows": [{"trial": 1, "p_holm": float("nan")}],
+        "noise": {"sigma": 0.5},
+    },
     "ledger": {"trained": 10},
 }
 
 
 def write_run(
-    folder: Path, rows: list[Any] = ROWS, summary: dict[str, Any] = SUMMARY, events: list[Any] = EVENTS, state: str = "done"
+    folder: Path,
+    rows: list[Any] = ROWS,
+    summary: dict[str, Any] = SUMMARY,
+    events: list[Any] = EVENTS,
+    state: str = "done",
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,7 +85,10 @@ def changed(rows: list[Any], number: int, **fields: Any) -> list[Any]:
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
-    "a changed loss": ({"rows": changed(ROWS, 2, loss=5.250000000000001)}, "metrics.jsonl, row 3: loss is 5.250000000000001"),
+    "a changed loss": (
+        {"rows": changed(ROWS, 2, loss=5.250000000000001)},
+        "metrics.jsonl, row 3: loss is 5.250000000000001",
+    ),
     "a changed rate": ({"rows": changed(ROWS, 0, lr=0.2)}, "metrics.jsonl, row 1: lr is 0.2"),
     "a changed score": ({"rows": changed(ROWS, 1, full=1.25)}, "metrics.jsonl, row 2: full is 1.25"),
     "a field more": ({"rows": changed(ROWS, 1, new=1)}, "metrics.jsonl, row 2: new is 1"),
@@ -65,8 +96,14 @@ PLANTED: dict[str, tuple[dict[str, Any], str]] = {
     "a missing row in the middle": ({"rows": [ROWS[0], ROWS[2]]}, "metrics.jsonl, row 2: event is"),
     "a doubled row": ({"rows": [*ROWS, ROWS[-1]]}, "metrics.jsonl: 4 rows, undisturbed 3"),
     "a changed weight": ({"summary": SUMMARY | {"weights": "ac" * 32}}, "summary.json: weights is"),
-    "a changed last score": ({"summary": SUMMARY | {"scores": {"val": {"last": {"full": 1.25}}}}}, "summary.json: scores is"),
-    "a missing key": ({"summary": {k: v for k, v in SUMMARY.items() if k != "weights"}}, "summary.json: weights is null"),
+    "a changed last score": (
+        {"summary": SUMMARY | {"scores": {"val": {"last": {"full": 1.25}}}}},
+        "summary.json: scores is",
+    ),
+    "a missing key": (
+        {"summary": {k: v for k, v in SUMMARY.items() if k != "weights"}},
+        "summary.json: weights is null",
+    ),
     "a missing event": ({"events": EVENTS[:1]}, "growth.jsonl: 1 rows, undisturbed 2"),
     "a changed event": ({"events": changed(EVENTS, 1, params=11)}, "growth.jsonl, row 2: params is 11"),
     "not done": ({"state": "running"}, "status.json: state is 'running'"),
@@ -81,7 +118,13 @@ def test_a_planted_difference_is_noticed(case: str, tmp_path: Path) -> None:
 
 
 def test_fields_that_depend_on_the_clock_are_ignored(tmp_path: Path) -> None:
-    summary = SUMMARY | {"seconds": 9.0, "resumed": 7, "ledger": {"wasted": 3}, "spent": {"steps": 1.0}, "peak_memory": 5}
+    summary = SUMMARY | {
+        "seconds": 9.0,
+        "resumed": 7,
+        "ledger": {"wasted": 3},
+        "spent": {"steps": 1.0},
+        "peak_memory": 5,
+    }
     rows = [row | {"seconds": 9.0, "reused": True} for row in ROWS]
     actual = write_run(tmp_path / "b", rows, summary, changed(EVENTS, 0, seconds=9.0))
     assert soak.compare_runs(write_run(tmp_path / "a"), actual) == []
@@ -96,7 +139,10 @@ def test_a_file_that_is_left_behind_or_missing_is_noticed(tmp_path: Path) -> Non
 
 
 STUDY_PLANTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a score": (lambda e: e["trials"][0]["scores"].update({"0": 1.25}), "export.json.trials[0].scores.0 is 1.25"),
+    "a score": (
+        lambda e: e["trials"][0]["scores"].update({"0": 1.25}),
+        "export.json.trials[0].scores.0 is 1.25",
+    ),
     "a promotion": (lambda e: e["trials"][0].update(rung=0), "export.json.trials[0].rung is 0"),
     "a claim": (lambda e: e["evidence"].update(claim="better"), 'export.json.evidence.claim is "better"'),
     "a missing trial": (lambda e: e["trials"].clear(), "export.json.trials is []"),
@@ -136,9 +182,13 @@ def test_a_planted_difference_of_a_study_is_noticed(case: str, tmp_path: Path) -
         (None, ("STOP",), False, "", "hangs: no end after 2 s"),
     ],
 )  # fmt: skip
-def test_a_wrong_ending_is_a_problem(code: int | None, applied: tuple[str, ...], full: bool, text: str, problem: str) -> None:
+def test_a_wrong_ending_is_a_problem(
+    code: int | None, applied: tuple[str, ...], full: bool, text: str, problem: str
+) -> None:
     session = Session(("train",), Path("base"), Path("cache"), Path("log"), disk_is_full=full)
-    assert Ending(session, code, text, 2.0, 9, tuple((kind, "start") for kind in applied)).problem() == problem
+    assert (
+        Ending(session, code, text, 2.0, 9, tuple((kind, "start") for kind in applied)).problem() == problem
+    )
 
 
 def test_the_seed_decides_what_is_run_and_how_it_is_disturbed(tmp_path: Path) -> None:
@@ -147,7 +197,9 @@ def test_the_seed_decides_what_is_run_and_how_it_is_disturbed(tmp_path: Path) ->
 
     def drawn(seed: int) -> tuple[object, ...]:
         chance = random.Random(seed)
-        return soak.draw_run(chance, 5, tmp_path), *(soak.draw_disturbances(chance, expected, study=False) for _ in range(20))
+        return soak.draw_run(chance, 5, tmp_path), *(
+            soak.draw_disturbances(chance, expected, study=False) for _ in range(20)
+        )
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
@@ -156,12 +208,20 @@ def test_the_seed_decides_what_is_run_and_how_it_is_disturbed(tmp_path: Path) ->
 def test_every_optimizer_feature_and_signal_is_drawn(tmp_path: Path) -> None:
     session = Session(("train",), tmp_path, tmp_path, tmp_path / "log")
     expected = Ending(session, 0, "", 2.0, 100, ())
-    special = {name for index in range(48) for name in soak.draw_run(random.Random(index), index, tmp_path)[1]}
+    special = {
+        name for index in range(48) for name in soak.draw_run(random.Random(index), index, tmp_path)[1]
+    }
     assert {*soak.optimizers(), *soak.FEATURES} <= special
-    disturbances = [disturbance for i in range(200) for disturbance in soak.draw_disturbances(random.Random(i), expected, study=True)]
+    disturbances = [
+        disturbance
+        for i in range(200)
+        for disturbance in soak.draw_disturbances(random.Random(i), expected, study=True)
+    ]
     assert {disturbance.kind for disturbance in disturbances} == {"KILL", "TERM", "INT", "STOP", "WORKER"}
     assert any(disturbance.operation for disturbance in disturbances)
-    assert all(1 <= disturbance.operation <= 101 or 0 <= disturbance.after <= 2.0 for disturbance in disturbances)
+    assert all(
+        1 <= disturbance.operation <= 101 or 0 <= disturbance.after <= 2.0 for disturbance in disturbances
+    )
     assert str(Disturbance("STOP", operation=7, pause=0.2)) == "STOP at operation 7 for 0.20 s"
 
 
@@ -188,7 +248,9 @@ def test_new_parameters_join_the_momentum_of_the_others(tiny) -> None:
     assert list(momentum.values()) == pytest.approx([1.9] * len(momentum))
 
 
-def test_a_store_that_another_process_begins_meanwhile_is_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_another_process_begins_meanwhile_is_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = Folder.read
 
     def read_late(self: Folder, name: str) -> bytes:
@@ -220,13 +282,16 @@ def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
 
 def run_soak(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the soak test in a new interpreter, which has computed nothing before it forks."""
-    program = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import soak\n{program}\nsys.exit(soak.main(sys.argv[1:]))"
+    program = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import soak\n{program}\nsys.exit(soak.main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=600
     )
-    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
-@pytest.mark.parametrize("option", ["--kills=0", "--kills=-1", "--jobs=0", "--minutes=nan", "--minutes=-1", "--minutes=0", "--only=-5"])
+@pytest.mark.parametrize(
+    "option",
+    ["--kills=0", "--kills=-1", "--jobs=0", "--minutes=nan", "--minutes=-1", "--minutes=0", "--only=-5"],
+)
 def test_a_wrong_number_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         soak.main([option])
@@ -245,7 +310,9 @@ def test_exit_codes_have_their_counts() -> None:
     assert soak.show_codes(Counter()) == "none"
 
 
-def test_a_soak_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_soak_that_compares_nothing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(soak, "run", lambda args, folder: [soak.Result(0, skipped="cannot be trained")])
     monkeypatch.setattr(soak.signal, "signal", lambda *_: None)
     assert soak.main(["--out", str(tmp_path)]) == 1
@@ -256,7 +323,11 @@ def test_a_soak_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pytest.
 def test_a_terminated_soak_removes_its_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--only", "0"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     assert process.stdout is not None
     first = process.stdout.readline()

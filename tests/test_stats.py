@@ -45,7 +45,9 @@ def test_seeds_that_pair_are_paired() -> None:
     assert found.seeds == (1, 2, 3) and found.paired
     assert found.mean == pytest.approx(-0.1)
     assert found.interval == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-6)
-    assert found.a == pytest.approx(2.2) and found.b == pytest.approx(2.1)  # of the same seeds, so that b - a is what is said
+    assert found.a == pytest.approx(2.2) and found.b == pytest.approx(
+        2.1
+    )  # of the same seeds, so that b - a is what is said
 
 
 def test_seeds_that_do_not_pair_are_compared_by_welch() -> None:
@@ -58,7 +60,9 @@ def test_seeds_that_do_not_pair_are_compared_by_welch() -> None:
     assert found.interval == pytest.approx((8.75 - half, 8.75 + half))
 
 
-@pytest.mark.parametrize(("a", "b"), [({1: 1.0}, {1: 0.5}), ({1: 1.0, 2: 1.1}, {1: 0.5}), ({1: 1.0}, {2: 0.5, 3: 0.4})])
+@pytest.mark.parametrize(
+    ("a", "b"), [({1: 1.0}, {1: 0.5}), ({1: 1.0, 2: 1.1}, {1: 0.5}), ({1: 1.0}, {2: 0.5, 3: 0.4})]
+)
 def test_a_single_run_has_no_interval(a: dict[int, float], b: dict[int, float]) -> None:
     found = stats.difference(a, b)
     assert found.interval is None and found.p is None
@@ -67,7 +71,10 @@ def test_a_single_run_has_no_interval(a: dict[int, float], b: dict[int, float]) 
 def test_an_interval_holds_the_truth_in_95_of_100_cases() -> None:
     rng, hits, n = random.Random(7), 0, 800
     for _ in range(n):
-        a, b = ({s: rng.gauss(mean, sd) for s in seeds} for mean, sd, seeds in ((1.0, 0.1, range(3)), (0.8, 0.3, range(3, 8))))
+        a, b = (
+            {s: rng.gauss(mean, sd) for s in seeds}
+            for mean, sd, seeds in ((1.0, 0.1, range(3)), (0.8, 0.3, range(3, 8)))
+        )
         low, high = stats.difference(a, b).interval or (0, 0)
         hits += low <= -0.2 <= high
     assert 0.93 < hits / n < 0.97
@@ -97,7 +104,9 @@ def test_holm_is_holms() -> None:
 def test_p_and_interval_agree() -> None:
     rng = random.Random(3)
     for _ in range(200):
-        found = stats.difference({i: rng.gauss(0, 1) for i in range(4)}, {i: rng.gauss(0.8, 1) for i in range(4)})
+        found = stats.difference(
+            {i: rng.gauss(0, 1) for i in range(4)}, {i: rng.gauss(0.8, 1) for i in range(4)}
+        )
         assert found.p is not None and found.interval is not None
         assert (found.p < 0.05) == (found.interval[0] > 0 or found.interval[1] < 0)
 
@@ -112,7 +121,11 @@ def test_rank_correlation() -> None:
 def test_a_mean_of_one_has_no_spread() -> None:
     assert stats.Mean((1.5,)).sd is None and stats.Mean((1.5,)).half is None
     three = stats.Mean((1.0, 2.0, 3.0))
-    assert three.mean == fmean((1, 2, 3)) and three.sd == 1.0 and three.half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
+    assert (
+        three.mean == fmean((1, 2, 3))
+        and three.sd == 1.0
+        and three.half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
+    )
 
 
 # -- against scipy, and at the edges
@@ -137,7 +150,9 @@ def test_the_distribution_at_infinity(t: float, p: float, df: int) -> None:
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-12, 0.01, 0.2, 0.5, 0.51, 0.8, 0.99, 1 - 1e-12, 1.0])
-@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (3.0, 0.5), (0.5, 3.0), (20.0, 0.5), (40.0, 60.0), (500.0, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(0.5, 0.5), (3.0, 0.5), (0.5, 3.0), (20.0, 0.5), (40.0, 60.0), (500.0, 0.5), (1.0, 1.0)]
+)
 def test_the_incomplete_beta_function_is_scipys(a: float, b: float, x: float) -> None:
     assert stats._beta(a, b, x) == pytest.approx(float(special.betainc(a, b, x)), rel=1e-9, abs=1e-300)
 
@@ -203,7 +218,9 @@ def test_differences_are_scipys(a: dict[int, float], b: dict[int, float], kind: 
         ({1: 2.0, 2: 2.0}, {3: 2.0, 4: 2.0, 5: 2.0}, 1.0, (0.0, 0.0), 3),
     ],
 )
-def test_differences_without_spread(a: dict[int, float], b: dict[int, float], p: float, interval: tuple[float, float], df: int) -> None:
+def test_differences_without_spread(
+    a: dict[int, float], b: dict[int, float], p: float, interval: tuple[float, float], df: int
+) -> None:
     got = stats.difference(a, b)
     assert (got.error, got.p, got.interval, got.df) == (0.0, p, interval, df)
 
@@ -216,14 +233,20 @@ def test_differences_without_spread(a: dict[int, float], b: dict[int, float], p:
         ({1: 1.0}, {2: 0.5, 3: 0.5}, (1, 2)),
     ],
 )
-def test_a_difference_with_a_single_run_is_a_difference_of_means(a: dict[int, float], b: dict[int, float], counts: tuple[int, int]) -> None:
+def test_a_difference_with_a_single_run_is_a_difference_of_means(
+    a: dict[int, float], b: dict[int, float], counts: tuple[int, int]
+) -> None:
     got = stats.difference(a, b)
     assert got == stats.Difference(fmean(a.values()), fmean(b.values()), *counts, (), None, 0)
     assert (got.interval, got.p, got.paired) == (None, None, False)
 
 
 def test_results_cannot_be_changed() -> None:
-    for result, field in ((stats.Mean((1.0,)), "values"), (stats.difference({1: 1.0}, {1: 2.0}), "a"), (stats.Noise(1.0, 2), "sd")):
+    for result, field in (
+        (stats.Mean((1.0,)), "values"),
+        (stats.difference({1: 1.0}, {1: 2.0}), "a"),
+        (stats.Noise(1.0, 2), "sd"),
+    ):
         with pytest.raises(FrozenInstanceError):
             setattr(result, field, None)
 

@@ -34,7 +34,12 @@ from mainrun.store.files import Folder, Remote, open_files
 from mainrun.store.leases import Leases
 from mainrun.store.nodes import AHEAD, Damaged, Node, Refused, Store
 
-BEGUN = {"fields": {"seed": 1}, "data": {"train": "a"}, "versions": {"torch": "2"}, "machine_class": {"threads": 1}}
+BEGUN = {
+    "fields": {"seed": 1},
+    "data": {"train": "a"},
+    "versions": {"torch": "2"},
+    "machine_class": {"threads": 1},
+}
 ROOT = lineage.root(BEGUN)
 HOUR = 3600.0
 STEPS = (10, 20, 30)
@@ -85,8 +90,12 @@ def usable(store: Store) -> set[int]:
             state = store.load(there)
         except Damaged:
             continue
-        assert json.dumps([r for part in past[::-1] for r in part.rows]) == json.dumps([row(i) for i in range(1, step + 1)])
-        assert there.presented == step * 100 and same(state, tensors(step)), "what is not what was saved was believed"
+        assert json.dumps([r for part in past[::-1] for r in part.rows]) == json.dumps(
+            [row(i) for i in range(1, step + 1)]
+        )
+        assert there.presented == step * 100 and same(state, tensors(step)), (
+            "what is not what was saved was believed"
+        )
         found.add(step)
     return found
 
@@ -99,9 +108,11 @@ def age(store: Store, ages: dict[str, float]) -> None:
 
 @pytest.fixture(params=["folder", "file", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    yield {"folder": str(tmp_path / "store"), "file": f"file://{tmp_path}/store", "memory": f"memory://{tmp_path.name}/store"}[
-        request.param
-    ]
+    yield {
+        "folder": str(tmp_path / "store"),
+        "file": f"file://{tmp_path}/store",
+        "memory": f"memory://{tmp_path.name}/store",
+    }[request.param]
     if request.param == "memory":
         with suppress(FileNotFoundError):
             fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
@@ -117,12 +128,18 @@ def store(tmp_path: Path) -> Store:
 
 def test_every_place_has_the_same_verbs(place: str, tmp_path: Path) -> None:
     files = open_files(place)
-    assert files.names("") == files.names("a") == set() and files.list("a") == {} and not files.exists("a/one")
+    assert (
+        files.names("") == files.names("a") == set() and files.list("a") == {} and not files.exists("a/one")
+    )
     with pytest.raises(FileNotFoundError):
         files.read("a/one")
     files.write("a/one", b"first\nsecond\n")
     files.write("top", b"")
-    assert files.read("a/one") == b"first\nsecond\n" and files.first_line("a/one") == b"first\n" and files.read("top") == b""
+    assert (
+        files.read("a/one") == b"first\nsecond\n"
+        and files.first_line("a/one") == b"first\n"
+        and files.read("top") == b""
+    )
     files.write("a/one", b"other")
     assert files.read("a/one") == b"other" and files.first_line("a/one").rstrip() == b"other"
     with files.new() as path:
@@ -131,7 +148,11 @@ def test_every_place_has_the_same_verbs(place: str, tmp_path: Path) -> None:
     assert not path.exists() and files.read("b/two") == b"x" * 1000
     with files.local("b/two") as path:
         assert path.read_bytes() == b"x" * 1000
-    assert files.names("a") == {"one"} and {"a", "b", "top"} <= files.names("") <= {"a", "b", "top", "new"} and files.names("new") == set()
+    assert (
+        files.names("a") == {"one"}
+        and {"a", "b", "top"} <= files.names("") <= {"a", "b", "top", "new"}
+        and files.names("new") == set()
+    )
     before = files.list("b")["two"]
     assert before.size == 1000 and abs(before.modified - time.time()) < 60
     time.sleep(0.02)
@@ -179,7 +200,9 @@ def test_to_use_a_state_moves_none_of_its_bytes(tmp_path: Path, monkeypatch: pyt
     assert moved == nodes[0].size
     assert store.states().keys() == {node.state for node in nodes} and store.verify() == []
     store.files.remove(f"states/{nodes[0].state}.safetensors")
-    assert not any(nodes[0].state in path for path in fsspec.filesystem("memory").find(f"/{tmp_path.name}")), "no mark stays behind"
+    assert not any(
+        nodes[0].state in path for path in fsspec.filesystem("memory").find(f"/{tmp_path.name}")
+    ), "no mark stays behind"
 
 
 def test_what_is_created_is_not_created_again(place: str) -> None:
@@ -215,7 +238,11 @@ def test_a_folder_without_links_excludes_too(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "link", link)
     files = Folder(tmp_path)
-    assert files.create("a/one", b"first") and not files.create("a/one", b"second") and files.read("a/one") == b"first"
+    assert (
+        files.create("a/one", b"first")
+        and not files.create("a/one", b"second")
+        and files.read("a/one") == b"first"
+    )
 
 
 def test_others_may_read_what_is_written(store: Store) -> None:
@@ -225,8 +252,16 @@ def test_others_may_read_what_is_written(store: Store) -> None:
     (folder / "plain").touch()
     Leases(store.files).acquire(key(20)).release(unfinished=True)  # type: ignore[union-attr]
     expected = stat.S_IMODE((folder / "plain").stat().st_mode)
-    names = ["store.json", f"nodes/{one.key}", f"states/{one.state}.safetensors", f"roots/{ROOT}", f"leases/{key(20)}.000001"]
-    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in names} == dict.fromkeys(names, expected)
+    names = [
+        "store.json",
+        f"nodes/{one.key}",
+        f"states/{one.state}.safetensors",
+        f"roots/{ROOT}",
+        f"leases/{key(20)}.000001",
+    ]
+    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in names} == dict.fromkeys(
+        names, expected
+    )
 
 
 def test_a_reader_never_sees_half_of_what_replaces(tmp_path: Path) -> None:
@@ -285,7 +320,9 @@ def test_whatever_a_place_fails_with_is_an_os_error(moody: Store) -> None:
     Moody.withheld = "store"
     with pytest.raises(OSError, match="RuntimeError: the network is down"):
         moody.files.read("store.json")
-    with pytest.raises(ConfigError, match=r"moody://store cannot be read \(RuntimeError: the network is down\); give another"):
+    with pytest.raises(
+        ConfigError, match=r"moody://store cannot be read \(RuntimeError: the network is down\); give another"
+    ):
         Store("moody://store")
 
 
@@ -320,10 +357,26 @@ def test_a_place_that_nothing_opens_is_named(url: str) -> None:
 def test_every_bit_of_a_state_comes_back(place: str) -> None:
     """NaNs with a payload, negative zeros, subnormals, views, scalars, empty tensors."""
     raw = torch.randint(0, 256, (64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+    dtypes = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+    ]
     state = {str(dtype): raw.clone().view(dtype) for dtype in dtypes}
-    state |= {"nan": torch.tensor([0x7FC00001, -0x80000000, 1], dtype=torch.int32).view(torch.float32), "bool": raw > 127}
-    state |= {"transposed": raw.clone().view(8, 8).T, "strided": raw.clone()[::3], "empty": torch.empty(0, 3), "scalar": torch.tensor(1.5)}
+    state |= {
+        "nan": torch.tensor([0x7FC00001, -0x80000000, 1], dtype=torch.int32).view(torch.float32),
+        "bool": raw > 127,
+    }
+    state |= {
+        "transposed": raw.clone().view(8, 8).T,
+        "strided": raw.clone()[::3],
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(1.5),
+    }
     store = Store(place)
     store.begin(ROOT, BEGUN)
     store.save(node(10), state)
@@ -338,9 +391,18 @@ def test_a_node_comes_back_with_its_rows(place: str) -> None:
     for before in saved:
         found = again.node(before.key)
         assert json.dumps(found.rows) == json.dumps([row(i) for i in range(before.step - 9, before.step + 1)])
-        assert replace(found, rows=()) == replace(again.node(before.key, rows=False), rows=()) and found.state == before.state
-        assert (found.run, found.config, found.seconds) == ("run ü", {"lr": 0.1, "preset": "tiny"}, 0.1 + before.step)
-    assert again.node_keys() == {key(step) for step in STEPS} and set(again.states()) == {n.state for n in saved}
+        assert (
+            replace(found, rows=()) == replace(again.node(before.key, rows=False), rows=())
+            and found.state == before.state
+        )
+        assert (found.run, found.config, found.seconds) == (
+            "run ü",
+            {"lr": 0.1, "preset": "tiny"},
+            0.1 + before.step,
+        )
+    assert again.node_keys() == {key(step) for step in STEPS} and set(again.states()) == {
+        n.state for n in saved
+    }
     assert [n.step for n in again.summary()[0]] == list(STEPS) and again.summary()[1] == []
     assert list(again.roots()) == [(ROOT, BEGUN)] and again.verify() == [] and usable(again) == set(STEPS)
     assert not any(again.gc().values())
@@ -348,7 +410,12 @@ def test_a_node_comes_back_with_its_rows(place: str) -> None:
 
 def test_nothing_is_made_until_something_is_kept(tmp_path: Path, place: str) -> None:
     store = Store(place)
-    assert store.summary() == ([], []) and store.verify() == [] and not any(store.gc().values()) and store.evict() == []
+    assert (
+        store.summary() == ([], [])
+        and store.verify() == []
+        and not any(store.gc().values())
+        and store.evict() == []
+    )
     with pytest.raises(Damaged, match="it is gone"):
         store.node(key(10))
     assert list(tmp_path.iterdir()) == [] and not store.files.exists("")
@@ -360,7 +427,9 @@ def test_the_same_node_twice_is_one(place: str) -> None:
     before = {name: store.files.read(f"nodes/{name}") for name in store.node_keys()}
     (second,) = save(store, 10, run="another", made=1.0)
     assert second.state == first.state and second.run == "run ü", "what is there is what it gives"
-    assert {name: store.files.read(f"nodes/{name}") for name in store.node_keys()} == before and len(store.states()) == 1
+    assert {name: store.files.read(f"nodes/{name}") for name in store.node_keys()} == before and len(
+        store.states()
+    ) == 1
 
 
 def test_equal_states_of_two_nodes_are_one_file(store: Store) -> None:
@@ -375,7 +444,11 @@ def test_other_bits_under_the_same_key_are_refused(place: str) -> None:
     save(store, 10)
     with pytest.raises(Refused, match=r"other bits for step 10 \(by run ü\).*audit"):
         store.save(node(10), tensors(11))
-    assert same(store.load(store.node(key(10))), tensors(10)) and len(store.states()) == 1 and store.verify() == []
+    assert (
+        same(store.load(store.node(key(10))), tensors(10))
+        and len(store.states()) == 1
+        and store.verify() == []
+    )
 
 
 def test_a_writer_that_may_not_leaves_nothing(place: str) -> None:
@@ -434,14 +507,23 @@ def test_saving_again_brings_a_damaged_state_back(store: Store, damage: str) -> 
 
 def test_a_node_bigger_than_the_budget_is_refused(place: str) -> None:
     store = Store(place, size=100)
-    with pytest.raises(Refused, match=r"its \d+ bytes are more than the store may hold \(100\); raise --store-size"):
+    with pytest.raises(
+        Refused, match=r"its \d+ bytes are more than the store may hold \(100\); raise --store-size"
+    ):
         save(store, 10)
     assert store.node_keys() == set() and store.states() == {} and store.files.names("new") == set()
 
 
 def test_a_history_goes_back_as_far_as_it_is_asked(store: Store) -> None:
     nodes = save(store, *STEPS)
-    for since, steps in ((0, [30, 20, 10]), (9, [30, 20, 10]), (10, [30, 20]), (19, [30, 20]), (20, [30]), (29, [30])):
+    for since, steps in (
+        (0, [30, 20, 10]),
+        (9, [30, 20, 10]),
+        (10, [30, 20]),
+        (19, [30, 20]),
+        (20, [30]),
+        (29, [30]),
+    ):
         assert [part.step for part in store.history(nodes[2], since)] == steps
 
 
@@ -457,8 +539,12 @@ def test_many_who_save_one_node_at_once_leave_one(store: Store) -> None:
     store.begin(ROOT, BEGUN)
     with ThreadPoolExecutor(4) as pool:
         for step in STEPS:
-            found = list(pool.map(lambda run, step=step: store.save(node(step, run=run), tensors(step)), "abcd"))
-            assert {(n.state, n.run) for n in found} == {(store.node(key(step)).state, store.node(key(step)).run)}, "each is told whose"
+            found = list(
+                pool.map(lambda run, step=step: store.save(node(step, run=run), tensors(step)), "abcd")
+            )
+            assert {(n.state, n.run) for n in found} == {
+                (store.node(key(step)).state, store.node(key(step)).run)
+            }, "each is told whose"
     assert usable(store) == set(STEPS) and store.verify() == [] and store.files.names("new") == set()
 
 
@@ -604,24 +690,36 @@ def test_damage_is_named_passed_over_and_cleared(store: Store, case: Damage) -> 
     assert any(re.search(named, line) for line in store.verify()), store.verify()
     assert usable(store) == left
     store.summary()
-    kinds = {"state": f"states/{nodes[1].state}.safetensors", "node": f"nodes/{key(20)}", "root": f"roots/{ROOT}", "pin": "pins/mine"}
+    kinds = {
+        "state": f"states/{nodes[1].state}.safetensors",
+        "node": f"nodes/{key(20)}",
+        "root": f"roots/{ROOT}",
+        "pin": "pins/mine",
+    }
     damaged = files_in(folder)
     counts = store.gc()
     gone = {name: data for name, data in damaged.items() if name not in files_in(folder)}
     assert {name.split("/inside")[0] for name in gone} == {kinds[kind] for kind in taken}
-    assert counts["damaged"] == len(taken) and not any(counts[name] for name in ("orphans", "rows", "evicted"))
+    assert counts["damaged"] == len(taken) and not any(
+        counts[name] for name in ("orphans", "rows", "evicted")
+    )
     assert usable(store) == left, "gc took what was good"
     found = store.verify()
     assert (found and all(re.search(after, line) for line in found)) if after else found == []
     if damage is not DAMAGES["parent that is not there"][0]:  # what nobody can train
         save(store, *STEPS)  # as a run does that trains the way again
-        assert store.verify() == [] and usable(store) == set(STEPS) and files_in(folder).keys() == whole.keys()
+        assert (
+            store.verify() == [] and usable(store) == set(STEPS) and files_in(folder).keys() == whole.keys()
+        )
 
 
 def test_each_changed_byte_and_each_cut_is_detected(store: Store) -> None:
     """Not a sample: every byte of a node and of its state, blanks for tabs too."""
     good = save(store, 10, rows=(row(1), row(2)))[0]
-    for path, read in ((node_of(store, 10), lambda: store.node(good.key)), (state_of(store, 10), lambda: store.load(good))):
+    for path, read in (
+        (node_of(store, 10), lambda: store.node(good.key)),
+        (state_of(store, 10), lambda: store.load(good)),
+    ):
         data = path.read_bytes()
         changes = [(at, byte ^ 1 << at % 8) for at, byte in enumerate(data)]
         changes += [(at, ord("\t")) for at, byte in enumerate(data) if byte in b" \n\0"]
@@ -665,8 +763,14 @@ def test_foreign_files_are_named_and_left_alone(store: Store) -> None:
     expected = sorted({"/".join(name.split("/")[:2]) for name in FOREIGN})
     assert sorted(store.verify()) == [f"{name}: no file of a store; move it away" for name in expected]
     assert not any(store.gc().values())
-    assert usable(store) == set(STEPS) and store.summary()[1] == [] and all((Path(str(store)) / name).exists() for name in FOREIGN)
-    assert Store(str(store)).node_keys() == {key(step) for step in STEPS} and Leases(store.files).active().keys() <= {key(10), "x"}
+    assert (
+        usable(store) == set(STEPS)
+        and store.summary()[1] == []
+        and all((Path(str(store)) / name).exists() for name in FOREIGN)
+    )
+    assert Store(str(store)).node_keys() == {key(step) for step in STEPS} and Leases(
+        store.files
+    ).active().keys() <= {key(10), "x"}
 
 
 @pytest.mark.parametrize(
@@ -697,7 +801,9 @@ def test_a_file_or_a_folder_of_something_else_is_no_store(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"file is not a folder; give another place for the store"):
         Store(tmp_path / "file")
     (tmp_path / "thesis.doc").write_text("x")
-    with pytest.raises(ConfigError, match=r"holds file, thesis.doc but no store.json, so it is not a store of mainrun"):
+    with pytest.raises(
+        ConfigError, match=r"holds file, thesis.doc but no store.json, so it is not a store of mainrun"
+    ):
         Store(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis.doc"]
 
@@ -731,7 +837,9 @@ def test_gc_clears_states_that_no_node_names_once_they_are_old(store: Store) -> 
     for step in (20, 30):
         node_of(store, step).unlink()
     counts = store.gc()
-    assert set(store.states()) == {nodes[0].state, nodes[2].state}, "a young one may be a node's that is being written"
+    assert set(store.states()) == {nodes[0].state, nodes[2].state}, (
+        "a young one may be a node's that is being written"
+    )
     assert counts["orphans"] == 1 and counts["bytes"] == nodes[1].size and store.verify() == []
     age(store, {nodes[2].state: -2 * HOUR})
     assert store.gc()["orphans"] == 1, "a clock that was put back makes none immortal"
@@ -742,7 +850,11 @@ def test_gc_clears_rows_that_lead_nowhere_and_no_others(store: Store) -> None:
     for evicted, kept in ((20, {10, 20, 30}), (10, {10, 20, 30}), (30, set())):
         store.files.remove(f"states/{nodes[STEPS.index(evicted)].state}.safetensors")
         counts = store.gc()
-        assert store.node_keys() == {key(step) for step in kept} and counts["rows"] == 3 - len(kept) and store.verify() == []
+        assert (
+            store.node_keys() == {key(step) for step in kept}
+            and counts["rows"] == 3 - len(kept)
+            and store.verify() == []
+        )
 
 
 def test_gc_keeps_the_rows_before_a_node_that_it_keeps(store: Store) -> None:
@@ -751,7 +863,11 @@ def test_gc_keeps_the_rows_before_a_node_that_it_keeps(store: Store) -> None:
     save(store, 30)
     for state in store.states():
         store.files.remove(f"states/{state}.safetensors")
-    assert store.gc()["rows"] == 0 and store.verify() == [] and store.node_keys() == {key(step) for step in STEPS}
+    assert (
+        store.gc()["rows"] == 0
+        and store.verify() == []
+        and store.node_keys() == {key(step) for step in STEPS}
+    )
 
 
 def test_gc_clears_what_killed_writers_left_once_it_is_old(store: Store) -> None:
@@ -805,7 +921,12 @@ def test_gc_keeps_the_budget_after_clearing(store: Store) -> None:
 )
 @settings(max_examples=40)
 def test_the_least_recently_used_go_first_and_no_more_than_must(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], order: Any, pinned: set[int], keep: set[int], budget: int
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    order: Any,
+    pinned: set[int],
+    keep: set[int],
+    budget: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
     ages = list(range(1, len(sizes) + 1))
@@ -885,7 +1006,13 @@ def test_a_clock_that_was_put_back_makes_no_state_immortal(store: Store) -> None
 def test_gc_dates_anew_what_is_of_the_future(store: Store) -> None:
     nodes = save(store, *STEPS)
     store.pin("batch-1", [key(10)])
-    late = (f"states/{nodes[0].state}.safetensors", f"leases/{key(20)}.000001", f"wants/{key(20)}", "new/1-x", "pins/batch-1")
+    late = (
+        f"states/{nodes[0].state}.safetensors",
+        f"leases/{key(20)}.000001",
+        f"wants/{key(20)}",
+        "new/1-x",
+        "pins/batch-1",
+    )
     for name in late:
         (Path(str(store)) / name).parent.mkdir(exist_ok=True)
         (Path(str(store)) / name).touch()
@@ -911,7 +1038,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+    if (
+        mount is None
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small tmpfs")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
@@ -922,8 +1054,17 @@ def test_a_store_that_may_not_be_written_is_read(disk: Path) -> None:
     before = Store(disk / "store").states()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     store = Store(disk / "store")
-    assert usable(store) == set(STEPS) and store.verify() == [] and len(store.summary()[0]) == 3 and store.states() == before
-    for write in (lambda: save(store, 40), lambda: store.pin("a", [key(10)]), lambda: Leases(store.files).acquire(key(40))):
+    assert (
+        usable(store) == set(STEPS)
+        and store.verify() == []
+        and len(store.summary()[0]) == 3
+        and store.states() == before
+    )
+    for write in (
+        lambda: save(store, 40),
+        lambda: store.pin("a", [key(10)]),
+        lambda: Leases(store.files).acquire(key(40)),
+    ):
         with pytest.raises(OSError) as e:
             write()
         assert e.value.errno == errno.EROFS
@@ -944,7 +1085,12 @@ def test_a_full_disk_leaves_no_half_node(disk: Path, leave: int) -> None:
     with pytest.raises(OSError) as e:
         store.save(node(20), big)
     assert e.value.errno == errno.ENOSPC
-    assert store.files.names("new") == set() and store.verify() == [] and store.node_keys() == {key(10)} and len(store.states()) == 1
+    assert (
+        store.files.names("new") == set()
+        and store.verify() == []
+        and store.node_keys() == {key(10)}
+        and len(store.states()) == 1
+    )
     (disk / "ballast").unlink()
     assert same(store.load(store.save(node(20), big)), big)
 
@@ -999,5 +1145,10 @@ def test_ten_thousand_nodes_are_read_in_a_second(tmp_path: Path) -> None:
     store.size = store.states()[nodes[0].state].size * 5000
     before = time.perf_counter()
     counts = store.gc()
-    assert counts["evicted"] and not counts["damaged"] and not counts["rows"] and time.perf_counter() - before < 60
+    assert (
+        counts["evicted"]
+        and not counts["damaged"]
+        and not counts["rows"]
+        and time.perf_counter() - before < 60
+    )
     assert store.verify() == []

@@ -51,7 +51,9 @@ def test_a_checkpoint_is_two_files_that_vouch_for_each_other(tmp_path: Path) -> 
     assert claimed == hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def test_the_tensors_the_meta_and_the_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensors_the_meta_and_the_folder_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
     save(tmp_path, 7)
@@ -76,7 +78,9 @@ def test_a_checkpoint_replaces_those_of_its_step_and_later_ones(tmp_path: Path) 
     (tmp_path / "step-00000008").mkdir()
     seen: list[list[str]] = []
     place = checkpoint.save(tmp_path, 7, TENSORS, {"note": "new"}, lambda: seen.append(names(tmp_path)))
-    assert seen == [[".tmp-step-00000007", "step-00000003", "step-00000007", "step-00000008", "step-00000009"]]
+    assert seen == [
+        [".tmp-step-00000007", "step-00000003", "step-00000007", "step-00000008", "step-00000009"]
+    ]
     assert names(tmp_path) == ["step-00000003", "step-00000007"]
     assert json.loads((place / "meta.json").read_text())["note"] == "new"
 
@@ -106,7 +110,9 @@ def test_a_fault_while_it_is_written_names_the_place(tmp_path: Path, monkeypatch
         save(tmp_path / "file", 7)
 
 
-def test_a_temporary_folder_that_cannot_be_removed_does_not_hide_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_folder_that_cannot_be_removed_does_not_hide_the_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def save_tensors(tensors: Any, path: Path) -> None:
         path.parent.rmdir()
         raise OSError(5, "Input/output error")
@@ -125,11 +131,19 @@ def test_tensors_with_a_gradient_and_views_are_saved(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     checkpoint.save_tensors({"a": weight, "b": weight.T, "c": torch.arange(9.0)[::3]}, tmp_path / "x")
     found = load_file(tmp_path / "x")
-    assert torch.equal(found["a"], weight) and torch.equal(found["b"], weight.T) and found["c"].tolist() == [0, 3, 6]
+    assert (
+        torch.equal(found["a"], weight)
+        and torch.equal(found["b"], weight.T)
+        and found["c"].tolist() == [0, 3, 6]
+    )
 
 
-def test_the_number_in_the_text_of_safetensors_becomes_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "save_file", fail(SafetensorError("I/O error: No space left (os error 28)")))
+def test_the_number_in_the_text_of_safetensors_becomes_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        checkpoint, "save_file", fail(SafetensorError("I/O error: No space left (os error 28)"))
+    )
     with pytest.raises(OSError) as e:
         checkpoint.save_tensors({}, tmp_path / "x")
     assert (e.value.errno, e.value.strerror) == (28, os.strerror(28))
@@ -145,7 +159,12 @@ def sha256(**named: torch.Tensor) -> str:
 def test_the_hash_of_tensors_covers_names_types_shapes_and_bits() -> None:
     one = torch.tensor([1.0, -0.0])
     expected = hashlib.sha256(b"a:torch.float32:(2,);" + one.numpy().tobytes()).hexdigest()
-    assert sha256(a=one) == sha256(a=torch.nn.Parameter(one)) == sha256(a=torch.tensor([1.0, 5.0, -0.0])[::2]) == expected
+    assert (
+        sha256(a=one)
+        == sha256(a=torch.nn.Parameter(one))
+        == sha256(a=torch.tensor([1.0, 5.0, -0.0])[::2])
+        == expected
+    )
     others = [torch.tensor([1.0, 0.0]), one.reshape(1, 2), one.view(torch.int32), one.double()]
     assert len({sha256(a=one), sha256(b=one), *(sha256(a=other) for other in others)}) == 6
     assert sha256(a=one, b=others[0]) == sha256(b=others[0], a=one) != sha256(a=others[0], b=one)
@@ -196,11 +215,20 @@ TORN = "meta.json is torn or was changed after it was written"
 CHANGED = "meta.json was changed after it was written"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another format": (lambda place: written(place, format=2), "format 2, this version reads 1"),
-    "another step": (lambda place: text_of(place, (place / "meta.json").read_text().replace('"step": 7', '"step": 8')), CHANGED),
+    "another step": (
+        lambda place: text_of(place, (place / "meta.json").read_text().replace('"step": 7', '"step": 8')),
+        CHANGED,
+    ),
     "other spaces": (spaced, CHANGED),
     "other tensors": (other_bytes, "state.safetensors is torn or was changed after it was written"),
-    "no tensors": (lambda place: (place / "state.safetensors").unlink(), "state.safetensors cannot be read (No such file or directory)"),
-    "no meta": (lambda place: (place / "meta.json").unlink(), "meta.json cannot be read (No such file or directory)"),
+    "no tensors": (
+        lambda place: (place / "state.safetensors").unlink(),
+        "state.safetensors cannot be read (No such file or directory)",
+    ),
+    "no meta": (
+        lambda place: (place / "meta.json").unlink(),
+        "meta.json cannot be read (No such file or directory)",
+    ),
     "half": (lambda place: text_of(place, '{"format": 1'), TORN),
     "not UTF-8": (lambda place: text_of(place, b"\xff"), TORN),
     "no checksum": (lambda place: text_of(place, '{"format": 1}'), TORN),
@@ -248,7 +276,14 @@ def test_the_newest_that_is_whole_and_usable_is_loaded(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path, lambda meta: "no", notes.append) is None and len(notes) == 3
 
 
-WHOLE = {"step": 1, "digest": "a", "metrics": {"bytes": 1, "sha256": "a"}, "resumed": 0, "presented": 1, "spent": {}}
+WHOLE = {
+    "step": 1,
+    "digest": "a",
+    "metrics": {"bytes": 1, "sha256": "a"},
+    "resumed": 0,
+    "presented": 1,
+    "spent": {},
+}
 
 
 def test_a_meta_must_have_the_shape_of_a_checkpoint() -> None:
@@ -267,11 +302,18 @@ def test_a_meta_must_have_the_shape_of_a_checkpoint() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_the_fault_of_its_file(error: Exception) -> None:
-    with pytest.raises(RunError, match=rf"^FILE does not fit .*\({type(error).__name__}: '?odd'?\); .*--fresh"), checkpoint.fitting("FILE"):
+    with (
+        pytest.raises(
+            RunError, match=rf"^FILE does not fit .*\({type(error).__name__}: '?odd'?\); .*--fresh"
+        ),
+        checkpoint.fitting("FILE"),
+    ):
         raise error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError("gone"), KeyboardInterrupt(), ZeroDivisionError("odd")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), OSError("gone"), KeyboardInterrupt(), ZeroDivisionError("odd")]
+)
 def test_what_has_nothing_to_do_with_the_file_is_raised_as_it_is(error: BaseException) -> None:
     with pytest.raises(type(error)) as e, checkpoint.fitting("FILE"):
         raise error

@@ -116,7 +116,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 # -- ls and du
 
 
-def test_ls_has_a_row_for_each_node(store: FakeStore, tables: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_has_a_row_for_each_node(
+    store: FakeStore, tables: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     store.damaged = [("e" * 64, "it is torn")]
     cli.ls()
     root = "0" * 12
@@ -134,38 +136,80 @@ def test_ls_has_a_row_for_each_node(store: FakeStore, tables: list[Any], capsys:
     assert captured.out == "" and captured.err == f"damaged: {'e' * 12}: it is torn\n"
 
 
-def test_ls_gives_every_figure_as_json(store: FakeStore, tables: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_gives_every_figure_as_json(
+    store: FakeStore, tables: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     store.damaged = [("e" * 64, "it is torn")]
     cli.ls(as_json=True)
     captured = capsys.readouterr()
     given = json.loads(captured.out)
     common = {"root": "0" * 64, "size": 1500, "seconds": 60.0, "made": 900.0}
     assert given["nodes"] == [
-        common | {"key": KEYS[0], "step": 10, "begins": 0, "run": "run 10", "state": True, "used": 940.0, "pinned": False},
-        common | {"key": KEYS[1], "step": 20, "begins": 10, "run": "run 20", "state": False, "used": None, "pinned": False},
-        common | {"key": KEYS[2], "step": 30, "begins": 20, "run": "run 30", "state": True, "used": 2000.0, "pinned": True},
+        common
+        | {
+            "key": KEYS[0],
+            "step": 10,
+            "begins": 0,
+            "run": "run 10",
+            "state": True,
+            "used": 940.0,
+            "pinned": False,
+        },
+        common
+        | {
+            "key": KEYS[1],
+            "step": 20,
+            "begins": 10,
+            "run": "run 20",
+            "state": False,
+            "used": None,
+            "pinned": False,
+        },
+        common
+        | {
+            "key": KEYS[2],
+            "step": 30,
+            "begins": 20,
+            "run": "run 30",
+            "state": True,
+            "used": 2000.0,
+            "pinned": True,
+        },
     ]
-    assert given["damaged"] == [{"key": "e" * 64, "why": "it is torn"}] and given.keys() == {"nodes", "damaged"}
+    assert given["damaged"] == [{"key": "e" * 64, "why": "it is torn"}] and given.keys() == {
+        "nodes",
+        "damaged",
+    }
     assert tables == [] and captured.err == ""
 
 
 @pytest.mark.parametrize(
     ("state", "pinned", "text"),
-    [(True, False, "1.5kB"), (True, True, "1.5kB, pinned"), (False, False, "evicted"), (False, True, "evicted, pinned")],
+    [
+        (True, False, "1.5kB"),
+        (True, True, "1.5kB, pinned"),
+        (False, False, "evicted"),
+        (False, True, "evicted, pinned"),
+    ],
 )
 def test_the_state_of_a_node_is_its_size_or_evicted(state: bool, pinned: bool, text: str) -> None:
     assert cli._state({"size": 1500, "state": state, "pinned": pinned}) == text
 
 
 @pytest.mark.parametrize(
-    ("when", "text"), [(None, ""), (1000.0, "0:00 ago"), (999.0, "0:01 ago"), (1001.0, "in the future"), (0.0, "16:40 ago")]
+    ("when", "text"),
+    [(None, ""), (1000.0, "0:00 ago"), (999.0, "0:01 ago"), (1001.0, "in the future"), (0.0, "16:40 ago")],
 )
-def test_a_time_is_shown_as_how_long_ago(monkeypatch: pytest.MonkeyPatch, when: float | None, text: str) -> None:
+def test_a_time_is_shown_as_how_long_ago(
+    monkeypatch: pytest.MonkeyPatch, when: float | None, text: str
+) -> None:
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     assert cli._ago(when) == text
 
 
-def test_du_counts_the_steps_that_lead_to_a_state(store: FakeStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_du_counts_the_steps_that_lead_to_a_state(
+    store: FakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     store.nodes.append(node(0, 45, 40, key="f" * 64, root="1" * 64, state="gone"))
     store.nodes.append(node(0, 8, 0, key="e" * 64, state="gone too"))
     store.damaged = [("e" * 64, "it is torn")]
@@ -174,7 +218,9 @@ def test_du_counts_the_steps_that_lead_to_a_state(store: FakeStore, capsys: pyte
         "store": "STORE", "nodes": 5, "damaged": 1, "states": 2, "bytes": 4000, "roots": 2, "steps": 30, "seconds": 180.0,
     }  # fmt: skip
     cli.du()
-    assert capsys.readouterr().out == ("STORE: 4.0kB in 2 states of 5 nodes\n30 steps that need not be trained again: 3:00 of training\n")
+    assert capsys.readouterr().out == (
+        "STORE: 4.0kB in 2 states of 5 nodes\n30 steps that need not be trained again: 3:00 of training\n"
+    )
 
 
 def test_du_separates_thousands(store: FakeStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +234,9 @@ def test_du_separates_thousands(store: FakeStore, capsys: pytest.CaptureFixture[
 # -- gc, verify, pin, unpin
 
 
-def test_gc_says_what_it_cleared(store: FakeStore, opened: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_says_what_it_cleared(
+    store: FakeStore, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.gc(size="5GB")
     assert capsys.readouterr().out == "cleared: 0 damaged, 1,234 rows\n"
     cli.gc(as_json=True)
@@ -205,7 +253,9 @@ def test_verify_says_that_all_is_well(store: FakeStore, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_verify_prints_a_finding_a_line_and_fails(store: FakeStore, capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+def test_verify_prints_a_finding_a_line_and_fails(
+    store: FakeStore, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
     store.findings = ["one is torn", "two is gone"]
     with pytest.raises(MainrunError, match=r"^2 finding.*mainrun store gc"):
         cli.verify(as_json=as_json)
@@ -213,7 +263,9 @@ def test_verify_prints_a_finding_a_line_and_fails(store: FakeStore, capsys: pyte
     assert json.loads(out) == store.findings if as_json else out == "one is torn\ntwo is gone\n"
 
 
-def test_a_node_is_pinned_by_the_beginning_of_its_key(store: FakeStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_is_pinned_by_the_beginning_of_its_key(
+    store: FakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.pin("ab")
     assert store.pins[f"node-{KEYS[1]}"] == [KEYS[1]]
     assert capsys.readouterr().out == f"pinned: {KEYS[1][:12]}, step 20 of run 20\n"
@@ -237,7 +289,8 @@ def test_a_damaged_node_is_not_pinned(store: FakeStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beginning", "words"), [("a", "'a' is not unique"), ("d", "'d' is not pinned"), ("batch", "'batch' is not pinned")]
+    ("beginning", "words"),
+    [("a", "'a' is not unique"), ("d", "'d' is not pinned"), ("batch", "'batch' is not pinned")],
 )
 def test_only_one_pinned_node_is_unpinned(store: FakeStore, beginning: str, words: str) -> None:
     store.pins |= {f"node-{key}": [key] for key in KEYS[:2]}
@@ -246,9 +299,15 @@ def test_only_one_pinned_node_is_unpinned(store: FakeStore, beginning: str, word
     assert len(store.pins) == 3
 
 
-@pytest.mark.parametrize("command", [cli.gc, lambda: cli.pin("d"), lambda: cli.unpin("d")], ids=["gc", "pin", "unpin"])
-@pytest.mark.parametrize(("fault", "word"), [(OSError(errno.EROFS, "read-only"), "read-only"), (OSError("odd"), "odd")])
-def test_a_store_that_cannot_be_written_is_named(store: FakeStore, command: Callable[[], None], fault: OSError, word: str) -> None:
+@pytest.mark.parametrize(
+    "command", [cli.gc, lambda: cli.pin("d"), lambda: cli.unpin("d")], ids=["gc", "pin", "unpin"]
+)
+@pytest.mark.parametrize(
+    ("fault", "word"), [(OSError(errno.EROFS, "read-only"), "read-only"), (OSError("odd"), "odd")]
+)
+def test_a_store_that_cannot_be_written_is_named(
+    store: FakeStore, command: Callable[[], None], fault: OSError, word: str
+) -> None:
     store.pins[f"node-{KEYS[2]}"], store.fault = [KEYS[2]], fault
     with pytest.raises(RunError, match=rf"STORE cannot be written \({word}\).*--store"):
         command()
@@ -269,7 +328,9 @@ def audited(monkeypatch: pytest.MonkeyPatch, *findings: tuple[Node, str, str]) -
     return asked
 
 
-def test_audit_prints_a_segment_a_line(store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_prints_a_segment_a_line(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = audited(monkeypatch, (store.nodes[0], "same", ""), (store.nodes[1], "skipped", "another machine"))
     cli.audit(segments=7, seed=5, reach=9)
     assert asked == [(store, 7, 5, 9)]
@@ -278,12 +339,21 @@ def test_audit_prints_a_segment_a_line(store: FakeStore, monkeypatch: pytest.Mon
     )
 
 
-def test_audit_gives_every_finding_as_json(store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_gives_every_finding_as_json(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = audited(monkeypatch, (store.nodes[1], "skipped", "another machine"))
     cli.audit(as_json=True)
     assert asked == [(store, 3, None, 10_000)]
     assert json.loads(capsys.readouterr().out) == [
-        {"key": KEYS[1], "begins": 10, "step": 20, "run": "run 20", "status": "skipped", "why": "another machine"}
+        {
+            "key": KEYS[1],
+            "begins": 10,
+            "step": 20,
+            "run": "run 20",
+            "status": "skipped",
+            "why": "another machine",
+        }
     ]
 
 
@@ -297,7 +367,9 @@ def test_audit_fails_where_one_differs(
     assert "differs" in capsys.readouterr().out
 
 
-def test_audit_of_an_empty_store_says_so(store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_of_an_empty_store_says_so(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     audited(monkeypatch)
     cli.audit()
     assert capsys.readouterr().out == "nothing to audit: the store has no node\n"
@@ -310,7 +382,11 @@ def test_audit_of_an_empty_store_says_so(store: FakeStore, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("option", "accepted", "refused"),
-    [("--segments", [1, 1_000_000], [0, 1_000_001]), ("--seed", [0, 10**9], [-1]), ("--reach", [1, 10**9], [0])],
+    [
+        ("--segments", [1, 1_000_000], [0, 1_000_001]),
+        ("--seed", [0, 10**9], [-1]),
+        ("--reach", [1, 10**9], [0]),
+    ],
 )
 def test_the_numbers_of_audit_have_limits(
     store: FakeStore, monkeypatch: pytest.MonkeyPatch, option: str, accepted: list[int], refused: list[int]
@@ -341,7 +417,9 @@ def test_every_command_opens_the_store_that_must_be_there(
 ) -> None:
     audited(monkeypatch)
     store.pins[f"node-{KEYS[2]}"] = [KEYS[2]]
-    result = CliRunner().invoke(cli.app, [command, *COMMANDS[command], "--store", "PLACE", "--out", "elsewhere"])
+    result = CliRunner().invoke(
+        cli.app, [command, *COMMANDS[command], "--store", "PLACE", "--out", "elsewhere"]
+    )
     assert result.exit_code == 0, result.output
     assert opened == [("PLACE", Path("elsewhere"), "1GB" if command == "gc" else "20GB", True)]
 
@@ -365,7 +443,9 @@ def test_the_help_names_each_option_and_its_value(command: str, words: str) -> N
 def test_no_command_prints_json_or_a_traceback_unless_asked() -> None:
     for name in COMMANDS:
         parameters = inspect.signature(getattr(cli, name)).parameters
-        assert all(parameters[option].default is False for option in ("as_json", "debug") if option in parameters)
+        assert all(
+            parameters[option].default is False for option in ("as_json", "debug") if option in parameters
+        )
         assert parameters["out"].default == Path("runs") and parameters["place"].default is None
 
 
@@ -383,7 +463,9 @@ def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None
     assert cli._bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1", "10X", "1e9", "1.GB", "1" * 16, "0." + "5" * 16, "10 GiB", "1,5GB", "k"])
+@pytest.mark.parametrize(
+    "text", ["", "much", "-1", "10X", "1e9", "1.GB", "1" * 16, "0." + "5" * 16, "10 GiB", "1,5GB", "k"]
+)
 def test_any_other_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--store-size.*like 20GB"):
         cli._bytes(text)
@@ -396,7 +478,9 @@ def test_a_size_that_is_refused_is_cut_to_eighty_characters() -> None:
         assert ("x" * length in str(e.value)) is whole
 
 
-def test_the_store_lies_beside_the_runs_unless_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_lies_beside_the_runs_unless_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MAINRUN_STORE", raising=False)
     assert str(cli.open_store(None, tmp_path)) == f"{tmp_path}/.store"
     assert cli.open_store(None, tmp_path).size == 20 * 10**9
@@ -420,7 +504,9 @@ def test_an_empty_place_is_refused(tmp_path: Path, place: str) -> None:
         cli.open_store(place, tmp_path)
 
 
-@pytest.mark.parametrize(("place", "variable", "option"), [("a\0b", "", "--store"), (None, "a" * 256, "the store")])
+@pytest.mark.parametrize(
+    ("place", "variable", "option"), [("a\0b", "", "--store"), (None, "a" * 256, "the store")]
+)
 def test_a_path_that_no_store_can_have_is_named_with_its_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None, variable: str, option: str
 ) -> None:
@@ -429,13 +515,17 @@ def test_a_path_that_no_store_can_have_is_named_with_its_option(
         cli.open_store(place, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["~no-such-user/a", "file:~no-such-user/a", "file://~no-such-user/a", "local:~no-such-user/a"])
+@pytest.mark.parametrize(
+    "place", ["~no-such-user/a", "file:~no-such-user/a", "file://~no-such-user/a", "local:~no-such-user/a"]
+)
 def test_a_home_of_nobody_is_refused(tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match=r"--store.*~"):
         cli.open_store(place, tmp_path)
 
 
-def test_a_file_in_the_place_of_out_is_the_fault_of_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_the_place_of_out_is_the_fault_of_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MAINRUN_STORE", raising=False)
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/runs"):
@@ -446,7 +536,9 @@ def test_a_file_in_the_place_of_out_is_the_fault_of_out(tmp_path: Path, monkeypa
     cli.open_store(str(tmp_path / "store"), tmp_path / "file")
 
 
-def test_a_store_is_opened_where_nothing_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_opened_where_nothing_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To read it is enough."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     for out in (tmp_path, tmp_path / "none"):
@@ -462,14 +554,20 @@ def test_whatever_a_place_fails_with_is_a_refusal(monkeypatch: pytest.MonkeyPatc
         raise error
 
     monkeypatch.setattr(nodes, "Store", fail)
-    with pytest.raises(UsageError, match=rf"^store 's3://a' cannot be opened \({type(error).__name__}: .*a URL that fsspec knows"):
+    with pytest.raises(
+        UsageError,
+        match=rf"^store 's3://a' cannot be opened \({type(error).__name__}: .*a URL that fsspec knows",
+    ):
         cli._opened("s3://a", "20GB")
 
 
 @pytest.mark.parametrize(
-    ("place", "why", "whole"), [("a" * 78, "b", True), ("a" * 79, "b", False), ("a", "b" * 186, True), ("a", "b" * 187, False)]
+    ("place", "why", "whole"),
+    [("a" * 78, "b", True), ("a" * 79, "b", False), ("a", "b" * 186, True), ("a", "b" * 187, False)],
 )
-def test_a_refusal_cuts_long_places_and_reasons(monkeypatch: pytest.MonkeyPatch, place: str, why: str, whole: bool) -> None:
+def test_a_refusal_cuts_long_places_and_reasons(
+    monkeypatch: pytest.MonkeyPatch, place: str, why: str, whole: bool
+) -> None:
     from mainrun.store import nodes
 
     def fail(place: str, size: int) -> None:

@@ -34,7 +34,9 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def fsync(fd: int) -> None:
         status = os.fstat(fd)
-        seen.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name if stat.S_ISDIR(status.st_mode) else status.st_size)
+        seen.append(
+            Path(os.readlink(f"/proc/self/fd/{fd}")).name if stat.S_ISDIR(status.st_mode) else status.st_size
+        )
 
     monkeypatch.setattr(os, "fsync", fsync)
     return seen
@@ -73,7 +75,9 @@ def test_a_name_that_is_taken_is_not_synced_again(folder: Folder, synced: list[A
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
-def test_a_file_is_created_without_a_link_where_there_are_none(folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_file_is_created_without_a_link_where_there_are_none(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def link(*_: Any) -> None:
         raise OSError(code, "no link")
 
@@ -84,7 +88,9 @@ def test_a_file_is_created_without_a_link_where_there_are_none(folder: Folder, m
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_any_other_fault_of_a_link_is_raised(folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_any_other_fault_of_a_link_is_raised(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def link(*_: Any) -> None:
         raise OSError(code, "no link")
 
@@ -94,7 +100,9 @@ def test_any_other_fault_of_a_link_is_raised(folder: Folder, monkeypatch: pytest
     assert e.value.errno == code and not folder.exists("a/one") and folder.names("new") == set()
 
 
-@pytest.mark.parametrize(("mode", "expected"), [(0o755, 0o644), (0o750, 0o640), (0o777, 0o666), (0o700, 0o600)])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(0o755, 0o644), (0o750, 0o640), (0o777, 0o666), (0o700, 0o600)]
+)
 def test_a_file_that_moves_in_gets_the_rights_of_its_folder(folder: Folder, mode: int, expected: int) -> None:
     put(folder, b"1", "a/b/one")
     (folder.place / "a/b").chmod(mode)
@@ -157,7 +165,9 @@ def test_a_folder_is_removed_with_what_is_in_it_and_a_link_alone(folder: Folder,
     assert (tmp_path / "other/kept").exists()
 
 
-def test_a_folder_that_another_process_removes_too_is_no_error(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_process_removes_too_is_no_error(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder.write("a/one", b"1")
 
     def rmdir(*_: Any, **__: Any) -> None:
@@ -238,7 +248,9 @@ FORGETS = ("invalidate_cache",)
     ids=["read", "write", "create", "put", "exists", "list", "names", "touch", "remove"],
 )  # fmt: skip
 @pytest.mark.parametrize("root", ["root", "root/"])
-def test_each_verb_asks_fsspec_for_this(root: str, verb: Callable[[Remote], Any], calls: list[tuple[Any, ...]]) -> None:
+def test_each_verb_asks_fsspec_for_this(
+    root: str, verb: Callable[[Remote], Any], calls: list[tuple[Any, ...]]
+) -> None:
     files, place = remote(root, ls=[])
     verb(files)
     assert place.calls == calls
@@ -252,7 +264,10 @@ def test_to_read_a_file_in_place_it_is_fetched_and_removed(tmp_path: Path) -> No
     assert not path.parent.exists()
 
 
-@pytest.mark.parametrize(("data", "line"), [(b"first\nsecond\n", b"first\n"), (b"first", b"first\n"), (b"", b"\n"), (b"\na", b"\n")])
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [(b"first\nsecond\n", b"first\n"), (b"first", b"first\n"), (b"", b"\n"), (b"\na", b"\n")],
+)
 def test_the_first_line_is_cut_from_the_whole(data: bytes, line: bytes) -> None:
     assert remote(cat_file=data)[0].first_line("a") == line
 
@@ -279,7 +294,10 @@ def row(name: str, modified: float, size: int | None = 5) -> dict[str, Any]:
         ([row("one", 10.0)], {"one": Entry(5, 10.0)}),
         ([row("one", 10.0, size=None)], {"one": Entry(0, 10.0)}),
         ([{"name": "one", "mtime": 10.0}], {"one": Entry(0, 10.0)}),
-        ([row("one", 10.0), row("one.used", 20.0, 0), row("two", 5.0)], {"one": Entry(5, 20.0), "two": Entry(5, 5.0)}),
+        (
+            [row("one", 10.0), row("one.used", 20.0, 0), row("two", 5.0)],
+            {"one": Entry(5, 20.0), "two": Entry(5, 5.0)},
+        ),
         ([row("one.used", 5.0, 0), row("one", 10.0)], {"one": Entry(5, 10.0)}),
         ([row("lost.used", 5.0)], {}),
     ],

@@ -57,7 +57,16 @@ KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     "object or null": ([None], [[], "a", 5]),
 }
 
-SCORE = {"step": 1, "split": "val", "full": 1.0, "official": 1.0, "loss": 1.0, "bits_per_byte": 1.0, "coverage": 1.0, "tokens": 1}
+SCORE = {
+    "step": 1,
+    "split": "val",
+    "full": 1.0,
+    "official": 1.0,
+    "loss": 1.0,
+    "bits_per_byte": 1.0,
+    "coverage": 1.0,
+    "tokens": 1,
+}
 SCORE_KINDS = {
     "step": "step", "split": "text", "full": "number", "official": "number", "loss": "number", "bits_per_byte": "number",
     "coverage": "share", "tokens": "first",
@@ -181,7 +190,9 @@ def changed(shape: str, path: str, value: Any) -> Any:
 
 def written(path: str) -> str:
     """The path as a message writes it: guards.0.name -> guards[0].name."""
-    return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in path.removesuffix("?").split(".")).removeprefix(".")
+    return "".join(
+        f"[{part}]" if part.isdecimal() else f".{part}" for part in path.removesuffix("?").split(".")
+    ).removeprefix(".")
 
 
 @pytest.mark.parametrize("shape", DOCUMENTS)
@@ -198,10 +209,14 @@ def test_each_key_accepts_its_kind_and_refuses_near_misses(shape: str, path: str
     for value in accepted:
         assert records.fault(changed(shape, path, value), getattr(records, shape)) == "", f"{value!r:.80}"
     for value in refused:
-        assert written(path) in records.fault(changed(shape, path, value), getattr(records, shape)), f"{value!r:.80}"
+        assert written(path) in records.fault(changed(shape, path, value), getattr(records, shape)), (
+            f"{value!r:.80}"
+        )
 
 
-@pytest.mark.parametrize(("shape", "path"), [(shape, path) for shape, path, _ in PATHS if not path.endswith("0")])
+@pytest.mark.parametrize(
+    ("shape", "path"), [(shape, path) for shape, path, _ in PATHS if not path.endswith("0")]
+)
 def test_only_optional_keys_may_be_missing(shape: str, path: str) -> None:
     document = json.loads(json.dumps(DOCUMENTS[shape][0]))
     holder, key = place_of(document, path)
@@ -247,7 +262,19 @@ def test_scores_are_numbers_by_rung(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "[]", '{"1000": 1}', '{"x": 1}', '{"0": 1, "x": 1}', '{"-1": 1}', '{"0": "1"}', '{"0": NaN}', "{", 5]
+    "value",
+    [
+        "",
+        "[]",
+        '{"1000": 1}',
+        '{"x": 1}',
+        '{"0": 1, "x": 1}',
+        '{"-1": 1}',
+        '{"0": "1"}',
+        '{"0": NaN}',
+        "{",
+        5,
+    ],
 )
 def test_scores_are_nothing_else(value: Any) -> None:
     with pytest.raises(BadInput, match="x"):
@@ -361,13 +388,22 @@ EVENT = {"event": "grow", "op": "a", "name": "b", "step": 0}
     ],
 )
 def test_a_row_has_what_its_event_needs(row: Any, metric: bool, words: str) -> None:
-    assert words in records.fault(row, records.metric) and bool(words) == bool(records.fault(row, records.metric))
+    assert words in records.fault(row, records.metric) and bool(words) == bool(
+        records.fault(row, records.metric)
+    )
     if metric:
         assert records.fault(row, records.any_row) == records.fault(row, records.metric)
 
 
 @pytest.mark.parametrize(
-    ("row", "fits"), [(EVENT, True), (EVENT | {"op": 5}, False), ({"event": "grow"}, False), ({"event": 5}, False), (5, False)]
+    ("row", "fits"),
+    [
+        (EVENT, True),
+        (EVENT | {"op": 5}, False),
+        ({"event": "grow"}, False),
+        ({"event": 5}, False),
+        (5, False),
+    ],
 )
 def test_any_other_row_is_an_event_of_growth(row: Any, fits: bool) -> None:
     assert (records.fault(row, records.any_row) == "") is fits
@@ -377,7 +413,15 @@ ROW = b'{"event": "step", "step": 1}'
 
 
 @pytest.mark.parametrize(
-    ("data", "count"), [(b"", 0), (b"\n", 0), (ROW, 0), (ROW + b"\n", 1), (ROW + b"\n" + ROW, 1), (ROW + b"\n" + ROW + b"\n", 2)]
+    ("data", "count"),
+    [
+        (b"", 0),
+        (b"\n", 0),
+        (ROW, 0),
+        (ROW + b"\n", 1),
+        (ROW + b"\n" + ROW, 1),
+        (ROW + b"\n" + ROW + b"\n", 2),
+    ],
 )
 def test_only_whole_lines_are_rows(data: bytes, count: int) -> None:
     assert list(records.lines(data, records.metric)) == [json.loads(ROW)] * count
@@ -432,7 +476,9 @@ def test_only_a_file_that_is_missing_reads_as_none(tmp_path: Path) -> None:
         records.read(tmp_path / "file", 4)
 
 
-def test_a_document_and_a_log_have_limits_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_and_a_log_have_limits_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits: list[int] = []
 
     def read_bytes(path: Path, largest: int) -> bytes:
@@ -466,7 +512,9 @@ def test_a_text_that_is_no_document_is_refused(data: bytes, words: str) -> None:
         records.parse(data)
 
 
-@pytest.mark.parametrize("data", [b"[" * 100 + b"]" * 100, b'{"a":' * 99 + b"[]" + b"}" * 99, b"5", b'"\xc3\xbc"'])
+@pytest.mark.parametrize(
+    "data", [b"[" * 100 + b"]" * 100, b'{"a":' * 99 + b"[]" + b"}" * 99, b"5", b'"\xc3\xbc"']
+)
 def test_a_document_may_be_a_hundred_levels_deep(data: bytes) -> None:
     assert records.parse(data) == json.loads(data)
 
@@ -475,7 +523,8 @@ FIX = "fetch another"
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "it is not JSON"), ("[]", "it .*an object"), ('{"a": 5}', "it .*a text"), ("{}", "it lacks 'a'")]
+    ("text", "words"),
+    [("{", "it is not JSON"), ("[]", "it .*an object"), ('{"a": 5}', "it .*a text"), ("{}", "it lacks 'a'")],
 )
 def test_a_damaged_document_is_named_with_its_fix(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -502,4 +551,8 @@ def test_a_log_is_loaded_line_by_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0, "", [], False])
 def test_the_growth_of_a_state_is_an_object_or_null(value: Any) -> None:
-    assert records.fault(value, records.grown) and not records.fault({}, records.grown) and not records.fault(None, records.grown)
+    assert (
+        records.fault(value, records.grown)
+        and not records.fault({}, records.grown)
+        and not records.fault(None, records.grown)
+    )

@@ -16,15 +16,36 @@ import pytest
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import DiskFull, RunError
 from mainrun.store import rundir
-from mainrun.store.rundir import FIX, Metrics, RunDir, check_place, check_places, check_same, check_writable, disk_errors, find, open_run
+from mainrun.store.rundir import (
+    FIX,
+    Metrics,
+    RunDir,
+    check_place,
+    check_places,
+    check_same,
+    check_writable,
+    disk_errors,
+    find,
+    open_run,
+)
 
 CONFIG = TrainConfig()
-FILES = ["config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json"]
+FILES = [
+    "config.json",
+    "env.json",
+    "status.json",
+    "metrics.jsonl",
+    "growth.jsonl",
+    "summary.json",
+    "tokenizer.json",
+]
 
 
 def begin(place: Path, config: TrainConfig = CONFIG, **more: Any) -> RunDir:
     place.mkdir(parents=True, exist_ok=True)
-    (place / "config.json").write_text(json.dumps({"config": config.model_dump(), "digest": config.digest} | more))
+    (place / "config.json").write_text(
+        json.dumps({"config": config.model_dump(), "digest": config.digest} | more)
+    )
     return RunDir(place)
 
 
@@ -54,7 +75,9 @@ def test_a_full_disk_says_so(code: int) -> None:
         raise OSError(code, "full")
 
 
-@pytest.mark.parametrize(("error", "words"), [(OSError(errno.EIO, "broken"), "broken"), (OSError("odd"), "odd")])
+@pytest.mark.parametrize(
+    ("error", "words"), [(OSError(errno.EIO, "broken"), "broken"), (OSError("odd"), "odd")]
+)
 def test_an_unwritable_place_says_so(error: OSError, words: str) -> None:
     with pytest.raises(RunError, match=f"cannot write a/b: {words}; .*--out"), disk_errors(Path("a/b")):
         raise error
@@ -62,14 +85,18 @@ def test_an_unwritable_place_says_so(error: OSError, words: str) -> None:
         raise ValueError
 
 
-def test_a_file_is_synced_whole_before_it_replaces_another(tmp_path: Path, synced: list[tuple[str, int]]) -> None:
+def test_a_file_is_synced_whole_before_it_replaces_another(
+    tmp_path: Path, synced: list[tuple[str, int]]
+) -> None:
     (tmp_path / "a.json").write_text("old")
     rundir.write_json(tmp_path / "a.json", {"ü": 1})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "ü": 1\n}\n'
     assert synced == [(".a.json.tmp", 13), (tmp_path.name, 0)] and names(tmp_path) == {"a.json"}
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.json").write_text("old")
 
     def fsync(fd: int) -> None:
@@ -91,7 +118,11 @@ def test_a_log_is_appended_to_marked_and_cut_back(tmp_path: Path, synced: list[t
     assert mark == {"bytes": 9, "sha256": hashlib.sha256(b'{"a": 1}\n').hexdigest()}
     log.append({"b": 2})
     assert len(asked) == 2
-    assert not log.rewind(mark | {"sha256": "0"}) and not log.rewind(mark | {"bytes": 99}) and not log.rewind(mark | {"bytes": 8})
+    assert (
+        not log.rewind(mark | {"sha256": "0"})
+        and not log.rewind(mark | {"bytes": 99})
+        and not log.rewind(mark | {"bytes": 8})
+    )
     assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": 1}\n{"b": 2}\n'
     assert log.rewind(mark) and log.mark() == mark and len(asked) == 6
     log.append({"c": 3})
@@ -133,7 +164,9 @@ READERS: list[tuple[str, Callable[[RunDir], Any], Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "read", "value", "nothing", "damaged"), READERS, ids=[row[0] for row in READERS])
+@pytest.mark.parametrize(
+    ("name", "read", "value", "nothing", "damaged"), READERS, ids=[row[0] for row in READERS]
+)
 def test_each_file_is_read_or_named(
     tmp_path: Path, name: str, read: Callable[[RunDir], Any], value: Any, nothing: Any, damaged: str
 ) -> None:
@@ -149,7 +182,10 @@ def test_each_file_is_read_or_named(
 def test_a_run_directory_knows_its_places(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert run.checkpoints == tmp_path / "checkpoints" and run.fix == FIX
-    assert begin(tmp_path, plan={"train_tokens": 5}).plan() == {"train_tokens": 5} and RunDir(tmp_path / "none").plan() == {}
+    assert (
+        begin(tmp_path, plan={"train_tokens": 5}).plan() == {"train_tokens": 5}
+        and RunDir(tmp_path / "none").plan() == {}
+    )
     run.write("status.json", {"state": "done"})
     assert run.status() == {"state": "done"}
     run.release()
@@ -177,13 +213,17 @@ def test_rows_are_read_up_to_the_first_that_is_damaged(tmp_path: Path) -> None:
     run, log = RunDir(tmp_path, "fetch it again"), tmp_path / "metrics.jsonl"
     assert run.metrics() == run.rows() == run.rows_so_far() == run.journal() == []
     log.write_text(STEP * 2 + "{}\n" + STEP)
-    assert len(run.rows_so_far()) == 2 and run.rows_so_far()[0] == json.loads(STEP) and len(run.metrics()) == 4
+    assert (
+        len(run.rows_so_far()) == 2 and run.rows_so_far()[0] == json.loads(STEP) and len(run.metrics()) == 4
+    )
     with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: line 3 .*; fetch it again"):
         run.rows()
     log.unlink()
     log.mkdir()
     for read in (run.rows, run.rows_so_far, run.metrics):
-        with pytest.raises(RunError, match=rf"{tmp_path}/metrics.jsonl is damaged: it is a folder; fetch it again"):
+        with pytest.raises(
+            RunError, match=rf"{tmp_path}/metrics.jsonl is damaged: it is a folder; fetch it again"
+        ):
             read()
 
 
@@ -213,7 +253,9 @@ def test_a_run_that_is_opened_holds_its_lock_until_it_is_released(tmp_path: Path
     run = open_run(tmp_path / "deep/runs", CONFIG)
     assert run.path == tmp_path / "deep/runs" / CONFIG.run_id
     first, second, rest = (run.path / ".lock").read_text().split("\n")
-    assert re.fullmatch(rf"{os.getpid()} on .+", first) and re.fullmatch("[0-9a-f]{32}", second) and rest == ""
+    assert (
+        re.fullmatch(rf"{os.getpid()} on .+", first) and re.fullmatch("[0-9a-f]{32}", second) and rest == ""
+    )
     with pytest.raises(RunError, match=re.escape(f"being written by process {first};")):
         open_run(tmp_path / "deep/runs", CONFIG)
     run.check()
@@ -224,7 +266,9 @@ def test_a_run_that_is_opened_holds_its_lock_until_it_is_released(tmp_path: Path
     again.release()
 
 
-@pytest.mark.parametrize("writes", [lambda run: run.write("a.json", {}), lambda run: run.log("a.jsonl").append({}), RunDir.check])
+@pytest.mark.parametrize(
+    "writes", [lambda run: run.write("a.json", {}), lambda run: run.log("a.jsonl").append({}), RunDir.check]
+)
 def test_who_lost_the_lock_writes_nothing_more(tmp_path: Path, writes: Callable[[RunDir], Any]) -> None:
     run = open_run(tmp_path, CONFIG)
     (run.path / ".lock").write_text("7 on another machine\n1234\n")
@@ -237,7 +281,9 @@ def test_who_lost_the_lock_writes_nothing_more(tmp_path: Path, writes: Callable[
     run.check()
 
 
-def test_the_fault_of_a_lock_without_a_number_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fault_of_a_lock_without_a_number_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_run(tmp_path, CONFIG)
 
     def read_text(*_: Any, **__: Any) -> str:
@@ -324,7 +370,9 @@ def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
     run.checkpoints.rmdir()
     for make in (run.checkpoints.touch, lambda: run.checkpoints.symlink_to("nowhere")):
         make()
-        with pytest.raises(RunError, match=f"{tmp_path}/checkpoints is damaged: it is not a folder; fetch it again$"):
+        with pytest.raises(
+            RunError, match=f"{tmp_path}/checkpoints is damaged: it is not a folder; fetch it again$"
+        ):
             check_places(run)
         check_places(run, fresh=True)
         run.checkpoints.unlink()
@@ -351,17 +399,25 @@ def test_a_folder_for_runs_can_be_made_and_written(tmp_path: Path, monkeypatch: 
     check_writable(tmp_path / "a/b")
     assert names(tmp_path) == set()
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=f"cannot write {tmp_path}/file/b: {tmp_path}/file is not a folder; .*--out"):
+    with pytest.raises(
+        RunError, match=f"cannot write {tmp_path}/file/b: {tmp_path}/file is not a folder; .*--out"
+    ):
         check_writable(tmp_path / "file/b")
     asked: list[Any] = []
     monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))
-    with pytest.raises(RunError, match=f"cannot write {tmp_path}/a: no permission to write in {tmp_path}; .*--out"):
+    with pytest.raises(
+        RunError, match=f"cannot write {tmp_path}/a: no permission to write in {tmp_path}; .*--out"
+    ):
         check_writable(tmp_path / "a")
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
-@pytest.mark.parametrize(("begun", "refused"), [(None, False), ({"titles": "a"}, False), ({"titles": "b"}, True), ({}, True)])
-def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path, begun: dict[str, str] | None, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("begun", "refused"), [(None, False), ({"titles": "a"}, False), ({"titles": "b"}, True), ({}, True)]
+)
+def test_a_run_goes_on_with_the_data_that_it_began_with(
+    tmp_path: Path, begun: dict[str, str] | None, refused: bool
+) -> None:
     run = RunDir(tmp_path) if begun is None else begin(tmp_path, **begun)
     if not refused:
         rundir.check_same_data(run, {"titles": "a"})
@@ -393,7 +449,9 @@ def runs(out: Path, *ids: str) -> None:
         ("a-1", ["a-1", "a-12"], "a-1"), ("a-12", ["a-1", "a-12"], "a-12"), ("b", ["a-1", "b-1"], "b-1"),
     ],
 )  # fmt: skip
-def test_a_run_is_named_by_its_id_or_the_beginning(tmp_path: Path, name: str, ids: list[str], answer: str) -> None:
+def test_a_run_is_named_by_its_id_or_the_beginning(
+    tmp_path: Path, name: str, ids: list[str], answer: str
+) -> None:
     runs(tmp_path, *ids)
     assert find(name, tmp_path).path == tmp_path / answer
     assert find(tmp_path / answer, tmp_path / "none").path == tmp_path / answer
@@ -410,7 +468,9 @@ def test_a_run_is_named_by_its_id_or_the_beginning(tmp_path: Path, name: str, id
         ("a", [], "there are none yet: `mainrun train` makes one"),
     ],
 )
-def test_a_name_that_means_no_run_is_refused_with_those_that_there_are(tmp_path: Path, name: str, ids: list[str], words: str) -> None:
+def test_a_name_that_means_no_run_is_refused_with_those_that_there_are(
+    tmp_path: Path, name: str, ids: list[str], words: str
+) -> None:
     runs(tmp_path, *ids)
     with pytest.raises(RunError, match=words):
         find(name, tmp_path)

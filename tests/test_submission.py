@@ -27,7 +27,14 @@ from reports import bundle, submission, verification
 from reports.bundle import MANIFEST, pack, sha256
 from reports.replaying import HANDED_ON, replay
 
-SMALL: dict[str, Any] = {"num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "ema": 0.9}
+SMALL: dict[str, Any] = {
+    "num_titles": 200,
+    "n_layer": 1,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "dropout": 0.1,
+    "ema": 0.9,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,15 @@ def mine(project: Path, tmp_path: Path) -> Path:
 def mainrun(root: Path, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     more = {"stdin": subprocess.DEVNULL} | more
-    return subprocess.run([sys.executable, "-m", "mainrun", *args], cwd=root, env=env, capture_output=True, text=True, timeout=300, **more)
+    return subprocess.run(
+        [sys.executable, "-m", "mainrun", *args],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +91,11 @@ def rewrite(path: Path, files: dict[str, bytes], *, honest: bool = False) -> Pat
     """The bundle with other files; honest: with a manifest that lists what there is."""
     if honest:
         found = json.loads(files[MANIFEST])
-        found["files"] = {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in files.items() if name != MANIFEST}
+        found["files"] = {
+            name: {"sha256": sha256(data), "bytes": len(data)}
+            for name, data in files.items()
+            if name != MANIFEST
+        }
         files = files | {MANIFEST: json.dumps(found).encode()}
     path.write_bytes(pack(files))
     return path
@@ -106,12 +125,21 @@ def test_the_bundle_holds_the_commit_the_run_and_the_report(project: Path, hande
         *(f"run/{name}" for name in submission.RUN_FILES),
         *(f"run/{path.relative_to(run)}" for path in max(run.glob("checkpoints/*")).iterdir()),
     }  # fmt: skip
-    assert {f"code/{name}" for name in git(project, "ls-files").splitlines()} == {name for name in files if name.startswith("code/")}
+    assert {f"code/{name}" for name in git(project, "ls-files").splitlines()} == {
+        name for name in files if name.startswith("code/")
+    }
     found = json.loads(files[MANIFEST])
-    assert found["commit"] == git(project, "rev-parse", "HEAD") and found["tree"] == git(project, "rev-parse", "HEAD^{tree}")
-    assert found["figures"]["last"] == summary(run)["last"] and found["machine_class"] == summary(run)["machine_class"]
+    assert found["commit"] == git(project, "rev-parse", "HEAD") and found["tree"] == git(
+        project, "rev-parse", "HEAD^{tree}"
+    )
+    assert (
+        found["figures"]["last"] == summary(run)["last"]
+        and found["machine_class"] == summary(run)["machine_class"]
+    )
     assert [guard["name"] for guard in found["guards"]] == list(GUARDS)
-    assert {name: entry["sha256"] for name, entry in found["files"].items()} == {k: sha256(v) for k, v in files.items() if k != MANIFEST}
+    assert {name: entry["sha256"] for name, entry in found["files"].items()} == {
+        k: sha256(v) for k, v in files.items() if k != MANIFEST
+    }
 
 
 @pytest.mark.slow
@@ -149,7 +177,9 @@ def refused(root: Path, match: str, report: str = "report.pdf", **more: Any) -> 
 def test_uncommitted_changes(mine: Path) -> None:
     (mine / "mainrun" / "train.py").write_text("# edited\n")
     (mine / "new.py").touch()
-    said = refused(mine, "the working tree is not committed: mainrun/train.py, new.py; `./task checkpoint` commits it")
+    said = refused(
+        mine, "the working tree is not committed: mainrun/train.py, new.py; `./task checkpoint` commits it"
+    )
     assert "report.pdf" not in said
 
 
@@ -168,7 +198,10 @@ def test_a_report_that_git_does_not_ignore_may_lie_there(mine: Path) -> None:
         (["run RUN", "official OFFICIAL"], "no full FULL"),
         (["run other-00000000", "full FULL", "official OFFICIAL"], "no run RUN"),
         (["run RUN", "full 9FULL", "official OFFICIAL1"], "no official OFFICIAL, no full FULL"),
-        (["run RUN", "full FULL", "official OFFICIAL", "see https://ann" + ":secret9@example.org"], "a password in a URL"),
+        (
+            ["run RUN", "full FULL", "official OFFICIAL", "see https://ann" + ":secret9@example.org"],
+            "a password in a URL",
+        ),
         ([], "does not quote this run"),
     ],
 )
@@ -236,7 +269,9 @@ def _cut_log(run: Path) -> None:
 def _drop_steps(run: Path) -> None:
     """The last step's row, not its score."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(line for line in lines if not ('"event": "step"' in line and '"step": 37,' in line)))
+    (run / "metrics.jsonl").write_text(
+        "".join(line for line in lines if not ('"event": "step"' in line and '"step": 37,' in line))
+    )
 
 
 def _to_link(path: Path) -> None:
@@ -268,13 +303,19 @@ def test_a_run_of_other_code(mine: Path) -> None:
     with (mine / "mainrun" / "train.py").open("a") as f:
         f.write("# edited after the run\n")
     commit(mine)
-    refused(mine, "was trained by source [0-9a-f]{12}, commit [0-9a-f]{12} is source [0-9a-f]{12}; check out the commit that trained it")
+    refused(
+        mine,
+        "was trained by source [0-9a-f]{12}, commit [0-9a-f]{12} is source [0-9a-f]{12}; check out the commit that trained it",
+    )
 
 
 @pytest.mark.slow
 def test_a_failed_guard_stops_it_by_name(mine: Path) -> None:
     _edit(the_run(mine) / "summary.json", lambda s: s["presentations"].update(presentations_per_token=0.5))
-    refused(mine, "(?s)1 of 14 guards failed .*presentations: the ledger says .*fix: the ledger must count every forward pass")
+    refused(
+        mine,
+        "(?s)1 of 14 guards failed .*presentations: the ledger says .*fix: the ledger must count every forward pass",
+    )
 
 
 @pytest.mark.slow
@@ -310,7 +351,11 @@ def test_the_command_says_no_in_one_line(mine: Path) -> None:
 def test_it_is_sent_with_yes_and_kept_when_that_fails(mine: Path) -> None:
     with serving(answer(200)) as server:
         done = mainrun(mine, "submit", "--upload", server.url, "--yes")
-        assert done.returncode == 0 and "sent to http://127.0.0.1:" in done.stderr and "hidden" not in done.stderr
+        assert (
+            done.returncode == 0
+            and "sent to http://127.0.0.1:" in done.stderr
+            and "hidden" not in done.stderr
+        )
     assert [body for _, body in server.got] == [(mine / "submission.zip").read_bytes()]
     (mine / "submission.zip").unlink()
     with serving(answer(403)) as server:
@@ -356,12 +401,18 @@ def test_all_steps_can_be_trained_again(handed_in: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_changed_is_named_and_nothing_is_run(handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_changed_is_named_and_nothing_is_run(
+    handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verification, "replay", lambda *args: pytest.fail("it was run"))
     files = files_of(handed_in)
     digit = files["run/summary.json"].replace(b'"steps": 37', b'"steps": 38', 1)
     code = files["code/mainrun/train.py"].replace(b"(", b"[", 1)
-    for name, data in (("run/summary.json", digit), ("code/mainrun/train.py", code), ("report.pdf", files["report.pdf"] + b" ")):
+    for name, data in (
+        ("run/summary.json", digit),
+        ("code/mainrun/train.py", code),
+        ("report.pdf", files["report.pdf"] + b" "),
+    ):
         assert data != files[name]
         said = deny(rewrite(tmp_path / "x.zip", files | {name: data}))
         assert len(said) == 1 and said[0].startswith(f"{name} was changed: sha256 ")
@@ -371,7 +422,9 @@ def test_what_was_changed_is_named_and_nothing_is_run(handed_in: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_manifest_that_was_made_to_fit_does_not_help_on_paper(handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_was_made_to_fit_does_not_help_on_paper(
+    handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verification, "replay", lambda *args: pytest.fail("it was run"))
     files, place = files_of(handed_in), tmp_path / "x.zip"
     better = edited(files, "run/summary.json", lambda s: s["last"].update(full=s["last"]["full"] - 0.1))
@@ -379,13 +432,18 @@ def test_a_manifest_that_was_made_to_fit_does_not_help_on_paper(handed_in: Path,
     claims = edited(files, MANIFEST, lambda m: m["figures"]["last"].update(official=1.0))
     assert any(line.startswith("last of the figures") for line in deny(rewrite(place, claims)))
     other = files | {"report.pdf": pdf(["another report"])}
-    assert any(line.startswith("report.pdf does not quote this run") for line in deny(rewrite(place, other, honest=True)))
+    assert any(
+        line.startswith("report.pdf does not quote this run")
+        for line in deny(rewrite(place, other, honest=True))
+    )
     config = edited(files, "run/config.json", lambda c: c["config"].update(lr=1.0))
     assert any("config.json was changed" in line for line in deny(rewrite(place, config, honest=True)))
     torn = files | {"run/summary.json": b"[" * 100_000}
     lines = deny(rewrite(place, torn, honest=True))
     assert any("summary.json is damaged: it is" in line for line in lines), lines
-    assert deny(rewrite(place, {k: v for k, v in files.items() if k != "run/env.json"}, honest=True)) == ["there is no run/env.json"]
+    assert deny(rewrite(place, {k: v for k, v in files.items() if k != "run/env.json"}, honest=True)) == [
+        "there is no run/env.json"
+    ]
 
 
 @pytest.mark.slow
@@ -413,12 +471,16 @@ def test_what_else_follows_from_code_and_config_is_compared(handed_in: Path, tmp
     said = deny(rewrite(place, torn, honest=True), steps=1)
     assert len(said) == 1 and said[0].startswith("the last weights are in the bundle and cannot be used: ")
     dearer = edited(files, "run/summary.json", lambda s: s.update(flops=2 * s["flops"]))
-    without = {name: data for name, data in dearer.items() if "/checkpoints/" not in name}  # known without them, too
+    without = {
+        name: data for name, data in dearer.items() if "/checkpoints/" not in name
+    }  # known without them, too
     for forged in (dearer, without):
         said = deny(rewrite(place, forged, honest=True), steps=1)
         assert len(said) == 1 and said[0].startswith("flops is ")
     running = edited(files, "run/status.json", lambda s: s.update(state="running"))
-    assert deny(rewrite(place, running, honest=True)) == ["status.json says 'running', and only a run that is done can be handed in"]
+    assert deny(rewrite(place, running, honest=True)) == [
+        "status.json says 'running', and only a run that is done can be handed in"
+    ]
 
 
 @pytest.mark.slow
@@ -468,7 +530,11 @@ def test_no_key_of_the_user_reaches_foreign_code(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     "text",
-    ["raise SystemExit('no')", "import sys; open(sys.argv[3], 'w').write('[' * 10000)", "import sys; open(sys.argv[3], 'w').write('3')"],
+    [
+        "raise SystemExit('no')",
+        "import sys; open(sys.argv[3], 'w').write('[' * 10000)",
+        "import sys; open(sys.argv[3], 'w').write('3')",
+    ],
 )
 def test_foreign_code_that_fails(tmp_path: Path, text: str) -> None:
     (tmp_path / "mainrun").mkdir()

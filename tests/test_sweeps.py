@@ -51,7 +51,13 @@ SPACE: dict[str, Any] = {
 
 
 def data(**changes: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": "tiny", "preset": "baseline", "set": SET, "space": SPACE, "budget": {"trials": 12}}
+    found: dict[str, Any] = {
+        "name": "tiny",
+        "preset": "baseline",
+        "set": SET,
+        "space": SPACE,
+        "budget": {"trials": 12},
+    }
     return found | {"sampler": {"startup": 3, "generation": 3}, "rungs": {"at": [0.4], "keep": 0.5}} | changes
 
 
@@ -68,7 +74,10 @@ def made(**changes: Any) -> Study:
         ({"space": {"seed": {"values": [1, 2]}}}, "space.seed: a seed is drawn, not chosen"),
         ({"space": {"epochs": {"values": [1, 2]}}}, "space.epochs: the epochs are the task's budget"),
         ({"space": {"num_titles": {"low": 10, "high": 100}}}, "space.num_titles: the data is the task's"),
-        ({"space": {"official_geometry": {"values": ["1x8"]}}}, "the geometry of the evaluation is the task's"),
+        (
+            {"space": {"official_geometry": {"values": ["1x8"]}}},
+            "the geometry of the evaluation is the task's",
+        ),
         ({"space": {"lrr": {"low": 1.0, "high": 2.0}}}, "space.lrr is no config field (did you mean"),
         ({"space": {"log_every": {"values": [1, 2]}}}, "space.log_every changes nothing that is trained"),
         ({"space": {"lr": {"low": 2.0, "high": 1.0}}}, "space.lr: low=2 > high=1"),
@@ -77,28 +86,58 @@ def made(**changes: Any) -> Study:
         ({"space": {"lr": {"low": 0.1}}}, "space.lr is no parameter: write low and high"),
         ({"space": {"dropout": {"values": []}}}, "space.dropout.values is empty"),
         ({"space": {"dropout": {"values": [0.1, 7.0]}}}, "7.0 is no value of it"),
-        ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["muon"]}}}}, "optimizer is never 'muon'"),
+        (
+            {"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["muon"]}}}},
+            "optimizer is never 'muon'",
+        ),
         ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"lr": [0.1]}}}}, "lr is a range"),
-        ({"space": {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["sgd"]}}}}, "optimizer is 'adamw' in every trial"),
-        ({"space": {"lr": {"low": 0.1, "high": 0.2, "step": 0.5}}}, "step=0.5 is wider than from low=0.1 to high=0.2"),
+        (
+            {"space": {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["sgd"]}}}},
+            "optimizer is 'adamw' in every trial",
+        ),
+        (
+            {"space": {"lr": {"low": 0.1, "high": 0.2, "step": 0.5}}},
+            "step=0.5 is wider than from low=0.1 to high=0.2",
+        ),
         ({"space": {"lr": {"low": 0.1, "values": [0.1]}}}, "or values; got {'low': 0.1, 'values': [0.1]}"),
         ({"budget": {"trials": "8"}}, "budget.trials='8' is not allowed"),
         ({"budget": {"trials": True}}, "budget.trials=True is not allowed"),
         ({"budget": {"flops": float("inf")}}, "budget.flops=inf is not allowed"),
         ({"name": "a/b"}, "name='a/b' is not allowed; write letters, digits"),
         ({"about": "\x1b[31m"}, "is not allowed; write text on one line"),
-        ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimiser": ["sgd"]}}}}, "optimiser is no config field"),
-        ({"space": SPACE | {"timescale": {"low": 1.0, "high": 2.0}, "weight_decay": {"low": 0.1, "high": 1.0}}}, "keep one of them"),
+        (
+            {"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimiser": ["sgd"]}}}},
+            "optimiser is no config field",
+        ),
+        (
+            {
+                "space": SPACE
+                | {"timescale": {"low": 1.0, "high": 2.0}, "weight_decay": {"low": 0.1, "high": 1.0}}
+            },
+            "keep one of them",
+        ),
         ({"space": {"growth.ops.0.value": {"values": [1]}}}, "the preset's schedule has no '0' in ops"),
         ({"space": {}}, "space is empty"),
         ({"sampler": {"name": "tpx"}}, "sampler.name='tpx' is not allowed"),
         ({"sampler": {"name": "grid"}}, "sampler.name='grid' needs values"),
         ({"rungs": {"at": [0.5, 0.2]}}, "is not ascending"),
         ({"rungs": {"at": [0.5], "scored": "branch"}}, "unknown key rungs.scored (did you mean 'score'?)"),
-        ({"rungs": {"at": [0.5], "score": "branch"}}, "schedule='cosine': only wsd has a trunk to branch from"),
-        ({"rungs": BRANCH, "set": WSD, "space": SPACE | {"schedule": {"values": ["wsd", "cosine"]}}}, "keep schedule at wsd"),
-        ({"rungs": BRANCH, "set": WSD | {"wd_schedule": "linear"}}, "wd_schedule='linear': weight decay that falls"),
-        ({"rungs": BRANCH, "set": WSD | {"growth": GROWS}}, "with growth, which is laid out over the whole run"),
+        (
+            {"rungs": {"at": [0.5], "score": "branch"}},
+            "schedule='cosine': only wsd has a trunk to branch from",
+        ),
+        (
+            {"rungs": BRANCH, "set": WSD, "space": SPACE | {"schedule": {"values": ["wsd", "cosine"]}}},
+            "keep schedule at wsd",
+        ),
+        (
+            {"rungs": BRANCH, "set": WSD | {"wd_schedule": "linear"}},
+            "wd_schedule='linear': weight decay that falls",
+        ),
+        (
+            {"rungs": BRANCH, "set": WSD | {"growth": GROWS}},
+            "with growth, which is laid out over the whole run",
+        ),
         ({"space": {"max_steps": {"values": [10, 20]}}}, "the steps are the task's budget"),
         ({"preset": "demo", "set": {"dev_frac": 0.1}}, "preset 'demo' has 2 steps, a study begins with one"),
         ({"space": {"timescale": {"low": 0.0, "high": 2.0}}}, "space.timescale is a time"),
@@ -179,7 +218,11 @@ class AtOnce:
         self.done += 1
         if self.pause:
             time.sleep(self.pause * random.random())
-        return Outcome(False, diverged=True, why="lr too high") if any(text.startswith("lr=0.09") for text in task.sets) else Outcome(True)
+        return (
+            Outcome(False, diverged=True, why="lr too high")
+            if any(text.startswith("lr=0.09") for text in task.sets)
+            else Outcome(True)
+        )
 
     def close(self) -> None:
         pass
@@ -242,7 +285,11 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_sampler_stays_away(
 
 
 def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
-    with owned(tmp_path / "a", made()), pytest.raises(UsageError, match="is searched by process"), owned(tmp_path / "a", made()):
+    with (
+        owned(tmp_path / "a", made()),
+        pytest.raises(UsageError, match="is searched by process"),
+        owned(tmp_path / "a", made()),
+    ):
         pass
     with owned(tmp_path / "a", made(space={"lr": {"values": [0.1, 0.2]}})):
         pass  # nothing was begun
@@ -306,13 +353,18 @@ def test_a_batch_is_the_same_however_memory_cuts_it(tmp_path: Path) -> None:
         "dropout": 0.0,
         "optimizer": "adamw",
     }
-    batch = study.read("batch", {k: v for k, v in small.items() if k != "threads"} | {"lr": 3e-3, "lr_aux": 0.0})
+    batch = study.read(
+        "batch", {k: v for k, v in small.items() if k != "threads"} | {"lr": 3e-3, "lr_aux": 0.0}
+    )
     found = []
     for grad_accum in (1, 2, 8):
         cfg = changed(batch.base(), {"batch_size": 8, "grad_accum": grad_accum})
         train(cfg, tmp_path)
         rows = RunDir(tmp_path / cfg.run_id).metrics()
-        found.append([row["loss"] for row in rows if row["event"] == "step"] + [row["full"] for row in rows if row["event"] == "eval"])
+        found.append(
+            [row["loss"] for row in rows if row["event"] == "step"]
+            + [row["full"] for row in rows if row["event"] == "eval"]
+        )
     assert len(found[0]) > 10 and all(other == pytest.approx(found[0], abs=2e-5) for other in found[1:])
 
 
@@ -362,14 +414,21 @@ def results(out: Path) -> dict[str, Any]:
     evidence = found["evidence"] | {
         "runs": [{k: r[k] for k in ("kind", "trial", "seed", "run")} for r in found["evidence"]["runs"]]
     }  # no clock
-    return {"trials": [{k: t[k] for k in same} for t in found["trials"]], "evidence": evidence, "rungs": found["rung_correlation"]}
+    return {
+        "trials": [{k: t[k] for k in same} for t in found["trials"]],
+        "evidence": evidence,
+        "rungs": found["rung_correlation"],
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path) -> None:
     file = write(
-        tmp_path, budget={"trials": 24}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1}, sampler={"startup": 6, "generation": 6}
+        tmp_path,
+        budget={"trials": 24},
+        evidence={"noise_seeds": 2, "seeds": 2, "best": 1},
+        sampler={"startup": 6, "generation": 6},
     )
     legs = {"1": command(file, tmp_path / "1", 1), "3": command(file, tmp_path / "3", 3)}
     if importlib.util.find_spec("ray"):
@@ -382,13 +441,21 @@ def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path)
     process = subprocess.Popen(command(file, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(1 + 2 * chance.random())
-        children = [child for task in Path(f"/proc/{process.pid}/task").glob("*/children") for child in task.read_text().split()]
+        children = [
+            child
+            for task in Path(f"/proc/{process.pid}/task").glob("*/children")
+            for child in task.read_text().split()
+        ]
         if restarts and kills <= 7 and chance.random() < 0.3:
             process.kill()
             process.wait()
             restarts -= 1
-            process = subprocess.Popen(command(file, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        elif children and kills and (out / "tiny" / "tokens.json").is_file():  # that is trials, not the look at the data before them
+            process = subprocess.Popen(
+                command(file, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        elif (
+            children and kills and (out / "tiny" / "tokens.json").is_file()
+        ):  # that is trials, not the look at the data before them
             kills -= 1
             try:
                 os.kill(int(chance.choice(children)), signal.SIGKILL)
@@ -404,14 +471,20 @@ def test_a_study_replays_whoever_trains_it_and_whoever_is_killed(tmp_path: Path)
 def ledger_adds_up(out: Path) -> None:
     found = json.loads((out / "tiny" / "export.json").read_text())
     ledger = found["ledger"]
-    assert ledger["asked"] == ledger["trained"] + ledger["reused"] and 0 <= ledger["wasted"] <= ledger["trained"]
+    assert (
+        ledger["asked"] == ledger["trained"] + ledger["reused"] and 0 <= ledger["wasted"] <= ledger["trained"]
+    )
     parts = [*found["trials"], *found["evidence"]["runs"]]
     for key in ("asked", "trained", "reused", "wasted", "tokens"):
         assert ledger[key] == sum(t[key] for t in parts)
-    assert all(t["tokens"] * ledger["trained"] == ledger["tokens"] * t["trained"] for t in parts), "lost steps have tokens too"
+    assert all(t["tokens"] * ledger["trained"] == ledger["tokens"] * t["trained"] for t in parts), (
+        "lost steps have tokens too"
+    )
     runs = [RunDir(file.parent) for file in (out / "tiny" / "runs").glob("*/config.json")]
     whole = total(spent(run, run.config()) for run in runs)
-    assert (whole.trained, whole.tokens) == (ledger["trained"], ledger["tokens"]), "what the run directories say"
+    assert (whole.trained, whole.tokens) == (ledger["trained"], ledger["tokens"]), (
+        "what the run directories say"
+    )
     assert all(t["wasted"] == t["trained"] > 0 for t in found["trials"] if t["state"] == "pruned")
 
 
@@ -424,7 +497,9 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     ledger_adds_up(tmp_path / "out")
     found = json.loads((tmp_path / "out" / "tiny" / "export.json").read_text())
     promoted = [t for t in found["trials"] if t["state"] == "done" and t["trial"]]
-    assert promoted and all(t["asked"] == t["stops"][-1] and t["wasted"] == 0 for t in promoted), "no step twice"
+    assert promoted and all(t["asked"] == t["stops"][-1] and t["wasted"] == 0 for t in promoted), (
+        "no step twice"
+    )
     again = Search(study.read(str(file)), tmp_path / "out" / "tiny", Nobody(), str, lambda: None)
     again.run()
     assert confirm(again) == found["evidence"], "what is there already needs no worker"
@@ -433,7 +508,9 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     run = RunDir(tmp_path / "out" / "tiny" / "runs" / promoted[0]["run"])
     alone = train(run.config(), tmp_path / "alone")
     summary = run.summary()
-    assert summary is not None and alone["weights"] == summary["weights"], "the bits of a run that was never stopped"
+    assert summary is not None and alone["weights"] == summary["weights"], (
+        "the bits of a run that was never stopped"
+    )
     assert total([spent(run, run.config())]).asked == summary["steps"]
     runner = CliRunner()
     out = ["--out", str(tmp_path / "out")]
@@ -442,7 +519,10 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     best = runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out])
     assert best.exit_code == 0 and "--preset won.toml" in best.output
-    assert "won.toml is there already" in runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out]).stderr
+    assert (
+        "won.toml is there already"
+        in runner.invoke(app, ["sweep", "best", "tiny", "--save", "won", *out]).stderr
+    )
     from mainrun.plan.recipes import load
 
     number = json.loads(runner.invoke(app, ["sweep", "best", "tiny", "--json", *out]).output)["trial"]
@@ -487,7 +567,9 @@ def test_ctrl_c_ends_the_confirmation_too(tmp_path: Path, monkeypatch: pytest.Mo
 # -- decay branches
 
 
-@pytest.mark.parametrize("fields", [{}, {"warmup_iters": 3}, {"swa": 0.5, "ema": 0.0}, {"decay_frac": 0.8, "warmup_frac": 0.2}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"warmup_iters": 3}, {"swa": 0.5, "ema": 0.0}, {"decay_frac": 0.8, "warmup_frac": 0.2}]
+)
 def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> None:
     """The trunk's steps up to the fall, which no key tells apart, then the trial's own fall, whole."""
     from mainrun.store import lineage
@@ -502,7 +584,9 @@ def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> No
         assert lineage.chain("0" * 64, short)[: common + 1] == lineage.chain("0" * 64, plan)[: common + 1]
         rates = [short.at(i).lr for i in range(short.steps)]
         assert rates[short.decay_start] == cfg.lr > rates[short.decay_start + 1] > rates[-1] > 0.1 * cfg.lr
-        assert rates[-1] - 0.1 * cfg.lr <= 0.9 * cfg.lr / (short.steps - short.decay_start) + 1e-12, "the fall is whole"
+        assert rates[-1] - 0.1 * cfg.lr <= 0.9 * cfg.lr / (short.steps - short.decay_start) + 1e-12, (
+            "the fall is whole"
+        )
         assert short.swa_start >= falls or not cfg.swa
 
 
@@ -514,7 +598,13 @@ def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path
         score = Search.score
 
     raw, by_branch = (
-        Turned(made(set=WSD, space={"lr": SPACE["lr"]}, rungs=BRANCH | {"score": score}), tmp_path / score, AtOnce(1), str, lambda: None)
+        Turned(
+            made(set=WSD, space={"lr": SPACE["lr"]}, rungs=BRANCH | {"score": score}),
+            tmp_path / score,
+            AtOnce(1),
+            str,
+            lambda: None,
+        )
         for score in ("raw", "branch")
     )
     for search in (raw, by_branch):
@@ -522,37 +612,63 @@ def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path
         search.run()
     first = raw.trials[1:3], by_branch.trials[1:3]
     assert [t.values for t in first[0]] == [t.values for t in first[1]]
-    assert [t.state for t in first[0]] == [t.state for t in first[1]][::-1] and {t.state for t in first[0]} == {"pruned", "done"}
+    assert [t.state for t in first[0]] == [t.state for t in first[1]][::-1] and {
+        t.state for t in first[0]
+    } == {"pruned", "done"}
     found = {t.number: by_branch.made(t) for t in by_branch.trials if t.scores}
-    assert found and all(t.raw[0] == found[t.number].cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.scores)
-    assert all(t.scores[0] == -m.cfg.lr + 1 / m.branches[0].max_steps for t, m in ((by_branch.trials[n], m) for n, m in found.items()))
+    assert found and all(
+        t.raw[0] == found[t.number].cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.scores
+    )
+    assert all(
+        t.scores[0] == -m.cfg.lr + 1 / m.branches[0].max_steps
+        for t, m in ((by_branch.trials[n], m) for n, m in found.items())
+    )
     for search, each in ((raw, 1), (by_branch, 2)):  # tasks of each trial to its rung
-        reached, ends = (sum(found) for found in zip(*((bool(t.scores), t.state == "done") for t in search.trials), strict=True))
+        reached, ends = (
+            sum(found)
+            for found in zip(*((bool(t.scores), t.state == "done") for t in search.trials), strict=True)
+        )
         assert search.engine.done == len(search.trials) + (each - 1) * reached + ends  # type: ignore[attr-defined]
-    assert all([*t.raw] == [0] for t in by_branch.trials if t.state == "done"), "the end is scored where it is"
+    assert all([*t.raw] == [0] for t in by_branch.trials if t.state == "done"), (
+        "the end is scored where it is"
+    )
 
 
 def test_a_branch_that_diverges_ends_its_trial_and_is_paid_for(tmp_path: Path) -> None:
     class Bursts(AtOnce):
         def train(self, task: Task) -> Outcome:
             return (
-                Outcome(False, diverged=True, why="it burst") if any(text.startswith("max_steps=") for text in task.sets) else Outcome(True)
+                Outcome(False, diverged=True, why="it burst")
+                if any(text.startswith("max_steps=") for text in task.sets)
+                else Outcome(True)
             )
 
-    search = Written(made(set=WSD, space={"lr": SPACE["lr"]}, rungs=BRANCH, budget={"trials": 3}), tmp_path, Bursts(1), str, lambda: None)
+    search = Written(
+        made(set=WSD, space={"lr": SPACE["lr"]}, rungs=BRANCH, budget={"trials": 3}),
+        tmp_path,
+        Bursts(1),
+        str,
+        lambda: None,
+    )
     search.run()
     parts = [search.spent(t) for t in search.trials]
     assert [t.state for t in search.trials] == ["diverged"] * 3 and all(not t.scores for t in search.trials)
-    assert all((part.trained, part.branch, part.wasted) == (20, 10, 20) for part in parts), "the trunk's ten and the branch's"
+    assert all((part.trained, part.branch, part.wasted) == (20, 10, 20) for part in parts), (
+        "the trunk's ten and the branch's"
+    )
 
 
 def test_rungs_are_held_against_the_end_raw_and_on_branches() -> None:
     search = Search.__new__(Search)
     search.trials = [
         Trial(n, {}, "run", (5, 9), {0: on_branch, 1: end}, {0: own}, state="done")
-        for n, (own, on_branch, end) in enumerate([(3.0, 1.1, 1.0), (2.0, 2.1, 2.0), (1.0, 3.1, 3.0), (4.0, 4.1, 4.0)])
+        for n, (own, on_branch, end) in enumerate(
+            [(3.0, 1.1, 1.0), (2.0, 2.1, 2.0), (1.0, 3.1, 3.0), (4.0, 4.1, 4.0)]
+        )
     ]
-    assert correlations(search) == {"0": pytest.approx(1.0)} and correlations(search, raw=True) == {"0": pytest.approx(0.2)}
+    assert correlations(search) == {"0": pytest.approx(1.0)} and correlations(search, raw=True) == {
+        "0": pytest.approx(0.2)
+    }
 
 
 @pytest.mark.slow
@@ -560,7 +676,11 @@ def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: 
     """By the ledger and by the rows; a promoted trial has the bits of a run that nobody stopped or branched from."""
     from mainrun.train import train
 
-    few = {"budget": {"trials": 3}, "sampler": {"generation": 3, "startup": 3}, "rungs": BRANCH | {"branch": 0.25}}
+    few = {
+        "budget": {"trials": 3},
+        "sampler": {"generation": 3, "startup": 3},
+        "rungs": BRANCH | {"branch": 0.25},
+    }
     # the second and third differ in their fall alone, and one begins to fall before the rung
     space = {"decay_frac": {"values": [0.2, 0.8]}}
     (tmp_path / "s").mkdir()
@@ -577,22 +697,33 @@ def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: 
         falls = min(step, Plan(trunk, search.train_tokens).decay_start)
         mine = spent(search.run_dir(cfg), cfg)
         # the trunk keeps a node where its rate first differs: one step behind the beginning of the fall
-        assert mine.asked == cfg.max_steps and (mine.trained == cfg.max_steps - falls - (falls < step) or cfg.run_id in fresh)
+        assert mine.asked == cfg.max_steps and (
+            mine.trained == cfg.max_steps - falls - (falls < step) or cfg.run_id in fresh
+        )
         fresh.add(cfg.run_id)
         if trial.state == "done":
             summary = search.run_dir(trunk).summary()
-            assert summary is not None and train(trunk, tmp_path / f"alone{trial.number}")["weights"] == summary["weights"]
+            assert (
+                summary is not None
+                and train(trunk, tmp_path / f"alone{trial.number}")["weights"] == summary["weights"]
+            )
             assert spent(search.run_dir(trunk), trunk).asked == trial.stops[-1], "it trained on from its rung"
         else:
             assert search.spent(trial).wasted == search.spent(trial).trained
-    runs = {cfg.run_id: spent(search.run_dir(cfg), cfg).trained for t in search.trials for cfg in search.made(t).branches.values()}
+    runs = {
+        cfg.run_id: spent(search.run_dir(cfg), cfg).trained
+        for t in search.trials
+        for cfg in search.made(t).branches.values()
+    }
     assert sums.branch == sum(runs.values()) > 0, "each branch once, whoever shares it"
 
 
 # -- what may be claimed
 
 
-def claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, noise: float, seed: int) -> dict[str, Any]:
+def claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, noise: float, seed: int
+) -> dict[str, Any]:
     evidence = {"seeds": 5, "noise_seeds": 5, "best": 2}
     search = searched(tmp_path, AtOnce(1), rungs=None, budget={"trials": 6}, evidence=evidence)
     base = search.base
@@ -607,21 +738,35 @@ def claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, noise:
     return confirm(search)
 
 
-def test_a_real_gain_is_claimed_and_a_small_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_gain_is_claimed_and_a_small_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clear = claimed(tmp_path / "a", monkeypatch, gain=0.1, noise=0.002, seed=1)
-    assert clear["winner"] is not None and "is better than the base by 0." in clear["claim"] and clear["val"] == {"full": 1.0}
+    assert (
+        clear["winner"] is not None
+        and "is better than the base by 0." in clear["claim"]
+        and clear["val"] == {"full": 1.0}
+    )
     small = claimed(tmp_path / "b", monkeypatch, gain=0.001, noise=0.01, seed=1)
-    assert small["winner"] is None and small["claim"] == "not better than the base within noise" and "val" not in small
+    assert (
+        small["winner"] is None
+        and small["claim"] == "not better than the base within noise"
+        and "val" not in small
+    )
     assert all(row["why"] for row in small["rows"])
 
 
 @pytest.mark.slow
-def test_trials_that_differ_in_their_seed_alone_claim_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_that_differ_in_their_seed_alone_claim_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real scores of the base, each of a seed of its own, in the place of every run that a confirmation asks for."""
     from mainrun.train import train
 
     evidence = {"seeds": 3, "noise_seeds": 3, "best": 2}
-    search = searched(tmp_path, AtOnce(1), set=SET | {"epochs": 1}, rungs=None, budget={"trials": 6}, evidence=evidence)
+    search = searched(
+        tmp_path, AtOnce(1), set=SET | {"epochs": 1}, rungs=None, budget={"trials": 6}, evidence=evidence
+    )
     base = search.base
     seeds = (base.model_copy(update={"seed": 5000 + i}) for i in range(20 * 12))
     scores = [train(cfg, tmp_path / "null")["scores"]["dev"]["last"]["full"] for cfg in seeds]

@@ -37,7 +37,9 @@ def make(**fields: Any) -> tuple[TrainConfig, Plan]:
         pytest.param({"warmup_frac": 0.0}, 40, 0.25, 50, 40, id="no warm-up"),
     ],
 )
-def test_a_branch_ends_a_little_behind_its_rung(fields: dict[str, Any], step: int, share: float, end: int, falls: int) -> None:
+def test_a_branch_ends_a_little_behind_its_rung(
+    fields: dict[str, Any], step: int, share: float, end: int, falls: int
+) -> None:
     """It has the trial's steps up to its own fall, and the whole fall after them."""
     cfg, plan = make(**fields)
     short = branch.of(cfg, plan, step, share)
@@ -46,7 +48,9 @@ def test_a_branch_ends_a_little_behind_its_rung(fields: dict[str, Any], step: in
     assert other.warmup_steps == plan.warmup_steps and short.warmup_frac == 0.0
     assert [other.at(at) for at in range(falls)] == [plan.at(at) for at in range(falls)]
     rates = [other.at(at).lr for at in range(falls, end)]
-    assert rates == sorted(rates, reverse=True) and rates[0] == cfg.lr and rates[-1] < 2 * cfg.lr / (end - falls)
+    assert (
+        rates == sorted(rates, reverse=True) and rates[0] == cfg.lr and rates[-1] < 2 * cfg.lr / (end - falls)
+    )
 
 
 def test_nothing_else_of_the_trial_changes() -> None:
@@ -103,12 +107,21 @@ PATH = {"growth.ops.0.value": {"values": [0.01, 0.02]}}
     [
         pytest.param(WSD, RATE, [], id="wsd, constant weight decay, no growth"),
         pytest.param(WSD, {"schedule": {"values": ["wsd"]}}, [], id="wsd in the space alone"),
-        pytest.param(WSD | {"schedule": "cosine"}, {"schedule": {"values": ["wsd"]}}, [], id="the space decides, not the base"),
+        pytest.param(
+            WSD | {"schedule": "cosine"},
+            {"schedule": {"values": ["wsd"]}},
+            [],
+            id="the space decides, not the base",
+        ),
         pytest.param(WSD | {"schedule": "cosine"}, RATE, ["schedule='cosine'"], id="another schedule"),
         pytest.param(WSD | {"schedule": "constant"}, RATE, ["schedule='constant'"], id="no schedule"),
         pytest.param(WSD, RATE | SCHEDULES, ["schedule='cosine'"], id="another schedule in the space"),
-        pytest.param(WSD | {"wd_schedule": "linear"}, RATE, ["wd_schedule='linear'"], id="weight decay that falls"),
-        pytest.param(WSD, RATE | DECAYS, ["wd_schedule='linear'"], id="weight decay that falls, in the space"),
+        pytest.param(
+            WSD | {"wd_schedule": "linear"}, RATE, ["wd_schedule='linear'"], id="weight decay that falls"
+        ),
+        pytest.param(
+            WSD, RATE | DECAYS, ["wd_schedule='linear'"], id="weight decay that falls, in the space"
+        ),
         pytest.param(WSD | {"growth": GROWS}, RATE, ["growth"], id="growth"),
         pytest.param(WSD | {"growth": GROWS}, PATH, ["growth"], id="growth in the space"),
         pytest.param(
@@ -119,15 +132,22 @@ PATH = {"growth.ops.0.value": {"values": [0.01, 0.02]}}
         ),
     ],
 )
-def test_all_trials_of_a_rung_can_be_scored_on_branches_or_none(fields: dict[str, Any], space: dict[str, Any], said: list[str]) -> None:
+def test_all_trials_of_a_rung_can_be_scored_on_branches_or_none(
+    fields: dict[str, Any], space: dict[str, Any], said: list[str]
+) -> None:
     found = faults(fields, space)
     assert len(found) == len(said)
     for text, part in zip(found, said, strict=True):
-        assert text.startswith('rungs.score="branch" with ' + part) and 'write score = "raw" under [rungs], or ' in text
+        assert (
+            text.startswith('rungs.score="branch" with ' + part)
+            and 'write score = "raw" under [rungs], or ' in text
+        )
 
 
 def test_growth_in_the_space_alone_is_a_fault_too() -> None:
     """A space is judged beside its base, whose schedule may be empty."""
     study = make_study(WSD | {"growth": GROWS}, space=RATE | PATH)
     plain = make_study(WSD).base()
-    assert [text.split(",")[0] for text in branch.faults(study.space, plain)] == ['rungs.score="branch" with growth']
+    assert [text.split(",")[0] for text in branch.faults(study.space, plain)] == [
+        'rungs.score="branch" with growth'
+    ]

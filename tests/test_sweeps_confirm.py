@@ -79,7 +79,11 @@ def rows_of(found: dict[str, Any]) -> dict[int, dict[str, Any]]:
 BEYOND_P = 1 - stats.LEVEL
 BELOW_P = math.nextafter(BEYOND_P, 0)
 BARELY_NEGATIVE = -5e-324
-HOLDS_ZERO, NO_GAIN, NO_INTERVAL = "its interval holds zero", "it is not better", "a run diverged, so there is no interval"
+HOLDS_ZERO, NO_GAIN, NO_INTERVAL = (
+    "its interval holds zero",
+    "it is not better",
+    "a run diverged, so there is no interval",
+)
 IN_FLOOR, BY_HOLM = "the difference is within the noise floor 0.2500", "p=0.050 after Holm's correction"
 
 
@@ -87,7 +91,9 @@ IN_FLOOR, BY_HOLM = "the difference is within the noise floor 0.2500", "p=0.050 
     ("difference", "interval", "p", "why"),
     [
         pytest.param(-0.5, (-0.75, -0.25), 0.001, "", id="all three pass"),
-        pytest.param(math.nextafter(-0.25, -1), (-1.0, BARELY_NEGATIVE), BELOW_P, "", id="all three just pass"),
+        pytest.param(
+            math.nextafter(-0.25, -1), (-1.0, BARELY_NEGATIVE), BELOW_P, "", id="all three just pass"
+        ),
         pytest.param(-0.5, (-1.0, 0.0), 0.001, HOLDS_ZERO, id="the interval touches zero"),
         pytest.param(-0.5, (-1.5, 0.5), 0.001, HOLDS_ZERO, id="the interval holds zero"),
         pytest.param(-0.5, None, 0.001, NO_INTERVAL, id="there is no interval"),
@@ -103,7 +109,12 @@ IN_FLOOR, BY_HOLM = "the difference is within the noise floor 0.2500", "p=0.050 
     ],
 )
 def test_a_claim_needs_the_interval_the_floor_and_p(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float, interval: tuple[float, float] | None, p: float, why: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    difference: float,
+    interval: tuple[float, float] | None,
+    p: float,
+    why: str,
 ) -> None:
     """The floor is 0.25 for four seeds. Each condition fails alone, and just passes."""
     found = SimpleNamespace(a=2.0, b=2.0 + difference, mean=difference, interval=interval, p=0.02)
@@ -125,7 +136,11 @@ def test_a_claim_needs_the_interval_the_floor_and_p(
     assert corrected == [[0.02]]
     assert result["noise"]["floor"] == 0.25
     assert result["winner"] == (None if why else 1)
-    assert result["claim"] == NOT_BETTER if why else result["claim"].startswith("trial 1 is better than the base by ")
+    assert (
+        result["claim"] == NOT_BETTER
+        if why
+        else result["claim"].startswith("trial 1 is better than the base by ")
+    )
     assert ("val" in result) == (not why)
 
 
@@ -182,7 +197,9 @@ def test_the_noise_floor_is_of_a_mean_over_the_fresh_seeds(tmp_path: Path) -> No
     sigma = math.sqrt(0.00625)
     floor = Z * math.sqrt(2) * sigma / math.sqrt(4)
     assert 0.1 < floor < 0.2
-    result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2, 0.2, 0.2, 0.2))}, noise=noise).search)
+    result = confirm(
+        Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2, 0.2, 0.2, 0.2))}, noise=noise).search
+    )
     assert result["noise"] == {
         "seeds": [SEED + 1, SEED + 2, SEED + 3, SEED + 4, SEED + 5],
         "values": list(noise),
@@ -204,10 +221,17 @@ def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
     [
         pytest.param([0.049], [0.049], [True], id="one trial needs no correction"),
         pytest.param([0.024, 0.049], [0.048, 0.049], [True, True], id="the smaller p counts twice"),
-        pytest.param([0.026, 0.049], [0.052, 0.052], [False, False], id="the smaller p fails and stops the other"),
+        pytest.param(
+            [0.026, 0.049], [0.052, 0.052], [False, False], id="the smaller p fails and stops the other"
+        ),
         pytest.param([0.049, 0.001], [0.049, 0.002], [True, True], id="the order is that of the p-values"),
         pytest.param([0.03, 0.02, 0.001], [0.04, 0.04, 0.003], [True, True, True], id="three trials"),
-        pytest.param([0.03, 0.026, 0.001], [0.052, 0.052, 0.003], [False, False, True], id="three trials, two of them fail"),
+        pytest.param(
+            [0.03, 0.026, 0.001],
+            [0.052, 0.052, 0.003],
+            [False, False, True],
+            id="three trials, two of them fail",
+        ),
     ],
 )
 def test_holms_correction_counts_the_trials_that_are_confirmed(
@@ -219,21 +243,33 @@ def test_holms_correction_counts_the_trials_that_are_confirmed(
     assert [row["trial"] for row in result["rows"]] == list(range(1, 1 + len(ps)))
     assert [row["p_holm"] for row in result["rows"]] == pytest.approx(adjusted)
     assert [row["claim"] for row in result["rows"]] == claims
-    whys = [f"p={p:.3f} after Holm's correction" for p, claim in zip(adjusted, claims, strict=True) if not claim]
+    whys = [
+        f"p={p:.3f} after Holm's correction" for p, claim in zip(adjusted, claims, strict=True) if not claim
+    ]
     assert [row["why"] for row in result["rows"] if not row["claim"]] == whys
 
 
-@pytest.mark.parametrize(("gains", "winner"), [((0.1, 0.3, 0.2), 2), ((0.3, 0.1, 0.2), 1), ((0.1, 0.2, 0.3), 3)])
-def test_the_winner_has_the_largest_gain_on_fresh_seeds(tmp_path: Path, gains: tuple[float, ...], winner: int) -> None:
+@pytest.mark.parametrize(
+    ("gains", "winner"), [((0.1, 0.3, 0.2), 2), ((0.3, 0.1, 0.2), 1), ((0.1, 0.2, 0.3), 3)]
+)
+def test_the_winner_has_the_largest_gain_on_fresh_seeds(
+    tmp_path: Path, gains: tuple[float, ...], winner: int
+) -> None:
     """Whatever its place in the search."""
-    result = confirm(Confirmation(tmp_path, {0: BASE} | {n: lower((gain,) * 4) for n, gain in enumerate(gains, 1)}).search)
+    result = confirm(
+        Confirmation(tmp_path, {0: BASE} | {n: lower((gain,) * 4) for n, gain in enumerate(gains, 1)}).search
+    )
     assert all(row["claim"] for row in result["rows"])
     assert result["winner"] == winner
-    assert result["claim"].startswith(f"trial {winner} is better than the base by 0.3000 [0.3000, 0.3000], 4 paired seeds")
+    assert result["claim"].startswith(
+        f"trial {winner} is better than the base by 0.3000 [0.3000, 0.3000], 4 paired seeds"
+    )
 
 
 def test_the_largest_gain_does_not_win_where_it_is_not_claimed(tmp_path: Path) -> None:
-    result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower((0.9, 0.0, 0.9, 0.0)), 2: lower((0.1,) * 4)}).search)
+    result = confirm(
+        Confirmation(tmp_path, {0: BASE, 1: lower((0.9, 0.0, 0.9, 0.0)), 2: lower((0.1,) * 4)}).search
+    )
     assert rows_of(result)[1]["difference"] < rows_of(result)[2]["difference"]
     assert result["winner"] == 2
 
@@ -247,7 +283,12 @@ def test_the_seeds_of_the_search_decide_nothing(tmp_path: Path) -> None:
     result = confirm(setup.search)
     assert result["claim"] == NOT_BETTER and rows_of(result)[1]["why"] == NO_GAIN
     assert SEED not in setup.seeds()
-    assert sorted(setup.seeds()) == [SEED + 1, SEED + 2, SEED + 3, *sorted([SEED + 101 + i for i in range(4)] * 2)]
+    assert sorted(setup.seeds()) == [
+        SEED + 1,
+        SEED + 2,
+        SEED + 3,
+        *sorted([SEED + 101 + i for i in range(4)] * 2),
+    ]
 
 
 def test_noise_and_confirmation_never_share_a_seed(tmp_path: Path) -> None:
@@ -282,7 +323,9 @@ def test_every_run_is_its_trial_with_another_seed(tmp_path: Path) -> None:
         pytest.param({0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0, 4: 1.0}, 3, [4, 3, 2], id="three of four"),
     ],
 )
-def test_the_best_trials_are_confirmed_and_never_the_base(tmp_path: Path, searched: dict[int, float], best: int, chosen: list[int]) -> None:
+def test_the_best_trials_are_confirmed_and_never_the_base(
+    tmp_path: Path, searched: dict[int, float], best: int, chosen: list[int]
+) -> None:
     fresh = dict.fromkeys(searched, (2.0, 2.0))
     setup = Confirmation(tmp_path, fresh, searched=searched, best=best)
     result = confirm(setup.search)
@@ -329,7 +372,10 @@ def test_nothing_else_of_val_is_read(tmp_path: Path) -> None:
 
     def evidence(folder: Path, keep_val: bool) -> dict[str, Any]:
         setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.01,) * 4)})
-        trainer, shown = setup.trainer, setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 101})
+        trainer, shown = (
+            setup.trainer,
+            setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 101}),
+        )
         train = trainer.train
 
         def without_val(task: Any) -> Any:
@@ -339,7 +385,9 @@ def test_nothing_else_of_val_is_read(tmp_path: Path) -> None:
             if not keep_val and run != shown.run_id:
                 scores = json.loads(summary.read_text())["scores"]
                 summary.write_text(json.dumps({"scores": {"dev": scores["dev"]}}))
-                metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"val"' not in line))
+                metrics.write_text(
+                    "".join(line for line in metrics.read_text().splitlines(True) if '"val"' not in line)
+                )
             return outcome
 
         trainer.train = without_val
@@ -361,14 +409,27 @@ def test_the_costs_name_every_run_and_why_it_was_trained(tmp_path: Path) -> None
     setup.trainer.reused = 4
     result = confirm(setup.search)
     trial = setup.search.made(setup.search.trials[1]).cfg
-    expected = [("noise", 0, SEED + 1), ("noise", 0, SEED + 2), ("confirmation", 0, SEED + 101), ("confirmation", 0, SEED + 102)]
+    expected = [
+        ("noise", 0, SEED + 1),
+        ("noise", 0, SEED + 2),
+        ("confirmation", 0, SEED + 101),
+        ("confirmation", 0, SEED + 102),
+    ]
     expected += [("confirmation", 1, SEED + 101), ("confirmation", 1, SEED + 102)]
     assert [(row["kind"], row["trial"], row["seed"]) for row in result["runs"]] == expected
-    configs = [(trial if number else setup.base).model_copy(update={"seed": seed}) for _, number, seed in expected]
+    configs = [
+        (trial if number else setup.base).model_copy(update={"seed": seed}) for _, number, seed in expected
+    ]
     assert [row["run"] for row in result["runs"]] == [cfg.run_id for cfg in configs]
     assert {*Ledger.__dataclass_fields__, "kind", "trial", "seed", "run"} == set(result["runs"][0])
     for row in result["runs"]:
-        assert (row["asked"], row["trained"], row["reused"], row["wasted"], row["tokens"]) == (10, 6, 4, 0, 6 * 128)
+        assert (row["asked"], row["trained"], row["reused"], row["wasted"], row["tokens"]) == (
+            10,
+            6,
+            4,
+            0,
+            6 * 128,
+        )
     assert all("wasted" in row and row["seconds"] == 3.0 for row in result["runs"])
 
 
@@ -427,7 +488,9 @@ def test_a_run_that_cannot_be_trained_ends_the_confirmation_and_its_workers(
     assert setup.trainer.closed
 
 
-@pytest.mark.parametrize("summary", [None, {"scores": {}}, {}], ids=["no summary", "no scores of dev", "no scores"])
+@pytest.mark.parametrize(
+    "summary", [None, {"scores": {}}, {}], ids=["no summary", "no scores of dev", "no scores"]
+)
 def test_a_run_without_its_score_is_damage(tmp_path: Path, summary: Any) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: BASE})
     train = setup.trainer.train
@@ -439,7 +502,9 @@ def test_a_run_without_its_score_is_damage(tmp_path: Path, summary: Any) -> None
         return outcome
 
     setup.trainer.train = damage
-    with pytest.raises(RunError, match=r"summary\.json is damaged: it has no score of dev; restore it, or remove "):
+    with pytest.raises(
+        RunError, match=r"summary\.json is damaged: it has no score of dev; restore it, or remove "
+    ):
         confirm(setup.search)
 
 

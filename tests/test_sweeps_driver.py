@@ -67,7 +67,11 @@ class Prepared:
         **keys: Any,
     ) -> None:
         generation = keys.pop("generation", len(scores))
-        keys = {"budget": {"trials": len(scores)}, "rungs": RUNGS, "sampler": {"name": "random", "generation": generation}} | keys
+        keys = {
+            "budget": {"trials": len(scores)},
+            "rungs": RUNGS,
+            "sampler": {"name": "random", "generation": generation},
+        } | keys
         self.scores = scores
         self.trainer = Trainer(self.score, workers)
         self.search = make_search(folder, make_study(fields, **keys), self.trainer)
@@ -135,7 +139,9 @@ def test_the_best_of_a_generation_go_on(tmp_path: Path, scores: list[float], kee
     for place, number in enumerate(order, 1):
         trial = study.trials[number]
         assert trial.why == ("" if trial.state == "done" else f"place {place} of {count} at step 4")
-        assert trial.scores == ({0: scores[number], 1: scores[number]} if trial.state == "done" else {0: scores[number]})
+        assert trial.scores == (
+            {0: scores[number], 1: scores[number]} if trial.state == "done" else {0: scores[number]}
+        )
 
 
 def test_the_scores_of_a_rung_decide_and_not_those_before_it(tmp_path: Path) -> None:
@@ -153,7 +159,9 @@ def test_each_generation_decides_alone(tmp_path: Path) -> None:
     """The worst of a good generation ends although it is better than the best of a bad one."""
     study = Prepared(tmp_path, [9.0, 5.0, 6.0, 1.0, 2.0, 3.0], generation=3)
     assert study.run() == states("dddddp")
-    study = Prepared(tmp_path / "b", [9.0, 5.0, 6.0, 1.0, 2.0, 3.0], generation=3, rungs=RUNGS | {"keep": 0.4})
+    study = Prepared(
+        tmp_path / "b", [9.0, 5.0, 6.0, 1.0, 2.0, 3.0], generation=3, rungs=RUNGS | {"keep": 0.4}
+    )
     assert study.run() == states("ddpdpp")
 
 
@@ -234,7 +242,9 @@ def test_a_score_that_is_no_number_promotes_nobody(tmp_path: Path, score: str) -
     assert not any(trial.state in ("done", "pruned") for trial in study.trials)
 
 
-@pytest.mark.parametrize(("objective", "more"), [("dev/full", 0.0), ("dev/official", 10.0)], ids=["full", "official"])
+@pytest.mark.parametrize(
+    ("objective", "more"), [("dev/full", 0.0), ("dev/official", 10.0)], ids=["full", "official"]
+)
 def test_the_objective_is_what_trials_are_judged_by(tmp_path: Path, objective: str, more: float) -> None:
     study = Prepared(tmp_path, [2.0, 1.0], objective=objective)
     study.run()
@@ -273,7 +283,9 @@ def test_a_rung_is_at_the_next_evaluation(tmp_path: Path, at: list[float], stops
 
 def test_the_sampler_is_asked_and_told_in_the_order_of_the_numbers(tmp_path: Path) -> None:
     """A generation is asked once that before the last is over, from results up to that one."""
-    study = Prepared(tmp_path, [9.0, 3.0, 2.0, 1.0, 5.0, 4.0, 8.0, 7.0], generation=2, rungs=RUNGS | {"keep": 0.5})
+    study = Prepared(
+        tmp_path, [9.0, 3.0, 2.0, 1.0, 5.0, 4.0, 8.0, 7.0], generation=2, rungs=RUNGS | {"keep": 0.5}
+    )
     study.trainer.diverging = lambda cfg: cfg.lr == 0.014
     study.run()
     asked = [[("ask", 2 * g), ("ask", 2 * g + 1)] for g in range(4)]
@@ -363,13 +375,17 @@ def test_a_budget_of_flops_ends_the_study(tmp_path: Path, share: float, asked: i
     first.run()
     flops = first.search.spent(first.trials[0]).flops
     assert flops > 0
-    study = Prepared(tmp_path / "second", [1.0] * 20, generation=3, budget={"flops": share * 3 * flops}, rungs=None)
+    study = Prepared(
+        tmp_path / "second", [1.0] * 20, generation=3, budget={"flops": share * 3 * flops}, rungs=None
+    )
     study.run()
     assert len(study.trials) == asked and study.search.left() == 0
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.0, 50), (119.0, 50), (120.0, 0), (121.0, 0)])
-def test_minutes_count_from_the_start_of_this_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, left: int) -> None:
+def test_minutes_count_from_the_start_of_this_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, left: int
+) -> None:
     study = Prepared(tmp_path, [1.0], budget={"trials": 50, "minutes": 2.0}, rungs=None)
     monkeypatch.setattr(time, "monotonic", lambda: study.search.began + seconds)
     assert study.search.left() == left
@@ -389,10 +405,14 @@ def test_a_budget_without_trials_has_no_end_of_them(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_grid_ends_with_its_last_cell(tmp_path: Path, space: dict[str, Any], budget: int, asked: int) -> None:
+def test_a_grid_ends_with_its_last_cell(
+    tmp_path: Path, space: dict[str, Any], budget: int, asked: int
+) -> None:
     """Trial 0 is the base, beside the cells."""
     sampler = {"name": "grid", "generation": 3}
-    study = Prepared(tmp_path, [1.0] * 20, space=space, budget={"trials": budget}, sampler=sampler, rungs=None)
+    study = Prepared(
+        tmp_path, [1.0] * 20, space=space, budget={"trials": budget}, sampler=sampler, rungs=None
+    )
     study.run()
     assert len(study.trials) == asked and study.search.left() == 0
 
@@ -433,7 +453,11 @@ def test_a_task_names_the_run_completely(tmp_path: Path) -> None:
     study = Prepared(tmp_path / "s", [2.0, 1.0], threads=3)
     study.run()
     first, last = study.trainer.tasks[0], study.trainer.tasks[-1]
-    assert (first.preset, first.out, first.store) == ("baseline", tmp_path / "s" / "runs", tmp_path / "s" / "runs" / ".store")
+    assert (first.preset, first.out, first.store) == (
+        "baseline",
+        tmp_path / "s" / "runs",
+        tmp_path / "s" / "runs" / ".store",
+    )
     assert (first.threads, first.until, last.until) == (3, 4, 0)
     assert load("baseline", list(first.sets))[0] == study.search.base
 
@@ -454,7 +478,9 @@ def test_a_task_names_the_run_completely(tmp_path: Path) -> None:
         pytest.param({"state": "interrupted", "step": 4}, True, 6, True, id="a summary, but not done"),
     ],
 )
-def test_what_is_there_already_needs_no_worker(tmp_path: Path, status: dict[str, Any], summary: bool, until: int, asked: bool) -> None:
+def test_what_is_there_already_needs_no_worker(
+    tmp_path: Path, status: dict[str, Any], summary: bool, until: int, asked: bool
+) -> None:
     study = Prepared(tmp_path, [1.0])
     search = study.search
     search.ask()
@@ -500,7 +526,9 @@ def test_a_score_is_that_of_its_step_and_split(tmp_path: Path) -> None:
     write_rows(folder, [*rows, eval_row("dev", 6, 5.0)])
     assert search.scored(search.base, 4) == 2.0, "the last one, where a run was resumed"
     assert search.scored(search.base, 2) == 7.0
-    with pytest.raises(RunError, match=rf"{folder} has no score of dev at step 8; its metrics\.jsonl was changed"):
+    with pytest.raises(
+        RunError, match=rf"{folder} has no score of dev at step 8; its metrics\.jsonl was changed"
+    ):
         search.scored(search.base, 8)
 
 
@@ -546,7 +574,9 @@ def test_a_driver_that_begins_again_trains_nothing_twice(tmp_path: Path) -> None
     assert again.trials == first.trials
 
 
-def test_configs_of_trials_that_are_written_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_of_trials_that_are_written_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They take more memory than all else of a trial; a study may have a million. Before that each is made once."""
     study = Prepared(tmp_path, [3.0, 2.0, 1.0, 3.0, 2.0, 1.0], generation=3, rungs=RUNGS | {"keep": 0.4})
     made: list[dict[str, Any]] = []
@@ -674,7 +704,13 @@ def test_lost_steps_are_not_reused_by_a_trial_that_shares_the_run(tmp_path: Path
 
 def branched(folder: Path, scores: Sequence[float], keep: float = 0.5, **keys: Any) -> Prepared:
     """A branch scores twice what the trial does where the trial's number is odd."""
-    study = Prepared(folder, scores, fields=WSD, rungs={"at": [0.4], "keep": keep, "score": "branch", "branch": 0.5}, **keys)
+    study = Prepared(
+        folder,
+        scores,
+        fields=WSD,
+        rungs={"at": [0.4], "keep": keep, "score": "branch", "branch": 0.5},
+        **keys,
+    )
 
     def score(cfg: TrainConfig, step: int) -> float:
         number = study.search.owners[cfg.run_id]
@@ -696,7 +732,10 @@ def test_a_branch_scores_its_rung_and_the_trials_own_score_is_kept(tmp_path: Pat
 def test_a_branch_is_trained_behind_its_trial(tmp_path: Path) -> None:
     study = branched(tmp_path, [2.0, 1.0])
     study.run()
-    trained = [(cfg.lr, cfg.max_steps, task.until) for cfg, task in zip(study.trainer.trained, study.trainer.tasks, strict=True)]
+    trained = [
+        (cfg.lr, cfg.max_steps, task.until)
+        for cfg, task in zip(study.trainer.trained, study.trainer.tasks, strict=True)
+    ]
     rates = study.search.base.lr, 0.011
     assert trained[:4] == [(rates[0], 0, 4), (rates[0], 6, 0), (rates[1], 0, 4), (rates[1], 6, 0)]
     assert trained[4:] == [(rates[0], 0, 0)]
@@ -755,7 +794,9 @@ def test_a_trial_that_diverges_starts_no_branch(tmp_path: Path) -> None:
         pytest.param(1.0, 3, (16, 10, 6, 0, 0), id="lost steps are its owner's"),
     ],
 )
-def test_a_branch_that_two_trials_share_is_paid_for_once(tmp_path: Path, keep: float, wasted: int, expected: tuple[int, ...]) -> None:
+def test_a_branch_that_two_trials_share_is_paid_for_once(
+    tmp_path: Path, keep: float, wasted: int, expected: tuple[int, ...]
+) -> None:
     """They differ in where their fall begins alone, which is behind the rung in both."""
     values = {1: {"decay_frac": 0.2, "lr": 0.05}, 2: {"decay_frac": 0.5, "lr": 0.05}}
     study = branched(tmp_path, [2.0, 1.0, 1.0], keep=keep, values=values)
@@ -792,7 +833,15 @@ def test_the_best_are_so_at_their_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("state", "over"),
-    [("waiting", False), ("running", False), ("held", False), ("done", True), ("pruned", True), ("diverged", True), ("failed", True)],
+    [
+        ("waiting", False),
+        ("running", False),
+        ("held", False),
+        ("done", True),
+        ("pruned", True),
+        ("diverged", True),
+        ("failed", True),
+    ],
 )
 def test_which_states_are_the_end_of_a_trial(state: str, over: bool) -> None:
     assert Trial(1, {}, state=state).over is over
@@ -818,7 +867,9 @@ class Dry:
 GOOD = (0, json.dumps({"plan": {"train_tokens": 4321}}), "")
 
 
-def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: tuple[int, str, str]) -> tuple[Search, Dry]:
+def begin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: tuple[int, str, str]
+) -> tuple[Search, Dry]:
     dry = Dry(*answers)
     monkeypatch.setattr(subprocess, "run", dry)
     folder.mkdir(exist_ok=True)
@@ -830,7 +881,9 @@ def test_the_trainer_says_how_many_tokens_there_are(tmp_path: Path, monkeypatch:
     search, dry = begin(tmp_path, monkeypatch, GOOD)
     assert search.train_tokens == 4321
     sets = [part for text in sets_of(search.study, search.base) for part in ("--set", text)]
-    assert dry.commands == [[sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--dry-run", "--json"]]
+    assert dry.commands == [
+        [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--dry-run", "--json"]
+    ]
     written = json.loads((tmp_path / "tokens.json").read_text())
     assert written == {"train_tokens": 4321, "fingerprints": load_corpus(search.base).fingerprints}
     again, dry = begin(tmp_path, monkeypatch, (1, "", "error: not to be called"))
@@ -843,7 +896,9 @@ def test_other_titles_behind_a_study_are_refused(tmp_path: Path, monkeypatch: py
     data = json.loads(file.read_text())
     data["fingerprints"] = dict.fromkeys(data["fingerprints"], "0" * 64)
     file.write_text(json.dumps(data))
-    with pytest.raises(UsageError, match=r"^synthetic gives other titles now than when .* began; restore it, or .*--as NAME"):
+    with pytest.raises(
+        UsageError, match=r"^synthetic gives other titles now than when .* began; restore it, or .*--as NAME"
+    ):
         begin(tmp_path, monkeypatch, GOOD)
 
 
@@ -853,9 +908,17 @@ def test_other_titles_behind_a_study_are_refused(tmp_path: Path, monkeypatch: py
         pytest.param("", "is not JSON", id="empty"),
         pytest.param("[1]", "must be an object", id="a list"),
         pytest.param("{}", "lacks 'train_tokens'", id="without tokens"),
-        pytest.param('{"train_tokens": 0}', "has train_tokens = 0, but train_tokens must be a whole number", id="no tokens"),
+        pytest.param(
+            '{"train_tokens": 0}',
+            "has train_tokens = 0, but train_tokens must be a whole number",
+            id="no tokens",
+        ),
         pytest.param('{"train_tokens": "many"}', "has train_tokens = 'many'", id="a text"),
-        pytest.param('{"train_tokens": 9, "fingerprints": 5}', "has fingerprints = 5, but fingerprints must be an object", id="odd prints"),
+        pytest.param(
+            '{"train_tokens": 9, "fingerprints": 5}',
+            "has fingerprints = 5, but fingerprints must be an object",
+            id="odd prints",
+        ),
         pytest.param('{"train_tokens": 1281.0}', "has train_tokens = 1281.0", id="a fraction"),
         pytest.param('{"train_tokens": 128}', "has train_tokens = 128 ", id="less than a step takes"),
     ],
@@ -871,11 +934,15 @@ def test_damaged_tokens_are_named_with_their_file(tmp_path: Path, text: str, sai
 
 def test_just_enough_tokens_for_a_step_will_do(tmp_path: Path) -> None:
     (tmp_path / "tokens.json").write_text('{"train_tokens": 129}')
-    assert Search(make_study(), tmp_path, Trainer(lambda cfg, step: 1.0), str, lambda: None).train_tokens == 129
+    assert (
+        Search(make_study(), tmp_path, Trainer(lambda cfg, step: 1.0), str, lambda: None).train_tokens == 129
+    )
 
 
 @pytest.mark.parametrize(("signal", "deaths"), [(1, 1), (9, 3), (15, 19)])
-def test_a_dry_run_that_is_killed_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: int, deaths: int) -> None:
+def test_a_dry_run_that_is_killed_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: int, deaths: int
+) -> None:
     search, dry = begin(tmp_path, monkeypatch, *[(-signal, "", "")] * deaths, GOOD)
     assert search.train_tokens == 4321 and len(dry.commands) == deaths + 1
 
@@ -883,15 +950,50 @@ def test_a_dry_run_that_is_killed_is_begun_again(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("answer", "kind", "message", "calls"),
     [
-        pytest.param((-9, "", ""), MainrunError, "the base of the study cannot be trained: it said nothing", 20, id="always killed"),
-        pytest.param((75, "", "warning: x\ninterrupted: no space left\n"), Interrupted, "no space left", 1, id="a full disk"),
-        pytest.param((2, "", "x\nerror: no corpus"), UsageError, "the base of the study cannot be trained: no corpus", 1, id="usage"),
-        pytest.param((1, "", "error: odd"), MainrunError, "the base of the study cannot be trained: odd", 1, id="a crash"),
-        pytest.param((1, "", " \n"), MainrunError, "the base of the study cannot be trained: it said nothing", 1, id="no word"),
+        pytest.param(
+            (-9, "", ""),
+            MainrunError,
+            "the base of the study cannot be trained: it said nothing",
+            20,
+            id="always killed",
+        ),
+        pytest.param(
+            (75, "", "warning: x\ninterrupted: no space left\n"),
+            Interrupted,
+            "no space left",
+            1,
+            id="a full disk",
+        ),
+        pytest.param(
+            (2, "", "x\nerror: no corpus"),
+            UsageError,
+            "the base of the study cannot be trained: no corpus",
+            1,
+            id="usage",
+        ),
+        pytest.param(
+            (1, "", "error: odd"),
+            MainrunError,
+            "the base of the study cannot be trained: odd",
+            1,
+            id="a crash",
+        ),
+        pytest.param(
+            (1, "", " \n"),
+            MainrunError,
+            "the base of the study cannot be trained: it said nothing",
+            1,
+            id="no word",
+        ),
     ],
 )
 def test_a_base_that_cannot_be_trained_ends_the_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: tuple[int, str, str], kind: type[MainrunError], message: str, calls: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: tuple[int, str, str],
+    kind: type[MainrunError],
+    message: str,
+    calls: int,
 ) -> None:
     dry = Dry(answer)
     monkeypatch.setattr(subprocess, "run", dry)

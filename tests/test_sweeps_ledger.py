@@ -18,7 +18,9 @@ from sweeps.ledger import Ledger, spent, total
 def spend(folder: Path, rows: list[dict[str, Any]], wasted: int | None = None, **fields: Any) -> Ledger:
     write_rows(folder, rows)
     if wasted is not None:
-        (folder / "env.json").write_text(json.dumps({"carried": {"checkpoint": 1, "wasted": wasted, "resumed": 1}}))
+        (folder / "env.json").write_text(
+            json.dumps({"carried": {"checkpoint": 1, "wasted": wasted, "resumed": 1}})
+        )
     return spent(RunDir(folder), make_study(fields).base())
 
 
@@ -36,16 +38,35 @@ def every(count: int, reused: int = 0, pace: int = 1) -> list[dict[str, Any]]:
         pytest.param(every(10), None, (10, 10, 0, 0, 1280, 5.0), id="all trained"),
         pytest.param(every(10, reused=4), None, (10, 6, 4, 0, 768, 3.0), id="four from the store"),
         pytest.param(every(10, reused=10), None, (10, 0, 10, 0, 0, 0.0), id="all from the store"),
-        pytest.param([*every(4), eval_row("dev", 4, 2.0), step_row(5)], None, (5, 5, 0, 0, 640, 2.5), id="evaluations between"),
-        pytest.param(every(10, pace=5), None, (10, 10, 0, 0, 1280, 1.0), id="a row stands for the steps since the last"),
-        pytest.param(every(12, reused=8, pace=4), None, (12, 4, 8, 0, 512, 0.5), id="rows four steps apart, some reused"),
+        pytest.param(
+            [*every(4), eval_row("dev", 4, 2.0), step_row(5)],
+            None,
+            (5, 5, 0, 0, 640, 2.5),
+            id="evaluations between",
+        ),
+        pytest.param(
+            every(10, pace=5), None, (10, 10, 0, 0, 1280, 1.0), id="a row stands for the steps since the last"
+        ),
+        pytest.param(
+            every(12, reused=8, pace=4),
+            None,
+            (12, 4, 8, 0, 512, 0.5),
+            id="rows four steps apart, some reused",
+        ),
         pytest.param(every(10), 3, (13, 13, 0, 3, 1280 + 384, 5.0), id="steps that were lost with a worker"),
         pytest.param(every(10, reused=4), 3, (13, 9, 4, 3, 768 + 384, 3.0), id="lost steps and reused ones"),
         pytest.param(every(10), 0, (10, 10, 0, 0, 1280, 5.0), id="resumed, and nothing lost"),
-        pytest.param([step_row(2, 100), step_row(3, 1000)], 2, (5, 5, 0, 2, 1000 + 2 * 1000 // 3, 1.0), id="steps of two sizes"),
+        pytest.param(
+            [step_row(2, 100), step_row(3, 1000)],
+            2,
+            (5, 5, 0, 2, 1000 + 2 * 1000 // 3, 1.0),
+            id="steps of two sizes",
+        ),
     ],
 )
-def test_the_rows_of_a_run_say_what_it_cost(tmp_path: Path, rows: list[Any], wasted: int | None, expected: tuple[float, ...]) -> None:
+def test_the_rows_of_a_run_say_what_it_cost(
+    tmp_path: Path, rows: list[Any], wasted: int | None, expected: tuple[float, ...]
+) -> None:
     """Asked, trained, reused and wasted steps; tokens and seconds that were trained."""
     found = spend(tmp_path, rows, wasted)
     assert (found.asked, found.trained, found.reused, found.wasted, found.tokens, found.seconds) == expected

@@ -33,7 +33,9 @@ def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any)
 
 
 @pytest.mark.parametrize(
-    ("seed", "number", "expected"), [(0, 1, 1639893669), (0, 2, 929522719), (1, 1, 2774215632), (7, 100, 2986614715)], ids=str
+    ("seed", "number", "expected"),
+    [(0, 1, 1639893669), (0, 2, 929522719), (1, 1, 2774215632), (7, 100, 2986614715)],
+    ids=str,
 )
 def test_the_seed_of_a_trial_is_for_ever(seed: int, number: int, expected: int) -> None:
     """A study that goes on with another version asks for the same trials."""
@@ -168,7 +170,9 @@ def test_a_sequence_has_one_seed_and_every_trial_its_place_in_it() -> None:
         ("random", "RandomSampler", {"seed": True}),
     ],
 )
-def test_the_settings_of_a_study_reach_its_sampler(monkeypatch: pytest.MonkeyPatch, name: str, made: str, expected: dict[str, Any]) -> None:
+def test_the_settings_of_a_study_reach_its_sampler(
+    monkeypatch: pytest.MonkeyPatch, name: str, made: str, expected: dict[str, Any]
+) -> None:
     """True: the seed of the trial. A conditional space needs TPE's groups."""
     asker = make(name, MIXED, seed=9, startup=3)
     seen: list[dict[str, Any]] = []
@@ -181,7 +185,9 @@ def test_the_settings_of_a_study_reach_its_sampler(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(optuna.samplers, made, make_sampler)
     asker._sampler(5)
     own = seed_of(asker.study, 5)
-    assert seen == [{key: own if value is True and key == "seed" else value for key, value in expected.items()}]
+    assert seen == [
+        {key: own if value is True and key == "seed" else value for key, value in expected.items()}
+    ]
 
 
 def test_a_space_without_conditions_needs_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +217,9 @@ def test_the_sampler_learns_after_its_startup() -> None:
 # -- what is told
 
 
-def told(*results: tuple[Mapping[int, float], bool]) -> list[tuple[TrialState, float | None, dict[int, float]]]:
+def told(
+    *results: tuple[Mapping[int, float], bool],
+) -> list[tuple[TrialState, float | None, dict[int, float]]]:
     """What the sampler knows of trials 1, 2, ... with these scores by rung."""
     asker = make("tpe")
     for number in range(len(results) + 1):
@@ -229,15 +237,35 @@ DONE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
     ("results", "known"),
     [
         pytest.param([({0: 2.0}, True)], [(DONE, 2.0, {0: 2.0})], id="done"),
-        pytest.param([({0: 4.0, 1: 2.0}, True)], [(DONE, 2.0, {0: 4.0, 1: 2.0})], id="done after a rung: the end counts"),
+        pytest.param(
+            [({0: 4.0, 1: 2.0}, True)],
+            [(DONE, 2.0, {0: 4.0, 1: 2.0})],
+            id="done after a rung: the end counts",
+        ),
         pytest.param([({1: 2.0, 0: 4.0}, True)], [(DONE, 2.0, {0: 4.0, 1: 2.0})], id="in no order"),
         pytest.param([({0: 4.0}, False)], [(PRUNED, 4.0, {0: 4.0})], id="pruned"),
-        pytest.param([({0: 4.0, 1: 5.0}, False)], [(PRUNED, 5.0, {0: 4.0, 1: 5.0})], id="pruned at the second rung"),
-        pytest.param([({}, False)], [(DONE, 4.5, {})], id="diverged: half as bad again as the worst, the base"),
-        pytest.param([({0: 8.0}, True), ({}, False)], [(DONE, 8.0, {0: 8.0}), (DONE, 12.0, {})], id="worse than the worst"),
-        pytest.param([({0: 1.0}, True), ({}, False)], [(DONE, 1.0, {0: 1.0}), (DONE, 4.5, {})], id="the worst stays"),
-        pytest.param([({0: 8.0, 1: 1.0}, True), ({}, False)], [(DONE, 1.0, {0: 8.0, 1: 1.0}), (DONE, 12.0, {})], id="at any rung"),
-        pytest.param([({}, False), ({0: 8.0}, True)], [(DONE, 4.5, {}), (DONE, 8.0, {0: 8.0})], id="the worst so far"),
+        pytest.param(
+            [({0: 4.0, 1: 5.0}, False)], [(PRUNED, 5.0, {0: 4.0, 1: 5.0})], id="pruned at the second rung"
+        ),
+        pytest.param(
+            [({}, False)], [(DONE, 4.5, {})], id="diverged: half as bad again as the worst, the base"
+        ),
+        pytest.param(
+            [({0: 8.0}, True), ({}, False)],
+            [(DONE, 8.0, {0: 8.0}), (DONE, 12.0, {})],
+            id="worse than the worst",
+        ),
+        pytest.param(
+            [({0: 1.0}, True), ({}, False)], [(DONE, 1.0, {0: 1.0}), (DONE, 4.5, {})], id="the worst stays"
+        ),
+        pytest.param(
+            [({0: 8.0, 1: 1.0}, True), ({}, False)],
+            [(DONE, 1.0, {0: 8.0, 1: 1.0}), (DONE, 12.0, {})],
+            id="at any rung",
+        ),
+        pytest.param(
+            [({}, False), ({0: 8.0}, True)], [(DONE, 4.5, {}), (DONE, 8.0, {0: 8.0})], id="the worst so far"
+        ),
     ],
 )
 def test_the_sampler_hears_how_every_trial_ended(results: list[Any], known: list[Any]) -> None:

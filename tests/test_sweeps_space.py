@@ -30,7 +30,9 @@ def parameter(data: dict[str, Any]) -> Range | Choice:
 
 
 def wrong(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
-    return list(faults({name: parameter(data) for name, data in space.items()}, base(optimizer="adamw", **fields)))
+    return list(
+        faults({name: parameter(data) for name, data in space.items()}, base(optimizer="adamw", **fields))
+    )
 
 
 # -- what must be held still
@@ -66,7 +68,9 @@ def test_nothing_else_is_held_still() -> None:
     assert len(NEVER) == 15
 
 
-@pytest.mark.parametrize("name", ["log_every", "eval_per_epoch", "eval_interval", "checkpoint_every", "preset"])
+@pytest.mark.parametrize(
+    "name", ["log_every", "eval_per_epoch", "eval_interval", "checkpoint_every", "preset"]
+)
 def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None:
     assert wrong({name: {"values": [1, 2]}}) == [f"space.{name} changes nothing that is trained; remove it."]
 
@@ -83,14 +87,22 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         pytest.param({"timescale": {"low": 1.0, "high": 2.0}}, [], id="a derived one"),
         pytest.param(
             {"dropuot": LR},
-            ["space.dropuot is no config field (did you mean 'dropout'?); `mainrun presets --fields` lists them."],
+            [
+                "space.dropuot is no config field (did you mean 'dropout'?); `mainrun presets --fields` lists them."
+            ],
             id="misspelt",
         ),
-        pytest.param({"timescales": LR}, ["space.timescales is no config field (did you mean 'timescale'?)"], id="a derived one, misspelt"),
+        pytest.param(
+            {"timescales": LR},
+            ["space.timescales is no config field (did you mean 'timescale'?)"],
+            id="a derived one, misspelt",
+        ),
         pytest.param({"qqqq": LR}, ["space.qqqq is no config field; `mainrun"], id="like no field"),
         pytest.param({"lr.high": LR}, ["space.lr.high is no config field"], id="a path below a plain field"),
         pytest.param(
-            {"growth": {"values": [1, 2]}}, ["space.growth: name what of the schedule, like growth.ops.0.trigger."], id="growth whole"
+            {"growth": {"values": [1, 2]}},
+            ["space.growth: name what of the schedule, like growth.ops.0.trigger."],
+            id="growth whole",
         ),
         pytest.param(
             {"timescale": {"low": 1.0, "high": 2.0}, "weight_decay": {"low": 0.1, "high": 0.2}},
@@ -100,7 +112,11 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         # choices
         pytest.param({"dropout": {"values": [0.1, 0.2]}}, [], id="values"),
         pytest.param({"dropout": {"values": [0.1]}}, [], id="one value"),
-        pytest.param({"dropout": {"values": []}}, ["space.dropout.values is empty; write at least two values."], id="no values"),
+        pytest.param(
+            {"dropout": {"values": []}},
+            ["space.dropout.values is empty; write at least two values."],
+            id="no values",
+        ),
         pytest.param(
             {"dropout": {"values": [0.1, 0.2, 0.1]}},
             ["space.dropout.values=[0.1, 0.2, 0.1] has one of them twice; keep each once."],
@@ -110,32 +126,54 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         pytest.param({"bias": {"values": [True, False]}}, [], id="true or false"),
         pytest.param({"optimizer": OPTIMIZERS}, [], id="texts"),
         pytest.param(
-            {"dropout": {"values": [0.1, None]}}, ["space.dropout.values holds None; write numbers, texts, true or false."], id="none"
+            {"dropout": {"values": [0.1, None]}},
+            ["space.dropout.values holds None; write numbers, texts, true or false."],
+            id="none",
         ),
-        pytest.param({"dropout": {"values": [[1], 0.1]}}, ["space.dropout.values holds [1]; write numbers"], id="a list"),
+        pytest.param(
+            {"dropout": {"values": [[1], 0.1]}},
+            ["space.dropout.values holds [1]; write numbers"],
+            id="a list",
+        ),
         pytest.param(
             {"dropout": {"values": [0.1, 7.0, 8.0]}},
             ["space.dropout: 7.0 is no value of it: dropout=7.0"],
             id="the first that no config takes",
         ),
         pytest.param(
-            {"optimizer": {"values": ["adamw", "adam"]}}, ["space.optimizer: 'adam' is no value of it"], id="a text that no config takes"
+            {"optimizer": {"values": ["adamw", "adam"]}},
+            ["space.optimizer: 'adam' is no value of it"],
+            id="a text that no config takes",
         ),
         # ranges
         pytest.param({"dropout": {"low": 0.0, "high": 0.9}}, [], id="a range"),
         pytest.param(
-            {"dropout": {"low": 0.0, "high": 1.0}}, ["space.dropout: 1.0 is no value of it: dropout=1.0"], id="high that no config takes"
+            {"dropout": {"low": 0.0, "high": 1.0}},
+            ["space.dropout: 1.0 is no value of it: dropout=1.0"],
+            id="high that no config takes",
         ),
-        pytest.param({"dropout": {"low": -0.5, "high": 0.5}}, ["space.dropout: -0.5 is no value of it"], id="low that no config takes"),
-        pytest.param({"lr": {"low": 0.2, "high": 0.1}}, ["space.lr: low=0.2 > high=0.1; swap them."], id="swapped"),
+        pytest.param(
+            {"dropout": {"low": -0.5, "high": 0.5}},
+            ["space.dropout: -0.5 is no value of it"],
+            id="low that no config takes",
+        ),
+        pytest.param(
+            {"lr": {"low": 0.2, "high": 0.1}}, ["space.lr: low=0.2 > high=0.1; swap them."], id="swapped"
+        ),
         pytest.param(
             {"lr": {"low": 0.1, "high": 0.1}},
             ["space.lr: low and high are both 0.1, there is nothing to search; write it under [set]."],
             id="a point",
         ),
-        pytest.param({"lr": {"low": math.nan, "high": 0.1}}, ["space.lr: low=nan high=0.1 are no numbers; write finite ones."], id="NaN"),
         pytest.param(
-            {"lr": {"low": 0.1, "high": math.inf}}, ["space.lr: low=0.1 high=inf are no numbers; write finite ones."], id="infinite"
+            {"lr": {"low": math.nan, "high": 0.1}},
+            ["space.lr: low=nan high=0.1 are no numbers; write finite ones."],
+            id="NaN",
+        ),
+        pytest.param(
+            {"lr": {"low": 0.1, "high": math.inf}},
+            ["space.lr: low=0.1 high=inf are no numbers; write finite ones."],
+            id="infinite",
         ),
         pytest.param({"lr": {"low": 1e-3, "high": 0.1, "log": True}}, [], id="by its logarithm"),
         pytest.param(
@@ -152,19 +190,27 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         pytest.param({"dropout": {"low": 0.0, "high": 0.4, "step": 0.4}}, [], id="one step"),
         pytest.param(
             {"dropout": {"low": 0.0, "high": 0.4, "step": 0.5}},
-            ["space.dropout: step=0.5 is wider than from low=0 to high=0.4; write a smaller step, or values."],
+            [
+                "space.dropout: step=0.5 is wider than from low=0 to high=0.4; write a smaller step, or values."
+            ],
             id="a step that is too wide",
         ),
         pytest.param(
             {"dropout": {"low": 0.2, "high": 0.4, "step": 0.5}},
-            ["space.dropout: step=0.5 is wider than from low=0.2 to high=0.4; write a smaller step, or values."],
+            [
+                "space.dropout: step=0.5 is wider than from low=0.2 to high=0.4; write a smaller step, or values."
+            ],
             id="a step wider than a range above 0",
         ),
         pytest.param(
-            {"dropout": {"low": 0.0, "high": 0.4, "step": 0.0}}, ["space.dropout: step=0; write a step above 0, and no log."], id="step 0"
+            {"dropout": {"low": 0.0, "high": 0.4, "step": 0.0}},
+            ["space.dropout: step=0; write a step above 0, and no log."],
+            id="step 0",
         ),
         pytest.param(
-            {"dropout": {"low": 0.0, "high": 0.4, "step": -0.1}}, ["space.dropout: step=-0.1; write a step above 0"], id="a negative step"
+            {"dropout": {"low": 0.0, "high": 0.4, "step": -0.1}},
+            ["space.dropout: step=-0.1; write a step above 0"],
+            id="a negative step",
         ),
         pytest.param(
             {"lr": {"low": 0.1, "high": 0.4, "step": 0.1, "log": True}},
@@ -176,13 +222,27 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
             ["space.lr: step=0.5 with log=true"],
             id="a wide step of a logarithm",
         ),
-        pytest.param({"lr": {"low": 0.4, "high": 0.1, "step": 0.5}}, ["space.lr: low=0.4 > high=0.1"], id="a step of a swapped range"),
+        pytest.param(
+            {"lr": {"low": 0.4, "high": 0.1, "step": 0.5}},
+            ["space.lr: low=0.4 > high=0.1"],
+            id="a step of a swapped range",
+        ),
         # times
         pytest.param({"timescale": {"values": [0.5, 2]}}, [], id="times"),
-        pytest.param({"timescale": {"values": [0.0, 1.0]}}, ["space.timescale is a time; its values must be above 0."], id="no time"),
-        pytest.param({"timescale": {"values": [1.0, -1.0]}}, ["space.timescale is a time"], id="a negative time"),
-        pytest.param({"timescale": {"values": [1.0, "a"]}}, ["space.timescale is a time"], id="a text for a time"),
-        pytest.param({"timescale": {"low": 0.0, "high": 1.0}}, ["space.timescale is a time"], id="times from 0 on"),
+        pytest.param(
+            {"timescale": {"values": [0.0, 1.0]}},
+            ["space.timescale is a time; its values must be above 0."],
+            id="no time",
+        ),
+        pytest.param(
+            {"timescale": {"values": [1.0, -1.0]}}, ["space.timescale is a time"], id="a negative time"
+        ),
+        pytest.param(
+            {"timescale": {"values": [1.0, "a"]}}, ["space.timescale is a time"], id="a text for a time"
+        ),
+        pytest.param(
+            {"timescale": {"low": 0.0, "high": 1.0}}, ["space.timescale is a time"], id="times from 0 on"
+        ),
     ],
 )
 def test_what_is_wrong_with_a_space(space: dict[str, Any], said: list[str]) -> None:
@@ -239,21 +299,47 @@ def test_a_schedule_that_does_not_go_with_a_value_is_left_to_the_trials() -> Non
         pytest.param(
             {"optimizer": ["sgd"]},
             {},
-            ["optimizer is 'adamw' in every trial, never one of ['sgd']; search it too, or remove space.momentum."],
+            [
+                "optimizer is 'adamw' in every trial, never one of ['sgd']; search it too, or remove space.momentum."
+            ],
             id="never in the base",
         ),
         pytest.param(
-            {"optimizre": ["sgd"]}, {}, ["optimizre is no config field (did you mean 'optimizer'?); name one that is."], id="misspelt"
+            {"optimizre": ["sgd"]},
+            {},
+            ["optimizre is no config field (did you mean 'optimizer'?); name one that is."],
+            id="misspelt",
         ),
         pytest.param(
-            {"optimizer": ["muon"]}, {"optimizer": OPTIMIZERS}, ["optimizer is never 'muon'; its values: ['adamw', 'sgd']."], id="never"
+            {"optimizer": ["muon"]},
+            {"optimizer": OPTIMIZERS},
+            ["optimizer is never 'muon'; its values: ['adamw', 'sgd']."],
+            id="never",
         ),
-        pytest.param({"optimizer": ["sgd", "muon"]}, {"optimizer": OPTIMIZERS}, ["optimizer is never 'muon'"], id="one of two never"),
-        pytest.param({"optimizer": ["muon", "lion"]}, {"optimizer": OPTIMIZERS}, ["optimizer is never 'muon'"], id="two never"),
         pytest.param(
-            {"optimizer": []}, {"optimizer": OPTIMIZERS}, ["optimizer has no value for which it holds; list at least one."], id="no value"
+            {"optimizer": ["sgd", "muon"]},
+            {"optimizer": OPTIMIZERS},
+            ["optimizer is never 'muon'"],
+            id="one of two never",
         ),
-        pytest.param({"lr": [0.01]}, {"lr": LR}, ["lr is a range; a condition needs a parameter with values."], id="a range"),
+        pytest.param(
+            {"optimizer": ["muon", "lion"]},
+            {"optimizer": OPTIMIZERS},
+            ["optimizer is never 'muon'"],
+            id="two never",
+        ),
+        pytest.param(
+            {"optimizer": []},
+            {"optimizer": OPTIMIZERS},
+            ["optimizer has no value for which it holds; list at least one."],
+            id="no value",
+        ),
+        pytest.param(
+            {"lr": [0.01]},
+            {"lr": LR},
+            ["lr is a range; a condition needs a parameter with values."],
+            id="a range",
+        ),
         pytest.param(
             {"optimizer": ["sgd"]},
             {"optimizer": OPTIMIZERS | {"when": {"bias": [True]}}, "bias": {"values": [True, False]}},
@@ -268,7 +354,9 @@ def test_a_schedule_that_does_not_go_with_a_value_is_left_to_the_trials() -> Non
         ),
     ],
 )
-def test_what_is_wrong_with_a_condition(when: dict[str, list[Any]], more: dict[str, Any], said: list[str]) -> None:
+def test_what_is_wrong_with_a_condition(
+    when: dict[str, list[Any]], more: dict[str, Any], said: list[str]
+) -> None:
     found = wrong({"momentum": {"low": 0.1, "high": 0.9, "when": when}} | more)
     assert len(found) == len(said), found
     for text, part in zip(found, said, strict=True):
@@ -313,7 +401,10 @@ def test_the_parameters_whose_conditions_hold(values: dict[str, Any], names: set
         ("growth.ops.-1.value", "the preset's schedule has no '-1' in ops; there: 0..1"),
         ("growth.op.0", "the preset's schedule has no 'op' in growth; there: "),
         ("growth.ops.0.value.more", "the preset's schedule has no 'more' in ops.0.value; there: nothing"),
-        ("growth.ops.0.trigger.step", "the preset's schedule has no 'step' in ops.0.trigger; there: budget_frac"),
+        (
+            "growth.ops.0.trigger.step",
+            "the preset's schedule has no 'step' in ops.0.trigger; there: budget_frac",
+        ),
     ],
 )
 def test_a_path_leads_to_something_in_the_schedule(name: str, said: str) -> None:
@@ -325,7 +416,9 @@ def test_a_path_leads_to_something_in_the_schedule(name: str, said: str) -> None
 
 def test_a_path_into_no_schedule_says_what_there_is() -> None:
     (text,) = wrong({"growth.ops.0.value": {"low": 0.01, "high": 0.02}})
-    assert text.startswith("space.growth.ops.0.value: the preset's schedule has no '0' in ops; there: nothing")
+    assert text.startswith(
+        "space.growth.ops.0.value: the preset's schedule has no '0' in ops; there: nothing"
+    )
 
 
 def test_a_value_that_the_schedule_does_not_take_is_named() -> None:
@@ -342,7 +435,15 @@ def test_known_fields_are_those_of_the_config_and_the_derived_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"lr": 0.05}, {"lr": 0.05, "optimizer": "sgd", "momentum": 0.5}, {"frozen": [0]}, {"attn_dropout": 0.2}], ids=str
+    "values",
+    [
+        {},
+        {"lr": 0.05},
+        {"lr": 0.05, "optimizer": "sgd", "momentum": 0.5},
+        {"frozen": [0]},
+        {"attn_dropout": 0.2},
+    ],
+    ids=str,
 )
 def test_a_config_from_its_values(values: dict[str, Any]) -> None:
     """All other fields stay, the preset too."""

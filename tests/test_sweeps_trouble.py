@@ -35,13 +35,18 @@ def quiet(text: str) -> None:
 
 def test_titles_that_change_behind_a_study_are_refused(tmp_path: Path) -> None:
     """Its next trials would be of other data than those that are over."""
-    titles, how = tmp_path / "titles.txt", SET | {"corpus": f"file:{tmp_path / 'titles.txt'}", "vocab_size": 300}
+    titles, how = (
+        tmp_path / "titles.txt",
+        SET | {"corpus": f"file:{tmp_path / 'titles.txt'}", "vocab_size": 300},
+    )
     lines = [f"Title number {i} of many" for i in range(300)]
     titles.write_text("\n".join(lines))
     first = Search(made(set=how), tmp_path, AtOnce(1), quiet, lambda: None).train_tokens
     assert Search(made(set=how), tmp_path, AtOnce(1), quiet, lambda: None).train_tokens == first
     titles.write_text("\n".join([*lines[:-1], "Another one"]))
-    with pytest.raises(UsageError, match=r"gives other titles now than when .* began; restore it, or .* with --as NAME"):
+    with pytest.raises(
+        UsageError, match=r"gives other titles now than when .* began; restore it, or .* with --as NAME"
+    ):
         Search(made(set=how), tmp_path, AtOnce(1), quiet, lambda: None)
 
 
@@ -54,7 +59,9 @@ def refused(folder: Path, **changes: Any) -> str:
     return str(e.value)
 
 
-def test_a_database_that_is_locked_is_waited_for_and_then_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_locked_is_waited_for_and_then_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notes: list[str] = []
     Record(made(), tmp_path, quiet)
     other = sqlite3.connect(tmp_path / "study.db", check_same_thread=False)
@@ -79,9 +86,13 @@ def test_a_file_that_is_no_database_of_studies_is_refused_untouched(tmp_path: Pa
     with sqlite3.connect(file) as other:
         other.execute("create table invoices (id int)")
     before = file.read_bytes()
-    assert "is a database of something else (tables invoices); make a new one" in refused(tmp_path, storage=url)
+    assert "is a database of something else (tables invoices); make a new one" in refused(
+        tmp_path, storage=url
+    )
     assert file.read_bytes() == before
-    assert "unable to open database file" in refused(tmp_path, storage=f"sqlite:///{tmp_path / 'no' / 'x.db'}")
+    assert "unable to open database file" in refused(
+        tmp_path, storage=f"sqlite:///{tmp_path / 'no' / 'x.db'}"
+    )
 
 
 @pytest.mark.parametrize("kept", range(14))
@@ -89,7 +100,10 @@ def test_a_database_whose_creation_was_killed_is_completed(tmp_path: Path, kept:
     """Optuna creates its tables one after the other, each for good, and writes their version last."""
     Record(made(), tmp_path, quiet)
     with sqlite3.connect(tmp_path / "study.db") as other:
-        names = [name for (name,) in other.execute("select name from sqlite_master where type = 'table' order by rowid")]
+        names = [
+            name
+            for (name,) in other.execute("select name from sqlite_master where type = 'table' order by rowid")
+        ]
         assert len(names) == 13 and names[-1] == "alembic_version"
         for name in names[kept:]:
             other.execute(f"drop table {name}")
@@ -147,7 +161,10 @@ def test_a_database_with_edited_rows_ends_with_one_message(tmp_path: Path, state
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("mysql://me\x3asecret@host/x", "storage='mysql://me@host/x' is not allowed; write sqlite:///FILE or postgresql://"),
+        (
+            "mysql://me\x3asecret@host/x",
+            "storage='mysql://me@host/x' is not allowed; write sqlite:///FILE or postgresql://",
+        ),
         *(
             (f"sqlite:///{memory}", "is in memory, and would be lost; write sqlite:///FILE")
             for memory in ("", ":memory:", "file::memory:?uri=true")
@@ -174,7 +191,10 @@ def test_the_command_that_goes_on_holds_no_password(option: str) -> None:
     ("url", "plain"),
     [
         ("postgresql://me\x3as%40cret@host:5432/x", "postgresql://me@host:5432/x"),
-        ("postgresql+psycopg://me@host/x?password=s&sslmode=require", "postgresql+psycopg://me@host/x?sslmode=require"),
+        (
+            "postgresql+psycopg://me@host/x?password=s&sslmode=require",
+            "postgresql+psycopg://me@host/x?sslmode=require",
+        ),
         ("postgresql:///x?host=/run&password=s", "postgresql:///x?host=/run"),
         ("postgresql://host:5432/x", "postgresql://host:5432/x"),
         ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
@@ -197,7 +217,10 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert found.exit_code == 2 and "choose a writable folder with --out" in found.stderr
     place = tmp_path / "ro"
     place.mkdir()
-    with mounted(place, "-t", "tmpfs", "-o", "ro", "tmpfs"), pytest.raises(RunError, match="Read-only file system; choose"):
+    with (
+        mounted(place, "-t", "tmpfs", "-o", "ro", "tmpfs"),
+        pytest.raises(RunError, match="Read-only file system; choose"),
+    ):
         owned(place / "x", made()).__enter__()
 
 
@@ -208,7 +231,10 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
     with mounted(place, "-t", "tmpfs", "-o", "size=400k", "tmpfs"):
         Record(made(), place, quiet)
         fill(place / "ballast")
-        with pytest.raises(DiskFull, match=r"no space left to write .*study.db.*start the same command again, nothing is lost"):
+        with pytest.raises(
+            DiskFull,
+            match=r"no space left to write .*study.db.*start the same command again, nothing is lost",
+        ):
             searched(place, AtOnce(1))
         with pytest.raises(DiskFull, match="no space left to write"), owned(place / "x", made()):
             begin(place / "x", made(), "mainrun sweep tiny")
@@ -227,7 +253,10 @@ def test_a_full_disk_stops_a_worker_and_its_trial_has_not_failed(tmp_path: Path)
     place, cfg = tmp_path / "small", made().base()
     place.mkdir()
     task = Task("baseline", tuple(sets_of(made(), cfg)), place / "runs", place / "store", 0)
-    with mounted(place, "-t", "tmpfs", "-o", "size=100k", "tmpfs"), pytest.raises(DiskFull, match="no space left to write"):
+    with (
+        mounted(place, "-t", "tmpfs", "-o", "size=100k", "tmpfs"),
+        pytest.raises(DiskFull, match="no space left to write"),
+    ):
         Local(1, 1).train(task)
 
 
@@ -244,7 +273,10 @@ def test_a_larger_budget_later_changes_no_trial_that_is_over(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="has 15 trials, the budget has 9; it may only grow"):
         searched(tmp_path / "a", AtOnce(1), budget={"trials": 7})
     plain = searched(tmp_path / "c", AtOnce(1), budget={"trials": 7}, rungs=None)
-    assert len(plain.trials) == 7 and told(plain) == told(searched(tmp_path / "c", AtOnce(1), budget={"trials": 11}, rungs=None))[:7]
+    assert (
+        len(plain.trials) == 7
+        and told(plain) == told(searched(tmp_path / "c", AtOnce(1), budget={"trials": 11}, rungs=None))[:7]
+    )
 
 
 # -- Ctrl-C, and the ledger
@@ -257,7 +289,13 @@ def test_ctrl_c_ends_the_workers_and_the_ledger_is_the_sum_of_the_runs(tmp_path:
     space = {"lr": {"values": [0.01, 1000.0]}, "optimizer": {"values": ["adamw", "sgd"]}}
     how = {"sampler": {"name": "random", "seed": 1, "generation": 3}, "budget": {"trials": 6}}
     line = command(
-        write(tmp_path, space=space, set=SET | {"clip": 0.0}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1}, **how),
+        write(
+            tmp_path,
+            space=space,
+            set=SET | {"clip": 0.0},
+            evidence={"noise_seeds": 2, "seeds": 2, "best": 1},
+            **how,
+        ),
         tmp_path / "out",
         2,
     )
@@ -265,26 +303,54 @@ def test_ctrl_c_ends_the_workers_and_the_ledger_is_the_sum_of_the_runs(tmp_path:
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while len(list(runs.glob("*/metrics.jsonl"))) < 2 and process.poll() is None:
         time.sleep(0.1)
-    workers = [int(child) for task in Path(f"/proc/{process.pid}/task").glob("*/children") for child in task.read_text().split()]
+    workers = [
+        int(child)
+        for task in Path(f"/proc/{process.pid}/task").glob("*/children")
+        for child in task.read_text().split()
+    ]
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert process.returncode == 75 and workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert said.splitlines()[-1].startswith("interrupted: stopped; what was trained is saved, nothing is lost: `mainrun sweep")
+    assert (
+        process.returncode == 75
+        and workers
+        and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    )
+    assert said.splitlines()[-1].startswith(
+        "interrupted: stopped; what was trained is saved, nothing is lost: `mainrun sweep"
+    )
     assert said.count("Traceback") == 0 and str(tmp_path / "out") in said.splitlines()[-1]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "tiny" / "export.json").read_text())
     trials, ledger = found["trials"], found["ledger"]
-    assert {t["state"] for t in trials} >= {"done", "diverged"} and len({t["run"] for t in trials}) < len(trials)
+    assert {t["state"] for t in trials} >= {"done", "diverged"} and len({t["run"] for t in trials}) < len(
+        trials
+    )
     parts = [*trials, *found["evidence"]["runs"]]
     assert {part.get("kind", "trial") for part in parts} == {"trial", "noise", "confirmation"}
     for key in Ledger.__dataclass_fields__:
         assert ledger[key] == pytest.approx(sum(part[key] for part in parts))
-    each = {path.name: spent(RunDir(path), RunDir(path).config()) for path in runs.glob("*") if (path / "config.json").is_file()}
+    each = {
+        path.name: spent(RunDir(path), RunDir(path).config())
+        for path in runs.glob("*")
+        if (path / "config.json").is_file()
+    }
     assert set(each) == {part["run"] for part in parts}
-    whole, again = total(each.values()), total(each[t["run"]] for t in trials if t["asked"] and not t["trained"])
-    assert all(ledger[key] == pytest.approx(getattr(whole, key)) for key in ("trained", "tokens", "flops", "seconds"))
-    assert again.asked and ledger["asked"] == whole.asked + again.asked - again.wasted == ledger["trained"] + ledger["reused"]
+    whole, again = (
+        total(each.values()),
+        total(each[t["run"]] for t in trials if t["asked"] and not t["trained"]),
+    )
+    assert all(
+        ledger[key] == pytest.approx(getattr(whole, key)) for key in ("trained", "tokens", "flops", "seconds")
+    )
+    assert (
+        again.asked
+        and ledger["asked"]
+        == whole.asked + again.asked - again.wasted
+        == ledger["trained"] + ledger["reused"]
+    )
     lost = sum(t["trained"] for t in trials if t["state"] in ("pruned", "diverged"))
-    assert lost <= ledger["wasted"] <= ledger["trained"] and all(0 <= part["wasted"] <= part["trained"] for part in parts)
+    assert lost <= ledger["wasted"] <= ledger["trained"] and all(
+        0 <= part["wasted"] <= part["trained"] for part in parts
+    )
     assert f"steps: {ledger['asked']:,} asked" in done.stdout and "of these" in done.stdout

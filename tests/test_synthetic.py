@@ -32,7 +32,9 @@ def test_the_first_thousand_are_pinned() -> None:
 
 def test_another_process_with_another_hash_seed_writes_the_same() -> None:
     code = "import hashlib; from mainrun.data.synthetic import titles; print(hashlib.sha256('\\n'.join(titles(1000)).encode()).hexdigest())"
-    out = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == FIRST_1000
 
 
@@ -43,7 +45,9 @@ def test_more_titles_begin_with_the_same_ones(many: list[str]) -> None:
 def test_they_are_distinct_clean_lines(many: list[str]) -> None:
     assert len(set(many)) == len(many)
     for t in many:
-        assert 0 < len(t) <= LONGEST and t == t.strip() and "  " not in t and not set("\n\r\t~_{}|") & set(t), t
+        assert (
+            0 < len(t) <= LONGEST and t == t.strip() and "  " not in t and not set("\n\r\t~_{}|") & set(t)
+        ), t
 
 
 def test_speed(many: list[str]) -> None:
@@ -90,7 +94,9 @@ def test_a_third_are_in_title_case(many: list[str]) -> None:
 
 def test_articles_and_agreement(many: list[str]) -> None:
     text = "\n".join(many).lower()
-    assert not re.search(r"\ba (?:[aeio]\w+)", text) and not re.search(r"\ban [bcdfgjklmnpqrstvwxyz][aeiou]", text)
+    assert not re.search(r"\ba (?:[aeio]\w+)", text) and not re.search(
+        r"\ban [bcdfgjklmnpqrstvwxyz][aeiou]", text
+    )
 
 
 INFLECTED = "stop+ed:stopped try+ed:tried make+ed:made debug+ing:debugging bundle+ing:bundling see+ing:seeing open+ed:opened fix+:fix "
@@ -161,7 +167,9 @@ def measured(many: list[str]) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", REAL)
 def test_statistics_are_those_of_real_titles(measured: dict[str, float], name: str) -> None:
-    assert abs(measured[name] / REAL[name] - 1) < TOLERANCE.get(name, 0.1), f"{name}: {measured[name]:.3f}, real titles have {REAL[name]}"
+    assert abs(measured[name] / REAL[name] - 1) < TOLERANCE.get(name, 0.1), (
+        f"{name}: {measured[name]:.3f}, real titles have {REAL[name]}"
+    )
 
 
 def test_the_real_numbers_are_those_of_the_real_file(real_titles: Path) -> None:
@@ -186,6 +194,8 @@ def test_bpe_tokens_per_title(many: list[str]) -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(many, trainers.BpeTrainer(vocab_size=16_000, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        many, trainers.BpeTrainer(vocab_size=16_000, initial_alphabet=alphabet, show_progress=False)
+    )
     tokens = mean(len(e.ids) for e in bpe.encode_batch(many))
     assert abs(tokens / 11.9 - 1) < 0.1, tokens

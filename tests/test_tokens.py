@@ -76,8 +76,14 @@ def no_fit(monkeypatch: pytest.MonkeyPatch):
 
 
 def same(a: tokens.TokenData, b: tokens.TokenData) -> bool:
-    equal = all(np.array_equal(a.splits[s], b.splits[s]) and a.splits[s].dtype == b.splits[s].dtype for s in a.splits)
-    return equal and list(a.splits) == list(b.splits) and (a.chars, a.bytes, a.digest) == (b.chars, b.bytes, b.digest)
+    equal = all(
+        np.array_equal(a.splits[s], b.splits[s]) and a.splits[s].dtype == b.splits[s].dtype for s in a.splits
+    )
+    return (
+        equal
+        and list(a.splits) == list(b.splits)
+        and (a.chars, a.bytes, a.digest) == (b.chars, b.bytes, b.digest)
+    )
 
 
 # -- lossless
@@ -85,7 +91,9 @@ def same(a: tokens.TokenData, b: tokens.TokenData) -> bool:
 
 def titles_of_any_kind() -> st.SearchStrategy[str]:
     anything = st.text(st.characters(exclude_characters="\n", codec="utf-8"), max_size=8)
-    return st.lists(st.one_of(st.sampled_from(TRICKY), st.sampled_from(WORDS), anything), max_size=8).map("".join)
+    return st.lists(st.one_of(st.sampled_from(TRICKY), st.sampled_from(WORDS), anything), max_size=8).map(
+        "".join
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +104,9 @@ def test_any_title_survives(kind: str, titles: list[str]) -> None:
     stream = tokenizer.encode(titles)
     assert tokenizer.titles(stream) == titles
     assert np.count_nonzero(stream == EOS) == len(titles), "one <eos> a title, none inside"
-    assert stream.size == 0 or (stream[stream != EOS].min(initial=3) > UNK and stream.max() < tokenizer.vocab_size)
+    assert stream.size == 0 or (
+        stream[stream != EOS].min(initial=3) > UNK and stream.max() < tokenizer.vocab_size
+    )
     for title in titles:
         assert tokenizer.decode(tokenizer.encode([title])) == title
         assert tokenizer.decode(tokenizer.encode([title])[:-1]) == title, "a last title needs no <eos>"
@@ -127,7 +137,12 @@ def test_sampled_ids_always_decode(kind: str) -> None:
         assert isinstance(fitted(kind).decode(rng.integers(0, 400, 30)), str)
     assert fitted(kind).decode([]) == ""
     assert fitted(kind).titles([UNK, tokens.PAD, EOS, EOS]) == ["", ""]
-    for written in ("\\x{110000}", "\\x{d800}", "\\x{}", "\\x{gg}"):  # as a model might write; no title encodes to this
+    for written in (
+        "\\x{110000}",
+        "\\x{d800}",
+        "\\x{}",
+        "\\x{gg}",
+    ):  # as a model might write; no title encodes to this
         raw = fitted("bpe")._library.encode(written).ids
         assert fitted("bpe").decode(raw) == written
 
@@ -157,11 +172,19 @@ def test_special_tokens_come_first(kind: str) -> None:
     name = library.id_to_token if kind == "bpe" else library.id_to_piece
     assert [name(i) for i in range(3)] == ["<pad>", "<eos>", "<unk>"]
     assert (tokens.PAD, tokens.EOS, tokens.UNK) == (Tokenizer.PAD, Tokenizer.EOS, Tokenizer.UNK) == (0, 1, 2)
-    assert fitted(kind).vocab_size == 400 == (library.get_vocab_size() if kind == "bpe" else library.get_piece_size())
+    assert (
+        fitted(kind).vocab_size
+        == 400
+        == (library.get_vocab_size() if kind == "bpe" else library.get_piece_size())
+    )
 
 
 def test_unigram_puts_nothing_before_a_title() -> None:
-    assert not fitted("unigram")._library.id_to_piece(int(fitted("unigram").encode(["kerst"])[0])).startswith("▁")
+    assert (
+        not fitted("unigram")
+        ._library.id_to_piece(int(fitted("unigram").encode(["kerst"])[0]))
+        .startswith("▁")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,7 +213,14 @@ def test_a_vocabulary_without_room_is_refused() -> None:
     many = ["".join(chr(c) for c in range(0x4E00, 0x4E00 + 200))] * 3
     with pytest.raises(ConfigError, match="too small for tokenizer=unigram") as error:
         fit("unigram", many, 300)
-    assert fit("unigram", [*many, *some_titles(300)], int(re.search(r"--set vocab_size=(\d+)", str(error.value))[1])).vocab_size > 450
+    assert (
+        fit(
+            "unigram",
+            [*many, *some_titles(300)],
+            int(re.search(r"--set vocab_size=(\d+)", str(error.value))[1]),
+        ).vocab_size
+        > 450
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,7 +235,9 @@ def test_fitting_prints_nothing(kind: str, capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_titles_and_odd_ones_are_part_of_the_fit(kind: str, extra: str) -> None:
     tokenizer = fit(kind, [*some_titles(300), "ж " * 5_000 + extra], 350)
-    assert len(tokenizer.encode(["ж"])) == 2, "one token and <eos>; a character that the fit never saw takes two bytes or more"
+    assert len(tokenizer.encode(["ж"])) == 2, (
+        "one token and <eos>; a character that the fit never saw takes two bytes or more"
+    )
 
 
 FIT = """
@@ -226,7 +258,11 @@ def test_processes_and_threads_do_not_change_a_vocabulary() -> None:
     for threads, seed in (("1", "1"), ("2", "2"), ("4", "3")):
         env = os.environ | {"RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": seed}
         env["TOKENIZERS_PARALLELISM"] = "false" if threads == "1" else "true"
-        found.add(subprocess.run([sys.executable, "-c", FIT], input=text, env=env, check=True, capture_output=True, text=True).stdout)
+        found.add(
+            subprocess.run(
+                [sys.executable, "-c", FIT], input=text, env=env, check=True, capture_output=True, text=True
+            ).stdout
+        )
     assert len(found) == 1
     assert len(found.pop().splitlines()) == 2
 
@@ -247,7 +283,15 @@ def test_json_gives_the_same_tokenizer(kind: str) -> None:
 def test_a_damaged_tokenizer_file_is_one_clear_error(kind: str) -> None:
     good = fitted(kind).to_json()
     table = json.loads(good)
-    for text in ("", "[]", "null", good[:-9], '{"kind": "bpe"}', json.dumps(table | {"format": 99}), json.dumps(table | {"kind": "words"})):
+    for text in (
+        "",
+        "[]",
+        "null",
+        good[:-9],
+        '{"kind": "bpe"}',
+        json.dumps(table | {"format": 99}),
+        json.dumps(table | {"kind": "words"}),
+    ):
         with pytest.raises(RunError, match="--fresh"):
             Tokenizer.from_json(text)
     for model in ({}, "", "AAAA", 5, None):
@@ -277,7 +321,9 @@ def test_streams_hold_every_title_of_every_split(kind: str, tiny, own_cache: Pat
 
 def test_what_the_vocabulary_is_fitted_on(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, seen = a_corpus(), []
-    monkeypatch.setattr(tokens, "fit", lambda kind, titles, size: seen.append(list(titles)) or fit(kind, titles, size))
+    monkeypatch.setattr(
+        tokens, "fit", lambda kind, titles, size: seen.append(list(titles)) or fit(kind, titles, size)
+    )
     prepare(tiny(tokenizer_fit="train"), corpus)
     prepare(tiny(tokenizer_fit="train+val"), corpus)
     assert seen == [corpus.train, corpus.train + corpus.val]
@@ -297,13 +343,22 @@ def test_a_second_time_comes_from_the_cache(kind: str, tiny, own_cache: Path, no
     assert prepare(tiny(tokenizer=kind, lr=0.5, seed=7, preset="other"), a_corpus()).digest == first.digest
 
 
-def test_what_changes_the_streams_changes_the_entry(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_the_streams_changes_the_entry(
+    tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus, base = a_corpus(), tiny()
     keys = {tokens._key(base, corpus)}
     for change in ({"vocab_size": 401}, {"tokenizer": "unigram"}, {"tokenizer_fit": "train+val"}):
         keys.add(tokens._key(tiny(**change), corpus))
     for split in ("train", "dev", "val"):
-        other = Corpus(corpus.name, corpus.train, corpus.dev, corpus.val, corpus.fingerprints | {split: "another"}, corpus.origin)
+        other = Corpus(
+            corpus.name,
+            corpus.train,
+            corpus.dev,
+            corpus.val,
+            corpus.fingerprints | {split: "another"},
+            corpus.origin,
+        )
         keys.add(tokens._key(base, other))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.0")
     keys |= {tokens._key(base, corpus), tokens._key(tiny(tokenizer="unigram"), corpus)}
@@ -347,7 +402,13 @@ DAMAGE = {
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_entry_is_built_again(name: str, how: str, tiny, own_cache: Path) -> None:
     good = prepare(tiny(), a_corpus())
-    good = tokens.TokenData(good.tokenizer, {s: stream.copy() for s, stream in good.splits.items()}, good.chars, good.bytes, good.digest)
+    good = tokens.TokenData(
+        good.tokenizer,
+        {s: stream.copy() for s, stream in good.splits.items()},
+        good.chars,
+        good.bytes,
+        good.digest,
+    )
     [entry] = own_cache.iterdir()
     DAMAGE[how](entry / name)
     with pytest.warns(UserWarning, match="damaged") as seen:
@@ -364,7 +425,10 @@ def test_a_damaged_entry_is_built_again(name: str, how: str, tiny, own_cache: Pa
 def test_well_formed_edits_are_damage(tiny, own_cache: Path) -> None:
     good = prepare(tiny(), a_corpus())
     [entry] = own_cache.iterdir()
-    edits = [("meta.json", f'"val":{table["val"]}', f'"val":{table["val"] + 1}') for table in (good.chars, good.bytes)]
+    edits = [
+        ("meta.json", f'"val":{table["val"]}', f'"val":{table["val"] + 1}')
+        for table in (good.chars, good.bytes)
+    ]
     for name, old, new in [*edits, ("tokenizer.json", '"vocab_size":400', '"vocab_size":401')]:
         edit(entry / name, old, new)
         with pytest.warns(UserWarning, match="checksum"):
@@ -403,7 +467,9 @@ def test_processes_that_fill_the_cache_at_once_agree(state: str, tiny, own_cache
         [entry] = own_cache.iterdir()
         os.truncate(entry / "train.npy", 100)
     command = [sys.executable, "-c", PREPARE, str(Path(__file__).parent), state]
-    runs = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    runs = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
     for run in runs:
         assert run.stdout.readline() == "ready\n"
     for run in runs:
@@ -424,7 +490,9 @@ def run_interrupted(call: Act, line: int, act: Act) -> bool:
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename != tokens.__file__ or "." in frame.f_code.co_qualname:  # methods touch no files
+        if (
+            frame.f_code.co_filename != tokens.__file__ or "." in frame.f_code.co_qualname
+        ):  # methods touch no files
             return None
         if event == "line":
             left -= 1
@@ -445,8 +513,12 @@ def damage_an_entry(folder: Path) -> None:
     os.truncate(next(folder.iterdir()) / "train.npy", 100)
 
 
-@pytest.mark.parametrize(("state", "act"), [("empty", "publishes"), ("damaged", "publishes"), ("empty", "cleans up")])
-def test_another_process_disturbs_at_no_line(state: str, act: str, tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("state", "act"), [("empty", "publishes"), ("damaged", "publishes"), ("empty", "cleans up")]
+)
+def test_another_process_disturbs_at_no_line(
+    state: str, act: str, tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process acts between two lines of the one that fills the cache. Both agree, no warning is untrue, one entry is left."""
     cfg, corpus = tiny(), a_corpus()
     built = tokens._build(cfg, corpus)
@@ -473,7 +545,11 @@ def test_another_process_disturbs_at_no_line(state: str, act: str, tiny, own_cac
             other.mkdir(parents=True)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            reached = run_interrupted(lambda: results.append(prepare(cfg, corpus)), line, publish if act == "publishes" else clean_up)
+            reached = run_interrupted(
+                lambda: results.append(prepare(cfg, corpus)),
+                line,
+                publish if act == "publishes" else clean_up,
+            )
         assert same(results.pop(), built)
         untrue = [str(w.message) for w in seen if state == "empty" or "damaged" not in str(w.message)]
         assert not untrue, f"at line {line}: {untrue}"
@@ -513,7 +589,9 @@ def test_an_intact_entry_is_not_replaced_by_a_process_that_saw_the_damaged_one(
     assert list(own_cache.iterdir()) == [entry]
 
 
-def test_a_damaged_entry_may_vanish_before_it_is_moved_aside(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_entry_may_vanish_before_it_is_moved_aside(
+    tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process moves it aside first."""
     cfg, corpus = tiny(), a_corpus()
     data = tokens._build(cfg, corpus)
@@ -564,7 +642,9 @@ def test_a_full_disk_costs_only_the_cache(tiny, own_cache: Path) -> None:
     assert same(data, prepare(tiny(), a_corpus()))
 
 
-def test_a_cache_that_cannot_be_written_costs_only_the_cache(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_costs_only_the_cache(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match="not cached"):
@@ -624,20 +704,26 @@ def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, 
 
 @settings(max_examples=200)
 @given(geometry=geometries(), seed=st.integers(0, 2**32 - 1), asked=st.randoms(use_true_random=False))
-def test_shuffled_epochs_hold_every_title_once(geometry: tuple[np.ndarray, int, int], seed: int, asked: random.Random) -> None:
+def test_shuffled_epochs_hold_every_title_once(
+    geometry: tuple[np.ndarray, int, int], seed: int, asked: random.Random
+) -> None:
     from conftest import TINY
 
     from mainrun.config import from_dict
 
     stream, batch, block = geometry
     span = batch * block
-    cfg = from_dict(TINY | {"block_size": block, "batch_size": batch, "seed": seed, "order": "shuffle_titles"})
+    cfg = from_dict(
+        TINY | {"block_size": block, "batch_size": batch, "seed": seed, "order": "shuffle_titles"}
+    )
     batches, steps = Batches(cfg, stream), len(stream) // span
     in_order = [batches.at(step) for step in range(3 * steps)]
 
     whole = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
     for epoch in range(3):
-        spans = (len(stream) - 1) // span  # at whole spans the last one lacks its last target, and the pointer goes back
+        spans = (
+            len(stream) - 1
+        ) // span  # at whole spans the last one lacks its last target, and the pointer goes back
         rows = in_order[epoch * steps : epoch * steps + spans]
         x, y = (np.concatenate([row[i].ravel() for row in rows]) for i in (0, 1))
         assert np.array_equal(x[1:], y[:-1]), "y is x, one later, through the whole epoch"
@@ -653,7 +739,9 @@ def test_shuffled_epochs_hold_every_title_once(geometry: tuple[np.ndarray, int, 
     asked.shuffle(order)
     for step in order:
         assert all(np.array_equal(a, b) for a, b in zip(batches.at(step), in_order[step], strict=True))
-        assert all(np.array_equal(a, b) for a, b in zip(Batches(cfg, stream).at(step), in_order[step], strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(Batches(cfg, stream).at(step), in_order[step], strict=True)
+        )
 
 
 @st.composite
@@ -670,7 +758,13 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
     lengths = draw(st.lists(st.integers(0, 12), min_size=8, max_size=60))
     fill = draw(st.sampled_from([0, *sizes])) * block  # the corner: as many tokens as whole spans
     stream = a_stream([*lengths, -sum(n + 1 for n in lengths) % fill + fill - 1] if fill else lengths)
-    fields = {"block_size": block, "batch_size": sizes[0], "epochs": draw(st.integers(1, 4)), "order": order, "growth": {"ops": ops}}
+    fields = {
+        "block_size": block,
+        "batch_size": sizes[0],
+        "epochs": draw(st.integers(1, 4)),
+        "order": order,
+        "growth": {"ops": ops},
+    }
     try:
         cfg = from_dict(TINY | fields)
         return stream, Plan(cfg, len(stream)), Batches(cfg, stream)
@@ -681,7 +775,9 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
 
 @settings(max_examples=100)
 @given(growing("sequential"))
-def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(run: tuple[np.ndarray, Plan, Batches]) -> None:
+def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(
+    run: tuple[np.ndarray, Plan, Batches],
+) -> None:
     stream, plan, batches = run
     pointer = 0
     for step in range(plan.steps):
@@ -689,7 +785,7 @@ def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(run: tuple[np.n
         span = rows * plan.cfg.block_size
         if pointer + span + 1 > len(stream):
             pointer = 0
-        x, y = batches.at(step, plan.stretch(step))
+        x, y = batches.at(step, plan.segment_at(step))
         assert np.array_equal(x, stream[pointer : pointer + span].reshape(rows, -1))
         assert np.array_equal(y, stream[pointer + 1 : pointer + span + 1].reshape(rows, -1))
         pointer += span
@@ -697,15 +793,19 @@ def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(run: tuple[np.n
 
 @settings(max_examples=100)
 @given(growing("shuffle_titles"), st.randoms(use_true_random=False))
-def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(run: tuple[np.ndarray, Plan, Batches], asked: random.Random) -> None:
+def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(
+    run: tuple[np.ndarray, Plan, Batches], asked: random.Random
+) -> None:
     stream, plan, batches = run
     epoch = pointer = 0
     seen: set[int] = set()
-    in_order = [batches.at(step, plan.stretch(step)) for step in range(plan.steps)]
+    in_order = [batches.at(step, plan.segment_at(step)) for step in range(plan.steps)]
     for step, (x, y) in enumerate(in_order):
         rows = plan.at(step).batch_size
         span = rows * plan.cfg.block_size
-        whole = len(stream) % span == 0  # then, as without a change, the last step of an epoch goes back for want of a last target
+        whole = (
+            len(stream) % span == 0
+        )  # then, as without a change, the last step of an epoch goes back for want of a last target
         if pointer + span + (not whole) > len(stream):
             epoch, pointer, seen = epoch + 1, 0, set()
         start = pointer if pointer + span < len(stream) else 0
@@ -716,7 +816,10 @@ def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(run: tuple[
         assert start < pointer or not fresh & seen
         pointer, seen = pointer + span, seen | fresh
     for step in asked.sample(range(plan.steps), min(plan.steps, 8)):
-        assert all(np.array_equal(a, b) for a, b in zip(batches.at(step, plan.stretch(step)), in_order[step], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(batches.at(step, plan.segment_at(step)), in_order[step], strict=True)
+        )
 
 
 def test_a_batch_that_changes_after_an_epoch_of_whole_spans_begins_the_next_one(tiny) -> None:
@@ -724,13 +827,17 @@ def test_a_batch_that_changes_after_an_epoch_of_whole_spans_begins_the_next_one(
     ops = [{"name": "set_batch_size", "value": 2, "trigger": {"step": 5}}]
     cfg = tiny(block_size=2, batch_size=1, epochs=3, order="shuffle_titles", growth={"ops": ops})
     plan = Plan(cfg, len(stream))
-    places = [plan.stretch(step).place(step, len(stream)) for step in range(plan.steps)]
+    places = [plan.segment_at(step).place(step, len(stream)) for step in range(plan.steps)]
     assert places == [*((0, 2 * i) for i in range(4)), (0, 0), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
 
 
 def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(tiny) -> None:
     stream = a_stream([5] * 200)
-    firsts = [Batches(tiny(order="shuffle_titles", seed=seed), stream).at(step)[0] for seed in (1, 2) for step in (0, 9, 18)]
+    firsts = [
+        Batches(tiny(order="shuffle_titles", seed=seed), stream).at(step)[0]
+        for seed in (1, 2)
+        for step in (0, 9, 18)
+    ]
     assert len({first.tobytes() for first in firsts}) == 6
     assert np.array_equal(firsts[0], Batches(tiny(order="shuffle_titles", seed=1, lr=0.5), stream).at(0)[0])
     plain = [Batches(tiny(seed=seed), stream).at(3)[0] for seed in (1, 2)]
@@ -743,7 +850,14 @@ def test_no_validation_token_is_in_a_batch(tiny, own_cache: Path) -> None:
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     corpus = Corpus(name="test", train=train, dev=held, val=held, fingerprints=prints, origin={})
     for order in ("sequential", "shuffle_titles"):
-        cfg = tiny(order=order, tokenizer="unigram", tokenizer_fit="train+val", vocab_size=350, block_size=4, batch_size=2)
+        cfg = tiny(
+            order=order,
+            tokenizer="unigram",
+            tokenizer_fit="train+val",
+            vocab_size=350,
+            block_size=4,
+            batch_size=2,
+        )
         data = prepare(cfg, corpus)
         only_held = set(data.splits["val"].tolist()) - set(data.splits["train"].tolist())
         assert only_held
@@ -762,4 +876,7 @@ def test_a_stream_shorter_than_one_step_is_refused(tiny, order: str) -> None:
 def test_tokenizer_libraries_are_imported_when_used() -> None:
     """The command line reads this module's names; it must not pay for the libraries, nor for torch."""
     code = "import sys, mainrun.data.tokenizer; print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        == "[]\n"
+    )

@@ -62,7 +62,9 @@ def test_every_byte_has_the_sign_of_the_library() -> None:
         ([], "", []),
     ],
 )
-def test_characters_that_cannot_be_spelled_are_written_as_numbers(titles: list[str], unsafe: str, written: list[str]) -> None:
+def test_characters_that_cannot_be_spelled_are_written_as_numbers(
+    titles: list[str], unsafe: str, written: list[str]
+) -> None:
     assert tokens._escape(titles, unsafe.__contains__) == written
     assert [tokens.ESCAPED.sub(tokens._unescape, text) for text in written] == titles
 
@@ -113,7 +115,9 @@ def test_titles_end_at_eos(rows: list[Any], titles: list[str]) -> None:
     assert bpe().decode(ids) == "\n".join(titles)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(300, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (10**6, np.uint32)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(300, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (10**6, np.uint32)]
+)
 def test_ids_take_two_bytes_while_they_fit(size: int, dtype: Any) -> None:
     assert Tokenizer("bpe", size, b"").dtype == dtype
 
@@ -181,7 +185,10 @@ def test_the_least_vocabulary(kind: str, size: int) -> None:
 @pytest.mark.parametrize(("most", "suggested"), [(298, False), (299, False), (300, True), (12_345, True)])
 def test_a_vocabulary_that_the_text_does_not_give(most: int, suggested: bool) -> None:
     message = str(tokens._vocabulary_error(50_000, most))
-    assert f"vocab_size=50,000 is larger than the text allows: these titles give at most {most:,} tokens" in message
+    assert (
+        f"vocab_size=50,000 is larger than the text allows: these titles give at most {most:,} tokens"
+        in message
+    )
     assert (f"--set vocab_size={most}" in message) == suggested
     assert ("the least is 300" in message) != suggested
     assert "num_titles" in message and "val_frac" in message and "dev_frac" in message
@@ -202,8 +209,16 @@ def refusing(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[dict[str, Any
 @pytest.mark.parametrize(
     ("reason", "error", "shown"),
     [
-        ("Vocabulary size too high (900). Please set it to a value <= 731.", ConfigError, ["at most 731", "--set vocab_size=731"]),
-        ("Vocabulary size is smaller than required_chars. 900 vs 1571.", ConfigError, ["take 1,571", "vocab_size=1671", "tokenizer=bpe"]),
+        (
+            "Vocabulary size too high (900). Please set it to a value <= 731.",
+            ConfigError,
+            ["at most 731", "--set vocab_size=731"],
+        ),
+        (
+            "Vocabulary size is smaller than required_chars. 900 vs 1571.",
+            ConfigError,
+            ["take 1,571", "vocab_size=1671", "tokenizer=bpe"],
+        ),
         ("input is empty", CorpusError, ["2 titles", "input is empty", "more text"]),
     ],
 )
@@ -217,8 +232,12 @@ def test_what_the_unigram_trainer_refuses_is_said_with_a_way_out(
     assert raised.value.__cause__ is None
 
 
-@pytest.mark.parametrize(("size", "candidates"), [(900, 10_000), (1_000, 10_000), (1_001, 10_010), (16_000, 160_000)])
-def test_how_the_unigram_vocabulary_is_fitted_is_recorded(monkeypatch: pytest.MonkeyPatch, size: int, candidates: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "candidates"), [(900, 10_000), (1_000, 10_000), (1_001, 10_010), (16_000, 160_000)]
+)
+def test_how_the_unigram_vocabulary_is_fitted_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
+) -> None:
     """Every argument enters the ids: a change of one of them takes a new FORMAT."""
     calls = refusing(monkeypatch, "stop")
     with pytest.raises(CorpusError):
@@ -243,7 +262,10 @@ def test_how_the_bpe_vocabulary_is_fitted_is_recorded() -> None:
     ]  # fmt: skip
     assert model["model"]["unk_token"] == "<unk>"
     assert model["normalizer"] == {"type": "Prepend", "prepend": " "}
-    assert (model["pre_tokenizer"]["type"], model["pre_tokenizer"]["add_prefix_space"]) == ("ByteLevel", False)
+    assert (model["pre_tokenizer"]["type"], model["pre_tokenizer"]["add_prefix_space"]) == (
+        "ByteLevel",
+        False,
+    )
     decoders = model["decoder"]["decoders"]
     assert decoders[0]["type"] == "ByteLevel"
     assert decoders[1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -295,10 +317,20 @@ def test_the_key_of_an_entry_is_recorded(cfg: TrainConfig, corpus: Corpus, folde
     [entry] = folder.iterdir()
     assert entry.name == tokens._key(cfg, corpus) and len(entry.name) == 64
     assert {path.name for path in entry.iterdir()} == {"meta.json", "tokenizer.json", "train.npy", "val.npy"}
-    assert json.loads((entry / "meta.json").read_text()) == {"chars": data.chars, "bytes": data.bytes, "digest": data.digest}
+    assert json.loads((entry / "meta.json").read_text()) == {
+        "chars": data.chars,
+        "bytes": data.bytes,
+        "digest": data.digest,
+    }
     assert data.tokenizer.to_json() == (entry / "tokenizer.json").read_text(encoding="utf-8")
-    assert data.chars == {"train": sum(len(t) + 5 for t in corpus.train), "val": sum(len(t) + 5 for t in corpus.val)}
-    assert data.bytes == {"train": sum(len(t.encode()) + 1 for t in corpus.train), "val": sum(len(t.encode()) + 1 for t in corpus.val)}
+    assert data.chars == {
+        "train": sum(len(t) + 5 for t in corpus.train),
+        "val": sum(len(t) + 5 for t in corpus.val),
+    }
+    assert data.bytes == {
+        "train": sum(len(t.encode()) + 1 for t in corpus.train),
+        "val": sum(len(t.encode()) + 1 for t in corpus.val),
+    }
 
 
 def change_meta(entry: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -328,17 +360,24 @@ def make_pipe(path: Path) -> None:
         lambda entry: (entry / "tokenizer.json").write_text("{}"),
         lambda entry: (entry / "val.npy").write_bytes(b""),
         lambda entry: (entry / "meta.json").write_text("[" * 100_000),
-        *(lambda entry, name=name: make_pipe(entry / name) for name in ("meta.json", "tokenizer.json", "val.npy")),
+        *(
+            lambda entry, name=name: make_pipe(entry / name)
+            for name in ("meta.json", "tokenizer.json", "val.npy")
+        ),
         lambda entry: np.save(entry / "val.npy", np.array([None])),
         lambda entry: np.save(entry / "val.npy", np.load(entry / "val.npy")[None]),
         lambda entry: np.save(entry / "val.npy", np.load(entry / "val.npy").astype(np.uint32)),
     ],
 )
-def test_a_damaged_entry_is_said_and_built_again(cfg: TrainConfig, corpus: Corpus, folder: Path, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_entry_is_said_and_built_again(
+    cfg: TrainConfig, corpus: Corpus, folder: Path, damage: Callable[[Path], Any]
+) -> None:
     digest = prepare(cfg, corpus).digest
     [entry] = folder.iterdir()
     damage(entry)
-    with pytest.warns(UserWarning, match=f"cached tokens {entry} are damaged .*; they are built again") as seen:
+    with pytest.warns(
+        UserWarning, match=f"cached tokens {entry} are damaged .*; they are built again"
+    ) as seen:
         assert prepare(cfg, corpus).digest == digest
     assert [warning.filename for warning in seen] == [__file__], "it points to the caller"
     with warnings.catch_warnings():
@@ -365,13 +404,17 @@ def test_the_digest_covers_counts_dtypes_and_the_tokenizer() -> None:
 
 
 @pytest.mark.parametrize(("age", "stays"), [(86_399, True), (86_400, True), (86_401, False), (10**6, False)])
-def test_what_was_abandoned_for_a_day_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: int, stays: bool) -> None:
+def test_what_was_abandoned_for_a_day_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: int, stays: bool
+) -> None:
     for name in ("one.tmp", "another.tmp", "entry"):
         (tmp_path / name / "fresh").mkdir(parents=True)
         os.utime(tmp_path / name, (1_000_000, 1_000_000))
     monkeypatch.setattr(tokens.time, "time", lambda: 1_000_000 + age)
     tokens._remove_abandoned(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == ({"one.tmp", "another.tmp", "entry"} if stays else {"entry"})
+    assert {path.name for path in tmp_path.iterdir()} == (
+        {"one.tmp", "another.tmp", "entry"} if stays else {"entry"}
+    )
 
 
 def test_a_file_that_looks_abandoned_costs_nothing(cfg: TrainConfig, corpus: Corpus, folder: Path) -> None:
@@ -396,7 +439,9 @@ def test_a_cache_that_cannot_be_written_is_said_with_its_place(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=f"tokens are not cached in {tmp_path / 'file' / 'tokens'} .*stay in memory") as seen:
+    with pytest.warns(
+        UserWarning, match=f"tokens are not cached in {tmp_path / 'file' / 'tokens'} .*stay in memory"
+    ) as seen:
         assert prepare(cfg, corpus).splits["val"].dtype == np.uint16
     assert [warning.filename for warning in seen] == [__file__], "it points to the caller"
 
@@ -414,7 +459,16 @@ def titles_of(lengths: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 @pytest.mark.parametrize("lengths", [[3, 4, 2, 5, 1, 6], [0, 5, 0, 9, 8], [40]])
 def test_the_order_of_an_epoch_is_the_permutation_of_its_seed(lengths: list[int], epoch: int) -> None:
-    cfg = from_dict({"block_size": 4, "batch_size": 2, "seed": 77, "order": "shuffle_titles", "num_titles": 10, "vocab_size": 300})
+    cfg = from_dict(
+        {
+            "block_size": 4,
+            "batch_size": 2,
+            "seed": 77,
+            "order": "shuffle_titles",
+            "num_titles": 10,
+            "vocab_size": 300,
+        }
+    )
     stream = titles_of(lengths)
     titles = np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]
     order = np.random.default_rng((77, epoch)).permutation(len(titles))
@@ -438,5 +492,7 @@ def test_a_step_takes_a_span_and_one_more(count: int, is_enough: bool) -> None:
         return
     with pytest.raises(ConfigError) as error:
         batches.at(0)
-    assert f"train has {count} tokens" in str(error.value) and "batch_size*block_size+1 = 9" in str(error.value)
+    assert f"train has {count} tokens" in str(error.value) and "batch_size*block_size+1 = 9" in str(
+        error.value
+    )
     assert "raise num_titles" in str(error.value)

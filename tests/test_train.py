@@ -60,7 +60,11 @@ def terminate() -> None:
 
 def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
     """metrics.jsonl but for the clock."""
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in RunDir(run).metrics() if not event or r["event"] == event]
+    return [
+        {k: v for k, v in r.items() if k != "seconds"}
+        for r in RunDir(run).metrics()
+        if not event or r["event"] == event
+    ]
 
 
 def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
@@ -91,14 +95,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConf
 def in_a_fresh_process(out: Path, hash_seed: int, **changes: Any) -> Path:
     """By the command line, with other hashes and an empty cache of compiled code."""
     env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
-    command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(**SMALL | changes), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "mainrun",
+        "train",
+        "--preset",
+        "baseline",
+        *tiny_sets(**SMALL | changes),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     return next(p.parent for p in out.glob("*/summary.json"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_config_gives_the_same_bits(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], dtype: str) -> None:
+def test_the_same_config_gives_the_same_bits(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], dtype: str
+) -> None:
     cfg = config(dtype=dtype)
     one = undisturbed(cfg)
     torch.manual_seed(12345)  # what happened in this process before does not matter
@@ -110,13 +126,28 @@ def test_the_same_config_gives_the_same_bits(tmp_path: Path, undisturbed: Callab
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "compiled"), [("float32", "off"), ("bfloat16", "off"), ("float32", "on"), ("bfloat16", "on")])
-def test_the_same_config_gives_the_same_bits_in_two_processes(tmp_path: Path, dtype: str, compiled: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compiled"), [("float32", "off"), ("bfloat16", "off"), ("float32", "on"), ("bfloat16", "on")]
+)
+def test_the_same_config_gives_the_same_bits_in_two_processes(
+    tmp_path: Path, dtype: str, compiled: str
+) -> None:
     """With R-Drop, gates, a title mask and all three dropouts: what is random is drawn again in the same way."""
     if compiled == "on" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    recipe = {"rdrop": 0.5, "title_mask": True, "attn_gate": True, "position": "rope", "optimizer": "muon", "momentum": 0.9, "lr": 0.01}
-    ends = [end(in_a_fresh_process(tmp_path / name, i, dtype=dtype, compile=compiled, n_layer=1, **recipe)) for i, name in enumerate("ab")]
+    recipe = {
+        "rdrop": 0.5,
+        "title_mask": True,
+        "attn_gate": True,
+        "position": "rope",
+        "optimizer": "muon",
+        "momentum": 0.9,
+        "lr": 0.01,
+    }
+    ends = [
+        end(in_a_fresh_process(tmp_path / name, i, dtype=dtype, compile=compiled, n_layer=1, **recipe))
+        for i, name in enumerate("ab")
+    ]
     assert ends[0] == ends[1]
 
 
@@ -159,7 +190,9 @@ def test_rows_are_written_as_often_as_asked(tmp_path: Path) -> None:
         assert list(row)[-1] == "seconds" and row["seconds"] > 0
 
 
-def test_weights_dropout_and_order_come_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_dropout_and_order_come_from_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of the three at a time: the weights are put to one seed's, then dropout and the order of titles alone are left."""
 
     def first_losses(**changes: Any) -> list[float]:
@@ -171,14 +204,18 @@ def test_weights_dropout_and_order_come_from_the_seed(tmp_path: Path, monkeypatc
 
     assert first_losses(seed=1, dropout=0.0) != first_losses(seed=2, dropout=0.0)
     build = trainer.build
-    monkeypatch.setattr(trainer, "build", lambda cfg, vocab_size: build(from_dict(cfg.model_dump() | {"seed": 1}), vocab_size))
+    monkeypatch.setattr(
+        trainer, "build", lambda cfg, vocab_size: build(from_dict(cfg.model_dump() | {"seed": 1}), vocab_size)
+    )
     assert first_losses(seed=1, dropout=0.0) == first_losses(seed=2, dropout=0.0)
     assert first_losses(seed=1) != first_losses(seed=2)
     shuffled = {"dropout": 0.0, "order": "shuffle_titles"}
     assert first_losses(seed=1, **shuffled) != first_losses(seed=2, **shuffled)
 
 
-def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = []
     original = trainer.compute_loss
 
@@ -212,7 +249,9 @@ def test_the_first_step_is_the_hand_written_one(tmp_path: Path) -> None:
     (row,) = rows(run.path, "step")
     warmup = RunDir(run.path).plan()["warmup_steps"]
     assert warmup > 3
-    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["grad_norm"] == pytest.approx(
+        norm, rel=1e-5
+    )
     assert row["lr"] == pytest.approx(0.3 / warmup)
     for name, p in model.named_parameters():
         rate = (0.3 if name.startswith("blocks.") and p.ndim == 2 else 0.1) / warmup
@@ -254,7 +293,9 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
             train(cfg, tmp_path, progress=watch)
         assert e.value.exit_code == 75
         assert watch.steps[0] == start and watch.steps[-1] == stop, "nothing is trained twice"
-        assert run.status()["state"] == "interrupted" and run.status()["step"] == stop and run.summary() is None
+        assert (
+            run.status()["state"] == "interrupted" and run.status()["step"] == stop and run.summary() is None
+        )
         assert [r["step"] for r in rows(run.path, "step")] == list(range(1, stop + 1))
     assert train(cfg, tmp_path)["resumed"] == 3
     assert end(run.path) == end(whole)
@@ -282,7 +323,9 @@ def test_a_crash_goes_back_to_the_last_checkpoint_and_drops_the_rows_after_it(
     assert end(tmp_path / cfg.run_id) == end(undisturbed(cfg))
 
 
-def test_a_run_stopped_before_its_summary_only_writes_that(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]) -> None:
+def test_a_run_stopped_before_its_summary_only_writes_that(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]
+) -> None:
     cfg = config()
     whole = undisturbed(cfg)
     shutil.copytree(whole, tmp_path / cfg.run_id)
@@ -292,8 +335,12 @@ def test_a_run_stopped_before_its_summary_only_writes_that(tmp_path: Path, undis
     assert watch.steps == [] and end(tmp_path / cfg.run_id) == end(whole)
 
 
-@pytest.mark.parametrize("left", [".lock", "config.json", "config.json tokenizer.json", "config.json metrics.jsonl"])
-def test_a_run_killed_while_it_opened_starts_over(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], left: str) -> None:
+@pytest.mark.parametrize(
+    "left", [".lock", "config.json", "config.json tokenizer.json", "config.json metrics.jsonl"]
+)
+def test_a_run_killed_while_it_opened_starts_over(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], left: str
+) -> None:
     cfg = config()
     whole = undisturbed(cfg)
     (tmp_path / cfg.run_id).mkdir()
@@ -303,7 +350,9 @@ def test_a_run_killed_while_it_opened_starts_over(tmp_path: Path, undisturbed: C
     assert end(tmp_path / cfg.run_id) == end(whole)
 
 
-def test_a_kill_between_any_two_files_of_the_start_leaves_a_run_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_any_two_files_of_the_start_leaves_a_run_that_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is written first, second, third: a death right before it is not taken for somebody else's folder."""
 
     class Killed(BaseException):
@@ -330,7 +379,9 @@ def test_a_kill_between_any_two_files_of_the_start_leaves_a_run_that_starts(tmp_
         train(cfg, tmp_path, progress=Watch({2: terminate}))
 
 
-def test_a_signal_while_the_data_is_prepared_stops_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_the_data_is_prepared_stops_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare = trainer.prepare
 
     def slow(*args: Any) -> Any:
@@ -364,7 +415,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 # -- the average is what is scored
 
 
-def test_ema_is_scored_and_sampled_but_not_trained_on(tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]) -> None:
+def test_ema_is_scored_and_sampled_but_not_trained_on(
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path]
+) -> None:
     plain, averaged = undisturbed(config(dropout=0.0)), undisturbed(config(dropout=0.0, swa=0.5))
     assert [r["loss"] for r in rows(plain, "step")] == [r["loss"] for r in rows(averaged, "step")]
     a, b = rows(plain, "eval"), rows(averaged, "eval")
@@ -399,7 +452,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
     assert e.value.exit_code == 3
     text = str(e.value)
     lr = rows(undisturbed(cfg), "step")[14]["lr"]
-    assert "loss inf" in text and "step 15 of" in text and f"lr {lr:g}" in text and "gradient norm nan" in text and "lower lr" in text
+    assert (
+        "loss inf" in text
+        and "step 15 of" in text
+        and f"lr {lr:g}" in text
+        and "gradient norm nan" in text
+        and "lower lr" in text
+    )
     assert run.status()["state"] == "diverged" and run.status()["step"] == 14 and run.status()["why"] == text
     assert run.summary() is None and [r["step"] for r in rows(run.path, "step")] == list(range(1, 15))
     found = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
@@ -414,7 +473,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_only_one_of_loss_and_gradient_need_be_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_only_one_of_loss_and_gradient_need_be_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     original = trainer.compute_loss
 
     def planted(*args: Any) -> Any:
@@ -435,10 +496,14 @@ def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
             train(cfg, tmp_path)
         messages.add(str(e.value))
     assert len(messages) == 1 and run.summary() is None
-    assert all(math.isfinite(v) for r in rows(run.path) for v in r.values() if isinstance(v, float)), "no row holds what is not a number"
+    assert all(math.isfinite(v) for r in rows(run.path) for v in r.values() if isinstance(v, float)), (
+        "no row holds what is not a number"
+    )
 
 
-def test_a_last_update_that_breaks_the_weights_diverges_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_update_that_breaks_the_weights_diverges_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No later loss would show it; the last score does."""
     cfg = config(checkpoint_every=10)
     original = trainer.Optimizers.apply
@@ -460,7 +525,9 @@ def test_a_last_update_that_breaks_the_weights_diverges_too(tmp_path: Path, monk
     assert run.summary() is None and run.status()["state"] == "diverged"
     assert all(math.isfinite(v) for r in rows(run.path) for v in r.values() if isinstance(v, float))
     found = checkpoint.load_newest(run.checkpoints, lambda meta: None, lambda text: None)
-    assert found is not None and found[1]["step"] < last and all(t.isfinite().all() for t in found[0].values())
+    assert (
+        found is not None and found[1]["step"] < last and all(t.isfinite().all() for t in found[0].values())
+    )
 
 
 def test_a_crash_is_not_left_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +537,12 @@ def test_a_crash_is_not_left_as_running(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(trainer, "compute_loss", broken)
     with pytest.raises(RuntimeError):
         train(config(), tmp_path)
-    assert RunDir(tmp_path / config().run_id).status() == {"state": "failed", "step": 0, "steps": ANY, "why": "a bug of ours"}
+    assert RunDir(tmp_path / config().run_id).status() == {
+        "state": "failed",
+        "step": 0,
+        "steps": ANY,
+        "why": "a bug of ours",
+    }
 
 
 def test_a_ladder_goes_on_behind_a_step_that_diverges(tmp_path: Path) -> None:
@@ -503,7 +575,9 @@ def test_what_is_said_to_be_on_disk_was_synced(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "rename", moved)
     train(config(), tmp_path)
     places = [before for name, before in renamed if name.startswith("step-")]
-    assert places and all({"state.safetensors", ".meta.json.tmp", "metrics.jsonl"} <= before for before in places)
+    assert places and all(
+        {"state.safetensors", ".meta.json.tmp", "metrics.jsonl"} <= before for before in places
+    )
 
 
 def test_the_operations_that_torch_cannot_repeat_are_refused(tmp_path: Path) -> None:
@@ -528,7 +602,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True).returncode:
+    if (
+        mount is None
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small tmpfs; the limits on file size below stand in")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
@@ -559,13 +638,20 @@ def no_half_files(run: Path) -> None:
     ids=["nothing at the start", "two blocks at the start", "six blocks", "a few files fit", "metrics", "checkpoint", "second checkpoint"],
 )  # fmt: skip
 def test_a_full_disk_stops_the_run_and_loses_nothing(
-    small_disk: Path, undisturbed: Callable[[TrainConfig], Path], step: int, leave: int, checkpoint_every: int, full: str
+    small_disk: Path,
+    undisturbed: Callable[[TrainConfig], Path],
+    step: int,
+    leave: int,
+    checkpoint_every: int,
+    full: str,
 ) -> None:
     cfg = config(checkpoint_every=checkpoint_every, batch_size=4)
     whole, run = undisturbed(cfg), small_disk / cfg.run_id
     if step == 0:
         fill(small_disk, leave)
-    with pytest.raises(DiskFull, match=r"no space left to write .*free some and start the same command again") as e:
+    with pytest.raises(
+        DiskFull, match=r"no space left to write .*free some and start the same command again"
+    ) as e:
         train(cfg, small_disk, progress=Watch({step: lambda: fill(small_disk, leave)}))
     assert e.value.exit_code == 75 and full in str(e.value)
     no_half_files(run)
@@ -576,7 +662,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert end(run) == end(whole)
 
 
-@pytest.mark.parametrize(("limit", "checkpoint_every", "full"), [(100_000, 10, "step-00000010"), (2_000, 1000, "metrics.jsonl")])
+@pytest.mark.parametrize(
+    ("limit", "checkpoint_every", "full"), [(100_000, 10, "step-00000010"), (2_000, 1000, "metrics.jsonl")]
+)
 def test_a_limit_on_file_size_is_a_full_disk(
     tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], limit: int, checkpoint_every: int, full: str
 ) -> None:
@@ -585,7 +673,11 @@ def test_a_limit_on_file_size_is_a_full_disk(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(DiskFull, match=full):
-            train(cfg, tmp_path, progress=Watch({1: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))}))
+            train(
+                cfg,
+                tmp_path,
+                progress=Watch({1: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))}),
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     no_half_files(tmp_path / cfg.run_id)
@@ -669,7 +761,12 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         "all_versions", "weights", "resumed", "spent", "ledger", "peak_memory",
     }  # fmt: skip
     plan = RunDir(run).plan()
-    assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (cfg.run_id, cfg.preset, "done", 0)
+    assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (
+        cfg.run_id,
+        cfg.preset,
+        "done",
+        0,
+    )
     assert summary["steps"] == plan["steps"] and summary["tokens"] == plan["steps"] * 8 * 16
     for split in ("val", "dev"):
         mine = [r for r in rows(run, "eval") if r["split"] == split]
@@ -679,19 +776,37 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         }  # fmt: skip
         assert last["step"] == plan["steps"] and last["full"] < mine[0]["full"] - 0.05
         assert len({r["tokens"] for r in mine}) == 1 and len({r["coverage"] for r in mine}) == 1
-    assert summary["last"] == summary["scores"]["val"]["last"] and summary["best"] == summary["scores"]["val"]["best"]
-    assert summary["presentations"]["presentations_per_token"] == pytest.approx(summary["tokens"] / plan["train_tokens"])
+    assert (
+        summary["last"] == summary["scores"]["val"]["last"]
+        and summary["best"] == summary["scores"]["val"]["best"]
+    )
+    assert summary["presentations"]["presentations_per_token"] == pytest.approx(
+        summary["tokens"] / plan["train_tokens"]
+    )
     assert summary["presentations"] | {"presentations_per_token": 0} == {
         "train_tokens_per_epoch": plan["train_tokens"], "forward_passes": 1, "ensemble_members": 1, "presentations_per_token": 0,
     }  # fmt: skip
     assert set(summary["fingerprints"]) == {"corpus", "train", "dev", "val"}
-    assert all(len(h) == 64 for h in (*summary["fingerprints"].values(), summary["tokenizer"], summary["weights"]))
-    assert summary["params"] == 400 * 32 + 16 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32) + 2 * 32
-    assert summary["seconds"] > 0 and summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
-    assert summary["machine_classes"] == [summary["machine_class"]] and summary["machine_class"]["threads"] == 1
-    assert {"python", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "mainrun"} <= set(summary["versions"])
+    assert all(
+        len(h) == 64 for h in (*summary["fingerprints"].values(), summary["tokenizer"], summary["weights"])
+    )
+    assert (
+        summary["params"]
+        == 400 * 32 + 16 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32) + 2 * 32
+    )
+    assert summary["seconds"] > 0 and summary["tokens_per_s"] == pytest.approx(
+        summary["tokens"] / summary["seconds"]
+    )
+    assert (
+        summary["machine_classes"] == [summary["machine_class"]] and summary["machine_class"]["threads"] == 1
+    )
+    assert {"python", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "mainrun"} <= set(
+        summary["versions"]
+    )
     assert len(summary["guards"]) >= 13
-    assert all(set(g) == {"name", "status", "detail"} and g["status"] in ("pass", "flag") for g in summary["guards"]), summary["guards"]
+    assert all(
+        set(g) == {"name", "status", "detail"} and g["status"] in ("pass", "flag") for g in summary["guards"]
+    ), summary["guards"]
 
 
 def test_the_status_follows_the_run(tmp_path: Path) -> None:
@@ -702,7 +817,16 @@ def test_the_status_follows_the_run(tmp_path: Path) -> None:
     assert seen == [{"state": "running", "step": 0, "pid": os.getpid(), "resumed": 0}]
     steps = run.plan()["steps"]
     assert run.status() == {"state": "done", "step": steps, "steps": steps}
-    files = {"config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints", ".lock"}
+    files = {
+        "config.json",
+        "env.json",
+        "status.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tokenizer.json",
+        "checkpoints",
+        ".lock",
+    }
     assert {p.name for p in run.path.iterdir()} == files
     env = run.env()
     assert set(env) == {
@@ -720,14 +844,18 @@ def test_the_status_follows_the_run(tmp_path: Path) -> None:
         ({"vocab_size": 60_000}, "vocab_size=60,000"),
     ],
 )
-def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_trained_is_said_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
     for attempt in (lambda: train(config(**changes), tmp_path), lambda: estimate(config(**changes))):
         with pytest.raises(ConfigError, match=words):
             attempt()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_samples_begin_with_the_prompt_and_come_from_the_seed(undisturbed: Callable[[TrainConfig], Path]) -> None:
+def test_samples_begin_with_the_prompt_and_come_from_the_seed(
+    undisturbed: Callable[[TrainConfig], Path],
+) -> None:
     run = undisturbed(config())
     titles = sample(run, "Show HN: ", n=3, max_tokens=8, seed=1)
     assert len(titles) == 3 == len(set(titles)) and all(t.startswith("Show HN: ") for t in titles)
@@ -780,6 +908,8 @@ def test_a_sample_of_broken_weights_says_so(tmp_path: Path, monkeypatch: pytest.
     run = tmp_path / config().run_id
     healthy = sample(run, "Show", n=1, max_tokens=4, temperature=0.0)
     assert sample(run, "Show", n=1, max_tokens=4, temperature=1e-39) == healthy
-    monkeypatch.setattr(trainer.GPT, "forward", lambda self, idx: torch.full((1, idx.shape[1], 400), math.nan))
+    monkeypatch.setattr(
+        trainer.GPT, "forward", lambda self, idx: torch.full((1, idx.shape[1], 400), math.nan)
+    )
     with pytest.raises(RunError, match="no probabilities"):
         sample(run, "Show", n=1, max_tokens=4)

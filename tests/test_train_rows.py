@@ -31,7 +31,20 @@ from mainrun.run.progress import Progress
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, Optimizers, RMSNorm, State, Stepper, build, compute_loss, drops, mix, rope_table, rotate, train
+from mainrun.train import (
+    GPT,
+    Optimizers,
+    RMSNorm,
+    State,
+    Stepper,
+    build,
+    compute_loss,
+    drops,
+    mix,
+    rope_table,
+    rotate,
+    train,
+)
 
 V = 20  # vocabulary
 
@@ -67,7 +80,10 @@ def test_the_rotary_table() -> None:
 
 
 def test_a_rotation_turns_the_halves_against_each_other() -> None:
-    cos, sin = torch.tensor([[1.0, 0.0], [0.6, 1.0], [7.0, 7.0]]), torch.tensor([[0.0, 1.0], [0.8, 0.0], [7.0, 7.0]])
+    cos, sin = (
+        torch.tensor([[1.0, 0.0], [0.6, 1.0], [7.0, 7.0]]),
+        torch.tensor([[0.0, 1.0], [0.8, 0.0], [7.0, 7.0]]),
+    )
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]).view(1, 1, 2, 4)
     # the first half (1, 2) and the second (3, 4): at the second place 0.6 - 0.8 * 3 and 0.6 * 3 + 0.8
     expected = torch.tensor([[1.0, -4.0, 3.0, 2.0], [-1.8, 2.0, 2.6, 4.0]])
@@ -119,7 +135,9 @@ def test_the_parameters_of_attention(fields: dict[str, Any], shapes: dict[str, t
     model = build(config(**ATTENTION | fields), V)
     first, second = ({n: tuple(p.shape) for n, p in block.attn.named_parameters()} for block in model.blocks)
     assert second == shapes
-    assert first == {n: shape for n, shape in shapes.items() if n != "first_share"}, "the first layer has no layer before it"
+    assert first == {n: shape for n, shape in shapes.items() if n != "first_share"}, (
+        "the first layer has no layer before it"
+    )
     if "first_share" in shapes:
         assert model.get_parameter("blocks.1.attn.first_share").item() == 0.5
 
@@ -131,7 +149,14 @@ def test_the_parameters_of_attention(fields: dict[str, Any], shapes: dict[str, t
         ({"mlp": "relu2", "bias": False, "d_ff": 12}, {"up.weight": (12, 8), "down.weight": (8, 12)}),
         (
             {"mlp": "swiglu", "d_ff": 12},
-            {"gate.weight": (12, 8), "gate.bias": (12,), "up.weight": (12, 8), "up.bias": (12,), "down.weight": (8, 12), "down.bias": (8,)},
+            {
+                "gate.weight": (12, 8),
+                "gate.bias": (12,),
+                "up.weight": (12, 8),
+                "up.bias": (12,),
+                "down.weight": (8, 12),
+                "down.bias": (8,),
+            },
         ),
         (
             {"mlp": "swiglu", "d_ff": 12, "bias": False},
@@ -155,7 +180,9 @@ def test_the_mlp_by_hand(kind: str) -> None:
     x = torch.tensor([2.0, -1.0])
     gelu = [2 * 0.9772498680518208, -1 * 0.15865525393145707]
     silu = [-1 / (1 + math.e), 4 / (1 + math.e**-4)]  # of the gate: (-1, 4)
-    expected = {"gelu": [gelu[0], 10 * gelu[1]], "relu2": [4.0, 0.0], "swiglu": [2 * silu[0], -10 * silu[1]]}[kind]
+    expected = {"gelu": [gelu[0], 10 * gelu[1]], "relu2": [4.0, 0.0], "swiglu": [2 * silu[0], -10 * silu[1]]}[
+        kind
+    ]
     assert mlp(x).tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -171,7 +198,12 @@ def test_the_tables_and_buffers_of_the_model() -> None:
     plain, rope = build(config(unused_ids=3), V), build(config(position="rope", tie_head=False), V)
     assert plain.embed.weight.shape == (V + 3, 8) and plain.head is None
     assert plain.positions is not None and plain.positions.weight.shape == (4, 8)
-    assert rope.positions is None and rope.head is not None and rope.head.weight.shape == (V, 8) and rope.head.bias is None
+    assert (
+        rope.positions is None
+        and rope.head is not None
+        and rope.head.weight.shape == (V, 8)
+        and rope.head.bias is None
+    )
     assert rope.cos.shape == rope.sin.shape == (4, 2)
     assert not hasattr(plain, "cos")
     for model in (plain, rope):
@@ -179,9 +211,18 @@ def test_the_tables_and_buffers_of_the_model() -> None:
         assert {n for n in model.state_dict() if "." not in n} == set(), "buffers are not in a checkpoint"
 
 
-@pytest.mark.parametrize(("scaled", "std", "branch"), [(False, 0.02, 0.02), (True, 0.02, 0.02 / 4), (True, 0.1, 0.1 / 4)])
+@pytest.mark.parametrize(
+    ("scaled", "std", "branch"), [(False, 0.02, 0.02), (True, 0.02, 0.02 / 4), (True, 0.1, 0.1 / 4)]
+)
 def test_the_standard_deviation_at_the_start(scaled: bool, std: float, branch: float) -> None:
-    fields: dict[str, Any] = {"n_layer": 8, "d_model": 128, "attn_gate": True, "tie_head": False, "mlp": "swiglu", "n_head": 2}
+    fields: dict[str, Any] = {
+        "n_layer": 8,
+        "d_model": 128,
+        "attn_gate": True,
+        "tie_head": False,
+        "mlp": "swiglu",
+        "n_head": 2,
+    }
     model = build(config(init_depth_scaled=scaled, init_std=std, **fields), 300)
     for name, p in model.named_parameters():
         if name.endswith(".bias") or name == "positions.weight" or ".attn.gate." in name:
@@ -197,7 +238,9 @@ def test_the_standard_deviation_at_the_start(scaled: bool, std: float, branch: f
 def test_frozen_layers_do_not_train() -> None:
     model = build(config(n_layer=3, frozen=[0, 2]), V)
     assert {n.split(".")[1] for n, p in model.named_parameters() if not p.requires_grad} == {"0", "2"}
-    assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith(("blocks.0", "blocks.2")))
+    assert all(
+        p.requires_grad for n, p in model.named_parameters() if not n.startswith(("blocks.0", "blocks.2"))
+    )
 
 
 # -- what a token may look at
@@ -239,7 +282,9 @@ def test_set_up_hands_out_the_dropouts() -> None:
 
 @pytest.mark.parametrize("title_mask", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_what_fused_attention_is_given(monkeypatch: pytest.MonkeyPatch, training: bool, title_mask: bool) -> None:
+def test_what_fused_attention_is_given(
+    monkeypatch: pytest.MonkeyPatch, training: bool, title_mask: bool
+) -> None:
     model = build(config(title_mask=title_mask, **ATTENTION), V).train(training)
     model.set_up(inputs(model.cfg, attn_dropout=0.5), "sdpa")
     original, given = F.scaled_dot_product_attention, []
@@ -296,7 +341,9 @@ def test_layers_mix_in_the_values_of_the_first_layer() -> None:
     assert [given for given, _ in taken] == [None] * 3
 
 
-@pytest.mark.parametrize("changes", [{}, {"softcap": 2.0}, {"unused_ids": 3}, {"softcap": 2.0, "unused_ids": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"softcap": 2.0}, {"unused_ids": 3}, {"softcap": 2.0, "unused_ids": 3}]
+)
 def test_caps_and_unused_ids(changes: dict[str, Any]) -> None:
     model, plain = build(config(tie_head=False, **changes), V), build(config(tie_head=False), V)
     rows = {n: w.clone() for n, w in model.state_dict().items()}
@@ -352,12 +399,18 @@ def test_the_places_that_drop(
     if places:
         model, used = build(cfg, V).train(), []
         take = Masks.take
-        monkeypatch.setattr(Masks, "take", lambda self, shape: (used.append(math.prod(shape)), take(self, shape))[1])
+        monkeypatch.setattr(
+            Masks, "take", lambda self, shape: (used.append(math.prod(shape)), take(self, shape))[1]
+        )
         model.set_up(at, attention)
         model(ids(3, 4), torch.ones(sum(size for size, _ in places), dtype=torch.uint8))
         assert used == [size for size, _ in places], "the model takes them, and no others"
     wide = config(n_head=1, d_model=10)
-    assert drops(wide, inputs(wide, dropout=0.5, attn_dropout=0.25), 5, "plain") == [(200, 0.5), (80, 0.25), (80, 0.25)]
+    assert drops(wide, inputs(wide, dropout=0.5, attn_dropout=0.25), 5, "plain") == [
+        (200, 0.5),
+        (80, 0.25),
+        (80, 0.25),
+    ]
 
 
 # -- the loss
@@ -399,7 +452,9 @@ def test_r_drop_by_hand() -> None:
         at = inputs(config(), rdrop=2.0, label_smoothing=smoothing)
         loss, plain = compute_loss(model, x, y, at, "pool")
         assert plain.item() == pytest.approx(cross, rel=1e-6) and not plain.requires_grad
-        assert loss.item() == pytest.approx(cross + 2 * divergence, rel=1e-6)  # over two ids smoothing is the mean of both passes
+        assert loss.item() == pytest.approx(
+            cross + 2 * divergence, rel=1e-6
+        )  # over two ids smoothing is the mean of both passes
     assert all(given.tolist() == [[1], [1]] and pool == "pool" for given, pool in model.given)
     three = Fixed([[[math.log(2.0), 0.0, 0.0]], [[math.log(2.0), 0.0, 0.0]]])
     loss, plain = compute_loss(three, x, y, inputs(config(), rdrop=2.0, label_smoothing=0.25), None)
@@ -413,7 +468,9 @@ def test_the_loss_in_kernels_of_our_own_is_asked_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trainer, "cross_entropy", lambda *args: given.append(args) or (1, 2))
     model = Fixed([[[1.0, 2.0], [3.0, 4.0]]])
     at = inputs(config(), label_smoothing=0.25)
-    assert compute_loss(model, torch.tensor([[0, 1]]), torch.tensor([[1, 0]]), at, None, *([True] if native else [])) == (1, 2)
+    assert compute_loss(
+        model, torch.tensor([[0, 1]]), torch.tensor([[1, 0]]), at, None, *([True] if native else [])
+    ) == (1, 2)
     logits, target, *rest = given[0]
     assert (logits.tolist(), target.tolist(), rest) == ([[1, 2], [3, 4]], [1, 0], [0.25, native])
 
@@ -421,9 +478,20 @@ def test_the_loss_in_kernels_of_our_own_is_asked_for(monkeypatch: pytest.MonkeyP
 # -- the optimisers
 
 KINDS = {
-    "inner": ["blocks.0.attn.q.weight", "blocks.1.mlp.experts.2.up.weight", "blocks.1.mlp.experts.0.down.weight", "blocks.0.attn.o.lora_a"],
+    "inner": [
+        "blocks.0.attn.q.weight",
+        "blocks.1.mlp.experts.2.up.weight",
+        "blocks.1.mlp.experts.0.down.weight",
+        "blocks.0.attn.o.lora_a",
+    ],
     "tables": ["embed.weight", "positions.weight", "head.weight", "blocks.0.mlp.router.weight"],
-    "vectors": ["norm.weight", "blocks.0.attn.q.bias", "blocks.0.attn_scale", "blocks.1.attn.first_share", "blocks.1.mlp_norm.bias"],
+    "vectors": [
+        "norm.weight",
+        "blocks.0.attn.q.bias",
+        "blocks.0.attn_scale",
+        "blocks.1.attn.first_share",
+        "blocks.1.mlp_norm.bias",
+    ],
 }
 EVERYTHING: dict[str, Any] = {
     "experts": 3, "tie_head": False, "layer_scale": 0.5, "value_residual": True, "attn_lora_rank": 2, "eps": 1e-3, "beta1": 0.5,
@@ -436,7 +504,12 @@ def test_the_groups(optimizer: str) -> None:
     cfg = config(optimizer=optimizer, momentum=0.25, **EVERYTHING)
     model = build(cfg, V)
     found = Optimizers(cfg, model)
-    groups = {found.names[p]: (owner, group) for owner in found.all for group in owner.param_groups for p in group["params"]}
+    groups = {
+        found.names[p]: (owner, group)
+        for owner in found.all
+        for group in owner.param_groups
+        for p in group["params"]
+    }
     assert set(groups) == {n for n, _ in model.named_parameters()}
     rates = {"inner": ("lr", True), "tables": ("lr_aux", True), "vectors": ("lr_aux", False)}
     for kind, names in KINDS.items():
@@ -446,14 +519,21 @@ def test_the_groups(optimizer: str) -> None:
             assert group["eps"] == 1e-3
             if optimizer == "sgd":
                 assert type(owner) is torch.optim.SGD
-                assert (group["momentum"], group["nesterov"], group["lr"], group["fused"]) == (0.25, True, 1.0, True)
+                assert (group["momentum"], group["nesterov"], group["lr"], group["fused"]) == (
+                    0.25,
+                    True,
+                    1.0,
+                    True,
+                )
             elif optimizer == "muon" and kind == "inner":
                 assert type(owner) is Muon and owner.momentum == 0.25
             else:
                 assert type(owner) is torch.optim.AdamW
                 assert (group["betas"], group["lr"], group["fused"]) == ((0.5, 0.75), 1.0, True)
     assert len(found.all) == (2 if optimizer == "muon" else 1)
-    assert len(found.groups) == 3 and all(g is h for g, h in zip(found.groups, [g for o in found.all for g in o.param_groups], strict=True))
+    assert len(found.groups) == 3 and all(
+        g is h for g, h in zip(found.groups, [g for o in found.all for g in o.param_groups], strict=True)
+    )
 
 
 def test_sgd_without_momentum_does_not_look_ahead() -> None:
@@ -529,7 +609,9 @@ def test_momentum_is_loaded_for_all_or_for_none() -> None:
     optimizers.load({"optimizer/norm.weight/momentum_buffer": torch.full((8,), 2.0)})
     state = optimizers.state()
     assert set(state) == {f"optimizer/{n}/momentum_buffer" for n, _ in model.named_parameters()}
-    assert all((t == (2.0 if n == "optimizer/norm.weight/momentum_buffer" else 0.0)).all() for n, t in state.items())
+    assert all(
+        (t == (2.0 if n == "optimizer/norm.weight/momentum_buffer" else 0.0)).all() for n, t in state.items()
+    )
     fresh = Optimizers(cfg, model)
     fresh.load({})
     assert fresh.state() == {}
@@ -542,7 +624,11 @@ def test_a_new_state() -> None:
     cfg = config()
     state = State(cfg, model := build(cfg, V))
     assert (state.step, state.saved, state.presented, state.resumed) == (0, 0, 0, 0)
-    assert (state.ledger, state.spent, state.grown) == ({"reused": 0, "reused_tokens": 0, "wasted": 0}, {}, {})
+    assert (state.ledger, state.spent, state.grown) == (
+        {"reused": 0, "reused_tokens": 0, "wasted": 0},
+        {},
+        {},
+    )
     assert state.cfg is cfg and state.model is model and state.average.live == dict(model.named_parameters())
 
 
@@ -574,20 +660,28 @@ def test_a_state_comes_back_from_its_tensors(average: float) -> None:
     tensors = {n: t.detach().clone() for n, t in state.tensors().items()}
     names = {n for n, _ in state.model.named_parameters()}
     assert {n for n in tensors if n.startswith("model/")} == {f"model/{n}" for n in names}
-    assert {n for n in tensors if n.startswith("average/")} == ({f"average/{n}" for n in names} if average < 1 else set())
+    assert {n for n in tensors if n.startswith("average/")} == (
+        {f"average/{n}" for n in names} if average < 1 else set()
+    )
     assert {n.split("/")[0] for n in tensors} == {"model", "optimizer", *(["average"] if average < 1 else [])}
     other = State(cfg, build(config(seed=9, optimizer="adamw", ema=0.5), V))
     other.average.apart = average == 1
     other.load(tensors, 7, 700)
     assert (other.step, other.presented, other.grown, other.average.apart) == (7, 700, {}, average < 1)
     assert all(torch.equal(t, tensors[n]) for n, t in other.tensors().items())
-    assert all(torch.equal(t, tensors[f"{'average' if average < 1 else 'model'}/{n}"]) for n, t in other.average.shadow.items())
+    assert all(
+        torch.equal(t, tensors[f"{'average' if average < 1 else 'model'}/{n}"])
+        for n, t in other.average.shadow.items()
+    )
 
 
 def test_a_state_of_another_model_is_refused() -> None:
     state = State(config(), build(config(), V))
     tensors = {f"model/{n}": p.detach().clone() for n, p in state.model.named_parameters()}
-    with pytest.raises(RunError, match=r"the state holds model/a, the model does not; build the model as it was when the state was saved"):
+    with pytest.raises(
+        RunError,
+        match=r"the state holds model/a, the model does not; build the model as it was when the state was saved",
+    ):
         state.load(tensors | {"model/b": torch.ones(1), "model/a": torch.ones(1)}, 7, 700)
     assert state.step == 0
     with pytest.raises(KeyError):
@@ -610,7 +704,14 @@ def test_a_grown_state_rebuilds_its_model() -> None:
 class Parts:
     """A stepper on the CPU, as process `rank` of `world`, without the others."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cfg: TrainConfig, rank: int = 0, world: int = 1, mean: float = 1.0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        cfg: TrainConfig,
+        rank: int = 0,
+        world: int = 1,
+        mean: float = 1.0,
+    ) -> None:
         self.machine = Machine(cfg)
         self.machine.rank, self.machine.world = rank, world
         self.synced: list[str] = []
@@ -663,10 +764,15 @@ def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, g
     assert parts.run(x, y, inputs(cfg)) == pytest.approx((loss, norm), rel=1e-5)
     factor = 0.01 / (norm + 1e-6) if clip == 0.01 else 1.0
     for name, p in parts.state.model.named_parameters():
-        assert p.grad is not None and torch.allclose(p.grad, factor * gradients[name], atol=1e-7, rtol=1e-4), name
+        assert p.grad is not None and torch.allclose(
+            p.grad, factor * gradients[name], atol=1e-7, rtol=1e-4
+        ), name
     assert parts.synced == [] and parts.state.presented == 16 and parts.state.model.training
     parts.run(x, y, inputs(cfg), 1)  # gradients do not add up from step to step
-    assert all(torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4) for n, p in parts.state.model.named_parameters())
+    assert all(
+        torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4)
+        for n, p in parts.state.model.named_parameters()
+    )
     assert parts.state.presented == 32
 
 
@@ -685,15 +791,21 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(monkeypatch, cfg, rank=1, world=2, mean=3.0)
     seed, masks = parts.machine.seed, parts.machine.masks
     monkeypatch.setattr(parts.machine, "seed", lambda found: (seeds.append(found), seed(found)))
-    monkeypatch.setattr(parts.machine, "masks", lambda found, micro: (places.append((found, micro)), masks(found, micro))[1])
+    monkeypatch.setattr(
+        parts.machine, "masks", lambda found, micro: (places.append((found, micro)), masks(found, micro))[1]
+    )
     loss, _ = parts.run(x, y, inputs(cfg), 7)
-    assert [(a.tolist(), b.tolist()) for a, b, _ in taken] == [(x[i : i + 2].tolist(), y[i : i + 2].tolist()) for i in (2, 6)]
+    assert [(a.tolist(), b.tolist()) for a, b, _ in taken] == [
+        (x[i : i + 2].tolist(), y[i : i + 2].tolist()) for i in (2, 6)
+    ]
     assert [native for _, _, native in taken] == [False, False]
     assert seeds == [[mix(1337, "step", 7, 1), mix(1337, "step", 7, 3)]]
     at = inputs(cfg)
     assert places == [(drops(cfg, at, 2, "plain"), 0), (drops(cfg, at, 2, "plain"), 1)]
     assert parts.synced == ["none"]
-    assert parts.state.presented == 2 * 2 * 4 * 2  # two pieces of two rows of four tokens, of each of two processes
+    assert (
+        parts.state.presented == 2 * 2 * 4 * 2
+    )  # two pieces of two rows of four tokens, of each of two processes
     assert 6 < loss < 12, "the mean is the machine's"
 
 
@@ -702,7 +814,9 @@ def test_r_drop_takes_masks_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> 
     parts = Parts(monkeypatch, cfg)
     places = []
     masks = parts.machine.masks
-    monkeypatch.setattr(parts.machine, "masks", lambda found, micro: (places.append(found), masks(found, micro))[1])
+    monkeypatch.setattr(
+        parts.machine, "masks", lambda found, micro: (places.append(found), masks(found, micro))[1]
+    )
     parts.run(*batch(), inputs(cfg))
     assert places == [drops(cfg, inputs(cfg), 8, "plain")]
     assert parts.state.presented == 32
@@ -773,7 +887,9 @@ def test_an_update_takes_the_rates_of_its_step(monkeypatch: pytest.MonkeyPatch) 
     parts = Parts(monkeypatch, cfg)
     steps: list[int] = []
     original = Optimizers.set_rates
-    monkeypatch.setattr(Optimizers, "set_rates", lambda self, at, step: (steps.append(step), original(self, at, step)))
+    monkeypatch.setattr(
+        Optimizers, "set_rates", lambda self, at, step: (steps.append(step), original(self, at, step))
+    )
     parts.state.step = 5
     parts.run(*batch(), inputs(cfg))
     before = {n: p.detach().clone() for n, p in parts.state.model.named_parameters()}
@@ -785,9 +901,12 @@ def test_an_update_takes_the_rates_of_its_step(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("compiled", "world", "calls"), [(False, 1, []), (True, 1, ["compile"]), (True, 2, ["compile", "ddp"]), (False, 2, ["ddp"])]
+    ("compiled", "world", "calls"),
+    [(False, 1, []), (True, 1, ["compile"]), (True, 2, ["compile", "ddp"]), (False, 2, ["ddp"])],
 )
-def test_how_the_model_is_run(monkeypatch: pytest.MonkeyPatch, compiled: bool, world: int, calls: list[str]) -> None:
+def test_how_the_model_is_run(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, world: int, calls: list[str]
+) -> None:
     done: list[str] = []
 
     def compile(model: Any, dynamic: bool | None = None) -> Any:
@@ -915,8 +1034,12 @@ def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_the_rows_of_a_run(ran: Ran) -> None:
     plan = Plan(ran.cfg, 10_000)
     steps = ran.rows("step")
-    assert [list(row) for row in steps] == [["event", "step", "tokens", "lr", "loss", "grad_norm", "seconds"]] * 3
-    assert [(row["step"], row["tokens"]) for row in steps] == [(4, 256), (8, 512), (9, 576)], "every fourth, and the last"
+    assert [list(row) for row in steps] == [
+        ["event", "step", "tokens", "lr", "loss", "grad_norm", "seconds"]
+    ] * 3
+    assert [(row["step"], row["tokens"]) for row in steps] == [(4, 256), (8, 512), (9, 576)], (
+        "every fourth, and the last"
+    )
     assert [row["lr"] for row in steps] == [plan.at(step).lr for step in (3, 7, 8)]
     assert [row["seconds"] for row in steps] == [11.0] * 3, "a step, without what was saved or scored"
     assert ran.watch.steps == [row | {"steps": 9} for row in steps]
@@ -952,12 +1075,21 @@ def test_the_checkpoints_of_a_run(ran: Ran) -> None:
 
 
 def test_where_the_seconds_of_a_run_went(ran: Ran) -> None:
-    spent = {"data": 7.0, "steps": 99.0, "evaluation": 400.0, "checkpoints": 5000.0, "guards": 10_000.0, "overhead": 0.5}
+    spent = {
+        "data": 7.0,
+        "steps": 99.0,
+        "evaluation": 400.0,
+        "checkpoints": 5000.0,
+        "guards": 10_000.0,
+        "overhead": 0.5,
+    }
     assert ran.summary["spent"] == spent
     assert ran.summary["seconds"] == sum(spent.values()) == ran.clock.now - 1000
 
 
-def test_a_run_on_a_compiled_model_counts_its_first_step_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_compiled_model_counts_its_first_step_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settle = Machine.settle
 
     def settled(self: Machine, cfg: TrainConfig, plan: Plan) -> None:
@@ -977,19 +1109,28 @@ def test_a_run_that_stops_and_goes_on(tmp_path: Path, ran: Ran) -> None:
     assert [step for step, _ in stopped.saved] == [2, 4, 5]
     assert stopped.run.status()["state"] == "interrupted" and stopped.watch.closed == 1
     back = go(small(), tmp_path)
-    assert back.watch.started == [(back.cfg.run_id, 9, 3)] and back.watch.notes == [f"{back.run.path} goes on after step 5"]
+    assert back.watch.started == [(back.cfg.run_id, 9, 3)] and back.watch.notes == [
+        f"{back.run.path} goes on after step 5"
+    ]
     assert [step for step, _ in back.saved] == [6, 8, 9]
-    assert plain(back.run.metrics()) == plain(ran.run.metrics()) and back.summary["weights"] == ran.summary["weights"]
+    assert (
+        plain(back.run.metrics()) == plain(ran.run.metrics())
+        and back.summary["weights"] == ran.summary["weights"]
+    )
     assert back.summary["resumed"] == 1 and back.saved[-1][1]["presented"] == 576
     spent = {"data": 14.0, "steps": 99.0, "evaluation": 400.0, "checkpoints": 5000.0, "guards": 10_000.0}
-    assert {k: v for k, v in back.summary["spent"].items() if k != "overhead"} == spent | {"checkpoints": 5000.0}
+    assert {k: v for k, v in back.summary["spent"].items() if k != "overhead"} == spent | {
+        "checkpoints": 5000.0
+    }
     again = go(small(), tmp_path)
     assert again.summary == back.run.summary() and again.watch.started == [] and again.saved == []
     assert [row["step"] for row in go(small(), tmp_path, fresh=True).rows("step")] == [4, 8, 9]
 
 
 def test_a_signal_stops_after_its_step(tmp_path: Path) -> None:
-    found = go(small(log_every=1), tmp_path, Watch({3: lambda: os.kill(os.getpid(), signal.SIGTERM)}), Interrupted)
+    found = go(
+        small(log_every=1), tmp_path, Watch({3: lambda: os.kill(os.getpid(), signal.SIGTERM)}), Interrupted
+    )
     assert found.said == "SIGTERM at step 3 of 9; everything is saved, the same command goes on from here"
     assert [step for step, _ in found.saved] == [2, 3]
 
@@ -997,14 +1138,25 @@ def test_a_signal_stops_after_its_step(tmp_path: Path) -> None:
 def test_another_process_may_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(Machine, "any", lambda self, flag: flag or bool(asked))
-    found = go(small(log_every=1, eval_interval=0), tmp_path, Watch({3: lambda: asked.append(True)}), Interrupted)
-    assert found.said == "another process stopped at step 3 of 9; everything is saved, the same command goes on from here"
+    found = go(
+        small(log_every=1, eval_interval=0), tmp_path, Watch({3: lambda: asked.append(True)}), Interrupted
+    )
+    assert (
+        found.said
+        == "another process stopped at step 3 of 9; everything is saved, the same command goes on from here"
+    )
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, call: int, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+def planted(
+    monkeypatch: pytest.MonkeyPatch, call: int, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
     """The loss of one call is another."""
     original, calls = trainer.compute_loss, iter(range(1, 1000))
-    monkeypatch.setattr(trainer, "compute_loss", lambda *args: change(*original(*args)) if next(calls) == call else original(*args))
+    monkeypatch.setattr(
+        trainer,
+        "compute_loss",
+        lambda *args: change(*original(*args)) if next(calls) == call else original(*args),
+    )
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
@@ -1027,7 +1179,9 @@ def test_a_gradient_that_is_infinite_ends_the_run(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_a_loss_that_is_no_number_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     planted(monkeypatch, 3, lambda loss, plain: (loss, plain + value))
     assert go(small(), tmp_path, error=Diverged).said.startswith(f"loss {value} with gradient norm ")
 
@@ -1035,7 +1189,11 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyte
 def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = trainer.score
     monkeypatch.setattr(
-        trainer, "score", lambda cfg, data, state: [r | ({"loss": math.inf} if state.step == 3 else {}) for r in original(cfg, data, state)]
+        trainer,
+        "score",
+        lambda cfg, data, state: [
+            r | ({"loss": math.inf} if state.step == 3 else {}) for r in original(cfg, data, state)
+        ],
     )
     found = go(small(), tmp_path, error=Diverged)
     lr = Plan(found.cfg, 10_000).at(2).lr
@@ -1058,7 +1216,9 @@ def late_numbers(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
     monkeypatch.setattr(Machine, "__init__", init)
 
 
-def test_numbers_that_are_read_later_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: Ran) -> None:
+def test_numbers_that_are_read_later_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: Ran
+) -> None:
     late_numbers(monkeypatch, 4)
     fields = {"log_every": 1, "eval_interval": 0, "checkpoint_every": 7}
     found = go(small(**fields), tmp_path)
@@ -1071,7 +1231,9 @@ def test_numbers_that_are_read_later_are_the_same(tmp_path: Path, monkeypatch: p
     assert {row["seconds"] for row in rows} == {11.0}
 
 
-def test_a_loss_that_is_read_later_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_read_later_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late_numbers(monkeypatch, 4)
     planted(monkeypatch, 3, lambda loss, plain: (loss, plain + math.nan))
     found = go(small(log_every=1, eval_interval=0, checkpoint_every=50), tmp_path, error=Diverged)
@@ -1082,7 +1244,9 @@ def test_a_loss_that_is_read_later_keeps_the_last_checkpoint(tmp_path: Path, mon
 def test_a_stop_reads_what_is_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late_numbers(monkeypatch, 4)
     found = go(small(log_every=1, eval_interval=0, checkpoint_every=50), tmp_path, error=Interrupted, until=3)
-    assert [row["step"] for row in found.rows("step")] == [1, 2, 3] and [step for step, _ in found.saved] == [3]
+    assert [row["step"] for row in found.rows("step")] == [1, 2, 3] and [step for step, _ in found.saved] == [
+        3
+    ]
 
 
 # -- with a store, with growth, and as one of several processes
@@ -1108,7 +1272,9 @@ def test_a_run_goes_on_with_the_store_behind_a_score_that_nobody_had(tmp_path: P
 
 
 def test_a_run_that_waits_for_its_scores_takes_all_of_the_store(tmp_path: Path) -> None:
-    cfg = small(max_steps=0, growth={"ops": [{"name": "set_lr", "value": 0.125, "trigger": {"wait_iters": 8}}]})
+    cfg = small(
+        max_steps=0, growth={"ops": [{"name": "set_lr", "value": 0.125, "trigger": {"wait_iters": 8}}]}
+    )
     first = go(cfg, tmp_path / "a", store=Store(tmp_path / "store"))
     second = go(cfg, tmp_path / "b", store=Store(tmp_path / "store"))
     assert second.summary["weights"] == first.summary["weights"] and second.summary["ledger"]["trained"] == 0
@@ -1138,11 +1304,15 @@ def test_a_run_that_grows(tmp_path: Path) -> None:
     built: list[Any] = []
     original = Stepper.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stepper, "__init__", lambda self, *args: (built.append(args[0]), original(self, *args))[1])
+        patch.setattr(
+            Stepper, "__init__", lambda self, *args: (built.append(args[0]), original(self, *args))[1]
+        )
         found = go(small(max_steps=0, growth={"ops": ops}, log_every=1), tmp_path)
     rows = found.rows("step")
     assert [row["tokens"] for row in rows[:6]] == [64, 128, 160, 192, 224, 256]
-    assert next(row["step"] for row in rows if row["lr"] < 0.125) == 7, "the first evaluation two steps after the op before it"
+    assert next(row["step"] for row in rows if row["lr"] < 0.125) == 7, (
+        "the first evaluation two steps after the op before it"
+    )
     assert [cfg.frozen for cfg in built] == [(), (0,)], "a new model has a new stepper, and only that"
     events = [json.loads(line) for line in (found.run.path / "growth.jsonl").read_text().splitlines()]
     done = [(row["name"], row["step"]) for row in events if row["event"].endswith("SUCCESS")]

@@ -194,7 +194,12 @@ def test_nobody_listens(zipped: Path) -> None:
 def test_no_other_host_gets_the_file(zipped: Path) -> None:
     with serving(answer(200)) as other:
         for status in (301, 302, 307, 308):
-            for place in (other.url, other.url.replace("127.0.0.1", "localhost"), "//example.org/x", "https://127.0.0.1/x"):
+            for place in (
+                other.url,
+                other.url.replace("127.0.0.1", "localhost"),
+                "//example.org/x",
+                "https://127.0.0.1/x",
+            ):
                 with serving(answer(status, Location=place)) as server:
                     found, notes = failed(zipped, server.url)
                 assert "sends the upload on to" in found and "refused" in found and notes == []
@@ -216,18 +221,41 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         pytest.skip("needs openssl to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
     made = folder / "cert.crt", folder / "made"
-    ask = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(made[1]), "-out", str(made[0]), "-days", "2"]
-    subprocess.run([*ask, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    ask = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        str(made[1]),
+        "-out",
+        str(made[0]),
+        "-days",
+        "2",
+    ]
+    subprocess.run(
+        [*ask, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True,
+        capture_output=True,
+    )
     return made
 
 
 def test_a_certificate_that_nobody_vouches_for(zipped: Path, certificate: tuple[Path, Path]) -> None:
     with serving(answer(200), tls=certificate) as server:
         found, notes = failed(zipped, server.url, timeout=5)
-    assert "the certificate of localhost is not to be trusted (self" in found and notes == [] and server.got == []
+    assert (
+        "the certificate of localhost is not to be trusted (self" in found
+        and notes == []
+        and server.got == []
+    )
 
 
-def test_a_certificate_of_another_host(zipped: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_of_another_host(
+    zipped: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     with serving(answer(200), tls=certificate) as server:
         assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # trusted, and of this host

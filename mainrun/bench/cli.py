@@ -14,8 +14,12 @@ from mainrun.ui.console import Debug, Json, commands, emit, process_group, show_
 app = commands("Measure steps, and what sharing them saves: step, gpu, lineage.")
 
 
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Measured steps of each; their median counts.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")
+]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, max=1000, help="Measured steps of each; their median counts.")
+]
 
 
 def _note(text: str) -> None:
@@ -24,9 +28,13 @@ def _note(text: str) -> None:
 
 @app.command("step")
 def bench_step(
-    preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")] = "baseline",
+    preset: Annotated[
+        str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")
+    ] = "baseline",
     sets: Sets = None,
-    rivals: Annotated[bool, typer.Option("--rivals", help="Also a plain loop, and both with the C library's own allocator.")] = False,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Also a plain loop, and both with the C library's own allocator.")
+    ] = False,
     repeats: Repeats = 5,
     as_json: Json = False,
     debug: Debug = False,
@@ -40,7 +48,9 @@ def bench_step(
 
     configs = load(preset, sets or [])
     if len(configs) > 1:
-        raise UsageError(f"preset {preset!r} has {len(configs)} steps, bench takes one; write --preset {configs[0].preset}, say")
+        raise UsageError(
+            f"preset {preset!r} has {len(configs)} steps, bench takes one; write --preset {configs[0].preset}, say"
+        )
     found = step.measure(configs[0], rivals=rivals, repeats=repeats, note=_note)
     if as_json:
         emit(found)
@@ -51,10 +61,15 @@ def bench_step(
 
 @app.command("lineage")
 def bench_lineage(
-    preset: Annotated[str | None, typer.Option("--preset", metavar="NAME|FILE", help="The base, in place of a very small one.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="NAME|FILE", help="The base, in place of a very small one."),
+    ] = None,
     sets: Sets = None,
     studies: Annotated[str, typer.Option("--studies", metavar="1,2,3,4", help="Which.")] = "1,2,3,4",
-    trials: Annotated[int, typer.Option("--trials", min=0, max=192, help="Of each study so many, at random; 0: all.")] = 0,
+    trials: Annotated[
+        int, typer.Option("--trials", min=0, max=192, help="Of each study so many, at random; 0: all.")
+    ] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -73,7 +88,9 @@ def bench_lineage(
         changes = dict(parse_set(text) for text in sets or [])
         bases = load(preset, sets or []) if preset else [from_dict(lineage.SMALL | changes)]
         if len(bases) > 1:
-            raise UsageError(f"preset {preset!r} has {len(bases)} steps, bench takes one; write --preset {bases[0].preset}, say")
+            raise UsageError(
+                f"preset {preset!r} has {len(bases)} steps, bench takes one; write --preset {bases[0].preset}, say"
+            )
         (base,) = bases
         found = lineage.measure(base, [int(study) for study in studies.split(",")], trials, _note)
         overheads = lineage.overheads()
@@ -83,7 +100,9 @@ def bench_lineage(
         show_table(*lineage.table(found))
         print(*lineage.lines(overheads), sep="\n")
     if any(row["differ"] for row in found):
-        raise MainrunError("a run that shared its prefix is not the same as from scratch; the last column says how many")
+        raise MainrunError(
+            "a run that shared its prefix is not the same as from scratch; the last column says how many"
+        )
 
 
 @app.command("gpu")

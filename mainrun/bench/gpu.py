@@ -26,13 +26,24 @@ from mainrun.store.rundir import RunDir
 PRESETS = ("baseline", "optimized")
 BURST = 20  # steps that are launched before one is waited for, as in a run
 # dense bf16 FLOP/s as their maker states them; the first name that the device's holds
-PEAKS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAKS = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 
 
-def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure(
+    sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """All of it. A UsageError where torch sees no GPU."""
     sets = ["device=cuda", "dtype=bfloat16", *sets]
-    configs = [load(preset, sets)[0] for preset in PRESETS]  # a wrong --set is refused before anything is measured
+    configs = [
+        load(preset, sets)[0] for preset in PRESETS
+    ]  # a wrong --set is refused before anything is measured
     if any(cfg.device != "cuda" for cfg in configs):
         raise UsageError(f"bench gpu got device={configs[0].device}; it measures the GPU: leave device out")
     import torch
@@ -56,7 +67,9 @@ def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = 
 
 
 def stated_peak(device: str) -> float | None:
-    return next((peak for name, peak in PEAKS.items() if set(name.split()) <= set(re.split(r"[\s-]+", device))), None)
+    return next(
+        (peak for name, peak in PEAKS.items() if set(name.split()) <= set(re.split(r"[\s-]+", device))), None
+    )
 
 
 def matmul_peak(size: int = 8192) -> float:
@@ -122,7 +135,12 @@ def run(preset: str, sets: list[str], out: Path, note: Callable[[str], None]) ->
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         raise MainrunError(f"the run of {preset} ended with code {done.returncode}: {said[-1]}")
     summary = json.loads(done.stdout)
-    return {"wall_seconds": wall, "spent": summary["spent"], "full": summary["last"]["full"], "steps": summary["steps"]}
+    return {
+        "wall_seconds": wall,
+        "spent": summary["spent"],
+        "full": summary["last"]["full"],
+        "steps": summary["steps"],
+    }
 
 
 def only_run(out: Path) -> RunDir:
@@ -137,7 +155,9 @@ def differences(a: RunDir, b: RunDir) -> list[str]:
     found = []
     if len(rows[0]) != len(rows[1]):
         found.append(f"one run has {len(rows[0])} rows, the other {len(rows[1])}")
-    for one, other in zip(*rows, strict=False):  # a length that differs is named above; this finds where they part
+    for one, other in zip(
+        *rows, strict=False
+    ):  # a length that differs is named above; this finds where they part
         if one != other:
             found.append(f"{one['event']} at step {one['step']}: {one} against {other}")
             break
@@ -148,7 +168,18 @@ def differences(a: RunDir, b: RunDir) -> list[str]:
 
 
 def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head = ["", "tokens/s", "ms/step", "min-max", "MFU", "of matmul", "peak", "whole run", "again", "the same bits"]
+    head = [
+        "",
+        "tokens/s",
+        "ms/step",
+        "min-max",
+        "MFU",
+        "of matmul",
+        "peak",
+        "whole run",
+        "again",
+        "the same bits",
+    ]
     lines = []
     for row in found["presets"]:
         walls = [f"{one['wall_seconds']:.1f} s" for one in row["runs"]]
@@ -169,7 +200,11 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    stated = f"{found['stated_peak'] / 1e12:.0f} stated" if found["stated_peak"] else "no stated peak known, MFU is of the matmul's"
+    stated = (
+        f"{found['stated_peak'] / 1e12:.0f} stated"
+        if found["stated_peak"]
+        else "no stated peak known, MFU is of the matmul's"
+    )
     yield f"{found['device']}: bf16 TFLOP/s {stated}, {found['matmul_peak'] / 1e12:.0f} by a large product"
     for row in found["presets"]:
         spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in row["runs"][0]["spent"].items())

@@ -54,7 +54,12 @@ def late_change(base: TrainConfig, starts: Sequence[float]) -> list[TrainConfig]
             op = {"name": "set_dropout", "value": 0.0, "trigger": {"budget_frac": at}}
             for start in starts:
                 for shape in SHAPES:
-                    fields = {"lr": rate, "schedule": "wsd", "decay_frac": round(1 - start, 6), "decay_shape": shape}
+                    fields = {
+                        "lr": rate,
+                        "schedule": "wsd",
+                        "decay_frac": round(1 - start, 6),
+                        "decay_shape": shape,
+                    }
                     found.append(changed(base, fields | {"growth": {"ops": [op]}}))
     return found
 
@@ -67,7 +72,9 @@ def piecewise(base: TrainConfig, trials: int = 128) -> list[TrainConfig]:
         first, second = draw.choice((0.2, 0.3, 0.4, 0.5)), draw.choice((0.6, 0.7, 0.8, 0.9))
         one = draw.choice((0.5, 0.25))
         ops = [(first, rate * one), (second, rate * one * draw.choice((0.4, 0.2, 0.1)))]
-        growth = {"ops": [{"name": "set_lr", "value": value, "trigger": {"budget_frac": at}} for at, value in ops]}
+        growth = {
+            "ops": [{"name": "set_lr", "value": value, "trigger": {"budget_frac": at}} for at, value in ops]
+        }
         cfg = changed(base, {"lr": rate, "schedule": "constant", "growth": growth})
         found[cfg.run_id] = cfg
     return list(found.values())
@@ -109,7 +116,10 @@ class Row:
 
 
 def measure(
-    base: TrainConfig, studies: Sequence[int] = (1, 2, 3, 4), trials: int = 0, note: Callable[[str], None] = lambda _: None
+    base: TrainConfig,
+    studies: Sequence[int] = (1, 2, 3, 4),
+    trials: int = 0,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """trials: of each study that many, at random; 0: all."""
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as folder:
@@ -134,7 +144,9 @@ def some(configs: list[TrainConfig], trials: int) -> list[TrainConfig]:
 class Bench:
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder, self.note = folder, note
-        self.scratch: dict[str, tuple[float, str]] = {}  # of each trial from scratch: seconds, and its final bits
+        self.scratch: dict[
+            str, tuple[float, str]
+        ] = {}  # of each trial from scratch: seconds, and its final bits
         self.count = 0
 
     def both(self, study: str, configs: list[TrainConfig]) -> Iterator[Row]:
@@ -172,7 +184,19 @@ class Bench:
         fewest = len({key for chain in chains.values() for key in chain[1:]})
         differ = [name for name, final in bits.items() if self.scratch[name][1] != final]
         scratch = sum(self.scratch[cfg.run_id][0] for cfg in configs)
-        return Row(study, way, len(configs), asked, fewest, trained, seconds, store_seconds, scratch, len(bits), differ)
+        return Row(
+            study,
+            way,
+            len(configs),
+            asked,
+            fewest,
+            trained,
+            seconds,
+            store_seconds,
+            scratch,
+            len(bits),
+            differ,
+        )
 
     def halving(self, study: str, configs: list[TrainConfig]) -> Row:
         """Successive halving: all to the first rung, the best of them to the next. What goes on continues where it stopped."""
@@ -204,14 +228,30 @@ class Bench:
             trained, store_seconds = trained + ledger, store_seconds + spent
         # no trial that stops early was trained from scratch: its time is its share of one that was
         scratch = sum(self.scratch[cfg.run_id][0] for cfg in survivors) / (len(survivors) * steps) * asked
-        return Row(study, "successive halving", len(configs), asked, fewest, trained, seconds, store_seconds, scratch, len(bits), differ)
+        return Row(
+            study,
+            "successive halving",
+            len(configs),
+            asked,
+            fewest,
+            trained,
+            seconds,
+            store_seconds,
+            scratch,
+            len(bits),
+            differ,
+        )
 
     def until(self, cfg: TrainConfig, out: Path, store: Store, keep: list[int], rung: int) -> float:
         from mainrun.train import train
 
         with suppress(Interrupted):
             train(cfg, out, store=store, keep=keep, until=rung)
-        rows = [row for row in RunDir(out / cfg.run_id).metrics() if row["event"] == "step" and row["step"] <= rung]
+        rows = [
+            row
+            for row in RunDir(out / cfg.run_id).metrics()
+            if row["event"] == "step" and row["step"] <= rung
+        ]
         return float(sum(row["loss"] for row in rows[-5:]))
 
     def from_scratch(self, cfg: TrainConfig) -> None:
@@ -221,7 +261,9 @@ class Bench:
             _, final = self.train(cfg, self.folder / "scratch", None, [])
             self.scratch[cfg.run_id] = time.perf_counter() - begun, final
 
-    def train(self, cfg: TrainConfig, out: Path, store: Store | None, keep: list[int]) -> tuple[dict[str, Any], str]:
+    def train(
+        self, cfg: TrainConfig, out: Path, store: Store | None, keep: list[int]
+    ) -> tuple[dict[str, Any], str]:
         from mainrun.train import train
 
         summary = train(cfg, out, store=store, keep=keep)
@@ -245,7 +287,10 @@ def final_bits(run: RunDir) -> str:
     summary = run.summary()
     if summary is None:
         raise MainrunError(f"{run.path} did not come to its end")
-    rows = [[row.get(k) for k in ("event", "step", "split", "loss", "grad_norm", "full", "official")] for row in run.metrics()]
+    rows = [
+        [row.get(k) for k in ("event", "step", "split", "loss", "grad_norm", "full", "official")]
+        for row in run.metrics()
+    ]
     return json.dumps([summary["weights"], rows])
 
 
@@ -262,7 +307,9 @@ def overheads() -> dict[str, float]:
     import torch
 
     params = 27_172_864
-    state = {name: torch.randn(params) for name in ("model/w", "optimizer/w/exp_avg", "optimizer/w/exp_avg_sq")}
+    state = {
+        name: torch.randn(params) for name in ("model/w", "optimizer/w/exp_avg", "optimizer/w/exp_avg_sq")
+    }
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as folder:
         store = Store(Path(folder) / "one")
         stall, held = timed(lambda: {name: t.to("cpu", copy=True) for name, t in state.items()})
@@ -276,13 +323,25 @@ def overheads() -> dict[str, float]:
         listed, _ = timed(many.summary)
         cfg = from_dict(SMALL | {"schedule": "cosine", "epochs": 1000})
         plan = Plan(cfg, 100 * cfg.batch_size * cfg.block_size + 1)
-        looked, chain = timed(lambda: many.node_keys().intersection(lineage.chain("f" * 64, plan)) or plan.steps)
+        looked, chain = timed(
+            lambda: many.node_keys().intersection(lineage.chain("f" * 64, plan)) or plan.steps
+        )
     assert chain == 100_000
-    return {"copy": stall, "save": saved, "load": loaded, "bytes": 12.0 * params, "list_10000": listed, "look_up_100000": looked}
+    return {
+        "copy": stall,
+        "save": saved,
+        "load": loaded,
+        "bytes": 12.0 * params,
+        "list_10000": listed,
+        "look_up_100000": looked,
+    }
 
 
 def a_node(i: int) -> Node:
-    rows = tuple({"event": "step", "step": step, "tokens": 8192 * step, "lr": 0.006, "loss": 7.5, "grad_norm": 1.0} for step in (1, 2))
+    rows = tuple(
+        {"event": "step", "step": step, "tokens": 8192 * step, "lr": 0.006, "loss": 7.5, "grad_norm": 1.0}
+        for step in (1, 2)
+    )
     return Node(
         key=f"{i:064x}", parent="0" * 64, root="0" * 64, step=i + 1, begins=0, presented=8192, state="", size=0, geometry=[64, 128],
         seconds=1.0, run="bench", config=from_dict({}).model_dump(mode="json"), made=time.time(), rows_sha256="", rows=rows,
@@ -321,6 +380,11 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     for r in rows:
         bits = f"{len(r['differ'])} differ" if r["differ"] else f"same ({r['compared']})"
         counts = [f"{r[k]:,}" for k in ("asked", "fewest", "trained")]
-        times = [f"{r['seconds']:.1f}", f"{r['store_seconds']:.1f}", f"{r['scratch_seconds']:.1f}", f"x{r['speed']:.2f}"]
+        times = [
+            f"{r['seconds']:.1f}",
+            f"{r['store_seconds']:.1f}",
+            f"{r['scratch_seconds']:.1f}",
+            f"x{r['speed']:.2f}",
+        ]
         lines.append([r["study"], str(r["trials"]), r["way"], *counts, f"{r['saving']:.2f}", *times, bits])
     return head, lines

@@ -27,7 +27,15 @@ MARK, STEP = "part:", "whole step"
 BY_NAME = {
     "optimiser": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
-    "GEMM": ("aten::mm", "aten::addmm", "aten::linear", "_linear_pointwise", "mkldnn_linear", "cpp_packed_gemm", "gemm"),
+    "GEMM": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::linear",
+        "_linear_pointwise",
+        "mkldnn_linear",
+        "cpp_packed_gemm",
+        "gemm",
+    ),
     "attention": ("softmax", "bmm", "attention", "attend_"),
     "dropout": ("bernoulli", "random_", "dropout"),
     "norm": ("layer_norm", "rms_norm", "rmsnorm", "rootmeansquare", "layernorm", "rsqrt"),
@@ -47,8 +55,14 @@ def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
         step()
         if cuda:
             torch.cuda.synchronize()
-    events = [e for e in found.events() or [] if e.device_type == DeviceType.CPU and any(outer.name == STEP for outer in _chain(e))]
-    forward = {e.sequence_nr: part for e in events if e.sequence_nr >= 0 and e.scope == 0 and (part := _marked_as(e))}
+    events = [
+        e
+        for e in found.events() or []
+        if e.device_type == DeviceType.CPU and any(outer.name == STEP for outer in _chain(e))
+    ]
+    forward = {
+        e.sequence_nr: part for e in events if e.sequence_nr >= 0 and e.scope == 0 and (part := _marked_as(e))
+    }
     spent = dict.fromkeys(PARTS, 0.0)
     for e in events:
         spent[_part(e, forward)] += e.self_device_time_total if cuda else e.self_cpu_time_total
@@ -73,7 +87,9 @@ def _part(event: Any, forward: dict[int, str]) -> str:
     if any(e.name.startswith("Optimizer.") for e in chain):
         return "optimiser"
     named = next((part for e in chain if (part := part_of(e.name))), None)
-    backward = next((part for e in chain if e.sequence_nr >= 0 and (part := forward.get(e.sequence_nr))), None)
+    backward = next(
+        (part for e in chain if e.sequence_nr >= 0 and (part := forward.get(e.sequence_nr))), None
+    )
     return part_of(event.name) or _marked_as(event) or backward or named or "other"
 
 
@@ -98,7 +114,10 @@ def marked(model: nn.Module) -> Iterator[None]:
             part = "norm" if isinstance(module, nn.LayerNorm | RMSNorm) else None
             part = "attention" if isinstance(module, Attention) else part
             if part:
-                for handle in (module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)):
+                for handle in (
+                    module.register_forward_pre_hook(enter(part)),
+                    module.register_forward_hook(leave),
+                ):
                     stack.callback(handle.remove)
         for owner, name, what in ((Masks, "drop", 2), (Machine, "masks", 1)):
             before = getattr(owner, name)
@@ -126,7 +145,9 @@ def products(cfg: TrainConfig, vocab_size: int) -> Counter[tuple[int, int, bool]
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
     found = Counter(
-        (m.in_features, m.out_features, False) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"
+        (m.in_features, m.out_features, False)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name != "head"
     )
     found[cfg.d_model, vocab_size, True] = 1
     return found
@@ -159,7 +180,14 @@ class Floor:
         return spent
 
     @staticmethod
-    def _once(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+    def _once(
+        x: torch.Tensor,
+        w: torch.Tensor,
+        y: torch.Tensor,
+        dx: torch.Tensor,
+        dy: torch.Tensor,
+        dw: torch.Tensor,
+    ) -> None:
         torch.mm(x, w.t(), out=dy)
         torch.mm(y, w, out=dx)
         torch.mm(y.t(), x, out=dw)

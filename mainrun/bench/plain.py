@@ -28,7 +28,9 @@ class PlainBlock(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (t.view(B, T, self.heads, D // self.heads).transpose(1, 2) for t in self.qkv(x).split(D, dim=2))
+        q, k, v = (
+            t.view(B, T, self.heads, D // self.heads).transpose(1, 2) for t in self.qkv(x).split(D, dim=2)
+        )
         score = q @ k.transpose(-2, -1) / math.sqrt(D // self.heads)  # (B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weight = self.attn_drop(F.softmax(score.masked_fill(future, -torch.inf), dim=-1))
@@ -60,7 +62,9 @@ class PlainGPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, clip: float) -> float:
+def plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, clip: float
+) -> float:
     logits = model(x)
     loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
     optimizer.zero_grad()

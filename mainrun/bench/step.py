@@ -48,13 +48,17 @@ class Worker:
             raise MainrunError(self.obituary())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise (UsageError if answer["exit_code"] == UsageError.exit_code else MainrunError)(answer["error"])
+            raise (UsageError if answer["exit_code"] == UsageError.exit_code else MainrunError)(
+                answer["error"]
+            )
         return answer
 
     def obituary(self) -> str:
         code = self.process.wait()
         self.log.seek(0)
-        last = next((line.strip() for line in reversed(self.log.readlines()) if line.strip()), "it said nothing")
+        last = next(
+            (line.strip() for line in reversed(self.log.readlines()) if line.strip()), "it said nothing"
+        )
         if code == -signal.SIGKILL:
             return f"the worker of {self.name!r} was killed, most likely for want of memory; free some, or lower batch_size"
         return f"the worker of {self.name!r} ended with code {code}: {last}"
@@ -64,11 +68,19 @@ class Worker:
 def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **more: Any) -> Iterator[Worker]:
     """A worker that does not outlive this block, however it is left."""
     request = json.dumps({"rival": rival, "config": cfg.model_dump(), **more})
-    env = {k: v for k, v in os.environ.items() if k != "MAINRUN_ALLOCATOR"} | ({} if tuned else {"MAINRUN_ALLOCATOR": "default"})
+    env = {k: v for k, v in os.environ.items() if k != "MAINRUN_ALLOCATOR"} | (
+        {} if tuned else {"MAINRUN_ALLOCATOR": "default"}
+    )
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         # a session of its own: a Ctrl-C is ours alone, and what a compiler has started goes with its worker
         process = subprocess.Popen(
-            [*WORKER, request], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, start_new_session=True
+            [*WORKER, request],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=env,
+            start_new_session=True,
         )
         try:
             yield Worker(name, process, log)
@@ -82,13 +94,21 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **more: Any) -> 
                         pipe.close()
 
 
-def measure(cfg: TrainConfig, *, rivals: bool, repeats: int, note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure(
+    cfg: TrainConfig, *, rivals: bool, repeats: int, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """The medians of `repeats` steps of each, one after the other in turn, and what our own step is made of."""
-    chosen: dict[str, tuple[str, bool, dict[str, bool]]] = {name: (*how, {}) for name, how in RIVALS.items() if rivals}
+    chosen: dict[str, tuple[str, bool, dict[str, bool]]] = {
+        name: (*how, {}) for name, how in RIVALS.items() if rivals
+    }
     chosen |= {OURS: ("ours", True, {"evaluate": True, "profile": True}), FLOOR: ("floor", True, {})}
     with ExitStack() as stack:
         workers = []
-        for name, (rival, tuned, more) in chosen.items():  # one warms up at a time: they would only slow each other
+        for name, (
+            rival,
+            tuned,
+            more,
+        ) in chosen.items():  # one warms up at a time: they would only slow each other
             note(f"{name}: warming up")
             worker = stack.enter_context(start(name, rival, tuned, cfg, **more))
             worker.ready = worker.listen()
@@ -96,7 +116,9 @@ def measure(cfg: TrainConfig, *, rivals: bool, repeats: int, note: Callable[[str
         took: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for i in range(repeats):
             note(f"round {i + 1} of {repeats}")
-            for worker in workers[i % len(workers) :] + workers[: i % len(workers)]:  # nobody always comes after the same one
+            for worker in (
+                workers[i % len(workers) :] + workers[: i % len(workers)]
+            ):  # nobody always comes after the same one
                 took[worker.name].append(worker.ask("step"))
         note("peaks, evaluation and profile")
         ends = {worker.name: worker.ask("end") for worker in workers}
@@ -104,9 +126,14 @@ def measure(cfg: TrainConfig, *, rivals: bool, repeats: int, note: Callable[[str
     return result(cfg, took, ready, ends)
 
 
-def result(cfg: TrainConfig, took: dict[str, list[dict[str, Any]]], ready: dict[str, Any], ends: dict[str, Any]) -> dict[str, Any]:
+def result(
+    cfg: TrainConfig, took: dict[str, list[dict[str, Any]]], ready: dict[str, Any], ends: dict[str, Any]
+) -> dict[str, Any]:
     tokens = cfg.batch_size * cfg.block_size
-    floor = {part: statistics.median(answer[part] for answer in took[FLOOR]) for part in ("seconds", "layers", "head")}
+    floor = {
+        part: statistics.median(answer[part] for answer in took[FLOOR])
+        for part in ("seconds", "layers", "head")
+    }
     rows = []
     for name, answers in took.items():
         seconds = [answer["seconds"] for answer in answers]
@@ -121,7 +148,14 @@ def result(cfg: TrainConfig, took: dict[str, list[dict[str, Any]]], ready: dict[
             "peak": None if name == FLOOR else ends[name]["peak"],
             "warmup_seconds": ready[name]["warmup_seconds"],
         }
-        rows.append(row | {key: ready[name][key] for key in ("allocator", "attention", "dtype", "compile") if key in ready[name]})
+        rows.append(
+            row
+            | {
+                key: ready[name][key]
+                for key in ("allocator", "attention", "dtype", "compile")
+                if key in ready[name]
+            }
+        )
     ours = next(row for row in rows if row["rival"] == OURS)
     for row in rows:
         row["ours_is"] = row["seconds"] / ours["seconds"]  # how many times as fast
@@ -133,7 +167,8 @@ def result(cfg: TrainConfig, took: dict[str, list[dict[str, Any]]], ready: dict[
         "tokens_per_step": tokens,
         "repeats": len(took[OURS]),
         "rivals": rows,
-        "floor": floor | {"flops": ready[FLOOR]["flops"], "flops_per_s": ready[FLOOR]["flops"] / floor["seconds"]},
+        "floor": floor
+        | {"flops": ready[FLOOR]["flops"], "flops_per_s": ready[FLOOR]["flops"] / floor["seconds"]},
         "step_flops_per_s": ready[OURS]["flops"] / ours["seconds"],
         "profile": ends[OURS]["profile"],
         "memory": {"peak": ours["peak"], "estimate": ready[OURS]["memory_estimate"]},

@@ -104,7 +104,10 @@ class Ours:
             "dtype": self.cfg.dtype,
             "compile": self.machine.compile,
             "params": sum(p.numel() for p in model.parameters()),
-            "flops": self.cfg.batch_size * self.cfg.block_size * self.cfg.passes * flops_per_token(self.cfg, model),
+            "flops": self.cfg.batch_size
+            * self.cfg.block_size
+            * self.cfg.passes
+            * flops_per_token(self.cfg, model),
             "memory_estimate": memory(self.trial.plan, self.machine, self.cfg.vocab_size),
             "machine_class": self.machine.facts,
         }
@@ -129,8 +132,15 @@ class Ours:
         cfg, model = self.cfg, self.trial.state.model
         rows, length = cfg.geometry
         tokens = random_tokens(cfg, max(4 * cfg.batch_size * cfg.block_size, rows * length + 1))
-        scored = len(tokens) + len(tokens) // (rows * length + 1) * rows * length  # by the full and by the official score
-        sizes: dict[str, Any] = {"chars": len(tokens), "nbytes": len(tokens), "block_size": cfg.block_size, "geometry": cfg.geometry}
+        scored = (
+            len(tokens) + len(tokens) // (rows * length + 1) * rows * length
+        )  # by the full and by the official score
+        sizes: dict[str, Any] = {
+            "chars": len(tokens),
+            "nbytes": len(tokens),
+            "block_size": cfg.block_size,
+            "geometry": cfg.geometry,
+        }
         seconds = []
         for _ in range(3):
             clock = time.perf_counter()
@@ -169,7 +179,9 @@ RIVALS: dict[str, Any] = {"plain": Plain, "ours": Ours, "floor": Floor}
 def random_tokens(cfg: TrainConfig, count: int) -> Any:
     import numpy as np
 
-    return np.random.default_rng(0).integers(3, cfg.vocab_size, count, dtype=np.int64)  # 0, 1 and 2 are no text
+    return np.random.default_rng(0).integers(
+        3, cfg.vocab_size, count, dtype=np.int64
+    )  # 0, 1 and 2 are no text
 
 
 def random_batch(cfg: TrainConfig, device: Any) -> Any:

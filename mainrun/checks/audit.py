@@ -98,23 +98,42 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         return Finding(node, "differs", str(e))
     except MainrunError as e:
         return Finding(node, "skipped", str(e))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as e:  # a node that a hand wrote
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as e:  # a node that a hand wrote
         return Finding(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
-    scored = {row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins}  # nobody had the first one yet
+    scored = {
+        row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins
+    }  # nobody had the first one yet
     found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
     try:
         rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
     except MainrunError as e:  # an op that did not keep its word here
         return Finding(node, "differs", str(e))
     if node.geometry != list(cfg.geometry):
-        return Finding(node, "differs", f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}")
+        return Finding(
+            node,
+            "differs",
+            f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}",
+        )
     presented = plan.tokens(node.step) * cfg.passes
     if node.presented != presented:
-        return Finding(node, "differs", f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}")
+        return Finding(
+            node,
+            "differs",
+            f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}",
+        )
     return Finding(node, *_compare(node, stored, state, rows))
 
 
-def again(growth: Growth, data: TokenData, end: int, scored: Callable[[int], bool], decides: bool = False) -> Iterator[dict[str, Any]]:
+def again(
+    growth: Growth, data: TokenData, end: int, scored: Callable[[int], bool], decides: bool = False
+) -> Iterator[dict[str, Any]]:
     """Train on to step `end`, or the run's: the rows of every step on the way, and the scores after those that are `scored`.
 
     decides: the scores say what grows, as in a run; they must be all that it had so far. Else the plan knows.
@@ -133,7 +152,7 @@ def again(growth: Growth, data: TokenData, end: int, scored: Callable[[int], boo
         if growth.waits and growth.act(list):
             stepper = Stepper(state.cfg, machine, state)
         inputs = growth.plan.at(state.step)
-        x, y = (machine.put(a) for a in batches.at(state.step, growth.plan.stretch(state.step)))
+        x, y = (machine.put(a) for a in batches.at(state.step, growth.plan.segment_at(state.step)))
         loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
         stepper.update(inputs)
         state.step += 1
@@ -145,17 +164,31 @@ def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[s
     again = state.tensors()
     if names := sorted({*stored} ^ {*again}):
         return "differs", f"one of them has no {names[0]}"
-    apart = [name for name in sorted(again) if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))]
+    apart = [
+        name
+        for name in sorted(again)
+        if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))
+    ]
     if apart:
-        return "differs", f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
-    kept = {(row["event"], row["step"], row.get("split")): row for row in node.rows if row["event"] in ("step", "eval")}
+        return (
+            "differs",
+            f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}",
+        )
+    kept = {
+        (row["event"], row["step"], row.get("split")): row
+        for row in node.rows
+        if row["event"] in ("step", "eval")
+    }
     for row in rows:
         there = kept.pop((row["event"], row["step"], row.get("split")), None)
         if there is None:
             return "differs", f"no {row['event']} row of step {row['step']}"
         for name in sorted({*row, *there} - {"seconds"}):
             if there.get(name) != row.get(name):
-                return "differs", f"{name} at step {row['step']}: {there.get(name)!r} in the store, {row.get(name)!r} now"
+                return (
+                    "differs",
+                    f"{name} at step {row['step']}: {there.get(name)!r} in the store, {row.get(name)!r} now",
+                )
     if kept:
         return "differs", "the store has a row that no step writes: {} of step {}".format(*next(iter(kept)))
     return "same", ""

@@ -54,7 +54,9 @@ class Evidence:
     data: TokenData
     model: nn.Module  # the scored weights: of an averaged run, the average
     evals: list[dict[str, Any]]  # the eval rows of metrics.jsonl, in order
-    ledger: dict[str, Any]  # train_tokens_per_epoch, presentations_per_token, forward_passes (of a batch), ensemble_members
+    ledger: dict[
+        str, Any
+    ]  # train_tokens_per_epoch, presentations_per_token, forward_passes (of a batch), ensemble_members
     summary: dict[str, Any]  # at least last and best, rows of val
     initial_weights: str  # "random", or where they came from
     evaluate_hash: str  # scoring.evaluate_source_hash() when the run began
@@ -81,11 +83,17 @@ def coverage(e: Evidence, all: bool) -> Verdict:
     for split in _scored(e):
         last, n = _rows(e, split)[-1], len(e.data.splits[split])
         if last["tokens"] != n:
-            return "fail", f"the full score covers {last['tokens']:,} of {n:,} tokens of {split}; it must cover all"
+            return (
+                "fail",
+                f"the full score covers {last['tokens']:,} of {n:,} tokens of {split}; it must cover all",
+            )
     n = len(e.data.splits["val"])
     share = scoring.official_coverage(n, e.cfg.geometry)
     if share < MIN_COVERAGE:
-        return "flag", f"official covers {share:.2%} of the validation tokens, below {MIN_COVERAGE:.0%}: compare the full score only"
+        return (
+            "flag",
+            f"official covers {share:.2%} of the validation tokens, below {MIN_COVERAGE:.0%}: compare the full score only",
+        )
     return "pass", f"official covers {share:.1%}, full covers all {n:,} tokens"
 
 
@@ -94,11 +102,20 @@ def geometry(e: Evidence, all: bool) -> Verdict:
     for split in _scored(e):
         rows = _rows(e, split)
         for row in rows:
-            expected, at = scoring.official_coverage(len(e.data.splits[split]), e.cfg.geometry), f"{split} at step {row['step']}"
+            expected, at = (
+                scoring.official_coverage(len(e.data.splits[split]), e.cfg.geometry),
+                f"{split} at step {row['step']}",
+            )
             if not _close(row["coverage"], expected):
-                return "fail", f"{at}: official covers {row['coverage']:.4f}; spans of {_x(e.cfg.geometry)} cover {expected:.4f}"
+                return (
+                    "fail",
+                    f"{at}: official covers {row['coverage']:.4f}; spans of {_x(e.cfg.geometry)} cover {expected:.4f}",
+                )
             if row["tokens"] != rows[0]["tokens"]:
-                return "fail", f"{at}: {row['tokens']:,} tokens were scored, at step {rows[0]['step']} {rows[0]['tokens']:,}"
+                return (
+                    "fail",
+                    f"{at}: {row['tokens']:,} tokens were scored, at step {rows[0]['step']} {rows[0]['tokens']:,}",
+                )
     return "pass", f"spans of {_x(e.cfg.geometry)} tokens at every evaluation"
 
 
@@ -108,15 +125,27 @@ def denominator(e: Evidence, all: bool) -> Verdict:
         titles: list[str] = getattr(e.corpus, split)
         chars = sum(map(len, titles)) + len("<eos>") * len(titles)
         nbytes = sum(len(t.encode()) + 1 for t in titles)
-        for what, got, counted in (("characters", e.data.chars[split], chars), ("bytes", e.data.bytes[split], nbytes)):
+        for what, got, counted in (
+            ("characters", e.data.chars[split], chars),
+            ("bytes", e.data.bytes[split], nbytes),
+        ):
             if got != counted:
                 return "fail", f"{split} was divided by {got:,} {what}; its raw titles have {counted:,}"
         for row in _rows(e, split) if split != "train" else []:
             nll, at = row["loss"] * row["tokens"], f"{split} at step {row['step']}"
-            for what, total in (("full", row["full"] * chars), ("bits_per_byte", row["bits_per_byte"] * nbytes * math.log(2))):
+            for what, total in (
+                ("full", row["full"] * chars),
+                ("bits_per_byte", row["bits_per_byte"] * nbytes * math.log(2)),
+            ):
                 if not _close(total, nll):
-                    return "fail", f"{at}: {what} means {total:,.1f} nats, loss {nll:,.1f}: it was divided by something else"
-    return "pass", f"{e.data.chars['val']:,} characters and {e.data.bytes['val']:,} bytes, counted from the raw titles"
+                    return (
+                        "fail",
+                        f"{at}: {what} means {total:,.1f} nats, loss {nll:,.1f}: it was divided by something else",
+                    )
+    return (
+        "pass",
+        f"{e.data.chars['val']:,} characters and {e.data.bytes['val']:,} bytes, counted from the raw titles",
+    )
 
 
 def last_and_best(e: Evidence, all: bool) -> Verdict:
@@ -125,15 +154,24 @@ def last_and_best(e: Evidence, all: bool) -> Verdict:
     for split in _scored(e):
         rows = _rows(e, split)
         if rows[-1]["step"] != plan.steps:
-            return "fail", f"the last evaluation of {split} is of step {rows[-1]['step']}, the run has {plan.steps} steps"
+            return (
+                "fail",
+                f"the last evaluation of {split} is of step {rows[-1]['step']}, the run has {plan.steps} steps",
+            )
         for name, true in (("last", rows[-1]), ("best", min(rows, key=lambda row: row["full"]))):
             for shown in (e.summary["scores"][split][name], *([e.summary[name]] if split == "val" else [])):
                 wrong = [k for k in ("step", "full", "official", "loss") if shown[k] != true[k]]
                 if wrong:
                     got, want = (", ".join(f"{k}={row[k]}" for k in wrong) for row in (shown, true))
-                    return "fail", f"the summary's {name} score of {split} says {got}; metrics.jsonl says {want}"
+                    return (
+                        "fail",
+                        f"the summary's {name} score of {split} says {got}; metrics.jsonl says {want}",
+                    )
     last, best = e.summary["last"], e.summary["best"]
-    return "pass", f"last: {last['full']:.4f} at step {last['step']}; best: {best['full']:.4f} at step {best['step']}"
+    return (
+        "pass",
+        f"last: {last['full']:.4f} at step {last['step']}; best: {best['full']:.4f} at step {best['step']}",
+    )
 
 
 def same_evaluate(e: Evidence, all: bool) -> Verdict:
@@ -148,7 +186,10 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
         if not isinstance(live, type) and getattr(live, "__code__", None) != code:
             return "fail", f"scoring.{code.co_name} in memory is not what scoring.py says"
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "mainrun" and getattr(module, "evaluate", scoring.evaluate) is not scoring.evaluate:
+        if (
+            name.split(".")[0] == "mainrun"
+            and getattr(module, "evaluate", scoring.evaluate) is not scoring.evaluate
+        ):
             return "fail", f"{name} has an evaluate of its own"
     got, want = _known_answer()
     if not _close(got, want):
@@ -156,10 +197,18 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
     for split in _scored(e):
         with _as_it_was(e.model):
             row, score = _rows(e, split)[-1], asdict(_evaluate(e, e.data.splits[split], e.cfg.geometry))
-        for k in ("loss", "official"):  # official against full: what they were divided by is another guard's business
+        for k in (
+            "loss",
+            "official",
+        ):  # official against full: what they were divided by is another guard's business
             then, now_ = (r[k] / (r["full"] if k == "official" else 1) for r in (row, score))
-            if not _close(then, now_, 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4):  # what another machine may round
-                return "fail", f"on {split} the weights score {k} {score[k]:.4f}, the last evaluation says {row[k]:.4f}"
+            if not _close(
+                then, now_, 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4
+            ):  # what another machine may round
+                return (
+                    "fail",
+                    f"on {split} the weights score {k} {score[k]:.4f}, the last evaluation says {row[k]:.4f}",
+                )
     return "pass", f"evaluate {now[:12]}, from start to end"
 
 
@@ -193,7 +242,11 @@ def no_learning(e: Evidence, all: bool) -> Verdict:
         if _rng_state() != rng:
             return "fail", "evaluate moved a random generator"
         after = _tensors(e.model)
-        changed = [n for n in before.keys() | after.keys() if n not in before or n not in after or not _same(before[n], after[n])]
+        changed = [
+            n
+            for n in before.keys() | after.keys()
+            if n not in before or n not in after or not _same(before[n], after[n])
+        ]
         if changed:
             return "fail", f"evaluate changed {len(changed)} parameters or buffers, like {min(changed)}"
         if modes != [m.training for m in e.model.modules()]:
@@ -210,11 +263,15 @@ def targets_unseen(e: Evidence, all: bool) -> Verdict:
     n = min(e.cfg.block_size, len(e.data.splits["val"]))
     stream = e.data.splits["val"][:n].copy()
     other = stream.copy()
-    other[-1] = EOS if stream[-1] != EOS else UNK + 1  # one block: the last token is a target and never an input
+    other[-1] = (
+        EOS if stream[-1] != EOS else UNK + 1
+    )  # one block: the last token is a target and never an input
     seen: list[list[Tensor]] = []
     for tokens in (stream, other):
         calls: list[Tensor] = []
-        hook = e.model.register_forward_hook(lambda module, args, output, calls=calls: calls.append(output.detach().clone()))
+        hook = e.model.register_forward_hook(
+            lambda module, args, output, calls=calls: calls.append(output.detach().clone())
+        )
         try:
             with _as_it_was(e.model):
                 _evaluate(e, tokens, (1, n - 1))
@@ -224,7 +281,11 @@ def targets_unseen(e: Evidence, all: bool) -> Verdict:
     gap = max(_gap(a, b) for a, b in zip(*seen, strict=True))
     if gap > _tolerance(e, seen[0][0]):
         return "fail", f"another last target moved logits by {gap:.3g}, with the same inputs"
-    takes = [p for p in list(inspect.signature(e.model.forward).parameters)[1:] if p in ("target", "targets", "labels", "y")]
+    takes = [
+        p
+        for p in list(inspect.signature(e.model.forward).parameters)[1:]
+        if p in ("target", "targets", "labels", "y")
+    ]
     for name in takes:
         idx = _windows(e, 1)
         pair = [_forward(e.model, idx, **{name: t}) for t in (idx.roll(-1, 1), idx.flip(1))]
@@ -238,9 +299,18 @@ def causality(e: Evidence, all: bool) -> Verdict:
     """Prevents a look at what comes later in the row, or at another row of the batch."""
     idx = _windows(e, 1, None if all else 512)  # [1, T]
     T = idx.shape[1]
-    cuts = sorted({p for p in (0, 1, T // 4, T // 2, 3 * T // 4, T - 2) if p < T - 1} if all else {0, T // 2 if T > 3 else 0, T - 2})
+    cuts = sorted(
+        {p for p in (0, 1, T // 4, T // 2, 3 * T // 4, T - 2) if p < T - 1}
+        if all
+        else {0, T // 2 if T > 3 else 0, T - 2}
+    )
     shuffled = idx[:, torch.from_numpy(np.random.default_rng(0).permutation(T))]
-    futures = [shuffled, idx.flip(1) // 2, torch.full_like(idx, EOS), torch.full_like(idx, PAD)]  # <eos>, <pad>: masks are made of them
+    futures = [
+        shuffled,
+        idx.flip(1) // 2,
+        torch.full_like(idx, EOS),
+        torch.full_like(idx, PAD),
+    ]  # <eos>, <pad>: masks are made of them
     changed, kept = [], []
     for cut in cuts:
         for future in futures:
@@ -250,16 +320,28 @@ def causality(e: Evidence, all: bool) -> Verdict:
     for row, cut in enumerate(kept, 1):
         gap, allowed = _gap(batch[row, :cut], batch[0, :cut]), _tolerance(e, batch)
         if gap > allowed:
-            return "fail", f"tokens after position {cut - 1} moved logits at or before it by {gap:.3g} (allowed {allowed:.1g})"
+            return (
+                "fail",
+                f"tokens after position {cut - 1} moved logits at or before it by {gap:.3g} (allowed {allowed:.1g})",
+            )
     neighbours = _forward(e.model, torch.cat([idx, *(row.roll(1, 1) for row in changed)]))
     gap, allowed = _gap(neighbours[0], batch[0]), _tolerance(e, batch)
     if gap > allowed:
         return "fail", f"other rows in its batch moved a row's logits by {gap:.3g} (allowed {allowed:.1g})"
     for length in (*(p + 1 for p in cuts), T):
-        gap, allowed = _gap(_forward(e.model, idx[:, :length])[0], batch[0, :length]), _tolerance(e, batch, same_shape=False)
+        gap, allowed = (
+            _gap(_forward(e.model, idx[:, :length])[0], batch[0, :length]),
+            _tolerance(e, batch, same_shape=False),
+        )
         if gap > allowed:
-            return "fail", f"{length} of {T} tokens alone have logits that differ by {gap:.3g} (allowed {allowed:.1g})"
-    return "pass", f"logits are the same under other futures at positions {', '.join(map(str, cuts))}, cut short, and in other company"
+            return (
+                "fail",
+                f"{length} of {T} tokens alone have logits that differ by {gap:.3g} (allowed {allowed:.1g})",
+            )
+    return (
+        "pass",
+        f"logits are the same under other futures at positions {', '.join(map(str, cuts))}, cut short, and in other company",
+    )
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
@@ -268,14 +350,22 @@ def random_start(e: Evidence, all: bool) -> Verdict:
         return "fail", f"the weights came from {e.initial_weights}; the task starts from random ones"
     first = _rows(e)[0]
     if first["step"] != 1:
-        return "fail", f"the first evaluation is of step {first['step']}; without step 1 nothing shows that the start was random"
+        return (
+            "fail",
+            f"the first evaluation is of step {first['step']}; without step 1 nothing shows that the start was random",
+        )
     vocab = e.data.tokenizer.vocab_size
     counts = np.bincount(Batches(e.cfg, e.data.splits["train"]).at(0)[1].ravel(), minlength=vocab)[None]
-    alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])  # the smoothing that suits val best: no fresh start guesses it
+    alpha = np.array(
+        [[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]]
+    )  # the smoothing that suits val best: no fresh start guesses it
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
     if first["loss"] < floor:
-        return "fail", f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, which is all that the first batch's counts could give"
+        return (
+            "fail",
+            f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, which is all that the first batch's counts could give",
+        )
     return "pass", f"loss {first['loss']:.3f} after step 1; no fresh start is below {floor:.3f}"
 
 
@@ -301,7 +391,10 @@ def lossless_tokens(e: Evidence, all: bool) -> Verdict:
         for title, returned in zip(titles, back, strict=True):
             if title != returned:
                 return "fail", f"a title of {split} came back changed: {title!r} as {returned!r}"
-    return "pass", f"{'every title' if all else 'every title of val and a sample of the others'} comes back; no <unk>"
+    return (
+        "pass",
+        f"{'every title' if all else 'every title of val and a sample of the others'} comes back; no <unk>",
+    )
 
 
 def no_val_tokens(e: Evidence, all: bool) -> Verdict:
@@ -321,23 +414,44 @@ def data_known(e: Evidence, all: bool) -> Verdict:
     """Prevents other data under a known name: fingerprints are taken again, and must be those of the source."""
     parts, origin = {split: getattr(e.corpus, split) for split in ("train", "dev", "val")}, e.corpus.origin
     true = corpora.fingerprints(**parts)
-    for where, claimed in (("the corpus", e.corpus.fingerprints), ("the summary", e.summary.get("fingerprints", true))):
+    for where, claimed in (
+        ("the corpus", e.corpus.fingerprints),
+        ("the summary", e.summary.get("fingerprints", true)),
+    ):
         for name in true:
             if claimed[name] != true[name]:
-                return "fail", f"{where} claims fingerprint {claimed[name][:12]} for {name}; its titles have {true[name][:12]}"
+                return (
+                    "fail",
+                    f"{where} claims fingerprint {claimed[name][:12]} for {name}; its titles have {true[name][:12]}",
+                )
     kind = "hub" if e.cfg.corpus in corpora.HUB_REVISIONS else e.cfg.corpus.partition(":")[0]
     if origin["kind"] != kind:
         return "fail", f"corpus={e.cfg.corpus}, but the titles are from {origin['kind']}"
     if kind not in ("synthetic", "hub"):
         learnt = set(parts["train"]).union(parts["dev"])
-        met = f"; {n:,} of its {len(parts['val']):,} val titles are in train too" if (n := sum(t in learnt for t in parts["val"])) else ""
-        return "flag", f"unknown data: compare only with runs of the same fingerprint, {true['corpus'][:12]}{met}"
-    if kind == "hub" and (origin["revision"] != corpora.HUB_REVISIONS[e.cfg.corpus] or origin.get("verified") is not True):
-        return "fail", f"revision {origin['revision']}, verified: {origin.get('verified', False)}; {e.cfg.corpus} is pinned and verified"
+        met = (
+            f"; {n:,} of its {len(parts['val']):,} val titles are in train too"
+            if (n := sum(t in learnt for t in parts["val"]))
+            else ""
+        )
+        return (
+            "flag",
+            f"unknown data: compare only with runs of the same fingerprint, {true['corpus'][:12]}{met}",
+        )
+    if kind == "hub" and (
+        origin["revision"] != corpora.HUB_REVISIONS[e.cfg.corpus] or origin.get("verified") is not True
+    ):
+        return (
+            "fail",
+            f"revision {origin['revision']}, verified: {origin.get('verified', False)}; {e.cfg.corpus} is pinned and verified",
+        )
     if kind == "synthetic" or all:
         again = corpora.load_corpus(e.cfg).fingerprints
         if again != true:
-            return "fail", f"{e.cfg.corpus} gives {again['corpus'][:12]}, these titles are {true['corpus'][:12]}"
+            return (
+                "fail",
+                f"{e.cfg.corpus} gives {again['corpus'][:12]}, these titles are {true['corpus'][:12]}",
+            )
     return "pass", f"{e.cfg.corpus}, {true['corpus'][:12]}"
 
 
@@ -351,12 +465,17 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
     sizes = (len(e.corpus.train) + len(e.corpus.dev), len(e.corpus.val))
     if c.num_titles == n and c.val_frac == TASK["val_frac"] and sizes != (n - n_val, n_val):
         wrong.append(f"{sizes[0]:,} + {sizes[1]:,} titles (the task: {n - n_val:,} + {n_val:,})")
-    claims = all and c.corpus in corpora.HUB_REVISIONS  # a study trains other seeds and sizes; to submit one is another matter
+    claims = (
+        all and c.corpus in corpora.HUB_REVISIONS
+    )  # a study trains other seeds and sizes; to submit one is another matter
     if c.corpus not in corpora.HUB_REVISIONS:
         wrong.append(f"corpus={c.corpus} is not the task's data ({', '.join(corpora.HUB_REVISIONS)})")
     if wrong:
         return ("fail" if claims else "flag"), "; ".join(wrong)
-    return "pass", f"{TASK['epochs']} epochs, seed {TASK['seed']}, {c.corpus}, {n:,} titles, {TASK['val_frac']:.0%} held out"
+    return (
+        "pass",
+        f"{TASK['epochs']} epochs, seed {TASK['seed']}, {c.corpus}, {n:,} titles, {TASK['val_frac']:.0%} held out",
+    )
 
 
 def presentations(e: Evidence, all: bool) -> Verdict:
@@ -370,13 +489,21 @@ def presentations(e: Evidence, all: bool) -> Verdict:
     }
     for name, value in expected.items():
         if not _close(got[name], value):
-            return "fail", f"the ledger says {name}={got[name]:.6g}; the config makes {value:.6g} (passes: {passes}, models: {members})"
+            return (
+                "fail",
+                f"the ledger says {name}={got[name]:.6g}; the config makes {value:.6g} (passes: {passes}, models: {members})",
+            )
     shown = f"each token was shown {expected['presentations_per_token']:.2f} times in {e.cfg.epochs} epochs"
     shown += f" (passes: {passes}, models: {members})"
-    train = e.corpus.train  # counted, whatever the corpus says of itself: a mix's titles are distinct but for its weights
+    train = (
+        e.corpus.train
+    )  # counted, whatever the corpus says of itself: a mix's titles are distinct but for its weights
     if e.cfg.corpus.startswith("mix:") and (again := len(train) - len(set(train))):
         most = Counter(train).most_common(1)[0][1]
-        return "flag", f"{shown}; {again:,} of an epoch's {len(train):,} titles are repeats by the mix's weights, up to {most} of one"
+        return (
+            "flag",
+            f"{shown}; {again:,} of an epoch's {len(train):,} titles are repeats by the mix's weights, up to {most} of one",
+        )
     return "pass", shown
 
 
@@ -424,7 +551,9 @@ def _slice(e: Evidence) -> np.ndarray:
 def _evaluate(e: Evidence, tokens: np.ndarray, geometry: tuple[int, int] | None = None) -> scoring.Score:
     geometry = geometry or (1, min(e.cfg.block_size, len(tokens) - 1))
     chars, nbytes = (sum(len(t) + 5 for t in e.corpus.val), sum(len(t.encode()) + 1 for t in e.corpus.val))
-    return scoring.evaluate(e.model, tokens, chars=chars, nbytes=nbytes, block_size=e.cfg.block_size, geometry=geometry)
+    return scoring.evaluate(
+        e.model, tokens, chars=chars, nbytes=nbytes, block_size=e.cfg.block_size, geometry=geometry
+    )
 
 
 def _windows(e: Evidence, rows: int, longest: int | None = None) -> Tensor:
@@ -461,7 +590,9 @@ def _as_it_was(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -471,7 +602,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _rng_state() -> list[Any]:
     cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     numpy_state = np.random.get_state()
-    return [torch.get_rng_state().tolist(), cuda, [np.asarray(part).tolist() for part in numpy_state], random.getstate()]
+    return [
+        torch.get_rng_state().tolist(),
+        cuda,
+        [np.asarray(part).tolist() for part in numpy_state],
+        random.getstate(),
+    ]
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -36,9 +36,15 @@ class Finding(NamedTuple):
 def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
     """The way to an op is taken from the store where it is there, and trained where not; the op and the steps behind it are done here."""
     cfg, told = run.config(), journal(run)
-    done = {row["op"]: row["step"] for row in told if row["event"] == f"{PREFIX}SUCCESS" and row["name"] in ARCHITECTURE}
+    done = {
+        row["op"]: row["step"]
+        for row in told
+        if row["event"] == f"{PREFIX}SUCCESS" and row["name"] in ARCHITECTURE
+    }
     if not done or not cfg.growth.ops:
-        raise UsageError(f"{run.path} has no op of the architecture that acted; give a run whose schedule grew it")
+        raise UsageError(
+            f"{run.path} has no op of the architecture that acted; give a run whose schedule grew it"
+        )
     with TemporaryDirectory() as folder:
         for step in sorted(set(done.values())):
             _train(cfg, Path(folder), store, step)
@@ -50,12 +56,22 @@ def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
             continue
         same = _bare(row) in own
         for check in row["checks"]:
-            yield Finding(row["op"], row["name"], row["step"], check["name"], check["ok"], same, check["detail"])
+            yield Finding(
+                row["op"], row["name"], row["step"], check["name"], check["ok"], same, check["detail"]
+            )
     found = [_bare(row) for row in again]
     for row in own:  # a row that nothing here left; that of an op that does not act again is one
-        if row not in found and not any((row["event"], row["op"]) == (other["event"], other["op"]) for other in found):
+        if row not in found and not any(
+            (row["event"], row["op"]) == (other["event"], other["op"]) for other in found
+        ):
             yield Finding(
-                row["op"], row["name"], row["step"], "journal", True, False, "the run's journal says so, and it did not come again"
+                row["op"],
+                row["name"],
+                row["step"],
+                "journal",
+                True,
+                False,
+                "the run's journal says so, and it did not come again",
             )
 
 
@@ -70,7 +86,9 @@ def journal(run: RunDir) -> list[dict[str, Any]]:
         raise UsageError(f"{run.path} has no growth.jsonl; give a run with a growth schedule")
     rows = run.journal()
     if fault := next((row for row in rows if row["event"] in PROVEN and "checks" not in row), None):
-        raise RunError(f"{file} is damaged: its row {fault['event']} of step {fault['step']} lacks 'checks'; {run.fix}")
+        raise RunError(
+            f"{file} is damaged: its row {fault['event']} of step {fault['step']} lacks 'checks'; {run.fix}"
+        )
     return rows
 
 

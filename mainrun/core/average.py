@@ -24,7 +24,9 @@ class Average:
     def update(self, inputs: StepInputs) -> None:
         if self.on:
             self.apart |= inputs.average < 1
-            torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.live.values()], inputs.average)
+            torch._foreach_lerp_(
+                list(self.shadow.values()), [p.detach() for p in self.live.values()], inputs.average
+            )
 
     @contextmanager
     def applied(self) -> Iterator[None]:

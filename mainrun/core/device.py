@@ -45,13 +45,21 @@ class Machine:
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")
         if cfg.compile == "on" and not compiler(name):
-            needs = "triton, which comes with torch" if name == "cuda" else f"a C++ compiler and Python's headers on a CPU ({cxx()[1]})"
+            needs = (
+                "triton, which comes with torch"
+                if name == "cuda"
+                else f"a C++ compiler and Python's headers on a CPU ({cxx()[1]})"
+            )
             raise ConfigError(f"compile=on needs {needs}; install what is missing, or set compile=off")
-        for phase in cfg.phases:
+        for phase in cfg.segment_configs:
             if phase.batch_size % (phase.grad_accum * self.world):
                 pieces = f"{self.world} processes x grad_accum={phase.grad_accum}"
-                raise ConfigError(f"batch_size={phase.batch_size} does not split over {pieces}; change one of them")
-        self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+                raise ConfigError(
+                    f"batch_size={phase.batch_size} does not split over {pieces}; change one of them"
+                )
+        self.device = (
+            torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        )
         self.threads = cfg.threads or cores()
         torch.set_num_threads(self.threads)
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # another might choose other kernels
@@ -102,10 +110,14 @@ class Machine:
     @property
     def native(self) -> bool:
         """The loss of a step in kernels of our own: on a GPU in Triton; on a CPU in C++, if it is compiled, and attention too."""
-        return bool(self.triton) or (self.compile and self.half and self.device.type == "cpu" and native.library() is not None)
+        return bool(self.triton) or (
+            self.compile and self.half and self.device.type == "cpu" and native.library() is not None
+        )
 
     def _compiled(self) -> dict[str, Any]:
-        return {"compile": True, "compiler": compiler(self.device.type)} | ({"native": True} if self.native and not self.triton else {})
+        return {"compile": True, "compiler": compiler(self.device.type)} | (
+            {"native": True} if self.native and not self.triton else {}
+        )
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -114,17 +126,23 @@ class Machine:
             yield
         except Exception as e:
             if type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
-                raise ConfigError(f"torch.compile failed ({str(e).strip().splitlines()[0]}); --set compile=off trains without it") from e
+                raise ConfigError(
+                    f"torch.compile failed ({str(e).strip().splitlines()[0]}); --set compile=off trains without it"
+                ) from e
             raise
 
     def put(self, array: np.ndarray) -> Tensor:
         """On the device; to a GPU without waiting for it."""
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        )
 
     def recorded(self, cfg: TrainConfig) -> Recorded:
         """Recorded where that pays and works: on one GPU, unless a router decides what is computed."""
-        return Recorded(self.generators, on=self.device.type == "cuda" and self.world == 1 and not cfg.experts)
+        return Recorded(
+            self.generators, on=self.device.type == "cuda" and self.world == 1 and not cfg.experts
+        )
 
     def seed(self, seeds: list[int]) -> None:
         """Of a step's micro-batches: what they draw is decided here."""
@@ -132,7 +150,9 @@ class Machine:
         if self.device.type == "cuda":
             torch.manual_seed(seeds[0])  # for the one dropout that draws its own: that of fused attention
             self.generators += [torch.Generator(self.device) for _ in seeds[len(self.generators) :]]
-            for generator, seed in zip(self.generators, seeds, strict=False):  # an earlier step may have had more micro-batches
+            for generator, seed in zip(
+                self.generators, seeds, strict=False
+            ):  # an earlier step may have had more micro-batches
                 generator.manual_seed(seed)
 
     def masks(self, places: list[tuple[int, float]], micro: int) -> Tensor | None:
@@ -145,9 +165,13 @@ class Machine:
             return None
         if self.device.type == "cuda":
             compare = torch.greater_equal
-            noise: Any = torch.randint(0, 256, (total,), dtype=torch.uint8, device=self.device, generator=self.generators[micro])
+            noise: Any = torch.randint(
+                0, 256, (total,), dtype=torch.uint8, device=self.device, generator=self.generators[micro]
+            )
         else:
-            words = np.random.Generator(np.random.SFC64(self.seeds[micro])).integers(0, 2**64, -(-total // 8), dtype=np.uint64)
+            words = np.random.Generator(np.random.SFC64(self.seeds[micro])).integers(
+                0, 2**64, -(-total // 8), dtype=np.uint64
+            )
             noise = words.view(np.uint8)[:total]
         start = 0
         for p, run in groupby(places, key=lambda place: place[1]):

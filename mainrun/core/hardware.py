@@ -67,7 +67,9 @@ def give_back() -> None:
 
 def peak_memory() -> int:
     """The most memory that this process has had, in bytes."""
-    with suppress(OSError):  # what getrusage says begins on Linux with what the process that started this one had
+    with suppress(
+        OSError
+    ):  # what getrusage says begins on Linux with what the process that started this one had
         for line in Path("/proc/self/status").read_bytes().splitlines():
             if line.startswith(b"VmHWM:"):
                 return 1024 * int(line.split()[1])

@@ -23,9 +23,13 @@ WIDE = 2048  # from where on that shows
 
 def whole(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """The function; while compiling for a CPU, as one operation of that name, which may do the same in C++."""
-    op = torch.library.custom_op(f"mainrun::{function.__name__.strip('_')}", compiled or function, mutates_args=())
+    op = torch.library.custom_op(
+        f"mainrun::{function.__name__.strip('_')}", compiled or function, mutates_args=()
+    )
     op.register_fake(function)
-    return lambda *args: op(*args) if torch.compiler.is_compiling() and args[0].device.type == "cpu" else function(*args)
+    return lambda *args: (
+        op(*args) if torch.compiler.is_compiling() and args[0].device.type == "cpu" else function(*args)
+    )
 
 
 # -- norm
@@ -133,13 +137,17 @@ def gelu(x: Tensor) -> Tensor:
 # -- attention
 
 
-def _attend_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
+def _attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float  # noqa: UP045
+) -> tuple[Tensor, Tensor]:
     weights = (q @ k.mT).add_(bias).softmax(dim=-1)
     # the scale on the way out, where there are fewer numbers
     return weights @ v if mask is None else ((weights * mask) @ v).mul_(scale), weights
 
 
-def _attend_forward_native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:  # noqa: UP045
+def _attend_forward_native(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float  # noqa: UP045
+) -> tuple[Tensor, Tensor]:
     if q.dtype != torch.bfloat16 or native.library() is None:
         return _attend_forward(q, k, v, bias, mask, scale)
     weights, dropped = native.softmax(q @ k.mT, bias, mask)
@@ -182,12 +190,17 @@ def _attend_backward_native(
     return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
 
 
-attend_forward, attend_backward = whole(_attend_forward, _attend_forward_native), whole(_attend_backward, _attend_backward_native)
+attend_forward, attend_backward = (
+    whole(_attend_forward, _attend_forward_native),
+    whole(_attend_backward, _attend_backward_native),
+)
 
 
 class Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         y, weights = attend_forward(q, k, v, bias, mask, scale)
         ctx.save_for_backward(q, k, v, bias, weights, mask)
         ctx.scale = scale
@@ -217,7 +230,9 @@ class CrossEntropy(torch.autograd.Function):
     """Mean cross entropy of rows of logits, some rows at a time: they stay in the cache, and no float32 copy of all of them is made."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, by_hand: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, smoothing: float, by_hand: bool
+    ) -> tuple[Tensor, Tensor]:
         if by_hand:
             each, ctx.grad = native.cross_entropy(logits.contiguous(), target.contiguous())
             plain = each.mean().float()
@@ -225,7 +240,9 @@ class CrossEntropy(torch.autograd.Function):
             return plain.clone(), plain
         (rows, vocab), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
         ctx.grad = torch.empty_like(logits)
-        plain, even = torch.zeros(2, dtype=torch.float64, device=logits.device)  # of many rows, so that their number does not show
+        plain, even = torch.zeros(
+            2, dtype=torch.float64, device=logits.device
+        )  # of many rows, so that their number does not show
         width = max(1, CHUNK[logits.device.type] // vocab)
         for start in range(0, rows, width):
             part = slice(start, start + width)
@@ -273,7 +290,9 @@ class CrossEntropyOnGpu(torch.autograd.Function):
         return native_gpu.cross_entropy_backward(logits, target, log_sum, grads[0]), None
 
 
-def cross_entropy(logits: Tensor, target: Tensor, smoothing: float, by_hand: bool = False) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, target: Tensor, smoothing: float, by_hand: bool = False
+) -> tuple[Tensor, Tensor]:
     """What is descended, and the plain cross entropy in it. by_hand: in kernels of our own, where there are some for such logits."""
     found: tuple[Tensor, Tensor]
     by_hand = by_hand and logits.dtype == torch.bfloat16 and not smoothing

@@ -30,7 +30,9 @@ class LowRank(nn.Module):
 
 class LowRankLinear(LowRank, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(
+            F.linear(x, self.lora_a), self.lora_b
+        )
 
 
 class LowRankEmbedding(LowRank, nn.Embedding):

@@ -26,7 +26,11 @@ def compiler(device: str) -> str:
             return ""
         return f"triton {triton.__version__}"
     found, problem = cxx()
-    return "" if problem else subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    return (
+        ""
+        if problem
+        else subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    )
 
 
 @cache
@@ -39,13 +43,19 @@ def triton_works(device: torch.device) -> tuple[str, str]:
             raise RuntimeError("TRITON_INTERPRET has it run on the CPU")
         from mainrun.core.native import gpu as native_gpu
 
-        logits, target = torch.zeros(1, 2, dtype=torch.bfloat16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        logits, target = (
+            torch.zeros(1, 2, dtype=torch.bfloat16, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
         loss, log_sum = native_gpu.cross_entropy(logits, target)
         native_gpu.cross_entropy_backward(logits, target, log_sum, loss[0])
         torch.cuda.synchronize(device)
     except Exception as e:  # not there, of another version, without a C compiler, without the driver's library: torch's own operations do
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        return "", f"the loss takes torch's own operations, which are slower: Triton does not work here ({reason})"
+        return (
+            "",
+            f"the loss takes torch's own operations, which are slower: Triton does not work here ({reason})",
+        )
     return compiler("cuda"), ""
 
 
@@ -64,7 +74,15 @@ def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> 
     return 15 + 8 * cfg.n_layer, share * flops / speed
 
 
-HASHED = ("config.py", "train.py", "core", "data", "plan", "growth", "run")  # tests/test_house.py: a run reaches nothing else
+HASHED = (
+    "config.py",
+    "train.py",
+    "core",
+    "data",
+    "plan",
+    "growth",
+    "run",
+)  # tests/test_house.py: a run reaches nothing else
 
 
 def _source(root: Path = Path(__file__).parents[1]) -> str:
@@ -72,7 +90,9 @@ def _source(root: Path = Path(__file__).parents[1]) -> str:
     paths = [path for name in HASHED for path in [root / name, *(root / name).rglob("*")]]
     digest = hashlib.sha256()
     for path in sorted(path for path in paths if path.suffix in (".py", ".cpp") and path.is_file()):
-        digest.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(
+            f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
     return digest.hexdigest()
 
 

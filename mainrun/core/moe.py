@@ -39,7 +39,9 @@ class MoE(nn.Module):
     def shares(self, chosen: Tensor) -> list[int]:
         """How many of the rows each expert gets."""
         n, experts = chosen.numel(), len(self.experts)
-        if isinstance(chosen, FakeTensor):  # sizes without numbers, where memory is counted: as if all were alike
+        if isinstance(
+            chosen, FakeTensor
+        ):  # sizes without numbers, where memory is counted: as if all were alike
             return [n * (i + 1) // experts - n * i // experts for i in range(experts)]
         found: list[int] = chosen.flatten().bincount(minlength=experts).tolist()
         return found
@@ -48,7 +50,9 @@ class MoE(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         chosen, weight = self.route(x)
-        order = chosen.flatten().argsort(stable=True)  # (N k): the rows of the first expert first, each in the order of the tokens
+        order = chosen.flatten().argsort(
+            stable=True
+        )  # (N k): the rows of the first expert first, each in the order of the tokens
         rows = x.flatten(0, -2)[order // self.k].split(self.shares(chosen))
         y = torch.cat([expert(part) for expert, part in zip(self.experts, rows, strict=True)])
         y = y[order.argsort()].view(*chosen.shape, -1)  # (N, k, D)

@@ -31,10 +31,17 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                moments, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params if p.grad is not None]
+                moments, grads = (
+                    [self.state[p]["momentum_buffer"] for p in params],
+                    [p.grad for p in params if p.grad is not None],
+                )
                 torch._foreach_lerp_(moments, grads, 1 - self.momentum)
-                ahead = torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads  # Nesterov's look ahead
-                updates = orthogonal(torch.stack(ahead)).to(params[0].dtype) * (-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                ahead = (
+                    torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads
+                )  # Nesterov's look ahead
+                updates = orthogonal(torch.stack(ahead)).to(params[0].dtype) * (
+                    -group["lr"] * 0.2 * math.sqrt(max(shape))
+                )
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates.unbind())
 

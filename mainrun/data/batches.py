@@ -8,7 +8,7 @@ import numpy as np
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError
-from mainrun.plan.plan import Stretch
+from mainrun.plan.plan import Segment
 
 if TYPE_CHECKING:
     pass
@@ -27,19 +27,19 @@ class Batches:
         self._epoch = -1
         self._stream = train
 
-    def at(self, step: int, stretch: Stretch | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets [batch_size, block_size] of a step, counted from 0. stretch: the phase of the run that it is in."""
-        stretch = stretch or Stretch(self.cfg)
-        span = stretch.span
+    def at(self, step: int, segment: Segment | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets [batch_size, block_size] of a step, counted from 0. segment: the phase of the run that it is in."""
+        segment = segment or Segment(self.cfg)
+        span = segment.span
         if len(self.train) <= span:
             raise ConfigError(
                 f"train has {len(self.train):,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
                 "lower batch_size or block_size, or raise num_titles"
             )
-        epoch, start = stretch.place(step, len(self.train))
+        epoch, start = segment.place(step, len(self.train))
         stream = self._shuffled(epoch) if self.cfg.order == "shuffle_titles" else self.train
         chunk = stream[start : start + span + 1].astype(np.int64)
-        shape = (stretch.cfg.batch_size, self.cfg.block_size)
+        shape = (segment.cfg.batch_size, self.cfg.block_size)
         return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
 
     def _shuffled(self, epoch: int) -> np.ndarray:

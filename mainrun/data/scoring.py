@@ -55,14 +55,26 @@ def official_coverage(n_tokens: int, geometry: tuple[int, int]) -> float:
     return official_spans(n_tokens, geometry) * geometry[0] * geometry[1] / n_tokens
 
 
-def evaluate(model: nn.Module, tokens: np.ndarray, *, chars: int, nbytes: int, block_size: int, geometry: tuple[int, int]) -> Score:
+def evaluate(
+    model: nn.Module,
+    tokens: np.ndarray,
+    *,
+    chars: int,
+    nbytes: int,
+    block_size: int,
+    geometry: tuple[int, int],
+) -> Score:
     """Score `model` (idx [B, T] -> logits [B, T, V]) on one split. No gradient, no RNG; every module's mode is as it was."""
     n = len(tokens)
     spans = official_spans(n, geometry)
     if geometry[1] > block_size:
-        raise ConfigError(f"official_geometry rows of {geometry[1]} tokens are longer than block_size={block_size}; make them shorter")
+        raise ConfigError(
+            f"official_geometry rows of {geometry[1]} tokens are longer than block_size={block_size}; make them shorter"
+        )
     if chars <= 0 or nbytes <= 0:
-        raise ConfigError(f"validation has chars={chars} and bytes={nbytes}; both must be positive: is the corpus empty?")
+        raise ConfigError(
+            f"validation has chars={chars} and bytes={nbytes}; both must be positive: is the corpus empty?"
+        )
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

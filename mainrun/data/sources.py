@@ -42,7 +42,15 @@ HUB_REVISIONS = {  # the first is newer; the task's public figures are about the
     "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
 }
 COLUMN = "title"
-OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # not the hub's fault
+OUR_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)  # not the hub's fault
 KINDS = "synthetic, hn, hn-2025, file:PATH[#COLUMN] or mix:PATH.toml"
 
 
@@ -82,7 +90,12 @@ def load_corpus(cfg: TrainConfig) -> Corpus:
         )
     once, dev, val = titles[:n_train], titles[n_train:known], titles[known:]
     # a repeat stands a whole pass away from the first time; dev and val were cut off before, so no repeat can be in them
-    train = [t for turn in range(max(repeats)) for t, times in zip(once, repeats[:n_train], strict=True) if times > turn]
+    train = [
+        t
+        for turn in range(max(repeats))
+        for t, times in zip(once, repeats[:n_train], strict=True)
+        if times > turn
+    ]
     seen = set(once).union(dev)
     return Corpus(
         name=cfg.corpus,
@@ -91,7 +104,12 @@ def load_corpus(cfg: TrainConfig) -> Corpus:
         val=val,
         fingerprints=fingerprints(train, dev, val),
         # reposts are in real data, and the task's val keeps them: a reader of the figure may want to know how many
-        origin=origin | {"titles": len(titles), "train_repeats": len(train) - len(once), "val_in_train": sum(t in seen for t in val)},
+        origin=origin
+        | {
+            "titles": len(titles),
+            "train_repeats": len(train) - len(once),
+            "val_in_train": sum(t in seen for t in val),
+        },
     )
 
 
@@ -136,7 +154,9 @@ def _rows(name: str, wanted: int) -> Rows:
         return _hub_rows(kind)
     if kind == "file" and rest:
         return _file_rows(rest)
-    raise CorpusError(f"corpus={name!r} is not known{nearest(name, ['synthetic', *HUB_REVISIONS])}; allowed: {KINDS}")
+    raise CorpusError(
+        f"corpus={name!r} is not known{nearest(name, ['synthetic', *HUB_REVISIONS])}; allowed: {KINDS}"
+    )
 
 
 def _listed(titles: list[str], origin: dict[str, Any]) -> Rows:
@@ -163,18 +183,30 @@ def _file_rows(text: str) -> Rows:
         if path.suffix.lower() == ".json":
             raise CorpusError(f"{path} is one JSON document; write one object a line, and call it .jsonl")
         if column is not None:
-            raise CorpusError(f"{path} has lines, not columns, but column {column!r} was asked for; leave out #{column}")
+            raise CorpusError(
+                f"{path} has lines, not columns, but column {column!r} was asked for; leave out #{column}"
+            )
         found = _lines(data, path)
     else:
         found = reader(data, path, column or COLUMN)
     titles = [line for line in map(_one_line, found) if line]
     for number, title in enumerate(titles, 1):
         if not title.isascii() and any("\ud800" <= c <= "\udfff" for c in title):
-            raise CorpusError(f"{path}: title {number} holds half of a surrogate pair and is no text; repair or remove it")
+            raise CorpusError(
+                f"{path}: title {number} holds half of a surrogate pair and is no text; repair or remove it"
+            )
     if not titles:
         blank = f": all {len(found):,} rows are blank" if found else ""
         raise CorpusError(f"{path} has no titles{blank}; give a file with at least two")
-    return _listed(titles, {"kind": "file", "path": text, "sha256": hashlib.sha256(data).hexdigest(), "blank": len(found) - len(titles)})
+    return _listed(
+        titles,
+        {
+            "kind": "file",
+            "path": text,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "blank": len(found) - len(titles),
+        },
+    )
 
 
 def _bytes(path: Path, allowed: str) -> bytes:
@@ -200,7 +232,9 @@ def _text(data: bytes, path: Path) -> str:
     nul = data.find(b"\0")
     if nul >= 0:
         kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "binary"
-        raise CorpusError(f"{path} is {kind}: a NUL byte at offset {nul} (line {data.count(10, 0, nul) + 1}); give a text file in UTF-8")
+        raise CorpusError(
+            f"{path} is {kind}: a NUL byte at offset {nul} (line {data.count(10, 0, nul) + 1}); give a text file in UTF-8"
+        )
     try:
         return data.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as e:
@@ -218,7 +252,9 @@ def _lines(data: bytes, path: Path) -> list[str]:
 def _column_of(column: str, columns: Sequence[str], path: Path) -> None:
     if column not in columns:
         names = ", ".join(map(repr, columns)) or "none"
-        raise CorpusError(f"{path} has no column {column!r}{nearest(column, columns)}; its columns: {names}; write file:{path}#COLUMN")
+        raise CorpusError(
+            f"{path} has no column {column!r}{nearest(column, columns)}; its columns: {names}; write file:{path}#COLUMN"
+        )
 
 
 def _csv(data: bytes, path: Path, column: str) -> list[str]:
@@ -230,12 +266,16 @@ def _csv(data: bytes, path: Path, column: str) -> list[str]:
         at = header.index(column)
         for row in reader:
             if row and len(row) <= at:
-                raise CorpusError(f"{path}, line {reader.line_num}: {len(row)} fields, but {column!r} is field {at + 1}; repair the line")
+                raise CorpusError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, but {column!r} is field {at + 1}; repair the line"
+                )
             found.append(row[at] if row else "")
     except csv.Error as e:
         if "field larger" in str(e):
             most = f"more than {csv.field_size_limit():,} characters"
-            raise CorpusError(f"{path}, line {reader.line_num}: a field has {most}; shorten it, or close its quotes") from None
+            raise CorpusError(
+                f"{path}, line {reader.line_num}: a field has {most}; shorten it, or close its quotes"
+            ) from None
         raise CorpusError(f"{path}, line {reader.line_num}: not valid CSV ({e}); quote the field") from None
     return found
 
@@ -246,13 +286,21 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
         try:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
-            raise CorpusError(f"{path}, line {number}: not valid JSON ({inputs.plain(e)}); write one object a line") from None
+            raise CorpusError(
+                f"{path}, line {number}: not valid JSON ({inputs.plain(e)}); write one object a line"
+            ) from None
         if not isinstance(row, dict):
-            raise CorpusError(f"{path}, line {number}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}")
+            raise CorpusError(
+                f"{path}, line {number}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}"
+            )
         if column not in row:
-            raise CorpusError(f"{path}, line {number}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")
+            raise CorpusError(
+                f"{path}, line {number}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY"
+            )
         if not isinstance(row[column], str | None):
-            raise CorpusError(f"{path}, line {number}: {column!r} is {inputs.shown(row[column])}; it must be a string")
+            raise CorpusError(
+                f"{path}, line {number}: {column!r} is {inputs.shown(row[column])}; it must be a string"
+            )
         found.append(row[column] or "")
     return found
 
@@ -275,7 +323,9 @@ def _parquet_column(source: Any, path: Path, column: str) -> Any:
             found = found.cast(found.type.value_type)
     except (pa.ArrowException, OSError) as e:
         reason = str(e).splitlines()[0]
-        raise CorpusError(f"{path} is no readable parquet file ({reason}); write it again, or use .txt, .csv or .jsonl") from None
+        raise CorpusError(
+            f"{path} is no readable parquet file ({reason}); write it again, or use .txt, .csv or .jsonl"
+        ) from None
     if not (pa.types.is_string(found.type) or pa.types.is_large_string(found.type)):
         raise CorpusError(f"{path}: column {column!r} holds {found.type}; it must hold strings")
     return found
@@ -304,21 +354,29 @@ def _mix(path: Path, wanted: int, shuffle: bool) -> tuple[list[str], list[int], 
     except inputs.BadInput as e:
         raise CorpusError(f"{path} is not valid TOML: {e}") from None
     if not isinstance(sources, list) or not sources or not all(isinstance(s, dict) for s in sources):
-        raise CorpusError(f"{path} names no sources; write [[source]] tables with path (or corpus), ratio and weight")
+        raise CorpusError(
+            f"{path} names no sources; write [[source]] tables with path (or corpus), ratio and weight"
+        )
     if len(sources) > MOST_SOURCES:
         raise CorpusError(f"{path} has {len(sources):,} sources; write at most {MOST_SOURCES:,}")
-    names, ratios, weights = zip(*(_mix_source(path, i, source) for i, source in enumerate(sources, 1)), strict=True)
+    names, ratios, weights = zip(
+        *(_mix_source(path, i, source) for i, source in enumerate(sources, 1)), strict=True
+    )
     shares = _shares(ratios, wanted)
     placed: list[tuple[Fraction, int, str]] = []
     seen: set[str] = set()
     origins = []
     for i, (name, share, weight) in enumerate(zip(names, shares, weights, strict=True)):
         if share == 0:
-            raise CorpusError(f"{path}, source {i + 1} ({name}): its ratio gives it no title of num_titles={wanted}; raise one of them")
+            raise CorpusError(
+                f"{path}, source {i + 1} ({name}): its ratio gives it no title of num_titles={wanted}; raise one of them"
+            )
         rows = _rows(name, wanted)  # synthetic: enough for all, whatever was seen before
         fresh: list[str] = []
         order = _order(rows.count, shuffle)
-        for title in itertools.chain.from_iterable(rows.take(order[at : at + wanted]) for at in range(0, rows.count, wanted)):
+        for title in itertools.chain.from_iterable(
+            rows.take(order[at : at + wanted]) for at in range(0, rows.count, wanted)
+        ):
             if len(fresh) == share:
                 break
             if title not in seen:
@@ -331,9 +389,15 @@ def _mix(path: Path, wanted: int, shuffle: bool) -> tuple[list[str], list[int], 
                 f"lower its ratio, or use --set num_titles={largest}"
             )
         placed += [(Fraction(2 * place + 1, 2 * share), i, title) for place, title in enumerate(fresh)]
-        origins.append(rows.origin | {"source": name, "ratio": float(ratios[i]), "weight": weight, "titles": share})
+        origins.append(
+            rows.origin | {"source": name, "ratio": float(ratios[i]), "weight": weight, "titles": share}
+        )
     placed.sort(key=lambda entry: entry[:2])
-    return [title for _, _, title in placed], [weights[i] for _, i, _ in placed], {"kind": "mix", "path": str(path), "sources": origins}
+    return (
+        [title for _, _, title in placed],
+        [weights[i] for _, i, _ in placed],
+        {"kind": "mix", "path": str(path), "sources": origins},
+    )
 
 
 def _mix_source(path: Path, number: int, source: dict[str, Any]) -> tuple[str, Fraction, int]:
@@ -341,13 +405,19 @@ def _mix_source(path: Path, number: int, source: dict[str, Any]) -> tuple[str, F
     allowed = ("path", "corpus", "ratio", "weight")
     for key in source:
         if key not in allowed:
-            raise CorpusError(f"{where}: unknown key {inputs.shown(key, 80)}{nearest(key, allowed)}; allowed: {', '.join(allowed)}")
+            raise CorpusError(
+                f"{where}: unknown key {inputs.shown(key, 80)}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
+            )
     if ("path" in source) == ("corpus" in source):
-        raise CorpusError(f"{where}: got {'both' if 'path' in source else 'none'} of path and corpus; write one of them")
+        raise CorpusError(
+            f"{where}: got {'both' if 'path' in source else 'none'} of path and corpus; write one of them"
+        )
     name = source.get("corpus", f"file:{source.get('path')}")
     kind, _, rest = str(name).partition(":")
     if kind == "mix" or not isinstance(name, str):
-        raise CorpusError(f"{where}: {inputs.shown(name)} cannot be mixed; write synthetic, hn, hn-2025 or file:PATH")
+        raise CorpusError(
+            f"{where}: {inputs.shown(name)} cannot be mixed; write synthetic, hn, hn-2025 or file:PATH"
+        )
     if kind == "file":
         name = f"file:{path.parent / inputs.expanded(rest, 'path')}"
     ratio, weight = source.get("ratio", 1), source.get("weight", 1)
@@ -377,7 +447,9 @@ def _hub_rows(name: str) -> Rows:
     path, record = _fetch(name)
     try:
         found = _parquet_column(str(path), path, COLUMN)
-    except CorpusError as e:  # the bytes are what the hub promises, so it is the pinned file that is not what we think
+    except (
+        CorpusError
+    ) as e:  # the bytes are what the hub promises, so it is the pinned file that is not what we think
         raise HubError(f"corpus={name}: {e}") from None
 
     def take(indices: Sequence[int]) -> list[str]:
@@ -390,7 +462,9 @@ def _hub_rows(name: str) -> Rows:
 def download(name: str) -> Path:
     """Fetch a hub corpus into the cache, or find it there, check it, and say where it is."""
     if name not in HUB_REVISIONS:
-        raise CorpusError(f"corpus={name!r} is not downloaded{nearest(name, HUB_REVISIONS)}; allowed: {', '.join(HUB_REVISIONS)}")
+        raise CorpusError(
+            f"corpus={name!r} is not downloaded{nearest(name, HUB_REVISIONS)}; allowed: {', '.join(HUB_REVISIONS)}"
+        )
     return _fetch(name)[0]
 
 
@@ -423,7 +497,9 @@ def _endpoint() -> str:
     except ValueError:  # brackets without an address, a port that is no number
         usable = False
     if not usable:
-        raise HubError(f"got HF_ENDPOINT={inputs.shown(url, 80)}, which is not a URL; write it like https://huggingface.co, or unset it")
+        raise HubError(
+            f"got HF_ENDPOINT={inputs.shown(url, 80)}, which is not a URL; write it like https://huggingface.co, or unset it"
+        )
     return url
 
 
@@ -434,7 +510,9 @@ def _offline() -> bool:
 def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
     """The checked parquet of a hub corpus, and what is known of it (repo, revision, file, size, sha256)."""
     revision, cache = HUB_REVISIONS[name], cache_dir() / "hub"
-    noted = cache / f"{name}.json"  # what the hub said of the file, kept beside it, so that offline use is checked too
+    noted = (
+        cache / f"{name}.json"
+    )  # what the hub said of the file, kept beside it, so that offline use is checked too
     record = _read_record(noted, revision)
     if record:
         path = cache / record["path"]
@@ -442,13 +520,17 @@ def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
         if problem is None:
             return path, {k: v for k, v in record.items() if k != "path"}
         if _offline():
-            raise HubError(f"corpus={name}: the cached file {path} {problem}, and HF_HUB_OFFLINE is set; unset it, then start again")
+            raise HubError(
+                f"corpus={name}: the cached file {path} {problem}, and HF_HUB_OFFLINE is set; unset it, then start again"
+            )
     record = _ask_hub(name, revision)
     path = _from_hub(name, revision, record, cache)
     problem = _damage(path, record)
     if problem:
         _forget(path)
-        raise HubError(f"corpus={name}: the file from {_endpoint()} {problem}; nothing of it was kept: start again, or set HF_ENDPOINT")
+        raise HubError(
+            f"corpus={name}: the file from {_endpoint()} {problem}; nothing of it was kept: start again, or set HF_ENDPOINT"
+        )
     record = record | {"path": path.relative_to(cache).as_posix()}
     try:
         _write_atomically(noted, json.dumps(record, indent=1))
@@ -462,18 +544,30 @@ def _ask_hub(name: str, revision: str) -> dict[str, Any]:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi(endpoint=_endpoint()).dataset_info(HUB_REPO, revision=revision, files_metadata=True, timeout=10)
+        info = HfApi(endpoint=_endpoint()).dataset_info(
+            HUB_REPO, revision=revision, files_metadata=True, timeout=10
+        )
     except Exception as e:  # the library's errors have no common base: requests', the hub's own, JSON's; all end here, none is lost
         raise _explained(name, revision, e) from e
     files = [f for f in info.siblings or [] if f.rfilename.endswith(".parquet")]
     if len(files) != 1:
         listed = ", ".join(f.rfilename for f in files) or "none"
         where = f"{HUB_REPO} at {revision}, by {_endpoint()}"
-        raise HubError(f"corpus={name}: {where}, should hold one parquet file, it holds: {listed}; check HF_ENDPOINT")
+        raise HubError(
+            f"corpus={name}: {where}, should hold one parquet file, it holds: {listed}; check HF_ENDPOINT"
+        )
     if files[0].lfs is None:
-        raise HubError(f"corpus={name}: {_endpoint()} gives no sha256 of {files[0].rfilename}, so it cannot be checked; check HF_ENDPOINT")
+        raise HubError(
+            f"corpus={name}: {_endpoint()} gives no sha256 of {files[0].rfilename}, so it cannot be checked; check HF_ENDPOINT"
+        )
     lfs = files[0].lfs
-    return {"repo": HUB_REPO, "revision": revision, "file": files[0].rfilename, "size": lfs.size, "sha256": lfs.sha256}
+    return {
+        "repo": HUB_REPO,
+        "revision": revision,
+        "file": files[0].rfilename,
+        "size": lfs.size,
+        "sha256": lfs.sha256,
+    }
 
 
 def _from_hub(name: str, revision: str, record: dict[str, Any], cache: Path) -> Path:
@@ -484,7 +578,12 @@ def _from_hub(name: str, revision: str, record: dict[str, Any], cache: Path) -> 
         with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > 3600:
                 part.unlink()
-    where: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "cache_dir": cache, "endpoint": _endpoint()}
+    where: dict[str, Any] = {
+        "repo_type": "dataset",
+        "revision": revision,
+        "cache_dir": cache,
+        "endpoint": _endpoint(),
+    }
     try:
         path = Path(hf_hub_download(HUB_REPO, record["file"], **where))
         if _damage(path, record):  # an old copy gone bad: the library does not look inside
@@ -514,10 +613,16 @@ def _explained(name: str, revision: str, e: Exception) -> Exception:
             f"corpus={name} is not in the cache ({cache_dir()}) and HF_HUB_OFFLINE is set; "
             "unset it and start again with a network, or use --set corpus=synthetic"
         )
-    if isinstance(e, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
-        return HubError(f"corpus={name}: {_endpoint()} does not have {HUB_REPO} at {revision} ({reason}); check HF_ENDPOINT")
+    if isinstance(e, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError) and not isinstance(
+        e, LocalEntryNotFoundError
+    ):
+        return HubError(
+            f"corpus={name}: {_endpoint()} does not have {HUB_REPO} at {revision} ({reason}); check HF_ENDPOINT"
+        )
     if isinstance(e, HfHubHTTPError):
-        return HubError(f"corpus={name}: {_endpoint()} refused ({reason}); try again later, or set HF_ENDPOINT to a mirror")
+        return HubError(
+            f"corpus={name}: {_endpoint()} refused ({reason}); try again later, or set HF_ENDPOINT to a mirror"
+        )
     return HubError(
         f"corpus={name} is not in the cache ({cache_dir()}) and could not be fetched from {_endpoint()}: {reason}; "
         "check the network and start again, set HF_ENDPOINT to a mirror, or use --set corpus=synthetic"
@@ -532,7 +637,11 @@ def _damage(path: Path, record: dict[str, Any]) -> str | None:
         return f"is damaged: {path.stat().st_size:,} bytes, the hub says {record['size']:,}"
     with path.open("rb") as f:
         got = hashlib.file_digest(f, "sha256").hexdigest()
-    return None if got == record["sha256"] else f"is damaged: sha256 {got[:16]}..., the hub says {record['sha256'][:16]}..."
+    return (
+        None
+        if got == record["sha256"]
+        else f"is damaged: sha256 {got[:16]}..., the hub says {record['sha256'][:16]}..."
+    )
 
 
 def _forget(path: Path) -> None:
@@ -546,7 +655,11 @@ def _read_record(noted: Path, revision: str) -> dict[str, Any] | None:
     try:
         record = json.loads(noted.read_bytes())
         texts = [record[key] for key in ("path", "file", "sha256", "repo")]
-        whole = record["revision"] == revision and all(isinstance(t, str) for t in texts) and isinstance(record["size"], int)
+        whole = (
+            record["revision"] == revision
+            and all(isinstance(t, str) for t in texts)
+            and isinstance(record["size"], int)
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if whole else None
@@ -568,5 +681,9 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _unwritable(cache: Path, e: OSError) -> Exception:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(f"no space left for the download in {cache}; free some, or set MAINRUN_CACHE to another disk, and start again")
-    return HubError(f"the cache {cache} cannot be written ({e.strerror}); set MAINRUN_CACHE to a folder that can")
+        return DiskFull(
+            f"no space left for the download in {cache}; free some, or set MAINRUN_CACHE to another disk, and start again"
+        )
+    return HubError(
+        f"the cache {cache} cannot be written ({e.strerror}); set MAINRUN_CACHE to a folder that can"
+    )

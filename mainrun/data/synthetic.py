@@ -268,10 +268,27 @@ FAVOURED = 0.16  # of words: chosen for the word before
 GENERAL_SHARE = 0.35  # of words: of no topic
 RARE = {"n": 0.29, "m": 0.24, "v": 0.2, "a": 0.29}  # of words: made from syllables
 SHIFT = 24  # of Zipf's law: 1 / (rank + SHIFT)
-KNOWN = {"co": 0.5, "tool": 0.15, "person": 0.3, "last": 0.3, "coined": 0.3}  # of names: the same in all topics
-STEEP = {"co": 0.8, "tool": 0.97, "person": 0.95, "last": 0.95, "coined": 1.05, "rare": 1.15}  # an octave of ranks, to the one below
+KNOWN = {
+    "co": 0.5,
+    "tool": 0.15,
+    "person": 0.3,
+    "last": 0.3,
+    "coined": 0.3,
+}  # of names: the same in all topics
+STEEP = {
+    "co": 0.8,
+    "tool": 0.97,
+    "person": 0.95,
+    "last": 0.95,
+    "coined": 1.05,
+    "rare": 1.15,
+}  # an octave of ranks, to the one below
 OCTAVES = 15  # ranks up to 2**OCTAVES
-TITLE_CASE, COLON_CASE, CURLY = 0.34, 0.75, 0.3  # of titles: capitals everywhere, a capital after a colon, ’ for '
+TITLE_CASE, COLON_CASE, CURLY = (
+    0.34,
+    0.75,
+    0.3,
+)  # of titles: capitals everywhere, a capital after a colon, ’ for '
 ENOUGH = (8, 4)  # pieces after which a title takes no more phrases: at least, and a range
 LONGEST = 80  # characters, as the page allows
 
@@ -280,7 +297,16 @@ LISTS = {name: body.split() for name, body in TABLES.items() if f"\n{name}: " in
 TOPIC_LISTS = [[part.split() for part in topic.split(";")] for topic in re.split(r"\n(?! )", TOPICS.strip())]
 PAST, PLURAL = (dict(pair.split(":") for pair in LISTS[form]) for form in ("ed", "plurals"))
 SMALL = frozenset(LISTS["small"])
-FORMS = {"n": "n+", "ns": "n+s", "m": "m+", "v": "v+", "vs": "v+s", "ved": "v+ed", "ving": "v+ing", "adj": "a+"}  # slot -> kind + ending
+FORMS = {
+    "n": "n+",
+    "ns": "n+s",
+    "m": "m+",
+    "v": "v+",
+    "vs": "v+s",
+    "ved": "v+ed",
+    "ving": "v+ing",
+    "adj": "a+",
+}  # slot -> kind + ending
 AN = re.compile(r"\ba(?= [“‘\"']?(?:[aeio]|u(?!ni|s|r[aeiou])))", re.I)
 DOUBLED = re.compile(r"^[^aeiou]*[aeiou][bdgmnprtz]$|^de[bf]ug$")  # stop -> stopped
 
@@ -339,7 +365,9 @@ def syllables(choose: Callable[[Any], Any]) -> tuple[str, str]:
 def rare(kind: str, rank: int) -> str:
     choose = chooser(f"{kind} {rank}")
     one, two = syllables(choose)
-    return choose([one, one, one, two, choose(LISTS["root"]), choose(LISTS["prefix"]) + one]) + choose(choose([LISTS[f"end_{kind}"], [""]]))
+    return choose([one, one, one, two, choose(LISTS["root"]), choose(LISTS["prefix"]) + one]) + choose(
+        choose([LISTS[f"end_{kind}"], [""]])
+    )
 
 
 @cache
@@ -348,7 +376,9 @@ def name(kind: str, topic: int, rank: int) -> str:
     if kind == "coined":
         return "".join(choose("SACPDTMIRLBFEGNVOHUWXKQ") for _ in range(2 + rank % 3))
     one, two = syllables(choose)
-    stem = choose([one, one, two, choose(LISTS["root"]) + choose(LISTS["vowel"]), choose(LISTS["root"]) + one])
+    stem = choose(
+        [one, one, two, choose(LISTS["root"]) + choose(LISTS["vowel"]), choose(LISTS["root"]) + one]
+    )
     if kind == "last":
         return (stem + choose(["", "", *LISTS["end_last"]])).capitalize()
     if kind == "person":
@@ -356,8 +386,20 @@ def name(kind: str, topic: int, rank: int) -> str:
     noun, end = choose(TOPIC_LISTS[topic][0]).partition("-")[0], choose(TOPIC_LISTS[topic][4])
     if kind == "co":
         return choose([stem, stem, noun, stem + end, f"{stem} {end}"]).title()
-    forms = ["{Stem}", "{stem}", "{Stem}{End}", "{end}{stem}", "{Noun}{End}", "{Noun}", "{stem}-{end}", "{Stem}.js", "{stem}.io"]
-    return choose(forms).format(stem=stem, end=end, Stem=stem.capitalize(), End=end.capitalize(), Noun=noun.capitalize())
+    forms = [
+        "{Stem}",
+        "{stem}",
+        "{Stem}{End}",
+        "{end}{stem}",
+        "{Noun}{End}",
+        "{Noun}",
+        "{stem}-{end}",
+        "{Stem}.js",
+        "{stem}.io",
+    ]
+    return choose(forms).format(
+        stem=stem, end=end, Stem=stem.capitalize(), End=end.capitalize(), Noun=noun.capitalize()
+    )
 
 
 # -- titles
@@ -377,24 +419,39 @@ class Writer:
                 own = [w.replace("-", " ") for w in words] if kind in "nm" else words
                 general = others.split()
                 self.own[topic, kind] = own
-                self.all[topic, kind] = table(own + general, zipf(own, 1 - GENERAL_SHARE) + zipf(general, GENERAL_SHARE))
+                self.all[topic, kind] = table(
+                    own + general, zipf(own, 1 - GENERAL_SHARE) + zipf(general, GENERAL_SHARE)
+                )
         self.topics = table(range(len(TOPIC_LISTS)), zipf(TOPIC_LISTS))
-        self.octaves = {kind: table(range(OCTAVES), list(accumulate([steep] * OCTAVES, mul))) for kind, steep in STEEP.items()}
+        self.octaves = {
+            kind: table(range(OCTAVES), list(accumulate([steep] * OCTAVES, mul)))
+            for kind, steep in STEEP.items()
+        }
         self.rules: dict[str, list[Any]] = {rule: [] for rule in TABLES}
         self.more = self.rules["more"]
         for rule, body in TABLES.items():
             if rule in LISTS:
                 self.rules[rule] += table([[word] for word in LISTS[rule]], zipf(LISTS[rule]))
             else:
-                weights, patterns = zip(*(part.split(" ", 1) for part in " ".join(body.split()).split(" | ")), strict=True)
-                self.rules[rule] += table([self.parse(pattern) for pattern in patterns], [float(w) for w in weights])
+                weights, patterns = zip(
+                    *(part.split(" ", 1) for part in " ".join(body.split()).split(" | ")), strict=True
+                )
+                self.rules[rule] += table(
+                    [self.parse(pattern) for pattern in patterns], [float(w) for w in weights]
+                )
 
     def parse(self, pattern: str) -> list[Any]:
         """A literal stays a string, a rule becomes its table, a word its (kind, ending), a name its (kind,)."""
         parts: list[Any] = re.split(r"\{(\w+)\}", pattern.replace("_", " "))
         for i in range(1, len(parts), 2):
             slot = parts[i]
-            parts[i] = self.rules[slot] if slot in self.rules else tuple(FORMS[slot].split("+")) if slot in FORMS else (slot,)
+            parts[i] = (
+                self.rules[slot]
+                if slot in self.rules
+                else tuple(FORMS[slot].split("+"))
+                if slot in FORMS
+                else (slot,)
+            )
         return [part for part in parts if part != ""]
 
     def draw(self, items: Sequence[Any]) -> Any:

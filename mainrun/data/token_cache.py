@@ -57,11 +57,17 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 def _key(cfg: TrainConfig, corpus: Corpus) -> str:
     splits = {split: corpus.fingerprints[split] for split in SPLITS}
     library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
-    return hashlib.sha256(_dump([FORMAT, splits, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library])).hexdigest()
+    return hashlib.sha256(
+        _dump([FORMAT, splits, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library])
+    ).hexdigest()
 
 
 def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
-    tokenizer = fit(cfg.tokenizer, corpus.train + corpus.val if cfg.tokenizer_fit == "train+val" else corpus.train, cfg.vocab_size)
+    tokenizer = fit(
+        cfg.tokenizer,
+        corpus.train + corpus.val if cfg.tokenizer_fit == "train+val" else corpus.train,
+        cfg.vocab_size,
+    )
     titles = {split: found for split in SPLITS if (found := getattr(corpus, split))}
     splits = {split: tokenizer.encode(found) for split, found in titles.items()}
     for split, found in titles.items():
@@ -71,8 +77,13 @@ def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
     return TokenData(tokenizer, splits, chars, size, _digest(tokenizer, splits, chars, size))
 
 
-def _digest(tokenizer: Tokenizer, splits: dict[str, np.ndarray], chars: dict[str, int], size: dict[str, int]) -> str:
-    streams = {split: [stream.dtype.str, hashlib.sha256(np.ascontiguousarray(stream).data).hexdigest()] for split, stream in splits.items()}
+def _digest(
+    tokenizer: Tokenizer, splits: dict[str, np.ndarray], chars: dict[str, int], size: dict[str, int]
+) -> str:
+    streams = {
+        split: [stream.dtype.str, hashlib.sha256(np.ascontiguousarray(stream).data).hexdigest()]
+        for split, stream in splits.items()
+    }
     return hashlib.sha256(_dump([tokenizer.digest, streams, chars, size])).hexdigest()
 
 
@@ -88,13 +99,26 @@ def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
                 raise ValueError(f"{file.name} {fault}")
         meta = json.loads((entry / "meta.json").read_bytes())
         tokenizer = Tokenizer.from_json((entry / "tokenizer.json").read_text(encoding="utf-8"))
-        splits = {split: np.load(entry / f"{split}.npy", mmap_mode="r") for split in SPLITS if split in meta["chars"]}
+        splits = {
+            split: np.load(entry / f"{split}.npy", mmap_mode="r")
+            for split in SPLITS
+            if split in meta["chars"]
+        }
         if any(stream.ndim != 1 for stream in splits.values()):
             raise ValueError("a stream has more than one dimension")
         if meta["digest"] != _digest(tokenizer, splits, meta["chars"], meta["bytes"]):
             raise ValueError("its checksum differs")
         return TokenData(tokenizer, splits, meta["chars"], meta["bytes"], meta["digest"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, RunError) as e:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RecursionError,
+        RunError,
+    ) as e:
         if warn:
             warnings.warn(f"cached tokens {entry} are damaged ({e}); they are built again", stacklevel=3)
         return None
@@ -112,7 +136,9 @@ def _store(entry: Path, data: TokenData) -> TokenData:
         (fresh / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
         for split, stream in data.splits.items():
             np.save(fresh / f"{split}.npy", stream)
-        (fresh / "meta.json").write_bytes(_dump({"chars": data.chars, "bytes": data.bytes, "digest": data.digest}))
+        (fresh / "meta.json").write_bytes(
+            _dump({"chars": data.chars, "bytes": data.bytes, "digest": data.digest})
+        )
         first = _publish(fresh, entry)
     except OSError as e:
         warnings.warn(f"tokens are not cached in {entry.parent} ({e}); they stay in memory", stacklevel=3)

@@ -56,7 +56,9 @@ class Tokenizer:
         """One flat stream, an <eos> after each title."""
         texts = _escape(titles, self._unsafe)
         if self.kind == "bpe":
-            rows: Iterable[list[int]] = (e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False))
+            rows: Iterable[list[int]] = (
+                e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
+            )
         else:
             rows = self._library.encode(texts, out_type=int, num_threads=cores())
         return np.fromiter(itertools.chain.from_iterable(_closed(rows)), dtype=self.dtype)
@@ -130,7 +132,9 @@ class Tokenizer:
 def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
     """A vocabulary of exactly `vocab_size`, special tokens and bytes included."""
     if vocab_size < LEAST:
-        raise ConfigError(f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; --set vocab_size={LEAST} or more")
+        raise ConfigError(
+            f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; --set vocab_size={LEAST} or more"
+        )
     return {"bpe": _fit_bpe, "unigram": _fit_unigram}[kind](titles, vocab_size)
 
 
@@ -146,7 +150,10 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     # Only bytes that occur get a token (as in the public baseline); the others are escaped, so what an escape needs is always there.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=list(ESCAPE_ALPHABET), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=list(ESCAPE_ALPHABET),
+        show_progress=False,
     )
     library.train_from_iterator(_escape(titles, lambda char: False), trainer, length=len(titles))
     found = library.get_vocab_size()
@@ -195,7 +202,9 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
                 f"vocab_size={vocab_size:,} is too small for tokenizer=unigram on these titles: special tokens, bytes and characters "
                 f"take {int(need[1]):,}; use more, like --set vocab_size={int(need[1]) + 100}, or --set tokenizer=bpe"
             ) from None
-        raise CorpusError(f"tokenizer=unigram cannot be fitted on these {len(titles):,} titles ({reason}); give more text") from None
+        raise CorpusError(
+            f"tokenizer=unigram cannot be fitted on these {len(titles):,} titles ({reason}); give more text"
+        ) from None
     return Tokenizer("unigram", vocab_size, model.getvalue())
 
 
@@ -229,7 +238,9 @@ def _escape(titles: Sequence[str], unsafe: Callable[[str], bool]) -> list[str]:
     chars = set(text)
     if lone := next((char for char in chars if "\ud800" <= char <= "\udfff"), ""):
         title = next(title for title in titles if lone in title)
-        raise UsageError(f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8")
+        raise UsageError(
+            f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8"
+        )
     table = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if unsafe(char)}
     if not table and "\\x{" not in text:
         return list(titles)
@@ -238,7 +249,9 @@ def _escape(titles: Sequence[str], unsafe: Callable[[str], bool]) -> list[str]:
 
 def _unescape(match: re.Match[str]) -> str:
     code = int(match[1], 16)
-    return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else match[0]  # a sampled title may hold anything
+    return (
+        chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else match[0]
+    )  # a sampled title may hold anything
 
 
 def _closed(rows: Iterable[list[int]]) -> Iterator[list[int]]:

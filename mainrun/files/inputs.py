@@ -38,7 +38,11 @@ class BadInput(ValueError):
 
 def printable(text: str) -> str:
     """The text on one line. Control characters and lone surrogates become escapes, so that a message cannot move the cursor."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), text)
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
+        lambda c: c[0].encode("unicode_escape").decode(),
+        text,
+    )
 
 
 def shortened(text: str, most: int) -> str:
@@ -105,7 +109,9 @@ def expanded(text: str, what: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UsageError(f"got {what} {shown(text, 80)}, whose ~ names no user of this machine; write the path in full") from None
+        raise UsageError(
+            f"got {what} {shown(text, 80)}, whose ~ names no user of this machine; write the path in full"
+        ) from None
 
 
 def not_a_file(path: Path) -> str:
@@ -119,7 +125,12 @@ def not_a_file(path: Path) -> str:
         return "does not exist"
     except OSError as e:
         return f"cannot be read: {reason_for(e)}"
-    kinds = {stat.S_IFREG: "", stat.S_IFDIR: "is a folder", stat.S_IFIFO: "is a named pipe", stat.S_IFSOCK: "is a socket"}
+    kinds = {
+        stat.S_IFREG: "",
+        stat.S_IFDIR: "is a folder",
+        stat.S_IFIFO: "is a named pipe",
+        stat.S_IFSOCK: "is a socket",
+    }
     return kinds.get(kind, "is a device")
 
 
@@ -147,10 +158,16 @@ def reason_for(e: OSError) -> str:
 
 def refusal(e: OSError) -> MainrunError:
     """Turn an OSError into a MainrunError that names the path, the fault and the fix."""
-    names = [shown(os.fsdecode(name), 120) for name in (e.filename, e.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    names = [
+        shown(os.fsdecode(name), 120)
+        for name in (e.filename, e.filename2)
+        if isinstance(name, str | bytes | os.PathLike)
+    ]
     where = " -> ".join(names) or "a file"
     if e.errno in NO_SPACE:
-        return DiskFull(f"no space left to write {where} ({e.strerror}); free some and start the same command again, it goes on")
+        return DiskFull(
+            f"no space left to write {where} ({e.strerror}); free some and start the same command again, it goes on"
+        )
     return UsageError(f"{where} cannot be used: {reason_for(e)}")
 
 
@@ -246,14 +263,21 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > LARGEST_YAML:
-        raise BadInput(f"it has {len(text):,} characters; at most {LARGEST_YAML:,} are allowed in YAML, write JSON")
+        raise BadInput(
+            f"it has {len(text):,} characters; at most {LARGEST_YAML:,} are allowed in YAML, write JSON"
+        )
     try:
         data = yaml.load(text, _yaml_loader())
     except RecursionError:
         raise BadInput(DEEP) from None
     except yaml.YAMLError as e:
         raise BadInput(" ".join(str(e).split())) from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as e:  # a date like 2026-99-99, a list as a key
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as e:  # a date like 2026-99-99, a list as a key
         raise BadInput(plain(e)) from None
     check_data(data)
     return data

@@ -52,13 +52,19 @@ FIGURES = ("params", "active", "flops")  # in the rows of scores of a run with a
 class Growth:
     """One run's schedule: `plan` is what is known of it by now, `journal` what was done."""
 
-    def __init__(self, cfg: TrainConfig, plan: Plan, machine: Machine, state: State, journal: Metrics | None = None) -> None:
+    def __init__(
+        self, cfg: TrainConfig, plan: Plan, machine: Machine, state: State, journal: Metrics | None = None
+    ) -> None:
         self.cfg, self.plan, self.machine, self.state, self.journal = cfg, plan, machine, state, journal
         self.also: Callable[[Row], None] = lambda row: None  # hears each row of the journal, too
         self.losses: list[tuple[int, float]] = []  # of the split that decides, by step
-        self.applied = 0  # of the plan's stretches
-        self._fresh: list[tuple[Op, int, IndexMap]] = []  # ops of the architecture, until their copies should have parted
-        self._compiled: tuple[Op, float] | None = None  # the last op of the architecture, and what compiling had taken before
+        self.applied = 0  # of the plan's segments
+        self._fresh: list[
+            tuple[Op, int, IndexMap]
+        ] = []  # ops of the architecture, until their copies should have parted
+        self._compiled: tuple[Op, float] | None = (
+            None  # the last op of the architecture, and what compiling had taken before
+        )
         self._notes: list[str] = []  # for whoever watches
         self.restored()
 
@@ -91,15 +97,15 @@ class Growth:
     def _recall(self) -> list[tuple[Op, int, IndexMap]]:
         """The ops that a sitting before this one, or another run, carried out and did not look back on yet."""
         found: list[tuple[Op, int, IndexMap]] = []
-        for last, stretch in pairwise(self.plan.stretches[: self.applied + 1]):
-            if (op := stretch.op) and op.name in ARCHITECTURE:
+        for last, segment in pairwise(self.plan.segments[: self.applied + 1]):
+            if (op := segment.op) and op.name in ARCHITECTURE:
                 found = self._standing(op, found)
-                if self.state.step < stretch.first + SETTLES:
+                if self.state.step < segment.first + SETTLES:
                     old = like(self.state.model, last.cfg)
                     for p in old.parameters():
                         p.detach().zero_()  # where numbers go does not depend on what they are
-                    moved = mapped(op, last.cfg, stretch.cfg, old, outline(old, stretch.cfg), op.seed)[1]
-                    found.append((op, stretch.first, bare(moved)))
+                    moved = mapped(op, last.cfg, segment.cfg, old, outline(old, segment.cfg), op.seed)[1]
+                    found.append((op, segment.first, bare(moved)))
         return found
 
     @staticmethod
@@ -108,18 +114,20 @@ class Growth:
         return [] if op.name == "stack_layers" else fresh
 
     def _keep(self) -> None:
-        self.state.grown = standing(self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()})
+        self.state.grown = standing(
+            self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()}
+        )
 
     def figures(self, step: int) -> Row:
         """Of the model after a step, for a row of its scores; nothing where nothing grows."""
         if not self.cfg.growth.ops:
             return {}
-        spent, stretches = 0, self.plan.stretches
-        for stretch, later in zip(stretches, [*stretches[1:], None], strict=True):
+        spent, segments = 0, self.plan.segments
+        for segment, later in zip(segments, [*segments[1:], None], strict=True):
             end = min(step, later.first if later else step)
-            tokens = max(0, end - stretch.first) * stretch.span
-            spent += tokens * stretch.cfg.passes * costs(stretch.cfg, self.ids)["flops_per_token"]
-        found = costs(stretches[acted(self.plan, step)].cfg, self.ids)
+            tokens = max(0, end - segment.first) * segment.span
+            spent += tokens * segment.cfg.passes * costs(segment.cfg, self.ids)["flops_per_token"]
+        found = costs(segments[acted(self.plan, step)].cfg, self.ids)
         return dict(zip(FIGURES, (found["params"], found["active"], spent), strict=True))
 
     def heard(self, rows: Iterable[Row]) -> None:
@@ -132,8 +140,8 @@ class Growth:
     def decide(self) -> bool:
         """After an evaluation: have ops that waited for it become due? If so the plan from here on is another."""
         changed = False
-        while (op := self.plan.undecided) and self.plan.stretches[-1].first <= (step := self.state.step):
-            last = self.plan.stretches[-1]
+        while (op := self.plan.undecided) and self.plan.segments[-1].first <= (step := self.state.step):
+            last = self.plan.segments[-1]
             if step not in self.plan.eval_steps or (last.op and last.op.reevaluate and last.first == step):
                 break
             why = self._why(op, last.first) if self.machine.leads else None
@@ -145,14 +153,19 @@ class Growth:
 
     def _why(self, op: Op, last: int) -> str | None:
         step = self.state.step
-        return due(op, Facts(step, last, self.plan.tokens(step), self.plan.budget, [e for e in self.losses if e[0] <= step]))
+        return due(
+            op,
+            Facts(
+                step, last, self.plan.tokens(step), self.plan.budget, [e for e in self.losses if e[0] <= step]
+            ),
+        )
 
     # -- what
 
     @property
     def waits(self) -> Op | None:
         """The op that acts before the next step, if there is one."""
-        later = self.plan.stretches[self.applied + 1 :]
+        later = self.plan.segments[self.applied + 1 :]
         return later[0].op if later and later[0].first <= self.state.step < self.plan.steps else None
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
@@ -160,16 +173,29 @@ class Growth:
         grew, step = False, self.state.step
         here = dict(self.losses).get(step)  # the loss of the state as it is; nothing where nobody scored it
         while op := self.waits:
-            (last, stretch), before = self.plan.stretches[self.applied : self.applied + 2], self.state.cfg
-            now = {"op": op.id, "name": op.name, "value": op.value, "step": step, "tokens": self.plan.tokens(step)}
+            (last, segment), before = self.plan.segments[self.applied : self.applied + 2], self.state.cfg
+            now = {
+                "op": op.id,
+                "name": op.name,
+                "value": op.value,
+                "step": step,
+                "tokens": self.plan.tokens(step),
+            }
             why = self._why(op, last.first) or str(op.trigger)
-            told = {"ops": op.place, "desc": op.desc, "why": why, "loss": here, "seed": op.seed, "preserve": op.preserve}
+            told = {
+                "ops": op.place,
+                "desc": op.desc,
+                "why": why,
+                "loss": here,
+                "seed": op.seed,
+                "preserve": op.preserve,
+            }
             self.tell({"event": f"{PREFIX}START", **now, **told, **costs(before, self.ids)})
             clock = time.perf_counter()
             if op.name in ARCHITECTURE:
                 self._part(op)
                 with self.state.clock("growth"):
-                    checks, found = self._grow(op, before, stretch.cfg)
+                    checks, found = self._grow(op, before, segment.cfg)
                 if wrong := [check for check in checks if not check.ok]:
                     self._fail(op, now, wrong)
                     continue
@@ -177,18 +203,34 @@ class Growth:
                 if self.machine.compile:
                     self._compiled = (op, self.state.spent.get("compile", 0.0))
             else:
-                self.state.cfg, checks, found = stretch.cfg, [], {}
+                self.state.cfg, checks, found = segment.cfg, [], {}
             self.applied += 1
-            sizes = [costs(cfg, self.ids) for cfg in (before, stretch.cfg)]
-            done = {"event": f"{PREFIX}SUCCESS", **now, "seconds": time.perf_counter() - clock, **sizes[1], **found}
+            sizes = [costs(cfg, self.ids) for cfg in (before, segment.cfg)]
+            done = {
+                "event": f"{PREFIX}SUCCESS",
+                **now,
+                "seconds": time.perf_counter() - clock,
+                **sizes[1],
+                **found,
+            }
             self.tell(done | {"checks": [vars(check) for check in checks]})
             became = [f"{size['params']:,}" for size in sizes] if op.name in ARCHITECTURE else []
-            said = f"growth: step {step}: ops[{op.place}] {op.name!r}" + ("" if op.value is None else f" {json.dumps(op.value)}")
+            said = f"growth: step {step}: ops[{op.place}] {op.name!r}" + (
+                "" if op.value is None else f" {json.dumps(op.value)}"
+            )
             self._notes.append(said + (f": {became[0]} -> {became[1]} parameters" if became else ""))
             if op.reevaluate and (rows := evaluate()):
                 new = next(r["loss"] for r in rows if r["split"] == self.split)
                 change = None if here is None else new - here
-                self.tell({"event": f"{PREFIX}REEVALUATION", **now, "loss_before": here, "loss_after": new, "change": change})
+                self.tell(
+                    {
+                        "event": f"{PREFIX}REEVALUATION",
+                        **now,
+                        "loss_before": here,
+                        "loss_after": new,
+                        "change": change,
+                    }
+                )
                 here = new
             elif op.name in ARCHITECTURE:
                 here = None
@@ -224,7 +266,9 @@ class Growth:
             self._fresh.append((op, state.step, bare(moved)))
         return checks, found
 
-    def _made(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[GPT, Optimizers, Any, IndexMap, list[Check], Row]:
+    def _made(
+        self, op: Op, before: TrainConfig, after: TrainConfig
+    ) -> tuple[GPT, Optimizers, Any, IndexMap, list[Check], Row]:
         """What an op makes of the state, which it does not touch, and whether it kept its word."""
         state = self.state
         old, idx = state.model, self._probe()
@@ -239,11 +283,16 @@ class Growth:
         shadow = None
         if state.average.apart:
             with state.average.applied():
-                shadow = dict(grow(op, before, after, old, op.seed)[0].named_parameters())  # the same draws: the same change
+                shadow = dict(
+                    grow(op, before, after, old, op.seed)[0].named_parameters()
+                )  # the same draws: the same change
         optimizers = type(state.optimizers)(after, new, marks(state.optimizers.marks, moved, op, state.step))
         least = op.optimizer.min_coverage
         coverage = transfer(state.optimizers.state(), moved, op.optimizer.mode, dry=True)[1]
-        checks += [covered(coverage, least if op.optimizer.mode != "reset" else 0.0), grouped(new, optimizers)]
+        checks += [
+            covered(coverage, least if op.optimizer.mode != "reset" else 0.0),
+            grouped(new, optimizers),
+        ]
         return new, optimizers, shadow, moved, checks, {
             "delta_logits": moved_by, "largest_logit": largest, "coverage": coverage, "truncated": moved.truncated,
         }  # fmt: skip
@@ -251,7 +300,14 @@ class Growth:
     def _fail(self, op: Op, now: Row, wrong: list[Check]) -> None:
         """Rolled back already, for the state was never touched; and never tried again."""
         why = "; ".join(f"{check.name}: {check.detail}" for check in wrong)
-        self.tell({"event": f"{PREFIX}ERROR", **now, "checks": [vars(check) for check in wrong], "on_fail": op.on_fail})
+        self.tell(
+            {
+                "event": f"{PREFIX}ERROR",
+                **now,
+                "checks": [vars(check) for check in wrong],
+                "on_fail": op.on_fail,
+            }
+        )
         if op.on_fail == "abort":
             self._keep()
             raise UsageError(
@@ -262,7 +318,9 @@ class Growth:
 
     def _probe(self) -> Any:
         model = self.state.model
-        return probe(self.ids, min(model.cfg.block_size, 128), self.cfg.seed, ROWS).to(model.embed.weight.device)
+        return probe(self.ids, min(model.cfg.block_size, 128), self.cfg.seed, ROWS).to(
+            model.embed.weight.device
+        )
 
     # -- some steps later
 
@@ -271,7 +329,15 @@ class Growth:
         if self._compiled:
             (op, before), self._compiled = self._compiled, None
             if seconds := self.state.spent.get("compile", 0.0) - before:
-                self.tell({"event": f"{PREFIX}RECOMPILE", "op": op.id, "name": op.name, "step": self.state.step, "seconds": seconds})
+                self.tell(
+                    {
+                        "event": f"{PREFIX}RECOMPILE",
+                        "op": op.id,
+                        "name": op.name,
+                        "step": self.state.step,
+                        "seconds": seconds,
+                    }
+                )
         for entry in [entry for entry in self._fresh if self.state.step >= entry[1] + SETTLES]:
             self._fresh.remove(entry)
             self._look(*entry)
@@ -282,12 +348,26 @@ class Growth:
         model: GPT = self.state.model
         later = self.state.step - since
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        kept = {name: piece for name, piece in moved.pieces.items() if shapes.get(name) == moved.new[name]}  # by ops in between
+        kept = {
+            name: piece for name, piece in moved.pieces.items() if shapes.get(name) == moved.new[name]
+        }  # by ops in between
         symmetry = heads_diverge(replace(moved, pieces=kept), model)
-        locked = router_lock(model, self._probe()) if later >= SETTLES else []  # earlier it need not have chosen
+        locked = (
+            router_lock(model, self._probe()) if later >= SETTLES else []
+        )  # earlier it need not have chosen
         wrong = ([] if symmetry.ok else [symmetry.detail]) + locked
-        router = Check("router", not locked, "; ".join(locked) or "each layer's tokens go to several experts, where it has any")
-        row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name, "step": self.state.step, "since": since}
+        router = Check(
+            "router",
+            not locked,
+            "; ".join(locked) or "each layer's tokens go to several experts, where it has any",
+        )
+        row = {
+            "event": f"{PREFIX}LOOKBACK",
+            "op": op.id,
+            "name": op.name,
+            "step": self.state.step,
+            "since": since,
+        }
         self.tell(row | {"checks": [vars(symmetry), vars(router)]})
         self._notes += [f"growth: {later} steps after ops[{op.place}] {op.name!r}: {text}" for text in wrong]
 
@@ -301,19 +381,23 @@ def rebuilt(state: State, grown: dict[str, Any]) -> tuple[TrainConfig, GPT, Opti
     """Config, model and optimisers as they were when a state was saved."""
     cfg = from_dict(grown["config"])
     model = like(state.model, cfg)
-    return cfg, model, type(state.optimizers)(cfg, model, {name: Mark(*mark) for name, mark in grown["marks"].items()})
+    return (
+        cfg,
+        model,
+        type(state.optimizers)(cfg, model, {name: Mark(*mark) for name, mark in grown["marks"].items()}),
+    )
 
 
 def acted(plan: Plan, step: int) -> int:
     """How many ops have acted on the state after a step, which is kept before those that act right there."""
-    return sum(stretch.first < step for stretch in plan.stretches[1:])
+    return sum(segment.first < step for segment in plan.segments[1:])
 
 
 def standing(plan: Plan, applied: int, learns: dict[str, list[Any]]) -> dict[str, Any]:
     """What a state says of its growth; nothing where nothing grows."""
     if not plan.cfg.growth.ops:
         return {}
-    config = plan.stretches[applied].cfg.model_dump(mode="json")
+    config = plan.segments[applied].cfg.model_dump(mode="json")
     return {"fired": list(plan.fired), "applied": applied, "config": config, "marks": learns}
 
 

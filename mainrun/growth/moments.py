@@ -31,7 +31,9 @@ class Piece:
     """How one tensor of the new model comes about: elements of a source times `weight`, and `plus`."""
 
     source: str | None  # a tensor of the old model; None: there is none
-    index: tuple[Tensor | None, ...] = ()  # for each dimension the source's index of each of mine, -1: new; None: as they stand
+    index: tuple[
+        Tensor | None, ...
+    ] = ()  # for each dimension the source's index of each of mine, -1: new; None: as they stand
     weight: Factor = 1.0
     grad: Factor | None = 1.0  # its gradient over the source's; None: the state starts anew all the same
     plus: Tensor | None = None  # random new elements, noise, what was merged
@@ -41,12 +43,18 @@ class Piece:
         for dim, index in enumerate(self.index):
             if index is not None:
                 index = index.to(source.device)
-                source = source.index_select(dim, index.clamp(min=0)).masked_fill_(along(index < 0, dim, source.ndim), 0)
+                source = source.index_select(dim, index.clamp(min=0)).masked_fill_(
+                    along(index < 0, dim, source.ndim), 0
+                )
         return source
 
     def value(self, old: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """The tensor itself, in the type and on the device of the new parameter."""
-        found = torch.zeros_like(like) if self.source is None else scaled(self.take(old[self.source].detach()), self.weight)
+        found = (
+            torch.zeros_like(like)
+            if self.source is None
+            else scaled(self.take(old[self.source].detach()), self.weight)
+        )
         return found if self.plus is None else found + self.plus.to(found)
 
     def known(self, shape: torch.Size) -> Tensor:
@@ -59,7 +67,11 @@ class Piece:
 
 
 def scaled(x: Tensor, factor: Factor) -> Tensor:
-    return x if isinstance(factor, float) and factor == 1 else x * (factor.to(x) if isinstance(factor, Tensor) else factor)
+    return (
+        x
+        if isinstance(factor, float) and factor == 1
+        else x * (factor.to(x) if isinstance(factor, Tensor) else factor)
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,9 @@ class IndexMap:
     pieces: dict[str, Piece]
     old: dict[str, torch.Size]
     new: dict[str, torch.Size]
-    truncated: dict[str, float] = field(default_factory=dict)  # of a rank that was cut: the share of the term's norm that is lost
+    truncated: dict[str, float] = field(
+        default_factory=dict
+    )  # of a rank that was cut: the share of the term's norm that is lost
 
     def copies(self) -> Iterator[tuple[str, Tensor, str, Tensor]]:
         """Rows inside blocks that began as one: (tensor, rows, the tensor with the first of each, its rows)."""
@@ -77,8 +91,14 @@ class IndexMap:
         for name, piece in self.pieces.items():
             if piece.source is None or not name.startswith("blocks.") or len(self.new[name]) != 2:
                 continue
-            rows = piece.index[0] if piece.index and piece.index[0] is not None else torch.arange(self.new[name][0])
-            one = piece.source if ".experts." in name else name  # a layer that is stacked twice is no copy of itself: it sees other inputs
+            rows = (
+                piece.index[0]
+                if piece.index and piece.index[0] is not None
+                else torch.arange(self.new[name][0])
+            )
+            one = (
+                piece.source if ".experts." in name else name
+            )  # a layer that is stacked twice is no copy of itself: it sees other inputs
             found: dict[str, list[tuple[int, int]]] = {}
             for row, source in enumerate(rows.tolist()):
                 if source >= 0:
@@ -128,20 +148,30 @@ def marks(before: Mapping[str, Mark], moved: IndexMap, op: Op, step: int) -> dic
     found, wide, seen = {}, rates(moved) if op.lr.width_rule == "adam_1_over_n" else {}, set[str]()
     for name, piece in moved.pieces.items():
         mark = before.get(piece.source or "", PLAIN)
-        new = piece.grad is None or piece.source is None or (op.name == "stack_layers" and piece.source in seen)
+        new = (
+            piece.grad is None or piece.source is None or (op.name == "stack_layers" and piece.source in seen)
+        )
         seen.add(piece.source or "")
         if new:
-            mark = Mark(op.lr.new_params_peak, since=step if op.lr.rewarm_iters else 0, rewarm=op.lr.rewarm_iters)
+            mark = Mark(
+                op.lr.new_params_peak, since=step if op.lr.rewarm_iters else 0, rewarm=op.lr.rewarm_iters
+            )
         elif name in wide:
             by = wide[name]
-            mark = mark._replace(lr=mark.lr * by.lr, weight_decay=mark.weight_decay * by.weight_decay, eps=mark.eps * by.eps)
+            mark = mark._replace(
+                lr=mark.lr * by.lr, weight_decay=mark.weight_decay * by.weight_decay, eps=mark.eps * by.eps
+            )
         if mark != PLAIN:
             found[name] = mark
     return found
 
 
 def transfer(
-    state: Mapping[str, Tensor], moved: IndexMap, mode: str = "auto", min_coverage: float = 0.0, dry: bool = False
+    state: Mapping[str, Tensor],
+    moved: IndexMap,
+    mode: str = "auto",
+    min_coverage: float = 0.0,
+    dry: bool = False,
 ) -> tuple[dict[str, Tensor], float]:
     """train.Optimizers.state() of the model before, as that of the model after; and the share of its elements that kept theirs.
 
@@ -183,7 +213,9 @@ def transfer(
     total = sum(shape.numel() for shape in moved.new.values())
     coverage = kept / total if state and total else 1.0
     if mode != "reset" and coverage < min_coverage:
-        raise ValueError(f"{coverage:.1%} of the optimiser's state went over, min_coverage={min_coverage:g} asks for more; lower it")
+        raise ValueError(
+            f"{coverage:.1%} of the optimiser's state went over, min_coverage={min_coverage:g} asks for more; lower it"
+        )
     return found, coverage
 
 
@@ -193,11 +225,19 @@ def by_parameter(state: Mapping[str, Tensor], old: Mapping[str, torch.Size]) -> 
     for full_name, value in state.items():
         kind, _, rest = str(full_name).partition("/")
         name, _, key = rest.rpartition("/")
-        if kind != "optimizer" or name not in old or key not in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step"):
+        if (
+            kind != "optimizer"
+            or name not in old
+            or key not in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
+        ):
             allowed = "optimizer/<parameter>/ and exp_avg, exp_avg_sq, step or momentum_buffer"
-            raise ValueError(f"state {full_name!r} belongs to no parameter of the model before the op; give it as {allowed}")
+            raise ValueError(
+                f"state {full_name!r} belongs to no parameter of the model before the op; give it as {allowed}"
+            )
         if key != "step" and value.shape != old[name]:
-            raise ValueError(f"state {full_name!r} has shape {tuple(value.shape)}; its parameter has {tuple(old[name])}")
+            raise ValueError(
+                f"state {full_name!r} has shape {tuple(value.shape)}; its parameter has {tuple(old[name])}"
+            )
         found.setdefault(name, {})[key] = value
     return found
 
@@ -208,7 +248,9 @@ def _firsts(piece: Piece, shape: torch.Size) -> Tensor:
     for dim, index in enumerate(piece.index):
         if index is not None and len(index):
             place = torch.arange(len(index))
-            first = torch.full((int(index.max()) + 2,), len(index)).scatter_reduce(0, index + 1, place, "amin")
+            first = torch.full((int(index.max()) + 2,), len(index)).scatter_reduce(
+                0, index + 1, place, "amin"
+            )
             found &= along(first[index + 1] == place, dim, len(shape))
     return found
 

@@ -73,7 +73,10 @@ class Change:
     def by_space(self, **spaces: Tensor) -> Pieces:
         """Each tensor from the one of its name, whose spaces are taken by these indices; what has none is zero."""
         return {
-            name: Piece(name, tuple(spaces.get(s) for s in SPACES[part(name)])) if name in self.old else Piece(None) for name in self.new
+            name: Piece(name, tuple(spaces.get(s) for s in SPACES[part(name)]))
+            if name in self.old
+            else Piece(None)
+            for name in self.new
         }
 
     def fill(self, pieces: Pieces, names: tuple[str, ...], dim: int, std: float | None = None) -> None:
@@ -82,7 +85,9 @@ class Change:
             if part(name) in names and name in self.new and piece.index[dim] is not None:
                 index, shape = piece.index[dim], self.new[name].shape
                 new = along((index < 0).float(), dim, len(shape))  # type: ignore[operator, union-attr]
-                pieces[name] = replace(piece, plus=self.normal(shape, self.before.init_std if std is None else std) * new)
+                pieces[name] = replace(
+                    piece, plus=self.normal(shape, self.before.init_std if std is None else std) * new
+                )
 
 
 def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
@@ -96,12 +101,16 @@ def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int
     with torch.no_grad():
         for name, p in new.named_parameters():
             value = pieces[name].value(old, p)
-            assert value.shape == p.shape, f"{name}: {tuple(value.shape)} for {tuple(p.shape)}"  # copy_ would stretch it
+            assert value.shape == p.shape, (
+                f"{name}: {tuple(value.shape)} for {tuple(p.shape)}"
+            )  # copy_ would segment it
             p.copy_(value)
     return new, moved
 
 
-def mapped(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, new: GPT, seed: int) -> tuple[Pieces, IndexMap]:
+def mapped(
+    op: Any, before: TrainConfig, after: TrainConfig, model: GPT, new: GPT, seed: int
+) -> tuple[Pieces, IndexMap]:
     """Where all numbers of the new model come from, and those of them that train. It may lie on the meta device."""
     old = dict(model.named_parameters())
     change = Change(op, before, after, old, dict(new.named_parameters()), torch.Generator().manual_seed(seed))
@@ -122,7 +131,9 @@ def like(model: GPT, cfg: TrainConfig) -> GPT:
     made = outline(model, cfg)
     new = made.to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device).train(model.training)
     for name, buffer in new.named_buffers():
-        buffer.copy_(model.get_buffer(name))  # of the context's length and a head's width, which no op changes
+        buffer.copy_(
+            model.get_buffer(name)
+        )  # of the context's length and a head's width, which no op changes
     for block in new.blocks:
         block.attn.fused = model.blocks[0].attn.fused
     return new
@@ -130,7 +141,13 @@ def like(model: GPT, cfg: TrainConfig) -> GPT:
 
 # -- depth
 
-ENDS = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")  # of the branches of a block
+ENDS = (
+    "attn.o.weight",
+    "attn.o.bias",
+    "attn.o.lora_b",
+    "mlp.down.weight",
+    "mlp.down.bias",
+)  # of the branches of a block
 
 
 def stack_layers(c: Change) -> Pieces:
@@ -168,13 +185,18 @@ def widen_mlp(c: Change) -> Pieces:
     for name in [n for n in c.new if part(n) == "mlp.up.weight"]:
         mlp = name.removesuffix("up.weight")
         if c.op.init == "identity":
-            units, share = torch.cat([torch.arange(old), torch.full((new - old,), -1)]), torch.ones(new, dtype=torch.float64)
+            units, share = (
+                torch.cat([torch.arange(old), torch.full((new - old,), -1)]),
+                torch.ones(new, dtype=torch.float64),
+            )
         else:
             units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=c.generator)])
             share = torch.rand(new, generator=c.generator, dtype=torch.float64) + 0.5
             share /= torch.zeros(old, dtype=torch.float64).index_add(0, units, share)[units]
         for side in ("up", "gate"):
-            found[f"{mlp}{side}.weight"] = Piece(f"{mlp}{side}.weight", (units, None), grad=share.unsqueeze(1))
+            found[f"{mlp}{side}.weight"] = Piece(
+                f"{mlp}{side}.weight", (units, None), grad=share.unsqueeze(1)
+            )
             found[f"{mlp}{side}.bias"] = Piece(f"{mlp}{side}.bias", (units,), grad=share)
         found[f"{mlp}down.weight"] = Piece(f"{mlp}down.weight", (None, units), weight=share)
     c.fill(found, ("mlp.up.weight", "mlp.gate.weight"), 0)
@@ -191,10 +213,14 @@ def widen_model(c: Change) -> Pieces:
     """HyperCloning: n copies of each channel, so what reads them takes 1/n of its weight from each."""
     n, b, a = c.after.d_model // c.before.d_model, c.before, c.after
     if a.head_width != b.head_width:
-        raise ValueError(f"a head would become {a.head_width} wide; keep its {b.head_width}: rotary positions and scores depend on it")
+        raise ValueError(
+            f"a head would become {a.head_width} wide; keep its {b.head_width}: rotary positions and scores depend on it"
+        )
     heads = torch.arange(b.n_head)
     keep = a.kv_heads == b.kv_heads
-    heads = heads.repeat_interleave(n) if keep else heads.repeat(n)  # kept keys and values: a group's queries stay together
+    heads = (
+        heads.repeat_interleave(n) if keep else heads.repeat(n)
+    )  # kept keys and values: a group's queries stay together
     spaces = {
         "D": torch.arange(b.d_model).repeat(n),
         "F": torch.arange(b.ff_width).repeat(n),
@@ -207,7 +233,9 @@ def widen_model(c: Change) -> Pieces:
     for name, piece in found.items():
         to, of = flow(name)
         # the error that reaches one of n copies is 1/n of what reached the source
-        found[name] = replace(piece, weight=1 / n if of in spaces else 1.0, grad=1 / n if to in spaces else 1.0)
+        found[name] = replace(
+            piece, weight=1 / n if of in spaces else 1.0, grad=1 / n if to in spaces else 1.0
+        )
         if b.tie_head and part(name) in ("norm.weight", "norm.bias") and not name.startswith("blocks."):
             # a tied head sums n copies of each product; the embedding cannot take the 1/n, so the norm before the head does
             found[name] = replace(piece, weight=1 / n, grad=1.0)
@@ -236,7 +264,9 @@ def add_heads(c: Change) -> Pieces:
     if new < old or a.kv_heads < b.kv_heads or a.head_width != b.head_width:
         got = f"{a.n_head} heads of {a.head_width} over {a.kv_heads} of keys and values"
         held = f"{b.n_head} of {b.head_width} over {b.kv_heads}"
-        raise ValueError(f"{got} do not hold {held}; keep the width, as many keys and values, and {old} or more queries to each")
+        raise ValueError(
+            f"{got} do not hold {held}; keep the width, as many keys and values, and {old} or more queries to each"
+        )
     group, place = torch.arange(a.n_head) // new, torch.arange(a.n_head) % new
     heads = (group * old + place).where((group < b.kv_heads) & (place < old), torch.tensor(-1))
     kv = torch.arange(a.kv_heads).where(torch.arange(a.kv_heads) < b.kv_heads, torch.tensor(-1))
@@ -258,7 +288,9 @@ def upcycle_moe(c: Change) -> Pieces:
     shards, hidden = value.get("shards", 1), c.after.ff_width
     softmax, zero = c.after.router_weights == "softmax", value.get("router", "random") == "zero"
     if hidden * shards != c.before.ff_width or experts % shards or k % shards:
-        raise ValueError(f"shards={shards} must divide hidden={c.before.ff_width}, experts={experts} and top_k={k}; use a divisor of all")
+        raise ValueError(
+            f"shards={shards} must divide hidden={c.before.ff_width}, experts={experts} and top_k={k}; use a divisor of all"
+        )
     snr = value.get("noise_snr_db")
     if snr is not None and not zero:
         raise ValueError(
@@ -270,7 +302,11 @@ def upcycle_moe(c: Change) -> Pieces:
     for name in c.new:
         if part(name) == "mlp.router.weight":
             groups, width = experts // shards, c.after.d_model
-            rows = None if zero else c.normal((groups, width), value.get("router_std", 0.02)).repeat_interleave(shards, dim=0)
+            rows = (
+                None
+                if zero
+                else c.normal((groups, width), value.get("router_std", 0.02)).repeat_interleave(shards, dim=0)
+            )
             found[name] = Piece(None, plus=rows)
         elif ".experts." in name:
             expert = int(re.findall(r"experts\.(\d+)", name)[0])
@@ -282,12 +318,17 @@ def upcycle_moe(c: Change) -> Pieces:
                 piece = replace(piece, weight=lost * (shards if "F" in spaces else 1), grad=share)
             if snr is not None and spaces == "DF":
                 std = c.rms(source) * lost * shards * 10 ** (-snr / 20)
-                piece = replace(piece, plus=_expert_noise(c, drawn, source, expert // shards, expert % shards, k // shards, std))
+                piece = replace(
+                    piece,
+                    plus=_expert_noise(c, drawn, source, expert // shards, expert % shards, k // shards, std),
+                )
             found[name] = piece
     return found
 
 
-def _expert_noise(c: Change, drawn: dict[Any, Tensor], source: str, copy: int, shard: int, chosen: int, std: float) -> Tensor | None:
+def _expert_noise(
+    c: Change, drawn: dict[Any, Tensor], source: str, copy: int, shard: int, chosen: int, std: float
+) -> Tensor | None:
     """+N and -N for two copies of a shard. A zero router takes the first of them for all tokens: a pair must be wholly in or out."""
     first = 0 if copy < chosen else chosen
     if copy + 1 == chosen and chosen % 2:
@@ -306,7 +347,9 @@ def set_rank(c: Change) -> Pieces:
     name = "attn_lora_rank" if c.op.name == "set_attn_lora_rank" else "embed_lora_rank"
     old, new = getattr(c.before, name), getattr(c.after, name)
     if new < 1:
-        raise ValueError(f"rank {new} is not allowed; give 1 or more, or merge_lora_weights to be rid of the term")
+        raise ValueError(
+            f"rank {new} is not allowed; give 1 or more, or merge_lora_weights to be rid of the term"
+        )
     found = c.by_space()
     inside = "attn." if name == "attn_lora_rank" else "embed."
     for a in [n for n in c.new if n.endswith(".lora_a") and part(n).startswith(inside)]:
@@ -320,7 +363,9 @@ def set_rank(c: Change) -> Pieces:
             found[b] = Piece(b, (None, rank), weight=new / old, grad=old / new)
             c.fill(found, (part(a),), 0, std)
         else:
-            low_a, low_b, c.truncated[a.removesuffix(".lora_a")] = truncate(c.old[a].detach(), c.old[b].detach(), new)
+            low_a, low_b, c.truncated[a.removesuffix(".lora_a")] = truncate(
+                c.old[a].detach(), c.old[b].detach(), new
+            )
             found[a], found[b] = Piece(None, plus=low_a), Piece(None, plus=low_b * (new / old))
     return found
 
@@ -331,7 +376,11 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     qb, rb = torch.linalg.qr(b.double())
     u, s, vt = torch.linalg.svd(rb @ ra.mT)
     root, size = s[:rank].sqrt(), float(s.norm())
-    return root.unsqueeze(1) * (vt[:rank] @ qa.mT), (qb @ u[:, :rank]) * root, float(s[rank:].norm()) / size if size else 0.0
+    return (
+        root.unsqueeze(1) * (vt[:rank] @ qa.mT),
+        (qb @ u[:, :rank]) * root,
+        float(s[rank:].norm()) / size if size else 0.0,
+    )
 
 
 def merge_lora_weights(c: Change) -> Pieces:
@@ -339,7 +388,9 @@ def merge_lora_weights(c: Change) -> Pieces:
     found = c.by_space()
     for a in [n for n in c.old if n.endswith(".lora_a")]:
         rank, name = c.old[a].size(0), a.removesuffix("lora_a")
-        term = (c.before.lora_alpha / rank) * (c.old[f"{name}lora_b"].detach().double() @ c.old[a].detach().double())
+        term = (c.before.lora_alpha / rank) * (
+            c.old[f"{name}lora_b"].detach().double() @ c.old[a].detach().double()
+        )
         found[f"{name}weight"] = replace(found[f"{name}weight"], plus=term)
     return found
 

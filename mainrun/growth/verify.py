@@ -78,7 +78,11 @@ def preserved(promise: str, old: GPT, new: GPT, idx: Tensor) -> Check:
 
 
 def covered(coverage: float, least: float) -> Check:
-    return Check("coverage", coverage >= least, f"{coverage:.1%} of the optimiser's state went over, {least:.1%} is asked for")
+    return Check(
+        "coverage",
+        coverage >= least,
+        f"{coverage:.1%} of the optimiser's state went over, {least:.1%} is asked for",
+    )
 
 
 def tied(before: TrainConfig, new: GPT) -> Check:
@@ -88,16 +92,24 @@ def tied(before: TrainConfig, new: GPT) -> Check:
     is_tied = new.head is None
     ok = is_tied == before.tie_head == new.cfg.tie_head and not shared
     return Check(
-        "tying", ok, f"head {'tied' if is_tied else 'apart'}, before {'tied' if before.tie_head else 'apart'}; shared: {shared or 'none'}"
+        "tying",
+        ok,
+        f"head {'tied' if is_tied else 'apart'}, before {'tied' if before.tie_head else 'apart'}; shared: {shared or 'none'}",
     )
 
 
 def grouped(new: nn.Module, optimizers: Optimizers) -> Check:
     """Each tensor that trains in exactly one group, and nothing there that the model does not have."""
-    held = Counter(id(p) for optimizer in optimizers.all for group in optimizer.param_groups for p in group["params"])
+    held = Counter(
+        id(p) for optimizer in optimizers.all for group in optimizer.param_groups for p in group["params"]
+    )
     mine = {id(p): name for name, p in new.named_parameters() if p.requires_grad}
     wrong = [f"{name} in {held[i]} groups" for i, name in mine.items() if held[i] != 1]
-    wrong += [f"{len(held.keys() - mine.keys())} tensors that do not train here"] if held.keys() - mine.keys() else []
+    wrong += (
+        [f"{len(held.keys() - mine.keys())} tensors that do not train here"]
+        if held.keys() - mine.keys()
+        else []
+    )
     return Check("groups", not wrong, ", ".join(wrong[:5]) or f"{len(mine)} tensors, each in one group")
 
 
@@ -151,7 +163,9 @@ def router_lock(model: GPT, idx: Tensor) -> list[str]:
         with torch.no_grad():
             used = int(moe.route(x)[0].unique().numel())
         if moe.k == 1 and moe.renormalised:
-            found.append(f"{name}: the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights")
+            found.append(
+                f"{name}: the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights"
+            )
         elif used <= moe.k < len(moe.experts):
             found.append(f"{name}: all tokens go to the same {used} of {len(moe.experts)} experts")
     return found
@@ -177,11 +191,18 @@ def router_scale(old: GPT, new: GPT, idx: Tensor, most: float = 0.01) -> Check:
     for model in (old, new):
         layers = experts_of(model)
         with torch.no_grad():
-            spreads.append([float(layers[n].scores(x).double().std(-1).mean()) for n, x in router_inputs(model, idx).items()])
+            spreads.append(
+                [
+                    float(layers[n].scores(x).double().std(-1).mean())
+                    for n, x in router_inputs(model, idx).items()
+                ]
+            )
     before, after = spreads
     if not before:
         return Check("router scale", all(map(math.isfinite, after)), "there was no router before")
-    ok = len(before) == len(after) and all(abs(b - a) <= most * b + 1e-12 for b, a in zip(before, after, strict=True))
+    ok = len(before) == len(after) and all(
+        abs(b - a) <= most * b + 1e-12 for b, a in zip(before, after, strict=True)
+    )
     shown = [", ".join(f"{x:.3g}" for x in spread) for spread in spreads]
     return Check("router scale", ok, f"scores spread by {shown[0]} before, {shown[1]} after")
 
@@ -193,7 +214,8 @@ def heads_diverge(moved: IndexMap, new: nn.Module) -> Check:
     return Check(
         "symmetry",
         not locked,
-        f"{len(locked)} of {len(copied)} tensors with copies are locked" + f": {', '.join(locked[:3])}" * bool(locked),
+        f"{len(locked)} of {len(copied)} tensors with copies are locked"
+        + f": {', '.join(locked[:3])}" * bool(locked),
     )
 
 
@@ -214,5 +236,7 @@ def layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> Check:
     return Check(
         "layer identity",
         not wrong,
-        f"layers {', '.join(map(str, wrong))} change what they get" if wrong else f"{len(layers)} inserted layers",
+        f"layers {', '.join(map(str, wrong))} change what they get"
+        if wrong
+        else f"{len(layers)} inserted layers",
     )

@@ -48,14 +48,28 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "router_weights": ("renormalised", "softmax"),
 }
 LIST_KEYS = ("name", "desc", "value", "trigger_loss", "max_wait_iters", "reevaluate")
-OP_KEYS = ("id", "name", "desc", "value", "trigger", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail")
+OP_KEYS = (
+    "id",
+    "name",
+    "desc",
+    "value",
+    "trigger",
+    "reevaluate",
+    "init",
+    "preserve",
+    "optimizer",
+    "lr",
+    "on_fail",
+)
 OF_WEIGHTS = ("init", "preserve", "optimizer", "lr", "on_fail")  # for an op of the architecture
 SHAPE = "{ ops = [{ name, value, trigger }, ...] }"
 
 Check = tuple[Callable[[Any], Any], str]  # the value as it is kept, or None; what is allowed
 
 
-def _number(low: float = -math.inf, high: float = math.inf, closed: bool = False) -> Callable[[Any], float | None]:
+def _number(
+    low: float = -math.inf, high: float = math.inf, closed: bool = False
+) -> Callable[[Any], float | None]:
     """A finite number between; `closed`: or at an end."""
 
     def check(value: Any) -> float | None:
@@ -70,7 +84,12 @@ def _whole(low: int) -> Callable[[Any], int | None]:
     """Also 2e8, which JSON and TOML take for no integer."""
 
     def check(value: Any) -> int | None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < 2**63 or value != int(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value < 2**63
+            or value != int(value)
+        ):
             return None
         return int(value)
 
@@ -135,12 +154,21 @@ def read(data: Any) -> tuple[Schedule, list[Fault]]:
     if isinstance(data, list):
         return Schedule(_ops(data, faults, {}, 0, listed=True)), faults
     if not isinstance(data, dict):
-        return Schedule(), [(-1, f"{_shown(data)} is no schedule; write {SHAPE}, or a list of ops with trigger_loss and max_wait_iters.")]
+        return Schedule(), [
+            (
+                -1,
+                f"{_shown(data)} is no schedule; write {SHAPE}, or a list of ops with trigger_loss and max_wait_iters.",
+            )
+        ]
     allowed = ("version", "seed", "defaults", "ops")
     faults += [(-1, f"{text}.") for text in _unknown("", data, allowed)]
-    version, seed, ops, defaults = (data.get(key, other) for key, other in (("version", 2), ("seed", 0), ("ops", []), ("defaults", {})))
+    version, seed, ops, defaults = (
+        data.get(key, other) for key, other in (("version", 2), ("seed", 0), ("ops", []), ("defaults", {}))
+    )
     if version != 2 or isinstance(version, bool):
-        faults.append((-1, f"version={_shown(version)} is not known; write 2, or the original format as a list."))
+        faults.append(
+            (-1, f"version={_shown(version)} is not known; write 2, or the original format as a list.")
+        )
     if _whole(0)(seed) is None:
         faults.append((-1, f"seed={_shown(seed)} is not allowed; write a whole number, 0 or more."))
         seed = 0
@@ -152,7 +180,9 @@ def read(data: Any) -> tuple[Schedule, list[Fault]]:
         ops = []
     general = ("reevaluate", *OF_WEIGHTS[1:])
     if not isinstance(defaults, dict):
-        faults.append((-1, f"defaults={_shown(defaults)} is not allowed; write a table of {', '.join(general)}."))
+        faults.append(
+            (-1, f"defaults={_shown(defaults)} is not allowed; write a table of {', '.join(general)}.")
+        )
         defaults = {}
     faults += [(-1, f"{text}.") for text in _unknown("defaults.", defaults, general)]
     common = {key: value for key, value in defaults.items() if key in general}
@@ -184,11 +214,15 @@ def _uncounted(strange: int) -> list[str]:
 Wrong = list[str]
 
 
-def _ops(entries: Sequence[Any], faults: list[Fault], common: dict[str, Any], seed: int, listed: bool = False) -> tuple[Op, ...]:
+def _ops(
+    entries: Sequence[Any], faults: list[Fault], common: dict[str, Any], seed: int, listed: bool = False
+) -> tuple[Op, ...]:
     found: list[Op] = []
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            faults.append((place, f"ops[{place}]={_shown(entry)} is no op; write {{ name, value, trigger }}."))
+            faults.append(
+                (place, f"ops[{place}]={_shown(entry)} is no op; write {{ name, value, trigger }}.")
+            )
             continue
         wrong: Wrong = []
         op = _op(place, entry, common, seed, listed, wrong)
@@ -200,7 +234,9 @@ def _ops(entries: Sequence[Any], faults: list[Fault], common: dict[str, Any], se
     return tuple(found)
 
 
-def _op(place: int, entry: dict[str, Any], common: dict[str, Any], seed: int, listed: bool, wrong: Wrong) -> Op | None:
+def _op(
+    place: int, entry: dict[str, Any], common: dict[str, Any], seed: int, listed: bool, wrong: Wrong
+) -> Op | None:
     keys, others = (LIST_KEYS, OP_KEYS) if listed else (OP_KEYS, LIST_KEYS)
     fires = (_list_trigger if listed else _new_trigger)(entry, wrong)
     strange = 0
@@ -208,7 +244,11 @@ def _op(place: int, entry: dict[str, Any], common: dict[str, Any], seed: int, li
         if key in keys:
             continue
         if key in others:
-            form = "version 2; write { version = 2, ops = [...] } around the list" if listed else "the list format; write a trigger"
+            form = (
+                "version 2; write { version = 2, ops = [...] } around the list"
+                if listed
+                else "the list format; write a trigger"
+            )
             wrong.append(f"{key!r} is a key of {form}")
             continue
         strange += 1
@@ -216,7 +256,11 @@ def _op(place: int, entry: dict[str, Any], common: dict[str, Any], seed: int, li
             wrong.append(_unknown_key("", key, keys))
     wrong += _uncounted(strange)
     name: Any = entry.get("name")
-    relative = isinstance(name, str) and name.startswith("change_") and TRAINING.get(f"set_{name[7:]}", _Training("")).field
+    relative = (
+        isinstance(name, str)
+        and name.startswith("change_")
+        and TRAINING.get(f"set_{name[7:]}", _Training("")).field
+    )
     if "name" not in entry:
         wrong.append(f"no name; write one of {', '.join(NAMES)}")
     elif name not in NAMES and not relative:
@@ -305,9 +349,17 @@ def _value(name: str, entry: dict[str, Any], wrong: Wrong) -> Any:
         found = _table("value", value, PARTS[name], wrong)
         if found is None:
             return None
-        one = [key for key in ("factor", "d_model") if key in found] if name == "widen_model" else ["experts"] if "experts" in found else []
+        one = (
+            [key for key in ("factor", "d_model") if key in found]
+            if name == "widen_model"
+            else ["experts"]
+            if "experts" in found
+            else []
+        )
         if len(one) != 1:
-            wrong.append(f"value={_shown(value)} has {'both factor and d_model' if one else 'no size'}; write {_written(name)}")
+            wrong.append(
+                f"value={_shown(value)} has {'both factor and d_model' if one else 'no size'}; write {_written(name)}"
+            )
             return None
         if isinstance(found.get("factor"), float) and found["factor"].is_integer():
             found["factor"] = int(found["factor"])
@@ -360,9 +412,13 @@ def _new_trigger(entry: dict[str, Any], wrong: Wrong) -> Trigger | None:
             or not each
             or not all(isinstance(one, dict) and len(one) == 1 for one in each)
         ):
-            wrong.append(f"trigger={_shown(given)} is not allowed; write any = [...] alone, with one condition in each table")
+            wrong.append(
+                f"trigger={_shown(given)} is not allowed; write any = [...] alone, with one condition in each table"
+            )
             return None
-        if twice := sorted({key for i, one in enumerate(each) for key in one if any(key in other for other in each[:i])}):
+        if twice := sorted(
+            {key for i, one in enumerate(each) for key in one if any(key in other for other in each[:i])}
+        ):
             wrong.append(f"trigger.any has {twice[0]} twice; keep the one that comes first")
             return None
         given = {key: value for one in each for key, value in one.items()}
@@ -392,7 +448,9 @@ def from_text(text: str) -> Any:
     got = inputs.shortened(inputs.printable(text), 120)
     path = Path(text)
     if path.suffix.lower() not in READERS:
-        raise ConfigError(f"growth={got!r} is no schedule; give a file ending in .json, .yaml, .yml or .toml, or {{ ops = [...] }}")
+        raise ConfigError(
+            f"growth={got!r} is no schedule; give a file ending in .json, .yaml, .yml or .toml, or {{ ops = [...] }}"
+        )
     why = inputs.not_a_file(path)
     if why:
         why = why.replace("does not exist", "No such file or directory")
@@ -419,4 +477,6 @@ def _inline(text: str) -> Any:
         return inputs.parse_yaml(text)
     except inputs.BadInput as e:
         why = e if "\n" in text else why
-    raise ConfigError(f"growth={inputs.shortened(text, 200)} is neither TOML, JSON nor YAML ({why}); write {SHAPE}, or give its file")
+    raise ConfigError(
+        f"growth={inputs.shortened(text, 200)} is neither TOML, JSON nor YAML ({why}); write {SHAPE}, or give its file"
+    )

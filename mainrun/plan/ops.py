@@ -55,7 +55,9 @@ class Trigger:
         return self.conditions.keys() <= {"step", "tokens", "budget_frac"}
 
     def data(self) -> dict[str, Any]:
-        each = [{k: {"evals": v[0], "rel": v[1]} if k == "plateau" else v} for k, v in self.conditions.items()]
+        each = [
+            {k: {"evals": v[0], "rel": v[1]} if k == "plateau" else v} for k, v in self.conditions.items()
+        ]
         return each[0] if len(each) == 1 else {"any": each}
 
     def __str__(self) -> str:
@@ -96,7 +98,9 @@ class Op:
     desc: str = ""
     reevaluate: bool = True
     init: str = ""  # copy, or identity: what is new adds nothing at first
-    preserve: str = ""  # none, approx, exact, bitexact; left out, it is settled by `walk`: the most that the op can keep
+    preserve: str = (
+        ""  # none, approx, exact, bitexact; left out, it is settled by `walk`: the most that the op can keep
+    )
     optimizer: Transfer = Transfer()
     lr: Rates = Rates()
     on_fail: str = "abort"
@@ -107,7 +111,9 @@ class Op:
         if self.value is not None:
             found["value"] = list(self.value) if isinstance(self.value, tuple) else self.value
         found["trigger"] = self.trigger.data()
-        plain = Op(self.name, self.value, self.trigger, self.place, self.seed, **_defaults(self.name, self.place))
+        plain = Op(
+            self.name, self.value, self.trigger, self.place, self.seed, **_defaults(self.name, self.place)
+        )
         for key in ("id", "desc", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail"):
             if (value := getattr(self, key)) != getattr(plain, key):
                 found[key] = dict(vars(value)) if isinstance(value, Transfer | Rates) else value
@@ -115,7 +121,11 @@ class Op:
 
     def effect(self) -> dict[str, Any]:
         """What it does, without when and what it is called: enough to tell whether two ops do the same to the bit."""
-        return {k: v for k, v in self.data().items() if k not in ("trigger", "id", "desc", "reevaluate", "on_fail")} | {"seed": self.seed}
+        return {
+            k: v
+            for k, v in self.data().items()
+            if k not in ("trigger", "id", "desc", "reevaluate", "on_fail")
+        } | {"seed": self.seed}
 
     def __hash__(self) -> int:
         return hash((self.name, self.place, self.trigger))
@@ -131,7 +141,11 @@ class Schedule:
 
     def data(self) -> dict[str, Any]:
         """In version 2; read again it is the same schedule."""
-        return {"version": 2, **({"seed": self.seed} if self.seed else {}), "ops": [op.data() for op in self.ops]}
+        return {
+            "version": 2,
+            **({"seed": self.seed} if self.seed else {}),
+            "ops": [op.data() for op in self.ops],
+        }
 
     def __str__(self) -> str:
         """As --set takes it."""
@@ -164,7 +178,9 @@ class Facts(NamedTuple):
     last: int  # steps done when the last op fired; 0: none has
     tokens: int
     budget: int  # tokens of the run
-    losses: Sequence[tuple[int, float]] = ()  # of the evaluations so far: the step and the loss, the newest last
+    losses: Sequence[
+        tuple[int, float]
+    ] = ()  # of the evaluations so far: the step and the loss, the newest last
 
 
 def due(op: Op, facts: Facts) -> str | None:
@@ -204,11 +220,15 @@ TRAINING = {
     "set_grad_accum": _Training("grad_accum"),
     # steps of the climb of the schedule that runs: counted from its start, so late in it this says what the next reset does
     "set_warmup_iters": _Training("warmup_iters"),
-    "set_eval_iters": _Training("", "every evaluation here scores each token of val once, there is nothing to set; remove the op"),
+    "set_eval_iters": _Training(
+        "", "every evaluation here scores each token of val once, there is nothing to set; remove the op"
+    ),
     "set_eval_interval": _Training("eval_interval"),
     "set_weight_decay": _Training("weight_decay"),
     "set_dropout": _Training("dropout"),
-    "reset_lr_schedule": _Training(""),  # warm-up, plateau and decay begin anew, over the steps that are left: Plan counts them
+    "reset_lr_schedule": _Training(
+        ""
+    ),  # warm-up, plateau and decay begin anew, over the steps that are left: Plan counts them
 }
 ARCHITECTURE = (
     "stack_layers", "widen_mlp", "widen_model", "add_heads", "upcycle_moe", "set_attn_lora_rank", "set_embedding_lora_rank",
@@ -231,7 +251,9 @@ def after(op: Op, cfg: TrainConfig, by: By | None = None) -> TrainConfig:
     if op.preserve:
         best, why, use = _strongest(op, cfg)
         if STRENGTH.index(op.preserve) > STRENGTH.index(best):
-            raise ValueError(f"preserve={op.preserve} impossible {why}; use {f'{use}, or ' if use else ''}preserve={best}")
+            raise ValueError(
+                f"preserve={op.preserve} impossible {why}; use {f'{use}, or ' if use else ''}preserve={best}"
+            )
     return cfg.changed(**changes)
 
 
@@ -259,9 +281,13 @@ def _set_by(by: By, field: str, how: str = "set by") -> str:
 def _whole_value(op: Op, what: str, now: int, by: str) -> int:
     """An absolute size that is to grow."""
     if isinstance(op.value, float):
-        raise ValueError(f"value {op.value:g} is the old relative form; for {what} {now}{by} write {round(now * op.value)}")
+        raise ValueError(
+            f"value {op.value:g} is the old relative form; for {what} {now}{by} write {round(now * op.value)}"
+        )
     if not isinstance(op.value, int):
-        raise ValueError(f"value={_shown(op.value)} is not allowed; give an integer > {now}, the {what} here{by}")
+        raise ValueError(
+            f"value={_shown(op.value)} is not allowed; give an integer > {now}, the {what} here{by}"
+        )
     if op.value <= now:
         raise ValueError(f"{op.value} <= current {what} {now}{by}; give an integer > {now}")
     return op.value
@@ -274,11 +300,17 @@ def _stack(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
         if isinstance(source, int | float) and source == int(source) and 2 <= source * n <= 1024:
             old = {2: "double", 3: "triple"}.get(int(source), f"{int(source)}-fold")
             write = _compact(list(range(n)) * int(source))
-            raise ValueError(f'value {source:g} is the old "{old}" form; for {n} layer{"s" if n > 1 else ""} write {write}')
+            raise ValueError(
+                f'value {source:g} is the old "{old}" form; for {n} layer{"s" if n > 1 else ""} write {write}'
+            )
         old = _compact(list(range(n)))
-        raise ValueError(f"value={_shown(source)} is no list of layers; {here}, write the source of each new layer, like {old}")
+        raise ValueError(
+            f"value={_shown(source)} is no list of layers; {here}, write the source of each new layer, like {old}"
+        )
     if wrong := [f"value[{i}]={s}" for i, s in enumerate(source) if not 0 <= s < n]:
-        raise ValueError(f"{', '.join(wrong[:5])} out of range; {here}. Use {f'0..{n - 1}' if n > 1 else '0'}")
+        raise ValueError(
+            f"{', '.join(wrong[:5])} out of range; {here}. Use {f'0..{n - 1}' if n > 1 else '0'}"
+        )
     # the first copy of a frozen layer stays frozen, what is new trains
     frozen = tuple(i for i, s in enumerate(source) if s in cfg.frozen and s not in source[:i])
     return {"n_layer": len(source), "frozen": frozen}
@@ -291,14 +323,20 @@ def _widen_mlp(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
 def _widen_model(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
     width, since = cfg.d_model, _set_by(by, "d_model")
     if not isinstance(op.value, dict):  # a float
-        raise ValueError(f"value {op.value:g} is the old relative form; for width {width}{since} write {round(width * op.value)}")
+        raise ValueError(
+            f"value {op.value:g} is the old relative form; for width {width}{since} write {round(width * op.value)}"
+        )
     n = op.value.get("factor") or op.value["d_model"] / width
     if n != int(n):
         if "factor" in op.value:
             raise ValueError(f"factor={n:g} is no whole number; the width is {width}{since}, give 2, 3, ...")
-        raise ValueError(f"d_model={op.value['d_model']} is no multiple of the width {width}{since}; give {2 * width}, {3 * width}, ...")
+        raise ValueError(
+            f"d_model={op.value['d_model']} is no multiple of the width {width}{since}; give {2 * width}, {3 * width}, ..."
+        )
     if n < 2:
-        raise ValueError(f"{op.value['d_model']} <= current width {width}{since}; give {2 * width}, {3 * width}, ...")
+        raise ValueError(
+            f"{op.value['d_model']} <= current width {width}{since}; give {2 * width}, {3 * width}, ..."
+        )
     n = int(n)
     # heads keep their width; what is 0 because it follows another still does
     kv = cfg.kv_heads if op.value["kv"] == "keep" else n * cfg.n_kv_head
@@ -310,7 +348,9 @@ def _add_heads(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
     grouped = cfg.kv_heads != cfg.n_head
     if grouped and heads % cfg.kv_heads:
         near = -(-heads // cfg.kv_heads) * cfg.kv_heads
-        raise ValueError(f"{heads} heads do not share {cfg.kv_heads} heads of keys and values; give a multiple, like {near}")
+        raise ValueError(
+            f"{heads} heads do not share {cfg.kv_heads} heads of keys and values; give a multiple, like {near}"
+        )
     return {"n_head": heads, "head_dim": cfg.head_width, "n_kv_head": cfg.kv_heads if grouped else 0}
 
 
@@ -328,19 +368,27 @@ def _upcycle(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
         raise ValueError(f"top_k={k} of {experts} experts; use 1..{experts}")
     for what, got in (("hidden", hidden), ("experts", experts), ("top_k", k)):
         if got % shards:
-            raise ValueError(f"shards={shards} does not divide {what}={got}; use a divisor of hidden, experts and top_k")
+            raise ValueError(
+                f"shards={shards} does not divide {what}={got}; use a divisor of hidden, experts and top_k"
+            )
     if k == 1 and weights == "renormalised":
-        raise ValueError("top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax")
+        raise ValueError(
+            "top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax"
+        )
     if value["router"] == "zero":
         if "router_std" in value:
-            raise ValueError(f"router_std={value['router_std']:g} with router=zero; leave it out, or use router=random")
+            raise ValueError(
+                f"router_std={value['router_std']:g} with router=zero; leave it out, or use router=random"
+            )
         if "noise_snr_db" not in value and op.optimizer.mode != "asymmetric":
             raise ValueError(
                 "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with "
                 "noise_snr_db or optimizer.mode=asymmetric"
             )
     elif "noise_snr_db" in value:
-        raise ValueError("noise_snr_db with router=random changes the function; leave it out, its experts differ soon, or use router=zero")
+        raise ValueError(
+            "noise_snr_db with router=random changes the function; leave it out, its experts differ soon, or use router=zero"
+        )
     return {"experts": experts, "top_k": k, "router_weights": weights, "d_ff": hidden // shards}
 
 
@@ -349,7 +397,9 @@ def _rank(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
     now = getattr(cfg, field)
     if isinstance(op.value, float):
         write = f"write {round(now * op.value)}" if now else "give the rank, like 8"
-        raise ValueError(f"value {op.value:g} is the old relative form; the rank is {now} here{_set_by(by, field)}, {write}")
+        raise ValueError(
+            f"value {op.value:g} is the old relative form; the rank is {now} here{_set_by(by, field)}, {write}"
+        )
     if op.value < 1:
         rid = ", or merge_lora_weights to be rid of it" if now else ""
         raise ValueError(f"value={op.value} is not allowed; give a rank, 1 or more{rid}")
@@ -370,10 +420,14 @@ def _freeze(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
     if not isinstance(layers, tuple) or not layers:
         raise ValueError(f"value={_shown(op.value)} is no layer; give one of 0..{n - 1}, or a list of them")
     if wrong := [layer for layer in layers if not 0 <= layer < n]:
-        raise ValueError(f"layer {wrong[0]} out of range; the model has {n} layers here{since}. Use 0..{n - 1}")
+        raise ValueError(
+            f"layer {wrong[0]} out of range; the model has {n} layers here{since}. Use 0..{n - 1}"
+        )
     if wrong := [layer for layer in layers if (layer in cfg.frozen) != thaws]:
         frozen = f"frozen here: {', '.join(map(str, cfg.frozen)) or 'none'}{_set_by(by, 'frozen', 'after')}"
-        raise ValueError(f"layer {wrong[0]} is {'not ' if thaws else ''}frozen{' already' * (not thaws)}; {frozen}. Leave it out")
+        raise ValueError(
+            f"layer {wrong[0]} is {'not ' if thaws else ''}frozen{' already' * (not thaws)}; {frozen}. Leave it out"
+        )
     return {"frozen": tuple(sorted(set(cfg.frozen) - set(layers) if thaws else {*cfg.frozen, *layers}))}
 
 
@@ -414,7 +468,11 @@ def _strongest(op: Op, cfg: TrainConfig) -> tuple[str, str, str]:
     if op.name == "upcycle_moe":
         k, zero = op.value["top_k"], op.value["router"] == "zero"
         if op.value.get("router_weights", cfg.router_weights) == "softmax":
-            return "exact" if zero else "approx", "with softmax weights, which are not renormalised", "router_weights=renormalised"
+            return (
+                "exact" if zero else "approx",
+                "with softmax weights, which are not renormalised",
+                "router_weights=renormalised",
+            )
         if k not in (1, 2, 4):
             return "exact", f"with top_k={k}", "1, 2 or 4"
         if not zero and k > 1:
@@ -425,7 +483,7 @@ def _strongest(op: Op, cfg: TrainConfig) -> tuple[str, str, str]:
     return "exact", f"for {op.name}, which is exact to rounding", ""
 
 
-class Phase(NamedTuple):
+class AppliedOp(NamedTuple):
     """An op as it is carried out (`preserve` settled), and the config from then on."""
 
     op: Op
@@ -435,9 +493,9 @@ class Phase(NamedTuple):
 Fault = tuple[int, str]  # the op's place (-1: none) and the sentence
 
 
-def walk(cfg: TrainConfig, ops: Iterable[Op]) -> tuple[list[Phase], list[Fault]]:
+def walk(cfg: TrainConfig, ops: Iterable[Op]) -> tuple[list[AppliedOp], list[Fault]]:
     """Ops applied one after another, and everything that is wrong with them; an op that cannot be is passed over."""
-    phases: list[Phase] = []
+    phases: list[AppliedOp] = []
     faults: list[Fault] = []
     by: dict[str, int] = {}
     for op in ops:
@@ -450,12 +508,14 @@ def walk(cfg: TrainConfig, ops: Iterable[Op]) -> tuple[list[Phase], list[Fault]]
             op = replace(op, preserve=op.preserve or _strongest(op, cfg)[0])
         by |= {f: op.place for f in type(cfg).model_fields if getattr(found, f) != getattr(cfg, f)}
         cfg = found
-        phases.append(Phase(op, cfg))
+        phases.append(AppliedOp(op, cfg))
     return phases, faults
 
 
 def _written(name: str) -> str:
-    return {"widen_model": "{ factor = 2 } or { d_model = N }", "upcycle_moe": "{ experts = 8, top_k = 2 }"}[name]
+    return {"widen_model": "{ factor = 2 } or { d_model = N }", "upcycle_moe": "{ experts = 8, top_k = 2 }"}[
+        name
+    ]
 
 
 def _defaults(name: str, place: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class StepInputs(NamedTuple):
     average: float  # share of the new weights in the scored average; 1: no average
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Steps of one phase: the config in force, and where it takes over in the tokens."""
 
     cfg: TrainConfig
@@ -60,8 +60,15 @@ class Stretch(NamedTuple):
     def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
         # An epoch of whole spans has its last one in the plan, but no last target for it. The sequential stream begins anew there; a
         # shuffled epoch reads its start again, and the next one comes when the plan says.
-        readable = train_tokens if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0 else train_tokens - 1
-        ahead, here = step - self.first, max(0, readable - self.start) // self.span  # `here`: steps of the epoch that is under way
+        readable = (
+            train_tokens
+            if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0
+            else train_tokens - 1
+        )
+        ahead, here = (
+            step - self.first,
+            max(0, readable - self.start) // self.span,
+        )  # `here`: steps of the epoch that is under way
         if ahead < here:
             return self.epoch, self.start + ahead * self.span
         later, ahead = divmod(ahead - here, readable // self.span)
@@ -77,7 +84,7 @@ class Plan:
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
-        for phase in cfg.phases:
+        for phase in cfg.segment_configs:
             span = phase.batch_size * phase.block_size
             if train_tokens <= span:
                 raise ConfigError(
@@ -91,13 +98,13 @@ class Plan:
         told = tuple(fired)
         self.before, self.since = self._decided(told)
         self.fired: tuple[int, ...] = ()  # as far as that is known
-        self.stretches = self._walk(told)
-        self._firsts = [stretch.first for stretch in self.stretches]
-        self._dropouts = [tuple(map(_in_256ths, stretch.cfg.dropouts)) for stretch in self.stretches]
-        last = self.stretches[-1]
+        self.segments = self._walk(told)
+        self._firsts = [segment.first for segment in self.segments]
+        self._dropouts = [tuple(map(_in_256ths, segment.cfg.dropouts)) for segment in self.segments]
+        last = self.segments[-1]
         whole = last.first + (self.budget - last.tokens) // last.span
         self.steps = min(cfg.max_steps or whole, whole)
-        self._rates = [self._rate(stretch) for stretch in self.stretches]
+        self._rates = [self._rate(segment) for segment in self.segments]
         self.warmup_steps, self.decay_start = self._rates[0]
         self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
@@ -114,13 +121,15 @@ class Plan:
                 return Plan(self.cfg, self.train_tokens, fired[:i]), max(fired[i], ~fired[i])
         return None, 0
 
-    def _walk(self, fired: tuple[int, ...]) -> list[Stretch]:
+    def _walk(self, fired: tuple[int, ...]) -> list[Segment]:
         """Where each phase begins. An op waits for the one before it."""
-        found, foreseen = [Stretch(self.cfg)], True
+        found, foreseen = [Segment(self.cfg)], True
         passed = [i for i, first in enumerate(fired) if first < 0]
         phases, faults = walk(self.cfg, [op for i, op in enumerate(self.cfg.growth.ops) if i not in passed])
         if passed and faults:
-            raise ConfigError(f"growth: ops[{passed[-1]}] was passed over, and without it the schedule cannot go on: {faults[0][1]}")
+            raise ConfigError(
+                f"growth: ops[{passed[-1]}] was passed over, and without it the schedule cannot go on: {faults[0][1]}"
+            )
         begun = {phase.op.place: phase for phase in phases}
         for i in range(len(self.cfg.growth.ops)):
             if i in passed:
@@ -134,8 +143,8 @@ class Plan:
             assert first >= before.first, f"ops[{i}] fired before the one before it: {fired}"
             tokens = before.tokens + (first - before.first) * before.span
             climbs = first if op.name == "reset_lr_schedule" else before.climbs
-            stretch = Stretch(cfg, first, tokens, *before.after(first, self.train_tokens), climbs, op)
-            if i >= len(fired) and tokens + stretch.span > self.budget:
+            segment = Segment(cfg, first, tokens, *before.after(first, self.train_tokens), climbs, op)
+            if i >= len(fired) and tokens + segment.span > self.budget:
                 if not foreseen:  # what waited for an evaluation came too late for it
                     break
                 steps = before.first + (self.budget - before.tokens) // before.span
@@ -143,44 +152,46 @@ class Plan:
                     f"growth: ops[{i}] {op.name!r} would fire after step {first}, with less than a step left to train "
                     f"(without it the run has {steps} steps); give it an earlier trigger"
                 )
-            found.append(stretch)
+            found.append(segment)
             self.fired = (*self.fired, first)
             foreseen &= op.trigger.static and not passed
         return found
 
-    def _due(self, op: Op, before: Stretch) -> int:
+    def _due(self, op: Op, before: Segment) -> int:
         """After how many steps an op fires that needs no evaluation."""
         trigger = op.trigger
         asked = [trigger.tokens, trigger.budget_frac and trigger.budget_frac * self.budget]
         firsts = [before.first + round((tokens - before.tokens) / before.span) for tokens in asked if tokens]
         return max(before.first, min([trigger.step, *firsts] if trigger.step else firsts))
 
-    def _rate(self, stretch: Stretch) -> tuple[int, int]:
+    def _rate(self, segment: Segment) -> tuple[int, int]:
         """Where the rate has climbed, and where it begins to fall."""
-        cfg, left = stretch.cfg, self.steps - stretch.climbs
+        cfg, left = segment.cfg, self.steps - segment.climbs
         climb = cfg.warmup_iters or round(cfg.warmup_frac * left)
         fall = round(cfg.decay_frac * left) if cfg.schedule == "wsd" else left
-        return stretch.climbs + climb, stretch.climbs + max(climb, left - fall)  # both fractions may have been rounded up
+        return segment.climbs + climb, segment.climbs + max(
+            climb, left - fall
+        )  # both fractions may have been rounded up
 
-    def stretch(self, step: int) -> Stretch:
-        return self.stretches[self._phase(step)]
+    def segment_at(self, step: int) -> Segment:
+        return self.segments[self._phase(step)]
 
     def _phase(self, step: int) -> int:
         return bisect_right(self._firsts, step) - 1
 
     def tokens(self, done: int) -> int:
         """Trained after so many steps."""
-        stretch = self.stretch(done)
-        return stretch.tokens + (done - stretch.first) * stretch.span
+        segment = self.segment_at(done)
+        return segment.tokens + (done - segment.first) * segment.span
 
     @cached_property
     def grown(self) -> dict[int, bytes]:
         """What the ops of the architecture do, by the step before which they do it: it enters that step, beside what `at` says."""
         found: dict[int, bytes] = {}
-        for stretch in self.stretches:
-            if stretch.op and stretch.op.name in ARCHITECTURE:
-                effect = json.dumps(stretch.op.effect(), sort_keys=True).encode()
-                found[stretch.first] = found.get(stretch.first, b"") + effect
+        for segment in self.segments:
+            if segment.op and segment.op.name in ARCHITECTURE:
+                effect = json.dumps(segment.op.effect(), sort_keys=True).encode()
+                found[segment.first] = found.get(segment.first, b"") + effect
         return found
 
     @cached_property
@@ -188,16 +199,20 @@ class Plan:
         """Steps (counted from 1) after which val and dev are scored."""
         found = {1, self.steps}
         # counted anew where the interval changes, or an epoch comes to have another number of steps; no other op moves them
-        paces = [(s.cfg.eval_interval, 0 if s.cfg.eval_interval else s.span) for s in self.stretches]
-        parts = [s for s, before, now in zip(self.stretches, [None, *paces], paces, strict=False) if before != now]
-        for stretch, end in zip(parts, [*(later.first for later in parts[1:]), self.steps], strict=True):
-            every = stretch.cfg.eval_interval
+        paces = [(s.cfg.eval_interval, 0 if s.cfg.eval_interval else s.span) for s in self.segments]
+        parts = [
+            s for s, before, now in zip(self.segments, [None, *paces], paces, strict=False) if before != now
+        ]
+        for segment, end in zip(parts, [*(later.first for later in parts[1:]), self.steps], strict=True):
+            every = segment.cfg.eval_interval
             if not every and self.cfg.eval_per_epoch:
-                every = max(1, self.train_tokens // stretch.span // self.cfg.eval_per_epoch)
+                every = max(1, self.train_tokens // segment.span // self.cfg.eval_per_epoch)
             if every:
-                found |= set(range(stretch.first + every, end + 1, every))
+                found |= set(range(segment.first + every, end + 1, every))
         if self.before:
-            return frozenset(step for step in found if step > self.since) | {s for s in self.before.eval_steps if s <= self.since}
+            return frozenset(step for step in found if step > self.since) | {
+                s for s in self.before.eval_steps if s <= self.since
+            }
         return frozenset(found)
 
     @cached_property
@@ -211,7 +226,7 @@ class Plan:
 
     def lr_factor(self, step: int) -> float:
         cfg, low, phase = self.cfg, self.cfg.min_lr_frac, self._phase(step)
-        begun, (climbed, falls) = self.stretches[phase].climbs, self._rates[phase]
+        begun, (climbed, falls) = self.segments[phase].climbs, self._rates[phase]
         if step < climbed:
             return (step - begun + 1) / (climbed - begun)
         if cfg.schedule == "constant" or step < falls:
@@ -230,7 +245,7 @@ class Plan:
         if self.before and step < self.since:
             return self.before.at(step)
         phase, factor = self._phase(step), self.lr_factor(step)
-        cfg = self.stretches[phase].cfg
+        cfg = self.segments[phase].cfg
         fall = 1.0 if cfg.wd_schedule == "constant" else FALL[cfg.wd_schedule](step / self.steps)
         embedding, attention, residual = self._dropouts[phase]
         return StepInputs(
@@ -250,7 +265,7 @@ class Plan:
     def table(self) -> dict[str, Any]:
         """The resolved numbers, as config.json and --dry-run show them."""
         cfg = self.cfg
-        growth = [f"{stretch.op} after step {stretch.first}" for stretch in self.stretches if stretch.op]
+        growth = [f"{segment.op} after step {segment.first}" for segment in self.segments if segment.op]
         growth += [f"then {self.undecided} at {self.undecided.trigger}"] if self.undecided else []
         return {
             "train_tokens": self.train_tokens,
@@ -277,4 +292,8 @@ def _in_256ths(p: float) -> float:
 
 
 # from 1 at progress 0 to 0 at progress 1
-FALL = {"linear": lambda t: 1 - t, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)), "sqrt": lambda t: 1 - math.sqrt(t)}
+FALL = {
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "sqrt": lambda t: 1 - math.sqrt(t),
+}

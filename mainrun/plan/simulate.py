@@ -1,4 +1,4 @@
-"""A schedule carried out on paper: what is wrong with it, what is odd about it, and what each of its stretches costs. No torch."""
+"""A schedule carried out on paper: what is wrong with it, what is odd about it, and what each of its segments costs. No torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError
 from mainrun.plan.cost import Size, size
 from mainrun.plan.op_files import read
-from mainrun.plan.ops import Facts, Phase, due, walk
+from mainrun.plan.ops import AppliedOp, Facts, due, walk
 from mainrun.plan.plan import Plan
 
 
-class Segment(NamedTuple):
+class SegmentForecast(NamedTuple):
     """From the start, or from an op on. Numbers that need the run's tokens are of the longest wait: no loss ever fires an op."""
 
     op: str
@@ -28,10 +28,12 @@ class Segment(NamedTuple):
 class Found(NamedTuple):
     faults: list[str]  # if there are any, the segments are those of the ops without
     warnings: list[str]
-    segments: list[Segment]
+    segments: list[SegmentForecast]
 
 
-def simulate(cfg: TrainConfig, data: Any, train_tokens: int | None = None, speed: float | None = None) -> Found:
+def simulate(
+    cfg: TrainConfig, data: Any, train_tokens: int | None = None, speed: float | None = None
+) -> Found:
     """A schedule (its data) on a config, op by op. train_tokens: of an epoch; speed: FLOP/s, for the time."""
     schedule, wrong = read(data)
     phases, impossible = walk(cfg, schedule.ops)
@@ -50,7 +52,7 @@ def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
     fired: tuple[int, ...] = ()
     while True:
         plan = Plan(cfg, train_tokens, fired)
-        op, last = plan.undecided, plan.stretches[-1].first
+        op, last = plan.undecided, plan.segments[-1].first
         if op is None:
             return plan
         # an op that asks for a new loss keeps the next one waiting for an evaluation of its own
@@ -62,7 +64,7 @@ def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
         fired = (*plan.fired, step)
 
 
-def _warnings(cfg: TrainConfig, phases: list[Phase], plan: Plan | None) -> Iterator[str]:
+def _warnings(cfg: TrainConfig, phases: list[AppliedOp], plan: Plan | None) -> Iterator[str]:
     before, past = cfg, 0
     for i, (op, now) in enumerate(phases):
         where, trigger = f"ops[{op.place}] {op.name!r}:", op.trigger
@@ -79,7 +81,9 @@ def _warnings(cfg: TrainConfig, phases: list[Phase], plan: Plan | None) -> Itera
             layers = f"layer{'s' * (len(dropped) > 1)} {', '.join(map(str, dropped))}"
             yield f"{where} drops {layers} of {before.n_layer}; what is learnt there is lost."
         every = _interval(before, plan)
-        if trigger.wait_iters is not None and (1 if i == 0 else 0) < trigger.wait_iters < every:  # step 1 always has an evaluation
+        if (
+            trigger.wait_iters is not None and (1 if i == 0 else 0) < trigger.wait_iters < every
+        ):  # step 1 always has an evaluation
             yield f"{where} a wait of {trigger.wait_iters} is shorter than the {every} steps between evaluations; it lasts until one comes."
         before = now
     if plan and len(plan.fired) < len(phases):
@@ -98,7 +102,9 @@ def _interval(cfg: TrainConfig, plan: Plan | None) -> int:
     return max(1, plan.train_tokens // (cfg.batch_size * cfg.block_size) // cfg.eval_per_epoch)
 
 
-def _segments(cfg: TrainConfig, phases: list[Phase], plan: Plan | None, speed: float | None) -> Iterator[Segment]:
+def _segments(
+    cfg: TrainConfig, phases: list[AppliedOp], plan: Plan | None, speed: float | None
+) -> Iterator[SegmentForecast]:
     ends = [*plan.fired, plan.steps] if plan else []
     for i, (op, now) in enumerate([(None, cfg), *phases]):
         steps = tokens = seconds = None
@@ -108,5 +114,11 @@ def _segments(cfg: TrainConfig, phases: list[Phase], plan: Plan | None, speed: f
             first = ends[i - 1] if i else 0
             steps, tokens = ends[i] - first, plan.tokens(ends[i]) - plan.tokens(first)
             seconds = tokens * now.passes * cost.flops / speed if speed else None
-            begins = begins if op is None else f"step {first}" if op.trigger.static else f"{begins}: step {first} at the latest"
-        yield Segment(str(op) if op else "", begins, now, cost, steps, tokens, seconds)
+            begins = (
+                begins
+                if op is None
+                else f"step {first}"
+                if op.trigger.static
+                else f"{begins}: step {first} at the latest"
+            )
+        yield SegmentForecast(str(op) if op else "", begins, now, cost, steps, tokens, seconds)

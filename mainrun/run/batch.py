@@ -48,7 +48,9 @@ class Shared:
     """A batch of runs, and what the store has of it already."""
 
     parts: planner.Batch
-    keep: dict[str, list[int]]  # of each run, the steps at which others part from it, or want a score that it does not take
+    keep: dict[
+        str, list[int]
+    ]  # of each run, the steps at which others part from it, or want a score that it does not take
     keys: list[str]  # of the nodes there
     chains: dict[str, list[str]]
 
@@ -86,13 +88,17 @@ def usable(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -
     """The key that each run can begin at."""
     try:
         states, keys = store.states(), store.node_keys()
-        found = {name: _reach(store, states.keys(), keys, plans[name], chain) for name, chain in chains.items()}
+        found = {
+            name: _reach(store, states.keys(), keys, plans[name], chain) for name, chain in chains.items()
+        }
     except OSError:  # a run that finds the same says so
         return set()
     at = {chains[name][step]: step for name, step in found.items() if step}
     # one that another run may not begin at, for want of a score, counts for neither: better to promise less
     return {
-        key for key, step in at.items() if all(len(chain) <= step or chain[step] != key or found[n] >= step for n, chain in chains.items())
+        key
+        for key, step in at.items()
+        if all(len(chain) <= step or chain[step] != key or found[n] >= step for n, chain in chains.items())
     }
 
 

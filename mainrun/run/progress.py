@@ -61,7 +61,9 @@ class Lines(Progress):
         self.run_id, self.steps = cfg.run_id, int(table["steps"])
         self.tokens_per_step = int(table["tokens_per_step"])
         self.ranked = "dev" if cfg.dev_frac else "val"  # the split whose best is shown: a search looks at dev
-        self.best: float | None = min((row["full"] for row in earlier if row.get("split") == self.ranked), default=None)
+        self.best: float | None = min(
+            (row["full"] for row in earlier if row.get("split") == self.ranked), default=None
+        )
         self.first: tuple[int, float] | None = None
         self.rate = 0.0  # steps a second since this process trains, evaluations included
         self.at, self.loss = max((row["step"] for row in earlier), default=0), ""
@@ -83,7 +85,13 @@ class Lines(Progress):
 
     def show_eval(self, row: dict[str, Any]) -> None:
         official = f"official {row['official']:.4f} ({percent(row['coverage'])} covered)"
-        parts = [f"step {row['step']}/{self.steps}", f"{row['split']} full {row['full']:.4f}", official, self.show_best(), *self.speed()]
+        parts = [
+            f"step {row['step']}/{self.steps}",
+            f"{row['split']} full {row['full']:.4f}",
+            official,
+            self.show_best(),
+            *self.speed(),
+        ]
         self.note("  ".join(p for p in parts if p))
 
     def show_best(self) -> str:
@@ -106,7 +114,10 @@ class Bar(Lines):
     def __init__(self, console: Console) -> None:
         from rich.live import Live
 
-        self.console, self.live = console, Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self.console, self.live = (
+            console,
+            Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False),
+        )
         self.next_draw = 0.0
 
     def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
@@ -114,7 +125,9 @@ class Bar(Lines):
         with suppress(OSError):
             self.live.start()
         self.draw()
-        self.next_draw = 0.0  # the first drawing imports what it needs: its cost says nothing about the others
+        self.next_draw = (
+            0.0  # the first drawing imports what it needs: its cost says nothing about the others
+        )
 
     def step(self, row: dict[str, Any]) -> None:
         super().step(row)

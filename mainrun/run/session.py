@@ -23,7 +23,7 @@ from mainrun.data import scoring
 from mainrun.data.sources import Corpus
 from mainrun.data.token_cache import TokenData
 from mainrun.errors import ConfigError, MainrunError, RunError
-from mainrun.plan.cost import segments
+from mainrun.plan.cost import segment_costs
 from mainrun.plan.plan import Plan
 from mainrun.run.progress import Progress
 from mainrun.store import checkpoint
@@ -50,12 +50,22 @@ def check_spans(cfg: TrainConfig, data: TokenData) -> None:
 
 def environment(machine: Machine) -> dict[str, Any]:
     """env.json of this sitting."""
-    env: dict[str, Any] = {"machine_class": machine.facts, "versions": versions(), "evaluate_hash": scoring.evaluate_source_hash()}
+    env: dict[str, Any] = {
+        "machine_class": machine.facts,
+        "versions": versions(),
+        "evaluate_hash": scoring.evaluate_source_hash(),
+    }
     return env | {"allocator": machine.allocator, "command": sys.argv}
 
 
 def resume(
-    cfg: TrainConfig, run: RunDir, state: State, env: dict[str, Any], progress: Progress, reuse: Reuse | None, growth: Growth
+    cfg: TrainConfig,
+    run: RunDir,
+    state: State,
+    env: dict[str, Any],
+    progress: Progress,
+    reuse: Reuse | None,
+    growth: Growth,
 ) -> Metrics:
     """Bring state, metrics.jsonl, growth.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
     metrics = run.log("metrics.jsonl")
@@ -67,8 +77,12 @@ def resume(
         if meta["digest"] != cfg.digest:
             return "it belongs to another config"
         for log, mark in ((metrics, meta["metrics"]), (growth.journal, meta.get("journal"))):
-            if log and not log.rewind(mark or NOTHING):  # hours of training are not thrown away over a log: whoever changed it decides
-                raise RunError(f"{log.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over")
+            if log and not log.rewind(
+                mark or NOTHING
+            ):  # hours of training are not thrown away over a log: whoever changed it decides
+                raise RunError(
+                    f"{log.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over"
+                )
         return None
 
     before = checkpoint.steps(run.checkpoints)
@@ -76,15 +90,21 @@ def resume(
     earlier = run.env() if found else {}
     if found:
         if "evaluate_hash" not in earlier:
-            raise RunError(f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over")
+            raise RunError(
+                f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over"
+            )
         run.rows()  # a checksum that fits does not make a row of what is none
         _load(run, state, *found, growth)
-        env["evaluate_hash"] = earlier["evaluate_hash"]  # the first start's: an edit between two sittings must show
+        env["evaluate_hash"] = earlier[
+            "evaluate_hash"
+        ]  # the first start's: an edit between two sittings must show
         progress.note(f"{run.path} goes on after step {state.step}")
         for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
             now = env["machine_class" if key == "machine_classes" else "versions"]
             if earlier.get(key, [now])[-1] != now:
-                progress.note(f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run")
+                progress.note(
+                    f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run"
+                )
     else:
         if before:
             progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
@@ -93,7 +113,9 @@ def resume(
             growth.journal.rewind(NOTHING)
     lost = {step for step in own if step > state.step}  # some of these may be in the store
     carried = run.env().get("carried", {})
-    if carried and carried["checkpoint"] == state.step:  # the sitting before this one ended before it saved anything
+    if (
+        carried and carried["checkpoint"] == state.step
+    ):  # the sitting before this one ended before it saved anything
         state.ledger["wasted"], state.resumed = carried["wasted"], carried["resumed"] + bool(lost)
     state.ledger["wasted"] += len(lost)
     begins = state.step
@@ -113,7 +135,9 @@ def resume(
         seen = earlier.get(key, [])
         env[key] = [entry for entry in seen if entry != now] + [now]
     carry()
-    run.write("status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed})
+    run.write(
+        "status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed}
+    )
     return metrics
 
 
@@ -136,7 +160,9 @@ def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine, growth
     step, _ = machine.share(state.step, 0)
     if step and not machine.leads:
         found = checkpoint.load_newest(
-            run.checkpoints, lambda meta: "" if meta.get("step") == step else "the leader chose another", lambda _: None
+            run.checkpoints,
+            lambda meta: "" if meta.get("step") == step else "the leader chose another",
+            lambda _: None,
         )
         if found is None:
             what = f"process {machine.rank} cannot read the checkpoint of step {step} in {run.checkpoints}"
@@ -144,7 +170,9 @@ def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine, growth
         _load(run, state, *found, growth)
 
 
-def _load(run: RunDir, state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any], growth: Growth) -> None:
+def _load(
+    run: RunDir, state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any], growth: Growth
+) -> None:
     """A checkpoint, and what the sittings before it have cost."""
     with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
@@ -152,7 +180,10 @@ def _load(run: RunDir, state: State, tensors: dict[str, torch.Tensor], meta: dic
     state.saved = state.step
     state.resumed = meta["resumed"] + 1
     state.ledger |= meta.get("ledger", {})
-    state.spent = {part: meta["spent"].get(part, 0.0) + state.spent.get(part, 0.0) for part in {**meta["spent"], **state.spent}}
+    state.spent = {
+        part: meta["spent"].get(part, 0.0) + state.spent.get(part, 0.0)
+        for part in {**meta["spent"], **state.spent}
+    }
 
 
 def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
@@ -163,11 +194,19 @@ def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str,
             size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
             with state.average.applied():
                 found = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
-            yield {"event": "eval", "step": state.step, "split": split, **asdict(found), "seconds": time.perf_counter() - clock}
+            yield {
+                "event": "eval",
+                "step": state.step,
+                "split": split,
+                **asdict(found),
+                "seconds": time.perf_counter() - clock,
+            }
 
 
 @contextmanager
-def ending(machine: Machine, run: RunDir, growth: Growth, parts: Sequence[Reuse | Progress | Metrics | Growth | None]) -> Iterator[None]:
+def ending(
+    machine: Machine, run: RunDir, growth: Growth, parts: Sequence[Reuse | Progress | Metrics | Growth | None]
+) -> Iterator[None]:
     """Whatever ends a sitting, status.json says it, and its parts are closed."""
     try:
         yield
@@ -197,19 +236,28 @@ def finish(run: RunDir, state: State, plan: Plan, summary: dict[str, Any]) -> di
 
 
 def summarize(
-    cfg: TrainConfig, plan: Plan, corpus: Corpus, data: TokenData, run: RunDir, state: State, env: dict[str, Any]
+    cfg: TrainConfig,
+    plan: Plan,
+    corpus: Corpus,
+    data: TokenData,
+    run: RunDir,
+    state: State,
+    env: dict[str, Any],
 ) -> dict[str, Any]:
     """summary.json: the last and the best score, what they cost, what they stand on, and the guards they passed."""
     rows = run.rows()
     evals = [r for r in rows if r["event"] == "eval"]
     names = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
     scores = {
-        split: {"last": {k: mine[-1][k] for k in names}, "best": {k: min(mine, key=lambda r: r["full"])[k] for k in names}}
+        split: {
+            "last": {k: mine[-1][k] for k in names},
+            "best": {k: min(mine, key=lambda r: r["full"])[k] for k in names},
+        }
         for split in ("val", "dev")
         if (mine := [r for r in evals if r["split"] == split])
     }
     tokens = plan.tokens(plan.steps)
-    parts = segments(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
+    parts = segment_costs(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
     ledger = {
         "train_tokens_per_epoch": plan.train_tokens,
         "presentations_per_token": state.presented / plan.train_tokens,
@@ -232,7 +280,9 @@ def summarize(
             "wasted": state.ledger["wasted"],
         },
         "presentations": ledger,
-        "flops": state.presented * flops_per_token(cfg, state.model) if not cfg.growth.ops else sum(part["flops"] for part in parts),
+        "flops": state.presented * flops_per_token(cfg, state.model)
+        if not cfg.growth.ops
+        else sum(part["flops"] for part in parts),
         "fingerprints": corpus.fingerprints,
         "origin": corpus.origin,
         "geometry": list(cfg.geometry),
@@ -264,7 +314,9 @@ def peak() -> int:
 def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
     """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
     looked_up = ("positions",) if cfg.tie_head else ("positions", "embed")
-    weights = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(looked_up)}
+    weights = {
+        n: p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(looked_up)
+    }
     experts = sum(size for n, size in weights.items() if ".experts." in n)
     met = sum(weights.values()) - experts + (experts * cfg.top_k // cfg.experts if cfg.experts else 0)
     return 6 * met + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size

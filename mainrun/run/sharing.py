@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from mainrun.train import State
 
 POLL = 0.1  # seconds between two looks at a lease
-MISREAD = (MainrunError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, AssertionError)
+MISREAD = (
+    MainrunError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    AssertionError,
+)
 CHANCE = random.SystemRandom()  # no generator that a training may draw from
 
 
@@ -65,8 +74,12 @@ class Reuse:
         fresh: bool = False,
     ) -> None:
         self.store, self.cfg, self.machine, self.note = store, cfg, machine, note
-        self.journal: Metrics | None = None  # of the run's growth: rows of steps that are taken belong there, too
-        self.figures: Callable[[int], dict[str, Any]] = lambda step: {}  # what this run's rows of scores say of its model
+        self.journal: Metrics | None = (
+            None  # of the run's growth: rows of steps that are taken belong there, too
+        )
+        self.figures: Callable[[int], dict[str, Any]] = (
+            lambda step: {}
+        )  # what this run's rows of scores say of its model
         self.begun = lineage.origin(cfg, fingerprints, tokens, versions(), machine.facts)
         self._asked = until, frozenset(keep)
         self.wanted: frozenset[int] = frozenset()  # where others, who wait there, part from this run
@@ -74,7 +87,9 @@ class Reuse:
         self._forks: dict[tuple[str, str], int] = {}  # with whom has which lease
         self.follow(plan)
         self.reads, self.writes = not fresh, True
-        self.unscored = False  # the node that was taken stands where this run wants a score and nobody had one
+        self.unscored = (
+            False  # the node that was taken stands where this run wants a score and nobody had one
+        )
         self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
         self.found_again: Callable[[], None] = lambda: None  # called when some of them were in the store
         self.before = (0, self.keys[0])  # step and key of the node before the rows
@@ -144,7 +159,9 @@ class Reuse:
                 if other := self._other(state.step):
                     self._want(other)
                     if not waited:
-                        self.note(f"waiting for {other.run}, which trains the way to step {other.meets} that both share")
+                        self.note(
+                            f"waiting for {other.run}, which trains the way to step {other.meets} that both share"
+                        )
                         waited = True
                 else:
                     self._hold(state.step)
@@ -153,21 +170,36 @@ class Reuse:
                     rival = self._other(state.step)
                     if self._lease and not rival:
                         continue  # the node may have been published between the look and the lease
-                    if rival:  # it took a lease at the same moment; whichever run goes on first must know the fork
+                    if (
+                        rival
+                    ):  # it took a lease at the same moment; whichever run goes on first must know the fork
                         self._want(rival)
                     self._free()
             except OSError as e:
-                self._stop_writing(f"the store {self.store} cannot be used ({e.strerror or e}); nothing more is kept in it")
+                self._stop_writing(
+                    f"the store {self.store} cannot be used ({e.strerror or e}); nothing more is kept in it"
+                )
                 self._free()
                 return
-            time.sleep(POLL * CHANCE.uniform(0.5, 1.5))  # two that make room for each other do not meet for ever
+            time.sleep(
+                POLL * CHANCE.uniform(0.5, 1.5)
+            )  # two that make room for each other do not meet for ever
 
     def _hold(self, step: int) -> None:
         """Take the lease on the next node, if nobody has it."""
         self._passed = step
         target = min(stop for stop in self.stops if stop > step)
-        about = {"run": self.cfg.run_id, "config": self.cfg.model_dump(mode="json"), "root": self.keys[0], "step": target}
-        about |= {"scores": self._scores(step, target), "geometry": self._geometry, "fired": list(self.plan.fired)}
+        about = {
+            "run": self.cfg.run_id,
+            "config": self.cfg.model_dump(mode="json"),
+            "root": self.keys[0],
+            "step": target,
+        }
+        about |= {
+            "scores": self._scores(step, target),
+            "geometry": self._geometry,
+            "fired": list(self.plan.fired),
+        }
         self._lease = self._leases.acquire(self.keys[target], self._beat, **about)
 
     def _beat(self) -> dict[str, Any]:
@@ -205,7 +237,11 @@ class Reuse:
             meets = self._steps.get(key, 0)
             meets = meets if 0 < meets <= far else fork if isinstance(at, int) and at < fork else 0
             needed = self._scores(step, meets)
-            leaves = isinstance(scores, list) and holder.get("geometry") == self._geometry and all(score in scores for score in needed)
+            leaves = (
+                isinstance(scores, list)
+                and holder.get("geometry") == self._geometry
+                and all(score in scores for score in needed)
+            )
             if meets > step and (leaves or not needed):
                 found.append(Other(meets, fork, key, str(holder.get("run"))))
         return max(found, default=None)
@@ -216,8 +252,13 @@ class Reuse:
         if known not in self._forks:
             self._forks[known] = 0
             with suppress(*MISREAD):  # whatever it says: it costs a wait at most
-                if self.machine.world == 1 and holder["root"] == self.keys[0]:  # the same data then, and the same machine
-                    theirs = lineage.chain(self.keys[0], Plan(from_dict(holder["config"]), self.plan.train_tokens, holder.get("fired", ())))
+                if (
+                    self.machine.world == 1 and holder["root"] == self.keys[0]
+                ):  # the same data then, and the same machine
+                    theirs = lineage.chain(
+                        self.keys[0],
+                        Plan(from_dict(holder["config"]), self.plan.train_tokens, holder.get("fired", ())),
+                    )
                     if theirs[holder["step"]] == key:
                         self._forks[known] = min(planner.shared(self.keys, theirs), self.until)
         return self._forks[known]
@@ -242,7 +283,7 @@ class Reuse:
                 state.load(tensors, node.step, node.presented, taken(self.plan, node))
             others = [step for step in range(first + 1, node.step + 1) if step not in self.own]
             state.ledger["reused"] += len(others)
-            state.ledger["reused_tokens"] += sum(self.plan.stretch(step - 1).span for step in others)
+            state.ledger["reused_tokens"] += sum(self.plan.segment_at(step - 1).span for step in others)
             state.ledger["wasted"] -= node.step - first - len(others)
             if len(others) < node.step - first:
                 self.found_again()
@@ -259,7 +300,9 @@ class Reuse:
             self.before, self.rows, self._pending = (node.step, node.key), [], None
             runs = sorted({part.run for part in past})
             whose = f"trained by {', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''}"
-            self.note(f"steps {first + 1} to {node.step} of {self.plan.steps} are taken from the store ({whose})")
+            self.note(
+                f"steps {first + 1} to {node.step} of {self.plan.steps} are taken from the store ({whose})"
+            )
             return True
         return False
 
@@ -286,12 +329,17 @@ class Reuse:
             else:  # trained once more, for a score; where it is taken a node is kept, so that the next one need not
                 self.stops |= missing if self.machine.world == 1 else set()
 
-    def _shown(self, past: list[Node], since: int, written: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+    def _shown(
+        self, past: list[Node], since: int, written: Container[tuple[Any, ...]] = ()
+    ) -> Iterator[dict[str, Any]]:
         """Rows as this run would have written them itself: its cadence, its scores. `written`: rows that its growth.jsonl has."""
         scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
         for node in past:
             for row in node.rows:
-                if row["event"] not in ("step", "eval"):  # of growth: the run may have been stopped after it acted at `since`
+                if row["event"] not in (
+                    "step",
+                    "eval",
+                ):  # of growth: the run may have been stopped after it acted at `since`
                     if row["step"] >= since and _identity(row) not in written:
                         yield row
                     continue
@@ -300,7 +348,11 @@ class Reuse:
                 if row["event"] == "step":
                     if row["step"] % self.cfg.log_every == 0 or row["step"] == self.plan.steps:
                         yield row
-                elif row["step"] in self.plan.eval_steps and node.geometry == self._geometry and (row["step"], row["split"]) not in scored:
+                elif (
+                    row["step"] in self.plan.eval_steps
+                    and node.geometry == self._geometry
+                    and (row["step"], row["split"]) not in scored
+                ):
                     scored.add((row["step"], row["split"]))
                     yield row
 
@@ -315,23 +367,35 @@ class Reuse:
         try:
             roots = list(self.store.roots())
         except OSError as e:
-            self.note(f"what the runs in the store {self.store} began with cannot be read ({e.strerror or e})")
+            self.note(
+                f"what the runs in the store {self.store} began with cannot be read ({e.strerror or e})"
+            )
             return
         for root, begun in roots:
-            if isinstance(begun, dict) and begun.get("fields") == self.begun["fields"] and begun.get("data") == self.begun["data"]:
+            if (
+                isinstance(begun, dict)
+                and begun.get("fields") == self.begun["fields"]
+                and begun.get("data") == self.begun["data"]
+            ):
                 if root == same:
                     return
                 found = lineage.differences(self.begun, begun)
                 best = found if best is None or len(found) < len(best) else best
         if best:
             differ = "; ".join(best[:4])
-            self.note(f"the store has this run's beginning, but with other bits, so nothing of it is taken ({differ})")
+            self.note(
+                f"the store has this run's beginning, but with other bits, so nothing of it is taken ({differ})"
+            )
 
     # -- leaving
 
     def publish(self, state: State) -> None:
         """Keep the state of this step, if it is one to keep. The copy is taken now, the rest happens beside the training."""
-        if state.step not in {*self.stops, *self._due} or self.before[0] == state.step or not self.machine.leads:
+        if (
+            state.step not in {*self.stops, *self._due}
+            or self.before[0] == state.step
+            or not self.machine.leads
+        ):
             return
         with state.clock("store"):
             if self._writing:
@@ -366,10 +430,16 @@ class Reuse:
         except Refused as e:
             self._stop_writing(f"step {node.step} is not kept in the store, nor what comes after: {e}")
         except OSError as e:
-            why = f"no space left in the store {self.store}" if e.errno in FULL else f"the store {self.store} cannot be written ({e})"
+            why = (
+                f"no space left in the store {self.store}"
+                if e.errno in FULL
+                else f"the store {self.store} cannot be written ({e})"
+            )
             self._stop_writing(f"{why}; nothing more is kept in it")
         except Exception as e:  # a library's own, like safetensors' for a full disk; named, and no run's end
-            self._stop_writing(f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it")
+            self._stop_writing(
+                f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it"
+            )
         finally:
             self._written = node.step
             if lease and (lease.key == node.key or not self.writes):
@@ -398,9 +468,13 @@ class Reuse:
 
     def restore(self, meta: dict[str, Any] | None, step: int) -> None:
         if not meta:
-            self._stop_writing(f"the steps up to {step} were trained without a store: nothing of this run is kept in it")
+            self._stop_writing(
+                f"the steps up to {step} were trained without a store: nothing of this run is kept in it"
+            )
             return
-        if meta["key"] != self.keys[step]:  # its bits are another chain's: nothing of it may go under the keys of this one
+        if (
+            meta["key"] != self.keys[step]
+        ):  # its bits are another chain's: nothing of it may go under the keys of this one
             self.reads = False
             self._stop_writing(
                 f"the steps up to {step} were trained elsewhere, to other bits: this run neither takes from the store nor adds to it"

@@ -17,7 +17,9 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is not threading.main_thread():
-            return self  # signals are the main thread's; a caller with threads of its own stops us its own way
+            return (
+                self  # signals are the main thread's; a caller with threads of its own stops us its own way
+            )
         for number in (signal.SIGTERM, signal.SIGINT):
             self._old[number] = signal.signal(number, self._on)
         return self

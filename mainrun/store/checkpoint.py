@@ -29,7 +29,13 @@ FORMAT = 1
 KEEP = 2  # the newest, and the one before it in case the newest turns out damaged
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], check: Callable[[], None] = lambda: None) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    meta: dict[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """`check` is asked last of all before anything that others see is touched."""
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
@@ -41,10 +47,17 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[s
     try:
         with disk_errors(place):
             save_tensors(tensors, temp / "state.safetensors")
-            meta = {"format": FORMAT, "step": step, **meta, "state_sha256": sha256_file(temp / "state.safetensors")}
+            meta = {
+                "format": FORMAT,
+                "step": step,
+                **meta,
+                "state_sha256": sha256_file(temp / "state.safetensors"),
+            }
             write_json(temp / "meta.json", meta | {"meta_sha256": _meta_sha256(meta)})
             check()
-            for stale in steps(folder):  # of this step or a later one: passed over when the run was resumed, this one replaces them
+            for stale in steps(
+                folder
+            ):  # of this step or a later one: passed over when the run was resumed, this one replaces them
                 if stale >= place:
                     _remove(stale)
             temp.rename(place)
@@ -98,7 +111,9 @@ def load_newest(
     return None
 
 
-def _load(place: Path, usable: Callable[[dict[str, Any]], str | None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _load(
+    place: Path, usable: Callable[[dict[str, Any]], str | None]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with open_file(place / "meta.json") as f:
             text = f.read()
@@ -135,9 +150,19 @@ def fitting(what: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (MainrunError, LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as e:
+    except (
+        MainrunError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as e:
         why = " ".join(str(e).split())
-        raise RunError(f"{what} does not fit the model of its run ({type(e).__name__}: {why[:300]}); {FIX}") from e
+        raise RunError(
+            f"{what} does not fit the model of its run ({type(e).__name__}: {why[:300]}); {FIX}"
+        ) from e
 
 
 def sha256_file(path: Path) -> str:

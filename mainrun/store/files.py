@@ -58,7 +58,9 @@ class Folder:
         with self._temp(name) as temp:
             _write(temp, data, sync=True)
             try:
-                os.link(temp, self.place / name)  # a rename would replace; a link does not, and shows the file whole
+                os.link(
+                    temp, self.place / name
+                )  # a rename would replace; a link does not, and shows the file whole
             except FileExistsError:
                 return False
             except OSError as e:
@@ -157,7 +159,9 @@ class Remote:
         try:
             fs, self.root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as e:
-            raise ConfigError(f"store {url!r} cannot be opened ({e}); give a folder or a place that fsspec knows") from None
+            raise ConfigError(
+                f"store {url!r} cannot be opened ({e}); give a folder or a place that fsspec knows"
+            ) from None
         self.fs, self.url = _OSErrors(fs), url
 
     def __str__(self) -> str:
@@ -214,7 +218,10 @@ class Remote:
             return {}
         found = {row["name"].rpartition("/")[2]: Entry(row.get("size") or 0, _modified(row)) for row in rows}
         marks = {name.removesuffix(USED): found.pop(name) for name in sorted(found) if name.endswith(USED)}
-        return {name: Entry(entry.size, max(entry.modified, marks.get(name, entry).modified)) for name, entry in found.items()}
+        return {
+            name: Entry(entry.size, max(entry.modified, marks.get(name, entry).modified))
+            for name, entry in found.items()
+        }
 
     def names(self, folder: str) -> set[str]:
         return set(self.list(folder))

@@ -51,15 +51,21 @@ class Lease:
             count += 1
             try:
                 said = _dump(self.about | self.now() | {"beat": count})
-                self.leases.files.write(self.name, said, sync=False)  # when the power fails nobody trains either
-            except OSError:  # a store that cannot be written for a while: others may take over, and `check` finds it out
+                self.leases.files.write(
+                    self.name, said, sync=False
+                )  # when the power fails nobody trains either
+            except (
+                OSError
+            ):  # a store that cannot be written for a while: others may take over, and `check` finds it out
                 continue
 
     def check(self) -> None:
         """Raises Fenced when somebody else has taken over since."""
         newest = max(self.leases.tokens().get(self.key, [self.token]))
         if newest > self.token:
-            raise Fenced(f"another process has taken these steps over since (token {newest}, ours is {self.token})")
+            raise Fenced(
+                f"another process has taken these steps over since (token {newest}, ours is {self.token})"
+            )
 
     def release(self, *, unfinished: bool = False) -> None:
         """Finished: the node speaks for itself. Unfinished: the token stays behind, so that the next one is higher."""
@@ -81,7 +87,9 @@ class Lease:
 class Leases:
     def __init__(self, files: Files, ttl: float = TTL) -> None:
         self.files, self.ttl = files, ttl
-        self._seen: dict[str, tuple[bytes, float]] = {}  # name -> what it said, and since when by our own clock
+        self._seen: dict[
+            str, tuple[bytes, float]
+        ] = {}  # name -> what it said, and since when by our own clock
 
     def tokens(self) -> dict[str, list[int]]:
         """Of each key that somebody holds or has held."""
@@ -121,7 +129,9 @@ class Leases:
         lease = Lease(self, key, newest + 1, me() | about, now)
         if not self.files.create(lease.name, _dump(lease.about | now())):
             return None  # by a moment
-        if max(self.tokens().get(key, [])) > lease.token:  # others came and went since the look: this token is an old one
+        if (
+            max(self.tokens().get(key, [])) > lease.token
+        ):  # others came and went since the look: this token is an old one
             self.files.remove(lease.name)
             return None
         for token in tokens:
@@ -144,7 +154,10 @@ def _dump(value: Any) -> bytes:
 def _boot() -> str:
     """Which start of which machine, and which container's process numbers; empty where it cannot be told."""
     try:
-        boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+        boot, numbers = (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        )
     except OSError:
         return ""
     return f"{platform.node()} {boot} {numbers}"

@@ -18,21 +18,48 @@ from mainrun.config import TrainConfig
 from mainrun.plan.plan import Plan, StepInputs
 
 # Static fields of which only the effect counts, and that is in the chain's beginning anyway: in the tokens, or in the machine class.
-IN_TOKENS = {"corpus", "num_titles", "shuffle", "val_frac", "dev_frac", "tokenizer", "tokenizer_fit", "vocab_size"}
+IN_TOKENS = {
+    "corpus",
+    "num_titles",
+    "shuffle",
+    "val_frac",
+    "dev_frac",
+    "tokenizer",
+    "tokenizer_fit",
+    "vocab_size",
+}
 IN_MACHINE = {"device", "dtype", "threads", "compile", "attention"}
 
-INPUTS = struct.Struct("<" + "".join({float: "d", int: "q"}[kind] for kind in get_type_hints(StepInputs).values()))
+INPUTS = struct.Struct(
+    "<" + "".join({float: "d", int: "q"}[kind] for kind in get_type_hints(StepInputs).values())
+)
 
 
 def origin(
-    cfg: TrainConfig, fingerprints: dict[str, str], tokens: str, versions: dict[str, str], machine: dict[str, Any]
+    cfg: TrainConfig,
+    fingerprints: dict[str, str],
+    tokens: str,
+    versions: dict[str, str],
+    machine: dict[str, Any],
 ) -> dict[str, Any]:
     """What a chain begins with. Fields that stand for another (`d_ff = 0`) as what they come to."""
     static = (f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static")
     fields = {f: getattr(cfg, f) for f in static if f not in IN_TOKENS | IN_MACHINE}
-    fields |= {"d_ff": cfg.ff_width, "n_kv_head": cfg.kv_heads, "qkv_bias": cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias}
-    fields |= {"head_dim": cfg.head_width, "frozen": list(cfg.frozen)}  # a list, as it comes back from the store
-    return {"fields": fields, "data": {**fingerprints, "tokens": tokens}, "versions": versions, "machine_class": machine}
+    fields |= {
+        "d_ff": cfg.ff_width,
+        "n_kv_head": cfg.kv_heads,
+        "qkv_bias": cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias,
+    }
+    fields |= {
+        "head_dim": cfg.head_width,
+        "frozen": list(cfg.frozen),
+    }  # a list, as it comes back from the store
+    return {
+        "fields": fields,
+        "data": {**fingerprints, "tokens": tokens},
+        "versions": versions,
+        "machine_class": machine,
+    }
 
 
 def root(begun: dict[str, Any]) -> str:
@@ -41,7 +68,14 @@ def root(begun: dict[str, Any]) -> str:
 
 def chain(root: str, plan: Plan) -> list[str]:
     """key[0] ... key[steps]; where an op waits for an evaluation (`plan.undecided`), as if it never fired."""
-    key, found, sha256, pack, at, grown = bytes.fromhex(root), [root], hashlib.sha256, INPUTS.pack, plan.at, plan.grown
+    key, found, sha256, pack, at, grown = (
+        bytes.fromhex(root),
+        [root],
+        hashlib.sha256,
+        INPUTS.pack,
+        plan.at,
+        plan.grown,
+    )
     for step in range(plan.steps):
         key = sha256(key + pack(*at(step)) + grown.get(step, b"")).digest()
         found.append(key.hex())

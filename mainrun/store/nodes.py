@@ -79,7 +79,9 @@ class Node:
 
     def dump(self) -> bytes:
         body = _lines(self.rows)
-        line = {name: getattr(self, name) for name in _FIELDS} | {"rows_sha256": hashlib.sha256(body).hexdigest()}
+        line = {name: getattr(self, name) for name in _FIELDS} | {
+            "rows_sha256": hashlib.sha256(body).hexdigest()
+        }
         return _dump(line | {"sha256": hashlib.sha256(_dump(line)).hexdigest()}) + b"\n" + body
 
 
@@ -100,7 +102,10 @@ def _parse(key: str, text: bytes, *, whole: bool) -> Node:
         line = json.loads(head)
         claimed = line.pop("sha256")
         # what `dump` hashed are these very bytes without the hash
-        if claimed != hashlib.sha256(head.replace(b'"sha256": "%s", ' % claimed.encode(), b"", 1)).hexdigest():
+        if (
+            claimed
+            != hashlib.sha256(head.replace(b'"sha256": "%s", ' % claimed.encode(), b"", 1)).hexdigest()
+        ):
             raise Damaged("its first line was changed after it was written")
         if line["key"] != key:
             raise Damaged(f"it is the node {line['key'][:12]} under another name")
@@ -127,17 +132,28 @@ class Store:
                 got = f"has format {found.get('format')}, this version reads {FORMAT}"
                 raise ConfigError(f"store {place} {got}; give another place for the store")
         except FileNotFoundError:
-            strays = self.files.names("") - {"new", "leases", "wants", "pins"}  # those may be there before the first node is
+            strays = self.files.names("") - {
+                "new",
+                "leases",
+                "wants",
+                "pins",
+            }  # those may be there before the first node is
             # Another process may have begun the store since: it writes store.json before the first node.
             if strays and not self.files.exists("store.json"):
                 got = f"{', '.join(sorted(strays)[:3])} but no store.json"
-                raise ConfigError(f"store {place} holds {got}, so it is not a store of mainrun; give another place for the store") from None
+                raise ConfigError(
+                    f"store {place} holds {got}, so it is not a store of mainrun; give another place for the store"
+                ) from None
         except NotADirectoryError:
             raise ConfigError(f"store {place} is not a folder; give another place for the store") from None
         except (ValueError, AttributeError):
-            raise ConfigError(f"store {place}: store.json is damaged; restore it (it holds {_dump({'format': FORMAT}).decode()})") from None
+            raise ConfigError(
+                f"store {place}: store.json is damaged; restore it (it holds {_dump({'format': FORMAT}).decode()})"
+            ) from None
         except OSError as e:
-            raise ConfigError(f"store {place} cannot be read ({e.strerror or e}); give another place for the store") from None
+            raise ConfigError(
+                f"store {place} cannot be read ({e.strerror or e}); give another place for the store"
+            ) from None
 
     def __str__(self) -> str:
         return str(self.files)
@@ -170,7 +186,9 @@ class Store:
             try:
                 before = self.node(node.parent)
             except Damaged as e:
-                raise Damaged(f"the rows before step {node.begins} are lost: node {node.parent[:12]}: {e}") from None
+                raise Damaged(
+                    f"the rows before step {node.begins} are lost: node {node.parent[:12]}: {e}"
+                ) from None
             if before.step != node.begins or before.root != node.root:
                 raise Damaged(f"node {node.parent[:12]} is not what it says was before it")
             node = before
@@ -203,7 +221,9 @@ class Store:
     def states(self) -> dict[str, Any]:
         """sha256 -> size and time of last use, of every state that is there."""
         found = self.files.list("states")
-        return {name.removesuffix(".safetensors"): entry for name, entry in found.items() if STATE.fullmatch(name)}
+        return {
+            name.removesuffix(".safetensors"): entry for name, entry in found.items() if STATE.fullmatch(name)
+        }
 
     def roots(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name in sorted(self.files.names("roots")):
@@ -222,7 +242,9 @@ class Store:
         if self._root(root) is None:
             self.files.write(f"roots/{root}", _dump(begun))
 
-    def save(self, node: Node, tensors: dict[str, Tensor], allowed: Callable[[], None] = lambda: None) -> Node:
+    def save(
+        self, node: Node, tensors: dict[str, Tensor], allowed: Callable[[], None] = lambda: None
+    ) -> Node:
         """Write a node; `allowed` is asked at the last moment and may raise Refused. Gives the node as it is in the store.
 
         A node that is there already is left alone, but its state must be the same to the bit: it is written again where it was evicted
@@ -235,7 +257,9 @@ class Store:
             found = sha256(path)
             node = replace(node, state=found, size=path.stat().st_size)
             if node.size > self.size:
-                raise Refused(f"its {node.size:,} bytes are more than the store may hold ({self.size:,}); raise --store-size")
+                raise Refused(
+                    f"its {node.size:,} bytes are more than the store may hold ({self.size:,}); raise --store-size"
+                )
             try:
                 there: Node | None = self.node(node.key)
             except Unreadable as e:
@@ -246,7 +270,9 @@ class Store:
                     self.files.remove(f"nodes/{node.key}")  # it helps nobody, and would be in the way
             if there and there.state != found:
                 other = f"the store has other bits for step {node.step} (by {there.run})"
-                raise Refused(f"{other}: two trainings of one thing differ; `mainrun store audit` finds out which is right")
+                raise Refused(
+                    f"{other}: two trainings of one thing differ; `mainrun store audit` finds out which is right"
+                )
             if there and (step := _other_loss(there.rows, node.rows)):
                 raise Refused(
                     f"the store has another loss for step {step} (by {there.run}); `mainrun store audit` finds out which is right"
@@ -298,7 +324,11 @@ class Store:
     def _old_pins(self) -> set[str]:
         """Of batches that were killed, presumably: one that lives is done within a week, or its nodes are used."""
         old = time.time() - BATCH
-        return {name for name, entry in self.files.list("pins").items() if name.startswith("batch-") and entry.modified < old}
+        return {
+            name
+            for name, entry in self.files.list("pins").items()
+            if name.startswith("batch-") and entry.modified < old
+        }
 
     def _pin(self, name: str) -> set[str] | None:
         """None when it is damaged: it pins nothing then."""
@@ -308,7 +338,11 @@ class Store:
             return set()
         except (IsADirectoryError, NotAFile, ValueError):
             return None
-        return set(found) if isinstance(found, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in found) else None
+        return (
+            set(found)
+            if isinstance(found, list) and all(isinstance(key, str) and KEY.fullmatch(key) for key in found)
+            else None
+        )
 
     def evict(self, keep: Set[str] = frozenset()) -> list[str]:
         """Take the least recently used states away until the rest fits. Pinned ones stay, and `keep`, whatever they weigh."""
@@ -380,7 +414,11 @@ class Store:
                 found.append(f"state {state[:12]} ({whose}): it cannot be read ({e.strerror or e})")
             if entry.modified > time.time() + AHEAD:
                 found.append(f"state {state[:12]}: last used in the future; the clock was put back since")
-        found += [f"root {root[:12]}: torn or changed after it was written" for root in sorted(roots) if self._root(root) is None]
+        found += [
+            f"root {root[:12]}: torn or changed after it was written"
+            for root in sorted(roots)
+            if self._root(root) is None
+        ]
         found += [f"pin {name}: torn, or no pin at all; it keeps nothing" for name in self._torn_pins()]
         found += [f"{name}: no file of a store; move it away" for name in self._strays()]
         return found
@@ -402,8 +440,16 @@ class Store:
         ours = {"store.json", "nodes", "states", "roots", "leases", "wants", "pins", "new"}
         found = sorted(self.files.names("") - ours)
         lease = re.compile(r"[0-9a-f]{64}\.\d{6}")
-        for folder, pattern in (("nodes", KEY), ("states", STATE), ("roots", KEY), ("wants", KEY), ("leases", lease)):
-            found += sorted(f"{folder}/{name}" for name in self.files.names(folder) if not pattern.fullmatch(name))
+        for folder, pattern in (
+            ("nodes", KEY),
+            ("states", STATE),
+            ("roots", KEY),
+            ("wants", KEY),
+            ("leases", lease),
+        ):
+            found += sorted(
+                f"{folder}/{name}" for name in self.files.names(folder) if not pattern.fullmatch(name)
+            )
         return found
 
     def gc(self) -> dict[str, int]:
@@ -424,7 +470,11 @@ class Store:
             except Damaged:
                 damaged.append(f"nodes/{key}")
         damaged += [f"nodes/{node.key}" for node in nodes.values() if misplaced(node, nodes.get(node.parent))]
-        damaged += [f"roots/{root}" for root in self.files.names("roots") if KEY.fullmatch(root) and self._root(root) is None]
+        damaged += [
+            f"roots/{root}"
+            for root in self.files.names("roots")
+            if KEY.fullmatch(root) and self._root(root) is None
+        ]
         damaged += [f"pins/{name}" for name in self._torn_pins()]
         for name in self._old_pins():
             self.files.remove(f"pins/{name}")

@@ -40,7 +40,9 @@ class Batch:
         return sum(part.steps for part in self.parts)
 
 
-def plan(chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset(), own: Mapping[str, int] | None = None) -> Batch:
+def plan(
+    chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset(), own: Mapping[str, int] | None = None
+) -> Batch:
     """chains: of each run, key[0] ... key[steps]. stored: keys that the store can give, so that nothing before them is trained.
 
     own: the step at which a run goes on by itself; up to there it leaves nothing for others.
@@ -50,10 +52,14 @@ def plan(chains: Mapping[str, Sequence[str]], stored: Set[str] = frozenset(), ow
     for name, keys in chains.items():
         step = next((step for step in range(len(keys) - 1, 0, -1) if keys[step] in stored), 0)
         begins.setdefault((step, keys[step]), []).append(name)
-    work: list[tuple[list[str], int, str | None]] = [(names, step, None) for (step, _), names in begins.items()]
+    work: list[tuple[list[str], int, str | None]] = [
+        (names, step, None) for (step, _), names in begins.items()
+    ]
     while work:
         names, begin, after = work.pop()
-        first, *others = sorted(names, key=lambda name: (-len(chains[name]), name))  # the longest goes on at every fork
+        first, *others = sorted(
+            names, key=lambda name: (-len(chains[name]), name)
+        )  # the longest goes on at every fork
         start = max(begin, (own or {}).get(first, 0))
         part = parts[first] = Part(first, start, len(chains[first]) - 1, after if start == begin else None)
         apart: dict[tuple[int, str], list[str]] = {}

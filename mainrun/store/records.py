@@ -162,7 +162,9 @@ def _check_keys(value: Any, shapes: Mapping[str, Any], name: str) -> None:
 
 def _fault(value: Any, name: str, what: str) -> BadInput:
     got = shown(value, 60)
-    return BadInput(f"has {name} = {got}, but {name} must be {what}" if name else f"is {got}, but must be {what}")
+    return BadInput(
+        f"has {name} = {got}, but {name} must be {what}" if name else f"is {got}, but must be {what}"
+    )
 
 
 def number(value: Any, name: str, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> None:
@@ -305,7 +307,13 @@ STEP_ROW = {
     "step": partial(step, low=1), "tokens?": count, "lr?": number, "loss?": number, "grad_norm?": real, "seconds?": positive,
     "reused?": yes_or_no,
 }  # fmt: skip
-EVAL_ROW = SCORE | {"seconds?": positive, "params?": count, "active?": count, "flops?": positive, "reused?": yes_or_no}
+EVAL_ROW = SCORE | {
+    "seconds?": positive,
+    "params?": count,
+    "active?": count,
+    "flops?": positive,
+    "reused?": yes_or_no,
+}
 BOTH = {"last": SCORE, "best": SCORE}
 SUMMARY = {
     "run?": text, "preset?": text, "steps?": first, "last?": SCORE, "best?": SCORE, "scores?": {"val?": BOTH, "dev?": BOTH},
@@ -359,7 +367,12 @@ def any_row(value: Any, name: str) -> None:
 # -- a checkpoint
 
 MARK = {"bytes": count, "sha256": text}
-GROWN = {"fired": [partial(whole, low=-LAST_STEP - 1, high=LAST_STEP)], "applied?": count, "config": table, "marks": table_of([anything])}
+GROWN = {
+    "fired": [partial(whole, low=-LAST_STEP - 1, high=LAST_STEP)],
+    "applied?": count,
+    "config": table,
+    "marks": table_of([anything]),
+}
 
 
 def grown(value: Any, name: str) -> None:

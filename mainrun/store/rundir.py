@@ -38,8 +38,12 @@ def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in FULL:
-            raise DiskFull(f"no space left to write {path} ({e.strerror}); free some and start the same command again, it goes on") from e
-        raise RunError(f"cannot write {path}: {e.strerror or e}; choose a writable folder with {option}") from e
+            raise DiskFull(
+                f"no space left to write {path} ({e.strerror}); free some and start the same command again, it goes on"
+            ) from e
+        raise RunError(
+            f"cannot write {path}: {e.strerror or e}; choose a writable folder with {option}"
+        ) from e
 
 
 def to_json(value: Any) -> str:
@@ -80,7 +84,9 @@ class Metrics:
         self.path, self._check = path, check
         check_place(path)  # to open a pipe would wait for a reader
         with disk_errors(path):
-            self._file = path.open("ab", buffering=0)  # no buffer: what a full disk refused must not be tried again on closing
+            self._file = path.open(
+                "ab", buffering=0
+            )  # no buffer: what a full disk refused must not be tried again on closing
         self._sha = hashlib.sha256()
         self._size = 0
 
@@ -141,7 +147,9 @@ class RunDir:
         place = self.path / "config.json"
         data = self._load("config.json", records.anything)
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
-            raise RunError(f"{self.path} is not a run directory (no usable config.json); give one that `mainrun train` made")
+            raise RunError(
+                f"{self.path} is not a run directory (no usable config.json); give one that `mainrun train` made"
+            )
         if data.get("digest") != digest_of(data["config"]):
             raise RunError(f"{place} was changed after the run began; {self.fix}")
         try:
@@ -215,7 +223,9 @@ class RunDir:
                     f"{self.path} was taken away ({e.strerror or e}) while this process wrote it; nothing more is written"
                 ) from e
             if found != self._holder:
-                raise RunError(f"{self.path} was taken over by process {_name(found)}; this one writes nothing more")
+                raise RunError(
+                    f"{self.path} was taken over by process {_name(found)}; this one writes nothing more"
+                )
 
     def write(self, name: str, value: Any) -> None:
         self.check()
@@ -246,12 +256,16 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
         lock.seek(0)
         holder = _name(lock.read())
         lock.close()
-        raise RunError(f"{run.path} is being written by process {holder}; wait for it, or give another --out") from None
+        raise RunError(
+            f"{run.path} is being written by process {holder}; wait for it, or give another --out"
+        ) from None
     run._lock, run._holder = lock, f"{os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n"
     try:
         with disk_errors(run.path):
             os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), run._holder.encode())  # not through the file's buffer: it would be tried again on closing
+            os.write(
+                lock.fileno(), run._holder.encode()
+            )  # not through the file's buffer: it would be tried again on closing
         if fresh:
             _forget(run)
         else:
@@ -262,7 +276,15 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
     return run
 
 
-FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "growth.jsonl", "summary.json", "tokenizer.json")
+FILES = (
+    "config.json",
+    "env.json",
+    "status.json",
+    "metrics.jsonl",
+    "growth.jsonl",
+    "summary.json",
+    "tokenizer.json",
+)
 WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
 
 
@@ -290,7 +312,9 @@ def _is_run(run: RunDir) -> bool:
 
 
 def _not_a_run(run: RunDir, strays: list[str]) -> str:
-    return f"{run.path} holds {', '.join(strays[:3])} but no run of mainrun; move it away, or give another --out"
+    return (
+        f"{run.path} holds {', '.join(strays[:3])} but no run of mainrun; move it away, or give another --out"
+    )
 
 
 def check_places(run: RunDir, fresh: bool = False) -> None:
@@ -323,7 +347,9 @@ def check_writable(out: Path) -> None:
     if not there.is_dir():
         raise RunError(f"cannot write {out}: {there} is not a folder; choose a writable one with --out")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"cannot write {out}: no permission to write in {there}; choose a writable folder with --out")
+        raise RunError(
+            f"cannot write {out}: no permission to write in {there}; choose a writable folder with --out"
+        )
 
 
 def check_same_data(run: RunDir, titles: dict[str, Any]) -> None:
@@ -353,7 +379,9 @@ def check_same(run: RunDir, cfg: TrainConfig) -> None:
 def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
     """A run by path, by id, or by the unique beginning of its id."""
     if not str(name):
-        raise UsageError(f"got an empty run; give a run id, the beginning of one, or a run directory (those in {out} are searched)")
+        raise UsageError(
+            f"got an empty run; give a run id, the beginning of one, or a run directory (those in {out} are searched)"
+        )
     if os.path.lexists(Path(name) / "config.json"):
         return RunDir(Path(name))
     ids = sorted(p.parent.name for p in Path(out).glob("*/config.json"))
@@ -361,7 +389,9 @@ def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
     if len(hits) == 1:
         return RunDir(Path(out) / hits[0])
     if hits:
-        raise RunError(f"run {str(name)!r} is not unique in {out}: {', '.join(hits[:5])}; write more of the id")
+        raise RunError(
+            f"run {str(name)!r} is not unique in {out}: {', '.join(hits[:5])}; write more of the id"
+        )
     near = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
     hint = f"there are: {', '.join(near)}" if near else "there are none yet: `mainrun train` makes one"
     raise RunError(f"no run {str(name)!r} in {out} and no run directory of that path; {hint}")

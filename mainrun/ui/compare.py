@@ -56,14 +56,18 @@ def finished(run: RunDir) -> dict[str, Any]:
 
 def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
     """A summary says what its rows say, or it was edited."""
-    rows = [row for row in run.rows() if row.get("event") == "eval" and row["split"] == summary["last"]["split"]]
+    rows = [
+        row for row in run.rows() if row.get("event") == "eval" and row["split"] == summary["last"]["split"]
+    ]
     true = {"last": rows[-1], "best": min(rows, key=lambda row: row["full"])} if rows else {}
     for name in ("last", "best"):
         for k, given in summary[name].items():
             if name not in true or true[name].get(k) != given:
                 logged = shown(true.get(name, {}).get(k), 60)
                 says = f"{run.path}/summary.json gives {shown(given, 60)} for {k} of the {name} score, metrics.jsonl {logged}"
-                raise RunError(f"{says}; one of them was changed after the run: restore it, or train again with --fresh")
+                raise RunError(
+                    f"{says}; one of them was changed after the run: restore it, or train again with --fresh"
+                )
 
 
 def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,7 +80,9 @@ def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
     def facts(s: dict[str, Any]) -> dict[str, Any]:
-        return {f"{k} fingerprint": s["fingerprints"][k][:12] for k in SAME} | {"scored split": s["last"]["split"]}
+        return {f"{k} fingerprint": s["fingerprints"][k][:12] for k in SAME} | {
+            "scored split": s["last"]["split"]
+        }
 
     a, b = facts(first), facts(other)
     differ = [f"{k} {a[k]} against {b[k]}" for k in a if a[k] != b[k]]
@@ -90,7 +96,10 @@ def _same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
 def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     last, guards = summary["last"], summary["guards"]
     # other spans leave other tokens out
-    comparable = min(last["coverage"], first["last"]["coverage"]) >= MIN_COVERAGE and summary["geometry"] == first["geometry"]
+    comparable = (
+        min(last["coverage"], first["last"]["coverage"]) >= MIN_COVERAGE
+        and summary["geometry"] == first["geometry"]
+    )
     return {
         "run": summary["run"],
         "full_last": last["full"],
@@ -108,7 +117,10 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "params": summary["params"],
         "seconds": summary["seconds"],
         "tokens_per_s": summary["tokens_per_s"],
-        "guards": {status: [g["name"] for g in guards if g["status"] == status] for status in ("pass", "flag", "fail")},
+        "guards": {
+            status: [g["name"] for g in guards if g["status"] == status]
+            for status in ("pass", "flag", "fail")
+        },
     }
 
 
@@ -177,7 +189,9 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
     try:
         path.write_text(drawn, encoding="utf-8")
     except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror}; give --svg a file in a writable folder") from None
+        raise UsageError(
+            f"cannot write {path}: {e.strerror}; give --svg a file in a writable folder"
+        ) from None
 
 
 def _cells(row: dict[str, Any], *, first: bool) -> list[str]:

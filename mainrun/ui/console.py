@@ -38,7 +38,9 @@ class Group(TyperGroup):
             _check_folder()
             _check_text(args)
             _check_caches()
-            code = super().main(args, "mainrun", standalone_mode=False)  # a KeyboardInterrupt comes back as 130
+            code = super().main(
+                args, "mainrun", standalone_mode=False
+            )  # a KeyboardInterrupt comes back as 130
         except typer.TyperException as e:  # unknown command or option, a missing or misshapen argument
             code = _fail(e, "error", _usage(e), UsageError.exit_code, args)
         except Interrupted as e:
@@ -111,7 +113,9 @@ def _check_text(args: Sequence[str]) -> None:
         if re.search("[\x00\ud800-\udfff]", arg) is None:
             continue
         if sys.getfilesystemencoding() != "utf-8":
-            fix = f"the locale supports only {sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+            fix = (
+                f"the locale supports only {sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+            )
         else:
             fix = "write it in UTF-8, and rename a file whose name is not"
         raise UsageError(f"got the argument {inputs.shown(arg)}, which is not UTF-8 text; {fix}")
@@ -133,7 +137,9 @@ def _crash(e: Exception, args: Sequence[str]) -> int:
 
 def _refuse(e: OSError, args: Sequence[str]) -> int:
     known = inputs.refusal(e)
-    return _fail(e, "interrupted" if isinstance(known, Interrupted) else "error", str(known), known.exit_code, args)
+    return _fail(
+        e, "interrupted" if isinstance(known, Interrupted) else "error", str(known), known.exit_code, args
+    )
 
 
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
@@ -184,7 +190,10 @@ def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the run directories.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
 
 
@@ -223,8 +232,12 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if asked == 1:
-            raise Interrupted("stopped outside the training steps; nothing is lost, start the same command again") from None
-        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            raise Interrupted(
+                "stopped outside the training steps; nothing is lost, start the same command again"
+            ) from None
+        print(
+            "stopped at once; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
+        )
         raise
     finally:
         for s, handler in before.items():

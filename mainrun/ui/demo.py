@@ -70,7 +70,9 @@ def demo(out: Path, sets: Sequence[str], unfit: Callable[[], str]) -> None:
         said = _run(step, out / "demo.log")
         for line in (*_told(step, out, said), clock(time.monotonic() - start)):
             print(f"      {line}", flush=True)
-    print(f"\nthe whole way: {clock(time.monotonic() - began)}. What there is now, and what to try next (after `. {_activate()}`):\n")
+    print(
+        f"\nthe whole way: {clock(time.monotonic() - began)}. What there is now, and what to try next (after `. {_activate()}`):\n"
+    )
     for place, following in _there(steps, bool(why)):
         print(f"  {place}\n      {shlex.join(['mainrun', *following])}")
     print(f"\nrm -r {shlex.quote(str(out))} takes all of it away.")
@@ -90,9 +92,15 @@ def _there(steps: list[Step], unfit: bool) -> Iterator[tuple[str, list[str]]]:
     out, run, studies, pdf, bundle = train[-1], submit[2], sweep[-1], report[3], verify[1]
     ids = [path.parent.name for path in sorted(Path(out).glob("*/summary.json"))]
     yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", out, *ids]
-    yield f"the optimised model: {out}/{run}", ["sample", run, "--out", out, "--prompt", "Show HN:", "-n", "5"]
+    yield (
+        f"the optimised model: {out}/{run}",
+        ["sample", run, "--out", out, "--prompt", "Show HN:", "-n", "5"],
+    )
     yield f"the study: {studies}/{STUDY}", ["sweep", "show", STUDY, "--out", studies]
-    yield f"the report: {pdf}", ["report", out, "--out", "mine.pdf", "--figures", "figures", "--tables", "tables"]
+    yield (
+        f"the report: {pdf}",
+        ["report", out, "--out", "mine.pdf", "--figures", "figures", "--tables", "tables"],
+    )
     if unfit:
         yield "no submission, for the reason above", submit
     else:
@@ -104,7 +112,11 @@ def _run(step: Step, log: Path) -> str:
     """A step's stdout. What it shows on the way (stderr) is for whoever watches; where nobody does, it goes to a file."""
     watched = sys.stderr.isatty()
     command = [sys.executable, "-m", "mainrun", *step.command]
-    with disk_errors(log), log.open("w", encoding="utf-8") as f, _started(command, None if watched else f) as process:
+    with (
+        disk_errors(log),
+        log.open("w", encoding="utf-8") as f,
+        _started(command, None if watched else f) as process,
+    ):
         said, _ = process.communicate()
     if process.returncode == 0:
         return said
@@ -112,7 +124,9 @@ def _run(step: Step, log: Path) -> str:
         sys.stderr.write("".join(line + "\n" for line in log.read_text(encoding="utf-8").splitlines()[-5:]))
     if process.returncode in (Interrupted.exit_code, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM):
         raise Interrupted("the demo was stopped; the same command goes on from there")
-    fault = MainrunError(f"step {step.name} of the demo ended with {process.returncode}, above is why; the same command goes on from there")
+    fault = MainrunError(
+        f"step {step.name} of the demo ended with {process.returncode}, above is why; the same command goes on from there"
+    )
     fault.exit_code = process.returncode if process.returncode > 0 else 1
     raise fault
 
@@ -120,9 +134,14 @@ def _run(step: Step, log: Path) -> str:
 @contextmanager
 def _started(command: list[str], stderr: Any) -> Iterator[subprocess.Popen[str]]:
     """In a group of its own: what stops this is handed on, once, whether a terminal sent it to all or a `kill` to one."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0
+    )
     handed_on = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-    before = {s: signal.signal(s, lambda signum, _: process.send_signal(handed_on[signal.Signals(signum)])) for s in handed_on}
+    before = {
+        s: signal.signal(s, lambda signum, _: process.send_signal(handed_on[signal.Signals(signum)]))
+        for s in handed_on
+    }
     try:
         yield process
     finally:

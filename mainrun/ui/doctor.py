@@ -53,12 +53,16 @@ def checks(out: Path) -> Iterator[Check]:
 
 
 def _python() -> Check:
-    return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")  # an older one could not read this file
+    return Check(
+        "python", "ok", f"{platform.python_version()} ({sys.executable})"
+    )  # an older one could not read this file
 
 
 def _ask_torch() -> dict[str, Any]:
     try:
-        done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=TORCH_SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=TORCH_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"its import takes more than {TORCH_SECONDS} s"}
     except OSError as e:
@@ -76,9 +80,14 @@ def _torch(found: dict[str, Any]) -> Check:
     if "error" in found:
         return Check("torch", "fail", found["error"], "install it: pip install -c constraints.txt torch")
     detail = f"{found['version']}, imports in {found['seconds']:.1f} s"
-    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in found["version"].split("+")[0].split(".")[:2]]
+    numbers = [
+        int("".join(c for c in part if c.isdigit()) or 0)
+        for part in found["version"].split("+")[0].split(".")[:2]
+    ]
     if numbers < [2, 6]:
-        return Check("torch", "fail", detail, "install torch 2.6 or newer: pip install -c constraints.txt torch")
+        return Check(
+            "torch", "fail", detail, "install torch 2.6 or newer: pip install -c constraints.txt torch"
+        )
     return Check("torch", "ok", detail)
 
 
@@ -86,7 +95,11 @@ def _cores() -> Check:
     usable = cores()
     total = os.cpu_count() or usable
     detail = f"{usable} usable of {total}"
-    return Check("cores", "ok", detail) if usable > 1 else Check("cores", "warn", detail, "training on one core is slow; give it more")
+    return (
+        Check("cores", "ok", detail)
+        if usable > 1
+        else Check("cores", "warn", detail, "training on one core is slow; give it more")
+    )
 
 
 def _cpu() -> Check:
@@ -109,20 +122,29 @@ def _memory() -> Check:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
-        return Check("memory", "warn", "cannot be read here", "`mainrun train --dry-run` says what a run needs")
+        return Check(
+            "memory", "warn", "cannot be read here", "`mainrun train --dry-run` says what a run needs"
+        )
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     detail = f"{free / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
     if free < 2e9:
-        return Check("memory", "warn", detail, "`mainrun train --dry-run` says what a run needs; grad_accum lowers it")
+        return Check(
+            "memory", "warn", detail, "`mainrun train --dry-run` says what a run needs; grad_accum lowers it"
+        )
     return Check("memory", "ok", detail)
 
 
 def _allocator() -> Check:
     found = tune_allocator()
     if found.startswith("default"):
-        return Check("allocator", "warn", found, "steps on a CPU may take twice as long; use Linux with glibc, without MAINRUN_ALLOCATOR")
+        return Check(
+            "allocator",
+            "warn",
+            found,
+            "steps on a CPU may take twice as long; use Linux with glibc, without MAINRUN_ALLOCATOR",
+        )
     return Check("allocator", "ok", found)
 
 
@@ -142,7 +164,12 @@ def _disk(out: Path) -> Iterator[Check]:
         if not there.is_dir() or not os.access(there, os.W_OK):
             yield Check(name, "fail", f"{place} cannot be written", f"give another folder with {fix}")
         elif free < FREE_WARN:
-            yield Check(name, "fail" if free < FREE_FAIL else "warn", detail, f"free some, or give another folder with {fix}")
+            yield Check(
+                name,
+                "fail" if free < FREE_FAIL else "warn",
+                detail,
+                f"free some, or give another folder with {fix}",
+            )
         else:
             yield Check(name, "ok", detail)
 

@@ -27,7 +27,7 @@ from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.sources import load_corpus
 from mainrun.data.token_cache import TokenData, prepare
-from mainrun.plan.cost import segments, size
+from mainrun.plan.cost import segment_costs, size
 from mainrun.plan.ops import Schedule
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.session import check_spans
@@ -47,13 +47,23 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
     check_spans(cfg, data)
     machine.settle(cfg, plan)
     vocab_size = data.tokenizer.vocab_size
-    parts = segments(plan, vocab_size)
+    parts = segment_costs(plan, vocab_size)
     flops = sum(part["flops"] for part in parts)
-    cost: dict[str, Any] = {"params": parts[-1]["params"], "flops": flops, "memory": memory(plan, machine, vocab_size, store)}
+    cost: dict[str, Any] = {
+        "params": parts[-1]["params"],
+        "flops": flops,
+        "memory": memory(plan, machine, vocab_size, store),
+    }
     if cfg.growth.ops:
         cost["segments"] = parts
     if probe:
-        cost |= probed(cfg, machine, plan, data, flops / (plan.tokens(plan.steps) * cfg.passes * parts[0]["flops_per_token"]))
+        cost |= probed(
+            cfg,
+            machine,
+            plan,
+            data,
+            flops / (plan.tokens(plan.steps) * cfg.passes * parts[0]["flops_per_token"]),
+        )
     else:
         cost["eta_seconds"] = flops / (0.6 * matmul_speed(cfg, machine))
     return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.facts}
@@ -103,7 +113,10 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grow
     """
     compiles, machine.compile = machine.compile, False  # a probe must be cheap
     try:
-        trial, batches = Trial(cfg, machine, plan, data.tokenizer.vocab_size), Batches(cfg, data.splits["train"])
+        trial, batches = (
+            Trial(cfg, machine, plan, data.tokenizer.vocab_size),
+            Batches(cfg, data.splits["train"]),
+        )
     finally:
         machine.compile = compiles
 
@@ -111,20 +124,27 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grow
         x, y = (machine.put(a) for a in batches.at(i))
         trial.step(x, y)
 
-    warm = 1 + (WARM if trial.stepper.learn.on else 0)  # the first maps the memory; on a GPU a few go before what a run does is recorded
+    warm = 1 + (
+        WARM if trial.stepper.learn.on else 0
+    )  # the first maps the memory; on a GPU a few go before what a run does is recorded
     for i in range(warm):
         step(i)
     seconds = statistics.median(timed(lambda i=i: step(i)) for i in range(warm, warm + PROBED))  # type: ignore[misc]
     evaluation = sum(_evaluation(cfg, trial, data, split) for split in ("val", "dev") if split in data.splits)
     held = sum(t.numel() * t.element_size() for t in trial.state.tensors().values())
     saves = -(-plan.steps // plan.checkpoint_every)
-    steps = plan.tokens(plan.steps) / plan.stretches[0].span * seconds * grows
+    steps = plan.tokens(plan.steps) / plan.segments[0].span * seconds * grows
     if compiles:
-        costs, gains = compile_balance(cfg, plan, machine.device.type, machine.threads)  # the gain by rule of thumb, and never more than that of modern blocks
+        costs, gains = compile_balance(
+            cfg, plan, machine.device.type, machine.threads
+        )  # the gain by rule of thumb, and never more than that of modern blocks
         steps += costs - min(gains, steps / 3)
     # the guards take each score again, and a few more, at the end: about one evaluation
     total = steps + evaluation * grows * (len(plan.eval_steps) + 1) + saves * held / DISK
-    return {"eta_seconds": total, "probe": {"step_seconds": seconds, "evaluation_seconds": evaluation, "compiles": compiles}}
+    return {
+        "eta_seconds": total,
+        "probe": {"step_seconds": seconds, "evaluation_seconds": evaluation, "compiles": compiles},
+    }
 
 
 def _evaluation(cfg: TrainConfig, trial: Trial, data: TokenData, split: str) -> float:
@@ -189,10 +209,13 @@ def memory(plan: Plan, machine: Machine, vocab_size: int, store: bool = False) -
     So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives;
     and the copy of a state that is on its way to the store, if there is one.
     """
-    ends = [*(stretch.first for stretch in plan.stretches[1:]), plan.steps]
-    phases = [stretch.cfg for stretch, end in zip(plan.stretches, ends, strict=True) if end > stretch.first]
-    phases += plan.cfg.phases[len(plan.stretches) :]  # what waits for a loss may come
-    return max([_phase(phase, machine, vocab_size, store) for phase in _largest(phases)] + list(_ops(phases, machine, vocab_size)))
+    ends = [*(segment.first for segment in plan.segments[1:]), plan.steps]
+    phases = [segment.cfg for segment, end in zip(plan.segments, ends, strict=True) if end > segment.first]
+    phases += plan.cfg.segment_configs[len(plan.segments) :]  # what waits for a loss may come
+    return max(
+        [_phase(phase, machine, vocab_size, store) for phase in _largest(phases)]
+        + list(_ops(phases, machine, vocab_size))
+    )
 
 
 def _ops(phases: list[TrainConfig], machine: Machine, vocab_size: int) -> Iterator[int]:
@@ -215,8 +238,16 @@ def _largest(phases: list[TrainConfig]) -> list[TrainConfig]:
     """Of each model the phase with the most rows, and the most that drops."""
     found: dict[str, TrainConfig] = {}
     for phase in phases:
-        model = str([getattr(phase, field) for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"])
-        found[model] = max(found.get(model, phase), phase, key=lambda c: (c.batch_size // c.grad_accum, max(c.dropouts)))
+        model = str(
+            [
+                getattr(phase, field)
+                for field in TrainConfig.model_fields
+                if TrainConfig.class_of(field) == "static"
+            ]
+        )
+        found[model] = max(
+            found.get(model, phase), phase, key=lambda c: (c.batch_size // c.grad_accum, max(c.dropouts))
+        )
     return list(found.values())
 
 
@@ -255,7 +286,12 @@ def _moments(cfg: TrainConfig, state: State) -> list[Tensor]:
             optimizer.step()
         else:
             each = 2 if isinstance(optimizer, torch.optim.AdamW) else int(cfg.momentum > 0)
-            kept += [torch.empty_like(p) for group in optimizer.param_groups for p in group["params"] for _ in range(each)]
+            kept += [
+                torch.empty_like(p)
+                for group in optimizer.param_groups
+                for p in group["params"]
+                for _ in range(each)
+            ]
     return kept
 
 

@@ -16,16 +16,30 @@ app = commands("How a model grows while it trains: plan, verify.")
 
 @app.command("plan")
 def plan(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A schedule: a JSON, YAML or TOML file, or JSON itself.")],
-    preset: Annotated[str, typer.Option("--preset", metavar="NAME|FILE", help="What it begins with.")] = "optimized",
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")] = None,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A schedule: a JSON, YAML or TOML file, or JSON itself.")
+    ],
+    preset: Annotated[
+        str, typer.Option("--preset", metavar="NAME|FILE", help="What it begins with.")
+    ] = "optimized",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated."),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            "--train-tokens", min=1, max=10**13, metavar="N", help="Of an epoch: shows steps, and warns of triggers out of reach."
+            "--train-tokens",
+            min=1,
+            max=10**13,
+            metavar="N",
+            help="Of an epoch: shows steps, and warns of triggers out of reach.",
         ),
     ] = None,
-    speed: Annotated[float | None, typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: shows the time.")] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: shows the time."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -41,7 +55,9 @@ def plan(
         raise UsageError("got --speed without --train-tokens; give both for the time, or neither")
     configs = load(preset, sets or [])
     if len(configs) > 1:
-        raise UsageError(f"preset {preset!r} has {len(configs)} steps, a schedule begins with one; write --preset {configs[0].preset}, say")
+        raise UsageError(
+            f"preset {preset!r} has {len(configs)} steps, a schedule begins with one; write --preset {configs[0].preset}, say"
+        )
     found = simulate(configs[0], from_text(file), tokens, speed)
     if found.faults:
         raise ConfigError("\n".join([f"{file} cannot be carried out", *found.faults]))
@@ -70,16 +86,29 @@ def verify(
     from mainrun.store.rundir import RunDir
 
     with stoppable():
-        found = [finding._asdict() for finding in repeat(RunDir(run), open_store(place, run.absolute().parent))]
+        found = [
+            finding._asdict() for finding in repeat(RunDir(run), open_store(place, run.absolute().parent))
+        ]
     if as_json:
         emit(found)
     else:
-        verdict = {(True, True): "ok", (True, False): "ok, but not as in the run", (False, True): "FAILS", (False, False): "FAILS"}
-        rows = [[f["name"], str(f["step"]), f["check"], verdict[f["ok"], f["same"]], f["detail"]] for f in found]
+        verdict = {
+            (True, True): "ok",
+            (True, False): "ok, but not as in the run",
+            (False, True): "FAILS",
+            (False, False): "FAILS",
+        }
+        rows = [
+            [f["name"], str(f["step"]), f["check"], verdict[f["ok"], f["same"]], f["detail"]] for f in found
+        ]
         show_table(["op", "step", "check", "", "what was found"], rows)
     wrong = [f for f in found if not f["ok"]]
     if wrong or not all(f["same"] for f in found):
-        why = f"{len(wrong)} of {len(found)} checks fail" if wrong else "the ops did not do again what the run's journal says"
+        why = (
+            f"{len(wrong)} of {len(found)} checks fail"
+            if wrong
+            else "the ops did not do again what the run's journal says"
+        )
         raise MainrunError(f"{why}; the table says where")
 
 
@@ -109,5 +138,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         "steps": lambda row: "" if row["steps"] is None else f"{row['steps']:,}",
         "ETA": lambda row: "" if row["seconds"] is None else clock(row["seconds"]),
     }
-    columns = {head: cell for head, cell in columns.items() if head not in ("steps", "ETA") or any(map(cell, rows))}
+    columns = {
+        head: cell for head, cell in columns.items() if head not in ("steps", "ETA") or any(map(cell, rows))
+    }
     show_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])

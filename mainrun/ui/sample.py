@@ -31,7 +31,9 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     passed_over: list[str] = []
     found = checkpoint.load_newest(run.checkpoints, usable, passed_over.append)
     if found is None:
-        raise RunError(f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one")
+        raise RunError(
+            f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one"
+        )
     for text in passed_over:
         warnings.warn(text, stacklevel=3)
     state = State(cfg, build(cfg, tokenizer.vocab_size))
@@ -42,7 +44,9 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
 
 
 @torch.inference_mode()
-def sample(run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temperature: float = 0.8, seed: int = 0) -> list[str]:
+def sample(
+    run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temperature: float = 0.8, seed: int = 0
+) -> list[str]:
     """n titles that begin with the prompt."""
     model, tokenizer = load_model(RunDir(run_dir))
     given = [EOS, *(int(t) for t in tokenizer.encode([prompt])[:-1])] if prompt else [EOS]

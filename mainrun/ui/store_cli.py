@@ -19,7 +19,10 @@ from mainrun.ui.console import Debug, Json, Out, commands, emit, process_group, 
 if TYPE_CHECKING:
     from mainrun.store.nodes import Node, Store
 
-StorePlace = Annotated[str | None, typer.Option("--store", metavar="PLACE", help="The store: a folder, or a URL that fsspec knows.")]
+StorePlace = Annotated[
+    str | None,
+    typer.Option("--store", metavar="PLACE", help="The store: a folder, or a URL that fsspec knows."),
+]
 
 
 def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool = False) -> Store:
@@ -36,11 +39,17 @@ def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool =
     folder = folder_of(place)
     if folder:
         inputs.check_path(folder, option)
-    if folder and out.resolve() in folder.resolve().parents and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir():
+    if (
+        folder
+        and out.resolve() in folder.resolve().parents
+        and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir()
+    ):
         check_writable(out)  # it is --out that is wrong, not the store
     store = _opened(place, size)
     if must and not store.files.exists("store.json"):
-        raise UsageError(f"there is no store at {store}; runs make one there, or give another with --store or --out")
+        raise UsageError(
+            f"there is no store at {store}; runs make one there, or give another with --store or --out"
+        )
     return store
 
 
@@ -54,13 +63,17 @@ def _opened(place: str, size: str) -> Store:
         raise
     except Exception as e:
         why = inputs.shortened(f"{type(e).__name__}: {e}", 200)
-        raise UsageError(f"store {inputs.shown(place, 80)} cannot be opened ({why}); give a folder, or a URL that fsspec knows") from None
+        raise UsageError(
+            f"store {inputs.shown(place, 80)} cannot be opened ({why}); give a folder, or a URL that fsspec knows"
+        ) from None
 
 
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not found:
-        raise UsageError(f"got --store-size {inputs.shown(text, 80)}; write a number of bytes with K, M, G or T behind it, like 20GB")
+        raise UsageError(
+            f"got --store-size {inputs.shown(text, 80)}; write a number of bytes with K, M, G or T behind it, like 20GB"
+        )
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
 
 
@@ -68,13 +81,18 @@ app = commands("The steps that runs share: ls, du, gc, verify, audit, pin, unpin
 
 
 @app.command("ls")
-def ls(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
+def ls(
+    out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """List the nodes: where runs can begin."""
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
     states, pinned = store.states(), store.pinned()
     rows = [
-        {name: getattr(node, name) for name in ("key", "root", "step", "begins", "run", "size", "seconds", "made")}
+        {
+            name: getattr(node, name)
+            for name in ("key", "root", "step", "begins", "run", "size", "seconds", "made")
+        }
         | {
             "state": node.state in states,
             "used": states[node.state].modified if node.state in states else None,
@@ -85,7 +103,18 @@ def ls(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False,
     if as_json:
         emit({"nodes": rows, "damaged": [{"key": key, "why": why} for key, why in damaged]})
         return
-    lines = [[r["key"][:12], r["root"][:12], str(r["step"]), _state(r), str(r["run"]), _ago(r["made"]), _ago(r["used"])] for r in rows]
+    lines = [
+        [
+            r["key"][:12],
+            r["root"][:12],
+            str(r["step"]),
+            _state(r),
+            str(r["run"]),
+            _ago(r["made"]),
+            _ago(r["used"]),
+        ]
+        for r in rows
+    ]
     show_table(["node", "root", "step", "state", "by", "made", "used"], lines)
     for key, why in damaged:
         print(f"damaged: {key[:12]}: {why}", file=sys.stderr)
@@ -107,7 +136,9 @@ def _ago(when: float | None) -> str:
 
 
 @app.command("du")
-def du(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
+def du(
+    out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """What the store holds, and the training that it saves."""
     from mainrun.run.progress import clock, short
 
@@ -127,7 +158,9 @@ def du(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False,
     if as_json:
         emit(found)
         return
-    print(f"{found['store']}: {short(found['bytes'])}B in {found['states']:,} states of {found['nodes']:,} nodes")
+    print(
+        f"{found['store']}: {short(found['bytes'])}B in {found['states']:,} states of {found['nodes']:,} nodes"
+    )
     print(f"{found['steps']:,} steps that need not be trained again: {clock(found['seconds'])} of training")
 
 
@@ -135,7 +168,9 @@ def du(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False,
 def gc(
     out: Out = Path("runs"),
     place: StorePlace = None,
-    size: Annotated[str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")] = "20GB",
+    size: Annotated[
+        str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")
+    ] = "20GB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -153,7 +188,9 @@ def gc(
 
 
 @app.command("verify")
-def verify(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False) -> None:
+def verify(
+    out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """Read everything, and name what is not as it was written.
 
     Exits with 1 when there is any.
@@ -163,19 +200,31 @@ def verify(out: Out = Path("runs"), place: StorePlace = None, as_json: Json = Fa
     if as_json:
         emit(found)
     else:
-        print(*found, *([] if found else [f"{len(store.node_keys()):,} nodes, all as they were written"]), sep="\n")
+        print(
+            *found,
+            *([] if found else [f"{len(store.node_keys()):,} nodes, all as they were written"]),
+            sep="\n",
+        )
     if found:
         count = "1 finding" if len(found) == 1 else f"{len(found)} findings"
-        raise MainrunError(f"{count}; runs pass over what is damaged, and `mainrun store gc` clears what is the store's own")
+        raise MainrunError(
+            f"{count}; runs pass over what is damaged, and `mainrun store gc` clears what is the store's own"
+        )
 
 
 @app.command("audit")
 def audit(
     segments: Annotated[int, typer.Option("--segments", min=1, max=1_000_000, help="How many.")] = 3,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="The same seed takes the same ones; without it, others each time.")
+        int | None,
+        typer.Option(
+            "--seed", min=0, help="The same seed takes the same ones; without it, others each time."
+        ),
     ] = None,
-    reach: Annotated[int, typer.Option("--reach", metavar="STEPS", min=1, help="The longest way back to a state to begin at.")] = 10_000,
+    reach: Annotated[
+        int,
+        typer.Option("--reach", metavar="STEPS", min=1, help="The longest way back to a state to begin at."),
+    ] = 10_000,
     out: Out = Path("runs"),
     place: StorePlace = None,
     as_json: Json = False,
@@ -192,11 +241,21 @@ def audit(
         for finding in audit(store, segments, seed, reach):
             node = finding.node
             found.append(
-                {"key": node.key, "begins": node.begins, "step": node.step, "run": node.run, "status": finding.status, "why": finding.why}
+                {
+                    "key": node.key,
+                    "begins": node.begins,
+                    "step": node.step,
+                    "run": node.run,
+                    "status": finding.status,
+                    "why": finding.why,
+                }
             )
             if not as_json:
                 why = f": {finding.why}" if finding.why else ""
-                print(f"{finding.status:7}  {node.key[:12]}  steps {node.begins + 1} to {node.step} of {node.run}{why}", flush=True)
+                print(
+                    f"{finding.status:7}  {node.key[:12]}  steps {node.begins + 1} to {node.step} of {node.run}{why}",
+                    flush=True,
+                )
     if as_json:
         emit(found)
     elif not found:
@@ -224,7 +283,9 @@ def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug
     store = open_store(place, out, must=True)
     hits = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]
     if len(hits) != 1:
-        raise UsageError(f"node {key!r} is {'not unique' if hits else 'not pinned'} in the store {store}; `mainrun store ls` shows what is")
+        raise UsageError(
+            f"node {key!r} is {'not unique' if hits else 'not pinned'} in the store {store}; `mainrun store ls` shows what is"
+        )
     with _writing(store):
         store.unpin(hits[0])
     print(f"not pinned: {hits[0].removeprefix('node-')[:12]}")
@@ -236,8 +297,12 @@ def _node(store: Store, beginning: str) -> Node:
     hits = sorted(key for key in store.node_keys() if key.startswith(beginning))
     if len(hits) != 1:
         if hits:
-            raise UsageError(f"{len(hits):,} nodes of the store {store} begin with {beginning!r}; give more characters of the key")
-        raise UsageError(f"no node of the store {store} begins with {beginning!r}; `mainrun store ls` lists them")
+            raise UsageError(
+                f"{len(hits):,} nodes of the store {store} begin with {beginning!r}; give more characters of the key"
+            )
+        raise UsageError(
+            f"no node of the store {store} begins with {beginning!r}; `mainrun store ls` lists them"
+        )
     try:
         return store.node(hits[0], rows=False)
     except Damaged as e:
@@ -249,4 +314,6 @@ def _writing(store: Store) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise RunError(f"the store {store} cannot be written ({e.strerror or e}); make it writable, or give another with --store") from None
+        raise RunError(
+            f"the store {store} cannot be written ({e.strerror or e}); make it writable, or give another with --store"
+        ) from None

@@ -31,7 +31,9 @@ OBJECTS = 80_000_000  # bytes of memory for Ray's objects, about the least that 
 class Ray:
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise UsageError("engine 'ray' needs Ray, which is not installed; pip install 'mainrun[ray]', or take --engine local")
+            raise UsageError(
+                "engine 'ray' needs Ray, which is not installed; pip install 'mainrun[ray]', or take --engine local"
+            )
         wanted = workers or max(1, cores() // threads)
         _join(address, num_cpus=wanted * threads)
         import ray
@@ -47,9 +49,14 @@ class Ray:
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(min(math.floor(node.get(what, 0) / much + 1e-9) for what, much in self._needs.items()) for node in nodes)
+        room = sum(
+            min(math.floor(node.get(what, 0) / much + 1e-9) for what, much in self._needs.items())
+            for node in nodes
+        )
         if not room:
-            has = "; ".join(", ".join(f"{node.get(what, 0):g} {what}" for what in self._needs) for node in nodes)
+            has = "; ".join(
+                ", ".join(f"{node.get(what, 0):g} {what}" for what in self._needs) for node in nodes
+            )
             asks = ", ".join(f"{much:g} {what}" for what, much in self._needs.items())
             raise UsageError(
                 f"a trial asks for {asks}, and no node of the cluster has that (they have {has}); "
@@ -117,10 +124,14 @@ def attempt(task: Task, folder: str) -> End:
 
 def _join(address: str, num_cpus: int) -> None:
     """The cluster at an address, or one of our own on this machine, which ends with us."""
-    found = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address  # as Ray understands auto
+    found = (
+        os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+    )  # as Ray understands auto
     if found not in ("", "auto"):
         if not re.fullmatch(r"[\w.-]+:\d{1,5}", found):
-            raise UsageError(f"got --address {found!r}; allowed: auto, or HOST:PORT of the cluster's head, like head:6379")
+            raise UsageError(
+                f"got --address {found!r}; allowed: auto, or HOST:PORT of the cluster's head, like head:6379"
+            )
         host, port = found.split(":")
         try:  # Ray itself asks for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
@@ -134,8 +145,12 @@ def _join(address: str, num_cpus: int) -> None:
     own: dict[str, Any] = {"num_cpus": num_cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(found or "local", logging_level=logging.ERROR, log_to_driver=False, **({} if address else own))
+        ray.init(
+            found or "local", logging_level=logging.ERROR, log_to_driver=False, **({} if address else own)
+        )
     except (ConnectionError, RuntimeError) as e:
-        raise UsageError(f"no Ray cluster can be joined at {found or 'this machine'}: {str(e).splitlines()[0]}") from e
+        raise UsageError(
+            f"no Ray cluster can be joined at {found or 'this machine'}: {str(e).splitlines()[0]}"
+        ) from e
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which would end us without a word

@@ -28,8 +28,22 @@ STOPPED: End = (Interrupted.exit_code, "")
 
 def start(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
     """In `folder`, from which relative names in a task are meant; None: the one we are in."""
-    command = [sys.executable, "-c", START.format(parent=os.getpid()), "train", "--preset", task.preset, "--quiet"]
-    command += ["--out", str(task.out), "--store", str(task.store), *(part for text in task.sets for part in ("--set", text))]
+    command = [
+        sys.executable,
+        "-c",
+        START.format(parent=os.getpid()),
+        "train",
+        "--preset",
+        task.preset,
+        "--quiet",
+    ]
+    command += [
+        "--out",
+        str(task.out),
+        "--store",
+        str(task.store),
+        *(part for text in task.sets for part in ("--set", text)),
+    ]
     command += ["--until", str(task.until)] if task.until else []
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder,
@@ -44,10 +58,14 @@ def insist(task: Task, once: Callable[[], End], closed: Callable[[], bool]) -> O
         code, said = once()
         if code == 0 or (code == Interrupted.exit_code and _came(said, task.until)):
             return Outcome(True)
-        last = said.strip().splitlines()[-1] if said.strip() else f"it ended with code {code} and said nothing"
+        last = (
+            said.strip().splitlines()[-1] if said.strip() else f"it ended with code {code} and said nothing"
+        )
         if code == Diverged.exit_code:
             return Outcome(False, diverged=True, why=last)
-        if code == Interrupted.exit_code and "no space left" in last:  # it is the study that must wait for space
+        if (
+            code == Interrupted.exit_code and "no space left" in last
+        ):  # it is the study that must wait for space
             raise DiskFull(last.removeprefix("interrupted: "))
         if BUSY in said:  # a worker whom nobody waits for any more: it ends soon
             time.sleep(0.5)

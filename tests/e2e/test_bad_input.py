@@ -20,21 +20,38 @@ from typer.testing import CliRunner, Result
 from mainrun.cli import app
 from mainrun.config import digest_of
 
-TITLES = "".join(f"Show HN: a title about {word} number {i}\n" for i in range(200) for word in ("ships", "bread", "rust"))
+TITLES = "".join(
+    f"Show HN: a title about {word} number {i}\n" for i in range(200) for word in ("ships", "bread", "rust")
+)
 
 
 def ask(*args: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
 
 
-def train(out: Path, *sets: str, preset: object = "baseline", flags: tuple[str, ...] = ("--quiet",)) -> Result:
+def train(
+    out: Path, *sets: str, preset: object = "baseline", flags: tuple[str, ...] = ("--quiet",)
+) -> Result:
     """A tiny run of two checkpoints, with some --set on top of it (a later --set wins)."""
-    return ask("train", "--preset", preset, *tiny_sets(epochs=2), *(arg for s in sets for arg in ("--set", s)), "--out", out, *flags)
+    return ask(
+        "train",
+        "--preset",
+        preset,
+        *tiny_sets(epochs=2),
+        *(arg for s in sets for arg in ("--set", s)),
+        "--out",
+        out,
+        *flags,
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """But for .lock, which says who looked at a run last."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def one_message(stderr: str, *words: str) -> None:
@@ -186,7 +203,9 @@ def test_a_run_directory_of_another_config(out: Path) -> None:
     refused(out, lambda: train(out, flags=("--json",)), "another config")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"config": {}}', '{"config": {"lr": -1}}', '{"config": {"unheard_of": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"config": {}}', '{"config": {"lr": -1}}', '{"config": {"unheard_of": 1}}']
+)
 def test_a_config_json_that_is_not_ours(out: Path, content: str) -> None:
     (only(out) / "config.json").write_text(content, encoding="utf-8")
     refused(out, lambda: train(out), only(out).name)
@@ -243,7 +262,15 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["a changed meta.json", "a changed weight", "a torn state", "no state", "an empty meta.json", "another meta.json"]
+    "how",
+    [
+        "a changed meta.json",
+        "a changed weight",
+        "a torn state",
+        "no state",
+        "an empty meta.json",
+        "another meta.json",
+    ],
 )
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_a_damaged_checkpoint_is_named_and_passed_over(out: Path, how: str, all_of_them: bool) -> None:
@@ -319,7 +346,14 @@ def test_a_dry_run_refuses_the_same(out: Path, tmp_path: Path) -> None:
 def test_in_a_process_of_its_own(args: list[str], words: list[str], tmp_path: Path) -> None:
     src = str(Path(__file__).parents[2])
     env: dict[str, Any] = {**os.environ, "PYTHONPATH": src}
-    done = subprocess.run([sys.executable, "-m", "mainrun", *args], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "mainrun", *args],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     one_message(done.stderr, *words)
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,12 @@ class House:
             os.symlink(shutil.which(tool) or tool, self.bin / tool)
         mainrun = self.script(tmp / "mainrun", FAKE_MAINRUN.format(python=sys.executable))
         go_task = shutil.which("task", path=str(Path(sys.executable).parent)) or shutil.which("task")
-        self.script(self.python, FAKE_PYTHON.format(log=self.log, mainrun=mainrun, task=go_task, python=sys.executable, self=self.python))
+        self.script(
+            self.python,
+            FAKE_PYTHON.format(
+                log=self.log, mainrun=mainrun, task=go_task, python=sys.executable, self=self.python
+            ),
+        )
 
     @staticmethod
     def script(path: Path, text: str) -> Path:
@@ -92,23 +97,45 @@ class House:
 
     def env(self, **extra: str) -> dict[str, str]:
         # a user's name for git, and none of this process' settings
-        who = {f"GIT_{role}_{what}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        return {"PATH": str(self.bin), "HOME": str(self.bin), "GIT_CONFIG_GLOBAL": os.devnull, "NO_COLOR": "1", **who, **extra}
+        who = {
+            f"GIT_{role}_{what}": "x@example.org"
+            for role in ("AUTHOR", "COMMITTER")
+            for what in ("NAME", "EMAIL")
+        }
+        return {
+            "PATH": str(self.bin),
+            "HOME": str(self.bin),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "NO_COLOR": "1",
+            **who,
+            **extra,
+        }
 
-    def task(self, *args: str, cwd: Path | None = None, via: Path | str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    def task(
+        self, *args: str, cwd: Path | None = None, via: Path | str | None = None, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [str(via or self.root / "task"), *args]
-        return subprocess.run(command, cwd=cwd or self.root, env=self.env(**env), capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=cwd or self.root, env=self.env(**env), capture_output=True, text=True, timeout=60
+        )
 
     def start(self, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(self.root / "task"), "--version"], env=self.env(**env), stderr=subprocess.PIPE, text=True, start_new_session=True
+            [str(self.root / "task"), "--version"],
+            env=self.env(**env),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def calls(self) -> list[str]:
         """venv and pip calls since the last look: `venv`, `setuptools`, `house`."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
-        return ["venv" if line.startswith("venv") else "house" if "-e .[dev]" in line else "setuptools" for line in lines]
+        return [
+            "venv" if line.startswith("venv") else "house" if "-e .[dev]" in line else "setuptools"
+            for line in lines
+        ]
 
 
 ALL = ["venv", "setuptools", "house"]
@@ -174,7 +201,9 @@ def _moved(house: House) -> None:
     ],
     ids=["constraints", "pyproject", "menu", "new package", "moved", "no go-task", "no python", "no venv"],
 )
-def test_what_changed_decides_what_is_made_again(made: House, change: Callable[[House], None], calls: list[str]) -> None:
+def test_what_changed_decides_what_is_made_again(
+    made: House, change: Callable[[House], None], calls: list[str]
+) -> None:
     change(made)
     done = made.task("--version")
     assert done.returncode == 0, done.stderr
@@ -292,7 +321,10 @@ def test_a_python_without_venv_is_refused(house: House) -> None:
 
 def test_a_newer_python_beside_an_old_one_is_found(house: House) -> None:
     house.python.rename(house.bin / "python3.12")
-    house.script(house.bin / "python3.12", (house.bin / "python3.12").read_text().replace(str(house.python), str(house.bin / "python3.12")))
+    house.script(
+        house.bin / "python3.12",
+        (house.bin / "python3.12").read_text().replace(str(house.python), str(house.bin / "python3.12")),
+    )
     _answers(house, "python3", OLD)
     _answers(house, "python3.13", BARE)
     done = house.task("--version")
@@ -318,7 +350,13 @@ def test_an_unwritable_folder_is_refused() -> None:
         Path(name).chmod(0o555)
         nobody = 65534 if os.geteuid() == 0 else None  # root may write anywhere
         done = subprocess.run(
-            [f"{name}/task"], cwd="/", user=nobody, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60
+            [f"{name}/task"],
+            cwd="/",
+            user=nobody,
+            env={"PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         Path(name).chmod(0o755)
     assert done.returncode == 2
@@ -369,7 +407,9 @@ def test_from_any_folder_and_through_links(made: House, tmp_path: Path, way: str
     path = f"{made.root}:{made.bin}" if way == "path" else str(made.bin)
     if way == "path":  # found by the shell, not by us
         command = ["sh", "-c", "task train"]
-        done = subprocess.run(command, cwd=away, env=made.env(PATH=path), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=away, env=made.env(PATH=path), capture_output=True, text=True, timeout=60
+        )
     else:
         done = made.task("train", cwd=away, via=ways[way])
     assert done.returncode == 0, done.stderr
@@ -421,7 +461,9 @@ def test_the_second_call_adds_less_than_300_ms(made: House) -> None:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    added = best([str(made.root / "task"), "--version"]) - best([str(made.root / ".venv/bin/task"), "--version"])
+    added = best([str(made.root / "task"), "--version"]) - best(
+        [str(made.root / ".venv/bin/task"), "--version"]
+    )
     assert added < 0.3
 
 
@@ -429,7 +471,15 @@ def test_the_second_call_adds_less_than_300_ms(made: House) -> None:
 
 
 def git(house: House, *args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=house.root, env=house.env(), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        ["git", *args],
+        cwd=house.root,
+        env=house.env(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return done.stdout.strip()
 
 
@@ -449,8 +499,16 @@ def test_checkpoint_commits_the_whole_tree(repo: House) -> None:
     (repo.root / "constraints.txt").unlink()
     (repo.root / "new.txt").touch()
     # made again first: constraints.txt is gone, so this goes by go-task alone
-    assert subprocess.run([repo.root / ".venv/bin/task", "checkpoint"], cwd=repo.root, env=repo.env(), check=False).returncode == 0
-    assert git(repo, "show", "--format=%s", "--name-status").splitlines()[2:] == ["D\tconstraints.txt", "A\tnew.txt"]
+    assert (
+        subprocess.run(
+            [repo.root / ".venv/bin/task", "checkpoint"], cwd=repo.root, env=repo.env(), check=False
+        ).returncode
+        == 0
+    )
+    assert git(repo, "show", "--format=%s", "--name-status").splitlines()[2:] == [
+        "D\tconstraints.txt",
+        "A\tnew.txt",
+    ]
     assert git(repo, "log", "-1", "--format=%s").startswith("checkpoint 20")
 
 
@@ -487,9 +545,18 @@ def test_checkpoint_that_git_refuses_fails(repo: House) -> None:
 def test_submit_commits_first_and_only_what_is_new(repo: House) -> None:
     for commits in ("1", "1", "2"):
         done = repo.task("submit", "--", "--run", "a b", cwd=repo.root / "mainrun")
-        assert json.loads(done.stdout.splitlines()[-1]) == [str(repo.root / "mainrun"), "submit", "--run", "a b"], done.stderr
-        assert git(repo, "rev-list", "--count", "HEAD") == commits and git(repo, "status", "--porcelain") == ""
-        assert git(repo, "log", "-1", "--format=%s").startswith("checkpoint 20")  # the arguments are the command's, no message
+        assert json.loads(done.stdout.splitlines()[-1]) == [
+            str(repo.root / "mainrun"),
+            "submit",
+            "--run",
+            "a b",
+        ], done.stderr
+        assert (
+            git(repo, "rev-list", "--count", "HEAD") == commits and git(repo, "status", "--porcelain") == ""
+        )
+        assert git(repo, "log", "-1", "--format=%s").startswith(
+            "checkpoint 20"
+        )  # the arguments are the command's, no message
         if done.stdout.count("\n") == 1:
             (repo.root / "new.txt").touch()
 
@@ -506,11 +573,17 @@ def test_ci_ends_with_pytests_summary_and_its_verdict(made: House, fast: bool, s
     )
     env = made.env(CI="true")
     del env["NO_COLOR"]  # as CI calls it: go-task then writes in colours
-    done = subprocess.run([made.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [made.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == code, done.stdout
     assert done.stderr == ""
-    ends = [line for line in done.stdout.splitlines() if re.fullmatch(r"=+ 1 (passed|failed) in [\d.]+s =+", line)]
-    assert [("1 passed" if ok else "1 failed") in line for ok, line in zip((fast, slow), ends, strict=True)] == [True, True]
+    ends = [
+        line for line in done.stdout.splitlines() if re.fullmatch(r"=+ 1 (passed|failed) in [\d.]+s =+", line)
+    ]
+    assert [
+        ("1 passed" if ok else "1 failed") in line for ok, line in zip((fast, slow), ends, strict=True)
+    ] == [True, True]
     assert done.stdout.splitlines()[-1] == ends[-1]
 
 
@@ -521,24 +594,36 @@ def test_ci_ends_with_pytests_summary_and_its_verdict(made: House, fast: bool, s
 def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
     """What is in git, or about to be, and Python: nothing else. Needs the package index that pip is set to."""
     clone = tmp_path / "fresh clone"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHON")}
     env["NO_COLOR"] = "1"  # go-task colours its menu whenever CI is set
-    env["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent))
+    env["PATH"] = os.pathsep.join(
+        p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent)
+    )
 
     def task(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([clone / "task", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=850)
+        return subprocess.run(
+            [clone / "task", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=850
+        )
 
     menu = task()
     assert menu.returncode == 0, menu.stderr
     assert "train:" in menu.stdout
     again = task()
     assert (again.stdout, again.stderr) == (menu.stdout, "")
-    asked = subprocess.run([clone / ".venv/bin/mainrun", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    asked = subprocess.run(
+        [clone / ".venv/bin/mainrun", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert asked.returncode == 0, asked.stderr
     found = subprocess.run(
         [clone / ".venv/bin/python", "-c", "import mainrun, torch; print(mainrun.__file__); print(torch.__version__)"],

@@ -18,7 +18,13 @@ MAINRUN = [sys.executable, "-m", "mainrun"]
 
 
 def run(*args: object, env: dict[str, str] | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*MAINRUN, *map(str, args)], capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300)
+    done = subprocess.run(
+        [*MAINRUN, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+        timeout=300,
+    )
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return done
@@ -171,14 +177,20 @@ def test_sample(trained: tuple[Path, Any]) -> None:
     assert run(*args, "--seed", 1).stdout != done.stdout
     coldest = run(*args, "--temperature", 0).stdout.splitlines()
     assert len(set(coldest)) == 1
-    odd = run("sample", only(out).name[:12], "--out", out, "--prompt", "a\x1b[31mb\nc", "-n", 2, "--max-tokens", 2).stdout.splitlines()
-    assert len(odd) == 2 and all(line.startswith(r"a\x1b[31mb\x0ac") for line in odd), "a title is a line and moves no cursor"
+    odd = run(
+        "sample", only(out).name[:12], "--out", out, "--prompt", "a\x1b[31mb\nc", "-n", 2, "--max-tokens", 2
+    ).stdout.splitlines()
+    assert len(odd) == 2 and all(line.startswith(r"a\x1b[31mb\x0ac") for line in odd), (
+        "a title is a line and moves no cursor"
+    )
 
 
 def test_presets_and_doctor_answer(tmp_path: Path) -> None:
     assert "baseline" in run("presets").stdout
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "MAINRUN_CACHE": str(tmp_path)}
-    done = subprocess.run([*MAINRUN, "doctor", "--json"], capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+    done = subprocess.run(
+        [*MAINRUN, "doctor", "--json"], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
     found = {c["name"]: c for c in json.loads(done.stdout)}
     assert done.stderr == ""
     assert found["torch"]["status"] == "ok"
@@ -202,7 +214,14 @@ def test_no_torch_where_nothing_is_trained(trained: tuple[Path, Any]) -> None:
     fake.mkdir(exist_ok=True)
     (fake / "torch.py").write_text("raise ImportError('torch was imported')", encoding="utf-8")
     env = {"PYTHONPATH": os.pathsep.join([str(fake), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    for args in (["--help"], ["train", "--help"], ["presets"], ["presets", "--fields"], ["compare", str(only(out))], train_args(out)):
+    for args in (
+        ["--help"],
+        ["train", "--help"],
+        ["presets"],
+        ["presets", "--fields"],
+        ["compare", str(only(out))],
+        train_args(out),
+    ):
         assert run(*args, env=env).stdout
     crashed = run(*train_args(out.parent / "never"), env=env, code=1)
     assert "crash: ImportError: torch was imported" in crashed.stderr
@@ -218,7 +237,9 @@ class Running:
     def __init__(self, out: Path, **changes: object) -> None:
         self.out = out
         self.args = train_args(out, **{"epochs": 400, "eval_per_epoch": 0, **changes})
-        self.process = subprocess.Popen([*MAINRUN, *self.args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [*MAINRUN, *self.args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def steps(self) -> int:
         return sum(path.read_bytes().count(b'"event": "step"') for path in self.out.glob("*/metrics.jsonl"))
@@ -254,7 +275,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_ends_with_75_and_the_same_command_goes_on(start: Callable[..., Running], number: int) -> None:
+def test_one_signal_ends_with_75_and_the_same_command_goes_on(
+    start: Callable[..., Running], number: int
+) -> None:
     it = start(epochs=10)
     it.wait_for(20)
     it.process.send_signal(number)
@@ -281,7 +304,14 @@ def test_one_signal_ends_with_75_and_the_same_command_goes_on(start: Callable[..
 
 def test_ctrl_c_twice_ends_at_once_with_130(start: Callable[..., Running]) -> None:
     """Both come while one step, of some seconds, is under way: the second does not wait for its end."""
-    sizes = {"num_titles": 2000, "batch_size": 128, "block_size": 64, "n_layer": 4, "d_model": 128, "grad_accum": 128}
+    sizes = {
+        "num_titles": 2000,
+        "batch_size": 128,
+        "block_size": 64,
+        "n_layer": 4,
+        "d_model": 128,
+        "grad_accum": 128,
+    }
     it = start(**sizes, official_geometry="1x64", checkpoint_every=1)
     it.wait_for(2)
     time.sleep(0.3)  # the checkpoint of step 2 is written, step 3 has begun
@@ -300,11 +330,19 @@ def test_a_signal_while_torch_loads_ends_with_75(tmp_path: Path, number: int) ->
     fake = tmp_path / "slow"
     fake.mkdir()
     (fake / "torch.py").write_text(
-        "import pathlib, time\npathlib.Path(__file__).with_name('here').touch()\ntime.sleep(60)\n", encoding="utf-8"
+        "import pathlib, time\npathlib.Path(__file__).with_name('here').touch()\ntime.sleep(60)\n",
+        encoding="utf-8",
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(fake), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(fake), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     process = subprocess.Popen(
-        [*MAINRUN, *train_args(tmp_path / "runs")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [*MAINRUN, *train_args(tmp_path / "runs")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
     )
     while not (fake / "here").exists():
         assert process.poll() is None, process.communicate()
@@ -330,7 +368,11 @@ def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     keep = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR")}
     process = subprocess.Popen(
-        [*MAINRUN, *args], stdout=subprocess.PIPE, stderr=follower, stdin=follower, env={**keep, "TERM": "xterm-256color", **env}
+        [*MAINRUN, *args],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        stdin=follower,
+        env={**keep, "TERM": "xterm-256color", **env},
     )
     os.close(follower)
     seen = b""

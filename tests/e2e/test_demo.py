@@ -24,7 +24,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(house: Path, *args: str) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(house), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "mainrun", "demo", *SMALL, *args]
-    return subprocess.Popen(command, cwd=house, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=house, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def demo(house: Path, *args: str, code: int = 0) -> str:
@@ -58,15 +60,22 @@ def test_it_is_stopped(house: Path) -> None:
 @pytest.mark.slow
 def test_it_goes_on_the_whole_way(house: Path, gone: str) -> None:
     assert [line.split(":")[0] for line in gone.splitlines() if line.startswith("[")] == [
-        f"[{i}/7] {name}" for i, name in enumerate(("train", "train", "grow", "sweep", "report", "submit", "verify"), 1)
+        f"[{i}/7] {name}"
+        for i, name in enumerate(("train", "train", "grow", "sweep", "report", "submit", "verify"), 1)
     ]
     assert "      verified: demo-optimized-" in gone and "compared: every bit" in gone
     for place in ("studies/demo/export.json", "report.pdf", "submission.zip"):
         assert (house / "runs/demo" / place).is_file()
     assert len(list((house / "runs/demo").glob("demo-*/summary.json"))) == 5
-    assert git(house, "status", "--porcelain") == ""  # what it leaves is ignored, so that its own code stays committed
+    assert (
+        git(house, "status", "--porcelain") == ""
+    )  # what it leaves is ignored, so that its own code stays committed
     assert len(gone.splitlines()) < 60  # calm
-    following = [line.split() for line in gone.split("the whole way")[1].splitlines() if line.startswith("      mainrun ")]
+    following = [
+        line.split()
+        for line in gone.split("the whole way")[1].splitlines()
+        if line.startswith("      mainrun ")
+    ]
     assert [words[1] for words in following] == ["compare", "sample", "sweep", "report", "verify"]
 
 

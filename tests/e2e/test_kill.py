@@ -27,7 +27,17 @@ CONFIG: dict[str, Any] = {
 
 
 def start(out: Path, **changes: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(**CONFIG | changes), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "mainrun",
+        "train",
+        "--preset",
+        "baseline",
+        *tiny_sets(**CONFIG | changes),
+        "--out",
+        str(out),
+    ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -106,7 +116,9 @@ def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_with_75_and_the_same_command_goes_on(tmp_path: Path, undisturbed: RunDir, number: signal.Signals) -> None:
+def test_a_signal_ends_with_75_and_the_same_command_goes_on(
+    tmp_path: Path, undisturbed: RunDir, number: signal.Signals
+) -> None:
     process = start(tmp_path)
     wait_for_rows(process, tmp_path, 10)
     process.send_signal(number)

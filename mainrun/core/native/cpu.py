@@ -27,7 +27,9 @@ def library() -> ctypes.CDLL | None:
     if problem:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, version, cpu_name(), cpu_flags())).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((SOURCE.read_bytes(), FLAGS, version, cpu_name(), cpu_flags())).encode()
+    ).hexdigest()
     kept = cache_dir() / "native" / f"{key[:32]}.so"
     with suppress(OSError):
         return ctypes.CDLL(str(kept))
@@ -47,7 +49,9 @@ def _call(name: str, *args: Tensor | int | float | None) -> None:
     found = library()
     assert found is not None
     kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_double, type(None): ctypes.c_void_p}
-    getattr(found, name)(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in args))
+    getattr(found, name)(
+        *(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in args)
+    )
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,14 +74,35 @@ def softmax(scores: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     dropped = scores if mask is None else torch.empty_like(scores)
     bias, period = _bias(bias, scores)
     width = scores.size(-1)
-    _call("softmax", scores, bias, mask, None if mask is None else dropped, scores.numel() // width, width, period)
+    _call(
+        "softmax",
+        scores,
+        bias,
+        mask,
+        None if mask is None else dropped,
+        scores.numel() // width,
+        width,
+        period,
+    )
     return scores, dropped
 
 
-def softmax_backward(grad: Tensor, weights: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def softmax_backward(
+    grad: Tensor, weights: Tensor, bias: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The gradient of the scores, in place of that of the dropped weights; and these once more."""
     dropped = weights if mask is None else torch.empty_like(weights)
     bias, period = _bias(bias, weights)
     width = weights.size(-1)
-    _call("softmax_backward", grad, weights, bias, mask, None if mask is None else dropped, weights.numel() // width, width, period)
+    _call(
+        "softmax_backward",
+        grad,
+        weights,
+        bias,
+        mask,
+        None if mask is None else dropped,
+        weights.numel() // width,
+        width,
+        period,
+    )
     return grad, dropped

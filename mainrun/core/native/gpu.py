@@ -25,14 +25,18 @@ def _backward(logits, target, log_sum, factor, grad, rows, vocab, BLOCK: tl.cons
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * vocab + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
     p = tl.exp(x - tl.load(log_sum + row)) - tl.where(at == tl.load(target + row), 1.0, 0.0)
-    tl.store(grad + row * vocab + at, (p * (tl.load(factor) / rows)).to(grad.dtype.element_ty), mask=at < vocab)
+    tl.store(
+        grad + row * vocab + at, (p * (tl.load(factor) / rows)).to(grad.dtype.element_ty), mask=at < vocab
+    )
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row; and the logarithm of the sum that its chances were divided by."""
     (rows, vocab), block = logits.shape, triton.next_power_of_2(logits.shape[1])
     loss, log_sum = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in "ab")
-    _forward[(rows,)](logits, target, loss, log_sum, vocab, BLOCK=block, num_warps=min(32, max(4, block // 1024)))
+    _forward[(rows,)](
+        logits, target, loss, log_sum, vocab, BLOCK=block, num_warps=min(32, max(4, block // 1024))
+    )
     return loss, log_sum
 
 
@@ -40,5 +44,7 @@ def cross_entropy_backward(logits: Tensor, target: Tensor, log_sum: Tensor, fact
     """The gradient of the mean, times a factor that is on the device."""
     (rows, vocab), grad = logits.shape, torch.empty_like(logits)
     block = min(4096, triton.next_power_of_2(vocab))
-    _backward[(rows, triton.cdiv(vocab, block))](logits, target, log_sum, factor, grad, rows, vocab, BLOCK=block, num_warps=8)
+    _backward[(rows, triton.cdiv(vocab, block))](
+        logits, target, log_sum, factor, grad, rows, vocab, BLOCK=block, num_warps=8
+    )
     return grad

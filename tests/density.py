@@ -1,0 +1,102 @@
+"""How dense the code is: constructs per 1,000 lines that make a reader stop, and the places that break a rule.
+
+    python tests/density.py                   # the product, a row per folder
+    python tests/density.py mainrun/train.py  # a row per file
+
+tests/test_house.py holds the limits.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("mainrun", "sweeps", "reports")
+COUNTED = ("conditional expressions", "walrus", "comprehensions", "tuple assignments")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+LONGEST_FUNCTION = 60
+WIDEST_LINE = 110
+
+
+def counts(tree: ast.Module) -> Counter[str]:
+    """Count the dense constructs of a file."""
+    found: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.IfExp):
+            found["conditional expressions"] += 1
+        elif isinstance(node, ast.NamedExpr):
+            found["walrus"] += 1
+        elif isinstance(node, COMPREHENSIONS):
+            found["comprehensions"] += 1
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Tuple)
+            and isinstance(node.value, ast.Tuple)
+        ):
+            found["tuple assignments"] += 1
+    return found
+
+
+def violations(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line, rule) for each place that breaks a rule."""
+    for number, line in enumerate(lines, 1):
+        if len(line) > WIDEST_LINE:
+            yield number, f"line of {len(line)} columns, at most {WIDEST_LINE}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.IfExp) and any(
+            isinstance(inner, ast.IfExp) for inner in ast.walk(node) if inner is not node
+        ):
+            yield node.lineno, "nested conditional expression"
+        if isinstance(node, ast.Call):
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if any(isinstance(argument, ast.NamedExpr) for argument in arguments):
+                yield node.lineno, "walrus in an argument"
+        if isinstance(node, FUNCTIONS):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                yield node.lineno, f"function {node.name} of {length} lines, at most {LONGEST_FUNCTION}"
+
+
+def python_files(paths: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        files += [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return files
+
+
+def row(label: str, files: list[Path]) -> str:
+    """One line of the table: the counts per 1,000 lines of some files."""
+    total: Counter[str] = Counter()
+    lines = 0
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        total += counts(ast.parse(text))
+        lines += len(text.splitlines())
+    shares = "  ".join(f"{1000 * total[name] / max(lines, 1):6.1f}" for name in COUNTED)
+    return f"{label:<40}{lines:>7}  {shares}"
+
+
+def main(arguments: list[str]) -> None:
+    paths = [Path(argument) for argument in arguments] or [ROOT / name for name in PRODUCT]
+    files = python_files(paths)
+    print(f"{'per 1,000 lines':<40}{'lines':>7}  cond.   walrus  compr.  tuples")
+    if arguments:
+        for file in files:
+            print(row(str(file), [file]))
+    else:
+        for folder in sorted({file.parent for file in files}):
+            print(row(str(folder.relative_to(ROOT)), [file for file in files if file.parent == folder]))
+    print(row("all", files))
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        for number, rule in sorted(violations(ast.parse(text), text.splitlines())):
+            print(f"{file}:{number}: {rule}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
