@@ -271,7 +271,7 @@ def _train_one(
     crash = run.path / "traceback.txt"
     with stoppable():
         try:
-            from mainrun.train import train as train_run
+            from mainrun.run.session import train as train_run
 
             summary = train_run(cfg, out, fresh=fresh, progress=progress, store=store, keep=keep, until=until)
         except Interrupted as e:

@@ -16,50 +16,46 @@ from typing import Any
 
 from mainrun.checks.audit import again
 from mainrun.checks.guards import Evidence, guards
-from mainrun.core.device import Machine
 from mainrun.core.machine_class import versions
-from mainrun.data.sources import Corpus, load_corpus
-from mainrun.data.token_cache import TokenData, prepare
 from mainrun.errors import MainrunError, RunError
-from mainrun.growth.controller import Growth
+from mainrun.growth.state import Controller, load_state, make_controller
 from mainrun.plan.cost import segment_costs
 from mainrun.plan.plan import Plan
-from mainrun.run.session import score
 from mainrun.store import checkpoint
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.rundir import RunDir, write_json
-from mainrun.train import State, build
+from mainrun.train import State, score, set_up
 
 
 class Place:
-    """What a run computes with, made anew."""
+    """What a run computes with, set up again."""
 
     def __init__(self, run: RunDir) -> None:
-        self.run, self.cfg = run, run.config()
-        self.machine = Machine(self.cfg)
-        self.corpus: Corpus = load_corpus(self.cfg)
-        self.data: TokenData = prepare(self.cfg, self.corpus)
-        self.plan = Plan(self.cfg, len(self.data.splits["train"]))
-        self.machine.settle(self.cfg, self.plan)
+        self.run = run
+        self.cfg = run.config()
+        self.setup = set_up(self.cfg)
+        self.corpus = self.setup.corpus
+        self.data = self.setup.data
+        self.plan = self.setup.plan
 
     def facts(self) -> dict[str, Any]:
         titles = {"fingerprints": self.corpus.fingerprints, "tokenizer": self.data.tokenizer.digest}
-        return {"versions": versions(), "machine_class": self.machine.facts, **titles}
+        return {"versions": versions(), "machine_class": self.setup.device.machine_class, **titles}
 
-    def start(self) -> Growth:
-        state = State(self.cfg, build(self.cfg, self.data.tokenizer.vocab_size).to(self.machine.device))
-        state.model.set_up(self.plan.at(0), self.machine.attention)
-        return Growth(self.cfg, self.plan, self.machine, state)
+    def start(self) -> Controller:
+        """Return the run at step 0."""
+        return make_controller(self.cfg, self.plan, self.setup.device, self.setup.start())
 
-    def end(self, note: Callable[[str], None] = lambda _: None) -> Growth | None:
-        """The run's last weights, if its checkpoint is there."""
-        found = checkpoint.load_newest(self.run.checkpoints, self._last, note)
-        if found is None:
+    def end(self, note: Callable[[str], None] = lambda _: None) -> Controller | None:
+        """Return the run with its last weights, or None if it has no usable checkpoint of them."""
+        loaded = checkpoint.load_newest(self.run.checkpoints, self._last, note)
+        if loaded is None:
             return None
-        growth, (tensors, meta) = self.start(), found
+        tensors, meta = loaded
+        growth = self.start()
         with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {self.run.checkpoints}"):
-            growth.state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
-            growth.restored()
+            load_state(growth.state, tensors, meta["step"], meta["presented"], meta.get("growth"))
+            growth.restore()
         return growth
 
     def _last(self, meta: dict[str, Any]) -> str | None:
@@ -101,7 +97,7 @@ def first_steps(run: RunDir, n: int) -> dict[str, Any]:
     place = Place(run)
     notes: list[str] = []
     growth, end = place.start(), place.end(notes.append)
-    rows = list(again(growth, place.data, n, lambda step: step in growth.plan.eval_steps, decides=True))
+    rows = list(again(place.setup, growth, n, lambda step: step in growth.plan.eval_steps, decides=True))
     whole = growth.state.step == growth.plan.steps
     found = place.facts() | {"steps": growth.state.step, "rows": rows}
     if end:
@@ -115,7 +111,8 @@ def first_steps(run: RunDir, n: int) -> dict[str, Any]:
         growth if whole or not place.cfg.growth.ops else None
     ):  # how a run grew only its end can tell
         params = sum(p.numel() for p in known.state.model.parameters())
-        flops = sum(part["flops"] for part in segment_costs(known.plan, known.ids))
+        vocab_size = place.data.tokenizer.vocab_size
+        flops = sum(part["flops"] for part in segment_costs(known.plan, vocab_size))
         found |= {
             "of": known.plan.steps,
             "params": params,

@@ -1,24 +1,25 @@
-"""The trainer, whole, in one file: model, loss, optimiser, loop. Read it top to bottom.
+"""The trainer in one file: model, loss, step and loop. Read it from top to bottom.
 
-    mainrun train --preset baseline
-    mainrun train --preset optimized --set corpus=file:titles.txt --set num_titles=20000
+    python -m mainrun.train --preset demo:optimized    # this file alone: no checkpoints, no store, no growth
+    mainrun train --preset optimized                   # the same loop with all of them (mainrun/run/session.py)
     torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
-One config gives one sequence of bits on one machine class. That holds because nothing in here remembers: the batch,
-the dropout masks and the learning rate of a step are functions of (config, step), so a run that was killed goes on
-from its checkpoint as if nothing had been. Scores live in scoring.py, the schedule's arithmetic in config.Plan.
+A config gives the same bits every time on one machine class, because a step is a pure function of (config, step):
+its batch, dropout masks and learning rates do not depend on what happened before. So a run that was killed
+continues from its checkpoint as if it had never stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
+import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,49 +27,45 @@ from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
 from mainrun.core.average import Average
-from mainrun.core.device import Machine
-from mainrun.core.dropout import Masks
+from mainrun.core.device import Device
+from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rms_norm
-from mainrun.core.optimizers import Muon
+from mainrun.core.optimizers import Optimizers
+from mainrun.core.pending_losses import PendingLosses, StepRow
+from mainrun.data import scoring
 from mainrun.data.batches import Batches
-from mainrun.data.sources import load_corpus
+from mainrun.data.sources import Corpus, load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS
-from mainrun.errors import Diverged, Interrupted, MainrunError, RunError
-from mainrun.growth.controller import Growth, rebuilt
-from mainrun.growth.moments import PLAIN, Mark
-from mainrun.plan.ops import ARCHITECTURE
+from mainrun.errors import Interrupted, MainrunError, RunError, UsageError
 from mainrun.plan.plan import Plan, StepInputs
-from mainrun.run.progress import QUIET, Progress
-from mainrun.run.session import check_spans, ending, environment, finish, follow, resume, score, summarize
-from mainrun.run.sharing import Reuse
-from mainrun.run.stop import StopFlag
-from mainrun.store import checkpoint
-from mainrun.store.nodes import Store
-from mainrun.store.rundir import Metrics, RunDir, check_same_data, check_writable, open_run, write_text
+from mainrun.plan.recipes import load
+from mainrun.plan.seeds import seed_from
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model. Shapes: B rows, T tokens, D width, H heads, K heads of keys and values, h width of a head, V vocabulary.
-
+# ------------------------------------------------------------------------------------------------------------
+# The model. Shapes: B rows, T tokens, D width, H query heads, K key and value heads, h head width, V vocabulary.
 
 Rope = tuple[Tensor, Tensor] | None
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position times frequency, each (T, h/2)."""
+    """Return cos and sin of position times frequency, each (T, h/2)."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the two halves of each head against each other. x: (B, heads, T, h)"""
+    """Rotate the two halves of each head by its position. x: (B, heads, T, h)"""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[: x.size(-2)].to(x.dtype), sin[: x.size(-2)].to(x.dtype)
+    cos = cos[: x.size(-2)].to(x.dtype)
+    sin = sin[: x.size(-2)].to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain per channel."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -78,83 +75,107 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(cfg: TrainConfig) -> nn.Module:
-    return RMSNorm(cfg.d_model) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.d_model, bias=cfg.bias)
+    if cfg.norm == "rmsnorm":
+        return RMSNorm(cfg.d_model)
+    return nn.LayerNorm(cfg.d_model, bias=cfg.bias)
 
 
 def cast(x: Tensor) -> Tensor:
-    """To what matrix products are computed in: once, where several would each do it."""
+    """Cast to the matmul dtype once, so that the projections below don't each do it."""
     return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
 
 
 class Linear(nn.Linear):
-    def table(self) -> Tensor:
+    """A linear layer on our own kernel."""
+
+    def effective_weight(self) -> Tensor:
+        """Return the weight, with low-rank terms added where a subclass has them."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def drops(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[tuple[int, float]]:
-    """Of each place that drops, in one pass of that many rows: how many numbers, and the share that is dropped."""
-    branch = (rows * cfg.block_size * cfg.d_model, inputs.resid_dropout)
-    weights = (rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0, inputs.attn_dropout)
-    places = [(branch[0], inputs.dropout), *[weights, branch, branch] * cfg.n_layer]
-    return [(size, p) for size, p in places if size and p]
-
-
 class Attention(nn.Module):
+    """Causal self-attention, with grouped keys and values, QK norm, gates and value residuals if the config asks."""
+
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_width
+        self.heads = cfg.n_head
+        self.kv_heads = cfg.kv_heads
+        self.width = cfg.head_width
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
         self.q = Linear(cfg.d_model, cfg.n_head * cfg.head_width, bias=qkv_bias)
         self.k = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
         self.v = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
         self.o = Linear(cfg.n_head * cfg.head_width, cfg.d_model, bias=cfg.bias)
-        self.q_norm, self.k_norm = (RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm = RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity()
         self.gate = Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
-        self.first_share = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and not first else None
-        self.fused, self.dropout = False, 0.0
+        mixes_first = cfg.value_residual and not first
+        self.first_share = nn.Parameter(torch.tensor(0.5)) if mixes_first else None
+        self.fused = False
+        self.dropout = 0.0
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, T, h), keys (B, K, T, h) and values (B, K, T, h), in one matrix product."""
+        layers = (self.q, self.k, self.v)
+        weight = torch.cat([layer.effective_weight() for layer in layers])
+        bias = None
+        if self.q.bias is not None:
+            bias = torch.cat([layer.bias for layer in layers])
+        qkv = linear(x, weight, bias)  # (B, T, (H + 2K) h)
+        q, k, v = qkv.split([layer.out_features for layer in layers], dim=-1)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads h) -> (B, heads, T, h)"""
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
-        B, T, _ = x.shape
-        x, parts = cast(x), (self.q, self.k, self.v)
-        bias3 = None if self.q.bias is None else torch.cat([part.bias for part in parts])
-        y = linear(
-            x, torch.cat([part.table() for part in parts]), bias3
-        )  # one product for the three: its gradient is one, too
-        q, k, v = (
-            t.unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for t in y.split([part.out_features for part in parts], dim=-1)
-        )
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, h), (B, K, T, h)
+        """Return the output (B, T, D) and the values (B, K, T, h), which later layers may mix in."""
+        x = cast(x)  # (B, T, D)
+        q, k, v = self.project(x)
+        q = self.q_norm(q)  # (B, H, T, h)
+        k = self.k_norm(k)  # (B, K, T, h)
         if self.first_share is not None and v_first is not None:
-            v = torch.lerp(v, v_first, self.first_share.to(v.dtype))
+            v = torch.lerp(v, v_first, self.first_share.to(v.dtype))  # (B, K, T, h)
         if rope:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         values = v
         if self.kv_heads != self.heads:
-            k, values = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        if self.fused:
-            p = self.dropout if self.training else 0.0  # it draws for itself
-            y = F.scaled_dot_product_attention(
-                q.to(v.dtype), k.to(v.dtype), values, bias, dropout_p=p, is_causal=bias is None
-            )
-        else:
-            mask = masks.take((B, self.heads, T, T)) if masks and self.dropout else None
-            with torch.autocast(
-                x.device.type, enabled=False
-            ):  # which would copy the scores to float32 and back
-                assert bias is not None
-                y = attend(q * self.width**-0.5, k, values, bias, mask, self.dropout)
+            k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
+            values = v.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
+        y = self.weigh(q, k, values, bias, masks)  # (B, H, T, h)
         if self.gate is not None:
-            y = y * (2 * torch.sigmoid(self.gate(x))).transpose(1, 2).unsqueeze(-1)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1)), v
+            gate = 2 * torch.sigmoid(self.gate(x))  # (B, T, H)
+            y = y * gate.transpose(1, 2).unsqueeze(-1)
+        y = y.transpose(1, 2).reshape(*x.shape[:2], -1)  # (B, T, H h)
+        return self.o(y), v
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, masks: Masks | None) -> Tensor:
+        """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights. All (B, H, T, h)"""
+        if self.fused:
+            p = self.dropout if self.training else 0.0  # the fused kernel draws its own dropout
+            causal = bias is None
+            return F.scaled_dot_product_attention(
+                q.to(v.dtype), k.to(v.dtype), v, bias, dropout_p=p, is_causal=causal
+            )
+        mask = None
+        if masks and self.dropout:
+            B, H, T, _ = q.shape
+            mask = masks.take((B, H, T, T))
+        assert bias is not None
+        with torch.autocast(q.device.type, enabled=False):  # which would copy the scores to float32 and back
+            return attend(q * self.width**-0.5, k, v, bias, mask, self.dropout)
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a block: GELU, squared ReLU or SwiGLU."""
+
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__()
         self.kind = cfg.mlp
@@ -169,7 +190,7 @@ class MLP(nn.Module):
         if self.kind == "gelu":
             return self.down(gelu(self.up(x)))
         x = F.relu(self.up(x))
-        return self.down(x * x)  # square() would be computed in float32
+        return self.down(x * x)  # under autocast, square() would compute in float32
 
 
 def make_mlp(cfg: TrainConfig) -> nn.Module:
@@ -181,17 +202,28 @@ def make_mlp(cfg: TrainConfig) -> nn.Module:
 
 
 class Block(nn.Module):
+    """Attention and MLP, each with a norm before it and a residual connection around it."""
+
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
-        self.attn_norm, self.attn = make_norm(cfg), Attention(cfg, first)
-        self.mlp_norm, self.mlp = make_norm(cfg), make_mlp(cfg)
-        scale = cfg.layer_scale
-        self.attn_scale = nn.Parameter(torch.full((cfg.d_model,), scale)) if scale else None
-        self.mlp_scale = nn.Parameter(torch.full((cfg.d_model,), scale)) if scale else None
+        self.attn_norm = make_norm(cfg)
+        self.attn = Attention(cfg, first)
+        self.mlp_norm = make_norm(cfg)
+        self.mlp = make_mlp(cfg)
+        self.attn_scale = self.make_scale(cfg)
+        self.mlp_scale = self.make_scale(cfg)
         self.dropout = 0.0
 
+    @staticmethod
+    def make_scale(cfg: TrainConfig) -> nn.Parameter | None:
+        if not cfg.layer_scale:
+            return None
+        return nn.Parameter(torch.full((cfg.d_model,), cfg.layer_scale))
+
     def branch(self, y: Tensor, scale: Tensor | None, masks: Masks | None) -> Tensor:
-        y = y if scale is None else y * scale
+        """Return what a branch adds to the residual stream."""
+        if scale is not None:
+            y = y * scale
         return masks.drop(y, self.dropout) if masks else y
 
     def forward(
@@ -199,10 +231,13 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         y, v = self.attn(self.attn_norm(x), bias, rope, v_first, masks)
         x = x + self.branch(y, self.attn_scale, masks)
-        return x + self.branch(self.mlp(self.mlp_norm(x)), self.mlp_scale, masks), v
+        y = self.mlp(self.mlp_norm(x))
+        return x + self.branch(y, self.mlp_scale, masks), v
 
 
 class GPT(nn.Module):
+    """The language model of a config."""
+
     causal: Tensor
     blocks: list[Block]
 
@@ -212,13 +247,13 @@ class GPT(nn.Module):
         vocab_size += cfg.unused_ids
         self.embed = nn.Embedding(vocab_size, cfg.d_model)
         self.positions = nn.Embedding(cfg.block_size, cfg.d_model) if cfg.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(cfg, first=i == 0) for i in range(cfg.n_layer))  # type: ignore[assignment]
+        blocks = [Block(cfg, first=i == 0) for i in range(cfg.n_layer)]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = make_norm(cfg)
         self.head = None if cfg.tie_head else nn.Linear(cfg.d_model, vocab_size, bias=False)
         self.dropout = 0.0
-        self.register_buffer(
-            "causal", torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril(), persistent=False
-        )
+        causal = torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril()
+        self.register_buffer("causal", causal, persistent=False)
         if cfg.position == "rope":
             cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
@@ -232,580 +267,459 @@ class GPT(nn.Module):
             self.blocks[i].requires_grad_(False)
 
     def init_weights(self) -> None:
+        """Draw the initial weights."""
         std = self.cfg.init_std
         branch_std = std / math.sqrt(2 * self.cfg.n_layer) if self.cfg.init_depth_scaled else std
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=branch_std if name.endswith((".o", ".down")) else std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                ends_branch = name.endswith((".o", ".down"))
+                nn.init.normal_(module.weight, std=branch_std if ends_branch else std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for start_at_zero in (self.positions, *(block.attn.gate for block in self.blocks)):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero.weight)
 
-    def set_up(self, inputs: StepInputs, attention: str) -> None:
-        """How the passes of a step run; a score takes no noise, so it drops nothing."""
+    def set_dropout(self, inputs: StepInputs, attention: str) -> None:
+        """Set this step's dropout rates and attention kernel. Evaluation never drops."""
         self.dropout = inputs.dropout
         for block in self.blocks:
-            block.dropout, block.attn.dropout, block.attn.fused = (
-                inputs.resid_dropout,
-                inputs.attn_dropout,
-                attention == "sdpa",
-            )
+            block.dropout = inputs.resid_dropout
+            block.attn.dropout = inputs.attn_dropout
+            block.attn.fused = attention == "sdpa"
 
     def attention_bias(self, idx: Tensor) -> Tensor | None:
-        """0 where a token may look, -inf where not, broadcast to (B, H, T, T). None: the fused kernel knows what causal means."""
+        """Return 0 where a token may look and -inf where it may not; None if the fused kernel's own causality is enough."""
         T = idx.size(1)
-        seen = self.causal[:T, :T]
-        if (
-            self.cfg.title_mask
-        ):  # <eos> opens the title it stands before: it is what its first word is told from
+        visible = self.causal[:T, :T]  # (T, T)
+        if self.cfg.title_mask:
+            # <eos> belongs to the title that follows it, because it predicts that title's first word
             title = (idx == EOS).cumsum(1)  # (B, T)
-            seen = (seen & (title.unsqueeze(2) == title.unsqueeze(1))).unsqueeze(1)  # (B, 1, T, T)
+            same_title = title.unsqueeze(2) == title.unsqueeze(1)  # (B, T, T)
+            visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
         elif self.blocks[0].attn.fused:
             return None
-        kind = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else self.embed.weight.dtype
-        return torch.zeros_like(seen, dtype=kind).masked_fill_(~seen, -torch.inf)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else self.embed.weight.dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
-    def table(self) -> Tensor:
-        return self.embed.table() if self.cfg.embed_lora_rank else self.embed.weight  # type: ignore[operator]
+    def output_weight(self) -> Tensor:
+        """Return the weight of the head, which may be the embedding."""
+        if self.head is not None:
+            return self.head.weight
+        if self.cfg.embed_lora_rank:
+            return self.embed.effective_weight()  # type: ignore[operator]
+        return self.embed.weight
 
     def forward(self, idx: Tensor, pool: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each. The matrix products run in the config's dtype, wherever this is called from.
+        """Return the logits (B, T, V) of the token after each token.
 
-        pool: dropout's masks; without them nothing is dropped.
+        Matrix products run in the config's dtype. pool: dropout masks; without them nothing is dropped.
         """
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
-            T = idx.size(1)
             bias = self.attention_bias(idx)
+            masks = None if pool is None else Masks(pool)
             x = self.embed(idx)  # (B, T, D)
             if self.positions is not None:
-                x = x + self.positions.weight[:T]
-            masks = None if pool is None else Masks(pool)
-            x = masks.drop(x, self.dropout) if masks else x
+                x = x + self.positions.weight[: idx.size(1)]
+            if masks:
+                x = masks.drop(x, self.dropout)
             rope = (self.cos, self.sin) if self.cfg.position == "rope" else None
             v_first = None
             for block in self.blocks:
                 x, v = block(x, bias, rope, v_first, masks)
-                v_first = v if v_first is None and self.cfg.value_residual else v_first
-            logits = linear(self.norm(x), self.table() if self.head is None else self.head.weight)
-            logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+                if v_first is None and self.cfg.value_residual:
+                    v_first = v
+            logits = linear(self.norm(x), self.output_weight())  # (B, T, V)
+            if self.cfg.softcap:
+                logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
             if self.cfg.unused_ids:
                 logits[..., -self.cfg.unused_ids :] = -torch.inf
             return logits
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """The model of a config at step 0: the seed decides every weight."""
-    torch.manual_seed(mix(cfg.seed, "weights"))
+    """Return the model of a config at step 0. The seed decides every weight."""
+    torch.manual_seed(seed_from(cfg.seed, "weights"))
     return GPT(cfg, vocab_size)
 
 
-def mix(*parts: object) -> int:
-    """A seed from anything: what is random at a step depends on its place in the run, never on what came before."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
 def compute_loss(
     model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What is descended, and the plain cross entropy in it (nats per token), which is what is logged."""
+    """Return the training loss, and the plain cross entropy in it (nats per token), which is what gets logged."""
     if not inputs.rdrop:
-        return cross_entropy(model(x, pool).flatten(0, 1), y.flatten(), inputs.label_smoothing, native)
-    # R-Drop: the same rows under two dropout masks; both must predict the target, and agree with each other
-    logp = F.log_softmax(model(torch.cat([x, x]), pool).float().flatten(0, 1), dim=-1)  # (2BT, V)
+        logits = model(x, pool).flatten(0, 1)  # (BT, V)
+        return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
+    # R-Drop: the same rows under two dropout masks; both predict the target, and the two must agree
+    logits = model(torch.cat([x, x]), pool).float().flatten(0, 1)  # (2BT, V)
+    logp = F.log_softmax(logits, dim=-1)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
     plain = loss.detach()
     if inputs.label_smoothing:
         loss = torch.lerp(loss, -logp.mean(), inputs.label_smoothing)
     a, b = logp.chunk(2)
-    agree = ((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2  # (KL(a|b) + KL(b|a)) / 2
-    return loss + inputs.rdrop * agree, plain
+    symmetric_kl = ((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2  # (KL(a|b) + KL(b|a)) / 2
+    return loss + inputs.rdrop * symmetric_kl, plain
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimiser
-
-
-class Optimizers:
-    """One optimiser, or Muon beside AdamW; parameters in groups by what they are and how they learn; state by the parameter's name."""
-
-    def __init__(
-        self, cfg: TrainConfig, model: nn.Module, marks: Mapping[str, Mark] = MappingProxyType({})
-    ) -> None:
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.names: dict[Tensor, str] = {p: n for n, p in named.items()}
-        self.marks = dict(marks)
-        # a router's gradient lacks one direction, what all its scores share: Muon would fill it with noise of full size
-        inside = {n for n in named if n.startswith("blocks.") and ".router." not in n}
-        matrices = [p for n, p in named.items() if n in inside and p.ndim == 2]
-        tables = [p for n, p in named.items() if n not in inside and p.ndim == 2]
-        vectors = [p for p in named.values() if p.ndim < 2]
-
-        def groups(params: Iterable[Tensor], rate: str, decays: bool) -> list[dict[str, Any]]:
-            """One, where all of them learn alike."""
-            by_mark: dict[Mark, list[Tensor]] = {}
-            for p in params:
-                by_mark.setdefault(marks.get(self.names[p], PLAIN), []).append(p)
-            return [
-                {"params": held, "rate": rate, "decays": decays, "mark": m, "eps": cfg.eps * m.eps}
-                for m, held in by_mark.items()
-            ]
-
-        inner, outer = (
-            groups(matrices, "lr", True),
-            groups(tables, "lr_aux", True) + groups(vectors, "lr_aux", False),
-        )
-        self.all: list[torch.optim.Optimizer]
-        if cfg.optimizer == "sgd":
-            self.all = [
-                torch.optim.SGD(
-                    inner + outer, lr=1.0, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True
-                )
-            ]
-        elif cfg.optimizer == "adamw":
-            self.all = [torch.optim.AdamW(inner + outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)]
-        else:
-            beside = torch.optim.AdamW(outer, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)
-            self.all = [*([Muon(inner, cfg.momentum)] if inner else []), beside]
-        self.groups = [group for optimizer in self.all for group in optimizer.param_groups]
-
-    def set_rates(self, inputs: StepInputs, step: int) -> None:
-        for group in self.groups:
-            rate, mark = getattr(inputs, group["rate"]), group["mark"]
-            if mark != PLAIN:
-                rate *= mark.rate(step)
-            if group["params"][0].is_cuda:  # where a recorded step finds it
-                group["lr"] = (
-                    group["lr"].fill_(rate)
-                    if isinstance(group["lr"], Tensor)
-                    else torch.tensor(rate, device="cuda")
-                )
-            else:
-                group["lr"] = rate
-            group["weight_decay"] = inputs.weight_decay * mark.weight_decay if group["decays"] else 0.0
-
-    def apply(self) -> None:
-        for group in self.groups:
-            group["capturable"] = group["params"][0].is_cuda and torch.cuda.is_current_stream_capturing()
-        for optimizer in self.all:
-            optimizer.step()
-
-    def step(self, inputs: StepInputs, step: int = 0) -> None:
-        self.set_rates(inputs, step)
-        self.apply()
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            f"optimizer/{self.names[p]}/{key}": value
-            for optimizer in self.all
-            for p, entries in optimizer.state.items()
-            for key, value in entries.items()
-            if value is not None
-        }
-
-    def load(self, tensors: dict[str, Tensor], copy: bool = True) -> None:
-        """copy: not the tensors themselves, which may be a mapped file."""
-        owner = {
-            self.names[p]: (optimizer, p)
-            for optimizer in self.all
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-        for full_name, value in tensors.items():
-            _, name, key = full_name.split("/")
-            optimizer, p = owner[name]
-            optimizer.state[p][key] = value.to(
-                p.device, copy=copy
-            )  # fused kernels want all of it there, the step count too
-        for p in (
-            self.names if tensors and self.all[0].defaults.get("nesterov") else ()
-        ):  # fused SGD takes momentum for all or for none
-            self.all[0].state[p].setdefault(
-                "momentum_buffer", torch.zeros_like(p)
-            )  # new ones begin as all did at the first step
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# ------------------------------------------------------------------------------------------------------------
+# The step
 
 
 class State:
-    """Everything a run carries from step to step, and so everything a checkpoint holds."""
+    """Everything that a run carries from step to step, and so everything that a checkpoint holds."""
+
+    cfg: TrainConfig  # in force now: growth may have changed it
+    model: GPT
+    optimizers: Optimizers
+    average: Average
 
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
-        self.step = self.saved = 0  # steps done; of them in the run's own checkpoint
-        self.presented = 0  # tokens that went forward to be learnt from, R-Drop's second pass included
-        self.resumed = 0
-        self.ledger = {
-            "reused": 0,
-            "reused_tokens": 0,
-            "wasted": 0,
-        }  # steps taken from the store; steps trained, and lost again
-        self.spent: dict[str, float] = {}  # seconds, by what they went into
-        self.grown: dict[
-            str, Any
-        ] = {}  # of a run with a schedule: what growth/live.py needs to go on from here
-        self.become(cfg, model, Optimizers(cfg, model))
+        self.step = 0
+        self.tokens = 0  # tokens processed in training; R-Drop processes each of them twice
+        self.growth_state: dict[str, Any] = {}  # of a growing run (growth/state.py)
+        self.generation = 0  # raised when tensors were replaced, so that recorded work is recorded again
+        self.replace_model(cfg, model, Optimizers(cfg, model))
 
-    def become(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
-        self.cfg, self.model, self.optimizers, self.average = cfg, model, optimizers, Average(cfg, model)
-
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
+    def replace_model(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.optimizers = optimizers
+        self.average = Average(cfg, model)
+        self.generation += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        model = {f"model/{n}": p for n, p in self.model.named_parameters()}
-        average = self.average.shadow.items() if self.average.apart else ()
-        return model | self.optimizers.state() | {f"average/{n}": t for n, t in average}
+        """Return all tensors by name: model/..., optimizer/..., average/..."""
+        tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
+        tensors |= self.optimizers.state()
+        if self.average.apart:
+            tensors |= {f"average/{name}": t for name, t in self.average.shadow.items()}
+        return tensors
 
-    def load(
-        self, tensors: dict[str, Tensor], step: int, presented: int, grown: dict[str, Any] | None = None
-    ) -> None:
-        if grown:
-            self.become(*rebuilt(self, grown))
-        self.grown = grown or {}
-        if more := {n for n in tensors if n.startswith("model/")} - {
-            f"model/{n}" for n, _ in self.model.named_parameters()
-        }:
-            raise RunError(
-                f"the state holds {min(more)}, the model does not; build the model as it was when the state was saved"
-            )
-        self.step, self.presented = step, presented
+    def load(self, tensors: dict[str, Tensor], step: int, tokens: int) -> None:
+        """Load the tensors of a state that belongs to this model."""
+        params = dict(self.model.named_parameters())
+        unknown = {name for name in tensors if name.startswith("model/")} - {
+            f"model/{name}" for name in params
+        }
+        if unknown:
+            fix = "build the model as it was when the state was saved"
+            raise RunError(f"the state holds {min(unknown)}, the model does not; {fix}")
+        self.step = step
+        self.tokens = tokens
         self.average.apart = any(name.startswith("average/") for name in tensors)
+        scored = "average" if self.average.apart else "model"
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(tensors[f"model/{name}"])
+            for name, p in params.items():
+                p.copy_(self._fitting(tensors[f"model/{name}"], p, name))
             for name, t in self.average.shadow.items():
-                t.copy_(tensors[f"{'average' if self.average.apart else 'model'}/{name}"])
-        self.optimizers.load({k: v for k, v in tensors.items() if k.startswith("optimizer/")})
+                t.copy_(self._fitting(tensors[f"{scored}/{name}"], t, name))
+        self.optimizers.load({name: t for name, t in tensors.items() if name.startswith("optimizer/")})
+        self.generation += 1
+
+    @staticmethod
+    def _fitting(tensor: Tensor, target: Tensor, name: str) -> Tensor:
+        if tensor.shape != target.shape:  # copy_ would broadcast it
+            got = f"{name} has shape {tuple(tensor.shape)} in the state"
+            raise RunError(f"{got} and {tuple(target.shape)} in the model; restore the state that was saved")
+        return tensor
 
 
-def train(
-    cfg: TrainConfig,
-    out: Path,
-    *,
-    fresh: bool = False,
-    progress: Progress = QUIET,
-    store: Store | None = None,
-    keep: Iterable[int] = (),
-    until: int = 0,
-) -> dict[str, Any]:
-    """Train a config to its end, from its last checkpoint or from what the store has of it, and give the summary.
+class TrainStep:
+    """A training step: first the gradients, then the update of the weights.
 
-    keep: steps after which the store keeps the state, besides those that the config suggests. until: stop after that step.
+    On a GPU both are recorded as CUDA graphs. What changes between steps (batch, seeds, rates) therefore reaches
+    them through tensors and generators only.
     """
-    with ExitStack() as held:
-        stop = held.enter_context(
-            StopFlag()
-        )  # from the start: a signal while data is prepared is obeyed before the first step
-        started = time.perf_counter()
-        machine = Machine(cfg)
-        progress = progress if machine.leads else QUIET
-        check_writable(Path(out))  # before the data is read, which may take a while
-        corpus = load_corpus(cfg)
-        with machine.leader_first():  # the others find its tokens in the cache
-            data = prepare(cfg, corpus)
-        read = time.perf_counter() - started
-        plan = Plan(cfg, len(data.splits["train"]))
-        check_spans(cfg, data)
-        machine.settle(cfg, plan)
 
-        with machine.leader_first():  # the others see what it has left of an earlier run
-            run = open_run(Path(out), cfg, fresh) if machine.leads else RunDir(Path(out) / cfg.run_id)
-        held.callback(run.release)
-        titles = {"fingerprints": corpus.fingerprints, "tokenizer": data.tokenizer.digest}
-        check_same_data(run, titles)
-        if summary := run.summary():
-            return summary
-        if machine.leads:
-            # the config first: a folder without it, with anything else in it, is not taken for a run
-            run.write(
-                "config.json",
-                {"config": cfg.model_dump(), "digest": cfg.digest, "plan": plan.table(), **titles},
-            )
-            write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
-        state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
-        state.model.set_up(plan.at(0), machine.attention)  # a score may come before a step
-        state.spent["data"] = read
-        env = environment(machine)
-        growth = Growth(
-            cfg, plan, machine, state, run.log("growth.jsonl") if machine.leads and cfg.growth.ops else None
-        )
-        reuse = (
-            Reuse(
-                store, cfg, plan, machine, corpus.fingerprints, data.digest, progress.note, keep, until, fresh
-            )
-            if store
-            else None
-        )
-        if reuse:
-            growth.also, reuse.journal, reuse.figures = reuse.rows_append, growth.journal, growth.figures
-        metrics = resume(cfg, run, state, env, progress, reuse, growth) if machine.leads else None
-        if machine.world > 1:
-            follow(cfg, run, state, machine, growth)
-        progress.start(cfg, growth.plan.table(), run.metrics())
-        if machine.why:
-            progress.note(machine.why)
-        earlier = sum(state.spent.values()) - read
-        with ending(machine, run, growth, [reuse, progress, metrics, growth]):
-            loop(cfg, growth, data, machine, run, state, metrics, progress, stop, reuse, until)
-        if not machine.leads:
-            return {}
-        plan = growth.plan
-        with state.average.applied(), state.clock("guards"):
-            summary = summarize(cfg, plan, corpus, data, run, state, env)
-        state.spent["overhead"] = (
-            state.spent.get("overhead", 0.0)
-            + earlier
-            + time.perf_counter()
-            - started
-            - sum(state.spent.values())
-        )
-        return finish(run, state, plan, summary)
+    def __init__(self, state: State, device: Device) -> None:
+        self.state = state
+        self.device = device
+        self.model: GPT | None = None
+        self.generation = -1
+        self.runner: Any = None
+        self.stop_counting: Callable[[], None] = lambda: None
+        self.prepare()
 
+    def prepare(self) -> None:
+        """Adapt to a state whose model or tensors were replaced."""
+        state = self.state
+        if self.model is not state.model:
+            self.release()
+            self.model = state.model
+            self.runner = self.device.runner(state.model)
+            self.stop_counting = count_tokens(self.runner, state, self.device.world)
+            self.forward_backward = self.device.cuda_graph(state.cfg)
+            self.optimizer_step = self.device.cuda_graph(state.cfg)
+            self.tokens_per_replay = 0  # a replayed graph calls no model, so nothing counts its tokens
+        elif self.generation != state.generation:
+            self.forward_backward.forget()
+            self.optimizer_step.forget()
+        self.generation = state.generation
 
-def make_runner(machine: Machine, model: GPT) -> nn.Module:
-    """The model as the steps call it, compiled for the shape at hand, whatever this process saw before. Scores are the model's own."""
-    runner: nn.Module = torch.compile(model, dynamic=False) if machine.compile else model  # type: ignore[assignment]
-    return nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
+    def release(self) -> None:
+        """Let go of the model before it is replaced: memory has room for two models, not for three."""
+        if self.model is None:
+            return
+        self.stop_counting()
+        self.forward_backward.forget()
+        self.optimizer_step.forget()
+        self.model = None
+        self.runner = None
 
-
-class Stepper:
-    """What a step does: its gradients, then what they do to the weights. Each is recorded on a GPU, so all that changes from step to
-    step without a change of `inputs` (the batch, the seeds, the rates) reaches them through tensors and generators."""
-
-    def __init__(self, cfg: TrainConfig, machine: Machine, state: State) -> None:
-        self.cfg, self.machine, self.state, self.model = cfg, machine, state, state.model
-        self.runner, model = make_runner(machine, state.model), state.model
-
-        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if model.training:
-                state.presented += args[0].numel() * machine.world
-
-        # the ledger counts what really goes forward; nothing refers back to here, or DDP would outlive its process group
-        self.counts = self.runner.register_forward_pre_hook(count)
-        self.learn, self.move = machine.recorded(cfg), machine.recorded(cfg)
-        self.goes = 0  # tokens of a step that is recorded: a replay calls no model
-
-    def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs, step: int) -> Tensor:
-        """A step as far as the clipped gradients: its loss and their norm, still on the device."""
-        machine, before = self.machine, self.state.presented
-        # micro-batch m of this process is piece m * world + rank
-        machine.seed(
-            [
-                mix(self.cfg.seed, "step", step, m * machine.world + machine.rank)
-                for m in range(inputs.grad_accum)
-            ]
-        )
+    def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Tensor:
+        """Compute the clipped gradients of a batch. Return loss and gradient norm, still on the device."""
+        self.prepare()
+        device = self.device
+        state = self.state
+        # micro-batch m of this process is piece m * world + rank of the batch
+        pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
+        device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
+        # the rates do not enter the gradients, so they must not start a new recording
         self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
-        numbers = self.learn((self.inputs, x.shape), self._learn, x, y)
-        assert numbers is not None
-        self.goes = self.state.presented - before or self.goes
-        self.state.presented = before + self.goes
-        return numbers
+        before = state.tokens
+        with device.compiling():
+            loss_and_norm = self.forward_backward((self.inputs, x.shape), self._forward_backward, x, y)
+        assert loss_and_norm is not None
+        self.tokens_per_replay = state.tokens - before or self.tokens_per_replay
+        state.tokens = before + self.tokens_per_replay
+        return loss_and_norm
 
-    def _learn(self, x: Tensor, y: Tensor) -> Tensor:
-        cfg, machine, inputs, model, runner = self.cfg, self.machine, self.inputs, self.model, self.runner
+    def _forward_backward(self, x: Tensor, y: Tensor) -> Tensor:
+        cfg = self.state.cfg
+        model = self.state.model
+        device = self.device
+        inputs = self.inputs
         model.train()
-        model.set_up(inputs, machine.attention)
+        model.set_dropout(inputs, device.attention)
         model.zero_grad(set_to_none=True)
-        pieces = inputs.grad_accum * machine.world
-        places = drops(cfg, inputs, cfg.passes * len(x) // pieces, machine.attention)
-        total = torch.zeros((), device=machine.device)
+        pieces = inputs.grad_accum * device.world
+        sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
+        total = torch.zeros((), device=device.torch_device)
         for micro in range(inputs.grad_accum):
-            piece = micro * machine.world + machine.rank
-            pool = machine.masks(places, micro)
+            piece = micro * device.world + device.rank
+            pool = device.masks(sites, micro)
             last = micro == inputs.grad_accum - 1
-            with nullcontext() if last or machine.world == 1 else runner.no_sync():  # type: ignore[operator]
-                loss, plain = compute_loss(
-                    runner, x.chunk(pieces)[piece], y.chunk(pieces)[piece], inputs, pool, machine.native
-                )
+            # gradients travel between processes after the last micro-batch only
+            with nullcontext() if last or device.world == 1 else self.runner.no_sync():
+                x_piece = x.chunk(pieces)[piece]
+                y_piece = y.chunk(pieces)[piece]
+                loss, plain = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
                 (loss / inputs.grad_accum).backward()
             total += plain / inputs.grad_accum
-            del loss, pool  # what they hold is not needed beside the next micro-batch
+            del loss, pool  # free their memory before the next micro-batch
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        return torch.stack((machine.mean(total), norm))
+        return torch.stack((device.mean(total), norm))
 
     def update(self, inputs: StepInputs) -> None:
-        self.state.optimizers.set_rates(inputs, self.state.step)
-        self.move.on = self.learn.graph is not None  # before, the gradients lie elsewhere at each step
-        self.move((inputs.weight_decay, self.learn.graph), self.state.optimizers.apply)
-        self.state.average.update(inputs)
-
-    def forget(self, model: bool = False) -> None:
-        """The state was loaded anew; or, with its model, will be another."""
-        self.learn.forget()
-        self.move.forget()
-        if model:
-            self.counts.remove()
-            self.model = self.runner = None  # type: ignore[assignment]
+        """Move the weights along the gradients, and average them if the config asks for it."""
+        state = self.state
+        state.optimizers.set_rates(inputs, state.step)
+        graph = self.forward_backward.graph
+        self.optimizer_step.on = graph is not None  # until then gradients lie elsewhere at every step
+        self.optimizer_step((inputs.weight_decay, graph), state.optimizers.apply)
+        state.average.update(inputs)
 
 
-def loop(
-    cfg: TrainConfig, growth: Growth, data: TokenData, machine: Machine, run: RunDir, state: State, metrics: Metrics | None,
-    progress: Progress, stop: StopFlag, reuse: Reuse | None, until: int,
-) -> None:  # fmt: skip
-    stepper, warm = Stepper(state.cfg, machine, state), False
-    batches = Batches(cfg, data.splits["train"])
+def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
+    """Count the tokens that really go through the model in training, until the returned function is called."""
+    model = state.model
 
-    def renew() -> None:
-        """The state was loaded, or grown."""
-        nonlocal stepper, warm
-        stepper.forget()
-        if stepper.model is not state.model:
-            stepper, warm = Stepper(state.cfg, machine, state), False
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if model.training:
+            state.tokens += args[0].numel() * world
 
-    def save() -> None:
-        if metrics is not None and state.step > state.saved:
-            with state.clock("checkpoints"):
-                meta: dict[str, Any] = {
-                    "digest": cfg.digest,
-                    "machine_class": machine.facts,
-                    "metrics": metrics.mark(),
-                }
-                meta |= {"resumed": state.resumed, "presented": state.presented, "spent": state.spent}
-                meta |= {"store": reuse.meta(state.step) if reuse else None, "ledger": state.ledger}
-                meta |= {"growth": state.grown, "journal": growth.journal.mark() if growth.journal else None}
-                checkpoint.save(run.checkpoints, state.step, state.tensors(), meta, run.check)
-        machine.any(
-            False
-        )  # none goes on, or away, before the leader has saved: torchrun ends all as soon as one is gone
-        state.saved = state.step
+    # the hook must not refer to the step, or DDP would outlive its process group
+    return runner.register_forward_pre_hook(count).remove
 
-    def write(row: dict[str, Any], logged: bool = True) -> None:
-        if reuse:
-            reuse.rows.append(row)
-        if metrics is not None and logged:
-            metrics.append(row)
 
-    unread: list[
-        tuple[dict[str, Any], Tensor]
-    ] = []  # steps whose numbers are on the device: to read one is to wait for it
-    read: list[dict[str, Any]] = []
+# ------------------------------------------------------------------------------------------------------------
+# The loop
 
-    def fetch() -> None:
-        """Read them, and end the run if one is no number. Read at each step (on a CPU), that one has not reached the weights yet."""
-        numbers = torch.stack([found for _, found in unread]).tolist() if unread else []
-        for (row, _), (loss, norm) in zip(unread, numbers, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                report(time.perf_counter() - clock)
-                kept = "the last checkpoint before it is kept"
-                if row["step"] == state.step + 1:
-                    state.presented -= (
-                        growth.plan.segment_at(state.step).span * cfg.passes
-                    )  # nothing was learnt from this step
-                    save()
-                    kept = "the checkpoint before this step is kept"
-                raise Diverged(
-                    f"loss {loss} with gradient norm {norm} at step {row['step']} of {growth.plan.steps}, lr {row['lr']:g}; "
-                    f"lower lr or lr_aux, or raise warmup_frac ({kept})"
-                )
-            read.append(row | {"loss": loss, "grad_norm": norm})
-        unread.clear()
 
-    def report(seconds: float) -> None:
-        for row in read:
-            row["seconds"] = seconds / len(read)
-            write(row, logged := row["step"] % cfg.log_every == 0 or row["step"] == growth.plan.steps)
-            if logged:
-                progress.step(row | {"steps": growth.plan.steps})
-        read.clear()
+class Due(NamedTuple):
+    """What happens after a step."""
 
-    def scores() -> list[dict[str, Any]]:
-        with state.clock("evaluation"):
-            return (
-                [row | growth.figures(state.step) for row in score(cfg, data, state)] if machine.leads else []
-            )
+    score: bool
+    keep: bool  # its state is kept in the store
+    save: bool  # a checkpoint is written
 
-    def evaluate(lr: float) -> None:
-        found = scores()
-        if machine.any(not all(math.isfinite(row["loss"]) for row in found)):
-            why = f"the score at step {state.step} of {growth.plan.steps} is no number after lr {lr:g}"
-            raise Diverged(f"{why}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)")
-        for row in found:
-            write(row)
-            progress.eval(row | {"steps": growth.plan.steps})
 
-    def share() -> None:
-        """Leave the state for others, go on from what others have left further on, and settle what the scores so far decide."""
-        again = True
-        while again:
-            again = False
-            if reuse:
-                reuse.publish(state)
-                step, unscored = state.step, reuse.advance(state, metrics, stop)
-                if moved := state.step != step:
-                    growth.restored()
-                    renew()
-                if unscored:
-                    evaluate(growth.plan.at(state.step - 1).lr)
-                again = unscored or (moved and growth.plan.undecided is not None)
-            growth.heard(run.metrics() if metrics is not None and cfg.growth.ops else [])
-            if growth.decide():
-                again = reuse is not None
-                if reuse:
-                    reuse.follow(growth.plan)
+class Run(Protocol):
+    """What the loop asks of a run. `Session` (run/session.py) answers with everything, `PlainRun` with the least."""
 
-    share()
-    clock = time.perf_counter()
-    while state.step < (plan := growth.plan).steps:
-        wanted = until and state.step >= until
-        if wanted or (
-            (machine.world == 1 or state.step % machine.lag == 0) and machine.any(bool(stop.asked))
-        ):
-            fetch()
-            report(time.perf_counter() - clock)
-            save()
-            why = f"{stop.asked or ('stopped' if wanted else 'another process stopped')} at step {state.step} of {plan.steps}"
-            raise Interrupted(f"{why}; everything is saved, the same command goes on from here")
-        if op := growth.waits:
-            stepper.forget(model=op.name in ARCHITECTURE)  # two models are enough
-            try:
-                growth.act(scores)
-            except MainrunError:
-                save()
-                raise
-            renew()
-            if reuse:
-                reuse.follow(growth.plan)
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run. Growth may replace it on the way."""
+
+    def settle(self) -> None:
+        """Share the state through the store, continue from a later one, and decide on growth."""
+
+    def stop_reason(self) -> str:
+        """Return why the run must stop before the next step, or ""."""
+
+    def grow(self, release: Callable[[], None]) -> bool:
+        """Carry out the growth operation that is due. Return False if there is none."""
+
+    def due(self, step: int) -> Due:
+        """Return what happens after a step, before that step is trained."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of a step, each (B, T)."""
+
+    def log(self, rows: Sequence[StepRow]) -> None:
+        """Log steps that are done."""
+
+    def evaluate(self) -> None:
+        """Score the state on held-out titles."""
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this state has one."""
+
+
+def loop(run: Run, state: State, device: Device) -> None:
+    """Train to the end of the plan.
+
+    A step is a pure function of (config, step), so it does not matter who starts this loop, or at which step.
+    """
+    step = TrainStep(state, device)
+    losses = PendingLosses(limit=device.read_every)
+
+    run.settle()
+    while state.step < run.plan.steps:
+        reason = run.stop_reason()
+        if reason:
+            run.log(losses.drain())
+            run.save()
+            raise Interrupted(reason)
+        if run.grow(step.release):
             continue
-        inputs, done = plan.at(state.step), state.step + 1
-        evaluates = done in plan.eval_steps
-        saves = done % plan.checkpoint_every == 0 or done == plan.steps
-        keeps = reuse is not None and reuse.keeps(done)
-        with (
-            state.clock("steps" if warm or not machine.compile else "compile"),
-            machine.compiling(),
-        ):  # at the first step
-            x, y = (machine.put(a) for a in batches.at(state.step, plan.segment_at(state.step)))
-            numbers = stepper.gradients(x, y, inputs, state.step)
-            unread.append(
-                ({"event": "step", "step": done, "tokens": plan.tokens(done), "lr": inputs.lr}, numbers)
-            )
-            if len(unread) == machine.lag or evaluates or keeps or saves:
-                fetch()
-            stepper.update(inputs)
-        state.step, warm = done, True
-        if read:
-            report(time.perf_counter() - clock)
-        for warning in growth.look_back():
-            progress.note(warning)
-        if evaluates:
-            evaluate(inputs.lr)
-        if keeps or evaluates:
-            share()
-        if saves:
-            save()
-        if not unread:
-            clock = time.perf_counter()
-    save()
+
+        due = run.due(state.step + 1)
+        inputs = run.plan.at(state.step)  # learning rates, weight decay, dropout and batch size of this step
+        x, y = run.batch(state.step)
+        loss_and_norm = step.gradients(x, y, inputs)
+
+        # read before the weights move if anything is due: a NaN must never reach a checkpoint
+        losses.push(state.step + 1, inputs.lr, loss_and_norm)
+        rows = losses.drain() if losses.full or any(due) else []
+
+        step.update(inputs)
+        state.step += 1
+        run.log(rows)
+        if due.score:
+            run.evaluate()
+        if due.score or due.keep:
+            run.settle()
+        if due.save:
+            run.save()
+    run.save()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# This file alone
+
+
+class Setup(NamedTuple):
+    """What a config needs to train on this machine."""
+
+    cfg: TrainConfig
+    device: Device
+    corpus: Corpus
+    data: TokenData
+    plan: Plan
+
+    def start(self) -> State:
+        """Return the state at step 0."""
+        state = State(self.cfg, build(self.cfg, self.data.tokenizer.vocab_size).to(self.device.torch_device))
+        state.model.set_dropout(
+            self.plan.at(0), self.device.attention
+        )  # a score may come before the first step
+        return state
+
+
+def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
+    """Read the data of a config and plan its run. fired: growth operations that have fired (plan/plan.py)."""
+    device = Device(cfg)
+    corpus = load_corpus(cfg)
+    with device.leader_first():  # the other processes find the tokens in the cache
+        data = prepare(cfg, corpus)
+    plan = Plan(cfg, len(data.splits["train"]), fired)
+    device.settle(cfg, plan)
+    return Setup(cfg, device, corpus, data, plan)
+
+
+def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
+    """Score the weights on val, and on dev if there is one. Yield the rows that metrics.jsonl holds."""
+    for split in ("val", "dev"):
+        if split not in data.splits:
+            continue
+        started = time.perf_counter()
+        size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
+        with state.average.applied():
+            result = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
+        seconds = time.perf_counter() - started
+        yield {"event": "eval", "step": state.step, "split": split, **asdict(result), "seconds": seconds}
+
+
+class PlainRun:
+    """The least that `loop` needs: no checkpoints, no store, no growth. Rows are printed as JSON."""
+
+    def __init__(self, setup: Setup, state: State) -> None:
+        if setup.cfg.growth.ops:
+            raise UsageError("this file alone cannot grow a model; use `mainrun train`")
+        self.cfg, self.device, _, self.data, self.plan = setup
+        self.state = state
+        self.batches = Batches(setup.cfg, setup.data.splits["train"])
+
+    def settle(self) -> None: ...
+
+    def stop_reason(self) -> str:
+        return ""
+
+    def grow(self, release: Callable[[], None]) -> bool:
+        return False
+
+    def due(self, step: int) -> Due:
+        return Due(score=step in self.plan.eval_steps, keep=False, save=False)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        x, y = self.batches.at(step, self.plan.segment_at(step))
+        return self.device.put(x), self.device.put(y)
+
+    def log(self, rows: Sequence[StepRow]) -> None:
+        for row in rows:
+            print(json.dumps({"event": "step", **row._asdict()}))
+
+    def evaluate(self) -> None:
+        for row in score(self.cfg, self.data, self.state):
+            print(json.dumps(row), flush=True)
+
+    def save(self) -> None: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a preset with nothing but this file."""
+    parser = argparse.ArgumentParser(prog="python -m mainrun.train", description=main.__doc__)
+    parser.add_argument("--preset", default="demo:optimized", help="a built-in preset or a TOML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; may be repeated"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        for cfg in load(options.preset, options.set):
+            setup = set_up(cfg)
+            state = setup.start()
+            loop(PlainRun(setup, state), state, setup.device)
+    except MainrunError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -93,8 +93,8 @@ def make(folder: Path) -> None:
 def _train(out: Path, fields: dict[str, Any], until: int = 0) -> str:
     from mainrun.errors import Interrupted
     from mainrun.plan.recipes import load
+    from mainrun.run.session import train
     from mainrun.store.nodes import Store
-    from mainrun.train import train
 
     (cfg,) = load("baseline", sets(fields)[1::2])
     with suppress(Interrupted):
@@ -110,8 +110,8 @@ class SameProcess:
     def train(self, task: Any) -> Any:
         from mainrun.errors import Interrupted
         from mainrun.plan.recipes import load
+        from mainrun.run.session import train
         from mainrun.store.nodes import Store
-        from mainrun.train import train
         from sweeps.engine.protocol import Outcome as End
 
         with suppress(Interrupted):

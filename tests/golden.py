@@ -193,9 +193,9 @@ def machine_class() -> dict[str, Any]:
     from importlib.metadata import version
 
     from mainrun.config import from_dict
-    from mainrun.core.device import Machine
+    from mainrun.core.device import Device
 
-    facts = Machine(from_dict(SIZE | {"compile": "on"})).facts
+    facts = Device(from_dict(SIZE | {"compile": "on"})).machine_class
     kept = {
         name: facts[name]
         for name in ("device", "instructions", "torch", "compiler", "limits")

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap, transfer
 from mainrun.growth.operators import grow
 from mainrun.growth.verify import probe
 from mainrun.plan.op_files import FILLED
 from mainrun.plan.ops import Op, Trigger, after
 from mainrun.plan.plan import Plan, StepInputs
-from mainrun.train import GPT, Optimizers, build
+from mainrun.train import GPT, build
 
 V, T = 29, 8
 IDX = probe(V, T, seed=0, rows=3)

@@ -16,7 +16,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make(out: Path, tiny: Any, seeds: tuple[int, ...] = (1, 2, 3)) -> None:
-    from mainrun.train import train
+    from mainrun.run.session import train
 
     for preset, fields in RECIPES.items():
         for seed in seeds:

@@ -23,8 +23,8 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device as machine
 from mainrun.data.sources import load_corpus
 from mainrun.run import batch
+from mainrun.run.session import train
 from mainrun.store.nodes import Node, Store, sha256
-from mainrun.train import train
 
 # 37 steps; nodes at 18 and 36 (scores), 27 (the decay begins) and 37 (the end)
 SMALL: dict[str, Any] = {

@@ -19,13 +19,13 @@ from conftest import tiny_sets
 
 from mainrun.bench import gpu, lineage, parts, plain, step, worker
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.errors import MainrunError, UsageError
 from mainrun.plan.plan import Plan
 from mainrun.run import batch
-from mainrun.run.session import flops_per_token
+from mainrun.run.session import flops_per_token, train
 from mainrun.store.rundir import RunDir
-from mainrun.train import build, train
+from mainrun.train import build
 from mainrun.ui.estimate import Trial
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def test_the_floors_products_are_those_of_a_linear_layer() -> None:
 
 
 def shares(cfg: TrainConfig) -> dict[str, float]:
-    trial = Trial(cfg, Machine(cfg), Plan(cfg, 10_000), cfg.vocab_size)
+    trial = Trial(cfg, Device(cfg), Plan(cfg, 10_000), cfg.vocab_size)
     x, y = worker.random_batch(cfg, "cpu")
     trial.step(x, y)
     return parts.shares(lambda: trial.step(x, y), trial.stepper.runner)

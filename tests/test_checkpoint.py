@@ -19,9 +19,9 @@ from torch import Tensor
 from mainrun.config import TrainConfig
 from mainrun.errors import RunError
 from mainrun.run.progress import Progress
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 
 DTYPES = [
     torch.float64,

@@ -15,9 +15,9 @@ import pytest
 from conftest import TINY, tiny_sets
 
 from mainrun.config import TrainConfig, from_dict
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import torch
 from mainrun.bench import step
 from mainrun.config import TrainConfig
 from mainrun.core.cuda_graph import WARM, Recorded
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.data.sources import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.plan.plan import Plan
@@ -40,7 +40,7 @@ def test_the_count_follows_what_is_alive() -> None:
 
 def tensors(cfg: TrainConfig) -> float:
     """The bytes of the tensors alone, without what the process takes in any case."""
-    machine = Machine(cfg)
+    machine = Device(cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "FRAGMENTS", 1.0)
         return memory(Plan(cfg, 10**9), machine, cfg.vocab_size) - estimate.PROCESS
@@ -89,7 +89,7 @@ def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: st
         optimizer=optimizer,
     )
     before, held = torch.get_rng_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert memory(Plan(huge, 10**12), Machine(huge), 100_000) > 5e11
+    assert memory(Plan(huge, 10**12), Device(huge), 100_000) > 5e11
     assert torch.equal(before, torch.get_rng_state())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < held + 300_000  # kB
 
@@ -122,9 +122,9 @@ def test_the_peak_is_the_one_that_was_foretold(tiny: Any, changes: dict[str, Any
 # -- time
 
 
-def planned(cfg: TrainConfig) -> tuple[Machine, Plan, Any]:
+def planned(cfg: TrainConfig) -> tuple[Device, Plan, Any]:
     data = prepare(cfg, load_corpus(cfg))
-    return Machine(cfg), Plan(cfg, len(data.splits["train"])), data
+    return Device(cfg), Plan(cfg, len(data.splits["train"])), data
 
 
 def test_a_probe_adds_up_its_parts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +192,8 @@ def test_a_probe_does_not_compile(tiny: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_trial_steps_as_a_run_does(tiny: Any, tmp_path: Path) -> None:
     """The same losses as the first steps of the run itself: what is timed is the real thing."""
     from mainrun.data.batches import Batches
+    from mainrun.run.session import train
     from mainrun.store.rundir import RunDir
-    from mainrun.train import train
 
     cfg = tiny(dropout=0.1, optimizer="muon", lr=0.01, ema=0.9, compile="off")
     train(cfg, tmp_path)

@@ -20,9 +20,9 @@ from mainrun.data.sources import load_corpus
 from mainrun.errors import Interrupted, RunError
 from mainrun.run import session as sitting
 from mainrun.run.progress import Progress
+from mainrun.run.session import train as train_run
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir, to_json, write_json
-from mainrun.train import train as train_run
 from mainrun.ui import compare
 
 

@@ -26,10 +26,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mainrun.config import TrainConfig
+from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap, Piece, Rate, rates, scaled, transfer
 from mainrun.growth.verify import delta, symmetry_lock
 from mainrun.plan.ops import Op, Transfer
-from mainrun.train import GPT, Optimizers
+from mainrun.train import GPT
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw"}
 

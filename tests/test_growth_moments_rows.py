@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mainrun.core.optimizers import DEFAULT_SCHEDULE, ParamSchedule
 from mainrun.growth.moments import (
-    PLAIN,
     IndexMap,
-    Mark,
     Piece,
     Rate,
     along,
     by_parameter,
-    marks,
+    param_schedules,
     rates,
     scaled,
     transfer,
@@ -141,7 +140,7 @@ def test_a_layer_that_is_stacked_twice_is_no_copy_of_itself_but_experts_are() ->
     ]
 
 
-# -- rates and marks
+# -- rates and param_schedules
 
 
 def test_rates_follow_a_width_by_its_factors() -> None:
@@ -159,50 +158,51 @@ def test_rates_follow_a_width_by_its_factors() -> None:
 @pytest.mark.parametrize(
     ("mark", "steps"),
     [
-        (PLAIN, {0: 1.0, 100: 1.0}),
-        (Mark(lr=0.5), {0: 0.5, 100: 0.5}),
-        (Mark(lr=2.0, since=10, rewarm=4), {10: 0.5, 11: 1.0, 12: 1.5, 13: 2.0, 14: 2.0, 99: 2.0}),
-        (Mark(since=10, rewarm=1), {10: 1.0, 11: 1.0}),
+        (DEFAULT_SCHEDULE, {0: 1.0, 100: 1.0}),
+        (ParamSchedule(lr=0.5), {0: 0.5, 100: 0.5}),
+        (ParamSchedule(lr=2.0, since=10, rewarm=4), {10: 0.5, 11: 1.0, 12: 1.5, 13: 2.0, 14: 2.0, 99: 2.0}),
+        (ParamSchedule(since=10, rewarm=1), {10: 1.0, 11: 1.0}),
     ],
 )
-def test_a_rate_climbs_over_its_steps(mark: Mark, steps: dict[int, float]) -> None:
+def test_a_rate_climbs_over_its_steps(mark: ParamSchedule, steps: dict[int, float]) -> None:
     assert {step: mark.rate(step) for step in steps} == steps
-    assert Mark(1.0, 1.0, 1.0, 0, 0) == PLAIN
+    assert ParamSchedule(1.0, 1.0, 1.0, 0, 0) == DEFAULT_SCHEDULE
 
 
 def marked(
-    name: str, pieces: dict[str, Piece], lr: Rates, before: dict[str, Mark] | None = None
-) -> dict[str, Mark]:
+    name: str, pieces: dict[str, Piece], lr: Rates, before: dict[str, ParamSchedule] | None = None
+) -> dict[str, ParamSchedule]:
     shapes = {n: size(2, 3) for n in pieces}
     op: Any = SimpleNamespace(name=name, lr=lr)
-    return marks(before or {}, IndexMap(pieces, shapes, shapes), op, 30)
+    return param_schedules(before or {}, IndexMap(pieces, shapes, shapes), op, 30)
 
 
 def test_what_is_new_gets_a_mark() -> None:
     pieces = {"old": Piece("old"), "restarts": Piece("old", grad=None), "made": Piece(None)}
-    peak = Mark(1.5, since=30, rewarm=4)
+    peak = ParamSchedule(1.5, since=30, rewarm=4)
     assert marked("widen_mlp", pieces, Rates(4, 1.5)) == {"restarts": peak, "made": peak}
-    assert marked("widen_mlp", pieces, Rates(0, 1.5)) == {"restarts": Mark(1.5), "made": Mark(1.5)}, (
-        "no climb, no beginning"
-    )
+    assert marked("widen_mlp", pieces, Rates(0, 1.5)) == {
+        "restarts": ParamSchedule(1.5),
+        "made": ParamSchedule(1.5),
+    }, "no climb, no beginning"
     assert marked("widen_mlp", pieces, Rates()) == {}, "what learns as all do has no mark"
 
 
 def test_a_layers_second_copy_is_new_and_other_second_copies_are_not() -> None:
     pieces = {"a": Piece("w"), "b": Piece("w"), "c": Piece("v")}
-    assert marked("stack_layers", pieces, Rates(4)) == {"b": Mark(1.0, since=30, rewarm=4)}
+    assert marked("stack_layers", pieces, Rates(4)) == {"b": ParamSchedule(1.0, since=30, rewarm=4)}
     assert marked("upcycle_moe", pieces, Rates(4)) == {}
 
 
 def test_a_mark_goes_over_and_a_width_multiplies_it() -> None:
-    before = {"old": Mark(0.5, 2.0, 0.5, 7, 3), "new": Mark(9.0)}
+    before = {"old": ParamSchedule(0.5, 2.0, 0.5, 7, 3), "new": ParamSchedule(9.0)}
     pieces = {"same": Piece("old", weight=0.25, grad=0.5), "new": Piece(None)}
-    assert marked("widen_model", pieces, Rates(), before) == {"same": Mark(0.5, 2.0, 0.5, 7, 3)}
+    assert marked("widen_model", pieces, Rates(), before) == {"same": ParamSchedule(0.5, 2.0, 0.5, 7, 3)}
     assert marked("widen_model", pieces, Rates(width_rule="adam_1_over_n"), before) == {
-        "same": Mark(0.125, 8.0, 0.25, 7, 3)
+        "same": ParamSchedule(0.125, 8.0, 0.25, 7, 3)
     }
     alone = marked("widen_model", {"a": Piece("a", weight=0.5, grad=1.0)}, Rates(width_rule="adam_1_over_n"))
-    assert alone == {"a": Mark(0.5, 2.0, 1.0)}
+    assert alone == {"a": ParamSchedule(0.5, 2.0, 1.0)}
 
 
 # -- moments

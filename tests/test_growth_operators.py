@@ -29,11 +29,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mainrun.config import TrainConfig
+from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import transfer
 from mainrun.growth.operators import OPS, SPACES, grow, part, truncate
 from mainrun.growth.verify import delta, preserved
 from mainrun.plan.ops import ARCHITECTURE, Op, Transfer, after
-from mainrun.train import GPT, Optimizers
+from mainrun.train import GPT
 
 ASYMMETRIC = Transfer("asymmetric")  # without it, or noise, the schedule refuses a zero router: it locks
 Made = Callable[[TrainConfig], Op | None]  # None: not for this model

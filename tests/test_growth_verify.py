@@ -10,6 +10,7 @@ import torch
 from growing import IDX, MODERN, V, at, config, go_on, gradients, grown, op, shaken, steps, trained, weights
 from torch import nn
 
+from mainrun.core.optimizers import Optimizers
 from mainrun.errors import RunError
 from mainrun.growth.moments import transfer
 from mainrun.growth.verify import (
@@ -28,7 +29,7 @@ from mainrun.growth.verify import (
     tied,
 )
 from mainrun.plan.ops import Transfer
-from mainrun.train import GPT, Optimizers, State
+from mainrun.train import GPT, State
 
 MANY = probe(V, 8, seed=3, rows=32)
 ZERO: dict[str, Any] = {"router": "zero"}

@@ -12,6 +12,7 @@ import torch
 from growing import IDX, V, config, grown, op, shaken
 from torch import Tensor, nn
 
+from mainrun.core.optimizers import Optimizers
 from mainrun.growth import verify
 from mainrun.growth.moments import IndexMap, Piece
 from mainrun.growth.verify import (
@@ -32,7 +33,7 @@ from mainrun.growth.verify import (
     symmetry_lock,
     tied,
 )
-from mainrun.train import GPT, Optimizers
+from mainrun.train import GPT
 
 CFG = config()
 

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mainrun.config import from_dict
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.core.kernels import cross_entropy
 from mainrun.core.moe import MoE
+from mainrun.core.optimizers import Optimizers
 from mainrun.errors import ConfigError
 from mainrun.plan.cost import size
 from mainrun.plan.plan import Plan
 from mainrun.run.session import flops_per_token
-from mainrun.train import GPT, MLP, Optimizers, build
+from mainrun.train import GPT, MLP, build
 from mainrun.ui.estimate import memory
 
 LATE: dict[str, Any] = {
@@ -223,7 +224,7 @@ def test_all_of_them_at_once_are_estimated_counted_and_trained() -> None:
     assert told.params == sum(p.numel() for p in model.parameters())
     assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert told.flops == flops_per_token(cfg, model)
-    machine = Machine(cfg)
+    machine = Device(cfg)
     machine.settle(cfg, Plan(cfg, 10_000))
     more = memory(Plan(cfg.changed(experts=32), 10**6), machine, cfg.vocab_size) - memory(
         Plan(cfg, 10**6), machine, cfg.vocab_size

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.core.hardware import cores, cxx
 from mainrun.core.machine_class import versions
 from mainrun.data.sources import load_corpus
@@ -197,7 +197,7 @@ class Lab:
         data = prepare(cfg, corpus)
         plan = Plan(cfg, len(data.splits["train"]))
         if facts is None:
-            machine = Machine(cfg)
+            machine = Device(cfg)
             machine.settle(cfg, plan)
             facts = machine.facts
         begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), facts)
@@ -288,7 +288,7 @@ def test_a_field_parts_keys_and_bits_where_its_class_says(lab: Lab, field: str) 
     kind, first = TrainConfig.class_of(field), CASES[field].first
     at = -1 if kind == "static" else first
     if field in NOT_HERE:
-        assert verdict(lab.chain(one)[1], lab.chain(other, Machine(one).facts | NOT_HERE[field])[1]) == at
+        assert verdict(lab.chain(one)[1], lab.chain(other, Device(one).facts | NOT_HERE[field])[1]) == at
         return
     a, b = lab.train(one), lab.train(other)
     assert verdict(a.keys, b.keys) == at
@@ -400,7 +400,7 @@ def test_one_title_changed_gives_another_root(lab: Lab) -> None:
 
 
 def test_each_fact_of_a_beginning_enters_the_root_and_is_named(lab: Lab) -> None:
-    cfg, facts = lab.config(), Machine(lab.config()).facts
+    cfg, facts = lab.config(), Device(lab.config()).facts
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     begun = lineage.origin(cfg, prints, "tokens", versions(), facts)
     assert begun["fields"].keys() | lineage.IN_TOKENS | lineage.IN_MACHINE == {

@@ -17,25 +17,16 @@ from torch import Tensor, nn
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
+from mainrun.core.dropout import dropout_sites
+from mainrun.core.optimizers import Optimizers
 from mainrun.data.tokenizer import EOS
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import (
-    GPT,
-    Average,
-    Masks,
-    Muon,
-    Optimizers,
-    build,
-    compute_loss,
-    drops,
-    rope_table,
-    rotate,
-    train,
-)
+from mainrun.train import GPT, Average, Masks, Muon, build, compute_loss, rope_table, rotate
 
 V = 53  # vocabulary
 T = 12  # tokens of context
@@ -440,13 +431,13 @@ def test_dropout_has_three_places_and_none_in_evaluation() -> None:
 
 def masks(cfg: TrainConfig, at: StepInputs, idx: Tensor, seed: int) -> Tensor | None:
     wide = cfg.model_copy(update={"block_size": idx.size(1)})
-    machine = Machine(cfg)
+    machine = Device(cfg)
     machine.seed([seed])
-    return machine.masks(drops(wide, at, len(idx), "plain"), 0)
+    return machine.masks(dropout_sites(wide, at, len(idx), "plain"), 0)
 
 
 def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each place has bytes of its own, drops what its rate says, and scales up what stays, so that the mean stays."""
+    """Each place has bytes of its own, dropout_sites what its rate says, and scales up what stays, so that the mean stays."""
     cfg = config(n_layer=3)
     model, idx = shaken(cfg), some_titles()
     at = inputs(cfg, dropout=64 / 256, attn_dropout=32 / 256, resid_dropout=16 / 256)
@@ -481,9 +472,9 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
     model(idx, pool)
     assert dropped == [0.25, *[0.125, 0.0625, 0.0625] * 3]
     assert [start for start, _ in taken] == [0, *(end for _, end in taken[:-1])] and taken[-1][1] == len(pool)
-    places = drops(cfg.model_copy(update={"block_size": idx.size(1)}), at, len(idx), "plain")
+    places = dropout_sites(cfg.model_copy(update={"block_size": idx.size(1)}), at, len(idx), "plain")
     assert [end - start for start, end in taken] == [size for size, _ in places]
-    machine = Machine(cfg)
+    machine = Device(cfg)
     machine.seed([5])
     big = machine.masks([(1_000_000, 0.25), (1_000_000, 1 / 256), (1_000_000, 255 / 256)], 0)
     assert big is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mainrun.plan.recipes import load, preset_names
-from mainrun.train import train
+from mainrun.run.session import train
 
 # the ladder at a scale of seconds a step
 DEMO = [

@@ -12,8 +12,8 @@ from test_growth_live import MANY, SMALL, config
 from mainrun.checks import guards
 from mainrun.config import TrainConfig, from_dict
 from mainrun.replay import all_guards, first_steps
+from mainrun.run.session import train
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 
 AVERAGED: dict[str, Any] = TINY | {
     "num_titles": 200,

@@ -19,12 +19,13 @@ import soak
 import torch
 from soak_sessions import Disturbance, Ending, Session
 
+from mainrun.core.optimizers import Optimizers
 from mainrun.plan.plan import Plan
 from mainrun.run.session import finish
 from mainrun.store.files import Folder
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir, write_json
-from mainrun.train import Optimizers, build
+from mainrun.train import build
 
 ROOT = Path(__file__).parents[1]
 ROWS = [

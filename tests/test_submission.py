@@ -22,7 +22,7 @@ from test_upload import Server, answer, serving
 from mainrun.checks.guards import GUARDS
 from mainrun.config import from_dict
 from mainrun.errors import MainrunError, UsageError
-from mainrun.train import train
+from mainrun.run.session import train
 from reports import bundle, submission, verification
 from reports.bundle import MANIFEST, pack, sha256
 from reports.replaying import HANDED_ON, replay

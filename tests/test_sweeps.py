@@ -341,7 +341,7 @@ def test_the_timescale_is_a_weight_decay() -> None:
 @pytest.mark.slow
 def test_a_batch_is_the_same_however_memory_cuts_it(tmp_path: Path) -> None:
     """What `batch` searches is the effective batch: its pieces only divide the memory. To the rounding of float32, without dropout."""
-    from mainrun.train import train
+    from mainrun.run.session import train
     from sweeps.space import changed
 
     small = TINY | {
@@ -503,7 +503,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     again = Search(study.read(str(file)), tmp_path / "out" / "tiny", Nobody(), str, lambda: None)
     again.run()
     assert confirm(again) == found["evidence"], "what is there already needs no worker"
-    from mainrun.train import train
+    from mainrun.run.session import train
 
     run = RunDir(tmp_path / "out" / "tiny" / "runs" / promoted[0]["run"])
     alone = train(run.config(), tmp_path / "alone")
@@ -674,7 +674,7 @@ def test_rungs_are_held_against_the_end_raw_and_on_branches() -> None:
 @pytest.mark.slow
 def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: Path) -> None:
     """By the ledger and by the rows; a promoted trial has the bits of a run that nobody stopped or branched from."""
-    from mainrun.train import train
+    from mainrun.run.session import train
 
     few = {
         "budget": {"trials": 3},
@@ -761,7 +761,7 @@ def test_trials_that_differ_in_their_seed_alone_claim_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real scores of the base, each of a seed of its own, in the place of every run that a confirmation asks for."""
-    from mainrun.train import train
+    from mainrun.run.session import train
 
     evidence = {"seeds": 3, "noise_seeds": 3, "best": 2}
     search = searched(

@@ -25,9 +25,9 @@ from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunErro
 from mainrun.plan.plan import Plan
 from mainrun.run import session as sitting
 from mainrun.run.progress import Lines, Progress
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 from mainrun.ui.estimate import estimate
 from mainrun.ui.sample import load_model, sample
 

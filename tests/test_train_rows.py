@@ -20,31 +20,19 @@ from torch import Tensor, nn
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core.device import Machine
-from mainrun.core.dropout import Masks
-from mainrun.core.optimizers import Muon
+from mainrun.core.device import Device
+from mainrun.core.dropout import Masks, dropout_sites
+from mainrun.core.optimizers import Muon, Optimizers, ParamSchedule
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Diverged, Interrupted, RunError
-from mainrun.growth.moments import Mark
 from mainrun.plan.plan import Plan, StepInputs
+from mainrun.plan.seeds import seed_from
 from mainrun.run.progress import Progress
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import (
-    GPT,
-    Optimizers,
-    RMSNorm,
-    State,
-    Stepper,
-    build,
-    compute_loss,
-    drops,
-    mix,
-    rope_table,
-    rotate,
-    train,
-)
+from mainrun.train import GPT, RMSNorm, State, TrainStep, build, compute_loss, rope_table, rotate
 
 V = 20  # vocabulary
 
@@ -364,15 +352,20 @@ def test_caps_and_unused_ids(changes: dict[str, Any]) -> None:
 
 def test_a_seed_is_a_hash_of_its_parts() -> None:
     """These decide weights and masks: another number would be another run."""
-    assert mix(1337, "weights") == 2691145544092237195 and mix(1337, "step", 5, 2) == 4502907412409731383
-    assert all(0 <= mix(i) < 2**63 for i in range(200)) and any(mix(i) >= 2**62 for i in range(200))
+    assert (
+        seed_from(1337, "weights") == 2691145544092237195
+        and seed_from(1337, "step", 5, 2) == 4502907412409731383
+    )
+    assert all(0 <= seed_from(i) < 2**63 for i in range(200)) and any(
+        seed_from(i) >= 2**62 for i in range(200)
+    )
 
 
 def test_build_seeds_with_the_configs_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     assert isinstance(build(config(seed=5), V), GPT)
-    assert seeds == [mix(5, "weights")]
+    assert seeds == [seed_from(5, "weights")]
 
 
 # -- dropout's places
@@ -395,7 +388,7 @@ def test_the_places_that_drop(
 ) -> None:
     cfg = config()
     at = inputs(cfg, dropout=rates[0], attn_dropout=rates[1], resid_dropout=rates[2])
-    assert drops(cfg, at, 3, attention) == places
+    assert dropout_sites(cfg, at, 3, attention) == places
     if places:
         model, used = build(cfg, V).train(), []
         take = Masks.take
@@ -406,7 +399,7 @@ def test_the_places_that_drop(
         model(ids(3, 4), torch.ones(sum(size for size, _ in places), dtype=torch.uint8))
         assert used == [size for size, _ in places], "the model takes them, and no others"
     wide = config(n_head=1, d_model=10)
-    assert drops(wide, inputs(wide, dropout=0.5, attn_dropout=0.25), 5, "plain") == [
+    assert dropout_sites(wide, inputs(wide, dropout=0.5, attn_dropout=0.25), 5, "plain") == [
         (200, 0.5),
         (80, 0.25),
         (80, 0.25),
@@ -545,7 +538,7 @@ def test_marks_make_groups_of_their_own() -> None:
     """What is new warms up, and may learn at another rate, decay and eps."""
     cfg = config(optimizer="adamw", eps=1e-4)
     model = build(cfg, V)
-    mark = Mark(lr=0.5, weight_decay=3.0, eps=2.0, since=10, rewarm=5)
+    mark = ParamSchedule(lr=0.5, weight_decay=3.0, eps=2.0, since=10, rewarm=5)
     names = ["blocks.0.attn.q.weight", "norm.weight"]
     optimizers = Optimizers(cfg, model, dict.fromkeys(names, mark))
     assert optimizers.marks == dict.fromkeys(names, mark)
@@ -562,7 +555,7 @@ def test_marks_make_groups_of_their_own() -> None:
     assert Optimizers(cfg, model).marks == {}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    young = Optimizers(cfg, model, {"norm.weight": Mark(rewarm=4)})
+    young = Optimizers(cfg, model, {"norm.weight": ParamSchedule(rewarm=4)})
     young.step(inputs(cfg, lr_aux=1.0))  # a step without a number is the first
     assert [group["lr"] for group in young.groups if group["mark"].rewarm] == [0.25]
 
@@ -712,7 +705,7 @@ class Parts:
         world: int = 1,
         mean: float = 1.0,
     ) -> None:
-        self.machine = Machine(cfg)
+        self.machine = Device(cfg)
         self.machine.rank, self.machine.world = rank, world
         self.synced: list[str] = []
         self.machine.mean = lambda value: value * mean
@@ -733,7 +726,7 @@ class Parts:
                 yield
 
         monkeypatch.setattr(trainer, "make_runner", lambda machine, model: Runner(model))
-        self.stepper = Stepper(cfg, self.machine, self.state)
+        self.stepper = TrainStep(cfg, self.machine, self.state)
 
     def run(self, x: Tensor, y: Tensor, at: StepInputs, step: int = 0) -> tuple[float, float]:
         loss, norm = self.stepper.gradients(x, y, at, step).tolist()
@@ -799,9 +792,9 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         (x[i : i + 2].tolist(), y[i : i + 2].tolist()) for i in (2, 6)
     ]
     assert [native for _, _, native in taken] == [False, False]
-    assert seeds == [[mix(1337, "step", 7, 1), mix(1337, "step", 7, 3)]]
+    assert seeds == [[seed_from(1337, "step", 7, 1), seed_from(1337, "step", 7, 3)]]
     at = inputs(cfg)
-    assert places == [(drops(cfg, at, 2, "plain"), 0), (drops(cfg, at, 2, "plain"), 1)]
+    assert places == [(dropout_sites(cfg, at, 2, "plain"), 0), (dropout_sites(cfg, at, 2, "plain"), 1)]
     assert parts.synced == ["none"]
     assert (
         parts.state.presented == 2 * 2 * 4 * 2
@@ -818,7 +811,7 @@ def test_r_drop_takes_masks_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> 
         parts.machine, "masks", lambda found, micro: (places.append(found), masks(found, micro))[1]
     )
     parts.run(*batch(), inputs(cfg))
-    assert places == [drops(cfg, inputs(cfg), 8, "plain")]
+    assert places == [dropout_sites(cfg, inputs(cfg), 8, "plain")]
     assert parts.state.presented == 32
 
 
@@ -853,11 +846,11 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(optimizer="adamw", ema=0.5)
     made: list[Replayed] = []
 
-    def recorded(self: Machine, cfg: TrainConfig) -> Replayed:
+    def recorded(self: Device, cfg: TrainConfig) -> Replayed:
         made.append(Replayed())
         return made[-1]
 
-    monkeypatch.setattr(Machine, "recorded", recorded)
+    monkeypatch.setattr(Device, "recorded", recorded)
     parts = Parts(monkeypatch, cfg)
     learn, move = made
     at = inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125, average=0.5, grad_accum=2)
@@ -1090,13 +1083,13 @@ def test_where_the_seconds_of_a_run_went(ran: Ran) -> None:
 def test_a_run_on_a_compiled_model_counts_its_first_step_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle = Machine.settle
+    settle = Device.settle
 
-    def settled(self: Machine, cfg: TrainConfig, plan: Plan) -> None:
+    def settled(self: Device, cfg: TrainConfig, plan: Plan) -> None:
         settle(self, cfg, plan)
         self.compile, self.why = True, "compiling"
 
-    monkeypatch.setattr(Machine, "settle", settled)
+    monkeypatch.setattr(Device, "settle", settled)
     monkeypatch.setattr(trainer, "make_runner", lambda machine, model: model)
     found = go(small(), tmp_path)
     assert (found.summary["spent"]["compile"], found.summary["spent"]["steps"]) == (11.0, 88.0)
@@ -1137,7 +1130,7 @@ def test_a_signal_stops_after_its_step(tmp_path: Path) -> None:
 
 def test_another_process_may_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(Machine, "any", lambda self, flag: flag or bool(asked))
+    monkeypatch.setattr(Device, "any", lambda self, flag: flag or bool(asked))
     found = go(
         small(log_every=1, eval_interval=0), tmp_path, Watch({3: lambda: asked.append(True)}), Interrupted
     )
@@ -1207,13 +1200,13 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 def late_numbers(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
-    original = Machine.__init__
+    original = Device.__init__
 
-    def init(self: Machine, cfg: TrainConfig) -> None:
+    def init(self: Device, cfg: TrainConfig) -> None:
         original(self, cfg)
         self.lag = lag
 
-    monkeypatch.setattr(Machine, "__init__", init)
+    monkeypatch.setattr(Device, "__init__", init)
 
 
 def test_numbers_that_are_read_later_are_the_same(
@@ -1254,13 +1247,13 @@ def test_a_stop_reads_what_is_waiting(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def forgets(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What is asked of the stepper: to forget its records, and with them the model."""
-    original, asked = Stepper.forget, []
+    original, asked = TrainStep.forget, []
 
-    def forget(self: Stepper, model: bool = False) -> None:
+    def forget(self: TrainStep, model: bool = False) -> None:
         asked.append(model)
         original(self, model)
 
-    monkeypatch.setattr(Stepper, "forget", forget)
+    monkeypatch.setattr(TrainStep, "forget", forget)
     return asked
 
 
@@ -1302,10 +1295,10 @@ def test_a_run_that_grows(tmp_path: Path) -> None:
         {"name": "set_lr", "value": 0.125, "trigger": {"wait_iters": 2}},
     ]
     built: list[Any] = []
-    original = Stepper.__init__
+    original = TrainStep.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Stepper, "__init__", lambda self, *args: (built.append(args[0]), original(self, *args))[1]
+            TrainStep, "__init__", lambda self, *args: (built.append(args[0]), original(self, *args))[1]
         )
         found = go(small(max_steps=0, growth={"ops": ops}, log_every=1), tmp_path)
     rows = found.rows("step")
@@ -1334,17 +1327,17 @@ def test_an_op_that_fails_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytes
 
 def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others train the same steps, and leave files and words to the leader."""
-    original, flags, followed = Machine.__init__, [], []
+    original, flags, followed = Device.__init__, [], []
 
-    def init(self: Machine, cfg: TrainConfig) -> None:
+    def init(self: Device, cfg: TrainConfig) -> None:
         original(self, cfg)
         self.rank, self.world, self.lag = 1, 2, 4
 
     @contextmanager
-    def leader_first(self: Machine) -> Iterator[None]:
+    def leader_first(self: Device) -> Iterator[None]:
         yield
 
-    def asked(self: Machine, flag: bool) -> bool:
+    def asked(self: Device, flag: bool) -> bool:
         flags.append(flag)
         return flag
 
@@ -1356,10 +1349,10 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def forward(self, *args: Any) -> Any:
             return self.inner(*args)
 
-    monkeypatch.setattr(Machine, "__init__", init)
-    monkeypatch.setattr(Machine, "leader_first", leader_first)
-    monkeypatch.setattr(Machine, "any", asked)
-    monkeypatch.setattr(Machine, "mean", lambda self, value: value)
+    monkeypatch.setattr(Device, "__init__", init)
+    monkeypatch.setattr(Device, "leader_first", leader_first)
+    monkeypatch.setattr(Device, "any", asked)
+    monkeypatch.setattr(Device, "mean", lambda self, value: value)
     monkeypatch.setattr(trainer, "make_runner", lambda machine, model: Runner(model))
     monkeypatch.setattr(trainer, "follow", lambda *args: followed.append(args))
     found = go(small(eval_interval=0, checkpoint_every=50), tmp_path)

@@ -243,7 +243,7 @@ class Bench:
         )
 
     def until(self, cfg: TrainConfig, out: Path, store: Store, keep: list[int], rung: int) -> float:
-        from mainrun.train import train
+        from mainrun.run.session import train
 
         with suppress(Interrupted):
             train(cfg, out, store=store, keep=keep, until=rung)
@@ -264,7 +264,7 @@ class Bench:
     def train(
         self, cfg: TrainConfig, out: Path, store: Store | None, keep: list[int]
     ) -> tuple[dict[str, Any], str]:
-        from mainrun.train import train
+        from mainrun.run.session import train
 
         summary = train(cfg, out, store=store, keep=keep)
         run = RunDir(out / cfg.run_id)

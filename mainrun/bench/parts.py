@@ -15,7 +15,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mainrun.config import TrainConfig
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.core.dropout import Masks
 from mainrun.train import GPT, Attention, RMSNorm
 
@@ -119,7 +119,7 @@ def marked(model: nn.Module) -> Iterator[None]:
                     module.register_forward_hook(leave),
                 ):
                     stack.callback(handle.remove)
-        for owner, name, what in ((Masks, "drop", 2), (Machine, "masks", 1)):
+        for owner, name, what in ((Masks, "drop", 2), (Device, "masks", 1)):
             before = getattr(owner, name)
             stack.callback(setattr, owner, name, before)
             setattr(owner, name, _marking(before, what))

@@ -76,16 +76,16 @@ class Plain:
 
 class Ours:
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        from mainrun.core.device import Machine
+        from mainrun.core.device import Device
         from mainrun.ui.estimate import Trial
 
-        self.machine = Machine(cfg)
+        self.machine = Device(cfg)
         tokens = max(TOKENS_A_TITLE * cfg.num_titles, 2 * cfg.batch_size * cfg.block_size + 1)
         plan = Plan(cfg, tokens)
         self.machine.settle(cfg, plan)
         self.cfg, self.request = cfg, request
         self.trial = Trial(cfg, self.machine, plan, cfg.vocab_size)
-        self.x, self.y = random_batch(cfg, self.machine.device)
+        self.x, self.y = random_batch(cfg, self.machine.torch_device)
 
     def step(self) -> dict[str, Any]:
         count = self.request.get("burst", 1)
@@ -94,7 +94,7 @@ class Ours:
         return {"seconds": (time.perf_counter() - clock) / count, "loss": loss}
 
     def about(self) -> dict[str, Any]:
-        from mainrun.run.session import flops_per_token
+        from mainrun.plan.cost import costs
         from mainrun.ui.estimate import memory
 
         model = self.trial.state.model
@@ -107,9 +107,9 @@ class Ours:
             "flops": self.cfg.batch_size
             * self.cfg.block_size
             * self.cfg.passes
-            * flops_per_token(self.cfg, model),
+            * costs(self.cfg, self.cfg.vocab_size)["flops_per_token"],
             "memory_estimate": memory(self.trial.plan, self.machine, self.cfg.vocab_size),
-            "machine_class": self.machine.facts,
+            "machine_class": self.machine.machine_class,
         }
 
     def end(self) -> dict[str, Any]:
@@ -119,8 +119,10 @@ class Ours:
         if self.request.get("evaluate"):
             found["evaluation"] = self.evaluation()
         if self.request.get("profile"):
-            self.trial.stepper.forget()
-            self.trial.stepper.learn.on = False  # kernel by kernel, or there is nothing to tell apart
+            self.trial.stepper.forward_backward.forget()
+            self.trial.stepper.forward_backward.on = (
+                False  # kernel by kernel, or there is nothing to tell apart
+            )
             found["profile"] = shares(self.step, self.trial.stepper.runner)
         return found
 
@@ -148,7 +150,9 @@ class Ours:
             seconds.append(time.perf_counter() - clock)
         found: dict[str, Any] = {"tokens_per_s": scored / statistics.median(seconds), "loss": score.loss}
         if cfg.dtype == "bfloat16":
-            exact = GPT(cfg.model_copy(update={"dtype": "float32"}), cfg.vocab_size).to(self.machine.device)
+            exact = GPT(cfg.model_copy(update={"dtype": "float32"}), cfg.vocab_size).to(
+                self.machine.torch_device
+            )
             exact.load_state_dict(model.state_dict())
             found["loss_float32"] = evaluate(exact, tokens, **sizes).loss
         return found
@@ -157,10 +161,10 @@ class Ours:
 class Floor:
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
         from mainrun.bench import parts
-        from mainrun.core.device import Machine
+        from mainrun.core.device import Device
 
-        self.machine = Machine(cfg)
-        self.floor = parts.Floor(cfg, cfg.vocab_size, self.machine.device)
+        self.machine = Device(cfg)
+        self.floor = parts.Floor(cfg, cfg.vocab_size, self.machine.torch_device)
 
     def step(self) -> dict[str, Any]:
         spent = self.floor.step()

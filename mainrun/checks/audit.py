@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mainrun.config import from_dict
-from mainrun.core.device import Machine
 from mainrun.core.machine_class import versions
 from mainrun.data.batches import Batches
-from mainrun.data.sources import load_corpus
-from mainrun.data.token_cache import TokenData, prepare
 from mainrun.errors import MainrunError
-from mainrun.growth.controller import Growth, taken
-from mainrun.plan.plan import Plan
-from mainrun.run.session import score
+from mainrun.growth.state import Controller, growth_state_at, load_state, make_controller
 from mainrun.store import lineage
 from mainrun.store.checkpoint import fitting, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
-from mainrun.train import State, Stepper, build
+from mainrun.train import Setup, State, TrainStep, score, set_up
 
 
 @dataclass
@@ -78,21 +73,21 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
     """Train to a node from one before it, or from the start."""
     try:
         cfg = from_dict(node.config)
-        machine, corpus = Machine(cfg), load_corpus(cfg)
-        data = prepare(cfg, corpus)
-        plan = Plan(cfg, len(data.splits["train"]), node.grown.get("fired", ()))
-        machine.settle(cfg, plan)
-        begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), machine.facts)
+        setup = set_up(cfg, node.grown.get("fired", ()))
+        plan = setup.plan
+        begun = lineage.origin(
+            cfg, setup.corpus.fingerprints, setup.data.digest, versions(), setup.device.machine_class
+        )
         if lineage.root(begun) != node.root:
             theirs = dict(store.roots()).get(node.root, {})
             return Finding(node, "skipped", "; ".join(lineage.differences(begun, theirs)[:3]))
         if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
             return Finding(node, "differs", "its config does not lead to its key")
-        state = State(cfg, build(cfg, data.tokenizer.vocab_size).to(machine.device))
-        state.model.set_up(plan.at(0), machine.attention)
+        state = setup.start()
         if before:
+            growth_state = growth_state_at(plan, before.step, before.grown)
             with fitting(f"node {before.key[:12]}"):
-                state.load(store.load(before), before.step, before.presented, taken(plan, before))
+                load_state(state, store.load(before), before.step, before.presented, growth_state)
         stored = store.load(node)
     except Damaged as e:
         return Finding(node, "differs", str(e))
@@ -110,7 +105,8 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
     scored = {
         row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins
     }  # nobody had the first one yet
-    found = again(Growth(cfg, plan, machine, state), data, node.step, lambda step: step in scored)
+    growth = make_controller(cfg, plan, setup.device, state)
+    found = again(setup, growth, node.step, lambda step: step in scored)
     try:
         rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
     except MainrunError as e:  # an op that did not keep its word here
@@ -132,29 +128,33 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
 
 
 def again(
-    growth: Growth, data: TokenData, end: int, scored: Callable[[int], bool], decides: bool = False
+    setup: Setup, growth: Controller, end: int, scored: Callable[[int], bool], decides: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Train on to step `end`, or the run's: the rows of every step on the way, and the scores after those that are `scored`.
+    """Train to step `end`, or to the end of the run. Yield the rows of every step, and the scores where asked.
 
-    decides: the scores say what grows, as in a run; they must be all that it had so far. Else the plan knows.
+    scored: whether a step is scored. decides: whether scores fire growth operations, as they do in a run; they must
+    then be all scores of the run so far. Otherwise the plan already knows when operations fire.
     """
-    cfg, machine, state = growth.cfg, growth.machine, growth.state
-    batches, stepper = Batches(cfg, data.splits["train"]), Stepper(state.cfg, machine, state)
+    state = growth.state
+    batches = Batches(setup.cfg, setup.data.splits["train"])
+    step = TrainStep(state, setup.device)
     while True:
         if scored(state.step):
-            found = [row | growth.figures(state.step) for row in score(cfg, data, state)]
-            yield from found
+            figures = growth.figures(state.step)
+            rows = [row | figures for row in score(setup.cfg, setup.data, state)]
+            yield from rows
             if decides:
-                growth.heard(found)
+                growth.observe_scores(rows)
                 growth.decide()
         if state.step >= min(end, growth.plan.steps):
             return
-        if growth.waits and growth.act(list):
-            stepper = Stepper(state.cfg, machine, state)
+        if growth.pending_op:
+            growth.act(list)
         inputs = growth.plan.at(state.step)
-        x, y = (machine.put(a) for a in batches.at(state.step, growth.plan.segment_at(state.step)))
-        loss, norm = stepper.gradients(x, y, inputs, state.step).tolist()
-        stepper.update(inputs)
+        x, y = batches.at(state.step, growth.plan.segment_at(state.step))
+        loss_and_norm = step.gradients(setup.device.put(x), setup.device.put(y), inputs)
+        loss, norm = loss_and_norm.tolist()
+        step.update(inputs)
         state.step += 1
         row = {"event": "step", "step": state.step, "tokens": growth.plan.tokens(state.step), "lr": inputs.lr}
         yield row | {"loss": loss, "grad_norm": norm}

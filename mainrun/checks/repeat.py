@@ -13,9 +13,9 @@ from mainrun.config import TrainConfig
 from mainrun.errors import Interrupted, RunError, UsageError
 from mainrun.growth.controller import PREFIX, SETTLES
 from mainrun.plan.ops import ARCHITECTURE
+from mainrun.run.session import train
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 
 CLOCKS = ("seconds", "reused")  # what differs from one time to the next
 PROVEN = (f"{PREFIX}SUCCESS", f"{PREFIX}LOOKBACK")

@@ -28,6 +28,11 @@ class Average:
                 list(self.shadow.values()), [p.detach() for p in self.live.values()], inputs.average
             )
 
+    def separate(self, averages: dict[str, torch.Tensor]) -> None:
+        """Continue from averages that differ from the weights."""
+        self.apart = True
+        self.shadow = {name: average.detach() for name, average in averages.items()}
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         self.swap()

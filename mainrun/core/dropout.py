@@ -1,26 +1,67 @@
-"""mainrun.core.dropout"""
+"""Dropout: where a model drops, the random bytes that decide it, and the masks made from them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-# -- dropout
+from mainrun.config import TrainConfig
+from mainrun.plan.plan import StepInputs
+
+Site = tuple[int, float]  # number of elements, dropout rate
+
+
+def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
+    """Return the dropout sites of one forward pass in order: (number of elements, rate)."""
+    branch = rows * cfg.block_size * cfg.d_model
+    # fused attention draws its own mask
+    weights = rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0
+    block = [(weights, inputs.attn_dropout), (branch, inputs.resid_dropout), (branch, inputs.resid_dropout)]
+    sites = [(branch, inputs.dropout), *block * cfg.n_layer]
+    return [(size, rate) for size, rate in sites if size and rate]
+
+
+def random_bytes(count: int, seed: int) -> np.ndarray:
+    """Return random bytes on the CPU; numpy's generator is ten times faster there than torch's."""
+    generator = np.random.Generator(np.random.SFC64(seed))
+    words = generator.integers(0, 2**64, -(-count // 8), dtype=np.uint64)
+    return words.view(np.uint8)[:count]
+
+
+def threshold(noise: Any, sites: list[Site]) -> None:
+    """Turn random bytes into masks in place: 1 where a byte is at least 256 times the site's rate, else 0."""
+    compare: Any = torch.greater_equal if isinstance(noise, Tensor) else np.greater_equal
+    start = 0
+    for rate, sites_of_rate in groupby(sites, key=lambda site: site[1]):
+        size = sum(size for size, _ in sites_of_rate)
+        part = noise[start : start + size]
+        compare(part, round(256 * rate), out=part)
+        start += size
 
 
 class Masks:
-    """Ones and zeros, a byte each, dealt out to the places that drop, in the order in which they come (`drops`)."""
+    """The dropout masks of one forward pass: one byte per element, 1 or 0, in the order of `dropout_sites`."""
 
     def __init__(self, pool: Tensor) -> None:
-        self.pool, self.used = pool, 0
+        self.pool = pool
+        self.used = 0
 
     def take(self, shape: Iterable[int]) -> Tensor:
+        """Return the next mask of the pool."""
         shape = tuple(shape)
-        start, self.used = self.used, self.used + math.prod(shape)
+        start = self.used
+        self.used += math.prod(shape)
         return self.pool[start : self.used].view(shape)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        # a bool would be six times slower; the scale apart and last, so that bfloat16 does not round it
-        return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p)) if p else x
+        """Apply the next mask to x and scale what is kept."""
+        if not p:
+            return x
+        # a bool mask would be six times slower; the scale comes last so that bfloat16 does not round it
+        return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p))

@@ -138,7 +138,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float  # noqa: UP045
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    mask: Optional[Tensor],
+    scale: float,  # noqa: UP045
 ) -> tuple[Tensor, Tensor]:
     weights = (q @ k.mT).add_(bias).softmax(dim=-1)
     # the scale on the way out, where there are fewer numbers
@@ -146,7 +151,12 @@ def _attend_forward(
 
 
 def _attend_forward_native(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Optional[Tensor], scale: float  # noqa: UP045
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    mask: Optional[Tensor],
+    scale: float,  # noqa: UP045
 ) -> tuple[Tensor, Tensor]:
     if q.dtype != torch.bfloat16 or native.library() is None:
         return _attend_forward(q, k, v, bias, mask, scale)

@@ -23,7 +23,7 @@ class LowRank(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(rows, rank))
         nn.init.normal_(self.lora_a, std=columns**-0.5)
 
-    def table(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         """The whole weight."""
         return self.weight + self.scale * (self.lora_b @ self.lora_a)
 

@@ -1,58 +1,217 @@
-"""mainrun.core.optimizers"""
+"""The optimisers of a model: parameter groups, learning rates, and state by the names of the parameters."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# -- optimiser
+from mainrun.config import TrainConfig
+from mainrun.plan.optimizers import OPTIMIZERS
+from mainrun.plan.plan import StepInputs
+
+Group = dict[str, Any]
+
+
+class ParamSchedule(NamedTuple):
+    """How one parameter's learning differs from the config: factors for its rate, decay and eps, and a warm-up."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    since: int = 0  # the step after which the parameter was new; its rate climbs over the next `rewarm` steps
+    rewarm: int = 0
+
+    def rate(self, step: int) -> float:
+        """Return the factor of the learning rate at a step."""
+        if not self.rewarm:
+            return self.lr
+        return self.lr * min(1.0, (step - self.since + 1) / self.rewarm)
+
+
+DEFAULT_SCHEDULE = ParamSchedule()
+NO_SCHEDULES: Mapping[str, ParamSchedule] = MappingProxyType({})
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: every singular value of an update is about 1. Matrices of one shape are done in one batch.
+    """Momentum, made orthogonal: every singular value of an update is about 1.
 
-    The rate is in AdamW's units: an update has the size (rms) that AdamW's would have.
+    The learning rate is in AdamW's units: an update has the size (RMS) that AdamW's would have. Matrices of the
+    same shape are orthogonalised in one batch, which torch's own Muon does not do.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
+    def __init__(self, groups: list[Group], momentum: float) -> None:
         super().__init__(groups, {"lr": 1.0, "weight_decay": 0.0})
         self.momentum = momentum
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                moments, grads = (
-                    [self.state[p]["momentum_buffer"] for p in params],
-                    [p.grad for p in params if p.grad is not None],
-                )
-                torch._foreach_lerp_(moments, grads, 1 - self.momentum)
-                ahead = (
-                    torch._foreach_lerp(grads, moments, self.momentum) if self.momentum else grads
-                )  # Nesterov's look ahead
-                updates = orthogonal(torch.stack(ahead)).to(params[0].dtype) * (
-                    -group["lr"] * 0.2 * math.sqrt(max(shape))
-                )
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates.unbind())
+                by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                self._step_batch(params, group["lr"], group["weight_decay"])
+
+    def _step_batch(self, params: list[Tensor], lr: Any, weight_decay: float) -> None:
+        """Update parameters of one shape."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        moments = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_lerp_(moments, grads, 1 - self.momentum)
+        directions = grads
+        if self.momentum:  # Nesterov
+            directions = list(torch._foreach_lerp(grads, moments, self.momentum))
+        scale = -lr * 0.2 * math.sqrt(max(params[0].shape))
+        updates = orthogonal(torch.stack(directions)).to(params[0].dtype) * scale
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, updates.unbind())
 
 
 def orthogonal(batch: Tensor) -> Tensor:
-    """The nearest matrices with singular values near 1, by five quintic Newton-Schulz steps in bfloat16. (N, rows, columns)"""
+    """Return the nearest matrices with singular values near 1: five quintic Newton-Schulz steps in bfloat16.
+
+    batch: (N, rows, columns)
+    """
     x = batch.bfloat16()
-    if tall := x.size(1) > x.size(2):
+    tall = x.size(1) > x.size(2)
+    if tall:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
+
+
+def make_sgd(groups: list[Group], cfg: TrainConfig) -> torch.optim.Optimizer:
+    nesterov = cfg.momentum > 0
+    return torch.optim.SGD(groups, lr=1.0, momentum=cfg.momentum, nesterov=nesterov, fused=True)
+
+
+def make_adamw(groups: list[Group], cfg: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def make_muon(groups: list[Group], cfg: TrainConfig) -> torch.optim.Optimizer:
+    return Muon(groups, cfg.momentum)
+
+
+MAKERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] = {
+    "sgd": make_sgd,
+    "adamw": make_adamw,
+    "muon": make_muon,
+}
+
+
+class Optimizers:
+    """All optimisers of a model. Parameters are grouped by kind and schedule; state is named after its parameter."""
+
+    def __init__(
+        self, cfg: TrainConfig, model: nn.Module, schedules: Mapping[str, ParamSchedule] = NO_SCHEDULES
+    ) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in trained.items()}
+        self.schedules = dict(schedules)
+        self.all = self._make(cfg, trained)
+        self.groups: list[Group] = []
+        for optimizer in self.all:
+            self.groups += optimizer.param_groups
+
+    def _make(self, cfg: TrainConfig, trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        matrices: list[Tensor] = []  # inside blocks
+        tables: list[Tensor] = []  # embeddings, head, routers
+        vectors: list[Tensor] = []  # gains and biases
+        for name, p in trained.items():
+            # a router's gradient has no component that all its scores share; Muon would fill it with noise
+            in_block = name.startswith("blocks.") and ".router." not in name
+            if p.ndim < 2:
+                vectors.append(p)
+            elif in_block:
+                matrices.append(p)
+            else:
+                tables.append(p)
+        inner = self._grouped(cfg, matrices, "lr", decays=True)
+        outer = self._grouped(cfg, tables, "lr_aux", decays=True)
+        outer += self._grouped(cfg, vectors, "lr_aux", decays=False)
+        others = OPTIMIZERS[cfg.optimizer].others
+        if not others:
+            return [MAKERS[cfg.optimizer](inner + outer, cfg)]
+        optimizers = [MAKERS[cfg.optimizer](inner, cfg)] if inner else []
+        return [*optimizers, MAKERS[others](outer, cfg)]
+
+    def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decays: bool) -> list[Group]:
+        """Return one parameter group per schedule; without growth that is one group."""
+        by_schedule: dict[ParamSchedule, list[Tensor]] = {}
+        for p in params:
+            schedule = self.schedules.get(self.names[p], DEFAULT_SCHEDULE)
+            by_schedule.setdefault(schedule, []).append(p)
+        groups = []
+        for schedule, members in by_schedule.items():
+            eps = cfg.eps * schedule.eps
+            group = {"params": members, "rate": rate, "decays": decays, "schedule": schedule, "eps": eps}
+            groups.append(group)
+        return groups
+
+    def set_rates(self, inputs: StepInputs, step: int) -> None:
+        """Set the learning rate and weight decay of every group for a step."""
+        for group in self.groups:
+            rate = getattr(inputs, group["rate"])
+            schedule = group["schedule"]
+            if schedule != DEFAULT_SCHEDULE:
+                rate *= schedule.rate(step)
+            group["lr"] = self._rate_value(group, rate)
+            group["weight_decay"] = inputs.weight_decay * schedule.weight_decay if group["decays"] else 0.0
+
+    @staticmethod
+    def _rate_value(group: Group, rate: float) -> float | Tensor:
+        """Return the rate as a number, or on a GPU in the tensor from which a recorded step reads it."""
+        if not group["params"][0].is_cuda:
+            return rate
+        if isinstance(group["lr"], Tensor):
+            return group["lr"].fill_(rate)
+        return torch.tensor(rate, device="cuda")
+
+    def apply(self) -> None:
+        """Update the parameters from their gradients."""
+        for group in self.groups:
+            on_gpu = group["params"][0].is_cuda
+            group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
+        for optimizer in self.all:
+            optimizer.step()
+
+    def step(self, inputs: StepInputs, step: int = 0) -> None:
+        self.set_rates(inputs, step)
+        self.apply()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state tensors by name: optimizer/PARAMETER/KEY."""
+        tensors = {}
+        for optimizer in self.all:
+            for p, entries in optimizer.state.items():
+                for key, value in entries.items():
+                    if value is not None:
+                        tensors[f"optimizer/{self.names[p]}/{key}"] = value
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], copy: bool = True) -> None:
+        """Load state tensors. They are copied unless `copy` is False, because they may be a mapped file."""
+        owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                owners |= {self.names[p]: (optimizer, p) for p in group["params"]}
+        for full_name, value in tensors.items():
+            _, name, key = full_name.split("/")
+            optimizer, p = owners[name]
+            # fused kernels want everything on the parameter's device, the step count too
+            optimizer.state[p][key] = value.to(p.device, copy=copy)
+        if tensors and self.all[0].defaults.get("nesterov"):
+            # fused SGD wants momentum for all parameters or for none; that of new ones begins at zero
+            for p in self.names:
+                self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))

@@ -1,7 +1,8 @@
-"""A schedule carried out while a run trains: when an op is due, what it makes of the state, and the proof that it kept its word.
+"""Growth while a run trains: when an operation is due, what it does to the state, and whether it kept its promise.
 
-A state after step S is the one before the ops that act there: a checkpoint and a node of the store hold it so, and whoever goes on from
-one decides and acts once more. Both are functions of the config and of the scores so far, so it comes to the same bits.
+The state after a step is the one before the operations that act there. Checkpoints and nodes of the store hold it
+like that, so a run that continues from one decides and acts again. Both are functions of the config and of the
+scores so far, so they give the same bits.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from mainrun.config import TrainConfig, from_dict
+from torch import Tensor
+
+from mainrun.config import TrainConfig
+from mainrun.core.device import Device
 from mainrun.core.hardware import give_back
+from mainrun.core.optimizers import Optimizers
 from mainrun.errors import UsageError
-from mainrun.growth.moments import IndexMap, Mark, marks, transfer
+from mainrun.growth.moments import IndexMap, param_schedules, transfer
 from mainrun.growth.operators import grow, like, mapped, outline
+from mainrun.growth.state import FIGURES, Row, growth_state, ops_applied
 from mainrun.growth.verify import (
     Check,
     covered,
@@ -34,51 +41,73 @@ from mainrun.growth.verify import (
 )
 from mainrun.plan.cost import costs
 from mainrun.plan.ops import ARCHITECTURE, Facts, Op, due
-from mainrun.plan.plan import Plan
+from mainrun.plan.plan import Plan, Segment
 from mainrun.store.rundir import Metrics
+from mainrun.train import GPT, State
 
-if TYPE_CHECKING:
-    from mainrun.core.device import Machine
-    from mainrun.store.nodes import Node
-    from mainrun.train import GPT, Optimizers, State
-
-Row = dict[str, Any]
-SETTLES = 10  # steps after which copies should have parted, and a router have chosen
-ROWS = 4  # of the batch that an op is checked on
+SETTLES = 10  # steps after which copies should have diverged and a router should have chosen
+ROWS = 4  # rows of the batch that an operation is checked on
 PREFIX = "OPERATION_"  # of the journal's events
-FIGURES = ("params", "active", "flops")  # in the rows of scores of a run with a schedule; flops: so far
+
+
+class Recent(NamedTuple):
+    """An operation on the architecture whose copies have not been looked at yet."""
+
+    op: Op
+    step: int
+    moved: IndexMap
+
+
+class Grown(NamedTuple):
+    """What an operation makes of a state: it replaces model, optimisers and average if every check passes."""
+
+    model: GPT
+    optimizers: Optimizers
+    average: dict[str, Tensor] | None
+    moved: IndexMap
+    checks: list[Check]
+    figures: Row  # for the journal
 
 
 class Growth:
-    """One run's schedule: `plan` is what is known of it by now, `journal` what was done."""
+    """The growth of one run. `plan` holds what is known about its schedule so far, `journal` what was done."""
 
     def __init__(
-        self, cfg: TrainConfig, plan: Plan, machine: Machine, state: State, journal: Metrics | None = None
+        self,
+        cfg: TrainConfig,
+        plan: Plan,
+        device: Device,
+        state: State,
+        journal: Metrics | None = None,
+        on_event: Callable[[Row], None] = lambda row: None,
+        clock: Callable[[str], Any] = nullcontext,
     ) -> None:
-        self.cfg, self.plan, self.machine, self.state, self.journal = cfg, plan, machine, state, journal
-        self.also: Callable[[Row], None] = lambda row: None  # hears each row of the journal, too
-        self.losses: list[tuple[int, float]] = []  # of the split that decides, by step
-        self.applied = 0  # of the plan's segments
-        self._fresh: list[
-            tuple[Op, int, IndexMap]
-        ] = []  # ops of the architecture, until their copies should have parted
-        self._compiled: tuple[Op, float] | None = (
-            None  # the last op of the architecture, and what compiling had taken before
-        )
-        self._notes: list[str] = []  # for whoever watches
-        self.restored()
+        self.cfg = cfg
+        self.plan = plan
+        self.device = device
+        self.state = state
+        self.journal = journal
+        self.on_event = on_event
+        self.clock = clock
+        self.losses: list[tuple[int, float]] = []  # (step, loss) of the split that decides
+        self.applied = 0  # operations that have acted
+        self._recent: list[Recent] = []
+        self._compiling: Op | None = None  # the last operation that makes the next step compile
+        self._notes: list[str] = []
+        self.restore()
 
     @property
     def split(self) -> str:
+        """The split whose loss decides: dev if there is one, because val must not steer a run."""
         return "dev" if self.cfg.dev_frac else "val"
 
     @property
-    def ids(self) -> int:
+    def vocab_size(self) -> int:
         model = self.state.model
         return model.embed.num_embeddings - model.cfg.unused_ids
 
-    def tell(self, row: Row) -> None:
-        self.also(row)
+    def log_event(self, row: Row) -> None:
+        self.on_event(row)
         if self.journal:
             self.journal.append(row)
 
@@ -86,192 +115,224 @@ class Growth:
         if self.journal:
             self.journal.close()
 
-    def restored(self) -> None:
-        """The state was loaded, or built: the ops that act right where it stands are still to come, unless it says otherwise."""
-        if self.state.grown:
-            self.plan = Plan(self.cfg, self.plan.train_tokens, self.state.grown["fired"])
-        self.applied = self.state.grown.get("applied", acted(self.plan, self.state.step))
-        self._fresh = self._recall()
-        self._keep()
+    def restore(self) -> None:
+        """Follow a state that was just built or loaded. Operations that act right there are still to come."""
+        saved = self.state.growth_state
+        if saved:
+            self.plan = Plan(self.cfg, self.plan.train_tokens, saved["fired"])
+        self.applied = saved.get("applied", ops_applied(self.plan, self.state.step))
+        self._recent = self._recall()
+        self._store_state()
 
-    def _recall(self) -> list[tuple[Op, int, IndexMap]]:
-        """The ops that a sitting before this one, or another run, carried out and did not look back on yet."""
-        found: list[tuple[Op, int, IndexMap]] = []
+    def _recall(self) -> list[Recent]:
+        """Return the operations of earlier sessions, or of other runs, whose copies were not looked at yet."""
+        recent: list[Recent] = []
         for last, segment in pairwise(self.plan.segments[: self.applied + 1]):
-            if (op := segment.op) and op.name in ARCHITECTURE:
-                found = self._standing(op, found)
-                if self.state.step < segment.first + SETTLES:
-                    old = like(self.state.model, last.cfg)
-                    for p in old.parameters():
-                        p.detach().zero_()  # where numbers go does not depend on what they are
-                    moved = mapped(op, last.cfg, segment.cfg, old, outline(old, segment.cfg), op.seed)[1]
-                    found.append((op, segment.first, bare(moved)))
-        return found
+            op = segment.op
+            if op is None or op.name not in ARCHITECTURE:
+                continue
+            recent = self._surviving(op, recent)
+            if self.state.step < segment.first + SETTLES:
+                old = like(self.state.model, last.cfg)
+                for p in old.parameters():
+                    p.detach().zero_()  # where numbers go does not depend on what they are
+                new = outline(old, segment.cfg)
+                moved = mapped(op, last.cfg, segment.cfg, old, new, op.seed)[1]
+                recent.append(Recent(op, segment.first, without_values(moved)))
+        return recent
 
     @staticmethod
-    def _standing(op: Op, fresh: list[tuple[Op, int, IndexMap]]) -> list[tuple[Op, int, IndexMap]]:
-        """Those whose tensors keep their names when this op acts."""
-        return [] if op.name == "stack_layers" else fresh
+    def _surviving(op: Op, recent: list[Recent]) -> list[Recent]:
+        """Return the operations whose tensors keep their names when `op` acts."""
+        return [] if op.name == "stack_layers" else recent
 
-    def _keep(self) -> None:
-        self.state.grown = standing(
-            self.plan, self.applied, {n: list(mark) for n, mark in self.state.optimizers.marks.items()}
-        )
+    def _store_state(self) -> None:
+        schedules = {name: list(values) for name, values in self.state.optimizers.schedules.items()}
+        self.state.growth_state = growth_state(self.plan, self.applied, schedules)
 
     def figures(self, step: int) -> Row:
-        """Of the model after a step, for a row of its scores; nothing where nothing grows."""
-        if not self.cfg.growth.ops:
-            return {}
-        spent, segments = 0, self.plan.segments
+        """Return the size of the model after a step and the FLOPs so far, for a row of its scores."""
+        flops = 0
+        segments = self.plan.segments
         for segment, later in zip(segments, [*segments[1:], None], strict=True):
-            end = min(step, later.first if later else step)
+            end = min(step, later.first) if later else step
             tokens = max(0, end - segment.first) * segment.span
-            spent += tokens * segment.cfg.passes * costs(segment.cfg, self.ids)["flops_per_token"]
-        found = costs(segments[acted(self.plan, step)].cfg, self.ids)
-        return dict(zip(FIGURES, (found["params"], found["active"], spent), strict=True))
+            per_token = costs(segment.cfg, self.vocab_size)["flops_per_token"]
+            flops += tokens * segment.cfg.passes * per_token
+        size = costs(segments[ops_applied(self.plan, step)].cfg, self.vocab_size)
+        return dict(zip(FIGURES, (size["params"], size["active"], flops), strict=True))
 
-    def heard(self, rows: Iterable[Row]) -> None:
-        """Scores: of dev where there is one, for val must not steer a run."""
-        found = {r["step"]: r["loss"] for r in rows if r["event"] == "eval" and r["split"] == self.split}
-        self.losses = sorted({**dict(self.losses), **found}.items())
+    def observe_scores(self, rows: Iterable[Row]) -> None:
+        """Remember the losses of the split that decides."""
+        losses = dict(self.losses)
+        for row in rows:
+            if row["event"] == "eval" and row["split"] == self.split:
+                losses[row["step"]] = row["loss"]
+        self.losses = sorted(losses.items())
 
-    # -- when
+    # -- when an operation is due
 
     def decide(self) -> bool:
-        """After an evaluation: have ops that waited for it become due? If so the plan from here on is another."""
+        """Fire the operations that waited for the latest evaluation. Return True if the plan changed."""
         changed = False
-        while (op := self.plan.undecided) and self.plan.segments[-1].first <= (step := self.state.step):
-            last = self.plan.segments[-1]
-            if step not in self.plan.eval_steps or (last.op and last.op.reevaluate and last.first == step):
+        while self._may_decide():
+            op = self.plan.undecided
+            assert op is not None
+            fires = self.device.leads and self._reason(op, self.plan.segments[-1].first) is not None
+            if not self.device.any_process(fires):
                 break
-            why = self._why(op, last.first) if self.machine.leads else None
-            if not self.machine.any(bool(why)):
-                break
-            self.plan, changed = Plan(self.cfg, self.plan.train_tokens, (*self.plan.fired, step)), True
-        self._keep()
+            self.plan = Plan(self.cfg, self.plan.train_tokens, (*self.plan.fired, self.state.step))
+            changed = True
+        self._store_state()
         return changed
 
-    def _why(self, op: Op, last: int) -> str | None:
+    def _may_decide(self) -> bool:
+        """Whether the score of this step may fire the next undecided operation."""
         step = self.state.step
-        return due(
-            op,
-            Facts(
-                step, last, self.plan.tokens(step), self.plan.budget, [e for e in self.losses if e[0] <= step]
-            ),
-        )
+        last = self.plan.segments[-1]
+        if self.plan.undecided is None or last.first > step or step not in self.plan.eval_steps:
+            return False
+        # an operation with `reevaluate` makes the next one wait for a loss of its own
+        waits = last.op is not None and last.op.reevaluate and last.first == step
+        return not waits
 
-    # -- what
+    def _reason(self, op: Op, last: int) -> str | None:
+        """Return why an operation fires after this step, or None if it does not."""
+        step = self.state.step
+        losses = [entry for entry in self.losses if entry[0] <= step]
+        return due(op, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))
 
     @property
-    def waits(self) -> Op | None:
-        """The op that acts before the next step, if there is one."""
+    def pending_op(self) -> Op | None:
+        """The operation that acts before the next step, if there is one."""
         later = self.plan.segments[self.applied + 1 :]
-        return later[0].op if later and later[0].first <= self.state.step < self.plan.steps else None
+        if not later or later[0].first > self.state.step or self.state.step >= self.plan.steps:
+            return None
+        return later[0].op
+
+    # -- what an operation does
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
-        """Carry out what is due before the next step. True: the model is another one."""
-        grew, step = False, self.state.step
-        here = dict(self.losses).get(step)  # the loss of the state as it is; nothing where nobody scored it
-        while op := self.waits:
-            (last, segment), before = self.plan.segments[self.applied : self.applied + 2], self.state.cfg
-            now = {
-                "op": op.id,
-                "name": op.name,
-                "value": op.value,
-                "step": step,
-                "tokens": self.plan.tokens(step),
-            }
-            why = self._why(op, last.first) or str(op.trigger)
-            told = {
-                "ops": op.place,
-                "desc": op.desc,
-                "why": why,
-                "loss": here,
-                "seed": op.seed,
-                "preserve": op.preserve,
-            }
-            self.tell({"event": f"{PREFIX}START", **now, **told, **costs(before, self.ids)})
-            clock = time.perf_counter()
-            if op.name in ARCHITECTURE:
-                self._part(op)
-                with self.state.clock("growth"):
-                    checks, found = self._grow(op, before, segment.cfg)
-                if wrong := [check for check in checks if not check.ok]:
-                    self._fail(op, now, wrong)
-                    continue
-                grew = True
-                if self.machine.compile:
-                    self._compiled = (op, self.state.spent.get("compile", 0.0))
-            else:
-                self.state.cfg, checks, found = segment.cfg, [], {}
-            self.applied += 1
-            sizes = [costs(cfg, self.ids) for cfg in (before, segment.cfg)]
-            done = {
-                "event": f"{PREFIX}SUCCESS",
-                **now,
-                "seconds": time.perf_counter() - clock,
-                **sizes[1],
-                **found,
-            }
-            self.tell(done | {"checks": [vars(check) for check in checks]})
-            became = [f"{size['params']:,}" for size in sizes] if op.name in ARCHITECTURE else []
-            said = f"growth: step {step}: ops[{op.place}] {op.name!r}" + (
-                "" if op.value is None else f" {json.dumps(op.value)}"
-            )
-            self._notes.append(said + (f": {became[0]} -> {became[1]} parameters" if became else ""))
-            if op.reevaluate and (rows := evaluate()):
-                new = next(r["loss"] for r in rows if r["split"] == self.split)
-                change = None if here is None else new - here
-                self.tell(
-                    {
-                        "event": f"{PREFIX}REEVALUATION",
-                        **now,
-                        "loss_before": here,
-                        "loss_after": new,
-                        "change": change,
-                    }
-                )
-                here = new
-            elif op.name in ARCHITECTURE:
-                here = None
-        self._keep()
-        return grew
+        """Carry out every operation that is due before the next step. Return True if the model was replaced."""
+        replaced = False
+        # the loss of the state as it is, if this step was scored
+        loss = dict(self.losses).get(self.state.step)
+        op = self.pending_op
+        while op:
+            replaced, loss = self._act(op, evaluate, replaced, loss)
+            op = self.pending_op
+        self._store_state()
+        return replaced
 
-    def _part(self, op: Op) -> None:
-        """Before this op: what could not be looked back on behind it is now."""
-        kept = self._standing(op, self._fresh)
-        for entry in self._fresh:
-            if entry not in kept and entry[1] < self.state.step:
-                self._look(*entry)
-        self._fresh = kept
+    def _act(
+        self, op: Op, evaluate: Callable[[], list[Row]], replaced: bool, loss: float | None
+    ) -> tuple[bool, float | None]:
+        """Carry out one operation. Return whether the model was replaced so far, and the loss after it."""
+        last, segment = self.plan.segments[self.applied : self.applied + 2]
+        before = self.state.cfg
+        event = self._event(op)
+        why = self._reason(op, last.first) or str(op.trigger)
+        start = {"ops": op.place, "desc": op.desc, "why": why, "loss": loss, "seed": op.seed}
+        start |= {"preserve": op.preserve, **costs(before, self.vocab_size)}
+        self.log_event({"event": f"{PREFIX}START", **event, **start})
+        started = time.perf_counter()
+        checks, figures = self._apply(op, segment)
+        failed = [check for check in checks if not check.ok]
+        if failed:
+            self._fail(op, event, failed)
+            return replaced, loss
+        self.applied += 1
+        if op.name in ARCHITECTURE and self.device.compile:
+            self._compiling = op
+        size = costs(segment.cfg, self.vocab_size)
+        done = {
+            "event": f"{PREFIX}SUCCESS",
+            **event,
+            "seconds": time.perf_counter() - started,
+            **size,
+            **figures,
+        }
+        self.log_event(done | {"checks": [vars(check) for check in checks]})
+        self._notes.append(self._note(op, before, segment.cfg))
+        if op.reevaluate:
+            loss = self._reevaluate(event, evaluate, loss)
+        elif op.name in ARCHITECTURE:
+            loss = None
+        return replaced or op.name in ARCHITECTURE, loss
+
+    def _event(self, op: Op) -> Row:
+        """Return what every row of the journal says about an operation."""
+        step = self.state.step
+        tokens = self.plan.tokens(step)
+        return {"op": op.id, "name": op.name, "value": op.value, "step": step, "tokens": tokens}
+
+    def _apply(self, op: Op, segment: Segment) -> tuple[list[Check], Row]:
+        """Change the state as the operation says, if every check of the result passes."""
+        if op.name not in ARCHITECTURE:
+            self.state.cfg = segment.cfg
+            return [], {}
+        self._look_before(op)
+        with self.clock("growth"):
+            return self._grow(op, self.state.cfg, segment.cfg)
+
+    def _note(self, op: Op, before: TrainConfig, after: TrainConfig) -> str:
+        """Return the line that the user sees."""
+        value = "" if op.value is None else f" {json.dumps(op.value)}"
+        note = f"growth: step {self.state.step}: ops[{op.place}] {op.name!r}{value}"
+        if op.name not in ARCHITECTURE:
+            return note
+        sizes = [f"{costs(cfg, self.vocab_size)['params']:,}" for cfg in (before, after)]
+        return f"{note}: {sizes[0]} -> {sizes[1]} parameters"
+
+    def _reevaluate(
+        self, event: Row, evaluate: Callable[[], list[Row]], before: float | None
+    ) -> float | None:
+        """Score the state again after an operation. Return its loss, or the one before if nobody scores here."""
+        rows = evaluate()
+        if not rows:
+            return None if event["name"] in ARCHITECTURE else before
+        after: float = next(row["loss"] for row in rows if row["split"] == self.split)
+        change = None if before is None else after - before
+        losses = {"loss_before": before, "loss_after": after, "change": change}
+        self.log_event({"event": f"{PREFIX}REEVALUATION", **event, **losses})
+        return after
+
+    def _look_before(self, op: Op) -> None:
+        """Look at copies now that could not be identified after this operation."""
+        kept = self._surviving(op, self._recent)
+        for recent in self._recent:
+            if recent not in kept and recent.step < self.state.step:
+                self._look(recent)
+        self._recent = kept
 
     def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[Check], Row]:
-        """The new model in place of the old one, if it passes; else nothing has changed."""
+        """Replace the model by the grown one if it passes every check; otherwise change nothing."""
         state = self.state
         state.model.zero_grad(set_to_none=True)
         try:
-            new, optimizers, shadow, moved, checks, found = self._made(op, before, after)
-        except Exception as e:  # whatever it is: memory that is not there, a number that is none
+            grown = self._make(op, before, after)
+        except Exception as e:  # whatever it is: too little memory, a number that is not finite
             return [Check("op", False, f"{type(e).__name__}: {e}")], {}
-        if all(check.ok for check in checks):
-            moments, how = state.optimizers.state(), (op.optimizer.mode, op.optimizer.min_coverage)
-            state.become(after, new, optimizers)  # so that the old weights go before the new moments come
+        if all(check.ok for check in grown.checks):
+            old_moments = state.optimizers.state()
+            # the old weights are freed before the new moments are made
+            state.replace_model(after, grown.model, grown.optimizers)
             give_back()
-            optimizers.load(transfer(moments, moved, *how)[0], copy=False)
-            del moments
+            mode = op.optimizer.mode
+            moments = transfer(old_moments, grown.moved, mode, op.optimizer.min_coverage)[0]
+            grown.optimizers.load(moments, copy=False)
+            del old_moments
             give_back()
-            if shadow:
-                state.average.apart = True
-                state.average.shadow = {name: p.detach() for name, p in shadow.items()}
-            self._fresh.append((op, state.step, bare(moved)))
-        return checks, found
+            if grown.average:
+                state.average.separate(grown.average)
+            self._recent.append(Recent(op, state.step, without_values(grown.moved)))
+        return grown.checks, grown.figures
 
-    def _made(
-        self, op: Op, before: TrainConfig, after: TrainConfig
-    ) -> tuple[GPT, Optimizers, Any, IndexMap, list[Check], Row]:
-        """What an op makes of the state, which it does not touch, and whether it kept its word."""
+    def _make(self, op: Op, before: TrainConfig, after: TrainConfig) -> Grown:
+        """Return what an operation makes of the state, and whether it kept its promise. The state is not touched."""
         state = self.state
-        old, idx = state.model, self._probe()
+        old = state.model
+        idx = self._probe()
         new, moved = grow(op, before, after, old, op.seed)
         moved_by, largest = delta(old, new, idx, full=op.preserve == "exact")
         checks = [preserved(op.preserve, old, new, idx), tied(before, new), rope_integrity(old, new)]
@@ -280,127 +341,83 @@ class Growth:
         if op.name == "stack_layers" and op.init == "identity":
             inserted = [i for i, source in enumerate(op.value) if source in op.value[:i]]
             checks.append(layer_identity(new, inserted, idx))
-        shadow = None
+        average: dict[str, Tensor] | None = None
         if state.average.apart:
             with state.average.applied():
-                shadow = dict(
-                    grow(op, before, after, old, op.seed)[0].named_parameters()
-                )  # the same draws: the same change
-        optimizers = type(state.optimizers)(after, new, marks(state.optimizers.marks, moved, op, state.step))
-        least = op.optimizer.min_coverage
+                # the same seed draws the same numbers, so the average changes as the weights do
+                average = dict(grow(op, before, after, old, op.seed)[0].named_parameters())
+        schedules = param_schedules(state.optimizers.schedules, moved, op, state.step)
+        optimizers = Optimizers(after, new, schedules)
         coverage = transfer(state.optimizers.state(), moved, op.optimizer.mode, dry=True)[1]
-        checks += [
-            covered(coverage, least if op.optimizer.mode != "reset" else 0.0),
-            grouped(new, optimizers),
-        ]
-        return new, optimizers, shadow, moved, checks, {
-            "delta_logits": moved_by, "largest_logit": largest, "coverage": coverage, "truncated": moved.truncated,
-        }  # fmt: skip
+        required = 0.0 if op.optimizer.mode == "reset" else op.optimizer.min_coverage
+        checks += [covered(coverage, required), grouped(new, optimizers)]
+        figures: Row = {"delta_logits": moved_by, "largest_logit": largest, "coverage": coverage}
+        figures["truncated"] = moved.truncated
+        return Grown(new, optimizers, average, moved, checks, figures)
 
-    def _fail(self, op: Op, now: Row, wrong: list[Check]) -> None:
-        """Rolled back already, for the state was never touched; and never tried again."""
-        why = "; ".join(f"{check.name}: {check.detail}" for check in wrong)
-        self.tell(
-            {
-                "event": f"{PREFIX}ERROR",
-                **now,
-                "checks": [vars(check) for check in wrong],
-                "on_fail": op.on_fail,
-            }
-        )
+    def _fail(self, op: Op, event: Row, failed: list[Check]) -> None:
+        """Report an operation that failed. The state was never touched; the operation is not tried again."""
+        why = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        checks = [vars(check) for check in failed]
+        self.log_event({"event": f"{PREFIX}ERROR", **event, "checks": checks, "on_fail": op.on_fail})
         if op.on_fail == "abort":
-            self._keep()
-            raise UsageError(
-                f"growth: ops[{op.place}] {op.name!r} did not keep its word at step {self.state.step}: {why}; the state before it is kept. "
-                "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
-            )
-        self.plan = Plan(self.cfg, self.plan.train_tokens, (*self.plan.fired[: op.place], ~self.state.step))
+            self._store_state()
+            got = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}: {why}"
+            fix = "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
+            raise UsageError(f"{got}; the state before it is kept. {fix}")
+        fired = (*self.plan.fired[: op.place], ~self.state.step)
+        self.plan = Plan(self.cfg, self.plan.train_tokens, fired)
 
-    def _probe(self) -> Any:
+    def _probe(self) -> Tensor:
+        """Return the batch of ids that operations are checked on."""
         model = self.state.model
-        return probe(self.ids, min(model.cfg.block_size, 128), self.cfg.seed, ROWS).to(
-            model.embed.weight.device
-        )
+        length = min(model.cfg.block_size, 128)
+        return probe(self.vocab_size, length, self.cfg.seed, ROWS).to(model.embed.weight.device)
 
     # -- some steps later
 
+    def compiled(self, seconds: float) -> None:
+        """Log how long the first step after an operation compiled."""
+        op = self._compiling
+        self._compiling = None
+        if op and seconds:
+            row = {"event": f"{PREFIX}RECOMPILE", "op": op.id, "name": op.name, "step": self.state.step}
+            self.log_event(row | {"seconds": seconds})
+
     def look_back(self) -> list[str]:
-        """After each step: what there is to say of ops, and some steps after one of copies and routers that are locked."""
-        if self._compiled:
-            (op, before), self._compiled = self._compiled, None
-            if seconds := self.state.spent.get("compile", 0.0) - before:
-                self.tell(
-                    {
-                        "event": f"{PREFIX}RECOMPILE",
-                        "op": op.id,
-                        "name": op.name,
-                        "step": self.state.step,
-                        "seconds": seconds,
-                    }
-                )
-        for entry in [entry for entry in self._fresh if self.state.step >= entry[1] + SETTLES]:
-            self._fresh.remove(entry)
-            self._look(*entry)
-        notes, self._notes = self._notes, []
+        """Return what the user should know after a step: operations, and copies or routers that are stuck."""
+        settled = [recent for recent in self._recent if self.state.step >= recent.step + SETTLES]
+        for recent in settled:
+            self._recent.remove(recent)
+            self._look(recent)
+        notes = self._notes
+        self._notes = []
         return notes
 
-    def _look(self, op: Op, since: int, moved: IndexMap) -> None:
-        model: GPT = self.state.model
-        later = self.state.step - since
+    def _look(self, recent: Recent) -> None:
+        """Check whether the copies that an operation made have diverged, and whether its router is stuck."""
+        model = self.state.model
+        op = recent.op
+        later = self.state.step - recent.step
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        kept = {
-            name: piece for name, piece in moved.pieces.items() if shapes.get(name) == moved.new[name]
-        }  # by ops in between
-        symmetry = heads_diverge(replace(moved, pieces=kept), model)
-        locked = (
-            router_lock(model, self._probe()) if later >= SETTLES else []
-        )  # earlier it need not have chosen
-        wrong = ([] if symmetry.ok else [symmetry.detail]) + locked
-        router = Check(
-            "router",
-            not locked,
-            "; ".join(locked) or "each layer's tokens go to several experts, where it has any",
-        )
-        row = {
-            "event": f"{PREFIX}LOOKBACK",
-            "op": op.id,
-            "name": op.name,
-            "step": self.state.step,
-            "since": since,
-        }
-        self.tell(row | {"checks": [vars(symmetry), vars(router)]})
-        self._notes += [f"growth: {later} steps after ops[{op.place}] {op.name!r}: {text}" for text in wrong]
+        kept = {}  # tensors that no operation has changed since
+        for name, piece in recent.moved.pieces.items():
+            if shapes.get(name) == recent.moved.new[name]:
+                kept[name] = piece
+        symmetry = heads_diverge(replace(recent.moved, pieces=kept), model)
+        # a router needs some steps before it must have chosen
+        locked = router_lock(model, self._probe()) if later >= SETTLES else []
+        detail = "; ".join(locked) or "each layer's tokens go to several experts, where it has any"
+        router = Check("router", not locked, detail)
+        row: Row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name}
+        row |= {"step": self.state.step, "since": recent.step, "checks": [vars(symmetry), vars(router)]}
+        self.log_event(row)
+        problems = list(locked) if symmetry.ok else [symmetry.detail, *locked]
+        for problem in problems:
+            self._notes.append(f"growth: {later} steps after ops[{op.place}] {op.name!r}: {problem}")
 
 
-def bare(moved: IndexMap) -> IndexMap:
-    """Without what is added to the numbers: as large as the model, and of no use afterwards."""
-    return replace(moved, pieces={name: replace(piece, plus=None) for name, piece in moved.pieces.items()})
-
-
-def rebuilt(state: State, grown: dict[str, Any]) -> tuple[TrainConfig, GPT, Optimizers]:
-    """Config, model and optimisers as they were when a state was saved."""
-    cfg = from_dict(grown["config"])
-    model = like(state.model, cfg)
-    return (
-        cfg,
-        model,
-        type(state.optimizers)(cfg, model, {name: Mark(*mark) for name, mark in grown["marks"].items()}),
-    )
-
-
-def acted(plan: Plan, step: int) -> int:
-    """How many ops have acted on the state after a step, which is kept before those that act right there."""
-    return sum(segment.first < step for segment in plan.segments[1:])
-
-
-def standing(plan: Plan, applied: int, learns: dict[str, list[Any]]) -> dict[str, Any]:
-    """What a state says of its growth; nothing where nothing grows."""
-    if not plan.cfg.growth.ops:
-        return {}
-    config = plan.segments[applied].cfg.model_dump(mode="json")
-    return {"fired": list(plan.fired), "applied": applied, "config": config, "marks": learns}
-
-
-def taken(plan: Plan, node: Node) -> dict[str, Any]:
-    """The same of a node that another run may have left: on the same chain, by another schedule."""
-    return standing(plan, acted(plan, node.step), node.grown.get("marks", {}))
+def without_values(moved: IndexMap) -> IndexMap:
+    """Return an index map without the numbers that are added: they are as large as the model, and not needed later."""
+    pieces = {name: replace(piece, plus=None) for name, piece in moved.pieces.items()}
+    return replace(moved, pieces=pieces)

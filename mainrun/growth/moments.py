@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mainrun.core.optimizers import DEFAULT_SCHEDULE, ParamSchedule
+
 if TYPE_CHECKING:
     from mainrun.plan.ops import Op
 
@@ -127,33 +129,19 @@ def rates(moved: IndexMap) -> dict[str, Rate]:
     return found
 
 
-class Mark(NamedTuple):
-    """How a parameter learns, beside what the config says: by what its rate, decay and eps are multiplied, and how it came in."""
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
-    since: int = 0  # after this step it was new; its rate climbs over the next `rewarm`
-    rewarm: int = 0
-
-    def rate(self, step: int) -> float:
-        return self.lr * min(1.0, (step - self.since + 1) / self.rewarm) if self.rewarm else self.lr
-
-
-PLAIN = Mark()
-
-
-def marks(before: Mapping[str, Mark], moved: IndexMap, op: Op, step: int) -> dict[str, Mark]:
+def param_schedules(
+    before: Mapping[str, ParamSchedule], moved: IndexMap, op: Op, step: int
+) -> dict[str, ParamSchedule]:
     """Of the parameters that do not learn as all do. New are those without a past, and a layer's second copy."""
     found, wide, seen = {}, rates(moved) if op.lr.width_rule == "adam_1_over_n" else {}, set[str]()
     for name, piece in moved.pieces.items():
-        mark = before.get(piece.source or "", PLAIN)
+        mark = before.get(piece.source or "", DEFAULT_SCHEDULE)
         new = (
             piece.grad is None or piece.source is None or (op.name == "stack_layers" and piece.source in seen)
         )
         seen.add(piece.source or "")
         if new:
-            mark = Mark(
+            mark = ParamSchedule(
                 op.lr.new_params_peak, since=step if op.lr.rewarm_iters else 0, rewarm=op.lr.rewarm_iters
             )
         elif name in wide:
@@ -161,7 +149,7 @@ def marks(before: Mapping[str, Mark], moved: IndexMap, op: Op, step: int) -> dic
             mark = mark._replace(
                 lr=mark.lr * by.lr, weight_decay=mark.weight_decay * by.weight_decay, eps=mark.eps * by.eps
             )
-        if mark != PLAIN:
+        if mark != DEFAULT_SCHEDULE:
             found[name] = mark
     return found
 

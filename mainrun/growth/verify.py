@@ -17,7 +17,8 @@ from mainrun.core.moe import MoE
 from mainrun.growth.moments import IndexMap
 
 if TYPE_CHECKING:
-    from mainrun.train import GPT, Optimizers
+    from mainrun.core.optimizers import Optimizers
+    from mainrun.train import GPT
 
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # how far logits may move by rounding
 EQUAL = 1e-5  # copies that differ by less, relative to their size, have not parted: rounding alone does that

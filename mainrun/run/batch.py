@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.config import TrainConfig
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
 from mainrun.data.sources import load_corpus
 from mainrun.data.token_cache import TokenData, prepare
@@ -23,7 +23,7 @@ def resolved(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str,
     read: dict[tuple[Any, ...], tuple[dict[str, str], TokenData]] = {}
     plans, chains, now = {}, {}, versions()
     for cfg in configs:
-        machine, which = Machine(cfg), tuple(getattr(cfg, field) for field in sorted(lineage.IN_TOKENS))
+        machine, which = Device(cfg), tuple(getattr(cfg, field) for field in sorted(lineage.IN_TOKENS))
         if which not in read:
             with machine.leader_first():
                 corpus = load_corpus(cfg)
@@ -31,7 +31,7 @@ def resolved(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str,
         fingerprints, data = read[which]
         plans[cfg.run_id] = plan = Plan(cfg, len(data.splits["train"]))
         machine.settle(cfg, plan)
-        root = lineage.root(lineage.origin(cfg, fingerprints, data.digest, now, machine.facts))
+        root = lineage.root(lineage.origin(cfg, fingerprints, data.digest, now, machine.machine_class))
         chains[cfg.run_id] = lineage.chain(root, plan)
     return plans, chains
 

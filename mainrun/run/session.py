@@ -1,322 +1,382 @@
-"""How a sitting begins and ends: from which checkpoint a run goes on, and what it amounts to once it is done."""
+"""One session of a run: from its checkpoint, or from step 0, until it is done or stopped.
+
+from mainrun.run.session import train
+summary = train(cfg, Path("runs"))
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
+import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from mainrun.checks.guards import Evidence, guards
 from mainrun.config import TrainConfig
-from mainrun.core.device import Machine
-from mainrun.core.hardware import peak_memory
-from mainrun.core.machine_class import versions
-from mainrun.data import scoring
-from mainrun.data.sources import Corpus
-from mainrun.data.token_cache import TokenData
-from mainrun.errors import ConfigError, MainrunError, RunError
-from mainrun.plan.cost import segment_costs
+from mainrun.core.pending_losses import NotFinite, StepRow
+from mainrun.data.batches import Batches
+from mainrun.errors import Diverged, Interrupted, MainrunError
+from mainrun.growth.state import Controller, make_controller
+from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Plan
-from mainrun.run.progress import Progress
+from mainrun.run.accounts import Accounts
+from mainrun.run.log import NullLog, RunLog
+from mainrun.run.progress import QUIET, Progress
+from mainrun.run.resume import check_spans, environment, follow_leader, resume
+from mainrun.run.sharing import NoSharing, Sharing
+from mainrun.run.slow_steps import SlowSteps
+from mainrun.run.stop import StopSignal
+from mainrun.run.summary import finish, summarize
 from mainrun.store import checkpoint
-from mainrun.store.rundir import Metrics, RunDir
+from mainrun.store.nodes import Store
+from mainrun.store.rundir import RunDir, check_same_data, check_writable, open_run, write_text
+from mainrun.train import Due, Setup, State, loop, score, set_up
 
-if TYPE_CHECKING:
-    from mainrun.growth.controller import Growth
-    from mainrun.run.sharing import Reuse
-    from mainrun.train import State
-
-
-NOTHING = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # where a log stands that has no row
+Row = dict[str, Any]
+STATUS = {Interrupted.exit_code: "interrupted", Diverged.exit_code: "diverged"}
 
 
-def check_spans(cfg: TrainConfig, data: TokenData) -> None:
-    """Before step 0: a split that cannot be scored is found now, not an hour later."""
-    for split in ("val", "dev"):
-        if split in data.splits:
-            try:
-                scoring.official_spans(len(data.splits[split]), cfg.geometry)
-            except ConfigError as e:
-                raise ConfigError(f"the {split} split is too short: {e}") from None
-
-
-def environment(machine: Machine) -> dict[str, Any]:
-    """env.json of this sitting."""
-    env: dict[str, Any] = {
-        "machine_class": machine.facts,
-        "versions": versions(),
-        "evaluate_hash": scoring.evaluate_source_hash(),
-    }
-    return env | {"allocator": machine.allocator, "command": sys.argv}
-
-
-def resume(
+def train(
     cfg: TrainConfig,
-    run: RunDir,
-    state: State,
-    env: dict[str, Any],
-    progress: Progress,
-    reuse: Reuse | None,
-    growth: Growth,
-) -> Metrics:
-    """Bring state, metrics.jsonl, growth.jsonl and env.json to the newest usable checkpoint, or to an untouched start."""
-    metrics = run.log("metrics.jsonl")
-    own = _trained(run.rows_so_far(), growth.plan.steps)  # before what no checkpoint holds is cut off
+    out: Path,
+    *,
+    fresh: bool = False,
+    progress: Progress = QUIET,
+    store: Store | None = None,
+    keep: Iterable[int] = (),
+    until: int = 0,
+) -> Row:
+    """Train a config to its end and return its summary. Reuse its last checkpoint, and what the store has of it.
 
-    def usable(meta: dict[str, Any]) -> str | None:
-        if fault := checkpoint.fault(meta):
-            return fault
-        if meta["digest"] != cfg.digest:
-            return "it belongs to another config"
-        for log, mark in ((metrics, meta["metrics"]), (growth.journal, meta.get("journal"))):
-            if log and not log.rewind(
-                mark or NOTHING
-            ):  # hours of training are not thrown away over a log: whoever changed it decides
-                raise RunError(
-                    f"{log.path} is not the one its checkpoints were saved with; restore it, or use --fresh to start over"
-                )
-        return None
-
-    before = checkpoint.steps(run.checkpoints)
-    found = checkpoint.load_newest(run.checkpoints, usable, progress.note)
-    earlier = run.env() if found else {}
-    if found:
-        if "evaluate_hash" not in earlier:
-            raise RunError(
-                f"{run.path}/env.json, which says how the run began, is lost; restore it, or use --fresh to start over"
-            )
-        run.rows()  # a checksum that fits does not make a row of what is none
-        _load(run, state, *found, growth)
-        env["evaluate_hash"] = earlier[
-            "evaluate_hash"
-        ]  # the first start's: an edit between two sittings must show
-        progress.note(f"{run.path} goes on after step {state.step}")
-        for what, key in (("machine class", "machine_classes"), ("mainrun or of a library", "all_versions")):
-            now = env["machine_class" if key == "machine_classes" else "versions"]
-            if earlier.get(key, [now])[-1] != now:
-                progress.note(
-                    f"this is another {what} than the one before: from here on the bits are not those of an undisturbed run"
-                )
-    else:
-        if before:
-            progress.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
-        metrics.rewind(NOTHING)
-        if growth.journal:
-            growth.journal.rewind(NOTHING)
-    lost = {step for step in own if step > state.step}  # some of these may be in the store
-    carried = run.env().get("carried", {})
-    if (
-        carried and carried["checkpoint"] == state.step
-    ):  # the sitting before this one ended before it saved anything
-        state.ledger["wasted"], state.resumed = carried["wasted"], carried["resumed"] + bool(lost)
-    state.ledger["wasted"] += len(lost)
-    begins = state.step
-
-    def carry() -> None:
-        env["carried"] = {"checkpoint": begins, "wasted": state.ledger["wasted"], "resumed": state.resumed}
-        run.write("env.json", env)
-
-    if reuse:
-        reuse.own, reuse.found_again = lost, carry
-        reuse.follow(growth.plan)
-        if found:
-            reuse.restore(found[1].get("store"), state.step)
+    keep: steps after which the store keeps the state, in addition to those that the config suggests.
+    until: stop after this step.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())  # early, so that a signal while data is prepared counts
+        started = time.perf_counter()
+        check_writable(Path(out))  # before the data is read, which may take a while
+        setup = set_up(cfg)
+        check_spans(cfg, setup.data)
+        data_seconds = time.perf_counter() - started
+        run = open_run_directory(setup, Path(out), fresh)
+        stack.callback(run.release)
+        summary = run.summary()
+        if summary:
+            return summary
+        accounts = Accounts()
+        accounts.add("data", data_seconds)
+        if setup.device.leads:
+            write_beginning(setup, run)
         else:
-            reuse.strangers()
-    for key, now in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
-        seen = earlier.get(key, [])
-        env[key] = [entry for entry in seen if entry != now] + [now]
-    carry()
-    run.write(
-        "status.json", {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": state.resumed}
-    )
-    return metrics
-
-
-def _trained(rows: list[dict[str, Any]], end: int) -> set[int]:
-    """The steps behind the rows that were not taken from the store. Rows beyond the end of the run are not its own."""
-    found: set[int] = set()
-    last = 0
-    for row in rows:
-        step = min(row["step"], end)
-        if row.get("reused"):
-            last = step
-        elif row.get("event") == "step":
-            found |= set(range(last + 1, step + 1))
-            last = step
-    return found
-
-
-def follow(cfg: TrainConfig, run: RunDir, state: State, machine: Machine, growth: Growth) -> None:
-    """Every process starts where the leader does (it chose the checkpoint, the others read the same one)."""
-    step, _ = machine.share(state.step, 0)
-    if step and not machine.leads:
-        found = checkpoint.load_newest(
-            run.checkpoints,
-            lambda meta: "" if meta.get("step") == step else "the leader chose another",
-            lambda _: None,
+            progress = QUIET
+        state = setup.start()
+        sharing: Sharing | NoSharing = NoSharing()
+        if store:
+            sharing = make_sharing(setup, store, accounts, progress.note, keep, until, fresh)
+        journal = None
+        if setup.device.leads and cfg.growth.ops:
+            journal = run.log("growth.jsonl")
+        growth = make_controller(
+            cfg, setup.plan, setup.device, state, journal, sharing.add_row, accounts.clock
         )
-        if found is None:
-            what = f"process {machine.rank} cannot read the checkpoint of step {step} in {run.checkpoints}"
-            raise RunError(f"{what}; --out must be a folder that all processes share")
-        _load(run, state, *found, growth)
+        env = environment(setup.device)
+        log: RunLog | NullLog = NullLog()
+        if setup.device.leads:
+            log = RunLog(run, progress)
+            resume(cfg, run, state, accounts, env, log, sharing, growth)
+        if setup.device.world > 1:
+            follow_leader(run, state, accounts, setup.device, growth)
+        earlier = sum(accounts.spent.values()) - data_seconds
+        session = Session(setup, run, state, accounts, log, sharing, growth, stop, until)
+        progress.start(cfg, growth.plan.table(), run.metrics())
+        if setup.device.note:
+            progress.note(setup.device.note)
+        with ending(run, session, [sharing, progress, log, growth]):
+            session.train()
+        if not setup.device.leads:
+            return {}
+        with state.average.applied(), accounts.clock("guards"):
+            summary = summarize(setup, session.plan, run, state, accounts, env)
+        unaccounted = earlier + time.perf_counter() - started - sum(accounts.spent.values())
+        accounts.add("overhead", unaccounted)
+        return finish(run, state, session.plan, accounts, summary)
 
 
-def _load(
-    run: RunDir, state: State, tensors: dict[str, torch.Tensor], meta: dict[str, Any], growth: Growth
-) -> None:
-    """A checkpoint, and what the sittings before it have cost."""
-    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
-        state.load(tensors, meta["step"], meta["presented"], meta.get("growth"))
-        growth.restored()
-    state.saved = state.step
-    state.resumed = meta["resumed"] + 1
-    state.ledger |= meta.get("ledger", {})
-    state.spent = {
-        part: meta["spent"].get(part, 0.0) + state.spent.get(part, 0.0)
-        for part in {**meta["spent"], **state.spent}
-    }
+# -- the parts of a session
 
 
-def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
-    """The eval rows of the weights as they stand."""
-    for split in ("val", "dev"):
-        if split in data.splits:
-            clock = time.perf_counter()
-            size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
-            with state.average.applied():
-                found = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
-            yield {
-                "event": "eval",
-                "step": state.step,
-                "split": split,
-                **asdict(found),
-                "seconds": time.perf_counter() - clock,
-            }
+def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
+    """Return the run's directory, locked by the leader, after checking that it holds the same data."""
+    with setup.device.leader_first():  # the other processes see what the leader kept of an earlier run
+        run = open_run(out, setup.cfg, fresh) if setup.device.leads else RunDir(out / setup.cfg.run_id)
+    try:
+        check_same_data(run, titles(setup))
+    except BaseException:
+        run.release()
+        raise
+    return run
+
+
+def titles(setup: Setup) -> Row:
+    """Return what identifies the data of a run."""
+    return {"fingerprints": setup.corpus.fingerprints, "tokenizer": setup.data.tokenizer.digest}
+
+
+def write_beginning(setup: Setup, run: RunDir) -> None:
+    """Write what a run knows before it trains."""
+    cfg = setup.cfg
+    table = {"config": cfg.model_dump(), "digest": cfg.digest, "plan": setup.plan.table(), **titles(setup)}
+    # the config comes first: a folder with other files but no config is not taken for a run
+    run.write("config.json", table)
+    write_text(run.path / "tokenizer.json", setup.data.tokenizer.to_json())
+
+
+def make_sharing(
+    setup: Setup,
+    store: Store,
+    accounts: Accounts,
+    note: Callable[[str], None],
+    keep: Iterable[int],
+    until: int,
+    fresh: bool,
+) -> Sharing:
+    fingerprints = setup.corpus.fingerprints
+    tokens = setup.data.digest
+    return Sharing(
+        store, setup.cfg, setup.plan, setup.device, fingerprints, tokens, note, accounts, keep, until, fresh
+    )
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 @contextmanager
-def ending(
-    machine: Machine, run: RunDir, growth: Growth, parts: Sequence[Reuse | Progress | Metrics | Growth | None]
-) -> Iterator[None]:
-    """Whatever ends a sitting, status.json says it, and its parts are closed."""
+def ending(run: RunDir, session: Session, parts: Sequence[Closable]) -> Iterator[None]:
+    """Close the parts of a session when it ends. If it fails, say so in status.json."""
     try:
         yield
     except BaseException as e:
-        kind = {75: "interrupted", 3: "diverged"}.get(getattr(e, "exit_code", 1), "failed")
-        if machine.leads:
-            with suppress(MainrunError):  # `e` is what must be heard; a full disk is heard at the next write
-                why = str(e) or type(e).__name__
-                at = {"step": growth.state.step, "steps": growth.plan.steps}
-                run.write("status.json", {"state": kind, **at, "why": why})
+        if session.device.leads:
+            state = STATUS.get(getattr(e, "exit_code", 1), "failed")
+            status = {"state": state, "step": session.state.step, "steps": session.plan.steps}
+            with suppress(MainrunError):  # the user must see `e`; a full disk is reported at the next write
+                run.write("status.json", {**status, "why": str(e) or type(e).__name__})
         raise
     finally:
         for part in parts:
-            if part:
-                part.close()
+            part.close()
 
 
-def finish(run: RunDir, state: State, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
-    """What all of it took, and the last words of a run that is done."""
-    seconds = sum(state.spent.values())
-    trained = plan.tokens(plan.steps) - state.ledger["reused_tokens"]
-    summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": state.spent}
-    # The summary comes last: a run that has one is never begun again, so a status that a kill left unwritten would stay so.
-    run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
-    run.write("summary.json", summary)
-    return summary
+# -- what the loop asks of it
 
 
-def summarize(
-    cfg: TrainConfig,
-    plan: Plan,
-    corpus: Corpus,
-    data: TokenData,
-    run: RunDir,
-    state: State,
-    env: dict[str, Any],
-) -> dict[str, Any]:
-    """summary.json: the last and the best score, what they cost, what they stand on, and the guards they passed."""
-    rows = run.rows()
-    evals = [r for r in rows if r["event"] == "eval"]
-    names = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
-    scores = {
-        split: {
-            "last": {k: mine[-1][k] for k in names},
-            "best": {k: min(mine, key=lambda r: r["full"])[k] for k in names},
+class Session:
+    """The `Run` of mainrun/train.py with everything: logs, checkpoints, the store, growth and stop signals."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        run: RunDir,
+        state: State,
+        accounts: Accounts,
+        log: RunLog | NullLog,
+        sharing: Sharing | NoSharing,
+        growth: Controller,
+        stop: StopSignal,
+        until: int = 0,
+    ) -> None:
+        self.cfg = setup.cfg
+        self.device = setup.device
+        self.data = setup.data
+        self.run = run
+        self.state = state
+        self.accounts = accounts
+        self.run_log = log
+        self.sharing = sharing
+        self.growth = growth
+        self.stop = stop
+        self.until = until
+        self.batches = Batches(setup.cfg, setup.data.splits["train"])
+        self.slow_steps = SlowSteps(self.device.threads, self.device.torch_device.type)
+        self._began: float | None = None  # when the steps began that are not logged yet
+        self._compiles = self.device.compile  # whether the next step compiles the model
+
+    @property
+    def plan(self) -> Plan:
+        return self.growth.plan
+
+    def train(self) -> None:
+        """Train to the end of the plan."""
+        try:
+            loop(self, self.state, self.device)
+        except NotFinite as e:
+            raise self._diverged(e) from None
+
+    def _diverged(self, e: NotFinite) -> Diverged:
+        """Keep what was trained before a loss that is not finite, and return the error for the user."""
+        self._log_steps(e.rows)
+        kept = "the last checkpoint before it is kept"
+        row = e.row
+        if row.step == self.state.step + 1:  # the weights have not moved yet
+            self.state.tokens -= self.plan.segment_at(self.state.step).span * self.cfg.passes
+            self.save()
+            kept = "the checkpoint before this step is kept"
+        got = f"loss {row.loss} with gradient norm {row.grad_norm} at step {row.step} of {self.plan.steps}"
+        return Diverged(f"{got}, lr {row.lr:g}; lower lr or lr_aux, or raise warmup_frac ({kept})")
+
+    # -- when
+
+    def due(self, step: int) -> Due:
+        score = step in self.plan.eval_steps
+        keep = self.sharing.keeps(step)
+        save = step % self.plan.checkpoint_every == 0 or step == self.plan.steps
+        return Due(score, keep, save)
+
+    def stop_reason(self) -> str:
+        step = self.state.step
+        cause = ""
+        if self.until and step >= self.until:
+            cause = self.stop.name or "stopped"
+        # asking the other processes makes them wait for each other
+        elif self.device.world == 1 or step % self.device.read_every == 0:
+            if self.device.any_process(bool(self.stop.name)):
+                cause = self.stop.name or "another process stopped"
+        if not cause:
+            return ""
+        fix = "everything is saved; run the same command again to resume"
+        return f"{cause} at step {step} of {self.plan.steps}; {fix}"
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        if self._began is None:
+            self._began = time.perf_counter()
+            self.slow_steps.start()
+        x, y = self.batches.at(step, self.plan.segment_at(step))
+        return self.device.put(x), self.device.put(y)
+
+    # -- logging
+
+    def log(self, rows: Sequence[StepRow]) -> None:
+        self._log_steps(rows)
+        for note in self.growth.look_back():
+            self.run_log.note(note)
+
+    def _log_steps(self, rows: Sequence[StepRow]) -> None:
+        if not rows or self._began is None:
+            return
+        seconds = time.perf_counter() - self._began
+        self._began = None
+        self._account_steps(len(rows), seconds)
+        for row in rows:
+            self._log_step(row, seconds / len(rows))
+
+    def _account_steps(self, count: int, seconds: float) -> None:
+        if self._compiles:
+            self._compiles = False
+            self.accounts.add("compile", seconds)
+            self.growth.compiled(seconds)
+            return
+        self.accounts.add("steps", seconds)
+        warning = self.slow_steps.check(count)
+        if warning:
+            self.run_log.note(warning)
+
+    def _log_step(self, step: StepRow, seconds: float) -> None:
+        plan = self.plan
+        row: Row = {"event": "step", "step": step.step, "tokens": plan.tokens(step.step), "lr": step.lr}
+        row |= {"loss": step.loss, "grad_norm": step.grad_norm, "seconds": seconds}
+        self.sharing.add_row(row)
+        if step.step % self.cfg.log_every == 0 or step.step == plan.steps:
+            self.run_log.step(row, plan.steps)
+
+    def evaluate(self) -> None:
+        rows = self._score()
+        step = self.state.step
+        finite = all(math.isfinite(row["loss"]) for row in rows)
+        if self.device.any_process(not finite):
+            lr = self.plan.at(step - 1).lr
+            got = f"the score at step {step} of {self.plan.steps} is not a number after lr {lr:g}"
+            fix = "lower lr, lr_aux or weight_decay"
+            raise Diverged(f"{got}; {fix} (the last checkpoint before it is kept)")
+        for row in rows:
+            self.sharing.add_row(row)
+            self.run_log.eval(row, self.plan.steps)
+
+    def _score(self) -> list[Row]:
+        """Return the scores of the weights. Only the leader scores."""
+        if not self.device.leads:
+            return []
+        with self.accounts.clock("evaluation"):
+            figures = self.growth.figures(self.state.step)
+            return [row | figures for row in score(self.cfg, self.data, self.state)]
+
+    # -- sharing and growth
+
+    def settle(self) -> None:
+        while self._settle_once():
+            pass
+
+    def _settle_once(self) -> bool:
+        """Share the state and decide what grows. Return True if that may lead further."""
+        state = self.state
+        self.sharing.publish(state)
+        before = state.step
+        unscored = self.sharing.advance(state, self.growth, self.run_log.metrics, self.stop)
+        moved = state.step != before
+        if moved:
+            self.growth.restore()
+        if unscored:
+            self.evaluate()
+        self.growth.observe_scores(self.run_log.rows() if self.cfg.growth.ops else [])
+        if self.growth.decide():
+            self.sharing.follow(self.plan)
+            return True
+        return unscored or (moved and self.plan.undecided is not None)
+
+    def grow(self, release: Callable[[], None]) -> bool:
+        op = self.growth.pending_op
+        if op is None:
+            return False
+        if op.name in ARCHITECTURE:
+            release()
+            self._compiles = self.device.compile
+        try:
+            self.growth.act(self._score)
+        except MainrunError:
+            self.save()
+            raise
+        self.sharing.follow(self.plan)
+        return True
+
+    # -- checkpoints
+
+    def save(self) -> None:
+        if self.device.leads and self.state.step > self.accounts.saved:
+            with self.accounts.clock("checkpoints"):
+                tensors = self.state.tensors()
+                checkpoint.save(
+                    self.run.checkpoints, self.state.step, tensors, self._checkpoint_meta(), self.run.check
+                )
+        # no process continues or ends before the leader has saved: torchrun stops all as soon as one has ended
+        self.device.any_process(False)
+        self.accounts.saved = self.state.step
+
+    def _checkpoint_meta(self) -> Row:
+        metrics = self.run_log.metrics
+        journal = self.growth.journal
+        accounts = self.accounts
+        return {
+            "digest": self.cfg.digest,
+            "machine_class": self.device.machine_class,
+            "metrics": metrics.mark() if metrics else None,
+            "resumed": accounts.resumed,
+            "presented": self.state.tokens,
+            "spent": accounts.spent,
+            "store": self.sharing.checkpoint_meta(self.state.step),
+            "ledger": accounts.ledger,
+            "growth": self.state.growth_state,
+            "journal": journal.mark() if journal else None,
         }
-        for split in ("val", "dev")
-        if (mine := [r for r in evals if r["split"] == split])
-    }
-    tokens = plan.tokens(plan.steps)
-    parts = segment_costs(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
-    ledger = {
-        "train_tokens_per_epoch": plan.train_tokens,
-        "presentations_per_token": state.presented / plan.train_tokens,
-        "forward_passes": cfg.passes,
-        "ensemble_members": 1,
-    }
-    summary = {
-        "run": cfg.run_id,
-        "preset": cfg.preset,
-        "status": "done",
-        "steps": plan.steps,
-        **scores["val"],
-        "scores": scores,
-        "params": sum(p.numel() for p in state.model.parameters()),
-        "tokens": tokens,
-        "ledger": {
-            "asked": plan.steps + state.ledger["wasted"],
-            "trained": plan.steps + state.ledger["wasted"] - state.ledger["reused"],
-            "reused": state.ledger["reused"],
-            "wasted": state.ledger["wasted"],
-        },
-        "presentations": ledger,
-        "flops": state.presented * flops_per_token(cfg, state.model)
-        if not cfg.growth.ops
-        else sum(part["flops"] for part in parts),
-        "fingerprints": corpus.fingerprints,
-        "origin": corpus.origin,
-        "geometry": list(cfg.geometry),
-        "tokenizer": data.tokenizer.digest,
-        "machine_class": env["machine_class"],
-        "machine_classes": env["machine_classes"],
-        "versions": env["versions"],
-        "all_versions": env["all_versions"],
-        "peak_memory": peak(),
-        "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
-        "resumed": state.resumed,
-    }
-    evidence = Evidence(
-        cfg=cfg, corpus=corpus, data=data, model=state.model, evals=evals, ledger=ledger, summary=summary,
-        initial_weights="random", evaluate_hash=env["evaluate_hash"],
-    )  # fmt: skip
-    if cfg.growth.ops:
-        summary |= {"active": parts[-1]["active"], "segments": parts}
-    return summary | {"guards": [asdict(g) for g in guards(evidence)]}
-
-
-def peak() -> int:
-    """The most memory that this process has had, in bytes: the GPU's where it has one."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return peak_memory()
-
-
-def flops_per_token(cfg: TrainConfig, model: nn.Module) -> int:
-    """Forward and backward: 6 a weight that multiplies, and the two products of attention over the whole block."""
-    looked_up = ("positions",) if cfg.tie_head else ("positions", "embed")
-    weights = {
-        n: p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(looked_up)
-    }
-    experts = sum(size for n, size in weights.items() if ".experts." in n)
-    met = sum(weights.values()) - experts + (experts * cfg.top_k // cfg.experts if cfg.experts else 0)
-    return 6 * met + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size

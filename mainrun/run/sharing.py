@@ -1,9 +1,10 @@
-"""What a run takes from the store, and what it leaves there for others.
+"""What a run reads from the store and what it leaves there, so that no training step is done twice.
 
-At its start, and at each step where a node is kept, a run looks for the deepest node on its own key chain and goes on from there.
-Where there is none it takes the lease on the next node and trains the way to it, or waits while somebody else does. Who trains the
-way to a node that this run will not come to is waited for too, as far as both go together: the fork is wanted (wants/KEY), and whoever
-has the lease keeps it on the way. Nodes are written by a thread of their own. Whatever is wrong with the store costs steps, never the run.
+At its start, and wherever it keeps a node, a run looks for the deepest node on its own key chain and continues from
+there. If there is none, it takes the lease on its next node and trains up to it, or waits while another run does. If
+another run is training a shared prefix, this run waits for it up to the fork, even if the other run's own target lies
+elsewhere: it asks for a node at the fork (wants/KEY), and the other run keeps one on its way. A background thread
+writes the nodes. A fault of the store costs steps, never the run.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
 from mainrun.errors import MainrunError
-from mainrun.growth.controller import FIGURES, taken
+from mainrun.growth.state import FIGURES, Controller, growth_state_at, load_state
 from mainrun.plan.plan import Plan
-from mainrun.run.stop import StopFlag
+from mainrun.run.accounts import Accounts
+from mainrun.run.stop import StopSignal
 from mainrun.store import lineage, planner
 from mainrun.store.checkpoint import fitting
 from mainrun.store.leases import Fenced, Lease, Leases
 from mainrun.store.nodes import Damaged, Node, Refused, Store
 from mainrun.store.rundir import FULL, Metrics
+from mainrun.train import State
 
-if TYPE_CHECKING:
-    from mainrun.train import State
-
+Row = dict[str, Any]
 POLL = 0.1  # seconds between two looks at a lease
+# what reading another run's lease or config may raise, whatever it contains
 MISREAD = (
     MainrunError,
     LookupError,
@@ -42,452 +44,648 @@ MISREAD = (
     RecursionError,
     AssertionError,
 )
-CHANCE = random.SystemRandom()  # no generator that a training may draw from
+CHANCE = random.SystemRandom()  # separate from every generator that training draws from
+LOSSES = ("step", "eval")  # the events of metrics.jsonl; all others belong to growth.jsonl
 
 
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What identifies a row of growth.jsonl: the event, the operation and the step."""
+def row_identity(row: Row) -> tuple[Any, ...]:
+    """Return what identifies a row of growth.jsonl: the event, the operation and the step."""
     return row["event"], row["op"], row["step"]
 
 
-class Other(NamedTuple):
-    """Another run that trains steps of this one now."""
+class OtherRun(NamedTuple):
+    """Another run that is training steps of this run."""
 
-    meets: int  # the node that will be there for both
-    fork: int  # the last step that both have in common, as far as that is known
-    key: str  # of its lease
+    meets: int  # the step of the node that both will reach
+    fork: int  # the last step that both share, as far as is known
+    key: str  # the key of its lease
     run: str
 
 
-class Reuse:
+class Course:
+    """The keys of a run's steps, and the steps at which it keeps nodes."""
+
     def __init__(
-        self,
-        store: Store,
-        cfg: TrainConfig,
-        plan: Plan,
-        machine: Machine,
-        fingerprints: dict[str, str],
-        tokens: str,
-        note: Callable[[str], None],
-        keep: Iterable[int] = (),
-        until: int = 0,
-        fresh: bool = False,
+        self, cfg: TrainConfig, begun: dict[str, Any], plan: Plan, keep: Iterable[int], until: int
     ) -> None:
-        self.store, self.cfg, self.machine, self.note = store, cfg, machine, note
-        self.journal: Metrics | None = (
-            None  # of the run's growth: rows of steps that are taken belong there, too
-        )
-        self.figures: Callable[[int], dict[str, Any]] = (
-            lambda step: {}
-        )  # what this run's rows of scores say of its model
-        self.begun = lineage.origin(cfg, fingerprints, tokens, versions(), machine.facts)
-        self._asked = until, frozenset(keep)
-        self.wanted: frozenset[int] = frozenset()  # where others, who wait there, part from this run
-        self._lease: Lease | None = None
-        self._forks: dict[tuple[str, str], int] = {}  # with whom has which lease
+        self.cfg = cfg
+        self.begun = begun  # everything that the first key is a hash of
+        self.geometry = list(cfg.geometry)
+        self._keep = frozenset(keep)
+        self._until = until
         self.follow(plan)
-        self.reads, self.writes = not fresh, True
-        self.unscored = (
-            False  # the node that was taken stands where this run wants a score and nobody had one
-        )
-        self.own: set[int] = set()  # steps that this run itself had trained, and lost with a sitting
-        self.found_again: Callable[[], None] = lambda: None  # called when some of them were in the store
-        self.before = (0, self.keys[0])  # step and key of the node before the rows
-        self.rows: list[dict[str, Any]] = []  # since then, every step's
-        self._named: set[str] = set()
-        self._since = time.perf_counter()
-        self._leases = Leases(store.files)
-        self._posted: set[str] = set()  # keys that this run has wanted
-        self._passed = 0  # nobody can want this step any more, nor one before it
-        self._due: list[int] = []  # steps that are kept, and those after `_written` are not in the store yet
-        self._written = 0
-        self._writer = ThreadPoolExecutor(1, "store")
-        self._writing: Future[bool] | None = None
-        self._pending: Node | None = None  # what is on its way to the store, as long as `before` is that
 
     def follow(self, plan: Plan) -> None:
-        """The plan, at first or from here on."""
-        until, keep = self._asked
-        self.plan, self.keys = plan, lineage.chain(lineage.root(self.begun), plan)
-        # the first evaluation is after step 1: a node there would save one step
-        self.until = min(until or plan.steps, plan.steps)
-        self.stops = {*plan.breaks, *plan.eval_steps - {1}, *keep, self.until} & set(range(1, self.until + 1))
-        self._steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
-        self._forks.clear()
-        if self._lease and self._lease.key not in self._steps:  # on a node that this run will not come to
-            self._free()
+        """Continue on a plan that growth has changed."""
+        self.plan = plan
+        self.keys = lineage.chain(lineage.root(self.begun), plan)
+        self.until = min(self._until or plan.steps, plan.steps)
+        # the first score comes after step 1: a node there would save one step
+        stops = {*plan.breaks, *plan.eval_steps - {1}, *self._keep, self.until}
+        self.stops = stops & set(range(1, self.until + 1))
+        self.steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
 
-    def rows_append(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+    def certain_until(self, step: int) -> int:
+        """Return the step up to which the plan is certain: the next score, if that may fire an operation."""
+        if not self.plan.undecided:
+            return self.until
+        later = [score for score in self.plan.eval_steps if score > step]
+        return min([self.until, *later])
 
-    def _far(self, step: int) -> int:
-        """How far ahead the plan is certain: to the next evaluation where that may fire an op."""
-        later = (s for s in sorted(self.plan.eval_steps) if s > step) if self.plan.undecided else iter(())
-        return min(next(later, self.until), self.until)
-
-    # -- taking
-
-    def advance(self, state: State, metrics: Metrics | None, stop: StopFlag) -> bool:
-        """Go on from the deepest node there is, and hold the lease on the next one; wait while others train towards it.
-
-        True: the state stands where this run wants a score and nobody had one. Call again when it has it.
-        """
-        with state.clock("store"):
-            self.unscored = False
-            if self.machine.leads:
-                self._settle(state, metrics, stop)
-            step, unscored = self.machine.share(state.step, int(self.unscored))
-            self.unscored = bool(unscored)
-            if step != state.step:
-                node = self.store.node(self.keys[step], rows=False)
-                state.load(self.store.load(node), node.step, node.presented, taken(self.plan, node))
-        self._since = time.perf_counter()
-        return self.unscored
-
-    def _settle(self, state: State, metrics: Metrics | None, stop: StopFlag) -> None:
-        waited = False
-        while state.step < self.until and not stop.asked:
-            try:
-                if self.reads and self._take(state, metrics):
-                    if self._lease and self._lease.about["step"] <= state.step:
-                        self._free()
-                    if self.unscored or self.plan.undecided:  # the score comes first, and what it decides
-                        return
-                    continue
-                if self._lease or not self.writes:
-                    return
-                if other := self._other(state.step):
-                    self._want(other)
-                    if not waited:
-                        self.note(
-                            f"waiting for {other.run}, which trains the way to step {other.meets} that both share"
-                        )
-                        waited = True
-                else:
-                    self._hold(state.step)
-                    if not self.reads:
-                        return
-                    rival = self._other(state.step)
-                    if self._lease and not rival:
-                        continue  # the node may have been published between the look and the lease
-                    if (
-                        rival
-                    ):  # it took a lease at the same moment; whichever run goes on first must know the fork
-                        self._want(rival)
-                    self._free()
-            except OSError as e:
-                self._stop_writing(
-                    f"the store {self.store} cannot be used ({e.strerror or e}); nothing more is kept in it"
-                )
-                self._free()
-                return
-            time.sleep(
-                POLL * CHANCE.uniform(0.5, 1.5)
-            )  # two that make room for each other do not meet for ever
-
-    def _hold(self, step: int) -> None:
-        """Take the lease on the next node, if nobody has it."""
-        self._passed = step
-        target = min(stop for stop in self.stops if stop > step)
-        about = {
-            "run": self.cfg.run_id,
-            "config": self.cfg.model_dump(mode="json"),
-            "root": self.keys[0],
-            "step": target,
-        }
-        about |= {
-            "scores": self._scores(step, target),
-            "geometry": self._geometry,
-            "fired": list(self.plan.fired),
-        }
-        self._lease = self._leases.acquire(self.keys[target], self._beat, **about)
-
-    def _beat(self) -> dict[str, Any]:
-        """What the lease says each time: the step up to which all that is kept is there. From then on, what others want is kept too."""
-        if self.machine.world == 1:  # the processes of one run must agree where it stops
-            with suppress(OSError):
-                self.wanted = frozenset(self._steps[key] for key in self.store.wants() & self._steps.keys())
-        passed = self._passed  # before `_due`, which grows first
-        return {"at": min([passed, *(step - 1 for step in self._due if step > self._written)])}
-
-    def keeps(self, step: int) -> bool:
-        """Whether the state after this step is kept. Asked before the step; from then on it is too late to want it."""
-        found = step in self.stops or step in self.wanted
-        if found:
-            self._due = [*(due for due in self._due if due > self._written), step]
-        self._passed = step
-        return found
-
-    @property
-    def _geometry(self) -> list[int]:
-        return list(self.cfg.geometry)
-
-    def _scores(self, begin: int, end: int) -> list[int]:
-        """Scores that the way there writes."""
+    def scores_between(self, begin: int, end: int) -> list[int]:
+        """Return the steps between two others after which the run is scored."""
         return sorted(step for step in self.plan.eval_steps if begin < step < end)
 
-    def _other(self, step: int) -> Other | None:
-        """Who trains towards or through a node further on this chain, the furthest one, and leaves the scores that this run needs."""
-        found, far = [], self._far(step)
-        for key, holder in self._leases.active().items() if self.reads else ():
-            if self._lease and key == self._lease.key:
-                continue
-            fork, at, scores = min(self._fork(key, holder), far), holder.get("at"), holder.get("scores")
-            # it comes through the fork on its way elsewhere, and there is time to say that it is wanted
-            meets = self._steps.get(key, 0)
-            meets = meets if 0 < meets <= far else fork if isinstance(at, int) and at < fork else 0
-            needed = self._scores(step, meets)
-            leaves = (
-                isinstance(scores, list)
-                and holder.get("geometry") == self._geometry
-                and all(score in scores for score in needed)
-            )
-            if meets > step and (leaves or not needed):
-                found.append(Other(meets, fork, key, str(holder.get("run"))))
-        return max(found, default=None)
 
-    def _fork(self, key: str, holder: dict[str, Any]) -> int:
-        """The last step that this run has in common with the holder of a lease; 0: that cannot be told, or it keeps nothing for others."""
+class NodeReader:
+    """Finds nodes of the store on a run's course, and the rows on the way to them."""
+
+    def __init__(self, store: Store, course: Course, note: Callable[[str], None]) -> None:
+        self.store = store
+        self.course = course
+        self.note = note
+        self.extra_stops: set[int] = set()  # scores that no node on the way has
+        self._reported: set[str] = set()
+
+    def usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
+        """Yield later nodes, the deepest first, each with the nodes that hold the rows up to it, in order."""
+        course = self.course
+        keys = self.store.node_keys()
+        states: Container[str] | None = None
+        for target in range(course.certain_until(step), step, -1):
+            key = course.keys[target]
+            if key not in keys:
+                continue
+            if states is None:
+                states = self.store.states()
+            path = self._path(key, target, step, states)
+            if not path:
+                continue
+            scored = {row["step"] for row in self.rows_for_run(path, step) if row["event"] == "eval"}
+            missing = set(course.scores_between(step, target)) - scored
+            if not missing:
+                yield path[-1], path
+            else:
+                # trained again for the sake of a score; a node there spares the next run that work
+                self.extra_stops |= missing
+
+    def _path(self, key: str, target: int, step: int, states: Container[str]) -> list[Node]:
+        """Return the nodes from `step` to a target, in order; empty if they cannot be used."""
+        try:
+            node = self.store.node(key)
+            if node.step != target:
+                raise Damaged(f"it says that it is of step {node.step}")
+            if node.state not in states:  # evicted
+                return []
+            return list(self.store.history(node, step))[::-1]
+        except Damaged as e:
+            self.report(key, target, e)
+            return []
+
+    def rows_for_run(
+        self, path: list[Node], since: int, written: Container[tuple[Any, ...]] = ()
+    ) -> Iterator[Row]:
+        """Yield rows as this run would have written them: its log interval, its scores.
+
+        written: the rows that its growth.jsonl already has.
+        """
+        course = self.course
+        # a score may stand twice: with its own node, and with the next one of a run that began there
+        scored: set[tuple[int, str]] = set()
+        for node in path:
+            for row in node.rows:
+                step = row["step"]
+                if row["event"] not in LOSSES:
+                    # of growth: the run may have stopped after an operation acted at `since`
+                    if step >= since and row_identity(row) not in written:
+                        yield row
+                    continue
+                if step <= since:
+                    continue
+                if row["event"] == "step":
+                    if step % course.cfg.log_every == 0 or step == course.plan.steps:
+                        yield row
+                    continue
+                score = (step, row["split"])
+                if (
+                    step in course.plan.eval_steps
+                    and node.geometry == course.geometry
+                    and score not in scored
+                ):
+                    scored.add(score)
+                    yield row
+
+    def report(self, key: str, step: int, why: Exception) -> None:
+        """Tell the user once that a node is damaged."""
+        if key not in self._reported:
+            self._reported.add(key)
+            self.note(f"the store's node of step {step} ({key[:12]}) is skipped: {why}")
+
+
+class LeaseHolder:
+    """The lease on a run's next node, and what the leases of other runs say."""
+
+    def __init__(self, store: Store, course: Course, device: Device) -> None:
+        self.store = store
+        self.course = course
+        self.device = device
+        self.leases = Leases(store.files)
+        self.lease: Lease | None = None
+        self.wanted: frozenset[int] = frozenset()  # steps at which waiting runs part from this one
+        self.passed = 0  # it is too late to ask for a node at this step or before it
+        self.due: list[int] = []  # steps that are kept; those after `written` are not in the store yet
+        self.written = 0
+        self._requested: set[str] = set()  # keys that this run has asked other runs for
+        self._forks: dict[tuple[str, str], int] = {}  # by key and run of another lease
+
+    def follow(self) -> None:
+        """Forget what depended on the course before growth changed it."""
+        self._forks.clear()
+        if self.lease and self.lease.key not in self.course.steps:
+            self.free()
+
+    def acquire(self, step: int) -> None:
+        """Take the lease on the next node, unless another run has it."""
+        course = self.course
+        self.passed = step
+        target = min(stop for stop in course.stops if stop > step)
+        about: Row = {"run": course.cfg.run_id, "config": course.cfg.model_dump(mode="json")}
+        about |= {"root": course.keys[0], "step": target, "scores": course.scores_between(step, target)}
+        about |= {"geometry": course.geometry, "fired": list(course.plan.fired)}
+        self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
+
+    def beat(self) -> Row:
+        """Return what the lease announces at each heartbeat: up to which step every kept node has been written."""
+        if self.device.world == 1:  # the processes of one run would have to agree on the steps they keep
+            with suppress(OSError):
+                keys = self.store.wants() & self.course.steps.keys()
+                self.wanted = frozenset(self.course.steps[key] for key in keys)
+        passed = self.passed  # read before `due`, which grows first
+        unwritten = [step - 1 for step in self.due if step > self.written]
+        return {"at": min([passed, *unwritten])}
+
+    def keeps(self, step: int) -> bool:
+        """Return whether the state after a step is kept. Once it was asked, the step can no longer be wanted."""
+        kept = step in self.course.stops or step in self.wanted
+        if kept:
+            self.due = [*(due for due in self.due if due > self.written), step]
+        self.passed = step
+        return kept
+
+    def other_run(self, step: int) -> OtherRun | None:
+        """Return the run that is training this run's steps the furthest, with the scores that this run needs."""
+        others = []
+        limit = self.course.certain_until(step)
+        for key, holder in self.leases.active().items():
+            if self.lease and key == self.lease.key:
+                continue
+            fork = min(self.fork(key, holder), limit)
+            meets = self._meeting(key, holder, fork, limit)
+            if meets > step and self._leaves_scores(holder, step, meets):
+                others.append(OtherRun(meets, fork, key, str(holder.get("run"))))
+        return max(others, default=None)
+
+    def _meeting(self, key: str, holder: Row, fork: int, limit: int) -> int:
+        """Return the step of the node that another run will leave on this course; 0 if there is none."""
+        target = self.course.steps.get(key, 0)
+        if 0 < target <= limit:
+            return target
+        # the other run passes the fork on its way elsewhere, and can still be asked for a node there
+        at = holder.get("at")
+        return fork if isinstance(at, int) and at < fork else 0
+
+    def _leaves_scores(self, holder: Row, step: int, meets: int) -> bool:
+        """Whether another run takes all scores that this run needs up to where they meet."""
+        needed = self.course.scores_between(step, meets)
+        if not needed:
+            return True
+        scores = holder.get("scores")
+        same_spans = holder.get("geometry") == self.course.geometry
+        return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
+
+    def fork(self, key: str, holder: Row) -> int:
+        """Return the last step shared with the holder of a lease; 0 if it is unknown, or nothing is kept there."""
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
-            with suppress(*MISREAD):  # whatever it says: it costs a wait at most
-                if (
-                    self.machine.world == 1 and holder["root"] == self.keys[0]
-                ):  # the same data then, and the same machine
-                    theirs = lineage.chain(
-                        self.keys[0],
-                        Plan(from_dict(holder["config"]), self.plan.train_tokens, holder.get("fired", ())),
-                    )
-                    if theirs[holder["step"]] == key:
-                        self._forks[known] = min(planner.shared(self.keys, theirs), self.until)
+            with suppress(*MISREAD):  # a lease that cannot be understood costs at most a wait
+                self._forks[known] = self._shared_steps(key, holder)
         return self._forks[known]
 
-    def _want(self, other: Other) -> None:
-        """Say as early as possible where this run will part from the other, unless the other's lease is on that very node."""
-        key = self.keys[other.fork]
-        if other.fork and key != other.key and key not in self._posted:
-            self._posted.add(key)
-            with suppress(OSError):  # then it is kept by chance or not at all
-                self.store.want(key, self.cfg.run_id)
+    def _shared_steps(self, key: str, holder: Row) -> int:
+        course = self.course
+        same_start = holder["root"] == course.keys[0]  # then data and machine are the same, too
+        if self.device.world > 1 or not same_start:
+            return 0
+        plan = Plan(from_dict(holder["config"]), course.plan.train_tokens, holder.get("fired", ()))
+        theirs = lineage.chain(course.keys[0], plan)
+        if theirs[holder["step"]] != key:
+            return 0
+        return min(planner.shared(course.keys, theirs), course.until)
 
-    def _take(self, state: State, metrics: Metrics | None) -> bool:
-        for node, past in self._usable(state.step):
-            try:
-                tensors = self.store.load(node)
-            except Damaged as e:
-                self._name(node.key, node.step, e)
-                continue
-            first = state.step
-            with fitting(f"node {node.key[:12]} of the store {self.store}"):
-                state.load(tensors, node.step, node.presented, taken(self.plan, node))
-            others = [step for step in range(first + 1, node.step + 1) if step not in self.own]
-            state.ledger["reused"] += len(others)
-            state.ledger["reused_tokens"] += sum(self.plan.segment_at(step - 1).span for step in others)
-            state.ledger["wasted"] -= node.step - first - len(others)
-            if len(others) < node.step - first:
-                self.found_again()
-            scored = False
-            written = {_identity(row) for row in self.journal.rows()} if self.journal else set()
-            for row in self._shown(past, first, written):
-                scored |= row["event"] == "eval" and row["step"] == node.step
-                if row["event"] == "eval":  # another schedule may have written it, or none
-                    row = {k: v for k, v in row.items() if k not in FIGURES} | self.figures(row["step"])
-                log = metrics if row["event"] in ("step", "eval") else self.journal
-                if log:
-                    log.append(row if row["step"] in self.own else row | {"reused": True})
-            self.unscored = node.step in self.plan.eval_steps and not scored
-            self.before, self.rows, self._pending = (node.step, node.key), [], None
-            runs = sorted({part.run for part in past})
-            whose = f"trained by {', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''}"
-            self.note(
-                f"steps {first + 1} to {node.step} of {self.plan.steps} are taken from the store ({whose})"
-            )
-            return True
-        return False
-
-    def _usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
-        """Nodes further on this chain, the deepest first, each with those that hold the rows on the way to it, the first first."""
-        there, states = self.store.node_keys(), None
-        for further in range(self._far(step), step, -1):
-            if self.keys[further] not in there:
-                continue
-            states = self.store.states() if states is None else states
-            try:
-                node = self.store.node(self.keys[further])
-                if node.step != further:
-                    raise Damaged(f"it says that it is of step {node.step}")
-                if node.state not in states:  # evicted
-                    continue
-                past = list(self.store.history(node, step))[::-1]
-            except Damaged as e:
-                self._name(self.keys[further], further, e)
-                continue
-            scored = {row["step"] for row in self._shown(past, step) if row["event"] == "eval"}
-            if not (missing := set(self._scores(step, further)) - scored):
-                yield node, past
-            else:  # trained once more, for a score; where it is taken a node is kept, so that the next one need not
-                self.stops |= missing if self.machine.world == 1 else set()
-
-    def _shown(
-        self, past: list[Node], since: int, written: Container[tuple[Any, ...]] = ()
-    ) -> Iterator[dict[str, Any]]:
-        """Rows as this run would have written them itself: its cadence, its scores. `written`: rows that its growth.jsonl has."""
-        scored = set()  # a node's score may be among its own rows and, by who began from it and wanted another, the next one's
-        for node in past:
-            for row in node.rows:
-                if row["event"] not in (
-                    "step",
-                    "eval",
-                ):  # of growth: the run may have been stopped after it acted at `since`
-                    if row["step"] >= since and _identity(row) not in written:
-                        yield row
-                    continue
-                if row["step"] <= since:
-                    continue
-                if row["event"] == "step":
-                    if row["step"] % self.cfg.log_every == 0 or row["step"] == self.plan.steps:
-                        yield row
-                elif (
-                    row["step"] in self.plan.eval_steps
-                    and node.geometry == self._geometry
-                    and (row["step"], row["split"]) not in scored
-                ):
-                    scored.add((row["step"], row["split"]))
-                    yield row
-
-    def _name(self, key: str, step: int, why: Exception) -> None:
-        if key not in self._named:
-            self._named.add(key)
-            self.note(f"the store's node of step {step} ({key[:12]}) is passed over: {why}")
-
-    def strangers(self) -> None:
-        """Say so where the store has this run's steps from another machine or another version: their bits would be others."""
-        same, best = lineage.root(self.begun), None
-        try:
-            roots = list(self.store.roots())
-        except OSError as e:
-            self.note(
-                f"what the runs in the store {self.store} began with cannot be read ({e.strerror or e})"
-            )
+    def want(self, other: OtherRun) -> None:
+        """Ask for a node where this run parts from the other, unless the other's lease is on that very node."""
+        key = self.course.keys[other.fork]
+        if not other.fork or key == other.key or key in self._requested:
             return
-        for root, begun in roots:
-            if (
-                isinstance(begun, dict)
-                and begun.get("fields") == self.begun["fields"]
-                and begun.get("data") == self.begun["data"]
-            ):
-                if root == same:
-                    return
-                found = lineage.differences(self.begun, begun)
-                best = found if best is None or len(found) < len(best) else best
-        if best:
-            differ = "; ".join(best[:4])
-            self.note(
-                f"the store has this run's beginning, but with other bits, so nothing of it is taken ({differ})"
-            )
+        self._requested.add(key)
+        with suppress(OSError):  # then the node is kept by chance, or not at all
+            self.store.want(key, self.course.cfg.run_id)
 
-    # -- leaving
+    def free(self) -> None:
+        """Give the lease up, so that other runs need not wait for it."""
+        if self.lease:
+            self.lease.release(unfinished=True)
+            self.lease = None
+
+
+class NodeWriter:
+    """Writes the nodes of a run in the background."""
+
+    def __init__(
+        self, store: Store, course: Course, holder: LeaseHolder, note: Callable[[str], None]
+    ) -> None:
+        self.store = store
+        self.course = course
+        self.holder = holder
+        self.note = note
+        self.on = True
+        self.before = (0, course.keys[0])  # step and key of the last node
+        self.rows: list[Row] = []  # every row since that node
+        self.since = time.perf_counter()  # when training began after it
+        self._thread = ThreadPoolExecutor(1, "store")
+        self._writing: Future[bool] | None = None
+        self._pending: Node | None = None  # the node that is being written
+
+    def due(self, step: int) -> bool:
+        """Return whether the state after a step must be written now."""
+        kept = step in self.course.stops or step in self.holder.due
+        return kept and step != self.before[0]
 
     def publish(self, state: State) -> None:
-        """Keep the state of this step, if it is one to keep. The copy is taken now, the rest happens beside the training."""
-        if (
-            state.step not in {*self.stops, *self._due}
-            or self.before[0] == state.step
-            or not self.machine.leads
-        ):
+        """Copy the state and write it as a node in the background."""
+        if self._writing:
+            self._writing.result()
+        if not self.on:
+            self.holder.free()  # other runs must not wait for a node that will not come
             return
-        with state.clock("store"):
-            if self._writing:
-                self._writing.result()
-            if not self.writes:
-                self._free()  # nobody is to wait for what does not come
-                return
-            self.before, self.rows = self._kept()
-            tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
-            node = Node(
-                key=self.keys[state.step], parent=self.before[1], root=self.keys[0], step=state.step, begins=self.before[0],
-                presented=state.presented, state="", size=0, geometry=self._geometry, seconds=time.perf_counter() - self._since,
-                run=self.cfg.run_id, config=self.cfg.model_dump(mode="json"), made=time.time(), rows_sha256="", rows=tuple(self.rows),
-                grown=state.grown,
-            )  # fmt: skip
-            self.before, self.rows, self._pending = (node.step, node.key), [], node
-            lease = self._lease
-            if lease and lease.about["step"] <= node.step:
-                self._lease = None  # else it is on a node further on, and others wait on the way
-            self._writing = self._writer.submit(self._write, node, tensors, lease)
+        self.before, self.rows = self.unwritten()
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
+        course = self.course
+        node = Node(
+            key=course.keys[state.step],
+            parent=self.before[1],
+            root=course.keys[0],
+            step=state.step,
+            begins=self.before[0],
+            presented=state.tokens,
+            state="",
+            size=0,
+            geometry=course.geometry,
+            seconds=time.perf_counter() - self.since,
+            run=course.cfg.run_id,
+            config=course.cfg.model_dump(mode="json"),
+            made=time.time(),
+            rows_sha256="",
+            rows=tuple(self.rows),
+            grown=state.growth_state,
+        )
+        self.continue_from(node)
+        self._pending = node
+        lease = self.holder.lease
+        if lease and lease.about["step"] <= node.step:
+            self.holder.lease = None  # the writer releases it; a lease on a later node stays
+        self._writing = self._thread.submit(self._write, node, tensors, lease)
+
+    def continue_from(self, node: Node) -> None:
+        """Collect rows from a node on."""
+        self.before = (node.step, node.key)
+        self.rows = []
+        self._pending = None
 
     def _write(self, node: Node, tensors: dict[str, Any], lease: Lease | None) -> bool:
+        """Write a node. Return whether it is in the store."""
         try:
-            self.store.begin(node.root, self.begun)
+            self.store.begin(node.root, self.course.begun)
             if node.begins and not self.store.files.exists(f"nodes/{node.parent}"):
-                raise Refused(f"the rows up to step {node.begins} are gone from it")
+                raise Refused(f"the rows up to step {node.begins} are no longer in it")
             self.store.save(node, tensors, lease.check if lease else lambda: None)
             self.store.evict({node.key})
             return True
         except Fenced as e:
             self.note(f"step {node.step} is not kept in the store: {e}")
         except Refused as e:
-            self._stop_writing(f"step {node.step} is not kept in the store, nor what comes after: {e}")
+            self.stop(f"step {node.step} and later steps are not kept in the store: {e}")
         except OSError as e:
-            why = (
-                f"no space left in the store {self.store}"
-                if e.errno in FULL
-                else f"the store {self.store} cannot be written ({e})"
-            )
-            self._stop_writing(f"{why}; nothing more is kept in it")
-        except Exception as e:  # a library's own, like safetensors' for a full disk; named, and no run's end
-            self._stop_writing(
-                f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it"
-            )
+            problem = f"the store {self.store} cannot be written ({e})"
+            if e.errno in FULL:
+                problem = f"no space left in the store {self.store}"
+            self.stop(f"{problem}; nothing more is kept in it")
+        except Exception as e:  # of a library, such as safetensors on a full disk: reported, and not fatal
+            self.stop(f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it")
         finally:
-            self._written = node.step
-            if lease and (lease.key == node.key or not self.writes):
+            self.holder.written = node.step
+            if lease and (lease.key == node.key or not self.on):
                 lease.release()
         return False
 
-    def _kept(self) -> tuple[tuple[int, str], list[dict[str, Any]]]:
-        """The node before the rows, and the rows: while that node is not in the store, the one before it and the rows of both."""
-        if self._pending and self._writing and not (self._writing.done() and self._writing.result()):
-            return (self._pending.begins, self._pending.parent), [*self._pending.rows, *self.rows]
-        return self.before, self.rows
+    def unwritten(self) -> tuple[tuple[int, str], list[Row]]:
+        """Return the last node that is in the store, and every row since then."""
+        written = self._writing is not None and self._writing.done() and self._writing.result()
+        if not self._pending or not self._writing or written:
+            return self.before, self.rows
+        return (self._pending.begins, self._pending.parent), [*self._pending.rows, *self.rows]
 
-    def _stop_writing(self, why: str) -> None:
-        if self.writes:
-            self.writes = False
+    def stop(self, why: str) -> None:
+        """Write no more nodes, and tell the user why."""
+        if self.on:
+            self.on = False
             self.note(why)
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._thread.shutdown()
+
+
+class Sharing:
+    """One run's use of the store: it reuses nodes, waits for other runs, and leaves nodes of its own."""
+
+    def __init__(
+        self,
+        store: Store,
+        cfg: TrainConfig,
+        plan: Plan,
+        device: Device,
+        fingerprints: dict[str, str],
+        tokens: str,
+        note: Callable[[str], None],
+        accounts: Accounts,
+        keep: Iterable[int] = (),
+        until: int = 0,
+        fresh: bool = False,
+    ) -> None:
+        begun = lineage.origin(cfg, fingerprints, tokens, versions(), device.machine_class)
+        self.store = store
+        self.device = device
+        self.note = note
+        self.accounts = accounts
+        self.course = Course(cfg, begun, plan, keep, until)
+        self.reader = NodeReader(store, self.course, note)
+        self.holder = LeaseHolder(store, self.course, device)
+        self.writer = NodeWriter(store, self.course, self.holder, note)
+        self.reads = not fresh
+        self.unscored = False  # the node that was reused lacks the score that this run wants there
+        self.lost_steps: set[int] = set()  # steps that this run trained and lost with a session
+        self.on_lost_steps_recovered: Callable[[], None] = lambda: None
+
+    def begin(self, lost_steps: set[int], on_lost_steps_recovered: Callable[[], None]) -> None:
+        """Start a session. The callback runs when lost steps were read back from the store."""
+        self.lost_steps = lost_steps
+        self.on_lost_steps_recovered = on_lost_steps_recovered
+
+    def follow(self, plan: Plan) -> None:
+        """Continue on a plan that growth has changed."""
+        self.course.follow(plan)
+        self.holder.follow()
+
+    def add_row(self, row: Row) -> None:
+        """Remember a row for the next node."""
+        self.writer.rows.append(row)
+
+    def keeps(self, step: int) -> bool:
+        """Return whether the state after a step is kept. To be asked before the step."""
+        return self.holder.keeps(step)
+
+    # -- reusing
+
+    def advance(self, state: State, growth: Controller, log: Metrics | None, stop: StopSignal) -> bool:
+        """Continue from the deepest node, hold the lease on the next one, and wait while other runs train it.
+
+        Return True if the state lacks a score that this run wants; score it and call again.
+        """
+        with self.accounts.clock("store"):
+            self.unscored = False
+            if self.device.leads:
+                self._advance_leader(state, growth, log, stop)
+            step, unscored = self.device.broadcast(state.step, int(self.unscored))
+            self.unscored = bool(unscored)
+            if step != state.step:
+                node = self.store.node(self.course.keys[step], rows=False)
+                self._load(state, node, self.store.load(node))
+        self.writer.since = time.perf_counter()
+        return self.unscored
+
+    def _load(self, state: State, node: Node, tensors: dict[str, Any]) -> None:
+        growth = growth_state_at(self.course.plan, node.step, node.grown)
+        load_state(state, tensors, node.step, node.presented, growth)
+
+    def _advance_leader(
+        self, state: State, growth: Controller, log: Metrics | None, stop: StopSignal
+    ) -> None:
+        waiting = ""
+        while state.step < self.course.until and not stop.name:
+            try:
+                if self.reads and self._reuse(state, growth, log):
+                    lease = self.holder.lease
+                    if lease and lease.about["step"] <= state.step:
+                        self.holder.free()
+                    if self.unscored or self.course.plan.undecided:
+                        return  # the score comes first, and what it decides
+                    continue
+                if self.holder.lease or not self.writer.on:
+                    return
+                other = self._other_run(state.step)
+                if other:
+                    self.holder.want(other)
+                    if not waiting:
+                        waiting = (
+                            f"waiting for {other.run}, which trains the shared steps up to {other.meets}"
+                        )
+                        self.note(waiting)
+                elif self._take_lease(state.step):
+                    if not self.reads:
+                        return
+                    continue  # the node may have been published just before the lease was taken
+            except OSError as e:
+                reason = e.strerror or e
+                self.writer.stop(
+                    f"the store {self.store} cannot be used ({reason}); nothing more is kept in it"
+                )
+                self.holder.free()
+                return
+            # a random pause, so that two runs that make room for each other do not do so forever
+            time.sleep(POLL * CHANCE.uniform(0.5, 1.5))
+
+    def _other_run(self, step: int) -> OtherRun | None:
+        return self.holder.other_run(step) if self.reads else None
+
+    def _take_lease(self, step: int) -> bool:
+        """Take the lease on the next node. Return False if another run has it, or took a conflicting one just now."""
+        self.holder.acquire(step)
+        if not self.reads:
+            return True
+        rival = self._other_run(step)
+        if self.holder.lease and not rival:
+            return True
+        if rival:  # whichever of the two continues first must know about the fork
+            self.holder.want(rival)
+        self.holder.free()
+        return False
+
+    def _reuse(self, state: State, growth: Controller, log: Metrics | None) -> bool:
+        """Continue from the deepest usable node. Return False if there is none."""
+        usable = self.reader.usable(state.step)
+        for node, path in usable:
+            try:
+                tensors = self.store.load(node)
+            except Damaged as e:
+                self.reader.report(node.key, node.step, e)
+                continue
+            first = state.step
+            with fitting(f"node {node.key[:12]} of the store {self.store}"):
+                self._load(state, node, tensors)
+            self._add_scores_as_stops()
+            self._account(first, node.step)
+            scored = self._copy_rows(path, first, node.step, growth, log)
+            self.unscored = node.step in self.course.plan.eval_steps and not scored
+            self.writer.continue_from(node)
+            self._note_reuse(path, first, node.step)
+            return True
+        self._add_scores_as_stops()
+        return False
+
+    def _add_scores_as_stops(self) -> None:
+        if self.device.world == 1:  # the processes of one run would have to agree on the steps they keep
+            self.course.stops |= self.reader.extra_stops
+        self.reader.extra_stops.clear()
+
+    def _account(self, first: int, last: int) -> None:
+        """Count the steps that were reused. Lost steps that are found again are no longer wasted."""
+        plan = self.course.plan
+        ledger = self.accounts.ledger
+        reused = [step for step in range(first + 1, last + 1) if step not in self.lost_steps]
+        recovered = last - first - len(reused)
+        ledger["reused"] += len(reused)
+        ledger["reused_tokens"] += sum(plan.segment_at(step - 1).span for step in reused)
+        ledger["wasted"] -= recovered
+        if recovered:
+            self.on_lost_steps_recovered()
+
+    def _copy_rows(
+        self, path: list[Node], first: int, last: int, growth: Controller, log: Metrics | None
+    ) -> bool:
+        """Write the rows of reused steps to this run's logs. Return whether the last step has a score."""
+        scored = False
+        journal = growth.journal
+        written = {row_identity(row) for row in journal.rows()} if journal else set()
+        for row in self.reader.rows_for_run(path, first, written):
+            if row["event"] == "eval":
+                scored = scored or row["step"] == last
+                # another schedule of growth may have written the row, or none
+                row = {key: value for key, value in row.items() if key not in FIGURES}
+                row |= growth.figures(row["step"])
+            target = log if row["event"] in LOSSES else journal
+            if target:
+                own = row["step"] in self.lost_steps
+                target.append(row if own else row | {"reused": True})
+        return scored
+
+    def _note_reuse(self, path: list[Node], first: int, last: int) -> None:
+        runs = sorted({node.run for node in path})
+        more = ", ..." if len(runs) > 3 else ""
+        trained_by = f"trained by {', '.join(runs[:3])}{more}"
+        steps = f"steps {first + 1} to {last} of {self.course.plan.steps}"
+        self.note(f"{steps} are reused from the store ({trained_by})")
+
+    def report_other_versions(self) -> None:
+        """Tell the user if the store has this run's steps from another machine or version, whose bits differ."""
+        begun = self.course.begun
+        root = lineage.root(begun)
+        closest: list[str] | None = None
+        try:
+            roots: list[tuple[str, Any]] = list(self.store.roots())
+        except OSError as e:
+            self.note(
+                f"the store {self.store} cannot be searched for other versions of this run ({e.strerror or e})"
+            )
+            return
+        for other_root, other in roots:
+            if not isinstance(other, dict):
+                continue
+            if other.get("fields") != begun["fields"] or other.get("data") != begun["data"]:
+                continue
+            if other_root == root:
+                return
+            differences = lineage.differences(begun, other)
+            if closest is None or len(differences) < len(closest):
+                closest = differences
+        if closest:
+            reasons = "; ".join(closest[:4])
+            self.note(
+                f"the store has this run's first steps with other bits, so they are not reused ({reasons})"
+            )
+
+    # -- leaving nodes
+
+    def publish(self, state: State) -> None:
+        """Keep the state of this step, if it is one to keep."""
+        if not self.device.leads or not self.writer.due(state.step):
+            return
+        with self.accounts.clock("store"):
+            self.writer.publish(state)
 
     # -- a run's own checkpoints
 
-    def meta(self, step: int) -> dict[str, Any] | None:
-        """What a checkpoint must hold so that the next node after it has all its rows, if this process is killed now too."""
-        if not self.writes:  # there may be a hole already
+    def checkpoint_meta(self, step: int) -> Row | None:
+        """Return what a checkpoint must hold so that the node after it gets all its rows."""
+        if not self.writer.on:  # rows may be missing already
             return None
-        before, rows = self._kept()
-        return {"key": self.keys[step], "before": list(before), "rows": rows}
+        before, rows = self.writer.unwritten()
+        return {"key": self.course.keys[step], "before": list(before), "rows": rows}
 
-    def restore(self, meta: dict[str, Any] | None, step: int) -> None:
+    def restore(self, meta: Row | None, step: int) -> None:
+        """Continue from a checkpoint's meta."""
         if not meta:
-            self._stop_writing(
-                f"the steps up to {step} were trained without a store: nothing of this run is kept in it"
-            )
+            steps = f"the steps up to {step} were trained without a store"
+            self.writer.stop(f"{steps}: nothing of this run is kept in it")
             return
-        if (
-            meta["key"] != self.keys[step]
-        ):  # its bits are another chain's: nothing of it may go under the keys of this one
+        if meta["key"] != self.course.keys[step]:
+            # other bits: nothing of this run may be stored under the keys of its chain
             self.reads = False
-            self._stop_writing(
-                f"the steps up to {step} were trained elsewhere, to other bits: this run neither takes from the store nor adds to it"
-            )
+            steps = f"the steps up to {step} were trained elsewhere and have other bits"
+            self.writer.stop(f"{steps}: this run neither reads from the store nor adds to it")
             return
-        self.before, self.rows = (meta["before"][0], meta["before"][1]), list(meta["rows"])
-
-    def _free(self) -> None:
-        if self._lease:
-            self._lease.release(unfinished=True)
-            self._lease = None
+        self.writer.before = (meta["before"][0], meta["before"][1])
+        self.writer.rows = list(meta["rows"])
 
     def close(self) -> None:
-        """All that is on its way is written; what was not reached is free for others."""
-        self._writer.shutdown()
-        self._free()
+        """Finish writing, and free the node that was not reached for other runs."""
+        self.writer.close()
+        self.holder.free()
+
+
+class NoSharing:
+    """A run without a store."""
+
+    def begin(self, lost_steps: set[int], on_lost_steps_recovered: Callable[[], None]) -> None: ...
+
+    def follow(self, plan: Plan) -> None: ...
+
+    def add_row(self, row: Row) -> None: ...
+
+    def keeps(self, step: int) -> bool:
+        return False
+
+    def advance(self, state: State, growth: Controller, log: Metrics | None, stop: StopSignal) -> bool:
+        return False
+
+    def report_other_versions(self) -> None: ...
+
+    def publish(self, state: State) -> None: ...
+
+    def checkpoint_meta(self, step: int) -> Row | None:
+        return None
+
+    def restore(self, meta: Row | None, step: int) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""mainrun.run.stop"""
+"""A stop that was requested by a signal."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from types import FrameType
 from typing import Any
 
 
-class StopFlag:
-    """The first SIGTERM or SIGINT asks for a stop between two steps; a second SIGINT stops at once."""
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT, so that a run stops between two steps. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
-        self.asked = ""
-        self._old: dict[int, Any] = {}
+        self.name = ""  # of the signal; "" while none has come
+        self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> StopFlag:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is not threading.main_thread():
-            return (
-                self  # signals are the main thread's; a caller with threads of its own stops us its own way
-            )
+            return self  # Python delivers signals to the main thread only
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._on)
+            self._handlers[number] = signal.signal(number, self._receive)
         return self
 
-    def _on(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.name = signal.Signals(number).name
 
     def __exit__(self, *exc: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

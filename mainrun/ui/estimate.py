@@ -19,19 +19,19 @@ from torch.utils._pytree import tree_leaves
 
 from mainrun.config import TrainConfig
 from mainrun.core.cuda_graph import WARM
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
+from mainrun.core.dropout import dropout_sites
 from mainrun.core.kernels import CHUNK
 from mainrun.core.machine_class import compile_balance
 from mainrun.core.optimizers import Muon
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
-from mainrun.data.sources import load_corpus
-from mainrun.data.token_cache import TokenData, prepare
+from mainrun.data.token_cache import TokenData
 from mainrun.plan.cost import segment_costs, size
 from mainrun.plan.ops import Schedule
 from mainrun.plan.plan import Plan, StepInputs
-from mainrun.run.session import check_spans
-from mainrun.train import GPT, State, Stepper, build, compute_loss, drops
+from mainrun.run.resume import check_spans
+from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
 
 PROBED = 3  # steps
 DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
@@ -39,13 +39,8 @@ DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sy
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
-    machine = Machine(cfg)
-    corpus = load_corpus(cfg)
-    with machine.leader_first():
-        data = prepare(cfg, corpus)
-    plan = Plan(cfg, len(data.splits["train"]))
+    _, machine, _, data, plan = set_up(cfg)
     check_spans(cfg, data)
-    machine.settle(cfg, plan)
     vocab_size = data.tokenizer.vocab_size
     parts = segment_costs(plan, vocab_size)
     flops = sum(part["flops"] for part in parts)
@@ -66,15 +61,15 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
         )
     else:
         cost["eta_seconds"] = flops / (0.6 * matmul_speed(cfg, machine))
-    return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.facts}
+    return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.machine_class}
 
 
-def matmul_speed(cfg: TrainConfig, machine: Machine) -> float:
+def matmul_speed(cfg: TrainConfig, machine: Device) -> float:
     """FLOP/s of this machine on a product of the config's shape; a training step reaches about 0.6 of it."""
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     rows = min(4096, cfg.batch_size * cfg.block_size)
-    x = torch.ones(rows, cfg.d_model, dtype=dtype, device=machine.device)
-    w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=machine.device)
+    x = torch.ones(rows, cfg.d_model, dtype=dtype, device=machine.torch_device)
+    w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=machine.torch_device)
     best = math.inf
     for _ in range(5):
         clock = time.perf_counter()
@@ -89,24 +84,24 @@ def matmul_speed(cfg: TrainConfig, machine: Machine) -> float:
 class Trial:
     """The real training step of a config, on weights that nobody keeps."""
 
-    def __init__(self, cfg: TrainConfig, machine: Machine, plan: Plan, vocab_size: int) -> None:
+    def __init__(self, cfg: TrainConfig, machine: Device, plan: Plan, vocab_size: int) -> None:
         self.cfg, self.machine, self.plan = cfg, machine, plan
-        self.state = State(cfg, build(cfg, vocab_size).to(machine.device))
-        self.stepper = Stepper(cfg, machine, self.state)
+        self.state = State(cfg, build(cfg, vocab_size).to(machine.torch_device))
+        self.stepper = TrainStep(self.state, machine)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
         """Steps, to the very end of the last, whose loss is given. As in a run, none of them waits for the one before."""
         for _ in range(count):
             state, inputs = self.state, self.plan.at(min(self.state.step, self.plan.steps - 1))
-            numbers = self.stepper.gradients(x, y, inputs, state.step)
+            numbers = self.stepper.gradients(x, y, inputs)
             self.stepper.update(inputs)
             state.step += 1
-        if self.machine.device.type == "cuda":
+        if self.machine.torch_device.type == "cuda":
             torch.cuda.synchronize()
         return float(numbers[0])
 
 
-def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grows: float) -> dict[str, Any]:
+def probed(cfg: TrainConfig, machine: Device, plan: Plan, data: TokenData, grows: float) -> dict[str, Any]:
     """The time of the run by a few of its steps, one part of an evaluation, and the size of a checkpoint.
 
     grows: by how much a token costs more in the mean of the run than at its start.
@@ -125,7 +120,7 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grow
         trial.step(x, y)
 
     warm = 1 + (
-        WARM if trial.stepper.learn.on else 0
+        WARM if trial.stepper.forward_backward.on else 0
     )  # the first maps the memory; on a GPU a few go before what a run does is recorded
     for i in range(warm):
         step(i)
@@ -136,7 +131,7 @@ def probed(cfg: TrainConfig, machine: Machine, plan: Plan, data: TokenData, grow
     steps = plan.tokens(plan.steps) / plan.segments[0].span * seconds * grows
     if compiles:
         costs, gains = compile_balance(
-            cfg, plan, machine.device.type, machine.threads
+            cfg, plan, machine.torch_device.type, machine.threads
         )  # the gain by rule of thumb, and never more than that of modern blocks
         steps += costs - min(gains, steps / 3)
     # the guards take each score again, and a few more, at the end: about one evaluation
@@ -203,7 +198,7 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def memory(plan: Plan, machine: Machine, vocab_size: int, store: bool = False) -> int:
+def memory(plan: Plan, machine: Device, vocab_size: int, store: bool = False) -> int:
     """The peak of the whole process (of a GPU's memory), in bytes: a step and an evaluation on tensors that have sizes but no memory.
 
     So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives;
@@ -218,7 +213,7 @@ def memory(plan: Plan, machine: Machine, vocab_size: int, store: bool = False) -
     )
 
 
-def _ops(phases: list[TrainConfig], machine: Machine, vocab_size: int) -> Iterator[int]:
+def _ops(phases: list[TrainConfig], machine: Device, vocab_size: int) -> Iterator[int]:
     """Between two phases: the weights before and after are there at once, then the moments before and after."""
     sizes = [size(phase.model_copy(update={"vocab_size": vocab_size})) for phase in phases]
     for a, b in pairwise(sizes):
@@ -226,9 +221,9 @@ def _ops(phases: list[TrainConfig], machine: Machine, vocab_size: int) -> Iterat
         yield _process(machine, live, live)
 
 
-def _process(machine: Machine, live: int, stays: int) -> int:
+def _process(machine: Device, live: int, stays: int) -> int:
     """The peak of a process, of that of its tensors, of which some stay from step to step."""
-    if machine.device.type == "cuda":
+    if machine.torch_device.type == "cuda":
         return live
     comes = live - stays
     return PROCESS + stays + (int(COMPILED * comes) + COMPILER if machine.compile else int(FRAGMENTS * comes))
@@ -251,24 +246,24 @@ def _largest(phases: list[TrainConfig]) -> list[TrainConfig]:
     return list(found.values())
 
 
-def _phase(cfg: TrainConfig, machine: Machine, vocab_size: int, store: bool) -> int:
+def _phase(cfg: TrainConfig, machine: Device, vocab_size: int, store: bool) -> int:
     rows = cfg.batch_size // cfg.grad_accum // machine.world
     inputs = Plan(cfg.model_copy(update={"growth": Schedule()}), cfg.batch_size * cfg.block_size * 2).at(0)
-    with FakeTensorMode(allow_fallback_kernels=False), Live() as live, machine.device:
+    with FakeTensorMode(allow_fallback_kernels=False), Live() as live, machine.torch_device:
         state = State(cfg, GPT(cfg, vocab_size))
         model = state.model
-        model.set_up(inputs, machine.attention)
+        model.set_dropout(inputs, machine.attention)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         moments = _moments(cfg, state)  # first: from the second step on they are there while the model runs
         _evaluate(model, cfg, vocab_size)
         model.zero_grad(set_to_none=True)
-        size = sum(n for n, _ in drops(cfg, inputs, rows * cfg.passes, machine.attention))
+        size = sum(n for n, _ in dropout_sites(cfg, inputs, rows * cfg.passes, machine.attention))
         pool = torch.empty(size, dtype=torch.uint8) if size else None
         _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
         held = [*state.tensors().values(), *moments, *state.average.shadow.values()]
         stays = sum(t.numel() * t.element_size() for t in held)
-        if store and machine.device.type == "cpu":
+        if store and machine.torch_device.type == "cpu":
             live.most += stays
             stays *= 2
         del moments, held

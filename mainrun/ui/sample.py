@@ -10,9 +10,11 @@ import torch
 
 from mainrun.data.tokenizer import EOS, Tokenizer
 from mainrun.errors import RunError
+from mainrun.growth.state import load_state
+from mainrun.plan.seeds import seed_from
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, State, build, mix
+from mainrun.train import GPT, State, build
 
 COLDEST = 1e-30  # below it the likeliest token is chosen, which is the limit: float32 would round the temperature to 0
 
@@ -38,7 +40,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
         warnings.warn(text, stacklevel=3)
     state = State(cfg, build(cfg, tokenizer.vocab_size))
     with checkpoint.fitting(f"the checkpoint of step {found[1]['step']} in {run.checkpoints}"):
-        state.load(found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
+        load_state(state, found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
     state.average.swap()
     return state.model.eval(), tokenizer
 
@@ -52,7 +54,7 @@ def sample(
     given = [EOS, *(int(t) for t in tokenizer.encode([prompt])[:-1])] if prompt else [EOS]
     titles = []
     for i in range(n):
-        torch.manual_seed(mix(seed, "sample", i))
+        torch.manual_seed(seed_from(seed, "sample", i))
         ids = list(given)
         for _ in range(max_tokens):
             logits = model(torch.tensor([ids[-model.cfg.block_size :]]))[0, -1].float()

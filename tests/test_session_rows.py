@@ -22,9 +22,10 @@ from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunErro
 from mainrun.plan.plan import Plan
 from mainrun.run import session as sitting
 from mainrun.run.progress import Progress
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import build, train
+from mainrun.train import build
 
 SMALL: dict[str, Any] = {
     "num_titles": 200,

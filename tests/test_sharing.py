@@ -28,19 +28,19 @@ from mainrun import train as trainer
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device as machine
-from mainrun.core.device import Machine
+from mainrun.core.device import Device
 from mainrun.errors import Diverged, Interrupted
 from mainrun.plan.plan import Plan
 from mainrun.run import batch
 from mainrun.run import session as sitting
 from mainrun.run import sharing as reuse
 from mainrun.run.progress import Progress
+from mainrun.run.session import train
 from mainrun.store import checkpoint, leases, nodes
 from mainrun.store.files import Folder
 from mainrun.store.leases import Leases
 from mainrun.store.nodes import Node, Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 
 ROOT = Path(__file__).parents[1]
 # 37 steps in a third of a second; a node is kept at 18 and 36 (scores), 27 (the decay begins) and 37 (the end)
@@ -1666,7 +1666,7 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
         for i in range(9)
     }
     store, plan = Store(tmp_path / "store"), Plan(cfg, 37 * 128 + 1)
-    keeper = reuse.Reuse(store, cfg, plan, Machine(cfg), {}, "", lambda text: None, keep=range(1, 9))
+    keeper = reuse.Reuse(store, cfg, plan, Device(cfg), {}, "", lambda text: None, keep=range(1, 9))
     assert plan.steps == STEPS
     spent: dict[str, float] = {}
     state = SimpleNamespace(step=0, presented=0, grown={}, tensors=lambda: tensors)

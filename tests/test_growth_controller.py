@@ -21,15 +21,16 @@ from mainrun.checks import audit
 from mainrun.checks.repeat import repeat
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.optimizers import DEFAULT_SCHEDULE, Optimizers, ParamSchedule
 from mainrun.errors import Interrupted, MainrunError, UsageError
 from mainrun.growth import controller as live
 from mainrun.growth import operators
-from mainrun.growth.moments import PLAIN, Mark
 from mainrun.plan.ops import Facts, Rates, due
+from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, Optimizers, train
+from mainrun.train import GPT
 
 # 37 steps, scored after 1, 9, 18, 27, 36 and 37
 SMALL: dict[str, Any] = {
@@ -521,8 +522,10 @@ def test_plain_marks_make_no_group_of_their_own() -> None:
     cfg = config()
     model = GPT(cfg, 29)
     plain = [len(group["params"]) for group in Optimizers(cfg, model).groups]
-    assert plain == [len(group["params"]) for group in Optimizers(cfg, model, {"embed.weight": PLAIN}).groups]
-    marked = Optimizers(cfg, model, {"embed.weight": Mark(lr=0.5)})
+    assert plain == [
+        len(group["params"]) for group in Optimizers(cfg, model, {"embed.weight": DEFAULT_SCHEDULE}).groups
+    ]
+    marked = Optimizers(cfg, model, {"embed.weight": ParamSchedule(lr=0.5)})
     assert len(marked.groups) == len(plain) + 1
     assert Rates() == Rates(0, 1.0, "none")
 

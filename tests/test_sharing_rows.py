@@ -6,7 +6,6 @@ import errno
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +16,9 @@ from conftest import TINY
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import MainrunError
 from mainrun.plan.plan import Plan
-from mainrun.run import sharing as reuse
-from mainrun.run.sharing import Other, Reuse
+from mainrun.run import sharing
+from mainrun.run.accounts import Accounts
+from mainrun.run.sharing import OtherRun, Sharing
 from mainrun.store import lineage
 from mainrun.store.leases import Fenced
 from mainrun.store.nodes import Damaged, Node, Refused
@@ -131,23 +131,14 @@ class Store:
 
 class State:
     def __init__(self, step: int = 0) -> None:
-        self.step, self.presented = step, 128 * step
-        self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
-        self.grown: dict[str, Any] = {}
-        self.timed: list[str] = []
+        self.step, self.tokens = step, 128 * step
+        self.growth_state: dict[str, Any] = {}
         self.loads: list[tuple[int, int]] = []
 
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        self.timed.append(part)
-        yield
-
-    def load(
-        self, tensors: dict[str, Any], step: int, presented: int, grown: dict[str, Any] | None = None
-    ) -> None:
+    def load(self, tensors: dict[str, Any], step: int, tokens: int) -> None:
         assert tensors == {"of": step}
-        self.step, self.presented = step, presented
-        self.loads.append((step, presented))
+        self.step, self.tokens = step, tokens
+        self.loads.append((step, tokens))
 
     def tensors(self) -> dict[str, Any]:
         return {}
@@ -179,10 +170,12 @@ class House:
         self.store, self.notes = Store(), []
         self.plan = Plan(self.cfg, TOKENS)
         machine = SimpleNamespace(
-            world=world, leads=leads, facts={"cpu": "x"}, share=lambda step, unscored: (step, unscored)
+            world=world, leads=leads, machine_class={"cpu": "x"}, broadcast=lambda step, unscored: (step, unscored)
         )
         self.machine = machine
-        self.reuse = Reuse(
+        self.accounts = Accounts()
+        self.growth = SimpleNamespace(journal=None, figures=lambda step: {})
+        self.sharing = Sharing(
             self.store,
             self.cfg,
             self.plan,
@@ -190,12 +183,13 @@ class House:
             {"corpus": "c"},
             "t",
             self.notes.append,
+            self.accounts,
             keep,
             until,
             fresh,
         )
-        self.reuse._leases = Leases()
-        self.keys = self.reuse.keys
+        self.sharing.holder.leases = Leases()
+        self.keys = self.sharing.course.keys
 
     def node(
         self, step: int, begins: int = 0, rows: tuple[dict[str, Any], ...] | None = None, **changes: Any
@@ -222,7 +216,7 @@ class House:
 
 def test_the_geometry_of_these_tests_is_that_of_the_config() -> None:
     house = House()
-    assert house.reuse._geometry == GEOMETRY == list(house.cfg.geometry)
+    assert house.sharing.course.geometry == GEOMETRY == list(house.cfg.geometry)
     assert house.plan.steps == 37 and house.plan.eval_steps == {1, 18, 36, 37} and house.plan.breaks == [27]
 
 
@@ -243,47 +237,49 @@ def test_nodes_are_kept_at_scores_breaks_forks_and_the_end(
     until: int, keep: tuple[int, ...], stops: set[int]
 ) -> None:
     house = House(until, keep)
-    assert house.reuse.stops == stops
-    assert house.reuse.until == min(until or 37, 37)
+    assert house.sharing.course.stops == stops
+    assert house.sharing.course.until == min(until or 37, 37)
 
 
 def test_a_run_goes_to_its_end_unless_it_is_asked_to_stop_before() -> None:
     house = House()
-    reuse = Reuse(house.store, house.cfg, house.plan, house.machine, {"corpus": "c"}, "t", house.notes.append)
-    assert (reuse.until, reuse.stops) == (37, {18, 27, 36, 37})
+    reuse = Sharing(
+        house.store, house.cfg, house.plan, house.machine, {"corpus": "c"}, "t", house.notes.append
+    )
+    assert (fresh.course.until, fresh.course.stops) == (37, {18, 27, 36, 37})
     assert reuse.reads and reuse.writes
 
 
 @pytest.mark.parametrize(("step", "kept"), [(17, False), (18, True), (19, False), (20, True), (37, True)])
 def test_a_step_is_kept_where_this_run_or_another_wants_it(step: int, kept: bool) -> None:
     house = House()
-    house.reuse.wanted = frozenset({20})
-    assert house.reuse.keeps(step) is kept
-    assert house.reuse._due == ([step] if kept else [])
-    assert house.reuse._passed == step
+    house.sharing.holder.wanted = frozenset({20})
+    assert house.sharing.keeps(step) is kept
+    assert house.sharing.holder.due == ([step] if kept else [])
+    assert house.sharing.holder.passed == step
 
 
 def test_what_is_written_is_no_longer_due() -> None:
     house = House()
-    house.reuse._due, house.reuse._written = [18, 27], 18
-    house.reuse.keeps(36)
-    assert house.reuse._due == [27, 36]
+    house.sharing.holder.due, house.sharing.holder.written = [18, 27], 18
+    house.sharing.keeps(36)
+    assert house.sharing.holder.due == [27, 36]
 
 
 def test_a_beat_says_how_far_all_that_is_kept_is_there() -> None:
     house = House()
-    house.reuse._passed, house.reuse._due, house.reuse._written = 30, [18, 27], 18
-    assert house.reuse._beat() == {"at": 26}
-    house.reuse._written = 27
-    assert house.reuse._beat() == {"at": 30}
+    house.sharing.holder.passed, house.sharing.holder.due, house.sharing.holder.written = 30, [18, 27], 18
+    assert house.sharing.holder.beat() == {"at": 26}
+    house.sharing.holder.written = 27
+    assert house.sharing.holder.beat() == {"at": 30}
 
 
 @pytest.mark.parametrize(("world", "wanted"), [(1, {20}), (2, set())])
 def test_a_beat_hears_wants_on_the_way_of_one_process(world: int, wanted: set[int]) -> None:
     house = House(world=world)
     house.store.wanted = {house.keys[20], "f" * 64}
-    house.reuse._beat()
-    assert house.reuse.wanted == wanted
+    house.sharing.holder.beat()
+    assert house.sharing.holder.wanted == wanted
 
 
 def test_a_beat_outlives_a_store_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +289,8 @@ def test_a_beat_outlives_a_store_that_cannot_be_read(monkeypatch: pytest.MonkeyP
         raise OSError
 
     monkeypatch.setattr(house.store, "wants", fail)
-    house.reuse._passed = 7
-    assert house.reuse._beat() == {"at": 7}
+    house.sharing.holder.passed = 7
+    assert house.sharing.holder.beat() == {"at": 7}
 
 
 @pytest.mark.parametrize(
@@ -304,9 +300,9 @@ def test_the_lease_is_on_the_next_node_and_says_what_it_leaves(
     step: int, target: int, scores: list[int]
 ) -> None:
     house = House()
-    house.reuse._hold(step)
-    held = house.reuse._lease
-    assert held is not None and held.key == house.keys[target] and house.reuse._passed == step
+    house.sharing.holder.acquire(step)
+    held = house.sharing.holder.lease
+    assert held is not None and held.key == house.keys[target] and house.sharing.holder.passed == step
     about = {
         "run": house.cfg.run_id,
         "config": house.cfg.model_dump(mode="json"),
@@ -327,20 +323,20 @@ def test_the_plan_is_certain_up_to_a_score_that_may_fire_an_op(
     growth: dict[str, Any] | None, step: int, far: int
 ) -> None:
     house = House(**({"growth": growth} if growth else {}))
-    assert house.reuse._far(step) == far
+    assert house.sharing.course.certain_until(step) == far
 
 
 def test_a_plan_that_leaves_the_lease_frees_it() -> None:
     house = House()
-    on_the_way = house.reuse._lease = lease(house.keys[27], {"step": 27})
-    house.reuse.follow(house.plan)
-    assert house.reuse._lease is on_the_way and on_the_way.released == []
-    house.reuse.follow(Plan(config(lr=0.02), TOKENS))
-    assert house.reuse._lease is None and on_the_way.released == [True]
+    on_the_way = house.sharing.holder.lease = lease(house.keys[27], {"step": 27})
+    house.sharing.follow(house.plan)
+    assert house.sharing.holder.lease is on_the_way and on_the_way.released == []
+    house.sharing.follow(Plan(config(lr=0.02), TOKENS))
+    assert house.sharing.holder.lease is None and on_the_way.released == [True]
 
 
 def test_a_run_begins_with_nothing_written_and_no_score_missing() -> None:
-    fresh = House().reuse
+    fresh = House().sharing
     assert (fresh._written, fresh._due, fresh._passed, fresh.unscored, fresh.rows) == (0, [], 0, False, [])
     assert (fresh.before, fresh.reads, fresh.writes) == ((0, fresh.keys[0]), True, True)
 
@@ -388,8 +384,8 @@ def test_another_run_is_waited_for_if_it_brings_steps_and_scores(
     step: int, target: int, changes: dict[str, Any], meets: int | None
 ) -> None:
     house = House()
-    house.reuse._leases = Leases({house.keys[target]: holder(house, target, **changes)})
-    other = house.reuse._other(step)
+    house.sharing.holder.leases = Leases({house.keys[target]: holder(house, target, **changes)})
+    other = house.sharing._other_run(step)
     assert (other and other.meets) == meets
     if other:
         assert (other.key, other.run) == (house.keys[target], "other")
@@ -404,16 +400,16 @@ def test_a_run_that_leaves_the_way_is_waited_for_up_to_the_fork_if_there_is_time
     house = House()
     theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
     assert theirs[27] == house.keys[27] and theirs[28] != house.keys[28]
-    house.reuse._leases = Leases({theirs[36]: holder(house, 36, config=LATER, at=at)})
-    other = house.reuse._other(18)
+    house.sharing.holder.leases = Leases({theirs[36]: holder(house, 36, config=LATER, at=at)})
+    other = house.sharing._other_run(18)
     assert (other and other.meets) == meets
 
 
 def test_a_run_that_is_past_the_fork_is_no_help_from_the_start_either() -> None:
     house = House()
     theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
-    house.reuse._leases = Leases({theirs[36]: holder(house, 36, config=LATER, at=30)})
-    assert house.reuse._other(0) is None
+    house.sharing.holder.leases = Leases({theirs[36]: holder(house, 36, config=LATER, at=30)})
+    assert house.sharing._other_run(0) is None
 
 
 @pytest.mark.parametrize(
@@ -433,20 +429,20 @@ def test_a_fork_is_found_only_in_a_lease_that_tells_the_truth(changes: dict[str,
     house = House()
     theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
     about = holder(house, 36, config=LATER) | changes
-    assert house.reuse._fork(theirs[36], about) == fork
-    assert house.reuse._fork(theirs[36], {"run": "other"}) == fork  # remembered
-    assert house.reuse._fork(theirs[27], {"run": "other"}) == 0, "what is remembered is of one lease"
-    assert house.reuse._fork(theirs[36], {"run": "third"}) == 0, "and of one holder"
+    assert house.sharing.holder.fork(theirs[36], about) == fork
+    assert house.sharing.holder.fork(theirs[36], {"run": "other"}) == fork  # remembered
+    assert house.sharing.holder.fork(theirs[27], {"run": "other"}) == 0, "what is remembered is of one lease"
+    assert house.sharing.holder.fork(theirs[36], {"run": "third"}) == 0, "and of one holder"
 
 
 def test_a_fork_is_found_again_when_the_plan_changes() -> None:
     house, other = House(), Plan(from_dict(LATER), TOKENS)
     theirs = lineage.chain(house.keys[0], other)
     about = holder(house, 36, config=LATER)
-    assert house.reuse._fork(theirs[36], about) == 27
-    house.reuse.follow(house.plan)
-    house.reuse.keys = theirs
-    assert house.reuse._fork(theirs[36], about) == 37
+    assert house.sharing.holder.fork(theirs[36], about) == 27
+    house.sharing.follow(house.plan)
+    house.sharing.course.keys = theirs
+    assert house.sharing.holder.fork(theirs[36], about) == 37
 
 
 @pytest.mark.parametrize(
@@ -471,25 +467,25 @@ def test_a_lease_that_cannot_be_understood_has_no_fork(
         raise error("odd")
 
     monkeypatch.setattr(lineage, "chain", fail)
-    assert house.reuse._fork("f" * 64, holder(house, 36)) == 0
+    assert house.sharing.holder.fork("f" * 64, holder(house, 36)) == 0
 
 
 def test_a_fork_lies_within_this_run_and_needs_one_process() -> None:
-    assert House(until=20).reuse._fork(House().keys[36], holder(House(), 36)) == 20
-    assert House(world=2).reuse._fork(House().keys[36], holder(House(), 36)) == 0
+    assert House(until=20).sharing.holder.fork(House().keys[36], holder(House(), 36)) == 20
+    assert House(world=2).sharing.holder.fork(House().keys[36], holder(House(), 36)) == 0
 
 
 def test_of_several_the_furthest_is_waited_for_and_the_own_lease_does_not_count() -> None:
     house = House()
     held = {house.keys[step]: holder(house, step, run=f"run {step}") for step in (18, 36, 27)}
-    house.reuse._leases = Leases(held)
-    furthest = house.reuse._other(0)
+    house.sharing.holder.leases = Leases(held)
+    furthest = house.sharing._other_run(0)
     assert furthest is not None and furthest.run == "run 36"
-    house.reuse._lease = lease(house.keys[36], {})
-    next_one = house.reuse._other(0)
+    house.sharing.holder.lease = lease(house.keys[36], {})
+    next_one = house.sharing._other_run(0)
     assert next_one is not None and next_one.run == "run 27"
-    house.reuse.reads = False
-    assert house.reuse._other(0) is None
+    house.sharing.reads = False
+    assert house.sharing._other_run(0) is None
 
 
 @pytest.mark.parametrize(
@@ -499,10 +495,10 @@ def test_of_several_the_furthest_is_waited_for_and_the_own_lease_does_not_count(
 )
 def test_a_fork_is_wanted_once_unless_the_lease_is_on_it(fork: int, key: int, wanted: bool) -> None:
     house = House()
-    house.reuse._want(Other(27, fork, house.keys[key], "other"))
+    house.sharing.holder.want(OtherRun(27, fork, house.keys[key], "other"))
     assert house.store.wanted == ({house.keys[fork]} if wanted else set())
     house.store.wanted.clear()
-    house.reuse._want(Other(27, fork, house.keys[key], "other"))
+    house.sharing.holder.want(OtherRun(27, fork, house.keys[key], "other"))
     assert house.store.wanted == set()
 
 
@@ -510,7 +506,7 @@ def test_a_fork_is_wanted_once_unless_the_lease_is_on_it(fork: int, key: int, wa
 
 
 def usable(house: House, step: int = 0) -> list[int]:
-    return [node.step for node, _ in house.reuse._usable(step)]
+    return [node.step for node, _ in house.sharing.reader.usable(step)]
 
 
 def test_the_deepest_node_ahead_comes_first_with_the_rows_in_order() -> None:
@@ -518,7 +514,7 @@ def test_the_deepest_node_ahead_comes_first_with_the_rows_in_order() -> None:
     house.add(house.node(18), house.node(27, 18), house.node(36, 27))
     assert usable(house) == [36, 27, 18]
     assert usable(house, 18) == [36, 27]
-    (_, past), *_ = house.reuse._usable(0)
+    (_, past), *_ = house.sharing.reader.usable(0)
     assert [node.step for node in past] == [18, 27, 36]
 
 
@@ -551,12 +547,12 @@ def test_a_node_without_a_score_that_this_run_needs_is_not_taken_and_the_score_i
     assert 9 in house.plan.eval_steps
     without = tuple(row for row in house.rows(0, 18) if (row["event"], row["step"]) != ("eval", 9))
     house.add(house.node(18, rows=without))
-    house.reuse.stops -= {9}
-    assert usable(house) == [] and 9 in house.reuse.stops
+    house.sharing.course.stops -= {9}
+    assert usable(house) == [] and 9 in house.sharing.course.stops
     several = House(eval_per_epoch=4, world=2)
     several.add(several.node(18, rows=without))
-    several.reuse.stops -= {9}
-    assert usable(several) == [] and 9 not in several.reuse.stops
+    several.sharing.course.stops -= {9}
+    assert usable(several) == [] and 9 not in several.sharing.course.stops
 
 
 @pytest.mark.parametrize(
@@ -580,7 +576,7 @@ def test_a_node_without_a_score_that_this_run_needs_is_not_taken_and_the_score_i
 def test_rows_are_shown_as_this_run_would_have_written_them(row: dict[str, Any], shown: bool) -> None:
     house = House(log_every=4)
     node = SimpleNamespace(rows=[row], geometry=GEOMETRY)
-    assert list(house.reuse._shown([node], 2)) == ([row] if shown else [])
+    assert list(house.sharing.reader.rows_for_run([node], 2)) == ([row] if shown else [])
 
 
 def test_a_score_is_shown_once_for_each_split_and_only_in_this_geometry() -> None:
@@ -592,7 +588,7 @@ def test_a_score_is_shown_once_for_each_split_and_only_in_this_geometry() -> Non
         SimpleNamespace(rows=[val, dev], geometry=GEOMETRY),
     ]
     nodes.append(SimpleNamespace(rows=[again], geometry=GEOMETRY))
-    assert list(house.reuse._shown(nodes, 0)) == [val, dev]
+    assert list(house.sharing.reader.rows_for_run(nodes, 0)) == [val, dev]
 
 
 def test_rows_before_the_start_do_not_hide_those_behind_them() -> None:
@@ -602,7 +598,7 @@ def test_rows_before_the_start_do_not_hide_those_behind_them() -> None:
         *({"event": "step", "step": step} for step in (3, 4, 5, 8)),
     ]
     assert [
-        row["step"] for row in house.reuse._shown([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)
+        row["step"] for row in house.sharing.reader.rows_for_run([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)
     ] == [4, 8]
 
 
@@ -611,18 +607,18 @@ def test_rows_before_the_start_do_not_hide_those_behind_them() -> None:
 
 def test_steps_that_are_taken_count_as_reused_and_their_rows_say_so() -> None:
     house, state, metrics = House(), State(), Journal()
-    house.reuse.figures = lambda step: {"params": step}
+    house.growth.figures = lambda step: {"params": step}
     foreign = [row | {"flops": 5} if row["event"] == "eval" else row for row in house.rows(0, 18)]
     house.add(house.node(18, rows=tuple(foreign)), house.node(27, 18, run="other-2"))
-    assert house.reuse._take(state, metrics)
+    assert house.sharing._reuse(state, house.growth, metrics)
     assert state.loads == [(27, 27 * 128)]
-    assert state.ledger == {"reused": 27, "reused_tokens": 27 * 128, "wasted": 0}
+    assert house.accounts.ledger == {"reused": 27, "reused_tokens": 27 * 128, "wasted": 0}
     assert [row["step"] for row in metrics if row["event"] == "step"] == list(range(1, 28))
     assert all(row["reused"] for row in metrics)
     assert [row["params"] for row in metrics if row["event"] == "eval"] == [1, 18]
     assert not any("flops" in row for row in metrics), "figures of the model are this run's own"
-    assert (house.reuse.before, house.reuse.rows, house.reuse._pending) == ((27, house.keys[27]), [], None)
-    assert not house.reuse.unscored
+    assert (house.sharing.writer.before, house.sharing.writer.rows, house.sharing.writer._pending) == ((27, house.keys[27]), [], None)
+    assert not house.sharing.unscored
     assert house.notes == ["steps 1 to 27 of 37 are taken from the store (trained by other-1, other-2)"]
 
 
@@ -634,14 +630,14 @@ def test_the_note_names_three_runs_at_most() -> None:
             for step, before in ((18, 0), (27, 18), (36, 27), (37, 36))
         )
     )
-    house.reuse._take(State(), None)
+    house.sharing._reuse(State(), house.growth, None)
     assert "(trained by r18, r27, r36, ...)" in house.notes[0]
 
 
 def test_three_runs_are_all_there_are() -> None:
     house = House()
     house.add(*(house.node(step, before, run=f"r{step}") for step, before in ((18, 0), (27, 18), (36, 27))))
-    house.reuse._take(State(), None)
+    house.sharing._reuse(State(), house.growth, None)
     assert "(trained by r18, r27, r36)" in house.notes[0]
 
 
@@ -667,83 +663,83 @@ def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(
     house, journal = House(), Journal()
     row = {"event": event, "op": "0-set_lr", "step": step}
     house.add(house.node(18, rows=(row, *house.rows(16, 18))))
-    house.reuse.journal = journal
+    house.growth.journal = journal
     if told:
         journal.append(row)
     metrics = Journal()
-    assert house.reuse._take(State(15), metrics)
+    assert house.sharing._reuse(State(15), house.growth, metrics)
     taken = metrics if event == "step" else journal[told:]
     assert (row | {"reused": True} in taken) == shown
 
 
 def test_own_steps_that_were_lost_come_back_and_are_not_wasted() -> None:
     house, state, metrics, calls = House(), State(10), Journal(), []
-    house.reuse.own, house.reuse.found_again = {11, 12, 40}, lambda: calls.append(1)
-    state.ledger["wasted"] = 5
+    house.sharing.own, house.sharing.found_again = {11, 12, 40}, lambda: calls.append(1)
+    house.accounts.ledger["wasted"] = 5
     house.add(house.node(18))
-    assert house.reuse._take(state, metrics)
-    assert state.ledger == {"reused": 6, "reused_tokens": 6 * 128, "wasted": 3}
+    assert house.sharing._reuse(state, house.growth, metrics)
+    assert house.accounts.ledger == {"reused": 6, "reused_tokens": 6 * 128, "wasted": 3}
     assert calls == [1]
     assert [row["step"] for row in metrics if row["event"] == "step" and not row.get("reused")] == [11, 12]
 
 
 def test_nothing_is_called_back_when_nothing_was_lost() -> None:
     house, calls = House(), []
-    house.reuse.found_again = lambda: calls.append(1)
+    house.sharing.found_again = lambda: calls.append(1)
     house.add(house.node(18))
-    house.reuse._take(State(), None)
+    house.sharing._reuse(State(), house.growth, None)
     assert calls == []
 
 
 def test_rows_of_ops_go_to_the_journal() -> None:
     house, metrics, journal = House(), Journal(), Journal()
-    house.reuse.journal = journal
+    house.growth.journal = journal
     op = {"event": "op", "op": "0-set_lr", "step": 5}
     house.add(house.node(18, rows=(*house.rows(0, 18), op)))
-    house.reuse._take(State(), metrics)
+    house.sharing._reuse(State(), house.growth, metrics)
     assert journal == [op | {"reused": True}] and op not in metrics
 
 
 def test_a_state_without_its_score_asks_for_it() -> None:
     house, state = House(), State()
     house.add(house.node(18, rows=house.rows(0, 18)[:-1]))
-    assert house.reuse._take(state, None) and house.reuse.unscored
+    assert house.sharing._reuse(state, house.growth, None) and house.sharing.unscored
 
 
 def test_a_damaged_state_is_named_and_the_node_before_it_is_taken() -> None:
     house, state = House(), State()
     house.add(house.node(18), house.node(27, 18, state="damaged"))
-    assert house.reuse._take(state, None) and state.step == 18
+    assert house.sharing._reuse(state, house.growth, None) and state.step == 18
     assert "its state is torn" in house.notes[0]
-    assert not House().reuse._take(State(), None)
+    assert not House().sharing._reuse(State(), house.growth, None)
 
 
 # -- taking or training
 
 
-STOP = SimpleNamespace(asked="")
+STOP = SimpleNamespace(name="")
 
 
 def test_a_run_takes_what_there_is_and_holds_the_lease_on_the_rest() -> None:
     house, state = House(), State()
     house.add(house.node(18))
-    assert house.reuse.advance(state, None, STOP) is False
+    assert house.sharing.advance(state, house.growth, None, STOP) is False
     assert state.step == 18 and state.timed == ["store"]
-    assert house.reuse._lease is not None and house.reuse._lease.key == house.keys[27]
+    assert house.sharing.holder.lease is not None and house.sharing.holder.lease.key == house.keys[27]
 
 
 def test_a_run_that_may_not_read_takes_nothing_and_holds_its_lease() -> None:
     house, state = House(fresh=True), State()
     house.add(house.node(18))
-    assert house.reuse.advance(state, None, STOP) is False
-    assert state.step == 0 and house.reuse._lease is not None and house.reuse._lease.key == house.keys[18]
+    assert house.sharing.advance(state, house.growth, None, STOP) is False
+    assert state.step == 0 and house.sharing.holder.lease is not None and house.sharing.holder.lease.key == house.keys[18]
 
 
 def test_a_run_that_may_not_write_holds_no_lease() -> None:
     house = House()
-    house.reuse.writes = False
-    house.reuse.advance(State(), None, STOP)
-    assert house.reuse._lease is None
+    house.sharing.writer.on = False
+    house.sharing.advance(State(), house.growth, None, STOP)
+    assert house.sharing.holder.lease is None
 
 
 def test_a_run_that_is_done_or_asked_to_stop_looks_for_nothing() -> None:
@@ -751,38 +747,38 @@ def test_a_run_that_is_done_or_asked_to_stop_looks_for_nothing() -> None:
         house = House()
         house.add(house.node(18))
         state = State(step)
-        house.reuse.advance(state, None, SimpleNamespace(asked=asked))
-        assert state.step == step and house.reuse._lease is None
+        house.sharing.advance(state, house.growth, None, SimpleNamespace(name=asked))
+        assert state.step == step and house.sharing.holder.lease is None
 
 
 def test_a_node_beyond_the_own_lease_frees_it() -> None:
     house, state = House(), State(3)
-    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    held = house.sharing.holder.lease = lease(house.keys[18], {"step": 18})
     house.add(house.node(18))
-    house.reuse.advance(state, None, STOP)
+    house.sharing.advance(state, house.growth, None, STOP)
     assert held.released == [True]
-    assert house.reuse._lease is not None and house.reuse._lease.key == house.keys[27]
+    assert house.sharing.holder.lease is not None and house.sharing.holder.lease.key == house.keys[27]
 
 
 def test_a_lease_further_on_stays() -> None:
     house, state = House(), State(3)
-    held = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    held = house.sharing.holder.lease = lease(house.keys[27], {"step": 27})
     house.add(house.node(18))
-    house.reuse.advance(state, None, STOP)
-    assert state.step == 18 and held.released == [] and house.reuse._lease is held
+    house.sharing.advance(state, house.growth, None, STOP)
+    assert state.step == 18 and held.released == [] and house.sharing.holder.lease is held
 
 
 def test_a_score_that_is_missing_comes_before_anything_else() -> None:
     house, state = House(), State()
     house.add(house.node(18, rows=house.rows(0, 18)[:-1]))
-    assert house.reuse.advance(state, None, STOP) is True
-    assert house.reuse._lease is None
+    assert house.sharing.advance(state, house.growth, None, STOP) is True
+    assert house.sharing.holder.lease is None
 
 
 def test_the_leader_waits_and_says_for_whom_once(monkeypatch: pytest.MonkeyPatch) -> None:
     house, state, waits = House(), State(), []
     others = Leases({house.keys[18]: holder(house, 18, run="slow-1")})
-    house.reuse._leases = others
+    house.sharing.holder.leases = others
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
@@ -790,8 +786,8 @@ def test_the_leader_waits_and_says_for_whom_once(monkeypatch: pytest.MonkeyPatch
             others.held = {}
             house.add(house.node(18))
 
-    monkeypatch.setattr(reuse.time, "sleep", sleep)
-    house.reuse.advance(state, None, STOP)
+    monkeypatch.setattr(sharing.time, "sleep", sleep)
+    house.sharing.advance(state, house.growth, None, STOP)
     assert state.step == 18 and len(waits) == 3 and all(0.05 <= wait <= 0.15 for wait in waits)
     assert [note for note in house.notes if "waiting" in note] == [
         "waiting for slow-1, which trains the way to step 18 that both share"
@@ -802,9 +798,9 @@ def test_a_waiting_run_says_where_it_parts(monkeypatch: pytest.MonkeyPatch) -> N
     house = House()
     theirs = lineage.chain(house.keys[0], Plan(from_dict(LATER), TOKENS))
     others = Leases({theirs[36]: holder(house, 36, config=LATER)})
-    house.reuse._leases = others
-    monkeypatch.setattr(reuse.time, "sleep", lambda seconds: others.held.clear())
-    house.reuse.advance(State(18), None, STOP)
+    house.sharing.holder.leases = others
+    monkeypatch.setattr(sharing.time, "sleep", lambda seconds: others.held.clear())
+    house.sharing.advance(State(18), house.growth, None, STOP)
     assert house.store.wanted == {house.keys[27]}
 
 
@@ -819,14 +815,14 @@ def test_two_that_take_a_lease_at_once_make_room(monkeypatch: pytest.MonkeyPatch
         return taken[-1]
 
     others.acquire = acquire
-    house.reuse._leases = others
+    house.sharing.holder.leases = others
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
         others.held = {}
 
-    monkeypatch.setattr(reuse.time, "sleep", sleep)
-    house.reuse.advance(State(), None, STOP)
+    monkeypatch.setattr(sharing.time, "sleep", sleep)
+    house.sharing.advance(State(), house.growth, None, STOP)
     assert [one.released for one in taken] == [[True], []] and len(waits) == 1
 
 
@@ -836,19 +832,19 @@ def test_a_store_that_breaks_costs_the_store_and_not_the_run(monkeypatch: pytest
     def fail() -> set[str]:
         raise OSError(errno.EIO, "broken")
 
-    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    held = house.sharing.holder.lease = lease(house.keys[18], {"step": 18})
     monkeypatch.setattr(house.store, "node_keys", fail)
-    house.reuse.advance(state, None, STOP)
-    assert not house.reuse.writes and house.reuse._lease is None and held.released == [True]
+    house.sharing.advance(state, house.growth, None, STOP)
+    assert not house.sharing.writer.on and house.sharing.holder.lease is None and held.released == [True]
     assert house.notes == ["the store STORE cannot be used (broken); nothing more is kept in it"]
 
 
 def test_a_follower_loads_what_the_leader_took() -> None:
     house, state = House(world=2, leads=False), State()
     house.add(house.node(18))
-    house.machine.share = lambda step, unscored: (18, 1)
-    assert house.reuse.advance(state, None, STOP) is True
-    assert state.loads == [(18, 18 * 128)] and house.reuse.unscored is True
+    house.machine.broadcast = lambda step, unscored: (18, 1)
+    assert house.sharing.advance(state, house.growth, None, STOP) is True
+    assert state.loads == [(18, 18 * 128)] and house.sharing.unscored is True
     assert house.store.rows_read == 0, "only the leader writes rows"
 
 
@@ -856,20 +852,20 @@ def test_a_follower_loads_what_the_leader_took() -> None:
 
 
 def published(house: House, step: int, leads: bool = True) -> Node | None:
-    house.reuse.machine.leads = leads
+    house.sharing.device.leads = leads
     state = State(step)
     state.grown = {"cfg": step}
-    house.reuse.publish(state)
+    house.sharing.publish(state)
     assert not house.store.saved or state.timed in (["store"], [])
-    if house.reuse._writing:
-        house.reuse._writing.result()
+    if house.sharing.writer._writing:
+        house.sharing.writer._writing.result()
     return house.store.saved[-1] if house.store.saved else None
 
 
 def test_a_node_holds_the_state_and_the_rows_since_the_one_before() -> None:
     house = House()
-    house.reuse.rows = list(house.rows(0, 18))
-    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    house.sharing.writer.rows = list(house.rows(0, 18))
+    held = house.sharing.holder.lease = lease(house.keys[18], {"step": 18})
     node = published(house, 18)
     assert node is not None and (node.key, node.parent, node.root) == (
         house.keys[18],
@@ -884,11 +880,11 @@ def test_a_node_holds_the_state_and_the_rows_since_the_one_before() -> None:
     )
     assert node.seconds >= 0 and node.made > 1e9 and (node.state, node.size, node.rows_sha256) == ("", 0, "")
     assert node.grown == {"cfg": 18}
-    assert house.store.began == [(house.keys[0], house.reuse.begun)] and house.store.kept == [
+    assert house.store.began == [(house.keys[0], house.sharing.course.begun)] and house.store.kept == [
         {house.keys[18]}
     ]
-    assert house.reuse._lease is None and held.released == [False] and house.reuse._written == 18
-    assert (house.reuse.before, house.reuse.rows) == ((18, house.keys[18]), [])
+    assert house.sharing.holder.lease is None and held.released == [False] and house.sharing.holder.written == 18
+    assert (house.sharing.writer.before, house.sharing.writer.rows) == ((18, house.keys[18]), [])
 
 
 @pytest.mark.parametrize(("step", "leads"), [(17, True), (18, False), (0, True)])
@@ -898,20 +894,20 @@ def test_nothing_is_published_elsewhere_or_by_others(step: int, leads: bool) -> 
 
 def test_a_node_is_not_published_twice_and_a_due_one_is() -> None:
     house = House()
-    house.reuse.before = (18, house.keys[18])
+    house.sharing.writer.before = (18, house.keys[18])
     assert published(house, 18) is None
-    house.reuse._due = [20]
+    house.sharing.holder.due = [20]
     node = published(house, 20)
     assert node is None or node.step == 20
 
 
 def test_a_due_node_without_its_parent_stops_the_writing() -> None:
     house = House()
-    house.reuse.before = (18, house.keys[18])
-    house.reuse._due = [20]
+    house.sharing.writer.before = (18, house.keys[18])
+    house.sharing.holder.due = [20]
     published(house, 20)
     assert (
-        not house.reuse.writes
+        not house.sharing.writer.on
         and house.store.saved == []
         and "the rows up to step 18 are gone" in house.notes[0]
     )
@@ -919,9 +915,9 @@ def test_a_due_node_without_its_parent_stops_the_writing() -> None:
 
 def test_a_lease_further_on_is_kept_when_a_node_on_the_way_is_published() -> None:
     house = House()
-    held = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    held = house.sharing.holder.lease = lease(house.keys[27], {"step": 27})
     published(house, 18)
-    assert house.reuse._lease is held and held.released == []
+    assert house.sharing.holder.lease is held and held.released == []
 
 
 @pytest.mark.parametrize(
@@ -951,16 +947,16 @@ def test_what_cannot_be_written_is_named_and_the_lease_freed(
 ) -> None:
     house = House()
     house.store.fault = fault
-    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    held = house.sharing.holder.lease = lease(house.keys[18], {"step": 18})
     published(house, 18)
-    assert house.notes == [words] and house.reuse.writes is writes
-    assert held.released == [False] and house.reuse._written == 18 and house.store.saved == []
+    assert house.notes == [words] and house.sharing.writer.on is writes
+    assert held.released == [False] and house.sharing.holder.written == 18 and house.store.saved == []
 
 
 def test_a_run_that_cannot_write_frees_its_lease_and_publishes_nothing() -> None:
     house = House()
-    house.reuse.writes = False
-    held = house.reuse._lease = lease(house.keys[18], {"step": 18})
+    house.sharing.writer.on = False
+    held = house.sharing.holder.lease = lease(house.keys[18], {"step": 18})
     assert published(house, 18) is None and held.released == [True]
 
 
@@ -972,7 +968,7 @@ def test_a_lease_further_on_is_freed_when_nothing_more_is_written(
 ) -> None:
     house = House()
     house.store.fault = fault
-    held = house.reuse._lease = lease(house.keys[27], {"step": 27})
+    held = house.sharing.holder.lease = lease(house.keys[27], {"step": 27})
     published(house, 18)
     assert held.released == released
 
@@ -980,7 +976,7 @@ def test_a_lease_further_on_is_freed_when_nothing_more_is_written(
 def test_the_next_node_holds_only_the_rows_since_the_one_before() -> None:
     house = House()
     published(house, 18)
-    house.reuse.rows = list(house.rows(18, 27))
+    house.sharing.writer.rows = list(house.rows(18, 27))
     node = published(house, 27)
     assert node is not None and (node.begins, node.parent, node.rows) == (
         18,
@@ -991,11 +987,11 @@ def test_the_next_node_holds_only_the_rows_since_the_one_before() -> None:
 
 def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
     house = House()
-    house.reuse.rows = list(house.rows(0, 18))
+    house.sharing.writer.rows = list(house.rows(0, 18))
     published(house, 18)
-    house.reuse.rows = [{"step": 19}]
-    house.reuse._writing = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
-    meta = house.reuse.meta(19)
+    house.sharing.writer.rows = [{"step": 19}]
+    house.sharing.writer._writing = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
+    meta = house.sharing.checkpoint_meta(19)
     assert meta == {
         "key": house.keys[19],
         "before": [0, house.keys[0]],
@@ -1006,8 +1002,8 @@ def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
 def test_rows_are_kept_in_their_order() -> None:
     house = House()
     for step in (1, 2):
-        house.reuse.rows_append({"step": step})
-    assert house.reuse.rows == [{"step": 1}, {"step": 2}]
+        house.sharing.add_row({"step": step})
+    assert house.sharing.writer.rows == [{"step": 1}, {"step": 2}]
 
 
 def test_a_run_ends_when_its_last_node_is_written() -> None:
@@ -1019,38 +1015,38 @@ def test_a_run_ends_when_its_last_node_is_written() -> None:
         save(*arguments)
 
     house.store.save = late  # type: ignore[method-assign]
-    house.reuse.publish(State(18))
+    house.sharing.publish(State(18))
     threading.Timer(0.2, gate.set).start()
-    house.reuse.close()
+    house.sharing.close()
     assert [node.step for node in house.store.saved] == [18]
 
 
 def test_the_seconds_of_a_node_do_not_include_the_time_spent_in_the_store() -> None:
     house = House()
-    house.reuse._since = before = time.perf_counter() - 1000
-    house.reuse.advance(State(), None, STOP)
-    assert house.reuse._since > before + 999
+    house.sharing.writer.since = before = time.perf_counter() - 1000
+    house.sharing.advance(State(), house.growth, None, STOP)
+    assert house.sharing.writer.since > before + 999
 
 
 def test_tokens_that_were_not_trained_are_counted_step_by_step() -> None:
     larger = {"name": "set_batch_size", "value": 16, "trigger": {"step": 9}}
     house, state = House(growth={"version": 2, "ops": [larger]}), State(5)
-    stop = min(step for step in house.reuse.stops if step > 9)
+    stop = min(step for step in house.sharing.course.stops if step > 9)
     assert house.plan.tokens(stop) != stop * house.plan.tokens(1)
     house.add(house.node(9), house.node(stop, begins=9))
-    assert house.reuse._take(state, None)
-    assert state.step == stop and state.ledger["reused_tokens"] == house.plan.tokens(
+    assert house.sharing._reuse(state, house.growth, None)
+    assert state.step == stop and house.accounts.ledger["reused_tokens"] == house.plan.tokens(
         stop
     ) - house.plan.tokens(5)
 
 
 def test_rows_whose_node_was_not_written_go_with_the_next() -> None:
     house = House()
-    house.reuse.rows = list(house.rows(0, 18))
+    house.sharing.writer.rows = list(house.rows(0, 18))
     house.store.fault = Fenced("taken over")
     published(house, 18)
     house.store.fault = None
-    house.reuse.rows = list(house.rows(18, 27))
+    house.sharing.writer.rows = list(house.rows(18, 27))
     node = published(house, 27)
     assert (
         node is not None
@@ -1064,18 +1060,18 @@ def test_rows_whose_node_was_not_written_go_with_the_next() -> None:
 
 def test_a_checkpoint_holds_the_rows_since_the_last_node_and_gives_them_back() -> None:
     house, other = House(), House()
-    house.reuse.before, house.reuse.rows = (18, house.keys[18]), [{"step": 19}]
-    meta = house.reuse.meta(19)
+    house.sharing.writer.before, house.sharing.writer.rows = (18, house.keys[18]), [{"step": 19}]
+    meta = house.sharing.checkpoint_meta(19)
     assert meta == {"key": house.keys[19], "before": [18, house.keys[18]], "rows": [{"step": 19}]}
-    other.reuse.restore(meta, 19)
-    assert (other.reuse.before, other.reuse.rows, other.reuse.writes, other.reuse.reads) == (
+    other.sharing.restore(meta, 19)
+    assert (other.sharing.writer.before, other.sharing.writer.rows, other.sharing.writer.on, other.sharing.reads) == (
         (18, house.keys[18]),
         [{"step": 19}],
         True,
         True,
     )
-    house.reuse.writes = False
-    assert house.reuse.meta(19) is None
+    house.sharing.writer.on = False
+    assert house.sharing.checkpoint_meta(19) is None
 
 
 @pytest.mark.parametrize(
@@ -1089,8 +1085,8 @@ def test_steps_of_another_beginning_never_go_into_the_store(
     meta: dict[str, Any] | None, reads: bool, words: str
 ) -> None:
     house = House()
-    house.reuse.restore(meta, 19)
-    assert (house.reuse.reads, house.reuse.writes) == (reads, False)
+    house.sharing.restore(meta, 19)
+    assert (house.sharing.reads, house.sharing.writer.on) == (reads, False)
     assert words in house.notes[0] and "up to 19" in house.notes[0]
 
 
@@ -1098,13 +1094,13 @@ def test_steps_of_another_beginning_never_go_into_the_store(
 
 
 def begun(house: House, **machine: Any) -> dict[str, Any]:
-    return house.reuse.begun | {"machine_class": house.reuse.begun["machine_class"] | machine}
+    return house.sharing.course.begun | {"machine_class": house.sharing.course.begun["machine_class"] | machine}
 
 
 def test_another_machine_s_steps_are_named_with_the_nearest_difference() -> None:
     house = House()
     house.store.beginnings = [("a", begun(house, cpu="y", isa="z")), ("b", begun(house, cpu="y")), ("c", 5)]
-    house.reuse.strangers()
+    house.sharing.report_other_versions()
     (note,) = house.notes
     assert "machine_class cpu: y there, x here" in note and "isa" not in note
 
@@ -1112,14 +1108,14 @@ def test_another_machine_s_steps_are_named_with_the_nearest_difference() -> None
 def test_of_beginnings_as_near_the_first_is_named() -> None:
     house = House()
     house.store.beginnings = [("a", begun(house, cpu="y")), ("b", begun(house, cpu="z"))]
-    house.reuse.strangers()
+    house.sharing.report_other_versions()
     assert "machine_class cpu: y there" in house.notes[0]
 
 
 def test_at_most_four_differences_are_named() -> None:
     house = House()
     house.store.beginnings = [("a", begun(house, **{f"k{i}": i for i in range(6)}))]
-    house.reuse.strangers()
+    house.sharing.report_other_versions()
     assert house.notes[0].count("machine_class k") == 4
 
 
@@ -1127,7 +1123,7 @@ def test_at_most_four_differences_are_named() -> None:
 def test_the_steps_of_another_config_or_data_are_no_strangers(change: str) -> None:
     house = House()
     house.store.beginnings = [("a", begun(house, cpu="y") | {change: {}})]
-    house.reuse.strangers()
+    house.sharing.report_other_versions()
     assert house.notes == []
 
 
@@ -1135,14 +1131,14 @@ def test_the_same_beginning_needs_no_word() -> None:
     house = House()
     house.store.beginnings = [
         ("a", begun(house, cpu="y")),
-        (lineage.root(house.reuse.begun), house.reuse.begun),
+        (lineage.root(house.sharing.course.begun), house.sharing.course.begun),
     ]
-    house.reuse.strangers()
+    house.sharing.report_other_versions()
     assert house.notes == []
 
 
 def test_beginnings_that_cannot_be_read_are_said() -> None:
     house = House()
     house.store.fault = OSError(errno.EIO, "broken")
-    house.reuse.strangers()
+    house.sharing.report_other_versions()
     assert house.notes == ["what the runs in the store STORE began with cannot be read (broken)"]

@@ -13,14 +13,14 @@ from conftest import TINY
 from growing import V
 
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.optimizers import Optimizers, ParamSchedule
 from mainrun.errors import UsageError
 from mainrun.growth import controller as live
 from mainrun.growth import operators
 from mainrun.growth.controller import Growth, acted, bare, standing, taken
-from mainrun.growth.moments import Mark
 from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
-from mainrun.train import Optimizers, State, build
+from mainrun.train import State, build
 
 # 16 tokens a step, 40 steps an epoch, evaluated after 1, 10, 20, 30 and 40
 SMALL: dict[str, Any] = TINY | {
@@ -707,7 +707,7 @@ def test_ops_that_act_right_after_a_step_have_not_acted_on_its_state() -> None:
 def test_what_a_state_says_of_its_growth() -> None:
     cfg = config(op("widen_mlp", 20, {"step": 10}), LOSS)
     plan = Plan(cfg, TOKENS)
-    learns = {"embed.weight": list(Mark(0.5))}
+    learns = {"embed.weight": list(ParamSchedule(0.5))}
     assert standing(plan, 0, learns) == {
         "fired": [10],
         "applied": 0,
@@ -855,7 +855,7 @@ def test_the_marks_of_new_parameters_reach_the_optimiser() -> None:
         ),
         at=[10],
     )
-    mark = Mark(1.5, since=10, rewarm=4)
+    mark = ParamSchedule(1.5, since=10, rewarm=4)
     assert run.state.optimizers.marks and set(run.state.optimizers.marks.values()) == {mark}
     assert all(name.startswith("blocks.2.") for name in run.state.optimizers.marks)
     assert run.state.grown["marks"] == {name: list(mark) for name in run.state.optimizers.marks}

@@ -17,7 +17,7 @@ from conftest import tiny_sets
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device as machine
-from mainrun.core.device import Machine, best_attention
+from mainrun.core.device import Device, best_attention
 from mainrun.core.hardware import tune_allocator
 from mainrun.core.kernels import cross_entropy
 from mainrun.core.machine_class import compile_balance
@@ -25,8 +25,8 @@ from mainrun.errors import ConfigError, Diverged, Interrupted
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.run.progress import Progress
+from mainrun.run.session import train
 from mainrun.store.rundir import RunDir
-from mainrun.train import train
 
 COMPILER = pytest.mark.skipif(
     not machine.compiler("cpu"), reason="torch.compile needs a C++ compiler on the CPU, and there is none"
@@ -114,8 +114,8 @@ def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> N
     assert best("cpu", block_size=128, dropout=0.1) == "plain", "the fused kernel takes no byte masks"
     assert best("cpu", block_size=128, dropout=0.1, attn_dropout=0.0) == "sdpa"
     assert (
-        Machine(tiny(attention="sdpa")).facts["attention"] == "sdpa"
-        and Machine(tiny()).facts["attention"] == "plain"
+        Device(tiny(attention="sdpa")).facts["attention"] == "sdpa"
+        and Device(tiny()).facts["attention"] == "plain"
     )
 
 
@@ -123,7 +123,7 @@ def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> N
 def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> None:
     cfg = load("optimized", ["device=cpu", "threads=2"])[0]
     for tokens, compiled in ((400_000, False), (4_000_000, True)):
-        found = Machine(cfg)
+        found = Device(cfg)
         assert not found.facts["compile"] and "compiler" not in found.facts
         plan = Plan(cfg, tokens)
         found.settle(cfg, plan)
@@ -133,7 +133,7 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
         assert ("compiler" in found.facts) == compiled
     for asked in ("on", "off"):
         fixed = cfg.model_copy(update={"compile": asked})
-        found = Machine(fixed)
+        found = Device(fixed)
         found.settle(fixed, Plan(fixed, 4_000_000 if asked == "off" else 400_000))
         assert found.facts["compile"] == ("compiling" in found.why) == (asked == "on")
 
@@ -141,10 +141,10 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
 def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load("optimized", ["device=cpu", "threads=2"])[0]
     plan = Plan(cfg, 3_000_000)
-    once = compile_balance(cfg, plan, "cpu", Machine(cfg).threads)
+    once = compile_balance(cfg, plan, "cpu", Device(cfg).threads)
     monkeypatch.setattr("time.perf_counter", lambda: 0.0)
-    assert compile_balance(cfg, plan, "cpu", Machine(cfg).threads) == once
-    assert compile_balance(cfg, Plan(cfg, 6_000_000), "cpu", Machine(cfg).threads)[1] == pytest.approx(
+    assert compile_balance(cfg, plan, "cpu", Device(cfg).threads) == once
+    assert compile_balance(cfg, Plan(cfg, 6_000_000), "cpu", Device(cfg).threads)[1] == pytest.approx(
         2 * once[1], rel=1e-3
     )
 
@@ -152,13 +152,13 @@ def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: py
 def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "compiler", lambda device: "")
     cfg = load("optimized", ["device=cpu"])[0]
-    found = Machine(cfg)
+    found = Device(cfg)
     found.settle(cfg, Plan(cfg, 10**9))
     assert not found.compile and not found.facts["compile"]
     with pytest.raises(
         ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"
     ):
-        Machine(cfg.model_copy(update={"compile": "on"}))
+        Device(cfg.model_copy(update={"compile": "on"}))
 
 
 @pytest.mark.parametrize(("asked", "used"), [(0.1, 26), (0.0, 0), (0.0001, 1), (0.9999, 255), (0.5, 128)])
@@ -175,7 +175,7 @@ def test_the_rate_that_is_used_is_a_whole_256th_and_recorded(asked: float, used:
 # -- numbers that stay on the device for a while
 
 
-class Late(Machine):
+class Late(Device):
     """As on a GPU: the numbers of several steps are read together."""
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -320,7 +320,7 @@ def test_what_dropout_keeps_is_scaled_to_keep_the_mean(tiny: Tiny, dtype: torch.
     """In bfloat16 the scale itself is not rounded: 256/230 would become 1.109, and every branch a third of a per cent smaller."""
     for drop in (26, 13, 51, 128):
         p = drop / 256
-        machine = Machine(tiny())
+        machine = Device(tiny())
         machine.seed([3])
         pool = machine.masks([(4_000_000, p)], 0)
         assert pool is not None
@@ -374,12 +374,12 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: 
 def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Machine(tiny()).facts
+    plain = Device(tiny()).facts
     assert "limits" not in plain
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert Machine(tiny()).facts["limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert Device(tiny()).facts["limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     monkeypatch.setattr(machine, "cpu_flags", lambda: ["AMX bf16"])
-    assert Machine(tiny()).facts["instructions"] != plain["instructions"]
+    assert Device(tiny()).facts["instructions"] != plain["instructions"]
 
 
 # -- time, by what it went into
@@ -444,7 +444,7 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch sees none here")
     cfg = tiny(device="cuda", dropout=0.1, grad_accum=2, dtype="bfloat16", compile=compiled)
-    assert Machine(cfg).facts["native"], "the loss in Triton"
+    assert Device(cfg).facts["native"], "the loss in Triton"
     for name in "ab":
         train(cfg, tmp_path / name)
     a, b = (RunDir(tmp_path / name / cfg.run_id) for name in "ab")
@@ -488,11 +488,11 @@ def test_what_a_batch_system_left_in_the_environment_is_refused(
     with pytest.raises(
         ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"
     ):
-        Machine(tiny())
+        Device(tiny())
 
 
 def test_one_process_needs_no_port(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    assert (Machine(tiny()).rank, Machine(tiny()).world) == (0, 1)
+    assert (Device(tiny()).rank, Device(tiny()).world) == (0, 1)

@@ -1,0 +1,83 @@
+"""The processes of one run: which of them this process is, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mainrun.errors import ConfigError
+
+PROCESS_NUMBER = re.compile("[0-9]{1,6}")
+
+
+def read_rank() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, from the variables that torchrun sets."""
+    rank = os.environ.get("RANK", "0")
+    world = os.environ.get("WORLD_SIZE", "1")
+    got = f"got RANK={rank!r} and WORLD_SIZE={world!r}"
+    fix = "start with torchrun, or unset both"  # a batch system may have left its own values behind
+    numbers = PROCESS_NUMBER.fullmatch(rank) and PROCESS_NUMBER.fullmatch(world)
+    if not numbers or int(rank) >= int(world):
+        raise ConfigError(f"{got}; RANK must be a number below WORLD_SIZE: {fix}")
+    if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(f"{got}, but no MASTER_ADDR and MASTER_PORT; {fix}")
+    return int(rank), int(world)
+
+
+class ProcessGroup:
+    """The processes that train one run together. Process 0 leads: it alone writes files."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = read_rank()
+        self.torch_device = torch.device("cpu")
+
+    def join(self) -> None:
+        """Connect to the other processes."""
+        if self.world == 1 or dist.is_initialized():
+            return
+        backend = "nccl" if self.torch_device.type == "cuda" else "gloo"
+        # the other processes wait while the leader tokenises or scores, which may take long
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Run the block in the leader first, and in the other processes once the leader is done."""
+        if not self.leads:
+            dist.barrier()
+        yield
+        if self.leads and self.world > 1:
+            dist.barrier()
+
+    def any_process(self, flag: bool) -> bool:
+        """Return True on every process as soon as the flag is True on one of them."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=self.torch_device)
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
+    def broadcast(self, *numbers: int) -> tuple[int, ...]:
+        """Return the leader's numbers on every process."""
+        if self.world == 1:
+            return numbers
+        leaders = torch.tensor(numbers, device=self.torch_device)
+        dist.broadcast(leaders, src=0)
+        return tuple(leaders.tolist())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes."""
+        if self.world == 1:
+            return value
+        dist.all_reduce(value)
+        return value / self.world

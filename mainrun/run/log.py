@@ -1,0 +1,59 @@
+"""What a run writes while it trains: rows of metrics.jsonl, and lines for the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mainrun.run.progress import Progress
+from mainrun.store.rundir import Metrics, RunDir
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """The log of a run's leader."""
+
+    def __init__(self, run: RunDir, progress: Progress) -> None:
+        self.metrics: Metrics | None = run.log("metrics.jsonl")
+        self.progress = progress
+        self._run = run
+
+    def step(self, row: Row, steps: int) -> None:
+        """Log a training step. steps: of the whole run."""
+        assert self.metrics is not None
+        self.metrics.append(row)
+        self.progress.step(row | {"steps": steps})
+
+    def eval(self, row: Row, steps: int) -> None:
+        """Log the scores of one split."""
+        assert self.metrics is not None
+        self.metrics.append(row)
+        self.progress.eval(row | {"steps": steps})
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def rows(self) -> list[Row]:
+        """Return every row so far."""
+        return self._run.metrics()
+
+    def close(self) -> None:
+        if self.metrics:
+            self.metrics.close()
+
+
+class NullLog:
+    """The log of the other processes of a run: only the leader writes."""
+
+    metrics: Metrics | None = None
+
+    def step(self, row: Row, steps: int) -> None: ...
+
+    def eval(self, row: Row, steps: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def rows(self) -> list[Row]:
+        return []
+
+    def close(self) -> None: ...

@@ -1,0 +1,202 @@
+"""How a session starts: from which checkpoint, and what earlier sessions have cost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from typing import Any
+
+import torch
+
+from mainrun.config import TrainConfig
+from mainrun.core.device import Device
+from mainrun.core.machine_class import versions
+from mainrun.data import scoring
+from mainrun.data.token_cache import TokenData
+from mainrun.errors import ConfigError, RunError
+from mainrun.growth.state import Controller, load_state
+from mainrun.run.accounts import Accounts
+from mainrun.run.log import RunLog
+from mainrun.run.sharing import NoSharing, Sharing
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RunDir
+from mainrun.train import State
+
+Row = dict[str, Any]
+EMPTY_LOG = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # the mark of a log without rows
+
+
+def check_spans(cfg: TrainConfig, data: TokenData) -> None:
+    """Refuse a split that is too short to score before training begins, not an hour later."""
+    for split in ("val", "dev"):
+        if split not in data.splits:
+            continue
+        try:
+            scoring.official_spans(len(data.splits[split]), cfg.geometry)
+        except ConfigError as e:
+            raise ConfigError(f"the {split} split is too short: {e}") from None
+
+
+def environment(device: Device) -> Row:
+    """Return what env.json says about this session."""
+    return {
+        "machine_class": device.machine_class,
+        "versions": versions(),
+        "evaluate_hash": scoring.evaluate_source_hash(),
+        "allocator": device.allocator,
+        "command": sys.argv,
+    }
+
+
+def resume(
+    cfg: TrainConfig,
+    run: RunDir,
+    state: State,
+    accounts: Accounts,
+    env: Row,
+    log: RunLog,
+    sharing: Sharing | NoSharing,
+    growth: Controller,
+) -> None:
+    """Bring the state and all files of a run to its newest usable checkpoint, or to step 0."""
+    trained = steps_trained(run.rows_so_far(), growth.plan.steps)  # read before the logs are cut
+    had_checkpoints = bool(checkpoint.steps(run.checkpoints))
+    loaded = checkpoint.load_newest(run.checkpoints, Usable(cfg, log, growth), log.note)
+    earlier = run.env() if loaded else {}
+    if loaded:
+        _continue(run, state, accounts, env, earlier, loaded, growth, log)
+    else:
+        if had_checkpoints:
+            log.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
+        rewind(log, growth, EMPTY_LOG, EMPTY_LOG)
+    # some of these may be in the store
+    lost_steps = {step for step in trained if step > state.step}
+    carried = run.env().get("carried", {})
+    if carried and carried["checkpoint"] == state.step:  # the last session ended before it saved anything
+        accounts.ledger["wasted"] = carried["wasted"]
+        accounts.resumed = carried["resumed"] + bool(lost_steps)
+    accounts.ledger["wasted"] += len(lost_steps)
+    start = state.step
+
+    def write_env() -> None:
+        costs = {"wasted": accounts.ledger["wasted"], "resumed": accounts.resumed}
+        env["carried"] = {"checkpoint": start, **costs}
+        run.write("env.json", env)
+
+    sharing.begin(lost_steps, write_env)
+    sharing.follow(growth.plan)
+    if loaded:
+        sharing.restore(loaded[1].get("store"), state.step)
+    else:
+        sharing.report_other_versions()
+    for key, current in (("machine_classes", env["machine_class"]), ("all_versions", env["versions"])):
+        others = [entry for entry in earlier.get(key, []) if entry != current]
+        env[key] = [*others, current]
+    write_env()
+    status = {"state": "running", "step": state.step, "pid": os.getpid(), "resumed": accounts.resumed}
+    run.write("status.json", status)
+
+
+class Usable:
+    """Decides whether a checkpoint fits the run, and cuts the logs back to it if it does."""
+
+    def __init__(self, cfg: TrainConfig, log: RunLog, growth: Controller) -> None:
+        self.cfg = cfg
+        self.log = log
+        self.growth = growth
+
+    def __call__(self, meta: Row) -> str | None:
+        """Return why a checkpoint cannot be used, or None."""
+        fault = checkpoint.fault(meta)
+        if fault:
+            return fault
+        if meta["digest"] != self.cfg.digest:
+            return "it belongs to another config"
+        rewind(self.log, self.growth, meta["metrics"], meta.get("journal") or EMPTY_LOG)
+        return None
+
+
+def rewind(log: RunLog, growth: Controller, metrics: Row, journal: Row) -> None:
+    """Cut the logs back to the marks of a checkpoint."""
+    for file, mark in ((log.metrics, metrics or EMPTY_LOG), (growth.journal, journal)):
+        if file and not file.rewind(mark):
+            # hours of training are not thrown away because of a log; whoever changed it decides
+            fix = "restore it, or use --fresh to start over"
+            raise RunError(f"{file.path} is not the one its checkpoints were saved with; {fix}")
+
+
+def _continue(
+    run: RunDir,
+    state: State,
+    accounts: Accounts,
+    env: Row,
+    earlier: Row,
+    loaded: tuple[dict[str, torch.Tensor], Row],
+    growth: Controller,
+    log: RunLog,
+) -> None:
+    """Load a checkpoint, and tell the user what differs from the session that saved it."""
+    if "evaluate_hash" not in earlier:
+        fix = "restore it, or use --fresh to start over"
+        raise RunError(f"{run.path}/env.json, which says how the run began, is missing; {fix}")
+    run.rows()  # a matching checksum does not make every line a valid row
+    load_checkpoint(run, state, accounts, *loaded, growth)
+    env["evaluate_hash"] = earlier["evaluate_hash"]  # of the first session: an edit in between must show
+    log.note(f"{run.path} resumes after step {state.step}")
+    compared = (
+        ("machine class", "machine_classes", env["machine_class"]),
+        ("version of mainrun or of a library", "all_versions", env["versions"]),
+    )
+    for what, key, current in compared:
+        if earlier.get(key, [current])[-1] != current:
+            log.note(f"this is a different {what}: from here on the bits are not those of an undisturbed run")
+
+
+def steps_trained(rows: list[Row], end: int) -> set[int]:
+    """Return the steps that a run trained itself, from its rows. Rows beyond the end of the run are ignored."""
+    trained: set[int] = set()
+    last = 0
+    for row in rows:
+        step = min(row["step"], end)
+        if row.get("reused"):
+            last = step
+        elif row.get("event") == "step":
+            trained |= set(range(last + 1, step + 1))
+            last = step
+    return trained
+
+
+def follow_leader(run: RunDir, state: State, accounts: Accounts, device: Device, growth: Controller) -> None:
+    """Load the leader's checkpoint in every other process."""
+    (step,) = device.broadcast(state.step)
+    if not step or device.leads:
+        return
+
+    def is_leaders(meta: Row) -> str:
+        return "" if meta.get("step") == step else "the leader chose another"
+
+    loaded = checkpoint.load_newest(run.checkpoints, is_leaders, lambda _: None)
+    if loaded is None:
+        got = f"process {device.rank} cannot read the checkpoint of step {step} in {run.checkpoints}"
+        raise RunError(f"{got}; --out must be a folder that all processes share")
+    load_checkpoint(run, state, accounts, *loaded, growth)
+
+
+def load_checkpoint(
+    run: RunDir,
+    state: State,
+    accounts: Accounts,
+    tensors: dict[str, torch.Tensor],
+    meta: Row,
+    growth: Controller,
+) -> None:
+    """Load a checkpoint, and what the sessions before it have cost."""
+    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
+        load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
+        growth.restore()
+    accounts.saved = state.step
+    accounts.resumed = meta["resumed"] + 1
+    accounts.ledger |= meta.get("ledger", {})
+    for activity, seconds in meta["spent"].items():
+        accounts.add(activity, seconds)

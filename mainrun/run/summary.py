@@ -1,0 +1,118 @@
+"""summary.json: what a finished run amounts to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mainrun.checks.guards import Evidence, guards
+from mainrun.core.hardware import peak_memory
+from mainrun.plan.cost import segment_costs
+from mainrun.plan.plan import Plan
+from mainrun.run.accounts import Accounts
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RunDir
+from mainrun.train import Setup, State
+
+SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
+
+
+def summarize(
+    setup: Setup, plan: Plan, run: RunDir, state: State, accounts: Accounts, env: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the last and the best score, their costs, what they were computed with, and the guards' verdicts."""
+    cfg = setup.cfg
+    evals = [row for row in run.rows() if row["event"] == "eval"]
+    scores = best_and_last(evals)
+    segments = segment_costs(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
+    wasted = accounts.ledger["wasted"]
+    reused = accounts.ledger["reused"]
+    presentations = {
+        "train_tokens_per_epoch": plan.train_tokens,
+        "presentations_per_token": state.tokens / plan.train_tokens,
+        "forward_passes": cfg.passes,
+        "ensemble_members": 1,
+    }
+    flops = sum(segment["flops"] for segment in segments)
+    if not cfg.growth.ops:
+        flops = state.tokens * segments[0]["flops_per_token"]  # of the tokens that were really processed
+    summary = {
+        "run": cfg.run_id,
+        "preset": cfg.preset,
+        "status": "done",
+        "steps": plan.steps,
+        **scores["val"],
+        "scores": scores,
+        "params": sum(p.numel() for p in state.model.parameters()),
+        "tokens": plan.tokens(plan.steps),
+        "ledger": {
+            "asked": plan.steps + wasted,
+            "trained": plan.steps + wasted - reused,
+            "reused": reused,
+            "wasted": wasted,
+        },
+        "presentations": presentations,
+        "flops": flops,
+        "fingerprints": setup.corpus.fingerprints,
+        "origin": setup.corpus.origin,
+        "geometry": list(cfg.geometry),
+        "tokenizer": setup.data.tokenizer.digest,
+        "machine_class": env["machine_class"],
+        "machine_classes": env["machine_classes"],
+        "versions": env["versions"],
+        "all_versions": env["all_versions"],
+        "peak_memory": peak(),
+        "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
+        "resumed": accounts.resumed,
+    }
+    evidence = Evidence(
+        cfg=cfg,
+        corpus=setup.corpus,
+        data=setup.data,
+        model=state.model,
+        evals=evals,
+        ledger=presentations,
+        summary=summary,
+        initial_weights="random",
+        evaluate_hash=env["evaluate_hash"],
+    )
+    if cfg.growth.ops:
+        summary |= {"active": segments[-1]["active"], "segments": segments}
+    return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
+
+
+def best_and_last(evals: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last and the best score of each split."""
+    scores = {}
+    for split in ("val", "dev"):
+        rows = [row for row in evals if row["split"] == split]
+        if rows:
+            best = min(rows, key=lambda row: row["full"])
+            scores[split] = {"last": _score(rows[-1]), "best": _score(best)}
+    return scores
+
+
+def _score(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in SCORE_FIELDS}
+
+
+def finish(
+    run: RunDir, state: State, plan: Plan, accounts: Accounts, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Add the time that the run took, and write its last files."""
+    seconds = sum(accounts.spent.values())
+    trained = plan.tokens(plan.steps) - accounts.ledger["reused_tokens"]
+    summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": accounts.spent}
+    # A run that has a summary is never started again, so a status that a kill left out would stay missing.
+    run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
+    run.write("summary.json", summary)
+    return summary
+
+
+def peak() -> int:
+    """Return the peak memory of this process in bytes; on a GPU that of the GPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return peak_memory()
