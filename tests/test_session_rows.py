@@ -12,20 +12,23 @@ from typing import Any
 
 import pytest
 from conftest import TINY
-from torch import nn
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.data import scoring
 from mainrun.data.sources import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
+from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
-from mainrun.run import session as sitting
+from mainrun.run import resume, session, summary
+from mainrun.run.accounts import Accounts
+from mainrun.run.log import RunLog
 from mainrun.run.progress import Progress
 from mainrun.run.session import train
+from mainrun.run.sharing import NoSharing
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import build
+from mainrun.train import build, score
 
 SMALL: dict[str, Any] = {
     "num_titles": 200,
@@ -76,7 +79,7 @@ def step_row(step: int, **more: Any) -> dict[str, Any]:
 def test_steps_behind_the_rows_were_trained_unless_they_are_marked(
     rows: list[dict[str, Any]], steps: list[int]
 ) -> None:
-    assert sorted(sitting._trained(rows, 8)) == steps
+    assert sorted(resume.steps_trained(rows, 8)) == steps
 
 
 # -- before the first step
@@ -88,13 +91,13 @@ def test_steps_behind_the_rows_were_trained_unless_they_are_marked(
 def test_a_split_that_is_too_short_is_named_before_training(split: str, sizes: dict[str, int]) -> None:
     data = SimpleNamespace(splits={name: [0] * size for name, size in sizes.items()})
     with pytest.raises(ConfigError, match=f"the {split} split is too short: "):
-        sitting.check_spans(config(), data)
-    sitting.check_spans(config(), SimpleNamespace(splits={"val": [0] * 400, "train": [0]}))
+        resume.check_spans(config(), data)
+    resume.check_spans(config(), SimpleNamespace(splits={"val": [0] * 400, "train": [0]}))
 
 
 def test_the_environment_says_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sitting.sys, "argv", ["mainrun", "train"])
-    env = sitting.environment(SimpleNamespace(facts={"cpu": "x"}, allocator="tuned"))
+    monkeypatch.setattr(resume.sys, "argv", ["mainrun", "train"])
+    env = resume.environment(SimpleNamespace(machine_class={"cpu": "x"}, allocator="tuned"))
     assert (
         env["machine_class"] == {"cpu": "x"}
         and env["allocator"] == "tuned"
@@ -122,11 +125,11 @@ def test_flops_a_token_are_six_a_weight_and_the_products_of_attention(
     changes: dict[str, Any], flops: int
 ) -> None:
     cfg = config(**{"position": "learned", "tie_head": True, "d_ff": 128} | changes)
-    assert sitting.flops_per_token(cfg, build(cfg, 400)) == flops
+    assert costs(cfg, 400)["flops_per_token"] == flops
 
 
 def test_peak_is_the_memory_of_this_process() -> None:
-    assert 50e6 < sitting.peak() < 1e12
+    assert 50e6 < summary.peak() < 1e12
 
 
 # -- the end of a session
@@ -156,8 +159,10 @@ def test_whatever_ends_a_session_is_in_its_status(
     tmp_path: Path, error: BaseException, state: str, why: str
 ) -> None:
     run, part = RunDir(tmp_path), finished_part()
-    growth = SimpleNamespace(state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20))
-    with pytest.raises(type(error)), sitting.ending(SimpleNamespace(leads=True), run, growth, [part, None]):
+    ended = SimpleNamespace(
+        state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20), device=SimpleNamespace(leads=True)
+    )
+    with pytest.raises(type(error)), session.ending(run, ended, [part]):
         raise error
     assert json.loads((tmp_path / "status.json").read_text()) == {
         "state": state,
@@ -170,10 +175,14 @@ def test_whatever_ends_a_session_is_in_its_status(
 
 def test_only_the_leader_writes_the_status_and_a_good_end_writes_none(tmp_path: Path) -> None:
     run, part = RunDir(tmp_path), finished_part()
-    growth = SimpleNamespace(state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20))
-    with pytest.raises(Diverged), sitting.ending(SimpleNamespace(leads=False), run, growth, [part]):
+    ended = SimpleNamespace(
+        state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20), device=SimpleNamespace(leads=True)
+    )
+    ended.device.leads = False
+    with pytest.raises(Diverged), session.ending(run, ended, [part]):
         raise Diverged("x")
-    with sitting.ending(SimpleNamespace(leads=True), run, growth, [part]):
+    ended.device.leads = True
+    with session.ending(run, ended, [part]):
         pass
     assert part.closed == 2 and not (tmp_path / "status.json").exists()
 
@@ -187,10 +196,12 @@ def test_a_full_disk_does_not_hide_what_ended_the_session(
         raise DiskFull("no space")
 
     monkeypatch.setattr(run, "write", full)
-    growth = SimpleNamespace(state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20))
+    ended = SimpleNamespace(
+        state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20), device=SimpleNamespace(leads=True)
+    )
     with (
         pytest.raises(Diverged, match="not a number"),
-        sitting.ending(SimpleNamespace(leads=True), run, growth, []),
+        session.ending(run, ended, []),
     ):
         raise Diverged("not a number")
 
@@ -198,10 +209,12 @@ def test_a_full_disk_does_not_hide_what_ended_the_session(
 def test_the_speed_counts_the_tokens_that_were_trained(tmp_path: Path) -> None:
     cfg = config()
     plan = Plan(cfg, 20 * 128)
-    state = SimpleNamespace(step=20, spent={"steps": 3.0, "scores": 1.0}, ledger={"reused_tokens": 4 * 128})
-    summary = sitting.finish(RunDir(tmp_path), state, plan, {"run": "x"})
-    assert summary == {"run": "x", "seconds": 4.0, "tokens_per_s": 16 * 128 / 4, "spent": state.spent}
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    accounts = Accounts()
+    accounts.spent |= {"steps": 3.0, "scores": 1.0}
+    accounts.ledger["reused_tokens"] = 4 * 128
+    written = summary.finish(RunDir(tmp_path), SimpleNamespace(step=20), plan, accounts, {"run": "x"})
+    assert written == {"run": "x", "seconds": 4.0, "tokens_per_s": 16 * 128 / 4, "spent": accounts.spent}
+    assert json.loads((tmp_path / "summary.json").read_text()) == written
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "done", "step": 20, "steps": 20}
 
 
@@ -253,7 +266,7 @@ def test_the_summary_counts_steps_tokens_and_flops(
         "ensemble_members": 1,
     }
     assert summary["presentations"] == expected
-    assert summary["flops"] == plan.steps * 128 * sitting.flops_per_token(cfg, model)
+    assert summary["flops"] == plan.steps * 128 * costs(cfg, data.tokenizer.vocab_size)["flops_per_token"]
     assert summary["params"] == sum(p.numel() for p in model.parameters())
     assert summary["geometry"] == list(cfg.geometry) and summary["tokenizer"] == data.tokenizer.digest
     assert summary["seconds"] == pytest.approx(sum(summary["spent"].values()))
@@ -306,7 +319,7 @@ def test_scores_cover_val_and_dev_and_name_their_step(
             applied.append(-1)
 
     state = SimpleNamespace(model=model, step=7, average=SimpleNamespace(applied=Applied))
-    rows = list(sitting.score(cfg, data, state))
+    rows = list(score(cfg, data, state))
     assert [(row["event"], row["step"], row["split"]) for row in rows] == [
         ("eval", 7, "val"),
         ("eval", 7, "dev"),
@@ -325,7 +338,7 @@ def test_scores_cover_val_and_dev_and_name_their_step(
         assert row["full"] == exact.full and row["official"] == exact.official
 
 
-class Session:
+class Resumed:
     """A run directory that is resumed by hand."""
 
     def __init__(self, trained: tuple[TrainConfig, RunDir, dict[str, Any]], place: Path) -> None:
@@ -339,24 +352,24 @@ class Session:
             "evaluate_hash": "now",
         }
         self.loaded: list[tuple[int, int]] = []
-        ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
-        self.state = SimpleNamespace(
-            step=0, saved=0, presented=0, resumed=0, ledger=ledger, spent={"steps": 1.0}, load=self.load
-        )
-        self.growth = SimpleNamespace(
-            journal=None, plan=SimpleNamespace(steps=self.last), restored=lambda: None
-        )
+        self.accounts = Accounts()
+        self.accounts.spent["steps"] = 1.0
+        self.state = SimpleNamespace(step=0, tokens=0, load=self.load)
+        plan = SimpleNamespace(steps=self.last)
+        self.growth = SimpleNamespace(journal=None, plan=plan, restore=lambda: None)
 
     @property
     def last(self) -> int:
         return max(row["step"] for row in self.run.metrics())
 
-    def load(self, tensors: Any, step: int, presented: int, grown: Any = None) -> None:
-        self.state.step, self.state.presented = step, presented
-        self.loaded.append((step, presented))
+    def load(self, tensors: Any, step: int, tokens: int) -> None:
+        self.state.step, self.state.tokens = step, tokens
+        self.loaded.append((step, tokens))
 
-    def resume(self, reuse: Any = None) -> Any:
-        return sitting.resume(self.cfg, self.run, self.state, self.env, self.notes, reuse, self.growth)
+    def resume(self, sharing: Any = None) -> None:
+        log = RunLog(self.run, self.notes)
+        sharing = sharing or NoSharing()
+        resume.resume(self.cfg, self.run, self.state, self.accounts, self.env, log, sharing, self.growth)
 
     def lose(self, count: int) -> None:
         for place in checkpoint.steps(self.run.checkpoints)[:count]:
@@ -364,140 +377,147 @@ class Session:
 
 
 @pytest.fixture
-def session(trained: tuple[TrainConfig, RunDir, dict[str, Any]], tmp_path: Path) -> Session:
-    return Session(trained, tmp_path)
+def resumed(trained: tuple[TrainConfig, RunDir, dict[str, Any]], tmp_path: Path) -> Resumed:
+    return Resumed(trained, tmp_path)
 
 
-def test_a_run_resumes_at_its_newest_checkpoint(session: Session) -> None:
-    end = session.last
-    session.resume()
-    assert session.loaded == [(end, end * 128)] and session.state.saved == end and session.state.resumed == 1
+def test_a_run_resumes_at_its_newest_checkpoint(resumed: Resumed) -> None:
+    end = resumed.last
+    resumed.resume()
     assert (
-        session.state.ledger["wasted"] == 0
-        and session.state.spent["steps"] > 1.0
-        and "evaluation" in session.state.spent
+        resumed.loaded == [(end, end * 128)]
+        and resumed.accounts.saved == end
+        and resumed.accounts.resumed == 1
     )
-    assert session.env["evaluate_hash"] == scoring.evaluate_source_hash(), (
+    assert (
+        resumed.accounts.ledger["wasted"] == 0
+        and resumed.accounts.spent["steps"] > 1.0
+        and "evaluation" in resumed.accounts.spent
+    )
+    assert resumed.env["evaluate_hash"] == scoring.evaluate_source_hash(), (
         "an edit between two sessions must show"
     )
-    assert session.run.status() == {
+    assert resumed.run.status() == {
         "state": "running",
         "step": end,
-        "pid": session.run.status()["pid"],
+        "pid": resumed.run.status()["pid"],
         "resumed": 1,
     }
-    assert session.notes.texts == [f"{session.run.path} goes on after step {end}"]
-    assert session.run.env()["carried"] == {"checkpoint": end, "wasted": 0, "resumed": 1}
+    assert resumed.notes.texts == [f"{resumed.run.path} resumes after step {end}"]
+    assert resumed.run.env()["carried"] == {"checkpoint": end, "wasted": 0, "resumed": 1}
 
 
 @pytest.mark.parametrize("row", ["[1]", '{"event": "step", "step": "x"}'])
-def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(session: Session, row: str) -> None:
+def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(resumed: Resumed, row: str) -> None:
     """The checksum only says that the log is the one that was saved."""
-    log = session.run.path / "metrics.jsonl"
+    log = resumed.run.path / "metrics.jsonl"
     log.write_text(log.read_text() + row + "\n")
     mark = {"bytes": log.stat().st_size, "sha256": hashlib.sha256(log.read_bytes()).hexdigest()}
-    place = checkpoint.steps(session.run.checkpoints)[0]
+    place = checkpoint.steps(resumed.run.checkpoints)[0]
     meta = json.loads((place / "meta.json").read_text()) | {"metrics": mark}
     del meta["meta_sha256"]
     checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
     with pytest.raises(RunError, match=r"metrics\.jsonl.* line \d+"):
-        session.resume()
-    assert session.loaded == []
+        resumed.resume()
+    assert resumed.loaded == []
 
 
-def test_steps_behind_the_checkpoint_are_cut_off_and_wasted(session: Session) -> None:
-    end = session.last
-    session.lose(1)
-    kept = checkpoint.steps(session.run.checkpoints)[0]
+def test_steps_behind_the_checkpoint_are_cut_off_and_wasted(resumed: Resumed) -> None:
+    end = resumed.last
+    resumed.lose(1)
+    kept = checkpoint.steps(resumed.run.checkpoints)[0]
     step = json.loads((kept / "meta.json").read_text())["step"]
-    session.resume()
-    assert session.state.step == step < end and session.state.ledger["wasted"] == end - step
-    assert session.last == step
-    assert session.run.env()["carried"] == {"checkpoint": step, "wasted": end - step, "resumed": 1}
+    resumed.resume()
+    assert resumed.state.step == step < end and resumed.accounts.ledger["wasted"] == end - step
+    assert resumed.last == step
+    assert resumed.run.env()["carried"] == {"checkpoint": step, "wasted": end - step, "resumed": 1}
 
 
-def test_a_session_that_saved_nothing_is_not_forgotten(session: Session) -> None:
+def test_a_session_that_saved_nothing_is_not_forgotten(resumed: Resumed) -> None:
     """The next one starts at the same checkpoint: what the first had lost still counts."""
-    session.lose(1)
-    session.resume()
-    wasted = session.state.ledger["wasted"]
-    session.state.ledger["wasted"] = 0
-    session.resume()
-    assert session.state.ledger["wasted"] == wasted > 0 and session.state.resumed == 1
-    (session.run.path / "metrics.jsonl").write_text(
-        (session.run.path / "metrics.jsonl").read_text()
-        + json.dumps(step_row(session.last + 1, loss=1.0, tokens=1, lr=1.0, grad_norm=1.0))
+    resumed.lose(1)
+    resumed.resume()
+    wasted = resumed.accounts.ledger["wasted"]
+    resumed.accounts.ledger["wasted"] = 0
+    resumed.resume()
+    assert resumed.accounts.ledger["wasted"] == wasted > 0 and resumed.accounts.resumed == 1
+    (resumed.run.path / "metrics.jsonl").write_text(
+        (resumed.run.path / "metrics.jsonl").read_text()
+        + json.dumps(step_row(resumed.last + 1, loss=1.0, tokens=1, lr=1.0, grad_norm=1.0))
         + "\n"
     )
-    session.growth.plan.steps = session.last
-    session.state.ledger["wasted"] = 0
-    session.resume()
-    assert session.state.ledger["wasted"] == wasted + 1 and session.state.resumed == 2
+    resumed.growth.plan.steps = resumed.last
+    resumed.accounts.ledger["wasted"] = 0
+    resumed.resume()
+    assert resumed.accounts.ledger["wasted"] == wasted + 1 and resumed.accounts.resumed == 2
 
 
-def test_without_a_checkpoint_a_run_starts_over(session: Session) -> None:
-    end = session.last
-    session.lose(2)
-    (session.run.checkpoints / "step-00000001").mkdir()
-    session.resume()
-    assert session.loaded == [] and session.state.step == 0 and session.state.ledger["wasted"] == end
-    assert session.run.metrics() == [] and session.env["evaluate_hash"] == "now"
-    assert session.notes.texts[-1] == f"{session.run.path} has no usable checkpoint: it starts over at step 0"
+def test_without_a_checkpoint_a_run_starts_over(resumed: Resumed) -> None:
+    end = resumed.last
+    resumed.lose(2)
+    (resumed.run.checkpoints / "step-00000001").mkdir()
+    resumed.resume()
+    assert resumed.loaded == [] and resumed.state.step == 0 and resumed.accounts.ledger["wasted"] == end
+    assert resumed.run.metrics() == [] and resumed.env["evaluate_hash"] == "now"
+    assert resumed.notes.texts[-1] == f"{resumed.run.path} has no usable checkpoint: it starts over at step 0"
 
 
-def test_a_checkpoint_of_another_config_is_passed_over(session: Session) -> None:
-    session.cfg = config(lr=0.02)
-    session.resume()
+def test_a_checkpoint_of_another_config_is_passed_over(resumed: Resumed) -> None:
+    resumed.cfg = config(lr=0.02)
+    resumed.resume()
     assert (
-        session.state.step == 0
-        and sum("it belongs to another config" in text for text in session.notes.texts) == 2
+        resumed.state.step == 0
+        and sum("it belongs to another config" in text for text in resumed.notes.texts) == 2
     )
 
 
-def test_a_log_that_was_changed_stops_the_run(session: Session) -> None:
-    place = session.run.path / "metrics.jsonl"
+def test_a_log_that_was_changed_stops_the_run(resumed: Resumed) -> None:
+    place = resumed.run.path / "metrics.jsonl"
     place.write_text(place.read_text().replace('"step": 1,', '"step": 2,', 1))
     with pytest.raises(RunError, match=r"metrics\.jsonl is not the one its checkpoints were saved with"):
-        session.resume()
+        resumed.resume()
 
 
-def test_a_lost_environment_stops_the_run(session: Session) -> None:
-    (session.run.path / "env.json").write_text("{}")
+def test_a_lost_environment_stops_the_run(resumed: Resumed) -> None:
+    (resumed.run.path / "env.json").write_text("{}")
     with pytest.raises(RunError, match="how the run began"):
-        session.resume()
+        resumed.resume()
 
 
 @pytest.mark.parametrize(
     ("key", "history", "words"),
     [
-        ("machine_class", "machine_classes", "another machine class"),
-        ("versions", "all_versions", "another mainrun or of a library"),
+        ("machine_class", "machine_classes", "a different machine class"),
+        ("versions", "all_versions", "a different version of mainrun or of a library"),
     ],
 )
 def test_another_machine_or_version_is_said_and_remembered(
-    session: Session, key: str, history: str, words: str
+    resumed: Resumed, key: str, history: str, words: str
 ) -> None:
-    before = session.env[key]
-    session.env[key] = {"other": "x"}
-    session.resume()
+    before = resumed.env[key]
+    resumed.env[key] = {"other": "x"}
+    resumed.resume()
     assert (
-        sum(words in text and "not those of an undisturbed run" in text for text in session.notes.texts) == 1
+        sum(words in text and "not those of an undisturbed run" in text for text in resumed.notes.texts) == 1
     )
-    assert session.env[history] == [before, {"other": "x"}] == session.run.env()[history]
-    session.env[key] = before
-    session.resume()
-    assert session.env[history] == [{"other": "x"}, before], "the present one is the last"
-    session.notes.texts.clear()
-    session.resume()
-    assert not any(words in text for text in session.notes.texts), "it is the one of the session before"
+    assert resumed.env[history] == [before, {"other": "x"}] == resumed.run.env()[history]
+    resumed.env[key] = before
+    resumed.resume()
+    assert resumed.env[history] == [{"other": "x"}, before], "the present one is the last"
+    resumed.notes.texts.clear()
+    resumed.resume()
+    assert not any(words in text for text in resumed.notes.texts), "it is the one of the session before"
 
 
-class FakeReuse:
-    own: set[int] = set()  # noqa: RUF012
-    found_again: Callable[[], None]
-
+class FakeSharing:
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.lost_steps: set[int] = set()
+        self.recovered: Callable[[], None] = lambda: None
+
+    def begin(self, lost_steps: set[int], recovered: Callable[[], None]) -> None:
+        self.lost_steps = lost_steps
+        self.recovered = recovered
 
     def follow(self, plan: Any) -> None:
         self.calls.append("follow")
@@ -505,85 +525,77 @@ class FakeReuse:
     def restore(self, meta: Any, step: int) -> None:
         self.calls.append(("restore", step))
 
-    def strangers(self) -> None:
-        self.calls.append("strangers")
+    def report_other_versions(self) -> None:
+        self.calls.append("report")
 
 
-def test_the_store_hears_where_a_run_resumes_and_what_it_lost(session: Session) -> None:
-    end, reuse = session.last, FakeReuse()
-    session.lose(1)
-    session.resume(reuse)
-    assert reuse.calls == ["follow", ("restore", session.state.step)]
-    assert reuse.own == set(range(session.state.step + 1, end + 1))
-    session.state.ledger["wasted"] = 1
-    reuse.found_again()
-    assert session.run.env()["carried"]["wasted"] == 1
-    session.lose(2)
-    fresh = FakeReuse()
-    session.resume(fresh)
-    assert fresh.calls == ["follow", "strangers"]
+def test_the_store_hears_where_a_run_resumes_and_what_it_lost(resumed: Resumed) -> None:
+    end, sharing = resumed.last, FakeSharing()
+    resumed.lose(1)
+    resumed.resume(sharing)
+    assert sharing.calls == ["follow", ("restore", resumed.state.step)]
+    assert sharing.lost_steps == set(range(resumed.state.step + 1, end + 1))
+    resumed.accounts.ledger["wasted"] = 1
+    sharing.recovered()
+    assert resumed.run.env()["carried"]["wasted"] == 1
+    resumed.lose(2)
+    fresh = FakeSharing()
+    resumed.resume(fresh)
+    assert fresh.calls == ["follow", "report"]
 
 
-def test_the_journal_of_growth_is_cut_at_the_checkpoint_too(session: Session) -> None:
+def test_the_journal_of_growth_is_cut_at_the_checkpoint_too(resumed: Resumed) -> None:
     marks: list[Any] = []
 
     def rewind(mark: Any) -> bool:
         marks.append(mark)
         return True
 
-    session.growth.journal = SimpleNamespace(rewind=rewind, path=Path("growth.jsonl"))
-    session.resume()
-    assert marks == [sitting.NOTHING], "a checkpoint without a mark stands at an empty journal"
-    session.lose(2)
-    session.resume()
-    assert marks == [sitting.NOTHING, sitting.NOTHING]
+    resumed.growth.journal = SimpleNamespace(rewind=rewind, path=Path("growth.jsonl"))
+    resumed.resume()
+    assert marks == [resume.EMPTY_LOG], "a checkpoint without a mark stands at an empty journal"
+    resumed.lose(2)
+    resumed.resume()
+    assert marks == [resume.EMPTY_LOG, resume.EMPTY_LOG]
 
 
-def test_other_processes_read_the_checkpoint_that_the_leader_chose(session: Session) -> None:
-    older = checkpoint.steps(session.run.checkpoints)[1]
+def test_other_processes_read_the_checkpoint_that_the_leader_chose(resumed: Resumed) -> None:
+    older = checkpoint.steps(resumed.run.checkpoints)[1]
     step = json.loads((older / "meta.json").read_text())["step"]
 
-    def machine(leads: bool, chosen: int) -> SimpleNamespace:
-        return SimpleNamespace(leads=leads, rank=1, share=lambda _step, _: (chosen, 0))
+    def device(leads: bool, chosen: int) -> SimpleNamespace:
+        return SimpleNamespace(leads=leads, rank=1, broadcast=lambda _step: (chosen,))
 
-    sitting.follow(session.cfg, session.run, session.state, machine(leads=True, chosen=step), session.growth)
-    sitting.follow(session.cfg, session.run, session.state, machine(leads=False, chosen=0), session.growth)
-    assert session.loaded == []
-    sitting.follow(session.cfg, session.run, session.state, machine(leads=False, chosen=step), session.growth)
-    assert session.loaded == [(step, step * 128)]
+    resume.follow_leader(
+        resumed.run, resumed.state, resumed.accounts, device(leads=True, chosen=step), resumed.growth
+    )
+    resume.follow_leader(
+        resumed.run, resumed.state, resumed.accounts, device(leads=False, chosen=0), resumed.growth
+    )
+    assert resumed.loaded == []
+    resume.follow_leader(
+        resumed.run, resumed.state, resumed.accounts, device(leads=False, chosen=step), resumed.growth
+    )
+    assert resumed.loaded == [(step, step * 128)]
     with pytest.raises(
         RunError,
         match=f"process 1 cannot read the checkpoint of step {step + 1} in .*; --out must be a folder",
     ):
-        sitting.follow(
-            session.cfg, session.run, session.state, machine(leads=False, chosen=step + 1), session.growth
+        resume.follow_leader(
+            resumed.run, resumed.state, resumed.accounts, device(leads=False, chosen=step + 1), resumed.growth
         )
 
 
-def test_what_earlier_sessions_cost_is_added_up(session: Session) -> None:
-    newest = checkpoint.load_newest(session.run.checkpoints, lambda meta: None, lambda text: None)
+def test_what_earlier_sessions_cost_is_added_up(resumed: Resumed) -> None:
+    newest = checkpoint.load_newest(resumed.run.checkpoints, lambda meta: None, lambda text: None)
     assert newest is not None
     tensors, meta = newest
     meta |= {"resumed": 4, "ledger": {"wasted": 6, "reused": 2}, "spent": {"steps": 2.0, "store": 1.0}}
-    session.state.spent = {"steps": 3.0, "data": 0.5}
-    sitting._load(session.run, session.state, tensors, meta, session.growth)
-    assert session.state.resumed == 5 and session.state.ledger == {
+    resumed.accounts.spent = {"steps": 3.0, "data": 0.5}
+    resume.load_checkpoint(resumed.run, resumed.state, resumed.accounts, tensors, meta, resumed.growth)
+    assert resumed.accounts.resumed == 5 and resumed.accounts.ledger == {
         "wasted": 6,
         "reused": 2,
         "reused_tokens": 0,
     }
-    assert session.state.spent == {"steps": 5.0, "store": 1.0, "data": 0.5}
-
-
-def test_a_module_s_flops_ignore_what_is_looked_up() -> None:
-    """Positions are never multiplied; an untied embedding neither."""
-    model = nn.Module()
-    model.positions, model.embed, model.head = (
-        nn.Embedding(4, 8),
-        nn.Embedding(5, 8),
-        nn.Linear(8, 5, bias=False),
-    )
-    apart, tied = config(tie_head=False), config(tie_head=True)
-    attention = 12 * 1 * 2 * 16 * 16
-    assert sitting.flops_per_token(apart, model) == 6 * 40 + attention
-    assert sitting.flops_per_token(tied, model) == 6 * 80 + attention
+    assert resumed.accounts.spent == {"steps": 5.0, "store": 1.0, "data": 0.5}

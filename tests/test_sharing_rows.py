@@ -170,7 +170,10 @@ class House:
         self.store, self.notes = Store(), []
         self.plan = Plan(self.cfg, TOKENS)
         machine = SimpleNamespace(
-            world=world, leads=leads, machine_class={"cpu": "x"}, broadcast=lambda step, unscored: (step, unscored)
+            world=world,
+            leads=leads,
+            machine_class={"cpu": "x"},
+            broadcast=lambda step, unscored: (step, unscored),
         )
         self.machine = machine
         self.accounts = Accounts()
@@ -243,11 +246,18 @@ def test_nodes_are_kept_at_scores_breaks_forks_and_the_end(
 
 def test_a_run_goes_to_its_end_unless_it_is_asked_to_stop_before() -> None:
     house = House()
-    reuse = Sharing(
-        house.store, house.cfg, house.plan, house.machine, {"corpus": "c"}, "t", house.notes.append
+    fresh = Sharing(
+        house.store,
+        house.cfg,
+        house.plan,
+        house.machine,
+        {"corpus": "c"},
+        "t",
+        house.notes.append,
+        Accounts(),
     )
     assert (fresh.course.until, fresh.course.stops) == (37, {18, 27, 36, 37})
-    assert reuse.reads and reuse.writes
+    assert fresh.reads and fresh.writer.on
 
 
 @pytest.mark.parametrize(("step", "kept"), [(17, False), (18, True), (19, False), (20, True), (37, True)])
@@ -337,8 +347,9 @@ def test_a_plan_that_leaves_the_lease_frees_it() -> None:
 
 def test_a_run_begins_with_nothing_written_and_no_score_missing() -> None:
     fresh = House().sharing
-    assert (fresh._written, fresh._due, fresh._passed, fresh.unscored, fresh.rows) == (0, [], 0, False, [])
-    assert (fresh.before, fresh.reads, fresh.writes) == ((0, fresh.keys[0]), True, True)
+    assert (fresh.holder.written, fresh.holder.due, fresh.holder.passed) == (0, [], 0)
+    assert (fresh.writer.rows, fresh.unscored) == ([], False)
+    assert (fresh.writer.before, fresh.reads, fresh.writer.on) == ((0, fresh.course.keys[0]), True, True)
 
 
 # -- whom a run waits for
@@ -548,11 +559,12 @@ def test_a_node_without_a_score_that_this_run_needs_is_not_taken_and_the_score_i
     without = tuple(row for row in house.rows(0, 18) if (row["event"], row["step"]) != ("eval", 9))
     house.add(house.node(18, rows=without))
     house.sharing.course.stops -= {9}
-    assert usable(house) == [] and 9 in house.sharing.course.stops
+    assert not house.sharing._reuse(State(), house.growth, None) and 9 in house.sharing.course.stops
     several = House(eval_per_epoch=4, world=2)
     several.add(several.node(18, rows=without))
     several.sharing.course.stops -= {9}
-    assert usable(several) == [] and 9 not in several.sharing.course.stops
+    assert not several.sharing._reuse(State(), several.growth, None)
+    assert 9 not in several.sharing.course.stops and not several.sharing.reader.extra_stops
 
 
 @pytest.mark.parametrize(
@@ -598,7 +610,8 @@ def test_rows_before_the_start_do_not_hide_those_behind_them() -> None:
         *({"event": "step", "step": step} for step in (3, 4, 5, 8)),
     ]
     assert [
-        row["step"] for row in house.sharing.reader.rows_for_run([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)
+        row["step"]
+        for row in house.sharing.reader.rows_for_run([SimpleNamespace(rows=rows, geometry=GEOMETRY)], 3)
     ] == [4, 8]
 
 
@@ -617,9 +630,13 @@ def test_steps_that_are_taken_count_as_reused_and_their_rows_say_so() -> None:
     assert all(row["reused"] for row in metrics)
     assert [row["params"] for row in metrics if row["event"] == "eval"] == [1, 18]
     assert not any("flops" in row for row in metrics), "figures of the model are this run's own"
-    assert (house.sharing.writer.before, house.sharing.writer.rows, house.sharing.writer._pending) == ((27, house.keys[27]), [], None)
+    assert (house.sharing.writer.before, house.sharing.writer.rows, house.sharing.writer._pending) == (
+        (27, house.keys[27]),
+        [],
+        None,
+    )
     assert not house.sharing.unscored
-    assert house.notes == ["steps 1 to 27 of 37 are taken from the store (trained by other-1, other-2)"]
+    assert house.notes == ["steps 1 to 27 of 37 are reused from the store (trained by other-1, other-2)"]
 
 
 def test_the_note_names_three_runs_at_most() -> None:
@@ -674,7 +691,7 @@ def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(
 
 def test_own_steps_that_were_lost_come_back_and_are_not_wasted() -> None:
     house, state, metrics, calls = House(), State(10), Journal(), []
-    house.sharing.own, house.sharing.found_again = {11, 12, 40}, lambda: calls.append(1)
+    house.sharing.begin({11, 12, 40}, lambda: calls.append(1))
     house.accounts.ledger["wasted"] = 5
     house.add(house.node(18))
     assert house.sharing._reuse(state, house.growth, metrics)
@@ -685,7 +702,7 @@ def test_own_steps_that_were_lost_come_back_and_are_not_wasted() -> None:
 
 def test_nothing_is_called_back_when_nothing_was_lost() -> None:
     house, calls = House(), []
-    house.sharing.found_again = lambda: calls.append(1)
+    house.sharing.begin(set(), lambda: calls.append(1))
     house.add(house.node(18))
     house.sharing._reuse(State(), house.growth, None)
     assert calls == []
@@ -724,7 +741,7 @@ def test_a_run_takes_what_there_is_and_holds_the_lease_on_the_rest() -> None:
     house, state = House(), State()
     house.add(house.node(18))
     assert house.sharing.advance(state, house.growth, None, STOP) is False
-    assert state.step == 18 and state.timed == ["store"]
+    assert state.step == 18 and house.accounts.spent.keys() == {"store"}
     assert house.sharing.holder.lease is not None and house.sharing.holder.lease.key == house.keys[27]
 
 
@@ -732,7 +749,11 @@ def test_a_run_that_may_not_read_takes_nothing_and_holds_its_lease() -> None:
     house, state = House(fresh=True), State()
     house.add(house.node(18))
     assert house.sharing.advance(state, house.growth, None, STOP) is False
-    assert state.step == 0 and house.sharing.holder.lease is not None and house.sharing.holder.lease.key == house.keys[18]
+    assert (
+        state.step == 0
+        and house.sharing.holder.lease is not None
+        and house.sharing.holder.lease.key == house.keys[18]
+    )
 
 
 def test_a_run_that_may_not_write_holds_no_lease() -> None:
@@ -790,7 +811,7 @@ def test_the_leader_waits_and_says_for_whom_once(monkeypatch: pytest.MonkeyPatch
     house.sharing.advance(state, house.growth, None, STOP)
     assert state.step == 18 and len(waits) == 3 and all(0.05 <= wait <= 0.15 for wait in waits)
     assert [note for note in house.notes if "waiting" in note] == [
-        "waiting for slow-1, which trains the way to step 18 that both share"
+        "waiting for slow-1, which trains the shared steps up to 18"
     ]
 
 
@@ -854,9 +875,9 @@ def test_a_follower_loads_what_the_leader_took() -> None:
 def published(house: House, step: int, leads: bool = True) -> Node | None:
     house.sharing.device.leads = leads
     state = State(step)
-    state.grown = {"cfg": step}
+    state.growth_state = {"cfg": step}
     house.sharing.publish(state)
-    assert not house.store.saved or state.timed in (["store"], [])
+    assert not house.store.saved or house.accounts.spent.keys() <= {"store"}
     if house.sharing.writer._writing:
         house.sharing.writer._writing.result()
     return house.store.saved[-1] if house.store.saved else None
@@ -883,7 +904,9 @@ def test_a_node_holds_the_state_and_the_rows_since_the_one_before() -> None:
     assert house.store.began == [(house.keys[0], house.sharing.course.begun)] and house.store.kept == [
         {house.keys[18]}
     ]
-    assert house.sharing.holder.lease is None and held.released == [False] and house.sharing.holder.written == 18
+    assert (
+        house.sharing.holder.lease is None and held.released == [False] and house.sharing.holder.written == 18
+    )
     assert (house.sharing.writer.before, house.sharing.writer.rows) == ((18, house.keys[18]), [])
 
 
@@ -909,7 +932,7 @@ def test_a_due_node_without_its_parent_stops_the_writing() -> None:
     assert (
         not house.sharing.writer.on
         and house.store.saved == []
-        and "the rows up to step 18 are gone" in house.notes[0]
+        and "the rows up to step 18 are no longer in it" in house.notes[0]
     )
 
 
@@ -924,7 +947,7 @@ def test_a_lease_further_on_is_kept_when_a_node_on_the_way_is_published() -> Non
     ("fault", "words", "writes"),
     [
         (Fenced("taken over"), "step 18 is not kept in the store: taken over", True),
-        (Refused("other bits"), "step 18 is not kept in the store, nor what comes after: other bits", False),
+        (Refused("other bits"), "step 18 and later steps are not kept in the store: other bits", False),
         (
             OSError(errno.ENOSPC, "full"),
             "no space left in the store STORE; nothing more is kept in it",
@@ -990,7 +1013,9 @@ def test_a_checkpoint_does_not_wait_for_a_node_that_is_being_written() -> None:
     house.sharing.writer.rows = list(house.rows(0, 18))
     published(house, 18)
     house.sharing.writer.rows = [{"step": 19}]
-    house.sharing.writer._writing = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
+    house.sharing.writer._writing = SimpleNamespace(
+        done=lambda: False, result=lambda: pytest.fail("it waits")
+    )
     meta = house.sharing.checkpoint_meta(19)
     assert meta == {
         "key": house.keys[19],
@@ -1028,7 +1053,8 @@ def test_the_seconds_of_a_node_do_not_include_the_time_spent_in_the_store() -> N
     assert house.sharing.writer.since > before + 999
 
 
-def test_tokens_that_were_not_trained_are_counted_step_by_step() -> None:
+def test_tokens_that_were_not_trained_are_counted_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mainrun.growth.state.rebuild_model", lambda *_: None)
     larger = {"name": "set_batch_size", "value": 16, "trigger": {"step": 9}}
     house, state = House(growth={"version": 2, "ops": [larger]}), State(5)
     stop = min(step for step in house.sharing.course.stops if step > 9)
@@ -1064,7 +1090,12 @@ def test_a_checkpoint_holds_the_rows_since_the_last_node_and_gives_them_back() -
     meta = house.sharing.checkpoint_meta(19)
     assert meta == {"key": house.keys[19], "before": [18, house.keys[18]], "rows": [{"step": 19}]}
     other.sharing.restore(meta, 19)
-    assert (other.sharing.writer.before, other.sharing.writer.rows, other.sharing.writer.on, other.sharing.reads) == (
+    assert (
+        other.sharing.writer.before,
+        other.sharing.writer.rows,
+        other.sharing.writer.on,
+        other.sharing.reads,
+    ) == (
         (18, house.keys[18]),
         [{"step": 19}],
         True,
@@ -1078,7 +1109,7 @@ def test_a_checkpoint_holds_the_rows_since_the_last_node_and_gives_them_back() -
     ("meta", "reads", "words"),
     [
         (None, True, "trained without a store"),
-        ({"key": "0" * 64, "before": [0, ""], "rows": []}, False, "trained elsewhere, to other bits"),
+        ({"key": "0" * 64, "before": [0, ""], "rows": []}, False, "trained elsewhere and have other bits"),
     ],
 )
 def test_steps_of_another_beginning_never_go_into_the_store(
@@ -1094,7 +1125,9 @@ def test_steps_of_another_beginning_never_go_into_the_store(
 
 
 def begun(house: House, **machine: Any) -> dict[str, Any]:
-    return house.sharing.course.begun | {"machine_class": house.sharing.course.begun["machine_class"] | machine}
+    return house.sharing.course.begun | {
+        "machine_class": house.sharing.course.begun["machine_class"] | machine
+    }
 
 
 def test_another_machine_s_steps_are_named_with_the_nearest_difference() -> None:
@@ -1141,4 +1174,4 @@ def test_beginnings_that_cannot_be_read_are_said() -> None:
     house = House()
     house.store.fault = OSError(errno.EIO, "broken")
     house.sharing.report_other_versions()
-    assert house.notes == ["what the runs in the store STORE began with cannot be read (broken)"]
+    assert house.notes == ["the store STORE cannot be searched for other versions of this run (broken)"]
