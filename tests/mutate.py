@@ -61,7 +61,7 @@ MIRRORS = {
     "mainrun/ui/doctor.py": "test_cli",
     "mainrun/errors.py": "test_cli test_doors",
     "mainrun/ui/growth_cli.py": "test_growth_plan",
-    "mainrun/checks/repeat.py": "test_growth_live",
+    "mainrun/checks/repeat.py": "test_growth_controller",
     "mainrun/plan/simulate.py": "test_growth_plan",
     "mainrun/checks/guards.py": "test_guards test_guards_rows",
     "mainrun/core/hardware.py": "test_machine",

@@ -20,7 +20,7 @@ from mainrun.checks import audit as auditor
 from mainrun.checks.audit import Finding, audit
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core import device as machine
+from mainrun.core import device, machine_class
 from mainrun.data.sources import load_corpus
 from mainrun.run import batch
 from mainrun.run.session import train
@@ -292,11 +292,11 @@ def test_a_segment_whose_corpus_is_gone_is_skipped_with_the_reason(tmp_path: Pat
 def test_a_segment_of_another_version_or_machine_is_skipped_with_the_reason(
     store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    here = machine.versions()
+    here = machine_class.versions()
     if what.startswith("versions"):
         monkeypatch.setattr(auditor, "versions", lambda: here | {"torch": "9.9"})
     else:
-        monkeypatch.setattr(machine, "cpu_name", lambda: "Another CPU")
+        monkeypatch.setattr(device, "cpu_name", lambda: "Another CPU")
     found = findings(store)
     assert len(found) == 4 and all(
         finding.status == "skipped" and finding.why.startswith(what) for finding in found.values()

@@ -21,9 +21,10 @@ from mainrun.bench import gpu, lineage, parts, plain, step, worker
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
 from mainrun.errors import MainrunError, UsageError
+from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
 from mainrun.run import batch
-from mainrun.run.session import flops_per_token, train
+from mainrun.run.session import train
 from mainrun.store.rundir import RunDir
 from mainrun.train import build
 from mainrun.ui.estimate import Trial
@@ -98,7 +99,7 @@ def test_the_floor_holds_every_product_of_a_step(tiny: Any, changes: dict[str, A
     floor = parts.Floor(cfg, cfg.vocab_size, torch.device("cpu"))
     attention = 12 * cfg.n_layer * cfg.d_model * cfg.block_size
     tokens = cfg.batch_size * cfg.block_size * cfg.passes
-    assert floor.flops == tokens * (flops_per_token(cfg, build(cfg, cfg.vocab_size)) - attention)
+    assert floor.flops == tokens * (costs(cfg, cfg.vocab_size)["flops_per_token"] - attention)
     spent = floor.step()
     assert set(spent) == {"layers", "head"} and min(spent.values()) > 0
 
@@ -160,11 +161,11 @@ def test_each_part_is_what_it_is_called(tiny: Any) -> None:
 
 
 def test_profiling_leaves_nothing_behind(tiny: Any) -> None:
-    before = (parts.Masks.drop, parts.Machine.masks)
+    before = (parts.Masks.drop, parts.Device.masks)
     model = build(tiny(), 400)
     with parts.marked(model):
-        assert (parts.Masks.drop, parts.Machine.masks) != before
-    assert (parts.Masks.drop, parts.Machine.masks) == before
+        assert (parts.Masks.drop, parts.Device.masks) != before
+    assert (parts.Masks.drop, parts.Device.masks) == before
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 

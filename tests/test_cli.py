@@ -565,7 +565,7 @@ def ladder(tmp_path: Path) -> Path:
 def test_an_interrupted_fresh_run_does_not_ask_for_fresh_again(
     fake: FakeTrain, tmp_path: Path, fresh: bool
 ) -> None:
-    fake.errors["baseline"] = Interrupted("SIGTERM at step 3 of 9; the same command goes on from here")
+    fake.errors["baseline"] = Interrupted("SIGTERM at step 3 of 9; run the same command again to resume")
     result = ask("train", "--preset", "baseline", "--out", tmp_path, *(["--fresh"] if fresh else []))
     assert result.exit_code == 75
     assert ("without --fresh" in result.stderr) == fresh

@@ -169,7 +169,7 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
     assert status["state"] == "interrupted" and 20 <= status["step"] < status["steps"]
     done = torchrun(tmp_path / "two", **changes)
     assert done.returncode == 0, done.stderr
-    assert f"goes on after step {status['step']}" in done.stderr
+    assert f"resumes after step {status['step']}" in done.stderr
     train(cfg, tmp_path / "one")
     compare(RunDir(tmp_path / "one" / cfg.run_id), run)
     assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, status["steps"] + 1))

@@ -168,7 +168,7 @@ def test_a_probe_on_a_gpu_times_steps_that_are_recorded(tiny: Any, monkeypatch: 
         return work(*given)
 
     monkeypatch.setattr(Recorded, "__call__", call)
-    machine.recorded = lambda cfg: Recorded([], on=True)  # type: ignore[method-assign]
+    machine.cuda_graph = lambda cfg: Recorded([], on=True)  # type: ignore[method-assign]
     timed: list[int] = []
     monkeypatch.setattr(
         estimate, "timed", lambda work: (timed.append(launched.count("a step")), work(), 1.0)[-1]

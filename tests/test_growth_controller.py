@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, tiny_sets
-from test_reuse import Killed, Watch, end, reused
+from test_sharing import Killed, Watch, end, reused
 from typer.testing import CliRunner
 
 from mainrun.checks import audit
@@ -23,8 +23,7 @@ from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.optimizers import DEFAULT_SCHEDULE, Optimizers, ParamSchedule
 from mainrun.errors import Interrupted, MainrunError, UsageError
-from mainrun.growth import controller as live
-from mainrun.growth import operators
+from mainrun.growth import controller, operators
 from mainrun.plan.ops import Facts, Rates, due
 from mainrun.run.session import train
 from mainrun.store import checkpoint
@@ -240,9 +239,9 @@ def test_a_stop_between_any_two_steps_keeps_the_bits(tmp_path: Path) -> None:
 
 KILLER = """
 import os, signal, sys
-from mainrun.growth import live
+from mainrun.growth import controller
 nth, before = int(sys.argv.pop(1)), sys.argv.pop(1) == "before"
-real, calls = live.grow, []
+real, calls = controller.grow, []
 
 def grow(*args):
     calls.append(1)
@@ -253,7 +252,7 @@ def grow(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 
-live.grow = grow
+controller.grow = grow
 from mainrun.cli import main
 main()
 """
@@ -352,7 +351,7 @@ def test_a_broken_op_ends_the_run_and_changes_nothing(
         patch.setitem(operators.OPS, "widen_mlp", broken)
         with pytest.raises(
             MainrunError,
-            match=r"ops\[0\] 'widen_mlp' did not keep its word at step 14: function: max \|delta logits\|",
+            match=r"ops\[0\] 'widen_mlp' did not keep its promise at step 14: function: max \|delta logits\|",
         ):
             train(cfg, tmp_path)
     run = tmp_path / cfg.run_id
@@ -637,21 +636,21 @@ def test_each_check_of_the_staged_plan_can_fail(
         found = list(repeat(RunDir(staged), store))
         assert [finding.name for finding in found if finding.check == check and not finding.ok] == [name]
     else:
-        with pytest.raises(MainrunError, match=rf"{name!r} did not keep its word.*{check}: "):
+        with pytest.raises(MainrunError, match=rf"{name!r} did not keep its promise.*{check}: "):
             list(repeat(RunDir(staged), store))
 
 
 @pytest.mark.slow
 def test_rope_that_is_turned_fails(staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = live.grow
+    real = controller.grow
 
     def turned(*args: Any) -> Any:
         new, moved = real(*args)
         new.cos = new.get_buffer("cos").roll(1, 0)
         return new, moved
 
-    monkeypatch.setattr(live, "grow", turned)
-    with pytest.raises(MainrunError, match=r"'upcycle_moe' did not keep its word.*rope: "):
+    monkeypatch.setattr(controller, "grow", turned)
+    with pytest.raises(MainrunError, match=r"'upcycle_moe' did not keep its promise.*rope: "):
         list(repeat(RunDir(staged), Store(staged.parent / ".store")))
 
 

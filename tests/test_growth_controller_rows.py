@@ -15,11 +15,12 @@ from growing import V
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.optimizers import Optimizers, ParamSchedule
 from mainrun.errors import UsageError
-from mainrun.growth import controller as live
-from mainrun.growth import operators
-from mainrun.growth.controller import Growth, acted, bare, standing, taken
+from mainrun.growth import controller, operators
+from mainrun.growth.controller import Growth, without_values
+from mainrun.growth.state import growth_state, growth_state_at, make_controller, ops_applied, rebuild_model
 from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
+from mainrun.run.accounts import Accounts
 from mainrun.train import State, build
 
 # 16 tokens a step, 40 steps an epoch, evaluated after 1, 10, 20, 30 and 40
@@ -44,7 +45,7 @@ class Follower:
 
     leads, compile = True, False
 
-    def any(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         return flag
 
 
@@ -52,23 +53,27 @@ class Run:
     """A Growth with all that it stands on; `go` takes the state to a step as if it had been trained."""
 
     def __init__(self, cfg: TrainConfig, step: int = 0, grown: dict[str, Any] | None = None) -> None:
-        self.machine: Any = Follower()
+        self.device: Any = Follower()
         self.state = State(cfg, build(cfg, V))
-        self.state.step, self.state.grown = step, grown or {}
+        self.state.step, self.state.growth_state = step, grown or {}
         for p in self.state.model.parameters():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         self.state.optimizers.step(Plan(cfg, TOKENS).at(0))
         self.rows: list[dict[str, Any]] = []
+        self.heard: list[dict[str, Any]] = []
         journal: Any = SimpleNamespace(
             append=self.rows.append, close=lambda: self.rows.append({"event": "closed"})
         )
-        self.growth = Growth(cfg, Plan(cfg, TOKENS), self.machine, self.state, journal)
+        self.accounts = Accounts()
+        self.growth = Growth(
+            cfg, Plan(cfg, TOKENS), self.device, self.state, journal, self.heard.append, self.accounts.clock
+        )
         self.scored: list[int] = []
 
     def go(self, step: int, loss: float | None = None) -> None:
         self.state.step = step
         if loss is not None:
-            self.growth.heard([score(step, loss)])
+            self.growth.observe_scores([score(step, loss)])
 
     def evaluate(self) -> list[dict[str, Any]]:
         self.scored.append(self.state.step)
@@ -94,7 +99,7 @@ def fired(run: Run) -> tuple[int, ...]:
 
 def test_only_scores_of_the_split_that_decides_are_heard() -> None:
     run = Run(config())
-    run.growth.heard(
+    run.growth.observe_scores(
         [
             score(10, 3.0),
             score(10, 1.0, "dev"),
@@ -102,10 +107,10 @@ def test_only_scores_of_the_split_that_decides_are_heard() -> None:
             {"event": "step", "step": 5, "loss": 2.0, "split": "val"},
         ]
     )
-    run.growth.heard([score(20, 2.0), score(10, 3.5)])
+    run.growth.observe_scores([score(20, 2.0), score(10, 3.5)])
     assert run.growth.losses == [(1, 4.0), (10, 3.5), (20, 2.0)] and run.growth.split == "val"
     dev = Run(config(dev_frac=0.1))
-    dev.growth.heard([score(10, 3.0), score(10, 1.0, "dev")])
+    dev.growth.observe_scores([score(10, 3.0), score(10, 1.0, "dev")])
     assert dev.growth.losses == [(10, 1.0)] and dev.growth.split == "dev", "val must not steer a run"
 
 
@@ -147,13 +152,13 @@ def test_what_an_evaluation_decides(
     run = Run(config(*ops))
     run.go(step, loss)
     assert run.growth.decide() is changed and fired(run) == plan
-    assert run.state.grown["fired"] == list(plan), "a checkpoint of this step knows it"
+    assert run.state.growth_state["fired"] == list(plan), "a checkpoint of this step knows it"
     assert run.growth.decide() is False, "once"
 
 
 def test_losses_of_later_steps_decide_nothing() -> None:
     run = Run(config(LOSS))
-    run.growth.heard([score(10, 3.5), score(20, 2.0)])
+    run.growth.observe_scores([score(10, 3.5), score(20, 2.0)])
     run.go(10)
     assert not run.growth.decide()
     run.go(20)
@@ -162,10 +167,10 @@ def test_losses_of_later_steps_decide_nothing() -> None:
 
 def test_the_first_process_decides_for_all() -> None:
     run = Run(config(LOSS))
-    run.machine.leads = False
+    run.device.leads = False
     run.go(10, 2.0)
     assert not run.growth.decide(), "a loss that only this process has is none"
-    run.machine.any = lambda flag: True
+    run.device.any_process = lambda flag: True
     run.growth.plan = Plan(config(LOSS), TOKENS)
     assert run.growth.decide() and fired(run) == (10,)
 
@@ -184,13 +189,13 @@ def test_waiting_is_counted_from_the_last_op() -> None:
 def test_nothing_acts_before_its_step_or_after_the_last() -> None:
     run = Run(config(op("set_lr", 0.02, {"step": 10})))
     run.go(9)
-    assert run.growth.waits is None and run.act() is False and run.rows == []
+    assert run.growth.pending_op is None and run.act() is False and run.rows == []
     run.go(10)
-    assert run.growth.waits is not None and run.growth.waits.name == "set_lr"
+    assert run.growth.pending_op is not None and run.growth.pending_op.name == "set_lr"
     last = Run(config(op("set_lr", 0.02, {"wait_iters": 40})))
     last.go(40, 2.0)
     last.growth.plan = Plan(last.growth.cfg, TOKENS, (40,))
-    assert last.growth.waits is None, "there is no step left to act before"
+    assert last.growth.pending_op is None, "there is no step left to act before"
 
 
 def test_a_training_op_and_its_rows() -> None:
@@ -259,8 +264,8 @@ def test_a_growing_op_and_its_rows() -> None:
     assert run.growth.look_back() == [
         f"growth: step 10: ops[0] 'widen_mlp' 20: {sizes[0]} -> {sizes[1]} parameters"
     ]
-    assert run.state.spent["growth"] > 0
-    assert run.state.grown["applied"] == 1 and run.state.grown["config"]["d_ff"] == 20
+    assert run.accounts.spent["growth"] > 0
+    assert run.state.growth_state["applied"] == 1 and run.state.growth_state["config"]["d_ff"] == 20
 
 
 def test_gradients_and_an_old_model_do_not_outlive_an_op() -> None:
@@ -396,15 +401,14 @@ def test_why_an_op_fired_is_its_condition_or_its_words() -> None:
 
 def test_who_listens_hears_each_row_and_a_run_without_a_journal_has_none() -> None:
     run = Run(config(op("set_lr", 0.02, {"step": 10})))
-    heard: list[dict[str, Any]] = []
-    run.growth.also = heard.append
+    heard = run.heard
     run.go(10)
     run.act()
     assert heard == run.rows and len(heard) == 2
     run.growth.close()
     assert run.rows[-1] == {"event": "closed"}
     run.growth.journal = None
-    run.growth.tell({"event": "x"})
+    run.growth.log_event({"event": "x"})
     run.growth.close()
     assert heard[-1] == {"event": "x"} and run.rows[-1] == {"event": "closed"}
 
@@ -438,7 +442,7 @@ def test_a_broken_op_aborts_and_nothing_has_changed(broken: None) -> None:
         run.act()
     text = str(e.value)
     assert text.startswith(
-        "growth: ops[0] 'widen_mlp' did not keep its word at step 10: function: max |delta logits| "
+        "growth: ops[0] 'widen_mlp' did not keep its promise at step 10: function: max |delta logits| "
     )
     assert (
         "; the state before it is kept. Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
@@ -458,7 +462,7 @@ def test_a_broken_op_aborts_and_nothing_has_changed(broken: None) -> None:
     assert [(check["name"], check["ok"]) for check in row["checks"]] == [("function", False)], (
         "only what failed"
     )
-    assert run.state.grown["applied"] == 0 and run.growth.look_back() == []
+    assert run.state.growth_state["applied"] == 0 and run.growth.look_back() == []
 
 
 def test_a_broken_op_is_skipped_and_the_next_one_acts(broken: None) -> None:
@@ -472,7 +476,7 @@ def test_a_broken_op_is_skipped_and_the_next_one_acts(broken: None) -> None:
         run.events() == [("START", 10), ("ERROR", 10), ("START", 10), ("SUCCESS", 10)]
         and run.rows[1]["on_fail"] == "skip"
     )
-    assert run.state.grown["fired"] == [~10, 10] and run.growth.applied == 1
+    assert run.state.growth_state["fired"] == [~10, 10] and run.growth.applied == 1
 
 
 def test_ops_before_a_skipped_one_stay_as_they_were(broken: None) -> None:
@@ -491,9 +495,9 @@ def test_ops_before_a_skipped_one_stay_as_they_were(broken: None) -> None:
 def test_an_abort_keeps_what_acted_before_it(broken: None) -> None:
     run = Run(config(op("add_heads", 4, {"step": 10}), op("widen_mlp", 20, {"step": 10}, **INITIAL)))
     run.go(10)
-    with pytest.raises(UsageError, match=r"ops\[1\] 'widen_mlp' did not keep its word"):
+    with pytest.raises(UsageError, match=r"ops\[1\] 'widen_mlp' did not keep its promise"):
         run.act()
-    assert run.state.grown["applied"] == 1 and run.state.grown["config"]["n_head"] == 4
+    assert run.state.growth_state["applied"] == 1 and run.state.growth_state["config"]["n_head"] == 4
 
 
 def test_two_broken_words_are_both_named(broken: None) -> None:
@@ -629,13 +633,11 @@ def test_other_ops_leave_what_is_to_be_looked_back_on() -> None:
 
 def test_compiling_again_is_reported_with_its_seconds() -> None:
     run = Run(config(op("widen_mlp", 20, {"step": 10})))
-    run.machine.compile = True
-    run.state.spent["compile"] = 3.0
+    run.device.compile = True
     run.go(10)
     run.act()
-    run.state.spent["compile"] = 5.5
     run.go(11)
-    run.growth.look_back()
+    run.growth.compiled(2.5)
     assert run.rows[-1] == {
         "event": "OPERATION_RECOMPILE",
         "op": "0-widen_mlp",
@@ -644,28 +646,26 @@ def test_compiling_again_is_reported_with_its_seconds() -> None:
         "seconds": 2.5,
     }
     count = len(run.rows)
-    run.growth.look_back()
+    run.growth.compiled(2.5)
     assert len(run.rows) == count
     eager = Run(config(op("widen_mlp", 20, {"step": 10})))
     eager.go(10)
     eager.act()
-    eager.state.spent["compile"] = 5.5
-    eager.growth.look_back()
+    eager.growth.compiled(2.5)
     assert "RECOMPILE" not in [event for event, _ in eager.events()]
 
 
-def test_what_took_no_time_to_compile_is_no_row() -> None:
+def test_an_operation_on_the_training_compiles_nothing() -> None:
     run = Run(config(op("widen_mlp", 20, {"step": 10}), op("set_lr", 0.02, {"step": 11})))
-    run.machine.compile = True
+    run.device.compile = True
     run.go(10)
     run.act()
-    run.growth.look_back()
+    run.growth.compiled(0.0)
     assert "RECOMPILE" not in [event for event, _ in run.events()]
     run.go(11)
     run.act()
-    run.state.spent["compile"] = 5.5
-    run.growth.look_back()
-    assert "RECOMPILE" not in [event for event, _ in run.events()], "a training op compiles nothing"
+    run.growth.compiled(2.5)
+    assert "RECOMPILE" not in [event for event, _ in run.events()]
 
 
 # -- figures, and what a state says of its growth
@@ -688,47 +688,48 @@ def test_figures_are_of_the_model_after_a_step_and_of_the_flops_so_far() -> None
             "active": size["active"],
             "flops": flops,
         }, step
-    assert Run(config()).growth.figures(10) == {}
+    still: Any = Run(config())
+    none = make_controller(config(), still.growth.plan, still.device, still.state)
+    assert none.figures(10) == {}
 
 
 def test_the_ids_are_those_of_the_tokenizer() -> None:
-    assert Run(config()).growth.ids == V
+    assert Run(config()).growth.vocab_size == V
     run = Run(config(op("resize_vocabulary", SMALL["vocab_size"] + 7, {"step": 10})))
     run.go(10)
     run.act()
-    assert run.growth.ids == V and run.state.model.embed.num_embeddings == V + 7
+    assert run.growth.vocab_size == V and run.state.model.embed.num_embeddings == V + 7
 
 
 def test_ops_that_act_right_after_a_step_have_not_acted_on_its_state() -> None:
     plan = Plan(config(op("set_lr", 0.02, {"step": 10}), op("set_lr", 0.03, {"step": 20})), TOKENS)
-    assert [acted(plan, step) for step in (0, 9, 10, 11, 20, 21, 40)] == [0, 0, 0, 1, 1, 2, 2]
+    assert [ops_applied(plan, step) for step in (0, 9, 10, 11, 20, 21, 40)] == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_what_a_state_says_of_its_growth() -> None:
     cfg = config(op("widen_mlp", 20, {"step": 10}), LOSS)
     plan = Plan(cfg, TOKENS)
     learns = {"embed.weight": list(ParamSchedule(0.5))}
-    assert standing(plan, 0, learns) == {
+    assert growth_state(plan, 0, learns) == {
         "fired": [10],
         "applied": 0,
         "config": plan.segments[0].cfg.model_dump(mode="json"),
         "marks": learns,
     }
-    assert standing(plan, 1, {})["config"]["d_ff"] == 20
-    assert standing(Plan(config(), TOKENS), 0, learns) == {}
+    assert growth_state(plan, 1, {})["config"]["d_ff"] == 20
+    assert growth_state(Plan(config(), TOKENS), 0, learns) == {}
     for step, applied in ((10, 0), (11, 1)):
-        node: Any = SimpleNamespace(step=step, grown={"marks": learns})
-        assert taken(plan, node) == standing(plan, applied, learns)
-    assert taken(plan, SimpleNamespace(step=11, grown={}))["marks"] == {}
+        assert growth_state_at(plan, step, {"marks": learns}) == growth_state(plan, applied, learns)
+    assert growth_state_at(plan, 11, {})["marks"] == {}
 
 
 def test_what_a_map_adds_is_not_kept() -> None:
     run = Run(config(op("widen_mlp", 20, {"step": 10}, **INITIAL), epochs=2))
     run.go(10)
     run.act()
-    ((_, since, moved),) = run.growth._fresh
+    ((_, since, moved),) = run.growth._recent
     assert since == 10 and all(piece.plus is None for piece in moved.pieces.values())
-    assert bare(moved) == moved
+    assert without_values(moved) == moved
 
 
 # -- going on
@@ -747,8 +748,8 @@ def test_an_op_is_measured_in_full_precision_where_it_promises_to_be_exact(
     monkeypatch: pytest.MonkeyPatch, preserve: str, full: bool
 ) -> None:
     asked: list[bool] = []
-    real = live.delta
-    monkeypatch.setattr(live, "delta", lambda *args, full: asked.append(full) or real(*args, full=full))
+    real = controller.delta
+    monkeypatch.setattr(controller, "delta", lambda *args, full: asked.append(full) or real(*args, full=full))
     states(op("widen_mlp", 20, {"step": 10}, preserve=preserve), at=[10])
     assert asked == [full]
 
@@ -756,9 +757,11 @@ def test_an_op_is_measured_in_full_precision_where_it_promises_to_be_exact(
 def test_the_state_moves_once_and_is_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     dry: list[bool] = []
     copies: list[bool] = []
-    moves, loads = live.transfer, Optimizers.load
+    moves, loads = controller.transfer, Optimizers.load
     monkeypatch.setattr(
-        live, "transfer", lambda *args, **more: dry.append(more.get("dry", False)) or moves(*args, **more)
+        controller,
+        "transfer",
+        lambda *args, **more: dry.append(more.get("dry", False)) or moves(*args, **more),
     )
     monkeypatch.setattr(
         Optimizers, "load", lambda self, tensors, copy=True: copies.append(copy) or loads(self, tensors, copy)
@@ -769,20 +772,24 @@ def test_the_state_moves_once_and_is_not_copied_again(monkeypatch: pytest.Monkey
 
 def test_a_new_run_knows_where_it_stands() -> None:
     run = Run(config(op("widen_mlp", 20, {"step": 10})))
-    assert (run.state.grown["fired"], run.state.grown["applied"], run.state.grown["marks"]) == ([10], 0, {})
-    assert run.growth.losses == [] and Run(config()).state.grown == {}
+    assert (
+        run.state.growth_state["fired"],
+        run.state.growth_state["applied"],
+        run.state.growth_state["marks"],
+    ) == ([10], 0, {})
+    assert run.growth.losses == [] and Run(config()).state.growth_state == {}
 
 
 def test_a_state_that_is_loaded_says_which_ops_acted() -> None:
     before = states(op("widen_mlp", 20, {"step": 10}), LOSS, at=[10])
     before.go(20, 2.0)
     before.growth.decide()
-    run = Run(before.growth.cfg, 20, before.state.grown)
+    run = Run(before.growth.cfg, 20, before.state.growth_state)
     assert run.growth.applied == 1 and fired(run) == (10, 20)
     fresh = Run(before.growth.cfg, 20)
     assert fresh.growth.applied == 1 and fired(fresh) == (10,), "without a word of it, the plan tells"
     assert Run(before.growth.cfg, 10).growth.applied == 0
-    assert run.state.grown["fired"] == [10, 20] and run.state.grown["applied"] == 1
+    assert run.state.growth_state["fired"] == [10, 20] and run.state.growth_state["applied"] == 1
 
 
 @pytest.mark.parametrize(
@@ -794,11 +801,11 @@ def test_what_was_not_looked_back_on_is_recalled(step: int, applied: int, recall
     before = states(op("widen_model", {"factor": 2}, {"step": 10}), at=[10], epochs=2)
     run = before
     run.go(step)
-    run.state.grown["applied"] = applied
-    kept = before.growth._fresh[0][2]
-    run.growth.restored()
-    assert [since for _, since, _ in run.growth._fresh] == recalled
-    for what, _, moved in run.growth._fresh:
+    run.state.growth_state["applied"] = applied
+    kept = before.growth._recent[0][2]
+    run.growth.restore()
+    assert [since for _, since, _ in run.growth._recent] == recalled
+    for what, _, moved in run.growth._recent:
         assert (
             what.name == "widen_model"
             and moved.pieces.keys() == kept.pieces.keys()
@@ -816,8 +823,8 @@ def test_layers_that_moved_end_what_was_to_be_recalled() -> None:
         op("widen_mlp", 24, {"step": 13}), at=[10, 11, 12, 13], epochs=2,
     )  # fmt: skip
     run.go(14)
-    run.growth.restored()
-    assert [(what.name, since) for what, since, _ in run.growth._fresh] == [
+    run.growth.restore()
+    assert [(what.name, since) for what, since, _ in run.growth._recent] == [
         ("stack_layers", 12),
         ("widen_mlp", 13),
     ]
@@ -856,9 +863,10 @@ def test_the_marks_of_new_parameters_reach_the_optimiser() -> None:
         at=[10],
     )
     mark = ParamSchedule(1.5, since=10, rewarm=4)
-    assert run.state.optimizers.marks and set(run.state.optimizers.marks.values()) == {mark}
-    assert all(name.startswith("blocks.2.") for name in run.state.optimizers.marks)
-    assert run.state.grown["marks"] == {name: list(mark) for name in run.state.optimizers.marks}
-    cfg, model, optimizers = live.rebuilt(run.state, run.state.grown)
-    assert cfg == run.state.cfg and optimizers.marks == run.state.optimizers.marks
-    assert [p.shape for p in model.parameters()] == [p.shape for p in run.state.model.parameters()]
+    assert run.state.optimizers.schedules and set(run.state.optimizers.schedules.values()) == {mark}
+    assert all(name.startswith("blocks.2.") for name in run.state.optimizers.schedules)
+    assert run.state.growth_state["marks"] == {name: list(mark) for name in run.state.optimizers.schedules}
+    before = (run.state.cfg, run.state.optimizers.schedules, [p.shape for p in run.state.model.parameters()])
+    other = State(run.growth.cfg, build(run.growth.cfg, V))
+    rebuild_model(other, run.state.growth_state)
+    assert (other.cfg, other.optimizers.schedules, [p.shape for p in other.model.parameters()]) == before

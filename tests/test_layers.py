@@ -17,9 +17,8 @@ from mainrun.core.kernels import cross_entropy
 from mainrun.core.moe import MoE
 from mainrun.core.optimizers import Optimizers
 from mainrun.errors import ConfigError
-from mainrun.plan.cost import size
+from mainrun.plan.cost import costs, size
 from mainrun.plan.plan import Plan
-from mainrun.run.session import flops_per_token
 from mainrun.train import GPT, MLP, build
 from mainrun.ui.estimate import memory
 
@@ -126,7 +125,7 @@ def test_a_low_rank_term_is_its_product() -> None:
     x = torch.randn(5, 8, dtype=torch.float64)
     full = w["blocks.0.attn.q.weight"] + 2.0 * w["blocks.0.attn.q.lora_b"] @ w["blocks.0.attn.q.lora_a"]
     assert torch.allclose(q(x), F.linear(x, full, w["blocks.0.attn.q.bias"])) and torch.allclose(
-        q.table(), full
+        q.effective_weight(), full
     )
     assert torch.allclose(
         model.embed(IDX), (w["embed.weight"] + 3.0 * w["embed.lora_b"] @ w["embed.lora_a"])[IDX]
@@ -148,8 +147,8 @@ def test_low_rank_terms_start_without_effect_and_a_tied_head_has_its_own(tied: b
         assert torch.equal(low(IDX), before)
         x = low.norm(torch.randn(8))
         low.embed.lora_b.add_(1.0)  # type: ignore[operator, union-attr]
-        head = F.linear(x, low.table() if tied else low.head.weight)  # type: ignore[union-attr]
-        assert torch.allclose(head, x @ (low.embed.table() if tied else low.head.weight).T)  # type: ignore[operator, union-attr]
+        head = F.linear(x, low.output_weight())
+        assert torch.allclose(head, x @ (low.embed.effective_weight() if tied else low.head.weight).T)  # type: ignore[operator, union-attr]
         assert not torch.allclose(low(IDX), before)
 
 
@@ -223,7 +222,7 @@ def test_all_of_them_at_once_are_estimated_counted_and_trained() -> None:
     told = size(cfg)
     assert told.params == sum(p.numel() for p in model.parameters())
     assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert told.flops == flops_per_token(cfg, model)
+    assert told.flops == costs(cfg, cfg.vocab_size)["flops_per_token"]
     machine = Device(cfg)
     machine.settle(cfg, Plan(cfg, 10_000))
     more = memory(Plan(cfg.changed(experts=32), 10**6), machine, cfg.vocab_size) - memory(

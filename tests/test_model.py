@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.average import Average
 from mainrun.core.device import Device
-from mainrun.core.dropout import dropout_sites
-from mainrun.core.optimizers import Optimizers
+from mainrun.core.dropout import Masks, dropout_sites
+from mainrun.core.optimizers import Muon, Optimizers
 from mainrun.data.tokenizer import EOS
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load
 from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, Average, Masks, Muon, build, compute_loss, rope_table, rotate
+from mainrun.train import GPT, build, compute_loss, rope_table, rotate
 
 V = 53  # vocabulary
 T = 12  # tokens of context
@@ -422,7 +423,7 @@ def test_dropout_has_three_places_and_none_in_evaluation() -> None:
     still = model(idx)
     for place in ("dropout", "attn_dropout", "resid_dropout"):
         at = inputs(cfg, **{"dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0, place: 0.5})
-        model.set_up(at, "plain")
+        model.set_dropout(at, "plain")
         assert torch.equal(model(idx), still), "a score gives no masks"
         a, b, again = (model(idx, masks(cfg, at, idx, seed)) for seed in (3, 4, 3))
         assert torch.equal(a, again) and not torch.allclose(a, b, atol=1e-3), place
@@ -441,7 +442,7 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
     cfg = config(n_layer=3)
     model, idx = shaken(cfg), some_titles()
     at = inputs(cfg, dropout=64 / 256, attn_dropout=32 / 256, resid_dropout=16 / 256)
-    model.set_up(at, "plain")
+    model.set_dropout(at, "plain")
     taken: list[tuple[int, int]] = []
     dropped: list[float] = []
     take, drop, attend = Masks.take, Masks.drop, trainer.attend
@@ -487,7 +488,7 @@ def test_the_two_ways_of_attention_agree() -> None:
         cfg = config(**changes)
         model, idx = shaken(cfg), some_titles()
         plain = model(idx)
-        model.set_up(inputs(cfg), "sdpa")
+        model.set_dropout(inputs(cfg), "sdpa")
         assert torch.allclose(model(idx), plain, atol=1e-5) and not torch.equal(model(idx), plain), (
             "else it is one way"
         )
@@ -513,7 +514,7 @@ def test_rdrop_is_its_formula(smoothing: float) -> None:
     cfg = config(dropout=0.3)
     model, idx = shaken(cfg).train(), some_titles()
     x, y = idx[:, :-1], idx[:, 1:].flatten()
-    model.set_up(inputs(cfg), "plain")
+    model.set_dropout(inputs(cfg), "plain")
     pool = masks(cfg, inputs(cfg), torch.cat([x, x]), 5)
     loss, logged = compute_loss(model, x, idx[:, 1:], inputs(cfg, rdrop=0.7, label_smoothing=smoothing), pool)
     one, two = model(torch.cat([x, x]), pool).chunk(2)

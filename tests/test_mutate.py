@@ -103,7 +103,7 @@ def test_every_source_file_has_tests_that_mirror_it() -> None:
     files = mutants.sources(root, ["mainrun", "sweeps", "reports"])
     tests = {file: mutate.mirrored_tests(file, root) for file in files}
     assert tests["mainrun/growth/controller.py"] == [
-        "tests/test_growth_live.py",
+        "tests/test_growth_controller.py",
         "tests/test_growth_live_rows.py",
     ]
     assert [file for file, names in tests.items() if not names] == ["mainrun/__main__.py"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY
-from test_growth_live import MANY, SMALL, config
+from test_growth_controller import MANY, SMALL, config
 
 from mainrun.checks import guards
 from mainrun.config import TrainConfig, from_dict

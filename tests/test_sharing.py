@@ -28,12 +28,13 @@ from mainrun import train as trainer
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device as machine
+from mainrun.core import machine_class
 from mainrun.core.device import Device
 from mainrun.errors import Diverged, Interrupted
 from mainrun.plan.plan import Plan
-from mainrun.run import batch
-from mainrun.run import session as sitting
-from mainrun.run import sharing as reuse
+from mainrun.run import batch, sharing
+from mainrun.run import summary as summaries
+from mainrun.run.accounts import Accounts
 from mainrun.run.progress import Progress
 from mainrun.run.session import train
 from mainrun.store import checkpoint, leases, nodes
@@ -246,7 +247,7 @@ def test_a_run_that_begins_from_the_store_ends_as_its_run_from_scratch(
     summary = train(cfg, tmp_path, store=store, progress=watch)
     assert end(tmp_path / cfg.run_id) == alone(cfg)
     assert summary["ledger"] == ledger(summary["steps"], shared)
-    assert watch.said("are taken from the store (trained by custom-") == bool(shared)
+    assert watch.said("are reused from the store (trained by custom-") == bool(shared)
     logged = [row["step"] for row in rows(tmp_path / cfg.run_id) if row["event"] == "step"]
     assert sorted({*reused(tmp_path / cfg.run_id), *watch.steps}) == logged, (
         "every row is one that was taken or one that was trained"
@@ -379,7 +380,9 @@ def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(
     cfg, store = config(checkpoint_every=9), Store(tmp_path / "store")
     with monkeypatch.context() as patch:
         patch.setattr(
-            reuse.Reuse, "_write", lambda self, node, tensors, lease: lease and lease.release(unfinished=True)
+            sharing.NodeWriter,
+            "_write",
+            lambda self, node, tensors, lease: lease and lease.release(unfinished=True),
         )
         with pytest.raises(Killed):
             train(cfg, tmp_path, store=store, progress=Watch({29: crash}))
@@ -402,22 +405,22 @@ def test_a_run_that_goes_on_with_another_store_leaves_no_hole_in_it(tmp_path: Pa
             progress=Watch({19: lambda: time.sleep(0.5), 22: crash}),
         )
     train(cfg, tmp_path, store=other, progress=watch)
-    assert watch.said("the rows up to step 18 are gone") and other.verify() == []
+    assert watch.said("the rows up to step 18 are no longer in it") and other.verify() == []
     assert end(tmp_path / cfg.run_id) == alone(cfg)
 
 
-@pytest.mark.parametrize("sittings", ["-S", "S-S", "-SS"])
-def test_a_run_with_sittings_without_a_store_leaves_no_hole(
-    tmp_path: Path, alone: Any, sittings: str
+@pytest.mark.parametrize("sessions", ["-S", "S-S", "-SS"])
+def test_a_run_with_sessions_without_a_store_leaves_no_hole(
+    tmp_path: Path, alone: Any, sessions: str
 ) -> None:
     cfg, store, said = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
-    for i, kind in enumerate(sittings):
-        said = Watch({} if i == len(sittings) - 1 else {12 * (i + 1): crash})
+    for i, kind in enumerate(sessions):
+        said = Watch({} if i == len(sessions) - 1 else {12 * (i + 1): crash})
         with suppress(Killed):
             train(cfg, tmp_path, store=store if kind == "S" else None, progress=said)
     assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
     assert said.said("were trained without a store: nothing of this run is kept in it") == (
-        sittings != "-SS" or store.node_keys() == set()
+        sessions != "-SS" or store.node_keys() == set()
     )
     again = from_dict(cfg.model_dump() | {"preset": "again"})
     train(again, tmp_path, store=store)
@@ -490,7 +493,7 @@ def test_what_began_on_another_machine_is_never_filed_as_this_one_s(
         with pytest.raises(Killed):
             train(cfg, tmp_path, store=store, progress=Watch({14: crash}))
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("trained elsewhere, to other bits")
+    assert watch.said("trained elsewhere and have other bits")
     assert not store.node_keys() & set(keys(cfg)) and store.verify() == []
 
 
@@ -527,7 +530,7 @@ def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: An
 
     found.append(train(one, tmp_path, store=store, progress=Watch({3: begin})))
     other.join()
-    assert watch.said(f"waiting for {one.run_id}, which trains the way to step 18 that both share")
+    assert watch.said(f"waiting for {one.run_id}, which trains the shared steps up to 18")
     distinct = len({*keys(one)[1:], *keys(two)[1:]})
     assert distinct == STEPS + 10 and sum(summary["ledger"]["trained"] for summary in found) == distinct
     for cfg in (
@@ -639,13 +642,13 @@ def test_a_late_want_is_heard_at_a_beat_and_kept_under_the_lease_on_what_is_furt
 
     def pass_by() -> None:
         seen[29] = lease_of(store, 31, late)
-        until(lambda: second.watch.said("steps 19 to 27 of 37 are taken"))
+        until(lambda: second.watch.said("steps 19 to 27 of 37 are reused"))
 
     first = Beside(tmp_path, store, late, Watch({20: come, 29: pass_by}))
     first.start()
     first.join()
     second.join()
-    assert second.watch.said(f"waiting for {late.run_id}, which trains the way to step 27 that both share")
+    assert second.watch.said(f"waiting for {late.run_id}, which trains the shared steps up to 27")
     assert seen[20]["at"] in (17, 18), "it said so when it set out; 17 while the node of 18 was on its way"
     assert seen[29]["step"] == 31, "the lease is kept"
     assert first.trained == STEPS and second.trained == 10
@@ -659,11 +662,18 @@ def test_who_is_past_the_fork_is_not_waited_for(
     tmp_path: Path, alone: Any, quick: None, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     """For no longer, at least, than until a beat says so."""
-    store, early, late, beat = Store(tmp_path / "store"), config(**EARLY), config(**LATE), reuse.Reuse._beat
+    store, early, late, beat = (
+        Store(tmp_path / "store"),
+        config(**EARLY),
+        config(**LATE),
+        sharing.LeaseHolder.beat,
+    )
     second = Beside(tmp_path, store, early)
     if not known:  # its beats are those of the start until the other waits
         monkeypatch.setattr(
-            reuse.Reuse, "_beat", lambda self: beat(self) if second.watch.said("waiting for") else {"at": 18}
+            sharing.LeaseHolder,
+            "beat",
+            lambda self: beat(self) if second.watch.said("waiting for") else {"at": 18},
         )
 
     def come() -> None:
@@ -697,7 +707,7 @@ def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
     tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each looks before the other has any, then both take one, and not on the same node."""
-    store, hold, both = Store(tmp_path / "store"), reuse.Reuse._hold, threading.Barrier(2)
+    store, hold, both = Store(tmp_path / "store"), sharing.LeaseHolder.acquire, threading.Barrier(2)
     runs = [Beside(tmp_path, store, config(**EARLY), keep=[10]), Beside(tmp_path, store, config(**LATE))]
     met: list[int] = []
 
@@ -708,7 +718,7 @@ def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
             assert low < high, "two runs that always wait equally long meet again and again"
             return low if threading.current_thread() is runs[1] else 50
 
-    monkeypatch.setattr(reuse, "CHANCE", Chance())
+    monkeypatch.setattr(sharing, "CHANCE", Chance())
 
     def together(self: Any, step: int) -> None:
         if first := len(met) < 2:
@@ -716,10 +726,10 @@ def test_of_two_leases_on_one_way_that_are_taken_at_the_same_moment_one_stays(
             both.wait(60)
         hold(self, step)
         if first:
-            assert self._lease
+            assert self.lease
             both.wait(60)
 
-    monkeypatch.setattr(reuse.Reuse, "_hold", together)
+    monkeypatch.setattr(sharing.LeaseHolder, "acquire", together)
     runs[0].start()
     until(lambda: met)  # its weights are drawn: two threads would draw from one generator
     runs[1].start()
@@ -867,7 +877,7 @@ def test_a_run_that_cannot_keep_nodes_holds_nobody_up(tmp_path: Path, alone: Any
     seen: list[set[str]] = []
     watch.at = {33: lambda: seen.append(set(held(store)))}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("step 18 is not kept in the store, nor what comes after") and watch.said(
+    assert watch.said("step 18 and later steps are not kept in the store") and watch.said(
         "raise --store-size"
     )
     assert (
@@ -914,7 +924,7 @@ DAMAGE: dict[str, tuple[Harm, str, int]] = {
     "a foreign file beside them": (lambda s, p: [(p / f / "readme").write_text("?") for f in ("nodes", "states", "leases")], "", 37),
     "a file for all nodes": (lambda s, p: in_place_of(p / "nodes"), "the store .* cannot be (used|written)", 0),
     "a file for all states": (lambda s, p: in_place_of(p / "states"), "the store .* cannot be (used|written)", 0),
-    "a file for all roots": (lambda s, p: in_place_of(p / "roots"), "began with cannot be read", 37),
+    "a file for all roots": (lambda s, p: in_place_of(p / "roots"), "cannot be searched for other versions", 37),
     "a file for all leases": (lambda s, p: in_place_of(p / "leases"), "", 37),
     "all states": (lambda s, p: shutil.rmtree(p / "states"), "", 0),
     "the whole store": (lambda s, p: shutil.rmtree(p), "", 0),
@@ -961,7 +971,7 @@ def test_damage_while_a_run_is_on_its_way_costs_no_bit(tmp_path: Path, alone: An
     watch = Watch({28: lambda: [shutil.rmtree(tmp_path / "store" / name) for name in ("nodes", "states")]})
     train(cfg, tmp_path, store=store, progress=watch)
     assert end(tmp_path / cfg.run_id) == alone(cfg)
-    assert watch.said("the rows up to step 27 are gone") and store.verify() == []
+    assert watch.said("the rows up to step 27 are no longer in it") and store.verify() == []
 
 
 @contextmanager
@@ -1079,7 +1089,7 @@ def test_another_number_of_threads_shares_nothing_and_says_why(
         torch.set_num_threads(1)
     assert summary["ledger"] == ledger(STEPS, 0)
     assert watch.said(
-        "the store has this run's beginning, but with other bits, so nothing of it is taken (machine_class threads: 1 there"
+        "the store has this run's first steps with other bits, so they are not reused (machine_class threads: 1 there"
     )
     watch = Watch()
     train(config(lr=0.02), tmp_path, store=stocked(tmp_path / "another", config()), progress=watch)
@@ -1090,15 +1100,15 @@ def test_another_number_of_threads_shares_nothing_and_says_why(
 def test_another_machine_or_library_shares_nothing_and_says_why(
     tmp_path: Path, stocked: Any, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    cfg, watch, versions = config(), Watch(), machine.versions
+    cfg, watch, versions = config(), Watch(), machine_class.versions
     store = stocked(tmp_path / "store", cfg)
     monkeypatch.setattr(machine, "cpu_name", lambda: "Another CPU")
     if what == "torch":
         monkeypatch.undo()
-        monkeypatch.setattr(reuse, "versions", lambda: versions() | {"torch": "9.9"})
+        monkeypatch.setattr(sharing, "versions", lambda: versions() | {"torch": "9.9"})
     assert train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0)
     assert watch.said(
-        f"nothing of it is taken ({'machine_class device' if what == 'device' else 'versions torch'}: "
+        f"so they are not reused ({'machine_class device' if what == 'device' else 'versions torch'}: "
     )
     assert len(store.node_keys()) == 8, "and leaves its own beside"
 
@@ -1544,7 +1554,7 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
     assert end(tmp_path / "third" / other["run"]) == end(tmp_path / "scratch" / scratch["run"])
     watch = Watch()
     train(baseline(), tmp_path, store=Store(tmp_path / "store"), progress=watch)
-    assert watch.said("nothing of it is taken (machine_class processes: 2 there, 1 here)")
+    assert watch.said("so they are not reused (machine_class processes: 2 there, 1 here)")
 
 
 # -- everything at once
@@ -1569,7 +1579,7 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
     prepare = trainer.prepare
     monkeypatch.setattr(trainer, "load_corpus", corpora)
     monkeypatch.setattr(trainer, "prepare", lambda cfg, corpus: prepared(cfg))
-    monkeypatch.setattr(sitting, "guards", lambda evidence: [])
+    monkeypatch.setattr(summaries, "guards", lambda evidence: [])
     scratch = {}
     for cfg in configs:
         train(cfg, tmp_path / "alone")
@@ -1601,16 +1611,16 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
         nonlocal gone
         gone = gone or isinstance(sys.exc_info()[1], Killed)
         original_close(self)
-        if gone and self._lease:
-            self._lease._over.set()
+        if gone and self.holder.lease:
+            self.holder.lease._over.set()
 
     left: int | None = None
-    original_close = reuse.Reuse.close
+    original_close = sharing.Sharing.close
     for name in ("write", "create", "put", "remove"):
         monkeypatch.setattr(Folder, name, guarded(name))
-    original_free = reuse.Reuse._free
-    monkeypatch.setattr(reuse.Reuse, "_free", lambda self: None if gone else original_free(self))
-    monkeypatch.setattr(reuse.Reuse, "close", close)
+    original_free = sharing.LeaseHolder.free
+    monkeypatch.setattr(sharing.LeaseHolder, "free", lambda self: None if gone else original_free(self))
+    monkeypatch.setattr(sharing.Sharing, "close", close)
     trained = killed = 0
     for seed in range(200):
         chance = random.Random(seed)
@@ -1666,11 +1676,11 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
         for i in range(9)
     }
     store, plan = Store(tmp_path / "store"), Plan(cfg, 37 * 128 + 1)
-    keeper = reuse.Reuse(store, cfg, plan, Device(cfg), {}, "", lambda text: None, keep=range(1, 9))
+    keeper = sharing.Sharing(
+        store, cfg, plan, Device(cfg), {}, "", lambda text: None, Accounts(), keep=range(1, 9)
+    )
     assert plan.steps == STEPS
-    spent: dict[str, float] = {}
-    state = SimpleNamespace(step=0, presented=0, grown={}, tensors=lambda: tensors)
-    state.clock = lambda part: trainer.State.clock(SimpleNamespace(spent=spent), part)  # type: ignore[arg-type]
+    state = SimpleNamespace(step=0, tokens=0, growth_state={}, tensors=lambda: tensors)
     stalls, saves = [], []
     for step in range(1, 5):
         state.step = step
@@ -1681,8 +1691,8 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
         started = time.perf_counter()
         keeper.publish(state)  # type: ignore[arg-type]
         stalls.append((time.perf_counter() - started) / max(0.3, 2 * bare) * 0.3)
-        assert keeper._writing is not None
-        keeper._writing.result()  # each alone
+        assert keeper.writer._writing is not None
+        keeper.writer._writing.result()  # each alone
     (plain,) = [entry for entry in store.summary()[0] if entry.step == 4]
     for i in range(3):
         tensors["model/0"][0] = float(i)
@@ -1698,7 +1708,7 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
     assert min(stalls) < 0.3 and min(saves) < 1.5
 
 
-def test_a_score_before_the_first_step_of_a_sitting_is_computed_as_all_are(tmp_path: Path) -> None:
+def test_a_score_before_the_first_step_of_a_session_is_computed_as_all_are(tmp_path: Path) -> None:
     """How attention is computed is settled before the first step, not by it."""
     never, once = (config(attention="sdpa", dropout=0.0, eval_interval=every) for every in (1000, 10))
     store = Store(tmp_path / "store")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_reuse import mounted
+from test_sharing import mounted
 from test_sweeps import SET, AtOnce, command, made, searched, told, write
 from typer.testing import CliRunner
 

@@ -21,9 +21,11 @@ from conftest import TINY, tiny_sets
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.optimizers import Optimizers
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
+from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
-from mainrun.run import session as sitting
+from mainrun.run import session
 from mainrun.run.progress import Lines, Progress
 from mainrun.run.session import train
 from mainrun.store import checkpoint
@@ -319,7 +321,7 @@ def test_a_crash_goes_back_to_the_last_checkpoint_and_drops_the_rows_after_it(
             f.write('{"event": "step", "st')  # the row that was being written
     watch = Watch()
     train(cfg, tmp_path, progress=watch)
-    assert watch.steps[0] == 21 and any("goes on after step 20" in n for n in watch.notes)
+    assert watch.steps[0] == 21 and any("resumes after step 20" in n for n in watch.notes)
     assert end(tmp_path / cfg.run_id) == end(undisturbed(cfg))
 
 
@@ -506,7 +508,7 @@ def test_a_last_update_that_breaks_the_weights_diverges_too(
 ) -> None:
     """No later loss would show it; the last score does."""
     cfg = config(checkpoint_every=10)
-    original = trainer.Optimizers.apply
+    original = Optimizers.apply
     done = 0
 
     def broken(self: Any) -> None:
@@ -518,8 +520,8 @@ def test_a_last_update_that_breaks_the_weights_diverges_too(
                 next(iter(self.names)).fill_(math.nan)
 
     last = estimate(cfg)["plan"]["steps"]
-    monkeypatch.setattr(trainer.Optimizers, "apply", broken)
-    with pytest.raises(Diverged, match=f"the score at step {last} of {last} is no number"):
+    monkeypatch.setattr(Optimizers, "apply", broken)
+    with pytest.raises(Diverged, match=f"the score at step {last} of {last} is not a number"):
         train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     assert run.summary() is None and run.status()["state"] == "diverged"
@@ -588,10 +590,9 @@ def test_the_operations_that_torch_cannot_repeat_are_refused(tmp_path: Path) -> 
 def test_flops_are_counted_as_the_formula_says() -> None:
     """Six a weight that multiplies; twice a score and a sum over the whole block in attention, three times with the backward pass."""
     cfg = config(n_layer=2, d_model=32, block_size=16)
-    model = trainer.build(cfg, 400)
     products = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 400 * 32
     attention = 2 * (2 * 16 * 32) * 2 * 3
-    assert sitting.flops_per_token(cfg, model) == 6 * products + attention
+    assert costs(cfg, 400)["flops_per_token"] == 6 * products + attention
 
 
 # -- a full disk
@@ -691,14 +692,14 @@ def test_a_disk_that_is_full_at_the_summary_costs_no_step(
 ) -> None:
     cfg = config()
     whole = undisturbed(cfg)
-    summarize = trainer.summarize
+    summarize = session.summarize
 
     def then_full(*args: Any) -> Any:
         found = summarize(*args)
         fill(small_disk, 0)
         return found
 
-    monkeypatch.setattr(trainer, "summarize", then_full)
+    monkeypatch.setattr(session, "summarize", then_full)
     with pytest.raises(DiskFull, match=r"status\.json"):
         train(cfg, small_disk)
     monkeypatch.undo()
@@ -878,7 +879,7 @@ def test_a_corpus_that_changed_under_an_interrupted_run_is_refused(tmp_path: Pat
     assert (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_best_of_earlier_sittings_is_shown(tmp_path: Path) -> None:
+def test_the_best_of_earlier_sessions_is_shown(tmp_path: Path) -> None:
     told: list[float | None] = []
 
     class Told(Lines):

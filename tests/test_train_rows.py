@@ -1098,12 +1098,12 @@ def test_a_run_on_a_compiled_model_counts_its_first_step_apart(
 
 def test_a_run_that_stops_and_goes_on(tmp_path: Path, ran: Ran) -> None:
     stopped = go(small(), tmp_path, error=Interrupted, until=5)
-    assert stopped.said == "stopped at step 5 of 9; everything is saved, the same command goes on from here"
+    assert stopped.said == "stopped at step 5 of 9; everything is saved, run the same command again to resume"
     assert [step for step, _ in stopped.saved] == [2, 4, 5]
     assert stopped.run.status()["state"] == "interrupted" and stopped.watch.closed == 1
     back = go(small(), tmp_path)
     assert back.watch.started == [(back.cfg.run_id, 9, 3)] and back.watch.notes == [
-        f"{back.run.path} goes on after step 5"
+        f"{back.run.path} resumes after step 5"
     ]
     assert [step for step, _ in back.saved] == [6, 8, 9]
     assert (
@@ -1124,7 +1124,7 @@ def test_a_signal_stops_after_its_step(tmp_path: Path) -> None:
     found = go(
         small(log_every=1), tmp_path, Watch({3: lambda: os.kill(os.getpid(), signal.SIGTERM)}), Interrupted
     )
-    assert found.said == "SIGTERM at step 3 of 9; everything is saved, the same command goes on from here"
+    assert found.said == "SIGTERM at step 3 of 9; everything is saved, run the same command again to resume"
     assert [step for step, _ in found.saved] == [2, 3]
 
 
@@ -1136,7 +1136,7 @@ def test_another_process_may_stop_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert (
         found.said
-        == "another process stopped at step 3 of 9; everything is saved, the same command goes on from here"
+        == "another process stopped at step 3 of 9; everything is saved, run the same command again to resume"
     )
 
 
@@ -1191,7 +1191,7 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     found = go(small(), tmp_path, error=Diverged)
     lr = Plan(found.cfg, 10_000).at(2).lr
     assert found.said == (
-        f"the score at step 3 of 9 is no number after lr {lr:g}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)"
+        f"the score at step 3 of 9 is not a number after lr {lr:g}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)"
     )
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]
 
