@@ -19,7 +19,7 @@ from mainrun.ui.console import Debug, Json, check_place, emit, validate_paths
 if TYPE_CHECKING:
     from reports.load import Evidence
 
-LOG = Path(__file__).parents[1] / "docs" / "log.md"
+LOG = Path(__file__).parents[1] / "docs" / "log"  # a folder with one page per subject
 
 
 def report(
@@ -86,7 +86,7 @@ def report(
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; write one line of text")
     e = load.gather(places or [], runs)
-    wrote = write(e, out, title, figures, tables, log or (LOG if LOG.is_file() else None), samples)
+    wrote = write(e, out, title, figures, tables, log or (LOG if LOG.is_dir() else None), samples)
     if as_json:
         emit(wrote)
     else:

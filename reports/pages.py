@@ -311,7 +311,7 @@ def failed(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         yield from found
     if told and r.log:
         yield heading("From the log", 1)
-        digest = sha256(r.log.read_bytes()).hexdigest()[:12]
+        digest = sha256(log_text(r.log)).hexdigest()[:12]
         yield words(
             f"What {r.log.name} (sha256 {digest}) says went worse, slower or wrong; it holds every experiment.",
             "small",
@@ -324,9 +324,16 @@ def from_log(log: Path | None, most: int = 16) -> list[str]:
     """The points of the log that tell of something that did not work, cut to their beginning."""
     if log is None:
         return []
-    points = re.findall(r"(?m)^- (.+(?:\n  .+)*)", log.read_text(encoding="utf-8"))
-    clean = [" ".join(point.split()).replace("**", "").replace("`", "") for point in points]
+    points = re.findall(r"(?m)^- (.+(?:\n  .+)*)", log_text(log).decode())
+    unlinked = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", point) for point in points]
+    clean = [" ".join(point.split()).replace("**", "").replace("`", "") for point in unlinked]
     return [p if len(p) < 240 else p[: p.rfind(" ", 0, 238)] + " …" for p in clean if LOST.search(p)][:most]
+
+
+def log_text(log: Path) -> bytes:
+    """Return the text of the log: a file, or the pages of a folder in the order of their names."""
+    pages = sorted(log.glob("*.md")) if log.is_dir() else [log]
+    return b"\n".join(page.read_bytes() for page in pages)
 
 
 def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -379,4 +386,4 @@ def missing(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[str]:
     if not r.samples:
         yield "samples (not asked for, or no checkpoint to write them)"
     if r.log is None:
-        yield "the log (no docs/log.md beside the code)"
+        yield "the log (no folder docs/log next to the code)"

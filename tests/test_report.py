@@ -469,6 +469,16 @@ def test_columns_that_an_export_lacks_are_not_missed(tmp_path: Path) -> None:
         load.gather([str(study)], tmp_path)
 
 
+def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
+    from reports.pages import from_log
+
+    (tmp_path / "b.md").write_text("- [Deeper](deep.md) was **slower**.\n- Wider was better.\n")
+    (tmp_path / "a.md").write_text("- The run\n  diverged.\n")
+    assert from_log(tmp_path) == ["The run diverged.", "Deeper was slower."]
+    assert from_log(tmp_path / "b.md") == ["Deeper was slower."]
+    assert from_log(cli.LOG)
+
+
 # -- the pages
 
 

@@ -26,7 +26,7 @@ def many() -> list[str]:
 
 
 def test_the_first_thousand_are_pinned() -> None:
-    """A change of the grammar changes every figure measured on it: it must be meant, and docs/log.md must say so."""
+    """A change of the grammar changes every figure measured on it: it must be meant, and docs/log/data.md must say so."""
     assert hashlib.sha256("\n".join(titles(1000)).encode()).hexdigest() == FIRST_1000
 
 

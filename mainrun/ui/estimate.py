@@ -166,7 +166,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 # Python, torch and the other libraries of a run, in bytes; on a GPU they are not in its memory.
 PROCESS = 500_000_000
-FRAGMENTS = 1.28  # the heap's peak over that of the tensors that come and go in a step; those that stay leave no holes (docs/log.md)
+FRAGMENTS = 1.28  # the heap's peak over that of the tensors that come and go in a step; those that stay leave no holes (docs/log/growth.md)
 COMPILER = 100_000_000  # what torch.compile leaves in the process ...
 COMPILED = 1.0  # ... and the same peak where a step is compiled: it keeps fewer, and reuses them
 
