@@ -448,5 +448,5 @@ def test_a_run_whose_beginning_is_lost_is_not_judged_by_its_end(
     finished: tuple[TrainConfig, RunDir], tmp_path: Path
 ) -> None:
     """Without env.json nothing says that the evaluation is still the first sitting's."""
-    with pytest.raises(RunError, match=r"env.json.*is lost.*--fresh"):
+    with pytest.raises(RunError, match=r"env.json.*is missing.*--fresh"):
         again(*finished, tmp_path, lambda places: (places[0].parents[1] / "env.json").unlink())

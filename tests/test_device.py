@@ -114,8 +114,8 @@ def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> N
     assert best("cpu", block_size=128, dropout=0.1) == "plain", "the fused kernel takes no byte masks"
     assert best("cpu", block_size=128, dropout=0.1, attn_dropout=0.0) == "sdpa"
     assert (
-        Device(tiny(attention="sdpa")).facts["attention"] == "sdpa"
-        and Device(tiny()).facts["attention"] == "plain"
+        Device(tiny(attention="sdpa")).machine_class["attention"] == "sdpa"
+        and Device(tiny()).machine_class["attention"] == "plain"
     )
 
 
@@ -124,18 +124,18 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
     cfg = load("optimized", ["device=cpu", "threads=2"])[0]
     for tokens, compiled in ((400_000, False), (4_000_000, True)):
         found = Device(cfg)
-        assert not found.facts["compile"] and "compiler" not in found.facts
+        assert not found.machine_class["compile"] and "compiler" not in found.machine_class
         plan = Plan(cfg, tokens)
         found.settle(cfg, plan)
-        costs, saves = compile_balance(cfg, plan, found.device.type, found.threads)
-        assert found.compile == found.facts["compile"] == compiled == (saves > costs)
-        assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.why) == compiled
-        assert ("compiler" in found.facts) == compiled
+        costs, saves = compile_balance(cfg, plan, found.torch_device.type, found.threads)
+        assert found.compile == found.machine_class["compile"] == compiled == (saves > costs)
+        assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.note) == compiled
+        assert ("compiler" in found.machine_class) == compiled
     for asked in ("on", "off"):
         fixed = cfg.model_copy(update={"compile": asked})
         found = Device(fixed)
         found.settle(fixed, Plan(fixed, 4_000_000 if asked == "off" else 400_000))
-        assert found.facts["compile"] == ("compiling" in found.why) == (asked == "on")
+        assert found.machine_class["compile"] == ("compiling" in found.note) == (asked == "on")
 
 
 def test_the_choice_is_the_configs_and_no_stopwatchs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest
     cfg = load("optimized", ["device=cpu"])[0]
     found = Device(cfg)
     found.settle(cfg, Plan(cfg, 10**9))
-    assert not found.compile and not found.facts["compile"]
+    assert not found.compile and not found.machine_class["compile"]
     with pytest.raises(
         ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"
     ):
@@ -180,7 +180,7 @@ class Late(Device):
 
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__(cfg)
-        self.lag = 7
+        self.read_every = 7
 
 
 def test_reading_the_numbers_late_changes_none(
@@ -188,7 +188,7 @@ def test_reading_the_numbers_late_changes_none(
 ) -> None:
     cfg = tiny(checkpoint_every=10)
     train(cfg, tmp_path / "at once")
-    monkeypatch.setattr(trainer, "Machine", Late)
+    monkeypatch.setattr(trainer, "Device", Late)
     reads = []
     fetch = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), fetch(self))[1])
@@ -204,7 +204,7 @@ def test_a_stop_between_two_readings_loses_nothing(
 ) -> None:
     cfg = tiny(eval_per_epoch=0)
     train(cfg, tmp_path / "whole")
-    monkeypatch.setattr(trainer, "Machine", Late)
+    monkeypatch.setattr(trainer, "Device", Late)
     loss, calls = trainer.compute_loss, 0
 
     def then_stop(*args: Any) -> Any:
@@ -227,7 +227,7 @@ def test_a_stop_between_two_readings_loses_nothing(
 def test_a_loss_that_is_read_late_still_ends_the_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "Machine", Late)
+    monkeypatch.setattr(trainer, "Device", Late)
     loss, calls = trainer.compute_loss, 0
 
     def planted(*args: Any) -> Any:
@@ -263,7 +263,7 @@ def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
 
     last = 8  # the first step is read alone, for its score: the seven behind it are read together
     with monkeypatch.context() as late:
-        late.setattr(trainer, "Machine", Late)
+        late.setattr(trainer, "Device", Late)
         late.setattr(trainer, "compute_loss", planted)
         with pytest.raises(Diverged, match=r"at step 8 of .*the checkpoint before this step is kept"):
             train(cfg, tmp_path / "late")
@@ -286,7 +286,7 @@ def test_a_checkpoint_between_two_readings_has_every_row(
         return loss(*args)
 
     with monkeypatch.context() as late:
-        late.setattr(trainer, "Machine", Late)
+        late.setattr(trainer, "Device", Late)
         late.setattr(trainer, "compute_loss", then_crash)
         with pytest.raises(RuntimeError):
             train(cfg, tmp_path / "late")
@@ -374,12 +374,12 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: 
 def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Device(tiny()).facts
+    plain = Device(tiny()).machine_class
     assert "limits" not in plain
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert Device(tiny()).facts["limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert Device(tiny()).machine_class["limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     monkeypatch.setattr(machine, "cpu_flags", lambda: ["AMX bf16"])
-    assert Device(tiny()).facts["instructions"] != plain["instructions"]
+    assert Device(tiny()).machine_class["instructions"] != plain["instructions"]
 
 
 # -- time, by what it went into
@@ -444,7 +444,7 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch sees none here")
     cfg = tiny(device="cuda", dropout=0.1, grad_accum=2, dtype="bfloat16", compile=compiled)
-    assert Device(cfg).facts["native"], "the loss in Triton"
+    assert Device(cfg).machine_class["native"], "the loss in Triton"
     for name in "ab":
         train(cfg, tmp_path / name)
     a, b = (RunDir(tmp_path / name / cfg.run_id) for name in "ab")

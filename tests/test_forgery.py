@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from mainrun.config import TrainConfig
-from mainrun.data import tokenizer as tokens
+from mainrun.data import token_cache as tokens
 from mainrun.data.sources import load_corpus
 from mainrun.errors import Interrupted, RunError
-from mainrun.run import session as sitting
+from mainrun.run import resume
 from mainrun.run.progress import Progress
 from mainrun.run.session import train as train_run
 from mainrun.store import checkpoint
@@ -137,15 +137,15 @@ def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_
         train_run(cfg, tmp_path / "runs")
 
 
-def test_every_sitting_leaves_its_versions(
+def test_every_session_leaves_its_versions(
     tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An edited trainer, another torch, another machine or another evaluate in the first sitting is in the last one's summary."""
     cfg = tiny()
-    true = sitting.versions()
+    true = resume.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(sitting, "versions", lambda: true | {"mainrun": "edited"})
-        patch.setattr(sitting.scoring, "evaluate_source_hash", lambda: "another")
+        patch.setattr(resume, "versions", lambda: true | {"mainrun": "edited"})
+        patch.setattr(resume.scoring, "evaluate_source_hash", lambda: "another")
         patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")
         interrupted(cfg, tmp_path)
     told: list[str] = []

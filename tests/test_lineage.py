@@ -31,6 +31,7 @@ from mainrun.data.sources import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
+from mainrun.run.session import train
 from mainrun.store import lineage
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
@@ -199,7 +200,7 @@ class Lab:
         if facts is None:
             machine = Device(cfg)
             machine.settle(cfg, plan)
-            facts = machine.facts
+            facts = machine.machine_class
         begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), facts)
         return plan, lineage.chain(lineage.root(begun), plan)
 
@@ -219,7 +220,7 @@ class Lab:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer.Average, "update", watched)
-            summary = trainer.train(cfg, self.out / "runs" / str(bool(store)), store=store)
+            summary = train(cfg, self.out / "runs" / str(bool(store)), store=store)
         rows = {}
         for row in RunDir(self.out / "runs" / str(bool(store)) / cfg.run_id).metrics():
             if row["event"] == "step":
@@ -288,7 +289,7 @@ def test_a_field_parts_keys_and_bits_where_its_class_says(lab: Lab, field: str) 
     kind, first = TrainConfig.class_of(field), CASES[field].first
     at = -1 if kind == "static" else first
     if field in NOT_HERE:
-        assert verdict(lab.chain(one)[1], lab.chain(other, Device(one).facts | NOT_HERE[field])[1]) == at
+        assert verdict(lab.chain(one)[1], lab.chain(other, Device(one).machine_class | NOT_HERE[field])[1]) == at
         return
     a, b = lab.train(one), lab.train(other)
     assert verdict(a.keys, b.keys) == at
@@ -400,7 +401,7 @@ def test_one_title_changed_gives_another_root(lab: Lab) -> None:
 
 
 def test_each_fact_of_a_beginning_enters_the_root_and_is_named(lab: Lab) -> None:
-    cfg, facts = lab.config(), Device(lab.config()).facts
+    cfg, facts = lab.config(), Device(lab.config()).machine_class
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     begun = lineage.origin(cfg, prints, "tokens", versions(), facts)
     assert begun["fields"].keys() | lineage.IN_TOKENS | lineage.IN_MACHINE == {

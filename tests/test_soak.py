@@ -21,7 +21,8 @@ from soak_sessions import Disturbance, Ending, Session
 
 from mainrun.core.optimizers import Optimizers
 from mainrun.plan.plan import Plan
-from mainrun.run.session import finish
+from mainrun.run.accounts import Accounts
+from mainrun.run.summary import finish
 from mainrun.store.files import Folder
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir, write_json
@@ -276,8 +277,9 @@ def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
         write_json(tmp_path / name, value)
 
     run.write = write
-    state = SimpleNamespace(spent={"steps": 1.0}, ledger={"reused_tokens": 0}, step=3)
-    finish(run, state, Plan(tiny(), 10_000), {})
+    accounts = Accounts()
+    accounts.add("steps", 1.0)
+    finish(run, SimpleNamespace(step=3), Plan(tiny(), 10_000), accounts, {})
     assert seen == [("status.json", None), ("summary.json", "done")]
 
 
