@@ -1,18 +1,18 @@
-"""Notices training steps that wait for a busy processor."""
+"""Notices training steps that wait for a processor which other processes keep busy."""
 
 from __future__ import annotations
 
 import time
 
 WINDOW = 5.0  # seconds of steps that are looked at together
-FACTOR = 2.0  # steps are slow if they take this many times the processor time that one thread used
+LEAST_CORES = 1.1  # two threads that are not held up use more than this many cores on average
 
 
 class SlowSteps:
-    """Warns once when steps on several threads take far longer than the processor time they use.
+    """Warns once when steps on several threads take far longer than the processor time that they use.
 
-    Every matrix product waits for its slowest thread. If another process keeps one core busy, a run on all cores is
-    therefore many times slower than a run on one.
+    Every matrix product waits for its slowest thread. If another process keeps one of two cores busy, a run on two
+    threads is therefore many times slower than a run on one.
     """
 
     def __init__(self, threads: int, device: str) -> None:
@@ -37,15 +37,17 @@ class SlowSteps:
         self.processor += time.process_time() - self._started[1]
         if self.wall < WINDOW:
             return ""
-        slow = self.wall * self.threads > FACTOR * self.processor
-        self.on = not slow
-        seconds = self.wall / self.steps
-        used = self.processor / self.threads / self.steps
+        warning = ""
+        if self.processor < LEAST_CORES * self.wall:
+            self.on = False
+            warning = self._warning()
         self.steps = 0
         self.wall = 0.0
         self.processor = 0.0
-        if not slow:
-            return ""
-        times = f"a step takes {seconds:.2g} s but only {used:.2g} s of processor time on each thread"
-        fix = "if other processes keep the cores busy, --set threads=1 is faster"
-        return f"{times}; {fix}"
+        return warning
+
+    def _warning(self) -> str:
+        wall = self.wall / self.steps
+        processor = self.processor / self.steps
+        times = f"a step takes {wall:.2g} s, of which its {self.threads} threads compute {processor:.2g} s in all"
+        return f"{times}: they wait for busy cores; --set threads=1 may be faster"
