@@ -25,8 +25,12 @@ from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.optimizers import Muon, Optimizers, ParamSchedule
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Diverged, Interrupted, RunError
+from mainrun.growth.controller import Growth
+from mainrun.growth.state import load_state
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.seeds import seed_from
+from mainrun.run import accounts, session
+from mainrun.run.accounts import Accounts
 from mainrun.run.progress import Progress
 from mainrun.run.session import train
 from mainrun.store import checkpoint
@@ -243,7 +247,7 @@ def test_the_mask_of_titles() -> None:
         [[[x, o, o, o], [x, x, o, o], [x, x, x, o], [x, x, x, x]]],
     ]
     for attention in ("plain", "sdpa"):
-        model.set_up(inputs(model.cfg), attention)
+        model.set_dropout(inputs(model.cfg), attention)
         bias = model.attention_bias(idx)
         assert bias is not None and bias.tolist() == expected and bias.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -255,16 +259,16 @@ def test_the_causal_mask() -> None:
     model = build(config(), V)
     bias = model.attention_bias(torch.tensor([[5, EOS, 6]]))
     assert bias is not None and bias.tolist() == [[0, -math.inf, -math.inf], [0, 0, -math.inf], [0, 0, 0]]
-    model.set_up(inputs(model.cfg), "sdpa")
+    model.set_dropout(inputs(model.cfg), "sdpa")
     assert model.attention_bias(torch.tensor([[5, EOS, 6]])) is None
 
 
-def test_set_up_hands_out_the_dropouts() -> None:
+def test_set_dropout_sets_the_rates_of_every_block() -> None:
     model = build(config(n_layer=3), V)
-    model.set_up(inputs(model.cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75), "sdpa")
+    model.set_dropout(inputs(model.cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75), "sdpa")
     assert model.dropout == 0.25
     assert [(b.dropout, b.attn.dropout, b.attn.fused) for b in model.blocks] == [(0.75, 0.5, True)] * 3
-    model.set_up(inputs(model.cfg), "plain")
+    model.set_dropout(inputs(model.cfg), "plain")
     assert [(b.dropout, b.attn.dropout, b.attn.fused) for b in model.blocks] == [(0.0, 0.0, False)] * 3
 
 
@@ -274,7 +278,7 @@ def test_what_fused_attention_is_given(
     monkeypatch: pytest.MonkeyPatch, training: bool, title_mask: bool
 ) -> None:
     model = build(config(title_mask=title_mask, **ATTENTION), V).train(training)
-    model.set_up(inputs(model.cfg, attn_dropout=0.5), "sdpa")
+    model.set_dropout(inputs(model.cfg, attn_dropout=0.5), "sdpa")
     original, given = F.scaled_dot_product_attention, []
 
     def spy(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
@@ -395,7 +399,7 @@ def test_the_places_that_drop(
         monkeypatch.setattr(
             Masks, "take", lambda self, shape: (used.append(math.prod(shape)), take(self, shape))[1]
         )
-        model.set_up(at, attention)
+        model.set_dropout(at, attention)
         model(ids(3, 4), torch.ones(sum(size for size, _ in places), dtype=torch.uint8))
         assert used == [size for size, _ in places], "the model takes them, and no others"
     wide = config(n_head=1, d_model=10)
@@ -541,23 +545,23 @@ def test_marks_make_groups_of_their_own() -> None:
     mark = ParamSchedule(lr=0.5, weight_decay=3.0, eps=2.0, since=10, rewarm=5)
     names = ["blocks.0.attn.q.weight", "norm.weight"]
     optimizers = Optimizers(cfg, model, dict.fromkeys(names, mark))
-    assert optimizers.marks == dict.fromkeys(names, mark)
-    marked = [group for group in optimizers.groups if group["mark"] == mark]
+    assert optimizers.schedules == dict.fromkeys(names, mark)
+    marked = [group for group in optimizers.groups if group["schedule"] == mark]
     assert sorted(optimizers.names[p] for group in marked for p in group["params"]) == names
     optimizers.set_rates(inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125), 12)
     for group in optimizers.groups:
         rate = 0.5 if group["rate"] == "lr" else 0.25
-        new = group["mark"] == mark
+        new = group["schedule"] == mark
         assert group["lr"] == pytest.approx(rate * 0.3 if new else rate)
         assert group["weight_decay"] == pytest.approx(0.125 * (3 if new else 1) if group["decays"] else 0.0)
         assert group["eps"] == pytest.approx(2e-4 if new else 1e-4)
     assert mark.rate(12) == pytest.approx(0.3)
-    assert Optimizers(cfg, model).marks == {}
+    assert Optimizers(cfg, model).schedules == {}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     young = Optimizers(cfg, model, {"norm.weight": ParamSchedule(rewarm=4)})
     young.step(inputs(cfg, lr_aux=1.0))  # a step without a number is the first
-    assert [group["lr"] for group in young.groups if group["mark"].rewarm] == [0.25]
+    assert [group["lr"] for group in young.groups if group["schedule"].rewarm] == [0.25]
 
 
 def test_a_step_sets_the_rates_and_moves_the_weights() -> None:
@@ -616,24 +620,31 @@ def test_momentum_is_loaded_for_all_or_for_none() -> None:
 def test_a_new_state() -> None:
     cfg = config()
     state = State(cfg, model := build(cfg, V))
-    assert (state.step, state.saved, state.presented, state.resumed) == (0, 0, 0, 0)
-    assert (state.ledger, state.spent, state.grown) == (
-        {"reused": 0, "reused_tokens": 0, "wasted": 0},
-        {},
-        {},
-    )
+    assert (state.step, state.tokens, state.growth_state) == (0, 0, {})
     assert state.cfg is cfg and state.model is model and state.average.live == dict(model.named_parameters())
 
 
 def test_a_clock_adds_up_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 3.0, 10.0, 11.5])
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(times))
-    state = State(config(), build(config(), V))
-    with state.clock("steps"):
+    monkeypatch.setattr(accounts.time, "perf_counter", lambda: next(times))
+    costs = Accounts()
+    with costs.clock("steps"):
         pass
-    with pytest.raises(KeyError), state.clock("steps"):
+    with pytest.raises(KeyError), costs.clock("steps"):
         raise KeyError
-    assert state.spent == {"steps": 3.5}
+    assert costs.spent == {"steps": 3.5}
+
+
+def test_a_clock_inside_another_stops_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 5.0, 6.0, 8.0, 10.0])
+    monkeypatch.setattr(accounts.time, "perf_counter", lambda: next(times))
+    costs = Accounts()
+    with costs.clock("growth"):
+        with costs.clock("evaluation"):
+            pass
+        with costs.clock("evaluation"):
+            pass
+    assert costs.spent == {"evaluation": 6.0, "growth": 4.0}
 
 
 def stepped(cfg: TrainConfig, average: float) -> State:
@@ -660,7 +671,7 @@ def test_a_state_comes_back_from_its_tensors(average: float) -> None:
     other = State(cfg, build(config(seed=9, optimizer="adamw", ema=0.5), V))
     other.average.apart = average == 1
     other.load(tensors, 7, 700)
-    assert (other.step, other.presented, other.grown, other.average.apart) == (7, 700, {}, average < 1)
+    assert (other.step, other.tokens, other.growth_state, other.average.apart) == (7, 700, {}, average < 1)
     assert all(torch.equal(t, tensors[n]) for n, t in other.tensors().items())
     assert all(
         torch.equal(t, tensors[f"{'average' if average < 1 else 'model'}/{n}"])
@@ -681,13 +692,22 @@ def test_a_state_of_another_model_is_refused() -> None:
         state.load({n: t for n, t in tensors.items() if n != "model/norm.weight"}, 7, 700)
 
 
+@pytest.mark.parametrize("name", ["model/norm.weight", "average/norm.weight"])
+def test_a_tensor_of_another_shape_is_refused(name: str) -> None:
+    """Copying a scalar would fill the whole parameter with it."""
+    state = stepped(config(ema=0.5), 0.5)
+    tensors = {n: t.detach().clone() for n, t in state.tensors().items()} | {name: torch.tensor(1.0)}
+    with pytest.raises(RunError, match=r"norm.weight has shape \(\) in the state and \(8,\) in the model"):
+        state.load(tensors, 7, 700)
+
+
 def test_a_grown_state_rebuilds_its_model() -> None:
     cfg = config()
     state, wide = State(cfg, build(cfg, V)), config(d_ff=48)
     other = State(wide, build(wide, V))
     grown = {"fired": [3], "applied": 1, "config": wide.model_dump(mode="json"), "marks": {}}
-    state.load(other.tensors(), 5, 50, grown)
-    assert state.cfg.d_ff == 48 and state.grown == grown
+    load_state(state, other.tensors(), 5, 50, grown)
+    assert state.cfg.d_ff == 48 and state.growth_state == grown
     assert all(torch.equal(t, other.tensors()[n]) for n, t in state.tensors().items())
 
 
@@ -705,10 +725,10 @@ class Parts:
         world: int = 1,
         mean: float = 1.0,
     ) -> None:
-        self.machine = Device(cfg)
-        self.machine.rank, self.machine.world = rank, world
+        self.device = Device(cfg)
+        self.device.rank, self.device.world = rank, world
         self.synced: list[str] = []
-        self.machine.mean = lambda value: value * mean
+        self.device.mean = lambda value: value * mean
         self.state = State(cfg, build(cfg, V))
         parts = self
 
@@ -725,11 +745,12 @@ class Parts:
                 parts.synced.append("none")
                 yield
 
-        monkeypatch.setattr(trainer, "make_runner", lambda machine, model: Runner(model))
-        self.stepper = TrainStep(cfg, self.machine, self.state)
+        monkeypatch.setattr(Device, "runner", lambda self, model: Runner(model))
+        self.stepper = TrainStep(self.state, self.device)
 
     def run(self, x: Tensor, y: Tensor, at: StepInputs, step: int = 0) -> tuple[float, float]:
-        loss, norm = self.stepper.gradients(x, y, at, step).tolist()
+        self.state.step = step
+        loss, norm = self.stepper.gradients(x, y, at).tolist()
         return loss, norm
 
 
@@ -760,13 +781,13 @@ def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, g
         assert p.grad is not None and torch.allclose(
             p.grad, factor * gradients[name], atol=1e-7, rtol=1e-4
         ), name
-    assert parts.synced == [] and parts.state.presented == 16 and parts.state.model.training
+    assert parts.synced == [] and parts.state.tokens == 16 and parts.state.model.training
     parts.run(x, y, inputs(cfg), 1)  # gradients do not add up from step to step
     assert all(
         torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4)
         for n, p in parts.state.model.named_parameters()
     )
-    assert parts.state.presented == 32
+    assert parts.state.tokens == 32
 
 
 def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -782,10 +803,10 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(trainer, "compute_loss", spy)
     parts = Parts(monkeypatch, cfg, rank=1, world=2, mean=3.0)
-    seed, masks = parts.machine.seed, parts.machine.masks
-    monkeypatch.setattr(parts.machine, "seed", lambda found: (seeds.append(found), seed(found)))
+    seed, masks = parts.device.seed, parts.device.masks
+    monkeypatch.setattr(parts.device, "seed", lambda found: (seeds.append(found), seed(found)))
     monkeypatch.setattr(
-        parts.machine, "masks", lambda found, micro: (places.append((found, micro)), masks(found, micro))[1]
+        parts.device, "masks", lambda found, micro: (places.append((found, micro)), masks(found, micro))[1]
     )
     loss, _ = parts.run(x, y, inputs(cfg), 7)
     assert [(a.tolist(), b.tolist()) for a, b, _ in taken] == [
@@ -797,7 +818,7 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places == [(dropout_sites(cfg, at, 2, "plain"), 0), (dropout_sites(cfg, at, 2, "plain"), 1)]
     assert parts.synced == ["none"]
     assert (
-        parts.state.presented == 2 * 2 * 4 * 2
+        parts.state.tokens == 2 * 2 * 4 * 2
     )  # two pieces of two rows of four tokens, of each of two processes
     assert 6 < loss < 12, "the mean is the machine's"
 
@@ -806,23 +827,23 @@ def test_r_drop_takes_masks_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> 
     cfg = config(rdrop=0.5, dropout=0.5)
     parts = Parts(monkeypatch, cfg)
     places = []
-    masks = parts.machine.masks
+    masks = parts.device.masks
     monkeypatch.setattr(
-        parts.machine, "masks", lambda found, micro: (places.append(found), masks(found, micro))[1]
+        parts.device, "masks", lambda found, micro: (places.append(found), masks(found, micro))[1]
     )
     parts.run(*batch(), inputs(cfg))
     assert places == [dropout_sites(cfg, inputs(cfg), 8, "plain")]
-    assert parts.state.presented == 32
+    assert parts.state.tokens == 32
 
 
-def test_a_score_is_not_presented(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_processes_no_training_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(monkeypatch, config())
     parts.state.model.eval()
     parts.stepper.runner(batch()[0])
-    assert parts.state.presented == 0
+    assert parts.state.tokens == 0
     parts.state.model.train()
     parts.stepper.runner(batch()[0])
-    assert parts.state.presented == 16
+    assert parts.state.tokens == 16
 
 
 class Replayed:
@@ -846,17 +867,17 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(optimizer="adamw", ema=0.5)
     made: list[Replayed] = []
 
-    def recorded(self: Device, cfg: TrainConfig) -> Replayed:
+    def cuda_graph(self: Device, cfg: TrainConfig) -> Replayed:
         made.append(Replayed())
         return made[-1]
 
-    monkeypatch.setattr(Device, "recorded", recorded)
+    monkeypatch.setattr(Device, "cuda_graph", cuda_graph)
     parts = Parts(monkeypatch, cfg)
     learn, move = made
     at = inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125, average=0.5, grad_accum=2)
     for step in range(3):
         parts.run(*batch(), at, step)
-    assert parts.state.presented == 48 and parts.stepper.goes == 16
+    assert parts.state.tokens == 48 and parts.stepper.tokens_per_replay == 16
     # all that changes from step to step without another step being recorded is not in the key
     still = at._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
     assert learn.calls == [(still, (4, 4))] * 3
@@ -867,12 +888,18 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     learn.graph = "graph"
     parts.stepper.update(at)
     assert move.calls[1] == (0.125, "graph") and move.on is True
-    parts.stepper.forget()
-    assert (learn.forgotten, move.forgotten) == (1, 1) and parts.stepper.model is parts.state.model
     runner = parts.stepper.runner
-    parts.stepper.forget(model=True)
+    parts.state.load(parts.state.tensors(), 3, 48)
+    parts.run(*batch(), at, 3)
+    assert (learn.forgotten, move.forgotten) == (1, 1), (
+        "a recorded step reads the tensors that were there before"
+    )
+    assert parts.stepper.runner is runner, "the model is the same, so it is not compiled again"
+    parts.stepper.release()
     assert (learn.forgotten, move.forgotten) == (2, 2)
     assert parts.stepper.model is None and parts.stepper.runner is None and not runner._forward_pre_hooks
+    parts.stepper.release()
+    assert (learn.forgotten, move.forgotten) == (2, 2), "once"
 
 
 def test_an_update_takes_the_rates_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -883,8 +910,7 @@ def test_an_update_takes_the_rates_of_its_step(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         Optimizers, "set_rates", lambda self, at, step: (steps.append(step), original(self, at, step))
     )
-    parts.state.step = 5
-    parts.run(*batch(), inputs(cfg))
+    parts.run(*batch(), inputs(cfg), 5)
     before = {n: p.detach().clone() for n, p in parts.state.model.named_parameters()}
     parts.stepper.update(inputs(cfg, lr=0.5, lr_aux=0.25))
     assert steps == [5]
@@ -915,7 +941,7 @@ def test_how_the_model_is_run(
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
     machine: Any = SimpleNamespace(compile=compiled, world=world)
     model = nn.Linear(1, 1)
-    assert trainer.make_runner(machine, model) is model
+    assert Device.runner(machine, model) is model
     assert done == calls
 
 
@@ -998,13 +1024,14 @@ def go(cfg: TrainConfig, out: Path, watch: Watch | None = None, error: Any = Non
 
     watch, found = watch or Watch(), {}
     with patch.context() as p:
-        p.setattr(trainer, "time", clock)
+        for module in (trainer, session, accounts):
+            p.setattr(module, "time", clock)
         p.setattr(trainer, "prepare", clock.costs(7, trainer.prepare))
         p.setattr(trainer, "build", clock.costs(0.5, trainer.build))
-        p.setattr(trainer, "score", clock.costs(100, lambda *args, score=trainer.score: list(score(*args))))
-        p.setattr(trainer, "summarize", clock.costs(10_000, trainer.summarize))
-        p.setattr(trainer.Stepper, "gradients", clock.costs(10, trainer.Stepper.gradients))
-        p.setattr(trainer.Stepper, "update", clock.costs(1, trainer.Stepper.update))
+        p.setattr(session, "score", clock.costs(100, lambda *args, score=session.score: list(score(*args))))
+        p.setattr(session, "summarize", clock.costs(10_000, session.summarize))
+        p.setattr(trainer.TrainStep, "gradients", clock.costs(10, trainer.TrainStep.gradients))
+        p.setattr(trainer.TrainStep, "update", clock.costs(1, trainer.TrainStep.update))
         p.setattr(checkpoint, "save", clock.costs(1000, save))
         if error is None:
             found["summary"] = train(cfg, out, progress=watch, **options)
@@ -1087,10 +1114,10 @@ def test_a_run_on_a_compiled_model_counts_its_first_step_apart(
 
     def settled(self: Device, cfg: TrainConfig, plan: Plan) -> None:
         settle(self, cfg, plan)
-        self.compile, self.why = True, "compiling"
+        self.compile, self.note = True, "compiling"
 
     monkeypatch.setattr(Device, "settle", settled)
-    monkeypatch.setattr(trainer, "make_runner", lambda machine, model: model)
+    monkeypatch.setattr(Device, "runner", lambda self, model: model)
     found = go(small(), tmp_path)
     assert (found.summary["spent"]["compile"], found.summary["spent"]["steps"]) == (11.0, 88.0)
     assert found.watch.notes == ["compiling"]
@@ -1098,7 +1125,7 @@ def test_a_run_on_a_compiled_model_counts_its_first_step_apart(
 
 def test_a_run_that_stops_and_goes_on(tmp_path: Path, ran: Ran) -> None:
     stopped = go(small(), tmp_path, error=Interrupted, until=5)
-    assert stopped.said == "stopped at step 5 of 9; everything is saved, run the same command again to resume"
+    assert stopped.said == "stopped at step 5 of 9; everything is saved; run the same command again to resume"
     assert [step for step, _ in stopped.saved] == [2, 4, 5]
     assert stopped.run.status()["state"] == "interrupted" and stopped.watch.closed == 1
     back = go(small(), tmp_path)
@@ -1124,19 +1151,19 @@ def test_a_signal_stops_after_its_step(tmp_path: Path) -> None:
     found = go(
         small(log_every=1), tmp_path, Watch({3: lambda: os.kill(os.getpid(), signal.SIGTERM)}), Interrupted
     )
-    assert found.said == "SIGTERM at step 3 of 9; everything is saved, run the same command again to resume"
+    assert found.said == "SIGTERM at step 3 of 9; everything is saved; run the same command again to resume"
     assert [step for step, _ in found.saved] == [2, 3]
 
 
 def test_another_process_may_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(Device, "any", lambda self, flag: flag or bool(asked))
+    monkeypatch.setattr(Device, "any_process", lambda self, flag: flag or bool(asked))
     found = go(
         small(log_every=1, eval_interval=0), tmp_path, Watch({3: lambda: asked.append(True)}), Interrupted
     )
     assert (
         found.said
-        == "another process stopped at step 3 of 9; everything is saved, run the same command again to resume"
+        == "another process stopped at step 3 of 9; everything is saved; run the same command again to resume"
     )
 
 
@@ -1180,9 +1207,9 @@ def test_a_loss_that_is_no_number_ends_the_run(
 
 
 def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = trainer.score
+    original = session.score
     monkeypatch.setattr(
-        trainer,
+        session,
         "score",
         lambda cfg, data, state: [
             r | ({"loss": math.inf} if state.step == 3 else {}) for r in original(cfg, data, state)
@@ -1204,7 +1231,7 @@ def late_numbers(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
 
     def init(self: Device, cfg: TrainConfig) -> None:
         original(self, cfg)
-        self.lag = lag
+        self.read_every = lag
 
     monkeypatch.setattr(Device, "__init__", init)
 
@@ -1245,18 +1272,6 @@ def test_a_stop_reads_what_is_waiting(tmp_path: Path, monkeypatch: pytest.Monkey
 # -- with a store, with growth, and as one of several processes
 
 
-def forgets(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What is asked of the stepper: to forget its records, and with them the model."""
-    original, asked = TrainStep.forget, []
-
-    def forget(self: TrainStep, model: bool = False) -> None:
-        asked.append(model)
-        original(self, model)
-
-    monkeypatch.setattr(TrainStep, "forget", forget)
-    return asked
-
-
 def test_a_run_goes_on_with_the_store_behind_a_score_that_nobody_had(tmp_path: Path) -> None:
     go(small(eval_interval=0), tmp_path / "a", store=Store(tmp_path / "store"), keep=[4, 5])
     second = go(small(eval_interval=4), tmp_path / "b", store=Store(tmp_path / "store"))
@@ -1276,9 +1291,7 @@ def test_a_run_that_waits_for_its_scores_takes_all_of_the_store(tmp_path: Path) 
 def test_a_run_takes_what_the_store_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: Ran) -> None:
     first = go(small(), tmp_path / "a", store=Store(tmp_path / "store"), keep=[4])
     assert first.summary["weights"] == ran.summary["weights"]
-    forgotten = forgets(monkeypatch)
     second = go(small(), tmp_path / "b", store=Store(tmp_path / "store"))
-    assert forgotten == [False], "a recorded step reads the weights that were there before"
     assert second.summary["weights"] == ran.summary["weights"] and second.summary["ledger"]["trained"] == 0
     assert [step for step, _ in second.saved] == [9], "what was taken to the end is saved, too"
     assert "steps" not in second.summary["spent"]
@@ -1295,10 +1308,10 @@ def test_a_run_that_grows(tmp_path: Path) -> None:
         {"name": "set_lr", "value": 0.125, "trigger": {"wait_iters": 2}},
     ]
     built: list[Any] = []
-    original = TrainStep.__init__
+    original = Device.runner
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            TrainStep, "__init__", lambda self, *args: (built.append(args[0]), original(self, *args))[1]
+            Device, "runner", lambda self, model: (built.append(model.cfg), original(self, model))[1]
         )
         found = go(small(max_steps=0, growth={"ops": ops}, log_every=1), tmp_path)
     rows = found.rows("step")
@@ -1306,7 +1319,7 @@ def test_a_run_that_grows(tmp_path: Path) -> None:
     assert next(row["step"] for row in rows if row["lr"] < 0.125) == 7, (
         "the first evaluation two steps after the op before it"
     )
-    assert [cfg.frozen for cfg in built] == [(), (0,)], "a new model has a new stepper, and only that"
+    assert [cfg.frozen for cfg in built] == [(), (0,)], "a new model has a new runner, and only that"
     events = [json.loads(line) for line in (found.run.path / "growth.jsonl").read_text().splitlines()]
     done = [(row["name"], row["step"]) for row in events if row["event"].endswith("SUCCESS")]
     assert done == [("set_batch_size", 2), ("freeze_layer", 4), ("set_lr", 6)]
@@ -1319,7 +1332,7 @@ def test_an_op_that_fails_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytes
     def act(self: Any, evaluate: Any) -> None:
         raise RunError("no memory")
 
-    monkeypatch.setattr(trainer.Growth, "act", act)
+    monkeypatch.setattr(Growth, "act", act)
     ops = [{"name": "set_lr", "value": 0.125, "trigger": {"step": 3}}]
     found = go(small(max_steps=0, growth={"ops": ops}, checkpoint_every=50), tmp_path, error=RunError)
     assert found.said == "no memory" and [step for step, _ in found.saved] == [3]
@@ -1331,7 +1344,7 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def init(self: Device, cfg: TrainConfig) -> None:
         original(self, cfg)
-        self.rank, self.world, self.lag = 1, 2, 4
+        self.rank, self.world, self.read_every = 1, 2, 4
 
     @contextmanager
     def leader_first(self: Device) -> Iterator[None]:
@@ -1351,10 +1364,10 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Device, "__init__", init)
     monkeypatch.setattr(Device, "leader_first", leader_first)
-    monkeypatch.setattr(Device, "any", asked)
+    monkeypatch.setattr(Device, "any_process", asked)
     monkeypatch.setattr(Device, "mean", lambda self, value: value)
-    monkeypatch.setattr(trainer, "make_runner", lambda machine, model: Runner(model))
-    monkeypatch.setattr(trainer, "follow", lambda *args: followed.append(args))
+    monkeypatch.setattr(Device, "runner", lambda self, model: Runner(model))
+    monkeypatch.setattr(session, "follow_leader", lambda *args: followed.append(args))
     found = go(small(eval_interval=0, checkpoint_every=50), tmp_path)
     assert found.summary == {} and found.saved == [] and len(followed) == 1
     assert found.watch.started == found.watch.steps == found.watch.evals == []
