@@ -42,7 +42,7 @@ from mainrun.ui.console import (
 )
 from mainrun.ui.store_cli import StorePlace, open_store
 from reports import cli as reports
-from reports import submission_cli as submission
+from reports.submission import cli as submission
 from sweeps import cli as sweep
 
 if TYPE_CHECKING:
@@ -407,7 +407,7 @@ def demo(
     from mainrun.ui.demo import demo as whole_way
 
     with stoppable():
-        whole_way(out, sets or [], submission.unfit)
+        whole_way(out, sets or [], submission.why_not_submittable)
 
 
 @app.command()

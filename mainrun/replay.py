@@ -1,9 +1,10 @@
-"""A finished run looked at by the code beside this file: all its guards, or its first steps and its last score once more.
+"""Check a finished run with the code that this file is part of.
 
-    python -m mainrun.replay guards RUN INTO.json
-    python -m mainrun.replay steps RUN INTO.json N
+    python -m mainrun.replay guards RUN RESULT.json   # run all guards
+    python -m mainrun.replay steps RUN RESULT.json N  # train the first N steps again, score the last weights
 
-`mainrun submit` and `mainrun verify` start it in the code of a commit or of a bundle, which need not be the installed one.
+`mainrun submit` and `mainrun verify` run it from a commit or a bundle, whose code may differ from the
+installed code.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from mainrun.store.rundir import RunDir, write_json
 from mainrun.train import State, score, set_up
 
 
-class Place:
-    """What a run computes with, set up again."""
+class Replay:
+    """A finished run with its data, plan and machine, ready to be trained or scored again."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -39,101 +40,124 @@ class Place:
         self.plan = self.setup.plan
 
     def facts(self) -> dict[str, Any]:
-        titles = {"fingerprints": self.corpus.fingerprints, "tokenizer": self.data.tokenizer.digest}
-        return {"versions": versions(), "machine_class": self.setup.device.machine_class, **titles}
+        """What `verify` compares with the run, apart from its rows."""
+        return {
+            "versions": versions(),
+            "machine_class": self.setup.device.machine_class,
+            "fingerprints": self.corpus.fingerprints,
+            "tokenizer": self.data.tokenizer.digest,
+        }
 
     def start(self) -> Controller:
         """Return the run at step 0."""
         return make_controller(self.cfg, self.plan, self.setup.device, self.setup.start())
 
     def end(self, note: Callable[[str], None] = lambda _: None) -> Controller | None:
-        """Return the run with its last weights, or None if it has no usable checkpoint of them."""
-        loaded = checkpoint.load_newest(self.run.checkpoints, self._last, note)
-        if loaded is None:
+        """Return the run at its last step, or None if it has no usable checkpoint of that step."""
+        newest = checkpoint.load_newest(self.run.checkpoints, self._checkpoint_problem, note)
+        if newest is None:
             return None
-        tensors, meta = loaded
+        tensors, meta = newest
         growth = self.start()
         with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {self.run.checkpoints}"):
             load_state(growth.state, tensors, meta["step"], meta["presented"], meta.get("growth"))
             growth.restore()
         return growth
 
-    def _last(self, meta: dict[str, Any]) -> str | None:
-        if fault := checkpoint.fault(meta):
-            return fault
+    def totals(self, growth: Controller) -> dict[str, Any]:
+        """The figures of the whole run, by its plan."""
+        plan = growth.plan
+        segments = segment_costs(plan, self.data.tokenizer.vocab_size)
+        return {
+            "of": plan.steps,
+            "params": sum(p.numel() for p in growth.state.model.parameters()),
+            "tokens": plan.tokens(plan.steps),
+            "flops": sum(segment["flops"] for segment in segments),
+        }
+
+    def _checkpoint_problem(self, meta: dict[str, Any]) -> str | None:
+        """Return why a checkpoint is not one of this run's last step, or None."""
+        problem = checkpoint.fault(meta)
+        if problem:
+            return problem
+        fired = (meta.get("growth") or {}).get("fired", ())
         try:
-            plan = Plan(self.cfg, self.plan.train_tokens, (meta.get("growth") or {}).get("fired", ()))
+            plan = Plan(self.cfg, self.plan.train_tokens, fired)
         except (MainrunError, LookupError, AssertionError) as e:
-            return f"its ops cannot have fired so ({e})"
-        return (
-            None
-            if meta["digest"] == self.cfg.digest and meta["step"] == plan.steps
-            else "it is not of this run's last step"
-        )
+            return f"its ops cannot have fired at these steps ({e})"
+        if meta["digest"] != self.cfg.digest or meta["step"] != plan.steps:
+            return "it is not of this run's last step"
+        return None
 
 
-def all_guards(run: RunDir) -> dict[str, Any]:
-    place, summary = Place(run), run.summary() or {}
-    end = place.end()
+def run_guards(run: RunDir) -> dict[str, Any]:
+    """Run all guards on the last weights of a run."""
+    replay = Replay(run)
+    summary = run.summary() or {}
+    end = replay.end()
     if end is None:
-        raise RunError(
-            f"{run.path} has no usable checkpoint of its last step, and the guards need its weights; train it again with --fresh"
-        )
-    if weights(end.state) != summary.get("weights"):
-        raise RunError(
-            f"{run.path}/summary.json was written for other weights than its checkpoint holds; train it again with --fresh"
-        )
+        problem = f"{run.path} has no usable checkpoint of its last step, and the guards need its weights"
+        raise RunError(f"{problem}; train it again with --fresh")
+    if hash_scored_weights(end.state) != summary.get("weights"):
+        problem = f"{run.path}/summary.json was written for other weights than its checkpoint holds"
+        raise RunError(f"{problem}; train it again with --fresh")
     with end.state.average.applied():
         evidence = Evidence(
-            cfg=place.cfg, corpus=place.corpus, data=place.data, model=end.state.model,
-            evals=[row for row in run.rows() if row["event"] == "eval"], ledger=summary["presentations"], summary=summary,
-            initial_weights="random", evaluate_hash=str(run.env().get("evaluate_hash")),
-        )  # fmt: skip
-        found = guards(evidence, all=True)
-    return place.facts() | {"guards": [asdict(guard) for guard in found]}
+            cfg=replay.cfg,
+            corpus=replay.corpus,
+            data=replay.data,
+            model=end.state.model,
+            evals=[row for row in run.rows() if row["event"] == "eval"],
+            ledger=summary["presentations"],
+            summary=summary,
+            initial_weights="random",
+            evaluate_hash=str(run.env().get("evaluate_hash")),
+        )
+        verdicts = guards(evidence, all=True)
+    return replay.facts() | {"guards": [asdict(verdict) for verdict in verdicts]}
 
 
-def first_steps(run: RunDir, n: int) -> dict[str, Any]:
-    place = Place(run)
+def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
+    """Train the first `n` steps again. Score the last weights again, if the run has a checkpoint of them."""
+    replay = Replay(run)
     notes: list[str] = []
-    growth, end = place.start(), place.end(notes.append)
-    rows = list(again(place.setup, growth, n, lambda step: step in growth.plan.eval_steps, decides=True))
-    whole = growth.state.step == growth.plan.steps
-    found = place.facts() | {"steps": growth.state.step, "rows": rows}
-    if end:
-        last = [row | end.figures(end.state.step) for row in score(place.cfg, place.data, end.state)]
-        found |= {"last": last, "weights": weights(end.state)}
+    growth = replay.start()
+    end = replay.end(notes.append)
+    rows = list(again(replay.setup, growth, n, lambda step: step in growth.plan.eval_steps, decides=True))
+    finished = growth.state.step == growth.plan.steps
+    result = replay.facts() | {"steps": growth.state.step, "rows": rows}
+    if end is not None:
+        scores = score(replay.cfg, replay.data, end.state)
+        result["last"] = [row | end.figures(end.state.step) for row in scores]
+        result["weights"] = hash_scored_weights(end.state)
     elif checkpoint.steps(run.checkpoints):
-        found["unusable"] = "; ".join(notes) or "they are not of its last step"
-    if whole:
-        found["trained_weights"] = weights(growth.state)
-    if known := end or (
-        growth if whole or not place.cfg.growth.ops else None
-    ):  # how a run grew only its end can tell
-        params = sum(p.numel() for p in known.state.model.parameters())
-        vocab_size = place.data.tokenizer.vocab_size
-        flops = sum(part["flops"] for part in segment_costs(known.plan, vocab_size))
-        found |= {
-            "of": known.plan.steps,
-            "params": params,
-            "tokens": known.plan.tokens(known.plan.steps),
-            "flops": flops,
-        }
-    return found
+        result["unusable"] = "; ".join(notes) or "they are not of its last step"
+    if finished:
+        result["trained_weights"] = hash_scored_weights(growth.state)
+    if end is not None:
+        result |= replay.totals(end)
+    elif finished or not replay.cfg.growth.ops:  # the plan of a growing run is only known at its end
+        result |= replay.totals(growth)
+    return result
 
 
-def weights(state: State) -> str:
-    """The hash of what is scored."""
+def hash_scored_weights(state: State) -> str:
+    """Hash the weights that are scored: the average, if the run has one."""
     with state.average.applied():
         return sha256_tensors(iter(state.model.named_parameters()))
 
 
-def main(what: str, run: str, into: str, n: str = "1") -> int:
+def main(command: str, run: str, output: str, n: str = "1") -> int:
+    """Write the result, or the error, as JSON. The exit code is 0 in both cases."""
+    run_dir = RunDir(Path(run))
     try:
-        found = all_guards(RunDir(Path(run))) if what == "guards" else first_steps(RunDir(Path(run)), int(n))
+        if command == "guards":
+            result = run_guards(run_dir)
+        else:
+            result = replay_steps(run_dir, int(n))
     except MainrunError as e:
-        found = {"error": str(e), "exit_code": e.exit_code}
-    write_json(Path(into), found)
+        result = {"error": str(e), "exit_code": e.exit_code}
+    write_json(Path(output), result)
     return 0
 
 

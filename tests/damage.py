@@ -161,12 +161,12 @@ def _toml(value: Any) -> str:
 
 
 def _bundle(folder: Path, run: Path) -> None:
-    from handing_in import quoting
+    from submitting import make_report
 
-    from reports import bundle
+    from reports.submission import bundle
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    report = quoting(summary)
+    report = make_report(summary)
     (folder / "report.pdf").write_bytes(report)
     names = ["config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json"]
     newest = max((run / "checkpoints").iterdir())
@@ -502,7 +502,7 @@ MEMBERS = (
 REWRITTEN = (".lock", "status.json", "env.json")  # rewritten by every start
 ABOUT_THE_TREE = (
     "the working tree is not committed",
-    "this may not leave the machine",
+    "a submission must not contain",
 )  # messages about the tree under test, not about the damage
 CHECKS = {
     "store verify": {1},
@@ -725,7 +725,7 @@ def _add_missing(path: Path) -> None:
 
 def _damage_member(fixture: FixtureDirectory, chance: random.Random, name: str) -> Case:
     """Damage a file in the bundle. In most cases, fix its checksum in the manifest."""
-    from reports import bundle
+    from reports.submission import bundle
 
     path = fixture.place / "submission.zip"
     files = bundle.read(path)

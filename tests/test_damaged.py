@@ -33,7 +33,7 @@ from mainrun.errors import RunError
 from mainrun.files.inputs import BadInput
 from mainrun.store import records
 from mainrun.store.rundir import RunDir
-from reports.submission import _run_files
+from reports.submission.prepare import _run_files
 
 SECONDS = 8.0  # for the random sample
 

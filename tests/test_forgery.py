@@ -1,4 +1,4 @@
-"""What a hand can do to a real run's files and cache between two sittings, and that no figure gets better by it unnoticed."""
+"""Files of a real run are edited by hand between two sessions. No edit improves a figure unnoticed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mainrun.config import TrainConfig
-from mainrun.data import token_cache as tokens
+from mainrun.data import token_cache
 from mainrun.data.sources import load_corpus
 from mainrun.errors import Interrupted, RunError
 from mainrun.run import resume
@@ -28,10 +28,10 @@ from mainrun.ui import compare
 
 class StopAt(Progress):
     def __init__(self, step: int) -> None:
-        self.at = step
+        self.stop_step = step
 
     def step(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.at:
+        if row["step"] == self.stop_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -54,36 +54,37 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cache_that_trains_on_val(
     tiny: Callable[..., TrainConfig], tmp_path: Path, own_cache: Path
 ) -> None:
-    """The cached train stream is val's, and the entry's checksum is made to fit."""
+    """The cached train tokens are replaced by those of val, and the checksum is updated."""
     cfg = tiny()
-    data = tokens.prepare(cfg, load_corpus(cfg))
+    data = token_cache.prepare(cfg, load_corpus(cfg))
     [entry] = own_cache.iterdir()
     train_stream = np.resize(data.splits["val"], len(data.splits["train"]))
     np.save(entry / "train.npy", train_stream)
     meta = json.loads((entry / "meta.json").read_text())
-    meta["digest"] = tokens._digest(
+    meta["digest"] = token_cache._digest(
         data.tokenizer, {**data.splits, "train": train_stream}, meta["chars"], meta["bytes"]
     )
     (entry / "meta.json").write_text(json.dumps(meta))
     assert "lossless_tokens" in failed(train_run(cfg, tmp_path / "runs"))
 
 
-def test_scores_that_the_weights_do_not_give(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Rows made better in metrics.jsonl and in the checkpoint that vouches for it; the summary is then made anew from them."""
+def test_scores_that_the_weights_contradict(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """The scores in metrics.jsonl are halved, its checksum is updated, and the summary is made again."""
     cfg = tiny()
     train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
-    rows = [
-        r | {k: r[k] / 2 for k in ("loss", "full", "official", "bits_per_byte") if r["event"] == "eval"}
-        for r in run.metrics()
-    ]
+    rows = run.metrics()
+    for row in rows:
+        if row["event"] == "eval":
+            for key in ("loss", "full", "official", "bits_per_byte"):
+                row[key] /= 2
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (run.path / "metrics.jsonl").write_bytes(text)
-    place = checkpoint.steps(run.checkpoints)[0]
-    meta = json.loads((place / "meta.json").read_text())
+    newest = checkpoint.steps(run.checkpoints)[0]
+    meta = json.loads((newest / "meta.json").read_text())
     del meta["meta_sha256"]
     meta["metrics"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (place / "meta.json").write_text(to_json(meta | {"meta_sha256": checkpoint._meta_sha256(meta)}))
+    (newest / "meta.json").write_text(to_json(meta | {"meta_sha256": checkpoint._meta_sha256(meta)}))
     (run.path / "summary.json").unlink()
     assert {"same_evaluate", "random_start"} & failed(train_run(cfg, tmp_path))
 
@@ -102,7 +103,7 @@ def test_an_edited_summary_is_not_compared(
 
 
 @pytest.mark.parametrize("damage", [{"last": {}}, {"best": {"full": 1.0}}, {"fingerprints": None}])
-def test_a_summary_with_holes_is_damaged(
+def test_an_incomplete_summary_is_damaged(
     tiny: Callable[..., TrainConfig], tmp_path: Path, damage: dict[str, Any]
 ) -> None:
     cfg = tiny()
@@ -117,15 +118,15 @@ def test_an_edited_config_is_not_compared(tiny: Callable[..., TrainConfig], tmp_
     cfg = tiny()
     train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
-    held = json.loads((run.path / "config.json").read_text())
-    held["config"]["lr"] = 0.5
-    write_json(run.path / "config.json", held)
+    record = json.loads((run.path / "config.json").read_text())
+    record["config"]["lr"] = 0.5
+    write_json(run.path / "config.json", record)
     with pytest.raises(RunError, match=r"config.json was changed.*--fresh"):
         compare.finished(run)
 
 
-def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Nothing says any more which titles the run was begun on."""
+def test_removed_fingerprints(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Without fingerprints nothing shows on which titles the run began."""
     titles = tmp_path / "titles.txt"
     titles.write_text("\n".join(f"title number {i} of the {i * 7 % 50} kind" for i in range(300)))
     cfg = tiny(corpus=f"file:{titles}", num_titles=300, vocab_size=320)
@@ -137,36 +138,37 @@ def test_fingerprints_that_were_taken_out(tiny: Callable[..., TrainConfig], tmp_
         train_run(cfg, tmp_path / "runs")
 
 
-def test_every_session_leaves_its_versions(
+def test_the_versions_of_every_session_are_kept(
     tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An edited trainer, another torch, another machine or another evaluate in the first sitting is in the last one's summary."""
+    """The summary shows an edited trainer, another machine or another evaluate of the first session."""
     cfg = tiny()
-    true = resume.versions()
+    versions = resume.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "versions", lambda: true | {"mainrun": "edited"})
+        patch.setattr(resume, "versions", lambda: versions | {"mainrun": "edited"})
         patch.setattr(resume.scoring, "evaluate_source_hash", lambda: "another")
         patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")
         interrupted(cfg, tmp_path)
-    told: list[str] = []
+    notes: list[str] = []
 
-    class Told(Progress):
+    class Notes(Progress):
         def note(self, text: str) -> None:
-            told.append(text)
+            notes.append(text)
 
-    summary = train_run(cfg, tmp_path, progress=Told())
-    assert summary["all_versions"] == [true | {"mainrun": "edited"}, true]
+    summary = train_run(cfg, tmp_path, progress=Notes())
+    assert summary["all_versions"] == [versions | {"mainrun": "edited"}, versions]
     assert [c["device"] for c in summary["machine_classes"]] == [
         "another processor",
         summary["machine_class"]["device"],
     ]
     assert "same_evaluate" in failed(summary)
-    assert any("a different machine class" in text for text in told) and any(
-        "another mainrun" in text for text in told
-    )
+    assert any("a different machine class" in text for text in notes)
+    assert any("a different version of mainrun" in text for text in notes)
 
 
-def test_a_finished_run_speaks_only_for_its_titles(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_a_finished_run_is_valid_only_for_its_titles(
+    tiny: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     titles = tmp_path / "titles.txt"
     titles.write_text("\n".join(f"title number {i} of the {i * 7 % 50} kind" for i in range(300)))
     cfg = tiny(corpus=f"file:{titles}", num_titles=300, vocab_size=320)
@@ -177,7 +179,7 @@ def test_a_finished_run_speaks_only_for_its_titles(tiny: Callable[..., TrainConf
         train_run(cfg, tmp_path / "runs")
 
 
-def test_a_name_cannot_lead_out_of_the_runs(tmp_path: Path) -> None:
+def test_a_name_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path) -> None:
     from mainrun.errors import ConfigError
     from mainrun.plan.recipes import load
 

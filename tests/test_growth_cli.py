@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mainrun.checks import repeat
-from mainrun.checks.repeat import Finding
+from mainrun.checks.repeat import RepeatedCheck
 from mainrun.cli import app
 from mainrun.store.rundir import RunDir
 
@@ -179,21 +179,21 @@ def test_a_plan_begins_with_the_optimized_preset() -> None:
 # -- verify
 
 
-def finding(ok: bool = True, same: bool = True, check: str = "function") -> Finding:
-    return Finding("0-widen_mlp", "widen_mlp", 14, check, ok, same, "max |delta logits| 0")
+def finding(ok: bool = True, same: bool = True, check: str = "function") -> RepeatedCheck:
+    return RepeatedCheck("0-widen_mlp", "widen_mlp", 14, check, ok, same, "max |delta logits| 0")
 
 
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `repeat` is called with; it yields `findings`, the list at the end."""
+    """What `repeat_ops` is called with; it yields `findings`, the list at the end."""
     called: list[Any] = []
 
-    def fake(run_: RunDir, store: Any) -> Iterable[Finding]:
+    def fake(run_: RunDir, store: Any) -> Iterable[RepeatedCheck]:
         called.append((run_.path, str(store)))
         return called_findings
 
-    called_findings: list[Finding] = []
-    monkeypatch.setattr(repeat, "repeat", fake)
+    called_findings: list[RepeatedCheck] = []
+    monkeypatch.setattr(repeat, "repeat_ops", fake)
     called.append(called_findings)
     return called
 
@@ -219,7 +219,7 @@ VERDICTS = [
 
 @pytest.mark.parametrize(("findings", "verdict", "said"), VERDICTS)
 def test_the_verdict_of_verify(
-    tmp_path: Path, repeated: list[Any], findings: list[Finding], verdict: str | None, said: str | None
+    tmp_path: Path, repeated: list[Any], findings: list[RepeatedCheck], verdict: str | None, said: str | None
 ) -> None:
     repeated[0].extend(findings)
     code, text, why = run("verify", str(tmp_path / "run"))

@@ -18,7 +18,7 @@ from test_sharing import Killed, Watch, end, reused
 from typer.testing import CliRunner
 
 from mainrun.checks import audit
-from mainrun.checks.repeat import repeat
+from mainrun.checks.repeat import repeat_ops
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.optimizers import DEFAULT_SCHEDULE, Optimizers, ParamSchedule
@@ -455,14 +455,14 @@ def test_verify_misses_no_row_of_the_journal(tmp_path: Path) -> None:
     train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     whole_journal = (run.path / "growth.jsonl").read_text().splitlines()
-    assert all(found.ok and found.same for found in repeat(run, None))
+    assert all(found.ok and found.same for found in repeat_ops(run, None))
     (run.path / "growth.jsonl").write_text(
         "".join(f"{row}\n" for row in whole_journal if "widen_mlp" not in row)
     )
-    assert {found.name for found in repeat(run, None) if not found.same} == {"widen_mlp"}
+    assert {found.name for found in repeat_ops(run, None) if not found.same} == {"widen_mlp"}
     forged = whole_journal[1].replace("0-stack_layers", "7-stack_layers")
     (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in [*whole_journal, forged]))
-    assert [found.check for found in repeat(run, None) if not found.same] == ["journal"]
+    assert [found.check for found in repeat_ops(run, None) if not found.same] == ["journal"]
 
 
 @pytest.mark.slow
@@ -633,11 +633,11 @@ def test_each_check_of_the_staged_plan_can_fail(
     monkeypatch.setitem(operators.OPS, name, faulty(name, change))
     store = Store(staged.parent / ".store")
     if check == "symmetry":  # which only the steps after the op can tell
-        found = list(repeat(RunDir(staged), store))
+        found = list(repeat_ops(RunDir(staged), store))
         assert [finding.name for finding in found if finding.check == check and not finding.ok] == [name]
     else:
         with pytest.raises(MainrunError, match=rf"{name!r} did not keep its promise.*{check}: "):
-            list(repeat(RunDir(staged), store))
+            list(repeat_ops(RunDir(staged), store))
 
 
 @pytest.mark.slow
@@ -651,7 +651,7 @@ def test_rope_that_is_turned_fails(staged: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(controller, "grow", turned)
     with pytest.raises(MainrunError, match=r"'upcycle_moe' did not keep its promise.*rope: "):
-        list(repeat(RunDir(staged), Store(staged.parent / ".store")))
+        list(repeat_ops(RunDir(staged), Store(staged.parent / ".store")))
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["PLAIN"]])

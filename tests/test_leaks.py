@@ -1,4 +1,4 @@
-"""No key leaves: 100 trees, each with something in it that may not, and the repository itself, which holds nothing."""
+"""A submission contains no secrets: 100 trees with one hazard each, and this repository, which has none."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from handing_in import ROOT, commit, git
+from submitting import ROOT, commit, git
 
 from mainrun.errors import UsageError
-from reports import commit as commits
-from reports import leaks
-from reports.bundle import pack
+from reports.submission import commit as commits
+from reports.submission import leaks
+from reports.submission.bundle import pack
 
 LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass
 class Hazard:
-    files: dict[str, bytes]  # or a link, as "-> target"
-    secret: bytes = b""  # must be in no bundle and in no message
-    names: str = ""  # what the refusal names; empty: the file is left out, the rest goes
-    why: str = ""  # what the refusal says
-    raw: Callable[[Path], None] | None = None  # what no file system can hold
+    """Files that must not be submitted. They are refused with `error`, or left out if that is empty."""
+
+    files: dict[str, bytes]  # "-> target" makes a link
+    secret: bytes = b""  # must not appear in a bundle or a message
+    name: str = ""  # the message contains this name
+    error: str = ""  # the message matches this pattern
+    plant: Callable[[Path], None] | None = None  # adds what a file system can't store
 
 
 def word(rng: random.Random, n: int, letters: str = LETTERS) -> str:
@@ -41,7 +43,7 @@ def password(rng: random.Random) -> str:
     return word(rng, 14)
 
 
-# in two parts, so that this file does not trip what it tests
+# Each token is written in two parts, so that this file contains no token
 TOKENS: dict[str, Callable[[random.Random], str]] = {
     "a GitHub token": lambda rng: "gh" + "p_" + word(rng, 36),
     "a GitHub token ": lambda rng: "github" + "_pat_" + word(rng, 40),
@@ -54,19 +56,19 @@ TOKENS: dict[str, Callable[[random.Random], str]] = {
     "a Slack token": lambda rng: "xo" + "xb-" + word(rng, 24),
     "an npm token": lambda rng: "np" + "m_" + word(rng, 36),
     "a PyPI token": lambda rng: "py" + "pi-" + word(rng, 60),
-    "a web token": lambda rng: "ey" + f"J{word(rng, 20)}.ey" + f"J{word(rng, 30)}.{word(rng, 30)}",
+    "a JSON web token": lambda rng: "ey" + f"J{word(rng, 20)}.ey" + f"J{word(rng, 30)}.{word(rng, 30)}",
     "a password in a URL": lambda rng: f"postgres://ann:{word(rng, 12)}" + "@db.example.org/x",
     "a private key": lambda rng: "-----BEGIN OPENSSH " + f"PRIVATE KEY-----\n{word(rng, 64)}\n",
-    "a key of a header": lambda rng: "Authorization: " + f"Bearer {word(rng, 30)}",
+    "a key in an HTTP header": lambda rng: "Authorization: " + f"Bearer {word(rng, 30)}",
     "a value for password": lambda rng: "PASSWORD" + f' = "{password(rng)}"',
     "a value for api_key": lambda rng: '{"api_' + f'key": "{word(rng, 32)}"}}',
     "a value for token": lambda rng: "export MY_" + f"TOKEN={word(rng, 32)}",
     "a value for secret": lambda rng: "client_" + f"secret: {word(rng, 32)}",
 }
 SECRET_NAMES = [
-    ".env", ".env.local", "prod.env", ".envrc", "id_rsa", "id_ed25519", "tls/server.pem", "x.key", ".netrc", ".pypirc", ".npmrc",
-    "credentials.json", ".aws/config", ".ssh/known_hosts", "secrets.yaml", "conf/.ENV", "Token.txt", "service-account-3.json",
-    ".docker/config.json", "vault.kdbx",
+    ".env", ".env.local", "prod.env", ".envrc", "id_rsa", "id_ed25519", "tls/server.pem", "x.key", ".netrc",
+    ".pypirc", ".npmrc", "credentials.json", ".aws/config", ".ssh/known_hosts", "secrets.yaml", "conf/.ENV",
+    "Token.txt", "service-account-3.json", ".docker/config.json", "vault.kdbx",
 ]  # fmt: skip
 ODD_NAMES = [
     "a\nb.py", "a\tb.py", "a\x1b[2Jb.py", "a\\b.py", "a:b.py", "end.", " a.py", "con.txt", "LPT1",
@@ -86,41 +88,39 @@ LEFT_OUT = [
 ]
 
 
-def in_content(what: str, rng: random.Random) -> Hazard:
-    text = TOKENS[what](rng)
-    line = rng.choice(
-        ["{}", "\n\n# note\n{}\n", "x = 1\r\n{}\r\nfoo"]
-        if "value" in what
-        else ["{}", "a {} b", "# {}\r\n", "x = '{}'\n", "<{}>"]
-    ).format(text)
+def in_content(kind: str, rng: random.Random) -> Hazard:
+    text = TOKENS[kind](rng)
+    templates = ["{}", "a {} b", "# {}\r\n", "x = '{}'\n", "<{}>"]
+    if "value" in kind:
+        templates = ["{}", "\n\n# note\n{}\n", "x = 1\r\n{}\r\nfoo"]
+    line = rng.choice(templates).format(text)
     name = rng.choice(["notes.md", "a/b/conf.py", "deep/er/x.cfg", "run.sh", "Makefile", "log"])
     data = line.encode(rng.choice(["utf-8", "utf-8", "utf-16-le", "utf-16-be", "utf-16"]))
     if rng.random() < 0.3:
         data = bytes(rng.randrange(256) for _ in range(64)) + b"\n\0\0" + data
     secret = max(text.split(), key=len).strip("\"'{}").rpartition("=")[2].encode()
-    return Hazard({name: data}, secret, name, what.strip())
+    return Hazard({name: data}, secret, name, error=kind.strip())
 
 
 def in_name(name: str, rng: random.Random) -> Hazard:
     secret = word(rng, 30).encode()
-    return Hazard(
-        {rng.choice(["", "sub/", "a/b/"]) + name: b"x " + secret},
-        secret,
-        Path(name).name,
-        "kept" if "/" in name and name[0] == "." else "hold",
-    )
+    path = rng.choice(["", "sub/", "a/b/"]) + name
+    error = "files of this name hold keys"
+    if "/" in name and name[0] == ".":
+        error = "is a folder for keys"
+    return Hazard({path: b"x " + secret}, secret, Path(name).name, error)
 
 
-def packed(rng: random.Random) -> Hazard:
+def archive(rng: random.Random) -> Hazard:
     secret = word(rng, 40).encode()
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as z:
-        z.writestr("x", secret)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("x", secret)
     name, data = rng.choice(
         [
             ("notes.txt", gzip.compress(secret)),
-            ("code.py", made.getvalue()),
-            ("a.zip", made.getvalue()),
+            ("code.py", buffer.getvalue()),
+            ("a.zip", buffer.getvalue()),
             ("b.txt", b"BZh9" + secret),
         ]
     )
@@ -134,98 +134,102 @@ def left_out(name: str, rng: random.Random) -> Hazard:
 
 def link(target: str, rng: random.Random) -> Hazard:
     name = rng.choice(["link", "a/link.py"])
-    return Hazard({name: f"-> {target}".encode()}, names=name, why="a link")
+    return Hazard({name: f"-> {target}".encode()}, name=name, error="a link")
 
 
 def gitlink(rng: random.Random) -> Hazard:
-    return Hazard(
-        {}, names="other", why="another repository", raw=lambda root: _index(root, f"160000,{'1' * 40},other")
-    )
+    def plant(root: Path) -> None:
+        git(root, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},other")
+        git(root, "commit", "--quiet", "--message", "y")
+        (root / "other").mkdir(exist_ok=True)
+
+    return Hazard({}, name="other", error="another repository", plant=plant)
 
 
-def _index(root: Path, entry: str) -> None:
-    git(root, "update-index", "--add", "--cacheinfo", entry)
-    git(root, "commit", "--quiet", "--message", "y")
-    (root / "other").mkdir(exist_ok=True)
-
-
-def above(rng: random.Random) -> Hazard:
-    """A tree that says `..`, which git itself would not make."""
+def parent_folder(rng: random.Random) -> Hazard:
+    """A tree with a folder `..`, which git itself would not make."""
 
     def plant(root: Path) -> None:
-        blob = git(root, "hash-object", "-w", "--stdin", given=b"x")
-        inner = git(root, "mktree", given=f"100644 blob {blob}\tx.py\n".encode())
-        tree = git(root, "mktree", given=f"040000 tree {inner}\t..\n".encode())
+        blob = git(root, "hash-object", "-w", "--stdin", stdin=b"x")
+        inner = git(root, "mktree", stdin=f"100644 blob {blob}\tx.py\n".encode())
+        tree = git(root, "mktree", stdin=f"040000 tree {inner}\t..\n".encode())
         git(root, "update-ref", "HEAD", git(root, "commit-tree", tree, "-m", "z"))
 
-    return Hazard({}, names="", why="not committed|cannot be", raw=plant)
+    return Hazard({}, error="not committed|not allowed", plant=plant)
 
 
 def huge(rng: random.Random) -> Hazard:
-    return Hazard({"big.txt": b"0" * 300_000}, names="big.txt", why="at most")
+    return Hazard({"big.txt": b"0" * 300_000}, name="big.txt", error="at most")
 
 
-def twins(rng: random.Random) -> Hazard:
+def same_name(rng: random.Random) -> Hazard:
     a, b = rng.choice([("Readme.py", "README.py"), ("straße.py", "STRASSE.py"), ("\ufb01.py", "fi.py")])
-    return Hazard({a: b"1", b: b"2"}, names=a, why="the same name")
+    return Hazard({a: b"1", b: b"2"}, name=a, error="the same name")
 
 
-def odd(name: str, rng: random.Random) -> Hazard:
-    return Hazard({name: b"x"}, names="", why="the name cannot be")
+def odd_name(name: str, rng: random.Random) -> Hazard:
+    return Hazard({name: b"x"}, error="the name is not allowed")
 
 
-def token_name(rng: random.Random) -> Hazard:
+def token_as_name(rng: random.Random) -> Hazard:
     token = TOKENS["a GitHub token"](rng)
     return Hazard({f"{token}.py": b""}, token.encode(), token, "in its name")
 
 
-KINDS: list[Callable[[random.Random], Hazard]] = [
-    *(lambda rng, what=what: in_content(what, rng) for what in TOKENS),
+LINK_TARGETS = ("/etc/passwd", "../../outside", "good.py", ".", "/proc/self/environ")
+HAZARDS: list[Callable[[random.Random], Hazard]] = [
+    *(lambda rng, kind=kind: in_content(kind, rng) for kind in TOKENS),
     *(lambda rng, name=name: in_name(name, rng) for name in SECRET_NAMES),
-    *(lambda rng, name=name: odd(name, rng) for name in ODD_NAMES),
+    *(lambda rng, name=name: odd_name(name, rng) for name in ODD_NAMES),
     *(lambda rng, name=name: left_out(name, rng) for name in LEFT_OUT),
-    *(lambda rng, target=target: link(target, rng) for target in ("/etc/passwd", "../../outside", "good.py", ".", "/proc/self/environ")),
-    packed, packed, packed, gitlink, above, huge, twins, twins, twins, token_name,
+    *(lambda rng, target=target: link(target, rng) for target in LINK_TARGETS),
+    archive, archive, archive, gitlink, parent_folder, huge, same_name, same_name, same_name, token_as_name,
 ]  # fmt: skip
 
 
-def plant(root: Path, hazard: Hazard) -> None:
+def make_tree(root: Path, hazard: Hazard) -> None:
+    """Commit two harmless files and the hazard."""
     for name, data in {"good.py": b"print(1)\n", "README.md": b"# a\n", **hazard.files}.items():
-        place = root / name
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if data.startswith(b"-> "):
-            place.symlink_to(data[3:].decode())
+            path.symlink_to(data[3:].decode())
         else:
-            place.write_bytes(data)
+            path.write_bytes(data)
     commit(root)
-    if hazard.raw:
-        hazard.raw(root)
+    if hazard.plant:
+        hazard.plant(root)
 
 
 @pytest.mark.parametrize("i", range(100))
-def test_nothing_that_may_not_leave_does(i: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commits, "UNPACKED", 200_000)
-    hazard = KINDS[i % len(KINDS)](random.Random(i))
-    plant(tmp_path, hazard)
-    if hazard.why:
-        with pytest.raises(UsageError, match=hazard.why) as caught:
-            commits.head(tmp_path)
-        said = str(caught.value)
-        assert hazard.names in said
-        assert said.isprintable() or ("\x1b" not in said and len(said.splitlines()) < 10)
-        assert not hazard.secret or hazard.secret.decode() not in said or "in its name" in said
+def test_a_hazard_is_refused_or_left_out(i: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commits, "MAX_UNPACKED_BYTES", 200_000)
+    hazard = HAZARDS[i % len(HAZARDS)](random.Random(i))
+    make_tree(tmp_path, hazard)
+    if hazard.error:
+        with pytest.raises(UsageError, match=hazard.error) as caught:
+            commits.read_head(tmp_path)
+        message = str(caught.value)
+        assert hazard.name in message
+        assert message.isprintable() or ("\x1b" not in message and len(message.splitlines()) < 10)
+        assert not hazard.secret or hazard.secret.decode() not in message or "in its name" in message
     else:
-        found = commits.head(tmp_path)
-        assert set(found.files) == {"good.py", "README.md"}
-        assert set(found.left_out) == set(hazard.files)
-        assert hazard.secret not in pack(found.files) and all(
-            hazard.secret not in data for data in found.files.values()
-        )
+        head = commits.read_head(tmp_path)
+        assert set(head.files) == {"good.py", "README.md"}
+        assert set(head.left_out) == set(hazard.files)
+        assert hazard.secret not in pack(head.files)
+        assert all(hazard.secret not in data for data in head.files.values())
 
 
-def test_plain_trees_go_in_whole(tmp_path: Path) -> None:
+def test_a_harmless_tree_is_read_in_full(tmp_path: Path) -> None:
+    code = [
+        b"token = tokens[0]",
+        b"password = os.environ['PASSWORD']",
+        b"key = getpass('key')",
+        b"max_tokens=1024",
+    ]
     good = {
-        "a.py": b"token = tokens[0]\npassword = os.environ['PASSWORD']\nkey = getpass('key')\nmax_tokens=1024\n",
+        "a.py": b"\n".join(code),
         ".env.example": b"API_KEY=<your key>\nPASSWORD=\n",
         "ünï/код.py": b"1",
         "-rf": b"2",
@@ -237,61 +241,58 @@ def test_plain_trees_go_in_whole(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     (tmp_path / "a.py").chmod(0o755)
     commit(tmp_path)
-    found = commits.head(tmp_path)
-    assert found.files == good and found.left_out == {} and found.runnable == ["a.py"]
+    head = commits.read_head(tmp_path)
+    assert head.files == good and head.left_out == {} and head.executables == ["a.py"]
 
 
-def test_the_code_is_the_commits_not_the_folders(tmp_path: Path) -> None:
-    """git can be told to look away from a file; what it holds is then not what lies there."""
+def test_the_code_comes_from_the_commit_not_the_folder(tmp_path: Path) -> None:
+    """git can be told to ignore changes of a file. The commit then differs from the folder."""
     (tmp_path / "a.py").write_bytes(b"committed")
     commit(tmp_path)
     git(tmp_path, "update-index", "--assume-unchanged", "a.py")
     (tmp_path / "a.py").write_bytes(b"edited")
-    assert commits.head(tmp_path).files == {"a.py": b"committed"}
+    assert commits.read_head(tmp_path).files == {"a.py": b"committed"}
 
 
-def test_a_replaced_object_is_not_believed(tmp_path: Path) -> None:
+def test_a_replaced_object_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes(b"committed")
     commit(tmp_path)
-    new = git(tmp_path, "hash-object", "-w", "--stdin", given=b"replaced")
+    new = git(tmp_path, "hash-object", "-w", "--stdin", stdin=b"replaced")
     git(tmp_path, "replace", git(tmp_path, "rev-parse", "HEAD:a.py"), new)
-    assert commits.head(tmp_path).files == {"a.py": b"committed"}
+    assert commits.read_head(tmp_path).files == {"a.py": b"committed"}
 
 
 def test_no_commit_and_no_repository(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is in no git repository"):
-        commits.head(tmp_path)
+    with pytest.raises(UsageError, match="is not in a git repository"):
+        commits.read_head(tmp_path)
     git(tmp_path, "init", "--quiet")
     with pytest.raises(UsageError, match="no commit yet"):
-        commits.head(tmp_path)
+        commits.read_head(tmp_path)
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.py").touch()
     commit(tmp_path)
     with pytest.raises(UsageError, match="a folder of the git repository"):
-        commits.head(tmp_path / "inner")
+        commits.read_head(tmp_path / "inner")
 
 
-def test_this_repository_holds_nothing_that_looks_like_a_key() -> None:
-    """Else nobody could submit: the patterns are wide, the code is written so that they do not meet it."""
-    listed = (
-        git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0")
-        if (ROOT / ".git").exists()
-        else []
-    )
-    found = [
-        (name, line, what)
-        for name in listed
-        if name and (ROOT / name).is_file()
-        for line, what in [
-            *leaks.secrets_in((ROOT / name).read_bytes()),
-            *((0, why) for why in [leaks.secret_name(name)] if why),
-        ]
-    ]
-    assert found == []
+def test_this_repository_contains_no_secret() -> None:
+    """A pattern that matches this code would stop every submission."""
+    names: list[str] = []
+    if (ROOT / ".git").exists():
+        names = git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0")
+    matches = []
+    for name in names:
+        if not name or not (ROOT / name).is_file():
+            continue
+        if leaks.secret_name(name):
+            matches.append((name, 0, leaks.secret_name(name)))
+        for line, kind in leaks.secrets_in((ROOT / name).read_bytes()):
+            matches.append((name, line, kind))
+    assert matches == []
 
 
 @pytest.mark.parametrize("size", [200_000])
-def test_a_large_file_is_looked_through_in_no_time(size: int) -> None:
+def test_a_large_file_is_searched_quickly(size: int) -> None:
     import time
 
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""A run looked at once more by code alone: what grew, grows again, and every row and weight is the same."""
+"""`mainrun.replay` trains a run again, with its ops: every row and every weight is the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_growth_controller import MANY, SMALL, config
 
 from mainrun.checks import guards
 from mainrun.config import TrainConfig, from_dict
-from mainrun.replay import all_guards, first_steps
+from mainrun.replay import replay_steps, run_guards
 from mainrun.run.session import train
 from mainrun.store.rundir import RunDir
 
@@ -34,37 +34,36 @@ RUNS: dict[str, TrainConfig] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_the_same_once_more(name: str, tmp_path: Path) -> None:
+def test_a_replay_repeats_the_run(name: str, tmp_path: Path) -> None:
     cfg = RUNS[name]
     summary = train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
-    found = first_steps(run, 10_000)
-    assert (
-        found["steps"] == found["of"] == summary["steps"]
-        and found["params"] == summary["params"]
-        and found["tokens"] == summary["tokens"]
-    )
-    assert found["weights"] == found["trained_weights"] == summary["weights"]
-    assert found["versions"] == summary["versions"] and found["machine_class"] == summary["machine_class"]
-    again = {(row["event"], row["step"], row.get("split")): row for row in [*found["rows"], *found["last"]]}
+    result = replay_steps(run, 10_000)
+    assert result["steps"] == result["of"] == summary["steps"]
+    for key in ("params", "tokens", "versions", "machine_class"):
+        assert result[key] == summary[key]
+    assert result["weights"] == result["trained_weights"] == summary["weights"]
+    replayed = {key_of(row): row for row in [*result["rows"], *result["last"]]}
     for row in run.metrics():
-        now = again[row["event"], row["step"], row.get("split")]
-        assert {k: v for k, v in now.items() if k != "seconds"} == {
-            k: v for k, v in row.items() if k != "seconds"
-        }
-    told = all_guards(run)
-    assert [guard["name"] for guard in told["guards"]] == list(guards.GUARDS)
-    assert not [guard for guard in told["guards"] if guard["status"] == "fail"]
+        assert replayed[key_of(row)] | {"seconds": 0} == row | {"seconds": 0}
+    verdicts = run_guards(run)["guards"]
+    assert [verdict["name"] for verdict in verdicts] == list(guards.GUARDS)
+    assert not [verdict for verdict in verdicts if verdict["status"] == "fail"]
 
 
-def test_a_few_steps_say_what_they_know(tmp_path: Path) -> None:
+def key_of(row: dict[str, Any]) -> tuple[str, int, str | None]:
+    return row["event"], row["step"], row.get("split")
+
+
+def test_the_replay_of_a_few_steps(tmp_path: Path) -> None:
     cfg = config(*MANY)
     train(cfg, tmp_path)
-    found = first_steps(RunDir(tmp_path / cfg.run_id), 8)  # one op further
-    assert found["steps"] == 8 and "trained_weights" not in found
-    assert [row["step"] for row in found["rows"] if row["event"] == "eval"] == [1]
+    result = replay_steps(RunDir(tmp_path / cfg.run_id), 8)  # includes the first op
+    assert result["steps"] == 8 and "trained_weights" not in result
+    assert [row["step"] for row in result["rows"] if row["event"] == "eval"] == [1]
     for path in (tmp_path / cfg.run_id / "checkpoints").glob("*/state.safetensors"):
         path.write_bytes(b"")
-    without = first_steps(RunDir(tmp_path / cfg.run_id), 8)
-    assert without.keys() & {"last", "weights", "of", "params", "tokens"} == set()
-    assert [r | {"seconds": 0} for r in without["rows"]] == [r | {"seconds": 0} for r in found["rows"]]
+    without_weights = replay_steps(RunDir(tmp_path / cfg.run_id), 8)
+    assert without_weights.keys() & {"last", "weights", "of", "params", "tokens"} == set()
+    for row, other in zip(without_weights["rows"], result["rows"], strict=True):
+        assert row | {"seconds": 0} == other | {"seconds": 0}

@@ -1,4 +1,4 @@
-"""A run handed in and checked by whoever gets it, by the commands themselves; and every way in which one of the two must say no."""
+"""`submit` and `verify` with a real run and a real repository, and all the reasons why they refuse."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 from conftest import TINY
-from handing_in import ROOT, commit, git, pdf, quoting, repository, summary
-from test_upload import Server, answer, serving
+from submitting import ROOT, commit, git, make_pdf, make_report, read_summary, repository
+from test_upload import answer, serving
 
 from mainrun.checks.guards import GUARDS
 from mainrun.config import from_dict
 from mainrun.errors import MainrunError, UsageError
 from mainrun.run.session import train
-from reports import bundle, submission, verification
-from reports.bundle import MANIFEST, pack, sha256
-from reports.replaying import HANDED_ON, replay
+from reports.submission import bundle, finished_run, prepare, verification
+from reports.submission.bundle import MANIFEST, pack, sha256
+from reports.submission.replay_process import PASSED_VARIABLES, run_replay
 
 SMALL: dict[str, Any] = {
     "num_titles": 200,
@@ -39,47 +39,46 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with a finished run and the report of it; not to be changed."""
+    """A repository with a finished run and its report. Tests must not change it."""
     root = repository(tmp_path_factory.mktemp("project") / "mainrun")
     train(from_dict(TINY | SMALL), root / "runs")
-    (root / "report.pdf").write_bytes(quoting(summary(the_run(root))))
+    (root / "report.pdf").write_bytes(make_report(read_summary(the_run(root))))
     return root
 
 
 def the_run(root: Path) -> Path:
-    (found,) = (root / "runs").glob("*/summary.json")
-    return found.parent
+    (summary,) = (root / "runs").glob("*/summary.json")
+    return summary.parent
 
 
 @pytest.fixture
-def mine(project: Path, tmp_path: Path) -> Path:
-    """One to change."""
-    return Path(shutil.copytree(project, tmp_path / "mine"))
+def copy(project: Path, tmp_path: Path) -> Path:
+    """A copy of the project that a test may change."""
+    return Path(shutil.copytree(project, tmp_path / "copy"))
 
 
-def mainrun(root: Path, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+def mainrun(root: Path, *args: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    more = {"stdin": subprocess.DEVNULL} | more
     return subprocess.run(
         [sys.executable, "-m", "mainrun", *args],
         cwd=root,
         env=env,
+        stdin=stdin,
         capture_output=True,
         text=True,
         timeout=300,
-        **more,
     )
 
 
 @pytest.fixture(scope="module")
-def handed_in(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good bundle, made by the command."""
-    out = tmp_path_factory.mktemp("handed-in") / "submission.zip"
+def submission(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good bundle, made by `mainrun submit`."""
+    out = tmp_path_factory.mktemp("submission") / "submission.zip"
     done = mainrun(project, "submit", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    shown = zipfile.ZipFile(out).namelist()
-    assert all(name in done.stdout for name in shown)
-    assert f"{len(shown)} files, {bundle.size(out.stat().st_size)} (at most 50.0 MB)" in done.stdout
+    names = zipfile.ZipFile(out).namelist()
+    assert all(name in done.stdout for name in names)
+    assert f"{len(names)} files, {bundle.format_size(out.stat().st_size)} (at most 50.0 MB)" in done.stdout
     return out
 
 
@@ -88,110 +87,108 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def rewrite(path: Path, files: dict[str, bytes], *, honest: bool = False) -> Path:
-    """The bundle with other files; honest: with a manifest that lists what there is."""
+    """Write the bundle with other files. `honest` updates the list of files in the manifest."""
     if honest:
-        found = json.loads(files[MANIFEST])
-        found["files"] = {
+        manifest = json.loads(files[MANIFEST])
+        manifest["files"] = {
             name: {"sha256": sha256(data), "bytes": len(data)}
             for name, data in files.items()
             if name != MANIFEST
         }
-        files = files | {MANIFEST: json.dumps(found).encode()}
+        files = files | {MANIFEST: json.dumps(manifest).encode()}
     path.write_bytes(pack(files))
     return path
 
 
 def edited(files: dict[str, bytes], name: str, change: Callable[[Any], None]) -> dict[str, bytes]:
-    found = json.loads(files[name])
-    change(found)
-    return files | {name: json.dumps(found).encode()}
+    value = json.loads(files[name])
+    change(value)
+    return files | {name: json.dumps(value).encode()}
 
 
-def deny(path: Path, steps: int = 2) -> list[str]:
-    found = verification.verify(path, steps, lambda _: None)
-    assert not found.verified
-    return found.differences
+def differences(path: Path, steps: int = 2) -> list[str]:
+    """Verify a bundle, and return why that failed."""
+    verdict = verification.verify(path, steps, lambda _: None)
+    assert not verdict.verified
+    return verdict.differences
 
 
-# -- what is handed in
+# -- the content of a submission
 
 
 @pytest.mark.slow
-def test_the_bundle_holds_the_commit_the_run_and_the_report(project: Path, handed_in: Path) -> None:
-    files = files_of(handed_in)
+def test_the_bundle_contains_the_commit_the_run_and_the_report(project: Path, submission: Path) -> None:
+    files = files_of(submission)
     run = the_run(project)
     assert {name for name in files if not name.startswith("code/")} == {
         "MANIFEST.json", "report.pdf",
-        *(f"run/{name}" for name in submission.RUN_FILES),
+        *(f"run/{name}" for name in finished_run.RUN_FILES),
         *(f"run/{path.relative_to(run)}" for path in max(run.glob("checkpoints/*")).iterdir()),
     }  # fmt: skip
     assert {f"code/{name}" for name in git(project, "ls-files").splitlines()} == {
         name for name in files if name.startswith("code/")
     }
-    found = json.loads(files[MANIFEST])
-    assert found["commit"] == git(project, "rev-parse", "HEAD") and found["tree"] == git(
-        project, "rev-parse", "HEAD^{tree}"
-    )
-    assert (
-        found["figures"]["last"] == summary(run)["last"]
-        and found["machine_class"] == summary(run)["machine_class"]
-    )
-    assert [guard["name"] for guard in found["guards"]] == list(GUARDS)
-    assert {name: entry["sha256"] for name, entry in found["files"].items()} == {
+    manifest = json.loads(files[MANIFEST])
+    assert manifest["commit"] == git(project, "rev-parse", "HEAD")
+    assert manifest["tree"] == git(project, "rev-parse", "HEAD^{tree}")
+    assert manifest["figures"]["last"] == read_summary(run)["last"]
+    assert manifest["machine_class"] == read_summary(run)["machine_class"]
+    assert [guard["name"] for guard in manifest["guards"]] == list(GUARDS)
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == {
         k: sha256(v) for k, v in files.items() if k != MANIFEST
     }
 
 
 @pytest.mark.slow
-def test_another_folder_gives_the_same_bytes(mine: Path, handed_in: Path) -> None:
-    done = mainrun(mine, "submit", "--json", "--run", the_run(mine).name[:10])
+def test_another_folder_gives_the_same_bytes(copy: Path, submission: Path) -> None:
+    done = mainrun(copy, "submit", "--json", "--run", the_run(copy).name[:10])
     assert done.returncode == 0, done.stderr
-    assert (mine / "submission.zip").read_bytes() == handed_in.read_bytes()
-    assert json.loads(done.stdout)["sha256"] == sha256(handed_in.read_bytes())
+    assert (copy / "submission.zip").read_bytes() == submission.read_bytes()
+    assert json.loads(done.stdout)["sha256"] == sha256(submission.read_bytes())
 
 
 @pytest.mark.slow
-def test_a_dry_run_writes_nothing(mine: Path) -> None:
-    before = sorted(mine.rglob("*"))
-    done = mainrun(mine, "submit", "--dry-run", "--upload", "https://nowhere.invalid/x")
+def test_a_dry_run_writes_nothing(copy: Path) -> None:
+    before = sorted(copy.rglob("*"))
+    done = mainrun(copy, "submit", "--dry-run", "--upload", "https://nowhere.invalid/x")
     assert done.returncode == 0 and "nothing was written" in done.stdout, done.stderr
-    assert [path for path in sorted(mine.rglob("*")) if "__pycache__" not in path.parts] == before
+    assert [path for path in sorted(copy.rglob("*")) if "__pycache__" not in path.parts] == before
 
 
-def test_every_guard_has_its_way_out() -> None:
-    assert list(submission.FIXES) == list(GUARDS)
+def test_every_guard_has_a_fix() -> None:
+    assert list(prepare.FIXES) == list(GUARDS)
 
 
-# -- what is not
+# -- refusals
 
 
-def refused(root: Path, match: str, report: str = "report.pdf", **more: Any) -> str:
-    """By the checks before the guards, which take seconds."""
-    run = submission.choose(None, root / "runs")
+def refused(root: Path, match: str, report: str = "report.pdf") -> str:
+    """Return the error of `prepare`. The checks before the guards take seconds."""
+    run = prepare.choose_run(None, root / "runs")
     with pytest.raises(MainrunError, match=match) as caught:
-        submission.prepare(run, root / report, root / "submission.zip", lambda _: None, root=root)
+        prepare.prepare(run, root / report, root / "submission.zip", lambda _: None, root=root)
     assert caught.value.exit_code == 2 and not (root / "submission.zip").exists()
     return str(caught.value)
 
 
-def test_uncommitted_changes(mine: Path) -> None:
-    (mine / "mainrun" / "train.py").write_text("# edited\n")
-    (mine / "new.py").touch()
-    said = refused(
-        mine, "the working tree is not committed: mainrun/train.py, new.py; `./task checkpoint` commits it"
+def test_uncommitted_changes(copy: Path) -> None:
+    (copy / "mainrun" / "train.py").write_text("# edited\n")
+    (copy / "new.py").touch()
+    message = refused(
+        copy, "the working tree is not committed: mainrun/train.py, new.py; `./task checkpoint` commits it"
     )
-    assert "report.pdf" not in said
+    assert "report.pdf" not in message
 
 
-def test_a_report_that_git_does_not_ignore_may_lie_there(mine: Path) -> None:
-    (mine / "mine.pdf").write_bytes((mine / "report.pdf").read_bytes())
-    (mine / "other.pdf").touch()
-    said = refused(mine, "not committed", report="mine.pdf")
-    assert "other.pdf" in said and "mine.pdf" not in said
+def test_the_report_may_be_untracked(copy: Path) -> None:
+    (copy / "copy.pdf").write_bytes((copy / "report.pdf").read_bytes())
+    (copy / "other.pdf").touch()
+    message = refused(copy, "not committed", report="copy.pdf")
+    assert "other.pdf" in message and "copy.pdf" not in message
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "problem"),
     [
         (None, "no report .*report.pdf; make it: mainrun report "),
         (["run RUN", "full FULL"], "no official OFFICIAL"),
@@ -205,60 +202,68 @@ def test_a_report_that_git_does_not_ignore_may_lie_there(mine: Path) -> None:
         ([], "does not quote this run"),
     ],
 )
-def test_a_report_that_does_not_quote_the_run(mine: Path, lines: list[str] | None, said: str) -> None:
-    last = summary(the_run(mine))["last"]
-    words = {"RUN": the_run(mine).name, "FULL": f"{last['full']:.4f}", "OFFICIAL": f"{last['official']:.4f}"}
+def test_a_report_that_does_not_quote_the_run(copy: Path, lines: list[str] | None, problem: str) -> None:
+    last = read_summary(the_run(copy))["last"]
+    words = {"RUN": the_run(copy).name, "FULL": f"{last['full']:.4f}", "OFFICIAL": f"{last['official']:.4f}"}
 
-    def filled(text: str) -> str:
+    def fill_in(text: str) -> str:
         for word, value in words.items():
             text = text.replace(word, value)
         return text
 
-    (mine / "report.pdf").unlink()
+    (copy / "report.pdf").unlink()
     if lines is not None:
-        (mine / "report.pdf").write_bytes(pdf([filled(line) for line in lines]))
-    assert "secret9" not in refused(mine, filled(said))
+        (copy / "report.pdf").write_bytes(make_pdf([fill_in(line) for line in lines]))
+    assert "secret9" not in refused(copy, fill_in(problem))
 
 
-def test_a_report_that_is_no_pdf(mine: Path) -> None:
-    for data in (b"", b"hello", (mine / "report.pdf").read_bytes()[:100]):
-        (mine / "report.pdf").write_bytes(data)
-        refused(mine, "is no PDF that can be read|does not quote")
+def test_a_report_that_is_not_a_pdf(copy: Path) -> None:
+    for data in (b"", b"hello", (copy / "report.pdf").read_bytes()[:100]):
+        (copy / "report.pdf").write_bytes(data)
+        refused(copy, "is not a readable PDF|does not quote")
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("damage", "problem"),
     [
-        (lambda run: (run / "summary.json").unlink(), "no finished run in .*: --run RUN"),
+        (lambda run: (run / "summary.json").unlink(), "has no finished run; train one, then give --run RUN"),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         (lambda run: (run / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda run: _cut_log(run), "metrics.jsonl"),
         (lambda run: _drop_steps(run), "metrics.jsonl does not reach the last step, 37, with its score"),
-        (lambda run: _edit(run / "summary.json", lambda s: s["scores"]["val"]["last"].update(full=1.0)), "the scores of val in two ways"),
-        (lambda run: _edit(run / "summary.json", lambda s: s["last"].update(full=1.0)), "gives 1.0 for full of the last score"),
-        (lambda run: _edit(run / "config.json", lambda c: c["config"].update(lr=0.5)), "config.json was changed after the run began"),
-        (lambda run: _edit(run / "env.json", lambda e: e.update(command=["--token", "gh" + "p_" + "aB3" * 12])), "a GitHub token"),
+        (lambda run: _edit(run / "summary.json", _change_a_score), "the scores of val in two ways"),
+        (
+            lambda run: _edit(run / "summary.json", lambda s: s["last"].update(full=1.0)),
+            "gives 1.0 for full of the last score",
+        ),
+        (
+            lambda run: _edit(run / "config.json", lambda c: c["config"].update(lr=0.5)),
+            "config.json was changed after the run began",
+        ),
+        (
+            lambda run: _edit(run / "env.json", lambda e: e.update(command=["gh" + "p_" + "aB3" * 12])),
+            "a GitHub token",
+        ),
         (lambda run: _to_link(run / "env.json"), "env.json is a link"),
     ],
 )  # fmt: skip
-def test_a_run_that_is_not_whole(mine: Path, harm: Callable[[Path], None], said: str) -> None:
-    harm(the_run(mine))
-    refused(mine, said) if (the_run_or_none(mine)) else _no_run(mine, said)
-
-
-def the_run_or_none(root: Path) -> bool:
-    return bool(list((root / "runs").glob("*/summary.json")))
-
-
-def _no_run(root: Path, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        submission.choose(None, root / "runs")
+def test_a_damaged_run(copy: Path, damage: Callable[[Path], None], problem: str) -> None:
+    damage(the_run(copy))
+    if list((copy / "runs").glob("*/summary.json")):
+        refused(copy, problem)
+    else:
+        with pytest.raises(UsageError, match=problem):
+            prepare.choose_run(None, copy / "runs")
 
 
 def _edit(path: Path, change: Callable[[Any], None]) -> None:
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def _change_a_score(summary: dict[str, Any]) -> None:
+    summary["scores"]["val"]["last"].update(full=1.0)
 
 
 def _cut_log(run: Path) -> None:
@@ -267,11 +272,10 @@ def _cut_log(run: Path) -> None:
 
 
 def _drop_steps(run: Path) -> None:
-    """The last step's row, not its score."""
+    """Remove the row of the last step, but not its score."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text(
-        "".join(line for line in lines if not ('"event": "step"' in line and '"step": 37,' in line))
-    )
+    kept = [line for line in lines if '"event": "step"' not in line or '"step": 37,' not in line]
+    (run / "metrics.jsonl").write_text("".join(kept))
 
 
 def _to_link(path: Path) -> None:
@@ -279,266 +283,273 @@ def _to_link(path: Path) -> None:
     path.symlink_to(path.with_suffix(".real"))
 
 
-def test_several_runs_want_a_name(mine: Path) -> None:
-    shutil.copytree(the_run(mine), mine / "runs" / "second")
-    with pytest.raises(UsageError, match=r"several finished runs in .* \(.*, second\); name one: --run RUN"):
-        submission.choose(None, mine / "runs")
+def test_several_runs_need_a_name(copy: Path) -> None:
+    shutil.copytree(the_run(copy), copy / "runs" / "second")
+    with pytest.raises(
+        UsageError, match=r"has several finished runs \(.*, second\); name one with --run RUN"
+    ):
+        prepare.choose_run(None, copy / "runs")
 
 
-def test_a_large_checkpoint_stays_behind(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "CHECKPOINT", 1000)
-    files, notes = submission._run_files(submission.choose(None, mine / "runs"))
-    assert not [name for name in files if "checkpoints" in name] and "without the last checkpoint" in notes[0]
+def test_a_large_checkpoint_is_left_out(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "MAX_CHECKPOINT_BYTES", 1000)
+    files, notes = prepare._run_files(prepare.choose_run(None, copy / "runs"))
+    assert (
+        not [name for name in files if "checkpoints" in name]
+        and "the last checkpoint is left out" in notes[0]
+    )
 
 
-def test_a_submission_that_is_too_large_names_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "LIMIT", 1000)
+def test_a_submission_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "MAX_ZIP_BYTES", 1000)
     files = {"a": os.urandom(900), "b": os.urandom(300)}
     with pytest.raises(UsageError, match=r"has 2 files and 1\.\d kB .* the largest: a \(0\.9 kB\), b"):
-        submission._check_size(files, pack(files))
+        prepare._check_size(files, pack(files))
 
 
 @pytest.mark.slow
-def test_a_run_of_other_code(mine: Path) -> None:
-    with (mine / "mainrun" / "train.py").open("a") as f:
+def test_a_run_of_other_code(copy: Path) -> None:
+    with (copy / "mainrun" / "train.py").open("a") as f:
         f.write("# edited after the run\n")
-    commit(mine)
-    refused(
-        mine,
-        "was trained by source [0-9a-f]{12}, commit [0-9a-f]{12} is source [0-9a-f]{12}; check out the commit that trained it",
-    )
+    commit(copy)
+    sources = "was trained by source [0-9a-f]{12}, commit [0-9a-f]{12} is source [0-9a-f]{12}"
+    refused(copy, f"{sources}; check out the commit that trained it")
 
 
 @pytest.mark.slow
-def test_a_failed_guard_stops_it_by_name(mine: Path) -> None:
-    _edit(the_run(mine) / "summary.json", lambda s: s["presentations"].update(presentations_per_token=0.5))
-    refused(
-        mine,
-        "(?s)1 of 14 guards failed .*presentations: the ledger says .*fix: the ledger must count every forward pass",
-    )
+def test_a_failed_guard(copy: Path) -> None:
+    _edit(the_run(copy) / "summary.json", lambda s: s["presentations"].update(presentations_per_token=0.5))
+    fix = "fix: the ledger must count every forward pass"
+    refused(copy, f"(?s)1 of 14 guards failed .*presentations: the ledger says .*{fix}")
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_the_runs(mine: Path) -> None:
-    shutil.rmtree(the_run(mine) / "checkpoints")
-    run = submission.choose(None, mine / "runs")
+def test_a_run_without_its_weights(copy: Path) -> None:
+    shutil.rmtree(the_run(copy) / "checkpoints")
+    run = prepare.choose_run(None, copy / "runs")
     with pytest.raises(MainrunError, match="has no usable checkpoint of its last step"):
-        submission.prepare(run, mine / "report.pdf", mine / "x.zip", lambda _: None, root=mine)
+        prepare.prepare(run, copy / "report.pdf", copy / "x.zip", lambda _: None, root=copy)
 
 
 # -- the command
 
 
-def test_the_command_says_no_in_one_line(mine: Path) -> None:
-    os.mkfifo(mine / "pipe")
-    for args, said in (
+def test_a_refusal_is_one_line(copy: Path) -> None:
+    os.mkfifo(copy / "pipe")
+    for args, problem in (
         (["--yes"], "got --yes without --upload"),
         (["--upload", "https://nowhere.invalid/x"], "got --upload without a terminal to ask on; add --yes"),
         (["--upload", "http://example.org/x", "--yes"], "write https://"),
         (["--out", "runs"], "got --out runs, a folder"),
-        (["--out", "no/x.zip"], "whose folder is not there"),
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
+        (["--out", "no/x.zip"], "whose folder does not exist"),
+        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),
         (["--out", "report.pdf"], "got --out report.pdf, a file of another kind, which would be overwritten"),
         (["--run", "nothing"], "no run 'nothing' in runs"),
         (["--report", "none.pdf"], "no report none.pdf"),
     ):
-        done = mainrun(mine, "submit", *args)
+        done = mainrun(copy, "submit", *args)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: ") and said in done.stderr
+        assert done.stderr.startswith("error: ") and problem in done.stderr
 
 
 @pytest.mark.slow
-def test_it_is_sent_with_yes_and_kept_when_that_fails(mine: Path) -> None:
+def test_yes_uploads_at_once_and_a_failed_upload_keeps_the_zip(copy: Path) -> None:
     with serving(answer(200)) as server:
-        done = mainrun(mine, "submit", "--upload", server.url, "--yes")
-        assert (
-            done.returncode == 0
-            and "sent to http://127.0.0.1:" in done.stderr
-            and "hidden" not in done.stderr
-        )
-    assert [body for _, body in server.got] == [(mine / "submission.zip").read_bytes()]
-    (mine / "submission.zip").unlink()
+        done = mainrun(copy, "submit", "--upload", server.url, "--yes")
+        assert done.returncode == 0, done.stderr
+        assert "sent to http://127.0.0.1:" in done.stderr and "hidden" not in done.stderr
+    assert [body for _, body in server.requests] == [(copy / "submission.zip").read_bytes()]
+    (copy / "submission.zip").unlink()
     with serving(answer(403)) as server:
-        done = mainrun(mine, "submit", "--upload", server.url, "--yes")
+        done = mainrun(copy, "submit", "--upload", server.url, "--yes")
     assert done.returncode == 1 and "answered 403" in done.stderr and "submission.zip is kept" in done.stderr
-    assert (mine / "submission.zip").is_file()
+    assert (copy / "submission.zip").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
-def test_on_a_terminal_the_runs_id_is_typed(mine: Path, right: bool) -> None:
+def test_on_a_terminal_the_id_of_the_run_confirms(copy: Path, right: bool) -> None:
     leader, follower = pty.openpty()
-    run = the_run(mine).name
-    threading.Timer(0.5, os.write, (leader, f"{run if right else 'yes'}\n".encode())).start()
+    run = the_run(copy).name
+    typed = run if right else "yes"
+    threading.Timer(0.5, os.write, (leader, f"{typed}\n".encode())).start()
     with serving(answer(200)) as server:
-        done = mainrun(mine, "submit", "--upload", server.url, stdin=follower)
+        done = mainrun(copy, "submit", "--upload", server.url, stdin=follower)
     os.close(leader)
     os.close(follower)
     assert f"type the run's id, {run}, to send it" in done.stderr
-    assert (done.returncode, len(server.got)) == ((0, 1) if right else (1, 0)), done.stderr
-    assert (mine / "submission.zip").is_file() and isinstance(server, Server)
+    assert len(server.requests) == (1 if right else 0)
+    assert done.returncode == (0 if right else 1), done.stderr
+    assert (copy / "submission.zip").is_file()
 
 
-# -- whoever gets it
+# -- verification
 
 
 @pytest.mark.slow
-def test_a_good_bundle_is_verified(handed_in: Path, tmp_path: Path) -> None:
-    done = mainrun(ROOT, "verify", str(handed_in), "--steps", "3")
+def test_a_good_bundle_is_verified(submission: Path, tmp_path: Path) -> None:
+    done = mainrun(ROOT, "verify", str(submission), "--steps", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("verified: ")
     assert "this executes the bundle's own code" in done.stderr
-    assert "looked at: 3 of 37 steps trained again, scored after 1\n" in done.stdout
-    assert "looked at: the last weights scored again\n" in done.stdout
-    assert "compared: every bit, for this is the machine class of the run\n" in done.stdout
-    assert "the trainer in the bundle is the one installed here\n" in done.stdout
+    assert "checked: 3 of 37 steps trained again, scored after 1\n" in done.stdout
+    assert "checked: the last weights scored again\n" in done.stdout
+    assert "compared: every bit, because this is the machine class of the run\n" in done.stdout
+    assert "the trainer in the bundle is the installed one\n" in done.stdout
 
 
 @pytest.mark.slow
-def test_all_steps_can_be_trained_again(handed_in: Path) -> None:
-    found = verification.verify(handed_in, 1000, lambda _: None)
-    assert found.verified and (found.steps, found.of, found.same_class) == (37, 37, True)
+def test_all_steps_can_be_trained_again(submission: Path) -> None:
+    verdict = verification.verify(submission, 1000, lambda _: None)
+    assert verdict.verified and verdict.same_class
+    assert verdict.steps == verdict.total_steps == 37
 
 
 @pytest.mark.slow
-def test_what_was_changed_is_named_and_nothing_is_run(
-    handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_file_is_named_and_no_code_is_run(
+    submission: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "replay", lambda *args: pytest.fail("it was run"))
-    files = files_of(handed_in)
-    digit = files["run/summary.json"].replace(b'"steps": 37', b'"steps": 38', 1)
+    monkeypatch.setattr(verification, "run_replay", lambda *args: pytest.fail("the code was run"))
+    files = files_of(submission)
+    summary = files["run/summary.json"].replace(b'"steps": 37', b'"steps": 38', 1)
     code = files["code/mainrun/train.py"].replace(b"(", b"[", 1)
     for name, data in (
-        ("run/summary.json", digit),
+        ("run/summary.json", summary),
         ("code/mainrun/train.py", code),
         ("report.pdf", files["report.pdf"] + b" "),
     ):
         assert data != files[name]
-        said = deny(rewrite(tmp_path / "x.zip", files | {name: data}))
-        assert len(said) == 1 and said[0].startswith(f"{name} was changed: sha256 ")
-    assert deny(rewrite(tmp_path / "x.zip", files | {"code/mainrun/evil.py": b""})) == [
-        "code/mainrun/evil.py is in the bundle, not in its manifest"
+        (difference,) = differences(rewrite(tmp_path / "x.zip", files | {name: data}))
+        assert difference.startswith(f"{name} was changed: its sha256 is ")
+    assert differences(rewrite(tmp_path / "x.zip", files | {"code/mainrun/evil.py": b""})) == [
+        "code/mainrun/evil.py is in the bundle, but not in its manifest"
     ]
 
 
 @pytest.mark.slow
-def test_a_manifest_that_was_made_to_fit_does_not_help_on_paper(
-    handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_changes_with_a_matching_manifest_are_found_without_running_code(
+    submission: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "replay", lambda *args: pytest.fail("it was run"))
-    files, place = files_of(handed_in), tmp_path / "x.zip"
+    monkeypatch.setattr(verification, "run_replay", lambda *args: pytest.fail("the code was run"))
+    files = files_of(submission)
+    path = tmp_path / "x.zip"
     better = edited(files, "run/summary.json", lambda s: s["last"].update(full=s["last"]["full"] - 0.1))
-    assert any("for full of the last score" in line for line in deny(rewrite(place, better, honest=True)))
+    assert any(
+        "for full of the last score" in line for line in differences(rewrite(path, better, honest=True))
+    )
     claims = edited(files, MANIFEST, lambda m: m["figures"]["last"].update(official=1.0))
-    assert any(line.startswith("last of the figures") for line in deny(rewrite(place, claims)))
-    other = files | {"report.pdf": pdf(["another report"])}
+    assert any(line.startswith("last of the figures") for line in differences(rewrite(path, claims)))
+    other = files | {"report.pdf": make_pdf(["another report"])}
     assert any(
         line.startswith("report.pdf does not quote this run")
-        for line in deny(rewrite(place, other, honest=True))
+        for line in differences(rewrite(path, other, honest=True))
     )
     config = edited(files, "run/config.json", lambda c: c["config"].update(lr=1.0))
-    assert any("config.json was changed" in line for line in deny(rewrite(place, config, honest=True)))
+    assert any("config.json was changed" in line for line in differences(rewrite(path, config, honest=True)))
     torn = files | {"run/summary.json": b"[" * 100_000}
-    lines = deny(rewrite(place, torn, honest=True))
+    lines = differences(rewrite(path, torn, honest=True))
     assert any("summary.json is damaged: it is" in line for line in lines), lines
-    assert deny(rewrite(place, {k: v for k, v in files.items() if k != "run/env.json"}, honest=True)) == [
-        "there is no run/env.json"
-    ]
+    assert differences(
+        rewrite(path, {k: v for k, v in files.items() if k != "run/env.json"}, honest=True)
+    ) == ["there is no run/env.json"]
 
 
 @pytest.mark.slow
-def test_the_replay_finds_what_fits_on_paper(handed_in: Path, tmp_path: Path) -> None:
-    """One digit of the log, or one byte of the code, with everything else made to fit."""
-    files, place = files_of(handed_in), tmp_path / "x.zip"
+def test_the_replay_finds_consistent_changes(submission: Path, tmp_path: Path) -> None:
+    """Change one digit of the log or one byte of the code, and adjust everything else."""
+    files = files_of(submission)
+    path = tmp_path / "x.zip"
     rows = [json.loads(line) for line in files["run/metrics.jsonl"].splitlines()]
     (first,) = (row for row in rows if row["event"] == "step" and row["step"] == 2)
-    was, first["loss"] = first["loss"], first["loss"] * (1 + 2**-40)
+    loss = first["loss"]
+    first["loss"] = loss * (1 + 2**-40)
     log = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    said = deny(rewrite(place, files | {"run/metrics.jsonl": log}, honest=True))
-    assert said == [f"step 2: loss is {first['loss']!r} in the log, {was!r} now"]
+    assert differences(rewrite(path, files | {"run/metrics.jsonl": log}, honest=True)) == [
+        f"step 2: loss is {first['loss']!r} in the log, {loss!r} in the replay"
+    ]
 
     code = files["code/mainrun/train.py"] + b"\n"
-    said = deny(rewrite(place, files | {"code/mainrun/train.py": code}, honest=True))
-    assert len(said) == 1 and said[0].startswith("the run was trained by source ")
+    (difference,) = differences(rewrite(path, files | {"code/mainrun/train.py": code}, honest=True))
+    assert difference.startswith("the run was trained by source ")
 
 
 @pytest.mark.slow
-def test_what_else_follows_from_code_and_config_is_compared(handed_in: Path, tmp_path: Path) -> None:
-    """Each with everything else made to fit: weights that cannot be read, FLOPs, a run that says it is not done."""
-    files, place = files_of(handed_in), tmp_path / "x.zip"
+def test_consistent_changes_of_weights_flops_and_status(submission: Path, tmp_path: Path) -> None:
+    """Damage the weights, double the FLOPs or reset the status, and adjust everything else."""
+    files = files_of(submission)
+    path = tmp_path / "x.zip"
     (weights,) = (name for name in files if name.endswith("state.safetensors"))
     torn = files | {weights: files[weights][:-1] + bytes([files[weights][-1] ^ 1])}
-    said = deny(rewrite(place, torn, honest=True), steps=1)
-    assert len(said) == 1 and said[0].startswith("the last weights are in the bundle and cannot be used: ")
-    dearer = edited(files, "run/summary.json", lambda s: s.update(flops=2 * s["flops"]))
-    without = {
-        name: data for name, data in dearer.items() if "/checkpoints/" not in name
-    }  # known without them, too
-    for forged in (dearer, without):
-        said = deny(rewrite(place, forged, honest=True), steps=1)
-        assert len(said) == 1 and said[0].startswith("flops is ")
+    (difference,) = differences(rewrite(path, torn, honest=True), steps=1)
+    assert difference.startswith("the last weights are in the bundle and cannot be used: ")
+    doubled = edited(files, "run/summary.json", lambda s: s.update(flops=2 * s["flops"]))
+    without_weights = {name: data for name, data in doubled.items() if "/checkpoints/" not in name}
+    for forged in (doubled, without_weights):
+        (difference,) = differences(rewrite(path, forged, honest=True), steps=1)
+        assert difference.startswith("flops is ")
     running = edited(files, "run/status.json", lambda s: s.update(state="running"))
-    assert deny(rewrite(place, running, honest=True)) == [
-        "status.json says 'running', and only a run that is done can be handed in"
+    assert differences(rewrite(path, running, honest=True)) == [
+        "status.json says 'running', but only a finished run can be submitted"
     ]
 
 
 @pytest.mark.slow
-def test_a_last_score_that_the_weights_do_not_give(handed_in: Path, tmp_path: Path) -> None:
-    """Summary, log, manifest and report all tell the better figure; only the weights do not."""
-    files = files_of(handed_in)
+def test_a_last_score_that_the_weights_contradict(submission: Path, tmp_path: Path) -> None:
+    """Summary, log, manifest and report all give a better score. Only the weights contradict it."""
+    files = files_of(submission)
     rows = [json.loads(line) for line in files["run/metrics.jsonl"].splitlines()]
     last = next(row for row in reversed(rows) if row["event"] == "eval")
     last["full"] -= 0.1
     files["run/metrics.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
-    def better(found: dict[str, Any]) -> None:
-        for score in (found["last"], found["best"], *found.get("scores", {}).get("val", {}).values()):
+    def improve(figures: dict[str, Any]) -> None:
+        for score in (figures["last"], figures["best"], *figures.get("scores", {}).get("val", {}).values()):
             score["full"] = last["full"]
 
-    files = edited(files, "run/summary.json", better)
-    files = edited(files, MANIFEST, lambda m: better(m["figures"]))
-    files["report.pdf"] = quoting(json.loads(files["run/summary.json"]))
-    said = deny(rewrite(tmp_path / "x.zip", files, honest=True), steps=1)
-    assert len(said) == 1 and said[0].startswith(f"step 37, val: full is {last['full']!r} in the log, ")
+    files = edited(files, "run/summary.json", improve)
+    files = edited(files, MANIFEST, lambda m: improve(m["figures"]))
+    files["report.pdf"] = make_report(json.loads(files["run/summary.json"]))
+    (difference,) = differences(rewrite(tmp_path / "x.zip", files, honest=True), steps=1)
+    assert difference.startswith(f"step 37, val: full is {last['full']!r} in the log, ")
 
 
 @pytest.mark.slow
-def test_another_machine_class_is_compared_within_a_tolerance(handed_in: Path, tmp_path: Path) -> None:
-    files = files_of(handed_in)
+def test_another_machine_class_is_compared_within_a_tolerance(submission: Path, tmp_path: Path) -> None:
+    files = files_of(submission)
     rows = [json.loads(line) for line in files["run/metrics.jsonl"].splitlines()]
     for row in rows[:3]:
         row["loss"] *= 1 + 1e-4
     files["run/metrics.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     files = edited(files, "run/env.json", lambda e: e["machine_classes"][0].update(device="another"))
-    found = verification.verify(rewrite(tmp_path / "x.zip", files, honest=True), 2, lambda _: None)
-    assert found.verified and not found.same_class and found.tolerance == verification.TOLERANCE["float32"]
-    assert found.apart[0].startswith("device: another there, ")
+    verdict = verification.verify(rewrite(tmp_path / "x.zip", files, honest=True), 2, lambda _: None)
+    assert verdict.verified and not verdict.same_class
+    assert verdict.tolerance == verification.TRAINING_TOLERANCE["float32"]
+    assert verdict.machine_differences[0].startswith("device: the run had another, ")
 
 
-def test_no_key_of_the_user_reaches_foreign_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_code_sees_no_key_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mainrun").mkdir()
     (tmp_path / "mainrun" / "__init__.py").touch()
-    spy = "import json, os, sys\njson.dump({'env': dict(os.environ), 'path': sys.path}, open(sys.argv[3], 'w'))\n"
-    (tmp_path / "mainrun" / "replay.py").write_text(spy)
+    spy = "json.dump({'env': dict(os.environ), 'path': sys.path}, open(sys.argv[3], 'w'))"
+    (tmp_path / "mainrun" / "replay.py").write_text(f"import json, os, sys\n{spy}\n")
     monkeypatch.setenv("HF_TOKEN", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    found = replay(tmp_path, "steps", tmp_path)
-    assert set(found["env"]) <= {*HANDED_ON, "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LC_CTYPE"}
-    assert found["path"][0] == str(tmp_path) and "" not in found["path"]
+    result = run_replay(tmp_path, "steps", tmp_path)
+    assert set(result["env"]) <= {*PASSED_VARIABLES, "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LC_CTYPE"}
+    assert result["path"][0] == str(tmp_path) and "" not in result["path"]
 
 
 @pytest.mark.parametrize(
-    "text",
+    "source",
     [
         "raise SystemExit('no')",
         "import sys; open(sys.argv[3], 'w').write('[' * 10000)",
         "import sys; open(sys.argv[3], 'w').write('3')",
     ],
 )
-def test_foreign_code_that_fails(tmp_path: Path, text: str) -> None:
+def test_foreign_code_that_fails(tmp_path: Path, source: str) -> None:
     (tmp_path / "mainrun").mkdir()
     (tmp_path / "mainrun" / "__init__.py").touch()
-    (tmp_path / "mainrun" / "replay.py").write_text(text)
-    with pytest.raises(MainrunError, match="the code at hand"):
-        replay(tmp_path, "steps", tmp_path)
+    (tmp_path / "mainrun" / "replay.py").write_text(source)
+    with pytest.raises(MainrunError, match=r"mainrun\.replay"):
+        run_replay(tmp_path, "steps", tmp_path)

@@ -1,4 +1,4 @@
-"""An upload against real servers on loopback that fail in the usual ways: what is said, and that the zip is kept."""
+"""Uploads to real servers on loopback that fail in the usual ways. The zip is kept each time."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from pathlib import Path
 import pytest
 
 from mainrun.errors import MainrunError, UsageError
-from reports import upload as uploads
-from reports.upload import check_url, shown, upload
+from reports.submission import upload as uploads
+from reports.submission.upload import check_url, upload, without_query
 
 Step = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """Answers each request by the next of its steps; the last one stays."""
+    """An HTTP server that answers each request with its next step, and repeats the last one."""
 
     def __init__(self, *steps: Step) -> None:
-        self.steps, self.got = list(steps), list[tuple[str, bytes]]()
+        self.steps = list(steps)
+        self.requests: list[tuple[str, bytes]] = []  # path, body
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_PUT(self) -> None:
-                step = outer.steps.pop(0) if len(outer.steps) > 1 else outer.steps[0]
+                step = outer.steps[0]
+                if len(outer.steps) > 1:
+                    del outer.steps[0]
                 step(self)
 
             def log_message(self, *args: object) -> None:
@@ -66,7 +69,7 @@ def serving(*steps: Step, tls: tuple[Path, Path] | None = None) -> Iterator[Serv
 def answer(status: int, **headers: str) -> Step:
     def step(handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
-        handler.server.server.got.append((handler.path, body))  # type: ignore[attr-defined]
+        handler.server.server.requests.append((handler.path, body))  # type: ignore[attr-defined]
         handler.send_response(status)
         for name, value in {"Content-Length": "0", **headers}.items():
             handler.send_header(name, value)
@@ -75,8 +78,8 @@ def answer(status: int, **headers: str) -> Step:
     return step
 
 
-def early(status: int) -> Step:
-    """An answer before the body is read, and away."""
+def answer_early(status: int) -> Step:
+    """Answer before the body is read, then close the connection."""
 
     def step(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
@@ -85,20 +88,20 @@ def early(status: int) -> Step:
         handler.end_headers()
         handler.wfile.flush()
         handler.connection.shutdown(socket.SHUT_WR)
-        time.sleep(0.3)  # what still comes meets a closed door
+        time.sleep(0.3)  # the client goes on sending to the closed socket
         handler.close_connection = True
 
     return step
 
 
-def cut(handler: BaseHTTPRequestHandler) -> None:
+def reset(handler: BaseHTTPRequestHandler) -> None:
     handler.rfile.read(1000)
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     handler.connection.close()
     handler.close_connection = True
 
 
-def half(handler: BaseHTTPRequestHandler) -> None:
+def answer_half(handler: BaseHTTPRequestHandler) -> None:
     handler.rfile.read(int(handler.headers["Content-Length"]))
     handler.wfile.write(b"HTTP/1.1 2")
     handler.connection.close()
@@ -119,7 +122,9 @@ def garbage(handler: BaseHTTPRequestHandler) -> None:
 @pytest.fixture
 def zipped(tmp_path: Path) -> Path:
     path = tmp_path / "submission.zip"
-    path.write_bytes(hashlib.sha256(b"x").digest() * 100_000)  # 3.2 MB: more than the sockets' buffers hold
+    path.write_bytes(
+        hashlib.sha256(b"x").digest() * 100_000
+    )  # 3.2 MB do not fit into the buffers of the sockets
     return path
 
 
@@ -129,69 +134,73 @@ def send(path: Path, url: str, timeout: float = 10) -> tuple[str, list[str]]:
 
 
 def failed(path: Path, url: str, timeout: float = 10) -> tuple[str, list[str]]:
-    before, notes = path.read_bytes(), list[str]()
+    data = path.read_bytes()
+    notes: list[str] = []
     with pytest.raises(MainrunError) as caught:
         upload(path, url, notes.append, timeout=timeout, pause=0.01)
     assert caught.value.exit_code == 1
-    assert path.read_bytes() == before
-    said = str(caught.value)
-    assert f"{path} is kept" in said and "hidden" not in said + "".join(notes)  # a signed address is a key
-    return said, notes
+    assert path.read_bytes() == data
+    message = str(caught.value)
+    assert f"{path} is kept" in message
+    assert "hidden" not in message + "".join(notes), "the query of a signed address is a key"
+    return message, notes
 
 
-def test_a_file_arrives_whole(zipped: Path) -> None:
+def test_the_whole_file_is_sent(zipped: Path) -> None:
     with serving(answer(201)) as server:
-        said, notes = send(zipped, server.url)
-    assert said == "201 Created" and notes == []
-    assert server.got == [("/put/x.zip?signature=hidden", zipped.read_bytes())]
+        status, notes = send(zipped, server.url)
+    assert status == "201 Created" and notes == []
+    assert server.requests == [("/put/x.zip?signature=hidden", zipped.read_bytes())]
 
 
-def test_a_fault_of_the_server_is_tried_again(zipped: Path) -> None:
+def test_a_server_error_is_retried(zipped: Path) -> None:
     with serving(answer(500), answer(503), answer(200)) as server:
-        said, notes = send(zipped, server.url)
-    assert said == "200 OK" and [body for _, body in server.got] == [zipped.read_bytes()] * 3
+        status, notes = send(zipped, server.url)
+    assert status == "200 OK" and [body for _, body in server.requests] == [zipped.read_bytes()] * 3
     assert [note.partition(" answered ")[2] for note in notes] == [
         "500 Internal Server Error; try 2 of 4 in 0.01 s",
         "503 Service Unavailable; try 3 of 4 in 0.02 s",
     ]
 
 
-def test_a_server_that_asks_for_time_gets_it(zipped: Path) -> None:
+def test_retry_after_is_obeyed(zipped: Path) -> None:
     with serving(answer(429, **{"Retry-After": "1"}), answer(200)) as server:
         _, notes = send(zipped, server.url)
     assert notes[0].endswith("try 2 of 4 in 1 s")
 
 
 @pytest.mark.parametrize(
-    ("step", "said", "tries"),
+    ("step", "problem", "tries"),
     [
-        (answer(403), "answered 403 Forbidden; it does not let you", 1),
+        (answer(403), "answered 403 Forbidden; the address does not allow this upload", 1),
         (answer(404), "answered 404 Not Found", 1),
         (answer(304), "answered 304 Not Modified", 1),
-        (early(413), "answered 413", 1),
-        (early(403), "answered 403", 1),
+        (answer_early(413), "answered 413", 1),
+        (answer_early(403), "answered 403", 1),
         (answer(500), "answered 500 Internal Server Error, 4 times", 4),
-        (cut, "the connection was cut before there was an answer, 4 times", 4),
-        (half, "4 times", 4),
+        (reset, "the connection was closed before the server answered, 4 times", 4),
+        (answer_half, "4 times", 4),
         (garbage, "4 times", 4),
-        (hang, "nothing was heard for 0.4 s, 4 times", 4),
+        (hang, "no answer for 0.4 s, 4 times", 4),
     ],
 )
-def test_what_fails_says_so_and_keeps_the_file(zipped: Path, step: Step, said: str, tries: int) -> None:
+def test_a_failure_is_reported_and_the_file_is_kept(
+    zipped: Path, step: Step, problem: str, tries: int
+) -> None:
     with serving(step) as server:
-        found, notes = failed(zipped, server.url, timeout=0.4 if step is hang else 10)
-    assert said in found and len(notes) == tries - 1
+        message, notes = failed(zipped, server.url, timeout=0.4 if step is hang else 10)
+    assert problem in message and len(notes) == tries - 1
 
 
-def test_nobody_listens(zipped: Path) -> None:
+def test_no_server(zipped: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    found, notes = failed(zipped, f"http://127.0.0.1:{port}/x")
-    assert "refused" in found and len(notes) == 3
+    message, notes = failed(zipped, f"http://127.0.0.1:{port}/x")
+    assert "refused" in message and len(notes) == 3
 
 
-def test_no_other_host_gets_the_file(zipped: Path) -> None:
+def test_a_redirect_to_another_host_is_refused(zipped: Path) -> None:
     with serving(answer(200)) as other:
         for status in (301, 302, 307, 308):
             for place in (
@@ -201,18 +210,18 @@ def test_no_other_host_gets_the_file(zipped: Path) -> None:
                 "https://127.0.0.1/x",
             ):
                 with serving(answer(status, Location=place)) as server:
-                    found, notes = failed(zipped, server.url)
-                assert "sends the upload on to" in found and "refused" in found and notes == []
-    assert other.got == []
+                    message, notes = failed(zipped, server.url)
+                assert "redirects the upload to" in message and "refused" in message and notes == []
+    assert other.requests == []
 
 
-def test_another_place_on_the_same_host_is_followed(zipped: Path) -> None:
-    with serving(answer(307, Location="/there?signature=hidden"), answer(200)) as server:
-        said, _ = send(zipped, server.url)
-    assert said == "200 OK" and server.got[1] == ("/there?signature=hidden", zipped.read_bytes())
-    with serving(answer(307, Location="/round")) as server:
+def test_a_redirect_within_the_host_is_followed(zipped: Path) -> None:
+    with serving(answer(307, Location="/elsewhere?signature=hidden"), answer(200)) as server:
+        status, _ = send(zipped, server.url)
+    assert status == "200 OK" and server.requests[1] == ("/elsewhere?signature=hidden", zipped.read_bytes())
+    with serving(answer(307, Location="/circle")) as server:
         assert "in a circle" in failed(zipped, server.url)[0]
-    assert len(server.got) == uploads.REDIRECTS + 1
+    assert len(server.requests) == uploads.MAX_REDIRECTS + 1
 
 
 @pytest.fixture(scope="module")
@@ -220,37 +229,20 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
-    made = folder / "cert.crt", folder / "made"
-    ask = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        str(made[1]),
-        "-out",
-        str(made[0]),
-        "-days",
-        "2",
-    ]
-    subprocess.run(
-        [*ask, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
-        check=True,
-        capture_output=True,
-    )
-    return made
+    certificate_file = folder / "cert.crt"
+    key_file = folder / "private"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", str(key_file), "-out", str(certificate_file)]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate_file, key_file
 
 
-def test_a_certificate_that_nobody_vouches_for(zipped: Path, certificate: tuple[Path, Path]) -> None:
+def test_an_untrusted_certificate(zipped: Path, certificate: tuple[Path, Path]) -> None:
     with serving(answer(200), tls=certificate) as server:
-        found, notes = failed(zipped, server.url, timeout=5)
-    assert (
-        "the certificate of localhost is not to be trusted (self" in found
-        and notes == []
-        and server.got == []
-    )
+        message, notes = failed(zipped, server.url, timeout=5)
+    assert "the certificate of localhost is not trusted (self" in message
+    assert notes == [] and server.requests == []
 
 
 def test_a_certificate_of_another_host(
@@ -258,35 +250,35 @@ def test_a_certificate_of_another_host(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     with serving(answer(200), tls=certificate) as server:
-        assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # trusted, and of this host
-        found, _ = failed(zipped, server.url.replace("localhost", "127.0.0.1"), timeout=5)
-    assert "is not to be trusted" in found and len(server.got) == 1
+        assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # trusted, for this host
+        message, _ = failed(zipped, server.url.replace("localhost", "127.0.0.1"), timeout=5)
+    assert "is not trusted" in message and len(server.requests) == 1
 
 
-def test_https_where_there_is_none(zipped: Path) -> None:
+def test_https_to_an_http_server(zipped: Path) -> None:
     with serving(answer(200)) as server:
-        found, notes = failed(zipped, server.url.replace("http:", "https:"))
-    assert "4 times" in found and len(notes) == 3
+        message, notes = failed(zipped, server.url.replace("http:", "https:"))
+    assert "4 times" in message and len(notes) == 3
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        ("ftp://x.org/a", "no address to PUT to"),
-        ("x.org/a", "no address to PUT to"),
-        ("https://", "no address to PUT to"),
+        ("ftp://x.org/a", "not an HTTP address"),
+        ("x.org/a", "not an HTTP address"),
+        ("https://", "not an HTTP address"),
         ("https://x.org:99999/a", "cannot be read"),
-        ("https://x.org/a b", "no address to PUT to"),
-        ("https://x.org/\r\nHost: y", "no address to PUT to"),
+        ("https://x.org/a b", "not an HTTP address"),
+        ("https://x.org/\r\nHost: y", "not an HTTP address"),
         ("https://ann" + ":secret9@x.org/a", "with a name or password"),
         ("http://x.org/a", "write https://"),
     ],
 )
-def test_addresses_that_are_none(url: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_invalid_addresses(url: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         check_url(url)
     assert "secret9" not in str(caught.value)
 
 
-def test_an_address_is_shown_without_its_key() -> None:
-    assert shown(check_url("https://x.org/a/b?key=hidden#y")) == "https://x.org/a/b"
+def test_an_address_is_shown_without_its_query() -> None:
+    assert without_query(check_url("https://x.org/a/b?key=hidden#y")) == "https://x.org/a/b"

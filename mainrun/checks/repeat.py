@@ -1,4 +1,4 @@
-"""`mainrun grow verify`: the ops of a run done once more, from the states before them, with all their checks."""
+"""`mainrun grow verify`: repeat the ops of a run from the states before them, with all their checks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from mainrun.run.session import train
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 
-CLOCKS = ("seconds", "reused")  # what differs from one time to the next
-PROVEN = (f"{PREFIX}SUCCESS", f"{PREFIX}LOOKBACK")
+NOT_COMPARED = ("seconds", "reused")  # differ from one training to the next
+SUCCESS = f"{PREFIX}SUCCESS"
+EVENTS_WITH_CHECKS = (SUCCESS, f"{PREFIX}LOOKBACK")
+
+Row = dict[str, Any]  # of growth.jsonl
 
 
-class Finding(NamedTuple):
-    """A check of an op as it came out now; `same`: the op left the same row in the run's own journal, to the bit."""
+class RepeatedCheck(NamedTuple):
+    """One check of a repeated op. `same`: the run's own journal has the same row, to the bit."""
 
     op: str
     name: str
@@ -33,64 +36,66 @@ class Finding(NamedTuple):
     detail: str
 
 
-def repeat(run: RunDir, store: Store | None) -> Iterator[Finding]:
-    """The way to an op is taken from the store where it is there, and trained where not; the op and the steps behind it are done here."""
-    cfg, told = run.config(), journal(run)
-    done = {
-        row["op"]: row["step"]
-        for row in told
-        if row["event"] == f"{PREFIX}SUCCESS" and row["name"] in ARCHITECTURE
-    }
-    if not done or not cfg.growth.ops:
-        raise UsageError(
-            f"{run.path} has no op of the architecture that acted; give a run whose schedule grew it"
-        )
+def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
+    """Repeat every op of the architecture and compare it with the run's journal.
+
+    The states before an op come from the store, if it has them. The op and the steps after it are trained.
+    """
+    cfg = run.config()
+    journal = read_journal(run)
+    step_of_op = {}
+    for row in journal:
+        if row["event"] == SUCCESS and row["name"] in ARCHITECTURE:
+            step_of_op[row["op"]] = row["step"]
+    if not step_of_op or not cfg.growth.ops:
+        problem = f"{run.path} has no op of the architecture that was carried out"
+        raise UsageError(f"{problem}; give a run whose schedule grew it")
     with TemporaryDirectory() as folder:
-        for step in sorted(set(done.values())):
+        for step in sorted(set(step_of_op.values())):
             _train(cfg, Path(folder), store, step)
             _train(cfg, Path(folder), None, step + SETTLES)
-        again = journal(RunDir(Path(folder) / cfg.run_id))
-    own = [_bare(row) for row in told if row["event"] in PROVEN and row["name"] in ARCHITECTURE]
-    for row in again:
-        if row["event"] not in PROVEN or row["name"] not in ARCHITECTURE:
-            continue
-        same = _bare(row) in own
+        repeated = read_journal(RunDir(Path(folder) / cfg.run_id))
+    yield from _compare(journal, repeated)
+
+
+def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]:
+    """Yield all checks of the repeated ops, then one for each row of the journal that was not repeated."""
+    expected = _comparable(journal)
+    for row in _comparable(repeated):
+        same = row in expected
         for check in row["checks"]:
-            yield Finding(
+            yield RepeatedCheck(
                 row["op"], row["name"], row["step"], check["name"], check["ok"], same, check["detail"]
             )
-    found = [_bare(row) for row in again]
-    for row in own:  # a row that nothing here left; that of an op that does not act again is one
-        if row not in found and not any(
-            (row["event"], row["op"]) == (other["event"], other["op"]) for other in found
-        ):
-            yield Finding(
-                row["op"],
-                row["name"],
-                row["step"],
-                "journal",
-                True,
-                False,
-                "the run's journal says so, and it did not come again",
-            )
+    repeated_events = {(row["event"], row["op"]) for row in repeated}
+    for row in expected:
+        if (row["event"], row["op"]) not in repeated_events:
+            detail = "the run's journal has this row, but the op did not repeat it"
+            yield RepeatedCheck(row["op"], row["name"], row["step"], "journal", True, False, detail)
+
+
+def _comparable(rows: list[Row]) -> list[Row]:
+    """Return the rows with checks of ops of the architecture, without the values that are not compared."""
+    comparable = []
+    for row in rows:
+        if row["event"] in EVENTS_WITH_CHECKS and row["name"] in ARCHITECTURE:
+            comparable.append({key: value for key, value in row.items() if key not in NOT_COMPARED})
+    return comparable
 
 
 def _train(cfg: TrainConfig, out: Path, store: Store | None, until: int) -> None:
-    with suppress(Interrupted):  # as it was asked to
+    with suppress(Interrupted):  # the training stops at `until`
         train(cfg, out, store=store, until=until)
 
 
-def journal(run: RunDir) -> list[dict[str, Any]]:
+def read_journal(run: RunDir) -> list[Row]:
+    """Read growth.jsonl, which only a run with a growth schedule has."""
     file = run.path / "growth.jsonl"
     if not os.path.lexists(file):
         raise UsageError(f"{run.path} has no growth.jsonl; give a run with a growth schedule")
     rows = run.journal()
-    if fault := next((row for row in rows if row["event"] in PROVEN and "checks" not in row), None):
-        raise RunError(
-            f"{file} is damaged: its row {fault['event']} of step {fault['step']} lacks 'checks'; {run.fix}"
-        )
+    for row in rows:
+        if row["event"] in EVENTS_WITH_CHECKS and "checks" not in row:
+            problem = f"{file} is damaged: its row {row['event']} of step {row['step']} lacks 'checks'"
+            raise RunError(f"{problem}; {run.fix}")
     return rows
-
-
-def _bare(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in CLOCKS}

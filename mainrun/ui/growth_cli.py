@@ -82,12 +82,12 @@ def verify(
     The way to each op comes from the store beside the run (or --store), and is trained where it is not there. Exits with 1 when a check
     fails, or an op leaves another row than it did in the run.
     """
-    from mainrun.checks.repeat import repeat
+    from mainrun.checks.repeat import repeat_ops
     from mainrun.store.rundir import RunDir
 
     with stoppable():
         found = [
-            finding._asdict() for finding in repeat(RunDir(run), open_store(place, run.absolute().parent))
+            finding._asdict() for finding in repeat_ops(RunDir(run), open_store(place, run.absolute().parent))
         ]
     if as_json:
         emit(found)

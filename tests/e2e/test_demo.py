@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from handing_in import git, repository
+from submitting import git, repository
 
 SMALL = ["--set", "num_titles=400", "--set", "epochs=1", "--set", "d_model=32"]
 ZIP = "runs/demo/submission.zip"

@@ -1,4 +1,4 @@
-"""Whether a bundle is believed, by rows: one thing is changed in a good one, and what is said of it. The replay is made by hand."""
+"""`verify` with one change in a good bundle or its replay. The replay itself is faked."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from evidence import MACHINE, STEPS, VERSIONS, failing, make_rows, make_run, score, write_run
-from handing_in import pdf, quoting
+from submitting import make_pdf, make_report
 
 from mainrun.errors import MainrunError, RunError
-from reports import bundle, submission, verification
-from reports.bundle import FORMAT, MANIFEST, BundleError, pack, sha256
+from reports.submission import bundle, finished_run, verification
+from reports.submission.bundle import FORMAT, MANIFEST, BundleError, pack, sha256
 
 Files = dict[str, bytes]
 CODE_FILE = "code/mainrun/replay.py"
@@ -44,15 +44,15 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def make_files(folder: Path, **fields: Any) -> Files:
     run = make_run(best=BEST, last=score(), fields=fields)
     summary = run.summary
-    return run_files(write_run(folder, run)) | {"report.pdf": quoting(summary), CODE_FILE: b"replay"}
+    return run_files(write_run(folder, run)) | {"report.pdf": make_report(summary), CODE_FILE: b"replay"}
 
 
 def replayed(**changes: Any) -> dict[str, Any]:
-    """What the replay of two steps gives for the run."""
+    """Return the result of a replay of the run's first two steps."""
     summary = make_run(best=BEST, last=score()).summary
     rows = [row for row in make_rows(summary) if row["step"] <= 2]
     same = ("fingerprints", "tokenizer", "params", "tokens", "flops")
-    found = {
+    result = {
         "machine_class": MACHINE,
         "versions": VERSIONS,
         "steps": 2,
@@ -60,28 +60,29 @@ def replayed(**changes: Any) -> dict[str, Any]:
         "rows": rows,
         "weights": "3" * 64,
     }
-    return copy.deepcopy(found | {name: summary[name] for name in same} | changes)
+    return copy.deepcopy(result | {name: summary[name] for name in same} | changes)
 
 
 class Case:
-    """A good bundle to change, and the replay of it."""
+    """A good bundle and the result of its replay. A test changes one of them."""
 
     def __init__(self, folder: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.place, self.files = folder / "x.zip", dict(files)
-        self.found: Any = replayed()
+        self.path = folder / "x.zip"
+        self.files = dict(files)
+        self.result: Any = replayed()
         self.manifest: dict[str, Any] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.notes: list[str] = []
-        monkeypatch.setattr(verification, "replay", self.replay)
+        monkeypatch.setattr(verification, "run_replay", self.run_replay)
         monkeypatch.setattr(verification, "ROOT", folder)
         (folder / "mainrun").mkdir()
         (folder / "mainrun" / "replay.py").write_bytes(b"replay")
 
-    def replay(self, *args: Any) -> Any:
+    def run_replay(self, *args: Any) -> Any:
         self.calls.append(args)
-        if isinstance(self.found, Exception):
-            raise self.found
-        return self.found
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
 
     def edit(self, name: str, change: Callable[[Any], Any]) -> None:
         value = json.loads(self.files[name])
@@ -94,22 +95,22 @@ class Case:
         self.files["run/metrics.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
     def write(self, dishonest: Files | None = None) -> Path:
-        """With a manifest that fits, but for `self.manifest`; then with the files of `dishonest` in place of its own."""
-        summary = (
-            json.loads(self.files.get("run/summary.json", b"null"))
-            or make_run(best=BEST, last=score()).summary
-        )
-        made = make_manifest(self.files, summary) | self.manifest
-        self.place.write_bytes(pack(self.files | {MANIFEST: json.dumps(made).encode()} | (dishonest or {})))
-        return self.place
+        """Write the bundle. `self.manifest` changes its manifest, which omits the `dishonest` files."""
+        summary = json.loads(self.files.get("run/summary.json", b"null"))
+        if summary is None:
+            summary = make_run(best=BEST, last=score()).summary
+        manifest = make_manifest(self.files, summary) | self.manifest
+        files = self.files | {MANIFEST: json.dumps(manifest).encode()}
+        self.path.write_bytes(pack(files | (dishonest or {})))
+        return self.path
 
     def verify(self, steps: int = 2, dishonest: Files | None = None) -> verification.Verdict:
         return verification.verify(self.write(dishonest), steps, self.notes.append)
 
     def refusal(self) -> str:
-        """The one thing that is wrong."""
-        (said,) = self.verify().differences
-        return said
+        """Verify, and return the only difference."""
+        (difference,) = self.verify().differences
+        return difference
 
 
 @pytest.fixture
@@ -127,78 +128,77 @@ def test_a_good_bundle(case: Case) -> None:
             "the summary, the log, the manifest and the report against each other",
             "2 of 4 steps trained again, scored after 2",
         ],
-        same_class=True, apart=[], tolerance=0.0, steps=2, of=4, other_code=[],
+        same_class=True, machine_differences=[], tolerance=0.0, steps=2, total_steps=4, changed_code=[],
     )  # fmt: skip
     assert verdict.verified
-    ((code, what, path, steps),) = case.calls
-    assert (code.name, what, path.name, steps) == ("code", "steps", "run", "2") and not path.exists()
+    ((code, command, path, steps),) = case.calls
+    assert (code.name, command, path.name, steps) == ("code", "steps", "run", "2") and not path.exists()
     assert code.parent == path.parent and code.parent.name.startswith("mainrun-verify-")
     (note,) = case.notes
     assert "(commit c0ffeec0ffee)" in note and "2 at most" in note
 
 
-def test_what_the_replay_scored_is_said(case: Case) -> None:
-    case.found = replayed(rows=make_rows(make_run().summary)[:2], steps=2, last=[score() | {"event": "eval"}])
-    assert case.verify().done[2:] == [
+def test_the_verdict_lists_what_was_scored(case: Case) -> None:
+    case.result = replayed(
+        rows=make_rows(make_run().summary)[:2], steps=2, last=[score() | {"event": "eval"}]
+    )
+    assert case.verify().checked[2:] == [
         "2 of 4 steps trained again, scored after none",
         "the last weights scored again",
     ]
-    case.found = replayed(rows=[{"event": "eval", **BEST}, {"event": "eval", **score()}])
-    assert case.verify().done[2:] == ["2 of 4 steps trained again, scored after 2, 4"]
+    case.result = replayed(rows=[{"event": "eval", **BEST}, {"event": "eval", **score()}])
+    assert case.verify().checked[2:] == ["2 of 4 steps trained again, scored after 2, 4"]
 
 
 # -- files
 
 
 @pytest.mark.parametrize("name", [*(f"run/{name}" for name in RUN_FILES), "report.pdf", CODE_FILE])
-def test_a_file_that_is_changed_or_missing(case: Case, name: str) -> None:
+def test_a_changed_or_missing_file(case: Case, name: str) -> None:
     changed = case.verify(dishonest={name: case.files[name] + b" "})
-    assert len(changed.differences) == 1 and changed.differences[0].startswith(f"{name} was changed: sha256 ")
-    assert not changed.verified and changed.done == ["9 files against their sha256 in the manifest"]
-    assert (changed.same_class, changed.apart, changed.tolerance, changed.steps, changed.of) == (
-        True,
-        [],
-        0.0,
-        0,
-        0,
+    assert len(changed.differences) == 1 and changed.differences[0].startswith(
+        f"{name} was changed: its sha256 is "
     )
+    assert not changed.verified and changed.checked == ["9 files against their sha256 in the manifest"]
+    assert changed.same_class and changed.machine_differences == []
+    assert changed.tolerance == changed.steps == changed.total_steps == 0
     del case.files[name]
     assert case.refusal() == f"there is no {name}"
     assert case.calls == [] and case.notes == []
 
 
-def test_a_file_beside_the_manifest(case: Case) -> None:
+def test_a_file_that_is_not_in_the_manifest(case: Case) -> None:
     extra = case.verify(dishonest={"code/evil.py": b""}).differences
-    assert extra == ["code/evil.py is in the bundle, not in its manifest"] and case.calls == []
+    assert extra == ["code/evil.py is in the bundle, but not in its manifest"] and case.calls == []
 
 
-def test_a_file_that_the_manifest_alone_has(case: Case) -> None:
+def test_a_file_that_is_only_in_the_manifest(case: Case) -> None:
     listed = make_manifest(case.files, make_run(best=BEST, last=score()).summary)["files"]
     case.manifest = {"files": listed | {"code/lost.py": {"sha256": "0" * 64, "bytes": 1}}}
-    assert case.refusal() == "code/lost.py is in the manifest, not in the bundle" and case.calls == []
+    assert case.refusal() == "code/lost.py is in the manifest, but not in the bundle" and case.calls == []
 
 
-def test_no_bundle_is_refused_by_its_name(case: Case) -> None:
+def test_the_error_names_the_file(case: Case) -> None:
     case.manifest = {"format": 99}
     with pytest.raises(BundleError, match=r"x\.zip is refused: .*format 99") as caught:
         case.verify()
-    assert str(caught.value).count(";") == 1  # one way out
+    assert str(caught.value).count(";") == 1  # one fix
 
 
-# -- on paper
+# -- manifest, run and report
 
 
 @pytest.mark.parametrize(
     "name", ["run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions"]
 )
-def test_a_manifest_that_says_something_else(case: Case, name: str) -> None:
+def test_a_manifest_that_contradicts_the_run(case: Case, name: str) -> None:
     true = make_run(best=BEST).summary[name]
     case.manifest = {name: "other"}
     assert case.refusal() == f"{name} is 'other' in the manifest, {true!r} in the run" and case.calls == []
 
 
 @pytest.mark.parametrize("name", ["last", "best", "steps", "params", "weights"])
-def test_a_figure_that_is_another(case: Case, name: str) -> None:
+def test_a_figure_that_contradicts_the_summary(case: Case, name: str) -> None:
     summary = make_run(best=BEST, last=score()).summary
     figures = {k: summary[k] for k in ("last", "best", "steps", "params", "weights")}
     case.manifest = {"figures": figures | {name: 17}}
@@ -209,7 +209,7 @@ def test_a_figure_that_is_another(case: Case, name: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "interrupted", None])
-def test_a_run_that_is_not_done(case: Case, state: str | None) -> None:
+def test_a_run_that_is_not_finished(case: Case, state: str | None) -> None:
     case.edit("run/status.json", lambda status: status.update(state=state) if state else status.clear())
     assert case.refusal().startswith(f"status.json says {state!r}") and case.calls == []
 
@@ -220,37 +220,33 @@ def test_a_guard_that_failed(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "problem"),
     [
-        (b"no pdf", "report.pdf is no PDF"),
-        (pdf(["run x", "full 2.0000"]), "report.pdf does not quote this run: it has no run "),
+        (b"no pdf", "report.pdf is not a readable PDF"),
+        (make_pdf(["run x", "full 2.0000"]), "report.pdf does not quote this run: it has no run "),
     ],
-    ids=["no PDF", "another run"],
+    ids=["not a PDF", "another run"],
 )
-def test_a_report_that_does_not_quote_the_run(case: Case, report: bytes, said: str) -> None:
+def test_a_report_that_does_not_quote_the_run(case: Case, report: bytes, problem: str) -> None:
     case.files["report.pdf"] = report
     refusal = case.refusal()
-    assert refusal.startswith(said) and case.calls == []
-    assert ("official 3.0000" in refusal) == ("quote" in said)
+    assert refusal.startswith(problem) and case.calls == []
+    assert ("official 3.0000" in refusal) == ("quote" in problem)
 
 
-def test_everything_on_paper_is_said_at_once(case: Case) -> None:
+def test_all_differences_are_listed_at_once(case: Case) -> None:
     case.manifest = {"preset": "x", "tokenizer": "y"}
     case.edit("run/status.json", lambda status: status.update(state="running"))
     verdict = case.verify()
     assert [line.split()[0] for line in verdict.differences] == ["preset", "tokenizer", "status.json"]
-    assert verdict.done[-1] == "the summary, the log, the manifest and the report against each other"
+    assert verdict.checked[-1] == "the summary, the log, the manifest and the report against each other"
 
 
-def test_a_run_that_is_not_whole(case: Case) -> None:
+def test_a_contradictory_run(case: Case) -> None:
     case.edit("run/summary.json", lambda summary: summary["scores"]["val"]["last"].update(full=1.0))
-    said = case.refusal()
-    assert (
-        said.startswith("the run: ")
-        and "/tmp" not in said
-        and "run/summary.json" in said
-        and case.calls == []
-    )
+    message = case.refusal()
+    assert message.startswith("the run: ") and "run/summary.json" in message and "/tmp" not in message
+    assert case.calls == []
 
 
 @pytest.mark.parametrize(
@@ -269,7 +265,7 @@ def test_a_run_that_cannot_be_read(
     def fail(run: Any) -> None:
         raise error("so")
 
-    monkeypatch.setattr(verification, "whole", fail)
+    monkeypatch.setattr(verification, "complete_summary", fail)
     assert case.refusal() == f"the run cannot be read ({error.__name__}: so)"
 
 
@@ -278,39 +274,39 @@ def test_a_run_that_cannot_be_read(
 
 @pytest.mark.parametrize("error", [MainrunError, RunError])
 def test_a_replay_that_fails(case: Case, error: type[MainrunError]) -> None:
-    case.found = error("no such thing")
+    case.result = error("no such thing")
     assert case.refusal() == "the replay failed: no such thing"
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, ValueError])
-def test_findings_that_cannot_be_read(case: Case, error: type[Exception]) -> None:
-    case.found = error("x")
-    assert case.refusal().startswith(f"the replay's findings cannot be read ({error.__name__}: ")
+def test_an_unreadable_result(case: Case, error: type[Exception]) -> None:
+    case.result = error("x")
+    assert case.refusal().startswith(f"the result of the replay cannot be read ({error.__name__}: ")
 
 
-def test_findings_that_lack_something(case: Case) -> None:
-    del case.found["machine_class"]
-    assert case.refusal() == "the replay's findings cannot be read (KeyError: 'machine_class')"
+def test_an_incomplete_result(case: Case) -> None:
+    del case.result["machine_class"]
+    assert case.refusal() == "the result of the replay cannot be read (KeyError: 'machine_class')"
 
 
-def test_other_steps_of_the_plan(case: Case) -> None:
-    case.found["of"] = 5
+def test_another_number_of_steps(case: Case) -> None:
+    case.result["of"] = 5
     assert case.refusal() == "its config makes 5 steps, the summary says 4"
-    del case.found["of"]
+    del case.result["of"]
     assert case.verify().verified
 
 
 @pytest.mark.parametrize("name", ["fingerprints", "tokenizer", "params", "tokens", "flops"])
-def test_what_follows_from_the_code_and_the_config(case: Case, name: str) -> None:
+def test_facts_that_follow_from_code_and_config(case: Case, name: str) -> None:
     true = make_run(best=BEST).summary[name]
-    case.found[name] = "other"
+    case.result[name] = "other"
     assert case.refusal() == f"{name} is {true!r} in the run, 'other' by its code and config"
-    del case.found[name]
+    del case.result[name]
     assert case.verify().verified
 
 
 def test_another_source(case: Case) -> None:
-    case.found["versions"] = VERSIONS | {"mainrun": "6" * 64}
+    case.result["versions"] = VERSIONS | {"mainrun": "6" * 64}
     assert case.refusal() == "the run was trained by source 555555555555, the code is source 666666666666"
 
 
@@ -318,102 +314,111 @@ def test_two_sources(case: Case) -> None:
     case.edit(
         "run/summary.json", lambda summary: summary["all_versions"].append(VERSIONS | {"mainrun": "4" * 64})
     )
-    assert (
-        case.refusal()
-        == "the run was trained by source 444444444444, 555555555555, the code is source 555555555555"
-    )
+    sources = "444444444444, 555555555555"
+    assert case.refusal() == f"the run was trained by source {sources}, the code is source 555555555555"
 
 
-def test_weights_that_are_others(case: Case) -> None:
-    case.found["weights"] = "4" * 64
+def test_other_weights(case: Case) -> None:
+    case.result["weights"] = "4" * 64
     assert case.refusal() == "the checkpoint's weights are 444444444444, the summary says 333333333333"
-    case.found |= {"weights": "3" * 64, "trained_weights": "4" * 64}
+    case.result |= {"weights": "3" * 64, "trained_weights": "4" * 64}
     assert case.refusal() == "the replay's weights are 444444444444, the summary says 333333333333"
-    case.found |= {"trained_weights": "3" * 64}
+    case.result |= {"trained_weights": "3" * 64}
     assert case.verify().verified
-    case.found |= {"machine_class": MACHINE | {"device": "cuda"}, "trained_weights": "4" * 64}
-    assert case.verify().verified  # trained anew on another machine, they round otherwise
-    case.found["weights"] = "4" * 64
+    case.result |= {"machine_class": MACHINE | {"device": "cuda"}, "trained_weights": "4" * 64}
+    assert case.verify().verified  # trained again on another machine, which rounds differently
+    case.result["weights"] = "4" * 64
     assert case.refusal().startswith("the checkpoint's weights are ")
-    del case.found["weights"]
+    del case.result["weights"]
     assert case.verify().verified
 
 
-def test_weights_that_cannot_be_used(case: Case) -> None:
-    case.found["unusable"] = "torn"
+def test_unusable_weights(case: Case) -> None:
+    case.result["unusable"] = "torn"
     assert case.refusal() == "the last weights are in the bundle and cannot be used: torn"
-    case.found["last"] = []
+    case.result["last"] = []
     assert case.verify().verified
 
 
 # -- another machine
 
 
+def differ(name: str, of_run: Any, current: Any) -> str:
+    return f"{name}: the run had {of_run}, this machine has {current}"
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "differences"),
     [
-        ({"machine_class": MACHINE | {"device": "cuda"}}, ["device: cpu there, cuda here"]),
-        ({"machine_class": MACHINE | {"threads": 8}}, ["threads: None there, 8 here"]),
-        ({"machine_class": {k: MACHINE[k] for k in ("device", "dtype", "processes")}}, ["instructions: AVX2 there, None here"]),
-        ({"versions": VERSIONS | {"torch": "2.1"}}, ["version of torch: 2.0 there, 2.1 here"]),
-        ({"versions": VERSIONS | {"numpy": "1"}}, ["version of numpy: None there, 1 here"]),
-        ({"versions": {"mainrun": VERSIONS["mainrun"]}}, ["version of torch: 2.0 there, None here"]),
-        ({"machine_class": MACHINE | {"device": "x"}, "versions": VERSIONS | {"torch": "9"}},
-         ["device: cpu there, x here", "version of torch: 2.0 there, 9 here"]),
-        ({"machine_class": MACHINE | {"dtype": "x", "device": "y"}}, ["device: cpu there, y here", "dtype: float32 there, x here"]),
+        ({"machine_class": MACHINE | {"device": "cuda"}}, [differ("device", "cpu", "cuda")]),
+        ({"machine_class": MACHINE | {"threads": 8}}, [differ("threads", None, 8)]),
+        (
+            {"machine_class": {k: MACHINE[k] for k in ("device", "dtype", "processes")}},
+            [differ("instructions", "AVX2", None)],
+        ),
+        ({"versions": VERSIONS | {"torch": "2.1"}}, [differ("version of torch", "2.0", "2.1")]),
+        ({"versions": VERSIONS | {"numpy": "1"}}, [differ("version of numpy", None, "1")]),
+        ({"versions": {"mainrun": VERSIONS["mainrun"]}}, [differ("version of torch", "2.0", None)]),
+        (
+            {"machine_class": MACHINE | {"device": "x"}, "versions": VERSIONS | {"torch": "9"}},
+            [differ("device", "cpu", "x"), differ("version of torch", "2.0", "9")],
+        ),
+        (
+            {"machine_class": MACHINE | {"dtype": "x", "device": "y"}},
+            [differ("device", "cpu", "y"), differ("dtype", "float32", "x")],
+        ),
     ],
-)  # fmt: skip
-def test_where_this_machine_is_another(case: Case, change: dict[str, Any], said: list[str]) -> None:
-    case.found |= change
+)
+def test_differences_between_the_machines(case: Case, change: dict[str, Any], differences: list[str]) -> None:
+    case.result |= change
     verdict = case.verify()
-    assert verdict.verified and verdict.apart == said
+    assert verdict.verified and verdict.machine_differences == differences
     assert (verdict.same_class, verdict.tolerance) == (False, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["machine_classes", "all_versions"])
-def test_a_run_that_moved(case: Case, name: str) -> None:
+def test_a_run_that_was_resumed_elsewhere(case: Case, name: str) -> None:
     case.edit("run/env.json", lambda env: env[name].append({"mainrun": "9" * 64}))
     verdict = case.verify()
-    assert (
-        verdict.verified
-        and not verdict.same_class
-        and len(verdict.apart) == 1
-        and "was stopped" in verdict.apart[0]
-    )
+    assert verdict.verified and not verdict.same_class
+    (difference,) = verdict.machine_differences
+    assert "was resumed on another machine class" in difference
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_tolerance_goes_by_the_dtype(
+def test_the_tolerance_depends_on_the_dtype(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     case = Case(tmp_path, make_files(tmp_path_factory.mktemp("files"), dtype=dtype), monkeypatch)
-    case.found["machine_class"] = MACHINE | {"device": "cuda"}
+    case.result["machine_class"] = MACHINE | {"device": "cuda"}
     tolerance = {"float32": 1e-3, "bfloat16": 1e-2}[dtype]
     assert case.verify().tolerance == tolerance
-    for name, was, share in (("loss", 5.0, 1), ("lr", 0.1, 1), ("grad_norm", 1.0, 10)):
+    for name, value, share in (("loss", 5.0, 1), ("lr", 0.1, 1), ("grad_norm", 1.0, 10)):
         for factor, verified in ((1 - 0.98 * share * tolerance, True), (1 - 1.02 * share * tolerance, False)):
-            case.found["rows"][0][name] = was * factor
+            case.result["rows"][0][name] = value * factor
             verdict = case.verify()
             assert verdict.verified == verified
             if not verified:
-                assert verdict.differences == [f"step 1: {name} is {was!r} in the log, {was * factor!r} now"]
-        case.found["rows"][0][name] = was
+                assert verdict.differences == [
+                    f"step 1: {name} is {value!r} in the log, {value * factor!r} in the replay"
+                ]
+        case.result["rows"][0][name] = value
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_given_weights_only_round(
+def test_the_tolerance_of_the_last_weights(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     case = Case(tmp_path, make_files(tmp_path_factory.mktemp("files"), dtype=dtype), monkeypatch)
-    case.found["machine_class"] = MACHINE | {"device": "cuda"}
+    case.result["machine_class"] = MACHINE | {"device": "cuda"}
     for factor, verified in ((1.00098, True), (1.00102, False)):
-        case.found["last"] = [{"event": "eval", **score(full=2.0 * factor)}]
+        case.result["last"] = [{"event": "eval", **score(full=2.0 * factor)}]
         verdict = case.verify()
         assert verdict.verified == verified
-    assert verdict.differences == [f"step 4, val: full is 2.0 in the log, {2.0 * 1.00102!r} now"]
+    assert verdict.differences == [f"step 4, val: full is 2.0 in the log, {2.0 * 1.00102!r} in the replay"]
 
 
-# -- row by row
+# -- the rows
 
 ULP = 1 + 2**-52
 
@@ -423,19 +428,22 @@ def drop(row: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
-        (lambda rows: rows[0].update(loss=5.0 * ULP), f"step 1: loss is 5.0 in the log, {5.0 * ULP!r} now"),
-        (lambda rows: rows[1].update(lr=0.2), "step 2: lr is 0.1 in the log, 0.2 now"),
+        (
+            lambda rows: rows[0].update(loss=5.0 * ULP),
+            f"step 1: loss is 5.0 in the log, {5.0 * ULP!r} in the replay",
+        ),
+        (lambda rows: rows[1].update(lr=0.2), "step 2: lr is 0.1 in the log, 0.2 in the replay"),
         (
             lambda rows: rows[1].update(grad_norm=1.0 * ULP),
-            f"step 2: grad_norm is 1.0 in the log, {ULP!r} now",
+            f"step 2: grad_norm is 1.0 in the log, {ULP!r} in the replay",
         ),
-        (lambda rows: rows[1].update(tokens=257), "step 2: tokens is 256 in the log, 257 now"),
-        (lambda rows: rows[1].update(tokens=256.0), "step 2: tokens is 256 in the log, 256.0 now"),
-        (lambda rows: rows[1].update(new=1), "step 2: new is None in the log, 1 now"),
-        (lambda rows: drop(rows[1], "lr"), "step 2: lr is 0.1 in the log, None now"),
-        (lambda rows: rows[2].update(full=1.8), "step 2, val: full is 1.9 in the log, 1.8 now"),
+        (lambda rows: rows[1].update(tokens=257), "step 2: tokens is 256 in the log, 257 in the replay"),
+        (lambda rows: rows[1].update(tokens=256.0), "step 2: tokens is 256 in the log, 256.0 in the replay"),
+        (lambda rows: rows[1].update(new=1), "step 2: new is None in the log, 1 in the replay"),
+        (lambda rows: drop(rows[1], "lr"), "step 2: lr is 0.1 in the log, None in the replay"),
+        (lambda rows: rows[2].update(full=1.8), "step 2, val: full is 1.9 in the log, 1.8 in the replay"),
         (lambda rows: rows[2].update(split="dev"), "step 2, dev: the log has no score"),
         (lambda rows: rows[2].update(step=1), "step 1, val: the log has no score"),
         (lambda rows: rows[1].update(seconds=99.0), ""),
@@ -444,29 +452,33 @@ def drop(row: dict[str, Any], name: str) -> None:
         (lambda rows: rows.clear(), ""),
     ],
 )
-def test_each_row_is_compared(case: Case, change: Callable[[list[dict[str, Any]]], Any], said: str) -> None:
-    change(case.found["rows"])
-    assert case.verify().differences == ([said] if said else [])
+def test_each_row_is_compared(
+    case: Case, change: Callable[[list[dict[str, Any]]], Any], difference: str
+) -> None:
+    change(case.result["rows"])
+    assert case.verify().differences == ([difference] if difference else [])
 
 
-def test_a_step_that_the_log_leaves_out_is_not_compared(case: Case) -> None:
+def test_a_step_that_is_not_logged_is_not_compared(case: Case) -> None:
     case.edit_rows(lambda rows: rows.pop(0))
-    case.found["rows"][1]["lr"] = 0.2
-    assert case.refusal() == "step 2: lr is 0.1 in the log, 0.2 now"
+    case.result["rows"][1]["lr"] = 0.2
+    assert case.refusal() == "step 2: lr is 0.1 in the log, 0.2 in the replay"
 
 
-@pytest.mark.parametrize(("there", "now"), [(True, 1), (None, 5.0), ("5.0", 5.0), (5, 5.0), (5.0, 5)])
-def test_a_tolerance_is_for_numbers_alone(case: Case, there: Any, now: Any) -> None:
-    case.found["machine_class"] = MACHINE | {"device": "cuda"}
-    case.edit_rows(lambda rows: rows[0].update(extra=there))
-    case.found["rows"][0]["extra"] = now
-    assert case.refusal() == f"step 1: extra is {there!r} in the log, {now!r} now"
+@pytest.mark.parametrize(
+    ("logged", "replayed_value"), [(True, 1), (None, 5.0), ("5.0", 5.0), (5, 5.0), (5.0, 5)]
+)
+def test_only_floats_have_a_tolerance(case: Case, logged: Any, replayed_value: Any) -> None:
+    case.result["machine_class"] = MACHINE | {"device": "cuda"}
+    case.edit_rows(lambda rows: rows[0].update(extra=logged))
+    case.result["rows"][0]["extra"] = replayed_value
+    assert case.refusal() == f"step 1: extra is {logged!r} in the log, {replayed_value!r} in the replay"
 
 
 # -- the code
 
 
-def test_code_that_is_not_the_one_installed(case: Case, tmp_path: Path) -> None:
+def test_code_that_differs_from_the_installed_code(case: Case, tmp_path: Path) -> None:
     (tmp_path / "mainrun" / "sub").mkdir()
     (tmp_path / "mainrun" / "sub" / "here.py").write_bytes(b"1")
     (tmp_path / "mainrun" / "notes.md").write_bytes(b"1")
@@ -478,12 +490,12 @@ def test_code_that_is_not_the_one_installed(case: Case, tmp_path: Path) -> None:
         "code/sweeps/x.py": b"2",
     }
     verdict = case.verify()
-    assert verdict.verified and verdict.other_code == [
+    assert verdict.verified and verdict.changed_code == [
         "mainrun/both.py",
         "mainrun/sub/here.py",
         "mainrun/there.py",
     ]
 
 
-def test_the_files_that_a_run_must_have() -> None:
-    assert submission.RUN_FILES == RUN_FILES and bundle.REPORT == "report.pdf"
+def test_the_files_of_a_run() -> None:
+    assert finished_run.RUN_FILES == RUN_FILES and bundle.REPORT == "report.pdf"

@@ -1,0 +1,1 @@
+"""Submissions: bundle a run with its code and report, and verify such a bundle."""

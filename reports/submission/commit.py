@@ -1,0 +1,224 @@
+"""The code of a submission. It is read from the commit in git, not from the working tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mainrun.errors import UsageError
+from reports.submission import leaks
+from reports.submission.bundle import (
+    MAX_UNPACKED_BYTES,
+    MAX_ZIP_BYTES,
+    collisions,
+    escape,
+    format_size,
+    name_problem,
+)
+
+ROOT = Path(__file__).parents[2]  # the repository of this code
+MAX_LISTED = 5  # a message lists this many problems and counts the others
+
+EXECUTABLE = "100755"  # modes of git
+PLAIN_FILES = ("100644", EXECUTABLE)
+LINK = "120000"
+
+
+@dataclass
+class Commit:
+    """The files of a commit that go into a submission."""
+
+    id: str
+    tree: str
+    files: dict[str, bytes]
+    executables: list[str]
+    left_out: dict[str, str]  # name -> what kind of file it is
+
+
+class TreeEntry(NamedTuple):
+    """A line of `git ls-tree`."""
+
+    mode: str
+    object_id: str
+    size: int
+    name: str
+
+
+def run_git(root: Path, *args: str, stdin: bytes | None = None) -> bytes:
+    """Run git without the user's GIT_* variables and without replaced objects. Return its stdout."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env["GIT_OPTIONAL_LOCKS"] = "0"
+    env["LC_ALL"] = "C"
+    command = ["git", "--no-replace-objects", "-C", str(root), *args]
+    try:
+        result = subprocess.run(command, input=stdin, capture_output=True, env=env)
+    except FileNotFoundError:
+        raise UsageError("git is not installed, but a submission contains a commit; install git") from None
+    if result.returncode:
+        lines = result.stderr.decode("utf-8", "replace").strip().splitlines() or [str(result.returncode)]
+        raise UsageError(f"git {args[0]} failed in {root}: {lines[-1]}")
+    return result.stdout
+
+
+def read_head(root: Path, ignored: Iterable[Path] = ()) -> Commit:
+    """Read the checked-out commit. Refuse files that look like secrets, and uncommitted changes.
+
+    `ignored` files may be untracked.
+    """
+    check_tree(root, ignored)
+    entries = _list_tree(root)
+    # A file with a secret's name is refused even in a folder that is left out: it should not be in git at all
+    _refuse(_secret_names(entries))
+    left_out = {}
+    kept = []
+    for entry in entries:
+        kind = leaks.left_out(entry.name)
+        if kind:
+            left_out[entry.name] = kind
+        else:
+            kept.append(entry)
+    _refuse(_entry_problems(kept))
+    _check_size(kept)
+    files = {}
+    for entry, data in zip(kept, _read_objects(root, kept), strict=True):
+        if leaks.is_archive(data):
+            left_out[entry.name] = "an archive"
+        else:
+            files[entry.name] = data
+    check_leaks(files)
+    return Commit(
+        id=run_git(root, "rev-parse", "HEAD").decode().strip(),
+        tree=run_git(root, "rev-parse", "HEAD^{tree}").decode().strip(),
+        files=files,
+        executables=[entry.name for entry in kept if entry.mode == EXECUTABLE and entry.name in files],
+        left_out=left_out,
+    )
+
+
+def check_leaks(files: Mapping[str, bytes]) -> None:
+    """Refuse the files if one of their names or contents looks like a secret."""
+    _refuse(_leaks(files))
+
+
+def check_tree(root: Path, ignored: Iterable[Path] = ()) -> None:
+    """Require a git repository without uncommitted changes. `ignored` files may be untracked."""
+    try:
+        top = Path(os.fsdecode(run_git(root, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+    except UsageError as e:
+        if "not a git repository" not in str(e):
+            raise
+        problem = f"{root} is not in a git repository, but a submission contains the code of a commit"
+        fix = "get mainrun by git clone (or run git init, then `./task checkpoint`)"
+        raise UsageError(f"{problem}; {fix}") from None
+    if top.resolve() != root.resolve():
+        problem = f"{root} is a folder of the git repository {top}"
+        raise UsageError(f"{problem}; a submission needs mainrun in a repository of its own (git clone)")
+    try:
+        run_git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    except UsageError:
+        raise UsageError(f"{root} has no commit yet; `./task checkpoint` makes one") from None
+    changed = _uncommitted(root, ignored)
+    if changed:
+        named = ", ".join(escape(name) for name in changed[:MAX_LISTED])
+        if len(changed) > MAX_LISTED:
+            named += f" and {len(changed) - MAX_LISTED} more"
+        fix = "`./task checkpoint` commits it (or use git commit or git stash)"
+        raise UsageError(f"the working tree is not committed: {named}; {fix}")
+
+
+def _uncommitted(root: Path, ignored: Iterable[Path]) -> list[str]:
+    """Return the names of changed files, and of untracked files that are not in `ignored`."""
+    ignored_paths = {path.resolve() for path in ignored}
+    status = run_git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames")
+    names = []
+    for line in status.split(b"\0"):
+        name = os.fsdecode(line[3:])
+        is_ignored = line.startswith(b"??") and (root / name).resolve() in ignored_paths
+        if line and not is_ignored:
+            names.append(name)
+    return names
+
+
+def _list_tree(root: Path) -> list[TreeEntry]:
+    entries = []
+    for line in run_git(root, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD").split(b"\0"):
+        if not line:
+            continue
+        fields, _, name = line.partition(b"\t")
+        mode, _, object_id, size = fields.decode().split()
+        if size == "-":  # a commit of another repository has no size
+            size = "0"
+        entries.append(TreeEntry(mode, object_id, int(size), os.fsdecode(name)))
+    return entries
+
+
+def _read_objects(root: Path, entries: list[TreeEntry]) -> Iterator[bytes]:
+    """Yield the contents of the entries, all read by one call of git."""
+    request = "".join(f"{entry.object_id}\n" for entry in entries)
+    output = run_git(root, "cat-file", "--batch", stdin=request.encode())
+    position = 0
+    for entry in entries:
+        header_end = output.index(b"\n", position)
+        _, kind, size = output[position:header_end].split()
+        if kind != b"blob":
+            raise UsageError(f"git object {entry.object_id} is not a file; `git fsck` says what is wrong")
+        start = header_end + 1
+        end = start + int(size)
+        yield output[start:end]
+        position = end + 1
+
+
+def _check_size(entries: list[TreeEntry]) -> None:
+    total = sum(entry.size for entry in entries)
+    if total <= MAX_UNPACKED_BYTES:
+        return
+    largest = sorted(entries, key=lambda entry: -entry.size)[:3]
+    named = ", ".join(f"{escape(entry.name)} ({format_size(entry.size)})" for entry in largest)
+    limits = f"at most {format_size(MAX_UNPACKED_BYTES)}, or {format_size(MAX_ZIP_BYTES)} as a zip"
+    raise UsageError(
+        f"the code of the commit has {format_size(total)}, a submission has {limits}; remove {named}"
+    )
+
+
+def _secret_names(entries: list[TreeEntry]) -> Iterator[str]:
+    for entry in entries:
+        problem = leaks.secret_name(entry.name)
+        if problem:
+            yield f"{escape(entry.name)}: {problem}"
+
+
+def _entry_problems(entries: list[TreeEntry]) -> Iterator[str]:
+    """Yield why some entries can't be in a bundle."""
+    for entry in entries:
+        problem = name_problem(f"code/{entry.name}")
+        if problem:
+            yield f"{escape(entry.name)}: the name is not allowed, {problem}"
+        if entry.mode == LINK:
+            yield f"{escape(entry.name)}: a link; commit the file itself in its place"
+        elif entry.mode not in PLAIN_FILES:
+            yield f"{escape(entry.name)}: another repository inside this one; commit its files themselves"
+    yield from collisions(entry.name for entry in entries)
+
+
+def _leaks(files: Mapping[str, bytes]) -> Iterator[str]:
+    for name, data in files.items():
+        for _, kind in leaks.secrets_in(os.fsencode(name)):
+            yield f"{escape(name)}, in its name: {kind}"
+        for line, kind in leaks.secrets_in(data):
+            yield f"{escape(name)}, line {line}: {kind}"
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    """Raise an error that lists the problems, if there are any."""
+    lines = list(problems)
+    if not lines:
+        return
+    shown = lines[:MAX_LISTED]
+    if len(lines) > MAX_LISTED:
+        shown.append(f"and {len(lines) - MAX_LISTED} more")
+    fix = "remove it (git rm, git commit); a key that was committed is no longer secret, so have it replaced"
+    raise UsageError("\n  ".join(["a submission must not contain:", *shown]) + f"\n{fix}")

@@ -1,0 +1,90 @@
+"""What a submission needs of a run and its report. `submit` and `verify` both check it, without training."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from typing import Any
+
+from mainrun.errors import RunError, UsageError
+from mainrun.store.rundir import RunDir
+from mainrun.ui import compare
+
+RUN_FILES = ("config.json", "env.json", "status.json", "metrics.jsonl", "summary.json", "tokenizer.json")
+FIGURES = ("last", "best", "steps", "params", "weights")
+REQUIRED_KEYS = (*FIGURES, "scores", "tokenizer", "machine_class", "versions", "all_versions")
+
+RESTORE = "restore it, or train the run again with --fresh"
+
+
+def complete_summary(run: RunDir) -> dict[str, Any]:
+    """Return the summary of a finished run. Refuse a run that lacks a file or contradicts its own log."""
+    summary = compare.finished(run)
+    missing = [name for name in RUN_FILES if not (run.path / name).is_file()]
+    if missing:
+        raise RunError(f"{run.path} has no {', '.join(missing)}; {RESTORE}")
+    for key in REQUIRED_KEYS:
+        if key not in summary:
+            raise RunError(f"{run.path}/summary.json has no {key!r}; {RESTORE}")
+    _check_scores(run, summary)
+    _check_run_id(run, summary)
+    _check_last_rows(run, summary)
+    return summary
+
+
+def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
+    if summary["scores"].get("val") != {"last": summary["last"], "best": summary["best"]}:
+        raise RunError(f"{run.path}/summary.json gives the scores of val in two ways; {RESTORE}")
+
+
+def _check_run_id(run: RunDir, summary: dict[str, Any]) -> None:
+    run_id = run.config().run_id
+    if summary["run"] == run_id:
+        return
+    if summary["run"] == run.path.name:
+        problem = f"{run.path} was trained by other code: today's code names its config {run_id}"
+        raise RunError(f"{problem}; check out the commit that trained it, or train it again")
+    raise RunError(f"{run.path}/summary.json belongs to the run {summary['run']}; {RESTORE}")
+
+
+def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
+    """The log must end with a row of the last step and a score of val at that step."""
+    last_steps = {}
+    for row in run.rows():
+        if row["event"] == "step" or row.get("split") == "val":
+            last_steps[row["event"]] = row["step"]
+    steps = summary["steps"]
+    if last_steps != {"step": steps, "eval": steps}:
+        problem = f"{run.path}/metrics.jsonl does not reach the last step, {steps}, with its score"
+        raise RunError(f"{problem}; {RESTORE}")
+
+
+def pdf_text(data: bytes, name: str) -> str:
+    from pypdf import PdfReader
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings would precede our error
+    try:
+        return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(data)).pages)
+    except Exception as e:  # pypdf raises errors of many types on a damaged file
+        problem = f"{name} is not a readable PDF ({type(e).__name__}: {e})"
+        raise UsageError(f"{problem}; make it again: mainrun report") from None
+
+
+def missing_quotes(text: str, summary: dict[str, Any]) -> list[str]:
+    """Return what a report fails to quote: the run's id, and both last scores with four digits or more."""
+    missing = []
+    if summary["run"] not in re.sub(r"\s", "", text):  # an id may be broken over two lines
+        missing.append(f"run {summary['run']}")
+    numbers = re.findall(r"\d+\.\d{4,}", text)
+    for name in ("official", "full"):
+        value = summary["last"][name]
+        if not any(_is_rounded(number, value) for number in numbers):
+            missing.append(f"{name} {value:.4f}")
+    return missing
+
+
+def _is_rounded(number: str, value: float) -> bool:
+    """Is `number` the value, rounded to the digits that `number` has?"""
+    digits = len(number.partition(".")[2])
+    return number == f"{value:.{digits}f}"

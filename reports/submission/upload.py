@@ -1,0 +1,197 @@
+"""Upload a file by HTTP PUT: stream it, check the server's certificate, and retry if that can help."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from mainrun.errors import MainrunError, UsageError
+
+TRIES = 4
+BLOCK_BYTES = 1 << 16
+MAX_REDIRECTS = 3  # per try, all on the same host
+MAX_PAUSE = 30.0  # seconds between two tries
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+REDIRECT_CODES = (301, 302, 307, 308)
+RETRIED_CODES = (408, 425, 429)  # and 5xx
+
+
+@dataclass
+class Response:
+    status: int
+    reason: str
+    location: str
+    retry_after: float  # seconds
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def can_retry(self) -> bool:
+        return self.status in RETRIED_CODES or self.status >= 500
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.reason}".strip()
+
+
+class Unreachable(Exception):
+    """The server did not answer. Another try may succeed."""
+
+
+def check_url(url: str) -> SplitResult:
+    """Parse the URL, or say what is wrong with it. No message quotes it in full: its query may be a key."""
+    try:
+        parsed = urlsplit(url)
+        port = parsed.port
+    except ValueError as e:
+        raise UsageError(
+            f"got an --upload address that cannot be read ({e}); write https://HOST/PATH"
+        ) from None
+    has_host = parsed.scheme in ("http", "https") and parsed.hostname and port != 0
+    if not has_host or not url.isprintable() or not url.isascii() or " " in url:
+        shown = parsed.scheme or url[:20]
+        raise UsageError(f"got --upload {shown}..., which is not an HTTP address; write https://HOST/PATH")
+    if parsed.username or parsed.password:
+        problem = "got --upload with a name or password in the address, which logs and histories keep"
+        raise UsageError(f"{problem}; use an address signed for this upload")
+    if parsed.scheme == "http" and parsed.hostname not in LOOPBACK:
+        problem = f"got --upload http://{parsed.hostname}, which others on the network can read and change"
+        raise UsageError(f"{problem}; write https://")
+    return parsed
+
+
+def without_query(url: SplitResult) -> str:
+    """The URL without its query, which may be a key."""
+    return f"{url.scheme}://{url.netloc}{url.path or '/'}"
+
+
+def upload(
+    path: Path, url: str, note: Callable[[str], None], *, timeout: float = 60.0, pause: float = 1.0
+) -> str:
+    """Upload the file and return the server's status line. Every error says that the file is kept."""
+    target = check_url(url)
+    kept = f"{path} is kept"
+    problem = ""
+    for attempt in range(1, TRIES + 1):
+        retry_after = 0.0
+        try:
+            response = _put_following_redirects(path, target, timeout)
+        except ssl.SSLCertVerificationError as e:
+            problem = f"the certificate of {target.hostname} is not trusted ({e.verify_message})"
+            fix = "check the address, or add the certificate authority with SSL_CERT_FILE"
+            raise MainrunError(f"{problem}; {fix}; {kept}") from None
+        except Unreachable as e:
+            problem = f"{without_query(target)}: {e}"
+        else:
+            if response.ok:
+                return str(response)
+            problem = f"{without_query(target)} answered {response}"
+            retry_after = response.retry_after
+            if not response.can_retry:
+                raise MainrunError(f"{problem}; {_fix(response.status)}; {kept}")
+        if attempt < TRIES:
+            seconds = min(max(pause * 2 ** (attempt - 1), retry_after), MAX_PAUSE)
+            note(f"{problem}; try {attempt + 1} of {TRIES} in {seconds:g} s")
+            time.sleep(seconds)
+    raise MainrunError(f"{problem}, {TRIES} times; try again later; {kept}")
+
+
+def _fix(status: int) -> str:
+    if status in (401, 403):
+        return "the address does not allow this upload; ask for a new address"
+    if 300 <= status < 400:
+        return "the redirect has no target; ask for the right address"
+    return "ask the owner of the server what it accepts"
+
+
+def _put_following_redirects(path: Path, target: SplitResult, timeout: float) -> Response:
+    """Send the file once. Redirects are followed only within the same host."""
+    url = target
+    for _ in range(MAX_REDIRECTS + 1):
+        response = _put(path, url, timeout)
+        if response.status not in REDIRECT_CODES or not response.location:
+            return response
+        redirect = urlsplit(urljoin(url.geturl(), response.location))
+        if (redirect.scheme, redirect.netloc) != (target.scheme, target.netloc):
+            problem = f"{without_query(url)} redirects the upload to {redirect.scheme}://{redirect.netloc}"
+            fix = "if that address is right, give it to --upload"
+            raise MainrunError(f"{problem}, which is refused; {fix}; {path} is kept")
+        url = redirect
+    problem = f"{without_query(target)} redirects the upload in a circle"
+    raise MainrunError(f"{problem}; ask for the right address; {path} is kept")
+
+
+def _put(path: Path, url: SplitResult, timeout: float) -> Response:
+    connection = _connection(url, timeout)
+    try:
+        return _exchange(connection, path, url)
+    except ssl.SSLCertVerificationError:
+        raise
+    except TimeoutError:
+        raise Unreachable(f"no answer for {timeout:g} s") from None
+    except socket.gaierror as e:
+        raise Unreachable(f"no such host ({e.strerror})") from None
+    except (
+        http.client.RemoteDisconnected,
+        ConnectionResetError,
+        BrokenPipeError,
+        http.client.IncompleteRead,
+    ):
+        raise Unreachable("the connection was closed before the server answered") from None
+    except (OSError, http.client.HTTPException) as e:
+        raise Unreachable(str(e) or type(e).__name__) from None
+    finally:
+        connection.close()
+
+
+def _connection(url: SplitResult, timeout: float) -> http.client.HTTPConnection:
+    host = url.hostname or ""
+    if url.scheme == "https":
+        context = ssl.create_default_context()
+        return http.client.HTTPSConnection(host, url.port, timeout=timeout, context=context)
+    return http.client.HTTPConnection(host, url.port, timeout=timeout)
+
+
+def _exchange(connection: http.client.HTTPConnection, path: Path, url: SplitResult) -> Response:
+    """Send the request with the file as its body, and read the response."""
+    place = url.path or "/"
+    if url.query:
+        place += f"?{url.query}"
+    connection.connect()
+    connection.putrequest("PUT", place)
+    connection.putheader("Content-Type", "application/zip")
+    connection.putheader("Content-Length", str(path.stat().st_size))
+    send_error = _send_body(connection, path)
+    try:
+        response = connection.getresponse()
+    except (OSError, http.client.HTTPException):
+        if send_error:
+            raise send_error from None
+        raise
+    retry_after = response.getheader("Retry-After", "")
+    return Response(
+        status=response.status,
+        reason=response.reason,
+        location=response.getheader("Location", ""),
+        retry_after=float(retry_after) if retry_after.isdecimal() else 0.0,
+    )
+
+
+def _send_body(connection: http.client.HTTPConnection, path: Path) -> OSError | None:
+    """Send the file. A closed connection is returned, not raised: the server may have answered already."""
+    try:
+        connection.endheaders()
+        with path.open("rb") as f:
+            while block := f.read(BLOCK_BYTES):
+                connection.send(block)
+    except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as e:
+        return e
+    return None
