@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -32,6 +33,19 @@ class ParamSchedule(NamedTuple):
             return self.lr
         return self.lr * min(1.0, (step - self.since + 1) / self.rewarm)
 
+
+def skip_dynamo_import() -> None:
+    """Let torch create optimizers without importing torch._dynamo, which takes a second.
+
+    torch wraps add_param_group so that torch.compile leaves it alone, and imports the compiler for that wrapper. No
+    optimizer is created inside compiled code here. The attribute is the one in which the wrapper caches its result.
+    """
+    plain: Any = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    if not hasattr(plain, "__dynamo_disable"):
+        plain.__dynamo_disable = plain
+
+
+skip_dynamo_import()
 
 DEFAULT_SCHEDULE = ParamSchedule()
 NO_SCHEDULES: Mapping[str, ParamSchedule] = MappingProxyType({})
@@ -184,7 +198,10 @@ class Optimizers:
             on_gpu = group["params"][0].is_cuda
             group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
         for optimizer in self.all:
-            optimizer.step()
+            # torch's wrapper around `step` would import torch._dynamo; what it does is here
+            step = inspect.unwrap(type(optimizer).step)
+            with torch.no_grad(), torch.profiler.record_function("optimizer.step"):
+                step(optimizer)
 
     def step(self, inputs: StepInputs, step: int = 0) -> None:
         self.set_rates(inputs, step)
