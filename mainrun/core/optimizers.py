@@ -200,7 +200,7 @@ class Optimizers:
         for optimizer in self.all:
             # torch's wrapper around `step` would import torch._dynamo; what it does is here
             step = inspect.unwrap(type(optimizer).step)
-            with torch.no_grad(), torch.profiler.record_function("optimizer.step"):
+            with torch.no_grad(), torch.profiler.record_function("Optimizer.step"):
                 step(optimizer)
 
     def step(self, inputs: StepInputs, step: int = 0) -> None:
