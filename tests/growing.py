@@ -15,9 +15,9 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap, transfer
 from mainrun.growth.operators import grow
 from mainrun.growth.verify import probe
-from mainrun.plan.op_files import FILLED
-from mainrun.plan.ops import Op, Trigger, after
+from mainrun.plan.ops import OPERATIONS, Op, after
 from mainrun.plan.plan import Plan, StepInputs
+from mainrun.plan.triggers import Trigger
 from mainrun.train import GPT, build
 
 V, T = 29, 8
@@ -62,10 +62,8 @@ def shaken(cfg: TrainConfig, seed: int = 0, dtype: torch.dtype = torch.float64) 
 
 
 def op(name: str, value: Any = None, **more: Any) -> Op:
-    if name in FILLED:
-        value = FILLED[name] | value
-    init = "copy" if name in ("stack_layers", "widen_mlp") else ""
-    return Op(name, value, Trigger(step=1), **{"init": init, "seed": 7, **more})
+    value = OPERATIONS[name].value.read(value, [])
+    return Op(name, value, Trigger(step=1), **{"init": OPERATIONS[name].init, "seed": 7, **more})
 
 
 def grown(model: GPT, what: Op) -> tuple[GPT, IndexMap]:

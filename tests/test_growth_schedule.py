@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.op_files import read
-from mainrun.plan.ops import ARCHITECTURE, NAMES, TRAINING, Facts, Op, Schedule, Trigger, after, due, walk
+from mainrun.plan.ops import ARCHITECTURE, NAMES, TRAINING, Op, Schedule, after, walk
+from mainrun.plan.triggers import Facts, Trigger, due
 from mainrun.plan.plan import Plan
 from mainrun.store import lineage
 
@@ -371,7 +372,7 @@ PLATEAU = "plateau: 2 evaluations took the loss from 4.0000 to {:.4f} at best"
     ],
 )  # fmt: skip
 def test_an_op_is_due_or_not(trigger: dict[str, Any], known: Facts, reason: str | None) -> None:
-    assert due(one("set_lr", 0.1, trigger), known) == reason
+    assert due(one("set_lr", 0.1, trigger).trigger, known) == reason
 
 
 known_facts = st.builds(
@@ -384,14 +385,14 @@ known_facts = st.builds(
 @given(_conditions(), known_facts)
 def test_any_of_several_is_any_of_them(trigger: dict[str, Any], known: Facts) -> None:
     each = trigger.get("any", [trigger])
-    reasons = [due(one("set_lr", 0.1, condition), known) for condition in each]
-    found = due(one("set_lr", 0.1, trigger), known)
+    reasons = [due(one("set_lr", 0.1, condition).trigger, known) for condition in each]
+    found = due(one("set_lr", 0.1, trigger).trigger, known)
     assert found in reasons if found else not any(reasons)
 
 
 @given(st.floats(0.1, 10), known_facts)
 def test_a_lower_loss_and_a_longer_wait_never_undo_a_decision(bound: float, known: Facts) -> None:
-    waits = one("set_lr", 0.1, {"any": [{"loss_below": bound}, {"wait_iters": 300}]})
+    waits = one("set_lr", 0.1, {"any": [{"loss_below": bound}, {"wait_iters": 300}]}).trigger
     lower = known._replace(losses=[(s, loss * 0.9) for s, loss in known.losses])
     later = known._replace(step=known.step + 50)
     assert not due(waits, known) or (due(waits, lower) and due(waits, later))
@@ -422,7 +423,7 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
     for i, (step, _) in enumerate(losses):
         while op := plan.undecided:
             last = plan.fired[-1] if plan.fired else 0
-            if not due(op, Facts(step, last, plan.tokens(step), plan.budget, losses[: i + 1])):
+            if not due(op.trigger, Facts(step, last, plan.tokens(step), plan.budget, losses[: i + 1])):
                 break
             plan = Plan(cfg, 81, (*plan.fired, step))
             if op.reevaluate:

@@ -12,7 +12,8 @@ import pytest
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.op_files import from_text, read
-from mainrun.plan.ops import Facts, Op, Rates, Schedule, Transfer, Trigger, after, due, walk
+from mainrun.plan.ops import Op, Rates, Schedule, Transfer, after, walk
+from mainrun.plan.triggers import Facts, Trigger, due
 
 START: dict[str, Any] = {
     "n_layer": 2,
@@ -162,7 +163,7 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
 
 @pytest.mark.parametrize(("trigger", "facts", "reason"), DUE.values(), ids=DUE)
 def test_when_an_op_is_due(trigger: dict[str, Any], facts: Facts, reason: str | None) -> None:
-    assert due(one("set_lr", 0.1, trigger), facts) == reason
+    assert due(one("set_lr", 0.1, trigger).trigger, facts) == reason
 
 
 # -- what is kept of each value, and the nearest value that is refused
