@@ -173,7 +173,7 @@ class TrainConfig(BaseModel):
     top_k: int = static(2, "experts that each token is sent to", ge=1, le=65_536)
     router_weights: Literal["renormalised", "softmax"] = static(
         "renormalised",
-        "renormalised: softmax over the chosen experts; softmax: over all experts, not renormalised after top-k",
+        "renormalised: softmax over the chosen experts; softmax: over all experts, not renormalised",
     )
     attn_lora_rank: int = static(0, "rank of the low-rank terms on q, k, v and o; 0: none", ge=0, le=65_536)
     embed_lora_rank: int = static(
@@ -249,7 +249,7 @@ class TrainConfig(BaseModel):
     # -- growth
     growth: Growth = scheduled(
         Schedule(),
-        "changes during the run: { ops = [{ name, value, trigger }, ...] }, or a JSON, YAML or TOML file of it",
+        "changes during the run: { ops = [{ name, value, trigger }, ...] }, or a JSON, YAML or TOML file",
     )
 
     # -- evaluation and checkpoints
@@ -271,13 +271,13 @@ class TrainConfig(BaseModel):
     @field_validator("growth", mode="plain")
     @classmethod
     def _check_growth(cls, value: Any, info: ValidationInfo) -> Schedule:
-        """Read a schedule and report all its faults together: in how it is written, and in what its ops do."""
-        if isinstance(value, Schedule):
-            schedule, faults = value, list[Fault]()
-        else:
+        """Read a schedule. Report all faults together: in how it is written, and in what its ops do."""
+        faults: list[Fault] = []
+        schedule = value
+        if not isinstance(value, Schedule):
             schedule, faults = read(value)
-        earlier_fields = list(cls.model_fields).index("growth")
-        if schedule.ops and len(info.data) == earlier_fields:  # else the wrong fields are reported first
+        fields_before = list(cls.model_fields).index("growth")
+        if schedule.ops and len(info.data) == fields_before:  # otherwise the wrong fields are reported first
             faults = faults + cls._faults_of_ops(schedule, info.data)
         if faults:
             faults.sort(key=lambda fault: fault[0])
@@ -310,7 +310,8 @@ class TrainConfig(BaseModel):
             )
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(
-                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; set n_kv_head to a divisor, or 0"
+                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; "
+                "set n_kv_head to a divisor, or 0"
             )
         if self.position == "rope" and self.head_width % 2:
             if self.head_dim:
@@ -356,7 +357,8 @@ class TrainConfig(BaseModel):
     def _check_regularisation(self) -> None:
         if self.ema and self.swa:
             raise ValueError(
-                f"ema={self.ema} and swa={self.swa} are both on; set one of them to 0: only one average is scored"
+                f"ema={self.ema} and swa={self.swa} are both on; "
+                "set one of them to 0: only one average is scored"
             )
         if self.rdrop and not any(self.dropouts):
             raise ValueError(
@@ -371,8 +373,7 @@ class TrainConfig(BaseModel):
                 )
 
     def _check_warmup(self) -> None:
-        decay_frac = self.decay_frac if self.schedule == "wsd" else 0
-        if self.warmup_frac + decay_frac > 1:
+        if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1:
             raise ValueError(
                 f"warmup_frac={self.warmup_frac} and decay_frac={self.decay_frac} overlap; "
                 "their sum must be at most 1"
@@ -427,13 +428,17 @@ class TrainConfig(BaseModel):
     @property
     def dropouts(self) -> tuple[float, float, float]:
         """Dropout of the embedding, of the attention weights and of the branch outputs."""
-        attention = self.dropout if self.attn_dropout is None else self.attn_dropout
-        residual = self.dropout if self.resid_dropout is None else self.resid_dropout
+        attention = self.attn_dropout
+        if attention is None:
+            attention = self.dropout
+        residual = self.resid_dropout
+        if residual is None:
+            residual = self.dropout
         return self.dropout, attention, residual
 
     @property
     def passes(self) -> int:
-        """How many times a step runs each of its tokens through the model."""
+        """How often a step runs each of its tokens through the model."""
         return 2 if self.rdrop else 1
 
     @property
@@ -459,7 +464,8 @@ class TrainConfig(BaseModel):
     def class_of(cls, field: str) -> str:
         """Return the class of a field: static, scheduled or inert."""
         extra = cls.model_fields[field].json_schema_extra
-        return str(extra["class"]) if isinstance(extra, dict) else ""
+        assert isinstance(extra, dict)
+        return str(extra["class"])
 
 
 def digest_of(fields: dict[str, Any]) -> str:
@@ -502,7 +508,9 @@ def _explain(error: Any, suggest: bool = True) -> str:
         return f"unknown field {inputs.shown(name, 80)}{suggestion}; `mainrun presets --fields` lists all"
     if kind == "value_error":  # from a validator of TrainConfig: already a complete message
         return str(error["ctx"]["error"])
-    problem = "write true or false" if kind.startswith("bool") else error["msg"].lower()
+    problem = error["msg"].lower()
+    if kind.startswith("bool"):
+        problem = "write true or false"
     doc = TrainConfig.model_fields[name].description
     return f"{name}={inputs.shown(error['input'])} is not allowed: {problem} ({name}: {doc})"
 

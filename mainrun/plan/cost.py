@@ -1,4 +1,4 @@
-"""The size and the cost of a config's model, computed from the config alone. A test compares them with a real model."""
+"""The size and the cost of a model, computed from its config. A test compares them with real models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def size(cfg: TrainConfig) -> Size:
 
     hidden_matrices = (cfg.n_layer - len(cfg.frozen)) * block.hidden_matrices
     moments = {
-        "sgd": trained if cfg.momentum else 0,
+        "sgd": trained * bool(cfg.momentum),
         "adamw": 2 * trained,
         "muon": hidden_matrices + 2 * (trained - hidden_matrices),
     }
@@ -102,8 +102,7 @@ def _block(cfg: TrainConfig) -> _Block:
         attention += d * cfg.n_head
 
     vectors = 2 * _norm(cfg)
-    qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-    if qkv_bias:
+    if cfg.qkv_bias or (cfg.qkv_bias is None and cfg.bias):
         vectors += q + 2 * kv
     if cfg.bias:
         vectors += d
@@ -112,22 +111,24 @@ def _block(cfg: TrainConfig) -> _Block:
     if cfg.layer_scale:
         vectors += 2 * d
 
-    inputs = 2 if cfg.mlp == "swiglu" else 1  # matrices from the model's width to the hidden width
+    up = 2 if cfg.mlp == "swiglu" else 1  # matrices from the model's width to the hidden width
+    experts = max(1, cfg.experts)
     return _Block(
         attention=attention,
         router=d * cfg.experts,
         vectors=vectors,
-        expert=(inputs + 1) * d * cfg.ff_width,
-        expert_bias=inputs * cfg.ff_width + d if cfg.bias else 0,
-        experts=max(1, cfg.experts),
-        used=min(cfg.top_k, cfg.experts) if cfg.experts else 1,
+        expert=(up + 1) * d * cfg.ff_width,
+        expert_bias=(up * cfg.ff_width + d) * cfg.bias,
+        experts=experts,
+        used=min(cfg.top_k, experts),
     )
 
 
 def _norm(cfg: TrainConfig) -> int:
     """Return the parameters of one norm."""
-    has_bias = cfg.norm == "layernorm" and cfg.bias
-    return 2 * cfg.d_model if has_bias else cfg.d_model
+    if cfg.norm == "layernorm" and cfg.bias:
+        return 2 * cfg.d_model
+    return cfg.d_model
 
 
 def costs(cfg: TrainConfig, ids: int) -> dict[str, Any]:

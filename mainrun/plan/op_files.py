@@ -21,9 +21,9 @@ from typing import Any
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 from mainrun.plan.op_values import (
-    NumberValue,
     Rule,
     choice,
+    instance_of,
     number,
     read_table,
     refusal,
@@ -33,10 +33,9 @@ from mainrun.plan.op_values import (
     whole_number,
 )
 from mainrun.plan.ops import (
-    ARCHITECTURE,
     GUARANTEES,
     NAMES,
-    OPERATIONS,
+    RELATIVE,
     TRAINING,
     Fault,
     Op,
@@ -45,7 +44,7 @@ from mainrun.plan.ops import (
     Transfer,
     default_keys,
     fault_of,
-    replacement_of,
+    operation_of,
 )
 from mainrun.plan.triggers import Trigger
 
@@ -54,6 +53,7 @@ SHAPE = "{ ops = [{ name, value, trigger }, ...] }"
 OP_SHAPE = "{ name, value, trigger }"
 TRIGGER_SHAPE = "{ step = N } or { budget_frac = F } or { any = [{ loss_below = L }, { wait_iters = N }] }"
 
+LIST_TRIGGER = {"trigger_loss": "loss_below", "max_wait_iters": "wait_iters"}  # key -> condition
 SCHEDULE_KEYS = ("version", "seed", "defaults", "ops")
 LIST_KEYS: tuple[str, ...] = ("name", "desc", "value", "trigger_loss", "max_wait_iters", "reevaluate")
 OP_KEYS: tuple[str, ...] = (
@@ -63,16 +63,10 @@ WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # only for ops
 DEFAULT_KEYS = ("reevaluate", "preserve", "optimizer", "lr", "on_fail")  # that `defaults` may hold
 
 
-def _keep_text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
 def _keep_id(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _keep_bool(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
+    if isinstance(value, str) and value.strip():
+        return value
+    return None
 
 
 def _keep_plateau(value: Any) -> tuple[int, float] | None:
@@ -87,22 +81,20 @@ def _keep_plateau(value: Any) -> tuple[int, float] | None:
 
 KEYS: dict[str, Rule] = {
     "id": Rule(_keep_id, "a string"),
-    "desc": Rule(_keep_text, "a string"),
-    "reevaluate": Rule(_keep_bool, "true or false"),
+    "desc": instance_of(str, "a string"),
+    "reevaluate": instance_of(bool, "true or false"),
     "init": choice("copy", "identity"),
     "preserve": choice(*GUARANTEES),
     "on_fail": choice("abort", "skip"),
 }
-TABLES: dict[str, dict[str, Rule]] = {
-    "optimizer": {
-        "mode": choice("auto", "keep", "scale", "reset", "asymmetric"),
-        "min_coverage": number("a share, 0 to 1", low=0, high=1, closed=True),
-    },
-    "lr": {
-        "rewarm_iters": whole_number(0),
-        "new_params_peak": number("a number above 0", low=0),
-        "width_rule": choice("none", "adam_1_over_n"),
-    },
+TRANSFER: dict[str, Rule] = {
+    "mode": choice("auto", "keep", "scale", "reset", "asymmetric"),
+    "min_coverage": number("a share, 0 to 1", low=0, high=1, closed=True),
+}
+RATES: dict[str, Rule] = {
+    "rewarm_iters": whole_number(0),
+    "new_params_peak": number("a number above 0", low=0),
+    "width_rule": choice("none", "adam_1_over_n"),
 }
 CONDITIONS: dict[str, Rule] = {
     "loss_below": number("a finite number"),
@@ -123,7 +115,9 @@ def read(data: Any) -> tuple[Schedule, list[Fault]]:
         return _read_list(data)
     if isinstance(data, dict):
         return _read_table(data)
-    text = f"{shown(data)} is not a schedule; write {SHAPE}, or a list of ops with trigger_loss and max_wait_iters."
+    text = (
+        f"{shown(data)} is not a schedule; write {SHAPE}, or a list of ops with {' and '.join(LIST_TRIGGER)}."
+    )
     return Schedule(), [(-1, text)]
 
 
@@ -183,13 +177,10 @@ def _read_defaults(defaults: Any, wrong: list[str]) -> dict[str, Any]:
 def _read_key(key: str, value: Any, wrong: list[str]) -> Any:
     """Return the value of a key to keep, or None if it is not allowed."""
     if key == "optimizer":
-        if isinstance(value, str):
-            value = {"mode": value}
-        table = read_table(key, value, TABLES[key], wrong)
-        return None if table is None else Transfer(**table)
+        table = {"mode": value} if isinstance(value, str) else value
+        return read_table(key, table, TRANSFER, wrong, Transfer)
     if key == "lr":
-        table = read_table(key, value, TABLES[key], wrong)
-        return None if table is None else Rates(**table)
+        return read_table(key, value, RATES, wrong, Rates)
     kept = KEYS[key].keep(value)
     if kept is None:
         wrong.append(refusal(key, value, KEYS[key]))
@@ -226,8 +217,10 @@ class _OpReader:
         return tuple(ops)
 
     def _op(self, place: int, entry: dict[Any, Any], wrong: list[str]) -> Op | None:
-        read_trigger = _read_list_trigger if self.list_format else _read_trigger
-        trigger = read_trigger(entry, wrong)
+        if self.list_format:
+            trigger = _read_list_trigger(entry, wrong)
+        else:
+            trigger = _read_trigger(entry, wrong)
         wrong += self._unknown_keys(entry)
         name = _read_name(entry, wrong)
         if name is None:
@@ -238,33 +231,35 @@ class _OpReader:
             return None
         return Op(name, value, trigger, seed=_seed_of(self.seed, place), **keys)
 
+    @property
+    def _allowed(self) -> tuple[str, ...]:
+        return LIST_KEYS if self.list_format else OP_KEYS
+
     def _unknown_keys(self, entry: dict[Any, Any]) -> list[str]:
+        """Return a fault for each key that the format does not have."""
+        other_format = "the list format; write a trigger"
         if self.list_format:
-            allowed, others = LIST_KEYS, OP_KEYS
-            other = "version 2; write { version = 2, ops = [...] } around the list"
-        else:
-            allowed, others = OP_KEYS, LIST_KEYS
-            other = "the list format; write a trigger"
+            other_format = "version 2; write { version = 2, ops = [...] } around the list"
         faults = []
         unknown = []
         for key in entry:
-            if key in allowed:
+            if key in self._allowed:
                 continue
-            if key in others:
-                faults.append(f"{key!r} is a key of {other}")
+            if key in LIST_KEYS or key in OP_KEYS:
+                faults.append(f"{key!r} is a key of {other_format}")
             else:
                 unknown.append(key)
-        return faults + unknown_keys("", unknown, allowed)
+        return faults + unknown_keys("", unknown, self._allowed)
 
     def _keys(self, place: int, name: str, entry: dict[Any, Any], wrong: list[str]) -> dict[str, Any]:
         """Return every key of an op except name, value, trigger and seed."""
+        operation = operation_of(name)
         keys = default_keys(name, place)
         for key, value in self.defaults.items():
-            if key == "reevaluate" or name in ARCHITECTURE:
+            if key == "reevaluate" or operation.architecture:
                 keys[key] = value
-        allowed = LIST_KEYS if self.list_format else OP_KEYS
         for key in ("id", "desc", "reevaluate", *WEIGHT_KEYS):
-            if key not in entry or key not in allowed:
+            if key not in entry or key not in self._allowed:
                 continue
             if key in WEIGHT_KEYS and name in TRAINING:
                 wrong.append(f"{key} is only for ops that change the weights; remove it")
@@ -286,16 +281,19 @@ def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:
         wrong.append(f"the name is missing; write one of {', '.join(NAMES)}")
         return None
     name = entry["name"]
-    if isinstance(name, str) and (name in NAMES or replacement_of(name)):
+    if isinstance(name, str) and (name in NAMES or name in RELATIVE):
         return name
-    got = "" if isinstance(name, str) else f" {shown(name)}"
-    wrong.append(f"unknown op{got}{nearest(str(name), NAMES)}; allowed: {', '.join(NAMES)}")
+    allowed = f"{nearest(str(name), NAMES)}; allowed: {', '.join(NAMES)}"
+    if isinstance(name, str):
+        wrong.append(f"unknown op{allowed}")  # the name is in front of every fault of the op
+    else:
+        wrong.append(f"unknown op {shown(name)}{allowed}")
     return None
 
 
 def _read_value(name: str, entry: dict[Any, Any], wrong: list[str]) -> Any:
     """Return the value to keep. Whether it fits the model is decided by the operation."""
-    kind = OPERATIONS[name].value if name in OPERATIONS else NumberValue()
+    kind = operation_of(name).value
     if "value" not in entry and kind.required:
         wrong.append(f"the value is missing; write value = {kind.wanted}")
         return None
@@ -307,7 +305,7 @@ def _read_value(name: str, entry: dict[Any, Any], wrong: list[str]) -> Any:
 
 def _read_list_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | None:
     conditions = {}
-    for key, condition in (("trigger_loss", "loss_below"), ("max_wait_iters", "wait_iters")):
+    for key, condition in LIST_TRIGGER.items():
         rule = CONDITIONS[condition]
         if key not in entry:
             wrong.append(f"{key} is missing; write {key} = {rule.allowed}")
@@ -317,7 +315,9 @@ def _read_list_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | Non
             wrong.append(refusal(key, entry[key], rule))
             continue
         conditions[condition] = kept
-    return Trigger(**conditions) if len(conditions) == 2 else None
+    if len(conditions) < len(LIST_TRIGGER):
+        return None
+    return Trigger(**conditions)
 
 
 def _read_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | None:
@@ -336,8 +336,7 @@ def _read_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | None:
         got = " and ".join(map(shown_key, trigger)) or "none"
         wrong.append(f"trigger has exactly one condition, got {got}; write {TRIGGER_SHAPE}")
         return None
-    conditions = read_table("trigger", trigger, CONDITIONS, wrong)
-    return None if conditions is None else Trigger(**conditions)
+    return read_table("trigger", trigger, CONDITIONS, wrong, Trigger)
 
 
 def _read_any(trigger: dict[Any, Any], wrong: list[str]) -> dict[Any, Any] | None:
@@ -345,7 +344,8 @@ def _read_any(trigger: dict[Any, Any], wrong: list[str]) -> dict[Any, Any] | Non
     tables = trigger["any"]
     if len(trigger) > 1 or not _are_conditions(tables):
         wrong.append(
-            f"trigger={shown(trigger)} is not allowed; write any = [...] alone, with one condition in each table"
+            f"trigger={shown(trigger)} is not allowed; "
+            "write any = [...] alone, with one condition in each table"
         )
         return None
     counts = Counter(name for table in tables for name in table)
@@ -389,7 +389,8 @@ def _parse_file(text: str) -> Any:
     suffix = path.suffix.lower()
     if suffix not in PARSERS:
         raise ConfigError(
-            f"growth={got!r} is not a schedule; give a file ending in .json, .yaml, .yml or .toml, or {{ ops = [...] }}"
+            f"growth={got!r} is not a schedule; "
+            "give a file ending in .json, .yaml, .yml or .toml, or { ops = [...] }"
         )
     why = inputs.not_a_file(path)
     if why:

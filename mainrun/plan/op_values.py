@@ -1,14 +1,15 @@
-"""Readers for the values in a growth schedule. Each returns the value to keep and adds its faults to a list."""
+"""Readers for the values in a growth schedule. They return the value to keep and add faults to a list."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mainrun.errors import nearest
 
+T = TypeVar("T")
 NAMED_KEYS = 10  # unknown keys that get a fault of their own; the others are only counted
 
 
@@ -17,7 +18,9 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if len(text) > 80:
+        return f"{text[:77]}..."
+    return text
 
 
 def shown_key(key: Any) -> str:
@@ -52,8 +55,9 @@ def number(allowed: str, low: float = -math.inf, high: float = math.inf, closed:
     def keep(value: Any) -> float | None:
         if not is_finite(value):
             return None
-        inside = low <= value <= high if closed else low < value < high
-        return float(value) if inside else None
+        if low < value < high or (closed and value in (low, high)):
+            return float(value)
+        return None
 
     return Rule(keep, allowed)
 
@@ -70,15 +74,23 @@ def whole_number(low: int) -> Rule:
 
 
 def choice(*choices: str) -> Rule:
-    def keep(value: Any) -> str | None:
+    def keep(value: Any) -> Any:
         return value if value in choices else None
 
     return Rule(keep, " or ".join(choices), choices)
 
 
+def instance_of(kind: type, allowed: str) -> Rule:
+    def keep(value: Any) -> Any:
+        return value if isinstance(value, kind) else None
+
+    return Rule(keep, allowed)
+
+
 def refusal(name: str, value: Any, rule: Rule) -> str:
-    guess = nearest(value, rule.choices) if isinstance(value, str) else ""
-    return f"{name}={shown(value)} is not allowed{guess}; write {rule.allowed}"
+    """Return the fault of a value that breaks its rule."""
+    suggestion = nearest(value, rule.choices) if isinstance(value, str) else ""
+    return f"{name}={shown(value)} is not allowed{suggestion}; write {rule.allowed}"
 
 
 # -- tables
@@ -88,17 +100,19 @@ def unknown_keys(prefix: str, keys: Iterable[Any], allowed: Collection[str]) -> 
     """Return a fault for each of the first ten unknown keys, and one that counts the others."""
     unknown = [key for key in keys if key not in allowed]
     faults = []
+    show = shown_key if prefix else shown
     for key in unknown[:NAMED_KEYS]:
-        name = shown_key(key) if prefix else shown(key)
-        guess = nearest(str(key), allowed)
-        faults.append(f"unknown key {prefix}{name}{guess}; allowed: {', '.join(allowed)}")
+        suggestion = nearest(str(key), allowed)
+        faults.append(f"unknown key {prefix}{show(key)}{suggestion}; allowed: {', '.join(allowed)}")
     if len(unknown) > NAMED_KEYS:
         faults.append(f"and {len(unknown) - NAMED_KEYS:,} more unknown keys")
     return faults
 
 
-def read_table(name: str, table: Any, rules: Mapping[str, Rule], faults: list[str]) -> dict[str, Any] | None:
-    """Return the values of a table, or None if any of them is not allowed."""
+def read_table(
+    name: str, table: Any, rules: Mapping[str, Rule], faults: list[str], make: Callable[..., T]
+) -> T | None:
+    """Call `make` with the values of a table. Return None if any value is not allowed."""
     if not isinstance(table, dict):
         faults.append(f"{name}={shown(table)} is not allowed; write a table of {', '.join(rules)}")
         return None
@@ -111,7 +125,9 @@ def read_table(name: str, table: Any, rules: Mapping[str, Rule], faults: list[st
         if kept[key] is None:
             wrong.append(refusal(f"{name}.{key}", value, rules[key]))
     faults += wrong
-    return None if wrong else kept
+    if wrong:
+        return None
+    return make(**kept)
 
 
 # -- the value of an op
@@ -155,7 +171,7 @@ class NumberValue:
 
 @dataclass(frozen=True)
 class LayersValue:
-    """A list of layers. A single number is kept too: the op accepts it, or names the list to write instead."""
+    """A list of layers. A single number is kept too: the operation decides what it means."""
 
     wanted: str
     required: bool = True
@@ -171,7 +187,7 @@ class LayersValue:
 
 @dataclass(frozen=True)
 class TableValue:
-    """A table with exactly one of the `sizes`. A single number is kept too: the op says what to write instead."""
+    """A table with exactly one of the `sizes`. A single number is kept too: the operation refuses it."""
 
     wanted: str
     rules: Mapping[str, Rule]
@@ -185,12 +201,12 @@ class TableValue:
             value = {self.integer: value}
         if not isinstance(value, dict):
             return NumberValue(self.wanted).read(value, faults)
-        table = read_table("value", value, self.rules, faults)
+        table: dict[str, Any] | None = read_table("value", value, self.rules, faults, dict)
         if table is None:
             return None
         sizes = [key for key in self.sizes if key in table]
         if len(sizes) != 1:
-            problem = f"both {' and '.join(sizes)}" if sizes else "no size"
-            faults.append(f"value={shown(value)} has {problem}; write {self.wanted}")
+            got = f"both {' and '.join(sizes)}" if sizes else "no size"
+            faults.append(f"value={shown(value)} has {got}; write {self.wanted}")
             return None
         return {**self.defaults, **table}

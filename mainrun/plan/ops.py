@@ -1,12 +1,12 @@
 """Operations: the changes that a growth schedule can make to a config while a run trains.
 
-A schedule is a list of ops. Each op names an operation, its value in absolute terms, and the trigger that decides
-when it fires (`triggers.py`). Ops fire in the order of the list: each one waits for the op before it. After an op
-with `reevaluate = false`, the next op may fire on the same loss; with `true` the model is evaluated again, and the
-next op waits for the evaluation after that.
+A schedule is a list of ops. Each op names an operation, its value in absolute terms, and the trigger that
+decides when it fires (`triggers.py`). Ops fire in the order of the list: each one waits for the op before it.
+After an op with `reevaluate = false`, the next op may fire on the same loss. With `true`, the model is
+evaluated again, and the next op waits for the next regular evaluation.
 
-To add an operation, add a row to OPERATIONS here. If the operation changes the model, also add its function to
-OPS in `mainrun/growth/operators.py`.
+To add an operation, add a row to OPERATIONS in this file. If the operation changes the model, also add its
+function to OPS in `mainrun/growth/operators.py`.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ class Op:
     def data(self) -> dict[str, Any]:
         """Return the op as a schedule file holds it, without the keys that have their default."""
         data: dict[str, Any] = {"name": self.name}
-        if self.value is not None:
-            data["value"] = list(self.value) if isinstance(self.value, tuple) else self.value
+        if isinstance(self.value, tuple):
+            data["value"] = list(self.value)
+        elif self.value is not None:
+            data["value"] = self.value
         data["trigger"] = self.trigger.data()
         default = Op(self.name, self.value, self.trigger, **default_keys(self.name, self.place))
         for key in ("id", "desc", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail"):
@@ -101,7 +103,9 @@ class Op:
         return hash((self.name, self.place, self.trigger))
 
     def __str__(self) -> str:
-        return self.name if self.value is None else f"{self.name} {_compact(self.value)}"
+        if self.value is None:
+            return self.name
+        return f"{self.name} {_compact(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Config(Protocol):
     def unused_ids(self) -> int: ...
 
     def changed(self, **fields: Any) -> Self:
-        """Return a config with other values, and without a schedule. Raise ValueError if they are not allowed."""
+        """Return a config with other values and without a schedule. Raise ValueError if they are wrong."""
 
 
 C = TypeVar("C", bound=Config)
@@ -174,7 +178,9 @@ SetBy = Mapping[str, int]  # config field -> place of the op that set it last
 
 def _origin(set_by: SetBy, field: str, how: str = "set by") -> str:
     """Return a remark that names the op which set a field, or an empty text."""
-    return f" ({how} ops[{set_by[field]}])" if field in set_by else ""
+    if field in set_by:
+        return f" ({how} ops[{set_by[field]}])"
+    return ""
 
 
 # -- what each operation changes. A ValueError says what was given, what is allowed and how to fix it
@@ -195,11 +201,11 @@ def _grown_size(op: Op, what: str, now: int, origin: str) -> int:
 
 
 def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
+    return f"{count} layers" if count > 1 else "1 layer"
 
 
 def _layer_range(count: int) -> str:
-    return "0" if count == 1 else f"0..{count - 1}"
+    return f"0..{count - 1}" if count > 1 else "0"
 
 
 def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
@@ -234,9 +240,10 @@ def _widen_mlp(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
-    # heads keep their width; a field that is 0 because it follows another one stays 0
-    kv_heads = cfg.kv_heads if op.value["kv"] == "keep" else factor * cfg.n_kv_head
-    return {
+    kv_heads = factor * cfg.n_kv_head  # 0 stays 0: it means n_head
+    if op.value["kv"] == "keep":
+        kv_heads = cfg.kv_heads
+    return {  # heads keep their width
         "d_model": factor * cfg.d_model,
         "d_ff": factor * cfg.ff_width,
         "n_head": factor * cfg.n_head,
@@ -279,8 +286,8 @@ def _add_heads(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 def _upcycle_moe(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if cfg.experts:
         raise ValueError(
-            f"the model already has {cfg.experts} experts{_origin(set_by, 'experts')}; only a dense model can be "
-            "upcycled. Remove this op"
+            f"the model already has {cfg.experts} experts{_origin(set_by, 'experts')}; "
+            "only a dense model can be upcycled. Remove this op"
         )
     if not isinstance(op.value, dict):
         raise ValueError(f"value={shown(op.value)} is not allowed; write {OPERATIONS[op.name].value.wanted}")
@@ -306,7 +313,8 @@ def _check_experts(value: dict[str, Any], hidden: int, weights: str) -> None:
             )
     if top_k == 1 and weights == "renormalised":
         raise ValueError(
-            "top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax"
+            "top_k=1 with renormalised weights gives the router no gradient; "
+            "use top_k=2, or router_weights=softmax"
         )
 
 
@@ -315,18 +323,19 @@ def _check_router(op: Op) -> None:
     if value["router"] != "zero":
         if "noise_snr_db" in value:
             raise ValueError(
-                "noise_snr_db with router=random changes the function; leave noise_snr_db out (the experts soon "
-                "differ anyway), or use router=zero"
+                "noise_snr_db with router=random changes the function; "
+                "leave it out, because the experts soon differ without it, or use router=zero"
             )
         return
     if "router_std" in value:
         raise ValueError(
-            f"router_std={value['router_std']:g} has no effect with router=zero; leave it out, or use router=random"
+            f"router_std={value['router_std']:g} has no effect with router=zero; "
+            "leave it out, or use router=random"
         )
     if "noise_snr_db" not in value and op.optimizer.mode != "asymmetric":
         raise ValueError(
-            "router=zero locks: every tie is won by the same experts; use router=random, or break the tie with "
-            "noise_snr_db or optimizer.mode=asymmetric"
+            "router=zero locks: every tie is won by the same experts; "
+            "use router=random, or break the tie with noise_snr_db or optimizer.mode=asymmetric"
         )
 
 
@@ -334,13 +343,15 @@ def _set_rank(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     field = OPERATIONS[op.name].field
     now = getattr(cfg, field)
     if isinstance(op.value, float):
-        write = f"write {round(now * op.value)}" if now else "give the rank, like 8"
+        fix = f"write {round(now * op.value)}" if now else "give the rank, like 8"
         raise ValueError(
-            f"value {op.value:g} is the old relative form; the rank is {now}{_origin(set_by, field)}, {write}"
+            f"value {op.value:g} is the old relative form; the rank is {now}{_origin(set_by, field)}, {fix}"
         )
     if op.value < 1:
-        remove = ", or remove the low-rank weights with merge_lora_weights" if now else ""
-        raise ValueError(f"value={op.value} is not allowed; give a rank, 1 or more{remove}")
+        fix = "give a rank, 1 or more"
+        if now:
+            fix += ", or remove the low-rank weights with merge_lora_weights"
+        raise ValueError(f"value={op.value} is not allowed; {fix}")
     return {field: op.value}
 
 
@@ -348,7 +359,8 @@ def _merge_lora_weights(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if not cfg.attn_lora_rank and not cfg.embed_lora_rank:
         origin = _origin(set_by, "attn_lora_rank", "after")
         raise ValueError(
-            f"there are no low-rank weights to merge{origin}; move this op behind a set_attn_lora_rank, or remove it"
+            f"there are no low-rank weights to merge{origin}; "
+            "move this op behind a set_attn_lora_rank, or remove it"
         )
     return {"attn_lora_rank": 0, "embed_lora_rank": 0}
 
@@ -371,10 +383,13 @@ def _unfreeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 def _layers_of(op: Op, cfg: Config, set_by: SetBy) -> tuple[int, ...]:
     """Return the layers that an op names. The model must have them."""
-    layers = (op.value,) if isinstance(op.value, int) else op.value
+    layers = op.value
+    if isinstance(layers, int):
+        layers = (layers,)
     if not isinstance(layers, tuple) or not layers:
         raise ValueError(
-            f"value={shown(op.value)} is not a layer; give one of {_layer_range(cfg.n_layer)}, or a list of them"
+            f"value={shown(op.value)} is not a layer; "
+            f"give one of {_layer_range(cfg.n_layer)}, or a list of them"
         )
     wrong = [layer for layer in layers if not 0 <= layer < cfg.n_layer]
     if wrong:
@@ -453,9 +468,11 @@ def _guarantee_of_upcycling(op: Op, cfg: Config) -> Guarantee:
     top_k = op.value["top_k"]
     zero = op.value["router"] == "zero"
     if op.value.get("router_weights", cfg.router_weights) == "softmax":
-        level = "exact" if zero else "approx"
-        why = "with softmax weights, which are not renormalised"
-        return Guarantee(level, why, "router_weights=renormalised")
+        return Guarantee(
+            "exact" if zero else "approx",
+            "with softmax weights, which are not renormalised",
+            "router_weights=renormalised",
+        )
     if top_k not in (1, 2, 4):
         return Guarantee("exact", f"with top_k={top_k}", "1, 2 or 4")
     if not zero and top_k > 1:
@@ -488,8 +505,10 @@ def _training(field: str) -> Operation:
 
 
 def _keep_factor(value: Any) -> int | float | None:
-    kept = number("", low=1).keep(value)
-    return int(kept) if kept is not None and kept.is_integer() else kept
+    kept: float | None = number("", low=1).keep(value)
+    if kept is not None and kept.is_integer():
+        return int(kept)
+    return kept
 
 
 NOISE = number("a number of decibels between -200 and 200", low=-200, high=200)
@@ -527,7 +546,7 @@ OPERATIONS: dict[str, Operation] = {
     "set_lr": _training("lr"),
     "set_batch_size": _training("batch_size"),
     "set_grad_accum": _training("grad_accum"),
-    # the warm-up of the schedule that is running: after it has ended, the value only counts for the next reset
+    # counts from the start of the current schedule: after the warm-up it has no effect until the next reset
     "set_warmup_iters": _training("warmup_iters"),
     "set_eval_iters": Operation(_set_eval_iters, NumberValue(), architecture=False),
     "set_eval_interval": _training("eval_interval"),
@@ -554,24 +573,24 @@ OPERATIONS: dict[str, Operation] = {
 NAMES = tuple(OPERATIONS)
 ARCHITECTURE = tuple(name for name, operation in OPERATIONS.items() if operation.architecture)
 TRAINING = tuple(name for name in NAMES if name not in ARCHITECTURE)
+# the old relative operations, which are refused with the absolute value to write instead
+RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERATIONS[name].field}
 
 
 def default_keys(name: str, place: int) -> dict[str, Any]:
     """Return the keys of an op whose defaults depend on the operation."""
-    operation = OPERATIONS.get(name)
+    operation = operation_of(name)
     return {
         "id": f"{place}-{name}",
-        "reevaluate": name in ARCHITECTURE,
-        "init": operation.init if operation else "",
+        "reevaluate": operation.architecture,
+        "init": operation.init,
         "place": place,
     }
 
 
-def replacement_of(name: str) -> str:
-    """Return the operation that replaces an old relative one (change_lr -> set_lr), or an empty text."""
-    new = f"set_{name.removeprefix('change_')}"
-    known = name.startswith("change_") and new in TRAINING and OPERATIONS[new].field
-    return new if known else ""
+def operation_of(name: str) -> Operation:
+    """Return the row of an operation. An old relative one (change_lr) has the row of set_lr."""
+    return OPERATIONS[RELATIVE.get(name, name)]
 
 
 # -- ops applied to a config
@@ -588,9 +607,10 @@ Fault = tuple[int, str]  # place of the op (-1 for the schedule as a whole), and
 
 
 def fault_of(place: int, name: Any, text: str) -> Fault:
-    label = f" {name!r}" if isinstance(name, str) and len(name) <= 40 else ""
-    end = "" if text.endswith(".") else "."
-    return place, f"ops[{place}]{label}: {text}{end}"
+    label = f"ops[{place}]"
+    if isinstance(name, str) and len(name) <= 40:
+        label += f" {name!r}"
+    return place, f"{label}: {text.removesuffix('.')}."
 
 
 def after(op: Op, cfg: C, set_by: SetBy | None = None) -> C:
@@ -602,7 +622,7 @@ def after(op: Op, cfg: C, set_by: SetBy | None = None) -> C:
 
 
 def _changes(op: Op, cfg: Config, set_by: SetBy) -> Changes:
-    if op.name not in OPERATIONS:
+    if op.name in RELATIVE:
         raise ValueError(_old_relative_form(op, cfg, set_by))
     operation = OPERATIONS[op.name]
     changes = operation.changes(op, cfg, set_by)
@@ -617,16 +637,14 @@ def _changes(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 
 def _old_relative_form(op: Op, cfg: Config, set_by: SetBy) -> str:
-    new = replacement_of(op.name)
+    new = RELATIVE[op.name]
     field = OPERATIONS[new].field
     now = getattr(cfg, field)
-    target = now
-    if isinstance(op.value, int | float):
-        target = now * op.value
-    target = round(target) if isinstance(now, int) else float(f"{target:.6g}")
+    value = now * op.value
+    value = round(value) if isinstance(now, int) else float(f"{value:.6g}")
     return (
         f"this is the old relative form; {field} is {_compact(now)}{_origin(set_by, field)}, "
-        f'write "{new}" and the value {target}'
+        f'write "{new}" and the value {value}'
     )
 
 

@@ -15,7 +15,7 @@ from mainrun.plan.ops import ARCHITECTURE, AppliedOp, Op, walk
 
 
 class StepInputs(NamedTuple):
-    """Every scheduled value that enters one step. Two runs are equal as long as these and the static fields are."""
+    """Every scheduled value that enters a step. Runs are equal as long as these and the static fields are."""
 
     lr: float
     lr_aux: float
@@ -39,7 +39,9 @@ class Decision(NamedTuple):
     @classmethod
     def from_int(cls, number: int) -> Decision:
         """Read the form that files hold: the step, or ~step if the op was skipped."""
-        return cls(~number, skipped=True) if number < 0 else cls(number)
+        if number < 0:
+            return cls(~number, skipped=True)
+        return cls(number)
 
     def to_int(self) -> int:
         return ~self.step if self.skipped else self.step
@@ -82,9 +84,9 @@ class Segment(NamedTuple):
         return epoch, start + self.span
 
     def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
-        # The last target of a step is one token beyond its span. If an epoch is a whole number of spans, its last
-        # step has no last target: a sequential stream then starts the next epoch early, and a shuffled epoch reads
-        # its own start again.
+        # The last target of a step is one token beyond its span. If an epoch is a whole number of spans, its
+        # last step has no last target. A sequential stream then starts the next epoch early; a shuffled epoch
+        # reads its own start again.
         readable = train_tokens - 1
         if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0:
             readable = train_tokens
@@ -108,8 +110,8 @@ class Plan:
     """The steps of a config on a number of training tokens. Steps count from 0.
 
     fired: the decisions about the first ops, as integers (`Decision.to_int`). An op whose trigger needs an
-    evaluation can only be decided during the run: without its decision the plan continues as if it never fired,
-    and `undecided` is that op. A plan with one decision more agrees with the plan before it up to that step.
+    evaluation can only be decided during the run. Without its decision the plan continues as if the op never
+    fired, and `undecided` is that op. One decision more changes nothing before the step of the decision.
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
@@ -147,11 +149,12 @@ class Plan:
 
     def decided(self, decision: Decision, place: int | None = None) -> Plan:
         """Return the plan after one more decision: about the undecided op, or about the op at a place."""
-        known = self.decisions if place is None else self.decisions[:place]
-        return Plan(self.cfg, self.train_tokens, [other.to_int() for other in (*known, decision)])
+        if place is None:
+            place = len(self.decisions)
+        return Plan(self.cfg, self.train_tokens, (*self.fired[:place], decision.to_int()))
 
     def _plan_before(self, given: list[Decision]) -> tuple[Plan | None, int]:
-        """Return the plan before the last decision that was made during the run, and the step of that decision."""
+        """Return the plan before the last decision that the run made, and the step of that decision."""
         for place, decision in reversed(list(enumerate(given))):
             if decision.skipped or not self.cfg.growth.ops[place].trigger.static:
                 earlier = [other.to_int() for other in given[:place]]
@@ -220,10 +223,11 @@ class Plan:
 
     def _too_late(self, segment: Segment, last: Segment) -> str:
         assert segment.op
+        steps = last.last_step(self.budget)
         return (
-            f"growth: ops[{segment.op.place}] {segment.op.name!r} would fire after step {segment.first}, with less "
-            f"than a step left to train (without it the run has {last.last_step(self.budget)} steps); give it an "
-            "earlier trigger"
+            f"growth: ops[{segment.op.place}] {segment.op.name!r} would fire after step {segment.first}, "
+            f"with less than a step left to train (without it the run has {steps} steps); "
+            "give it an earlier trigger"
         )
 
     def _lr_phase(self, segment: Segment) -> tuple[int, int]:
@@ -231,7 +235,9 @@ class Plan:
         cfg = segment.cfg
         steps = self.steps - segment.lr_start
         warmup = cfg.warmup_iters or round(cfg.warmup_frac * steps)
-        decay = round(cfg.decay_frac * steps) if cfg.schedule == "wsd" else steps
+        decay = steps
+        if cfg.schedule == "wsd":
+            decay = round(cfg.decay_frac * steps)
         decay_start = max(warmup, steps - decay)  # both fractions may have been rounded up
         return segment.lr_start + warmup, segment.lr_start + decay_start
 
@@ -283,7 +289,9 @@ class Plan:
         if self.cfg.schedule == "constant" or step < decay_start:
             return 1.0
         progress = (step - decay_start) / (self.steps - decay_start)
-        shape = "cosine" if self.cfg.schedule == "cosine" else self.cfg.decay_shape
+        shape = self.cfg.decay_shape
+        if self.cfg.schedule == "cosine":
+            shape = "cosine"
         low = self.cfg.min_lr_frac
         return low + (1 - low) * DECAY[shape](progress)
 
@@ -298,7 +306,7 @@ class Plan:
 
     @cached_property
     def grown(self) -> dict[int, bytes]:
-        """The effects of ops of the architecture, by the step before which they act. They enter that step too."""
+        """The effects of ops of the architecture, by the step before which they act. They enter that step."""
         effects: dict[int, bytes] = {}
         for segment in self.segments:
             if segment.op and segment.op.name in ARCHITECTURE:
@@ -342,7 +350,7 @@ class Plan:
 
     @cached_property
     def breaks(self) -> list[int]:
-        """Steps after which other runs are likely to differ from this one: ops, and the phases of the schedules."""
+        """Steps after which other runs are likely to differ: at the ops and the phases of the schedules."""
         steps = set(self._firsts)
         for warmup_end, decay_start in self._lr_phases:
             steps.add(warmup_end)
@@ -380,7 +388,7 @@ class Plan:
 
 
 def _in_256ths(p: float) -> float:
-    """Return the dropout rate that is used: a random byte decides, so it is a multiple of 1/256, and 0 only for 0."""
+    """Round a dropout rate to a multiple of 1/256, because a random byte decides. Only 0 becomes 0."""
     if p == 0:
         return 0.0
     return min(max(round(256 * p), 1), 255) / 256

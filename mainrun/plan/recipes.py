@@ -39,7 +39,7 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
     overrides = dict(parse_set(text) for text in sets)
     if "preset" in overrides:
         raise ConfigError(
-            f"--set preset={overrides['preset']}: use --preset to choose a preset; a preset is named after its file"
+            f"--set preset={overrides['preset']}: choose a preset with --preset; it is named after its file"
         )
     return [from_dict(step.fields | overrides | {"preset": step.label}) for step in _expand(preset)]
 
@@ -62,7 +62,7 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def _expand(preset: str, above: tuple[str, ...] = ()) -> list[Step]:
-    """Return the steps of a preset, with its base filled in. `above`: the presets that have it as their base."""
+    """Return the steps of a preset, with their bases filled in. above: presets that use it as a base."""
     if preset in above:
         chain = " -> ".join((*above, preset))
         raise ConfigError(f"preset {preset!r} is its own base ({chain}); remove one of the base keys")
@@ -120,8 +120,8 @@ def _check_tables(path: Path, data: dict[str, Any], scale: Any, entries: Any) ->
     for table in (data, scale, *(entries or ())):
         if "preset" in table:
             raise ConfigError(
-                f"preset = {table['preset']!r} in {path.name} has no effect: a preset is named after its file; "
-                "remove it"
+                f"preset = {table['preset']!r} in {path.name} has no effect: "
+                "a preset is named after its file; remove it"
             )
 
 
@@ -147,15 +147,15 @@ def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
     counts = Counter(step.name for step in ladder)
     for name, count in counts.items():
         if count > 1:
-            raise ConfigError(f"two steps of {path.name} are called {name!r}; give each step its own name")
+            raise ConfigError(f"two steps of {path.name} are called {name!r}; give each its own name")
     if not wanted:
         return ladder
     for step in ladder:
         if step.name == wanted:
             return [step]
-    raise ConfigError(
-        f"preset {path.stem!r} has no step {wanted!r}{nearest(wanted, counts)}; its steps: {', '.join(counts)}"
-    )
+    suggestion = nearest(wanted, counts)
+    known = ", ".join(counts)
+    raise ConfigError(f"preset {path.stem!r} has no step {wanted!r}{suggestion}; its steps: {known}")
 
 
 def _check_name(name: str, what: str) -> None:
@@ -168,7 +168,7 @@ def _check_name(name: str, what: str) -> None:
 
 
 def _find(preset: str) -> tuple[Path, str]:
-    """Return the file that a preset's name stands for, and the step that it names (empty for all steps)."""
+    """Return the file that a preset's name stands for, and the step that it names, if any."""
     name, colon, step = preset.partition(":")
     if colon and preset.endswith(":"):
         raise ConfigError(

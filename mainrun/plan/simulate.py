@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
@@ -93,13 +94,13 @@ def _warnings(cfg: TrainConfig, applied: list[Applied], plan: Plan | None) -> It
     before = cfg
     past = 0  # the latest step that an op before this one waits for
     for i, (op, after) in enumerate(applied):
-        first_wait = 1 if i == 0 else 0  # step 1 always has an evaluation
+        evaluated = 1 if i == 0 else 0  # steps of the wait that end at an evaluation: step 1 always has one
         oddities = [
             _no_effect(op, before, after),
             _impossible_loss(op),
             _past_step(op, past),
             _dropped_layers(op, before),
-            _short_wait(op, first_wait, _eval_interval(before, plan)),
+            _short_wait(op, evaluated, _eval_interval(before, plan)),
         ]
         for text in oddities:
             if text:
@@ -128,7 +129,7 @@ def _past_step(op: Op, past: int) -> str:
     step = op.trigger.step
     if step is None or not op.trigger.static or step >= past:
         return ""
-    return f"step {step} is over before the op's turn comes; it fires with the op before it, not before step {past}"
+    return f"step {step} is over when its turn comes; it fires with the op before it, not before step {past}"
 
 
 def _dropped_layers(op: Op, before: TrainConfig) -> str:
@@ -141,9 +142,9 @@ def _dropped_layers(op: Op, before: TrainConfig) -> str:
     return f"drops {noun} {', '.join(dropped)} of {before.n_layer}, and everything learned there"
 
 
-def _short_wait(op: Op, first_wait: int, interval: int) -> str:
+def _short_wait(op: Op, evaluated: int, interval: int) -> str:
     wait = op.trigger.wait_iters
-    if wait is None or not first_wait < wait < interval:
+    if wait is None or not evaluated < wait < interval:
         return ""
     return (
         f"a wait of {wait} is shorter than the {interval} steps between evaluations; "
@@ -184,9 +185,7 @@ def _segments(
         segments.append(SegmentForecast(str(op), str(op.trigger), op_cfg, size(op_cfg)))
     if plan is None:
         return segments
-    firsts = [0, *plan.fired]
-    for i, first in enumerate(firsts):
-        end = firsts[i + 1] if i + 1 < len(firsts) else plan.steps
+    for i, (first, end) in enumerate(pairwise([0, *plan.fired, plan.steps])):
         segments[i] = _with_steps(segments[i], first, end, plan, speed)
         if i > 0:
             segments[i] = segments[i]._replace(begins=_begins(applied[i - 1].op, first))
@@ -197,7 +196,9 @@ def _with_steps(
     segment: SegmentForecast, first: int, end: int, plan: Plan, speed: float | None
 ) -> SegmentForecast:
     tokens = plan.tokens(end) - plan.tokens(first)
-    seconds = tokens * segment.cfg.passes * segment.size.flops / speed if speed else None
+    seconds = None
+    if speed:
+        seconds = tokens * segment.cfg.passes * segment.size.flops / speed
     return segment._replace(steps=end - first, tokens=tokens, seconds=seconds)
 
 

@@ -9,8 +9,8 @@ An op fires as soon as any condition of its trigger holds:
     step, tokens, budget_frac
                   so many steps or tokens have been trained, or that fraction of the tokens of the run
 
-Conditions are checked after an evaluation. A trigger that has none of the first three conditions is static: its
-op fires at exactly that step, without an evaluation.
+Conditions are checked after an evaluation. A trigger that has none of the first three conditions is static:
+its op fires at exactly that step, without an evaluation.
 """
 
 from __future__ import annotations

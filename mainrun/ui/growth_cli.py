@@ -87,9 +87,9 @@ def verify(
 ) -> None:
     """Repeat the ops of a run and all their checks.
 
-    Each op starts from the state that the run had before it. The state is read from the store next to the run
-    (or from --store), or trained again if the store does not have it. The exit code is 1 if a check fails, or if
-    an op gives another result than in the run.
+    Each op starts from the state that the run had before it. The state is read from the store next to the
+    run (or from --store), or trained again if the store does not have it. The exit code is 1 if a check
+    fails, or if an op gives another result than in the run.
     """
     from mainrun.checks.repeat import repeat_ops
     from mainrun.store.rundir import RunDir
@@ -100,8 +100,8 @@ def verify(
     if as_json:
         emit(checks)
     else:
-        rows = [[c["name"], str(c["step"]), c["check"], _verdict(c), c["detail"]] for c in checks]
-        show_table(["op", "step", "check", "", "details"], rows)
+        lines = [[c["name"], str(c["step"]), c["check"], _verdict(c), c["detail"]] for c in checks]
+        show_table(["op", "step", "check", "", "details"], lines)
     failed = [check for check in checks if not check["ok"]]
     if failed:
         raise MainrunError(f"{len(failed)} of {len(checks)} checks fail; see the table")
