@@ -225,7 +225,7 @@ class TrainConfig(BaseModel):
 
     # -- regularisation
     dropout: float = scheduled(
-        0.0, "dropout of the embedding, and of the two fields below if they are unset", ge=0, lt=1
+        0.0, "dropout of the embedding; also the default of attn_dropout and resid_dropout", ge=0, lt=1
     )
     attn_dropout: float | None = scheduled(
         None, "dropout of the attention weights; unset: same as dropout", ge=0, lt=1

@@ -13,9 +13,9 @@ from conftest import TINY
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from mainrun import config
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
+from mainrun.plan import recipes
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load, parse_set, preset_names
 
@@ -350,7 +350,7 @@ def test_every_preset_loads_and_says_what_it_is() -> None:
 
     assert "baseline" in preset_names()
     for name in preset_names():
-        assert len(tomllib.loads((config.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
+        assert len(tomllib.loads((recipes.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
         found = load(name)
         assert len({c.run_id for c in found}) == len(found)
         assert all(c.preset.partition(":")[0] == name for c in found)
@@ -889,9 +889,9 @@ def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
 GOOD = op("set_lr", 0.1, step=5)
 # a few of each kind: test_growth_schedule.py has them all, word for word
 FAULTY: list[tuple[Any, list[str]]] = [
-    (3, ["growth: 3 is no schedule", "{ ops = ["]),
-    (True, ["growth: True is no schedule", "{ ops = ["]),
-    ([GOOD], ["growth: ops[0] 'set_lr'", "'trigger' is a key of version 2", "no trigger_loss", "{ version = 2, ops = [...] }"]),
+    (3, ["growth: 3 is not a schedule", "{ ops = ["]),
+    (True, ["growth: True is not a schedule", "{ ops = ["]),
+    ([GOOD], ["growth: ops[0] 'set_lr'", "'trigger' is a key of version 2", "trigger_loss is missing", "{ version = 2, ops = [...] }"]),
     ({"opps": [GOOD]}, ["growth: unknown key 'opps'", "did you mean 'ops'", "allowed: version, seed, defaults, ops"]),
     ({"version": 1}, ["growth: version=1", "write 2"]),
     ({"ops": 3}, ["growth: ops=3", "a list of { name, value, trigger }"]),
@@ -900,8 +900,8 @@ FAULTY: list[tuple[Any, list[str]]] = [
     ({"ops": [{**GOOD, "name": "deepen"}]}, ["growth: ops[0] 'deepen': unknown op", "set_lr", "set_grad_accum"]),
     ({"ops": [{**GOOD, "name": None}]}, ["growth: ops[0]: unknown op None", "set_lr", "set_grad_accum"]),
     ({"ops": [{**GOOD, "valu": 3}]}, ["growth: ops[0] 'set_lr': unknown key 'valu'", "did you mean 'value'", "allowed: id, name"]),
-    ({"ops": [{"name": "set_lr", "value": 0.1}]}, ["growth: ops[0] 'set_lr': no trigger", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]}, ["growth: ops[0] 'set_lr': no value", "a finite number"]),
+    ({"ops": [{"name": "set_lr", "value": 0.1}]}, ["growth: ops[0] 'set_lr': the trigger is missing", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]}, ["growth: ops[0] 'set_lr': the value is missing", "a finite number"]),
     ({"ops": [{**GOOD, "value": "0.1"}]}, ["ops[0] 'set_lr': value='0.1'", "a finite number"]),
     ({"ops": [{**GOOD, "value": True}]}, ["ops[0] 'set_lr': value=True", "a finite number"]),
     ({"ops": [{**GOOD, "value": math.nan}]}, ["ops[0] 'set_lr': value=nan", "a finite number"]),
@@ -967,16 +967,16 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
     [
         ("gone.toml", None, ["gone.toml", "cannot be read", "No such file", "give the path"]),
         ("folder.toml", ..., ["folder.toml", "cannot be read", "give the path"]),
-        ("mine.yaml", "ops: [", ["mine.yaml", "not valid YAML", "line 1", "mend the file"]),
-        ("mine.yml", "[1", ["mine.yml", "not valid YAML", "mend the file"]),
-        ("mine.txt", "ops: []", ["mine.txt", "no schedule", ".yml or .toml"]),
-        ("mine", "", ["no schedule", ".yml or .toml"]),
-        ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "mend the file"]),
+        ("mine.yaml", "ops: [", ["mine.yaml", "not valid YAML", "line 1", "fix the file"]),
+        ("mine.yml", "[1", ["mine.yml", "not valid YAML", "fix the file"]),
+        ("mine.txt", "ops: []", ["mine.txt", "not a schedule", ".yml or .toml"]),
+        ("mine", "", ["not a schedule", ".yml or .toml"]),
+        ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "fix the file"]),
         ("mine.toml", "\xff", ["mine.toml", "is not UTF-8", "save the file as UTF-8"]),
-        ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "mend the file"]),
-        ("mine.json", "3", ["growth: 3 is no schedule", "{ ops = ["]),
+        ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "fix the file"]),
+        ("mine.json", "3", ["growth: 3 is not a schedule", "{ ops = ["]),
         ("mine.json", '{"ops": [{"name": "set_lr", "value": NaN, "trigger": {"step": 1}}]}', ["value=nan", "a finite number"]),
-        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth: ops[0] 'set_lr': no trigger"]),
+        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth: ops[0] 'set_lr': the trigger is missing"]),
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_schedule_is_refused_by_its_name(
@@ -999,5 +999,5 @@ def test_a_schedule_that_is_written_wrong_is_no_file_to_mend(text: str) -> None:
     assert (
         text in str(e.value)
         and "write { ops = [{ name, value, trigger }, ...] }" in str(e.value)
-        and "mend" not in str(e.value)
+        and "fix the file" not in str(e.value)
     )

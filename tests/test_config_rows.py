@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from mainrun import config
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
+from mainrun.plan import recipes
 from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Plan, Segment
 from mainrun.plan.recipes import load, parse_set
@@ -180,7 +181,7 @@ def test_frozen_layers_exist_and_stand_in_order(layers: Any, ok: bool) -> None:
     said = refusals(frozen=layers)
     assert (not said) == ok
     if not ok:
-        assert f"frozen={list(layers)} of n_layer=6; write some of 0..5, each once, in order" == said
+        assert f"frozen={list(layers)} is not allowed with n_layer=6; list layers of 0..5, each once, in order" == said
 
 
 @pytest.mark.parametrize("layers", [[-1], [1.0], ["1"], [True]])
@@ -240,27 +241,27 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"experts": 2, "top_k": 3},
-        "top_k=3 of experts=2; lower top_k, or set experts=0 for a dense MLP",
+        "top_k=3 is larger than experts=2; lower top_k, or set experts=0 for a dense MLP",
         {"experts": 3, "top_k": 3},
     ),
     (
         {"experts": 1},
-        "top_k=2 of experts=1; lower top_k, or set experts=0 for a dense MLP",
+        "top_k=2 is larger than experts=1; lower top_k, or set experts=0 for a dense MLP",
         {"experts": 0, "top_k": 9},
     ),
     (
         {"max_steps": 1, "growth": OPS},
-        "max_steps=1 with growth; set max_steps=0: a schedule of growth is laid out over the epochs",
+        "max_steps=1 cannot be combined with growth; set max_steps=0: a growth schedule is laid out over the epochs",
         {"growth": OPS},
     ),
     (
         {"grad_accum": 3},
-        "grad_accum=3 does not divide batch_size=64; set a divisor: it cuts the batch",
+        "grad_accum=3 does not divide batch_size=64; set a divisor of batch_size",
         {"grad_accum": 64},
     ),
     (
         {"ema": 0.5, "swa": 0.25},
-        "ema=0.5 and swa=0.25 are both on; set one of them to 0: one average is scored",
+        "ema=0.5 and swa=0.25 are both on; set one of them to 0: only one average is scored",
         {"swa": 0.25},
     ),
     (
@@ -270,27 +271,27 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"rdrop": 0.5, "dropout": 0.1, "attn_dropout": 0.0, "resid_dropout": 0.0, "unused_ids": 1},
-        "unused_ids=1 with rdrop=0.5; set one of them to 0: what has no chance cannot be given a share",
+        "unused_ids=1 with rdrop=0.5; set one of them to 0: unused ids have probability 0, so the loss would be infinite",
         {"rdrop": 0.5, "attn_dropout": 0.1},
     ),
     (
         {"label_smoothing": 0.1, "unused_ids": 1},
-        "unused_ids=1 with label_smoothing=0.1; set one of them to 0: what has no chance cannot be given a share",
+        "unused_ids=1 with label_smoothing=0.1; set one of them to 0: unused ids have probability 0, so the loss would be infinite",
         {"unused_ids": 1},
     ),
     (
         {"schedule": "wsd", "warmup_frac": 0.75, "decay_frac": 0.5},
-        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum may be at most 1",
+        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum must be at most 1",
         {"schedule": "wsd", "warmup_frac": 0.5, "decay_frac": 0.5},
     ),
     (
         {"schedule": "wsd", "warmup_frac": 0.75, "decay_frac": 0.5},
-        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum may be at most 1",
+        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum must be at most 1",
         {"schedule": "cosine", "warmup_frac": 0.75, "decay_frac": 0.5},
     ),
     (
         {"schedule": "wsd", "warmup_frac": 1.0},
-        "warmup_frac=1.0 and decay_frac=0.2 overlap; their sum may be at most 1",
+        "warmup_frac=1.0 and decay_frac=0.2 overlap; their sum must be at most 1",
         {"warmup_frac": 1.0},
     ),
 ]
@@ -331,7 +332,7 @@ def test_a_change_keeps_the_rest_and_leaves_growth_behind() -> None:
     assert (other.lr, other.seed, other.dropout, other.growth.ops) == (0.5, 5, 0.25, ())
     with pytest.raises(ValueError) as e:
         cfg.changed(lr=-1.0, clip=-2.0)
-    assert "(lr: peak learning rate (muon: of the matrices)); clip=-2.0 is not allowed" in str(e.value)
+    assert "(lr: peak learning rate (muon: of the matrices only)); clip=-2.0 is not allowed" in str(e.value)
 
 
 def test_the_phases_are_the_config_and_one_more_for_each_op() -> None:
@@ -764,7 +765,7 @@ def test_a_schedule_that_begins_anew() -> None:
     assert [found.lr_factor(s) for s in (0, 9, 19)] == pytest.approx([0.1, 1.0, cosine(9 / 90)])
     assert [found.lr_factor(s) for s in (20, 59)] == pytest.approx([cosine(15 / 95), cosine(54 / 95)])
     assert [found.lr_factor(s) for s in (60, 64, 65, 99)] == pytest.approx([0.2, 1.0, 1.0, cosine(34 / 35)])
-    assert [segment.climbs for segment in found.segments] == [0, 0, 60]
+    assert [segment.lr_start for segment in found.segments] == [0, 0, 60]
     assert (found.warmup_steps, found.decay_start) == (10, 10)
     assert found.breaks == [5, 6, 10, 11, 20, 60, 65, 66]
     shares = grown(op("reset_lr_schedule", step=60), schedule="wsd", warmup_frac=0.1, decay_frac=0.5)
@@ -804,7 +805,7 @@ def test_an_op_that_was_passed_over() -> None:
     with pytest.raises(ConfigError) as e:
         grown(*needs, fired=(~10,), n_layer=1)
     assert str(e.value).startswith(
-        "growth: ops[0] was passed over, and without it the schedule cannot go on: ops[1] 'freeze_layer': layer 1"
+        "growth: ops[0] was skipped, and a later op cannot be applied without it: ops[1] 'freeze_layer': layer 1"
     )
 
 
@@ -893,16 +894,16 @@ def test_a_scale_is_over_a_preset_of_one_step_too(tmp_path: Path) -> None:
         ("steps = []", "{}", "steps = [] in mine.toml" + NO_LIST),
         ("steps = [1]", "{}", "steps = [1] in mine.toml" + NO_LIST),
         ("scale = 3", "{}", "scale = 3 in mine.toml is not a table; write [scale] and a field = value in each line below it"),
-        ("preset = 'x'", "{}", "preset = 'x' in mine.toml sets nothing: a preset's name is its file's; remove it"),
-        ("[scale]\npreset = 'x'", "{}", "preset = 'x' in mine.toml sets nothing: a preset's name is its file's; remove it"),
-        ("[[steps]]\n[[steps]]\npreset = 'x'", "{}", "preset = 'x' in mine.toml sets nothing: a preset's name is its file's; remove it"),
+        ("preset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after its file; remove it"),
+        ("[scale]\npreset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after its file; remove it"),
+        ("[[steps]]\n[[steps]]\npreset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after its file; remove it"),
         (LADDER, "{}:c", "preset 'mine' has no step 'c'; its steps: 0, b"),
         ("lr = 0.5", "{}:b", "preset 'mine' has no steps, got '{}:b'; write --preset {}"),
         (LADDER, "{}:", "preset '{}:' names no step; write {}:STEP, or {} for all of it"),
         (
             LADDER.replace('"b"', '"0"'),
             "{}",
-            "two steps of mine.toml are called '0'; give each a name of its own",
+            "two steps of mine.toml are called '0'; give each its own name",
         ),
         (
             LADDER.replace('"b"', '"/"'),
@@ -971,7 +972,7 @@ def test_a_step_goes_on_from_the_one_before_and_a_base_starts_anew(tmp_path: Pat
 def test_a_preset_is_chosen_by_its_option(tmp_path: Path) -> None:
     assert (
         said("baseline", "preset=x")
-        == "--set preset=x: a preset is chosen by --preset, and its name is its file's"
+        == "--set preset=x: choose a preset with --preset; it is named after its file"
     )
 
 
@@ -981,9 +982,9 @@ def test_a_preset_without_steps(ask: str) -> None:
 
 
 def test_the_built_in_names_are_the_files() -> None:
-    assert config.preset_names() == sorted(p.stem for p in config.PRESETS.iterdir() if p.suffix == ".toml")
-    assert {"baseline", "optimized"} <= set(config.preset_names())
-    known = ", ".join(config.preset_names())
+    assert recipes.preset_names() == sorted(p.stem for p in recipes.PRESETS.iterdir() if p.suffix == ".toml")
+    assert {"baseline", "optimized"} <= set(recipes.preset_names())
+    known = ", ".join(recipes.preset_names())
     assert (
         said("basline")
         == f"unknown preset 'basline' (did you mean 'baseline'?); allowed: {known}, or a file ending in .toml"
@@ -993,7 +994,7 @@ def test_the_built_in_names_are_the_files() -> None:
 
 
 def test_a_file_is_not_read_whatever_it_is(tmp_path: Path) -> None:
-    known = ", ".join(config.preset_names())
+    known = ", ".join(recipes.preset_names())
     folder = tmp_path / "folder.toml"
     folder.mkdir()
     assert said(str(folder)) == f"preset file {folder} is a folder; give a TOML file or one of: {known}"
@@ -1062,17 +1063,17 @@ ALL_FIELDS = "; `mainrun presets --fields` lists all"
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"lr": -1.0}, ["lr=-1.0 is not allowed: input should be greater than 0 (lr: peak learning rate (muon: of the matrices))"]),
+        ({"lr": -1.0}, ["lr=-1.0 is not allowed: input should be greater than 0 (lr: peak learning rate (muon: of the matrices only))"]),
         ({"bias": 1}, ["bias=1 is not allowed: write true or false (bias: biases in linear layers and LayerNorm"]),
-        ({"qkv_bias": "x"}, ["qkv_bias='x' is not allowed: write true or false (qkv_bias: biases of q, k and v; unset: as bias)"]),
+        ({"qkv_bias": "x"}, ["qkv_bias='x' is not allowed: write true or false (qkv_bias: biases of the q, k and v projections; unset: same as bias)"]),
         ({"lrr": 1}, ["unknown field 'lrr' (did you mean 'lr'?)" + ALL_FIELDS]),
         (
             {"learning_rate": 1},
-            ["unknown field 'learning_rate' (did you mean 'lr': peak learning rate (muon: of the matrices)?)" + ALL_FIELDS],
+            ["unknown field 'learning_rate' (did you mean 'lr': peak learning rate (muon: of the matrices only)?)" + ALL_FIELDS],
         ),
         ({"qqqqqqqq": 1}, ["unknown field 'qqqqqqqq'" + ALL_FIELDS]),
         ({"qqqqqqqq": 1, "clip": -1.0}, ["clip=-1.0 is not allowed", "unknown field 'qqqqqqqq'"]),
-        ({"growth": 3}, ["growth: 3 is no schedule"]),
+        ({"growth": 3}, ["growth: 3 is not a schedule"]),
     ],
 )  # fmt: skip
 def test_what_is_said_of_a_wrong_value(fields: dict[str, Any], words: list[str]) -> None:

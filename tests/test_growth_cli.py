@@ -55,7 +55,7 @@ def test_the_table_of_a_plan_without_tokens() -> None:
     code, text, _ = run("plan", GROWS, *SETS)
     assert code == 0
     assert cells(text) == [
-        ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs a token", "optimiser"],
+        ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs per token", "optimiser"],
         ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         ["set_lr 0.02", "step 30", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         [UPCYCLED, "step 6,000", "2", "16", "2", "4", "24,416", "15,904", "9.41e+04",
@@ -87,7 +87,7 @@ def test_the_steps_that_nobody_knows_are_left_empty() -> None:
 
 def test_a_column_of_experts_is_there_even_where_none_are() -> None:
     head, only = cells(run("plan", "[]", *SETS)[1])
-    assert head[4:] == ["heads", "experts", "parameters", "active", "FLOPs a token", "optimiser"]
+    assert head[4:] == ["heads", "experts", "parameters", "active", "FLOPs per token", "optimiser"]
     assert only == ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"]
 
 
@@ -109,7 +109,7 @@ def test_a_plan_as_json() -> None:
 
 def test_warnings_are_printed_behind_the_table_and_in_the_json() -> None:
     drops = '{"ops": [{"name": "stack_layers", "value": [0], "trigger": {"step": 30}}]}'
-    said = "ops[0] 'stack_layers': drops layer 1 of 2; what is learnt there is lost."
+    said = "ops[0] 'stack_layers': drops layer 1 of 2, and everything learned there."
     code, text, _ = run("plan", drops, *SETS)
     assert code == 0 and text.splitlines()[-1] == f"warning: {said}"
     assert json.loads(run("plan", drops, *SETS, "--json")[1])["warnings"] == [said]
@@ -119,16 +119,16 @@ def test_faults_end_a_plan_and_each_has_a_line() -> None:
     code, text, said = run("plan", '{"version": 3, "ops": [5]}', *SETS)
     assert (code, text) == (2, "")
     assert said.splitlines() == [
-        'error: {"version": 3, "ops": [5]} cannot be carried out',
-        "version=3 is not known; write 2, or the original format as a list.",
-        "ops[0]=5 is no op; write { name, value, trigger }.",
+        'error: {"version": 3, "ops": [5]} cannot be applied',
+        "version=3 is unknown; write 2, or a list in the original format.",
+        "ops[0]=5 is not an op; write { name, value, trigger }.",
     ]
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["[]", "--speed", "1e6"], "got --speed without --train-tokens; give both for the time, or neither"),
+        (["[]", "--speed", "1e6"], "got --speed without --train-tokens; give both to see the time, or neither"),
         (["[]", "--preset", "demo"], "preset 'demo' has "),
         (["[]", "--set", "lr=-1"], "lr=-1 is not allowed"),
     ],
@@ -140,7 +140,7 @@ def test_what_a_plan_refuses(args: list[str], said: str) -> None:
 
 def test_a_ladder_is_refused_with_one_of_its_steps() -> None:
     assert (
-        "a schedule begins with one; write --preset demo:baseline, say"
+        "a schedule starts from one config; write, for example, --preset demo:baseline"
         in run("plan", "[]", "--preset", "demo")[2]
     )
 
@@ -205,14 +205,14 @@ VERDICTS = [
     (
         [finding(same=False)],
         "ok, but not as in the run",
-        "the ops did not do again what the run's journal says; the table says where",
+        "the ops gave other results than the journal of the run holds; see the table",
     ),
-    ([finding(ok=False)], "FAILS", "1 of 1 checks fail; the table says where"),
-    ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; the table says where"),
+    ([finding(ok=False)], "FAILS", "1 of 1 checks fail; see the table"),
+    ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; see the table"),
     (
         [finding(), finding(same=False)],
         "ok",
-        "the ops did not do again what the run's journal says; the table says where",
+        "the ops gave other results than the journal of the run holds; see the table",
     ),
 ]
 
@@ -225,13 +225,13 @@ def test_the_verdict_of_verify(
     code, text, why = run("verify", str(tmp_path / "run"))
     assert (code, why) == ((0, "") if said is None else (1, f"error: {said}\n"))
     head, *rows = cells(text)
-    assert head == ["op", "step", "check", "what was found"]
+    assert head == ["op", "step", "check", "details"]
     assert [row[:3] for row in rows] == [["widen_mlp", "14", f.check] for f in findings]
     assert verdict is None or rows[0][3:] == [verdict, "max |delta logits| 0"]
     assert repeated[1][0] == tmp_path / "run"
-    (title,) = [line for line in text.splitlines() if "what was found" in line]
+    (title,) = [line for line in text.splitlines() if "details" in line]
     details = {line.index("max |delta") for line in text.splitlines() if "max |delta" in line}
-    assert details <= {title.index("what was found")}, "the verdict has a column without a name"
+    assert details <= {title.index("details")}, "the verdict has a column without a name"
 
 
 def test_verify_as_json_fails_as_well(tmp_path: Path, repeated: list[Any]) -> None:
@@ -241,7 +241,7 @@ def test_verify_as_json_fails_as_well(tmp_path: Path, repeated: list[Any]) -> No
         {"op": "0-widen_mlp", "name": "widen_mlp", "step": 14, "check": "function", "ok": False, "same": True,
          "detail": "max |delta logits| 0"},
     ]  # fmt: skip
-    assert code == 1 and why == "error: 1 of 1 checks fail; the table says where\n"
+    assert code == 1 and why == "error: 1 of 1 checks fail; see the table\n"
 
 
 def test_verify_takes_the_store_beside_the_run_or_the_one_that_is_given(
@@ -269,9 +269,9 @@ def test_the_help_names_both_commands() -> None:
 def test_the_help_of_plan_says_what_each_option_takes() -> None:
     text = " ".join(run("plan", "--help")[1].split())
     for words in (
-        "FILE <str> A schedule: a JSON, YAML or TOML file, or JSON itself.", "--preset NAME|FILE What it begins with. [default: optimized]",
-        "--set KEY=VALUE Change one field; may be repeated.", "--train-tokens N Of an epoch: shows steps", "[1<=x<=10000000000000]",
-        "--speed FLOP/S With --train-tokens: shows the time. [x>=1.0]", "--json ", "--debug ",
+        "FILE <str> A growth schedule: a JSON, YAML or TOML file, or inline JSON.", "--preset NAME|FILE The config at the start of the run. [default: optimized]",
+        "--set KEY=VALUE Change one field; may be repeated.", "--train-tokens N Tokens in one epoch: show the steps", "[1<=x<=10000000000000]",
+        "--speed FLOP/S With --train-tokens: show the time too. [x>=1.0]", "--json ", "--debug ",
     ):  # fmt: skip
         assert words in text, words
     assert text.count("default:") == 1

@@ -87,12 +87,12 @@ def test_the_specifications_example_with_its_own_words() -> None:
     entries = json.loads(LIST)
     entries[4]["value"] = [1, 1, 4, 3]
     assert simulate(start(), entries).faults == [
-        "ops[4] 'stack_layers': value[2]=4 out of range; the model has 4 layers here (after ops[1]). Use 0..3."
+        "ops[4] 'stack_layers': value[2]=4 out of range; at this point the model has 4 layers (after ops[1]). Use 0..3."
     ]
     entries[4]["value"], entries[1]["value"] = [1, 1, 2, 3], 2
     assert simulate(start(), entries).faults == [
         "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1].",
-        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; the model has 2 layers here. Use 0..1.",
+        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; at this point the model has 2 layers. Use 0..1.",
     ]
 
 
@@ -233,27 +233,27 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
     ("ops", "tokens", "warnings"),
     [
         ([wait("set_lr", 0.1, loss_below=100, wait_iters=1)], 102_401, []),  # step 1 is always evaluated
-        ([wait("set_lr", 0.01, step=5)], None, ["ops[0] 'set_lr': changes nothing, everything is so already."]),
-        ([wait("stack_layers", [1, 1, 1], step=5)], None, ["ops[0] 'stack_layers': drops layer 0 of 2; what is learnt there is lost."]),
+        ([wait("set_lr", 0.01, step=5)], None, ["ops[0] 'set_lr': changes nothing; the config already has these values."]),
+        ([wait("stack_layers", [1, 1, 1], step=5)], None, ["ops[0] 'stack_layers': drops layer 0 of 2, and everything learned there."]),
         ([wait("stack_layers", [1, 0], step=5)], None, []),
         ([wait("reset_lr_schedule", None, step=5)], None, []),
-        ([wait("set_lr", 0.1, loss_below=0)], None, ["ops[0] 'set_lr': loss_below=0 is never reached, a loss is above 0."]),
+        ([wait("set_lr", 0.1, loss_below=0)], None, ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]),
         ([wait("set_lr", 0.1, step=50), wait("set_lr", 0.2, step=40)], None,
-         ["ops[1] 'set_lr': step 40 is past when its turn comes; it fires with the op before it, not before step 50."]),
+         ["ops[1] 'set_lr': step 40 is over when its turn comes; it fires with the op before it, not before step 50."]),
         ([wait("set_lr", 0.1, wait_iters=2)], 102_401,
-         ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; it lasts until one comes."]),
+         ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; the op fires at the next evaluation."]),
         ([wait("set_lr", 0.1, loss_below=3), wait("set_lr", 0.2, wait_iters=32)], 102_401,
-         ["ops[1] 'set_lr': a wait of 32 is shorter than the 33 steps between evaluations; it lasts until one comes."]),
+         ["ops[1] 'set_lr': a wait of 32 is shorter than the 33 steps between evaluations; the op fires at the next evaluation."]),
         ([wait("set_eval_interval", 50, step=5), wait("set_lr", 0.2, wait_iters=40)], None,
-         ["ops[1] 'set_lr': a wait of 40 is shorter than the 50 steps between evaluations; it lasts until one comes."]),
-        ([wait("set_lr", 0.1, wait_iters=700)], 102_401, ["ops[0] 'set_lr': never fires, the run has 700 steps."]),
+         ["ops[1] 'set_lr': a wait of 40 is shorter than the 50 steps between evaluations; the op fires at the next evaluation."]),
+        ([wait("set_lr", 0.1, wait_iters=700)], 102_401, ["ops[0] 'set_lr': never fires; the run has 700 steps."]),
         ([wait("set_lr", 0.1, wait_iters=700), wait("set_lr", 0.2, step=9)], 102_401,
-         ["ops[0] 'set_lr': never fires, the run has 700 steps, and the ops behind it wait for it."]),
+         ["ops[0] 'set_lr': never fires; the run has 700 steps, and the ops after it wait for it."]),
         ([wait("set_lr", 0.1, loss_below=3, wait_iters=700)], 102_401,
-         ["ops[0] 'set_lr': is fired by its loss or never, the run has 700 steps."]),
+         ["ops[0] 'set_lr': only fires if its condition on the loss is met; the run has 700 steps."]),
         ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, wait_iters=60), wait("set_lr", 0.3, step=699)], 102_401, []),
         ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, tokens=10**9)], 102_401,
-         ["ops[1] 'set_lr': never fires, the run has 700 steps."]),
+         ["ops[1] 'set_lr': never fires; the run has 700 steps."]),
     ],
 )  # fmt: skip
 def test_what_is_odd_is_said(ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
@@ -296,7 +296,7 @@ def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
         "experts",
         "parameters",
         "active",
-        "FLOPs a token",
+        "FLOPs per token",
         "optimiser",
     ]
     assert [row[0] for row in rows] == [
@@ -304,7 +304,7 @@ def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[2][1:5] == ["loss < 3.5 or a wait of 500", "4", "16", "2"]
     assert done.stdout.rstrip().endswith(
-        "warning: ops[4] 'stack_layers': drops layer 0 of 4; what is learnt there is lost."
+        "warning: ops[4] 'stack_layers': drops layer 0 of 4, and everything learned there."
     )
     assert path.read_text() == LIST and [*tmp_path.iterdir()] == [path]
 
@@ -331,7 +331,7 @@ def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -
     done = plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stdout) == (2, "")
     first, *faults = done.stderr.splitlines()
-    assert first == f"error: {path} cannot be carried out" and len(faults) == 4
+    assert first == f"error: {path} cannot be applied" and len(faults) == 4
     assert (
         faults[-1]
         == "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1]."
@@ -343,7 +343,7 @@ def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -
     [
         (["gone.json"], "the file cannot be read"),
         (["mine.txt"], "give a file ending in .json, .yaml, .yml or .toml"),
-        (["[]", "--preset", "demo"], "write --preset demo:baseline, say"),
+        (["[]", "--preset", "demo"], "write, for example, --preset demo:baseline"),
         (["[]", "--speed", "1e9"], "got --speed without --train-tokens"),
         (["[]", "--set", "lr=-1"], "lr=-1 is not allowed"),
         ([], "Missing argument"),

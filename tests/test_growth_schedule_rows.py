@@ -98,21 +98,21 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "waited long enough": (
         {"wait_iters": 1500},
         Facts(1510, 10, 9, 100),
-        "1,500 steps since the last op, 1,500 were to be waited",
+        "1,500 steps since the last op >= 1,500",
     ),
     "waited longer": (
         {"wait_iters": 5},
         Facts(1510, 10, 9, 100),
-        "1,500 steps since the last op, 5 were to be waited",
+        "1,500 steps since the last op >= 5",
     ),
     "one step too early": ({"step": 1500}, Facts(1499, 0, 9, 100), None),
-    "at the step": ({"step": 1500}, Facts(1500, 0, 9, 100), "step 1,500 of 1,500"),
-    "after the step": ({"step": 1500}, Facts(2500, 0, 9, 100), "step 2,500 of 1,500"),
+    "at the step": ({"step": 1500}, Facts(1500, 0, 9, 100), "step 1,500 >= 1,500"),
+    "after the step": ({"step": 1500}, Facts(2500, 0, 9, 100), "step 2,500 >= 1,500"),
     "one token too few": ({"tokens": 2000}, Facts(5, 0, 1999, 100), None),
-    "the tokens": ({"tokens": 2000}, Facts(5, 0, 2000, 100), "2,000 tokens of 2,000"),
-    "more tokens": ({"tokens": 2000}, Facts(5, 0, 3000, 100), "3,000 tokens of 2,000"),
+    "the tokens": ({"tokens": 2000}, Facts(5, 0, 2000, 100), "2,000 tokens >= 2,000"),
+    "more tokens": ({"tokens": 2000}, Facts(5, 0, 3000, 100), "3,000 tokens >= 2,000"),
     "just under the share": ({"budget_frac": 0.25}, Facts(5, 0, 999, 4000), None),
-    "the share": ({"budget_frac": 0.25}, Facts(5, 0, 1000, 4000), "1,000 tokens, 0.25 of the budget"),
+    "the share": ({"budget_frac": 0.25}, Facts(5, 0, 1000, 4000), "1,000 tokens >= 0.25 of the budget"),
     "nothing before the last two": (
         {"plateau": {"evals": 2, "rel": 0.01}},
         Facts(20, 0, 9, 100, EVALUATED[:2]),
@@ -121,7 +121,7 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "a plateau": (
         {"plateau": {"evals": 2, "rel": 0.01}},
         Facts(30, 0, 9, 100, EVALUATED),
-        "plateau: 2 evaluations took the loss from 4.0000 to 3.9700 at best",
+        "plateau: best loss 3.9700 in the last 2 evaluations, 4.0000 before",
     ),
     "a gain of exactly the share is one": (
         {"plateau": {"evals": 1, "rel": 0.25}},
@@ -131,12 +131,12 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "a gain of a bit less": (
         {"plateau": {"evals": 1, "rel": 0.25}},
         Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0001)]),
-        "plateau: 1 evaluations took the loss from 4.0000 to 3.0001 at best",
+        "plateau: best loss 3.0001 in the last 1 evaluations, 4.0000 before",
     ),
     "the best before counts": (
         {"plateau": {"evals": 1, "rel": 0.25}},
         Facts(30, 0, 9, 100, [(10, 3.0), (20, 4.0), (30, 2.9)]),
-        "plateau: 1 evaluations took the loss from 3.0000 to 2.9000 at best",
+        "plateau: best loss 2.9000 in the last 1 evaluations, 3.0000 before",
     ),
     "the best of the last counts": (
         {"plateau": {"evals": 2, "rel": 0.25}},
@@ -601,14 +601,14 @@ def test_a_default_that_is_wrong_is_left_out_and_named() -> None:
 
 # -- faults of the whole
 
-NO_SCHEDULE = "is no schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops with trigger_loss and max_wait_iters."
+NO_SCHEDULE = "is not a schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops with trigger_loss and max_wait_iters."
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"version": True}, "version=True is not known; write 2, or the original format as a list."),
-        ({"version": "2"}, "version='2' is not known; write 2, or the original format as a list."),
+        ({"version": True}, "version=True is unknown; write 2, or a list in the original format."),
+        ({"version": "2"}, "version='2' is unknown; write 2, or a list in the original format."),
         ({"version": 2.0}, None),
         ({"seed": True}, "seed=True is not allowed; write a whole number, 0 or more."),
         ({"seed": 1.5}, "seed=1.5 is not allowed; write a whole number, 0 or more."),
@@ -638,7 +638,7 @@ NO_SCHEDULE = "is no schedule; write { ops = [{ name, value, trigger }, ...] }, 
             f"'text' {NO_SCHEDULE}",
         ),
         ((), f"[] {NO_SCHEDULE}"),
-        ({"ops": [5]}, "ops[0]=5 is no op; write { name, value, trigger }."),
+        ({"ops": [5]}, "ops[0]=5 is not an op; write { name, value, trigger }."),
     ],
 )
 def test_a_fault_of_the_whole(data: Any, said: str | None) -> None:
@@ -688,14 +688,14 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a number as a name": ({"name": 3, "trigger": {"step": 1}}, "ops[0]: unknown op 3; allowed: set_lr, "),
     "one of 41 is not": ({"name": "x" * 41, "trigger": {"step": 1}}, "ops[0]: unknown op; allowed: set_lr, "),
-    "no name": ({"value": 1, "trigger": {"step": 1}}, "ops[0]: no name; write one of set_lr, "),
+    "no name": ({"value": 1, "trigger": {"step": 1}}, "ops[0]: the name is missing; write one of set_lr, "),
     "no value": (
         {"name": "widen_model", "trigger": {"step": 1}},
-        "ops[0] 'widen_model': no value; write value = { factor = 2 } or { d_model = N }.",
+        "ops[0] 'widen_model': the value is missing; write value = { factor = 2 } or { d_model = N }.",
     ),
     "a value for none": (
         op("merge_lora_weights", 0),
-        "ops[0] 'merge_lora_weights': value=0 is not allowed: it takes none; write null",
+        "ops[0] 'merge_lora_weights': value=0 is not allowed: this op takes no value; write null",
     ),
     "null for a value": (
         op("set_lr", None),
@@ -740,29 +740,29 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "init of an op that has none": (
         op("widen_model", 32, init="copy"),
-        "ops[0] 'widen_model': init is for stack_layers and widen_mlp; remove it.",
+        "ops[0] 'widen_model': init is only for stack_layers and widen_mlp; remove it.",
     ),
     "init of a training op": (
         op("set_lr", 0.1, init="copy"),
-        "ops[0] 'set_lr': init is for ops that change the weights; remove it.",
+        "ops[0] 'set_lr': init is only for ops that change the weights; remove it.",
     ),
     "preserve of a training op": (
         op("set_lr", 0.1, preserve="none"),
-        "ops[0] 'set_lr': preserve is for ops that change the weights",
+        "ops[0] 'set_lr': preserve is only for ops that change the weights",
     ),
     "lr of a training op": (
         op("set_lr", 0.1, lr={}),
-        "ops[0] 'set_lr': lr is for ops that change the weights; remove it.",
+        "ops[0] 'set_lr': lr is only for ops that change the weights; remove it.",
     ),
     "on_fail of a training op": (
         op("set_lr", 0.1, on_fail="skip"),
-        "ops[0] 'set_lr': on_fail is for ops that change the weights",
+        "ops[0] 'set_lr': on_fail is only for ops that change the weights",
     ),
-    "a blank id": (op("set_lr", 0.1, id="  "), "ops[0] 'set_lr': id='  ' is not allowed; write a text."),
-    "a number as an id": (op("set_lr", 0.1, id=3), "ops[0] 'set_lr': id=3 is not allowed; write a text."),
+    "a blank id": (op("set_lr", 0.1, id="  "), "ops[0] 'set_lr': id='  ' is not allowed; write a string."),
+    "a number as an id": (op("set_lr", 0.1, id=3), "ops[0] 'set_lr': id=3 is not allowed; write a string."),
     "a number as a description": (
         op("set_lr", 0.1, desc=3),
-        "ops[0] 'set_lr': desc=3 is not allowed; write a text.",
+        "ops[0] 'set_lr': desc=3 is not allowed; write a string.",
     ),
     "reevaluate as text": (
         op("set_lr", 0.1, reevaluate="yes"),
@@ -790,7 +790,7 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no trigger": (
         {"name": "set_lr", "value": 0.1},
-        f"ops[0] 'set_lr': no trigger; write trigger = {TO_WRITE}.",
+        f"ops[0] 'set_lr': the trigger is missing; write trigger = {TO_WRITE}.",
     ),
     "a trigger that is a list": (
         op("set_lr", 0.1, [5]),
@@ -798,7 +798,7 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two conditions": (
         op("set_lr", 0.1, {"step": 1, "tokens": 2}),
-        "trigger has one condition, got step and tokens; write { step = N }",
+        "trigger has exactly one condition, got step and tokens; write { step = N }",
     ),
     "any beside another": (
         op("set_lr", 0.1, {"any": [{"step": 1}], "step": 2}),
@@ -826,7 +826,7 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "any with two twice": (
         op("set_lr", 0.1, {"any": [{"tokens": 1}, {"step": 2}, {"tokens": 3}, {"step": 4}]}),
-        "trigger.any has step twice; keep the one that comes first.",
+        "trigger.any has step twice; keep the one that is met first.",
     ),
     "any with one twice": (
         op("set_lr", 0.1, {"any": [{"step": 1}, {"tokens": 2}, {"step": 3}]}),
@@ -857,8 +857,8 @@ def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"trigger_loss": 3}, ["no max_wait_iters; write max_wait_iters = a whole number, 0 or more."]),
-        ({"max_wait_iters": 3}, ["no trigger_loss; write trigger_loss = a finite number."]),
+        ({"trigger_loss": 3}, ["max_wait_iters is missing; write max_wait_iters = a whole number, 0 or more."]),
+        ({"max_wait_iters": 3}, ["trigger_loss is missing; write trigger_loss = a finite number."]),
         (
             {"trigger_loss": math.inf, "max_wait_iters": 0},
             ["trigger_loss=inf is not allowed; write a finite number."],
@@ -897,8 +897,8 @@ def test_an_id_is_taken_once() -> None:
     schedule, faults = read({"ops": ops})
     assert [o.id for o in schedule.ops] == ["a", "1-set_lr"]
     assert [text for _, text in faults] == [
-        "ops[2] 'set_lr': id='a' is that of ops[0]; give each its own.",
-        "ops[3] 'set_lr': id='1-set_lr' is that of ops[1]; give each its own.",
+        "ops[2] 'set_lr': id='a' is already used by ops[0]; give each op its own id.",
+        "ops[3] 'set_lr': id='1-set_lr' is already used by ops[1]; give each op its own id.",
     ]
 
 
@@ -926,14 +926,14 @@ MODEL: dict[
         "stack_layers",
         2.5,
         {},
-        "value=2.5 is no list of layers; the model has 2 layers here",
+        "value=2.5 is not a list of layers; at this point the model has 2 layers",
     ),
     "out of one layer": (
         {"n_layer": 1},
         "stack_layers",
         [1],
         {"value": [0]},
-        "value[0]=1 out of range; the model has 1 layer here. Use 0.",
+        "value[0]=1 out of range; at this point the model has 1 layer. Use 0.",
     ),
     "an old triple": (
         {},
@@ -947,7 +947,7 @@ MODEL: dict[
         "stack_layers",
         513,
         {},
-        "value=513 is no list of layers; the model has 2 layers here",
+        "value=513 is not a list of layers; at this point the model has 2 layers",
     ),
     "an old factor of 512": (
         {},
@@ -968,7 +968,7 @@ MODEL: dict[
         "stack_layers",
         1,
         {},
-        "value=1 is no list of layers; the model has 1 layer here",
+        "value=1 is not a list of layers; at this point the model has 1 layer",
     ),
     "a factor of 1 of two layers": (
         {},
@@ -982,14 +982,14 @@ MODEL: dict[
         "stack_layers",
         [0, 1, 2],
         {"value": [0, 1, 1]},
-        "value[2]=2 out of range; the model has 2 layers here. Use 0..1",
+        "value[2]=2 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "a layer below 0": (
         {},
         "stack_layers",
         [-1],
         {"value": [0]},
-        "value[0]=-1 out of range; the model has 2 layers here. Use 0..1",
+        "value[0]=-1 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "five layers of six": (
         {},
@@ -1024,14 +1024,14 @@ MODEL: dict[
         "widen_model",
         33,
         {"value": 32},
-        "d_model=33 is no multiple of the width 16; give 32, 48, ...",
+        "d_model=33 is not a multiple of the width 16; give 32, 48, ...",
     ),
     "no whole factor": (
         {},
         "widen_model",
         {"factor": 2.5},
         {"value": {"factor": 2}},
-        "factor=2.5 is no whole number; the width is 16, give 2, 3, ...",
+        "factor=2.5 is not a whole number; the width is 16, give 2, 3, ...",
     ),
     "the same width": ({}, "widen_model", 16, {"value": 48}, "16 <= current width 16; give 32, 48, ..."),
     "as many heads": ({}, "add_heads", 2, {"value": 3}, "2 <= current n_head 2; give an integer > 2"),
@@ -1040,14 +1040,14 @@ MODEL: dict[
         "add_heads",
         7,
         {"value": 8},
-        "7 heads do not share 2 heads of keys and values; give a multiple, like 8",
+        "7 heads cannot share 2 key/value heads evenly; give a multiple, like 8",
     ),
     "experts again": (
         {"experts": 4},
         "upcycle_moe",
         {"experts": 8},
         {},
-        "the model has 4 experts already; a dense one can be upcycled, once. Remove it",
+        "the model already has 4 experts; only a dense model can be upcycled. Remove this op",
     ),
     "a number of experts": (
         {},
@@ -1061,7 +1061,7 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "top_k": 5},
         {"value": {"experts": 4, "top_k": 4}},
-        "top_k=5 of 4 experts; use 1..4",
+        "top_k=5 is larger than experts=4; use 1..4",
     ),
     "shards of the hidden width": (
         {"d_ff": 62},
@@ -1096,7 +1096,7 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "router": "zero"},
         {"optimizer": "asymmetric"},
-        "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with noise_snr_db or",
+        "router=zero locks: every tie is won by the same experts; use router=random, or break the tie with noise_snr_db or",
     ),
     "a zero router with keep": (
         {},
@@ -1110,7 +1110,7 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "router": "zero", "router_std": 0.5, "noise_snr_db": 9},
         {},
-        "router_std=0.5 with router=zero; leave it out, or use router=random",
+        "router_std=0.5 has no effect with router=zero; leave it out, or use router=random",
     ),
     "noise with a random router": (
         {},
@@ -1131,65 +1131,65 @@ MODEL: dict[
         "set_attn_lora_rank",
         -1,
         {"value": 1},
-        "value=-1 is not allowed; give a rank, 1 or more, or merge_lora_weights",
+        "value=-1 is not allowed; give a rank, 1 or more, or remove the low-rank weights with merge_lora_weights",
     ),
     "an old rank factor": (
         {"embed_lora_rank": 4},
         "set_embedding_lora_rank",
         1.5,
         {},
-        "value 1.5 is the old relative form; the rank is 4 here, write 6",
+        "value 1.5 is the old relative form; the rank is 4, write 6",
     ),
     "an old rank factor of none": (
         {},
         "set_attn_lora_rank",
         1.5,
         {},
-        "value 1.5 is the old relative form; the rank is 0 here, give the rank, like 8",
+        "value 1.5 is the old relative form; the rank is 0, give the rank, like 8",
     ),
     "nothing to merge": (
         {},
         "merge_lora_weights",
         None,
         {},
-        "there is nothing to merge; put it behind a set_attn_lora_rank, or remove it",
+        "there are no low-rank weights to merge; move this op behind a set_attn_lora_rank, or remove it",
     ),
     "a layer to freeze that is not there": (
         {},
         "freeze_layer",
         2,
         {"value": 1},
-        "layer 2 out of range; the model has 2 layers here. Use 0..1",
+        "layer 2 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "a layer below 0 to freeze": (
         {},
         "freeze_layer",
         [0, -1],
         {"value": [0]},
-        "layer -1 out of range; the model has 2 layers here. Use 0..1",
+        "layer -1 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "no layer to freeze": (
         {},
         "freeze_layer",
         [],
         {},
-        "value=[] is no layer; give one of 0..1, or a list of them",
+        "value=[] is not a layer; give one of 0..1, or a list of them",
     ),
     "half a layer": (
         {},
         "freeze_layer",
         0.5,
         {},
-        "value=0.5 is no layer; give one of 0..1, or a list of them",
+        "value=0.5 is not a layer; give one of 0..1, or a list of them",
     ),
     "frozen already": (
         {"frozen": [0, 1]},
         "freeze_layer",
         1,
         {},
-        "layer 1 is frozen already; frozen here: 0, 1. Leave it out",
+        "layer 1 is already frozen; frozen at this point: 0, 1. Leave it out",
     ),
-    "not frozen": ({}, "unfreeze_layer", 1, {}, "layer 1 is not frozen; frozen here: none. Leave it out"),
+    "not frozen": ({}, "unfreeze_layer", 1, {}, "layer 1 is not frozen; frozen at this point: none. Leave it out"),
     "as many ids": (
         {"unused_ids": 5},
         "resize_vocabulary",
@@ -1209,21 +1209,21 @@ MODEL: dict[
         "set_eval_iters",
         200,
         {},
-        "every evaluation here scores each token of val once, there is nothing to set; remove the op",
+        "every evaluation scores each token of val exactly once, so there is nothing to set; remove the op",
     ),
     "an old factor of the rate": (
         {},
         "change_lr",
         1.234567891,
         {},
-        'the old relative form; lr is 0.01 here, write "set_lr" and the value 0.0123457',
+        'this is the old relative form; lr is 0.01, write "set_lr" and the value 0.0123457',
     ),
     "an old factor of the batch": (
         {},
         "change_batch_size",
         1.3,
         {},
-        'the old relative form; batch_size is 2 here, write "set_batch_size" and the value 3',
+        'this is the old relative form; batch_size is 2, write "set_batch_size" and the value 3',
     ),
 }
 
@@ -1248,12 +1248,12 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "layers": (
         {},
         [("stack_layers", [0, 0, 1]), ("stack_layers", [3])],
-        "the model has 3 layers here (after ops[0])",
+        "at this point the model has 3 layers (after ops[0])",
     ),
     "frozen layers": (
         {},
         [("stack_layers", [0, 0, 1]), ("freeze_layer", 3)],
-        "the model has 3 layers here (after ops[0]). Use 0..2",
+        "at this point the model has 3 layers (after ops[0]). Use 0..2",
     ),
     "hidden": (
         {},
@@ -1270,7 +1270,7 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "width, no multiple": (
         {},
         [("widen_model", 32), ("widen_model", 48)],
-        "no multiple of the width 32 (set by ops[0]); give 64, 96, ...",
+        "not a multiple of the width 32 (set by ops[0]); give 64, 96, ...",
     ),
     "width, factor": (
         {},
@@ -1285,19 +1285,19 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "experts": (
         {},
         [("upcycle_moe", {"experts": 4}), ("upcycle_moe", {"experts": 4})],
-        "the model has 4 experts already (set by ops[0])",
+        "the model already has 4 experts (set by ops[0])",
     ),
     "rank": (
         {},
         [("set_attn_lora_rank", 4), ("set_attn_lora_rank", 2.0)],
-        "the rank is 4 here (set by ops[0]), write 8",
+        "the rank is 4 (set by ops[0]), write 8",
     ),
     "merge": (
         {"attn_lora_rank": 2},
         [("merge_lora_weights", None)] * 2,
-        "there is nothing to merge (after ops[0]); put it behind",
+        "there are no low-rank weights to merge (after ops[0]); move this op behind",
     ),
-    "frozen": ({}, [("freeze_layer", 1), ("freeze_layer", 1)], "frozen here: 1 (after ops[0]). Leave it out"),
+    "frozen": ({}, [("freeze_layer", 1), ("freeze_layer", 1)], "frozen at this point: 1 (after ops[0]). Leave it out"),
     "ids": (
         {},
         [("resize_vocabulary", 310), ("resize_vocabulary", 305)],
@@ -1306,7 +1306,7 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "rate": (
         {},
         [("set_lr", 0.5), ("change_lr", 0.5)],
-        'lr is 0.5 here (set by ops[0]), write "set_lr" and the value 0.25',
+        'lr is 0.5 (set by ops[0]), write "set_lr" and the value 0.25',
     ),
     "the last op that set it": (
         {},
@@ -1316,7 +1316,7 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "an op that did nothing set nothing": (
         {},
         [("set_lr", 0.01), ("change_lr", 0.5)],
-        'lr is 0.01 here, write "set_lr"',
+        'lr is 0.01, write "set_lr"',
     ),
 }
 
@@ -1363,7 +1363,7 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         ("widen_mlp", 65),
         {},
         "bitexact",
-        "for widen_mlp, which is exact to rounding; use preserve=exact",
+        "for widen_mlp, which is exact up to rounding; use preserve=exact",
     ),
     "a rank that is cut": (
         {"attn_lora_rank": 4},
@@ -1377,7 +1377,7 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         ("set_attn_lora_rank", 4),
         {},
         "bitexact",
-        "for set_attn_lora_rank, which is exact to rounding",
+        "for set_attn_lora_rank, which is exact up to rounding",
     ),
     "softmax weights": (
         {},
@@ -1423,7 +1423,7 @@ def test_why_an_op_cannot_keep_more(
 ) -> None:
     with pytest.raises(ValueError) as e:
         after(one(*what, preserve=asked, **more), config(**start))
-    assert str(e.value).startswith(f"preserve={asked} impossible {said}")
+    assert str(e.value).startswith(f"preserve={asked} is impossible {said}")
 
 
 @pytest.mark.parametrize(
@@ -1506,11 +1506,11 @@ def test_a_long_text_is_shown_in_part() -> None:
             from_text(text)
         assert (
             text in str(e.value)
-        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give its file" in str(e.value)
+        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give the name of a file" in str(e.value)
     for count, whole in ((120, True), (121, False)):
         text = "x" * count
         with pytest.raises(ConfigError) as e:
             from_text(text)
         assert (
             text in str(e.value)
-        ) is whole and "is no schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)
+        ) is whole and "is not a schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)

@@ -174,7 +174,7 @@ def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
     ops = [op("widen_mlp", 32, {"step": 5}), op("set_lr", 0.02, {"step": 6}), op("shrink", 1, {"step": 7})]
     found = simulate(config(), {"version": 3, "ops": ops}, 641)
     assert [text.split(";")[0] for text in found.faults] == [
-        "version=3 is not known", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
+        "version=3 is unknown", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
     ]  # fmt: skip
     assert [s.op for s in found.segments] == ["", "set_lr 0.02"]
     assert [s.steps for s in found.segments] == [None, None], (
@@ -240,33 +240,33 @@ def test_the_plan_of_the_longest_waits(ops: list[dict[str, Any]], fired: tuple[i
 THREE = {"n_layer": 3}
 WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list[str]]] = {
     "a layer map that moves nothing": (
-        {}, [op("stack_layers", [0, 1], {"step": 5})], None, ["ops[0] 'stack_layers': changes nothing, everything is so already."]
+        {}, [op("stack_layers", [0, 1], {"step": 5})], None, ["ops[0] 'stack_layers': changes nothing; the config already has these values."]
     ),
     "a layer map of the same length": ({}, [op("stack_layers", [1, 0], {"step": 5})], None, []),
     "a value that it has, the second time": (
         {}, [op("set_lr", 0.02, {"step": 5}), op("set_lr", 0.02, {"step": 6})], None,
-        ["ops[1] 'set_lr': changes nothing, everything is so already."],
+        ["ops[1] 'set_lr': changes nothing; the config already has these values."],
     ),
     "two layers that are dropped": (
         THREE, [op("stack_layers", [1], {"step": 5})], None,
-        ["ops[0] 'stack_layers': drops layers 0, 2 of 3; what is learnt there is lost."],
+        ["ops[0] 'stack_layers': drops layers 0, 2 of 3, and everything learned there."],
     ),
     "one layer that is dropped": (
         THREE, [op("stack_layers", [0, 2], {"step": 5})], None,
-        ["ops[0] 'stack_layers': drops layer 1 of 3; what is learnt there is lost."],
+        ["ops[0] 'stack_layers': drops layer 1 of 3, and everything learned there."],
     ),
     "a loss below zero": (
-        {}, [op("set_lr", 0.1, {"loss_below": -1.5})], None, ["ops[0] 'set_lr': loss_below=-1.5 is never reached, a loss is above 0."]
+        {}, [op("set_lr", 0.1, {"loss_below": -1.5})], None, ["ops[0] 'set_lr': loss_below=-1.5 is never reached; a loss is always above 0."]
     ),
     "a loss of zero": (
-        {}, [op("set_lr", 0.1, {"loss_below": 0})], None, ["ops[0] 'set_lr': loss_below=0 is never reached, a loss is above 0."]
+        {}, [op("set_lr", 0.1, {"loss_below": 0})], None, ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]
     ),
     "a loss just above zero": ({}, [op("set_lr", 0.1, {"loss_below": 1e-9})], None, []),
     "two ops at one step": ({}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 50})], None, []),
     "steps that go back, after the largest": (
         {}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 40}), op("set_lr", 0.3, {"step": 45})], None,
-        ["ops[1] 'set_lr': step 40 is past when its turn comes; it fires with the op before it, not before step 50.",
-         "ops[2] 'set_lr': step 45 is past when its turn comes; it fires with the op before it, not before step 50."],
+        ["ops[1] 'set_lr': step 40 is over when its turn comes; it fires with the op before it, not before step 50.",
+         "ops[2] 'set_lr': step 45 is over when its turn comes; it fires with the op before it, not before step 50."],
     ),
     "a step beside a loss is no fixed one": (
         {}, [op("set_lr", 0.1, {"any": [{"step": 50}, {"loss_below": 3}]}), op("set_lr", 0.2, {"step": 40})], None, []
@@ -274,40 +274,40 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
     "a first wait of one step": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 1})], None, []),
     "a first wait of two": (
         {"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 2})], None,
-        ["ops[0] 'set_lr': a wait of 2 is shorter than the 9 steps between evaluations; it lasts until one comes."],
+        ["ops[0] 'set_lr': a wait of 2 is shorter than the 9 steps between evaluations; the op fires at the next evaluation."],
     ),
     "a second wait of one": (
         {"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 1})], None,
-        ["ops[1] 'set_lr': a wait of 1 is shorter than the 9 steps between evaluations; it lasts until one comes."],
+        ["ops[1] 'set_lr': a wait of 1 is shorter than the 9 steps between evaluations; the op fires at the next evaluation."],
     ),
     "a second wait of none": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})], None, []),
     "a wait as long as the interval": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9})], None, []),
     "an interval that is not known": ({}, [op("set_lr", 0.1, {"wait_iters": 2})], None, []),
     "an interval by the tokens": (
         {"eval_per_epoch": 3}, [op("set_lr", 0.1, {"wait_iters": 2})], 641,
-        ["ops[0] 'set_lr': a wait of 2 is shorter than the 3 steps between evaluations; it lasts until one comes."],
+        ["ops[0] 'set_lr': a wait of 2 is shorter than the 3 steps between evaluations; the op fires at the next evaluation."],
     ),
     "no evaluation but the last": (
-        {"eval_per_epoch": 0}, [op("set_lr", 0.1, {"wait_iters": 2})], 641, ["ops[0] 'set_lr': never fires, the run has 70 steps."]
+        {"eval_per_epoch": 0}, [op("set_lr", 0.1, {"wait_iters": 2})], 641, ["ops[0] 'set_lr': never fires; the run has 70 steps."]
     ),
     "more evaluations than steps": ({"eval_per_epoch": 100}, [op("set_lr", 0.1, {"wait_iters": 2})], 641, []),
     "an interval in steps comes before one by tokens": (
         {"eval_per_epoch": 3, "eval_interval": 5}, [op("set_lr", 0.1, {"wait_iters": 4})], 641,
-        ["ops[0] 'set_lr': a wait of 4 is shorter than the 5 steps between evaluations; it lasts until one comes."],
+        ["ops[0] 'set_lr': a wait of 4 is shorter than the 5 steps between evaluations; the op fires at the next evaluation."],
     ),
     "a loss alone may come": ({}, [op("set_lr", 0.1, {"loss_below": 3})], 641, []),
     "and so may a plateau": ({}, [op("set_lr", 0.1, {"plateau": {"evals": 2, "rel": 0.1}})], 641, []),
     "a plateau or a wait that is too long": (
         {}, [op("set_lr", 0.1, {"any": [{"plateau": {"evals": 2, "rel": 0.1}}, {"wait_iters": 99}]})], 641,
-        ["ops[0] 'set_lr': is fired by its loss or never, the run has 70 steps."],
+        ["ops[0] 'set_lr': only fires if its condition on the loss is met; the run has 70 steps."],
     ),
     "the last op that never fires keeps nobody waiting": (
         {}, [op("set_lr", 0.1, {"step": 9}), op("set_lr", 0.2, {"wait_iters": 99})], 641,
-        ["ops[1] 'set_lr': never fires, the run has 70 steps."],
+        ["ops[1] 'set_lr': never fires; the run has 70 steps."],
     ),
     "what waits for it is said": (
         {}, [op("set_lr", 0.2, {"wait_iters": 99}), op("set_lr", 0.1, {"loss_below": 9})], 641,
-        ["ops[0] 'set_lr': never fires, the run has 70 steps, and the ops behind it wait for it."],
+        ["ops[0] 'set_lr': never fires; the run has 70 steps, and the ops after it wait for it."],
     ),
     "a reset changes nothing by itself": ({}, [op("reset_lr_schedule", None, {"step": 9})], None, []),
 }  # fmt: skip
