@@ -350,7 +350,9 @@ def test_every_preset_loads_and_says_what_it_is() -> None:
 
     assert "baseline" in preset_names()
     for name in preset_names():
-        assert len(tomllib.loads((recipes.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
+        assert (
+            len(tomllib.loads((recipes.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
+        )
         found = load(name)
         assert len({c.run_id for c in found}) == len(found)
         assert all(c.preset.partition(":")[0] == name for c in found)

@@ -181,7 +181,10 @@ def test_frozen_layers_exist_and_stand_in_order(layers: Any, ok: bool) -> None:
     said = refusals(frozen=layers)
     assert (not said) == ok
     if not ok:
-        assert f"frozen={list(layers)} is not allowed with n_layer=6; list layers of 0..5, each once, in order" == said
+        assert (
+            f"frozen={list(layers)} is not allowed with n_layer=6; list layers of 0..5, each once, in order"
+            == said
+        )
 
 
 @pytest.mark.parametrize("layers", [[-1], [1.0], ["1"], [True]])

@@ -128,7 +128,10 @@ def test_faults_end_a_plan_and_each_has_a_line() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["[]", "--speed", "1e6"], "got --speed without --train-tokens; give both to see the time, or neither"),
+        (
+            ["[]", "--speed", "1e6"],
+            "got --speed without --train-tokens; give both to see the time, or neither",
+        ),
         (["[]", "--preset", "demo"], "preset 'demo' has "),
         (["[]", "--set", "lr=-1"], "lr=-1 is not allowed"),
     ],

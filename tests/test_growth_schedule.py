@@ -15,8 +15,8 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.op_files import read
 from mainrun.plan.ops import ARCHITECTURE, NAMES, TRAINING, Op, Schedule, after, walk
-from mainrun.plan.triggers import Facts, Trigger, due
 from mainrun.plan.plan import Plan
+from mainrun.plan.triggers import Facts, Trigger, due
 from mainrun.store import lineage
 
 # the original format, as the specification has it

@@ -857,7 +857,10 @@ def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"trigger_loss": 3}, ["max_wait_iters is missing; write max_wait_iters = a whole number, 0 or more."]),
+        (
+            {"trigger_loss": 3},
+            ["max_wait_iters is missing; write max_wait_iters = a whole number, 0 or more."],
+        ),
         ({"max_wait_iters": 3}, ["trigger_loss is missing; write trigger_loss = a finite number."]),
         (
             {"trigger_loss": math.inf, "max_wait_iters": 0},
@@ -1189,7 +1192,13 @@ MODEL: dict[
         {},
         "layer 1 is already frozen; frozen at this point: 0, 1. Leave it out",
     ),
-    "not frozen": ({}, "unfreeze_layer", 1, {}, "layer 1 is not frozen; frozen at this point: none. Leave it out"),
+    "not frozen": (
+        {},
+        "unfreeze_layer",
+        1,
+        {},
+        "layer 1 is not frozen; frozen at this point: none. Leave it out",
+    ),
     "as many ids": (
         {"unused_ids": 5},
         "resize_vocabulary",
@@ -1297,7 +1306,11 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
         [("merge_lora_weights", None)] * 2,
         "there are no low-rank weights to merge (after ops[0]); move this op behind",
     ),
-    "frozen": ({}, [("freeze_layer", 1), ("freeze_layer", 1)], "frozen at this point: 1 (after ops[0]). Leave it out"),
+    "frozen": (
+        {},
+        [("freeze_layer", 1), ("freeze_layer", 1)],
+        "frozen at this point: 1 (after ops[0]). Leave it out",
+    ),
     "ids": (
         {},
         [("resize_vocabulary", 310), ("resize_vocabulary", 305)],
@@ -1506,7 +1519,9 @@ def test_a_long_text_is_shown_in_part() -> None:
             from_text(text)
         assert (
             text in str(e.value)
-        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give the name of a file" in str(e.value)
+        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give the name of a file" in str(
+            e.value
+        )
     for count, whole in ((120, True), (121, False)):
         text = "x" * count
         with pytest.raises(ConfigError) as e:
