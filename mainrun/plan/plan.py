@@ -320,9 +320,9 @@ class Plan:
     def eval_steps(self) -> frozenset[int]:
         """Steps (counted from 1) after which val and dev are scored."""
         steps = {1, self.steps}
-        paces = self._eval_paces()
-        ends = [segment.first for segment in paces[1:]]
-        for segment, end in zip(paces, [*ends, self.steps], strict=True):
+        starts = self._eval_segments()
+        ends = [segment.first for segment in starts[1:]]
+        for segment, end in zip(starts, [*ends, self.steps], strict=True):
             interval = self._eval_interval(segment)
             if interval:
                 steps.update(range(segment.first + interval, end + 1, interval))
@@ -331,16 +331,16 @@ class Plan:
             steps = earlier | {step for step in steps if step > self.since}
         return frozenset(steps)
 
-    def _eval_paces(self) -> list[Segment]:
+    def _eval_segments(self) -> list[Segment]:
         """Return the segments from which the interval between evaluations is counted again."""
-        paces = self.segments[:1]
+        starts = self.segments[:1]
         for segment in self.segments[1:]:
-            before = paces[-1]
+            before = starts[-1]
             same_interval = segment.cfg.eval_interval == before.cfg.eval_interval
             by_epoch = segment.cfg.eval_interval == 0
             if not same_interval or (by_epoch and segment.span != before.span):
-                paces.append(segment)
-        return paces
+                starts.append(segment)
+        return starts
 
     def _eval_interval(self, segment: Segment) -> int:
         """Return the steps between two evaluations, or 0 if there are none."""
