@@ -1,4 +1,4 @@
-"""What the tests of growth share: small models whose every weight counts, real ops, and steps of training."""
+"""Helpers for the tests of growth: small random models, ops, and steps of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ V, T = 29, 8
 IDX = probe(V, T, seed=0, rows=3)
 SMALL: dict[str, Any] = TINY | {"block_size": T, "n_layer": 2, "n_head": 2, "d_model": 8, "d_ff": 12}
 MODERN: dict[str, Any] = {
-    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
+    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True,
+    "layer_scale": 0.3,
     "value_residual": True, "tie_head": False, "softcap": 4.0, "n_kv_head": 1,
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def shaken(cfg: TrainConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT:
-    """No bias, gate, position or low-rank term is zero, no gain is one."""
+    """Return a model in which no bias, gate, position or low-rank term is zero, and no gain is one."""
     model = build(cfg, V)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -79,7 +80,7 @@ def at(cfg: TrainConfig, **changes: Any) -> StepInputs:
 
 
 def gradients(model: GPT, seed: int) -> Tensor:
-    """Of a batch of its own; the loss."""
+    """Compute the gradients of a batch of random tokens. Return the loss."""
     model.zero_grad()
     idx = probe(V, T + 1, seed, rows=4)
     loss = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
@@ -103,7 +104,7 @@ def trained(cfg: TrainConfig, count: int = 3, dtype: torch.dtype = torch.float64
 def go_on(
     model: GPT, optimizers: Optimizers, what: Op, mode: str = "scale", count: int = 0
 ) -> tuple[GPT, Optimizers, IndexMap]:
-    """Grow, move the state, and train some steps more."""
+    """Apply an op, carry over the state of the optimiser, and train `count` more steps."""
     new, moved = grown(model, what)
     after_it = Optimizers(new.cfg, new)
     after_it.load(transfer(optimizers.state(), moved, mode)[0])

@@ -1,4 +1,4 @@
-"""`mainrun grow plan`: every fault of a schedule at once and word for word, what is odd about it, what each segment costs."""
+"""`mainrun grow plan`: the exact faults of a schedule, its warnings, and the cost of each segment."""
 
 from __future__ import annotations
 
@@ -66,43 +66,50 @@ def start(**changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_every_word_of_what_is_wrong(case: Case) -> None:
+def test_the_exact_faults(case: Case) -> None:
     assert simulate(start(**case.changes), from_text(case.text)).faults == case.faults
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_run_is_refused_with_the_same_words(case: Case) -> None:
+def test_a_config_is_refused_with_the_same_faults(case: Case) -> None:
     with pytest.raises(ConfigError) as e:
         start(**case.changes, growth=from_text(case.text))
     assert str(e.value).splitlines() == [f"growth: {fault}" for fault in case.faults]
 
 
-def test_the_table_is_as_long_as_was_asked_and_each_case_says_something() -> None:
+def test_there_are_enough_distinct_cases() -> None:
     assert len(CASES) >= 60 and all(case.faults for case in CASES)
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_the_specifications_example_with_its_own_words() -> None:
+def test_the_faults_of_the_example_in_the_specification() -> None:
     entries = json.loads(LIST)
     entries[4]["value"] = [1, 1, 4, 3]
     assert simulate(start(), entries).faults == [
-        "ops[4] 'stack_layers': value[2]=4 out of range; at this point the model has 4 layers (after ops[1]). Use 0..3."
+        "ops[4] 'stack_layers': value[2]=4 out of range; "
+        "at this point the model has 4 layers (after ops[1]). Use 0..3."
     ]
     entries[4]["value"], entries[1]["value"] = [1, 1, 2, 3], 2
     assert simulate(start(), entries).faults == [
         "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1].",
-        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; at this point the model has 2 layers. Use 0..1.",
+        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; "
+        "at this point the model has 2 layers. Use 0..1.",
     ]
 
 
-# -- what a segment costs
+# -- the cost of a segment
 
 SHAPES: dict[str, Any] = {
-    "n_head": [2, 4], "n_kv_head": [0, 1, 2], "d_model": [16, 24], "d_ff": [0, 40], "norm": ["layernorm", "rmsnorm"],
-    "position": ["learned", "rope"], "mlp": ["gelu", "swiglu", "relu2"], "bias": [True, False], "qkv_bias": [None, True, False],
-    "qk_norm": [True, False], "attn_gate": [True, False], "layer_scale": [0.0, 0.1], "value_residual": [True, False],
-    "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8], "experts": [0, 4], "top_k": [1, 2],
-    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "embed_lora_rank": [0, 2], "unused_ids": [0, 5],
+    "n_head": [2, 4], "n_kv_head": [0, 1, 2], "d_model": [16, 24], "d_ff": [0, 40],
+    "norm": ["layernorm", "rmsnorm"],
+    "position": ["learned", "rope"], "mlp": ["gelu", "swiglu", "relu2"], "bias": [True, False],
+    "qkv_bias": [None, True, False],
+    "qk_norm": [True, False], "attn_gate": [True, False], "layer_scale": [0.0, 0.1],
+    "value_residual": [True, False],
+    "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8], "experts": [0, 4],
+    "top_k": [1, 2],
+    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "embed_lora_rank": [0, 2],
+    "unused_ids": [0, 5],
     "frozen": [(), (0,)],
 }  # fmt: skip
 
@@ -129,7 +136,7 @@ def counted_flops(cfg: TrainConfig, model: GPT) -> int:
 
 
 @given(shapes())
-def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
+def test_sizes_agree_with_a_real_model(cfg: TrainConfig) -> None:
     with torch.device("meta"):
         model = GPT(cfg, cfg.vocab_size)
     found, counted = size(cfg), sum(p.numel() for p in model.parameters())
@@ -146,7 +153,7 @@ def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
 
 @settings(max_examples=15)
 @given(shapes(), st.sampled_from([("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("muon", 0.9)]))
-def test_the_moments_are_the_optimisers(cfg: TrainConfig, kind: tuple[str, float]) -> None:
+def test_moments_agree_with_a_real_optimiser(cfg: TrainConfig, kind: tuple[str, float]) -> None:
     cfg = cfg.changed(optimizer=kind[0], momentum=kind[1])
     state = State(cfg, build(cfg, cfg.vocab_size))
     for p in state.model.parameters():
@@ -168,9 +175,9 @@ def test_experts_low_rank_terms_and_frozen_layers_are_counted() -> None:
     )
     table = size(base.changed(embed_lora_rank=3, unused_ids=10))
     assert table.params - plain.params == 10 * 16 + 3 * (310 + 16)
-    assert table.flops - plain.flops == 6 * (table.params - plain.params), "the tied head is all of it"
+    assert table.flops - plain.flops == 6 * (table.params - plain.params), "the head is tied to the table"
     apart = start(optimizer="adamw", tie_head=False)
-    assert size(apart.changed(embed_lora_rank=3)).flops == size(apart).flops, "a table is looked up"
+    assert size(apart.changed(embed_lora_rank=3)).flops == size(apart).flops, "a lookup needs no FLOPs"
     frozen = size(base.changed(frozen=[1]))
     layer = (plain.params - size(base.changed(n_layer=1)).params) * 4 * 2
     assert (frozen.params, frozen.flops, plain.moments - frozen.moments) == (plain.params, plain.flops, layer)
@@ -192,18 +199,19 @@ def test_the_segments_of_the_original_example() -> None:
     assert [s.size for s in found.segments] == [size(s.cfg) for s in found.segments]
 
 
-def test_with_the_runs_tokens_the_longest_waits_are_carried_out() -> None:
-    """8 x 128 tokens a step, 100 steps an epoch, 7 epochs; an evaluation after step 1 and every 33 steps."""
+def test_with_train_tokens_the_segments_assume_the_longest_waits() -> None:
+    """8 x 128 tokens per step, 100 steps per epoch, 7 epochs; evaluations after step 1 and every 33 steps."""
     cfg = start(batch_size=8, block_size=128)
     ops = [
         {"name": "set_lr", "value": 0.1, "trigger": {"any": [{"loss_below": 9}, {"wait_iters": 100}]}},  # 132
         {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"step": 200}},  # 200
-        {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # its loss is a new one: 231
-        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # on the same one
+        {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # waits for a new loss: 231
+        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # on the same loss: 231
     ]
     found = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
     assert [s.begins for s in found.segments] == [
-        "step 0", "loss < 9 or a wait of 100: step 132 at the latest", "step 200", "a wait of 0: step 231 at the latest",
+        "step 0", "loss < 9 or a wait of 100: step 132 at the latest", "step 200",
+        "a wait of 0: step 231 at the latest",
         "a wait of 0: step 231 at the latest",
     ]  # fmt: skip
     assert [s.steps for s in found.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
@@ -213,7 +221,7 @@ def test_with_the_runs_tokens_the_longest_waits_are_carried_out() -> None:
     ]
 
 
-def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
+def test_after_reevaluate_the_longest_wait_ends_at_the_next_evaluation() -> None:
     ops = [
         {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"wait_iters": 100}},
         {"name": "set_lr", "value": 0.1, "trigger": {"wait_iters": 0}},
@@ -226,12 +234,13 @@ def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
     ] == [132, 0, 0, 568]
 
 
-def test_a_static_op_that_comes_too_late_is_a_fault_once_the_tokens_are_known() -> None:
+def test_a_static_op_that_is_too_late_is_a_fault_if_the_tokens_are_known() -> None:
     ops = {"ops": [{"name": "set_lr", "value": 0.1, "trigger": {"step": 10**6}}]}
     assert simulate(start(), ops).faults == []
     (fault,) = simulate(start(), ops, 102_401).faults
     assert fault == (
-        "ops[0] 'set_lr' would fire after step 1000000, with less than a step left to train (without it the run has 700 steps); "
+        "ops[0] 'set_lr' would fire after step 1000000, with less than a step left to train (without it "
+        "the run has 700 steps); "
         "give it an earlier trigger."
     )
 
@@ -244,30 +253,39 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
     ("ops", "tokens", "warnings"),
     [
         ([wait("set_lr", 0.1, loss_below=100, wait_iters=1)], 102_401, []),  # step 1 is always evaluated
-        ([wait("set_lr", 0.01, step=5)], None, ["ops[0] 'set_lr': changes nothing; the config already has these values."]),
-        ([wait("stack_layers", [1, 1, 1], step=5)], None, ["ops[0] 'stack_layers': drops layer 0 of 2, and everything learned there."]),
+        ([wait("set_lr", 0.01, step=5)], None,
+            ["ops[0] 'set_lr': changes nothing; the config already has these values."]),
+        ([wait("stack_layers", [1, 1, 1], step=5)], None,
+            ["ops[0] 'stack_layers': drops layer 0 of 2, and everything learned there."]),
         ([wait("stack_layers", [1, 0], step=5)], None, []),
         ([wait("reset_lr_schedule", None, step=5)], None, []),
-        ([wait("set_lr", 0.1, loss_below=0)], None, ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]),
+        ([wait("set_lr", 0.1, loss_below=0)], None,
+            ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]),
         ([wait("set_lr", 0.1, step=50), wait("set_lr", 0.2, step=40)], None,
-         ["ops[1] 'set_lr': step 40 is over when its turn comes; it fires with the op before it, not before step 50."]),
+         ["ops[1] 'set_lr': step 40 is over when its turn comes; "
+          "it fires with the op before it, not before step 50."]),
         ([wait("set_lr", 0.1, wait_iters=2)], 102_401,
-         ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; the op fires at the next evaluation."]),
+         ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; "
+          "the op fires at the next evaluation."]),
         ([wait("set_lr", 0.1, loss_below=3), wait("set_lr", 0.2, wait_iters=32)], 102_401,
-         ["ops[1] 'set_lr': a wait of 32 is shorter than the 33 steps between evaluations; the op fires at the next evaluation."]),
+         ["ops[1] 'set_lr': a wait of 32 is shorter than the 33 steps between evaluations; "
+          "the op fires at the next evaluation."]),
         ([wait("set_eval_interval", 50, step=5), wait("set_lr", 0.2, wait_iters=40)], None,
-         ["ops[1] 'set_lr': a wait of 40 is shorter than the 50 steps between evaluations; the op fires at the next evaluation."]),
-        ([wait("set_lr", 0.1, wait_iters=700)], 102_401, ["ops[0] 'set_lr': never fires; the run has 700 steps."]),
+         ["ops[1] 'set_lr': a wait of 40 is shorter than the 50 steps between evaluations; "
+          "the op fires at the next evaluation."]),
+        ([wait("set_lr", 0.1, wait_iters=700)], 102_401,
+            ["ops[0] 'set_lr': never fires; the run has 700 steps."]),
         ([wait("set_lr", 0.1, wait_iters=700), wait("set_lr", 0.2, step=9)], 102_401,
          ["ops[0] 'set_lr': never fires; the run has 700 steps, and the ops after it wait for it."]),
         ([wait("set_lr", 0.1, loss_below=3, wait_iters=700)], 102_401,
          ["ops[0] 'set_lr': only fires if its condition on the loss is met; the run has 700 steps."]),
-        ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, wait_iters=60), wait("set_lr", 0.3, step=699)], 102_401, []),
+        ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, wait_iters=60),
+            wait("set_lr", 0.3, step=699)], 102_401, []),
         ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, tokens=10**9)], 102_401,
          ["ops[1] 'set_lr': never fires; the run has 700 steps."]),
     ],
 )  # fmt: skip
-def test_what_is_odd_is_said(ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
+def test_warnings(ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
     found = simulate(start(batch_size=8, block_size=128), {"ops": ops}, tokens)
     assert (found.faults, found.warnings) == ([], warnings)
 
@@ -288,7 +306,7 @@ def plan(*args: str) -> subprocess.CompletedProcess[str]:
 SETS = [arg for key, value in START.items() for arg in ("--set", f"{key}={value}")]
 
 
-def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
+def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(LIST)
     done = plan(str(path), "--preset", "baseline", *SETS)
@@ -311,7 +329,8 @@ def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
         "optimiser",
     ]
     assert [row[0] for row in rows] == [
-        "start", "set_lr 0.0006", "stack_layers [0,0,1,1]", "widen_mlp 128", "set_attn_lora_rank 8", "stack_layers [1,1,2,3]",
+        "start", "set_lr 0.0006", "stack_layers [0,0,1,1]", "widen_mlp 128", "set_attn_lora_rank 8",
+        "stack_layers [1,1,2,3]",
     ]  # fmt: skip
     assert rows[2][1:5] == ["loss < 3.5 or a wait of 500", "4", "16", "2"]
     assert done.stdout.rstrip().endswith(
@@ -334,7 +353,7 @@ def test_the_plan_as_json_with_times() -> None:
     )
 
 
-def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -> None:
+def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "- {name: set_lrr}\n- {name: stack_layers, value: 2, trigger_loss: 3, max_wait_iters: 9}\n"
@@ -360,6 +379,6 @@ def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -
         ([], "Missing argument"),
     ],
 )
-def test_what_cannot_be_planned_says_why(args: list[str], words: str) -> None:
+def test_invalid_arguments_are_refused_with_the_reason(args: list[str], words: str) -> None:
     done = plan(*args)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
