@@ -82,7 +82,7 @@ def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
     if kind.get("type") == "array":
         return st.lists(st.integers(0, 5), max_size=3, unique=True).map(sorted)
     if kind.get("type") == "object":
-        return st.lists(ops(), max_size=3).map(lambda found: {"ops": found})
+        return st.lists(ops(), max_size=3).map(lambda entries: {"ops": entries})
     if "enum" in kind:
         return st.sampled_from(kind["enum"])
     if kind["type"] == "null":
@@ -195,8 +195,12 @@ def test_a_config_survives_a_round_trip_through_its_dict(cfg: TrainConfig) -> No
 @given(configs(), st.sampled_from(FIELDS))
 def test_the_value_of_any_field_can_be_passed_to_set(cfg: TrainConfig, field: str) -> None:
     """The value of any field, written as TOML, is read as the same value."""
-    value = list(found) if isinstance(found := getattr(cfg, field), tuple) else found
-    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    value = getattr(cfg, field)
+    if isinstance(value, tuple):
+        value = list(value)
+    text = "none" if value is None else str(value)
+    if isinstance(value, bool):
+        text = text.lower()
     key, back = parse_set(f"{field}={text}")
     assert key == field
     if field == "growth":
@@ -359,9 +363,9 @@ def test_every_preset_loads_and_has_a_description() -> None:
         assert (
             len(tomllib.loads((recipes.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
         )
-        found = load(name)
-        assert len({c.run_id for c in found}) == len(found)
-        assert all(c.preset.partition(":")[0] == name for c in found)
+        configs = load(name)
+        assert len({c.run_id for c in configs}) == len(configs)
+        assert all(c.preset.partition(":")[0] == name for c in configs)
 
 
 def test_the_baseline_has_the_public_values() -> None:
@@ -407,11 +411,11 @@ dropout = 0.5
 
 def test_each_step_of_a_ladder_builds_on_the_step_before_it(tmp_path: Path) -> None:
     path = write(tmp_path, "ladder", LADDER)
-    found = load(path, ["d_model=64"])
-    assert [c.preset for c in found] == ["ladder:a", "ladder:b", "ladder:c"]
-    assert [(c.lr, c.dropout) for c in found] == [(0.5, 0.0), (0.25, 0.0), (0.25, 0.5)]
-    assert {c.n_layer for c in found} == {1}  # scale overrides every step
-    assert {c.d_model for c in found} == {64}  # and --set overrides scale
+    ladder = load(path, ["d_model=64"])
+    assert [c.preset for c in ladder] == ["ladder:a", "ladder:b", "ladder:c"]
+    assert [(c.lr, c.dropout) for c in ladder] == [(0.5, 0.0), (0.25, 0.0), (0.25, 0.5)]
+    assert {c.n_layer for c in ladder} == {1}  # scale overrides every step
+    assert {c.d_model for c in ladder} == {64}  # and --set overrides scale
     assert load(f"{path}:b")[0] == load(path)[1]
 
 
@@ -437,7 +441,7 @@ def test_a_preset_overrides_the_fields_of_its_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "ask", "words"),
+    ("text", "preset", "words"),
     [
         ("lr = ", "{}", ["not valid TOML"]),
         ("lr = 0.1", "{}:step", ["has no steps"]),
@@ -450,12 +454,12 @@ def test_a_preset_overrides_the_fields_of_its_base(tmp_path: Path) -> None:
     ],
 )
 def test_an_unusable_preset_file_is_refused_with_the_reason(
-    tmp_path: Path, text: str, ask: str, words: list[str]
+    tmp_path: Path, text: str, preset: str, words: list[str]
 ) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("{self}", str(path)), encoding="utf-8")
     with pytest.raises(ConfigError) as e:
-        load(ask.format(path))
+        load(preset.format(path))
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
@@ -620,7 +624,7 @@ def test_the_field_preset_cannot_be_set(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "meant"),
+    ("field", "suggestion"),
     [
         ("LR", "'lr'"),
         ("learning_rate", "'lr'"),
@@ -629,10 +633,10 @@ def test_the_field_preset_cannot_be_set(tmp_path: Path, where: str) -> None:
         ("growth", None),
     ],
 )
-def test_an_unknown_field_is_refused_with_a_suggestion(field: str, meant: str | None) -> None:
+def test_an_unknown_field_is_refused_with_a_suggestion(field: str, suggestion: str | None) -> None:
     with pytest.raises(ConfigError) as e:
         load("baseline", [f"{field}=1"])
-    assert ("did you mean" in str(e.value)) == bool(meant) and (meant or "") in str(e.value)
+    assert ("did you mean" in str(e.value)) == bool(suggestion) and (suggestion or "") in str(e.value)
 
 
 def test_a_width_without_a_fitting_number_of_heads_is_refused_with_another_width() -> None:
@@ -740,10 +744,10 @@ SHORT: dict[str, Any] = {
 }
 
 
-def planned(train_tokens: int, found: list[dict[str, Any]], **fields: Any) -> Plan:
+def planned(train_tokens: int, entries: list[dict[str, Any]], **fields: Any) -> Plan:
     """Return a short plan with these ops. Reject the example if there is none."""
     try:
-        return Plan(default(**SHORT | fields, growth={"ops": found}), train_tokens)
+        return Plan(default(**SHORT | fields, growth={"ops": entries}), train_tokens)
     except ConfigError:
         assume(False)
         raise
@@ -751,9 +755,9 @@ def planned(train_tokens: int, found: list[dict[str, Any]], **fields: Any) -> Pl
 
 @given(st.integers(40, 250), changes(), st.sampled_from([0, 1, 3, 50]))
 def test_a_run_with_ops_trains_exactly_its_budget(
-    train_tokens: int, found: list[dict[str, Any]], evals: int
+    train_tokens: int, entries: list[dict[str, Any]], evals: int
 ) -> None:
-    plan = planned(train_tokens, found, eval_per_epoch=evals)
+    plan = planned(train_tokens, entries, eval_per_epoch=evals)
     trained = list(itertools.accumulate((plan.at(s).batch_size * 4 for s in range(plan.steps)), initial=0))
     assert [plan.tokens(done) for done in range(plan.steps + 1)] == trained
     assert plan.budget == 2 * (train_tokens // 8) * 8
@@ -765,11 +769,11 @@ def test_a_run_with_ops_trains_exactly_its_budget(
 
 @given(st.integers(40, 250), changes())
 def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(
-    train_tokens: int, found: list[dict[str, Any]]
+    train_tokens: int, entries: list[dict[str, Any]]
 ) -> None:
-    plan = planned(train_tokens, found)
+    plan = planned(train_tokens, entries)
     assert plan.segments[0][1:] == (0, 0, 0, 0, 0, None)
-    for wanted, before, after in zip(found, plan.segments, plan.segments[1:], strict=False):
+    for wanted, before, after in zip(entries, plan.segments, plan.segments[1:], strict=False):
         assert before.first <= after.first < plan.steps
         assert (
             after.tokens
@@ -796,10 +800,10 @@ def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(
     st.sampled_from(["sequential", "shuffle_titles"]),
 )
 def test_ops_that_keep_the_batch_size_change_no_step_positions(
-    train_tokens: int, found: list[dict[str, Any]], order: str
+    train_tokens: int, entries: list[dict[str, Any]], order: str
 ) -> None:
     plan, plain = (
-        planned(train_tokens, found, order=order),
+        planned(train_tokens, entries, order=order),
         Plan(default(**SHORT | {"order": order}), train_tokens),
     )
     assert (plan.steps, plan.budget, plan.eval_steps) == (plain.steps, plain.budget, plain.eval_steps)
@@ -825,13 +829,13 @@ def test_ops_that_set_the_current_values_change_nothing() -> None:
 
 def test_a_schedule_computed_by_hand() -> None:
     """400 tokens, 8 per step, 2 epochs: 100 steps. The ops double the batch size and end the dropout."""
-    found = [
+    entries = [
         op("set_batch_size", 4, budget_frac=0.5),
         op("set_lr", 0.25, budget_frac=0.75),
         op("set_dropout", 0.0, step=3),  # due long before, but it waits for the ops before it
     ]
     plan = Plan(
-        default(**SHORT | {"growth": {"ops": found}, "schedule": "constant", "eval_per_epoch": 1}), 400
+        default(**SHORT | {"growth": {"ops": entries}, "schedule": "constant", "eval_per_epoch": 1}), 400
     )
     assert [(s.first, s.tokens) for s in plan.segments] == [(0, 0), (50, 400), (62, 592), (62, 592)]
     assert plan.steps == 75 and plan.tokens(75) == 800

@@ -16,7 +16,7 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan import recipes
 from mainrun.plan.ops import ARCHITECTURE
-from mainrun.plan.plan import Plan, Segment
+from mainrun.plan.plan import Decision, Plan, Segment
 from mainrun.plan.recipes import load, parse_set
 
 INF = math.inf
@@ -178,12 +178,12 @@ def test_a_config_is_immutable_strict_and_has_a_schema() -> None:
     [([], True), ([0], True), ([0, 5], True), ((1, 2), True), ([6], False), ([0, 0], False), ([2, 1], False)],
 )
 def test_frozen_layers_must_exist_and_be_in_order(layers: Any, ok: bool) -> None:
-    said = refusals(frozen=layers)
-    assert (not said) == ok
+    message = refusals(frozen=layers)
+    assert (not message) == ok
     if not ok:
         assert (
             f"frozen={list(layers)} is not allowed with n_layer=6; list layers of 0..5, each once, in order"
-            == said
+            == message
         )
 
 
@@ -397,7 +397,7 @@ def test_the_task_has_the_public_numbers() -> None:
 SMALL: dict[str, Any] = {"block_size": 4, "batch_size": 2, "epochs": 1}
 
 
-def plan(train_tokens: int = 81, fired: tuple[int, ...] = (), **fields: Any) -> Plan:
+def make_plan(train_tokens: int = 81, fired: tuple[int, ...] = (), **fields: Any) -> Plan:
     return Plan(from_dict(SMALL | fields), train_tokens, fired)
 
 
@@ -449,19 +449,17 @@ def cosine(progress: float) -> float:
     ],
 )
 def test_the_learning_rate_step_by_step(fields: dict[str, Any], factors: list[float]) -> None:
-    found = plan(lr=0.5, lr_aux=0.25, **fields)
-    assert found.steps == len(factors)
-    assert [found.lr_factor(s) for s in range(found.steps)] == pytest.approx(factors, abs=1e-12)
-    assert [found.at(s).lr for s in range(found.steps)] == pytest.approx(
-        [0.5 * f for f in factors], abs=1e-12
-    )
-    assert [found.at(s).lr_aux for s in range(found.steps)] == pytest.approx(
+    plan = make_plan(lr=0.5, lr_aux=0.25, **fields)
+    assert plan.steps == len(factors)
+    assert [plan.lr_factor(s) for s in range(plan.steps)] == pytest.approx(factors, abs=1e-12)
+    assert [plan.at(s).lr for s in range(plan.steps)] == pytest.approx([0.5 * f for f in factors], abs=1e-12)
+    assert [plan.at(s).lr_aux for s in range(plan.steps)] == pytest.approx(
         [0.25 * f for f in factors], abs=1e-12
     )
 
 
 def test_lr_aux_defaults_to_lr() -> None:
-    assert plan(lr=0.5).at(3).lr_aux == plan(lr=0.5).at(3).lr > 0
+    assert make_plan(lr=0.5).at(3).lr_aux == make_plan(lr=0.5).at(3).lr > 0
 
 
 @pytest.mark.parametrize(
@@ -473,12 +471,12 @@ def test_lr_aux_defaults_to_lr() -> None:
     ],
 )
 def test_the_weight_decay_step_by_step(shape: str, shares: list[float]) -> None:
-    found = plan(weight_decay=0.5, wd_schedule=shape)
-    assert [found.at(s).weight_decay for s in range(10)] == pytest.approx([0.5 * share for share in shares])
+    plan = make_plan(weight_decay=0.5, wd_schedule=shape)
+    assert [plan.at(s).weight_decay for s in range(10)] == pytest.approx([0.5 * share for share in shares])
 
 
 @pytest.mark.parametrize(
-    ("asked", "used"),
+    ("wanted", "used"),
     [
         (0.0, 0),
         (1e-9, 1),
@@ -493,15 +491,15 @@ def test_the_weight_decay_step_by_step(shape: str, shares: list[float]) -> None:
         (BELOW_1, 255),
     ],
 )
-def test_dropout_is_rounded_to_256ths(asked: float, used: int) -> None:
-    inputs = plan(dropout=asked, attn_dropout=0.5, resid_dropout=0.25).at(0)
+def test_dropout_is_rounded_to_256ths(wanted: float, used: int) -> None:
+    inputs = make_plan(dropout=wanted, attn_dropout=0.5, resid_dropout=0.25).at(0)
     assert (inputs.dropout, inputs.attn_dropout, inputs.resid_dropout) == (used / 256, 0.5, 0.25)
 
 
 def test_the_inputs_of_a_step() -> None:
-    inputs = plan(grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25).at(
-        0
-    )
+    inputs = make_plan(
+        grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25
+    ).at(0)
     assert inputs._asdict() == {
         "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5,
         "resid_dropout": 0.5, "batch_size": 2,
@@ -523,9 +521,9 @@ def test_the_inputs_of_a_step() -> None:
 def test_the_weight_of_the_new_parameters_in_the_average(
     fields: dict[str, Any], start: int, shares: list[float]
 ) -> None:
-    found = plan(**fields)
-    assert found.swa_start == start
-    assert [found.at(s).average for s in range(10)] == pytest.approx(shares)
+    plan = make_plan(**fields)
+    assert plan.swa_start == start
+    assert [plan.at(s).average for s in range(10)] == pytest.approx(shares)
 
 
 @pytest.mark.parametrize(
@@ -544,21 +542,21 @@ def test_the_weight_of_the_new_parameters_in_the_average(
 def test_the_number_of_steps(
     tokens: int, fields: dict[str, Any], per_epoch: int, steps: int, budget: int
 ) -> None:
-    found = plan(tokens, **fields)
-    assert (found.train_tokens, found.steps_per_epoch, found.steps, found.budget) == (
+    plan = make_plan(tokens, **fields)
+    assert (plan.train_tokens, plan.steps_per_epoch, plan.steps, plan.budget) == (
         tokens,
         per_epoch,
         steps,
         budget,
     )
-    assert [found.tokens(done) for done in (0, 1, steps)] == [0, 8, 8 * steps]
-    assert found.checkpoint_every == per_epoch
-    assert plan(tokens, checkpoint_every=3, **fields).checkpoint_every == 3
+    assert [plan.tokens(done) for done in (0, 1, steps)] == [0, 8, 8 * steps]
+    assert plan.checkpoint_every == per_epoch
+    assert make_plan(tokens, checkpoint_every=3, **fields).checkpoint_every == 3
 
 
 def test_train_must_have_enough_tokens_for_one_step() -> None:
     with pytest.raises(ConfigError) as e:
-        plan(8)
+        make_plan(8)
     assert str(e.value) == (
         "train has 8 tokens, but one step takes batch_size*block_size+1 = 9; "
         "lower batch_size or block_size, or raise num_titles"
@@ -566,7 +564,7 @@ def test_train_must_have_enough_tokens_for_one_step() -> None:
     with pytest.raises(
         ConfigError, match=r"train has 1,024 tokens, but one step takes batch_size\*block_size\+1 = 1,025;"
     ):
-        plan(1024, growth={"ops": [op("set_batch_size", 256, step=5)]})
+        make_plan(1024, growth={"ops": [op("set_batch_size", 256, step=5)]})
 
 
 @pytest.mark.parametrize(
@@ -586,9 +584,9 @@ def test_train_must_have_enough_tokens_for_one_step() -> None:
     ],
 )
 def test_the_steps_with_an_evaluation(fields: dict[str, Any], steps: set[int]) -> None:
-    found = plan(epochs=2, **fields)
-    assert found.eval_steps == steps
-    assert found.table()["evaluations"] == len(steps)
+    plan = make_plan(epochs=2, **fields)
+    assert plan.eval_steps == steps
+    assert plan.table()["evaluations"] == len(steps)
 
 
 @pytest.mark.parametrize(
@@ -614,11 +612,11 @@ def test_the_steps_with_an_evaluation(fields: dict[str, Any], steps: set[int]) -
     ],
 )
 def test_breaks(fields: dict[str, Any], steps: list[int]) -> None:
-    assert plan(**fields).breaks == steps
+    assert make_plan(**fields).breaks == steps
 
 
 def test_the_resolved_table() -> None:
-    found = plan(
+    plan = make_plan(
         epochs=2,
         schedule="wsd",
         decay_frac=0.25,
@@ -633,7 +631,7 @@ def test_the_resolved_table() -> None:
         "resid_dropout": 0.0, "batch_size": 2,
         "grad_accum": 1, "rdrop": 0.0, "label_smoothing": 0.0, "average": 1.0,
     }  # fmt: skip
-    assert found.table() == {
+    assert plan.table() == {
         "train_tokens": 81, "tokens_per_step": 8, "steps_per_epoch": 10, "steps": 20, "warmup_steps": 2,
         "decay_start": 15,
         "swa_start": None, "growth": None, "evaluations": 8, "checkpoint_every": 10,
@@ -641,7 +639,7 @@ def test_the_resolved_table() -> None:
         "n_kv_head": 4, "first_step": inputs,
         "last_step": inputs | {"lr": pytest.approx(0.1), "lr_aux": pytest.approx(0.1)},
     }  # fmt: skip
-    assert plan(swa=0.5).table()["swa_start"] == 5
+    assert make_plan(swa=0.5).table()["swa_start"] == 5
 
 
 # -- where the tokens of a step start
@@ -689,12 +687,12 @@ def test_the_place_of_a_step_in_a_later_segment() -> None:
 
 
 def op(name: str, value: Any = None, **trigger: Any) -> dict[str, Any]:
-    found = {"name": name, "trigger": trigger}
-    return found if value is None else found | {"value": value}
+    entry = {"name": name, "trigger": trigger}
+    return entry if value is None else entry | {"value": value}
 
 
-def grown(*ops: dict[str, Any], fired: tuple[int, ...] = (), **fields: Any) -> Plan:
-    return plan(401, fired, epochs=2, growth={"ops": list(ops)}, **{"schedule": "constant"} | fields)
+def plan_with(*ops: dict[str, Any], fired: tuple[int, ...] = (), **fields: Any) -> Plan:
+    return make_plan(401, fired, epochs=2, growth={"ops": list(ops)}, **{"schedule": "constant"} | fields)
 
 
 @pytest.mark.parametrize(
@@ -714,85 +712,85 @@ def grown(*ops: dict[str, Any], fired: tuple[int, ...] = (), **fields: Any) -> P
     ],
 )
 def test_when_an_op_with_a_static_trigger_fires(trigger: dict[str, Any], first: int) -> None:
-    found = grown(op("set_lr", 0.125, **trigger), lr=0.5)
-    assert found.fired == (first,) and found.undecided is None
-    assert (found.before, found.since) == (None, 0)
-    assert found.segments[1][1:3] == (first, 8 * first)
-    assert found.at(first).lr == 0.125
-    assert first == 0 or found.at(first - 1).lr == 0.5
-    told = grown(op("set_lr", 0.125, **trigger), fired=found.fired, lr=0.5)
-    assert (told.fired, told.before, told.since) == (found.fired, None, 0)
-    assert told.at(first).lr == 0.125
+    plan = plan_with(op("set_lr", 0.125, **trigger), lr=0.5)
+    assert plan.fired == (first,) and plan.undecided is None
+    assert (plan.before, plan.since) == (None, 0)
+    assert plan.segments[1][1:3] == (first, 8 * first)
+    assert plan.at(first).lr == 0.125
+    assert first == 0 or plan.at(first - 1).lr == 0.5
+    again = plan_with(op("set_lr", 0.125, **trigger), fired=plan.fired, lr=0.5)
+    assert (again.fired, again.before, again.since) == (plan.fired, None, 0)
+    assert again.at(first).lr == 0.125
 
 
 def test_an_op_waits_for_the_one_before_it() -> None:
-    found = grown(
+    plan = plan_with(
         op("set_lr", 0.125, step=40), op("set_dropout", 0.5, step=3), op("set_weight_decay", 0.25, tokens=8)
     )
-    assert found.fired == (40, 40, 40)
+    assert plan.fired == (40, 40, 40)
 
 
 def test_an_op_that_would_fire_too_late_is_refused() -> None:
     with pytest.raises(ConfigError) as e:
-        grown(op("set_lr", 0.25, step=5), op("set_lr", 0.125, step=100))
+        plan_with(op("set_lr", 0.25, step=5), op("set_lr", 0.125, step=100))
     assert str(e.value) == (
         "growth: ops[1] 'set_lr' would fire after step 100, with less than a step left to train "
         "(without it the run has 100 steps); give it an earlier trigger"
     )
     with pytest.raises(ConfigError, match=r"'set_batch_size' would fire after step 99,.*has 100 steps"):
-        grown(op("set_batch_size", 4, step=99))
-    assert grown(op("set_batch_size", 4, step=98)).steps == 99
-    assert grown(op("set_batch_size", 1, step=99)).steps == 101
+        plan_with(op("set_batch_size", 4, step=99))
+    assert plan_with(op("set_batch_size", 4, step=98)).steps == 99
+    assert plan_with(op("set_batch_size", 1, step=99)).steps == 101
 
 
 def test_a_growing_batch_size() -> None:
-    found = grown(
+    plan = plan_with(
         op("set_batch_size", 4, tokens=160),
         op("set_batch_size", 8, tokens=320),
         op("set_grad_accum", 2, tokens=480),
     )
-    assert [segment[1:6] for segment in found.segments] == [
+    assert [segment[1:6] for segment in plan.segments] == [
         (0, 0, 0, 0, 0), (20, 160, 0, 160, 0), (30, 320, 0, 320, 0), (35, 480, 1, 96, 0)
     ]  # fmt: skip
-    assert found.steps == 45 and found.tokens(45) == 800
-    assert [found.tokens(done) for done in (19, 20, 21, 30, 31)] == [152, 160, 176, 320, 352]
-    assert [found.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
-    assert [found.at(s).grad_accum for s in (34, 35)] == [1, 2]
-    assert [found.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
+    assert plan.steps == 45 and plan.tokens(45) == 800
+    assert [plan.tokens(done) for done in (19, 20, 21, 30, 31)] == [152, 160, 176, 320, 352]
+    assert [plan.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
+    assert [plan.at(s).grad_accum for s in (34, 35)] == [1, 2]
+    assert [plan.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
     # every third of an epoch of 50, 25 and 12 steps, counted from where the batch size changes
-    assert found.eval_steps == {1, 16, 28, 34, 38, 42, 45}
-    assert found.breaks == [20, 30, 35]
+    assert plan.eval_steps == {1, 16, 28, 34, 38, 42, 45}
+    assert plan.breaks == [20, 30, 35]
 
 
 def test_a_changed_eval_interval() -> None:
-    found = grown(op("set_eval_interval", 20, step=30), op("set_lr", 0.25, step=35), eval_interval=10)
-    assert found.eval_steps == {1, 10, 20, 30, 50, 70, 90, 100}
+    plan = plan_with(op("set_eval_interval", 20, step=30), op("set_lr", 0.25, step=35), eval_interval=10)
+    assert plan.eval_steps == {1, 10, 20, 30, 50, 70, 90, 100}
 
 
 def test_a_reset_of_the_learning_rate_schedule() -> None:
-    found = grown(
+    plan = plan_with(
         op("set_warmup_iters", 5, step=20),
         op("reset_lr_schedule", step=60),
         schedule="cosine",
         warmup_iters=10,
     )
-    assert [found.lr_factor(s) for s in (0, 9, 19)] == pytest.approx([0.1, 1.0, cosine(9 / 90)])
-    assert [found.lr_factor(s) for s in (20, 59)] == pytest.approx([cosine(15 / 95), cosine(54 / 95)])
-    assert [found.lr_factor(s) for s in (60, 64, 65, 99)] == pytest.approx([0.2, 1.0, 1.0, cosine(34 / 35)])
-    assert [segment.lr_start for segment in found.segments] == [0, 0, 60]
-    assert (found.warmup_steps, found.decay_start) == (10, 10)
-    assert found.breaks == [5, 6, 10, 11, 20, 60, 65, 66]
-    shares = grown(op("reset_lr_schedule", step=60), schedule="wsd", warmup_frac=0.1, decay_frac=0.5)
+    assert [plan.lr_factor(s) for s in (0, 9, 19)] == pytest.approx([0.1, 1.0, cosine(9 / 90)])
+    assert [plan.lr_factor(s) for s in (20, 59)] == pytest.approx([cosine(15 / 95), cosine(54 / 95)])
+    assert [plan.lr_factor(s) for s in (60, 64, 65, 99)] == pytest.approx([0.2, 1.0, 1.0, cosine(34 / 35)])
+    assert [segment.lr_start for segment in plan.segments] == [0, 0, 60]
+    assert (plan.warmup_steps, plan.decay_start) == (10, 10)
+    assert plan.breaks == [5, 6, 10, 11, 20, 60, 65, 66]
+    shares = plan_with(op("reset_lr_schedule", step=60), schedule="wsd", warmup_frac=0.1, decay_frac=0.5)
     assert [shares.lr_factor(s) for s in (60, 63, 64, 80, 90)] == pytest.approx([0.25, 1.0, 1.0, 1.0, 0.5])
 
 
 def test_a_plan_with_an_undecided_op() -> None:
     ops = op("set_lr", 0.25, step=10), op("set_lr", 0.125, loss_below=3.0), op("set_dropout", 0.5, step=50)
-    waits = grown(*ops, lr=0.5)
+    waits = plan_with(*ops, lr=0.5)
     assert waits.undecided is not None and waits.undecided.place == 1
     assert (waits.fired, waits.steps, len(waits.segments)) == ((10,), 100, 2)
     assert waits.table()["growth"] == "set_lr 0.25 after step 10, then set_lr 0.125 at loss < 3"
-    decided = grown(*ops, lr=0.5, fired=(10, 34))
+    decided = plan_with(*ops, lr=0.5, fired=(10, 34))
     assert decided.undecided is None and decided.fired == (10, 34, 50)
     assert decided.before is not None and (decided.before.fired, decided.since) == ((10,), 34)
     assert [decided.at(s).lr for s in (9, 10, 33, 34)] == [0.5, 0.25, 0.25, 0.125]
@@ -801,49 +799,66 @@ def test_a_plan_with_an_undecided_op() -> None:
         decided.table()["growth"]
         == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
     )
-    late = grown(*ops, lr=0.5, fired=(10, 96))  # then the last op is due immediately
+    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # then the last op is due immediately
     assert late.fired == (10, 96, 96)
 
 
 def test_a_skipped_op() -> None:
     ops = op("set_lr", 0.25, step=10), op("set_batch_size", 4, step=20), op("set_dropout", 0.5, step=30)
-    found = grown(*ops, lr=0.5, fired=(10, ~20))
-    assert found.fired == (10, ~20, 30)
-    assert found.before is not None and (found.before.fired, found.since) == ((10, 20, 30), 20)
-    assert {found.at(s).batch_size for s in range(100)} == {2}
-    assert [found.at(s).dropout for s in (29, 30)] == [0.0, 0.5]
-    assert found.steps == 100
-    at_once = grown(op("set_lr", 0.25, budget_frac=0.001), fired=(~0,), lr=0.5)
+    plan = plan_with(*ops, lr=0.5, fired=(10, ~20))
+    assert plan.fired == (10, ~20, 30)
+    assert plan.before is not None and (plan.before.fired, plan.since) == ((10, 20, 30), 20)
+    assert {plan.at(s).batch_size for s in range(100)} == {2}
+    assert [plan.at(s).dropout for s in (29, 30)] == [0.0, 0.5]
+    assert plan.steps == 100
+    at_once = plan_with(op("set_lr", 0.25, budget_frac=0.001), fired=(~0,), lr=0.5)
     assert (at_once.fired, at_once.since, at_once.at(0).lr) == ((~0,), 0, 0.5)
     needs = op("stack_layers", [0, 0], step=10), op("freeze_layer", 1, step=20)
     with pytest.raises(ConfigError) as e:
-        grown(*needs, fired=(~10,), n_layer=1)
+        plan_with(*needs, fired=(~10,), n_layer=1)
     assert str(e.value).startswith(
         "growth: ops[0] was skipped, and a later op cannot be applied without it: ops[1] 'freeze_layer': "
         "layer 1"
     )
 
 
+@pytest.mark.parametrize(
+    ("decision", "number"), [(Decision(7), 7), (Decision(0), 0), (Decision(7, True), -8)]
+)
+def test_a_decision_as_an_integer(decision: Decision, number: int) -> None:
+    assert decision.to_int() == number
+    assert Decision.from_int(number) == decision
+
+
+def test_a_plan_after_one_more_decision() -> None:
+    ops = op("set_lr", 0.25, step=10), op("set_lr", 0.125, loss_below=3.0), op("set_dropout", 0.5, step=50)
+    plan = plan_with(*ops)
+    assert plan.decided(Decision(34)).fired == (10, 34, 50)
+    assert plan.decided(Decision(34, skipped=True)).fired == (10, ~34, 50)
+    assert plan.decided(Decision(10, skipped=True), place=0).fired == (~10,)
+    assert plan.decided(Decision(34)).decided(Decision(40, skipped=True), place=1).fired == (10, ~40, 50)
+
+
 def test_ops_after_a_late_decision_are_dropped() -> None:
     """A late op is refused before the run, but left out after a decision of the run."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
-    found = grown(*ops, fired=(99,))
-    assert (found.fired, len(found.segments), found.steps) == ((99,), 2, 100)
-    assert grown(*ops, fired=(96,)).fired == (96, 96)
+    plan = plan_with(*ops, fired=(99,))
+    assert (plan.fired, len(plan.segments), plan.steps) == ((99,), 2, 100)
+    assert plan_with(*ops, fired=(96,)).fired == (96, 96)
     passed = (
         op("set_lr", 0.25, loss_below=3.0),
         op("set_lr", 0.125, step=50),
         op("set_batch_size", 8, step=99),
     )
-    assert grown(*passed, fired=(~30,)).fired == (~30, 50)
+    assert plan_with(*passed, fired=(~30,)).fired == (~30, 50)
 
 
 def test_a_decision_changes_nothing_before_it() -> None:
     ops = (op("set_eval_interval", 30, loss_below=3.0),)
-    found = grown(*ops, fired=(20,), eval_interval=10, schedule="cosine", warmup_iters=5)
-    assert found.eval_steps == {1, 10, 20, 50, 80, 100}
-    assert found.breaks == [5, 6]
-    faster = grown(op("set_batch_size", 4, loss_below=3.0), fired=(20,), schedule="cosine")
+    plan = plan_with(*ops, fired=(20,), eval_interval=10, schedule="cosine", warmup_iters=5)
+    assert plan.eval_steps == {1, 10, 20, 50, 80, 100}
+    assert plan.breaks == [5, 6]
+    faster = plan_with(op("set_batch_size", 4, loss_below=3.0), fired=(20,), schedule="cosine")
     assert faster.steps == 60
     assert [faster.lr_factor(s) for s in (20, 50)] == pytest.approx([cosine(20 / 60), cosine(50 / 60)])
     # before the decision, the schedule was planned for 100 steps
@@ -854,19 +869,19 @@ def test_a_decision_changes_nothing_before_it() -> None:
 
 
 def test_the_effects_of_architecture_ops_by_step() -> None:
-    found = grown(
+    plan = plan_with(
         op("set_lr", 0.25, step=5),
         op("freeze_layer", 0, step=10),
         op("freeze_layer", 1, step=10),
         op("unfreeze_layer", 0, step=20),
     )
-    assert set(found.grown) == {10, 20}
+    assert set(plan.grown) == {10, 20}
     effects = [
         json.dumps(segment.op.effect(), sort_keys=True)
-        for segment in found.segments
+        for segment in plan.segments
         if segment.op and segment.op.name in ARCHITECTURE
     ]
-    assert found.grown == {10: (effects[0] + effects[1]).encode(), 20: effects[2].encode()}
+    assert plan.grown == {10: (effects[0] + effects[1]).encode(), 20: effects[2].encode()}
 
 
 # -- presets
@@ -878,7 +893,7 @@ def write(folder: Path, text: str, name: str = "mine") -> str:
     return str(path)
 
 
-def said(preset: str, *sets: str) -> str:
+def refusal(preset: str, *sets: str) -> str:
     with pytest.raises(ConfigError) as e:
         load(preset, sets)
     return str(e.value)
@@ -902,7 +917,7 @@ def test_scale_also_overrides_a_preset_without_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "ask", "words"),
+    ("text", "preset", "words"),
     [
         ("steps = [{a = 1}, 1]", "{}", "steps = [{'a': 1}, 1] in mine.toml" + NO_LIST),
         ("steps = 3", "{}", "steps = 3 in mine.toml" + NO_LIST),
@@ -932,9 +947,9 @@ def test_scale_also_overrides_a_preset_without_steps(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_an_unusable_preset_file(tmp_path: Path, text: str, ask: str, words: str) -> None:
+def test_an_unusable_preset_file(tmp_path: Path, text: str, preset: str, words: str) -> None:
     path = write(tmp_path, text)
-    assert said(ask.replace("{}", path)) == words.replace("{}", path)
+    assert refusal(preset.replace("{}", path)) == words.replace("{}", path)
 
 
 @pytest.mark.parametrize(
@@ -955,29 +970,31 @@ def test_the_name_of_a_step(tmp_path: Path, name: str, ok: bool) -> None:
     if ok:
         assert load(path)[0].preset == f"mine:{name}"
     else:
-        assert f"step 1 of mine.toml is called {name!r}" in said(path)
+        assert f"step 1 of mine.toml is called {name!r}" in refusal(path)
 
 
 def test_a_file_name_that_cannot_be_a_directory_name_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "lr = 0.5", "-mine")
-    assert said(path).startswith(f"preset file {path} is called '-mine'; write at most 80 letters")
+    assert refusal(path).startswith(f"preset file {path} is called '-mine'; write at most 80 letters")
 
 
 def test_a_base_must_be_one_config(tmp_path: Path) -> None:
     ladder = write(tmp_path, LADDER, "ladder")
     path = write(tmp_path, f'base = "{ladder}"')
-    assert said(path) == f"base = '{ladder}' in mine.toml is a ladder; name one step, like {ladder}:0"
+    assert refusal(path) == f"base = '{ladder}' in mine.toml is a ladder; name one step, like {ladder}:0"
     one = write(tmp_path, '[[steps]]\nname = "only"\nlr = 0.25\n', "one")
     assert load(write(tmp_path, f'base = "{one}"'))[0].lr == 0.25
     me = write(tmp_path, f'base = "{tmp_path / "mine.toml"}"')
-    assert said(me) == f"preset '{me}' is its own base ({me} -> {me}); remove one of the base keys"
+    assert refusal(me) == f"preset '{me}' is its own base ({me} -> {me}); remove one of the base keys"
 
 
 def test_a_cycle_of_bases_is_refused_with_its_chain(tmp_path: Path) -> None:
     a, b, c = (str(tmp_path / f"{name}.toml") for name in "abc")
     for name, base in (("a", b), ("b", c), ("c", b)):
         write(tmp_path, f'base = "{base}"', name)
-    assert said(a) == f"preset '{b}' is its own base ({a} -> {b} -> {c} -> {b}); remove one of the base keys"
+    assert (
+        refusal(a) == f"preset '{b}' is its own base ({a} -> {b} -> {c} -> {b}); remove one of the base keys"
+    )
 
 
 def test_a_step_continues_from_the_step_before_unless_it_has_a_base(tmp_path: Path) -> None:
@@ -991,14 +1008,14 @@ def test_a_step_continues_from_the_step_before_unless_it_has_a_base(tmp_path: Pa
 
 def test_set_preset_is_refused(tmp_path: Path) -> None:
     assert (
-        said("baseline", "preset=x")
+        refusal("baseline", "preset=x")
         == "--set preset=x: choose a preset with --preset; it is named after its file"
     )
 
 
-@pytest.mark.parametrize("ask", ["baseline:x", "baseline:"])
-def test_a_step_of_a_preset_without_steps_is_refused(ask: str) -> None:
-    assert "baseline" in said(ask) and "step" in said(ask)
+@pytest.mark.parametrize("preset", ["baseline:x", "baseline:"])
+def test_a_step_of_a_preset_without_steps_is_refused(preset: str) -> None:
+    assert "baseline" in refusal(preset) and "step" in refusal(preset)
 
 
 def test_the_built_in_names_are_the_names_of_the_files() -> None:
@@ -1006,22 +1023,26 @@ def test_the_built_in_names_are_the_names_of_the_files() -> None:
     assert {"baseline", "optimized"} <= set(recipes.preset_names())
     known = ", ".join(recipes.preset_names())
     assert (
-        said("basline")
+        refusal("basline")
         == f"unknown preset 'basline' (did you mean 'baseline'?); allowed: {known}, or a file ending in .toml"
     )
-    assert said("gone.toml") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
-    assert said("gone.toml:x") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
+    assert (
+        refusal("gone.toml") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
+    )
+    assert (
+        refusal("gone.toml:x") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
+    )
 
 
 def test_unreadable_preset_files_are_refused(tmp_path: Path) -> None:
     known = ", ".join(recipes.preset_names())
     folder = tmp_path / "folder.toml"
     folder.mkdir()
-    assert said(str(folder)) == f"preset file {folder} is a folder; give a TOML file or one of: {known}"
+    assert refusal(str(folder)) == f"preset file {folder} is a folder; give a TOML file or one of: {known}"
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b"about = '\xff'")
-    assert said(str(latin)).startswith(f"preset file {latin} is not UTF-8")
-    assert said(write(tmp_path, "lr = ")).startswith(
+    assert refusal(str(latin)).startswith(f"preset file {latin} is not UTF-8")
+    assert refusal(write(tmp_path, "lr = ")).startswith(
         f"preset file {tmp_path / 'mine.toml'} is not valid TOML: "
     )
 

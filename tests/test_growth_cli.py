@@ -36,8 +36,8 @@ GROWS = (
 
 def run(*args: str) -> tuple[int, str, str]:
     """Return the exit code, stdout and stderr."""
-    found = CliRunner().invoke(app, ["grow", *args])
-    return found.exit_code, found.stdout, found.stderr
+    result = CliRunner().invoke(app, ["grow", *args])
+    return result.exit_code, result.stdout, result.stderr
 
 
 def cells(text: str) -> list[list[str]]:
@@ -113,16 +113,16 @@ def test_a_plan_as_json() -> None:
 
 def test_warnings_are_printed_after_the_table_and_in_the_json() -> None:
     drops = '{"ops": [{"name": "stack_layers", "value": [0], "trigger": {"step": 30}}]}'
-    said = "ops[0] 'stack_layers': drops layer 1 of 2, and everything learned there."
+    message = "ops[0] 'stack_layers': drops layer 1 of 2, and everything learned there."
     code, text, _ = run("plan", drops, *SETS)
-    assert code == 0 and text.splitlines()[-1] == f"warning: {said}"
-    assert json.loads(run("plan", drops, *SETS, "--json")[1])["warnings"] == [said]
+    assert code == 0 and text.splitlines()[-1] == f"warning: {message}"
+    assert json.loads(run("plan", drops, *SETS, "--json")[1])["warnings"] == [message]
 
 
 def test_faults_are_printed_one_per_line_and_the_exit_code_is_2() -> None:
-    code, text, said = run("plan", '{"version": 3, "ops": [5]}', *SETS)
+    code, text, message = run("plan", '{"version": 3, "ops": [5]}', *SETS)
     assert (code, text) == (2, "")
-    assert said.splitlines() == [
+    assert message.splitlines() == [
         'error: {"version": 3, "ops": [5]} cannot be applied',
         "version=3 is unknown; write 2, or a list in the original format.",
         "ops[0]=5 is not an op; write { name, value, trigger }.",
@@ -130,7 +130,7 @@ def test_faults_are_printed_one_per_line_and_the_exit_code_is_2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (
             ["[]", "--speed", "1e6"],
@@ -140,9 +140,9 @@ def test_faults_are_printed_one_per_line_and_the_exit_code_is_2() -> None:
         (["[]", "--set", "lr=-1"], "lr=-1 is not allowed"),
     ],
 )
-def test_invalid_arguments_of_plan(args: list[str], said: str) -> None:
+def test_invalid_arguments_of_plan(args: list[str], message: str) -> None:
     code, text, why = run("plan", *args)
-    assert (code, text) == (2, "") and said in why
+    assert (code, text) == (2, "") and message in why
 
 
 def test_a_ladder_is_refused_with_the_name_of_a_step() -> None:
@@ -224,13 +224,17 @@ VERDICTS = [
 ]
 
 
-@pytest.mark.parametrize(("findings", "verdict", "said"), VERDICTS)
+@pytest.mark.parametrize(("findings", "verdict", "message"), VERDICTS)
 def test_the_verdicts_of_verify(
-    tmp_path: Path, repeated: list[Any], findings: list[RepeatedCheck], verdict: str | None, said: str | None
+    tmp_path: Path,
+    repeated: list[Any],
+    findings: list[RepeatedCheck],
+    verdict: str | None,
+    message: str | None,
 ) -> None:
     repeated[0].extend(findings)
     code, text, why = run("verify", str(tmp_path / "run"))
-    assert (code, why) == ((0, "") if said is None else (1, f"error: {said}\n"))
+    assert (code, why) == ((0, "") if message is None else (1, f"error: {message}\n"))
     head, *rows = cells(text)
     assert head == ["op", "step", "check", "details"]
     assert [row[:3] for row in rows] == [["widen_mlp", "14", f.check] for f in findings]

@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    found = []
+    cases = []
     for block in FAULTS.read_text(encoding="utf-8").strip().split("\n\n")[1:]:
         name, *lines = block.splitlines()
         changes = (
@@ -54,8 +54,8 @@ def cases() -> list[Case]:
         )
         faults = [line.removeprefix("=> ") for line in lines if line.startswith("=> ")]
         text = "\n".join(line for line in lines if not line.startswith("=> "))
-        found.append(Case(name.removeprefix("# "), changes, f"{text}\n", faults))
-    return found
+        cases.append(Case(name.removeprefix("# "), changes, f"{text}\n", faults))
+    return cases
 
 
 CASES = cases()
@@ -139,7 +139,8 @@ def counted_flops(cfg: TrainConfig, model: GPT) -> int:
 def test_sizes_agree_with_a_real_model(cfg: TrainConfig) -> None:
     with torch.device("meta"):
         model = GPT(cfg, cfg.vocab_size)
-    found, counted = size(cfg), sum(p.numel() for p in model.parameters())
+    computed = size(cfg)
+    counted = sum(p.numel() for p in model.parameters())
     met = (
         sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * cfg.top_k // cfg.experts
         if cfg.experts
@@ -147,8 +148,8 @@ def test_sizes_agree_with_a_real_model(cfg: TrainConfig) -> None:
     )
     others = sum(p.numel() for n, p in model.named_parameters() if ".experts." not in n)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (found.params, found.active, found.trained) == (counted, others + met, trained)
-    assert found.flops == counted_flops(cfg, model)
+    assert (computed.params, computed.active, computed.trained) == (counted, others + met, trained)
+    assert computed.flops == counted_flops(cfg, model)
 
 
 @settings(max_examples=15)
@@ -184,9 +185,9 @@ def test_experts_low_rank_terms_and_frozen_layers_are_counted() -> None:
 
 
 def test_the_segments_of_the_original_example() -> None:
-    found = simulate(start(optimizer="adamw"), json.loads(LIST))
-    assert not found.faults
-    shape = [(s.op, s.begins, s.cfg.n_layer, s.cfg.ff_width, s.cfg.attn_lora_rank) for s in found.segments]
+    forecast = simulate(start(optimizer="adamw"), json.loads(LIST))
+    assert not forecast.faults
+    shape = [(s.op, s.begins, s.cfg.n_layer, s.cfg.ff_width, s.cfg.attn_lora_rank) for s in forecast.segments]
     assert shape == [
         ("", "step 0", 2, 64, 0),
         ("set_lr 0.0006", "loss < 100 or a wait of 1", 2, 64, 0),
@@ -195,8 +196,8 @@ def test_the_segments_of_the_original_example() -> None:
         ("set_attn_lora_rank 8", "loss < 2.8 or a wait of 1,000", 4, 128, 8),
         ("stack_layers [1,1,2,3]", "loss < 2.5 or a wait of 1,000", 4, 128, 8),
     ]
-    assert all((s.steps, s.tokens, s.seconds) == (None, None, None) for s in found.segments)
-    assert [s.size for s in found.segments] == [size(s.cfg) for s in found.segments]
+    assert all((s.steps, s.tokens, s.seconds) == (None, None, None) for s in forecast.segments)
+    assert [s.size for s in forecast.segments] == [size(s.cfg) for s in forecast.segments]
 
 
 def test_with_train_tokens_the_segments_assume_the_longest_waits() -> None:
@@ -208,16 +209,16 @@ def test_with_train_tokens_the_segments_assume_the_longest_waits() -> None:
         {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # waits for a new loss: 231
         {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # on the same loss: 231
     ]
-    found = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
-    assert [s.begins for s in found.segments] == [
+    forecast = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
+    assert [s.begins for s in forecast.segments] == [
         "step 0", "loss < 9 or a wait of 100: step 132 at the latest", "step 200",
         "a wait of 0: step 231 at the latest",
         "a wait of 0: step 231 at the latest",
     ]  # fmt: skip
-    assert [s.steps for s in found.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
-    assert sum(s.tokens or 0 for s in found.segments) <= 716_800
-    assert [s.seconds for s in found.segments] == [
-        (s.tokens or 0) * s.size.flops / 1e9 for s in found.segments
+    assert [s.steps for s in forecast.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
+    assert sum(s.tokens or 0 for s in forecast.segments) <= 716_800
+    assert [s.seconds for s in forecast.segments] == [
+        (s.tokens or 0) * s.size.flops / 1e9 for s in forecast.segments
     ]
 
 
@@ -286,14 +287,14 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_warnings(ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
-    found = simulate(start(batch_size=8, block_size=128), {"ops": ops}, tokens)
-    assert (found.faults, found.warnings) == ([], warnings)
+    forecast = simulate(start(batch_size=8, block_size=128), {"ops": ops}, tokens)
+    assert (forecast.faults, forecast.warnings) == ([], warnings)
 
 
 # -- the command
 
 
-def plan(*args: str) -> subprocess.CompletedProcess[str]:
+def run_plan(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mainrun", "grow", "plan", *args],
         cwd=ROOT,
@@ -309,7 +310,7 @@ SETS = [arg for key, value in START.items() for arg in ("--set", f"{key}={value}
 def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(LIST)
-    done = plan(str(path), "--preset", "baseline", *SETS)
+    done = run_plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stderr) == (0, "")
     head, _, *rows = [
         re.split(r"\s{2,}", line.strip())
@@ -341,11 +342,13 @@ def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
 
 def test_the_plan_as_json_with_times() -> None:
     text = "{ops: [{name: upcycle_moe, value: {experts: 4}, trigger: {step: 100}}]}"
-    done = plan(text, "--preset", "baseline", *SETS, "--train-tokens", "102401", "--speed", "1e9", "--json")
+    done = run_plan(
+        text, "--preset", "baseline", *SETS, "--train-tokens", "102401", "--speed", "1e9", "--json"
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["warnings"] == [] and [row["steps"] for row in found["segments"]] == [100, 600]
-    first, second = found["segments"]
+    output = json.loads(done.stdout)
+    assert output["warnings"] == [] and [row["steps"] for row in output["segments"]] == [100, 600]
+    first, second = output["segments"]
     assert (first["experts"], second["experts"], second["op"][:11]) == (0, 4, "upcycle_moe")
     assert (
         second["active"] < second["params"]
@@ -358,7 +361,7 @@ def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> N
     path.write_text(
         "- {name: set_lrr}\n- {name: stack_layers, value: 2, trigger_loss: 3, max_wait_iters: 9}\n"
     )
-    done = plan(str(path), "--preset", "baseline", *SETS)
+    done = run_plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stdout) == (2, "")
     first, *faults = done.stderr.splitlines()
     assert first == f"error: {path} cannot be applied" and len(faults) == 4
@@ -380,5 +383,5 @@ def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> N
     ],
 )
 def test_invalid_arguments_are_refused_with_the_reason(args: list[str], words: str) -> None:
-    done = plan(*args)
+    done = run_plan(*args)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -57,8 +57,8 @@ def op(name: str, value: Any = None, trigger: Any = None, **more: Any) -> dict[s
 
 
 def one(name: str, value: Any = None, trigger: Any = None, **more: Any) -> Op:
-    (found,) = good({"ops": [op(name, value, trigger, **more)]}).ops
-    return found
+    (only,) = good({"ops": [op(name, value, trigger, **more)]}).ops
+    return only
 
 
 # -- both formats
@@ -130,7 +130,7 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("twice.json", b'[{"name": "set_lr", "value": 0.1, "value": 0.2}]', "the key 'value' appears twice"),
         ("twice.yaml", b"ops:\n- {name: set_lr, value: 0.1}\nops: []\n", "the key 'ops' appears twice"),
@@ -139,11 +139,11 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
         ("wide.json", '[{"name": "set_lr"}]'.encode("utf-16"), "save the file as UTF-8"),
     ],
 )
-def test_ambiguous_files_are_refused(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+def test_ambiguous_files_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     from mainrun.plan.op_files import from_text
 
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         from_text(str(tmp_path / name))
 
 
@@ -185,7 +185,7 @@ def _conditions() -> st.SearchStrategy[dict[str, Any]]:
     }
     some = st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=6, unique=True)
     each = some.flatmap(lambda names: st.tuples(*(st.tuples(st.just(n), kinds[n]) for n in names)))
-    return each.map(lambda found: dict(found[:1]) if len(found) == 1 else {"any": [{k: v} for k, v in found]})
+    return each.map(lambda pairs: dict(pairs[:1]) if len(pairs) == 1 else {"any": [{k: v} for k, v in pairs]})
 
 
 def _ops() -> st.SearchStrategy[dict[str, Any]]:
@@ -394,8 +394,8 @@ known_facts = st.builds(
 def test_a_trigger_with_any_fires_if_one_condition_holds(trigger: dict[str, Any], known: Facts) -> None:
     each = trigger.get("any", [trigger])
     reasons = [due(one("set_lr", 0.1, condition).trigger, known) for condition in each]
-    found = due(one("set_lr", 0.1, trigger).trigger, known)
-    assert found in reasons if found else not any(reasons)
+    reason = due(one("set_lr", 0.1, trigger).trigger, known)
+    assert reason in reasons if reason else not any(reasons)
 
 
 @given(st.floats(0.1, 10), known_facts)
@@ -511,7 +511,7 @@ def test_every_operation_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "name", "value", "more", "most"),
+    ("start", "name", "value", "more", "strongest"),
     [
         ({}, "stack_layers", [0, 0, 1, 1], {}, "none"),
         ({}, "stack_layers", [0, 1], {}, "bitexact"),
@@ -543,18 +543,20 @@ def test_every_operation_has_a_case() -> None:
     ],
 )  # fmt: skip
 def test_the_strongest_guarantee_of_an_op(
-    start: dict[str, Any], name: str, value: Any, more: dict[str, Any], most: str
+    start: dict[str, Any], name: str, value: Any, more: dict[str, Any], strongest: str
 ) -> None:
     cfg, strengths = config(**start), ("none", "approx", "exact", "bitexact")
     ((settled, _),), _ = walk(cfg, [one(name, value, **more)])
-    assert settled.preserve == most
+    assert settled.preserve == strongest
     for strength in strengths:
-        asked = one(name, value, preserve=strength, **more)
-        if strengths.index(strength) <= strengths.index(most):
-            assert walk(cfg, [asked])[0][0].op.preserve == strength
+        wanted = one(name, value, preserve=strength, **more)
+        if strengths.index(strength) <= strengths.index(strongest):
+            assert walk(cfg, [wanted])[0][0].op.preserve == strength
         else:
-            with pytest.raises(ValueError, match=f"preserve={strength} is impossible .* preserve={most}"):
-                after(asked, cfg)
+            with pytest.raises(
+                ValueError, match=f"preserve={strength} is impossible .* preserve={strongest}"
+            ):
+                after(wanted, cfg)
 
 
 # -- the plan

@@ -211,14 +211,14 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
 @pytest.mark.parametrize("condition", KEPT)
 def test_the_allowed_values_of_a_condition(condition: str) -> None:
     for value, kept in KEPT[condition]:
-        found = kept_trigger(condition, value)
-        assert found == kept and type(found) is type(kept), value
+        got = kept_trigger(condition, value)
+        assert got == kept and type(got) is type(kept), value
     allowed, values = REFUSED[condition]
     for value in values:
-        said = kept_trigger(condition, value)
-        assert said == f"ops[0] 'set_lr': trigger.{condition}={value!r} is not allowed; write {allowed}.", (
-            value
-        )
+        message = kept_trigger(condition, value)
+        assert (
+            message == f"ops[0] 'set_lr': trigger.{condition}={value!r} is not allowed; write {allowed}."
+        ), value
 
 
 PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
@@ -321,9 +321,9 @@ def test_the_allowed_values_of_a_key_in_a_table(
         got = held.value[key] if table == "value" else getattr(getattr(held, table), key)
         assert got == expected and type(got) is type(expected), value
     for value in refused:
-        (said,) = faults_of({"ops": [written(value)]})
-        assert said.startswith(f"ops[0] {name!r}: {table}.{key}={value!r} is not allowed"), value
-        assert said.endswith(f"; write {allowed}."), value
+        (message,) = faults_of({"ops": [written(value)]})
+        assert message.startswith(f"ops[0] {name!r}: {table}.{key}={value!r} is not allowed"), value
+        assert message.endswith(f"; write {allowed}."), value
 
 
 def test_the_defaults_of_a_value_table() -> None:
@@ -371,16 +371,16 @@ def test_the_defaults_of_a_value_table() -> None:
     ],
 )
 def test_the_defaults_of_an_op(name: str, value: Any, init: str, reevaluate: bool) -> None:
-    found = one(name, value)
-    assert (found.id, found.desc, found.place, found.init, found.reevaluate) == (
+    default = one(name, value)
+    assert (default.id, default.desc, default.place, default.init, default.reevaluate) == (
         f"0-{name}",
         "",
         0,
         init,
         reevaluate,
     )
-    assert (found.preserve, found.on_fail) == ("", "abort")
-    assert found.optimizer == Transfer("auto", 0.0) and found.lr == Rates(0, 1.0, "none")
+    assert (default.preserve, default.on_fail) == ("", "abort")
+    assert default.optimizer == Transfer("auto", 0.0) and default.lr == Rates(0, 1.0, "none")
     assert one(name, value, reevaluate=not reevaluate).reevaluate is not reevaluate
 
 
@@ -608,7 +608,7 @@ NOT_A_SCHEDULE = (
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"version": True}, "version=True is unknown; write 2, or a list in the original format."),
         ({"version": "2"}, "version='2' is unknown; write 2, or a list in the original format."),
@@ -644,8 +644,10 @@ NOT_A_SCHEDULE = (
         ({"ops": [5]}, "ops[0]=5 is not an op; write { name, value, trigger }."),
     ],
 )
-def test_a_fault_of_the_schedule(data: Any, said: str | None) -> None:
-    assert read(data)[1] == ([] if said is None else [(0 if said.startswith("ops[0]") else -1, said)])
+def test_a_fault_of_the_schedule(data: Any, message: str | None) -> None:
+    assert read(data)[1] == (
+        [] if message is None else [(0 if message.startswith("ops[0]") else -1, message)]
+    )
 
 
 def test_the_largest_schedule_is_read() -> None:
@@ -854,15 +856,15 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("entry", "said"), OP_FAULTS.values(), ids=OP_FAULTS)
-def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("entry", "message"), OP_FAULTS.values(), ids=OP_FAULTS)
+def test_a_fault_of_an_op(entry: dict[str, Any], message: str) -> None:
     schedule, faults = read({"ops": [entry]})
     assert schedule.ops == () and len(faults) == 1 and faults[0][0] == 0
-    assert said in faults[0][1] and faults[0][1].endswith(".") and not faults[0][1].endswith("..")
+    assert message in faults[0][1] and faults[0][1].endswith(".") and not faults[0][1].endswith("..")
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         (
             {"trigger_loss": 3},
@@ -889,11 +891,11 @@ def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
         ),
     ],
 )
-def test_an_entry_of_the_list_format(entry: dict[str, Any], said: list[str]) -> None:
+def test_an_entry_of_the_list_format(entry: dict[str, Any], message: list[str]) -> None:
     schedule, faults = read([{"name": "set_lr", "value": 0.1} | entry])
-    assert [text for _, text in faults] == [f"ops[0] 'set_lr': {text}" for text in said]
-    assert len(schedule.ops) == (not said)
-    if not said:
+    assert [text for _, text in faults] == [f"ops[0] 'set_lr': {text}" for text in message]
+    assert len(schedule.ops) == (not message)
+    if not message:
         assert schedule.ops[0].trigger == Trigger(loss_below=3.0, wait_iters=0)
 
 
@@ -1247,14 +1249,14 @@ MODEL: dict[
 }
 
 
-@pytest.mark.parametrize(("start", "name", "value", "instead", "said"), MODEL.values(), ids=MODEL)
+@pytest.mark.parametrize(("start", "name", "value", "instead", "message"), MODEL.values(), ids=MODEL)
 def test_a_value_that_does_not_fit_the_model(
-    start: dict[str, Any], name: str, value: Any, instead: dict[str, Any], said: str
+    start: dict[str, Any], name: str, value: Any, instead: dict[str, Any], message: str
 ) -> None:
     cfg = config(**start)
     phases, faults = walk(cfg, [one(name, value)])
-    if said:
-        assert phases == [] and len(faults) == 1 and faults[0][1].startswith(f"ops[0] {name!r}: {said}"), (
+    if message:
+        assert phases == [] and len(faults) == 1 and faults[0][1].startswith(f"ops[0] {name!r}: {message}"), (
             faults
         )
     else:
@@ -1344,9 +1346,9 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize(("start", "ops", "said"), BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize(("start", "ops", "message"), BEFORE.values(), ids=BEFORE)
 def test_a_message_names_the_op_that_set_the_conflicting_field(
-    start: dict[str, Any], ops: list[tuple[str, Any]], said: str
+    start: dict[str, Any], ops: list[tuple[str, Any]], message: str
 ) -> None:
     schedule, wrong = read({"ops": [op(*entry) for entry in ops]})
     assert not wrong
@@ -1354,7 +1356,7 @@ def test_a_message_names_the_op_that_set_the_conflicting_field(
     assert (
         len(faults) == 1
         and len(phases) == len(ops) - 1
-        and said in faults[0][1]
+        and message in faults[0][1]
         and faults[0][0] == len(ops) - 1
     )
 
@@ -1442,17 +1444,17 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
 }
 
 
-@pytest.mark.parametrize(("start", "what", "more", "asked", "said"), PRESERVE.values(), ids=PRESERVE)
+@pytest.mark.parametrize(("start", "what", "more", "preserve", "message"), PRESERVE.values(), ids=PRESERVE)
 def test_why_a_guarantee_is_impossible(
-    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], asked: str, said: str
+    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], preserve: str, message: str
 ) -> None:
     with pytest.raises(ValueError) as e:
-        after(one(*what, preserve=asked, **more), config(**start))
-    assert str(e.value).startswith(f"preserve={asked} is impossible {said}")
+        after(one(*what, preserve=preserve, **more), config(**start))
+    assert str(e.value).startswith(f"preserve={preserve} is impossible {message}")
 
 
 @pytest.mark.parametrize(
-    ("start", "what", "more", "most"),
+    ("start", "what", "more", "strongest"),
     [
         (
             {"router_weights": "softmax"},
@@ -1474,10 +1476,10 @@ def test_why_a_guarantee_is_impossible(
     ],
 )
 def test_the_default_guarantee_of_an_op(
-    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], most: str
+    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], strongest: str
 ) -> None:
     phases, faults = walk(config(**start), [one(*what, **more)])
-    assert not faults and phases[0].op.preserve == most
+    assert not faults and phases[0].op.preserve == strongest
 
 
 # -- files and inline text
@@ -1499,7 +1501,7 @@ def test_a_file_may_have_the_schedule_under_the_key_growth(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.json", "{", "not valid JSON"),
         ("a.toml", "= 3", "not valid TOML"),
@@ -1511,13 +1513,13 @@ def test_a_file_may_have_the_schedule_under_the_key_growth(tmp_path: Path) -> No
     ],
 )
 def test_an_unusable_schedule_file_is_refused(
-    tmp_path: Path, name: str, content: str | None, said: str
+    tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError) as e:
         from_text(str(tmp_path / name))
-    assert said in str(e.value) and str(tmp_path / name) in str(e.value)
+    assert message in str(e.value) and str(tmp_path / name) in str(e.value)
 
 
 @pytest.mark.parametrize("text", ["{ops: [}", "[1,", "a: [\n"])

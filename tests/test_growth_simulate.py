@@ -102,9 +102,9 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
 
 @pytest.mark.parametrize(("changes", "expected"), SIZES.values(), ids=SIZES)
 def test_sizes_computed_by_hand(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
-    found = size(config(**changes))
-    assert found == expected
-    assert (found.params, found.active, found.trained, found.flops, found.moments) == expected
+    computed = size(config(**changes))
+    assert computed == expected
+    assert (computed.params, computed.active, computed.trained, computed.flops, computed.moments) == expected
 
 
 def test_costs_depend_on_the_number_of_ids() -> None:
@@ -157,14 +157,14 @@ def test_a_run_without_ops_is_one_segment() -> None:
 
 def test_the_simulated_segments_have_steps_tokens_and_seconds() -> None:
     ops = [op("set_batch_size", 4, {"step": 30}), op("set_lr", 0.02, {"loss_below": 3})]
-    found = simulate(config(rdrop=0.5), {"ops": ops}, 641, speed=2.0)
-    assert [(s.op, s.begins) for s in found.segments] == [
+    forecast = simulate(config(rdrop=0.5), {"ops": ops}, 641, speed=2.0)
+    assert [(s.op, s.begins) for s in forecast.segments] == [
         ("", "step 0"),
         ("set_batch_size 4", "step 30"),
         ("set_lr 0.02", "loss < 3"),
     ]
-    assert [(s.steps, s.tokens) for s in found.segments] == [(30, 1920), (80, 2560), (None, None)]
-    assert [s.seconds for s in found.segments] == [1920 * 2 * 68736 / 2, 2560 * 2 * 68736 / 2, None]
+    assert [(s.steps, s.tokens) for s in forecast.segments] == [(30, 1920), (80, 2560), (None, None)]
+    assert [s.seconds for s in forecast.segments] == [1920 * 2 * 68736 / 2, 2560 * 2 * 68736 / 2, None]
     assert [s.seconds for s in simulate(config(), {"ops": ops}, 641).segments] == [None, None, None], (
         "the time needs a speed"
     )
@@ -175,24 +175,24 @@ def test_the_simulated_segments_have_steps_tokens_and_seconds() -> None:
 
 def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
     ops = [op("widen_mlp", 32, {"step": 5}), op("set_lr", 0.02, {"step": 6}), op("shrink", 1, {"step": 7})]
-    found = simulate(config(), {"version": 3, "ops": ops}, 641)
-    assert [text.split(";")[0] for text in found.faults] == [
+    forecast = simulate(config(), {"version": 3, "ops": ops}, 641)
+    assert [text.split(";")[0] for text in forecast.faults] == [
         "version=3 is unknown", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
     ]  # fmt: skip
-    assert [s.op for s in found.segments] == ["", "set_lr 0.02"]
-    assert [s.steps for s in found.segments] == [None, None], "a schedule with faults has no plan"
+    assert [s.op for s in forecast.segments] == ["", "set_lr 0.02"]
+    assert [s.steps for s in forecast.segments] == [None, None], "a schedule with faults has no plan"
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    ("tokens", "message"),
     [(65, None), (64, "train has 64 tokens, but one step takes batch_size*block_size+1 = 65")],
 )
-def test_too_few_tokens_are_a_fault(tokens: int, said: str | None) -> None:
+def test_too_few_tokens_are_a_fault(tokens: int, message: str | None) -> None:
     faults = simulate(config(), [], tokens).faults
     assert (
         faults == []
-        if said is None
-        else len(faults) == 1 and faults[0].startswith(said) and faults[0].endswith(".")
+        if message is None
+        else len(faults) == 1 and faults[0].startswith(message) and faults[0].endswith(".")
     )
 
 
@@ -333,5 +333,5 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
 def test_warnings_and_their_boundaries(
     changes: dict[str, Any], ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]
 ) -> None:
-    found = simulate(config(**changes), {"ops": ops}, tokens)
-    assert (found.faults, found.warnings) == ([], warnings)
+    forecast = simulate(config(**changes), {"ops": ops}, tokens)
+    assert (forecast.faults, forecast.warnings) == ([], warnings)
