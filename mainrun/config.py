@@ -185,7 +185,7 @@ class TrainConfig(BaseModel):
         0, "ids at the end of the vocabulary that no text uses yet; their logits are -inf", ge=0, le=1_000_000
     )
 
-    # -- optimizer
+    # -- optimiser
     optimizer: Literal["sgd", "adamw", "muon"] = static(
         "sgd", "muon: Muon for matrices, AdamW for everything else"
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
+from mainrun.plan.optimizers import OPTIMIZERS, state_tensors
 from mainrun.plan.plan import Plan
 
-BYTES = 4  # of a number in the optimizer's state
+BYTES = 4  # of a number in the optimiser's state
 
 
 class Size(NamedTuple):
@@ -17,7 +18,7 @@ class Size(NamedTuple):
     active: int  # parameters that one token uses
     trained: int  # parameters that are not frozen
     flops: int  # per token, forward and backward
-    moments: int  # bytes of the optimizer's state
+    moments: int  # bytes of the optimiser's state
 
 
 class _Block(NamedTuple):
@@ -47,7 +48,7 @@ class _Block(NamedTuple):
 
     @property
     def hidden_matrices(self) -> int:
-        """Parameters that Muon trains: all matrices except the router."""
+        """Parameters of all matrices except the router. Muon trains only these."""
         return self.attention + self.experts * self.expert
 
 
@@ -77,17 +78,12 @@ def size(cfg: TrainConfig) -> Size:
     flops = 6 * multiplied + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size
 
     hidden_matrices = (cfg.n_layer - len(cfg.frozen)) * block.hidden_matrices
-    moments = {
-        "sgd": trained * bool(cfg.momentum),
-        "adamw": 2 * trained,
-        "muon": hidden_matrices + 2 * (trained - hidden_matrices),
-    }
     return Size(
         params=params,
         active=params - cfg.n_layer * block.unused,
         trained=trained,
         flops=flops,
-        moments=BYTES * moments[cfg.optimizer],
+        moments=BYTES * _state_numbers(cfg, trained, hidden_matrices),
     )
 
 
@@ -122,6 +118,15 @@ def _block(cfg: TrainConfig) -> _Block:
         experts=experts,
         used=min(cfg.top_k, experts),
     )
+
+
+def _state_numbers(cfg: TrainConfig, trained: int, hidden_matrices: int) -> int:
+    """Return how many numbers the state of the optimiser has."""
+    per_parameter = state_tensors(cfg.optimizer, cfg.momentum)
+    others = OPTIMIZERS[cfg.optimizer].others
+    if not others:
+        return per_parameter * trained
+    return per_parameter * hidden_matrices + state_tensors(others, cfg.momentum) * (trained - hidden_matrices)
 
 
 def _norm(cfg: TrainConfig) -> int:

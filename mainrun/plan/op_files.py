@@ -11,7 +11,6 @@ The original format is a list, in which two keys take the place of the trigger:
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from mainrun.plan.ops import (
     fault_of,
     operation_of,
 )
+from mainrun.plan.seeds import seed_from
 from mainrun.plan.triggers import Trigger
 
 LARGEST_SCHEDULE = 1000  # ops
@@ -229,7 +229,7 @@ class _OpReader:
         value = _read_value(name, entry, wrong)
         if trigger is None or wrong:
             return None
-        return Op(name, value, trigger, seed=_seed_of(self.seed, place), **keys)
+        return Op(name, value, trigger, seed=seed_from(self.seed, place), **keys)
 
     @property
     def _allowed(self) -> tuple[str, ...]:
@@ -268,11 +268,6 @@ class _OpReader:
             else:
                 keys[key] = _read_key(key, entry[key], wrong)
         return keys
-
-
-def _seed_of(seed: int, place: int) -> int:
-    digest = hashlib.sha256(repr((seed, place)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:

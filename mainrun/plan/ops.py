@@ -43,7 +43,7 @@ GUARANTEES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """How the optimizer's state is carried over to the new model."""
+    """How the optimiser's state is carried over to the new model."""
 
     mode: str = "auto"
     min_coverage: float = 0.0  # fraction of the state that must be carried over
