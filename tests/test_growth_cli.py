@@ -192,7 +192,7 @@ def finding(ok: bool = True, same: bool = True, check: str = "function") -> Repe
 
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replace `repeat_ops`. The first item is the list of its findings, the others are the arguments of calls."""
+    """Replace `repeat_ops`. Item 0 is the list of its findings, the others are the arguments of calls."""
     called: list[Any] = []
 
     def fake(run_: RunDir, store: Any) -> Iterable[RepeatedCheck]:
