@@ -12,7 +12,7 @@ from typing import Any
 
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, RunError
-from mainrun.plan.plan import Plan
+from mainrun.plan.plan import Decision, Plan
 from mainrun.plan.recipes import load, preset_names
 from mainrun.stats import Noise, noise
 from mainrun.store import records
@@ -63,19 +63,19 @@ class Run:
             return []
         plan = Plan(self.cfg, self.plan["train_tokens"])
         ops = zip(
-            self.cfg.growth.ops, plan.fired, strict=False
+            self.cfg.growth.ops, plan.decisions, strict=False
         )  # what waits for a loss has no step in a plan
         return [
             {"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)}
-            for op, step in ops
-            if step >= 0
+            for op, (step, skipped) in ops
+            if not skipped
         ]
 
     @cached_property
     def resolved(self) -> Plan:
         """The plan that the run followed: with what its journal says about when each op fired."""
         fired = (
-            [~row["step"] if str(row["event"]).endswith("ERROR") else row["step"] for row in self.ops]
+            [Decision(row["step"], str(row["event"]).endswith("ERROR")).to_int() for row in self.ops]
             if self.journal
             else []
         )

@@ -1,4 +1,4 @@
-"""What the tests of growth share: small models whose every weight counts, real ops, and steps of training."""
+"""Helpers for the tests of growth: small random models, ops, and steps of training."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap, transfer
 from mainrun.growth.operators import grow
 from mainrun.growth.verify import probe
-from mainrun.plan.op_files import FILLED
-from mainrun.plan.ops import Op, Trigger, after
+from mainrun.plan.ops import OPERATIONS, Op, after
 from mainrun.plan.plan import Plan, StepInputs
+from mainrun.plan.triggers import Trigger
 from mainrun.train import GPT, build
 
 V, T = 29, 8
 IDX = probe(V, T, seed=0, rows=3)
 SMALL: dict[str, Any] = TINY | {"block_size": T, "n_layer": 2, "n_head": 2, "d_model": 8, "d_ff": 12}
 MODERN: dict[str, Any] = {
-    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
+    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True,
+    "layer_scale": 0.3,
     "value_residual": True, "tie_head": False, "softcap": 4.0, "n_kv_head": 1,
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def shaken(cfg: TrainConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT:
-    """No bias, gate, position or low-rank term is zero, no gain is one."""
+    """Return a model in which no bias, gate, position or low-rank term is zero, and no gain is one."""
     model = build(cfg, V)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,10 +63,8 @@ def shaken(cfg: TrainConfig, seed: int = 0, dtype: torch.dtype = torch.float64) 
 
 
 def op(name: str, value: Any = None, **more: Any) -> Op:
-    if name in FILLED:
-        value = FILLED[name] | value
-    init = "copy" if name in ("stack_layers", "widen_mlp") else ""
-    return Op(name, value, Trigger(step=1), **{"init": init, "seed": 7, **more})
+    value = OPERATIONS[name].value.read(value, [])
+    return Op(name, value, Trigger(step=1), **{"init": OPERATIONS[name].init, "seed": 7, **more})
 
 
 def grown(model: GPT, what: Op) -> tuple[GPT, IndexMap]:
@@ -81,7 +80,7 @@ def at(cfg: TrainConfig, **changes: Any) -> StepInputs:
 
 
 def gradients(model: GPT, seed: int) -> Tensor:
-    """Of a batch of its own; the loss."""
+    """Compute the gradients of a batch of random tokens. Return the loss."""
     model.zero_grad()
     idx = probe(V, T + 1, seed, rows=4)
     loss = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
@@ -105,7 +104,7 @@ def trained(cfg: TrainConfig, count: int = 3, dtype: torch.dtype = torch.float64
 def go_on(
     model: GPT, optimizers: Optimizers, what: Op, mode: str = "scale", count: int = 0
 ) -> tuple[GPT, Optimizers, IndexMap]:
-    """Grow, move the state, and train some steps more."""
+    """Apply an op, carry over the state of the optimiser, and train `count` more steps."""
     new, moved = grown(model, what)
     after_it = Optimizers(new.cfg, new)
     after_it.load(transfer(optimizers.state(), moved, mode)[0])

@@ -1,4 +1,4 @@
-"""What a config promises: it comes back whole, says what is wrong with it, and resolves to the same steps every time."""
+"""Configs: round trips, refusals, presets, and the plan that a config resolves to."""
 
 import contextlib
 import itertools
@@ -13,35 +13,43 @@ from conftest import TINY
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from mainrun import config
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
+from mainrun.plan import recipes
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load, parse_set, preset_names
 
 SCHEMA = TrainConfig.model_json_schema()["properties"]
 FIELDS = [f for f in TrainConfig.model_fields if f != "preset"]
 
-# one other value of each field, such that the default config with only this one changed is still allowed
+# another value of each field that is allowed if all other fields have their default
 OTHER: dict[str, Any] = {
     "seed": 7, "device": "cpu", "dtype": "bfloat16", "threads": 2, "compile": "on", "attention": "sdpa",
     "corpus": "hn", "num_titles": 5000, "shuffle": False,
-    "val_frac": 0.2, "dev_frac": 0.05, "tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 8000, "block_size": 64,
-    "batch_size": 32, "grad_accum": 2, "epochs": 3, "order": "shuffle_titles", "n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 256,
-    "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False, "qkv_bias": True,
-    "qk_norm": True, "attn_gate": True, "layer_scale": 0.1, "value_residual": True, "title_mask": True, "tie_head": False,
+    "val_frac": 0.2, "dev_frac": 0.05, "tokenizer": "unigram", "tokenizer_fit": "train+val",
+    "vocab_size": 8000, "block_size": 64,
+    "batch_size": 32, "grad_accum": 2, "epochs": 3, "order": "shuffle_titles", "n_layer": 4, "n_head": 4,
+    "n_kv_head": 2, "d_model": 256,
+    "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False,
+    "qkv_bias": True,
+    "qk_norm": True, "attn_gate": True, "layer_scale": 0.1, "value_residual": True, "title_mask": True,
+    "tie_head": False,
     "softcap": 15.0, "init_std": 0.01, "init_depth_scaled": True,
     "max_steps": 40,
-    "head_dim": 32, "experts": 8, "top_k": 3, "router_weights": "softmax", "attn_lora_rank": 8, "embed_lora_rank": 8, "lora_alpha": 8.0,
+    "head_dim": 32, "experts": 8, "top_k": 3, "router_weights": "softmax", "attn_lora_rank": 8,
+    "embed_lora_rank": 8, "lora_alpha": 8.0,
     "frozen": [0], "unused_ids": 10, "optimizer": "muon", "lr": 0.01, "lr_aux": 0.001, "momentum": 0.9,
-    "beta1": 0.8, "beta2": 0.95, "eps": 1e-9, "weight_decay": 0.1, "wd_schedule": "linear", "clip": 0.5, "schedule": "wsd",
+    "beta1": 0.8, "beta2": 0.95, "eps": 1e-9, "weight_decay": 0.1, "wd_schedule": "linear", "clip": 0.5,
+    "schedule": "wsd",
     "warmup_frac": 0.1, "warmup_iters": 7,
     "decay_frac": 0.5, "decay_shape": "sqrt", "min_lr_frac": 0.1, "dropout": 0.1, "attn_dropout": 0.2,
-    "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5, "eval_interval": 20,
+    "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5,
+    "eval_interval": 20,
     "official_geometry": "8x64",
-    "log_every": 10, "checkpoint_every": 50, "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
+    "log_every": 10, "checkpoint_every": 50,
+    "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
 }  # fmt: skip
-NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # not allowed alone
+NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that are only allowed together with others
 
 
 def default(**changes: Any) -> TrainConfig:
@@ -49,7 +57,7 @@ def default(**changes: Any) -> TrainConfig:
 
 
 def values(field: str) -> st.SearchStrategy[Any]:
-    """Everything that a field's own bounds allow."""
+    """Generate every value within the bounds of a field."""
     kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])
     return st.one_of([_values(kind) for kind in kinds])
 
@@ -74,7 +82,7 @@ def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
     if kind.get("type") == "array":
         return st.lists(st.integers(0, 5), max_size=3, unique=True).map(sorted)
     if kind.get("type") == "object":
-        return st.lists(ops(), max_size=3).map(lambda found: {"ops": found})
+        return st.lists(ops(), max_size=3).map(lambda entries: {"ops": entries})
     if "enum" in kind:
         return st.sampled_from(kind["enum"])
     if kind["type"] == "null":
@@ -95,7 +103,7 @@ def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> TrainConfig:
-    """Any config that is allowed: few fields changed at a time, else the sizes would never fit together."""
+    """Generate allowed configs. Only a few fields change at a time, or the sizes would never fit together."""
     names = draw(
         st.lists(
             st.sampled_from([f for f in FIELDS if f not in ("corpus", "official_geometry")]),
@@ -123,8 +131,8 @@ def test_every_field_has_a_class_a_description_and_bounds() -> None:
                 assert {"maximum", "exclusiveMaximum"} & kind.keys(), name
 
 
-def test_what_a_step_takes_is_classed_scheduled_and_nothing_else_is() -> None:
-    """A scheduled field shows in the resolved steps; one that did not would enter the lineage key unseen."""
+def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
+    """A scheduled field must show in the resolved steps, or it would be missing from the lineage key."""
     inputs = set(StepInputs._fields) - {"average"}
     assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
     shapes = {
@@ -159,7 +167,7 @@ def test_a_scheduled_field_changes_a_resolved_step(field: str) -> None:
     assert [before.at(s) for s in range(before.steps)] != [after.at(s) for s in range(after.steps)]
 
 
-def test_the_table_of_other_values_covers_every_field() -> None:
+def test_other_values_exist_for_every_field() -> None:
     assert set(OTHER) | set(NEEDS) == set(FIELDS)
 
 
@@ -170,7 +178,7 @@ def test_the_digest_changes_with_every_field(field: str) -> None:
     assert default(**changes).digest != default(**without).digest
 
 
-def test_the_digest_ignores_the_name_and_the_run_id_holds_both() -> None:
+def test_the_digest_ignores_the_preset_name_but_the_run_id_contains_it() -> None:
     one, two = default(preset="one"), default(preset="ladder:step")
     assert one.digest == two.digest
     assert one.run_id == f"one-{one.digest[:8]}"
@@ -178,17 +186,21 @@ def test_the_digest_ignores_the_name_and_the_run_id_holds_both() -> None:
 
 
 @given(configs())
-def test_a_config_comes_back_from_its_dict_as_it_was(cfg: TrainConfig) -> None:
+def test_a_config_survives_a_round_trip_through_its_dict(cfg: TrainConfig) -> None:
     back = from_dict(json.loads(json.dumps(cfg.model_dump())))
     assert back == cfg
     assert back.digest == cfg.digest
 
 
 @given(configs(), st.sampled_from(FIELDS))
-def test_set_takes_what_the_config_gives(cfg: TrainConfig, field: str) -> None:
-    """The value of any field, written as TOML, is the same value again."""
-    value = list(found) if isinstance(found := getattr(cfg, field), tuple) else found
-    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def test_the_value_of_any_field_can_be_passed_to_set(cfg: TrainConfig, field: str) -> None:
+    """The value of any field, written as TOML, is read as the same value."""
+    value = getattr(cfg, field)
+    if isinstance(value, tuple):
+        value = list(value)
+    text = "none" if value is None else str(value)
+    if isinstance(value, bool):
+        text = text.lower()
     key, back = parse_set(f"{field}={text}")
     assert key == field
     if field == "growth":
@@ -201,7 +213,7 @@ def test_a_config_cannot_be_changed() -> None:
         default().lr = 1.0  # type: ignore[misc]
 
 
-# -- what is refused, and what it says
+# -- refusals
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -252,16 +264,14 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"corpus": "mix"}, ["corpus='mix'", "mix:PATH.toml"]),
     ],
 )
-def test_fields_that_do_not_fit_together_are_refused_with_the_fix(
-    changes: dict[str, Any], words: list[str]
-) -> None:
+def test_conflicting_fields_are_refused_with_a_fix(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as e:
         default(**changes)
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_misspelt_field_is_refused_with_the_nearest(field: str) -> None:
+def test_a_misspelt_field_is_refused_with_a_suggestion(field: str) -> None:
     wrong = field + "q"
     with pytest.raises(ConfigError) as e:
         default(**{wrong: 1})
@@ -269,7 +279,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest(field: str) -> None:
     assert "did you mean" in str(e.value)
 
 
-def test_every_wrong_field_is_named_at_once() -> None:
+def test_all_wrong_fields_are_reported_together() -> None:
     with pytest.raises(ConfigError) as e:
         default(lr=-1.0, n_layer=0, nonsense=3)
     assert all(word in str(e.value) for word in ("lr=-1.0", "n_layer=0", "'nonsense'"))
@@ -283,7 +293,7 @@ def test_every_wrong_field_is_named_at_once() -> None:
     )
 )
 @example({"batch_size": 0})
-def test_nothing_but_a_config_error_comes_of_bad_fields(fields: dict[str, Any]) -> None:
+def test_bad_fields_raise_only_config_errors(fields: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):
         default(**fields)
 
@@ -308,18 +318,18 @@ def test_nothing_but_a_config_error_comes_of_bad_fields(fields: dict[str, Any]) 
         ("official_geometry=8x64", ("official_geometry", "8x64")),
     ],
 )
-def test_set_reads_values_as_toml_and_else_as_text(text: str, value: tuple[str, Any]) -> None:
+def test_set_reads_a_value_as_toml_or_else_as_text(text: str, value: tuple[str, Any]) -> None:
     assert parse_set(text) == value
 
 
 @pytest.mark.parametrize("text", ["lr", "=3", "", "  ", "lr 0.1"])
-def test_set_without_a_key_or_a_value_says_how_it_is_written(text: str) -> None:
+def test_set_without_a_key_or_a_value_shows_the_correct_form(text: str) -> None:
     with pytest.raises(ConfigError, match="key=value"):
         parse_set(text)
 
 
 @given(st.text(alphabet=string.printable, max_size=20))
-def test_set_never_fails_otherwise(text: str) -> None:
+def test_set_never_raises_another_error(text: str) -> None:
     try:
         key, _ = parse_set(text)
         assert key
@@ -327,11 +337,11 @@ def test_set_never_fails_otherwise(text: str) -> None:
         pass
 
 
-def test_an_integer_is_a_number_where_a_number_is_asked() -> None:
+def test_an_integer_is_allowed_for_a_float_field() -> None:
     assert load("baseline", ["clip=1", "dropout=0"])[0].clip == 1.0
 
 
-def test_a_later_set_wins_and_all_go_over_the_preset() -> None:
+def test_the_last_set_wins_and_overrides_the_preset() -> None:
     (cfg,) = load("baseline", ["lr=1.0", "n_layer=2", "lr=0.5"])
     assert (cfg.lr, cfg.n_layer, cfg.preset) == (0.5, 2, "baseline")
 
@@ -345,30 +355,36 @@ def write(folder: Path, name: str, text: str) -> str:
     return str(path)
 
 
-def test_every_preset_loads_and_says_what_it_is() -> None:
+def test_every_preset_loads_and_has_a_description() -> None:
     import tomllib
 
     assert "baseline" in preset_names()
     for name in preset_names():
-        assert len(tomllib.loads((config.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
-        found = load(name)
-        assert len({c.run_id for c in found}) == len(found)
-        assert all(c.preset.partition(":")[0] == name for c in found)
+        assert (
+            len(tomllib.loads((recipes.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["about"]) > 10
+        )
+        configs = load(name)
+        assert len({c.run_id for c in configs}) == len(configs)
+        assert all(c.preset.partition(":")[0] == name for c in configs)
 
 
-def test_the_baseline_is_the_public_one() -> None:
+def test_the_baseline_has_the_public_values() -> None:
     (cfg,) = load("baseline")
     facts = {
-        "seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000, "vocab_size": 16_000, "tokenizer": "bpe", "block_size": 128,
-        "batch_size": 64, "n_layer": 6, "n_head": 8, "d_model": 512, "dropout": 0.1, "norm": "layernorm", "mlp": "gelu", "bias": True,
-        "position": "learned", "tie_head": True, "optimizer": "sgd", "lr": 6e-3, "weight_decay": 0.0, "schedule": "cosine", "clip": 1.0,
-        "tokenizer_fit": "train+val", "order": "sequential", "eval_per_epoch": 3, "warmup_frac": 0.0, "min_lr_frac": 0.0, "dev_frac": 0.0,
+        "seed": 1337, "epochs": 7, "val_frac": 0.1, "num_titles": 100_000, "vocab_size": 16_000,
+        "tokenizer": "bpe", "block_size": 128,
+        "batch_size": 64, "n_layer": 6, "n_head": 8, "d_model": 512, "dropout": 0.1, "norm": "layernorm",
+        "mlp": "gelu", "bias": True,
+        "position": "learned", "tie_head": True, "optimizer": "sgd", "lr": 6e-3, "weight_decay": 0.0,
+        "schedule": "cosine", "clip": 1.0,
+        "tokenizer_fit": "train+val", "order": "sequential", "eval_per_epoch": 3, "warmup_frac": 0.0,
+        "min_lr_frac": 0.0, "dev_frac": 0.0,
     }  # fmt: skip
     assert {k: getattr(cfg, k) for k in facts} == facts
     for train_tokens, per_epoch, steps in (
         (1_102_455, 134, 938),
         (228_354, 27, 189),
-    ):  # the spec's two reference runs
+    ):  # the two reference runs of the specification
         plan = Plan(cfg, train_tokens)
         assert (plan.steps_per_epoch, plan.steps) == (per_epoch, steps)
     assert sorted(Plan(cfg, 228_354).eval_steps)[:4] == [1, 9, 18, 27]
@@ -393,17 +409,17 @@ dropout = 0.5
 """
 
 
-def test_a_ladder_gives_one_config_a_step_each_on_top_of_the_one_before(tmp_path: Path) -> None:
+def test_each_step_of_a_ladder_builds_on_the_step_before_it(tmp_path: Path) -> None:
     path = write(tmp_path, "ladder", LADDER)
-    found = load(path, ["d_model=64"])
-    assert [c.preset for c in found] == ["ladder:a", "ladder:b", "ladder:c"]
-    assert [(c.lr, c.dropout) for c in found] == [(0.5, 0.0), (0.25, 0.0), (0.25, 0.5)]
-    assert {c.n_layer for c in found} == {1}  # scale is over every step
-    assert {c.d_model for c in found} == {64}  # and --set over all
+    ladder = load(path, ["d_model=64"])
+    assert [c.preset for c in ladder] == ["ladder:a", "ladder:b", "ladder:c"]
+    assert [(c.lr, c.dropout) for c in ladder] == [(0.5, 0.0), (0.25, 0.0), (0.25, 0.5)]
+    assert {c.n_layer for c in ladder} == {1}  # scale overrides every step
+    assert {c.d_model for c in ladder} == {64}  # and --set overrides scale
     assert load(f"{path}:b")[0] == load(path)[1]
 
 
-def test_a_base_is_a_preset_that_others_change(tmp_path: Path) -> None:
+def test_a_preset_overrides_the_fields_of_its_base(tmp_path: Path) -> None:
     write_to = write(tmp_path, "child", 'base = "baseline"\nlr = 0.5\n')
     (child,), (base,) = load(write_to), load("baseline")
     assert child.model_dump(exclude={"lr", "preset"}) == base.model_dump(exclude={"lr", "preset"})
@@ -418,11 +434,14 @@ def test_a_base_is_a_preset_that_others_change(tmp_path: Path) -> None:
             f'[[steps]]\nname = "x"\nbase = "baseline"\n[[steps]]\nname = "y"\nbase = "{ladder}:c"\n',
         )
     )
-    assert (first.lr, second.lr) == (6e-3, 0.25)  # a step with a base starts anew
+    assert (first.lr, second.lr) == (
+        6e-3,
+        0.25,
+    )  # a step with a base does not continue from the step before it
 
 
 @pytest.mark.parametrize(
-    ("text", "ask", "words"),
+    ("text", "preset", "words"),
     [
         ("lr = ", "{}", ["not valid TOML"]),
         ("lr = 0.1", "{}:step", ["has no steps"]),
@@ -434,17 +453,17 @@ def test_a_base_is_a_preset_that_others_change(tmp_path: Path) -> None:
         ("n_head = 7", "{}", ["n_head=7"]),
     ],
 )
-def test_a_preset_file_that_cannot_be_used_says_why(
-    tmp_path: Path, text: str, ask: str, words: list[str]
+def test_an_unusable_preset_file_is_refused_with_the_reason(
+    tmp_path: Path, text: str, preset: str, words: list[str]
 ) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("{self}", str(path)), encoding="utf-8")
     with pytest.raises(ConfigError) as e:
-        load(ask.format(path))
+        load(preset.format(path))
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
-def test_two_presets_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
+def test_presets_that_are_bases_of_each_other_are_refused(tmp_path: Path) -> None:
     a, b = tmp_path / "a.toml", tmp_path / "b.toml"
     a.write_text(f'base = "{b}"')
     b.write_text(f'base = "{a}"')
@@ -452,25 +471,25 @@ def test_two_presets_that_are_each_others_base_are_refused(tmp_path: Path) -> No
         load(str(a))
 
 
-def test_a_ladder_as_a_base_needs_a_step(tmp_path: Path) -> None:
+def test_a_base_must_name_one_step_of_a_ladder(tmp_path: Path) -> None:
     ladder = write(tmp_path, "ladder", LADDER)
     with pytest.raises(ConfigError, match="is a ladder; name one step"):
         load(write(tmp_path, "child", f'base = "{ladder}"'))
 
 
 @pytest.mark.parametrize("got", ["basline", "Baseline", "baseline2"])
-def test_an_unknown_preset_is_refused_with_the_nearest(got: str) -> None:
+def test_an_unknown_preset_is_refused_with_a_suggestion(got: str) -> None:
     with pytest.raises(ConfigError, match="did you mean 'baseline'"):
         load(got)
 
 
 @pytest.mark.parametrize("got", ["", "../presets/baseline", "/", "no/such.toml", ":", "baseline:x"])
-def test_no_path_slips_in_as_a_preset(got: str) -> None:
+def test_a_path_is_not_a_preset_name(got: str) -> None:
     with pytest.raises(ConfigError):
         load(got)
 
 
-# -- what follows from the fields
+# -- derived values
 
 
 @pytest.mark.parametrize(
@@ -487,7 +506,7 @@ def test_the_width_of_the_mlp(changes: dict[str, Any], width: int) -> None:
     assert default(**changes).ff_width == width
 
 
-def test_unset_fields_follow_the_others() -> None:
+def test_unset_fields_take_their_value_from_other_fields() -> None:
     cfg = default(dropout=0.3, resid_dropout=0.1)
     assert cfg.dropouts == (0.3, 0.3, 0.1)
     assert (cfg.kv_heads, default(n_kv_head=2).kv_heads, cfg.head_width, default(head_dim=32).head_width) == (
@@ -505,7 +524,7 @@ def test_unset_fields_follow_the_others() -> None:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Short runs of every schedule."""
+    """Generate plans of short runs with every kind of schedule."""
     fields = {
         name: draw(values(name))
         for name in ("schedule", "decay_shape", "warmup_frac", "decay_frac", "min_lr_frac", "wd_schedule")
@@ -521,7 +540,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plans())
-def test_the_learning_rate_stays_between_nothing_and_its_peak(plan: Plan) -> None:
+def test_the_learning_rate_stays_between_zero_and_its_peak(plan: Plan) -> None:
     factors = [plan.lr_factor(s) for s in range(plan.steps)]
     assert all(0 <= f <= 1 for f in factors)
     warm, flat = factors[: plan.warmup_steps], factors[plan.warmup_steps : plan.decay_start]
@@ -532,7 +551,7 @@ def test_the_learning_rate_stays_between_nothing_and_its_peak(plan: Plan) -> Non
     assert all(a >= b for a, b in itertools.pairwise(after))
     low = plan.cfg.min_lr_frac
     assert all(f >= low - 1e-12 for f in after)
-    # one step beyond the end the rate would be exactly what is left: the schedule spans the run and no more
+    # one step after the end the rate would be exactly the final one: the schedule spans the whole run
     if plan.cfg.schedule != "constant" and plan.decay_start < plan.steps:
         assert factors[plan.decay_start] == 1
         assert math.isclose(plan.lr_factor(plan.steps), low, abs_tol=1e-12)
@@ -552,7 +571,7 @@ def test_every_resolved_step_is_within_its_bounds(plan: Plan) -> None:
 
 
 @given(plans())
-def test_the_evaluations_are_at_both_ends_and_as_often_as_asked(plan: Plan) -> None:
+def test_evaluations_are_at_both_ends_and_as_frequent_as_configured(plan: Plan) -> None:
     steps = sorted(plan.eval_steps)
     assert steps[0] == 1
     assert steps[-1] == plan.steps
@@ -568,9 +587,9 @@ def test_the_evaluations_are_at_both_ends_and_as_often_as_asked(plan: Plan) -> N
 @pytest.mark.parametrize(
     ("shape", "half"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("quarter", 0.0)]
 )
-def test_the_weight_decay_falls_as_it_says(shape: str, half: float) -> None:
+def test_the_shapes_of_the_weight_decay(shape: str, half: float) -> None:
     fields = {"weight_decay": 0.1, "batch_size": 2, "block_size": 4, "epochs": 1}
-    if shape == "quarter":  # where linear and cosine part
+    if shape == "quarter":  # where linear and cosine differ
         linear, cosine = (
             Plan(default(wd_schedule=s, **fields), 8 * 40).at(10).weight_decay for s in ("linear", "cosine")
         )
@@ -582,8 +601,8 @@ def test_the_weight_decay_falls_as_it_says(shape: str, half: float) -> None:
         assert plan.at(20).weight_decay == pytest.approx(0.1 * half)
 
 
-def test_a_fall_does_not_begin_before_the_warm_up_ends() -> None:
-    """Both fractions may round up; the fall then gives way."""
+def test_the_decay_does_not_begin_before_the_warm_up_ends() -> None:
+    """Both fractions may be rounded up; then the decay is shorter."""
     plan = Plan(
         default(schedule="wsd", warmup_frac=0.3, decay_frac=0.7, batch_size=2, block_size=4, epochs=1), 8 * 5
     )
@@ -592,7 +611,7 @@ def test_a_fall_does_not_begin_before_the_warm_up_ends() -> None:
 
 
 @pytest.mark.parametrize("where", ["set", "file", "step", "scale"])
-def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
+def test_the_field_preset_cannot_be_set(tmp_path: Path, where: str) -> None:
     text = {
         "file": "preset = 'x'",
         "step": "[[steps]]\npreset = 'x'",
@@ -605,7 +624,7 @@ def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "meant"),
+    ("field", "suggestion"),
     [
         ("LR", "'lr'"),
         ("learning_rate", "'lr'"),
@@ -614,13 +633,13 @@ def test_a_preset_is_not_named_by_a_field(tmp_path: Path, where: str) -> None:
         ("growth", None),
     ],
 )
-def test_an_unknown_field_is_met_with_what_was_meant(field: str, meant: str | None) -> None:
+def test_an_unknown_field_is_refused_with_a_suggestion(field: str, suggestion: str | None) -> None:
     with pytest.raises(ConfigError) as e:
         load("baseline", [f"{field}=1"])
-    assert ("did you mean" in str(e.value)) == bool(meant) and (meant or "") in str(e.value)
+    assert ("did you mean" in str(e.value)) == bool(suggestion) and (suggestion or "") in str(e.value)
 
 
-def test_a_width_that_no_number_of_heads_fits_gets_a_width() -> None:
+def test_a_width_without_a_fitting_number_of_heads_is_refused_with_another_width() -> None:
     with pytest.raises(ConfigError, match="set d_model=64"):
         load("baseline", ["d_model=63", "n_head=2"])
 
@@ -630,12 +649,12 @@ def test_swa_averages_the_last_steps_evenly() -> None:
     assert (plan.steps, plan.swa_start) == (10, 5)
     assert [plan.average(s) for s in range(10)] == [1, 1, 1, 1, 1, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
     mean = 0.0
-    for s in range(10):  # the average of the step numbers 5..9, step by step
+    for s in range(10):  # compute the average of the step numbers 5..9 step by step
         mean += (s - mean) * plan.average(s)
     assert math.isclose(mean, 7)
 
 
-def test_ema_follows_closely_at_first_and_then_with_its_decay() -> None:
+def test_ema_follows_closely_at_first_and_later_with_its_decay() -> None:
     plan = Plan(default(ema=0.9, batch_size=2, block_size=4, epochs=7), 8 * 200 + 1)
     shares = [plan.average(s) for s in range(plan.steps)]
     assert shares[0] == 0.9
@@ -643,7 +662,7 @@ def test_ema_follows_closely_at_first_and_then_with_its_decay() -> None:
     assert all(a >= b for a, b in itertools.pairwise(shares))
 
 
-def test_the_aux_rate_follows_the_same_shape() -> None:
+def test_lr_aux_follows_the_same_schedule_as_lr() -> None:
     plan = Plan(default(lr=1.0, lr_aux=0.5, warmup_frac=0.2), 200_000)
     for s in range(0, plan.steps, 7):
         inputs = plan.at(s)
@@ -691,13 +710,13 @@ def op(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
 
 
 def fires() -> st.SearchStrategy[dict[str, Any]]:
-    """A trigger, within reach of a short run most of the time."""
+    """Generate triggers that mostly fire within a short run."""
     fracs = st.floats(0, 1, exclude_min=True, exclude_max=True)
     return st.one_of(st.integers(1, 60).map(lambda s: {"step": s}), fracs.map(lambda f: {"budget_frac": f}))
 
 
 def changes(*names: str) -> st.SearchStrategy[list[dict[str, Any]]]:
-    """Some ops in a row, of these names."""
+    """Generate lists of ops with these names."""
     kinds = {
         "set_lr": st.floats(1e-6, 1),
         "set_weight_decay": st.floats(0, 10),
@@ -725,20 +744,20 @@ SHORT: dict[str, Any] = {
 }
 
 
-def planned(train_tokens: int, found: list[dict[str, Any]], **fields: Any) -> Plan:
-    """A short plan with these ops, if there is one."""
+def planned(train_tokens: int, entries: list[dict[str, Any]], **fields: Any) -> Plan:
+    """Return a short plan with these ops. Reject the example if there is none."""
     try:
-        return Plan(default(**SHORT | fields, growth={"ops": found}), train_tokens)
+        return Plan(default(**SHORT | fields, growth={"ops": entries}), train_tokens)
     except ConfigError:
         assume(False)
         raise
 
 
 @given(st.integers(40, 250), changes(), st.sampled_from([0, 1, 3, 50]))
-def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(
-    train_tokens: int, found: list[dict[str, Any]], evals: int
+def test_a_run_with_ops_trains_exactly_its_budget(
+    train_tokens: int, entries: list[dict[str, Any]], evals: int
 ) -> None:
-    plan = planned(train_tokens, found, eval_per_epoch=evals)
+    plan = planned(train_tokens, entries, eval_per_epoch=evals)
     trained = list(itertools.accumulate((plan.at(s).batch_size * 4 for s in range(plan.steps)), initial=0))
     assert [plan.tokens(done) for done in range(plan.steps + 1)] == trained
     assert plan.budget == 2 * (train_tokens // 8) * 8
@@ -750,11 +769,11 @@ def test_a_run_that_changes_on_the_way_trains_its_budget_and_no_more(
 
 @given(st.integers(40, 250), changes())
 def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(
-    train_tokens: int, found: list[dict[str, Any]]
+    train_tokens: int, entries: list[dict[str, Any]]
 ) -> None:
-    plan = planned(train_tokens, found)
+    plan = planned(train_tokens, entries)
     assert plan.segments[0][1:] == (0, 0, 0, 0, 0, None)
-    for wanted, before, after in zip(found, plan.segments, plan.segments[1:], strict=False):
+    for wanted, before, after in zip(entries, plan.segments, plan.segments[1:], strict=False):
         assert before.first <= after.first < plan.steps
         assert (
             after.tokens
@@ -780,11 +799,11 @@ def test_an_op_fires_at_its_trigger_or_with_the_op_before_it(
     changes("set_lr", "set_weight_decay", "set_dropout"),
     st.sampled_from(["sequential", "shuffle_titles"]),
 )
-def test_ops_that_leave_the_batch_alone_move_nothing_else(
-    train_tokens: int, found: list[dict[str, Any]], order: str
+def test_ops_that_keep_the_batch_size_change_no_step_positions(
+    train_tokens: int, entries: list[dict[str, Any]], order: str
 ) -> None:
     plan, plain = (
-        planned(train_tokens, found, order=order),
+        planned(train_tokens, entries, order=order),
         Plan(default(**SHORT | {"order": order}), train_tokens),
     )
     assert (plan.steps, plan.budget, plan.eval_steps) == (plain.steps, plain.budget, plain.eval_steps)
@@ -801,29 +820,29 @@ def test_ops_that_leave_the_batch_alone_move_nothing_else(
         )
 
 
-def test_ops_that_set_what_is_set_change_nothing() -> None:
+def test_ops_that_set_the_current_values_change_nothing() -> None:
     names = ("lr", "weight_decay", "dropout", "batch_size")
     same = [op(f"set_{name}", SHORT[name], step=step) for step, name in enumerate(names, start=2)]
     plan, plain = planned(200, same), planned(200, [])
     assert [plan.at(s) for s in range(plan.steps)] == [plain.at(s) for s in range(plain.steps)]
 
 
-def test_a_schedule_by_hand() -> None:
-    """400 tokens, 8 a step, 2 epochs: 100 steps. The batch doubles at half of the tokens, then the rate falls, then nothing drops."""
-    found = [
+def test_a_schedule_computed_by_hand() -> None:
+    """400 tokens, 8 per step, 2 epochs: 100 steps. The ops double the batch size and end the dropout."""
+    entries = [
         op("set_batch_size", 4, budget_frac=0.5),
         op("set_lr", 0.25, budget_frac=0.75),
-        op("set_dropout", 0.0, step=3),  # due long ago: it waits for the ones before it
+        op("set_dropout", 0.0, step=3),  # due long before, but it waits for the ops before it
     ]
     plan = Plan(
-        default(**SHORT | {"growth": {"ops": found}, "schedule": "constant", "eval_per_epoch": 1}), 400
+        default(**SHORT | {"growth": {"ops": entries}, "schedule": "constant", "eval_per_epoch": 1}), 400
     )
     assert [(s.first, s.tokens) for s in plan.segments] == [(0, 0), (50, 400), (62, 592), (62, 592)]
     assert plan.steps == 75 and plan.tokens(75) == 800
     assert [(plan.at(s).batch_size, plan.at(s).lr, plan.at(s).dropout) for s in (49, 50, 61, 62)] == [
         (2, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.25, 0.0),
     ]  # fmt: skip
-    assert plan.eval_steps == {1, 50, 75}  # an epoch is 50 steps, then 25
+    assert plan.eval_steps == {1, 50, 75}  # an epoch has 50 steps, later 25
     assert {50, 62} <= set(plan.breaks)
     assert (
         plan.table()["growth"]
@@ -849,7 +868,7 @@ def test_an_op_fires_within_the_budget_or_is_refused() -> None:
         assert all(word in str(e.value) for word in words), str(e.value)
     with pytest.raises(
         ConfigError, match=r"growth: ops\[0\] 'set_batch_size' .*after step 99.*has 100 steps"
-    ):  # a larger step does not fit
+    ):  # a step of the larger batch does not fit
         Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 4, step=99)]}}), 400)
     assert Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 1, step=99)]}}), 400).steps == 101
 
@@ -861,7 +880,7 @@ TOML = '[[ops]]\nname = "set_lr"\nvalue = 0.25\ntrigger = { budget_frac = 0.5 }\
 @pytest.mark.parametrize(
     "how", ["inline", "json text", "yaml text", "toml file", "json file", "yaml file", "yml file", "preset"]
 )
-def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
+def test_all_ways_to_pass_a_schedule_give_the_same_config(how: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(TOML)
     (tmp_path / "mine.json").write_text(json.dumps({"ops": [ONE]}))
     yaml = "ops:\n- name: set_lr\n  value: 25e-2\n  trigger: {budget_frac: 0.5}\n"
@@ -887,21 +906,28 @@ def test_a_schedule_is_given_in_many_ways(how: str, tmp_path: Path) -> None:
 
 
 GOOD = op("set_lr", 0.1, step=5)
-# a few of each kind: test_growth_schedule.py has them all, word for word
+# a few of each kind; tests/data/growth_faults.txt has all of them
 FAULTY: list[tuple[Any, list[str]]] = [
-    (3, ["growth: 3 is no schedule", "{ ops = ["]),
-    (True, ["growth: True is no schedule", "{ ops = ["]),
-    ([GOOD], ["growth: ops[0] 'set_lr'", "'trigger' is a key of version 2", "no trigger_loss", "{ version = 2, ops = [...] }"]),
-    ({"opps": [GOOD]}, ["growth: unknown key 'opps'", "did you mean 'ops'", "allowed: version, seed, defaults, ops"]),
+    (3, ["growth: 3 is not a schedule", "{ ops = ["]),
+    (True, ["growth: True is not a schedule", "{ ops = ["]),
+    ([GOOD], ["growth: ops[0] 'set_lr'", "'trigger' is a key of version 2", "trigger_loss is missing",
+        "{ version = 2, ops = [...] }"]),
+    ({"opps": [GOOD]}, ["growth: unknown key 'opps'", "did you mean 'ops'",
+        "allowed: version, seed, defaults, ops"]),
     ({"version": 1}, ["growth: version=1", "write 2"]),
     ({"ops": 3}, ["growth: ops=3", "a list of { name, value, trigger }"]),
     ({"ops": [GOOD, 5]}, ["growth: ops[1]=5", "{ name, value, trigger }"]),
-    ({"ops": [{**GOOD, "name": "set_lrr"}]}, ["growth: ops[0] 'set_lrr': unknown op", "did you mean 'set_lr'", "set_grad_accum"]),
-    ({"ops": [{**GOOD, "name": "deepen"}]}, ["growth: ops[0] 'deepen': unknown op", "set_lr", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "name": "set_lrr"}]},
+        ["growth: ops[0] 'set_lrr': unknown op", "did you mean 'set_lr'", "set_grad_accum"]),
+    ({"ops": [{**GOOD, "name": "deepen"}]},
+        ["growth: ops[0] 'deepen': unknown op", "set_lr", "set_grad_accum"]),
     ({"ops": [{**GOOD, "name": None}]}, ["growth: ops[0]: unknown op None", "set_lr", "set_grad_accum"]),
-    ({"ops": [{**GOOD, "valu": 3}]}, ["growth: ops[0] 'set_lr': unknown key 'valu'", "did you mean 'value'", "allowed: id, name"]),
-    ({"ops": [{"name": "set_lr", "value": 0.1}]}, ["growth: ops[0] 'set_lr': no trigger", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]}, ["growth: ops[0] 'set_lr': no value", "a finite number"]),
+    ({"ops": [{**GOOD, "valu": 3}]}, ["growth: ops[0] 'set_lr': unknown key 'valu'", "did you mean 'value'",
+        "allowed: id, name"]),
+    ({"ops": [{"name": "set_lr", "value": 0.1}]},
+        ["growth: ops[0] 'set_lr': the trigger is missing", "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{"name": "set_lr", "trigger": {"step": 5}}]},
+        ["growth: ops[0] 'set_lr': the value is missing", "a finite number"]),
     ({"ops": [{**GOOD, "value": "0.1"}]}, ["ops[0] 'set_lr': value='0.1'", "a finite number"]),
     ({"ops": [{**GOOD, "value": True}]}, ["ops[0] 'set_lr': value=True", "a finite number"]),
     ({"ops": [{**GOOD, "value": math.nan}]}, ["ops[0] 'set_lr': value=nan", "a finite number"]),
@@ -911,9 +937,12 @@ FAULTY: list[tuple[Any, list[str]]] = [
     ({"ops": [op("set_batch_size", 4.5, step=5)]}, ["ops[0] 'set_batch_size': batch_size=4.5", "integer"]),
     ({"ops": [op("set_dropout", 1.0, step=5)]}, ["ops[0] 'set_dropout': dropout=1", "less than 1"]),
     ({"ops": [op("set_weight_decay", -0.1, step=5)]}, ["ops[0] 'set_weight_decay': weight_decay=-0.1"]),
-    ({"ops": [{**GOOD, "trigger": 5}]}, ["ops[0] 'set_lr': trigger=5", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [{**GOOD, "trigger": {}}]}, ["ops[0] 'set_lr': trigger", "got none", "{ step = N } or { budget_frac = F }"]),
-    ({"ops": [op("set_lr", 0.1, step=5, budget_frac=0.5)]}, ["ops[0] 'set_lr': trigger", "got step and budget_frac", "{ any = ["]),
+    ({"ops": [{**GOOD, "trigger": 5}]}, ["ops[0] 'set_lr': trigger=5",
+        "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [{**GOOD, "trigger": {}}]}, ["ops[0] 'set_lr': trigger", "got none",
+        "{ step = N } or { budget_frac = F }"]),
+    ({"ops": [op("set_lr", 0.1, step=5, budget_frac=0.5)]},
+        ["ops[0] 'set_lr': trigger", "got step and budget_frac", "{ any = ["]),
     ({"ops": [op("set_lr", 0.1, steps=5)]}, ["unknown key trigger.steps", "did you mean 'step'"]),
     ({"ops": [op("set_lr", 0.1, step=0)]}, ["trigger.step=0", "1 or more"]),
     ({"ops": [op("set_lr", 0.1, step=2.5)]}, ["trigger.step=2.5", "a whole number"]),
@@ -922,13 +951,15 @@ FAULTY: list[tuple[Any, list[str]]] = [
     ({"ops": [op("set_lr", 0.1, budget_frac=1.5)]}, ["trigger.budget_frac=1.5", "above 0 and below 1"]),
     ({"ops": [op("set_lr", 0.1, budget_frac=math.nan)]}, ["trigger.budget_frac=nan", "above 0 and below 1"]),
     ({"ops": [op("set_lr", 0.1, budget_frac="half")]}, ["trigger.budget_frac='half'", "above 0 and below 1"]),
-    ({"ops": [GOOD, op("set_grad_accum", 3, step=9)]}, ["ops[1] 'set_grad_accum': grad_accum=3", "batch_size=64", "set a divisor"]),
-    ({"ops": [op("set_grad_accum", 4, step=5), op("set_batch_size", 2, step=9)]}, ["ops[1] 'set_batch_size'", "batch_size=2"]),
+    ({"ops": [GOOD, op("set_grad_accum", 3, step=9)]},
+        ["ops[1] 'set_grad_accum': grad_accum=3", "batch_size=64", "set a divisor"]),
+    ({"ops": [op("set_grad_accum", 4, step=5), op("set_batch_size", 2, step=9)]},
+        ["ops[1] 'set_batch_size'", "batch_size=2"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("growth", "words"), FAULTY)
-def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(
+def test_a_faulty_schedule_is_refused_with_the_place_and_the_allowed_values(
     growth: Any, words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as e:
@@ -937,7 +968,7 @@ def test_a_faulty_schedule_is_refused_with_its_place_and_what_is_allowed(
     assert all(line.startswith("growth: ") for line in str(e.value).splitlines()), "one fault, one line"
 
 
-def test_dropout_cannot_go_where_r_drop_needs_it() -> None:
+def test_an_op_cannot_remove_the_dropout_that_rdrop_needs() -> None:
     with pytest.raises(ConfigError) as e:
         default(rdrop=0.5, dropout=0.1, growth={"ops": [GOOD, op("set_dropout", 0.0, step=9)]})
     assert all(
@@ -946,7 +977,7 @@ def test_dropout_cannot_go_where_r_drop_needs_it() -> None:
     )
 
 
-def test_every_fault_of_a_schedule_is_named_at_once() -> None:
+def test_all_faults_of_a_schedule_are_reported_together() -> None:
     bad = {"ops": [{**GOOD, "name": "grow"}, op("set_lr", "x", step=0)], "steps": 3}
     with pytest.raises(ConfigError) as e:
         default(growth=bad)
@@ -967,19 +998,21 @@ def test_every_fault_of_a_schedule_is_named_at_once() -> None:
     [
         ("gone.toml", None, ["gone.toml", "cannot be read", "No such file", "give the path"]),
         ("folder.toml", ..., ["folder.toml", "cannot be read", "give the path"]),
-        ("mine.yaml", "ops: [", ["mine.yaml", "not valid YAML", "line 1", "mend the file"]),
-        ("mine.yml", "[1", ["mine.yml", "not valid YAML", "mend the file"]),
-        ("mine.txt", "ops: []", ["mine.txt", "no schedule", ".yml or .toml"]),
-        ("mine", "", ["no schedule", ".yml or .toml"]),
-        ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "mend the file"]),
+        ("mine.yaml", "ops: [", ["mine.yaml", "not valid YAML", "line 1", "fix the file"]),
+        ("mine.yml", "[1", ["mine.yml", "not valid YAML", "fix the file"]),
+        ("mine.txt", "ops: []", ["mine.txt", "not a schedule", ".yml or .toml"]),
+        ("mine", "", ["not a schedule", ".yml or .toml"]),
+        ("mine.toml", "[[ops]", ["mine.toml", "not valid TOML", "line 1", "fix the file"]),
         ("mine.toml", "\xff", ["mine.toml", "is not UTF-8", "save the file as UTF-8"]),
-        ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "mend the file"]),
-        ("mine.json", "3", ["growth: 3 is no schedule", "{ ops = ["]),
-        ("mine.json", '{"ops": [{"name": "set_lr", "value": NaN, "trigger": {"step": 1}}]}', ["value=nan", "a finite number"]),
-        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1', ["growth: ops[0] 'set_lr': no trigger"]),
+        ("mine.json", '{"ops": [', ["mine.json", "not valid JSON", "line 1", "fix the file"]),
+        ("mine.json", "3", ["growth: 3 is not a schedule", "{ ops = ["]),
+        ("mine.json", '{"ops": [{"name": "set_lr", "value": NaN, "trigger": {"step": 1}}]}',
+            ["value=nan", "a finite number"]),
+        ("mine.toml", '[[ops]]\nname = "set_lr"\nvalue = 0.1',
+            ["growth: ops[0] 'set_lr': the trigger is missing"]),
     ],
 )  # fmt: skip
-def test_a_file_that_holds_no_schedule_is_refused_by_its_name(
+def test_a_file_without_a_schedule_is_refused_with_its_name(
     tmp_path: Path, name: str, text: Any, words: list[str]
 ) -> None:
     path = tmp_path / name
@@ -993,11 +1026,11 @@ def test_a_file_that_holds_no_schedule_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize("text", ['{"ops": [', "{ ops = [", '{ ops = [{ name = "set_lr" value = 1 }] }'])
-def test_a_schedule_that_is_written_wrong_is_no_file_to_mend(text: str) -> None:
+def test_a_malformed_inline_schedule_is_not_reported_as_a_file(text: str) -> None:
     with pytest.raises(ConfigError, match="neither TOML, JSON nor YAML") as e:
         load("baseline", [f"growth={text}"])
     assert (
         text in str(e.value)
         and "write { ops = [{ name, value, trigger }, ...] }" in str(e.value)
-        and "mend" not in str(e.value)
+        and "fix the file" not in str(e.value)
     )

@@ -1,4 +1,4 @@
-"""Every number of a config, and of the plan it resolves to, written out by hand: bounds, defaults, rates, steps, places, messages."""
+"""Every number of a config and of its plan, written by hand: bounds, defaults, rates, steps and messages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pydantic import ValidationError
 from mainrun import config
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
+from mainrun.plan import recipes
 from mainrun.plan.ops import ARCHITECTURE
-from mainrun.plan.plan import Plan, Segment
+from mainrun.plan.plan import Decision, Plan, Segment
 from mainrun.plan.recipes import load, parse_set
 
 INF = math.inf
 
 
 def refusals(**fields: Any) -> str:
-    """What is said about the fields, empty when there is such a config."""
+    """Return the message about the fields, or an empty text if they are allowed."""
     try:
         from_dict(fields)
     except ConfigError as e:
@@ -38,7 +39,7 @@ def below(value: Any) -> Any:
     return value - 1 if isinstance(value, int) else math.nextafter(value, -INF)
 
 
-# -- the fields: class, default, smallest and largest allowed value
+# -- fields: class, default, smallest and largest allowed value
 
 BELOW_1 = 1 - 2**-53  # the largest float below 1
 ABOVE_0 = 5e-324  # the smallest float above 0
@@ -95,7 +96,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("log_every", "inert", 1, 1, 1_000_000),
     ("checkpoint_every", "inert", 0, 0, 1_000_000_000),
 ]
-CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all that is allowed
+CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all allowed values
     ("device", "static", "auto", ["auto", "cpu", "cuda"]),
     ("dtype", "static", "float32", ["float32", "bfloat16"]),
     ("compile", "static", "auto", ["auto", "on", "off"]),
@@ -130,7 +131,7 @@ OTHERS: list[tuple[str, str, Any]] = [
 ]
 
 
-def test_the_rows_hold_every_field_once() -> None:
+def test_every_field_has_one_row() -> None:
     names = [row[0] for row in (*NUMBERS, *CHOICES, *OTHERS)]
     assert sorted(names) == sorted(TrainConfig.model_fields)
 
@@ -142,8 +143,8 @@ def test_class_and_default(field: str, kind: str, default: Any) -> None:
 
 
 @pytest.mark.parametrize(("field", "lowest", "highest"), [(row[0], *row[3:]) for row in NUMBERS])
-def test_the_last_allowed_and_the_first_refused_value(field: str, lowest: Any, highest: Any) -> None:
-    # with other fields an edge may not fit together; then the message is another one
+def test_the_smallest_and_largest_allowed_values(field: str, lowest: Any, highest: Any) -> None:
+    # a bound may conflict with another field; then the message is a different one
     for value in (lowest, highest):
         assert f"{field}={value!r} is not allowed" not in refusals(**{field: value})
     for value in (below(lowest), above(highest)):
@@ -160,11 +161,11 @@ def test_the_choices(field: str, allowed: list[Any]) -> None:
 
 @pytest.mark.parametrize("field", ["lr", "clip", "rope_theta", "min_lr_frac", "attn_dropout"])
 @pytest.mark.parametrize("value", [INF, -INF, math.nan])
-def test_a_number_is_finite(field: str, value: float) -> None:
+def test_numbers_must_be_finite(field: str, value: float) -> None:
     assert f"{field}={value!r} is not allowed: input should be a finite number" in refusals(**{field: value})
 
 
-def test_a_config_cannot_be_changed_and_takes_no_other_field() -> None:
+def test_a_config_is_immutable_strict_and_has_a_schema() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         from_dict({}).lr = 1.0
     assert "lr='0.5' is not allowed" in refusals(lr="0.5")
@@ -176,19 +177,22 @@ def test_a_config_cannot_be_changed_and_takes_no_other_field() -> None:
     ("layers", "ok"),
     [([], True), ([0], True), ([0, 5], True), ((1, 2), True), ([6], False), ([0, 0], False), ([2, 1], False)],
 )
-def test_frozen_layers_exist_and_stand_in_order(layers: Any, ok: bool) -> None:
-    said = refusals(frozen=layers)
-    assert (not said) == ok
+def test_frozen_layers_must_exist_and_be_in_order(layers: Any, ok: bool) -> None:
+    message = refusals(frozen=layers)
+    assert (not message) == ok
     if not ok:
-        assert f"frozen={list(layers)} of n_layer=6; write some of 0..5, each once, in order" == said
+        assert (
+            f"frozen={list(layers)} is not allowed with n_layer=6; list layers of 0..5, each once, in order"
+            == message
+        )
 
 
 @pytest.mark.parametrize("layers", [[-1], [1.0], ["1"], [True]])
-def test_a_frozen_layer_is_a_whole_number(layers: Any) -> None:
+def test_a_frozen_layer_must_be_a_whole_number(layers: Any) -> None:
     assert refusals(frozen=layers).startswith("frozen=")
 
 
-# -- fields that must fit together: the smallest violation, its message, and the neighbour that passes
+# -- conflicting fields: the smallest violation, its message, and an allowed config next to it
 
 OPS = {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"step": 5}}]}
 ROPE_ODD = {"position": "rope", "d_model": 24}
@@ -240,27 +244,28 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"experts": 2, "top_k": 3},
-        "top_k=3 of experts=2; lower top_k, or set experts=0 for a dense MLP",
+        "top_k=3 is larger than experts=2; lower top_k, or set experts=0 for a dense MLP",
         {"experts": 3, "top_k": 3},
     ),
     (
         {"experts": 1},
-        "top_k=2 of experts=1; lower top_k, or set experts=0 for a dense MLP",
+        "top_k=2 is larger than experts=1; lower top_k, or set experts=0 for a dense MLP",
         {"experts": 0, "top_k": 9},
     ),
     (
         {"max_steps": 1, "growth": OPS},
-        "max_steps=1 with growth; set max_steps=0: a schedule of growth is laid out over the epochs",
+        "max_steps=1 cannot be combined with growth; "
+        "set max_steps=0: a growth schedule is laid out over the epochs",
         {"growth": OPS},
     ),
     (
         {"grad_accum": 3},
-        "grad_accum=3 does not divide batch_size=64; set a divisor: it cuts the batch",
+        "grad_accum=3 does not divide batch_size=64; set a divisor of batch_size",
         {"grad_accum": 64},
     ),
     (
         {"ema": 0.5, "swa": 0.25},
-        "ema=0.5 and swa=0.25 are both on; set one of them to 0: one average is scored",
+        "ema=0.5 and swa=0.25 are both on; set one of them to 0: only one average is scored",
         {"swa": 0.25},
     ),
     (
@@ -270,27 +275,29 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"rdrop": 0.5, "dropout": 0.1, "attn_dropout": 0.0, "resid_dropout": 0.0, "unused_ids": 1},
-        "unused_ids=1 with rdrop=0.5; set one of them to 0: what has no chance cannot be given a share",
+        "unused_ids=1 with rdrop=0.5; "
+        "set one of them to 0: unused ids have probability 0, so the loss would be infinite",
         {"rdrop": 0.5, "attn_dropout": 0.1},
     ),
     (
         {"label_smoothing": 0.1, "unused_ids": 1},
-        "unused_ids=1 with label_smoothing=0.1; set one of them to 0: what has no chance cannot be given a share",
+        "unused_ids=1 with label_smoothing=0.1; "
+        "set one of them to 0: unused ids have probability 0, so the loss would be infinite",
         {"unused_ids": 1},
     ),
     (
         {"schedule": "wsd", "warmup_frac": 0.75, "decay_frac": 0.5},
-        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum may be at most 1",
+        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum must be at most 1",
         {"schedule": "wsd", "warmup_frac": 0.5, "decay_frac": 0.5},
     ),
     (
         {"schedule": "wsd", "warmup_frac": 0.75, "decay_frac": 0.5},
-        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum may be at most 1",
+        "warmup_frac=0.75 and decay_frac=0.5 overlap; their sum must be at most 1",
         {"schedule": "cosine", "warmup_frac": 0.75, "decay_frac": 0.5},
     ),
     (
         {"schedule": "wsd", "warmup_frac": 1.0},
-        "warmup_frac=1.0 and decay_frac=0.2 overlap; their sum may be at most 1",
+        "warmup_frac=1.0 and decay_frac=0.2 overlap; their sum must be at most 1",
         {"warmup_frac": 1.0},
     ),
 ]
@@ -311,8 +318,10 @@ CORPORA = "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml"
 PAIRS += [
     ({"corpus": text}, f"corpus={text!r}; {CORPORA}", {"corpus": good})
     for text, good in [
-        ("wiki", "synthetic"), ("file", "file:a"), ("file:", "file:a#b"), ("mix:", "mix:a.toml"), ("mix", "mix:a.toml"),
-        ("hn:a", "hn"), ("hn-2025:a", "hn-2025"), ("synthetic:a", "synthetic"), ("wiki:a", "file:a"), ("", "hn"),
+        ("wiki", "synthetic"), ("file", "file:a"), ("file:", "file:a#b"), ("mix:", "mix:a.toml"),
+        ("mix", "mix:a.toml"),
+        ("hn:a", "hn"), ("hn-2025:a", "hn-2025"), ("synthetic:a", "synthetic"), ("wiki:a", "file:a"),
+        ("", "hn"),
     ]
 ]  # fmt: skip
 
@@ -320,25 +329,25 @@ PAIRS += [
 @pytest.mark.parametrize(
     ("bad", "words", "good"), PAIRS, ids=[",".join(f"{k}={v}" for k, v in bad.items()) for bad, _, _ in PAIRS]
 )
-def test_fields_that_do_not_fit_together(bad: dict[str, Any], words: str, good: dict[str, Any]) -> None:
+def test_conflicting_fields(bad: dict[str, Any], words: str, good: dict[str, Any]) -> None:
     assert refusals(**bad) == words
     assert not refusals(**good)
 
 
-def test_a_change_keeps_the_rest_and_leaves_growth_behind() -> None:
+def test_changed_keeps_the_other_fields_and_removes_growth() -> None:
     cfg = from_dict({"lr": 0.5, "growth": OPS})
     other = cfg.changed(seed=5, dropout=0.25)
     assert (other.lr, other.seed, other.dropout, other.growth.ops) == (0.5, 5, 0.25, ())
     with pytest.raises(ValueError) as e:
         cfg.changed(lr=-1.0, clip=-2.0)
-    assert "(lr: peak learning rate (muon: of the matrices)); clip=-2.0 is not allowed" in str(e.value)
+    assert "(lr: peak learning rate (muon: of the matrices only)); clip=-2.0 is not allowed" in str(e.value)
 
 
-def test_the_phases_are_the_config_and_one_more_for_each_op() -> None:
+def test_segment_configs_have_the_config_and_one_more_per_op() -> None:
     assert [phase.lr for phase in from_dict({"lr": 0.5, "growth": OPS}).segment_configs] == [0.5, 0.01]
 
 
-# -- what follows from the fields
+# -- derived values
 
 
 @pytest.mark.parametrize(
@@ -365,11 +374,11 @@ def test_the_phases_are_the_config_and_one_more_for_each_op() -> None:
         ({"official_geometry": "7x11"}, "geometry", (7, 11)),
     ],
 )
-def test_what_follows_from_the_fields(fields: dict[str, Any], name: str, value: Any) -> None:
+def test_derived_values(fields: dict[str, Any], name: str, value: Any) -> None:
     assert getattr(from_dict(fields), name) == value
 
 
-def test_the_digest_is_the_hash_of_the_sorted_fields_but_the_name() -> None:
+def test_the_digest_is_the_hash_of_the_sorted_fields_without_the_preset_name() -> None:
     fields = {"b": 1, "preset": "x", "a": [2]}
     assert config.digest_of(fields) == hashlib.sha256(b'{"a": [2], "b": 1}').hexdigest()
     assert config.digest_of(fields | {"preset": "y"}) == config.digest_of(fields)
@@ -383,12 +392,12 @@ def test_the_task_has_the_public_numbers() -> None:
     assert config.MIN_COVERAGE == 0.97
 
 
-# -- the plan: 8 tokens a step, 81 tokens, so 10 steps an epoch
+# -- the plan: 81 tokens, 8 per step, 10 steps per epoch
 
 SMALL: dict[str, Any] = {"block_size": 4, "batch_size": 2, "epochs": 1}
 
 
-def plan(train_tokens: int = 81, fired: tuple[int, ...] = (), **fields: Any) -> Plan:
+def make_plan(train_tokens: int = 81, fired: tuple[int, ...] = (), **fields: Any) -> Plan:
     return Plan(from_dict(SMALL | fields), train_tokens, fired)
 
 
@@ -410,7 +419,7 @@ def cosine(progress: float) -> float:
         ({"warmup_iters": 4, "warmup_frac": 0.9}, [0.25, 0.5, 0.75, 1.0, *(cosine(s / 6) for s in range(6))]),
         ({"warmup_iters": 20}, [s / 20 for s in range(1, 11)]),
         ({"warmup_frac": 1.0}, [s / 10 for s in range(1, 11)]),
-        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step is none
+        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step is rounded to none
         ({"warmup_frac": 0.06}, [1.0, *(cosine(s / 9) for s in range(9))]),
         ({"schedule": "constant"}, [1.0] * 10),
         ({"schedule": "constant", "warmup_frac": 0.3, "min_lr_frac": 0.1}, [1 / 3, 2 / 3, *[1.0] * 8]),
@@ -436,23 +445,21 @@ def cosine(progress: float) -> float:
             [*(s / 8 for s in range(1, 9)), 1.0, 0.5],
         ),
         ({"max_steps": 4}, [cosine(s / 4) for s in range(4)]),
-        ({"max_steps": 40}, [cosine(s / 10) for s in range(10)]),  # it never lengthens a run
+        ({"max_steps": 40}, [cosine(s / 10) for s in range(10)]),  # max_steps never makes a run longer
     ],
 )
 def test_the_learning_rate_step_by_step(fields: dict[str, Any], factors: list[float]) -> None:
-    found = plan(lr=0.5, lr_aux=0.25, **fields)
-    assert found.steps == len(factors)
-    assert [found.lr_factor(s) for s in range(found.steps)] == pytest.approx(factors, abs=1e-12)
-    assert [found.at(s).lr for s in range(found.steps)] == pytest.approx(
-        [0.5 * f for f in factors], abs=1e-12
-    )
-    assert [found.at(s).lr_aux for s in range(found.steps)] == pytest.approx(
+    plan = make_plan(lr=0.5, lr_aux=0.25, **fields)
+    assert plan.steps == len(factors)
+    assert [plan.lr_factor(s) for s in range(plan.steps)] == pytest.approx(factors, abs=1e-12)
+    assert [plan.at(s).lr for s in range(plan.steps)] == pytest.approx([0.5 * f for f in factors], abs=1e-12)
+    assert [plan.at(s).lr_aux for s in range(plan.steps)] == pytest.approx(
         [0.25 * f for f in factors], abs=1e-12
     )
 
 
-def test_without_a_rate_of_their_own_the_tables_have_the_others() -> None:
-    assert plan(lr=0.5).at(3).lr_aux == plan(lr=0.5).at(3).lr > 0
+def test_lr_aux_defaults_to_lr() -> None:
+    assert make_plan(lr=0.5).at(3).lr_aux == make_plan(lr=0.5).at(3).lr > 0
 
 
 @pytest.mark.parametrize(
@@ -464,12 +471,12 @@ def test_without_a_rate_of_their_own_the_tables_have_the_others() -> None:
     ],
 )
 def test_the_weight_decay_step_by_step(shape: str, shares: list[float]) -> None:
-    found = plan(weight_decay=0.5, wd_schedule=shape)
-    assert [found.at(s).weight_decay for s in range(10)] == pytest.approx([0.5 * share for share in shares])
+    plan = make_plan(weight_decay=0.5, wd_schedule=shape)
+    assert [plan.at(s).weight_decay for s in range(10)] == pytest.approx([0.5 * share for share in shares])
 
 
 @pytest.mark.parametrize(
-    ("asked", "used"),
+    ("wanted", "used"),
     [
         (0.0, 0),
         (1e-9, 1),
@@ -484,17 +491,18 @@ def test_the_weight_decay_step_by_step(shape: str, shares: list[float]) -> None:
         (BELOW_1, 255),
     ],
 )
-def test_a_dropout_is_a_whole_256th(asked: float, used: int) -> None:
-    inputs = plan(dropout=asked, attn_dropout=0.5, resid_dropout=0.25).at(0)
+def test_dropout_is_rounded_to_256ths(wanted: float, used: int) -> None:
+    inputs = make_plan(dropout=wanted, attn_dropout=0.5, resid_dropout=0.25).at(0)
     assert (inputs.dropout, inputs.attn_dropout, inputs.resid_dropout) == (used / 256, 0.5, 0.25)
 
 
-def test_a_step_takes_what_the_config_says() -> None:
-    inputs = plan(grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25).at(
-        0
-    )
+def test_the_inputs_of_a_step() -> None:
+    inputs = make_plan(
+        grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25
+    ).at(0)
     assert inputs._asdict() == {
-        "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5, "resid_dropout": 0.5, "batch_size": 2,
+        "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5,
+        "resid_dropout": 0.5, "batch_size": 2,
         "grad_accum": 2, "rdrop": 0.75, "label_smoothing": 0.125, "average": 1.0,
     }  # fmt: skip
 
@@ -510,12 +518,12 @@ def test_a_step_takes_what_the_config_says() -> None:
         ({"swa": 0.01}, 10, [1.0] * 10),
     ],
 )
-def test_the_share_of_the_new_weights_in_the_average(
+def test_the_weight_of_the_new_parameters_in_the_average(
     fields: dict[str, Any], start: int, shares: list[float]
 ) -> None:
-    found = plan(**fields)
-    assert found.swa_start == start
-    assert [found.at(s).average for s in range(10)] == pytest.approx(shares)
+    plan = make_plan(**fields)
+    assert plan.swa_start == start
+    assert [plan.at(s).average for s in range(10)] == pytest.approx(shares)
 
 
 @pytest.mark.parametrize(
@@ -534,28 +542,29 @@ def test_the_share_of_the_new_weights_in_the_average(
 def test_the_number_of_steps(
     tokens: int, fields: dict[str, Any], per_epoch: int, steps: int, budget: int
 ) -> None:
-    found = plan(tokens, **fields)
-    assert (found.train_tokens, found.steps_per_epoch, found.steps, found.budget) == (
+    plan = make_plan(tokens, **fields)
+    assert (plan.train_tokens, plan.steps_per_epoch, plan.steps, plan.budget) == (
         tokens,
         per_epoch,
         steps,
         budget,
     )
-    assert [found.tokens(done) for done in (0, 1, steps)] == [0, 8, 8 * steps]
-    assert found.checkpoint_every == per_epoch
-    assert plan(tokens, checkpoint_every=3, **fields).checkpoint_every == 3
+    assert [plan.tokens(done) for done in (0, 1, steps)] == [0, 8, 8 * steps]
+    assert plan.checkpoint_every == per_epoch
+    assert make_plan(tokens, checkpoint_every=3, **fields).checkpoint_every == 3
 
 
-def test_one_step_must_fit() -> None:
+def test_train_must_have_enough_tokens_for_one_step() -> None:
     with pytest.raises(ConfigError) as e:
-        plan(8)
+        make_plan(8)
     assert str(e.value) == (
-        "train has 8 tokens, but one step takes batch_size*block_size+1 = 9; lower batch_size or block_size, or raise num_titles"
+        "train has 8 tokens, but one step takes batch_size*block_size+1 = 9; "
+        "lower batch_size or block_size, or raise num_titles"
     )
     with pytest.raises(
         ConfigError, match=r"train has 1,024 tokens, but one step takes batch_size\*block_size\+1 = 1,025;"
     ):
-        plan(1024, growth={"ops": [op("set_batch_size", 256, step=5)]})
+        make_plan(1024, growth={"ops": [op("set_batch_size", 256, step=5)]})
 
 
 @pytest.mark.parametrize(
@@ -574,10 +583,10 @@ def test_one_step_must_fit() -> None:
         ({"eval_interval": 1}, set(range(1, 21))),
     ],
 )
-def test_the_evaluations(fields: dict[str, Any], steps: set[int]) -> None:
-    found = plan(epochs=2, **fields)
-    assert found.eval_steps == steps
-    assert found.table()["evaluations"] == len(steps)
+def test_the_steps_with_an_evaluation(fields: dict[str, Any], steps: set[int]) -> None:
+    plan = make_plan(epochs=2, **fields)
+    assert plan.eval_steps == steps
+    assert plan.table()["evaluations"] == len(steps)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +594,7 @@ def test_the_evaluations(fields: dict[str, Any], steps: set[int]) -> None:
     [
         ({"schedule": "constant"}, []),
         ({"schedule": "constant", "warmup_iters": 3}, [3]),
-        ({}, [1]),  # the first step of a cosine's fall has the peak rate still
+        ({}, [1]),  # the first step of a cosine decay still has the peak rate
         ({"warmup_iters": 3}, [3, 4]),
         ({"schedule": "wsd", "decay_frac": 0.5}, [6]),
         ({"schedule": "wsd", "decay_frac": 0.5, "warmup_frac": 0.5}, [5, 6]),
@@ -602,12 +611,12 @@ def test_the_evaluations(fields: dict[str, Any], steps: set[int]) -> None:
         ),
     ],
 )
-def test_where_another_config_may_part(fields: dict[str, Any], steps: list[int]) -> None:
-    assert plan(**fields).breaks == steps
+def test_breaks(fields: dict[str, Any], steps: list[int]) -> None:
+    assert make_plan(**fields).breaks == steps
 
 
 def test_the_resolved_table() -> None:
-    found = plan(
+    plan = make_plan(
         epochs=2,
         schedule="wsd",
         decay_frac=0.25,
@@ -618,18 +627,22 @@ def test_the_resolved_table() -> None:
         n_kv_head=4,
     )
     inputs = {
-        "lr": 0.25, "lr_aux": 0.25, "weight_decay": 0.0, "dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0, "batch_size": 2,
+        "lr": 0.25, "lr_aux": 0.25, "weight_decay": 0.0, "dropout": 0.0, "attn_dropout": 0.0,
+        "resid_dropout": 0.0, "batch_size": 2,
         "grad_accum": 1, "rdrop": 0.0, "label_smoothing": 0.0, "average": 1.0,
     }  # fmt: skip
-    assert found.table() == {
-        "train_tokens": 81, "tokens_per_step": 8, "steps_per_epoch": 10, "steps": 20, "warmup_steps": 2, "decay_start": 15,
-        "swa_start": None, "growth": None, "evaluations": 8, "checkpoint_every": 10, "official_geometry": [2, 4], "d_ff": 128,
-        "n_kv_head": 4, "first_step": inputs, "last_step": inputs | {"lr": pytest.approx(0.1), "lr_aux": pytest.approx(0.1)},
+    assert plan.table() == {
+        "train_tokens": 81, "tokens_per_step": 8, "steps_per_epoch": 10, "steps": 20, "warmup_steps": 2,
+        "decay_start": 15,
+        "swa_start": None, "growth": None, "evaluations": 8, "checkpoint_every": 10,
+        "official_geometry": [2, 4], "d_ff": 128,
+        "n_kv_head": 4, "first_step": inputs,
+        "last_step": inputs | {"lr": pytest.approx(0.1), "lr_aux": pytest.approx(0.1)},
     }  # fmt: skip
-    assert plan(swa=0.5).table()["swa_start"] == 5
+    assert make_plan(swa=0.5).table()["swa_start"] == 5
 
 
-# -- where the tokens of a step begin
+# -- where the tokens of a step start
 
 
 @pytest.mark.parametrize(
@@ -637,7 +650,7 @@ def test_the_resolved_table() -> None:
     [
         ("sequential", 20, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
         ("sequential", 17, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
-        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # the last span lacks its last target
+        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # the last span has no last target
         ("sequential", 9, [(0, 0), (1, 0)]),
         ("shuffle_titles", 17, [(0, 0), (0, 8), (1, 0)]),
         ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # it reads its start again
@@ -650,7 +663,7 @@ def test_the_place_of_a_step(order: str, tokens: int, places: list[tuple[int, in
     assert [segment.place(step, tokens) for step in range(len(places))] == places
 
 
-def test_the_place_of_a_step_within_a_stretch() -> None:
+def test_the_place_of_a_step_in_a_later_segment() -> None:
     segment = Segment(from_dict(SMALL), first=5, epoch=1, start=8)
     assert [segment.place(step, 33) for step in range(5, 13)] == [
         (1, 8),
@@ -665,7 +678,7 @@ def test_the_place_of_a_step_within_a_stretch() -> None:
     assert [segment.after(step, 33) for step in range(5, 10)] == [(1, 8), (1, 16), (1, 24), (1, 32), (2, 8)]
     past = Segment(
         from_dict(SMALL), first=5, epoch=1, start=40
-    )  # a longer step before it has read on to the end
+    )  # a larger step before the segment has read to the end
     assert [past.place(step, 33) for step in (5, 6, 9)] == [(2, 0), (2, 8), (3, 0)]
     assert Segment(from_dict(SMALL))[1:] == (0, 0, 0, 0, 0, None)
 
@@ -674,12 +687,12 @@ def test_the_place_of_a_step_within_a_stretch() -> None:
 
 
 def op(name: str, value: Any = None, **trigger: Any) -> dict[str, Any]:
-    found = {"name": name, "trigger": trigger}
-    return found if value is None else found | {"value": value}
+    entry = {"name": name, "trigger": trigger}
+    return entry if value is None else entry | {"value": value}
 
 
-def grown(*ops: dict[str, Any], fired: tuple[int, ...] = (), **fields: Any) -> Plan:
-    return plan(401, fired, epochs=2, growth={"ops": list(ops)}, **{"schedule": "constant"} | fields)
+def plan_with(*ops: dict[str, Any], fired: tuple[int, ...] = (), **fields: Any) -> Plan:
+    return make_plan(401, fired, epochs=2, growth={"ops": list(ops)}, **{"schedule": "constant"} | fields)
 
 
 @pytest.mark.parametrize(
@@ -698,86 +711,86 @@ def grown(*ops: dict[str, Any], fired: tuple[int, ...] = (), **fields: Any) -> P
         ({"step": 99}, 99),
     ],
 )
-def test_when_an_op_fires_that_needs_no_evaluation(trigger: dict[str, Any], first: int) -> None:
-    found = grown(op("set_lr", 0.125, **trigger), lr=0.5)
-    assert found.fired == (first,) and found.undecided is None
-    assert (found.before, found.since) == (None, 0)
-    assert found.segments[1][1:3] == (first, 8 * first)
-    assert found.at(first).lr == 0.125
-    assert first == 0 or found.at(first - 1).lr == 0.5
-    told = grown(op("set_lr", 0.125, **trigger), fired=found.fired, lr=0.5)
-    assert (told.fired, told.before, told.since) == (found.fired, None, 0)
-    assert told.at(first).lr == 0.125
+def test_when_an_op_with_a_static_trigger_fires(trigger: dict[str, Any], first: int) -> None:
+    plan = plan_with(op("set_lr", 0.125, **trigger), lr=0.5)
+    assert plan.fired == (first,) and plan.undecided is None
+    assert (plan.before, plan.since) == (None, 0)
+    assert plan.segments[1][1:3] == (first, 8 * first)
+    assert plan.at(first).lr == 0.125
+    assert first == 0 or plan.at(first - 1).lr == 0.5
+    again = plan_with(op("set_lr", 0.125, **trigger), fired=plan.fired, lr=0.5)
+    assert (again.fired, again.before, again.since) == (plan.fired, None, 0)
+    assert again.at(first).lr == 0.125
 
 
 def test_an_op_waits_for_the_one_before_it() -> None:
-    found = grown(
+    plan = plan_with(
         op("set_lr", 0.125, step=40), op("set_dropout", 0.5, step=3), op("set_weight_decay", 0.25, tokens=8)
     )
-    assert found.fired == (40, 40, 40)
+    assert plan.fired == (40, 40, 40)
 
 
-def test_an_op_that_comes_too_late() -> None:
+def test_an_op_that_would_fire_too_late_is_refused() -> None:
     with pytest.raises(ConfigError) as e:
-        grown(op("set_lr", 0.25, step=5), op("set_lr", 0.125, step=100))
+        plan_with(op("set_lr", 0.25, step=5), op("set_lr", 0.125, step=100))
     assert str(e.value) == (
         "growth: ops[1] 'set_lr' would fire after step 100, with less than a step left to train "
         "(without it the run has 100 steps); give it an earlier trigger"
     )
     with pytest.raises(ConfigError, match=r"'set_batch_size' would fire after step 99,.*has 100 steps"):
-        grown(op("set_batch_size", 4, step=99))
-    assert grown(op("set_batch_size", 4, step=98)).steps == 99
-    assert grown(op("set_batch_size", 1, step=99)).steps == 101
+        plan_with(op("set_batch_size", 4, step=99))
+    assert plan_with(op("set_batch_size", 4, step=98)).steps == 99
+    assert plan_with(op("set_batch_size", 1, step=99)).steps == 101
 
 
-def test_a_ramp_of_the_batch() -> None:
-    found = grown(
+def test_a_growing_batch_size() -> None:
+    plan = plan_with(
         op("set_batch_size", 4, tokens=160),
         op("set_batch_size", 8, tokens=320),
         op("set_grad_accum", 2, tokens=480),
     )
-    assert [segment[1:6] for segment in found.segments] == [
+    assert [segment[1:6] for segment in plan.segments] == [
         (0, 0, 0, 0, 0), (20, 160, 0, 160, 0), (30, 320, 0, 320, 0), (35, 480, 1, 96, 0)
     ]  # fmt: skip
-    assert found.steps == 45 and found.tokens(45) == 800
-    assert [found.tokens(done) for done in (19, 20, 21, 30, 31)] == [152, 160, 176, 320, 352]
-    assert [found.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
-    assert [found.at(s).grad_accum for s in (34, 35)] == [1, 2]
-    assert [found.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
-    # a third of an epoch of 50, of 25 and of 12 steps: counted anew where the step changes
-    assert found.eval_steps == {1, 16, 28, 34, 38, 42, 45}
-    assert found.breaks == [20, 30, 35]
+    assert plan.steps == 45 and plan.tokens(45) == 800
+    assert [plan.tokens(done) for done in (19, 20, 21, 30, 31)] == [152, 160, 176, 320, 352]
+    assert [plan.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
+    assert [plan.at(s).grad_accum for s in (34, 35)] == [1, 2]
+    assert [plan.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
+    # every third of an epoch of 50, 25 and 12 steps, counted from where the batch size changes
+    assert plan.eval_steps == {1, 16, 28, 34, 38, 42, 45}
+    assert plan.breaks == [20, 30, 35]
 
 
-def test_another_interval_between_evaluations() -> None:
-    found = grown(op("set_eval_interval", 20, step=30), op("set_lr", 0.25, step=35), eval_interval=10)
-    assert found.eval_steps == {1, 10, 20, 30, 50, 70, 90, 100}
+def test_a_changed_eval_interval() -> None:
+    plan = plan_with(op("set_eval_interval", 20, step=30), op("set_lr", 0.25, step=35), eval_interval=10)
+    assert plan.eval_steps == {1, 10, 20, 30, 50, 70, 90, 100}
 
 
-def test_a_schedule_that_begins_anew() -> None:
-    found = grown(
+def test_a_reset_of_the_learning_rate_schedule() -> None:
+    plan = plan_with(
         op("set_warmup_iters", 5, step=20),
         op("reset_lr_schedule", step=60),
         schedule="cosine",
         warmup_iters=10,
     )
-    assert [found.lr_factor(s) for s in (0, 9, 19)] == pytest.approx([0.1, 1.0, cosine(9 / 90)])
-    assert [found.lr_factor(s) for s in (20, 59)] == pytest.approx([cosine(15 / 95), cosine(54 / 95)])
-    assert [found.lr_factor(s) for s in (60, 64, 65, 99)] == pytest.approx([0.2, 1.0, 1.0, cosine(34 / 35)])
-    assert [segment.climbs for segment in found.segments] == [0, 0, 60]
-    assert (found.warmup_steps, found.decay_start) == (10, 10)
-    assert found.breaks == [5, 6, 10, 11, 20, 60, 65, 66]
-    shares = grown(op("reset_lr_schedule", step=60), schedule="wsd", warmup_frac=0.1, decay_frac=0.5)
+    assert [plan.lr_factor(s) for s in (0, 9, 19)] == pytest.approx([0.1, 1.0, cosine(9 / 90)])
+    assert [plan.lr_factor(s) for s in (20, 59)] == pytest.approx([cosine(15 / 95), cosine(54 / 95)])
+    assert [plan.lr_factor(s) for s in (60, 64, 65, 99)] == pytest.approx([0.2, 1.0, 1.0, cosine(34 / 35)])
+    assert [segment.lr_start for segment in plan.segments] == [0, 0, 60]
+    assert (plan.warmup_steps, plan.decay_start) == (10, 10)
+    assert plan.breaks == [5, 6, 10, 11, 20, 60, 65, 66]
+    shares = plan_with(op("reset_lr_schedule", step=60), schedule="wsd", warmup_frac=0.1, decay_frac=0.5)
     assert [shares.lr_factor(s) for s in (60, 63, 64, 80, 90)] == pytest.approx([0.25, 1.0, 1.0, 1.0, 0.5])
 
 
-def test_a_plan_that_waits_for_an_evaluation() -> None:
+def test_a_plan_with_an_undecided_op() -> None:
     ops = op("set_lr", 0.25, step=10), op("set_lr", 0.125, loss_below=3.0), op("set_dropout", 0.5, step=50)
-    waits = grown(*ops, lr=0.5)
+    waits = plan_with(*ops, lr=0.5)
     assert waits.undecided is not None and waits.undecided.place == 1
     assert (waits.fired, waits.steps, len(waits.segments)) == ((10,), 100, 2)
     assert waits.table()["growth"] == "set_lr 0.25 after step 10, then set_lr 0.125 at loss < 3"
-    decided = grown(*ops, lr=0.5, fired=(10, 34))
+    decided = plan_with(*ops, lr=0.5, fired=(10, 34))
     assert decided.undecided is None and decided.fired == (10, 34, 50)
     assert decided.before is not None and (decided.before.fired, decided.since) == ((10,), 34)
     assert [decided.at(s).lr for s in (9, 10, 33, 34)] == [0.5, 0.25, 0.25, 0.125]
@@ -786,71 +799,89 @@ def test_a_plan_that_waits_for_an_evaluation() -> None:
         decided.table()["growth"]
         == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
     )
-    late = grown(*ops, lr=0.5, fired=(10, 96))  # the last op is due at once then
+    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # then the last op is due immediately
     assert late.fired == (10, 96, 96)
 
 
-def test_an_op_that_was_passed_over() -> None:
+def test_a_skipped_op() -> None:
     ops = op("set_lr", 0.25, step=10), op("set_batch_size", 4, step=20), op("set_dropout", 0.5, step=30)
-    found = grown(*ops, lr=0.5, fired=(10, ~20))
-    assert found.fired == (10, ~20, 30)
-    assert found.before is not None and (found.before.fired, found.since) == ((10, 20, 30), 20)
-    assert {found.at(s).batch_size for s in range(100)} == {2}
-    assert [found.at(s).dropout for s in (29, 30)] == [0.0, 0.5]
-    assert found.steps == 100
-    at_once = grown(op("set_lr", 0.25, budget_frac=0.001), fired=(~0,), lr=0.5)
+    plan = plan_with(*ops, lr=0.5, fired=(10, ~20))
+    assert plan.fired == (10, ~20, 30)
+    assert plan.before is not None and (plan.before.fired, plan.since) == ((10, 20, 30), 20)
+    assert {plan.at(s).batch_size for s in range(100)} == {2}
+    assert [plan.at(s).dropout for s in (29, 30)] == [0.0, 0.5]
+    assert plan.steps == 100
+    at_once = plan_with(op("set_lr", 0.25, budget_frac=0.001), fired=(~0,), lr=0.5)
     assert (at_once.fired, at_once.since, at_once.at(0).lr) == ((~0,), 0, 0.5)
     needs = op("stack_layers", [0, 0], step=10), op("freeze_layer", 1, step=20)
     with pytest.raises(ConfigError) as e:
-        grown(*needs, fired=(~10,), n_layer=1)
+        plan_with(*needs, fired=(~10,), n_layer=1)
     assert str(e.value).startswith(
-        "growth: ops[0] was passed over, and without it the schedule cannot go on: ops[1] 'freeze_layer': layer 1"
+        "growth: ops[0] was skipped, and a later op cannot be applied without it: ops[1] 'freeze_layer': "
+        "layer 1"
     )
 
 
-def test_what_follows_a_late_decision_is_dropped() -> None:
-    """An op is refused before the run; behind a decision of the run it is left out."""
+@pytest.mark.parametrize(
+    ("decision", "number"), [(Decision(7), 7), (Decision(0), 0), (Decision(7, True), -8)]
+)
+def test_a_decision_as_an_integer(decision: Decision, number: int) -> None:
+    assert decision.to_int() == number
+    assert Decision.from_int(number) == decision
+
+
+def test_a_plan_after_one_more_decision() -> None:
+    ops = op("set_lr", 0.25, step=10), op("set_lr", 0.125, loss_below=3.0), op("set_dropout", 0.5, step=50)
+    plan = plan_with(*ops)
+    assert plan.decided(Decision(34)).fired == (10, 34, 50)
+    assert plan.decided(Decision(34, skipped=True)).fired == (10, ~34, 50)
+    assert plan.decided(Decision(10, skipped=True), place=0).fired == (~10,)
+    assert plan.decided(Decision(34)).decided(Decision(40, skipped=True), place=1).fired == (10, ~40, 50)
+
+
+def test_ops_after_a_late_decision_are_dropped() -> None:
+    """A late op is refused before the run, but left out after a decision of the run."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
-    found = grown(*ops, fired=(99,))
-    assert (found.fired, len(found.segments), found.steps) == ((99,), 2, 100)
-    assert grown(*ops, fired=(96,)).fired == (96, 96)
+    plan = plan_with(*ops, fired=(99,))
+    assert (plan.fired, len(plan.segments), plan.steps) == ((99,), 2, 100)
+    assert plan_with(*ops, fired=(96,)).fired == (96, 96)
     passed = (
         op("set_lr", 0.25, loss_below=3.0),
         op("set_lr", 0.125, step=50),
         op("set_batch_size", 8, step=99),
     )
-    assert grown(*passed, fired=(~30,)).fired == (~30, 50)
+    assert plan_with(*passed, fired=(~30,)).fired == (~30, 50)
 
 
-def test_a_decision_leaves_what_was_before_it() -> None:
+def test_a_decision_changes_nothing_before_it() -> None:
     ops = (op("set_eval_interval", 30, loss_below=3.0),)
-    found = grown(*ops, fired=(20,), eval_interval=10, schedule="cosine", warmup_iters=5)
-    assert found.eval_steps == {1, 10, 20, 50, 80, 100}
-    assert found.breaks == [5, 6]
-    faster = grown(op("set_batch_size", 4, loss_below=3.0), fired=(20,), schedule="cosine")
+    plan = plan_with(*ops, fired=(20,), eval_interval=10, schedule="cosine", warmup_iters=5)
+    assert plan.eval_steps == {1, 10, 20, 50, 80, 100}
+    assert plan.breaks == [5, 6]
+    faster = plan_with(op("set_batch_size", 4, loss_below=3.0), fired=(20,), schedule="cosine")
     assert faster.steps == 60
     assert [faster.lr_factor(s) for s in (20, 50)] == pytest.approx([cosine(20 / 60), cosine(50 / 60)])
-    # before the decision the schedule counted on 100 steps
+    # before the decision, the schedule was planned for 100 steps
     assert [faster.at(s).lr for s in (0, 19, 20)] == pytest.approx(
         [0.006, 0.006 * cosine(0.19), 0.006 * cosine(20 / 60)]
     )
     assert [faster.at(s).batch_size for s in (19, 20)] == [2, 4]
 
 
-def test_the_effects_of_the_architectures_ops_by_step() -> None:
-    found = grown(
+def test_the_effects_of_architecture_ops_by_step() -> None:
+    plan = plan_with(
         op("set_lr", 0.25, step=5),
         op("freeze_layer", 0, step=10),
         op("freeze_layer", 1, step=10),
         op("unfreeze_layer", 0, step=20),
     )
-    assert set(found.grown) == {10, 20}
+    assert set(plan.grown) == {10, 20}
     effects = [
         json.dumps(segment.op.effect(), sort_keys=True)
-        for segment in found.segments
+        for segment in plan.segments
         if segment.op and segment.op.name in ARCHITECTURE
     ]
-    assert found.grown == {10: (effects[0] + effects[1]).encode(), 20: effects[2].encode()}
+    assert plan.grown == {10: (effects[0] + effects[1]).encode(), 20: effects[2].encode()}
 
 
 # -- presets
@@ -862,7 +893,7 @@ def write(folder: Path, text: str, name: str = "mine") -> str:
     return str(path)
 
 
-def said(preset: str, *sets: str) -> str:
+def refusal(preset: str, *sets: str) -> str:
     with pytest.raises(ConfigError) as e:
         load(preset, sets)
     return str(e.value)
@@ -880,40 +911,45 @@ def test_the_steps_of_a_ladder_have_names_or_numbers(tmp_path: Path) -> None:
     assert [c.seed for c in load(path, ["seed=9", "seed=8"])] == [8, 8]
 
 
-def test_a_scale_is_over_a_preset_of_one_step_too(tmp_path: Path) -> None:
+def test_scale_also_overrides_a_preset_without_steps(tmp_path: Path) -> None:
     (cfg,) = load(write(tmp_path, "lr = 0.5\nseed = 3\n[scale]\nseed = 4\n"))
     assert (cfg.lr, cfg.seed, cfg.preset) == (0.5, 4, "mine")
 
 
 @pytest.mark.parametrize(
-    ("text", "ask", "words"),
+    ("text", "preset", "words"),
     [
         ("steps = [{a = 1}, 1]", "{}", "steps = [{'a': 1}, 1] in mine.toml" + NO_LIST),
         ("steps = 3", "{}", "steps = 3 in mine.toml" + NO_LIST),
         ("steps = []", "{}", "steps = [] in mine.toml" + NO_LIST),
         ("steps = [1]", "{}", "steps = [1] in mine.toml" + NO_LIST),
-        ("scale = 3", "{}", "scale = 3 in mine.toml is not a table; write [scale] and a field = value in each line below it"),
-        ("preset = 'x'", "{}", "preset = 'x' in mine.toml sets nothing: a preset's name is its file's; remove it"),
-        ("[scale]\npreset = 'x'", "{}", "preset = 'x' in mine.toml sets nothing: a preset's name is its file's; remove it"),
-        ("[[steps]]\n[[steps]]\npreset = 'x'", "{}", "preset = 'x' in mine.toml sets nothing: a preset's name is its file's; remove it"),
+        ("scale = 3", "{}", "scale = 3 in mine.toml is not a table; "
+                            "write [scale] and a field = value in each line below it"),
+        ("preset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after its "
+                               "file; remove it"),
+        ("[scale]\npreset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after "
+                                        "its file; remove it"),
+        ("[[steps]]\n[[steps]]\npreset = 'x'", "{}",
+            "preset = 'x' in mine.toml has no effect: a preset is named after its file; remove it"),
         (LADDER, "{}:c", "preset 'mine' has no step 'c'; its steps: 0, b"),
         ("lr = 0.5", "{}:b", "preset 'mine' has no steps, got '{}:b'; write --preset {}"),
         (LADDER, "{}:", "preset '{}:' names no step; write {}:STEP, or {} for all of it"),
         (
             LADDER.replace('"b"', '"0"'),
             "{}",
-            "two steps of mine.toml are called '0'; give each a name of its own",
+            "two steps of mine.toml are called '0'; give each its own name",
         ),
         (
             LADDER.replace('"b"', '"/"'),
             "{}",
-            "step 2 of mine.toml is called '/'; write at most 80 letters, digits and . + - _ or blanks, a letter or digit first",
+            "step 2 of mine.toml is called '/'; "
+            "write at most 80 letters, digits and . + - _ or blanks, a letter or digit first",
         ),
     ],
 )  # fmt: skip
-def test_a_preset_file_that_cannot_be_used(tmp_path: Path, text: str, ask: str, words: str) -> None:
+def test_an_unusable_preset_file(tmp_path: Path, text: str, preset: str, words: str) -> None:
     path = write(tmp_path, text)
-    assert said(ask.replace("{}", path)) == words.replace("{}", path)
+    assert refusal(preset.replace("{}", path)) == words.replace("{}", path)
 
 
 @pytest.mark.parametrize(
@@ -934,32 +970,34 @@ def test_the_name_of_a_step(tmp_path: Path, name: str, ok: bool) -> None:
     if ok:
         assert load(path)[0].preset == f"mine:{name}"
     else:
-        assert f"step 1 of mine.toml is called {name!r}" in said(path)
+        assert f"step 1 of mine.toml is called {name!r}" in refusal(path)
 
 
-def test_a_file_with_a_name_that_leads_elsewhere(tmp_path: Path) -> None:
+def test_a_file_name_that_cannot_be_a_directory_name_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "lr = 0.5", "-mine")
-    assert said(path).startswith(f"preset file {path} is called '-mine'; write at most 80 letters")
+    assert refusal(path).startswith(f"preset file {path} is called '-mine'; write at most 80 letters")
 
 
 def test_a_base_must_be_one_config(tmp_path: Path) -> None:
     ladder = write(tmp_path, LADDER, "ladder")
     path = write(tmp_path, f'base = "{ladder}"')
-    assert said(path) == f"base = '{ladder}' in mine.toml is a ladder; name one step, like {ladder}:0"
+    assert refusal(path) == f"base = '{ladder}' in mine.toml is a ladder; name one step, like {ladder}:0"
     one = write(tmp_path, '[[steps]]\nname = "only"\nlr = 0.25\n', "one")
     assert load(write(tmp_path, f'base = "{one}"'))[0].lr == 0.25
     me = write(tmp_path, f'base = "{tmp_path / "mine.toml"}"')
-    assert said(me) == f"preset '{me}' is its own base ({me} -> {me}); remove one of the base keys"
+    assert refusal(me) == f"preset '{me}' is its own base ({me} -> {me}); remove one of the base keys"
 
 
-def test_a_round_of_bases_is_refused_with_its_way(tmp_path: Path) -> None:
+def test_a_cycle_of_bases_is_refused_with_its_chain(tmp_path: Path) -> None:
     a, b, c = (str(tmp_path / f"{name}.toml") for name in "abc")
     for name, base in (("a", b), ("b", c), ("c", b)):
         write(tmp_path, f'base = "{base}"', name)
-    assert said(a) == f"preset '{b}' is its own base ({a} -> {b} -> {c} -> {b}); remove one of the base keys"
+    assert (
+        refusal(a) == f"preset '{b}' is its own base ({a} -> {b} -> {c} -> {b}); remove one of the base keys"
+    )
 
 
-def test_a_step_goes_on_from_the_one_before_and_a_base_starts_anew(tmp_path: Path) -> None:
+def test_a_step_continues_from_the_step_before_unless_it_has_a_base(tmp_path: Path) -> None:
     other = write(tmp_path, "seed = 5\nclip = 0.5", "other")
     path = write(
         tmp_path,
@@ -968,44 +1006,48 @@ def test_a_step_goes_on_from_the_one_before_and_a_base_starts_anew(tmp_path: Pat
     assert [(c.lr, c.seed, c.clip) for c in load(path)] == [(0.5, 1, 1.0), (0.25, 5, 0.5), (0.25, 7, 0.5)]
 
 
-def test_a_preset_is_chosen_by_its_option(tmp_path: Path) -> None:
+def test_set_preset_is_refused(tmp_path: Path) -> None:
     assert (
-        said("baseline", "preset=x")
-        == "--set preset=x: a preset is chosen by --preset, and its name is its file's"
+        refusal("baseline", "preset=x")
+        == "--set preset=x: choose a preset with --preset; it is named after its file"
     )
 
 
-@pytest.mark.parametrize("ask", ["baseline:x", "baseline:"])
-def test_a_preset_without_steps(ask: str) -> None:
-    assert "baseline" in said(ask) and "step" in said(ask)
+@pytest.mark.parametrize("preset", ["baseline:x", "baseline:"])
+def test_a_step_of_a_preset_without_steps_is_refused(preset: str) -> None:
+    assert "baseline" in refusal(preset) and "step" in refusal(preset)
 
 
-def test_the_built_in_names_are_the_files() -> None:
-    assert config.preset_names() == sorted(p.stem for p in config.PRESETS.iterdir() if p.suffix == ".toml")
-    assert {"baseline", "optimized"} <= set(config.preset_names())
-    known = ", ".join(config.preset_names())
+def test_the_built_in_names_are_the_names_of_the_files() -> None:
+    assert recipes.preset_names() == sorted(p.stem for p in recipes.PRESETS.iterdir() if p.suffix == ".toml")
+    assert {"baseline", "optimized"} <= set(recipes.preset_names())
+    known = ", ".join(recipes.preset_names())
     assert (
-        said("basline")
+        refusal("basline")
         == f"unknown preset 'basline' (did you mean 'baseline'?); allowed: {known}, or a file ending in .toml"
     )
-    assert said("gone.toml") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
-    assert said("gone.toml:x") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
+    assert (
+        refusal("gone.toml") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
+    )
+    assert (
+        refusal("gone.toml:x") == f"preset file gone.toml does not exist; give a TOML file or one of: {known}"
+    )
 
 
-def test_a_file_is_not_read_whatever_it_is(tmp_path: Path) -> None:
-    known = ", ".join(config.preset_names())
+def test_unreadable_preset_files_are_refused(tmp_path: Path) -> None:
+    known = ", ".join(recipes.preset_names())
     folder = tmp_path / "folder.toml"
     folder.mkdir()
-    assert said(str(folder)) == f"preset file {folder} is a folder; give a TOML file or one of: {known}"
+    assert refusal(str(folder)) == f"preset file {folder} is a folder; give a TOML file or one of: {known}"
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b"about = '\xff'")
-    assert said(str(latin)).startswith(f"preset file {latin} is not UTF-8")
-    assert said(write(tmp_path, "lr = ")).startswith(
+    assert refusal(str(latin)).startswith(f"preset file {latin} is not UTF-8")
+    assert refusal(write(tmp_path, "lr = ")).startswith(
         f"preset file {tmp_path / 'mine.toml'} is not valid TOML: "
     )
 
 
-def test_a_colon_in_a_path_is_no_step(tmp_path: Path) -> None:
+def test_a_colon_in_a_folder_name_does_not_separate_a_step(tmp_path: Path) -> None:
     place = tmp_path / "a:b"
     place.mkdir()
     path = write(place, LADDER)
@@ -1035,12 +1077,12 @@ def test_a_colon_in_a_path_is_no_step(tmp_path: Path) -> None:
         ("a=0x10", "a", 16),
     ],
 )
-def test_a_value_of_set(text: str, key: str, value: Any) -> None:
+def test_how_set_reads_a_value(text: str, key: str, value: Any) -> None:
     assert parse_set(text) == (key, value)
     assert type(parse_set(text)[1]) is type(value)
 
 
-def test_a_value_of_set_that_cannot_be_used() -> None:
+def test_set_refuses_an_unusable_value() -> None:
     with pytest.raises(ConfigError) as e:
         parse_set("seed=" + "7" * 400)
     assert str(e.value).startswith(
@@ -1050,7 +1092,7 @@ def test_a_value_of_set_that_cannot_be_used() -> None:
 
 
 @pytest.mark.parametrize("text", ["lr", "=1", " =1", ""])
-def test_set_without_a_key_or_a_sign(text: str) -> None:
+def test_set_without_a_key_or_an_equals_sign(text: str) -> None:
     with pytest.raises(ConfigError) as e:
         parse_set(text)
     assert str(e.value) == f"--set got {text!r}; write key=value, like --set lr=0.01"
@@ -1062,26 +1104,30 @@ ALL_FIELDS = "; `mainrun presets --fields` lists all"
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"lr": -1.0}, ["lr=-1.0 is not allowed: input should be greater than 0 (lr: peak learning rate (muon: of the matrices))"]),
-        ({"bias": 1}, ["bias=1 is not allowed: write true or false (bias: biases in linear layers and LayerNorm"]),
-        ({"qkv_bias": "x"}, ["qkv_bias='x' is not allowed: write true or false (qkv_bias: biases of q, k and v; unset: as bias)"]),
+        ({"lr": -1.0}, ["lr=-1.0 is not allowed: input should be greater than 0 (lr: peak learning rate "
+                        "(muon: of the matrices only))"]),
+        ({"bias": 1}, ["bias=1 is not allowed: write true or false (bias: biases in linear layers and "
+                       "LayerNorm"]),
+        ({"qkv_bias": "x"}, ["qkv_bias='x' is not allowed: write true or false (qkv_bias: biases of the "
+                             "q, k and v projections; unset: same as bias)"]),
         ({"lrr": 1}, ["unknown field 'lrr' (did you mean 'lr'?)" + ALL_FIELDS]),
         (
             {"learning_rate": 1},
-            ["unknown field 'learning_rate' (did you mean 'lr': peak learning rate (muon: of the matrices)?)" + ALL_FIELDS],
+            ["unknown field 'learning_rate' (did you mean 'lr': peak learning rate (muon: of the matrices "
+             "only)?)" + ALL_FIELDS],
         ),
         ({"qqqqqqqq": 1}, ["unknown field 'qqqqqqqq'" + ALL_FIELDS]),
         ({"qqqqqqqq": 1, "clip": -1.0}, ["clip=-1.0 is not allowed", "unknown field 'qqqqqqqq'"]),
-        ({"growth": 3}, ["growth: 3 is no schedule"]),
+        ({"growth": 3}, ["growth: 3 is not a schedule"]),
     ],
 )  # fmt: skip
-def test_what_is_said_of_a_wrong_value(fields: dict[str, Any], words: list[str]) -> None:
+def test_the_message_for_a_wrong_value(fields: dict[str, Any], words: list[str]) -> None:
     lines = refusals(**fields).splitlines()
     assert len(lines) == len(words)
     assert all(line.startswith(word) for line, word in zip(lines, words, strict=True)), lines
 
 
-def test_ten_faults_are_named_and_the_rest_counted() -> None:
+def test_only_ten_faults_are_listed() -> None:
     twelve = [row[0] for row in NUMBERS[:12]]
     lines = refusals(**dict.fromkeys(twelve, -1)).splitlines()
     assert [line.split("=")[0] for line in lines[:10]] == twelve[:10] and lines[10:] == ["and 2 more faults"]
@@ -1089,14 +1135,14 @@ def test_ten_faults_are_named_and_the_rest_counted() -> None:
     assert len(guesses) == 11 and all("did you mean" in line for line in guesses[:10])
 
 
-def test_a_config_comes_back_under_its_name() -> None:
+def test_from_dict_keeps_the_preset_name() -> None:
     assert from_dict({"preset": "x", "lr": 0.5}).preset == "x"
     assert from_dict({"lr": 0.5}).preset == "custom"
     assert from_dict({"growth": json.dumps(OPS)}).growth.ops[0].value == 0.01
 
 
-def test_a_fault_of_a_field_comes_before_those_of_the_schedule() -> None:
-    """Where an op leads cannot be said of a config that is wrong itself; how it is written can."""
+def test_wrong_fields_are_reported_before_the_faults_of_ops() -> None:
+    """Ops can only be applied to a valid config. Their syntax is checked in any case."""
     late = {"ops": [{"name": "set_grad_accum", "value": 3, "trigger": {"step": 5}}]}
     assert refusals(growth=late).startswith("growth: ops[0] 'set_grad_accum': grad_accum=3")
     assert refusals(growth=late, lr=-1.0).splitlines() == refusals(lr=-1.0).splitlines()

@@ -1,4 +1,4 @@
-"""`mainrun grow`: what `plan` and `verify` print and how they end, in this process and without any training."""
+"""`mainrun grow plan` and `verify`: output and exit codes, in this process and without training."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ GROWS = (
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """The exit code, stdout and stderr."""
-    found = CliRunner().invoke(app, ["grow", *args])
-    return found.exit_code, found.stdout, found.stderr
+    """Return the exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, ["grow", *args])
+    return result.exit_code, result.stdout, result.stderr
 
 
 def cells(text: str) -> list[list[str]]:
@@ -55,7 +55,8 @@ def test_the_table_of_a_plan_without_tokens() -> None:
     code, text, _ = run("plan", GROWS, *SETS)
     assert code == 0
     assert cells(text) == [
-        ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs a token", "optimiser"],
+        ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs per token",
+            "optimiser"],
         ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         ["set_lr 0.02", "step 30", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         [UPCYCLED, "step 6,000", "2", "16", "2", "4", "24,416", "15,904", "9.41e+04",
@@ -76,18 +77,18 @@ def test_the_table_of_a_plan_with_tokens_and_a_speed() -> None:
         ["195.3kB", "1,000", "1:40:21"],
     ]
     _, without, _ = run("plan", GROWS, *SETS, "--train-tokens", "64001")
-    assert cells(without)[0][-2:] == ["optimiser", "steps"], "no speed, no time"
+    assert cells(without)[0][-2:] == ["optimiser", "steps"], "the time needs a speed"
 
 
-def test_the_steps_that_nobody_knows_are_left_empty() -> None:
+def test_unknown_steps_are_left_empty() -> None:
     waits = '{"ops": [{"name": "set_lr", "value": 0.02, "trigger": {"loss_below": 3}}]}'
     code, text, _ = run("plan", waits, *SETS, "--train-tokens", "64001", "--speed", "1e6")
     assert code == 0 and [row[-2:] for row in cells(text)[1:]] == [["7,000", "8:33:14"], ["6.87e+04", "0B"]]
 
 
-def test_a_column_of_experts_is_there_even_where_none_are() -> None:
+def test_the_column_of_experts_is_shown_without_experts() -> None:
     head, only = cells(run("plan", "[]", *SETS)[1])
-    assert head[4:] == ["heads", "experts", "parameters", "active", "FLOPs a token", "optimiser"]
+    assert head[4:] == ["heads", "experts", "parameters", "active", "FLOPs per token", "optimiser"]
     assert only == ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"]
 
 
@@ -96,51 +97,57 @@ def test_a_plan_as_json() -> None:
     assert code == 0
     first, _, last = json.loads(text)["segments"]
     assert first == {
-        "op": "", "begins": "step 0", "layers": 2, "width": 16, "heads": 2, "experts": 0, "params": 11520, "active": 11520,
-        "flops_per_token": 68736, "optimizer_bytes": 0, "steps": 30, "tokens": 1920, "seconds": 1920 * 68736 / 1e6,
+        "op": "", "begins": "step 0", "layers": 2, "width": 16, "heads": 2, "experts": 0, "params": 11520,
+        "active": 11520,
+        "flops_per_token": 68736, "optimizer_bytes": 0, "steps": 30, "tokens": 1920,
+        "seconds": 1920 * 68736 / 1e6,
     }  # fmt: skip
     assert last == {
         "op": UPCYCLED, "begins": "step 6000", "layers": 2, "width": 16, "heads": 2,
-        "experts": 4, "params": 24416, "active": 15904, "flops_per_token": 94080, "optimizer_bytes": 0, "steps": 1000, "tokens": 64000,
+        "experts": 4, "params": 24416, "active": 15904, "flops_per_token": 94080, "optimizer_bytes": 0,
+        "steps": 1000, "tokens": 64000,
         "seconds": 64000 * 94080 / 1e6,
     }  # fmt: skip
     assert json.loads(text)["warnings"] == []
 
 
-def test_warnings_are_printed_behind_the_table_and_in_the_json() -> None:
+def test_warnings_are_printed_after_the_table_and_in_the_json() -> None:
     drops = '{"ops": [{"name": "stack_layers", "value": [0], "trigger": {"step": 30}}]}'
-    said = "ops[0] 'stack_layers': drops layer 1 of 2; what is learnt there is lost."
+    message = "ops[0] 'stack_layers': drops layer 1 of 2, and everything learned there."
     code, text, _ = run("plan", drops, *SETS)
-    assert code == 0 and text.splitlines()[-1] == f"warning: {said}"
-    assert json.loads(run("plan", drops, *SETS, "--json")[1])["warnings"] == [said]
+    assert code == 0 and text.splitlines()[-1] == f"warning: {message}"
+    assert json.loads(run("plan", drops, *SETS, "--json")[1])["warnings"] == [message]
 
 
-def test_faults_end_a_plan_and_each_has_a_line() -> None:
-    code, text, said = run("plan", '{"version": 3, "ops": [5]}', *SETS)
+def test_faults_are_printed_one_per_line_and_the_exit_code_is_2() -> None:
+    code, text, message = run("plan", '{"version": 3, "ops": [5]}', *SETS)
     assert (code, text) == (2, "")
-    assert said.splitlines() == [
-        'error: {"version": 3, "ops": [5]} cannot be carried out',
-        "version=3 is not known; write 2, or the original format as a list.",
-        "ops[0]=5 is no op; write { name, value, trigger }.",
+    assert message.splitlines() == [
+        'error: {"version": 3, "ops": [5]} cannot be applied',
+        "version=3 is unknown; write 2, or a list in the original format.",
+        "ops[0]=5 is not an op; write { name, value, trigger }.",
     ]
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        (["[]", "--speed", "1e6"], "got --speed without --train-tokens; give both for the time, or neither"),
+        (
+            ["[]", "--speed", "1e6"],
+            "got --speed without --train-tokens; give both to see the time, or neither",
+        ),
         (["[]", "--preset", "demo"], "preset 'demo' has "),
         (["[]", "--set", "lr=-1"], "lr=-1 is not allowed"),
     ],
 )
-def test_what_a_plan_refuses(args: list[str], said: str) -> None:
+def test_invalid_arguments_of_plan(args: list[str], message: str) -> None:
     code, text, why = run("plan", *args)
-    assert (code, text) == (2, "") and said in why
+    assert (code, text) == (2, "") and message in why
 
 
-def test_a_ladder_is_refused_with_one_of_its_steps() -> None:
+def test_a_ladder_is_refused_with_the_name_of_a_step() -> None:
     assert (
-        "a schedule begins with one; write --preset demo:baseline, say"
+        "a schedule starts from one config; write, for example, --preset demo:baseline"
         in run("plan", "[]", "--preset", "demo")[2]
     )
 
@@ -161,13 +168,13 @@ def test_numbers_that_are_too_small_are_refused(option: str, value: str) -> None
     assert (code, text) == (2, "") and option in why
 
 
-def test_the_smallest_numbers_are_taken() -> None:
+def test_the_smallest_numbers_are_allowed() -> None:
     assert run("plan", "[]", *SETS, "--train-tokens", "65", "--speed", "1")[0] == 0
     code, _, why = run("plan", "[]", *SETS, "--train-tokens", "1")
     assert code == 2 and "train has 1 tokens, but one step takes" in why
 
 
-def test_a_plan_begins_with_the_optimized_preset() -> None:
+def test_the_default_preset_is_optimized() -> None:
     code, text, _ = run("plan", "[]", "--json")
     assert code == 0
     (only,) = json.loads(text)["segments"]
@@ -185,7 +192,7 @@ def finding(ok: bool = True, same: bool = True, check: str = "function") -> Repe
 
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `repeat_ops` is called with; it yields `findings`, the list at the end."""
+    """Replace `repeat_ops`. Item 0 is the list of its findings, the others are the arguments of calls."""
     called: list[Any] = []
 
     def fake(run_: RunDir, store: Any) -> Iterable[RepeatedCheck]:
@@ -205,46 +212,50 @@ VERDICTS = [
     (
         [finding(same=False)],
         "ok, but not as in the run",
-        "the ops did not do again what the run's journal says; the table says where",
+        "the ops gave other results than the journal of the run holds; see the table",
     ),
-    ([finding(ok=False)], "FAILS", "1 of 1 checks fail; the table says where"),
-    ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; the table says where"),
+    ([finding(ok=False)], "FAILS", "1 of 1 checks fail; see the table"),
+    ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; see the table"),
     (
         [finding(), finding(same=False)],
         "ok",
-        "the ops did not do again what the run's journal says; the table says where",
+        "the ops gave other results than the journal of the run holds; see the table",
     ),
 ]
 
 
-@pytest.mark.parametrize(("findings", "verdict", "said"), VERDICTS)
-def test_the_verdict_of_verify(
-    tmp_path: Path, repeated: list[Any], findings: list[RepeatedCheck], verdict: str | None, said: str | None
+@pytest.mark.parametrize(("findings", "verdict", "message"), VERDICTS)
+def test_the_verdicts_of_verify(
+    tmp_path: Path,
+    repeated: list[Any],
+    findings: list[RepeatedCheck],
+    verdict: str | None,
+    message: str | None,
 ) -> None:
     repeated[0].extend(findings)
     code, text, why = run("verify", str(tmp_path / "run"))
-    assert (code, why) == ((0, "") if said is None else (1, f"error: {said}\n"))
+    assert (code, why) == ((0, "") if message is None else (1, f"error: {message}\n"))
     head, *rows = cells(text)
-    assert head == ["op", "step", "check", "what was found"]
+    assert head == ["op", "step", "check", "details"]
     assert [row[:3] for row in rows] == [["widen_mlp", "14", f.check] for f in findings]
     assert verdict is None or rows[0][3:] == [verdict, "max |delta logits| 0"]
     assert repeated[1][0] == tmp_path / "run"
-    (title,) = [line for line in text.splitlines() if "what was found" in line]
+    (title,) = [line for line in text.splitlines() if "details" in line]
     details = {line.index("max |delta") for line in text.splitlines() if "max |delta" in line}
-    assert details <= {title.index("what was found")}, "the verdict has a column without a name"
+    assert details <= {title.index("details")}, "the column of the verdict has no name"
 
 
-def test_verify_as_json_fails_as_well(tmp_path: Path, repeated: list[Any]) -> None:
+def test_verify_with_json_fails_too(tmp_path: Path, repeated: list[Any]) -> None:
     repeated[0].append(finding(ok=False))
     code, text, why = run("verify", str(tmp_path / "run"), "--json")
     assert json.loads(text) == [
         {"op": "0-widen_mlp", "name": "widen_mlp", "step": 14, "check": "function", "ok": False, "same": True,
          "detail": "max |delta logits| 0"},
     ]  # fmt: skip
-    assert code == 1 and why == "error: 1 of 1 checks fail; the table says where\n"
+    assert code == 1 and why == "error: 1 of 1 checks fail; see the table\n"
 
 
-def test_verify_takes_the_store_beside_the_run_or_the_one_that_is_given(
+def test_verify_uses_the_store_next_to_the_run_or_the_given_one(
     tmp_path: Path, repeated: list[Any], monkeypatch: Any
 ) -> None:
     monkeypatch.delenv("MAINRUN_STORE", raising=False)
@@ -256,7 +267,7 @@ def test_verify_takes_the_store_beside_the_run_or_the_one_that_is_given(
     )
 
 
-def test_verify_refuses_a_name_that_no_file_can_have() -> None:
+def test_verify_refuses_an_impossible_file_name() -> None:
     code, _, why = run("verify", "x" * 300)
     assert code == 2 and "got RUN" in why and "a name of 300 bytes" in why
 
@@ -266,17 +277,19 @@ def test_the_help_names_both_commands() -> None:
     assert "plan" in text and "verify" in text
 
 
-def test_the_help_of_plan_says_what_each_option_takes() -> None:
+def test_the_help_of_plan_describes_each_option() -> None:
     text = " ".join(run("plan", "--help")[1].split())
     for words in (
-        "FILE <str> A schedule: a JSON, YAML or TOML file, or JSON itself.", "--preset NAME|FILE What it begins with. [default: optimized]",
-        "--set KEY=VALUE Change one field; may be repeated.", "--train-tokens N Of an epoch: shows steps", "[1<=x<=10000000000000]",
-        "--speed FLOP/S With --train-tokens: shows the time. [x>=1.0]", "--json ", "--debug ",
+        "FILE <str> A growth schedule: a JSON, YAML or TOML file, or inline JSON.",
+        "--preset NAME|FILE The config at the start of the run. [default: optimized]",
+        "--set KEY=VALUE Change one field; may be repeated.",
+        "--train-tokens N Tokens in one epoch: show the steps", "[1<=x<=10000000000000]",
+        "--speed FLOP/S With --train-tokens: show the time too. [x>=1.0]", "--json ", "--debug ",
     ):  # fmt: skip
         assert words in text, words
     assert text.count("default:") == 1
 
 
-def test_the_help_of_verify_says_what_it_takes() -> None:
+def test_the_help_of_verify_describes_each_option() -> None:
     text = " ".join(run("verify", "--help")[1].split())
     assert "RUN" in text and "A run directory." in text and "--store PLACE" in text and "default:" not in text

@@ -24,7 +24,8 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core.optimizers import DEFAULT_SCHEDULE, Optimizers, ParamSchedule
 from mainrun.errors import Interrupted, MainrunError, UsageError
 from mainrun.growth import controller, operators
-from mainrun.plan.ops import Facts, Rates, due
+from mainrun.plan.ops import Rates
+from mainrun.plan.triggers import Facts, due
 from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
@@ -96,7 +97,7 @@ def expected(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
         losses.append((row["step"], row["loss"]))
         while (
             ops
-            and due(ops[0], Facts(row["step"], last, tokens[row["step"]], 10**12, losses))
+            and due(ops[0].trigger, Facts(row["step"], last, tokens[row["step"]], 10**12, losses))
             and row is not rows[-1]
         ):
             fired, last = ops.pop(0), row["step"]

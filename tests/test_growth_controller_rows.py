@@ -213,7 +213,7 @@ def test_a_training_op_and_its_rows() -> None:
     sizes = costs(run.growth.cfg, V)
     assert start == {
         "event": "OPERATION_START", "op": "slow", "name": "set_lr", "value": 0.02, "step": 10, "tokens": 160, "ops": 0, "desc": "slower",
-        "why": "step 10 of 10", "loss": 3.25, "seed": run.growth.cfg.growth.ops[0].seed, "preserve": "", **sizes,
+        "why": "step 10 >= 10", "loss": 3.25, "seed": run.growth.cfg.growth.ops[0].seed, "preserve": "", **sizes,
     }  # fmt: skip
     assert 0 <= success.pop("seconds") < 60
     assert success == {
@@ -229,7 +229,7 @@ def test_an_op_without_a_value_is_named_alone() -> None:
     run.go(10)
     run.act()
     assert run.growth.look_back() == ["growth: step 10: ops[0] 'reset_lr_schedule'"]
-    assert run.rows[0]["loss"] is None and run.rows[0]["why"] == "step 10 of 10"
+    assert run.rows[0]["loss"] is None and run.rows[0]["why"] == "step 10 >= 10"
 
 
 def test_a_growing_op_and_its_rows() -> None:
@@ -389,7 +389,7 @@ def test_why_an_op_fired_is_its_condition_or_its_words() -> None:
     run.growth.decide()
     run.act()
     whys = [row["why"] for row in run.rows if row["event"] == "OPERATION_START"]
-    assert whys == ["loss 2.7500 < 3", "0 steps since the last op, 0 were to be waited"]
+    assert whys == ["loss 2.7500 < 3", "0 steps since the last op >= 0"]
     late = Run(config(LOSS))
     late.growth.plan = Plan(
         late.growth.cfg, TOKENS, (10,)

@@ -1,4 +1,4 @@
-"""`mainrun grow plan`: every fault of a schedule at once and word for word, what is odd about it, what each segment costs."""
+"""`mainrun grow plan`: the exact faults of a schedule, its warnings, and the cost of each segment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from mainrun.plan.op_files import from_text
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import parse_set
 from mainrun.plan.simulate import simulate
-from mainrun.run.session import flops_per_token
 from mainrun.train import GPT, State, build
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +46,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    found = []
+    cases = []
     for block in FAULTS.read_text(encoding="utf-8").strip().split("\n\n")[1:]:
         name, *lines = block.splitlines()
         changes = (
@@ -55,8 +54,8 @@ def cases() -> list[Case]:
         )
         faults = [line.removeprefix("=> ") for line in lines if line.startswith("=> ")]
         text = "\n".join(line for line in lines if not line.startswith("=> "))
-        found.append(Case(name.removeprefix("# "), changes, f"{text}\n", faults))
-    return found
+        cases.append(Case(name.removeprefix("# "), changes, f"{text}\n", faults))
+    return cases
 
 
 CASES = cases()
@@ -67,43 +66,50 @@ def start(**changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_every_word_of_what_is_wrong(case: Case) -> None:
+def test_the_exact_faults(case: Case) -> None:
     assert simulate(start(**case.changes), from_text(case.text)).faults == case.faults
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_run_is_refused_with_the_same_words(case: Case) -> None:
+def test_a_config_is_refused_with_the_same_faults(case: Case) -> None:
     with pytest.raises(ConfigError) as e:
         start(**case.changes, growth=from_text(case.text))
     assert str(e.value).splitlines() == [f"growth: {fault}" for fault in case.faults]
 
 
-def test_the_table_is_as_long_as_was_asked_and_each_case_says_something() -> None:
+def test_there_are_enough_distinct_cases() -> None:
     assert len(CASES) >= 60 and all(case.faults for case in CASES)
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_the_specifications_example_with_its_own_words() -> None:
+def test_the_faults_of_the_example_in_the_specification() -> None:
     entries = json.loads(LIST)
     entries[4]["value"] = [1, 1, 4, 3]
     assert simulate(start(), entries).faults == [
-        "ops[4] 'stack_layers': value[2]=4 out of range; the model has 4 layers here (after ops[1]). Use 0..3."
+        "ops[4] 'stack_layers': value[2]=4 out of range; "
+        "at this point the model has 4 layers (after ops[1]). Use 0..3."
     ]
     entries[4]["value"], entries[1]["value"] = [1, 1, 2, 3], 2
     assert simulate(start(), entries).faults == [
         "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1].",
-        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; the model has 2 layers here. Use 0..1.",
+        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; "
+        "at this point the model has 2 layers. Use 0..1.",
     ]
 
 
-# -- what a segment costs
+# -- the cost of a segment
 
 SHAPES: dict[str, Any] = {
-    "n_head": [2, 4], "n_kv_head": [0, 1, 2], "d_model": [16, 24], "d_ff": [0, 40], "norm": ["layernorm", "rmsnorm"],
-    "position": ["learned", "rope"], "mlp": ["gelu", "swiglu", "relu2"], "bias": [True, False], "qkv_bias": [None, True, False],
-    "qk_norm": [True, False], "attn_gate": [True, False], "layer_scale": [0.0, 0.1], "value_residual": [True, False],
-    "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8], "experts": [0, 4], "top_k": [1, 2],
-    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "embed_lora_rank": [0, 2], "unused_ids": [0, 5],
+    "n_head": [2, 4], "n_kv_head": [0, 1, 2], "d_model": [16, 24], "d_ff": [0, 40],
+    "norm": ["layernorm", "rmsnorm"],
+    "position": ["learned", "rope"], "mlp": ["gelu", "swiglu", "relu2"], "bias": [True, False],
+    "qkv_bias": [None, True, False],
+    "qk_norm": [True, False], "attn_gate": [True, False], "layer_scale": [0.0, 0.1],
+    "value_residual": [True, False],
+    "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8], "experts": [0, 4],
+    "top_k": [1, 2],
+    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "embed_lora_rank": [0, 2],
+    "unused_ids": [0, 5],
     "frozen": [(), (0,)],
 }  # fmt: skip
 
@@ -117,11 +123,24 @@ def shapes(draw: st.DrawFn) -> TrainConfig:
         raise
 
 
+def counted_flops(cfg: TrainConfig, model: GPT) -> int:
+    """Count 6 FLOPs per weight that a token is multiplied by, and add the two products of attention."""
+    looked_up = ("positions",) if cfg.tie_head else ("positions", "embed")
+    weights = 0
+    for name, p in model.named_parameters():
+        if p.ndim != 2 or name.startswith(looked_up):
+            continue
+        used = cfg.top_k / cfg.experts if ".experts." in name else 1
+        weights += p.numel() * used
+    return 6 * round(weights) + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size
+
+
 @given(shapes())
-def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
+def test_sizes_agree_with_a_real_model(cfg: TrainConfig) -> None:
     with torch.device("meta"):
         model = GPT(cfg, cfg.vocab_size)
-    found, counted = size(cfg), sum(p.numel() for p in model.parameters())
+    computed = size(cfg)
+    counted = sum(p.numel() for p in model.parameters())
     met = (
         sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * cfg.top_k // cfg.experts
         if cfg.experts
@@ -129,13 +148,13 @@ def test_the_arithmetic_is_the_models(cfg: TrainConfig) -> None:
     )
     others = sum(p.numel() for n, p in model.named_parameters() if ".experts." not in n)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (found.params, found.active, found.trained) == (counted, others + met, trained)
-    assert found.flops == flops_per_token(cfg, model)
+    assert (computed.params, computed.active, computed.trained) == (counted, others + met, trained)
+    assert computed.flops == counted_flops(cfg, model)
 
 
 @settings(max_examples=15)
 @given(shapes(), st.sampled_from([("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("muon", 0.9)]))
-def test_the_moments_are_the_optimisers(cfg: TrainConfig, kind: tuple[str, float]) -> None:
+def test_moments_agree_with_a_real_optimiser(cfg: TrainConfig, kind: tuple[str, float]) -> None:
     cfg = cfg.changed(optimizer=kind[0], momentum=kind[1])
     state = State(cfg, build(cfg, cfg.vocab_size))
     for p in state.model.parameters():
@@ -157,18 +176,18 @@ def test_experts_low_rank_terms_and_frozen_layers_are_counted() -> None:
     )
     table = size(base.changed(embed_lora_rank=3, unused_ids=10))
     assert table.params - plain.params == 10 * 16 + 3 * (310 + 16)
-    assert table.flops - plain.flops == 6 * (table.params - plain.params), "the tied head is all of it"
+    assert table.flops - plain.flops == 6 * (table.params - plain.params), "the head is tied to the table"
     apart = start(optimizer="adamw", tie_head=False)
-    assert size(apart.changed(embed_lora_rank=3)).flops == size(apart).flops, "a table is looked up"
+    assert size(apart.changed(embed_lora_rank=3)).flops == size(apart).flops, "a lookup needs no FLOPs"
     frozen = size(base.changed(frozen=[1]))
     layer = (plain.params - size(base.changed(n_layer=1)).params) * 4 * 2
     assert (frozen.params, frozen.flops, plain.moments - frozen.moments) == (plain.params, plain.flops, layer)
 
 
 def test_the_segments_of_the_original_example() -> None:
-    found = simulate(start(optimizer="adamw"), json.loads(LIST))
-    assert not found.faults
-    shape = [(s.op, s.begins, s.cfg.n_layer, s.cfg.ff_width, s.cfg.attn_lora_rank) for s in found.segments]
+    forecast = simulate(start(optimizer="adamw"), json.loads(LIST))
+    assert not forecast.faults
+    shape = [(s.op, s.begins, s.cfg.n_layer, s.cfg.ff_width, s.cfg.attn_lora_rank) for s in forecast.segments]
     assert shape == [
         ("", "step 0", 2, 64, 0),
         ("set_lr 0.0006", "loss < 100 or a wait of 1", 2, 64, 0),
@@ -177,32 +196,33 @@ def test_the_segments_of_the_original_example() -> None:
         ("set_attn_lora_rank 8", "loss < 2.8 or a wait of 1,000", 4, 128, 8),
         ("stack_layers [1,1,2,3]", "loss < 2.5 or a wait of 1,000", 4, 128, 8),
     ]
-    assert all((s.steps, s.tokens, s.seconds) == (None, None, None) for s in found.segments)
-    assert [s.size for s in found.segments] == [size(s.cfg) for s in found.segments]
+    assert all((s.steps, s.tokens, s.seconds) == (None, None, None) for s in forecast.segments)
+    assert [s.size for s in forecast.segments] == [size(s.cfg) for s in forecast.segments]
 
 
-def test_with_the_runs_tokens_the_longest_waits_are_carried_out() -> None:
-    """8 x 128 tokens a step, 100 steps an epoch, 7 epochs; an evaluation after step 1 and every 33 steps."""
+def test_with_train_tokens_the_segments_assume_the_longest_waits() -> None:
+    """8 x 128 tokens per step, 100 steps per epoch, 7 epochs; evaluations after step 1 and every 33 steps."""
     cfg = start(batch_size=8, block_size=128)
     ops = [
         {"name": "set_lr", "value": 0.1, "trigger": {"any": [{"loss_below": 9}, {"wait_iters": 100}]}},  # 132
         {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"step": 200}},  # 200
-        {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # its loss is a new one: 231
-        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # on the same one
+        {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # waits for a new loss: 231
+        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # on the same loss: 231
     ]
-    found = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
-    assert [s.begins for s in found.segments] == [
-        "step 0", "loss < 9 or a wait of 100: step 132 at the latest", "step 200", "a wait of 0: step 231 at the latest",
+    forecast = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
+    assert [s.begins for s in forecast.segments] == [
+        "step 0", "loss < 9 or a wait of 100: step 132 at the latest", "step 200",
+        "a wait of 0: step 231 at the latest",
         "a wait of 0: step 231 at the latest",
     ]  # fmt: skip
-    assert [s.steps for s in found.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
-    assert sum(s.tokens or 0 for s in found.segments) <= 716_800
-    assert [s.seconds for s in found.segments] == [
-        (s.tokens or 0) * s.size.flops / 1e9 for s in found.segments
+    assert [s.steps for s in forecast.segments] == [132, 68, 31, 0, (716_800 - 231 * 1024) // 2048]
+    assert sum(s.tokens or 0 for s in forecast.segments) <= 716_800
+    assert [s.seconds for s in forecast.segments] == [
+        (s.tokens or 0) * s.size.flops / 1e9 for s in forecast.segments
     ]
 
 
-def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
+def test_after_reevaluate_the_longest_wait_ends_at_the_next_evaluation() -> None:
     ops = [
         {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"wait_iters": 100}},
         {"name": "set_lr", "value": 0.1, "trigger": {"wait_iters": 0}},
@@ -215,12 +235,13 @@ def test_after_a_new_loss_the_longest_wait_is_for_the_next_evaluation() -> None:
     ] == [132, 0, 0, 568]
 
 
-def test_a_static_op_that_comes_too_late_is_a_fault_once_the_tokens_are_known() -> None:
+def test_a_static_op_that_is_too_late_is_a_fault_if_the_tokens_are_known() -> None:
     ops = {"ops": [{"name": "set_lr", "value": 0.1, "trigger": {"step": 10**6}}]}
     assert simulate(start(), ops).faults == []
     (fault,) = simulate(start(), ops, 102_401).faults
     assert fault == (
-        "ops[0] 'set_lr' would fire after step 1000000, with less than a step left to train (without it the run has 700 steps); "
+        "ops[0] 'set_lr' would fire after step 1000000, with less than a step left to train (without it "
+        "the run has 700 steps); "
         "give it an earlier trigger."
     )
 
@@ -233,38 +254,47 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
     ("ops", "tokens", "warnings"),
     [
         ([wait("set_lr", 0.1, loss_below=100, wait_iters=1)], 102_401, []),  # step 1 is always evaluated
-        ([wait("set_lr", 0.01, step=5)], None, ["ops[0] 'set_lr': changes nothing, everything is so already."]),
-        ([wait("stack_layers", [1, 1, 1], step=5)], None, ["ops[0] 'stack_layers': drops layer 0 of 2; what is learnt there is lost."]),
+        ([wait("set_lr", 0.01, step=5)], None,
+            ["ops[0] 'set_lr': changes nothing; the config already has these values."]),
+        ([wait("stack_layers", [1, 1, 1], step=5)], None,
+            ["ops[0] 'stack_layers': drops layer 0 of 2, and everything learned there."]),
         ([wait("stack_layers", [1, 0], step=5)], None, []),
         ([wait("reset_lr_schedule", None, step=5)], None, []),
-        ([wait("set_lr", 0.1, loss_below=0)], None, ["ops[0] 'set_lr': loss_below=0 is never reached, a loss is above 0."]),
+        ([wait("set_lr", 0.1, loss_below=0)], None,
+            ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]),
         ([wait("set_lr", 0.1, step=50), wait("set_lr", 0.2, step=40)], None,
-         ["ops[1] 'set_lr': step 40 is past when its turn comes; it fires with the op before it, not before step 50."]),
+         ["ops[1] 'set_lr': step 40 is over when its turn comes; "
+          "it fires with the op before it, not before step 50."]),
         ([wait("set_lr", 0.1, wait_iters=2)], 102_401,
-         ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; it lasts until one comes."]),
+         ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; "
+          "the op fires at the next evaluation."]),
         ([wait("set_lr", 0.1, loss_below=3), wait("set_lr", 0.2, wait_iters=32)], 102_401,
-         ["ops[1] 'set_lr': a wait of 32 is shorter than the 33 steps between evaluations; it lasts until one comes."]),
+         ["ops[1] 'set_lr': a wait of 32 is shorter than the 33 steps between evaluations; "
+          "the op fires at the next evaluation."]),
         ([wait("set_eval_interval", 50, step=5), wait("set_lr", 0.2, wait_iters=40)], None,
-         ["ops[1] 'set_lr': a wait of 40 is shorter than the 50 steps between evaluations; it lasts until one comes."]),
-        ([wait("set_lr", 0.1, wait_iters=700)], 102_401, ["ops[0] 'set_lr': never fires, the run has 700 steps."]),
+         ["ops[1] 'set_lr': a wait of 40 is shorter than the 50 steps between evaluations; "
+          "the op fires at the next evaluation."]),
+        ([wait("set_lr", 0.1, wait_iters=700)], 102_401,
+            ["ops[0] 'set_lr': never fires; the run has 700 steps."]),
         ([wait("set_lr", 0.1, wait_iters=700), wait("set_lr", 0.2, step=9)], 102_401,
-         ["ops[0] 'set_lr': never fires, the run has 700 steps, and the ops behind it wait for it."]),
+         ["ops[0] 'set_lr': never fires; the run has 700 steps, and the ops after it wait for it."]),
         ([wait("set_lr", 0.1, loss_below=3, wait_iters=700)], 102_401,
-         ["ops[0] 'set_lr': is fired by its loss or never, the run has 700 steps."]),
-        ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, wait_iters=60), wait("set_lr", 0.3, step=699)], 102_401, []),
+         ["ops[0] 'set_lr': only fires if its condition on the loss is met; the run has 700 steps."]),
+        ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, wait_iters=60),
+            wait("set_lr", 0.3, step=699)], 102_401, []),
         ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, tokens=10**9)], 102_401,
-         ["ops[1] 'set_lr': never fires, the run has 700 steps."]),
+         ["ops[1] 'set_lr': never fires; the run has 700 steps."]),
     ],
 )  # fmt: skip
-def test_what_is_odd_is_said(ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
-    found = simulate(start(batch_size=8, block_size=128), {"ops": ops}, tokens)
-    assert (found.faults, found.warnings) == ([], warnings)
+def test_warnings(ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]) -> None:
+    forecast = simulate(start(batch_size=8, block_size=128), {"ops": ops}, tokens)
+    assert (forecast.faults, forecast.warnings) == ([], warnings)
 
 
 # -- the command
 
 
-def plan(*args: str) -> subprocess.CompletedProcess[str]:
+def run_plan(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mainrun", "grow", "plan", *args],
         cwd=ROOT,
@@ -277,10 +307,10 @@ def plan(*args: str) -> subprocess.CompletedProcess[str]:
 SETS = [arg for key, value in START.items() for arg in ("--set", f"{key}={value}")]
 
 
-def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
+def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(LIST)
-    done = plan(str(path), "--preset", "baseline", *SETS)
+    done = run_plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stderr) == (0, "")
     head, _, *rows = [
         re.split(r"\s{2,}", line.strip())
@@ -296,26 +326,29 @@ def test_the_plan_of_a_good_file(tmp_path: Path) -> None:
         "experts",
         "parameters",
         "active",
-        "FLOPs a token",
+        "FLOPs per token",
         "optimiser",
     ]
     assert [row[0] for row in rows] == [
-        "start", "set_lr 0.0006", "stack_layers [0,0,1,1]", "widen_mlp 128", "set_attn_lora_rank 8", "stack_layers [1,1,2,3]",
+        "start", "set_lr 0.0006", "stack_layers [0,0,1,1]", "widen_mlp 128", "set_attn_lora_rank 8",
+        "stack_layers [1,1,2,3]",
     ]  # fmt: skip
     assert rows[2][1:5] == ["loss < 3.5 or a wait of 500", "4", "16", "2"]
     assert done.stdout.rstrip().endswith(
-        "warning: ops[4] 'stack_layers': drops layer 0 of 4; what is learnt there is lost."
+        "warning: ops[4] 'stack_layers': drops layer 0 of 4, and everything learned there."
     )
     assert path.read_text() == LIST and [*tmp_path.iterdir()] == [path]
 
 
 def test_the_plan_as_json_with_times() -> None:
     text = "{ops: [{name: upcycle_moe, value: {experts: 4}, trigger: {step: 100}}]}"
-    done = plan(text, "--preset", "baseline", *SETS, "--train-tokens", "102401", "--speed", "1e9", "--json")
+    done = run_plan(
+        text, "--preset", "baseline", *SETS, "--train-tokens", "102401", "--speed", "1e9", "--json"
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["warnings"] == [] and [row["steps"] for row in found["segments"]] == [100, 600]
-    first, second = found["segments"]
+    output = json.loads(done.stdout)
+    assert output["warnings"] == [] and [row["steps"] for row in output["segments"]] == [100, 600]
+    first, second = output["segments"]
     assert (first["experts"], second["experts"], second["op"][:11]) == (0, 4, "upcycle_moe")
     assert (
         second["active"] < second["params"]
@@ -323,15 +356,15 @@ def test_the_plan_as_json_with_times() -> None:
     )
 
 
-def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -> None:
+def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "- {name: set_lrr}\n- {name: stack_layers, value: 2, trigger_loss: 3, max_wait_iters: 9}\n"
     )
-    done = plan(str(path), "--preset", "baseline", *SETS)
+    done = run_plan(str(path), "--preset", "baseline", *SETS)
     assert (done.returncode, done.stdout) == (2, "")
     first, *faults = done.stderr.splitlines()
-    assert first == f"error: {path} cannot be carried out" and len(faults) == 4
+    assert first == f"error: {path} cannot be applied" and len(faults) == 4
     assert (
         faults[-1]
         == "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1]."
@@ -343,12 +376,12 @@ def test_every_fault_is_on_a_line_of_its_own_and_the_exit_is_2(tmp_path: Path) -
     [
         (["gone.json"], "the file cannot be read"),
         (["mine.txt"], "give a file ending in .json, .yaml, .yml or .toml"),
-        (["[]", "--preset", "demo"], "write --preset demo:baseline, say"),
+        (["[]", "--preset", "demo"], "write, for example, --preset demo:baseline"),
         (["[]", "--speed", "1e9"], "got --speed without --train-tokens"),
         (["[]", "--set", "lr=-1"], "lr=-1 is not allowed"),
         ([], "Missing argument"),
     ],
 )
-def test_what_cannot_be_planned_says_why(args: list[str], words: str) -> None:
-    done = plan(*args)
+def test_invalid_arguments_are_refused_with_the_reason(args: list[str], words: str) -> None:
+    done = run_plan(*args)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,4 +1,4 @@
-"""What a schedule means: both formats say the same, an op fires when it should, and what each op makes of a config."""
+"""Growth schedules: both formats, when an op fires, and what each op changes in a config and in a plan."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from hypothesis import strategies as st
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.op_files import read
-from mainrun.plan.ops import ARCHITECTURE, NAMES, TRAINING, Facts, Op, Schedule, Trigger, after, due, walk
+from mainrun.plan.ops import ARCHITECTURE, NAMES, TRAINING, Op, Schedule, after, walk
 from mainrun.plan.plan import Plan
+from mainrun.plan.triggers import Facts, Trigger, due
 from mainrun.store import lineage
 
-# the original format, as the specification has it
+# the example of the original format in the specification
 LIST = """
-[{"name": "set_lr", "desc": "start", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false},
- {"name": "stack_layers", "desc": "2 -> 4", "value": [0, 0, 1, 1], "trigger_loss": 3.5, "max_wait_iters": 500, "reevaluate": true},
+[{"name": "set_lr", "desc": "start", "value": 6e-4,
+  "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false},
+ {"name": "stack_layers", "desc": "2 -> 4", "value": [0, 0, 1, 1],
+  "trigger_loss": 3.5, "max_wait_iters": 500, "reevaluate": true},
  {"name": "widen_mlp", "value": 128, "trigger_loss": 3.2, "max_wait_iters": 500, "reevaluate": true},
  {"name": "set_attn_lora_rank", "value": 8, "trigger_loss": 2.8, "max_wait_iters": 1000, "reevaluate": true},
- {"name": "stack_layers", "desc": "drop layer 0", "value": [1, 1, 2, 3], "trigger_loss": 2.5, "max_wait_iters": 1000, "reevaluate": true}]
+ {"name": "stack_layers", "desc": "drop layer 0", "value": [1, 1, 2, 3],
+  "trigger_loss": 2.5, "max_wait_iters": 1000, "reevaluate": true}]
 """
 SMALL = {
     "n_layer": 2,
@@ -53,14 +57,14 @@ def op(name: str, value: Any = None, trigger: Any = None, **more: Any) -> dict[s
 
 
 def one(name: str, value: Any = None, trigger: Any = None, **more: Any) -> Op:
-    (found,) = good({"ops": [op(name, value, trigger, **more)]}).ops
-    return found
+    (only,) = good({"ops": [op(name, value, trigger, **more)]}).ops
+    return only
 
 
 # -- both formats
 
 
-def test_the_original_example_reads_and_leads_where_it_says() -> None:
+def test_the_example_of_the_original_format() -> None:
     cfg = config(d_ff=64, growth=json.loads(LIST))
     shapes = [(p.lr, p.n_layer, p.ff_width, p.attn_lora_rank) for p in cfg.segment_configs]
     assert shapes == [
@@ -81,7 +85,7 @@ def test_the_original_example_reads_and_leads_where_it_says() -> None:
     assert drop.value == (1, 1, 2, 3)
 
 
-def test_both_formats_say_the_same() -> None:
+def test_both_formats_give_the_same_schedule() -> None:
     entries = json.loads(LIST)
     version2 = [
         {k: v for k, v in entry.items() if k not in ("trigger_loss", "max_wait_iters")}
@@ -126,7 +130,7 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("twice.json", b'[{"name": "set_lr", "value": 0.1, "value": 0.2}]', "the key 'value' appears twice"),
         ("twice.yaml", b"ops:\n- {name: set_lr, value: 0.1}\nops: []\n", "the key 'ops' appears twice"),
@@ -135,25 +139,23 @@ def test_a_file_in_the_original_format_is_read_and_never_written(tmp_path: Path,
         ("wide.json", '[{"name": "set_lr"}]'.encode("utf-16"), "save the file as UTF-8"),
     ],
 )
-def test_files_that_say_something_else_than_they_seem_to(
-    tmp_path: Path, name: str, data: bytes, said: str
-) -> None:
+def test_ambiguous_files_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     from mainrun.plan.op_files import from_text
 
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         from_text(str(tmp_path / name))
 
 
-def test_a_mark_of_byte_order_and_capitals_do_no_harm(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_an_uppercase_suffix_are_allowed(tmp_path: Path) -> None:
     from mainrun.plan.op_files import from_text
 
     (tmp_path / "UP.JSON").write_bytes(b'\xef\xbb\xbf{"ops": []}')
     assert from_text(str(tmp_path / "UP.JSON")) == {"ops": []}
 
 
-def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
-    """PyYAML follows YAML 1.1, where 6e-4 is a text."""
+def test_yaml_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    """PyYAML implements YAML 1.1, in which 6e-4 is a string."""
     from mainrun.plan.op_files import from_text
 
     for text, value in (
@@ -168,7 +170,7 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
         assert from_text(f"ops:\n- value: {text}\n") == {"ops": [{"value": value}]}
 
 
-# -- there and back
+# -- round trips
 
 
 def _conditions() -> st.SearchStrategy[dict[str, Any]]:
@@ -183,7 +185,7 @@ def _conditions() -> st.SearchStrategy[dict[str, Any]]:
     }
     some = st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=6, unique=True)
     each = some.flatmap(lambda names: st.tuples(*(st.tuples(st.just(n), kinds[n]) for n in names)))
-    return each.map(lambda found: dict(found[:1]) if len(found) == 1 else {"any": [{k: v} for k, v in found]})
+    return each.map(lambda pairs: dict(pairs[:1]) if len(pairs) == 1 else {"any": [{k: v} for k, v in pairs]})
 
 
 def _ops() -> st.SearchStrategy[dict[str, Any]]:
@@ -234,7 +236,7 @@ def _schedules() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(_schedules())
-def test_what_is_read_comes_back_as_it_was(data: dict[str, Any]) -> None:
+def test_a_schedule_survives_a_round_trip(data: dict[str, Any]) -> None:
     schedule = good(data)
     text = str(schedule)
     assert read(json.loads(text)) == (schedule, [])
@@ -243,8 +245,8 @@ def test_what_is_read_comes_back_as_it_was(data: dict[str, Any]) -> None:
 
 
 @given(_schedules(), st.integers(1, 6))
-def test_what_a_config_takes_it_carries_whole(data: dict[str, Any], n_layer: int) -> None:
-    """And what it does not take, it refuses with each fault on a line of its own."""
+def test_a_config_keeps_a_schedule_that_it_accepts(data: dict[str, Any], n_layer: int) -> None:
+    """A schedule that the config refuses is reported with one fault per line."""
     try:
         cfg, refused = config(n_layer=n_layer, growth=data), ""
     except ConfigError as e:
@@ -259,17 +261,19 @@ def test_what_a_config_takes_it_carries_whole(data: dict[str, Any], n_layer: int
     assert not faults and (cfg, *(p.cfg for p in phases)) == cfg.segment_configs
     for phase, before in zip(phases, cfg.segment_configs, strict=False):
         assert phase.cfg == after(phase.op, before) and not phase.cfg.growth.ops, (
-            "what `walk` settles holds alone, too"
+            "an op whose guarantee `walk` has settled gives the same config by itself"
         )
         assert (phase.op.preserve != "") == (phase.op.name in ARCHITECTURE)
 
 
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.sampled_from([*NAMES, "change_lr"])),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4),
+        st.sampled_from([*NAMES, "change_lr"])),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
         st.dictionaries(
-            st.one_of(st.sampled_from(["ops", "name", "value", "trigger", "any", "step", "plateau", "defaults"]), st.text(max_size=3)),
+            st.one_of(st.sampled_from(["ops", "name", "value", "trigger", "any", "step", "plateau",
+                "defaults"]), st.text(max_size=3)),
             inner,
             max_size=4,
         ),
@@ -288,7 +292,7 @@ json_values = st.recursive(
         ),
     )
 )
-def test_whatever_is_given_is_read_or_refused(data: Any) -> None:
+def test_any_data_is_read_or_refused(data: Any) -> None:
     try:
         cfg = config(growth=data)
     except ConfigError as e:
@@ -299,7 +303,7 @@ def test_whatever_is_given_is_read_or_refused(data: Any) -> None:
     assert not wrong, wrong
 
 
-def test_defaults_hold_where_an_op_says_nothing_and_can_have_them() -> None:
+def test_defaults_apply_to_ops_that_do_not_set_the_key() -> None:
     ops = [
         op("set_lr", 0.1),
         op("widen_mlp", 128),
@@ -320,7 +324,7 @@ def test_defaults_hold_where_an_op_says_nothing_and_can_have_them() -> None:
     assert good(schedule.data()) == schedule
 
 
-def test_an_op_has_a_seed_and_a_name_of_its_own() -> None:
+def test_every_op_has_its_own_seed_and_id() -> None:
     ops = [op("widen_mlp", 128), op("widen_mlp", 256), op("widen_mlp", 512, id="last")]
     a, b = good({"ops": ops, "seed": 1}), good({"ops": ops, "seed": 2})
     assert len({o.seed for o in (*a.ops, *b.ops)}) == 6 and all(0 <= o.seed < 2**63 for o in a.ops)
@@ -332,73 +336,78 @@ def test_an_op_has_a_seed_and_a_name_of_its_own() -> None:
 
 
 def facts(step: int, *losses: float, last: int = 0, tokens: int = 0, budget: int = 1000) -> Facts:
-    """The newest loss is that of this step, the ones before it are ten steps apart."""
+    """Return facts whose losses are ten steps apart; the last loss is that of this step."""
     return Facts(
         step, last, tokens, budget, [(step - 10 * i, loss) for i, loss in enumerate(reversed(losses))][::-1]
     )
 
 
-PLATEAU = "plateau: 2 evaluations took the loss from 4.0000 to {:.4f} at best"
+PLATEAU = "plateau: best loss {:.4f} in the last 2 evaluations, 4.0000 before"
 
 
 @pytest.mark.parametrize(
     ("trigger", "known", "reason"),
     [
         ({"loss_below": 3.5}, facts(100, 3.4999), "loss 3.4999 < 3.5"),
-        ({"loss_below": 3.5}, facts(100, 3.5), None),  # strict
-        ({"loss_below": 3.5}, facts(100, 3.4, 3.6), None),  # the last one counts
+        ({"loss_below": 3.5}, facts(100, 3.5), None),  # equal is not below
+        ({"loss_below": 3.5}, facts(100, 3.4, 3.6), None),  # only the last loss counts
         ({"loss_below": 3.5}, facts(100), None),
         ({"loss_below": 3.5}, facts(100, math.nan), None),
         ({"wait_iters": 500}, facts(499, 9.0), None),
-        ({"wait_iters": 500}, facts(500, 9.0), "500 steps since the last op, 500 were to be waited"),
+        ({"wait_iters": 500}, facts(500, 9.0), "500 steps since the last op >= 500"),
         ({"wait_iters": 500}, facts(900, 9.0, last=401), None),
-        ({"wait_iters": 0}, facts(900, 9.0, last=900), "0 steps since the last op, 0 were to be waited"),
+        ({"wait_iters": 0}, facts(900, 9.0, last=900), "0 steps since the last op >= 0"),
         ({"step": 900}, facts(899), None),
-        ({"step": 900}, facts(900), "step 900 of 900"),
+        ({"step": 900}, facts(900), "step 900 >= 900"),
         ({"tokens": 2e8}, facts(9, tokens=200_000_000 - 1), None),
-        ({"tokens": 2e8}, facts(9, tokens=200_000_000), "200,000,000 tokens of 200,000,000"),
+        ({"tokens": 2e8}, facts(9, tokens=200_000_000), "200,000,000 tokens >= 200,000,000"),
         ({"budget_frac": 0.8}, facts(9, tokens=799), None),
-        ({"budget_frac": 0.8}, facts(9, tokens=800), "800 tokens, 0.8 of the budget"),
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.97), None),  # nothing stands before the two
+        ({"budget_frac": 0.8}, facts(9, tokens=800), "800 tokens >= 0.8 of the budget"),
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.97), None),  # no loss before the two
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.99, 3.97), PLATEAU.format(3.97)),
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.95, 3.99), None),  # the best of the two
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # exactly one hundredth is a gain
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=80), None),  # since the last op there are two only
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.95, 3.99),
+            None),  # the best of the two counts
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # exactly 1% is enough
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=80),
+            None),  # only two since the last op
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=79), PLATEAU.format(4.0)),
         ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.4), "loss 3.4000 < 3.5"),
-        ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.6), "500 steps since the last op, 500 were to be waited"),
+        ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.6),
+            "500 steps since the last op >= 500"),
         ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(499, 3.6), None),
     ],
 )  # fmt: skip
-def test_an_op_is_due_or_not(trigger: dict[str, Any], known: Facts, reason: str | None) -> None:
-    assert due(one("set_lr", 0.1, trigger), known) == reason
+def test_when_an_op_is_due(trigger: dict[str, Any], known: Facts, reason: str | None) -> None:
+    assert due(one("set_lr", 0.1, trigger).trigger, known) == reason
 
 
 known_facts = st.builds(
-    lambda steps, losses, last, tokens: Facts(steps[-1], min(last, steps[-1]), tokens, 10**6, list(zip(steps, losses, strict=False))),
-    st.lists(st.integers(1, 2000), min_size=1, max_size=6, unique=True).map(sorted), st.lists(st.floats(0.1, 12), min_size=6, max_size=6),
+    lambda steps, losses, last, tokens: Facts(steps[-1], min(last, steps[-1]), tokens, 10**6,
+        list(zip(steps, losses, strict=False))),
+    st.lists(st.integers(1, 2000), min_size=1, max_size=6, unique=True).map(sorted),
+    st.lists(st.floats(0.1, 12), min_size=6, max_size=6),
     st.integers(0, 2000), st.integers(0, 10**6),
 )  # fmt: skip
 
 
 @given(_conditions(), known_facts)
-def test_any_of_several_is_any_of_them(trigger: dict[str, Any], known: Facts) -> None:
+def test_a_trigger_with_any_fires_if_one_condition_holds(trigger: dict[str, Any], known: Facts) -> None:
     each = trigger.get("any", [trigger])
-    reasons = [due(one("set_lr", 0.1, condition), known) for condition in each]
-    found = due(one("set_lr", 0.1, trigger), known)
-    assert found in reasons if found else not any(reasons)
+    reasons = [due(one("set_lr", 0.1, condition).trigger, known) for condition in each]
+    reason = due(one("set_lr", 0.1, trigger).trigger, known)
+    assert reason in reasons if reason else not any(reasons)
 
 
 @given(st.floats(0.1, 10), known_facts)
-def test_a_lower_loss_and_a_longer_wait_never_undo_a_decision(bound: float, known: Facts) -> None:
-    waits = one("set_lr", 0.1, {"any": [{"loss_below": bound}, {"wait_iters": 300}]})
+def test_an_op_stays_due_with_a_lower_loss_or_a_longer_wait(bound: float, known: Facts) -> None:
+    waits = one("set_lr", 0.1, {"any": [{"loss_below": bound}, {"wait_iters": 300}]}).trigger
     lower = known._replace(losses=[(s, loss * 0.9) for s, loss in known.losses])
     later = known._replace(step=known.step + 50)
     assert not due(waits, known) or (due(waits, lower) and due(waits, later))
 
 
-def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
-    """The list format on a row of losses, evaluated every 100 steps, as a training loop goes through it."""
+def test_ops_fire_in_order_and_wait_for_a_new_loss_after_reevaluate() -> None:
+    """Decide a list of ops on losses that are evaluated every 100 steps."""
     entries = [
         {"name": "set_lr", "value": 0.1, "trigger_loss": 100.0, "max_wait_iters": 10**6, "reevaluate": False},
         {"name": "set_dropout", "value": 0.1, "trigger_loss": 4.0, "max_wait_iters": 250, "reevaluate": True},
@@ -422,12 +431,12 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
     for i, (step, _) in enumerate(losses):
         while op := plan.undecided:
             last = plan.fired[-1] if plan.fired else 0
-            if not due(op, Facts(step, last, plan.tokens(step), plan.budget, losses[: i + 1])):
+            if not due(op.trigger, Facts(step, last, plan.tokens(step), plan.budget, losses[: i + 1])):
                 break
             plan = Plan(cfg, 81, (*plan.fired, step))
             if op.reevaluate:
                 break
-    # the second op is looked at on the first one's loss and waits 250 steps, the third goes by the next evaluation, the fourth waits again
+    # the second op waits 250 steps, the third for the next evaluation, the fourth again 250 steps
     assert plan.fired == (100, 400, 500, 800) and plan.undecided is None
     assert [plan.at(s).dropout for s in (399, 400, 499, 500, 799, 800)] == [
         0.0,
@@ -439,7 +448,7 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
     ]
 
 
-# -- what an op does
+# -- the effect of an op
 
 
 @pytest.mark.parametrize(
@@ -460,8 +469,10 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
         ({}, "widen_model", 32, {"d_model": 32, "d_ff": 128, "n_head": 4}),
         ({}, "widen_model", {"factor": 3}, {"d_model": 48, "d_ff": 192, "n_head": 6}),
         ({"mlp": "swiglu"}, "widen_model", {"factor": 2}, {"d_model": 32, "d_ff": 128, "n_head": 4}),
-        ({"n_head": 4, "n_kv_head": 2}, "widen_model", {"factor": 2}, {"d_model": 32, "d_ff": 128, "n_head": 8, "n_kv_head": 4}),
-        ({"n_head": 4, "n_kv_head": 2}, "widen_model", {"factor": 2, "kv": "keep"}, {"d_model": 32, "d_ff": 128, "n_head": 8}),
+        ({"n_head": 4, "n_kv_head": 2}, "widen_model", {"factor": 2},
+            {"d_model": 32, "d_ff": 128, "n_head": 8, "n_kv_head": 4}),
+        ({"n_head": 4, "n_kv_head": 2}, "widen_model", {"factor": 2, "kv": "keep"},
+            {"d_model": 32, "d_ff": 128, "n_head": 8}),
         ({"head_dim": 4}, "widen_model", {"factor": 2}, {"d_model": 32, "d_ff": 128, "n_head": 4}),
         ({}, "add_heads", 3, {"n_head": 3, "head_dim": 8}),
         ({"n_head": 4, "n_kv_head": 2}, "add_heads", 6, {"n_head": 6, "head_dim": 4}),
@@ -472,7 +483,8 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
          {"experts": 8, "top_k": 1, "d_ff": 64, "router_weights": "softmax"}),
         ({}, "set_attn_lora_rank", 8, {"attn_lora_rank": 8}),
         ({"embed_lora_rank": 8}, "set_embedding_lora_rank", 4, {"embed_lora_rank": 4}),
-        ({"attn_lora_rank": 8, "embed_lora_rank": 2}, "merge_lora_weights", None, {"attn_lora_rank": 0, "embed_lora_rank": 0}),
+        ({"attn_lora_rank": 8, "embed_lora_rank": 2}, "merge_lora_weights", None,
+            {"attn_lora_rank": 0, "embed_lora_rank": 0}),
         ({}, "freeze_layer", 1, {"frozen": (1,)}),
         ({"frozen": [1]}, "freeze_layer", [0], {"frozen": (0, 1)}),
         ({"frozen": [0, 1]}, "unfreeze_layer", [1, 0], {"frozen": ()}),
@@ -480,7 +492,7 @@ def test_the_order_is_first_in_first_out_and_a_new_loss_is_waited_for() -> None:
         ({"unused_ids": 10}, "resize_vocabulary", 320, {"unused_ids": 20}),
     ],
 )  # fmt: skip
-def test_what_an_op_does_and_nothing_else(
+def test_the_fields_that_an_op_changes(
     start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]
 ) -> None:
     before = config(**start)
@@ -492,13 +504,14 @@ def test_what_an_op_does_and_nothing_else(
         assert now.head_width == before.head_width
 
 
-def test_every_op_has_a_case_of_what_it_does() -> None:
-    (mark,) = [m for m in test_what_an_op_does_and_nothing_else.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
+def test_every_operation_has_a_case() -> None:
+    marks = getattr(test_the_fields_that_an_op_changes, "pytestmark")  # noqa: B009
+    (mark,) = [mark for mark in marks if mark.name == "parametrize"]
     assert {case[1] for case in mark.args[1]} == set(NAMES) - {"set_eval_iters"}
 
 
 @pytest.mark.parametrize(
-    ("start", "name", "value", "more", "most"),
+    ("start", "name", "value", "more", "strongest"),
     [
         ({}, "stack_layers", [0, 0, 1, 1], {}, "none"),
         ({}, "stack_layers", [0, 1], {}, "bitexact"),
@@ -511,10 +524,13 @@ def test_every_op_has_a_case_of_what_it_does() -> None:
         ({}, "add_heads", 4, {}, "exact"),
         ({}, "upcycle_moe", {"experts": 8}, {}, "exact"),
         ({}, "upcycle_moe", {"experts": 8, "router": "zero"}, {"optimizer": "asymmetric"}, "bitexact"),
-        ({}, "upcycle_moe", {"experts": 8, "top_k": 3, "router": "zero"}, {"optimizer": "asymmetric"}, "exact"),
+        ({}, "upcycle_moe", {"experts": 8, "top_k": 3, "router": "zero"}, {"optimizer": "asymmetric"},
+            "exact"),
         ({}, "upcycle_moe", {"experts": 8, "router": "zero", "noise_snr_db": 20}, {}, "exact"),
-        ({}, "upcycle_moe", {"experts": 8, "router": "zero", "shards": 2}, {"optimizer": "asymmetric"}, "exact"),
-        ({"router_weights": "softmax"}, "upcycle_moe", {"experts": 8, "router": "zero"}, {"optimizer": "asymmetric"}, "exact"),
+        ({}, "upcycle_moe", {"experts": 8, "router": "zero", "shards": 2}, {"optimizer": "asymmetric"},
+            "exact"),
+        ({"router_weights": "softmax"}, "upcycle_moe", {"experts": 8, "router": "zero"},
+            {"optimizer": "asymmetric"}, "exact"),
         ({"router_weights": "softmax"}, "upcycle_moe", {"experts": 8}, {}, "approx"),
         ({}, "set_attn_lora_rank", 8, {}, "exact"),
         ({"attn_lora_rank": 4}, "set_attn_lora_rank", 8, {}, "exact"),
@@ -526,25 +542,27 @@ def test_every_op_has_a_case_of_what_it_does() -> None:
         ({}, "resize_vocabulary", 310, {}, "exact"),
     ],
 )  # fmt: skip
-def test_an_op_keeps_the_most_that_it_can_and_is_asked_for_no_more(
-    start: dict[str, Any], name: str, value: Any, more: dict[str, Any], most: str
+def test_the_strongest_guarantee_of_an_op(
+    start: dict[str, Any], name: str, value: Any, more: dict[str, Any], strongest: str
 ) -> None:
     cfg, strengths = config(**start), ("none", "approx", "exact", "bitexact")
     ((settled, _),), _ = walk(cfg, [one(name, value, **more)])
-    assert settled.preserve == most
+    assert settled.preserve == strongest
     for strength in strengths:
-        asked = one(name, value, preserve=strength, **more)
-        if strengths.index(strength) <= strengths.index(most):
-            assert walk(cfg, [asked])[0][0].op.preserve == strength
+        wanted = one(name, value, preserve=strength, **more)
+        if strengths.index(strength) <= strengths.index(strongest):
+            assert walk(cfg, [wanted])[0][0].op.preserve == strength
         else:
-            with pytest.raises(ValueError, match=f"preserve={strength} impossible .* preserve={most}"):
-                after(asked, cfg)
+            with pytest.raises(
+                ValueError, match=f"preserve={strength} is impossible .* preserve={strongest}"
+            ):
+                after(wanted, cfg)
 
 
 # -- the plan
 
 
-def test_a_plan_is_known_up_to_the_op_that_waits_for_an_evaluation() -> None:
+def test_a_plan_is_known_up_to_the_undecided_op() -> None:
     ops = [
         op("set_lr", 0.25, {"step": 10}),
         op("set_dropout", 0.5, {"loss_below": 3}),
@@ -556,7 +574,7 @@ def test_a_plan_is_known_up_to_the_op_that_waits_for_an_evaluation() -> None:
     assert plan.table()["growth"] == "set_lr 0.25 after step 10, then set_dropout 0.5 at loss < 3"
     later = Plan(cfg, 401, (10, 30))
     assert later.fired == (10, 30, 30) and later.undecided is None, (
-        "the third was due long ago, and needs no evaluation"
+        "the third op was due before, and needs no evaluation"
     )
     assert Plan(cfg, 401, (10, 15)).fired == (10, 15, 20)
     root = "f" * 64
@@ -567,7 +585,7 @@ def test_a_plan_is_known_up_to_the_op_that_waits_for_an_evaluation() -> None:
     assert a == never and a[:31] == b[:31] and not set(a[31:]) & set(b[31:])
 
 
-def test_an_op_that_needs_no_evaluation_and_comes_too_late_behind_one_that_does_is_left_out() -> None:
+def test_a_static_op_that_is_too_late_after_a_decision_is_left_out() -> None:
     ops = [op("set_batch_size", 4, {"loss_below": 3}), op("set_lr", 0.125, {"step": 45})]
     cfg = config(epochs=1, growth={"ops": ops})
     assert Plan(cfg, 401, (40,)).fired == (40,) and Plan(cfg, 401, (40,)).steps == 45
@@ -583,16 +601,14 @@ def test_an_op_that_needs_no_evaluation_and_comes_too_late_behind_one_that_does_
         unique_by=str,
     )
 )
-def test_the_first_of_several_that_need_no_evaluation_counts(each: list[dict[str, Any]]) -> None:
-    at = {"step": 7, "tokens": 12, "budget_frac": 15}  # of 50 steps, 8 tokens each
+def test_the_first_of_several_static_conditions_counts(each: list[dict[str, Any]]) -> None:
+    at = {"step": 7, "tokens": 12, "budget_frac": 15}  # of 50 steps with 8 tokens each
     cfg = config(epochs=1, growth={"ops": [op("set_lr", 0.1, {"any": each})]})
     assert Plan(cfg, 401).fired == (min(at[key] for one in each for key in one),)
 
 
 @given(st.integers(1, 49), st.integers(1, 49))
-def test_an_op_of_the_architecture_is_in_the_key_of_the_step_that_it_acts_before(
-    first: int, second: int
-) -> None:
+def test_an_architecture_op_changes_the_keys_from_its_step_on(first: int, second: int) -> None:
     assume(first < second)
     root, same = "f" * 64, {"epochs": 1, "schedule": "constant"}
 
@@ -620,7 +636,7 @@ def test_an_op_of_the_architecture_is_in_the_key_of_the_step_that_it_acts_before
         assert not set(keys(first, **other)[first + 1 :]) & set(a)
 
 
-def test_a_reset_begins_the_rates_schedule_anew_over_what_is_left() -> None:
+def test_a_reset_restarts_the_schedule_over_the_remaining_steps() -> None:
     shape = {"epochs": 1, "schedule": "wsd", "warmup_frac": 0.1, "decay_frac": 0.5, "min_lr_frac": 0.0}
     plan = Plan(config(**shape, growth={"ops": [op("reset_lr_schedule", None, {"step": 30})]}), 401)
     plain = Plan(config(**shape), 401)
@@ -630,17 +646,17 @@ def test_a_reset_begins_the_rates_schedule_anew_over_what_is_left() -> None:
     assert {30, 32, 41} <= set(plan.breaks)
 
 
-def test_a_warm_up_in_steps_counts_from_where_the_schedule_began() -> None:
+def test_warmup_iters_counts_from_the_last_reset() -> None:
     ops = [op("set_warmup_iters", 4, {"step": 10}), op("reset_lr_schedule", None, {"step": 20})]
     plan = Plan(config(epochs=1, schedule="constant", warmup_iters=2, growth={"ops": ops}), 401)
     assert [plan.lr_factor(s) for s in (0, 1, 2, 10, 11, 19)] == [0.5, 1, 1, 1, 1, 1], (
-        "set after the climb it moves nothing"
+        "after the warm-up the value has no effect"
     )
     assert [plan.lr_factor(s) for s in (20, 21, 22, 23, 24)] == [0.25, 0.5, 0.75, 1, 1]
     assert Plan(config(epochs=1, warmup_iters=3), 401).warmup_steps == 3
 
 
-def test_an_interval_of_evaluations_counts_from_where_it_is_set() -> None:
+def test_eval_interval_counts_from_the_op_that_sets_it() -> None:
     ops = [
         op("set_eval_interval", 7, {"step": 20}),
         op("set_lr", 0.1, {"step": 30}),
@@ -649,6 +665,3 @@ def test_an_interval_of_evaluations_counts_from_where_it_is_set() -> None:
     plan = Plan(config(epochs=1, eval_interval=9, growth={"ops": ops}), 401)
     assert plan.eval_steps == {1, 9, 18, 27, 34, 41, 48, 55, 62, plan.steps}
     assert Plan(config(epochs=1, eval_per_epoch=5), 401).eval_steps == {1, 10, 20, 30, 40, 50}
-
-
-# -- what is not trained yet

@@ -1,4 +1,4 @@
-"""The rules of a schedule, one row each: the smallest value that is refused beside its neighbour, and the facts in each message."""
+"""The rules of a growth schedule, one row each: the last allowed value, the first refused one, messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.op_files import from_text, read
-from mainrun.plan.ops import Facts, Op, Rates, Schedule, Transfer, Trigger, after, due, walk
+from mainrun.plan.ops import Op, Rates, Schedule, Transfer, after, walk
+from mainrun.plan.triggers import Facts, Trigger, due
 
 START: dict[str, Any] = {
     "n_layer": 2,
@@ -76,7 +77,7 @@ TRIGGERS: dict[str, tuple[dict[str, Any], str, bool, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("given", "words", "static", "data"), TRIGGERS.values(), ids=TRIGGERS)
-def test_a_trigger_and_what_it_says(
+def test_a_trigger_as_text_and_as_data(
     given: dict[str, Any], words: str, static: bool, data: dict[str, Any]
 ) -> None:
     trigger = one("set_lr", 0.1, given).trigger
@@ -85,34 +86,34 @@ def test_a_trigger_and_what_it_says(
 
 EVALUATED = [(10, 4.0), (20, 3.99), (30, 3.97)]
 DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
-    "the newest loss is below": ({"loss_below": 3.98}, Facts(30, 0, 9, 100, EVALUATED), "loss 3.9700 < 3.98"),
+    "the last loss is below": ({"loss_below": 3.98}, Facts(30, 0, 9, 100, EVALUATED), "loss 3.9700 < 3.98"),
     "equal is not below": ({"loss_below": 3.97}, Facts(30, 0, 9, 100, EVALUATED), None),
     "an older loss does not count": (
         {"loss_below": 3.98},
         Facts(40, 0, 9, 100, [*EVALUATED, (40, 3.99)]),
         None,
     ),
-    "no loss yet": ({"loss_below": 3.98}, Facts(30, 0, 9, 100), None),
+    "no loss so far": ({"loss_below": 3.98}, Facts(30, 0, 9, 100), None),
     "one step too early for a wait": ({"wait_iters": 1500}, Facts(1509, 10, 9, 100), None),
     "waited long enough": (
         {"wait_iters": 1500},
         Facts(1510, 10, 9, 100),
-        "1,500 steps since the last op, 1,500 were to be waited",
+        "1,500 steps since the last op >= 1,500",
     ),
     "waited longer": (
         {"wait_iters": 5},
         Facts(1510, 10, 9, 100),
-        "1,500 steps since the last op, 5 were to be waited",
+        "1,500 steps since the last op >= 5",
     ),
     "one step too early": ({"step": 1500}, Facts(1499, 0, 9, 100), None),
-    "at the step": ({"step": 1500}, Facts(1500, 0, 9, 100), "step 1,500 of 1,500"),
-    "after the step": ({"step": 1500}, Facts(2500, 0, 9, 100), "step 2,500 of 1,500"),
+    "at the step": ({"step": 1500}, Facts(1500, 0, 9, 100), "step 1,500 >= 1,500"),
+    "after the step": ({"step": 1500}, Facts(2500, 0, 9, 100), "step 2,500 >= 1,500"),
     "one token too few": ({"tokens": 2000}, Facts(5, 0, 1999, 100), None),
-    "the tokens": ({"tokens": 2000}, Facts(5, 0, 2000, 100), "2,000 tokens of 2,000"),
-    "more tokens": ({"tokens": 2000}, Facts(5, 0, 3000, 100), "3,000 tokens of 2,000"),
+    "the tokens": ({"tokens": 2000}, Facts(5, 0, 2000, 100), "2,000 tokens >= 2,000"),
+    "more tokens": ({"tokens": 2000}, Facts(5, 0, 3000, 100), "3,000 tokens >= 2,000"),
     "just under the share": ({"budget_frac": 0.25}, Facts(5, 0, 999, 4000), None),
-    "the share": ({"budget_frac": 0.25}, Facts(5, 0, 1000, 4000), "1,000 tokens, 0.25 of the budget"),
-    "nothing before the last two": (
+    "the share": ({"budget_frac": 0.25}, Facts(5, 0, 1000, 4000), "1,000 tokens >= 0.25 of the budget"),
+    "no evaluation before the last two": (
         {"plateau": {"evals": 2, "rel": 0.01}},
         Facts(20, 0, 9, 100, EVALUATED[:2]),
         None,
@@ -120,29 +121,29 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
     "a plateau": (
         {"plateau": {"evals": 2, "rel": 0.01}},
         Facts(30, 0, 9, 100, EVALUATED),
-        "plateau: 2 evaluations took the loss from 4.0000 to 3.9700 at best",
+        "plateau: best loss 3.9700 in the last 2 evaluations, 4.0000 before",
     ),
-    "a gain of exactly the share is one": (
+    "an improvement of exactly rel is enough": (
         {"plateau": {"evals": 1, "rel": 0.25}},
         Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0)]),
         None,
     ),
-    "a gain of a bit less": (
+    "an improvement of a bit less": (
         {"plateau": {"evals": 1, "rel": 0.25}},
         Facts(20, 0, 9, 100, [(10, 4.0), (20, 3.0001)]),
-        "plateau: 1 evaluations took the loss from 4.0000 to 3.0001 at best",
+        "plateau: best loss 3.0001 in the last 1 evaluations, 4.0000 before",
     ),
     "the best before counts": (
         {"plateau": {"evals": 1, "rel": 0.25}},
         Facts(30, 0, 9, 100, [(10, 3.0), (20, 4.0), (30, 2.9)]),
-        "plateau: 1 evaluations took the loss from 3.0000 to 2.9000 at best",
+        "plateau: best loss 2.9000 in the last 1 evaluations, 3.0000 before",
     ),
     "the best of the last counts": (
         {"plateau": {"evals": 2, "rel": 0.25}},
         Facts(30, 0, 9, 100, [(10, 4.0), (20, 2.0), (30, 3.9)]),
         None,
     ),
-    "the loss at the last op is not since it": (
+    "the loss at the step of the last op does not count": (
         {"plateau": {"evals": 2, "rel": 0.01}},
         Facts(30, 10, 9, 100, EVALUATED),
         None,
@@ -152,7 +153,7 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
         Facts(30, 0, 9, 100, EVALUATED),
         "loss 3.9700 < 9",
     ),
-    "none of several": (
+    "no condition holds": (
         {"any": [{"step": 50}, {"loss_below": 1}, {"tokens": 10}]},
         Facts(30, 0, 9, 100, EVALUATED),
         None,
@@ -162,10 +163,10 @@ DUE: dict[str, tuple[dict[str, Any], Facts, str | None]] = {
 
 @pytest.mark.parametrize(("trigger", "facts", "reason"), DUE.values(), ids=DUE)
 def test_when_an_op_is_due(trigger: dict[str, Any], facts: Facts, reason: str | None) -> None:
-    assert due(one("set_lr", 0.1, trigger), facts) == reason
+    assert due(one("set_lr", 0.1, trigger).trigger, facts) == reason
 
 
-# -- what is kept of each value, and the nearest value that is refused
+# -- allowed and refused values
 
 
 def kept_trigger(condition: str, value: Any) -> Any:
@@ -208,16 +209,16 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
 
 
 @pytest.mark.parametrize("condition", KEPT)
-def test_what_a_condition_takes_and_what_it_refuses(condition: str) -> None:
+def test_the_allowed_values_of_a_condition(condition: str) -> None:
     for value, kept in KEPT[condition]:
-        found = kept_trigger(condition, value)
-        assert found == kept and type(found) is type(kept), value
+        got = kept_trigger(condition, value)
+        assert got == kept and type(got) is type(kept), value
     allowed, values = REFUSED[condition]
     for value in values:
-        said = kept_trigger(condition, value)
-        assert said == f"ops[0] 'set_lr': trigger.{condition}={value!r} is not allowed; write {allowed}.", (
-            value
-        )
+        message = kept_trigger(condition, value)
+        assert (
+            message == f"ops[0] 'set_lr': trigger.{condition}={value!r} is not allowed; write {allowed}."
+        ), value
 
 
 PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
@@ -300,7 +301,7 @@ PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
 @pytest.mark.parametrize(
     ("name", "table", "key", "kept", "allowed", "refused"), PARTS, ids=[f"{row[0]}-{row[2]}" for row in PARTS]
 )
-def test_what_a_part_takes_and_what_it_refuses(
+def test_the_allowed_values_of_a_key_in_a_table(
     name: str, table: str, key: str, kept: list[tuple[Any, Any]], allowed: str, refused: list[Any]
 ) -> None:
     size: dict[str, Any] = {"widen_mlp": 128, "widen_model": {"factor": 2}, "upcycle_moe": {"experts": 4}}[
@@ -320,12 +321,12 @@ def test_what_a_part_takes_and_what_it_refuses(
         got = held.value[key] if table == "value" else getattr(getattr(held, table), key)
         assert got == expected and type(got) is type(expected), value
     for value in refused:
-        (said,) = faults_of({"ops": [written(value)]})
-        assert said.startswith(f"ops[0] {name!r}: {table}.{key}={value!r} is not allowed"), value
-        assert said.endswith(f"; write {allowed}."), value
+        (message,) = faults_of({"ops": [written(value)]})
+        assert message.startswith(f"ops[0] {name!r}: {table}.{key}={value!r} is not allowed"), value
+        assert message.endswith(f"; write {allowed}."), value
 
 
-def test_what_a_table_of_an_op_is_filled_with() -> None:
+def test_the_defaults_of_a_value_table() -> None:
     assert one("widen_model", 32).value == {"kv": "scale", "tied": "fold_final_norm", "d_model": 32}
     assert one("widen_model", {"factor": 2, "kv": "keep"}).value == {
         "kv": "keep",
@@ -346,7 +347,7 @@ def test_what_a_table_of_an_op_is_filled_with() -> None:
     }
 
 
-# -- what an op is where nothing is said
+# -- the defaults of an op
 
 
 @pytest.mark.parametrize(
@@ -369,21 +370,21 @@ def test_what_a_table_of_an_op_is_filled_with() -> None:
         ("resize_vocabulary", 310, "", True),
     ],
 )
-def test_what_an_op_is_where_nothing_is_said(name: str, value: Any, init: str, reevaluate: bool) -> None:
-    found = one(name, value)
-    assert (found.id, found.desc, found.place, found.init, found.reevaluate) == (
+def test_the_defaults_of_an_op(name: str, value: Any, init: str, reevaluate: bool) -> None:
+    default = one(name, value)
+    assert (default.id, default.desc, default.place, default.init, default.reevaluate) == (
         f"0-{name}",
         "",
         0,
         init,
         reevaluate,
     )
-    assert (found.preserve, found.on_fail) == ("", "abort")
-    assert found.optimizer == Transfer("auto", 0.0) and found.lr == Rates(0, 1.0, "none")
+    assert (default.preserve, default.on_fail) == ("", "abort")
+    assert default.optimizer == Transfer("auto", 0.0) and default.lr == Rates(0, 1.0, "none")
     assert one(name, value, reevaluate=not reevaluate).reevaluate is not reevaluate
 
 
-def test_data_holds_only_what_is_not_so_anyway() -> None:
+def test_data_omits_keys_with_their_default() -> None:
     plain = one("widen_mlp", 128)
     assert plain.data() == {"name": "widen_mlp", "value": 128, "trigger": {"step": 5}}
     more = {
@@ -403,7 +404,7 @@ def test_data_holds_only_what_is_not_so_anyway() -> None:
     assert one("merge_lora_weights").data() == {"name": "merge_lora_weights", "trigger": {"step": 5}}
 
 
-def test_an_effect_is_what_decides_the_bits() -> None:
+def test_the_effect_of_an_op_has_the_keys_that_decide_the_bits() -> None:
     plain = one("widen_mlp", 128)
     assert plain.effect() == {"name": "widen_mlp", "value": 128, "seed": plain.seed}
     for key, value in {
@@ -443,13 +444,13 @@ def test_a_schedule_as_data_and_as_text() -> None:
     assert len({hash(o) for o in (*plain.ops, *seeded.ops)}) == 2
 
 
-def test_the_seed_of_an_op_is_that_of_its_place_and_the_schedules_seed() -> None:
-    """Fixed numbers: other ones would grow another model from the same schedule."""
+def test_the_seed_of_an_op_depends_on_its_place_and_the_seed_of_the_schedule() -> None:
+    """The seeds are fixed: other seeds would give another model for the same schedule."""
     ops = [op("widen_mlp", 128), op("widen_mlp", 256)]
     assert [o.seed for o in read({"ops": ops})[0].ops] == SEEDS[0]
     assert [o.seed for o in read({"ops": ops, "seed": 1})[0].ops] == SEEDS[1]
     entries = [{"name": "widen_mlp", "value": 128, "trigger_loss": 3, "max_wait_iters": 9}]
-    assert read(entries)[0].ops[0].seed == SEEDS[0][0], "a list has the seed 0"
+    assert read(entries)[0].ops[0].seed == SEEDS[0][0], "a schedule in the original format has the seed 0"
 
 
 SEEDS = [[4481077711173917646, 6403782323461907794], [8793111607293158513, 7897666548380046824]]
@@ -495,7 +496,7 @@ CHANGES: list[tuple[dict[str, Any], str, Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("start", "name", "value", "changed"), CHANGES, ids=[f"{i}-{row[1]}" for i, row in enumerate(CHANGES)]
 )
-def test_what_an_op_changes_and_nothing_else(
+def test_the_fields_that_an_op_changes(
     start: dict[str, Any], name: str, value: Any, changed: dict[str, Any]
 ) -> None:
     before = config(**start)
@@ -505,12 +506,12 @@ def test_what_an_op_changes_and_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["widen_mlp", "add_heads", "resize_vocabulary"])
-def test_a_size_that_is_no_number_is_refused(name: str) -> None:
+def test_a_size_that_is_not_a_number_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"value='wide' is not allowed; give an integer > \d+, the "):
         after(Op(name, "wide", Trigger(step=1)), config())
 
 
-def test_an_op_that_is_made_by_hand() -> None:
+def test_the_defaults_of_the_class_op() -> None:
     bare = Op("set_lr", 0.1, Trigger(step=5))
     assert (
         bare.place,
@@ -534,17 +535,17 @@ def test_an_op_that_is_made_by_hand() -> None:
     assert (bare.optimizer, bare.lr) == (Transfer("auto", 0.0), Rates(0, 1.0, "none"))
 
 
-def test_a_merge_leaves_no_rank() -> None:
+def test_a_merge_sets_both_ranks_to_zero() -> None:
     now = after(one("merge_lora_weights"), config(attn_lora_rank=2, embed_lora_rank=3))
     assert (now.attn_lora_rank, now.embed_lora_rank) == (0, 0)
     for ranks in ({"attn_lora_rank": 2}, {"embed_lora_rank": 3}):
-        assert walk(config(**ranks), [one("merge_lora_weights")])[1] == [], "one of them is enough"
+        assert walk(config(**ranks), [one("merge_lora_weights")])[1] == [], "one rank is enough"
 
 
 # -- defaults
 
 
-def test_defaults_are_for_ops_of_the_architecture_but_for_reevaluate() -> None:
+def test_defaults_except_reevaluate_apply_only_to_architecture_ops() -> None:
     data = {
         "defaults": {
             "reevaluate": True,
@@ -584,7 +585,7 @@ def test_defaults_are_for_ops_of_the_architecture_but_for_reevaluate() -> None:
     )
 
 
-def test_a_default_that_is_wrong_is_left_out_and_named() -> None:
+def test_a_wrong_default_is_reported_and_ignored() -> None:
     schedule, faults = read(
         {
             "defaults": {"on_fail": "retry", "preserve": "approx", "init": "copy"},
@@ -598,16 +599,19 @@ def test_a_default_that_is_wrong_is_left_out_and_named() -> None:
     assert (schedule.ops[0].on_fail, schedule.ops[0].preserve) == ("abort", "approx")
 
 
-# -- faults of the whole
+# -- faults of the schedule as a whole
 
-NO_SCHEDULE = "is no schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops with trigger_loss and max_wait_iters."
+NOT_A_SCHEDULE = (
+    "is not a schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops "
+    "with trigger_loss and max_wait_iters."
+)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        ({"version": True}, "version=True is not known; write 2, or the original format as a list."),
-        ({"version": "2"}, "version='2' is not known; write 2, or the original format as a list."),
+        ({"version": True}, "version=True is unknown; write 2, or a list in the original format."),
+        ({"version": "2"}, "version='2' is unknown; write 2, or a list in the original format."),
         ({"version": 2.0}, None),
         ({"seed": True}, "seed=True is not allowed; write a whole number, 0 or more."),
         ({"seed": 1.5}, "seed=1.5 is not allowed; write a whole number, 0 or more."),
@@ -634,14 +638,16 @@ NO_SCHEDULE = "is no schedule; write { ops = [{ name, value, trigger }, ...] }, 
         ),
         (
             "text",
-            f"'text' {NO_SCHEDULE}",
+            f"'text' {NOT_A_SCHEDULE}",
         ),
-        ((), f"[] {NO_SCHEDULE}"),
-        ({"ops": [5]}, "ops[0]=5 is no op; write { name, value, trigger }."),
+        ((), f"[] {NOT_A_SCHEDULE}"),
+        ({"ops": [5]}, "ops[0]=5 is not an op; write { name, value, trigger }."),
     ],
 )
-def test_a_fault_of_the_whole(data: Any, said: str | None) -> None:
-    assert read(data)[1] == ([] if said is None else [(0 if said.startswith("ops[0]") else -1, said)])
+def test_a_fault_of_the_schedule(data: Any, message: str | None) -> None:
+    assert read(data)[1] == (
+        [] if message is None else [(0 if message.startswith("ops[0]") else -1, message)]
+    )
 
 
 def test_the_largest_schedule_is_read() -> None:
@@ -651,7 +657,7 @@ def test_the_largest_schedule_is_read() -> None:
     assert read(entries)[1] == [] and len(read(entries)[0].ops) == 1000
 
 
-def test_what_is_wrong_with_the_whole_takes_nothing_from_its_ops() -> None:
+def test_faults_of_the_schedule_do_not_affect_its_ops() -> None:
     schedule, faults = read(
         {"version": 3, "seed": -1, "defaults": 5, "x": 1, "ops": [op("set_lr", 0.1), 7, op("set_lr", 0.2)]}
     )
@@ -664,7 +670,7 @@ def test_what_is_wrong_with_the_whole_takes_nothing_from_its_ops() -> None:
 
 
 @pytest.mark.parametrize("count", [10, 11, 13])
-def test_of_many_unknown_keys_ten_are_named(count: int) -> None:
+def test_only_ten_unknown_keys_are_listed(count: int) -> None:
     many = {f"k{i}": 1 for i in range(count)}
     whole = {"": many, "defaults": {"defaults": many}, "op": {"ops": [op("set_lr", 0.1, **many)]}}
     whole["table"] = {"ops": [op("widen_mlp", 128, optimizer=many)]}
@@ -681,22 +687,25 @@ def test_of_many_unknown_keys_ten_are_named(count: int) -> None:
 
 TO_WRITE = "{ step = N } or { budget_frac = F } or { any = [{ loss_below = L }, { wait_iters = N }] }"
 OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "a name of 40 characters is shown": (
+    "a name of 40 characters": (
         {"name": "x" * 40, "trigger": {"step": 1}},
         f"ops[0] {'x' * 40!r}: unknown op; allowed: set_lr, ",
     ),
     "a number as a name": ({"name": 3, "trigger": {"step": 1}}, "ops[0]: unknown op 3; allowed: set_lr, "),
-    "one of 41 is not": ({"name": "x" * 41, "trigger": {"step": 1}}, "ops[0]: unknown op; allowed: set_lr, "),
-    "no name": ({"value": 1, "trigger": {"step": 1}}, "ops[0]: no name; write one of set_lr, "),
+    "a name of 41 characters": (
+        {"name": "x" * 41, "trigger": {"step": 1}},
+        "ops[0]: unknown op; allowed: set_lr, ",
+    ),
+    "no name": ({"value": 1, "trigger": {"step": 1}}, "ops[0]: the name is missing; write one of set_lr, "),
     "no value": (
         {"name": "widen_model", "trigger": {"step": 1}},
-        "ops[0] 'widen_model': no value; write value = { factor = 2 } or { d_model = N }.",
+        "ops[0] 'widen_model': the value is missing; write value = { factor = 2 } or { d_model = N }.",
     ),
-    "a value for none": (
+    "a value for an operation without one": (
         op("merge_lora_weights", 0),
-        "ops[0] 'merge_lora_weights': value=0 is not allowed: it takes none; write null",
+        "ops[0] 'merge_lora_weights': value=0 is not allowed: this op takes no value; write null",
     ),
-    "null for a value": (
+    "null for a number": (
         op("set_lr", None),
         "ops[0] 'set_lr': value=None is not allowed; write a finite number.",
     ),
@@ -705,17 +714,18 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("set_lr", 1e300),
         "ops[0] 'set_lr': value=1e+300 is not allowed; write a finite number.",
     ),
-    "a truth for a size": (
+    "a boolean for a size": (
         op("widen_mlp", True),
         "ops[0] 'widen_mlp': value=True is not allowed; write a whole number.",
     ),
-    "a truth for a layer": (
+    "a boolean for a layer": (
         op("freeze_layer", [True]),
         "ops[0] 'freeze_layer': value[0]=True is not allowed; write a layer, or a list of layers.",
     ),
-    "five of seven odd layers": (
+    "only five wrong layers are shown": (
         op("stack_layers", list("abcdefg")),
-        "ops[0] 'stack_layers': value[0]='a', value[1]='b', value[2]='c', value[3]='d', value[4]='e' is not allowed; write the source",
+        "ops[0] 'stack_layers': value[0]='a', value[1]='b', value[2]='c', value[3]='d', value[4]='e' is "
+        "not allowed; write the source",
     ),
     "a table for a size": (
         op("widen_mlp", {"d_ff": 9}),
@@ -737,59 +747,59 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("upcycle_moe", {"experts": [8]}),
         "value.experts=[8] is not allowed; write a whole number, 2 or more.",
     ),
-    "init of an op that has none": (
+    "init of an operation without it": (
         op("widen_model", 32, init="copy"),
-        "ops[0] 'widen_model': init is for stack_layers and widen_mlp; remove it.",
+        "ops[0] 'widen_model': init is only for stack_layers and widen_mlp; remove it.",
     ),
     "init of a training op": (
         op("set_lr", 0.1, init="copy"),
-        "ops[0] 'set_lr': init is for ops that change the weights; remove it.",
+        "ops[0] 'set_lr': init is only for ops that change the weights; remove it.",
     ),
     "preserve of a training op": (
         op("set_lr", 0.1, preserve="none"),
-        "ops[0] 'set_lr': preserve is for ops that change the weights",
+        "ops[0] 'set_lr': preserve is only for ops that change the weights",
     ),
     "lr of a training op": (
         op("set_lr", 0.1, lr={}),
-        "ops[0] 'set_lr': lr is for ops that change the weights; remove it.",
+        "ops[0] 'set_lr': lr is only for ops that change the weights; remove it.",
     ),
     "on_fail of a training op": (
         op("set_lr", 0.1, on_fail="skip"),
-        "ops[0] 'set_lr': on_fail is for ops that change the weights",
+        "ops[0] 'set_lr': on_fail is only for ops that change the weights",
     ),
-    "a blank id": (op("set_lr", 0.1, id="  "), "ops[0] 'set_lr': id='  ' is not allowed; write a text."),
-    "a number as an id": (op("set_lr", 0.1, id=3), "ops[0] 'set_lr': id=3 is not allowed; write a text."),
+    "a blank id": (op("set_lr", 0.1, id="  "), "ops[0] 'set_lr': id='  ' is not allowed; write a string."),
+    "a number as an id": (op("set_lr", 0.1, id=3), "ops[0] 'set_lr': id=3 is not allowed; write a string."),
     "a number as a description": (
         op("set_lr", 0.1, desc=3),
-        "ops[0] 'set_lr': desc=3 is not allowed; write a text.",
+        "ops[0] 'set_lr': desc=3 is not allowed; write a string.",
     ),
     "reevaluate as text": (
         op("set_lr", 0.1, reevaluate="yes"),
         "ops[0] 'set_lr': reevaluate='yes' is not allowed; write true or false.",
     ),
-    "init that is near": (
+    "a misspelt init": (
         op("widen_mlp", 128, init="copi"),
         "init='copi' is not allowed (did you mean 'copy'?); write copy or identity.",
     ),
-    "init that is a number": (
+    "a number as init": (
         op("widen_mlp", 128, init=1),
         "ops[0] 'widen_mlp': init=1 is not allowed; write copy or identity.",
     ),
-    "optimizer as a number": (
+    "a number as optimizer": (
         op("widen_mlp", 128, optimizer=1),
         "optimizer=1 is not allowed; write a table of mode, min_coverage.",
     ),
-    "optimizer as an unknown text": (
+    "an unknown optimizer mode": (
         op("widen_mlp", 128, optimizer="rest"),
         "optimizer.mode='rest' is not allowed (did you mean 'reset'?); write auto",
     ),
-    "lr as a text": (
+    "a text as lr": (
         op("widen_mlp", 128, lr="slow"),
         "lr='slow' is not allowed; write a table of rewarm_iters, new_params_peak, width_rule.",
     ),
     "no trigger": (
         {"name": "set_lr", "value": 0.1},
-        f"ops[0] 'set_lr': no trigger; write trigger = {TO_WRITE}.",
+        f"ops[0] 'set_lr': the trigger is missing; write trigger = {TO_WRITE}.",
     ),
     "a trigger that is a list": (
         op("set_lr", 0.1, [5]),
@@ -797,13 +807,13 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two conditions": (
         op("set_lr", 0.1, {"step": 1, "tokens": 2}),
-        "trigger has one condition, got step and tokens; write { step = N }",
+        "trigger has exactly one condition, got step and tokens; write { step = N }",
     ),
-    "any beside another": (
+    "any next to another condition": (
         op("set_lr", 0.1, {"any": [{"step": 1}], "step": 2}),
         "write any = [...] alone, with one condition in each table.",
     ),
-    "any of nothing": (
+    "an empty any": (
         op("set_lr", 0.1, {"any": []}),
         "trigger={'any': []} is not allowed; write any = [...] alone",
     ),
@@ -815,7 +825,7 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("set_lr", 0.1, {"any": [1]}),
         "trigger={'any': [1]} is not allowed; write any = [...] alone",
     ),
-    "any with two in one": (
+    "any with two conditions in one table": (
         op("set_lr", 0.1, {"any": [{"step": 1}, {"step": 2, "tokens": 3}]}),
         "write any = [...] alone",
     ),
@@ -823,11 +833,11 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         op("set_lr", 0.1, {"any": 5}),
         "trigger={'any': 5} is not allowed; write any = [...] alone",
     ),
-    "any with two twice": (
+    "any with two repeated conditions": (
         op("set_lr", 0.1, {"any": [{"tokens": 1}, {"step": 2}, {"tokens": 3}, {"step": 4}]}),
-        "trigger.any has step twice; keep the one that comes first.",
+        "trigger.any has step twice; keep the one that is met first.",
     ),
-    "any with one twice": (
+    "any with a repeated condition": (
         op("set_lr", 0.1, {"any": [{"step": 1}, {"tokens": 2}, {"step": 3}]}),
         "trigger.any has step twice; keep the one that",
     ),
@@ -846,18 +856,21 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("entry", "said"), OP_FAULTS.values(), ids=OP_FAULTS)
-def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("entry", "message"), OP_FAULTS.values(), ids=OP_FAULTS)
+def test_a_fault_of_an_op(entry: dict[str, Any], message: str) -> None:
     schedule, faults = read({"ops": [entry]})
     assert schedule.ops == () and len(faults) == 1 and faults[0][0] == 0
-    assert said in faults[0][1] and faults[0][1].endswith(".") and not faults[0][1].endswith("..")
+    assert message in faults[0][1] and faults[0][1].endswith(".") and not faults[0][1].endswith("..")
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
-        ({"trigger_loss": 3}, ["no max_wait_iters; write max_wait_iters = a whole number, 0 or more."]),
-        ({"max_wait_iters": 3}, ["no trigger_loss; write trigger_loss = a finite number."]),
+        (
+            {"trigger_loss": 3},
+            ["max_wait_iters is missing; write max_wait_iters = a whole number, 0 or more."],
+        ),
+        ({"max_wait_iters": 3}, ["trigger_loss is missing; write trigger_loss = a finite number."]),
         (
             {"trigger_loss": math.inf, "max_wait_iters": 0},
             ["trigger_loss=inf is not allowed; write a finite number."],
@@ -878,15 +891,15 @@ def test_a_fault_of_an_op(entry: dict[str, Any], said: str) -> None:
         ),
     ],
 )
-def test_an_entry_of_the_list_format(entry: dict[str, Any], said: list[str]) -> None:
+def test_an_entry_of_the_list_format(entry: dict[str, Any], message: list[str]) -> None:
     schedule, faults = read([{"name": "set_lr", "value": 0.1} | entry])
-    assert [text for _, text in faults] == [f"ops[0] 'set_lr': {text}" for text in said]
-    assert len(schedule.ops) == (not said)
-    if not said:
+    assert [text for _, text in faults] == [f"ops[0] 'set_lr': {text}" for text in message]
+    assert len(schedule.ops) == (not message)
+    if not message:
         assert schedule.ops[0].trigger == Trigger(loss_below=3.0, wait_iters=0)
 
 
-def test_an_id_is_taken_once() -> None:
+def test_ids_must_be_unique() -> None:
     ops = [
         op("set_lr", 0.1, id="a"),
         op("set_lr", 0.2),
@@ -896,12 +909,12 @@ def test_an_id_is_taken_once() -> None:
     schedule, faults = read({"ops": ops})
     assert [o.id for o in schedule.ops] == ["a", "1-set_lr"]
     assert [text for _, text in faults] == [
-        "ops[2] 'set_lr': id='a' is that of ops[0]; give each its own.",
-        "ops[3] 'set_lr': id='1-set_lr' is that of ops[1]; give each its own.",
+        "ops[2] 'set_lr': id='a' is already used by ops[0]; give each op its own id.",
+        "ops[3] 'set_lr': id='1-set_lr' is already used by ops[1]; give each op its own id.",
     ]
 
 
-def test_an_op_that_is_wrong_takes_no_id() -> None:
+def test_a_faulty_op_does_not_reserve_its_id() -> None:
     ops = [
         op("set_lr", 0.1, id="a"),
         op("set_lr", "x", id="a"),
@@ -915,24 +928,24 @@ def test_an_op_that_is_wrong_takes_no_id() -> None:
     ]
 
 
-# -- what only the model can tell: the smallest violation and its neighbour
+# -- values that do not fit the model: the smallest violation, and an allowed value next to it
 
 MODEL: dict[
     str, tuple[dict[str, Any], str, Any, dict[str, Any], str]
-] = {  # start, name, value, what it may be instead, message
+] = {  # start, name, value, allowed changes, message
     "half a factor": (
         {},
         "stack_layers",
         2.5,
         {},
-        "value=2.5 is no list of layers; the model has 2 layers here",
+        "value=2.5 is not a list of layers; at this point the model has 2 layers",
     ),
     "out of one layer": (
         {"n_layer": 1},
         "stack_layers",
         [1],
         {"value": [0]},
-        "value[0]=1 out of range; the model has 1 layer here. Use 0.",
+        "value[0]=1 out of range; at this point the model has 1 layer. Use 0.",
     ),
     "an old triple": (
         {},
@@ -946,7 +959,7 @@ MODEL: dict[
         "stack_layers",
         513,
         {},
-        "value=513 is no list of layers; the model has 2 layers here",
+        "value=513 is not a list of layers; at this point the model has 2 layers",
     ),
     "an old factor of 512": (
         {},
@@ -967,7 +980,7 @@ MODEL: dict[
         "stack_layers",
         1,
         {},
-        "value=1 is no list of layers; the model has 1 layer here",
+        "value=1 is not a list of layers; at this point the model has 1 layer",
     ),
     "a factor of 1 of two layers": (
         {},
@@ -981,14 +994,14 @@ MODEL: dict[
         "stack_layers",
         [0, 1, 2],
         {"value": [0, 1, 1]},
-        "value[2]=2 out of range; the model has 2 layers here. Use 0..1",
+        "value[2]=2 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "a layer below 0": (
         {},
         "stack_layers",
         [-1],
         {"value": [0]},
-        "value[0]=-1 out of range; the model has 2 layers here. Use 0..1",
+        "value[0]=-1 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "five layers of six": (
         {},
@@ -1023,14 +1036,14 @@ MODEL: dict[
         "widen_model",
         33,
         {"value": 32},
-        "d_model=33 is no multiple of the width 16; give 32, 48, ...",
+        "d_model=33 is not a multiple of the width 16; give 32, 48, ...",
     ),
     "no whole factor": (
         {},
         "widen_model",
         {"factor": 2.5},
         {"value": {"factor": 2}},
-        "factor=2.5 is no whole number; the width is 16, give 2, 3, ...",
+        "factor=2.5 is not a whole number; the width is 16, give 2, 3, ...",
     ),
     "the same width": ({}, "widen_model", 16, {"value": 48}, "16 <= current width 16; give 32, 48, ..."),
     "as many heads": ({}, "add_heads", 2, {"value": 3}, "2 <= current n_head 2; give an integer > 2"),
@@ -1039,14 +1052,14 @@ MODEL: dict[
         "add_heads",
         7,
         {"value": 8},
-        "7 heads do not share 2 heads of keys and values; give a multiple, like 8",
+        "7 heads cannot share 2 key/value heads evenly; give a multiple, like 8",
     ),
     "experts again": (
         {"experts": 4},
         "upcycle_moe",
         {"experts": 8},
         {},
-        "the model has 4 experts already; a dense one can be upcycled, once. Remove it",
+        "the model already has 4 experts; only a dense model can be upcycled. Remove this op",
     ),
     "a number of experts": (
         {},
@@ -1060,7 +1073,7 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "top_k": 5},
         {"value": {"experts": 4, "top_k": 4}},
-        "top_k=5 of 4 experts; use 1..4",
+        "top_k=5 is larger than experts=4; use 1..4",
     ),
     "shards of the hidden width": (
         {"d_ff": 62},
@@ -1088,14 +1101,16 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "top_k": 1},
         {"value": {"experts": 4, "top_k": 1, "router_weights": "softmax"}},
-        "top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax",
+        "top_k=1 with renormalised weights gives the router no gradient; "
+        "use top_k=2, or router_weights=softmax",
     ),
     "a zero router that locks": (
         {},
         "upcycle_moe",
         {"experts": 4, "router": "zero"},
         {"optimizer": "asymmetric"},
-        "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with noise_snr_db or",
+        "router=zero locks: every tie is won by the same experts; "
+        "use router=random, or break the tie with noise_snr_db or",
     ),
     "a zero router with keep": (
         {},
@@ -1109,7 +1124,7 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "router": "zero", "router_std": 0.5, "noise_snr_db": 9},
         {},
-        "router_std=0.5 with router=zero; leave it out, or use router=random",
+        "router_std=0.5 has no effect with router=zero; leave it out, or use router=random",
     ),
     "noise with a random router": (
         {},
@@ -1118,77 +1133,84 @@ MODEL: dict[
         {"value": {"experts": 4}},
         "noise_snr_db with router=random changes the function",
     ),
-    "a rank of none": (
+    "rank 0": (
         {},
         "set_attn_lora_rank",
         0,
         {"value": 1},
         "value=0 is not allowed; give a rank, 1 or more",
     ),
-    "a rank of none, with one": (
+    "rank -1, with a rank": (
         {"attn_lora_rank": 2},
         "set_attn_lora_rank",
         -1,
         {"value": 1},
-        "value=-1 is not allowed; give a rank, 1 or more, or merge_lora_weights",
+        "value=-1 is not allowed; "
+        "give a rank, 1 or more, or remove the low-rank weights with merge_lora_weights",
     ),
     "an old rank factor": (
         {"embed_lora_rank": 4},
         "set_embedding_lora_rank",
         1.5,
         {},
-        "value 1.5 is the old relative form; the rank is 4 here, write 6",
+        "value 1.5 is the old relative form; the rank is 4, write 6",
     ),
     "an old rank factor of none": (
         {},
         "set_attn_lora_rank",
         1.5,
         {},
-        "value 1.5 is the old relative form; the rank is 0 here, give the rank, like 8",
+        "value 1.5 is the old relative form; the rank is 0, give the rank, like 8",
     ),
     "nothing to merge": (
         {},
         "merge_lora_weights",
         None,
         {},
-        "there is nothing to merge; put it behind a set_attn_lora_rank, or remove it",
+        "there are no low-rank weights to merge; move this op behind a set_attn_lora_rank, or remove it",
     ),
-    "a layer to freeze that is not there": (
+    "a layer to freeze that does not exist": (
         {},
         "freeze_layer",
         2,
         {"value": 1},
-        "layer 2 out of range; the model has 2 layers here. Use 0..1",
+        "layer 2 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "a layer below 0 to freeze": (
         {},
         "freeze_layer",
         [0, -1],
         {"value": [0]},
-        "layer -1 out of range; the model has 2 layers here. Use 0..1",
+        "layer -1 out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "no layer to freeze": (
         {},
         "freeze_layer",
         [],
         {},
-        "value=[] is no layer; give one of 0..1, or a list of them",
+        "value=[] is not a layer; give one of 0..1, or a list of them",
     ),
     "half a layer": (
         {},
         "freeze_layer",
         0.5,
         {},
-        "value=0.5 is no layer; give one of 0..1, or a list of them",
+        "value=0.5 is not a layer; give one of 0..1, or a list of them",
     ),
     "frozen already": (
         {"frozen": [0, 1]},
         "freeze_layer",
         1,
         {},
-        "layer 1 is frozen already; frozen here: 0, 1. Leave it out",
+        "layer 1 is already frozen; frozen at this point: 0, 1. Leave it out",
     ),
-    "not frozen": ({}, "unfreeze_layer", 1, {}, "layer 1 is not frozen; frozen here: none. Leave it out"),
+    "not frozen": (
+        {},
+        "unfreeze_layer",
+        1,
+        {},
+        "layer 1 is not frozen; frozen at this point: none. Leave it out",
+    ),
     "as many ids": (
         {"unused_ids": 5},
         "resize_vocabulary",
@@ -1208,33 +1230,33 @@ MODEL: dict[
         "set_eval_iters",
         200,
         {},
-        "every evaluation here scores each token of val once, there is nothing to set; remove the op",
+        "every evaluation scores each token of val exactly once, so there is nothing to set; remove the op",
     ),
     "an old factor of the rate": (
         {},
         "change_lr",
         1.234567891,
         {},
-        'the old relative form; lr is 0.01 here, write "set_lr" and the value 0.0123457',
+        'this is the old relative form; lr is 0.01, write "set_lr" and the value 0.0123457',
     ),
     "an old factor of the batch": (
         {},
         "change_batch_size",
         1.3,
         {},
-        'the old relative form; batch_size is 2 here, write "set_batch_size" and the value 3',
+        'this is the old relative form; batch_size is 2, write "set_batch_size" and the value 3',
     ),
 }
 
 
-@pytest.mark.parametrize(("start", "name", "value", "instead", "said"), MODEL.values(), ids=MODEL)
-def test_what_only_the_model_can_tell(
-    start: dict[str, Any], name: str, value: Any, instead: dict[str, Any], said: str
+@pytest.mark.parametrize(("start", "name", "value", "instead", "message"), MODEL.values(), ids=MODEL)
+def test_a_value_that_does_not_fit_the_model(
+    start: dict[str, Any], name: str, value: Any, instead: dict[str, Any], message: str
 ) -> None:
     cfg = config(**start)
     phases, faults = walk(cfg, [one(name, value)])
-    if said:
-        assert phases == [] and len(faults) == 1 and faults[0][1].startswith(f"ops[0] {name!r}: {said}"), (
+    if message:
+        assert phases == [] and len(faults) == 1 and faults[0][1].startswith(f"ops[0] {name!r}: {message}"), (
             faults
         )
     else:
@@ -1247,12 +1269,12 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "layers": (
         {},
         [("stack_layers", [0, 0, 1]), ("stack_layers", [3])],
-        "the model has 3 layers here (after ops[0])",
+        "at this point the model has 3 layers (after ops[0])",
     ),
     "frozen layers": (
         {},
         [("stack_layers", [0, 0, 1]), ("freeze_layer", 3)],
-        "the model has 3 layers here (after ops[0]). Use 0..2",
+        "at this point the model has 3 layers (after ops[0]). Use 0..2",
     ),
     "hidden": (
         {},
@@ -1269,7 +1291,7 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "width, no multiple": (
         {},
         [("widen_model", 32), ("widen_model", 48)],
-        "no multiple of the width 32 (set by ops[0]); give 64, 96, ...",
+        "not a multiple of the width 32 (set by ops[0]); give 64, 96, ...",
     ),
     "width, factor": (
         {},
@@ -1284,19 +1306,23 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "experts": (
         {},
         [("upcycle_moe", {"experts": 4}), ("upcycle_moe", {"experts": 4})],
-        "the model has 4 experts already (set by ops[0])",
+        "the model already has 4 experts (set by ops[0])",
     ),
     "rank": (
         {},
         [("set_attn_lora_rank", 4), ("set_attn_lora_rank", 2.0)],
-        "the rank is 4 here (set by ops[0]), write 8",
+        "the rank is 4 (set by ops[0]), write 8",
     ),
     "merge": (
         {"attn_lora_rank": 2},
         [("merge_lora_weights", None)] * 2,
-        "there is nothing to merge (after ops[0]); put it behind",
+        "there are no low-rank weights to merge (after ops[0]); move this op behind",
     ),
-    "frozen": ({}, [("freeze_layer", 1), ("freeze_layer", 1)], "frozen here: 1 (after ops[0]). Leave it out"),
+    "frozen": (
+        {},
+        [("freeze_layer", 1), ("freeze_layer", 1)],
+        "frozen at this point: 1 (after ops[0]). Leave it out",
+    ),
     "ids": (
         {},
         [("resize_vocabulary", 310), ("resize_vocabulary", 305)],
@@ -1305,24 +1331,24 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "rate": (
         {},
         [("set_lr", 0.5), ("change_lr", 0.5)],
-        'lr is 0.5 here (set by ops[0]), write "set_lr" and the value 0.25',
+        'lr is 0.5 (set by ops[0]), write "set_lr" and the value 0.25',
     ),
     "the last op that set it": (
         {},
         [("widen_mlp", 128), ("set_lr", 0.1), ("widen_mlp", 256), ("widen_mlp", 9)],
         "256 (set by ops[2])",
     ),
-    "an op that did nothing set nothing": (
+    "an op without an effect is not named": (
         {},
         [("set_lr", 0.01), ("change_lr", 0.5)],
-        'lr is 0.01 here, write "set_lr"',
+        'lr is 0.01, write "set_lr"',
     ),
 }
 
 
-@pytest.mark.parametrize(("start", "ops", "said"), BEFORE.values(), ids=BEFORE)
-def test_a_message_names_the_op_that_set_what_is_in_the_way(
-    start: dict[str, Any], ops: list[tuple[str, Any]], said: str
+@pytest.mark.parametrize(("start", "ops", "message"), BEFORE.values(), ids=BEFORE)
+def test_a_message_names_the_op_that_set_the_conflicting_field(
+    start: dict[str, Any], ops: list[tuple[str, Any]], message: str
 ) -> None:
     schedule, wrong = read({"ops": [op(*entry) for entry in ops]})
     assert not wrong
@@ -1330,7 +1356,7 @@ def test_a_message_names_the_op_that_set_what_is_in_the_way(
     assert (
         len(faults) == 1
         and len(phases) == len(ops) - 1
-        and said in faults[0][1]
+        and message in faults[0][1]
         and faults[0][0] == len(ops) - 1
     )
 
@@ -1348,7 +1374,8 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         ("stack_layers", [1]),
         {},
         "approx",
-        "with a map that drops or reorders layers; use each of 0..1, the first copies in order, with init=identity, or preserve=none",
+        "with a map that drops or reorders layers; "
+        "use each of 0..1, the first copies in order, with init=identity, or preserve=none",
     ),
     "copies": (
         {},
@@ -1362,7 +1389,7 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         ("widen_mlp", 65),
         {},
         "bitexact",
-        "for widen_mlp, which is exact to rounding; use preserve=exact",
+        "for widen_mlp, which is exact up to rounding; use preserve=exact",
     ),
     "a rank that is cut": (
         {"attn_lora_rank": 4},
@@ -1376,14 +1403,15 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
         ("set_attn_lora_rank", 4),
         {},
         "bitexact",
-        "for set_attn_lora_rank, which is exact to rounding",
+        "for set_attn_lora_rank, which is exact up to rounding",
     ),
     "softmax weights": (
         {},
         ("upcycle_moe", {"experts": 4, "router_weights": "softmax"}),
         {},
         "exact",
-        "with softmax weights, which are not renormalised; use router_weights=renormalised, or preserve=approx",
+        "with softmax weights, which are not renormalised; "
+        "use router_weights=renormalised, or preserve=approx",
     ),
     "three experts": (
         {},
@@ -1416,17 +1444,17 @@ PRESERVE: dict[str, tuple[dict[str, Any], tuple[str, Any], dict[str, Any], str, 
 }
 
 
-@pytest.mark.parametrize(("start", "what", "more", "asked", "said"), PRESERVE.values(), ids=PRESERVE)
-def test_why_an_op_cannot_keep_more(
-    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], asked: str, said: str
+@pytest.mark.parametrize(("start", "what", "more", "preserve", "message"), PRESERVE.values(), ids=PRESERVE)
+def test_why_a_guarantee_is_impossible(
+    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], preserve: str, message: str
 ) -> None:
     with pytest.raises(ValueError) as e:
-        after(one(*what, preserve=asked, **more), config(**start))
-    assert str(e.value).startswith(f"preserve={asked} impossible {said}")
+        after(one(*what, preserve=preserve, **more), config(**start))
+    assert str(e.value).startswith(f"preserve={preserve} is impossible {message}")
 
 
 @pytest.mark.parametrize(
-    ("start", "what", "more", "most"),
+    ("start", "what", "more", "strongest"),
     [
         (
             {"router_weights": "softmax"},
@@ -1447,17 +1475,17 @@ def test_why_an_op_cannot_keep_more(
         ({}, ("stack_layers", [1, 0]), {"init": "identity"}, "none"),
     ],
 )
-def test_what_an_op_keeps_where_nothing_is_said(
-    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], most: str
+def test_the_default_guarantee_of_an_op(
+    start: dict[str, Any], what: tuple[str, Any], more: dict[str, Any], strongest: str
 ) -> None:
     phases, faults = walk(config(**start), [one(*what, **more)])
-    assert not faults and phases[0].op.preserve == most
+    assert not faults and phases[0].op.preserve == strongest
 
 
-# -- where it stands
+# -- files and inline text
 
 
-def test_a_file_may_hold_the_schedule_under_its_key(tmp_path: Path) -> None:
+def test_a_file_may_have_the_schedule_under_the_key_growth(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[growth]\nseed = 3\n")
     assert from_text(str(tmp_path / "a.toml")) == {"seed": 3}
     (tmp_path / "b.json").write_text('{"growth": 1, "seed": 3}')
@@ -1473,7 +1501,7 @@ def test_a_file_may_hold_the_schedule_under_its_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.json", "{", "not valid JSON"),
         ("a.toml", "= 3", "not valid TOML"),
@@ -1484,32 +1512,36 @@ def test_a_file_may_hold_the_schedule_under_its_key(tmp_path: Path) -> None:
         ("a", "{}", "give a file ending in .json"),
     ],
 )
-def test_a_file_that_is_none(tmp_path: Path, name: str, content: str | None, said: str) -> None:
+def test_an_unusable_schedule_file_is_refused(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError) as e:
         from_text(str(tmp_path / name))
-    assert said in str(e.value) and str(tmp_path / name) in str(e.value)
+    assert message in str(e.value) and str(tmp_path / name) in str(e.value)
 
 
 @pytest.mark.parametrize("text", ["{ops: [}", "[1,", "a: [\n"])
-def test_an_inline_schedule_that_is_none(text: str) -> None:
+def test_a_malformed_inline_schedule_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is neither TOML, JSON nor YAML"):
         from_text(text)
 
 
-def test_a_long_text_is_shown_in_part() -> None:
+def test_a_long_text_is_shortened_in_the_message() -> None:
     for count, whole in ((200, True), (201, False)):
         text = "{" + "x" * (count - 1)
         with pytest.raises(ConfigError) as e:
             from_text(text)
         assert (
             text in str(e.value)
-        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give its file" in str(e.value)
+        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give the name of a file" in str(
+            e.value
+        )
     for count, whole in ((120, True), (121, False)):
         text = "x" * count
         with pytest.raises(ConfigError) as e:
             from_text(text)
         assert (
             text in str(e.value)
-        ) is whole and "is no schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)
+        ) is whole and "is not a schedule; give a file ending in .json, .yaml, .yml or .toml" in str(e.value)

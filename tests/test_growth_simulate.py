@@ -1,4 +1,4 @@
-"""A schedule on paper: sizes by hand-computed numbers, the cost of each segment, the longest waits, and every warning with its edge."""
+"""`simulate` and `cost`: sizes computed by hand, costs of segments, the longest waits, warnings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from mainrun.plan.cost import costs, segment_costs, size
 from mainrun.plan.plan import Plan
 from mainrun.plan.simulate import latest, simulate
 
-# 16 x 8 = 128 positions, 300 x 16 = 4,800 for the table, 32 for the last norm; each layer 1,024 + 2,048 in matrices and 208 in vectors
+# 11,520 parameters: 128 (positions) + 4,800 (embedding) + 32 (last norm) + 2 layers of
+# 1,024 (attention matrices) + 2,048 (MLP matrices) + 208 (vectors)
 BASE: dict[str, Any] = {
-    "n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 64, "batch_size": 8, "block_size": 8, "vocab_size": 300, "lr": 0.01, "dropout": 0.1,
+    "n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 64, "batch_size": 8, "block_size": 8, "vocab_size": 300,
+    "lr": 0.01, "dropout": 0.1,
 }  # fmt: skip
 
 
@@ -28,17 +30,17 @@ def op(name: str, value: Any, trigger: dict[str, Any], **more: Any) -> dict[str,
 # -- sizes
 
 SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
-    # params, active, trained, FLOPs of a token, bytes of moments
-    "plain SGD keeps nothing": ({}, (11520, 11520, 11520, 68736, 0)),
-    "momentum is one number each": ({"momentum": 0.9}, (11520, 11520, 11520, 68736, 4 * 11520)),
-    "AdamW is two": ({"optimizer": "adamw"}, (11520, 11520, 11520, 68736, 8 * 11520)),
-    "Muon is one for the 6,144 inside": (
+    # params, active, trained, FLOPs per token, bytes of moments
+    "SGD without momentum has no state": ({}, (11520, 11520, 11520, 68736, 0)),
+    "momentum is one number per parameter": ({"momentum": 0.9}, (11520, 11520, 11520, 68736, 4 * 11520)),
+    "AdamW has two numbers per parameter": ({"optimizer": "adamw"}, (11520, 11520, 11520, 68736, 8 * 11520)),
+    "Muon has one number for the 6,144 parameters of hidden matrices": (
         {"optimizer": "muon"},
         (11520, 11520, 11520, 68736, 4 * 6144 + 8 * (11520 - 6144)),
     ),
-    "a head of its own costs the same FLOPs": ({"tie_head": False}, (11520 + 4800, 16320, 16320, 68736, 0)),
+    "an untied head needs the same FLOPs": ({"tie_head": False}, (11520 + 4800, 16320, 16320, 68736, 0)),
     "no table of positions": ({"position": "rope"}, (11520 - 128, 11392, 11392, 68736, 0)),
-    "no biases, of norms either": (
+    "no biases, not in norms either": (
         {"bias": False},
         (11520 - 2 * (64 + 80 + 32) - 16, 11152, 11152, 68736, 0),
     ),
@@ -55,7 +57,7 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
     "norms of queries and keys": ({"qk_norm": True}, (11520 + 2 * 16, 11552, 11552, 68736, 0)),
     "a gate of each head": ({"attn_gate": True}, (11520 + 2 * 32, 11584, 11584, 68736 + 6 * 2 * 32, 0)),
     "scales of the branches": ({"layer_scale": 0.1}, (11520 + 2 * 32, 11584, 11584, 68736, 0)),
-    "a share of the first values, but for layer 0": (
+    "a ratio of the first values, except in layer 0": (
         {"value_residual": True},
         (11521, 11521, 11521, 68736, 0),
     ),
@@ -82,12 +84,12 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
         {"embed_lora_rank": 3, "tie_head": False},
         (16320 + 948, 17268, 17268, 68736, 0),
     ),
-    "ids that nobody uses yet": ({"unused_ids": 10}, (11520 + 160, 11680, 11680, 68736 + 6 * 160, 0)),
-    "a frozen layer and its share": (
+    "unused ids": ({"unused_ids": 10}, (11520 + 160, 11680, 11680, 68736 + 6 * 160, 0)),
+    "a frozen layer and its ratio": (
         {"frozen": [1], "value_residual": True, "optimizer": "muon"},
         (11521, 11521, 11521 - 3280 - 1, 68736, 4 * 3072 + 8 * (8240 - 3072)),
     ),
-    "layer 0 has no share to freeze": (
+    "layer 0 has no ratio to freeze": (
         {"frozen": [0], "value_residual": True, "experts": 4, "optimizer": "muon"},
         (24417, 15905, 24417 - 3280 - 6448, 94080, 4 * 9216 + 8 * (14689 - 9216)),
     ),
@@ -99,22 +101,22 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
 
 
 @pytest.mark.parametrize(("changes", "expected"), SIZES.values(), ids=SIZES)
-def test_a_size_is_what_the_hand_computes(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
-    found = size(config(**changes))
-    assert found == expected
-    assert (found.params, found.active, found.trained, found.flops, found.moments) == expected
+def test_sizes_computed_by_hand(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
+    computed = size(config(**changes))
+    assert computed == expected
+    assert (computed.params, computed.active, computed.trained, computed.flops, computed.moments) == expected
 
 
-def test_costs_count_the_ids_that_the_tokenizer_has() -> None:
+def test_costs_depend_on_the_number_of_ids() -> None:
     assert costs(config(), 300) == {"params": 11520, "active": 11520, "flops_per_token": 68736}
     assert costs(config(), 290) == {"params": 11360, "active": 11360, "flops_per_token": 68736 - 960}
     assert costs(config(experts=4), 300) == {"params": 24416, "active": 15904, "flops_per_token": 94080}
 
 
-# -- what each segment costs: 64 tokens a step, 10 steps an epoch, 70 steps
+# -- the cost of each segment: 64 tokens per step, 10 steps per epoch, 70 steps
 
 
-def test_the_segments_of_a_run_are_cut_where_its_ops_act() -> None:
+def test_each_op_begins_a_segment() -> None:
     ops = [
         op("set_batch_size", 4, {"step": 30}),
         op("stack_layers", [0, 1, 1], {"step": 50}, init="identity"),
@@ -134,7 +136,7 @@ def test_the_segments_of_a_run_are_cut_where_its_ops_act() -> None:
         110,
         60 * 32,
     )
-    assert first["flops"] == 30 * 64 * 2 * 68736, "R-Drop goes through the model twice"
+    assert first["flops"] == 30 * 64 * 2 * 68736, "R-Drop needs two passes"
     assert second["flops"] == 20 * 32 * 2 * 68736
     assert (
         third["params"] == 11520 + 3280
@@ -147,51 +149,50 @@ def test_the_segments_of_a_run_are_cut_where_its_ops_act() -> None:
 def test_a_run_without_ops_is_one_segment() -> None:
     (only,) = segment_costs(Plan(config(), 641), 300)
     assert only == {
-        "op": "", "begins": 0, "ends": 70, "tokens": 4480, "flops": 4480 * 68736, "params": 11520, "active": 11520,
+        "op": "", "begins": 0, "ends": 70, "tokens": 4480, "flops": 4480 * 68736, "params": 11520,
+        "active": 11520,
         "flops_per_token": 68736,
     }  # fmt: skip
 
 
 def test_the_simulated_segments_have_steps_tokens_and_seconds() -> None:
     ops = [op("set_batch_size", 4, {"step": 30}), op("set_lr", 0.02, {"loss_below": 3})]
-    found = simulate(config(rdrop=0.5), {"ops": ops}, 641, speed=2.0)
-    assert [(s.op, s.begins) for s in found.segments] == [
+    forecast = simulate(config(rdrop=0.5), {"ops": ops}, 641, speed=2.0)
+    assert [(s.op, s.begins) for s in forecast.segments] == [
         ("", "step 0"),
         ("set_batch_size 4", "step 30"),
         ("set_lr 0.02", "loss < 3"),
     ]
-    assert [(s.steps, s.tokens) for s in found.segments] == [(30, 1920), (80, 2560), (None, None)]
-    assert [s.seconds for s in found.segments] == [1920 * 2 * 68736 / 2, 2560 * 2 * 68736 / 2, None]
+    assert [(s.steps, s.tokens) for s in forecast.segments] == [(30, 1920), (80, 2560), (None, None)]
+    assert [s.seconds for s in forecast.segments] == [1920 * 2 * 68736 / 2, 2560 * 2 * 68736 / 2, None]
     assert [s.seconds for s in simulate(config(), {"ops": ops}, 641).segments] == [None, None, None], (
-        "without a speed there is no time"
+        "the time needs a speed"
     )
     assert [s.steps for s in simulate(config(), {"ops": ops}).segments] == [None, None, None], (
-        "nor steps without tokens"
+        "the steps need the tokens"
     )
 
 
 def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
     ops = [op("widen_mlp", 32, {"step": 5}), op("set_lr", 0.02, {"step": 6}), op("shrink", 1, {"step": 7})]
-    found = simulate(config(), {"version": 3, "ops": ops}, 641)
-    assert [text.split(";")[0] for text in found.faults] == [
-        "version=3 is not known", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
+    forecast = simulate(config(), {"version": 3, "ops": ops}, 641)
+    assert [text.split(";")[0] for text in forecast.faults] == [
+        "version=3 is unknown", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
     ]  # fmt: skip
-    assert [s.op for s in found.segments] == ["", "set_lr 0.02"]
-    assert [s.steps for s in found.segments] == [None, None], (
-        "a schedule that cannot be carried out has no plan"
-    )
+    assert [s.op for s in forecast.segments] == ["", "set_lr 0.02"]
+    assert [s.steps for s in forecast.segments] == [None, None], "a schedule with faults has no plan"
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    ("tokens", "message"),
     [(65, None), (64, "train has 64 tokens, but one step takes batch_size*block_size+1 = 65")],
 )
-def test_too_few_tokens_are_a_fault(tokens: int, said: str | None) -> None:
+def test_too_few_tokens_are_a_fault(tokens: int, message: str | None) -> None:
     faults = simulate(config(), [], tokens).faults
     assert (
         faults == []
-        if said is None
-        else len(faults) == 1 and faults[0].startswith(said) and faults[0].endswith(".")
+        if message is None
+        else len(faults) == 1 and faults[0].startswith(message) and faults[0].endswith(".")
     )
 
 
@@ -199,8 +200,8 @@ def test_too_few_tokens_are_a_fault(tokens: int, said: str | None) -> None:
 
 WAITS: dict[str, tuple[list[dict[str, Any]], tuple[int, ...]]] = {
     "at the first evaluation": ([op("set_lr", 0.1, {"wait_iters": 1})], (1,)),
-    "a wait of none needs an evaluation, too": ([op("set_lr", 0.1, {"wait_iters": 0})], (1,)),
-    "an evaluation at the very step": ([op("set_lr", 0.1, {"wait_iters": 9})], (9,)),
+    "a wait of 0 needs an evaluation too": ([op("set_lr", 0.1, {"wait_iters": 0})], (1,)),
+    "an evaluation at exactly that step": ([op("set_lr", 0.1, {"wait_iters": 9})], (9,)),
     "at the next one": ([op("set_lr", 0.1, {"wait_iters": 10})], (12,)),
     "at the last one before the end": ([op("set_lr", 0.1, {"wait_iters": 69})], (69,)),
     "the end is too late": ([op("set_lr", 0.1, {"wait_iters": 70})], ()),
@@ -231,7 +232,7 @@ WAITS: dict[str, tuple[list[dict[str, Any]], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize(("ops", "fired"), WAITS.values(), ids=WAITS)
-def test_the_plan_of_the_longest_waits(ops: list[dict[str, Any]], fired: tuple[int, ...]) -> None:
+def test_latest_fires_every_op_as_late_as_possible(ops: list[dict[str, Any]], fired: tuple[int, ...]) -> None:
     assert latest(config(eval_per_epoch=3, growth={"ops": ops}), 641).fired == fired
 
 
@@ -240,82 +241,97 @@ def test_the_plan_of_the_longest_waits(ops: list[dict[str, Any]], fired: tuple[i
 THREE = {"n_layer": 3}
 WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list[str]]] = {
     "a layer map that moves nothing": (
-        {}, [op("stack_layers", [0, 1], {"step": 5})], None, ["ops[0] 'stack_layers': changes nothing, everything is so already."]
+        {}, [op("stack_layers", [0, 1], {"step": 5})], None,
+        ["ops[0] 'stack_layers': changes nothing; the config already has these values."]
     ),
     "a layer map of the same length": ({}, [op("stack_layers", [1, 0], {"step": 5})], None, []),
-    "a value that it has, the second time": (
+    "a value that is set twice": (
         {}, [op("set_lr", 0.02, {"step": 5}), op("set_lr", 0.02, {"step": 6})], None,
-        ["ops[1] 'set_lr': changes nothing, everything is so already."],
+        ["ops[1] 'set_lr': changes nothing; the config already has these values."],
     ),
     "two layers that are dropped": (
         THREE, [op("stack_layers", [1], {"step": 5})], None,
-        ["ops[0] 'stack_layers': drops layers 0, 2 of 3; what is learnt there is lost."],
+        ["ops[0] 'stack_layers': drops layers 0, 2 of 3, and everything learned there."],
     ),
     "one layer that is dropped": (
         THREE, [op("stack_layers", [0, 2], {"step": 5})], None,
-        ["ops[0] 'stack_layers': drops layer 1 of 3; what is learnt there is lost."],
+        ["ops[0] 'stack_layers': drops layer 1 of 3, and everything learned there."],
     ),
     "a loss below zero": (
-        {}, [op("set_lr", 0.1, {"loss_below": -1.5})], None, ["ops[0] 'set_lr': loss_below=-1.5 is never reached, a loss is above 0."]
+        {}, [op("set_lr", 0.1, {"loss_below": -1.5})], None,
+        ["ops[0] 'set_lr': loss_below=-1.5 is never reached; a loss is always above 0."]
     ),
     "a loss of zero": (
-        {}, [op("set_lr", 0.1, {"loss_below": 0})], None, ["ops[0] 'set_lr': loss_below=0 is never reached, a loss is above 0."]
+        {}, [op("set_lr", 0.1, {"loss_below": 0})], None,
+        ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]
     ),
     "a loss just above zero": ({}, [op("set_lr", 0.1, {"loss_below": 1e-9})], None, []),
     "two ops at one step": ({}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 50})], None, []),
     "steps that go back, after the largest": (
-        {}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 40}), op("set_lr", 0.3, {"step": 45})], None,
-        ["ops[1] 'set_lr': step 40 is past when its turn comes; it fires with the op before it, not before step 50.",
-         "ops[2] 'set_lr': step 45 is past when its turn comes; it fires with the op before it, not before step 50."],
+        {}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 40}),
+            op("set_lr", 0.3, {"step": 45})], None,
+        ["ops[1] 'set_lr': step 40 is over when its turn comes; "
+         "it fires with the op before it, not before step 50.",
+         "ops[2] 'set_lr': step 45 is over when its turn comes; "
+         "it fires with the op before it, not before step 50."],
     ),
-    "a step beside a loss is no fixed one": (
-        {}, [op("set_lr", 0.1, {"any": [{"step": 50}, {"loss_below": 3}]}), op("set_lr", 0.2, {"step": 40})], None, []
+    "a step next to a loss is not static": (
+        {}, [op("set_lr", 0.1, {"any": [{"step": 50}, {"loss_below": 3}]}), op("set_lr", 0.2, {"step": 40})],
+        None, []
     ),
     "a first wait of one step": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 1})], None, []),
     "a first wait of two": (
         {"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 2})], None,
-        ["ops[0] 'set_lr': a wait of 2 is shorter than the 9 steps between evaluations; it lasts until one comes."],
+        ["ops[0] 'set_lr': a wait of 2 is shorter than the 9 steps between evaluations; "
+         "the op fires at the next evaluation."],
     ),
     "a second wait of one": (
-        {"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 1})], None,
-        ["ops[1] 'set_lr': a wait of 1 is shorter than the 9 steps between evaluations; it lasts until one comes."],
+        {"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 1})],
+        None,
+        ["ops[1] 'set_lr': a wait of 1 is shorter than the 9 steps between evaluations; "
+         "the op fires at the next evaluation."],
     ),
-    "a second wait of none": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})], None, []),
-    "a wait as long as the interval": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9})], None, []),
-    "an interval that is not known": ({}, [op("set_lr", 0.1, {"wait_iters": 2})], None, []),
+    "a second wait of 0": ({"eval_interval": 9},
+        [op("set_lr", 0.1, {"wait_iters": 9}), op("set_lr", 0.2, {"wait_iters": 0})], None, []),
+    "a wait as long as the interval": ({"eval_interval": 9}, [op("set_lr", 0.1, {"wait_iters": 9})], None,
+        []),
+    "an unknown interval": ({}, [op("set_lr", 0.1, {"wait_iters": 2})], None, []),
     "an interval by the tokens": (
         {"eval_per_epoch": 3}, [op("set_lr", 0.1, {"wait_iters": 2})], 641,
-        ["ops[0] 'set_lr': a wait of 2 is shorter than the 3 steps between evaluations; it lasts until one comes."],
+        ["ops[0] 'set_lr': a wait of 2 is shorter than the 3 steps between evaluations; "
+         "the op fires at the next evaluation."],
     ),
     "no evaluation but the last": (
-        {"eval_per_epoch": 0}, [op("set_lr", 0.1, {"wait_iters": 2})], 641, ["ops[0] 'set_lr': never fires, the run has 70 steps."]
+        {"eval_per_epoch": 0}, [op("set_lr", 0.1, {"wait_iters": 2})], 641,
+        ["ops[0] 'set_lr': never fires; the run has 70 steps."]
     ),
     "more evaluations than steps": ({"eval_per_epoch": 100}, [op("set_lr", 0.1, {"wait_iters": 2})], 641, []),
     "an interval in steps comes before one by tokens": (
         {"eval_per_epoch": 3, "eval_interval": 5}, [op("set_lr", 0.1, {"wait_iters": 4})], 641,
-        ["ops[0] 'set_lr': a wait of 4 is shorter than the 5 steps between evaluations; it lasts until one comes."],
+        ["ops[0] 'set_lr': a wait of 4 is shorter than the 5 steps between evaluations; "
+         "the op fires at the next evaluation."],
     ),
     "a loss alone may come": ({}, [op("set_lr", 0.1, {"loss_below": 3})], 641, []),
-    "and so may a plateau": ({}, [op("set_lr", 0.1, {"plateau": {"evals": 2, "rel": 0.1}})], 641, []),
+    "a plateau alone may come": ({}, [op("set_lr", 0.1, {"plateau": {"evals": 2, "rel": 0.1}})], 641, []),
     "a plateau or a wait that is too long": (
         {}, [op("set_lr", 0.1, {"any": [{"plateau": {"evals": 2, "rel": 0.1}}, {"wait_iters": 99}]})], 641,
-        ["ops[0] 'set_lr': is fired by its loss or never, the run has 70 steps."],
+        ["ops[0] 'set_lr': only fires if its condition on the loss is met; the run has 70 steps."],
     ),
-    "the last op that never fires keeps nobody waiting": (
+    "no op waits for the last one": (
         {}, [op("set_lr", 0.1, {"step": 9}), op("set_lr", 0.2, {"wait_iters": 99})], 641,
-        ["ops[1] 'set_lr': never fires, the run has 70 steps."],
+        ["ops[1] 'set_lr': never fires; the run has 70 steps."],
     ),
-    "what waits for it is said": (
+    "an op waits for one that never fires": (
         {}, [op("set_lr", 0.2, {"wait_iters": 99}), op("set_lr", 0.1, {"loss_below": 9})], 641,
-        ["ops[0] 'set_lr': never fires, the run has 70 steps, and the ops behind it wait for it."],
+        ["ops[0] 'set_lr': never fires; the run has 70 steps, and the ops after it wait for it."],
     ),
     "a reset changes nothing by itself": ({}, [op("reset_lr_schedule", None, {"step": 9})], None, []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "ops", "tokens", "warnings"), WARNINGS.values(), ids=WARNINGS)
-def test_a_warning_and_its_edge(
+def test_warnings_and_their_boundaries(
     changes: dict[str, Any], ops: list[dict[str, Any]], tokens: int | None, warnings: list[str]
 ) -> None:
-    found = simulate(config(**changes), {"ops": ops}, tokens)
-    assert (found.faults, found.warnings) == ([], warnings)
+    forecast = simulate(config(**changes), {"ops": ops}, tokens)
+    assert (forecast.faults, forecast.warnings) == ([], warnings)

@@ -1,4 +1,4 @@
-"""The presets that come with the package: they load, say what they are, and the ladder leads from one recipe to the other."""
+"""The built-in presets: all of them load, and the ladder leads from the baseline to the optimized recipe."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mainrun.plan.recipes import load, preset_names
 from mainrun.run.session import train
 
-# the ladder at a scale of seconds a step
+# fields with which each step of the ladder trains in seconds
 DEMO = [
     "num_titles=1500",
     "vocab_size=600",
@@ -23,12 +23,12 @@ DEMO += ["official_geometry=1x64"]
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_loads_and_its_runs_have_names_of_their_own(name: str) -> None:
+def test_every_preset_loads_and_its_run_ids_are_unique(name: str) -> None:
     ids = [cfg.run_id for cfg in load(name)]
     assert len(set(ids)) == len(ids)
 
 
-def test_the_ladder_goes_from_baseline_to_optimized_and_no_step_is_idle() -> None:
+def test_every_step_of_the_ladder_changes_something_between_baseline_and_optimized() -> None:
     ladder = [cfg.model_dump(exclude={"preset"}) for cfg in load("ablation")]
     assert ladder[0] == load("baseline")[0].model_dump(exclude={"preset"})
     assert ladder[-1] == load("optimized")[0].model_dump(exclude={"preset"})
@@ -36,9 +36,9 @@ def test_the_ladder_goes_from_baseline_to_optimized_and_no_step_is_idle() -> Non
 
 
 @pytest.mark.slow
-def test_the_ladder_trains_at_demo_scale_and_earns_something(tmp_path: Path) -> None:
+def test_the_ladder_improves_the_loss_at_demo_scale(tmp_path: Path) -> None:
     summaries = [train(cfg, tmp_path) for cfg in load("ablation", DEMO)]
     assert [g for s in summaries for g in s["guards"] if g["status"] == "fail"] == []
     assert len({s["fingerprints"]["val"] for s in summaries}) == 1
-    # on so little text the gain is some tenths of a nat; a ladder that lost its way loses it all
+    # on so little text the gain is a few tenths of a nat
     assert summaries[-1]["last"]["full"] < summaries[0]["last"]["full"] - 0.2

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mainrun.config import TrainConfig
-from mainrun.errors import ConfigError
 from mainrun.plan.plan import Segment
 
 if TYPE_CHECKING:
@@ -31,11 +30,7 @@ class Batches:
         """Inputs and targets [batch_size, block_size] of a step, counted from 0. segment: the phase of the run that it is in."""
         segment = segment or Segment(self.cfg)
         span = segment.span
-        if len(self.train) <= span:
-            raise ConfigError(
-                f"train has {len(self.train):,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
-                "lower batch_size or block_size, or raise num_titles"
-            )
+        segment.check_fits(len(self.train))
         epoch, start = segment.place(step, len(self.train))
         stream = self._shuffled(epoch) if self.cfg.order == "shuffle_titles" else self.train
         chunk = stream[start : start + span + 1].astype(np.int64)

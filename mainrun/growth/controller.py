@@ -40,8 +40,9 @@ from mainrun.growth.verify import (
     tied,
 )
 from mainrun.plan.cost import costs
-from mainrun.plan.ops import ARCHITECTURE, Facts, Op, due
-from mainrun.plan.plan import Plan, Segment
+from mainrun.plan.ops import ARCHITECTURE, Op
+from mainrun.plan.plan import Decision, Plan, Segment
+from mainrun.plan.triggers import Facts, due
 from mainrun.store.rundir import Metrics
 from mainrun.train import GPT, State
 
@@ -181,7 +182,7 @@ class Growth:
             fires = self.device.leads and self._reason(op, self.plan.segments[-1].first) is not None
             if not self.device.any_process(fires):
                 break
-            self.plan = Plan(self.cfg, self.plan.train_tokens, (*self.plan.fired, self.state.step))
+            self.plan = self.plan.decided(Decision(self.state.step))
             changed = True
         self._store_state()
         return changed
@@ -200,7 +201,7 @@ class Growth:
         """Return why an operation fires after this step, or None if it does not."""
         step = self.state.step
         losses = [entry for entry in self.losses if entry[0] <= step]
-        return due(op, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))
+        return due(op.trigger, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))
 
     @property
     def pending_op(self) -> Op | None:
@@ -365,8 +366,7 @@ class Growth:
             got = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}: {why}"
             fix = "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
             raise UsageError(f"{got}; the state before it is kept. {fix}")
-        fired = (*self.plan.fired[: op.place], ~self.state.step)
-        self.plan = Plan(self.cfg, self.plan.train_tokens, fired)
+        self.plan = self.plan.decided(Decision(self.state.step, skipped=True), op.place)
 
     def _probe(self) -> Tensor:
         """Return the batch of ids that operations are checked on."""

@@ -1,1 +1,1 @@
-"""What a run will do, worked out before it starts. Nothing in here imports torch."""
+"""The plan of a run, worked out before the run starts. Nothing in this folder imports torch."""

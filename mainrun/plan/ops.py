@@ -1,137 +1,111 @@
-"""A growth schedule: what the model and the training shall be, in absolute terms, and when. Data in, a checked `Schedule` out; no torch.
+"""Operations: the changes that a growth schedule can make to a config while a run trains.
 
-Two formats give the same thing. A list (the original format) of
+A schedule is a list of ops. Each op names an operation, its value in absolute terms, and the trigger that
+decides when it fires (`triggers.py`). Ops fire in the order of the list: each one waits for the op before it.
+After an op with `reevaluate = false`, the next op may fire on the same loss. With `true`, the model is
+evaluated again, and the next op waits for the next regular evaluation.
 
-    {"name": "set_lr", "desc": "...", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false}
-
-and an object, version 2, whose ops have a `trigger` in place of these two keys, and may say more (OP_KEYS). JSON, YAML or TOML, inline
-or in a file, which is only ever read.
-
-When an op fires. First in, first out: an op waits for the one before it. It fires when any of its conditions holds:
-
-    loss_below    the last evaluation's loss (a token's mean, in nats) is below it; equal is not below
-    wait_iters    that many steps since the last op (since the start, where there was none)
-    plateau       the best of the last `evals` evaluations since the last op gained less than the share `rel` on the best before them
-    step, tokens, budget_frac
-                  that many steps or tokens are trained, or that share of the run's tokens
-
-These are looked at when an evaluation runs. Only an op that has nothing but the last three needs none: it fires at that very step.
-After an op with `reevaluate = false` the next may fire on the same loss; with `true` the loss is taken again and the next waits for the
-next evaluation. Left out, it is true for an op of the architecture and false for one of the training, which moves no loss by itself.
+To add an operation, add a row to OPERATIONS in this file. If the operation changes the model, also add its
+function to OPS in `mainrun/growth/operators.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
-if TYPE_CHECKING:
-    from mainrun.config import TrainConfig  # which imports this file
+from mainrun.plan.op_values import (
+    LayersValue,
+    NoValue,
+    NumberValue,
+    Rule,
+    TableValue,
+    Value,
+    choice,
+    number,
+    shown,
+    whole_number,
+)
+from mainrun.plan.triggers import Trigger
+
+GUARANTEES = (
+    "none",
+    "approx",
+    "exact",
+    "bitexact",
+)  # how well an op keeps the model's function, weakest first
 
 
-# -- what a schedule is
-
-
-@dataclass(frozen=True)
-class Trigger:
-    """Any of these, when the op's turn has come."""
-
-    loss_below: float | None = None
-    wait_iters: int | None = None
-    step: int | None = None
-    tokens: int | None = None
-    budget_frac: float | None = None
-    plateau: tuple[int, float] | None = None  # evaluations, share
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-
-    @property
-    def static(self) -> bool:
-        """Known before the run: it needs no evaluation."""
-        return self.conditions.keys() <= {"step", "tokens", "budget_frac"}
-
-    def data(self) -> dict[str, Any]:
-        each = [
-            {k: {"evals": v[0], "rel": v[1]} if k == "plateau" else v} for k, v in self.conditions.items()
-        ]
-        return each[0] if len(each) == 1 else {"any": each}
-
-    def __str__(self) -> str:
-        words = {
-            "loss_below": "loss < {:g}", "wait_iters": "a wait of {:,}", "step": "step {:,}", "tokens": "{:,} tokens",
-            "budget_frac": "{:g} of the budget", "plateau": "plateau of {0[0]} evaluations",
-        }  # fmt: skip
-        return " or ".join(words[k].format(v) for k, v in self.conditions.items())
+# -- a schedule
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """How the optimiser's state goes over: `mode`, and the share of its elements that must."""
+    """How the optimiser's state is carried over to the new model."""
 
     mode: str = "auto"
-    min_coverage: float = 0.0
+    min_coverage: float = 0.0  # fraction of the state that must be carried over
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast what is new learns: steps until its full rate, its peak over the others', how the rate follows the width."""
+    """The learning rate of new parameters."""
 
-    rewarm_iters: int = 0
-    new_params_peak: float = 1.0
-    width_rule: str = "none"
+    rewarm_iters: int = 0  # steps of warm-up
+    new_params_peak: float = 1.0  # peak rate, relative to the other parameters
+    width_rule: str = "none"  # how the rate follows the width
 
 
 @dataclass(frozen=True)
 class Op:
-    """One change, what it must keep, and what happens if it does not."""
+    """One change of a schedule."""
 
     name: str
-    value: Any  # int, float, tuple of ints, dict, or None where the op takes none
+    value: Any  # int, float, tuple of ints, dict, or None for an operation without a value
     trigger: Trigger
-    place: int = 0  # in the list
-    seed: int = 0  # of what it draws: from the schedule's seed and its place
+    place: int = 0  # index in the schedule
+    seed: int = 0  # of its random numbers; derived from the schedule's seed and the place
     id: str = ""
     desc: str = ""
-    reevaluate: bool = True
-    init: str = ""  # copy, or identity: what is new adds nothing at first
-    preserve: str = (
-        ""  # none, approx, exact, bitexact; left out, it is settled by `walk`: the most that the op can keep
-    )
+    reevaluate: bool = True  # whether the model is evaluated again right after the op
+    init: str = ""  # how new parameters start: copy, or identity (they add nothing at first)
+    preserve: str = ""  # one of GUARANTEES; empty until `walk` sets the strongest that the op can give
     optimizer: Transfer = Transfer()
     lr: Rates = Rates()
-    on_fail: str = "abort"
+    on_fail: str = "abort"  # what to do if a check fails: abort, or skip
 
     def data(self) -> dict[str, Any]:
-        """Only what is not so anyway."""
-        found: dict[str, Any] = {"name": self.name}
-        if self.value is not None:
-            found["value"] = list(self.value) if isinstance(self.value, tuple) else self.value
-        found["trigger"] = self.trigger.data()
-        plain = Op(
-            self.name, self.value, self.trigger, self.place, self.seed, **_defaults(self.name, self.place)
-        )
+        """Return the op as a schedule file holds it, without the keys that have their default."""
+        data: dict[str, Any] = {"name": self.name}
+        if isinstance(self.value, tuple):
+            data["value"] = list(self.value)
+        elif self.value is not None:
+            data["value"] = self.value
+        data["trigger"] = self.trigger.data()
+        default = Op(self.name, self.value, self.trigger, **default_keys(self.name, self.place))
         for key in ("id", "desc", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail"):
-            if (value := getattr(self, key)) != getattr(plain, key):
-                found[key] = dict(vars(value)) if isinstance(value, Transfer | Rates) else value
-        return found
+            value = getattr(self, key)
+            if value != getattr(default, key):
+                data[key] = dict(vars(value)) if isinstance(value, Transfer | Rates) else value
+        return data
 
     def effect(self) -> dict[str, Any]:
-        """What it does, without when and what it is called: enough to tell whether two ops do the same to the bit."""
-        return {
-            k: v
-            for k, v in self.data().items()
-            if k not in ("trigger", "id", "desc", "reevaluate", "on_fail")
-        } | {"seed": self.seed}
+        """Return everything that decides the bits after the op: not its trigger, and not its texts."""
+        data = self.data()
+        for key in ("trigger", "id", "desc", "reevaluate", "on_fail"):
+            data.pop(key, None)
+        data["seed"] = self.seed
+        return data
 
     def __hash__(self) -> int:
         return hash((self.name, self.place, self.trigger))
 
     def __str__(self) -> str:
-        return self.name if self.value is None else f"{self.name} {_compact(self.value)}"
+        if self.value is None:
+            return self.name
+        return f"{self.name} {_compact(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -140,390 +114,557 @@ class Schedule:
     seed: int = 0
 
     def data(self) -> dict[str, Any]:
-        """In version 2; read again it is the same schedule."""
-        return {
-            "version": 2,
-            **({"seed": self.seed} if self.seed else {}),
-            "ops": [op.data() for op in self.ops],
-        }
+        """Return the schedule in the format of version 2. Reading it gives an equal schedule."""
+        data: dict[str, Any] = {"version": 2}
+        if self.seed:
+            data["seed"] = self.seed
+        data["ops"] = [op.data() for op in self.ops]
+        return data
 
     def __str__(self) -> str:
-        """As --set takes it."""
+        """Return the schedule as `--set growth=` accepts it."""
         return json.dumps(self.data(), separators=(",", ":"))
 
 
 def _compact(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return json.dumps(value, separators=(",", ":"), default=repr)
 
 
-def _shown(value: Any) -> str:
-    """What was got, not longer than a line can hold."""
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+# -- the config that an operation changes
 
 
-def _key(key: Any) -> str:
-    return key if isinstance(key, str) and key.isidentifier() else _shown(key)
+class Config(Protocol):
+    """The fields of a config that an operation reads. `mainrun.config.TrainConfig` has them all."""
+
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_head(self) -> int: ...
+    @property
+    def n_kv_head(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_width(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def ff_width(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def router_weights(self) -> str: ...
+    @property
+    def attn_lora_rank(self) -> int: ...
+    @property
+    def embed_lora_rank(self) -> int: ...
+    @property
+    def frozen(self) -> tuple[int, ...]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def unused_ids(self) -> int: ...
+
+    def changed(self, **fields: Any) -> Self:
+        """Return a config with other values and without a schedule. Raise ValueError if they are wrong."""
 
 
-# -- when an op fires
+C = TypeVar("C", bound=Config)
+Changes = dict[str, Any]  # config field -> new value
+SetBy = Mapping[str, int]  # config field -> place of the op that set it last
 
 
-class Facts(NamedTuple):
-    """What is known when an evaluation has run."""
-
-    step: int  # steps done
-    last: int  # steps done when the last op fired; 0: none has
-    tokens: int
-    budget: int  # tokens of the run
-    losses: Sequence[
-        tuple[int, float]
-    ] = ()  # of the evaluations so far: the step and the loss, the newest last
+def _origin(set_by: SetBy, field: str, how: str = "set by") -> str:
+    """Return a remark that names the op which set a field, or an empty text."""
+    if field in set_by:
+        return f" ({how} ops[{set_by[field]}])"
+    return ""
 
 
-def due(op: Op, facts: Facts) -> str | None:
-    """Why an op whose turn has come fires now; None: it does not."""
-    t, waited = op.trigger, facts.step - facts.last
-    if t.loss_below is not None and facts.losses and facts.losses[-1][1] < t.loss_below:
-        return f"loss {facts.losses[-1][1]:.4f} < {t.loss_below:g}"
-    if t.wait_iters is not None and waited >= t.wait_iters:
-        return f"{waited:,} steps since the last op, {t.wait_iters:,} were to be waited"
-    if t.step is not None and facts.step >= t.step:
-        return f"step {facts.step:,} of {t.step:,}"
-    if t.tokens is not None and facts.tokens >= t.tokens:
-        return f"{facts.tokens:,} tokens of {t.tokens:,}"
-    if t.budget_frac is not None and facts.tokens >= t.budget_frac * facts.budget:
-        return f"{facts.tokens:,} tokens, {t.budget_frac:g} of the budget"
-    if t.plateau is not None:
-        evals, rel = t.plateau
-        losses = [loss for step, loss in facts.losses if step > facts.last]
-        if len(losses) > evals:
-            before, now = min(losses[:-evals]), min(losses[-evals:])
-            if now > before * (1 - rel):
-                return f"plateau: {evals} evaluations took the loss from {before:.4f} to {now:.4f} at best"
-    return None
+# -- what each operation changes. A ValueError says what was given, what is allowed and how to fix it
 
 
-# -- what an op does
-
-
-class _Training(NamedTuple):
-    field: str
-    why: str = ""  # it cannot be set here, and what to do instead
-
-
-TRAINING = {
-    "set_lr": _Training("lr"),
-    "set_batch_size": _Training("batch_size"),
-    "set_grad_accum": _Training("grad_accum"),
-    # steps of the climb of the schedule that runs: counted from its start, so late in it this says what the next reset does
-    "set_warmup_iters": _Training("warmup_iters"),
-    "set_eval_iters": _Training(
-        "", "every evaluation here scores each token of val once, there is nothing to set; remove the op"
-    ),
-    "set_eval_interval": _Training("eval_interval"),
-    "set_weight_decay": _Training("weight_decay"),
-    "set_dropout": _Training("dropout"),
-    "reset_lr_schedule": _Training(
-        ""
-    ),  # warm-up, plateau and decay begin anew, over the steps that are left: Plan counts them
-}
-ARCHITECTURE = (
-    "stack_layers", "widen_mlp", "widen_model", "add_heads", "upcycle_moe", "set_attn_lora_rank", "set_embedding_lora_rank",
-    "merge_lora_weights", "freeze_layer", "unfreeze_layer", "resize_vocabulary",
-)  # fmt: skip
-NAMES = (*TRAINING, *ARCHITECTURE)
-RANKS = {"set_attn_lora_rank": "attn_lora_rank", "set_embedding_lora_rank": "embed_lora_rank"}
-VALUELESS = ("reset_lr_schedule", "merge_lora_weights")
-STRENGTH = ("none", "approx", "exact", "bitexact")
-
-By = Mapping[str, int]  # field -> the op that set it last
-
-
-def after(op: Op, cfg: TrainConfig, by: By | None = None) -> TrainConfig:
-    """The config once the op has fired: the one place that says what an op does. It has no growth of its own.
-
-    ValueError: what was got, what is allowed here, how to fix it. by: for such a sentence, which op set what is in the way.
-    """
-    changes = _effect(op, cfg, by or {})
-    if op.preserve:
-        best, why, use = _strongest(op, cfg)
-        if STRENGTH.index(op.preserve) > STRENGTH.index(best):
-            raise ValueError(
-                f"preserve={op.preserve} impossible {why}; use {f'{use}, or ' if use else ''}preserve={best}"
-            )
-    return cfg.changed(**changes)
-
-
-def _effect(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    if op.name in ARCHITECTURE:
-        return _GROWS[op.name](op, cfg, by)
-    if op.name.startswith("change_"):
-        field = TRAINING["set_" + op.name.removeprefix("change_")].field
-        now = getattr(cfg, field)
-        target = now * op.value if isinstance(op.value, int | float) else now
-        target = round(target) if isinstance(now, int) else float(f"{target:.6g}")
-        raise ValueError(
-            f'the old relative form; {field} is {_compact(now)} here{_set_by(by, field)}, write "set_{field}" and the value {target}'
-        )
-    field, why = TRAINING[op.name]
-    if why:
-        raise ValueError(why)
-    return {field: op.value} if field else {}
-
-
-def _set_by(by: By, field: str, how: str = "set by") -> str:
-    return f" ({how} ops[{by[field]}])" if field in by else ""
-
-
-def _whole_value(op: Op, what: str, now: int, by: str) -> int:
-    """An absolute size that is to grow."""
+def _grown_size(op: Op, what: str, now: int, origin: str) -> int:
+    """Return the value of an op that may only enlarge a size."""
     if isinstance(op.value, float):
-        raise ValueError(
-            f"value {op.value:g} is the old relative form; for {what} {now}{by} write {round(now * op.value)}"
-        )
+        new = round(now * op.value)
+        raise ValueError(f"value {op.value:g} is the old relative form; for {what} {now}{origin} write {new}")
     if not isinstance(op.value, int):
         raise ValueError(
-            f"value={_shown(op.value)} is not allowed; give an integer > {now}, the {what} here{by}"
+            f"value={shown(op.value)} is not allowed; give an integer > {now}, the current {what}{origin}"
         )
     if op.value <= now:
-        raise ValueError(f"{op.value} <= current {what} {now}{by}; give an integer > {now}")
+        raise ValueError(f"{op.value} <= current {what} {now}{origin}; give an integer > {now}")
     return op.value
 
 
-def _stack(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    n, source = cfg.n_layer, op.value
-    here = f"the model has {n} layer{'s' if n > 1 else ''} here{_set_by(by, 'n_layer', 'after')}"
-    if not isinstance(source, tuple) or not source:
-        if isinstance(source, int | float) and source == int(source) and 2 <= source * n <= 1024:
-            old = {2: "double", 3: "triple"}.get(int(source), f"{int(source)}-fold")
-            write = _compact(list(range(n)) * int(source))
+def _layers(count: int) -> str:
+    return f"{count} layers" if count > 1 else "1 layer"
+
+
+def _layer_range(count: int) -> str:
+    return f"0..{count - 1}" if count > 1 else "0"
+
+
+def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    state = f"at this point the model has {_layers(cfg.n_layer)}{_origin(set_by, 'n_layer', 'after')}"
+    sources = op.value
+    if not isinstance(sources, tuple) or not sources:
+        raise ValueError(_not_a_layer_list(sources, cfg.n_layer, state))
+    wrong = [f"value[{i}]={layer}" for i, layer in enumerate(sources) if not 0 <= layer < cfg.n_layer]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:5])} out of range; {state}. Use {_layer_range(cfg.n_layer)}")
+    # the first copy of a frozen layer stays frozen, the other copies train
+    frozen = [i for i, layer in enumerate(sources) if layer in cfg.frozen and layer not in sources[:i]]
+    return {"n_layer": len(sources), "frozen": tuple(frozen)}
+
+
+def _not_a_layer_list(value: Any, n_layer: int, state: str) -> str:
+    old = list(range(n_layer))
+    is_factor = isinstance(value, int | float) and value == int(value)
+    if is_factor and 2 <= value * n_layer <= 1024:
+        form = {2: "double", 3: "triple"}.get(int(value), f"{int(value)}-fold")
+        new = _compact(old * int(value))
+        return f'value {value:g} is the old "{form}" form; for {_layers(n_layer)} write {new}'
+    return (
+        f"value={shown(value)} is not a list of layers; {state}, write the source of each new layer, "
+        f"like {_compact(old)}"
+    )
+
+
+def _widen_mlp(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    return {"d_ff": _grown_size(op, "hidden", cfg.ff_width, _origin(set_by, "d_ff"))}
+
+
+def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
+    kv_heads = factor * cfg.n_kv_head  # 0 stays 0: it means n_head
+    if op.value["kv"] == "keep":
+        kv_heads = cfg.kv_heads
+    return {  # heads keep their width
+        "d_model": factor * cfg.d_model,
+        "d_ff": factor * cfg.ff_width,
+        "n_head": factor * cfg.n_head,
+        "n_kv_head": kv_heads,
+    }
+
+
+def _width_factor(value: Any, width: int, origin: str) -> int:
+    if not isinstance(value, dict):
+        new = round(width * value)
+        raise ValueError(f"value {value:g} is the old relative form; for width {width}{origin} write {new}")
+    multiples = f"give {2 * width}, {3 * width}, ..."
+    factor = value.get("factor")
+    if factor is not None:
+        if factor != int(factor):
             raise ValueError(
-                f'value {source:g} is the old "{old}" form; for {n} layer{"s" if n > 1 else ""} write {write}'
+                f"factor={factor:g} is not a whole number; the width is {width}{origin}, give 2, 3, ..."
             )
-        old = _compact(list(range(n)))
-        raise ValueError(
-            f"value={_shown(source)} is no list of layers; {here}, write the source of each new layer, like {old}"
-        )
-    if wrong := [f"value[{i}]={s}" for i, s in enumerate(source) if not 0 <= s < n]:
-        raise ValueError(
-            f"{', '.join(wrong[:5])} out of range; {here}. Use {f'0..{n - 1}' if n > 1 else '0'}"
-        )
-    # the first copy of a frozen layer stays frozen, what is new trains
-    frozen = tuple(i for i, s in enumerate(source) if s in cfg.frozen and s not in source[:i])
-    return {"n_layer": len(source), "frozen": frozen}
+        return int(factor)
+    d_model = int(value["d_model"])
+    if d_model % width:
+        raise ValueError(f"d_model={d_model} is not a multiple of the width {width}{origin}; {multiples}")
+    if d_model < 2 * width:
+        raise ValueError(f"{d_model} <= current width {width}{origin}; {multiples}")
+    return d_model // width
 
 
-def _widen_mlp(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    return {"d_ff": _whole_value(op, "hidden", cfg.ff_width, _set_by(by, "d_ff"))}
-
-
-def _widen_model(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    width, since = cfg.d_model, _set_by(by, "d_model")
-    if not isinstance(op.value, dict):  # a float
-        raise ValueError(
-            f"value {op.value:g} is the old relative form; for width {width}{since} write {round(width * op.value)}"
-        )
-    n = op.value.get("factor") or op.value["d_model"] / width
-    if n != int(n):
-        if "factor" in op.value:
-            raise ValueError(f"factor={n:g} is no whole number; the width is {width}{since}, give 2, 3, ...")
-        raise ValueError(
-            f"d_model={op.value['d_model']} is no multiple of the width {width}{since}; give {2 * width}, {3 * width}, ..."
-        )
-    if n < 2:
-        raise ValueError(
-            f"{op.value['d_model']} <= current width {width}{since}; give {2 * width}, {3 * width}, ..."
-        )
-    n = int(n)
-    # heads keep their width; what is 0 because it follows another still does
-    kv = cfg.kv_heads if op.value["kv"] == "keep" else n * cfg.n_kv_head
-    return {"d_model": n * width, "d_ff": n * cfg.ff_width, "n_head": n * cfg.n_head, "n_kv_head": kv}
-
-
-def _add_heads(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    heads = _whole_value(op, "n_head", cfg.n_head, _set_by(by, "n_head"))
-    grouped = cfg.kv_heads != cfg.n_head
-    if grouped and heads % cfg.kv_heads:
+def _add_heads(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    heads = _grown_size(op, "n_head", cfg.n_head, _origin(set_by, "n_head"))
+    if cfg.kv_heads == cfg.n_head:
+        return {"n_head": heads, "head_dim": cfg.head_width, "n_kv_head": 0}
+    if heads % cfg.kv_heads:
         near = -(-heads // cfg.kv_heads) * cfg.kv_heads
         raise ValueError(
-            f"{heads} heads do not share {cfg.kv_heads} heads of keys and values; give a multiple, like {near}"
+            f"{heads} heads cannot share {cfg.kv_heads} key/value heads evenly; give a multiple, like {near}"
         )
-    return {"n_head": heads, "head_dim": cfg.head_width, "n_kv_head": cfg.kv_heads if grouped else 0}
+    return {"n_head": heads, "head_dim": cfg.head_width, "n_kv_head": cfg.kv_heads}
 
 
-def _upcycle(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    value = op.value
+def _upcycle_moe(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if cfg.experts:
         raise ValueError(
-            f"the model has {cfg.experts} experts already{_set_by(by, 'experts')}; a dense one can be upcycled, once. Remove it"
+            f"the model already has {cfg.experts} experts{_origin(set_by, 'experts')}; "
+            "only a dense model can be upcycled. Remove this op"
         )
-    if not isinstance(value, dict):
-        raise ValueError(f"value={_shown(value)} is not allowed; write {_written('upcycle_moe')}")
-    experts, k, shards, hidden = value["experts"], value["top_k"], value["shards"], cfg.ff_width
-    weights = value.get("router_weights", cfg.router_weights)
-    if k > experts:
-        raise ValueError(f"top_k={k} of {experts} experts; use 1..{experts}")
-    for what, got in (("hidden", hidden), ("experts", experts), ("top_k", k)):
-        if got % shards:
-            raise ValueError(
-                f"shards={shards} does not divide {what}={got}; use a divisor of hidden, experts and top_k"
-            )
-    if k == 1 and weights == "renormalised":
-        raise ValueError(
-            "top_k=1 with renormalised weights gives the router no gradient; use top_k=2, or router_weights=softmax"
-        )
-    if value["router"] == "zero":
-        if "router_std" in value:
-            raise ValueError(
-                f"router_std={value['router_std']:g} with router=zero; leave it out, or use router=random"
-            )
-        if "noise_snr_db" not in value and op.optimizer.mode != "asymmetric":
-            raise ValueError(
-                "router=zero locks: ties choose the same experts for ever; use router=random, or break the tie with "
-                "noise_snr_db or optimizer.mode=asymmetric"
-            )
-    elif "noise_snr_db" in value:
-        raise ValueError(
-            "noise_snr_db with router=random changes the function; leave it out, its experts differ soon, or use router=zero"
-        )
-    return {"experts": experts, "top_k": k, "router_weights": weights, "d_ff": hidden // shards}
+    if not isinstance(op.value, dict):
+        raise ValueError(f"value={shown(op.value)} is not allowed; write {OPERATIONS[op.name].value.wanted}")
+    weights = op.value.get("router_weights", cfg.router_weights)
+    _check_experts(op.value, cfg.ff_width, weights)
+    _check_router(op)
+    return {
+        "experts": op.value["experts"],
+        "top_k": op.value["top_k"],
+        "router_weights": weights,
+        "d_ff": cfg.ff_width // op.value["shards"],
+    }
 
 
-def _rank(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    field = RANKS[op.name]
+def _check_experts(value: dict[str, Any], hidden: int, weights: str) -> None:
+    experts, top_k, shards = (value[key] for key in ("experts", "top_k", "shards"))
+    if top_k > experts:
+        raise ValueError(f"top_k={top_k} is larger than experts={experts}; use 1..{experts}")
+    for name, size in (("hidden", hidden), ("experts", experts), ("top_k", top_k)):
+        if size % shards:
+            raise ValueError(
+                f"shards={shards} does not divide {name}={size}; use a divisor of hidden, experts and top_k"
+            )
+    if top_k == 1 and weights == "renormalised":
+        raise ValueError(
+            "top_k=1 with renormalised weights gives the router no gradient; "
+            "use top_k=2, or router_weights=softmax"
+        )
+
+
+def _check_router(op: Op) -> None:
+    value = op.value
+    if value["router"] != "zero":
+        if "noise_snr_db" in value:
+            raise ValueError(
+                "noise_snr_db with router=random changes the function; "
+                "leave it out, because the experts soon differ without it, or use router=zero"
+            )
+        return
+    if "router_std" in value:
+        raise ValueError(
+            f"router_std={value['router_std']:g} has no effect with router=zero; "
+            "leave it out, or use router=random"
+        )
+    if "noise_snr_db" not in value and op.optimizer.mode != "asymmetric":
+        raise ValueError(
+            "router=zero locks: every tie is won by the same experts; "
+            "use router=random, or break the tie with noise_snr_db or optimizer.mode=asymmetric"
+        )
+
+
+def _set_rank(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    field = OPERATIONS[op.name].field
     now = getattr(cfg, field)
     if isinstance(op.value, float):
-        write = f"write {round(now * op.value)}" if now else "give the rank, like 8"
+        fix = f"write {round(now * op.value)}" if now else "give the rank, like 8"
         raise ValueError(
-            f"value {op.value:g} is the old relative form; the rank is {now} here{_set_by(by, field)}, {write}"
+            f"value {op.value:g} is the old relative form; the rank is {now}{_origin(set_by, field)}, {fix}"
         )
     if op.value < 1:
-        rid = ", or merge_lora_weights to be rid of it" if now else ""
-        raise ValueError(f"value={op.value} is not allowed; give a rank, 1 or more{rid}")
+        fix = "give a rank, 1 or more"
+        if now:
+            fix += ", or remove the low-rank weights with merge_lora_weights"
+        raise ValueError(f"value={op.value} is not allowed; {fix}")
     return {field: op.value}
 
 
-def _merge(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    if not (cfg.attn_lora_rank or cfg.embed_lora_rank):
+def _merge_lora_weights(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    if not cfg.attn_lora_rank and not cfg.embed_lora_rank:
+        origin = _origin(set_by, "attn_lora_rank", "after")
         raise ValueError(
-            f"there is nothing to merge{_set_by(by, 'attn_lora_rank', 'after')}; put it behind a set_attn_lora_rank, or remove it"
+            f"there are no low-rank weights to merge{origin}; "
+            "move this op behind a set_attn_lora_rank, or remove it"
         )
     return {"attn_lora_rank": 0, "embed_lora_rank": 0}
 
 
-def _freeze(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    layers = (op.value,) if isinstance(op.value, int) else op.value
-    n, since, thaws = cfg.n_layer, _set_by(by, "n_layer", "after"), op.name == "unfreeze_layer"
+def _freeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    layers = _layers_of(op, cfg, set_by)
+    twice = [layer for layer in layers if layer in cfg.frozen]
+    if twice:
+        raise ValueError(f"layer {twice[0]} is already frozen; {_frozen_layers(cfg, set_by)}. Leave it out")
+    return {"frozen": tuple(sorted({*cfg.frozen, *layers}))}
+
+
+def _unfreeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    layers = _layers_of(op, cfg, set_by)
+    trained = [layer for layer in layers if layer not in cfg.frozen]
+    if trained:
+        raise ValueError(f"layer {trained[0]} is not frozen; {_frozen_layers(cfg, set_by)}. Leave it out")
+    return {"frozen": tuple(sorted(set(cfg.frozen) - set(layers)))}
+
+
+def _layers_of(op: Op, cfg: Config, set_by: SetBy) -> tuple[int, ...]:
+    """Return the layers that an op names. The model must have them."""
+    layers = op.value
+    if isinstance(layers, int):
+        layers = (layers,)
     if not isinstance(layers, tuple) or not layers:
-        raise ValueError(f"value={_shown(op.value)} is no layer; give one of 0..{n - 1}, or a list of them")
-    if wrong := [layer for layer in layers if not 0 <= layer < n]:
         raise ValueError(
-            f"layer {wrong[0]} out of range; the model has {n} layers here{since}. Use 0..{n - 1}"
+            f"value={shown(op.value)} is not a layer; "
+            f"give one of {_layer_range(cfg.n_layer)}, or a list of them"
         )
-    if wrong := [layer for layer in layers if (layer in cfg.frozen) != thaws]:
-        frozen = f"frozen here: {', '.join(map(str, cfg.frozen)) or 'none'}{_set_by(by, 'frozen', 'after')}"
+    wrong = [layer for layer in layers if not 0 <= layer < cfg.n_layer]
+    if wrong:
         raise ValueError(
-            f"layer {wrong[0]} is {'not ' if thaws else ''}frozen{' already' * (not thaws)}; {frozen}. Leave it out"
+            f"layer {wrong[0]} out of range; at this point the model has {_layers(cfg.n_layer)}"
+            f"{_origin(set_by, 'n_layer', 'after')}. Use {_layer_range(cfg.n_layer)}"
         )
-    return {"frozen": tuple(sorted(set(cfg.frozen) - set(layers) if thaws else {*cfg.frozen, *layers}))}
+    return layers
 
 
-def _resize(op: Op, cfg: TrainConfig, by: By) -> dict[str, Any]:
-    ids = _whole_value(op, "vocabulary", cfg.vocab_size + cfg.unused_ids, _set_by(by, "unused_ids"))
-    return {"unused_ids": ids - cfg.vocab_size}  # the tokenizer, which vocab_size makes, stays
+def _frozen_layers(cfg: Config, set_by: SetBy) -> str:
+    layers = ", ".join(map(str, cfg.frozen)) or "none"
+    return f"frozen at this point: {layers}{_origin(set_by, 'frozen', 'after')}"
 
 
-_GROWS: dict[str, Callable[[Op, TrainConfig, By], dict[str, Any]]] = {
-    "stack_layers": _stack,
-    "widen_mlp": _widen_mlp,
-    "widen_model": _widen_model,
-    "add_heads": _add_heads,
-    "upcycle_moe": _upcycle,
-    "set_attn_lora_rank": _rank,
-    "set_embedding_lora_rank": _rank,
-    "merge_lora_weights": _merge,
-    "freeze_layer": _freeze,
-    "unfreeze_layer": _freeze,
-    "resize_vocabulary": _resize,
+def _resize_vocabulary(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    now = cfg.vocab_size + cfg.unused_ids
+    ids = _grown_size(op, "vocabulary", now, _origin(set_by, "unused_ids"))
+    return {"unused_ids": ids - cfg.vocab_size}  # vocab_size stays, because the tokenizer depends on it
+
+
+def _set_field(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    return {OPERATIONS[op.name].field: op.value}
+
+
+def _set_eval_iters(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    raise ValueError(
+        "every evaluation scores each token of val exactly once, so there is nothing to set; remove the op"
+    )
+
+
+def _reset_lr_schedule(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    return {}  # Plan restarts warm-up, plateau and decay over the steps that are left
+
+
+# -- how well each operation can keep the model's function
+
+
+class Guarantee(NamedTuple):
+    """The strongest guarantee that an op can give."""
+
+    level: str  # one of GUARANTEES
+    why: str = ""  # why it is not stronger: completes "preserve=... is impossible ..."
+    instead: str = ""  # what to write for a stronger one
+
+
+BITEXACT = Guarantee("bitexact")
+
+
+def _exact(op: Op, cfg: Config) -> Guarantee:
+    return Guarantee("exact", f"for {op.name}, which is exact up to rounding")
+
+
+def _bitexact(op: Op, cfg: Config) -> Guarantee:
+    return BITEXACT
+
+
+def _guarantee_of_stack(op: Op, cfg: Config) -> Guarantee:
+    first_copies = list(dict.fromkeys(op.value))
+    if first_copies != list(range(cfg.n_layer)):
+        instead = f"each of 0..{cfg.n_layer - 1}, the first copies in order, with init=identity"
+        return Guarantee("none", "with a map that drops or reorders layers", instead)
+    if op.init == "copy" and len(op.value) > cfg.n_layer:
+        return Guarantee("none", "with init=copy", "init=identity")
+    return BITEXACT
+
+
+def _guarantee_of_rank(op: Op, cfg: Config) -> Guarantee:
+    now = getattr(cfg, OPERATIONS[op.name].field)
+    if op.value < now:
+        return Guarantee("approx", f"with a rank cut from {now} to {op.value}", f"{now} or more")
+    return _exact(op, cfg)
+
+
+def _guarantee_of_upcycling(op: Op, cfg: Config) -> Guarantee:
+    top_k = op.value["top_k"]
+    zero = op.value["router"] == "zero"
+    if op.value.get("router_weights", cfg.router_weights) == "softmax":
+        return Guarantee(
+            "exact" if zero else "approx",
+            "with softmax weights, which are not renormalised",
+            "router_weights=renormalised",
+        )
+    if top_k not in (1, 2, 4):
+        return Guarantee("exact", f"with top_k={top_k}", "1, 2 or 4")
+    if not zero and top_k > 1:
+        return Guarantee("exact", "with router=random", "router=zero")
+    for key in ("shards", "noise_snr_db"):
+        value = op.value.get(key, 1)
+        if value != 1:
+            return Guarantee("exact", f"with {key}={value:g}", f"no {key}")
+    return BITEXACT
+
+
+# -- the table of operations
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of OPERATIONS: everything that is known about an operation without a model."""
+
+    changes: Callable[[Op, Config, SetBy], Changes]
+    value: Value
+    field: str = ""  # the config field that the value is written to, if it is a single one
+    architecture: bool = True  # whether it changes the model, not only how the model is trained
+    guarantee: Callable[[Op, Config], Guarantee] = _exact  # of an operation of the architecture
+    init: str = ""  # default of the key `init`; empty if the operation has no such key
+
+
+def _training(field: str) -> Operation:
+    """Return the row of an operation that sets one field of the config."""
+    return Operation(_set_field, NumberValue(), field, architecture=False)
+
+
+def _keep_factor(value: Any) -> int | float | None:
+    kept: float | None = number("", low=1).keep(value)
+    if kept is not None and kept.is_integer():
+        return int(kept)
+    return kept
+
+
+NOISE = number("a number of decibels between -200 and 200", low=-200, high=200)
+WHOLE = NumberValue("a whole number")
+ONE_LAYER = LayersValue("a layer, or a list of layers")
+WIDTH = TableValue(
+    "{ factor = 2 } or { d_model = N }",
+    {
+        "factor": Rule(_keep_factor, "a whole number, 2 or more"),
+        "d_model": whole_number(2),
+        "kv": choice("scale", "keep"),
+        "tied": choice("fold_final_norm"),
+        "noise_snr_db": NOISE,
+    },
+    sizes=("factor", "d_model"),
+    defaults={"kv": "scale", "tied": "fold_final_norm"},
+    integer="d_model",
+)
+EXPERTS = TableValue(
+    "{ experts = 8, top_k = 2 }",
+    {
+        "experts": whole_number(2),
+        "top_k": whole_number(1),
+        "router": choice("random", "zero"),
+        "router_std": number("a number above 0", low=0),
+        "router_weights": choice("renormalised", "softmax"),
+        "shards": whole_number(1),
+        "noise_snr_db": NOISE,
+    },
+    sizes=("experts",),
+    defaults={"top_k": 2, "router": "random", "shards": 1},
+)
+
+OPERATIONS: dict[str, Operation] = {
+    "set_lr": _training("lr"),
+    "set_batch_size": _training("batch_size"),
+    "set_grad_accum": _training("grad_accum"),
+    # counts from the start of the current schedule: after the warm-up it has no effect until the next reset
+    "set_warmup_iters": _training("warmup_iters"),
+    "set_eval_iters": Operation(_set_eval_iters, NumberValue(), architecture=False),
+    "set_eval_interval": _training("eval_interval"),
+    "set_weight_decay": _training("weight_decay"),
+    "set_dropout": _training("dropout"),
+    "reset_lr_schedule": Operation(_reset_lr_schedule, NoValue(), architecture=False),
+    "stack_layers": Operation(
+        _stack_layers,
+        LayersValue("the source of each new layer, like [0, 0, 1, 1]"),
+        guarantee=_guarantee_of_stack,
+        init="copy",
+    ),
+    "widen_mlp": Operation(_widen_mlp, WHOLE, init="copy"),
+    "widen_model": Operation(_widen_model, WIDTH),
+    "add_heads": Operation(_add_heads, WHOLE),
+    "upcycle_moe": Operation(_upcycle_moe, EXPERTS, guarantee=_guarantee_of_upcycling),
+    "set_attn_lora_rank": Operation(_set_rank, WHOLE, "attn_lora_rank", guarantee=_guarantee_of_rank),
+    "set_embedding_lora_rank": Operation(_set_rank, WHOLE, "embed_lora_rank", guarantee=_guarantee_of_rank),
+    "merge_lora_weights": Operation(_merge_lora_weights, NoValue()),
+    "freeze_layer": Operation(_freeze_layer, ONE_LAYER, guarantee=_bitexact),
+    "unfreeze_layer": Operation(_unfreeze_layer, ONE_LAYER, guarantee=_bitexact),
+    "resize_vocabulary": Operation(_resize_vocabulary, WHOLE),
 }
+NAMES = tuple(OPERATIONS)
+ARCHITECTURE = tuple(name for name, operation in OPERATIONS.items() if operation.architecture)
+TRAINING = tuple(name for name in NAMES if name not in ARCHITECTURE)
+# the old relative operations, which are refused with the absolute value to write instead
+RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERATIONS[name].field}
 
 
-def _strongest(op: Op, cfg: TrainConfig) -> tuple[str, str, str]:
-    """What an op keeps at most of the function, why not more, and what else to write for that."""
-    if op.name == "stack_layers":
-        first = [s for i, s in enumerate(op.value) if s not in op.value[:i]]
-        if first != list(range(cfg.n_layer)):
-            use = f"each of 0..{cfg.n_layer - 1}, the first copies in order, with init=identity"
-            return "none", "with a map that drops or reorders layers", use
-        if op.init == "copy" and len(op.value) > cfg.n_layer:
-            return "none", "with init=copy", "init=identity"
-        return "bitexact", "", ""
-    if op.name in ("freeze_layer", "unfreeze_layer"):
-        return "bitexact", "", ""
-    if op.name in RANKS and op.value < (now := getattr(cfg, RANKS[op.name])):
-        return "approx", f"with a rank cut from {now} to {op.value}", f"{now} or more"
-    if op.name == "upcycle_moe":
-        k, zero = op.value["top_k"], op.value["router"] == "zero"
-        if op.value.get("router_weights", cfg.router_weights) == "softmax":
-            return (
-                "exact" if zero else "approx",
-                "with softmax weights, which are not renormalised",
-                "router_weights=renormalised",
-            )
-        if k not in (1, 2, 4):
-            return "exact", f"with top_k={k}", "1, 2 or 4"
-        if not zero and k > 1:
-            return "exact", "with router=random", "router=zero"
-        if odd := [key for key in ("shards", "noise_snr_db") if op.value.get(key, 1) != 1]:
-            return "exact", f"with {odd[0]}={op.value[odd[0]]:g}", f"no {odd[0]}"
-        return "bitexact", "", ""
-    return "exact", f"for {op.name}, which is exact to rounding", ""
+def default_keys(name: str, place: int) -> dict[str, Any]:
+    """Return the keys of an op whose defaults depend on the operation."""
+    operation = operation_of(name)
+    return {
+        "id": f"{place}-{name}",
+        "reevaluate": operation.architecture,
+        "init": operation.init,
+        "place": place,
+    }
 
 
-class AppliedOp(NamedTuple):
-    """An op as it is carried out (`preserve` settled), and the config from then on."""
+def operation_of(name: str) -> Operation:
+    """Return the row of an operation. An old relative one (change_lr) has the row of set_lr."""
+    return OPERATIONS[RELATIVE.get(name, name)]
+
+
+# -- ops applied to a config
+
+
+class AppliedOp(NamedTuple, Generic[C]):
+    """An op whose guarantee is settled, and the config that is in force after it."""
 
     op: Op
-    cfg: TrainConfig
+    cfg: C
 
 
-Fault = tuple[int, str]  # the op's place (-1: none) and the sentence
+Fault = tuple[int, str]  # place of the op (-1 for the schedule as a whole), and the message
 
 
-def walk(cfg: TrainConfig, ops: Iterable[Op]) -> tuple[list[AppliedOp], list[Fault]]:
-    """Ops applied one after another, and everything that is wrong with them; an op that cannot be is passed over."""
-    phases: list[AppliedOp] = []
+def fault_of(place: int, name: Any, text: str) -> Fault:
+    label = f"ops[{place}]"
+    if isinstance(name, str) and len(name) <= 40:
+        label += f" {name!r}"
+    return place, f"{label}: {text.removesuffix('.')}."
+
+
+def after(op: Op, cfg: C, set_by: SetBy | None = None) -> C:
+    """Return the config that is in force after an op. It has no schedule of its own.
+
+    Raise ValueError if the op cannot be applied. set_by: which op set each field, for the message.
+    """
+    return cfg.changed(**_changes(op, cfg, set_by or {}))
+
+
+def _changes(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    if op.name in RELATIVE:
+        raise ValueError(_old_relative_form(op, cfg, set_by))
+    operation = OPERATIONS[op.name]
+    changes = operation.changes(op, cfg, set_by)
+    if op.preserve:
+        strongest = operation.guarantee(op, cfg)
+        if GUARANTEES.index(op.preserve) > GUARANTEES.index(strongest.level):
+            use = f"preserve={strongest.level}"
+            if strongest.instead:
+                use = f"{strongest.instead}, or {use}"
+            raise ValueError(f"preserve={op.preserve} is impossible {strongest.why}; use {use}")
+    return changes
+
+
+def _old_relative_form(op: Op, cfg: Config, set_by: SetBy) -> str:
+    new = RELATIVE[op.name]
+    field = OPERATIONS[new].field
+    now = getattr(cfg, field)
+    value = now * op.value
+    value = round(value) if isinstance(now, int) else float(f"{value:.6g}")
+    return (
+        f"this is the old relative form; {field} is {_compact(now)}{_origin(set_by, field)}, "
+        f'write "{new}" and the value {value}'
+    )
+
+
+def walk(cfg: C, ops: Iterable[Op]) -> tuple[list[AppliedOp[C]], list[Fault]]:
+    """Apply ops one after another. An op that cannot be applied is left out and becomes a fault."""
+    applied: list[AppliedOp[C]] = []
     faults: list[Fault] = []
-    by: dict[str, int] = {}
+    set_by: dict[str, int] = {}
     for op in ops:
         try:
-            found = after(op, cfg, by)
+            changes = _changes(op, cfg, set_by)
+            new = cfg.changed(**changes)
         except ValueError as e:
-            faults.append(_fault(op.place, op.name, str(e)))
+            faults.append(fault_of(op.place, op.name, str(e)))
             continue
-        if op.name in ARCHITECTURE:
-            op = replace(op, preserve=op.preserve or _strongest(op, cfg)[0])
-        by |= {f: op.place for f in type(cfg).model_fields if getattr(found, f) != getattr(cfg, f)}
-        cfg = found
-        phases.append(AppliedOp(op, cfg))
-    return phases, faults
-
-
-def _written(name: str) -> str:
-    return {"widen_model": "{ factor = 2 } or { d_model = N }", "upcycle_moe": "{ experts = 8, top_k = 2 }"}[
-        name
-    ]
-
-
-def _defaults(name: str, place: int) -> dict[str, Any]:
-    """What an op is where nothing is said."""
-    init = "copy" if name in ("stack_layers", "widen_mlp") else ""
-    return {"id": f"{place}-{name}", "reevaluate": name in ARCHITECTURE, "init": init}
-
-
-def _fault(place: int, name: Any, text: str) -> Fault:
-    label = f" {name!r}" if isinstance(name, str) and len(name) <= 40 else ""
-    return place, f"ops[{place}]{label}: {text}{'' if text.endswith('.') else '.'}"
+        if op.name in ARCHITECTURE and not op.preserve:
+            op = replace(op, preserve=OPERATIONS[op.name].guarantee(op, cfg).level)
+        for field in changes:
+            if getattr(new, field) != getattr(cfg, field):
+                set_by[field] = op.place
+        cfg = new
+        applied.append(AppliedOp(op, cfg))
+    return applied, faults

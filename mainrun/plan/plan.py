@@ -1,4 +1,4 @@
-"""mainrun.plan.plan"""
+"""The plan of a run: which steps it has, and what enters each of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError
-from mainrun.plan.ops import ARCHITECTURE, Op, walk
-
-# -- the plan: fractions become integer steps, once
+from mainrun.plan.ops import ARCHITECTURE, AppliedOp, Op, walk
 
 
 class StepInputs(NamedTuple):
-    """Everything scheduled that enters one step. Two runs are the same as long as these are (and the statics)."""
+    """Every scheduled value that enters a step. Runs are equal as long as these and the static fields are."""
 
     lr: float
     lr_aux: float
@@ -29,232 +27,251 @@ class StepInputs(NamedTuple):
     grad_accum: int
     rdrop: float
     label_smoothing: float
-    average: float  # share of the new weights in the scored average; 1: no average
+    average: float  # weight of the new parameters in the scored average; 1 if there is no average
+
+
+class Decision(NamedTuple):
+    """What became of an op: it fired after this number of steps, or was skipped then."""
+
+    step: int
+    skipped: bool = False
+
+    @classmethod
+    def from_int(cls, number: int) -> Decision:
+        """Read the form that files hold: the step, or ~step if the op was skipped."""
+        if number < 0:
+            return cls(~number, skipped=True)
+        return cls(number)
+
+    def to_int(self) -> int:
+        return ~self.step if self.skipped else self.step
 
 
 class Segment(NamedTuple):
-    """Steps of one phase: the config in force, and where it takes over in the tokens."""
+    """The steps between two ops, and the config that is in force in them."""
 
     cfg: TrainConfig
-    first: int = 0
-    tokens: int = 0  # trained before it
-    epoch: int = 0
-    start: int = 0  # in the stream of the epoch: where the step before it stopped reading
-    climbs: int = 0  # the step that the rate's schedule counts from: that of the last reset_lr_schedule
-    op: Op | None = None  # what began it, as it is carried out
+    first: int = 0  # first step
+    tokens: int = 0  # tokens trained before the first step
+    epoch: int = 0  # epoch of the first step
+    start: int = 0  # where the step before the first one stopped reading in the stream of that epoch
+    lr_start: int = 0  # step from which the learning rate schedule counts: that of the last reset_lr_schedule
+    op: Op | None = None  # the op that began the segment, with its guarantee settled
 
     @property
     def span(self) -> int:
+        """Tokens per step."""
         return self.cfg.batch_size * self.cfg.block_size
 
+    def check_fits(self, train_tokens: int) -> None:
+        """Raise ConfigError if train has too few tokens for one step."""
+        if train_tokens <= self.span:
+            raise ConfigError(
+                f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = "
+                f"{self.span + 1:,}; lower batch_size or block_size, or raise num_titles"
+            )
+
     def place(self, step: int, train_tokens: int) -> tuple[int, int]:
-        """The epoch of a step, and where its tokens begin: a pointer that goes back to 0 where span + 1 tokens do not fit any more."""
+        """Return the epoch of a step, and where its span + 1 tokens begin in the stream of that epoch."""
         epoch, start = self._pointer(step, train_tokens)
-        return epoch, start if start + self.span < train_tokens else 0
+        if start + self.span >= train_tokens:
+            start = 0
+        return epoch, start
 
     def after(self, step: int, train_tokens: int) -> tuple[int, int]:
-        """Epoch and pointer where this phase leaves them before a step. What fits there, the size of that step decides."""
+        """Return the epoch and the position at which the step before `step` stopped reading."""
         epoch, start = self._pointer(step - 1, train_tokens)
         return epoch, start + self.span
 
     def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
-        # An epoch of whole spans has its last one in the plan, but no last target for it. The sequential stream begins anew there; a
-        # shuffled epoch reads its start again, and the next one comes when the plan says.
-        readable = (
-            train_tokens
-            if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0
-            else train_tokens - 1
-        )
-        ahead, here = (
-            step - self.first,
-            max(0, readable - self.start) // self.span,
-        )  # `here`: steps of the epoch that is under way
-        if ahead < here:
-            return self.epoch, self.start + ahead * self.span
-        later, ahead = divmod(ahead - here, readable // self.span)
-        return self.epoch + 1 + later, ahead * self.span
+        # The last target of a step is one token beyond its span. If an epoch is a whole number of spans, its
+        # last step has no last target. A sequential stream then starts the next epoch early; a shuffled epoch
+        # reads its own start again.
+        readable = train_tokens - 1
+        if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0:
+            readable = train_tokens
+        steps = step - self.first
+        steps_in_epoch = max(0, readable - self.start) // self.span  # that are left of the first epoch
+        if steps < steps_in_epoch:
+            return self.epoch, self.start + steps * self.span
+        epochs, steps = divmod(steps - steps_in_epoch, readable // self.span)
+        return self.epoch + 1 + epochs, steps * self.span
+
+    def steps_to(self, tokens: float) -> int:
+        """Return the step that is nearest to a number of trained tokens."""
+        return self.first + round((tokens - self.tokens) / self.span)
+
+    def last_step(self, budget: int) -> int:
+        """Return the number of steps of a run that ends in this segment."""
+        return self.first + (budget - self.tokens) // self.span
 
 
 class Plan:
-    """A config on a number of training tokens: which steps, and what enters each. Steps count from 0 here.
+    """The steps of a config on a number of training tokens. Steps count from 0.
 
-    fired: after how many steps each op so far has fired; ~step where it was passed over then. Ops that wait for an evaluation are known by
-    that alone: without it the plan goes on as if the first of them (`undecided`) never fired. With `(*plan.fired, step)` it is the plan
-    from that decision on; what was before it stays as it was planned then.
+    fired: the decisions about the first ops, as integers (`Decision.to_int`). An op whose trigger needs an
+    evaluation can only be decided during the run. Without its decision the plan continues as if the op never
+    fired, and `undecided` is that op. One decision more changes nothing before the step of the decision.
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
-        for phase in cfg.segment_configs:
-            span = phase.batch_size * phase.block_size
-            if train_tokens <= span:
-                raise ConfigError(
-                    f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = {span + 1:,}; "
-                    "lower batch_size or block_size, or raise num_titles"
-                )
+        for segment_cfg in cfg.segment_configs:
+            Segment(segment_cfg).check_fits(train_tokens)
+        given = [Decision.from_int(number) for number in fired]
         self.cfg = cfg
         self.train_tokens = train_tokens
         self.steps_per_epoch = train_tokens // (cfg.batch_size * cfg.block_size)
+        self.before, self.since = self._plan_before(given)
+        self.decisions: list[Decision] = []  # as far as they are known
         self.undecided: Op | None = None
-        told = tuple(fired)
-        self.before, self.since = self._decided(told)
-        self.fired: tuple[int, ...] = ()  # as far as that is known
-        self.segments = self._walk(told)
+        self.segments = self._lay_out(given)
         self._firsts = [segment.first for segment in self.segments]
-        self._dropouts = [tuple(map(_in_256ths, segment.cfg.dropouts)) for segment in self.segments]
-        last = self.segments[-1]
-        whole = last.first + (self.budget - last.tokens) // last.span
-        self.steps = min(cfg.max_steps or whole, whole)
-        self._rates = [self._rate(segment) for segment in self.segments]
-        self.warmup_steps, self.decay_start = self._rates[0]
-        self.swa_start = self.steps - round(cfg.swa * self.steps) if cfg.swa else self.steps
+        self._dropouts = [[_in_256ths(p) for p in segment.cfg.dropouts] for segment in self.segments]
+        self.steps = self.segments[-1].last_step(self.budget)
+        if cfg.max_steps:
+            self.steps = min(cfg.max_steps, self.steps)
+        self._lr_phases = [self._lr_phase(segment) for segment in self.segments]
+        self.warmup_steps, self.decay_start = self._lr_phases[0]
+        self.swa_start = self.steps - round(cfg.swa * self.steps)
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
+
+    # -- the layout: fractions become integer steps, once
+
+    @property
+    def fired(self) -> tuple[int, ...]:
+        """The decisions as files hold them."""
+        return tuple(decision.to_int() for decision in self.decisions)
 
     @property
     def budget(self) -> int:
         """Tokens of the run."""
         return self.cfg.epochs * self.steps_per_epoch * self.cfg.batch_size * self.cfg.block_size
 
-    def _decided(self, fired: tuple[int, ...]) -> tuple[Plan | None, int]:
-        """The plan before the last of the decisions that only the run could take, and after how many steps it was taken."""
-        for i in range(len(fired) - 1, -1, -1):
-            if fired[i] < 0 or not self.cfg.growth.ops[i].trigger.static:
-                return Plan(self.cfg, self.train_tokens, fired[:i]), max(fired[i], ~fired[i])
+    def decided(self, decision: Decision, place: int | None = None) -> Plan:
+        """Return the plan after one more decision: about the undecided op, or about the op at a place."""
+        if place is None:
+            place = len(self.decisions)
+        return Plan(self.cfg, self.train_tokens, (*self.fired[:place], decision.to_int()))
+
+    def _plan_before(self, given: list[Decision]) -> tuple[Plan | None, int]:
+        """Return the plan before the last decision that the run made, and the step of that decision."""
+        for place, decision in reversed(list(enumerate(given))):
+            if decision.skipped or not self.cfg.growth.ops[place].trigger.static:
+                earlier = [other.to_int() for other in given[:place]]
+                return Plan(self.cfg, self.train_tokens, earlier), decision.step
         return None, 0
 
-    def _walk(self, fired: tuple[int, ...]) -> list[Segment]:
-        """Where each phase begins. An op waits for the one before it."""
-        found, foreseen = [Segment(self.cfg)], True
-        passed = [i for i, first in enumerate(fired) if first < 0]
-        phases, faults = walk(self.cfg, [op for i, op in enumerate(self.cfg.growth.ops) if i not in passed])
-        if passed and faults:
-            raise ConfigError(
-                f"growth: ops[{passed[-1]}] was passed over, and without it the schedule cannot go on: {faults[0][1]}"
-            )
-        begun = {phase.op.place: phase for phase in phases}
-        for i in range(len(self.cfg.growth.ops)):
-            if i in passed:
-                self.fired = (*self.fired, fired[i])
+    def _lay_out(self, given: list[Decision]) -> list[Segment]:
+        """Return where each segment begins. Set `decisions` and `undecided`."""
+        applied = self._applied_ops(given)
+        skipped = any(decision.skipped for decision in given)
+        segments = [Segment(self.cfg)]
+        foreseen = True  # no op so far was decided during the run
+        for place in range(len(self.cfg.growth.ops)):
+            decision = given[place] if place < len(given) else None
+            if decision and decision.skipped:
+                self.decisions.append(decision)
                 continue
-            (op, cfg), before = begun[i], found[-1]
-            if i >= len(fired) and not op.trigger.static:
+            op = applied[place].op
+            if decision is None and not op.trigger.static:
                 self.undecided = op
                 break
-            first = fired[i] if i < len(fired) else self._due(op, before)
-            assert first >= before.first, f"ops[{i}] fired before the one before it: {fired}"
-            tokens = before.tokens + (first - before.first) * before.span
-            climbs = first if op.name == "reset_lr_schedule" else before.climbs
-            segment = Segment(cfg, first, tokens, *before.after(first, self.train_tokens), climbs, op)
-            if i >= len(fired) and tokens + segment.span > self.budget:
-                if not foreseen:  # what waited for an evaluation came too late for it
+            segment = self._next_segment(segments[-1], applied[place], decision)
+            if decision is None and segment.tokens + segment.span > self.budget:
+                if not foreseen:  # an op before it came too late
                     break
-                steps = before.first + (self.budget - before.tokens) // before.span
-                raise ConfigError(
-                    f"growth: ops[{i}] {op.name!r} would fire after step {first}, with less than a step left to train "
-                    f"(without it the run has {steps} steps); give it an earlier trigger"
-                )
-            found.append(segment)
-            self.fired = (*self.fired, first)
-            foreseen &= op.trigger.static and not passed
-        return found
+                raise ConfigError(self._too_late(segment, segments[-1]))
+            segments.append(segment)
+            self.decisions.append(Decision(segment.first))
+            foreseen = foreseen and op.trigger.static and not skipped
+        return segments
 
-    def _due(self, op: Op, before: Segment) -> int:
-        """After how many steps an op fires that needs no evaluation."""
+    def _applied_ops(self, given: list[Decision]) -> dict[int, AppliedOp[TrainConfig]]:
+        """Return each op that is not skipped, by its place."""
+        skipped = [place for place, decision in enumerate(given) if decision.skipped]
+        ops = [op for place, op in enumerate(self.cfg.growth.ops) if place not in skipped]
+        applied, faults = walk(self.cfg, ops)
+        if skipped and faults:
+            raise ConfigError(
+                f"growth: ops[{skipped[-1]}] was skipped, and a later op cannot be applied without it: "
+                f"{faults[0][1]}"
+            )
+        return {item.op.place: item for item in applied}
+
+    def _next_segment(
+        self, last: Segment, applied: AppliedOp[TrainConfig], decision: Decision | None
+    ) -> Segment:
+        op = applied.op
+        first = decision.step if decision else self._step_of(op, last)
+        assert first >= last.first, f"ops[{op.place}] fired at step {first}, before the op before it"
+        tokens = last.tokens + (first - last.first) * last.span
+        epoch, start = last.after(first, self.train_tokens)
+        lr_start = first if op.name == "reset_lr_schedule" else last.lr_start
+        return Segment(applied.cfg, first, tokens, epoch, start, lr_start, op)
+
+    def _step_of(self, op: Op, last: Segment) -> int:
+        """Return the step at which an op with a static trigger fires."""
         trigger = op.trigger
-        asked = [trigger.tokens, trigger.budget_frac and trigger.budget_frac * self.budget]
-        firsts = [before.first + round((tokens - before.tokens) / before.span) for tokens in asked if tokens]
-        return max(before.first, min([trigger.step, *firsts] if trigger.step else firsts))
+        steps = []
+        if trigger.step is not None:
+            steps.append(trigger.step)
+        if trigger.tokens is not None:
+            steps.append(last.steps_to(trigger.tokens))
+        if trigger.budget_frac is not None:
+            steps.append(last.steps_to(trigger.budget_frac * self.budget))
+        return max(last.first, min(steps))
 
-    def _rate(self, segment: Segment) -> tuple[int, int]:
-        """Where the rate has climbed, and where it begins to fall."""
-        cfg, left = segment.cfg, self.steps - segment.climbs
-        climb = cfg.warmup_iters or round(cfg.warmup_frac * left)
-        fall = round(cfg.decay_frac * left) if cfg.schedule == "wsd" else left
-        return segment.climbs + climb, segment.climbs + max(
-            climb, left - fall
-        )  # both fractions may have been rounded up
+    def _too_late(self, segment: Segment, last: Segment) -> str:
+        assert segment.op
+        steps = last.last_step(self.budget)
+        return (
+            f"growth: ops[{segment.op.place}] {segment.op.name!r} would fire after step {segment.first}, "
+            f"with less than a step left to train (without it the run has {steps} steps); "
+            "give it an earlier trigger"
+        )
+
+    def _lr_phase(self, segment: Segment) -> tuple[int, int]:
+        """Return the step at which the warm-up ends, and the step at which the decay begins."""
+        cfg = segment.cfg
+        steps = self.steps - segment.lr_start
+        warmup = cfg.warmup_iters or round(cfg.warmup_frac * steps)
+        decay = steps
+        if cfg.schedule == "wsd":
+            decay = round(cfg.decay_frac * steps)
+        decay_start = max(warmup, steps - decay)  # both fractions may have been rounded up
+        return segment.lr_start + warmup, segment.lr_start + decay_start
+
+    # -- by step
 
     def segment_at(self, step: int) -> Segment:
-        return self.segments[self._phase(step)]
+        return self.segments[self._index_at(step)]
 
-    def _phase(self, step: int) -> int:
+    def _index_at(self, step: int) -> int:
         return bisect_right(self._firsts, step) - 1
 
     def tokens(self, done: int) -> int:
-        """Trained after so many steps."""
+        """Return the number of tokens trained after a number of steps."""
         segment = self.segment_at(done)
         return segment.tokens + (done - segment.first) * segment.span
 
-    @cached_property
-    def grown(self) -> dict[int, bytes]:
-        """What the ops of the architecture do, by the step before which they do it: it enters that step, beside what `at` says."""
-        found: dict[int, bytes] = {}
-        for segment in self.segments:
-            if segment.op and segment.op.name in ARCHITECTURE:
-                effect = json.dumps(segment.op.effect(), sort_keys=True).encode()
-                found[segment.first] = found.get(segment.first, b"") + effect
-        return found
-
-    @cached_property
-    def eval_steps(self) -> frozenset[int]:
-        """Steps (counted from 1) after which val and dev are scored."""
-        found = {1, self.steps}
-        # counted anew where the interval changes, or an epoch comes to have another number of steps; no other op moves them
-        paces = [(s.cfg.eval_interval, 0 if s.cfg.eval_interval else s.span) for s in self.segments]
-        parts = [
-            s for s, before, now in zip(self.segments, [None, *paces], paces, strict=False) if before != now
-        ]
-        for segment, end in zip(parts, [*(later.first for later in parts[1:]), self.steps], strict=True):
-            every = segment.cfg.eval_interval
-            if not every and self.cfg.eval_per_epoch:
-                every = max(1, self.train_tokens // segment.span // self.cfg.eval_per_epoch)
-            if every:
-                found |= set(range(segment.first + every, end + 1, every))
-        if self.before:
-            return frozenset(step for step in found if step > self.since) | {
-                s for s in self.before.eval_steps if s <= self.since
-            }
-        return frozenset(found)
-
-    @cached_property
-    def breaks(self) -> list[int]:
-        """Steps after which another config may well part from this one: the end of its warm-up, its ops, the start of its decay."""
-        # the first step of a decay still has the peak rate, the first of an average the weights as they are
-        falls = [fall + 1 for _, fall in self._rates] if self.cfg.schedule != "constant" else []
-        steps = {*(climbed for climbed, _ in self._rates), *falls, self.swa_start + 1, *self._firsts}
-        past = [step for step in self.before.breaks if step <= self.since] if self.before else []
-        return past + sorted(step for step in steps if self.since < step < self.steps)
-
-    def lr_factor(self, step: int) -> float:
-        cfg, low, phase = self.cfg, self.cfg.min_lr_frac, self._phase(step)
-        begun, (climbed, falls) = self.segments[phase].climbs, self._rates[phase]
-        if step < climbed:
-            return (step - begun + 1) / (climbed - begun)
-        if cfg.schedule == "constant" or step < falls:
-            return 1.0
-        progress = (step - falls) / (self.steps - falls)
-        shape = "cosine" if cfg.schedule == "cosine" else cfg.decay_shape
-        return low + (1 - low) * FALL[shape](progress)
-
-    def average(self, step: int) -> float:
-        if step >= self.swa_start:
-            return 1 / (step - self.swa_start + 1)
-        # a young average follows the weights closely, else the random start would be in it for ever
-        return 1 - min(self.cfg.ema, (1 + step) / (10 + step)) if self.cfg.ema else 1.0
-
     def at(self, step: int) -> StepInputs:
+        """Return what enters a step."""
         if self.before and step < self.since:
             return self.before.at(step)
-        phase, factor = self._phase(step), self.lr_factor(step)
-        cfg = self.segments[phase].cfg
-        fall = 1.0 if cfg.wd_schedule == "constant" else FALL[cfg.wd_schedule](step / self.steps)
-        embedding, attention, residual = self._dropouts[phase]
+        index = self._index_at(step)
+        cfg = self.segments[index].cfg
+        lr_factor = self.lr_factor(step)
+        wd_factor = 1.0
+        if cfg.wd_schedule != "constant":
+            wd_factor = DECAY[cfg.wd_schedule](step / self.steps)
+        dropout, attn_dropout, resid_dropout = self._dropouts[index]
         return StepInputs(
-            lr=cfg.lr * factor,
-            lr_aux=(cfg.lr_aux or cfg.lr) * factor,
-            weight_decay=cfg.weight_decay * fall,
-            dropout=embedding,
-            attn_dropout=attention,
-            resid_dropout=residual,
+            lr=cfg.lr * lr_factor,
+            lr_aux=(cfg.lr_aux or cfg.lr) * lr_factor,
+            weight_decay=cfg.weight_decay * wd_factor,
+            dropout=dropout,
+            attn_dropout=attn_dropout,
+            resid_dropout=resid_dropout,
             batch_size=cfg.batch_size,
             grad_accum=cfg.grad_accum,
             rdrop=cfg.rdrop,
@@ -262,11 +279,95 @@ class Plan:
             average=self.average(step),
         )
 
+    def lr_factor(self, step: int) -> float:
+        """Return the learning rate of a step as a fraction of the peak."""
+        index = self._index_at(step)
+        lr_start = self.segments[index].lr_start
+        warmup_end, decay_start = self._lr_phases[index]
+        if step < warmup_end:
+            return (step - lr_start + 1) / (warmup_end - lr_start)
+        if self.cfg.schedule == "constant" or step < decay_start:
+            return 1.0
+        progress = (step - decay_start) / (self.steps - decay_start)
+        shape = self.cfg.decay_shape
+        if self.cfg.schedule == "cosine":
+            shape = "cosine"
+        low = self.cfg.min_lr_frac
+        return low + (1 - low) * DECAY[shape](progress)
+
+    def average(self, step: int) -> float:
+        """Return the weight of the new parameters in the average."""
+        if step >= self.swa_start:
+            return 1 / (step - self.swa_start + 1)
+        if not self.cfg.ema:
+            return 1.0
+        # a young average follows the parameters closely, or the random start would dominate it
+        return 1 - min(self.cfg.ema, (1 + step) / (10 + step))
+
+    @cached_property
+    def grown(self) -> dict[int, bytes]:
+        """The effects of ops of the architecture, by the step before which they act. They enter that step."""
+        effects: dict[int, bytes] = {}
+        for segment in self.segments:
+            if segment.op and segment.op.name in ARCHITECTURE:
+                effect = json.dumps(segment.op.effect(), sort_keys=True).encode()
+                effects[segment.first] = effects.get(segment.first, b"") + effect
+        return effects
+
+    # -- steps at which something happens
+
+    @cached_property
+    def eval_steps(self) -> frozenset[int]:
+        """Steps (counted from 1) after which val and dev are scored."""
+        steps = {1, self.steps}
+        starts = self._eval_segments()
+        ends = [segment.first for segment in starts[1:]]
+        for segment, end in zip(starts, [*ends, self.steps], strict=True):
+            interval = self._eval_interval(segment)
+            if interval:
+                steps.update(range(segment.first + interval, end + 1, interval))
+        if self.before:
+            earlier = {step for step in self.before.eval_steps if step <= self.since}
+            steps = earlier | {step for step in steps if step > self.since}
+        return frozenset(steps)
+
+    def _eval_segments(self) -> list[Segment]:
+        """Return the segments from which the interval between evaluations is counted again."""
+        starts = self.segments[:1]
+        for segment in self.segments[1:]:
+            before = starts[-1]
+            same_interval = segment.cfg.eval_interval == before.cfg.eval_interval
+            by_epoch = segment.cfg.eval_interval == 0
+            if not same_interval or (by_epoch and segment.span != before.span):
+                starts.append(segment)
+        return starts
+
+    def _eval_interval(self, segment: Segment) -> int:
+        """Return the steps between two evaluations, or 0 if there are none."""
+        if segment.cfg.eval_interval or not self.cfg.eval_per_epoch:
+            return segment.cfg.eval_interval
+        return max(1, self.train_tokens // segment.span // self.cfg.eval_per_epoch)
+
+    @cached_property
+    def breaks(self) -> list[int]:
+        """Steps after which other runs are likely to differ: at the ops and the phases of the schedules."""
+        steps = set(self._firsts)
+        for warmup_end, decay_start in self._lr_phases:
+            steps.add(warmup_end)
+            if self.cfg.schedule != "constant":
+                steps.add(decay_start + 1)  # the first step of a decay still has the peak rate
+        steps.add(self.swa_start + 1)  # the first average is equal to the weights
+        earlier = []
+        if self.before:
+            earlier = [step for step in self.before.breaks if step <= self.since]
+        return earlier + sorted(step for step in steps if self.since < step < self.steps)
+
     def table(self) -> dict[str, Any]:
-        """The resolved numbers, as config.json and --dry-run show them."""
+        """Return the resolved numbers as config.json and --dry-run show them."""
         cfg = self.cfg
         growth = [f"{segment.op} after step {segment.first}" for segment in self.segments if segment.op]
-        growth += [f"then {self.undecided} at {self.undecided.trigger}"] if self.undecided else []
+        if self.undecided:
+            growth.append(f"then {self.undecided} at {self.undecided.trigger}")
         return {
             "train_tokens": self.train_tokens,
             "tokens_per_step": cfg.batch_size * cfg.block_size,
@@ -287,12 +388,14 @@ class Plan:
 
 
 def _in_256ths(p: float) -> float:
-    """The rate that is used: one random byte decides, so it is a whole 256th, and never none where one was asked for."""
-    return min(max(round(256 * p), p > 0), 255) / 256
+    """Round a dropout rate to a multiple of 1/256, because a random byte decides. Only 0 becomes 0."""
+    if p == 0:
+        return 0.0
+    return min(max(round(256 * p), 1), 255) / 256
 
 
-# from 1 at progress 0 to 0 at progress 1
-FALL = {
+# shapes of a decay: from 1 at progress 0 to 0 at progress 1
+DECAY = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "sqrt": lambda t: 1 - math.sqrt(t),

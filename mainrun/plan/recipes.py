@@ -1,158 +1,197 @@
-"""mainrun.plan.recipes"""
+"""Presets and `--set`: how the command line names a config."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mainrun.config import TrainConfig, _build
+from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
-# -- presets and --set
+class Step(NamedTuple):
+    """One config of a preset."""
+
+    label: str  # name of the preset, with `:name` if the preset is a ladder
+    fields: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.label.partition(":")[2]
 
 
 def preset_names() -> list[str]:
-    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
-    """The configs of a preset: one, or one a step where the file is a ladder (`[[steps]]`); `--set` goes on top of all.
+    """Return the configs of a preset: one, or one per step if the preset is a ladder (`[[steps]]`).
 
-    preset: a built-in name, a TOML file, or either with `:step` for one step of a ladder.
+    preset: a built-in name or a TOML file, with `:step` for a single step of a ladder.
+    sets: texts like "lr=0.01", which override the fields of every config.
     """
-    overrides = dict(parse_set(s) for s in sets)
+    overrides = dict(parse_set(text) for text in sets)
     if "preset" in overrides:
         raise ConfigError(
-            f"--set preset={overrides['preset']}: a preset is chosen by --preset, and its name is its file's"
+            f"--set preset={overrides['preset']}: choose a preset with --preset; it is named after its file"
         )
-    return [_build(fields | overrides, label) for label, fields in _expand(preset)]
+    return [from_dict(step.fields | overrides | {"preset": step.label}) for step in _expand(preset)]
 
 
-def _expand(preset: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """(label, fields) of a preset, bases resolved."""
-    path, step = _find(preset)
+def parse_set(text: str) -> tuple[str, Any]:
+    """Split "key=value". The value is a TOML literal, else a string; `none` unsets the field."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
+        raise ConfigError(f"--set got {inputs.shown(text)}; write key=value, like --set lr=0.01")
+    if value.lower() == "none":
+        return key, None
+    try:
+        return key, inputs.toml_value(value)
+    except inputs.BadInput as e:
+        got = inputs.shortened(f"{key}={value}", 120)
+        raise ConfigError(f"--set {got} cannot be used: {e}") from None
+
+
+# -- preset files
+
+
+def _expand(preset: str, above: tuple[str, ...] = ()) -> list[Step]:
+    """Return the steps of a preset, with their bases filled in. above: presets that use it as a base."""
     if preset in above:
-        raise ConfigError(
-            f"preset {preset!r} is its own base ({' -> '.join((*above, preset))}); remove one of the base keys"
-        )
+        chain = " -> ".join((*above, preset))
+        raise ConfigError(f"preset {preset!r} is its own base ({chain}); remove one of the base keys")
+    path, wanted = _find(preset)
+    data = _read(path)
+    _check_name(path.stem, f"preset file {path}")
+    above = (*above, preset)
+
+    data.pop("about", None)
+    scale = data.pop("scale", {})
+    entries = data.pop("steps", None)
+    _check_tables(path, data, scale, entries)
+    fields = _base(data, path, above) | data
+    if entries is None:
+        if wanted:
+            fixed = preset.removesuffix(f":{wanted}")
+            raise ConfigError(f"preset {path.stem!r} has no steps, got {preset!r}; write --preset {fixed}")
+        return [Step(path.stem, fields | scale)]
+
+    ladder = []
+    for number, entry in enumerate(entries):
+        entry = dict(entry)
+        name = str(entry.pop("name", number))
+        _check_name(name, f"step {number + 1} of {path.name}")
+        entry.pop("about", None)
+        if "base" in entry:
+            fields = _base(entry, path, above)
+        fields = fields | entry
+        ladder.append(Step(f"{path.stem}:{name}", fields | scale))
+    return _choose(ladder, wanted, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = inputs.read_text(path)
     except inputs.BadInput as e:
         raise ConfigError(f"preset file {path} {e}") from None
     try:
-        data = inputs.parse_toml(text)
+        return inputs.parse_toml(text)
     except inputs.BadInput as e:
         raise ConfigError(f"preset file {path} is not valid TOML: {e}") from None
 
-    def base_of(table: dict[str, Any]) -> dict[str, Any]:
-        base = table.pop("base", None)
-        if base is None:
-            return {}
-        found = _expand(str(base), (*above, preset))
-        if len(found) != 1:
-            raise ConfigError(
-                f"base = {base!r} in {path.name} is a ladder; name one step, like {base}:{found[0][0].split(':')[-1]}"
-            )
-        return found[0][1]
 
-    data.pop("about", None)
-    _named(path.stem, f"preset file {path}")
-    steps, scale = data.pop("steps", None), data.pop("scale", {})
+def _check_tables(path: Path, data: dict[str, Any], scale: Any, entries: Any) -> None:
     if not isinstance(scale, dict):
         raise ConfigError(
-            f"scale = {scale!r} in {path.name} is not a table; write [scale] and a field = value in each line below it"
+            f"scale = {scale!r} in {path.name} is not a table; "
+            "write [scale] and a field = value in each line below it"
         )
-    if steps is not None and not (
-        isinstance(steps, list) and steps and all(isinstance(entry, dict) for entry in steps)
-    ):
+    if entries is not None and not _are_tables(entries):
         raise ConfigError(
-            f"steps = {steps!r} in {path.name} is not a list of tables; write [[steps]] before the fields of each step"
+            f"steps = {entries!r} in {path.name} is not a list of tables; "
+            "write [[steps]] before the fields of each step"
         )
-    for table in (data, scale, *(steps or ())):
+    for table in (data, scale, *(entries or ())):
         if "preset" in table:
             raise ConfigError(
-                f"preset = {table['preset']!r} in {path.name} sets nothing: a preset's name is its file's; remove it"
+                f"preset = {table['preset']!r} in {path.name} has no effect: "
+                "a preset is named after its file; remove it"
             )
-    fields = base_of(data) | data
-    if steps is None:
-        if step:
-            raise ConfigError(
-                f"preset {path.stem!r} has no steps, got {preset!r}; write --preset {preset.removesuffix(':' + step)}"
-            )
-        return [(path.stem, fields | scale)]
-    ladder = []
-    for i, entry in enumerate(steps):
-        entry = dict(entry)
-        name = _named(str(entry.pop("name", i)), f"step {i + 1} of {path.name}")
-        entry.pop("about", None)
-        fields = (base_of(entry) if "base" in entry else fields) | entry
-        ladder.append((f"{path.stem}:{name}", fields | scale))
-    labels = [label for label, _ in ladder]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
+
+
+def _are_tables(entries: Any) -> bool:
+    return isinstance(entries, list) and bool(entries) and all(isinstance(entry, dict) for entry in entries)
+
+
+def _base(table: dict[str, Any], path: Path, above: tuple[str, ...]) -> dict[str, Any]:
+    """Remove the key `base` from a table and return the fields of that preset."""
+    base = table.pop("base", None)
+    if base is None:
+        return {}
+    steps = _expand(str(base), above)
+    if len(steps) != 1:
         raise ConfigError(
-            f"two steps of {path.name} are called {twice.split(':', 1)[1]!r}; give each a name of its own"
+            f"base = {base!r} in {path.name} is a ladder; name one step, like {base}:{steps[0].name}"
         )
-    if not step:
+    return steps[0].fields
+
+
+def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
+    """Return the wanted step of a ladder, or all steps if none is named."""
+    counts = Counter(step.name for step in ladder)
+    for name, count in counts.items():
+        if count > 1:
+            raise ConfigError(f"two steps of {path.name} are called {name!r}; give each its own name")
+    if not wanted:
         return ladder
-    for label, found in ladder:
-        if label.split(":", 1)[1] == step:
-            return [(label, found)]
-    names = [label.split(":", 1)[1] for label, _ in ladder]
-    raise ConfigError(
-        f"preset {path.stem!r} has no step {step!r}{nearest(step, names)}; its steps: {', '.join(names)}"
-    )
+    for step in ladder:
+        if step.name == wanted:
+            return [step]
+    suggestion = nearest(wanted, counts)
+    known = ", ".join(counts)
+    raise ConfigError(f"preset {path.stem!r} has no step {wanted!r}{suggestion}; its steps: {known}")
 
 
-def _named(name: str, what: str) -> str:
-    """Names become part of a run's folder, so they hold nothing that leads elsewhere."""
+def _check_name(name: str, what: str) -> None:
+    """Refuse a name that cannot be part of the name of a run directory."""
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
         raise ConfigError(
-            f"{what} is called {name!r}; write at most 80 letters, digits and . + - _ or blanks, a letter or digit first"
+            f"{what} is called {name!r}; write at most 80 letters, digits and . + - _ or blanks, "
+            "a letter or digit first"
         )
-    return name
 
 
 def _find(preset: str) -> tuple[Path, str]:
-    """The file and the step that a preset's name means."""
+    """Return the file that a preset's name stands for, and the step that it names, if any."""
     name, colon, step = preset.partition(":")
     if colon and preset.endswith(":"):
         raise ConfigError(
             f"preset {preset!r} names no step; write {preset[:-1]}:STEP, or {preset[:-1]} for all of it"
         )
-    if name in preset_names():
-        return PRESETS / f"{name}.toml", step
-    for text, part in ((preset, ""), (preset.rpartition(":")[0], preset.rpartition(":")[2])):
-        if text.endswith(".toml"):
-            why = inputs.not_a_file(Path(text))
-            if why:
-                got = inputs.shortened(text, 120)
-                raise ConfigError(
-                    f"preset file {got} {why}; give a TOML file or one of: {', '.join(preset_names())}"
-                )
-            return Path(text), part
     known = preset_names()
-    got = inputs.shown(preset, 80)
+    if name in known:
+        return PRESETS / f"{name}.toml", step
+    path, _, last = preset.rpartition(":")
+    if preset.endswith(".toml"):
+        return _existing(preset, known), ""
+    if path.endswith(".toml"):
+        return _existing(path, known), last
     raise ConfigError(
-        f"unknown preset {got}{nearest(name, known)}; allowed: {', '.join(known)}, or a file ending in .toml"
+        f"unknown preset {inputs.shown(preset, 80)}{nearest(name, known)}; "
+        f"allowed: {', '.join(known)}, or a file ending in .toml"
     )
 
 
-def parse_set(text: str) -> tuple[str, Any]:
-    """`key=value`, the value a TOML literal, or else a plain string; `none` unsets."""
-    key, eq, raw = text.partition("=")
-    key, raw = key.strip(), raw.strip()
-    if not eq or not key:
-        raise ConfigError(f"--set got {inputs.shown(text)}; write key=value, like --set lr=0.01")
-    if raw.lower() == "none":
-        return key, None
-    try:
-        return key, inputs.toml_value(raw)
-    except inputs.BadInput as e:
-        got = inputs.shortened(f"{key}={raw}", 120)
-        raise ConfigError(f"--set {got} cannot be used: {e}") from None
+def _existing(text: str, known: list[str]) -> Path:
+    path = Path(text)
+    why = inputs.not_a_file(path)
+    if why:
+        got = inputs.shortened(text, 120)
+        raise ConfigError(f"preset file {got} {why}; give a TOML file or one of: {', '.join(known)}")
+    return path

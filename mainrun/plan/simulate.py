@@ -1,124 +1,206 @@
-"""A schedule carried out on paper: what is wrong with it, what is odd about it, and what each of its segments costs. No torch."""
+"""Check a growth schedule without training: its faults, its oddities, and the cost of each segment."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError
 from mainrun.plan.cost import Size, size
 from mainrun.plan.op_files import read
-from mainrun.plan.ops import AppliedOp, Facts, due, walk
-from mainrun.plan.plan import Plan
+from mainrun.plan.ops import AppliedOp, Op, walk
+from mainrun.plan.plan import Decision, Plan
+from mainrun.plan.triggers import Facts, due
+
+Applied = AppliedOp[TrainConfig]
+NEEDS_A_LOSS = {"loss_below", "plateau"}  # conditions that may never be met
 
 
 class SegmentForecast(NamedTuple):
-    """From the start, or from an op on. Numbers that need the run's tokens are of the longest wait: no loss ever fires an op."""
+    """One segment. The numbers of steps assume that every op waits as long as possible."""
 
-    op: str
+    op: str  # the op that begins the segment; empty for the first one
     begins: str
     cfg: TrainConfig
     size: Size
-    steps: int | None
-    tokens: int | None
-    seconds: float | None
+    steps: int | None = None  # None if it cannot be known
+    tokens: int | None = None
+    seconds: float | None = None
 
 
-class Found(NamedTuple):
-    faults: list[str]  # if there are any, the segments are those of the ops without
+class Forecast(NamedTuple):
+    """The result of `simulate`."""
+
+    faults: list[str]  # ops with a fault are left out of the segments
     warnings: list[str]
     segments: list[SegmentForecast]
 
 
 def simulate(
     cfg: TrainConfig, data: Any, train_tokens: int | None = None, speed: float | None = None
-) -> Found:
-    """A schedule (its data) on a config, op by op. train_tokens: of an epoch; speed: FLOP/s, for the time."""
-    schedule, wrong = read(data)
-    phases, impossible = walk(cfg, schedule.ops)
-    faults = [text for _, text in sorted(wrong + impossible, key=lambda fault: fault[0])]
+) -> Forecast:
+    """Apply a schedule to a config, op by op.
+
+    train_tokens: tokens of one epoch, to forecast the steps. speed: FLOP/s, to forecast the time.
+    """
+    schedule, unreadable = read(data)
+    applied, impossible = walk(cfg, schedule.ops)
+    by_place = sorted(unreadable + impossible, key=lambda fault: fault[0])
+    faults = [text for _, text in by_place]
     plan = None
     if not faults and train_tokens is not None:
         try:
             plan = latest(cfg.model_copy(update={"growth": schedule}), train_tokens)
         except ConfigError as e:
             faults.append(str(e).removeprefix("growth: ") + ".")
-    return Found(faults, list(_warnings(cfg, phases, plan)), list(_segments(cfg, phases, plan, speed)))
+    warnings = list(_warnings(cfg, applied, plan))
+    if plan and len(plan.fired) < len(applied):
+        warnings += _never_fires(applied, plan)
+    return Forecast(faults, warnings, _segments(cfg, applied, plan, speed))
 
 
 def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
-    """The plan where no loss ever falls: each op fires at the last evaluation that it can wait for, or never."""
-    fired: tuple[int, ...] = ()
-    while True:
-        plan = Plan(cfg, train_tokens, fired)
-        op, last = plan.undecided, plan.segments[-1].first
-        if op is None:
-            return plan
-        # an op that asks for a new loss keeps the next one waiting for an evaluation of its own
-        again = bool(plan.fired) and cfg.growth.ops[len(plan.fired) - 1].reevaluate
-        steps = (s for s in sorted(plan.eval_steps) if last + again <= s < plan.steps)
-        step = next((s for s in steps if due(op, Facts(s, last, plan.tokens(s), plan.budget))), None)
+    """Return the plan in which every op fires as late as possible: no loss ever falls."""
+    plan = Plan(cfg, train_tokens)
+    while plan.undecided:
+        step = _latest_step(plan, plan.undecided)
         if step is None:
-            return plan
-        fired = (*plan.fired, step)
+            break
+        plan = plan.decided(Decision(step))
+    return plan
 
 
-def _warnings(cfg: TrainConfig, phases: list[AppliedOp], plan: Plan | None) -> Iterator[str]:
-    before, past = cfg, 0
-    for i, (op, now) in enumerate(phases):
-        where, trigger = f"ops[{op.place}] {op.name!r}:", op.trigger
-        same = op.name != "stack_layers" or op.value == tuple(range(before.n_layer))
-        if now == before and same and op.name != "reset_lr_schedule":
-            yield f"{where} changes nothing, everything is so already."
-        if trigger.loss_below is not None and trigger.loss_below <= 0:
-            yield f"{where} loss_below={trigger.loss_below:g} is never reached, a loss is above 0."
-        if trigger.static and trigger.step is not None:
-            if trigger.step < past:
-                yield f"{where} step {trigger.step} is past when its turn comes; it fires with the op before it, not before step {past}."
-            past = max(past, trigger.step)
-        if op.name == "stack_layers" and (dropped := sorted(set(range(before.n_layer)) - set(op.value))):
-            layers = f"layer{'s' * (len(dropped) > 1)} {', '.join(map(str, dropped))}"
-            yield f"{where} drops {layers} of {before.n_layer}; what is learnt there is lost."
-        every = _interval(before, plan)
-        if (
-            trigger.wait_iters is not None and (1 if i == 0 else 0) < trigger.wait_iters < every
-        ):  # step 1 always has an evaluation
-            yield f"{where} a wait of {trigger.wait_iters} is shorter than the {every} steps between evaluations; it lasts until one comes."
-        before = now
-    if plan and len(plan.fired) < len(phases):
-        op, _ = phases[len(plan.fired)]
-        kinds, end = op.trigger.conditions.keys(), f"the run has {plan.steps} steps"
-        if not kinds <= {"loss_below", "plateau"}:
-            alone = kinds.isdisjoint({"loss_below", "plateau"})
-            never = "never fires" if alone else "is fired by its loss or never"
-            yield f"ops[{op.place}] {op.name!r}: {never}, {end}{', and the ops behind it wait for it' * (op is not phases[-1].op)}."
+def _latest_step(plan: Plan, op: Op) -> int | None:
+    """Return the first evaluation at which an op fires whatever the loss is, or None."""
+    last = plan.segments[-1].first
+    earliest = last
+    if plan.fired and plan.cfg.growth.ops[len(plan.fired) - 1].reevaluate:
+        earliest += 1  # the op waits for an evaluation of the new model
+    for step in sorted(plan.eval_steps):
+        if not earliest <= step < plan.steps:
+            continue
+        if due(op.trigger, Facts(step, last, plan.tokens(step), plan.budget)):
+            return step
+    return None
 
 
-def _interval(cfg: TrainConfig, plan: Plan | None) -> int:
-    """Steps between two evaluations; 0: it is not known."""
+# -- warnings
+
+
+def _warnings(cfg: TrainConfig, applied: list[Applied], plan: Plan | None) -> Iterator[str]:
+    """Yield what is odd about each op."""
+    before = cfg
+    past = 0  # the latest step that an op before this one waits for
+    for i, (op, after) in enumerate(applied):
+        evaluated = 1 if i == 0 else 0  # steps of the wait that end at an evaluation: step 1 always has one
+        oddities = [
+            _no_effect(op, before, after),
+            _impossible_loss(op),
+            _past_step(op, past),
+            _dropped_layers(op, before),
+            _short_wait(op, evaluated, _eval_interval(before, plan)),
+        ]
+        for text in oddities:
+            if text:
+                yield f"ops[{op.place}] {op.name!r}: {text}."
+        if op.trigger.static and op.trigger.step is not None:
+            past = max(past, op.trigger.step)
+        before = after
+
+
+def _no_effect(op: Op, before: TrainConfig, after: TrainConfig) -> str:
+    if op.name == "reset_lr_schedule" or after != before:
+        return ""
+    if op.name == "stack_layers" and op.value != tuple(range(before.n_layer)):
+        return ""
+    return "changes nothing; the config already has these values"
+
+
+def _impossible_loss(op: Op) -> str:
+    loss = op.trigger.loss_below
+    if loss is None or loss > 0:
+        return ""
+    return f"loss_below={loss:g} is never reached; a loss is always above 0"
+
+
+def _past_step(op: Op, past: int) -> str:
+    step = op.trigger.step
+    if step is None or not op.trigger.static or step >= past:
+        return ""
+    return f"step {step} is over when its turn comes; it fires with the op before it, not before step {past}"
+
+
+def _dropped_layers(op: Op, before: TrainConfig) -> str:
+    if op.name != "stack_layers":
+        return ""
+    dropped = [str(layer) for layer in range(before.n_layer) if layer not in op.value]
+    if not dropped:
+        return ""
+    noun = "layer" if len(dropped) == 1 else "layers"
+    return f"drops {noun} {', '.join(dropped)} of {before.n_layer}, and everything learned there"
+
+
+def _short_wait(op: Op, evaluated: int, interval: int) -> str:
+    wait = op.trigger.wait_iters
+    if wait is None or not evaluated < wait < interval:
+        return ""
+    return (
+        f"a wait of {wait} is shorter than the {interval} steps between evaluations; "
+        "the op fires at the next evaluation"
+    )
+
+
+def _eval_interval(cfg: TrainConfig, plan: Plan | None) -> int:
+    """Return the steps between two evaluations, or 0 if they are not known."""
     if cfg.eval_interval or not plan or not cfg.eval_per_epoch:
         return cfg.eval_interval
     return max(1, plan.train_tokens // (cfg.batch_size * cfg.block_size) // cfg.eval_per_epoch)
 
 
+def _never_fires(applied: list[Applied], plan: Plan) -> Iterator[str]:
+    """Yield a warning if the next op is not certain to fire, unless it waits for a loss alone."""
+    op = applied[len(plan.fired)].op
+    conditions = op.trigger.conditions.keys()
+    if conditions <= NEEDS_A_LOSS:
+        return
+    text = "never fires"
+    if not conditions.isdisjoint(NEEDS_A_LOSS):
+        text = "only fires if its condition on the loss is met"
+    text += f"; the run has {plan.steps} steps"
+    if op is not applied[-1].op:
+        text += ", and the ops after it wait for it"
+    yield f"ops[{op.place}] {op.name!r}: {text}."
+
+
+# -- segments
+
+
 def _segments(
-    cfg: TrainConfig, phases: list[AppliedOp], plan: Plan | None, speed: float | None
-) -> Iterator[SegmentForecast]:
-    ends = [*plan.fired, plan.steps] if plan else []
-    for i, (op, now) in enumerate([(None, cfg), *phases]):
-        steps = tokens = seconds = None
-        begins = str(op.trigger) if op else "step 0"
-        cost = size(now)
-        if plan and i < len(ends):
-            first = ends[i - 1] if i else 0
-            steps, tokens = ends[i] - first, plan.tokens(ends[i]) - plan.tokens(first)
-            seconds = tokens * now.passes * cost.flops / speed if speed else None
-            begins = (
-                begins
-                if op is None
-                else f"step {first}"
-                if op.trigger.static
-                else f"{begins}: step {first} at the latest"
-            )
-        yield SegmentForecast(str(op) if op else "", begins, now, cost, steps, tokens, seconds)
+    cfg: TrainConfig, applied: list[Applied], plan: Plan | None, speed: float | None
+) -> list[SegmentForecast]:
+    segments = [SegmentForecast("", "step 0", cfg, size(cfg))]
+    for op, op_cfg in applied:
+        segments.append(SegmentForecast(str(op), str(op.trigger), op_cfg, size(op_cfg)))
+    if plan is None:
+        return segments
+    for i, (first, end) in enumerate(pairwise([0, *plan.fired, plan.steps])):
+        segments[i] = _with_steps(segments[i], first, end, plan, speed)
+        if i > 0:
+            segments[i] = segments[i]._replace(begins=_begins(applied[i - 1].op, first))
+    return segments
+
+
+def _with_steps(
+    segment: SegmentForecast, first: int, end: int, plan: Plan, speed: float | None
+) -> SegmentForecast:
+    tokens = plan.tokens(end) - plan.tokens(first)
+    seconds = None
+    if speed:
+        seconds = tokens * segment.cfg.passes * segment.size.flops / speed
+    return segment._replace(steps=end - first, tokens=tokens, seconds=seconds)
+
+
+def _begins(op: Op, step: int) -> str:
+    return f"step {step}" if op.trigger.static else f"{op.trigger}: step {step} at the latest"

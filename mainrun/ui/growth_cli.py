@@ -1,9 +1,10 @@
-"""`mainrun grow`: a schedule checked whole before a run, and what it did proven after it."""
+"""`mainrun grow`: check a growth schedule before a run, and verify its ops after the run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,16 +12,22 @@ from mainrun.errors import ConfigError, MainrunError, UsageError
 from mainrun.ui.console import Debug, Json, commands, emit, show_table, stoppable, validate_paths
 from mainrun.ui.store_cli import StorePlace, open_store
 
-app = commands("How a model grows while it trains: plan, verify.")
+if TYPE_CHECKING:
+    from mainrun.plan.simulate import SegmentForecast
+
+Row = dict[str, Any]
+
+app = commands("Check and verify growth: how a model changes while it trains.")
 
 
 @app.command("plan")
 def plan(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A schedule: a JSON, YAML or TOML file, or JSON itself.")
+        str,
+        typer.Argument(metavar="FILE", help="A growth schedule: a JSON, YAML or TOML file, or inline JSON."),
     ],
     preset: Annotated[
-        str, typer.Option("--preset", metavar="NAME|FILE", help="What it begins with.")
+        str, typer.Option("--preset", metavar="NAME|FILE", help="The config at the start of the run.")
     ] = "optimized",
     sets: Annotated[
         list[str] | None,
@@ -33,40 +40,41 @@ def plan(
             min=1,
             max=10**13,
             metavar="N",
-            help="Of an epoch: shows steps, and warns of triggers out of reach.",
+            help="Tokens in one epoch: show the steps, and warn about ops that cannot fire.",
         ),
     ] = None,
     speed: Annotated[
         float | None,
-        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: shows the time."),
+        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: show the time too."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a schedule op by op, and say what each makes of the model. Nothing is trained.
+    """Check a growth schedule and show the model after each op. Nothing is trained.
 
-    Exits with 2 when something is wrong with it; every fault is named.
+    The exit code is 2 if the schedule has faults; all of them are listed.
     """
     from mainrun.plan.op_files import from_text
     from mainrun.plan.recipes import load
     from mainrun.plan.simulate import simulate
 
     if speed and tokens is None:
-        raise UsageError("got --speed without --train-tokens; give both for the time, or neither")
+        raise UsageError("got --speed without --train-tokens; give both to see the time, or neither")
     configs = load(preset, sets or [])
     if len(configs) > 1:
         raise UsageError(
-            f"preset {preset!r} has {len(configs)} steps, a schedule begins with one; write --preset {configs[0].preset}, say"
+            f"preset {preset!r} has {len(configs)} steps, but a schedule starts from one config; "
+            f"write, for example, --preset {configs[0].preset}"
         )
-    found = simulate(configs[0], from_text(file), tokens, speed)
-    if found.faults:
-        raise ConfigError("\n".join([f"{file} cannot be carried out", *found.faults]))
-    rows = [_row(segment) for segment in found.segments]
+    forecast = simulate(configs[0], from_text(file), tokens, speed)
+    if forecast.faults:
+        raise ConfigError("\n".join([f"{file} cannot be applied", *forecast.faults]))
+    rows = [_row(segment) for segment in forecast.segments]
     if as_json:
-        emit({"warnings": found.warnings, "segments": rows})
+        emit({"warnings": forecast.warnings, "segments": rows})
         return
     _show(rows)
-    for warning in found.warnings:
+    for warning in forecast.warnings:
         print(f"warning: {warning}")
 
 
@@ -77,54 +85,61 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Do the ops of a run once more, from the states before them, and check what they promised.
+    """Repeat the ops of a run and all their checks.
 
-    The way to each op comes from the store beside the run (or --store), and is trained where it is not there. Exits with 1 when a check
-    fails, or an op leaves another row than it did in the run.
+    Each op starts from the state that the run had before it. The state is read from the store next to the
+    run (or from --store), or trained again if the store does not have it. The exit code is 1 if a check
+    fails, or if an op gives another result than in the run.
     """
     from mainrun.checks.repeat import repeat_ops
     from mainrun.store.rundir import RunDir
 
     with stoppable():
-        found = [
-            finding._asdict() for finding in repeat_ops(RunDir(run), open_store(place, run.absolute().parent))
-        ]
+        store = open_store(place, run.absolute().parent)
+        checks = [finding._asdict() for finding in repeat_ops(RunDir(run), store)]
     if as_json:
-        emit(found)
+        emit(checks)
     else:
-        verdict = {
-            (True, True): "ok",
-            (True, False): "ok, but not as in the run",
-            (False, True): "FAILS",
-            (False, False): "FAILS",
-        }
-        rows = [
-            [f["name"], str(f["step"]), f["check"], verdict[f["ok"], f["same"]], f["detail"]] for f in found
-        ]
-        show_table(["op", "step", "check", "", "what was found"], rows)
-    wrong = [f for f in found if not f["ok"]]
-    if wrong or not all(f["same"] for f in found):
-        why = (
-            f"{len(wrong)} of {len(found)} checks fail"
-            if wrong
-            else "the ops did not do again what the run's journal says"
-        )
-        raise MainrunError(f"{why}; the table says where")
+        lines = [[c["name"], str(c["step"]), c["check"], _verdict(c), c["detail"]] for c in checks]
+        show_table(["op", "step", "check", "", "details"], lines)
+    failed = [check for check in checks if not check["ok"]]
+    if failed:
+        raise MainrunError(f"{len(failed)} of {len(checks)} checks fail; see the table")
+    if not all(check["same"] for check in checks):
+        raise MainrunError("the ops gave other results than the journal of the run holds; see the table")
 
 
-def _row(segment: Any) -> dict[str, Any]:
-    cfg, size = segment.cfg, segment.size
+def _verdict(check: Row) -> str:
+    if not check["ok"]:
+        return "FAILS"
+    return "ok" if check["same"] else "ok, but not as in the run"
+
+
+def _row(segment: SegmentForecast) -> Row:
+    """Return a segment as --json prints it."""
+    cfg = segment.cfg
+    size = segment.size
     return {
-        "op": segment.op, "begins": segment.begins, "layers": cfg.n_layer, "width": cfg.d_model, "heads": cfg.n_head,
-        "experts": cfg.experts, "params": size.params, "active": size.active, "flops_per_token": size.flops,
-        "optimizer_bytes": size.moments, "steps": segment.steps, "tokens": segment.tokens, "seconds": segment.seconds,
-    }  # fmt: skip
+        "op": segment.op,
+        "begins": segment.begins,
+        "layers": cfg.n_layer,
+        "width": cfg.d_model,
+        "heads": cfg.n_head,
+        "experts": cfg.experts,
+        "params": size.params,
+        "active": size.active,
+        "flops_per_token": size.flops,
+        "optimizer_bytes": size.moments,
+        "steps": segment.steps,
+        "tokens": segment.tokens,
+        "seconds": segment.seconds,
+    }
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[Row]) -> None:
     from mainrun.run.progress import clock, short
 
-    columns: dict[str, Any] = {
+    columns: dict[str, Callable[[Row], str]] = {
         "op": lambda row: row["op"] or "start",
         "begins": lambda row: row["begins"],
         "layers": lambda row: str(row["layers"]),
@@ -133,12 +148,12 @@ def _show(rows: list[dict[str, Any]]) -> None:
         "experts": lambda row: str(row["experts"] or ""),
         "parameters": lambda row: f"{row['params']:,}",
         "active": lambda row: f"{row['active']:,}",
-        "FLOPs a token": lambda row: f"{row['flops_per_token']:.3g}",
+        "FLOPs per token": lambda row: f"{row['flops_per_token']:.3g}",
         "optimiser": lambda row: f"{short(row['optimizer_bytes'])}B",
-        "steps": lambda row: "" if row["steps"] is None else f"{row['steps']:,}",
-        "ETA": lambda row: "" if row["seconds"] is None else clock(row["seconds"]),
     }
-    columns = {
-        head: cell for head, cell in columns.items() if head not in ("steps", "ETA") or any(map(cell, rows))
-    }
-    show_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    if any(row["steps"] is not None for row in rows):
+        columns["steps"] = lambda row: "" if row["steps"] is None else f"{row['steps']:,}"
+    if any(row["seconds"] is not None for row in rows):
+        columns["ETA"] = lambda row: "" if row["seconds"] is None else clock(row["seconds"])
+    lines = [[cell(row) for cell in columns.values()] for row in rows]
+    show_table(list(columns), lines)

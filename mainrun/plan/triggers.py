@@ -1,0 +1,103 @@
+"""When an op fires: its trigger, and the facts that the trigger is compared with.
+
+An op fires as soon as any condition of its trigger holds:
+
+    loss_below    the loss of the last evaluation (mean per token, in nats) is below the value
+    wait_iters    at least so many steps have passed since the last op, or since the start if there is none
+    plateau       since the last op, the best of the last `evals` evaluations improved on the best one before
+                  them by less than the fraction `rel`
+    step, tokens, budget_frac
+                  so many steps or tokens have been trained, or that fraction of the tokens of the run
+
+Conditions are checked after an evaluation. A trigger that has none of the first three conditions is static:
+its op fires at exactly that step, without an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """The conditions of one op; any of them is enough."""
+
+    loss_below: float | None = None
+    wait_iters: int | None = None
+    step: int | None = None
+    tokens: int | None = None
+    budget_frac: float | None = None
+    plateau: tuple[int, float] | None = None  # (number of evaluations, relative improvement)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def static(self) -> bool:
+        """Whether the step is known before the run."""
+        return self.conditions.keys() <= {"step", "tokens", "budget_frac"}
+
+    def data(self) -> dict[str, Any]:
+        """Return the trigger as a schedule file holds it."""
+        conditions = self.conditions
+        if self.plateau is not None:
+            evals, rel = self.plateau
+            conditions["plateau"] = {"evals": evals, "rel": rel}
+        if len(conditions) == 1:
+            return conditions
+        return {"any": [{name: value} for name, value in conditions.items()]}
+
+    def __str__(self) -> str:
+        words = {
+            "loss_below": "loss < {:g}",
+            "wait_iters": "a wait of {:,}",
+            "step": "step {:,}",
+            "tokens": "{:,} tokens",
+            "budget_frac": "{:g} of the budget",
+            "plateau": "plateau of {0[0]} evaluations",
+        }
+        return " or ".join(words[name].format(value) for name, value in self.conditions.items())
+
+
+class Facts(NamedTuple):
+    """The state of a run right after an evaluation."""
+
+    step: int  # steps trained
+    last: int  # steps trained when the last op fired; 0 if none has
+    tokens: int  # tokens trained
+    budget: int  # tokens of the run
+    losses: Sequence[tuple[int, float]] = ()  # (step, loss) of each evaluation, the newest last
+
+
+def due(trigger: Trigger, facts: Facts) -> str | None:
+    """Return why a trigger fires, or None if it does not. The op must be the next in line."""
+    loss = facts.losses[-1][1] if facts.losses else None
+    if trigger.loss_below is not None and loss is not None and loss < trigger.loss_below:
+        return f"loss {loss:.4f} < {trigger.loss_below:g}"
+    waited = facts.step - facts.last
+    if trigger.wait_iters is not None and waited >= trigger.wait_iters:
+        return f"{waited:,} steps since the last op >= {trigger.wait_iters:,}"
+    if trigger.step is not None and facts.step >= trigger.step:
+        return f"step {facts.step:,} >= {trigger.step:,}"
+    if trigger.tokens is not None and facts.tokens >= trigger.tokens:
+        return f"{facts.tokens:,} tokens >= {trigger.tokens:,}"
+    if trigger.budget_frac is not None and facts.tokens >= trigger.budget_frac * facts.budget:
+        return f"{facts.tokens:,} tokens >= {trigger.budget_frac:g} of the budget"
+    if trigger.plateau is not None:
+        return _plateau(*trigger.plateau, facts)
+    return None
+
+
+def _plateau(evals: int, rel: float, facts: Facts) -> str | None:
+    losses = [loss for step, loss in facts.losses if step > facts.last]
+    if len(losses) <= evals:
+        return None
+    before = min(losses[:-evals])
+    now = min(losses[-evals:])
+    if now > before * (1 - rel):
+        return f"plateau: best loss {now:.4f} in the last {evals} evaluations, {before:.4f} before"
+    return None
