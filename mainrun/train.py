@@ -1,12 +1,12 @@
 """The trainer in one file: model, loss, step and loop. Read it from top to bottom.
 
     python -m mainrun.train --preset demo:optimized    # this file alone: no checkpoints, no store, no growth
-    mainrun train --preset optimized                   # the same loop with all of them (mainrun/run/session.py)
+    mainrun train --preset optimized                   # the same loop with all three (mainrun/run/session.py)
     torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
-A config gives the same bits every time on one machine class, because a step is a pure function of (config, step):
-its batch, dropout masks and learning rates do not depend on what happened before. So a run that was killed
-continues from its checkpoint as if it had never stopped.
+A config gives the same bits every time on one machine class, because a step is a pure function of (config,
+step): its batch, dropout masks and learning rates do not depend on what happened before. So a run that was
+killed continues from its checkpoint as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mainrun.core.frozen_torch  # noqa: F401  comes first, so that the imports below are fast
 from mainrun.config import TrainConfig
 from mainrun.core.average import Average
 from mainrun.core.device import Device
@@ -43,7 +44,7 @@ from mainrun.plan.recipes import load
 from mainrun.plan.seeds import seed_from
 
 # ------------------------------------------------------------------------------------------------------------
-# The model. Shapes: B rows, T tokens, D width, H query heads, K key and value heads, h head width, V vocabulary.
+# The model. Shapes: B rows, T tokens, D width, H query heads, K key/value heads, h head width, V vocabulary.
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -97,23 +98,29 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, with grouped keys and values, QK norm, gates and value residuals if the config asks."""
+    """Causal self-attention. Optional: grouped keys and values, QK norm, gates, value residuals."""
 
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
         self.heads = cfg.n_head
         self.kv_heads = cfg.kv_heads
         self.width = cfg.head_width
-        qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+        qkv_bias = cfg.qkv_bias
+        if qkv_bias is None:
+            qkv_bias = cfg.bias
         self.q = Linear(cfg.d_model, cfg.n_head * cfg.head_width, bias=qkv_bias)
         self.k = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
         self.v = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
         self.o = Linear(cfg.n_head * cfg.head_width, cfg.d_model, bias=cfg.bias)
-        self.q_norm = RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_width) if cfg.qk_norm else nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_width)
+            self.k_norm = RMSNorm(cfg.head_width)
         self.gate = Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
-        mixes_first = cfg.value_residual and not first
-        self.first_share = nn.Parameter(torch.tensor(0.5)) if mixes_first else None
+        self.first_share: nn.Parameter | None = None
+        if cfg.value_residual and not first:
+            self.first_share = nn.Parameter(torch.tensor(0.5))
         self.fused = False
         self.dropout = 0.0
 
@@ -269,7 +276,9 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw the initial weights."""
         std = self.cfg.init_std
-        branch_std = std / math.sqrt(2 * self.cfg.n_layer) if self.cfg.init_depth_scaled else std
+        branch_std = std
+        if self.cfg.init_depth_scaled:
+            branch_std = std / math.sqrt(2 * self.cfg.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 ends_branch = name.endswith((".o", ".down"))
@@ -289,7 +298,7 @@ class GPT(nn.Module):
             block.attn.fused = attention == "sdpa"
 
     def attention_bias(self, idx: Tensor) -> Tensor | None:
-        """Return 0 where a token may look and -inf where it may not; None if the fused kernel's own causality is enough."""
+        """Return 0 where a token may look and -inf elsewhere, or None if the fused kernel masks by itself."""
         T = idx.size(1)
         visible = self.causal[:T, :T]  # (T, T)
         if self.cfg.title_mask:
@@ -299,7 +308,9 @@ class GPT(nn.Module):
             visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
         elif self.blocks[0].attn.fused:
             return None
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else self.embed.weight.dtype
+        dtype = self.embed.weight.dtype
+        if torch.is_autocast_enabled(idx.device.type):
+            dtype = torch.bfloat16
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
     def output_weight(self) -> Tensor:
@@ -323,7 +334,9 @@ class GPT(nn.Module):
                 x = x + self.positions.weight[: idx.size(1)]
             if masks:
                 x = masks.drop(x, self.dropout)
-            rope = (self.cos, self.sin) if self.cfg.position == "rope" else None
+            rope: Rope = None
+            if self.cfg.position == "rope":
+                rope = (self.cos, self.sin)  # type: ignore[assignment]
             v_first = None
             for block in self.blocks:
                 x, v = block(x, bias, rope, v_first, masks)
@@ -350,7 +363,7 @@ def build(cfg: TrainConfig, vocab_size: int) -> GPT:
 def compute_loss(
     model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the training loss, and the plain cross entropy in it (nats per token), which is what gets logged."""
+    """Return the training loss, and the plain cross entropy (nats per token) for the log."""
     if not inputs.rdrop:
         logits = model(x, pool).flatten(0, 1)  # (BT, V)
         return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
@@ -432,8 +445,8 @@ class State:
 class TrainStep:
     """A training step: first the gradients, then the update of the weights.
 
-    On a GPU both are recorded as CUDA graphs. What changes between steps (batch, seeds, rates) therefore reaches
-    them through tensors and generators only.
+    On a GPU both are recorded as CUDA graphs. What changes between steps (batch, seeds, rates) therefore
+    reaches them through tensors and generators only.
     """
 
     def __init__(self, state: State, device: Device) -> None:
@@ -526,7 +539,7 @@ class TrainStep:
 
 
 def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
-    """Count the tokens that really go through the model in training, until the returned function is called."""
+    """Count the tokens that the model processes in training, until the returned function is called."""
     model = state.model
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -550,7 +563,7 @@ class Due(NamedTuple):
 
 
 class Run(Protocol):
-    """What the loop asks of a run. `Session` (run/session.py) answers with everything, `PlainRun` with the least."""
+    """What the loop asks of a run: `Session` in run/session.py does everything, `PlainRun` the least."""
 
     @property
     def plan(self) -> Plan:

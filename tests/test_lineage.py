@@ -289,7 +289,9 @@ def test_a_field_parts_keys_and_bits_where_its_class_says(lab: Lab, field: str) 
     kind, first = TrainConfig.class_of(field), CASES[field].first
     at = -1 if kind == "static" else first
     if field in NOT_HERE:
-        assert verdict(lab.chain(one)[1], lab.chain(other, Device(one).machine_class | NOT_HERE[field])[1]) == at
+        assert (
+            verdict(lab.chain(one)[1], lab.chain(other, Device(one).machine_class | NOT_HERE[field])[1]) == at
+        )
         return
     a, b = lab.train(one), lab.train(other)
     assert verdict(a.keys, b.keys) == at

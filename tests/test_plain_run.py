@@ -15,7 +15,15 @@ from mainrun.run.session import train
 from mainrun.store.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
-SETS = ["num_titles=300", "vocab_size=400", "n_layer=2", "threads=1", "epochs=1", "log_every=1", "compile=off"]
+SETS = [
+    "num_titles=300",
+    "vocab_size=400",
+    "n_layer=2",
+    "threads=1",
+    "epochs=1",
+    "log_every=1",
+    "compile=off",
+]
 # what only some configs need
 OPTIONAL = (
     "torch._dynamo",
@@ -52,9 +60,12 @@ def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "more"), [("demo:optimized", []), ("demo:baseline", ["dropout=0.1", "grad_accum=2", "dev_frac=0.1"])]
+    ("preset", "more"),
+    [("demo:optimized", []), ("demo:baseline", ["dropout=0.1", "grad_accum=2", "dev_frac=0.1"])],
 )
-def test_train_py_alone_gives_the_bits_of_the_full_harness(tmp_path: Path, preset: str, more: list[str]) -> None:
+def test_train_py_alone_gives_the_bits_of_the_full_harness(
+    tmp_path: Path, preset: str, more: list[str]
+) -> None:
     done = alone(preset, [*SETS, *more])
     assert done.returncode == 0, done.stderr
     (cfg,) = load(preset, [*SETS, *more])

@@ -160,9 +160,12 @@ def test_whatever_ends_a_session_is_in_its_status(
 ) -> None:
     run, part = RunDir(tmp_path), finished_part()
     ended = SimpleNamespace(
-        state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20), device=SimpleNamespace(leads=True)
+        state=SimpleNamespace(step=7),
+        plan=SimpleNamespace(steps=20),
+        device=SimpleNamespace(leads=True),
+        close=part.close,
     )
-    with pytest.raises(type(error)), session.ending(run, ended, [part]):
+    with pytest.raises(type(error)), session.ending(run, ended):
         raise error
     assert json.loads((tmp_path / "status.json").read_text()) == {
         "state": state,
@@ -176,13 +179,16 @@ def test_whatever_ends_a_session_is_in_its_status(
 def test_only_the_leader_writes_the_status_and_a_good_end_writes_none(tmp_path: Path) -> None:
     run, part = RunDir(tmp_path), finished_part()
     ended = SimpleNamespace(
-        state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20), device=SimpleNamespace(leads=True)
+        state=SimpleNamespace(step=7),
+        plan=SimpleNamespace(steps=20),
+        device=SimpleNamespace(leads=True),
+        close=part.close,
     )
     ended.device.leads = False
-    with pytest.raises(Diverged), session.ending(run, ended, [part]):
+    with pytest.raises(Diverged), session.ending(run, ended):
         raise Diverged("x")
     ended.device.leads = True
-    with session.ending(run, ended, [part]):
+    with session.ending(run, ended):
         pass
     assert part.closed == 2 and not (tmp_path / "status.json").exists()
 
@@ -197,11 +203,14 @@ def test_a_full_disk_does_not_hide_what_ended_the_session(
 
     monkeypatch.setattr(run, "write", full)
     ended = SimpleNamespace(
-        state=SimpleNamespace(step=7), plan=SimpleNamespace(steps=20), device=SimpleNamespace(leads=True)
+        state=SimpleNamespace(step=7),
+        plan=SimpleNamespace(steps=20),
+        device=SimpleNamespace(leads=True),
+        close=lambda: None,
     )
     with (
         pytest.raises(Diverged, match="not a number"),
-        session.ending(run, ended, []),
+        session.ending(run, ended),
     ):
         raise Diverged("not a number")
 

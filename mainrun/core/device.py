@@ -1,4 +1,4 @@
-"""The device of a run: its threads or GPU, how attention is computed, compilation, and dropout's randomness."""
+"""The device of a run: threads or GPU, attention kernels, compilation, and the randomness of dropout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mainrun.plan.plan import Plan
 class Device(ProcessGroup):
     """What one process of a run computes with.
 
-    `machine_class` holds the facts that decide the bits: with the same facts and config, the bits are the same.
+    `machine_class` holds the facts that decide the bits: same facts and same config, same bits.
     """
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -94,7 +94,7 @@ class Device(ProcessGroup):
         return facts
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
-        """Decide compile=auto from the length of the run; a measured time would give other bits on another day."""
+        """Decide compile=auto from the length of the run. A measured time would differ from day to day."""
         if cfg.compile != "auto":
             return
         costs, saves = compile_balance(cfg, plan, self.torch_device.type, self.threads)
@@ -107,7 +107,10 @@ class Device(ProcessGroup):
 
     @property
     def native(self) -> bool:
-        """Whether our own kernels compute the loss: Triton on a GPU, C++ in a compiled bfloat16 step on a CPU."""
+        """Whether our own kernels compute the loss.
+
+        They are written in Triton for a GPU, and in C++ for a compiled bfloat16 step on a CPU.
+        """
         if self.triton:
             return True
         on_cpu = self.torch_device.type == "cpu"
@@ -197,7 +200,7 @@ def make_deterministic(threads: int) -> None:
     """Make torch compute the same bits each time."""
     torch.set_num_threads(threads)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # another size might choose other kernels
-    # use_deterministic_algorithms does the same for eager mode, and imports the whole compiler for that (0.9 s)
+    # the same as use_deterministic_algorithms for eager mode, without importing the compiler (0.9 s)
     torch.set_deterministic_debug_mode("error")
     # filling new memory costs a pass over every buffer, and no kernel here reads what it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

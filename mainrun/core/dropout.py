@@ -46,7 +46,7 @@ def threshold(noise: Any, sites: list[Site]) -> None:
 
 
 class Masks:
-    """The dropout masks of one forward pass: one byte per element, 1 or 0, in the order of `dropout_sites`."""
+    """The dropout masks of one forward pass: a byte per element, in the order of `dropout_sites`."""
 
     def __init__(self, pool: Tensor) -> None:
         self.pool = pool

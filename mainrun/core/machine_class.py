@@ -1,4 +1,4 @@
-"""What the bits of a run depend on besides its config: compilers, versions of libraries, and our own source code."""
+"""What the bits of a run depend on besides its config: compilers, libraries, and our source code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def compiler(device: str) -> str:
 
 @cache
 def triton_works(device: torch.device) -> tuple[str, str]:
-    """Try our Triton kernels once. Return (version, "") if they work, else ("", why the run does without them)."""
+    """Try our Triton kernels once.
+
+    Return (version, "") if they work, else ("", why the run does without them).
+    """
     try:
         _try_triton(device)
     # missing, another version, no C compiler, no driver library: torch's own operations work without Triton
@@ -64,7 +67,7 @@ def _try_triton(device: torch.device) -> None:
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> tuple[float, float]:
-    """Return the seconds that compiling costs and saves over the run, by rule of thumb (docs/log/speed.md)."""
+    """Estimate the seconds that compiling costs and saves over the run (docs/log/speed.md)."""
     attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_width
     matrices = 3 if cfg.mlp == "swiglu" else 2
     mlp = matrices * cfg.d_model * cfg.ff_width

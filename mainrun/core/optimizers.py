@@ -19,7 +19,7 @@ Group = dict[str, Any]
 
 
 class ParamSchedule(NamedTuple):
-    """How one parameter's learning differs from the config: factors for its rate, decay and eps, and a warm-up."""
+    """How a parameter's learning differs from the config: factors for rate, decay and eps, and a warm-up."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -37,8 +37,9 @@ class ParamSchedule(NamedTuple):
 def skip_dynamo_import() -> None:
     """Let torch create optimizers without importing torch._dynamo, which takes a second.
 
-    torch wraps add_param_group so that torch.compile leaves it alone, and imports the compiler for that wrapper. No
-    optimizer is created inside compiled code here. The attribute is the one in which the wrapper caches its result.
+    torch wraps add_param_group so that torch.compile leaves it alone, and imports the compiler for that
+    wrapper. No optimizer is created inside compiled code here. The attribute is the one in which the
+    wrapper caches its result.
     """
     plain: Any = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     if not hasattr(plain, "__dynamo_disable"):
@@ -54,8 +55,8 @@ NO_SCHEDULES: Mapping[str, ParamSchedule] = MappingProxyType({})
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: every singular value of an update is about 1.
 
-    The learning rate is in AdamW's units: an update has the size (RMS) that AdamW's would have. Matrices of the
-    same shape are orthogonalised in one batch, which torch's own Muon does not do.
+    The learning rate is in AdamW's units: an update has the size (RMS) that AdamW's would have. Matrices of
+    the same shape are orthogonalised in one batch, which torch's own Muon does not do.
     """
 
     def __init__(self, groups: list[Group], momentum: float) -> None:
@@ -125,7 +126,10 @@ MAKERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] =
 
 
 class Optimizers:
-    """All optimisers of a model. Parameters are grouped by kind and schedule; state is named after its parameter."""
+    """All optimisers of a model.
+
+    Parameters are grouped by kind and schedule; state is named after its parameter.
+    """
 
     def __init__(
         self, cfg: TrainConfig, model: nn.Module, schedules: Mapping[str, ParamSchedule] = NO_SCHEDULES

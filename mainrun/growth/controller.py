@@ -1,8 +1,8 @@
-"""Growth while a run trains: when an operation is due, what it does to the state, and whether it kept its promise.
+"""Growth while a run trains: when an operation is due, what it does, and whether it kept its promise.
 
-The state after a step is the one before the operations that act there. Checkpoints and nodes of the store hold it
-like that, so a run that continues from one decides and acts again. Both are functions of the config and of the
-scores so far, so they give the same bits.
+The state after a step is the one before the operations that act there. Checkpoints and nodes of the store
+hold it like that, so a run that continues from one decides and acts again. Both are functions of the config
+and of the scores so far, so they give the same bits.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class Grown(NamedTuple):
 
 
 class Growth:
-    """The growth of one run. `plan` holds what is known about its schedule so far, `journal` what was done."""
+    """The growth of one run.
+
+    `plan` holds what is known about its schedule so far, `journal` what was done.
+    """
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class Growth:
         self._store_state()
 
     def _recall(self) -> list[Recent]:
-        """Return the operations of earlier sessions, or of other runs, whose copies were not looked at yet."""
+        """Return earlier operations, also of other sessions and runs, whose copies were not looked at yet."""
         recent: list[Recent] = []
         for last, segment in pairwise(self.plan.segments[: self.applied + 1]):
             op = segment.op
@@ -214,7 +217,10 @@ class Growth:
     # -- what an operation does
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
-        """Carry out every operation that is due before the next step. Return True if the model was replaced."""
+        """Carry out every operation that is due before the next step.
+
+        Return True if the model was replaced.
+        """
         replaced = False
         # the loss of the state as it is, if this step was scored
         loss = dict(self.losses).get(self.state.step)
@@ -288,7 +294,10 @@ class Growth:
     def _reevaluate(
         self, event: Row, evaluate: Callable[[], list[Row]], before: float | None
     ) -> float | None:
-        """Score the state again after an operation. Return its loss, or the one before if nobody scores here."""
+        """Score the state again after an operation.
+
+        Return its loss, or the one before if nobody scores here.
+        """
         rows = evaluate()
         if not rows:
             return None if event["name"] in ARCHITECTURE else before
@@ -330,7 +339,10 @@ class Growth:
         return grown.checks, grown.figures
 
     def _make(self, op: Op, before: TrainConfig, after: TrainConfig) -> Grown:
-        """Return what an operation makes of the state, and whether it kept its promise. The state is not touched."""
+        """Return what an operation makes of the state, and whether it kept its promise.
+
+        The state is not touched.
+        """
         state = self.state
         old = state.model
         idx = self._probe()
@@ -363,9 +375,9 @@ class Growth:
         self.log_event({"event": f"{PREFIX}ERROR", **event, "checks": checks, "on_fail": op.on_fail})
         if op.on_fail == "abort":
             self._store_state()
-            got = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}: {why}"
+            at = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}"
             fix = "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
-            raise UsageError(f"{got}; the state before it is kept. {fix}")
+            raise UsageError(f"{at}: {why}; the state before it is kept. {fix}")
         self.plan = self.plan.decided(Decision(self.state.step, skipped=True), op.place)
 
     def _probe(self) -> Tensor:
@@ -418,6 +430,8 @@ class Growth:
 
 
 def without_values(moved: IndexMap) -> IndexMap:
-    """Return an index map without the numbers that are added: they are as large as the model, and not needed later."""
+    """Return an index map without the values that it adds: they are as large as the model and not needed
+    later.
+    """
     pieces = {name: replace(piece, plus=None) for name, piece in moved.pieces.items()}
     return replace(moved, pieces=pieces)

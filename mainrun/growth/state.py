@@ -1,4 +1,7 @@
-"""What a state must hold so that a growing run continues from it. Light: no operator is imported without need."""
+"""What a state must hold so that a growing run can continue from it.
+
+Operators are imported only by runs that grow.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ FIGURES = ("params", "active", "flops")  # what growth adds to the rows of score
 
 
 def ops_applied(plan: Plan, step: int) -> int:
-    """Return how many operations the state after a step has seen. It is kept before those that act right there."""
+    """Return how many operations the state after a step has seen.
+
+    It is kept before those that act right there.
+    """
     return sum(segment.first < step for segment in plan.segments[1:])
 
 

@@ -154,7 +154,10 @@ def _continue(
 
 
 def steps_trained(rows: list[Row], end: int) -> set[int]:
-    """Return the steps that a run trained itself, from its rows. Rows beyond the end of the run are ignored."""
+    """Return the steps that a run trained itself, from its rows.
+
+    Rows beyond the end of the run are ignored.
+    """
     trained: set[int] = set()
     last = 0
     for row in rows:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -49,9 +49,12 @@ def train(
     keep: Iterable[int] = (),
     until: int = 0,
 ) -> Row:
-    """Train a config to its end and return its summary. Reuse its last checkpoint, and what the store has of it.
+    """Train a config to its end and return its summary.
+
+    Reuse its last checkpoint, and what the store has of it.
 
     keep: steps after which the store keeps the state, in addition to those that the config suggests.
+
     until: stop after this step.
     """
     with ExitStack() as stack:
@@ -68,38 +71,20 @@ def train(
             return summary
         accounts = Accounts()
         accounts.add("data", data_seconds)
-        if setup.device.leads:
-            write_beginning(setup, run)
-        else:
+        if not setup.device.leads:
             progress = QUIET
         state = setup.start()
         sharing: Sharing | NoSharing = NoSharing()
         if store:
             sharing = make_sharing(setup, store, accounts, progress.note, keep, until, fresh)
-        journal = None
-        if setup.device.leads and cfg.growth.ops:
-            journal = run.log("growth.jsonl")
-        growth = make_controller(
-            cfg, setup.plan, setup.device, state, journal, sharing.add_row, accounts.clock
-        )
-        env = environment(setup.device)
-        log: RunLog | NullLog = NullLog()
-        if setup.device.leads:
-            log = RunLog(run, progress)
-            resume(cfg, run, state, accounts, env, log, sharing, growth)
-        if setup.device.world > 1:
-            follow_leader(run, state, accounts, setup.device, growth)
+        session = start_session(setup, run, state, accounts, progress, sharing, stop, until)
         earlier = sum(accounts.spent.values()) - data_seconds
-        session = Session(setup, run, state, accounts, log, sharing, growth, stop, until)
-        progress.start(cfg, growth.plan.table(), run.metrics())
-        if setup.device.note:
-            progress.note(setup.device.note)
-        with ending(run, session, [sharing, progress, log, growth]):
+        with ending(run, session):
             session.train()
         if not setup.device.leads:
             return {}
         with state.average.applied(), accounts.clock("guards"):
-            summary = summarize(setup, session.plan, run, state, accounts, env)
+            summary = summarize(setup, session.plan, run, state, accounts, session.env)
         unaccounted = earlier + time.perf_counter() - started - sum(accounts.spent.values())
         accounts.add("overhead", unaccounted)
         return finish(run, state, session.plan, accounts, summary)
@@ -150,13 +135,41 @@ def make_sharing(
     )
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
+def start_session(
+    setup: Setup,
+    run: RunDir,
+    state: State,
+    accounts: Accounts,
+    progress: Progress,
+    sharing: Sharing | NoSharing,
+    stop: StopSignal,
+    until: int,
+) -> Session:
+    """Return a session that continues from the run's last checkpoint, on all processes."""
+    cfg = setup.cfg
+    device = setup.device
+    journal = None
+    if device.leads:
+        write_beginning(setup, run)
+        if cfg.growth.ops:
+            journal = run.log("growth.jsonl")
+    growth = make_controller(cfg, setup.plan, device, state, journal, sharing.add_row, accounts.clock)
+    env = environment(device)
+    log: RunLog | NullLog = NullLog()
+    if device.leads:
+        log = RunLog(run, progress)
+        resume(cfg, run, state, accounts, env, log, sharing, growth)
+    if device.world > 1:
+        follow_leader(run, state, accounts, device, growth)
+    progress.start(cfg, growth.plan.table(), run.metrics())
+    if device.note:
+        progress.note(device.note)
+    return Session(setup, run, state, accounts, env, log, progress, sharing, growth, stop, until)
 
 
 @contextmanager
-def ending(run: RunDir, session: Session, parts: Sequence[Closable]) -> Iterator[None]:
-    """Close the parts of a session when it ends. If it fails, say so in status.json."""
+def ending(run: RunDir, session: Session) -> Iterator[None]:
+    """Close a session when it ends. If it fails, say so in status.json."""
     try:
         yield
     except BaseException as e:
@@ -167,15 +180,14 @@ def ending(run: RunDir, session: Session, parts: Sequence[Closable]) -> Iterator
                 run.write("status.json", {**status, "why": str(e) or type(e).__name__})
         raise
     finally:
-        for part in parts:
-            part.close()
+        session.close()
 
 
 # -- what the loop asks of it
 
 
 class Session:
-    """The `Run` of mainrun/train.py with everything: logs, checkpoints, the store, growth and stop signals."""
+    """The full `Run` of mainrun/train.py: logs, checkpoints, the store, growth and stop signals."""
 
     def __init__(
         self,
@@ -183,11 +195,13 @@ class Session:
         run: RunDir,
         state: State,
         accounts: Accounts,
+        env: Row,
         log: RunLog | NullLog,
+        progress: Progress,
         sharing: Sharing | NoSharing,
         growth: Controller,
         stop: StopSignal,
-        until: int = 0,
+        until: int,
     ) -> None:
         self.cfg = setup.cfg
         self.device = setup.device
@@ -195,7 +209,9 @@ class Session:
         self.run = run
         self.state = state
         self.accounts = accounts
+        self.env = env  # env.json
         self.run_log = log
+        self.progress = progress
         self.sharing = sharing
         self.growth = growth
         self.stop = stop
@@ -227,6 +243,13 @@ class Session:
             kept = "the checkpoint before this step is kept"
         got = f"loss {row.loss} with gradient norm {row.grad_norm} at step {row.step} of {self.plan.steps}"
         return Diverged(f"{got}, lr {row.lr:g}; lower lr or lr_aux, or raise warmup_frac ({kept})")
+
+    def close(self) -> None:
+        """Finish writing, and close every file."""
+        self.sharing.close()
+        self.progress.close()
+        self.run_log.close()
+        self.growth.close()
 
     # -- when
 
@@ -360,7 +383,7 @@ class Session:
                 checkpoint.save(
                     self.run.checkpoints, self.state.step, tensors, self._checkpoint_meta(), self.run.check
                 )
-        # no process continues or ends before the leader has saved: torchrun stops all as soon as one has ended
+        # all processes wait for the leader: torchrun stops all of them as soon as one has ended
         self.device.any_process(False)
         self.accounts.saved = self.state.step
 

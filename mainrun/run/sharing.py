@@ -1,10 +1,11 @@
 """What a run reads from the store and what it leaves there, so that no training step is done twice.
 
-At its start, and wherever it keeps a node, a run looks for the deepest node on its own key chain and continues from
-there. If there is none, it takes the lease on its next node and trains up to it, or waits while another run does. If
-another run is training a shared prefix, this run waits for it up to the fork, even if the other run's own target lies
-elsewhere: it asks for a node at the fork (wants/KEY), and the other run keeps one on its way. A background thread
-writes the nodes. A fault of the store costs steps, never the run.
+At its start, and wherever it keeps a node, a run looks for the deepest node on its own key chain and
+continues from there. If there is none, it takes the lease on its next node and trains up to it, or waits
+while another run does. If another run is training a shared prefix, this run waits for it up to the fork,
+even if the other run's own target lies elsewhere: it asks for a node at the fork (wants/KEY), and the other
+run keeps one on its way. A background thread writes the nodes. A fault of the store costs steps, never the
+run.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class LeaseHolder:
         self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
 
     def beat(self) -> Row:
-        """Return what the lease announces at each heartbeat: up to which step every kept node has been written."""
+        """Return what the lease announces at each heartbeat: the step up to which kept nodes are written."""
         if self.device.world == 1:  # the processes of one run would have to agree on the steps they keep
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
@@ -225,7 +226,10 @@ class LeaseHolder:
         return {"at": min([passed, *unwritten])}
 
     def keeps(self, step: int) -> bool:
-        """Return whether the state after a step is kept. Once it was asked, the step can no longer be wanted."""
+        """Return whether the state after a step is kept.
+
+        Once it was asked, the step can no longer be wanted.
+        """
         kept = step in self.course.stops or step in self.wanted
         if kept:
             self.due = [*(due for due in self.due if due > self.written), step]
@@ -233,7 +237,7 @@ class LeaseHolder:
         return kept
 
     def other_run(self, step: int) -> OtherRun | None:
-        """Return the run that is training this run's steps the furthest, with the scores that this run needs."""
+        """Return the run that trains this run's steps the furthest and takes the scores that it needs."""
         others = []
         limit = self.course.certain_until(step)
         for key, holder in self.leases.active().items():
@@ -264,7 +268,7 @@ class LeaseHolder:
         return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
 
     def fork(self, key: str, holder: Row) -> int:
-        """Return the last step shared with the holder of a lease; 0 if it is unknown, or nothing is kept there."""
+        """Return the last step shared with the holder of a lease; 0 if it is unknown or not kept."""
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
@@ -284,7 +288,7 @@ class LeaseHolder:
         return min(planner.shared(course.keys, theirs), course.until)
 
     def want(self, other: OtherRun) -> None:
-        """Ask for a node where this run parts from the other, unless the other's lease is on that very node."""
+        """Ask for a node where the two runs part, unless the other's lease is on that very node."""
         key = self.course.keys[other.fork]
         if not other.fork or key == other.key or key in self._requested:
             return
@@ -520,7 +524,10 @@ class Sharing:
         return self.holder.other_run(step) if self.reads else None
 
     def _take_lease(self, step: int) -> bool:
-        """Take the lease on the next node. Return False if another run has it, or took a conflicting one just now."""
+        """Take the lease on the next node.
+
+        Return False if another run has it, or took a conflicting one just now.
+        """
         self.holder.acquire(step)
         if not self.reads:
             return True
@@ -598,16 +605,15 @@ class Sharing:
         self.note(f"{steps} are reused from the store ({trained_by})")
 
     def report_other_versions(self) -> None:
-        """Tell the user if the store has this run's steps from another machine or version, whose bits differ."""
+        """Tell the user if the store has this run's steps with the bits of another machine or version."""
         begun = self.course.begun
         root = lineage.root(begun)
         closest: list[str] | None = None
         try:
             roots: list[tuple[str, Any]] = list(self.store.roots())
         except OSError as e:
-            self.note(
-                f"the store {self.store} cannot be searched for other versions of this run ({e.strerror or e})"
-            )
+            problem = f"cannot be searched for other versions of this run ({e.strerror or e})"
+            self.note(f"the store {self.store} {problem}")
             return
         for other_root, other in roots:
             if not isinstance(other, dict):

@@ -11,8 +11,8 @@ LEAST_CORES = 1.1  # two threads that are not held up use more than this many co
 class SlowSteps:
     """Warns once when steps on several threads take far longer than the processor time that they use.
 
-    Every matrix product waits for its slowest thread. If another process keeps one of two cores busy, a run on two
-    threads is therefore many times slower than a run on one.
+    Every matrix product waits for its slowest thread. If another process keeps one of two cores busy, a run
+    on two threads is therefore many times slower than a run on one.
     """
 
     def __init__(self, threads: int, device: str) -> None:
@@ -49,5 +49,6 @@ class SlowSteps:
     def _warning(self) -> str:
         wall = self.wall / self.steps
         processor = self.processor / self.steps
-        times = f"a step takes {wall:.2g} s, of which its {self.threads} threads compute {processor:.2g} s in all"
-        return f"{times}: they wait for busy cores; --set threads=1 may be faster"
+        work = f"its {self.threads} threads compute {processor:.2g} s in all"
+        step = f"a step takes {wall:.2g} s, of which {work}"
+        return f"{step}: they wait for busy cores; --set threads=1 may be faster"

@@ -9,7 +9,10 @@ from typing import Any
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT, so that a run stops between two steps. A second SIGINT stops at once."""
+    """Remembers the first SIGTERM or SIGINT, so that a run stops between two steps.
+
+    A second SIGINT stops at once.
+    """
 
     def __init__(self) -> None:
         self.name = ""  # of the signal; "" while none has come

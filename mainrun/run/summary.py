@@ -22,19 +22,14 @@ SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "c
 def summarize(
     setup: Setup, plan: Plan, run: RunDir, state: State, accounts: Accounts, env: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the last and the best score, their costs, what they were computed with, and the guards' verdicts."""
+    """Return the scores, their costs, what they were computed with, and the guards' verdicts."""
     cfg = setup.cfg
     evals = [row for row in run.rows() if row["event"] == "eval"]
     scores = best_and_last(evals)
     segments = segment_costs(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
     wasted = accounts.ledger["wasted"]
     reused = accounts.ledger["reused"]
-    presentations = {
-        "train_tokens_per_epoch": plan.train_tokens,
-        "presentations_per_token": state.tokens / plan.train_tokens,
-        "forward_passes": cfg.passes,
-        "ensemble_members": 1,
-    }
+    presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
         flops = state.tokens * segments[0]["flops_per_token"]  # of the tokens that were really processed
@@ -81,6 +76,16 @@ def summarize(
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
     return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
+
+
+def count_presentations(setup: Setup, plan: Plan, state: State) -> dict[str, Any]:
+    """Return how often the model processed each token of the training set."""
+    return {
+        "train_tokens_per_epoch": plan.train_tokens,
+        "presentations_per_token": state.tokens / plan.train_tokens,
+        "forward_passes": setup.cfg.passes,
+        "ensemble_members": 1,
+    }
 
 
 def best_and_last(evals: list[dict[str, Any]]) -> dict[str, Any]:
