@@ -17,7 +17,7 @@ from mainrun.core.kernels import cross_entropy
 from mainrun.core.moe import MoE
 from mainrun.core.optimizers import Optimizers
 from mainrun.errors import ConfigError
-from mainrun.plan.cost import costs, size
+from mainrun.plan.cost import size
 from mainrun.plan.plan import Plan
 from mainrun.train import GPT, MLP, build
 from mainrun.ui.estimate import memory
