@@ -295,7 +295,7 @@ def _train_one(
 def _check_files(run: RunDir, cfg: TrainConfig) -> None:
     """A finished run does not speak for titles that it never saw: its file may have changed. One that is gone contradicts nothing."""
     if cfg.corpus.startswith(("file:", "mix:")):
-        from mainrun.data.sources import load_corpus
+        from mainrun.data.corpus import load_corpus
         from mainrun.store.rundir import check_same_data
 
         try:
@@ -587,7 +587,7 @@ def download(
     debug: Debug = False,
 ) -> None:
     """Fetch a corpus, to train offline later."""
-    from mainrun.data.sources import download as fetch
+    from mainrun.data.hub import download as fetch
 
     print(fetch(name))
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mainrun.checks.audit import again
+from mainrun.checks.audit import retrain
 from mainrun.checks.guards import Evidence, guards
 from mainrun.core.machine_class import versions
 from mainrun.errors import MainrunError, RunError
@@ -123,7 +123,7 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
     notes: list[str] = []
     growth = replay.start()
     end = replay.end(notes.append)
-    rows = list(again(replay.setup, growth, n, lambda step: step in growth.plan.eval_steps, decides=True))
+    rows = list(retrain(replay.setup, growth, n, lambda step: step in growth.plan.eval_steps, decides=True))
     finished = growth.state.step == growth.plan.steps
     result = replay.facts() | {"steps": growth.state.step, "rows": rows}
     if end is not None:

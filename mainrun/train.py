@@ -35,7 +35,7 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
-from mainrun.data.sources import Corpus, load_corpus
+from mainrun.data.corpus import Corpus, load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Interrupted, MainrunError, RunError, UsageError
@@ -409,7 +409,7 @@ class State:
         """Return all tensors by name: model/..., optimizer/..., average/..."""
         tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
         tensors |= self.optimizers.state()
-        if self.average.apart:
+        if self.average.differs:
             tensors |= {f"average/{name}": t for name, t in self.average.shadow.items()}
         return tensors
 
@@ -424,8 +424,8 @@ class State:
             raise RunError(f"the state holds {min(unknown)}, the model does not; {fix}")
         self.step = step
         self.tokens = tokens
-        self.average.apart = any(name.startswith("average/") for name in tensors)
-        scored = "average" if self.average.apart else "model"
+        self.average.differs = any(name.startswith("average/") for name in tensors)
+        scored = "average" if self.average.differs else "model"
         with torch.no_grad():
             for name, p in params.items():
                 p.copy_(self._fitting(tensors[f"model/{name}"], p, name))

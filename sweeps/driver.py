@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.config import TrainConfig
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load

@@ -123,7 +123,7 @@ class SameProcess:
 
 
 def _search(folder: Path) -> None:
-    from mainrun.data.sources import load_corpus
+    from mainrun.data.corpus import load_corpus
     from mainrun.data.token_cache import prepare
     from sweeps.confirm import confirm
     from sweeps.driver import Search

@@ -1,4 +1,4 @@
-"""The audit finds what no checksum can, and the store's commands say what there is."""
+"""The audit detects what no checksum can detect. Also tests the commands of the store."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from mainrun.checks import audit as auditor
-from mainrun.checks.audit import Finding, audit
+from mainrun.checks.audit import AuditResult, audit
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device, machine_class
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.run import batch
 from mainrun.run.session import train
 from mainrun.store.nodes import Node, Store, sha256
 
-# 37 steps; nodes at 18 and 36 (scores), 27 (the decay begins) and 37 (the end)
+# 37 steps, with nodes at steps 18 and 36 (scores), 27 (start of the decay) and 37 (end)
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "n_layer": 1,
@@ -44,7 +44,7 @@ def config(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store after one run."""
+    """Return the store of one run."""
     out = tmp_path_factory.mktemp("made")
     train(config(), out, store=Store(out / "store"))
     return out / "store"
@@ -62,15 +62,15 @@ def at(store: Store, step: int) -> Node:
 
 
 def rewrite(store: Store, node: Node, **changes: Any) -> Node:
-    """The node with other contents, and checksums that fit them."""
+    """Change the content of a node, with valid checksums."""
     found = Node(**(vars(node) | changes))
     (Path(str(store)) / "nodes" / found.key).write_bytes(found.dump())
-    assert store.verify() == [], "checksums find nothing"
+    assert store.verify() == [], "the checksums must be valid"
     return found
 
 
 def restate(store: Store, node: Node, change: Callable[[dict[str, Any]], object]) -> Node:
-    """The same with another state, under the hash of its bytes."""
+    """Change the state of a node, with valid checksums."""
     states = Path(str(store)) / "states"
     tensors = load_file(states / f"{node.state}.safetensors")
     change(tensors)
@@ -81,11 +81,11 @@ def restate(store: Store, node: Node, change: Callable[[dict[str, Any]], object]
     return rewrite(store, node, state=found, size=(states / f"{found}.safetensors").stat().st_size)
 
 
-def findings(store: Store, segments: int = 100) -> dict[int, Finding]:
+def findings(store: Store, segments: int = 100) -> dict[int, AuditResult]:
     return {finding.node.step: finding for finding in audit(store, segments, seed=0)}
 
 
-# -- a store that is right
+# -- an intact store
 
 RECIPES: dict[str, dict[str, Any]] = {
     "muon, swa": {"optimizer": "muon", "momentum": 0.9, "swa": 0.5},
@@ -103,7 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_segment_of_a_good_store_is_the_same_again(store: Store) -> None:
+def test_every_segment_of_an_intact_store_is_the_same(store: Store) -> None:
     before = {path: path.read_bytes() for path in Path(str(store)).rglob("*") if path.is_file()}
     found = findings(store)
     assert {step: finding.status for step, finding in found.items()} == {
@@ -117,14 +117,14 @@ def test_every_segment_of_a_good_store_is_the_same_again(store: Store) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-def test_every_recipe_is_the_same_again(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_every_recipe_gives_the_same_segments(tmp_path: Path, recipe: dict[str, Any]) -> None:
     store = Store(tmp_path / "store")
     train(config(**recipe), tmp_path, store=store)
     found = findings(store)
     assert len(found) >= 3 and {finding.status for finding in found.values()} == {"same"}, found
 
 
-def test_scores_that_another_run_added_are_taken_again_too(tmp_path: Path, store: Store) -> None:
+def test_scores_that_another_run_added_are_compared_too(tmp_path: Path, store: Store) -> None:
     store.files.remove(f"nodes/{at(store, 37).key}")
     train(config(official_geometry="2x8"), tmp_path, store=store)
     (end,) = [node for node in map(store.node, store.node_keys()) if node.step == 37]
@@ -132,7 +132,7 @@ def test_scores_that_another_run_added_are_taken_again_too(tmp_path: Path, store
     assert {finding.status for finding in audit(store, 100)} == {"same"}
 
 
-def test_as_many_segments_are_taken_as_asked_and_a_seed_repeats_them(store: Store) -> None:
+def test_a_seed_picks_the_same_segments(store: Store) -> None:
     picked = [[finding.node.step for finding in audit(store, 2, seed)] for seed in (1, 1, 2, 3, 4)]
     assert (
         all(len(set(steps)) == 2 for steps in picked)
@@ -142,9 +142,7 @@ def test_as_many_segments_are_taken_as_asked_and_a_seed_repeats_them(store: Stor
 
 
 @pytest.mark.parametrize("evicted", [[18], [27], [18, 27, 36]])
-def test_a_segment_whose_beginning_was_evicted_is_trained_from_further_back(
-    store: Store, evicted: list[int]
-) -> None:
+def test_a_segment_begins_at_the_nearest_state_that_was_not_evicted(store: Store, evicted: list[int]) -> None:
     rewrite(store, at(store, 37), rows=changed(at(store, 37).rows, "step", 37, loss=1.0))
     for step in evicted:
         store.files.remove(f"states/{at(store, step).state}.safetensors")
@@ -160,38 +158,38 @@ def test_a_segment_whose_beginning_was_evicted_is_trained_from_further_back(
         )
 
 
-def test_a_way_that_is_too_long_is_not_gone_and_said_to_be(store: Store) -> None:
+def test_a_segment_that_is_too_long_is_skipped_with_the_reason(store: Store) -> None:
     for step in (18, 27):
         store.files.remove(f"states/{at(store, step).state}.safetensors")
     found = {finding.node.step: finding for finding in audit(store, 100, reach=35)}
     assert (found[36].status, found[37].status) == ("skipped", "same")
-    assert found[36].why == "the nearest state before it is 36 steps away; --reach 36 goes that far"
+    assert found[36].why == "the nearest state before it is 36 steps away; --reach 36 allows that many"
     text = ask("audit", "--store", store, "--reach", 35)
     assert (
         text.exit_code == 0
         and text.stdout.count("skipped") == 2
-        and "--reach 36 goes that far" in text.stdout
+        and "--reach 36 allows that many" in text.stdout
     )
     assert ask("audit", "--store", store, "--reach", 36, "--segments", 2).stdout.count("same ") == 2
     assert [finding.node.step for finding in audit(store, 1, reach=1)] == [37], (
-        "one that can be trained first of all"
+        "segments that can be trained are picked first"
     )
 
 
-def test_a_node_whose_parent_is_another_s_is_found(store: Store) -> None:
+def test_a_wrong_parent_is_detected(store: Store) -> None:
     node = at(store, 36)
-    lie = Node(**(vars(node) | {"parent": at(store, 18).key}))
-    (Path(str(store)) / "nodes" / node.key).write_bytes(lie.dump())
+    edited = Node(**(vars(node) | {"parent": at(store, 18).key}))
+    (Path(str(store)) / "nodes" / node.key).write_bytes(edited.dump())
     assert (
         findings(store)[36].status == "differs"
-        and "is not what it says was before it" in findings(store)[36].why
+        and "is not the node that it names as its parent" in findings(store)[36].why
     )
 
 
-# -- what no checksum finds
+# -- what no checksum detects
 
 
-def test_one_bit_of_an_optimiser_state_is_found_and_named(store: Store) -> None:
+def test_one_changed_bit_of_an_optimizer_state_is_detected(store: Store) -> None:
     def flip(tensors: dict[str, Any]) -> None:
         name = next(
             name for name in sorted(tensors) if name.startswith("optimizer/") and tensors[name].dim() == 2
@@ -207,7 +205,7 @@ def test_one_bit_of_an_optimiser_state_is_found_and_named(store: Store) -> None:
     assert found[27].why == f"1 of {tensors} tensors: {names[0]}"
 
 
-def test_a_state_with_other_tensors_is_found(store: Store) -> None:
+def test_a_state_with_a_missing_tensor_is_detected(store: Store) -> None:
     restate(store, at(store, 37), lambda tensors: tensors.pop("model/embed.weight"))
     assert findings(store)[37].why == "one of them has no model/embed.weight"
 
@@ -219,31 +217,57 @@ def changed(
     return tuple(row | changes if row["event"] == event and row["step"] == step else row for row in rows)
 
 
-LIES: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
-    "a loss": (27, lambda n: {"rows": changed(n.rows, "step", 20, loss=math.nextafter(n.rows[1]["loss"], 9))}, "loss at step 20: "),
-    "a rate": (27, lambda n: {"rows": changed(n.rows, "step", 20, lr=0.02)}, "lr at step 20: 0.02 in the store, 0.01 now"),
-    "a score": (36, lambda n: {"rows": changed(n.rows, "eval", 36, full=1.0)}, "full at step 36: 1.0 in the store, "),
-    "a score less": (36, lambda n: {"rows": changed(n.rows, "eval", 36, split="dev")}, "no eval row of step 36"),
-    "a row less": (27, lambda n: {"rows": n.rows[1:]}, "no step row of step 19"),
-    "a row more": (27, lambda n: {"rows": (*n.rows, n.rows[0] | {"step": 40})}, "a row that no step writes: step of step 40"),
-    "a word more": (27, lambda n: {"rows": changed(n.rows, "step", 20, note="?")}, "note at step 20: '?' in the store, None now"),
-    "what was presented": (27, lambda n: {"presented": n.presented + 1}, "3,457 tokens were presented, its steps present 3,456"),
+EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
+    "a loss": (
+        27,
+        lambda n: {"rows": changed(n.rows, "step", 20, loss=math.nextafter(n.rows[1]["loss"], 9))},
+        "loss at step 20: ",
+    ),
+    "a rate": (
+        27,
+        lambda n: {"rows": changed(n.rows, "step", 20, lr=0.02)},
+        "lr at step 20: 0.02 in the store, 0.01 now",
+    ),
+    "a score": (
+        36,
+        lambda n: {"rows": changed(n.rows, "eval", 36, full=1.0)},
+        "full at step 36: 1.0 in the store, ",
+    ),
+    "a missing score": (
+        36,
+        lambda n: {"rows": changed(n.rows, "eval", 36, split="dev")},
+        "no eval row of step 36",
+    ),
+    "a missing row": (27, lambda n: {"rows": n.rows[1:]}, "no step row of step 19"),
+    "an extra row": (
+        27,
+        lambda n: {"rows": (*n.rows, n.rows[0] | {"step": 40})},
+        "a row that no step writes: step of step 40",
+    ),
+    "an extra field": (
+        27,
+        lambda n: {"rows": changed(n.rows, "step", 20, note="?")},
+        "note at step 20: '?' in the store, None now",
+    ),
+    "the tokens presented": (
+        27,
+        lambda n: {"presented": n.presented + 1},
+        "3,457 tokens were presented, its steps present 3,456",
+    ),
     "its config": (27, lambda n: {"config": n.config | {"lr": 0.02}}, "its config does not lead to its key"),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("step", "lie", "why"), LIES.values(), ids=LIES.keys())
-def test_what_was_changed_with_its_checksum_is_found_and_named(
-    store: Store, step: int, lie: Any, why: str
-) -> None:
-    rewrite(store, at(store, step), **lie(at(store, step)))
+@pytest.mark.parametrize(("step", "edit", "why"), EDITS.values(), ids=EDITS.keys())
+def test_an_edit_with_a_valid_checksum_is_detected(store: Store, step: int, edit: Any, why: str) -> None:
+    rewrite(store, at(store, step), **edit(at(store, step)))
     found = findings(store)
     assert found[step].status == "differs" and why in found[step].why, found[step].why
     assert {finding.status for other, finding in found.items() if other != step} == {"same"}
 
 
-def test_a_node_in_the_place_of_another_run_is_found(store: Store) -> None:
-    """Right in itself; but whoever wants a decay that begins earlier would get one that begins later."""
+def test_a_node_under_the_key_of_another_config_is_detected(store: Store) -> None:
+    """The node is valid, but its config has a later decay than the config of the key."""
     other = batch.plan([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
     rewrite(store, at(store, 37), key=other)
     assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {
@@ -251,7 +275,7 @@ def test_a_node_in_the_place_of_another_run_is_found(store: Store) -> None:
     }
 
 
-def test_damage_is_a_finding_not_a_crash(store: Store, tmp_path: Path) -> None:
+def test_damage_is_reported_and_does_not_crash(store: Store, tmp_path: Path) -> None:
     for step, spoil in (
         (18, lambda path: os.truncate(path, path.stat().st_size - 9)),
         (37, lambda path: path.write_bytes(b"{}")),
@@ -269,10 +293,10 @@ def test_damage_is_a_finding_not_a_crash(store: Store, tmp_path: Path) -> None:
     assert "rows are torn" in why[18]
 
 
-# -- what cannot be trained again here
+# -- segments that cannot be trained on this machine
 
 
-def test_a_segment_whose_corpus_is_gone_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_a_segment_without_its_corpus_is_skipped_with_the_reason(tmp_path: Path) -> None:
     titles, store = tmp_path / "titles.txt", Store(tmp_path / "store")
     cfg = config(corpus=f"file:{titles}")
     titles.write_text("\n".join(load_corpus(config()).train * 2))
@@ -305,7 +329,7 @@ def test_a_segment_of_another_version_or_machine_is_skipped_with_the_reason(
     assert result.exit_code == 0 and result.stdout.count("skipped") == 3 and what in result.stdout
 
 
-def test_a_segment_of_a_config_that_this_version_does_not_know_is_skipped(store: Store) -> None:
+def test_a_segment_with_an_unknown_config_field_is_skipped(store: Store) -> None:
     rewrite(store, at(store, 18), config=at(store, 18).config | {"later": 1})
     assert findings(store)[18].status == "skipped" and "unknown field 'later'" in findings(store)[18].why
 
@@ -329,7 +353,7 @@ def refused(result: Result, *words: str) -> None:
     assert "Traceback" not in result.stderr and all(word in result.stderr for word in words), result.stderr
 
 
-def test_ls_and_du_say_what_is_there(store: Store) -> None:
+def test_ls_and_du_describe_the_store(store: Store) -> None:
     nodes = say("ls", "--store", store)
     assert nodes["damaged"] == [] and [node["step"] for node in nodes["nodes"]] == [18, 27, 36, 37]
     assert all(
@@ -351,14 +375,14 @@ def test_ls_and_du_say_what_is_there(store: Store) -> None:
     assert "37 steps that need not be trained again" in ask("du", "--store", store).stdout
 
 
-def test_where_there_is_no_store_that_is_said_and_none_is_made(tmp_path: Path) -> None:
+def test_a_missing_store_is_reported_and_not_created(tmp_path: Path) -> None:
     for command in (["ls"], ["du"], ["gc"], ["verify"], ["audit"], ["pin", "a"], ["unpin", "a"]):
         refused(ask(*command, "--out", tmp_path / "runs"), "there is no store at", "--store")
         refused(ask(*command, "--store", tmp_path / "none"), "there is no store at", "--out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_findings_end_with_1(store: Store) -> None:
+def test_differences_exit_with_1(store: Store) -> None:
     assert ask("verify", "--store", store).exit_code == 0 and say("verify", "--store", store) == []
     assert "4 nodes, all as they were written" in ask("verify", "--store", store).stdout
     same = ask("audit", "--store", store, "--segments", 4)
@@ -384,7 +408,7 @@ def test_findings_end_with_1(store: Store) -> None:
     assert say("gc", "--store", store)["damaged"] == 1 and ask("verify", "--store", store).exit_code == 0
 
 
-def test_gc_keeps_what_is_pinned(store: Store) -> None:
+def test_gc_keeps_pinned_nodes(store: Store) -> None:
     node = at(store, 18)
     for path in (Path(str(store)) / "states").iterdir():
         os.utime(path, (time.time() - 9999, time.time() - 9999))
@@ -400,7 +424,7 @@ def test_gc_keeps_what_is_pinned(store: Store) -> None:
     assert "1 evicted" in ask("gc", "--store", store, "--store-size", "10").stdout and store.states() == {}
 
 
-def test_what_cannot_be_meant_ends_with_2(store: Store, tmp_path: Path) -> None:
+def test_bad_arguments_exit_with_2(store: Store, tmp_path: Path) -> None:
     for command in ("pin", "unpin"):
         words = "begins with 'zz'" if command == "pin" else "node 'zz' is not pinned"
         refused(ask(command, "zz", "--store", store), words, "mainrun store ls")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import mainrun
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.errors import Diverged, Interrupted, RunError
 from mainrun.plan.recipes import preset_names
 from mainrun.store.rundir import write_json
@@ -388,7 +388,7 @@ def test_the_comparison_fits_the_screen(width: int, n: int, capsys: pytest.Captu
 
 
 def test_doctor_says_what_this_machine_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("mainrun.data.sources.hub_reachable", lambda *a, **k: (True, "the hub answers"))
+    monkeypatch.setattr("mainrun.data.hub.hub_reachable", lambda *a, **k: (True, "the hub answers"))
     result = ask("doctor", "--json", "--out", tmp_path)
     found = {c["name"]: c for c in json.loads(result.stdout)}
     names = "python, torch, cores, cpu, gpu, memory, allocator, disk: runs, disk: cache, c++ compiler, hub"
@@ -430,7 +430,7 @@ def test_doctor_without_a_compiler_or_a_hub_warns(monkeypatch: pytest.MonkeyPatc
     assert "g++" in check.fix
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert "/no/such/compiler" in doctor._compiler().detail
-    monkeypatch.setattr("mainrun.data.sources.hub_reachable", lambda *a, **k: (False, "nobody answers"))
+    monkeypatch.setattr("mainrun.data.hub.hub_reachable", lambda *a, **k: (False, "nobody answers"))
     assert (doctor._hub().status, doctor._hub().detail) == ("warn", "nobody answers")
 
 

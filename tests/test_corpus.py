@@ -1,4 +1,4 @@
-"""Every kind of corpus but the hub's: order, splits, fingerprints, and what a bad input says."""
+"""Corpora that are not on the hub: order, splits, fingerprints and messages about bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mainrun.config import from_dict
 from mainrun.core.hardware import cache_dir
-from mainrun.data.sources import Corpus, fingerprint, load_corpus
+from mainrun.data.corpus import Corpus, fingerprint, load_corpus
 from mainrun.errors import CorpusError
 
 TITLES = [f"Title {i}, “quoted” and plain" for i in range(50)]
@@ -51,21 +51,21 @@ def txt(tmp_path: Path) -> str:
 # -- order and splits
 
 
-def test_file_order_and_the_last_tenth_is_val(txt: str) -> None:
+def test_without_shuffle_the_file_order_is_kept_and_val_is_the_last_tenth(txt: str) -> None:
     c = load(txt)
     assert (c.name, c.train, c.dev, c.val) == (txt, TITLES[:45], [], TITLES[45:])
 
 
-def test_shuffle_is_the_tasks_permutation_over_all_titles(txt: str) -> None:
+def test_shuffle_permutes_all_titles_by_the_seed_of_the_task(txt: str) -> None:
     expected = [TITLES[i] for i in np.random.default_rng(1337).permutation(50)]
     assert titles_of(load(txt, shuffle=True)) == expected
     assert titles_of(load(txt, 20, shuffle=True)) == expected[:20]
     assert titles_of(load(txt, 20, shuffle=True, seed=1)) == expected[:20], (
-        "the seed of a run does not move the task's data"
+        "the seed of a run does not change the order"
     )
 
 
-def test_dev_is_carved_from_the_end_of_train_and_val_stays(txt: str) -> None:
+def test_dev_is_the_end_of_train_and_does_not_change_val(txt: str) -> None:
     c, without = load(txt, dev_frac=0.2), load(txt)
     assert (c.train, c.dev, c.val) == (TITLES[:36], TITLES[36:45], without.val)
     assert (
@@ -85,7 +85,7 @@ def test_dev_is_carved_from_the_end_of_train_and_val_stays(txt: str) -> None:
         (2, 0.1, 0.0, (1, 0, 1)),
     ],
 )
-def test_sizes_are_exact(
+def test_split_sizes_are_exact(
     tmp_path: Path, n: int, val_frac: float, dev_frac: float, sizes: tuple[int, ...]
 ) -> None:
     c = load(
@@ -94,7 +94,7 @@ def test_sizes_are_exact(
     assert (len(c.train), len(c.dev), len(c.val)) == sizes
 
 
-def test_splits_that_leave_nothing_to_train_on(txt: str) -> None:
+def test_a_split_without_train_titles_is_refused(txt: str) -> None:
     for fracs in ({"val_frac": 0.99}, {"dev_frac": 0.99}):
         message = refused(txt, 20, **fracs)
         assert (
@@ -104,7 +104,7 @@ def test_splits_that_leave_nothing_to_train_on(txt: str) -> None:
         )
 
 
-def test_reposts_in_val_are_counted_and_kept(tmp_path: Path) -> None:
+def test_val_titles_that_are_also_in_train_are_kept_and_counted(tmp_path: Path) -> None:
     c = load(write(tmp_path / "a.txt", "\n".join([*TITLES[:9], TITLES[0]])), 10)
     assert c.val == [TITLES[0]] and c.origin["val_in_train"] == 1
 
@@ -112,7 +112,7 @@ def test_reposts_in_val_are_counted_and_kept(tmp_path: Path) -> None:
 # -- fingerprints
 
 
-def test_fingerprints_follow_order_content_and_nothing_else(txt: str, tmp_path: Path) -> None:
+def test_fingerprints_depend_only_on_content_and_order(txt: str, tmp_path: Path) -> None:
     one = load(txt).fingerprints
     assert set(one) == {"corpus", "train", "dev", "val"} and all(len(f) == 64 for f in one.values())
     assert load(write(tmp_path / "same.txt", "\r\n".join(TITLES))).fingerprints == one
@@ -133,7 +133,7 @@ def test_fingerprints_follow_order_content_and_nothing_else(txt: str, tmp_path: 
     )
 
 
-def test_a_fingerprint_is_sha256_of_length_and_bytes() -> None:
+def test_a_fingerprint_is_the_sha256_of_lengths_and_bytes() -> None:
     assert (
         fingerprint(["é", ""])
         == hashlib.sha256(struct.pack("<Q", 2) + "é".encode() + struct.pack("<Q", 0)).hexdigest()
@@ -144,12 +144,12 @@ LISTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), max_size=6)
 
 
 @given(LISTS, LISTS)
-def test_two_lists_share_a_fingerprint_only_if_equal(a: list[str], b: list[str]) -> None:
+def test_only_equal_lists_have_the_same_fingerprint(a: list[str], b: list[str]) -> None:
     assert (fingerprint(a) == fingerprint(b)) == (a == b)
 
 
 @given(LISTS, st.text("ab", max_size=4), st.text("ab", max_size=4), st.integers(0, 8))
-def test_moving_a_border_between_two_titles_changes_the_fingerprint(
+def test_moving_text_between_two_titles_changes_the_fingerprint(
     before: list[str], one: str, two: str, at: int
 ) -> None:
     whole = one + two
@@ -161,7 +161,7 @@ def test_moving_a_border_between_two_titles_changes_the_fingerprint(
 # -- synthetic
 
 
-def test_synthetic_needs_nothing_and_has_as_many_as_asked_for() -> None:
+def test_synthetic_has_as_many_titles_as_wanted() -> None:
     c = load("synthetic", 300, shuffle=True)
     assert len(set(titles_of(c))) == 300 and len(c.val) == 30 and c.origin["val_in_train"] == 0
     assert c == load("synthetic", 300, shuffle=True)
@@ -184,7 +184,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["title", "headline"])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_columns(tmp_path: Path, kind: str, column: str) -> None:
+def test_a_column_is_read_from_each_table_format(tmp_path: Path, kind: str, column: str) -> None:
     rows = ['with, comma and "quotes"', "two\nlines", "", " plain "]
     path = tmp_path / f"a.{kind}"
     if kind == "csv":
@@ -200,23 +200,23 @@ def test_columns(tmp_path: Path, kind: str, column: str) -> None:
     json.dumps(c.origin)
 
 
-def test_a_hash_in_a_file_name(tmp_path: Path) -> None:
+def test_a_file_name_may_contain_a_hash_sign(tmp_path: Path) -> None:
     assert len(titles_of(load(write(tmp_path / "a#b.txt", "\n".join(TITLES))))) == 50
 
 
-def test_missing_file_names_its_neighbour(txt: str, tmp_path: Path) -> None:
+def test_a_missing_file_suggests_a_similar_name(txt: str, tmp_path: Path) -> None:
     message = refused(f"file:{tmp_path}/title.txt")
     assert "does not exist" in message and "did you mean 'titles.txt'" in message and ".parquet" in message
 
 
-def test_a_directory_an_unreadable_and_an_odd_file(tmp_path: Path) -> None:
+def test_directories_pipes_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     assert "is a directory" in refused(f"file:{tmp_path}")
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in refused(f"file:{tmp_path}/pipe")
     locked = tmp_path / "locked.txt"
     locked.write_text("a\nb\n")
     locked.chmod(0)
-    if not os.access(locked, os.R_OK):  # root reads everything
+    if not os.access(locked, os.R_OK):  # root can read every file
         assert "permissions" in refused(f"file:{locked}")
 
 
@@ -229,11 +229,11 @@ def test_a_directory_an_unreadable_and_an_odd_file(tmp_path: Path) -> None:
         ("\ufeffone\ntwo".encode("utf-16-le"), ["UTF-16", "offset 3", "UTF-8"]),
         (b"one\ncaf\xe9\n", ["not UTF-8", "0xe9", "offset 7", "line 2"]),
         (b"\xef\xbb\xbfone\ncaf\xe9\n", ["0xe9", "offset 10", "line 2"]),
-        (b"only one\n", ["1 title,", "two at least"]),
+        (b"only one\n", ["1 title,", "at least two"]),
         (b"one\ntwo\nthree", ["3 titles", "num_titles=50", "--set num_titles=3"]),
     ],
 )
-def test_bad_text(tmp_path: Path, content: bytes, says: list[str]) -> None:
+def test_bad_text_files_are_refused(tmp_path: Path, content: bytes, says: list[str]) -> None:
     message = refused(write(tmp_path / "bad.txt", content))
     assert all(part in message for part in says), message
 
@@ -260,31 +260,33 @@ def test_bad_text(tmp_path: Path, content: bytes, says: list[str]) -> None:
         ("a.jsonl", '{"title": "x"}\n{"title": "\\ud83d"}\n', ["title 2", "surrogate"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "not valid JSON"]),
         ("a.json", '[{"title": "x"}]', [".jsonl"]),
-        ("a.parquet", "PAR1 but not really", ["no readable parquet"]),
+        ("a.parquet", "PAR1 but not really", ["not a readable parquet"]),
     ],
 )
-def test_bad_tables(tmp_path: Path, name: str, content: str, says: list[str]) -> None:
+def test_bad_csv_json_and_parquet_files_are_refused(
+    tmp_path: Path, name: str, content: str, says: list[str]
+) -> None:
     message = refused(write(tmp_path / name, content))
     assert all(part in message for part in says), message
 
 
-def test_bad_parquets(tmp_path: Path) -> None:
+def test_parquet_files_with_bad_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"headline": TITLES, "id": range(50)}), path)
     assert "no column 'title'" in refused(f"file:{path}")
     assert "did you mean 'headline'" in refused(f"file:{path}#headlin")
     assert "must hold strings" in refused(f"file:{path}#id")
     path.write_bytes(path.read_bytes()[:-20])
-    assert "no readable parquet" in refused(f"file:{path}#headline")
+    assert "not a readable parquet" in refused(f"file:{path}#headline")
 
 
-def test_a_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_a_parquet_file_with_duplicate_columns_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(TITLES), pa.array(TITLES)], names=["title", "title"]), path)
     assert "more than one column called 'title'; rename all but one" in refused(f"file:{path}")
 
 
-def test_a_parquet_may_hold_a_dictionary_of_strings(tmp_path: Path) -> None:
+def test_a_parquet_column_may_be_dictionary_encoded(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"title": pa.array(TITLES).dictionary_encode()}), path)
     loaded = load_corpus(from_dict({"corpus": f"file:{path}", "num_titles": len(TITLES)}))
@@ -295,13 +297,13 @@ def test_a_parquet_may_hold_a_dictionary_of_strings(tmp_path: Path) -> None:
     ("titles", "said"),
     [([], "has no titles; give"), (["", " "], "has no titles: all 2 rows are blank; give")],
 )
-def test_a_parquet_without_titles(titles: list[str], said: str, tmp_path: Path) -> None:
+def test_a_parquet_file_without_titles_is_refused(titles: list[str], said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"title": pa.array(titles, pa.string())}), path)
     assert said in refused(f"file:{path}")
 
 
-def test_a_column_of_a_text_file(txt: str) -> None:
+def test_a_column_of_a_text_file_is_refused(txt: str) -> None:
     assert "lines, not columns" in refused(txt + "#title")
 
 
@@ -333,7 +335,7 @@ def test_a_mix_has_its_ratios_in_every_split(tmp_path: Path) -> None:
     json.dumps(c.origin)
 
 
-def test_a_mix_is_shuffled_source_by_source(tmp_path: Path) -> None:
+def test_each_source_of_a_mix_is_shuffled_separately(tmp_path: Path) -> None:
     two_files(tmp_path)
     c = load(mix(tmp_path, RATIO_3_1), 80, shuffle=True)
     assert [t for t in titles_of(c) if t[0] == "a"] == [
@@ -341,7 +343,7 @@ def test_a_mix_is_shuffled_source_by_source(tmp_path: Path) -> None:
     ]
 
 
-def test_a_weight_repeats_train_only(tmp_path: Path) -> None:
+def test_a_weight_repeats_only_train_titles(tmp_path: Path) -> None:
     two_files(tmp_path)
     plain = load(mix(tmp_path, RATIO_3_1), 80, dev_frac=0.1)
     c = load(mix(tmp_path, RATIO_3_1.replace("ratio = 1", "ratio = 1\nweight = 3")), 80, dev_frac=0.1)
@@ -352,16 +354,14 @@ def test_a_weight_repeats_train_only(tmp_path: Path) -> None:
     assert c.origin["train_repeats"] == 2 * len(b) and plain.origin["train_repeats"] == 0
 
 
-def test_a_mix_takes_a_title_once(tmp_path: Path) -> None:
+def test_a_mix_contains_each_title_once(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "\n".join(["x", "y", "x", "z", "u"]))
     write(tmp_path / "b.txt", "\n".join(["y", "v", "x", "w", "q"]))
     c = load(mix(tmp_path, '[[source]]\npath = "a.txt"\n[[source]]\npath = "b.txt"\n'), 6, val_frac=0.5)
     assert sorted(titles_of(c)) == ["q", "v", "w", "x", "y", "z"] and c.origin["val_in_train"] == 0
 
 
-def test_a_mix_of_kinds_with_paths_from_its_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_in_a_mix_are_relative_to_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "a.csv", "headline\n" + "\n".join(f"a{i}" for i in range(20)))
     monkeypatch.chdir(tmp_path)
@@ -399,21 +399,21 @@ def test_a_mix_of_kinds_with_paths_from_its_own_folder(
         ),
     ],
 )
-def test_bad_mixes(tmp_path: Path, text: str, says: list[str]) -> None:
+def test_bad_mixes_are_refused(tmp_path: Path, text: str, says: list[str]) -> None:
     write(tmp_path / "a.txt", "\n".join(f"a{i}" for i in range(50)))
     write(tmp_path / "b.txt", "\n".join(f"b{i}" for i in range(50)))
     message = refused(mix(tmp_path, text), 100 if text.count("a.txt") == 2 else 50)
     assert all(part in message for part in says), message
 
 
-def test_a_mix_that_is_too_small_says_what_would_fit(tmp_path: Path) -> None:
+def test_a_mix_that_is_too_small_suggests_num_titles(tmp_path: Path) -> None:
     two_files(tmp_path)
     name = mix(tmp_path, RATIO_3_1)
     assert "--set num_titles=133" in refused(name, 200)
     assert len(titles_of(load(name, 133))) == 133
 
 
-# -- the cache, the real titles
+# -- the cache and real titles
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,5 +433,5 @@ def test_real_titles(real_titles: Path) -> None:
     assert c.origin["blank"] == 0 and c.origin["val_in_train"] == 0
 
 
-def test_fewer_real_titles_than_asked_for(real_titles: Path) -> None:
+def test_too_few_real_titles_suggest_num_titles(real_titles: Path) -> None:
     assert "--set num_titles=150000" in refused(f"file:{real_titles}", 200_000)

@@ -11,9 +11,9 @@ import torch
 
 from mainrun.bench import step
 from mainrun.config import TrainConfig
-from mainrun.core.cuda_graph import WARM, Recorded
+from mainrun.core.cuda_graph import WARM, CudaGraph
 from mainrun.core.device import Device
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.plan.plan import Plan
 from mainrun.train import State, build
@@ -163,12 +163,12 @@ def test_a_probe_on_a_gpu_times_steps_that_are_recorded(tiny: Any, monkeypatch: 
     machine, plan, data = planned(cfg)
     launched: list[str] = []
 
-    def call(self: Recorded, key: Any, work: Any, *given: Any) -> Any:
+    def call(self: CudaGraph, key: Any, work: Any, *given: Any) -> Any:
         launched.append("a step" if given else "its update")
         return work(*given)
 
-    monkeypatch.setattr(Recorded, "__call__", call)
-    machine.cuda_graph = lambda cfg: Recorded([], on=True)  # type: ignore[method-assign]
+    monkeypatch.setattr(CudaGraph, "__call__", call)
+    machine.cuda_graph = lambda cfg: CudaGraph([], on=True)  # type: ignore[method-assign]
     timed: list[int] = []
     monkeypatch.setattr(
         estimate, "timed", lambda work: (timed.append(launched.count("a step")), work(), 1.0)[-1]

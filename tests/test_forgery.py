@@ -16,7 +16,7 @@ import pytest
 
 from mainrun.config import TrainConfig
 from mainrun.data import token_cache
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.errors import Interrupted, RunError
 from mainrun.run import resume
 from mainrun.run.progress import Progress

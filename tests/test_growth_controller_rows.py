@@ -840,7 +840,7 @@ def test_the_probe_is_four_rows_of_the_context() -> None:
 
 def test_an_average_grows_with_the_weights() -> None:
     run = Run(config(op("widen_mlp", 20, {"step": 10}, **INITIAL), ema=0.9))
-    run.state.average.apart = True
+    run.state.average.differs = True
     shadow = {name: tensor.clone() for name, tensor in run.state.average.shadow.items()}
     with torch.no_grad():
         for p in run.state.model.parameters():
@@ -848,7 +848,7 @@ def test_an_average_grows_with_the_weights() -> None:
     run.go(10)
     run.act()
     average, model = run.state.average, run.state.model
-    assert average.apart and torch.equal(average.shadow["embed.weight"], shadow["embed.weight"])
+    assert average.differs and torch.equal(average.shadow["embed.weight"], shadow["embed.weight"])
     up = average.shadow["blocks.0.mlp.up.weight"]
     assert up.shape == (20, 8) and torch.equal(up[:12], shadow["blocks.0.mlp.up.weight"])
     assert torch.equal(up[12:], model.get_parameter("blocks.0.mlp.up.weight")[12:]), "by the same draws"

@@ -480,7 +480,7 @@ def test_trap_a_term_of_a_tied_embedding_is_at_both_ends() -> None:
 
     model.__class__ = AtTheInput
     assert delta(model, new, IDX)[0] > 1e-3
-    assert torch.allclose(new.embed.weight, embed.table())
+    assert torch.allclose(new.embed.weight, embed.effective_weight())
 
 
 # -- vocabulary

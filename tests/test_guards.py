@@ -1,6 +1,6 @@
-"""Red team: every trick is really played, and trips exactly the guard that is there for it. Honest runs trip none.
+"""Red-team tests: every trick trips exactly the guard that prevents it, and honest runs trip none.
 
-A trick is a function that makes the evidence of a dishonest run; the first line of its docstring is what the cheat does.
+A trick is a function that returns the evidence of a dishonest run. Its docstring says what the cheat does.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from mainrun.checks import guards as guards_module
 from mainrun.checks.guards import GUARDS, Evidence, Guard, guards
 from mainrun.config import TrainConfig, from_dict
 from mainrun.data import scoring
+from mainrun.data.corpus import Corpus, fingerprint, load_corpus
+from mainrun.data.hub import HUB_REVISIONS
 from mainrun.data.scoring import evaluate, evaluate_source_hash
-from mainrun.data.sources import HUB_REVISIONS, Corpus, fingerprint, load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS, PAD
 from mainrun.plan.plan import Plan
 
 SMALL: dict[str, Any] = {
-    "num_titles": 3000, "vocab_size": 600, "block_size": 16, "batch_size": 4, "epochs": 7, "device": "cpu", "threads": 1,
+    "num_titles": 3000, "vocab_size": 600, "block_size": 16, "batch_size": 4, "epochs": 7, "device": "cpu",
+    "threads": 1,
 }  # fmt: skip
 
 
 class Attention(nn.Module):
-    """An honest model: one causal layer over learned positions."""
+    """An honest model: one causal layer with learned positions."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class Attention(nn.Module):
 
 
 class Gru(Attention):
-    """An honest model of another kind: recurrent, with a bigram table beside it."""
+    """Another honest model: a GRU plus a bigram table."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__(cfg, vocab_size)
@@ -73,7 +75,7 @@ class Gru(Attention):
 
 
 def fit(model: nn.Module, train: np.ndarray, block_size: int, steps: int = 30, lr: float = 3e-3) -> None:
-    """Enough of a training run for the score to move."""
+    """Train long enough to change the score."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     rng = np.random.default_rng(0)
     model.train()
@@ -89,7 +91,8 @@ def row(
     cfg: TrainConfig, data: TokenData, model: nn.Module, step: int, split: str = "val", **changes: Any
 ) -> dict[str, Any]:
     args: dict[str, Any] = {
-        "chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size, "geometry": cfg.geometry,
+        "chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size,
+        "geometry": cfg.geometry,
     }  # fmt: skip
     return {
         "event": "eval",
@@ -118,7 +121,7 @@ def run(
     *,
     warm: bool = False,
 ) -> Evidence:
-    """What a run with this model leaves behind, everything written down as it is."""
+    """Return the truthful evidence of a run with this model."""
     plan, began = Plan(cfg, len(data.splits["train"])), evaluate_source_hash()
     model = make(cfg, data.tokenizer.vocab_size)
     if warm:
@@ -150,14 +153,14 @@ def _material(digest: str, fields: str) -> tuple[TrainConfig, Corpus, TokenData]
 
 
 def material(**fields: Any) -> tuple[TrainConfig, Corpus, TokenData]:
-    """SMALL with these fields: its config, titles and tokens."""
+    """Return the config, titles and tokens of SMALL with these fields."""
     cfg = from_dict(SMALL | fields)
     return _material(cfg.digest, cfg.model_dump_json())
 
 
 @pytest.fixture(scope="module")
 def honest() -> Honest:
-    """honest(make=Attention, warm=False, **fields): the evidence of an honest run of SMALL with these fields."""
+    """Return honest(make=Attention, warm=False, **fields): evidence of an honest run of SMALL with fields."""
 
     made: dict[tuple[str, bool, str], Evidence] = {}
 
@@ -186,12 +189,13 @@ def verdict(e: Evidence, name: str, *, all: bool = False) -> Guard:
     return next(g for g in guards(e, all=all) if g.name == name)
 
 
-# -- the honest
+# -- honest runs
 
 
 BASELINE = {"tokenizer_fit": "train+val", "dropout": 0.1}
 OPTIMIZED = {
-    "tokenizer": "unigram", "tokenizer_fit": "train+val", "optimizer": "muon", "rdrop": 1.0, "dropout": 0.1, "ema": 0.99, "schedule": "wsd",
+    "tokenizer": "unigram", "tokenizer_fit": "train+val", "optimizer": "muon", "rdrop": 1.0, "dropout": 0.1,
+    "ema": 0.99, "schedule": "wsd",
     "order": "shuffle_titles", "title_mask": True, "position": "rope", "dev_frac": 0.05,
 }  # fmt: skip
 
@@ -208,7 +212,7 @@ def test_honest_runs_never_fail(honest: Honest, fields: dict[str, Any], make: An
     weights = {k: v.clone() for k, v in e.model.state_dict().items()}
     found = guards(e, all=all)
     assert [g for g in found if g.status == "fail"] == []
-    assert of(found, "flag") == {"task_rules"}  # synthetic titles are not the task's
+    assert of(found, "flag") == {"task_rules"}  # synthetic titles are not the data of the task
     assert [g.name for g in found] == list(GUARDS)
     assert all_detailed(found)
     assert all_equal(weights, e.model.state_dict())
@@ -226,7 +230,7 @@ def test_a_run_of_the_task_passes(honest: Honest, monkeypatch: pytest.MonkeyPatc
     assert verdict(claim(honest()), "task_rules").status == "pass"
 
 
-def test_titles_from_a_file_are_flagged(honest: Honest, tmp_path: Path) -> None:
+def test_titles_from_a_file_are_flagged_as_unknown_data(honest: Honest, tmp_path: Path) -> None:
     path = tmp_path / "titles.txt"
     path.write_text("\n".join(material()[1].train), encoding="utf-8")
     found = guards(honest(corpus=f"file:{path}", num_titles=2500, shuffle=False))
@@ -234,7 +238,7 @@ def test_titles_from_a_file_are_flagged(honest: Honest, tmp_path: Path) -> None:
     assert of(found, "flag") - {"coverage"} == {"task_rules", "data_known"}
 
 
-def test_guards_leave_the_run_as_it_was(honest: Honest) -> None:
+def test_guards_change_neither_the_model_nor_random_state(honest: Honest) -> None:
     e = honest()
     e.model.train()
     torch.manual_seed(3)
@@ -248,14 +252,14 @@ def test_guards_leave_the_run_as_it_was(honest: Honest) -> None:
     assert all(m.training for m in e.model.modules())
 
 
-def test_every_guard_says_what_it_prevents() -> None:
+def test_the_docstring_of_every_guard_says_what_it_prevents() -> None:
     for name, check in GUARDS.items():
         doc = check.__doc__ or ""
         assert doc.startswith("Prevents "), name
         assert "\n" not in doc, name
 
 
-# -- the tricks
+# -- tricks
 
 
 TRICKS: dict[str, tuple[str, str, Callable[..., Evidence]]] = {}
@@ -270,7 +274,7 @@ def trick(guard: str, status: str = "fail") -> Callable[[Callable[..., Evidence]
 
 
 def with_rows(e: Evidence, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Evidence:
-    """The same run with its eval rows doctored, and a summary that agrees with them."""
+    """Change the eval rows, and make the summary agree with them."""
     rows = [change(dict(r)) for r in e.evals]
     return replace(e, evals=rows, summary=e.summary | summarise(rows))
 
@@ -284,7 +288,7 @@ def with_titles(e: Evidence, **titles: list[str]) -> Evidence:
 
 @trick("coverage", "flag")
 def drops_the_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """A huge span, so that the official score leaves out a third of val."""
+    """The official score has a huge span, so it leaves out a third of val."""
     n = len(honest().data.splits["val"])
     e = honest(official_geometry=f"{int(n * 0.65 / 16)}x16")
     assert 0.6 < e.evals[-1]["coverage"] < 0.67
@@ -292,8 +296,8 @@ def drops_the_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 
 @trick("coverage")
-def full_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """A full score over whole blocks only."""
+def leaves_the_end_out_of_the_full_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The full score covers only complete blocks."""
     e = honest()
 
     def shorter(r: dict[str, Any]) -> dict[str, Any]:
@@ -308,13 +312,13 @@ def full_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
 
 def with_dev(honest: Honest, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Evidence:
-    """Only the rows of dev, which a search ranks by, are doctored."""
+    """Change only the rows of dev, which a search ranks by."""
     return with_rows(honest(dev_frac=0.2), lambda r: change(r) if r["split"] == "dev" else r)
 
 
 @trick("coverage")
-def dev_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """dev's full score over all tokens but six."""
+def leaves_the_end_out_of_the_dev_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The full score of dev leaves out six tokens."""
 
     def shorter(r: dict[str, Any]) -> dict[str, Any]:
         part = (r["tokens"] - 6) / r["tokens"]
@@ -328,20 +332,20 @@ def dev_without_its_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evi
 
 
 @trick("geometry")
-def another_geometry_for_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """dev's official score covers another share than the config's spans do."""
+def uses_another_geometry_for_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The official score of dev covers another share than the spans of the config."""
     return with_dev(honest, lambda r: r | {"coverage": r["coverage"] * 0.9})
 
 
 @trick("denominator")
 def divides_dev_by_more(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """dev's figures were divided by more than its titles' characters."""
+    """The scores of dev are divided by more characters than its titles have."""
     return with_dev(honest, lambda r: r | {"full": r["full"] * 0.9, "official": r["official"] * 0.9})
 
 
 @trick("last_and_best")
 def invents_a_best_of_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """A score of dev in the summary that no evaluation gave."""
+    """The summary has a score of dev that no evaluation gave."""
     e = honest(dev_frac=0.2)
     scores = copy.deepcopy(e.summary["scores"])
     scores["dev"]["last"]["full"] -= 0.1
@@ -350,15 +354,15 @@ def invents_a_best_of_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
 @trick("lossless_tokens")
 def trains_on_val(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The stream that is trained on is val's, as often as it takes."""
+    """The training stream is val, repeated."""
     e = honest()
     stream = np.resize(e.data.splits["val"], len(e.data.splits["train"]))
     return replace(e, data=replace(e.data, splits=e.data.splits | {"train": stream}))
 
 
 @trick("geometry")
-def another_geometry_half_way(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The later evaluations use longer spans than the first."""
+def changes_the_geometry_during_the_run(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """Later evaluations use longer spans than the first one."""
     e = honest()
     at = e.evals[1]["step"]
     rows = [e.evals[0], row(e.cfg, e.data, e.model, at, geometry=(300, 16)), e.evals[2]]
@@ -366,8 +370,8 @@ def another_geometry_half_way(honest: Honest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @trick("geometry")
-def the_geometry_of_another_run(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """All evaluations agree, on spans that the config does not name."""
+def uses_the_geometry_of_another_run(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """All evaluations use the same spans, but not those of the config."""
     e = honest()
     other = row(e.cfg, e.data, e.model, 1, geometry=(300, 16))
     return with_rows(e, lambda r: r | {k: other[k] for k in ("official", "coverage")})
@@ -382,14 +386,14 @@ def counts_more_characters(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> E
 
 @trick("denominator")
 def counts_bytes_as_characters(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """bits_per_byte over too many bytes."""
+    """bits_per_byte is divided by too many bytes."""
     cfg, corpus, data = material()
     return run(cfg, corpus, replace(data, bytes=data.bytes | {"val": data.bytes["val"] + 1}))
 
 
 @trick("denominator")
-def divides_the_rows_again(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The counts are right; the figures written down were divided by more."""
+def divides_the_rows_by_more(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The counts are right, but the scores in the rows are divided by more."""
     return with_rows(honest(), lambda r: r | {"full": r["full"] * 0.9, "official": r["official"] * 0.9})
 
 
@@ -399,7 +403,7 @@ def shows_the_best_as_the_last(honest: Honest, monkeypatch: pytest.MonkeyPatch) 
     e = honest()
     fit(
         e.model, e.data.splits["train"][:200], 16, steps=80, lr=1e-2
-    )  # overfits: the end is worse than the middle
+    )  # overfit, so that the end is worse than the middle
     rows = [*e.evals[:-1], row(e.cfg, e.data, e.model, e.evals[-1]["step"])]
     assert rows[-1]["full"] > rows[-2]["full"]
     best = summarise(rows)["best"]
@@ -408,14 +412,14 @@ def shows_the_best_as_the_last(honest: Honest, monkeypatch: pytest.MonkeyPatch) 
 
 @trick("last_and_best")
 def stops_at_the_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The rows after the best are gone."""
+    """The rows after the best score are removed."""
     e = honest()
     return replace(e, evals=e.evals[:-1], summary=e.summary | summarise(e.evals[:-1]))
 
 
 @trick("last_and_best")
 def invents_a_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """A best score that no evaluation gave."""
+    """The summary has a best score that no evaluation gave."""
     e = honest()
     return replace(
         e, summary=e.summary | {"best": e.summary["best"] | {"full": e.summary["best"]["full"] - 0.1}}
@@ -426,8 +430,8 @@ def invents_a_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 
 @trick("same_evaluate")
-def an_evaluate_of_its_own(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """scoring.evaluate is replaced by one that halves everything consistently."""
+def replaces_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """scoring.evaluate is replaced by a function that halves all scores."""
     e = honest()
     true = scoring.evaluate
 
@@ -442,24 +446,24 @@ def an_evaluate_of_its_own(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> E
 
 
 @trick("same_evaluate")
-def a_sum_of_its_own(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """What evaluate calls is replaced."""
+def replaces_the_sum(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """A function that evaluate calls is replaced."""
     e, true = honest(), scoring._nll
     monkeypatch.setattr(scoring, "_nll", lambda model, parts: 0.9 * true(model, parts))
     return e
 
 
 @trick("same_evaluate")
-def a_cross_entropy_of_its_own(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """What evaluate calls in torch is replaced."""
+def replaces_the_cross_entropy(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """A torch function that evaluate calls is replaced."""
     e, true = honest(), F.cross_entropy
     monkeypatch.setattr(scoring.F, "cross_entropy", lambda *args, **kwargs: 0.9 * true(*args, **kwargs))
     return e
 
 
 @trick("same_evaluate")
-def a_trainer_with_its_own_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Another module of the package scores by its own function."""
+def adds_another_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """Another module of the package has a function `evaluate`."""
     module = ModuleType("mainrun.cheat")
     module.evaluate = lambda *args, **kwargs: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mainrun.cheat", module)
@@ -468,7 +472,7 @@ def a_trainer_with_its_own_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPa
 
 @trick("same_evaluate")
 def edits_scoring_while_running(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The file at the end is not the file at the start."""
+    """scoring.py changes during the run."""
     return replace(honest(), evaluate_hash=hashlib.sha256(b"def evaluate(): return 1.1").hexdigest())
 
 
@@ -476,7 +480,7 @@ def edits_scoring_while_running(honest: Honest, monkeypatch: pytest.MonkeyPatch)
 
 
 class Learner(Attention):
-    """Takes a gradient step on what it is asked to score."""
+    """Takes a gradient step on the tokens that it scores."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -491,7 +495,7 @@ class Learner(Attention):
 
 
 class Counter(Attention):
-    """Keeps how often it has seen each token in a buffer, and predicts by it."""
+    """Counts tokens in a buffer while it is scored, and predicts from the counts."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__(cfg, vocab_size)
@@ -505,7 +509,7 @@ class Counter(Attention):
 
 
 class Memory(Attention):
-    """The same in a plain attribute, where no hash of weights or buffers looks."""
+    """Counts tokens in a plain attribute, which no comparison of weights or buffers covers."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__(cfg, vocab_size)
@@ -514,7 +518,7 @@ class Memory(Attention):
     def forward(self, idx: Tensor) -> Tensor:
         logits = (
             super().forward(idx) + 1e-5 * torch.tensor(self.seen).log1p()
-        )  # small enough to look like rounding elsewhere
+        )  # small enough to look like rounding to other guards
         if not self.training:
             for token in idx.flatten().tolist():
                 self.seen[token] += 1
@@ -522,7 +526,7 @@ class Memory(Attention):
 
 
 class Gambler(Attention):
-    """Draws from the global generator while it is scored, so that training goes on with other numbers."""
+    """Draws from the global generator while it is scored, which changes the rest of the training."""
 
     def forward(self, idx: Tensor) -> Tensor:
         torch.rand(1)
@@ -549,8 +553,8 @@ def moves_the_random_state(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> E
     return honest(Gambler)
 
 
-def test_an_evaluate_that_trains(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three guards see it: it is not the package's evaluate, it learns, and what it learns are the targets."""
+def test_an_evaluate_that_trains_trips_three_guards(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the package's evaluate, it learns, and it learns the targets."""
     e, true = honest(), scoring.evaluate
 
     def training(model: nn.Module, tokens: np.ndarray, **kwargs: Any) -> scoring.Score:
@@ -561,7 +565,7 @@ def test_an_evaluate_that_trains(honest: Honest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(scoring, "evaluate", training)
     before = {k: v.clone() for k, v in e.model.state_dict().items()}
     assert of(guards(e), "fail") == {"same_evaluate", "no_learning", "targets_unseen"}
-    assert all_equal(before, e.model.state_dict()), "the guards must put the weights back"
+    assert all_equal(before, e.model.state_dict()), "the guards must restore the weights"
 
 
 # targets_unseen
@@ -581,7 +585,7 @@ class FramePeeker(Attention):
 
 
 class TargetTaker(Attention):
-    """forward(idx, targets) gives better logits when it is told the targets."""
+    """forward(idx, targets) returns better logits if it gets the targets."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
         logits = super().forward(idx)
@@ -592,7 +596,7 @@ class TargetTaker(Attention):
 
 
 class HonestTargetTaker(Attention):
-    """forward(idx, targets) as in nanoGPT: the same logits, and a loss."""
+    """forward(idx, targets) returns the same logits and a loss, as in nanoGPT."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
         logits = super().forward(idx)
@@ -628,7 +632,7 @@ class PeekOne(Attention):
 
 
 class PeekAtTheEnd(Attention):
-    """Looks at the next token at the last position that has one, only."""
+    """Looks at the next token only at the last position that has one."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -638,7 +642,7 @@ class PeekAtTheEnd(Attention):
 
 
 class WholeRowMask(Attention):
-    """A mask made from the whole row: whether it holds <eos> or <pad> anywhere tells the earlier positions of the later ones."""
+    """Uses a mask of the complete row, which reveals later <eos> or <pad> tokens to earlier positions."""
 
     token = EOS
 
@@ -653,7 +657,7 @@ class WholeRowPadding(WholeRowMask):
 
 
 class Length(Attention):
-    """Knows how long the row will be."""
+    """Uses the length of the row."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -662,7 +666,7 @@ class Length(Attention):
 
 
 class BatchStatistics(Attention):
-    """Centres by the mean of the batch."""
+    """Subtracts the mean of the batch."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -670,7 +674,7 @@ class BatchStatistics(Attention):
 
 
 class NextRow(Attention):
-    """The first input of the next row is the last target of this one: rows of a batch follow each other in the stream."""
+    """Uses the first input of the next row, which is the last target of this row."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -690,7 +694,7 @@ for _model in (PeekOne, PeekAtTheEnd, WholeRowMask, WholeRowPadding, Length, Bat
     _causality_trick(_model)
 
 
-def test_a_leak_is_seen_in_bfloat16_too(honest: Honest) -> None:
+def test_a_leak_is_detected_in_bfloat16(honest: Honest) -> None:
     assert of(guards(honest(PeekOne, dtype="bfloat16")), "fail") == {"causality"}
 
 
@@ -699,18 +703,18 @@ def test_a_leak_is_seen_in_bfloat16_too(honest: Honest) -> None:
 
 @trick("random_start")
 def starts_from_trained_weights(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The weights were trained before step 1, and the evidence says random."""
+    """The weights were trained before step 1, but the evidence says that they are random."""
     return honest(warm=True)
 
 
 @trick("random_start")
-def says_where_its_weights_are_from(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+def names_the_source_of_its_weights(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     return replace(honest(), initial_weights="hub:gpt2")
 
 
 @trick("random_start")
 def hides_its_first_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """No row of step 1."""
+    """There is no row of step 1."""
     e = honest(warm=True)
     return replace(e, evals=e.evals[1:])
 
@@ -719,7 +723,7 @@ def hides_its_first_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
 
 class Wrapped:
-    """A tokenizer with something done to its text."""
+    """A tokenizer that changes its text first."""
 
     def __init__(self, inner: Any, change: Callable[[str], str] = str) -> None:
         self.inner, self.change = inner, change
@@ -744,20 +748,20 @@ def retokenised(data: TokenData, corpus: Corpus, tokenizer: Any) -> TokenData:
 
 
 def with_tokenizer(change: Callable[[str], str]) -> Evidence:
-    """A run on a tokenizer that changes the text, denominators from the raw titles all the same."""
+    """Return a run with a tokenizer that changes the text. Its denominators are those of the raw titles."""
     cfg, corpus, data = material()
     return run(cfg, corpus, retokenised(data, corpus, Wrapped(data.tokenizer, change)))
 
 
 @trick("lossless_tokens")
 def lowercases(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Text without capitals is easier."""
+    """The text has no capitals, which is easier."""
     return with_tokenizer(str.lower)
 
 
 @trick("lossless_tokens")
 def drops_rare_characters(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Text without digits is easier."""
+    """The text has no digits, which is easier."""
     return with_tokenizer(lambda t: "".join(c for c in t if not c.isdigit()))
 
 
@@ -773,14 +777,14 @@ def replaces_hard_tokens_by_unk(honest: Honest, monkeypatch: pytest.MonkeyPatch)
 
 @trick("lossless_tokens")
 def stores_an_easier_val(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The tokenizer is lossless, but the stored stream is of other titles."""
+    """The tokenizer is lossless, but the stored stream encodes other titles."""
     e = honest()
     val = e.data.tokenizer.encode(e.corpus.train[: len(e.corpus.val)])
     return run(e.cfg, e.corpus, replace(e.data, splits=e.data.splits | {"val": val}))
 
 
-def test_nfkc_is_seen() -> None:
-    """Normalisation is lossy as soon as one title holds such a character."""
+def test_nfkc_normalisation_is_detected() -> None:
+    """Normalisation is lossy if a title contains such a character."""
     cfg, corpus, _ = material()
     corpus = replace(corpus, val=[*corpus.val[:-1], "A ﬁne x² for Ｗｉｄｅ ideas"])
     data = prepare_uncached(cfg, corpus)
@@ -794,7 +798,7 @@ def test_nfkc_is_seen() -> None:
 
 
 def prepare_uncached(cfg: TrainConfig, corpus: Corpus) -> TokenData:
-    """Tokens of titles that were changed after their fingerprint: the cache must not hand out those of the old ones."""
+    """Return the tokens of changed titles. The cache would return those of the old titles."""
     _, _, data = _material(cfg.digest, cfg.model_dump_json())
     return replace(
         retokenised(data, corpus, data.tokenizer),
@@ -807,7 +811,7 @@ def prepare_uncached(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 
 
 class Memoriser(Wrapped):
-    """Some whole titles are one token each."""
+    """A tokenizer that encodes some titles as one token."""
 
     def __init__(self, inner: Any, known: list[str]) -> None:
         super().__init__(inner)
@@ -834,7 +838,7 @@ def memorised(known: Callable[[Corpus], list[str]], **titles: Callable[[Corpus],
 
 
 @trick("no_val_tokens")
-def validation_titles_as_tokens(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+def puts_validation_titles_into_the_vocabulary(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """Fifty titles of val are in the vocabulary."""
     return memorised(lambda c: [t for t in c.val if t not in c.train][:50])
 
@@ -849,7 +853,7 @@ def test_long_tokens_of_train_and_words_of_val_are_honest() -> None:
 
 @pytest.mark.parametrize("text", ["{}", "{}!", "she says {}"])
 def test_a_phrase_without_spaces_is_not_a_word(text: str) -> None:
-    """A long piece of validation text, a whole title or a part of one."""
+    """The phrase is a complete validation title or a part of one."""
     phrase = "本日は晴天なりと彼女は言ったがすぐに雨が降り出した"
     cfg, corpus, _ = material(tokenizer_fit="train+val")
     corpus = replace(corpus, val=[*corpus.val[:-1], phrase])
@@ -864,7 +868,7 @@ def test_a_phrase_without_spaces_is_not_a_word(text: str) -> None:
 
 @trick("data_known")
 def swaps_titles_after_the_fingerprint(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The hard half of val is replaced by copies of the easy half; the fingerprints stay."""
+    """The hard half of val is replaced by copies of the easy half, with the old fingerprints."""
     cfg, corpus, _ = material()
     half = sorted(corpus.val, key=len)[: len(corpus.val) // 2]
     corpus = replace(corpus, val=half + half)
@@ -872,7 +876,7 @@ def swaps_titles_after_the_fingerprint(honest: Honest, monkeypatch: pytest.Monke
 
 
 def other_titles() -> tuple[TrainConfig, Corpus, TokenData]:
-    """Titles in another order, fingerprinted as they are."""
+    """Return titles in another order, with true fingerprints."""
     cfg, corpus, _ = material()
     train, val = corpus.train[::-1], corpus.val[::-1]
     corpus = replace(corpus, train=train, val=val)
@@ -881,8 +885,8 @@ def other_titles() -> tuple[TrainConfig, Corpus, TokenData]:
 
 
 @trick("data_known")
-def its_own_titles_as_synthetic(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Other titles, truly fingerprinted, under the generator's name."""
+def presents_other_titles_as_synthetic(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """Other titles with true fingerprints have the name of the generator."""
     return run(*other_titles())
 
 
@@ -894,8 +898,8 @@ def reports_another_fingerprint(honest: Honest, monkeypatch: pytest.MonkeyPatch)
 
 
 @trick("data_known")
-def titles_from_elsewhere(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The config says synthetic, the titles came from a file."""
+def takes_titles_from_another_source(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The config says synthetic, but the titles come from a file."""
     e = honest()
     return replace(e, corpus=replace(e.corpus, origin={"kind": "file", "path": "titles.txt"}))
 
@@ -922,7 +926,7 @@ def test_the_hub_corpus(
     all: bool,
     status: str,
 ) -> None:
-    """Known when its checksum was verified; all=True loads it again and compares."""
+    """The data is known if its checksum was verified. all=True loads the titles again and compares."""
     e = honest()
     e = replace(e, cfg=from_dict(SMALL | {"corpus": "hn"}), corpus=replace(e.corpus, origin=origin))
     if source != "unreachable":
@@ -937,7 +941,7 @@ def test_the_hub_corpus(
 
 
 def claim(e: Evidence, **fields: Any) -> Evidence:
-    """The evidence under the task's name. (Its data would trip data_known, which looks at titles; this is about the rules.)"""
+    """Return evidence that claims to be a run of the task. Only task_rules is checked with it."""
     cfg = from_dict(SMALL | {"corpus": "hn", "num_titles": 100_000} | fields)
     corpus = replace(e.corpus, train=["a"] * 90_000, dev=[], val=["b"] * 10_000)
     return replace(e, cfg=cfg, corpus=corpus)
@@ -947,7 +951,7 @@ def claim(e: Evidence, **fields: Any) -> Evidence:
     "fields", [{"epochs": 8}, {"seed": 1338}, {"val_frac": 0.05}, {"num_titles": 99_999}, {"shuffle": False}]
 )
 def test_rules_of_the_task(honest: Honest, fields: dict[str, Any]) -> None:
-    """Who submits must keep every rule; who studies is told which differ."""
+    """A submission must follow every rule. A study is only told which rules differ."""
     name = next(iter(fields))
     for all, expected in ((True, "fail"), (False, "flag")):
         status, detail = GUARDS["task_rules"](claim(honest(), **fields), all)
@@ -959,7 +963,7 @@ def test_rules_of_the_task(honest: Honest, fields: dict[str, Any]) -> None:
     assert "corpus=synthetic" in found.detail
 
 
-def test_fewer_titles_than_said(honest: Honest) -> None:
+def test_fewer_titles_than_the_task_has(honest: Honest) -> None:
     e = claim(honest())
     assert GUARDS["task_rules"](e, True)[0] == "pass"
     assert GUARDS["task_rules"](replace(e, corpus=replace(e.corpus, val=["b"] * 5_000)), True)[0] == "fail"
@@ -969,30 +973,30 @@ def test_fewer_titles_than_said(honest: Honest) -> None:
 
 
 @trick("presentations")
-def r_drop_counted_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Two passes over every token, one in the ledger."""
+def counts_r_drop_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """Every token has two passes, and the ledger counts one."""
     e = honest(rdrop=1.0, dropout=0.1)
     half = e.ledger["presentations_per_token"] / 2
     return replace(e, ledger=e.ledger | {"forward_passes": 1, "presentations_per_token": half})
 
 
 @trick("presentations")
-def r_drop_tokens_not_counted(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The passes are there, the presentations are not."""
+def does_not_count_the_tokens_of_r_drop(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """The ledger has the passes but not the presentations."""
     e = honest(rdrop=1.0, dropout=0.1)
     return replace(e, ledger=e.ledger | {"presentations_per_token": e.ledger["presentations_per_token"] / 2})
 
 
 @trick("presentations")
-def an_ensemble_counted_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Five members, the presentations of one."""
+def counts_an_ensemble_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """An ensemble has five members and the presentations of one."""
     e = honest()
     return replace(e, ledger=e.ledger | {"ensemble_members": 5})
 
 
 @trick("presentations")
-def a_larger_train(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """More tokens an epoch than train has."""
+def claims_a_larger_train(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """An epoch has more tokens than train."""
     e = honest()
     return replace(e, ledger=e.ledger | {"train_tokens_per_epoch": 2 * e.ledger["train_tokens_per_epoch"]})
 
@@ -1017,14 +1021,14 @@ def test_val_titles_in_train_are_counted(honest: Honest) -> None:
     assert found.status == "flag" and f"7 of its {len(leak.val)} val titles are in train too" in found.detail
 
 
-# all of them
+# all tricks
 
 
 @pytest.mark.parametrize("name", TRICKS)
 def test_a_trick_trips_exactly_its_guard(name: str, honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
     guard, status, play = TRICKS[name]
     found = guards(play(honest, monkeypatch))
-    # rows that were doctored, or weights that learnt on, do not fit each other either: the second scoring may see it too
+    # Changed rows or weights do not fit each other, so same_evaluate may fail too.
     assert of(found, "fail") - {"same_evaluate"} == ({guard} if status == "fail" else set()) - {
         "same_evaluate"
     }, found
@@ -1037,8 +1041,8 @@ def test_every_guard_has_a_trick() -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "dev"])
-def test_the_weights_are_scored_again(honest: Honest, split: str) -> None:
-    """Rows that agree with each other, but that these weights do not give."""
+def test_rows_that_the_weights_do_not_give_are_detected(honest: Honest, split: str) -> None:
+    """The rows agree with each other but not with the weights."""
     e = honest(dev_frac=0.2)
     figures = ("loss", "official", "full", "bits_per_byte")
     better = with_rows(
@@ -1048,8 +1052,8 @@ def test_the_weights_are_scored_again(honest: Honest, split: str) -> None:
     assert f"on {split} the weights score" in verdict(better, "same_evaluate").detail
 
 
-def test_every_stored_token_is_looked_at(honest: Honest) -> None:
-    """One train title stored as another."""
+def test_every_stored_token_is_checked(honest: Honest) -> None:
+    """One title of train is stored as another title."""
     e = honest()
     train = e.data.tokenizer.encode([*e.corpus.train[:-1], "Something else"])
     broken = replace(e, data=replace(e.data, splits=e.data.splits | {"train": train}))

@@ -1,7 +1,7 @@
-"""Each guard at its edges: a row is the smallest violation, or the neighbour that still passes.
+"""Edge cases of each guard: the smallest violation, and the nearest evidence that still passes.
 
-The evidence is made by hand: 45 titles, one token a letter, and a bigram table as the model. A check takes milliseconds.
-test_guards.py plays whole tricks against all guards at once; here each guard is asked alone.
+The evidence is small: 45 titles, one token per letter, and a bigram table as the model, so a check takes
+milliseconds. test_guards.py plays complete tricks against all guards; this file calls each guard separately.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from mainrun.checks import guards as guards_module
 from mainrun.checks.guards import GUARDS, Evidence, guards
 from mainrun.config import TrainConfig, from_dict
 from mainrun.data import scoring
-from mainrun.data.sources import HUB_REVISIONS, Corpus, fingerprints
+from mainrun.data.corpus import Corpus, fingerprints
+from mainrun.data.hub import HUB_REVISIONS
 from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzé"
-BEYOND, WITHIN = 2e-6, 5e-7  # relative changes on both sides of the tolerance of figures, 1e-6
+BEYOND, WITHIN = 2e-6, 5e-7  # relative changes on both sides of the tolerance of scores, 1e-6
 
-# -- evidence made by hand
+# -- small evidence
 
 
 class Pieces:
-    """A tokenizer of one token a letter, and of the longer pieces that it is given; the longest one that fits is taken."""
+    """A tokenizer with one token per letter and some longer pieces. It uses the longest piece that fits."""
 
     kind = "pieces"
 
@@ -65,7 +66,7 @@ class Pieces:
 
 
 def some_titles(count: int, length: int, seed: int) -> list[str]:
-    """Titles of so many letters; the first holds one that takes two bytes."""
+    """Return titles of `length` letters. The first title contains a letter of two bytes."""
     chance = random.Random(seed)
     titles = ["".join(chance.choices(LETTERS[1:-1], k=length)) for _ in range(count)]
     titles[0] = "é" + titles[0][1:]
@@ -87,7 +88,7 @@ def tokens_of(corpus: Corpus, tokenizer: Any = None) -> TokenData:
 
 
 class Table(nn.Module):
-    """A bigram table with logits of at most 1, and what `extra` adds to the logit of token 5."""
+    """A bigram table with logits of at most 1. `extra` is added to the logit of token 5."""
 
     def __init__(self, extra: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -106,13 +107,14 @@ class Table(nn.Module):
 
 
 CONFIG = {
-    "num_titles": 45, "block_size": 16, "batch_size": 2, "official_geometry": "97x1", "threads": 1, "device": "cpu",
+    "num_titles": 45, "block_size": 16, "batch_size": 2, "official_geometry": "97x1", "threads": 1,
+    "device": "cpu",
 }  # fmt: skip
 
 
 @cache
 def honest_parts() -> tuple[TrainConfig, Corpus, TokenData]:
-    """160, 105 and 100 tokens of train, dev and val: 97 of 100 is the least coverage that is compared."""
+    """Return parts with 160, 105 and 100 tokens in train, dev and val. 97 of 100 is the minimum coverage."""
     corpus = a_corpus(some_titles(20, 7, 1), some_titles(15, 6, 2), some_titles(10, 9, 3))
     return from_dict(CONFIG), corpus, tokens_of(corpus)
 
@@ -123,7 +125,7 @@ def evidence(
     data: TokenData | None = None,
     model: nn.Module | None = None,
 ) -> Evidence:
-    """What an honest run of these parts leaves behind; step 17 of 35 is its best."""
+    """Return the evidence of an honest run of these parts. Step 17 of 35 is its best."""
     cfg, corpus, data = (
         given or default for given, default in zip((cfg, corpus, data), honest_parts(), strict=True)
     )
@@ -158,7 +160,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_row(e: Evidence, split: str, at: int, **changes: Any) -> Evidence:
-    """The evidence with figures of one evaluation changed; a function is applied to what is there."""
+    """Change values of one eval row. A function in `changes` is applied to the old value."""
     rows = [dict(row) for row in e.evals]
     row = [row for row in rows if row["split"] == split][at]
     row |= {name: change(row[name]) if callable(change) else change for name, change in changes.items()}
@@ -179,11 +181,11 @@ def check(e: Evidence, guard: str, all: bool = False) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def same_titles_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A corpus that is loaded again is the one made by hand."""
+    """Loading the corpus again returns the titles of honest_parts."""
     monkeypatch.setattr(guards_module.corpora, "load_corpus", lambda cfg: honest_parts()[1])
 
 
-# -- all of them
+# -- all guards
 
 
 @pytest.mark.parametrize("all", [False, True])
@@ -192,20 +194,21 @@ def test_honest_evidence_passes_every_guard(dtype: str, all: bool) -> None:
     results = guards(evidence(from_dict(CONFIG | {"dtype": dtype})), all=all)
     assert [(g.name, g.status) for g in results if g.status != "pass"] == [("task_rules", "flag")]
     assert [g.name for g in results] == [
-        "coverage", "geometry", "denominator", "last_and_best", "same_evaluate", "no_learning", "targets_unseen", "causality",
+        "coverage", "geometry", "denominator", "last_and_best", "same_evaluate", "no_learning",
+        "targets_unseen", "causality",
         "random_start", "lossless_tokens", "no_val_tokens", "data_known", "task_rules", "presentations",
     ]  # fmt: skip
 
 
-def test_without_dev_no_guard_asks_for_it() -> None:
+def test_no_guard_needs_dev() -> None:
     corpus = a_corpus(honest_parts()[1].train, [], honest_parts()[1].val)
     statuses = {g.name: g.status for g in guards(evidence(corpus=corpus, data=tokens_of(corpus)))}
     assert {name for name, status in statuses.items() if status == "fail"} == {
         "data_known"
-    }  # other titles are loaded again
+    }  # loading the corpus again gives other titles
 
 
-def test_all_is_handed_to_every_guard_and_an_error_in_one_fails_that_one(
+def test_every_guard_gets_all_and_an_error_fails_only_its_guard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = []
@@ -228,7 +231,7 @@ def test_all_is_handed_to_every_guard_and_an_error_in_one_fails_that_one(
         guards(evidence(), True)
 
 
-def test_verdicts_and_evidence_cannot_be_changed() -> None:
+def test_results_and_evidence_are_frozen() -> None:
     e = evidence()
     with pytest.raises(FrozenInstanceError):
         e.initial_weights = "random"
@@ -238,7 +241,7 @@ def test_verdicts_and_evidence_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("split", ["val", "dev"])
 @pytest.mark.parametrize("guard", ["coverage", "geometry", "denominator", "last_and_best", "same_evaluate"])
-def test_a_split_without_an_evaluation_does_not_pass(guard: str, split: str) -> None:
+def test_a_split_without_an_evaluation_fails(guard: str, split: str) -> None:
     e = evidence()
     e = replace(e, evals=[row for row in e.evals if row["split"] != split])
     result = next(g for g in guards(e) if g.name == guard)
@@ -275,7 +278,7 @@ def test_coverage_below_97_percent_is_flagged(geometry: str, letters: int, statu
 @pytest.mark.parametrize("all", [False, True])
 @pytest.mark.parametrize(("split", "count"), [("val", 100), ("dev", 105)])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_last_score_over_other_tokens_fails_coverage(
+def test_a_last_score_over_another_number_of_tokens_fails(
     split: str, count: int, change: int, all: bool
 ) -> None:
     status, detail = check(with_row(evidence(), split, -1, tokens=plus(change)), "coverage", all)
@@ -298,7 +301,7 @@ def test_a_last_score_over_other_tokens_fails_coverage(
         (math.nan, "fail"),
     ],
 )
-def test_the_coverage_of_every_row_is_that_of_the_config(
+def test_the_coverage_of_every_row_must_be_that_of_the_config(
     split: str, at: int, change: float, status: str
 ) -> None:
     got, detail = check(with_row(evidence(), split, at, coverage=times(change)), "geometry")
@@ -312,7 +315,7 @@ def test_the_coverage_of_every_row_is_that_of_the_config(
 
 @pytest.mark.parametrize(("split", "count"), [("val", 100), ("dev", 105)])
 @pytest.mark.parametrize("at", [1, 2])
-def test_every_row_scores_as_many_tokens_as_the_first(split: str, count: int, at: int) -> None:
+def test_every_row_must_score_as_many_tokens_as_the_first(split: str, count: int, at: int) -> None:
     status, detail = check(with_row(evidence(), split, at, tokens=plus(1)), "geometry")
     assert status == "fail"
     assert f"{split} at step {(1, 17, 35)[at]}" in detail
@@ -354,7 +357,7 @@ def test_characters_and_bytes_of_every_split_are_counted_again(
         (0.0, "fail"),
     ],
 )
-def test_every_figure_times_its_denominator_is_the_same_sum(
+def test_every_score_times_its_denominator_must_be_the_same_sum(
     split: str, at: int, figure: str, factor: float, status: str
 ) -> None:
     got, detail = check(with_row(evidence(), split, at, **{figure: times(factor)}), "denominator")
@@ -386,7 +389,7 @@ FIGURES = ("step", "full", "official", "loss")
 
 
 def with_summary(e: Evidence, place: str, name: str, **changes: Any) -> Evidence:
-    """The evidence with one score of its summary changed: at the top, or among the scores of a split."""
+    """Change one score of the summary, either at the top level or among the scores of a split."""
     scores = {
         split: {which: dict(row) for which, row in both.items()}
         for split, both in e.summary["scores"].items()
@@ -400,7 +403,7 @@ def with_summary(e: Evidence, place: str, name: str, **changes: Any) -> Evidence
 @pytest.mark.parametrize("figure", FIGURES)
 @pytest.mark.parametrize("name", ["last", "best"])
 @pytest.mark.parametrize("place", ["top", "val", "dev"])
-def test_every_figure_of_the_summary_is_that_of_its_row(place: str, name: str, figure: str) -> None:
+def test_every_score_of_the_summary_must_be_that_of_its_row(place: str, name: str, figure: str) -> None:
     e = evidence()
     true = (e.summary["scores"]["val" if place == "top" else place])[name][figure]
     other = true + 1 if figure == "step" else math.nextafter(true, 0)
@@ -412,21 +415,21 @@ def test_every_figure_of_the_summary_is_that_of_its_row(place: str, name: str, f
     assert check(with_summary(e, place, name, seconds=9.0), "last_and_best")[0] == "pass"
 
 
-def test_every_wrong_figure_of_the_summary_is_named() -> None:
+def test_every_wrong_score_of_the_summary_is_named() -> None:
     detail = check(with_summary(evidence(), "val", "last", step=3, loss=2.0), "last_and_best")[1]
     assert "says step=3, loss=2.0" in detail
 
 
 @pytest.mark.parametrize("split", ["val", "dev"])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_the_last_row_is_of_the_last_step(split: str, change: int) -> None:
+def test_the_last_row_must_be_of_the_last_step(split: str, change: int) -> None:
     e = with_row(evidence(), split, -1, step=plus(change))
     status, detail = check(replace(e, summary=summary_of(e.evals)), "last_and_best")
     assert status == "fail"
     assert f"last evaluation of {split} is of step {35 + change}" in detail and "35 steps" in detail
 
 
-def test_the_best_is_the_lowest_full_and_the_first_of_equal_ones() -> None:
+def test_the_best_row_is_the_first_with_the_lowest_full_score() -> None:
     e = evidence()
     status, detail = check(e, "last_and_best")
     last, best = e.summary["last"], e.summary["best"]
@@ -440,7 +443,7 @@ def test_the_best_is_the_lowest_full_and_the_first_of_equal_ones() -> None:
     assert check(later, "last_and_best")[0] == "fail"
 
 
-# -- the same evaluate
+# -- same_evaluate
 
 FUNCTIONS = (
     "official_spans",
@@ -461,7 +464,7 @@ FUNCTIONS = (
         *((name, "removed") for name in FUNCTIONS if name != "evaluate_source_hash"),
     ],
 )
-def test_every_function_of_scoring_in_memory_is_that_of_the_file(
+def test_every_function_of_scoring_must_be_that_of_the_file(
     name: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     e, true = evidence(), getattr(scoring, name)
@@ -482,7 +485,7 @@ def test_every_function_of_scoring_is_in_the_table() -> None:
     assert names == {*FUNCTIONS, "Score"}
 
 
-def test_a_hash_of_another_file_fails_and_both_are_shown() -> None:
+def test_the_hash_of_another_file_fails_and_both_are_shown() -> None:
     now = scoring.evaluate_source_hash()
     status, detail = check(replace(evidence(), evaluate_hash="0123456789abcdef"), "same_evaluate")
     assert status == "fail"
@@ -501,7 +504,7 @@ def test_a_hash_of_another_file_fails_and_both_are_shown() -> None:
         ("another.mainrun", "its own", "pass"),
     ],
 )
-def test_no_module_of_the_package_has_an_evaluate_of_its_own(
+def test_no_module_of_the_package_may_have_its_own_evaluate(
     module: str, own: str, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = ModuleType(module)
@@ -514,7 +517,7 @@ def test_no_module_of_the_package_has_an_evaluate_of_its_own(
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1 + 4e-6, "fail"), (1 - 4e-6, "fail"), (1.0, "pass")])
-def test_a_known_answer_shows_what_was_replaced_below_evaluate(
+def test_the_known_answer_reveals_replaced_functions(
     factor: float, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     e, true = evidence(), scoring.F.cross_entropy
@@ -526,10 +529,10 @@ def test_a_known_answer_shows_what_was_replaced_below_evaluate(
     assert ("where the formula gives" in detail) == (status == "fail")
 
 
-def test_the_known_answer_counts_both_scores(asked: list[dict[str, Any]]) -> None:
-    """18 tokens in blocks of four, and two spans of seven: the table is recorded, so that no edit makes the check weaker."""
+def test_the_known_answer_counts_both_scores(evaluate_calls: list[dict[str, Any]]) -> None:
+    """There are 18 tokens in blocks of four and two spans of seven. The table is pinned."""
     by_evaluate, by_formula = guards_module._known_answer()
-    [call] = asked
+    [call] = evaluate_calls
     assert (call["chars"], call["nbytes"], call["block_size"], call["geometry"]) == (50, 40, 4, (2, 3))
     assert by_evaluate == pytest.approx(by_formula, rel=2e-7)
     assert call["tokens"] == [3, 1, 4, 1, 5, 7, 2, 6, 5, 3, 5, 1, 7, 7, 3, 2, 3, 1]
@@ -557,7 +560,7 @@ def test_the_known_answer_counts_both_scores(asked: list[dict[str, Any]]) -> Non
     ],
 )
 @pytest.mark.parametrize("figure", ["loss", "official"])
-def test_the_weights_still_give_the_last_score(
+def test_the_weights_must_give_the_last_score(
     split: str, figure: str, dtype: str, factor: float, status: str
 ) -> None:
     e = evidence(from_dict(CONFIG | {"dtype": dtype}))
@@ -576,19 +579,19 @@ def test_only_the_last_rows_are_scored_again() -> None:
     assert check(with_row(e, "dev", 1, official=times(2)), "same_evaluate")[0] == "pass"
 
 
-def test_the_official_score_is_compared_whatever_both_were_divided_by() -> None:
-    """What they were divided by is for another guard to say."""
+def test_the_official_score_is_compared_relative_to_the_full_score() -> None:
+    """Another guard checks what they are divided by."""
     e = with_row(evidence(), "val", -1, official=times(0.5), full=times(0.5))
     assert check(e, "same_evaluate")[0] == "pass"
     assert check(with_row(e, "val", -1, full=times(0.9)), "same_evaluate")[0] == "fail"
 
 
-# -- how the guards ask the model
+# -- how the guards call the model
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every call of evaluate: its tokens and its arguments."""
+def evaluate_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return a list that records the tokens and arguments of every call of evaluate."""
     calls: list[dict[str, Any]] = []
     true = scoring.evaluate
 
@@ -600,56 +603,60 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_no_learning_scores_eight_blocks_then_others_then_the_same(asked: list[dict[str, Any]]) -> None:
+def test_no_learning_scores_the_same_tokens_twice_with_others_in_between(
+    evaluate_calls: list[dict[str, Any]],
+) -> None:
     corpus = a_corpus(honest_parts()[1].train, [], some_titles(20, 9, 3))
     e = evidence(corpus=corpus, data=tokens_of(corpus))
-    asked.clear()
+    evaluate_calls.clear()
     assert check(e, "no_learning")[0] == "pass"
     first = e.data.splits["val"][:130].tolist()
-    assert [call["tokens"] for call in asked] == [first, first[::-1], first]
-    assert {(call["chars"], call["nbytes"], call["block_size"], call["geometry"]) for call in asked} == {
-        (20 * 14, 20 * 10 + 1, 16, (1, 16))
-    }
+    assert [call["tokens"] for call in evaluate_calls] == [first, first[::-1], first]
+    assert {
+        (call["chars"], call["nbytes"], call["block_size"], call["geometry"]) for call in evaluate_calls
+    } == {(20 * 14, 20 * 10 + 1, 16, (1, 16))}
 
 
-def test_a_split_shorter_than_a_block_is_scored_in_a_shorter_span(asked: list[dict[str, Any]]) -> None:
+def test_a_split_shorter_than_a_block_is_scored_in_a_shorter_span(
+    evaluate_calls: list[dict[str, Any]],
+) -> None:
     corpus = a_corpus(honest_parts()[1].train, [], ["abc", "de"])
     e = evidence(from_dict(CONFIG | {"official_geometry": "6x1"}), corpus, tokens_of(corpus))
-    asked.clear()
+    evaluate_calls.clear()
     assert check(e, "no_learning")[0] == "pass"
-    assert {call["geometry"] for call in asked} == {(1, 6)}
+    assert {call["geometry"] for call in evaluate_calls} == {(1, 6)}
     assert check(e, "targets_unseen")[0] == "pass"
     assert check(e, "causality")[0] == "pass"
 
 
 @pytest.mark.parametrize(("last", "other"), [("a", EOS), (None, UNK + 1)])
-def test_targets_unseen_changes_the_last_target_alone(
-    asked: list[dict[str, Any]], last: str | None, other: int
+def test_targets_unseen_changes_only_the_last_target(
+    evaluate_calls: list[dict[str, Any]], last: str | None, other: int
 ) -> None:
     """The block ends inside a title, or with its <eos>."""
     corpus = a_corpus(honest_parts()[1].train, [], ["a" * (20 if last else 15), "b" * 90])
     e = evidence(corpus=corpus, data=tokens_of(corpus))
-    asked.clear()
+    evaluate_calls.clear()
     assert check(e, "targets_unseen")[0] == "pass"
     block = e.data.splits["val"][:16].tolist()
-    assert [call["tokens"] for call in asked] == [block, [*block[:-1], other]]
+    assert [call["tokens"] for call in evaluate_calls] == [block, [*block[:-1], other]]
     assert other != block[-1]
-    assert [call["geometry"] for call in asked] == [(1, 15), (1, 15)]
+    assert [call["geometry"] for call in evaluate_calls] == [(1, 15), (1, 15)]
 
 
-def test_the_last_scores_are_taken_again_by_the_geometry_of_the_run(asked: list[dict[str, Any]]) -> None:
+def test_evaluate_is_called_with_the_given_geometry(evaluate_calls: list[dict[str, Any]]) -> None:
     e = evidence()
-    asked.clear()
+    evaluate_calls.clear()
     guards_module._evaluate(e, e.data.splits["dev"], (3, 5))
-    assert asked[0]["geometry"] == (3, 5)
-    assert asked[0]["tokens"] == e.data.splits["dev"].tolist()
+    assert evaluate_calls[0]["geometry"] == (3, 5)
+    assert evaluate_calls[0]["tokens"] == e.data.splits["dev"].tolist()
 
 
 # -- no learning
 
 
 class Odd(Table):
-    """Does something to itself or around it whenever it is scored."""
+    """Calls `act` whenever it is scored."""
 
     def __init__(self, act: Callable[[Odd, Tensor], None]) -> None:
         super().__init__()
@@ -698,7 +705,7 @@ def nothing(model: Odd, idx: Tensor) -> None:
 
 
 def remember_other_text(model: Odd, idx: Tensor) -> None:
-    """Two <eos> in a row stand in a text that is read backwards, and nowhere else."""
+    """Only the reversed text contains two <eos> in a row."""
     if bool(((idx[:, 1:] == EOS) & (idx[:, :-1] == EOS)).any()):
         model.scale = 1.000001
 
@@ -713,7 +720,8 @@ def remember_other_text(model: Odd, idx: Tensor) -> None:
         (remove_a_buffer, "fail", "1 parameters or buffers, like seen"),
         (reshape_a_buffer, "fail", "1 parameters or buffers, like seen"),
         (widen_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (lambda model, idx: (count_in_a_buffer(model, idx), learn_a_weight(model, idx)), "fail", "2 parameters or buffers, like seen"),
+        (lambda model, idx: (count_in_a_buffer(model, idx), learn_a_weight(model, idx)), "fail",
+        "2 parameters or buffers, like seen"),
         (remember_other_text, "fail", "the same tokens scored"),
         (lambda model, idx: torch.rand(1), "fail", "random generator"),
         (lambda model, idx: np.random.rand(), "fail", "random generator"),
@@ -721,7 +729,7 @@ def remember_other_text(model: Odd, idx: Tensor) -> None:
         (nothing, "pass", "the same"),
     ],
 )  # fmt: skip
-def test_a_model_is_the_same_after_it_was_scored(
+def test_scoring_must_not_change_the_model(
     act: Callable[[Odd, Tensor], None], status: str, shown: str
 ) -> None:
     e = replace(evidence(), model=Odd(act))
@@ -730,7 +738,7 @@ def test_a_model_is_the_same_after_it_was_scored(
     assert shown in detail
 
 
-def test_the_random_state_of_a_gpu_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_random_state_of_a_gpu_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [torch.zeros(2)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in states])
@@ -755,10 +763,10 @@ def test_a_model_left_in_another_mode_fails(monkeypatch: pytest.MonkeyPatch) -> 
     status, detail = check(e, "no_learning")
     assert status == "fail"
     assert "mode" in detail
-    assert all(module.training for module in e.model.modules()), "modes are put back"
+    assert all(module.training for module in e.model.modules()), "modes are restored"
 
 
-def test_both_scores_are_in_the_message_of_a_hidden_memory() -> None:
+def test_the_message_about_a_hidden_memory_has_both_scores() -> None:
     e = replace(evidence(), model=Odd(remember_other_text))
     detail = check(e, "no_learning")[1]
     first, later = map(float, re.findall(r"\d+\.\d+", detail))
@@ -767,8 +775,8 @@ def test_both_scores_are_in_the_message_of_a_hidden_memory() -> None:
 
 
 @pytest.mark.parametrize("guard", ["same_evaluate", "no_learning", "targets_unseen", "causality"])
-def test_weights_buffers_modes_and_random_state_are_put_back(guard: str) -> None:
-    """Whatever a model does while a guard asks it."""
+def test_weights_buffers_modes_and_random_state_are_restored(guard: str) -> None:
+    """The guards restore everything that a model changes while it is scored."""
 
     def misbehave(model: Odd, idx: Tensor) -> None:
         torch.rand(1)
@@ -792,7 +800,7 @@ def test_weights_buffers_modes_and_random_state_are_put_back(guard: str) -> None
 
 
 @pytest.mark.parametrize("guard", ["same_evaluate", "no_learning", "targets_unseen", "causality"])
-def test_they_are_put_back_after_an_error_too(guard: str) -> None:
+def test_the_model_is_restored_after_an_error(guard: str) -> None:
     def fall_over(model: Odd, idx: Tensor) -> None:
         learn_a_weight(model, idx)
         raise RuntimeError("out of memory")
@@ -809,7 +817,7 @@ def test_they_are_put_back_after_an_error_too(guard: str) -> None:
 
 # -- tolerances of logits
 
-# (dtype, the largest logit, a change just beyond the tolerance, one just within); a change of the tolerance itself, 1.0, is within
+# (dtype, largest logit, a change just above the tolerance, a change just below or equal to it)
 SAME_SHAPE = [
     ("float32", 1.0, 1.1e-4, 0.9e-4), ("float32", -10.0, 1.1e-3, 0.9e-3), ("float32", 0.5, 1.1e-4, 0.9e-4),
     ("float32", -math.inf, 1.1e-4, 0.9e-4), ("float32", math.inf, 1.1e-4, 0.9e-4),
@@ -824,7 +832,7 @@ OTHER_SHAPE = [
 
 
 class Sized(Table):
-    """One logit of its first position is as large as it is said to be, whatever the input."""
+    """One logit of the first position has the value `largest` for every input."""
 
     def __init__(self, largest: float, extra: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__(extra)
@@ -844,7 +852,7 @@ def leaking(dtype: str, largest: float, leak: Callable[[Tensor], Tensor]) -> Evi
 
 
 def frame_peeker(amount: float) -> Callable[[Tensor], Tensor]:
-    """Moves a logit where the targets that the caller holds end in <eos>."""
+    """Return a function that moves a logit if the targets in a calling frame end with <eos>."""
 
     def peek(idx: Tensor) -> Tensor:
         frame = sys._getframe()
@@ -859,7 +867,7 @@ def frame_peeker(amount: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
-def test_another_target_moves_logits_by_no_more_than_rounding(
+def test_another_target_may_move_logits_by_rounding_only(
     dtype: str, largest: float, beyond: float, within: float
 ) -> None:
     status, detail = check(leaking(dtype, largest, frame_peeker(beyond)), "targets_unseen")
@@ -869,22 +877,22 @@ def test_another_target_moves_logits_by_no_more_than_rounding(
 
 
 @pytest.mark.parametrize("length", [15, 16])
-def test_a_target_that_is_seen_in_one_of_the_two_scores_is_seen(length: int) -> None:
-    """The official pass takes rows of 15 tokens here, the full one a row of 16."""
+def test_a_leak_in_either_of_the_two_passes_is_detected(length: int) -> None:
+    """The official pass has rows of 15 tokens here, the full pass a row of 16."""
     peek = frame_peeker(1.0)
     model = Table(lambda idx: peek(idx) if idx.shape[1] == length else torch.zeros(idx.shape))
     assert check(replace(evidence(), model=model), "targets_unseen")[0] == "fail"
 
 
-def test_the_tolerance_is_measured_on_the_first_logits() -> None:
-    """Those of the official pass; the full pass, which is the longer one here, has logits of 10,000."""
+def test_the_tolerance_depends_on_the_logits_of_the_first_pass() -> None:
+    """The official pass is first. The full pass, which is longer here, has logits of 10,000."""
     peek = frame_peeker(0.5)
     model = Table(lambda idx: peek(idx) if idx.shape[1] == 15 else torch.full(idx.shape, 10_000.0))
     assert check(replace(evidence(), model=model), "targets_unseen")[0] == "fail"
 
 
 class Taker(nn.Module):
-    """forward(idx, NAME=targets): logits that move where the targets are these, in an output of this form."""
+    """A model with forward(idx, NAME=targets). `moves` moves its logits and `form` shapes its output."""
 
     def __init__(
         self,
@@ -913,7 +921,7 @@ class Taker(nn.Module):
 
 
 def next_token(amount: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Moves logits by so much where all targets are the tokens that come next."""
+    """Return a function that moves logits if all targets are the next tokens."""
     return lambda idx, targets: amount * bool((targets[:, :-1] == idx[:, 1:]).all())
 
 
@@ -923,7 +931,7 @@ def any_other(amount: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", ["target", "targets", "labels", "y"])
 @pytest.mark.parametrize("moves", [next_token, any_other])
-def test_a_forward_that_takes_targets_gives_the_same_logits(name: str, moves: Callable[..., Any]) -> None:
+def test_a_forward_that_takes_targets_must_give_the_same_logits(name: str, moves: Callable[..., Any]) -> None:
     beyond = replace(evidence(), model=Taker(name, moves(1.01)))
     status, detail = check(beyond, "targets_unseen")
     assert status == "fail"
@@ -933,18 +941,18 @@ def test_a_forward_that_takes_targets_gives_the_same_logits(name: str, moves: Ca
     assert check(replace(half, model=Taker(name, moves(100.0))), "targets_unseen")[0] == "pass"
     just_beyond = (
         100.5 if moves is any_other else 101.5
-    )  # a leak with the first targets raises the tolerance by 1 percent of itself
+    )  # a leak with the first targets raises the tolerance by 1 percent of the leak
     assert check(replace(half, model=Taker(name, moves(just_beyond))), "targets_unseen")[0] == "fail"
 
 
 @pytest.mark.parametrize("name", ["mask", "cache", "target_mask"])
-def test_other_arguments_are_left_alone(name: str) -> None:
+def test_other_arguments_of_forward_are_ignored(name: str) -> None:
     model = Taker(name, next_token(1.0))
     assert check(replace(evidence(), model=model), "targets_unseen")[0] == "pass"
     assert model.calls == []
 
 
-def test_the_targets_that_are_given_are_the_next_tokens_and_a_row_backwards() -> None:
+def test_forward_gets_the_next_tokens_and_the_reversed_row_as_targets() -> None:
     model = Taker("targets", next_token(0.0))
     e = replace(evidence(), model=model)
     assert check(e, "targets_unseen")[0] == "pass"
@@ -952,7 +960,7 @@ def test_the_targets_that_are_given_are_the_next_tokens_and_a_row_backwards() ->
     assert model.calls == [[[*row[1:], row[0]]], [row[::-1]]]
 
 
-def test_the_first_argument_is_the_input_whatever_its_name() -> None:
+def test_the_first_argument_is_the_input_even_if_it_is_named_y() -> None:
     class Named(Table):
         def forward(self, y: Tensor) -> Tensor:
             return super().forward(y)
@@ -976,7 +984,7 @@ def test_logits_are_the_output_with_three_dimensions(form: Callable[[Tensor], An
         )
 
 
-def test_logits_of_another_shape_or_none_at_all_do_not_pass() -> None:
+def test_outputs_without_valid_logits_fail() -> None:
     e = replace(evidence(), model=Taker("targets", next_token(0.0), lambda logits: logits[..., :-1]))
     status, detail = check(e, "targets_unseen")
     assert (status, "inf" in detail) == ("fail", True)
@@ -985,7 +993,7 @@ def test_logits_of_another_shape_or_none_at_all_do_not_pass() -> None:
 
 
 @pytest.mark.parametrize("guard", ["targets_unseen", "causality"])
-def test_logits_that_are_no_numbers_do_not_pass(guard: str) -> None:
+def test_nan_logits_fail(guard: str) -> None:
     status, detail = check(
         replace(evidence(), model=Table(lambda idx: torch.full(idx.shape, math.nan))), guard
     )
@@ -993,7 +1001,7 @@ def test_logits_that_are_no_numbers_do_not_pass(guard: str) -> None:
 
 
 @pytest.mark.parametrize(("amount", "status"), [(1.1e-4, "fail"), (0.9e-4, "pass")])
-def test_the_tolerance_of_small_logits_is_that_of_1(amount: float, status: str) -> None:
+def test_the_tolerance_of_small_logits_is_that_of_logits_of_1(amount: float, status: str) -> None:
     class Flat(nn.Module):
         def forward(self, idx: Tensor) -> Tensor:
             logits = torch.zeros(*idx.shape, Pieces().vocab_size)
@@ -1008,7 +1016,7 @@ def test_the_tolerance_of_small_logits_is_that_of_1(amount: float, status: str) 
 
 
 def future(idx: Tensor, test: Callable[[Tensor], Tensor], at: int, amount: float) -> Tensor:
-    """Moves a logit of one position by so much where any later token passes the test."""
+    """Move a logit of one position if any later token passes a test."""
     moved = torch.zeros(idx.shape)
     if idx.shape[1] > at + 1:
         moved[:, at] = amount * test(idx[:, at + 1 :]).any(1)
@@ -1016,7 +1024,7 @@ def future(idx: Tensor, test: Callable[[Tensor], Tensor], at: int, amount: float
 
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
-def test_the_future_moves_logits_by_no_more_than_rounding(
+def test_the_future_may_move_logits_by_rounding_only(
     dtype: str, largest: float, beyond: float, within: float
 ) -> None:
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
@@ -1031,10 +1039,10 @@ def test_the_future_moves_logits_by_no_more_than_rounding(
 
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
-def test_other_rows_move_logits_by_no_more_than_rounding(
+def test_other_rows_may_move_logits_by_rounding_only(
     dtype: str, largest: float, beyond: float, within: float
 ) -> None:
-    """The token at the start of the last row, which is another one when the rows are rolled."""
+    """The leak is the first token of the last row, which differs after the rows are rolled."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         def by_other_rows(idx: Tensor) -> Tensor:
@@ -1052,10 +1060,10 @@ def test_other_rows_move_logits_by_no_more_than_rounding(
 
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), OTHER_SHAPE)
 @pytest.mark.parametrize("length", [1, 9, 15, 16])
-def test_the_length_moves_logits_by_no_more_than_rounding(
+def test_the_length_may_move_logits_by_rounding_only(
     length: int, dtype: str, largest: float, beyond: float, within: float
 ) -> None:
-    """Alone in a batch, at each length that is tried."""
+    """The row is alone in its batch, with each length that the guard uses."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         return lambda idx: torch.full(idx.shape, amount * (idx.shape == (1, length)))
@@ -1069,18 +1077,21 @@ def test_the_length_moves_logits_by_no_more_than_rounding(
 @pytest.mark.parametrize(
     ("block_size", "all", "positions"),
     [
-        (2, False, [0]), (2, True, [0]), (3, False, [0, 1]), (3, True, [0, 1]), (4, False, [0, 2]), (4, True, [0, 1, 2]),
+        (2, False, [0]), (2, True, [0]), (3, False, [0, 1]), (3, True, [0, 1]), (4, False, [0, 2]),
+        (4, True, [0, 1, 2]),
         (5, False, [0, 2, 3]), (16, False, [0, 8, 14]), (16, True, [0, 1, 4, 8, 12, 14]),
         (512, False, [0, 256, 510]), (513, False, [0, 256, 510]), (513, True, [0, 1, 128, 256, 384, 511]),
     ],
 )  # fmt: skip
-def test_the_positions_that_are_cut_at(block_size: int, all: bool, positions: list[int]) -> None:
-    """A leak at each of them is seen, and the message of a model without one names them."""
+def test_the_positions_after_which_causality_changes_tokens(
+    block_size: int, all: bool, positions: list[int]
+) -> None:
+    """A leak at each position is detected. The message of an honest model lists the positions."""
     changes = {"block_size": block_size, "batch_size": 1, "official_geometry": "99x1"}
     e = replace(evidence(), cfg=from_dict(CONFIG | changes))
     status, detail = check(e, "causality", all)
     assert status == "pass"
-    assert f"at positions {', '.join(map(str, positions))}, cut short" in detail
+    assert f"at positions {', '.join(map(str, positions))}, in a shorter row" in detail
     for position in positions:
         model = Table(
             lambda idx, position=position: future(idx, lambda later: later[:, :1] == PAD, position, 1.0)
@@ -1090,7 +1101,7 @@ def test_the_positions_that_are_cut_at(block_size: int, all: bool, positions: li
 
 
 def sorted_text() -> Evidence:
-    """val begins with 16 tokens in rising order, so that each other future can be told from the true one."""
+    """val begins with 16 tokens in ascending order, so every other future differs from the true one."""
     corpus = a_corpus(honest_parts()[1].train, [], ["jklmnopqrstuvwxy" + "z" * 83])
     return evidence(corpus=corpus, data=tokens_of(corpus))
 
@@ -1105,7 +1116,7 @@ def sorted_text() -> Evidence:
     ],
     ids=["<eos>", "<pad>", "the same tokens in another order", "other tokens"],
 )
-def test_each_kind_of_future_is_tried(seen: Callable[[Tensor], Tensor]) -> None:
+def test_a_leak_that_only_one_kind_of_future_reveals_is_detected(seen: Callable[[Tensor], Tensor]) -> None:
     e = sorted_text()
     assert e.data.splits["val"][:16].tolist() == list(range(13, 29))
     model = Table(lambda idx: future(idx, lambda later: seen(later)[:, None], 0, 1.0))
@@ -1113,8 +1124,8 @@ def test_each_kind_of_future_is_tried(seen: Callable[[Tensor], Tensor]) -> None:
     assert check(e, "causality")[0] == "pass"
 
 
-def test_the_futures_that_are_tried() -> None:
-    """They are the same every time, so that a verdict can be had again."""
+def test_the_futures_are_pinned() -> None:
+    """The futures are always the same, so a verdict is reproducible."""
     seen: list[Tensor] = []
     e = sorted_text()
     model = Table(lambda idx: (seen.append(idx), torch.zeros(idx.shape))[1])
@@ -1127,8 +1138,8 @@ def test_the_futures_that_are_tried() -> None:
     assert torch.equal(seen[1], torch.stack([row, *(r.roll(1) for r in rows)]))
 
 
-def test_a_model_that_knows_the_true_text_is_seen() -> None:
-    """Its logits are others for any row that begins otherwise than val does."""
+def test_a_model_that_knows_the_true_text_is_detected() -> None:
+    """Its logits differ for every row that does not begin like val."""
     e = sorted_text()
     true = torch.arange(13, 29)
     model = Table(lambda idx: torch.zeros(idx.shape) + (idx == true[: idx.shape[1]]).all(1, keepdim=True))
@@ -1159,8 +1170,8 @@ def test_text_shorter_than_a_block_is_repeated() -> None:
     assert seen[0] == (val * 2)[:16]
 
 
-def test_logits_are_those_of_a_model_that_is_scored() -> None:
-    """Without dropout and without a graph."""
+def test_logits_are_computed_in_eval_mode_without_a_graph() -> None:
+    """Dropout is off and no autograd graph is built."""
     graphs: list[bool] = []
 
     class Watched(Table):
@@ -1185,7 +1196,7 @@ def test_weights_from_elsewhere_fail(origin: str) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_the_first_evaluation_is_of_step_1(step: int) -> None:
+def test_the_first_evaluation_must_be_of_step_1(step: int) -> None:
     status, detail = check(with_row(evidence(), "val", 0, step=step), "random_start")
     assert status == "fail"
     assert f"of step {step};" in detail
@@ -1199,7 +1210,7 @@ def counting_loss(targets: Sequence[int], val: Sequence[int], smoothing: float, 
     return -sum(math.log((list(targets).count(token) + smoothing) / total) for token in val) / len(val)
 
 
-# the more letters of val the first batch lacks, the more smoothing suits it
+# the more letters of val the first batch lacks, the more smoothing fits
 @pytest.mark.parametrize(
     ("own", "lacking", "suits"),
     [
@@ -1212,14 +1223,12 @@ def counting_loss(targets: Sequence[int], val: Sequence[int], smoothing: float, 
         (1, 200, "no counts"),
     ],
 )
-def test_no_fresh_start_scores_below_the_counts_of_its_first_batch(
-    own: int, lacking: int, suits: Any
-) -> None:
+def test_the_lower_bound_of_a_random_start(own: int, lacking: int, suits: Any) -> None:
     train = [
         "habcdefg",
         *["abcdefg"] * 3,
         *["mnopqrs"] * 16,
-    ]  # the first batch's targets begin at its second token
+    ]  # the targets of the first batch begin at the second token
     val = ["abcdefg"] * own + ["z" * lacking] * (lacking > 0)
     corpus = a_corpus(train, [], val)
     data = tokens_of(corpus)
@@ -1234,7 +1243,7 @@ def test_no_fresh_start_scores_below_the_counts_of_its_first_batch(
     assert f"loss {floor * (1 - 1e-9):.3f} after" in detail and f"below {floor:.3f}" in detail
     barely = (
         floor if suits == "no counts" else floor * (1 + 1e-9)
-    )  # the other floors are sums, which may be rounded otherwise
+    )  # the other bounds are sums, which may be rounded differently
     status, detail = check(with_row(e, "val", 0, loss=barely), "random_start")
     assert status == "pass"
     assert f"below {floor:.3f}" in detail
@@ -1244,7 +1253,7 @@ def test_no_fresh_start_scores_below_the_counts_of_its_first_batch(
 
 
 class Corrupting(Pieces):
-    """Gives titles back with some of them changed, or some of them missing."""
+    """A tokenizer that changes or drops titles when it decodes."""
 
     def __init__(self, change: Callable[[list[str]], list[str]]) -> None:
         super().__init__()
@@ -1269,7 +1278,7 @@ def test_a_single_unknown_token_of_any_split_fails(split: str) -> None:
 
 @pytest.mark.parametrize("split", ["train", "dev", "val"])
 @pytest.mark.parametrize("change", ["the first token", "the last letter", "one token less"])
-def test_a_stream_is_the_encoding_of_its_titles(split: str, change: str) -> None:
+def test_a_stream_must_be_the_encoding_of_its_titles(split: str, change: str) -> None:
     e = evidence()
     stream = e.data.splits[split].copy()
     if change == "one token less":
@@ -1297,7 +1306,7 @@ def many_titles(split: str, count: int, tokenizer: Pieces) -> Evidence:
     [
         ("val", 2000, 1, False, "fail"),  # every title of val
         ("val", 2000, 1999, False, "fail"),
-        ("train", 1999, 1, False, "fail"),  # up to 1,999 titles of the others
+        ("train", 1999, 1, False, "fail"),  # up to 1,999 titles of the other splits
         ("train", 2000, 1, False, "pass"),  # every second of 2,000
         ("train", 2000, 2, False, "fail"),
         ("train", 2000, 1, True, "fail"),  # every title
@@ -1306,7 +1315,7 @@ def many_titles(split: str, count: int, tokenizer: Pieces) -> Evidence:
         ("dev", 7, 6, False, "fail"),
     ],
 )
-def test_which_titles_must_come_back(split: str, count: int, position: int, all: bool, status: str) -> None:
+def test_which_titles_are_decoded(split: str, count: int, position: int, all: bool, status: str) -> None:
     bad = many_titles(split, count, Pieces()).corpus.__getattribute__(split)[position]
     tokenizer = Corrupting(lambda titles: ["changed" if title == bad else title for title in titles])
     got, detail = check(many_titles(split, count, tokenizer), "lossless_tokens", all)
@@ -1319,7 +1328,9 @@ def test_which_titles_must_come_back(split: str, count: int, position: int, all:
 
 @pytest.mark.parametrize("change", [lambda titles: titles[:-1], lambda titles: [*titles, "one more"]])
 @pytest.mark.parametrize("all", [False, True])
-def test_as_many_titles_come_back_as_went(change: Callable[[list[str]], list[str]], all: bool) -> None:
+def test_the_number_of_decoded_titles_must_be_equal(
+    change: Callable[[list[str]], list[str]], all: bool
+) -> None:
     tokenizer = Corrupting(change)
     e = evidence()
     status, detail = check(replace(e, data=replace(e.data, tokenizer=tokenizer)), "lossless_tokens", all)
@@ -1327,7 +1338,7 @@ def test_as_many_titles_come_back_as_went(change: Callable[[list[str]], list[str
     assert f"20 titles of train came back as {len(change(['a'] * 20))}" in detail
 
 
-def test_what_was_looked_at_is_said() -> None:
+def test_the_message_says_which_titles_were_checked() -> None:
     assert check(evidence(), "lossless_tokens", all=True)[1].startswith("every title comes back")
     assert "a sample of the others" in check(evidence(), "lossless_tokens", all=False)[1]
 
@@ -1340,17 +1351,17 @@ def test_what_was_looked_at_is_said() -> None:
     [
         ("q" * 21, "val", "fail"),
         ("q" * 20, "val", "pass"),
-        (" " + "q" * 20, "val", "pass"),  # the space in front is no part of the word
+        (" " + "q" * 20, "val", "pass"),  # the leading space is not part of the word
         (" " + "q" * 21, "val", "fail"),
         ("q x", "val", "fail"),  # two words
         (" qx", "val", "pass"),
         ("q" * 21, "train and val", "pass"),
-        ("q" * 21, "dev and val", "fail"),  # dev is held out too
+        ("q" * 21, "dev and val", "fail"),  # dev is not in train either
         ("q" * 21, "train, spelled otherwise", "pass"),
         ("q x", "train, spelled otherwise", "pass"),
     ],
 )
-def test_a_piece_of_val_alone_is_no_longer_than_a_word(piece: str, where: str, status: str) -> None:
+def test_a_token_of_val_only_must_not_be_longer_than_a_word(piece: str, where: str, status: str) -> None:
     title = "ab" + piece
     train, dev, val = [*honest_parts()[1].train], [*honest_parts()[1].dev], [*honest_parts()[1].val, title]
     train += [title] if where.startswith("train") else []
@@ -1367,7 +1378,7 @@ def test_a_piece_of_val_alone_is_no_longer_than_a_word(piece: str, where: str, s
 
 
 @pytest.mark.parametrize("fit", ["train", "train+val"])
-def test_what_the_vocabulary_was_fitted_on_is_said(fit: str) -> None:
+def test_the_message_says_what_the_vocabulary_was_fitted_on(fit: str) -> None:
     e = replace(evidence(), cfg=from_dict(CONFIG | {"tokenizer_fit": fit}))
     status, detail = check(e, "no_val_tokens")
     assert status == "pass"
@@ -1379,7 +1390,7 @@ def test_what_the_vocabulary_was_fitted_on_is_said(fit: str) -> None:
 
 @pytest.mark.parametrize("name", ["corpus", "train", "dev", "val"])
 @pytest.mark.parametrize("where", ["the corpus", "the summary"])
-def test_every_fingerprint_is_taken_again(where: str, name: str) -> None:
+def test_every_fingerprint_is_computed_again(where: str, name: str) -> None:
     e = evidence()
     true = e.corpus.fingerprints
     wrong = true | {name: "0" * 64}
@@ -1431,7 +1442,7 @@ def hub(name: str = "hn", **changes: Any) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("all", [False, True])
-def test_the_titles_are_from_where_the_config_says(
+def test_the_titles_must_come_from_the_source_of_the_config(
     corpus: str, origin: dict[str, Any], status: str, all: bool
 ) -> None:
     got, detail = check(from_source(corpus, origin), "data_known", all)
@@ -1449,13 +1460,13 @@ def test_the_titles_are_from_where_the_config_says(
     [
         ("synthetic", {"kind": "synthetic"}, False, "fail"),
         ("synthetic", {"kind": "synthetic"}, True, "fail"),
-        ("hn", hub(), False, "pass"),  # its checksum was verified
+        ("hn", hub(), False, "pass"),  # the checksum was verified
         ("hn", hub(), True, "fail"),
         ("file:a.txt", {"kind": "file"}, True, "flag"),
     ],
 )
 @pytest.mark.parametrize("name", ["train", "dev", "val"])
-def test_a_known_source_gives_these_titles_again(
+def test_a_known_source_must_give_the_same_titles_again(
     name: str, corpus: str, origin: dict[str, Any], all: bool, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     e = from_source(corpus, origin)
@@ -1470,7 +1481,7 @@ def test_a_known_source_gives_these_titles_again(
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1), ("dev", 1), ("train", 3), ("none", 0)])
-def test_titles_of_val_that_were_learnt_are_counted(split: str, count: int) -> None:
+def test_val_titles_in_train_or_dev_are_counted(split: str, count: int) -> None:
     train, dev, val = (list(getattr(honest_parts()[1], name)) for name in ("train", "dev", "val"))
     train += val[:count] if split == "train" else []
     dev += val[:count] if split == "dev" else []
@@ -1486,7 +1497,7 @@ def test_titles_of_val_that_were_learnt_are_counted(split: str, count: int) -> N
 
 
 def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -> Evidence:
-    """The evidence of so many titles under the task's name."""
+    """Return evidence that claims to be a run of the task, with these numbers of titles."""
     e = evidence()
     cfg = from_dict(CONFIG | {"corpus": "hn", "num_titles": 100_000} | fields)
     return replace(
@@ -1514,14 +1525,14 @@ def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -
 )
 @pytest.mark.parametrize("corpus", ["hn", "hn-2025"])
 def test_each_rule_of_the_task(fields: dict[str, Any], shown: str, corpus: str) -> None:
-    """A study is told, a submission fails."""
+    """A study is flagged, a submission fails."""
     e = claim(corpus=corpus, **fields)
     for all, status in ((False, "flag"), (True, "fail")):
         got, detail = check(e, "task_rules", all)
         assert (got, detail.startswith(shown), ";" in detail) == (status, True, False), detail
 
 
-def test_every_broken_rule_is_named_and_other_data_are_no_claim() -> None:
+def test_every_broken_rule_is_named_and_other_data_is_only_flagged() -> None:
     e = claim(corpus="synthetic", epochs=1, seed=2, num_titles=45, val_frac=0.5, train=1)
     status, detail = check(e, "task_rules", all=True)
     assert status == "flag"
@@ -1539,14 +1550,14 @@ def test_every_broken_rule_is_named_and_other_data_are_no_claim() -> None:
 @pytest.mark.parametrize(
     ("corpus", "train", "dev"), [("hn", 90_000, 0), ("hn-2025", 90_000, 0), ("hn", 80_000, 10_000)]
 )
-def test_the_task_itself_keeps_its_rules(corpus: str, train: int, dev: int, all: bool) -> None:
+def test_a_run_of_the_task_passes(corpus: str, train: int, dev: int, all: bool) -> None:
     status, detail = check(claim(corpus=corpus, train=train, dev=dev), "task_rules", all)
     assert status == "pass"
     assert detail == f"7 epochs, seed 1337, {corpus}, 100,000 titles, 10% held out"
 
 
 @pytest.mark.parametrize("fields", [{"num_titles": 50}, {"val_frac": 0.2}])
-def test_the_sizes_are_those_of_the_task_only_where_it_was_asked_for(fields: dict[str, Any]) -> None:
+def test_split_sizes_are_checked_only_for_the_task(fields: dict[str, Any]) -> None:
     assert "titles (the task: 90,000" not in check(claim(train=1, val=1, **fields), "task_rules")[1]
 
 
@@ -1582,14 +1593,14 @@ def test_every_entry_of_the_ledger_is_counted_again(
     ("fields", "shown"),
     [({}, "7.00 times in 7"), ({"max_steps": 4}, "0.80 times in 7"), ({"epochs": 2}, "2.00 times in 2")],
 )
-def test_how_often_each_token_was_shown(fields: dict[str, Any], shown: str) -> None:
+def test_the_message_says_how_often_each_token_was_shown(fields: dict[str, Any], shown: str) -> None:
     e = evidence(from_dict(CONFIG | fields))
     status, detail = check(e, "presentations")
     assert status == "pass"
     assert shown in detail and "(passes: 1, models: 1)" in detail
 
 
-def test_every_model_of_an_ensemble_counts() -> None:
+def test_every_model_of_an_ensemble_is_counted() -> None:
     e = evidence()
     many = e.ledger | {"ensemble_members": 3}
     assert check(replace(e, ledger=many), "presentations")[0] == "fail"

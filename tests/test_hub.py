@@ -1,7 +1,8 @@
-"""The hub loader against a real HTTP server on loopback that speaks as much of the hub's protocol as the library asks for.
+"""The hub loader with the real huggingface_hub library and a local HTTP server.
 
-The server lists one dataset, answers HEAD and GET of its file as the hub does (a redirect to another host that has the bytes),
-and can be told to misbehave. Everything goes through huggingface_hub; nothing of it is replaced.
+The server speaks the part of the hub's protocol that the library uses. It lists one dataset, answers HEAD
+and GET requests for its file with a redirect to another host name, as the hub does, and can simulate
+failures.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mainrun.config import from_dict
-from mainrun.data import sources as corpus
-from mainrun.data.sources import HUB_REPO, HUB_REVISIONS, download, hub_reachable, load_corpus
+from mainrun.data.corpus import load_corpus
+from mainrun.data.hub import HUB_REPO, HUB_REVISIONS, download, hub_reachable
 from mainrun.errors import CorpusError, HubError
 
 TITLES = [f"Title {i} of the café – {i * i}" for i in range(300)]
@@ -40,7 +41,7 @@ def parquet(titles: list[str | None], column: str = "title") -> bytes:
 
 
 class Hub(ThreadingHTTPServer):
-    """One dataset, one file, and what to do wrong."""
+    """A server with one dataset of one file, and switches for failures."""
 
     daemon_threads = True
 
@@ -49,11 +50,11 @@ class Hub(ThreadingHTTPServer):
         self.body = parquet(list(TITLES))
         self.files = ["story.parquet"]
         self.revisions = set(HUB_REVISIONS.values())
-        self.sha256 = ""  # what is promised, when it is not the body's
-        self.missing: set[str] = set()  # "repo", "file"
-        self.cut = 0  # this many times, send half of what is asked for and hang up
-        self.short = False  # a body shorter than the promised size, with a header that fits it
-        self.slow = False  # send half, then nothing until told
+        self.sha256 = ""  # the announced sha256, if it is not that of the body
+        self.missing: set[str] = set()  # may contain "repo" and "file"
+        self.cut = 0  # how many times to send half of the requested bytes and close the connection
+        self.short = False  # send half of the file with a Content-Length that fits it
+        self.slow = False  # send half, then wait for `release`
         self.release = threading.Event()
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
 
@@ -66,7 +67,7 @@ class Hub(ThreadingHTTPServer):
         return self.sha256 or hashlib.sha256(self.body).hexdigest()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is part of a test, not noise for its log."""
+        """Ignore the errors of clients that a test kills."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == f"/datasets/{HUB_REPO}/resolve/{revision}/{hub.files[0]}" and "file" not in hub.missing:
             self.reply(
                 302,
-                Location=f"http://localhost:{hub.server_port}/cdn/blob",  # another host by name, as a CDN is
+                Location=f"http://localhost:{hub.server_port}/cdn/blob",  # another host name, like a CDN
                 X_Repo_Commit=revision,
                 X_Linked_Size=str(len(hub.body)),
                 X_Linked_Etag=f'"{hub.promised}"',
@@ -188,7 +189,7 @@ def config(**changes: Any) -> Any:
 CHILD = """
 import json, sys
 from mainrun.config import from_dict
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.errors import MainrunError
 try:
     c = load_corpus(from_dict({"corpus": "hn", "num_titles": 200}))
@@ -217,48 +218,50 @@ def blobs(hub: Hub) -> int:
     return sum(method == "GET" and path.startswith("/cdn/") for method, path, _ in hub.requests)
 
 
-# -- what works
+# -- downloads and the cache
 
 
-def test_the_order_is_the_tasks_permutation_over_all_rows(hub: Hub) -> None:
-    got = load_corpus(config())
-    assert got.train + got.val == in_task_order(TITLES, 200)
-    assert (len(got.train), len(got.dev), len(got.val)) == (180, 0, 20)
-    assert got.origin["kind"] == "hub" and got.origin["verified"] is True
-    assert got.origin["repo"] == HUB_REPO and got.origin["revision"] == HUB_REVISIONS["hn"]
-    assert got.origin["sha256"] == hashlib.sha256(hub.body).hexdigest()
-    json.dumps(got.origin)
+def test_the_order_is_the_permutation_of_the_task_over_all_rows(hub: Hub) -> None:
+    corpus = load_corpus(config())
+    assert corpus.train + corpus.val == in_task_order(TITLES, 200)
+    assert (len(corpus.train), len(corpus.dev), len(corpus.val)) == (180, 0, 20)
+    assert corpus.origin["kind"] == "hub" and corpus.origin["verified"] is True
+    assert corpus.origin["repo"] == HUB_REPO and corpus.origin["revision"] == HUB_REVISIONS["hn"]
+    assert corpus.origin["sha256"] == hashlib.sha256(hub.body).hexdigest()
+    json.dumps(corpus.origin)
 
 
-def test_file_order_without_shuffle(hub: Hub) -> None:
-    got = load_corpus(config(shuffle=False))
-    assert got.train + got.val == TITLES[:200]
+def test_without_shuffle_the_file_order_is_kept(hub: Hub) -> None:
+    corpus = load_corpus(config(shuffle=False))
+    assert corpus.train + corpus.val == TITLES[:200]
 
 
 def test_blank_and_missing_titles_keep_their_row(hub: Hub) -> None:
     rows: list[str | None] = [*TITLES[:98], None, "  "]
     hub.body = parquet(rows)
-    got = load_corpus(config(num_titles=100))
-    assert got.train + got.val == in_task_order([*TITLES[:98], "", ""], 100)
+    corpus = load_corpus(config(num_titles=100))
+    assert corpus.train + corpus.val == in_task_order([*TITLES[:98], "", ""], 100)
 
 
-def test_the_two_corpora_are_two_pinned_revisions(hub: Hub) -> None:
+def test_the_two_corpora_are_different_pinned_revisions(hub: Hub) -> None:
     first = download("hn")
     hub.body = parquet([t.upper() for t in TITLES])
     second = download("hn-2025")
     assert first != second and first.read_bytes() != second.read_bytes()
-    asked = [path for _, path, _ in hub.requests if path.startswith("/api/")]
-    assert asked == [f"/api/datasets/{HUB_REPO}/revision/{HUB_REVISIONS[name]}" for name in ("hn", "hn-2025")]
+    requested = [path for _, path, _ in hub.requests if path.startswith("/api/")]
+    assert requested == [
+        f"/api/datasets/{HUB_REPO}/revision/{HUB_REVISIONS[name]}" for name in ("hn", "hn-2025")
+    ]
 
 
-def test_a_second_load_asks_nothing_of_the_network(hub: Hub) -> None:
+def test_a_second_load_does_not_use_the_network(hub: Hub) -> None:
     first = load_corpus(config())
     hub.requests.clear()
     assert load_corpus(config()) == first
     assert hub.requests == []
 
 
-def test_hf_endpoint_then_offline_in_processes_of_their_own(hub: Hub) -> None:
+def test_one_process_downloads_and_another_reads_offline(hub: Hub) -> None:
     out, err = child().communicate(timeout=120)
     assert json.loads(out)["titles"] == in_task_order(TITLES, 200), err
     hub.requests.clear()
@@ -272,14 +275,14 @@ def test_a_cut_connection_is_resumed_where_it_was_cut(hub: Hub, monkeypatch: pyt
 
     monkeypatch.setattr(
         constants, "DOWNLOAD_CHUNK_SIZE", 512
-    )  # the library keeps whole chunks, of 10 MB; this file is smaller
+    )  # the library keeps complete chunks of 10 MB, and this file is smaller
     hub.cut = 1
     assert load_corpus(config()).train == in_task_order(TITLES, 180)
     ranges = [r for method, path, r in hub.requests if method == "GET" and path.startswith("/cdn/")]
     assert ranges == ["", f"bytes={len(hub.body) // 2 // 512 * 512}-"]
 
 
-def test_a_killed_download_starts_again_cleanly(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_after_a_killed_one_starts_from_scratch(hub: Hub, tmp_path: Path) -> None:
     hub.slow = True
     process = child()
     deadline = time.monotonic() + 60
@@ -293,7 +296,7 @@ def test_a_killed_download_starts_again_cleanly(hub: Hub, tmp_path: Path) -> Non
     assert blobs(hub) == 2
 
 
-def test_what_a_killed_download_left_is_swept_when_it_is_old(hub: Hub, tmp_path: Path) -> None:
+def test_partial_files_of_killed_downloads_are_removed_when_old(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "hub" / "datasets--x" / "blobs"
     folder.mkdir(parents=True)
     old, live = folder / "a.1.incomplete", folder / "b.2.incomplete"
@@ -304,11 +307,11 @@ def test_what_a_killed_download_left_is_swept_when_it_is_old(hub: Hub, tmp_path:
     assert not old.exists() and live.exists()
 
 
-# -- what goes wrong
+# -- failures
 
 
 @pytest.mark.parametrize(("missing", "says"), [("repo", HUB_REPO), ("file", "story.parquet")])
-def test_404(hub: Hub, missing: str, says: str) -> None:
+def test_a_missing_repository_or_file_is_refused(hub: Hub, missing: str, says: str) -> None:
     hub.missing = {missing}
     with pytest.raises(HubError, match="does not have") as e:
         load_corpus(config())
@@ -316,13 +319,13 @@ def test_404(hub: Hub, missing: str, says: str) -> None:
     assert says in str(e.value) or missing == "file"
 
 
-def test_an_unknown_revision(hub: Hub) -> None:
+def test_an_unknown_revision_is_refused(hub: Hub) -> None:
     hub.revisions.clear()
     with pytest.raises(HubError, match="does not have"):
         load_corpus(config())
 
 
-def test_a_body_that_is_too_short(hub: Hub) -> None:
+def test_a_truncated_download_is_refused(hub: Hub) -> None:
     hub.short = True
     with pytest.raises(HubError, match="start again"):
         load_corpus(config())
@@ -330,16 +333,16 @@ def test_a_body_that_is_too_short(hub: Hub) -> None:
     assert len(load_corpus(config()).train) == 180
 
 
-def test_a_body_that_is_not_what_was_promised(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_with_a_wrong_checksum_is_deleted(hub: Hub, tmp_path: Path) -> None:
     hub.sha256 = "ab" * 32
     with pytest.raises(HubError, match=r"sha256 .* the hub says abababababababab"):
         load_corpus(config())
-    assert not list((tmp_path / "cache").rglob("*.parquet")), "nothing of a wrong file may stay"
+    assert not list((tmp_path / "cache").rglob("*.parquet")), "the wrong file must be deleted"
     hub.sha256 = ""
     assert len(load_corpus(config()).train) == 180
 
 
-def test_a_cached_file_that_went_bad_is_fetched_again(hub: Hub) -> None:
+def test_a_damaged_cached_file_is_downloaded_again(hub: Hub) -> None:
     path = download("hn")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -348,34 +351,34 @@ def test_a_cached_file_that_went_bad_is_fetched_again(hub: Hub) -> None:
     assert blobs(hub) == 2
 
 
-def test_a_cached_file_that_went_bad_offline(hub: Hub) -> None:
+def test_a_damaged_cached_file_is_refused_offline(hub: Hub) -> None:
     path = download("hn")
     path.resolve().write_bytes(hub.body[:-1] + b"x")
     _, err = child(HF_HUB_OFFLINE="1").communicate(timeout=120)
     assert "is damaged: sha256" in err and "HF_HUB_OFFLINE" in err and "Traceback" not in err
 
 
-def test_a_torn_note_is_written_anew(hub: Hub, tmp_path: Path) -> None:
+def test_a_damaged_note_is_rewritten(hub: Hub, tmp_path: Path) -> None:
     download("hn")
     note = tmp_path / "cache" / "hub" / "hn.json"
-    whole = note.read_text()
-    for torn in ("", whole[: len(whole) // 2], "[]", '{"revision": 1}'):
+    intact = note.read_text()
+    for torn in ("", intact[: len(intact) // 2], "[]", '{"revision": 1}'):
         note.write_text(torn)
         assert len(load_corpus(config()).train) == 180
-        assert note.read_text() == whole
+        assert note.read_text() == intact
     assert blobs(hub) == 1
 
 
-def test_a_note_of_another_revision_does_not_count(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_of_another_revision_is_ignored(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     old = download("hn")
-    monkeypatch.setitem(corpus.HUB_REVISIONS, "hn", "c" * 40)
+    monkeypatch.setitem(HUB_REVISIONS, "hn", "c" * 40)
     hub.revisions.add("c" * 40)
     hub.body = parquet([t.upper() for t in TITLES])
     assert download("hn") != old
     assert load_corpus(config()).train == in_task_order([t.upper() for t in TITLES], 180)
 
 
-def test_offline_without_a_cache(hub: Hub) -> None:
+def test_offline_without_a_cached_file_is_refused(hub: Hub) -> None:
     process = child(HF_HUB_OFFLINE="1")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -388,7 +391,7 @@ def test_offline_without_a_cache(hub: Hub) -> None:
     assert hub.requests == []
 
 
-def test_no_network_without_a_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_and_cached_file_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(HubError, match=r"could not be fetched from http://127\.0\.0\.1:9") as e:
@@ -396,38 +399,38 @@ def test_no_network_without_a_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     assert "corpus=synthetic" in str(e.value) and time.monotonic() - started < 30
 
 
-def test_a_server_that_is_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_a_hub_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/elsewhere")
     with pytest.raises(HubError, match="HF_ENDPOINT"):
         load_corpus(config())
 
 
 @pytest.mark.parametrize("files", [[], ["a.parquet", "b.parquet"], ["data.csv"]])
-def test_a_dataset_without_its_one_parquet(hub: Hub, files: list[str]) -> None:
+def test_a_dataset_without_exactly_one_parquet_file_is_refused(hub: Hub, files: list[str]) -> None:
     hub.files = files
     with pytest.raises(HubError, match="one parquet file"):
         load_corpus(config())
 
 
-def test_a_parquet_without_titles(hub: Hub) -> None:
+def test_a_parquet_file_without_a_title_column_is_refused(hub: Hub) -> None:
     hub.body = parquet(list(TITLES), column="titel")
     with pytest.raises(HubError, match="did you mean 'titel'"):
         load_corpus(config())
 
 
-def test_fewer_titles_than_asked_for(hub: Hub) -> None:
+def test_too_few_titles_suggest_num_titles(hub: Hub) -> None:
     with pytest.raises(CorpusError, match=r"300 titles.*--set num_titles=300"):
         load_corpus(config(num_titles=301))
 
 
-def test_a_cache_that_cannot_be_written(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "file"))
     with pytest.raises(HubError, match="MAINRUN_CACHE"):
         load_corpus(config())
 
 
-def test_download_of_what_is_not_on_the_hub() -> None:
+def test_a_corpus_that_is_not_on_the_hub_cannot_be_downloaded() -> None:
     with pytest.raises(CorpusError, match="did you mean 'hn'"):
         download("hnn")
 
@@ -443,8 +446,8 @@ def test_hub_reachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not ok and bad in line
 
 
-def test_the_names_are_those_of_the_spec() -> None:
-    assert corpus.HUB_REVISIONS == {
+def test_the_pinned_revisions() -> None:
+    assert HUB_REVISIONS == {
         "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
         "hn": "d210f96ddcc592f324c3108dd1d7b7edc03ca788",
     }
@@ -454,10 +457,13 @@ def test_the_names_are_those_of_the_spec() -> None:
     "url",
     ["http://h:abc", "http://h:99999", "http://[", "http://[::1", "http://h:-1", "h", "ftp://h", "http://"],
 )
-def test_an_endpoint_that_is_no_url_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_not_a_url_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)
-    said = f"got HF_ENDPOINT='{url.rstrip('/')}', which is not a URL; write it like https://huggingface.co, or unset it"
-    assert hub_reachable() == (False, said)
+    message = (
+        f"got HF_ENDPOINT='{url.rstrip('/')}', which is not a URL; "
+        "write it like https://huggingface.co, or unset it"
+    )
+    assert hub_reachable() == (False, message)
     with pytest.raises(HubError) as refused:
         download("hn")
-    assert said in str(refused.value)
+    assert message in str(refused.value)

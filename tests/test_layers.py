@@ -1,4 +1,4 @@
-"""Experts, low-rank terms, frozen layers and ids without a text, each against a plain reference; and that nobody else notices them."""
+"""Experts, low-rank layers, frozen layers and unused ids, each compared with a plain reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mainrun.core.kernels import cross_entropy
 from mainrun.core.moe import MoE
 from mainrun.core.optimizers import Optimizers
 from mainrun.errors import ConfigError
-from mainrun.plan.cost import costs, size
+from mainrun.plan.cost import size
 from mainrun.plan.plan import Plan
 from mainrun.train import GPT, MLP, build
 from mainrun.ui.estimate import memory
@@ -39,7 +39,7 @@ LATE: dict[str, Any] = {
     st.integers(0, 99),
 )
 @settings(max_examples=20)
-def test_a_token_goes_through_its_top_k(
+def test_a_token_goes_through_its_top_k_experts(
     experts: int, k: int, router_weights: str, mlp: str, seed: int
 ) -> None:
     cfg = config(experts=max(experts, k), top_k=k, router_weights=router_weights, mlp=mlp)
@@ -57,22 +57,22 @@ def test_a_token_goes_through_its_top_k(
     reference = torch.stack(expected).view_as(x)
     assert torch.allclose(y, reference, atol=1e-12)
     leaves = [x, *moe.parameters()]
-    mine, theirs = (
+    ours, theirs = (
         torch.autograd.grad(out.square().sum(), leaves, allow_unused=True) for out in (y, reference)
     )
-    for a, b in zip(mine, theirs, strict=True):
+    for a, b in zip(ours, theirs, strict=True):
         assert a is not None and torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-11)
 
 
-def test_of_equal_scores_the_first_experts_win() -> None:
+def test_with_equal_scores_the_first_experts_are_chosen() -> None:
     moe = MoE(cfg := config(experts=6, top_k=3), lambda: MLP(cfg))
     torch.nn.init.zeros_(moe.router.weight)
     chosen, weight = moe.route(torch.randn(500, 8))
     assert (chosen == torch.arange(3)).all() and torch.allclose(weight, torch.full_like(weight, 1 / 3))
 
 
-def test_scores_are_as_wide_as_the_weights_under_autocast() -> None:
-    """Rounded to bfloat16, some tokens would go elsewhere."""
+def test_router_scores_keep_the_dtype_of_the_weights_under_autocast() -> None:
+    """With scores rounded to bfloat16, some tokens would go to other experts."""
     model = shaken(config(experts=4, dtype="bfloat16"), dtype=torch.float32)
     moe: Any = model.blocks[0].mlp
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))
@@ -88,24 +88,24 @@ def test_scores_are_as_wide_as_the_weights_under_autocast() -> None:
     assert model(IDX).isfinite().all()
 
 
-def test_experts_repeat_to_the_bit() -> None:
+def test_experts_are_deterministic() -> None:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         model = shaken(config(experts=4), dtype=torch.float32)
-        found = []
+        runs = []
         for _ in "ab":
             gradients(model, 3)
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            runs.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     finally:
         torch.use_deterministic_algorithms(before)
-    assert found[0].keys() == weights(model).keys() and all(
-        torch.equal(g, found[1][n]) for n, g in found[0].items()
+    assert runs[0].keys() == weights(model).keys() and all(
+        torch.equal(g, runs[1][n]) for n, g in runs[0].items()
     )
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
-    """Muon and DDP want one of each parameter."""
+    """Muon and DDP need a gradient of every parameter."""
     model = shaken(config(experts=4, top_k=1, optimizer="muon", momentum=0.9), dtype=torch.float32)
     with torch.no_grad():
         for block in model.blocks:
@@ -118,7 +118,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
     assert torch.equal(idle, before)
 
 
-def test_a_low_rank_term_is_its_product() -> None:
+def test_a_low_rank_layer_adds_the_product_of_its_matrices() -> None:
     model = shaken(config(attn_lora_rank=3, embed_lora_rank=2, lora_alpha=6.0, bias=True))
     w = weights(model)
     q: Any = model.blocks[0].attn.q
@@ -136,7 +136,7 @@ def test_a_low_rank_term_is_its_product() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_low_rank_terms_start_without_effect_and_a_tied_head_has_its_own(tied: bool) -> None:
+def test_low_rank_terms_start_without_effect_and_reach_a_tied_head(tied: bool) -> None:
     plain, low = (
         build(config(tie_head=tied, **fields), V)
         for fields in ({}, {"attn_lora_rank": 2, "embed_lora_rank": 2})
@@ -152,7 +152,7 @@ def test_low_rank_terms_start_without_effect_and_a_tied_head_has_its_own(tied: b
         assert not torch.allclose(low(IDX), before)
 
 
-def test_a_frozen_layer_stays_and_the_error_passes_through_it() -> None:
+def test_a_frozen_layer_does_not_change_and_passes_gradients_on() -> None:
     model, _ = trained(config(optimizer="adamw", frozen=(1,)), 0)
     before = weights(model)
     optimizers = Optimizers(model.cfg, model)
@@ -174,7 +174,7 @@ def test_all_layers_can_be_frozen(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_unused_ids_have_no_chance_and_no_gradient(softcap: float) -> None:
+def test_unused_ids_have_probability_zero_and_no_gradient(softcap: float) -> None:
     plain, model = (
         shaken(config(softcap=softcap, tie_head=False, **more), dtype=torch.float32)
         for more in ({}, {"unused_ids": 3})
@@ -204,7 +204,7 @@ def test_unused_ids_have_no_chance_and_no_gradient(softcap: float) -> None:
             config(unused_ids=3, **field)
 
 
-def test_what_is_off_leaves_no_trace() -> None:
+def test_disabled_layers_change_nothing() -> None:
     plain, other = (
         build(config(**fields), V)
         for fields in ({}, {"top_k": 1, "router_weights": "softmax", "lora_alpha": 2.0})
@@ -215,20 +215,29 @@ def test_what_is_off_leaves_no_trace() -> None:
     assert not [n for n in weights(plain) if "lora" in n or "expert" in n or "router" in n]
 
 
-def test_all_of_them_at_once_are_estimated_counted_and_trained() -> None:
+def test_all_layers_together_are_estimated_counted_and_trained() -> None:
     cfg = from_dict(SMALL | LATE | {"optimizer": "muon", "momentum": 0.9, "d_model": 16})
     with torch.device("meta"):
         model = GPT(cfg, cfg.vocab_size)
-    told = size(cfg)
-    assert told.params == sum(p.numel() for p in model.parameters())
-    assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert told.flops == costs(cfg, cfg.vocab_size)["flops_per_token"]
-    machine = Device(cfg)
-    machine.settle(cfg, Plan(cfg, 10_000))
-    more = memory(Plan(cfg.changed(experts=32), 10**6), machine, cfg.vocab_size) - memory(
-        Plan(cfg, 10**6), machine, cfg.vocab_size
+    expected_size = size(cfg)
+    assert expected_size.params == sum(p.numel() for p in model.parameters())
+    assert expected_size.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrices = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 2}
+    multiplied = {n: count for n, count in matrices.items() if not n.startswith(("positions", "embed"))}
+    if cfg.tie_head:
+        multiplied |= {n: count for n, count in matrices.items() if n.startswith("embed")}
+    experts = sum(count for n, count in multiplied.items() if ".experts." in n)
+    active = sum(multiplied.values()) - experts + experts * cfg.top_k // cfg.experts
+    attention = 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size
+    assert expected_size.flops == 6 * active + attention
+    device = Device(cfg)
+    device.settle(cfg, Plan(cfg, 10_000))
+    more = memory(Plan(cfg.changed(experts=32), 10**6), device, cfg.vocab_size) - memory(
+        Plan(cfg, 10**6), device, cfg.vocab_size
     )
-    extra = size(cfg.changed(experts=32)).params - told.params
-    assert 2 * 4 * extra < more < 6 * 4 * extra, "weights, gradients, momentum; half of the layers are frozen"
+    extra_params = size(cfg.changed(experts=32)).params - expected_size.params
+    assert 2 * 4 * extra_params < more < 6 * 4 * extra_params, (
+        "weights, gradients, momentum; half of the layers are frozen"
+    )
     live, optimizers = trained(cfg, 2, torch.float32)
     assert live(probe(V, 8, 1)).isfinite()[..., :V].all() and optimizers.state()

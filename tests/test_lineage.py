@@ -27,7 +27,7 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
 from mainrun.core.hardware import cores, cxx
 from mainrun.core.machine_class import versions
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan

@@ -1,4 +1,4 @@
-"""evaluate against the formula written out token by token, and the promises around it."""
+"""evaluate compared with the formula written out token by token, and its side effects."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mainrun.data import scoring
 from mainrun.data.scoring import evaluate, official_coverage, official_spans
 from mainrun.errors import ConfigError
 
-EOS = 1  # the task's; written out here on purpose
+EOS = 1  # the task's id, written out on purpose
 VOCAB = 23
 
 
 class Attention(nn.Module):
-    """One causal layer over learned positions, with dropout: what a score depends on in a small GPT."""
+    """One causal layer with learned positions and dropout, like a small GPT."""
 
     def __init__(self, vocab: int = VOCAB, block_size: int = 16, width: int = 12) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def stream(n: int, seed: int = 0) -> np.ndarray:
 
 
 def token_nll(model: nn.Module, context: list[int], target: int) -> float:
-    """One token's, from its own forward pass over its own context."""
+    """Return the NLL of one token from a separate forward pass over its context."""
     with torch.no_grad():
         logits = model(torch.tensor([context]))[0, -1].double()
     return float(logits.logsumexp(0) - logits[target])
@@ -68,7 +68,7 @@ def naive_full(model: nn.Module, tokens: list[int], block_size: int) -> float:
 
 
 def naive_official(model: nn.Module, tokens: list[int], rows: int, length: int) -> tuple[float, int]:
-    """The pointer of the public task, literally."""
+    """The loop of the public task."""
     total, targets, span, pointer = 0.0, 0, rows * length + 1, 0
     while pointer + span <= len(tokens):
         part = tokens[pointer : pointer + span]
@@ -89,7 +89,7 @@ def naive_official(model: nn.Module, tokens: list[int], rows: int, length: int) 
     length=st.integers(1, 16),
     seed=st.integers(0, 9),
 )
-def test_both_scores_are_the_formula(
+def test_both_scores_match_the_formula(
     model: Attention, n: int, block_size: int, rows: int, length: int, seed: int
 ) -> None:
     length = min(length, block_size)
@@ -112,7 +112,7 @@ def test_both_scores_are_the_formula(
 
 
 class ById(nn.Module):
-    """Gives every token the nats of its own id, so that the sum says which targets were counted."""
+    """Gives each token a loss that depends on its id, so that the sum shows which targets were counted."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_every_token_is_a_target_exactly_once(n: int, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("logits", [1, 500, 3_000, 10**9])
-def test_full_does_not_depend_on_the_width_of_a_batch(
+def test_the_full_score_does_not_depend_on_the_batch_width(
     model: Attention, monkeypatch: pytest.MonkeyPatch, logits: int
 ) -> None:
     want = evaluate(model, stream(200), chars=700, nbytes=600, block_size=16, geometry=(2, 8))
@@ -149,7 +149,7 @@ def test_full_does_not_depend_on_the_width_of_a_batch(
     assert got.official == pytest.approx(want.official, rel=1e-6)
 
 
-def test_batches_are_wide_and_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_as_wide_as_the_limit_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scoring.LOGITS, "cpu", 100 * 8 * 5)
     shapes: list[tuple[int, ...]] = []
 
@@ -163,7 +163,7 @@ def test_batches_are_wide_and_within_their_bound(monkeypatch: pytest.MonkeyPatch
     assert len(shapes) <= 2 * (1 + math.ceil(20 / 5)) + 1
 
 
-def test_full_is_the_same_under_any_official_geometry(model: Attention) -> None:
+def test_the_full_score_does_not_depend_on_the_official_geometry(model: Attention) -> None:
     scores = [
         evaluate(model, stream(150), chars=9, nbytes=9, block_size=16, geometry=g)
         for g in ((1, 16), (8, 16), (3, 5))
@@ -172,9 +172,9 @@ def test_full_is_the_same_under_any_official_geometry(model: Attention) -> None:
     assert len({s.coverage for s in scores}) == 2
 
 
-def test_modes_of_every_module_come_back(model: Attention) -> None:
+def test_the_mode_of_every_module_is_restored(model: Attention) -> None:
     model.train()
-    model.drop.eval()  # one that somebody froze
+    model.drop.eval()  # a module that was in eval mode before
     evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
     assert model.training
     assert model.qkv.training
@@ -182,7 +182,7 @@ def test_modes_of_every_module_come_back(model: Attention) -> None:
     model.train()
 
 
-def test_modes_come_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     class Broken(Attention):
         def forward(self, idx: Tensor) -> Tensor:
             raise RuntimeError("broken")
@@ -193,7 +193,7 @@ def test_modes_come_back_after_an_error() -> None:
     assert all(m.training for m in model.modules())
 
 
-def test_no_dropout_no_gradient_no_random_state(model: Attention) -> None:
+def test_evaluate_uses_no_dropout_gradient_or_random_state(model: Attention) -> None:
     torch.manual_seed(7)
     np.random.seed(7)
     random.seed(7)
@@ -210,7 +210,7 @@ def test_no_dropout_no_gradient_no_random_state(model: Attention) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_no_graph_is_kept() -> None:
+def test_no_autograd_graph_is_built() -> None:
     class Watcher(Attention):
         graphs = 0
 
@@ -224,7 +224,7 @@ def test_no_graph_is_kept() -> None:
     assert model.graphs == 0
 
 
-def test_a_table_made_while_scoring_can_be_trained_with_afterwards() -> None:
+def test_a_tensor_created_while_scoring_can_be_used_in_training() -> None:
     class Lazy(Attention):
         scale: Tensor | None = None
 
@@ -253,7 +253,7 @@ def test_bfloat16_autocast() -> None:
     )
     assert got.full == pytest.approx(want.full, rel=2e-2)
     assert got.full != want.full
-    # the softmax is float32: in bfloat16 it would keep three digits only
+    # The softmax is float32. In bfloat16 it would have only three digits.
     logits = half.eval()(torch.tensor([[EOS, 5]])).detach().double()
     one = evaluate(half, np.array([5, 9], dtype=np.uint16), chars=1, nbytes=1, block_size=2, geometry=(1, 1))
     by_hand = sum(float(logits[0, i].logsumexp(0) - logits[0, i, t]) for i, t in enumerate((5, 9)))
@@ -261,7 +261,7 @@ def test_bfloat16_autocast() -> None:
 
 
 def test_the_sum_is_float64() -> None:
-    """A large stream of equal losses: a float32 sum drifts in the sixth digit, float64 does not."""
+    """In a long stream of equal losses, only a float32 sum drifts in the sixth digit."""
     table = nn.Embedding.from_pretrained(torch.tensor([[0.1, 0.0, 0.2]] * 3))
     tokens = np.full(3_000_000, 2, dtype=np.uint16)
     score = evaluate(table, tokens, chars=len(tokens), nbytes=1, block_size=1000, geometry=(1, 1000))
@@ -269,20 +269,20 @@ def test_the_sum_is_float64() -> None:
     assert score.full == pytest.approx(one, rel=1e-12)
 
 
-def test_memory_mapped_tokens(model: Attention, tmp_path: Path) -> None:
+def test_memory_mapped_tokens_give_the_same_score(model: Attention, tmp_path: Path) -> None:
     np.save(tmp_path / "val.npy", stream(100))
     mapped = np.load(tmp_path / "val.npy", mmap_mode="r")
     args = {"chars": 5, "nbytes": 5, "block_size": 16, "geometry": (2, 16)}
     assert evaluate(model, mapped, **args) == evaluate(model, stream(100), **args)
 
 
-def test_refusals_say_what_to_do(model: Attention) -> None:
+def test_bad_arguments_are_refused_with_a_fix(model: Attention) -> None:
     with pytest.raises(
         ConfigError, match=r"32 tokens, shorter than one span.*2x16\+1 = 33.*official_geometry"
     ):
         evaluate(model, stream(32), chars=1, nbytes=1, block_size=16, geometry=(2, 16))
     assert official_spans(33, (2, 16)) == 1
-    assert official_spans(65, (2, 16)) == 1  # spans do not overlap: two take 66 tokens
+    assert official_spans(65, (2, 16)) == 1  # spans do not overlap, so two spans need 66 tokens
     assert official_spans(66, (2, 16)) == 2
     with pytest.raises(ConfigError, match="longer than block_size=8"):
         evaluate(model, stream(100), chars=1, nbytes=1, block_size=8, geometry=(2, 16))
@@ -290,27 +290,28 @@ def test_refusals_say_what_to_do(model: Attention) -> None:
         evaluate(model, stream(100), chars=0, nbytes=1, block_size=16, geometry=(2, 16))
 
 
-def test_the_hash_is_of_the_whole_file() -> None:
+def test_the_source_hash_covers_the_complete_file() -> None:
     assert scoring.evaluate_source_hash() == hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()
 
 
-# -- edges
+# -- edge cases
 
 
 @pytest.mark.parametrize(
     ("tokens", "geometry", "spans"),
     [
-        (2, (1, 1), 1), (3, (1, 1), 1), (4, (1, 1), 2), (7, (2, 3), 1), (13, (2, 3), 1), (14, (2, 3), 2), (21, (3, 2), 3),
+        (2, (1, 1), 1), (3, (1, 1), 1), (4, (1, 1), 2), (7, (2, 3), 1), (13, (2, 3), 1), (14, (2, 3), 2),
+        (21, (3, 2), 3),
         (2_000_000, (64, 128), 244),
     ],
 )  # fmt: skip
-def test_whole_spans_and_what_they_cover(tokens: int, geometry: tuple[int, int], spans: int) -> None:
+def test_official_spans_and_coverage(tokens: int, geometry: tuple[int, int], spans: int) -> None:
     assert official_spans(tokens, geometry) == spans
     assert official_coverage(tokens, geometry) == spans * geometry[0] * geometry[1] / tokens
 
 
 @pytest.mark.parametrize(("tokens", "geometry"), [(0, (1, 1)), (1, (1, 1)), (6, (2, 3)), (1_024, (32, 32))])
-def test_less_than_a_span_is_refused_with_its_numbers(tokens: int, geometry: tuple[int, int]) -> None:
+def test_a_split_shorter_than_a_span_is_refused(tokens: int, geometry: tuple[int, int]) -> None:
     rows, length = geometry
     for refused in (official_spans, official_coverage):
         with pytest.raises(ConfigError) as error:
@@ -326,15 +327,15 @@ def test_less_than_a_span_is_refused_with_its_numbers(tokens: int, geometry: tup
 
 
 @pytest.mark.parametrize(("chars", "nbytes"), [(0, 5), (-1, 5), (5, 0), (5, -1), (0, 0)])
-def test_what_it_divides_by_is_positive(model: Attention, chars: int, nbytes: int) -> None:
+def test_the_denominators_must_be_positive(model: Attention, chars: int, nbytes: int) -> None:
     with pytest.raises(ConfigError) as error:
         evaluate(model, stream(20), chars=chars, nbytes=nbytes, block_size=16, geometry=(1, 16))
     assert f"chars={chars} and bytes={nbytes}" in str(error.value)
-    assert model.training, "nothing was touched"
+    assert model.training, "the model is unchanged"
 
 
 @pytest.mark.parametrize(("length", "is_allowed"), [(7, True), (8, True), (9, False)])
-def test_rows_of_the_official_score_fit_into_a_block(model: Attention, length: int, is_allowed: bool) -> None:
+def test_official_rows_must_fit_into_a_block(model: Attention, length: int, is_allowed: bool) -> None:
     def score() -> scoring.Score:
         return evaluate(model, stream(40), chars=1, nbytes=1, block_size=8, geometry=(1, length))
 
@@ -345,7 +346,7 @@ def test_rows_of_the_official_score_fit_into_a_block(model: Attention, length: i
         score()
 
 
-def test_a_model_without_parameters_is_scored() -> None:
+def test_a_model_without_parameters_can_be_scored() -> None:
     class Uniform(nn.Module):
         def forward(self, idx: Tensor) -> Tensor:
             assert idx.dtype == torch.int64 and idx.device.type == "cpu"
@@ -360,7 +361,7 @@ def test_a_model_without_parameters_is_scored() -> None:
 
 @pytest.mark.parametrize("count", [2, 7, 8, 9, 15, 16, 17])
 def test_inputs_and_targets_of_the_full_score(count: int) -> None:
-    """Whole blocks in one batch, then the short one; where all are whole, no empty one comes after them."""
+    """Complete blocks form one batch and the rest another. Without a rest there is no empty batch."""
     tokens = np.arange(2, count + 2, dtype=np.uint16)
     parts = list(scoring._full(tokens, 8))
     whole, rest = divmod(count, 8)
@@ -378,7 +379,7 @@ def test_inputs_and_targets_of_the_official_score() -> None:
 @pytest.mark.parametrize(
     ("chunk", "rows"), [(1, 1), (VOCAB, 1), (5 * VOCAB - 1, 4), (5 * VOCAB, 5), (10**6, 64)]
 )
-def test_the_cross_entropy_takes_as_many_rows_as_the_cache_holds(
+def test_the_cross_entropy_is_computed_in_chunks_of_rows(
     model: Attention, monkeypatch: pytest.MonkeyPatch, chunk: int, rows: int
 ) -> None:
     seen: list[int] = []
@@ -407,7 +408,7 @@ def test_the_cross_entropy_takes_as_many_rows_as_the_cache_holds(
         (100 * 8 * 7 + 799, [1, 7, 7, 5]),
     ],
 )
-def test_a_batch_is_one_row_first_and_then_as_wide_as_its_bound(
+def test_the_first_batch_has_one_row_and_later_batches_fill_the_limit(
     monkeypatch: pytest.MonkeyPatch, logits: int, shapes: list[int]
 ) -> None:
     seen: list[int] = []
@@ -425,19 +426,19 @@ def test_a_batch_is_one_row_first_and_then_as_wide_as_its_bound(
     assert seen == shapes
 
 
-def test_how_much_is_computed_at_a_time_is_recorded() -> None:
-    """Speed, and the order of the last sum: a change of these is measured, and changes the hash of the file."""
+def test_chunk_sizes_are_pinned() -> None:
+    """These sizes decide the speed and the order of the last sum. A change must be measured."""
     assert scoring.LOGITS == {"cpu": 16_000_000, "cuda": 512_000_000}
     assert scoring.CHUNK == {"cpu": 1_000_000, "cuda": 64_000_000}
 
 
-def test_a_score_cannot_be_changed(model: Attention) -> None:
+def test_a_score_is_frozen(model: Attention) -> None:
     score = evaluate(model, stream(20), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
     with pytest.raises(FrozenInstanceError):
         score.full = 0.0
 
 
-def test_a_score_is_summed_where_its_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_summed_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[torch.device | None] = []
     real = torch.zeros
 

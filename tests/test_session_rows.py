@@ -15,7 +15,7 @@ from conftest import TINY
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.data import scoring
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
 from mainrun.plan.cost import costs

@@ -27,7 +27,7 @@ from searching import (
 )
 
 from mainrun.config import TrainConfig
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.errors import DiskFull, Interrupted, MainrunError, RunError, UsageError
 from mainrun.plan.recipes import load
 from sweeps import driver, record

@@ -1,4 +1,4 @@
-"""The synthetic titles: the same everywhere, distinct, fast, and like real ones in what a language model can notice."""
+"""The synthetic titles: reproducible, distinct, fast, and with the statistics of real titles."""
 
 from __future__ import annotations
 
@@ -25,24 +25,27 @@ def many() -> list[str]:
     return titles(20_000)
 
 
-def test_the_first_thousand_are_pinned() -> None:
-    """A change of the grammar changes every figure measured on it: it must be meant, and docs/log/data.md must say so."""
+def test_the_first_thousand_titles_are_pinned() -> None:
+    """A change of the grammar changes every score. Record an intended change in docs/log/data.md."""
     assert hashlib.sha256("\n".join(titles(1000)).encode()).hexdigest() == FIRST_1000
 
 
-def test_another_process_with_another_hash_seed_writes_the_same() -> None:
-    code = "import hashlib; from mainrun.data.synthetic import titles; print(hashlib.sha256('\\n'.join(titles(1000)).encode()).hexdigest())"
+def test_another_hash_seed_gives_the_same_titles() -> None:
+    code = (
+        "import hashlib; from mainrun.data.synthetic import titles; "
+        "print(hashlib.sha256('\\n'.join(titles(1000)).encode()).hexdigest())"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == FIRST_1000
 
 
-def test_more_titles_begin_with_the_same_ones(many: list[str]) -> None:
+def test_a_longer_list_begins_with_the_shorter_one(many: list[str]) -> None:
     assert titles(700) == many[:700] and titles(0) == []
 
 
-def test_they_are_distinct_clean_lines(many: list[str]) -> None:
+def test_titles_are_distinct_clean_lines(many: list[str]) -> None:
     assert len(set(many)) == len(many)
     for t in many:
         assert (
@@ -51,13 +54,13 @@ def test_they_are_distinct_clean_lines(many: list[str]) -> None:
 
 
 def test_speed(many: list[str]) -> None:
-    """100,000 in 3 s of one core that is free; twice that here, for one that is shared."""
+    """An idle core writes 100,000 titles in 3 s. The limit is twice that, because a core may be shared."""
     start = time.process_time()
     titles(10_000)
     assert time.process_time() - start < 0.6
 
 
-FORMS = {  # pattern: at least this share of the titles
+FORMS = {  # pattern: minimum share of the titles
     r"^Ask HN: ": 0.11,
     r"^Show HN: ": 0.05,
     r"^Tell HN: ": 0.001,
@@ -78,9 +81,9 @@ FORMS = {  # pattern: at least this share of the titles
 
 
 @pytest.mark.parametrize("pattern", FORMS)
-def test_forms(many: list[str], pattern: str) -> None:
-    found = sum(bool(re.search(pattern, t)) for t in many) / len(many)
-    assert FORMS[pattern] < found < 5 * FORMS[pattern], found
+def test_each_form_has_its_share_of_titles(many: list[str], pattern: str) -> None:
+    share = sum(bool(re.search(pattern, t)) for t in many) / len(many)
+    assert FORMS[pattern] < share < 5 * FORMS[pattern], share
 
 
 def capitals(title: str) -> float:
@@ -88,18 +91,19 @@ def capitals(title: str) -> float:
     return sum(w[0].isupper() for w in words) / len(words) if words else 0.5
 
 
-def test_a_third_are_in_title_case(many: list[str]) -> None:
+def test_a_third_of_the_titles_is_in_title_case(many: list[str]) -> None:
     assert 0.25 < mean(capitals(t) == 1 for t in many) < 0.5
 
 
-def test_articles_and_agreement(many: list[str]) -> None:
+def test_articles_fit_their_nouns(many: list[str]) -> None:
     text = "\n".join(many).lower()
     assert not re.search(r"\ba (?:[aeio]\w+)", text) and not re.search(
         r"\ban [bcdfgjklmnpqrstvwxyz][aeiou]", text
     )
 
 
-INFLECTED = "stop+ed:stopped try+ed:tried make+ed:made debug+ing:debugging bundle+ing:bundling see+ing:seeing open+ed:opened fix+:fix "
+INFLECTED = "stop+ed:stopped try+ed:tried make+ed:made debug+ing:debugging bundle+ing:bundling "
+INFLECTED += "see+ing:seeing open+ed:opened fix+:fix "
 INFLECTED += "go+s:goes city+s:cities box+s:boxes boy+s:boys person+s:people"
 
 
@@ -109,12 +113,12 @@ def test_inflection(case: str) -> None:
     assert inflect(word, ending) == expected
 
 
-def test_topics_make_words_meet(many: list[str]) -> None:
-    """A noun and an adjective of one topic meet far more often than their frequencies say; of two topics, less often."""
+def test_words_of_a_topic_occur_together(many: list[str]) -> None:
+    """A noun and an adjective occur together more often than by chance only if they share a topic."""
 
     def having(topic: int, part: int) -> set[int]:
-        own = {w for w in TOPIC_LISTS[topic][part] if sum(w in lists[part] for lists in TOPIC_LISTS) == 1}
-        return {i for i, t in enumerate(many) if own & set(t.lower().split())}
+        words = {w for w in TOPIC_LISTS[topic][part] if sum(w in lists[part] for lists in TOPIC_LISTS) == 1}
+        return {i for i, t in enumerate(many) if words & set(t.lower().split())}
 
     nouns, adjectives = [having(topic, 0) for topic in range(6)], [having(topic, 3) for topic in range(6)]
     for a in range(6):
@@ -143,7 +147,7 @@ def statistics(sample: list[str]) -> dict[str, float]:
     }
 
 
-# of 20,000 real titles (the numbers are ours to keep, the titles are not)
+# Statistics of 20,000 real titles. The titles themselves are not in this repository.
 REAL = {
     "chars": 51.1,
     "chars_sd": 17.8,
@@ -166,19 +170,19 @@ def measured(many: list[str]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_statistics_are_those_of_real_titles(measured: dict[str, float], name: str) -> None:
+def test_statistics_are_close_to_those_of_real_titles(measured: dict[str, float], name: str) -> None:
     assert abs(measured[name] / REAL[name] - 1) < TOLERANCE.get(name, 0.1), (
         f"{name}: {measured[name]:.3f}, real titles have {REAL[name]}"
     )
 
 
-def test_the_real_numbers_are_those_of_the_real_file(real_titles: Path) -> None:
+def test_the_reference_statistics_are_those_of_the_real_file(real_titles: Path) -> None:
     real = statistics(real_titles.read_text(encoding="utf-8").split("\n")[:20_000])
     for name, value in REAL.items():
         assert real[name] == pytest.approx(value, rel=0.02), name
 
 
-def test_the_tail_keeps_growing(many: list[str]) -> None:
+def test_the_vocabulary_keeps_growing(many: list[str]) -> None:
     types, seen = [], set[str]()
     for start in range(0, 20_000, 5_000):
         seen |= {w for t in many[start : start + 5_000] for w in t.split()}
@@ -188,7 +192,7 @@ def test_the_tail_keeps_growing(many: list[str]) -> None:
 
 @pytest.mark.slow
 def test_bpe_tokens_per_title(many: list[str]) -> None:
-    """11.9 for real titles, by a vocabulary of 16,000 fitted on the same 20,000."""
+    """Real titles have 11.9 tokens with a vocabulary of 16,000 that is fitted on the same 20,000 titles."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Tokenizers are lossless and the same everywhere, the cache is never wrong, and a batch is a function of its step."""
+"""Properties of tokenizers, of the token cache and of batches."""
 
 import importlib.metadata
 import itertools
@@ -25,9 +25,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mainrun.config import from_dict
+from mainrun.data import token_cache
 from mainrun.data import tokenizer as tokens
 from mainrun.data.batches import Batches
-from mainrun.data.sources import Corpus
+from mainrun.data.corpus import Corpus
 from mainrun.data.token_cache import prepare
 from mainrun.data.tokenizer import EOS, UNK, Tokenizer, fit
 from mainrun.errors import ConfigError, RunError, UsageError
@@ -60,22 +61,22 @@ def fitted(kind: str, vocab_size: int = 400) -> Tokenizer:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for one test; the folder that its entries come to lie in."""
+    """Use an empty cache, and return the folder of its entries."""
     monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 
 
 @pytest.fixture
 def no_fit(monkeypatch: pytest.MonkeyPatch):
-    """After no_fit() whoever fits a vocabulary fails: only the cache is left."""
+    """Return a function that makes every later fit fail, so that only the cache can give a vocabulary."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("fitted again")
 
-    return lambda: monkeypatch.setattr(tokens, "fit", refuse)
+    return lambda: monkeypatch.setattr(token_cache, "fit", refuse)
 
 
-def same(a: tokens.TokenData, b: tokens.TokenData) -> bool:
+def same(a: token_cache.TokenData, b: token_cache.TokenData) -> bool:
     equal = all(
         np.array_equal(a.splits[s], b.splits[s]) and a.splits[s].dtype == b.splits[s].dtype for s in a.splits
     )
@@ -99,21 +100,21 @@ def titles_of_any_kind() -> st.SearchStrategy[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=300)
 @given(titles=st.lists(titles_of_any_kind(), max_size=4))
-def test_any_title_survives(kind: str, titles: list[str]) -> None:
+def test_any_title_is_restored_from_its_tokens(kind: str, titles: list[str]) -> None:
     tokenizer = fitted(kind)
     stream = tokenizer.encode(titles)
     assert tokenizer.titles(stream) == titles
-    assert np.count_nonzero(stream == EOS) == len(titles), "one <eos> a title, none inside"
+    assert np.count_nonzero(stream == EOS) == len(titles), "each title has exactly one <eos>"
     assert stream.size == 0 or (
         stream[stream != EOS].min(initial=3) > UNK and stream.max() < tokenizer.vocab_size
     )
     for title in titles:
         assert tokenizer.decode(tokenizer.encode([title])) == title
-        assert tokenizer.decode(tokenizer.encode([title])[:-1]) == title, "a last title needs no <eos>"
+        assert tokenizer.decode(tokenizer.encode([title])[:-1]) == title, "the last title may lack its <eos>"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_characters_of_all_unicode_survive(kind: str) -> None:
+def test_characters_of_all_unicode_are_restored(kind: str) -> None:
     chars = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 17))]
     titles = ["".join(chars[i : i + 256]) for i in range(0, len(chars), 256)]
     stream = fitted(kind).encode(titles)
@@ -122,7 +123,7 @@ def test_characters_of_all_unicode_survive(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fitted_on_the_names_of_special_tokens_it_still_treats_them_as_text(kind: str) -> None:
+def test_names_of_special_tokens_are_text_even_after_a_fit_on_them(kind: str) -> None:
     titles = [f"{a}{b} {a} {i % 7}" for i, (a, b) in enumerate(itertools.product(TRICKY, repeat=2))]
     tokenizer = fit(kind, [*titles, *some_titles(200)], 320)
     stream = tokenizer.encode(titles)
@@ -131,7 +132,7 @@ def test_fitted_on_the_names_of_special_tokens_it_still_treats_them_as_text(kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sampled_ids_always_decode(kind: str) -> None:
+def test_any_ids_can_be_decoded(kind: str) -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         assert isinstance(fitted(kind).decode(rng.integers(0, 400, 30)), str)
@@ -142,7 +143,7 @@ def test_sampled_ids_always_decode(kind: str) -> None:
         "\\x{d800}",
         "\\x{}",
         "\\x{gg}",
-    ):  # as a model might write; no title encodes to this
+    ):  # a model may generate this, but no title encodes to it
         raw = fitted("bpe")._library.encode(written).ids
         assert fitted("bpe").decode(raw) == written
 
@@ -156,7 +157,7 @@ def test_half_a_surrogate_pair_is_refused(kind: str) -> None:
 # -- fitting
 
 
-def test_bpe_gives_the_stream_of_the_public_baseline(real_titles: Path) -> None:
+def test_bpe_gives_as_many_tokens_as_the_public_baseline(real_titles: Path) -> None:
     with open(real_titles, encoding="utf-8", newline="\n") as file:
         titles = [line.rstrip("\n") for line in itertools.islice(file, 20_000)]
     tokenizer = fit("bpe", titles, 16_000)
@@ -179,7 +180,7 @@ def test_special_tokens_come_first(kind: str) -> None:
     )
 
 
-def test_unigram_puts_nothing_before_a_title() -> None:
+def test_unigram_adds_no_prefix() -> None:
     assert (
         not fitted("unigram")
         ._library.id_to_piece(int(fitted("unigram").encode(["kerst"])[0]))
@@ -188,7 +189,7 @@ def test_unigram_puts_nothing_before_a_title() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(kind: str) -> None:
+def test_a_vocabulary_that_is_too_large_suggests_the_largest_size(kind: str) -> None:
     titles = some_titles(300)
     with pytest.raises(ConfigError, match=r"vocab_size=30,000 is larger") as error:
         fit(kind, titles, 30_000)
@@ -199,14 +200,14 @@ def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_too_little_text_for_any_vocabulary_does_not_suggest_one(kind: str) -> None:
+def test_too_little_text_for_any_vocabulary_suggests_no_size(kind: str) -> None:
     for titles in (["ab"] * 9, [""] * 9, []):
         with pytest.raises(UsageError, match=r"num_titles|more text") as error:
             fit(kind, titles, 300)
         assert "--set vocab_size" not in str(error.value)
 
 
-def test_a_vocabulary_without_room_is_refused() -> None:
+def test_a_vocabulary_that_is_too_small_is_refused() -> None:
     for kind in KINDS:
         with pytest.raises(ConfigError, match="no room for 3 special tokens and 256 bytes"):
             fit(kind, some_titles(300), 258)
@@ -233,10 +234,10 @@ def test_fitting_prints_nothing(kind: str, capfd: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("extra", ["", "\t", "\0", "▁▅", "\r"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_titles_and_odd_ones_are_part_of_the_fit(kind: str, extra: str) -> None:
+def test_long_and_odd_titles_are_part_of_the_fit(kind: str, extra: str) -> None:
     tokenizer = fit(kind, [*some_titles(300), "ж " * 5_000 + extra], 350)
     assert len(tokenizer.encode(["ж"])) == 2, (
-        "one token and <eos>; a character that the fit never saw takes two bytes or more"
+        "one token and <eos>; a character that was not in the fit would take at least two byte tokens"
     )
 
 
@@ -251,7 +252,7 @@ for kind in ("bpe", "unigram"):
 
 
 def test_processes_and_threads_do_not_change_a_vocabulary() -> None:
-    """Ties between merges or between pieces must not fall by hash seed or by thread."""
+    """Ties between merges or pieces must not depend on the hash seed or on threads."""
     rng = random.Random(1)
     text = "\n".join("".join(rng.choices("abcdefgh ", k=40)) for _ in range(1_000))
     found = set()
@@ -268,7 +269,7 @@ def test_processes_and_threads_do_not_change_a_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_json_gives_the_same_tokenizer(kind: str) -> None:
+def test_a_tokenizer_is_restored_from_json(kind: str) -> None:
     one = fitted(kind)
     two = Tokenizer.from_json(one.to_json())
     titles = [*some_titles(30), *TRICKY]
@@ -303,7 +304,7 @@ def test_a_damaged_tokenizer_file_is_one_clear_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streams_hold_every_title_of_every_split(kind: str, tiny, own_cache: Path) -> None:
+def test_streams_contain_every_title_of_every_split(kind: str, tiny, own_cache: Path) -> None:
     corpus = a_corpus()
     data = prepare(tiny(tokenizer=kind), corpus)
     assert list(data.splits) == ["train", "dev", "val"]
@@ -319,22 +320,24 @@ def test_streams_hold_every_title_of_every_split(kind: str, tiny, own_cache: Pat
     assert list(prepare(tiny(tokenizer=kind), a_corpus(dev=0)).splits) == ["train", "val"]
 
 
-def test_what_the_vocabulary_is_fitted_on(tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_fit_decides_which_titles_are_fitted_on(
+    tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus, seen = a_corpus(), []
     monkeypatch.setattr(
-        tokens, "fit", lambda kind, titles, size: seen.append(list(titles)) or fit(kind, titles, size)
+        token_cache, "fit", lambda kind, titles, size: seen.append(list(titles)) or fit(kind, titles, size)
     )
     prepare(tiny(tokenizer_fit="train"), corpus)
     prepare(tiny(tokenizer_fit="train+val"), corpus)
     assert seen == [corpus.train, corpus.train + corpus.val]
 
 
-def test_large_vocabularies_take_wider_ids() -> None:
+def test_large_vocabularies_have_wider_ids() -> None:
     assert [Tokenizer("bpe", size, b"").dtype for size in (65_535, 65_536)] == [np.uint16, np.uint32]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_time_comes_from_the_cache(kind: str, tiny, own_cache: Path, no_fit) -> None:
+def test_a_second_call_reads_the_cache(kind: str, tiny, own_cache: Path, no_fit) -> None:
     first = prepare(tiny(tokenizer=kind), a_corpus())
     no_fit()
     second = prepare(tiny(tokenizer=kind), a_corpus())
@@ -343,13 +346,13 @@ def test_a_second_time_comes_from_the_cache(kind: str, tiny, own_cache: Path, no
     assert prepare(tiny(tokenizer=kind, lr=0.5, seed=7, preset="other"), a_corpus()).digest == first.digest
 
 
-def test_what_changes_the_streams_changes_the_entry(
+def test_everything_that_changes_the_streams_changes_the_key(
     tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus, base = a_corpus(), tiny()
-    keys = {tokens._key(base, corpus)}
+    keys = {token_cache._key(base, corpus)}
     for change in ({"vocab_size": 401}, {"tokenizer": "unigram"}, {"tokenizer_fit": "train+val"}):
-        keys.add(tokens._key(tiny(**change), corpus))
+        keys.add(token_cache._key(tiny(**change), corpus))
     for split in ("train", "dev", "val"):
         other = Corpus(
             corpus.name,
@@ -359,11 +362,11 @@ def test_what_changes_the_streams_changes_the_entry(
             corpus.fingerprints | {split: "another"},
             corpus.origin,
         )
-        keys.add(tokens._key(base, other))
+        keys.add(token_cache._key(base, other))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.0")
-    keys |= {tokens._key(base, corpus), tokens._key(tiny(tokenizer="unigram"), corpus)}
-    monkeypatch.setattr(tokens, "FORMAT", 99)
-    keys.add(tokens._key(base, corpus))
+    keys |= {token_cache._key(base, corpus), token_cache._key(tiny(tokenizer="unigram"), corpus)}
+    monkeypatch.setattr(token_cache, "FORMAT", 99)
+    keys.add(token_cache._key(base, corpus))
     assert len(keys) == 10
 
 
@@ -372,7 +375,7 @@ def test_the_digest_covers_every_stream(tiny, own_cache: Path) -> None:
     for split in data.splits:
         edited = {s: stream.copy() for s, stream in data.splits.items()}
         edited[split][0] += 1
-        assert tokens._digest(data.tokenizer, edited, data.chars, data.bytes) != data.digest
+        assert token_cache._digest(data.tokenizer, edited, data.chars, data.bytes) != data.digest
 
 
 def flip(path: Path, where: float) -> None:
@@ -400,9 +403,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.npy", "dev.npy", "val.npy"])
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_entry_is_built_again(name: str, how: str, tiny, own_cache: Path) -> None:
+def test_a_damaged_entry_is_rebuilt(name: str, how: str, tiny, own_cache: Path) -> None:
     good = prepare(tiny(), a_corpus())
-    good = tokens.TokenData(
+    good = token_cache.TokenData(
         good.tokenizer,
         {s: stream.copy() for s, stream in good.splits.items()},
         good.chars,
@@ -419,10 +422,10 @@ def test_a_damaged_entry_is_built_again(name: str, how: str, tiny, own_cache: Pa
         again = prepare(tiny(), a_corpus())
     assert same(again, good)
     assert isinstance(again.splits["train"], np.memmap)
-    assert [path.name for path in own_cache.iterdir()] == [entry.name], "nothing is left lying about"
+    assert [path.name for path in own_cache.iterdir()] == [entry.name], "no temporary files are left"
 
 
-def test_well_formed_edits_are_damage(tiny, own_cache: Path) -> None:
+def test_a_valid_edit_of_an_entry_counts_as_damage(tiny, own_cache: Path) -> None:
     good = prepare(tiny(), a_corpus())
     [entry] = own_cache.iterdir()
     edits = [
@@ -435,7 +438,7 @@ def test_well_formed_edits_are_damage(tiny, own_cache: Path) -> None:
             assert same(prepare(tiny(), a_corpus()), good)
 
 
-def test_a_file_in_the_place_of_an_entry_is_replaced(tiny, own_cache: Path) -> None:
+def test_a_file_with_the_name_of_an_entry_is_replaced(tiny, own_cache: Path) -> None:
     good = prepare(tiny(), a_corpus())
     [entry] = own_cache.iterdir()
     entry.rename(own_cache.parent / "aside")
@@ -451,7 +454,7 @@ sys.path.insert(0, sys.argv[1])
 import test_tokens
 from conftest import TINY
 from mainrun.config import from_dict
-from mainrun.data.tokenizer import prepare
+from mainrun.data.token_cache import prepare
 print("ready", flush=True)
 sys.stdin.readline()
 warnings.simplefilter("error" if sys.argv[2] == "empty" else "ignore")
@@ -461,7 +464,7 @@ print(data.digest, type(data.splits["train"]).__name__)
 
 
 @pytest.mark.parametrize("state", ["empty", "damaged"])
-def test_processes_that_fill_the_cache_at_once_agree(state: str, tiny, own_cache: Path) -> None:
+def test_processes_that_fill_the_cache_at_the_same_time_agree(state: str, tiny, own_cache: Path) -> None:
     if state == "damaged":
         prepare(tiny(), a_corpus())
         [entry] = own_cache.iterdir()
@@ -485,14 +488,17 @@ Act = Callable[[], object]
 
 
 def run_interrupted(call: Act, line: int, act: Act) -> bool:
-    """Call it, and act just before it reaches the given line of the functions of mainrun/data/tokenizer.py. False: it reaches fewer lines."""
+    """Run `call`, and run `act` before line number `line` that it executes in token_cache.py.
+
+    Return False if it executes fewer lines.
+    """
     left, before = line, sys.gettrace()
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal left
         if (
-            frame.f_code.co_filename != tokens.__file__ or "." in frame.f_code.co_qualname
-        ):  # methods touch no files
+            frame.f_code.co_filename != token_cache.__file__ or "." in frame.f_code.co_qualname
+        ):  # methods do not access files
             return None
         if event == "line":
             left -= 1
@@ -516,13 +522,16 @@ def damage_an_entry(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "act"), [("empty", "publishes"), ("damaged", "publishes"), ("empty", "cleans up")]
 )
-def test_another_process_disturbs_at_no_line(
+def test_another_process_may_act_at_any_line(
     state: str, act: str, tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process acts between two lines of the one that fills the cache. Both agree, no warning is untrue, one entry is left."""
+    """Another process acts between two lines of the process that fills the cache.
+
+    Both get the same data, every warning is true, and one entry is left.
+    """
     cfg, corpus = tiny(), a_corpus()
-    built = tokens._build(cfg, corpus)
-    monkeypatch.setattr(tokens, "_build", lambda cfg, corpus: built)
+    built = token_cache._build(cfg, corpus)
+    monkeypatch.setattr(token_cache, "_build", lambda cfg, corpus: built)
     other = own_cache / "killed.tmp"
 
     def publish() -> None:
@@ -533,7 +542,7 @@ def test_another_process_disturbs_at_no_line(
     def clean_up() -> None:
         shutil.rmtree(other, ignore_errors=True)
 
-    results: list[tokens.TokenData] = []
+    results: list[token_cache.TokenData] = []
     reached, line = True, 0
     while reached:
         line += 1
@@ -557,18 +566,18 @@ def test_another_process_disturbs_at_no_line(
             warnings.simplefilter("error")
             data = prepare(cfg, corpus)
             assert same(data, built)
-            assert isinstance(data.splits["train"], np.memmap), f"at line {line} the entry was lost"
+            assert isinstance(data.splits["train"], np.memmap), f"at line {line} the entry is missing"
         clean_up()
-        assert len(list(own_cache.iterdir())) == 1, f"at line {line} something is left lying about"
-    assert line > 20, "the lines of the cache are traced"
+        assert len(list(own_cache.iterdir())) == 1, f"at line {line} temporary files are left"
+    assert line > 20, "the lines of token_cache.py were traced"
 
 
-def test_an_intact_entry_is_not_replaced_by_a_process_that_saw_the_damaged_one(
+def test_a_late_process_puts_an_intact_entry_back(
     tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes replace a damaged entry. The slower one looks at the damaged entry, then moves the new one aside: it puts it back."""
+    """Two processes replace a damaged entry. The slower one moves the new entry aside and puts it back."""
     cfg, corpus = tiny(), a_corpus()
-    data = tokens._build(cfg, corpus)
+    data = token_cache._build(cfg, corpus)
     prepare(cfg, corpus)
     damage_an_entry(own_cache)
     [entry] = own_cache.iterdir()
@@ -577,24 +586,24 @@ def test_an_intact_entry_is_not_replaced_by_a_process_that_saw_the_damaged_one(
     def rename_late(path: Path, target: Path) -> Path:
         if path == entry and not published:
             monkeypatch.setattr(Path, "rename", rename)
-            tokens._store(entry, data)
+            token_cache._store(entry, data)
             published.append((entry / "train.npy").stat().st_ino)
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", rename_late)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert same(tokens._store(entry, data), data)
+        assert same(token_cache._store(entry, data), data)
     assert [(entry / "train.npy").stat().st_ino] == published
     assert list(own_cache.iterdir()) == [entry]
 
 
-def test_a_damaged_entry_may_vanish_before_it_is_moved_aside(
+def test_a_damaged_entry_may_disappear_before_it_is_moved_aside(
     tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process moves it aside first."""
     cfg, corpus = tiny(), a_corpus()
-    data = tokens._build(cfg, corpus)
+    data = token_cache._build(cfg, corpus)
     prepare(cfg, corpus)
     damage_an_entry(own_cache)
     [entry] = own_cache.iterdir()
@@ -608,21 +617,21 @@ def test_a_damaged_entry_may_vanish_before_it_is_moved_aside(
     monkeypatch.setattr(Path, "rename", rename_after_another)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert same(tokens._store(entry, data), data)
+        assert same(token_cache._store(entry, data), data)
     assert list(own_cache.iterdir()) == [entry]
 
 
-def test_the_second_of_two_keeps_the_entry_of_the_first(tiny, own_cache: Path) -> None:
-    built = tokens._build(tiny(), a_corpus())
-    tokens._store(own_cache / "entry", built)
+def test_the_second_process_uses_the_entry_of_the_first(tiny, own_cache: Path) -> None:
+    built = token_cache._build(tiny(), a_corpus())
+    token_cache._store(own_cache / "entry", built)
     before = (own_cache / "entry" / "train.npy").stat()
-    found = tokens._store(own_cache / "entry", built)
+    found = token_cache._store(own_cache / "entry", built)
     assert (own_cache / "entry" / "train.npy").stat().st_ino == before.st_ino
     assert isinstance(found.splits["train"], np.memmap)
     assert same(found, built)
 
 
-def test_what_a_killed_process_left_goes_after_a_day(tiny, own_cache: Path) -> None:
+def test_files_of_killed_processes_are_removed_after_a_day(tiny, own_cache: Path) -> None:
     for name, age in (("old.tmp", 90_000), ("new.tmp", 60)):
         (own_cache / name / "fresh").mkdir(parents=True)
         os.utime(own_cache / name, (time.time() - age,) * 2)
@@ -630,7 +639,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tiny, own_cache: Path) -> N
     assert {path.name for path in own_cache.iterdir() if path.suffix == ".tmp"} == {"new.tmp"}
 
 
-def test_a_full_disk_costs_only_the_cache(tiny, own_cache: Path) -> None:
+def test_a_full_disk_only_disables_the_cache(tiny, own_cache: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
@@ -642,7 +651,7 @@ def test_a_full_disk_costs_only_the_cache(tiny, own_cache: Path) -> None:
     assert same(data, prepare(tiny(), a_corpus()))
 
 
-def test_a_cache_that_cannot_be_written_costs_only_the_cache(
+def test_an_unwritable_cache_only_disables_the_cache(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -656,7 +665,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_cache(
 
 
 def a_stream(lengths: list[int]) -> np.ndarray:
-    """Titles of these lengths, every token but <eos> used once, so that a token names its place."""
+    """Return titles of these lengths in which each token occurs once, so that it identifies its position."""
     flat, token = [], 3
     for length in lengths:
         flat += [*range(token, token + length), EOS]
@@ -669,7 +678,7 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     block, batch = draw(st.integers(2, 9)), draw(st.integers(1, 5))
     lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
     stream = a_stream(lengths)
-    if draw(st.booleans()):  # the corner: as many tokens as whole spans
+    if draw(st.booleans()):  # an edge case: the stream has a whole number of spans
         fill = -len(stream) % (block * batch) or block * batch
         stream = a_stream([*lengths, fill - 1])
     if len(stream) <= block * batch:
@@ -679,7 +688,9 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
 
 @settings(max_examples=200)
 @given(geometry=geometries(), epochs=st.integers(1, 4))
-def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, int], epochs: int) -> None:
+def test_sequential_order_matches_the_loop_of_the_task(
+    geometry: tuple[np.ndarray, int, int], epochs: int
+) -> None:
     from conftest import TINY
 
     from mainrun.config import from_dict
@@ -704,7 +715,7 @@ def test_sequential_is_the_pointer_of_the_task(geometry: tuple[np.ndarray, int, 
 
 @settings(max_examples=200)
 @given(geometry=geometries(), seed=st.integers(0, 2**32 - 1), asked=st.randoms(use_true_random=False))
-def test_shuffled_epochs_hold_every_title_once(
+def test_a_shuffled_epoch_contains_each_title_once(
     geometry: tuple[np.ndarray, int, int], seed: int, asked: random.Random
 ) -> None:
     from conftest import TINY
@@ -719,20 +730,19 @@ def test_shuffled_epochs_hold_every_title_once(
     batches, steps = Batches(cfg, stream), len(stream) // span
     in_order = [batches.at(step) for step in range(3 * steps)]
 
-    whole = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
+    titles = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
     for epoch in range(3):
-        spans = (
-            len(stream) - 1
-        ) // span  # at whole spans the last one lacks its last target, and the pointer goes back
+        # With a whole number of spans, the last span lacks its last target and begins at 0 again.
+        spans = (len(stream) - 1) // span
         rows = in_order[epoch * steps : epoch * steps + spans]
         x, y = (np.concatenate([row[i].ravel() for row in rows]) for i in (0, 1))
-        assert np.array_equal(x[1:], y[:-1]), "y is x, one later, through the whole epoch"
+        assert np.array_equal(x[1:], y[:-1]), "in an epoch, y is x shifted by one token"
         read = np.append(x, y[-1])
-        assert len(stream) - len(read) < span, "less than a span is dropped"
+        assert len(stream) - len(read) < span, "less than one span is left out"
         *closed, cut = np.split(read, np.flatnonzero(read == EOS) + 1)
-        missing = whole.copy()
+        missing = titles.copy()
         missing.subtract(tuple(t) for t in closed)
-        assert min(missing.values()) >= 0, "no title twice, none that is not there"
+        assert min(missing.values()) >= 0, "no title occurs twice, and no title is invented"
         assert cut.size == 0 or any(t[: len(cut)] == tuple(cut) for t in missing if missing[t] > 0)
 
     order = list(range(3 * steps))
@@ -746,7 +756,7 @@ def test_shuffled_epochs_hold_every_title_once(
 
 @st.composite
 def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
-    """A stream, and a run over it whose batch changes on the way (and its rate, which must not matter)."""
+    """Draw a stream and a run whose batch size changes. Its learning rate changes too, without effect."""
     from conftest import TINY
 
     block, sizes = draw(st.integers(2, 5)), draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
@@ -756,7 +766,7 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
     ops = [{"name": "set_batch_size", "value": size, "trigger": draw(trigger)} for size in sizes[1:]]
     ops.insert(draw(st.integers(0, len(ops))), {"name": "set_lr", "value": 0.5, "trigger": draw(trigger)})
     lengths = draw(st.lists(st.integers(0, 12), min_size=8, max_size=60))
-    fill = draw(st.sampled_from([0, *sizes])) * block  # the corner: as many tokens as whole spans
+    fill = draw(st.sampled_from([0, *sizes])) * block  # an edge case: the stream has a whole number of spans
     stream = a_stream([*lengths, -sum(n + 1 for n in lengths) % fill + fill - 1] if fill else lengths)
     fields = {
         "block_size": block,
@@ -775,7 +785,7 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
 
 @settings(max_examples=100)
 @given(growing("sequential"))
-def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(
+def test_sequential_order_continues_when_the_batch_size_changes(
     run: tuple[np.ndarray, Plan, Batches],
 ) -> None:
     stream, plan, batches = run
@@ -793,7 +803,7 @@ def test_the_pointer_of_the_task_goes_on_where_the_batch_changes(
 
 @settings(max_examples=100)
 @given(growing("shuffle_titles"), st.randoms(use_true_random=False))
-def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(
+def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
     run: tuple[np.ndarray, Plan, Batches], asked: random.Random
 ) -> None:
     stream, plan, batches = run
@@ -803,16 +813,15 @@ def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(
     for step, (x, y) in enumerate(in_order):
         rows = plan.at(step).batch_size
         span = rows * plan.cfg.block_size
-        whole = (
-            len(stream) % span == 0
-        )  # then, as without a change, the last step of an epoch goes back for want of a last target
-        if pointer + span + (not whole) > len(stream):
+        # With a whole number of spans, the last span of an epoch lacks its last target and begins at 0 again.
+        divisible = len(stream) % span == 0
+        if pointer + span + (not divisible) > len(stream):
             epoch, pointer, seen = epoch + 1, 0, set()
         start = pointer if pointer + span < len(stream) else 0
         shuffled = batches._shuffled(epoch)
         assert np.array_equal(x, shuffled[start : start + span].reshape(rows, -1))
         assert np.array_equal(y, shuffled[start + 1 : start + span + 1].reshape(rows, -1))
-        fresh = set(x.ravel().tolist()) - {EOS}  # a token names its place
+        fresh = set(x.ravel().tolist()) - {EOS}  # a token identifies its position
         assert start < pointer or not fresh & seen
         pointer, seen = pointer + span, seen | fresh
     for step in asked.sample(range(plan.steps), min(plan.steps, 8)):
@@ -822,7 +831,7 @@ def test_shuffled_epochs_hold_no_title_twice_where_the_batch_changes(
         )
 
 
-def test_a_batch_that_changes_after_an_epoch_of_whole_spans_begins_the_next_one(tiny) -> None:
+def test_a_batch_size_change_after_a_full_epoch_starts_the_next_epoch(tiny) -> None:
     stream = a_stream([4, 4])
     ops = [{"name": "set_batch_size", "value": 2, "trigger": {"step": 5}}]
     cfg = tiny(block_size=2, batch_size=1, epochs=3, order="shuffle_titles", growth={"ops": ops})
@@ -831,7 +840,7 @@ def test_a_batch_that_changes_after_an_epoch_of_whole_spans_begins_the_next_one(
     assert places == [*((0, 2 * i) for i in range(4)), (0, 0), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
 
 
-def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(tiny) -> None:
+def test_the_order_depends_on_epoch_and_seed_only(tiny) -> None:
     stream = a_stream([5] * 200)
     firsts = [
         Batches(tiny(order="shuffle_titles", seed=seed), stream).at(step)[0]
@@ -845,7 +854,7 @@ def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(tiny) -> No
 
 
 def test_no_validation_token_is_in_a_batch(tiny, own_cache: Path) -> None:
-    """The held-out titles are made of tokens that train never has."""
+    """The held-out titles consist of tokens that train does not have."""
     train, held = some_titles(200), ["qvd dvq"] * 20
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     corpus = Corpus(name="test", train=train, dev=held, val=held, fingerprints=prints, origin={})
@@ -867,15 +876,18 @@ def test_no_validation_token_is_in_a_batch(tiny, own_cache: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["sequential", "shuffle_titles"])
-def test_a_stream_shorter_than_one_step_is_refused(tiny, order: str) -> None:
+def test_a_stream_shorter_than_a_step_is_refused(tiny, order: str) -> None:
     with pytest.raises(ConfigError, match="batch_size\\*block_size\\+1 = 129"):
         Batches(tiny(order=order), a_stream([127])).at(0)
     assert Batches(tiny(order=order), a_stream([128])).at(0)[0].shape == (8, 16)
 
 
-def test_tokenizer_libraries_are_imported_when_used() -> None:
-    """The command line reads this module's names; it must not pay for the libraries, nor for torch."""
-    code = "import sys, mainrun.data.tokenizer; print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"
+def test_tokenizer_libraries_are_imported_on_first_use() -> None:
+    """The command line imports this module and must not load the libraries or torch."""
+    code = (
+        "import sys, mainrun.data.tokenizer; "
+        "print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         == "[]\n"

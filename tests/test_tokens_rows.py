@@ -1,4 +1,4 @@
-"""Tokenizers, their messages and their cache at the edges, row by row; test_tokens.py holds the properties."""
+"""Edge cases of tokenizers, of their messages and of the token cache. test_tokens.py tests properties."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import sentencepiece
 import tokenizers
 
 from mainrun.config import TrainConfig, from_dict
+from mainrun.data import token_cache
 from mainrun.data import tokenizer as tokens
 from mainrun.data.batches import Batches
-from mainrun.data.sources import Corpus, fingerprints
+from mainrun.data.corpus import Corpus, fingerprints
 from mainrun.data.token_cache import prepare
 from mainrun.data.tokenizer import EOS, PAD, UNK, Tokenizer, fit
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
@@ -33,10 +34,10 @@ def bpe() -> Tokenizer:
     return fit("bpe", TITLES, 300)
 
 
-# -- bytes and their signs
+# -- byte signs
 
 
-def test_every_byte_has_the_sign_of_the_library() -> None:
+def test_byte_signs_are_those_of_the_library() -> None:
     signs = tokens._byte_signs()
     assert len(signs) == len(set(signs)) == 256
     assert set(signs) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -47,7 +48,7 @@ def test_every_byte_has_the_sign_of_the_library() -> None:
         assert "".join(signs[byte] for byte in text.encode()) == written
 
 
-# -- what a model cannot spell
+# -- escapes
 
 
 @pytest.mark.parametrize(
@@ -62,15 +63,13 @@ def test_every_byte_has_the_sign_of_the_library() -> None:
         ([], "", []),
     ],
 )
-def test_characters_that_cannot_be_spelled_are_written_as_numbers(
-    titles: list[str], unsafe: str, written: list[str]
-) -> None:
+def test_unsafe_characters_are_escaped(titles: list[str], unsafe: str, written: list[str]) -> None:
     assert tokens._escape(titles, unsafe.__contains__) == written
     assert [tokens.ESCAPED.sub(tokens._unescape, text) for text in written] == titles
 
 
 @pytest.mark.parametrize("code", [0xD800, 0xDBFF, 0xDC00, 0xDFFF])
-def test_half_of_a_pair_is_refused_with_its_title(code: int) -> None:
+def test_half_a_surrogate_pair_is_refused_with_its_title(code: int) -> None:
     char = chr(code)
     with pytest.raises(UsageError) as error:
         tokens._escape(["fine", f"bad {char}", f"worse {char}"], lambda char: False)
@@ -78,7 +77,7 @@ def test_half_of_a_pair_is_refused_with_its_title(code: int) -> None:
 
 
 @pytest.mark.parametrize("char", ["\ud7ff", "\ue000"])
-def test_the_neighbours_of_half_a_pair_are_text(char: str) -> None:
+def test_characters_next_to_the_surrogates_are_text(char: str) -> None:
     assert tokens._escape([char], lambda char: False) == [char]
 
 
@@ -86,10 +85,11 @@ def test_the_neighbours_of_half_a_pair_are_text(char: str) -> None:
     ("code", "text"),
     [
         ("0", "\0"), ("41", "A"), ("d7ff", "\ud7ff"), ("e000", "\ue000"), ("10ffff", "\U0010ffff"),
-        ("d800", None), ("dfff", None), ("110000", None), ("ffffff", None), ("1234567", None), ("", None), ("4G", None), ("AB", None),
+        ("d800", None), ("dfff", None), ("110000", None), ("ffffff", None), ("1234567", None), ("", None),
+        ("4G", None), ("AB", None),
     ],
 )  # fmt: skip
-def test_a_number_that_is_no_character_stays_as_it_is(code: str, text: str | None) -> None:
+def test_an_escape_of_no_character_is_kept(code: str, text: str | None) -> None:
     written = f"<\\x{{{code}}}>"
     assert tokens.ESCAPED.sub(tokens._unescape, written) == (written if text is None else f"<{text}>")
 
@@ -102,7 +102,7 @@ def test_a_number_that_is_no_character_stays_as_it_is(code: str, text: str | Non
     [
         ([], []),
         (["the fox", EOS], ["the fox"]),
-        (["the fox"], ["the fox"]),  # the last one needs no <eos>
+        (["the fox"], ["the fox"]),  # the last title may lack its <eos>
         ([EOS], [""]),
         ([EOS, EOS], ["", ""]),
         (["the", EOS, "fox"], ["the", "fox"]),
@@ -118,15 +118,15 @@ def test_titles_end_at_eos(rows: list[Any], titles: list[str]) -> None:
 @pytest.mark.parametrize(
     ("size", "dtype"), [(300, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (10**6, np.uint32)]
 )
-def test_ids_take_two_bytes_while_they_fit(size: int, dtype: Any) -> None:
+def test_ids_have_two_bytes_if_they_fit(size: int, dtype: Any) -> None:
     assert Tokenizer("bpe", size, b"").dtype == dtype
 
 
 # -- tokenizer.json
 
 
-def test_the_text_of_a_tokenizer_is_recorded() -> None:
-    """The order of keys and the spaces enter its digest."""
+def test_the_json_of_a_tokenizer_is_pinned() -> None:
+    """The digest depends on the order of keys and on spaces."""
     of_words = Tokenizer("bpe", 7, '{"é": [1, 2], "a": {}}'.encode())
     assert of_words.to_json() == '{"format":2,"kind":"bpe","model":{"a":{},"é":[1,2]},"vocab_size":7}'
     of_bytes = Tokenizer("unigram", 9, b"\0\xff")
@@ -148,24 +148,25 @@ GOOD = {"format": 2, "kind": "unigram", "vocab_size": 9, "model": base64.b64enco
     [
         {"format": 1}, {"format": 3}, {"format": None}, {"kind": "words"}, {"kind": None}, {"kind": ["bpe"]},
         {"vocab_size": "9"}, {"vocab_size": 9.0}, {"vocab_size": True}, {"vocab_size": None},
-        {"model": ""}, {"model": "no base64!"}, {"model": "AAA"}, {"model": None}, {"model": 5}, {"kind": "bpe", "model": {}},
+        {"model": ""}, {"model": "no base64!"}, {"model": "AAA"}, {"model": None}, {"model": 5},
+        {"kind": "bpe", "model": {}},
     ],
     ids=str,
 )  # fmt: skip
-def test_a_tokenizer_of_another_form_is_refused(change: dict[str, Any]) -> None:
+def test_a_tokenizer_file_with_a_bad_entry_is_refused(change: dict[str, Any]) -> None:
     assert Tokenizer.from_json(json.dumps(GOOD)).model == b"model"
     with pytest.raises(RunError, match=r"tokenizer.json is damaged or of another version .*--fresh"):
         Tokenizer.from_json(json.dumps(GOOD | change))
 
 
 @pytest.mark.parametrize("name", sorted(GOOD))
-def test_a_tokenizer_without_one_of_its_entries_is_refused(name: str) -> None:
+def test_a_tokenizer_file_with_a_missing_entry_is_refused(name: str) -> None:
     with pytest.raises(RunError, match="--fresh"):
         Tokenizer.from_json(json.dumps({key: value for key, value in GOOD.items() if key != name}))
 
 
 @pytest.mark.parametrize(("kind", "what"), [("bpe", "no BPE model"), ("unigram", "no sentencepiece model")])
-def test_a_model_that_its_library_refuses_is_named(kind: str, what: str) -> None:
+def test_a_model_that_the_library_cannot_load_is_refused(kind: str, what: str) -> None:
     with pytest.raises(RunError, match=f"{what} .*--fresh"):
         Tokenizer(kind, 300, b"{}").encode(["a"])
 
@@ -175,27 +176,27 @@ def test_a_model_that_its_library_refuses_is_named(kind: str, what: str) -> None
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("size", [0, 299])
-def test_the_least_vocabulary(kind: str, size: int) -> None:
+def test_the_minimum_vocabulary_size(kind: str, size: int) -> None:
     with pytest.raises(ConfigError, match=f"vocab_size={size} has no room .*--set vocab_size=300 or more"):
         fit(kind, TITLES, size)
     assert fit(kind, TITLES, 300).vocab_size == 300
-    assert tokens.LEAST == 300
+    assert tokens.MIN_VOCAB_SIZE == 300
 
 
 @pytest.mark.parametrize(("most", "suggested"), [(298, False), (299, False), (300, True), (12_345, True)])
-def test_a_vocabulary_that_the_text_does_not_give(most: int, suggested: bool) -> None:
+def test_the_message_about_a_vocabulary_that_is_too_large(most: int, suggested: bool) -> None:
     message = str(tokens._vocabulary_error(50_000, most))
     assert (
         f"vocab_size=50,000 is larger than the text allows: these titles give at most {most:,} tokens"
         in message
     )
     assert (f"--set vocab_size={most}" in message) == suggested
-    assert ("the least is 300" in message) != suggested
+    assert ("the minimum is 300" in message) != suggested
     assert "num_titles" in message and "val_frac" in message and "dev_frac" in message
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[dict[str, Any]]:
-    """Every argument of a sentencepiece trainer that ends with this error."""
+    """Make the sentencepiece trainer fail with `reason`, and return the arguments of its calls."""
     calls: list[dict[str, Any]] = []
 
     def train(**arguments: Any) -> None:
@@ -222,7 +223,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[dict[str, Any
         ("input is empty", CorpusError, ["2 titles", "input is empty", "more text"]),
     ],
 )
-def test_what_the_unigram_trainer_refuses_is_said_with_a_way_out(
+def test_errors_of_the_unigram_trainer_are_explained(
     monkeypatch: pytest.MonkeyPatch, reason: str, error: type[Exception], shown: list[str]
 ) -> None:
     refusing(monkeypatch, reason)
@@ -235,10 +236,10 @@ def test_what_the_unigram_trainer_refuses_is_said_with_a_way_out(
 @pytest.mark.parametrize(
     ("size", "candidates"), [(900, 10_000), (1_000, 10_000), (1_001, 10_010), (16_000, 160_000)]
 )
-def test_how_the_unigram_vocabulary_is_fitted_is_recorded(
+def test_the_arguments_of_the_unigram_trainer_are_pinned(
     monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
 ) -> None:
-    """Every argument enters the ids: a change of one of them takes a new FORMAT."""
+    """Every argument decides the ids, so a change of one needs a new FORMAT."""
     calls = refusing(monkeypatch, "stop")
     with pytest.raises(CorpusError):
         fit("unigram", ["a▁", "b\\x{"], size)
@@ -246,16 +247,20 @@ def test_how_the_unigram_vocabulary_is_fitted_is_recorded(
     assert list(arguments.pop("sentence_iterator")) == ["a\\x{2581}", "b\\x{5c}x{"]
     assert arguments.pop("model_writer").getvalue() == b""
     assert arguments == {
-        "model_type": "unigram", "vocab_size": size, "hard_vocab_limit": True, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1,
-        "pad_piece": "<pad>", "eos_piece": "<eos>", "unk_piece": "<unk>", "byte_fallback": True, "character_coverage": 0.9995,
-        "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "input_sentence_size": 0,
-        "shuffle_input_sentence": False, "max_sentence_length": 2**30, "num_threads": 16, "seed_sentencepiece_size": candidates,
+        "model_type": "unigram", "vocab_size": size, "hard_vocab_limit": True, "pad_id": 0, "eos_id": 1,
+        "unk_id": 2, "bos_id": -1,
+        "pad_piece": "<pad>", "eos_piece": "<eos>", "unk_piece": "<unk>", "byte_fallback": True,
+        "character_coverage": 0.9995,
+        "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False,
+        "input_sentence_size": 0,
+        "shuffle_input_sentence": False, "max_sentence_length": 2**30, "num_threads": 16,
+        "seed_sentencepiece_size": candidates,
         "minloglevel": 2,
     }  # fmt: skip
     assert tokens.FORMAT == 2
 
 
-def test_how_the_bpe_vocabulary_is_fitted_is_recorded() -> None:
+def test_the_form_of_a_bpe_vocabulary_is_pinned() -> None:
     model = json.loads(bpe().model)
     assert [(entry["id"], entry["content"], entry["special"]) for entry in model["added_tokens"]] == [
         (0, "<pad>", True), (1, "<eos>", True), (2, "<unk>", True)
@@ -270,17 +275,17 @@ def test_how_the_bpe_vocabulary_is_fitted_is_recorded() -> None:
     assert decoders[0]["type"] == "ByteLevel"
     assert decoders[1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     assert len(decoders) == 2
-    assert set("\\x{}0123456789abcdef") <= set(model["model"]["vocab"]), "an escape can always be spelled"
+    assert set("\\x{}0123456789abcdef") <= set(model["model"]["vocab"]), "every escape has tokens"
 
 
-def test_what_the_bpe_vocabulary_cannot_spell_is_escaped() -> None:
-    """Only bytes that occur in the fit have a token."""
+def test_characters_without_tokens_are_escaped_by_bpe() -> None:
+    """Only bytes that occur in the fit have tokens."""
     for title in ("the fox", "日本", "é", "e\u0301", " the  fox "):
         stream = bpe().encode([title])
         assert bpe().titles(stream) == [title]
         assert UNK not in stream
-    assert len(bpe().encode(["日"])) > len("日".encode()) + 2, "written as a number"
-    assert not bpe()._unsafe("é") and bpe()._unsafe("日")
+    assert len(bpe().encode(["日"])) > len("日".encode()) + 2, "the character is escaped"
+    assert not bpe()._is_unsafe("é") and bpe()._is_unsafe("日")
 
 
 def test_names_of_special_tokens_are_text() -> None:
@@ -309,13 +314,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tokens"
 
 
-def test_the_key_of_an_entry_is_recorded(cfg: TrainConfig, corpus: Corpus, folder: Path) -> None:
-    """sha256 of the form of the cache, the titles, the fields that count and the library's version."""
+def test_the_name_and_files_of_an_entry_are_pinned(cfg: TrainConfig, corpus: Corpus, folder: Path) -> None:
+    """The name is a hash of the format, the titles, the relevant fields and the library's version."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = prepare(cfg, corpus)
     [entry] = folder.iterdir()
-    assert entry.name == tokens._key(cfg, corpus) and len(entry.name) == 64
+    assert entry.name == token_cache._key(cfg, corpus) and len(entry.name) == 64
     assert {path.name for path in entry.iterdir()} == {"meta.json", "tokenizer.json", "train.npy", "val.npy"}
     assert json.loads((entry / "meta.json").read_text()) == {
         "chars": data.chars,
@@ -369,17 +374,15 @@ def make_pipe(path: Path) -> None:
         lambda entry: np.save(entry / "val.npy", np.load(entry / "val.npy").astype(np.uint32)),
     ],
 )
-def test_a_damaged_entry_is_said_and_built_again(
+def test_a_damaged_entry_is_rebuilt_with_a_warning(
     cfg: TrainConfig, corpus: Corpus, folder: Path, damage: Callable[[Path], Any]
 ) -> None:
     digest = prepare(cfg, corpus).digest
     [entry] = folder.iterdir()
     damage(entry)
-    with pytest.warns(
-        UserWarning, match=f"cached tokens {entry} are damaged .*; they are built again"
-    ) as seen:
+    with pytest.warns(UserWarning, match=f"cached tokens {entry} are damaged .*; they are rebuilt") as seen:
         assert prepare(cfg, corpus).digest == digest
-    assert [warning.filename for warning in seen] == [__file__], "it points to the caller"
+    assert [warning.filename for warning in seen] == [__file__], "the warning points to the caller"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prepare(cfg, corpus).digest == digest
@@ -388,7 +391,7 @@ def test_a_damaged_entry_is_said_and_built_again(
 def test_the_digest_covers_counts_dtypes_and_the_tokenizer() -> None:
     streams = {"val": np.array([3, 4, EOS], dtype=np.uint16)}
     digests = {
-        tokens._digest(Tokenizer("unigram", size, b"m"), {"val": stream}, chars, nbytes)
+        token_cache._digest(Tokenizer("unigram", size, b"m"), {"val": stream}, chars, nbytes)
         for size, stream, chars, nbytes in (
             (9, streams["val"], {"val": 7}, {"val": 3}),
             (8, streams["val"], {"val": 7}, {"val": 3}),
@@ -400,24 +403,28 @@ def test_the_digest_covers_counts_dtypes_and_the_tokenizer() -> None:
     }
     assert len(digests) == 6
     apart = np.array([3, 0, 4, 0, EOS, 0], dtype=np.uint16)[::2]
-    assert tokens._digest(Tokenizer("unigram", 9, b"m"), {"val": apart}, {"val": 7}, {"val": 3}) in digests
+    assert (
+        token_cache._digest(Tokenizer("unigram", 9, b"m"), {"val": apart}, {"val": 7}, {"val": 3}) in digests
+    )
 
 
 @pytest.mark.parametrize(("age", "stays"), [(86_399, True), (86_400, True), (86_401, False), (10**6, False)])
-def test_what_was_abandoned_for_a_day_is_removed(
+def test_temporary_folders_are_removed_after_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: int, stays: bool
 ) -> None:
     for name in ("one.tmp", "another.tmp", "entry"):
         (tmp_path / name / "fresh").mkdir(parents=True)
         os.utime(tmp_path / name, (1_000_000, 1_000_000))
-    monkeypatch.setattr(tokens.time, "time", lambda: 1_000_000 + age)
-    tokens._remove_abandoned(tmp_path)
+    monkeypatch.setattr(token_cache.time, "time", lambda: 1_000_000 + age)
+    token_cache._remove_abandoned(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == (
         {"one.tmp", "another.tmp", "entry"} if stays else {"entry"}
     )
 
 
-def test_a_file_that_looks_abandoned_costs_nothing(cfg: TrainConfig, corpus: Corpus, folder: Path) -> None:
+def test_a_file_that_looks_like_a_temporary_folder_is_ignored(
+    cfg: TrainConfig, corpus: Corpus, folder: Path
+) -> None:
     folder.mkdir(parents=True)
     (folder / "odd.tmp").write_text("?")
     os.utime(folder / "odd.tmp", (0, 0))
@@ -429,12 +436,12 @@ def test_a_file_that_looks_abandoned_costs_nothing(cfg: TrainConfig, corpus: Cor
 def test_streams_that_cannot_be_read_back_stay_in_memory(
     cfg: TrainConfig, corpus: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_load", lambda entry, **options: None)
+    monkeypatch.setattr(token_cache, "_load", lambda entry, **options: None)
     data = prepare(cfg, corpus)
     assert data.tokenizer.titles(data.splits["val"]) == corpus.val
 
 
-def test_a_cache_that_cannot_be_written_is_said_with_its_place(
+def test_an_unwritable_cache_gives_a_warning_with_its_path(
     cfg: TrainConfig, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -443,7 +450,7 @@ def test_a_cache_that_cannot_be_written_is_said_with_its_place(
         UserWarning, match=f"tokens are not cached in {tmp_path / 'file' / 'tokens'} .*stay in memory"
     ) as seen:
         assert prepare(cfg, corpus).splits["val"].dtype == np.uint16
-    assert [warning.filename for warning in seen] == [__file__], "it points to the caller"
+    assert [warning.filename for warning in seen] == [__file__], "the warning points to the caller"
 
 
 # -- batches
@@ -475,7 +482,7 @@ def test_the_order_of_an_epoch_is_the_permutation_of_its_seed(lengths: list[int]
     expected = np.concatenate([titles[i] for i in order])
     batches = Batches(cfg, stream)
     assert np.array_equal(batches._shuffled(epoch), expected)
-    assert batches._shuffled(epoch) is batches._shuffled(epoch), "an epoch is put in order once"
+    assert batches._shuffled(epoch) is batches._shuffled(epoch), "the order of an epoch is computed once"
     steps = (len(stream) - 1) // 8
     x, y = batches.at(epoch * steps)
     assert np.array_equal(x, expected[:8].reshape(2, 4))
@@ -484,7 +491,7 @@ def test_the_order_of_an_epoch_is_the_permutation_of_its_seed(lengths: list[int]
 
 
 @pytest.mark.parametrize(("count", "is_enough"), [(0, False), (7, False), (8, False), (9, True)])
-def test_a_step_takes_a_span_and_one_more(count: int, is_enough: bool) -> None:
+def test_a_step_needs_one_token_more_than_a_span(count: int, is_enough: bool) -> None:
     cfg = from_dict({"block_size": 4, "batch_size": 2, "num_titles": 10, "vocab_size": 300})
     batches = Batches(cfg, np.arange(3, 3 + count, dtype=np.uint16))
     if is_enough:

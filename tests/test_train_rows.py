@@ -669,9 +669,9 @@ def test_a_state_comes_back_from_its_tensors(average: float) -> None:
     )
     assert {n.split("/")[0] for n in tensors} == {"model", "optimizer", *(["average"] if average < 1 else [])}
     other = State(cfg, build(config(seed=9, optimizer="adamw", ema=0.5), V))
-    other.average.apart = average == 1
+    other.average.differs = average == 1
     other.load(tensors, 7, 700)
-    assert (other.step, other.tokens, other.growth_state, other.average.apart) == (7, 700, {}, average < 1)
+    assert (other.step, other.tokens, other.growth_state, other.average.differs) == (7, 700, {}, average < 1)
     assert all(torch.equal(t, tensors[n]) for n, t in other.tensors().items())
     assert all(
         torch.equal(t, tensors[f"{'average' if average < 1 else 'model'}/{n}"])
@@ -884,7 +884,7 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     before = parts.state.model.embed.weight.detach().clone()
     parts.stepper.update(at)
     assert move.calls == [(0.125, None)] and move.on is False
-    assert not torch.equal(before, parts.state.model.embed.weight) and parts.state.average.apart
+    assert not torch.equal(before, parts.state.model.embed.weight) and parts.state.average.differs
     learn.graph = "graph"
     parts.stepper.update(at)
     assert move.calls[1] == (0.125, "graph") and move.on is True

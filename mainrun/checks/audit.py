@@ -1,11 +1,11 @@
-"""Train random segments of the store again and compare every bit: what the store promises is checked, not believed."""
+"""Train random segments of the store again and compare every bit with what the store has."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mainrun.config import from_dict
 from mainrun.core.machine_class import versions
@@ -17,82 +17,91 @@ from mainrun.store.checkpoint import fitting, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced
 from mainrun.train import Setup, State, TrainStep, score, set_up
 
+REACH = 10_000  # how many steps a segment may have
+Row = dict[str, Any]  # a row of metrics.jsonl
 
-@dataclass
-class Finding:
+
+@dataclass(frozen=True)
+class AuditResult:
+    """The result for one node."""
+
     node: Node
-    status: str  # same | differs | skipped
+    status: Literal["same", "differs", "skipped"]
     why: str = ""
 
 
-REACH = 10_000  # steps that one segment may take
+@dataclass(frozen=True)
+class _Target:
+    """A node and the nearest earlier node with a state. Without one, the segment begins at step 0."""
+
+    node: Node
+    start: Node | None
+
+    @property
+    def steps(self) -> int:
+        return self.node.step - (self.start.step if self.start else 0)
 
 
-def audit(store: Store, segments: int, seed: int | None = None, reach: int = REACH) -> Iterator[Finding]:
-    """A random few of the nodes; where there are fewer that can be trained again, the others with the reason."""
+def audit(store: Store, segments: int, seed: int | None = None, reach: int = REACH) -> Iterator[AuditResult]:
+    """Audit a random sample of nodes, and yield a result for each.
+
+    If there are fewer nodes that can be trained again than `segments`, also yield skipped nodes with the
+    reason.
+    """
     nodes, damaged = store.summary()
     for key, why in damaged:
-        yield Finding(_unreadable(key), "differs", why)
-    states, chance = store.states(), random.Random(seed)
-    there = {node.key: node for node in nodes}
-    begins = {node.key: _before(node, there, states) for node in nodes}
-    ways = {node.key: node.step - (before.step if (before := begins[node.key]) else 0) for node in nodes}
-    ready = [node for node in nodes if node.state in states and ways[node.key] <= reach]
-    picked = chance.sample(ready, min(segments, len(ready)))
-    for node in picked:
-        try:
-            if misplaced(node, there.get(node.parent)):
-                raise Damaged(f"{node.parent[:12]} is not what it says was before it")
-            node = store.node(node.key)
-        except Damaged as e:
-            yield Finding(node, "differs", str(e))
-            continue
-        yield _again(store, node, begins[node.key])
-    rest = [node for node in nodes if node.state not in states or ways[node.key] > reach]
-    for node in sorted(rest, key=lambda node: node.state not in states)[: segments - len(picked)]:
-        if node.state in states:
-            why = f"the nearest state before it is {ways[node.key]:,} steps away; --reach {ways[node.key]} goes that far"
+        yield AuditResult(_unreadable(key), "differs", why)
+    states = store.states()
+    by_key = {node.key: node for node in nodes}
+    targets = [_Target(node, _nearest_with_state(node, by_key, states)) for node in nodes]
+    ready: list[_Target] = []
+    rest: list[_Target] = []
+    for target in targets:
+        if target.node.state in states and target.steps <= reach:
+            ready.append(target)
         else:
-            why = "its state was evicted, so there is nothing to compare with"
-        yield Finding(node, "skipped", why)
+            rest.append(target)
+    picked = random.Random(seed).sample(ready, min(segments, len(ready)))
+    for target in picked:
+        yield _audit_node(store, target, by_key)
+    rest.sort(key=lambda target: target.node.state not in states)
+    for target in rest[: segments - len(picked)]:
+        if target.node.state in states:
+            distance = f"the nearest state before it is {target.steps:,} steps away"
+            yield AuditResult(target.node, "skipped", f"{distance}; --reach {target.steps} allows that many")
+        else:
+            yield AuditResult(
+                target.node, "skipped", "its state was evicted, so there is nothing to compare with"
+            )
 
 
-def _before(node: Node, nodes: Mapping[str, Node], states: Container[str]) -> Node | None:
-    """The nearest one before it whose state is there; None: only the start of all."""
+def _nearest_with_state(node: Node, nodes: Mapping[str, Node], states: Container[str]) -> Node | None:
+    """Return the nearest earlier node whose state exists, or None."""
     while node.begins:
-        before = nodes.get(node.parent)
-        if before is None or misplaced(node, before):
+        parent = nodes.get(node.parent)
+        if parent is None or misplaced(node, parent):
             return None
-        if before.state in states:
-            return before
-        node = before
+        if parent.state in states:
+            return parent
+        node = parent
     return None
 
 
-def _again(store: Store, node: Node, before: Node | None) -> Finding:
-    """Train to a node from one before it, or from the start."""
+def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> AuditResult:
+    """Train a node again and compare."""
+    node = target.node
     try:
-        cfg = from_dict(node.config)
-        setup = set_up(cfg, node.grown.get("fired", ()))
-        plan = setup.plan
-        begun = lineage.origin(
-            cfg, setup.corpus.fingerprints, setup.data.digest, versions(), setup.device.machine_class
-        )
-        if lineage.root(begun) != node.root:
-            theirs = dict(store.roots()).get(node.root, {})
-            return Finding(node, "skipped", "; ".join(lineage.differences(begun, theirs)[:3]))
-        if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
-            return Finding(node, "differs", "its config does not lead to its key")
-        state = setup.start()
-        if before:
-            growth_state = growth_state_at(plan, before.step, before.grown)
-            with fitting(f"node {before.key[:12]}"):
-                load_state(state, store.load(before), before.step, before.presented, growth_state)
+        if misplaced(node, nodes.get(node.parent)):
+            raise Damaged(f"{node.parent[:12]} is not the node that it names as its parent")
+        node = store.node(node.key)
+        segment = _prepare(store, node, target.start)
+        if isinstance(segment, AuditResult):
+            return segment
         stored = store.load(node)
     except Damaged as e:
-        return Finding(node, "differs", str(e))
+        return AuditResult(node, "differs", str(e))
     except MainrunError as e:
-        return Finding(node, "skipped", str(e))
+        return AuditResult(node, "skipped", str(e))
     except (
         LookupError,
         TypeError,
@@ -100,40 +109,67 @@ def _again(store: Store, node: Node, before: Node | None) -> Finding:
         AttributeError,
         ArithmeticError,
         AssertionError,
-    ) as e:  # a node that a hand wrote
-        return Finding(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
-    scored = {
-        row["step"] for row in node.rows if row["event"] == "eval" and row["step"] >= node.begins
-    }  # nobody had the first one yet
-    growth = make_controller(cfg, plan, setup.device, state)
-    found = again(setup, growth, node.step, lambda step: step in scored)
+    ) as e:  # mainrun has not written this node
+        return AuditResult(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     try:
-        rows = [row for row in found if row["event"] == "eval" or row["step"] > node.begins]
-    except MainrunError as e:  # an op that did not keep its word here
-        return Finding(node, "differs", str(e))
-    if node.geometry != list(cfg.geometry):
-        return Finding(
-            node,
-            "differs",
-            f"it says that official scores are of {node.geometry}, its config of {list(cfg.geometry)}",
-        )
-    presented = plan.tokens(node.step) * cfg.passes
-    if node.presented != presented:
-        return Finding(
-            node,
-            "differs",
-            f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}",
-        )
-    return Finding(node, *_compare(node, stored, state, rows))
+        rows = segment.train(node)
+    except MainrunError as e:  # an operation failed its checks
+        return AuditResult(node, "differs", str(e))
+    difference = (
+        _header_difference(node, segment)
+        or _tensor_difference(stored, segment.state.tensors())
+        or _row_difference(node, rows)
+    )
+    return AuditResult(node, "differs" if difference else "same", difference)
 
 
-def again(
+@dataclass(frozen=True)
+class _Segment:
+    """A run that is ready to train to a node."""
+
+    setup: Setup
+    state: State
+    controller: Controller
+
+    def train(self, node: Node) -> list[Row]:
+        """Train to the node, and return the rows that the node should have."""
+        scored_steps = set()
+        for row in node.rows:
+            if row["event"] == "eval" and row["step"] >= node.begins:
+                scored_steps.add(row["step"])
+        rows = retrain(self.setup, self.controller, node.step, lambda step: step in scored_steps)
+        # The score at `begins` is a row of this node if an earlier run has not stored it.
+        return [row for row in rows if row["event"] == "eval" or row["step"] > node.begins]
+
+
+def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditResult:
+    """Set up the run of a node at the start of its segment, or return why the node cannot be compared."""
+    cfg = from_dict(node.config)
+    setup = set_up(cfg, node.grown.get("fired", ()))
+    plan = setup.plan
+    origin = lineage.origin(
+        cfg, setup.corpus.fingerprints, setup.data.digest, versions(), setup.device.machine_class
+    )
+    if lineage.root(origin) != node.root:
+        stored_origin = dict(store.roots()).get(node.root, {})
+        return AuditResult(node, "skipped", "; ".join(lineage.differences(origin, stored_origin)[:3]))
+    if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
+        return AuditResult(node, "differs", "its config does not lead to its key")
+    state = setup.start()
+    if start:
+        growth_state = growth_state_at(plan, start.step, start.grown)
+        with fitting(f"node {start.key[:12]}"):
+            load_state(state, store.load(start), start.step, start.presented, growth_state)
+    return _Segment(setup, state, make_controller(cfg, plan, setup.device, state))
+
+
+def retrain(
     setup: Setup, growth: Controller, end: int, scored: Callable[[int], bool], decides: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Train to step `end`, or to the end of the run. Yield the rows of every step, and the scores where asked.
+) -> Iterator[Row]:
+    """Train to step `end`, or to the end of the run. Yield the rows of every step and of every score.
 
-    scored: whether a step is scored. decides: whether scores fire growth operations, as they do in a run; they must
-    then be all scores of the run so far. Otherwise the plan already knows when operations fire.
+    `scored` says whether a step is scored. With `decides`, the scores trigger growth operations as they do in
+    a run; they must then be all the scores of the run. Otherwise the plan already knows when operations run.
     """
     state = growth.state
     batches = Batches(setup.cfg, setup.data.splits["train"])
@@ -160,39 +196,56 @@ def again(
         yield row | {"loss": loss, "grad_norm": norm}
 
 
-def _compare(node: Node, stored: dict[str, Any], state: State, rows: list[dict[str, Any]]) -> tuple[str, str]:
-    again = state.tensors()
-    if names := sorted({*stored} ^ {*again}):
-        return "differs", f"one of them has no {names[0]}"
-    apart = [
-        name
-        for name in sorted(again)
-        if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", again[name])]))
-    ]
-    if apart:
-        return (
-            "differs",
-            f"{len(apart)} of {len(again)} tensors: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}",
-        )
-    kept = {
-        (row["event"], row["step"], row.get("split")): row
-        for row in node.rows
-        if row["event"] in ("step", "eval")
-    }
+# -- comparisons: each returns a difference, or an empty text
+
+
+def _header_difference(node: Node, segment: _Segment) -> str:
+    cfg = segment.setup.cfg
+    if node.geometry != list(cfg.geometry):
+        return f"its official scores have geometry {node.geometry}, its config says {list(cfg.geometry)}"
+    presented = segment.setup.plan.tokens(node.step) * cfg.passes
+    if node.presented != presented:
+        return f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}"
+    return ""
+
+
+def _tensor_difference(stored: dict[str, Any], trained: dict[str, Any]) -> str:
+    missing = sorted({*stored} ^ {*trained})
+    if missing:
+        return f"one of them has no {missing[0]}"
+    differing = []
+    for name in sorted(trained):
+        if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", trained[name])])):
+            differing.append(name)
+    if not differing:
+        return ""
+    names = ", ".join(differing[:3])
+    more = ", ..." if len(differing) > 3 else ""
+    return f"{len(differing)} of {len(trained)} tensors: {names}{more}"
+
+
+def _row_difference(node: Node, rows: list[Row]) -> str:
+    stored = {_row_key(row): row for row in node.rows if row["event"] in ("step", "eval")}
     for row in rows:
-        there = kept.pop((row["event"], row["step"], row.get("split")), None)
-        if there is None:
-            return "differs", f"no {row['event']} row of step {row['step']}"
-        for name in sorted({*row, *there} - {"seconds"}):
-            if there.get(name) != row.get(name):
+        stored_row = stored.pop(_row_key(row), None)
+        if stored_row is None:
+            return f"no {row['event']} row of step {row['step']}"
+        for name in sorted({*row, *stored_row} - {"seconds"}):
+            if stored_row.get(name) != row.get(name):
                 return (
-                    "differs",
-                    f"{name} at step {row['step']}: {there.get(name)!r} in the store, {row.get(name)!r} now",
+                    f"{name} at step {row['step']}: {stored_row.get(name)!r} in the store, "
+                    f"{row.get(name)!r} now"
                 )
-    if kept:
-        return "differs", "the store has a row that no step writes: {} of step {}".format(*next(iter(kept)))
-    return "same", ""
+    if stored:
+        event, step, _ = next(iter(stored))
+        return f"the store has a row that no step writes: {event} of step {step}"
+    return ""
+
+
+def _row_key(row: Row) -> tuple[str, int, str | None]:
+    return row["event"], row["step"], row.get("split")
 
 
 def _unreadable(key: str) -> Node:
+    """Return a placeholder for a node that cannot be read."""
     return Node(key, "", "", 0, 0, 0, "", 0, [], 0.0, "", {}, 0.0, "")

@@ -1,8 +1,16 @@
-"""The guards: named checks that a run's figures are what they seem to be.
+"""The guards: named checks that the scores of a run are what they claim to be.
 
-Each guard prevents one trick (its docstring says which) and says pass, flag or fail. `flag`: honest, but not to be compared as if
-it were the task's own figure. `fail`: the figure is not what it claims to be. `train` runs them at the end; `submit` runs them
-with all=True, which looks at every title, more positions, and scores the whole validation split once more.
+Each guard prevents one trick, which its docstring names. Its verdict is one of:
+
+    pass    nothing was found
+    flag    the run is honest, but its score cannot be compared with the scores of the task
+    fail    the score is not what it claims to be
+
+Every run ends with the guards. `mainrun submit` calls them with all=True: they then check every title and
+more positions, and they load the corpus again.
+
+To add a guard, write a function whose docstring begins with "Prevents" and add it to GUARDS.
+reports/submission.py says for each guard how to fix a failure.
 """
 
 from __future__ import annotations
@@ -12,216 +20,262 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mainrun.config import MIN_COVERAGE, TASK, TrainConfig
-from mainrun.data import scoring
-from mainrun.data import sources as corpora
+from mainrun.data import corpus as corpora
+from mainrun.data import scoring, sources
 from mainrun.data.batches import Batches
-from mainrun.data.sources import Corpus
+from mainrun.data.corpus import Corpus
+from mainrun.data.hub import HUB_REVISIONS
 from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
 LONGEST_WORD = 20  # characters; a longer token is not a word
+TARGET_NAMES = ("target", "targets", "labels", "y")  # arguments of a model's forward that take targets
 
 Status = Literal["pass", "flag", "fail"]
-Verdict = tuple[Status, str]
+EvalRow = dict[str, Any]  # an eval row of metrics.jsonl
 
 
 @dataclass(frozen=True)
-class Guard:
-    name: str
+class Evidence:
+    """What a run leaves behind. The guards recompute everything that can be recomputed."""
+
+    cfg: TrainConfig
+    corpus: Corpus
+    data: TokenData
+    model: nn.Module  # the scored weights: of a run with EMA or SWA, the average
+    evals: list[EvalRow]  # in order
+    ledger: dict[
+        str, Any
+    ]  # train_tokens_per_epoch, presentations_per_token, forward_passes, ensemble_members
+    summary: dict[str, Any]  # contains at least last, best and scores
+    initial_weights: str  # "random", or where the weights come from
+    evaluate_hash: str  # scoring.evaluate_source_hash() at the start of the run
+
+
+class Verdict(NamedTuple):
+    """What a guard function returns."""
+
     status: Status
     detail: str
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a run leaves behind. The guards take nobody's word: what can be computed again is."""
+class Guard:
+    """The verdict of a guard with the name of the guard."""
 
-    cfg: TrainConfig
-    corpus: Corpus
-    data: TokenData
-    model: nn.Module  # the scored weights: of an averaged run, the average
-    evals: list[dict[str, Any]]  # the eval rows of metrics.jsonl, in order
-    ledger: dict[
-        str, Any
-    ]  # train_tokens_per_epoch, presentations_per_token, forward_passes (of a batch), ensemble_members
-    summary: dict[str, Any]  # at least last and best, rows of val
-    initial_weights: str  # "random", or where they came from
-    evaluate_hash: str  # scoring.evaluate_source_hash() when the run began
+    name: str
+    status: Status
+    detail: str
 
 
 def guards(e: Evidence, *, all: bool = False) -> list[Guard]:
-    """Every guard's verdict, in the order of GUARDS."""
-    found = []
+    """Run every guard, in the order of GUARDS."""
+    results = []
     for name, check in GUARDS.items():
         try:
             status, detail = check(e, all)
         except Exception as error:
-            # evidence that cannot be read is no evidence; it must not end a run that took hours, and it must not pass either
-            status, detail = "fail", f"the evidence cannot be read: {type(error).__name__}: {error}"
-        found.append(Guard(name, status, detail))
-    return found
+            # Evidence that cannot be read must not pass. It must not end a run of hours with a traceback
+            # either.
+            status = "fail"
+            detail = f"the evidence cannot be read: {type(error).__name__}: {error}"
+        results.append(Guard(name, status, detail))
+    return results
 
 
-# -- the figure
+def passed(detail: str) -> Verdict:
+    return Verdict("pass", detail)
+
+
+def flag(detail: str) -> Verdict:
+    return Verdict("flag", detail)
+
+
+def fail(detail: str) -> Verdict:
+    return Verdict("fail", detail)
+
+
+# -- the score
 
 
 def coverage(e: Evidence, all: bool) -> Verdict:
-    """Prevents a tail that is left out of the figure."""
-    for split in _scored(e):
-        last, n = _rows(e, split)[-1], len(e.data.splits[split])
+    """Prevents a score that leaves out the end of a split."""
+    for split in _scored_splits(e):
+        last = _eval_rows(e, split)[-1]
+        n = len(e.data.splits[split])
         if last["tokens"] != n:
-            return (
-                "fail",
-                f"the full score covers {last['tokens']:,} of {n:,} tokens of {split}; it must cover all",
+            return fail(
+                f"the full score covers {last['tokens']:,} of {n:,} tokens of {split}; it must cover all"
             )
     n = len(e.data.splits["val"])
     share = scoring.official_coverage(n, e.cfg.geometry)
     if share < MIN_COVERAGE:
-        return (
-            "flag",
-            f"official covers {share:.2%} of the validation tokens, below {MIN_COVERAGE:.0%}: compare the full score only",
+        return flag(
+            f"official covers {share:.2%} of the validation tokens, below {MIN_COVERAGE:.0%}: "
+            "compare the full score only"
         )
-    return "pass", f"official covers {share:.1%}, full covers all {n:,} tokens"
+    return passed(f"official covers {share:.1%}, full covers all {n:,} tokens")
 
 
 def geometry(e: Evidence, all: bool) -> Verdict:
-    """Prevents an official score whose spans, and so whose unscored tail, change during the run."""
-    for split in _scored(e):
-        rows = _rows(e, split)
+    """Prevents an official score whose spans, and thus whose unscored tokens, change during the run."""
+    spans = "{}x{}".format(*e.cfg.geometry)
+    for split in _scored_splits(e):
+        rows = _eval_rows(e, split)
+        expected = scoring.official_coverage(len(e.data.splits[split]), e.cfg.geometry)
         for row in rows:
-            expected, at = (
-                scoring.official_coverage(len(e.data.splits[split]), e.cfg.geometry),
-                f"{split} at step {row['step']}",
-            )
+            where = _where(row)
             if not _close(row["coverage"], expected):
-                return (
-                    "fail",
-                    f"{at}: official covers {row['coverage']:.4f}; spans of {_x(e.cfg.geometry)} cover {expected:.4f}",
+                return fail(
+                    f"{where}: official covers {row['coverage']:.4f}; spans of {spans} cover {expected:.4f}"
                 )
             if row["tokens"] != rows[0]["tokens"]:
-                return (
-                    "fail",
-                    f"{at}: {row['tokens']:,} tokens were scored, at step {rows[0]['step']} {rows[0]['tokens']:,}",
+                return fail(
+                    f"{where}: {row['tokens']:,} tokens were scored, "
+                    f"at step {rows[0]['step']} {rows[0]['tokens']:,}"
                 )
-    return "pass", f"spans of {_x(e.cfg.geometry)} tokens at every evaluation"
+    return passed(f"spans of {spans} tokens at every evaluation")
 
 
 def denominator(e: Evidence, all: bool) -> Verdict:
-    """Prevents a figure that is small because it was divided by too much: characters and bytes are counted again from raw titles."""
+    """Prevents a score that is small because it was divided by too many characters or bytes."""
     for split in e.data.splits:
         titles: list[str] = getattr(e.corpus, split)
         chars = sum(map(len, titles)) + len("<eos>") * len(titles)
-        nbytes = sum(len(t.encode()) + 1 for t in titles)
-        for what, got, counted in (
-            ("characters", e.data.chars[split], chars),
-            ("bytes", e.data.bytes[split], nbytes),
-        ):
-            if got != counted:
-                return "fail", f"{split} was divided by {got:,} {what}; its raw titles have {counted:,}"
-        for row in _rows(e, split) if split != "train" else []:
-            nll, at = row["loss"] * row["tokens"], f"{split} at step {row['step']}"
-            for what, total in (
-                ("full", row["full"] * chars),
-                ("bits_per_byte", row["bits_per_byte"] * nbytes * math.log(2)),
-            ):
-                if not _close(total, nll):
-                    return (
-                        "fail",
-                        f"{at}: {what} means {total:,.1f} nats, loss {nll:,.1f}: it was divided by something else",
+        n_bytes = sum(len(title.encode()) + 1 for title in titles)
+        if e.data.chars[split] != chars:
+            return fail(
+                f"{split} was divided by {e.data.chars[split]:,} characters; its raw titles have {chars:,}"
+            )
+        if e.data.bytes[split] != n_bytes:
+            return fail(
+                f"{split} was divided by {e.data.bytes[split]:,} bytes; its raw titles have {n_bytes:,}"
+            )
+        if split == "train":
+            continue
+        for row in _eval_rows(e, split):
+            nats = row["loss"] * row["tokens"]
+            totals = {
+                "full": row["full"] * chars,
+                "bits_per_byte": row["bits_per_byte"] * n_bytes * math.log(2),
+            }
+            for name, total in totals.items():
+                if not _close(total, nats):
+                    return fail(
+                        f"{_where(row)}: {name} means {total:,.1f} nats, loss {nats:,.1f}: "
+                        "it was divided by something else"
                     )
-    return (
-        "pass",
-        f"{e.data.chars['val']:,} characters and {e.data.bytes['val']:,} bytes, counted from the raw titles",
-    )
+    val_chars = e.data.chars["val"]
+    val_bytes = e.data.bytes["val"]
+    return passed(f"{val_chars:,} characters and {val_bytes:,} bytes, counted from the raw titles")
 
 
 def last_and_best(e: Evidence, all: bool) -> Verdict:
-    """Prevents the best of many evaluations from being shown as the run's result."""
-    plan = _plan(e)
-    for split in _scored(e):
-        rows = _rows(e, split)
-        if rows[-1]["step"] != plan.steps:
-            return (
-                "fail",
-                f"the last evaluation of {split} is of step {rows[-1]['step']}, the run has {plan.steps} steps",
+    """Prevents the best of many evaluations from being shown as the result of the run."""
+    steps = _plan(e).steps
+    for split in _scored_splits(e):
+        rows = _eval_rows(e, split)
+        if rows[-1]["step"] != steps:
+            return fail(
+                f"the last evaluation of {split} is of step {rows[-1]['step']}, the run has {steps} steps"
             )
-        for name, true in (("last", rows[-1]), ("best", min(rows, key=lambda row: row["full"]))):
-            for shown in (e.summary["scores"][split][name], *([e.summary[name]] if split == "val" else [])):
-                wrong = [k for k in ("step", "full", "official", "loss") if shown[k] != true[k]]
+        best = min(rows, key=lambda row: row["full"])
+        for name, row in (("last", rows[-1]), ("best", best)):
+            shown = [e.summary["scores"][split][name]]
+            if split == "val":
+                shown.append(e.summary[name])
+            for score in shown:
+                wrong = [key for key in ("step", "full", "official", "loss") if score[key] != row[key]]
                 if wrong:
-                    got, want = (", ".join(f"{k}={row[k]}" for k in wrong) for row in (shown, true))
-                    return (
-                        "fail",
-                        f"the summary's {name} score of {split} says {got}; metrics.jsonl says {want}",
+                    return fail(
+                        f"the summary's {name} score of {split} says {_listed(score, wrong)}; "
+                        f"metrics.jsonl says {_listed(row, wrong)}"
                     )
-    last, best = e.summary["last"], e.summary["best"]
-    return (
-        "pass",
-        f"last: {last['full']:.4f} at step {last['step']}; best: {best['full']:.4f} at step {best['step']}",
+    last = e.summary["last"]
+    best = e.summary["best"]
+    return passed(
+        f"last: {last['full']:.4f} at step {last['step']}; best: {best['full']:.4f} at step {best['step']}"
     )
 
 
 def same_evaluate(e: Evidence, all: bool) -> Verdict:
-    """Prevents an evaluate that was edited or replaced: its file, the functions in memory and a known answer must agree."""
+    """Prevents an edited evaluate: its file, its functions in memory and a known answer must agree."""
     now = scoring.evaluate_source_hash()
     if e.evaluate_hash != now:
-        return "fail", f"the run began with evaluate {e.evaluate_hash[:12]}, scoring.py is now {now[:12]}"
+        return fail(f"the run began with evaluate {e.evaluate_hash[:12]}, scoring.py is now {now[:12]}")
+    replaced = _replaced_function()
+    if replaced:
+        return fail(replaced)
+    result, formula = _known_answer()
+    if not _close(result, formula):
+        return fail(
+            f"evaluate gives {result} where the formula gives {formula}: something that it calls was replaced"
+        )
+    # Another machine may round differently.
+    tolerance = 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4
+    for split in _scored_splits(e):
+        row = _eval_rows(e, split)[-1]
+        with _restored(e.model):
+            score = asdict(_evaluate(e, e.data.splits[split], e.cfg.geometry))
+        # The official score is compared relative to the full score: `denominator` checks what both are
+        # divided by.
+        ratio = score["official"] / score["full"]
+        row_ratio = row["official"] / row["full"]
+        for name, agrees in (
+            ("loss", _close(row["loss"], score["loss"], tolerance)),
+            ("official", _close(row_ratio, ratio, tolerance)),
+        ):
+            if not agrees:
+                return fail(
+                    f"on {split} the weights score {name} {score[name]:.4f}, "
+                    f"the last evaluation says {row[name]:.4f}"
+                )
+    return passed(f"evaluate {now[:12]}, from start to end")
+
+
+def _replaced_function() -> str:
+    """Return which function differs from the file scoring.py, or an empty text."""
     path = Path(scoring.__file__)
     module_code = compile(path.read_text(encoding="utf-8"), path, "exec", dont_inherit=True)
     for code in module_code.co_consts:
-        live = vars(scoring).get(code.co_name) if isinstance(code, CodeType) else scoring.Score
-        if not isinstance(live, type) and getattr(live, "__code__", None) != code:
-            return "fail", f"scoring.{code.co_name} in memory is not what scoring.py says"
+        if not isinstance(code, CodeType):
+            continue
+        live = vars(scoring).get(code.co_name)
+        if isinstance(live, type):
+            continue  # the body of a class has no code object in memory
+        if getattr(live, "__code__", None) != code:
+            return f"scoring.{code.co_name} in memory is not what scoring.py says"
     for name, module in list(sys.modules.items()):
-        if (
-            name.split(".")[0] == "mainrun"
-            and getattr(module, "evaluate", scoring.evaluate) is not scoring.evaluate
-        ):
-            return "fail", f"{name} has an evaluate of its own"
-    got, want = _known_answer()
-    if not _close(got, want):
-        return "fail", f"evaluate gives {got} where the formula gives {want}: something under it was replaced"
-    for split in _scored(e):
-        with _as_it_was(e.model):
-            row, score = _rows(e, split)[-1], asdict(_evaluate(e, e.data.splits[split], e.cfg.geometry))
-        for k in (
-            "loss",
-            "official",
-        ):  # official against full: what they were divided by is another guard's business
-            then, now_ = (r[k] / (r["full"] if k == "official" else 1) for r in (row, score))
-            if not _close(
-                then, now_, 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4
-            ):  # what another machine may round
-                return (
-                    "fail",
-                    f"on {split} the weights score {k} {score[k]:.4f}, the last evaluation says {row[k]:.4f}",
-                )
-    return "pass", f"evaluate {now[:12]}, from start to end"
+        if name.split(".")[0] != "mainrun":
+            continue
+        if getattr(module, "evaluate", scoring.evaluate) is not scoring.evaluate:
+            return f"{name} has its own evaluate"
+    return ""
 
 
 def _known_answer() -> tuple[float, float]:
-    """evaluate's full + official on a table of 8 tokens, and the same by the formula written out."""
+    """Return full + official of a table of 8 tokens, from evaluate and from the formula written out."""
     table = torch.linspace(-1, 1, 64).reshape(8, 8).sin()
     model = nn.Embedding.from_pretrained(table)
     tokens = np.array([3, 1, 4, 1, 5, 7, 2, 6, 5, 3, 5, 1, 7, 7, 3, 2, 3, 1], dtype=np.uint16)
     score = scoring.evaluate(model, tokens, chars=50, nbytes=40, block_size=4, geometry=(2, 3))
     log_z = table.double().exp().sum(1).log()
 
-    def nll(before: int, token: int) -> float:
-        return float(log_z[before] - table[before, token])
+    def nll(context: int, token: int) -> float:
+        return float(log_z[context] - table[context, token])
 
     stream = tokens.tolist()
     full = sum(nll(a, b) for a, b in zip([EOS, *stream], stream, strict=False))
@@ -233,301 +287,314 @@ def _known_answer() -> tuple[float, float]:
 
 
 def no_learning(e: Evidence, all: bool) -> Verdict:
-    """Prevents a model that learns from the validation text while it is scored, in weights, buffers or hidden memory."""
-    tokens = _slice(e)
-    with _as_it_was(e.model) as before:
-        modes = [m.training for m in e.model.modules()]
+    """Prevents a model that learns from the validation text while it is scored, in any kind of memory."""
+    tokens = _val_slice(e)
+    with _restored(e.model) as before:
+        modes = [module.training for module in e.model.modules()]
         rng = _rng_state()
         first = _evaluate(e, tokens)
         if _rng_state() != rng:
-            return "fail", "evaluate moved a random generator"
-        after = _tensors(e.model)
-        changed = [
-            n
-            for n in before.keys() | after.keys()
-            if n not in before or n not in after or not _same(before[n], after[n])
-        ]
+            return fail("evaluate moved a random generator")
+        changed = _changed(before, _tensors(e.model))
         if changed:
-            return "fail", f"evaluate changed {len(changed)} parameters or buffers, like {min(changed)}"
-        if modes != [m.training for m in e.model.modules()]:
-            return "fail", "evaluate left the model in another mode"
-        _evaluate(e, tokens[::-1].copy())  # something else in between: a memory would hold it now
-        again = _evaluate(e, tokens)
-    if again != first:
-        return "fail", f"the same tokens scored {first.loss} at first and {again.loss} later"
-    return "pass", "weights, buffers and random state are the same after evaluate, and so is a second score"
+            return fail(f"evaluate changed {len(changed)} parameters or buffers, like {min(changed)}")
+        if modes != [module.training for module in e.model.modules()]:
+            return fail("evaluate left the model in another mode")
+        _evaluate(e, tokens[::-1].copy())  # other tokens, which a memory would now contain
+        second = _evaluate(e, tokens)
+    if second != first:
+        return fail(f"the same tokens scored {first.loss} at first and {second.loss} later")
+    return passed("weights, buffers and random state are the same after evaluate, and so is a second score")
+
+
+def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    changed = []
+    for name in before.keys() | after.keys():
+        if name not in before or name not in after or not _same(before[name], after[name]):
+            changed.append(name)
+    return changed
 
 
 def targets_unseen(e: Evidence, all: bool) -> Verdict:
-    """Prevents a model that is told the answer: its logits may not depend on the targets it is scored against."""
+    """Prevents a model that uses the targets it is scored on: its logits must not depend on them."""
     n = min(e.cfg.block_size, len(e.data.splits["val"]))
     stream = e.data.splits["val"][:n].copy()
     other = stream.copy()
-    other[-1] = (
-        EOS if stream[-1] != EOS else UNK + 1
-    )  # one block: the last token is a target and never an input
-    seen: list[list[Tensor]] = []
-    for tokens in (stream, other):
-        calls: list[Tensor] = []
-        hook = e.model.register_forward_hook(
-            lambda module, args, output, calls=calls: calls.append(output.detach().clone())
-        )
-        try:
-            with _as_it_was(e.model):
-                _evaluate(e, tokens, (1, n - 1))
-        finally:
-            hook.remove()
-        seen.append(calls)
-    gap = max(_gap(a, b) for a, b in zip(*seen, strict=True))
-    if gap > _tolerance(e, seen[0][0]):
-        return "fail", f"another last target moved logits by {gap:.3g}, with the same inputs"
-    takes = [
-        p
-        for p in list(inspect.signature(e.model.forward).parameters)[1:]
-        if p in ("target", "targets", "labels", "y")
-    ]
-    for name in takes:
+    # In one block, the last token is a target and never an input.
+    other[-1] = EOS if stream[-1] != EOS else UNK + 1
+    outputs = _logits_during_evaluate(e, stream, n)
+    outputs_with_other_target = _logits_during_evaluate(e, other, n)
+    gap = max(_gap(a, b) for a, b in zip(outputs, outputs_with_other_target, strict=True))
+    if gap > _tolerance(e, outputs[0]):
+        return fail(f"another last target moved logits by {gap:.3g}, with the same inputs")
+    for name in list(inspect.signature(e.model.forward).parameters)[1:]:
+        if name not in TARGET_NAMES:
+            continue
         idx = _windows(e, 1)
-        pair = [_forward(e.model, idx, **{name: t}) for t in (idx.roll(-1, 1), idx.flip(1))]
-        gap = max(_gap(logits, _forward(e.model, idx)) for logits in pair)
-        if gap > _tolerance(e, pair[0]):
-            return "fail", f"forward({name}=...) moved logits by {gap:.3g}"
-    return "pass", "other targets, same logits"
+        logits = [_forward(e.model, idx, **{name: targets}) for targets in (idx.roll(-1, 1), idx.flip(1))]
+        gap = max(_gap(with_targets, _forward(e.model, idx)) for with_targets in logits)
+        if gap > _tolerance(e, logits[0]):
+            return fail(f"forward({name}=...) moved logits by {gap:.3g}")
+    return passed("other targets, same logits")
+
+
+def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Tensor]:
+    """Score one block of n tokens, and return the output of each forward pass."""
+    outputs: list[Tensor] = []
+    hook = e.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+    try:
+        with _restored(e.model):
+            _evaluate(e, tokens, (1, n - 1))
+    finally:
+        hook.remove()
+    return outputs
 
 
 def causality(e: Evidence, all: bool) -> Verdict:
-    """Prevents a look at what comes later in the row, or at another row of the batch."""
-    idx = _windows(e, 1, None if all else 512)  # [1, T]
+    """Prevents a look at later tokens of the row, or at another row of the batch."""
+    idx = _windows(e, 1, None if all else 512)  # (1, T)
     T = idx.shape[1]
-    cuts = sorted(
-        {p for p in (0, 1, T // 4, T // 2, 3 * T // 4, T - 2) if p < T - 1}
-        if all
-        else {0, T // 2 if T > 3 else 0, T - 2}
-    )
+    cuts = _cuts(T, all)
     shuffled = idx[:, torch.from_numpy(np.random.default_rng(0).permutation(T))]
-    futures = [
-        shuffled,
-        idx.flip(1) // 2,
-        torch.full_like(idx, EOS),
-        torch.full_like(idx, PAD),
-    ]  # <eos>, <pad>: masks are made of them
-    changed, kept = [], []
+    # Masks are made from <eos> and <pad>, so two futures consist only of them.
+    futures = [shuffled, idx.flip(1) // 2, torch.full_like(idx, EOS), torch.full_like(idx, PAD)]
+    changed = []
+    kept = []  # how many tokens each changed row shares with the original
     for cut in cuts:
         for future in futures:
             changed.append(torch.cat([idx[:, : cut + 1], future[:, cut + 1 :]], dim=1))
             kept.append(cut + 1)
     batch = _forward(e.model, torch.cat([idx, *changed]))
-    for row, cut in enumerate(kept, 1):
-        gap, allowed = _gap(batch[row, :cut], batch[0, :cut]), _tolerance(e, batch)
+    allowed = _tolerance(e, batch)
+    for row, n in enumerate(kept, 1):
+        gap = _gap(batch[row, :n], batch[0, :n])
         if gap > allowed:
-            return (
-                "fail",
-                f"tokens after position {cut - 1} moved logits at or before it by {gap:.3g} (allowed {allowed:.1g})",
+            return fail(
+                f"tokens after position {n - 1} moved logits at or before it by {gap:.3g} "
+                f"(allowed {allowed:.1g})"
             )
-    neighbours = _forward(e.model, torch.cat([idx, *(row.roll(1, 1) for row in changed)]))
-    gap, allowed = _gap(neighbours[0], batch[0]), _tolerance(e, batch)
+    other_rows = _forward(e.model, torch.cat([idx, *(row.roll(1, 1) for row in changed)]))
+    gap = _gap(other_rows[0], batch[0])
     if gap > allowed:
-        return "fail", f"other rows in its batch moved a row's logits by {gap:.3g} (allowed {allowed:.1g})"
-    for length in (*(p + 1 for p in cuts), T):
-        gap, allowed = (
-            _gap(_forward(e.model, idx[:, :length])[0], batch[0, :length]),
-            _tolerance(e, batch, same_shape=False),
-        )
+        return fail(f"other rows in its batch moved a row's logits by {gap:.3g} (allowed {allowed:.1g})")
+    allowed = _tolerance(e, batch, same_shape=False)
+    for length in (*(cut + 1 for cut in cuts), T):
+        logits = _forward(e.model, idx[:, :length])
+        gap = _gap(logits[0], batch[0, :length])
         if gap > allowed:
-            return (
-                "fail",
-                f"{length} of {T} tokens alone have logits that differ by {gap:.3g} (allowed {allowed:.1g})",
+            return fail(
+                f"{length} of {T} tokens alone have logits that differ by {gap:.3g} (allowed {allowed:.1g})"
             )
-    return (
-        "pass",
-        f"logits are the same under other futures at positions {', '.join(map(str, cuts))}, cut short, and in other company",
+    positions = ", ".join(map(str, cuts))
+    return passed(
+        f"logits are the same with other futures at positions {positions}, in a shorter row, "
+        "and next to other rows"
     )
 
 
+def _cuts(T: int, all: bool) -> list[int]:
+    """Return the positions after which `causality` changes a row of T tokens."""
+    if all:
+        return sorted({p for p in (0, 1, T // 4, T // 2, 3 * T // 4, T - 2) if p < T - 1})
+    return sorted({0, T // 2 if T > 3 else 0, T - 2})
+
+
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Prevents weights that were trained before: after one step a model knows hardly more than its batch's token counts."""
+    """Prevents a start from trained weights: after one step, a model knows little but token counts."""
     if e.initial_weights != "random":
-        return "fail", f"the weights came from {e.initial_weights}; the task starts from random ones"
-    first = _rows(e)[0]
+        return fail(f"the weights came from {e.initial_weights}; the task starts from random ones")
+    first = _eval_rows(e)[0]
     if first["step"] != 1:
-        return (
-            "fail",
-            f"the first evaluation is of step {first['step']}; without step 1 nothing shows that the start was random",
+        return fail(
+            f"the first evaluation is of step {first['step']}; "
+            "without step 1 nothing shows that the start was random"
         )
     vocab = e.data.tokenizer.vocab_size
-    counts = np.bincount(Batches(e.cfg, e.data.splits["train"]).at(0)[1].ravel(), minlength=vocab)[None]
-    alpha = np.array(
-        [[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]]
-    )  # the smoothing that suits val best: no fresh start guesses it
+    _, targets = Batches(e.cfg, e.data.splits["train"]).at(0)
+    counts = np.bincount(targets.ravel(), minlength=vocab)[None]
+    # The smoothing that fits val best. No model with a random start can choose it.
+    alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
     if first["loss"] < floor:
-        return (
-            "fail",
-            f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, which is all that the first batch's counts could give",
+        return fail(
+            f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, "
+            "which is all that the first batch's counts could give"
         )
-    return "pass", f"loss {first['loss']:.3f} after step 1; no fresh start is below {floor:.3f}"
+    return passed(f"loss {first['loss']:.3f} after step 1; no random start is below {floor:.3f}")
 
 
 # -- the data
 
 
 def lossless_tokens(e: Evidence, all: bool) -> Verdict:
-    """Prevents text that is made easier on its way to tokens: every title must come back, and val be stored as it is encoded."""
+    """Prevents a tokenizer that makes the text easier: every title must come back from its tokens."""
     tokenizer = e.data.tokenizer
     for split, stream in e.data.splits.items():
         titles: list[str] = getattr(e.corpus, split)
-        if unknown := int(np.count_nonzero(stream == UNK)):
-            return "fail", f"{split} holds {unknown:,} <unk>"
+        unknown = int(np.count_nonzero(stream == UNK))
+        if unknown:
+            return fail(f"{split} holds {unknown:,} <unk>")
         if not np.array_equal(tokenizer.encode(titles), stream):
-            return "fail", f"the tokens of {split} are not the encoding of its titles"
+            return fail(f"the tokens of {split} are not the encoding of its titles")
         if split == "val" or all:
-            back = tokenizer.titles(stream)
+            decoded = tokenizer.titles(stream)
         else:
             titles = titles[:: max(1, len(titles) // 1000)]
-            back = tokenizer.titles(tokenizer.encode(titles))
-        if len(back) != len(titles):
-            return "fail", f"{len(titles):,} titles of {split} came back as {len(back):,}"
-        for title, returned in zip(titles, back, strict=True):
+            decoded = tokenizer.titles(tokenizer.encode(titles))
+        if len(decoded) != len(titles):
+            return fail(f"{len(titles):,} titles of {split} came back as {len(decoded):,}")
+        for title, returned in zip(titles, decoded, strict=True):
             if title != returned:
-                return "fail", f"a title of {split} came back changed: {title!r} as {returned!r}"
-    return (
-        "pass",
-        f"{'every title' if all else 'every title of val and a sample of the others'} comes back; no <unk>",
-    )
+                return fail(f"a title of {split} came back changed: {title!r} as {returned!r}")
+    checked = "every title" if all else "every title of val and a sample of the others"
+    return passed(f"{checked} comes back; no <unk>")
 
 
 def no_val_tokens(e: Evidence, all: bool) -> Verdict:
-    """Prevents a vocabulary that has learnt validation titles by heart (the tokenizer may have seen them)."""
-    train, val = (np.unique(e.data.splits[split]) for split in ("train", "val"))
+    """Prevents a vocabulary that contains validation titles (the tokenizer may have been fitted on them)."""
+    train = np.unique(e.data.splits["train"])
+    val = np.unique(e.data.splits["val"])
     text = ""
     for token in np.setdiff1d(val, train):
         word = e.data.tokenizer.decode([int(token)]).strip()
         if len(word.split()) > 1 or len(word) > LONGEST_WORD:
             text = text or "\n".join(e.corpus.train)
-            if word not in text:  # a token that train merely spells in another way holds nothing of val
-                return "fail", f"token {token} = {word!r} is longer than a word and occurs in validation only"
-    return "pass", f"no validation-only token is longer than a word (fitted on {e.cfg.tokenizer_fit})"
+            # If train contains the text in other tokens, the token reveals nothing about val.
+            if word not in text:
+                return fail(f"token {token} = {word!r} is longer than a word and occurs in validation only")
+    return passed(f"no validation-only token is longer than a word (fitted on {e.cfg.tokenizer_fit})")
 
 
 def data_known(e: Evidence, all: bool) -> Verdict:
-    """Prevents other data under a known name: fingerprints are taken again, and must be those of the source."""
-    parts, origin = {split: getattr(e.corpus, split) for split in ("train", "dev", "val")}, e.corpus.origin
-    true = corpora.fingerprints(**parts)
+    """Prevents other titles under a known name: fingerprints are computed again from titles and source."""
+    fingerprints = corpora.fingerprints(e.corpus.train, e.corpus.dev, e.corpus.val)
     for where, claimed in (
         ("the corpus", e.corpus.fingerprints),
-        ("the summary", e.summary.get("fingerprints", true)),
+        ("the summary", e.summary.get("fingerprints", fingerprints)),
     ):
-        for name in true:
-            if claimed[name] != true[name]:
-                return (
-                    "fail",
-                    f"{where} claims fingerprint {claimed[name][:12]} for {name}; its titles have {true[name][:12]}",
+        for name, fingerprint in fingerprints.items():
+            if claimed[name] != fingerprint:
+                return fail(
+                    f"{where} claims fingerprint {claimed[name][:12]} for {name}; "
+                    f"its titles have {fingerprint[:12]}"
                 )
-    kind = "hub" if e.cfg.corpus in corpora.HUB_REVISIONS else e.cfg.corpus.partition(":")[0]
+    corpus = e.cfg.corpus
+    origin = e.corpus.origin
+    kind = sources.kind(corpus)
     if origin["kind"] != kind:
-        return "fail", f"corpus={e.cfg.corpus}, but the titles are from {origin['kind']}"
-    if kind not in ("synthetic", "hub"):
-        learnt = set(parts["train"]).union(parts["dev"])
-        met = (
-            f"; {n:,} of its {len(parts['val']):,} val titles are in train too"
-            if (n := sum(t in learnt for t in parts["val"]))
-            else ""
-        )
-        return (
-            "flag",
-            f"unknown data: compare only with runs of the same fingerprint, {true['corpus'][:12]}{met}",
-        )
-    if kind == "hub" and (
-        origin["revision"] != corpora.HUB_REVISIONS[e.cfg.corpus] or origin.get("verified") is not True
-    ):
-        return (
-            "fail",
-            f"revision {origin['revision']}, verified: {origin.get('verified', False)}; {e.cfg.corpus} is pinned and verified",
-        )
-    if kind == "synthetic" or all:
-        again = corpora.load_corpus(e.cfg).fingerprints
-        if again != true:
-            return (
-                "fail",
-                f"{e.cfg.corpus} gives {again['corpus'][:12]}, these titles are {true['corpus'][:12]}",
+        return fail(f"corpus={corpus}, but the titles are from {origin['kind']}")
+    identity = fingerprints["corpus"][:12]
+    if not sources.is_fixed(corpus):
+        train_titles = set(e.corpus.train).union(e.corpus.dev)
+        repeated = sum(title in train_titles for title in e.corpus.val)
+        note = f"; {repeated:,} of its {len(e.corpus.val):,} val titles are in train too" if repeated else ""
+        return flag(f"unknown data: compare only with runs of the same fingerprint, {identity}{note}")
+    if kind == "hub":
+        verified = origin.get("verified", False)
+        if origin["revision"] != HUB_REVISIONS[corpus] or verified is not True:
+            return fail(
+                f"revision {origin['revision']}, verified: {verified}; {corpus} is pinned and verified"
             )
-    return "pass", f"{e.cfg.corpus}, {true['corpus'][:12]}"
+    if kind == "synthetic" or all:
+        loaded = corpora.load_corpus(e.cfg).fingerprints
+        if loaded != fingerprints:
+            return fail(f"{corpus} gives {loaded['corpus'][:12]}, these titles are {identity}")
+    return passed(f"{corpus}, {identity}")
 
 
 def task_rules(e: Evidence, all: bool) -> Verdict:
-    """Prevents a figure of another task under this one's name: epochs, seed, data, split and number of titles are given."""
-    c = e.cfg
-    wrong = [f"{k}={getattr(c, k)} (the task: {v})" for k, v in TASK.items() if getattr(c, k) != v]
-    if not c.shuffle:
+    """Prevents a score of another task: epochs, seed, data, split and number of titles are given."""
+    cfg = e.cfg
+    is_task_data = cfg.corpus in HUB_REVISIONS
+    wrong = []
+    for name, value in TASK.items():
+        if getattr(cfg, name) != value:
+            wrong.append(f"{name}={getattr(cfg, name)} (the task: {value})")
+    if not cfg.shuffle:
         wrong.append("shuffle=false (the task: a permutation by its seed)")
-    n, n_val = TASK["num_titles"], round(TASK["num_titles"] * TASK["val_frac"])
-    sizes = (len(e.corpus.train) + len(e.corpus.dev), len(e.corpus.val))
-    if c.num_titles == n and c.val_frac == TASK["val_frac"] and sizes != (n - n_val, n_val):
-        wrong.append(f"{sizes[0]:,} + {sizes[1]:,} titles (the task: {n - n_val:,} + {n_val:,})")
-    claims = (
-        all and c.corpus in corpora.HUB_REVISIONS
-    )  # a study trains other seeds and sizes; to submit one is another matter
-    if c.corpus not in corpora.HUB_REVISIONS:
-        wrong.append(f"corpus={c.corpus} is not the task's data ({', '.join(corpora.HUB_REVISIONS)})")
+    n = TASK["num_titles"]
+    n_val = round(n * TASK["val_frac"])
+    known = len(e.corpus.train) + len(e.corpus.dev)
+    val = len(e.corpus.val)
+    if cfg.num_titles == n and cfg.val_frac == TASK["val_frac"] and (known, val) != (n - n_val, n_val):
+        wrong.append(f"{known:,} + {val:,} titles (the task: {n - n_val:,} + {n_val:,})")
+    if not is_task_data:
+        wrong.append(f"corpus={cfg.corpus} is not the task's data ({', '.join(HUB_REVISIONS)})")
     if wrong:
-        return ("fail" if claims else "flag"), "; ".join(wrong)
-    return (
-        "pass",
-        f"{TASK['epochs']} epochs, seed {TASK['seed']}, {c.corpus}, {n:,} titles, {TASK['val_frac']:.0%} held out",
+        # A study may train with other seeds and sizes. A submission of the task's data may not.
+        verdict = fail if all and is_task_data else flag
+        return verdict("; ".join(wrong))
+    return passed(
+        f"{TASK['epochs']} epochs, seed {TASK['seed']}, {cfg.corpus}, {n:,} titles, "
+        f"{TASK['val_frac']:.0%} held out"
     )
 
 
 def presentations(e: Evidence, all: bool) -> Verdict:
-    """Prevents hidden training: how often each token was shown is counted again, R-Drop's second pass and a mix's repeats included."""
-    plan, got = _plan(e), e.ledger
-    passes, members = e.cfg.passes, got["ensemble_members"]
+    """Prevents hidden training: presentations are counted again, including R-Drop's and a mix's repeats."""
+    plan = _plan(e)
+    passes = e.cfg.passes
+    members = e.ledger["ensemble_members"]
+    per_token = plan.tokens(plan.steps) * passes * members / plan.train_tokens
     expected = {
         "train_tokens_per_epoch": plan.train_tokens,
         "forward_passes": passes,
-        "presentations_per_token": plan.tokens(plan.steps) * passes * members / plan.train_tokens,
+        "presentations_per_token": per_token,
     }
+    counted_as = f"(passes: {passes}, models: {members})"
     for name, value in expected.items():
-        if not _close(got[name], value):
-            return (
-                "fail",
-                f"the ledger says {name}={got[name]:.6g}; the config makes {value:.6g} (passes: {passes}, models: {members})",
+        if not _close(e.ledger[name], value):
+            return fail(
+                f"the ledger says {name}={e.ledger[name]:.6g}; the config makes {value:.6g} {counted_as}"
             )
-    shown = f"each token was shown {expected['presentations_per_token']:.2f} times in {e.cfg.epochs} epochs"
-    shown += f" (passes: {passes}, models: {members})"
-    train = (
-        e.corpus.train
-    )  # counted, whatever the corpus says of itself: a mix's titles are distinct but for its weights
-    if e.cfg.corpus.startswith("mix:") and (again := len(train) - len(set(train))):
+    detail = f"each token was shown {per_token:.2f} times in {e.cfg.epochs} epochs {counted_as}"
+    # The titles of a mix are distinct, so repeats come from its weights. They are counted, whatever the
+    # origin says.
+    train = e.corpus.train
+    repeats = len(train) - len(set(train))
+    if e.cfg.corpus.startswith("mix:") and repeats:
         most = Counter(train).most_common(1)[0][1]
-        return (
-            "flag",
-            f"{shown}; {again:,} of an epoch's {len(train):,} titles are repeats by the mix's weights, up to {most} of one",
+        return flag(
+            f"{detail}; {repeats:,} of an epoch's {len(train):,} titles are repeats by the mix's weights, "
+            f"up to {most} of one"
         )
-    return "pass", shown
+    return passed(detail)
 
 
 GUARDS: dict[str, Callable[[Evidence, bool], Verdict]] = {
     check.__name__: check
     for check in (
-        coverage, geometry, denominator, last_and_best, same_evaluate, no_learning, targets_unseen, causality, random_start,
-        lossless_tokens, no_val_tokens, data_known, task_rules, presentations,
+        coverage,
+        geometry,
+        denominator,
+        last_and_best,
+        same_evaluate,
+        no_learning,
+        targets_unseen,
+        causality,
+        random_start,
+        lossless_tokens,
+        no_val_tokens,
+        data_known,
+        task_rules,
+        presentations,
     )
-}  # fmt: skip
+}
 
 
-# -- what the guards share
+# -- helpers
 
 
-def _rows(e: Evidence, split: str = "val") -> list[dict[str, Any]]:
+def _eval_rows(e: Evidence, split: str = "val") -> list[EvalRow]:
     rows = [row for row in e.evals if row["split"] == split]
     if not rows:
         raise ValueError(f"no evaluation of {split}")
     return rows
 
 
-def _scored(e: Evidence) -> list[str]:
-    """The splits that are ranked by: val, and dev where there is one."""
+def _scored_splits(e: Evidence) -> list[str]:
+    """Return the splits that runs are ranked by: val, and dev if there is one."""
     return [split for split in ("val", "dev") if split in e.data.splits]
 
 
@@ -535,38 +602,44 @@ def _plan(e: Evidence) -> Plan:
     return Plan(e.cfg, len(e.data.splits["train"]))
 
 
-def _x(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
+def _where(row: EvalRow) -> str:
+    return f"{row['split']} at step {row['step']}"
+
+
+def _listed(row: EvalRow, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={row[key]}" for key in keys)
 
 
 def _close(a: float, b: float, tolerance: float = 1e-6) -> bool:
     return math.isclose(a, b, rel_tol=tolerance)
 
 
-def _slice(e: Evidence) -> np.ndarray:
-    """A few blocks of val: what holds for evaluate holds on these, in seconds."""
+def _val_slice(e: Evidence) -> np.ndarray:
+    """Return a few blocks of val, which take seconds to score."""
     return e.data.splits["val"][: 8 * e.cfg.block_size + 2].copy()
 
 
 def _evaluate(e: Evidence, tokens: np.ndarray, geometry: tuple[int, int] | None = None) -> scoring.Score:
     geometry = geometry or (1, min(e.cfg.block_size, len(tokens) - 1))
-    chars, nbytes = (sum(len(t) + 5 for t in e.corpus.val), sum(len(t.encode()) + 1 for t in e.corpus.val))
+    chars = sum(len(title) + 5 for title in e.corpus.val)
+    n_bytes = sum(len(title.encode()) + 1 for title in e.corpus.val)
     return scoring.evaluate(
-        e.model, tokens, chars=chars, nbytes=nbytes, block_size=e.cfg.block_size, geometry=geometry
+        e.model, tokens, chars=chars, nbytes=n_bytes, block_size=e.cfg.block_size, geometry=geometry
     )
 
 
 def _windows(e: Evidence, rows: int, longest: int | None = None) -> Tensor:
-    """`rows` blocks of real validation tokens, [rows, T]."""
+    """Return `rows` blocks of validation tokens, (rows, T)."""
     T = min(e.cfg.block_size, longest or e.cfg.block_size)
     tokens = np.resize(np.asarray(e.data.splits["val"]), rows * T).astype(np.int64)
     first = next(e.model.parameters(), None)
-    return torch.from_numpy(tokens.reshape(rows, T)).to(first.device if first is not None else "cpu")
+    device = "cpu" if first is None else first.device
+    return torch.from_numpy(tokens.reshape(rows, T)).to(device)
 
 
 def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
-    """Logits [B, T, V] as evaluate would get them, from weights as they were."""
-    with _as_it_was(model), torch.no_grad():
+    """Return logits (B, T, V) as evaluate would get them, and restore the model."""
+    with _restored(model), torch.no_grad():
         model.eval()
         output = model(idx, **targets)
     outputs = output if isinstance(output, tuple | list) else (output,)
@@ -574,9 +647,13 @@ def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The model's tensors before, as copies; whatever happens inside, tensors, modes and torch's random state are put back."""
-    before, modes = _tensors(model), [(m, m.training) for m in model.modules()]
+def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Restore the model's tensors and modes and torch's random state after a `with` block.
+
+    The value is a copy of the tensors before the block.
+    """
+    before = _tensors(model)
+    modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng():
             yield before
@@ -590,9 +667,11 @@ def _as_it_was(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
+    """Return copies of the parameters and buffers, including those that are not in the state dict."""
+    tensors = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensors[name] = tensor.detach().clone()
+    return tensors
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -600,25 +679,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _rng_state() -> list[Any]:
-    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    numpy_state = np.random.get_state()
-    return [
-        torch.get_rng_state().tolist(),
-        cuda,
-        [np.asarray(part).tolist() for part in numpy_state],
-        random.getstate(),
-    ]
+    """Return the states of all random generators that a model could use."""
+    cuda: list[Any] = []
+    if torch.cuda.is_available():
+        cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()]
+    numpy_state = [np.asarray(part).tolist() for part in np.random.get_state()]
+    return [torch.get_rng_state().tolist(), cuda, numpy_state, random.getstate()]
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinities that are equal differ by nothing."""
+    """Return the largest difference. Equal infinities do not differ."""
     if a.shape != b.shape:
         return math.inf
     return float(torch.where(a == b, 0.0, (a.float() - b.float()).abs()).nan_to_num(nan=math.inf).max())
 
 
 def _tolerance(e: Evidence, logits: Tensor, *, same_shape: bool = True) -> float:
-    """Rounding may depend on the shape of a product, and in bfloat16 much; nothing that helps a score is as small as this."""
+    """Return how much rounding may change logits. It may depend on the shape of a product, most in bfloat16.
+
+    A leak that improves a score changes logits by much more.
+    """
     scale = max(1.0, float(logits.float().abs().nan_to_num(posinf=0.0).max()))
     if e.cfg.dtype == "bfloat16":
         return scale * (1e-2 if same_shape else 5e-2)

@@ -13,28 +13,34 @@ from mainrun.plan.plan import StepInputs
 
 
 class Average:
-    """The weights that are scored: the trained ones, or their EMA or SWA where the config asks for one."""
+    """The running average of a model's weights, if the config asks for EMA or SWA.
+
+    `shadow` holds the average by parameter name. It is empty if there is no average.
+    """
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
         self.live = dict(model.named_parameters())
         self.on = bool(cfg.ema or cfg.swa)
-        self.apart = False  # until a step has averaged, the shadow is the weights
-        self.shadow = {name: p.detach().clone() for name, p in self.live.items()} if self.on else {}
+        self.differs = False  # whether the average may differ from the weights
+        self.shadow: dict[str, torch.Tensor] = {}
+        if self.on:
+            self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
 
     def update(self, inputs: StepInputs) -> None:
+        """Move the average towards the current weights by the step's share of the new weights."""
         if self.on:
-            self.apart |= inputs.average < 1
-            torch._foreach_lerp_(
-                list(self.shadow.values()), [p.detach() for p in self.live.values()], inputs.average
-            )
+            self.differs |= inputs.average < 1
+            weights = [p.detach() for p in self.live.values()]
+            torch._foreach_lerp_(list(self.shadow.values()), weights, inputs.average)
 
     def separate(self, averages: dict[str, torch.Tensor]) -> None:
         """Continue from averages that differ from the weights."""
-        self.apart = True
+        self.differs = True
         self.shadow = {name: average.detach() for name, average in averages.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
+        """Put the average into the model for the duration of a `with` block."""
         self.swap()
         try:
             yield
@@ -42,6 +48,9 @@ class Average:
             self.swap()
 
     def swap(self) -> None:
+        """Exchange the model's weights and the average."""
         for name, average in self.shadow.items():
             p = self.live[name]
-            p.data, self.shadow[name] = average, p.data
+            weights = p.data
+            p.data = average
+            self.shadow[name] = weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
-from mainrun.core.cuda_graph import Recorded
+from mainrun.core.cuda_graph import CudaGraph
 from mainrun.core.dropout import Site, random_bytes, threshold
 from mainrun.core.hardware import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
 from mainrun.core.machine_class import compile_balance, compiler, triton_works
@@ -150,10 +150,10 @@ class Device(ProcessGroup):
             return tensor
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
-    def cuda_graph(self, cfg: TrainConfig) -> Recorded:
+    def cuda_graph(self, cfg: TrainConfig) -> CudaGraph:
         """Return a CUDA graph. It records on a single GPU, unless routers decide what is computed."""
         on = self.torch_device.type == "cuda" and self.world == 1 and not cfg.experts
-        return Recorded(self.generators, on=on)
+        return CudaGraph(self.generators, on=on)
 
     # -- randomness of a step
 

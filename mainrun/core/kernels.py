@@ -1,7 +1,8 @@
-"""Parts of a step that are faster by hand than torch's own, most of all on a CPU; each is held against torch's in the tests.
+"""Kernels for the parts of a step where torch's own operations are slow, mainly on a CPU.
 
-In eager mode they save passes over memory. A compiler would fuse most of that away, but its exp and erf are slow on a CPU: what
-is marked `whole` it calls, and does not look into; in bfloat16 that is C++ of our own (kernels.cpp).
+In eager mode they save passes over memory. torch.compile fuses most of those passes, but its exp and
+erf are slow on a CPU. The compiler therefore calls the functions wrapped by `opaque_op` without tracing
+into them. In bfloat16 some of them run C++ (native/kernels.cpp).
 """
 
 from __future__ import annotations
@@ -16,27 +17,33 @@ from torch import Tensor
 from mainrun.core.hardware import cpu_flags
 from mainrun.core.native import cpu as native
 
-# AMX multiplies tiles as they lie; an operand that has to be turned on the way halves its speed
-TILES = "AMX bf16" in cpu_flags()
-WIDE = 2048  # from where on that shows
+# An AMX product runs at half speed if an operand must be transposed on the fly.
+HAS_AMX = "AMX bf16" in cpu_flags()
+AMX_MIN_WIDTH = 2048  # below this width the difference is not measurable
 
 
-def whole(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """The function; while compiling for a CPU, as one operation of that name, which may do the same in C++."""
-    op = torch.library.custom_op(
-        f"mainrun::{function.__name__.strip('_')}", compiled or function, mutates_args=()
-    )
+def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Wrap a function so that torch.compile on a CPU calls it as one operator and does not trace into it.
+
+    The operator runs `compiled` if it is given: an implementation of the same function in C++.
+    """
+    name = function.__name__.strip("_")
+    op = torch.library.custom_op(f"mainrun::{name}", compiled or function, mutates_args=())
     op.register_fake(function)
-    return lambda *args: (
-        op(*args) if torch.compiler.is_compiling() and args[0].device.type == "cpu" else function(*args)
-    )
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() and args[0].device.type == "cpu":
+            return op(*args)
+        return function(*args)
+
+    return call
 
 
 # -- norm
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """x over its root mean square, times a gain, in float32 at least. By hand: on a CPU torch's own takes three times as long."""
+    """RMSNorm, computed in the dtype of the gain. On a CPU it takes a third of the time of F.rms_norm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
@@ -49,89 +56,103 @@ class RootMeanSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, gain, scale = ctx.saved_tensors
-        wide, grad = x.to(gain.dtype), grads[0] * scale
+        wide = x.to(gain.dtype)
+        grad = grads[0] * scale
         gain_grad = (grad * wide).flatten(0, -2).sum(0)
         grad = grad * gain
-        along = (grad * wide).sum(-1, keepdim=True) * (scale * scale / x.size(-1))
-        return torch.addcmul(grad, wide, along, value=-1).to(x.dtype), gain_grad
+        projection = (grad * wide).sum(-1, keepdim=True) * (scale * scale / x.size(-1))
+        return torch.addcmul(grad, wide, projection, value=-1).to(x.dtype), gain_grad
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
-    found: Tensor = RootMeanSquare.apply(x, gain)
-    return found
+    return RootMeanSquare.apply(x, gain)
 
 
 # -- matrix products
 
 
-class Product(torch.autograd.Function):
-    """F.linear. The gradient of its weight is a product over rows, for which one operand has to be turned. Where that is much narrower
-    than the other it is turned first: by a product with the identity, which is exact, and four times as fast as torch's copy."""
+class AmxLinear(torch.autograd.Function):
+    """F.linear with a weight gradient that is fast on AMX.
+
+    The weight gradient is a product over rows, so one operand must be transposed. If that operand is much
+    narrower than the other, it is transposed first.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias = bias is not None
+        ctx.has_bias = bias is not None
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        (outputs, inputs), rows, grad = weight.shape, x.flatten(0, -2), grads[0].flatten(0, -2)
+        outputs, inputs = weight.shape
+        rows = x.flatten(0, -2)
+        grad = grads[0].flatten(0, -2)
         if outputs >= 4 * inputs:
-            weight_grad = turned(turned(rows) @ grad)
+            weight_grad = transposed(transposed(rows) @ grad)
+        elif inputs >= 4 * outputs:
+            weight_grad = transposed(grad) @ rows
         else:
-            weight_grad = turned(grad) @ rows if inputs >= 4 * outputs else grad.t() @ rows
-        return grads[0] @ weight, weight_grad, grad.sum(0) if ctx.bias else None
+            weight_grad = grad.t() @ rows
+        bias_grad = grad.sum(0) if ctx.has_bias else None
+        return grads[0] @ weight, weight_grad, bias_grad
 
 
-def turned(x: Tensor) -> Tensor:
-    """x.t(), contiguous."""
+def transposed(x: Tensor) -> Tensor:
+    """Return x.t() as a contiguous tensor.
+
+    A product with the identity is exact and four times as fast as torch's copy.
+    """
     rows, columns = x.shape
-    one = torch.eye(min(rows, columns), dtype=x.dtype)
-    return F.linear(one, x) if columns < rows else x.t() @ one
+    identity = torch.eye(min(rows, columns), dtype=x.dtype)
+    if columns < rows:
+        return F.linear(identity, x)
+    return x.t() @ identity
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, in bfloat16 under autocast."""
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
-    if not (TILES and x.dtype == torch.bfloat16 and x.device.type == "cpu" and max(weight.shape) >= WIDE):
-        return F.linear(x, weight, bias)
-    found: Tensor = Product.apply(x, weight, bias)
-    return found
+        x = x.bfloat16()
+        weight = weight.bfloat16()
+        if bias is not None:
+            bias = bias.bfloat16()
+    on_amx = HAS_AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if on_amx and max(weight.shape) >= AMX_MIN_WIDTH:
+        return AmxLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 # -- activation
 
 
-@whole
+@opaque_op
 def gelu_forward(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-@whole
+@opaque_op
 def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    found: Tensor = torch.ops.aten.gelu_backward(grad, x)
-    return found
+    return torch.ops.aten.gelu_backward(grad, x)
 
 
 class Gelu(torch.autograd.Function):
+    """F.gelu as two opaque operators."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        found: Tensor = gelu_forward(x)
-        return found
+        return gelu_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        found: Tensor = gelu_backward(grads[0].contiguous(), *ctx.saved_tensors)
-        return found
+        return gelu_backward(grads[0].contiguous(), *ctx.saved_tensors)
 
 
 def gelu(x: Tensor) -> Tensor:
-    found: Tensor = Gelu.apply(x) if torch.compiler.is_compiling() else F.gelu(x)
-    return found
+    return Gelu.apply(x) if torch.compiler.is_compiling() else F.gelu(x)
 
 
 # -- attention
@@ -142,12 +163,14 @@ def _attend_forward(
     k: Tensor,
     v: Tensor,
     bias: Tensor,
-    mask: Optional[Tensor],
-    scale: float,  # noqa: UP045
+    mask: Optional[Tensor],  # noqa: UP045  (custom_op reads this annotation)
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     weights = (q @ k.mT).add_(bias).softmax(dim=-1)
-    # the scale on the way out, where there are fewer numbers
-    return weights @ v if mask is None else ((weights * mask) @ v).mul_(scale), weights
+    if mask is None:
+        return weights @ v, weights
+    # Dropout's scale is applied to the output, which has fewer elements than the weights.
+    return ((weights * mask) @ v).mul_(scale), weights
 
 
 def _attend_forward_native(
@@ -155,13 +178,16 @@ def _attend_forward_native(
     k: Tensor,
     v: Tensor,
     bias: Tensor,
-    mask: Optional[Tensor],
-    scale: float,  # noqa: UP045
+    mask: Optional[Tensor],  # noqa: UP045  (custom_op reads this annotation)
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     if q.dtype != torch.bfloat16 or native.library() is None:
         return _attend_forward(q, k, v, bias, mask, scale)
     weights, dropped = native.softmax(q @ k.mT, bias, mask)
-    return dropped @ v if mask is None else (dropped @ v).mul_(scale), weights
+    y = dropped @ v
+    if mask is not None:
+        y.mul_(scale)
+    return y, weights
 
 
 def _attend_backward(
@@ -175,10 +201,13 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if mask is None:
-        dropped, weights_grad = weights, grad @ v.mT
+        dropped = weights
+        weights_grad = grad @ v.mT
     else:
-        grad, kept = grad * scale, mask.to(weights.dtype)
-        dropped, weights_grad = weights * kept, (grad @ v.mT).mul_(kept)
+        grad = grad * scale
+        kept = mask.to(weights.dtype)
+        dropped = weights * kept
+        weights_grad = (grad @ v.mT).mul_(kept)
     score_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
     return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
 
@@ -195,18 +224,19 @@ def _attend_backward_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.dtype != torch.bfloat16 or native.library() is None:
         return _attend_backward(grad, q, k, v, bias, weights, mask, scale)
-    grad = grad if mask is None else grad * scale
+    if mask is not None:
+        grad = grad * scale
     score_grad, dropped = native.softmax_backward(grad @ v.mT, weights, bias, mask)
     return score_grad @ k, score_grad.mT @ q, dropped.mT @ grad
 
 
-attend_forward, attend_backward = (
-    whole(_attend_forward, _attend_forward_native),
-    whole(_attend_backward, _attend_backward_native),
-)
+attend_forward = opaque_op(_attend_forward, _attend_forward_native)
+attend_backward = opaque_op(_attend_backward, _attend_backward_native)
 
 
 class Attend(torch.autograd.Function):
+    """Attention as two opaque operators."""
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float
@@ -214,8 +244,7 @@ class Attend(torch.autograd.Function):
         y, weights = attend_forward(q, k, v, bias, mask, scale)
         ctx.save_for_backward(q, k, v, bias, weights, mask)
         ctx.scale = scale
-        found: Tensor = y
-        return found
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -223,72 +252,88 @@ class Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """softmax(q k' + bias), dropped by its mask of bytes, times v. (B, H, T, h); q comes scaled, bias is broadcast."""
-    found: Tensor = Attend.apply(q.contiguous(), k.contiguous(), v.contiguous(), bias, mask, 1 / (1 - p))
-    return found
+    """softmax(q k' + bias), masked for dropout with rate p, times v.
+
+    q, k and v have the shape (B, H, T, h), and q is already scaled. The bias is broadcast to (B, H, T, T).
+    The mask has one byte per attention weight.
+    """
+    return Attend.apply(q.contiguous(), k.contiguous(), v.contiguous(), bias, mask, 1 / (1 - p))
 
 
 # -- loss
 
 
-# Numbers of logits at a time: what a CPU's cache holds; on a GPU as many as keep it busy
+# Logits that are processed at once. On a CPU they fit in the cache; on a GPU they are enough to keep it busy.
 CHUNK = {"cpu": 1_000_000, "cuda": 50_000_000}
-WIDEST = 2**16  # of a vocabulary in native_gpu.py: a row is held in one program's registers
+TRITON_MAX_VOCAB = 2**16  # the Triton kernel holds a row of logits in registers
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of rows of logits, some rows at a time: they stay in the cache, and no float32 copy of all of them is made."""
+    """Mean cross entropy of rows of logits, computed in chunks.
+
+    A chunk stays in the cache, and the float32 copy is made for one chunk at a time. The gradient is
+    computed in the forward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, smoothing: float, by_hand: bool
+        ctx: Any, logits: Tensor, target: Tensor, smoothing: float, use_native: bool
     ) -> tuple[Tensor, Tensor]:
-        if by_hand:
-            each, ctx.grad = native.cross_entropy(logits.contiguous(), target.contiguous())
-            plain = each.mean().float()
+        if use_native:
+            row_losses, ctx.grad = native.cross_entropy(logits.contiguous(), target.contiguous())
+            plain = row_losses.mean().float()
             ctx.mark_non_differentiable(plain)
             return plain.clone(), plain
-        (rows, vocab), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
+        rows, vocab = logits.shape
+        wide = torch.promote_types(logits.dtype, torch.float32)
         ctx.grad = torch.empty_like(logits)
-        plain, even = torch.zeros(
-            2, dtype=torch.float64, device=logits.device
-        )  # of many rows, so that their number does not show
-        width = max(1, CHUNK[logits.device.type] // vocab)
-        for start in range(0, rows, width):
-            part = slice(start, start + width)
-            p = F.softmax(logits[part], dim=-1, dtype=wide)
-            right = torch.arange(len(p), device=p.device), target[part]
-            chance = p[right]  # 0 by rounding costs 87, not infinity
-            plain = plain - chance.clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
-            p[right] = chance - (1 - smoothing)
+        # The sums are float64, so that the chunk size does not change the loss.
+        plain, uniform = torch.zeros(2, dtype=torch.float64, device=logits.device)
+        chunk_rows = max(1, CHUNK[logits.device.type] // vocab)
+        for start in range(0, rows, chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            p = F.softmax(logits[chunk], dim=-1, dtype=wide)
+            at_target = torch.arange(len(p), device=p.device), target[chunk]
+            p_target = p[at_target]
+            # A probability that underflows to 0 costs 87 nats, not infinity.
+            plain = plain - p_target.clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
+            p[at_target] = p_target - (1 - smoothing)
             if smoothing:
-                even = even - F.log_softmax(logits[part], dim=-1, dtype=wide).mean(1).sum(dtype=torch.float64)
+                log_p = F.log_softmax(logits[chunk], dim=-1, dtype=wide)
+                uniform = uniform - log_p.mean(1).sum(dtype=torch.float64)
                 p.sub_(smoothing / vocab)
-            ctx.grad[part] = p.mul_(1 / rows)
-        plain, even = (plain / rows).to(wide), (even / rows).to(wide)
-        loss = torch.lerp(plain, even, smoothing) if smoothing else plain.clone()
+            ctx.grad[chunk] = p.mul_(1 / rows)
+        plain = (plain / rows).to(wide)
+        uniform = (uniform / rows).to(wide)
+        loss = torch.lerp(plain, uniform, smoothing) if smoothing else plain.clone()
         ctx.mark_non_differentiable(plain)
         return loss, plain
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad, ctx.grad = ctx.grad, None  # nobody else holds it, so it goes as soon as it is used
-        if grad.is_cuda or grads[0] != 1:  # a pass over all of it; to ask a GPU would be to wait for it
+        grad = ctx.grad
+        ctx.grad = None  # drop the reference, so that the memory is freed as soon as the gradient is used
+        # A factor of 1 needs no pass over the gradient. Reading the factor from a GPU would wait for it.
+        if grad.is_cuda or grads[0] != 1:
             grad.mul_(grads[0])
         return grad, None, None, None
 
 
 class CrossEntropyOnGpu(torch.autograd.Function):
-    """The same in a kernel each way. How much of the gradient is asked for stays on the device: to look at it would be to wait for it."""
+    """Mean cross entropy in one Triton kernel per direction.
+
+    The factor of the gradient stays on the device, because reading it would wait for the device.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         from mainrun.core.native import gpu as native_gpu
 
-        logits, target = logits.contiguous(), target.contiguous()
-        each, log_sum = native_gpu.cross_entropy(logits, target)
+        logits = logits.contiguous()
+        target = target.contiguous()
+        row_losses, log_sum = native_gpu.cross_entropy(logits, target)
         ctx.save_for_backward(logits, target, log_sum)
-        plain = each.mean(dtype=torch.float64).float()
+        plain = row_losses.mean(dtype=torch.float64).float()
         ctx.mark_non_differentiable(plain)
         return plain.clone(), plain
 
@@ -301,13 +346,13 @@ class CrossEntropyOnGpu(torch.autograd.Function):
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, smoothing: float, by_hand: bool = False
+    logits: Tensor, target: Tensor, smoothing: float, use_native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What is descended, and the plain cross entropy in it. by_hand: in kernels of our own, where there are some for such logits."""
-    found: tuple[Tensor, Tensor]
-    by_hand = by_hand and logits.dtype == torch.bfloat16 and not smoothing
-    if by_hand and logits.is_cuda and logits.size(-1) <= WIDEST:
-        found = CrossEntropyOnGpu.apply(logits, target)
-    else:
-        found = CrossEntropy.apply(logits, target, smoothing, by_hand and not logits.is_cuda)
-    return found
+    """Return the loss to minimise and the plain cross entropy without label smoothing.
+
+    use_native: use the C++ or Triton kernel if it supports these logits.
+    """
+    use_native = use_native and logits.dtype == torch.bfloat16 and not smoothing
+    if use_native and logits.is_cuda and logits.size(-1) <= TRITON_MAX_VOCAB:
+        return CrossEntropyOnGpu.apply(logits, target)
+    return CrossEntropy.apply(logits, target, smoothing, use_native and not logits.is_cuda)

@@ -1,4 +1,7 @@
-"""Low-rank terms: a weight W acts as W + (alpha / rank) B A. A is random and B zero at first, so nothing changes; W trains on."""
+"""Low-rank adaptation (LoRA): layers whose effective weight is W + (alpha / rank) B A.
+
+A is initialised at random and B with zeros, so a new layer computes what W computes. W is trained too.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from mainrun.config import TrainConfig
 
 
 class LowRank(nn.Module):
-    """A (rank, columns) and B (rows, rank) beside a weight (rows, columns)."""
+    """A mixin that adds A (rank, columns) and B (rows, rank) to a weight (rows, columns)."""
 
     weight: Tensor
 
     def add(self, rank: int, alpha: float) -> None:
+        """Create A and B."""
         rows, columns = self.weight.shape
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(torch.empty(rank, columns))
@@ -24,32 +28,38 @@ class LowRank(nn.Module):
         nn.init.normal_(self.lora_a, std=columns**-0.5)
 
     def effective_weight(self) -> Tensor:
-        """The whole weight."""
+        """Return the weight including the low-rank term."""
         return self.weight + self.scale * (self.lora_b @ self.lora_a)
 
 
 class LowRankLinear(LowRank, nn.Linear):
+    """A linear layer with a low-rank term."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(
-            F.linear(x, self.lora_a), self.lora_b
-        )
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 class LowRankEmbedding(LowRank, nn.Embedding):
-    """Where the head is tied, the head takes `table`: the term is at both ends, and merging it changes neither."""
+    """An embedding with a low-rank term.
+
+    A tied head uses `effective_weight`. The term then acts in the embedding and in the head, and merging it
+    into the weight changes neither.
+    """
 
     def forward(self, idx: Tensor) -> Tensor:
         return F.embedding(idx, self.weight) + self.scale * (F.embedding(idx, self.lora_b) @ self.lora_a)
 
 
 def add_low_rank(model: Any, cfg: TrainConfig) -> None:
-    """To q, k, v and o of each block, and to the embedding, as the config says."""
-    for attn in (block.attn for block in model.blocks if cfg.attn_lora_rank):
-        for name in "qkvo":
-            plain = getattr(attn, name)
-            made = LowRankLinear(plain.in_features, plain.out_features, bias=plain.bias is not None)
-            made.add(cfg.attn_lora_rank, cfg.lora_alpha)
-            setattr(attn, name, made)
+    """Replace q, k, v and o of each block and the embedding by low-rank layers, as the config says."""
+    if cfg.attn_lora_rank:
+        for block in model.blocks:
+            for name in "qkvo":
+                plain = getattr(block.attn, name)
+                layer = LowRankLinear(plain.in_features, plain.out_features, bias=plain.bias is not None)
+                layer.add(cfg.attn_lora_rank, cfg.lora_alpha)
+                setattr(block.attn, name, layer)
     if cfg.embed_lora_rank:
         model.embed = LowRankEmbedding(*model.embed.weight.shape)
         model.embed.add(cfg.embed_lora_rank, cfg.lora_alpha)

@@ -13,7 +13,7 @@ import torch
 
 from mainrun.config import TrainConfig
 from mainrun.core.hardware import cxx
-from mainrun.core.kernels import TILES
+from mainrun.core.kernels import HAS_AMX
 from mainrun.plan.plan import Plan
 
 # Every source file that decides the bits of a run; tests/test_house.py checks that a run imports no others.
@@ -84,7 +84,7 @@ def _cpu_rates(half: bool, rms: bool) -> tuple[float, float]:
     if not half:
         return 6e10, 0.0  # float32 products take so long that fusing the rest gains nothing
     # RMSNorm has the most to fuse; it weighs more next to products on AMX, which are faster
-    if TILES:
+    if HAS_AMX:
         return 4.7e11, 0.3 if rms else 0.06
     return 1.5e11, 0.1 if rms else 0.0
 

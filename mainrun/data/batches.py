@@ -1,33 +1,28 @@
-"""mainrun.data.batches"""
+"""The batch of each step."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mainrun.config import TrainConfig
-from mainrun.plan.plan import Segment
-
-if TYPE_CHECKING:
-    pass
-
 from mainrun.data.tokenizer import EOS
-
-# -- batches
+from mainrun.plan.plan import Segment
 
 
 class Batches:
-    """The batch of a step as a pure function of (config, step): asked in any order, it is the same."""
+    """The batches of a run. Each is a pure function of (config, step), so steps can be read in any order."""
 
     def __init__(self, cfg: TrainConfig, train: np.ndarray) -> None:
         self.cfg = cfg
         self.train = train
-        self._epoch = -1
+        self._epoch = -1  # the epoch of `_stream`
         self._stream = train
 
     def at(self, step: int, segment: Segment | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets [batch_size, block_size] of a step, counted from 0. segment: the phase of the run that it is in."""
+        """Return the inputs and targets (batch_size, block_size) of a step, counted from 0.
+
+        `segment` is the plan's segment that contains the step. Without it the whole run is one segment.
+        """
         segment = segment or Segment(self.cfg)
         span = segment.span
         segment.check_fits(len(self.train))
@@ -38,13 +33,14 @@ class Batches:
         return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """Train with its titles in the order of an epoch; only the last one asked for is kept."""
+        """Return train with its titles in the order of an epoch. Only the last result is kept."""
         if self._epoch != epoch:
             ends = np.flatnonzero(self.train == EOS) + 1
             starts = np.concatenate(([0], ends[:-1]))
             order = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(ends))
             lengths = (ends - starts)[order]
-            moved = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-            source = np.arange(lengths.sum()) + np.repeat(starts[order] - moved, lengths)
-            self._epoch, self._stream = epoch, self.train[source]
+            new_starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+            source = np.arange(lengths.sum()) + np.repeat(starts[order] - new_starts, lengths)
+            self._stream = self.train[source]
+            self._epoch = epoch
         return self._stream

@@ -1,11 +1,11 @@
-"""Titles to token ids and back, the cached token streams, and the batch of each step.
+"""Fit tokenizers, and turn titles into token ids and back.
 
-Two tokenizers, both lossless and both the same on every machine: byte-level BPE (`tokenizers`) and unigram (`sentencepiece`;
-the unigram trainer of `tokenizers` is not deterministic). Ids 0, 1, 2 are <pad> <eos> <unk>; no title ever encodes to one of them,
-so the <eos> ids of a stream are its title boundaries. The few characters that a model cannot spell are written `\\x{HEX}`.
+There are two kinds: byte-level BPE (the library `tokenizers`) and unigram (the library `sentencepiece`,
+because the unigram trainer of `tokenizers` is not deterministic). Both are lossless and give the same ids
+on every machine.
 
-Streams are kept in the cache as memory-mapped arrays with checksums. A damaged entry is built again, with a warning; where the
-cache cannot be written (read-only, full disk) the streams stay in memory, with a warning.
+The ids 0, 1 and 2 are <pad>, <eos> and <unk>. No title encodes to one of them, so the <eos> ids of a
+stream are the ends of its titles. A character that a model cannot represent is written as `\\x{HEX}`.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mainrun.core.hardware import cores
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
 
-if TYPE_CHECKING:
-    pass
-
-
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
-FORMAT = 2  # of the cache and of tokenizer.json: raise it when either, or the ids themselves, change
-LEAST = 300  # the smallest vocab_size of a config: room for special tokens, bytes and something to learn
+FORMAT = 2  # raise it when the ids, tokenizer.json or the cache change
+MIN_VOCAB_SIZE = 300  # room for the special tokens, the bytes and some learned tokens
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
-# sentencepiece's own signs: it gives the first back as a space, and leaves a title with the second out of the fit
+# Characters with a special meaning in sentencepiece. It decodes the first as a space, and it skips titles
+# that contain the second when it fits.
 UNIGRAM_UNSAFE = frozenset("\u2581\u2585")
 ESCAPE_ALPHABET = "\\x{}0123456789abcdef"
 ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 
 
 class Tokenizer:
-    """A fitted vocabulary. `model` is what its library loads: JSON text (bpe) or a serialised sentencepiece model (unigram)."""
+    """A fitted vocabulary.
+
+    `model` is in the format of the library: JSON text for bpe, a serialised sentencepiece model for unigram.
+    """
 
     PAD, EOS, UNK = PAD, EOS, UNK
 
@@ -53,29 +53,32 @@ class Tokenizer:
         self.model = model
 
     def encode(self, titles: Sequence[str]) -> np.ndarray:
-        """One flat stream, an <eos> after each title."""
-        texts = _escape(titles, self._unsafe)
+        """Return the titles as one flat stream with an <eos> after each title."""
+        texts = _escape(titles, self._is_unsafe)
         if self.kind == "bpe":
-            rows: Iterable[list[int]] = (
-                e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
-            )
+            encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+            ids: Iterable[list[int]] = (encoding.ids for encoding in encodings)
         else:
-            rows = self._library.encode(texts, out_type=int, num_threads=cores())
-        return np.fromiter(itertools.chain.from_iterable(_closed(rows)), dtype=self.dtype)
+            ids = self._library.encode(texts, out_type=int, num_threads=cores())
+        return np.fromiter(itertools.chain.from_iterable(_with_eos(ids)), dtype=self.dtype)
 
     def titles(self, stream: np.ndarray | Sequence[int]) -> list[str]:
-        """The titles of a stream; the last one needs no <eos>."""
+        """Return the titles of a stream. The last title may lack its <eos>."""
         ids = np.asarray(stream, dtype=np.int64)
-        rows = [row[row > UNK].tolist() for row in np.split(ids, np.flatnonzero(ids == EOS) + 1)]
+        parts = np.split(ids, np.flatnonzero(ids == EOS) + 1)
         if len(ids) == 0 or ids[-1] == EOS:
-            rows.pop()
-        if not rows:
+            parts.pop()
+        if not parts:
             return []
-        texts = self._library.decode_batch(rows) if self.kind == "bpe" else self._library.decode(rows)
+        text_ids = [part[part > UNK].tolist() for part in parts]
+        if self.kind == "bpe":
+            texts = self._library.decode_batch(text_ids)
+        else:
+            texts = self._library.decode(text_ids)
         return [ESCAPED.sub(_unescape, text) for text in texts]
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The text of one title (several: one a line)."""
+        """Return the text of a stream, one title per line."""
         return "\n".join(self.titles(ids))
 
     @property
@@ -83,19 +86,26 @@ class Tokenizer:
         return np.uint16 if self.vocab_size < 2**16 else np.uint32
 
     def to_json(self) -> str:
-        """The whole tokenizer as the text of tokenizer.json."""
-        model: Any = json.loads(self.model) if self.kind == "bpe" else base64.b64encode(self.model).decode()
+        """Return the content of tokenizer.json."""
+        model: Any
+        if self.kind == "bpe":
+            model = json.loads(self.model)
+        else:
+            model = base64.b64encode(self.model).decode()
         table = {"format": FORMAT, "kind": self.kind, "vocab_size": self.vocab_size, "model": model}
-        return json.dumps(table, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return canonical_json(table).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
+        """Return the tokenizer of a tokenizer.json."""
         try:
             table = json.loads(text)
-            kind, size, model = table["kind"], table["vocab_size"], table["model"]
+            kind = table["kind"]
+            size = table["vocab_size"]
+            model = table["model"]
             if table["format"] != FORMAT or kind not in LIBRARY or type(size) is not int:
                 raise ValueError(f"format {table['format']!r}, kind {kind!r}")
-            raw = _dump(model) if kind == "bpe" else base64.b64decode(model, validate=True)
+            raw = canonical_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
             if not model:
                 raise ValueError("no model")
         except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a ValueError
@@ -108,20 +118,12 @@ class Tokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        """Loaded on first use: a run that finds its streams in the cache may never need it."""
-        if self.kind == "bpe":
-            return _load_bpe(self.model)
-        import sentencepiece
-
-        try:
-            loaded = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except RuntimeError as e:
-            raise RunError(f"tokenizer.json holds no sentencepiece model ({e}); {DAMAGED}") from None
-        return loaded
+        """The library's tokenizer, loaded on first use. A run with cached streams may not need it."""
+        return _load_bpe(self.model) if self.kind == "bpe" else _load_unigram(self.model)
 
     @cached_property
-    def _unsafe(self) -> Callable[[str], bool]:
-        """Whether the model cannot spell a character."""
+    def _is_unsafe(self) -> Callable[[str], bool]:
+        """A function that returns whether the model cannot represent a character."""
         if self.kind == "unigram":
             return UNIGRAM_UNSAFE.__contains__
         vocab = self._library.get_vocab()
@@ -129,26 +131,39 @@ class Tokenizer:
         return lambda char: not known.issuperset(char.encode())
 
 
+def canonical_json(value: Any) -> bytes:
+    """Return JSON with sorted keys and without spaces, so that equal values have equal bytes."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+# -- fitting and loading
+
+
 def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A vocabulary of exactly `vocab_size`, special tokens and bytes included."""
-    if vocab_size < LEAST:
+    """Fit a vocabulary of exactly `vocab_size` tokens, including the special tokens and bytes."""
+    if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; --set vocab_size={LEAST} or more"
+            f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; "
+            f"--set vocab_size={MIN_VOCAB_SIZE} or more"
         )
-    return {"bpe": _fit_bpe, "unigram": _fit_unigram}[kind](titles, vocab_size)
+    if kind == "bpe":
+        return _fit_bpe(titles, vocab_size)
+    return _fit_unigram(titles, vocab_size)
 
 
 def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    # Each title gets one space in front, so that a first word is the same token as a later one; the decoder takes it off again.
-    # (ByteLevel's own add_prefix_space does not, and does it only where there is none: not lossless.)
+    # Each title gets a leading space, so that its first word has the same token as the word elsewhere.
+    # The decoder removes the space. ByteLevel's add_prefix_space is not lossless: it adds a space only if
+    # the title has none, and the decoder keeps it.
     library = Library(models.BPE(unk_token=SPECIALS[UNK]))
     library.normalizer = normalizers.Prepend(" ")
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    # Only bytes that occur get a token (as in the public baseline); the others are escaped, so what an escape needs is always there.
+    # As in the public baseline, only bytes that occur get a token. Other bytes are escaped, so the alphabet
+    # always includes the characters of an escape.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
@@ -156,10 +171,10 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     library.train_from_iterator(_escape(titles, lambda char: False), trainer, length=len(titles))
-    found = library.get_vocab_size()
-    if found != vocab_size:
-        raise _vocabulary_error(vocab_size, found)
-    return Tokenizer("bpe", found, _dump(json.loads(library.to_str())))
+    fitted_size = library.get_vocab_size()
+    if fitted_size != vocab_size:
+        raise _vocabulary_error(vocab_size, fitted_size)
+    return Tokenizer("bpe", vocab_size, canonical_json(json.loads(library.to_str())))
 
 
 def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -185,33 +200,47 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            input_sentence_size=0,  # all of them
+            input_sentence_size=0,  # use all titles
             shuffle_input_sentence=False,
-            max_sentence_length=2**30,  # a longer title would be left out without a word
-            num_threads=16,  # on every machine: how the sums are split decides their last bits, and so the vocabulary
-            # the candidates at the start: ten for each that stays give a shorter text than more, and a quicker fit
+            max_sentence_length=2**30,  # sentencepiece would skip a longer title without a message
+            # The same on every machine: the split of the sums decides their last bits, and so the vocabulary.
+            num_threads=16,
+            # More seed candidates than ten per token give longer encodings and a slower fit.
             seed_sentencepiece_size=max(10_000, 10 * vocab_size),
             minloglevel=2,
         )
     except RuntimeError as e:
-        reason = str(e)
-        if most := re.search(r"value <= (\d+)", reason):
-            raise _vocabulary_error(vocab_size, int(most[1])) from None
-        if need := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
-            raise ConfigError(
-                f"vocab_size={vocab_size:,} is too small for tokenizer=unigram on these titles: special tokens, bytes and characters "
-                f"take {int(need[1]):,}; use more, like --set vocab_size={int(need[1]) + 100}, or --set tokenizer=bpe"
-            ) from None
-        raise CorpusError(
-            f"tokenizer=unigram cannot be fitted on these {len(titles):,} titles ({reason}); give more text"
-        ) from None
+        raise _unigram_error(str(e), len(titles), vocab_size) from None
     return Tokenizer("unigram", vocab_size, model.getvalue())
 
 
-def _vocabulary_error(asked: int, most: int) -> ConfigError:
-    fix = f"--set vocab_size={most}, or " if most >= LEAST else f"the least is {LEAST}: "
-    got = f"vocab_size={asked:,} is larger than the text allows: these titles give at most {most:,} tokens"
-    return ConfigError(f"{got}; {fix}raise num_titles (val_frac and dev_frac take from it)")
+def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
+    """Turn a message of sentencepiece's trainer into an error that says what to do."""
+    too_large = re.search(r"value <= (\d+)", reason)
+    if too_large:
+        return _vocabulary_error(vocab_size, int(too_large[1]))
+    too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason)
+    if too_small:
+        required = int(too_small[1])
+        return ConfigError(
+            f"vocab_size={vocab_size:,} is too small for tokenizer=unigram on these titles: special tokens, "
+            f"bytes and characters take {required:,}; use more, like --set vocab_size={required + 100}, "
+            "or --set tokenizer=bpe"
+        )
+    return CorpusError(
+        f"tokenizer=unigram cannot be fitted on these {n_titles:,} titles ({reason}); give more text"
+    )
+
+
+def _vocabulary_error(wanted: int, largest: int) -> ConfigError:
+    problem = (
+        f"vocab_size={wanted:,} is larger than the text allows: these titles give at most {largest:,} tokens"
+    )
+    if largest >= MIN_VOCAB_SIZE:
+        fix = f"--set vocab_size={largest}, or "
+    else:
+        fix = f"the minimum is {MIN_VOCAB_SIZE}: "
+    return ConfigError(f"{problem}; {fix}raise num_titles (val_frac and dev_frac take from it)")
 
 
 def _load_bpe(model: bytes) -> Any:
@@ -219,46 +248,56 @@ def _load_bpe(model: bytes) -> Any:
 
     try:
         library = Library.from_str(model.decode())
-    except Exception as e:  # the library raises nothing narrower
+    except Exception as e:  # the library raises no narrower class
         raise RunError(f"tokenizer.json holds no BPE model ({e}); {DAMAGED}") from None
     library.encode_special_tokens = True  # "<eos>" inside a title is text
     return library
 
 
+def _load_unigram(model: bytes) -> Any:
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as e:
+        raise RunError(f"tokenizer.json holds no sentencepiece model ({e}); {DAMAGED}") from None
+
+
 def _byte_signs() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary."""
+    """Return the printable character that represents each byte in a byte-level vocabulary."""
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
 
 
-def _escape(titles: Sequence[str], unsafe: Callable[[str], bool]) -> list[str]:
-    """Unsafe characters as \\x{HEX}; so a literal "\\x{" has its backslash written that way too."""
+# -- escapes and streams
+
+
+def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str]:
+    """Write unsafe characters as \\x{HEX}. The backslash of a literal "\\x{" is written that way too."""
     text = "".join(titles)
     chars = set(text)
-    if lone := next((char for char in chars if "\ud800" <= char <= "\udfff"), ""):
-        title = next(title for title in titles if lone in title)
-        raise UsageError(
-            f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8"
-        )
-    table = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if unsafe(char)}
-    if not table and "\\x{" not in text:
+    for char in chars:
+        if "\ud800" <= char <= "\udfff":
+            title = next(title for title in titles if char in title)
+            raise UsageError(
+                f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8"
+            )
+    escapes = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if is_unsafe(char)}
+    if not escapes and "\\x{" not in text:
         return list(titles)
-    return [title.replace("\\x{", "\\x{5c}x{").translate(table) for title in titles]
+    return [title.replace("\\x{", "\\x{5c}x{").translate(escapes) for title in titles]
 
 
 def _unescape(match: re.Match[str]) -> str:
+    """Return the character of an escape, or the escape itself if it is not a valid character."""
     code = int(match[1], 16)
-    return (
-        chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else match[0]
-    )  # a sampled title may hold anything
+    is_character = code < 0x110000 and not 0xD800 <= code < 0xE000
+    return chr(code) if is_character else match[0]
 
 
-def _closed(rows: Iterable[list[int]]) -> Iterator[list[int]]:
-    for row in rows:
-        row.append(EOS)
-        yield row
-
-
-def _dump(table: Any) -> bytes:
-    return json.dumps(table, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+def _with_eos(titles: Iterable[list[int]]) -> Iterator[list[int]]:
+    """Append an <eos> to the ids of each title."""
+    for ids in titles:
+        ids.append(EOS)
+        yield ids

@@ -355,7 +355,7 @@ class Growth:
             inserted = [i for i, source in enumerate(op.value) if source in op.value[:i]]
             checks.append(layer_identity(new, inserted, idx))
         average: dict[str, Tensor] | None = None
-        if state.average.apart:
+        if state.average.differs:
             with state.average.applied():
                 # the same seed draws the same numbers, so the average changes as the weights do
                 average = dict(grow(op, before, after, old, op.seed)[0].named_parameters())

@@ -10,7 +10,7 @@ from typing import Any
 from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
-from mainrun.data.sources import load_corpus
+from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.plan.plan import Plan
 from mainrun.store import checkpoint, lineage, planner

@@ -183,7 +183,7 @@ def _compiler() -> Check:
 
 
 def _hub() -> Check:
-    from mainrun.data.sources import hub_reachable
+    from mainrun.data.hub import hub_reachable
 
     reachable, detail = hub_reachable()
     if reachable:

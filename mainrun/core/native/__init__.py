@@ -1,1 +1,1 @@
-"""Kernels in C++ and Triton."""
+"""Kernels in C++ (CPU) and Triton (GPU)."""

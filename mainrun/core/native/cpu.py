@@ -1,4 +1,4 @@
-"""The C++ of a compiled step (kernels.cpp): built once for a machine, kept in the cache, called with the addresses of tensors."""
+"""Build kernels.cpp once per machine, keep the library in the cache, and call its functions on tensors."""
 
 from __future__ import annotations
 
@@ -22,87 +22,84 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """None: there is no compiler that makes it, and torch's own operations do the same in more passes."""
+    """Load the library, and build it first if it is not in the cache.
+
+    Return None if there is no compiler that can build it. The kernels then use torch's own operations.
+    """
     compiler, problem = cxx()
     if problem:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    key = hashlib.sha256(
-        repr((SOURCE.read_bytes(), FLAGS, version, cpu_name(), cpu_flags())).encode()
-    ).hexdigest()
-    kept = cache_dir() / "native" / f"{key[:32]}.so"
+    identity = repr((SOURCE.read_bytes(), FLAGS, version, cpu_name(), cpu_flags()))
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    cached = cache_dir() / "native" / f"{key[:32]}.so"
     with suppress(OSError):
-        return ctypes.CDLL(str(kept))
+        return ctypes.CDLL(str(cached))
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "native.so"
-        if subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True).returncode:
+        built = Path(folder) / "native.so"
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        if subprocess.run(command, capture_output=True).returncode:
             return None
-        with suppress(OSError):  # a cache that cannot be written costs a third of a second each time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as temp:
-                temp.write(made.read_bytes())
-            Path(temp.name).replace(kept)
-        return ctypes.CDLL(str(made))
+        with suppress(OSError):  # without a writable cache, each process builds the library in 0.3 s
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
+                temporary.write(built.read_bytes())
+            Path(temporary.name).replace(cached)
+        return ctypes.CDLL(str(built))
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    found = library()
-    assert found is not None
-    kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_double, type(None): ctypes.c_void_p}
-    getattr(found, name)(
-        *(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in args)
-    )
+    """Call a function of the library. Tensors are passed as the addresses of their data."""
+    loaded = library()
+    assert loaded is not None
+    types: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_double, type(None): ctypes.c_void_p}
+    arguments = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            arguments.append(ctypes.c_void_p(arg.data_ptr()))
+        else:
+            arguments.append(types[type(arg)](arg))
+    getattr(loaded, name)(*arguments)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row, and the gradient of their mean."""
+    """Return each row's loss and the gradient of the mean loss."""
     rows, vocab = logits.shape
-    loss, grad = torch.empty(rows, dtype=torch.float64), torch.empty_like(logits)
+    loss = torch.empty(rows, dtype=torch.float64)
+    grad = torch.empty_like(logits)
     _call("cross_entropy", logits, target, loss, grad, rows, vocab, 1 / rows)
     return loss, grad
 
 
-def _bias(bias: Tensor, scores: Tensor) -> tuple[Tensor, int]:
-    """As rows that come again and again, and how many."""
+def _bias_rows(bias: Tensor, scores: Tensor) -> tuple[Tensor, int]:
+    """Return the bias as contiguous rows, and their number. Row i of the scores uses bias row i % number."""
     if bias.dim() > 2:
         bias = bias.expand_as(scores)
     return bias.contiguous(), bias[..., 0].numel()
 
 
 def softmax(scores: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of scores + bias, in place; and that times the mask."""
+    """Replace the scores by softmax(scores + bias). Return them, and a copy times the mask."""
     dropped = scores if mask is None else torch.empty_like(scores)
-    bias, period = _bias(bias, scores)
+    output = None if mask is None else dropped
+    bias, period = _bias_rows(bias, scores)
     width = scores.size(-1)
-    _call(
-        "softmax",
-        scores,
-        bias,
-        mask,
-        None if mask is None else dropped,
-        scores.numel() // width,
-        width,
-        period,
-    )
+    rows = scores.numel() // width
+    _call("softmax", scores, bias, mask, output, rows, width, period)
     return scores, dropped
 
 
 def softmax_backward(
     grad: Tensor, weights: Tensor, bias: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the scores, in place of that of the dropped weights; and these once more."""
+    """Turn the gradient of the dropped weights into that of the scores, in place.
+
+    Return the gradient and the dropped weights, which are computed again.
+    """
     dropped = weights if mask is None else torch.empty_like(weights)
-    bias, period = _bias(bias, weights)
+    output = None if mask is None else dropped
+    bias, period = _bias_rows(bias, weights)
     width = weights.size(-1)
-    _call(
-        "softmax_backward",
-        grad,
-        weights,
-        bias,
-        mask,
-        None if mask is None else dropped,
-        weights.numel() // width,
-        width,
-        period,
-    )
+    rows = weights.numel() // width
+    _call("softmax_backward", grad, weights, bias, mask, output, rows, width, period)
     return grad, dropped

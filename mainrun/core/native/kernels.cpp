@@ -1,7 +1,8 @@
-// What a compiled step spends beside its products, in one pass each: numbers in bfloat16, computed in float32, rounded once.
+// The operations of a compiled step that are not matrix products, in one pass each. Inputs and outputs are
+// bfloat16, arithmetic is float32, and results are rounded once.
 //
-// Each row is computed alone and in one order, so the number of threads does not show in the bits.
-// Compiled and called by native.py.
+// Each row is computed by one thread in a fixed order, so the number of threads does not change the bits.
+// cpu.py compiles and calls this file.
 
 #include <algorithm>
 #include <cmath>
@@ -18,17 +19,20 @@ static inline float wide(bf16 h) {
     return x;
 }
 
-static inline bf16 narrow(float x) {  // to the nearest, ties to even; a NaN stays one
+// Round to the nearest bfloat16, ties to even. A NaN stays a NaN.
+static inline bf16 narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
     return bf16(bits >> 16);
 }
 
-// exp(x) for x <= 0, within 2e-7 of itself: 2^k times Taylor's polynomial around 0. Below -87 it is 0.
+// exp(x) for x <= 0, with a relative error of at most 2e-7: 2^k times a Taylor polynomial around 0.
+// Below -87 the result is 0.
 static inline float power(float x) {
     float y = x < -87.0f ? -87.0f : x;
-    float shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits are the nearest whole number, k
+    // Adding 1.5 * 2^23 leaves the nearest integer, k, in the last bits.
+    float shifted = y * 1.44269504f + 12582912.0f;
     float k = shifted - 12582912.0f, r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
     float p = 1.0f / 720;
     p = p * r + 1.0f / 120;
@@ -47,8 +51,9 @@ static inline float power(float x) {
 
 extern "C" {
 
-// Cross entropy of each row of logits, and its gradient, times a factor.
-void cross_entropy(const bf16* logits, const int64_t* target, double* loss, bf16* grad, int64_t rows, int64_t vocab, double factor) {
+// Compute the cross entropy of each row of logits, and its gradient times a factor.
+void cross_entropy(const bf16* logits, const int64_t* target, double* loss, bf16* grad, int64_t rows,
+                   int64_t vocab, double factor) {
 #pragma omp parallel
     {
         std::unique_ptr<float[]> chance(new float[vocab]);
@@ -71,19 +76,22 @@ void cross_entropy(const bf16* logits, const int64_t* target, double* loss, bf16
     }
 }
 
-// How far each row of a bias is above -inf, at least, in steps of 32: behind it all weights are 0.
+// Return for each row of the bias where its trailing -inf values begin, rounded up to a multiple of 32.
+// All weights after that position are 0.
 static std::unique_ptr<int64_t[]> lengths(const bf16* bias, int64_t period, int64_t width) {
-    std::unique_ptr<int64_t[]> found(new int64_t[period]);
+    std::unique_ptr<int64_t[]> ends(new int64_t[period]);
     for (int64_t i = 0; i < period; i++) {
         int64_t end = width;
         while (end > 0 && bias[i * width + end - 1] == 0xff80) end--;
-        found[i] = std::min(width, (end + 31) / 32 * 32);
+        ends[i] = std::min(width, (end + 31) / 32 * 32);
     }
-    return found;
+    return ends;
 }
 
-// Each row of x + bias to its softmax, in place; `dropped` (may be missing): that times its mask. The bias begins again every `period` rows.
-void softmax(bf16* x, const bf16* bias, const uint8_t* mask, bf16* dropped, int64_t rows, int64_t width, int64_t period) {
+// Replace each row of x by the softmax of x + bias. Row i uses bias row i % period.
+// If there is a mask, write the result times the mask to `dropped`; otherwise both are null.
+void softmax(bf16* x, const bf16* bias, const uint8_t* mask, bf16* dropped, int64_t rows, int64_t width,
+             int64_t period) {
     auto length = lengths(bias, period, width);
 #pragma omp parallel
     {
@@ -117,9 +125,10 @@ void softmax(bf16* x, const bf16* bias, const uint8_t* mask, bf16* dropped, int6
     }
 }
 
-// From the gradient of each dropped row to that of its scores, in place; and the dropped row once more.
-void softmax_backward(bf16* grad, const bf16* weights, const bf16* bias, const uint8_t* mask, bf16* dropped, int64_t rows, int64_t width,
-                      int64_t period) {
+// Replace the gradient of the dropped weights by the gradient of the scores.
+// If there is a mask, write the weights times the mask to `dropped`; otherwise both are null.
+void softmax_backward(bf16* grad, const bf16* weights, const bf16* bias, const uint8_t* mask, bf16* dropped,
+                      int64_t rows, int64_t width, int64_t period) {
     auto length = lengths(bias, period, width);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {

@@ -1,0 +1,173 @@
+"""Mix several sources into one corpus: `mix:PATH.toml`.
+
+    [[source]]
+    path = "mine.txt"      # relative to the TOML file; or corpus = "synthetic", "hn", "file:PATH", ...
+    ratio = 3              # the source's share of num_titles, relative to the other ratios (default 1)
+    weight = 2             # how many times an epoch presents each of its titles (default 1)
+
+Each source is ordered as if it were the only one and gives its first titles. A title that the mix already
+has is skipped, so all titles are distinct. The sources are interleaved evenly, so train, dev and val each
+have the ratios. A weight repeats only titles of train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mainrun.data.sources import open_source, syntaxes
+from mainrun.data.title_files import decode, read_bytes
+from mainrun.data.titles import Titles
+from mainrun.errors import CorpusError, nearest
+from mainrun.files import inputs
+
+MAX_SOURCES = 1000
+MAX_WEIGHT = 1000
+KEYS = ("path", "corpus", "ratio", "weight")
+
+
+@dataclass(frozen=True)
+class MixSource:
+    """One [[source]] table."""
+
+    where: str  # the file and the number of the table, for messages
+    corpus: str
+    ratio: Fraction
+    weight: int
+
+
+@dataclass
+class Mix:
+    """The titles of a mix in order, with the weight of each title."""
+
+    titles: list[str]
+    weights: list[int]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix:
+    """Mix `wanted` titles. `order(n)` returns the order in which a run uses the n titles of a source."""
+    sources = _read(path)
+    shares = _shares([source.ratio for source in sources], wanted)
+    ratio_sum = sum(source.ratio for source in sources)
+    placed: list[tuple[Fraction, int, str]] = []
+    seen: set[str] = set()
+    origins = []
+    for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        if share == 0:
+            raise CorpusError(
+                f"{source.where} ({source.corpus}): its ratio gives it no title of num_titles={wanted}; "
+                "raise one of them"
+            )
+        # A synthetic source is asked for `wanted` titles, which is enough even if the other sources have
+        # some of them.
+        titles = open_source(source.corpus, wanted)
+        fresh = _unseen(titles, order(titles.count), share, wanted, seen)
+        if len(fresh) < share:
+            largest = int(Fraction(len(fresh) * ratio_sum) / source.ratio)
+            raise CorpusError(
+                f"{source.where} ({source.corpus}): {len(fresh):,} titles that no earlier source has, "
+                f"its ratio asks for {share:,}; lower its ratio, or use --set num_titles={largest}"
+            )
+        # Title k of n has the position (2k + 1) / 2n, so the titles of each source are spread evenly.
+        for k, title in enumerate(fresh):
+            placed.append((Fraction(2 * k + 1, 2 * share), i, title))
+        origins.append(
+            titles.origin
+            | {
+                "source": source.corpus,
+                "ratio": float(source.ratio),
+                "weight": source.weight,
+                "titles": share,
+            }
+        )
+    placed.sort(key=lambda entry: entry[:2])
+    return Mix(
+        titles=[title for _, _, title in placed],
+        weights=[sources[i].weight for _, i, _ in placed],
+        origin={"kind": "mix", "path": str(path), "sources": origins},
+    )
+
+
+def _unseen(titles: Titles, order: np.ndarray, share: int, batch: int, seen: set[str]) -> list[str]:
+    """Return the first `share` titles that are not in `seen`, and add them to `seen`."""
+    fresh: list[str] = []
+    for start in range(0, titles.count, batch):
+        for title in titles.take(order[start : start + batch]):
+            if len(fresh) == share:
+                return fresh
+            if title not in seen:
+                seen.add(title)
+                fresh.append(title)
+    return fresh
+
+
+# -- the TOML file
+
+
+def _read(path: Path) -> list[MixSource]:
+    text = decode(read_bytes(path, "a TOML file with [[source]] tables"), path)
+    try:
+        tables = inputs.parse_toml(text).get("source")
+    except inputs.BadInput as e:
+        raise CorpusError(f"{path} is not valid TOML: {e}") from None
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise CorpusError(
+            f"{path} names no sources; write [[source]] tables with path (or corpus), ratio and weight"
+        )
+    if len(tables) > MAX_SOURCES:
+        raise CorpusError(f"{path} has {len(tables):,} sources; write at most {MAX_SOURCES:,}")
+    return [_mix_source(path, number, table) for number, table in enumerate(tables, 1)]
+
+
+def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
+    where = f"{path}, source {number}"
+    for key in table:
+        if key not in KEYS:
+            raise CorpusError(
+                f"{where}: unknown key {inputs.shown(key, 80)}{nearest(key, KEYS)}; "
+                f"allowed: {', '.join(KEYS)}"
+            )
+    ratio = table.get("ratio", 1)
+    weight = table.get("weight", 1)
+    corpus = _corpus(where, path, table)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
+        raise CorpusError(f"{where}: ratio={inputs.shown(ratio)}; it must be a number above 0")
+    if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
+        raise CorpusError(
+            f"{where}: weight={inputs.shown(weight)}; it must be a whole number from 1 to {MAX_WEIGHT}: "
+            "how many times an epoch presents a title"
+        )
+    return MixSource(where, corpus, Fraction(str(ratio)), weight)
+
+
+def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
+    """Return the `corpus` of a table. Paths are relative to the folder of the TOML file."""
+    if ("path" in table) == ("corpus" in table):
+        given = "both" if "path" in table else "none"
+        raise CorpusError(f"{where}: got {given} of path and corpus; write one of them")
+    corpus = table.get("corpus", f"file:{table.get('path')}")
+    kind, _, argument = str(corpus).partition(":")
+    if kind == "mix" or not isinstance(corpus, str):
+        raise CorpusError(
+            f"{where}: {inputs.shown(corpus)} cannot be mixed; write one of {', '.join(syntaxes())}"
+        )
+    if kind == "file":
+        return f"file:{path.parent / inputs.expanded(argument, 'path')}"
+    return corpus
+
+
+def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
+    """Divide `wanted` in proportion to the ratios, rounding up the largest remainders."""
+    total = sum(ratios)
+    exact = [ratio * wanted / total for ratio in ratios]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: wanted - sum(shares)]:
+        shares[i] += 1
+    return shares

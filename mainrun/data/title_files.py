@@ -1,0 +1,220 @@
+"""Read titles from a file: `file:PATH[#COLUMN]`.
+
+A .csv file with a header, a .jsonl file or a .parquet file has its titles in a column, `title` by
+default. Any other file has one title per line. Line breaks inside a title become spaces. Blank titles are
+skipped and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mainrun.data.titles import Titles, from_list, one_line
+from mainrun.errors import CorpusError, nearest
+from mainrun.files import inputs
+
+COLUMN = "title"
+BOM = b"\xef\xbb\xbf"
+
+
+def open_titles(name: str, argument: str, wanted: int) -> Titles:
+    """Return the titles of the file PATH[#COLUMN]."""
+    path, column = _path_and_column(argument)
+    data = read_bytes(path, "a file with one title a line, or .csv, .jsonl or .parquet")
+    raw = _raw_titles(data, path, column)
+    titles = []
+    for text in raw:
+        title = one_line(text)
+        if title:
+            titles.append(title)
+    _check_unicode(titles, path)
+    if not titles:
+        blank = f": all {len(raw):,} rows are blank" if raw else ""
+        raise CorpusError(f"{path} has no titles{blank}; give a file with at least two")
+    origin = {
+        "kind": "file",
+        "path": argument,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "blank": len(raw) - len(titles),
+    }
+    return from_list(titles, origin)
+
+
+def _path_and_column(argument: str) -> tuple[Path, str | None]:
+    path = inputs.expanded(argument, "corpus")
+    if "#" not in argument or path.exists():  # a file name may contain a #
+        return path, None
+    front, _, column = argument.rpartition("#")
+    return inputs.expanded(front, "corpus"), column
+
+
+def _raw_titles(data: bytes, path: Path, column: str | None) -> list[str]:
+    suffix = path.suffix.lower()
+    reader = READERS.get(suffix)
+    if reader is not None:
+        return reader(data, path, column or COLUMN)
+    if suffix == ".json":
+        raise CorpusError(f"{path} is one JSON document; write one object a line, and call it .jsonl")
+    if column is not None:
+        raise CorpusError(
+            f"{path} has lines, not columns, but column {column!r} was asked for; leave out #{column}"
+        )
+    return _lines(data, path)
+
+
+def _check_unicode(titles: list[str], path: Path) -> None:
+    for number, title in enumerate(titles, 1):
+        if not title.isascii() and any("\ud800" <= c <= "\udfff" for c in title):
+            raise CorpusError(
+                f"{path}: title {number} is not valid Unicode: it holds half of a surrogate pair; "
+                "repair or remove it"
+            )
+
+
+def read_bytes(path: Path, allowed: str) -> bytes:
+    """Read a user's file. `allowed` says in an error message which file to give instead."""
+    why = inputs.bad_path(str(path))
+    if why:
+        raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read, {why}; give {allowed}")
+    if not path.exists():
+        suggestion = ""
+        if path.parent.is_dir():
+            suggestion = nearest(path.name, (p.name for p in path.parent.iterdir()))
+        raise CorpusError(f"{path} does not exist{suggestion}; give {allowed}")
+    if path.is_dir():
+        raise CorpusError(f"{path} is a directory; give {allowed}")
+    if not path.is_file():
+        raise CorpusError(f"{path} {inputs.not_a_file(path)}, not a regular file; give {allowed}")
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise CorpusError(f"{path} cannot be read: {e.strerror}; check its permissions") from None
+    if not data:
+        raise CorpusError(f"{path} is empty; give {allowed}")
+    return data
+
+
+def decode(data: bytes, path: Path) -> str:
+    """Decode a file in UTF-8, with or without a byte order mark."""
+    nul = data.find(b"\0")
+    if nul >= 0:
+        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "binary"
+        line = data.count(b"\n", 0, nul) + 1
+        raise CorpusError(
+            f"{path} is {kind}: a NUL byte at offset {nul} (line {line}); give a text file in UTF-8"
+        )
+    try:
+        return data.removeprefix(BOM).decode()
+    except UnicodeDecodeError as e:
+        offset = e.start + len(BOM) * data.startswith(BOM)
+        line = data.count(b"\n", 0, offset) + 1
+        raise CorpusError(
+            f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} (line {line}); "
+            "save it as UTF-8"
+        ) from None
+
+
+# -- readers: the raw titles of a file in one format
+
+
+def _lines(data: bytes, path: Path) -> list[str]:
+    lines = decode(data, path).split(
+        "\n"
+    )  # not splitlines: a title may contain U+2028 and similar characters
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _csv(data: bytes, path: Path, column: str) -> list[str]:
+    reader = csv.reader(io.StringIO(decode(data, path), newline=""), strict=True)
+    titles: list[str] = []
+    try:
+        header = next(reader, [])
+        _check_column(column, header, path)
+        index = header.index(column)
+        for row in reader:
+            if row and len(row) <= index:
+                problem = f"{len(row)} fields, but {column!r} is field {index + 1}"
+                raise CorpusError(f"{path}, line {reader.line_num}: {problem}; repair the line")
+            titles.append(row[index] if row else "")
+    except csv.Error as e:
+        where = f"{path}, line {reader.line_num}"
+        if "field larger" in str(e):
+            limit = f"more than {csv.field_size_limit():,} characters"
+            raise CorpusError(f"{where}: a field has {limit}; shorten it, or close its quotes") from None
+        raise CorpusError(f"{where}: not valid CSV ({e}); quote the field") from None
+    return titles
+
+
+def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
+    titles = []
+    for number, line in enumerate(_lines(data, path), 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line) if line.strip() else {column: None}
+        except (ValueError, RecursionError) as e:
+            raise CorpusError(
+                f"{where}: not valid JSON ({inputs.plain(e)}); write one object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise CorpusError(
+                f"{where}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}"
+            )
+        if column not in row:
+            raise CorpusError(f"{where}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")
+        if not isinstance(row[column], str | None):
+            raise CorpusError(f"{where}: {column!r} is {inputs.shown(row[column])}; it must be a string")
+        titles.append(row[column] or "")
+    return titles
+
+
+def _parquet(data: bytes, path: Path, column: str) -> list[str]:
+    return [title or "" for title in parquet_column(io.BytesIO(data), path, column).to_pylist()]
+
+
+def parquet_column(file: Any, path: Path, column: str) -> Any:
+    """Read a column of strings from a parquet file, as a pyarrow array. `path` is for messages."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        _check_column(column, names, path)
+        if names.count(column) > 1:
+            raise CorpusError(f"{path} has more than one column called {column!r}; rename all but one")
+        values = table.read(columns=[column]).column(column)
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+    except (pa.ArrowException, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise CorpusError(
+            f"{path} is not a readable parquet file ({reason}); write it again, or use .txt, .csv or .jsonl"
+        ) from None
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise CorpusError(f"{path}: column {column!r} holds {values.type}; it must hold strings")
+    return values
+
+
+def _check_column(column: str, columns: Sequence[str], path: Path) -> None:
+    if column not in columns:
+        names = ", ".join(map(repr, columns)) or "none"
+        raise CorpusError(
+            f"{path} has no column {column!r}{nearest(column, columns)}; its columns: {names}; "
+            f"write file:{path}#COLUMN"
+        )
+
+
+READERS: dict[str, Callable[[bytes, Path, str], list[str]]] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".parquet": _parquet,
+}
