@@ -1,1 +1,1 @@
-"""The evidence: what a run's figures are shown with, and what others need to check them."""
+"""Reports of finished runs and studies (`evidence`), and submissions that others can check (`submission`)."""

@@ -17,7 +17,7 @@ from mainrun.files import inputs
 from mainrun.ui.console import Debug, Json, check_place, emit, validate_paths
 
 if TYPE_CHECKING:
-    from reports.load import Evidence
+    from reports.evidence.load import Evidence
 
 LOG = Path(__file__).parents[1] / "docs" / "log"  # a folder with one page per subject
 
@@ -72,8 +72,8 @@ def report(
     Without arguments it takes everything in the folder of the run directories. Every figure in it is read from the
     inputs, and the same inputs give the same bytes. Runs on other data, or scored in other spans, are refused together.
     """
-    from reports import load
-    from reports.pages import counted
+    from reports.evidence import load
+    from reports.evidence.pages import counted
 
     if log is not None and not log.is_file():
         raise UsageError(f"--log {log} is no file; give the log of experiments, or leave --log out")
@@ -105,8 +105,8 @@ def write(
     samples: int = 0,
 ) -> dict[str, object]:
     from mainrun.store.rundir import disk_errors
-    from reports import findings, pdf
-    from reports.pages import Report
+    from reports.evidence import findings, pdf
+    from reports.evidence.pages import Report
 
     for folder, option in ((figures, "--figures"), (tables, "--tables")):
         if folder:

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 WARM = (
     "mainrun.cli", "mainrun.config", "mainrun.data.sources", "mainrun.train", "mainrun.run.session", "mainrun.ui.sample", "mainrun.checks.guards",
     "mainrun.ui.compare", "mainrun.ui.doctor", "mainrun.ui.demo", "mainrun.ui.estimate", "mainrun.run.batch", "mainrun.growth.verify",
-    "mainrun.plan.simulate", "sweeps.study", "sweeps.driver", "reports.pdf", "reports.submission.bundle", "reports.submission.prepare",
+    "mainrun.plan.simulate", "sweeps.study", "sweeps.driver", "reports.evidence.pdf", "reports.submission.bundle", "reports.submission.prepare",
     "reports.submission.verification", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors.torch", "optuna", "sqlalchemy", "scipy.stats",
     "matplotlib.figure", "matplotlib.backends.backend_svg", "reportlab.platypus", "svglib.svglib", "pypdf", "pyarrow.parquet",
     "huggingface_hub", "rich.console", "rich.table", "rich.text", "rich.box", "tomllib", "yaml", "ctypes", "difflib", "http.client",

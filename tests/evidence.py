@@ -10,7 +10,7 @@ from typing import Any
 from conftest import TINY
 
 from mainrun.config import digest_of, from_dict
-from reports.load import Evidence, Recipe, Run, Study
+from reports.evidence.load import Evidence, Recipe, Run, Study
 
 STEPS = 4
 TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1

@@ -20,7 +20,8 @@ from reporting import edit, export, fail_guard, make, rescore, reseed
 
 from mainrun import stats
 from mainrun.errors import RunError
-from reports import cli, figures, findings, load, tables
+from reports import cli
+from reports.evidence import figures, findings, load, tables
 
 T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
 
@@ -470,7 +471,7 @@ def test_columns_that_an_export_lacks_are_not_missed(tmp_path: Path) -> None:
 
 
 def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
-    from reports.pages import from_log
+    from reports.evidence.pages import from_log
 
     (tmp_path / "b.md").write_text("- [Deeper](deep.md) was **slower**.\n- Wider was better.\n")
     (tmp_path / "a.md").write_text("- The run\n  diverged.\n")
@@ -485,7 +486,7 @@ def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """report.pdf of all there is, and beside it the figures, the tables and the folders that it was made from."""
-    from reports.load import gather
+    from reports.evidence.load import gather
 
     folder = tmp_path_factory.mktemp("pages")
     export(folder / "lr")
@@ -681,7 +682,7 @@ def test_pages_outline_and_properties(pages: Path) -> None:
 def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
     from reportlab.pdfbase.pdfmetrics import stringWidth
 
-    from reports.pdf import fonts
+    from reports.evidence.pdf import fonts
 
     fonts()
     found = words(pages / "report.pdf")

@@ -10,8 +10,8 @@ import pytest
 from evidence import STEPS, failing, make_evidence, make_recipe, make_run, make_study, make_trial, score
 
 from mainrun import stats
-from reports import findings, tables
-from reports.load import Evidence, Recipe
+from reports.evidence import findings, tables
+from reports.evidence.load import Evidence, Recipe
 
 MINUS = "\N{MINUS SIGN}"
 BASE = {1: 2.00, 2: 2.01, 3: 2.02}

@@ -29,8 +29,8 @@ from evidence import (
 from mainrun import stats
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import RunError
-from reports import load
-from reports.load import Evidence, Recipe, Run
+from reports.evidence import load
+from reports.evidence.load import Evidence, Recipe, Run
 
 OPS = [
     {"name": "set_dropout", "value": 0.0, "trigger": {"step": 1}},

@@ -21,8 +21,8 @@ from evidence import (
     score,
 )
 
-from reports import tables
-from reports.load import Recipe
+from reports.evidence import tables
+from reports.evidence.load import Recipe
 
 MINUS = "\N{MINUS SIGN}"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mainrun import stats
-from reports.load import Evidence, Recipe, Run, Study, ladder_scores
+from reports.evidence.load import Evidence, Recipe, Run, Study, ladder_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

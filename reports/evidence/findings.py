@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
-from reports import tables
-from reports.figures import ledger, shares
-from reports.load import Evidence, Recipe, Run, Study
-from reports.tables import fixed, whole
+from reports.evidence import tables
+from reports.evidence.figures import ledger, shares
+from reports.evidence.load import Evidence, Recipe, Run, Study
+from reports.evidence.tables import fixed, whole
 
 BUSY = 1.25  # runs of one recipe whose times differ by more were not alone on their machine
 

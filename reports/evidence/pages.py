@@ -9,10 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reports import cards, figures, findings, tables
-from reports.load import Evidence, Run
-from reports.pdf import figure, heading, section, table, words
-from reports.tables import Column, Table, fixed, power, text, whole
+from reports.evidence import figures, findings, model_card, tables
+from reports.evidence.load import Evidence, Run
+from reports.evidence.pdf import figure, heading, section, table, words
+from reports.evidence.tables import Column, Table, fixed, power, text, whole
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
@@ -53,7 +53,7 @@ class Report:
         ]
         found += [tables.growth(run, i) for i, run in enumerate(figures.grown(e), 1)]
         found += [t for i, s in enumerate(e.studies, 1) for t in tables.study(s, i)]
-        found += [cards.checklist(e)]
+        found += [model_card.checklist(e)]
         self.tables = {t.name: t for t in found}
 
     def told(self) -> dict[str, str]:
@@ -365,7 +365,7 @@ def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
         yield from r.table(name)
     if r.e.runs:
         yield heading("Model card", 1)
-        for line in cards.card(r.e):
+        for line in model_card.card(r.e):
             yield words(line)
 
 

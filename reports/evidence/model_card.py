@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mainrun.config import TASK
-from reports import findings
-from reports.load import Evidence
-from reports.tables import Column, Table, fixed, power, text, whole
+from reports.evidence import findings
+from reports.evidence.load import Evidence
+from reports.evidence.tables import Column, Table, fixed, power, text, whole
 
 
 def checklist(e: Evidence) -> Table:

@@ -14,8 +14,8 @@ from xml.sax.saxutils import escape
 
 from mainrun import __version__
 from mainrun.store.rundir import disk_errors
-from reports import figures, tables
-from reports.load import Evidence
+from reports.evidence import figures, tables
+from reports.evidence.load import Evidence
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
