@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -28,16 +28,16 @@ from pydantic import (
     model_validator,
 )
 
+from mainrun.data import sources
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 from mainrun.plan.op_files import from_text, read
 from mainrun.plan.ops import Fault, Schedule, walk
+from mainrun.plan.optimizers import OPTIMIZERS
 
 MIN_COVERAGE = 0.97  # an official score that covers less of val is shown with its coverage and never compared
 # the fixed numbers of the public task
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
-CORPORA = ("synthetic", "hn", "hn-2025")
-CORPORA_WITH_A_PATH = ("file", "mix")
 
 
 def _field(kind: str, default: Any, doc: str, **bounds: Any) -> Any:
@@ -58,6 +58,12 @@ def inert(default: Any, doc: str, **bounds: Any) -> Any:
 
 Layer = Annotated[int, Field(strict=True, ge=0)]
 Growth = Annotated[Schedule, PlainSerializer(Schedule.data), WithJsonSchema({"type": "object"})]
+
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 class TrainConfig(BaseModel):
@@ -186,7 +192,7 @@ class TrainConfig(BaseModel):
     )
 
     # -- optimiser
-    optimizer: Literal["sgd", "adamw", "muon"] = static(
+    optimizer: OptimizerName = static(
         "sgd", "muon: Muon for matrices, AdamW for everything else"
     )
     lr: float = scheduled(6e-3, "peak learning rate (muon: of the matrices only)", gt=0, le=1000)
@@ -388,12 +394,9 @@ class TrainConfig(BaseModel):
             )
 
     def _check_corpus(self) -> None:
-        kind, _, path = self.corpus.partition(":")
-        if kind in CORPORA and not path:
-            return
-        if kind in CORPORA_WITH_A_PATH and path:
-            return
-        raise ValueError(f"corpus={self.corpus!r}; use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml")
+        if not sources.is_source(self.corpus):
+            allowed = ", ".join(sources.syntaxes())
+            raise ValueError(f"corpus={self.corpus!r}; use {allowed} or {sources.MIX}")
 
     # -- values that follow from the fields
     def changed(self, **fields: Any) -> Self:

@@ -61,6 +61,14 @@ def open_source(corpus: str, wanted: int) -> Titles:
     return source.open(name, argument, wanted)
 
 
+def is_source(corpus: str) -> bool:
+    """Return whether `corpus` is written like one of the sources, or like a mix of them."""
+    name, _, argument = corpus.partition(":")
+    if name == MIX.partition(":")[0]:
+        return bool(argument)
+    return name in SOURCES and bool(argument) == (":" in SOURCES[name].syntax)
+
+
 def kind(corpus: str) -> str:
     """Return the `kind` in the origin of a corpus."""
     name = corpus.partition(":")[0]
