@@ -192,9 +192,7 @@ class TrainConfig(BaseModel):
     )
 
     # -- optimiser
-    optimizer: OptimizerName = static(
-        "sgd", "muon: Muon for matrices, AdamW for everything else"
-    )
+    optimizer: OptimizerName = static("sgd", "muon: Muon for matrices, AdamW for everything else")
     lr: float = scheduled(6e-3, "peak learning rate (muon: of the matrices only)", gt=0, le=1000)
     lr_aux: float = scheduled(
         0.0, "peak learning rate of the embeddings, head, gains and biases; 0: same as lr", ge=0, le=1000

@@ -19,7 +19,8 @@ from mainrun.checks.audit import retrain
 from mainrun.checks.guards import Evidence, guards
 from mainrun.core.machine_class import versions
 from mainrun.errors import MainrunError, RunError
-from mainrun.growth.state import Controller, load_state, make_controller
+from mainrun.growth.make import make_controller
+from mainrun.growth.state import Controller, load_state
 from mainrun.plan.cost import segment_costs
 from mainrun.plan.plan import Plan
 from mainrun.store import checkpoint

@@ -314,7 +314,7 @@ PAIRS += [
         ("8x-1", "8x8"),
     ]
 ]
-CORPORA = "use synthetic, hn, hn-2025, file:PATH or mix:PATH.toml"
+CORPORA = "use synthetic, hn, hn-2025, file:PATH[#COLUMN] or mix:PATH.toml"
 PAIRS += [
     ({"corpus": text}, f"corpus={text!r}; {CORPORA}", {"corpus": good})
     for text, good in [

@@ -17,7 +17,8 @@ from mainrun.core.optimizers import Optimizers, ParamSchedule
 from mainrun.errors import UsageError
 from mainrun.growth import controller, operators
 from mainrun.growth.controller import Growth, without_values
-from mainrun.growth.state import growth_state, growth_state_at, make_controller, ops_applied, rebuild_model
+from mainrun.growth.make import make_controller
+from mainrun.growth.state import growth_state, growth_state_at, ops_applied, rebuild_model
 from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts

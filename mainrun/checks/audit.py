@@ -11,7 +11,8 @@ from mainrun.config import from_dict
 from mainrun.core.machine_class import versions
 from mainrun.data.batches import Batches
 from mainrun.errors import MainrunError
-from mainrun.growth.state import Controller, growth_state_at, load_state, make_controller
+from mainrun.growth.make import make_controller
+from mainrun.growth.state import Controller, growth_state_at, load_state
 from mainrun.store import lineage
 from mainrun.store.checkpoint import fitting, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, misplaced

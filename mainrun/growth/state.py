@@ -6,13 +6,11 @@ Operators are imported only by runs that grow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from mainrun.config import TrainConfig, from_dict
-from mainrun.core.device import Device
+from mainrun.config import from_dict
 from mainrun.core.optimizers import Optimizers, ParamSchedule
 from mainrun.plan.ops import Op
 from mainrun.plan.plan import Plan
@@ -132,23 +130,3 @@ class NoGrowth:
     def compiled(self, seconds: float) -> None: ...
 
     def close(self) -> None: ...
-
-
-def make_controller(
-    cfg: TrainConfig,
-    plan: Plan,
-    device: Device,
-    state: State,
-    journal: Metrics | None = None,
-    on_event: Callable[[Row], None] = lambda row: None,
-    clock: Callable[[str], Any] = nullcontext,
-) -> Controller:
-    """Return the controller of a run.
-
-    journal: where its events are written. on_event: is called with each event. clock: measures an activity.
-    """
-    if not cfg.growth.ops:
-        return NoGrowth(plan, state)
-    from mainrun.growth.controller import Growth
-
-    return Growth(cfg, plan, device, state, journal, on_event, clock)

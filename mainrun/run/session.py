@@ -19,7 +19,8 @@ from mainrun.config import TrainConfig
 from mainrun.core.pending_losses import NotFinite, StepRow
 from mainrun.data.batches import Batches
 from mainrun.errors import Diverged, Interrupted, MainrunError
-from mainrun.growth.state import Controller, make_controller
+from mainrun.growth.make import make_controller
+from mainrun.growth.state import Controller
 from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts

@@ -1,0 +1,34 @@
+"""Makes the growth controller of a run. The operators are imported only if the run grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from mainrun.config import TrainConfig
+from mainrun.core.device import Device
+from mainrun.growth.state import Controller, NoGrowth, Row
+from mainrun.plan.plan import Plan
+from mainrun.store.rundir import Metrics
+from mainrun.train import State
+
+
+def make_controller(
+    cfg: TrainConfig,
+    plan: Plan,
+    device: Device,
+    state: State,
+    journal: Metrics | None = None,
+    on_event: Callable[[Row], None] = lambda row: None,
+    clock: Callable[[str], Any] = nullcontext,
+) -> Controller:
+    """Return the controller of a run.
+
+    journal: where its events are written. on_event: is called with each event. clock: measures an activity.
+    """
+    if not cfg.growth.ops:
+        return NoGrowth(plan, state)
+    from mainrun.growth.controller import Growth
+
+    return Growth(cfg, plan, device, state, journal, on_event, clock)
