@@ -1,4 +1,5 @@
-"""How dense the code is: constructs per 1,000 lines that make a reader stop, and the places that break a rule.
+"""How dense the code is: constructs per 1,000 lines that make a reader stop, and the places that break a
+rule.
 
     python tests/density.py                   # the product, a row per folder
     python tests/density.py mainrun/train.py  # a row per file
@@ -21,6 +22,20 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LONGEST_FUNCTION = 60
 WIDEST_LINE = 110
+# methods that change their object: in `a, b = x.pop(), x` the order of the two matters
+CHANGING = {
+    "pop",
+    "popleft",
+    "read",
+    "readline",
+    "next",
+    "append",
+    "add",
+    "update",
+    "remove",
+    "send",
+    "get_nowait",
+}
 
 
 def counts(tree: ast.Module) -> Counter[str]:
@@ -56,10 +71,56 @@ def violations(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, str]]:
             arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
             if any(isinstance(argument, ast.NamedExpr) for argument in arguments):
                 yield node.lineno, "walrus in an argument"
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and has_call(node.value):
+            yield node.lineno, "tuple assignment with a call"
         if isinstance(node, FUNCTIONS):
+            for line in outside_attributes(node):
+                yield line, "attribute of a new object set from outside"
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > LONGEST_FUNCTION:
                 yield node.lineno, f"function {node.name} of {length} lines, at most {LONGEST_FUNCTION}"
+
+
+def has_call(value: ast.expr) -> bool:
+    """Whether a tuple holds a call whose place in the order of evaluation may matter."""
+    if not isinstance(value, ast.Tuple):
+        return False
+    calls = [
+        node
+        for node in ast.walk(value)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    return any(isinstance(call.func, ast.Attribute) and call.func.attr in CHANGING for call in calls)
+
+
+def outside_attributes(function: ast.AST) -> Iterator[int]:
+    """Yield the lines that set an attribute of an object which the same function has created."""
+    created: set[str] = set()
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Assign):
+            continue
+        target = node.targets[0]
+        if isinstance(target, ast.Name) and isinstance(node.value, ast.Call):
+            name = ast.unparse(node.value.func).rpartition(".")[2]
+            if name[:1].isupper():
+                created.add(target.id)
+        if (
+            isinstance(target, ast.Attribute)
+            and isinstance(target.value, ast.Name)
+            and target.value.id in created
+        ):
+            yield node.lineno
+
+
+def per_1000_lines(files: list[Path]) -> dict[str, float]:
+    """Return how often each construct occurs per 1,000 lines of some files."""
+    total: Counter[str] = Counter()
+    lines = 0
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        total += counts(ast.parse(text))
+        lines += len(text.splitlines())
+    return {name: 1000 * total[name] / max(lines, 1) for name in COUNTED}
 
 
 def python_files(paths: list[Path]) -> list[Path]:
@@ -70,14 +131,9 @@ def python_files(paths: list[Path]) -> list[Path]:
 
 
 def row(label: str, files: list[Path]) -> str:
-    """One line of the table: the counts per 1,000 lines of some files."""
-    total: Counter[str] = Counter()
-    lines = 0
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        total += counts(ast.parse(text))
-        lines += len(text.splitlines())
-    shares = "  ".join(f"{1000 * total[name] / max(lines, 1):6.1f}" for name in COUNTED)
+    """Return one line of the table."""
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    shares = "  ".join(f"{share:6.1f}" for share in per_1000_lines(files).values())
     return f"{label:<40}{lines:>7}  {shares}"
 
 
