@@ -27,8 +27,8 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.core.optimizers import Optimizers
-from mainrun.growth.moments import IndexMap, Piece, Rate, rates, scaled, transfer
-from mainrun.growth.verify import delta, symmetry_lock
+from mainrun.growth.moments import IndexMap, Piece, WidthFactors, scaled, transfer, width_factors
+from mainrun.growth.verify import equal_copies, logit_change
 from mainrun.plan.ops import Op, Transfer
 from mainrun.train import GPT
 
@@ -90,11 +90,11 @@ def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(
 # -- width
 
 
-def by_name(model: GPT, state: dict[str, Tensor], rate: dict[str, Rate]) -> torch.optim.AdamW:
+def by_name(model: GPT, state: dict[str, Tensor], rate: dict[str, WidthFactors]) -> torch.optim.AdamW:
     """AdamW with a rate, a decay and an eps for each parameter."""
     groups = []
     for name, p in model.named_parameters():
-        r = rate.get(name, Rate(1.0, 1.0, 1.0))
+        r = rate.get(name, WidthFactors(1.0, 1.0, 1.0))
         decay = 0.1 * r.weight_decay if p.ndim == 2 else 0.0
         groups.append({"params": [p], "lr": 0.01 * r.lr, "weight_decay": decay, "eps": 1e-8 * r.eps})
     made = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -128,14 +128,14 @@ def test_a_wide_run_follows_the_narrow_one(name: str, fault: str) -> None:
     wide_state, coverage = transfer(state, moved, "keep" if fault == "moments as they are" else "scale")
     assert coverage == 1
     one = by_name(model, state, {})
-    two = by_name(wide, wide_state, {} if fault == "the old rate" else rates(moved))
+    two = by_name(wide, wide_state, {} if fault == "the old rate" else width_factors(moved))
     apart = 0.0
     for seed in range(20):
         a, b = gradients(model, 50 + seed), gradients(wide, 50 + seed)
         apart = max(apart, abs(float(a - b)))
         one.step()
         two.step()
-    assert (apart <= 1e-10 and delta(model, wide, IDX)[0] <= 1e-10) != bool(fault), apart
+    assert (apart <= 1e-10 and logit_change(model, wide, IDX)[0] <= 1e-10) != bool(fault), apart
 
 
 def test_width_divides_m_by_n_and_v_by_its_square_but_for_the_head() -> None:
@@ -363,7 +363,7 @@ def test_trap_copies_that_stay_equal_for_ever(mode: str) -> None:
     """Copied moments lock them, and so does a full reset."""
     model, optimizers = trained(config(**ADAMW, **MODERN))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2}), mode, count=10)
-    assert set(symmetry_lock(moved, new)) == {name for name, *_ in moved.copies()}
+    assert set(equal_copies(moved, new)) == {name for name, *_ in moved.copies()}
 
 
 @pytest.mark.parametrize(("mode", "noise"), [("scale", {"noise_snr_db": 20.0}), ("asymmetric", {})])
@@ -373,18 +373,18 @@ def test_noise_on_pairs_of_columns_or_the_asymmetric_reset_parts_them(
 ) -> None:
     model, optimizers = trained(config(**ADAMW, **fields))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2, **noise}), mode, count=10)
-    assert len(list(moved.copies())) >= 12 and symmetry_lock(moved, new) == []
+    assert len(list(moved.copies())) >= 12 and equal_copies(moved, new) == []
 
 
 def test_rates_are_for_factors_that_all_of_a_tensor_shares() -> None:
     model = shaken(config(tie_head=True))
     _, moved = grown(model, op("widen_model", {"factor": 2}))
-    found = rates(moved)
-    assert found["blocks.0.mlp.up.weight"] == Rate(0.5, 2.0, 0.5) and found["embed.weight"] == Rate(
-        1.0, 1.0, 0.5
-    )
-    assert found["norm.weight"] == Rate(0.5, 2.0, 1.0) and found["blocks.0.mlp_norm.weight"] == Rate(
-        1.0, 1.0, 0.5
-    )
+    found = width_factors(moved)
+    assert found["blocks.0.mlp.up.weight"] == WidthFactors(0.5, 2.0, 0.5) and found[
+        "embed.weight"
+    ] == WidthFactors(1.0, 1.0, 0.5)
+    assert found["norm.weight"] == WidthFactors(0.5, 2.0, 1.0) and found[
+        "blocks.0.mlp_norm.weight"
+    ] == WidthFactors(1.0, 1.0, 0.5)
     _, moved = grown(model, op("widen_mlp", 20))
-    assert "blocks.0.mlp.down.weight" not in rates(moved)
+    assert "blocks.0.mlp.down.weight" not in width_factors(moved)

@@ -14,13 +14,13 @@ from mainrun.core.optimizers import DEFAULT_SCHEDULE, ParamSchedule
 from mainrun.growth.moments import (
     IndexMap,
     Piece,
-    Rate,
+    WidthFactors,
     along,
     by_parameter,
     param_schedules,
-    rates,
     scaled,
     transfer,
+    width_factors,
 )
 from mainrun.plan.ops import Rates
 
@@ -151,8 +151,11 @@ def test_rates_follow_a_width_by_its_factors() -> None:
         "c": Piece("c", weight=W),
         "d": Piece("d", grad=None),
     }
-    assert rates(IndexMap(pieces, shapes, shapes)) == {"a": Rate(0.5, 2.0, 0.25), "b": Rate(1.0, 1.0, 1.0)}
-    assert rates(IndexMap({"a": Piece("a", grad=W)}, shapes, shapes)) == {}
+    assert width_factors(IndexMap(pieces, shapes, shapes)) == {
+        "a": WidthFactors(0.5, 2.0, 0.25),
+        "b": WidthFactors(1.0, 1.0, 1.0),
+    }
+    assert width_factors(IndexMap({"a": Piece("a", grad=W)}, shapes, shapes)) == {}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from mainrun.config import TrainConfig
 from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import transfer
 from mainrun.growth.operators import OPS, SPACES, grow, part, truncate
-from mainrun.growth.verify import delta, preserved
+from mainrun.growth.verify import check_function, logit_change
 from mainrun.plan.ops import ARCHITECTURE, Op, Transfer, after
 from mainrun.train import GPT
 
@@ -129,9 +129,9 @@ def test_an_exact_op_keeps_the_function(name: str, fields: dict[str, Any], seed:
     for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = shaken(config(**fields), seed, dtype)
         new, moved = grown(model, what)
-        moved_most, size = delta(model, new, IDX)
+        moved_most, size = logit_change(model, new, IDX)
         assert moved_most <= most * max(1.0, size), (dtype, moved_most)
-        assert preserved("exact", model, new, IDX).ok
+        assert check_function("exact", model, new, IDX).ok
         changed = {n for n, p in new.named_parameters() if n not in moved.old or p.shape != moved.old[n]}
         assert changed or what.name == "merge_lora_weights", "else nothing grew"
 
@@ -146,7 +146,7 @@ def test_a_bit_exact_op_keeps_every_bit(name: str, fields: dict[str, Any], seed:
         new, _ = grown(model, what)
         with torch.no_grad():
             assert torch.equal(model(IDX), new(IDX)), dtype
-        assert preserved("bitexact", model, new, IDX).ok
+        assert check_function("bitexact", model, new, IDX).ok
 
 
 def test_every_op_of_the_schedule_has_an_operator() -> None:
@@ -188,9 +188,9 @@ def test_copied_layers_change_the_function() -> None:
     model = shaken(config())
     new, _ = grown(model, op("stack_layers", (0, 0, 1, 1)))
     assert (
-        delta(model, new, IDX)[0] > 0.01
-        and not preserved("exact", model, new, IDX).ok
-        and preserved("none", model, new, IDX).ok
+        logit_change(model, new, IDX)[0] > 0.01
+        and not check_function("exact", model, new, IDX).ok
+        and check_function("none", model, new, IDX).ok
     )
 
 
@@ -226,7 +226,7 @@ def test_trap_a_gain_of_zero_is_no_identity_layer() -> None:
     with torch.no_grad():
         for norm in (faulty.blocks[2].attn_norm, faulty.blocks[2].mlp_norm):
             norm.weight.zero_()  # type: ignore[operator, union-attr]
-    assert delta(model, faulty, IDX)[0] == delta(model, right, IDX)[0] == 0
+    assert logit_change(model, faulty, IDX)[0] == logit_change(model, right, IDX)[0] == 0
     for new, learns in ((faulty, False), (right, True)):
         gradients(new, 1)
         assert bool(new.blocks[2].mlp.down.weight.grad.any()) == learns  # type: ignore[union-attr]
@@ -236,12 +236,15 @@ def test_trap_forgotten_biases_of_branch_outputs() -> None:
     model = shaken(config(bias=True))
     what = op("stack_layers", (0, 1, 1), init="identity")
     new, _ = grown(model, what)
-    assert preserved("bitexact", model, new, IDX).ok
+    assert check_function("bitexact", model, new, IDX).ok
     for name in ("attn.o.bias", "mlp.down.bias"):
         faulty, _ = grown(model, what)
         with torch.no_grad():
             faulty.get_parameter(f"blocks.2.{name}").copy_(model.get_parameter(f"blocks.1.{name}"))
-        assert not preserved("bitexact", model, faulty, IDX).ok and delta(model, faulty, IDX)[0] > 1e-3, name
+        assert (
+            not check_function("bitexact", model, faulty, IDX).ok
+            and logit_change(model, faulty, IDX)[0] > 1e-3
+        ), name
 
 
 # -- width
@@ -325,7 +328,7 @@ def test_kept_keys_and_values_are_shared_by_the_copies_of_their_queries() -> Non
             block.attn.q.weight.copy_(block.attn.q.weight.view(4, 2, 2, 16).transpose(0, 1).reshape(16, 16))
             block.attn.o.weight.copy_(block.attn.o.weight.view(16, 4, 2, 2).transpose(1, 2).reshape(16, 16))
             block.attn.q.bias.copy_(block.attn.q.bias.view(4, 2, 2).transpose(0, 1).flatten())
-    assert delta(model, new, IDX)[0] < 1e-10 and delta(model, faulty, IDX)[0] > 1e-3
+    assert logit_change(model, new, IDX)[0] < 1e-10 and logit_change(model, faulty, IDX)[0] > 1e-3
 
 
 def test_a_head_that_changes_its_width_is_refused() -> None:
@@ -340,7 +343,7 @@ def test_trap_a_tied_head_doubled_twice() -> None:
     model = shaken(config(tie_head=True))
     once, _ = grown(model, op("widen_model", {"factor": 2}))
     twice, _ = grown(once, op("widen_model", {"factor": 2}))
-    assert delta(model, once, IDX)[0] < 1e-10 and delta(model, twice, IDX)[0] < 1e-10
+    assert logit_change(model, once, IDX)[0] < 1e-10 and logit_change(model, twice, IDX)[0] < 1e-10
     assert twice.head is None
     with torch.no_grad():
         twice.norm.weight.copy_(model.norm.weight.tile(4))  # type: ignore[operator, union-attr]
@@ -361,7 +364,7 @@ def test_noise_has_its_size_and_keeps_the_function_only_on_pairs_of_columns() ->
     with torch.no_grad():
         rows = noise[:12, :8].repeat(1, 2)
         faulty.get_parameter(name).add_(torch.cat([rows, -rows]))
-    assert delta(model, noisy, IDX)[0] < 1e-10 and delta(model, faulty, IDX)[0] > 1e-3
+    assert logit_change(model, noisy, IDX)[0] < 1e-10 and logit_change(model, faulty, IDX)[0] > 1e-3
 
 
 def test_new_heads_go_out_through_zeros() -> None:
@@ -471,7 +474,7 @@ def test_trap_a_term_of_a_tied_embedding_is_at_both_ends() -> None:
     """With the term at the input alone, merging it would change the head."""
     model = shaken(config(embed_lora_rank=2))
     new, _ = grown(model, op("merge_lora_weights"))
-    assert "embed.lora_a" not in weights(new) and delta(model, new, IDX)[0] < 1e-10
+    assert "embed.lora_a" not in weights(new) and logit_change(model, new, IDX)[0] < 1e-10
     embed: Any = model.embed
 
     class AtTheInput(GPT):
@@ -479,7 +482,7 @@ def test_trap_a_term_of_a_tied_embedding_is_at_both_ends() -> None:
             return self.embed.weight
 
     model.__class__ = AtTheInput
-    assert delta(model, new, IDX)[0] > 1e-3
+    assert logit_change(model, new, IDX)[0] > 1e-3
     assert torch.allclose(new.embed.weight, embed.effective_weight())
 
 
@@ -502,7 +505,7 @@ def test_more_ids_are_exact_behind_their_mask_alone() -> None:
     assert torch.allclose(
         rise, torch.log1p((open_[..., V:] - before.logsumexp(-1, keepdim=True)).exp().sum(-1))
     )
-    assert (rise > 0.1).any() and not preserved("exact", model, new, IDX).ok
+    assert (rise > 0.1).any() and not check_function("exact", model, new, IDX).ok
 
 
 # -- what draws, and what does not
@@ -564,7 +567,7 @@ def test_the_staged_plan_on_paper_is_the_staged_plan_carried_out() -> None:
     ):
         cfg = after(replace(what, preserve=promise), model.cfg)
         new, moved = grow(what, model.cfg, cfg, model, 3)
-        assert preserved(promise, model, new, IDX).ok, what.name
+        assert check_function(promise, model, new, IDX).ok, what.name
         then = Optimizers(cfg, new)
         then.load(transfer(optimizers.state(), moved)[0])
         steps(new, then, range(3))

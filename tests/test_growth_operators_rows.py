@@ -13,7 +13,17 @@ from torch import Tensor
 from mainrun.config import TrainConfig
 from mainrun.growth import operators
 from mainrun.growth.moments import IndexMap, Piece
-from mainrun.growth.operators import Change, channels, flow, grow, like, mapped, outline, part, truncate
+from mainrun.growth.operators import (
+    Change,
+    channels,
+    empty_model,
+    flow,
+    grow,
+    map_parameters,
+    meta_model,
+    part,
+    truncate,
+)
 from mainrun.train import GPT
 
 BLOCK = "blocks.0."
@@ -111,9 +121,9 @@ def test_the_size_of_a_tensor_is_its_root_mean_square() -> None:
 
 def test_an_outline_has_no_numbers_and_as_many_ids() -> None:
     model = shaken(config(unused_ids=0))
-    made = outline(model, model.cfg.changed(unused_ids=5, d_ff=20))
+    made = meta_model(model, model.cfg.changed(unused_ids=5, d_ff=20))
     assert made.embed.num_embeddings == V + 5 and {p.device.type for p in made.parameters()} == {"meta"}
-    assert outline(outline(model, model.cfg.changed(unused_ids=5)), model.cfg).embed.num_embeddings == V
+    assert meta_model(meta_model(model, model.cfg.changed(unused_ids=5)), model.cfg).embed.num_embeddings == V
     assert type(made) is type(model)
 
 
@@ -121,7 +131,7 @@ def test_an_outline_has_no_numbers_and_as_many_ids() -> None:
 def test_a_model_beside_another_is_of_its_kind(training: bool, dtype: torch.dtype) -> None:
     model = shaken(config(position="rope"), dtype=dtype).train(training)
     model.blocks[0].attn.fused = model.blocks[1].attn.fused = training
-    made = like(model, model.cfg.changed(n_layer=3))
+    made = empty_model(model, model.cfg.changed(n_layer=3))
     assert (made.training, made.embed.weight.dtype) == (training, dtype) and len(made.blocks) == 3
     assert {block.attn.fused for block in made.blocks} == {training}
     for name, buffer in model.named_buffers():
@@ -131,15 +141,15 @@ def test_a_model_beside_another_is_of_its_kind(training: bool, dtype: torch.dtyp
 
 def test_a_map_is_of_what_trains() -> None:
     model = shaken(config(frozen=[1]))
-    new = like(model, model.cfg.changed(d_ff=20))
-    all_pieces, moved = mapped(op("widen_mlp", 20), model.cfg, new.cfg, model, new, 7)
+    new = empty_model(model, model.cfg.changed(d_ff=20))
+    all_pieces, moved = map_parameters(op("widen_mlp", 20), model.cfg, new.cfg, model, new, 7)
     names = {name for name, p in new.named_parameters() if p.requires_grad}
     assert set(moved.pieces) == set(moved.new) == names and set(all_pieces) >= {
         name for name, _ in new.named_parameters()
     }
     assert moved.old == {name: p.shape for name, p in model.named_parameters()} and moved.truncated == {}
     assert not [name for name in names if name.startswith("blocks.1.")]
-    again = mapped(op("widen_mlp", 20), model.cfg, new.cfg, model, outline(model, new.cfg), 7)[1]
+    again = map_parameters(op("widen_mlp", 20), model.cfg, new.cfg, model, meta_model(model, new.cfg), 7)[1]
     assert places(again.pieces[f"{BLOCK}mlp.up.weight"], 0) == places(
         moved.pieces[f"{BLOCK}mlp.up.weight"], 0
     )
@@ -666,7 +676,7 @@ def test_freezing_moves_nothing() -> None:
         new, moved = grown(model, op(name, frozen))
         assert all(torch.equal(p, model.get_parameter(n)) for n, p in new.named_parameters())
         assert all(factors(piece) == (1.0, 1.0) and piece.source == n for n, piece in moved.pieces.items())
-        assert isinstance(moved, IndexMap) and operators.OPS[name] is operators.freeze
+        assert isinstance(moved, IndexMap) and operators.OPS[name] is operators.unchanged
 
 
 # -- the draws themselves: other ones would grow another model from the same schedule

@@ -16,22 +16,22 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.growth import verify
 from mainrun.growth.moments import IndexMap, Piece
 from mainrun.growth.verify import (
-    Check,
-    covered,
-    delta,
-    experts_of,
-    grouped,
-    heads_diverge,
-    layer_identity,
-    preserved,
+    PromiseCheck,
+    check_coverage,
+    check_function,
+    check_groups,
+    check_layer_identity,
+    check_rope,
+    check_router_scale,
+    check_symmetry,
+    check_tying,
+    equal_copies,
+    eval_mode,
+    locked_routers,
+    logit_change,
+    moe_layers,
     probe,
-    rope_integrity,
     router_inputs,
-    router_lock,
-    router_scale,
-    still,
-    symmetry_lock,
-    tied,
 )
 from mainrun.train import GPT
 
@@ -53,8 +53,8 @@ class Says(nn.Module):
         return self.logits
 
 
-def said(promise: str, before: Says, after: Says) -> Check:
-    return preserved(promise, before, after, IDX)
+def said(promise: str, before: Says, after: Says) -> PromiseCheck:
+    return check_function(promise, before, after, IDX)
 
 
 def test_a_probe_is_drawn_by_its_seed() -> None:
@@ -72,7 +72,7 @@ def test_models_are_still_and_are_as_they_were_afterwards(full: bool, dtype: str
         model.cfg = CFG.changed(dtype="bfloat16")
 
     def look() -> None:
-        with still(*models, full=full):
+        with eval_mode(*models, full=full):
             assert [(m.training, m.cfg.dtype, torch.is_grad_enabled()) for m in models] == [
                 (False, dtype, False)
             ] * 2
@@ -101,14 +101,14 @@ DELTAS: dict[str, tuple[list[float], list[float], tuple[float, float]]] = {
 
 @pytest.mark.parametrize(("before", "after", "expected"), DELTAS.values(), ids=DELTAS)
 def test_how_far_logits_move(before: list[float], after: list[float], expected: tuple[float, float]) -> None:
-    assert delta(Says(*before), Says(*after), IDX) == expected
+    assert logit_change(Says(*before), Says(*after), IDX) == expected
 
 
 def test_logits_are_compared_as_they_are_computed_unless_in_full() -> None:
     before, after = Says(0.5), Says(0.5)
     before.cfg = after.cfg = CFG.changed(dtype="bfloat16")
-    delta(before, after, IDX)
-    delta(before, after, IDX, full=True)
+    logit_change(before, after, IDX)
+    logit_change(before, after, IDX, full=True)
     assert before.seen == after.seen == [(False, "bfloat16", False), (False, "float32", False)]
 
 
@@ -219,7 +219,7 @@ def test_each_token_must_have_a_chance(logits: list[list[float]], ok: bool) -> N
 
 def test_a_check_cannot_be_changed_afterwards() -> None:
     with pytest.raises(FrozenInstanceError):
-        covered(0.1, 0.2).ok = True
+        check_coverage(0.1, 0.2).ok = True
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_only_exact_is_judged_in_full_precision(promise: str, dtype: str) -> Non
     ],
 )
 def test_coverage_and_its_bound(coverage: float, least: float, ok: bool, words: str) -> None:
-    assert covered(coverage, least) == Check("coverage", ok, words)
+    assert check_coverage(coverage, least) == PromiseCheck("coverage", ok, words)
 
 
 # -- ties and groups
@@ -253,19 +253,23 @@ def test_coverage_and_its_bound(coverage: float, least: float, ok: bool, words: 
 def test_a_head_that_is_tied_as_the_configs_say(tie: bool) -> None:
     model = shaken(config(tie_head=tie))
     word, other = ("tied", "apart") if tie else ("apart", "tied")
-    assert tied(model.cfg, model) == Check("tying", True, f"head {word}, before {word}; shared: none")
+    assert check_tying(model.cfg, model) == PromiseCheck(
+        "tying", True, f"head {word}, before {word}; shared: none"
+    )
     changed = model.cfg.changed(tie_head=not tie)
-    assert tied(changed, model) == Check("tying", False, f"head {word}, before {other}; shared: none")
+    assert check_tying(changed, model) == PromiseCheck(
+        "tying", False, f"head {word}, before {other}; shared: none"
+    )
     model.cfg = changed
-    assert not tied(changed, model).ok, "both configs say otherwise"
-    assert not tied(changed.changed(tie_head=tie), model).ok, "the new one does"
+    assert not check_tying(changed, model).ok, "both configs say otherwise"
+    assert not check_tying(changed.changed(tie_head=tie), model).ok, "the new one does"
 
 
 def test_two_names_of_one_memory_are_named() -> None:
     model = shaken(config())
     first, second = model.blocks[0].mlp.up, model.blocks[1].mlp.up
     first.weight.data = second.weight.data
-    found = tied(model.cfg, model)
+    found = check_tying(model.cfg, model)
     assert not found.ok and found.detail.endswith(
         "shared: ['blocks.0.mlp.up.weight', 'blocks.1.mlp.up.weight']"
     )
@@ -284,7 +288,7 @@ def test_each_tensor_is_in_one_group_and_nothing_else_is() -> None:
     stranger = nn.Parameter(torch.zeros(1))
 
     def check(*groups: list[Tensor]) -> tuple[bool, str]:
-        found = grouped(model, Held(*groups))
+        found = check_groups(model, Held(*groups))
         assert found.name == "groups"
         return found.ok, found.detail
 
@@ -300,7 +304,7 @@ def test_each_tensor_is_in_one_group_and_nothing_else_is() -> None:
     assert check([a, b], [c]) == (True, "3 tensors, each in one group")
     assert check([a, b], [c, d]) == (False, "1 tensors that do not train here")
     six = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(6)))
-    assert grouped(six, Held()).detail == ", ".join(f"{i}.weight in 0 groups" for i in range(5))
+    assert check_groups(six, Held()).detail == ", ".join(f"{i}.weight in 0 groups" for i in range(5))
 
 
 # -- locks
@@ -349,8 +353,8 @@ def twins(*rows: list[float], name: str = NAME, weight: Any = 1.0) -> tuple[Inde
 )
 def test_copies_that_have_not_parted_are_locked(rows: list[list[float]], weight: Any, locked: bool) -> None:
     moved, model = twins(*rows, weight=weight)
-    assert symmetry_lock(moved, model) == ([NAME] if locked else [])
-    found = heads_diverge(moved, model)
+    assert equal_copies(moved, model) == ([NAME] if locked else [])
+    found = check_symmetry(moved, model)
     assert (found.name, found.ok) == ("symmetry", not locked)
     assert found.detail == f"{int(locked)} of 1 tensors with copies are locked" + f": {NAME}" * locked
 
@@ -365,12 +369,12 @@ def test_a_tensor_is_locked_when_all_of_its_copies_are() -> None:
     moved = IndexMap(pieces, {}, {name: torch.Size((2, 1)) for name in names})
     values = {names[0]: [[1.0], [9.0]], names[1]: [[2.0], [9.0]], names[2]: [[1.0], [2.0]]}
     model = Tensors(**{name.replace(".", "__"): torch.tensor(value) for name, value in values.items()})
-    assert symmetry_lock(moved, model) == [names[2]]
+    assert equal_copies(moved, model) == [names[2]]
     for row in (0, 1):
         other = [[1.0], [2.0]]
         other[row] = [3.0]
         model.named[names[2]] = torch.tensor(other)
-        assert symmetry_lock(moved, model) == [], row
+        assert equal_copies(moved, model) == [], row
 
 
 def test_copies_are_compared_without_the_factors_that_they_began_with() -> None:
@@ -384,7 +388,7 @@ def test_copies_are_compared_without_the_factors_that_they_began_with() -> None:
                 names[1].replace(".", "__"): torch.tensor([[value]]),
             }
         )
-        assert symmetry_lock(moved, model) == ([names[1]] if locked else [])
+        assert equal_copies(moved, model) == ([names[1]] if locked else [])
 
 
 EXPERTS = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
@@ -392,8 +396,8 @@ EXPERTS = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
 
 def test_how_far_apart_is_not_yet_parted_may_be_said() -> None:
     moved, model = twins([3.0, 4.0], [0.0, 0.0], [3.0, 4.05], [0.0, 0.0])
-    assert symmetry_lock(moved, model) == [] and symmetry_lock(moved, model, alike=0.02) == [NAME]
-    assert symmetry_lock(moved, model, alike=0.01) == [NAME], "so much apart is still alike"
+    assert equal_copies(moved, model) == [] and equal_copies(moved, model, alike=0.02) == [NAME]
+    assert equal_copies(moved, model, alike=0.01) == [NAME], "so much apart is still alike"
 
 
 def test_three_of_the_locked_are_named() -> None:
@@ -402,10 +406,13 @@ def test_three_of_the_locked_are_named() -> None:
     moved = IndexMap(pieces, {}, {name: torch.Size((2, 1)) for name in names})
     model = Tensors(**{name.replace(".", "__"): torch.ones(2, 1) for name in names})
     assert (
-        heads_diverge(moved, model).detail == f"5 of 5 tensors with copies are locked: {', '.join(names[:3])}"
+        check_symmetry(moved, model).detail
+        == f"5 of 5 tensors with copies are locked: {', '.join(names[:3])}"
     )
     none = IndexMap({}, {}, {})
-    assert heads_diverge(none, model) == Check("symmetry", True, "0 of 0 tensors with copies are locked")
+    assert check_symmetry(none, model) == PromiseCheck(
+        "symmetry", True, "0 of 0 tensors with copies are locked"
+    )
 
 
 ROUTED = {"experts": 4, "d_model": 8}
@@ -418,7 +425,7 @@ def routed(**fields: Any) -> GPT:
 def test_what_a_router_sees_is_what_its_layer_gets() -> None:
     model = routed().train()
     found = router_inputs(model, IDX)
-    assert list(found) == list(experts_of(model)) == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert list(found) == list(moe_layers(model)) == ["blocks.0.mlp", "blocks.1.mlp"]
     assert all(x.shape == (*IDX.shape, 8) for x in found.values()) and model.training
     assert not any(module._forward_pre_hooks for module in model.modules()), "no hook is left"
     assert router_inputs(shaken(config()), IDX) == {}
@@ -438,25 +445,27 @@ def pinned(model: GPT, *experts: int) -> GPT:
 
 def test_a_router_that_always_chooses_the_same_is_locked() -> None:
     many = probe(V, 8, 3, rows=32)
-    assert router_lock(routed(), many) == []
-    assert router_lock(pinned(routed(), 1, 3), many) == [
+    assert locked_routers(routed(), many) == []
+    assert locked_routers(pinned(routed(), 1, 3), many) == [
         "blocks.0.mlp: all tokens go to the same 2 of 4 experts"
     ]
-    assert router_lock(pinned(routed(experts=2), 0, 1), many) == [], "where all are chosen there is no choice"
+    assert locked_routers(pinned(routed(experts=2), 0, 1), many) == [], (
+        "where all are chosen there is no choice"
+    )
     one = pinned(routed(top_k=1, router_weights="softmax"), 2)
-    assert router_lock(one, many)[0] == "blocks.0.mlp: all tokens go to the same 1 of 4 experts"
+    assert locked_routers(one, many)[0] == "blocks.0.mlp: all tokens go to the same 1 of 4 experts"
     three: Any = pinned(routed(), 0, 1)
     three.blocks[0].mlp.route = lambda x: chosen(x, torch.arange(x[..., 0].numel() * 2).view(-1, 2) % 3)
-    assert router_lock(three, many) == [], "three experts are more than two"
+    assert locked_routers(three, many) == [], "three experts are more than two"
 
 
 def test_one_renormalised_expert_is_named_with_what_to_do() -> None:
-    found = router_lock(routed(top_k=1, router_weights="renormalised"), IDX)
+    found = locked_routers(routed(top_k=1, router_weights="renormalised"), IDX)
     rest = (
         "the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights"
     )
     assert found == [f"blocks.{i}.mlp: {rest}" for i in (0, 1)]
-    assert not [text for text in router_lock(routed(top_k=2), IDX) if "gradient" in text]
+    assert not [text for text in locked_routers(routed(top_k=2), IDX) if "gradient" in text]
 
 
 # -- the four checks of a staged growth
@@ -465,9 +474,9 @@ def test_one_renormalised_expert_is_named_with_what_to_do() -> None:
 def test_heads_must_be_as_wide_as_they_were() -> None:
     model = shaken(config(position="rope"))
     same, _ = grown(model, op("widen_model", {"factor": 2}))
-    assert rope_integrity(model, same) == Check("rope", True, "heads 4 wide before, 4 after")
+    assert check_rope(model, same) == PromiseCheck("rope", True, "heads 4 wide before, 4 after")
     wider = GPT(same.cfg.changed(n_head=2), V)
-    assert rope_integrity(model, wider) == Check("rope", False, "heads 4 wide before, 8 after")
+    assert check_rope(model, wider) == PromiseCheck("rope", False, "heads 4 wide before, 8 after")
 
 
 @pytest.mark.parametrize("table", ["cos", "sin"])
@@ -475,7 +484,7 @@ def test_each_table_of_positions_must_be_the_same(table: str) -> None:
     model = shaken(config(position="rope"))
     new, _ = grown(model, op("widen_model", {"factor": 2}))
     setattr(new, table, new.get_buffer(table) + 1e-6)
-    assert not rope_integrity(model, new).ok
+    assert not check_rope(model, new).ok
 
 
 def test_a_width_that_attention_does_not_have_fails() -> None:
@@ -487,7 +496,7 @@ def test_a_width_that_attention_does_not_have_fails() -> None:
             attn.width = 8
         else:
             attn.q = nn.Linear(8, 12)
-        assert not rope_integrity(model, new).ok, change
+        assert not check_rope(model, new).ok, change
 
 
 def test_a_table_of_another_width_fails() -> None:
@@ -496,7 +505,7 @@ def test_a_table_of_another_width_fails() -> None:
     for name in ("cos", "sin"):
         for m in (model, new):
             setattr(m, name, m.get_buffer(name)[..., :1])
-    assert not rope_integrity(model, new).ok
+    assert not check_rope(model, new).ok
 
 
 @pytest.mark.parametrize(
@@ -507,26 +516,26 @@ def test_a_router_may_be_one_hundredth_more_sure(factor: float, ok: bool) -> Non
     idx = probe(V, 8, 3)
     with torch.no_grad():
         new.get_parameter("blocks.1.mlp.router.weight").mul_(factor)
-    found = router_scale(model, new, idx)
+    found = check_router_scale(model, new, idx)
     assert (found.name, found.ok) == ("router scale", ok)
     x = router_inputs(model, idx)
     with torch.no_grad():
-        spread = [float(experts_of(model)[n].scores(x[n]).double().std(-1).mean()) for n in x]
+        spread = [float(moe_layers(model)[n].scores(x[n]).double().std(-1).mean()) for n in x]
     assert (
         found.detail
         == f"scores spread by {spread[0]:.3g}, {spread[1]:.3g} before, {spread[0]:.3g}, {spread[1] * factor:.3g} after"
     )
-    assert router_scale(model, new, idx, most=0.02).ok
+    assert check_router_scale(model, new, idx, most=0.02).ok
 
 
 def test_a_router_where_there_was_none_must_give_numbers() -> None:
     dense = shaken(config())
-    found = router_scale(dense, routed(), IDX)
-    assert found == Check("router scale", True, "there was no router before")
+    found = check_router_scale(dense, routed(), IDX)
+    assert found == PromiseCheck("router scale", True, "there was no router before")
     broken = routed()
     with torch.no_grad():
         broken.get_parameter("blocks.1.mlp.router.weight").fill_(math.nan)
-    assert not router_scale(dense, broken, IDX).ok
+    assert not check_router_scale(dense, broken, IDX).ok
 
 
 def test_a_zero_router_is_as_sure_as_itself_and_layers_must_be_as_many() -> None:
@@ -534,33 +543,33 @@ def test_a_zero_router_is_as_sure_as_itself_and_layers_must_be_as_many() -> None
     with torch.no_grad():
         for m in (model, new):
             m.get_parameter("blocks.0.mlp.router.weight").zero_()
-    assert router_scale(model, new, IDX).ok
+    assert check_router_scale(model, new, IDX).ok
     deeper, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
-    assert not router_scale(model, deeper, IDX).ok
+    assert not check_router_scale(model, deeper, IDX).ok
 
 
 def test_inserted_layers_are_looked_at_and_no_others() -> None:
     model = shaken(config()).train()
     right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     assert (
-        layer_identity(right, [2], IDX) == Check("layer identity", True, "1 inserted layers")
+        check_layer_identity(right, [2], IDX) == PromiseCheck("layer identity", True, "1 inserted layers")
         and right.training
     )
-    assert layer_identity(right, [], IDX).detail == "0 inserted layers"
-    found = layer_identity(right, [0, 1, 2], IDX)
-    assert found == Check("layer identity", False, "layers 0, 1 change what they get")
+    assert check_layer_identity(right, [], IDX).detail == "0 inserted layers"
+    found = check_layer_identity(right, [0, 1, 2], IDX)
+    assert found == PromiseCheck("layer identity", False, "layers 0, 1 change what they get")
     assert not any(module._forward_hooks for module in right.modules()), "no hook is left"
     with torch.no_grad():
         right.get_parameter("blocks.2.mlp.down.bias").fill_(1e-12)
-    assert not layer_identity(right, [2], IDX).ok, "to the bit"
+    assert not check_layer_identity(right, [2], IDX).ok, "to the bit"
 
 
 def test_a_grown_model_passes_what_it_declares() -> None:
     model = shaken(config(experts=4))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
-    assert preserved("exact", model, new, IDX).ok and router_scale(model, new, IDX).ok
-    assert grouped(new, Optimizers(new.cfg, new)).ok and tied(model.cfg, new).ok
-    assert set(symmetry_lock(replace(moved, pieces=moved.pieces), new)) == {
+    assert check_function("exact", model, new, IDX).ok and check_router_scale(model, new, IDX).ok
+    assert check_groups(new, Optimizers(new.cfg, new)).ok and check_tying(model.cfg, new).ok
+    assert set(equal_copies(replace(moved, pieces=moved.pieces), new)) == {
         name for name, *_ in moved.copies()
     }
     assert {torch.float64: 1e-10, torch.float32: 1e-5} == verify.EXACT and verify.EQUAL == 1e-5
