@@ -196,7 +196,7 @@ def test_copied_layers_change_the_function() -> None:
 
 
 def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
-    """The zeros get gradients at once. The tensors before them are copies and get gradients one step later."""
+    """The zeros get gradients at once. The tensors before them are copies and get them one step later."""
     model = shaken(config(bias=True, attn_lora_rank=2))
     new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     old, new_weights = weights(model), weights(new)

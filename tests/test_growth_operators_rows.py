@@ -354,7 +354,7 @@ def test_new_heads_are_at_the_end_of_their_group() -> None:
     [
         (
             {"n_head": 1, "head_dim": 4},
-            "1 heads of width 4 over 1 key/value heads do not contain the old 2 of width 4 over 2; keep the width,",
+            "1 heads of width 4 over 1 key/value heads do not contain the old 2 of width 4 over 2; keep",
         ),
         (
             {"n_head": 4},

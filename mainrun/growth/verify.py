@@ -126,7 +126,7 @@ def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
     problems = [f"{name} in {uses[key]} groups" for key, name in trained.items() if uses[key] != 1]
     others = uses.keys() - trained.keys()
     if others:
-        problems.append(f"{len(others)} tensors that are not trainable parameters of the model")
+        problems.append(f"{len(others)} tensors that the model does not train")
     detail = ", ".join(problems[:5]) or f"{len(trained)} tensors, each in one group"
     return PromiseCheck("groups", not problems, detail)
 
