@@ -1,4 +1,4 @@
-"""The optimisers' state through each op: by what gradients do, by what a wide run must do, and by the traps that others fell into."""
+"""The optimiser state after each operation: against gradients, wide runs and known mistakes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.core.optimizers import Optimizers
-from mainrun.growth.moments import IndexMap, Piece, Rate, rates, scaled, transfer
-from mainrun.growth.verify import delta, symmetry_lock
+from mainrun.growth.moments import IndexMap, Piece, WidthFactors, scaled, transfer, width_factors
+from mainrun.growth.verify import equal_copies, logit_change
 from mainrun.plan.ops import Op, Transfer
 from mainrun.train import GPT
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw"}
 
 
-def all_experts(cfg: TrainConfig, **value: Any) -> Op | None:
-    """A zero router that takes all of them spreads the gradient as evenly as the map says."""
+def upcycle_to_all_experts(cfg: TrainConfig, **value: Any) -> Op | None:
+    """A zero router that chooses all experts spreads the gradient evenly, as the index map assumes."""
     if cfg.experts:
         return None
     return op(
@@ -50,9 +50,9 @@ OPS = {
     "wider": lambda c: op("widen_model", {"factor": 3}),
     "wider, the same keys and values": lambda c: op("widen_model", {"factor": 2, "kv": "keep"}),
     "heads": lambda c: op("add_heads", 8),
-    "experts": all_experts,
-    "shards of experts": lambda c: all_experts(c, shards=2),
-    "experts, softmax weights": lambda c: all_experts(c, shards=2, router_weights="softmax"),
+    "experts": upcycle_to_all_experts,
+    "shards of experts": lambda c: upcycle_to_all_experts(c, shards=2),
+    "experts, softmax weights": lambda c: upcycle_to_all_experts(c, shards=2, router_weights="softmax"),
     "rank": lambda c: op("set_attn_lora_rank", c.attn_lora_rank + 2),
     "rank of the embedding": lambda c: op("set_embedding_lora_rank", c.embed_lora_rank + 2),
     "merge": lambda c: op("merge_lora_weights") if c.attn_lora_rank or c.embed_lora_rank else None,
@@ -64,7 +64,7 @@ OPS = {
 @pytest.mark.parametrize("name", OPS)
 @given(architectures, st.integers(0, 100))
 @settings(max_examples=5)
-def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(
+def test_the_gradient_of_a_copy_has_the_factor_of_the_index_map(
     name: str, fields: dict[str, Any], seed: int
 ) -> None:
     model = shaken(config(**fields), seed)
@@ -90,11 +90,11 @@ def test_the_gradient_of_a_copy_is_the_share_that_the_map_says(
 # -- width
 
 
-def by_name(model: GPT, state: dict[str, Tensor], rate: dict[str, Rate]) -> torch.optim.AdamW:
-    """AdamW with a rate, a decay and an eps for each parameter."""
+def adamw_by_name(model: GPT, state: dict[str, Tensor], rate: dict[str, WidthFactors]) -> torch.optim.AdamW:
+    """Return an AdamW with a learning rate, a weight decay and an eps for each parameter."""
     groups = []
     for name, p in model.named_parameters():
-        r = rate.get(name, Rate(1.0, 1.0, 1.0))
+        r = rate.get(name, WidthFactors(1.0, 1.0, 1.0))
         decay = 0.1 * r.weight_decay if p.ndim == 2 else 0.0
         groups.append({"params": [p], "lr": 0.01 * r.lr, "weight_decay": decay, "eps": 1e-8 * r.eps})
     made = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -118,27 +118,27 @@ WIDE = {
 
 
 @pytest.mark.parametrize("name", WIDE)
-@pytest.mark.parametrize("fault", ["", "moments as they are", "the old rate"])
+@pytest.mark.parametrize("fault", ["", "unscaled moments", "unscaled rates"])
 def test_a_wide_run_follows_the_narrow_one(name: str, fault: str) -> None:
-    """Twenty steps of AdamW, to 1e-10, with the rates by n. With the moments copied, or the rate of the narrow one, it does not."""
+    """With scaled moments and rates, 20 steps of AdamW agree to 1e-10. Without either scaling they do not."""
     fields, value = WIDE[name]
     model, optimizers = trained(config(**ADAMW, **fields), 5)
     state = optimizers.state()
     wide, moved = grown(model, op("widen_model", value))
-    wide_state, coverage = transfer(state, moved, "keep" if fault == "moments as they are" else "scale")
+    wide_state, coverage = transfer(state, moved, "keep" if fault == "unscaled moments" else "scale")
     assert coverage == 1
-    one = by_name(model, state, {})
-    two = by_name(wide, wide_state, {} if fault == "the old rate" else rates(moved))
+    one = adamw_by_name(model, state, {})
+    two = adamw_by_name(wide, wide_state, {} if fault == "unscaled rates" else width_factors(moved))
     apart = 0.0
     for seed in range(20):
         a, b = gradients(model, 50 + seed), gradients(wide, 50 + seed)
         apart = max(apart, abs(float(a - b)))
         one.step()
         two.step()
-    assert (apart <= 1e-10 and delta(model, wide, IDX)[0] <= 1e-10) != bool(fault), apart
+    assert (apart <= 1e-10 and logit_change(model, wide, IDX)[0] <= 1e-10) != bool(fault), apart
 
 
-def test_width_divides_m_by_n_and_v_by_its_square_but_for_the_head() -> None:
+def test_widening_divides_m_by_n_and_v_by_n_squared_except_in_the_head() -> None:
     for tied in (True, False):
         model, optimizers = trained(config(**ADAMW, tie_head=tied))
         _, moved = grown(model, op("widen_model", {"factor": 2}))
@@ -159,7 +159,7 @@ def test_width_divides_m_by_n_and_v_by_its_square_but_for_the_head() -> None:
             assert after[step] == before[step] == 3
 
 
-def test_a_split_unit_gives_its_share_of_the_moments() -> None:
+def test_the_copies_of_a_unit_get_their_share_of_the_moments() -> None:
     model, optimizers = trained(config(**ADAMW))
     _, moved = grown(model, op("widen_mlp", 20))
     before, (after, coverage) = optimizers.state(), transfer(optimizers.state(), moved)
@@ -177,7 +177,7 @@ def test_a_split_unit_gives_its_share_of_the_moments() -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.9), ("sgd", 0.0), ("muon", 0.9)])
-def test_momentum_moves_like_m(optimizer: str, momentum: float) -> None:
+def test_momentum_is_scaled_like_m(optimizer: str, momentum: float) -> None:
     model, optimizers = trained(
         config(optimizer=optimizer, momentum=momentum, tie_head=False), dtype=torch.float32
     )
@@ -192,10 +192,10 @@ def test_momentum_moves_like_m(optimizer: str, momentum: float) -> None:
     steps(new, after, range(2))
 
 
-# -- the modes, and coverage
+# -- modes and coverage
 
 
-def test_modes_keep_what_they_say() -> None:
+def test_each_mode_keeps_the_state_that_it_promises() -> None:
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     state = optimizers.state()
@@ -216,7 +216,7 @@ def test_modes_keep_what_they_say() -> None:
     assert new.cfg.d_model == 16
 
 
-def test_asymmetric_leaves_the_first_of_the_experts_its_momentum() -> None:
+def test_asymmetric_keeps_the_momentum_of_the_first_copy_of_the_experts() -> None:
     model, optimizers = trained(config(**ADAMW))
     _, moved = grown(model, op("upcycle_moe", {"experts": 4, "top_k": 2, "shards": 2}))
     state, _ = transfer(optimizers.state(), moved, "asymmetric")
@@ -227,7 +227,7 @@ def test_asymmetric_leaves_the_first_of_the_experts_its_momentum() -> None:
     assert not any("router" in name for name in state), "a router is new"
 
 
-def test_coverage_is_the_share_of_elements_and_too_little_is_refused() -> None:
+def test_coverage_is_the_share_of_elements_and_has_a_minimum() -> None:
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     state, coverage = transfer(optimizers.state(), moved)
@@ -238,15 +238,13 @@ def test_coverage_is_the_share_of_elements_and_too_little_is_refused() -> None:
     assert coverage == pytest.approx(1 - added / total) and not any("blocks.2" in name for name in state)
     with pytest.raises(
         ValueError,
-        match=r"72\.1% of the optimiser's state went over, min_coverage=0.9 asks for more; lower it",
+        match=r"72\.1% of the optimiser's state was transferred, but min_coverage=0.9 requires more",
     ):
         transfer(optimizers.state(), moved, min_coverage=0.9)
     assert transfer(optimizers.state(), moved, "reset", min_coverage=0.9) == ({}, 0.0), (
-        "where nothing is wanted, nothing is missed"
+        "a reset needs no coverage"
     )
-    assert transfer({}, moved, min_coverage=0.9) == ({}, 1.0), (
-        "before the first step there is nothing to lose"
-    )
+    assert transfer({}, moved, min_coverage=0.9) == ({}, 1.0), "before the first step there is no state"
 
 
 def test_a_copied_layer_keeps_its_moments_and_a_frozen_one_has_none() -> None:
@@ -258,7 +256,7 @@ def test_a_copied_layer_keeps_its_moments_and_a_frozen_one_has_none() -> None:
         state["optimizer/" + name.format(1)], optimizers.state()["optimizer/" + name.format(0)]
     )
     frozen, held, moved = go_on(model, optimizers, op("freeze_layer", 0), count=2)
-    assert transfer(optimizers.state(), moved)[1] == 1, "of what trains"
+    assert transfer(optimizers.state(), moved)[1] == 1, "only trainable parameters count"
     assert not any("blocks.0." in n for n in held.state())
     assert torch.equal(frozen.blocks[0].mlp.up.weight, model.blocks[0].mlp.up.weight)
     _, thawed, moved = go_on(frozen, held, op("unfreeze_layer", 0), count=1)
@@ -269,7 +267,7 @@ def test_a_copied_layer_keeps_its_moments_and_a_frozen_one_has_none() -> None:
     assert transfer(held.state(), moved)[1] < 0.8
 
 
-def test_merging_drops_the_moments_of_the_term() -> None:
+def test_merging_drops_the_moments_of_the_low_rank_term() -> None:
     model, optimizers = trained(config(**ADAMW, attn_lora_rank=2, embed_lora_rank=2))
     _, moved = grown(model, op("merge_lora_weights"))
     state, coverage = transfer(optimizers.state(), moved)
@@ -278,27 +276,27 @@ def test_merging_drops_the_moments_of_the_term() -> None:
     assert torch.equal(state[name], optimizers.state()[name])
 
 
-# -- the traps
+# -- known mistakes
 
 
-def test_trap_state_that_is_found_by_its_place_or_its_identity() -> None:
-    """It would find nothing, and say nothing."""
+def test_trap_state_looked_up_by_position_or_identity() -> None:
+    """Such a lookup transfers no state and raises no error."""
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
-    by_place = {f"optimizer/{i}/exp_avg": v for i, v in enumerate(optimizers.state().values())}
+    by_position = {f"optimizer/{i}/exp_avg": v for i, v in enumerate(optimizers.state().values())}
     by_identity = {id(p): s for o in optimizers.all for p, s in o.state.items()}
     assert not [s for p in new.parameters() if (s := by_identity.get(id(p)))], (
-        "the faulty way transfers nothing, in silence"
+        "the faulty lookup returns nothing and raises no error"
     )
-    for wrong in (by_place, by_identity, {"optimizer/blocks.0.mlp.up.weight/exp_max": torch.zeros(12, 8)}):
-        with pytest.raises(ValueError, match="belongs to no parameter of the model before the op"):
+    for wrong in (by_position, by_identity, {"optimizer/blocks.0.mlp.up.weight/exp_max": torch.zeros(12, 8)}):
+        with pytest.raises(ValueError, match="belongs to no parameter of the model before the operation"):
             transfer(wrong, moved)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"has shape \(3,\); its parameter has \(12, 8\)"):
         transfer({"optimizer/blocks.0.mlp.up.weight/exp_avg": torch.zeros(3)}, moved)
 
 
 def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str, Tensor]:
-    """What a step of rate 1e-3 does, in rates, for gradients as large as ever."""
+    """Return the updates of one step in units of the learning rate, for random gradients of size 1."""
     before, generator = weights(model), torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -308,36 +306,38 @@ def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str,
 
 @pytest.mark.parametrize(("beta2", "overshoot"), [(0.999, 3.16), (0.95, 0.447)])
 @pytest.mark.parametrize("name", ["new hidden units", "heads", "rank", "ids", "layers"])
-def test_trap_moments_of_zero_at_a_large_step(name: str, beta2: float, overshoot: float) -> None:
-    """A new element takes no step above its rate, in a tensor of its own or in one that has learnt for 10,000 steps; nor later."""
+def test_trap_a_second_moment_of_zero_at_a_large_step_count(
+    name: str, beta2: float, overshoot: float
+) -> None:
+    """A new element's first update is at most its learning rate, even in a tensor after 10,000 steps."""
     model = shaken(config(**ADAMW, beta2=beta2, attn_lora_rank=2))
     shapes = {n: p.shape for n, p in model.named_parameters()}
     state = {f"optimizer/{n}/step": torch.tensor(10_000.0) for n in shapes}
     state |= {f"optimizer/{n}/exp_avg": torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()}
     state |= {f"optimizer/{n}/exp_avg_sq": torch.ones(s, dtype=torch.float64) for n, s in shapes.items()}
     new, moved = grown(model, OPS[name](model.cfg))
-    found, _ = transfer(state, moved)
+    new_state, _ = transfer(state, moved)
     optimizers = Optimizers(new.cfg, new)
-    optimizers.load(found)
+    optimizers.load(new_state)
     updates = first_update(new, optimizers)
     fresh = {n: ~piece.known(moved.new[n]) for n, piece in moved.pieces.items()}
     partial = {n for n, mask in fresh.items() if mask.any() and not mask.all()}
     assert partial or name == "layers"
     for n, mask in fresh.items():
         assert not mask.any() or updates[n][mask].max() <= 1.0 + 1e-6, n
-    for seed in range(1, 11):  # no more than what old elements do
+    for seed in range(1, 11):  # later updates are no larger than those of old elements
         later = first_update(new, optimizers, seed)
         assert all(later[n].max() < 2.5 for n in fresh), seed
-    for n in partial:  # the faulty way
+    for n in partial:  # the mistake: a second moment of zero
         faulty, _ = grown(model, OPS[name](model.cfg))
-        zero = {k: v.clone() for k, v in found.items()}
+        zero = {k: v.clone() for k, v in new_state.items()}
         zero[f"optimizer/{n}/exp_avg_sq"][fresh[n]] = 0
         held = Optimizers(faulty.cfg, faulty)
         held.load(zero)
         assert first_update(faulty, held)[n][fresh[n]].max() == pytest.approx(overshoot, rel=0.01), n
 
 
-def test_a_new_tensor_restarts_its_own_step() -> None:
+def test_a_new_tensor_has_its_own_step_count() -> None:
     model, optimizers = trained(config(**ADAMW), 4)
     _, held, _ = go_on(model, optimizers, op("set_attn_lora_rank", 2), count=1)
     state = held.state()
@@ -347,7 +347,7 @@ def test_a_new_tensor_restarts_its_own_step() -> None:
     )
 
 
-def test_a_tensor_that_has_learnt_nothing_restarts_as_a_whole() -> None:
+def test_a_partly_new_tensor_with_a_zero_second_moment_starts_empty() -> None:
     piece = Piece("w", (torch.tensor([0, 1, -1]), None))
     moved = IndexMap({"w": piece}, {"w": torch.Size((2, 2))}, {"w": torch.Size((3, 2))})
     state = {
@@ -359,32 +359,32 @@ def test_a_tensor_that_has_learnt_nothing_restarts_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("mode", ["scale", "keep", "reset"])
-def test_trap_copies_that_stay_equal_for_ever(mode: str) -> None:
-    """Copied moments lock them, and so does a full reset."""
+def test_trap_copies_that_never_diverge(mode: str) -> None:
+    """Copies stay equal if their moments are copied, and also if all state is reset."""
     model, optimizers = trained(config(**ADAMW, **MODERN))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2}), mode, count=10)
-    assert set(symmetry_lock(moved, new)) == {name for name, *_ in moved.copies()}
+    assert set(equal_copies(moved, new)) == {name for name, *_ in moved.copies()}
 
 
 @pytest.mark.parametrize(("mode", "noise"), [("scale", {"noise_snr_db": 20.0}), ("asymmetric", {})])
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["baseline", "modern"])
-def test_noise_on_pairs_of_columns_or_the_asymmetric_reset_parts_them(
+def test_paired_noise_or_the_asymmetric_mode_makes_copies_diverge(
     mode: str, noise: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     model, optimizers = trained(config(**ADAMW, **fields))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2, **noise}), mode, count=10)
-    assert len(list(moved.copies())) >= 12 and symmetry_lock(moved, new) == []
+    assert len(list(moved.copies())) >= 12 and equal_copies(moved, new) == []
 
 
-def test_rates_are_for_factors_that_all_of_a_tensor_shares() -> None:
+def test_width_factors_exist_only_for_tensors_scaled_as_a_whole() -> None:
     model = shaken(config(tie_head=True))
     _, moved = grown(model, op("widen_model", {"factor": 2}))
-    found = rates(moved)
-    assert found["blocks.0.mlp.up.weight"] == Rate(0.5, 2.0, 0.5) and found["embed.weight"] == Rate(
-        1.0, 1.0, 0.5
-    )
-    assert found["norm.weight"] == Rate(0.5, 2.0, 1.0) and found["blocks.0.mlp_norm.weight"] == Rate(
-        1.0, 1.0, 0.5
-    )
+    factors = width_factors(moved)
+    assert factors["blocks.0.mlp.up.weight"] == WidthFactors(0.5, 2.0, 0.5) and factors[
+        "embed.weight"
+    ] == WidthFactors(1.0, 1.0, 0.5)
+    assert factors["norm.weight"] == WidthFactors(0.5, 2.0, 1.0) and factors[
+        "blocks.0.mlp_norm.weight"
+    ] == WidthFactors(1.0, 1.0, 0.5)
     _, moved = grown(model, op("widen_mlp", 20))
-    assert "blocks.0.mlp.down.weight" not in rates(moved)
+    assert "blocks.0.mlp.down.weight" not in width_factors(moved)

@@ -1,4 +1,4 @@
-"""Each op of the architecture against what it promises to keep, over small models of every kind; and the formulas, written out."""
+"""Each operation on the architecture: its promise, on small models of every kind, and its formulas."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from mainrun.config import TrainConfig
 from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import transfer
 from mainrun.growth.operators import OPS, SPACES, grow, part, truncate
-from mainrun.growth.verify import delta, preserved
+from mainrun.growth.verify import check_function, logit_change
 from mainrun.plan.ops import ARCHITECTURE, Op, Transfer, after
 from mainrun.train import GPT
 
-ASYMMETRIC = Transfer("asymmetric")  # without it, or noise, the schedule refuses a zero router: it locks
-Made = Callable[[TrainConfig], Op | None]  # None: not for this model
+ASYMMETRIC = Transfer("asymmetric")  # a schedule refuses a zero router without this mode or noise
+MakeOp = Callable[[TrainConfig], Op | None]  # returns None if the op does not apply to the model
 
-EXACT: dict[str, Made] = {
+EXACT: dict[str, MakeOp] = {
     "split hidden units": lambda c: op("widen_mlp", c.ff_width + 7),
     "new hidden units": lambda c: op("widen_mlp", c.ff_width + 7, init="identity"),
     "twice as wide": lambda c: op("widen_model", {"factor": 2}),
@@ -84,7 +84,7 @@ EXACT: dict[str, Made] = {
     "merged low rank": lambda c: op("merge_lora_weights") if c.attn_lora_rank or c.embed_lora_rank else None,
     "more ids": lambda c: op("resize_vocabulary", c.vocab_size + 5),
 }
-BIT_EXACT: dict[str, Made] = {
+BIT_EXACT: dict[str, MakeOp] = {
     "new layers": lambda c: op(
         "stack_layers", tuple(i for i in range(c.n_layer) for _ in "ab"), init="identity"
     ),
@@ -112,7 +112,7 @@ BIT_EXACT: dict[str, Made] = {
 }
 
 
-def made(case: Made, fields: dict[str, Any]) -> Op:
+def op_for(case: MakeOp, fields: dict[str, Any]) -> Op:
     what = case(config(**fields))
     assume(what is not None)
     assert what is not None
@@ -124,29 +124,29 @@ def made(case: Made, fields: dict[str, Any]) -> Op:
 @pytest.mark.parametrize("name", EXACT)
 @given(architectures, st.integers(0, 1000))
 @settings(max_examples=6)
-def test_an_exact_op_keeps_the_function(name: str, fields: dict[str, Any], seed: int) -> None:
-    what = replace(made(EXACT[name], fields), seed=seed)
+def test_an_exact_op_keeps_the_function_up_to_rounding(name: str, fields: dict[str, Any], seed: int) -> None:
+    what = replace(op_for(EXACT[name], fields), seed=seed)
     for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = shaken(config(**fields), seed, dtype)
         new, moved = grown(model, what)
-        moved_most, size = delta(model, new, IDX)
+        moved_most, size = logit_change(model, new, IDX)
         assert moved_most <= most * max(1.0, size), (dtype, moved_most)
-        assert preserved("exact", model, new, IDX).ok
+        assert check_function("exact", model, new, IDX).ok
         changed = {n for n, p in new.named_parameters() if n not in moved.old or p.shape != moved.old[n]}
-        assert changed or what.name == "merge_lora_weights", "else nothing grew"
+        assert changed or what.name == "merge_lora_weights", "nothing was changed"
 
 
 @pytest.mark.parametrize("name", BIT_EXACT)
 @given(architectures, st.integers(0, 1000))
 @settings(max_examples=6)
-def test_a_bit_exact_op_keeps_every_bit(name: str, fields: dict[str, Any], seed: int) -> None:
-    what = made(BIT_EXACT[name], fields)
+def test_a_bitexact_op_keeps_every_bit_of_the_logits(name: str, fields: dict[str, Any], seed: int) -> None:
+    what = op_for(BIT_EXACT[name], fields)
     for dtype in (torch.float64, torch.float32):
         model = shaken(config(**fields), seed, dtype)
         new, _ = grown(model, what)
         with torch.no_grad():
             assert torch.equal(model(IDX), new(IDX)), dtype
-        assert preserved("bitexact", model, new, IDX).ok
+        assert check_function("bitexact", model, new, IDX).ok
 
 
 def test_every_op_of_the_schedule_has_an_operator() -> None:
@@ -155,10 +155,11 @@ def test_every_op_of_the_schedule_has_an_operator() -> None:
 
 @given(architectures)
 @settings(max_examples=20)
-def test_every_tensor_spans_spaces_of_its_own_shape(fields: dict[str, Any]) -> None:
+def test_the_spaces_of_every_parameter_match_its_shape(fields: dict[str, Any]) -> None:
     cfg = config(**fields)
     sizes = {
-        "D": 8, "V": V, "T": T, "H": 4, "Q": 4 * cfg.head_width, "K": cfg.kv_heads * cfg.head_width, "h": cfg.head_width,
+        "D": 8, "V": V, "T": T, "H": 4, "Q": 4 * cfg.head_width, "K": cfg.kv_heads * cfg.head_width,
+        "h": cfg.head_width,
         "F": 12, "E": cfg.experts, "R": cfg.attn_lora_rank, "S": cfg.embed_lora_rank,
     }  # fmt: skip
     for name, p in shaken(cfg).named_parameters():
@@ -170,12 +171,12 @@ def test_every_tensor_spans_spaces_of_its_own_shape(fields: dict[str, Any]) -> N
 
 @given(architectures, st.lists(st.integers(0, 1), min_size=1, max_size=5))
 @settings(max_examples=20)
-def test_a_map_of_layers_is_followed_exactly(fields: dict[str, Any], sources: list[int]) -> None:
+def test_each_stacked_layer_is_a_copy_of_its_source(fields: dict[str, Any], sources: list[int]) -> None:
     model = shaken(config(**fields | {"n_layer": 2}))
     new, _ = grown(model, op("stack_layers", tuple(sources)))
-    old, found = weights(model), weights(new)
+    old, new_weights = weights(model), weights(new)
     assert new.cfg.n_layer == len(new.blocks) == len(sources)
-    for name, w in found.items():
+    for name, w in new_weights.items():
         if not name.startswith("blocks."):
             assert torch.equal(w, old[name])
             continue
@@ -188,23 +189,23 @@ def test_copied_layers_change_the_function() -> None:
     model = shaken(config())
     new, _ = grown(model, op("stack_layers", (0, 0, 1, 1)))
     assert (
-        delta(model, new, IDX)[0] > 0.01
-        and not preserved("exact", model, new, IDX).ok
-        and preserved("none", model, new, IDX).ok
+        logit_change(model, new, IDX)[0] > 0.01
+        and not check_function("exact", model, new, IDX).ok
+        and check_function("none", model, new, IDX).ok
     )
 
 
-def test_an_identity_layer_ends_in_zeros_and_learns() -> None:
-    """Every tensor of it that stands before the zeros is a copy; the zeros get gradients, and after a step all else does."""
+def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
+    """The zeros get gradients at once. The tensors before them are copies and get them one step later."""
     model = shaken(config(bias=True, attn_lora_rank=2))
     new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
-    old, found = weights(model), weights(new)
-    ends = {n for n in found if n.startswith("blocks.2.") and n.split(".", 2)[2] in ("attn.o.weight", "attn.o.bias", "attn.o.lora_b",
-            "mlp.down.weight", "mlp.down.bias")}  # fmt: skip
-    assert len(ends) == 5 and not any(found[n].any() for n in ends)
+    old, new_weights = weights(model), weights(new)
+    parts = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
+    ends = {f"blocks.2.{part}" for part in parts}
+    assert ends <= new_weights.keys() and not any(new_weights[n].any() for n in ends)
     assert all(
         torch.equal(w, old[n.replace("blocks.2", "blocks.1")])
-        for n, w in found.items()
+        for n, w in new_weights.items()
         if n.startswith("blocks.2.") and n not in ends
     )
     gradients(new, 1)
@@ -218,67 +219,72 @@ def test_an_identity_layer_ends_in_zeros_and_learns() -> None:
     )  # type: ignore[union-attr]
 
 
-def test_trap_a_gain_of_zero_is_no_identity_layer() -> None:
-    """It gives back what it gets, too, but the MLP behind it never hears of an error."""
+def test_trap_a_layer_with_norm_gains_of_zero_gets_no_gradient() -> None:
+    """Such a layer returns its input too, but no error reaches its MLP."""
     model = shaken(config(norm="rmsnorm", bias=False))
     right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     faulty, _ = grown(model, op("stack_layers", (0, 1, 1)))
     with torch.no_grad():
         for norm in (faulty.blocks[2].attn_norm, faulty.blocks[2].mlp_norm):
             norm.weight.zero_()  # type: ignore[operator, union-attr]
-    assert delta(model, faulty, IDX)[0] == delta(model, right, IDX)[0] == 0
+    assert logit_change(model, faulty, IDX)[0] == logit_change(model, right, IDX)[0] == 0
     for new, learns in ((faulty, False), (right, True)):
         gradients(new, 1)
         assert bool(new.blocks[2].mlp.down.weight.grad.any()) == learns  # type: ignore[union-attr]
 
 
-def test_trap_forgotten_biases_of_branch_outputs() -> None:
+def test_trap_the_biases_at_the_end_of_branches_are_forgotten() -> None:
     model = shaken(config(bias=True))
     what = op("stack_layers", (0, 1, 1), init="identity")
     new, _ = grown(model, what)
-    assert preserved("bitexact", model, new, IDX).ok
+    assert check_function("bitexact", model, new, IDX).ok
     for name in ("attn.o.bias", "mlp.down.bias"):
         faulty, _ = grown(model, what)
         with torch.no_grad():
             faulty.get_parameter(f"blocks.2.{name}").copy_(model.get_parameter(f"blocks.1.{name}"))
-        assert not preserved("bitexact", model, faulty, IDX).ok and delta(model, faulty, IDX)[0] > 1e-3, name
+        assert (
+            not check_function("bitexact", model, faulty, IDX).ok
+            and logit_change(model, faulty, IDX)[0] > 1e-3
+        ), name
 
 
 # -- width
 
 
-def test_split_units_share_their_output_unevenly() -> None:
+def test_the_copies_of_a_unit_have_unequal_shares_of_its_output() -> None:
     model = shaken(config(mlp="swiglu", bias=True))
     new, moved = grown(model, op("widen_mlp", 40))
-    old, found = weights(model), weights(new)
+    old, new_weights = weights(model), weights(new)
     for mlp in ("blocks.0.mlp.", "blocks.1.mlp."):
         units = moved.pieces[f"{mlp}up.weight"].index[0]
         share = moved.pieces[f"{mlp}down.weight"].weight
         assert units is not None and isinstance(share, Tensor)
         assert torch.equal(units[:12], torch.arange(12)) and set(units.tolist()) == set(range(12))
-        for side in ("up", "gate"):  # one map for both
-            assert torch.equal(found[f"{mlp}{side}.weight"], old[f"{mlp}{side}.weight"][units])
-            assert torch.equal(found[f"{mlp}{side}.bias"], old[f"{mlp}{side}.bias"][units])
-        assert torch.equal(found[f"{mlp}down.weight"], old[f"{mlp}down.weight"][:, units] * share)
-        assert torch.equal(found[f"{mlp}down.bias"], old[f"{mlp}down.bias"]), "once, not once a copy"
+        for side in ("up", "gate"):  # both have the same index
+            assert torch.equal(new_weights[f"{mlp}{side}.weight"], old[f"{mlp}{side}.weight"][units])
+            assert torch.equal(new_weights[f"{mlp}{side}.bias"], old[f"{mlp}{side}.bias"][units])
+        assert torch.equal(new_weights[f"{mlp}down.weight"], old[f"{mlp}down.weight"][:, units] * share)
+        assert torch.equal(new_weights[f"{mlp}down.bias"], old[f"{mlp}down.bias"]), (
+            "the bias is added once, not once per copy"
+        )
         assert torch.allclose(
             torch.zeros(12, dtype=torch.float64).index_add(0, units, share),
             torch.ones(12, dtype=torch.float64),
         )
-        assert len(share.unique()) > 12, "equal shares would leave nothing that tells copies apart"
+        assert len(share.unique()) > 12, "with equal shares, copies would never diverge"
     one, other = (moved.pieces[f"blocks.{i}.mlp.up.weight"].index[0] for i in (0, 1))
     assert one is not None and other is not None and not torch.equal(one, other)
 
 
-def test_new_units_are_random_and_have_no_output() -> None:
+def test_identity_units_are_random_and_have_no_output() -> None:
     new, _ = grown(shaken(config()), op("widen_mlp", 40, init="identity"))
     mlp: Any = new.blocks[0].mlp
     assert not mlp.down.weight[:, 12:].any() and not mlp.up.bias[12:].any()
     assert 0.01 < mlp.up.weight[12:].std() < 0.03 and mlp.down.weight[:, :12].all()
 
 
-def test_a_wide_model_is_tiled() -> None:
-    """tile(W, n, n) / n inside, the embedding as it is, the 1/n of a tied head in the last norm."""
+def test_a_widened_model_consists_of_tiles() -> None:
+    """Matrices become tile(W, n, n) / n. A tied head keeps its weights, and the last norm is divided by n."""
     for tied in (True, False):
         model = shaken(
             config(
@@ -292,9 +298,9 @@ def test_a_wide_model_is_tiled() -> None:
             )
         )
         new, _ = grown(model, op("widen_model", {"factor": 2}))
-        old, found = weights(model), weights(new)
+        old, new_weights = weights(model), weights(new)
         assert (new.cfg.d_model, new.cfg.n_head, new.cfg.head_width, new.cfg.ff_width) == (16, 4, 4, 24)
-        for name, w in found.items():
+        for name, w in new_weights.items():
             expected = old[name]
             if name in ("embed.weight", "positions.weight"):
                 expected = expected.tile(1, 2)
@@ -309,38 +315,38 @@ def test_a_wide_model_is_tiled() -> None:
             assert torch.equal(w, expected), name
 
 
-def test_kept_keys_and_values_are_shared_by_the_copies_of_their_queries() -> None:
+def test_copies_of_a_query_head_share_kept_keys_and_values() -> None:
     model = shaken(config(n_head=4, n_kv_head=2))
     new, _ = grown(model, op("widen_model", {"factor": 2, "kv": "keep"}))
-    old, found = weights(model), weights(new)
+    old, new_weights = weights(model), weights(new)
     q, k, o = "blocks.0.attn.q.weight", "blocks.0.attn.k.weight", "blocks.0.attn.o.weight"
-    assert torch.equal(found[q], old[q].view(4, 2, 8).repeat_interleave(2, 0).flatten(0, 1).tile(1, 2) / 2)
-    assert torch.equal(found[k], old[k].tile(1, 2) / 2)
-    assert torch.equal(found[o], old[o].view(8, 4, 2).repeat_interleave(2, 1).flatten(1).tile(2, 1) / 2)
+    assert torch.equal(
+        new_weights[q], old[q].view(4, 2, 8).repeat_interleave(2, 0).flatten(0, 1).tile(1, 2) / 2
+    )
+    assert torch.equal(new_weights[k], old[k].tile(1, 2) / 2)
+    assert torch.equal(new_weights[o], old[o].view(8, 4, 2).repeat_interleave(2, 1).flatten(1).tile(2, 1) / 2)
     faulty, _ = grown(model, op("widen_model", {"factor": 2, "kv": "keep"}))
-    with (
-        torch.no_grad()
-    ):  # heads tiled, as where keys and values scale: the copies of head 1 look at the keys of head 2
+    with torch.no_grad():  # the mistake: tile the heads, so that copies of head 1 read the keys of head 2
         for block in faulty.blocks:
             block.attn.q.weight.copy_(block.attn.q.weight.view(4, 2, 2, 16).transpose(0, 1).reshape(16, 16))
             block.attn.o.weight.copy_(block.attn.o.weight.view(16, 4, 2, 2).transpose(1, 2).reshape(16, 16))
             block.attn.q.bias.copy_(block.attn.q.bias.view(4, 2, 2).transpose(0, 1).flatten())
-    assert delta(model, new, IDX)[0] < 1e-10 and delta(model, faulty, IDX)[0] > 1e-3
+    assert logit_change(model, new, IDX)[0] < 1e-10 and logit_change(model, faulty, IDX)[0] > 1e-3
 
 
-def test_a_head_that_changes_its_width_is_refused() -> None:
+def test_a_change_of_the_head_width_is_refused() -> None:
     model = shaken(config())
     what = op("widen_model", {"factor": 2})
     with pytest.raises(ValueError, match="a head would become 8 wide; keep its 4"):
         grow(what, model.cfg, model.cfg.changed(d_model=16, d_ff=24), model, 1)
 
 
-def test_trap_a_tied_head_doubled_twice() -> None:
-    """The 1/n goes into the last norm at each doubling; without it the logits are 4-fold."""
+def test_trap_a_tied_head_that_is_widened_twice() -> None:
+    """Each widening divides the last norm by n. Without this, the logits are 4 times as large."""
     model = shaken(config(tie_head=True))
     once, _ = grown(model, op("widen_model", {"factor": 2}))
     twice, _ = grown(once, op("widen_model", {"factor": 2}))
-    assert delta(model, once, IDX)[0] < 1e-10 and delta(model, twice, IDX)[0] < 1e-10
+    assert logit_change(model, once, IDX)[0] < 1e-10 and logit_change(model, twice, IDX)[0] < 1e-10
     assert twice.head is None
     with torch.no_grad():
         twice.norm.weight.copy_(model.norm.weight.tile(4))  # type: ignore[operator, union-attr]
@@ -348,7 +354,7 @@ def test_trap_a_tied_head_doubled_twice() -> None:
         assert torch.allclose(twice(IDX), 4 * model(IDX))
 
 
-def test_noise_has_its_size_and_keeps_the_function_only_on_pairs_of_columns() -> None:
+def test_noise_on_pairs_of_columns_has_the_given_size_and_keeps_the_function() -> None:
     model = shaken(config())
     plain, _ = grown(model, op("widen_model", {"factor": 2}))
     noisy, _ = grown(model, op("widen_model", {"factor": 2, "noise_snr_db": 10.0}))
@@ -361,14 +367,16 @@ def test_noise_has_its_size_and_keeps_the_function_only_on_pairs_of_columns() ->
     with torch.no_grad():
         rows = noise[:12, :8].repeat(1, 2)
         faulty.get_parameter(name).add_(torch.cat([rows, -rows]))
-    assert delta(model, noisy, IDX)[0] < 1e-10 and delta(model, faulty, IDX)[0] > 1e-3
+    assert logit_change(model, noisy, IDX)[0] < 1e-10 and logit_change(model, faulty, IDX)[0] > 1e-3
 
 
-def test_new_heads_go_out_through_zeros() -> None:
+def test_new_heads_have_output_weights_of_zero() -> None:
     model = shaken(config(n_head=4, n_kv_head=2, attn_lora_rank=2, attn_gate=True, d_model=16))
     new, _ = grown(model, op("add_heads", 6))
     attn: Any = new.blocks[0].attn
-    fresh = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool).repeat_interleave(4)  # each group's third
+    fresh = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool).repeat_interleave(
+        4
+    )  # the third head of each group
     assert (
         not attn.o.weight[:, fresh].any()
         and not attn.o.lora_a[:, fresh].any()
@@ -376,14 +384,14 @@ def test_new_heads_go_out_through_zeros() -> None:
     )
     assert attn.q.weight[fresh].all() and torch.equal(attn.q.weight[~fresh], model.blocks[0].attn.q.weight)
     assert torch.equal(attn.k.weight, model.blocks[0].attn.k.weight)
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match="do not contain the old"):
         grow(op("add_heads", 8), model.cfg, model.cfg.changed(n_head=4, n_kv_head=4, head_dim=4), model, 1)
 
 
 # -- experts
 
 
-def test_experts_are_the_mlp_or_its_shards() -> None:
+def test_experts_are_copies_of_the_mlp_or_of_its_shards() -> None:
     model = shaken(config(mlp="swiglu", bias=True))
     old = weights(model)
     new, _ = grown(model, op("upcycle_moe", {"experts": 4, "router_std": 0.02}))
@@ -393,22 +401,25 @@ def test_experts_are_the_mlp_or_its_shards() -> None:
     router = new.get_parameter("blocks.0.mlp.router.weight")
     assert 0.01 < router.std() < 0.03
     new, _ = grown(model, op("upcycle_moe", {"experts": 4, "top_k": 2, "shards": 2}))
-    found = weights(new)
+    new_weights = weights(new)
     for e in range(4):
         part_of = slice(e % 2 * 6, e % 2 * 6 + 6)
         assert torch.equal(
-            found[f"blocks.0.mlp.experts.{e}.gate.weight"], old["blocks.0.mlp.gate.weight"][part_of]
+            new_weights[f"blocks.0.mlp.experts.{e}.gate.weight"], old["blocks.0.mlp.gate.weight"][part_of]
         )
         assert torch.equal(
-            found[f"blocks.0.mlp.experts.{e}.down.weight"], old["blocks.0.mlp.down.weight"][:, part_of] * 2
+            new_weights[f"blocks.0.mlp.experts.{e}.down.weight"],
+            old["blocks.0.mlp.down.weight"][:, part_of] * 2,
         )
-    assert torch.equal(found["blocks.0.mlp.router.weight"][0], found["blocks.0.mlp.router.weight"][1]), (
-        "a group's shards go together"
+    assert torch.equal(
+        new_weights["blocks.0.mlp.router.weight"][0], new_weights["blocks.0.mlp.router.weight"][1]
+    ), "the shards of a group have equal router rows"
+    assert not torch.equal(
+        new_weights["blocks.0.mlp.router.weight"][1], new_weights["blocks.0.mlp.router.weight"][2]
     )
-    assert not torch.equal(found["blocks.0.mlp.router.weight"][1], found["blocks.0.mlp.router.weight"][2])
 
 
-def test_softmax_weights_need_the_down_projection_alone_scaled() -> None:
+def test_with_softmax_weights_only_the_down_projection_is_scaled() -> None:
     model = shaken(config(bias=True))
     what = op(
         "upcycle_moe",
@@ -427,7 +438,7 @@ def test_softmax_weights_need_the_down_projection_alone_scaled() -> None:
         )
 
 
-def test_experts_that_do_not_divide_and_noise_that_changes_are_refused() -> None:
+def test_shards_that_do_not_divide_and_noise_behind_a_random_router_are_refused() -> None:
     model = shaken(config())
     for value, match in (
         ({"shards": 5}, "shards=5 must divide"),
@@ -440,7 +451,7 @@ def test_experts_that_do_not_divide_and_noise_that_changes_are_refused() -> None
 # -- low-rank terms
 
 
-def test_a_lower_rank_is_the_nearest_and_says_what_is_lost() -> None:
+def test_a_lower_rank_is_the_nearest_product_and_reports_the_lost_share() -> None:
     model = shaken(config(attn_lora_rank=4, embed_lora_rank=4))
     for name, modules in (
         ("set_attn_lora_rank", [f"blocks.{i}.attn.{n}" for i in (0, 1) for n in "qkvo"]),
@@ -461,32 +472,32 @@ def test_a_lower_rank_is_the_nearest_and_says_what_is_lost() -> None:
     assert truncate(a, torch.zeros(7, 4), 2)[2] == 0
 
 
-def test_a_rank_of_none_is_refused() -> None:
+def test_a_rank_of_zero_is_refused() -> None:
     model = shaken(config(attn_lora_rank=2))
     with pytest.raises(ValueError, match="merge_lora_weights"):
         grow(op("set_attn_lora_rank", 0), model.cfg, model.cfg.changed(attn_lora_rank=0), model, 1)
 
 
-def test_trap_a_term_of_a_tied_embedding_is_at_both_ends() -> None:
-    """With the term at the input alone, merging it would change the head."""
+def test_trap_the_term_of_a_tied_embedding_is_used_at_both_ends() -> None:
+    """If only the input used the term, merging it would change the head."""
     model = shaken(config(embed_lora_rank=2))
     new, _ = grown(model, op("merge_lora_weights"))
-    assert "embed.lora_a" not in weights(new) and delta(model, new, IDX)[0] < 1e-10
+    assert "embed.lora_a" not in weights(new) and logit_change(model, new, IDX)[0] < 1e-10
     embed: Any = model.embed
 
-    class AtTheInput(GPT):
-        def table(self) -> Tensor:
+    class TermAtTheInputOnly(GPT):
+        def output_weight(self) -> Tensor:
             return self.embed.weight
 
-    model.__class__ = AtTheInput
-    assert delta(model, new, IDX)[0] > 1e-3
+    model.__class__ = TermAtTheInputOnly
+    assert logit_change(model, new, IDX)[0] > 1e-3
     assert torch.allclose(new.embed.weight, embed.effective_weight())
 
 
 # -- vocabulary
 
 
-def test_more_ids_are_exact_behind_their_mask_alone() -> None:
+def test_new_ids_change_the_logits_only_without_their_mask() -> None:
     model = shaken(config(vocab_size=300))
     new, _ = grown(model, op("resize_vocabulary", 311))
     assert new.embed.num_embeddings == V + 11 and torch.equal(new.embed.weight[:V], model.embed.weight)
@@ -494,21 +505,21 @@ def test_more_ids_are_exact_behind_their_mask_alone() -> None:
         before, logits = model(IDX), new(IDX)
         assert torch.allclose(
             logits[..., :V], before, rtol=0, atol=1e-12
-        )  # a wider product may add up in another order
+        )  # a wider product may sum in another order
         assert (logits[..., V:] == -torch.inf).all()
-        new.cfg = new.cfg.changed(unused_ids=0)  # as soon as they are used
+        new.cfg = new.cfg.changed(unused_ids=0)  # the new ids are now in use
         open_ = new(IDX)
     rise = before.log_softmax(-1)[..., 0] - open_.log_softmax(-1)[..., 0]
     assert torch.allclose(
         rise, torch.log1p((open_[..., V:] - before.logsumexp(-1, keepdim=True)).exp().sum(-1))
     )
-    assert (rise > 0.1).any() and not preserved("exact", model, new, IDX).ok
+    assert (rise > 0.1).any() and not check_function("exact", model, new, IDX).ok
 
 
-# -- what draws, and what does not
+# -- random numbers, failures and whole plans
 
 
-def test_draws_come_from_the_seed_alone() -> None:
+def test_random_numbers_depend_only_on_the_seed() -> None:
     model = shaken(config(**MODERN))
     before, state = weights(model), torch.get_rng_state()
     whats = [op("widen_mlp", 40), op("widen_model", {"factor": 2, "noise_snr_db": 3.0}), op("add_heads", 8)]
@@ -517,12 +528,12 @@ def test_draws_come_from_the_seed_alone() -> None:
         one, again, other = (weights(grown(model, replace(what, seed=seed))[0]) for seed in (1, 1, 2))
         assert all(torch.equal(one[n], again[n]) for n in one), what.name
         assert not all(torch.equal(one[n], other[n]) for n in one), what.name
-    assert torch.equal(state, torch.get_rng_state()), "global state is neither read nor moved"
-    assert all(torch.equal(before[n], w) for n, w in weights(model).items()), "the model before is as it was"
+    assert torch.equal(state, torch.get_rng_state()), "the global generator is not used"
+    assert all(torch.equal(before[n], w) for n, w in weights(model).items()), "the old model is not changed"
 
 
-def test_trap_an_op_that_fails_leaves_all_as_it_was() -> None:
-    """So that whoever called it can go on without it, and need not try again."""
+def test_trap_a_failed_op_changes_nothing() -> None:
+    """After a failed operation the run continues with the old model and state."""
     model, optimizers = trained(config())
     before, state = weights(model), {k: v.clone() for k, v in optimizers.state().items()}
     what = op("upcycle_moe", {"experts": 4, "shards": 5})
@@ -530,15 +541,15 @@ def test_trap_an_op_that_fails_leaves_all_as_it_was() -> None:
         grow(what, model.cfg, model.cfg.changed(experts=4), model, 1)
     assert all(torch.equal(before[n], w) for n, w in weights(model).items())
     assert all(torch.equal(state[n], w) for n, w in optimizers.state().items())
-    with torch.no_grad():  # the faulty way: in place, what came before the failure stays
+    with torch.no_grad():  # the mistake: an in-place change survives the failure
         model.embed.weight.mul_(2)
     with pytest.raises(RuntimeError):
         model.norm.weight.data.copy_(torch.zeros(5))  # type: ignore[operator, union-attr]
     assert not torch.equal(before["embed.weight"], model.embed.weight)
 
 
-def test_a_grown_model_computes_as_the_old_one_did() -> None:
-    """Mode, kind of attention, type and frozen layers go over."""
+def test_a_grown_model_keeps_mode_attention_kernel_and_dtype() -> None:
+    """Mode, attention kernel, dtype and frozen layers are those of the old model."""
     model = shaken(config(), dtype=torch.float32).train()
     for block in model.blocks:
         block.attn.fused = True
@@ -554,8 +565,8 @@ def test_a_grown_model_computes_as_the_old_one_did() -> None:
     assert set(moved.new) == set(weights(thawed))
 
 
-def test_the_staged_plan_on_paper_is_the_staged_plan_carried_out() -> None:
-    """Dense, experts, twice as wide, deeper: each step keeps what it declares, from where the one before it ended."""
+def test_a_staged_growth_keeps_each_of_its_promises() -> None:
+    """Upcycle, widen and stack one model in turn. Each operation keeps its promise."""
     model, optimizers = trained(config(**MODERN))
     for what, promise in (
         (op("upcycle_moe", {"experts": 4, "top_k": 2, "router": "zero"}, optimizer=ASYMMETRIC), "bitexact"),
@@ -564,7 +575,7 @@ def test_the_staged_plan_on_paper_is_the_staged_plan_carried_out() -> None:
     ):
         cfg = after(replace(what, preserve=promise), model.cfg)
         new, moved = grow(what, model.cfg, cfg, model, 3)
-        assert preserved(promise, model, new, IDX).ok, what.name
+        assert check_function(promise, model, new, IDX).ok, what.name
         then = Optimizers(cfg, new)
         then.load(transfer(optimizers.state(), moved)[0])
         steps(new, then, range(3))

@@ -23,21 +23,21 @@ from mainrun.core.hardware import give_back
 from mainrun.core.optimizers import Optimizers
 from mainrun.errors import UsageError
 from mainrun.growth.moments import IndexMap, param_schedules, transfer
-from mainrun.growth.operators import grow, like, mapped, outline
+from mainrun.growth.operators import empty_model, grow, map_parameters, meta_model
 from mainrun.growth.state import FIGURES, Row, growth_state, ops_applied
 from mainrun.growth.verify import (
-    Check,
-    covered,
-    delta,
-    grouped,
-    heads_diverge,
-    layer_identity,
-    preserved,
+    PromiseCheck,
+    check_coverage,
+    check_function,
+    check_groups,
+    check_layer_identity,
+    check_rope,
+    check_router_scale,
+    check_symmetry,
+    check_tying,
+    locked_routers,
+    logit_change,
     probe,
-    rope_integrity,
-    router_lock,
-    router_scale,
-    tied,
 )
 from mainrun.plan.cost import costs
 from mainrun.plan.ops import ARCHITECTURE, Op
@@ -66,7 +66,7 @@ class Grown(NamedTuple):
     optimizers: Optimizers
     average: dict[str, Tensor] | None
     moved: IndexMap
-    checks: list[Check]
+    checks: list[PromiseCheck]
     figures: Row  # for the journal
 
 
@@ -137,11 +137,11 @@ class Growth:
                 continue
             recent = self._surviving(op, recent)
             if self.state.step < segment.first + SETTLES:
-                old = like(self.state.model, last.cfg)
+                old = empty_model(self.state.model, last.cfg)
                 for p in old.parameters():
                     p.detach().zero_()  # where numbers go does not depend on what they are
-                new = outline(old, segment.cfg)
-                moved = mapped(op, last.cfg, segment.cfg, old, new, op.seed)[1]
+                new = meta_model(old, segment.cfg)
+                moved = map_parameters(op, last.cfg, segment.cfg, old, new, op.seed)[1]
                 recent.append(Recent(op, segment.first, without_values(moved)))
         return recent
 
@@ -273,7 +273,7 @@ class Growth:
         tokens = self.plan.tokens(step)
         return {"op": op.id, "name": op.name, "value": op.value, "step": step, "tokens": tokens}
 
-    def _apply(self, op: Op, segment: Segment) -> tuple[list[Check], Row]:
+    def _apply(self, op: Op, segment: Segment) -> tuple[list[PromiseCheck], Row]:
         """Change the state as the operation says, if every check of the result passes."""
         if op.name not in ARCHITECTURE:
             self.state.cfg = segment.cfg
@@ -315,14 +315,14 @@ class Growth:
                 self._look(recent)
         self._recent = kept
 
-    def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[Check], Row]:
+    def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[PromiseCheck], Row]:
         """Replace the model by the grown one if it passes every check; otherwise change nothing."""
         state = self.state
         state.model.zero_grad(set_to_none=True)
         try:
             grown = self._make(op, before, after)
         except Exception as e:  # whatever it is: too little memory, a number that is not finite
-            return [Check("op", False, f"{type(e).__name__}: {e}")], {}
+            return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
             # the old weights are freed before the new moments are made
@@ -347,13 +347,13 @@ class Growth:
         old = state.model
         idx = self._probe()
         new, moved = grow(op, before, after, old, op.seed)
-        moved_by, largest = delta(old, new, idx, full=op.preserve == "exact")
-        checks = [preserved(op.preserve, old, new, idx), tied(before, new), rope_integrity(old, new)]
+        moved_by, largest = logit_change(old, new, idx, full=op.preserve == "exact")
+        checks = [check_function(op.preserve, old, new, idx), check_tying(before, new), check_rope(old, new)]
         if op.preserve in ("exact", "bitexact") and op.name != "stack_layers":
-            checks.append(router_scale(old, new, idx))
+            checks.append(check_router_scale(old, new, idx))
         if op.name == "stack_layers" and op.init == "identity":
             inserted = [i for i, source in enumerate(op.value) if source in op.value[:i]]
-            checks.append(layer_identity(new, inserted, idx))
+            checks.append(check_layer_identity(new, inserted, idx))
         average: dict[str, Tensor] | None = None
         if state.average.differs:
             with state.average.applied():
@@ -363,12 +363,12 @@ class Growth:
         optimizers = Optimizers(after, new, schedules)
         coverage = transfer(state.optimizers.state(), moved, op.optimizer.mode, dry=True)[1]
         required = 0.0 if op.optimizer.mode == "reset" else op.optimizer.min_coverage
-        checks += [covered(coverage, required), grouped(new, optimizers)]
+        checks += [check_coverage(coverage, required), check_groups(new, optimizers)]
         figures: Row = {"delta_logits": moved_by, "largest_logit": largest, "coverage": coverage}
         figures["truncated"] = moved.truncated
         return Grown(new, optimizers, average, moved, checks, figures)
 
-    def _fail(self, op: Op, event: Row, failed: list[Check]) -> None:
+    def _fail(self, op: Op, event: Row, failed: list[PromiseCheck]) -> None:
         """Report an operation that failed. The state was never touched; the operation is not tried again."""
         why = "; ".join(f"{check.name}: {check.detail}" for check in failed)
         checks = [vars(check) for check in failed]
@@ -416,11 +416,11 @@ class Growth:
         for name, piece in recent.moved.pieces.items():
             if shapes.get(name) == recent.moved.new[name]:
                 kept[name] = piece
-        symmetry = heads_diverge(replace(recent.moved, pieces=kept), model)
+        symmetry = check_symmetry(replace(recent.moved, pieces=kept), model)
         # a router needs some steps before it must have chosen
-        locked = router_lock(model, self._probe()) if later >= SETTLES else []
+        locked = locked_routers(model, self._probe()) if later >= SETTLES else []
         detail = "; ".join(locked) or "each layer's tokens go to several experts, where it has any"
-        router = Check("router", not locked, detail)
+        router = PromiseCheck("router", not locked, detail)
         row: Row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name}
         row |= {"step": self.state.step, "since": recent.step, "checks": [vars(symmetry), vars(router)]}
         self.log_event(row)

@@ -1,157 +1,214 @@
-"""Where each number of a grown model comes from, and the state of the optimisers that goes with it. By names, never by place.
+"""Where the elements of a grown model come from, and the optimiser state that moves with them.
 
-The gradient of a copied weight is a known share of the source's: with it m and the momentum scale, and v with its square. What is new has
-no past: a tensor that is new as a whole restarts its own step. Inside a tensor that goes on there is one step for all, and at a large
-one a second moment of zero would make a first update of 3.2 rates (beta2 0.999); so a new element begins with the tensor's mean v.
+The gradient of a copied weight is a known multiple of its source's gradient. Momentum is scaled by this
+factor, and a second moment by its square (`state_powers` in mainrun/plan/optimizers.py has the powers).
+
+A tensor that is entirely new starts with an empty state. A tensor with some new elements keeps its step
+count. At a large step count, a second moment of zero would make the first update of a new element 3.2
+learning rates long (beta2 = 0.999). New elements therefore start with the mean second moment of their tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mainrun.core.optimizers import DEFAULT_SCHEDULE, ParamSchedule
-
-if TYPE_CHECKING:
-    from mainrun.plan.ops import Op
+from mainrun.plan.ops import Op
+from mainrun.plan.optimizers import state_powers
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
-Factor = float | Tensor  # one for all, or what broadcasts to the tensor
+STEP = "step"  # the state entry that counts updates; it is copied and never scaled
+Factor = float | Tensor  # a number, or a tensor that broadcasts
 
 
 def along(index: Tensor, dim: int, ndim: int) -> Tensor:
-    """A vector as a tensor that broadcasts along one dimension of others."""
-    return index.view([-1 if d == dim else 1 for d in range(ndim)])
+    """Reshape a vector to `ndim` dimensions, so that it broadcasts along dimension `dim`."""
+    shape = [1] * ndim
+    shape[dim] = -1
+    return index.view(shape)
+
+
+def scaled(x: Tensor, factor: Factor) -> Tensor:
+    """Return x * factor, or x itself if the factor is 1."""
+    if isinstance(factor, Tensor):
+        return x * factor.to(x)
+    if factor == 1:
+        return x
+    return x * factor
+
+
+def power_of(factor: Factor, power: int) -> Factor:
+    """Return a power as a product, because `**` may round differently."""
+    result: Factor = 1.0
+    for _ in range(power):
+        result = result * factor
+    return result
 
 
 @dataclass(frozen=True)
 class Piece:
-    """How one tensor of the new model comes about: elements of a source times `weight`, and `plus`."""
+    """The recipe for one tensor of the new model: source[index] * weight + plus."""
 
-    source: str | None  # a tensor of the old model; None: there is none
-    index: tuple[
-        Tensor | None, ...
-    ] = ()  # for each dimension the source's index of each of mine, -1: new; None: as they stand
+    source: str | None  # a tensor of the old model; None: all elements are new
+    # One entry per dimension: the source's index for each new index, where -1 marks a new element.
+    # None copies the dimension unchanged. Missing entries count as None.
+    index: tuple[Tensor | None, ...] = ()
     weight: Factor = 1.0
-    grad: Factor | None = 1.0  # its gradient over the source's; None: the state starts anew all the same
-    plus: Tensor | None = None  # random new elements, noise, what was merged
+    grad: Factor | None = 1.0  # gradient / the source's gradient; None: the optimiser state starts empty
+    plus: Tensor | None = None  # values to add: random new elements, noise, or a merged low-rank term
 
     def take(self, source: Tensor) -> Tensor:
-        """Mine of the source's elements, zero where they are new."""
+        """Return the elements of a source tensor in their new places. New elements are zero."""
         for dim, index in enumerate(self.index):
-            if index is not None:
-                index = index.to(source.device)
-                source = source.index_select(dim, index.clamp(min=0)).masked_fill_(
-                    along(index < 0, dim, source.ndim), 0
-                )
+            if index is None:
+                continue
+            index = index.to(source.device)
+            is_new = along(index < 0, dim, source.ndim)
+            source = source.index_select(dim, index.clamp(min=0)).masked_fill_(is_new, 0)
         return source
 
     def value(self, old: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """The tensor itself, in the type and on the device of the new parameter."""
-        found = (
-            torch.zeros_like(like)
-            if self.source is None
-            else scaled(self.take(old[self.source].detach()), self.weight)
-        )
-        return found if self.plus is None else found + self.plus.to(found)
+        """Return the tensor's value. A new tensor has the dtype and device of `like`."""
+        if self.source is None:
+            value = torch.zeros_like(like)
+        else:
+            value = scaled(self.take(old[self.source].detach()), self.weight)
+        if self.plus is None:
+            return value
+        return value + self.plus.to(value)
 
     def known(self, shape: torch.Size) -> Tensor:
-        """Which elements come from the source."""
-        found = torch.full(shape, self.source is not None)
+        """Return a mask of the elements that come from the source."""
+        mask = torch.full(shape, self.source is not None)
         for dim, index in enumerate(self.index):
             if index is not None:
-                found &= along(index.cpu() >= 0, dim, len(shape))
-        return found
+                mask &= along(index.cpu() >= 0, dim, len(shape))
+        return mask
 
 
-def scaled(x: Tensor, factor: Factor) -> Tensor:
-    return (
-        x
-        if isinstance(factor, float) and factor == 1
-        else x * (factor.to(x) if isinstance(factor, Tensor) else factor)
-    )
+class Copies(NamedTuple):
+    """Rows of a tensor that started as copies: row rows[i] equals row first_rows[i] of the tensor `first`."""
+
+    name: str
+    rows: Tensor
+    first: str
+    first_rows: Tensor
 
 
 @dataclass(frozen=True)
 class IndexMap:
-    """A piece for each tensor of the new model that trains, and the shapes there were."""
+    """The pieces of all trainable tensors of a new model, with the shapes before and after."""
 
     pieces: dict[str, Piece]
     old: dict[str, torch.Size]
     new: dict[str, torch.Size]
-    truncated: dict[str, float] = field(
-        default_factory=dict
-    )  # of a rank that was cut: the share of the term's norm that is lost
+    # Modules whose low-rank term was truncated, with the share of the term's norm that was lost.
+    truncated: dict[str, float] = field(default_factory=dict)
 
-    def copies(self) -> Iterator[tuple[str, Tensor, str, Tensor]]:
-        """Rows inside blocks that began as one: (tensor, rows, the tensor with the first of each, its rows)."""
-        first: dict[tuple[str, int], tuple[str, int]] = {}
+    def copies(self) -> Iterator[Copies]:
+        """Yield the copied rows of all matrices inside blocks, grouped by the tensor with the first copy."""
+        first: dict[tuple[str, int], tuple[str, int]] = {}  # (source, source row) -> its first copy
         for name, piece in self.pieces.items():
             if piece.source is None or not name.startswith("blocks.") or len(self.new[name]) != 2:
                 continue
-            rows = (
-                piece.index[0]
-                if piece.index and piece.index[0] is not None
-                else torch.arange(self.new[name][0])
-            )
-            one = (
-                piece.source if ".experts." in name else name
-            )  # a layer that is stacked twice is no copy of itself: it sees other inputs
-            found: dict[str, list[tuple[int, int]]] = {}
-            for row, source in enumerate(rows.tolist()):
-                if source >= 0:
-                    owner, begun = first.setdefault((one, source), (name, row))
-                    if (owner, begun) != (name, row):
-                        found.setdefault(owner, []).append((row, begun))
-            for owner, pairs in found.items():
-                mine, theirs = torch.tensor(pairs).unbind(1)
-                yield name, mine, owner, theirs
+            source = name
+            if ".experts." in name:
+                # only experts are copies across tensors; the copies of a stacked layer get different inputs
+                source = piece.source
+            pairs: dict[str, list[tuple[int, int]]] = {}
+            for row, source_row in enumerate(self._source_rows(name)):
+                if source_row < 0:
+                    continue
+                owner, first_row = first.setdefault((source, source_row), (name, row))
+                if (owner, first_row) != (name, row):
+                    pairs.setdefault(owner, []).append((row, first_row))
+            for owner, row_pairs in pairs.items():
+                rows, first_rows = torch.tensor(row_pairs).unbind(1)
+                yield Copies(name, rows, owner, first_rows)
+
+    def _source_rows(self, name: str) -> list[int]:
+        """Return the source's row for each row of a tensor."""
+        index = self.pieces[name].index
+        if not index or index[0] is None:
+            return list(range(self.new[name][0]))
+        rows: list[int] = index[0].tolist()
+        return rows
 
 
-class Rate(NamedTuple):
-    """By what a parameter's rate, weight decay and AdamW's eps are multiplied for a wide run to follow the narrow one."""
+# -- learning rates
+
+
+class WidthFactors(NamedTuple):
+    """Factors of learning rate, weight decay and eps that make a wide run follow the narrow one."""
 
     lr: float
     weight_decay: float
     eps: float
 
 
-def rates(moved: IndexMap) -> dict[str, Rate]:
-    """A weight that became 1/n of its source must move by 1/n and lose as much as it did; eps is compared with its gradient."""
-    found = {}
+def width_factors(moved: IndexMap) -> dict[str, WidthFactors]:
+    """Return the factors of all parameters that were scaled as a whole.
+
+    A weight that was divided by n needs updates divided by n. Its relative decay per step must not change, so
+    its weight decay is multiplied by n. AdamW compares eps with the gradient, so eps scales with it.
+    """
+    factors = {}
     for name, piece in moved.pieces.items():
         if isinstance(piece.weight, float) and isinstance(piece.grad, float):
-            found[name] = Rate(piece.weight, 1 / piece.weight, piece.grad)
-    return found
+            factors[name] = WidthFactors(piece.weight, 1 / piece.weight, piece.grad)
+    return factors
 
 
 def param_schedules(
     before: Mapping[str, ParamSchedule], moved: IndexMap, op: Op, step: int
 ) -> dict[str, ParamSchedule]:
-    """Of the parameters that do not learn as all do. New are those without a past, and a layer's second copy."""
-    found, wide, seen = {}, rates(moved) if op.lr.width_rule == "adam_1_over_n" else {}, set[str]()
+    """Return the schedules of parameters after an operation, without those that equal the default.
+
+    A parameter is new if its state starts empty, or if it belongs to a second copy of a layer.
+    """
+    by_width: dict[str, WidthFactors] = {}
+    if op.lr.width_rule == "adam_1_over_n":
+        by_width = width_factors(moved)
+    schedules: dict[str, ParamSchedule] = {}
+    seen: set[str] = set()
     for name, piece in moved.pieces.items():
-        mark = before.get(piece.source or "", DEFAULT_SCHEDULE)
-        new = (
-            piece.grad is None or piece.source is None or (op.name == "stack_layers" and piece.source in seen)
-        )
-        seen.add(piece.source or "")
-        if new:
-            mark = ParamSchedule(
-                op.lr.new_params_peak, since=step if op.lr.rewarm_iters else 0, rewarm=op.lr.rewarm_iters
-            )
-        elif name in wide:
-            by = wide[name]
-            mark = mark._replace(
-                lr=mark.lr * by.lr, weight_decay=mark.weight_decay * by.weight_decay, eps=mark.eps * by.eps
-            )
-        if mark != DEFAULT_SCHEDULE:
-            found[name] = mark
-    return found
+        second_copy = op.name == "stack_layers" and piece.source in seen
+        if piece.source is None or piece.grad is None or second_copy:
+            schedule = _new_schedule(op, step)
+        else:
+            schedule = before.get(piece.source, DEFAULT_SCHEDULE)
+            if name in by_width:
+                schedule = _widened(schedule, by_width[name])
+        if piece.source is not None:
+            seen.add(piece.source)
+        if schedule != DEFAULT_SCHEDULE:
+            schedules[name] = schedule
+    return schedules
+
+
+def _new_schedule(op: Op, step: int) -> ParamSchedule:
+    """Return the schedule of a new parameter."""
+    if not op.lr.rewarm_iters:
+        return ParamSchedule(op.lr.new_params_peak)
+    return ParamSchedule(op.lr.new_params_peak, since=step, rewarm=op.lr.rewarm_iters)
+
+
+def _widened(schedule: ParamSchedule, by: WidthFactors) -> ParamSchedule:
+    return schedule._replace(
+        lr=schedule.lr * by.lr,
+        weight_decay=schedule.weight_decay * by.weight_decay,
+        eps=schedule.eps * by.eps,
+    )
+
+
+# -- optimiser state
+
+StateTensors = dict[str, Tensor]  # of one parameter, by key
 
 
 def transfer(
@@ -161,94 +218,126 @@ def transfer(
     min_coverage: float = 0.0,
     dry: bool = False,
 ) -> tuple[dict[str, Tensor], float]:
-    """train.Optimizers.state() of the model before, as that of the model after; and the share of its elements that kept theirs.
+    """Return the optimiser state of the new model, and the share of its elements that kept their state.
 
-    scale: by the gradients' factors. auto: the same, for every op. keep: as they are. reset: nothing. asymmetric: as scale, but only the
-    first of several copies keeps its momentum, so that they part. A run without any state yet keeps all of it. dry: the share alone.
+    state: `Optimizers.state()` of the old model. If it is empty, the share is 1.
+    mode: "scale" and "auto" scale the state with the gradients; "keep" copies it unscaled; "reset" drops it.
+        "asymmetric" scales it, but only the first of several copies keeps its momentum; then copies diverge.
+    min_coverage: the minimum share; less raises ValueError, except in the mode "reset".
+    dry: compute the share only, and return no tensors.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not allowed; use {', '.join(MODES)}")
-    held = by_parameter(state, moved.old)
-    found: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
+    powers = state_powers()
+    old_state = by_parameter(state, moved.old)
+    new_state: dict[str, Tensor] = {}
+    used: dict[str, Tensor] = {}  # elements of each source whose momentum a copy already has
     kept = 0
     for name, shape in moved.new.items():
         piece = moved.pieces[name]
-        if mode == "reset" or piece.source not in held or piece.grad is None:
+        if mode == "reset" or piece.source not in old_state or piece.grad is None:
             continue
-        mine, known = dict(held[piece.source]), piece.known(shape)
-        goes_on = known
+        known = piece.known(shape)
+        keeps_momentum = known
         if mode == "asymmetric":
-            used = seen.setdefault(piece.source, torch.zeros(moved.old[piece.source], dtype=torch.bool))
-            goes_on = known & _firsts(piece, shape) & ~piece.take(used)
-            used |= _used(piece, used.shape)
+            source_used = used.setdefault(
+                piece.source, torch.zeros(moved.old[piece.source], dtype=torch.bool)
+            )
+            keeps_momentum = known & _first_uses(piece, shape) & ~piece.take(source_used)
+            source_used |= _used_elements(piece, source_used.shape)
         factor = 1.0 if mode == "keep" else piece.grad
-        for key in mine.keys() - ({"step"} if not dry else {"step", "exp_avg", "momentum_buffer"}):
-            by = factor if key != "exp_avg_sq" else factor * factor
-            mine[key] = scaled(piece.take(mine[key]), by)
-        if not known.all() and "exp_avg_sq" in mine:
-            there = known.to(mine["exp_avg_sq"].device)
-            typical = mine["exp_avg_sq"][there].mean() if known.any() else 0.0
-            if not typical > 0:
-                continue  # nothing was learnt yet: it restarts as a whole
-            mine["exp_avg_sq"] = mine["exp_avg_sq"].where(there, typical)
-        kept += int(goes_on.sum())
+        tensors = _scaled_state(old_state[piece.source], piece, factor, powers, dry)
+        if not _fill_new_elements(tensors, powers, known):
+            continue
+        kept += int(keeps_momentum.sum())
         if dry:
             continue
-        for key in mine.keys() & {"exp_avg", "momentum_buffer"}:
-            mine[key] = mine[key].masked_fill(~goes_on.to(mine[key].device), 0)
-        found |= {f"optimizer/{name}/{key}": value.clone() for key, value in mine.items()}
+        _clear_momentum(tensors, powers, ~keeps_momentum)
+        for key, value in tensors.items():
+            new_state[f"optimizer/{name}/{key}"] = value.clone()
     total = sum(shape.numel() for shape in moved.new.values())
     coverage = kept / total if state and total else 1.0
     if mode != "reset" and coverage < min_coverage:
-        raise ValueError(
-            f"{coverage:.1%} of the optimiser's state went over, min_coverage={min_coverage:g} asks for more; lower it"
-        )
-    return found, coverage
+        got = f"{coverage:.1%} of the optimiser's state was transferred"
+        raise ValueError(f"{got}, but min_coverage={min_coverage:g} requires more; lower it")
+    return new_state, coverage
 
 
-def by_parameter(state: Mapping[str, Tensor], old: Mapping[str, torch.Size]) -> dict[str, dict[str, Tensor]]:
-    """State that fits no parameter is refused: dropped in silence, it would be missed by nobody."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _scaled_state(
+    tensors: StateTensors, piece: Piece, factor: Factor, powers: dict[str, int], dry: bool
+) -> StateTensors:
+    """Return the scaled state of one parameter in its new places. A dry run leaves the momentum as it was."""
+    result = dict(tensors)
+    for key, value in tensors.items():
+        if key == STEP or (dry and powers[key] == 1):
+            continue
+        result[key] = scaled(piece.take(value), power_of(factor, powers[key]))
+    return result
+
+
+def _fill_new_elements(tensors: StateTensors, powers: dict[str, int], known: Tensor) -> bool:
+    """Set the second moments of new elements to the mean of the known ones.
+
+    Return False if that mean is zero: the parameter has learned nothing yet, so its state starts empty.
+    """
+    if known.all():
+        return True
+    for key, value in tensors.items():
+        if key == STEP or powers[key] == 1:
+            continue
+        mask = known.to(value.device)
+        mean = value[mask].mean() if known.any() else 0.0
+        if not mean > 0:
+            return False
+        tensors[key] = value.where(mask, mean)
+    return True
+
+
+def _clear_momentum(tensors: StateTensors, powers: dict[str, int], mask: Tensor) -> None:
+    """Set the momentum of masked elements to zero."""
+    for key, value in tensors.items():
+        if key != STEP and powers[key] == 1:
+            tensors[key] = value.masked_fill(mask.to(value.device), 0)
+
+
+def by_parameter(state: Mapping[str, Tensor], old: Mapping[str, torch.Size]) -> dict[str, StateTensors]:
+    """Group state tensors by parameter. Raise ValueError for a tensor that fits no parameter."""
+    keys = sorted({*state_powers(), STEP})
+    grouped: dict[str, StateTensors] = {}
     for full_name, value in state.items():
         kind, _, rest = str(full_name).partition("/")
         name, _, key = rest.rpartition("/")
-        if (
-            kind != "optimizer"
-            or name not in old
-            or key not in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
-        ):
-            allowed = "optimizer/<parameter>/ and exp_avg, exp_avg_sq, step or momentum_buffer"
+        if kind != "optimizer" or name not in old or key not in keys:
+            got = f"state {full_name!r} belongs to no parameter of the model before the operation"
             raise ValueError(
-                f"state {full_name!r} belongs to no parameter of the model before the op; give it as {allowed}"
+                f"{got}; name it optimizer/<parameter>/<key> with one of the keys {', '.join(keys)}"
             )
-        if key != "step" and value.shape != old[name]:
-            raise ValueError(
-                f"state {full_name!r} has shape {tuple(value.shape)}; its parameter has {tuple(old[name])}"
-            )
-        found.setdefault(name, {})[key] = value
-    return found
+        if key != STEP and value.shape != old[name]:
+            got = f"state {full_name!r} has shape {tuple(value.shape)}"
+            raise ValueError(f"{got}; its parameter has {tuple(old[name])}")
+        grouped.setdefault(name, {})[key] = value
+    return grouped
 
 
-def _firsts(piece: Piece, shape: torch.Size) -> Tensor:
-    """Which elements are the first in this tensor to come from theirs."""
-    found = torch.ones(shape, dtype=torch.bool)
+def _first_uses(piece: Piece, shape: torch.Size) -> Tensor:
+    """Return a mask of the elements that are the first copy of their source within this tensor."""
+    mask = torch.ones(shape, dtype=torch.bool)
     for dim, index in enumerate(piece.index):
-        if index is not None and len(index):
-            place = torch.arange(len(index))
-            first = torch.full((int(index.max()) + 2,), len(index)).scatter_reduce(
-                0, index + 1, place, "amin"
-            )
-            found &= along(first[index + 1] == place, dim, len(shape))
-    return found
+        if index is None or not len(index):
+            continue
+        position = torch.arange(len(index))
+        slots = torch.full((int(index.max()) + 2,), len(index))  # slot 0 is for -1, a new element
+        first = slots.scatter_reduce(0, index + 1, position, "amin")
+        mask &= along(first[index + 1] == position, dim, len(shape))
+    return mask
 
 
-def _used(piece: Piece, shape: torch.Size) -> Tensor:
-    """Which elements of the source are taken."""
-    found = torch.ones(shape, dtype=torch.bool)
+def _used_elements(piece: Piece, shape: torch.Size) -> Tensor:
+    """Return a mask of the source elements that this piece copies."""
+    mask = torch.ones(shape, dtype=torch.bool)
     for dim, index in enumerate(piece.index):
         if index is not None:
-            there = torch.zeros(shape[dim], dtype=torch.bool)
-            there[index[index >= 0]] = True
-            found &= along(there, dim, len(shape))
-    return found
+            is_used = torch.zeros(shape[dim], dtype=torch.bool)
+            is_used[index[index >= 0]] = True
+            mask &= along(is_used, dim, len(shape))
+    return mask

@@ -1,8 +1,10 @@
-"""The ops of the architecture: a model before, the model after, and where each of its numbers came from.
+"""The operations that change a model. Each makes a new model and says where its parameters come from.
 
-Each parameter spans spaces (SPACES): the width of the model, the channels of its heads, the hidden units, ... An op says how the spaces of
-the new model come from the old ones, and what a tensor is multiplied by for the function to stay. Nothing here touches the training
-loop, and what is random comes from a seed alone.
+Every parameter spans named spaces (SPACES), for example the hidden units or the channels of all heads. An
+operation maps the spaces of the new model to those of the old one, and scales parameters so that the model
+computes the same function. All random numbers come from the operation's seed.
+
+To add an operation, write a function from Change to Pieces and add a row to OPS, at the end of this file.
 """
 
 from __future__ import annotations
@@ -10,130 +12,149 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
 from mainrun.growth.moments import IndexMap, Piece, along
+from mainrun.plan.ops import Op
+from mainrun.train import GPT
 
-if TYPE_CHECKING:
-    from mainrun.train import GPT
-
-# D width, V ids, T positions, H heads, Q channels of all heads, K channels of all heads of keys and values, h channels of one head,
-# F hidden units, E experts, R rank in attention, S rank of the embedding
+# D width, V vocabulary, T positions, H heads, Q channels of all heads, K channels of all key and value heads,
+# h channels of one head, F hidden units, E experts, R rank in attention, S rank of the embedding
 SPACES = {
-    "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS", "positions.weight": "TD", "head.weight": "VD",
+    "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
+    "positions.weight": "TD", "head.weight": "VD",
     "attn.q.weight": "QD", "attn.q.lora_a": "RD", "attn.q.lora_b": "QR", "attn.q.bias": "Q",
     "attn.k.weight": "KD", "attn.k.lora_a": "RD", "attn.k.lora_b": "KR", "attn.k.bias": "K",
     "attn.v.weight": "KD", "attn.v.lora_a": "RD", "attn.v.lora_b": "KR", "attn.v.bias": "K",
     "attn.o.weight": "DQ", "attn.o.lora_a": "RQ", "attn.o.lora_b": "DR", "attn.o.bias": "D",
     "attn.gate.weight": "HD", "attn.q_norm.weight": "h", "attn.k_norm.weight": "h", "attn.first_share": "",
-    "mlp.up.weight": "FD", "mlp.up.bias": "F", "mlp.gate.weight": "FD", "mlp.gate.bias": "F", "mlp.down.weight": "DF", "mlp.down.bias": "D",
-    "mlp.router.weight": "ED", "attn_scale": "D", "mlp_scale": "D",
+    "mlp.up.weight": "FD", "mlp.up.bias": "F", "mlp.gate.weight": "FD", "mlp.gate.bias": "F",
+    "mlp.down.weight": "DF", "mlp.down.bias": "D", "mlp.router.weight": "ED",
+    "attn_scale": "D", "mlp_scale": "D",
     **{f"{norm}.{kind}": "D" for norm in ("norm", "attn_norm", "mlp_norm") for kind in ("weight", "bias")},
 }  # fmt: skip
-
-
-def part(name: str) -> str:
-    """`blocks.3.mlp.experts.1.up.weight` -> `mlp.up.weight`"""
-    return re.sub(r"^blocks\.\d+\.|experts\.\d+\.", "", name)
-
-
-def flow(name: str) -> tuple[str, str]:
-    """The space that a tensor writes to, and the one that it reads (empty: none). A table is read by its rows, a matrix by its columns."""
-    letters = SPACES[part(name)]
-    if len(letters) < 2:
-        return letters, ""
-    return (letters[1], letters[0]) if name.startswith(("embed.", "positions.")) else (letters[0], letters[1])
-
 
 Pieces = dict[str, Piece]
 
 
+def part(name: str) -> str:
+    """Return a parameter's name within its block: `blocks.3.mlp.experts.1.up.weight` -> `mlp.up.weight`."""
+    return re.sub(r"^blocks\.\d+\.|experts\.\d+\.", "", name)
+
+
+def flow(name: str) -> tuple[str, str]:
+    """Return the spaces that a parameter writes to and reads from; "" if it reads none."""
+    spaces = SPACES[part(name)]
+    if len(spaces) < 2:
+        return spaces, ""
+    rows = spaces[0]
+    columns = spaces[1]
+    if name.startswith(("embed.", "positions.")):  # a lookup reads one row
+        return columns, rows
+    return rows, columns
+
+
 @dataclass
 class Change:
-    """An op, at work."""
+    """The input of an operation: the configs and parameters before and after, and a random generator."""
 
-    op: Any
+    op: Op
     before: TrainConfig
     after: TrainConfig
     old: dict[str, nn.Parameter]
-    new: dict[str, nn.Parameter]
+    new: dict[str, nn.Parameter]  # their shapes are known, their values are not
     generator: torch.Generator
-    truncated: dict[str, float] = field(default_factory=dict)
+    truncated: dict[str, float] = field(default_factory=dict)  # output: see IndexMap
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=self.generator) * std
 
     def rms(self, name: str) -> float:
+        """Return the root mean square of an old parameter."""
         return float(self.old[name].detach().float().square().mean().sqrt())
 
     def by_space(self, **spaces: Tensor) -> Pieces:
-        """Each tensor from the one of its name, whose spaces are taken by these indices; what has none is zero."""
-        return {
-            name: Piece(name, tuple(spaces.get(s) for s in SPACES[part(name)]))
-            if name in self.old
-            else Piece(None)
-            for name in self.new
-        }
+        """Map every parameter to the old one of the same name, and use an index for each given space.
 
-    def fill(self, pieces: Pieces, names: tuple[str, ...], dim: int, std: float | None = None) -> None:
-        """Random numbers where a dimension is new."""
+        A parameter that the old model does not have becomes zero.
+        """
+        pieces: Pieces = {}
+        for name in self.new:
+            if name in self.old:
+                index = tuple(spaces.get(space) for space in SPACES[part(name)])
+                pieces[name] = Piece(name, index)
+            else:
+                pieces[name] = Piece(None)
+        return pieces
+
+    def fill(self, pieces: Pieces, parts: tuple[str, ...], dim: int, std: float | None = None) -> None:
+        """Give random values to the new elements of a dimension. The default of std is cfg.init_std."""
+        if std is None:
+            std = self.before.init_std
         for name, piece in pieces.items():
-            if part(name) in names and name in self.new and piece.index[dim] is not None:
-                index, shape = piece.index[dim], self.new[name].shape
-                new = along((index < 0).float(), dim, len(shape))  # type: ignore[operator, union-attr]
-                pieces[name] = replace(
-                    piece, plus=self.normal(shape, self.before.init_std if std is None else std) * new
-                )
+            if part(name) not in parts:
+                continue
+            index = piece.index[dim]
+            if index is None:
+                continue
+            shape = self.new[name].shape
+            is_new = along((index < 0).float(), dim, len(shape))
+            pieces[name] = replace(piece, plus=self.normal(shape, std) * is_new)
 
 
-def grow(op: Any, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
-    """The model after an op, and where its numbers came from. seed: of what the op draws.
+# -- a new model
 
-    op: its name, value and init, of mainrun.plan.ops; before and after: the configs in force.
+
+def grow(op: Op, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
+    """Return the new model, and where its parameters come from. The old model is not changed.
+
+    before, after: the configs of the old and the new model. seed: for the operation's random numbers.
     """
-    new = like(model, after)
-    pieces, moved = mapped(op, before, after, model, new, seed)
+    new = empty_model(model, after)
+    pieces, moved = map_parameters(op, before, after, model, new, seed)
     old = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in new.named_parameters():
             value = pieces[name].value(old, p)
-            assert value.shape == p.shape, (
-                f"{name}: {tuple(value.shape)} for {tuple(p.shape)}"
-            )  # copy_ would segment it
+            # without this check, copy_ would broadcast a wrong shape
+            assert value.shape == p.shape, f"{name}: {tuple(value.shape)} for {tuple(p.shape)}"
             p.copy_(value)
     return new, moved
 
 
-def mapped(
-    op: Any, before: TrainConfig, after: TrainConfig, model: GPT, new: GPT, seed: int
+def map_parameters(
+    op: Op, before: TrainConfig, after: TrainConfig, model: GPT, new: GPT, seed: int
 ) -> tuple[Pieces, IndexMap]:
-    """Where all numbers of the new model come from, and those of them that train. It may lie on the meta device."""
+    """Return the pieces of all parameters, and the index map of the trainable ones.
+
+    new: the new model, whose values are not read; it may be on the meta device.
+    """
     old = dict(model.named_parameters())
-    change = Change(op, before, after, old, dict(new.named_parameters()), torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    change = Change(op, before, after, old, dict(new.named_parameters()), generator)
     pieces = OPS[op.name](change)
-    trained = {name: p.shape for name, p in new.named_parameters() if p.requires_grad}
-    shapes = {name: p.shape for name, p in old.items()}
-    return pieces, IndexMap({name: pieces[name] for name in trained}, shapes, trained, change.truncated)
+    old_shapes = {name: p.shape for name, p in old.items()}
+    new_shapes = {name: p.shape for name, p in new.named_parameters() if p.requires_grad}
+    trained_pieces = {name: pieces[name] for name in new_shapes}
+    return pieces, IndexMap(trained_pieces, old_shapes, new_shapes, change.truncated)
 
 
-def outline(model: GPT, cfg: TrainConfig) -> GPT:
-    """A model of another config, without any numbers."""
+def meta_model(model: GPT, cfg: TrainConfig) -> GPT:
+    """Return a model of another config on the meta device: it has shapes and no values."""
     with torch.device("meta"):
-        return type(model)(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
+        return GPT(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
 
 
-def like(model: GPT, cfg: TrainConfig) -> GPT:
-    """A model of another config, beside this one. Nothing is drawn: its numbers are whatever its memory holds."""
-    made = outline(model, cfg)
-    new = made.to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device).train(model.training)
+def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
+    """Return an uninitialised model of another config with the dtype, device and mode of `model`."""
+    new = meta_model(model, cfg).to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device)
+    new.train(model.training)
     for name, buffer in new.named_buffers():
-        buffer.copy_(
-            model.get_buffer(name)
-        )  # of the context's length and a head's width, which no op changes
+        # no operation changes a buffer, because buffers depend only on the context length and the head width
+        buffer.copy_(model.get_buffer(name))
     for block in new.blocks:
         block.attn.fused = model.blocks[0].attn.fused
     return new
@@ -141,275 +162,378 @@ def like(model: GPT, cfg: TrainConfig) -> GPT:
 
 # -- depth
 
-ENDS = (
-    "attn.o.weight",
-    "attn.o.bias",
-    "attn.o.lora_b",
-    "mlp.down.weight",
-    "mlp.down.bias",
-)  # of the branches of a block
+# the parameters that end the two branches of a block
+BRANCH_ENDS = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
 
 
-def stack_layers(c: Change) -> Pieces:
-    """Each new layer from its source. identity: from a source's second copy on, both branches end in zeros, biases too.
+def stack_layers(change: Change) -> Pieces:
+    """Copy each new layer from its source layer.
 
-    The first layer of all has no share of the first values; elsewhere its copy begins with none.
+    With init=identity, both branches of a second copy end in zeros, so that it changes nothing at first.
+    The first layer of a model has no `first_share`, so the `first_share` of its copies starts at zero.
     """
-    found = {}
-    for name in c.new:
-        inside = re.match(r"blocks\.(\d+)\.(.+)", name)
-        if not inside:
-            found[name] = Piece(name)
+    sources = change.op.value
+    pieces: Pieces = {}
+    for name in change.new:
+        match = re.match(r"blocks\.(\d+)\.(.+)", name)
+        if not match:
+            pieces[name] = Piece(name)
             continue
-        layer = int(inside[1])
-        source = f"blocks.{c.op.value[layer]}.{inside[2]}"
-        inserted = c.op.init == "identity" and c.op.value[layer] in c.op.value[:layer]
-        # what stands behind zeros has no gradient at first, so the source's momentum would only move it astray
-        found[name] = Piece(source, grad=None if inserted else 1.0) if source in c.old else Piece(None)
-        if inserted and part(name) in ENDS:
-            found[name] = Piece(None)
-    return found
+        layer = int(match[1])
+        source = f"blocks.{sources[layer]}.{match[2]}"
+        inserted = change.op.init == "identity" and sources[layer] in sources[:layer]
+        if source not in change.old or (inserted and part(name) in BRANCH_ENDS):
+            pieces[name] = Piece(None)
+        elif inserted:
+            # zeros after it stop its gradient at first, so the source's momentum would be wrong
+            pieces[name] = Piece(source, grad=None)
+        else:
+            pieces[name] = Piece(source)
+    return pieces
 
 
 # -- width
 
 
-def widen_mlp(c: Change) -> Pieces:
-    """copy: a new hidden unit is a copy, and all copies of one share its output. identity: new units, without output.
-
-    Even shares would get the same gradients for ever; of uneven ones each is moved by another part of itself, so copies part.
-    """
-    old, new, found = c.before.ff_width, c.after.ff_width, c.by_space()
+def widen_mlp(change: Change) -> Pieces:
+    """Add hidden units: copies of random units (init=copy) or random units with no output (init=identity)."""
+    old = change.before.ff_width
+    new = change.after.ff_width
     if new < old:
         raise ValueError(f"{new} < current hidden {old}; give an integer > {old}")
-    for name in [n for n in c.new if part(n) == "mlp.up.weight"]:
-        mlp = name.removesuffix("up.weight")
-        if c.op.init == "identity":
-            units, share = (
-                torch.cat([torch.arange(old), torch.full((new - old,), -1)]),
-                torch.ones(new, dtype=torch.float64),
-            )
+    pieces = change.by_space()
+    for name in change.new:
+        if part(name) != "mlp.up.weight":
+            continue
+        if change.op.init == "identity":
+            units = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
+            share = torch.ones(new, dtype=torch.float64)
         else:
-            units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=c.generator)])
-            share = torch.rand(new, generator=c.generator, dtype=torch.float64) + 0.5
-            share /= torch.zeros(old, dtype=torch.float64).index_add(0, units, share)[units]
-        for side in ("up", "gate"):
-            found[f"{mlp}{side}.weight"] = Piece(
-                f"{mlp}{side}.weight", (units, None), grad=share.unsqueeze(1)
-            )
-            found[f"{mlp}{side}.bias"] = Piece(f"{mlp}{side}.bias", (units,), grad=share)
-        found[f"{mlp}down.weight"] = Piece(f"{mlp}down.weight", (None, units), weight=share)
-    c.fill(found, ("mlp.up.weight", "mlp.gate.weight"), 0)
-    return found
+            units, share = _copied_units(old, new, change.generator)
+        mlp = name.removesuffix("up.weight")
+        mapped = {f"{mlp}down.weight": Piece(f"{mlp}down.weight", (None, units), weight=share)}
+        for side in (f"{mlp}up", f"{mlp}gate"):
+            mapped[f"{side}.weight"] = Piece(f"{side}.weight", (units, None), grad=share.unsqueeze(1))
+            mapped[f"{side}.bias"] = Piece(f"{side}.bias", (units,), grad=share)
+        for mapped_name, piece in mapped.items():
+            if mapped_name in change.new:
+                pieces[mapped_name] = piece
+    change.fill(pieces, ("mlp.up.weight", "mlp.gate.weight"), 0)
+    return pieces
+
+
+def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw the source of every hidden unit, and its share of the source's output.
+
+    Copies of a unit get unequal shares. With equal shares they would get equal gradients and never diverge.
+    """
+    units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
+    share = torch.rand(new, generator=generator, dtype=torch.float64) + 0.5
+    share /= torch.zeros(old, dtype=torch.float64).index_add(0, units, share)[units]
+    return units, share
 
 
 def channels(heads: Tensor, width: int) -> Tensor:
-    """Of each channel of these heads (-1: new) the one that it comes from."""
-    each = heads.unsqueeze(1) * width + torch.arange(width)
-    return each.where(heads.unsqueeze(1) >= 0, torch.tensor(-1)).flatten()
+    """Return the source channel of every channel, given the source head of every head (-1: new)."""
+    index = heads.unsqueeze(1) * width + torch.arange(width)
+    return index.where(heads.unsqueeze(1) >= 0, torch.tensor(-1)).flatten()
 
 
-def widen_model(c: Change) -> Pieces:
-    """HyperCloning: n copies of each channel, so what reads them takes 1/n of its weight from each."""
-    n, b, a = c.after.d_model // c.before.d_model, c.before, c.after
-    if a.head_width != b.head_width:
+def widen_model(change: Change) -> Pieces:
+    """Copy each channel n times (HyperCloning). Parameters that read the n copies are divided by n."""
+    before = change.before
+    after = change.after
+    if after.head_width != before.head_width:
+        got = f"a head would become {after.head_width} wide"
         raise ValueError(
-            f"a head would become {a.head_width} wide; keep its {b.head_width}: rotary positions and scores depend on it"
+            f"{got}; keep its {before.head_width}: rotary positions and attention scores depend on it"
         )
-    heads = torch.arange(b.n_head)
-    keep = a.kv_heads == b.kv_heads
-    heads = (
-        heads.repeat_interleave(n) if keep else heads.repeat(n)
-    )  # kept keys and values: a group's queries stay together
-    spaces = {
-        "D": torch.arange(b.d_model).repeat(n),
-        "F": torch.arange(b.ff_width).repeat(n),
-        "H": heads,
-        "Q": channels(heads, b.head_width),
-    }
-    if not keep:
-        spaces["K"] = channels(torch.arange(b.kv_heads).repeat(n), b.head_width)
-    found = c.by_space(**spaces)
-    for name, piece in found.items():
-        to, of = flow(name)
-        # the error that reaches one of n copies is 1/n of what reached the source
-        found[name] = replace(
-            piece, weight=1 / n if of in spaces else 1.0, grad=1 / n if to in spaces else 1.0
-        )
-        if b.tie_head and part(name) in ("norm.weight", "norm.bias") and not name.startswith("blocks."):
-            # a tied head sums n copies of each product; the embedding cannot take the 1/n, so the norm before the head does
-            found[name] = replace(piece, weight=1 / n, grad=1.0)
-    if (snr := c.op.value.get("noise_snr_db")) is not None:
-        for name in [n for n in found if flow(n)[1] in spaces]:
-            found[name] = replace(found[name], plus=_paired_noise(c, name, spaces[flow(name)[1]], n, snr))
-    return found
+    n = after.d_model // before.d_model
+    snr_db = change.op.value.get("noise_snr_db")
+    spaces = _copied_spaces(before, after, n)
+    pieces = change.by_space(**spaces)
+    for name, piece in pieces.items():
+        writes, reads = flow(name)
+        weight = 1.0
+        grad = 1.0
+        if reads in spaces:
+            weight = 1 / n
+        if writes in spaces:
+            grad = 1 / n  # each of n copies receives 1/n of the error
+        if before.tie_head and name in ("norm.weight", "norm.bias"):
+            # a tied head sums n copies of each product; the embedding keeps its scale, so the norm is divided
+            weight = 1 / n
+            grad = 1.0
+        plus = None
+        if snr_db is not None and reads in spaces:
+            plus = _paired_noise(change, name, spaces[reads], n, snr_db)
+        pieces[name] = replace(piece, weight=weight, grad=grad, plus=plus)
+    return pieces
 
 
-def _paired_noise(c: Change, name: str, columns: Tensor, n: int, snr_db: float) -> Tensor:
-    """+N for one copy of a column and -N for the next: their inputs are equal, so nothing changes but that the copies part."""
-    std = c.rms(name) / n * 10 ** (-snr_db / 20)
-    plus = torch.zeros(c.new[name].shape)
-    places = columns.argsort(stable=True).view(-1, n)  # of each source's copies
+def _copied_spaces(before: TrainConfig, after: TrainConfig, n: int) -> dict[str, Tensor]:
+    """Return the index of every space that a width of n copies changes."""
+    heads = torch.arange(before.n_head)
+    spaces: dict[str, Tensor] = {}
+    if after.kv_heads == before.kv_heads:
+        # the copies of a query head stay in its group, because they read the same keys and values
+        heads = heads.repeat_interleave(n)
+    else:
+        heads = heads.repeat(n)
+        spaces["K"] = channels(torch.arange(before.kv_heads).repeat(n), before.head_width)
+    spaces["D"] = torch.arange(before.d_model).repeat(n)
+    spaces["F"] = torch.arange(before.ff_width).repeat(n)
+    spaces["H"] = heads
+    spaces["Q"] = channels(heads, before.head_width)
+    return spaces
+
+
+def _paired_noise(change: Change, name: str, columns: Tensor, n: int, snr_db: float) -> Tensor:
+    """Return noise that makes copies diverge and keeps the function.
+
+    Two copies of a column get +N and -N. Their inputs are equal, so the noise cancels.
+    """
+    std = change.rms(name) / n * 10 ** (-snr_db / 20)
+    plus = torch.zeros(change.new[name].shape)
+    copies = columns.argsort(stable=True).view(-1, n)  # (source columns, n)
     for i in range(0, n - 1, 2):
-        noise = c.normal((plus.size(0), len(places)), std)
-        plus[:, places[:, i]] = noise
-        plus[:, places[:, i + 1]] = -noise
+        noise = change.normal((plus.size(0), len(copies)), std)
+        plus[:, copies[:, i]] = noise
+        plus[:, copies[:, i + 1]] = -noise
     return plus
 
 
-def add_heads(c: Change) -> Pieces:
-    """New heads are free, and go out through zeros. Where queries share keys and values, each group grows at its end."""
-    b, a = c.before, c.after
-    old, new = b.n_head // b.kv_heads, a.n_head // a.kv_heads
-    if new < old or a.kv_heads < b.kv_heads or a.head_width != b.head_width:
-        got = f"{a.n_head} heads of {a.head_width} over {a.kv_heads} of keys and values"
-        held = f"{b.n_head} of {b.head_width} over {b.kv_heads}"
-        raise ValueError(
-            f"{got} do not hold {held}; keep the width, as many keys and values, and {old} or more queries to each"
-        )
-    group, place = torch.arange(a.n_head) // new, torch.arange(a.n_head) % new
-    heads = (group * old + place).where((group < b.kv_heads) & (place < old), torch.tensor(-1))
-    kv = torch.arange(a.kv_heads).where(torch.arange(a.kv_heads) < b.kv_heads, torch.tensor(-1))
-    found = c.by_space(H=heads, Q=channels(heads, b.head_width), K=channels(kv, b.head_width))
-    c.fill(found, ("attn.q.weight", "attn.k.weight", "attn.v.weight"), 0)
-    return found
+def add_heads(change: Change) -> Pieces:
+    """Add random heads whose output weights are zero. Each group of queries gets its new heads at its end."""
+    before = change.before
+    after = change.after
+    old = before.n_head // before.kv_heads  # query heads per group
+    new = after.n_head // after.kv_heads
+    if new < old or after.kv_heads < before.kv_heads or after.head_width != before.head_width:
+        got = f"{after.n_head} heads of width {after.head_width} over {after.kv_heads} key/value heads"
+        needed = f"{before.n_head} of width {before.head_width} over {before.kv_heads}"
+        fix = f"keep the width, {before.kv_heads} or more key/value heads, and {old} or more queries to each"
+        raise ValueError(f"{got} do not contain the old {needed}; {fix}")
+    group = torch.arange(after.n_head) // new
+    place = torch.arange(after.n_head) % new
+    is_old = (group < before.kv_heads) & (place < old)
+    heads = (group * old + place).where(is_old, torch.tensor(-1))
+    kv_heads = _extended(before.kv_heads, after.kv_heads)
+    pieces = change.by_space(
+        H=heads, Q=channels(heads, before.head_width), K=channels(kv_heads, before.head_width)
+    )
+    change.fill(pieces, ("attn.q.weight", "attn.k.weight", "attn.v.weight"), 0)
+    return pieces
+
+
+def _extended(old: int, new: int) -> Tensor:
+    """Return the index of a space with new elements at its end: 0, 1, ..., old - 1, -1, ..., -1."""
+    index = torch.arange(new)
+    return index.where(index < old, torch.tensor(-1))
 
 
 # -- experts
 
+NoisePair = tuple[str, int, int, int]  # source, shard, first copy, number of the pair
 
-def upcycle_moe(c: Change) -> Pieces:
-    """Every expert is the MLP; or, fine-grained, one of its shards, with the shards of one group behind one router row, so that k/shards
-    whole groups are chosen. What the chosen weights do not sum to, the down projection makes up for (softmax: of a zero router).
 
-    Moments: the gradient is thought to be spread evenly over the copies.
+def upcycle_moe(change: Change) -> Pieces:
+    """Make every expert a copy of the MLP or, with shards, one of its shards.
+
+    The shards of one copy are a group. Their rows of the router are equal, so a token gets whole groups.
+    The gradient factors assume that the tokens are spread evenly over the copies.
     """
-    value, experts, k = c.op.value, c.after.experts, c.after.top_k
-    shards, hidden = value.get("shards", 1), c.after.ff_width
-    softmax, zero = c.after.router_weights == "softmax", value.get("router", "random") == "zero"
-    if hidden * shards != c.before.ff_width or experts % shards or k % shards:
-        raise ValueError(
-            f"shards={shards} must divide hidden={c.before.ff_width}, experts={experts} and top_k={k}; use a divisor of all"
-        )
-    snr = value.get("noise_snr_db")
-    if snr is not None and not zero:
-        raise ValueError(
-            "noise_snr_db with router=random changes the function, and its experts differ soon; leave it out, or use router=zero"
-        )
-    lost = experts / k if softmax else 1.0
-    share = (k / experts if softmax else 1.0) / experts
-    found, drawn = c.by_space(), dict[Any, Tensor]()
-    for name in c.new:
+    _check_experts(change)
+    pieces = change.by_space()
+    noise: dict[NoisePair, Tensor] = {}
+    for name in change.new:
         if part(name) == "mlp.router.weight":
-            groups, width = experts // shards, c.after.d_model
-            rows = (
-                None
-                if zero
-                else c.normal((groups, width), value.get("router_std", 0.02)).repeat_interleave(shards, dim=0)
-            )
-            found[name] = Piece(None, plus=rows)
+            pieces[name] = Piece(None, plus=_router_rows(change))
         elif ".experts." in name:
-            expert = int(re.findall(r"experts\.(\d+)", name)[0])
-            units = torch.arange(hidden) + expert % shards * hidden if shards > 1 else None
-            source = re.sub(r"experts\.\d+\.", "", name)
-            spaces = SPACES[part(name)]
-            piece = Piece(source, tuple(units if s == "F" else None for s in spaces), grad=shards / experts)
-            if spaces[0] == "D":
-                piece = replace(piece, weight=lost * (shards if "F" in spaces else 1), grad=share)
-            if snr is not None and spaces == "DF":
-                std = c.rms(source) * lost * shards * 10 ** (-snr / 20)
-                piece = replace(
-                    piece,
-                    plus=_expert_noise(c, drawn, source, expert // shards, expert % shards, k // shards, std),
-                )
-            found[name] = piece
-    return found
+            pieces[name] = _expert_piece(change, name, noise)
+    return pieces
+
+
+def _shards(change: Change) -> int:
+    """Return the number of shards that an MLP is cut into."""
+    shards: int = change.op.value.get("shards", 1)
+    return shards
+
+
+def _has_zero_router(change: Change) -> bool:
+    return change.op.value.get("router", "random") == "zero"
+
+
+def _check_experts(change: Change) -> None:
+    """Raise ValueError if the experts cannot keep the function of the MLP."""
+    shards = _shards(change)
+    hidden = change.before.ff_width
+    experts = change.after.experts
+    k = change.after.top_k
+    if change.after.ff_width * shards != hidden or experts % shards or k % shards:
+        got = f"shards={shards} must divide hidden={hidden}, experts={experts} and top_k={k}"
+        raise ValueError(f"{got}; use a divisor of all three")
+    has_noise = change.op.value.get("noise_snr_db") is not None
+    if has_noise and not _has_zero_router(change):
+        raise ValueError(
+            "noise_snr_db with router=random changes the function, and these experts diverge without it; "
+            "leave it out, or use router=zero"
+        )
+
+
+def _router_rows(change: Change) -> Tensor | None:
+    """Return the weights of a router, with one random row per group; None if they are zero."""
+    if _has_zero_router(change):
+        return None
+    shards = _shards(change)
+    std = change.op.value.get("router_std", 0.02)
+    rows = change.normal((change.after.experts // shards, change.after.d_model), std)
+    return rows.repeat_interleave(shards, dim=0)
+
+
+def _expert_piece(change: Change, name: str, noise: dict[NoisePair, Tensor]) -> Piece:
+    """Return the piece of one parameter of an expert."""
+    experts = change.after.experts
+    shards = _shards(change)
+    expert = int(re.findall(r"experts\.(\d+)", name)[0])
+    source = re.sub(r"experts\.\d+\.", "", name)
+    spaces = SPACES[part(name)]
+    units: Tensor | None = None
+    if shards > 1:
+        hidden = change.after.ff_width
+        units = torch.arange(hidden) + expert % shards * hidden
+    index = tuple(units if space == "F" else None for space in spaces)
+    if spaces[0] != "D":  # the up and gate projections
+        return Piece(source, index, grad=shards / experts)
+    # the down projection; it makes up for softmax weights of a zero router, which sum to top_k / experts
+    scale = 1.0
+    grad = 1.0 / experts
+    if change.after.router_weights == "softmax":
+        scale = experts / change.after.top_k
+        grad = change.after.top_k / experts / experts
+    if "F" not in spaces:  # the bias
+        return Piece(source, index, weight=scale, grad=grad)
+    plus: Tensor | None = None
+    snr_db = change.op.value.get("noise_snr_db")
+    if snr_db is not None:
+        std = change.rms(source) * scale * shards * 10 ** (-snr_db / 20)
+        plus = _expert_noise(change, noise, source, expert, std)
+    return Piece(source, index, weight=scale * shards, grad=grad, plus=plus)
 
 
 def _expert_noise(
-    c: Change, drawn: dict[Any, Tensor], source: str, copy: int, shard: int, chosen: int, std: float
+    change: Change, noise: dict[NoisePair, Tensor], source: str, expert: int, std: float
 ) -> Tensor | None:
-    """+N and -N for two copies of a shard. A zero router takes the first of them for all tokens: a pair must be wholly in or out."""
-    first = 0 if copy < chosen else chosen
+    """Return +N or -N for the two experts of a pair; None for an expert without a partner among the chosen.
+
+    A zero router chooses the first copies for all tokens. Both experts of a pair must be chosen, or neither.
+    """
+    shards = _shards(change)
+    copy = expert // shards
+    chosen = change.after.top_k // shards
     if copy + 1 == chosen and chosen % 2:
         return None
-    pair = (source, shard, first, (copy - first) // 2)
-    if pair not in drawn:
-        drawn[pair] = c.normal((c.after.d_model, c.after.ff_width), std)
-    return -drawn[pair] if (copy - first) % 2 else drawn[pair]
+    first = 0
+    if copy >= chosen:
+        first = chosen
+    pair = (source, expert % shards, first, (copy - first) // 2)
+    if pair not in noise:
+        noise[pair] = change.normal((change.after.d_model, change.after.ff_width), std)
+    if (copy - first) % 2:
+        return -noise[pair]
+    return noise[pair]
 
 
 # -- low-rank terms
 
 
-def set_rank(c: Change) -> Pieces:
-    """From none: B = 0. Up: more rows of A at random, columns of B zero, B times r'/r as the scale is alpha/r. Down: the best there is."""
-    name = "attn_lora_rank" if c.op.name == "set_attn_lora_rank" else "embed_lora_rank"
-    old, new = getattr(c.before, name), getattr(c.after, name)
+def set_attn_lora_rank(change: Change) -> Pieces:
+    return _set_rank(change, "attn.", change.before.attn_lora_rank, change.after.attn_lora_rank)
+
+
+def set_embedding_lora_rank(change: Change) -> Pieces:
+    return _set_rank(change, "embed.", change.before.embed_lora_rank, change.after.embed_lora_rank)
+
+
+def _set_rank(change: Change, prefix: str, old: int, new: int) -> Pieces:
+    """Set the rank of the low-rank terms (lora_alpha / rank) B A.
+
+    A new term has a random A and B = 0. A higher rank adds random rows to A and zero columns to B, and
+    multiplies B by new / old. A lower rank takes the nearest product of that rank.
+    """
     if new < 1:
         raise ValueError(
-            f"rank {new} is not allowed; give 1 or more, or merge_lora_weights to be rid of the term"
+            f"rank {new} is not allowed; give 1 or more, or use merge_lora_weights to remove the term"
         )
-    found = c.by_space()
-    inside = "attn." if name == "attn_lora_rank" else "embed."
-    for a in [n for n in c.new if n.endswith(".lora_a") and part(n).startswith(inside)]:
-        b = a.removesuffix("a") + "b"
-        std = c.new[a].size(1) ** -0.5
+    pieces = change.by_space()
+    for name in change.new:
+        if not name.endswith(".lora_a") or not part(name).startswith(prefix):
+            continue
+        module = name.removesuffix(".lora_a")
+        a = f"{module}.lora_a"
+        b = f"{module}.lora_b"
+        std = change.new[a].size(1) ** -0.5
         if not old:
-            found[a], found[b] = Piece(None, plus=c.normal(c.new[a].shape, std)), Piece(None)
+            pieces[a] = Piece(None, plus=change.normal(change.new[a].shape, std))
+            pieces[b] = Piece(None)
         elif new >= old:
-            rank = torch.arange(new).where(torch.arange(new) < old, torch.tensor(-1))
-            found[a] = Piece(a, (rank, None))
-            found[b] = Piece(b, (None, rank), weight=new / old, grad=old / new)
-            c.fill(found, (part(a),), 0, std)
+            rank = _extended(old, new)
+            pieces[a] = Piece(a, (rank, None))
+            pieces[b] = Piece(b, (None, rank), weight=new / old, grad=old / new)
+            change.fill(pieces, (part(a),), 0, std)
         else:
-            low_a, low_b, c.truncated[a.removesuffix(".lora_a")] = truncate(
-                c.old[a].detach(), c.old[b].detach(), new
-            )
-            found[a], found[b] = Piece(None, plus=low_a), Piece(None, plus=low_b * (new / old))
-    return found
+            low_a, low_b, lost = truncate(change.old[a].detach(), change.old[b].detach(), new)
+            pieces[a] = Piece(None, plus=low_a)
+            pieces[b] = Piece(None, plus=low_b * (new / old))
+            change.truncated[module] = lost
+    return pieces
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The nearest product of that rank to B A, without ever making B A: QR of both, SVD of the small core. And the share that is lost."""
+    """Return the A and B of the nearest product of a rank, and the share of the norm of B A that is lost.
+
+    QR of both factors and SVD of the small core avoid computing B A.
+    """
     qa, ra = torch.linalg.qr(a.double().mT)
     qb, rb = torch.linalg.qr(b.double())
     u, s, vt = torch.linalg.svd(rb @ ra.mT)
-    root, size = s[:rank].sqrt(), float(s.norm())
-    return (
-        root.unsqueeze(1) * (vt[:rank] @ qa.mT),
-        (qb @ u[:, :rank]) * root,
-        float(s[rank:].norm()) / size if size else 0.0,
-    )
+    root = s[:rank].sqrt()
+    norm = float(s.norm())
+    lost = 0.0
+    if norm:
+        lost = float(s[rank:].norm()) / norm
+    return root.unsqueeze(1) * (vt[:rank] @ qa.mT), (qb @ u[:, :rank]) * root, lost
 
 
-def merge_lora_weights(c: Change) -> Pieces:
-    """W += (alpha / rank) B A. A tied head has the term as well, so the merged embedding is what both ends had."""
-    found = c.by_space()
-    for a in [n for n in c.old if n.endswith(".lora_a")]:
-        rank, name = c.old[a].size(0), a.removesuffix("lora_a")
-        term = (c.before.lora_alpha / rank) * (
-            c.old[f"{name}lora_b"].detach().double() @ c.old[a].detach().double()
-        )
-        found[f"{name}weight"] = replace(found[f"{name}weight"], plus=term)
-    return found
+def merge_lora_weights(change: Change) -> Pieces:
+    """Add (lora_alpha / rank) B A to the weights. A tied head uses the term too, so its output is kept."""
+    pieces = change.by_space()
+    for name, a in change.old.items():
+        if not name.endswith(".lora_a"):
+            continue
+        b = change.old[f"{name.removesuffix('a')}b"]
+        weight = f"{name.removesuffix('lora_a')}weight"
+        scale = change.before.lora_alpha / a.size(0)
+        term = scale * (b.detach().double() @ a.detach().double())
+        pieces[weight] = replace(pieces[weight], plus=term)
+    return pieces
 
 
-# -- what trains, and the vocabulary
+# -- frozen layers, and the vocabulary
 
 
-def freeze(c: Change) -> Pieces:
-    """Nothing moves: which layers train, the config says; a frozen one has no state, a thawed one begins without."""
-    return c.by_space()
+def unchanged(change: Change) -> Pieces:
+    """Keep all parameters. The config says which layers train; a thawed layer starts with an empty state."""
+    return change.by_space()
 
 
-def resize_vocabulary(c: Change) -> Pieces:
-    """New ids at the end, small and random. Until they are used their logits are -inf (unused_ids), so nothing changes."""
-    old, new = c.old["embed.weight"].size(0), c.new["embed.weight"].size(0)
-    ids = torch.arange(new)
-    found = c.by_space(V=ids.where(ids < old, torch.tensor(-1)))
-    c.fill(found, ("embed.weight", "head.weight"), 0)
-    return found
+def resize_vocabulary(change: Change) -> Pieces:
+    """Add small random rows at the end. Their logits are -inf while the ids are unused (`unused_ids`)."""
+    old = change.old["embed.weight"].size(0)
+    new = change.new["embed.weight"].size(0)
+    pieces = change.by_space(V=_extended(old, new))
+    change.fill(pieces, ("embed.weight", "head.weight"), 0)
+    return pieces
 
 
 OPS: dict[str, Callable[[Change], Pieces]] = {
@@ -418,10 +542,10 @@ OPS: dict[str, Callable[[Change], Pieces]] = {
     "widen_model": widen_model,
     "add_heads": add_heads,
     "upcycle_moe": upcycle_moe,
-    "set_attn_lora_rank": set_rank,
-    "set_embedding_lora_rank": set_rank,
+    "set_attn_lora_rank": set_attn_lora_rank,
+    "set_embedding_lora_rank": set_embedding_lora_rank,
     "merge_lora_weights": merge_lora_weights,
-    "freeze_layer": freeze,
-    "unfreeze_layer": freeze,
+    "freeze_layer": unchanged,
+    "unfreeze_layer": unchanged,
     "resize_vocabulary": resize_vocabulary,
 }

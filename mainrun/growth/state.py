@@ -54,10 +54,10 @@ def load_state(
 
 def rebuild_model(state: State, growth: dict[str, Any]) -> None:
     """Replace config, model and optimisers by those that a growth state describes."""
-    from mainrun.growth.operators import like
+    from mainrun.growth.operators import empty_model
 
     cfg = from_dict(growth["config"])
-    model = like(state.model, cfg)
+    model = empty_model(state.model, cfg)
     schedules = {name: ParamSchedule(*values) for name, values in growth["marks"].items()}
     state.replace_model(cfg, model, Optimizers(cfg, model, schedules))
 

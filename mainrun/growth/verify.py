@@ -1,4 +1,4 @@
-"""Whether an op kept what it promised: checks on the models before and after it, each of which can fail."""
+"""Checks that an operation kept its promise. They compare the models before and after it."""
 
 from __future__ import annotations
 
@@ -7,237 +7,277 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
 from mainrun.core.moe import MoE
+from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap
+from mainrun.train import GPT
 
-if TYPE_CHECKING:
-    from mainrun.core.optimizers import Optimizers
-    from mainrun.train import GPT
-
-EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # how far logits may move by rounding
-EQUAL = 1e-5  # copies that differ by less, relative to their size, have not parted: rounding alone does that
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the largest change of a logit by rounding
+EQUAL = 1e-5  # copies whose relative difference is at most this count as equal: rounding alone can cause it
 
 
 @dataclass(frozen=True)
-class Check:
+class PromiseCheck:
+    """The result of one check of a grown model."""
+
     name: str
     ok: bool
     detail: str
 
 
 def probe(vocab_size: int, length: int, seed: int, rows: int = 4) -> Tensor:
-    """A fixed batch of ids, (rows, length)."""
+    """Return a fixed batch of random token ids, (rows, length)."""
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager
-def still(*models: GPT, full: bool = False) -> Iterator[None]:
-    """In eval mode, without gradients; full: in the precision of the weights, whatever the config computes in."""
+def eval_mode(*models: GPT, full: bool = False) -> Iterator[None]:
+    """Run models in eval mode without gradients.
+
+    full: compute in the precision of the weights instead of the config's dtype.
+    """
     before = [(model.training, model.cfg) for model in models]
     for model in models:
         model.eval()
-        model.cfg = model.cfg.model_copy(update={"dtype": "float32"}) if full else model.cfg
+        if full:
+            model.cfg = model.cfg.model_copy(update={"dtype": "float32"})
     try:
         with torch.no_grad():
             yield
     finally:
-        for model, (mode, cfg) in zip(models, before, strict=True):
-            model.train(mode)
+        for model, (training, cfg) in zip(models, before, strict=True):
+            model.train(training)
             model.cfg = cfg
 
 
-# -- what an op declares
+# -- right after an operation
 
 
-def delta(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[float, float]:
-    """The most that a logit moves, and the largest one before. New ids may have no chance: if they have one, nothing is the same."""
-    with still(old, new, full=full):
-        before, after = old(idx), new(idx)
-    more, after = after[..., before.size(-1) :], after[..., : before.size(-1)]
-    moved = (before.double() - after.double()).abs().masked_fill_(before == after, 0)  # -inf stays -inf
-    same = bool((more == -torch.inf).all()) and bool(moved.isfinite().all())
-    return float(moved.max()) if same else math.inf, float(before[before > -torch.inf].abs().max())
+def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[float, float]:
+    """Return the largest change of a logit, and the largest absolute logit before the change.
+
+    The change is infinite if a new token id has a logit above -inf: it takes probability from the others.
+    """
+    with eval_mode(old, new, full=full):
+        before = old(idx)
+        after = new(idx)
+    old_ids = before.size(-1)
+    new_id_logits = after[..., old_ids:]
+    after = after[..., :old_ids]
+    moved = (before.double() - after.double()).abs()
+    moved.masked_fill_(before == after, 0)  # -inf - -inf is NaN
+    largest = float(before[before > -torch.inf].abs().max())
+    if bool((new_id_logits == -torch.inf).all()) and bool(moved.isfinite().all()):
+        return float(moved.max()), largest
+    return math.inf, largest
 
 
-def preserved(promise: str, old: GPT, new: GPT, idx: Tensor) -> Check:
-    """exact: to rounding, which grows with the logits. none and approx promise no bound, but the logits must be numbers."""
-    moved, size = delta(old, new, idx, full=promise == "exact")
-    ok, means = moved == 0, "bit-exact means 0"
+def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseCheck:
+    """Check that the logits changed by no more than the promise allows.
+
+    exact: at most by rounding, which grows with the logits. bitexact: not at all. none and approx set no
+    limit, but the logits must be finite.
+    """
+    moved, largest = logit_change(old, new, idx, full=promise == "exact")
     if promise == "exact":
-        most = EXACT[new.embed.weight.dtype] * max(1.0, size)
-        ok, means = moved <= most, f"exact means {most:.3g} at most, of logits up to {size:.3g}"
-    elif promise != "bitexact":
-        with still(new):
-            ok, means = bool(new(idx).logsumexp(-1).isfinite().all()), "logits must be numbers"
-    return Check("function", ok, f"max |delta logits| {moved:.3g}; {means}")
+        limit = EXACT[new.embed.weight.dtype] * max(1.0, largest)
+        ok = moved <= limit
+        rule = f"exact allows at most {limit:.3g}, for logits up to {largest:.3g}"
+    elif promise == "bitexact":
+        ok = moved == 0
+        rule = "bitexact allows only 0"
+    else:
+        with eval_mode(new):
+            ok = bool(new(idx).logsumexp(-1).isfinite().all())
+        rule = "logits must be finite"
+    return PromiseCheck("function", ok, f"max |delta logits| {moved:.3g}; {rule}")
 
 
-def covered(coverage: float, least: float) -> Check:
-    return Check(
-        "coverage",
-        coverage >= least,
-        f"{coverage:.1%} of the optimiser's state went over, {least:.1%} is asked for",
-    )
+def check_coverage(coverage: float, required: float) -> PromiseCheck:
+    """Check that enough of the optimiser's state was transferred."""
+    detail = f"{coverage:.1%} of the optimiser's state was transferred, {required:.1%} is required"
+    return PromiseCheck("coverage", coverage >= required, detail)
 
 
-def tied(before: TrainConfig, new: GPT) -> Check:
-    """A tied head is the embedding itself, no second tensor that begins alike; and no other two tensors share their memory."""
+def check_tying(before: TrainConfig, new: GPT) -> PromiseCheck:
+    """Check that a tied head still is the embedding itself, and that no two parameters share memory."""
     owners = Counter(p.untyped_storage().data_ptr() for p in new.parameters())
     shared = [name for name, p in new.named_parameters() if owners[p.untyped_storage().data_ptr()] > 1]
     is_tied = new.head is None
     ok = is_tied == before.tie_head == new.cfg.tie_head and not shared
-    return Check(
-        "tying",
-        ok,
-        f"head {'tied' if is_tied else 'apart'}, before {'tied' if before.tie_head else 'apart'}; shared: {shared or 'none'}",
-    )
+    words = {True: "tied", False: "untied"}
+    detail = f"head {words[is_tied]}, before {words[before.tie_head]}; shared: {shared or 'none'}"
+    return PromiseCheck("tying", ok, detail)
 
 
-def grouped(new: nn.Module, optimizers: Optimizers) -> Check:
-    """Each tensor that trains in exactly one group, and nothing there that the model does not have."""
-    held = Counter(
-        id(p) for optimizer in optimizers.all for group in optimizer.param_groups for p in group["params"]
-    )
-    mine = {id(p): name for name, p in new.named_parameters() if p.requires_grad}
-    wrong = [f"{name} in {held[i]} groups" for i, name in mine.items() if held[i] != 1]
-    wrong += (
-        [f"{len(held.keys() - mine.keys())} tensors that do not train here"]
-        if held.keys() - mine.keys()
-        else []
-    )
-    return Check("groups", not wrong, ", ".join(wrong[:5]) or f"{len(mine)} tensors, each in one group")
+def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
+    """Check that each trainable parameter is in exactly one parameter group, and nothing else is in one."""
+    uses: Counter[int] = Counter()
+    for optimizer in optimizers.all:
+        for group in optimizer.param_groups:
+            uses.update(id(p) for p in group["params"])
+    trained = {id(p): name for name, p in new.named_parameters() if p.requires_grad}
+    problems = [f"{name} in {uses[key]} groups" for key, name in trained.items() if uses[key] != 1]
+    others = uses.keys() - trained.keys()
+    if others:
+        problems.append(f"{len(others)} tensors that the model does not train")
+    detail = ", ".join(problems[:5]) or f"{len(trained)} tensors, each in one group"
+    return PromiseCheck("groups", not problems, detail)
 
 
-# -- locks, some steps later
+def check_rope(old: GPT, new: GPT) -> PromiseCheck:
+    """Check that heads kept their width and rotary tables their values. A table fits one width only."""
+    before = old.cfg.head_width
+    after = new.cfg.head_width
+    attn: Any = new.blocks[0].attn
+    ok = before == after == attn.width and attn.q.weight.size(0) == new.cfg.n_head * after
+    if new.cfg.position == "rope":
+        for name in ("cos", "sin"):
+            table = new.get_buffer(name)
+            ok = ok and torch.equal(old.get_buffer(name), table) and table.size(-1) * 2 == after
+    return PromiseCheck("rope", ok, f"heads {before} wide before, {after} after")
 
 
-def symmetry_lock(moved: IndexMap, new: nn.Module, alike: float = EQUAL) -> list[str]:
-    """Tensors whose copied rows are all still equal. `moved` is that of the op; its copies compute one thing for ever unless they part."""
-    tensors, gaps = dict(new.named_parameters()), dict[str, float]()
-    for name, mine, first, theirs in moved.copies():
-        x, y = _unshared(moved, tensors, name)[mine], _unshared(moved, tensors, first)[theirs]
-        gap = float((x - y).norm() / y.norm().clamp(min=1e-30))
-        gaps[name] = max(gap, gaps.get(name, 0.0))
-    return [name for name, gap in gaps.items() if gap <= alike]
+def check_router_scale(old: GPT, new: GPT, idx: Tensor, tolerance: float = 0.01) -> PromiseCheck:
+    """Check that the spread of every router's scores is what it was.
+
+    A model n times as wide has scores n times as far apart if its router is not divided by n. A model without
+    routers before the operation passes if the new scores are finite.
+    """
+    before = _score_spreads(old, idx)
+    after = _score_spreads(new, idx)
+    if not before:
+        return PromiseCheck("router scale", all(map(math.isfinite, after)), "there was no router before")
+    ok = len(before) == len(after)
+    for x, y in zip(before, after, strict=False):
+        ok = ok and abs(x - y) <= tolerance * x + 1e-12
+    detail = f"scores spread by {_numbers(before)} before, {_numbers(after)} after"
+    return PromiseCheck("router scale", ok, detail)
 
 
-def _unshared(moved: IndexMap, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Columns of a split unit began as shares of one; the rows are compared as they would be without."""
+def _score_spreads(model: GPT, idx: Tensor) -> list[float]:
+    """Return the standard deviation of the scores over the experts, for each router."""
+    layers = moe_layers(model)
+    spreads: list[float] = []
+    for name, x in router_inputs(model, idx).items():
+        with torch.no_grad():
+            scores = layers[name].scores(x)  # (N, experts)
+        spreads.append(float(scores.double().std(-1).mean()))
+    return spreads
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
+def check_layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> PromiseCheck:
+    """Check that inserted layers return their input, bit by bit."""
+    changing: list[int] = []
+
+    def compare(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            if not torch.equal(args[0], output[0]):
+                changing.append(layer)
+
+        return hook
+
+    hooks = [new.blocks[layer].register_forward_hook(compare(layer)) for layer in layers]
+    try:
+        with eval_mode(new):
+            new(idx)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    detail = f"{len(layers)} inserted layers"
+    if changing:
+        detail = f"layers {', '.join(map(str, changing))} change their input"
+    return PromiseCheck("layer identity", not changing, detail)
+
+
+# -- some steps later
+
+
+def check_symmetry(moved: IndexMap, new: nn.Module) -> PromiseCheck:
+    """Check that the copies that an operation made have diverged."""
+    with_copies = {copies.name for copies in moved.copies()}
+    equal = equal_copies(moved, new)
+    detail = f"copies are still equal in {len(equal)} of {len(with_copies)} tensors"
+    if equal:
+        detail += f": {', '.join(equal[:3])}"
+    return PromiseCheck("symmetry", not equal, detail)
+
+
+def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> list[str]:
+    """Return the tensors whose copied rows are all still equal. Equal rows may get equal gradients forever.
+
+    moved: the index map of the operation that made the copies.
+    """
+    tensors = dict(new.named_parameters())
+    gaps: dict[str, float] = {}
+    for copies in moved.copies():
+        rows = _without_share(moved, tensors, copies.name)[copies.rows]
+        first_rows = _without_share(moved, tensors, copies.first)[copies.first_rows]
+        gap = float((rows - first_rows).norm() / first_rows.norm().clamp(min=1e-30))
+        gaps[copies.name] = max(gap, gaps.get(copies.name, 0.0))
+    return [name for name, gap in gaps.items() if gap <= tolerance]
+
+
+def _without_share(moved: IndexMap, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a tensor divided by the factors that its copies started with, so that they can be compared."""
     weight = moved.pieces[name].weight
     x = tensors[name].detach().double()
-    return x / weight.to(x) if isinstance(weight, Tensor) else x / weight
+    if isinstance(weight, Tensor):
+        return x / weight.to(x)
+    return x / weight
 
 
-def experts_of(model: GPT) -> dict[str, MoE]:
+def locked_routers(model: GPT, idx: Tensor) -> list[str]:
+    """Return one message per router that sends all tokens to the same experts, or that gets no gradient."""
+    problems = []
+    layers = moe_layers(model)
+    for name, x in router_inputs(model, idx).items():
+        moe = layers[name]
+        with torch.no_grad():
+            used = int(moe.route(x)[0].unique().numel())
+        if moe.k == 1 and moe.renormalised:
+            problems.append(
+                f"{name}: the one renormalised weight of a token is always 1, so the router has no gradient; "
+                "use top_k=2 or softmax weights"
+            )
+        elif used <= moe.k < len(moe.experts):
+            problems.append(f"{name}: all tokens go to the same {used} of {len(moe.experts)} experts")
+    return problems
+
+
+# -- routers
+
+
+def moe_layers(model: GPT) -> dict[str, MoE]:
+    """Return the layers with experts by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
 def router_inputs(model: GPT, idx: Tensor) -> dict[str, Tensor]:
-    """What the router of each layer sees of these ids."""
-    found: dict[str, Tensor] = {}
+    """Return the input of every router for a batch of token ids."""
+    inputs: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        return lambda _, args: found.__setitem__(name, args[0])
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0]
 
-    hooks = [moe.register_forward_pre_hook(watch(name)) for name, moe in experts_of(model).items()]
+        return hook
+
+    hooks = [moe.register_forward_pre_hook(record(name)) for name, moe in moe_layers(model).items()]
     try:
-        with still(model):
+        with eval_mode(model):
             model(idx)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def router_lock(model: GPT, idx: Tensor) -> list[str]:
-    """Layers whose tokens all go to the same experts, or whose router has nothing to learn from."""
-    found = []
-    experts = experts_of(model)
-    for name, x in router_inputs(model, idx).items():
-        moe = experts[name]
-        with torch.no_grad():
-            used = int(moe.route(x)[0].unique().numel())
-        if moe.k == 1 and moe.renormalised:
-            found.append(
-                f"{name}: the one weight of a token is always 1, so the router has no gradient; use top_k=2 or softmax weights"
-            )
-        elif used <= moe.k < len(moe.experts):
-            found.append(f"{name}: all tokens go to the same {used} of {len(moe.experts)} experts")
-    return found
-
-
-# -- the four checks of a staged growth
-
-
-def rope_integrity(old: GPT, new: GPT) -> Check:
-    """Rotary positions are a table for one width of a head: it must be the same after the op, and the heads as wide as it."""
-    before, after = old.cfg.head_width, new.cfg.head_width
-    attn: Any = new.blocks[0].attn
-    ok = before == after == attn.width and attn.q.weight.size(0) == new.cfg.n_head * after
-    if new.cfg.position == "rope":
-        tables = [(old.get_buffer(name), new.get_buffer(name)) for name in ("cos", "sin")]
-        ok &= all(torch.equal(a, b) and b.size(-1) * 2 == after for a, b in tables)
-    return Check("rope", ok, f"heads {before} wide before, {after} after")
-
-
-def router_scale(old: GPT, new: GPT, idx: Tensor, most: float = 0.01) -> Check:
-    """The spread of the scores over the experts is what it was: n times as wide, a router is n times as sure. Of dense layers: none."""
-    spreads = []
-    for model in (old, new):
-        layers = experts_of(model)
-        with torch.no_grad():
-            spreads.append(
-                [
-                    float(layers[n].scores(x).double().std(-1).mean())
-                    for n, x in router_inputs(model, idx).items()
-                ]
-            )
-    before, after = spreads
-    if not before:
-        return Check("router scale", all(map(math.isfinite, after)), "there was no router before")
-    ok = len(before) == len(after) and all(
-        abs(b - a) <= most * b + 1e-12 for b, a in zip(before, after, strict=True)
-    )
-    shown = [", ".join(f"{x:.3g}" for x in spread) for spread in spreads]
-    return Check("router scale", ok, f"scores spread by {shown[0]} before, {shown[1]} after")
-
-
-def heads_diverge(moved: IndexMap, new: nn.Module) -> Check:
-    """Some steps after an op that copies: no tensor of copies is still one thing several times."""
-    copied = sorted({name for name, *_ in moved.copies()})
-    locked = symmetry_lock(moved, new)
-    return Check(
-        "symmetry",
-        not locked,
-        f"{len(locked)} of {len(copied)} tensors with copies are locked"
-        + f": {', '.join(locked[:3])}" * bool(locked),
-    )
-
-
-def layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> Check:
-    """Inserted layers give back what they get, to the bit."""
-    wrong: list[int] = []
-
-    def watch(layer: int) -> Callable[..., None]:
-        return lambda _, args, out: None if torch.equal(args[0], out[0]) else wrong.append(layer)
-
-    hooks = [new.blocks[i].register_forward_hook(watch(i)) for i in layers]
-    try:
-        with still(new):
-            new(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Check(
-        "layer identity",
-        not wrong,
-        f"layers {', '.join(map(str, wrong))} change what they get"
-        if wrong
-        else f"{len(layers)} inserted layers",
-    )
+        for handle in hooks:
+            handle.remove()
+    return inputs
