@@ -141,7 +141,12 @@ def sample(
     ] = 40,
     temperature: Annotated[
         float,
-        typer.Option("--temperature", min=0.0, max=100.0, help="Sampling temperature. 0 always chooses the likeliest token."),
+        typer.Option(
+            "--temperature",
+            min=0.0,
+            max=100.0,
+            help="Sampling temperature. 0 always chooses the likeliest token.",
+        ),
     ] = 0.8,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same titles.")

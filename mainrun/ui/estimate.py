@@ -194,7 +194,7 @@ PROCESS = 500_000_000  # bytes of Python, torch and other libraries; on a GPU th
 # The peak of the heap, relative to the peak of the tensors that are allocated and freed within a step. Tensors
 # that stay allocated do not fragment the heap (docs/log/growth.md).
 FRAGMENTATION = 1.28
-# Bytes that torch.compile leaves in the process. In exchange, a compiled step does not fragment the heap.
+# Bytes that torch.compile leaves in the process. A compiled step does not fragment the heap, however.
 COMPILER = 100_000_000
 
 
