@@ -197,8 +197,8 @@ import json, os, sys
 request = json.loads(sys.argv[1])
 allocator = os.environ.get("MAINRUN_ALLOCATOR", "")
 def answer(**content): print(json.dumps(content), flush=True)
-answer(ready=True, warmup_seconds=1.0, allocator=allocator or "tuned", params=7, flops=100, memory_estimate=50,
-       machine_class={}, dtype="bfloat16", compile=False)
+answer(ready=True, warmup_seconds=1.0, allocator=allocator or "tuned", params=7, flops=100,
+       memory_estimate=50, machine_class={}, dtype="bfloat16", compile=False)
 for line in sys.stdin:
     with open(%r, "a") as log: print(request["rival"], allocator, line.strip(), file=log)
     %s
