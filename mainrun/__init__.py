@@ -1,7 +1,7 @@
-"""mainrun: train a small language model under a fixed budget, to the same bits each time.
+"""Train small language models under a fixed budget, reproducible to the bit.
 
-This is the whole public face. Names load on first use, so that `import mainrun` costs nothing;
-the training itself is `from mainrun.train import train`.
+`__all__` lists the public names. Each one is imported on first use, so that `import mainrun` is instant.
+To train from Python, use `mainrun.run.session.train`.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ __all__ = [
     "load",
 ]
 
-_HOME = {
+_MODULES = {
     "TrainConfig": "mainrun.config",
     "from_dict": "mainrun.config",
     "load": "mainrun.plan.recipes",
@@ -37,9 +37,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mainrun' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

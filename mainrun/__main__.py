@@ -1,4 +1,4 @@
-"""`python -m mainrun` is `mainrun`."""
+"""Run the command line with `python -m mainrun`."""
 
 from mainrun.cli import main
 

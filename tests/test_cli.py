@@ -1,4 +1,4 @@
-"""The command line in one process: what it prints where, its exit codes, its tables, and how it says no."""
+"""The command line in one process: output, exit codes, tables and error messages."""
 
 import json
 import os
@@ -27,12 +27,13 @@ from mainrun.ui import compare, doctor
 from mainrun.ui import console as terminal
 
 
-def ask(*args: object) -> Result:
+def invoke(*args: object) -> Result:
+    """Run a mainrun command in this process."""
     return CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
 
 
 def refused(result: Result, *words: str) -> str:
-    """Exit 2, nothing on stdout, one message on stderr."""
+    """Check that a command ended with exit code 2 and one message on stderr. Return stderr."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -44,7 +45,7 @@ def refused(result: Result, *words: str) -> str:
 
 
 def summary(cfg: TrainConfig, **changes: Any) -> dict[str, Any]:
-    """A summary as train() writes it, with made-up figures."""
+    """Return a summary as a run writes it, with invented figures."""
     score = {
         "step": 10,
         "split": "val",
@@ -55,36 +56,57 @@ def summary(cfg: TrainConfig, **changes: Any) -> dict[str, Any]:
         "coverage": 0.98,
         "tokens": 999,
     }
-    found: dict[str, Any] = {
-        "run": cfg.run_id, "preset": cfg.preset, "status": "done", "steps": 10,
-        "params": 27_172_864, "tokens": 81_920, "presentations": {"presentations_per_token": 7.0}, "flops": 1e12, "seconds": 75.0,
-        "tokens_per_s": 1092.0, "fingerprints": {"corpus": "c" * 64, "val": "v" * 64, "train": "t" * 64}, "geometry": [64, 128],
-        "guards": [{"name": "causality", "status": "pass", "detail": ""}, {"name": "coverage", "status": "flag", "detail": "0.78"}],
-    }  # fmt: skip
-    last = changes.pop("last", {})
-    best = {**score, "full": 1.45, "split": last.get("split", "val")}
-    return found | {"last": {**score, **last}, "best": best} | changes
+    last = score | changes.pop("last", {})
+    best = score | {"full": 1.45, "split": last["split"]}
+    return {
+        "run": cfg.run_id,
+        "preset": cfg.preset,
+        "status": "done",
+        "steps": 10,
+        "params": 27_172_864,
+        "tokens": 81_920,
+        "presentations": {"presentations_per_token": 7.0},
+        "flops": 1e12,
+        "seconds": 75.0,
+        "tokens_per_s": 1092.0,
+        "fingerprints": {"corpus": "c" * 64, "val": "v" * 64, "train": "t" * 64},
+        "geometry": [64, 128],
+        "guards": [
+            {"name": "causality", "status": "pass", "detail": ""},
+            {"name": "coverage", "status": "flag", "detail": "0.78"},
+        ],
+        "last": last,
+        "best": best,
+        **changes,
+    }
 
 
 def make_run(out: Path, cfg: TrainConfig, **changes: Any) -> Path:
     path = out / cfg.run_id
     path.mkdir(parents=True)
     write_json(path / "config.json", {"config": cfg.model_dump(), "digest": cfg.digest, "plan": {}})
-    found = summary(cfg, **changes)
-    write_json(path / "summary.json", found)
-    rows = [{"event": "eval", **found[name]} for name in ("best", "last")]
+    content = summary(cfg, **changes)
+    write_json(path / "summary.json", content)
+    rows = [{"event": "eval", **content[name]} for name in ("best", "last")]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-# -- the face
+# -- the package and --help
 
 
-def test_the_public_face_is_small_and_whole() -> None:
+def test_the_public_names_of_the_package() -> None:
     assert mainrun.__all__ == sorted(mainrun.__all__)
     assert set(mainrun.__all__) == {
-        "Diverged", "Interrupted", "MainrunError", "TrainConfig", "UsageError", "__version__", "from_dict", "load",
-    }  # fmt: skip
+        "Diverged",
+        "Interrupted",
+        "MainrunError",
+        "TrainConfig",
+        "UsageError",
+        "__version__",
+        "from_dict",
+        "load",
+    }
     for name in mainrun.__all__:
         assert getattr(mainrun, name) is not None
     assert mainrun.TrainConfig is TrainConfig
@@ -95,12 +117,12 @@ def test_the_public_face_is_small_and_whole() -> None:
 
 
 def test_version() -> None:
-    result = ask("--version")
+    result = invoke("--version")
     assert (result.exit_code, result.stdout) == (0, f"mainrun {mainrun.__version__}\n")
 
 
-def test_help_lists_every_command_in_full_sentences() -> None:
-    for result in (ask("--help"), ask("-h"), ask()):
+def test_help_describes_every_command_in_a_full_sentence() -> None:
+    for result in (invoke("--help"), invoke("-h"), invoke()):
         assert result.exit_code == 0
         assert result.stderr == ""
         for command in ("train", "presets", "compare", "sample", "doctor", "download"):
@@ -110,46 +132,47 @@ def test_help_lists_every_command_in_full_sentences() -> None:
 
 @pytest.mark.parametrize("command", ["train", "presets", "compare", "sample", "doctor", "download"])
 def test_every_command_has_help_and_debug(command: str) -> None:
-    text = ask(command, "--help").stdout
+    text = invoke(command, "--help").stdout
     assert "--debug" in text
     assert f"Usage: mainrun {command}" in text
 
 
 def imported(code: str) -> set[str]:
+    """Return the modules that are loaded after running some code."""
     probe = f"import sys\n{code}\nprint(*sorted(m for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-HEAVY = {"torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "huggingface_hub", "safetensors"}
+SLOW = {"torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "huggingface_hub", "safetensors"}
 
 
-def test_the_package_and_the_command_line_import_nothing_heavy() -> None:
-    assert not imported("import mainrun") & (HEAVY | {"pydantic", "typer", "rich"})
-    assert not imported("import mainrun.cli") & (HEAVY | {"pydantic"})
+def test_the_package_and_the_command_line_import_no_slow_library() -> None:
+    assert not imported("import mainrun") & (SLOW | {"pydantic", "typer", "rich"})
+    assert not imported("import mainrun.cli") & (SLOW | {"pydantic"})
     run = "from typer.testing import CliRunner\nfrom mainrun.cli import app\nCliRunner().invoke(app, {!r})"
-    assert not imported(run.format(["--help"])) & (HEAVY | {"pydantic", "rich"})
-    assert not imported(run.format(["train", "--help"])) & HEAVY
-    assert not imported(run.format(["presets"])) & HEAVY
-    assert not imported(run.format(["train", "--preset", "nonsense"])) & HEAVY
+    assert not imported(run.format(["--help"])) & (SLOW | {"pydantic", "rich"})
+    assert not imported(run.format(["train", "--help"])) & SLOW
+    assert not imported(run.format(["presets"])) & SLOW
+    assert not imported(run.format(["train", "--preset", "nonsense"])) & SLOW
 
 
 def test_help_takes_less_than_400_ms() -> None:
-    """In CPU time, the best of several: it has nothing to wait for, and this machine may be busy."""
+    """Measure processor time and take the best of five, because the machine may be busy."""
 
-    def used() -> float:
+    def processor_time() -> float:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         return children.ru_utime + children.ru_stime
 
     times = []
     for _ in range(5):
-        begin = used()
+        begin = processor_time()
         subprocess.run([sys.executable, "-m", "mainrun", "--help"], capture_output=True, check=True)
-        times.append(used() - begin)
+        times.append(processor_time() - begin)
     assert min(times) < 0.4
 
 
-# -- how it says no
+# -- wrong command lines
 
 
 @pytest.mark.parametrize(
@@ -171,24 +194,21 @@ def test_help_takes_less_than_400_ms() -> None:
         (["train", "--preset", "basline"], ["'basline'", "did you mean 'baseline'?"]),
     ],
 )
-def test_a_wrong_command_line_gets_one_message_and_2(args: list[str], words: list[str]) -> None:
-    refused(ask(*args), *words)
+def test_a_wrong_command_line_gets_one_message_and_exit_code_2(args: list[str], words: list[str]) -> None:
+    refused(invoke(*args), *words)
 
 
 @pytest.mark.parametrize("args", [["compare", "a", "b"], ["sample", "a", "--prompt", "x"]])
-def test_an_unknown_run_is_refused_with_the_nearest(args: list[str], tmp_path: Path) -> None:
-    refused(ask(*args, "--out", tmp_path), "'a'", "there are none yet")
+def test_the_refusal_of_an_unknown_run_suggests_the_nearest(args: list[str], tmp_path: Path) -> None:
+    refused(invoke(*args, "--out", tmp_path), "'a'", "there are none yet")
     make_run(tmp_path, TrainConfig(preset="apple"))
-    refused(
-        ask(*[a.replace("a", "appel-0") if a == "a" else a for a in args], "--out", tmp_path),
-        "'appel-0'",
-        TrainConfig(preset="apple").run_id,
-    )
+    misspelt = ["appel-0" if arg == "a" else arg for arg in args]
+    refused(invoke(*misspelt, "--out", tmp_path), "'appel-0'", TrainConfig(preset="apple").run_id)
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
-    """Makes `mainrun presets` end with an error of choice."""
+    """Return a function that lets `mainrun presets` end with a given error."""
 
     def fail_with(error: BaseException) -> None:
         def raise_it() -> list[str]:
@@ -217,46 +237,46 @@ def test_exit_codes(
     failing: Callable[[BaseException], None], error: BaseException, code: int, text: str
 ) -> None:
     failing(error)
-    result = ask("presets")
+    result = invoke("presets")
     assert (result.exit_code, result.stdout, result.stderr) == (code, "", text)
     if code != 130:
-        assert "Traceback" in ask("presets", "--debug").stderr
+        assert "Traceback" in invoke("presets", "--debug").stderr
 
 
 # -- presets
 
 
-def test_presets_are_listed_with_what_they_are() -> None:
-    text = ask("presets").stdout
-    found = json.loads(ask("presets", "--json").stdout)
-    assert [f["preset"] for f in found] == preset_names()
-    for f in found:
-        assert f["preset"] in text
-        assert f["about"][:40] in text
+def test_presets_are_listed_with_their_descriptions() -> None:
+    text = invoke("presets").stdout
+    records = json.loads(invoke("presets", "--json").stdout)
+    assert [record["preset"] for record in records] == preset_names()
+    for record in records:
+        assert record["preset"] in text
+        assert record["about"][:40] in text
 
 
-def test_a_preset_shows_what_it_changes() -> None:
-    (found,) = json.loads(ask("presets", "baseline", "--json").stdout)
-    assert found["fields"]["dropout"] == 0.1
-    assert "lr" not in found["fields"]
-    assert re.search(r"dropout +0\.1 +0\b", ask("presets", "baseline").stdout)
+def test_a_preset_shows_the_fields_that_it_sets() -> None:
+    (record,) = json.loads(invoke("presets", "baseline", "--json").stdout)
+    assert record["fields"]["dropout"] == 0.1
+    assert "lr" not in record["fields"]
+    assert re.search(r"dropout +0\.1 +0\b", invoke("presets", "baseline").stdout)
 
 
-def test_a_ladder_shows_its_steps_against_the_one_before(tmp_path: Path) -> None:
+def test_each_step_of_a_ladder_is_compared_with_the_step_before(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
         'about = "x"\nlr = 0.5\n[[steps]]\nname = "a"\n[[steps]]\nname = "b"\nn_layer = 2\n', encoding="utf-8"
     )
-    a, b = json.loads(ask("presets", path, "--json").stdout)
+    a, b = json.loads(invoke("presets", path, "--json").stdout)
     assert (a["preset"], a["step"]) == ("mine:a", {"lr": 0.5})
     assert (b["preset"], b["step"], b["fields"]) == ("mine:b", {"n_layer": 2}, {"lr": 0.5, "n_layer": 2})
-    assert re.search(r"mine:b +n_layer +2 +6\b", ask("presets", path).stdout)
+    assert re.search(r"mine:b +n_layer +2 +6\b", invoke("presets", path).stdout)
 
 
-def test_the_table_of_fields_is_all_of_them() -> None:
-    found = json.loads(ask("presets", "--fields", "--json").stdout)
-    assert [f["field"] for f in found] == list(TrainConfig.model_fields)
-    by_name = {f["field"]: f for f in found}
+def test_the_table_of_fields_lists_all_fields() -> None:
+    records = json.loads(invoke("presets", "--fields", "--json").stdout)
+    by_name = {record["field"]: record for record in records}
+    assert list(by_name) == list(TrainConfig.model_fields)
     assert by_name["dropout"] | {"about": ""} == {
         "field": "dropout",
         "default": 0.0,
@@ -267,18 +287,18 @@ def test_the_table_of_fields_is_all_of_them() -> None:
     assert by_name["optimizer"]["allowed"] == "sgd | adamw | muon"
     assert by_name["attn_dropout"]["allowed"] == "number, >= 0, < 1, or none"
     assert by_name["attn_dropout"]["default"] is None
-    text = ask("presets", "--fields").stdout
+    text = invoke("presets", "--fields").stdout
     assert all(re.search(rf"^ ?{name} ", text, re.M) for name in TrainConfig.model_fields)
 
 
 # -- compare
 
 
-def test_compare_ranks_by_full_and_flags_a_short_official(tmp_path: Path) -> None:
+def test_compare_ranks_by_full_and_flags_a_low_coverage(tmp_path: Path) -> None:
     one, two = TrainConfig(preset="one"), TrainConfig(preset="two", lr=0.5)
     make_run(tmp_path, one, last={"coverage": 0.65, "official": 1.3, "full": 2.0})
     make_run(tmp_path, two, last={"coverage": 0.98, "official": 1.4, "full": 1.5})
-    a, b = json.loads(ask("compare", "one", "two", "--out", tmp_path, "--json").stdout)
+    a, b = json.loads(invoke("compare", "one", "two", "--out", tmp_path, "--json").stdout)
     assert (a["delta_full"], b["delta_full"]) == (0.0, -0.5)
     assert a["official_flagged"]
     assert not b["official_flagged"]
@@ -288,7 +308,7 @@ def test_compare_ranks_by_full_and_flags_a_short_official(tmp_path: Path) -> Non
     assert b["presentations_per_token"] == 7.0
     assert b["params"] == 27_172_864
     assert b["guards"] == {"pass": ["causality"], "flag": ["coverage"], "fail": []}
-    text = ask("compare", "one", "two", "--out", tmp_path).stdout
+    text = invoke("compare", "one", "two", "--out", tmp_path).stdout
     assert "1.3000 (65%!)" in text
     assert "1.4000 (98%)" in text
     assert "-0.5000" in text
@@ -298,13 +318,13 @@ def test_compare_ranks_by_full_and_flags_a_short_official(tmp_path: Path) -> Non
     assert "guards: flag: coverage" in text
 
 
-def test_official_scores_that_cover_enough_have_a_difference(tmp_path: Path) -> None:
+def test_official_scores_are_compared_if_they_cover_enough(tmp_path: Path) -> None:
     one, two = TrainConfig(preset="one"), TrainConfig(preset="two", lr=0.5)
     make_run(tmp_path, one, last={"coverage": 0.97})
     make_run(tmp_path, two, last={"official": 1.3})
-    _, b = json.loads(ask("compare", "one", "two", "--out", tmp_path, "--json").stdout)
+    _, b = json.loads(invoke("compare", "one", "two", "--out", tmp_path, "--json").stdout)
     assert b["delta_official"] == pytest.approx(-0.1)
-    assert "!" not in ask("compare", "one", "two", "--out", tmp_path).stdout
+    assert "!" not in invoke("compare", "one", "two", "--out", tmp_path).stdout
 
 
 @pytest.mark.parametrize(
@@ -321,33 +341,35 @@ def test_official_scores_that_cover_enough_have_a_difference(tmp_path: Path) -> 
         ({"last": {"split": "dev"}}, ["scored split val against dev"]),
     ],
 )
-def test_runs_on_other_data_are_refused(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_runs_on_different_data_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
     one, two = TrainConfig(preset="one"), TrainConfig(preset="two", lr=0.5)
     make_run(tmp_path, one)
     make_run(tmp_path, two, **changes)
     for extra in ([], ["--json"]):
-        refused(ask("compare", "one", "two", "--out", tmp_path, *extra), one.run_id, two.run_id, *words)
+        refused(invoke("compare", "one", "two", "--out", tmp_path, *extra), one.run_id, two.run_id, *words)
 
 
-def test_other_training_titles_are_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_different_training_titles_are_accepted(tmp_path: Path) -> None:
     make_run(tmp_path, TrainConfig(preset="one"))
     make_run(
         tmp_path,
         TrainConfig(preset="two"),
         fingerprints={"corpus": "c" * 64, "val": "v" * 64, "train": "other"},
     )
-    assert ask("compare", "one", "two", "--out", tmp_path).exit_code == 0
+    assert invoke("compare", "one", "two", "--out", tmp_path).exit_code == 0
 
 
-def test_a_comparison_is_drawn_as_a_picture_and_the_same_one_each_time(tmp_path: Path) -> None:
+def test_the_same_comparison_gives_the_same_svg(tmp_path: Path) -> None:
     for cfg in (TrainConfig(preset="one"), TrainConfig(preset="two", lr=0.5)):
         make_run(tmp_path, cfg)
     for name in ("a.svg", "b.svg"):
-        assert ask("compare", "one", "two", "--out", tmp_path, "--svg", tmp_path / name).exit_code == 0
+        assert invoke("compare", "one", "two", "--out", tmp_path, "--svg", tmp_path / name).exit_code == 0
     picture = ElementTree.parse(tmp_path / "a.svg")
     assert TrainConfig(preset="one").run_id in "".join(picture.getroot().itertext())
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    refused(ask("compare", "one", "--out", tmp_path, "--svg", tmp_path / "no" / "c.svg"), "c.svg")
+    refused(invoke("compare", "one", "--out", tmp_path, "--svg", tmp_path / "no" / "c.svg"), "c.svg")
 
 
 def test_an_unfinished_run_is_not_compared(tmp_path: Path) -> None:
@@ -356,7 +378,10 @@ def test_an_unfinished_run_is_not_compared(tmp_path: Path) -> None:
     (path / "summary.json").unlink()
     write_json(path / "status.json", {"state": "interrupted", "step": 3})
     refused(
-        ask("compare", "half", "--out", tmp_path), cfg.run_id, "not finished (interrupted)", "mainrun train"
+        invoke("compare", "half", "--out", tmp_path),
+        cfg.run_id,
+        "not finished (interrupted)",
+        "mainrun train",
     )
 
 
@@ -364,7 +389,7 @@ def test_an_unfinished_run_is_not_compared(tmp_path: Path) -> None:
 def test_a_damaged_summary_is_refused(tmp_path: Path, broken: str) -> None:
     path = make_run(tmp_path, TrainConfig(preset="one"))
     (path / "summary.json").write_text(broken, encoding="utf-8")
-    refused(ask("compare", "one", "--out", tmp_path), "summary.json")
+    refused(invoke("compare", "one", "--out", tmp_path), "summary.json")
 
 
 def rows(n: int) -> list[dict[str, Any]]:
@@ -387,31 +412,33 @@ def test_the_comparison_fits_the_screen(width: int, n: int, capsys: pytest.Captu
 # -- doctor
 
 
-def test_doctor_says_what_this_machine_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_describes_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mainrun.data.hub.hub_reachable", lambda *a, **k: (True, "the hub answers"))
-    result = ask("doctor", "--json", "--out", tmp_path)
-    found = {c["name"]: c for c in json.loads(result.stdout)}
+    result = invoke("doctor", "--json", "--out", tmp_path)
+    diagnoses = {diagnosis["name"]: diagnosis for diagnosis in json.loads(result.stdout)}
     names = "python, torch, cores, cpu, gpu, memory, allocator, disk: runs, disk: cache, c++ compiler, hub"
-    assert set(found) == set(names.split(", "))
-    assert all(c["status"] in ("ok", "warn", "fail") for c in found.values())
-    assert all(c["fix"] for c in found.values() if c["status"] != "ok")
-    assert found["torch"]["status"] == "ok"
-    assert "imports in" in found["torch"]["detail"]
-    assert result.exit_code == (1 if any(c["status"] == "fail" for c in found.values()) else 0)
+    assert set(diagnoses) == set(names.split(", "))
+    for diagnosis in diagnoses.values():
+        assert diagnosis["status"] in ("ok", "warn", "fail")
+        assert diagnosis["fix"] or diagnosis["status"] == "ok"
+    assert diagnoses["torch"]["status"] == "ok"
+    assert "imports in" in diagnoses["torch"]["detail"]
+    failed = any(diagnosis["status"] == "fail" for diagnosis in diagnoses.values())
+    assert result.exit_code == int(failed)
 
 
 def test_doctor_without_torch_fails_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ASK_TORCH", "import no_such_torch")
-    check = doctor._torch(doctor._ask_torch())
-    assert check.status == "fail"
-    assert "no_such_torch" in check.detail
-    assert "pip install" in check.fix
+    diagnosis = doctor._torch(doctor._ask_torch())
+    assert diagnosis.status == "fail"
+    assert "no_such_torch" in diagnosis.detail
+    assert "pip install" in diagnosis.fix
     monkeypatch.setattr(doctor, "_ASK_TORCH", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "TORCH_SECONDS", 0.2)
     assert "more than" in doctor._ask_torch()["error"]
     monkeypatch.setattr(doctor, "_ASK_TORCH", "print('no json')")
     monkeypatch.setattr(doctor, "TORCH_SECONDS", 60)
-    assert "nothing that can be read" in doctor._ask_torch()["error"]
+    assert "did not print a readable version" in doctor._ask_torch()["error"]
     monkeypatch.setattr(doctor, "_ASK_TORCH", "import os; os.abort()")
     assert doctor._torch(doctor._ask_torch()).status == "fail"
 
@@ -425,40 +452,44 @@ def test_doctor_refuses_an_old_torch() -> None:
 def test_doctor_without_a_compiler_or_a_hub_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    check = doctor._compiler()
-    assert check.status == "warn"
-    assert "g++" in check.fix
+    diagnosis = doctor._compiler()
+    assert diagnosis.status == "warn"
+    assert "g++" in diagnosis.fix
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert "/no/such/compiler" in doctor._compiler().detail
-    monkeypatch.setattr("mainrun.data.hub.hub_reachable", lambda *a, **k: (False, "nobody answers"))
-    assert (doctor._hub().status, doctor._hub().detail) == ("warn", "nobody answers")
+    monkeypatch.setattr("mainrun.data.hub.hub_reachable", lambda *a, **k: (False, "no answer"))
+    assert (doctor._hub().status, doctor._hub().detail) == ("warn", "no answer")
 
 
-def test_doctor_finds_a_place_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_fails_for_a_folder_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")
-    runs, cache = doctor._disk(blocked / "runs")
+    runs, cache = doctor._disks(blocked / "runs")
     assert runs.status == "fail"
     assert "--out" in runs.fix
     assert cache.name == "disk: cache"
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 1e9})())
-    assert [c.status for c in doctor._disk(tmp_path)] == ["warn", "warn"]
+    assert [disk.status for disk in doctor._disks(tmp_path)] == ["warn", "warn"]
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 1e6})())
-    assert [c.status for c in doctor._disk(tmp_path)] == ["fail", "fail"]
+    assert [disk.status for disk in doctor._disks(tmp_path)] == ["fail", "fail"]
 
 
-def test_doctor_prints_a_line_a_check_and_fails_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up = [
-        doctor.Check("torch", "fail", "not there", "install it"),
-        doctor.Check("hub", "ok", "reachable"),
+def test_doctor_prints_one_line_per_diagnosis_and_fails_with_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    diagnoses = [
+        doctor.Diagnosis("torch", "fail", "not installed", "install it"),
+        doctor.Diagnosis("hub", "ok", "reachable"),
     ]
-    monkeypatch.setattr(doctor, "checks", lambda out: iter(made_up))
-    result = ask("doctor")
+    monkeypatch.setattr(doctor, "diagnose", lambda out: iter(diagnoses))
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert result.stderr == ""
-    assert result.stdout == "fail  torch: not there\n      fix: install it\nok    hub: reachable\n"
-    monkeypatch.setattr(doctor, "checks", lambda out: iter(made_up[1:]))
-    assert ask("doctor").exit_code == 0
+    assert result.stdout == "fail  torch: not installed\n      fix: install it\nok    hub: reachable\n"
+    monkeypatch.setattr(doctor, "diagnose", lambda out: iter(diagnoses[1:]))
+    assert invoke("doctor").exit_code == 0
 
 
 # -- train, without training
@@ -470,58 +501,49 @@ def test_a_finished_run_is_shown_without_training(tmp_path: Path) -> None:
     args = ["train", "--preset", "baseline", "--set", "lr=0.5", "--out", str(tmp_path)]
     code = f"from mainrun.cli import app\ntry: app({args!r})\nexcept SystemExit as e: assert not e.code"
     assert not imported(code) & {"torch"}
-    shown = ask(*args)
+    shown = invoke(*args)
     assert shown.exit_code == 0
     assert cfg.run_id in shown.stdout
     assert "1.5000" in shown.stdout
-    assert json.loads(ask(*args, "--json").stdout) == summary(cfg)
-    quiet = ask(*args, "--quiet")
+    assert json.loads(invoke(*args, "--json").stdout) == summary(cfg)
+    quiet = invoke(*args, "--quiet")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
-def test_a_finished_run_does_not_speak_for_titles_that_changed(tmp_path: Path) -> None:
+def test_a_finished_run_is_refused_if_its_titles_have_changed(tmp_path: Path) -> None:
     titles = tmp_path / "titles.txt"
     titles.write_text("".join(f"Title number {i}\n" for i in range(40)))
-    args = [
-        "train",
-        "--preset",
-        "baseline",
-        "--set",
-        f"corpus=file:{titles}",
-        "--set",
-        "num_titles=40",
-        "--out",
-        tmp_path,
-    ]
-    (cfg,) = mainrun.load("baseline", [f"corpus=file:{titles}", "num_titles=40"])
+    sets = [f"corpus=file:{titles}", "num_titles=40"]
+    args = ["train", "--preset", "baseline", "--set", sets[0], "--set", sets[1], "--out", tmp_path]
+    (cfg,) = mainrun.load("baseline", sets)
     path = make_run(tmp_path, cfg)
-    begun = json.loads((path / "config.json").read_text()) | {"fingerprints": load_corpus(cfg).fingerprints}
-    write_json(path / "config.json", begun)
-    assert ask(*args).exit_code == 0
+    content = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", content | {"fingerprints": load_corpus(cfg).fingerprints})
+    assert invoke(*args).exit_code == 0
     titles.write_text(titles.read_text().replace("number 7", "number seven"))
-    refused(ask(*args), cfg.run_id, "other fingerprints", "restore the corpus", "--fresh")
+    refused(invoke(*args), cfg.run_id, "other fingerprints", "restore the corpus", "--fresh")
     titles.unlink()
-    assert ask(*args).exit_code == 0, "what is gone contradicts nothing"
+    assert invoke(*args).exit_code == 0, "a deleted file is accepted"
 
 
 def test_a_warning_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def warn(out: Path) -> list[doctor.Check]:
+    def warn(out: Path) -> list[doctor.Diagnosis]:
         warnings.warn("the cache is damaged", stacklevel=1)
         return []
 
-    monkeypatch.setattr(doctor, "checks", warn)
+    monkeypatch.setattr(doctor, "diagnose", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert ask("doctor", "--out", tmp_path).stderr == "warning: the cache is damaged\n"
+        assert invoke("doctor", "--out", tmp_path).stderr == "warning: the cache is damaged\n"
 
 
-def test_a_summary_of_another_config_is_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_a_summary_of_another_config_is_refused(tmp_path: Path) -> None:
     (cfg,) = mainrun.load("baseline")
     path = make_run(tmp_path, cfg)
     other = from_dict(cfg.model_dump() | {"lr": 0.7})
     write_json(path / "config.json", {"config": other.model_dump(), "digest": other.digest, "plan": {}})
     refused(
-        ask("train", "--preset", "baseline", "--out", tmp_path),
+        invoke("train", "--preset", "baseline", "--out", tmp_path),
         cfg.run_id,
         "another config",
         "lr=0.7",
@@ -530,21 +552,21 @@ def test_a_summary_of_another_config_is_not_taken_for_this_one(tmp_path: Path) -
 
 
 class FakeTrain:
-    """Stands where mainrun.train.train stands; the ladder and the exit codes need no real training."""
+    """Replaces the training. It records the presets and raises the given errors."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[str] = []
+        self.presets: list[str] = []
         self.errors: dict[str, BaseException] = {}
         self.changes: dict[str, dict[str, Any]] = {}
-        monkeypatch.setattr("mainrun.train.train", self)
+        monkeypatch.setattr("mainrun.run.session.train", self)
 
     def __call__(
         self, cfg: TrainConfig, out: Path, *, fresh: bool, progress: Any, store: Any, keep: Any, until: int
     ) -> dict[str, Any]:
-        self.asked.append(cfg.preset)
+        self.presets.append(cfg.preset)
         (out / cfg.run_id).mkdir(parents=True, exist_ok=True)
-        if error := self.errors.get(cfg.preset):
-            raise error
+        if cfg.preset in self.errors:
+            raise self.errors[cfg.preset]
         return summary(cfg, **self.changes.get(cfg.preset, {}))
 
 
@@ -562,38 +584,34 @@ def ladder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_an_interrupted_fresh_run_does_not_ask_for_fresh_again(
+def test_the_message_about_an_interrupted_fresh_run_warns_of_fresh(
     fake: FakeTrain, tmp_path: Path, fresh: bool
 ) -> None:
     fake.errors["baseline"] = Interrupted("SIGTERM at step 3 of 9; run the same command again to resume")
-    result = ask("train", "--preset", "baseline", "--out", tmp_path, *(["--fresh"] if fresh else []))
+    result = invoke("train", "--preset", "baseline", "--out", tmp_path, *(["--fresh"] if fresh else []))
     assert result.exit_code == 75
     assert ("without --fresh" in result.stderr) == fresh
 
 
-def test_a_ladder_trains_each_step_and_ends_with_the_comparison(
-    fake: FakeTrain, ladder: Path, tmp_path: Path
-) -> None:
-    result = ask("train", "--preset", ladder, "--out", tmp_path / "runs")
+def test_a_ladder_trains_each_step_and_compares_them(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
+    result = invoke("train", "--preset", ladder, "--out", tmp_path / "runs")
     assert result.exit_code == 0
-    assert fake.asked == ["ladder:a", "ladder:b", "ladder:c"]
+    assert fake.presets == ["ladder:a", "ladder:b", "ladder:c"]
     assert "full last" in result.stdout
     assert all(f"ladder-{s}-" in result.stdout for s in "abc")
     assert "[1/3]" in result.stderr
     assert "[3/3]" in result.stderr
-    listed = json.loads(ask("train", "--preset", ladder, "--out", tmp_path / "runs", "--json").stdout)
-    assert [s["preset"] for s in listed] == fake.asked[:3]
-    one = json.loads(ask("train", "--preset", f"{ladder}:b", "--out", tmp_path / "runs", "--json").stdout)
+    listed = json.loads(invoke("train", "--preset", ladder, "--out", tmp_path / "runs", "--json").stdout)
+    assert [s["preset"] for s in listed] == fake.presets[:3]
+    one = json.loads(invoke("train", "--preset", f"{ladder}:b", "--out", tmp_path / "runs", "--json").stdout)
     assert one["preset"] == "ladder:b"
 
 
-def test_a_ladder_goes_on_when_one_step_diverges_and_ends_with_3(
-    fake: FakeTrain, ladder: Path, tmp_path: Path
-) -> None:
+def test_a_ladder_continues_after_a_step_that_diverges(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
     fake.errors["ladder:b"] = Diverged("loss nan at step 4")
-    result = ask("train", "--preset", ladder, "--out", tmp_path, "--quiet")
+    result = invoke("train", "--preset", ladder, "--out", tmp_path, "--quiet")
     assert result.exit_code == 3
-    assert len(fake.asked) == 3
+    assert len(fake.presets) == 3
     assert result.stderr.count("diverged: ") == 1
     assert "ladder-b-" in result.stderr
     assert "loss nan at step 4" in result.stderr
@@ -601,47 +619,45 @@ def test_a_ladder_goes_on_when_one_step_diverges_and_ends_with_3(
 
 def test_a_ladder_stops_when_it_is_interrupted(fake: FakeTrain, ladder: Path, tmp_path: Path) -> None:
     fake.errors["ladder:b"] = Interrupted("SIGTERM at step 4")
-    result = ask("train", "--preset", ladder, "--out", tmp_path, "--json", "--quiet")
+    result = invoke("train", "--preset", ladder, "--out", tmp_path, "--json", "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (75, "", "interrupted: SIGTERM at step 4\n")
-    assert fake.asked == ["ladder:a", "ladder:b"]
+    assert fake.presets == ["ladder:a", "ladder:b"]
 
 
-def test_a_ladder_over_several_data_sets_has_no_common_table(
+def test_a_ladder_on_several_data_sets_has_one_table_per_step(
     fake: FakeTrain, ladder: Path, tmp_path: Path
 ) -> None:
     fake.changes["ladder:c"] = {"fingerprints": {"corpus": "d" * 64, "val": "w" * 64}}
-    result = ask("train", "--preset", ladder, "--out", tmp_path)
+    result = invoke("train", "--preset", ladder, "--out", tmp_path)
     assert result.exit_code == 0
     assert "no comparison" in result.stderr
     assert result.stdout.count("full last") == 3
 
 
-def test_a_crash_keeps_its_traceback_in_the_run_directory(fake: FakeTrain, tmp_path: Path) -> None:
+def test_the_traceback_of_a_crash_is_saved_in_the_run_directory(fake: FakeTrain, tmp_path: Path) -> None:
     (cfg,) = mainrun.load("baseline")
-    fake.errors["baseline"] = ZeroDivisionError("by nought")
+    fake.errors["baseline"] = ZeroDivisionError("by zero")
     args = ["train", "--preset", "baseline", "--out", str(tmp_path), "--quiet"]
-    result = ask(*args)
-    kept = tmp_path / cfg.run_id / "traceback.txt"
+    result = invoke(*args)
+    saved = tmp_path / cfg.run_id / "traceback.txt"
     assert result.exit_code == 1
-    assert (
-        result.stderr
-        == f"crash: ZeroDivisionError: by nought; --debug shows the traceback, {kept} keeps it\n"
-    )
-    assert "Traceback" in kept.read_text(encoding="utf-8")
+    message = f"by zero; --debug shows the traceback; it is saved in {saved}"
+    assert result.stderr == f"crash: ZeroDivisionError: {message}\n"
+    assert "Traceback" in saved.read_text(encoding="utf-8")
     fake.errors.clear()
-    assert ask(*args).exit_code == 0
-    assert not kept.exists()
+    assert invoke(*args).exit_code == 0
+    assert not saved.exists()
 
 
 # -- paths
 
 
-def test_a_picture_overwrites_no_other_file(tmp_path: Path) -> None:
+def test_svg_does_not_overwrite_other_files(tmp_path: Path) -> None:
     make_run(tmp_path, TrainConfig(preset="one"))
     preset = tmp_path / "mine.toml"
     preset.write_text('base = "baseline"')
     refused(
-        ask("compare", "one", "--out", tmp_path, "--svg", preset),
+        invoke("compare", "one", "--out", tmp_path, "--svg", preset),
         "mine.toml",
         "of another kind, which would be overwritten",
         "an earlier SVG",
@@ -649,20 +665,19 @@ def test_a_picture_overwrites_no_other_file(tmp_path: Path) -> None:
     assert preset.read_text() == 'base = "baseline"'
 
 
-def test_an_export_overwrites_no_other_study_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_does_not_overwrite_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sweeps.folder.finished", lambda folder: {})
     (tmp_path / "study.json").write_text("mine")
-    refused(ask("sweep", "export", "demo", tmp_path), "study.json", "not an export", "another folder")
+    refused(invoke("sweep", "export", "demo", tmp_path), "study.json", "not an export", "another folder")
     assert (tmp_path / "study.json").read_text() == "mine"
 
 
-def test_every_path_option_is_checked_for_being_empty() -> None:
+def test_no_path_option_may_be_empty() -> None:
     root = Path(mainrun.__file__).parents[1]
-    code = "".join(
-        path.read_text()
-        for folder in ("mainrun", "reports", "sweeps")
-        for path in (root / folder).rglob("*.py")
-    )
+    code = ""
+    for folder in ("mainrun", "reports", "sweeps"):
+        for path in (root / folder).rglob("*.py"):
+            code += path.read_text()
     checked = set(re.findall(r"""Option\(\s*"(--[a-z]+)",[^()]*callback=validate_paths""", code))
     assert {"--out", "--svg"} <= checked <= set(terminal.PATH_OPTIONS)
 
@@ -671,7 +686,7 @@ def test_every_path_option_is_checked_for_being_empty() -> None:
 @pytest.mark.parametrize("written", ["{} ", "{}="])
 def test_an_empty_path_is_refused(option: str, written: str) -> None:
     refused(
-        ask("compare", "one", *written.format(option).split(" ")),
+        invoke("compare", "one", *written.format(option).split(" ")),
         f"got {option}",
         "'', which is empty; give a path",
     )
@@ -679,20 +694,20 @@ def test_an_empty_path_is_refused(option: str, written: str) -> None:
 
 @pytest.mark.parametrize("command", [("compare", ""), ("submit", "--run=")])
 def test_an_empty_run_is_refused(command: tuple[str, ...]) -> None:
-    refused(ask(*command), "empty", "give a")
+    refused(invoke(*command), "empty", "give a")
 
 
-def test_a_current_folder_that_was_removed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deleted_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    refused(ask("presets"), "the current folder cannot be used", "change to another one")
+    refused(invoke("presets"), "the current folder cannot be used", "change to another one")
 
 
 @pytest.mark.parametrize("columns", ["²", "1" * 5000, "-1", "wide", ""])
-def test_a_width_that_is_no_number_is_ignored(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_width_that_is_not_a_number_is_ignored(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    assert ask("presets").exit_code == 0
+    assert invoke("presets").exit_code == 0
     assert "COLUMNS" not in os.environ

@@ -1,4 +1,4 @@
-"""What a run would cost: the memory is what a step really holds, the time is what its parts take."""
+"""The estimate of --dry-run: the memory and the time of a run."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ from mainrun.data.token_cache import prepare
 from mainrun.plan.plan import Plan
 from mainrun.train import State, build
 from mainrun.ui import estimate
-from mainrun.ui.estimate import PROBED, Live, memory
+from mainrun.ui.estimate import PROBE_STEPS, LiveBytes, StepProbe, estimate_memory
 
 # -- memory
 
 
-def test_the_count_follows_what_is_alive() -> None:
-    with Live() as live:
+def test_live_bytes_counts_each_storage_while_it_is_alive() -> None:
+    with LiveBytes() as live:
         a = torch.empty(100)  # 400 bytes
-        assert (live.now, live.most) == (400, 400)
+        assert (live.current, live.peak) == (400, 400)
         view = a[:50].view(5, 10)
-        assert live.now == 400, "a view holds what it shows, once"
+        assert live.current == 400, "a view has no storage of its own"
         del a
-        assert live.now == 400, "and keeps it alive"
+        assert live.current == 400, "the view keeps the storage alive"
         b = torch.empty(50)
         del view
-        assert (live.now, live.most) == (200, 600)
+        assert (live.current, live.peak) == (200, 600)
         del b
-    assert (live.now, live.most) == (0, 600)
+    assert (live.current, live.peak) == (0, 600)
 
 
-def tensors(cfg: TrainConfig) -> float:
-    """The bytes of the tensors alone, without what the process takes in any case."""
-    machine = Device(cfg)
+def tensor_bytes(cfg: TrainConfig) -> float:
+    """Return the estimated memory without the constant part and without fragmentation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "FRAGMENTS", 1.0)
-        return memory(Plan(cfg, 10**9), machine, cfg.vocab_size) - estimate.PROCESS
+        patch.setattr(estimate, "FRAGMENTATION", 1.0)
+        return estimate_memory(Plan(cfg, 10**9), Device(cfg), cfg.vocab_size) - estimate.PROCESS
 
 
-def test_the_memory_has_its_terms(tiny: Any) -> None:
+def test_the_memory_contains_its_parts(tiny: Any) -> None:
     size = {
         "batch_size": 64,
         "block_size": 64,
@@ -58,27 +57,29 @@ def test_the_memory_has_its_terms(tiny: Any) -> None:
     }
     base = tiny(**size, optimizer="sgd")
     weights = 4 * sum(p.numel() for p in build(base, 2000).parameters())
-    plain = tensors(base)
-    assert tensors(tiny(**size, optimizer="adamw")) - plain == pytest.approx(2 * weights, rel=0.02)
-    assert tensors(tiny(**size, optimizer="sgd", momentum=0.9)) - plain == pytest.approx(weights, rel=0.02)
-    assert tensors(tiny(**size, optimizer="sgd", ema=0.9)) - plain == pytest.approx(weights, rel=0.02)
-    tokens = 64 * 64
-    logits = 2 * 4 * tokens * 2000  # and their gradient
-    assert weights + logits < plain < weights + logits + 3 * 4 * tokens * (30 * 64 + 4 * 2 * 64)
-    more = tensors(tiny(**size | {"vocab_size": 4000}, optimizer="sgd"))
-    assert more - plain == pytest.approx(logits + 4 * 2000 * 64, rel=0.05)
-    layer = (tensors(tiny(**size | {"n_layer": 6}, optimizer="sgd")) - plain) / 3
-    assert layer > 4 * tokens * (8 * 64 + 2 * 4 * 64 + 2 * 64), (
-        "what is kept of a layer: inputs, q k v, scores, the MLP's two"
+    plain = tensor_bytes(base)
+    assert tensor_bytes(tiny(**size, optimizer="adamw")) - plain == pytest.approx(2 * weights, rel=0.02)
+    assert tensor_bytes(tiny(**size, optimizer="sgd", momentum=0.9)) - plain == pytest.approx(
+        weights, rel=0.02
     )
-    dropped = tensors(tiny(**size, optimizer="sgd", dropout=0.1))
-    assert dropped - plain > tokens * 64 * (1 + 2 * 3), "a byte for each number that may be dropped, and more"
-    assert tensors(tiny(**size, optimizer="sgd", grad_accum=4)) < 0.6 * plain
-    assert tensors(tiny(**size, optimizer="sgd", dtype="bfloat16")) < 0.8 * plain
+    assert tensor_bytes(tiny(**size, optimizer="sgd", ema=0.9)) - plain == pytest.approx(weights, rel=0.02)
+    tokens = 64 * 64
+    logits = 2 * 4 * tokens * 2000  # the logits and their gradient
+    assert weights + logits < plain < weights + logits + 3 * 4 * tokens * (30 * 64 + 4 * 2 * 64)
+    more = tensor_bytes(tiny(**size | {"vocab_size": 4000}, optimizer="sgd"))
+    assert more - plain == pytest.approx(logits + 4 * 2000 * 64, rel=0.05)
+    layer = (tensor_bytes(tiny(**size | {"n_layer": 6}, optimizer="sgd")) - plain) / 3
+    assert layer > 4 * tokens * (8 * 64 + 2 * 4 * 64 + 2 * 64), (
+        "autograd keeps the inputs, q, k, v, the scores and two activations of the MLP"
+    )
+    dropped = tensor_bytes(tiny(**size, optimizer="sgd", dropout=0.1))
+    assert dropped - plain > tokens * 64 * (1 + 2 * 3), "one byte per element that can be dropped, and more"
+    assert tensor_bytes(tiny(**size, optimizer="sgd", grad_accum=4)) < 0.6 * plain
+    assert tensor_bytes(tiny(**size, optimizer="sgd", dtype="bfloat16")) < 0.8 * plain
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: str) -> None:
+def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, optimizer: str) -> None:
     huge = tiny(
         d_model=8192,
         n_layer=20,
@@ -88,10 +89,11 @@ def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: st
         compile="off",
         optimizer=optimizer,
     )
-    before, held = torch.get_rng_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert memory(Plan(huge, 10**12), Device(huge), 100_000) > 5e11
-    assert torch.equal(before, torch.get_rng_state())
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < held + 300_000  # kB
+    rng_state = torch.get_rng_state()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    assert estimate_memory(Plan(huge, 10**12), Device(huge), 100_000) > 5e11
+    assert torch.equal(rng_state, torch.get_rng_state())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 300_000
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_counting_takes_no_memory_and_is_no_random_draw(tiny: Any, optimizer: st
     "changes",
     [{"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"}, {"dtype": "bfloat16", "optimizer": "muon"}],
 )
-def test_the_peak_is_the_one_that_was_foretold(tiny: Any, changes: dict[str, Any]) -> None:
+def test_the_estimate_is_close_to_the_measured_peak(tiny: Any, changes: dict[str, Any]) -> None:
     cfg = tiny(
         batch_size=64,
         block_size=128,
@@ -111,12 +113,12 @@ def test_the_peak_is_the_one_that_was_foretold(tiny: Any, changes: dict[str, Any
         **changes,
     )
     with step.start("x", "ours", True, cfg) as worker:
-        said = worker.listen()["memory_estimate"]
+        estimated = worker.listen()["memory_estimate"]
         for _ in range(3):
             worker.ask("step")
         peak = worker.ask("end")["peak"]
-    assert said > 1.5 * estimate.PROCESS, "large enough that the tensors matter"
-    assert 1 / 1.3 < peak / said < 1.3
+    assert estimated > 1.5 * estimate.PROCESS, "the tensors must matter"
+    assert 1 / 1.3 < peak / estimated < 1.3
 
 
 # -- time
@@ -127,70 +129,76 @@ def planned(cfg: TrainConfig) -> tuple[Device, Plan, Any]:
     return Device(cfg), Plan(cfg, len(data.splits["train"])), data
 
 
-def test_a_probe_adds_up_its_parts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_is_the_sum_of_its_parts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny(dev_frac=0.2, compile="off")
-    machine, plan, data = planned(cfg)
+    device, plan, data = planned(cfg)
     steps: list[int] = []
-    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps, then the start of val and that of dev
+    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps, then the starts of val and dev
 
-    def timed(work: Any) -> float:
+    def seconds_of(work: Any) -> float:
         work()
         return next(times)
 
-    monkeypatch.setattr(estimate, "timed", timed)
-    real = estimate.Trial.step
-    monkeypatch.setattr(
-        estimate.Trial, "step", lambda self, x, y: steps.append(self.state.step) or real(self, x, y)
-    )
-    found = estimate.probed(cfg, machine, plan, data, 1.0)
-    assert steps == list(range(1 + PROBED))
-    part = 2 * 8 * 16
+    monkeypatch.setattr(estimate, "seconds_of", seconds_of)
+    real_step = StepProbe.step
+
+    def recorded_step(self: StepProbe, x: torch.Tensor, y: torch.Tensor) -> float:
+        steps.append(self.state.step)
+        return real_step(self, x, y)
+
+    monkeypatch.setattr(StepProbe, "step", recorded_step)
+    cost = estimate.probe_time(cfg, device, plan, data, 1.0)
+    assert steps == list(range(1 + PROBE_STEPS))
+    sample = 2 * 8 * 16
     span = 8 * 16 + 1
 
-    def work(n: int) -> int:
+    def targets(n: int) -> int:
         return n // span * 8 * 16 + n
 
-    evaluation = sum(2.0 * work(len(data.splits[split])) / work(part) for split in ("val", "dev"))
-    assert found["probe"]["step_seconds"] == 0.5 and not found["probe"]["compiles"]
-    assert found["probe"]["evaluation_seconds"] == pytest.approx(evaluation)
-    held = 4 * sum(p.numel() for p in build(cfg, 400).parameters())
-    expected = 0.5 * plan.steps + (len(plan.eval_steps) + 1) * evaluation + held / estimate.DISK
-    assert found["eta_seconds"] == pytest.approx(expected, rel=0.01)
+    evaluation = sum(2.0 * targets(len(data.splits[split])) / targets(sample) for split in ("val", "dev"))
+    assert cost["probe"]["step_seconds"] == 0.5 and not cost["probe"]["compiles"]
+    assert cost["probe"]["evaluation_seconds"] == pytest.approx(evaluation)
+    checkpoint = 4 * sum(p.numel() for p in build(cfg, 400).parameters())
+    expected = 0.5 * plan.steps + (len(plan.eval_steps) + 1) * evaluation + checkpoint / estimate.DISK_SPEED
+    assert cost["eta_seconds"] == pytest.approx(expected, rel=0.01)
 
 
-def test_a_probe_on_a_gpu_times_steps_that_are_recorded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_on_a_gpu_measures_replayed_steps(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny(compile="off")
-    machine, plan, data = planned(cfg)
-    launched: list[str] = []
+    device, plan, data = planned(cfg)
+    calls: list[str] = []
 
     def call(self: CudaGraph, key: Any, work: Any, *given: Any) -> Any:
-        launched.append("a step" if given else "its update")
+        calls.append("forward_backward" if given else "optimizer_step")
         return work(*given)
 
     monkeypatch.setattr(CudaGraph, "__call__", call)
-    machine.cuda_graph = lambda cfg: CudaGraph([], on=True)  # type: ignore[method-assign]
-    timed: list[int] = []
-    monkeypatch.setattr(
-        estimate, "timed", lambda work: (timed.append(launched.count("a step")), work(), 1.0)[-1]
-    )
-    estimate.probed(cfg, machine, plan, data, 1.0)
-    assert timed[:PROBED] == [WARM + 1, WARM + 2, WARM + 3], (
-        "what is recorded at the call after the warm ones is replayed from the next on"
+    device.cuda_graph = lambda cfg: CudaGraph([], on=True)  # type: ignore[method-assign]
+    steps_before: list[int] = []  # each measurement
+
+    def seconds_of(work: Any) -> float:
+        steps_before.append(calls.count("forward_backward"))
+        work()
+        return 1.0
+
+    monkeypatch.setattr(estimate, "seconds_of", seconds_of)
+    estimate.probe_time(cfg, device, plan, data, 1.0)
+    assert steps_before[:PROBE_STEPS] == [WARM + 1, WARM + 2, WARM + 3], (
+        "after the warm-up, one step is recorded, and the next ones are replayed"
     )
 
 
 def test_a_probe_does_not_compile(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny()
-    machine, plan, data = planned(cfg)
-    machine.compile = True
+    device, plan, data = planned(cfg)
+    device.compile = True
     monkeypatch.setattr(torch, "compile", lambda model: pytest.fail("compiled"))
     monkeypatch.setattr(estimate, "compile_balance", lambda *_: (100.0, 1.0))
-    found = estimate.probed(cfg, machine, plan, data, 1.0)
-    assert found["probe"]["compiles"] and found["eta_seconds"] + 1 > 100 and machine.compile
+    cost = estimate.probe_time(cfg, device, plan, data, 1.0)
+    assert cost["probe"]["compiles"] and cost["eta_seconds"] + 1 > 100 and device.compile
 
 
-def test_a_trial_steps_as_a_run_does(tiny: Any, tmp_path: Path) -> None:
-    """The same losses as the first steps of the run itself: what is timed is the real thing."""
+def test_a_probe_has_the_losses_of_the_first_steps_of_a_run(tiny: Any, tmp_path: Path) -> None:
     from mainrun.data.batches import Batches
     from mainrun.run.session import train
     from mainrun.store.rundir import RunDir
@@ -198,18 +206,20 @@ def test_a_trial_steps_as_a_run_does(tiny: Any, tmp_path: Path) -> None:
     cfg = tiny(dropout=0.1, optimizer="muon", lr=0.01, ema=0.9, compile="off")
     train(cfg, tmp_path)
     rows = [row for row in RunDir(tmp_path / cfg.run_id).metrics() if row["event"] == "step"]
-    machine, plan, data = planned(cfg)
-    trial, batches = (
-        estimate.Trial(cfg, machine, plan, data.tokenizer.vocab_size),
-        Batches(cfg, data.splits["train"]),
-    )
-    losses = [trial.step(*(machine.put(a) for a in batches.at(i))) for i in range(4)]
+    device, plan, data = planned(cfg)
+    probe = StepProbe(cfg, device, plan, data.tokenizer.vocab_size)
+    batches = Batches(cfg, data.splits["train"])
+    losses = []
+    for i in range(4):
+        x, y = batches.at(i)
+        losses.append(probe.step(device.put(x), device.put(y)))
     assert losses == [row["loss"] for row in rows[:4]]
-    assert isinstance(trial.state, State) and trial.state.average.on
+    assert isinstance(probe.state, State) and probe.state.average.on
 
 
-def test_the_dry_run_says_whether_it_was_probed(tiny: Any) -> None:
+def test_the_estimate_contains_a_probe_only_if_requested(tiny: Any) -> None:
     cfg = tiny(compile="off")
-    rough, measured = estimate.estimate(cfg), estimate.estimate(cfg, probe=True)
+    rough = estimate.estimate(cfg)
+    measured = estimate.estimate(cfg, probe=True)
     assert "probe" not in rough and 0 < measured["eta_seconds"] < 600
     assert rough["memory"] == measured["memory"] and rough["flops"] == measured["flops"]

@@ -96,10 +96,10 @@ def test_an_edited_summary_is_not_compared(
     cfg = tiny()
     summary = train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
-    assert compare.finished(run) == summary
+    assert compare.load_summary(run) == summary
     write_json(run.path / "summary.json", summary | {name: summary[name] | {"full": 0.5}})
     with pytest.raises(RunError, match=rf"gives 0.5 for full of the {name} score, metrics.jsonl"):
-        compare.finished(run)
+        compare.load_summary(run)
 
 
 @pytest.mark.parametrize("damage", [{"last": {}}, {"best": {"full": 1.0}}, {"fingerprints": None}])
@@ -111,7 +111,7 @@ def test_an_incomplete_summary_is_damaged(
     run = RunDir(tmp_path / cfg.run_id)
     write_json(run.path / "summary.json", {k: v for k, v in (summary | damage).items() if v is not None})
     with pytest.raises(RunError, match="is damaged"):
-        compare.finished(run)
+        compare.load_summary(run)
 
 
 def test_an_edited_config_is_not_compared(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_an_edited_config_is_not_compared(tiny: Callable[..., TrainConfig], tmp_
     record["config"]["lr"] = 0.5
     write_json(run.path / "config.json", record)
     with pytest.raises(RunError, match=r"config.json was changed.*--fresh"):
-        compare.finished(run)
+        compare.load_summary(run)
 
 
 def test_removed_fingerprints(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mainrun.errors import ConfigError
 from mainrun.plan.cost import size
 from mainrun.plan.plan import Plan
 from mainrun.train import GPT, MLP, build
-from mainrun.ui.estimate import memory
+from mainrun.ui.estimate import estimate_memory
 
 LATE: dict[str, Any] = {
     "experts": 4,
@@ -232,7 +232,7 @@ def test_all_layers_together_are_estimated_counted_and_trained() -> None:
     assert expected_size.flops == 6 * active + attention
     device = Device(cfg)
     device.settle(cfg, Plan(cfg, 10_000))
-    more = memory(Plan(cfg.changed(experts=32), 10**6), device, cfg.vocab_size) - memory(
+    more = estimate_memory(Plan(cfg.changed(experts=32), 10**6), device, cfg.vocab_size) - estimate_memory(
         Plan(cfg, 10**6), device, cfg.vocab_size
     )
     extra_params = size(cfg.changed(experts=32)).params - expected_size.params

@@ -1,4 +1,4 @@
-"""What a person sees of a run: on stderr, one line wide, cheap, and nothing at all when quiet."""
+"""The progress display: on stderr, one line wide, cheap, and nothing if quiet."""
 
 import errno
 import io
@@ -18,12 +18,12 @@ from rich.console import Console
 
 from mainrun.config import TrainConfig
 from mainrun.run import progress
-from mainrun.run.progress import Bar, Lines, Progress, clock, make_progress, percent, short
+from mainrun.run.progress import BarProgress, LineProgress, Progress, clock, make_progress, percent, short
 
 TABLE = {"steps": 200, "tokens_per_step": 8192}
 
 
-def step(n: int, loss: float = 5.0) -> dict[str, Any]:
+def step_row(n: int, loss: float = 5.0) -> dict[str, Any]:
     return {
         "event": "step",
         "step": n,
@@ -36,24 +36,24 @@ def step(n: int, loss: float = 5.0) -> dict[str, Any]:
     }
 
 
-def scored(n: int, full: float = 1.5, split: str = "val") -> dict[str, Any]:
+def eval_row(n: int, full: float = 1.5, split: str = "val") -> dict[str, Any]:
     row = {"event": "eval", "step": n, "split": split, "loss": 5.0, "official": full - 0.1, "full": full}
     return row | {"bits_per_byte": 2.0, "coverage": 0.78, "seconds": 0.1, "steps": 200}
 
 
-def bar(width: int = 100) -> tuple[Bar, io.StringIO]:
+def bar(width: int = 100) -> tuple[BarProgress, io.StringIO]:
     screen = io.StringIO()
-    return Bar(
+    return BarProgress(
         Console(
             file=screen, force_terminal=True, width=width, height=20, color_system=None, legacy_windows=False
         )
     ), screen
 
 
-def drawn(it: Bar) -> list[str]:
-    """The bar as it would be drawn now, as plain lines."""
+def drawn_lines(display: BarProgress) -> list[str]:
+    """Return the bar as plain lines."""
     out = io.StringIO()
-    Console(file=out, width=it.console.width, color_system=None).print(it.line(), end="")
+    Console(file=out, width=display.console.width, color_system=None).print(display.line(), end="")
     return out.getvalue().splitlines()
 
 
@@ -62,26 +62,26 @@ class Tty(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal_lines_elsewhere_nothing_when_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar_and_other_streams_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys, "stderr", Tty())
-    assert type(make_progress()) is Bar
+    assert type(make_progress()) is BarProgress
     assert type(make_progress(quiet=True)) is Progress
     monkeypatch.setenv("TERM", "dumb")
-    assert type(make_progress()) is Lines
+    assert type(make_progress()) is LineProgress
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert type(make_progress()) is Lines
+    assert type(make_progress()) is LineProgress
 
 
-def test_one_plain_line_an_evaluation_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    it = Lines()
-    it.start(TrainConfig(), TABLE)
+def test_each_evaluation_prints_one_plain_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    display = LineProgress()
+    display.start(TrainConfig(), TABLE)
     for n in range(1, 21):
-        it.step(step(n))
-    it.eval(scored(20, 1.5))
-    it.eval(scored(40, 1.6))
-    it.close()
+        display.step(step_row(n))
+    display.eval(eval_row(20, 1.5))
+    display.eval(eval_row(40, 1.6))
+    display.close()
     out, err = capsys.readouterr()
     assert out == ""
     head, first, second = err.splitlines()
@@ -97,12 +97,12 @@ def test_one_plain_line_an_evaluation_on_stderr(capsys: pytest.CaptureFixture[st
     assert "\x1b" not in err
 
 
-def test_the_best_is_of_dev_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    it = Lines()
-    it.start(TrainConfig(dev_frac=0.05), TABLE)
-    it.eval(scored(20, 1.4, "val"))
-    it.eval(scored(20, 1.7, "dev"))
-    assert it.best == 1.7
+def test_the_best_score_is_that_of_dev_if_there_is_a_dev_split(capsys: pytest.CaptureFixture[str]) -> None:
+    display = LineProgress()
+    display.start(TrainConfig(dev_frac=0.05), TABLE)
+    display.eval(eval_row(20, 1.4, "val"))
+    display.eval(eval_row(20, 1.7, "dev"))
+    assert display.best == 1.7
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,23 +110,23 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def drive(it: Progress) -> None:
-    it.note("before the start")
-    it.start(TrainConfig(), TABLE)
-    it.eval(scored(1, 3.0))  # log_every may put an evaluation before the first step row
+def drive(display: Progress) -> None:
+    display.note("before the start")
+    display.start(TrainConfig(), TABLE)
+    display.eval(eval_row(1, 3.0))  # with log_every, an evaluation may come before the first step row
     for n in range(1, 201):
-        it.step(step(n, 6 - n / 100))
+        display.step(step_row(n, 6 - n / 100))
         if n % 50 == 0:
-            it.eval(scored(n, 2 - n / 1000))
-    it.note("in the middle [not markup] {or format}")
-    it.close()
-    it.close()
+            display.eval(eval_row(n, 2 - n / 1000))
+    display.note("in the middle [not markup] {or format}")
+    display.close()
+    display.close()
 
 
-def test_the_bar_shows_step_loss_best_rate_eta() -> None:
-    it, screen = bar()
-    drive(it)
-    last = screen.getvalue().splitlines()[-2]  # below it is only the cursor, shown again
+def test_the_bar_shows_step_loss_best_score_eta_and_speed() -> None:
+    display, screen = bar()
+    drive(display)
+    last = screen.getvalue().splitlines()[-2]  # the line below only shows the cursor again
     assert all(word in last for word in ("step 200/200", "loss 4.0000", "best 1.8000", "tok/s", "ETA 0:00"))
     assert "in the middle [not markup] {or format}" in screen.getvalue()
 
@@ -134,40 +134,40 @@ def test_the_bar_shows_step_loss_best_rate_eta() -> None:
 @given(st.integers(1, 250), st.integers(1, 10**9), st.floats(0, 1e6))
 @settings(max_examples=60)
 def test_the_bar_is_one_line_on_any_terminal(width: int, steps: int, loss: float) -> None:
-    it, _ = bar(width)
-    Lines.start(it, TrainConfig(), {"steps": steps, "tokens_per_step": 8192})
-    it.step(step(steps, loss))
-    it.eval(scored(steps))
-    it.rate = 0.001
-    lines = drawn(it)
+    display, _ = bar(width)
+    LineProgress.start(display, TrainConfig(), {"steps": steps, "tokens_per_step": 8192})
+    display.step(step_row(steps, loss))
+    display.eval(eval_row(steps))
+    display.rate = 0.001
+    lines = drawn_lines(display)
     assert len(lines) == 1
     assert len(lines[0]) <= width
     if width > 30 and steps < 10**6:
         assert f"step {steps}/{steps}" in lines[0]
 
 
-def test_a_wide_terminal_gets_everything_and_a_narrow_one_the_dearest() -> None:
-    it, _ = bar(120)
-    Lines.start(it, TrainConfig(), TABLE)
-    it.step(step(100))
-    it.eval(scored(100))
-    it.rate = 1.0
-    assert "tok/s" in drawn(it)[0]
-    assert "━" in drawn(it)[0]
-    it.console.width = 30
-    (line,) = drawn(it)
+def test_a_narrow_terminal_gets_only_the_most_important_parts() -> None:
+    display, _ = bar(120)
+    LineProgress.start(display, TrainConfig(), TABLE)
+    display.step(step_row(100))
+    display.eval(eval_row(100))
+    display.rate = 1.0
+    assert "tok/s" in drawn_lines(display)[0]
+    assert "━" in drawn_lines(display)[0]
+    display.console.width = 30
+    (line,) = drawn_lines(display)
     assert "step 100/200" in line
     assert "loss" in line
     assert "tok/s" not in line
     assert "━" not in line
 
 
-def test_drawing_is_rare_and_takes_at_most_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However dear one drawing is, the next one waits for 100 times that."""
+def test_drawing_takes_at_most_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a drawing, the next one waits 100 times as long as the drawing took."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "thread_time", lambda: now[0])
-    it, _ = bar()
+    display, _ = bar()
     drawings: list[float] = []
 
     def draw_slowly() -> str:
@@ -175,48 +175,51 @@ def test_drawing_is_rare_and_takes_at_most_its_share(monkeypatch: pytest.MonkeyP
         now[0] += 0.01
         return ""
 
-    it.line = draw_slowly  # type: ignore[method-assign, assignment]
-    it.start(TrainConfig(), TABLE)
+    display.line = draw_slowly  # type: ignore[method-assign, assignment]
+    display.start(TrainConfig(), TABLE)
     for n in range(1, 200):
         now[0] += 0.05
-        it.step(step(n))
-    it.close()
-    assert len(drawings) <= 2 + now[0]  # 10 ms a drawing: one a second
+        display.step(step_row(n))
+    display.close()
+    assert len(drawings) <= 2 + now[0]  # each drawing takes 10 ms, so there is at most one per second
     assert len(drawings) * 0.01 <= 0.011 * now[0] + 0.02
     assert len(drawings) > 5
 
 
-@pytest.mark.parametrize("make", [Lines, lambda: bar()[0]])
-def test_a_step_costs_next_to_nothing(make: Callable[[], Lines], capsys: pytest.CaptureFixture[str]) -> None:
-    """A step of the smallest real preset takes 100 ms or more; its row may cost 1% of that at the very most."""
-    it = make()
-    it.start(TrainConfig(), {"steps": 10**6, "tokens_per_step": 8192})
-    row = step(1)
+@pytest.mark.parametrize("make", [LineProgress, lambda: bar()[0]])
+def test_a_step_costs_less_than_a_millisecond(
+    make: Callable[[], LineProgress], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step of the smallest preset takes at least 100 ms. Its row may cost at most 1% of that."""
+    display = make()
+    display.start(TrainConfig(), {"steps": 10**6, "tokens_per_step": 8192})
+    row = step_row(1)
     begin = time.perf_counter()
     for n in range(1, 2001):
-        it.step(row | {"step": n})
+        display.step(row | {"step": n})
     cost = (time.perf_counter() - begin) / 2000
-    it.close()
+    display.close()
     assert cost < 0.001
 
 
 SHOW = """
 import json, sys
-from mainrun import progress
+from mainrun.run import progress
 from mainrun.config import TrainConfig
-it = progress.Bar(__import__("rich.console").console.Console(stderr=True, force_terminal=True, width=100))
-it.start(TrainConfig(), {"steps": 3, "tokens_per_step": 8})
-it.step(json.loads(sys.argv[1]))
-it.eval(json.loads(sys.argv[2]))
-it.close()
+from rich.console import Console
+display = progress.BarProgress(Console(stderr=True, force_terminal=True, width=100))
+display.start(TrainConfig(), {"steps": 3, "tokens_per_step": 8})
+display.step(json.loads(sys.argv[1]))
+display.eval(json.loads(sys.argv[2]))
+display.close()
 """
 
 
 @pytest.mark.parametrize("no_color", ["1", ""])
-def test_no_color_is_honoured(no_color: str) -> None:
+def test_no_color_removes_the_colours(no_color: str) -> None:
     env = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW, json.dumps(step(3)), json.dumps(scored(3))],
+        [sys.executable, "-c", SHOW, json.dumps(step_row(3)), json.dumps(eval_row(3))],
         capture_output=True,
         text=True,
         env=env,
@@ -227,8 +230,9 @@ def test_no_color_is_honoured(no_color: str) -> None:
     assert bool(colours) is (no_color == "")
 
 
-def test_importing_it_is_light() -> None:
-    code = "import sys, mainrun.run.progress; print(sorted({'rich', 'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+def test_the_module_imports_no_slow_library() -> None:
+    slow = "{'rich', 'torch', 'numpy', 'pydantic'}"
+    code = f"import sys, mainrun.run.progress; print(sorted({slow} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -248,7 +252,7 @@ def test_short(number: float, text: str) -> None:
     assert short(number) == text
 
 
-def test_the_base_has_every_call_that_the_trainer_makes() -> None:
+def test_the_base_class_has_every_method_that_a_run_calls() -> None:
     assert {"start", "step", "eval", "note", "close"} <= {
         n for n in vars(progress.Progress) if not n.startswith("_")
     }
@@ -261,17 +265,17 @@ def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
 
 
-def test_after_a_resume_it_stands_where_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
-    it, screen = bar()
-    it.start(TrainConfig(), TABLE, [step(1), step(120), scored(120)])
+def test_after_a_resume_the_bar_starts_at_the_step_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    display, screen = bar()
+    display.start(TrainConfig(), TABLE, [step_row(1), step_row(120), eval_row(120)])
     assert "step 120/200" in screen.getvalue()
-    it.next_draw = float("inf")  # no drawing falls due any more
-    it.step(step(131))
-    it.close()
-    assert "step 131/200" in screen.getvalue(), "what stays on the screen is the last step"
+    display.next_draw = float("inf")  # no later drawing is due
+    display.step(step_row(131))
+    display.close()
+    assert "step 131/200" in screen.getvalue(), "close() draws the last step"
 
 
-class Gone(io.StringIO):
+class ClosedStream(io.StringIO):
     def __init__(self, error: OSError) -> None:
         super().__init__()
         self.error = error
@@ -280,7 +284,11 @@ class Gone(io.StringIO):
         raise self.error
 
 
-def test_a_reader_who_left_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Gone(BrokenPipeError()))
-    drive(Lines())
-    drive(Bar(Console(file=Gone(OSError(errno.EIO, "terminal gone")), force_terminal=True, width=100)))
+def test_a_closed_stream_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", ClosedStream(BrokenPipeError()))
+    drive(LineProgress())
+    drive(
+        BarProgress(
+            Console(file=ClosedStream(OSError(errno.EIO, "terminal gone")), force_terminal=True, width=100)
+        )
+    )

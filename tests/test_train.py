@@ -26,7 +26,7 @@ from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunErro
 from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
 from mainrun.run import session
-from mainrun.run.progress import Lines, Progress
+from mainrun.run.progress import LineProgress, Progress
 from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
@@ -882,7 +882,7 @@ def test_a_corpus_that_changed_under_an_interrupted_run_is_refused(tmp_path: Pat
 def test_the_best_of_earlier_sessions_is_shown(tmp_path: Path) -> None:
     told: list[float | None] = []
 
-    class Told(Lines):
+    class Told(LineProgress):
         def start(self, *args: Any, **kwargs: Any) -> None:
             super().start(*args, **kwargs)
             told.append(self.best)

@@ -1,1 +1,1 @@
-"""What a training step costs, beside rivals and beside what the machine can do: `mainrun bench step | gpu`."""
+"""Benchmarks of a training step, of whole runs on a GPU, and of sharing steps between runs."""

@@ -1,24 +1,33 @@
-"""`mainrun bench`: what a step costs, and what sharing steps saves."""
+"""`mainrun bench`: measure the cost of a training step, and what sharing steps between runs saves."""
 
 from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.ui.console import Debug, Json, commands, emit, process_group, show_table, stoppable
+from mainrun.ui.console import (
+    Debug,
+    Json,
+    Preset,
+    Sets,
+    commands,
+    emit,
+    process_group,
+    show_table,
+    stoppable,
+)
 
-app = commands("Measure steps, and what sharing them saves: step, gpu, lineage.")
+if TYPE_CHECKING:
+    from mainrun.config import TrainConfig
 
+app = commands("Measure training steps, and what sharing them saves.")
 
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated.")
-]
 Repeats = Annotated[
-    int, typer.Option("--repeats", min=1, max=1000, help="Measured steps of each; their median counts.")
+    int, typer.Option("--repeats", min=1, max=1000, help="How often to measure. The median counts.")
 ]
 
 
@@ -26,99 +35,110 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@app.command("step")
-def bench_step(
-    preset: Annotated[
-        str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")
-    ] = "baseline",
-    sets: Sets = None,
-    rivals: Annotated[
-        bool, typer.Option("--rivals", help="Also a plain loop, and both with the C library's own allocator.")
-    ] = False,
-    repeats: Repeats = 5,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time a training step and its parts, beside rivals.
-
-    Each rival has a process of its own and they take turns, step by step. The plain loop is always float32 with AdamW.
-    """
-    from mainrun.bench import step
+def _single_config(preset: str, sets: list[str] | None) -> TrainConfig:
+    """Load a preset that has only one step."""
     from mainrun.plan.recipes import load
 
     configs = load(preset, sets or [])
     if len(configs) > 1:
         raise UsageError(
-            f"preset {preset!r} has {len(configs)} steps, bench takes one; write --preset {configs[0].preset}, say"
+            f"preset {preset!r} has {len(configs)} steps, but bench measures only one; "
+            f"choose one, for example --preset {configs[0].preset}"
         )
-    found = step.measure(configs[0], rivals=rivals, repeats=repeats, note=_note)
+    return configs[0]
+
+
+@app.command("step")
+def bench_step(
+    preset: Preset = "baseline",
+    sets: Sets = None,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals", help="Also measure a plain loop, and both with the default memory allocator."
+        ),
+    ] = False,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a training step and its parts.
+
+    Each rival runs in its own process, and the rivals take turns. The plain loop always uses float32 and
+    AdamW.
+    """
+    from mainrun.bench import step
+
+    report = step.measure(_single_config(preset, sets), rivals=rivals, repeats=repeats, note=_note)
     if as_json:
-        emit(found)
+        emit(report)
     else:
-        show_table(*step.table(found))
-        print(*step.lines(found), sep="\n")
+        show_table(*step.table(report))
+        print(*step.lines(report), sep="\n")
 
 
 @app.command("lineage")
 def bench_lineage(
     preset: Annotated[
         str | None,
-        typer.Option("--preset", metavar="NAME|FILE", help="The base, in place of a very small one."),
+        typer.Option("--preset", metavar="NAME|FILE", help="The base config. The default is a tiny one."),
     ] = None,
     sets: Sets = None,
-    studies: Annotated[str, typer.Option("--studies", metavar="1,2,3,4", help="Which.")] = "1,2,3,4",
+    studies: Annotated[
+        str, typer.Option("--studies", metavar="1,2,3,4", help="The studies to run.")
+    ] = "1,2,3,4",
     trials: Annotated[
-        int, typer.Option("--trials", min=0, max=192, help="Of each study so many, at random; 0: all.")
+        int,
+        typer.Option("--trials", min=0, max=192, help="How many random trials of each study to run; 0: all."),
     ] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What sharing prefixes saves, and that it changes no bit.
+    """Measure what sharing steps saves.
 
-    Four studies are trained with a store and from scratch; it takes a while (half an hour for all of them).
+    Four studies are trained with a store and from scratch. Both must give the same bits. All four studies
+    together take about half an hour.
     """
     from mainrun.config import from_dict
-    from mainrun.plan.recipes import load, parse_set
+    from mainrun.plan.recipes import parse_set
 
-    if not (re.fullmatch(r"[1-4](,[1-4])*", studies)):
-        raise UsageError(f"got --studies {studies!r}; write some of 1,2,3,4 with commas between them")
+    if not re.fullmatch(r"[1-4](,[1-4])*", studies):
+        raise UsageError(f"got --studies {studies!r}; give numbers from 1 to 4, separated by commas")
     with process_group(), stoppable():
         from mainrun.bench import lineage
 
-        changes = dict(parse_set(text) for text in sets or [])
-        bases = load(preset, sets or []) if preset else [from_dict(lineage.SMALL | changes)]
-        if len(bases) > 1:
-            raise UsageError(
-                f"preset {preset!r} has {len(bases)} steps, bench takes one; write --preset {bases[0].preset}, say"
-            )
-        (base,) = bases
-        found = lineage.measure(base, [int(study) for study in studies.split(",")], trials, _note)
+        if preset:
+            base = _single_config(preset, sets)
+        else:
+            base = from_dict(lineage.SMALL | dict(parse_set(text) for text in sets or []))
+        rows = lineage.measure(base, [int(study) for study in studies.split(",")], trials, _note)
         overheads = lineage.overheads()
     if as_json:
-        emit({"studies": found, "overheads": overheads})
+        emit({"studies": rows, "overheads": overheads})
     else:
-        show_table(*lineage.table(found))
+        show_table(*lineage.table(rows))
         print(*lineage.lines(overheads), sep="\n")
-    if any(row["differ"] for row in found):
+    if any(row["differ"] for row in rows):
         raise MainrunError(
-            "a run that shared its prefix is not the same as from scratch; the last column says how many"
+            "runs that shared steps differ from the same runs trained from scratch; "
+            "the last column shows how many"
         )
 
 
 @app.command("gpu")
 def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, debug: Debug = False) -> None:
-    """On a GPU: share of the peak, whole runs, repeats.
+    """Measure training on a GPU.
 
-    For baseline and optimized, in bfloat16: the share of the GPU's peak that a step reaches, the wall time of a whole run, and
-    whether a second run gives the same losses and weights to the bit.
+    `baseline` and `optimized` are trained in bfloat16. The table shows the share of the GPU's peak speed that a
+    step reaches, and the time of a whole run. A second run must give the same losses and weights to the bit.
     """
     from mainrun.bench import gpu
 
-    found = gpu.measure(sets or [], repeats=repeats, note=_note)
+    report = gpu.measure(sets or [], repeats=repeats, note=_note)
     if as_json:
-        emit(found)
+        emit(report)
     else:
-        show_table(*gpu.table(found))
-        print(*gpu.lines(found), sep="\n")
-    if any(row["differences"] for row in found["presets"]):
-        raise MainrunError("two runs of one config are not the same; the lines above say where they part")
+        show_table(*gpu.table(report))
+        print(*gpu.lines(report), sep="\n")
+    if any(row["differences"] for row in report["presets"]):
+        raise MainrunError("two runs of the same config differ; the lines above show where they differ first")

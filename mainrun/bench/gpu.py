@@ -1,7 +1,7 @@
-"""What the GPU path is worth, in one run on a machine that has one: `mainrun bench gpu`.
+"""`mainrun bench gpu`: measure training on a GPU.
 
-The share of the peak that a step reaches, the wall time of whole runs (process start, data and compiling in it), and whether
-two runs of one config give the same losses and the same weights.
+It measures the share of the GPU's peak speed that a step reaches and the time of whole runs. It also checks
+that two runs of the same config give the same losses and weights.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
 
 PRESETS = ("baseline", "optimized")
-BURST = 20  # steps that are launched before one is waited for, as in a run
-# dense bf16 FLOP/s as their maker states them; the first name that the device's holds
+BURST = 20  # steps between two waits for the GPU; a run reads its losses late, too
+# Peak speed of dense bf16 products in FLOP/s, as stated by the manufacturer. The first entry counts whose
+# words are all in the name of the device.
 PEAKS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -34,107 +35,109 @@ PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
 }
+MATMUL_SIZE = 8192  # rows and columns
+MATMUL_COUNT = 10  # products between two waits for the GPU
+COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")  # columns of metrics.jsonl
+
+Report = dict[str, Any]  # what --json prints
 
 
-def measure(
-    sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """All of it. A UsageError where torch sees no GPU."""
+def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> Report:
+    """Measure both presets. Raise UsageError if torch sees no GPU."""
     sets = ["device=cuda", "dtype=bfloat16", *sets]
-    configs = [
-        load(preset, sets)[0] for preset in PRESETS
-    ]  # a wrong --set is refused before anything is measured
-    if any(cfg.device != "cuda" for cfg in configs):
-        raise UsageError(f"bench gpu got device={configs[0].device}; it measures the GPU: leave device out")
+    configs = [load(preset, sets)[0] for preset in PRESETS]  # refuse a wrong --set before measuring
+    for cfg in configs:
+        if cfg.device != "cuda":
+            raise UsageError(f"bench gpu got device={cfg.device}, but it measures the GPU; leave device out")
     import torch
 
     if not torch.cuda.is_available():
-        raise UsageError("no GPU: torch sees none here; run this on a machine with one")
+        raise UsageError("no GPU: torch does not see one; run this on a machine with a GPU")
     name = torch.cuda.get_device_name()
-    stated, reached = stated_peak(name), matmul_peak()
-    found: dict[str, Any] = {"device": name, "stated_peak": stated, "matmul_peak": reached, "presets": []}
+    stated = stated_peak(name)
+    reached = matmul_peak()
+    rows = []
     for cfg in configs:
         note(f"{cfg.preset}: {repeats} x {BURST} steps")
-        row = step(cfg, repeats)
+        row = measure_steps(cfg, repeats)
         row["mfu"] = row["flops_per_s"] / (stated or reached)
         row["mfu_of_matmul"] = row["flops_per_s"] / reached
-        with tempfile.TemporaryDirectory() as folder:
-            row["runs"] = [run(cfg.preset, sets, Path(folder) / out, note) for out in ("first", "second")]
-            a, b = (only_run(Path(folder) / out) for out in ("first", "second"))
-            row["differences"] = differences(a, b)
-        found["presets"].append(row)
-    return found
+        row |= compare_two_runs(cfg.preset, sets, note)
+        rows.append(row)
+    return {"device": name, "stated_peak": stated, "matmul_peak": reached, "presets": rows}
 
 
 def stated_peak(device: str) -> float | None:
-    return next(
-        (peak for name, peak in PEAKS.items() if set(name.split()) <= set(re.split(r"[\s-]+", device))), None
-    )
+    """Return the peak speed that the manufacturer states for a GPU, if it is known."""
+    words = set(re.split(r"[\s-]+", device))
+    for name, peak in PEAKS.items():
+        if set(name.split()) <= words:
+            return peak
+    return None
 
 
-def matmul_peak(size: int = 8192) -> float:
-    """FLOP/s of a large bf16 product on this GPU: what the stated peak comes to in practice."""
+def matmul_peak() -> float:
+    """Measure the FLOP/s of large bf16 matrix products on this GPU."""
     import torch
 
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16)
     seconds = []
     for _ in range(7):
         torch.cuda.synchronize()
-        clock = time.perf_counter()
-        for _ in range(10):
+        start_time = time.perf_counter()
+        for _ in range(MATMUL_COUNT):
             torch.mm(a, b)
         torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - clock) / 10)
-    return 2 * size**3 / min(seconds)
+        seconds.append((time.perf_counter() - start_time) / MATMUL_COUNT)
+    return 2 * MATMUL_SIZE**3 / min(seconds)
 
 
-def step(cfg: TrainConfig, repeats: int) -> dict[str, Any]:
+def measure_steps(cfg: TrainConfig, repeats: int) -> dict[str, Any]:
+    """Measure the training step of a config."""
     with start(cfg.preset, "ours", True, cfg, burst=BURST) as worker:
         ready = worker.listen()
         seconds = [worker.ask("step")["seconds"] for _ in range(repeats)]
         peak = worker.ask("end")["peak"]
-    middle = statistics.median(seconds)
+    median = statistics.median(seconds)
     return {
         "preset": cfg.preset,
         "params": ready["params"],
         "dtype": cfg.dtype,
         "compile": ready["compile"],
-        "seconds": middle,
+        "seconds": median,
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
-        "tokens_per_s": cfg.batch_size * cfg.block_size / middle,
-        "flops_per_s": ready["flops"] / middle,
+        "tokens_per_s": cfg.batch_size * cfg.block_size / median,
+        "flops_per_s": ready["flops"] / median,
         "peak": peak,
         "memory_estimate": ready["memory_estimate"],
     }
 
 
+def compare_two_runs(preset: str, sets: list[str], note: Callable[[str], None]) -> dict[str, Any]:
+    """Run a preset twice. Return the times of both runs and the differences between them."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "first"
+        second = Path(folder) / "second"
+        runs = [run(preset, sets, first, note), run(preset, sets, second, note)]
+        return {"runs": runs, "differences": differences(only_run(first), only_run(second))}
+
+
 def run(preset: str, sets: list[str], out: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    """One whole run by the command line, as a person would start it; its wall time, and what that went into."""
+    """Run a preset through the command line, as a user would, and measure the time of the whole process."""
     note(f"{preset}: a whole run into {out.name}")
-    given = [part for text in sets for part in ("--set", text)]
-    command = [
-        sys.executable,
-        "-m",
-        "mainrun",
-        "train",
-        "--preset",
-        preset,
-        *given,
-        "--out",
-        str(out),
-        "--fresh",
-        "--no-store",
-        "--quiet",
-        "--json",
-    ]
-    clock = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    wall = time.perf_counter() - clock
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise MainrunError(f"the run of {preset} ended with code {done.returncode}: {said[-1]}")
-    summary = json.loads(done.stdout)
+    command = [sys.executable, "-m", "mainrun", "train", "--preset", preset]
+    for text in sets:
+        command += ["--set", text]
+    command += ["--out", str(out), "--fresh", "--no-store", "--quiet", "--json"]
+    start_time = time.perf_counter()
+    process = subprocess.run(command, capture_output=True, text=True)
+    wall = time.perf_counter() - start_time
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or ["it printed nothing"]
+        raise MainrunError(f"the run of {preset} ended with exit code {process.returncode}: {lines[-1]}")
+    summary = json.loads(process.stdout)
     return {
         "wall_seconds": wall,
         "spent": summary["spent"],
@@ -144,45 +147,39 @@ def run(preset: str, sets: list[str], out: Path, note: Callable[[str], None]) ->
 
 
 def only_run(out: Path) -> RunDir:
-    (path,) = (p.parent for p in out.glob("*/summary.json"))
-    return RunDir(path)
+    (summary,) = out.glob("*/summary.json")
+    return RunDir(summary.parent)
 
 
 def differences(a: RunDir, b: RunDir) -> list[str]:
-    """Where two runs of one config part: losses and gradient norms to the bit, scores, and the weights at the end. Empty: nowhere."""
-    keys = ("event", "step", "split", "loss", "grad_norm", "official", "full")
-    rows = [[{key: row[key] for key in keys if key in row} for row in found.metrics()] for found in (a, b)]
-    found = []
-    if len(rows[0]) != len(rows[1]):
-        found.append(f"one run has {len(rows[0])} rows, the other {len(rows[1])}")
-    for one, other in zip(
-        *rows, strict=False
-    ):  # a length that differs is named above; this finds where they part
-        if one != other:
-            found.append(f"{one['event']} at step {one['step']}: {one} against {other}")
-            break
-    summaries = [found.summary() or {} for found in (a, b)]
-    if summaries[0].get("weights") != summaries[1].get("weights"):
-        found.append("the weights at the end are not the same")
-    return found
+    """Compare the losses, gradient norms, scores and final weights of two runs. Return what differs."""
+    texts = []
+    rows_a = _compared_rows(a)
+    rows_b = _compared_rows(b)
+    if len(rows_a) != len(rows_b):
+        texts.append(f"one run has {len(rows_a)} rows, the other has {len(rows_b)}")
+    for row_a, row_b in zip(rows_a, rows_b, strict=False):
+        if row_a != row_b:
+            texts.append(f"{row_a['event']} at step {row_a['step']}: {row_a} against {row_b}")
+            break  # the first difference is enough
+    summary_a = a.summary() or {}
+    summary_b = b.summary() or {}
+    if summary_a.get("weights") != summary_b.get("weights"):
+        texts.append("the final weights differ")
+    return texts
 
 
-def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head = [
-        "",
-        "tokens/s",
-        "ms/step",
-        "min-max",
-        "MFU",
-        "of matmul",
-        "peak",
-        "whole run",
-        "again",
-        "the same bits",
-    ]
+def _compared_rows(run: RunDir) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in COMPARED if key in row} for row in run.metrics()]
+
+
+def table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the lines of the table of presets."""
+    head = ["", "tokens/s", "ms/step", "min-max", "MFU", "of matmul"]
+    head += ["peak", "whole run", "second run", "same bits"]
     lines = []
-    for row in found["presets"]:
-        walls = [f"{one['wall_seconds']:.1f} s" for one in row["runs"]]
+    for row in report["presets"]:
+        first, second = row["runs"]
         lines.append(
             [
                 row["preset"],
@@ -192,21 +189,24 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{row['mfu']:.1%}",
                 f"{row['mfu_of_matmul']:.1%}",
                 f"{gigabytes(row['peak'])} ({row['peak'] / row['memory_estimate']:.2f} of --dry-run)",
-                *walls,
+                f"{first['wall_seconds']:.1f} s",
+                f"{second['wall_seconds']:.1f} s",
                 "NO" if row["differences"] else "yes",
             ]
         )
     return head, lines
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    stated = (
-        f"{found['stated_peak'] / 1e12:.0f} stated"
-        if found["stated_peak"]
-        else "no stated peak known, MFU is of the matmul's"
-    )
-    yield f"{found['device']}: bf16 TFLOP/s {stated}, {found['matmul_peak'] / 1e12:.0f} by a large product"
-    for row in found["presets"]:
-        spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in row["runs"][0]["spent"].items())
-        yield f"{row['preset']}: {row['params'] / 1e6:.1f}M parameters, {row['runs'][0]['steps']} steps; {spent}"
-        yield from (f"{row['preset']}: {text}" for text in row["differences"])
+def lines(report: Report) -> Iterator[str]:
+    """Yield the lines below the table."""
+    stated = "stated peak unknown, so MFU is relative to the measured product"
+    if report["stated_peak"]:
+        stated = f"{report['stated_peak'] / 1e12:.0f} stated"
+    measured = f"{report['matmul_peak'] / 1e12:.0f} measured with a large product"
+    yield f"{report['device']}: bf16 TFLOP/s {stated}, {measured}"
+    for row in report["presets"]:
+        run = row["runs"][0]
+        spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in run["spent"].items())
+        yield f"{row['preset']}: {row['params'] / 1e6:.1f}M parameters, {run['steps']} steps; {spent}"
+        for text in row["differences"]:
+            yield f"{row['preset']}: {text}"

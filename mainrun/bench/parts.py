@@ -1,4 +1,4 @@
-"""Where a step's time goes, and the floor under it: the linear layers' matrix products alone."""
+"""Where the time of a training step goes, and the floor of its time: the matrix products alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -20,11 +20,12 @@ from mainrun.core.dropout import Masks
 from mainrun.train import GPT, Attention, RMSNorm
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
-MARK, STEP = "part:", "whole step"
+LABEL = "part:"  # the prefix of our own events in the profile
+STEP = "whole step"
 
-# What an operation is by its own name; the first that fits. torch.compile writes into a kernel's name what it fused, so such a kernel
-# counts for the dearest thing in it.
-BY_NAME = {
+# Substrings of operation names, by part. The first part that fits counts. torch.compile puts the names of the
+# fused operations into the name of a kernel, so a fused kernel counts as its most expensive operation.
+NAMES = {
     "optimiser": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
     "GEMM": (
@@ -43,156 +44,190 @@ BY_NAME = {
 
 
 def part_of(name: str) -> str | None:
+    """Return the part that an operation belongs to, judged by its name."""
     name = name.lower()
-    return next((part for part, signs in BY_NAME.items() if any(sign in name for sign in signs)), None)
+    for part, substrings in NAMES.items():
+        if any(text in name for text in substrings):
+            return part
+    return None
 
 
 def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
-    """The share of each part in one step; they sum to 1. What no operation accounts for (Python, launching) is `other`."""
+    """Return each part's share of the time of one step. The shares sum to 1.
+
+    Time outside of known operations, for example in Python, is `other`.
+    """
     cuda = next(model.parameters()).is_cuda
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with marked(model), profile(activities=activities) as found, record_function(STEP):
+    activities = [ProfilerActivity.CPU]
+    if cuda:
+        activities.append(ProfilerActivity.CUDA)
+    with labelled(model), profile(activities=activities) as profiler, record_function(STEP):
         step()
         if cuda:
             torch.cuda.synchronize()
-    events = [
-        e
-        for e in found.events() or []
-        if e.device_type == DeviceType.CPU and any(outer.name == STEP for outer in _chain(e))
-    ]
-    forward = {
-        e.sequence_nr: part for e in events if e.sequence_nr >= 0 and e.scope == 0 and (part := _marked_as(e))
-    }
-    spent = dict.fromkeys(PARTS, 0.0)
-    for e in events:
-        spent[_part(e, forward)] += e.self_device_time_total if cuda else e.self_cpu_time_total
-    total = sum(spent.values()) or 1.0
-    return {part: seconds / total for part, seconds in spent.items()}
+    events = []
+    for event in profiler.events() or []:
+        if event.device_type == DeviceType.CPU and any(outer.name == STEP for outer in _chain(event)):
+            events.append(event)
+    forward_parts = _forward_parts(events)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        part = _part(event, forward_parts)
+        seconds[part] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    total = sum(seconds.values()) or 1.0
+    return {part: spent / total for part, spent in seconds.items()}
 
 
 def _chain(event: Any) -> Iterator[Any]:
-    """An event and those around it, inside out."""
+    """Yield an event and then the events that enclose it, from the inside out."""
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
-def _marked_as(event: Any) -> str | None:
-    return next((e.name.removeprefix(MARK) for e in _chain(event) if e.name.startswith(MARK)), None)
+def _label(event: Any) -> str | None:
+    """Return the part of the labelled module that an event runs in."""
+    for outer in _chain(event):
+        if outer.name.startswith(LABEL):
+            return str(outer.name.removeprefix(LABEL))
+    return None
 
 
-def _part(event: Any, forward: dict[int, str]) -> str:
-    """By the optimiser around it, by its own name, by the module around it, or by the forward operation that it is the backward of."""
+def _forward_parts(events: list[Any]) -> dict[int, str]:
+    """Return the parts of labelled forward operations. Their keys are shared with the backward operations."""
+    parts = {}
+    for event in events:
+        if event.sequence_nr >= 0 and event.scope == 0:
+            part = _label(event)
+            if part:
+                parts[event.sequence_nr] = part
+    return parts
+
+
+def _part(event: Any, forward_parts: dict[int, str]) -> str:
+    """Return the part of an event, judged by its name and by the events around it."""
     chain = list(_chain(event))
-    if any(e.name.startswith("Optimizer.") for e in chain):
+    if any(outer.name.startswith("Optimizer.") for outer in chain):
         return "optimiser"
-    named = next((part for e in chain if (part := part_of(e.name))), None)
-    backward = next(
-        (part for e in chain if e.sequence_nr >= 0 and (part := forward.get(e.sequence_nr))), None
-    )
-    return part_of(event.name) or _marked_as(event) or backward or named or "other"
+    part = part_of(event.name) or _label(event)
+    if part:
+        return part
+    for outer in chain:
+        if outer.sequence_nr in forward_parts:  # this is its backward operation
+            return forward_parts[outer.sequence_nr]
+    for outer in chain:
+        part = part_of(outer.name)
+        if part:
+            return part
+    return "other"
 
 
 @contextmanager
-def marked(model: nn.Module) -> Iterator[None]:
-    """The profiler sees attention, the norms and dropout by name while this is open. A compiled model has its kernels' names instead."""
-    open_marks: list[Any] = []
+def labelled(model: nn.Module) -> Iterator[None]:
+    """Label attention, norms and dropout for the profiler.
+
+    A compiled model calls no labelled module. Its kernels are recognised by their names.
+    """
     with ExitStack() as stack:
-
-        def enter(part: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                mark = record_function(f"{MARK}{part}")
-                mark.__enter__()
-                open_marks.append(mark)
-
-            return hook
-
-        def leave(*_: Any) -> None:
-            open_marks.pop().__exit__(None, None, None)
-
         for module in model.modules():
-            part = "norm" if isinstance(module, nn.LayerNorm | RMSNorm) else None
-            part = "attention" if isinstance(module, Attention) else part
-            if part:
-                for handle in (
-                    module.register_forward_pre_hook(enter(part)),
-                    module.register_forward_hook(leave),
-                ):
-                    stack.callback(handle.remove)
-        for owner, name, what in ((Masks, "drop", 2), (Device, "masks", 1)):
-            before = getattr(owner, name)
-            stack.callback(setattr, owner, name, before)
-            setattr(owner, name, _marking(before, what))
+            if isinstance(module, Attention):
+                _label_module(module, "attention", stack)
+            elif isinstance(module, nn.LayerNorm | RMSNorm):
+                _label_module(module, "norm", stack)
+        _label_dropout(Masks, "drop", 2, stack)  # if the argument `rate` is not 0
+        _label_dropout(Device, "masks", 1, stack)  # if there are any `sites`
         yield
 
 
-def _marking(function: Callable[..., Any], what: int) -> Callable[..., Any]:
-    """Dropout, where the argument in that place (the rate, the places) asks for any."""
+def _label_module(module: nn.Module, part: str, stack: ExitStack) -> None:
+    """Record each forward pass of a module as an event, until the stack is closed."""
+    open_events: list[Any] = []
 
-    @wraps(function)
-    def marks(*args: Any) -> Any:
-        with record_function(f"{MARK}dropout") if args[what] else nullcontext():
-            return function(*args)
+    def enter(*_: Any) -> None:
+        event = record_function(f"{LABEL}{part}")
+        event.__enter__()
+        open_events.append(event)
 
-    return marks
+    def leave(*_: Any) -> None:
+        open_events.pop().__exit__(None, None, None)
+
+    stack.callback(module.register_forward_pre_hook(enter).remove)
+    stack.callback(module.register_forward_hook(leave).remove)
+
+
+def _label_dropout(owner: type, name: str, condition: int, stack: ExitStack) -> None:
+    """Record each call of a method, if its argument number `condition` is true, until the stack is closed."""
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def labelled_method(*args: Any) -> Any:
+        with record_function(f"{LABEL}dropout") if args[condition] else nullcontext():
+            return method(*args)
+
+    stack.callback(setattr, owner, name, method)
+    setattr(owner, name, labelled_method)
 
 
 # -- the floor
 
 
 def products(cfg: TrainConfig, vocab_size: int) -> Counter[tuple[int, int, bool]]:
-    """(inputs, outputs, is the head) of each linear layer of a step, and how many there are of that size."""
+    """Count the linear layers of a step by (inputs, outputs, whether it is the head)."""
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
-    found = Counter(
-        (m.in_features, m.out_features, False)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and name != "head"
-    )
-    found[cfg.d_model, vocab_size, True] = 1
-    return found
+    counts: Counter[tuple[int, int, bool]] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "head":
+            counts[module.in_features, module.out_features, False] += 1
+    counts[cfg.d_model, vocab_size, True] = 1
+    return counts
 
 
 class Floor:
-    """Forward, dX and dW of every linear layer, each on buffers that are there already: no step with these layers can be faster."""
+    """The forward and backward products of all linear layers. No step with these layers can be faster."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int, device: torch.device) -> None:
+        self.device = device
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+        self.repeats = cfg.grad_accum
         self.rows = cfg.batch_size // cfg.grad_accum * cfg.block_size * cfg.passes
-        self.repeats, self.device = cfg.grad_accum, device
         self.products = products(cfg, vocab_size)
-        self.flops = self.repeats * sum(6 * self.rows * i * o * n for (i, o, _), n in self.products.items())
+        self.flops = 0
+        for (inputs, outputs, _), count in self.products.items():
+            self.flops += self.repeats * 6 * self.rows * inputs * outputs * count
 
     def step(self) -> dict[str, float]:
-        """Seconds of the layers' products and of the head's."""
-        spent = {"layers": 0.0, "head": 0.0}
+        """Return the seconds of the products of the layers and of the head."""
+        seconds = {"layers": 0.0, "head": 0.0}
         for (inputs, outputs, is_head), count in self.products.items():
-            x, y = (torch.ones(self.rows, n, dtype=self.dtype, device=self.device) for n in (inputs, outputs))
-            w = torch.ones(outputs, inputs, dtype=self.dtype, device=self.device)
-            dx, dy, dw = torch.empty_like(x), torch.empty_like(y), torch.empty_like(w)
-            self._once(x, w, y, dx, dy, dw)  # the first touch of new pages is not the product's
-            wait(self.device)
-            clock = time.perf_counter()
-            for _ in range(count * self.repeats):
-                self._once(x, w, y, dx, dy, dw)
-            wait(self.device)
-            spent["head" if is_head else "layers"] += time.perf_counter() - clock
-        return spent
+            part = "head" if is_head else "layers"
+            seconds[part] += self._seconds(inputs, outputs, count * self.repeats)
+        return seconds
+
+    def _seconds(self, inputs: int, outputs: int, count: int) -> float:
+        x = torch.ones(self.rows, inputs, dtype=self.dtype, device=self.device)
+        y = torch.ones(self.rows, outputs, dtype=self.dtype, device=self.device)
+        w = torch.ones(outputs, inputs, dtype=self.dtype, device=self.device)
+        dx = torch.empty_like(x)
+        dy = torch.empty_like(y)
+        dw = torch.empty_like(w)
+        self.multiply(x, w, y, dx, dy, dw)  # once without the clock, which allocates the memory
+        wait(self.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            self.multiply(x, w, y, dx, dy, dw)
+        wait(self.device)
+        return time.perf_counter() - start
 
     @staticmethod
-    def _once(
-        x: torch.Tensor,
-        w: torch.Tensor,
-        y: torch.Tensor,
-        dx: torch.Tensor,
-        dy: torch.Tensor,
-        dw: torch.Tensor,
-    ) -> None:
+    def multiply(x: Tensor, w: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dw: Tensor) -> None:
+        """Compute the three products of a linear layer: the output, and the gradients of input and weight."""
         torch.mm(x, w.t(), out=dy)
         torch.mm(y, w, out=dx)
         torch.mm(y.t(), x, out=dw)
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

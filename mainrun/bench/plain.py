@@ -1,7 +1,7 @@
-"""The rival: a textbook GPT-2 and its loop, written as one writes them first. Nothing in here is to be made fast.
+"""A textbook GPT-2 and its training loop, without any optimization, as a rival for `mainrun bench step`.
 
-Only the sizes and the dropout come from the config. What a config may ask for beyond the public baseline's model (another norm,
-rotary positions, bfloat16, Muon) is not in here, so a step of it is always the same kind of work: float32, all dropouts, AdamW.
+Only the sizes and the dropout rates come from the config. The plain loop always has the architecture of the
+public baseline, float32 and AdamW, so that its step is always the same kind of work.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ class PlainBlock(nn.Module):
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__()
         self.heads = cfg.n_head
-        self.norm1, self.norm2 = nn.LayerNorm(cfg.d_model), nn.LayerNorm(cfg.d_model)
+        self.norm1 = nn.LayerNorm(cfg.d_model)
+        self.norm2 = nn.LayerNorm(cfg.d_model)
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model)
         self.out = nn.Linear(cfg.d_model, cfg.d_model)
         self.up = nn.Linear(cfg.d_model, 4 * cfg.d_model)
         self.down = nn.Linear(4 * cfg.d_model, cfg.d_model)
-        _, self.attn_drop, self.resid_drop = (nn.Dropout(p) for p in cfg.dropouts)
+        _, attn_dropout, resid_dropout = cfg.dropouts
+        self.attn_drop = nn.Dropout(attn_dropout)
+        self.resid_drop = nn.Dropout(resid_dropout)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, T, D / heads)
 
     def attention(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            t.view(B, T, self.heads, D // self.heads).transpose(1, 2) for t in self.qkv(x).split(D, dim=2)
-        )
+        q, k, v = map(self.split_heads, self.qkv(x).split(D, dim=2))
         score = q @ k.transpose(-2, -1) / math.sqrt(D // self.heads)  # (B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weight = self.attn_drop(F.softmax(score.masked_fill(future, -torch.inf), dim=-1))
@@ -44,19 +49,20 @@ class PlainBlock(nn.Module):
 class PlainGPT(nn.Module):
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, cfg.d_model)
-        self.places = nn.Embedding(cfg.block_size, cfg.d_model)
+        self.token_embedding = nn.Embedding(vocab_size, cfg.d_model)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.d_model)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(PlainBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.LayerNorm(cfg.d_model)
         self.head = nn.Linear(cfg.d_model, vocab_size, bias=False)
-        self.head.weight = self.tokens.weight
+        self.head.weight = self.token_embedding.weight
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx: Tensor) -> Tensor:
-        x = self.drop(self.tokens(idx) + self.places(torch.arange(idx.size(1), device=idx.device)))
+        positions = torch.arange(idx.size(1), device=idx.device)
+        x = self.drop(self.token_embedding(idx) + self.position_embedding(positions))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -65,6 +71,7 @@ class PlainGPT(nn.Module):
 def plain_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, clip: float
 ) -> float:
+    """Run one training step and return its loss."""
     logits = model(x)
     loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
     optimizer.zero_grad()

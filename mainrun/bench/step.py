@@ -1,4 +1,7 @@
-"""A training step beside its rivals, interleaved step by step: `mainrun bench step`. No torch in here: it would be in nobody's figure."""
+"""`mainrun bench step`: compare a training step with its rivals, which take turns step by step.
+
+This module does not import torch, so that the parent process does not disturb the measurements.
+"""
 
 from __future__ import annotations
 
@@ -11,68 +14,88 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, UsageError
 
-# name: which worker, and whether its allocator is tuned
-RIVALS = {
-    "plain, default allocator": ("plain", False),
-    "plain, tuned allocator": ("plain", True),
-    "mainrun, default allocator": ("ours", False),
-}
-OURS, FLOOR = "mainrun", "GEMM floor"
 WORKER = [sys.executable, "-m", "mainrun.bench.worker"]
-CLOSE_BF16 = 1e-3  # how far the loss in bfloat16 may be from that in float32, on the same weights
+BF16_TOLERANCE = 1e-3  # allowed difference between the losses in bfloat16 and in float32 on the same weights
+
+Answer = dict[str, Any]  # of a worker, see bench/worker.py
+Report = dict[str, Any]  # what --json prints
+
+
+class RivalSpec(NamedTuple):
+    worker: str  # a key of RIVALS in bench/worker.py
+    tuned: bool  # whether the memory allocator is tuned
+    options: dict[str, bool] = {}  # noqa: RUF012
+
+
+OURS = "mainrun"
+FLOOR = "GEMM floor"
+RIVALS = {
+    "plain, default allocator": RivalSpec("plain", False),
+    "plain, tuned allocator": RivalSpec("plain", True),
+    "mainrun, default allocator": RivalSpec("ours", False),
+}
+ALWAYS = {
+    OURS: RivalSpec("ours", True, {"evaluate": True, "profile": True}),
+    FLOOR: RivalSpec("floor", True),
+}
 
 
 class Worker:
-    """One rival's process, as the parent sees it."""
+    """The process of one rival, seen from the parent."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str]) -> None:
-        self.name, self.process, self.log = name, process, log
-        self.ready: dict[str, Any] = {}
+        self.name = name
+        self.process = process
+        self.log = log
 
-    def ask(self, word: str) -> dict[str, Any]:
+    def ask(self, word: str) -> Answer:
+        """Send a word to the worker and return its answer."""
         assert self.process.stdin is not None
-        with suppress(OSError):  # it is gone: listen() says why
+        with suppress(OSError):  # the worker has ended; listen() reports why
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
         return self.listen()
 
-    def listen(self) -> dict[str, Any]:
+    def listen(self) -> Answer:
+        """Return the next answer of the worker."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
-            raise MainrunError(self.obituary())
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise (UsageError if answer["exit_code"] == UsageError.exit_code else MainrunError)(
-                answer["error"]
-            )
-        return answer
+            raise MainrunError(self._cause_of_death())
+        answer: Answer = json.loads(line)
+        if "error" not in answer:
+            return answer
+        if answer["exit_code"] == UsageError.exit_code:
+            raise UsageError(answer["error"])
+        raise MainrunError(answer["error"])
 
-    def obituary(self) -> str:
+    def _cause_of_death(self) -> str:
         code = self.process.wait()
-        self.log.seek(0)
-        last = next(
-            (line.strip() for line in reversed(self.log.readlines()) if line.strip()), "it said nothing"
-        )
         if code == -signal.SIGKILL:
-            return f"the worker of {self.name!r} was killed, most likely for want of memory; free some, or lower batch_size"
-        return f"the worker of {self.name!r} ended with code {code}: {last}"
+            return (
+                f"the worker of {self.name!r} was killed, most likely because the memory was full; "
+                "free some memory, or lower batch_size"
+            )
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log if line.strip()]
+        last = lines[-1] if lines else "it printed nothing"
+        return f"the worker of {self.name!r} ended with exit code {code}: {last}"
 
 
 @contextmanager
-def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **more: Any) -> Iterator[Worker]:
-    """A worker that does not outlive this block, however it is left."""
-    request = json.dumps({"rival": rival, "config": cfg.model_dump(), **more})
-    env = {k: v for k, v in os.environ.items() if k != "MAINRUN_ALLOCATOR"} | (
-        {} if tuned else {"MAINRUN_ALLOCATOR": "default"}
-    )
+def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) -> Iterator[Worker]:
+    """Start a worker, and kill it at the end of the `with` block."""
+    request = json.dumps({"rival": rival, "config": cfg.model_dump(), **options})
+    env = dict(os.environ)
+    env.pop("MAINRUN_ALLOCATOR", None)
+    if not tuned:
+        env["MAINRUN_ALLOCATOR"] = "default"
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        # a session of its own: a Ctrl-C is ours alone, and what a compiler has started goes with its worker
         process = subprocess.Popen(
             [*WORKER, request],
             stdin=subprocess.PIPE,
@@ -80,6 +103,7 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **more: Any) -> 
             stderr=log,
             text=True,
             env=env,
+            # A Ctrl-C does not reach the worker, and killing its session also ends compilers that it started.
             start_new_session=True,
         )
         try:
@@ -89,107 +113,109 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **more: Any) -> 
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    with suppress(OSError):  # it may still hold a word for the dead
-                        pipe.close()
+                assert pipe is not None
+                with suppress(OSError):  # a word may be left in the buffer
+                    pipe.close()
 
 
 def measure(
     cfg: TrainConfig, *, rivals: bool, repeats: int, note: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """The medians of `repeats` steps of each, one after the other in turn, and what our own step is made of."""
-    chosen: dict[str, tuple[str, bool, dict[str, bool]]] = {
-        name: (*how, {}) for name, how in RIVALS.items() if rivals
-    }
-    chosen |= {OURS: ("ours", True, {"evaluate": True, "profile": True}), FLOOR: ("floor", True, {})}
+) -> Report:
+    """Measure `repeats` steps of each rival, and profile the step of mainrun."""
+    specs = RIVALS | ALWAYS if rivals else ALWAYS
+    ready: dict[str, Answer] = {}
+    steps: dict[str, list[Answer]] = {name: [] for name in specs}
     with ExitStack() as stack:
         workers = []
-        for name, (
-            rival,
-            tuned,
-            more,
-        ) in chosen.items():  # one warms up at a time: they would only slow each other
+        for name, spec in specs.items():  # one at a time, because they would slow each other down
             note(f"{name}: warming up")
-            worker = stack.enter_context(start(name, rival, tuned, cfg, **more))
-            worker.ready = worker.listen()
+            worker = stack.enter_context(start(name, spec.worker, spec.tuned, cfg, **spec.options))
+            ready[name] = worker.listen()
             workers.append(worker)
-        took: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for i in range(repeats):
             note(f"round {i + 1} of {repeats}")
-            for worker in (
-                workers[i % len(workers) :] + workers[: i % len(workers)]
-            ):  # nobody always comes after the same one
-                took[worker.name].append(worker.ask("step"))
-        note("peaks, evaluation and profile")
+            first = i % len(workers)  # so that no rival always follows the same one
+            for worker in workers[first:] + workers[:first]:
+                steps[worker.name].append(worker.ask("step"))
+        note("peak memory, evaluation and profile")
         ends = {worker.name: worker.ask("end") for worker in workers}
-        ready = {worker.name: worker.ready for worker in workers}
-    return result(cfg, took, ready, ends)
+    return make_report(cfg, steps, ready, ends)
 
 
-def result(
-    cfg: TrainConfig, took: dict[str, list[dict[str, Any]]], ready: dict[str, Any], ends: dict[str, Any]
-) -> dict[str, Any]:
+def make_report(
+    cfg: TrainConfig, steps: dict[str, list[Answer]], ready: dict[str, Answer], ends: dict[str, Answer]
+) -> Report:
+    """Compute the figures of the report from the workers' answers."""
     tokens = cfg.batch_size * cfg.block_size
-    floor = {
-        part: statistics.median(answer[part] for answer in took[FLOOR])
-        for part in ("seconds", "layers", "head")
-    }
-    rows = []
-    for name, answers in took.items():
-        seconds = [answer["seconds"] for answer in answers]
-        middle = statistics.median(seconds)
-        row = {
-            "rival": name,
-            "tokens_per_s": tokens / middle,
-            "seconds": middle,
-            "seconds_min": min(seconds),
-            "seconds_max": max(seconds),
-            "floor_share": floor["seconds"] / middle,
-            "peak": None if name == FLOOR else ends[name]["peak"],
-            "warmup_seconds": ready[name]["warmup_seconds"],
-        }
-        rows.append(
-            row
-            | {
-                key: ready[name][key]
-                for key in ("allocator", "attention", "dtype", "compile")
-                if key in ready[name]
-            }
-        )
-    ours = next(row for row in rows if row["rival"] == OURS)
-    for row in rows:
-        row["ours_is"] = row["seconds"] / ours["seconds"]  # how many times as fast
-    found = {
+    floor = {}
+    for part in ("seconds", "layers", "head"):
+        floor[part] = statistics.median(answer[part] for answer in steps[FLOOR])
+    rows = {}
+    for name, answers in steps.items():
+        peak = None if name == FLOOR else ends[name]["peak"]
+        rows[name] = _row(name, [answer["seconds"] for answer in answers], tokens, peak, ready[name])
+    ours = rows[OURS]
+    for row in rows.values():
+        row["floor_share"] = floor["seconds"] / row["seconds"]
+        row["ours_is"] = row["seconds"] / ours["seconds"]  # the speed-up of mainrun
+    floor["flops"] = ready[FLOOR]["flops"]
+    floor["flops_per_s"] = ready[FLOOR]["flops"] / floor["seconds"]
+    estimate = ready[OURS]["memory_estimate"]
+    return {
         "preset": cfg.preset,
         "dtype": cfg.dtype,
         "optimizer": cfg.optimizer,
         "params": ready[OURS]["params"],
         "tokens_per_step": tokens,
-        "repeats": len(took[OURS]),
-        "rivals": rows,
-        "floor": floor
-        | {"flops": ready[FLOOR]["flops"], "flops_per_s": ready[FLOOR]["flops"] / floor["seconds"]},
+        "repeats": len(steps[OURS]),
+        "rivals": list(rows.values()),
+        "floor": floor,
         "step_flops_per_s": ready[OURS]["flops"] / ours["seconds"],
         "profile": ends[OURS]["profile"],
-        "memory": {"peak": ours["peak"], "estimate": ready[OURS]["memory_estimate"]},
-        "evaluation": ends[OURS]["evaluation"],
+        "memory": {"peak": ours["peak"], "estimate": estimate, "ratio": ours["peak"] / estimate},
+        "evaluation": _evaluation(ends[OURS]["evaluation"], ours["tokens_per_s"] * cfg.passes),
         "machine_class": ready[OURS]["machine_class"],
     }
-    memory, evaluation = found["memory"], found["evaluation"]
-    memory["ratio"] = memory["peak"] / memory["estimate"]
-    # a forward is a third of a step's work; 1: an evaluation costs just that
-    evaluation["of_forward_share"] = 3 * ours["tokens_per_s"] * cfg.passes / evaluation["tokens_per_s"]
+
+
+def _row(name: str, times: list[float], tokens: int, peak: int | None, ready: Answer) -> dict[str, Any]:
+    """Return the figures of one rival."""
+    median = statistics.median(times)
+    row = {
+        "rival": name,
+        "tokens_per_s": tokens / median,
+        "seconds": median,
+        "seconds_min": min(times),
+        "seconds_max": max(times),
+        "peak": peak,
+        "warmup_seconds": ready["warmup_seconds"],
+    }
+    for key in ("allocator", "attention", "dtype", "compile"):
+        if key in ready:
+            row[key] = ready[key]
+    return row
+
+
+def _evaluation(measured: Answer, processed_per_s: float) -> dict[str, Any]:
+    """Compare an evaluation with the forward pass of a training step, and bfloat16 with float32.
+
+    processed_per_s: the tokens that training steps process per second.
+    """
+    evaluation = dict(measured)
+    # A forward pass is about a third of the work of a step.
+    evaluation["of_forward_share"] = 3 * processed_per_s / evaluation["tokens_per_s"]
     if "loss_float32" in evaluation:
         evaluation["bf16_error"] = abs(evaluation["loss"] - evaluation["loss_float32"])
-        evaluation["bf16_close"] = evaluation["bf16_error"] <= CLOSE_BF16
-    return found
+        evaluation["bf16_close"] = evaluation["bf16_error"] <= BF16_TOLERANCE
+    return evaluation
 
 
-def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The rivals, best last: head and lines."""
+def table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the lines of the table of rivals."""
     head = ["", "tokens/s", "s/step", "min-max", "mainrun is", "GEMM floor", "peak", "warm-up"]
     lines = []
-    for row in found["rivals"]:
+    for row in report["rivals"]:
+        compiled = ", compiled" if row.get("compile") else ""
         lines.append(
             [
                 row["rival"],
@@ -199,34 +225,47 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"x{row['ours_is']:.2f}",
                 f"{row['floor_share']:.0%}",
                 "" if row["peak"] is None else gigabytes(row["peak"]),
-                f"{row['warmup_seconds']:.0f} s" + (", compiled" if row.get("compile") else ""),
+                f"{row['warmup_seconds']:.0f} s{compiled}",
             ]
         )
     return head, lines
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    """What stands below the table."""
-    floor, memory, evaluation = found["floor"], found["memory"], found["evaluation"]
+def lines(report: Report) -> Iterator[str]:
+    """Yield the lines below the table."""
+    floor = report["floor"]
+    memory = report["memory"]
+    evaluation = report["evaluation"]
     yield (
-        f"{found['preset']}: {found['params'] / 1e6:.1f}M parameters, {found['tokens_per_step']:,} tokens a step, {found['dtype']}, "
-        f"{found['optimizer']}; medians of {found['repeats']}"
+        f"{report['preset']}: {report['params'] / 1e6:.1f}M parameters, "
+        f"{report['tokens_per_step']:,} tokens per step, {report['dtype']}, {report['optimizer']}; "
+        f"medians of {report['repeats']} steps"
     )
     yield (
-        f"floor: layers {floor['layers']:.3f} s, head {floor['head']:.3f} s, {floor['flops_per_s'] / 1e12:.2f} TFLOP/s; "
-        f"the step: {found['step_flops_per_s'] / 1e12:.2f} TFLOP/s"
+        f"floor: layers {floor['layers']:.3f} s, head {floor['head']:.3f} s, "
+        f"{floor['flops_per_s'] / 1e12:.2f} TFLOP/s; "
+        f"whole step: {report['step_flops_per_s'] / 1e12:.2f} TFLOP/s"
     )
-    yield "time: " + ", ".join(f"{part} {share:.1%}" for part, share in found["profile"].items())
-    yield f"memory: peak {gigabytes(memory['peak'])}, --dry-run says {gigabytes(memory['estimate'])}: x{memory['ratio']:.2f}"
-    cost = f"x{evaluation['of_forward_share']:.2f} the time of a step's forward, taken as a third of it"
-    yield f"evaluation: {evaluation['tokens_per_s']:,.0f} tokens/s, {cost}"
+    yield "time: " + ", ".join(f"{part} {share:.1%}" for part, share in report["profile"].items())
+    yield (
+        f"memory: peak {gigabytes(memory['peak'])}, estimated by --dry-run {gigabytes(memory['estimate'])}: "
+        f"x{memory['ratio']:.2f}"
+    )
+    yield (
+        f"evaluation: {evaluation['tokens_per_s']:,.0f} tokens/s, "
+        f"x{evaluation['of_forward_share']:.2f} the time of a training step's forward pass "
+        "(a third of the step)"
+    )
     if "bf16_error" in evaluation:
         verdict = "within" if evaluation["bf16_close"] else "NOT within"
-        yield f"bfloat16: the loss is {evaluation['bf16_error']:.1e} from float32's on the same weights, {verdict} {CLOSE_BF16:g}"
+        yield (
+            f"bfloat16: the loss differs by {evaluation['bf16_error']:.1e} from float32 on the same weights, "
+            f"{verdict} {BF16_TOLERANCE:g}"
+        )
 
 
-def seconds(found: float) -> str:
-    return f"{found:.3f}" if found >= 0.1 else f"{found:.5f}"
+def seconds(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.5f}"
 
 
 def gigabytes(size: int) -> str:

@@ -1,10 +1,13 @@
-"""One rival in a process of its own: `python -m mainrun.bench.worker '{"rival": "ours", ...}'`, started and led by bench.step.
+"""The process of one rival, started by bench/step.py: `python -m mainrun.bench.worker '{"rival": ...}'`.
 
-    it says              {"ready": ...}, after its warm-up steps
-    it hears  step       does one step and says its seconds
-    it hears  end        says its peak memory and, where it was asked to, evaluates and takes the profile; then it is gone
+The parent sends one word per line on stdin, and the worker answers with one JSON object per line on stdout:
 
-A process each: allocators do not mix, and a peak is one rival's alone. Whatever else is printed in here goes to stderr.
+    (at the start)  {"ready": ...} after the warm-up steps
+    step            the time of one step
+    end             the peak memory and, if requested, an evaluation and a profile; then the worker exits
+
+Each rival has its own process, because the allocator and the peak memory belong to a process. Everything else
+that the worker prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -23,24 +26,29 @@ from mainrun.core.hardware import cores, peak_memory, tune_allocator
 from mainrun.errors import MainrunError, UsageError
 from mainrun.plan.plan import Plan
 
-WARMUP = 2  # steps: the first compiles and maps the memory, the second finds all of it there
-TOKENS_A_TITLE = 14  # about; the plan's length decides whether compile=auto compiles
+WARMUP = 2  # steps; the first one compiles and allocates memory
+TOKENS_PER_TITLE = 14  # approximately; compile=auto depends on the number of tokens
+SCORE_REPEATS = 3
+
+Answer = dict[str, Any]  # sent to the parent as JSON
 
 
 class Rival(Protocol):
-    def step(self) -> dict[str, Any]:
-        """One step. At least its `seconds`."""
+    def step(self) -> Answer:
+        """Run one step. The answer contains at least its `seconds`."""
 
-    def about(self) -> dict[str, Any]:
-        """What is known once it is warm."""
+    def describe(self) -> Answer:
+        """Describe the rival after the warm-up."""
 
-    def end(self) -> dict[str, Any]:
-        """What is found after the steps, when the peak has been read."""
+    def finish(self) -> Answer:
+        """Measure what comes after the steps and after the reading of the peak memory."""
 
 
-class Plain:
+class PlainRival:
+    """The plain loop of bench/plain.py."""
+
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        self.allocator = tune_allocator()  # before torch takes any memory
+        self.allocator = tune_allocator()  # before torch allocates memory
         import torch
 
         from mainrun.bench.plain import PlainGPT
@@ -48,21 +56,22 @@ class Plain:
         torch.set_num_threads(cfg.threads or cores())
         torch.manual_seed(cfg.seed)
         cuda = cfg.device != "cpu" and torch.cuda.is_available()
-        self.device, self.clip = torch.device("cuda" if cuda else "cpu"), cfg.clip
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.clip = cfg.clip
         self.model = PlainGPT(cfg, cfg.vocab_size).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
         self.x, self.y = random_batch(cfg, self.device)
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Answer:
         from mainrun.bench.parts import wait
         from mainrun.bench.plain import plain_step
 
-        clock = time.perf_counter()
+        start = time.perf_counter()
         loss = plain_step(self.model, self.optimizer, self.x, self.y, self.clip)
         wait(self.device)
-        return {"seconds": time.perf_counter() - clock, "loss": loss}
+        return {"seconds": time.perf_counter() - start, "loss": loss}
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> Answer:
         return {
             "allocator": self.allocator,
             "dtype": "float32",
@@ -70,73 +79,74 @@ class Plain:
             "params": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def end(self) -> dict[str, Any]:
+    def finish(self) -> Answer:
         return {}
 
 
-class Ours:
+class MainrunRival:
+    """The training step of mainrun."""
+
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
         from mainrun.core.device import Device
-        from mainrun.ui.estimate import Trial
+        from mainrun.ui.estimate import StepProbe
 
-        self.machine = Device(cfg)
-        tokens = max(TOKENS_A_TITLE * cfg.num_titles, 2 * cfg.batch_size * cfg.block_size + 1)
+        self.cfg = cfg
+        self.request = request
+        self.device = Device(cfg)
+        tokens = max(TOKENS_PER_TITLE * cfg.num_titles, 2 * cfg.batch_size * cfg.block_size + 1)
         plan = Plan(cfg, tokens)
-        self.machine.settle(cfg, plan)
-        self.cfg, self.request = cfg, request
-        self.trial = Trial(cfg, self.machine, plan, cfg.vocab_size)
-        self.x, self.y = random_batch(cfg, self.machine.torch_device)
+        self.device.settle(cfg, plan)
+        self.probe = StepProbe(cfg, self.device, plan, cfg.vocab_size)
+        self.x, self.y = random_batch(cfg, self.device.torch_device)
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Answer:
         count = self.request.get("burst", 1)
-        clock = time.perf_counter()
-        loss = self.trial.step(self.x, self.y, count)
-        return {"seconds": (time.perf_counter() - clock) / count, "loss": loss}
+        start = time.perf_counter()
+        loss = self.probe.step(self.x, self.y, count)
+        return {"seconds": (time.perf_counter() - start) / count, "loss": loss}
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> Answer:
         from mainrun.plan.cost import costs
-        from mainrun.ui.estimate import memory
+        from mainrun.ui.estimate import estimate_memory
 
-        model = self.trial.state.model
+        cfg = self.cfg
+        tokens = cfg.batch_size * cfg.block_size * cfg.passes
         return {
-            "allocator": self.machine.allocator,
-            "attention": self.machine.attention,
-            "dtype": self.cfg.dtype,
-            "compile": self.machine.compile,
-            "params": sum(p.numel() for p in model.parameters()),
-            "flops": self.cfg.batch_size
-            * self.cfg.block_size
-            * self.cfg.passes
-            * costs(self.cfg, self.cfg.vocab_size)["flops_per_token"],
-            "memory_estimate": memory(self.trial.plan, self.machine, self.cfg.vocab_size),
-            "machine_class": self.machine.machine_class,
+            "allocator": self.device.allocator,
+            "attention": self.device.attention,
+            "dtype": cfg.dtype,
+            "compile": self.device.compile,
+            "params": sum(p.numel() for p in self.probe.state.model.parameters()),
+            "flops": tokens * costs(cfg, cfg.vocab_size)["flops_per_token"],
+            "memory_estimate": estimate_memory(self.probe.plan, self.device, cfg.vocab_size),
+            "machine_class": self.device.machine_class,
         }
 
-    def end(self) -> dict[str, Any]:
+    def finish(self) -> Answer:
         from mainrun.bench.parts import shares
 
-        found: dict[str, Any] = {}
+        answer: Answer = {}
         if self.request.get("evaluate"):
-            found["evaluation"] = self.evaluation()
+            answer["evaluation"] = self.evaluation()
         if self.request.get("profile"):
-            self.trial.stepper.forward_backward.forget()
-            self.trial.stepper.forward_backward.on = (
-                False  # kernel by kernel, or there is nothing to tell apart
-            )
-            found["profile"] = shares(self.step, self.trial.stepper.runner)
-        return found
+            train_step = self.probe.train_step
+            # the profiler cannot see the parts of a recorded CUDA graph
+            train_step.forward_backward.forget()
+            train_step.forward_backward.on = False
+            answer["profile"] = shares(self.step, train_step.runner)
+        return answer
 
-    def evaluation(self) -> dict[str, Any]:
-        """What a score of a few batches costs, and how far bfloat16 is from float32 on the same weights."""
+    def evaluation(self) -> Answer:
+        """Measure the speed of an evaluation, and compare bfloat16 with float32 on the same weights."""
         from mainrun.data.scoring import evaluate
         from mainrun.train import GPT
 
-        cfg, model = self.cfg, self.trial.state.model
+        cfg = self.cfg
+        model = self.probe.state.model
         rows, length = cfg.geometry
-        tokens = random_tokens(cfg, max(4 * cfg.batch_size * cfg.block_size, rows * length + 1))
-        scored = (
-            len(tokens) + len(tokens) // (rows * length + 1) * rows * length
-        )  # by the full and by the official score
+        span = rows * length
+        tokens = random_tokens(cfg, max(4 * cfg.batch_size * cfg.block_size, span + 1))
+        targets = len(tokens) + len(tokens) // (span + 1) * span  # of the full score and the official score
         sizes: dict[str, Any] = {
             "chars": len(tokens),
             "nbytes": len(tokens),
@@ -144,48 +154,48 @@ class Ours:
             "geometry": cfg.geometry,
         }
         seconds = []
-        for _ in range(3):
-            clock = time.perf_counter()
+        for _ in range(SCORE_REPEATS):
+            start = time.perf_counter()
             score = evaluate(model, tokens, **sizes)
-            seconds.append(time.perf_counter() - clock)
-        found: dict[str, Any] = {"tokens_per_s": scored / statistics.median(seconds), "loss": score.loss}
+            seconds.append(time.perf_counter() - start)
+        answer: Answer = {"tokens_per_s": targets / statistics.median(seconds), "loss": score.loss}
         if cfg.dtype == "bfloat16":
-            exact = GPT(cfg.model_copy(update={"dtype": "float32"}), cfg.vocab_size).to(
-                self.machine.torch_device
-            )
+            float32 = cfg.model_copy(update={"dtype": "float32"})
+            exact = GPT(float32, cfg.vocab_size).to(self.device.torch_device)
             exact.load_state_dict(model.state_dict())
-            found["loss_float32"] = evaluate(exact, tokens, **sizes).loss
-        return found
+            answer["loss_float32"] = evaluate(exact, tokens, **sizes).loss
+        return answer
 
 
-class Floor:
+class FloorRival:
+    """Only the matrix products of the linear layers. No step with these layers can be faster."""
+
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        from mainrun.bench import parts
+        from mainrun.bench.parts import Floor
         from mainrun.core.device import Device
 
-        self.machine = Device(cfg)
-        self.floor = parts.Floor(cfg, cfg.vocab_size, self.machine.torch_device)
+        self.device = Device(cfg)
+        self.floor = Floor(cfg, cfg.vocab_size, self.device.torch_device)
 
-    def step(self) -> dict[str, Any]:
-        spent = self.floor.step()
-        return {"seconds": sum(spent.values()), **spent}
+    def step(self) -> Answer:
+        seconds = self.floor.step()
+        return {"seconds": sum(seconds.values()), **seconds}
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> Answer:
         return {"flops": self.floor.flops}
 
-    def end(self) -> dict[str, Any]:
+    def finish(self) -> Answer:
         return {}
 
 
-RIVALS: dict[str, Any] = {"plain": Plain, "ours": Ours, "floor": Floor}
+RIVALS: dict[str, Any] = {"plain": PlainRival, "ours": MainrunRival, "floor": FloorRival}
 
 
 def random_tokens(cfg: TrainConfig, count: int) -> Any:
     import numpy as np
 
-    return np.random.default_rng(0).integers(
-        3, cfg.vocab_size, count, dtype=np.int64
-    )  # 0, 1 and 2 are no text
+    # ids 0, 1 and 2 are not text
+    return np.random.default_rng(0).integers(3, cfg.vocab_size, count, dtype=np.int64)
 
 
 def random_batch(cfg: TrainConfig, device: Any) -> Any:
@@ -196,7 +206,7 @@ def random_batch(cfg: TrainConfig, device: Any) -> Any:
 
 
 def peak(cuda: bool) -> int:
-    """The most memory that this process has had, in bytes: the GPU's where there is one."""
+    """Return the peak memory of this process in bytes. With cuda, return that of the GPU."""
     if cuda:
         import torch
 
@@ -204,40 +214,44 @@ def peak(cuda: bool) -> int:
     return peak_memory()
 
 
-def serve(request: dict[str, Any], heard: queue.Queue[str], channel: TextIO) -> None:
-    def say(**what: Any) -> None:
-        print(json.dumps(what), file=channel, flush=True)
+def serve(request: dict[str, Any], words: queue.Queue[str], channel: TextIO) -> None:
+    """Run the rival and answer the words of the parent."""
 
-    clock = time.perf_counter()
+    def answer(**content: Any) -> None:
+        print(json.dumps(content), file=channel, flush=True)
+
+    start = time.perf_counter()
     cfg = from_dict(request["config"])
     rival: Rival = RIVALS[request["rival"]](cfg, request)
     for _ in range(WARMUP):
         rival.step()
-    say(ready=True, warmup_seconds=time.perf_counter() - clock, **rival.about())
-    while (word := heard.get()) == "step":
-        say(**rival.step())
+    answer(ready=True, warmup_seconds=time.perf_counter() - start, **rival.describe())
+    word = words.get()
+    while word == "step":
+        answer(**rival.step())
+        word = words.get()
     if word != "end":
-        raise UsageError(f"the worker heard {word!r}; it knows step and end")
+        raise UsageError(f"the worker got {word!r}; it accepts step and end")
     import torch
 
-    high = peak(torch.cuda.is_available() and cfg.device != "cpu")
-    say(peak=high, **rival.end())
+    peak_bytes = peak(torch.cuda.is_available() and cfg.device != "cpu")
+    answer(peak=peak_bytes, **rival.finish())
 
 
 def main() -> int:
-    tune_allocator()  # before torch takes any memory
+    tune_allocator()  # before torch allocates memory
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a library that prints would say what is no JSON
-    heard: queue.Queue[str] = queue.Queue()
+    os.dup2(2, 1)  # what libraries print must not end up among the JSON
+    words: queue.Queue[str] = queue.Queue()
 
-    def hear() -> None:
+    def read_words() -> None:
         for line in sys.stdin:
-            heard.put(line.strip())
-        os._exit(1)  # whoever asked is gone, in the middle of a step too
+            words.put(line.strip())
+        os._exit(1)  # the parent has ended; exit at once, even during a step
 
-    threading.Thread(target=hear, daemon=True).start()
+    threading.Thread(target=read_words, daemon=True).start()
     try:
-        serve(json.loads(sys.argv[1]), heard, channel)
+        serve(json.loads(sys.argv[1]), words, channel)
     except MainrunError as e:
         print(json.dumps({"error": str(e), "exit_code": e.exit_code}), file=channel, flush=True)
         return e.exit_code

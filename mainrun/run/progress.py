@@ -1,6 +1,6 @@
-"""What a person sees while a run trains: one bar on a terminal, one plain line an evaluation elsewhere.
+"""Show the progress of a run on stderr: a bar on a terminal, and one line per evaluation elsewhere.
 
-All of it goes to stderr. Nothing in here touches the training: rows come in, text goes out.
+Progress only reads rows of the log. It does not affect the training.
 """
 
 from __future__ import annotations
@@ -17,150 +17,149 @@ if TYPE_CHECKING:
 
     from mainrun.config import TrainConfig
 
-REFRESH_SECONDS = 0.2  # between two drawings of the bar ...
-REFRESH_SHARE = 0.01  # ... or longer, so that drawing takes at most this share of the time
+Row = dict[str, Any]  # a row of metrics.jsonl
 
-
-def make_progress(quiet: bool = False) -> Progress:
-    """The right one for where stderr goes."""
-    if quiet:
-        return QUIET
-    if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown"):
-        from rich.console import Console
-
-        return Bar(Console(stderr=True, highlight=False))
-    return Lines()
+REFRESH_SECONDS = 0.2  # the minimum time between two drawings of the bar
+REFRESH_SHARE = 0.01  # the maximum share of the time that drawing takes
+BAR_WIDTH = 40  # columns, at most
+MIN_BAR_WIDTH = 8
 
 
 class Progress:
-    """The five calls that a run makes. This one shows nothing."""
+    """Receive the events of a run. This base class shows nothing."""
 
-    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
-        """A run begins or goes on; table is the plan's resolved table, earlier the rows of metrics.jsonl so far."""
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
+        """Start or resume a run. table: the resolved plan. earlier: the rows logged before a resume."""
 
-    def step(self, row: dict[str, Any]) -> None:
-        """One "step" row of metrics.jsonl."""
+    def step(self, row: Row) -> None:
+        """Show a "step" row of metrics.jsonl."""
 
-    def eval(self, row: dict[str, Any]) -> None:
-        """One "eval" row of metrics.jsonl."""
+    def eval(self, row: Row) -> None:
+        """Show an "eval" row of metrics.jsonl."""
 
     def note(self, text: str) -> None:
-        """A sentence worth reading: resumed from where, a damaged checkpoint skipped."""
+        """Show a message, for example that a damaged checkpoint was skipped."""
 
     def close(self) -> None:
-        """The run ended, well or not. May be called twice."""
+        """End the display, whether or not the run succeeded. This may be called twice."""
 
 
 QUIET = Progress()
 
 
-class Lines(Progress):
-    """One plain line an evaluation, for logs."""
+class LineProgress(Progress):
+    """Print one line per evaluation."""
 
-    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
-        self.run_id, self.steps = cfg.run_id, int(table["steps"])
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
+        self.total_steps = int(table["steps"])
         self.tokens_per_step = int(table["tokens_per_step"])
-        self.ranked = "dev" if cfg.dev_frac else "val"  # the split whose best is shown: a search looks at dev
-        self.best: float | None = min(
-            (row["full"] for row in earlier if row.get("split") == self.ranked), default=None
-        )
-        self.first: tuple[int, float] | None = None
-        self.rate = 0.0  # steps a second since this process trains, evaluations included
-        self.at, self.loss = max((row["step"] for row in earlier), default=0), ""
-        self.note(f"{cfg.run_id}: {self.steps:,} steps of {self.tokens_per_step:,} tokens")
+        self.split = "dev" if cfg.dev_frac else "val"  # the split whose best score is shown
+        scores = [row["full"] for row in earlier if row.get("split") == self.split]
+        self.best: float | None = min(scores, default=None)
+        self.current_step = max((row["step"] for row in earlier), default=0)
+        self.loss = ""
+        self.first_step: tuple[int, float] | None = None  # of this process: (step, time)
+        self.rate = 0.0  # steps per second since then, including evaluations
+        self.note(f"{cfg.run_id}: {self.total_steps:,} steps of {self.tokens_per_step:,} tokens")
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: Row) -> None:
         now = time.perf_counter()
-        self.at, self.loss = row["step"], f"loss {row['loss']:.4f}"
-        if self.first is None:
-            self.first = (row["step"], now)
-        elif now > self.first[1]:
-            self.rate = (row["step"] - self.first[0]) / (now - self.first[1])
+        self.current_step = row["step"]
+        self.loss = f"loss {row['loss']:.4f}"
+        if self.first_step is None:
+            self.first_step = (row["step"], now)
+            return
+        first, start = self.first_step
+        if now > start:
+            self.rate = (row["step"] - first) / (now - start)
 
-    def eval(self, row: dict[str, Any]) -> None:
-        self.at = row["step"]
-        if row["split"] == self.ranked and (self.best is None or row["full"] < self.best):
+    def eval(self, row: Row) -> None:
+        self.current_step = row["step"]
+        if row["split"] == self.split and (self.best is None or row["full"] < self.best):
             self.best = row["full"]
         self.show_eval(row)
 
-    def show_eval(self, row: dict[str, Any]) -> None:
-        official = f"official {row['official']:.4f} ({percent(row['coverage'])} covered)"
+    def show_eval(self, row: Row) -> None:
         parts = [
-            f"step {row['step']}/{self.steps}",
+            f"step {row['step']}/{self.total_steps}",
             f"{row['split']} full {row['full']:.4f}",
-            official,
-            self.show_best(),
-            *self.speed(),
+            f"official {row['official']:.4f} ({percent(row['coverage'])} covered)",
+            *self.best_and_speed(),
         ]
-        self.note("  ".join(p for p in parts if p))
+        self.note("  ".join(parts))
 
-    def show_best(self) -> str:
-        return "" if self.best is None else f"best {self.best:.4f}"
-
-    def speed(self) -> list[str]:
-        if not self.rate:
-            return []
-        left = (self.steps - self.at) / self.rate
-        return [f"ETA {clock(left)}", f"{short(self.rate * self.tokens_per_step)} tok/s"]
+    def best_and_speed(self) -> list[str]:
+        """Return the best score, the ETA and the speed, as far as they are known."""
+        parts = []
+        if self.best is not None:
+            parts.append(f"best {self.best:.4f}")
+        if self.rate:
+            seconds_left = (self.total_steps - self.current_step) / self.rate
+            parts.append(f"ETA {clock(seconds_left)}")
+            parts.append(f"{short(self.rate * self.tokens_per_step)} tok/s")
+        return parts
 
     def note(self, text: str) -> None:
-        with suppress(OSError):  # whoever read it has left; the training goes on
+        with suppress(OSError):  # the training continues if nobody reads stderr any more
             print(text, file=sys.stderr, flush=True)
 
 
-class Bar(Lines):
-    """One bar. It is drawn from the training's own thread, and seldom: the bits and the speed stay as they are."""
+class BarProgress(LineProgress):
+    """Draw a progress bar.
+
+    The thread that trains draws it, and only rarely, so that the training is not slower.
+    """
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
 
-        self.console, self.live = (
-            console,
-            Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False),
-        )
+        self.console = console
+        self.live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self.next_draw = 0.0
 
-    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
         super().start(cfg, table, earlier)
         with suppress(OSError):
             self.live.start()
         self.draw()
-        self.next_draw = (
-            0.0  # the first drawing imports what it needs: its cost says nothing about the others
-        )
+        self.next_draw = 0.0  # the first drawing is slow because it imports modules, so do not wait after it
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: Row) -> None:
         super().step(row)
-        if time.perf_counter() >= self.next_draw or row["step"] == self.steps:
+        if time.perf_counter() >= self.next_draw or row["step"] == self.total_steps:
             self.draw()
 
-    def show_eval(self, row: dict[str, Any]) -> None:
+    def show_eval(self, row: Row) -> None:
         self.draw()
 
     def draw(self) -> None:
-        begin = time.thread_time()  # the work of drawing; a wait for a busy machine is none
-        with suppress(OSError):  # the terminal is gone
+        start = time.thread_time()  # processor time, so that a busy machine does not make drawing look slow
+        with suppress(OSError):  # the terminal was closed
             self.live.update(self.line(), refresh=True)
-        cost = time.thread_time() - begin
+        cost = time.thread_time() - start
         self.next_draw = time.perf_counter() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
 
     def line(self) -> RenderableType:
-        """As many of the parts as the terminal is wide, the dearest first; the bar takes what is left."""
+        """Return as many parts as fit on the terminal, the most important first. The bar fills the rest."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         width = self.console.width
-        parts = [p for p in (f"step {self.at}/{self.steps}", self.loss, self.show_best(), *self.speed()) if p]
+        parts = [f"step {self.current_step}/{self.total_steps}"]
+        if self.loss:
+            parts.append(self.loss)
+        parts += self.best_and_speed()
         while len(parts) > 1 and len("  ".join(parts)) > width:
             parts.pop()
         text = "  ".join(parts)
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_column(no_wrap=True, overflow="crop")
-        room = min(40, width - len(text) - 3)
-        if room < 8:
+        bar_width = min(BAR_WIDTH, width - len(text) - 3)
+        if bar_width < MIN_BAR_WIDTH:
             line.add_row(text)
         else:
-            line.add_row(text, ProgressBar(total=self.steps, completed=self.at, width=room))
+            bar = ProgressBar(total=self.total_steps, completed=self.current_step, width=bar_width)
+            line.add_row(text, bar)
         return line
 
     def note(self, text: str) -> None:
@@ -169,28 +168,41 @@ class Bar(Lines):
 
     def close(self) -> None:
         if self.live.is_started:
-            self.draw()  # what stays on the screen is where the run ended
+            self.draw()  # the last drawing stays on the screen
             with suppress(OSError):
                 self.live.stop()
 
 
+def make_progress(quiet: bool = False) -> Progress:
+    """Return a bar if stderr is a terminal, and lines otherwise."""
+    if quiet:
+        return QUIET
+    if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown"):
+        from rich.console import Console
+
+        return BarProgress(Console(stderr=True, highlight=False))
+    return LineProgress()
+
+
 def clock(seconds: float) -> str:
-    """1:05, 2:03:00, 3d 04:00:00."""
+    """Format a duration, for example as 1:05, 2:03:00 or 3d 04:00:00."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     if days:
         return f"{days}d {h:02}:{m:02}:{s:02}"
-    return f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+    if hours:
+        return f"{h}:{m:02}:{s:02}"
+    return f"{m}:{s:02}"
 
 
 def percent(share: float) -> str:
-    """Rounded down: 96.98% must not look like the 97% that a rule asks for."""
+    """Format a share, rounded down. 96.98% must not look like the 97% that a rule requires."""
     return f"{int(100 * share + 1e-9)}%"
 
 
 def short(number: float) -> str:
-    """950, 12.3k, 27.2M: for people; JSON carries the whole figure."""
+    """Shorten a number for display, for example to 950, 12.3k or 27.2M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.1f}{letter}"

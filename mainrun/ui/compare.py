@@ -1,6 +1,7 @@
-"""Finished runs side by side. `full` ranks them; an official figure is shown with what it covers.
+"""Compare finished runs in a table.
 
-Runs are comparable only when they were scored on the same titles: other data is refused, not footnoted.
+Rank runs by `full`. The `official` score is shown with the share of the titles that it covers.
+Runs that were scored on different titles are refused, because their scores are not comparable.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mainrun.run.progress import clock, percent, short
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from mainrun.store.rundir import RunDir
 
@@ -33,73 +35,101 @@ NEEDED = (
     "geometry",
     "guards",
 )
-SAME = ("corpus", "val")  # the fingerprints that comparable runs share
+SAME = ("corpus", "val")  # comparable runs have the same fingerprints of these
+STATUSES = ("pass", "flag", "fail")  # of a guard
+
+HEAD = (
+    "run", "full last", "full best", "delta full", "official", "bits/byte",
+    "steps", "tokens", "seen/token", "params", "time", "tok/s", "guards",
+)  # fmt: skip
 
 
-def finished(run: RunDir) -> dict[str, Any]:
-    """The summary of a run that is done."""
-    run.config()  # says so when this is no run directory at all, or when its config was changed
+# -- summaries
+
+
+def load_summary(run: RunDir) -> dict[str, Any]:
+    """Return the summary of a finished run. Refuse an unfinished run and a damaged summary."""
+    run.config()  # refuse a folder that is not a run directory, and a changed config
     summary = run.summary()
     if summary is None:
         state = run.status().get("state", "not started")
-        fix = "the `mainrun train` command that started it goes on with it"
+        fix = "run the `mainrun train` command that started it again to resume"
         if state == "diverged":
-            fix = "it would diverge again: train a config with a lower lr, or a longer warm-up"
+            fix = "it would diverge again, so train a config with a lower lr or a longer warm-up"
         raise RunError(f"run {run.path.name} is not finished ({state}); {fix}")
     missing = [name for name in NEEDED if name not in summary]
-    missing += [f"{name} fingerprint" for name in SAME if name not in summary.get("fingerprints", {})]
+    for name in SAME:
+        if name not in summary.get("fingerprints", {}):
+            missing.append(f"{name} fingerprint")
     if missing:
-        raise RunError(f"{run.path}/summary.json is damaged (no {missing[0]!r}); {run.fix}")
+        raise RunError(f"{run.path}/summary.json is damaged ({missing[0]!r} is missing); {run.fix}")
     _check_scores(run, summary)
     return summary
 
 
 def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
-    """A summary says what its rows say, or it was edited."""
-    rows = [
-        row for row in run.rows() if row.get("event") == "eval" and row["split"] == summary["last"]["split"]
-    ]
-    true = {"last": rows[-1], "best": min(rows, key=lambda row: row["full"])} if rows else {}
-    for name in ("last", "best"):
-        for k, given in summary[name].items():
-            if name not in true or true[name].get(k) != given:
-                logged = shown(true.get(name, {}).get(k), 60)
-                says = f"{run.path}/summary.json gives {shown(given, 60)} for {k} of the {name} score, metrics.jsonl {logged}"
+    """Refuse a summary whose scores differ from those in metrics.jsonl."""
+    logged: dict[str, dict[str, Any]] = {"last": {}, "best": {}}
+    split = summary["last"]["split"]
+    evals = [row for row in run.rows() if row.get("event") == "eval" and row["split"] == split]
+    if evals:
+        logged["last"] = evals[-1]
+        logged["best"] = min(evals, key=lambda row: row["full"])
+    for name, row in logged.items():
+        for key, value in summary[name].items():
+            if key not in row or row[key] != value:
                 raise RunError(
-                    f"{says}; one of them was changed after the run: restore it, or train again with --fresh"
+                    f"{run.path}/summary.json gives {shown(value, 60)} for {key} of the {name} score, "
+                    f"but metrics.jsonl gives {shown(row.get(key), 60)}; "
+                    "one of them was changed after the run: restore it, or train again with --fresh"
                 )
 
 
+# -- rows
+
+
 def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of plain figures a run; deltas are against the first."""
+    """Return one row of plain figures per run. Differences are relative to the first run."""
     first = summaries[0]
     for other in summaries[1:]:
-        _same_data(first, other)
+        _check_same_data(first, other)
     return [_row(summary, first) for summary in summaries]
 
 
-def _same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
-    def facts(s: dict[str, Any]) -> dict[str, Any]:
-        return {f"{k} fingerprint": s["fingerprints"][k][:12] for k in SAME} | {
-            "scored split": s["last"]["split"]
-        }
-
-    a, b = facts(first), facts(other)
-    differ = [f"{k} {a[k]} against {b[k]}" for k in a if a[k] != b[k]]
-    if differ:
+def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
+    """Refuse two runs that were scored on different titles."""
+    data = _data_of(first)
+    other_data = _data_of(other)
+    differences = []
+    for name, value in data.items():
+        if other_data[name] != value:
+            differences.append(f"{name} {value} against {other_data[name]}")
+    if differences:
         raise RunError(
-            f"{first['run']} and {other['run']} were scored on different data: {'; '.join(differ)}; "
+            f"{first['run']} and {other['run']} were scored on different data: {'; '.join(differences)}; "
             "compare runs of the same corpus, num_titles, shuffle and val_frac"
         )
 
 
+def _data_of(summary: dict[str, Any]) -> dict[str, str]:
+    """Return what identifies the titles on which a run was scored."""
+    data = {f"{name} fingerprint": summary["fingerprints"][name][:12] for name in SAME}
+    data["scored split"] = summary["last"]["split"]
+    return data
+
+
 def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    last, guards = summary["last"], summary["guards"]
-    # other spans leave other tokens out
-    comparable = (
-        min(last["coverage"], first["last"]["coverage"]) >= MIN_COVERAGE
-        and summary["geometry"] == first["geometry"]
-    )
+    last = summary["last"]
+    # In other spans, the official score leaves out other tokens.
+    same_geometry = summary["geometry"] == first["geometry"]
+    lowest_coverage = min(last["coverage"], first["last"]["coverage"])
+    delta_official = None
+    if same_geometry and lowest_coverage >= MIN_COVERAGE:
+        delta_official = last["official"] - first["last"]["official"]
+    guards: dict[str, list[str]] = {status: [] for status in STATUSES}
+    for guard in summary["guards"]:
+        if guard["status"] in guards:
+            guards[guard["status"]].append(guard["name"])
     return {
         "run": summary["run"],
         "full_last": last["full"],
@@ -108,7 +138,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "official": last["official"],
         "coverage": last["coverage"],
         "official_flagged": last["coverage"] < MIN_COVERAGE,
-        "delta_official": last["official"] - first["last"]["official"] if comparable else None,
+        "delta_official": delta_official,
         "bits_per_byte": last["bits_per_byte"],
         "steps": summary["steps"],
         "reused": summary.get("ledger", {}).get("reused", 0),
@@ -117,97 +147,122 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "params": summary["params"],
         "seconds": summary["seconds"],
         "tokens_per_s": summary["tokens_per_s"],
-        "guards": {
-            status: [g["name"] for g in guards if g["status"] == status]
-            for status in ("pass", "flag", "fail")
-        },
+        "guards": guards,
     }
 
 
-def verdict(guards: dict[str, list[str]]) -> str:
-    """What the guards said, the worst first."""
-    said = [f"{status}: {', '.join(guards[status])}" for status in ("fail", "flag") if guards[status]]
-    return "; ".join(said) or f"{len(guards['pass'])} pass"
-
-
-HEAD = (
-    "run", "full last", "full best", "delta full", "official", "bits/byte",
-    "steps", "tokens", "seen/token", "params", "time", "tok/s", "guards",
-)  # fmt: skip
+# -- the table
 
 
 def show(table: list[dict[str, Any]], console: Console) -> None:
-    """A row a run where the screen is wide enough, else the same figures turned round: a column a run."""
+    """Print one row per run or, on a narrow screen, one column per run. Then print the notes."""
+    cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
+    wide = _draw(list(HEAD), cells)
+    if _fits(wide, console):
+        console.print(wide)
+    else:
+        _show_transposed(cells, console)
+    for note in _notes(table):
+        console.print(note, soft_wrap=True, markup=False)
+
+
+def _show_transposed(cells: list[list[str]], console: Console) -> None:
+    """Print one column per run, in several tables if the screen is too narrow for all runs."""
+    while cells:
+        count = len(cells)
+        drawn = _draw_transposed(cells)
+        while count > 1 and not _fits(drawn, console):
+            count -= 1
+            drawn = _draw_transposed(cells[:count])
+        console.print(drawn)
+        cells = cells[count:]
+
+
+def _draw_transposed(cells: list[list[str]]) -> Table:
+    head, *lines = ([name, *values] for name, *values in zip(HEAD, *cells, strict=True))
+    return _draw(head, lines)
+
+
+def _draw(head: list[str], lines: list[list[str]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(head[0], justify="left")
+    for name in head[1:]:
+        table.add_column(name, justify="right")
+    for line in lines:
+        table.add_row(*line)
+    return table
 
-    def draw(columns: list[str], lines: list[list[str]]) -> Table:
-        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for i, name in enumerate(columns):
-            drawn.add_column(name, justify="right" if i else "left")
-        for line in lines:
-            drawn.add_row(*line)
-        return drawn
 
-    def fits(drawn: Table) -> bool:
-        return console.measure(drawn, options=console.options.update(width=10_000)).maximum <= console.width
+def _fits(table: Table, console: Console) -> bool:
+    width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    return width <= console.width
 
-    wide = draw(list(HEAD), cells)
-    if fits(wide):
-        console.print(wide)
-        cells = []
-    while cells:  # as many runs beside each other as the screen takes, then the next ones below
-        for n in range(len(cells), 0, -1):
-            first, *lines = ([name, *column] for name, *column in zip(HEAD, *cells[:n], strict=True))
-            drawn = draw(first, lines)
-            if fits(drawn):
-                break
-        console.print(drawn)
-        cells = cells[n:]
+
+def _notes(table: list[dict[str, Any]]) -> list[str]:
+    """Return the explanations below the table."""
+    notes = []
     if any(row["official_flagged"] for row in table):
-        note = f"(!) covers less than {MIN_COVERAGE:.0%} of val, so this official score is not comparable; `full` covers all of it."
-        console.print(note, soft_wrap=True, markup=False)
+        notes.append(
+            f"(!) covers less than {MIN_COVERAGE:.0%} of val, so this official score is not comparable; "
+            "`full` covers all of val."
+        )
     for row in table:
         if row["reused"]:
-            what = f"{row['reused']:,} of {row['steps']:,} steps were taken from the store; time and tok/s are of the others"
-            console.print(f"(*) {row['run']}: {what}", soft_wrap=True, markup=False)
+            notes.append(
+                f"(*) {row['run']}: {row['reused']:,} of {row['steps']:,} steps were copied from the store; "
+                "time and tok/s count only the other steps"
+            )
     for row in table:
         if row["guards"]["fail"] or row["guards"]["flag"]:
-            console.print(f"{row['run']}: guards: {verdict(row['guards'])}", soft_wrap=True, markup=False)
+            notes.append(f"{row['run']}: guards: {_verdict(row['guards'])}")
+    return notes
 
 
-def picture(table: list[dict[str, Any]], path: Path) -> None:
-    """The same table as an SVG."""
-    from rich.console import Console
-
-    console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
-    show(table, console)
-    # a fixed id: the same table is the same file
-    drawn = console.export_svg(title="mainrun compare", unique_id="mainrun")
-    try:
-        path.write_text(drawn, encoding="utf-8")
-    except OSError as e:
-        raise UsageError(
-            f"cannot write {path}: {e.strerror}; give --svg a file in a writable folder"
-        ) from None
+def _verdict(guards: dict[str, list[str]]) -> str:
+    """Return the names of the guards that failed, and then of those that flagged."""
+    parts = []
+    for status in ("fail", "flag"):
+        if guards[status]:
+            parts.append(f"{status}: {', '.join(guards[status])}")
+    return "; ".join(parts)
 
 
 def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
-    guards = row["guards"]
+    flag = "!" if row["official_flagged"] else ""
+    star = "*" if row["reused"] else ""
+    trained = row["reused"] < row["steps"]
+    counts = [f"{len(row['guards'][status])} {status}" for status in STATUSES if row["guards"][status]]
     return [
         row["run"],
         f"{row['full_last']:.4f}",
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
-        f"{row['official']:.4f} ({percent(row['coverage'])}{'!' if row['official_flagged'] else ''})",
+        f"{row['official']:.4f} ({percent(row['coverage'])}{flag})",
         f"{row['bits_per_byte']:.4f}",
-        f"{row['steps']:,}{'*' if row['reused'] else ''}",
+        f"{row['steps']:,}{star}",
         short(row["tokens"]),
         f"{row['presentations_per_token']:.4g}",
         short(row["params"]),
         clock(row["seconds"]),
-        short(row["tokens_per_s"]) if row["reused"] < row["steps"] else "",
-        ", ".join(f"{len(guards[s])} {s}" for s in ("pass", "flag", "fail") if guards[s]),
+        short(row["tokens_per_s"]) if trained else "",
+        ", ".join(counts),
     ]
+
+
+def write_svg(table: list[dict[str, Any]], path: Path) -> None:
+    """Write the table as an SVG image."""
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
+    show(table, console)
+    # With a fixed id, the same table always gives the same file.
+    svg = console.export_svg(title="mainrun compare", unique_id="mainrun")
+    try:
+        path.write_text(svg, encoding="utf-8")
+    except OSError as e:
+        raise UsageError(
+            f"cannot write {path}: {e.strerror}; give --svg a file in a writable folder"
+        ) from None

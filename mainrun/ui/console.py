@@ -1,4 +1,7 @@
-"""What every command has in common: how it ends, its usual options, what it prints. No torch; Rich when there is a table."""
+"""What all commands share: exit codes and error messages, common options, output streams and tables.
+
+This module does not import torch, and imports Rich only to print a table.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Group(TyperGroup):
-    """Turns every way a command can end into an exit code and at most one message on stderr."""
+    """A command group that turns every error into an exit code and one message on stderr."""
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         args = list(sys.argv[1:] if args is None else args)
@@ -38,23 +41,24 @@ class Group(TyperGroup):
             _check_folder()
             _check_text(args)
             _check_caches()
-            code = super().main(
-                args, "mainrun", standalone_mode=False
-            )  # a KeyboardInterrupt comes back as 130
-        except typer.TyperException as e:  # unknown command or option, a missing or misshapen argument
-            code = _fail(e, "error", _usage(e), UsageError.exit_code, args)
+            code = super().main(args, "mainrun", standalone_mode=False)  # 130 after a KeyboardInterrupt
+        except typer.TyperException as e:  # an unknown option, a missing argument, a value of the wrong type
+            code = _fail(e, "error", _usage_message(e), UsageError.exit_code, args)
         except Interrupted as e:
             code = _fail(e, "interrupted", str(e), e.exit_code, args)
         except Diverged as e:
             code = _fail(e, "diverged", str(e), e.exit_code, args)
         except MainrunError as e:
             code = _fail(e, "error", str(e), e.exit_code, args)
-        except OSError as e:  # a path that the system refuses; what names no path is a bug
-            known = e.filename is not None or e.errno in inputs.NO_SPACE
-            code = _refuse(e, args) if known else _crash(e, args)
+        except OSError as e:
+            # An error with a path is the user's to fix. One without a path is a bug, unless the disk is full.
+            if e.filename is not None or e.errno in inputs.NO_SPACE:
+                code = _refuse(e, args)
+            else:
+                code = _crash(e, args)
         except Exception as e:
             code = _crash(e, args)
-        except SystemExit as e:  # how Typer ends, without a word, when a pipe to another process breaks
+        except SystemExit as e:  # Typer exits without a message when a pipe to another process breaks
             if not isinstance(e.__context__, OSError):
                 raise
             code = _crash(e.__context__, args)
@@ -63,8 +67,11 @@ class Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
             allowed = ", ".join(self.commands)
-            known = f"`{ctx.command_path} --help` lists them: {allowed}"
-            raise UsageError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; {known}")
+            guess = nearest(args[0], self.commands)
+            raise UsageError(
+                f"unknown command {args[0]!r}{guess}; "
+                f"`{ctx.command_path} --help` lists the commands: {allowed}"
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -81,19 +88,22 @@ def commands(help: str) -> typer.Typer:
 
 
 def is_leader() -> bool:
-    """Whether this process prints. Of the processes that torchrun starts, only rank 0 does."""
+    """Whether this process prints results. Only rank 0 of the processes that torchrun starts does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _drop_odd_sizes() -> None:
-    """Ignore terminal sizes that are not numbers. Rich accepts digits such as a superscript, which `int` refuses."""
+    """Ignore terminal sizes that are not numbers.
+
+    Rich accepts all digits, even superscripts, and then fails to convert them to an integer.
+    """
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[0-9]{1,6}", os.environ.get(name, "0")):
             del os.environ[name]
 
 
 def _check_folder() -> None:
-    """Refuse a current folder that was removed."""
+    """Refuse to run in a folder that was deleted."""
     try:
         os.getcwd()
     except OSError as e:
@@ -105,90 +115,102 @@ PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "-
 
 def _check_text(args: Sequence[str]) -> None:
     """Refuse arguments that are not valid text, because they end up in JSON, tables and PDFs."""
-    for before, arg in pairwise(["", *args]):
-        if arg == "" and before in PATH_OPTIONS:
-            raise UsageError(f"got {before} '', which is empty; give a path")
+    for previous, arg in pairwise(["", *args]):
+        if arg == "" and previous in PATH_OPTIONS:
+            raise UsageError(f"got {previous} '', which is empty; give a path")
         if arg in [f"{option}=" for option in PATH_OPTIONS]:
             raise UsageError(f"got {arg}'', which is empty; give a path")
         if re.search("[\x00\ud800-\udfff]", arg) is None:
             continue
-        if sys.getfilesystemencoding() != "utf-8":
-            fix = (
-                f"the locale supports only {sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
-            )
+        encoding = sys.getfilesystemencoding()
+        if encoding != "utf-8":
+            fix = f"the locale supports only {encoding}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
         else:
-            fix = "write it in UTF-8, and rename a file whose name is not"
+            fix = "write it in UTF-8, and rename files whose names are not UTF-8"
         raise UsageError(f"got the argument {inputs.shown(arg)}, which is not UTF-8 text; {fix}")
 
 
 def _check_caches() -> None:
-    """Check the cache variables first, so that the error names the variable."""
+    """Check the environment variables of the cache folder early, so that an error names the variable."""
     for name in ("MAINRUN_CACHE", "XDG_CACHE_HOME"):
-        place = os.environ.get(name)
-        if place:
-            inputs.check_path(inputs.expanded(place, name), name)
+        folder = os.environ.get(name)
+        if folder:
+            inputs.check_path(inputs.expanded(folder, name), name)
 
 
 def _crash(e: Exception, args: Sequence[str]) -> int:
-    text = (f"{type(e).__name__}: {e}".strip().splitlines() or [""])[0]
-    hints = ", ".join(["--debug shows the traceback", *getattr(e, "__notes__", [])])
-    return _fail(e, "crash", f"{text}; {hints}", MainrunError.exit_code, args)
+    first_line = f"{type(e).__name__}: {e}".splitlines()[0].strip()
+    text = "; ".join([first_line, "--debug shows the traceback", *getattr(e, "__notes__", [])])
+    return _fail(e, "crash", text, MainrunError.exit_code, args)
 
 
 def _refuse(e: OSError, args: Sequence[str]) -> int:
-    known = inputs.refusal(e)
-    return _fail(
-        e, "interrupted" if isinstance(known, Interrupted) else "error", str(known), known.exit_code, args
-    )
+    error = inputs.refusal(e)
+    kind = "interrupted" if isinstance(error, Interrupted) else "error"
+    return _fail(e, kind, str(error), error.exit_code, args)
 
 
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
+    """Print the error and return the exit code."""
     if "--debug" in args:
         traceback.print_exception(e)
-    if not is_leader():  # rank 0 usually prints the same error; wait so that torchrun can end this process
-        time.sleep(5)
+    if not is_leader():
+        time.sleep(5)  # rank 0 usually prints the same error, and torchrun then ends this process
         kind = f"{kind} in process {os.environ['RANK']}"
     print(f"{kind}: {_readable(text)}", file=sys.stderr, flush=True)
     return code
 
 
-MOST_TEXT, MOST_LINE = 2800, 1200  # characters of a message, and of a line of it
+MAX_MESSAGE = 2800  # characters
+MAX_LINE = 1200
 
 
 def _readable(text: str) -> str:
-    """A message as a terminal may show it: no control characters, and no more than a person reads."""
-    lines = [inputs.shortened(inputs.printable(line), MOST_LINE) for line in text.split("\n")]
+    """Escape the control characters of a message, and shorten it."""
+    lines = [inputs.shortened(inputs.printable(line), MAX_LINE) for line in text.split("\n")]
     kept: list[str] = []
+    length = 0
     for line in lines:
-        if sum(map(len, kept)) + len(line) > MOST_TEXT:
+        length += len(line)
+        if length > MAX_MESSAGE:
             return "\n".join([*kept, f"and {len(lines) - len(kept):,} more lines"])
         kept.append(line)
     return "\n".join(kept)
 
 
-def _usage(e: typer.TyperException) -> str:
-    """Rewrite Typer's errors: what was given, a suggestion, and where to look."""
-    ctx = getattr(e, "ctx", None)
-    command = ctx.command_path if ctx else "mainrun COMMAND"
+def _usage_message(e: typer.TyperException) -> str:
+    """Rewrite an error of Typer: suggest the nearest option, and name the command that prints the help."""
     text = e.format_message().rstrip(".")
+    ctx = getattr(e, "ctx", None)
+    if ctx is None:
+        return f"{text}; `mainrun COMMAND --help` lists what is allowed"
+    known: list[str] = []
+    for param in ctx.command.params:
+        known += [*param.opts, *param.secondary_opts]
     got = getattr(e, "option_name", None)
-    known = [name for p in ctx.command.params for name in (*p.opts, *p.secondary_opts)] if ctx else []
-    if got and ctx and got not in known:
+    if got and got not in known:
         text = f"unknown option {got!r}{nearest(got, known)}"
     elif "extra argument" in text and "=" in text:
         text += "; each key=value needs its own --set"
-    return f"{text}; `{command} --help` lists what is allowed"
+    return f"{text}; `{ctx.command_path} --help` lists what is allowed"
 
 
 def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
-    """The callback of every option and argument that is a path: refuse a name that no file can have."""
+    """Refuse names that no file can have. Every option and argument that is a path has this callback."""
     name = param.opts[0] if param.param_type_name == "option" else param.metavar
-    for path in value if isinstance(value, list | tuple) else [value]:
+    paths = value if isinstance(value, list | tuple) else [value]
+    for path in paths:
         if path is not None:
             inputs.check_path(path, str(name))
     return value
 
 
+Preset = Annotated[
+    str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field. Can be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Out = Annotated[
     Path,
@@ -197,55 +219,60 @@ Out = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
 
 
-# -- how it ends
+# -- interrupts
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Set up the allocator before torch starts, and shut down the process group at the end."""
+    """Configure the memory allocator before torch is imported, and shut down the process group at the end."""
     from mainrun.core.hardware import tune_allocator
 
     tune_allocator()
     try:
         yield
     finally:
-        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
-            dist.destroy_process_group()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C outside the steps (torch is still loading, say) end like those between two steps.
+    """Raise `Interrupted` at SIGTERM or the first Ctrl-C, for example while torch is being imported.
 
-    While it steps, the training has its own handlers in place of these.
+    During the training steps, the training replaces these signal handlers with its own.
     """
-    asked = 0
+    signals = 0
 
     def stop(signum: int, frame: Any) -> None:
-        nonlocal asked
-        asked += 1
-        # a BaseException: no `except Exception` of a library that is being imported can swallow it
-        raise KeyboardInterrupt
+        nonlocal signals
+        signals += 1
+        raise KeyboardInterrupt  # a BaseException, which the `except Exception` of a library does not catch
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
-        if asked == 1:
+        if signals == 1:
             raise Interrupted(
-                "stopped outside the training steps; nothing is lost, start the same command again"
+                "stopped outside the training steps; nothing is lost; run the same command again to resume"
             ) from None
         print(
-            "stopped at once; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
+            "stopped at once; run the same command again to resume from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
         )
         raise
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# -- output
 
 
 def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
-    """Refuse to overwrite anything but an earlier output of the same kind."""
+    """Refuse to overwrite a file, unless it is empty or an earlier output that begins with the same bytes."""
     if path.is_dir():
         what = "a folder"
     elif path.exists() and not path.is_file():
@@ -257,11 +284,8 @@ def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
     raise UsageError(f"got {option} {path}, {what}; give the name of a new file, or of an earlier {kind}")
 
 
-# -- where it prints
-
-
 class _Outlet(io.FileIO):
-    """stdout or stderr. It drops what cannot be written and remembers the error, so that the command can finish."""
+    """A stdout or stderr that never raises. It remembers the first error and drops all output after it."""
 
     fault: OSError | None = None
 
@@ -275,11 +299,11 @@ class _Outlet(io.FileIO):
 
 
 def guard_streams() -> None:
-    """A full disk, a closed pipe or a closed descriptor must not end a training. Called once, before anything is printed."""
+    """Keep the command running if stdout or stderr cannot be written. Call this before printing anything."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # else the next file that is opened would become stdout
+        except OSError:  # it is closed, so the next file to be opened would take its number
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
@@ -288,20 +312,22 @@ def guard_streams() -> None:
 
 
 def _guarded(stream: TextIO | None, fd: int) -> TextIO:
-    """The same stream with an outlet that does not raise, and with escapes for what its encoding lacks."""
+    """Return the stream on top of an `_Outlet`. It escapes characters that its encoding does not have."""
     try:
         raw = _Outlet(fd if stream is None else stream.fileno(), "w", closefd=False)
-    except io.UnsupportedOperation:  # somebody's own stream, in memory
+    except io.UnsupportedOperation:  # a stream in memory
         return stream or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    lines = stream is None or bool(getattr(stream, "line_buffering", False))
-    through = bool(getattr(stream, "write_through", False))
-    buffer = io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=lines, write_through=through)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        getattr(stream, "encoding", None) or "utf-8",
+        "backslashreplace",
+        line_buffering=stream is None or bool(getattr(stream, "line_buffering", False)),
+        write_through=bool(getattr(stream, "write_through", False)),
+    )
 
 
 def _final_code(code: int) -> int:
-    """Flush stdout and return the exit code. A closed pipe (`| head`) is not an error; a full disk is."""
+    """Flush stdout and return the exit code. A full disk is an error; a closed pipe (`| head`) is not."""
     if sys.stdout is None:
         return code
     sys.stdout.flush()
@@ -309,28 +335,29 @@ def _final_code(code: int) -> int:
     fault = raw.fault if isinstance(raw, _Outlet) else None
     if fault is None or fault.errno == errno.EPIPE or code:
         return code
-    text = f"stdout cannot be written ({fault.strerror}), so the results are not shown; send it elsewhere and run the command again"
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    text = f"stdout cannot be written ({fault.strerror}), so the results are not shown"
+    print(f"error: {text}; redirect it elsewhere and run the command again", file=sys.stderr, flush=True)
     return UsageError.exit_code
 
 
-# -- what it prints
-
-
 def emit(value: Any) -> None:
+    """Print a value as JSON."""
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not unicode))
 
 
 def console() -> Console:
-    """For tables on stdout. In a pipe or a file they are 200 columns wide."""
+    """Return a console for tables on stdout. In a pipe or a file, tables are 200 columns wide."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, width=200)
 
 
 def show_table(head: list[str], lines: list[list[str]]) -> None:
+    """Print a table on stdout."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -339,3 +366,16 @@ def show_table(head: list[str], lines: list[list[str]]) -> None:
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     console().print(table)
+
+
+def field_value(value: Any) -> str:
+    """Format the value of a config field as --set accepts it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) or '""'

@@ -1,6 +1,6 @@
-"""`mainrun demo`: the whole way at a scale of seconds, by the commands that one would type. `way` is all of it.
+"""`mainrun demo`: the whole workflow at a small scale, run as separate mainrun commands.
 
-Each command finds by itself what an earlier start of it has done: so the same demo goes on where it was stopped.
+Each command recognises what an earlier call of it has finished. An interrupted demo can therefore be resumed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from mainrun.config import TASK
 from mainrun.errors import Interrupted, MainrunError
@@ -23,131 +23,191 @@ from mainrun.plan.recipes import load
 from mainrun.run.progress import clock
 from mainrun.store.rundir import disk_errors
 
-SEEDS = (int(TASK["seed"]), int(TASK["seed"]) + 1)
+SEED = int(TASK["seed"])
 STUDY = "demo"
+# The exit codes of a step that was stopped by a signal.
+STOPPED = (Interrupted.exit_code, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
+# The signals that are passed to the running step. A step saves its state at SIGINT and SIGTERM.
+PASSED_ON = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
 
 
-class Step(NamedTuple):
+class DemoStep(NamedTuple):
     name: str
     about: str
-    command: list[str]  # of mainrun
+    command: list[str]  # the arguments of mainrun
 
 
-def way(out: Path, sets: Sequence[str]) -> list[Step]:
-    """Train, grow, search, report, hand in, check."""
-    more = [part for text in sets for part in ("--set", text)]
-    (run,) = (cfg.run_id for cfg in load("demo:optimized", sets))
-    report, bundle = str(out / "report.pdf"), str(out / "submission.zip")
-    return [
-        *(
-            Step("train", f"the baseline and the optimised recipe, seed {seed}",
-                 ["train", "--preset", "demo", "--set", f"seed={seed}", *more, "--out", str(out)])
-            for seed in SEEDS
-        ),
-        Step("grow", "twice the layers from half of the tokens on; the steps before are there already",
-             ["train", "--preset", "demo-grown", *more, "--out", str(out)]),
-        Step("sweep", "12 trials, then the best of them against the base on fresh seeds",
-             ["sweep", STUDY, *more, "--out", str(out / "studies")]),
-        Step("report", "one PDF of all that", ["report", str(out), "--out", report, "--title", "Mainrun demo"]),
-        Step("submit", "all guards; the run, its code and the report in one zip; nothing is sent",
-             ["submit", "--run", run, "--runs", str(out), "--report", report, "--out", bundle]),
-        Step("verify", "the zip's own code trains the first steps again; every bit is compared", ["verify", bundle]),
-    ]  # fmt: skip
+class StepFailed(MainrunError):
+    """A step of the demo failed. Its exit code becomes that of the demo."""
+
+    def __init__(self, step: DemoStep, code: int) -> None:
+        super().__init__(
+            f"the demo's {step.name} step failed with exit code {code}, for the reason above; "
+            "run the same command again to resume"
+        )
+        self.exit_code = max(code, 1)
 
 
-def demo(out: Path, sets: Sequence[str], unfit: Callable[[], str]) -> None:
-    """`unfit` says why no submission can be made of the code at hand; empty: it can."""
-    steps, began, why = way(out, sets), time.monotonic(), ""
+class Files:
+    """The paths of what the demo writes."""
+
+    def __init__(self, out: Path, sets: Sequence[str]) -> None:
+        (cfg,) = load("demo:optimized", sets)
+        self.out = str(out)
+        self.run_id = cfg.run_id  # the run to submit
+        self.studies = str(out / "studies")
+        self.report = str(out / "report.pdf")
+        self.bundle = str(out / "submission.zip")
+
+    def submit_command(self) -> list[str]:
+        options = ["--runs", self.out, "--report", self.report, "--out", self.bundle]
+        return ["submit", "--run", self.run_id, *options]
+
+
+def demo_steps(files: Files, sets: Sequence[str]) -> list[DemoStep]:
+    """Return the steps of the demo, in order."""
+    options: list[str] = []
+    for text in sets:
+        options += ["--set", text]
+    steps = []
+    for seed in (SEED, SEED + 1):
+        train = ["train", "--preset", "demo", "--set", f"seed={seed}", *options, "--out", files.out]
+        steps.append(DemoStep("train", f"the baseline and the optimized recipe, seed {seed}", train))
+    grow = ["train", "--preset", "demo-grown", *options, "--out", files.out]
+    steps.append(
+        DemoStep("grow", "twice the layers after half of the tokens; the first half is already trained", grow)
+    )
+    sweep = ["sweep", STUDY, *options, "--out", files.studies]
+    steps.append(DemoStep("sweep", "12 trials, then the best of them against the base on fresh seeds", sweep))
+    report = ["report", files.out, "--out", files.report, "--title", "Mainrun demo"]
+    steps.append(DemoStep("report", "one PDF about all of that", report))
+    steps.append(
+        DemoStep(
+            "submit",
+            "run all guards; put the run, its code and the report into a zip; send nothing",
+            files.submit_command(),
+        )
+    )
+    verify = ["verify", files.bundle]
+    steps.append(
+        DemoStep("verify", "train the first steps again with the code in the zip; compare every bit", verify)
+    )
+    return steps
+
+
+def run_demo(out: Path, sets: Sequence[str], why_not_submittable: Callable[[], str]) -> None:
+    """Run the steps of the demo and print what they wrote.
+
+    why_not_submittable: returns the reason why the current code cannot be submitted, or "".
+    """
+    files = Files(out, sets)
+    steps = demo_steps(files, sets)
+    start = time.monotonic()
+    obstacle = ""
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    for i, step in enumerate(steps):
-        print(f"[{i + 1}/{len(steps)}] {step.name}: {step.about}", flush=True)
+    for number, step in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] {step.name}: {step.about}", flush=True)
         print(f"      mainrun {shlex.join(step.command)}", flush=True)
-        if step.name in ("submit", "verify") and (why := why or unfit()):
-            print(f"      left out: {why if step.name == 'submit' else 'there is no zip'}", flush=True)
+        if step.name == "submit":
+            obstacle = why_not_submittable()
+            if obstacle:
+                print(f"      skipped: {obstacle}", flush=True)
+                continue
+        if step.name == "verify" and obstacle:
+            print("      skipped: there is no zip", flush=True)
             continue
-        start = time.monotonic()
-        said = _run(step, out / "demo.log")
-        for line in (*_told(step, out, said), clock(time.monotonic() - start)):
+        step_start = time.monotonic()
+        output = _run(step, out / "demo.log")
+        for line in _highlights(step, out, output):
             print(f"      {line}", flush=True)
-    print(
-        f"\nthe whole way: {clock(time.monotonic() - began)}. What there is now, and what to try next (after `. {_activate()}`):\n"
-    )
-    for place, following in _there(steps, bool(why)):
-        print(f"  {place}\n      {shlex.join(['mainrun', *following])}")
-    print(f"\nrm -r {shlex.quote(str(out))} takes all of it away.")
+        print(f"      {clock(time.monotonic() - step_start)}", flush=True)
+    print(f"\nThe whole demo took {clock(time.monotonic() - start)}.")
+    print(f"These are its results, and what to try next (after `. {_activate_script()}`):\n")
+    for result, command in _next_commands(files, submitted=not obstacle):
+        print(f"  {result}\n      {shlex.join(['mainrun', *command])}")
+    print(f"\nTo delete everything: rm -r {shlex.quote(files.out)}")
 
 
-def _told(step: Step, out: Path, said: str) -> list[str]:
-    """What of a step's words is worth a line: its results stand in the report."""
-    lines = said.strip().splitlines()
+def _highlights(step: DemoStep, out: Path, output: str) -> list[str]:
+    """Return the lines of a step's output that are worth showing. Training results are left to the report."""
+    if step.name in ("train", "grow"):
+        return []
     if step.name == "sweep":
-        found = json.loads((out / "studies" / STUDY / "export.json").read_text(encoding="utf-8"))
-        return [found["evidence"]["claim"]] if found.get("evidence") else []
-    return {"train": [], "grow": [], "submit": lines[-2:]}.get(step.name, lines)
+        export = json.loads((out / "studies" / STUDY / "export.json").read_text(encoding="utf-8"))
+        return [export["evidence"]["claim"]] if export.get("evidence") else []
+    lines = output.strip().splitlines()
+    if step.name == "submit":
+        return lines[-2:]
+    return lines
 
 
-def _there(steps: list[Step], unfit: bool) -> Iterator[tuple[str, list[str]]]:
-    train, *_, sweep, report, submit, verify = (step.command for step in steps)
-    out, run, studies, pdf, bundle = train[-1], submit[2], sweep[-1], report[3], verify[1]
-    ids = [path.parent.name for path in sorted(Path(out).glob("*/summary.json"))]
-    yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", out, *ids]
+def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[str]]]:
+    """Yield each result of the demo with a command to try on it."""
+    out = Path(files.out)
+    ids = [path.parent.name for path in sorted(out.glob("*/summary.json"))]
+    yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", files.out, *ids]
     yield (
-        f"the optimised model: {out}/{run}",
-        ["sample", run, "--out", out, "--prompt", "Show HN:", "-n", "5"],
+        f"the optimized model: {out}/{files.run_id}",
+        ["sample", files.run_id, "--out", files.out, "--prompt", "Show HN:", "-n", "5"],
     )
-    yield f"the study: {studies}/{STUDY}", ["sweep", "show", STUDY, "--out", studies]
+    yield f"the study: {files.studies}/{STUDY}", ["sweep", "show", STUDY, "--out", files.studies]
     yield (
-        f"the report: {pdf}",
-        ["report", out, "--out", "mine.pdf", "--figures", "figures", "--tables", "tables"],
+        f"the report: {files.report}",
+        ["report", files.out, "--out", "mine.pdf", "--figures", "figures", "--tables", "tables"],
     )
-    if unfit:
-        yield "no submission, for the reason above", submit
+    if submitted:
+        summary = json.loads((out / files.run_id / "summary.json").read_text(encoding="utf-8"))
+        yield f"the submission: {files.bundle}", ["verify", files.bundle, "--steps", str(summary["steps"])]
     else:
-        steps_of_run = json.loads((Path(out) / run / "summary.json").read_text(encoding="utf-8"))["steps"]
-        yield f"the submission: {bundle}", ["verify", bundle, "--steps", str(steps_of_run)]
+        yield "no submission, for the reason above", files.submit_command()
 
 
-def _run(step: Step, log: Path) -> str:
-    """A step's stdout. What it shows on the way (stderr) is for whoever watches; where nobody does, it goes to a file."""
-    watched = sys.stderr.isatty()
+def _run(step: DemoStep, log: Path) -> str:
+    """Run a step and return its stdout. Its progress goes to the terminal, or to `log` if there is none."""
+    on_terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "mainrun", *step.command]
     with (
         disk_errors(log),
-        log.open("w", encoding="utf-8") as f,
-        _started(command, None if watched else f) as process,
+        log.open("w", encoding="utf-8") as file,
+        _process(command, None if on_terminal else file) as process,
     ):
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     if process.returncode == 0:
-        return said
-    if not watched:
-        sys.stderr.write("".join(line + "\n" for line in log.read_text(encoding="utf-8").splitlines()[-5:]))
-    if process.returncode in (Interrupted.exit_code, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM):
-        raise Interrupted("the demo was stopped; the same command goes on from there")
-    fault = MainrunError(
-        f"step {step.name} of the demo ended with {process.returncode}, above is why; the same command goes on from there"
-    )
-    fault.exit_code = process.returncode if process.returncode > 0 else 1
-    raise fault
+        return output
+    if not on_terminal:
+        for line in log.read_text(encoding="utf-8").splitlines()[-5:]:
+            print(line, file=sys.stderr)
+    if process.returncode in STOPPED:
+        raise Interrupted("the demo was stopped; run the same command again to resume")
+    raise StepFailed(step, process.returncode)
 
 
 @contextmanager
-def _started(command: list[str], stderr: Any) -> Iterator[subprocess.Popen[str]]:
-    """In a group of its own: what stops this is handed on, once, whether a terminal sent it to all or a `kill` to one."""
+def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
+    """Start a command in its own process group, and pass signals on to it.
+
+    A Ctrl-C in a terminal would otherwise reach the command twice.
+    """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0
     )
-    handed_on = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-    before = {
-        s: signal.signal(s, lambda signum, _: process.send_signal(handed_on[signal.Signals(signum)]))
-        for s in handed_on
-    }
+
+    def pass_on(signum: int, frame: Any) -> None:
+        process.send_signal(PASSED_ON[signal.Signals(signum)])
+
+    before = {signum: signal.signal(signum, pass_on) for signum in PASSED_ON}
     try:
         yield process
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
-def _activate() -> str:
+def _activate_script() -> str:
+    """Return the path of the script that activates the current virtual environment."""
     return shlex.quote(os.path.relpath(Path(sys.prefix) / "bin" / "activate"))

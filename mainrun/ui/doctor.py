@@ -1,10 +1,11 @@
-"""Is this machine ready? One line a check: ok, warn or fail, and what to do about it. Never a traceback."""
+"""`mainrun doctor`: check that this machine is ready for training, and say how to fix what is not."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,30 +16,39 @@ from typing import Any, Literal
 
 from mainrun.core.hardware import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
 
-TORCH_SECONDS = 120  # longer than any import that is worth waiting for
-FREE_WARN, FREE_FAIL = 5e9, 5e8  # bytes: a few runs of the largest preset; one checkpoint
+TORCH_SECONDS = 120  # the import of torch is given up after this time
+DISK_WARN = 5e9  # bytes: a few runs of the largest preset
+DISK_FAIL = 5e8  # bytes: one checkpoint
+MEMORY_WARN = 2e9  # bytes
 
-# asked in a process of its own: a torch that crashes or hangs is then a line in the table
+# This runs in a separate process, so that a torch that crashes or hangs becomes a line of the output.
 _ASK_TORCH = """
 import json, time
 t = time.perf_counter()
 import torch
 t = time.perf_counter() - t
-gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+gpus = []
+if torch.cuda.is_available():
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({"version": torch.__version__, "seconds": t, "gpus": gpus}))
 """
 
 
 @dataclass(frozen=True)
-class Check:
+class Diagnosis:
+    """The state of one thing that training needs."""
+
     name: str
     status: Literal["ok", "warn", "fail"]
     detail: str
     fix: str = ""
 
 
-def checks(out: Path) -> Iterator[Check]:
-    """All checks, in the order in which a person would fix them. `out` is where runs go."""
+def diagnose(out: Path) -> Iterator[Diagnosis]:
+    """Yield the diagnoses, in the order in which a person would fix the problems.
+
+    out: the folder of the run directories.
+    """
     yield _python()
     torch = _ask_torch()
     yield _torch(torch)
@@ -47,145 +57,145 @@ def checks(out: Path) -> Iterator[Check]:
     yield _gpu(torch)
     yield _memory()
     yield _allocator()
-    yield from _disk(out)
+    yield from _disks(out)
     yield _compiler()
     yield _hub()
 
 
-def _python() -> Check:
-    return Check(
-        "python", "ok", f"{platform.python_version()} ({sys.executable})"
-    )  # an older one could not read this file
+def _python() -> Diagnosis:
+    # An older Python could not run this file.
+    return Diagnosis("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
 def _ask_torch() -> dict[str, Any]:
+    """Import torch in a separate process. Return its version, import time and GPUs, or an error."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=TORCH_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"its import takes more than {TORCH_SECONDS} s"}
+        return {"error": f"importing torch takes more than {TORCH_SECONDS} s"}
     except OSError as e:
         return {"error": f"python cannot be started: {e.strerror}"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"error": last}
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        return {"error": lines[-1]}
     try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        return dict(json.loads(process.stdout.splitlines()[-1]))
     except (IndexError, ValueError):
-        return {"error": "its import printed nothing that can be read"}
+        return {"error": "importing torch did not print a readable version"}
 
 
-def _torch(found: dict[str, Any]) -> Check:
-    if "error" in found:
-        return Check("torch", "fail", found["error"], "install it: pip install -c constraints.txt torch")
-    detail = f"{found['version']}, imports in {found['seconds']:.1f} s"
-    numbers = [
-        int("".join(c for c in part if c.isdigit()) or 0)
-        for part in found["version"].split("+")[0].split(".")[:2]
-    ]
-    if numbers < [2, 6]:
-        return Check(
-            "torch", "fail", detail, "install torch 2.6 or newer: pip install -c constraints.txt torch"
-        )
-    return Check("torch", "ok", detail)
+def _torch(torch: dict[str, Any]) -> Diagnosis:
+    if "error" in torch:
+        return Diagnosis("torch", "fail", torch["error"], "install it: pip install -c constraints.txt torch")
+    detail = f"{torch['version']}, imports in {torch['seconds']:.1f} s"
+    major, minor = re.findall(r"\d+", torch["version"])[:2]
+    if (int(major), int(minor)) < (2, 6):
+        fix = "install torch 2.6 or newer: pip install -c constraints.txt torch"
+        return Diagnosis("torch", "fail", detail, fix)
+    return Diagnosis("torch", "ok", detail)
 
 
-def _cores() -> Check:
+def _cores() -> Diagnosis:
     usable = cores()
     total = os.cpu_count() or usable
-    detail = f"{usable} usable of {total}"
-    return (
-        Check("cores", "ok", detail)
-        if usable > 1
-        else Check("cores", "warn", detail, "training on one core is slow; give it more")
+    detail = f"{usable} of {total} can be used"
+    if usable > 1:
+        return Diagnosis("cores", "ok", detail)
+    return Diagnosis("cores", "warn", detail, "training on one core is slow; use more cores if you can")
+
+
+def _cpu() -> Diagnosis:
+    flags = cpu_flags()
+    detail = f"{cpu_name()}: {', '.join(flags) or 'no wide vector instructions known'}"
+    limits = cpu_limits()
+    if limits:
+        detail += ", limited by " + ", ".join(f"{name}={value}" for name, value in limits.items())
+    if any("bf16" in flag for flag in flags):
+        return Diagnosis("cpu", "ok", detail)
+    return Diagnosis(
+        "cpu", "warn", f"{detail}; no fast bf16", "use dtype=float32, which is faster on this CPU"
     )
 
 
-def _cpu() -> Check:
-    found = cpu_flags()
-    detail = f"{cpu_name()}: {', '.join(found) or 'no wide vectors known'}"
-    if cpu_limits():
-        detail += ", limited by " + ", ".join(f"{name}={value}" for name, value in cpu_limits().items())
-    if any("bf16" in flag for flag in found):
-        return Check("cpu", "ok", detail)
-    return Check("cpu", "warn", f"{detail}; no fast bf16", "dtype=float32 is the faster one here")
-
-
-def _gpu(torch: dict[str, Any]) -> Check:
+def _gpu(torch: dict[str, Any]) -> Diagnosis:
     gpus = torch.get("gpus", [])
-    return Check("gpu", "ok", ", ".join(gpus) if gpus else "none seen by torch; runs use the CPU")
+    if gpus:
+        return Diagnosis("gpu", "ok", ", ".join(gpus))
+    return Diagnosis("gpu", "ok", "torch sees none; runs use the CPU")
 
 
-def _memory() -> Check:
+def _memory() -> Diagnosis:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = _available_memory()
     except (ValueError, OSError):
-        return Check(
-            "memory", "warn", "cannot be read here", "`mainrun train --dry-run` says what a run needs"
-        )
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []:
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    detail = f"{free / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
-    if free < 2e9:
-        return Check(
-            "memory", "warn", detail, "`mainrun train --dry-run` says what a run needs; grad_accum lowers it"
-        )
-    return Check("memory", "ok", detail)
+        fix = "`mainrun train --dry-run` shows how much a run needs"
+        return Diagnosis("memory", "warn", "cannot be read on this system", fix)
+    detail = f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
+    if available < MEMORY_WARN:
+        fix = "`mainrun train --dry-run` shows how much a run needs; grad_accum lowers it"
+        return Diagnosis("memory", "warn", detail, fix)
+    return Diagnosis("memory", "ok", detail)
 
 
-def _allocator() -> Check:
-    found = tune_allocator()
-    if found.startswith("default"):
-        return Check(
-            "allocator",
-            "warn",
-            found,
-            "steps on a CPU may take twice as long; use Linux with glibc, without MAINRUN_ALLOCATOR",
-        )
-    return Check("allocator", "ok", found)
+def _available_memory() -> int:
+    """Return the available memory in bytes. On Linux this includes caches that the kernel can drop."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _disk(out: Path) -> Iterator[Check]:
+def _allocator() -> Diagnosis:
+    allocator = tune_allocator()
+    if allocator.startswith("default"):
+        fix = "steps on a CPU may take twice as long; use Linux with glibc, and unset MAINRUN_ALLOCATOR"
+        return Diagnosis("allocator", "warn", allocator, fix)
+    return Diagnosis("allocator", "ok", allocator)
+
+
+def _disks(out: Path) -> Iterator[Diagnosis]:
     from mainrun.core.hardware import cache_dir
 
-    for name, place, fix in (("disk: runs", out, "--out"), ("disk: cache", cache_dir(), "MAINRUN_CACHE")):
-        there = place.absolute()
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        try:
-            free = shutil.disk_usage(there).free
-        except OSError as e:
-            yield Check(name, "fail", f"{place}: {e.strerror}", f"give another folder with {fix}")
-            continue
-        detail = f"{free / 1e9:.1f} GB free at {place}"
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            yield Check(name, "fail", f"{place} cannot be written", f"give another folder with {fix}")
-        elif free < FREE_WARN:
-            yield Check(
-                name,
-                "fail" if free < FREE_FAIL else "warn",
-                detail,
-                f"free some, or give another folder with {fix}",
-            )
-        else:
-            yield Check(name, "ok", detail)
+    yield _disk("disk: runs", out, "give another folder with --out")
+    yield _disk("disk: cache", cache_dir(), "give another folder with MAINRUN_CACHE")
 
 
-def _compiler() -> Check:
-    found, problem = cxx()
+def _disk(name: str, folder: Path, fix: str) -> Diagnosis:
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as e:
+        return Diagnosis(name, "fail", f"{folder}: {e.strerror}", fix)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Diagnosis(name, "fail", f"{folder} cannot be written", fix)
+    detail = f"{free / 1e9:.1f} GB free at {folder}"
+    if free < DISK_FAIL:
+        return Diagnosis(name, "fail", detail, f"free some space, or {fix}")
+    if free < DISK_WARN:
+        return Diagnosis(name, "warn", detail, f"free some space, or {fix}")
+    return Diagnosis(name, "ok", detail)
+
+
+def _compiler() -> Diagnosis:
+    compiler, problem = cxx()
     if problem:
-        fix = "install python3-dev" if found else "install g++, or name a compiler with CXX"
-        return Check("c++ compiler", "warn", problem, f"{fix}; until then no run is compiled on the CPU")
-    return Check("c++ compiler", "ok", found)
+        fix = "install python3-dev" if compiler else "install g++, or name a compiler with CXX"
+        return Diagnosis("c++ compiler", "warn", problem, f"{fix}; until then, no run is compiled on the CPU")
+    return Diagnosis("c++ compiler", "ok", compiler)
 
 
-def _hub() -> Check:
+def _hub() -> Diagnosis:
     from mainrun.data.hub import hub_reachable
 
     reachable, detail = hub_reachable()
     if reachable:
-        return Check("hub", "ok", detail)
-    return Check("hub", "warn", detail, "hn and hn-2025 need it once; synthetic and file:PATH never do")
+        return Diagnosis("hub", "ok", detail)
+    fix = "the corpora hn and hn-2025 need it once; synthetic and file:PATH never do"
+    return Diagnosis("hub", "warn", detail, fix)

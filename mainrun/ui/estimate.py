@@ -1,4 +1,7 @@
-"""What a run would cost, without training it: `mainrun train --dry-run`, and with --probe a few steps that are thrown away."""
+"""`mainrun train --dry-run`: estimate what a run costs, without training it.
+
+With --probe, a few training steps are measured on weights that are thrown away.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -33,265 +37,302 @@ from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.resume import check_spans
 from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
 
-PROBED = 3  # steps
-DISK = 3e8  # bytes a second of a checkpoint: its checksum, its write and its sync
+PROBE_STEPS = 3  # the median of their times counts
+STEP_EFFICIENCY = 0.6  # of the speed of a matrix product, which a training step reaches
+DISK_SPEED = 3e8  # bytes per second to hash, write and sync a checkpoint
 
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
-    """--dry-run: the resolved table, and what the run would cost. With `probe` the time is measured on a few real steps."""
-    _, machine, _, data, plan = set_up(cfg)
+    """Return the resolved plan of a run and its estimated cost.
+
+    probe: measure the time with a few real steps. store: the run keeps states in a store.
+    """
+    _, device, _, data, plan = set_up(cfg)
     check_spans(cfg, data)
     vocab_size = data.tokenizer.vocab_size
-    parts = segment_costs(plan, vocab_size)
-    flops = sum(part["flops"] for part in parts)
+    segments = segment_costs(plan, vocab_size)
+    flops = sum(segment["flops"] for segment in segments)
     cost: dict[str, Any] = {
-        "params": parts[-1]["params"],
+        "params": segments[-1]["params"],
         "flops": flops,
-        "memory": memory(plan, machine, vocab_size, store),
+        "memory": estimate_memory(plan, device, vocab_size, store),
     }
     if cfg.growth.ops:
-        cost["segments"] = parts
+        cost["segments"] = segments
     if probe:
-        cost |= probed(
-            cfg,
-            machine,
-            plan,
-            data,
-            flops / (plan.tokens(plan.steps) * cfg.passes * parts[0]["flops_per_token"]),
-        )
+        flops_at_first_cost = plan.tokens(plan.steps) * cfg.passes * segments[0]["flops_per_token"]
+        cost |= probe_time(cfg, device, plan, data, flops / flops_at_first_cost)
     else:
-        cost["eta_seconds"] = flops / (0.6 * matmul_speed(cfg, machine))
-    return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": machine.machine_class}
+        cost["eta_seconds"] = flops / (STEP_EFFICIENCY * matmul_speed(cfg, device))
+    return {"run": cfg.run_id, "plan": plan.table(), **cost, "machine_class": device.machine_class}
 
 
-def matmul_speed(cfg: TrainConfig, machine: Device) -> float:
-    """FLOP/s of this machine on a product of the config's shape; a training step reaches about 0.6 of it."""
+def matmul_speed(cfg: TrainConfig, device: Device) -> float:
+    """Measure the FLOP/s of a matrix product of the config's shape."""
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     rows = min(4096, cfg.batch_size * cfg.block_size)
-    x = torch.ones(rows, cfg.d_model, dtype=dtype, device=machine.torch_device)
-    w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=machine.torch_device)
+    x = torch.ones(rows, cfg.d_model, dtype=dtype, device=device.torch_device)
+    w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=device.torch_device)
     best = math.inf
     for _ in range(5):
-        clock = time.perf_counter()
-        float(F.linear(x, w)[0, 0])  # reading one number waits for the device
-        best = min(best, time.perf_counter() - clock)
+        # reading one number of the result waits for the GPU
+        best = min(best, seconds_of(lambda: float(F.linear(x, w)[0, 0])))
     return 2 * rows * cfg.d_model * cfg.ff_width / best
 
 
-# -- time, measured
+def seconds_of(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
-class Trial:
-    """The real training step of a config, on weights that nobody keeps."""
+# -- time: measured
 
-    def __init__(self, cfg: TrainConfig, machine: Device, plan: Plan, vocab_size: int) -> None:
-        self.cfg, self.machine, self.plan = cfg, machine, plan
-        self.state = State(cfg, build(cfg, vocab_size).to(machine.torch_device))
-        self.stepper = TrainStep(self.state, machine)
+
+class StepProbe:
+    """Run the training steps of a config on weights that are thrown away."""
+
+    def __init__(self, cfg: TrainConfig, device: Device, plan: Plan, vocab_size: int) -> None:
+        self.device = device
+        self.plan = plan
+        self.state = State(cfg, build(cfg, vocab_size).to(device.torch_device))
+        self.train_step = TrainStep(self.state, device)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
-        """Steps, to the very end of the last, whose loss is given. As in a run, none of them waits for the one before."""
+        """Run `count` steps and return the loss of the last one.
+
+        As in a run, no step waits for the one before. The last step is complete when this returns.
+        """
         for _ in range(count):
-            state, inputs = self.state, self.plan.at(min(self.state.step, self.plan.steps - 1))
-            numbers = self.stepper.gradients(x, y, inputs)
-            self.stepper.update(inputs)
-            state.step += 1
-        if self.machine.torch_device.type == "cuda":
+            inputs = self.plan.at(min(self.state.step, self.plan.steps - 1))
+            loss_and_norm = self.train_step.gradients(x, y, inputs)
+            self.train_step.update(inputs)
+            self.state.step += 1
+        if self.device.torch_device.type == "cuda":
             torch.cuda.synchronize()
-        return float(numbers[0])
+        return float(loss_and_norm[0])
 
 
-def probed(cfg: TrainConfig, machine: Device, plan: Plan, data: TokenData, grows: float) -> dict[str, Any]:
-    """The time of the run by a few of its steps, one part of an evaluation, and the size of a checkpoint.
+def probe_time(
+    cfg: TrainConfig, device: Device, plan: Plan, data: TokenData, cost_growth: float
+) -> dict[str, Any]:
+    """Estimate the time of a run from a few steps, a part of an evaluation, and the size of a checkpoint.
 
-    grows: by how much a token costs more in the mean of the run than at its start.
+    cost_growth: the mean cost of a token during the run, relative to its cost at the start.
     """
-    compiles, machine.compile = machine.compile, False  # a probe must be cheap
-    try:
-        trial, batches = (
-            Trial(cfg, machine, plan, data.tokenizer.vocab_size),
-            Batches(cfg, data.splits["train"]),
-        )
-    finally:
-        machine.compile = compiles
+    compiles = device.compile
+    with _compiling_off(device):  # compiling would take longer than the probe
+        probe = StepProbe(cfg, device, plan, data.tokenizer.vocab_size)
+    batches = Batches(cfg, data.splits["train"])
 
     def step(i: int) -> None:
-        x, y = (machine.put(a) for a in batches.at(i))
-        trial.step(x, y)
+        x, y = batches.at(i)
+        probe.step(device.put(x), device.put(y))
 
-    warm = 1 + (
-        WARM if trial.stepper.forward_backward.on else 0
-    )  # the first maps the memory; on a GPU a few go before what a run does is recorded
-    for i in range(warm):
+    # The first step allocates memory. On a GPU, more steps run before a step is recorded as a CUDA graph.
+    warmup = 1
+    if probe.train_step.forward_backward.on:
+        warmup += WARM
+    for i in range(warmup):
         step(i)
-    seconds = statistics.median(timed(lambda i=i: step(i)) for i in range(warm, warm + PROBED))  # type: ignore[misc]
-    evaluation = sum(_evaluation(cfg, trial, data, split) for split in ("val", "dev") if split in data.splits)
-    held = sum(t.numel() * t.element_size() for t in trial.state.tensors().values())
-    saves = -(-plan.steps // plan.checkpoint_every)
-    steps = plan.tokens(plan.steps) / plan.segments[0].span * seconds * grows
+    times = []
+    for i in range(warmup, warmup + PROBE_STEPS):
+        times.append(seconds_of(lambda i=i: step(i)))  # type: ignore[misc]
+    step_seconds = statistics.median(times)
+    evaluation_seconds = 0.0
+    for split in ("val", "dev"):
+        if split in data.splits:
+            evaluation_seconds += _evaluation_seconds(cfg, probe.state.model, data, split)
+
+    training = plan.tokens(plan.steps) / plan.segments[0].span * step_seconds * cost_growth
     if compiles:
-        costs, gains = compile_balance(
-            cfg, plan, machine.torch_device.type, machine.threads
-        )  # the gain by rule of thumb, and never more than that of modern blocks
-        steps += costs - min(gains, steps / 3)
-    # the guards take each score again, and a few more, at the end: about one evaluation
-    total = steps + evaluation * grows * (len(plan.eval_steps) + 1) + saves * held / DISK
+        costs, saves = compile_balance(cfg, plan, device.torch_device.type, device.threads)
+        training += costs - min(saves, training / 3)  # compiling never saves more than a third
+    evaluations = len(plan.eval_steps) + 1  # the guards at the end take about as long as one evaluation
+    checkpoints = math.ceil(plan.steps / plan.checkpoint_every)
+    checkpoint_seconds = _bytes(probe.state.tensors().values()) / DISK_SPEED
+    total = training + evaluations * evaluation_seconds * cost_growth + checkpoints * checkpoint_seconds
     return {
         "eta_seconds": total,
-        "probe": {"step_seconds": seconds, "evaluation_seconds": evaluation, "compiles": compiles},
+        "probe": {
+            "step_seconds": step_seconds,
+            "evaluation_seconds": evaluation_seconds,
+            "compiles": compiles,
+        },
     }
 
 
-def _evaluation(cfg: TrainConfig, trial: Trial, data: TokenData, split: str) -> float:
-    """Seconds to score a split, from the first tokens of it."""
-    tokens, (rows, length) = data.splits[split], cfg.geometry
-    span = rows * length + 1
-    part = tokens[: max(span, 2 * cfg.batch_size * cfg.block_size)]
+@contextmanager
+def _compiling_off(device: Device) -> Iterator[None]:
+    before = device.compile
+    device.compile = False
+    try:
+        yield
+    finally:
+        device.compile = before
 
-    def work(n: int) -> int:  # targets, of the official score and of the full one
+
+def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: str) -> float:
+    """Measure the evaluation of the first tokens of a split, and extrapolate it to the whole split."""
+    tokens = data.splits[split]
+    rows, length = cfg.geometry
+    span = rows * length + 1
+    sample = tokens[: max(span, 2 * cfg.batch_size * cfg.block_size)]
+
+    def targets(n: int) -> int:
+        """Return how many targets the official score and the full score of n tokens have together."""
         return n // span * rows * length + n
 
-    size = {"chars": len(part), "nbytes": len(part), "block_size": cfg.block_size}
-    seconds = timed(lambda: scoring.evaluate(trial.state.model, part, **size, geometry=cfg.geometry))
-    return seconds * work(len(tokens)) / work(len(part))
+    sizes = {"chars": len(sample), "nbytes": len(sample), "block_size": cfg.block_size}
+    seconds = seconds_of(lambda: scoring.evaluate(model, sample, **sizes, geometry=cfg.geometry))
+    return seconds * targets(len(tokens)) / targets(len(sample))
 
 
-def timed(work: Callable[[], Any]) -> float:
-    clock = time.perf_counter()
-    work()
-    return time.perf_counter() - clock
+# -- memory: counted on tensors without data
+
+PROCESS = 500_000_000  # bytes of Python, torch and other libraries; on a GPU they are not in its memory
+# The peak of the heap, relative to the peak of the tensors that are allocated and freed within a step. Tensors
+# that stay allocated do not fragment the heap (docs/log/growth.md).
+FRAGMENTATION = 1.28
+# Bytes that torch.compile leaves in the process. A compiled step does not fragment the heap, however.
+COMPILER = 100_000_000
 
 
-# -- memory, counted
-
-# Python, torch and the other libraries of a run, in bytes; on a GPU they are not in its memory.
-PROCESS = 500_000_000
-FRAGMENTS = 1.28  # the heap's peak over that of the tensors that come and go in a step; those that stay leave no holes (docs/log/growth.md)
-COMPILER = 100_000_000  # what torch.compile leaves in the process ...
-COMPILED = 1.0  # ... and the same peak where a step is compiled: it keeps fewer, and reuses them
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive while it is open, and their most so far."""
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that are alive, and their peak, while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.most = 0
+        self.sizes: dict[int, int] = {}  # by storage
+        self.current = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self.count(tensor.untyped_storage())
+                self.add(tensor.untyped_storage())
         return out
 
-    def count(self, storage: torch.UntypedStorage) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self.sizes:  # a view has the storage of what it shows
-            self.sizes[key] = storage.nbytes()
-            self.now += self.sizes[key]
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.gone, key).atexit = False
+        if key in self.sizes:  # a view shares the storage of its base
+            return
+        self.sizes[key] = storage.nbytes()
+        self.current += self.sizes[key]
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self.remove, key).atexit = False
 
-    def gone(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+    def remove(self, key: int) -> None:
+        self.current -= self.sizes.pop(key)
 
 
-def memory(plan: Plan, machine: Device, vocab_size: int, store: bool = False) -> int:
-    """The peak of the whole process (of a GPU's memory), in bytes: a step and an evaluation on tensors that have sizes but no memory.
+def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = False) -> int:
+    """Return the peak memory of the process (on a GPU: of the GPU) in bytes.
 
-    So weights, gradients, moments, what autograd keeps, and what an operation needs for a moment are in it, each for as long as it lives;
-    and the copy of a state that is on its way to the store, if there is one.
+    A step and an evaluation of each model run on tensors that have a size but no data. The count includes
+    weights, gradients, optimizer state, the activations that autograd keeps, temporary tensors and, with a
+    store, the copy of the state that is being written.
     """
+    configs = []
     ends = [*(segment.first for segment in plan.segments[1:]), plan.steps]
-    phases = [segment.cfg for segment, end in zip(plan.segments, ends, strict=True) if end > segment.first]
-    phases += plan.cfg.segment_configs[len(plan.segments) :]  # what waits for a loss may come
-    return max(
-        [_phase(phase, machine, vocab_size, store) for phase in _largest(phases)]
-        + list(_ops(phases, machine, vocab_size))
-    )
+    for segment, end in zip(plan.segments, ends, strict=True):
+        if end > segment.first:
+            configs.append(segment.cfg)
+    configs += plan.cfg.segment_configs[len(plan.segments) :]  # of operations that wait for a loss
+    peaks = [_segment_memory(cfg, device, vocab_size, store) for cfg in _largest_segments(configs)]
+    peaks += _operation_memory(configs, device, vocab_size)
+    return max(peaks)
 
 
-def _ops(phases: list[TrainConfig], machine: Device, vocab_size: int) -> Iterator[int]:
-    """Between two phases: the weights before and after are there at once, then the moments before and after."""
-    sizes = [size(phase.model_copy(update={"vocab_size": vocab_size})) for phase in phases]
-    for a, b in pairwise(sizes):
-        live = 4 * b.params + a.moments + max(4 * a.params, b.moments)
-        yield _process(machine, live, live)
+def _largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
+    """Return, for each model, the config with the most rows per pass and, among those, the most dropout."""
+    static = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
+    largest: dict[str, TrainConfig] = {}
+    for cfg in configs:
+        model = str([getattr(cfg, field) for field in static])
+        if model not in largest or _rows_and_dropout(cfg) > _rows_and_dropout(largest[model]):
+            largest[model] = cfg
+    return list(largest.values())
 
 
-def _process(machine: Device, live: int, stays: int) -> int:
-    """The peak of a process, of that of its tensors, of which some stay from step to step."""
-    if machine.torch_device.type == "cuda":
-        return live
-    comes = live - stays
-    return PROCESS + stays + (int(COMPILED * comes) + COMPILER if machine.compile else int(FRAGMENTS * comes))
+def _rows_and_dropout(cfg: TrainConfig) -> tuple[int, float]:
+    return cfg.batch_size // cfg.grad_accum, max(cfg.dropouts)
 
 
-def _largest(phases: list[TrainConfig]) -> list[TrainConfig]:
-    """Of each model the phase with the most rows, and the most that drops."""
-    found: dict[str, TrainConfig] = {}
-    for phase in phases:
-        model = str(
-            [
-                getattr(phase, field)
-                for field in TrainConfig.model_fields
-                if TrainConfig.class_of(field) == "static"
-            ]
-        )
-        found[model] = max(
-            found.get(model, phase), phase, key=lambda c: (c.batch_size // c.grad_accum, max(c.dropouts))
-        )
-    return list(found.values())
+def _operation_memory(configs: list[TrainConfig], device: Device, vocab_size: int) -> Iterator[int]:
+    """Yield the peak while each operation replaces the model."""
+    sizes = [size(cfg.model_copy(update={"vocab_size": vocab_size})) for cfg in configs]
+    for old, new in pairwise(sizes):
+        # The old weights are freed before the new optimizer state is allocated.
+        live = 4 * new.params + old.moments + max(4 * old.params, new.moments)
+        yield _process_memory(device, live, live)
 
 
-def _phase(cfg: TrainConfig, machine: Device, vocab_size: int, store: bool) -> int:
-    rows = cfg.batch_size // cfg.grad_accum // machine.world
+def _process_memory(device: Device, peak: int, persistent: int) -> int:
+    """Return the peak of the process, given that of its tensors and the bytes that stay allocated."""
+    if device.torch_device.type == "cuda":
+        return peak
+    temporary = peak - persistent
+    if device.compile:
+        return PROCESS + persistent + temporary + COMPILER
+    return PROCESS + persistent + int(FRAGMENTATION * temporary)
+
+
+def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bool) -> int:
+    """Return the peak of a training step and an evaluation of one model."""
+    rows = cfg.batch_size // cfg.grad_accum // device.world
     inputs = Plan(cfg.model_copy(update={"growth": Schedule()}), cfg.batch_size * cfg.block_size * 2).at(0)
-    with FakeTensorMode(allow_fallback_kernels=False), Live() as live, machine.torch_device:
+    with FakeTensorMode(allow_fallback_kernels=False), LiveBytes() as live, device.torch_device:
         state = State(cfg, GPT(cfg, vocab_size))
         model = state.model
-        model.set_dropout(inputs, machine.attention)
+        model.set_dropout(inputs, device.attention)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
-        moments = _moments(cfg, state)  # first: from the second step on they are there while the model runs
+        # Allocated first, because from the second step on it exists during the forward pass.
+        moments = _optimizer_state(cfg, state)
         _evaluate(model, cfg, vocab_size)
         model.zero_grad(set_to_none=True)
-        size = sum(n for n, _ in dropout_sites(cfg, inputs, rows * cfg.passes, machine.attention))
-        pool = torch.empty(size, dtype=torch.uint8) if size else None
+        mask_bytes = sum(n for n, _ in dropout_sites(cfg, inputs, rows * cfg.passes, device.attention))
+        pool = torch.empty(mask_bytes, dtype=torch.uint8) if mask_bytes else None
         _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
-        held = [*state.tensors().values(), *moments, *state.average.shadow.values()]
-        stays = sum(t.numel() * t.element_size() for t in held)
-        if store and machine.torch_device.type == "cpu":
-            live.most += stays
-            stays *= 2
-        del moments, held
+        persistent = _bytes([*state.tensors().values(), *moments, *state.average.shadow.values()])
+    peak = live.peak
+    if store and device.torch_device.type == "cpu":
+        peak += persistent
+        persistent *= 2
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if machine.world > 1:
-        live.most += gradients  # the buckets in which they travel
-    return _process(machine, live.most, min(stays + gradients, live.most))
+    if device.world > 1:
+        peak += gradients  # the buckets in which processes exchange them
+    return _process_memory(device, peak, min(persistent + gradients, peak))
 
 
-def _moments(cfg: TrainConfig, state: State) -> list[Tensor]:
-    """What the optimisers keep. Only Muon needs more than that while it steps; the fused ones have no form without memory."""
-    kept = []
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
+    """Allocate the optimizer state.
+
+    Muon allocates its state and its temporary tensors in a step. The other optimizers are fused: they cannot
+    step without data, and they need no temporary tensors.
+    """
+    moments = []
     for optimizer in state.optimizers.all:
         if isinstance(optimizer, Muon):
             optimizer.step()
-        else:
-            each = 2 if isinstance(optimizer, torch.optim.AdamW) else int(cfg.momentum > 0)
-            kept += [
-                torch.empty_like(p)
-                for group in optimizer.param_groups
-                for p in group["params"]
-                for _ in range(each)
-            ]
-    return kept
+            continue
+        per_parameter = int(cfg.momentum > 0)
+        if isinstance(optimizer, torch.optim.AdamW):
+            per_parameter = 2
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                moments += [torch.empty_like(p) for _ in range(per_parameter)]
+    return moments
 
 
 def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
-    """The widest batch of a score, as scoring.py takes it."""
+    """Run the largest batch of an evaluation, as scoring.py does."""
     device = model.embed.weight.device
     rows = max(1, scoring.LOGITS[device.type] // (cfg.block_size * vocab_size))
     with torch.no_grad():
@@ -299,20 +340,21 @@ def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
         F.log_softmax(logits[: max(1, scoring.CHUNK[device.type] // vocab_size)].float(), dim=-1)
 
 
-class HeldGradient(torch.autograd.Function):
-    """The memory of kernels.cross_entropy: beside the logits their gradient, in their type, and for a chunk of them two float32 copies."""
+class LossMemory(torch.autograd.Function):
+    """Allocate as much as kernels.cross_entropy: the logits' gradient, and two float32 copies of a chunk."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.grad = torch.empty_like(logits)
         chunk = min(logits.numel(), CHUNK[logits.device.type])
-        copies = [torch.empty(chunk, dtype=torch.float32) for _ in "ab"]
+        copies = [torch.empty(chunk, dtype=torch.float32) for _ in range(2)]
         del copies
         return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad, ctx.grad = ctx.grad, None
+        grad = ctx.grad
+        ctx.grad = None
         return grad
 
 
@@ -321,5 +363,5 @@ def _backward(model: GPT, x: Tensor, inputs: StepInputs, pool: Tensor | None) ->
     if inputs.rdrop:
         loss = compute_loss(model, x, x, inputs, pool)[0]
     else:
-        loss = HeldGradient.apply(model(x, pool).flatten(0, 1))
+        loss = LossMemory.apply(model(x, pool).flatten(0, 1))
     loss.backward()

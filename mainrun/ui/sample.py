@@ -1,4 +1,4 @@
-"""What a run has learnt: its model, and titles from it."""
+"""Load the model of a run, and generate titles with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mainrun.config import TrainConfig
 from mainrun.data.tokenizer import EOS, Tokenizer
 from mainrun.errors import RunError
 from mainrun.growth.state import load_state
@@ -16,59 +18,72 @@ from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, State, build
 
-COLDEST = 1e-30  # below it the likeliest token is chosen, which is the limit: float32 would round the temperature to 0
+# Below this temperature the likeliest token is always chosen. float32 would round the temperature to 0.
+MIN_TEMPERATURE = 1e-30
 
 
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
-    """The scored weights of a run's newest checkpoint."""
+    """Load the model of a run's newest checkpoint, with the weights that evaluations use."""
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
     if run.begun().get("tokenizer", tokenizer.digest) != tokenizer.digest:
         raise RunError(f"{run.path}/tokenizer.json is not the one that the run was trained with; {run.fix}")
 
-    def usable(meta: dict[str, Any]) -> str:
-        other = "it belongs to another config" if meta.get("digest") != cfg.digest else ""
-        return checkpoint.fault(meta) or other
+    def fault(meta: dict[str, Any]) -> str:
+        return checkpoint.fault(meta) or _wrong_config(meta, cfg)
 
-    passed_over: list[str] = []
-    found = checkpoint.load_newest(run.checkpoints, usable, passed_over.append)
-    if found is None:
+    skipped: list[str] = []
+    loaded = checkpoint.load_newest(run.checkpoints, fault, skipped.append)
+    if loaded is None:
         raise RunError(
-            f"{run.path} has no usable checkpoint; train it first: the same `mainrun train` command makes one"
+            f"{run.path} has no usable checkpoint; run the `mainrun train` command of this run to write one"
         )
-    for text in passed_over:
+    for text in skipped:
         warnings.warn(text, stacklevel=3)
+    tensors, meta = loaded
     state = State(cfg, build(cfg, tokenizer.vocab_size))
-    with checkpoint.fitting(f"the checkpoint of step {found[1]['step']} in {run.checkpoints}"):
-        load_state(state, found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
+    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
+        load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
     state.average.swap()
     return state.model.eval(), tokenizer
+
+
+def _wrong_config(meta: dict[str, Any], cfg: TrainConfig) -> str:
+    """Return why a checkpoint does not belong to a config, or ""."""
+    return "" if meta.get("digest") == cfg.digest else "it belongs to another config"
 
 
 @torch.inference_mode()
 def sample(
     run_dir: Path, prompt: str, *, n: int = 1, max_tokens: int = 40, temperature: float = 0.8, seed: int = 0
 ) -> list[str]:
-    """n titles that begin with the prompt."""
+    """Return n titles that begin with the prompt."""
     model, tokenizer = load_model(RunDir(run_dir))
-    given = [EOS, *(int(t) for t in tokenizer.encode([prompt])[:-1])] if prompt else [EOS]
+    prefix = [EOS]
+    if prompt:
+        prefix += [int(token) for token in tokenizer.encode([prompt])[:-1]]  # without the EOS at the end
     titles = []
     for i in range(n):
         torch.manual_seed(seed_from(seed, "sample", i))
-        ids = list(given)
+        tokens = list(prefix)
         for _ in range(max_tokens):
-            logits = model(torch.tensor([ids[-model.cfg.block_size :]]))[0, -1].float()
+            logits = model(torch.tensor([tokens[-model.cfg.block_size :]]))[0, -1].float()
             if not logits.isfinite().any() or logits.isnan().any():
                 raise RunError(
-                    f"the weights in {run_dir} give no probabilities: they diverged, or were changed; train the run again with --fresh"
+                    f"the weights in {run_dir} give no valid probabilities, because the run diverged or the "
+                    "weights were changed; train the run again with --fresh"
                 )
-            if temperature < COLDEST:
-                chosen = int(logits.argmax())
-            else:
-                scaled = (logits - logits.max()) / temperature  # at most 0: a low temperature cannot overflow
-                chosen = int(scaled.softmax(-1).multinomial(1))
-            if chosen == EOS:
+            token = _choose(logits, temperature)
+            if token == EOS:
                 break
-            ids.append(chosen)
-        titles.append(tokenizer.decode(ids[1:]))
+            tokens.append(token)
+        titles.append(tokenizer.decode(tokens[1:]))
     return titles
+
+
+def _choose(logits: Tensor, temperature: float) -> int:
+    """Choose the next token."""
+    if temperature < MIN_TEMPERATURE:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / temperature  # at most 0, so that a low temperature cannot overflow
+    return int(scaled.softmax(-1).multinomial(1))

@@ -17,7 +17,7 @@ from mainrun.plan.recipes import load, preset_names
 from mainrun.stats import Noise, noise
 from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
-from mainrun.ui.compare import SAME, finished
+from mainrun.ui.compare import SAME, load_summary
 
 EXPORT = ("study.json", "trials.parquet")
 FIRED = ("SUCCESS", "ERROR")  # how an event of growth.jsonl ends that says an op is over
@@ -262,7 +262,7 @@ def _each(things: Iterable[Any], read: Any, faults: list[str]) -> Iterator[Any]:
 
 
 def _run(run: RunDir) -> Run:
-    summary = finished(run)
+    summary = load_summary(run)
     missing = [
         name for name in ("env.json", "metrics.jsonl", "tokenizer.json") if not (run.path / name).is_file()
     ]

@@ -20,7 +20,7 @@ RESTORE = "restore it, or train the run again with --fresh"
 
 def complete_summary(run: RunDir) -> dict[str, Any]:
     """Return the summary of a finished run. Refuse a run that lacks a file or contradicts its own log."""
-    summary = compare.finished(run)
+    summary = compare.load_summary(run)
     missing = [name for name in RUN_FILES if not (run.path / name).is_file()]
     if missing:
         raise RunError(f"{run.path} has no {', '.join(missing)}; {RESTORE}")

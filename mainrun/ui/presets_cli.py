@@ -1,0 +1,133 @@
+"""`mainrun presets`: list the presets, the fields of one preset, or all fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mainrun.errors import UsageError
+from mainrun.ui.console import Debug, Json, emit, field_value, show_table
+
+# The signs of the bounds in a JSON schema.
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+Listing = tuple[list[dict[str, Any]], list[str], list[list[str]]]  # for --json; the table's head and lines
+
+
+def presets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show the fields of this preset.")
+    ] = None,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="List every field: default, bounds, class and meaning.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the presets, or the fields of one preset."""
+    if name and fields:
+        raise UsageError(
+            f"got NAME {name!r} and --fields; give one of them: "
+            "NAME lists the fields of that preset, --fields lists all fields"
+        )
+    if fields:
+        records, head, lines = _all_fields()
+    elif name:
+        records, head, lines = _fields_of(name)
+    else:
+        records, head, lines = _all_presets()
+    if as_json:
+        emit(records)
+    else:
+        show_table(head, lines)
+
+
+def _all_presets() -> Listing:
+    from mainrun.plan.recipes import load, preset_names
+
+    records = []
+    lines = []
+    for preset in preset_names():
+        steps = []
+        for cfg in load(preset):
+            _, _, step = cfg.preset.partition(":")
+            if step:
+                steps.append(step)
+        about = _description(preset)
+        records.append({"preset": preset, "about": about, "steps": steps})
+        lines.append([preset, about, ", ".join(steps)])
+    return records, ["preset", "about", "steps"], lines
+
+
+def _description(preset: str) -> str:
+    import tomllib
+
+    from mainrun.plan.recipes import PRESETS
+
+    return str(tomllib.loads((PRESETS / f"{preset}.toml").read_text(encoding="utf-8")).get("about", ""))
+
+
+def _fields_of(name: str) -> Listing:
+    """List the fields that a preset sets. Each step of a ladder is compared with the step before it."""
+    from mainrun.config import TrainConfig
+    from mainrun.plan.recipes import load
+
+    records = []
+    lines = []
+    defaults = TrainConfig().model_dump(exclude={"preset"})
+    before = defaults
+    for cfg in load(name):
+        values = cfg.model_dump(exclude={"preset"})
+        changes = {key: value for key, value in values.items() if value != before[key]}
+        fields = {key: value for key, value in values.items() if value != defaults[key]}
+        records.append({"preset": cfg.preset, "run": cfg.run_id, "fields": fields, "step": changes})
+        label = cfg.preset
+        for key, value in changes.items():
+            lines.append([label, key, field_value(value), field_value(before[key])])
+            label = ""  # only the first line of a preset names it
+        before = values
+    return records, ["preset", "field", "value", "before" if len(records) > 1 else "default"], lines
+
+
+def _all_fields() -> Listing:
+    from mainrun.config import TrainConfig
+
+    records = []
+    lines = []
+    for name in TrainConfig.model_fields:
+        record = _describe(name)
+        records.append(record)
+        default = field_value(record["default"])
+        lines.append([name, default, record["allowed"], record["class"], record["about"]])
+    return records, ["field", "default", "allowed", "class", "meaning"], lines
+
+
+def _describe(field: str) -> dict[str, Any]:
+    from mainrun.config import TrainConfig
+
+    schema = TrainConfig.model_json_schema()["properties"][field]
+    return {
+        "field": field,
+        "default": schema["default"],
+        "allowed": _allowed_values(schema),
+        "class": TrainConfig.class_of(field),
+        "about": schema["description"],
+    }
+
+
+def _allowed_values(schema: dict[str, Any]) -> str:
+    """Return the values that a field accepts, such as "number, >= 0, < 1, or none"."""
+    if "anyOf" in schema:  # the type, or null
+        (kind,) = (option for option in schema["anyOf"] if option.get("type") != "null")
+        return f"{_allowed_values(kind)}, or none"
+    if "$ref" in schema:
+        return "a table, or its file"
+    if "enum" in schema:
+        return " | ".join(schema["enum"])
+    names = {"boolean": "true | false", "string": "text"}
+    allowed = names.get(schema["type"], schema["type"])
+    for bound, sign in BOUNDS.items():
+        if bound in schema:
+            allowed += f", {sign} {field_value(schema[bound])}"
+    return allowed

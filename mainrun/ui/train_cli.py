@@ -1,0 +1,370 @@
+"""`mainrun train`: train a preset, or show with --plan or --dry-run what that would take."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError
+from mainrun.ui.console import (
+    Debug,
+    Json,
+    Out,
+    Preset,
+    Sets,
+    console,
+    emit,
+    field_value,
+    is_leader,
+    process_group,
+    show_table,
+    stoppable,
+)
+from mainrun.ui.store_cli import StorePlace, open_store
+
+if TYPE_CHECKING:
+    from mainrun.config import TrainConfig
+    from mainrun.store.nodes import Store
+    from mainrun.store.rundir import RunDir
+
+Summary = dict[str, Any]  # the content of a summary.json
+
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over, and discard the results of earlier starts.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the resolved plan and its cost, without training.")
+]
+Probe = Annotated[bool, typer.Option("--probe", help="With --dry-run: measure the time of a few steps.")]
+ShowPlan = Annotated[
+    bool, typer.Option("--plan", help="Show which steps are already trained, without training.")
+]
+Until = Annotated[
+    int,
+    typer.Option(
+        "--until",
+        min=0,
+        metavar="STEP",
+        help="Stop after this step (0: at the end). The same command resumes.",
+    ),
+]
+NoStore = Annotated[bool, typer.Option("--no-store", help="Train every step, and store none for other runs.")]
+StoreSize = Annotated[
+    str,
+    typer.Option(
+        "--store-size", metavar="SIZE", help="Evict the least recently used nodes beyond this size."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Where and how far to train."""
+
+    out: Path
+    fresh: bool
+    quiet: bool
+    until: int
+    store: Store | None
+
+
+@dataclass
+class Results:
+    """What became of the runs of one command."""
+
+    summaries: dict[str, Summary] = field(default_factory=dict)  # by the name of the preset
+    diverged: list[str] = field(default_factory=list)  # a sentence for each run that diverged
+
+
+def train(
+    preset: Preset = "optimized",
+    sets: Sets = None,
+    out: Out = Path("runs"),
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    probe: Probe = False,
+    plan: ShowPlan = False,
+    until: Until = 0,
+    no_store: NoStore = False,
+    place: StorePlace = None,
+    size: StoreSize = "20GB",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a preset, or resume its run.
+
+    If the run is finished, its result is shown. A preset with several steps trains each step in turn and then
+    compares them. Ctrl-C stops between two steps and saves everything; the same command resumes the run.
+    Steps that another run has already trained are copied from the store (DIR/.store, or MAINRUN_STORE).
+    """
+    from mainrun.plan.recipes import load
+
+    if probe and not dry_run:
+        raise UsageError("got --probe without --dry-run; add --dry-run, or leave --probe out to train")
+    _refuse_conflicts(dry_run=dry_run, plan=plan, until=until, fresh=fresh, no_store=no_store, place=place)
+    configs = load(preset, sets or [])
+    store = None if no_store else open_store(place, out, size)
+    if plan:
+        with process_group():
+            _show_plan(configs, store, out, as_json)
+    elif dry_run:
+        with process_group():
+            _show_estimates(configs, probe, store is not None, as_json)
+    else:
+        quiet = quiet or not is_leader()
+        with process_group():
+            results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store))
+        _report(configs, results, out, as_json, quiet)
+
+
+def _refuse_conflicts(
+    *, dry_run: bool, plan: bool, until: int, fresh: bool, no_store: bool, place: str | None
+) -> None:
+    """Refuse options that contradict each other."""
+    if dry_run and plan:
+        raise UsageError(
+            "got --dry-run and --plan; give one of them: "
+            "--dry-run shows what a run costs, --plan shows which of its steps are already trained"
+        )
+    if until and (dry_run or plan):
+        other = "--dry-run" if dry_run else "--plan"
+        raise UsageError(
+            f"got --until {until} and {other}, which does not train anything; leave one of them out"
+        )
+    if plan and fresh:
+        raise UsageError("got --plan and --fresh, which does not use the store; leave one of them out")
+    if no_store and place is not None:
+        raise UsageError(f"got --no-store and --store {place}; leave one of them out")
+
+
+# -- training
+
+
+def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
+    """Train the runs of a preset. If one of several runs diverges, the others are still trained."""
+    results = Results()
+    with _shared_batch(configs, options.store) as (order, keep):
+        for number, cfg in enumerate(order, 1):
+            label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
+            try:
+                summary = _train_one(cfg, options, label, keep.get(cfg.run_id, []))
+            except Diverged as e:
+                if len(configs) == 1:
+                    raise
+                results.diverged.append(f"{cfg.run_id}: {e}")
+            else:
+                results.summaries[cfg.preset] = summary
+    return results
+
+
+@contextmanager
+def _shared_batch(
+    configs: list[TrainConfig], store: Store | None
+) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
+    """Yield the runs in the order in which they share the most steps, and the steps of the nodes to keep.
+
+    The nodes stay pinned in the store until all runs are done.
+    """
+    if store is None or len(configs) < 2:
+        yield configs, {}
+        return
+    from mainrun.run import batch
+
+    if not batch.may_share(configs):
+        yield configs, {}
+        return
+    shared = batch.plan(configs, store)
+    position = {part.name: i for i, part in enumerate(shared.parts.parts)}
+    order = sorted(configs, key=lambda cfg: position[cfg.run_id])
+    if not shared.keys or not is_leader():
+        yield order, shared.keep
+        return
+    pin = f"batch-{shared.keys[0][:16]}-{os.getpid()}"
+    try:
+        with suppress(OSError):  # each run reports that the store cannot be written
+            store.pin(pin, shared.keys)
+        yield order, shared.keep
+    finally:
+        with suppress(OSError):
+            store.unpin(pin)
+
+
+def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[int]) -> Summary:
+    """Train one run, or return the summary of the finished run."""
+    from mainrun.run.progress import make_progress
+    from mainrun.store.rundir import RunDir, check_same
+    from mainrun.ui import compare
+
+    run = RunDir(options.out / cfg.run_id)
+    if not options.fresh and (run.path / "summary.json").is_file():
+        check_same(run, cfg)
+        _check_titles(run, cfg)
+        return compare.load_summary(run)
+    progress = make_progress(options.quiet)
+    if label:
+        progress.note(f"{label}{cfg.run_id}")
+    with stoppable(), _keeping_traceback(run):
+        try:
+            from mainrun.run.session import train as train_run
+
+            return train_run(
+                cfg,
+                options.out,
+                fresh=options.fresh,
+                progress=progress,
+                store=options.store,
+                keep=keep,
+                until=options.until,
+            )
+        except Interrupted as e:
+            if options.fresh:  # the same command would delete the run
+                raise type(e)(f"{e} (without --fresh, which starts over)") from e
+            raise
+        finally:
+            progress.close()
+
+
+@contextmanager
+def _keeping_traceback(run: RunDir) -> Iterator[None]:
+    """Write the traceback of a crash to the run directory, because a crash may come after hours."""
+    path = run.path / "traceback.txt"
+    try:
+        yield
+    except MainrunError:
+        raise
+    except Exception as e:
+        if run.path.is_dir():
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+            e.add_note(f"it is saved in {path}")
+        raise
+    with suppress(OSError):  # a folder of that name is not ours
+        path.unlink(missing_ok=True)
+
+
+def _check_titles(run: RunDir, cfg: TrainConfig) -> None:
+    """Refuse a finished run whose files of titles have changed since. A deleted file is accepted."""
+    if not cfg.corpus.startswith(("file:", "mix:")):
+        return
+    from mainrun.data.corpus import load_corpus
+    from mainrun.store.rundir import check_same_data
+
+    try:
+        fingerprints = load_corpus(cfg).fingerprints
+    except UsageError:
+        return
+    check_same_data(run, {"fingerprints": fingerprints})
+
+
+def _report(configs: list[TrainConfig], results: Results, out: Path, as_json: bool, quiet: bool) -> None:
+    """Print the results, and raise an error if a run diverged."""
+    summaries = [results.summaries[cfg.preset] for cfg in configs if cfg.preset in results.summaries]
+    if as_json and is_leader():
+        emit(summaries if len(configs) > 1 else summaries[0])
+    elif not quiet:
+        _show_results(summaries, out)
+    if results.diverged:
+        raise Diverged("; ".join(results.diverged))
+
+
+def _show_results(summaries: list[Summary], out: Path) -> None:
+    from mainrun.ui import compare
+
+    if not summaries:
+        return
+    screen = console()
+    try:
+        compare.show(compare.rows(summaries), screen)
+    except RunError as e:  # the steps of a ladder may use different data
+        for summary in summaries:
+            compare.show(compare.rows([summary]), screen)
+        print(f"no comparison: {e}", file=sys.stderr)
+    for summary in summaries:
+        screen.print(f"{out / summary['run']}", markup=False, soft_wrap=True)
+
+
+# -- --plan
+
+
+def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: bool) -> None:
+    from mainrun.run import batch
+
+    parts = batch.plan(configs, store, out).parts
+    if not is_leader():
+        return
+    saving = parts.asked / parts.steps if parts.steps else None
+    if as_json:
+        runs = [vars(part) | {"steps": part.steps} for part in parts.parts]
+        emit({"asked": parts.asked, "to_train": parts.steps, "saving": saving, "runs": runs})
+        return
+    lines = []
+    for part in parts.parts:
+        forks = ", ".join(map(str, part.forks))
+        lines.append([part.name, str(part.steps), str(part.begin), str(part.end), part.after or "", forks])
+    show_table(["run", "steps to train", "from step", "to step", "after run", "keeps nodes at"], lines)
+    times = "" if saving is None else f", {saving:.2f} times fewer"
+    print(f"requested steps: {parts.asked:,}; to train: {parts.steps:,}{times}; --plan trains nothing")
+
+
+# -- --dry-run
+
+
+def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_json: bool) -> None:
+    from mainrun.ui.estimate import estimate
+
+    estimates = [estimate(cfg, probe, store) for cfg in configs]
+    if not is_leader():
+        return
+    if as_json:
+        emit(estimates if len(estimates) > 1 else estimates[0])
+        return
+    from rich.table import Table
+
+    screen = console()
+    for cost in estimates:
+        table = Table(title=f"{cost['run']} (dry run)", title_justify="left", show_header=False)
+        for name, value in _estimate_rows(cost):
+            table.add_row(name, value)
+        screen.print(table)
+
+
+def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the cost of a run, and then its resolved plan."""
+    from mainrun.run.progress import clock, short
+
+    yield "parameters", f"{cost['params']:,}"
+    yield "FLOPs", f"{cost['flops']:.3g}"
+    yield "memory", f"about {short(cost['memory'])}B"
+    yield "ETA", f"about {clock(cost['eta_seconds'])} {_eta_basis(cost)}"
+    plan = cost["plan"]
+    for key, value in plan.items():
+        if key not in ("first_step", "last_step"):
+            yield key, f"{value:,}" if type(value) is int else field_value(value)
+    for key, first in plan["first_step"].items():
+        last = plan["last_step"][key]
+        if first == last:
+            yield key, field_value(first)
+        else:
+            yield key, f"{field_value(first)} at the first step, {field_value(last)} at the last"
+    for key, value in cost["machine_class"].items():
+        yield key, field_value(value)
+
+
+def _eta_basis(cost: dict[str, Any]) -> str:
+    """Return what the estimate of the time is based on."""
+    if "probe" not in cost:
+        return "plus evaluations and checkpoints; --probe measures them"
+    probe = cost["probe"]
+    times = f"{probe['step_seconds']:.3g} s per step, {probe['evaluation_seconds']:.3g} s per evaluation"
+    if probe["compiles"]:
+        times += "; measured without compiling, whose gain is estimated"
+    return f"(measured: {times})"
