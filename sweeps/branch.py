@@ -1,9 +1,10 @@
 """Decay branches: short runs that score the rungs of a `wsd` trial.
 
-The loss of a run before its learning rate has decayed depends on the rate. At an early step, high rates look better than
-they are, so trials with different rates cannot be compared. A branch is an ordinary run with the trial's config and an
-earlier end: the same warm-up, the same peak rate up to the rung, and then the trial's whole decay, which ends shortly
-after the rung. The steps before the decay are shared with the trial through the store.
+The loss of a run before its learning rate has decayed depends on the rate. At an early step, high rates look
+better than they are, so trials with different rates cannot be compared. A branch is an ordinary run with the
+trial's config and an earlier end: the same warm-up, the same peak rate up to the rung, and then the trial's
+whole decay, which ends shortly after the rung. The steps before the decay are shared with the trial through
+the store.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from sweeps.space import with_values
 def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
     """Return the config of the branch that scores a trial at a rung.
 
-    The branch runs for another `share` of the steps so far. If the trial's own decay starts before the rung, the branch
-    starts to decay there too, so that all trials of a rung have trained for equally many steps.
+    The branch runs for another `share` of the steps so far. If the trial's own decay starts before the rung,
+    the branch starts to decay there too, so that all trials of a rung have trained for equally many steps.
     """
     # The first step of a decay still has the peak rate, so a branch needs at least two.
     end = min(plan.steps, step + max(2, round(share * step)))
@@ -39,7 +40,7 @@ def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> Trai
     branch_plan = Plan(branch, plan.train_tokens)
     shared = _shared_steps(branch_plan, plan, end)
     assert branch_plan.steps == end and shared >= min(decay_start, plan.swa_start), (
-        f"the branch at step {step} differs from its trial from step {shared} on, not from step {decay_start} on"
+        f"the branch at step {step} shares {shared} steps with its trial, not {decay_start}"
     )
     return branch
 
@@ -58,19 +59,23 @@ def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
     for value in _possible_values("schedule", space, base):
         if value != "wsd":
             yield (
-                f'rungs.score="branch" with schedule={value!r}: only wsd has a constant phase to branch from; '
-                f"{instead} keep schedule at wsd."
+                f'rungs.score="branch" with schedule={value!r}: only wsd has a constant phase '
+                f"to branch from; {instead} keep schedule at wsd."
             )
             break
     for value in _possible_values("wd_schedule", space, base):
         if value != "constant":
             yield (
-                f'rungs.score="branch" with wd_schedule={value!r}: weight decay that falls over the whole run makes '
-                f"a branch differ from its trial from the first step on; {instead} keep wd_schedule at constant."
+                f'rungs.score="branch" with wd_schedule={value!r}: if weight decay falls over the whole run, '
+                "a branch shares no steps with its trial; "
+                f"{instead} keep wd_schedule at constant."
             )
             break
     if base.growth.ops or any(name.split(".")[0] == "growth" for name in space):
-        yield f'rungs.score="branch" with growth, which is scheduled over the whole run; {instead} remove growth.'
+        yield (
+            'rungs.score="branch" with growth, which is scheduled over the whole run; '
+            f"{instead} remove growth."
+        )
 
 
 def _possible_values(name: str, space: Mapping[str, Any], base: TrainConfig) -> list[Any]:

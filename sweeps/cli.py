@@ -1,4 +1,4 @@
-"""The commands of `mainrun sweep`. torch and Optuna are imported only when a study runs or its database is opened."""
+"""The commands of `mainrun sweep`. They import torch and Optuna only when they use them."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def run(
 ) -> None:
     """Run a study, or resume it. The trials do not depend on the number of workers or on interruptions.
 
-    At the end the best trials and the base are trained again on new seeds, to see whether a gain is more than noise. Then
-    the best trials, the cost of the search and the confirmed gains are printed.
+    At the end the best trials and the base are trained again on new seeds, to see whether a gain is more than
+    noise. Then the best trials, the cost of the search and the confirmed gains are printed.
     """
     from mainrun.plan.recipes import parse_set
     from sweeps.study import json_schema, read_study
@@ -166,7 +166,10 @@ def _create_engine(study: Study) -> Engine:
 
 
 def _command_line() -> str:
-    """Return the command that resumes the study. It is printed and written to study.json, so it has no password."""
+    """Return the command that resumes the study.
+
+    It is printed and written to study.json, so it has no password.
+    """
     return shlex.join(["mainrun", *map(_hide_password, sys.argv[1:])])
 
 
@@ -371,7 +374,7 @@ def best(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print the command that trains the winner: the best confirmed trial, or else the trial with the best score."""
+    """Print the command that trains the best confirmed trial. If none is confirmed, take the best score."""
     from sweeps.folder import read_export
 
     export = read_export(out / name)
@@ -455,7 +458,8 @@ def export_(
         raise UsageError(f"got DIR {folder}, which is a file; give a folder, or one that does not exist yet")
     if (folder / "study.json").is_file() and not (folder / "trials.parquet").is_file():
         raise UsageError(
-            f"got DIR {folder}, whose study.json is not an export and would be overwritten; give another folder"
+            f"got DIR {folder}, whose study.json is not an export and would be overwritten; "
+            "give another folder"
         )
     write_tables(read_export(out / name), folder)
     print(f"{folder / 'trials.parquet'}\n{folder / 'study.json'}")

@@ -1,4 +1,4 @@
-"""Confirm the best trials: train them and the base on new seeds, and compare the differences with the noise of a seed."""
+"""Confirm the best trials: train them and the base on new seeds, and compare the gains with the noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Job = tuple[str, int]  # "noise" or the number of a trial, and the seed
 
 
 def confirm(search: Search) -> dict[str, Any]:
-    """Return the evidence of a study: the noise floor, the paired differences from the base, and what can be claimed."""
+    """Return the evidence of a study: the noise floor, the differences from the base, and the claim."""
     base = search.base
     settings = search.study.evidence
     candidates = [trial for trial in search.best(settings.best + 1) if trial.number != 0][: settings.best]
@@ -161,7 +161,10 @@ def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Differ
 
 
 def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: float) -> dict[str, Any]:
-    """Return the comparison of a trial with the base. A claim needs the interval, the floor and the p-value."""
+    """Return the comparison of a trial with the base.
+
+    A claim needs the interval, the floor and the p-value.
+    """
     interval = difference.interval or (-math.inf, math.inf)
     claim = interval[1] < 0 and -difference.mean > floor and p < 1 - stats.LEVEL
     return {

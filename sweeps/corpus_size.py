@@ -48,7 +48,10 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
 
 
 def _dry_run(study: Study, base: TrainConfig) -> int:
-    """Let the trainer tokenize the data and return the number of tokens. A killed process is started again."""
+    """Let the trainer tokenize the data and return the number of tokens.
+
+    A killed process is started again.
+    """
     command = [sys.executable, "-m", "mainrun", "train", "--preset", study.preset]
     for setting in set_arguments(study, base):
         command += ["--set", setting]

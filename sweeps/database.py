@@ -1,7 +1,7 @@
 """Optuna's database of a study, for people and dashboards: SQLite in the study's folder, or PostgreSQL.
 
-The driver reads nothing back but the number of trials, so a study can lose its database. Optuna is imported when a database
-is opened.
+The driver reads nothing back but the number of trials, so a study can lose its database. Optuna is imported
+when a database is opened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ OPTUNA_TABLES = {
 
 
 def open_storage(url: str, file: Path) -> Any:
-    """Open Optuna's storage at a URL, or in a file if the URL is empty. Refuse a database with tables of another program."""
+    """Open Optuna's storage at a URL, or in a file if the URL is empty.
+
+    Refuse a database with tables of another program.
+    """
     import optuna
 
     name = without_password(url) or str(file)
@@ -77,7 +80,10 @@ def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
 
 
 def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
-    """Whether Optuna was stopped while it created its tables. It creates the missing ones when it opens the database."""
+    """Whether Optuna was stopped while it created its tables.
+
+    It creates the missing ones when it opens the database.
+    """
     from optuna.storages._rdb.models import BaseModel
 
     schema = BaseModel.metadata.tables
@@ -91,7 +97,7 @@ def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
 
 
 def short_message(e: Exception) -> str:
-    """Return the message of an error of SQLAlchemy or Optuna in one line, without the name of the driver's class."""
+    """Return an error message of SQLAlchemy or Optuna in one line, without the name of its class."""
     first_line = str(_cause(e)).splitlines()[0]
     return re.sub(r"^\([\w.]+\) ", "", first_line)
 
@@ -139,7 +145,8 @@ class StudyDatabase:
     def _retry(self, operation: Callable[[], Any], opening: bool = False) -> Any:
         """Call an operation until the database answers. Workers go on training meanwhile.
 
-        An unreachable server is waited for without a limit, except when it is opened; a locked file for LOCK_TIMEOUT.
+        An unreachable server is waited for without a limit, except when it is opened; a locked file for
+        LOCK_TIMEOUT.
         """
         from optuna.exceptions import StorageInternalError
         from sqlalchemy.exc import SQLAlchemyError
@@ -184,10 +191,12 @@ class StudyDatabase:
             return DiskFull(f"no space left to write {self.name} ({message}); free some space and {fix}")
         if "is locked" in message:
             return UsageError(
-                f"{self.name} was locked by another process for {LOCK_TIMEOUT:g} s; end that process and {fix}"
+                f"{self.name} was locked by another process for {LOCK_TIMEOUT:g} s; "
+                f"end that process and {fix}"
             )
         return UsageError(
-            f"the storage {self.name} cannot be used ({message}); give another --storage, or fix this and {fix}"
+            f"the storage {self.name} cannot be used ({message}); "
+            f"give another --storage, or fix this and {fix}"
         )
 
     def write(self, trials: Sequence[Trial], cost_of: Callable[[Trial], Ledger]) -> None:

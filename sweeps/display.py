@@ -89,7 +89,8 @@ class Display:
         seconds = time.monotonic() - self.start_time
         tokens = total(search.cost_of(trial) for trial in search.trials).tokens
         remaining = search.remaining_trials()
-        text = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s, {clock(seconds)} so far, {remaining} trials not started"
+        speed = tokens / max(seconds, 1e-9)
+        text = f"{speed:,.0f} tokens/s, {clock(seconds)} so far, {remaining} trials not started"
         finished = sum(trial.is_finished for trial in search.trials)
         if finished:
             unfinished = remaining + len(search.trials) - finished

@@ -1,9 +1,9 @@
-"""Run a study: choose trials, have an engine train them, promote the best of each generation, and prune the others.
+"""Run a study: choose trials, train them, promote the best of each generation, and prune the others.
 
-One process drives a study. It can be killed and started again at any time, because it keeps no state of its own: the study
-file determines the trials, and the run directories hold their scores and checkpoints. A new driver asks the sampler for the
-same trials, reads finished runs from disk, and resumes the others. Optuna's database is only written, for people and
-dashboards.
+One process drives a study. It can be killed and started again at any time, because it keeps no state of its
+own: the study file determines the trials, and the run directories hold their scores and checkpoints. A new
+driver asks the sampler for the same trials, reads finished runs from disk, and resumes the others. Optuna's
+database is only written, for people and dashboards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Segment = tuple[TrainConfig, int]  # a run, and the step to train it to; 0: to i
 
 
 class Search:
-    """The search of one study in its folder. `trials` is its whole state; everything else can be computed again."""
+    """The search of one study in its folder.
+
+    `trials` is its whole state; everything else can be computed again.
+    """
 
     def __init__(
         self,
@@ -75,7 +78,8 @@ class Search:
     def ask(self) -> bool:
         """Add the next generation. Return False if it must wait, or if the budget is spent.
 
-        A generation waits for the one before the last, so that workers are busy while the last one is trained.
+        A generation waits for the one before the last, so that workers are busy while the last one is
+        trained.
         """
         index = len(self.trials) // self.generation_size
         if index > 1 and not all(trial.is_finished for trial in self.generation(index - 2)):
@@ -99,8 +103,9 @@ class Search:
     def remaining_trials(self) -> int:
         """Return how many more trials the budget allows.
 
-        Tokens and FLOPs are summed over the generations that the sampler knows, so that the speed of workers decides
-        nothing. A generation with rungs is never cut: with a larger budget later, its trials would be promoted anew.
+        Tokens and FLOPs are summed over the generations that the sampler knows, so that the speed of workers
+        decides nothing. A generation with rungs is never cut: with a larger budget later, its trials would be
+        promoted anew.
         """
         if self._is_budget_spent():
             return 0
@@ -158,7 +163,10 @@ class Search:
     # -- training
 
     def run(self) -> None:
-        """Train trials until the budget is spent. After a KeyboardInterrupt a new driver can resume the study."""
+        """Train trials until the budget is spent.
+
+        After a KeyboardInterrupt a new driver can resume the study.
+        """
         from sweeps.database import StudyDatabase
 
         database = StudyDatabase(self.study, self.folder, self.note)
@@ -196,7 +204,10 @@ class Search:
                 raise
 
     def _open_generations(self) -> range:
-        """Return the generations from the first one with an unfinished trial on. A study may have a million trials."""
+        """Return the generations from the first one with an unfinished trial on.
+
+        A study may have a million trials.
+        """
         count = -(-len(self.trials) // self.generation_size)
         while self._first_open < count:
             if not all(trial.is_finished for trial in self.generation(self._first_open)):
@@ -234,7 +245,10 @@ class Search:
         return outcome
 
     def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
-        """Train a run up to a step, or to its end. A run that is that far already needs no worker, which saves a second."""
+        """Train a run up to a step, or to its end.
+
+        A run that is that far already needs no worker, which saves a second.
+        """
         run = self.run_dir(cfg)
         status = run.status()
         is_done = status.get("state") == "done" and run.summary() is not None
@@ -288,7 +302,8 @@ class Search:
     def _promote(self) -> None:
         """Promote the best trials of each generation whose trials are all at a rung, and prune the others.
 
-        Equal scores are ranked by trial number. Trial 0 is never pruned, because the others are compared with it.
+        Equal scores are ranked by trial number. Trial 0 is never pruned, because the others are compared with
+        it.
         """
         for index in self._open_generations():
             group = [trial for trial in self.generation(index) if not trial.is_finished]
@@ -310,8 +325,8 @@ class Search:
     def cost_of(self, trial: Trial) -> Ledger:
         """Return the cost of a trial and its branches.
 
-        All steps of a trial that was not trained to its end are wasted, even if the sampler learned from its scores. A
-        run that belongs to an earlier trial costs nothing again.
+        All steps of a trial that was not trained to its end are wasted, even if the sampler learned from its
+        scores. A run that belongs to an earlier trial costs nothing again.
         """
         if trial.number in self._costs:
             return self._costs[trial.number]

@@ -1,4 +1,4 @@
-"""Write a finished study as data: export.json for `show` and `best`, and two files for reports and other tools."""
+"""Write a finished study: export.json for `show` and `best`, and two files for reports and other tools."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def _by_text(scores: dict[int, float]) -> dict[str, float]:
 def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float | None]:
     """Return the rank correlation of each rung's scores with the final scores, over the trials that are done.
 
-    `raw` uses the trials' own scores instead of those of their branches. With fewer than three trials it is None.
+    `raw` uses the trials' own scores instead of those of their branches. With fewer than three trials it is
+    None.
     """
     done = [t for t in trials if t.state is TrialState.DONE and len(t.scores) > 1]
     last_rung = max((t.rung for t in done), default=0)
@@ -86,8 +87,8 @@ def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float
 
 
 COLUMNS = (
-    "trial", "state", "value", "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch", "tokens",
-    "flops", "seconds", "reason", "run",
+    "trial", "state", "value", "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch",
+    "tokens", "flops", "seconds", "reason", "run",
 )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _parameter_column(values: list[Any]) -> list[Any]:
-    """Return the values of a parameter with one type: as strings if they are of several types and not all numbers."""
+    """Return the values of a parameter as a column. Mixed types become strings, except numbers."""
     known = [value for value in values if value is not None]
     has_one_type = len({type(value) for value in known}) <= 1
     if has_one_type or all(isinstance(value, int | float) for value in known):

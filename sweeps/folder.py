@@ -25,7 +25,10 @@ from sweeps.study import Study
 
 @contextmanager
 def locked_folder(folder: Path, study: Study) -> Iterator[None]:
-    """Create and lock the folder of a study. Refuse a folder that another driver uses or that holds another study."""
+    """Create and lock the folder of a study.
+
+    Refuse a folder that another driver uses or that holds another study.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     check_place(folder / ".lock", "remove it and run the same command again")
@@ -69,7 +72,7 @@ def _without_free_keys(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the first five differences between two nested tables, such as "space.lr.high was 0.1, is 0.2"."""
+    """Return the first five differences of two nested tables, such as "space.lr.high was 0.1, is 0.2"."""
     texts: list[str] = []
     for key in sorted({*old, *new}):
         name = f"{prefix}{key}"
@@ -96,7 +99,10 @@ def read_study_json(folder: Path) -> dict[str, Any] | None:
 
 
 def require_study(folder: Path) -> dict[str, Any]:
-    """Return the study.json of a study. Raises UsageError, with the names of the studies that exist, if there is none."""
+    """Return the study.json of a study.
+
+    Raises UsageError, with the names of the studies that exist, if there is none.
+    """
     document = read_study_json(folder)
     if not document:
         names = sorted(file.parent.name for file in folder.parent.glob("*/study.json"))

@@ -16,7 +16,10 @@ STEP_COSTS = {"step": records.first, "tokens": records.count, "seconds": records
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The cost of some runs. Asked = trained + reused; wasted and branch steps are part of the trained ones."""
+    """The cost of some runs.
+
+    Asked = trained + reused; wasted and branch steps are part of the trained ones.
+    """
 
     asked: int = 0  # steps that the runs cover
     trained: int = 0  # steps that were computed for them
@@ -50,7 +53,7 @@ def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
             seconds += row["seconds"]
         step = row["step"]
         tokens = row["tokens"]
-    # The rows of steps that were lost with a worker no longer exist, so count the mean of the others for them.
+    # Steps that were lost with a worker have no rows any more, so the mean of the others is counted for them.
     wasted = int(run.env().get("carried", {}).get("wasted", 0))
     trained_tokens += wasted * tokens // step
     flops = trained_tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]

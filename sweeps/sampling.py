@@ -1,8 +1,8 @@
 """Choose the values of each trial with Optuna's samplers.
 
-The values depend on the study and on the scores reported so far, in their order; never on workers or clocks. Optuna's study
-is kept in memory. It gets the scores only before a new generation, and every trial has a new sampler, seeded with the
-trial's number.
+The values depend on the study and on the scores reported so far, in their order; never on workers or clocks.
+Optuna's study is kept in memory. It gets the scores only before a new generation, and every trial has a new
+sampler, seeded with the trial's number.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class TrialSampler:
     def tell(self, number: int, scores: Mapping[int, float], completed: bool) -> None:
         """Report the scores of a finished trial by rung.
 
-        A trial without scores diverged or failed. It gets a value worse than all others, so that the sampler avoids it.
+        A trial without scores diverged or failed. It gets a value worse than all others, so that the sampler
+        avoids it.
         """
         from optuna import trial as optuna_trial
 

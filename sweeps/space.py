@@ -32,8 +32,8 @@ NOT_SEARCHABLE = {
     "attention": MACHINE_IS_FIXED,
     "dtype": MACHINE_IS_FIXED,
 }
-# Parameters that are not config fields, and the field that each one sets. `timescale` is the number of epochs over which
-# a weight decays: 1 / (lr * weight_decay * steps).
+# Parameters that are not config fields, and the field that each one sets. `timescale` is the number of epochs
+# over which a weight decays: 1 / (lr * weight_decay * steps).
 DERIVED = {"timescale": "weight_decay"}
 
 
@@ -125,7 +125,7 @@ def _range_faults(where: str, p: Range) -> Iterator[str]:
     elif p.low > p.high:
         yield f"{where}: low={p.low:g} > high={p.high:g}; swap them."
     elif p.low == p.high:
-        yield f"{where}: low and high are both {p.low:g}, so there is nothing to search; write it under [set]."
+        yield f"{where}: low and high are both {p.low:g}: there is nothing to search; write it under [set]."
     if p.log and p.low <= 0:
         yield f"{where}: log=true with low={p.low:g}; a logarithm needs low > 0."
     if p.step is None:
@@ -166,7 +166,7 @@ def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter)
                 yield f"{where}.when: {name} is never {value!r}; its values are {parent.values}."
                 break
     if not allowed:
-        yield f"{where}.when: {name} has an empty list, so the condition is never true; write at least one value."
+        yield f"{where}.when: {name} has no values, so it is never true; write at least one value."
 
 
 def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:

@@ -4,7 +4,7 @@ name = "lr"
 preset = "optimized"
 [set]                     # changes to the preset, for every trial
 dev_frac = 0.1
-[space.lr]                # a config field, or a path into the growth schedule such as "growth.ops.1.trigger.budget_frac"
+[space.lr]                # a config field, or a path into the growth schedule such as "growth.ops.1.value"
 low = 1e-3
 high = 3e-2
 log = true
@@ -15,7 +15,7 @@ when = { optimizer = ["muon", "sgd"] }
 trials = 24
 [rungs]
 at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation train on from there
-score = "branch"          # compare scores after a short decay (sweeps/branch.py), not at the peak learning rate
+score = "branch"          # compare scores after a short decay (branch.py), not at the peak learning rate
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Sampler(StudyTable):
         Field(
             ge=1,
             le=1000,
-            description="number of trials that are sampled together, from the scores up to the generation before the last",
+            description="trials that are sampled together, without the scores of the generation before",
         ),
     ] = 4
 
@@ -85,14 +85,12 @@ class Rungs(StudyTable):
         Field(
             gt=0,
             le=1,
-            description="share of a generation that is promoted; 1 prunes none, to measure how well rungs predict",
+            description="share of a generation that is promoted; 1: all, to test how well rungs predict",
         ),
     ] = 0.5
     score: Annotated[
         Literal["raw", "branch"],
-        Field(
-            description="raw: the trial's own score; branch: the score after a short decay of its own (wsd only)"
-        ),
+        Field(description="raw: the trial's own score; branch: the score after a short decay (wsd only)"),
     ] = "raw"
     branch: Annotated[
         float, Field(gt=0, le=1, description="length of a branch, as a share of the steps before its rung")
@@ -149,7 +147,7 @@ class Study(StudyTable):
         str,
         Field(
             repr=False,
-            description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder",
+            description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: in the study's folder",
         ),
     ] = ""
 
@@ -203,7 +201,10 @@ def set_arguments(study: Study, cfg: TrainConfig) -> list[str]:
 
 
 def without_password(url: str) -> str:
-    """Remove the password from a database URL. PostgreSQL can read it from PGPASSWORD or ~/.pgpass instead."""
+    """Remove the password from a database URL.
+
+    PostgreSQL can read it from PGPASSWORD or ~/.pgpass instead.
+    """
     url = re.sub(r"^([\w+]+://[^:/@?]*):.*@", r"\1@", url, flags=re.DOTALL)
     return re.sub(r"(?<=[?&])(ssl)?password=[^&]*&?", "", url).rstrip("?&")
 
@@ -258,7 +259,7 @@ def _study_file(place: str, is_name: bool) -> Path:
     problem = inputs.not_a_file(Path(place))
     if problem == "does not exist":
         raise ConfigError(
-            f"unknown study {inputs.shown(place, 80)}{nearest(place, names)}, the file does not exist; {allowed}"
+            f"unknown study {inputs.shown(place, 80)}{nearest(place, names)}, no such file; {allowed}"
         )
     if problem:
         raise ConfigError(f"study {inputs.shown(place, 80)} {problem}; {allowed}")
@@ -266,7 +267,10 @@ def _study_file(place: str, is_name: bool) -> Path:
 
 
 def validate_study(data: dict[str, Any], source: str) -> Study:
-    """Check the data of a study file. Raises ConfigError with its faults; `source` says where the data came from."""
+    """Check the data of a study file.
+
+    Raises ConfigError with its faults; `source` says where the data came from.
+    """
     try:
         study = Study.model_validate(data)
     except ValidationError as e:
@@ -282,7 +286,10 @@ def validate_study(data: dict[str, Any], source: str) -> Study:
 
 
 def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each fault that pydantic found, each once. Only the first ten get suggestions, which are slow."""
+    """Yield a sentence for each fault that pydantic found, each once.
+
+    Only the first ten get suggestions, which are slow.
+    """
     seen: set[str] = set()
     for detail in error.errors():
         if _follows_from_another(detail, error):
@@ -357,10 +364,11 @@ def _study_faults(study: Study) -> Iterator[str]:
         yield from branch.faults(study.space, base)
     if study.engine != "ray" and (study.address or study.gpus):
         got = f"address={study.address!r}" if study.address else f"gpus={study.gpus:g}"
-        yield f"{got} with engine='local': only Ray uses it; write engine = \"ray\" (--engine ray), or remove it."
+        fix = 'write engine = "ray" (--engine ray), or remove it'
+        yield f"{got} with engine='local': only Ray uses it; {fix}."
     if study.engine == "ray" and base.device == "cuda" and not study.gpus:
         yield (
-            "set.device='cuda' with engine='ray' and gpus=0: Ray gives a trial only the GPUs that it requests; "
+            "set.device='cuda' with engine='ray' and gpus=0: a trial gets only the GPUs that it requests; "
             "write gpus = 1, or a share of one."
         )
     if not any(study.budget.model_dump().values()):

@@ -13,10 +13,11 @@ from mainrun.config import TrainConfig
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
-from sweeps.driver import Search, Trial
+from sweeps.driver import Search
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger
-from sweeps.study import Study, checked
+from sweeps.study import Study, validate_study
+from sweeps.trial import Trial
 
 STEPS = 10  # of a run
 TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1
@@ -35,7 +36,7 @@ Scores = Callable[[TrainConfig, int], float]
 def make_study(fields: Mapping[str, Any] | None = None, **keys: Any) -> Study:
     data: dict[str, Any] = {"name": "tiny", "preset": "baseline", "space": SPACE, "budget": {"trials": 6}}
     data |= {"sampler": {"name": "random", "generation": 3}, "set": FIELDS | dict(fields or {})}
-    return checked(data | keys, "tiny")
+    return validate_study(data | keys, "tiny")
 
 
 def make_search(folder: Path, study: Study, engine: Any) -> Search:
@@ -57,7 +58,7 @@ class Trainer:
         self.trained: list[TrainConfig] = []
         self.diverging: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failing: Callable[[TrainConfig], bool] = lambda cfg: False
-        self.failure = Outcome(False, why="no such corpus")
+        self.failure = Outcome(False, reason="no such corpus")
         self.reused = 0  # steps at the beginning of each run that come from the store
         self.val: Scores = lambda cfg, step: -1.0
         self.closed = False
@@ -80,7 +81,7 @@ class Trainer:
             self.reused,
             done=not task.until and not diverged,
         )
-        return Outcome(not diverged, diverged=diverged, why="the loss is inf" if diverged else "")
+        return Outcome(not diverged, diverged=diverged, reason="the loss is inf" if diverged else "")
 
     def close(self) -> None:
         self.closed = True
@@ -177,8 +178,8 @@ class Database:
         self.written = written
         self.rows: list[tuple[Any, ...]] = []
 
-    def write(self, trials: list[Trial], spent: Callable[[Trial], Ledger]) -> None:
-        while self.written < len(trials) and trials[self.written].over:
+    def write(self, trials: list[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
+        while self.written < len(trials) and trials[self.written].is_finished:
             trial = trials[self.written]
-            self.rows.append((trial.number, trial.state, dict(trial.scores), spent(trial)))
+            self.rows.append((trial.number, trial.state, dict(trial.scores), cost_of(trial)))
             self.written += 1

@@ -20,7 +20,7 @@ import pytest
 from test_sweeps import AtOnce, Pretended, command, made, told, write
 
 from mainrun.errors import UsageError
-from sweeps.record import Record
+from sweeps.database import StudyDatabase
 
 PASSWORD = "p4:s%s"  # as it stands in a URL: p4%3As%25s
 BIN = max(
@@ -191,7 +191,7 @@ def test_an_answer_that_never_came_doubles_nothing(
 def test_what_cannot_be_opened_is_refused_at_once(server: Server, tmp_path: Path) -> None:
     def refused(url: str) -> str:
         with pytest.raises(UsageError) as e:
-            Record(made(storage=url), tmp_path, lambda text: None)
+            StudyDatabase(made(storage=url), tmp_path, lambda text: None)
         assert "p4" not in str(e.value) and "another --storage" in str(e.value)
         return str(e.value)
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_opened_is_refused_at_once(server: Server, tmp_path: Path
     with pytest.raises(
         UsageError, match=r"needs pg8000, which is not installed; pip install 'mainrun\[postgres\]'"
     ):
-        Record(made(storage="postgresql+pg8000://study:p4@127.0.0.1/x"), tmp_path, lambda text: None)
+        StudyDatabase(made(storage="postgresql+pg8000://study:p4@127.0.0.1/x"), tmp_path, lambda text: None)
 
 
 @pytest.mark.slow

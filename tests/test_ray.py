@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 from mainrun.cli import app
 from mainrun.errors import ConfigError
 from mainrun.store.rundir import RunDir
-from sweeps import study
 from sweeps.engine.protocol import Outcome, Task
-from sweeps.engine.worker import PATIENCE, insist
+from sweeps.engine.worker import MAX_DEATHS, run_until_done
+from sweeps.study import validate_study
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (mainrun[ray])"
@@ -60,9 +60,9 @@ def test_a_wrong_address_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_engine_is_no_part_of_what_is_searched() -> None:
-    plain = study.checked(data(), "tiny.toml")
+    plain = validate_study(data(), "tiny.toml")
     assert (
-        study.checked(data(engine="ray", address="head:6379", gpus=0.5), "tiny.toml").digest == plain.digest
+        validate_study(data(engine="ray", address="head:6379", gpus=0.5), "tiny.toml").digest == plain.digest
     )
     for change, said in (
         ({"engine": "slurm"}, "engine='slurm' is not allowed"),
@@ -71,7 +71,7 @@ def test_the_engine_is_no_part_of_what_is_searched() -> None:
         ({"engine": "ray", "set": data()["set"] | {"device": "cuda"}}, "write gpus = 1, or a share of one"),
     ):
         with pytest.raises(ConfigError, match=said):
-            study.checked(data(**change), "tiny.toml")
+            validate_study(data(**change), "tiny.toml")
 
 
 def test_what_a_workers_end_means() -> None:
@@ -85,15 +85,17 @@ def test_what_a_workers_end_means() -> None:
 
     def outcome(*ends: tuple[int, str]) -> Outcome:
         left = [*ends]
-        found = insist(task, lambda: left.pop(0), lambda: not left)
-        return found if not left else Outcome(False, why=f"{len(left)} tries were not made")
+        found = run_until_done(task, lambda: left.pop(0), lambda: not left)
+        return found if not left else Outcome(False, reason=f"{len(left)} tries were not made")
 
     assert outcome(lost, busy, (75, "SIGTERM at step 3 of 20"), there) == Outcome(True)
-    assert outcome((2, "error: no such field")) == Outcome(False, refused=True, why="error: no such field")
-    assert outcome((1, "error: no such field")) == Outcome(False, why="error: no such field")
-    assert outcome((3, "diverged: loss is nan")) == Outcome(False, diverged=True, why="diverged: loss is nan")
-    assert outcome(*PATIENCE * [lost]) == Outcome(False, why=f"its worker died {PATIENCE} times: lost")
-    assert outcome(lost) == Outcome(False, why="the driver stopped")
+    assert outcome((2, "error: no such field")) == Outcome(False, refused=True, reason="error: no such field")
+    assert outcome((1, "error: no such field")) == Outcome(False, reason="error: no such field")
+    assert outcome((3, "diverged: loss is nan")) == Outcome(
+        False, diverged=True, reason="diverged: loss is nan"
+    )
+    assert outcome(*MAX_DEATHS * [lost]) == Outcome(False, reason=f"its worker died {MAX_DEATHS} times: lost")
+    assert outcome(lost) == Outcome(False, reason="the driver stopped")
 
 
 # -- real trials

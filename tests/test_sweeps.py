@@ -23,16 +23,17 @@ from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, UsageError
 from mainrun.plan.plan import Plan
 from mainrun.store.rundir import RunDir
-from sweeps import branch, study
+from sweeps import branch
 from sweeps.confirm import confirm
-from sweeps.driver import Search, Trial, sets_of
+from sweeps.driver import Search
 from sweeps.engine.local import Local
 from sweeps.engine.protocol import Outcome, Task
-from sweeps.export import correlations
-from sweeps.folder import begin, owned
-from sweeps.ledger import Ledger, spent, total
-from sweeps.sampling import Asker
-from sweeps.study import Study
+from sweeps.export import rung_correlations
+from sweeps.folder import locked_folder, write_study_json
+from sweeps.ledger import Ledger, run_cost, total
+from sweeps.sampling import TrialSampler
+from sweeps.study import Study, built_in_names, json_schema, read_study, set_arguments, validate_study
+from sweeps.trial import Trial
 
 SET: dict[str, Any] = {k: v for k, v in TINY.items() if k != "threads"} | {
     "num_titles": 300,
@@ -62,7 +63,7 @@ def data(**changes: Any) -> dict[str, Any]:
 
 
 def made(**changes: Any) -> Study:
-    return study.checked(data(**changes), "tiny.toml")
+    return validate_study(data(**changes), "tiny.toml")
 
 
 # -- what is refused
@@ -162,19 +163,19 @@ def test_all_faults_are_named_at_once() -> None:
     assert len(str(e.value).splitlines()) == 5
 
 
-@pytest.mark.parametrize("name", study.names())
+@pytest.mark.parametrize("name", built_in_names())
 def test_the_built_in_studies_are_sound(name: str) -> None:
-    found = study.read(name)
+    found = read_study(name)
     assert found.name == name and found.about and found.base().dev_frac
 
 
 def test_an_unknown_study_is_named_with_its_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown study 'regularisation'.*did you mean 'regularization'"):
-        study.read("regularisation")
+        read_study("regularisation")
 
 
 def test_the_schema_knows_every_key() -> None:
-    found = study.schema()
+    found = json_schema()
     assert set(found["properties"]) == set(Study.model_fields)
     assert CliRunner().invoke(app, ["sweep", "run", "demo", "--schema"]).exit_code == 0
 
@@ -185,23 +186,23 @@ def test_the_schema_knows_every_key() -> None:
 class Pretended(Search):
     """Trials that are trained at once: the driver alone."""
 
-    def _train_tokens(self) -> int:
+    def _count_train_tokens(self) -> int:
         return 10_000
 
     def score(self, trial: Trial, step: int) -> float:
         return abs(trial.values.get("lr", 0.05) - 0.02) + 1 / step
 
-    def spent(self, trial: Trial) -> Ledger:
+    def cost_of(self, trial: Trial) -> Ledger:
         return Ledger()
 
 
 class Written(Pretended):
     """Each run has ten steps in its folder."""
 
-    spent, writing = Search.spent, threading.Lock()
+    cost_of, writing = Search.cost_of, threading.Lock()
 
     def run_dir(self, cfg: TrainConfig) -> Any:
-        folder = self.runs / cfg.run_id
+        folder = self.runs_dir / cfg.run_id
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"event": "step", "step": step, "tokens": 8 * step, "seconds": 0.1} for step in range(1, 11)]
         with self.writing:
@@ -219,7 +220,7 @@ class AtOnce:
         if self.pause:
             time.sleep(self.pause * random.random())
         return (
-            Outcome(False, diverged=True, why="lr too high")
+            Outcome(False, diverged=True, reason="lr too high")
             if any(text.startswith("lr=0.09") for text in task.sets)
             else Outcome(True)
         )
@@ -244,7 +245,7 @@ def searched(folder: Path, engine: Any, **changes: Any) -> Search:
 
 
 def told(search: Search) -> list[tuple[Any, ...]]:
-    return [(t.number, t.values, t.state, t.scores, t.why) for t in search.trials]
+    return [(t.number, t.values, t.state, t.scores, t.reason) for t in search.trials]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
@@ -275,30 +276,30 @@ def test_a_conditional_parameter_is_there_where_its_condition_holds(tmp_path: Pa
 
 
 def test_a_trial_that_diverges_fails_with_its_reason_and_the_sampler_stays_away(tmp_path: Path) -> None:
-    asker = Asker(made(), made().base())
+    asker = TrialSampler(made(), made().base())
     asker.ask(0)
     values = [asker.ask(n) for n in (1, 2)]
     asker.tell(0, {0: 2.0}, True)
     asker.tell(1, {0: 1.0}, True)
     asker.tell(2, {}, False)
-    assert len(values) == 2 and [t.value for t in asker.mirror.trials] == [1.0, 3.0]
+    assert len(values) == 2 and [t.value for t in asker.optuna_study.trials] == [1.0, 3.0]
 
 
 def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
     with (
-        owned(tmp_path / "a", made()),
+        locked_folder(tmp_path / "a", made()),
         pytest.raises(UsageError, match="is searched by process"),
-        owned(tmp_path / "a", made()),
+        locked_folder(tmp_path / "a", made()),
     ):
         pass
-    with owned(tmp_path / "a", made(space={"lr": {"values": [0.1, 0.2]}})):
+    with locked_folder(tmp_path / "a", made(space={"lr": {"values": [0.1, 0.2]}})):
         pass  # nothing was begun
-    begin(tmp_path / "a", made(), "mainrun sweep x")
+    write_study_json(tmp_path / "a", made(), "mainrun sweep x")
     wider = made(space=SPACE | {"lr": {"low": 1e-3, "high": 0.2, "log": True}}, workers=7)
     words = r"another study of that name: space.lr.high was 0.1, is 0.2\. Go on .*--as NAME"
-    with pytest.raises(UsageError, match=words), owned(tmp_path / "a", wider):
+    with pytest.raises(UsageError, match=words), locked_folder(tmp_path / "a", wider):
         pass
-    with owned(tmp_path / "a", made(budget={"trials": 50}, workers=3)):
+    with locked_folder(tmp_path / "a", made(budget={"trials": 50}, workers=3)):
         pass  # more of the same study
 
 
@@ -306,7 +307,7 @@ def test_sets_say_a_config_again() -> None:
     from mainrun.plan.recipes import load
 
     cfg = made().base().model_copy(update={"lr": 0.0123456789012345})
-    assert load("baseline", sets_of(made(), cfg))[0] == cfg
+    assert load("baseline", set_arguments(made(), cfg))[0] == cfg
 
 
 def test_a_study_may_begin_with_a_preset_of_ones_own(tmp_path: Path) -> None:
@@ -317,24 +318,24 @@ def test_a_study_may_begin_with_a_preset_of_ones_own(tmp_path: Path) -> None:
     file.write_text('base = "baseline"\nlr = 0.02\n')
     own = made(preset=str(file))
     cfg = own.base().model_copy(update={"dropout": 0.2})
-    assert cfg.lr == 0.02 and load(str(file), sets_of(own, cfg))[0] == cfg
+    assert cfg.lr == 0.02 and load(str(file), set_arguments(own, cfg))[0] == cfg
 
 
 def test_values_that_come_again_cost_nothing_again(tmp_path: Path) -> None:
     few = {"space": {"optimizer": {"values": ["adamw", "sgd"]}}, "rungs": None, "budget": {"trials": 9}}
     search = Written(made(**few), tmp_path, AtOnce(1), lambda text: None, lambda: None)
     search.run()
-    parts = [search.spent(t) for t in search.trials]
-    runs = {t.run for t in search.trials if t.run}
+    parts = [search.cost_of(t) for t in search.trials]
+    runs = {t.run_id for t in search.trials if t.run_id}
     assert len(runs) == 2 and sum(part.trained for part in parts) == 20
     assert all(part.asked == part.trained + part.reused == 10 for part in parts)
 
 
 def test_the_timescale_is_a_weight_decay() -> None:
-    from sweeps.space import resolved
+    from sweeps.space import trial_config
 
     base = made().base()
-    cfg = resolved(base, {"lr": 0.01, "timescale": 2.0}, 10_000)
+    cfg = trial_config(base, {"lr": 0.01, "timescale": 2.0}, 10_000)
     assert cfg.weight_decay == pytest.approx(1 / (0.01 * 2.0 * Plan(base, 10_000).steps))
 
 
@@ -342,7 +343,7 @@ def test_the_timescale_is_a_weight_decay() -> None:
 def test_a_batch_is_the_same_however_memory_cuts_it(tmp_path: Path) -> None:
     """What `batch` searches is the effective batch: its pieces only divide the memory. To the rounding of float32, without dropout."""
     from mainrun.run.session import train
-    from sweeps.space import changed
+    from sweeps.space import with_values
 
     small = TINY | {
         "num_titles": 200,
@@ -353,12 +354,12 @@ def test_a_batch_is_the_same_however_memory_cuts_it(tmp_path: Path) -> None:
         "dropout": 0.0,
         "optimizer": "adamw",
     }
-    batch = study.read(
+    batch = read_study(
         "batch", {k: v for k, v in small.items() if k != "threads"} | {"lr": 3e-3, "lr_aux": 0.0}
     )
     found = []
     for grad_accum in (1, 2, 8):
-        cfg = changed(batch.base(), {"batch_size": 8, "grad_accum": grad_accum})
+        cfg = with_values(batch.base(), {"batch_size": 8, "grad_accum": grad_accum})
         train(cfg, tmp_path)
         rows = RunDir(tmp_path / cfg.run_id).metrics()
         found.append(
@@ -481,7 +482,7 @@ def ledger_adds_up(out: Path) -> None:
         "lost steps have tokens too"
     )
     runs = [RunDir(file.parent) for file in (out / "tiny" / "runs").glob("*/config.json")]
-    whole = total(spent(run, run.config()) for run in runs)
+    whole = total(run_cost(run, run.config()) for run in runs)
     assert (whole.trained, whole.tokens) == (ledger["trained"], ledger["tokens"]), (
         "what the run directories say"
     )
@@ -500,7 +501,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert promoted and all(t["asked"] == t["stops"][-1] and t["wasted"] == 0 for t in promoted), (
         "no step twice"
     )
-    again = Search(study.read(str(file)), tmp_path / "out" / "tiny", Nobody(), str, lambda: None)
+    again = Search(read_study(str(file)), tmp_path / "out" / "tiny", Nobody(), str, lambda: None)
     again.run()
     assert confirm(again) == found["evidence"], "what is there already needs no worker"
     from mainrun.run.session import train
@@ -511,7 +512,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert summary is not None and alone["weights"] == summary["weights"], (
         "the bits of a run that was never stopped"
     )
-    assert total([spent(run, run.config())]).asked == summary["steps"]
+    assert total([run_cost(run, run.config())]).asked == summary["steps"]
     runner = CliRunner()
     out = ["--out", str(tmp_path / "out")]
     assert runner.invoke(app, ["sweep", "show", "tiny", *out]).exit_code == 0
@@ -538,7 +539,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_worker_that_finds_its_run_further_on_is_done(tmp_path: Path) -> None:
     """A driver may be killed while a promoted trial is on its way, which saves it where it stands; the next one asks for the rung again."""
     cfg = made().base()
-    sets = tuple(sets_of(made(), cfg))
+    sets = tuple(set_arguments(made(), cfg))
     engine = Local(1, 1)
     for until in (20, 10):
         assert engine.train(Task("baseline", sets, tmp_path, tmp_path / ".store", until)) == Outcome(True)
@@ -552,7 +553,7 @@ def test_ctrl_c_ends_the_confirmation_too(tmp_path: Path, monkeypatch: pytest.Mo
         def train(self, task: Task) -> Outcome:
             while not self.closed:
                 time.sleep(0.01)
-            return Outcome(False, why="the driver stopped")
+            return Outcome(False, reason="the driver stopped")
 
         def close(self) -> None:
             self.closed = True
@@ -577,7 +578,7 @@ def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> No
     cfg = made(set=WSD | {"min_lr_frac": 0.1} | fields, space={"lr": SPACE["lr"]}).base()
     plan = Plan(cfg, 10_000)
     for step in (20, 31, 60):
-        short = Plan(branch.of(cfg, plan, step, 0.25), 10_000)
+        short = Plan(branch.branch_config(cfg, plan, step, 0.25), 10_000)
         falls = min(step, plan.decay_start)
         common = min(falls, plan.swa_start)
         assert short.steps == step + round(0.25 * step) and short.decay_start == max(falls, plan.warmup_steps)
@@ -592,7 +593,7 @@ def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> No
 
 def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path: Path) -> None:
     class Turned(Pretended):
-        def scored(self, cfg: TrainConfig, step: int) -> float:
+        def run_score(self, cfg: TrainConfig, step: int) -> float:
             return (-cfg.lr if cfg.max_steps else cfg.lr) + 1 / step
 
         score = Search.score
@@ -615,9 +616,9 @@ def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path
     assert [t.state for t in first[0]] == [t.state for t in first[1]][::-1] and {
         t.state for t in first[0]
     } == {"pruned", "done"}
-    found = {t.number: by_branch.made(t) for t in by_branch.trials if t.scores}
+    found = {t.number: by_branch.runs_of(t) for t in by_branch.trials if t.scores}
     assert found and all(
-        t.raw[0] == found[t.number].cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.scores
+        t.raw_scores[0] == found[t.number].cfg.lr + 1 / t.stops[0] for t in by_branch.trials if t.scores
     )
     assert all(
         t.scores[0] == -m.cfg.lr + 1 / m.branches[0].max_steps
@@ -629,7 +630,7 @@ def test_branches_choose_who_goes_on_and_the_trunks_own_scores_are_kept(tmp_path
             for found in zip(*((bool(t.scores), t.state == "done") for t in search.trials), strict=True)
         )
         assert search.engine.done == len(search.trials) + (each - 1) * reached + ends  # type: ignore[attr-defined]
-    assert all([*t.raw] == [0] for t in by_branch.trials if t.state == "done"), (
+    assert all([*t.raw_scores] == [0] for t in by_branch.trials if t.state == "done"), (
         "the end is scored where it is"
     )
 
@@ -638,7 +639,7 @@ def test_a_branch_that_diverges_ends_its_trial_and_is_paid_for(tmp_path: Path) -
     class Bursts(AtOnce):
         def train(self, task: Task) -> Outcome:
             return (
-                Outcome(False, diverged=True, why="it burst")
+                Outcome(False, diverged=True, reason="it burst")
                 if any(text.startswith("max_steps=") for text in task.sets)
                 else Outcome(True)
             )
@@ -651,7 +652,7 @@ def test_a_branch_that_diverges_ends_its_trial_and_is_paid_for(tmp_path: Path) -
         lambda: None,
     )
     search.run()
-    parts = [search.spent(t) for t in search.trials]
+    parts = [search.cost_of(t) for t in search.trials]
     assert [t.state for t in search.trials] == ["diverged"] * 3 and all(not t.scores for t in search.trials)
     assert all((part.trained, part.branch, part.wasted) == (20, 10, 20) for part in parts), (
         "the trunk's ten and the branch's"
@@ -666,9 +667,9 @@ def test_rungs_are_held_against_the_end_raw_and_on_branches() -> None:
             [(3.0, 1.1, 1.0), (2.0, 2.1, 2.0), (1.0, 3.1, 3.0), (4.0, 4.1, 4.0)]
         )
     ]
-    assert correlations(search) == {"0": pytest.approx(1.0)} and correlations(search, raw=True) == {
-        "0": pytest.approx(0.2)
-    }
+    assert rung_correlations(search.trials) == {"0": pytest.approx(1.0)} and rung_correlations(
+        search.trials, raw=True
+    ) == {"0": pytest.approx(0.2)}
 
 
 @pytest.mark.slow
@@ -685,17 +686,17 @@ def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: 
     space = {"decay_frac": {"values": [0.2, 0.8]}}
     (tmp_path / "s").mkdir()
     search = Search(made(set=WSD, space=space, **few), tmp_path / "s", Local(1, 1), print, lambda: None)
-    with owned(search.folder, search.study):
+    with locked_folder(search.folder, search.study):
         search.run()
-    parts, ends = [search.spent(t) for t in search.trials], {t.state for t in search.trials}
+    parts, ends = [search.cost_of(t) for t in search.trials], {t.state for t in search.trials}
     assert ends == {"done", "pruned"}
     sums = total(parts)
     assert sums.asked == sums.trained + sums.reused and sums.branch <= sums.trained
     fresh = set()
     for trial in search.trials:
-        step, trunk, cfg = trial.stops[0], search.made(trial).cfg, search.made(trial).branches[0]
+        step, trunk, cfg = trial.stops[0], search.runs_of(trial).cfg, search.runs_of(trial).branches[0]
         falls = min(step, Plan(trunk, search.train_tokens).decay_start)
-        mine = spent(search.run_dir(cfg), cfg)
+        mine = run_cost(search.run_dir(cfg), cfg)
         # the trunk keeps a node where its rate first differs: one step behind the beginning of the fall
         assert mine.asked == cfg.max_steps and (
             mine.trained == cfg.max_steps - falls - (falls < step) or cfg.run_id in fresh
@@ -707,13 +708,15 @@ def test_a_branch_trains_its_fall_alone_and_leaves_the_trunk_as_it_is(tmp_path: 
                 summary is not None
                 and train(trunk, tmp_path / f"alone{trial.number}")["weights"] == summary["weights"]
             )
-            assert spent(search.run_dir(trunk), trunk).asked == trial.stops[-1], "it trained on from its rung"
+            assert run_cost(search.run_dir(trunk), trunk).asked == trial.stops[-1], (
+                "it trained on from its rung"
+            )
         else:
-            assert search.spent(trial).wasted == search.spent(trial).trained
+            assert search.cost_of(trial).wasted == search.cost_of(trial).trained
     runs = {
-        cfg.run_id: spent(search.run_dir(cfg), cfg).trained
+        cfg.run_id: run_cost(search.run_dir(cfg), cfg).trained
         for t in search.trials
-        for cfg in search.made(t).branches.values()
+        for cfg in search.runs_of(t).branches.values()
     }
     assert sums.branch == sum(runs.values()) > 0, "each branch once, whoever shares it"
 

@@ -42,7 +42,7 @@ def test_a_branch_ends_a_little_behind_its_rung(
 ) -> None:
     """It has the trial's steps up to its own fall, and the whole fall after them."""
     cfg, plan = make(**fields)
-    short = branch.of(cfg, plan, step, share)
+    short = branch.branch_config(cfg, plan, step, share)
     other = Plan(short, TRAIN_TOKENS)
     assert (short.max_steps, other.steps, other.decay_start) == (end, end, falls)
     assert other.warmup_steps == plan.warmup_steps and short.warmup_frac == 0.0
@@ -55,7 +55,7 @@ def test_a_branch_ends_a_little_behind_its_rung(
 
 def test_nothing_else_of_the_trial_changes() -> None:
     cfg, plan = make(dropout=0.1, weight_decay=0.2, seed=5, decay_shape="sqrt", min_lr_frac=0.1)
-    short = branch.of(cfg, plan, 40, 0.25)
+    short = branch.branch_config(cfg, plan, 40, 0.25)
     changed = {name for name in TrainConfig.model_fields if getattr(short, name) != getattr(cfg, name)}
     assert changed == {"max_steps", "warmup_frac", "warmup_iters", "decay_frac"}
     assert short.decay_frac == pytest.approx(0.2) and short.warmup_iters == 10
@@ -73,7 +73,7 @@ def test_nothing_else_of_the_trial_changes() -> None:
 def test_an_average_begins_in_the_fall(swa: float, step: int, expected: float) -> None:
     """One that began before would be another trunk."""
     cfg, plan = make(swa=swa)
-    short = branch.of(cfg, plan, step, 0.1 if step == 80 else 0.25)
+    short = branch.branch_config(cfg, plan, step, 0.1 if step == 80 else 0.25)
     assert short.swa == pytest.approx(expected)
     assert Plan(short, TRAIN_TOKENS).swa_start >= min(step, plan.decay_start) or not swa
 
@@ -83,7 +83,7 @@ def test_a_branch_that_leaves_its_trunk_too_early_is_a_bug() -> None:
     cfg, plan = make()
     other = make(lr=cfg.lr * 2)[0]
     with pytest.raises(AssertionError, match="the branch at 40 parts from its trunk at 0, not at 40"):
-        branch.of(other, plan, 40, 0.25)
+        branch.branch_config(other, plan, 40, 0.25)
 
 
 # -- which studies can be scored on branches

@@ -18,7 +18,7 @@ from mainrun.errors import MainrunError, RunError, UsageError
 from sweeps.confirm import confirm
 from sweeps.engine.protocol import Outcome
 from sweeps.ledger import Ledger
-from sweeps.sampling import Asker
+from sweeps.sampling import TrialSampler
 
 SEED = 1337  # the base's own, which the search trains with
 NOT_BETTER = "not better than the base within noise"
@@ -303,7 +303,7 @@ def test_noise_and_confirmation_never_share_a_seed(tmp_path: Path) -> None:
 def test_every_run_is_its_trial_with_another_seed(tmp_path: Path) -> None:
     setup = Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0)})
     confirm(setup.search)
-    base, trial = setup.base, setup.search.made(setup.search.trials[1]).cfg
+    base, trial = setup.base, setup.search.runs_of(setup.search.trials[1]).cfg
     expected = [(base, SEED + 1), (base, SEED + 2), (base, SEED + 3)]
     expected += [(cfg, SEED + 101 + i) for cfg in (base, trial) for i in range(2)]
     assert setup.trainer.trained == [cfg.model_copy(update={"seed": seed}) for cfg, seed in expected]
@@ -336,7 +336,7 @@ def test_the_best_trials_are_confirmed_and_never_the_base(
 def test_the_same_values_are_confirmed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler may give a trial's values again, or the base's."""
     values = [{}, {"lr": 0.01}, {"lr": 0.01}, {"lr": 0.02}]
-    monkeypatch.setattr(Asker, "ask", lambda self, number: values[min(number, 3)])
+    monkeypatch.setattr(TrialSampler, "ask", lambda self, number: values[min(number, 3)])
     searched = {0: 5.0, 1: 1.0, 2: 1.0, 3: 2.0}
     setup = Confirmation(tmp_path, dict.fromkeys(searched, (2.0, 2.0)), searched=searched, best=2)
     assert [row["trial"] for row in confirm(setup.search)["rows"]] == [1, 3]
@@ -361,7 +361,7 @@ def test_val_is_read_for_the_winner_alone(tmp_path: Path) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2,) * 4)})
     setup.trainer.val = lambda cfg, step: cfg.seed + cfg.lr
     result = confirm(setup.search)
-    cfg = setup.search.made(setup.search.trials[2]).cfg.model_copy(update={"seed": SEED + 101})
+    cfg = setup.search.runs_of(setup.search.trials[2]).cfg.model_copy(update={"seed": SEED + 101})
     full = cfg.seed + cfg.lr
     assert result["winner"] == 2
     assert result["val"] == {"run": cfg.run_id, "full": full, "official": full + 10}
@@ -374,7 +374,7 @@ def test_nothing_else_of_val_is_read(tmp_path: Path) -> None:
         setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.01,) * 4)})
         trainer, shown = (
             setup.trainer,
-            setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 101}),
+            setup.search.runs_of(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 101}),
         )
         train = trainer.train
 
@@ -408,7 +408,7 @@ def test_the_costs_name_every_run_and_why_it_was_trained(tmp_path: Path) -> None
     setup = Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0)}, noise=(2.0, 2.1))
     setup.trainer.reused = 4
     result = confirm(setup.search)
-    trial = setup.search.made(setup.search.trials[1]).cfg
+    trial = setup.search.runs_of(setup.search.trials[1]).cfg
     expected = [
         ("noise", 0, SEED + 1),
         ("noise", 0, SEED + 2),
@@ -436,7 +436,7 @@ def test_the_costs_name_every_run_and_why_it_was_trained(tmp_path: Path) -> None
 def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_wasted(tmp_path: Path) -> None:
     """The other trial can be claimed still."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower(GAINS)})
-    bad = setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 103})
+    bad = setup.search.runs_of(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 103})
     setup.trainer.diverging = lambda cfg: cfg == bad
     result = confirm(setup.search)
     row = rows_of(result)[1]
@@ -470,8 +470,8 @@ def test_a_base_that_diverges_backs_no_claim(tmp_path: Path, both: bool) -> None
 @pytest.mark.parametrize(
     ("failure", "kind"),
     [
-        (Outcome(False, why="no such corpus"), MainrunError),
-        (Outcome(False, refused=True, why="error: no such corpus"), UsageError),
+        (Outcome(False, reason="no such corpus"), MainrunError),
+        (Outcome(False, refused=True, reason="error: no such corpus"), UsageError),
     ],
     ids=["a crash", "wrong input"],
 )

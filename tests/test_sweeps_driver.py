@@ -30,11 +30,13 @@ from mainrun.config import TrainConfig
 from mainrun.data.corpus import load_corpus
 from mainrun.errors import DiskFull, Interrupted, MainrunError, RunError, UsageError
 from mainrun.plan.recipes import load
-from sweeps import driver, record
-from sweeps.driver import Search, Trial, sets_of
+from sweeps import database, driver
+from sweeps.driver import Search
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger
-from sweeps.sampling import Asker
+from sweeps.sampling import TrialSampler
+from sweeps.study import set_arguments
+from sweeps.trial import Trial
 
 RUNGS = {"at": [0.4], "keep": 0.5}  # at step 4 of 10
 TOKENS = 128 * STEPS  # of a trial
@@ -50,7 +52,7 @@ def databases(monkeypatch: pytest.MonkeyPatch) -> list[Database]:
         made.append(Database(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(record, "Record", make)
+    monkeypatch.setattr(database, "StudyDatabase", make)
     return made
 
 
@@ -77,7 +79,7 @@ class Prepared:
         self.search = make_search(folder, make_study(fields, **keys), self.trainer)
         prepared = dict(values or {})
         self.script = Script(lambda number: prepared.get(number, {"lr": 0.01 + 0.001 * number}))
-        self.search.asker = self.script
+        self.search.sampler = self.script
 
     @property
     def trials(self) -> list[Trial]:
@@ -138,7 +140,7 @@ def test_the_best_of_a_generation_go_on(tmp_path: Path, scores: list[float], kee
     order = sorted(range(count), key=lambda number: (scores[number], number))
     for place, number in enumerate(order, 1):
         trial = study.trials[number]
-        assert trial.why == ("" if trial.state == "done" else f"place {place} of {count} at step 4")
+        assert trial.reason == ("" if trial.state == "done" else f"place {place} of {count} at step 4")
         assert trial.scores == (
             {0: scores[number], 1: scores[number]} if trial.state == "done" else {0: scores[number]}
         )
@@ -149,7 +151,10 @@ def test_the_scores_of_a_rung_decide_and_not_those_before_it(tmp_path: Path) -> 
     scores = [(9.0, 9.0, 9.0), (1.0, 5.0, 5.0), (2.0, 1.0, 7.0), (3.0, 2.0, 1.0), (4.0, 0.0, 0.0)]
     study = Prepared(tmp_path, scores, rungs={"at": [0.4, 0.6], "keep": 0.6})
     assert study.run() == states("dpddp")
-    assert study.trials[1].why == "place 3 of 4 at step 6" and study.trials[4].why == "place 4 of 5 at step 4"
+    assert (
+        study.trials[1].reason == "place 3 of 4 at step 6"
+        and study.trials[4].reason == "place 4 of 5 at step 4"
+    )
     assert [trial.stops for trial in study.trials] == [(4, 6, 10)] * 5
     assert study.tasks()[5:] == [(0, 6), (1, 6), (2, 6), (3, 6), (0, 0), (2, 0), (3, 0)]
     assert study.trials[3].scores == {0: 3.0, 1: 2.0, 2: 1.0}
@@ -187,8 +192,8 @@ def test_trials_that_diverged_take_no_place(tmp_path: Path) -> None:
     study.search.note = notes.append
     study.trainer.diverging = lambda cfg: cfg.lr in (0.011, 0.015)
     assert study.run() == states("dxddpx")
-    assert study.trials[4].why == "place 3 of 4 at step 4"
-    assert study.trials[1].why == "the loss is inf" and study.trials[1].scores == {}
+    assert study.trials[4].reason == "place 3 of 4 at step 4"
+    assert study.trials[1].reason == "the loss is inf" and study.trials[1].scores == {}
     assert notes == ["trial 1 diverged: the loss is inf", "trial 5 diverged: the loss is inf"]
 
 
@@ -205,7 +210,7 @@ def test_a_trial_that_cannot_be_trained_fails_with_its_reason(tmp_path: Path) ->
     study.search.note = notes.append
     study.trainer.failing = lambda cfg: cfg.lr == 0.011
     assert study.run() == states("dfd")
-    assert study.trials[1].why == "no such corpus" and notes == ["trial 1 failed: no such corpus"]
+    assert study.trials[1].reason == "no such corpus" and notes == ["trial 1 failed: no such corpus"]
 
 
 def test_without_rungs_every_trial_is_trained_to_its_end(tmp_path: Path) -> None:
@@ -310,13 +315,13 @@ def test_the_values_are_those_of_the_studys_sampler(tmp_path: Path) -> None:
     study = make_study()
     search = make_search(tmp_path, study, Trainer(lambda cfg, step: cfg.lr))
     search.run()
-    sampler = Asker(study, study.base())
+    sampler = TrialSampler(study, study.base())
     assert [trial.values for trial in search.trials] == [sampler.ask(number) for number in range(6)]
-    assert len({trial.run for trial in search.trials}) == 6
+    assert len({trial.run_id for trial in search.trials}) == 6
 
 
 def test_what_a_trial_comes_to_is_a_value(tmp_path: Path) -> None:
-    made = Prepared(tmp_path, [1.0]).search._make({})
+    made = Prepared(tmp_path, [1.0]).search._make_runs({})
     with pytest.raises(AttributeError):
         made.stops = ()
 
@@ -366,20 +371,20 @@ def test_a_budget_ends_the_study(tmp_path: Path, budget: dict[str, float], rungs
     study = Prepared(tmp_path, [1.0] * 20, generation=3, budget=budget, rungs=rungs)
     study.run()
     assert len(study.trials) == asked
-    assert study.search.left() == 0 and all(trial.over for trial in study.trials)
+    assert study.search.remaining_trials() == 0 and all(trial.is_finished for trial in study.trials)
 
 
 @pytest.mark.parametrize(("share", "asked"), [(1.0, 6), (1.0001, 9)])
 def test_a_budget_of_flops_ends_the_study(tmp_path: Path, share: float, asked: int) -> None:
     first = Prepared(tmp_path / "first", [1.0], rungs=None)
     first.run()
-    flops = first.search.spent(first.trials[0]).flops
+    flops = first.search.cost_of(first.trials[0]).flops
     assert flops > 0
     study = Prepared(
         tmp_path / "second", [1.0] * 20, generation=3, budget={"flops": share * 3 * flops}, rungs=None
     )
     study.run()
-    assert len(study.trials) == asked and study.search.left() == 0
+    assert len(study.trials) == asked and study.search.remaining_trials() == 0
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.0, 50), (119.0, 50), (120.0, 0), (121.0, 0)])
@@ -387,12 +392,12 @@ def test_minutes_count_from_the_start_of_this_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, left: int
 ) -> None:
     study = Prepared(tmp_path, [1.0], budget={"trials": 50, "minutes": 2.0}, rungs=None)
-    monkeypatch.setattr(time, "monotonic", lambda: study.search.began + seconds)
-    assert study.search.left() == left
+    monkeypatch.setattr(time, "monotonic", lambda: study.search.start_time + seconds)
+    assert study.search.remaining_trials() == left
 
 
 def test_a_budget_without_trials_has_no_end_of_them(tmp_path: Path) -> None:
-    assert Prepared(tmp_path, [1.0], budget={"tokens": 1e12}).search.left() == 1_000_000
+    assert Prepared(tmp_path, [1.0], budget={"tokens": 1e12}).search.remaining_trials() == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -414,11 +419,11 @@ def test_a_grid_ends_with_its_last_cell(
         tmp_path, [1.0] * 20, space=space, budget={"trials": budget}, sampler=sampler, rungs=None
     )
     study.run()
-    assert len(study.trials) == asked and study.search.left() == 0
+    assert len(study.trials) == asked and study.search.remaining_trials() == 0
 
 
 def test_a_budget_below_what_is_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "Record", lambda *arguments: Database(*arguments, written=4))
+    monkeypatch.setattr(database, "StudyDatabase", lambda *arguments: Database(*arguments, written=4))
     study = Prepared(tmp_path, [1.0] * 3, rungs=None)
     with pytest.raises(UsageError, match="has 4 trials, the budget has 3; it may only grow"):
         study.run()
@@ -434,19 +439,19 @@ def test_values_that_do_not_go_together_fail_without_a_run(tmp_path: Path) -> No
     study = Prepared(tmp_path, [1.0, 1.0, 1.0], values=values, rungs=None)
     assert study.run() == states("dfd")
     failed = study.trials[1]
-    assert "grad_accum=8 does not divide batch_size=12" in failed.why
-    assert (failed.run, failed.stops, failed.scores, failed.rung) == ("", (), {}, -1)
-    assert study.search.spent(failed) == Ledger()
+    assert "grad_accum=8 does not divide batch_size=12" in failed.reason
+    assert (failed.run_id, failed.stops, failed.scores, failed.rung) == ("", (), {}, -1)
+    assert study.search.cost_of(failed) == Ledger()
     assert "" not in study.search.owners and failed not in study.search.best(9)
 
 
 def test_a_trial_is_its_values_on_the_base(tmp_path: Path) -> None:
     study = Prepared(tmp_path, [1.0, 1.0], values={1: {"lr": 0.05, "timescale": 2.0}})
     study.run()
-    base, changed = (study.search.made(trial).cfg for trial in study.trials)
+    base, changed = (study.search.runs_of(trial).cfg for trial in study.trials)
     assert base == study.search.base and study.trials[0].values == {}
     assert changed == base.model_copy(update={"lr": 0.05, "weight_decay": 1 / (0.05 * 2.0 * STEPS)})
-    assert [trial.run for trial in study.trials] == [base.run_id, changed.run_id]
+    assert [trial.run_id for trial in study.trials] == [base.run_id, changed.run_id]
 
 
 def test_a_task_names_the_run_completely(tmp_path: Path) -> None:
@@ -484,7 +489,7 @@ def test_what_is_there_already_needs_no_worker(
     study = Prepared(tmp_path, [1.0])
     search = study.search
     search.ask()
-    folder = write_run(search.runs / search.base.run_id, search.base, 10, study.score).path
+    folder = write_run(search.runs_dir / search.base.run_id, search.base, 10, study.score).path
     (folder / "status.json").write_text(json.dumps(status))
     if not summary:
         (folder / "summary.json").unlink()
@@ -505,7 +510,7 @@ def test_a_run_of_another_config_in_its_place_is_refused(tmp_path: Path) -> None
     search = study.search
     search.ask()
     other = search.base.model_copy(update={"lr": 0.5})
-    write_run(search.runs / search.base.run_id, other, 10, lambda cfg, step: 1.0)
+    write_run(search.runs_dir / search.base.run_id, other, 10, lambda cfg, step: 1.0)
     with pytest.raises(RunError, match=r"holds a run of another config: lr=0\.5"):
         search.train(search.base)
 
@@ -513,7 +518,7 @@ def test_a_run_of_another_config_in_its_place_is_refused(tmp_path: Path) -> None
 def test_a_score_is_that_of_its_step_and_split(tmp_path: Path) -> None:
     study = Prepared(tmp_path, [1.0])
     search = study.search
-    folder = search.runs / search.base.run_id
+    folder = search.runs_dir / search.base.run_id
     folder.mkdir(parents=True)
     rows = [
         eval_row("dev", 2, 7.0),
@@ -524,12 +529,12 @@ def test_a_score_is_that_of_its_step_and_split(tmp_path: Path) -> None:
         eval_row("val", 4, 0.5),
     ]
     write_rows(folder, [*rows, eval_row("dev", 6, 5.0)])
-    assert search.scored(search.base, 4) == 2.0, "the last one, where a run was resumed"
-    assert search.scored(search.base, 2) == 7.0
+    assert search.run_score(search.base, 4) == 2.0, "the last one, where a run was resumed"
+    assert search.run_score(search.base, 2) == 7.0
     with pytest.raises(
         RunError, match=rf"{folder} has no score of dev at step 8; its metrics\.jsonl was changed"
     ):
-        search.scored(search.base, 8)
+        search.run_score(search.base, 8)
 
 
 # -- the loop
@@ -580,16 +585,16 @@ def test_configs_of_trials_that_are_written_are_let_go(
     """They take more memory than all else of a trial; a study may have a million. Before that each is made once."""
     study = Prepared(tmp_path, [3.0, 2.0, 1.0, 3.0, 2.0, 1.0], generation=3, rungs=RUNGS | {"keep": 0.4})
     made: list[dict[str, Any]] = []
-    make = Search._make
+    make = Search._make_runs
 
     def count(self: Search, values: dict[str, Any]) -> Any:
         made.append(values)
         return make(self, values)
 
-    monkeypatch.setattr(Search, "_make", count)
+    monkeypatch.setattr(Search, "_make_runs", count)
     assert study.run() == states("dpdppd")
-    assert len(made) == 6 and study.search._made == {}
-    assert study.search.made(study.trials[1]).cfg.run_id == study.trials[1].run
+    assert len(made) == 6 and study.search._runs == {}
+    assert study.search.runs_of(study.trials[1]).cfg.run_id == study.trials[1].run_id
 
 
 def test_the_driver_looks_around_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,7 +615,7 @@ def test_the_driver_looks_around_twice_a_second(tmp_path: Path, monkeypatch: pyt
 
 
 def cost(study: Prepared, number: int) -> Ledger:
-    return study.search.spent(study.trials[number])
+    return study.search.cost_of(study.trials[number])
 
 
 def steps(ledger: Ledger) -> tuple[int, int, int, int, int]:
@@ -631,7 +636,7 @@ def test_a_trial_that_ends_early_is_wasted_whole(tmp_path: Path) -> None:
 def test_a_trial_that_diverges_or_fails_is_wasted_whole(tmp_path: Path, letter: str) -> None:
     study = Prepared(tmp_path, [1.0, 2.0])
     train = study.trainer.train
-    ends = {"x": Outcome(False, diverged=True, why="inf"), "f": Outcome(False, why="odd")}
+    ends = {"x": Outcome(False, diverged=True, reason="inf"), "f": Outcome(False, reason="odd")}
 
     def end(task: Task) -> Outcome:
         outcome = train(task)
@@ -647,15 +652,15 @@ def test_the_cost_of_a_trial_that_is_over_is_read_once(tmp_path: Path) -> None:
     search = study.search
     search.ask()
     trial = study.trials[0]
-    folder = write_run(search.runs / trial.run, search.base, 4, study.score, done=False).path
+    folder = write_run(search.runs_dir / trial.run_id, search.base, 4, study.score, done=False).path
     trial.state = "held"
-    assert search.spent(trial).trained == 4
+    assert search.cost_of(trial).trained == 4
     write_rows(folder, [step_row(step) for step in range(1, 8)])
-    assert search.spent(trial).trained == 7, "it is not over yet"
+    assert search.cost_of(trial).trained == 7, "it is not over yet"
     trial.state = "done"
-    assert search.spent(trial).trained == 7
+    assert search.cost_of(trial).trained == 7
     (folder / "metrics.jsonl").unlink()
-    assert search.spent(trial).trained == 7
+    assert search.cost_of(trial).trained == 7
 
 
 SAME = {"lr": 0.05}
@@ -676,13 +681,13 @@ def test_a_run_that_another_trial_owns_costs_nothing_again(
     search = study.search
     search.ask()
     first, second = study.trials[1:]
-    assert first.run == second.run and search.owners[first.run] == 1
-    write_run(search.runs / first.run, search.made(first).cfg, 10, study.score)
+    assert first.run_id == second.run_id and search.owners[first.run_id] == 1
+    write_run(search.runs_dir / first.run_id, search.runs_of(first).cfg, 10, study.score)
     first.scores, first.state = {0: 1.0, 1: 1.0}, "done"
     second.scores, second.state = scores, state
-    assert steps(search.spent(first)) == (10, 10, 0, 0, 0)
-    assert steps(search.spent(second)) == expected
-    assert search.spent(second).tokens == 0 and search.spent(second).flops == 0.0
+    assert steps(search.cost_of(first)) == (10, 10, 0, 0, 0)
+    assert steps(search.cost_of(second)) == expected
+    assert search.cost_of(second).tokens == 0 and search.cost_of(second).flops == 0.0
 
 
 def test_lost_steps_are_not_reused_by_a_trial_that_shares_the_run(tmp_path: Path) -> None:
@@ -691,12 +696,12 @@ def test_lost_steps_are_not_reused_by_a_trial_that_shares_the_run(tmp_path: Path
     search = study.search
     search.ask()
     first, second = study.trials[1:]
-    folder = write_run(search.runs / first.run, search.made(first).cfg, 10, study.score).path
+    folder = write_run(search.runs_dir / first.run_id, search.runs_of(first).cfg, 10, study.score).path
     (folder / "env.json").write_text(json.dumps({"carried": {"checkpoint": 4, "wasted": 3, "resumed": 1}}))
     for trial in (first, second):
         trial.scores, trial.state = {0: 1.0, 1: 1.0}, "done"
-    assert steps(search.spent(first)) == (13, 13, 0, 3, 0)
-    assert steps(search.spent(second)) == (10, 0, 10, 0, 0)
+    assert steps(search.cost_of(first)) == (13, 13, 0, 3, 0)
+    assert steps(search.cost_of(second)) == (10, 0, 10, 0, 0)
 
 
 # -- branches
@@ -724,9 +729,9 @@ def test_a_branch_scores_its_rung_and_the_trials_own_score_is_kept(tmp_path: Pat
     study = branched(tmp_path, [9.0, 1.0, 2.0, 3.0])
     assert study.run() == states("dpdp")
     assert [trial.scores[0] for trial in study.trials] == [9.0, 10.0, 2.0, 30.0]
-    assert [trial.raw for trial in study.trials] == [{0: 9.0}, {0: 1.0}, {0: 2.0}, {0: 3.0}]
+    assert [trial.raw_scores for trial in study.trials] == [{0: 9.0}, {0: 1.0}, {0: 2.0}, {0: 3.0}]
     assert study.trials[2].scores == {0: 2.0, 1: 2.0}, "the end needs no branch"
-    assert study.trials[1].why == "place 3 of 4 at step 4"
+    assert study.trials[1].reason == "place 3 of 4 at step 4"
 
 
 def test_a_branch_is_trained_behind_its_trial(tmp_path: Path) -> None:
@@ -739,18 +744,18 @@ def test_a_branch_is_trained_behind_its_trial(tmp_path: Path) -> None:
     rates = study.search.base.lr, 0.011
     assert trained[:4] == [(rates[0], 0, 4), (rates[0], 6, 0), (rates[1], 0, 4), (rates[1], 6, 0)]
     assert trained[4:] == [(rates[0], 0, 0)]
-    assert study.search._make({}).branches[0].max_steps == 6
+    assert study.search._make_runs({}).branches[0].max_steps == 6
 
 
 def test_every_rung_but_the_end_has_a_branch(tmp_path: Path) -> None:
     rungs = {"at": [0.2, 0.4, 0.6], "score": "branch", "branch": 0.5}
-    made = Prepared(tmp_path, [1.0], fields=WSD, rungs=rungs).search._make({})
+    made = Prepared(tmp_path, [1.0], fields=WSD, rungs=rungs).search._make_runs({})
     assert made.stops == (2, 4, 6, 10)
     assert {rung: cfg.max_steps for rung, cfg in made.branches.items()} == {0: 4, 1: 6, 2: 9}
 
 
 def test_only_a_study_that_asks_for_branches_has_them(tmp_path: Path) -> None:
-    assert Prepared(tmp_path, [1.0], fields=WSD).search._make({}).branches == {}
+    assert Prepared(tmp_path, [1.0], fields=WSD).search._make_runs({}).branches == {}
 
 
 def test_the_steps_of_a_branch_are_counted_apart(tmp_path: Path) -> None:
@@ -774,7 +779,7 @@ def test_a_branch_that_diverges_ends_its_trial(tmp_path: Path) -> None:
     study = branched(tmp_path, [2.0, 1.0])
     study.trainer.diverging = lambda cfg: bool(cfg.max_steps) and cfg.lr == 0.011
     assert study.run() == states("dx")
-    assert study.trials[1].scores == {} and study.trials[1].raw == {}
+    assert study.trials[1].scores == {} and study.trials[1].raw_scores == {}
     assert steps(cost(study, 1)) == (10, 10, 0, 10, 6), "the branch is paid for although it scored nothing"
 
 
@@ -801,13 +806,13 @@ def test_a_branch_that_two_trials_share_is_paid_for_once(
     values = {1: {"decay_frac": 0.2, "lr": 0.05}, 2: {"decay_frac": 0.5, "lr": 0.05}}
     study = branched(tmp_path, [2.0, 1.0, 1.0], keep=keep, values=values)
     study.run()
-    one, two = (study.search._make(values[number]) for number in (1, 2))
+    one, two = (study.search._make_runs(values[number]) for number in (1, 2))
     assert one.cfg != two.cfg and one.branches[0] == two.branches[0]
     shared = one.branches[0].run_id
     assert study.search.owners[shared] == 1
     carried = {"carried": {"checkpoint": 4, "wasted": wasted, "resumed": 1}}
-    (study.search.runs / shared / "env.json").write_text(json.dumps(carried))
-    study.search._spent.clear()
+    (study.search.runs_dir / shared / "env.json").write_text(json.dumps(carried))
+    study.search._costs.clear()
     assert steps(cost(study, 2)) == expected
     assert cost(study, 1).branch == 6 + wasted and cost(study, 1).wasted == wasted
 
@@ -844,7 +849,7 @@ def test_the_best_are_so_at_their_end(tmp_path: Path) -> None:
     ],
 )
 def test_which_states_are_the_end_of_a_trial(state: str, over: bool) -> None:
-    assert Trial(1, {}, state=state).over is over
+    assert Trial(1, {}, state=state).is_finished is over
 
 
 # -- the tokens of an epoch
@@ -880,7 +885,7 @@ def test_the_trainer_says_how_many_tokens_there_are(tmp_path: Path, monkeypatch:
     """Once: the next driver reads them, with the fingerprints of the titles."""
     search, dry = begin(tmp_path, monkeypatch, GOOD)
     assert search.train_tokens == 4321
-    sets = [part for text in sets_of(search.study, search.base) for part in ("--set", text)]
+    sets = [part for text in set_arguments(search.study, search.base) for part in ("--set", text)]
     assert dry.commands == [
         [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--dry-run", "--json"]
     ]
@@ -1024,7 +1029,7 @@ def test_a_base_that_cannot_be_trained_ends_the_study(
 def test_a_config_as_what_is_set_on_top_of_the_preset(fields: dict[str, Any], texts: list[str]) -> None:
     plain = load("baseline")[0]
     cfg = plain.model_copy(update=fields)
-    assert sets_of(make_study(), cfg) == texts
+    assert set_arguments(make_study(), cfg) == texts
     assert load("baseline", texts)[0] == cfg.model_copy(update={"preset": "baseline"})
 
 
@@ -1033,14 +1038,14 @@ def test_a_value_that_a_preset_sets_is_unset_again(tmp_path: Path) -> None:
     file.write_text('base = "baseline"\nattn_dropout = 0.1\n')
     study = make_study(preset=str(file))
     cfg = study.base().model_copy(update={"attn_dropout": None})
-    texts = sets_of(study, cfg)
+    texts = set_arguments(study, cfg)
     assert "attn_dropout=none" in texts and load(str(file), texts)[0] == cfg
 
 
 def test_a_schedule_of_growth_is_set_as_json() -> None:
     ops = {"version": 2, "ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]}
     cfg = load("baseline", [f"growth={json.dumps(ops)}"])[0]
-    (text,) = sets_of(make_study(), cfg)
+    (text,) = set_arguments(make_study(), cfg)
     assert text.startswith("growth={") and load("baseline", [text])[0] == cfg
 
 

@@ -12,7 +12,7 @@ from searching import eval_row, make_study, step_row, write_rows
 from mainrun.errors import RunError
 from mainrun.plan.cost import costs
 from mainrun.store.rundir import RunDir
-from sweeps.ledger import Ledger, spent, total
+from sweeps.ledger import Ledger, run_cost, total
 
 
 def spend(folder: Path, rows: list[dict[str, Any]], wasted: int | None = None, **fields: Any) -> Ledger:
@@ -21,7 +21,7 @@ def spend(folder: Path, rows: list[dict[str, Any]], wasted: int | None = None, *
         (folder / "env.json").write_text(
             json.dumps({"carried": {"checkpoint": 1, "wasted": wasted, "resumed": 1}})
         )
-    return spent(RunDir(folder), make_study(fields).base())
+    return run_cost(RunDir(folder), make_study(fields).base())
 
 
 def every(count: int, reused: int = 0, pace: int = 1) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_trained_tokens(tmp_path: Path, passes: int) -> N
 
 
 def test_a_run_that_was_never_begun_cost_nothing(tmp_path: Path) -> None:
-    assert spent(RunDir(tmp_path / "none"), make_study().base()) == Ledger()
+    assert run_cost(RunDir(tmp_path / "none"), make_study().base()) == Ledger()
 
 
 @pytest.mark.parametrize("key", ["step", "tokens", "seconds"])

@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 from searching import SPACE, make_study
 
-from sweeps.sampling import Asker, distribution, seed_of
+from sweeps.sampling import TrialSampler, distribution, trial_seed
 from sweeps.space import Choice, Range
 
 MIXED: dict[str, Any] = {
@@ -24,9 +24,9 @@ MIXED: dict[str, Any] = {
 }
 
 
-def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any) -> Asker:
+def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any) -> TrialSampler:
     study = make_study(space=dict(space), sampler={"name": name} | sampler)
-    return Asker(study, study.base())
+    return TrialSampler(study, study.base())
 
 
 # -- one seed for every trial
@@ -39,12 +39,12 @@ def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any)
 )
 def test_the_seed_of_a_trial_is_for_ever(seed: int, number: int, expected: int) -> None:
     """A study that goes on with another version asks for the same trials."""
-    assert seed_of(make_study(sampler={"name": "random", "seed": seed}), number) == expected
+    assert trial_seed(make_study(sampler={"name": "random", "seed": seed}), number) == expected
 
 
 def test_every_trial_and_every_study_has_a_seed_of_its_own() -> None:
     studies = [make_study(sampler={"seed": seed}) for seed in range(5)]
-    seeds = [seed_of(study, number) for study in studies for number in range(10)]
+    seeds = [trial_seed(study, number) for study in studies for number in range(10)]
     assert len({*seeds}) == 50 and all(0 <= seed < 2**32 for seed in seeds)
     assert max(seeds) > 2**31, "all of the bits are used"
 
@@ -56,7 +56,7 @@ def test_every_trial_and_every_study_has_a_seed_of_its_own() -> None:
 def test_trial_0_is_the_base(name: str) -> None:
     asker = make(name)
     assert asker.ask(0) == {}
-    assert asker.mirror.trials == [] and asker.asked == {}
+    assert asker.optuna_study.trials == [] and asker.open_trials == {}
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes", "random"])
@@ -78,16 +78,16 @@ def test_random_values_depend_on_the_number_alone() -> None:
     for number in (1, 2, 3):
         asker.ask(number)
     late = make("random", MIXED)
-    assert late.ask(3) == asker.ask(3) and asker.asked == {} and asker.mirror.trials == []
+    assert late.ask(3) == asker.ask(3) and asker.open_trials == {} and asker.optuna_study.trials == []
     asker.tell(3, {0: 1.0}, True)
-    assert asker.mirror.trials == []
+    assert asker.optuna_study.trials == []
 
 
 def test_other_samplers_keep_what_they_asked() -> None:
     asker = make("tpe")
     values = [asker.ask(number) for number in (1, 2)]
-    assert sorted(asker.asked) == [1, 2]
-    assert [trial.params for trial in asker.mirror.trials] == values
+    assert sorted(asker.open_trials) == [1, 2]
+    assert [trial.params for trial in asker.optuna_study.trials] == values
 
 
 def test_values_lie_in_their_space() -> None:
@@ -103,7 +103,7 @@ def test_values_lie_in_their_space() -> None:
 def test_a_conditional_parameter_is_asked_where_its_condition_holds(base: str) -> None:
     """After the parameters that it depends on, wherever it stands in the file. The values of the trial count, not those of the base."""
     study = make_study({"optimizer": base}, space=MIXED, sampler={"name": "random"})
-    asker = Asker(study, study.base())
+    asker = TrialSampler(study, study.base())
     seen = [asker.ask(number) for number in range(1, 30)]
     assert {values["optimizer"] for values in seen} == {"adamw", "sgd"}
     assert all(("momentum" in values) == (values["optimizer"] == "sgd") for values in seen)
@@ -184,7 +184,7 @@ def test_the_settings_of_a_study_reach_its_sampler(
     sampler = getattr(optuna.samplers, made)
     monkeypatch.setattr(optuna.samplers, made, make_sampler)
     asker._sampler(5)
-    own = seed_of(asker.study, 5)
+    own = trial_seed(asker.study, 5)
     assert seen == [
         {key: own if value is True and key == "seed" else value for key, value in expected.items()}
     ]
@@ -227,7 +227,7 @@ def told(
     asker.tell(0, {0: 3.0}, True)
     for number, (scores, finished) in enumerate(results, 1):
         asker.tell(number, scores, finished)
-    return [(trial.state, trial.value, trial.intermediate_values) for trial in asker.mirror.trials]
+    return [(trial.state, trial.value, trial.intermediate_values) for trial in asker.optuna_study.trials]
 
 
 DONE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
@@ -276,7 +276,7 @@ def test_before_any_score_a_trial_that_diverges_is_very_bad() -> None:
     asker = make("tpe")
     asker.ask(1)
     asker.tell(1, {}, False)
-    assert [trial.value for trial in asker.mirror.trials] == [150.0]
+    assert [trial.value for trial in asker.optuna_study.trials] == [150.0]
 
 
 def test_a_trial_is_told_once() -> None:
@@ -284,11 +284,11 @@ def test_a_trial_is_told_once() -> None:
     asker.ask(1)
     asker.tell(1, {0: 1.0}, True)
     asker.tell(1, {0: 2.0}, True)
-    assert asker.asked == {} and [trial.value for trial in asker.mirror.trials] == [1.0]
+    assert asker.open_trials == {} and [trial.value for trial in asker.optuna_study.trials] == [1.0]
 
 
 def test_smaller_is_better() -> None:
-    assert make("tpe").mirror.direction == optuna.study.StudyDirection.MINIMIZE
+    assert make("tpe").optuna_study.direction == optuna.study.StudyDirection.MINIMIZE
 
 
 # -- the distribution of a parameter
@@ -336,7 +336,7 @@ def test_the_cells_of_a_grid(parameter: dict[str, Any], values: list[float]) -> 
     asker = make("grid", {name: parameter})
     seen = sorted(asker.ask(number)[name] for number in range(1, len(values) + 1))
     assert seen == pytest.approx(values)
-    domain = asker.domains[name]
+    domain = asker.distributions[name]
     assert all(domain._contains(domain.to_internal_repr(value)) for value in seen)
 
 

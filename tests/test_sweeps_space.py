@@ -11,7 +11,17 @@ from searching import FIELDS, TRAIN_TOKENS, make_study
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
-from sweeps.space import DERIVED, NEVER, Choice, Range, active, changed, faults, known_fields, resolved
+from sweeps.space import (
+    DERIVED,
+    NOT_SEARCHABLE,
+    Choice,
+    Range,
+    active_parameters,
+    faults,
+    searchable_names,
+    trial_config,
+    with_values,
+)
 
 LR: dict[str, Any] = {"low": 1e-3, "high": 0.1}
 OPS = [
@@ -61,11 +71,11 @@ def wrong(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
 def test_what_a_comparison_holds_still_is_never_searched(name: str, reason: str) -> None:
     """One word on each, and none on its values."""
     assert wrong({name: {"values": ["anything"]}}) == [f"space.{name}: {reason}; remove it."]
-    assert NEVER[name] == reason
+    assert NOT_SEARCHABLE[name] == reason
 
 
 def test_nothing_else_is_held_still() -> None:
-    assert len(NEVER) == 15
+    assert len(NOT_SEARCHABLE) == 15
 
 
 @pytest.mark.parametrize(
@@ -283,7 +293,7 @@ def test_a_schedule_that_does_not_go_with_a_value_is_left_to_the_trials() -> Non
     """The message names the field, but it is the schedule that is at fault."""
     growth = {"version": 2, "ops": [{"name": "set_batch_size", "value": 12, "trigger": {"budget_frac": 0.5}}]}
     with pytest.raises(ConfigError, match=r"^growth: ops\[0\] .*grad_accum"):
-        changed(base(growth=growth), {"grad_accum": 8})
+        with_values(base(growth=growth), {"grad_accum": 8})
     assert wrong({"grad_accum": {"values": [1, 8]}}, growth=growth) == []
 
 
@@ -383,7 +393,7 @@ def test_the_parameters_whose_conditions_hold(values: dict[str, Any], names: set
         "both": Range(low=0.1, high=0.2, when={"optimizer": ["sgd"], "schedule": ["wsd"]}),
         "lr": Range(low=0.1, high=0.2),
     }
-    found = active(space, values, base(optimizer="adamw"))
+    found = active_parameters(space, values, base(optimizer="adamw"))
     assert set(found) == names and all(found[name] is space[name] for name in names)
     assert list(found) == [name for name in space if name in names]
 
@@ -430,7 +440,7 @@ def test_a_value_that_the_schedule_does_not_take_is_named() -> None:
 
 
 def test_known_fields_are_those_of_the_config_and_the_derived_ones() -> None:
-    assert known_fields() == [*TrainConfig.model_fields, "timescale"]
+    assert searchable_names() == [*TrainConfig.model_fields, "timescale"]
     assert DERIVED == {"timescale": "weight_decay"}
 
 
@@ -448,54 +458,58 @@ def test_known_fields_are_those_of_the_config_and_the_derived_ones() -> None:
 def test_a_config_from_its_values(values: dict[str, Any]) -> None:
     """All other fields stay, the preset too."""
     start = base(optimizer="adamw", dropout=0.1)
-    found = changed(start, values)
+    found = with_values(start, values)
     expected = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     assert found == start.model_copy(update=expected)
-    assert found.preset == "baseline" and changed(start, {}) == start
+    assert found.preset == "baseline" and with_values(start, {}) == start
 
 
 def test_a_path_changes_the_schedule_alone() -> None:
     start = base(growth={"version": 2, "ops": OPS})
-    found = changed(start, {"growth.ops.0.value": 0.02, "growth.ops.1.trigger.budget_frac": 0.8, "lr": 0.05})
+    found = with_values(
+        start, {"growth.ops.0.value": 0.02, "growth.ops.1.trigger.budget_frac": 0.8, "lr": 0.05}
+    )
     ops = found.growth.data()["ops"]
     assert (ops[0]["value"], ops[1]["trigger"]) == (0.02, {"budget_frac": 0.8})
     assert (ops[1]["value"], ops[0]["trigger"]) == (0.1, {"budget_frac": 0.5})
     assert found.lr == 0.05 and start.growth.data()["ops"][0]["value"] == 0.01
-    assert changed(start, {"lr": 0.05}).growth == start.growth
+    assert with_values(start, {"lr": 0.05}).growth == start.growth
 
 
 def test_an_item_of_a_list_in_the_schedule_is_changed_in_place() -> None:
     ops = [{"name": "stack_layers", "value": [0, 0], "init": "identity", "trigger": {"budget_frac": 0.5}}]
     start = base(growth={"version": 2, "ops": ops}, n_layer=1)
-    found = changed(start, {"growth.ops.0.trigger.budget_frac": 0.25})
+    found = with_values(start, {"growth.ops.0.trigger.budget_frac": 0.25})
     assert found.growth.data()["ops"][0]["trigger"] == {"budget_frac": 0.25}
-    assert changed(start, {"growth.ops.0.value.1": 0}).growth == start.growth
+    assert with_values(start, {"growth.ops.0.value.1": 0}).growth == start.growth
     with pytest.raises(ConfigError):
-        changed(start, {"growth.ops.0.value.1": 7})
+        with_values(start, {"growth.ops.0.value.1": 7})
 
 
 def test_values_that_do_not_go_together_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match="grad_accum=8 does not divide batch_size=12"):
-        changed(base(), {"batch_size": 12, "grad_accum": 8})
+        with_values(base(), {"batch_size": 12, "grad_accum": 8})
 
 
 @pytest.mark.parametrize(("lr", "timescale"), [(0.01, 2.0), (0.02, 2), (0.01, 0.5)])
 def test_a_timescale_is_the_weight_decay_that_forgets_in_it(lr: float, timescale: float) -> None:
     """1 / (lr * timescale * steps), of the trial's own rate and steps."""
     start = base(batch_size=16)
-    found = resolved(start, {"lr": lr, "timescale": timescale}, TRAIN_TOKENS)
+    found = trial_config(start, {"lr": lr, "timescale": timescale}, TRAIN_TOKENS)
     steps = Plan(start, TRAIN_TOKENS).steps
     assert steps == 5
     assert found == start.model_copy(update={"lr": lr, "weight_decay": 1 / (lr * timescale * steps)})
 
 
 def test_a_timescale_counts_the_steps_of_the_trial() -> None:
-    found = resolved(base(optimizer="adamw"), {"timescale": 2.0, "batch_size": 16, "lr": 0.1}, TRAIN_TOKENS)
+    found = trial_config(
+        base(optimizer="adamw"), {"timescale": 2.0, "batch_size": 16, "lr": 0.1}, TRAIN_TOKENS
+    )
     assert found.weight_decay == pytest.approx(1 / (0.1 * 2 * 5))
 
 
 def test_without_a_timescale_nothing_is_derived() -> None:
-    assert resolved(base(), {"lr": 0.05}, None) == changed(base(), {"lr": 0.05})
+    assert trial_config(base(), {"lr": 0.05}, None) == with_values(base(), {"lr": 0.05})
 
 
 # -- how a parameter may be written

@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 from mainrun.cli import app
 from mainrun.errors import DiskFull, RunError, UsageError
 from mainrun.store.rundir import RunDir
-from sweeps import record
-from sweeps.driver import Search, sets_of
+from sweeps import database
+from sweeps.database import StudyDatabase
+from sweeps.driver import Search
 from sweeps.engine.local import Local
 from sweeps.engine.protocol import Task
-from sweeps.folder import begin, owned
-from sweeps.ledger import Ledger, spent, total
-from sweeps.record import Record
+from sweeps.folder import locked_folder, write_study_json
+from sweeps.ledger import Ledger, run_cost, total
+from sweeps.study import set_arguments
 
 
 def quiet(text: str) -> None:
@@ -55,7 +56,7 @@ def test_titles_that_change_behind_a_study_are_refused(tmp_path: Path) -> None:
 
 def refused(folder: Path, **changes: Any) -> str:
     with pytest.raises(UsageError) as e:
-        Record(made(**changes), folder, quiet)
+        StudyDatabase(made(**changes), folder, quiet)
     return str(e.value)
 
 
@@ -63,19 +64,19 @@ def test_a_database_that_is_locked_is_waited_for_and_then_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    Record(made(), tmp_path, quiet)
+    StudyDatabase(made(), tmp_path, quiet)
     other = sqlite3.connect(tmp_path / "study.db", check_same_thread=False)
     other.execute("begin exclusive")
     threading.Timer(2.0, other.rollback).start()
-    whole = Record(made(), tmp_path, notes.append)
+    whole = StudyDatabase(made(), tmp_path, notes.append)
     assert "database is locked" in notes[0] and notes[1] == "the storage answers again" and whole.written == 0
     other.execute("begin exclusive")
-    monkeypatch.setattr(record, "LOCKED", 0.0)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT", 0.0)
     said = refused(tmp_path)
     assert "study.db was locked by another process" in said and "nothing is lost" in said
     other.rollback()
     search = searched(tmp_path, AtOnce(1))
-    assert Record(made(), tmp_path, quiet).written == len(search.trials) == 12
+    assert StudyDatabase(made(), tmp_path, quiet).written == len(search.trials) == 12
 
 
 def test_a_file_that_is_no_database_of_studies_is_refused_untouched(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_file_that_is_no_database_of_studies_is_refused_untouched(tmp_path: Pa
 @pytest.mark.parametrize("kept", range(14))
 def test_a_database_whose_creation_was_killed_is_completed(tmp_path: Path, kept: int) -> None:
     """Optuna creates its tables one after the other, each for good, and writes their version last."""
-    Record(made(), tmp_path, quiet)
+    StudyDatabase(made(), tmp_path, quiet)
     with sqlite3.connect(tmp_path / "study.db") as other:
         names = [
             name
@@ -109,9 +110,9 @@ def test_a_database_whose_creation_was_killed_is_completed(tmp_path: Path, kept:
             other.execute(f"drop table {name}")
         for name in names[:kept]:
             other.execute(f"delete from {name}")
-    assert Record(made(), tmp_path, quiet).written == 0
+    assert StudyDatabase(made(), tmp_path, quiet).written == 0
     search = searched(tmp_path, AtOnce(1))
-    assert Record(made(), tmp_path, quiet).written == len(search.trials)
+    assert StudyDatabase(made(), tmp_path, quiet).written == len(search.trials)
 
 
 def test_a_table_that_only_has_a_name_of_optuna_s_is_refused(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_table_that_only_has_a_name_of_optuna_s_is_refused(tmp_path: Path) -> 
 
 
 def test_a_database_of_another_optuna_is_refused(tmp_path: Path) -> None:
-    Record(made(), tmp_path, quiet)
+    StudyDatabase(made(), tmp_path, quiet)
     with sqlite3.connect(tmp_path / "study.db") as other:
         other.execute("update alembic_version set version_num = 'v9.9.9'")
     said = refused(tmp_path)
@@ -181,10 +182,13 @@ def test_a_storage_that_cannot_be_is_refused_and_its_password_not_shown(url: str
 
 @pytest.mark.parametrize("option", ["", "--storage="])
 def test_the_command_that_goes_on_holds_no_password(option: str) -> None:
-    from sweeps.cli import _shown
+    from sweeps.cli import _hide_password
 
-    assert _shown(option + "postgresql://me\x3as%40cret@host/x") == option + "postgresql://me@host/x"
-    assert _shown("--set") == "--set" and _shown("corpus=file:a:b@c.txt") == "corpus=file:a:b@c.txt"
+    assert _hide_password(option + "postgresql://me\x3as%40cret@host/x") == option + "postgresql://me@host/x"
+    assert (
+        _hide_password("--set") == "--set"
+        and _hide_password("corpus=file:a:b@c.txt") == "corpus=file:a:b@c.txt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,8 +206,8 @@ def test_the_command_that_goes_on_holds_no_password(option: str) -> None:
 )
 def test_what_is_written_of_a_study_has_no_password(tmp_path: Path, url: str, plain: str) -> None:
     study = made(storage=url)
-    with owned(tmp_path, study):
-        begin(tmp_path, study, "mainrun sweep tiny")
+    with locked_folder(tmp_path, study):
+        write_study_json(tmp_path, study, "mainrun sweep tiny")
         assert json.loads((tmp_path / "study.json").read_text())["study"]["storage"] == plain
     assert study.storage == url and "cret" not in repr(study)
 
@@ -221,7 +225,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         mounted(place, "-t", "tmpfs", "-o", "ro", "tmpfs"),
         pytest.raises(RunError, match="Read-only file system; choose"),
     ):
-        owned(place / "x", made()).__enter__()
+        locked_folder(place / "x", made()).__enter__()
 
 
 def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
@@ -229,18 +233,18 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
     with mounted(place, "-t", "tmpfs", "-o", "size=400k", "tmpfs"):
-        Record(made(), place, quiet)
+        StudyDatabase(made(), place, quiet)
         fill(place / "ballast")
         with pytest.raises(
             DiskFull,
             match=r"no space left to write .*study.db.*start the same command again, nothing is lost",
         ):
             searched(place, AtOnce(1))
-        with pytest.raises(DiskFull, match="no space left to write"), owned(place / "x", made()):
-            begin(place / "x", made(), "mainrun sweep tiny")
+        with pytest.raises(DiskFull, match="no space left to write"), locked_folder(place / "x", made()):
+            write_study_json(place / "x", made(), "mainrun sweep tiny")
         (place / "ballast").unlink()
         assert told(searched(place, AtOnce(1))) == told(searched(tmp_path / "free", AtOnce(1)))
-        assert Record(made(), place, quiet).written == 12
+        assert StudyDatabase(made(), place, quiet).written == 12
 
 
 def fill(file: Path) -> None:
@@ -252,7 +256,7 @@ def fill(file: Path) -> None:
 def test_a_full_disk_stops_a_worker_and_its_trial_has_not_failed(tmp_path: Path) -> None:
     place, cfg = tmp_path / "small", made().base()
     place.mkdir()
-    task = Task("baseline", tuple(sets_of(made(), cfg)), place / "runs", place / "store", 0)
+    task = Task("baseline", tuple(set_arguments(made(), cfg)), place / "runs", place / "store", 0)
     with (
         mounted(place, "-t", "tmpfs", "-o", "size=100k", "tmpfs"),
         pytest.raises(DiskFull, match="no space left to write"),
@@ -331,7 +335,7 @@ def test_ctrl_c_ends_the_workers_and_the_ledger_is_the_sum_of_the_runs(tmp_path:
     for key in Ledger.__dataclass_fields__:
         assert ledger[key] == pytest.approx(sum(part[key] for part in parts))
     each = {
-        path.name: spent(RunDir(path), RunDir(path).config())
+        path.name: run_cost(RunDir(path), RunDir(path).config())
         for path in runs.glob("*")
         if (path / "config.json").is_file()
     }

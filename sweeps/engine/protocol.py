@@ -35,7 +35,10 @@ class Engine(Protocol):
     workers: int
 
     def train(self, task: Task) -> Outcome:
-        """Train a task and return its outcome. Blocks, retries when a worker dies, and is called from `workers` threads."""
+        """Train a task and return its outcome.
+
+        Blocks, retries when a worker dies, and is called from `workers` threads.
+        """
 
     def close(self) -> None:
         """Stop all workers now. Their progress is in their checkpoints."""

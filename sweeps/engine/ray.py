@@ -1,9 +1,9 @@
 """The engine `ray`: workers run on the nodes of a Ray cluster, one Ray task per attempt.
 
-Ray decides where a worker runs and reports lost nodes. Run directories and store are in a folder that all nodes share, so
-a new attempt resumes from the last checkpoint on any node. Ray itself does not retry; `run_until_done` does. A worker that
-lost its driver ends with its Ray worker. Until then it holds the lock of its run directory, and if it loses the lock too,
-it stops writing (`RunDir.check`).
+Ray decides where a worker runs and reports lost nodes. Run directories and store are in a folder that all
+nodes share, so a new attempt resumes from the last checkpoint on any node. Ray itself does not retry;
+`run_until_done` does. A worker that lost its driver ends with its Ray worker. Until then it holds the lock of
+its run directory, and if it loses the lock too, it stops writing (`RunDir.check`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ OBJECT_STORE_BYTES = 80_000_000  # close to Ray's minimum; only tasks and their 
 
 
 class Ray:
-    """Trains each task on a cluster. Without an address it starts a cluster on this machine, which ends with the driver."""
+    """Trains each task on a cluster.
+
+    Without an address it starts a cluster on this machine, which ends with the driver.
+    """
 
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
         if importlib.util.find_spec("ray") is None:
             raise UsageError(
-                "engine 'ray' needs Ray, which is not installed; pip install 'mainrun[ray]', or use --engine local"
+                "engine 'ray' needs Ray, which is not installed; "
+                "pip install 'mainrun[ray]', or use --engine local"
             )
         local_workers = workers or max(1, cores() // threads)
         _connect(address, num_cpus=local_workers * threads)
@@ -63,8 +67,9 @@ class Ray:
             return capacity
         offers = "; ".join(_describe({name: node.get(name, 0) for name in self._resources}) for node in nodes)
         raise UsageError(
-            f"a trial needs {_describe(self._resources)}, but no node of the cluster has that (they have {offers}); "
-            "lower threads or gpus in the study, or give --workers N if the cluster adds nodes on demand"
+            f"a trial needs {_describe(self._resources)}, but no node of the cluster has that "
+            f"(they have {offers}); lower threads or gpus in the study, "
+            "or give --workers N if the cluster adds nodes on demand"
         )
 
     def train(self, task: Task) -> Outcome:

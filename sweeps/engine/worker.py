@@ -1,4 +1,7 @@
-"""Workers: `mainrun train` in a process of its own. How one is started, what its exit means, and when to start it again."""
+"""Workers: `mainrun train` in a process of its own.
+
+How one is started, what its exit means, and when to start it again.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from typing import NamedTuple
 from mainrun.errors import DiskFull, Diverged, Interrupted, UsageError
 from sweeps.engine.protocol import Outcome, Task
 
-# On Linux a worker is stopped with SIGTERM when its parent ends, and saves a checkpoint. On other systems it trains on.
+# On Linux a worker gets SIGTERM when its parent ends, and saves a checkpoint. On other systems it trains on.
 START = (
     "import sys, signal; sys.argv[0] = 'mainrun'\n"
     "if sys.platform == 'linux':\n"
-    "    import ctypes, os; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.getppid() == {parent} or sys.exit(75)\n"
+    "    import ctypes, os; ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+    "    os.getppid() == {parent} or sys.exit(75)\n"
     "from mainrun.cli import main; main()\n"
 )
 MAX_DEATHS = 20  # after this many deaths of its workers, a task fails
@@ -35,7 +39,10 @@ STOPPED = WorkerExit(Interrupted.exit_code, "")
 
 
 def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
-    """Start a worker in a folder (by default the current one). Relative paths in the task start from there."""
+    """Start a worker in a folder (by default the current one).
+
+    Relative paths in the task start from there.
+    """
     command = [
         sys.executable,
         "-c",
@@ -63,7 +70,10 @@ def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]
 
 
 def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Callable[[], bool]) -> Outcome:
-    """Run workers until the task is done. A killed worker is replaced; an error is final, because it would come again."""
+    """Run workers until the task is done.
+
+    A killed worker is replaced; an error is final, because it would come again.
+    """
     deaths = 0
     while not closed():
         code, stderr = run_worker()
@@ -92,6 +102,9 @@ def _last_line(text: str) -> str:
 
 
 def _reached(until: int, stderr: str) -> bool:
-    """Whether a worker stopped at the step of its task. An earlier driver may have trained the run further."""
+    """Whether a worker stopped at the step of its task.
+
+    An earlier driver may have trained the run further.
+    """
     stopped = re.search(r"stopped at step (\d+) of", stderr)
     return bool(until and stopped and int(stopped[1]) >= until)
