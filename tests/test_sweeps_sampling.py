@@ -101,7 +101,10 @@ def test_values_lie_in_their_space() -> None:
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 def test_a_conditional_parameter_is_asked_where_its_condition_holds(base: str) -> None:
-    """After the parameters that it depends on, wherever it stands in the file. The values of the trial count, not those of the base."""
+    """After the parameters that it depends on, wherever it stands in the file.
+
+    The values of the trial count, not those of the base.
+    """
     study = make_study({"optimizer": base}, space=MIXED, sampler={"name": "random"})
     asker = TrialSampler(study, study.base())
     seen = [asker.ask(number) for number in range(1, 30)]

@@ -1,4 +1,7 @@
-"""What goes wrong around a study: databases, disks, Ctrl-C, a budget that changes. Clear words, the right exit code, and nothing lost."""
+"""What goes wrong around a study: databases, disks, Ctrl-C, a budget that changes.
+
+Clear words, the right exit code, and nothing lost.
+"""
 
 from __future__ import annotations
 
