@@ -1073,6 +1073,7 @@ HEAVY = ("torch", "optuna", "ray", "pandas", "matplotlib", "scipy")
 
 def test_heavy_libraries_are_not_imported_early() -> None:
     """Libraries that take a second to import would slow down `mainrun --help`."""
-    modules = "sweeps.driver, sweeps.confirm, sweeps.sampling, sweeps.space, sweeps.branch, sweeps.ledger, sweeps.study"
+    names = ("cli", "driver", "confirm", "display", "sampling", "space", "branch", "ledger", "study", "trial")
+    modules = ", ".join(f"sweeps.{name}" for name in names)
     code = f"import sys, {modules}; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
