@@ -33,7 +33,7 @@ class SweepGroup(Group):
 
 app = typer.Typer(
     cls=SweepGroup,
-    help="Search for settings: run a study, list and show studies, get the best trial, export, dashboard.",
+    help="Search settings: a study, ls, show, best, export, dashboard.",
     rich_markup_mode=None,
 )
 

@@ -30,7 +30,7 @@ from sweeps.trial import Trial, TrialRuns, TrialState
 
 UNLIMITED = 1_000_000  # trials
 
-Segment = tuple[TrainConfig, int]  # a run, and the step to train it to; 0: to its end
+Target = tuple[TrainConfig, int]  # a run, and the step to train it to; 0: to its end
 
 
 class Search:
@@ -186,7 +186,7 @@ class Search:
                         if trial.state is TrialState.WAITING:
                             rung = trial.rung + 1
                             trial.start()
-                            running[pool.submit(self._train_segments, self._segments(trial, rung))] = (
+                            running[pool.submit(self._train_targets, self._targets(trial, rung))] = (
                                 trial,
                                 rung,
                             )
@@ -225,20 +225,20 @@ class Search:
             if number < end:
                 del self._runs[number]
 
-    def _segments(self, trial: Trial, rung: int) -> list[Segment]:
+    def _targets(self, trial: Trial, rung: int) -> list[Target]:
         """Return what to train for a rung: the trial up to its step, then the branch that scores it."""
         runs = self.runs_of(trial)
         is_last = rung + 1 == len(trial.stops)
-        segments = [(runs.cfg, 0 if is_last else trial.stops[rung])]
+        targets = [(runs.cfg, 0 if is_last else trial.stops[rung])]
         branch = runs.branches.get(rung)
         if branch:
             # Trials that differ only in their decay can have a branch in common.
             self.owners.setdefault(branch.run_id, trial.number)
-            segments.append((branch, 0))
-        return segments
+            targets.append((branch, 0))
+        return targets
 
-    def _train_segments(self, segments: list[Segment]) -> Outcome:
-        for cfg, until in segments:
+    def _train_targets(self, targets: list[Target]) -> Outcome:
+        for cfg, until in targets:
             outcome = self.train(cfg, until)
             if not outcome.ok:
                 break

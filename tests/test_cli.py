@@ -650,7 +650,7 @@ def test_a_picture_overwrites_no_other_file(tmp_path: Path) -> None:
 
 
 def test_an_export_overwrites_no_other_study_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sweeps.folder.finished", lambda folder: {})
+    monkeypatch.setattr("sweeps.folder.read_export", lambda folder: {})
     (tmp_path / "study.json").write_text("mine")
     refused(ask("sweep", "export", "demo", tmp_path), "study.json", "not an export", "another folder")
     assert (tmp_path / "study.json").read_text() == "mine"

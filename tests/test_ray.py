@@ -197,7 +197,7 @@ def test_a_lost_node_and_a_lost_driver_change_nothing(
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
     cluster.wait_for_nodes()
     driver = Driver(tmp_path, cluster.address)
-    # The process of a run and its Ray worker, on each node. The processes are stopped in the middle of a trial.
+    # On each node, the process of a run and its Ray worker. The process is stopped in the middle of a trial.
     halted: dict[str, tuple[int, int]] = {}
 
     def halt() -> bool:

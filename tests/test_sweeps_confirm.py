@@ -176,10 +176,7 @@ def lower(gains: Sequence[float]) -> tuple[float, ...]:
 
 
 def test_a_gain_on_paired_seeds_is_claimed_with_its_interval(tmp_path: Path) -> None:
-    """The seeds differ by 0.3 and the recipes by 0.1: only pairs of equal seeds show it.
-
-    The win is named with its figures.
-    """
+    """The seeds differ by 0.3 and the configs by 0.1, so only pairs with the same seed show the gain."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     result = confirm(setup.search)
     row = rows_of(result)[1]
