@@ -32,9 +32,8 @@ def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> Trai
         "warmup_iters": plan.warmup_steps,
         "warmup_frac": 0.0,
         "decay_frac": decay_frac,
-        "swa": min(
-            cfg.swa, decay_frac
-        ),  # an average that starts before the decay would not share the trial's steps
+        # An average that starts before the decay would not share the trial's steps.
+        "swa": min(cfg.swa, decay_frac),
     }
     branch = with_values(cfg, changes)
     branch_plan = Plan(branch, plan.train_tokens)

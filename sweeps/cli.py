@@ -87,7 +87,7 @@ def run(
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Run it as a separate study with this name.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the search space; train nothing.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Print the search space; train nothing.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a study file.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -95,7 +95,7 @@ def run(
     """Run a study, or resume it. The trials do not depend on the number of workers or on interruptions.
 
     At the end the best trials and the base are trained again on new seeds, to see whether a gain is more than
-    noise. Then the best trials, the cost of the search and the confirmed gains are printed.
+    noise. Then the best trials, the cost of the search and the claims are printed.
     """
     from mainrun.plan.recipes import parse_set
     from sweeps.study import json_schema, read_study
@@ -106,7 +106,7 @@ def run(
     options = {"workers": workers, "engine": engine, "address": address, "storage": storage, "name": name}
     changes = {key: value for key, value in options.items() if value is not None}
     study = read_study(place, dict(parse_set(text) for text in sets or []), **changes)
-    if plan:
+    if plan_only:
         _show_plan(study, as_json)
     else:
         _run_study(study, out / study.name, as_json)
@@ -269,7 +269,7 @@ def _ranked_trials(export: dict[str, Any]) -> list[dict[str, Any]]:
 
 @app.command("show")
 def show(name: Name, out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> None:
-    """Show a finished study: its best trials, what it cost, and the gains that are confirmed."""
+    """Show a finished study: best trials, cost and claims."""
     from sweeps.folder import read_export
 
     _show_export(read_export(out / name), as_json)
@@ -374,7 +374,10 @@ def best(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print the command that trains the best confirmed trial. If none is confirmed, take the best score."""
+    """Print the command that trains the best confirmed trial.
+
+    If no trial is confirmed, it trains the trial with the best score.
+    """
     from sweeps.folder import read_export
 
     export = read_export(out / name)
@@ -450,7 +453,10 @@ def export_(
     out: Out = DEFAULT_OUT,
     debug: Debug = False,
 ) -> None:
-    """Write a finished study for reports and other tools, as trials.parquet and study.json."""
+    """Write a finished study as trials.parquet and study.json.
+
+    Reports and other tools can read these files.
+    """
     from sweeps.export import write_tables
     from sweeps.folder import read_export
 
@@ -476,7 +482,10 @@ def dashboard(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Open optuna-dashboard on a study (pip install 'mainrun[dashboard]')."""
+    """Open optuna-dashboard on a study.
+
+    It needs the package: pip install 'mainrun[dashboard]'.
+    """
     from sweeps.folder import require_study
 
     folder = out / name

@@ -1,7 +1,7 @@
 """Optuna's database of a study, for people and dashboards: SQLite in the study's folder, or PostgreSQL.
 
-The driver reads nothing back but the number of trials, so a study can lose its database. Optuna is imported
-when a database is opened.
+The driver reads back only the digest and the number of trials, so no result is lost if the database is lost.
+Optuna is imported when a database is opened.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from sweeps.ledger import Ledger
 
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that holds a SQLite file
-OPTUNA_TABLES = {
-    "studies",
-    "version_info",
-    "alembic_version",
-}  # some of them; enough to recognize the database
+OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # enough of them to recognize the database
 
 
 def open_storage(url: str, file: Path) -> Any:
@@ -117,7 +113,7 @@ class StudyDatabase:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.on_server = study.storage.startswith("postgresql")
-        self.write_failed = False  # the last write may have arrived all the same
+        self.write_failed = False  # if True, the last write may have succeeded without an answer
         self.storage, self.optuna_study = self._retry(self._open, opening=True)
         self.written = self._retry(self._count)
         digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))
@@ -143,10 +139,10 @@ class StudyDatabase:
         return int(self.storage.get_n_trials(self._study_id))
 
     def _retry(self, operation: Callable[[], Any], opening: bool = False) -> Any:
-        """Call an operation until the database answers. Workers go on training meanwhile.
+        """Call an operation until the database answers. Workers keep training meanwhile.
 
-        An unreachable server is waited for without a limit, except when it is opened; a locked file for
-        LOCK_TIMEOUT.
+        A locked file is retried for LOCK_TIMEOUT. An unreachable server is retried without a limit, unless it
+        could never be opened.
         """
         from optuna.exceptions import StorageInternalError
         from sqlalchemy.exc import SQLAlchemyError
@@ -160,9 +156,9 @@ class StudyDatabase:
             except (StorageInternalError, SQLAlchemyError) as e:
                 message = short_message(e)
                 self.write_failed = True
-                may_return = not opening and self._is_unreachable(e)
+                is_away = not opening and self._is_unreachable(e)
                 is_locked = "is locked" in message and time.monotonic() < deadline
-                if not may_return and not is_locked:
+                if not is_away and not is_locked:
                     raise self._error(message) from e
                 if not waiting:
                     self.note(f"the storage {self.name} does not answer ({message}); waiting for it")

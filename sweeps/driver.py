@@ -28,7 +28,7 @@ from sweeps.space import trial_config
 from sweeps.study import Study, set_arguments
 from sweeps.trial import Trial, TrialRuns, TrialState
 
-UNLIMITED = 1_000_000  # trials
+UNLIMITED = 1_000_000  # trials of a study whose budget has no limit for them
 
 Target = tuple[TrainConfig, int]  # a run, and the step to train it to; 0: to its end
 
@@ -55,15 +55,14 @@ class Search:
         self.tick = tick
         self.base = study.base()
         self.trials: list[Trial] = []
-        self.owners: dict[
-            str, int
-        ] = {}  # run id -> the first trial with this run, as samplers may repeat values
+        # The first trial with each run id. Samplers may repeat values.
+        self.owners: dict[str, int] = {}
         self.sampler = TrialSampler(study, self.base)
         self.generation_size = study.sampler.generation
         self.start_time = time.monotonic()
         self.train_tokens = self._count_train_tokens()
         self._costs: dict[int, Ledger] = {}  # of finished trials
-        self._runs: dict[int, TrialRuns] = {}  # of trials that are not in the database yet, to save memory
+        self._runs: dict[int, TrialRuns] = {}  # of trials that are not in the database yet
         self._reported = 0  # generations whose scores the sampler has
         self._first_open = 0  # the first generation with a trial that is not finished
 
@@ -78,8 +77,8 @@ class Search:
     def ask(self) -> bool:
         """Add the next generation. Return False if it must wait, or if the budget is spent.
 
-        A generation waits for the one before the last, so that workers are busy while the last one is
-        trained.
+        A generation is sampled once the one before the last is finished. Workers train the last one
+        meanwhile.
         """
         index = len(self.trials) // self.generation_size
         if index > 1 and not all(trial.is_finished for trial in self.generation(index - 2)):
@@ -103,9 +102,9 @@ class Search:
     def remaining_trials(self) -> int:
         """Return how many more trials the budget allows.
 
-        Tokens and FLOPs are summed over the generations that the sampler knows, so that the speed of workers
-        decides nothing. A generation with rungs is never cut: with a larger budget later, its trials would be
-        promoted anew.
+        Tokens and FLOPs are summed over the generations whose scores the sampler has, so that the number does
+        not depend on the speed of workers. With rungs the limit is rounded up to a whole generation, because
+        a larger budget later must not change which trials of the last generation are promoted.
         """
         if self._is_budget_spent():
             return 0
@@ -186,10 +185,8 @@ class Search:
                         if trial.state is TrialState.WAITING:
                             rung = trial.rung + 1
                             trial.start()
-                            running[pool.submit(self._train_targets, self._targets(trial, rung))] = (
-                                trial,
-                                rung,
-                            )
+                            future = pool.submit(self._train_targets, self._targets(trial, rung))
+                            running[future] = (trial, rung)
                     database.write(self.trials, self.cost_of)
                     self._forget_runs(database.written)
                     self.tick()
@@ -204,9 +201,9 @@ class Search:
                 raise
 
     def _open_generations(self) -> range:
-        """Return the generations from the first one with an unfinished trial on.
+        """Return the generations that may have unfinished trials.
 
-        A study may have a million trials.
+        Finished ones are skipped, because a study may have a million trials.
         """
         count = -(-len(self.trials) // self.generation_size)
         while self._first_open < count:
@@ -220,7 +217,7 @@ class Search:
             yield from self.generation(index)
 
     def _forget_runs(self, end: int) -> None:
-        """Drop the configs of the trials before `end`."""
+        """Drop the configs of the trials before `end`, which take most of the memory of a trial."""
         for number in list(self._runs):
             if number < end:
                 del self._runs[number]
@@ -247,7 +244,7 @@ class Search:
     def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
         """Train a run up to a step, or to its end.
 
-        A run that is that far already needs no worker, which saves a second.
+        If the run is that far already, no worker is started, because a start takes a second.
         """
         run = self.run_dir(cfg)
         status = run.status()
@@ -302,8 +299,7 @@ class Search:
     def _promote(self) -> None:
         """Promote the best trials of each generation whose trials are all at a rung, and prune the others.
 
-        Equal scores are ranked by trial number. Trial 0 is never pruned, because the others are compared with
-        it.
+        Equal scores are ranked by trial number. Trial 0, the base of all comparisons, is never pruned.
         """
         for index in self._open_generations():
             group = [trial for trial in self.generation(index) if not trial.is_finished]

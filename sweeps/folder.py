@@ -106,7 +106,7 @@ def require_study(folder: Path) -> dict[str, Any]:
     document = read_study_json(folder)
     if not document:
         names = sorted(file.parent.name for file in folder.parent.glob("*/study.json"))
-        existing = "there are no studies; `mainrun sweep run STUDY` starts one"
+        existing = "the folder has no studies; `mainrun sweep run STUDY` starts one"
         if names:
             existing = f"existing studies: {', '.join(names)}"
         raise UsageError(

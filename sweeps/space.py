@@ -12,9 +12,9 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError, nearest
 from mainrun.plan.plan import Plan
 
-# Fields that must be equal in all trials, or their scores could not be compared, and why.
 DATA_IS_FIXED = "the data is fixed by the task"
 MACHINE_IS_FIXED = "the machine is the same for all trials; set it under [set] or with threads"
+# Fields that must be equal in all trials, because their scores are compared, and the reason for the user.
 NOT_SEARCHABLE = {
     "seed": "a seed is not a setting, and a study that searches it fits noise",
     "epochs": "the number of epochs is fixed by the task",
@@ -170,7 +170,7 @@ def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter)
 
 
 def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
-    """Yield the first value that no config accepts. To find it, create a config with each value."""
+    """Yield the first value with which no config can be created."""
     values = p.values if isinstance(p, Choice) else [p.low, p.high]
     if name in DERIVED:
         smallest = p.values if isinstance(p, Choice) else [p.low]

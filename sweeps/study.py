@@ -1,4 +1,4 @@
-"""Study files: read one, check it, and name everything that is wrong with it.
+"""Study files: their keys, how they are read, and the messages for invalid ones. An example:
 
 name = "lr"
 preset = "optimized"
@@ -11,7 +11,7 @@ log = true
 [space.momentum]
 values = [0.9, 0.95]
 when = { optimizer = ["muon", "sgd"] }
-[budget]                  # the study ends with the first of these that is used up
+[budget]                  # the study ends when the first of its limits is reached
 trials = 24
 [rungs]
 at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation train on from there
@@ -68,7 +68,8 @@ class Sampler(StudyTable):
         Field(
             ge=1,
             le=1000,
-            description="trials that are sampled together, without the scores of the generation before",
+            description="number of trials that are sampled together; "
+            "the scores of the previous generation are not used yet",
         ),
     ] = 4
 
@@ -85,7 +86,8 @@ class Rungs(StudyTable):
         Field(
             gt=0,
             le=1,
-            description="share of a generation that is promoted; 1: all, to test how well rungs predict",
+            description="share of a generation that is promoted; "
+            "1 promotes all, to measure how well the scores of rungs predict the final scores",
         ),
     ] = 0.5
     score: Annotated[
@@ -153,7 +155,7 @@ class Study(StudyTable):
 
     @field_serializer("storage")
     def _serialize_storage(self, url: str) -> str:
-        return without_password(url)  # a written study may be shared
+        return without_password(url)  # because the files of a study may be shared
 
     # These may change when a study is resumed, because they do not change its trials.
     FREE: ClassVar = {"about", "budget", "evidence", "workers", "engine", "address", "gpus", "storage"}
@@ -166,9 +168,8 @@ class Study(StudyTable):
 
     def base(self) -> TrainConfig:
         """The config of trial 0, which all other trials change."""
-        settings = [
-            f"{key}={_setting(value)}" for key, value in {"threads": self.threads, **self.set}.items()
-        ]
+        fields = {"threads": self.threads, **self.set}
+        settings = [f"{key}={_setting(value)}" for key, value in fields.items()]
         configs = load(self.preset, settings)
         if len(configs) > 1:
             raise ConfigError(

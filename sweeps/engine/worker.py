@@ -1,7 +1,4 @@
-"""Workers: `mainrun train` in a process of its own.
-
-How one is started, what its exit means, and when to start it again.
-"""
+"""Start workers, which run `mainrun train` in a process of their own, and interpret how they end."""
 
 from __future__ import annotations
 
