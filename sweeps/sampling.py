@@ -47,9 +47,8 @@ class TrialSampler:
 
         if number == 0:
             return {}
-        is_random = (
-            self.study.sampler.name == "random"
-        )  # it does not use the earlier trials, so none are kept
+        # Random values do not depend on earlier trials, so none are kept.
+        is_random = self.study.sampler.name == "random"
         optuna_study = optuna.create_study() if is_random else self.optuna_study
         optuna_study.sampler = self._sampler(number)
         trial = optuna_study.ask()

@@ -43,9 +43,7 @@ class Trial:
     run_id: str = ""  # empty if the values do not form a valid config
     stops: tuple[int, ...] = ()  # the step of each rung; the last one is the end of the run
     scores: dict[int, float] = field(default_factory=dict)  # by rung
-    raw_scores: dict[int, float] = field(
-        default_factory=dict
-    )  # of the trial itself, at rungs that a branch scored
+    raw_scores: dict[int, float] = field(default_factory=dict)  # its own scores, if branches score rungs
     state: TrialState = TrialState.WAITING
     reason: str = ""  # why the trial was pruned, diverged or failed
 

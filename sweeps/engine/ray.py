@@ -163,9 +163,8 @@ def _connect(address: str, num_cpus: int) -> None:
             f"cannot join a Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}"
         ) from e
     finally:
-        signal.signal(
-            signal.SIGTERM, sigterm_handler
-        )  # Ray's own handler would end the driver without a message
+        # Ray's own handler would end the driver without a message.
+        signal.signal(signal.SIGTERM, sigterm_handler)
 
 
 def _check_address(address: str) -> None:
