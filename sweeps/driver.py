@@ -57,7 +57,7 @@ class Search:
         self.trials: list[Trial] = []
         # The first trial with each run id. Samplers may repeat values.
         self.owners: dict[str, int] = {}
-        self.sampler = TrialSampler(study, self.base)
+        self.sampler = TrialSampler(study.sampler, study.space, self.base)
         self.generation_size = study.sampler.generation
         self.start_time = time.monotonic()
         self.train_tokens = self._count_train_tokens()

@@ -9,35 +9,118 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from mainrun.config import TrainConfig
-from sweeps.space import Parameter, Range, active_parameters
-from sweeps.study import Study
+from sweeps.space import Parameter, Range, Space, active_parameters
 
 if TYPE_CHECKING:
     import optuna
 
 
-def trial_seed(study: Study, number: int) -> int:
+# -- samplers: functions of the settings, the space and the seed of a trial
+
+
+def tpe(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import TPESampler
+
+    has_conditions = any(parameter.when for parameter in space.values())
+    return TPESampler(multivariate=True, group=has_conditions, seed=seed, n_startup_trials=settings.startup)
+
+
+def gp(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import GPSampler
+
+    return GPSampler(seed=seed, n_startup_trials=settings.startup)
+
+
+def cmaes(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import CmaEsSampler
+
+    return CmaEsSampler(seed=seed, n_startup_trials=settings.startup)
+
+
+def random(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import RandomSampler
+
+    return RandomSampler(seed=seed)
+
+
+def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    """All trials are cells of one grid, so they share the seed of its order."""
+    from optuna.samplers import GridSampler
+
+    cells = {name: grid_values(parameter) for name, parameter in space.items()}
+    return GridSampler(cells, seed=settings.seed)
+
+
+def qmc(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    """All trials are points of one sequence, so they share its seed."""
+    from optuna.samplers import QMCSampler
+
+    return QMCSampler(seed=settings.seed, scramble=True, warn_asynchronous_seeding=False)
+
+
+SAMPLERS: dict[str, Callable[[SamplerSettings, Space, int], Any]] = {
+    "tpe": tpe,
+    "gp": gp,
+    "cmaes": cmaes,
+    "random": random,
+    "grid": grid,
+    "qmc": qmc,
+}
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
+
+
+class SamplerSettings(BaseModel):
+    """How the values of the trials are chosen: the table [sampler] of a study file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: SamplerName = "tpe"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    startup: Annotated[
+        int, Field(ge=1, le=10_000, description="number of random trials before the sampler uses scores")
+    ] = 8
+    generation: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1000,
+            description="number of trials that are sampled together; "
+            "the scores of the previous generation are not used yet",
+        ),
+    ] = 4
+
+
+def trial_seed(sampler_seed: int, number: int) -> int:
     """Return the seed of a trial's sampler."""
-    digest = hashlib.sha256(repr((study.sampler.seed, number)).encode()).digest()
+    digest = hashlib.sha256(repr((sampler_seed, number)).encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+# -- trials
 
 
 class TrialSampler:
     """Suggests the values of trials, with the ask-and-tell interface of Optuna."""
 
-    def __init__(self, study: Study, base: TrainConfig) -> None:
+    def __init__(self, settings: SamplerSettings, space: Space, base: TrainConfig) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.study = study
+        self.settings = settings
+        self.space = space
         self.base = base
         self.optuna_study = optuna.create_study(direction="minimize")
-        self.distributions = {name: distribution(p) for name, p in study.space.items()}
+        self.distributions = {name: distribution(parameter) for name, parameter in space.items()}
         self.open_trials: dict[int, optuna.Trial] = {}
         self.worst: float | None = None  # of the scores so far
 
@@ -48,15 +131,15 @@ class TrialSampler:
         if number == 0:
             return {}
         # Random values do not depend on earlier trials, so none are kept.
-        is_random = self.study.sampler.name == "random"
+        is_random = self.settings.name == "random"
         optuna_study = optuna.create_study() if is_random else self.optuna_study
         optuna_study.sampler = self._sampler(number)
         trial = optuna_study.ask()
         values: dict[str, Any] = {}
-        for name, parameter in self.study.space.items():
+        for name, parameter in self.space.items():
             if not parameter.when:
                 values[name] = trial._suggest(name, self.distributions[name])
-        for name, parameter in active_parameters(self.study.space, values, self.base).items():
+        for name, parameter in active_parameters(self.space, values, self.base).items():
             if parameter.when:
                 values[name] = trial._suggest(name, self.distributions[name])
         if not is_random:
@@ -87,25 +170,11 @@ class TrialSampler:
             self.optuna_study.tell(trial, None, optuna_trial.TrialState.PRUNED)
 
     def _sampler(self, number: int) -> Any:
-        from optuna import samplers
+        create = SAMPLERS[self.settings.name]
+        return create(self.settings, self.space, trial_seed(self.settings.seed, number))
 
-        settings = self.study.sampler
-        seed = trial_seed(self.study, number)
-        if settings.name == "tpe":
-            has_conditions = any(p.when for p in self.study.space.values())
-            return samplers.TPESampler(
-                multivariate=True, group=has_conditions, seed=seed, n_startup_trials=settings.startup
-            )
-        if settings.name == "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=settings.startup)
-        if settings.name == "cmaes":
-            return samplers.CmaEsSampler(seed=seed, n_startup_trials=settings.startup)
-        if settings.name == "qmc":  # all trials are points of one sequence, so they share its seed
-            return samplers.QMCSampler(seed=settings.seed, scramble=True, warn_asynchronous_seeding=False)
-        if settings.name == "grid":
-            grid = {name: grid_values(p) for name, p in self.study.space.items()}
-            return samplers.GridSampler(grid, seed=settings.seed)
-        return samplers.RandomSampler(seed=seed)
+
+# -- parameters
 
 
 def distribution(parameter: Parameter) -> Any:

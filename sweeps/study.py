@@ -34,6 +34,7 @@ from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 from mainrun.plan.recipes import load
 from sweeps import branch, space
+from sweeps.sampling import SamplerSettings
 from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
@@ -53,25 +54,6 @@ class Budget(StudyTable):
     tokens: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     flops: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     minutes: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
-
-
-class Sampler(StudyTable):
-    """How the values of the trials are chosen."""
-
-    name: Literal["tpe", "gp", "cmaes", "random", "grid", "qmc"] = "tpe"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    startup: Annotated[
-        int, Field(ge=1, le=10_000, description="number of random trials before the sampler uses scores")
-    ] = 8
-    generation: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=1000,
-            description="number of trials that are sampled together; "
-            "the scores of the previous generation are not used yet",
-        ),
-    ] = 4
 
 
 class Rungs(StudyTable):
@@ -121,7 +103,7 @@ class Study(StudyTable):
     space: dict[str, Range | Choice]
     objective: Literal["dev/full", "dev/official"] = "dev/full"
     budget: Budget = Budget(trials=24)
-    sampler: Sampler = Sampler()
+    sampler: SamplerSettings = SamplerSettings()
     rungs: Rungs | None = None
     evidence: Confirmation = Confirmation()
     threads: Annotated[
@@ -311,7 +293,7 @@ def _follows_from_another(detail: Any, error: ValidationError) -> bool:
 TABLES: dict[str, type[BaseModel]] = {
     "": Study,
     "budget": Budget,
-    "sampler": Sampler,
+    "sampler": SamplerSettings,
     "rungs": Rungs,
     "evidence": Confirmation,
 }

@@ -293,7 +293,8 @@ def test_a_conditional_parameter_is_used_when_its_condition_is_true(tmp_path: Pa
 
 
 def test_the_sampler_avoids_a_trial_that_diverged(tmp_path: Path) -> None:
-    sampler = TrialSampler(tiny_study(), tiny_study().base())
+    study = tiny_study()
+    sampler = TrialSampler(study.sampler, study.space, study.base())
     for number in range(3):
         sampler.ask(number)
     sampler.tell(0, {0: 2.0}, True)

@@ -324,7 +324,7 @@ def test_the_values_come_from_the_sampler_of_the_study(tmp_path: Path) -> None:
     study = make_study()
     search = make_search(tmp_path, study, Trainer(lambda cfg, step: cfg.lr))
     search.run()
-    sampler = TrialSampler(study, study.base())
+    sampler = TrialSampler(study.sampler, study.space, study.base())
     assert [trial.values for trial in search.trials] == [sampler.ask(number) for number in range(6)]
     assert len({trial.run_id for trial in search.trials}) == 6
 

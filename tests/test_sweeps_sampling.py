@@ -26,7 +26,7 @@ MIXED: dict[str, Any] = {
 
 def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any) -> TrialSampler:
     study = make_study(space=dict(space), sampler={"name": name} | sampler)
-    return TrialSampler(study, study.base())
+    return TrialSampler(study.sampler, study.space, study.base())
 
 
 # -- seeds
@@ -39,12 +39,11 @@ def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any)
 )
 def test_the_seed_of_a_trial_never_changes(seed: int, number: int, expected: int) -> None:
     """A study that is resumed with a later version samples the same trials."""
-    assert trial_seed(make_study(sampler={"name": "random", "seed": seed}), number) == expected
+    assert trial_seed(seed, number) == expected
 
 
 def test_every_trial_of_every_study_has_another_seed() -> None:
-    studies = [make_study(sampler={"seed": seed}) for seed in range(5)]
-    seeds = [trial_seed(study, number) for study in studies for number in range(10)]
+    seeds = [trial_seed(seed, number) for seed in range(5) for number in range(10)]
     assert len({*seeds}) == 50 and all(0 <= seed < 2**32 for seed in seeds)
     assert max(seeds) > 2**31, "all bits are used"
 
@@ -106,7 +105,7 @@ def test_a_conditional_parameter_is_sampled_if_its_condition_is_true(base: str) 
     The values of the trial count, not those of the base.
     """
     study = make_study({"optimizer": base}, space=MIXED, sampler={"name": "random"})
-    sampler = TrialSampler(study, study.base())
+    sampler = TrialSampler(study.sampler, study.space, study.base())
     seen = [sampler.ask(number) for number in range(1, 30)]
     assert {values["optimizer"] for values in seen} == {"adamw", "sgd"}
     assert all(("momentum" in values) == (values["optimizer"] == "sgd") for values in seen)
@@ -188,7 +187,7 @@ def test_the_settings_of_a_study_reach_its_sampler(
     sampler_class = getattr(optuna.samplers, class_name)
     monkeypatch.setattr(optuna.samplers, class_name, make_sampler)
     sampler._sampler(5)
-    seed = trial_seed(sampler.study, 5)
+    seed = trial_seed(sampler.settings.seed, 5)
     assert seen == [
         {key: seed if value is True and key == "seed" else value for key, value in expected.items()}
     ]
