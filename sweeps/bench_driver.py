@@ -1,6 +1,6 @@
-"""What the driver itself costs: trials of a trainer that returns at once, on SQLite, a tenth of them a line.
+"""Measure the cost of the driver itself, with trials that take no time and a SQLite database.
 
-python -m sweeps.bench_driver [TRIALS [SAMPLER]]          10000 random
+python -m sweeps.bench_driver [TRIALS [SAMPLER]]          default: 10000 random
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from mainrun.core.hardware import peak_memory
-from sweeps.driver import Search, Trial
+from sweeps.driver import Search
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger
-from sweeps.study import checked
+from sweeps.study import validate_study
+from sweeps.trial import Trial
 
 
-class AtOnce:
+class InstantEngine:
     workers = 2
 
     def train(self, task: Task) -> Outcome:
@@ -29,43 +31,74 @@ class AtOnce:
         pass
 
 
-class Untrained(Search):
-    def _train_tokens(self) -> int:
+class InstantSearch(Search):
+    """A search that computes scores instead of reading them from run directories."""
+
+    def _count_train_tokens(self) -> int:
         return 10_000
 
-    def score(self, trial: Trial, step: int) -> float:
+    def trial_score(self, trial: Trial, step: int) -> float:
         return abs(float(trial.values.get("lr", 0.05)) - 0.02) + 1 / step
 
-    def spent(self, trial: Trial) -> Ledger:
+    def cost_of(self, trial: Trial) -> Ledger:
         return Ledger()
 
 
-def bench(trials: int, sampler: str, folder: Path) -> Iterator[tuple[int, float, float, float]]:
-    """Trials so far; milliseconds of each since the line before: of this process, and on the clock; its memory's peak in MB."""
-    space = {"lr": {"low": 1e-3, "high": 0.1, "log": True}, "dropout": {"low": 0.0, "high": 0.3}}
-    study = checked(
-        {"name": "bench", "preset": "baseline", "set": {"dev_frac": 0.1}, "space": space, "budget": {"trials": trials},
-         "sampler": {"name": sampler}, "rungs": {"at": [0.25]}},
-        "bench",
-    )  # fmt: skip
-    seen = [(0, time.process_time(), time.monotonic(), peak_memory() / 2**20)]
+class Sample(NamedTuple):
+    """What the process had used when it had a number of trials."""
+
+    trials: int
+    cpu_seconds: float
+    seconds: float
+    peak_mb: float
+
+
+class BenchRow(NamedTuple):
+    trials: int
+    cpu_ms: float  # of each trial since the row before
+    ms: float
+    peak_mb: float
+
+
+def take_sample(trials: int) -> Sample:
+    return Sample(trials, time.process_time(), time.monotonic(), peak_memory() / 2**20)
+
+
+def bench(trials: int, sampler: str, folder: Path) -> Iterator[BenchRow]:
+    """Run a study and yield a row for each tenth of its trials."""
+    data = {
+        "name": "bench",
+        "preset": "baseline",
+        "set": {"dev_frac": 0.1},
+        "space": {"lr": {"low": 1e-3, "high": 0.1, "log": True}, "dropout": {"low": 0.0, "high": 0.3}},
+        "budget": {"trials": trials},
+        "sampler": {"name": sampler},
+        "rungs": {"at": [0.25]},
+    }
+    samples = [take_sample(0)]
 
     def tick() -> None:
-        if len(search.trials) >= len(seen) * trials / 10:
-            seen.append((len(search.trials), time.process_time(), time.monotonic(), peak_memory() / 2**20))
+        if len(search.trials) >= len(samples) * trials / 10:
+            samples.append(take_sample(len(search.trials)))
 
-    search = Untrained(study, folder, AtOnce(), lambda text: None, tick)
+    study = validate_study(data, "bench")
+    search = InstantSearch(study, folder, InstantEngine(), lambda text: None, tick)
     search.run()
-    for (a, cpu_a, wall_a, _), (b, cpu_b, wall_b, memory) in pairwise(seen):
-        yield b, 1000 * (cpu_b - cpu_a) / (b - a), 1000 * (wall_b - wall_a) / (b - a), memory
+    for before, after in pairwise(samples):
+        count = after.trials - before.trials
+        cpu_ms = 1000 * (after.cpu_seconds - before.cpu_seconds) / count
+        ms = 1000 * (after.seconds - before.seconds) / count
+        yield BenchRow(after.trials, cpu_ms, ms, after.peak_mb)
 
 
 def main() -> None:
-    trials, sampler = int((sys.argv[1:] or ["10000"])[0]), (sys.argv[2:] or ["random"])[0]
-    print(f"{'trials':>7} {'ms CPU':>8} {'ms clock':>9} {'MB':>7}")
+    arguments = sys.argv[1:]
+    trials = int(arguments[0]) if arguments else 10_000
+    sampler = arguments[1] if len(arguments) > 1 else "random"
+    print(f"{'trials':>7} {'ms CPU':>8} {'ms':>9} {'MB':>7}")
     with tempfile.TemporaryDirectory() as folder:
-        for count, cpu, wall, memory in bench(trials, sampler, Path(folder)):
-            print(f"{count:7,} {cpu:8.2f} {wall:9.2f} {memory:7.0f}")
+        for row in bench(trials, sampler, Path(folder)):
+            print(f"{row.trials:7,} {row.cpu_ms:8.2f} {row.ms:9.2f} {row.peak_mb:7.0f}")
 
 
 if __name__ == "__main__":

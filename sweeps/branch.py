@@ -1,9 +1,10 @@
-"""Decay branches: what a rung would score, had the run been planned to end about there.
+"""Decay branches: short runs that score the rungs of a `wsd` trial.
 
-Before the rate has fallen a loss is not what the same steps could come to; how far it is off depends on the rate and on whose fall has
-begun, and short rungs flatter high rates, which are ahead early. So a rung of a `wsd` trial can be scored on an ordinary run of its own,
-the trial's recipe with an earlier end: the same warm-up, the peak rate as far as the trial itself has it, then the trial's own fall,
-whole, to a step a little behind the rung. The steps before the fall are the trunk's, from the store.
+The loss of a run before its learning rate has decayed depends on the rate. At an early step, high rates look
+better than they are, so trials with different rates cannot be compared. A branch is an ordinary run with the
+trial's config and an earlier end: the same warm-up, the same peak rate up to the rung, and then the trial's
+whole decay, which ends shortly after the rung. The steps before the decay are shared with the trial through
+the store.
 """
 
 from __future__ import annotations
@@ -13,44 +14,72 @@ from typing import Any
 
 from mainrun.config import TrainConfig
 from mainrun.plan.plan import Plan
-from sweeps.space import changed
+from sweeps.space import with_values
 
 
-def of(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
-    """The branch of a trial at a rung. A trial whose own fall begins before the rung parts there: at a rung all have had as many steps."""
-    end = min(
-        plan.steps, step + max(2, round(share * step))
-    )  # the first step of a fall has the peak rate still
-    falls = min(step, plan.decay_start)
-    swa = min(cfg.swa, (end - falls) / end)  # an average that began before would be another trunk
-    steps: dict[str, Any] = {
+def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
+    """Return the config of the branch that scores a trial at a rung.
+
+    The branch runs for another `share` of the steps so far. If the trial's own decay starts before the rung,
+    the branch starts to decay there too, so that all trials of a rung have trained for equally many steps.
+    """
+    # The first step of a decay still has the peak rate, so a branch needs at least two.
+    end = min(plan.steps, step + max(2, round(share * step)))
+    decay_start = min(step, plan.decay_start)
+    decay_frac = (end - decay_start) / end
+    changes = {
+        "max_steps": end,
         "warmup_iters": plan.warmup_steps,
         "warmup_frac": 0.0,
-        "decay_frac": (end - falls) / end,
+        "decay_frac": decay_frac,
+        # An average that starts before the decay would not share the trial's steps.
+        "swa": min(cfg.swa, decay_frac),
     }
-    found = changed(cfg, {"max_steps": end, "swa": swa, **steps})
-    short = Plan(found, plan.train_tokens)
-    same = next((at for at in range(end) if short.at(at) != plan.at(at)), end)
-    assert short.steps == end and same >= min(falls, plan.swa_start), (
-        f"the branch at {step} parts from its trunk at {same}, not at {falls}"
+    branch = with_values(cfg, changes)
+    branch_plan = Plan(branch, plan.train_tokens)
+    shared = _shared_steps(branch_plan, plan, end)
+    assert branch_plan.steps == end and shared >= min(decay_start, plan.swa_start), (
+        f"the branch at step {step} shares {shared} steps with its trial, not {decay_start}"
     )
-    return found
+    return branch
+
+
+def _shared_steps(a: Plan, b: Plan, end: int) -> int:
+    """Return the number of steps, up to `end`, before the first one that differs."""
+    for step in range(end):
+        if a.at(step) != b.at(step):
+            return step
+    return end
 
 
 def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
-    """Why the trials of a study cannot be scored on branches: all of a rung are, or none is."""
-
-    def all_of(name: str) -> list[Any]:
-        parameter = space.get(name)
-        return list(getattr(parameter, "values", [])) if parameter else [getattr(base, name)]
-
+    """Yield the reasons why a study cannot score its rungs on branches."""
     instead = 'write score = "raw" under [rungs], or'
-    if odd := [value for value in all_of("schedule") if value != "wsd"]:
-        yield f'rungs.score="branch" with schedule={odd[0]!r}: only wsd has a trunk to branch from; {instead} keep schedule at wsd.'
-    if odd := [value for value in all_of("wd_schedule") if value != "constant"]:
-        yield (
-            f'rungs.score="branch" with wd_schedule={odd[0]!r}: weight decay that falls over the whole run makes a branch another run '
-            f"from its first step on; {instead} keep wd_schedule at constant."
-        )
+    for value in _possible_values("schedule", space, base):
+        if value != "wsd":
+            yield (
+                f'rungs.score="branch" with schedule={value!r}: only wsd has a constant phase '
+                f"to branch from; {instead} keep schedule at wsd."
+            )
+            break
+    for value in _possible_values("wd_schedule", space, base):
+        if value != "constant":
+            yield (
+                f'rungs.score="branch" with wd_schedule={value!r}: if weight decay falls over the whole run, '
+                "a branch shares no steps with its trial; "
+                f"{instead} keep wd_schedule at constant."
+            )
+            break
     if base.growth.ops or any(name.split(".")[0] == "growth" for name in space):
-        yield f'rungs.score="branch" with growth, which is laid out over the whole run; {instead} remove it.'
+        yield (
+            'rungs.score="branch" with growth, which is scheduled over the whole run; '
+            f"{instead} remove growth."
+        )
+
+
+def _possible_values(name: str, space: Mapping[str, Any], base: TrainConfig) -> list[Any]:
+    """Return the values that a field has in some trial."""
+    parameter = space.get(name)
+    if parameter is None:
+        return [getattr(base, name)]
+    return list(getattr(parameter, "values", []))

@@ -1,8 +1,9 @@
-"""What a study may claim: the best trials and the base once more, on seeds that the search never saw, against what a seed alone does."""
+"""Confirm the best trials: train them and the base on new seeds, and compare the gains with the noise."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from statistics import fmean
@@ -12,128 +13,186 @@ from mainrun import stats
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, RunError, UsageError
 from mainrun.store.rundir import RunDir
-from sweeps.driver import Search, Trial
-from sweeps.ledger import spent
-from sweeps.space import changed
+from sweeps.driver import Search
+from sweeps.ledger import run_cost
+from sweeps.space import with_values
+from sweeps.trial import Trial
 
-NOISE, FRESH = 1, 101  # where their seeds begin, counted from the base's
+FIRST_NOISE_SEED = 1  # counted from the base's seed
+FIRST_CONFIRMATION_SEED = 101
+
+Job = tuple[str, int]  # "noise" or the number of a trial, and the seed
 
 
 def confirm(search: Search) -> dict[str, Any]:
-    """Noise floor, paired differences with their intervals, and the sentence that they allow."""
-    study, base = search.study, search.base
-    asks = study.evidence
-    chosen = [trial for trial in search.best(asks.best + 1) if trial.number][: asks.best]
-    noise_seeds = [base.seed + NOISE + i for i in range(asks.noise_seeds)]
-    fresh = [base.seed + FRESH + i for i in range(asks.seeds)]
-    jobs = {("noise", seed): seeded(base, seed) for seed in noise_seeds}
-    for trial in [search.trials[0], *chosen]:
-        cfg = search.made(trial).cfg
-        jobs |= {(str(trial.number), seed): seeded(cfg, seed) for seed in fresh}
-    scores = _trained(search, jobs)
-    sigma, single_floor = _noise([scores["noise", seed] for seed in noise_seeds])
-    floor = single_floor / math.sqrt(len(fresh))  # of a difference of means over so many seeds
-    mine = {seed: scores["0", seed] for seed in fresh}
-    found = [_difference(mine, {seed: scores[str(t.number), seed] for seed in fresh}) for t in chosen]
-    adjusted = stats.holm([1.0 if d.p is None else d.p for d in found])
-    rows = [_row(t, d, p, floor) for t, d, p in zip(chosen, found, adjusted, strict=True)]
-    claimed = sorted((row for row in rows if row["claim"]), key=lambda row: row["difference"])
-    result: dict[str, Any] = {
-        "objective": study.objective, "seeds": fresh, "base": [mine[seed] for seed in fresh], "rows": rows,
-        "noise": {"seeds": noise_seeds, "values": [scores["noise", s] for s in noise_seeds], "sigma": sigma, "floor": floor},
-        "runs": [_cost(search, job, cfg, scores[job]) for job, cfg in jobs.items()],
-    }  # fmt: skip
-    if not claimed:
-        return result | {"winner": None, "claim": "not better than the base within noise"}
-    winner = claimed[0]
-    low, high = winner["interval"]
-    by = f"{-winner['difference']:.4f} [{-high:.4f}, {-low:.4f}]"
-    text = f"trial {winner['trial']} is better than the base by {by}, {len(fresh)} paired seeds"
-    cfg = search.made(search.trials[winner["trial"]]).cfg
-    return result | {"winner": winner["trial"], "claim": text, "val": _val(search, seeded(cfg, fresh[0]))}
+    """Return the evidence of a study: the noise floor, the differences from the base, and the claim."""
+    base = search.base
+    settings = search.study.evidence
+    candidates = [trial for trial in search.best(settings.best + 1) if trial.number != 0][: settings.best]
+    noise_seeds = [base.seed + FIRST_NOISE_SEED + i for i in range(settings.noise_seeds)]
+    seeds = [base.seed + FIRST_CONFIRMATION_SEED + i for i in range(settings.seeds)]
+    jobs: dict[Job, TrainConfig] = {}
+    for seed in noise_seeds:
+        jobs["noise", seed] = with_seed(base, seed)
+    for trial in [search.trials[0], *candidates]:
+        cfg = search.runs_of(trial).cfg
+        for seed in seeds:
+            jobs[str(trial.number), seed] = with_seed(cfg, seed)
+    scores = _train_jobs(search, jobs)
+
+    noise_scores = [scores["noise", seed] for seed in noise_seeds]
+    sigma, single_floor = _noise(noise_scores)
+    floor = single_floor / math.sqrt(len(seeds))  # of a difference between means over the seeds
+    base_scores = {seed: scores["0", seed] for seed in seeds}
+    rows = _compare(candidates, base_scores, scores, floor)
+    evidence: dict[str, Any] = {
+        "objective": search.study.objective,
+        "seeds": seeds,
+        "base": list(base_scores.values()),
+        "rows": rows,
+        "noise": {"seeds": noise_seeds, "values": noise_scores, "sigma": sigma, "floor": floor},
+        "runs": [_cost_row(search, job, cfg, scores[job]) for job, cfg in jobs.items()],
+    }
+    claims = sorted((row for row in rows if row["claim"]), key=lambda row: row["difference"])
+    if not claims:
+        return evidence | {"winner": None, "claim": "not better than the base within noise"}
+    winner = claims[0]
+    winner_cfg = search.runs_of(search.trials[winner["trial"]]).cfg
+    val = _val_scores(search, with_seed(winner_cfg, seeds[0]))
+    return evidence | {"winner": winner["trial"], "claim": _claim_text(winner, len(seeds)), "val": val}
 
 
-def _cost(search: Search, job: tuple[str, int], cfg: TrainConfig, score: float) -> dict[str, Any]:
-    """A run's row of the ledger: it belongs to what the study cost as the trials do."""
-    found = spent(search.run_dir(cfg), cfg)
-    found = replace(found, wasted=found.trained) if math.isinf(score) else found
-    kind, trial = ("noise", 0) if job[0] == "noise" else ("confirmation", int(job[0]))
-    return {"kind": kind, "trial": trial, "seed": job[1], "run": cfg.run_id, **asdict(found)}
+def with_seed(cfg: TrainConfig, seed: int) -> TrainConfig:
+    return with_values(cfg, {"seed": seed})
 
 
-def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
-    return changed(cfg, {"seed": seed})
+# -- training
 
 
-def _noise(values: list[float]) -> tuple[float, float]:
-    """Sigma and floor of what a seed alone does. Both are infinite if the base diverged on a seed, so that nothing is claimed."""
-    if not all(map(math.isfinite, values)):
-        return math.inf, math.inf
-    noise = stats.noise([values])
-    assert noise is not None
-    return noise.sd, noise.floor
-
-
-def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
-    """Paired by seed. A run that diverged scores infinity, which has no spread, so there is no interval and no p-value."""
-    if all(map(math.isfinite, (*base.values(), *trial.values()))):
-        return stats.difference(base, trial)
-    return stats.Difference(fmean(base.values()), fmean(trial.values()), len(base), len(trial), (), None, 0)
-
-
-def _row(trial: Trial, d: stats.Difference, p: float, floor: float) -> dict[str, Any]:
-    interval = d.interval or (-math.inf, math.inf)
-    claim = interval[1] < 0 and -d.mean > floor and p < 1 - stats.LEVEL
-    return {
-        "trial": trial.number, "mean": d.b, "difference": d.mean, "interval": list(interval), "p_holm": p, "claim": claim,
-        "params": trial.values, "why": "" if claim else _why(d, interval, floor, p),
-    }  # fmt: skip
-
-
-def _why(d: stats.Difference, interval: tuple[float, float], floor: float, p: float) -> str:
-    if d.mean >= 0:
-        return "it is not better"
-    if d.interval is None:
-        return "a run diverged, so there is no interval"
-    if interval[1] >= 0:
-        return "its interval holds zero"
-    return (
-        f"the difference is within the noise floor {floor:.4f}"
-        if -d.mean <= floor
-        else f"p={p:.3f} after Holm's correction"
-    )
-
-
-def _trained(search: Search, jobs: dict[tuple[str, int], TrainConfig]) -> dict[tuple[str, int], float]:
+def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float]:
+    """Train the runs of all jobs and return their scores. A run that diverged scores infinity."""
     split, name = search.study.objective.split("/")
 
-    def work(cfg: TrainConfig) -> float:
+    def train(cfg: TrainConfig) -> float:
         outcome = search.train(cfg)
         search.tick()
         if outcome.diverged:
             return math.inf
         if not outcome.ok:
-            kind = UsageError if outcome.refused else MainrunError
-            raise kind(f"{cfg.run_id} cannot be trained: {outcome.why.removeprefix('error: ')}")
-        return float(_scores(search.run_dir(cfg), split)[name])
+            error = UsageError if outcome.refused else MainrunError
+            raise error(f"{cfg.run_id} cannot be trained: {outcome.reason.removeprefix('error: ')}")
+        return float(_final_scores(search.run_dir(cfg), split)[name])
 
     with ThreadPoolExecutor(search.engine.workers) as pool:
         try:
-            return dict(zip(jobs, pool.map(work, jobs.values()), strict=True))
-        except BaseException:  # a Ctrl-C would wait for all of them
+            return dict(zip(jobs, pool.map(train, jobs.values()), strict=True))
+        except BaseException:  # without this, Ctrl-C would wait for all runs
             search.engine.close()
             raise
 
 
-def _scores(run: RunDir, split: str) -> dict[str, Any]:
+def _final_scores(run: RunDir, split: str) -> dict[str, Any]:
     scores = (run.summary() or {}).get("scores", {})
     if split not in scores:
         raise RunError(f"{run.path}/summary.json is damaged: it has no score of {split}; {run.fix}")
-    found: dict[str, Any] = scores[split]["last"]
-    return found
+    last: dict[str, Any] = scores[split]["last"]
+    return last
 
 
-def _val(search: Search, cfg: TrainConfig) -> dict[str, Any]:
-    """Read here, and nowhere else in a study."""
-    last = _scores(search.run_dir(cfg), "val")
-    return {"run": cfg.run_id, "full": last["full"], "official": last["official"]}
+def _val_scores(search: Search, cfg: TrainConfig) -> dict[str, Any]:
+    """Return the winner's scores on val. A study reads val nowhere else."""
+    scores = _final_scores(search.run_dir(cfg), "val")
+    return {"run": cfg.run_id, "full": scores["full"], "official": scores["official"]}
+
+
+def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[str, Any]:
+    """Return what a confirmation run cost."""
+    name, seed = job
+    cost = run_cost(search.run_dir(cfg), cfg)
+    if math.isinf(score):
+        cost = replace(cost, wasted=cost.trained)
+    kind = "confirmation"
+    trial = 0
+    if name == "noise":
+        kind = "noise"
+    else:
+        trial = int(name)
+    return {"kind": kind, "trial": trial, "seed": seed, "run": cfg.run_id, **asdict(cost)}
+
+
+# -- comparing
+
+
+def _noise(scores: list[float]) -> tuple[float, float]:
+    """Return sigma and the noise floor of scores that differ only in their seed.
+
+    Both are infinite if the base diverged on a seed, so that nothing is claimed.
+    """
+    if not all(map(math.isfinite, scores)):
+        return math.inf, math.inf
+    noise = stats.noise([scores])
+    assert noise is not None
+    return noise.sd, noise.floor
+
+
+def _compare(
+    candidates: list[Trial], base_scores: dict[int, float], scores: Mapping[Job, float], floor: float
+) -> list[dict[str, Any]]:
+    """Return a row of evidence for each candidate. Their p-values are corrected together (Holm)."""
+    differences = []
+    for trial in candidates:
+        trial_scores = {seed: scores[str(trial.number), seed] for seed in base_scores}
+        differences.append(_difference(base_scores, trial_scores))
+    p_values = [1.0 if difference.p is None else difference.p for difference in differences]
+    rows = []
+    for trial, difference, p in zip(candidates, differences, stats.holm(p_values), strict=True):
+        rows.append(_evidence_row(trial, difference, p, floor))
+    return rows
+
+
+def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
+    """Return the difference of two lists of scores, paired by seed.
+
+    A run that diverged scores infinity, which has no spread, so there is no interval and no p-value.
+    """
+    if all(map(math.isfinite, (*base.values(), *trial.values()))):
+        return stats.difference(base, trial)
+    return stats.Difference(fmean(base.values()), fmean(trial.values()), len(base), len(trial), (), None, 0)
+
+
+def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: float) -> dict[str, Any]:
+    """Return the comparison of a trial with the base.
+
+    A claim needs the interval, the floor and the p-value.
+    """
+    interval = difference.interval or (-math.inf, math.inf)
+    claim = interval[1] < 0 and -difference.mean > floor and p < 1 - stats.LEVEL
+    return {
+        "trial": trial.number,
+        "mean": difference.b,
+        "difference": difference.mean,
+        "interval": list(interval),
+        "p_holm": p,
+        "claim": claim,
+        "params": trial.values,
+        "why": "" if claim else _why_not(difference, floor, p),
+    }
+
+
+def _why_not(difference: stats.Difference, floor: float, p: float) -> str:
+    """Return why a trial is not claimed to be better than the base."""
+    if difference.mean >= 0:
+        return "it is not better"
+    if difference.interval is None:
+        return "a run diverged, so there is no interval"
+    if difference.interval[1] >= 0:
+        return "its interval contains zero"
+    if -difference.mean <= floor:
+        return f"the difference is within the noise floor {floor:.4f}"
+    return f"p={p:.3f} after Holm's correction"
+
+
+def _claim_text(row: dict[str, Any], seeds: int) -> str:
+    low, high = row["interval"]
+    gain = f"{-row['difference']:.4f} [{-high:.4f}, {-low:.4f}]"
+    return f"trial {row['trial']} is better than the base by {gain}, {seeds} paired seeds"

@@ -1,71 +1,43 @@
-"""One process owns a study: it asks for trials, has them trained, and decides who goes on. Kill it anywhere and start it again.
+"""Run a study: choose trials, train them, promote the best of each generation, and prune the others.
 
-It remembers nothing that cannot be found again. What a trial is follows from the study file; what it scored is in its run directory,
-where training goes on from the last checkpoint. So a driver that begins again asks for the same trials, and those that are done
-answer at once. Optuna's database is written for people and their dashboards, a trial at a time, in order.
+One process drives a study. It can be killed and started again at any time, because it keeps no state of its
+own: the study file determines the trials, and the run directories hold their scores and checkpoints. A new
+driver asks the sampler for the same trials, reads finished runs from disk, and resumes the others. Optuna's
+database is only written, for people and dashboards.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mainrun.config import TrainConfig
-from mainrun.data.corpus import load_corpus
-from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, UsageError
+from mainrun.errors import ConfigError, RunError, UsageError
 from mainrun.plan.plan import Plan
-from mainrun.plan.recipes import load
-from mainrun.store import records
-from mainrun.store.rundir import RunDir, check_same, write_text
-from sweeps import branch
+from mainrun.store.rundir import RunDir, check_same
+from sweeps.branch import branch_config
+from sweeps.corpus_size import count_train_tokens
 from sweeps.engine.protocol import Engine, Outcome, Task
-from sweeps.engine.worker import PATIENCE
-from sweeps.ledger import Ledger, spent, total
-from sweeps.sampling import Asker
-from sweeps.space import resolved
-from sweeps.study import Study
+from sweeps.ledger import Ledger, run_cost, total
+from sweeps.sampling import TrialSampler, grid_size
+from sweeps.space import trial_config
+from sweeps.study import Study, set_arguments
+from sweeps.trial import Trial, TrialRuns, TrialState
 
-TOKENS = {"train_tokens": records.first, "fingerprints?": records.table}  # of tokens.json
+UNLIMITED = 1_000_000  # trials of a study whose budget has no limit for them
 
-
-@dataclass(slots=True)
-class Trial:
-    number: int
-    values: dict[str, Any]
-    run: str = ""  # empty: its values do not go together
-    stops: tuple[int, ...] = ()  # the step of each rung; the last is the end
-    scores: dict[int, float] = field(default_factory=dict)  # by rung; what it is judged by
-    raw: dict[int, float] = field(default_factory=dict)  # its own, of a rung that a branch scored
-    state: str = "waiting"  # running | held | done | pruned | diverged | failed
-    why: str = ""
-
-    @property
-    def over(self) -> bool:
-        return self.state in ("done", "pruned", "diverged", "failed")
-
-    @property
-    def rung(self) -> int:
-        return max(self.scores, default=-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What a trial's values come to."""
-
-    cfg: TrainConfig
-    stops: tuple[int, ...]
-    branches: dict[int, TrainConfig]  # by rung: the run that scores it, if not the trial itself
+Target = tuple[TrainConfig, int]  # a run, and the step to train it to; 0: to its end
 
 
 class Search:
-    """A study in its folder. `trials` is all that is known of it."""
+    """The search of one study in its folder.
+
+    `trials` is its whole state; everything else can be computed again.
+    """
 
     def __init__(
         self,
@@ -75,325 +47,313 @@ class Search:
         note: Callable[[str], None],
         tick: Callable[[], None],
     ) -> None:
-        self.study, self.folder, self.engine, self.note, self.tick = study, folder, engine, note, tick
+        """`note` prints a message; `tick` is called about twice a second, to show the progress."""
+        self.study = study
+        self.folder = folder
+        self.engine = engine
+        self.note = note
+        self.tick = tick
         self.base = study.base()
         self.trials: list[Trial] = []
-        self.owners: dict[
-            str, int
-        ] = {}  # run: the first trial that is it; a sampler may give the same values again
-        self._spent: dict[int, Ledger] = {}  # of trials that are over
-        self._made: dict[int, Made] = {}  # of the others: a config takes more memory than all else of a trial
-        self.asker = Asker(study, self.base)
-        self.told = self.first = (
-            0  # generations: told to the sampler, and the first in which a trial is not over
-        )
-        self.began = time.monotonic()
-        self.train_tokens = self._train_tokens()
+        # The first trial with each run id. Samplers may repeat values.
+        self.owners: dict[str, int] = {}
+        self.sampler = TrialSampler(study.sampler, study.space, self.base)
+        self.generation_size = study.sampler.generation
+        self.start_time = time.monotonic()
+        self.train_tokens = self._count_train_tokens()
+        self._costs: dict[int, Ledger] = {}  # of finished trials
+        self._runs: dict[int, TrialRuns] = {}  # of trials that are not in the database yet
+        self._reported = 0  # generations whose scores the sampler has
+        self._first_open = 0  # the first generation with a trial that is not finished
 
-    # -- what is asked
+    def _count_train_tokens(self) -> int:
+        return count_train_tokens(self.study, self.base, self.folder)
 
-    def _train_tokens(self) -> int:
-        """Of an epoch: read once, by the trainer itself. The titles may not change behind a study that goes on."""
-        file = self.folder / "tokens.json"
-        titles = load_corpus(self.base).fingerprints
-        if before := records.load(
-            file, TOKENS, "remove it, and start the same command again: it is made anew"
-        ):
-            if before.get("fingerprints", titles) != titles:
-                now = f"{self.base.corpus} gives other titles now than when {self.folder} began"
-                raise UsageError(f"{now}; restore it, or begin a study of its own with --as NAME")
-            known = int(before["train_tokens"])
-            try:
-                Plan(self.base, known)
-            except ConfigError as e:
-                raise RunError(
-                    f"{file} is damaged: it has train_tokens = {known:,} ({e}); remove it, and start again"
-                ) from None
-            return known
-        sets = [part for text in sets_of(self.study, self.base) for part in ("--set", text)]
-        command = [
-            sys.executable,
-            "-m",
-            "mainrun",
-            "train",
-            "--preset",
-            self.study.preset,
-            *sets,
-            "--dry-run",
-            "--json",
-        ]
-        for _ in range(PATIENCE):
-            made = subprocess.run(command, capture_output=True, text=True)
-            if made.returncode >= 0:  # it was not killed
-                break
-        if made.returncode:
-            last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            if made.returncode == Interrupted.exit_code:  # a full disk, say
-                raise Interrupted(last.removeprefix("interrupted: "))
-            kind = UsageError if made.returncode == UsageError.exit_code else MainrunError
-            raise kind(f"the base of the study cannot be trained: {last.removeprefix('error: ')}")
-        found = int(json.loads(made.stdout)["plan"]["train_tokens"])
-        write_text(file, json.dumps({"train_tokens": found, "fingerprints": titles}))
-        return found
+    # -- choosing trials
 
-    @property
-    def size(self) -> int:
-        return self.study.sampler.generation
-
-    def generation(self, g: int) -> list[Trial]:
-        return self.trials[g * self.size : (g + 1) * self.size]
+    def generation(self, index: int) -> list[Trial]:
+        return self.trials[index * self.generation_size : (index + 1) * self.generation_size]
 
     def ask(self) -> bool:
-        """The next generation, once that before the last is over; False: not yet, or the budget is spent."""
-        g = len(self.trials) // self.size
-        if g > 1 and not all(trial.over for trial in self.generation(g - 2)):
+        """Add the next generation. Return False if it must wait, or if the budget is spent.
+
+        A generation is sampled once the one before the last is finished. Workers train the last one
+        meanwhile.
+        """
+        index = len(self.trials) // self.generation_size
+        if index > 1 and not all(trial.is_finished for trial in self.generation(index - 2)):
             return False
-        while self.told < g - 1:
-            for trial in self.generation(self.told):
-                self.asker.tell(trial.number, trial.scores, trial.state == "done")
-            self.told += 1
-        left = self.left()
-        if left <= 0:
+        self._report_scores(index - 1)
+        remaining = self.remaining_trials()
+        if remaining <= 0:
             return False
-        for number in range(len(self.trials), len(self.trials) + min(self.size, left)):
-            self.trials.append(self._trial(number, self.asker.ask(number)))
+        first = len(self.trials)
+        for number in range(first, first + min(self.generation_size, remaining)):
+            self.trials.append(self._new_trial(number, self.sampler.ask(number)))
         return True
 
-    def left(self) -> int:
-        """Trials that the budget still has. Tokens and FLOPs count as far as the sampler was told: workers' speed decides nothing.
+    def _report_scores(self, end: int) -> None:
+        """Tell the sampler the scores of the generations before `end` that it does not have yet."""
+        while self._reported < end:
+            for trial in self.generation(self._reported):
+                self.sampler.tell(trial.number, trial.scores, trial.state is TrialState.DONE)
+            self._reported += 1
 
-        A generation with rungs is never cut: else a larger budget, given later, would decide anew about trials that are over.
+    def remaining_trials(self) -> int:
+        """Return how many more trials the budget allows.
+
+        Tokens and FLOPs are summed over the generations whose scores the sampler has, so that the number does
+        not depend on the speed of workers. With rungs the limit is rounded up to a whole generation, because
+        a larger budget later must not change which trials of the last generation are promoted.
         """
-        budget, most = self.study.budget, 1_000_000
-        if budget.trials is not None:
-            whole = -(-budget.trials // self.size) * self.size if self.study.rungs else budget.trials
-            most = whole - len(self.trials)
-        if self.study.sampler.name == "grid":
-            from sweeps.sampling import _grid
-
-            cells = 1
-            for p in self.study.space.values():
-                cells *= len(_grid(p))
-            most = min(most, cells + 1 - len(self.trials))
-        if budget.tokens or budget.flops:
-            known = [self.spent(trial) for trial in self.trials[: self.told * self.size]]
-            if budget.tokens and sum(part.tokens for part in known) >= budget.tokens:
-                return 0
-            if budget.flops and sum(part.flops for part in known) >= budget.flops:
-                return 0
-        if budget.minutes and time.monotonic() - self.began >= 60 * budget.minutes:
+        if self._is_budget_spent():
             return 0
-        return most
+        remaining = UNLIMITED
+        limit = self.study.budget.trials
+        if limit is not None:
+            if self.study.rungs:
+                limit = -(-limit // self.generation_size) * self.generation_size
+            remaining = limit - len(self.trials)
+        if self.study.sampler.name == "grid":
+            remaining = min(remaining, grid_size(self.study.space) + 1 - len(self.trials))
+        return remaining
 
-    def _trial(self, number: int, values: dict[str, Any]) -> Trial:
+    def _is_budget_spent(self) -> bool:
+        budget = self.study.budget
+        if budget.minutes and time.monotonic() - self.start_time >= 60 * budget.minutes:
+            return True
+        if not budget.tokens and not budget.flops:
+            return False
+        known_trials = self.trials[: self._reported * self.generation_size]
+        cost = total(self.cost_of(trial) for trial in known_trials)
+        if budget.tokens and cost.tokens >= budget.tokens:
+            return True
+        return bool(budget.flops and cost.flops >= budget.flops)
+
+    def _new_trial(self, number: int, values: dict[str, Any]) -> Trial:
         try:
-            made = self._make(values)
+            runs = self._make_runs(values)
         except ConfigError as e:
-            return Trial(number, values, state="failed", why=str(e))
-        trial = Trial(number, values, made.cfg.run_id, made.stops)
-        self._made[number] = made
-        self.owners.setdefault(trial.run, number)
+            return Trial(number, values, state=TrialState.FAILED, reason=str(e))
+        trial = Trial(number, values, runs.cfg.run_id, runs.stops)
+        self._runs[number] = runs
+        self.owners.setdefault(trial.run_id, number)
         return trial
 
-    def _make(self, values: dict[str, Any]) -> Made:
-        cfg = resolved(self.base, values, self.train_tokens)
-        plan, asks = Plan(cfg, self.train_tokens), self.study.rungs
-        evals = sorted(plan.eval_steps)
-        rungs = [
-            next(step for step in evals if step >= share * plan.steps) for share in (asks.at if asks else ())
-        ]
-        stops = (*dict.fromkeys(step for step in rungs if step < plan.steps), plan.steps)
-        branches = {}
-        if asks and asks.score == "branch":
-            branches = {rung: branch.of(cfg, plan, step, asks.branch) for rung, step in enumerate(stops[:-1])}
-        return Made(cfg, stops, branches)
+    def _make_runs(self, values: dict[str, Any]) -> TrialRuns:
+        """Create the runs of a trial. Each rung is at the first evaluation after its share of the steps."""
+        cfg = trial_config(self.base, values, self.train_tokens)
+        plan = Plan(cfg, self.train_tokens)
+        rungs = self.study.rungs
+        stops: list[int] = []
+        for share in rungs.at if rungs else ():
+            step = min(step for step in plan.eval_steps if step >= share * plan.steps)
+            if step < plan.steps and step not in stops:
+                stops.append(step)
+        branches: dict[int, TrainConfig] = {}
+        if rungs and rungs.score == "branch":
+            for rung, step in enumerate(stops):
+                branches[rung] = branch_config(cfg, plan, step, rungs.branch)
+        return TrialRuns(cfg, (*stops, plan.steps), branches)
 
-    def made(self, trial: Trial) -> Made:
-        return self._made.get(trial.number) or self._make(trial.values)
+    def runs_of(self, trial: Trial) -> TrialRuns:
+        return self._runs.get(trial.number) or self._make_runs(trial.values)
 
-    # -- what is trained
+    # -- training
 
     def run(self) -> None:
-        """To the end of the budget. A KeyboardInterrupt leaves everything as it can be gone on with."""
-        from sweeps.record import Record
+        """Train trials until the budget is spent.
 
-        waiting: dict[Future[Outcome], tuple[Trial, int]] = {}
-        record = Record(self.study, self.folder, self.note)
-        if (asked := self.left()) < record.written:
+        After a KeyboardInterrupt a new driver can resume the study.
+        """
+        from sweeps.database import StudyDatabase
+
+        database = StudyDatabase(self.study, self.folder, self.note)
+        limit = self.remaining_trials()
+        if limit < database.written:
             raise UsageError(
-                f"{self.folder} has {record.written} trials, the budget has {asked}; it may only grow: write at least these"
+                f"{self.folder} has {database.written} trials, but the budget allows {limit}; "
+                f"a budget can only grow: allow at least {database.written} trials"
             )
+        running: dict[Future[Outcome], tuple[Trial, int]] = {}
         with ThreadPoolExecutor(self.engine.workers) as pool:
             try:
                 while True:
                     while self.ask():
                         pass
-                    for trial, rung in self._ready():
-                        trial.state = "running"
-                        waiting[pool.submit(self._train, self._runs(trial, rung))] = (trial, rung)
-                    record.write(self.trials, self.spent)
-                    for number in [n for n in self._made if n < record.written and self.trials[n].over]:
-                        del self._made[number]
+                    for trial in self._open_trials():
+                        if trial.state is TrialState.WAITING:
+                            rung = trial.rung + 1
+                            trial.start()
+                            future = pool.submit(self._train_targets, self._targets(trial, rung))
+                            running[future] = (trial, rung)
+                    database.write(self.trials, self.cost_of)
+                    self._forget_runs(database.written)
                     self.tick()
-                    if not waiting:
+                    if not running:
                         break
-                    for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                        trial, rung = waiting.pop(future)
-                        self._hear(trial, rung, future.result())
-                    self._decide()
+                    for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                        trial, rung = running.pop(future)
+                        self._record_outcome(trial, rung, future.result())
+                    self._promote()
             except BaseException:
                 self.engine.close()
                 raise
 
-    def _open(self) -> range:
-        """The generations with trials that are not over. Only they are looked through: studies have thousands of trials."""
-        count = -(-len(self.trials) // self.size)
-        while self.first < count and all(trial.over for trial in self.generation(self.first)):
-            self.first += 1
-        return range(self.first, count)
+    def _open_generations(self) -> range:
+        """Return the generations that may have unfinished trials.
 
-    def _ready(self) -> Iterator[tuple[Trial, int]]:
-        for trial in (trial for g in self._open() for trial in self.generation(g)):
-            if trial.state == "waiting":
-                yield trial, trial.rung + 1
+        Finished ones are skipped, because a study may have a million trials.
+        """
+        count = -(-len(self.trials) // self.generation_size)
+        while self._first_open < count:
+            if not all(trial.is_finished for trial in self.generation(self._first_open)):
+                break
+            self._first_open += 1
+        return range(self._first_open, count)
 
-    def _runs(self, trial: Trial, rung: int) -> list[tuple[TrainConfig, int]]:
-        """The trial up to its rung, and the branch that scores it there."""
-        made = self.made(trial)
-        until = trial.stops[rung] if rung + 1 < len(trial.stops) else 0
-        found = [(made.cfg, until)]
-        if mine := made.branches.get(rung):
-            self.owners.setdefault(
-                mine.run_id, trial.number
-            )  # trials that differ in their fall alone may have it in common
-            found.append((mine, 0))
-        return found
+    def _open_trials(self) -> Iterator[Trial]:
+        for index in self._open_generations():
+            yield from self.generation(index)
 
-    def _train(self, runs: list[tuple[TrainConfig, int]]) -> Outcome:
-        for cfg, until in runs:
+    def _forget_runs(self, end: int) -> None:
+        """Drop the configs of the trials before `end`, which take most of the memory of a trial."""
+        for number in list(self._runs):
+            if number < end:
+                del self._runs[number]
+
+    def _targets(self, trial: Trial, rung: int) -> list[Target]:
+        """Return what to train for a rung: the trial up to its step, then the branch that scores it."""
+        runs = self.runs_of(trial)
+        is_last = rung + 1 == len(trial.stops)
+        targets = [(runs.cfg, 0 if is_last else trial.stops[rung])]
+        branch = runs.branches.get(rung)
+        if branch:
+            # Trials that differ only in their decay can have a branch in common.
+            self.owners.setdefault(branch.run_id, trial.number)
+            targets.append((branch, 0))
+        return targets
+
+    def _train_targets(self, targets: list[Target]) -> Outcome:
+        for cfg, until in targets:
             outcome = self.train(cfg, until)
             if not outcome.ok:
                 break
         return outcome
 
     def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
-        """Up to a step, or to the end. What its folder has already needs no worker, who would take a second to say so."""
+        """Train a run up to a step, or to its end.
+
+        If the run is that far already, no worker is started, because a start takes a second.
+        """
         run = self.run_dir(cfg)
         status = run.status()
-        stopped = status.get("state") == "interrupted" and 0 < until <= status.get("step", 0)
-        if stopped or (status.get("state") == "done" and run.summary() is not None):
+        is_done = status.get("state") == "done" and run.summary() is not None
+        is_at_step = status.get("state") == "interrupted" and 0 < until <= status.get("step", 0)
+        if is_done or is_at_step:
             check_same(run, cfg)
             return Outcome(True)
-        sets = tuple(sets_of(self.study, cfg))
-        return self.engine.train(
-            Task(self.study.preset, sets, self.runs, self.store, until, self.study.threads)
-        )
+        settings = tuple(set_arguments(self.study, cfg))
+        task = Task(self.study.preset, settings, self.runs_dir, self.store_dir, until, self.study.threads)
+        return self.engine.train(task)
 
     @property
-    def runs(self) -> Path:
+    def runs_dir(self) -> Path:
         return self.folder / "runs"
 
     @property
-    def store(self) -> Path:
-        return self.folder / "runs" / ".store"
+    def store_dir(self) -> Path:
+        return self.runs_dir / ".store"
 
     def run_dir(self, cfg: TrainConfig) -> RunDir:
-        path = self.runs / cfg.run_id
-        return RunDir(path, f"restore it, or remove {path} and start the same command again")
+        path = self.runs_dir / cfg.run_id
+        return RunDir(path, f"restore it, or remove {path} and run the same command again")
 
-    def _hear(self, trial: Trial, rung: int, outcome: Outcome) -> None:
+    def _record_outcome(self, trial: Trial, rung: int, outcome: Outcome) -> None:
         if not outcome.ok:
-            trial.state, trial.why = "diverged" if outcome.diverged else "failed", outcome.why
-            self.note(f"trial {trial.number} {trial.state}: {outcome.why}")
+            trial.end(TrialState.DIVERGED if outcome.diverged else TrialState.FAILED, outcome.reason)
+            self.note(f"trial {trial.number} {trial.state}: {trial.reason}")
             return
-        trial.scores[rung] = self.score(trial, trial.stops[rung])
-        if mine := self.made(trial).branches.get(rung):
-            trial.raw[rung], trial.scores[rung] = trial.scores[rung], self.scored(mine, mine.max_steps)
-        if rung + 1 == len(trial.stops):
-            trial.state = "done"
+        score = self.trial_score(trial, trial.stops[rung])
+        branch = self.runs_of(trial).branches.get(rung)
+        if branch:
+            trial.add_score(rung, self.run_score(branch, branch.max_steps), raw_score=score)
         else:
-            trial.state = "held"  # until its generation is there
+            trial.add_score(rung, score)
 
-    def score(self, trial: Trial, step: int) -> float:
-        return self.scored(self.made(trial).cfg, step)
+    def trial_score(self, trial: Trial, step: int) -> float:
+        return self.run_score(self.runs_of(trial).cfg, step)
 
-    def scored(self, cfg: TrainConfig, step: int) -> float:
+    def run_score(self, cfg: TrainConfig, step: int) -> float:
+        """Return the objective of a run after a step. The last row counts if the run was resumed."""
         run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
-        found = [
-            row[name]
-            for row in run.rows()
-            if row["event"] == "eval" and row["split"] == split and row["step"] == step
-        ]
-        if not found:
-            raise RunError(
-                f"{run.path} has no score of {split} at step {step}; its metrics.jsonl was changed: remove the run, start again"
-            )
-        return float(found[-1])
+        for row in reversed(run.rows()):
+            if row["event"] == "eval" and row["split"] == split and row["step"] == step:
+                return float(row[name])
+        raise RunError(
+            f"{run.path} has no score of {split} at step {step}: its metrics.jsonl was changed; "
+            "remove the run and run the same command again"
+        )
 
-    def _decide(self) -> None:
-        """Generations of which all have come to a rung: the best go on, the others end there. Ties go to the lower number."""
-        for g in self._open():
-            group = [t for t in self.generation(g) if not t.over]
-            held = [t for t in group if t.state == "held"]
-            if not held or len(held) < len(group):
+    def _promote(self) -> None:
+        """Promote the best trials of each generation whose trials are all at a rung, and prune the others.
+
+        Equal scores are ranked by trial number. Trial 0, the base of all comparisons, is never pruned.
+        """
+        for index in self._open_generations():
+            group = [trial for trial in self.generation(index) if not trial.is_finished]
+            if not group or any(trial.state is not TrialState.PAUSED for trial in group):
                 continue
-            rung = min(t.rung for t in held)
-            here = sorted((t for t in held if t.rung == rung), key=lambda t: (t.scores[rung], t.number))
             assert self.study.rungs is not None
-            keep = max(1, round(self.study.rungs.keep * len(here)))
-            for place, trial in enumerate(here):
-                goes_on = place < keep or trial.number == 0  # the base is what all are held against
-                trial.state = "waiting" if goes_on else "pruned"
-                trial.why = "" if goes_on else f"place {place + 1} of {len(here)} at step {trial.stops[rung]}"
+            rung = group[0].rung  # the same for all, because they were promoted together
+            ranked = sorted(group, key=lambda trial: (trial.scores[rung], trial.number))
+            keep = max(1, round(self.study.rungs.keep * len(group)))
+            for place, trial in enumerate(ranked, 1):
+                if place <= keep or trial.number == 0:
+                    trial.promote()
+                else:
+                    reason = f"place {place} of {len(group)} at step {trial.stops[rung]}"
+                    trial.end(TrialState.PRUNED, reason)
 
-    # -- what came out
+    # -- results
 
-    def spent(self, trial: Trial) -> Ledger:
-        """A trial that was not taken to its end is wasted whole, whatever it taught the sampler; one that was there before cost nothing."""
-        if trial.number in self._spent:
-            return self._spent[trial.number]
-        found = Ledger()
-        if not trial.run:
-            return found
-        made = self.made(trial)
-        begun = [
-            mine
-            for rung, mine in made.branches.items()
-            if rung in trial.scores or self.owners.get(mine.run_id) == trial.number
-        ]
-        for cfg in [made.cfg, *begun]:  # one that diverged scored nothing, and cost what it cost
-            part = spent(self.run_dir(cfg), cfg)
-            if self.owners[cfg.run_id] != trial.number:
-                steps = min(part.asked - part.wasted, trial.stops[trial.rung] if trial.scores else 0)
-                part = Ledger(asked=steps, reused=steps)
-            elif trial.state in ("pruned", "diverged", "failed"):
-                part = replace(part, wasted=part.trained)
-            found = total([found, part if cfg is made.cfg else replace(part, branch=part.trained)])
-        if trial.over:
-            self._spent[trial.number] = found
-        return found
+    def cost_of(self, trial: Trial) -> Ledger:
+        """Return the cost of a trial and its branches.
+
+        All steps of a trial that was not trained to its end are wasted, even if the sampler learned from its
+        scores. A run that belongs to an earlier trial costs nothing again.
+        """
+        if trial.number in self._costs:
+            return self._costs[trial.number]
+        if not trial.run_id:
+            return Ledger()
+        runs = self.runs_of(trial)
+        cost = self._cost_of_run(trial, runs.cfg)
+        for rung, branch in runs.branches.items():
+            # A branch that diverged gave no score, but its trial still pays for it.
+            if rung in trial.scores or self.owners.get(branch.run_id) == trial.number:
+                branch_cost = self._cost_of_run(trial, branch)
+                cost = total([cost, replace(branch_cost, branch=branch_cost.trained)])
+        if trial.is_finished:
+            self._costs[trial.number] = cost
+        return cost
+
+    def _cost_of_run(self, trial: Trial, cfg: TrainConfig) -> Ledger:
+        cost = run_cost(self.run_dir(cfg), cfg)
+        if self.owners[cfg.run_id] != trial.number:
+            reused = 0
+            if trial.scores:
+                reused = min(cost.asked - cost.wasted, trial.stops[trial.rung])
+            return Ledger(asked=reused, reused=reused)
+        if trial.state in (TrialState.PRUNED, TrialState.DIVERGED, TrialState.FAILED):
+            return replace(cost, wasted=cost.trained)
+        return cost
 
     def best(self, count: int = 1) -> list[Trial]:
-        """Each run once: a sampler may have come to the same values twice."""
-        done = [
-            trial for trial in self.trials if trial.state == "done" and self.owners[trial.run] == trial.number
-        ]
-        return sorted(done, key=lambda t: (t.scores[t.rung], t.number))[:count]
-
-
-def sets_of(study: Study, cfg: TrainConfig) -> list[str]:
-    """What --set must say for this config, on top of the study's preset."""
-    plain = load(study.preset)[0]
-    found = []
-    for name in TrainConfig.model_fields:
-        value = getattr(cfg, name)
-        if name == "preset" or value == getattr(plain, name):
-            continue
-        if name == "growth":
-            found.append(f"growth={json.dumps(value.data())}")
-        elif value is None:
-            found.append(f"{name}=none")
-        else:
-            found.append(f"{name}={json.dumps(value) if not isinstance(value, str) else value}")
-    return found
+        """Return the best trials that are done. Of trials with the same run, only the first counts."""
+        done = []
+        for trial in self.trials:
+            if trial.state is TrialState.DONE and self.owners[trial.run_id] == trial.number:
+                done.append(trial)
+        return sorted(done, key=lambda trial: (trial.scores[trial.rung], trial.number))[:count]

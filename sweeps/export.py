@@ -1,4 +1,4 @@
-"""A finished study as data: what `show` and `best` read, and what a report reads elsewhere."""
+"""Write a finished study: export.json for `show` and `best`, and two files for reports and other tools."""
 
 from __future__ import annotations
 
@@ -10,82 +10,126 @@ from typing import Any
 from mainrun import stats
 from mainrun.errors import RunError
 from mainrun.store.rundir import check_place, disk_errors, write_text
-from sweeps.driver import Search, sets_of
+from sweeps.driver import Search
 from sweeps.ledger import Ledger, total
+from sweeps.study import set_arguments
+from sweeps.trial import Trial, TrialState
 
 
-def export(search: Search, evidence: dict[str, Any] | None) -> None:
-    """export.json, and the two files of `write`, in the study's folder."""
-    trials = []
-    for trial in search.trials:
-        cfg = search.made(trial).cfg if trial.run else None
-        trials.append({
-            "trial": trial.number, "state": trial.state, "value": trial.scores.get(trial.rung),
-            "seed": cfg.seed if cfg else None,
-            "params": trial.values, "rung": trial.rung, "scores": {str(k): v for k, v in trial.scores.items()},
-            "raw_scores": {str(k): v for k, v in (trial.scores | trial.raw).items()}, "stops": trial.stops,
-            "run": trial.run, "reason": trial.why,
-            "sets": sets_of(search.study, cfg) if cfg else [],
-            "steps": trial.stops[trial.rung] if trial.scores else 0, **asdict(search.spent(trial)),
-        })  # fmt: skip
-    confirming = [
-        Ledger(**{k: row[k] for k in Ledger.__dataclass_fields__}) for row in (evidence or {}).get("runs", [])
-    ]
-    whole = total([*(search.spent(t) for t in search.trials), *confirming])
-    found = {
-        "name": search.study.name, "preset": search.study.preset, "objective": search.study.objective, "digest": search.study.digest,
-        "study": search.study.model_dump(mode="json"), "trials": trials, "ledger": asdict(whole),
-        "rung_correlation": correlations(search), "raw_rung_correlation": correlations(search, raw=True), "evidence": evidence,
-    }  # fmt: skip
-    write_text(search.folder / "export.json", json.dumps(found, indent=1))
-    write(found, search.folder / "export")
+def write_export(search: Search, evidence: dict[str, Any] | None) -> None:
+    """Write export.json and the folder `export` in the study's folder."""
+    study = search.study
+    costs = [search.cost_of(trial) for trial in search.trials]
+    for run in (evidence or {}).get("runs", []):
+        costs.append(Ledger(**{name: run[name] for name in Ledger.__dataclass_fields__}))
+    document = {
+        "name": study.name,
+        "preset": study.preset,
+        "objective": study.objective,
+        "digest": study.digest,
+        "study": study.model_dump(mode="json"),
+        "trials": [_trial_row(search, trial) for trial in search.trials],
+        "ledger": asdict(total(costs)),
+        "rung_correlation": rung_correlations(search.trials),
+        "raw_rung_correlation": rung_correlations(search.trials, raw=True),
+        "evidence": evidence,
+    }
+    write_text(search.folder / "export.json", json.dumps(document, indent=1))
+    write_tables(document, search.folder / "export")
 
 
-def correlations(search: Search, raw: bool = False) -> dict[str, float | None]:
-    """Of each rung's scores with the final ones, over the trials that have both: what a short rung is worth. raw: of the trials' own."""
-    done = [t for t in search.trials if t.state == "done" and len(t.scores) > 1]
-    last = max((t.rung for t in done), default=0)
-    found: dict[str, float | None] = {}
-    for rung in range(last):
-        here = [(t.scores | t.raw if raw else t.scores)[rung] for t in done]
-        found[str(rung)] = stats.spearman(here, [t.scores[t.rung] for t in done]) if len(done) > 2 else None
-    return found
+def _trial_row(search: Search, trial: Trial) -> dict[str, Any]:
+    seed = None
+    settings: list[str] = []
+    if trial.run_id:
+        cfg = search.runs_of(trial).cfg
+        seed = cfg.seed
+        settings = set_arguments(search.study, cfg)
+    return {
+        "trial": trial.number,
+        "state": trial.state.value,
+        "value": trial.scores.get(trial.rung),
+        "seed": seed,
+        "params": trial.values,
+        "rung": trial.rung,
+        "scores": _by_text(trial.scores),
+        "raw_scores": _by_text(trial.scores | trial.raw_scores),
+        "stops": trial.stops,
+        "run": trial.run_id,
+        "reason": trial.reason,
+        "sets": settings,
+        "steps": trial.stops[trial.rung] if trial.scores else 0,
+        **asdict(search.cost_of(trial)),
+    }
 
 
-PLAIN = (
-    "trial", "state", "value", "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "seconds",
-    "reason", "run",
+def _by_text(scores: dict[int, float]) -> dict[str, float]:
+    return {str(rung): score for rung, score in scores.items()}
+
+
+def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float | None]:
+    """Return the rank correlation of each rung's scores with the final scores, over the trials that are done.
+
+    `raw` uses the trials' own scores instead of those of their branches. With fewer than three trials it is
+    None.
+    """
+    done = [t for t in trials if t.state is TrialState.DONE and len(t.scores) > 1]
+    last_rung = max((t.rung for t in done), default=0)
+    final_scores = [t.scores[t.rung] for t in done]
+    correlations: dict[str, float | None] = {}
+    for rung in range(last_rung):
+        scores = []
+        for trial in done:
+            rung_scores = trial.scores | trial.raw_scores if raw else trial.scores
+            scores.append(rung_scores[rung])
+        correlations[str(rung)] = stats.spearman(scores, final_scores) if len(done) > 2 else None
+    return correlations
+
+
+COLUMNS = (
+    "trial", "state", "value", "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch",
+    "tokens", "flops", "seconds", "reason", "run",
 )  # fmt: skip
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
+def write_tables(export: dict[str, Any], folder: Path) -> None:
+    """Write trials.parquet, a row per trial, and study.json, which holds everything else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with disk_errors(folder, "DIR"):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        table = pa.table(_columns(found["trials"]))
+        table = pa.table(_columns(export["trials"]))
     except (pa.ArrowException, ArithmeticError, TypeError, ValueError, KeyError) as e:
         raise RunError(
-            f"the trials of {found.get('name')} do not make a table ({e!r:.200}); restore export.json of the study"
+            f"the trials of {export.get('name')} cannot be written as a table ({e!r:.200}); "
+            "restore export.json of the study"
         ) from None
     for name in ("trials.parquet", "study.json"):
         check_place(folder / name, "move it away, or give another folder")
     with disk_errors(folder, "DIR"):
         pq.write_table(table, folder / "trials.parquet")
-    write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))
+    facts = {key: value for key, value in export.items() if key != "trials"}
+    write_text(folder / "study.json", json.dumps(facts, indent=1))
 
 
-def _columns(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    names = sorted({name for t in trials for name in t["params"]})
-    columns: dict[str, Any] = {key: [t[key] for t in trials] for key in PLAIN}
-    columns["scores"] = [json.dumps(t["scores"]) for t in trials]  # of each rung that it reached
-    columns["raw_scores"] = [json.dumps(t["raw_scores"]) for t in trials]
-    for name in names:
-        values = [t["params"].get(name) for t in trials]
-        mixed = len({type(v) for v in values if v is not None}) > 1 and not all(
-            isinstance(v, int | float) for v in values if v is not None
-        )
-        columns[f"params.{name}"] = [None if v is None else str(v) for v in values] if mixed else values
+def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [trial[name] for trial in trials] for name in COLUMNS}
+    for name in ("scores", "raw_scores"):  # tables by rung, as JSON
+        columns[name] = [json.dumps(trial[name]) for trial in trials]
+    parameters: set[str] = set()
+    for trial in trials:
+        parameters.update(trial["params"])
+    for name in sorted(parameters):
+        columns[f"params.{name}"] = _parameter_column([trial["params"].get(name) for trial in trials])
     return columns
+
+
+def _parameter_column(values: list[Any]) -> list[Any]:
+    """Return the values of a parameter as a column. Mixed types become strings, except numbers."""
+    known = [value for value in values if value is not None]
+    has_one_type = len({type(value) for value in known}) <= 1
+    if has_one_type or all(isinstance(value, int | float) for value in known):
+        return values
+    return [None if value is None else str(value) for value in values]

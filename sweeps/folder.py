@@ -1,9 +1,10 @@
-"""A study's folder: whose it is, what it began with, what came out.
+"""The folder of a study.
 
-study.json   the study, its digest, and the command that goes on with it
-runs/        a run directory each, with a store that they share
-study.db     Optuna's database of it (record.py), unless it is elsewhere
-export.json  what came out, once it is finished (export.py)
+study.json   the study, its digest, and the command that resumes it
+tokens.json  the number of training tokens in an epoch, and fingerprints of the data (corpus_size.py)
+runs/        the run directories, and the store that they share
+study.db     Optuna's database of the study (database.py), unless it is stored elsewhere
+export.json  the results, once the study is finished (export.py)
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from sweeps.study import Study
 
 
 @contextmanager
-def owned(folder: Path, study: Study) -> Iterator[None]:
-    """One driver at a time, and always the same study in a folder."""
+def locked_folder(folder: Path, study: Study) -> Iterator[None]:
+    """Create and lock the folder of a study.
+
+    Refuse a folder that another driver uses or that holds another study.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    check_place(folder / ".lock", "remove it, and start the same command again")
+    check_place(folder / ".lock", "remove it and run the same command again")
     with disk_errors(folder):
         lock = (folder / ".lock").open("a+b", buffering=0)
     with lock:
@@ -35,121 +39,182 @@ def owned(folder: Path, study: Study) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
+            process = lock.read().decode(errors="replace")
             raise UsageError(
-                f"{folder} is searched by process {lock.read().decode(errors='replace')}; wait for it, or give another --out"
+                f"{folder} is in use by process {process}; wait until it ends, or give another --out"
             ) from None
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(str(os.getpid()).encode())
-        before = begun(folder)
-        if before and before["digest"] != study.digest:
-            changes = "; ".join(
-                differences(decisive(before["study"]), decisive(study.model_dump(mode="json")))
-            )
-            changes = changes or "its study.json was changed; restore it"
-            raise UsageError(
-                f"{folder} holds another study of that name: {changes}. Go on with the old file, or start this one anew with --as NAME"
-            )
+        _check_same_study(folder, study)
         yield
 
 
-def begin(folder: Path, study: Study, command: str) -> None:
-    """From here on the folder is this study's. Called when it is known that its base can be trained."""
-    found = {"digest": study.digest, "study": study.model_dump(mode="json"), "command": command}
-    write_text(folder / "study.json", json.dumps(found, indent=2))
+def _check_same_study(folder: Path, study: Study) -> None:
+    document = read_study_json(folder)
+    if not document or document["digest"] == study.digest:
+        return
+    changes = differences(
+        _without_free_keys(document["study"]), _without_free_keys(study.model_dump(mode="json"))
+    )
+    if changes:
+        fault = "; ".join(changes)
+    else:
+        fault = "its study.json was edited; restore it"
+    raise UsageError(
+        f"{folder} holds another study with this name: {fault}. "
+        "Resume it with the old study file, or start a new study with --as NAME"
+    )
 
 
-def begun(folder: Path) -> dict[str, Any] | None:
-    return _read(folder / "study.json", BEGUN)
+def _without_free_keys(study: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in study.items() if key not in Study.FREE}
 
 
-def known(folder: Path) -> dict[str, Any]:
-    before = begun(folder)
-    if not before:
-        have = sorted(p.parent.name for p in folder.parent.glob("*/study.json"))
-        listed = (
-            f"it holds: {', '.join(have)}" if have else "it holds none; `mainrun sweep run STUDY` starts one"
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the first five differences of two nested tables, such as "space.lr.high was 0.1, is 0.2"."""
+    texts: list[str] = []
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        old_value = old.get(key)
+        new_value = new.get(key)
+        if isinstance(old_value, dict) and isinstance(new_value, dict):
+            texts += differences(old_value, new_value, f"{name}.")
+        elif old_value != new_value:
+            texts.append(f"{name} was {old_value!r}, is {new_value!r}")
+    return texts[:5]
+
+
+# -- study.json
+
+
+def write_study_json(folder: Path, study: Study, command: str) -> None:
+    """Assign a folder to a study. Call this only once the base is known to be trainable."""
+    document = {"digest": study.digest, "study": study.model_dump(mode="json"), "command": command}
+    write_text(folder / "study.json", json.dumps(document, indent=2))
+
+
+def read_study_json(folder: Path) -> dict[str, Any] | None:
+    return _read(folder / "study.json", STUDY_JSON)
+
+
+def require_study(folder: Path) -> dict[str, Any]:
+    """Return the study.json of a study.
+
+    Raises UsageError, with the names of the studies that exist, if there is none.
+    """
+    document = read_study_json(folder)
+    if not document:
+        names = sorted(file.parent.name for file in folder.parent.glob("*/study.json"))
+        existing = "the folder has no studies; `mainrun sweep run STUDY` starts one"
+        if names:
+            existing = f"existing studies: {', '.join(names)}"
+        raise UsageError(
+            f"no study {folder.name!r} in {folder.parent}{nearest(folder.name, names)}; {existing}"
         )
-        raise UsageError(f"no study {folder.name!r} in {folder.parent}{nearest(folder.name, have)}; {listed}")
-    return {"command": f"mainrun sweep {folder.name}"} | before
+    return {"command": f"mainrun sweep {folder.name}"} | document
 
 
-def finished(folder: Path) -> dict[str, Any]:
-    """What came out."""
-    before = known(folder)
+# -- export.json
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """Return the export.json of a finished study."""
+    command = require_study(folder)["command"]
     file = folder / "export.json"
-    export = _read(file, FINISHED)
+    export = _read(file, EXPORT_JSON)
     if not export:
-        raise RunError(f"{folder} is not finished; `{before['command']}` goes on with it")
-    if fault := _disagrees(export):
+        raise RunError(f"{folder} is not finished; run `{command}` to resume it")
+    fault = _contradiction(export)
+    if fault:
         raise RunError(
-            f"{file} is damaged: {fault}; restore it, or remove it: `{before['command']}` writes it again"
+            f"{file} is damaged: {fault}; restore it, or remove it and run `{command}` to write it again"
         )
     return export
 
 
-def _disagrees(export: dict[str, Any]) -> str:
-    """Why the parts of an export contradict each other; empty: they do not."""
-    numbers = [trial["trial"] for trial in export["trials"]]
-    if len(set(numbers)) < len(numbers):
+def _contradiction(export: dict[str, Any]) -> str:
+    """Return how the parts of an export contradict each other, or an empty text."""
+    trials = export["trials"]
+    numbers = {trial["trial"] for trial in trials}
+    if len(numbers) < len(trials):
         return "it has a trial twice"
-    if unscored := [
-        trial["trial"] for trial in export["trials"] if trial["state"] == "done" and trial["value"] is None
-    ]:
-        return f"its trial {unscored[0]} is done and has no value"
+    for trial in trials:
+        if trial["state"] == "done" and trial["value"] is None:
+            return f"its trial {trial['trial']} is done but has no value"
     if export.get("raw_rung_correlation") and not export["study"].get("rungs"):
-        return "it has scores of rungs, and a study without rungs"
+        return "it has scores at rungs, but its study has no rungs"
     winner = (export.get("evidence") or {}).get("winner")
-    return (
-        f"it has no trial {winner}, which it says won" if winner is not None and winner not in numbers else ""
-    )
+    if winner is not None and winner not in numbers:
+        return f"its winner, trial {winner}, does not exist"
+    return ""
 
 
-BEGUN = {"digest": records.text, "study": records.table, "command?": records.any_text}
-COSTS = dict.fromkeys(("asked", "trained", "reused", "wasted"), records.count) | {
+# -- the shapes of both files
+
+STUDY_JSON = {"digest": records.text, "study": records.table, "command?": records.any_text}
+COST = {
+    "asked": records.count,
+    "trained": records.count,
+    "reused": records.count,
+    "wasted": records.count,
     "branch?": records.count,
     "tokens?": records.count,
 }
-TRIAL = {f"{name}?": records.count for name in ("asked", "trained", "reused", "wasted", "branch", "tokens", "steps")} | {
-    "trial": records.count, "state": records.text, "value": records.optional(records.real), "params": records.table_of(records.setting),
-    "scores": records.table, "sets": [records.any_text], "raw_scores?": records.table, "seed?": records.optional(records.count),
-    "rung?": records.number, "run?": records.any_text, "reason?": records.any_text, "flops?": records.positive,
+TRIAL = {
+    "trial": records.count,
+    "state": records.text,
+    "value": records.optional(records.real),
+    "params": records.table_of(records.setting),
+    "scores": records.table,
+    "sets": [records.any_text],
+    "raw_scores?": records.table,
+    "seed?": records.optional(records.count),
+    "rung?": records.number,
+    "run?": records.any_text,
+    "reason?": records.any_text,
+    "steps?": records.count,
+    "asked?": records.count,
+    "trained?": records.count,
+    "reused?": records.count,
+    "wasted?": records.count,
+    "branch?": records.count,
+    "tokens?": records.count,
+    "flops?": records.positive,
     "seconds?": records.positive,
-}  # fmt: skip
-CONFIRMED = {
-    "trial": records.count, "difference": records.real, "interval": records.pair(records.real), "p_holm": records.real,
-    "claim": records.yes_or_no, "why": records.any_text, "params": records.table_of(records.setting),
-}  # fmt: skip
+}
+CONFIRMED_TRIAL = {
+    "trial": records.count,
+    "difference": records.real,
+    "interval": records.pair(records.real),
+    "p_holm": records.real,
+    "claim": records.yes_or_no,
+    "why": records.any_text,
+    "params": records.table_of(records.setting),
+}
 EVIDENCE = {
-    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]}, "rows": [CONFIRMED], "claim": records.any_text,
-    "winner": records.optional(records.count), "val?": {"full": records.real, "official": records.real},
-    "runs?": [COSTS | {"kind": records.text}],
-}  # fmt: skip
+    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]},
+    "rows": [CONFIRMED_TRIAL],
+    "claim": records.any_text,
+    "winner": records.optional(records.count),
+    "val?": {"full": records.real, "official": records.real},
+    "runs?": [COST | {"kind": records.text}],
+}
 CORRELATIONS = records.optional(records.table_of(records.optional(records.real)))
-FINISHED = BEGUN | {
-    "name?": records.text, "preset": records.any_text, "objective": records.text, "trials": [TRIAL], "ledger": COSTS,
-    "evidence?": records.optional(EVIDENCE), "rung_correlation?": CORRELATIONS, "raw_rung_correlation?": CORRELATIONS,
+EXPORT_JSON = STUDY_JSON | {
+    "name?": records.text,
+    "preset": records.any_text,
+    "objective": records.text,
+    "trials": [TRIAL],
+    "ledger": COST,
+    "evidence?": records.optional(EVIDENCE),
+    "rung_correlation?": CORRELATIONS,
+    "raw_rung_correlation?": CORRELATIONS,
     "study": {"rungs?": records.optional(records.table), "storage?": records.any_text},
-}  # fmt: skip
+}
 
 
 def _read(file: Path, shape: records.Shape) -> dict[str, Any] | None:
-    document: dict[str, Any] | None = records.load(
-        file, shape, f"restore it, or move {file.parent} away and begin anew"
-    )
+    fix = f"restore it, or move {file.parent} away and start the study again"
+    document: dict[str, Any] | None = records.load(file, shape, fix)
     return document
-
-
-def decisive(study: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in study.items() if key not in Study.FREE}
-
-
-def differences(a: dict[str, Any], b: dict[str, Any], above: str = "") -> list[str]:
-    found = []
-    for key in sorted({*a, *b}):
-        x, y, name = a.get(key), b.get(key), f"{above}{key}"
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += differences(x, y, f"{name}.")
-        elif x != y:
-            found.append(f"{name} was {x!r}, is {y!r}")
-    return found[:5]

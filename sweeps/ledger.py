@@ -1,4 +1,4 @@
-"""What trials cost: asked = trained + reused, in steps; wasted and branch are within trained. Read from the run directories."""
+"""What the runs of a study cost, read from their run directories."""
 
 from __future__ import annotations
 
@@ -11,45 +11,65 @@ from mainrun.plan.cost import costs
 from mainrun.store import records
 from mainrun.store.rundir import RunDir
 
-COSTS = {"step": records.first, "tokens": records.count, "seconds": records.positive}  # of a row of a step
+STEP_COSTS = {"step": records.first, "tokens": records.count, "seconds": records.positive}
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    asked: int = 0  # steps
-    trained: int = 0
-    reused: int = 0
-    wasted: int = 0
-    branch: int = 0  # trained to score rungs: of a trial that is done they are its price, and not wasted
+    """The cost of some runs.
+
+    Asked = trained + reused; wasted and branch steps are part of the trained ones.
+    """
+
+    asked: int = 0  # steps that the runs cover
+    trained: int = 0  # steps that were computed for them
+    reused: int = 0  # steps that were read from the store
+    wasted: int = 0  # steps lost with a worker, or of trials that were not trained to their end
+    branch: int = 0  # steps that only served to score a rung
     tokens: int = 0  # trained
     flops: float = 0.0
     seconds: float = 0.0
 
 
-def spent(run: RunDir, cfg: TrainConfig) -> Ledger:
+def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
+    """Read the cost of a run from its metrics. A run that was never started costs nothing."""
     rows = [row for row in run.rows() if row["event"] == "step"]
     if not rows:
         return Ledger()
-    if fault := next((fault for row in rows if (fault := records.fault(row, COSTS))), ""):
-        raise RunError(f"{run.path}/metrics.jsonl is damaged: a row {fault}; {run.fix}")
-    last = reused = tokens = 0
-    before = 0
-    for row in rows:  # a row stands for the steps since the one before it
-        steps, more = row["step"] - last, row["tokens"] - before
+    for row in rows:
+        fault = records.fault(row, STEP_COSTS)
+        if fault:
+            raise RunError(f"{run.path}/metrics.jsonl is damaged: a row {fault}; {run.fix}")
+    step = 0
+    tokens = 0
+    reused = 0
+    trained_tokens = 0
+    seconds = 0.0
+    for row in rows:  # a row covers the steps since the row before it
         if row.get("reused"):
-            reused += steps
+            reused += row["step"] - step
         else:
-            tokens += more
-        last, before = row["step"], row["tokens"]
+            trained_tokens += row["tokens"] - tokens
+            seconds += row["seconds"]
+        step = row["step"]
+        tokens = row["tokens"]
+    # Steps that were lost with a worker have no rows any more, so the mean of the others is counted for them.
     wasted = int(run.env().get("carried", {}).get("wasted", 0))
-    tokens += (
-        wasted * before // last
-    )  # lost with a worker: their rows are gone, they had what the others have in the mean
-    flops = tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]
-    seconds = sum(row["seconds"] * 1.0 for row in rows if not row.get("reused"))
-    return Ledger(last + wasted, last - reused + wasted, reused, wasted, 0, tokens, float(flops), seconds)
+    trained_tokens += wasted * tokens // step
+    flops = trained_tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]
+    return Ledger(
+        asked=step + wasted,
+        trained=step - reused + wasted,
+        reused=reused,
+        wasted=wasted,
+        tokens=trained_tokens,
+        flops=float(flops),
+        seconds=seconds,
+    )
 
 
-def total(parts: Iterable[Ledger]) -> Ledger:
-    found = list(parts)
-    return Ledger(*(sum(getattr(part, name) for part in found) for name in Ledger.__dataclass_fields__))
+def total(ledgers: Iterable[Ledger]) -> Ledger:
+    """Add ledgers field by field."""
+    ledgers = list(ledgers)
+    sums = {name: sum(getattr(ledger, name) for ledger in ledgers) for name in Ledger.__dataclass_fields__}
+    return Ledger(**sums)

@@ -1,115 +1,209 @@
-"""Which values a trial gets. A function of the study and of the results told so far, in their order; never of workers or clocks.
+"""Choose the values of each trial with Optuna's samplers.
 
-Optuna's samplers run on a study of their own in memory. It is told results only when a generation is asked for, and each trial's sampler
-is made anew, with a seed from the trial's number.
+The values depend on the study and on the scores reported so far, in their order; never on workers or clocks.
+Optuna's study is kept in memory. It gets the scores only before a new generation, and every trial has a new
+sampler, seeded with the trial's number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from mainrun.config import TrainConfig
-from sweeps.space import Parameter, Range, active
-from sweeps.study import Study
+from sweeps.space import Parameter, Range, Space, active_parameters
 
 if TYPE_CHECKING:
     import optuna
 
 
-def seed_of(study: Study, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr((study.sampler.seed, number)).encode()).digest()[:4], "little")
+# -- samplers: functions of the settings, the space and the seed of a trial
 
 
-class Asker:
-    def __init__(self, study: Study, base: TrainConfig) -> None:
+def tpe(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import TPESampler
+
+    has_conditions = any(parameter.when for parameter in space.values())
+    return TPESampler(multivariate=True, group=has_conditions, seed=seed, n_startup_trials=settings.startup)
+
+
+def gp(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import GPSampler
+
+    return GPSampler(seed=seed, n_startup_trials=settings.startup)
+
+
+def cmaes(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import CmaEsSampler
+
+    return CmaEsSampler(seed=seed, n_startup_trials=settings.startup)
+
+
+def random(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    from optuna.samplers import RandomSampler
+
+    return RandomSampler(seed=seed)
+
+
+def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    """All trials are cells of one grid, so they share the seed of its order."""
+    from optuna.samplers import GridSampler
+
+    cells = {name: grid_values(parameter) for name, parameter in space.items()}
+    return GridSampler(cells, seed=settings.seed)
+
+
+def qmc(settings: SamplerSettings, space: Space, seed: int) -> Any:
+    """All trials are points of one sequence, so they share its seed."""
+    from optuna.samplers import QMCSampler
+
+    return QMCSampler(seed=settings.seed, scramble=True, warn_asynchronous_seeding=False)
+
+
+SAMPLERS: dict[str, Callable[[SamplerSettings, Space, int], Any]] = {
+    "tpe": tpe,
+    "gp": gp,
+    "cmaes": cmaes,
+    "random": random,
+    "grid": grid,
+    "qmc": qmc,
+}
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
+
+
+class SamplerSettings(BaseModel):
+    """How the values of the trials are chosen: the table [sampler] of a study file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: SamplerName = "tpe"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    startup: Annotated[
+        int, Field(ge=1, le=10_000, description="number of random trials before the sampler uses scores")
+    ] = 8
+    generation: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1000,
+            description="number of trials that are sampled together; "
+            "the scores of the previous generation are not used yet",
+        ),
+    ] = 4
+
+
+def trial_seed(sampler_seed: int, number: int) -> int:
+    """Return the seed of a trial's sampler."""
+    digest = hashlib.sha256(repr((sampler_seed, number)).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+# -- trials
+
+
+class TrialSampler:
+    """Suggests the values of trials, with the ask-and-tell interface of Optuna."""
+
+    def __init__(self, settings: SamplerSettings, space: Space, base: TrainConfig) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.study, self.base = study, base
-        self.mirror = optuna.create_study(direction="minimize")
-        self.domains = {name: distribution(p) for name, p in study.space.items()}
-        self.asked: dict[int, optuna.Trial] = {}
-        self.worst: float | None = None
+        self.settings = settings
+        self.space = space
+        self.base = base
+        self.optuna_study = optuna.create_study(direction="minimize")
+        self.distributions = {name: distribution(parameter) for name, parameter in space.items()}
+        self.open_trials: dict[int, optuna.Trial] = {}
+        self.worst: float | None = None  # of the scores so far
 
     def ask(self, number: int) -> dict[str, Any]:
-        """Trial 0 is the base itself: it has no values of its own."""
+        """Return the values of a trial. Trial 0 is the base and has none."""
         import optuna
 
         if number == 0:
             return {}
-        forgets = self.study.sampler.name == "random"  # it looks at nothing that was before
-        mirror = optuna.create_study() if forgets else self.mirror
-        mirror.sampler = self._sampler(number)
-        trial = mirror.ask()
-        space, values = self.study.space, dict[str, Any]()
-        for name, parameter in space.items():
+        # Random values do not depend on earlier trials, so none are kept.
+        is_random = self.settings.name == "random"
+        optuna_study = optuna.create_study() if is_random else self.optuna_study
+        optuna_study.sampler = self._sampler(number)
+        trial = optuna_study.ask()
+        values: dict[str, Any] = {}
+        for name, parameter in self.space.items():
             if not parameter.when:
-                values[name] = trial._suggest(name, self.domains[name])
-        for name, parameter in active(space, values, self.base).items():
+                values[name] = trial._suggest(name, self.distributions[name])
+        for name, parameter in active_parameters(self.space, values, self.base).items():
             if parameter.when:
-                values[name] = trial._suggest(name, self.domains[name])
-        if not forgets:
-            self.asked[number] = trial
+                values[name] = trial._suggest(name, self.distributions[name])
+        if not is_random:
+            self.open_trials[number] = trial
         return values
 
-    def tell(self, number: int, values: Mapping[int, float], finished: bool) -> None:
-        """values: by rung. A trial that diverged has none: it counts as worse than the worst, so that the sampler stays away."""
-        from optuna.trial import TrialState
+    def tell(self, number: int, scores: Mapping[int, float], completed: bool) -> None:
+        """Report the scores of a finished trial by rung.
 
-        if values:
-            self.worst = max(self.worst or float("-inf"), *values.values())
-        trial = self.asked.pop(number, None)
+        A trial without scores diverged or failed. It gets a value worse than all others, so that the sampler
+        avoids it.
+        """
+        from optuna import trial as optuna_trial
+
+        if scores:
+            self.worst = max(self.worst or float("-inf"), *scores.values())
+        trial = self.open_trials.pop(number, None)
         if trial is None:
             return
-        for rung, value in values.items():
-            trial.report(value, rung)
-        last = values[max(values)] if values else (self.worst or 100.0) * 1.5
-        self.mirror.tell(
-            trial,
-            None if values and not finished else last,
-            TrialState.PRUNED if values and not finished else TrialState.COMPLETE,
-        )
+        for rung, score in scores.items():
+            trial.report(score, rung)
+        if not scores:
+            bad_score = (self.worst or 100.0) * 1.5
+            self.optuna_study.tell(trial, bad_score, optuna_trial.TrialState.COMPLETE)
+        elif completed:
+            self.optuna_study.tell(trial, scores[max(scores)], optuna_trial.TrialState.COMPLETE)
+        else:
+            self.optuna_study.tell(trial, None, optuna_trial.TrialState.PRUNED)
 
     def _sampler(self, number: int) -> Any:
-        from optuna import samplers
-
-        how, seed = self.study.sampler, seed_of(self.study, number)
-        conditional = any(p.when for p in self.study.space.values())
-        if how.name == "tpe":
-            return samplers.TPESampler(
-                multivariate=True, group=conditional, seed=seed, n_startup_trials=how.startup
-            )
-        if how.name == "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=how.startup)
-        if how.name == "cmaes":
-            return samplers.CmaEsSampler(seed=seed, n_startup_trials=how.startup)
-        if how.name == "qmc":  # one sequence, so one seed: the number says where in it
-            return samplers.QMCSampler(seed=how.seed, scramble=True, warn_asynchronous_seeding=False)
-        if how.name == "grid":
-            return samplers.GridSampler(
-                {name: _grid(p) for name, p in self.study.space.items()}, seed=how.seed
-            )
-        return samplers.RandomSampler(seed=seed)
+        create = SAMPLERS[self.settings.name]
+        return create(self.settings, self.space, trial_seed(self.settings.seed, number))
 
 
-def distribution(p: Parameter) -> Any:
-    from optuna import distributions as d
-
-    if not isinstance(p, Range):
-        return d.CategoricalDistribution(p.values)
-    if all(isinstance(x, int) for x in (p.low, p.high)) and (p.step is None or isinstance(p.step, int)):
-        return d.IntDistribution(int(p.low), int(p.high), log=p.log, step=int(p.step or 1))
-    return d.FloatDistribution(float(p.low), float(p.high), log=p.log, step=p.step)
+# -- parameters
 
 
-def _grid(p: Parameter) -> list[Any]:
-    if not isinstance(p, Range):
-        return list(p.values)
-    assert p.step is not None
-    count = int((p.high - p.low) / p.step + 1e-9) + 1
-    highest = distribution(p).high  # 0 + 3 * 0.1 is a little above 0.3, and Optuna refuses such a value
-    return [min(p.low + i * p.step, highest) for i in range(count)]
+def distribution(parameter: Parameter) -> Any:
+    """Return Optuna's distribution of a parameter."""
+    from optuna import distributions
+
+    if not isinstance(parameter, Range):
+        return distributions.CategoricalDistribution(parameter.values)
+    low = parameter.low
+    high = parameter.high
+    step = parameter.step
+    if isinstance(low, int) and isinstance(high, int) and (step is None or isinstance(step, int)):
+        return distributions.IntDistribution(low, high, log=parameter.log, step=step or 1)
+    return distributions.FloatDistribution(float(low), float(high), log=parameter.log, step=step)
+
+
+def grid_values(parameter: Parameter) -> list[Any]:
+    """Return the values of a parameter on a grid."""
+    if not isinstance(parameter, Range):
+        return list(parameter.values)
+    assert parameter.step is not None
+    count = int((parameter.high - parameter.low) / parameter.step + 1e-9) + 1
+    highest = distribution(parameter).high  # 0 + 3 * 0.1 is slightly above 0.3, which Optuna would refuse
+    return [min(parameter.low + i * parameter.step, highest) for i in range(count)]
+
+
+def grid_size(space: Mapping[str, Parameter]) -> int:
+    """Return the number of cells of a grid."""
+    cells = 1
+    for parameter in space.values():
+        cells *= len(grid_values(parameter))
+    return cells

@@ -1,4 +1,4 @@
-"""What a study varies: parameters by the name of their config field, and a trial's config from their values."""
+"""The search space: parameters named after config fields, and the config of a trial from its values."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError, nearest
 from mainrun.plan.plan import Plan
 
-# what a comparison must hold still: other data, other epochs or another geometry are another task; a seed is no setting
-NEVER = {
-    "seed": "a seed is drawn, not chosen: a study that may choose it fits noise",
-    "epochs": "the epochs are the task's budget",
-    "max_steps": "the steps are the task's budget",
-    **dict.fromkeys(
-        ("corpus", "num_titles", "shuffle", "val_frac", "dev_frac", "tokenizer_fit"), "the data is the task's"
-    ),
-    "official_geometry": "the geometry of the evaluation is the task's",
-    **dict.fromkeys(
-        ("device", "threads", "compile", "attention", "dtype"),
-        "the machine is the study's, under [set] or threads",
-    ),
+DATA_IS_FIXED = "the data is fixed by the task"
+MACHINE_IS_FIXED = "the machine is the same for all trials; set it under [set] or with threads"
+# Fields that must be equal in all trials, because their scores are compared, and the reason for the user.
+NOT_SEARCHABLE = {
+    "seed": "a seed is not a setting, and a study that searches it fits noise",
+    "epochs": "the number of epochs is fixed by the task",
+    "max_steps": "the number of steps is fixed by the task",
+    "corpus": DATA_IS_FIXED,
+    "num_titles": DATA_IS_FIXED,
+    "shuffle": DATA_IS_FIXED,
+    "val_frac": DATA_IS_FIXED,
+    "dev_frac": DATA_IS_FIXED,
+    "tokenizer_fit": DATA_IS_FIXED,
+    "official_geometry": "the geometry of the evaluation is fixed by the task",
+    "device": MACHINE_IS_FIXED,
+    "threads": MACHINE_IS_FIXED,
+    "compile": MACHINE_IS_FIXED,
+    "attention": MACHINE_IS_FIXED,
+    "dtype": MACHINE_IS_FIXED,
 }
-DERIVED = {
-    "timescale": "weight_decay"
-}  # searched in place of it: epochs over which a weight forgets, 1 / (lr * weight_decay * steps)
+# Parameters that are not config fields, and the field that each one sets. `timescale` is the number of epochs
+# over which a weight decays: 1 / (lr * weight_decay * steps).
+DERIVED = {"timescale": "weight_decay"}
 
 
 class Range(BaseModel):
+    """A number between low and high."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     low: float | int
     high: float | int
@@ -41,6 +49,8 @@ class Range(BaseModel):
 
 
 class Choice(BaseModel):
+    """One of a list of values."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     values: list[Any]
     when: dict[str, list[Any]] = {}
@@ -50,102 +60,153 @@ Parameter = Range | Choice
 Space = Mapping[str, Parameter]
 
 
-def known_fields() -> list[str]:
+def searchable_names() -> list[str]:
+    """Return the names that a parameter can have, apart from paths into the growth schedule."""
     return [*TrainConfig.model_fields, *DERIVED]
 
 
+# -- faults of a space
+
+
 def faults(space: Space, base: TrainConfig) -> Iterator[str]:
-    """Everything that is wrong with a space, where a preset stands as it stands."""
+    """Yield a sentence for each fault of a space whose trials start from `base`."""
     if not space:
         yield "space is empty; write at least one [space.FIELD]."
     for name, parameter in space.items():
         where = f"space.{name}"
-        field = name.partition(".")[0]
-        if name in NEVER:
-            yield f"{where}: {NEVER[name]}; remove it."
-            continue
-        if field not in known_fields() or ("." in name and field != "growth"):
-            yield f"{where} is no config field{nearest(field, known_fields())}; `mainrun presets --fields` lists them."
-            continue
-        if field == "growth" and (why := _no_path(base, name)):
-            yield f"{where}: {why}."
-            continue
-        if "." not in name and name not in DERIVED and TrainConfig.class_of(name) == "inert":
-            yield f"{where} changes nothing that is trained; remove it."
+        fault = _name_fault(name, base)
+        if fault:
+            yield f"{where}{fault}."
             continue
         if name in DERIVED and DERIVED[name] in space:
-            yield f"{where} stands for {DERIVED[name]}, which is in the space too; keep one of them."
-        before = len(bad := list(_values(where, parameter)))
-        yield from bad
-        yield from _conditions(where, parameter, space, base)
-        if not before:
-            yield from _outside(where, name, parameter, base)
+            yield f"{where} sets {DERIVED[name]}, which is also in the space; keep one of them."
+        own_faults = list(_parameter_faults(where, parameter))
+        yield from own_faults
+        yield from _condition_faults(where, parameter, space, base)
+        if not own_faults:
+            yield from _config_faults(where, name, parameter, base)
 
 
-def _values(where: str, p: Parameter) -> Iterator[str]:
-    if isinstance(p, Choice):
-        if not p.values:
-            yield f"{where}.values is empty; write at least two values."
-        elif len({repr(v) for v in p.values}) < len(p.values):
-            yield f"{where}.values={p.values} has one of them twice; keep each once."
-        elif odd := [v for v in p.values if not isinstance(v, bool | int | float | str)]:
-            yield f"{where}.values holds {odd[0]!r}; write numbers, texts, true or false."
+def _name_fault(name: str, base: TrainConfig) -> str:
+    """Return why a parameter cannot have this name, or an empty text."""
+    field = name.partition(".")[0]
+    if name in NOT_SEARCHABLE:
+        return f": {NOT_SEARCHABLE[name]}; remove it"
+    if field not in searchable_names() or ("." in name and field != "growth"):
+        suggestion = nearest(field, searchable_names())
+        return f" is not a config field{suggestion}; `mainrun presets --fields` lists them"
+    if field == "growth":
+        fault = _path_fault(name, base)
+        return f": {fault}" if fault else ""
+    if name not in DERIVED and TrainConfig.class_of(name) == "inert":
+        return " has no effect on the training; remove it"
+    return ""
+
+
+def _parameter_faults(where: str, p: Parameter) -> Iterator[str]:
+    if isinstance(p, Range):
+        yield from _range_faults(where, p)
         return
-    if not all(map(math.isfinite, (p.low, p.high))):
-        yield f"{where}: low={p.low} high={p.high} are no numbers; write finite ones."
+    if not p.values:
+        yield f"{where}.values is empty; write at least two values."
+        return
+    if len({repr(value) for value in p.values}) < len(p.values):
+        yield f"{where}.values={p.values} has a value twice; keep each value once."
+        return
+    for value in p.values:
+        if not isinstance(value, bool | int | float | str):
+            yield f"{where}.values contains {value!r}; write numbers, strings, true or false."
+            return
+
+
+def _range_faults(where: str, p: Range) -> Iterator[str]:
+    if not math.isfinite(p.low) or not math.isfinite(p.high):
+        yield f"{where}: low={p.low} high={p.high} must be finite numbers."
     elif p.low > p.high:
         yield f"{where}: low={p.low:g} > high={p.high:g}; swap them."
     elif p.low == p.high:
-        yield f"{where}: low and high are both {p.low:g}, there is nothing to search; write it under [set]."
+        yield f"{where}: low and high are both {p.low:g}: there is nothing to search; write it under [set]."
     if p.log and p.low <= 0:
         yield f"{where}: log=true with low={p.low:g}; a logarithm needs low > 0."
-    if p.step is not None and p.step > 0 and not p.log and p.low < p.high and p.step > p.high - p.low:
-        yield f"{where}: step={p.step:g} is wider than from low={p.low:g} to high={p.high:g}; write a smaller step, or values."
-    if p.step is not None and (p.step <= 0 or p.log):
-        yield f"{where}: step={p.step:g}{' with log=true' if p.log else ''}; write a step above 0, and no log."
+    if p.step is None:
+        return
+    if p.step <= 0 or p.log:
+        logarithm = " with log=true" if p.log else ""
+        yield f"{where}: step={p.step:g}{logarithm}; write a step above 0, and no log."
+    elif p.low < p.high and p.step > p.high - p.low:
+        yield (
+            f"{where}: step={p.step:g} is larger than the range from low={p.low:g} to high={p.high:g}; "
+            "write a smaller step, or values."
+        )
 
 
-def _conditions(where: str, p: Parameter, space: Space, base: TrainConfig) -> Iterator[str]:
-    for other, values in p.when.items():
-        if other not in space:
-            if other not in TrainConfig.model_fields:
-                yield f"{where}.when: {other} is no config field{nearest(other, known_fields())}; name one that is."
-            elif (fixed := getattr(base, other)) not in values:
-                yield f"{where}.when: {other} is {fixed!r} in every trial, never one of {values}; search it too, or remove {where}."
-            continue
-        parent = space[other]
-        if parent.when:
-            yield f"{where}.when: {other} is conditional itself; let {where} depend on what {other} depends on."
-        if isinstance(parent, Choice):
-            if never := [v for v in values if v not in parent.values]:
-                yield f"{where}.when: {other} is never {never[0]!r}; its values: {parent.values}."
-        else:
-            yield f"{where}.when: {other} is a range; a condition needs a parameter with values."
-        if not values:
-            yield f"{where}.when: {other} has no value for which it holds; list at least one."
+def _condition_faults(where: str, p: Parameter, space: Space, base: TrainConfig) -> Iterator[str]:
+    for name, allowed in p.when.items():
+        if name in space:
+            yield from _parent_faults(where, name, allowed, space[name])
+        elif name not in TrainConfig.model_fields:
+            suggestion = nearest(name, searchable_names())
+            yield f"{where}.when: {name} is not a config field{suggestion}; name a field."
+        elif getattr(base, name) not in allowed:
+            yield (
+                f"{where}.when: {name} is {getattr(base, name)!r} in every trial, never one of {allowed}; "
+                f"search {name} too, or remove {where}."
+            )
 
 
-def _outside(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
-    """Values that no config takes, found by asking for the config."""
+def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter) -> Iterator[str]:
+    """Yield the faults of a condition on another parameter of the space."""
+    if parent.when:
+        yield f"{where}.when: {name} has a condition itself; let {where} depend on what {name} depends on."
+    if isinstance(parent, Range):
+        yield f"{where}.when: {name} is a range; a condition needs a parameter with values."
+    else:
+        for value in allowed:
+            if value not in parent.values:
+                yield f"{where}.when: {name} is never {value!r}; its values are {parent.values}."
+                break
+    if not allowed:
+        yield f"{where}.when: {name} has no values, so it is never true; write at least one value."
+
+
+def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
+    """Yield the first value with which no config can be created."""
+    values = p.values if isinstance(p, Choice) else [p.low, p.high]
     if name in DERIVED:
-        if not all(
-            isinstance(v, int | float) and v > 0 for v in (p.values if isinstance(p, Choice) else [p.low])
-        ):
+        smallest = p.values if isinstance(p, Choice) else [p.low]
+        if not all(isinstance(value, int | float) and value > 0 for value in smallest):
             yield f"{where} is a time; its values must be above 0."
         return
-    for value in p.values if isinstance(p, Choice) else [p.low, p.high]:
+    field = name.partition(".")[0]
+    for value in values:
         try:
-            changed(base, {name: value})
+            with_values(base, {name: value})
         except ConfigError as e:
-            if (
-                name.partition(".")[0] in str(e).partition(":")[0]
-            ):  # not a quarrel with another field, which the space may settle
-                yield f"{where}: {value!r} is no value of it: {e}."
+            # Ignore a conflict with another field: the space may resolve it.
+            if field in str(e).partition(":")[0]:
+                yield f"{where}: {value!r} is not allowed: {e}."
                 return
 
 
-def _parts_below(node: Any) -> str:
-    """What a path into a schedule can name next."""
+def _path_fault(name: str, base: TrainConfig) -> str:
+    """Return why a path such as growth.ops.0.value leads nowhere in the schedule, or an empty text."""
+    node: Any = base.growth.data()
+    keys = name.split(".")[1:]
+    if not keys:
+        return "name a value of the schedule, such as growth.ops.0.trigger.budget_frac"
+    for i, key in enumerate(keys):
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+        else:
+            parent = ".".join(keys[:i]) or "growth"
+            return f"the preset's schedule has no {key!r} in {parent}; allowed: {_keys_of(node)}"
+    return ""
+
+
+def _keys_of(node: Any) -> str:
+    """Return the keys with which a path into the schedule can continue."""
     if isinstance(node, list) and node:
         return f"0..{len(node) - 1}"
     if isinstance(node, dict):
@@ -153,56 +214,52 @@ def _parts_below(node: Any) -> str:
     return "nothing"
 
 
-def _no_path(base: TrainConfig, name: str) -> str:
-    node: Any = base.growth.data()
-    parts = name.split(".")[1:]
-    for i, part in enumerate(parts):
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, dict) and part in node:
-            node = node[part]
-        else:
-            got = ".".join(parts[:i]) or "growth"
-            return f"the preset's schedule has no {part!r} in {got}; there: {_parts_below(node)}"
-    return "" if parts else "name what of the schedule, like growth.ops.0.trigger.budget_frac"
+# -- the config of a trial
 
 
-def active(space: Space, values: Mapping[str, Any], base: TrainConfig) -> dict[str, Parameter]:
-    """The parameters whose conditions hold where these values (of those without conditions) stand."""
+def active_parameters(space: Space, values: Mapping[str, Any], base: TrainConfig) -> dict[str, Parameter]:
+    """Return the parameters whose conditions are true for the values of the unconditional parameters."""
+    active: dict[str, Parameter] = {}
+    for name, parameter in space.items():
+        conditions = parameter.when.items()
+        if all(values.get(other, getattr(base, other, None)) in allowed for other, allowed in conditions):
+            active[name] = parameter
+    return active
 
-    def holds(p: Parameter) -> bool:
-        return all(
-            values.get(other, getattr(base, other, None)) in allowed for other, allowed in p.when.items()
-        )
 
-    return {name: p for name, p in space.items() if holds(p)}
+def with_values(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return the base with other values of fields and of the growth schedule. Derived parameters are ignored.
 
-
-def changed(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """The config of a trial. A ConfigError where the values do not go together."""
+    Raises ConfigError if the values do not form a valid config.
+    """
     fields = base.model_dump()
     growth = base.growth.data()
     for name, value in values.items():
         if name in DERIVED:
             continue
         if "." in name:
-            *path, last = name.split(".")[1:]
-            node: Any = growth
-            for part in path:
-                node = node[int(part)] if isinstance(node, list) else node[part]
-            node[int(last) if isinstance(node, list) else last] = value
+            _set_path(growth, name.split(".")[1:], value)
+            fields["growth"] = growth
         else:
             fields[name] = value
-    if any("." in name for name in values):
-        fields["growth"] = growth
     return from_dict(fields | {"preset": base.preset})
 
 
-def resolved(base: TrainConfig, values: Mapping[str, Any], train_tokens: int | None) -> TrainConfig:
-    """With derived parameters turned into the fields they stand for. train_tokens: of an epoch."""
-    cfg = changed(base, values)
+def _set_path(node: Any, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        node = node[_index(node, key)]
+    node[_index(node, keys[-1])] = value
+
+
+def _index(node: Any, key: str) -> Any:
+    return int(key) if isinstance(node, list) else key
+
+
+def trial_config(base: TrainConfig, values: Mapping[str, Any], train_tokens: int | None) -> TrainConfig:
+    """Return the config of a trial, derived parameters included. `train_tokens` is the length of an epoch."""
+    cfg = with_values(base, values)
     if "timescale" in values:
         assert train_tokens is not None
         steps = Plan(cfg, train_tokens).steps
-        cfg = changed(cfg, {"weight_decay": 1 / (cfg.lr * float(values["timescale"]) * steps)})
+        cfg = with_values(cfg, {"weight_decay": 1 / (cfg.lr * float(values["timescale"]) * steps)})
     return cfg

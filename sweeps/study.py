@@ -1,21 +1,21 @@
-"""A study file: what is searched, by which sampler, for how much. TOML in, a checked `Study` out, with everything that is wrong at once.
+"""Study files: their keys, how they are read, and the messages for invalid ones. An example:
 
 name = "lr"
 preset = "optimized"
-[set]                     # on top of the preset, in every trial
+[set]                     # changes to the preset, for every trial
 dev_frac = 0.1
-[space.lr]                # a config field, or a path into the growth schedule like "growth.ops.1.trigger.budget_frac"
+[space.lr]                # a config field, or a path into the growth schedule such as "growth.ops.1.value"
 low = 1e-3
 high = 3e-2
 log = true
 [space.momentum]
 values = [0.9, 0.95]
 when = { optimizer = ["muon", "sgd"] }
-[budget]                  # the first that ends
+[budget]                  # the study ends when the first of its limits is reached
 trials = 24
 [rungs]
-at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation go on from their checkpoints
-score = "branch"          # by what they score after a short decay (sweeps/branch.py), not at their peak rate
+at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation train on from there
+score = "branch"          # compare scores after a short decay (branch.py), not at the peak learning rate
 """
 
 from __future__ import annotations
@@ -33,18 +33,22 @@ from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 from mainrun.plan.recipes import load
-from sweeps import branch
-from sweeps.space import Choice, Range, faults
+from sweeps import branch, space
+from sweeps.sampling import SamplerSettings
+from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
+MAX_FAULTS = 10  # named one by one
 
 
-class Part(BaseModel):
+class StudyTable(BaseModel):
+    """A table of a study file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Budget(Part):
-    """The first of these that is spent ends the study."""
+class Budget(StudyTable):
+    """The limits of a study, which ends when it reaches the first of them."""
 
     trials: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     tokens: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
@@ -52,50 +56,46 @@ class Budget(Part):
     minutes: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
 
 
-class Sampler(Part):
-    name: Literal["tpe", "gp", "cmaes", "random", "grid", "qmc"] = "tpe"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    startup: Annotated[int, Field(ge=1, le=10_000, description="random trials before the sampler learns")] = 8
-    generation: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=1000,
-            description="trials asked at once, from the results up to the generation before the last",
-        ),
-    ] = 4
+class Rungs(StudyTable):
+    """The steps at which the best trials of a generation are promoted and the others are pruned."""
 
-
-class Rungs(Part):
     at: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
         Field(min_length=1, strict=False, description="shares of a trial's steps"),
     ] = (0.25,)
     keep: Annotated[
         float,
-        Field(gt=0, le=1, description="share of a generation that goes on; 1: all, which measures the rungs"),
+        Field(
+            gt=0,
+            le=1,
+            description="share of a generation that is promoted; "
+            "1 promotes all, to measure how well the scores of rungs predict the final scores",
+        ),
     ] = 0.5
     score: Annotated[
         Literal["raw", "branch"],
-        Field(
-            description="raw: where the trial stands; branch: after a short decay of its own (wsd), beside it"
-        ),
+        Field(description="raw: the trial's own score; branch: the score after a short decay (wsd only)"),
     ] = "raw"
     branch: Annotated[
-        float,
-        Field(gt=0, le=1, description="steps that a branch goes beyond its rung, as a share of those so far"),
+        float, Field(gt=0, le=1, description="length of a branch, as a share of the steps before its rung")
     ] = 0.1
 
 
-class Evidence(Part):
+class Confirmation(StudyTable):
+    """How the best trials are compared with the base on new seeds."""
+
     noise_seeds: Annotated[
-        int, Field(ge=2, le=100, description="other seeds of the base: the noise floor")
+        int, Field(ge=2, le=100, description="number of seeds of the base that measure the noise floor")
     ] = 5
-    seeds: Annotated[int, Field(ge=2, le=100, description="fresh seeds that confirm")] = 5
-    best: Annotated[int, Field(ge=1, le=20, description="trials that are confirmed")] = 2
+    seeds: Annotated[
+        int, Field(ge=2, le=100, description="number of new seeds for the base and for each confirmed trial")
+    ] = 5
+    best: Annotated[int, Field(ge=1, le=20, description="number of trials to confirm")] = 2
 
 
-class Study(Part):
+class Study(StudyTable):
+    """A search: what is varied, how the values are chosen, and for how long."""
+
     name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,59}$")]
     about: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
     preset: str = "optimized"
@@ -103,210 +103,282 @@ class Study(Part):
     space: dict[str, Range | Choice]
     objective: Literal["dev/full", "dev/official"] = "dev/full"
     budget: Budget = Budget(trials=24)
-    sampler: Sampler = Sampler()
+    sampler: SamplerSettings = SamplerSettings()
     rungs: Rungs | None = None
-    evidence: Evidence = Evidence()
+    evidence: Confirmation = Confirmation()
     threads: Annotated[
-        int, Field(ge=1, le=1024, description="of a trial: they change its bits, so they are the study's")
+        int,
+        Field(
+            ge=1, le=1024, description="CPU threads of a trial; part of the study, since they change the bits"
+        ),
     ] = 1
-    workers: Annotated[int, Field(ge=0, le=10_000, description="0: as many as the cores hold")] = 0
+    workers: Annotated[
+        int, Field(ge=0, le=10_000, description="trials at the same time; 0: as many as the cores allow")
+    ] = 0
     engine: Annotated[
-        Literal["local", "ray"], Field(description="who starts the workers: this machine, or a Ray cluster")
+        Literal["local", "ray"], Field(description="where workers run: on this machine, or on a Ray cluster")
     ] = "local"
     address: Annotated[
         str,
         Field(
-            description="Ray: auto, or HOST:PORT of a cluster's head; empty: one of our own on this machine"
+            description="Ray: auto, or HOST:PORT of a cluster's head; empty: start a cluster on this machine"
         ),
     ] = ""
-    gpus: Annotated[float, Field(ge=0, le=64, description="Ray: of a trial; 0.25 puts four on a GPU")] = 0.0
+    gpus: Annotated[
+        float, Field(ge=0, le=64, description="Ray: GPUs of a trial; 0.25 puts four trials on a GPU")
+    ] = 0.0
     storage: Annotated[
         str,
         Field(
             repr=False,
-            description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: SQLite in the study's folder",
+            description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: in the study's folder",
         ),
     ] = ""
 
     @field_serializer("storage")
-    def _written(self, url: str) -> str:
-        return without_password(url)  # what is written of a study is handed on
+    def _serialize_storage(self, url: str) -> str:
+        return without_password(url)  # because the files of a study may be shared
 
-    # what may change while a study goes on: how much of it there is, who trains it, where it is written
+    # These may change when a study is resumed, because they do not change its trials.
     FREE: ClassVar = {"about", "budget", "evidence", "workers", "engine", "address", "gpus", "storage"}
 
     @property
     def digest(self) -> str:
-        """Of all that decides what the trials are."""
+        """A hash of everything that decides the trials."""
         data = self.model_dump(exclude=self.FREE, mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def base(self) -> TrainConfig:
-        """Trial 0, and what all others change."""
-        found = load(
-            self.preset,
-            [f"{key}={_toml(value)}" for key, value in {"threads": self.threads, **self.set}.items()],
-        )
-        if len(found) > 1:
+        """The config of trial 0, which all other trials change."""
+        fields = {"threads": self.threads, **self.set}
+        settings = [f"{key}={_setting(value)}" for key, value in fields.items()]
+        configs = load(self.preset, settings)
+        if len(configs) > 1:
             raise ConfigError(
-                f"preset {self.preset!r} has {len(found)} steps, a study begins with one; write {found[-1].preset!r}, say"
+                f"preset {self.preset!r} has {len(configs)} steps, but a study starts from one config; "
+                f"write one of its steps, such as {configs[-1].preset!r}"
             )
-        return found[0]
+        return configs[0]
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
+def _setting(value: Any) -> str:
+    """Return a value as `--set` reads it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def set_arguments(study: Study, cfg: TrainConfig) -> list[str]:
+    """Return the KEY=VALUE texts that turn the study's preset into a config."""
+    preset = load(study.preset)[0]
+    settings = []
+    for name in TrainConfig.model_fields:
+        value = getattr(cfg, name)
+        if name == "preset" or value == getattr(preset, name):
+            continue
+        if name == "growth":
+            settings.append(f"growth={json.dumps(value.data())}")
+        elif value is None:
+            settings.append(f"{name}=none")
+        else:
+            settings.append(f"{name}={_setting(value)}")
+    return settings
 
 
 def without_password(url: str) -> str:
-    """libpq finds it elsewhere: PGPASSWORD, ~/.pgpass."""
+    """Remove the password from a database URL.
+
+    PostgreSQL can read it from PGPASSWORD or ~/.pgpass instead.
+    """
     url = re.sub(r"^([\w+]+://[^:/@?]*):.*@", r"\1@", url, flags=re.DOTALL)
     return re.sub(r"(?<=[?&])(ssl)?password=[^&]*&?", "", url).rstrip("?&")
 
 
-def names() -> list[str]:
+# -- reading a study
+
+
+def built_in_names() -> list[str]:
     return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
 
 
-def read(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
-    """A built-in study or a file; `sets` go on top of its [set], `changes` of its keys. A ConfigError names every fault."""
-    built_in = "/" not in place and not place.endswith(".toml")
-    path = _file_of(place, built_in)
+def read_study(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
+    """Read a built-in study or a study file.
+
+    `sets` are added to its [set] table and `changes` replace its keys. Raises ConfigError with every fault.
+    """
+    is_name = "/" not in place and not place.endswith(".toml")
+    path = _study_file(place, is_name)
     try:
-        text = inputs.read_text(path)
+        data = inputs.parse_toml(_read_text(path))
     except inputs.BadInput as e:
-        raise ConfigError(f"study {path} {e}") from None
-    try:
-        data = inputs.parse_toml(text)
-    except inputs.BadInput as e:
-        hint = "write a study as `mainrun sweep run demo --schema` describes it"
+        hint = "`mainrun sweep run demo --schema` prints the schema of a study file"
         raise ConfigError(f"study {path} is not valid TOML: {e}; {hint}") from None
     data.setdefault("name", path.stem)
-    if sets:
-        data["set"] = (
-            {**data.get("set", {}), **sets} if isinstance(data.get("set", {}), dict) else data["set"]
-        )
-    given = [f"--set {key}={inputs.shortened(str(value), 80)}" for key, value in (sets or {}).items()]
-    given += [
-        f"--{'as' if key == 'name' else key} {without_password(str(value))}" for key, value in changes.items()
-    ]
-    return checked(data | changes, " ".join([place if built_in else str(path), *given]))
+    preset_changes = data.get("set", {})
+    if sets and isinstance(preset_changes, dict):
+        data["set"] = {**preset_changes, **sets}
+    source = [place if is_name else str(path)]
+    for key, value in (sets or {}).items():
+        source.append(f"--set {key}={inputs.shortened(str(value), 80)}")
+    for key, value in changes.items():
+        option = "as" if key == "name" else key
+        source.append(f"--{option} {without_password(str(value))}")
+    return validate_study(data | changes, " ".join(source))
 
 
-def _file_of(place: str, built_in: bool) -> Path:
-    known = names()
-    allowed = f"allowed: {', '.join(known)}, or a file ending in .toml"
-    if built_in and place in known:
+def _read_text(path: Path) -> str:
+    try:
+        return inputs.read_text(path)
+    except inputs.BadInput as e:
+        raise ConfigError(f"study {path} {e}") from None
+
+
+def _study_file(place: str, is_name: bool) -> Path:
+    """Return the file of a study that is given by its name or by its path."""
+    names = built_in_names()
+    allowed = f"allowed: {', '.join(names)}, or a file ending in .toml"
+    if is_name and place in names:
         return BUILT_IN / f"{place}.toml"
-    if built_in:
-        raise ConfigError(f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}; {allowed}")
-    why = inputs.not_a_file(Path(place))
-    if why == "does not exist":
+    if is_name:
+        raise ConfigError(f"unknown study {inputs.shown(place, 80)}{nearest(place, names)}; {allowed}")
+    problem = inputs.not_a_file(Path(place))
+    if problem == "does not exist":
         raise ConfigError(
-            f"unknown study {inputs.shown(place, 80)}{nearest(place, known)}, no such file; {allowed}"
+            f"unknown study {inputs.shown(place, 80)}{nearest(place, names)}, no such file; {allowed}"
         )
-    if why:
-        raise ConfigError(f"study {inputs.shown(place, 80)} {why}; {allowed}")
+    if problem:
+        raise ConfigError(f"study {inputs.shown(place, 80)} {problem}; {allowed}")
     return Path(place)
 
 
-def checked(data: dict[str, Any], where: str) -> Study:
+def validate_study(data: dict[str, Any], source: str) -> Study:
+    """Check the data of a study file.
+
+    Raises ConfigError with its faults; `source` says where the data came from.
+    """
     try:
         study = Study.model_validate(data)
     except ValidationError as e:
-        named = inputs.first_ten(_explain(e, data), "faults")
-        raise ConfigError("\n".join([f"study {where} cannot be searched", *named])) from None
-    if wrong := list(inputs.first_ten(_wrong(study), "faults")):
-        raise ConfigError("\n".join([f"study {where} cannot be searched", *wrong]))
-    return study
+        faults = list(inputs.first_ten(_validation_faults(e, data), "faults"))
+    else:
+        faults = list(inputs.first_ten(_study_faults(study), "faults"))
+        if not faults:
+            return study
+    raise ConfigError("\n".join([f"study {source} cannot be searched", *faults]))
 
 
-def _explain(e: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Each fault once. A name is compared with those that are allowed only as long as a person reads on."""
+# -- faults of a study
+
+
+def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each fault that pydantic found, each once.
+
+    Only the first ten get suggestions, which are slow.
+    """
     seen: set[str] = set()
-    for error in e.errors():
-        if _holds_others(error, e):
+    for detail in error.errors():
+        if _follows_from_another(detail, error):
             continue
-        text = _fault(error, data, guess=len(seen) < 10)
+        text = _explain(detail, data, suggest=len(seen) < MAX_FAULTS)
         if text not in seen:
             seen.add(text)
             yield text
 
 
-def _holds_others(error: Any, e: ValidationError) -> bool:
-    """A list is too short because what was in it is wrong, and that is said."""
-    if error["type"] != "too_short" or not error.get("input"):
+def _follows_from_another(detail: Any, error: ValidationError) -> bool:
+    """Whether a list is too short only because its items are invalid, which is reported already."""
+    if detail["type"] != "too_short" or not detail.get("input"):
         return False
-    return any(other["loc"][:-1] == error["loc"] for other in e.errors())
+    return any(other["loc"][:-1] == detail["loc"] for other in error.errors())
 
 
-PARTS: dict[str, type[BaseModel]] = {
+TABLES: dict[str, type[BaseModel]] = {
     "": Study,
     "budget": Budget,
-    "sampler": Sampler,
+    "sampler": SamplerSettings,
     "rungs": Rungs,
-    "evidence": Evidence,
+    "evidence": Confirmation,
 }
+PARAMETER_KEYS = ["low", "high", "log", "step", "values", "when"]
 
 
-def _fault(error: Any, data: dict[str, Any], guess: bool) -> str:
-    place = [str(part) for part in error["loc"] if part not in ("Range", "Choice")]
-    if len(place) > 1 and place[0] == "space":  # it fits neither of the two kinds
-        got = inputs.shown(data["space"][place[1]])
-        return f"space.{place[1]} is no parameter: write low and high (and log, step), or values; got {got}."
-    name, got = ".".join(place), inputs.shown(error.get("input"))
-    if error["type"] == "extra_forbidden":
-        parent = PARTS.get(".".join(place[:-1]))
-        allowed = list(parent.model_fields) if parent else ["low", "high", "log", "step", "values", "when"]
-        meant = nearest(place[-1], allowed) if guess else ""
-        return f"unknown key {inputs.shortened(name, 80)}{meant}; allowed: {', '.join(allowed)}."
-    if error["type"] == "string_pattern_mismatch":
-        instead = (
-            "letters, digits and _.- (60 of them at most, a letter, digit or _ first)"
-            if name == "name"
-            else "text on one line"
+def _explain(detail: Any, data: dict[str, Any], suggest: bool) -> str:
+    """Return a sentence for one fault that pydantic found."""
+    keys = [str(key) for key in detail["loc"] if key not in ("Range", "Choice")]
+    if len(keys) > 1 and keys[0] == "space":  # a parameter that is neither a Range nor a Choice
+        got = inputs.shown(data["space"][keys[1]])
+        return (
+            f"space.{keys[1]} is not a parameter: write low and high (and log, step), or values; got {got}."
         )
-        return f"{name}={got} is not allowed; write {instead}."
-    if error["type"] == "missing":
+    name = ".".join(keys)
+    got = inputs.shown(detail.get("input"))
+    if detail["type"] == "extra_forbidden":
+        table = TABLES.get(".".join(keys[:-1]))
+        allowed = list(table.model_fields) if table else PARAMETER_KEYS
+        suggestion = nearest(keys[-1], allowed) if suggest else ""
+        return f"unknown key {inputs.shortened(name, 80)}{suggestion}; allowed: {', '.join(allowed)}."
+    if detail["type"] == "string_pattern_mismatch":
+        allowed_text = "text on one line"
+        if name == "name":
+            allowed_text = "at most 60 letters, digits and _.- that start with a letter, a digit or _"
+        return f"{name}={got} is not allowed; write {allowed_text}."
+    if detail["type"] == "missing":
         return f"{name} is missing; write it."
-    return f"{name}={got} is not allowed: {error['msg']}."
+    return f"{name}={got} is not allowed: {detail['msg']}."
 
 
-def _wrong(study: Study) -> Iterator[str]:
+def _study_faults(study: Study) -> Iterator[str]:
+    """Yield a sentence for each fault that concerns several keys, or the config."""
     try:
         base = study.base()
     except ConfigError as e:
         yield f"preset {study.preset!r} with [set]: {e}."
         return
     if not base.dev_frac:
-        yield "dev_frac=0: there is no dev split to search on, and val must not be looked at; write dev_frac = 0.1 under [set]."
-    yield from faults(study.space, base)
-    if study.sampler.name == "grid" and any(
-        isinstance(p, Range) and p.step is None for p in study.space.values()
-    ):
-        yield "sampler.name='grid' needs values, or a step with low and high, for every parameter."
+        yield (
+            "dev_frac=0: there is no dev split to search on, and the val split must not be used for it; "
+            "write dev_frac = 0.1 under [set]."
+        )
+    yield from space.faults(study.space, base)
+    if study.sampler.name == "grid" and any(_is_continuous(p) for p in study.space.values()):
+        yield "sampler.name='grid' needs values, or low, high and step, for every parameter."
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
-        yield f"rungs.at={list(study.rungs.at)} is not ascending; write shares of the steps, each above the one before."
-    url = study.storage
-    if re.fullmatch(r"sqlite:///(:memory:|file::memory:.*)?", url):
-        yield f"storage={url!r} is in memory, and would be lost; write sqlite:///FILE."
-    elif url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
-        yield f"storage={without_password(url)!r} is not allowed; write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
-    elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
-        yield "storage: a password has @ as %40 and / as %2F in a URL; write these, or leave it to PGPASSWORD."
+        yield f"rungs.at={list(study.rungs.at)} is not ascending; sort the shares and write each once."
+    yield from _storage_faults(study.storage)
     if study.rungs and study.rungs.score == "branch":
         yield from branch.faults(study.space, base)
     if study.engine != "ray" and (study.address or study.gpus):
         got = f"address={study.address!r}" if study.address else f"gpus={study.gpus:g}"
-        yield f"{got} with engine='local': it is for Ray's; write engine = \"ray\" (--engine ray), or remove it."
+        fix = 'write engine = "ray" (--engine ray), or remove it'
+        yield f"{got} with engine='local': only Ray uses it; {fix}."
     if study.engine == "ray" and base.device == "cuda" and not study.gpus:
-        yield "set.device='cuda' with engine='ray' and gpus=0: Ray gives a GPU to who asks for it; write gpus = 1, or a share of one."
+        yield (
+            "set.device='cuda' with engine='ray' and gpus=0: a trial gets only the GPUs that it requests; "
+            "write gpus = 1, or a share of one."
+        )
     if not any(study.budget.model_dump().values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of a study file."""
+def _is_continuous(parameter: Range | Choice) -> bool:
+    return isinstance(parameter, Range) and parameter.step is None
+
+
+def _storage_faults(url: str) -> Iterator[str]:
+    if re.fullmatch(r"sqlite:///(:memory:|file::memory:.*)?", url):
+        yield f"storage={url!r} is in memory and would be lost; write sqlite:///FILE."
+    elif url and not re.match(r"(sqlite:///|postgresql(\+\w+)?://)", url):
+        yield (
+            f"storage={without_password(url)!r} is not allowed; "
+            "write sqlite:///FILE or postgresql://USER@HOST/DATABASE."
+        )
+    elif url.startswith("postgresql") and re.search("[@/].*@", url.partition("://")[2]):
+        yield (
+            "storage: in the password of a URL, write @ as %40 and / as %2F; "
+            "or omit the password and set PGPASSWORD."
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a study file."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mainrun study",

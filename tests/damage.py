@@ -127,23 +127,23 @@ def _search(folder: Path) -> None:
     from mainrun.data.token_cache import prepare
     from sweeps.confirm import confirm
     from sweeps.driver import Search
-    from sweeps.export import export
-    from sweeps.folder import begin, owned
-    from sweeps.study import checked
+    from sweeps.export import write_export
+    from sweeps.folder import locked_folder, write_study_json
+    from sweeps.study import validate_study
 
-    study, place = checked(STUDY, "tiny"), folder / "studies" / "tiny"
+    study, place = validate_study(STUDY, "tiny"), folder / "studies" / "tiny"
     base = study.base()
     corpus = load_corpus(base)
-    with owned(place, study):
+    with locked_folder(place, study):
         known = {
             "train_tokens": len(prepare(base, corpus).splits["train"]),
             "fingerprints": corpus.fingerprints,
         }
         (place / "tokens.json").write_text(json.dumps(known), encoding="utf-8")
         search = Search(study, place, SameProcess(), lambda text: None, lambda: None)
-        begin(place, study, "mainrun sweep tiny.toml")
+        write_study_json(place, study, "mainrun sweep tiny.toml")
         search.run()
-        export(search, confirm(search))
+        write_export(search, confirm(search))
     lines = [f"{key} = {json.dumps(STUDY[key])}" for key in ("name", "preset", "workers")]
     lines += [
         f"{part}.{key} = {_toml(value)}"

@@ -1,4 +1,4 @@
-"""What the tests of `sweeps` share: small studies, and an engine that writes the files of a run without training it."""
+"""Helpers for the tests of `sweeps`: small studies, and an engine that writes runs without training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from mainrun.config import TrainConfig
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
-from sweeps.driver import Search, Trial
+from sweeps.driver import Search
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.ledger import Ledger
-from sweeps.study import Study, checked
+from sweeps.study import Study, validate_study
+from sweeps.trial import Trial
 
 STEPS = 10  # of a run
 TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1
@@ -29,58 +30,58 @@ FIELDS: dict[str, Any] = {key: value for key, value in TINY.items() if key != "t
 }
 SPACE: dict[str, Any] = {"lr": {"low": 1e-3, "high": 0.1, "log": True}}
 
-Scores = Callable[[TrainConfig, int], float]
+ScoreFunction = Callable[[TrainConfig, int], float]  # of a run at a step
 
 
 def make_study(fields: Mapping[str, Any] | None = None, **keys: Any) -> Study:
     data: dict[str, Any] = {"name": "tiny", "preset": "baseline", "space": SPACE, "budget": {"trials": 6}}
     data |= {"sampler": {"name": "random", "generation": 3}, "set": FIELDS | dict(fields or {})}
-    return checked(data | keys, "tiny")
+    return validate_study(data | keys, "tiny")
 
 
 def make_search(folder: Path, study: Study, engine: Any) -> Search:
-    """A search whose number of training tokens is known already, so that it starts no trainer to learn it."""
+    """Create a search that starts no trainer, because tokens.json has the number of training tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.json").write_text(json.dumps({"train_tokens": TRAIN_TOKENS}))
-    search = Search(study, folder, engine, lambda text: None, lambda: None)
-    engine.search = search
-    return search
+    return Search(study, folder, engine, lambda text: None, lambda: None)
+
+
+def no_score(cfg: TrainConfig, step: int) -> float:
+    return -1.0
 
 
 class Trainer:
-    """Writes the rows, the status and the summary of a run up to the step that a task asks for."""
+    """An engine that writes the files of a run up to the step of its task, without training."""
 
-    def __init__(self, score: Scores, workers: int = 1) -> None:
-        self.score, self.workers = score, workers
-        self.search: Search
+    def __init__(self, score: ScoreFunction, workers: int = 1) -> None:
+        self.score = score
+        self.workers = workers
         self.tasks: list[Task] = []
         self.trained: list[TrainConfig] = []
         self.diverging: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failing: Callable[[TrainConfig], bool] = lambda cfg: False
-        self.failure = Outcome(False, why="no such corpus")
+        self.failure = Outcome(False, reason="no such corpus")
         self.reused = 0  # steps at the beginning of each run that come from the store
-        self.val: Scores = lambda cfg, step: -1.0
+        self.val: ScoreFunction = no_score
         self.closed = False
 
     def train(self, task: Task) -> Outcome:
         cfg = load(task.preset, list(task.sets))[0]
         self.tasks.append(task)
         self.trained.append(cfg)
-        end = Plan(cfg, TRAIN_TOKENS).steps
-        until = task.until or end
         if self.failing(cfg):
             return self.failure
         diverged = self.diverging(cfg)
         write_run(
             task.out / cfg.run_id,
             cfg,
-            until,
+            task.until or Plan(cfg, TRAIN_TOKENS).steps,
             self.score,
             self.val,
             self.reused,
             done=not task.until and not diverged,
         )
-        return Outcome(not diverged, diverged=diverged, why="the loss is inf" if diverged else "")
+        return Outcome(not diverged, diverged=diverged, reason="the loss is inf" if diverged else "")
 
     def close(self) -> None:
         self.closed = True
@@ -90,12 +91,12 @@ def write_run(
     folder: Path,
     cfg: TrainConfig,
     until: int,
-    score: Scores,
-    val: Scores = lambda cfg, step: -1.0,
+    score: ScoreFunction,
+    val: ScoreFunction = no_score,
     reused: int = 0,
     done: bool = True,
 ) -> RunDir:
-    """The files of a run up to a step. The first `reused` steps come from the store."""
+    """Write the files of a run up to a step. The first `reused` steps come from the store."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     eval_steps = Plan(cfg, TRAIN_TOKENS).eval_steps
@@ -105,15 +106,14 @@ def write_run(
             rows += [eval_row("dev", step, score(cfg, step)), eval_row("val", step, val(cfg, step))]
     write_rows(folder, rows)
     (folder / "config.json").write_text(json.dumps({"config": cfg.model_dump(), "digest": cfg.digest}))
-    (folder / "status.json").write_text(
-        json.dumps({"state": "done" if done else "interrupted", "step": until})
-    )
+    status = {"state": "done" if done else "interrupted", "step": until}
+    (folder / "status.json").write_text(json.dumps(status))
     if done:
         last = {
             "val": score_of("val", until, val(cfg, until)),
             "dev": score_of("dev", until, score(cfg, until)),
         }
-        scores = {split: {"last": found, "best": score_of(split, 1, 0.0)} for split, found in last.items()}
+        scores = {split: {"last": row, "best": score_of(split, 1, 0.0)} for split, row in last.items()}
         (folder / "summary.json").write_text(json.dumps({"scores": scores}))
     return RunDir(folder)
 
@@ -132,8 +132,9 @@ def step_row(
         "seconds": seconds,
         "loss": 5.0,
         "lr": 0.1,
+        "grad_norm": 1.0,
     }
-    return row | {"grad_norm": 1.0} | ({"reused": True} if reused else {})
+    return row | {"reused": True} if reused else row
 
 
 def eval_row(split: str, step: int, full: float) -> dict[str, Any]:
@@ -141,20 +142,21 @@ def eval_row(split: str, step: int, full: float) -> dict[str, Any]:
 
 
 def score_of(split: str, step: int, full: float) -> dict[str, Any]:
-    """`official` is `full` plus 10, so that no test takes one for the other."""
-    found = {
+    """A score whose `official` is `full` plus 10, so that no test confuses them."""
+    return {
         "step": step,
         "split": split,
         "full": full,
         "official": full + 10,
         "loss": 5.0,
         "bits_per_byte": 1.0,
+        "coverage": 0.98,
+        "tokens": 1000,
     }
-    return found | {"coverage": 0.98, "tokens": 1000}
 
 
-class Script:
-    """Gives the trials prepared values, and notes what a sampler would be asked and told."""
+class ScriptedSampler:
+    """A sampler with prepared values, which records the calls of the driver."""
 
     def __init__(
         self, values: Callable[[int], dict[str, Any]] = lambda number: {"lr": 0.01 + 0.001 * number}
@@ -166,19 +168,19 @@ class Script:
         self.calls.append(("ask", number))
         return self.values(number) if number else {}
 
-    def tell(self, number: int, values: Mapping[int, float], finished: bool) -> None:
-        self.calls.append(("tell", number, dict(values), finished))
+    def tell(self, number: int, scores: Mapping[int, float], completed: bool) -> None:
+        self.calls.append(("tell", number, dict(scores), completed))
 
 
-class Database:
-    """Stands in for Optuna's database, which takes a second to make: the trials that are over, in their order."""
+class FakeDatabase:
+    """Replaces Optuna's database, which takes a second to create. It keeps the finished trials in order."""
 
     def __init__(self, study: Study, folder: Path, note: Callable[[str], None], written: int = 0) -> None:
         self.written = written
         self.rows: list[tuple[Any, ...]] = []
 
-    def write(self, trials: list[Trial], spent: Callable[[Trial], Ledger]) -> None:
-        while self.written < len(trials) and trials[self.written].over:
+    def write(self, trials: list[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
+        while self.written < len(trials) and trials[self.written].is_finished:
             trial = trials[self.written]
-            self.rows.append((trial.number, trial.state, dict(trial.scores), spent(trial)))
+            self.rows.append((trial.number, trial.state, dict(trial.scores), cost_of(trial)))
             self.written += 1

@@ -33,7 +33,7 @@ from typing import Any
 # imported once, before the first session
 WARM = (
     "mainrun.cli", "mainrun.train", "mainrun.run.batch", "mainrun.ui.compare", "mainrun.core.moe", "mainrun.core.lora", "mainrun.growth.controller",
-    "sweeps.cli", "sweeps.study", "sweeps.driver", "sweeps.confirm", "sweeps.export", "sweeps.folder", "sweeps.record", "sweeps.sampling",
+    "sweeps.cli", "sweeps.study", "sweeps.driver", "sweeps.confirm", "sweeps.export", "sweeps.folder", "sweeps.database", "sweeps.sampling",
     "sweeps.branch", "sweeps.engine.local", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors.torch", "optuna", "sqlalchemy",
     "sqlalchemy.dialects.sqlite", "scipy.stats", "pyarrow.parquet", "rich.console", "rich.table", "rich.box", "tomllib", "torch._dynamo",
 )  # fmt: skip

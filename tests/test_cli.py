@@ -666,7 +666,7 @@ def test_svg_does_not_overwrite_other_files(tmp_path: Path) -> None:
 
 
 def test_an_export_does_not_overwrite_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sweeps.folder.finished", lambda folder: {})
+    monkeypatch.setattr("sweeps.folder.read_export", lambda folder: {})
     (tmp_path / "study.json").write_text("mine")
     refused(invoke("sweep", "export", "demo", tmp_path), "study.json", "not an export", "another folder")
     assert (tmp_path / "study.json").read_text() == "mine"

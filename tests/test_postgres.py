@@ -1,4 +1,4 @@
-"""Studies on a real PostgreSQL server: Debian's, started here on a free port in a folder that goes afterwards."""
+"""Studies on a real PostgreSQL server, which is started on a free port in a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sweeps import AtOnce, Pretended, command, made, told, write
+from test_sweeps import FormulaSearch, InstantEngine, command, facts, tiny_study, write_study_file
 
 from mainrun.errors import UsageError
-from sweeps.record import Record
+from sweeps.database import StudyDatabase
 
-PASSWORD = "p4:s%s"  # as it stands in a URL: p4%3As%25s
+PASSWORD = "p4:s%s"  # in a URL: p4%3As%25s
 BIN = max(
     Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path("/none")
 )
 
 
 class Server:
-    """initdb and postgres refuse root: there they are another user's."""
+    """A PostgreSQL server. It refuses to run as root, so then it runs as another user."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,8 +82,8 @@ class Server:
         import psycopg
 
         with psycopg.connect(self.url(database), autocommit=True) as link:
-            found = link.execute(text)  # type: ignore[call-overload]
-            return found.fetchall() if found.description else []
+            result = link.execute(text)  # type: ignore[call-overload]
+            return result.fetchall() if result.description else []
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def server() -> Iterator[Server]:
     pytest.importorskip("psycopg", reason="needs pip install 'mainrun[postgres]'")
     folder = Path(tempfile.mkdtemp(prefix="postgres"))
     try:
-        found = Server(folder)
-        yield found
-        found.stop()
+        server = Server(folder)
+        yield server
+        server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -107,14 +107,15 @@ def database(server: Server) -> str:
     return name
 
 
-def searched(folder: Path, engine: Any, note: Any = lambda text: None, **changes: Any) -> Pretended:
+def run_search(folder: Path, engine: Any, note: Any = lambda text: None, **changes: Any) -> FormulaSearch:
     folder.mkdir(parents=True, exist_ok=True)
-    found = Pretended(made(**changes), folder, engine, note, lambda: None)
-    found.run()
-    return found
+    search = FormulaSearch(tiny_study(**changes), folder, engine, note, lambda: None)
+    search.run()
+    return search
 
 
-def kept(url: str, name: str = "tiny") -> list[Any]:
+def written(url: str, name: str = "tiny") -> list[Any]:
+    """Return the trials in a database."""
     import optuna
 
     study = optuna.load_study(study_name=name, storage=url.replace("postgresql:", "postgresql+psycopg:"))
@@ -123,32 +124,34 @@ def kept(url: str, name: str = "tiny") -> list[Any]:
     ]
 
 
-def test_a_study_on_a_server_is_the_study_on_a_file(server: Server, database: str, tmp_path: Path) -> None:
-    """And two studies share a database, one that goes on twice has each trial once."""
+def test_a_study_on_a_server_equals_the_study_in_a_file(
+    server: Server, database: str, tmp_path: Path
+) -> None:
+    """Two studies share a database. A study that is resumed has each trial once."""
     url = server.url(database)
-    mine = searched(tmp_path / "a", AtOnce(2), storage=url, budget={"trials": 6})
-    mine = searched(tmp_path / "a", AtOnce(2), storage=url)
-    other = searched(
+    on_server = run_search(tmp_path / "a", InstantEngine(2), storage=url, budget={"trials": 6})
+    on_server = run_search(tmp_path / "a", InstantEngine(2), storage=url)
+    other = run_search(
         tmp_path / "b",
-        AtOnce(1),
+        InstantEngine(1),
         storage=url,
         name="other",
         sampler={"seed": 1, "startup": 3, "generation": 3},
     )
-    file = searched(tmp_path / "c", AtOnce(1))
-    assert told(mine) == told(file) != told(other)
+    in_file = run_search(tmp_path / "c", InstantEngine(1))
+    assert facts(on_server) == facts(in_file) != facts(other)
     assert (
-        kept(url) == kept(f"sqlite:///{tmp_path / 'c' / 'study.db'}")
-        and len(kept(url)) == len(kept(url, "other")) == 12
+        written(url) == written(f"sqlite:///{tmp_path / 'c' / 'study.db'}")
+        and len(written(url)) == len(written(url, "other")) == 12
     )
     with pytest.raises(UsageError, match=r"holds another study called 'other'.*--as NAME"):
-        searched(tmp_path / "d", AtOnce(1), storage=url, name="other")
+        run_search(tmp_path / "d", InstantEngine(1), storage=url, name="other")
 
 
-def test_a_server_that_goes_away_is_waited_for(server: Server, database: str, tmp_path: Path) -> None:
-    class Stops(AtOnce):
+def test_an_unreachable_server_is_waited_for(server: Server, database: str, tmp_path: Path) -> None:
+    class ServerStops(InstantEngine):
         def train(self, task: Any) -> Any:
-            if self.done == 6:
+            if self.tasks_done == 6:
                 server.stop()
             return super().train(task)
 
@@ -159,39 +162,40 @@ def test_a_server_that_goes_away_is_waited_for(server: Server, database: str, tm
         if "does not answer" in text:
             threading.Timer(0.5, server.start).start()
 
-    search = searched(tmp_path / "a", Stops(1), note, storage=server.url(database))
-    assert told(search) == told(searched(tmp_path / "b", AtOnce(1)))
-    assert kept(server.url(database)) == kept(f"sqlite:///{tmp_path / 'b' / 'study.db'}")
-    away = [note for note in notes if "storage" in note]
-    assert "does not answer" in away[0] and away[1:] == ["the storage answers again"]
-    assert "%3A" not in away[0] and PASSWORD not in away[0]
+    search = run_search(tmp_path / "a", ServerStops(1), note, storage=server.url(database))
+    assert facts(search) == facts(run_search(tmp_path / "b", InstantEngine(1)))
+    assert written(server.url(database)) == written(f"sqlite:///{tmp_path / 'b' / 'study.db'}")
+    first, *others = [note for note in notes if "storage" in note]
+    assert "does not answer" in first and others == ["the storage answers again"]
+    assert "%3A" not in first and PASSWORD not in first
 
 
-def test_an_answer_that_never_came_doubles_nothing(
+def test_a_lost_answer_duplicates_no_trial(
     server: Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server has written the trial, and is gone before it says so."""
+    """The server has written the trial, but the connection is lost before it answers."""
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import OperationalError
 
-    real, cuts = RDBStorage.create_new_trial, [3, 7]
+    create_new_trial = RDBStorage.create_new_trial
+    cuts = [3, 7]
 
     def cut(self: Any, study: int, template_trial: Any) -> int:
-        made = real(self, study, template_trial)
+        trial_id = create_new_trial(self, study, template_trial)
         if template_trial.user_attrs["number"] in cuts:
             cuts.remove(template_trial.user_attrs["number"])
             raise OperationalError("insert", None, Exception("server closed the connection unexpectedly"))
-        return made
+        return trial_id
 
     monkeypatch.setattr(RDBStorage, "create_new_trial", cut)
-    searched(tmp_path, AtOnce(1), storage=server.url(database))
-    assert not cuts and [row[0] for row in kept(server.url(database))] == list(range(12))
+    run_search(tmp_path, InstantEngine(1), storage=server.url(database))
+    assert not cuts and [row[0] for row in written(server.url(database))] == list(range(12))
 
 
-def test_what_cannot_be_opened_is_refused_at_once(server: Server, tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_opened_is_refused_at_once(server: Server, tmp_path: Path) -> None:
     def refused(url: str) -> str:
         with pytest.raises(UsageError) as e:
-            Record(made(storage=url), tmp_path, lambda text: None)
+            StudyDatabase(tiny_study(storage=url), tmp_path, lambda text: None)
         assert "p4" not in str(e.value) and "another --storage" in str(e.value)
         return str(e.value)
 
@@ -200,61 +204,65 @@ def test_what_cannot_be_opened_is_refused_at_once(server: Server, tmp_path: Path
     assert "refused" in refused("postgresql://study:p4@127.0.0.1:1/x")
     server.sql("create database foreign_one")
     server.sql("create table invoices (id int)", "foreign_one")
-    assert "is a database of something else (tables invoices)" in refused(server.url("foreign_one"))
+    assert "is the database of another program (tables invoices)" in refused(server.url("foreign_one"))
     with pytest.raises(
         UsageError, match=r"needs pg8000, which is not installed; pip install 'mainrun\[postgres\]'"
     ):
-        Record(made(storage="postgresql+pg8000://study:p4@127.0.0.1/x"), tmp_path, lambda text: None)
+        StudyDatabase(
+            tiny_study(storage="postgresql+pg8000://study:p4@127.0.0.1/x"), tmp_path, lambda text: None
+        )
 
 
 @pytest.mark.slow
 def test_real_trials_on_a_server_that_is_stopped_and_started(
     server: Server, database: str, tmp_path: Path
 ) -> None:
-    """By the study file as by --storage; and the password is nowhere in what a study leaves or says."""
-    few: dict[str, Any] = {
+    """The URL is given in the study file or with --storage. No file and no message contains the password."""
+    changes: dict[str, Any] = {
         "budget": {"trials": 3},
         "evidence": {"noise_seeds": 2, "seeds": 2, "best": 1},
         "rungs": {"at": [0.4], "keep": 0.9},
     }
     url, out = server.url(database), tmp_path / "out"
-    line = command(write(tmp_path, **few, storage=url), out, 2)
+    line = command(write_study_file(tmp_path, **changes, storage=url), out, 2)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (rows := _rows(server, database)) and process.poll() is None:
+    rows = 0
+    while rows == 0 and process.poll() is None:
         time.sleep(0.1)
+        rows = _rows(server, database)
     server.stop()
-    time.sleep(2)  # trials end meanwhile, and wait to be written
+    time.sleep(2)  # meanwhile trials finish and wait to be written
     server.start()
-    said, _ = process.communicate()
-    assert process.returncode == 0 and rows < 3, said
+    output, _ = process.communicate()
+    assert process.returncode == 0 and rows < 3, output
     trials = json.loads((out / "tiny" / "export.json").read_text())["trials"]
-    assert [row[0] for row in kept(url)] == [0, 1, 2]
+    assert [row[0] for row in written(url)] == [0, 1, 2]
     assert [t["value"] for t in trials if t["state"] == "done"] == [
-        row[2] for row in kept(url) if row[1] == "COMPLETE"
+        row[2] for row in written(url) if row[1] == "COMPLETE"
     ]
-    # by --storage: its own file says none, and nothing is written twice
+    # with --storage: the study file has no URL, and no trial is written twice
     last = subprocess.run(
-        [*command(write(tmp_path, **few), out, 2), "--storage", url, "--json"], capture_output=True, text=True
+        [*command(write_study_file(tmp_path, **changes), out, 2), "--storage", url, "--json"],
+        capture_output=True,
+        text=True,
     )
-    assert last.returncode == 0 and len(kept(url)) == 3, last.stderr
-    everything = said + last.stdout + last.stderr
+    assert last.returncode == 0 and len(written(url)) == 3, last.stderr
+    everything = output + last.stdout + last.stderr
     for path in out.rglob("*"):
         everything += path.read_bytes().decode("latin-1") if path.is_file() else ""
-    assert (
-        "p4%3As%25s" not in everything
-        and PASSWORD not in everything
-        and f"study@127.0.0.1:{server.port}" in everything
-    )
-    _looked_at(out, url)
+    assert "p4%3As%25s" not in everything and PASSWORD not in everything
+    assert f"study@127.0.0.1:{server.port}" in everything
+    _check_dashboard(out, url)
 
 
 def _rows(server: Server, database: str) -> int:
-    there = server.sql("select to_regclass('trials')", database)
-    return int(server.sql("select count(*) from trials", database)[0][0]) if there[0][0] else 0
+    """Return the number of trials in a database."""
+    (table,) = server.sql("select to_regclass('trials')", database)[0]
+    return int(server.sql("select count(*) from trials", database)[0][0]) if table else 0
 
 
-def _looked_at(out: Path, url: str) -> None:
-    """The dashboard answers, with the study in it."""
+def _check_dashboard(out: Path, url: str) -> None:
+    """Check that the dashboard shows the study."""
     pytest.importorskip("optuna_dashboard", reason="needs pip install 'mainrun[dashboard]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

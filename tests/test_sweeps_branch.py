@@ -1,4 +1,4 @@
-"""A decay branch: the trial's recipe with an earlier end, which scores a rung."""
+"""Decay branches: a branch has the config of its trial with an earlier end, and scores a rung."""
 
 from __future__ import annotations
 
@@ -21,77 +21,77 @@ def make(**fields: Any) -> tuple[TrainConfig, Plan]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "step", "share", "end", "falls"),
+    ("fields", "step", "share", "end", "decay_start"),
     [
-        pytest.param({}, 40, 0.25, 50, 40, id="before the trial's fall"),
+        pytest.param({}, 40, 0.25, 50, 40, id="before the trial's decay"),
         pytest.param({}, 40, 0.1, 44, 40, id="a shorter branch"),
-        pytest.param({}, 40, 0.01, 42, 40, id="two steps at least"),
+        pytest.param({}, 40, 0.01, 42, 40, id="at least two steps"),
         pytest.param({}, 10, 0.25, 12, 10, id="half a step is rounded to the even number"),
         pytest.param({}, 30, 0.25, 38, 30, id="half a step is rounded up to the even number"),
-        pytest.param({}, 70, 0.2, 84, 70, id="where the trial's fall begins"),
-        pytest.param({}, 80, 0.1, 88, 70, id="behind the beginning of the trial's fall"),
+        pytest.param({}, 70, 0.2, 84, 70, id="at the start of the trial's decay"),
+        pytest.param({}, 80, 0.1, 88, 70, id="after the start of the trial's decay"),
         pytest.param({}, 96, 0.5, 100, 70, id="never longer than the trial"),
-        pytest.param({"decay_frac": 0.9}, 40, 0.25, 50, 10, id="a trial that falls after its warm-up"),
-        pytest.param({"decay_frac": 0.0}, 40, 0.25, 50, 40, id="a trial that never falls"),
+        pytest.param({"decay_frac": 0.9}, 40, 0.25, 50, 10, id="a trial that decays after its warm-up"),
+        pytest.param({"decay_frac": 0.0}, 40, 0.25, 50, 40, id="a trial that never decays"),
         pytest.param({"warmup_frac": 0.0, "warmup_iters": 5}, 40, 0.25, 50, 40, id="a warm-up in steps"),
         pytest.param({"warmup_frac": 0.0}, 40, 0.25, 50, 40, id="no warm-up"),
     ],
 )
-def test_a_branch_ends_a_little_behind_its_rung(
-    fields: dict[str, Any], step: int, share: float, end: int, falls: int
+def test_a_branch_ends_shortly_after_its_rung(
+    fields: dict[str, Any], step: int, share: float, end: int, decay_start: int
 ) -> None:
-    """It has the trial's steps up to its own fall, and the whole fall after them."""
+    """It has the trial's steps up to its decay, and then the trial's whole decay."""
     cfg, plan = make(**fields)
-    short = branch.of(cfg, plan, step, share)
-    other = Plan(short, TRAIN_TOKENS)
-    assert (short.max_steps, other.steps, other.decay_start) == (end, end, falls)
-    assert other.warmup_steps == plan.warmup_steps and short.warmup_frac == 0.0
-    assert [other.at(at) for at in range(falls)] == [plan.at(at) for at in range(falls)]
-    rates = [other.at(at).lr for at in range(falls, end)]
-    assert (
-        rates == sorted(rates, reverse=True) and rates[0] == cfg.lr and rates[-1] < 2 * cfg.lr / (end - falls)
-    )
+    branch_cfg = branch.branch_config(cfg, plan, step, share)
+    branch_plan = Plan(branch_cfg, TRAIN_TOKENS)
+    assert (branch_cfg.max_steps, branch_plan.steps, branch_plan.decay_start) == (end, end, decay_start)
+    assert branch_plan.warmup_steps == plan.warmup_steps and branch_cfg.warmup_frac == 0.0
+    shared = range(decay_start)
+    assert [branch_plan.at(i) for i in shared] == [plan.at(i) for i in shared]
+    rates = [branch_plan.at(i).lr for i in range(decay_start, end)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == cfg.lr and rates[-1] < 2 * cfg.lr / (end - decay_start)
 
 
-def test_nothing_else_of_the_trial_changes() -> None:
+def test_all_other_fields_of_the_trial_are_unchanged() -> None:
     cfg, plan = make(dropout=0.1, weight_decay=0.2, seed=5, decay_shape="sqrt", min_lr_frac=0.1)
-    short = branch.of(cfg, plan, 40, 0.25)
-    changed = {name for name in TrainConfig.model_fields if getattr(short, name) != getattr(cfg, name)}
+    branch_cfg = branch.branch_config(cfg, plan, 40, 0.25)
+    changed = {name for name in TrainConfig.model_fields if getattr(branch_cfg, name) != getattr(cfg, name)}
     assert changed == {"max_steps", "warmup_frac", "warmup_iters", "decay_frac"}
-    assert short.decay_frac == pytest.approx(0.2) and short.warmup_iters == 10
+    assert branch_cfg.decay_frac == pytest.approx(0.2) and branch_cfg.warmup_iters == 10
 
 
 @pytest.mark.parametrize(
     ("swa", "step", "expected"),
     [
-        pytest.param(0.0, 40, 0.0, id="no average"),
-        pytest.param(0.1, 40, 0.1, id="shorter than the fall"),
-        pytest.param(0.5, 40, 0.2, id="it begins with the fall"),
-        pytest.param(0.5, 80, 18 / 88, id="the trial's own fall has begun"),
+        pytest.param(0.0, 40, 0.0, id="no averaging"),
+        pytest.param(0.1, 40, 0.1, id="shorter than the decay"),
+        pytest.param(0.5, 40, 0.2, id="cut to the decay"),
+        pytest.param(0.5, 80, 18 / 88, id="after the start of the trial's decay"),
     ],
 )
-def test_an_average_begins_in_the_fall(swa: float, step: int, expected: float) -> None:
-    """One that began before would be another trunk."""
+def test_weight_averaging_starts_in_the_decay(swa: float, step: int, expected: float) -> None:
+    """With an earlier start the branch would share fewer steps with its trial."""
     cfg, plan = make(swa=swa)
-    short = branch.of(cfg, plan, step, 0.1 if step == 80 else 0.25)
-    assert short.swa == pytest.approx(expected)
-    assert Plan(short, TRAIN_TOKENS).swa_start >= min(step, plan.decay_start) or not swa
+    branch_cfg = branch.branch_config(cfg, plan, step, 0.1 if step == 80 else 0.25)
+    assert branch_cfg.swa == pytest.approx(expected)
+    assert Plan(branch_cfg, TRAIN_TOKENS).swa_start >= min(step, plan.decay_start) or not swa
 
 
-def test_a_branch_that_leaves_its_trunk_too_early_is_a_bug() -> None:
-    """Here the plan is that of another trial."""
+def test_a_branch_that_shares_too_few_steps_is_a_bug() -> None:
+    """The plan of another trial is given."""
     cfg, plan = make()
     other = make(lr=cfg.lr * 2)[0]
-    with pytest.raises(AssertionError, match="the branch at 40 parts from its trunk at 0, not at 40"):
-        branch.of(other, plan, 40, 0.25)
+    with pytest.raises(AssertionError, match="the branch at step 40 shares 0 steps with its trial, not 40"):
+        branch.branch_config(other, plan, 40, 0.25)
 
 
-# -- which studies can be scored on branches
+# -- studies that cannot have branches
 
 GROWS = {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]}
 
 
-def faults(fields: dict[str, Any], space: dict[str, Any]) -> list[str]:
+def list_faults(fields: dict[str, Any], space: dict[str, Any]) -> list[str]:
     study = make_study(fields, space=space)
     return list(branch.faults(study.space, study.base()))
 
@@ -103,10 +103,10 @@ PATH = {"growth.ops.0.value": {"values": [0.01, 0.02]}}
 
 
 @pytest.mark.parametrize(
-    ("fields", "space", "said"),
+    ("fields", "space", "messages"),
     [
         pytest.param(WSD, RATE, [], id="wsd, constant weight decay, no growth"),
-        pytest.param(WSD, {"schedule": {"values": ["wsd"]}}, [], id="wsd in the space alone"),
+        pytest.param(WSD, {"schedule": {"values": ["wsd"]}}, [], id="wsd only in the space"),
         pytest.param(
             WSD | {"schedule": "cosine"},
             {"schedule": {"values": ["wsd"]}},
@@ -117,35 +117,31 @@ PATH = {"growth.ops.0.value": {"values": [0.01, 0.02]}}
         pytest.param(WSD | {"schedule": "constant"}, RATE, ["schedule='constant'"], id="no schedule"),
         pytest.param(WSD, RATE | SCHEDULES, ["schedule='cosine'"], id="another schedule in the space"),
         pytest.param(
-            WSD | {"wd_schedule": "linear"}, RATE, ["wd_schedule='linear'"], id="weight decay that falls"
+            WSD | {"wd_schedule": "linear"}, RATE, ["wd_schedule='linear'"], id="falling weight decay"
         ),
-        pytest.param(
-            WSD, RATE | DECAYS, ["wd_schedule='linear'"], id="weight decay that falls, in the space"
-        ),
+        pytest.param(WSD, RATE | DECAYS, ["wd_schedule='linear'"], id="falling weight decay in the space"),
         pytest.param(WSD | {"growth": GROWS}, RATE, ["growth"], id="growth"),
         pytest.param(WSD | {"growth": GROWS}, PATH, ["growth"], id="growth in the space"),
         pytest.param(
             WSD | {"schedule": "cosine", "wd_schedule": "cosine", "growth": GROWS},
             RATE,
             ["schedule='cosine'", "wd_schedule='cosine'", "growth"],
-            id="all of them",
+            id="all faults",
         ),
     ],
 )
-def test_all_trials_of_a_rung_can_be_scored_on_branches_or_none(
-    fields: dict[str, Any], space: dict[str, Any], said: list[str]
+def test_branches_need_a_constant_phase_in_every_trial(
+    fields: dict[str, Any], space: dict[str, Any], messages: list[str]
 ) -> None:
-    found = faults(fields, space)
-    assert len(found) == len(said)
-    for text, part in zip(found, said, strict=True):
-        assert (
-            text.startswith('rungs.score="branch" with ' + part)
-            and 'write score = "raw" under [rungs], or ' in text
-        )
+    faults = list_faults(fields, space)
+    assert len(faults) == len(messages)
+    for fault, message in zip(faults, messages, strict=True):
+        assert fault.startswith('rungs.score="branch" with ' + message)
+        assert 'write score = "raw" under [rungs], or ' in fault
 
 
-def test_growth_in_the_space_alone_is_a_fault_too() -> None:
-    """A space is judged beside its base, whose schedule may be empty."""
+def test_growth_only_in_the_space_is_a_fault() -> None:
+    """The base may have an empty schedule."""
     study = make_study(WSD | {"growth": GROWS}, space=RATE | PATH)
     plain = make_study(WSD).base()
     assert [text.split(",")[0] for text in branch.faults(study.space, plain)] == [

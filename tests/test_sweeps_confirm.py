@@ -1,4 +1,4 @@
-"""What a study may claim: only what fresh, paired seeds show beyond the noise floor, after Holm's correction."""
+"""Claims of a study need new paired seeds, a gain above the noise floor, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from mainrun.errors import MainrunError, RunError, UsageError
 from sweeps.confirm import confirm
 from sweeps.engine.protocol import Outcome
 from sweeps.ledger import Ledger
-from sweeps.sampling import Asker
+from sweeps.sampling import TrialSampler
+from sweeps.trial import TrialState
 
-SEED = 1337  # the base's own, which the search trains with
+SEED = 1337  # of the base, which the search trains with
 NOT_BETTER = "not better than the base within noise"
 QUIET = (2.0, 2.001, 1.999)  # scores of the base on the seeds of the noise floor
 Z = 2.7764451051977934  # t of 97.5% with 4 degrees of freedom
 
 
 class Confirmation:
-    """A finished search with chosen scores, and its confirmation with chosen scores on fresh seeds."""
+    """A finished search and its confirmation, with given scores."""
 
     def __init__(
         self,
@@ -38,30 +39,39 @@ class Confirmation:
         fields: Mapping[str, Any] | None = None,
         **evidence: Any,
     ) -> None:
-        """`fresh`: trial -> its scores on the fresh seeds; `searched`: trial -> its score in the search (by number unless given)."""
-        self.fresh, self.noise = fresh, noise
-        asked = {"seeds": len(fresh[0]), "noise_seeds": len(noise), "best": max(1, len(fresh) - 1)} | evidence
-        self.study = make_study(fields, evidence=asked, budget={"trials": 50})
+        """`fresh` has the scores of each trial on the new seeds, and `searched` its score in the search.
+
+        By default a trial with a higher number has a worse score in the search.
+        """
+        self.fresh = fresh
+        self.noise = noise
+        settings = {
+            "seeds": len(fresh[0]),
+            "noise_seeds": len(noise),
+            "best": max(1, len(fresh) - 1),
+        } | evidence
+        self.study = make_study(fields, evidence=settings, budget={"trials": 50})
         self.trainer = Trainer(self.score)
         self.search = make_search(folder, self.study, self.trainer)
         self.base = self.search.base
         searched = searched or {number: 3.0 - 0.1 * bool(number) + 0.01 * number for number in fresh}
-        self.end(searched)
+        self.finish(searched)
 
-    def end(self, searched: Mapping[int, float]) -> None:
-        """Ask for the trials, and let each end with its score."""
+    def finish(self, searched: Mapping[int, float]) -> None:
+        """Add the trials and finish each with its score. Trials without a score fail."""
         while len(self.search.trials) <= max(searched):
             assert self.search.ask()
             for trial in self.search.trials:
-                trial.state = "failed"  # unless it has a score
+                trial.state = TrialState.FAILED
         for number, score in searched.items():
             trial = self.search.trials[number]
-            trial.scores, trial.state = {0: score}, "done"
+            trial.scores = {0: score}
+            trial.state = TrialState.DONE
 
     def score(self, cfg: TrainConfig, step: int) -> float:
         number = self.search.owners[cfg.model_copy(update={"seed": SEED}).run_id]
         if SEED + 1 <= cfg.seed <= SEED + 100:
-            assert number == 0, "the noise floor is the base's"
+            assert number == 0, "the noise floor is measured with the base"
             return self.noise[cfg.seed - SEED - 1]
         return self.fresh[number][cfg.seed - SEED - 101]
 
@@ -69,22 +79,21 @@ class Confirmation:
         return [cfg.seed for cfg in self.trainer.trained]
 
 
-def rows_of(found: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    return {row["trial"]: row for row in found["rows"]}
+def rows_of(evidence: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {row["trial"]: row for row in evidence["rows"]}
 
 
-# -- a claim as a function of difference, interval, p and floor
+# -- the conditions of a claim
 
 
 BEYOND_P = 1 - stats.LEVEL
 BELOW_P = math.nextafter(BEYOND_P, 0)
 BARELY_NEGATIVE = -5e-324
-HOLDS_ZERO, NO_GAIN, NO_INTERVAL = (
-    "its interval holds zero",
-    "it is not better",
-    "a run diverged, so there is no interval",
-)
-IN_FLOOR, BY_HOLM = "the difference is within the noise floor 0.2500", "p=0.050 after Holm's correction"
+CONTAINS_ZERO = "its interval contains zero"
+NO_GAIN = "it is not better"
+NO_INTERVAL = "a run diverged, so there is no interval"
+IN_FLOOR = "the difference is within the noise floor 0.2500"
+BY_HOLM = "p=0.050 after Holm's correction"
 
 
 @pytest.mark.parametrize(
@@ -94,21 +103,21 @@ IN_FLOOR, BY_HOLM = "the difference is within the noise floor 0.2500", "p=0.050 
         pytest.param(
             math.nextafter(-0.25, -1), (-1.0, BARELY_NEGATIVE), BELOW_P, "", id="all three just pass"
         ),
-        pytest.param(-0.5, (-1.0, 0.0), 0.001, HOLDS_ZERO, id="the interval touches zero"),
-        pytest.param(-0.5, (-1.5, 0.5), 0.001, HOLDS_ZERO, id="the interval holds zero"),
-        pytest.param(-0.5, None, 0.001, NO_INTERVAL, id="there is no interval"),
+        pytest.param(-0.5, (-1.0, 0.0), 0.001, CONTAINS_ZERO, id="the interval touches zero"),
+        pytest.param(-0.5, (-1.5, 0.5), 0.001, CONTAINS_ZERO, id="the interval contains zero"),
+        pytest.param(-0.5, None, 0.001, NO_INTERVAL, id="no interval"),
         pytest.param(-0.25, (-0.3, -0.2), 0.001, IN_FLOOR, id="the difference equals the floor"),
         pytest.param(-0.1, (-0.2, -0.05), 0.001, IN_FLOOR, id="the difference is below the floor"),
         pytest.param(-0.5, (-0.75, -0.25), BEYOND_P, BY_HOLM, id="p is at the level"),
         pytest.param(-0.5, (-0.75, -0.25), 0.7, "p=0.700 after Holm's correction", id="p is above the level"),
         pytest.param(0.0, (-0.1, 0.1), 0.001, NO_GAIN, id="no difference"),
         pytest.param(0.0, (0.0, 0.0), 1.0, NO_GAIN, id="no difference and no spread"),
-        pytest.param(0.5, (0.25, 0.75), 0.001, NO_GAIN, id="surely worse"),
-        pytest.param(-0.1, (-0.3, 0.1), 0.7, HOLDS_ZERO, id="nothing passes: the interval is named first"),
+        pytest.param(0.5, (0.25, 0.75), 0.001, NO_GAIN, id="clearly worse"),
+        pytest.param(-0.1, (-0.3, 0.1), 0.7, CONTAINS_ZERO, id="nothing passes: the interval is named first"),
         pytest.param(-0.1, (-0.3, -0.05), 0.7, IN_FLOOR, id="floor and p fail: the floor is named first"),
     ],
 )
-def test_a_claim_needs_the_interval_the_floor_and_p(
+def test_a_claim_needs_interval_floor_and_p_value(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     difference: float,
@@ -116,9 +125,9 @@ def test_a_claim_needs_the_interval_the_floor_and_p(
     p: float,
     why: str,
 ) -> None:
-    """The floor is 0.25 for four seeds. Each condition fails alone, and just passes."""
-    found = SimpleNamespace(a=2.0, b=2.0 + difference, mean=difference, interval=interval, p=0.02)
-    monkeypatch.setattr(stats, "difference", lambda a, b: found)
+    """The floor of four seeds is 0.25. Each condition is tested alone, at its limit."""
+    result_of_stats = SimpleNamespace(a=2.0, b=2.0 + difference, mean=difference, interval=interval, p=0.02)
+    monkeypatch.setattr(stats, "difference", lambda a, b: result_of_stats)
     monkeypatch.setattr(stats, "noise", lambda groups: SimpleNamespace(sd=0.1, floor=0.5))
     corrected: list[list[float]] = []
 
@@ -136,16 +145,15 @@ def test_a_claim_needs_the_interval_the_floor_and_p(
     assert corrected == [[0.02]]
     assert result["noise"]["floor"] == 0.25
     assert result["winner"] == (None if why else 1)
-    assert (
-        result["claim"] == NOT_BETTER
-        if why
-        else result["claim"].startswith("trial 1 is better than the base by ")
-    )
+    if why:
+        assert result["claim"] == NOT_BETTER
+    else:
+        assert result["claim"].startswith("trial 1 is better than the base by ")
     assert ("val" in result) == (not why)
 
 
-def test_no_p_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an interval there is no p either, and nothing to be sure of."""
+def test_a_missing_p_value_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an interval there is no p-value."""
     unsure = SimpleNamespace(a=2.0, b=1.0, mean=-1.0, interval=None, p=None)
     certain = SimpleNamespace(a=2.0, b=1.0, mean=-1.0, interval=(-1.1, -0.9), p=0.0)
     differences = iter([unsure, certain])
@@ -155,7 +163,7 @@ def test_no_p_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["claim"] for row in result["rows"]] == [False, True]
 
 
-# -- the same with real scores
+# -- claims from scores
 
 
 BASE = (2.0, 2.1, 2.2, 2.3)
@@ -163,11 +171,12 @@ GAINS = (0.099, 0.101, 0.1, 0.1)
 
 
 def lower(gains: Sequence[float]) -> tuple[float, ...]:
+    """Return the scores of the base, each lower by its gain."""
     return tuple(score - gain for score, gain in zip(BASE, gains, strict=True))
 
 
 def test_a_gain_on_paired_seeds_is_claimed_with_its_interval(tmp_path: Path) -> None:
-    """The seeds differ by 0.3 and the recipes by 0.1: only pairs of equal seeds show it. The win is named with its figures."""
+    """The seeds differ by 0.3 and the configs by 0.1, so only pairs with the same seed show the gain."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     result = confirm(setup.search)
     row = rows_of(result)[1]
@@ -184,15 +193,15 @@ def test_a_gain_on_paired_seeds_is_claimed_with_its_interval(tmp_path: Path) -> 
 
 
 def test_scores_are_paired_by_their_seeds(tmp_path: Path) -> None:
-    """The same scores in another order are no longer a sure gain."""
+    """With the same scores in another order the gain is not significant."""
     result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)[::-1]}).search)
     assert result["rows"][0]["difference"] == pytest.approx(-0.1)
-    assert result["rows"][0]["why"] == HOLDS_ZERO
+    assert result["rows"][0]["why"] == CONTAINS_ZERO
     assert result["winner"] is None and result["claim"] == NOT_BETTER
 
 
-def test_the_noise_floor_is_of_a_mean_over_the_fresh_seeds(tmp_path: Path) -> None:
-    """t (4 degrees of freedom) times sqrt(2) times sigma, divided by the root of the number of fresh seeds."""
+def test_the_noise_floor_is_for_a_mean_over_the_new_seeds(tmp_path: Path) -> None:
+    """The floor is t (4 degrees of freedom) * sqrt(2) * sigma / sqrt(number of new seeds)."""
     noise = (2.0, 2.1, 1.9, 2.05, 1.95)
     sigma = math.sqrt(0.00625)
     floor = Z * math.sqrt(2) * sigma / math.sqrt(4)
@@ -211,7 +220,7 @@ def test_the_noise_floor_is_of_a_mean_over_the_fresh_seeds(tmp_path: Path) -> No
 
 
 def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
-    """Two scores below 2.0 by about `size` whose paired difference has this p (one degree of freedom)."""
+    """Return two scores about `size` below 2.0 whose paired difference from 2.0 has this p-value."""
     t = math.tan(math.pi / 2 * (1 - p))
     return 2.0 - size - size / t, 2.0 - size + size / t
 
@@ -219,12 +228,12 @@ def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
 @pytest.mark.parametrize(
     ("ps", "adjusted", "claims"),
     [
-        pytest.param([0.049], [0.049], [True], id="one trial needs no correction"),
-        pytest.param([0.024, 0.049], [0.048, 0.049], [True, True], id="the smaller p counts twice"),
+        pytest.param([0.049], [0.049], [True], id="one trial without correction"),
+        pytest.param([0.024, 0.049], [0.048, 0.049], [True, True], id="the smaller p is doubled"),
         pytest.param(
-            [0.026, 0.049], [0.052, 0.052], [False, False], id="the smaller p fails and stops the other"
+            [0.026, 0.049], [0.052, 0.052], [False, False], id="the smaller p fails, and so does the other"
         ),
-        pytest.param([0.049, 0.001], [0.049, 0.002], [True, True], id="the order is that of the p-values"),
+        pytest.param([0.049, 0.001], [0.049, 0.002], [True, True], id="in the order of the p-values"),
         pytest.param([0.03, 0.02, 0.001], [0.04, 0.04, 0.003], [True, True, True], id="three trials"),
         pytest.param(
             [0.03, 0.026, 0.001],
@@ -237,7 +246,7 @@ def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
 def test_holms_correction_counts_the_trials_that_are_confirmed(
     tmp_path: Path, ps: list[float], adjusted: list[float], claims: list[bool]
 ) -> None:
-    """Every trial here is claimed when it is confirmed alone."""
+    """Each of these trials would be claimed if it were the only one."""
     fresh = {0: (2.0, 2.0)} | {number: paired(p) for number, p in enumerate(ps, 1)}
     result = confirm(Confirmation(tmp_path, fresh).search)
     assert [row["trial"] for row in result["rows"]] == list(range(1, 1 + len(ps)))
@@ -252,10 +261,10 @@ def test_holms_correction_counts_the_trials_that_are_confirmed(
 @pytest.mark.parametrize(
     ("gains", "winner"), [((0.1, 0.3, 0.2), 2), ((0.3, 0.1, 0.2), 1), ((0.1, 0.2, 0.3), 3)]
 )
-def test_the_winner_has_the_largest_gain_on_fresh_seeds(
+def test_the_winner_has_the_largest_gain_on_new_seeds(
     tmp_path: Path, gains: tuple[float, ...], winner: int
 ) -> None:
-    """Whatever its place in the search."""
+    """The score in the search does not matter."""
     result = confirm(
         Confirmation(tmp_path, {0: BASE} | {n: lower((gain,) * 4) for n, gain in enumerate(gains, 1)}).search
     )
@@ -266,7 +275,7 @@ def test_the_winner_has_the_largest_gain_on_fresh_seeds(
     )
 
 
-def test_the_largest_gain_does_not_win_where_it_is_not_claimed(tmp_path: Path) -> None:
+def test_a_larger_gain_does_not_win_without_a_claim(tmp_path: Path) -> None:
     result = confirm(
         Confirmation(tmp_path, {0: BASE, 1: lower((0.9, 0.0, 0.9, 0.0)), 2: lower((0.1,) * 4)}).search
     )
@@ -274,11 +283,11 @@ def test_the_largest_gain_does_not_win_where_it_is_not_claimed(tmp_path: Path) -
     assert result["winner"] == 2
 
 
-# -- which runs are trained for it
+# -- the runs of a confirmation
 
 
-def test_the_seeds_of_the_search_decide_nothing(tmp_path: Path) -> None:
-    """The trial of the best score in the search is no better on fresh seeds; the search's own seed is never trained again."""
+def test_the_scores_of_the_search_do_not_count(tmp_path: Path) -> None:
+    """The best trial of the search is not better on new seeds. The seed of the search is not used again."""
     setup = Confirmation(tmp_path, {0: BASE, 1: BASE}, searched={0: 3.0, 1: 0.5})
     result = confirm(setup.search)
     assert result["claim"] == NOT_BETTER and rows_of(result)[1]["why"] == NO_GAIN
@@ -291,8 +300,8 @@ def test_the_seeds_of_the_search_decide_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_noise_and_confirmation_never_share_a_seed(tmp_path: Path) -> None:
-    """With as many seeds of noise as a study may ask for."""
+def test_noise_floor_and_confirmation_use_different_seeds(tmp_path: Path) -> None:
+    """This is tested with the maximum number of noise seeds."""
     setup = Confirmation(tmp_path, {0: (2.0, 2.0)}, noise=[2.0 + 0.001 * i for i in range(100)])
     result = confirm(setup.search)
     assert result["noise"]["seeds"] == list(range(SEED + 1, SEED + 101))
@@ -300,10 +309,10 @@ def test_noise_and_confirmation_never_share_a_seed(tmp_path: Path) -> None:
     assert result["rows"] == [] and result["claim"] == NOT_BETTER
 
 
-def test_every_run_is_its_trial_with_another_seed(tmp_path: Path) -> None:
+def test_every_run_has_the_config_of_its_trial_with_another_seed(tmp_path: Path) -> None:
     setup = Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0)})
     confirm(setup.search)
-    base, trial = setup.base, setup.search.made(setup.search.trials[1]).cfg
+    base, trial = setup.base, setup.search.runs_of(setup.search.trials[1]).cfg
     expected = [(base, SEED + 1), (base, SEED + 2), (base, SEED + 3)]
     expected += [(cfg, SEED + 101 + i) for cfg in (base, trial) for i in range(2)]
     assert setup.trainer.trained == [cfg.model_copy(update={"seed": seed}) for cfg, seed in expected]
@@ -313,17 +322,17 @@ def test_every_run_is_its_trial_with_another_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("searched", "best", "chosen"),
     [
-        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 1, [2], id="the best one"),
-        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 2, [2, 1], id="the best first"),
-        pytest.param({0: 1.5, 1: 2.0, 2: 1.0}, 2, [2, 1], id="the base takes no place"),
+        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 1, [2], id="the best trial"),
+        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 2, [2, 1], id="best first"),
+        pytest.param({0: 1.5, 1: 2.0, 2: 1.0}, 2, [2, 1], id="the base does not count"),
         pytest.param({0: 1.0, 1: 2.0, 2: 3.0}, 1, [1], id="the base is the best"),
-        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 5, [2, 1], id="fewer than asked for"),
-        pytest.param({0: 1.0}, 2, [], id="the base alone"),
+        pytest.param({0: 3.0, 1: 2.0, 2: 1.0}, 5, [2, 1], id="fewer trials than requested"),
+        pytest.param({0: 1.0}, 2, [], id="only the base"),
         pytest.param({0: 3.0, 1: 1.0, 2: 1.0}, 1, [1], id="a tie goes to the lower number"),
         pytest.param({0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0, 4: 1.0}, 3, [4, 3, 2], id="three of four"),
     ],
 )
-def test_the_best_trials_are_confirmed_and_never_the_base(
+def test_the_best_trials_are_confirmed_without_the_base(
     tmp_path: Path, searched: dict[int, float], best: int, chosen: list[int]
 ) -> None:
     fresh = dict.fromkeys(searched, (2.0, 2.0))
@@ -333,17 +342,17 @@ def test_the_best_trials_are_confirmed_and_never_the_base(
     assert len(setup.trainer.trained) == 3 + 2 * (1 + len(chosen))
 
 
-def test_the_same_values_are_confirmed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampler may give a trial's values again, or the base's."""
+def test_repeated_values_are_confirmed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler may repeat the values of a trial or of the base."""
     values = [{}, {"lr": 0.01}, {"lr": 0.01}, {"lr": 0.02}]
-    monkeypatch.setattr(Asker, "ask", lambda self, number: values[min(number, 3)])
+    monkeypatch.setattr(TrialSampler, "ask", lambda self, number: values[min(number, 3)])
     searched = {0: 5.0, 1: 1.0, 2: 1.0, 3: 2.0}
     setup = Confirmation(tmp_path, dict.fromkeys(searched, (2.0, 2.0)), searched=searched, best=2)
     assert [row["trial"] for row in confirm(setup.search)["rows"]] == [1, 3]
 
 
 @pytest.mark.parametrize("objective", ["dev/full", "dev/official"])
-def test_the_objective_is_what_is_compared(tmp_path: Path, objective: str) -> None:
+def test_the_objective_is_compared(tmp_path: Path, objective: str) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     setup.search.study = setup.study.model_copy(update={"objective": objective})
     more = 10 if objective == "dev/official" else 0
@@ -357,25 +366,24 @@ def test_the_objective_is_what_is_compared(tmp_path: Path, objective: str) -> No
 
 
 def test_val_is_read_for_the_winner_alone(tmp_path: Path) -> None:
-    """Of its first fresh seed; the scores on dev stay what the claim is about."""
+    """The scores come from its first new seed. The claim is still about scores on dev."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2,) * 4)})
     setup.trainer.val = lambda cfg, step: cfg.seed + cfg.lr
     result = confirm(setup.search)
-    cfg = setup.search.made(setup.search.trials[2]).cfg.model_copy(update={"seed": SEED + 101})
+    cfg = setup.search.runs_of(setup.search.trials[2]).cfg.model_copy(update={"seed": SEED + 101})
     full = cfg.seed + cfg.lr
     assert result["winner"] == 2
     assert result["val"] == {"run": cfg.run_id, "full": full, "official": full + 10}
 
 
-def test_nothing_else_of_val_is_read(tmp_path: Path) -> None:
-    """The evidence is the same without any score of val in any run but the one that is shown."""
+def test_val_is_read_nowhere_else(tmp_path: Path) -> None:
+    """Scores on val are removed from all runs except the one that is shown. The evidence is the same."""
 
     def evidence(folder: Path, keep_val: bool) -> dict[str, Any]:
         setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.01,) * 4)})
-        trainer, shown = (
-            setup.trainer,
-            setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 101}),
-        )
+        winner = setup.search.runs_of(setup.search.trials[1]).cfg
+        shown = winner.model_copy(update={"seed": SEED + 101})
+        trainer = setup.trainer
         train = trainer.train
 
         def without_val(task: Any) -> Any:
@@ -401,14 +409,14 @@ def test_val_is_not_shown_without_a_claim(tmp_path: Path) -> None:
     assert "val" not in result and result["winner"] is None
 
 
-# -- what can go wrong, and what it cost
+# -- failures and costs
 
 
-def test_the_costs_name_every_run_and_why_it_was_trained(tmp_path: Path) -> None:
+def test_the_costs_list_every_run_with_its_purpose(tmp_path: Path) -> None:
     setup = Confirmation(tmp_path, {0: (2.0, 2.0), 1: (1.0, 1.0)}, noise=(2.0, 2.1))
     setup.trainer.reused = 4
     result = confirm(setup.search)
-    trial = setup.search.made(setup.search.trials[1]).cfg
+    trial = setup.search.runs_of(setup.search.trials[1]).cfg
     expected = [
         ("noise", 0, SEED + 1),
         ("noise", 0, SEED + 2),
@@ -433,10 +441,10 @@ def test_the_costs_name_every_run_and_why_it_was_trained(tmp_path: Path) -> None
     assert all("wasted" in row and row["seconds"] == 3.0 for row in result["runs"])
 
 
-def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_wasted(tmp_path: Path) -> None:
-    """The other trial can be claimed still."""
+def test_a_run_that_diverges_scores_infinity_and_is_wasted(tmp_path: Path) -> None:
+    """The other trial can still be claimed."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower(GAINS)})
-    bad = setup.search.made(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 103})
+    bad = setup.search.runs_of(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 103})
     setup.trainer.diverging = lambda cfg: cfg == bad
     result = confirm(setup.search)
     row = rows_of(result)[1]
@@ -458,8 +466,8 @@ def test_without_a_noise_floor_nothing_is_claimed(tmp_path: Path, seeds: list[in
     assert result["winner"] is None and "floor inf" in rows_of(result)[1]["why"]
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["the base alone", "base and trial"])
-def test_a_base_that_diverges_backs_no_claim(tmp_path: Path, both: bool) -> None:
+@pytest.mark.parametrize("both", [False, True], ids=["only the base", "base and trial"])
+def test_nothing_is_claimed_against_a_base_that_diverges(tmp_path: Path, both: bool) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     setup.trainer.diverging = lambda cfg: cfg.seed == SEED + 102 and (both or cfg.lr == setup.base.lr)
     result = confirm(setup.search)
@@ -470,12 +478,12 @@ def test_a_base_that_diverges_backs_no_claim(tmp_path: Path, both: bool) -> None
 @pytest.mark.parametrize(
     ("failure", "kind"),
     [
-        (Outcome(False, why="no such corpus"), MainrunError),
-        (Outcome(False, refused=True, why="error: no such corpus"), UsageError),
+        (Outcome(False, reason="no such corpus"), MainrunError),
+        (Outcome(False, refused=True, reason="error: no such corpus"), UsageError),
     ],
-    ids=["a crash", "wrong input"],
+    ids=["a crash", "invalid input"],
 )
-def test_a_run_that_cannot_be_trained_ends_the_confirmation_and_its_workers(
+def test_a_failed_run_ends_the_confirmation_and_its_workers(
     tmp_path: Path, failure: Outcome, kind: type[MainrunError]
 ) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
@@ -508,13 +516,13 @@ def test_a_run_without_its_score_is_damage(tmp_path: Path, summary: Any) -> None
         confirm(setup.search)
 
 
-def test_workers_are_left_to_the_caller_after_a_good_end(tmp_path: Path) -> None:
+def test_workers_are_not_closed_after_a_confirmation(tmp_path: Path) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     confirm(setup.search)
     assert not setup.trainer.closed
 
 
-def test_the_caller_hears_of_every_run(tmp_path: Path) -> None:
+def test_tick_is_called_after_every_run(tmp_path: Path) -> None:
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     ticks: list[int] = []
     setup.search.tick = lambda: ticks.append(1)
@@ -522,7 +530,7 @@ def test_the_caller_hears_of_every_run(tmp_path: Path) -> None:
     assert len(ticks) == 3 + 4 + 4
 
 
-def test_workers_change_nothing(tmp_path: Path) -> None:
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     def evidence(folder: Path, workers: int) -> dict[str, Any]:
         setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.2,) * 4)})
         setup.trainer.workers = workers

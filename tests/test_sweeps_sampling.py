@@ -1,4 +1,4 @@
-"""Which values a trial gets: decided by the study and by the results so far, and by nothing else."""
+"""The values of trials depend only on the study and on the scores so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 from searching import SPACE, make_study
 
-from sweeps.sampling import Asker, distribution, seed_of
+from sweeps.sampling import TrialSampler, distribution, trial_seed
 from sweeps.space import Choice, Range
 
 MIXED: dict[str, Any] = {
@@ -24,12 +24,12 @@ MIXED: dict[str, Any] = {
 }
 
 
-def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any) -> Asker:
+def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any) -> TrialSampler:
     study = make_study(space=dict(space), sampler={"name": name} | sampler)
-    return Asker(study, study.base())
+    return TrialSampler(study.sampler, study.space, study.base())
 
 
-# -- one seed for every trial
+# -- seeds
 
 
 @pytest.mark.parametrize(
@@ -37,79 +37,81 @@ def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any)
     [(0, 1, 1639893669), (0, 2, 929522719), (1, 1, 2774215632), (7, 100, 2986614715)],
     ids=str,
 )
-def test_the_seed_of_a_trial_is_for_ever(seed: int, number: int, expected: int) -> None:
-    """A study that goes on with another version asks for the same trials."""
-    assert seed_of(make_study(sampler={"name": "random", "seed": seed}), number) == expected
+def test_the_seed_of_a_trial_never_changes(seed: int, number: int, expected: int) -> None:
+    """A study that is resumed with a later version samples the same trials."""
+    assert trial_seed(seed, number) == expected
 
 
-def test_every_trial_and_every_study_has_a_seed_of_its_own() -> None:
-    studies = [make_study(sampler={"seed": seed}) for seed in range(5)]
-    seeds = [seed_of(study, number) for study in studies for number in range(10)]
+def test_every_trial_of_every_study_has_another_seed() -> None:
+    seeds = [trial_seed(seed, number) for seed in range(5) for number in range(10)]
     assert len({*seeds}) == 50 and all(0 <= seed < 2**32 for seed in seeds)
-    assert max(seeds) > 2**31, "all of the bits are used"
+    assert max(seeds) > 2**31, "all bits are used"
 
 
-# -- what is asked
+# -- ask
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "random", "qmc"])
 def test_trial_0_is_the_base(name: str) -> None:
-    asker = make(name)
-    assert asker.ask(0) == {}
-    assert asker.mirror.trials == [] and asker.asked == {}
+    sampler = make(name)
+    assert sampler.ask(0) == {}
+    assert sampler.optuna_study.trials == [] and sampler.open_trials == {}
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes", "random"])
-def test_the_same_study_asks_for_the_same_values(name: str) -> None:
-    """And a study with another seed for others."""
+def test_the_same_study_samples_the_same_values(name: str) -> None:
+    """A study with another seed samples other values."""
 
     def ask(seed: int) -> list[dict[str, Any]]:
-        asker = make(name, MIXED, startup=2, seed=seed)
-        return [asker.ask(number) for number in range(1, 4)]
+        sampler = make(name, MIXED, startup=2, seed=seed)
+        return [sampler.ask(number) for number in range(1, 4)]
 
     values = ask(0)
     assert ask(0) == values != ask(1)
     assert len({str(each) for each in values}) == 3
 
 
-def test_random_values_depend_on_the_number_alone() -> None:
-    """Nothing is kept of them, so that a study may have a million."""
-    asker = make("random", MIXED)
+def test_random_values_depend_only_on_the_trial_number() -> None:
+    """Such trials are not kept in memory, since a study may have a million."""
+    sampler = make("random", MIXED)
     for number in (1, 2, 3):
-        asker.ask(number)
+        sampler.ask(number)
     late = make("random", MIXED)
-    assert late.ask(3) == asker.ask(3) and asker.asked == {} and asker.mirror.trials == []
-    asker.tell(3, {0: 1.0}, True)
-    assert asker.mirror.trials == []
+    assert late.ask(3) == sampler.ask(3) and sampler.open_trials == {} and sampler.optuna_study.trials == []
+    sampler.tell(3, {0: 1.0}, True)
+    assert sampler.optuna_study.trials == []
 
 
-def test_other_samplers_keep_what_they_asked() -> None:
-    asker = make("tpe")
-    values = [asker.ask(number) for number in (1, 2)]
-    assert sorted(asker.asked) == [1, 2]
-    assert [trial.params for trial in asker.mirror.trials] == values
+def test_other_samplers_keep_their_trials() -> None:
+    sampler = make("tpe")
+    values = [sampler.ask(number) for number in (1, 2)]
+    assert sorted(sampler.open_trials) == [1, 2]
+    assert [trial.params for trial in sampler.optuna_study.trials] == values
 
 
-def test_values_lie_in_their_space() -> None:
+def test_values_are_in_the_space() -> None:
     space = MIXED | {"n_layer": {"low": 1, "high": 9, "step": 2}, "dropout": {"low": 0.0, "high": 0.3}}
     seen = [make("random", space).ask(number) for number in range(1, 60)]
     assert all(1e-3 <= values["lr"] <= 0.1 and 0 <= values["dropout"] <= 0.3 for values in seen)
     assert {values["optimizer"] for values in seen} == {"adamw", "sgd"}
     assert {values["n_layer"] for values in seen} == {1, 3, 5, 7, 9}
-    assert sum(values["lr"] < 0.01 for values in seen) > 15, "by its logarithm"
+    assert sum(values["lr"] < 0.01 for values in seen) > 15, "a logarithmic range"
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
-def test_a_conditional_parameter_is_asked_where_its_condition_holds(base: str) -> None:
-    """After the parameters that it depends on, wherever it stands in the file. The values of the trial count, not those of the base."""
+def test_a_conditional_parameter_is_sampled_if_its_condition_is_true(base: str) -> None:
+    """After the parameters that it depends on, wherever it stands in the file.
+
+    The values of the trial count, not those of the base.
+    """
     study = make_study({"optimizer": base}, space=MIXED, sampler={"name": "random"})
-    asker = Asker(study, study.base())
-    seen = [asker.ask(number) for number in range(1, 30)]
+    sampler = TrialSampler(study.sampler, study.space, study.base())
+    seen = [sampler.ask(number) for number in range(1, 30)]
     assert {values["optimizer"] for values in seen} == {"adamw", "sgd"}
     assert all(("momentum" in values) == (values["optimizer"] == "sgd") for values in seen)
 
 
-def test_a_condition_on_the_base_is_asked_too() -> None:
+def test_a_condition_can_depend_on_the_base() -> None:
     space = {"lr": SPACE["lr"], "momentum": {"low": 0.5, "high": 0.9, "when": {"optimizer": ["adamw"]}}}
     assert set(make("random", space).ask(1)) == {"lr", "momentum"}
 
@@ -123,36 +125,37 @@ def test_a_condition_on_the_base_is_asked_too() -> None:
     ],
     ids=["choices", "whole numbers", "fractions"],
 )
-def test_a_grid_asks_for_every_cell_once(space: dict[str, Any], cells: int) -> None:
-    asker = make("grid", space)
-    seen = [asker.ask(0), *(asker.ask(number) for number in range(1, cells + 1))][1:]
+def test_a_grid_samples_every_cell_once(space: dict[str, Any], cells: int) -> None:
+    sampler = make("grid", space)
+    seen = [sampler.ask(0), *(sampler.ask(number) for number in range(1, cells + 1))][1:]
     assert len({tuple(sorted(values.items())) for values in seen}) == cells
     for name, parameter in space.items():
         allowed = parameter.get("values") or [parameter["low"] + i * parameter["step"] for i in range(cells)]
-        assert all(any(value == pytest.approx(one) if not isinstance(one, str) else value == one for one in allowed)
-                   for value in (values[name] for values in seen))  # fmt: skip
+        for values in seen:
+            value = values[name]
+            assert value in allowed or any(value == pytest.approx(cell) for cell in allowed)
 
 
-def test_the_order_of_a_grid_is_that_of_the_studys_seed() -> None:
+def test_the_seed_of_the_study_decides_the_order_of_a_grid() -> None:
     space = {"n_layer": {"low": 1, "high": 20, "step": 1}}
 
     def order(seed: int) -> list[int]:
-        asker = make("grid", space, seed=seed)
-        return [asker.ask(number)["n_layer"] for number in range(1, 21)]
+        sampler = make("grid", space, seed=seed)
+        return [sampler.ask(number)["n_layer"] for number in range(1, 21)]
 
     assert order(0) == order(0) != order(1)
     assert sorted(order(0)) == list(range(1, 21))
 
 
-def test_a_sequence_has_one_seed_and_every_trial_its_place_in_it() -> None:
-    """Sixteen points of a scrambled Sobol sequence, of which each sixteenth of the range holds one."""
-    asker = make("qmc", {"dropout": {"low": 0.0, "high": 0.8}})
-    asker.ask(1)  # the first one is drawn at random, since no space is known yet
-    asker.tell(1, {0: 1.0}, True)
+def test_the_trials_of_qmc_are_points_of_one_sequence() -> None:
+    """Each sixteenth of the range contains one of sixteen points of a scrambled Sobol sequence."""
+    sampler = make("qmc", {"dropout": {"low": 0.0, "high": 0.8}})
+    sampler.ask(1)  # the first point is random, because Optuna does not know the space yet
+    sampler.tell(1, {0: 1.0}, True)
     values = []
     for number in range(2, 18):
-        values.append(asker.ask(number)["dropout"])
-        asker.tell(number, {0: 1.0}, True)
+        values.append(sampler.ask(number)["dropout"])
+        sampler.tell(number, {0: 1.0}, True)
     assert sorted(math.floor(value / 0.05) for value in values) == list(range(16))
     again = make("qmc", {"dropout": {"low": 0.0, "high": 0.8}}, seed=5)
     again.ask(1)
@@ -161,7 +164,7 @@ def test_a_sequence_has_one_seed_and_every_trial_its_place_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "made", "expected"),
+    ("name", "class_name", "expected"),
     [
         ("tpe", "TPESampler", {"multivariate": True, "group": True, "seed": True, "n_startup_trials": 3}),
         ("gp", "GPSampler", {"seed": True, "n_startup_trials": 3}),
@@ -171,124 +174,128 @@ def test_a_sequence_has_one_seed_and_every_trial_its_place_in_it() -> None:
     ],
 )
 def test_the_settings_of_a_study_reach_its_sampler(
-    monkeypatch: pytest.MonkeyPatch, name: str, made: str, expected: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, name: str, class_name: str, expected: dict[str, Any]
 ) -> None:
-    """True: the seed of the trial. A conditional space needs TPE's groups."""
-    asker = make(name, MIXED, seed=9, startup=3)
+    """An expected seed of True means the seed of the trial. A conditional space needs the groups of TPE."""
+    sampler = make(name, MIXED, seed=9, startup=3)
     seen: list[dict[str, Any]] = []
 
     def make_sampler(**keys: Any) -> Any:
         seen.append(keys)
-        return sampler(**keys)
+        return sampler_class(**keys)
 
-    sampler = getattr(optuna.samplers, made)
-    monkeypatch.setattr(optuna.samplers, made, make_sampler)
-    asker._sampler(5)
-    own = seed_of(asker.study, 5)
+    sampler_class = getattr(optuna.samplers, class_name)
+    monkeypatch.setattr(optuna.samplers, class_name, make_sampler)
+    sampler._sampler(5)
+    seed = trial_seed(sampler.settings.seed, 5)
     assert seen == [
-        {key: own if value is True and key == "seed" else value for key, value in expected.items()}
+        {key: seed if value is True and key == "seed" else value for key, value in expected.items()}
     ]
 
 
 def test_a_space_without_conditions_needs_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With groups TPE would model the parameters of such a space one by one."""
-    askers = make("tpe"), make("tpe", MIXED)
+    """With groups TPE would model the parameters independently."""
+    samplers = make("tpe"), make("tpe", MIXED)
     seen: list[Any] = []
     monkeypatch.setattr(optuna.samplers, "TPESampler", lambda **keys: seen.append(keys["group"]))
-    for asker in askers:
-        asker._sampler(1)
+    for sampler in samplers:
+        sampler._sampler(1)
     assert seen == [False, True]
 
 
 def test_the_sampler_learns_after_its_startup() -> None:
-    """TPE comes closer to the best value; random values do not."""
+    """TPE gets closer to the best value than random sampling."""
 
-    def values_of(name: str) -> list[float]:
-        asker = make(name, {"dropout": {"low": 0.0, "high": 0.9}}, startup=4)
-        found = []
+    def distances(name: str) -> list[float]:
+        sampler = make(name, {"dropout": {"low": 0.0, "high": 0.9}}, startup=4)
+        values = []
         for number in range(1, 25):
-            found.append(asker.ask(number)["dropout"])
-            asker.tell(number, {0: abs(found[-1] - 0.2)}, True)
-        return [abs(value - 0.2) for value in found[12:]]
+            values.append(sampler.ask(number)["dropout"])
+            sampler.tell(number, {0: abs(values[-1] - 0.2)}, True)
+        return [abs(value - 0.2) for value in values[12:]]
 
-    assert sum(values_of("tpe")) < 0.6 * sum(values_of("random"))
-
-
-# -- what is told
+    assert sum(distances("tpe")) < 0.6 * sum(distances("random"))
 
 
-def told(
+# -- tell
+
+
+def report(
     *results: tuple[Mapping[int, float], bool],
 ) -> list[tuple[TrialState, float | None, dict[int, float]]]:
-    """What the sampler knows of trials 1, 2, ... with these scores by rung."""
-    asker = make("tpe")
+    """Report the scores of trials 1, 2, ... by rung, and return what Optuna knows of them."""
+    sampler = make("tpe")
     for number in range(len(results) + 1):
-        asker.ask(number)
-    asker.tell(0, {0: 3.0}, True)
+        sampler.ask(number)
+    sampler.tell(0, {0: 3.0}, True)
     for number, (scores, finished) in enumerate(results, 1):
-        asker.tell(number, scores, finished)
-    return [(trial.state, trial.value, trial.intermediate_values) for trial in asker.mirror.trials]
+        sampler.tell(number, scores, finished)
+    return [(trial.state, trial.value, trial.intermediate_values) for trial in sampler.optuna_study.trials]
 
 
 DONE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 
 
 @pytest.mark.parametrize(
-    ("results", "known"),
+    ("results", "expected"),
     [
         pytest.param([({0: 2.0}, True)], [(DONE, 2.0, {0: 2.0})], id="done"),
         pytest.param(
             [({0: 4.0, 1: 2.0}, True)],
             [(DONE, 2.0, {0: 4.0, 1: 2.0})],
-            id="done after a rung: the end counts",
+            id="done after a rung: the final score counts",
         ),
-        pytest.param([({1: 2.0, 0: 4.0}, True)], [(DONE, 2.0, {0: 4.0, 1: 2.0})], id="in no order"),
+        pytest.param([({1: 2.0, 0: 4.0}, True)], [(DONE, 2.0, {0: 4.0, 1: 2.0})], id="unordered"),
         pytest.param([({0: 4.0}, False)], [(PRUNED, 4.0, {0: 4.0})], id="pruned"),
         pytest.param(
             [({0: 4.0, 1: 5.0}, False)], [(PRUNED, 5.0, {0: 4.0, 1: 5.0})], id="pruned at the second rung"
         ),
         pytest.param(
-            [({}, False)], [(DONE, 4.5, {})], id="diverged: half as bad again as the worst, the base"
+            [({}, False)], [(DONE, 4.5, {})], id="diverged: 1.5 times the worst score, which is the base's"
         ),
         pytest.param(
             [({0: 8.0}, True), ({}, False)],
             [(DONE, 8.0, {0: 8.0}), (DONE, 12.0, {})],
-            id="worse than the worst",
+            id="diverged: worse than the worst trial",
         ),
         pytest.param(
-            [({0: 1.0}, True), ({}, False)], [(DONE, 1.0, {0: 1.0}), (DONE, 4.5, {})], id="the worst stays"
+            [({0: 1.0}, True), ({}, False)],
+            [(DONE, 1.0, {0: 1.0}), (DONE, 4.5, {})],
+            id="a better score does not replace the worst",
         ),
         pytest.param(
             [({0: 8.0, 1: 1.0}, True), ({}, False)],
             [(DONE, 1.0, {0: 8.0, 1: 1.0}), (DONE, 12.0, {})],
-            id="at any rung",
+            id="the worst score of any rung",
         ),
         pytest.param(
-            [({}, False), ({0: 8.0}, True)], [(DONE, 4.5, {}), (DONE, 8.0, {0: 8.0})], id="the worst so far"
+            [({}, False), ({0: 8.0}, True)],
+            [(DONE, 4.5, {}), (DONE, 8.0, {0: 8.0})],
+            id="later scores do not count",
         ),
     ],
 )
-def test_the_sampler_hears_how_every_trial_ended(results: list[Any], known: list[Any]) -> None:
-    assert told(*results) == known
+def test_the_scores_of_a_trial_are_reported(results: list[Any], expected: list[Any]) -> None:
+    assert report(*results) == expected
 
 
-def test_before_any_score_a_trial_that_diverges_is_very_bad() -> None:
-    asker = make("tpe")
-    asker.ask(1)
-    asker.tell(1, {}, False)
-    assert [trial.value for trial in asker.mirror.trials] == [150.0]
+def test_a_trial_that_diverges_first_gets_a_bad_score() -> None:
+    sampler = make("tpe")
+    sampler.ask(1)
+    sampler.tell(1, {}, False)
+    assert [trial.value for trial in sampler.optuna_study.trials] == [150.0]
 
 
-def test_a_trial_is_told_once() -> None:
-    asker = make("tpe")
-    asker.ask(1)
-    asker.tell(1, {0: 1.0}, True)
-    asker.tell(1, {0: 2.0}, True)
-    assert asker.asked == {} and [trial.value for trial in asker.mirror.trials] == [1.0]
+def test_a_trial_is_reported_once() -> None:
+    sampler = make("tpe")
+    sampler.ask(1)
+    sampler.tell(1, {0: 1.0}, True)
+    sampler.tell(1, {0: 2.0}, True)
+    assert sampler.open_trials == {} and [trial.value for trial in sampler.optuna_study.trials] == [1.0]
 
 
 def test_smaller_is_better() -> None:
-    assert make("tpe").mirror.direction == optuna.study.StudyDirection.MINIMIZE
+    assert make("tpe").optuna_study.direction == optuna.study.StudyDirection.MINIMIZE
 
 
 # -- the distribution of a parameter
@@ -314,8 +321,8 @@ D = optuna.distributions
     ids=str,
 )
 def test_the_distribution_of_a_parameter(parameter: Any, expected: Any) -> None:
-    found = distribution(parameter)
-    assert type(found) is type(expected) and found == expected
+    result = distribution(parameter)
+    assert type(result) is type(expected) and result == expected
 
 
 @pytest.mark.parametrize(
@@ -331,17 +338,17 @@ def test_the_distribution_of_a_parameter(parameter: Any, expected: Any) -> None:
     ids=str,
 )
 def test_the_cells_of_a_grid(parameter: dict[str, Any], values: list[float]) -> None:
-    """From low on in steps, high included where a step ends there. Optuna takes each of them."""
+    """The cells start at low. High is included if a step ends there. Optuna accepts every cell."""
     name = "n_layer" if isinstance(values[0], int) else "dropout"
-    asker = make("grid", {name: parameter})
-    seen = sorted(asker.ask(number)[name] for number in range(1, len(values) + 1))
+    sampler = make("grid", {name: parameter})
+    seen = sorted(sampler.ask(number)[name] for number in range(1, len(values) + 1))
     assert seen == pytest.approx(values)
-    domain = asker.domains[name]
+    domain = sampler.distributions[name]
     assert all(domain._contains(domain.to_internal_repr(value)) for value in seen)
 
 
-def test_only_optunas_own_chatter_is_silenced() -> None:
-    """Its experimental samplers are our choice; other warnings are the user's."""
+def test_only_messages_of_optuna_are_silenced() -> None:
+    """Warnings about experimental samplers do not help the user. Other warnings are shown."""
     optuna.logging.set_verbosity(optuna.logging.INFO)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -351,7 +358,7 @@ def test_only_optunas_own_chatter_is_silenced() -> None:
     assert optuna.logging.get_verbosity() == optuna.logging.ERROR
 
 
-def test_optuna_is_imported_where_it_is_used() -> None:
-    """It takes a second, and `mainrun sweep --help` does not need it."""
+def test_optuna_is_not_imported_early() -> None:
+    """The import takes a second, and `mainrun sweep --help` does not need it."""
     code = "import sys, sweeps.sampling; print('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,4 +1,4 @@
-"""The search space: what may be searched, what is refused and with which words, and a trial's config from its values."""
+"""The search space: its faults and their messages, and the config of a trial from its values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from searching import FIELDS, TRAIN_TOKENS, make_study
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
-from sweeps.space import DERIVED, NEVER, Choice, Range, active, changed, faults, known_fields, resolved
+from sweeps.space import (
+    DERIVED,
+    NOT_SEARCHABLE,
+    Choice,
+    Range,
+    active_parameters,
+    faults,
+    searchable_names,
+    trial_config,
+    with_values,
+)
 
 LR: dict[str, Any] = {"low": 1e-3, "high": 0.1}
 OPS = [
@@ -29,85 +39,90 @@ def parameter(data: dict[str, Any]) -> Range | Choice:
     return Choice(**data) if "values" in data else Range(**data)
 
 
-def wrong(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
+def list_faults(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
     return list(
         faults({name: parameter(data) for name, data in space.items()}, base(optimizer="adamw", **fields))
     )
 
 
-# -- what must be held still
+# -- fields that cannot be searched
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("seed", "a seed is drawn, not chosen: a study that may choose it fits noise"),
-        ("epochs", "the epochs are the task's budget"),
-        ("max_steps", "the steps are the task's budget"),
-        ("corpus", "the data is the task's"),
-        ("num_titles", "the data is the task's"),
-        ("shuffle", "the data is the task's"),
-        ("val_frac", "the data is the task's"),
-        ("dev_frac", "the data is the task's"),
-        ("tokenizer_fit", "the data is the task's"),
-        ("official_geometry", "the geometry of the evaluation is the task's"),
-        ("device", "the machine is the study's, under [set] or threads"),
-        ("threads", "the machine is the study's, under [set] or threads"),
-        ("compile", "the machine is the study's, under [set] or threads"),
-        ("attention", "the machine is the study's, under [set] or threads"),
-        ("dtype", "the machine is the study's, under [set] or threads"),
+        ("seed", "a seed is not a setting, and a study that searches it fits noise"),
+        ("epochs", "the number of epochs is fixed by the task"),
+        ("max_steps", "the number of steps is fixed by the task"),
+        ("corpus", "the data is fixed by the task"),
+        ("num_titles", "the data is fixed by the task"),
+        ("shuffle", "the data is fixed by the task"),
+        ("val_frac", "the data is fixed by the task"),
+        ("dev_frac", "the data is fixed by the task"),
+        ("tokenizer_fit", "the data is fixed by the task"),
+        ("official_geometry", "the geometry of the evaluation is fixed by the task"),
+        ("device", "the machine is the same for all trials; set it under [set] or with threads"),
+        ("threads", "the machine is the same for all trials; set it under [set] or with threads"),
+        ("compile", "the machine is the same for all trials; set it under [set] or with threads"),
+        ("attention", "the machine is the same for all trials; set it under [set] or with threads"),
+        ("dtype", "the machine is the same for all trials; set it under [set] or with threads"),
     ],
 )
-def test_what_a_comparison_holds_still_is_never_searched(name: str, reason: str) -> None:
-    """One word on each, and none on its values."""
-    assert wrong({name: {"values": ["anything"]}}) == [f"space.{name}: {reason}; remove it."]
-    assert NEVER[name] == reason
+def test_fields_that_must_be_equal_in_all_trials_are_refused(name: str, reason: str) -> None:
+    """The values of such a field are not checked."""
+    assert list_faults({name: {"values": ["anything"]}}) == [f"space.{name}: {reason}; remove it."]
+    assert NOT_SEARCHABLE[name] == reason
 
 
-def test_nothing_else_is_held_still() -> None:
-    assert len(NEVER) == 15
+def test_all_other_fields_can_be_searched() -> None:
+    assert len(NOT_SEARCHABLE) == 15
 
 
 @pytest.mark.parametrize(
     "name", ["log_every", "eval_per_epoch", "eval_interval", "checkpoint_every", "preset"]
 )
-def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None:
-    assert wrong({name: {"values": [1, 2]}}) == [f"space.{name} changes nothing that is trained; remove it."]
+def test_fields_without_an_effect_are_refused(name: str) -> None:
+    assert list_faults({name: {"values": [1, 2]}}) == [
+        f"space.{name} has no effect on the training; remove it."
+    ]
 
 
-# -- what is refused
+# -- faults
 
 
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("space", "messages"),
     [
         # names
         pytest.param({}, ["space is empty; write at least one [space.FIELD]."], id="empty"),
         pytest.param({"lr": LR}, [], id="a field"),
-        pytest.param({"timescale": {"low": 1.0, "high": 2.0}}, [], id="a derived one"),
+        pytest.param({"timescale": {"low": 1.0, "high": 2.0}}, [], id="a derived parameter"),
         pytest.param(
             {"dropuot": LR},
             [
-                "space.dropuot is no config field (did you mean 'dropout'?); `mainrun presets --fields` lists them."
+                "space.dropuot is not a config field (did you mean 'dropout'?); "
+                "`mainrun presets --fields` lists them."
             ],
             id="misspelt",
         ),
         pytest.param(
             {"timescales": LR},
-            ["space.timescales is no config field (did you mean 'timescale'?)"],
-            id="a derived one, misspelt",
+            ["space.timescales is not a config field (did you mean 'timescale'?)"],
+            id="a derived parameter, misspelt",
         ),
-        pytest.param({"qqqq": LR}, ["space.qqqq is no config field; `mainrun"], id="like no field"),
-        pytest.param({"lr.high": LR}, ["space.lr.high is no config field"], id="a path below a plain field"),
+        pytest.param({"qqqq": LR}, ["space.qqqq is not a config field; `mainrun"], id="unlike any field"),
+        pytest.param(
+            {"lr.high": LR}, ["space.lr.high is not a config field"], id="a path below a plain field"
+        ),
         pytest.param(
             {"growth": {"values": [1, 2]}},
-            ["space.growth: name what of the schedule, like growth.ops.0.trigger."],
-            id="growth whole",
+            ["space.growth: name a value of the schedule, such as growth.ops.0.trigger."],
+            id="the whole schedule",
         ),
         pytest.param(
             {"timescale": {"low": 1.0, "high": 2.0}, "weight_decay": {"low": 0.1, "high": 0.2}},
-            ["space.timescale stands for weight_decay, which is in the space too; keep one of them."],
-            id="a derived one beside what it stands for",
+            ["space.timescale sets weight_decay, which is also in the space; keep one of them."],
+            id="a derived parameter with the field that it sets",
         ),
         # choices
         pytest.param({"dropout": {"values": [0.1, 0.2]}}, [], id="values"),
@@ -119,63 +134,63 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         ),
         pytest.param(
             {"dropout": {"values": [0.1, 0.2, 0.1]}},
-            ["space.dropout.values=[0.1, 0.2, 0.1] has one of them twice; keep each once."],
+            ["space.dropout.values=[0.1, 0.2, 0.1] has a value twice; keep each value once."],
             id="twice",
         ),
         pytest.param({"n_kv_head": {"values": [1, 2]}}, [], id="whole numbers"),
         pytest.param({"bias": {"values": [True, False]}}, [], id="true or false"),
-        pytest.param({"optimizer": OPTIMIZERS}, [], id="texts"),
+        pytest.param({"optimizer": OPTIMIZERS}, [], id="strings"),
         pytest.param(
             {"dropout": {"values": [0.1, None]}},
-            ["space.dropout.values holds None; write numbers, texts, true or false."],
+            ["space.dropout.values contains None; write numbers, strings, true or false."],
             id="none",
         ),
         pytest.param(
             {"dropout": {"values": [[1], 0.1]}},
-            ["space.dropout.values holds [1]; write numbers"],
+            ["space.dropout.values contains [1]; write numbers"],
             id="a list",
         ),
         pytest.param(
             {"dropout": {"values": [0.1, 7.0, 8.0]}},
-            ["space.dropout: 7.0 is no value of it: dropout=7.0"],
-            id="the first that no config takes",
+            ["space.dropout: 7.0 is not allowed: dropout=7.0"],
+            id="only the first invalid value",
         ),
         pytest.param(
             {"optimizer": {"values": ["adamw", "adam"]}},
-            ["space.optimizer: 'adam' is no value of it"],
-            id="a text that no config takes",
+            ["space.optimizer: 'adam' is not allowed"],
+            id="an invalid string",
         ),
         # ranges
         pytest.param({"dropout": {"low": 0.0, "high": 0.9}}, [], id="a range"),
         pytest.param(
             {"dropout": {"low": 0.0, "high": 1.0}},
-            ["space.dropout: 1.0 is no value of it: dropout=1.0"],
-            id="high that no config takes",
+            ["space.dropout: 1.0 is not allowed: dropout=1.0"],
+            id="an invalid high",
         ),
         pytest.param(
             {"dropout": {"low": -0.5, "high": 0.5}},
-            ["space.dropout: -0.5 is no value of it"],
-            id="low that no config takes",
+            ["space.dropout: -0.5 is not allowed"],
+            id="an invalid low",
         ),
         pytest.param(
             {"lr": {"low": 0.2, "high": 0.1}}, ["space.lr: low=0.2 > high=0.1; swap them."], id="swapped"
         ),
         pytest.param(
             {"lr": {"low": 0.1, "high": 0.1}},
-            ["space.lr: low and high are both 0.1, there is nothing to search; write it under [set]."],
+            ["space.lr: low and high are both 0.1: there is nothing to search; write it under [set]."],
             id="a point",
         ),
         pytest.param(
             {"lr": {"low": math.nan, "high": 0.1}},
-            ["space.lr: low=nan high=0.1 are no numbers; write finite ones."],
+            ["space.lr: low=nan high=0.1 must be finite numbers."],
             id="NaN",
         ),
         pytest.param(
             {"lr": {"low": 0.1, "high": math.inf}},
-            ["space.lr: low=0.1 high=inf are no numbers; write finite ones."],
+            ["space.lr: low=0.1 high=inf must be finite numbers."],
             id="infinite",
         ),
-        pytest.param({"lr": {"low": 1e-3, "high": 0.1, "log": True}}, [], id="by its logarithm"),
+        pytest.param({"lr": {"low": 1e-3, "high": 0.1, "log": True}}, [], id="a logarithmic range"),
         pytest.param(
             {"dropout": {"low": 0, "high": 0.1, "log": True}},
             ["space.dropout: log=true with low=0; a logarithm needs low > 0."],
@@ -191,16 +206,18 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         pytest.param(
             {"dropout": {"low": 0.0, "high": 0.4, "step": 0.5}},
             [
-                "space.dropout: step=0.5 is wider than from low=0 to high=0.4; write a smaller step, or values."
+                "space.dropout: step=0.5 is larger than the range from low=0 to high=0.4; "
+                "write a smaller step, or values."
             ],
-            id="a step that is too wide",
+            id="a step that is too large",
         ),
         pytest.param(
             {"dropout": {"low": 0.2, "high": 0.4, "step": 0.5}},
             [
-                "space.dropout: step=0.5 is wider than from low=0.2 to high=0.4; write a smaller step, or values."
+                "space.dropout: step=0.5 is larger than the range from low=0.2 to high=0.4; "
+                "write a smaller step, or values."
             ],
-            id="a step wider than a range above 0",
+            id="a step that is too large for a range above 0",
         ),
         pytest.param(
             {"dropout": {"low": 0.0, "high": 0.4, "step": 0.0}},
@@ -220,7 +237,7 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         pytest.param(
             {"lr": {"low": 0.1, "high": 0.4, "step": 0.5, "log": True}},
             ["space.lr: step=0.5 with log=true"],
-            id="a wide step of a logarithm",
+            id="a large step of a logarithm",
         ),
         pytest.param(
             {"lr": {"low": 0.4, "high": 0.1, "step": 0.5}},
@@ -232,30 +249,33 @@ def test_what_changes_nothing_that_is_trained_is_not_searched(name: str) -> None
         pytest.param(
             {"timescale": {"values": [0.0, 1.0]}},
             ["space.timescale is a time; its values must be above 0."],
-            id="no time",
+            id="a time of 0",
         ),
         pytest.param(
             {"timescale": {"values": [1.0, -1.0]}}, ["space.timescale is a time"], id="a negative time"
         ),
         pytest.param(
-            {"timescale": {"values": [1.0, "a"]}}, ["space.timescale is a time"], id="a text for a time"
+            {"timescale": {"values": [1.0, "a"]}}, ["space.timescale is a time"], id="a string as a time"
         ),
         pytest.param(
-            {"timescale": {"low": 0.0, "high": 1.0}}, ["space.timescale is a time"], id="times from 0 on"
+            {"timescale": {"low": 0.0, "high": 1.0}}, ["space.timescale is a time"], id="a range from 0"
         ),
     ],
 )
-def test_what_is_wrong_with_a_space(space: dict[str, Any], said: list[str]) -> None:
-    """One sentence for each fault; a whole one where it ends with a full stop."""
-    found = wrong(space)
-    assert len(found) == len(said), found
-    for text, part in zip(found, said, strict=True):
-        assert text == part if part.endswith(".") and not part.endswith("trigger.") else text.startswith(part)
+def test_the_faults_of_a_space(space: dict[str, Any], messages: list[str]) -> None:
+    """Each fault gives one sentence. An expected message without a full stop is only its beginning."""
+    faults = list_faults(space)
+    assert len(faults) == len(messages), faults
+    for fault, message in zip(faults, messages, strict=True):
+        if message.endswith(".") and not message.endswith("trigger."):
+            assert fault == message
+        else:
+            assert fault.startswith(message)
 
 
 def test_every_fault_of_a_space_is_named() -> None:
-    """In the order of the space; a parameter that has a fault of its own does not hide the next one."""
-    found = wrong(
+    """Faults are listed in the order of the space."""
+    faults = list_faults(
         {
             "seed": {"values": [1]},
             "nothing": LR,
@@ -264,56 +284,62 @@ def test_every_fault_of_a_space_is_named() -> None:
             "dropout": {"values": []},
         }
     )
-    assert [text.split(" ")[0].rstrip(":") for text in found] == [
+    assert [text.split(" ")[0].rstrip(":") for text in faults] == [
         "space.seed", "space.nothing", "space.log_every", "space.lr", "space.lr", "space.dropout.values",
     ]  # fmt: skip
 
 
-def test_values_that_only_disagree_with_another_field_are_left_to_the_trials() -> None:
-    """The space may settle it. What names the field itself is a fault of its values."""
+def test_values_that_conflict_with_another_field_are_not_faults() -> None:
+    """The space may resolve such a conflict.
+
+    An error that names the field itself is a fault of its values.
+    """
     drops = {"rdrop": 1.0, "dropout": 0.0, "attn_dropout": 0.1}
-    assert wrong({"attn_dropout": {"values": [0.0, 0.1]}}, **drops) == []
-    (text,) = wrong({"rdrop": {"values": [0.0, 1.0]}}, dropout=0.0)
-    assert text.startswith("space.rdrop: 1.0 is no value of it: rdrop=1.0 without any dropout")
-    (text,) = wrong({"ema": {"values": [0.0, 0.9]}}, swa=0.5)
-    assert text.startswith("space.ema: 0.9 is no value of it: ema=0.9 and swa=0.5 are both on")
+    assert list_faults({"attn_dropout": {"values": [0.0, 0.1]}}, **drops) == []
+    (text,) = list_faults({"rdrop": {"values": [0.0, 1.0]}}, dropout=0.0)
+    assert text.startswith("space.rdrop: 1.0 is not allowed: rdrop=1.0 without any dropout")
+    (text,) = list_faults({"ema": {"values": [0.0, 0.9]}}, swa=0.5)
+    assert text.startswith("space.ema: 0.9 is not allowed: ema=0.9 and swa=0.5 are both on")
 
 
-def test_a_schedule_that_does_not_go_with_a_value_is_left_to_the_trials() -> None:
-    """The message names the field, but it is the schedule that is at fault."""
+def test_values_that_conflict_with_the_growth_schedule_are_not_faults() -> None:
+    """The error message contains the name of the field, but the schedule causes it."""
     growth = {"version": 2, "ops": [{"name": "set_batch_size", "value": 12, "trigger": {"budget_frac": 0.5}}]}
     with pytest.raises(ConfigError, match=r"^growth: ops\[0\] .*grad_accum"):
-        changed(base(growth=growth), {"grad_accum": 8})
-    assert wrong({"grad_accum": {"values": [1, 8]}}, growth=growth) == []
+        with_values(base(growth=growth), {"grad_accum": 8})
+    assert list_faults({"grad_accum": {"values": [1, 8]}}, growth=growth) == []
 
 
 # -- conditions
 
 
 @pytest.mark.parametrize(
-    ("when", "more", "said"),
+    ("when", "others", "messages"),
     [
-        pytest.param({"optimizer": ["sgd"]}, {"optimizer": OPTIMIZERS}, [], id="a value of the parent"),
+        pytest.param(
+            {"optimizer": ["sgd"]}, {"optimizer": OPTIMIZERS}, [], id="a value of the other parameter"
+        ),
         pytest.param({"optimizer": ["adamw"]}, {}, [], id="the base's own value"),
         pytest.param({"optimizer": ["sgd", "adamw"]}, {}, [], id="the base's own value among others"),
         pytest.param(
             {"optimizer": ["sgd"]},
             {},
             [
-                "optimizer is 'adamw' in every trial, never one of ['sgd']; search it too, or remove space.momentum."
+                "optimizer is 'adamw' in every trial, never one of ['sgd']; "
+                "search optimizer too, or remove space.momentum."
             ],
-            id="never in the base",
+            id="never with this base",
         ),
         pytest.param(
             {"optimizre": ["sgd"]},
             {},
-            ["optimizre is no config field (did you mean 'optimizer'?); name one that is."],
+            ["optimizre is not a config field (did you mean 'optimizer'?); name a field."],
             id="misspelt",
         ),
         pytest.param(
             {"optimizer": ["muon"]},
             {"optimizer": OPTIMIZERS},
-            ["optimizer is never 'muon'; its values: ['adamw', 'sgd']."],
+            ["optimizer is never 'muon'; its values are ['adamw', 'sgd']."],
             id="never",
         ),
         pytest.param(
@@ -331,7 +357,7 @@ def test_a_schedule_that_does_not_go_with_a_value_is_left_to_the_trials() -> Non
         pytest.param(
             {"optimizer": []},
             {"optimizer": OPTIMIZERS},
-            ["optimizer has no value for which it holds; list at least one."],
+            ["optimizer has no values, so it is never true; write at least one value."],
             id="no value",
         ),
         pytest.param(
@@ -343,24 +369,24 @@ def test_a_schedule_that_does_not_go_with_a_value_is_left_to_the_trials() -> Non
         pytest.param(
             {"optimizer": ["sgd"]},
             {"optimizer": OPTIMIZERS | {"when": {"bias": [True]}}, "bias": {"values": [True, False]}},
-            ["optimizer is conditional itself; let space.momentum depend on what optimizer depends on."],
-            id="conditional itself",
+            ["optimizer has a condition itself; let space.momentum depend on what optimizer depends on."],
+            id="a conditional parameter",
         ),
         pytest.param(
             {"optimizer": ["muon"], "lr": [0.1]},
             {"optimizer": OPTIMIZERS, "lr": LR},
             ["optimizer is never 'muon'", "lr is a range"],
-            id="two of them",
+            id="two faults",
         ),
     ],
 )
-def test_what_is_wrong_with_a_condition(
-    when: dict[str, list[Any]], more: dict[str, Any], said: list[str]
+def test_the_faults_of_a_condition(
+    when: dict[str, list[Any]], others: dict[str, Any], messages: list[str]
 ) -> None:
-    found = wrong({"momentum": {"low": 0.1, "high": 0.9, "when": when}} | more)
-    assert len(found) == len(said), found
-    for text, part in zip(found, said, strict=True):
-        assert text.startswith("space.momentum.when: " + part)
+    faults = list_faults({"momentum": {"low": 0.1, "high": 0.9, "when": when}} | others)
+    assert len(faults) == len(messages), faults
+    for fault, message in zip(faults, messages, strict=True):
+        assert fault.startswith("space.momentum.when: " + message)
 
 
 @pytest.mark.parametrize(
@@ -374,8 +400,11 @@ def test_what_is_wrong_with_a_condition(
     ],
     ids=["sgd", "adamw", "the base", "muon", "two conditions"],
 )
-def test_the_parameters_whose_conditions_hold(values: dict[str, Any], names: set[str]) -> None:
-    """Of the base where the space has no value; all conditions of a parameter."""
+def test_the_parameters_whose_conditions_are_true(values: dict[str, Any], names: set[str]) -> None:
+    """A field that is not in the space has the value of the base.
+
+    All conditions of a parameter must be true.
+    """
     space = {
         "optimizer": Choice(values=["adamw", "sgd", "muon"]),
         "momentum": Range(low=0.1, high=0.9, when={"optimizer": ["sgd"]}),
@@ -383,54 +412,54 @@ def test_the_parameters_whose_conditions_hold(values: dict[str, Any], names: set
         "both": Range(low=0.1, high=0.2, when={"optimizer": ["sgd"], "schedule": ["wsd"]}),
         "lr": Range(low=0.1, high=0.2),
     }
-    found = active(space, values, base(optimizer="adamw"))
-    assert set(found) == names and all(found[name] is space[name] for name in names)
-    assert list(found) == [name for name in space if name in names]
+    active = active_parameters(space, values, base(optimizer="adamw"))
+    assert set(active) == names and all(active[name] is space[name] for name in names)
+    assert list(active) == [name for name in space if name in names]
 
 
-# -- paths into the schedule of growth
+# -- paths into the growth schedule
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("growth.ops.0.value", ""),
         ("growth.ops.1.trigger.budget_frac", ""),
-        ("growth.ops.2.value", "the preset's schedule has no '2' in ops; there: 0..1"),
-        ("growth.ops.x.value", "the preset's schedule has no 'x' in ops; there: 0..1"),
-        ("growth.ops.-1.value", "the preset's schedule has no '-1' in ops; there: 0..1"),
-        ("growth.op.0", "the preset's schedule has no 'op' in growth; there: "),
-        ("growth.ops.0.value.more", "the preset's schedule has no 'more' in ops.0.value; there: nothing"),
+        ("growth.ops.2.value", "the preset's schedule has no '2' in ops; allowed: 0..1"),
+        ("growth.ops.x.value", "the preset's schedule has no 'x' in ops; allowed: 0..1"),
+        ("growth.ops.-1.value", "the preset's schedule has no '-1' in ops; allowed: 0..1"),
+        ("growth.op.0", "the preset's schedule has no 'op' in growth; allowed: "),
+        ("growth.ops.0.value.more", "the preset's schedule has no 'more' in ops.0.value; allowed: nothing"),
         (
             "growth.ops.0.trigger.step",
-            "the preset's schedule has no 'step' in ops.0.trigger; there: budget_frac",
+            "the preset's schedule has no 'step' in ops.0.trigger; allowed: budget_frac",
         ),
     ],
 )
-def test_a_path_leads_to_something_in_the_schedule(name: str, said: str) -> None:
+def test_a_path_must_exist_in_the_schedule(name: str, message: str) -> None:
     values = {"low": 0.01, "high": 0.02} if name.endswith("value") else {"low": 0.55, "high": 0.9}
-    found = wrong({name: values}, growth={"version": 2, "ops": OPS})
-    assert len(found) == bool(said)
-    assert all(text.startswith(f"space.{name}: {said}") and text.endswith(".") for text in found)
+    faults = list_faults({name: values}, growth={"version": 2, "ops": OPS})
+    assert len(faults) == bool(message)
+    assert all(fault.startswith(f"space.{name}: {message}") and fault.endswith(".") for fault in faults)
 
 
-def test_a_path_into_no_schedule_says_what_there_is() -> None:
-    (text,) = wrong({"growth.ops.0.value": {"low": 0.01, "high": 0.02}})
+def test_a_path_into_an_empty_schedule_is_refused() -> None:
+    (text,) = list_faults({"growth.ops.0.value": {"low": 0.01, "high": 0.02}})
     assert text.startswith(
-        "space.growth.ops.0.value: the preset's schedule has no '0' in ops; there: nothing"
+        "space.growth.ops.0.value: the preset's schedule has no '0' in ops; allowed: nothing"
     )
 
 
-def test_a_value_that_the_schedule_does_not_take_is_named() -> None:
-    (text,) = wrong({"growth.ops.0.value": {"values": [0.01, -5.0]}}, growth={"version": 2, "ops": OPS})
-    assert text.startswith("space.growth.ops.0.value: -5.0 is no value of it: growth: ops[0]")
+def test_a_value_that_the_schedule_does_not_allow_is_named() -> None:
+    (text,) = list_faults({"growth.ops.0.value": {"values": [0.01, -5.0]}}, growth={"version": 2, "ops": OPS})
+    assert text.startswith("space.growth.ops.0.value: -5.0 is not allowed: growth: ops[0]")
 
 
-# -- a trial's config
+# -- the config of a trial
 
 
-def test_known_fields_are_those_of_the_config_and_the_derived_ones() -> None:
-    assert known_fields() == [*TrainConfig.model_fields, "timescale"]
+def test_config_fields_and_derived_parameters_can_be_searched() -> None:
+    assert searchable_names() == [*TrainConfig.model_fields, "timescale"]
     assert DERIVED == {"timescale": "weight_decay"}
 
 
@@ -446,63 +475,65 @@ def test_known_fields_are_those_of_the_config_and_the_derived_ones() -> None:
     ids=str,
 )
 def test_a_config_from_its_values(values: dict[str, Any]) -> None:
-    """All other fields stay, the preset too."""
+    """All other fields are unchanged, including the preset."""
     start = base(optimizer="adamw", dropout=0.1)
-    found = changed(start, values)
+    cfg = with_values(start, values)
     expected = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    assert found == start.model_copy(update=expected)
-    assert found.preset == "baseline" and changed(start, {}) == start
+    assert cfg == start.model_copy(update=expected)
+    assert cfg.preset == "baseline" and with_values(start, {}) == start
 
 
-def test_a_path_changes_the_schedule_alone() -> None:
+def test_a_path_changes_only_its_value_of_the_schedule() -> None:
     start = base(growth={"version": 2, "ops": OPS})
-    found = changed(start, {"growth.ops.0.value": 0.02, "growth.ops.1.trigger.budget_frac": 0.8, "lr": 0.05})
-    ops = found.growth.data()["ops"]
+    cfg = with_values(
+        start, {"growth.ops.0.value": 0.02, "growth.ops.1.trigger.budget_frac": 0.8, "lr": 0.05}
+    )
+    ops = cfg.growth.data()["ops"]
     assert (ops[0]["value"], ops[1]["trigger"]) == (0.02, {"budget_frac": 0.8})
     assert (ops[1]["value"], ops[0]["trigger"]) == (0.1, {"budget_frac": 0.5})
-    assert found.lr == 0.05 and start.growth.data()["ops"][0]["value"] == 0.01
-    assert changed(start, {"lr": 0.05}).growth == start.growth
+    assert cfg.lr == 0.05 and start.growth.data()["ops"][0]["value"] == 0.01
+    assert with_values(start, {"lr": 0.05}).growth == start.growth
 
 
-def test_an_item_of_a_list_in_the_schedule_is_changed_in_place() -> None:
+def test_a_path_can_lead_into_a_list() -> None:
     ops = [{"name": "stack_layers", "value": [0, 0], "init": "identity", "trigger": {"budget_frac": 0.5}}]
     start = base(growth={"version": 2, "ops": ops}, n_layer=1)
-    found = changed(start, {"growth.ops.0.trigger.budget_frac": 0.25})
-    assert found.growth.data()["ops"][0]["trigger"] == {"budget_frac": 0.25}
-    assert changed(start, {"growth.ops.0.value.1": 0}).growth == start.growth
+    cfg = with_values(start, {"growth.ops.0.trigger.budget_frac": 0.25})
+    assert cfg.growth.data()["ops"][0]["trigger"] == {"budget_frac": 0.25}
+    assert with_values(start, {"growth.ops.0.value.1": 0}).growth == start.growth
     with pytest.raises(ConfigError):
-        changed(start, {"growth.ops.0.value.1": 7})
+        with_values(start, {"growth.ops.0.value.1": 7})
 
 
-def test_values_that_do_not_go_together_are_a_config_error() -> None:
+def test_values_without_a_valid_config_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match="grad_accum=8 does not divide batch_size=12"):
-        changed(base(), {"batch_size": 12, "grad_accum": 8})
+        with_values(base(), {"batch_size": 12, "grad_accum": 8})
 
 
 @pytest.mark.parametrize(("lr", "timescale"), [(0.01, 2.0), (0.02, 2), (0.01, 0.5)])
-def test_a_timescale_is_the_weight_decay_that_forgets_in_it(lr: float, timescale: float) -> None:
-    """1 / (lr * timescale * steps), of the trial's own rate and steps."""
+def test_a_timescale_sets_the_weight_decay(lr: float, timescale: float) -> None:
+    """The weight decay is 1 / (lr * timescale * steps), with the learning rate and the steps of the trial."""
     start = base(batch_size=16)
-    found = resolved(start, {"lr": lr, "timescale": timescale}, TRAIN_TOKENS)
+    cfg = trial_config(start, {"lr": lr, "timescale": timescale}, TRAIN_TOKENS)
     steps = Plan(start, TRAIN_TOKENS).steps
     assert steps == 5
-    assert found == start.model_copy(update={"lr": lr, "weight_decay": 1 / (lr * timescale * steps)})
+    assert cfg == start.model_copy(update={"lr": lr, "weight_decay": 1 / (lr * timescale * steps)})
 
 
 def test_a_timescale_counts_the_steps_of_the_trial() -> None:
-    found = resolved(base(optimizer="adamw"), {"timescale": 2.0, "batch_size": 16, "lr": 0.1}, TRAIN_TOKENS)
-    assert found.weight_decay == pytest.approx(1 / (0.1 * 2 * 5))
+    cfg = trial_config(base(optimizer="adamw"), {"timescale": 2.0, "batch_size": 16, "lr": 0.1}, TRAIN_TOKENS)
+    assert cfg.weight_decay == pytest.approx(1 / (0.1 * 2 * 5))
 
 
-def test_without_a_timescale_nothing_is_derived() -> None:
-    assert resolved(base(), {"lr": 0.05}, None) == changed(base(), {"lr": 0.05})
+def test_without_a_timescale_the_weight_decay_is_unchanged() -> None:
+    assert trial_config(base(), {"lr": 0.05}, None) == with_values(base(), {"lr": 0.05})
 
 
-# -- how a parameter may be written
+# -- the syntax of a parameter
 
 
 @pytest.mark.parametrize(
-    ("written", "ok"),
+    ("data", "valid"),
     [
         ({"low": 0.1, "high": 0.2}, True),
         ({"low": 1, "high": 2, "step": 1, "log": False, "when": {"bias": [True]}}, True),
@@ -520,20 +551,19 @@ def test_without_a_timescale_nothing_is_derived() -> None:
     ],
     ids=str,
 )
-def test_how_a_parameter_is_written(written: dict[str, Any], ok: bool) -> None:
-    space = {"lr": written}
-    if ok and "values" not in written and isinstance(written["low"], float):
-        assert make_study(space=space).space["lr"] == Range(**written)
+def test_the_syntax_of_a_parameter(data: dict[str, Any], valid: bool) -> None:
+    if valid and "values" not in data and isinstance(data["low"], float):
+        assert make_study(space={"lr": data}).space["lr"] == Range(**data)
         return
-    kind = Choice if "values" in written and "low" not in written else Range
-    if ok:
-        assert kind(**written).model_dump(exclude_unset=True) == written
+    kind = Choice if "values" in data and "low" not in data else Range
+    if valid:
+        assert kind(**data).model_dump(exclude_unset=True) == data
         return
     with pytest.raises(ValueError, match="validation error"):
-        kind(**written)
+        kind(**data)
 
 
-def test_a_parameter_is_a_value() -> None:
+def test_a_parameter_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Range(low=1, high=2).low = 0
     with pytest.raises(ValueError, match="frozen"):

@@ -1,4 +1,4 @@
-"""Workers on this machine: a subprocess a task, which ends with whoever started it, and is begun again where it was killed."""
+"""The engine `local`: workers are subprocesses on this machine. They end when the driver ends."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import threading
 
 from mainrun.core.hardware import cores
 from sweeps.engine.protocol import Outcome, Task
-from sweeps.engine.worker import STOPPED, End, insist, start
+from sweeps.engine.worker import STOPPED, WorkerExit, run_until_done, start_worker
 
 
 class Local:
+    """Trains each task in a subprocess. Zero workers mean as many as the cores allow."""
+
     def __init__(self, workers: int, threads: int) -> None:
         self.workers = workers or max(1, cores() // threads)
-        self._live: set[subprocess.Popen[str]] = set()
-        self._lock, self._closed = threading.Lock(), False
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
 
     def train(self, task: Task) -> Outcome:
-        return insist(task, lambda: self._once(task), lambda: self._closed)
+        return run_until_done(task, lambda: self._run_worker(task), lambda: self._closed)
 
-    def _once(self, task: Task) -> End:
+    def _run_worker(self, task: Task) -> WorkerExit:
         with self._lock:
             if self._closed:
                 return STOPPED
-            process = start(task)
-            self._live.add(process)
-        _, said = process.communicate()
+            process = start_worker(task)
+            self._processes.add(process)
+        _, stderr = process.communicate()
         with self._lock:
-            self._live.discard(process)
-        return process.returncode, said
+            self._processes.discard(process)
+        return WorkerExit(process.returncode, stderr)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for process in self._live:
+            for process in self._processes:
                 process.send_signal(signal.SIGTERM)

@@ -1,9 +1,9 @@
-"""Workers on the machines of a Ray cluster: a Ray task a try, which runs the same subprocess there as `local` does here.
+"""The engine `ray`: workers run on the nodes of a Ray cluster, one Ray task per attempt.
 
-Ray says where there is room and that a machine is gone; what was trained is in the run directories and the store, in a folder
-that all machines share. Ray itself tries nothing again: the driver does, and a try goes on from the last checkpoint, wherever it is.
-A try that nobody waits for any more ends with its Ray worker; until then it holds the run directory's lock, and where the lock was
-lost without it (rundir.RunDir.check) it writes nothing more.
+Ray decides where a worker runs and reports lost nodes. Run directories and store are in a folder that all
+nodes share, so a new attempt resumes from the last checkpoint on any node. Ray itself does not retry;
+`run_until_done` does. A worker that lost its driver ends with its Ray worker. Until then it holds the lock of
+its run directory, and if it loses the lock too, it stops writing (`RunDir.check`).
 """
 
 from __future__ import annotations
@@ -23,134 +23,161 @@ from typing import Any
 from mainrun.core.hardware import cores
 from mainrun.errors import UsageError
 from sweeps.engine.protocol import Outcome, Task
-from sweeps.engine.worker import STOPPED, End, insist, start
+from sweeps.engine.worker import STOPPED, WorkerExit, run_until_done, start_worker
 
-OBJECTS = 80_000_000  # bytes of memory for Ray's objects, about the least that it takes: ours are a task and what it said
+OBJECT_STORE_BYTES = 80_000_000  # close to Ray's minimum; only tasks and their exit codes are stored
 
 
 class Ray:
+    """Trains each task on a cluster.
+
+    Without an address it starts a cluster on this machine, which ends with the driver.
+    """
+
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
         if importlib.util.find_spec("ray") is None:
             raise UsageError(
-                "engine 'ray' needs Ray, which is not installed; pip install 'mainrun[ray]', or take --engine local"
+                "engine 'ray' needs Ray, which is not installed; "
+                "pip install 'mainrun[ray]', or use --engine local"
             )
-        wanted = workers or max(1, cores() // threads)
-        _join(address, num_cpus=wanted * threads)
+        local_workers = workers or max(1, cores() // threads)
+        _connect(address, num_cpus=local_workers * threads)
         import ray
 
-        self._needs = {"CPU": float(threads)} | ({"GPU": gpus} if gpus else {})
-        self.workers = workers or self._room()
-        self._try = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(attempt)
-        self._live: set[Any] = set()
-        self._lock, self._closed = threading.Lock(), False
+        self._resources = {"CPU": float(threads)}
+        if gpus:
+            self._resources["GPU"] = gpus
+        self.workers = workers or self._capacity()
+        self._attempt = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_attempt)
+        self._running: set[Any] = set()
+        self._lock = threading.Lock()
+        self._closed = False
 
-    def _room(self) -> int:
-        """How many trials all machines hold at once."""
+    def _capacity(self) -> int:
+        """Return how many trials the nodes can train at the same time."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(
-            min(math.floor(node.get(what, 0) / much + 1e-9) for what, much in self._needs.items())
-            for node in nodes
+        capacity = 0
+        for node in nodes:
+            capacity += min(
+                math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in self._resources.items()
+            )
+        if capacity:
+            return capacity
+        offers = "; ".join(_describe({name: node.get(name, 0) for name in self._resources}) for node in nodes)
+        raise UsageError(
+            f"a trial needs {_describe(self._resources)}, but no node of the cluster has that "
+            f"(they have {offers}); lower threads or gpus in the study, "
+            "or give --workers N if the cluster adds nodes on demand"
         )
-        if not room:
-            has = "; ".join(
-                ", ".join(f"{node.get(what, 0):g} {what}" for what in self._needs) for node in nodes
-            )
-            asks = ", ".join(f"{much:g} {what}" for what, much in self._needs.items())
-            raise UsageError(
-                f"a trial asks for {asks}, and no node of the cluster has that (they have {has}); "
-                "lower threads or gpus in the study, or give --workers N where nodes come when they are asked for"
-            )
-        return room
 
     def train(self, task: Task) -> Outcome:
         task.out.mkdir(parents=True, exist_ok=True)
-        return insist(task, lambda: self._once(task), lambda: self._closed)
+        return run_until_done(task, lambda: self._run_worker(task), lambda: self._closed)
 
-    def _once(self, task: Task) -> End:
+    def _run_worker(self, task: Task) -> WorkerExit:
         import ray
         from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
         with self._lock:
             if self._closed:
                 return STOPPED
-            ref = self._try.remote(task, os.getcwd())
-            self._live.add(ref)
+            ref = self._attempt.remote(task, os.getcwd())
+            self._running.add(ref)
         try:
-            code, said = ray.get(ref)
+            worker_exit: WorkerExit = ray.get(ref)
         except TaskCancelledError:
             return STOPPED
-        except RayTaskError as e:  # not the worker's end, but ours to start one
+        except RayTaskError as e:  # the worker could not be started
             raise UsageError(
-                f"a node of the cluster cannot start a worker ({e.cause}); each needs this mainrun[ray] and the study's folder"
+                f"a node of the cluster cannot start a worker ({e.cause}); "
+                "every node needs this version of mainrun[ray] and the study's folder"
             ) from e
-        except RayError as e:  # the node, its Ray or the Ray worker is gone
-            return -1, f"its Ray worker was lost ({type(e).__name__})"
+        except RayError as e:  # the node, its Ray daemon or the Ray worker was lost
+            return WorkerExit(-1, f"its Ray worker was lost ({type(e).__name__})")
         finally:
             with self._lock:
-                self._live.discard(ref)
-        return code, said
+                self._running.discard(ref)
+        return worker_exit
 
     def close(self) -> None:
         import ray
 
         with self._lock:
             self._closed = True
-            live = list(self._live)
-        for ref in live:
+            refs = list(self._running)
+        for ref in refs:
             ray.cancel(ref)
-        ray.wait(live, num_returns=len(live), timeout=60) if live else None
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=60)
 
 
-def attempt(task: Task, folder: str) -> End:
-    """Runs on a node, in a Ray worker's main thread."""
+def _describe(resources: dict[str, float]) -> str:
+    """Return a text such as "2 CPU, 0.5 GPU"."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def run_attempt(task: Task, folder: str) -> WorkerExit:
+    """Run a worker for a task. This is called on a node, in the main thread of a Ray worker."""
     for place in (folder, task.out):
         if not os.path.isdir(os.path.join(folder, place)):
             raise UsageError(f"{platform.node()} has no folder {place}")
-    process = start(task, folder)
+    process = start_worker(task, folder)
     try:
         while True:
             try:
-                _, said = process.communicate(timeout=0.5)  # a cancel is heard between two looks
-                return process.returncode, said
+                _, stderr = process.communicate(timeout=0.5)  # Ray can cancel the task between two timeouts
+                return WorkerExit(process.returncode, stderr)
             except subprocess.TimeoutExpired:
                 continue
     finally:
         if process.poll() is None:
-            process.terminate()  # it saves where it stands
+            process.terminate()  # the worker saves a checkpoint
             process.communicate()
 
 
-def _join(address: str, num_cpus: int) -> None:
-    """The cluster at an address, or one of our own on this machine, which ends with us."""
-    found = (
-        os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
-    )  # as Ray understands auto
-    if found not in ("", "auto"):
-        if not re.fullmatch(r"[\w.-]+:\d{1,5}", found):
-            raise UsageError(
-                f"got --address {found!r}; allowed: auto, or HOST:PORT of the cluster's head, like head:6379"
-            )
-        host, port = found.split(":")
-        try:  # Ray itself asks for minutes
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, OverflowError) as e:
-            raise UsageError(
-                f"no Ray cluster answers at {found} ({e}); look with `ray status --address {found}`, or leave --address out"
-            ) from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a search reports to nobody
+def _connect(address: str, num_cpus: int) -> None:
+    """Join the cluster at an address, or start one on this machine that ends with this process."""
+    if address == "auto":  # Ray lets this variable override it
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+        options: dict[str, Any] = {}
+    elif address:
+        options = {}
+    else:
+        options = {
+            "num_cpus": num_cpus,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    if address not in ("", "auto"):
+        _check_address(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
     import ray
 
-    own: dict[str, Any] = {"num_cpus": num_cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
-    before = signal.getsignal(signal.SIGTERM)
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            found or "local", logging_level=logging.ERROR, log_to_driver=False, **({} if address else own)
-        )
+        ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError) as e:
         raise UsageError(
-            f"no Ray cluster can be joined at {found or 'this machine'}: {str(e).splitlines()[0]}"
+            f"cannot join a Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}"
         ) from e
     finally:
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which would end us without a word
+        # Ray's own handler would end the driver without a message.
+        signal.signal(signal.SIGTERM, sigterm_handler)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address at which nothing answers. Ray itself would try for minutes."""
+    if not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
+        raise UsageError(
+            f"got --address {address!r}; allowed: auto, or HOST:PORT of the cluster's head, such as head:6379"
+        )
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as e:
+        raise UsageError(
+            f"no Ray cluster answers at {address} ({e}); check it with `ray status --address {address}`, "
+            "or omit --address"
+        ) from None

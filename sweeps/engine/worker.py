@@ -1,4 +1,4 @@
-"""A worker is `mainrun train` in a process of its own: how it starts, on whatever machine; what its end means; when it is begun again."""
+"""Start workers, which run `mainrun train` in a process of their own, and interpret how they end."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mainrun.errors import DiskFull, Diverged, Interrupted, UsageError
 from sweeps.engine.protocol import Outcome, Task
 
-# where whoever started it is gone nobody waits for it: it stops as on Ctrl-C, and everything is saved (Linux; elsewhere it goes on alone)
+# On Linux a worker gets SIGTERM when its parent ends, and saves a checkpoint. On other systems it trains on.
 START = (
     "import sys, signal; sys.argv[0] = 'mainrun'\n"
     "if sys.platform == 'linux':\n"
-    "    import ctypes, os; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.getppid() == {parent} or sys.exit(75)\n"
+    "    import ctypes, os; ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+    "    os.getppid() == {parent} or sys.exit(75)\n"
     "from mainrun.cli import main; main()\n"
 )
-PATIENCE = 20  # deaths of one task: then it is the task that kills
-BUSY = "is being written by process"
-
-End = tuple[int, str]  # exit code, negative where it was killed or lost; what it said on stderr
-STOPPED: End = (Interrupted.exit_code, "")
+MAX_DEATHS = 20  # after this many deaths of its workers, a task fails
+RUN_IS_LOCKED = "is being written by process"  # in the trainer's error message
 
 
-def start(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
-    """In `folder`, from which relative names in a task are meant; None: the one we are in."""
+class WorkerExit(NamedTuple):
+    """How a worker ended."""
+
+    code: int  # negative if the worker was killed or lost
+    stderr: str
+
+
+STOPPED = WorkerExit(Interrupted.exit_code, "")
+
+
+def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
+    """Start a worker in a folder (by default the current one).
+
+    Relative paths in the task start from there.
+    """
     command = [
         sys.executable,
         "-c",
@@ -37,48 +49,59 @@ def start(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
         task.preset,
         "--quiet",
     ]
-    command += [
-        "--out",
-        str(task.out),
-        "--store",
-        str(task.store),
-        *(part for text in task.sets for part in ("--set", text)),
-    ]
-    command += ["--until", str(task.until)] if task.until else []
+    command += ["--out", str(task.out), "--store", str(task.store)]
+    for setting in task.sets:
+        command += ["--set", setting]
+    if task.until:
+        command += ["--until", str(task.until)]
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": str(task.threads)}, start_new_session=True,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": str(task.threads)},
+        start_new_session=True,
+    )
 
 
-def insist(task: Task, once: Callable[[], End], closed: Callable[[], bool]) -> Outcome:
-    """Try until it is done. A death is no answer, an error is: the next time it would be the same."""
+def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Callable[[], bool]) -> Outcome:
+    """Run workers until the task is done.
+
+    A killed worker is replaced; an error is final, because it would come again.
+    """
     deaths = 0
     while not closed():
-        code, said = once()
-        if code == 0 or (code == Interrupted.exit_code and _came(said, task.until)):
+        code, stderr = run_worker()
+        interrupted = code == Interrupted.exit_code
+        if code == 0 or (interrupted and _reached(task.until, stderr)):
             return Outcome(True)
-        last = (
-            said.strip().splitlines()[-1] if said.strip() else f"it ended with code {code} and said nothing"
-        )
+        message = _last_line(stderr) or f"it ended with code {code} and without a message"
         if code == Diverged.exit_code:
-            return Outcome(False, diverged=True, why=last)
-        if (
-            code == Interrupted.exit_code and "no space left" in last
-        ):  # it is the study that must wait for space
-            raise DiskFull(last.removeprefix("interrupted: "))
-        if BUSY in said:  # a worker whom nobody waits for any more: it ends soon
+            return Outcome(False, diverged=True, reason=message)
+        if interrupted and "no space left" in message:  # a full disk stops the whole study
+            raise DiskFull(message.removeprefix("interrupted: "))
+        if RUN_IS_LOCKED in stderr:  # by a worker of an earlier driver, which ends soon
             time.sleep(0.5)
             continue
+        if code >= 0 and not interrupted:
+            return Outcome(False, refused=code == UsageError.exit_code, reason=message)
         deaths += 1
-        if code >= 0 and code != Interrupted.exit_code:
-            return Outcome(False, refused=code == UsageError.exit_code, why=last)
-        if deaths >= PATIENCE:
-            return Outcome(False, why=f"its worker died {deaths} times: {last}")
-    return Outcome(False, why="the driver stopped")
+        if deaths >= MAX_DEATHS:
+            return Outcome(False, reason=f"its worker died {deaths} times: {message}")
+    return Outcome(False, reason="the driver stopped")
 
 
-def _came(said: str, until: int) -> bool:
-    """Stopped there, as it was asked to; or further on, where an earlier driver had it go on and was killed."""
-    stopped = re.search(r"stopped at step (\d+) of", said)
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _reached(until: int, stderr: str) -> bool:
+    """Whether a worker stopped at the step of its task.
+
+    An earlier driver may have trained the run further.
+    """
+    stopped = re.search(r"stopped at step (\d+) of", stderr)
     return bool(until and stopped and int(stopped[1]) >= until)

@@ -1,0 +1,238 @@
+"""Optuna's database of a study, for people and dashboards: SQLite in the study's folder, or PostgreSQL.
+
+The driver reads back only the digest and the number of trials, so no result is lost if the database is lost.
+Optuna is imported when a database is opened.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mainrun.errors import DiskFull, MainrunError, RunError, UsageError
+from sweeps.study import Study, without_password
+from sweeps.trial import Trial, TrialState
+
+if TYPE_CHECKING:
+    from sweeps.ledger import Ledger
+
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process that holds a SQLite file
+OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # enough of them to recognize the database
+
+
+def open_storage(url: str, file: Path) -> Any:
+    """Open Optuna's storage at a URL, or in a file if the URL is empty.
+
+    Refuse a database with tables of another program.
+    """
+    import optuna
+
+    name = without_password(url) or str(file)
+    options: dict[str, Any] = {"connect_args": {"timeout": 1}}
+    if url.startswith("postgresql"):
+        options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
+    if url:
+        # The default driver depends on SQLAlchemy's version.
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    else:
+        url = f"sqlite:///{file.absolute()}"
+    _check_tables(url, options, name)
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except RuntimeError as e:  # Optuna refuses the schema of another version
+        message = " ".join(str(e).split())
+        raise UsageError(
+            f"{name} cannot be used: {message} Or create a new database, or give another --storage"
+        ) from None
+
+
+def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
+    """Refuse a database that is neither empty nor Optuna's."""
+    from sqlalchemy import create_engine, inspect
+
+    try:
+        engine = create_engine(url, **options)
+    except ImportError as e:
+        raise UsageError(
+            f"{name} needs {e.name or 'a driver'}, which is not installed; pip install 'mainrun[postgres]'"
+        ) from None
+    try:
+        inspector = inspect(engine)
+        tables = set(inspector.get_table_names())
+        usable = not tables or tables >= OPTUNA_TABLES or _is_unfinished(inspector, tables)
+    finally:
+        engine.dispose()
+    if not usable:
+        examples = ", ".join(sorted(tables)[:4])
+        raise UsageError(
+            f"{name} is the database of another program (tables {examples}); "
+            "create a new database for studies, or give another --storage"
+        )
+
+
+def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
+    """Whether Optuna was stopped while it created its tables.
+
+    It creates the missing ones when it opens the database.
+    """
+    from optuna.storages._rdb.models import BaseModel
+
+    schema = BaseModel.metadata.tables
+    if not tables <= schema.keys():
+        return False
+    for name in tables:
+        columns = {column["name"] for column in inspector.get_columns(name)}
+        if columns != set(schema[name].columns.keys()):
+            return False
+    return True
+
+
+def short_message(e: Exception) -> str:
+    """Return an error message of SQLAlchemy or Optuna in one line, without the name of its class."""
+    first_line = str(_cause(e)).splitlines()[0]
+    return re.sub(r"^\([\w.]+\) ", "", first_line)
+
+
+def _cause(e: Exception) -> BaseException | None:
+    from optuna.exceptions import StorageInternalError
+
+    return e.__cause__ if isinstance(e, StorageInternalError) else e
+
+
+class StudyDatabase:
+    """Writes each trial once it is finished, in the order of the trial numbers."""
+
+    def __init__(self, study: Study, folder: Path, note: Callable[[str], None]) -> None:
+        self.study = study
+        self.note = note
+        self.file = folder / "study.db"
+        self.name = without_password(study.storage) or str(self.file)
+        self.on_server = study.storage.startswith("postgresql")
+        self.write_failed = False  # if True, the last write may have succeeded without an answer
+        self.storage, self.optuna_study = self._retry(self._open, opening=True)
+        self.written = self._retry(self._count)
+        digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))
+        if digest is None and not self.written:
+            self._retry(lambda: self.optuna_study.set_user_attr("digest", study.digest))
+        elif digest != study.digest:
+            raise UsageError(
+                f"{self.name} holds another study called {study.name!r}; "
+                "give this one another name with --as NAME, or another --storage"
+            )
+
+    def _open(self) -> tuple[Any, Any]:
+        import optuna
+
+        storage = open_storage(self.study.storage, self.file)
+        return storage, optuna.create_study(study_name=self.study.name, storage=storage, load_if_exists=True)
+
+    @property
+    def _study_id(self) -> int:
+        return int(self.storage.get_study_id_from_name(self.study.name))
+
+    def _count(self) -> int:
+        return int(self.storage.get_n_trials(self._study_id))
+
+    def _retry(self, operation: Callable[[], Any], opening: bool = False) -> Any:
+        """Call an operation until the database answers. Workers keep training meanwhile.
+
+        A locked file is retried for LOCK_TIMEOUT. An unreachable server is retried without a limit, unless it
+        could never be opened.
+        """
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        pause = 0.2
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        waiting = False
+        while True:
+            try:
+                result = operation()
+            except (StorageInternalError, SQLAlchemyError) as e:
+                message = short_message(e)
+                self.write_failed = True
+                is_away = not opening and self._is_unreachable(e)
+                is_locked = "is locked" in message and time.monotonic() < deadline
+                if not is_away and not is_locked:
+                    raise self._error(message) from e
+                if not waiting:
+                    self.note(f"the storage {self.name} does not answer ({message}); waiting for it")
+                    waiting = True
+                time.sleep(pause)
+                pause = min(5.0, 2 * pause)
+            except (LookupError, ValueError, AssertionError) as e:  # Optuna did not write these rows
+                message = " ".join(str(e).split())[:200]
+                raise RunError(
+                    f"{self.name} holds rows that Optuna cannot read ({type(e).__name__}: {message}); "
+                    "restore it, or give this study another name with --as NAME"
+                ) from e
+            else:
+                if waiting:
+                    self.note("the storage answers again")
+                return result
+
+    def _is_unreachable(self, e: Exception) -> bool:
+        from sqlalchemy.exc import InterfaceError, OperationalError
+
+        return self.on_server and isinstance(_cause(e), OperationalError | InterfaceError)
+
+    def _error(self, message: str) -> MainrunError:
+        fix = "run the same command again; nothing is lost"
+        if "disk is full" in message:
+            return DiskFull(f"no space left to write {self.name} ({message}); free some space and {fix}")
+        if "is locked" in message:
+            return UsageError(
+                f"{self.name} was locked by another process for {LOCK_TIMEOUT:g} s; "
+                f"end that process and {fix}"
+            )
+        return UsageError(
+            f"the storage {self.name} cannot be used ({message}); "
+            f"give another --storage, or fix this and {fix}"
+        )
+
+    def write(self, trials: Sequence[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
+        """Write the trials that are finished, up to the first one that is not."""
+        while self.written < len(trials):
+            trial = trials[self.written]
+            if not trial.is_finished:
+                return
+            self._retry(partial(self._add, trial, cost_of))
+
+    def _add(self, trial: Trial, cost_of: Callable[[Trial], Ledger]) -> None:
+        from optuna import trial as optuna_trial
+
+        from sweeps.sampling import distribution
+
+        if self.write_failed:
+            self.written = self._count()
+            self.write_failed = False
+            if self.written > trial.number:
+                return
+        states = {
+            TrialState.DONE: optuna_trial.TrialState.COMPLETE,
+            TrialState.PRUNED: optuna_trial.TrialState.PRUNED,
+            TrialState.DIVERGED: optuna_trial.TrialState.FAIL,
+            TrialState.FAILED: optuna_trial.TrialState.FAIL,
+        }
+        is_done = trial.state is TrialState.DONE
+        frozen_trial = optuna_trial.create_trial(
+            state=states[trial.state],
+            value=trial.scores[trial.rung] if is_done else None,
+            params=trial.values,
+            distributions={name: distribution(self.study.space[name]) for name in trial.values},
+            intermediate_values=dict(trial.scores),
+            user_attrs={
+                "number": trial.number,
+                "why": trial.reason,
+                "run": trial.run_id,
+                "ledger": asdict(cost_of(trial)),
+            },
+        )
+        # The method of Optuna's study would keep a copy of the trial in memory.
+        self.storage.create_new_trial(self._study_id, template_trial=frozen_trial)
+        self.written += 1
