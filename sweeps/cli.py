@@ -64,14 +64,14 @@ def run(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(
-            "--engine", metavar="local|ray", help="Run workers here or on a Ray cluster (mainrun[ray])."
-        ),
+        typer.Option("--engine", metavar="local|ray", help="Where workers run. ray needs mainrun[ray]."),
     ] = None,
     address: Annotated[
         str | None,
         typer.Option(
-            "--address", metavar="auto|HOST:PORT", help="Ray cluster to join. Default: start one here."
+            "--address",
+            metavar="auto|HOST:PORT",
+            help="Ray cluster to join. Default: start one on this machine.",
         ),
     ] = None,
     storage: Annotated[
