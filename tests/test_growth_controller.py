@@ -1,4 +1,4 @@
-"""A schedule carried out while a run trains: the right op at the right evaluation, the same bits whatever happens, and no broken word."""
+"""Growth in whole runs: when operations fire, equal bits after any interruption, and failed operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, tiny_sets
-from test_sharing import Killed, Watch, end, reused
+from test_sharing import Killed, Watch, outcome, reused_steps
 from typer.testing import CliRunner
 
 from mainrun.checks import audit
@@ -32,7 +32,7 @@ from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT
 
-# 37 steps, scored after 1, 9, 18, 27, 36 and 37
+# 37 steps, with scores after 1, 9, 18, 27, 36 and 37
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "optimizer": "adamw",
@@ -62,29 +62,29 @@ MANY = (
 
 
 def journal(run: Path, event: str = "") -> list[dict[str, Any]]:
-    """growth.jsonl but for the clock and the mark of what was taken."""
-    found = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
+    """Return the rows of growth.jsonl without the fields that depend on time or on sharing."""
+    rows = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "reused")}
-        for row in found
+        for row in rows
         if row["event"].endswith(event)
     ]
 
 
-def done(run: Path) -> list[tuple[str, int]]:
+def applied_ops(run: Path) -> list[tuple[str, int]]:
     return [(row["name"], row["step"]) for row in journal(run, "SUCCESS")]
 
 
-def whole(run: Path) -> dict[str, Any]:
-    """All that a run leaves."""
-    return end(run) | {"journal": journal(run)}
+def outcome_with_journal(run: Path) -> dict[str, Any]:
+    """Return everything that must be equal to a run from scratch, with the journal."""
+    return outcome(run) | {"journal": journal(run)}
 
 
-# -- the right op at the right time
+# -- when operations fire
 
 
-def expected(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
-    """By the losses that the run wrote, looked at one evaluation after the other."""
+def expected_ops(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
+    """Derive the operations and their steps from the losses that a run logged."""
     rows = [
         row
         for row in run.metrics()
@@ -92,7 +92,7 @@ def expected(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
     ]
     tokens = {row["step"]: row["tokens"] for row in run.metrics() if row["event"] == "step"}
     losses: list[tuple[int, float]] = []
-    ops, found, last = list(cfg.growth.ops), list[tuple[str, int]](), 0
+    ops, fired_ops, last = list(cfg.growth.ops), list[tuple[str, int]](), 0
     for row in rows:
         losses.append((row["step"], row["loss"]))
         while (
@@ -101,23 +101,26 @@ def expected(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
             and row is not rows[-1]
         ):
             fired, last = ops.pop(0), row["step"]
-            found.append((fired.name, last))
+            fired_ops.append((fired.name, last))
             if fired.reevaluate:
                 break
-    return found
+    return fired_ops
 
 
 EXAMPLE = """
-[{"name": "set_lr", "desc": "start", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false},
- {"name": "stack_layers", "desc": "2 -> 4", "value": [0, 0, 1, 1], "trigger_loss": 3.5, "max_wait_iters": 500, "reevaluate": true},
+[{"name": "set_lr", "desc": "start", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1,
+  "reevaluate": false},
+ {"name": "stack_layers", "desc": "2 -> 4", "value": [0, 0, 1, 1], "trigger_loss": 3.5, "max_wait_iters": 500,
+  "reevaluate": true},
  {"name": "widen_mlp", "value": 128, "trigger_loss": 3.2, "max_wait_iters": 500, "reevaluate": true},
  {"name": "set_attn_lora_rank", "value": 8, "trigger_loss": 2.8, "max_wait_iters": 1000, "reevaluate": true},
- {"name": "stack_layers", "desc": "drop layer 0", "value": [1, 1, 2, 3], "trigger_loss": 2.5, "max_wait_iters": 1000, "reevaluate": true}]
+ {"name": "stack_layers", "desc": "drop layer 0", "value": [1, 1, 2, 3], "trigger_loss": 2.5,
+  "max_wait_iters": 1000, "reevaluate": true}]
 """
 
 
 @pytest.mark.slow
-def test_the_original_example_runs_unchanged_on_two_layers(tmp_path: Path) -> None:
+def test_the_original_example_runs_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "schedule.json"
     file.write_text(EXAMPLE)
     sets = tiny_sets(
@@ -131,17 +134,18 @@ def test_the_original_example_runs_unchanged_on_two_layers(tmp_path: Path) -> No
         eval_per_epoch=8,
         dev_frac=0.1,
     )
-    made = subprocess.run(
-        [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--out", str(tmp_path / "runs"), "--no-store", "--json"],
+    process = subprocess.run(
+        [sys.executable, "-m", "mainrun", "train", "--preset", "baseline", *sets, "--out",
+            str(tmp_path / "runs"), "--no-store", "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    assert file.read_text() == EXAMPLE, "a user's file is only read"
-    summary = json.loads(made.stdout)
+    assert process.returncode == 0, process.stderr
+    assert file.read_text() == EXAMPLE, "the schedule file is not written"
+    summary = json.loads(process.stdout)
     run = tmp_path / "runs" / summary["run"]
     cfg = RunDir(run).config()
-    assert done(run) == expected(cfg, RunDir(run))
-    assert [name for name, _ in done(run)] == [
+    assert applied_ops(run) == expected_ops(cfg, RunDir(run))
+    assert [name for name, _ in applied_ops(run)] == [
         "set_lr",
         "stack_layers",
         "widen_mlp",
@@ -156,16 +160,19 @@ def test_the_original_example_runs_unchanged_on_two_layers(tmp_path: Path) -> No
         "stack_layers",
     ]
     assert all(row["change"] == row["loss_after"] - row["loss_before"] for row in again)
-    assert abs(again[1]["change"]) < 1e-4 and abs(again[2]["change"]) < 1e-4, "these two keep the function"
-    assert abs(again[0]["change"]) > 1e-4, "copies of layers do not"
+    assert abs(again[1]["change"]) < 1e-4 and abs(again[2]["change"]) < 1e-4, (
+        "these two operations keep the function"
+    )
+    assert abs(again[0]["change"]) > 1e-4, "copied layers change the function"
 
 
-def test_ops_fire_at_the_evaluation_that_decides(tmp_path: Path) -> None:
+def test_ops_fire_at_the_right_evaluation(tmp_path: Path) -> None:
     cfg = config(*MANY)
     train(cfg, tmp_path)
     run = tmp_path / cfg.run_id
-    assert done(run) == [
-        ("stack_layers", 7), ("set_lr", 9), ("widen_mlp", 18), ("widen_model", 27), ("set_attn_lora_rank", 30), ("merge_lora_weights", 33)
+    assert applied_ops(run) == [
+        ("stack_layers", 7), ("set_lr", 9), ("widen_mlp", 18), ("widen_model", 27),
+        ("set_attn_lora_rank", 30), ("merge_lora_weights", 33),
     ]  # fmt: skip
     sizes = [row["params"] for row in RunDir(run).metrics() if row["event"] == "eval"]
     assert sizes == sorted(sizes) and len(set(sizes)) == 4
@@ -175,21 +182,21 @@ def test_ops_fire_at_the_evaluation_that_decides(tmp_path: Path) -> None:
     assert [part["begins"] for part in segments] == [0, 7, 9, 18, 27, 30, 33]
     assert sum(part["tokens"] for part in segments) == summary["tokens"]
     assert summary["flops"] == sum(part["flops"] for part in segments)
-    assert summary["params"] == segments[-1]["params"], "the arithmetic is the model's"
+    assert summary["params"] == segments[-1]["params"], "the summary counts the grown model"
     last = [row for row in RunDir(run).metrics() if row["event"] == "eval"][-1]
     assert (last["params"], last["flops"]) == (summary["params"], summary["flops"])
 
 
-def test_a_reevaluation_is_no_evaluation_that_decides(tmp_path: Path) -> None:
-    """The op after one that asks for a new loss waits for the next evaluation; after one that does not it goes by the same loss."""
-    for asks, second in ((False, 9), (True, 18)):
-        first = op("widen_mlp", 160, {"wait_iters": 5}, reevaluate=asks)
-        cfg = config(first, op("widen_mlp", 192, {"loss_below": 100.0}), seed=int(asks))
+def test_a_reevaluation_fires_no_op(tmp_path: Path) -> None:
+    """After an operation with `reevaluate`, the next one waits for another evaluation."""
+    for reevaluate, second in ((False, 9), (True, 18)):
+        first = op("widen_mlp", 160, {"wait_iters": 5}, reevaluate=reevaluate)
+        cfg = config(first, op("widen_mlp", 192, {"loss_below": 100.0}), seed=int(reevaluate))
         train(cfg, tmp_path)
-        assert done(tmp_path / cfg.run_id) == [("widen_mlp", 9), ("widen_mlp", second)]
+        assert applied_ops(tmp_path / cfg.run_id) == [("widen_mlp", 9), ("widen_mlp", second)]
 
 
-def test_what_an_op_keeps_is_in_the_journal(tmp_path: Path) -> None:
+def test_the_journal_records_what_an_op_kept(tmp_path: Path) -> None:
     cfg = config(
         op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"),
         op("widen_model", {"factor": 2}, {"step": 8}),
@@ -211,21 +218,23 @@ def test_what_an_op_keeps_is_in_the_journal(tmp_path: Path) -> None:
     )
 
 
-# -- the same bits
+# -- equal bits after interruptions
 
 
 @pytest.mark.parametrize("at", [3, 8, 9, 20, 27, 31])
-def test_a_run_that_is_killed_grows_to_the_same_bits(tmp_path: Path, at: int) -> None:
+def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, at: int) -> None:
     cfg = config(*MANY, ema=0.5 if at % 2 else 0.0)
     train(cfg, tmp_path / "whole")
 
-    def crash() -> None:
+    def kill() -> None:
         raise Killed
 
     with pytest.raises(Killed):
-        train(cfg, tmp_path / "cut", progress=Watch({at: crash}))
+        train(cfg, tmp_path / "cut", progress=Watch({at: kill}))
     train(cfg, tmp_path / "cut")
-    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / "whole" / cfg.run_id)
+    assert outcome_with_journal(tmp_path / "cut" / cfg.run_id) == outcome_with_journal(
+        tmp_path / "whole" / cfg.run_id
+    )
 
 
 def test_a_stop_between_any_two_steps_keeps_the_bits(tmp_path: Path) -> None:
@@ -235,7 +244,9 @@ def test_a_stop_between_any_two_steps_keeps_the_bits(tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             train(cfg, tmp_path / "cut", until=step)
     train(cfg, tmp_path / "cut")
-    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / "whole" / cfg.run_id)
+    assert outcome_with_journal(tmp_path / "cut" / cfg.run_id) == outcome_with_journal(
+        tmp_path / "whole" / cfg.run_id
+    )
 
 
 KILLER = """
@@ -269,35 +280,35 @@ def test_kill_9_in_the_middle_of_an_op(tmp_path: Path, store: bool) -> None:
     arguments = ["train", "--preset", "baseline", *sets, "--out", str(tmp_path / "cut")]
     arguments += ["--store", str(tmp_path / "store")] if store else ["--no-store"]
     for nth, when in ((1, "before"), (1, "after"), (2, "before"), (3, "after"), (1, "after")):
-        made = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", KILLER, str(nth), when, *arguments], capture_output=True, text=True
         )
-        assert made.returncode in (-signal.SIGKILL, 0), made.stderr
-    made = subprocess.run(
+        assert process.returncode in (-signal.SIGKILL, 0), process.stderr
+    process = subprocess.run(
         [sys.executable, "-m", "mainrun", *arguments, "--json"], capture_output=True, text=True
     )
-    assert made.returncode == 0, made.stderr
-    run = tmp_path / "cut" / json.loads(made.stdout)["run"]
+    assert process.returncode == 0, process.stderr
+    run = tmp_path / "cut" / json.loads(process.stdout)["run"]
     train(RunDir(run).config(), tmp_path / "whole")
-    assert whole(run) == whole(tmp_path / "whole" / run.name)
+    assert outcome_with_journal(run) == outcome_with_journal(tmp_path / "whole" / run.name)
 
 
-# -- no step twice
+# -- sharing
 
 
-def test_a_run_takes_a_grown_one_from_the_store(tmp_path: Path) -> None:
+def test_a_run_reuses_a_grown_run_from_the_store(tmp_path: Path) -> None:
     cfg = config(*MANY, ema=0.5)
     store = Store(tmp_path / "store")
     train(cfg, tmp_path / "first", store=store)
     train(cfg, tmp_path / "second", store=store)
     train(cfg, tmp_path / "alone")
     first, second, alone = (tmp_path / name / cfg.run_id for name in ("first", "second", "alone"))
-    assert reused(second) == list(range(1, 38))
-    assert whole(first) == whole(second) == whole(alone)
+    assert reused_steps(second) == list(range(1, 38))
+    assert outcome_with_journal(first) == outcome_with_journal(second) == outcome_with_journal(alone)
 
 
 @pytest.mark.parametrize("later", [20, 33])
-def test_growth_timings_share_the_way_to_where_they_part(tmp_path: Path, later: int) -> None:
+def test_runs_that_grow_at_different_steps_share_the_steps_before(tmp_path: Path, later: int) -> None:
     early, late = (
         config(op("widen_mlp", 160, {"step": step}), op("set_lr", 0.001, {"loss_below": 100.0}))
         for step in (15, later)
@@ -306,41 +317,45 @@ def test_growth_timings_share_the_way_to_where_they_part(tmp_path: Path, later: 
     for cfg in (early, late):
         train(cfg, tmp_path / "shared", store=store)
         train(cfg, tmp_path / "alone")
-        assert whole(tmp_path / "shared" / cfg.run_id) == whole(tmp_path / "alone" / cfg.run_id)
-    assert reused(tmp_path / "shared" / late.run_id) == list(range(1, 16))
+        assert outcome_with_journal(tmp_path / "shared" / cfg.run_id) == outcome_with_journal(
+            tmp_path / "alone" / cfg.run_id
+        )
+    assert reused_steps(tmp_path / "shared" / late.run_id) == list(range(1, 16))
 
 
-def test_a_decision_that_came_out_otherwise_takes_nothing_beyond_it(tmp_path: Path) -> None:
-    """Both wait for the evaluation after step 18; one fires there, the other never: the steps after it are another's."""
+def test_a_run_reuses_no_step_after_a_different_decision(tmp_path: Path) -> None:
+    """Two runs decide at step 18. Only one of them grows there, so they share the steps up to 18."""
     store = Store(tmp_path / "store")
     fires = config(op("widen_mlp", 160, {"any": [{"loss_below": 0.01}, {"wait_iters": 18}]}))
     never = config(op("widen_mlp", 160, {"loss_below": 0.01}))
     for cfg in (never, fires):
         train(cfg, tmp_path / "shared", store=store)
         train(cfg, tmp_path / "alone")
-        assert whole(tmp_path / "shared" / cfg.run_id) == whole(tmp_path / "alone" / cfg.run_id)
-    assert reused(tmp_path / "shared" / fires.run_id) == list(range(1, 19))
-    assert done(tmp_path / "shared" / never.run_id) == [] and done(tmp_path / "shared" / fires.run_id) == [
-        ("widen_mlp", 18)
-    ]
+        assert outcome_with_journal(tmp_path / "shared" / cfg.run_id) == outcome_with_journal(
+            tmp_path / "alone" / cfg.run_id
+        )
+    assert reused_steps(tmp_path / "shared" / fires.run_id) == list(range(1, 19))
+    assert applied_ops(tmp_path / "shared" / never.run_id) == [] and applied_ops(
+        tmp_path / "shared" / fires.run_id
+    ) == [("widen_mlp", 18)]
 
 
 def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
     cfg = config(*MANY)
     store = Store(tmp_path / "store")
     train(cfg, tmp_path / "runs", store=store)
-    found = list(audit.audit(store, 1000, seed=0))
-    assert len(found) >= 4 and {finding.status for finding in found} == {"same"}, found
+    findings = list(audit.audit(store, 1000, seed=0))
+    assert len(findings) >= 4 and {finding.status for finding in findings} == {"same"}, findings
 
 
-# -- a word that is not kept
+# -- failed operations
 
 
-def broken(c: operators.Change) -> operators.Pieces:
-    """More output from each copied unit than its share."""
-    found = operators.widen_mlp(c)
+def broken_widen_mlp(c: operators.Change) -> operators.Pieces:
+    """Give each copied unit more output than its share."""
+    pieces = operators.widen_mlp(c)
     return {
-        n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in found.items()
+        n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in pieces.items()
     }
 
 
@@ -349,7 +364,7 @@ def test_a_broken_op_ends_the_run_and_changes_nothing(
 ) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 14}))
     with monkeypatch.context() as patch:
-        patch.setitem(operators.OPS, "widen_mlp", broken)
+        patch.setitem(operators.OPS, "widen_mlp", broken_widen_mlp)
         with pytest.raises(
             MainrunError,
             match=r"ops\[0\] 'widen_mlp' did not keep its promise at step 14: function: max \|delta logits\|",
@@ -357,58 +372,58 @@ def test_a_broken_op_ends_the_run_and_changes_nothing(
             train(cfg, tmp_path)
     run = tmp_path / cfg.run_id
     assert [row["event"] for row in journal(run)] == ["OPERATION_START", "OPERATION_ERROR"]
-    found = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
+    newest = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
     assert (
-        found is not None
-        and found[1]["step"] == 14
-        and found[0]["model/blocks.0.mlp.up.weight"].shape == (128, 32)
+        newest is not None
+        and newest[1]["step"] == 14
+        and newest[0]["model/blocks.0.mlp.up.weight"].shape == (128, 32)
     )
-    train(cfg, tmp_path)  # mended: it goes on, and its journal is that of a run that never failed
+    train(
+        cfg, tmp_path
+    )  # with the correct operation the run resumes, and its journal equals that of a run from scratch
     train(cfg, tmp_path / "alone")
-    assert end(run) == end(tmp_path / "alone" / cfg.run_id)
+    assert outcome(run) == outcome(tmp_path / "alone" / cfg.run_id)
 
 
-def test_an_op_that_is_skipped_is_as_if_it_were_not_there(
+def test_a_skipped_op_leaves_the_run_as_it_would_be_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = op("stack_layers", [0, 0, 1], {"wait_iters": 8}, init="identity")
     cfg = config(op("widen_mlp", 160, {"step": 14}, on_fail="skip"), more)
     store = Store(tmp_path / "store")
     with monkeypatch.context() as patch:
-        patch.setitem(operators.OPS, "widen_mlp", broken)
+        patch.setitem(operators.OPS, "widen_mlp", broken_widen_mlp)
         train(cfg, tmp_path, store=store)
     run = tmp_path / cfg.run_id
     assert [row["event"] for row in journal(run)][:2] == ["OPERATION_START", "OPERATION_ERROR"]
-    assert done(run) == [("stack_layers", 9)] or done(run) == [("stack_layers", 18)]
+    assert applied_ops(run) == [("stack_layers", 9)] or applied_ops(run) == [("stack_layers", 18)]
     alone = config(more)
     train(alone, tmp_path)
     a, b = (RunDir(tmp_path / c.run_id).summary() for c in (cfg, alone))
     assert a is not None and b is not None
     assert a["params"] == b["params"] and a["steps"] == b["steps"]
-    train(cfg, tmp_path / "again", store=store)  # which knows nothing of the fault, and widens
-    assert done(tmp_path / "again" / cfg.run_id)[0] == ("widen_mlp", 14)
+    train(cfg, tmp_path / "again", store=store)  # the operation is correct now, so it acts
+    assert applied_ops(tmp_path / "again" / cfg.run_id)[0] == ("widen_mlp", 14)
 
 
-def test_coverage_that_is_asked_for_and_not_reached_fails(tmp_path: Path) -> None:
+def test_too_little_coverage_ends_the_run(tmp_path: Path) -> None:
     cfg = config(
         op("stack_layers", [0, 0, 1, 1], {"step": 14}, init="identity", optimizer={"min_coverage": 0.99})
     )
-    with pytest.raises(MainrunError, match=r"coverage: .*99.0% is asked for.*optimizer.min_coverage"):
+    with pytest.raises(MainrunError, match=r"coverage: .*99.0% is required.*optimizer.min_coverage"):
         train(cfg, tmp_path)
 
 
-def bursting(c: operators.Change) -> operators.Pieces:
-    raise OverflowError("no such number")
+def failing_op(c: operators.Change) -> operators.Pieces:
+    raise OverflowError("too large")
 
 
 @pytest.mark.parametrize("on_fail", ["abort", "skip"])
-def test_an_op_that_breaks_off_is_one_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_fail: str
-) -> None:
+def test_an_op_that_raises_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_fail: str) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 14}, on_fail=on_fail))
-    monkeypatch.setitem(operators.OPS, "widen_mlp", bursting)
+    monkeypatch.setitem(operators.OPS, "widen_mlp", failing_op)
     with (
-        pytest.raises(UsageError, match="op: OverflowError: no such number")
+        pytest.raises(UsageError, match="op: OverflowError: too large")
         if on_fail == "abort"
         else nullcontext()
     ):
@@ -416,8 +431,8 @@ def test_an_op_that_breaks_off_is_one_that_failed(
     assert [row["event"] for row in journal(tmp_path / cfg.run_id)] == ["OPERATION_START", "OPERATION_ERROR"]
 
 
-def test_a_loss_is_of_the_state_it_stands_at(tmp_path: Path) -> None:
-    """Where nobody scored the state before an op there is no change to speak of; of two ops at a step the second has the first's."""
+def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path) -> None:
+    """A state without a score has no loss before. A second operation uses the reevaluation of the first."""
     ops = [
         op("widen_mlp", 160, {"step": 5}),
         op("widen_mlp", 192, {"step": 9}),
@@ -431,12 +446,13 @@ def test_a_loss_is_of_the_state_it_stands_at(tmp_path: Path) -> None:
     assert abs(two["change"]) < 1e-5 and three["loss_before"] == two["loss_after"]
 
 
-def test_an_op_right_behind_another_hides_nothing(tmp_path: Path) -> None:
-    """Copies of a width without any noise stay copies, whatever else happens in the steps behind; before layers move, one looks at once."""
+def test_a_later_op_does_not_hide_copies_that_stay_equal(tmp_path: Path) -> None:
+    """Copies without noise stay equal. They are checked after 10 steps or right before layers are stacked."""
     wide = op("widen_model", {"factor": 2}, {"step": 4})
     after = {
-        "frozen": op("freeze_layer", 0, {"step": 7}), "deeper": op("stack_layers", [0, 0, 1], {"step": 7}, init="identity"),
-    }  # fmt: skip
+        "frozen": op("freeze_layer", 0, {"step": 7}),
+        "deeper": op("stack_layers", [0, 0, 1], {"step": 7}, init="identity"),
+    }
     for name, other in {"alone": None, **after}.items():
         watch = Watch()
         cfg = config(*filter(None, (wide, other)), optimizer="sgd", momentum=0.0)
@@ -445,29 +461,29 @@ def test_an_op_right_behind_another_hides_nothing(tmp_path: Path) -> None:
         assert rows[0]["name"] == "widen_model" and rows[0]["step"] == (7 if name == "deeper" else 14)
         assert len(rows) == (1 if name == "alone" else 2)
         assert not rows[0]["checks"][0]["ok"], name
-        assert watch.said("after ops[0] 'widen_model'") and watch.said("are locked")
-        assert watch.said("growth: step 4: ops[0] 'widen_model'")
+        assert watch.noted("after ops[0] 'widen_model'") and watch.noted("copies are still equal")
+        assert watch.noted("growth: step 4: ops[0] 'widen_model'")
 
 
-def test_verify_misses_no_row_of_the_journal(tmp_path: Path) -> None:
+def test_verify_reports_missing_and_forged_rows_of_the_journal(tmp_path: Path) -> None:
     cfg = config(
         op("stack_layers", [0, 0, 1], {"step": 4}, init="identity"), op("widen_mlp", 160, {"step": 8})
     )
     train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
-    whole_journal = (run.path / "growth.jsonl").read_text().splitlines()
-    assert all(found.ok and found.same for found in repeat_ops(run, None))
+    complete_journal = (run.path / "growth.jsonl").read_text().splitlines()
+    assert all(result.ok and result.same for result in repeat_ops(run, None))
     (run.path / "growth.jsonl").write_text(
-        "".join(f"{row}\n" for row in whole_journal if "widen_mlp" not in row)
+        "".join(f"{row}\n" for row in complete_journal if "widen_mlp" not in row)
     )
-    assert {found.name for found in repeat_ops(run, None) if not found.same} == {"widen_mlp"}
-    forged = whole_journal[1].replace("0-stack_layers", "7-stack_layers")
-    (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in [*whole_journal, forged]))
-    assert [found.check for found in repeat_ops(run, None) if not found.same] == ["journal"]
+    assert {result.name for result in repeat_ops(run, None) if not result.same} == {"widen_mlp"}
+    forged = complete_journal[1].replace("0-stack_layers", "7-stack_layers")
+    (run.path / "growth.jsonl").write_text("".join(f"{row}\n" for row in [*complete_journal, forged]))
+    assert [result.check for result in repeat_ops(run, None) if not result.same] == ["journal"]
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_compiled_again_and_the_journal_says_how_long(tmp_path: Path) -> None:
+def test_the_journal_records_the_recompilation(tmp_path: Path) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 4}), compile="on", n_layer=1, epochs=1)
     train(cfg, tmp_path)
     (row,) = [
@@ -479,10 +495,10 @@ def test_a_compiled_model_is_compiled_again_and_the_journal_says_how_long(tmp_pa
     assert summary is not None and 0 < row["seconds"] < summary["spent"]["compile"] and row["step"] == 5
 
 
-# -- how what is new learns
+# -- learning rates of new parameters
 
 
-def test_new_tensors_climb_and_wide_ones_slow_down(tmp_path: Path) -> None:
+def test_new_tensors_warm_up_and_widened_ones_get_lower_rates(tmp_path: Path) -> None:
     rewarm = {"rewarm_iters": 4, "new_params_peak": 1.5}
     cfg = config(
         op("stack_layers", [0, 0, 1], {"step": 10}, init="identity", lr=rewarm),
@@ -501,24 +517,24 @@ def test_new_tensors_climb_and_wide_ones_slow_down(tmp_path: Path) -> None:
         patch.setattr(Optimizers, "set_rates", watch)
         train(cfg, tmp_path)
     assert {rate for rate, _ in seen[9].values()} == {1.0}
-    climbing = [seen[step]["blocks.1.mlp.up.weight"][0] for step in range(10, 16)]
-    assert climbing == pytest.approx([0.375, 0.75, 1.125, 1.5, 1.5, 1.5])
+    rates = [seen[step]["blocks.1.mlp.up.weight"][0] for step in range(10, 16)]
+    assert rates == pytest.approx([0.375, 0.75, 1.125, 1.5, 1.5, 1.5])
     assert {
         seen[step][name][0]
         for step in range(10, 20)
         for name in ("blocks.0.mlp.up.weight", "blocks.2.mlp.up.weight")
     } == {1.0}
     assert seen[20]["blocks.0.mlp.up.weight"][0] == 0.5 and seen[20]["embed.weight"][0] == 1.0
-    assert seen[20]["blocks.1.mlp.up.weight"][0] == 0.75, "both rules at once"
+    assert seen[20]["blocks.1.mlp.up.weight"][0] == 0.75, "both rules apply"
     with pytest.raises(Interrupted):
         train(cfg, tmp_path / "cut", until=22)
     train(cfg, tmp_path / "cut")
-    assert whole(tmp_path / "cut" / cfg.run_id) == whole(tmp_path / cfg.run_id), (
-        "a checkpoint knows how each tensor learns"
-    )
+    assert outcome_with_journal(tmp_path / "cut" / cfg.run_id) == outcome_with_journal(
+        tmp_path / cfg.run_id
+    ), "a checkpoint contains the schedules of the parameters"
 
 
-def test_plain_marks_make_no_group_of_their_own() -> None:
+def test_a_default_schedule_makes_no_group() -> None:
     cfg = config()
     model = GPT(cfg, 29)
     plain = [len(group["params"]) for group in Optimizers(cfg, model).groups]
@@ -533,8 +549,8 @@ def test_plain_marks_make_no_group_of_their_own() -> None:
 # -- averages
 
 
-def test_an_average_grows_by_the_same_draws(tmp_path: Path) -> None:
-    """The average is scored: after an exact op it scores as before it."""
+def test_an_average_grows_with_the_same_random_numbers(tmp_path: Path) -> None:
+    """Evaluation uses the average, so an exact operation keeps the score."""
     cfg = config(op("widen_model", {"factor": 2, "noise_snr_db": 10}, {"step": 18}), ema=0.9)
     train(cfg, tmp_path)
     (row,) = journal(tmp_path / cfg.run_id, "REEVALUATION")
@@ -542,14 +558,14 @@ def test_an_average_grows_by_the_same_draws(tmp_path: Path) -> None:
     assert row["loss_before"] is not None
 
 
-def test_state_of_another_size_is_refused_where_it_is_not_said_how_it_grew(tmp_path: Path) -> None:
+def test_a_checkpoint_records_how_its_state_grew(tmp_path: Path) -> None:
     cfg = config(op("widen_mlp", 160, {"step": 14}))
     train(cfg, tmp_path)
-    found = checkpoint.load_newest(
+    newest = checkpoint.load_newest(
         tmp_path / cfg.run_id / "checkpoints", lambda meta: None, lambda text: None
     )
-    assert found is not None
-    tensors, meta = found
+    assert newest is not None
+    tensors, meta = newest
     assert (
         meta["growth"]["config"]["d_ff"] == 160
         and meta["growth"]["fired"] == [14]
@@ -558,25 +574,27 @@ def test_state_of_another_size_is_refused_where_it_is_not_said_how_it_grew(tmp_p
     assert tensors["model/blocks.0.mlp.up.weight"].shape == torch.Size((160, 32))
 
 
-# -- the staged plan
+# -- the staged preset
 
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`staged-demo`, trained once, with a store."""
+    """The run directory of the preset `staged-demo`, trained with a store."""
     folder = tmp_path_factory.mktemp("staged")
-    made = subprocess.run(
-        [sys.executable, "-m", "mainrun", "train", "--preset", "staged-demo", "--out", str(folder), "--quiet", "--json"],
+    process = subprocess.run(
+        [sys.executable, "-m", "mainrun", "train", "--preset", "staged-demo", "--out", str(folder), "--quiet",
+            "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    return folder / str(json.loads(made.stdout)["run"])
+    assert process.returncode == 0, process.stderr
+    return folder / str(json.loads(process.stdout)["run"])
 
 
 @pytest.mark.slow
-def test_the_staged_plan_runs_and_is_verified(staged: Path) -> None:
-    assert done(staged) == [
-        ("upcycle_moe", 10), ("set_lr", 10), ("widen_model", 20), ("set_lr", 20), ("set_batch_size", 20), ("stack_layers", 30),
+def test_the_staged_preset_runs_and_is_verified(staged: Path) -> None:
+    assert applied_ops(staged) == [
+        ("upcycle_moe", 10), ("set_lr", 10), ("widen_model", 20), ("set_lr", 20), ("set_batch_size", 20),
+        ("stack_layers", 30),
         ("set_lr", 30), ("set_batch_size", 30),
     ]  # fmt: skip
     summary = RunDir(staged).summary()
@@ -588,13 +606,13 @@ def test_the_staged_plan_runs_and_is_verified(staged: Path) -> None:
         False,
         True,
     ]
-    found = subprocess.run(
+    verification = subprocess.run(
         [sys.executable, "-m", "mainrun", "grow", "verify", str(staged), "--json"],
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr
-    checks = [(f["name"], f["check"]) for f in json.loads(found.stdout) if f["ok"] and f["same"]]
+    assert verification.returncode == 0, verification.stderr
+    checks = [(f["name"], f["check"]) for f in json.loads(verification.stdout) if f["ok"] and f["same"]]
     assert {
         ("widen_model", "rope"),
         ("widen_model", "router scale"),
@@ -603,8 +621,8 @@ def test_the_staged_plan_runs_and_is_verified(staged: Path) -> None:
     } <= set(checks)
 
 
-def faulty(name: str, change: Any) -> Any:
-    """The op, with its pieces changed by name."""
+def with_changed_pieces(name: str, change: Any) -> Any:
+    """Return an operation with changed pieces. change: gets the name and the piece of each parameter."""
     real = operators.OPS[name]
 
     def op(c: operators.Change) -> operators.Pieces:
@@ -615,34 +633,34 @@ def faulty(name: str, change: Any) -> Any:
 
 FAULTS: dict[str, tuple[str, Any]] = {
     "router scale": ("widen_model", lambda n, p: replace(p, weight=1.0) if ".router." in n else p),
-    "layer identity": ("stack_layers", lambda n, p: _loud(n, p)),
+    "layer identity": ("stack_layers", lambda n, p: _unsilenced(n, p)),
     "symmetry": ("widen_model", lambda n, p: replace(p, plus=None)),
 }
 
 
-def _loud(name: str, piece: Any) -> Any:
-    """An inserted layer that goes on saying what its source said."""
+def _unsilenced(name: str, piece: Any) -> Any:
+    """Let an inserted layer keep the output weights of its source."""
     return replace(piece, source="blocks.3.attn.o.weight") if name == "blocks.4.attn.o.weight" else piece
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", FAULTS)
-def test_each_check_of_the_staged_plan_can_fail(
+def test_each_check_of_the_staged_preset_can_fail(
     staged: Path, monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:
     name, change = FAULTS[check]
-    monkeypatch.setitem(operators.OPS, name, faulty(name, change))
+    monkeypatch.setitem(operators.OPS, name, with_changed_pieces(name, change))
     store = Store(staged.parent / ".store")
-    if check == "symmetry":  # which only the steps after the op can tell
-        found = list(repeat_ops(RunDir(staged), store))
-        assert [finding.name for finding in found if finding.check == check and not finding.ok] == [name]
+    if check == "symmetry":  # it needs some steps of training
+        results = list(repeat_ops(RunDir(staged), store))
+        assert [result.name for result in results if result.check == check and not result.ok] == [name]
     else:
         with pytest.raises(MainrunError, match=rf"{name!r} did not keep its promise.*{check}: "):
             list(repeat_ops(RunDir(staged), store))
 
 
 @pytest.mark.slow
-def test_rope_that_is_turned_fails(staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_rotary_table_fails(staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = controller.grow
 
     def turned(*args: Any) -> Any:
@@ -656,9 +674,9 @@ def test_rope_that_is_turned_fails(staged: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["PLAIN"]])
-def test_verify_says_what_it_needs(tmp_path: Path, arguments: list[str]) -> None:
+def test_verify_names_a_directory_without_growth(tmp_path: Path, arguments: list[str]) -> None:
     cfg = from_dict(TINY | SMALL)
     train(cfg, tmp_path)
     place = str(tmp_path / cfg.run_id) if arguments == ["PLAIN"] else str(tmp_path / "nowhere")
-    found = CliRunner().invoke(app, ["grow", "verify", place])
-    assert found.exit_code in (1, 2) and place in found.output + (found.stderr or "")
+    result = CliRunner().invoke(app, ["grow", "verify", place])
+    assert result.exit_code in (1, 2) and place in result.output + (result.stderr or "")

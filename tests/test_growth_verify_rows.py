@@ -324,7 +324,8 @@ def test_each_parameter_must_be_in_one_group_and_nothing_else_in_any() -> None:
     )
     assert check([a], [a, c, stranger]) == (
         False,
-        "0.weight in 2 groups, 0.bias in 0 groups, 1.bias in 0 groups, 1 tensors that the model does not train",
+        "0.weight in 2 groups, 0.bias in 0 groups, 1.bias in 0 groups, "
+        "1 tensors that the model does not train",
     )
     d.requires_grad_(False)
     assert check([a, b], [c]) == (True, "3 tensors, each in one group")

@@ -85,7 +85,7 @@ class Watch(Progress):
         for words in [words for words in self.on if words in text]:
             self.on.pop(words)()
 
-    def said(self, words: str) -> bool:
+    def noted(self, words: str) -> bool:
         return any(words in note for note in self.notes)
 
 
@@ -102,11 +102,11 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "reused")} for row in RunDir(run).metrics()]
 
 
-def reused(run: Path) -> list[int]:
+def reused_steps(run: Path) -> list[int]:
     return [row["step"] for row in RunDir(run).metrics() if row["event"] == "step" and row.get("reused")]
 
 
-def end(run: Path) -> dict[str, Any]:
+def outcome(run: Path) -> dict[str, Any]:
     """All that a run has in common with its run from scratch."""
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done", f"{run} is lost"
@@ -145,7 +145,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], d
         if not (out / cfg.run_id / "summary.json").exists():
             summary = train(cfg, out)
             assert summary["ledger"] == ledger(summary["steps"], 0)
-        return end(out / cfg.run_id)
+        return outcome(out / cfg.run_id)
 
     return run
 
@@ -245,11 +245,11 @@ def test_a_run_that_begins_from_the_store_ends_as_its_run_from_scratch(
     cfg, watch = config(compile="off", **second), Watch()
     store = stocked(tmp_path / "store", config(compile="off", **first))
     summary = train(cfg, tmp_path, store=store, progress=watch)
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     assert summary["ledger"] == ledger(summary["steps"], shared)
-    assert watch.said("are reused from the store (trained by custom-") == bool(shared)
+    assert watch.noted("are reused from the store (trained by custom-") == bool(shared)
     logged = [row["step"] for row in rows(tmp_path / cfg.run_id) if row["event"] == "step"]
-    assert sorted({*reused(tmp_path / cfg.run_id), *watch.steps}) == logged, (
+    assert sorted({*reused_steps(tmp_path / cfg.run_id), *watch.steps}) == logged, (
         "every row is one that was taken or one that was trained"
     )
     assert store.verify() == [] and held(store) == {}
@@ -258,7 +258,7 @@ def test_a_run_that_begins_from_the_store_ends_as_its_run_from_scratch(
 def test_a_run_that_leaves_nodes_ends_as_one_that_does_not(tmp_path: Path, alone: Any) -> None:
     cfg, store = config(), Store(tmp_path / "store")
     summary = train(cfg, tmp_path, store=store, keep=[5])
-    assert end(tmp_path / cfg.run_id) == alone(cfg) and summary["ledger"] == ledger(STEPS, 0)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg) and summary["ledger"] == ledger(STEPS, 0)
     assert [entry.step for entry in store.summary()[0]] == [5, 18, 27, 36, 37]
     assert (
         store.verify() == [] and held(store) == {} and list((tmp_path / "store" / "leases").iterdir()) == []
@@ -290,7 +290,7 @@ def test_a_score_that_two_nodes_hold_is_one_row(tmp_path: Path, alone: Any, stoc
     assert sorted(holds) == [27, 36]
     assert train(cfgs[2], tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS)
     for cfg in cfgs:
-        assert end(tmp_path / cfg.run_id) == alone(cfg)
+        assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     assert store.verify() == []
 
 
@@ -300,7 +300,7 @@ def test_a_node_is_the_state_of_its_step_however_late_it_is_written(
     cfg, store, save = config(decay_frac=0.2), Store(tmp_path / "store"), Store.save
     monkeypatch.setattr(Store, "save", lambda *args: (time.sleep(0.1), save(*args))[1])
     train(config(), tmp_path, store=store)
-    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and outcome(
         tmp_path / cfg.run_id
     ) == alone(cfg)
 
@@ -332,8 +332,8 @@ def test_steps_lost_with_a_kill_and_found_in_the_store_count_as_trained(
     assert summary["ledger"] == ledger(
         STEPS + wasted, 0, wasted
     )  # the row of a step comes before its node and its checkpoint
-    assert reused(tmp_path / cfg.run_id) == [] and len(watch.steps) == STEPS - at + wasted
-    assert end(tmp_path / cfg.run_id) == alone(config(checkpoint_every=every))
+    assert reused_steps(tmp_path / cfg.run_id) == [] and len(watch.steps) == STEPS - at + wasted
+    assert outcome(tmp_path / cfg.run_id) == alone(config(checkpoint_every=every))
     assert store.verify() == []
 
 
@@ -345,8 +345,8 @@ def test_what_others_trained_stays_reused_after_a_kill(tmp_path: Path, alone: An
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({20: crash}))
     summary = train(cfg, tmp_path, store=store)
-    assert summary["ledger"] == ledger(STEPS + 2, 5, 2) and reused(tmp_path / cfg.run_id) == [1, 2, 3, 4, 5]
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert summary["ledger"] == ledger(STEPS + 2, 5, 2) and reused_steps(tmp_path / cfg.run_id) == [1, 2, 3, 4, 5]
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_what_others_trained_on_the_way_stays_reused_after_a_kill(
@@ -367,10 +367,10 @@ def test_what_others_trained_on_the_way_stays_reused_after_a_kill(
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({10: lend, 30: crash}))
     summary = train(cfg, tmp_path, store=store)
-    assert summary["ledger"] == ledger(STEPS + 3, 9, 3) and reused(tmp_path / cfg.run_id) == list(
+    assert summary["ledger"] == ledger(STEPS + 3, 9, 3) and reused_steps(tmp_path / cfg.run_id) == list(
         range(19, 28)
     )
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(
@@ -388,10 +388,10 @@ def test_a_kill_while_a_node_is_on_its_way_leaves_no_hole(
             train(cfg, tmp_path, store=store, progress=Watch({29: crash}))
     assert store.node_keys() == set()
     train(cfg, tmp_path, store=store)
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     again = from_dict(cfg.model_dump() | {"preset": "again"})
     summary = train(again, tmp_path, store=store)
-    assert summary["ledger"] == ledger(STEPS, STEPS) and end(tmp_path / again.run_id) == alone(again)
+    assert summary["ledger"] == ledger(STEPS, STEPS) and outcome(tmp_path / again.run_id) == alone(again)
     assert store.verify() == []
 
 
@@ -405,8 +405,8 @@ def test_a_run_that_goes_on_with_another_store_leaves_no_hole_in_it(tmp_path: Pa
             progress=Watch({19: lambda: time.sleep(0.5), 22: crash}),
         )
     train(cfg, tmp_path, store=other, progress=watch)
-    assert watch.said("the rows up to step 18 are no longer in it") and other.verify() == []
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert watch.noted("the rows up to step 18 are no longer in it") and other.verify() == []
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 @pytest.mark.parametrize("sessions", ["-S", "S-S", "-SS"])
@@ -418,13 +418,13 @@ def test_a_run_with_sessions_without_a_store_leaves_no_hole(
         said = Watch({} if i == len(sessions) - 1 else {12 * (i + 1): crash})
         with suppress(Killed):
             train(cfg, tmp_path, store=store if kind == "S" else None, progress=said)
-    assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
-    assert said.said("were trained without a store: nothing of this run is kept in it") == (
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
+    assert said.noted("were trained without a store: nothing of this run is kept in it") == (
         sessions != "-SS" or store.node_keys() == set()
     )
     again = from_dict(cfg.model_dump() | {"preset": "again"})
     train(again, tmp_path, store=store)
-    assert end(tmp_path / again.run_id) == alone(again) and store.verify() == []
+    assert outcome(tmp_path / again.run_id) == alone(again) and store.verify() == []
 
 
 # -- fresh, and without a store
@@ -437,9 +437,9 @@ def test_fresh_trains_again_and_takes_nothing(tmp_path: Path, alone: Any, stocke
     assert (
         summary["ledger"] == ledger(STEPS, 0)
         and watch.steps == list(range(1, STEPS + 1))
-        and reused(tmp_path / cfg.run_id) == []
+        and reused_steps(tmp_path / cfg.run_id) == []
     )
-    assert end(tmp_path / cfg.run_id) == alone(cfg) and not watch.said("other bits")
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg) and not watch.noted("other bits")
     assert {path: path.read_bytes() for path in (tmp_path / "store" / "nodes").iterdir()} == made
 
 
@@ -452,8 +452,8 @@ def test_fresh_finds_a_store_that_has_other_bits(tmp_path: Path, alone: Any, sto
     node_file(store, 27).unlink()
     store.save(there, wrong)
     train(cfg, tmp_path, store=store, fresh=True, progress=watch)
-    assert watch.said("the store has other bits for step 27") and watch.said("mainrun store audit")
-    assert end(tmp_path / cfg.run_id) == alone(cfg) and held(store) == {}
+    assert watch.noted("the store has other bits for step 27") and watch.noted("mainrun store audit")
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg) and held(store) == {}
 
 
 # -- waiting, taking over, fencing
@@ -478,9 +478,9 @@ def test_a_run_can_be_trained_in_parts(
         if where:
             with pytest.raises(Interrupted, match="stopped at step 10"):
                 train(other, tmp_path / "other", store=where, until=10)
-            assert reused(tmp_path / "other" / other.run_id) == [1, 2, 3, 4, 5]
+            assert reused_steps(tmp_path / "other" / other.run_id) == [1, 2, 3, 4, 5]
         assert train(cfg, out, store=where, until=STEPS)["ledger"] == ledger(STEPS, 0)
-        assert end(out / cfg.run_id) == alone(cfg)
+        assert outcome(out / cfg.run_id) == alone(cfg)
 
 
 def test_what_began_on_another_machine_is_never_filed_as_this_one_s(
@@ -493,7 +493,7 @@ def test_what_began_on_another_machine_is_never_filed_as_this_one_s(
         with pytest.raises(Killed):
             train(cfg, tmp_path, store=store, progress=Watch({14: crash}))
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("trained elsewhere and have other bits")
+    assert watch.noted("trained elsewhere and have other bits")
     assert not store.node_keys() & set(keys(cfg)) and store.verify() == []
 
 
@@ -512,7 +512,7 @@ def test_nothing_that_was_lost_is_forgotten(
     summary = train(cfg, tmp_path, store=store, progress=watch)
     assert summary["resumed"] == len(kills)
     assert summary["ledger"]["trained"] == trained + len(watch.steps) and summary["ledger"]["reused"] == 0
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: Any) -> None:
@@ -525,19 +525,19 @@ def test_a_segment_that_is_being_trained_is_waited_for(tmp_path: Path, alone: An
     def begin() -> None:
         other.start()
         deadline = time.monotonic() + 60
-        while not watch.said("waiting for custom-") and time.monotonic() < deadline:
+        while not watch.noted("waiting for custom-") and time.monotonic() < deadline:
             time.sleep(0.01)
 
     found.append(train(one, tmp_path, store=store, progress=Watch({3: begin})))
     other.join()
-    assert watch.said(f"waiting for {one.run_id}, which trains the shared steps up to 18")
+    assert watch.noted(f"waiting for {one.run_id}, which trains the shared steps up to 18")
     distinct = len({*keys(one)[1:], *keys(two)[1:]})
     assert distinct == STEPS + 10 and sum(summary["ledger"]["trained"] for summary in found) == distinct
     for cfg in (
         one,
         two,
     ):  # but for the guards: one of them sees that the other thread draws from the same generator
-        assert end(tmp_path / cfg.run_id) | {"guards": None} == alone(cfg) | {"guards": None}
+        assert outcome(tmp_path / cfg.run_id) | {"guards": None} == alone(cfg) | {"guards": None}
     assert store.verify() == [] and held(store) == {}
 
 
@@ -562,7 +562,7 @@ class Beside(threading.Thread):
     def begin(self) -> None:
         """As far as it comes while nobody else moves."""
         self.start()
-        until(lambda: self.watch.said("waiting for"))
+        until(lambda: self.watch.noted("waiting for"))
 
     @property
     def trained(self) -> int:
@@ -588,7 +588,7 @@ def beats(store: Store, step: int, cfg: TrainConfig, count: int) -> None:
 
 def same(run: Path, alone: dict[str, Any]) -> bool:
     """But for the guards: one of them sees that the other thread draws from the same generator."""
-    return end(run) | {"guards": None} == alone | {"guards": None}
+    return outcome(run) | {"guards": None} == alone | {"guards": None}
 
 
 @pytest.fixture
@@ -642,13 +642,13 @@ def test_a_late_want_is_heard_at_a_beat_and_kept_under_the_lease_on_what_is_furt
 
     def pass_by() -> None:
         seen[29] = lease_of(store, 31, late)
-        until(lambda: second.watch.said("steps 19 to 27 of 37 are reused"))
+        until(lambda: second.watch.noted("steps 19 to 27 of 37 are reused"))
 
     first = Beside(tmp_path, store, late, Watch({20: come, 29: pass_by}))
     first.start()
     first.join()
     second.join()
-    assert second.watch.said(f"waiting for {late.run_id}, which trains the shared steps up to 27")
+    assert second.watch.noted(f"waiting for {late.run_id}, which trains the shared steps up to 27")
     assert seen[20]["at"] in (17, 18), "it said so when it set out; 17 while the node of 18 was on its way"
     assert seen[29]["step"] == 31, "the lease is kept"
     assert first.trained == STEPS and second.trained == 10
@@ -673,7 +673,7 @@ def test_who_is_past_the_fork_is_not_waited_for(
         monkeypatch.setattr(
             sharing.LeaseHolder,
             "beat",
-            lambda self: beat(self) if second.watch.said("waiting for") else {"at": 18},
+            lambda self: beat(self) if second.watch.noted("waiting for") else {"at": 18},
         )
 
     def come() -> None:
@@ -686,7 +686,7 @@ def test_who_is_past_the_fork_is_not_waited_for(
     first.start()
     first.join()
     second.join()
-    assert second.watch.said("waiting for") != known
+    assert second.watch.noted("waiting for") != known
     assert (first.trained, second.trained) == (STEPS, 19)
     assert all(same(tmp_path / cfg.run_id, alone(cfg)) for cfg in (early, late))
     assert store.verify() == [] and held(store) == {}
@@ -768,8 +768,8 @@ def test_whatever_another_s_lease_says_is_followed_or_passed_over(
     watch.on = {"waiting for": lambda: lease.release(unfinished=True)}
     found = train(cfg, tmp_path, store=store, progress=watch)
     lease.release()
-    assert watch.said("waiting for") == (not odd or "scores" in odd), "no score is wanted on the way to 27"
-    assert found["ledger"] == ledger(STEPS, 18) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert watch.noted("waiting for") == (not odd or "scores" in odd), "no score is wanted on the way to 27"
+    assert found["ledger"] == ledger(STEPS, 18) and outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_a_want_that_nobody_waits_for_any_more_costs_a_state_and_no_bit(tmp_path: Path, alone: Any) -> None:
@@ -778,7 +778,7 @@ def test_a_want_that_nobody_waits_for_any_more_costs_a_state_and_no_bit(tmp_path
         store.want(keys(cfg)[step], "somebody")
     store.want("0" * 64, "somebody")
     store.files.write("wants/readme", b"?")
-    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0) and end(
+    assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0) and outcome(
         tmp_path / cfg.run_id
     ) == alone(cfg)
     assert [entry.step for entry in store.summary()[0]] == [9, 18, 27, 36, 37]
@@ -804,7 +804,7 @@ def test_a_node_that_took_the_run_past_its_lease_frees_it(
     found = train(
         cfg, tmp_path, store=store, progress=Watch({5: lend, 30: lambda: seen.append(set(held(store)))})
     )
-    assert found["ledger"] == ledger(STEPS, 12) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert found["ledger"] == ledger(STEPS, 12) and outcome(tmp_path / cfg.run_id) == alone(cfg)
     assert seen == [{keys(cfg)[36]}] and held(store) == {} and store.verify() == []
 
 
@@ -818,7 +818,7 @@ def test_a_waiter_that_is_interrupted_goes_on_later(tmp_path: Path, alone: Any) 
     assert set(held(store)) == {lease.key}, "the holder keeps what it holds"
     lease.release(unfinished=True)
     assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 0)
-    assert end(tmp_path / cfg.run_id) == alone(cfg) and held(store) == {}
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg) and held(store) == {}
 
 
 def test_scores_that_the_holder_does_not_write_are_not_waited_for(tmp_path: Path, alone: Any) -> None:
@@ -827,7 +827,7 @@ def test_scores_that_the_holder_does_not_write_are_not_waited_for(tmp_path: Path
     assert lease is not None
     watch.at = {14: lease.release}  # from there on it would be: no score is wanted before 18
     train(cfg, tmp_path, store=store, progress=watch)
-    assert not watch.said("waiting for") and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert not watch.noted("waiting for") and outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_a_holder_that_is_dead_is_not_waited_for(
@@ -845,8 +845,8 @@ def test_a_holder_that_is_dead_is_not_waited_for(
     lease._over.set()
     assert (
         time.monotonic() - started < 20
-        and not watch.said("waiting for")
-        and end(tmp_path / cfg.run_id) == alone(cfg)
+        and not watch.noted("waiting for")
+        and outcome(tmp_path / cfg.run_id) == alone(cfg)
     )
     assert [entry.step for entry in store.summary()[0]] == [18, 27, 36, 37] and held(store) == {}
 
@@ -858,15 +858,15 @@ def test_a_holder_that_was_taken_over_publishes_nothing_late_and_ends_right(
     name = f"leases/{keys(cfg)[18]}.000002"
     watch.at = {10: lambda: store.files.create(name, b"{}"), 30: lambda: store.files.remove(name)}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("step 18 is not kept in the store: another process has taken these steps over")
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert watch.noted("step 18 is not kept in the store: another process has taken these steps over")
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     kept = store.summary()[0]
     assert [(entry.begins, entry.step) for entry in kept] == [(0, 27), (27, 36), (36, 37)], (
         "the next node has the rows of both"
     )
     assert store.verify() == [] and held(store) == {}
     again = config(decay_frac=0.2)
-    assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(
+    assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and outcome(
         tmp_path / again.run_id
     ) == alone(again)
 
@@ -877,13 +877,13 @@ def test_a_run_that_cannot_keep_nodes_holds_nobody_up(tmp_path: Path, alone: Any
     seen: list[set[str]] = []
     watch.at = {33: lambda: seen.append(set(held(store)))}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("step 18 and later steps are not kept in the store") and watch.said(
+    assert watch.noted("step 18 and later steps are not kept in the store") and watch.noted(
         "raise --store-size"
     )
     assert (
         seen == [set()]
         and held(store) == {}
-        and end(tmp_path / cfg.run_id) == alone(cfg)
+        and outcome(tmp_path / cfg.run_id) == alone(cfg)
         and store.node_keys() == set()
     )
 
@@ -950,7 +950,7 @@ def test_damage_is_named_and_costs_steps_but_no_bit(
     harm(store, tmp_path / "store")
     summary = train(cfg, tmp_path, store=store, progress=watch)
     assert re.search(words, "\n".join(watch.notes)), watch.notes
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     assert summary["ledger"]["reused"] >= taken if words else summary["ledger"]["reused"] == taken
     if all(path.is_dir() for path in (tmp_path / "store").iterdir() if path.name != "store.json"):
         assert [
@@ -960,7 +960,7 @@ def test_damage_is_named_and_costs_steps_but_no_bit(
         ] == []
         if taken < STEPS:  # what was damaged has been trained again, so it is whole again
             again = from_dict(cfg.model_dump() | {"preset": "again"})
-            assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS) and end(
+            assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS) and outcome(
                 tmp_path / again.run_id
             ) == alone(again)
 
@@ -970,8 +970,8 @@ def test_damage_while_a_run_is_on_its_way_costs_no_bit(tmp_path: Path, alone: An
     cfg, store = config(decay_frac=0.2), stocked(tmp_path / "store", config())
     watch = Watch({28: lambda: [shutil.rmtree(tmp_path / "store" / name) for name in ("nodes", "states")]})
     train(cfg, tmp_path, store=store, progress=watch)
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
-    assert watch.said("the rows up to step 27 are no longer in it") and store.verify() == []
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
+    assert watch.noted("the rows up to step 27 are no longer in it") and store.verify() == []
 
 
 @contextmanager
@@ -993,8 +993,8 @@ def test_a_store_that_cannot_be_written_is_read(tmp_path: Path, alone: Any, stoc
         with pytest.raises(OSError, match="Read-only"):
             (place / "x").touch()
         summary = train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.said("cannot be used (Read-only") and sum("cannot be" in note for note in watch.notes) == 1
-    assert summary["ledger"] == ledger(STEPS, 27) and end(tmp_path / cfg.run_id) == alone(cfg)
+    assert watch.noted("cannot be used (Read-only") and sum("cannot be" in note for note in watch.notes) == 1
+    assert summary["ledger"] == ledger(STEPS, 27) and outcome(tmp_path / cfg.run_id) == alone(cfg)
     assert {path: path.stat().st_mtime for path in before} == {
         path: stat.st_mtime for path, stat in before.items()
     }
@@ -1011,8 +1011,8 @@ def test_a_full_disk_under_the_store_costs_no_step_of_the_run(tmp_path: Path, al
         (place / "new").mkdir(exist_ok=True)
         (place / "new" / "ballast").write_bytes(b"x" * max(0, disk.f_bavail * disk.f_frsize - room))
         summary = train(cfg, tmp_path, store=store, progress=watch)
-        assert summary["ledger"] == ledger(STEPS, 0) and end(tmp_path / cfg.run_id) == alone(cfg)
-        assert watch.said("nothing more is kept in it") and (watch.said("o space left")), watch.notes
+        assert summary["ledger"] == ledger(STEPS, 0) and outcome(tmp_path / cfg.run_id) == alone(cfg)
+        assert watch.noted("nothing more is kept in it") and (watch.noted("o space left")), watch.notes
         assert (
             store.node_keys() == set()
             and held(store) == {}
@@ -1021,7 +1021,7 @@ def test_a_full_disk_under_the_store_costs_no_step_of_the_run(tmp_path: Path, al
         (place / "new" / "ballast").unlink()
         again = from_dict(cfg.model_dump() | {"preset": "again"})
         train(again, tmp_path, store=store)
-        assert end(tmp_path / again.run_id) == alone(again) and len(store.node_keys()) == 4
+        assert outcome(tmp_path / again.run_id) == alone(again) and len(store.node_keys()) == 4
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
@@ -1035,7 +1035,7 @@ def test_a_clock_that_jumps_does_no_harm(
     for path in (tmp_path / "store" / "states").iterdir():
         os.utime(path, (real() - jump, real() - jump))
     assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, 27)
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     assert [finding for finding in store.verify() if "used in the future" not in finding] == [] and held(
         store
     ) == {}
@@ -1057,7 +1057,7 @@ def test_an_error_that_nobody_thought_of_costs_no_step_of_the_run(
     assert (
         train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0) and held(store) == {}
     )
-    assert watch.said("RuntimeError('the bucket has a hole')); nothing more is kept in it") and end(
+    assert watch.noted("RuntimeError('the bucket has a hole')); nothing more is kept in it") and outcome(
         tmp_path / cfg.run_id
     ) == alone(cfg)
 
@@ -1073,7 +1073,7 @@ def test_eviction_costs_steps_only(tmp_path: Path, alone: Any, stocked: Any) -> 
         (config(preset="third"), STEPS),
     ):
         assert train(cfg, tmp_path, store=store)["ledger"] == ledger(STEPS, taken)
-        assert end(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
+        assert outcome(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
 
 
 # -- other machines
@@ -1088,12 +1088,12 @@ def test_another_number_of_threads_shares_nothing_and_says_why(
     finally:
         torch.set_num_threads(1)
     assert summary["ledger"] == ledger(STEPS, 0)
-    assert watch.said(
+    assert watch.noted(
         "the store has this run's first steps with other bits, so they are not reused (machine_class threads: 1 there"
     )
     watch = Watch()
     train(config(lr=0.02), tmp_path, store=stocked(tmp_path / "another", config()), progress=watch)
-    assert not watch.said("other bits"), "the same machine, and steps that part at once"
+    assert not watch.noted("other bits"), "the same machine, and steps that part at once"
 
 
 @pytest.mark.parametrize("what", ["device", "torch"])
@@ -1107,7 +1107,7 @@ def test_another_machine_or_library_shares_nothing_and_says_why(
         monkeypatch.undo()
         monkeypatch.setattr(sharing, "versions", lambda: versions() | {"torch": "9.9"})
     assert train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0)
-    assert watch.said(
+    assert watch.noted(
         f"so they are not reused ({'machine_class device' if what == 'device' else 'versions torch'}: "
     )
     assert len(store.node_keys()) == 8, "and leaves its own beside"
@@ -1137,11 +1137,11 @@ def test_a_run_that_diverges_leaves_no_lease_and_nothing_wrong(
         and store.verify() == []
     )
     other = config(decay_shape="sqrt")  # nobody waits for it
-    assert train(other, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and end(
+    assert train(other, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and outcome(
         tmp_path / other.run_id
     ) == alone(other)
     train(cfg, tmp_path, store=store)
-    assert end(tmp_path / cfg.run_id) == alone(cfg)
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
 def test_a_config_that_diverges_does_so_from_the_store_too(tmp_path: Path) -> None:
@@ -1158,7 +1158,7 @@ def test_a_config_that_diverges_does_so_from_the_store_too(tmp_path: Path) -> No
     assert all(
         tensor.isfinite().all() for entry in store.summary()[0] for tensor in store.load(entry).values()
     )
-    assert rows(tmp_path / "0" / cfg.run_id) == rows(tmp_path / "1" / cfg.run_id) and reused(
+    assert rows(tmp_path / "0" / cfg.run_id) == rows(tmp_path / "1" / cfg.run_id) and reused_steps(
         tmp_path / "1" / cfg.run_id
     )
 
@@ -1223,7 +1223,7 @@ def test_a_ladder_trains_each_step_of_its_tree_once(
         part["name"]: part["steps"] for part in planned["runs"]
     }
     for cfg in configs:
-        assert end(out / cfg.run_id) == alone(cfg)
+        assert outcome(out / cfg.run_id) == alone(cfg)
     store = Store(out / ".store")
     assert store.verify() == [] and held(store) == {}
     assert all(pins) and store.pinned() == set() and list((out / ".store" / "pins").iterdir()) == []
@@ -1312,7 +1312,7 @@ def test_without_a_store_there_is_no_trace_of_one(
     assert len(Store(tmp_path / "elsewhere").node_keys()) == 4 and again["ledger"] == summary[
         "ledger"
     ] == ledger(STEPS, 0)
-    assert end(tmp_path / "more" / again["run"]) == end(tmp_path / "runs" / summary["run"])
+    assert outcome(tmp_path / "more" / again["run"]) == outcome(tmp_path / "runs" / summary["run"])
 
 
 # -- real processes
@@ -1389,9 +1389,9 @@ class Worker:
         assert self.process.returncode == 0, self.stderr
         return json.loads(stdout)
 
-    def end(self) -> dict[str, Any]:
+    def outcome(self) -> dict[str, Any]:
         (path,) = self.out.glob("*/summary.json")
-        return end(path.parent)
+        return outcome(path.parent)
 
 
 @pytest.fixture
@@ -1546,15 +1546,15 @@ def test_two_processes_as_one_run_begin_from_the_store(tmp_path: Path) -> None:
     later = two("second", *place, decay_frac=0.2)
     scratch = two("scratch", "--no-store", decay_frac=0.2)
     assert later["ledger"] == ledger(STEPS, 27) and scratch["ledger"] == ledger(STEPS, 0)
-    assert end(tmp_path / "second" / later["run"]) == end(tmp_path / "scratch" / scratch["run"])
+    assert outcome(tmp_path / "second" / later["run"]) == outcome(tmp_path / "scratch" / scratch["run"])
     other = two(
         "third", *place, official_geometry="2x8"
     )  # the leader alone sees that the store has no score after step 1
     scratch = two("scratch", "--no-store", official_geometry="2x8")
-    assert end(tmp_path / "third" / other["run"]) == end(tmp_path / "scratch" / scratch["run"])
+    assert outcome(tmp_path / "third" / other["run"]) == outcome(tmp_path / "scratch" / scratch["run"])
     watch = Watch()
     train(baseline(), tmp_path, store=Store(tmp_path / "store"), progress=watch)
-    assert watch.said("so they are not reused (machine_class processes: 2 there, 1 here)")
+    assert watch.noted("so they are not reused (machine_class processes: 2 there, 1 here)")
 
 
 # -- everything at once
@@ -1583,7 +1583,7 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
     scratch = {}
     for cfg in configs:
         train(cfg, tmp_path / "alone")
-        scratch[cfg.run_id] = end(tmp_path / "alone" / cfg.run_id)
+        scratch[cfg.run_id] = outcome(tmp_path / "alone" / cfg.run_id)
     dead = {
         "boot": leases._boot(),
         "pid": 2**22 + 1,
@@ -1652,7 +1652,7 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
         if (made := sorted((tmp_path / "store").glob("nodes/*"))) and chance.random() < 0.2:
             chance.choice([Path.unlink, flip])(chance.choice(made))
         summary = train(cfg, tmp_path / "runs", store=store, fresh=chance.random() < 0.05)
-        assert end(tmp_path / "runs" / cfg.run_id) == scratch[cfg.run_id], seed
+        assert outcome(tmp_path / "runs" / cfg.run_id) == scratch[cfg.run_id], seed
         book = summary["ledger"]
         assert (
             book["asked"] == steps + book["wasted"] == book["trained"] + book["reused"]
@@ -1716,4 +1716,4 @@ def test_a_score_before_the_first_step_of_a_session_is_computed_as_all_are(tmp_p
     found = train(once, tmp_path / "shared", store=store)
     assert found["ledger"]["reused"] >= 10
     train(once, tmp_path / "alone")
-    assert end(tmp_path / "shared" / once.run_id) == end(tmp_path / "alone" / once.run_id)
+    assert outcome(tmp_path / "shared" / once.run_id) == outcome(tmp_path / "alone" / once.run_id)
