@@ -207,8 +207,8 @@ def _batch(
     if not batch.may_share(configs):
         yield configs, {}
         return
-    shared = batch.plan(configs, store)
-    place = {part.name: i for i, part in enumerate(shared.parts.parts)}
+    shared = batch.share_steps(configs, store)
+    place = {part.name: i for i, part in enumerate(shared.assignments.order)}
     name = f"batch-{shared.keys[0][:16]}-{os.getpid()}" if shared.keys and is_leader() else ""
     try:
         with suppress(OSError):  # the runs will say that the store cannot be written
@@ -224,14 +224,14 @@ def _batch(
 def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: bool) -> None:
     from mainrun.run import batch
 
-    found = batch.plan(configs, store, out).parts
+    found = batch.share_steps(configs, store, out).assignments
     if not is_leader():
         return
-    rows = [vars(part) | {"steps": part.steps} for part in found.parts]
+    rows = [vars(part) | {"steps": part.steps} for part in found.order]
     total = {
-        "asked": found.asked,
+        "asked": found.requested,
         "to_train": found.steps,
-        "saving": found.asked / found.steps if found.steps else None,
+        "saving": found.requested / found.steps if found.steps else None,
     }
     if as_json:
         emit(total | {"runs": rows})
@@ -243,7 +243,7 @@ def _plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: b
     ]
     show_table(head, [[str(cell) for cell in line] for line in cells])
     times = f", {total['saving']:.2f} times fewer" if found.steps else ""
-    print(f"steps asked: {found.asked:,}; to train: {found.steps:,}{times}; nothing is trained now")
+    print(f"steps asked: {found.requested:,}; to train: {found.steps:,}{times}; nothing is trained now")
 
 
 def _train_one(
@@ -257,12 +257,12 @@ def _train_one(
     until: int = 0,
 ) -> dict[str, Any]:
     from mainrun.run.progress import make_progress
-    from mainrun.store.rundir import RunDir, check_same
+    from mainrun.store.rundir import RunDir, check_same_config
     from mainrun.ui import compare
 
     run = RunDir(out / cfg.run_id)
     if not fresh and (run.path / "summary.json").is_file():
-        check_same(run, cfg)
+        check_same_config(run, cfg)
         _check_files(run, cfg)
         return compare.finished(run)
     progress = make_progress(quiet)

@@ -23,7 +23,7 @@ from mainrun.errors import ConfigError, Interrupted, MainrunError, RunError, Usa
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.store import records
-from mainrun.store.rundir import RunDir, check_same, write_text
+from mainrun.store.rundir import RunDir, check_same_config, write_text
 from sweeps import branch
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.engine.worker import PATIENCE
@@ -32,7 +32,7 @@ from sweeps.sampling import Asker
 from sweeps.space import resolved
 from sweeps.study import Study
 
-TOKENS = {"train_tokens": records.first, "fingerprints?": records.table}  # of tokens.json
+TOKENS = {"train_tokens": records.at_least_one, "fingerprints?": records.table}  # of tokens.json
 
 
 @dataclass(slots=True)
@@ -282,7 +282,7 @@ class Search:
         status = run.status()
         stopped = status.get("state") == "interrupted" and 0 < until <= status.get("step", 0)
         if stopped or (status.get("state") == "done" and run.summary() is not None):
-            check_same(run, cfg)
+            check_same_config(run, cfg)
             return Outcome(True)
         sets = tuple(sets_of(self.study, cfg))
         return self.engine.train(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.errors import RunError
-from mainrun.store.rundir import check_place, disk_errors, write_text
+from mainrun.store.rundir import check_regular_file, disk_errors, write_text
 from sweeps.driver import Search, sets_of
 from sweeps.ledger import Ledger, total
 
@@ -71,7 +71,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
             f"the trials of {found.get('name')} do not make a table ({e!r:.200}); restore export.json of the study"
         ) from None
     for name in ("trials.parquet", "study.json"):
-        check_place(folder / name, "move it away, or give another folder")
+        check_regular_file(folder / name, "move it away, or give another folder")
     with disk_errors(folder, "DIR"):
         pq.write_table(table, folder / "trials.parquet")
     write_text(folder / "study.json", json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))

@@ -8,7 +8,6 @@ export.json  what came out, once it is finished (export.py)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.errors import RunError, UsageError, nearest
+from mainrun.files.locks import FileLock, Locked
 from mainrun.store import records
-from mainrun.store.rundir import check_place, disk_errors, write_text
+from mainrun.store.rundir import check_regular_file, disk_errors, write_text
 from sweeps.study import Study
 
 
@@ -27,20 +27,15 @@ def owned(folder: Path, study: Study) -> Iterator[None]:
     """One driver at a time, and always the same study in a folder."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    check_place(folder / ".lock", "remove it, and start the same command again")
-    with disk_errors(folder):
-        lock = (folder / ".lock").open("a+b", buffering=0)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UsageError(
-                f"{folder} is searched by process {lock.read().decode(errors='replace')}; wait for it, or give another --out"
-            ) from None
+    check_regular_file(folder / ".lock", "remove it, and start the same command again")
+    try:
         with disk_errors(folder):
-            lock.truncate(0)
-            lock.write(str(os.getpid()).encode())
+            lock = FileLock(folder / ".lock", str(os.getpid()))
+    except Locked as holder:
+        raise UsageError(
+            f"{folder} is searched by process {holder}; wait for it, or give another --out"
+        ) from None
+    try:
         before = begun(folder)
         if before and before["digest"] != study.digest:
             changes = "; ".join(
@@ -51,6 +46,8 @@ def owned(folder: Path, study: Study) -> Iterator[None]:
                 f"{folder} holds another study of that name: {changes}. Go on with the old file, or start this one anew with --as NAME"
             )
         yield
+    finally:
+        lock.release()
 
 
 def begin(folder: Path, study: Study, command: str) -> None:
@@ -111,21 +108,21 @@ COSTS = dict.fromkeys(("asked", "trained", "reused", "wasted"), records.count) |
     "tokens?": records.count,
 }
 TRIAL = {f"{name}?": records.count for name in ("asked", "trained", "reused", "wasted", "branch", "tokens", "steps")} | {
-    "trial": records.count, "state": records.text, "value": records.optional(records.real), "params": records.table_of(records.setting),
+    "trial": records.count, "state": records.text, "value": records.optional(records.any_number), "params": records.table_of(records.setting),
     "scores": records.table, "sets": [records.any_text], "raw_scores?": records.table, "seed?": records.optional(records.count),
-    "rung?": records.number, "run?": records.any_text, "reason?": records.any_text, "flops?": records.positive,
-    "seconds?": records.positive,
+    "rung?": records.number, "run?": records.any_text, "reason?": records.any_text, "flops?": records.not_negative,
+    "seconds?": records.not_negative,
 }  # fmt: skip
 CONFIRMED = {
-    "trial": records.count, "difference": records.real, "interval": records.pair(records.real), "p_holm": records.real,
-    "claim": records.yes_or_no, "why": records.any_text, "params": records.table_of(records.setting),
+    "trial": records.count, "difference": records.any_number, "interval": records.pair(records.any_number), "p_holm": records.any_number,
+    "claim": records.true_or_false, "why": records.any_text, "params": records.table_of(records.setting),
 }  # fmt: skip
 EVIDENCE = {
-    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]}, "rows": [CONFIRMED], "claim": records.any_text,
-    "winner": records.optional(records.count), "val?": {"full": records.real, "official": records.real},
+    "noise": {"sigma": records.any_number, "floor": records.any_number, "values": [records.any_number]}, "rows": [CONFIRMED], "claim": records.any_text,
+    "winner": records.optional(records.count), "val?": {"full": records.any_number, "official": records.any_number},
     "runs?": [COSTS | {"kind": records.text}],
 }  # fmt: skip
-CORRELATIONS = records.optional(records.table_of(records.optional(records.real)))
+CORRELATIONS = records.optional(records.table_of(records.optional(records.any_number)))
 FINISHED = BEGUN | {
     "name?": records.text, "preset": records.any_text, "objective": records.text, "trials": [TRIAL], "ledger": COSTS,
     "evidence?": records.optional(EVIDENCE), "rung_correlation?": CORRELATIONS, "raw_rung_correlation?": CORRELATIONS,

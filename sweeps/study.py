@@ -20,7 +20,6 @@ score = "branch"          # by what they score after a short decay (sweeps/branc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
+from mainrun.files.hashing import sha256_json
 from mainrun.plan.recipes import load
 from sweeps import branch
 from sweeps.space import Choice, Range, faults
@@ -139,7 +139,7 @@ class Study(Part):
     def digest(self) -> str:
         """Of all that decides what the trials are."""
         data = self.model_dump(exclude=self.FREE, mode="json")
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return sha256_json(data)
 
     def base(self) -> TrainConfig:
         """Trial 0, and what all others change."""

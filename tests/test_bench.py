@@ -471,7 +471,7 @@ def test_the_studies_are_those_that_are_written_down(tiny) -> None:
     first, second = (lineage.late_change(base, starts) for starts in (lineage.STARTS, lineage.MOVED))
     assert len(first) == len(second) == 192 and len({cfg.run_id for cfg in first + second}) == 288
     assert len({cfg.run_id for cfg in lineage.piecewise(base)}) == 128
-    chains = batch.resolved({cfg.run_id: cfg for cfg in first + second}.values())[1]
+    chains = batch.resolve({cfg.run_id: cfg for cfg in first + second}.values())[1]
 
     def saving(configs: list[TrainConfig]) -> float:
         asked = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.errors import RunError
+from mainrun.files.hashing import sha256_json
 from mainrun.run.progress import Progress
 from mainrun.run.session import train
 from mainrun.store import checkpoint
@@ -122,7 +123,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
         saved(tmp_path, step)
         assert newest(tmp_path) == (step, [])
     assert checkpoint.KEEP == 2
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-200000000", "step-100000000"]
+    assert [p.name for p in checkpoint.paths(tmp_path)] == ["step-200000000", "step-100000000"]
 
 
 def test_a_damaged_newer_one_does_not_push_a_good_one_out(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_damaged_newer_one_does_not_push_a_good_one_out(tmp_path: Path) -> Non
     assert newest(tmp_path)[0] == 10
     saved(tmp_path, 12)
     assert newest(tmp_path) == (12, [])
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000012", "step-00000010"]
+    assert [p.name for p in checkpoint.paths(tmp_path)] == ["step-00000012", "step-00000010"]
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def posed_pickle(place: Path) -> None:
     meta = json.loads((place / "meta.json").read_text())
     del meta["meta_sha256"]
     meta["state_sha256"] = hashlib.sha256((place / "state.safetensors").read_bytes()).hexdigest()
-    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
+    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": sha256_json(meta)})
 
 
 class Trap:
@@ -236,7 +237,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, damage: Call
     assert step == 1
     assert (
         len(notes) == 1
-        and notes[0].startswith(f"checkpoint {place} is passed over: ")
+        and notes[0].startswith(f"checkpoint {place} is skipped: ")
         and "\n" not in notes[0]
     )
     saved(tmp_path, 3)  # whatever lies there, the run goes on
@@ -288,7 +289,7 @@ def test_a_foreign_one_is_named_with_the_reason(tmp_path: Path) -> None:
         tmp_path, lambda meta: None if meta["digest"] == "ours" else "it belongs to another config"
     )
     assert step == 1 and notes == [
-        f"checkpoint {tmp_path}/step-00000002 is passed over: it belongs to another config"
+        f"checkpoint {tmp_path}/step-00000002 is skipped: it belongs to another config"
     ]
 
 
@@ -370,7 +371,7 @@ def again(cfg: TrainConfig, run: RunDir, out: Path, damage: Callable[[list[Path]
     notes = Notes()
     copy = RunDir(shutil.copytree(run.path, out / cfg.run_id))
     (copy.path / "summary.json").unlink()
-    damage(checkpoint.steps(copy.checkpoints))
+    damage(checkpoint.paths(copy.checkpoints))
     summary = train(cfg, out, progress=notes)
     expected = run.summary()
     assert expected is not None and summary["weights"] == expected["weights"]
@@ -383,14 +384,14 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
     finished: tuple[TrainConfig, RunDir], tmp_path: Path
 ) -> None:
     notes = again(*finished, tmp_path, lambda places: None)
-    assert notes.first_step == 0 and not any("passed over" in n for n in notes.all)
+    assert notes.first_step == 0 and not any("is skipped" in n for n in notes.all)
 
 
 def test_a_run_falls_back_to_the_checkpoint_before(
     finished: tuple[TrainConfig, RunDir], tmp_path: Path
 ) -> None:
     notes = again(*finished, tmp_path, lambda places: flip("state.safetensors", 0.6)(places[0]))
-    steps = [int(p.name.split("-")[1]) for p in checkpoint.steps(finished[1].checkpoints)]
+    steps = [int(p.name.split("-")[1]) for p in checkpoint.paths(finished[1].checkpoints)]
     assert notes.first_step == steps[1] + 1
     assert any(f"step-{steps[0]:08}" in n and "torn or was changed" in n for n in notes.all)
 
@@ -404,7 +405,7 @@ def test_a_run_without_a_usable_checkpoint_starts_over(
 
     notes = again(*finished, tmp_path, damage)
     assert notes.first_step == 1
-    assert sum("passed over" in n for n in notes.all) == 2 and "starts over at step 0" in notes.all[-1]
+    assert sum("is skipped" in n for n in notes.all) == 2 and "starts over at step 0" in notes.all[-1]
 
 
 def test_a_run_takes_no_checkpoint_of_another_config(
@@ -415,7 +416,7 @@ def test_a_run_takes_no_checkpoint_of_another_config(
     own = tmp_path / "own"
     train(cfg, own)
     target = RunDir(tmp_path / cfg.run_id)
-    for place in checkpoint.steps(finished[1].checkpoints):
+    for place in checkpoint.paths(finished[1].checkpoints):
         shutil.copytree(place, target.checkpoints / place.name)
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy((own / cfg.run_id if name == "config.json" else finished[1].path) / name, target.path)
@@ -439,7 +440,7 @@ def test_a_run_whose_rows_were_changed_waits_for_a_decision(
 
     with pytest.raises(RunError, match=r"metrics.jsonl is not the one.*--fresh"):
         again(*finished, tmp_path, damage)
-    assert len(checkpoint.steps(tmp_path / finished[0].run_id / "checkpoints")) == 2, (
+    assert len(checkpoint.paths(tmp_path / finished[0].run_id / "checkpoints")) == 2, (
         "the weights are still there"
     )
 

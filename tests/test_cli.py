@@ -177,7 +177,7 @@ def test_a_wrong_command_line_gets_one_message_and_2(args: list[str], words: lis
 
 @pytest.mark.parametrize("args", [["compare", "a", "b"], ["sample", "a", "--prompt", "x"]])
 def test_an_unknown_run_is_refused_with_the_nearest(args: list[str], tmp_path: Path) -> None:
-    refused(ask(*args, "--out", tmp_path), "'a'", "there are none yet")
+    refused(ask(*args, "--out", tmp_path), "'a'", "it has no runs yet")
     make_run(tmp_path, TrainConfig(preset="apple"))
     refused(
         ask(*[a.replace("a", "appel-0") if a == "a" else a for a in args], "--out", tmp_path),

@@ -155,15 +155,15 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
     ("shape", "good", "bad"),
     [
         (records.number, [0, -1.5, 1e39], [True, "1", None, float("nan"), float("inf"), 10**400, 1e41]),
-        (records.real, [0, float("inf"), float("nan")], [True, "1", None, 10**400]),
+        (records.any_number, [0, float("inf"), float("nan")], [True, "1", None, 10**400]),
         (records.count, [0, 10**18], [True, -1, 1.0, 10**19, "1", None]),
         (records.step, [0, 10**9], [-1, 10**9 + 1]),
-        (records.first, [1], [0]),
-        (records.above, [1e-30, 5], [0, -1, float("inf"), "5", True]),
+        (records.at_least_one, [1], [0]),
+        (records.above_zero, [1e-30, 5], [0, -1, float("inf"), "5", True]),
         (records.share, [0, 1, 0.5], [-0.1, 1.1]),
         (records.text, ["", "a ü"], [5, None, "a\nb", "\x1b[31m", "\ud800"]),
         (records.any_text, ["a\nb"], [5, None, "\ud800"]),
-        (records.yes_or_no, [True, False], [0, 1, "true", None]),
+        (records.true_or_false, [True, False], [0, 1, "true", None]),
         (records.table, [{}], [[], None, 5]),
         ([records.count], [[], [1, 2]], [{}, [1, "x"], 5]),
         ({"a": records.count}, [{"a": 1}, {"a": 1, "b": "x"}], [{}, {"a": "x"}, [], None]),
@@ -171,7 +171,7 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
         (records.optional(records.count), [None, 1], ["x"]),
         (records.table_of(records.count), [{}, {"x": 1}], [{"x": "y"}, {"a\nb": 1}, []]),
         (records.pair(records.count), [[1, 2]], [[1], [1, 2, 3], [1, "x"], 5]),
-        (records.some(records.count), [[1]], [[], ["x"]]),
+        (records.non_empty(records.count), [[1]], [[], ["x"]]),
         (records.one_of("a", "b"), ["a"], ["c", None, [], {}]),
         (records.setting, [None, True, 1, 0.5, "x"], [[], {}, float("nan"), "\ud800"]),
         (
@@ -180,7 +180,7 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
             [5, "x", "[]", '{"x": 1}', '{"0": "x"}', '{"99999": 1}', '{"0": NaN}'],
         ),
         (
-            records.metric,
+            records.metrics_row,
             [{"event": "step", "step": 1}],
             [{"event": "step", "step": 0}, {"event": "x"}, {"event": []}, {"step": 1}, 5, None],
         ),
@@ -206,15 +206,15 @@ def test_a_fault_says_where_and_what() -> None:
 
 def test_a_plain_row_is_checked_quickly_and_like_any_other() -> None:
     row = {"event": "step", "step": 1, "tokens": 8, "lr": 0.1, "loss": 2.0, "grad_norm": 1.0, "seconds": 0.5}
-    assert records.fault(row, records.metric) == ""
+    assert records.fault(row, records.metrics_row) == ""
     for name in row.keys() - {"event"}:
         for other in (None, "x", -1, 0, 1.5, [], True, float("nan"), 1e300, 10**30):
             changed = row | {name: other}
-            assert records.fault(changed, records.metric) == records.fault(changed, records.STEP_ROW)
+            assert records.fault(changed, records.metrics_row) == records.fault(changed, records.STEP_ROW)
 
 
 def test_rows_are_read_up_to_the_one_that_is_damaged() -> None:
-    rows = records.lines(b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metric)
+    rows = records.lines(b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metrics_row)
     assert [next(rows)["step"], next(rows)["step"]] == [1, 2]
     with pytest.raises(BadInput, match=r"line 3 is \[1\]"):
         next(rows)

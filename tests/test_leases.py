@@ -85,7 +85,7 @@ def acquired(leases: Leases, key: str = KEY, **about: object) -> Lease:
 
 def silence(lease: Lease) -> None:
     """What its beats would write is no longer written, and nothing else is known of its process."""
-    lease._over.set()
+    lease._stop.set()
     assert lease._thread
     lease._thread.join()
 
@@ -172,7 +172,7 @@ def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
         for i in range(50):
             key = f"{i:064x}"
             if i % 2:
-                files.write(f"leases/{key}.000007", json.dumps(module.me() | {"pid": 2**22 - 1}).encode())
+                files.write(f"leases/{key}.000007", json.dumps(module.this_process() | {"pid": 2**22 - 1}).encode())
             for racer in racers:
                 assert racer.stdin
                 racer.stdin.write(f"{key} {time.monotonic() + 0.005}\n")
@@ -233,7 +233,7 @@ def test_a_process_that_was_killed_makes_room_at_once(files: Folder) -> None:
 
 
 def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(files: Folder) -> None:
-    files.write(f"leases/{KEY}.000001", json.dumps(module.me() | {"started": "1"}).encode())
+    files.write(f"leases/{KEY}.000001", json.dumps(module.this_process() | {"started": "1"}).encode())
     assert acquired(Leases(files, 1000.0)).token == 2
 
 
@@ -256,7 +256,7 @@ def test_who_was_stopped_is_replaced_after_ttl_and_hears_of_it(files: Folder) ->
         holder.signal(signal.SIGCONT)
         time.sleep(TTL)  # it beats again, into a file that means nothing any more
         said = holder.ask("check")
-        assert said == "another process has taken these steps over since (token 2, ours is 1)"
+        assert said == "another process has taken over these steps (token 2, this process has 1)"
         assert holder.ask("finish") == "fine"
         assert Leases(files).tokens() == {KEY: [2]}, "what is another's stays when the late one lets go"
     assert issubclass(Fenced, Refused)
@@ -313,12 +313,12 @@ def test_tokens_grow_with_every_change_of_hands(files: Folder) -> None:
         assert leases.active().get(KEY) is None and leases.active() == {} and len(files.names("leases")) == 1
     assert tokens == [1, 2, 3, 4]
     silence(late := acquired(leases))
-    files.write(late.name, json.dumps(module.me() | {"pid": 2**22 - 1}).encode())
+    files.write(late.name, json.dumps(module.this_process() | {"pid": 2**22 - 1}).encode())
     new = acquired(leases)
     assert (late.token, new.token) == (5, 6)
     late.release(unfinished=True)
     assert leases.tokens() == {KEY: [6]}, "a late one leaves no mark on another's lease"
-    with pytest.raises(Fenced, match="token 6, ours is 5"):
+    with pytest.raises(Fenced, match="token 6, this process has 5"):
         late.check()
     new.check()
     new.release()
@@ -331,7 +331,7 @@ def test_who_leaves_unfinished_is_followed_at_once(files: Folder) -> None:
         assert leases.acquire(KEY) is None
         assert holder.ask("leave") == "fine"
         assert acquired(leases).token == 2
-        assert "token 2, ours is 1" in holder.ask("check")
+        assert "token 2, this process has 1" in holder.ask("check")
 
 
 def test_an_old_look_gets_no_old_token(files: Folder) -> None:

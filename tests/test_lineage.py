@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
-from mainrun.core.hardware import cores, cxx
+from mainrun.core.hardware import cores, cpp_compiler
 from mainrun.core.machine_class import versions
 from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
@@ -307,8 +307,8 @@ def test_a_field_parts_keys_and_bits_where_its_class_says(lab: Lab, field: str) 
 
 @pytest.mark.slow
 def test_a_compiled_run_has_bits_and_a_key_of_its_own(lab: Lab) -> None:
-    if cxx()[1]:
-        pytest.skip(f"nothing can be compiled here: {cxx()[1]}")
+    if cpp_compiler()[1]:
+        pytest.skip(f"nothing can be compiled here: {cpp_compiler()[1]}")
     a, b = (lab.train(cfg) for cfg in pair(lab, "compile"))
     assert verdict(a.keys, b.keys) == -1
     assert a.states != b.states

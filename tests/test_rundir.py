@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from mainrun.config import TrainConfig
 from mainrun.errors import DiskFull, Interrupted, RunError
-from mainrun.store import checkpoint, rundir
-from mainrun.store.rundir import Metrics, RunDir, disk_errors, find, open_run, write_json, write_text
+from mainrun.files import inputs
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RowLog, RunDir, disk_errors, find, open_run, write_json, write_text
 
 
 def made(out: Path, cfg: TrainConfig) -> RunDir:
@@ -85,7 +86,7 @@ def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
     mark = log.mark()
     checkpoint.save(old.checkpoints, 1, {}, {}, old.check)
     assert old._lock is not None
-    fcntl.flock(old._lock, fcntl.LOCK_UN)
+    fcntl.flock(old._lock._file, fcntl.LOCK_UN)
     new = open_run(tmp_path, cfg)
     again = new.log("metrics.jsonl")
     assert again.rewind(mark)
@@ -106,7 +107,7 @@ def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
     old.release()
     new.write("status.json", {})
     (new.path / ".lock").unlink()
-    with pytest.raises(RunError, match="was taken away"):
+    with pytest.raises(RunError, match="was removed"):
         new.write("status.json", {})
     new.release()
 
@@ -135,8 +136,8 @@ def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path
         open_run(tmp_path, cfg)
     text = str(e.value)
     assert (
-        "lr=0.5 (asked: 0.006)" in text
-        and "n_layer=2 (asked: 6)" in text
+        "lr=0.5 (requested: 0.006)" in text
+        and "n_layer=2 (requested: 6)" in text
         and "--fresh" in text
         and "n_head" not in text
     )
@@ -293,7 +294,7 @@ def test_a_whole_id_wins_over_longer_ones(tmp_path: Path) -> None:
 
 
 def test_an_unknown_run_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no run 'x' in .*there are none yet"):
+    with pytest.raises(RunError, match=r"no run 'x' in .*it has no runs yet"):
         find("x", tmp_path)
     run = made(tmp_path, TrainConfig(preset="baseline"))
     with pytest.raises(RunError, match=run.path.name):
@@ -330,7 +331,7 @@ def test_a_mark_brings_back_exactly_the_rows_before_it(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], at: int, torn: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("metrics")
-    metrics = Metrics(folder / "metrics.jsonl")
+    metrics = RowLog(folder / "metrics.jsonl")
     mark = metrics.mark()
     for i, row in enumerate(rows):
         metrics.append(row)
@@ -340,7 +341,7 @@ def test_a_mark_brings_back_exactly_the_rows_before_it(
     metrics.close()
     with (folder / "metrics.jsonl").open("ab") as f:
         f.write(torn)  # half a row, left by a kill
-    again = Metrics(folder / "metrics.jsonl")
+    again = RowLog(folder / "metrics.jsonl")
     assert again.rewind(mark) and (folder / "metrics.jsonl").read_bytes() == marked
     assert again.mark() == mark
     again.append({"after": 1})
@@ -350,14 +351,14 @@ def test_a_mark_brings_back_exactly_the_rows_before_it(
 
 
 def test_a_mark_of_other_rows_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics = RowLog(tmp_path / "metrics.jsonl")
     metrics.append({"step": 1})
     mark = metrics.mark()
     metrics.append({"step": 2})
     metrics.close()
     for text in ('{"step": 9}\n{"step": 2}\n', '{"step"', ""):
         (tmp_path / "metrics.jsonl").write_text(text)
-        again = Metrics(tmp_path / "metrics.jsonl")
+        again = RowLog(tmp_path / "metrics.jsonl")
         assert not again.rewind(mark)
         again.close()
         assert (tmp_path / "metrics.jsonl").read_text() == text
@@ -399,7 +400,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temp(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(*((os, "fsync") if function == "fsync" else (Path, "replace")), fail)
-    with pytest.raises(DiskFull, match=r"summary\.json .*free some.*start the same command again"):
+    with pytest.raises(DiskFull, match=r"summary\.json .*free some space and run the same command again"):
         write_text(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
@@ -407,13 +408,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_temp(
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [*((code, DiskFull) for code in rundir.FULL), (errno.EACCES, RunError), (errno.EROFS, RunError)],
+    [*((code, DiskFull) for code in inputs.NO_SPACE), (errno.EACCES, RunError), (errno.EROFS, RunError)],
 )
 def test_disk_errors_have_their_class(tmp_path: Path, code: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert issubclass(DiskFull, Interrupted) and DiskFull.exit_code == 75 and RunError.exit_code == 2
-    assert {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} == rundir.FULL
+    assert {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} == set(inputs.NO_SPACE)
 
 
 def test_json_is_readable_by_people(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from mainrun.errors import ConfigError
 from mainrun.store import lineage
 from mainrun.store.files import Folder, Remote, open_files
 from mainrun.store.leases import Leases
-from mainrun.store.nodes import AHEAD, Damaged, Node, Refused, Store
+from mainrun.store.nodes import GRACE, Damaged, Node, Refused, Store
 
 BEGUN = {
     "fields": {"seed": 1},
@@ -62,7 +62,7 @@ def node(step: int, begins: int | None = None, **changes: Any) -> Node:
     begins = step - 10 if begins is None else begins
     rows = tuple(row(i) for i in range(begins + 1, step + 1))
     whole = Node(
-        key=key(step), parent=key(begins), root=ROOT, step=step, begins=begins, presented=step * 100, state="", size=0, geometry=[16, 1],
+        key=key(step), parent=key(begins), root=ROOT, step=step, begins=begins, tokens_processed=step * 100, state="", size=0, geometry=[16, 1],
         seconds=0.1 + step, run="run ü", config={"lr": 0.1, "preset": "tiny"}, made=time.time(), rows_sha256="", rows=rows,
     )  # fmt: skip
     return replace(whole, **changes)
@@ -93,7 +93,7 @@ def usable(store: Store) -> set[int]:
         assert json.dumps([r for part in past[::-1] for r in part.rows]) == json.dumps(
             [row(i) for i in range(1, step + 1)]
         )
-        assert there.presented == step * 100 and same(state, tensors(step)), (
+        assert there.tokens_processed == step * 100 and same(state, tensors(step)), (
             "what is not what was saved was believed"
         )
         found.add(step)
@@ -416,7 +416,7 @@ def test_nothing_is_made_until_something_is_kept(tmp_path: Path, place: str) -> 
         and not any(store.gc().values())
         and store.evict() == []
     )
-    with pytest.raises(Damaged, match="it is gone"):
+    with pytest.raises(Damaged, match="it does not exist"):
         store.node(key(10))
     assert list(tmp_path.iterdir()) == [] and not store.files.exists("")
 
@@ -530,7 +530,7 @@ def test_a_history_goes_back_as_far_as_it_is_asked(store: Store) -> None:
 def test_a_history_with_a_hole_names_it(store: Store) -> None:
     nodes = save(store, *STEPS)
     store.files.remove(f"nodes/{key(20)}")
-    with pytest.raises(Damaged, match=rf"the rows before step 20 are lost: node {key(20)[:12]}: it is gone"):
+    with pytest.raises(Damaged, match=rf"the rows before step 20 are lost: node {key(20)[:12]}: it does not exist"):
         list(store.history(nodes[2]))
     assert [part.step for part in store.history(nodes[2], 20)] == [30], "who is there already needs no more"
 
@@ -619,7 +619,7 @@ def folder_instead(path: Path) -> None:
 LOST = rf"node {key(30)[:12]} \(step 30\): the rows before step 20 are lost with {key(20)[:12]}"
 TORN = r"state [0-9a-f]{12} \(step 20 of run ü\): torn or changed after it was written"
 NODE = rf"node {key(20)[:12]}: "
-UNROOTED = rf"what its root {ROOT[:12]} began with is lost"
+UNROOTED = rf"the file of its root {ROOT[:12]} is lost"
 # what is done; how verify names it; where runs can still begin; what gc takes; what verify says then, until the way is trained again
 Damage = tuple[Callable[[Store], Any], str, set[int], set[str], str | None]
 DAMAGES: dict[str, Damage] = {
@@ -651,14 +651,14 @@ DAMAGES: dict[str, Damage] = {
         {10}, {"node"}, LOST,
     ),
     "node deleted": (lambda s: node_of(s, 20).unlink(), LOST, {10}, set(), LOST),
-    "node is a list": (lambda s: node_of(s, 20).write_text("[]\n"), NODE + "it is torn, or no node at all", {10}, {"node"}, LOST),
-    "node is not text": (lambda s: node_of(s, 20).write_bytes(b"\xff\xfe\0"), NODE + "it is torn, or no node at all", {10}, {"node"}, LOST),
+    "node is a list": (lambda s: node_of(s, 20).write_text("[]\n"), NODE + "it is torn, or not a node", {10}, {"node"}, LOST),
+    "node is not text": (lambda s: node_of(s, 20).write_bytes(b"\xff\xfe\0"), NODE + "it is torn, or not a node", {10}, {"node"}, LOST),
     "a folder for a node": (lambda s: folder_instead(node_of(s, 20)), NODE + "it is a folder", {10}, {"node"}, LOST),
     "parent of another step": (
-        lambda s: rewrite(s, 20, parent=key(30)), rf"\(step 20\): {key(30)[:12]} is not what it says was before it", {10}, {"node"}, LOST
+        lambda s: rewrite(s, 20, parent=key(30)), rf"\(step 20\): node {key(30)[:12]} cannot be its parent", {10}, {"node"}, LOST
     ),
     "step of another node": (
-        lambda s: rewrite(s, 20, begins=5), rf"\(step 20\): {key(10)[:12]} is not what it says was before it", {10}, {"node"}, LOST
+        lambda s: rewrite(s, 20, begins=5), rf"\(step 20\): node {key(10)[:12]} cannot be its parent", {10}, {"node"}, LOST
     ),
     "parent that is not there": (
         lambda s: rewrite(s, 20, parent=key(15)), rf"\(step 20\): the rows before step 10 are lost with {key(15)[:12]}", {10}, set(),
@@ -761,7 +761,7 @@ def test_foreign_files_are_named_and_left_alone(store: Store) -> None:
         (Path(str(store)) / name).write_text("{}")
         os.utime(Path(str(store)) / name, (time.time() - 10,) * 2)
     expected = sorted({"/".join(name.split("/")[:2]) for name in FOREIGN})
-    assert sorted(store.verify()) == [f"{name}: no file of a store; move it away" for name in expected]
+    assert sorted(store.verify()) == [f"{name}: not a file of a store; move it away" for name in expected]
     assert not any(store.gc().values())
     assert (
         usable(store) == set(STEPS)
@@ -986,7 +986,7 @@ def test_rows_outlive_their_states(place: str) -> None:
     store.size = nodes[0].size
     assert len(store.evict({nodes[2].key})) == 2
     assert usable(store) == {30} and len(store.summary()[0]) == 3 and store.verify() == []
-    with pytest.raises(Damaged, match="its state is gone"):
+    with pytest.raises(Damaged, match="its state does not exist"):
         store.load(nodes[0])
 
 
@@ -1026,7 +1026,7 @@ def test_gc_dates_anew_what_is_of_the_future(store: Store) -> None:
 
 def test_a_clock_that_runs_a_little_ahead_is_not_worth_a_word(store: Store) -> None:
     nodes = save(store, *STEPS)
-    age(store, {nodes[0].state: -AHEAD / 2})
+    age(store, {nodes[0].state: -GRACE / 2})
     assert store.verify() == []
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from mainrun.errors import ConfigError, DiskFull, RunError
+from mainrun.files.hashing import sha256_json
 from mainrun.store import checkpoint
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3)}
@@ -176,11 +177,11 @@ def test_the_hash_of_tensors_covers_names_types_shapes_and_bits() -> None:
 def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
     for name in ("step-00000003", "step-00000010", ".tmp-step-00000020", "notes", "old-step-00000030"):
         (tmp_path / name).mkdir()
-    assert [place.name for place in checkpoint.steps(tmp_path)] == ["step-00000010", "step-00000003"]
-    assert checkpoint.steps(tmp_path / "none") == []
+    assert [place.name for place in checkpoint.paths(tmp_path)] == ["step-00000010", "step-00000003"]
+    assert checkpoint.paths(tmp_path / "none") == []
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=f"{tmp_path}/file is damaged: it cannot be read .*--fresh"):
-        checkpoint.steps(tmp_path / "file")
+        checkpoint.paths(tmp_path / "file")
 
 
 # -- damage, and the words for it
@@ -190,7 +191,7 @@ def written(place: Path, **changes: Any) -> None:
     """Edit meta.json and make its checksum fit; None removes a key."""
     meta = json.loads((place / "meta.json").read_text()) | changes
     meta = {name: value for name, value in meta.items() if value is not None and name != "meta_sha256"}
-    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
+    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": sha256_json(meta)})
 
 
 def text_of(place: Path, text: str | bytes) -> None:
@@ -237,7 +238,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda place: text_of(place, "[]"), TORN),
     "a word": (lambda place: text_of(place, '"format"'), TORN),
     "deep lists": (lambda place: text_of(place, "[" * 100 * sys.getrecursionlimit()), TORN),
-    "junk that its checksum fits": (no_safetensors, "state.safetensors is no safetensors file ("),
+    "junk that its checksum fits": (no_safetensors, "state.safetensors is not a safetensors file ("),
 }
 
 
@@ -272,7 +273,7 @@ def test_the_newest_that_is_whole_and_usable_is_loaded(tmp_path: Path) -> None:
     found = checkpoint.load_newest(tmp_path, usable, notes.append)
     assert found is not None and torch.equal(found[0]["a"], TENSORS["a"]) and found[1] == metas[1]
     assert metas[1].keys() == {"format", "step", "state_sha256"} and metas[1]["step"] == 3
-    assert notes == [f"checkpoint {tmp_path}/step-00000007 is passed over: it is of another run"]
+    assert notes == [f"checkpoint {tmp_path}/step-00000007 is skipped: it is of another run"]
     assert checkpoint.load_newest(tmp_path, lambda meta: "no", notes.append) is None and len(notes) == 3
 
 
@@ -306,7 +307,7 @@ def test_what_does_not_fit_is_the_fault_of_its_file(error: Exception) -> None:
         pytest.raises(
             RunError, match=rf"^FILE does not fit .*\({type(error).__name__}: '?odd'?\); .*--fresh"
         ),
-        checkpoint.fitting("FILE"),
+        checkpoint.fit_errors("FILE"),
     ):
         raise error
 
@@ -315,14 +316,14 @@ def test_what_does_not_fit_is_the_fault_of_its_file(error: Exception) -> None:
     "error", [torch.OutOfMemoryError("full"), OSError("gone"), KeyboardInterrupt(), ZeroDivisionError("odd")]
 )
 def test_what_has_nothing_to_do_with_the_file_is_raised_as_it_is(error: BaseException) -> None:
-    with pytest.raises(type(error)) as e, checkpoint.fitting("FILE"):
+    with pytest.raises(type(error)) as e, checkpoint.fit_errors("FILE"):
         raise error
     assert e.value is error
 
 
 def test_a_long_reason_is_put_on_one_line_and_cut() -> None:
-    with pytest.raises(RunError) as e, checkpoint.fitting("FILE"):
+    with pytest.raises(RunError) as e, checkpoint.fit_errors("FILE"):
         raise RuntimeError("a\n  b " + "c" * 400)
     assert "(RuntimeError: a b " + "c" * 296 + ");" in str(e.value)
-    with checkpoint.fitting("FILE"):
+    with checkpoint.fit_errors("FILE"):
         pass

@@ -27,7 +27,7 @@ KEYS = ["a" * 64, "ab" + "c" * 62, "d" * 64]
 
 def node(place: int, step: int, begins: int, **changes: Any) -> Node:
     whole = Node(
-        key=KEYS[place], parent=KEYS[place - 1] if begins else "0" * 64, root="0" * 64, step=step, begins=begins, presented=1,
+        key=KEYS[place], parent=KEYS[place - 1] if begins else "0" * 64, root="0" * 64, step=step, begins=begins, tokens_processed=1,
         state=f"state {step}", size=1500, geometry=[1, 1], seconds=60.0, run=f"run {step}", config={}, made=900.0, rows_sha256="",
     )  # fmt: skip
     return replace(whole, **changes)
@@ -238,7 +238,7 @@ def test_gc_says_what_it_cleared(
     store: FakeStore, opened: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.gc(size="5GB")
-    assert capsys.readouterr().out == "cleared: 0 damaged, 1,234 rows\n"
+    assert capsys.readouterr().out == "removed: 0 damaged, 1,234 rows\n"
     cli.gc(as_json=True)
     assert json.loads(capsys.readouterr().out) == {"damaged": 0, "rows": 1234}
     assert opened == [(None, Path("runs"), "5GB", True), (None, Path("runs"), "20GB", True)]
@@ -362,7 +362,7 @@ def test_audit_fails_where_one_differs(
     store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     audited(monkeypatch, (store.nodes[0], "same", ""), (store.nodes[1], "differs", "the weights"))
-    with pytest.raises(MainrunError, match="not what the store holds"):
+    with pytest.raises(MainrunError, match="differs from the store"):
         cli.audit(as_json=as_json)
     assert "differs" in capsys.readouterr().out
 
@@ -372,7 +372,7 @@ def test_audit_of_an_empty_store_says_so(
 ) -> None:
     audited(monkeypatch)
     cli.audit()
-    assert capsys.readouterr().out == "nothing to audit: the store has no node\n"
+    assert capsys.readouterr().out == "nothing to audit: the store has no nodes\n"
     cli.audit(as_json=True)
     assert json.loads(capsys.readouterr().out) == []
 
@@ -429,9 +429,9 @@ def test_every_command_opens_the_store_that_must_be_there(
     [
         ("ls", "--store PLACE|The store: a folder, or a URL"),
         ("gc", "--store-size SIZE|Evict the least recently used"),
-        ("audit", "--reach STEPS|The longest way back|How many|The same seed"),
-        ("pin", "NODE|the unique beginning"),
-        ("unpin", "NODE|the unique beginning"),
+        ("audit", "--reach STEPS|Maximum number of steps back|How many segments|the same segments"),
+        ("pin", "NODE|a unique beginning"),
+        ("unpin", "NODE|a unique beginning"),
     ],
 )
 def test_the_help_names_each_option_and_its_value(command: str, words: str) -> None:
@@ -460,7 +460,7 @@ def test_no_command_prints_json_or_a_traceback_unless_asked() -> None:
     ],
 )  # fmt: skip
 def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None:
-    assert cli._bytes(text) == size
+    assert cli._parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -468,13 +468,13 @@ def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None
 )
 def test_any_other_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--store-size.*like 20GB"):
-        cli._bytes(text)
+        cli._parse_size(text)
 
 
 def test_a_size_that_is_refused_is_cut_to_eighty_characters() -> None:
     for length, whole in ((78, True), (79, False)):
         with pytest.raises(UsageError) as e:
-            cli._bytes("x" * length)
+            cli._parse_size("x" * length)
         assert ("x" * length in str(e.value)) is whole
 
 
@@ -556,9 +556,9 @@ def test_whatever_a_place_fails_with_is_a_refusal(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nodes, "Store", fail)
     with pytest.raises(
         UsageError,
-        match=rf"^store 's3://a' cannot be opened \({type(error).__name__}: .*a URL that fsspec knows",
+        match=rf"^store 's3://a' cannot be opened \({type(error).__name__}: .*a URL that fsspec can open",
     ):
-        cli._opened("s3://a", "20GB")
+        cli._open("s3://a", "20GB")
 
 
 @pytest.mark.parametrize(
@@ -575,7 +575,7 @@ def test_a_refusal_cuts_long_places_and_reasons(
 
     monkeypatch.setattr(nodes, "Store", fail)
     with pytest.raises(UsageError) as e:
-        cli._opened(place, "20GB")
+        cli._open(place, "20GB")
     assert ("characters ..." not in str(e.value)) is whole
 
 
@@ -587,4 +587,4 @@ def test_a_refusal_of_the_store_itself_stays_as_it_is(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(nodes, "Store", fail)
     with pytest.raises(ConfigError, match=r"^is not a folder$"):
-        cli._opened("a", "20GB")
+        cli._open("a", "20GB")

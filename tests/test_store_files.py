@@ -105,19 +105,19 @@ def test_any_other_fault_of_a_link_is_raised(
 )
 def test_a_file_that_moves_in_gets_the_rights_of_its_folder(folder: Folder, mode: int, expected: int) -> None:
     put(folder, b"1", "a/b/one")
-    (folder.place / "a/b").chmod(mode)
+    (folder.path / "a/b").chmod(mode)
     with folder.new() as path:
         path.write_bytes(b"2")
         path.chmod(0o400)
         folder.put(path, "a/b/one")
         assert not path.exists()
-    assert stat.S_IMODE((folder.place / "a/b/one").stat().st_mode) == expected
+    assert stat.S_IMODE((folder.path / "a/b/one").stat().st_mode) == expected
     assert folder.read("a/b/one") == b"2"
 
 
 def test_a_new_path_has_the_process_and_chance_in_its_name_and_is_gone_afterwards(folder: Folder) -> None:
     with folder.new() as path, folder.new() as other:
-        assert path.parent == folder.place / "new" and path != other
+        assert path.parent == folder.path / "new" and path != other
         assert re.fullmatch(rf"{os.getpid()}-[0-9a-f]{{16}}", path.name)
         path.touch()
     assert folder.names("new") == set()
@@ -131,12 +131,12 @@ def test_a_new_path_has_the_process_and_chance_in_its_name_and_is_gone_afterward
 
 def test_a_list_follows_links_and_passes_over_those_that_lead_nowhere(folder: Folder) -> None:
     folder.write("a/file", b"12345")
-    os.utime(folder.place / "a/file", (1, 1000.5))
-    (folder.place / "a/link").symlink_to("file")
-    (folder.place / "a/loop").symlink_to("loop")
+    os.utime(folder.path / "a/file", (1, 1000.5))
+    (folder.path / "a/link").symlink_to("file")
+    (folder.path / "a/loop").symlink_to("loop")
     for i in range(20):
         folder.write(f"a/file {i}", b"1")
-        (folder.place / f"a/lost {i}").symlink_to("nowhere")
+        (folder.path / f"a/lost {i}").symlink_to("nowhere")
     found = folder.list("a")
     assert found["file"] == found["link"] == Entry(5, 1000.5)
     assert found["loop"].size == len("loop") and found["loop"].modified > 1e9
@@ -158,10 +158,10 @@ def test_a_folder_is_removed_with_what_is_in_it_and_a_link_alone(folder: Folder,
     folder.write("file", b"1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/kept").touch()
-    (folder.place / "link").symlink_to(tmp_path / "other")
+    (folder.path / "link").symlink_to(tmp_path / "other")
     for name in ("a", "file", "link", "never was"):
         folder.remove(name)
-    assert not folder.exists("a") and not folder.exists("file") and not (folder.place / "link").is_symlink()
+    assert not folder.exists("a") and not folder.exists("file") and not (folder.path / "link").is_symlink()
     assert (tmp_path / "other/kept").exists()
 
 
@@ -179,17 +179,17 @@ def test_a_folder_that_another_process_removes_too_is_no_error(
 
 def test_touch_dates_a_file_now_and_local_is_the_file_itself(folder: Folder) -> None:
     folder.write("a/one", b"first\nsecond\n")
-    os.utime(folder.place / "a/one", (1, 1))
+    os.utime(folder.path / "a/one", (1, 1))
     folder.touch("a/one")
     assert abs(folder.list("a")["one"].modified - time.time()) < 60
     with folder.local("a/one") as path:
-        assert path == folder.place / "a/one"
-    assert folder.first_line("a/one") == b"first\n" and str(folder) == str(folder.place)
+        assert path == folder.path / "a/one"
+    assert folder.first_line("a/one") == b"first\n" and str(folder) == str(folder.path)
 
 
 def test_a_pipe_is_not_waited_for(folder: Folder) -> None:
     folder.write("a", b"")
-    os.mkfifo(folder.place / "pipe")
+    os.mkfifo(folder.path / "pipe")
     for verb in (folder.read, folder.first_line):
         with pytest.raises(OSError, match="pipe"):
             verb("pipe")

@@ -146,7 +146,7 @@ DOCUMENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
     ),
     "MARK": (MARK, {"bytes": "count", "sha256": "text"}),
-    "GROWN": (GROWN, GROWN_KINDS | {"fired.0": "fired"}),
+    "GROWTH_STATE": (GROWN, GROWN_KINDS | {"fired.0": "fired"}),
     "CHECKPOINT": (
         {
             "step": 1, "digest": "a", "metrics": MARK, "journal": MARK, "resumed": 1, "presented": 1, "spent": {"a": 1.0},
@@ -231,9 +231,9 @@ def test_only_optional_keys_may_be_missing(shape: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("check", "kind"),
     [
-        (records.number, "number"), (records.above, "above"), (records.whole, "count"), (records.real, "real"), (records.text, "text"),
-        (records.any_text, "any text"), (records.yes_or_no, "flag"), (records.table, "table"), (records.pair(records.anything), "pair"),
-        (records.grown, "growth"), (records.first, "first"), (records.count, "count"), (records.step, "step"), (records.share, "share"),
+        (records.number, "number"), (records.above_zero, "above"), (records.integer, "count"), (records.any_number, "real"), (records.text, "text"),
+        (records.any_text, "any text"), (records.true_or_false, "flag"), (records.table, "table"), (records.pair(records.anything), "pair"),
+        (records.growth_state, "growth"), (records.at_least_one, "first"), (records.count, "count"), (records.step, "step"), (records.share, "share"),
     ],
 )  # fmt: skip
 def test_each_check_accepts_up_to_its_limits(check: Any, kind: str) -> None:
@@ -285,20 +285,20 @@ def test_scores_are_nothing_else(value: Any) -> None:
     ("value", "check", "words"),
     [
         (-1, records.share, "a number from 0 to 1"),
-        (-1, records.positive, "a number from 0 on"),
+        (-1, records.not_negative, "a number from 0 on"),
         ("a", records.number, "a number$"),
-        (-1, records.whole, "a whole number from 0 on"),
+        (-1, records.integer, "a whole number from 0 on"),
         (-1, records.step, "a whole number from 0 to 1e.09"),
-        (0, records.above, "a number above 0"),
-        ("a", records.real, "a number$"),
-        (True, records.real, "a number$"),
+        (0, records.above_zero, "a number above 0"),
+        ("a", records.any_number, "a number$"),
+        (True, records.any_number, "a number$"),
         (5, records.text, "a text on one line"),
         (5, records.any_text, "a text$"),
-        (5, records.yes_or_no, "true or false"),
+        (5, records.true_or_false, "true or false"),
         (5, records.table, "an object"),
         (5, records.one_of("a", "b"), "one of a, b"),
         ([1], records.pair(records.anything), "a list of two items"),
-        ([], records.some(records.anything), "a list with at least one item"),
+        ([], records.non_empty(records.anything), "a list with at least one item"),
         ("[", records.scores, "scores by rung"),
         (5, [records.anything], "a list"),
         (5, {"a": records.anything}, "an object"),
@@ -388,11 +388,11 @@ EVENT = {"event": "grow", "op": "a", "name": "b", "step": 0}
     ],
 )
 def test_a_row_has_what_its_event_needs(row: Any, metric: bool, words: str) -> None:
-    assert words in records.fault(row, records.metric) and bool(words) == bool(
-        records.fault(row, records.metric)
+    assert words in records.fault(row, records.metrics_row) and bool(words) == bool(
+        records.fault(row, records.metrics_row)
     )
     if metric:
-        assert records.fault(row, records.any_row) == records.fault(row, records.metric)
+        assert records.fault(row, records.any_row) == records.fault(row, records.metrics_row)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ ROW = b'{"event": "step", "step": 1}'
     ],
 )
 def test_only_whole_lines_are_rows(data: bytes, count: int) -> None:
-    assert list(records.lines(data, records.metric)) == [json.loads(ROW)] * count
+    assert list(records.lines(data, records.metrics_row)) == [json.loads(ROW)] * count
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_only_whole_lines_are_rows(data: bytes, count: int) -> None:
     ids=["torn", "not UTF-8", "empty", "deep", "long", "without a step"],
 )
 def test_the_first_line_that_does_not_fit_is_named(line: bytes, words: str) -> None:
-    rows = records.lines((ROW + b"\n") * 1000 + line + b"\n" + ROW + b"\n", records.metric)
+    rows = records.lines((ROW + b"\n") * 1000 + line + b"\n" + ROW + b"\n", records.metrics_row)
     assert len(list(itertools.islice(rows, 1000))) == 1000
     with pytest.raises(BadInput, match=f"^line 1,001 {words}"):
         next(rows)
@@ -451,15 +451,15 @@ def test_the_first_line_that_does_not_fit_is_named(line: bytes, words: str) -> N
 
 def test_a_pipe_is_refused_and_a_folder_is_python_s_own_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(records.NotAFile, match="it is a named pipe") as e:
-        records.open_file(tmp_path / "pipe")
+    with pytest.raises(inputs.NotAFile, match="it is a named pipe") as e:
+        inputs.open_file(tmp_path / "pipe")
     assert e.value.errno == errno.EINVAL and e.value.filename == str(tmp_path / "pipe")
     with pytest.raises(IsADirectoryError):
-        records.open_file(tmp_path)
+        inputs.open_file(tmp_path)
     with pytest.raises(FileNotFoundError):
-        records.open_file(tmp_path / "none")
+        inputs.open_file(tmp_path / "none")
     (tmp_path / "file").write_bytes(b"a\r\nb")
-    with records.open_file(tmp_path / "file") as f:
+    with inputs.open_file(tmp_path / "file") as f:
         assert f.read() == b"a\r\nb"
 
 
@@ -552,7 +552,7 @@ def test_a_log_is_loaded_line_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0, "", [], False])
 def test_the_growth_of_a_state_is_an_object_or_null(value: Any) -> None:
     assert (
-        records.fault(value, records.grown)
-        and not records.fault({}, records.grown)
-        and not records.fault(None, records.grown)
+        records.fault(value, records.growth_state)
+        and not records.fault({}, records.growth_state)
+        and not records.fault(None, records.growth_state)
     )

@@ -18,11 +18,11 @@ from mainrun.errors import DiskFull, RunError
 from mainrun.store import rundir
 from mainrun.store.rundir import (
     FIX,
-    Metrics,
+    RowLog,
     RunDir,
-    check_place,
-    check_places,
-    check_same,
+    check_files,
+    check_regular_file,
+    check_same_config,
     check_writable,
     disk_errors,
     find,
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
 
 def test_a_log_is_appended_to_marked_and_cut_back(tmp_path: Path, synced: list[tuple[str, int]]) -> None:
     asked: list[int] = []
-    log = Metrics(tmp_path / "a.jsonl", lambda: asked.append(1))
+    log = RowLog(tmp_path / "a.jsonl", lambda: asked.append(1))
     assert log.mark() == {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     log.append({"a": 1})
     mark = log.mark()
@@ -133,7 +133,7 @@ def test_a_log_is_appended_to_marked_and_cut_back(tmp_path: Path, synced: list[t
 
 
 def test_a_row_that_the_disk_takes_in_pieces_is_written_whole(tmp_path: Path) -> None:
-    log = Metrics(tmp_path / "a.jsonl")
+    log = RowLog(tmp_path / "a.jsonl")
     file = log._file
 
     class Slow:
@@ -149,9 +149,9 @@ def test_a_row_that_the_disk_takes_in_pieces_is_written_whole(tmp_path: Path) ->
 def test_a_log_is_not_opened_where_a_pipe_is(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(RunError, match="it is a named pipe; restore it"):
-        Metrics(tmp_path / "a.jsonl")
+        RowLog(tmp_path / "a.jsonl")
     with pytest.raises(RunError, match="cannot write"):
-        Metrics(tmp_path / "none/a.jsonl")
+        RowLog(tmp_path / "none/a.jsonl")
 
 
 # -- reading
@@ -160,7 +160,7 @@ READERS: list[tuple[str, Callable[[RunDir], Any], Any, Any, str]] = [
     ("summary.json", RunDir.summary, {"run": "a"}, None, '{"run": 5}'),
     ("status.json", RunDir.status, {"state": "done", "step": 3}, {}, '{"step": -1}'),
     ("env.json", RunDir.env, {"versions": {"torch": "2"}}, {}, '{"versions": 5}'),
-    ("config.json", RunDir.begun, {"config": {}, "more": 1}, {}, "{}"),
+    ("config.json", RunDir.config_file, {"config": {}, "more": 1}, {}, "{}"),
 ]
 
 
@@ -211,16 +211,16 @@ EVENT = '{"event": "grow", "op": "a", "name": "b", "step": 1}\n'
 
 def test_rows_are_read_up_to_the_first_that_is_damaged(tmp_path: Path) -> None:
     run, log = RunDir(tmp_path, "fetch it again"), tmp_path / "metrics.jsonl"
-    assert run.metrics() == run.rows() == run.rows_so_far() == run.journal() == []
+    assert run.metrics() == run.rows() == run.intact_rows() == run.journal() == []
     log.write_text(STEP * 2 + "{}\n" + STEP)
     assert (
-        len(run.rows_so_far()) == 2 and run.rows_so_far()[0] == json.loads(STEP) and len(run.metrics()) == 4
+        len(run.intact_rows()) == 2 and run.intact_rows()[0] == json.loads(STEP) and len(run.metrics()) == 4
     )
     with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: line 3 .*; fetch it again"):
         run.rows()
     log.unlink()
     log.mkdir()
-    for read in (run.rows, run.rows_so_far, run.metrics):
+    for read in (run.rows, run.intact_rows, run.metrics):
         with pytest.raises(
             RunError, match=rf"{tmp_path}/metrics.jsonl is damaged: it is a folder; fetch it again"
         ):
@@ -275,7 +275,7 @@ def test_who_lost_the_lock_writes_nothing_more(tmp_path: Path, writes: Callable[
     with pytest.raises(RunError, match="was taken over by process 7 on another machine; "):
         writes(run)
     (run.path / ".lock").unlink()
-    with pytest.raises(RunError, match=r"was taken away \(No such file or directory\)"):
+    with pytest.raises(RunError, match=r"was removed \(No such file or directory\)"):
         writes(run)
     run.release()
     run.check()
@@ -290,14 +290,14 @@ def test_the_fault_of_a_lock_without_a_number_is_named_too(
         raise OSError("odd")
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    with pytest.raises(RunError, match=r"was taken away \(odd\)"):
+    with pytest.raises(RunError, match=r"was removed \(odd\)"):
         run.check()
     run.release()
 
 
 def test_a_refused_run_is_released(tmp_path: Path) -> None:
     run = begin(tmp_path / CONFIG.run_id, from_dict({"lr": 0.5}))
-    with pytest.raises(RunError, match=r"another config: .*lr=0.5 \(asked: "):
+    with pytest.raises(RunError, match=r"another config: .*lr=0.5 \(requested: "):
         open_run(tmp_path, CONFIG)
     begin(run.path)
     opened = open_run(tmp_path, CONFIG)
@@ -358,23 +358,23 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_p
     run = RunDir(tmp_path, "fetch it again")
     (tmp_path / name).mkdir()
     with pytest.raises(RunError, match=f"{tmp_path}/{name} is damaged: it is a folder; fetch it again$"):
-        check_places(run)
-    check_places(run, fresh=True)
+        check_files(run)
+    check_files(run, fresh=True)
 
 
 def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fetch it again")
-    check_places(run)
+    check_files(run)
     run.checkpoints.mkdir()
-    check_places(run)
+    check_files(run)
     run.checkpoints.rmdir()
     for make in (run.checkpoints.touch, lambda: run.checkpoints.symlink_to("nowhere")):
         make()
         with pytest.raises(
             RunError, match=f"{tmp_path}/checkpoints is damaged: it is not a folder; fetch it again$"
         ):
-            check_places(run)
-        check_places(run, fresh=True)
+            check_files(run)
+        check_files(run, fresh=True)
         run.checkpoints.unlink()
 
 
@@ -382,16 +382,16 @@ def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
 def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(RunError, match=r"\.lock is damaged: it is a folder; remove it"):
-        check_places(RunDir(tmp_path), fresh)
+        check_files(RunDir(tmp_path), fresh)
 
 
 def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
-    check_place(tmp_path / "none")
+    check_regular_file(tmp_path / "none")
     (tmp_path / "file").touch()
-    check_place(tmp_path / "file")
+    check_regular_file(tmp_path / "file")
     (tmp_path / "link").symlink_to(tmp_path / "none")
     with pytest.raises(RunError, match=f"link is damaged: it does not exist; {FIX}$"):
-        check_place(tmp_path / "link")
+        check_regular_file(tmp_path / "link")
 
 
 def test_a_folder_for_runs_can_be_made_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,17 +422,17 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(
     if not refused:
         rundir.check_same_data(run, {"titles": "a"})
         return
-    with pytest.raises(RunError, match=f"{tmp_path} was begun with other titles .*--fresh"):
+    with pytest.raises(RunError, match=f"{tmp_path} began with other titles .*--fresh"):
         rundir.check_same_data(run, {"titles": "a"})
 
 
 def test_a_folder_without_a_config_must_be_empty(tmp_path: Path) -> None:
     (tmp_path / ".hidden").touch()
-    check_same(RunDir(tmp_path), CONFIG)
+    check_same_config(RunDir(tmp_path), CONFIG)
     for name in "dbca":
         (tmp_path / name).touch()
     with pytest.raises(RunError, match="holds a, b, c but "):
-        check_same(RunDir(tmp_path), CONFIG)
+        check_same_config(RunDir(tmp_path), CONFIG)
 
 
 # -- which run a name means
@@ -461,11 +461,11 @@ def test_a_run_is_named_by_its_id_or_the_beginning(
     ("name", "ids", "words"),
     [
         ("a", ["a6", "a5", "a4", "a3", "a2", "a1"], "not unique in .*: a1, a2, a3, a4, a5; "),
-        ("zz", ["a1", "a2", "a3", "a4"], "there are: a2, a3, a4$"),
-        ("base-9", ["base-1", "base-2", "base-3", "base-4"], "there are: base-., base-., base-.$"),
-        ("abcxxx", ["abcyyyyy", "q1"], "there are: abcyyyyy$"),
-        ("abcxxx", ["abyyyyyy", "q1"], "there are: abyyyyyy, q1$"),
-        ("a", [], "there are none yet: `mainrun train` makes one"),
+        ("zz", ["a1", "a2", "a3", "a4"], "runs in it: a2, a3, a4$"),
+        ("base-9", ["base-1", "base-2", "base-3", "base-4"], "runs in it: base-., base-., base-.$"),
+        ("abcxxx", ["abcyyyyy", "q1"], "runs in it: abcyyyyy$"),
+        ("abcxxx", ["abyyyyyy", "q1"], "runs in it: abyyyyyy, q1$"),
+        ("a", [], "it has no runs yet; `mainrun train` makes one"),
     ],
 )
 def test_a_name_that_means_no_run_is_refused_with_those_that_there_are(

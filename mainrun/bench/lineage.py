@@ -153,10 +153,10 @@ class Bench:
         """Known at once, then one by one; a trial that two studies ask for is asked for twice."""
         distinct = {cfg.run_id: cfg for cfg in configs}
         begun = time.perf_counter()
-        at_once = batch.plan(distinct.values(), None)
+        at_once = batch.share_steps(distinct.values(), None)
         planning, chains = time.perf_counter() - begun, at_once.chains
         asked = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)
-        order = [distinct[part.name] for part in at_once.parts.parts]
+        order = [distinct[part.name] for part in at_once.assignments.order]
         row = self.shared(study, "known at once", configs, order, at_once.keep, asked, chains)
         row.seconds += planning
         yield row
@@ -201,7 +201,7 @@ class Bench:
     def halving(self, study: str, configs: list[TrainConfig]) -> Row:
         """Successive halving: all to the first rung, the best of them to the next. What goes on continues where it stopped."""
         begun = time.perf_counter()
-        shared = batch.plan(configs, None)
+        shared = batch.share_steps(configs, None)
         planning, chains, keep = time.perf_counter() - begun, shared.chains, shared.keep
         steps = len(next(iter(chains.values()))) - 1
         rungs = [max(1, round(share * steps)) for share, _ in RUNGS]
@@ -343,7 +343,7 @@ def a_node(i: int) -> Node:
         for step in (1, 2)
     )
     return Node(
-        key=f"{i:064x}", parent="0" * 64, root="0" * 64, step=i + 1, begins=0, presented=8192, state="", size=0, geometry=[64, 128],
+        key=f"{i:064x}", parent="0" * 64, root="0" * 64, step=i + 1, begins=0, tokens_processed=8192, state="", size=0, geometry=[64, 128],
         seconds=1.0, run="bench", config=from_dict({}).model_dump(mode="json"), made=time.time(), rows_sha256="", rows=rows,
     )  # fmt: skip
 

@@ -60,8 +60,8 @@ def resume(
     growth: Controller,
 ) -> None:
     """Bring the state and all files of a run to its newest usable checkpoint, or to step 0."""
-    trained = steps_trained(run.rows_so_far(), growth.plan.steps)  # read before the logs are cut
-    had_checkpoints = bool(checkpoint.steps(run.checkpoints))
+    trained = steps_trained(run.intact_rows(), growth.plan.steps)  # read before the logs are cut
+    had_checkpoints = bool(checkpoint.paths(run.checkpoints))
     loaded = checkpoint.load_newest(run.checkpoints, Usable(cfg, log, growth), log.note)
     earlier = run.env() if loaded else {}
     if loaded:
@@ -195,7 +195,7 @@ def load_checkpoint(
     growth: Controller,
 ) -> None:
     """Load a checkpoint, and what the sessions before it have cost."""
-    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
+    with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
         growth.restore()
     accounts.saved = state.step

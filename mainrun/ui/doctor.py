@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mainrun.core.hardware import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
+from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
 TORCH_SECONDS = 120  # longer than any import that is worth waiting for
 FREE_WARN, FREE_FAIL = 5e9, 5e8  # bytes: a few runs of the largest preset; one checkpoint
@@ -175,7 +175,7 @@ def _disk(out: Path) -> Iterator[Check]:
 
 
 def _compiler() -> Check:
-    found, problem = cxx()
+    found, problem = cpp_compiler()
     if problem:
         fix = "install python3-dev" if found else "install g++, or name a compiler with CXX"
         return Check("c++ compiler", "warn", problem, f"{fix}; until then no run is compiled on the CPU")

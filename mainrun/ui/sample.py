@@ -23,7 +23,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     """The scored weights of a run's newest checkpoint."""
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
-    if run.begun().get("tokenizer", tokenizer.digest) != tokenizer.digest:
+    if run.config_file().get("tokenizer", tokenizer.digest) != tokenizer.digest:
         raise RunError(f"{run.path}/tokenizer.json is not the one that the run was trained with; {run.fix}")
 
     def usable(meta: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     for text in passed_over:
         warnings.warn(text, stacklevel=3)
     state = State(cfg, build(cfg, tokenizer.vocab_size))
-    with checkpoint.fitting(f"the checkpoint of step {found[1]['step']} in {run.checkpoints}"):
+    with checkpoint.fit_errors(f"the checkpoint of step {found[1]['step']} in {run.checkpoints}"):
         load_state(state, found[0], found[1]["step"], found[1]["presented"], found[1].get("growth"))
     state.average.swap()
     return state.model.eval(), tokenizer
