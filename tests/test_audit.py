@@ -390,7 +390,7 @@ def test_differences_exit_with_1(store: Store) -> None:
     assert same.exit_code == 0 and same.stdout.count("same ") == 4 and "steps 1 to 18 of" in same.stdout
     rewrite(store, at(store, 27), rows=changed(at(store, 27).rows, "step", 20, loss=1.0))
     result = ask("audit", "--store", store, "--segments", 4, "--json")
-    assert result.exit_code == 1 and "trained again is not what the store holds" in result.stderr
+    assert result.exit_code == 1 and "that was trained again differs from the store" in result.stderr
     assert {entry["step"]: entry["status"] for entry in json.loads(result.stdout)} == {
         18: "same",
         27: "differs",

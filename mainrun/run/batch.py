@@ -32,13 +32,16 @@ def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path |
     """Find the steps that the runs of a batch share. out: the folder of their run directories."""
     plans, chains = resolve(configs)
     keys = _keys_to_keep(plans, chains)
-    keep = {}
+    keep: dict[str, list[int]] = {}
     for name, chain in chains.items():
         keep[name] = [step for step, key in enumerate(chain) if key in keys]
-    stored = starting_keys(store, plans, chains) if store else set()
-    resumed = {}
+    stored: set[str] = set()
+    if store:
+        stored = starting_keys(store, plans, chains)
+    resumed: dict[str, int] = {}
     if out:
-        resumed = {name: _resumed_step(RunDir(out / name), plan) for name, plan in plans.items()}
+        for name, plan in plans.items():
+            resumed[name] = _resumed_step(RunDir(out / name), plan)
     return SharedBatch(planner.assign(chains, stored, resumed), keep, sorted(keys), chains)
 
 
@@ -96,7 +99,9 @@ def _resumed_step(run: RunDir, plan: Plan) -> int:
         return checkpoint.fault(meta)
 
     loaded = checkpoint.load_newest(run.checkpoints, usable, lambda _: None)
-    return loaded[1]["step"] if loaded else 0
+    if loaded is None:
+        return 0
+    return loaded[1]["step"]
 
 
 def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
@@ -124,12 +129,12 @@ def _reachable_step(
     """Return the deepest step that a run can reach from node to node, with all scores that it needs."""
     step = 0
     while True:
-        later = [target for target in range(len(chain) - 1, step, -1) if chain[target] in keys]
-        usable = (target for target in later if _can_use(store, states, plan, chain[target], step, target))
-        target = next(usable, None)
-        if target is None:
+        for target in range(len(chain) - 1, step, -1):
+            if chain[target] in keys and _can_use(store, states, plan, chain[target], step, target):
+                step = target
+                break
+        else:
             return step
-        step = target
 
 
 def _can_use(store: Store, states: Container[str], plan: Plan, key: str, step: int, target: int) -> bool:
