@@ -20,7 +20,7 @@ from mainrun.run.accounts import Accounts
 from mainrun.run.log import RunLog
 from mainrun.run.sharing import NoSharing, Sharing
 from mainrun.store import checkpoint
-from mainrun.store.rundir import RunDir
+from mainrun.store.rundir import LogRow, RunDir
 from mainrun.train import State
 
 Row = dict[str, Any]
@@ -153,7 +153,7 @@ def _continue(
             log.note(f"this is a different {what}: from here on the bits are not those of an undisturbed run")
 
 
-def steps_trained(rows: list[Row], end: int) -> set[int]:
+def steps_trained(rows: list[LogRow], end: int) -> set[int]:
     """Return the steps that a run trained itself, from its rows.
 
     Rows beyond the end of the run are ignored.

@@ -62,8 +62,6 @@ def assign(
         names, begin, after = groups.pop()
         longest, *others = sorted(names, key=lambda name: (-len(chains[name]), name))
         start = max(begin, (resumed or {}).get(longest, 0))
-        assignment = Assignment(longest, start, len(chains[longest]) - 1, after if start == begin else None)
-        assignments[longest] = assignment
         branches: dict[tuple[int, str], list[str]] = {}
         left_out: list[str] = []  # they part from the longest run before its checkpoint
         for name in others:
@@ -74,7 +72,9 @@ def assign(
             ends_at_fork = fork + 1 == len(chains[name])
             next_key = "" if ends_at_fork else chains[name][fork + 1]
             branches.setdefault((fork, next_key), []).append(name)
-        assignment.forks = sorted({fork for fork, _ in branches if fork > start})
+        waits_for = after if start == begin else None
+        forks = sorted({fork for fork, _ in branches if fork > start})
+        assignments[longest] = Assignment(longest, start, len(chains[longest]) - 1, waits_for, forks)
         if left_out:
             groups.append((left_out, begin, after))
         for (fork, _), branch in branches.items():

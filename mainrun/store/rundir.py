@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mainrun.config import TrainConfig, digest_of, from_dict
 from mainrun.errors import ConfigError, DiskFull, RunError, UsageError
@@ -258,16 +258,16 @@ class RunDir:
         """Return the rows of metrics.jsonl. Every row is checked."""
         return records.load_lines(self.path / "metrics.jsonl", records.metrics_row, self.fix)
 
-    def intact_rows(self) -> list[dict[str, Any]]:
+    def intact_rows(self) -> list[LogRow]:
         """Return the rows of metrics.jsonl up to the first damaged one. A killed run may leave a torn end."""
         try:
             data = records.read(self.path / "metrics.jsonl", records.LARGEST) or b""
         except BadInput as e:
             raise RunError(f"{self.path}/metrics.jsonl is damaged: it {e}; {self.fix}") from None
-        rows: list[dict[str, Any]] = []
+        rows: list[LogRow] = []
         with suppress(BadInput):
             for row in records.lines(data, records.metrics_row):
-                rows.append(row)
+                rows.append(cast(LogRow, row))
         return rows
 
     def journal(self) -> list[dict[str, Any]]:
