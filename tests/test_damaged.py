@@ -1,6 +1,8 @@
-"""Damaged files on disk: a command that reads one neither crashes nor hangs, and it does not change undamaged files.
+"""Damaged files on disk: a command that reads one does not crash, hang or change undamaged files.
 
-The damage is in damage.py, which also runs thousands of cases: `python tests/damage.py --cases 20000 --seed 1`.
+The damage is in damage.py, which can also run thousands of cases:
+
+    python tests/damage.py --cases 20000 --seed 1
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, 
 
 
 def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float) -> None:
-    """Run as many random cases as fit in the time. The message of a failure has the command that repeats it."""
+    """Run random cases until the time is over. The message of a failure has the command that repeats it."""
     end = time.monotonic() + seconds
     index = 0
     while time.monotonic() < end:
@@ -105,7 +107,7 @@ def test_damage_leaves_the_rest_of_the_file() -> None:
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
 @pytest.mark.parametrize("what", ["missing", "a FIFO", "a folder"])
-def test_a_checkpoint_that_cannot_be_handed_in(fixture: FixtureDirectory, name: str, what: str) -> None:
+def test_a_damaged_checkpoint_cannot_be_submitted(fixture: FixtureDirectory, name: str, what: str) -> None:
     fixture.renew("runs")
     run = RunDir(fixture.place / "runs" / fixture.names["whole"])
     replace_with(max(run.checkpoints.iterdir()) / name, what)
@@ -129,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_handed_in(fixture: FixtureDirectory, name: 
         (b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
     ],
 )
-def test_a_text_that_is_no_document(data: bytes, why: str) -> None:
+def test_an_invalid_document(data: bytes, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         records.parse(data)
 
@@ -139,7 +141,7 @@ def test_a_document_may_be_nested_a_hundred_deep() -> None:
 
 
 @pytest.mark.parametrize("what", sorted(PLACES))
-def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> None:
+def test_a_path_that_is_not_a_file_is_reported_and_not_opened(tmp_path: Path, what: str) -> None:
     path = tmp_path / "x.json"
     PLACES[what](path)
     if what == "missing":
@@ -186,12 +188,12 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
         ),
     ],
 )
-def test_a_shape_takes_what_fits(shape: Any, good: list[Any], bad: list[Any]) -> None:
+def test_a_shape_accepts_valid_values(shape: Any, good: list[Any], bad: list[Any]) -> None:
     assert [value for value in good if records.fault(value, shape)] == []
     assert [value for value in bad if not records.fault(value, shape)] == []
 
 
-def test_a_fault_says_where_and_what() -> None:
+def test_a_fault_names_the_path_and_the_value() -> None:
     shape = {"last": {"full": records.number}, "guards": [{"name": records.text}]}
     assert records.fault({"last": 5, "guards": []}, shape) == "has last = 5, but last must be an object"
     assert (
@@ -213,8 +215,10 @@ def test_a_plain_row_is_checked_quickly_and_like_any_other() -> None:
             assert records.fault(changed, records.metrics_row) == records.fault(changed, records.STEP_ROW)
 
 
-def test_rows_are_read_up_to_the_one_that_is_damaged() -> None:
-    rows = records.lines(b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metrics_row)
+def test_rows_are_read_up_to_the_first_damaged_one() -> None:
+    rows = records.lines(
+        b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metrics_row
+    )
     assert [next(rows)["step"], next(rows)["step"]] == [1, 2]
     with pytest.raises(BadInput, match=r"line 3 is \[1\]"):
         next(rows)

@@ -1,4 +1,4 @@
-"""The planner: every step is trained once, no run starts before its node exists, and longer runs start first."""
+"""The planner: every step is trained once, no run starts before its node exists, long runs start first."""
 
 from __future__ import annotations
 
