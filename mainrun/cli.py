@@ -25,7 +25,7 @@ from mainrun.ui.console import (
     Json,
     Out,
     Sets,
-    check_place,
+    check_regular_file,
     console,
     emit,
     guard_streams,
@@ -117,7 +117,7 @@ def compare(
     from mainrun.ui import compare as comparison
 
     if svg:
-        check_place(svg, "--svg", b"<svg", "SVG")
+        check_regular_file(svg, "--svg", b"<svg", "SVG")
     rows = comparison.rows([comparison.load_summary(rundir.find(run, out)) for run in runs])
     if svg:
         comparison.write_svg(rows, svg)

@@ -11,8 +11,6 @@ This module does not import torch, so that the command line starts fast.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -31,6 +29,7 @@ from pydantic import (
 from mainrun.data import sources
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
+from mainrun.files.hashing import sha256_json
 from mainrun.plan.op_files import from_text, read
 from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
@@ -472,7 +471,7 @@ class TrainConfig(BaseModel):
 def digest_of(fields: dict[str, Any]) -> str:
     """Return the digest of a config that is given as a dict, possibly of another version of mainrun."""
     hashed = {name: value for name, value in fields.items() if name != "preset"}
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    return sha256_json(hashed)
 
 
 def from_dict(fields: dict[str, Any]) -> TrainConfig:

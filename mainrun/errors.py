@@ -1,17 +1,17 @@
-"""Every error a user can meet, and the exit code it ends with.
+"""Every error that a user can meet, and the exit code of the command that raises it.
 
     MainrunError            1   something failed
-    ├── UsageError          2   the request cannot be met as written: got, allowed, fix
-    │   ├── ConfigError         a field, a preset, sizes that do not fit together
-    │   ├── CorpusError         missing, empty, binary or too small a corpus
-    │   ├── HubError            a download that failed, or a damaged one
-    │   └── RunError            a run directory that mainrun did not make, is locked or cannot be written
-    ├── Diverged            3   the loss is not a number any more
-    └── Interrupted        75   stopped between two steps; start the same command again to go on
-        └── DiskFull            nothing half-written; free some space and start again
+    ├── UsageError          2   the request is invalid: what was got, what is allowed, how to fix it
+    │   ├── ConfigError         a field, a preset, or sizes that do not fit together
+    │   ├── CorpusError         a corpus that is missing, empty, binary or too small
+    │   ├── HubError            a download that failed or is damaged
+    │   └── RunError            a run directory that is foreign, locked, damaged or not writable
+    ├── Diverged            3   the loss is NaN or infinite
+    └── Interrupted        75   stopped between two steps; run the same command again to resume
+        └── DiskFull            no file is half-written; free some space and run the same command again
 
-A message says what was given, what is allowed and how to fix it. An error of the operating system that names a path is turned into
-one of these (inputs.refusal). Everything else is a bug of ours and exits with 1.
+`mainrun.files.inputs.refusal` turns an OSError that names a path into one of these. Any other exception is a
+bug in mainrun; the command exits with 1.
 """
 
 import difflib
@@ -21,20 +21,22 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST_GUESS = 100  # characters of a name that may be misspelt
+LONGEST_GUESS = 100  # characters; a longer name gets no suggestion
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """A suggestion such as " (did you mean 'lr'?)", or an empty text. Case does not count, nor does the -- of an option."""
-    if len(got) > LONGEST_GUESS:  # comparing takes the product of both lengths
+    """Return a suggestion such as " (did you mean 'lr'?)", or an empty text. Case and dashes do not count."""
+    if len(got) > LONGEST_GUESS:  # the comparison takes time proportional to the product of both lengths
         return ""
     plain = {name.lower().lstrip("-"): name for name in allowed}
-    match = difflib.get_close_matches(got.lower().lstrip("-"), plain, n=1, cutoff=0.6)
-    return f" (did you mean {plain[match[0]]!r}?)" if match else ""
+    matches = difflib.get_close_matches(got.lower().lstrip("-"), plain, n=1, cutoff=0.6)
+    if not matches:
+        return ""
+    return f" (did you mean {plain[matches[0]]!r}?)"
 
 
 def plain_warnings() -> None:
-    """Print every warning, ours or a library's, as one line."""
+    """Print every warning of mainrun and its libraries as one line on stderr."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message))

@@ -60,7 +60,7 @@ class Replay:
             return None
         tensors, meta = newest
         growth = self.start()
-        with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {self.run.checkpoints}"):
+        with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {self.run.checkpoints}"):
             load_state(growth.state, tensors, meta["step"], meta["presented"], meta.get("growth"))
             growth.restore()
         return growth
@@ -131,7 +131,7 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
         scores = score(replay.cfg, replay.data, end.state)
         result["last"] = [row | end.figures(end.state.step) for row in scores]
         result["weights"] = hash_scored_weights(end.state)
-    elif checkpoint.steps(run.checkpoints):
+    elif checkpoint.paths(run.checkpoints):
         result["unusable"] = "; ".join(notes) or "they are not of its last step"
     if finished:
         result["trained_weights"] = hash_scored_weights(growth.state)

@@ -14,7 +14,7 @@ import typer
 
 from mainrun.errors import UsageError
 from mainrun.files import inputs
-from mainrun.ui.console import Debug, Json, check_place, emit, validate_paths
+from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_paths
 
 if TYPE_CHECKING:
     from reports.evidence.load import Evidence
@@ -82,7 +82,7 @@ def report(
             inputs.read_bytes(log)
         except inputs.BadInput as fault:
             raise UsageError(f"--log {log} {fault}") from None
-    check_place(out, "--out", b"%PDF", "PDF")
+    check_regular_file(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; write one line of text")
     e = load.gather(places or [], runs)

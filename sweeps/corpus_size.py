@@ -16,7 +16,7 @@ from mainrun.store.rundir import write_text
 from sweeps.engine.worker import MAX_DEATHS
 from sweeps.study import Study, set_arguments
 
-TOKENS_JSON = {"train_tokens": records.first, "fingerprints?": records.table}
+TOKENS_JSON = {"train_tokens": records.at_least_one, "fingerprints?": records.table}
 
 
 def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:

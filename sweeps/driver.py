@@ -18,7 +18,7 @@ from typing import Any
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, RunError, UsageError
 from mainrun.plan.plan import Plan
-from mainrun.store.rundir import RunDir, check_same
+from mainrun.store.rundir import RunDir, check_same_config
 from sweeps.branch import branch_config
 from sweeps.corpus_size import count_train_tokens
 from sweeps.engine.protocol import Engine, Outcome, Task
@@ -251,7 +251,7 @@ class Search:
         is_done = status.get("state") == "done" and run.summary() is not None
         is_at_step = status.get("state") == "interrupted" and 0 < until <= status.get("step", 0)
         if is_done or is_at_step:
-            check_same(run, cfg)
+            check_same_config(run, cfg)
             return Outcome(True)
         settings = tuple(set_arguments(self.study, cfg))
         task = Task(self.study.preset, settings, self.runs_dir, self.store_dir, until, self.study.threads)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.errors import RunError
-from mainrun.store.rundir import check_place, disk_errors, write_text
+from mainrun.store.rundir import check_regular_file, disk_errors, write_text
 from sweeps.driver import Search
 from sweeps.ledger import Ledger, total
 from sweeps.study import set_arguments
@@ -107,7 +107,7 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
             "restore export.json of the study"
         ) from None
     for name in ("trials.parquet", "study.json"):
-        check_place(folder / name, "move it away, or give another folder")
+        check_regular_file(folder / name, "move it away, or give another folder")
     with disk_errors(folder, "DIR"):
         pq.write_table(table, folder / "trials.parquet")
     facts = {key: value for key, value in export.items() if key != "trials"}

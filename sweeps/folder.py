@@ -9,7 +9,6 @@ export.json  the results, once the study is finished (export.py)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.errors import RunError, UsageError, nearest
+from mainrun.files.locks import FileLock, Locked
 from mainrun.store import records
-from mainrun.store.rundir import check_place, disk_errors, write_text
+from mainrun.store.rundir import check_regular_file, disk_errors, write_text
 from sweeps.study import Study
 
 
@@ -31,23 +31,19 @@ def locked_folder(folder: Path, study: Study) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    check_place(folder / ".lock", "remove it and run the same command again")
-    with disk_errors(folder):
-        lock = (folder / ".lock").open("a+b", buffering=0)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            process = lock.read().decode(errors="replace")
-            raise UsageError(
-                f"{folder} is in use by process {process}; wait until it ends, or give another --out"
-            ) from None
+    check_regular_file(folder / ".lock", "remove it, and run the same command again")
+    try:
         with disk_errors(folder):
-            lock.truncate(0)
-            lock.write(str(os.getpid()).encode())
+            lock = FileLock(folder / ".lock", str(os.getpid()))
+    except Locked as holder:
+        raise UsageError(
+            f"{folder} is in use by process {holder}; wait until it ends, or give another --out"
+        ) from None
+    try:
         _check_same_study(folder, study)
         yield
+    finally:
+        lock.release()
 
 
 def _check_same_study(folder: Path, study: Study) -> None:
@@ -164,7 +160,7 @@ COST = {
 TRIAL = {
     "trial": records.count,
     "state": records.text,
-    "value": records.optional(records.real),
+    "value": records.optional(records.any_number),
     "params": records.table_of(records.setting),
     "scores": records.table,
     "sets": [records.any_text],
@@ -180,27 +176,27 @@ TRIAL = {
     "wasted?": records.count,
     "branch?": records.count,
     "tokens?": records.count,
-    "flops?": records.positive,
-    "seconds?": records.positive,
+    "flops?": records.not_negative,
+    "seconds?": records.not_negative,
 }
 CONFIRMED_TRIAL = {
     "trial": records.count,
-    "difference": records.real,
-    "interval": records.pair(records.real),
-    "p_holm": records.real,
-    "claim": records.yes_or_no,
+    "difference": records.any_number,
+    "interval": records.pair(records.any_number),
+    "p_holm": records.any_number,
+    "claim": records.true_or_false,
     "why": records.any_text,
     "params": records.table_of(records.setting),
 }
 EVIDENCE = {
-    "noise": {"sigma": records.real, "floor": records.real, "values": [records.real]},
+    "noise": {"sigma": records.any_number, "floor": records.any_number, "values": [records.any_number]},
     "rows": [CONFIRMED_TRIAL],
     "claim": records.any_text,
     "winner": records.optional(records.count),
-    "val?": {"full": records.real, "official": records.real},
+    "val?": {"full": records.any_number, "official": records.any_number},
     "runs?": [COST | {"kind": records.text}],
 }
-CORRELATIONS = records.optional(records.table_of(records.optional(records.real)))
+CORRELATIONS = records.optional(records.table_of(records.optional(records.any_number)))
 EXPORT_JSON = STUDY_JSON | {
     "name?": records.text,
     "preset": records.any_text,

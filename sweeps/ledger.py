@@ -11,7 +11,7 @@ from mainrun.plan.cost import costs
 from mainrun.store import records
 from mainrun.store.rundir import RunDir
 
-STEP_COSTS = {"step": records.first, "tokens": records.count, "seconds": records.positive}
+STEP_COSTS = {"step": records.at_least_one, "tokens": records.count, "seconds": records.not_negative}
 
 
 @dataclass(frozen=True, slots=True)

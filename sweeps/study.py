@@ -20,7 +20,6 @@ score = "branch"          # compare scores after a short decay (branch.py), not 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
+from mainrun.files.hashing import sha256_json
 from mainrun.plan.recipes import load
 from sweeps import branch, space
 from sweeps.sampling import SamplerSettings
@@ -146,7 +146,7 @@ class Study(StudyTable):
     def digest(self) -> str:
         """A hash of everything that decides the trials."""
         data = self.model_dump(exclude=self.FREE, mode="json")
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return sha256_json(data)
 
     def base(self) -> TrainConfig:
         """The config of trial 0, which all other trials change."""

@@ -1,4 +1,4 @@
-"""Damaged files for test_damaged.py: a fixture directory with every kind of file that mainrun writes, and ways to damage them.
+"""Damaged files for test_damaged.py: a folder with every kind of file of mainrun, and ways to damage it.
 
     python tests/damage.py --cases 20000 --seed 1        # print every case that fails
     python tests/damage.py --case 1:57                   # one of them, with all of its output
@@ -33,9 +33,21 @@ from mutate import whole_number
 ROOT = Path(__file__).parents[1]
 
 SIZES = {
-    "num_titles": 300, "vocab_size": 320, "block_size": 16, "batch_size": 8, "n_layer": 2, "n_head": 2, "d_model": 16, "threads": 1,
-    "device": "cpu", "epochs": 1, "eval_per_epoch": 2, "optimizer": "adamw", "lr": 0.005, "official_geometry": "4x16",
-}  # fmt: skip
+    "num_titles": 300,
+    "vocab_size": 320,
+    "block_size": 16,
+    "batch_size": 8,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+    "threads": 1,
+    "device": "cpu",
+    "epochs": 1,
+    "eval_per_epoch": 2,
+    "optimizer": "adamw",
+    "lr": 0.005,
+    "official_geometry": "4x16",
+}
 PLAIN = SIZES | {"epochs": 2, "checkpoint_every": 20}
 HALF = SIZES | {"seed": 7, "checkpoint_every": 10}
 GROWN = SIZES | {
@@ -49,10 +61,16 @@ GROWN = SIZES | {
     },
 }
 STUDY = {
-    "name": "tiny", "preset": "baseline", "set": SIZES | {"dev_frac": 0.2, "max_steps": 12}, "space": {"lr": {"low": 0.001, "high": 0.01}},
-    "budget": {"trials": 2}, "sampler": {"name": "random", "generation": 2}, "evidence": {"noise_seeds": 2, "seeds": 2, "best": 1},
-    "workers": 1, "rungs": {"at": [0.5], "keep": 1.0},
-}  # fmt: skip
+    "name": "tiny",
+    "preset": "baseline",
+    "set": SIZES | {"dev_frac": 0.2, "max_steps": 12},
+    "space": {"lr": {"low": 0.001, "high": 0.01}},
+    "budget": {"trials": 2},
+    "sampler": {"name": "random", "generation": 2},
+    "evidence": {"noise_seeds": 2, "seeds": 2, "best": 1},
+    "workers": 1,
+    "rungs": {"at": [0.5], "keep": 1.0},
+}
 STUB = """
 import json, sys
 from pathlib import Path
@@ -76,7 +94,7 @@ def sets(fields: dict[str, Any]) -> list[str]:
 
 
 def make(folder: Path) -> None:
-    """Make a finished, an interrupted and a growing run with their store, a study, an export and a bundle. This takes seconds."""
+    """Make a finished, an interrupted and a growing run with a store, a study, an export and a bundle."""
     os.environ["MAINRUN_CACHE"] = str(folder / "cache")
     runs = folder / "runs"
     names = {"whole": _train(runs, PLAIN), "half": _train(runs, HALF, until=14), "grown": _train(runs, GROWN)}
@@ -193,14 +211,46 @@ def add_manifest(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, 
 # -- damage
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 5, 2**31, 10**18, -(10**18), 0.5, 1e308, -1e308, 1e-320, "", "x", "5", "nan", "a" * 300, "\x1b[31m\x00\r\n",
-    "\ud800", "../../../etc/passwd", [], [1], [[]], [None], {}, {"a": 1}, list(range(1000)),
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    5,
+    2**31,
+    10**18,
+    -(10**18),
+    0.5,
+    1e308,
+    -1e308,
+    1e-320,
+    "",
+    "x",
+    "5",
+    "nan",
+    "a" * 300,
+    "\x1b[31m\x00\r\n",
+    "\ud800",
+    "../../../etc/passwd",
+    [],
+    [1],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+    list(range(1000)),
+)
 RAW_VALUES = {
-    "NaN": "NaN", "Infinity": "Infinity", "-Infinity": "-Infinity", "1e400": "1e400",
-    "4,000 digits": "9" * 4000, "5,000 digits": "9" * 5000,
-    "nested 500 deep": "[" * 500 + "]" * 500, "nested 10,000 deep": "[" * 10_000 + "]" * 10_000, "100,000 items": f"[{'0,' * 99_999}0]",
-}  # fmt: skip
+    "NaN": "NaN",
+    "Infinity": "Infinity",
+    "-Infinity": "-Infinity",
+    "1e400": "1e400",
+    "4,000 digits": "9" * 4000,
+    "5,000 digits": "9" * 5000,
+    "nested 500 deep": "[" * 500 + "]" * 500,
+    "nested 10,000 deep": "[" * 10_000 + "]" * 10_000,
+    "100,000 items": f"[{'0,' * 99_999}0]",
+}
 FIXED = ", checksums fixed"  # the end of a description
 PLACEHOLDER = "PLACEHOLDER-OF-A-RAW-VALUE"
 RAW_LINES = (
@@ -252,7 +302,7 @@ def damage_value(chance: random.Random, value: Any) -> tuple[str, str]:
     paths = list(slots(value))
     depth = chance.randint(
         0, max(map(len, paths))
-    )  # otherwise the many values deep inside would be drawn almost always
+    )  # otherwise the many deeply nested values would be drawn almost always
     path = chance.choice([path for path in paths if len(path) <= depth])
     where = ".".join(map(str, path)) or "the top"
     if path and chance.random() < 0.25:
@@ -559,7 +609,12 @@ DEEP = RAW_VALUES["nested 10,000 deep"]
 ROWS = (
     Row("last is a number", "runs/{whole}/summary.json", value_at("last", value=5), "compare {whole}"),
     Row("guards is a text", "runs/{whole}/summary.json", value_at("guards", value="pass"), "compare {whole}"),
-    Row("a guard without a status", "runs/{whole}/summary.json", value_at("guards", value=[{"name": "x"}]), "report-one"),
+    Row(
+        "a guard without a status",
+        "runs/{whole}/summary.json",
+        value_at("guards", value=[{"name": "x"}]),
+        "report-one",
+    ),
     Row("seconds is a text", "runs/{whole}/summary.json", value_at("seconds", value="1"), "compare {whole}"),
     Row("seconds is 0", "runs/{whole}/summary.json", value_at("seconds", value=0), "compare {whole}"),
     Row("flops is a list", "runs/{whole}/summary.json", value_at("flops", value=[]), "report-one"),
@@ -572,8 +627,19 @@ ROWS = (
     Row("a row nested deep", "runs/{whole}/metrics.jsonl", last_line(DEEP), "compare {whole}"),
     Row("a pipe as a log", "runs/{whole}/metrics.jsonl", place("a FIFO"), "train-whole"),
     Row("a folder as a log", "runs/{whole}/metrics.jsonl", place("a folder"), "compare {whole}"),
-    Row("a link to itself as a log", "runs/{whole}/metrics.jsonl", place("a link to itself"), "compare {whole}"),
-    Row("NUL bytes behind the last checkpoint", "runs/{half}/metrics.jsonl", behind(bytes(100) + b"\n"), "train-half", 0),
+    Row(
+        "a link to itself as a log",
+        "runs/{whole}/metrics.jsonl",
+        place("a link to itself"),
+        "compare {whole}",
+    ),
+    Row(
+        "NUL bytes behind the last checkpoint",
+        "runs/{half}/metrics.jsonl",
+        behind(bytes(100) + b"\n"),
+        "train-half",
+        0,
+    ),
     Row("a list behind the last checkpoint", "runs/{half}/metrics.jsonl", behind(b"[1]\n"), "train-half", 0),
     Row("a step of a billion billion", "runs/{half}/metrics.jsonl", behind(LATE), "train-half", 0),
     Row("plan is a list", "runs/{whole}/config.json", value_at("plan", value=[]), "report-one"),
@@ -582,15 +648,48 @@ ROWS = (
     Row("status is a list", "runs/{half}/status.json", content("[1]"), "compare {half}"),
     Row("carried is a text", "runs/{half}/env.json", value_at("carried", value="x"), "train-half"),
     Row("no machine class", "runs/{half}/env.json", value_at("machine_classes", value=[]), "train-half"),
-    Row("a tokenizer in UTF-16", "runs/{whole}/tokenizer.json", content("{}".encode("utf-16")), "sample {whole} --prompt a"),
-    Row("a mark that is a number", "runs/{half}/checkpoints/*/meta.json", value_at("metrics", value=5), "train-half", 0),
-    Row("fired is a text", "runs/{half}/checkpoints/*/meta.json", value_at("growth", value={"fired": "x"}), "train-half", 0),
-    Row("spent is a list", "runs/{half}/checkpoints/*/meta.json", value_at("spent", value=[1]), "train-half", 0),
+    Row(
+        "a tokenizer in UTF-16",
+        "runs/{whole}/tokenizer.json",
+        content("{}".encode("utf-16")),
+        "sample {whole} --prompt a",
+    ),
+    Row(
+        "a mark that is a number",
+        "runs/{half}/checkpoints/*/meta.json",
+        value_at("metrics", value=5),
+        "train-half",
+        0,
+    ),
+    Row(
+        "fired is a text",
+        "runs/{half}/checkpoints/*/meta.json",
+        value_at("growth", value={"fired": "x"}),
+        "train-half",
+        0,
+    ),
+    Row(
+        "spent is a list",
+        "runs/{half}/checkpoints/*/meta.json",
+        value_at("spent", value=[1]),
+        "train-half",
+        0,
+    ),
     Row("a deep checkpoint", "runs/{half}/checkpoints/*/meta.json", content(DEEP), "train-half", 0),
     Row("a pipe as a state", "runs/{half}/checkpoints/*/state.safetensors", place("a FIFO"), "train-half", 0),
-    Row("a file as the folder of checkpoints", "runs/{half}/checkpoints", lambda path: (shutil.rmtree(path), path.touch()), "train-half"),
+    Row(
+        "a file as the folder of checkpoints",
+        "runs/{half}/checkpoints",
+        lambda path: (shutil.rmtree(path), path.touch()),
+        "train-half",
+    ),
     Row("an event that is a number", "runs/{grown}/growth.jsonl", last_line("5"), "grow verify runs/{grown}"),
-    Row("an event without a name", "runs/{grown}/growth.jsonl", last_line('{"event": "OPERATION_SUCCESS"}'), "report-grown"),
+    Row(
+        "an event without a name",
+        "runs/{grown}/growth.jsonl",
+        last_line('{"event": "OPERATION_SUCCESS"}'),
+        "report-grown",
+    ),
     Row("a deep store.json", "runs/.store/store.json", content(DEEP), "store ls"),
     Row("a pipe as a store.json", "runs/.store/store.json", place("a FIFO"), "store ls"),
     Row("a pipe as a node", "runs/.store/nodes/*", place("a FIFO"), "store ls", 0),
@@ -598,18 +697,68 @@ ROWS = (
     Row("a deep node", "runs/.store/nodes/*", content(DEEP), "store ls", 0),
     Row("a deep root", "runs/.store/roots/*", content(DEEP), "store verify", 1),
     Row("tokens are a list", "studies/tiny/tokens.json", content("[1]"), "sweep run tiny.toml --out studies"),
-    Row("tokens in UTF-16", "studies/tiny/tokens.json", content("{}".encode("utf-16")), "sweep run tiny.toml --out studies"),
+    Row(
+        "tokens in UTF-16",
+        "studies/tiny/tokens.json",
+        content("{}".encode("utf-16")),
+        "sweep run tiny.toml --out studies",
+    ),
     Row("no train_tokens", "studies/tiny/tokens.json", content("{}"), "sweep run tiny.toml --out studies"),
-    Row("trials is a number", "studies/tiny/export.json", value_at("trials", value=5), "sweep show tiny --out studies"),
-    Row("a trial is null", "studies/tiny/export.json", value_at("trials", value=[None]), "sweep best tiny --out studies"),
-    Row("a winner that is no trial", "studies/tiny/export.json", value_at("evidence", "winner", value=9), "sweep best tiny --out studies"),
-    Row("values of many kinds", "studies/tiny/export.json", value_at("trials", 0, "run", value=True), "sweep export tiny x --out studies"),
-    Row("a trial's log is a number", "studies/tiny/runs/*/metrics.jsonl", last_line("0"), "sweep run tiny.toml --out studies"),
-    Row("a trial's summary is empty", "studies/tiny/runs/*/summary.json", content("{}"), "sweep run tiny.toml --out studies"),
-    Row("a trial's status is a text", "studies/tiny/runs/*/status.json", content('"x"'), "sweep run tiny.toml --out studies"),
-    Row("a correlation is a text", "studies/tiny/export/study.json", value_at("rung_correlation", value={"0": "x"}), "report-study"),
-    Row("evidence is a list", "studies/tiny/export/study.json", value_at("evidence", value=[1]), "report-study"),
-)  # fmt: skip
+    Row(
+        "trials is a number",
+        "studies/tiny/export.json",
+        value_at("trials", value=5),
+        "sweep show tiny --out studies",
+    ),
+    Row(
+        "a trial is null",
+        "studies/tiny/export.json",
+        value_at("trials", value=[None]),
+        "sweep best tiny --out studies",
+    ),
+    Row(
+        "a winner that is no trial",
+        "studies/tiny/export.json",
+        value_at("evidence", "winner", value=9),
+        "sweep best tiny --out studies",
+    ),
+    Row(
+        "values of many kinds",
+        "studies/tiny/export.json",
+        value_at("trials", 0, "run", value=True),
+        "sweep export tiny x --out studies",
+    ),
+    Row(
+        "a trial's log is a number",
+        "studies/tiny/runs/*/metrics.jsonl",
+        last_line("0"),
+        "sweep run tiny.toml --out studies",
+    ),
+    Row(
+        "a trial's summary is empty",
+        "studies/tiny/runs/*/summary.json",
+        content("{}"),
+        "sweep run tiny.toml --out studies",
+    ),
+    Row(
+        "a trial's status is a text",
+        "studies/tiny/runs/*/status.json",
+        content('"x"'),
+        "sweep run tiny.toml --out studies",
+    ),
+    Row(
+        "a correlation is a text",
+        "studies/tiny/export/study.json",
+        value_at("rung_correlation", value={"0": "x"}),
+        "report-study",
+    ),
+    Row(
+        "evidence is a list",
+        "studies/tiny/export/study.json",
+        value_at("evidence", value=[1]),
+        "report-study",
+    ),
+)
 
 
 def prepare_row(fixture: FixtureDirectory, row: Row) -> Case:
@@ -881,10 +1030,8 @@ def _run_many(fixture: FixtureDirectory, driver: Driver, seed: int, first: int, 
         if problem:
             kind = re.sub(r"\d+", "N", problem)[:120]
             problems[kind] += 1
-            print(
-                f"{case.name}  {case.place}: {case.damage}\n    {' '.join(case.argv)[:150]}\n    {problem[:400]}",
-                flush=True,
-            )
+            command = " ".join(case.argv)[:150]
+            print(f"{case.name}  {case.place}: {case.damage}\n    {command}\n    {problem[:400]}", flush=True)
         if (index + 1 - first) % 500 == 0:
             print(
                 f"{index + 1 - first:,} cases so far, {sum(problems.values())} problems",
@@ -892,13 +1039,12 @@ def _run_many(fixture: FixtureDirectory, driver: Driver, seed: int, first: int, 
                 flush=True,
             )
         if outcome.seconds > 8:
+            command = " ".join(case.argv)[:80]
             print(
-                f"{case.name} slow: {outcome.seconds:.1f} s {case.place} {case.damage} {' '.join(case.argv)[:80]}",
-                flush=True,
+                f"{case.name} slow: {outcome.seconds:.1f} s {case.place} {case.damage} {command}", flush=True
             )
-    print(
-        f"{cases:,} cases from {first} with seed {seed} in {time.monotonic() - start:.0f} s: exit codes {dict(codes)}"
-    )
+    seconds = time.monotonic() - start
+    print(f"{cases:,} cases from {first} with seed {seed} in {seconds:.0f} s: exit codes {dict(codes)}")
     for kind, count in problems.most_common():
         print(f"{count:6}  {kind}")
     print(f"{sum(problems.values()):,} problems")

@@ -1,15 +1,16 @@
-"""Train small random runs and studies, kill them at random moments, resume them, and compare them with undisturbed ones.
+"""Train small random runs and studies, kill and resume them, and compare them with undisturbed ones.
 
     ./task soak -- --kills 200
     ./task soak -- --seed 1 --only 12
 
-Each subject is one run, two runs that share a store, or a study with two workers. It is trained once undisturbed. Then it is
-started again and again by the same command and disturbed: SIGKILL, SIGTERM, SIGINT, SIGSTOP and later SIGCONT, a killed worker,
-a full disk, a clock that jumps, files with wrong dates. In the end it must equal the undisturbed run: every row, every score and
-the hash of the weights. A study must have the same trials, promotions and claims.
+Each subject is one run, two runs that share a store, or a study with two workers. It is trained once
+undisturbed. Then it is started again and again by the same command and disturbed: SIGKILL, SIGTERM,
+SIGINT, SIGSTOP and later SIGCONT, a killed worker, a full disk, a clock that jumps, files with wrong
+dates. In the end it must equal the undisturbed run: every row, every score and the hash of the weights.
+A study must have the same trials, promotions and claims.
 
-The seed decides what is run, how it is disturbed and before which file operation. If a signal is sent after some seconds, its
-effect also depends on the load of the machine.
+The seed decides what is run, how it is disturbed and before which file operation. If a signal is sent
+after some seconds, its effect also depends on the load of the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from mutate import whole_number  # noqa: E402
-from soak_sessions import Disturbance, Ending, Running, Session, adopt_orphans, wait_for_orphans, warm_up  # noqa: E402
+from soak_sessions import (  # noqa: E402
+    Disturbance,
+    Ending,
+    Running,
+    Session,
+    adopt_orphans,
+    wait_for_orphans,
+    warm_up,
+)
 
 HOUR, DAY = 3600.0, 86_400.0
 CLOCKS = (-400 * DAY, -3 * DAY, -2 * HOUR, -90.0, 90.0, 2 * HOUR, 3 * DAY, 400 * DAY)
@@ -52,9 +61,20 @@ MS_REMOUNT, MNT_DETACH = 32, 2
 
 # fields that depend on the clock, machine or number of sessions
 ROW_FREE = frozenset({"seconds", "reused"})
-SUMMARY_FREE = frozenset({
-    "seconds", "tokens_per_s", "spent", "ledger", "peak_memory", "resumed", "machine_class", "machine_classes", "versions", "all_versions",
-})  # fmt: skip
+SUMMARY_FREE = frozenset(
+    {
+        "seconds",
+        "tokens_per_s",
+        "spent",
+        "ledger",
+        "peak_memory",
+        "resumed",
+        "machine_class",
+        "machine_classes",
+        "versions",
+        "all_versions",
+    }
+)
 STUDY_FREE = frozenset(
     {"seconds", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "ledger"}
 )
@@ -111,7 +131,7 @@ def compare_rows(
 
 
 def compare_studies(expected: Path, actual: Path) -> list[str]:
-    """Return how a study's export differs from the undisturbed one: trials, scores, promotions, evidence, claims."""
+    """Return how a study's export differs from the undisturbed one: trials, scores, promotions, claims."""
     try:
         a, b = (
             without_costs(json.loads((folder / "export.json").read_bytes())) for folder in (expected, actual)
@@ -146,23 +166,61 @@ def shorten(value: Any) -> str:
 # -- drawing what is run
 
 BASE: dict[str, Any] = {
-    "num_titles": 90, "vocab_size": 320, "block_size": 12, "batch_size": 4, "epochs": 1, "n_layer": 2, "n_head": 2, "d_model": 16,
-    "threads": 1, "device": "cpu", "compile": "off", "lr": 0.01, "eval_per_epoch": 3, "checkpoint_every": 5,
-}  # fmt: skip
+    "num_titles": 90,
+    "vocab_size": 320,
+    "block_size": 12,
+    "batch_size": 4,
+    "epochs": 1,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+    "threads": 1,
+    "device": "cpu",
+    "compile": "off",
+    "lr": 0.01,
+    "eval_per_epoch": 3,
+    "checkpoint_every": 5,
+}
 FEATURES = (
-    "growth", "ema", "experts", "rdrop", "accumulation", "swa", "low rank", "growth", "dropout", "mix", "modern", "wsd", "growth",
-    "shuffled", "unigram", "bfloat16",
-)  # fmt: skip
+    "growth",
+    "ema",
+    "experts",
+    "rdrop",
+    "accumulation",
+    "swa",
+    "low rank",
+    "growth",
+    "dropout",
+    "mix",
+    "modern",
+    "wsd",
+    "growth",
+    "shuffled",
+    "unigram",
+    "bfloat16",
+)
 OPS: tuple[dict[str, Any], ...] = (
-    {"name": "stack_layers", "value": [0, 1, 1]}, {"name": "stack_layers", "value": [0, 0, 1], "init": "identity"},
-    {"name": "widen_mlp", "value": 96}, {"name": "widen_model", "value": {"factor": 2}}, {"name": "add_heads", "value": 4},
-    {"name": "upcycle_moe", "value": {"experts": 3, "top_k": 2}}, {"name": "set_attn_lora_rank", "value": 2},
-    {"name": "set_embedding_lora_rank", "value": 2}, {"name": "merge_lora_weights"}, {"name": "freeze_layer", "value": [0]},
-    {"name": "unfreeze_layer", "value": [0]}, {"name": "resize_vocabulary", "value": 330}, {"name": "set_lr", "value": 0.004},
-    {"name": "set_batch_size", "value": 6}, {"name": "set_grad_accum", "value": 2}, {"name": "set_warmup_iters", "value": 3},
-    {"name": "set_eval_interval", "value": 4}, {"name": "set_weight_decay", "value": 0.05}, {"name": "set_dropout", "value": 0.2},
+    {"name": "stack_layers", "value": [0, 1, 1]},
+    {"name": "stack_layers", "value": [0, 0, 1], "init": "identity"},
+    {"name": "widen_mlp", "value": 96},
+    {"name": "widen_model", "value": {"factor": 2}},
+    {"name": "add_heads", "value": 4},
+    {"name": "upcycle_moe", "value": {"experts": 3, "top_k": 2}},
+    {"name": "set_attn_lora_rank", "value": 2},
+    {"name": "set_embedding_lora_rank", "value": 2},
+    {"name": "merge_lora_weights"},
+    {"name": "freeze_layer", "value": [0]},
+    {"name": "unfreeze_layer", "value": [0]},
+    {"name": "resize_vocabulary", "value": 330},
+    {"name": "set_lr", "value": 0.004},
+    {"name": "set_batch_size", "value": 6},
+    {"name": "set_grad_accum", "value": 2},
+    {"name": "set_warmup_iters", "value": 3},
+    {"name": "set_eval_interval", "value": 4},
+    {"name": "set_weight_decay", "value": 0.05},
+    {"name": "set_dropout", "value": 0.2},
     {"name": "reset_lr_schedule"},
-)  # fmt: skip
+)
 
 
 def optimizers() -> tuple[str, ...]:
@@ -172,7 +230,7 @@ def optimizers() -> tuple[str, ...]:
 
 
 def draw_run(chance: random.Random, index: int, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Draw a valid config and the names of its features. The index selects one optimizer and one feature; others are random."""
+    """Draw a valid config and the names of its features. The index decides one optimizer and one feature."""
     from mainrun.errors import ConfigError
     from mainrun.plan.recipes import load
 
@@ -222,19 +280,45 @@ def draw_feature(chance: random.Random, name: str, folder: Path) -> dict[str, An
         "experts": [{"experts": 3, "top_k": 2}, {"experts": 2, "top_k": 1, "router_weights": "softmax"}],
         "rdrop": [{"rdrop": 0.5, "dropout": 0.1}, {"rdrop": 1.0, "dropout": 0.2, "label_smoothing": 0.1}],
         "accumulation": [{"grad_accum": 2}, {"grad_accum": 4}],
-        "low rank": [{"attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0}, {"attn_lora_rank": 2, "frozen": [0]}],
-        "dropout": [{"dropout": 0.1}, {"attn_dropout": 0.1}, {"resid_dropout": 0.2}, {"dropout": 0.2, "attn_dropout": 0.0}],
+        "low rank": [
+            {"attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0},
+            {"attn_lora_rank": 2, "frozen": [0]},
+        ],
+        "dropout": [
+            {"dropout": 0.1},
+            {"attn_dropout": 0.1},
+            {"resid_dropout": 0.2},
+            {"dropout": 0.2, "attn_dropout": 0.0},
+        ],
         "modern": [
             {
-                "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True,
-                "layer_scale": 0.3, "value_residual": True, "tie_head": False, "softcap": 8.0, "n_kv_head": 1, "title_mask": True,
+                "norm": "rmsnorm",
+                "position": "rope",
+                "mlp": "swiglu",
+                "bias": False,
+                "qk_norm": True,
+                "attn_gate": True,
+                "layer_scale": 0.3,
+                "value_residual": True,
+                "tie_head": False,
+                "softcap": 8.0,
+                "n_kv_head": 1,
+                "title_mask": True,
             }
         ],
-        "wsd": [{"schedule": "wsd", "decay_frac": 0.4, "decay_shape": "sqrt", "min_lr_frac": 0.1, "wd_schedule": "cosine"}],
+        "wsd": [
+            {
+                "schedule": "wsd",
+                "decay_frac": 0.4,
+                "decay_shape": "sqrt",
+                "min_lr_frac": 0.1,
+                "wd_schedule": "cosine",
+            }
+        ],
         "shuffled": [{"order": "shuffle_titles", "epochs": 2}],
         "unigram": [{"tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 380}],
         "bfloat16": [{"dtype": "bfloat16"}],
-    }  # fmt: skip
+    }
     return chance.choice(choices[name])
 
 
@@ -242,8 +326,11 @@ def draw_growth(chance: random.Random) -> dict[str, Any]:
     ops = []
     for i, op in enumerate(chance.sample(OPS, chance.choice([1, 2, 3]))):
         triggers: list[dict[str, Any]] = [
-            {"step": 5 + 6 * i}, {"budget_frac": 0.2 + 0.2 * i}, {"wait_iters": 6}, {"any": [{"loss_below": 5.5}, {"wait_iters": 9}]},
-        ]  # fmt: skip
+            {"step": 5 + 6 * i},
+            {"budget_frac": 0.2 + 0.2 * i},
+            {"wait_iters": 6},
+            {"any": [{"loss_below": 5.5}, {"wait_iters": 9}]},
+        ]
         ops.append(op | {"trigger": chance.choice(triggers)})
     return {"version": 2, "ops": ops}
 
@@ -293,8 +380,12 @@ def train_command(fields: dict[str, Any], out: Path, store: Path | None, size: s
 
 def write_study(chance: random.Random, path: Path) -> Path:
     fields = BASE | {
-        "optimizer": chance.choice(optimizers()), "dev_frac": 0.2, "schedule": "wsd", "dropout": 0.1, "checkpoint_every": 4,
-    }  # fmt: skip
+        "optimizer": chance.choice(optimizers()),
+        "dev_frac": 0.2,
+        "schedule": "wsd",
+        "dropout": 0.1,
+        "checkpoint_every": 4,
+    }
     lines = [
         'name = "soak"',
         'preset = "baseline"',
@@ -744,7 +835,8 @@ def progress(result: Result) -> str:
     if result.skipped:
         verdict = f"skipped: {result.skipped}"
     disturbances = show(result.disturbances)
-    return f"#{result.index} {result.about}: {disturbances} in {result.sessions} sessions, {verdict} ({result.seconds:.1f} s)"
+    subject = f"#{result.index} {result.about}: {disturbances} in {result.sessions} sessions"
+    return f"{subject}, {verdict} ({result.seconds:.1f} s)"
 
 
 def summary(results: Sequence[Result], seed: int, seconds: float) -> str:
@@ -759,7 +851,8 @@ def summary(results: Sequence[Result], seed: int, seconds: float) -> str:
         "",
         f"disturbances: {sum(counters['disturbances'].values()):,} ({show(counters['disturbances'])})",
         f"during: {show(counters['areas'])}",
-        f"sessions: {sum(r.sessions for r in results):,}, of which {sum(r.clocks for r in results):,} had a wrong or jumping clock",
+        f"sessions: {sum(r.sessions for r in results):,}, "
+        f"of which {sum(r.clocks for r in results):,} had a wrong or jumping clock",
         f"exit codes: {show_codes(counters['codes'])}",
         f"subjects: {show(kinds)}; {len(skipped)} skipped",
         f"comparisons: {sum(r.comparisons for r in results):,}",
@@ -806,12 +899,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         usage="./task soak -- [OPTIONS]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0: all are the same. 1: one differs or crashes, or nothing was compared. 2: wrong use. 130, 143: stopped.",
+        epilog="Exit codes: 0: all are the same. 1: one differs or crashes, or nothing was compared. "
+        "2: wrong use. 130, 143: stopped.",
     )
     parser.add_argument(
-        "--kills", type=whole_number(1), default=100, metavar="N",
+        "--kills",
+        type=whole_number(1),
+        default=100,
+        metavar="N",
         help="stop after N disturbances; stops, killed workers and full disks count as well (default: 100)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--seed", type=int, default=1, help="decides what is run and how it is disturbed (default: 1)"
     )

@@ -1,8 +1,9 @@
 """Sessions of the command line for the soak test: start them, watch them and disturb them at chosen moments.
 
-A session is `mainrun ARGUMENTS` in its own process. It is forked from a process that has imported everything and computed
-nothing, so it starts in milliseconds. A disturbance is a signal. It is sent after some seconds, or just before the n-th file
-operation of the session. The second way always hits the few instructions between two operations.
+A session is `mainrun ARGUMENTS` in its own process. It is forked from a process that has imported
+everything and computed nothing, so it starts in milliseconds. A disturbance is a signal. It is sent
+after some seconds, or just before the n-th file operation of the session. The second way always hits the
+few instructions between two operations.
 """
 
 from __future__ import annotations
@@ -32,11 +33,39 @@ from typing import Any
 
 # imported once, before the first session
 WARM = (
-    "mainrun.cli", "mainrun.train", "mainrun.run.batch", "mainrun.ui.compare", "mainrun.core.moe", "mainrun.core.lora", "mainrun.growth.controller",
-    "sweeps.cli", "sweeps.study", "sweeps.driver", "sweeps.confirm", "sweeps.export", "sweeps.folder", "sweeps.database", "sweeps.sampling",
-    "sweeps.branch", "sweeps.engine.local", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors.torch", "optuna", "sqlalchemy",
-    "sqlalchemy.dialects.sqlite", "scipy.stats", "pyarrow.parquet", "rich.console", "rich.table", "rich.box", "tomllib", "torch._dynamo",
-)  # fmt: skip
+    "mainrun.cli",
+    "mainrun.train",
+    "mainrun.run.batch",
+    "mainrun.ui.compare",
+    "mainrun.core.moe",
+    "mainrun.core.lora",
+    "mainrun.growth.controller",
+    "sweeps.cli",
+    "sweeps.study",
+    "sweeps.driver",
+    "sweeps.confirm",
+    "sweeps.export",
+    "sweeps.folder",
+    "sweeps.record",
+    "sweeps.sampling",
+    "sweeps.branch",
+    "sweeps.engine.local",
+    "torch",
+    "numpy",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors.torch",
+    "optuna",
+    "sqlalchemy",
+    "sqlalchemy.dialects.sqlite",
+    "scipy.stats",
+    "pyarrow.parquet",
+    "rich.console",
+    "rich.table",
+    "rich.box",
+    "tomllib",
+    "torch._dynamo",
+)
 
 DRIVER_LEVEL = {
     "OMP_NUM_THREADS": "1",
@@ -61,9 +90,16 @@ FILE_OPERATIONS = frozenset(
 )
 # the purpose of a file operation: the first entry whose text occurs in the path wins
 AREAS = (
-    ("token cache", "/tokens"), ("checkpoint", "/checkpoints"), ("store", "/.store"), ("store", "/store/"), ("rows", "metrics.jsonl"),
-    ("rows", "growth.jsonl"), ("end", "summary.json"), ("study", "/studies/"), ("start", ""),
-)  # fmt: skip
+    ("token cache", "/tokens"),
+    ("checkpoint", "/checkpoints"),
+    ("store", "/.store"),
+    ("store", "/store/"),
+    ("rows", "metrics.jsonl"),
+    ("rows", "growth.jsonl"),
+    ("end", "summary.json"),
+    ("study", "/studies/"),
+    ("start", ""),
+)
 NAMES = tuple(dict.fromkeys(name for name, _ in AREAS))
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "STOP": signal.SIGSTOP}
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -91,7 +127,7 @@ def warm_up() -> None:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A signal just before file operation number `operation`, or after `after` seconds. WORKER kills a worker of a study."""
+    """A signal before file operation number `operation`, or after `after` seconds. WORKER kills a worker."""
 
     kind: str
     after: float = 0.0
@@ -282,7 +318,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of processes whose parent has exited, so that `wait_for_orphans` can wait for them."""
+    """Become the parent of processes whose parent has exited. `wait_for_orphans` can then wait for them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -428,7 +464,7 @@ class Worker:
 
 
 class ForkServer:
-    """A process that forks the workers of a study. The process that drives the study has threads and must not fork."""
+    """A process that forks the workers of a study. The driver itself has threads and must not fork."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -447,7 +483,7 @@ class ForkServer:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def popen(self, command: list[str], *, env: dict[str, str], cwd: str | None = None, **_: Any) -> Worker:
-        """Replaces `subprocess.Popen`. The command is an interpreter, -c, a program and the arguments of the command line."""
+        """Replace `subprocess.Popen`. The command is an interpreter, -c, a program and its arguments."""
         with self.lock:
             number = next(self.numbers)
             worker = self.workers[number] = Worker(self, number, self.folder / f"worker-{number}.log")

@@ -22,9 +22,10 @@ from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device, machine_class
 from mainrun.data.corpus import load_corpus
+from mainrun.files.hashing import sha256_file
 from mainrun.run import batch
 from mainrun.run.session import train
-from mainrun.store.nodes import Node, Store, sha256
+from mainrun.store.nodes import Node, Store
 
 # 37 steps, with nodes at steps 18 and 36 (scores), 27 (start of the decay) and 37 (end)
 SMALL: dict[str, Any] = {
@@ -75,7 +76,7 @@ def restate(store: Store, node: Node, change: Callable[[dict[str, Any]], object]
     tensors = load_file(states / f"{node.state}.safetensors")
     change(tensors)
     save_file(tensors, states / "new")
-    found = sha256(states / "new")
+    found = sha256_file(states / "new")
     (states / "new").rename(states / f"{found}.safetensors")
     (states / f"{node.state}.safetensors").unlink()
     return rewrite(store, node, state=found, size=(states / f"{found}.safetensors").stat().st_size)
@@ -251,7 +252,7 @@ EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
     ),
     "the tokens presented": (
         27,
-        lambda n: {"presented": n.presented + 1},
+        lambda n: {"tokens_processed": n.tokens_processed + 1},
         "3,457 tokens were presented, its steps present 3,456",
     ),
     "its config": (27, lambda n: {"config": n.config | {"lr": 0.02}}, "its config does not lead to its key"),
@@ -268,7 +269,7 @@ def test_an_edit_with_a_valid_checksum_is_detected(store: Store, step: int, edit
 
 def test_a_node_under_the_key_of_another_config_is_detected(store: Store) -> None:
     """The node is valid, but its config has a later decay than the config of the key."""
-    other = batch.plan([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
+    other = batch.share_steps([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
     rewrite(store, at(store, 37), key=other)
     assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {
         "its config does not lead to its key"
@@ -389,7 +390,7 @@ def test_differences_exit_with_1(store: Store) -> None:
     assert same.exit_code == 0 and same.stdout.count("same ") == 4 and "steps 1 to 18 of" in same.stdout
     rewrite(store, at(store, 27), rows=changed(at(store, 27).rows, "step", 20, loss=1.0))
     result = ask("audit", "--store", store, "--segments", 4, "--json")
-    assert result.exit_code == 1 and "trained again is not what the store holds" in result.stderr
+    assert result.exit_code == 1 and "that was trained again differs from the store" in result.stderr
     assert {entry["step"]: entry["status"] for entry in json.loads(result.stdout)} == {
         18: "same",
         27: "differs",

@@ -474,7 +474,7 @@ def test_the_studies_have_the_documented_trials() -> None:
     second = lineage.late_change(base, lineage.MOVED)
     assert len(first) == len(second) == 192 and len({cfg.run_id for cfg in first + second}) == 288
     assert len({cfg.run_id for cfg in lineage.piecewise(base)}) == 128
-    chains = batch.resolved({cfg.run_id: cfg for cfg in first + second}.values())[1]
+    chains = batch.resolve({cfg.run_id: cfg for cfg in first + second}.values())[1]
 
     def saving(configs: list[TrainConfig]) -> float:
         requested = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)

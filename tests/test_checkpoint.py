@@ -1,4 +1,4 @@
-"""Checkpoints: there whole or not at all, and never believed unchecked."""
+"""Checkpoints: written atomically, verified when loaded, and resumed from."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.errors import RunError
+from mainrun.files.hashing import sha256_json
 from mainrun.run.progress import Progress
 from mainrun.run.session import train
 from mainrun.store import checkpoint
@@ -47,7 +48,7 @@ def saved(folder: Path, step: int, **meta: Any) -> Path:
 def newest(
     folder: Path, usable: Callable[[dict[str, Any]], str | None] = lambda meta: None
 ) -> tuple[int | None, list[str]]:
-    """The step that is loaded (its tensors must be those that were saved), and the notes."""
+    """Load the newest checkpoint and check its tensors. Return its step and the notes."""
     notes: list[str] = []
     found = checkpoint.load_newest(folder, usable, notes.append)
     if found is None:
@@ -64,7 +65,7 @@ def edit_meta(place: Path, change: Callable[[dict[str, Any]], Any], **dump: Any)
     (place / "meta.json").write_text(json.dumps(meta, **dump))
 
 
-# -- what was saved comes back
+# -- saving and loading
 
 
 @given(
@@ -81,7 +82,7 @@ def test_every_bit_comes_back(
     raw: bytes,
     transposed: bool,
 ) -> None:
-    """Any bits at all: NaNs with a payload, negative zeros, subnormals; scalars, empty tensors, views."""
+    """These include NaNs with a payload, negative zeros, subnormals, scalars, empty tensors and views."""
     n = torch.Size(shape).numel()
     bits = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     value = (bits[:n] > 127) if dtype == torch.bool else bits[: n * dtype.itemsize].view(dtype)
@@ -122,11 +123,11 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
         saved(tmp_path, step)
         assert newest(tmp_path) == (step, [])
     assert checkpoint.KEEP == 2
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-200000000", "step-100000000"]
+    assert [p.name for p in checkpoint.paths(tmp_path)] == ["step-200000000", "step-100000000"]
 
 
-def test_a_damaged_newer_one_does_not_push_a_good_one_out(tmp_path: Path) -> None:
-    """A run that fell back to step 10 saves step 12: what it passed over must not count as one of the two."""
+def test_a_damaged_newer_checkpoint_does_not_displace_a_good_one(tmp_path: Path) -> None:
+    """A run falls back to step 10 and saves step 12. The damaged checkpoint must not count."""
     for step in (10, 37):
         saved(tmp_path, step)
     shutil.copytree(tmp_path / "step-00000037", tmp_path / "step-00000038")
@@ -135,7 +136,7 @@ def test_a_damaged_newer_one_does_not_push_a_good_one_out(tmp_path: Path) -> Non
     assert newest(tmp_path)[0] == 10
     saved(tmp_path, 12)
     assert newest(tmp_path) == (12, [])
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000012", "step-00000010"]
+    assert [p.name for p in checkpoint.paths(tmp_path)] == ["step-00000012", "step-00000010"]
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_an_empty_or_absent_folder_has_none(tmp_path: Path) -> None:
     assert newest(tmp_path) == newest(tmp_path / "nowhere") == (None, [])
 
 
-# -- damage is detected, named, and the one before is used
+# -- damage
 
 
 def cut(name: str, at: float) -> Callable[[Path], None]:
@@ -179,13 +180,13 @@ def another_step(meta: dict[str, Any]) -> None:
     meta["step"] += 1
 
 
-def posed_pickle(place: Path) -> None:
-    """What a forger would do: a pickle for the tensors, and every checksum made to fit."""
+def forged_pickle(place: Path) -> None:
+    """Replace the tensors by a pickle and fix every checksum, as a forger would."""
     (place / "state.safetensors").write_bytes(pickle.dumps(Trap()))
     meta = json.loads((place / "meta.json").read_text())
     del meta["meta_sha256"]
     meta["state_sha256"] = hashlib.sha256((place / "state.safetensors").read_bytes()).hexdigest()
-    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
+    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": sha256_json(meta)})
 
 
 class Trap:
@@ -223,23 +224,23 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         place.parent / "step-00000001" / "state.safetensors", place
     ),
     "the older one's meta": lambda place: shutil.copy(place.parent / "step-00000001" / "meta.json", place),
-    "a pickle": posed_pickle,
+    "a pickle": forged_pickle,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_damage_is_reported_and_the_checkpoint_before_is_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     saved(tmp_path, 1)
     place = saved(tmp_path, 2)
     damage(place)
     step, notes = newest(tmp_path)
     assert step == 1
     assert (
-        len(notes) == 1
-        and notes[0].startswith(f"checkpoint {place} is passed over: ")
-        and "\n" not in notes[0]
+        len(notes) == 1 and notes[0].startswith(f"checkpoint {place} is skipped: ") and "\n" not in notes[0]
     )
-    saved(tmp_path, 3)  # whatever lies there, the run goes on
+    saved(tmp_path, 3)  # the run continues in spite of the damage
     assert newest(tmp_path) == (3, [])
 
 
@@ -268,7 +269,7 @@ def test_any_changed_byte_is_detected(whole: dict[Path, bytes], data: st.DataObj
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
 def test_each_changed_byte_is_detected(whole: dict[Path, bytes], name: str) -> None:
-    """Not a sample: every blank, line end and zero of both files, and a cut at every seventh byte."""
+    """Change every blank, line end and zero of both files, and cut them at every seventh byte."""
     path = next(p for p in whole if p.name == name)
     for at, byte in enumerate(whole[path]):
         if byte in b" \n\x00":
@@ -281,22 +282,22 @@ def test_each_changed_byte_is_detected(whole: dict[Path, bytes], name: str) -> N
     assert newest(path.parents[1]) == (3, [])
 
 
-def test_a_foreign_one_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_reported_with_the_reason(tmp_path: Path) -> None:
     saved(tmp_path, 1, digest="ours")
     saved(tmp_path, 2, digest="theirs")
     step, notes = newest(
         tmp_path, lambda meta: None if meta["digest"] == "ours" else "it belongs to another config"
     )
     assert step == 1 and notes == [
-        f"checkpoint {tmp_path}/step-00000002 is passed over: it belongs to another config"
+        f"checkpoint {tmp_path}/step-00000002 is skipped: it belongs to another config"
     ]
 
 
 # -- writing is atomic
 
 
-def test_what_a_kill_left_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
-    """A kill between writing and renaming leaves a .tmp folder, whole as it may be."""
+def test_a_temporary_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    """A process that is killed before the rename leaves a .tmp folder, which may be complete."""
     saved(tmp_path, 1)
     left = shutil.copytree(saved(tmp_path, 2), tmp_path / ".tmp-step-00000003")
     torn = tmp_path / ".tmp-step-00000002"
@@ -309,7 +310,7 @@ def test_what_a_kill_left_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("function", ["write_json", "sha256_file", "save_file", "rename"])
-def test_an_error_while_writing_leaves_the_one_before_and_nothing_else(
+def test_an_error_while_writing_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     class Killed(BaseException):
@@ -336,7 +337,7 @@ def test_an_unwritable_place_is_a_run_error(tmp_path: Path) -> None:
         saved(tmp_path / "checkpoints", 1)
 
 
-# -- the run on top of them
+# -- runs that resume
 
 
 class Notes(Progress):
@@ -366,11 +367,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Run
 
 
 def again(cfg: TrainConfig, run: RunDir, out: Path, damage: Callable[[list[Path]], None]) -> Notes:
-    """Copy a finished run as if killed before its summary, damage its checkpoints (newest first), start it again: it must end the same."""
+    """Copy a run without its summary, damage its checkpoints and resume it. It must end with the same bits.
+
+    damage: called with the paths of the checkpoints, newest first.
+    """
     notes = Notes()
     copy = RunDir(shutil.copytree(run.path, out / cfg.run_id))
     (copy.path / "summary.json").unlink()
-    damage(checkpoint.steps(copy.checkpoints))
+    damage(checkpoint.paths(copy.checkpoints))
     summary = train(cfg, out, progress=notes)
     expected = run.summary()
     assert expected is not None and summary["weights"] == expected["weights"]
@@ -379,18 +383,18 @@ def again(cfg: TrainConfig, run: RunDir, out: Path, damage: Callable[[list[Path]
     return notes
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(
+def test_a_run_resumes_from_its_newest_checkpoint(
     finished: tuple[TrainConfig, RunDir], tmp_path: Path
 ) -> None:
     notes = again(*finished, tmp_path, lambda places: None)
-    assert notes.first_step == 0 and not any("passed over" in n for n in notes.all)
+    assert notes.first_step == 0 and not any("is skipped" in n for n in notes.all)
 
 
 def test_a_run_falls_back_to_the_checkpoint_before(
     finished: tuple[TrainConfig, RunDir], tmp_path: Path
 ) -> None:
     notes = again(*finished, tmp_path, lambda places: flip("state.safetensors", 0.6)(places[0]))
-    steps = [int(p.name.split("-")[1]) for p in checkpoint.steps(finished[1].checkpoints)]
+    steps = [int(p.name.split("-")[1]) for p in checkpoint.paths(finished[1].checkpoints)]
     assert notes.first_step == steps[1] + 1
     assert any(f"step-{steps[0]:08}" in n and "torn or was changed" in n for n in notes.all)
 
@@ -404,10 +408,10 @@ def test_a_run_without_a_usable_checkpoint_starts_over(
 
     notes = again(*finished, tmp_path, damage)
     assert notes.first_step == 1
-    assert sum("passed over" in n for n in notes.all) == 2 and "starts over at step 0" in notes.all[-1]
+    assert sum("is skipped" in n for n in notes.all) == 2 and "starts over at step 0" in notes.all[-1]
 
 
-def test_a_run_takes_no_checkpoint_of_another_config(
+def test_a_run_does_not_use_a_checkpoint_of_another_config(
     finished: tuple[TrainConfig, RunDir], tmp_path: Path
 ) -> None:
     cfg = TrainConfig(**finished[0].model_dump() | {"seed": 2})
@@ -415,7 +419,7 @@ def test_a_run_takes_no_checkpoint_of_another_config(
     own = tmp_path / "own"
     train(cfg, own)
     target = RunDir(tmp_path / cfg.run_id)
-    for place in checkpoint.steps(finished[1].checkpoints):
+    for place in checkpoint.paths(finished[1].checkpoints):
         shutil.copytree(place, target.checkpoints / place.name)
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy((own / cfg.run_id if name == "config.json" else finished[1].path) / name, target.path)
@@ -426,10 +430,8 @@ def test_a_run_takes_no_checkpoint_of_another_config(
     assert undisturbed is not None and summary["weights"] == undisturbed["weights"]
 
 
-def test_a_run_whose_rows_were_changed_waits_for_a_decision(
-    finished: tuple[TrainConfig, RunDir], tmp_path: Path
-) -> None:
-    """metrics.jsonl that was edited, or lost, is not continued as if nothing had been."""
+def test_a_run_whose_log_was_changed_is_refused(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+    """A run does not resume with a metrics.jsonl that was edited or lost."""
 
     def damage(places: list[Path]) -> None:
         path = places[0].parents[1] / "metrics.jsonl"
@@ -439,14 +441,12 @@ def test_a_run_whose_rows_were_changed_waits_for_a_decision(
 
     with pytest.raises(RunError, match=r"metrics.jsonl is not the one.*--fresh"):
         again(*finished, tmp_path, damage)
-    assert len(checkpoint.steps(tmp_path / finished[0].run_id / "checkpoints")) == 2, (
+    assert len(checkpoint.paths(tmp_path / finished[0].run_id / "checkpoints")) == 2, (
         "the weights are still there"
     )
 
 
-def test_a_run_whose_beginning_is_lost_is_not_judged_by_its_end(
-    finished: tuple[TrainConfig, RunDir], tmp_path: Path
-) -> None:
-    """Without env.json nothing says that the evaluation is still the first sitting's."""
+def test_a_run_without_env_json_is_refused(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
+    """Without env.json, nothing proves that the evaluation code is that of the first session."""
     with pytest.raises(RunError, match=r"env.json.*is missing.*--fresh"):
         again(*finished, tmp_path, lambda places: (places[0].parents[1] / "env.json").unlink())

@@ -200,7 +200,7 @@ def test_a_wrong_command_line_gets_one_message_and_exit_code_2(args: list[str], 
 
 @pytest.mark.parametrize("args", [["compare", "a", "b"], ["sample", "a", "--prompt", "x"]])
 def test_the_refusal_of_an_unknown_run_suggests_the_nearest(args: list[str], tmp_path: Path) -> None:
-    refused(invoke(*args, "--out", tmp_path), "'a'", "there are none yet")
+    refused(invoke(*args, "--out", tmp_path), "'a'", "it has no runs yet")
     make_run(tmp_path, TrainConfig(preset="apple"))
     misspelt = ["appel-0" if arg == "a" else arg for arg in args]
     refused(invoke(*misspelt, "--out", tmp_path), "'appel-0'", TrainConfig(preset="apple").run_id)

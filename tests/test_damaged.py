@@ -1,6 +1,8 @@
-"""Damaged files on disk: a command that reads one neither crashes nor hangs, and it does not change undamaged files.
+"""Damaged files on disk: a command that reads one does not crash, hang or change undamaged files.
 
-The damage is in damage.py, which also runs thousands of cases: `python tests/damage.py --cases 20000 --seed 1`.
+The damage is in damage.py, which can also run thousands of cases:
+
+    python tests/damage.py --cases 20000 --seed 1
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, 
 
 
 def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float) -> None:
-    """Run as many random cases as fit in the time. The message of a failure has the command that repeats it."""
+    """Run random cases until the time is over. The message of a failure has the command that repeats it."""
     end = time.monotonic() + seconds
     index = 0
     while time.monotonic() < end:
@@ -105,7 +107,7 @@ def test_damage_leaves_the_rest_of_the_file() -> None:
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
 @pytest.mark.parametrize("what", ["missing", "a FIFO", "a folder"])
-def test_a_checkpoint_that_cannot_be_handed_in(fixture: FixtureDirectory, name: str, what: str) -> None:
+def test_a_damaged_checkpoint_cannot_be_submitted(fixture: FixtureDirectory, name: str, what: str) -> None:
     fixture.renew("runs")
     run = RunDir(fixture.place / "runs" / fixture.names["whole"])
     replace_with(max(run.checkpoints.iterdir()) / name, what)
@@ -129,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_handed_in(fixture: FixtureDirectory, name: 
         (b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
     ],
 )
-def test_a_text_that_is_no_document(data: bytes, why: str) -> None:
+def test_an_invalid_document(data: bytes, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         records.parse(data)
 
@@ -139,7 +141,7 @@ def test_a_document_may_be_nested_a_hundred_deep() -> None:
 
 
 @pytest.mark.parametrize("what", sorted(PLACES))
-def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> None:
+def test_a_path_that_is_not_a_file_is_reported_and_not_opened(tmp_path: Path, what: str) -> None:
     path = tmp_path / "x.json"
     PLACES[what](path)
     if what == "missing":
@@ -155,15 +157,15 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
     ("shape", "good", "bad"),
     [
         (records.number, [0, -1.5, 1e39], [True, "1", None, float("nan"), float("inf"), 10**400, 1e41]),
-        (records.real, [0, float("inf"), float("nan")], [True, "1", None, 10**400]),
+        (records.any_number, [0, float("inf"), float("nan")], [True, "1", None, 10**400]),
         (records.count, [0, 10**18], [True, -1, 1.0, 10**19, "1", None]),
         (records.step, [0, 10**9], [-1, 10**9 + 1]),
-        (records.first, [1], [0]),
-        (records.above, [1e-30, 5], [0, -1, float("inf"), "5", True]),
+        (records.at_least_one, [1], [0]),
+        (records.above_zero, [1e-30, 5], [0, -1, float("inf"), "5", True]),
         (records.share, [0, 1, 0.5], [-0.1, 1.1]),
         (records.text, ["", "a ü"], [5, None, "a\nb", "\x1b[31m", "\ud800"]),
         (records.any_text, ["a\nb"], [5, None, "\ud800"]),
-        (records.yes_or_no, [True, False], [0, 1, "true", None]),
+        (records.true_or_false, [True, False], [0, 1, "true", None]),
         (records.table, [{}], [[], None, 5]),
         ([records.count], [[], [1, 2]], [{}, [1, "x"], 5]),
         ({"a": records.count}, [{"a": 1}, {"a": 1, "b": "x"}], [{}, {"a": "x"}, [], None]),
@@ -171,7 +173,7 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
         (records.optional(records.count), [None, 1], ["x"]),
         (records.table_of(records.count), [{}, {"x": 1}], [{"x": "y"}, {"a\nb": 1}, []]),
         (records.pair(records.count), [[1, 2]], [[1], [1, 2, 3], [1, "x"], 5]),
-        (records.some(records.count), [[1]], [[], ["x"]]),
+        (records.non_empty(records.count), [[1]], [[], ["x"]]),
         (records.one_of("a", "b"), ["a"], ["c", None, [], {}]),
         (records.setting, [None, True, 1, 0.5, "x"], [[], {}, float("nan"), "\ud800"]),
         (
@@ -180,18 +182,18 @@ def test_what_is_no_file_is_said_and_not_opened(tmp_path: Path, what: str) -> No
             [5, "x", "[]", '{"x": 1}', '{"0": "x"}', '{"99999": 1}', '{"0": NaN}'],
         ),
         (
-            records.metric,
+            records.metrics_row,
             [{"event": "step", "step": 1}],
             [{"event": "step", "step": 0}, {"event": "x"}, {"event": []}, {"step": 1}, 5, None],
         ),
     ],
 )
-def test_a_shape_takes_what_fits(shape: Any, good: list[Any], bad: list[Any]) -> None:
+def test_a_shape_accepts_valid_values(shape: Any, good: list[Any], bad: list[Any]) -> None:
     assert [value for value in good if records.fault(value, shape)] == []
     assert [value for value in bad if not records.fault(value, shape)] == []
 
 
-def test_a_fault_says_where_and_what() -> None:
+def test_a_fault_names_the_path_and_the_value() -> None:
     shape = {"last": {"full": records.number}, "guards": [{"name": records.text}]}
     assert records.fault({"last": 5, "guards": []}, shape) == "has last = 5, but last must be an object"
     assert (
@@ -206,15 +208,17 @@ def test_a_fault_says_where_and_what() -> None:
 
 def test_a_plain_row_is_checked_quickly_and_like_any_other() -> None:
     row = {"event": "step", "step": 1, "tokens": 8, "lr": 0.1, "loss": 2.0, "grad_norm": 1.0, "seconds": 0.5}
-    assert records.fault(row, records.metric) == ""
+    assert records.fault(row, records.metrics_row) == ""
     for name in row.keys() - {"event"}:
         for other in (None, "x", -1, 0, 1.5, [], True, float("nan"), 1e300, 10**30):
             changed = row | {name: other}
-            assert records.fault(changed, records.metric) == records.fault(changed, records.STEP_ROW)
+            assert records.fault(changed, records.metrics_row) == records.fault(changed, records.STEP_ROW)
 
 
-def test_rows_are_read_up_to_the_one_that_is_damaged() -> None:
-    rows = records.lines(b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metric)
+def test_rows_are_read_up_to_the_first_damaged_one() -> None:
+    rows = records.lines(
+        b'{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n[1]\n', records.metrics_row
+    )
     assert [next(rows)["step"], next(rows)["step"]] == [1, 2]
     with pytest.raises(BadInput, match=r"line 3 is \[1\]"):
         next(rows)

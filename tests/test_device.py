@@ -368,7 +368,7 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: 
         and "--set compile=off trains without it" in done.stderr
     )
     missing = subprocess.run(command, env=env | {"CXX": "/no/such/compiler"}, capture_output=True, text=True)
-    assert missing.returncode == 2 and "CXX=/no/such/compiler is not there" in missing.stderr
+    assert missing.returncode == 2 and "CXX=/no/such/compiler does not exist" in missing.stderr
 
 
 def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(

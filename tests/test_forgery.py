@@ -18,6 +18,7 @@ from mainrun.config import TrainConfig
 from mainrun.data import token_cache
 from mainrun.data.corpus import load_corpus
 from mainrun.errors import Interrupted, RunError
+from mainrun.files.hashing import sha256_json
 from mainrun.run import resume
 from mainrun.run.progress import Progress
 from mainrun.run.session import train as train_run
@@ -80,11 +81,11 @@ def test_scores_that_the_weights_contradict(tiny: Callable[..., TrainConfig], tm
                 row[key] /= 2
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (run.path / "metrics.jsonl").write_bytes(text)
-    newest = checkpoint.steps(run.checkpoints)[0]
+    newest = checkpoint.paths(run.checkpoints)[0]
     meta = json.loads((newest / "meta.json").read_text())
     del meta["meta_sha256"]
     meta["metrics"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (newest / "meta.json").write_text(to_json(meta | {"meta_sha256": checkpoint._meta_sha256(meta)}))
+    (newest / "meta.json").write_text(to_json(meta | {"meta_sha256": sha256_json(meta)}))
     (run.path / "summary.json").unlink()
     assert {"same_evaluate", "random_start"} & failed(train_run(cfg, tmp_path))
 

@@ -1,4 +1,4 @@
-"""Values in messages, paths, and documents in TOML, JSON and YAML: what is accepted, and the words of each refusal."""
+"""Values in messages, paths, and documents in TOML, JSON and YAML: what is accepted, and each message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mainrun.files.inputs import BadInput
 
 
 def short(value: Any) -> str:
-    """An example in the name of its test."""
+    """Return an example as a short id of its test."""
     return inputs.shown(value, 40).replace("::", ":")
 
 
@@ -41,7 +41,7 @@ def test_a_value_in_a_message(value: Any, text: str) -> None:
     assert inputs.shown(value) == text
 
 
-def test_what_is_short_enough_is_whole() -> None:
+def test_a_short_text_is_not_cut() -> None:
     assert inputs.shortened("x" * 90, 90) == "x" * 90
     assert inputs.shortened("x" * 91, 90) == "x" * 60 + " [... 1 characters ...] " + "x" * 30
     assert inputs.printable("tab\tand\x7f") == r"tab\tand\x7f"
@@ -85,9 +85,7 @@ def test_the_first_ten_and_how_many_more(count: int, last: list[str]) -> None:
     ],
     ids=short,
 )
-def test_what_no_file_can_be_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
-) -> None:
+def test_an_invalid_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     found = inputs.bad_path(text)
@@ -117,7 +115,7 @@ def test_what_no_file_can_be_called(
     ],
     ids=["a file", "nothing", "a folder", "a pipe", "a device", "a loop", "a long name", "below a file"],
 )
-def test_what_is_no_file(tmp_path: Path, name: str, make: Callable[[Path], Any], why: str) -> None:
+def test_a_path_that_is_not_a_file(tmp_path: Path, name: str, make: Callable[[Path], Any], why: str) -> None:
     make(tmp_path / name)
     assert inputs.not_a_file(tmp_path / name).startswith(why)
     assert bool(inputs.not_a_file(tmp_path / name)) == bool(why)
@@ -135,12 +133,12 @@ def test_what_is_no_file(tmp_path: Path, name: str, make: Callable[[Path], Any],
         (errno.ENOTDIR, UsageError, "a part of the path is a file"),
         (errno.EIO, UsageError, "Input/output error; check it"),
         (errno.ENOSPC, DiskFull, "no space left to write 'a'"),
-        (errno.EDQUOT, DiskFull, "start the same command again"),
+        (errno.EDQUOT, DiskFull, "run the same command again"),
         (errno.EFBIG, DiskFull, "File too large"),
     ],
     ids=short,
 )
-def test_an_error_of_the_system_as_ours(number: int, kind: type[Exception], words: str) -> None:
+def test_an_os_error_becomes_an_error_of_mainrun(number: int, kind: type[Exception], words: str) -> None:
     found = inputs.refusal(OSError(number, os.strerror(number), "a"))
     assert type(found) is kind and words in str(found)
 
@@ -172,14 +170,14 @@ def test_a_text_with_or_without_a_byte_order_mark(tmp_path: Path, data: bytes, t
     ],
     ids=short,
 )
-def test_what_is_no_text(tmp_path: Path, data: bytes, why: str) -> None:
+def test_a_file_that_is_not_text(tmp_path: Path, data: bytes, why: str) -> None:
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(BadInput) as e:
         inputs.read_text(tmp_path / "a")
     assert str(e.value).startswith(why)
 
 
-def test_a_file_beyond_all_use_is_not_read(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "a").open("wb") as f:
         f.truncate(inputs.LARGEST + 1)
     with pytest.raises(BadInput, match="has 16,000,001 bytes; at most 16,000,000"):
@@ -210,7 +208,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     ],
     ids=short,
 )
-def test_a_document(kind: str, text: str, value: Any) -> None:
+def test_a_valid_document(kind: str, text: str, value: Any) -> None:
     assert value is ... or PARSERS[kind](text) == value
     PARSERS[kind](text)
 
@@ -247,12 +245,12 @@ def test_a_document(kind: str, text: str, value: Any) -> None:
     ],
     ids=short,
 )
-def test_a_document_that_is_refused(kind: str, text: str, why: str) -> None:
+def test_an_invalid_document(kind: str, text: str, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         PARSERS[kind](text)
 
 
-def test_lists_that_name_each_other_a_billion_times() -> None:
+def test_aliases_that_repeat_a_list_a_billion_times() -> None:
     lines = [f"{b}: &{b} [{','.join(['*' + a] * 9)}]" for a, b in zip("abcdefghi", "bcdefghij", strict=True)]
     began = time.monotonic()
     with pytest.raises(BadInput, match="more than 1,000,000 values"):
@@ -263,13 +261,23 @@ def test_lists_that_name_each_other_a_billion_times() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1", 1), ("1.5", 1.5), ("true", True), ("[1, 2]", [1, 2]), ('"x"', "x"), ("{ a = 1 }", {"a": 1}), ("nan0", "nan0"), ("", ""),
-        ("fast", "fast"), ("file:x.txt#a", "file:x.txt#a"), ("1\nb = 2", "1\nb = 2"), ("1 # one", 1),
+        ("1", 1),
+        ("1.5", 1.5),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ('"x"', "x"),
+        ("{ a = 1 }", {"a": 1}),
+        ("nan0", "nan0"),
+        ("", ""),
+        ("fast", "fast"),
+        ("file:x.txt#a", "file:x.txt#a"),
+        ("1\nb = 2", "1\nb = 2"),
+        ("1 # one", 1),
         ("07:32:00", "07:32:00"),
         ("2026-11-28", "2026-11-28"),
     ],
     ids=short,
-)  # fmt: skip
+)
 def test_a_value_of_set(text: str, value: Any) -> None:
     assert inputs.toml_value(text) == value
 

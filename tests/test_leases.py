@@ -1,4 +1,4 @@
-"""Leases: one holder at a time, the dead make room at once, the silent after a while, and whoever was replaced hears of it."""
+"""Leases: one holder at a time, takeover from dead and silent holders, and fencing of replaced ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ for line in sys.stdin:
 
 
 class Holder:
-    """A real process that holds a lease."""
+    """A separate process that holds a lease."""
 
     def __init__(self, files: Folder, key: str = KEY, ttl: float = TTL) -> None:
         command = [sys.executable, "-c", HOLD, str(files), str(ttl), key]
@@ -83,34 +83,34 @@ def acquired(leases: Leases, key: str = KEY, **about: object) -> Lease:
     return lease
 
 
-def silence(lease: Lease) -> None:
-    """What its beats would write is no longer written, and nothing else is known of its process."""
-    lease._over.set()
+def stop_heartbeats(lease: Lease) -> None:
+    """Stop the heartbeats of a lease, and pretend that its process is on another machine."""
+    lease._stop.set()
     assert lease._thread
     lease._thread.join()
 
 
-def elsewhere(files: Folder, key: str = KEY, token: int = 1, **about: object) -> str:
-    """A lease as a process on another machine writes it."""
+def foreign_lease(files: Folder, key: str = KEY, token: int = 1, **about: object) -> str:
+    """Write a lease as a process on another machine does."""
     name = f"leases/{key}.{token:06d}"
     files.write(name, json.dumps({"boot": "another machine", "pid": 1, "started": "1"} | about).encode())
     return name
 
 
-def taken(leases: Leases, key: str = KEY) -> None:
-    """Ask for the lease all the time, as a run does, until it is got."""
+def acquire_when_free(leases: Leases, key: str = KEY) -> None:
+    """Try to acquire the lease until it is free, as a run does."""
     until = time.monotonic() + 20
     while (lease := leases.acquire(key)) is None:
         assert time.monotonic() < until, "never got it"
         time.sleep(0.01)
-    silence(lease)
+    stop_heartbeats(lease)
 
 
 # -- one holder
 
 
 @pytest.mark.parametrize("url", ["{}", "file://{}", "memory://{}"])
-def test_what_one_holds_no_other_gets(tmp_path: Path, url: str) -> None:
+def test_a_held_lease_is_not_given_to_another(tmp_path: Path, url: str) -> None:
     place = url.format(f"{tmp_path}/store")
     mine, other = Leases(open_files(place), TTL), Leases(open_files(place), TTL)
     assert mine.active().get(KEY) is None and mine.active() == {} and mine.tokens() == {}
@@ -134,8 +134,8 @@ def test_what_one_holds_no_other_gets(tmp_path: Path, url: str) -> None:
         fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)
 
 
-def test_a_holder_that_beats_is_left_alone_for_longer_than_ttl(files: Folder) -> None:
-    ttl = 1.5  # a beat may take a while on a busy disk
+def test_a_holder_with_heartbeats_keeps_its_lease_longer_than_ttl(files: Folder) -> None:
+    ttl = 1.5  # a heartbeat may be slow on a busy disk
     lease, other = acquired(Leases(files, ttl)), Leases(files, ttl)
     seen, until = set(), time.monotonic() + 1.7 * ttl
     while time.monotonic() < until:
@@ -162,7 +162,7 @@ for line in sys.stdin:
 
 
 def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
-    """Fresh keys, and keys that a dead process on this machine has left: then both take over at once."""
+    """Some keys are new; others were leased by a dead process, so that both processes take over at once."""
     command = [sys.executable, "-c", RACE, str(files)]
     racers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -172,7 +172,9 @@ def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
         for i in range(50):
             key = f"{i:064x}"
             if i % 2:
-                files.write(f"leases/{key}.000007", json.dumps(module.me() | {"pid": 2**22 - 1}).encode())
+                files.write(
+                    f"leases/{key}.000007", json.dumps(module.this_process() | {"pid": 2**22 - 1}).encode()
+                )
             for racer in racers:
                 assert racer.stdin
                 racer.stdin.write(f"{key} {time.monotonic() + 0.005}\n")
@@ -188,8 +190,8 @@ def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
             racer.communicate()
 
 
-def test_of_many_threads_that_race_while_others_come_and_go_one_holds_at_a_time(files: Folder) -> None:
-    """Changes of hands in quick order: nobody is given a token that is old by then."""
+def test_of_many_threads_that_race_one_holds_the_lease_at_a_time(files: Folder) -> None:
+    """Leases change hands quickly. No thread must get a token that is already outdated."""
     holding_now, most, lock = 0, 0, threading.Lock()
     tokens: list[int] = []
 
@@ -215,15 +217,15 @@ def test_of_many_threads_that_race_while_others_come_and_go_one_holds_at_a_time(
     assert most == 1 and tokens == sorted(set(tokens)) and len(tokens) > 1
 
 
-# -- changes of hands
+# -- takeovers
 
 
-def test_a_process_that_was_killed_makes_room_at_once(files: Folder) -> None:
+def test_the_lease_of_a_killed_process_is_free_at_once(files: Folder) -> None:
     with holding(files, ttl=1000.0) as holder:
         leases = Leases(files, 1000.0)
         assert leases.acquire(KEY) is None and (leases.active().get(KEY) or {})["pid"] == holder.process.pid
         holder.signal(signal.SIGKILL)
-        os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet buried: a zombie
+        os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not waited for
         assert leases.active().get(KEY) is None and leases.active() == {}
         holder.process.wait()
         assert leases.active().get(KEY) is None
@@ -232,31 +234,31 @@ def test_a_process_that_was_killed_makes_room_at_once(files: Folder) -> None:
         lease.release()
 
 
-def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(files: Folder) -> None:
-    files.write(f"leases/{KEY}.000001", json.dumps(module.me() | {"started": "1"}).encode())
+def test_a_reused_process_number_does_not_keep_a_lease(files: Folder) -> None:
+    files.write(f"leases/{KEY}.000001", json.dumps(module.this_process() | {"started": "1"}).encode())
     assert acquired(Leases(files, 1000.0)).token == 2
 
 
-def test_of_another_machine_only_its_beats_are_known(files: Folder) -> None:
-    elsewhere(files, pid=2**22 - 1)
+def test_a_holder_on_another_machine_is_judged_by_its_heartbeats(files: Folder) -> None:
+    foreign_lease(files, pid=2**22 - 1)
     leases, before = Leases(files, TTL), time.monotonic()
     assert leases.active().get(KEY) is not None
-    taken(leases)
+    acquire_when_free(leases)
     assert time.monotonic() - before >= TTL
 
 
-def test_who_was_stopped_is_replaced_after_ttl_and_hears_of_it(files: Folder) -> None:
+def test_a_stopped_holder_is_replaced_after_ttl_and_is_fenced(files: Folder) -> None:
     with holding(files) as holder:
         assert holder.ask("check") == "fine"
         leases, before = Leases(files, TTL), time.monotonic()
         assert leases.acquire(KEY) is None
         holder.signal(signal.SIGSTOP)
-        taken(leases)
+        acquire_when_free(leases)
         assert time.monotonic() - before >= TTL
         holder.signal(signal.SIGCONT)
-        time.sleep(TTL)  # it beats again, into a file that means nothing any more
+        time.sleep(TTL)  # its heartbeats resume, in a file that no longer counts
         said = holder.ask("check")
-        assert said == "another process has taken these steps over since (token 2, ours is 1)"
+        assert said == "another process has taken over these steps (token 2, this process has 1)"
         assert holder.ask("finish") == "fine"
         assert Leases(files).tokens() == {KEY: [2]}, "what is another's stays when the late one lets go"
     assert issubclass(Fenced, Refused)
@@ -278,33 +280,33 @@ def test_who_was_stopped_is_replaced_after_ttl_and_hears_of_it(files: Folder) ->
         b'{"boot": "BOOT", "pid": null}',
     ],
 )
-def test_a_torn_lease_holds_until_its_beats_are_missed(files: Folder, text: bytes) -> None:
+def test_a_torn_lease_holds_until_its_heartbeats_stop(files: Folder, text: bytes) -> None:
     files.write(f"leases/{KEY}.000003", text.replace(b"BOOT", module._boot().encode()))
     leases, before = Leases(files, 0.15), time.monotonic()
     assert leases.acquire(KEY) is None and leases.active().keys() == {KEY}
-    taken(leases)
+    acquire_when_free(leases)
     assert time.monotonic() - before >= 0.15 and leases.tokens() == {KEY: [4]}
 
 
-def test_beats_put_the_end_off_whatever_they_say(files: Folder) -> None:
-    name = elsewhere(files)
+def test_any_heartbeat_extends_a_lease(files: Folder) -> None:
+    name = foreign_lease(files)
     leases = Leases(files, 0.3)
     for i in range(8):
         files.write(name, b"torn" * i)
         assert leases.acquire(KEY) is None
         time.sleep(0.1)
-    taken(leases)
+    acquire_when_free(leases)
 
 
-def test_who_looks_for_the_first_time_waits_a_whole_ttl(files: Folder) -> None:
-    """How old the file is says nothing: by whose clock?"""
-    os.utime(Path(str(files)) / elsewhere(files), (0, 0))
+def test_a_process_that_first_sees_a_lease_waits_for_all_of_ttl(files: Folder) -> None:
+    """The age of the file does not count: it depends on another machine's clock."""
+    os.utime(Path(str(files)) / foreign_lease(files), (0, 0))
     before = time.monotonic()
-    taken(Leases(files, TTL))
+    acquire_when_free(Leases(files, TTL))
     assert time.monotonic() - before >= TTL
 
 
-def test_tokens_grow_with_every_change_of_hands(files: Folder) -> None:
+def test_every_takeover_increments_the_token(files: Folder) -> None:
     leases, tokens = Leases(files, TTL), []
     for _ in range(4):
         lease = acquired(leases)
@@ -312,30 +314,30 @@ def test_tokens_grow_with_every_change_of_hands(files: Folder) -> None:
         lease.release(unfinished=True)
         assert leases.active().get(KEY) is None and leases.active() == {} and len(files.names("leases")) == 1
     assert tokens == [1, 2, 3, 4]
-    silence(late := acquired(leases))
-    files.write(late.name, json.dumps(module.me() | {"pid": 2**22 - 1}).encode())
+    stop_heartbeats(late := acquired(leases))
+    files.write(late.name, json.dumps(module.this_process() | {"pid": 2**22 - 1}).encode())
     new = acquired(leases)
     assert (late.token, new.token) == (5, 6)
     late.release(unfinished=True)
     assert leases.tokens() == {KEY: [6]}, "a late one leaves no mark on another's lease"
-    with pytest.raises(Fenced, match="token 6, ours is 5"):
+    with pytest.raises(Fenced, match="token 6, this process has 5"):
         late.check()
     new.check()
     new.release()
     assert files.names("leases") == set()
 
 
-def test_who_leaves_unfinished_is_followed_at_once(files: Folder) -> None:
+def test_an_unfinished_lease_is_free_at_once(files: Folder) -> None:
     with holding(files, ttl=1000.0) as holder:
         leases = Leases(files, 1000.0)
         assert leases.acquire(KEY) is None
         assert holder.ask("leave") == "fine"
         assert acquired(leases).token == 2
-        assert "token 2, ours is 1" in holder.ask("check")
+        assert "token 2, this process has 1" in holder.ask("check")
 
 
-def test_an_old_look_gets_no_old_token(files: Folder) -> None:
-    """Between a look and the creation others may have come and gone; the token that was free then is free again."""
+def test_an_outdated_listing_gives_no_old_token(files: Folder) -> None:
+    """Others may acquire and release the lease between the listing and the creation of the file."""
 
     class Slow(Leases):
         between: Callable[[], None] | None = None
@@ -358,10 +360,10 @@ def test_an_old_look_gets_no_old_token(files: Folder) -> None:
     assert slow.acquire(KEY) is None and others.tokens() == {KEY: [3]}
 
 
-# -- clocks, places
+# -- clocks and stores
 
 
-def test_a_beat_waits_for_no_disk(files: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_does_not_sync(files: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = acquired(Leases(files, 0.1))
 
     def slow(fd: int) -> None:
@@ -376,7 +378,7 @@ def test_a_beat_waits_for_no_disk(files: Folder, monkeypatch: pytest.MonkeyPatch
     lease.release()
 
 
-def test_a_beat_says_how_things_stand(files: Folder) -> None:
+def test_a_heartbeat_writes_the_current_status(files: Folder) -> None:
     steps = iter(range(7, 1000))
     lease = Leases(files, 0.1).acquire(KEY, lambda: {"at": next(steps)}, run="mine")
     assert lease
@@ -390,26 +392,26 @@ def test_a_beat_says_how_things_stand(files: Folder) -> None:
 
 
 @pytest.mark.parametrize("clock", [0.0, 1e6, -1e6, "frozen"])
-def test_the_clock_on_the_wall_does_not_matter(
+def test_the_system_clock_does_not_matter(
     files: Folder, monkeypatch: pytest.MonkeyPatch, clock: float | str
 ) -> None:
     real, started = time.time, time.time()
-    leases, name, before = Leases(files, 0.3), elsewhere(files), time.monotonic()
+    leases, name, before = Leases(files, 0.3), foreign_lease(files), time.monotonic()
     lease = acquired(Leases(files, 0.3), OTHER)
     assert leases.active().keys() == {KEY, OTHER}
     monkeypatch.setattr(time, "time", lambda: started if clock == "frozen" else real() + float(clock))
     stamp = started if clock == "frozen" else started + float(clock)
     os.utime(Path(str(files)) / name, (stamp, stamp))
-    assert leases.acquire(KEY) is None, "a jump is no silence"
-    taken(leases)  # nor does a silence need that clock to pass
+    assert leases.acquire(KEY) is None, "a jump of the clock does not end a lease"
+    acquire_when_free(leases)  # expiry does not depend on that clock either
     assert time.monotonic() - before >= 0.3
     assert leases.acquire(OTHER) is None
     lease.check()
     lease.release()
 
 
-def test_a_place_that_fails_for_a_while_costs_a_beat_and_no_more(tmp_path: Path) -> None:
-    """A lease that cannot be written or read just now is not given to two."""
+def test_a_store_that_fails_for_a_while_costs_only_heartbeats(tmp_path: Path) -> None:
+    """A lease that cannot be written or read for a while still has one holder."""
     files = Folder(tmp_path)
     leases, other = Leases(files, TTL), Leases(files, TTL)
     lease = acquired(leases)
@@ -417,7 +419,7 @@ def test_a_place_that_fails_for_a_while_costs_a_beat_and_no_more(tmp_path: Path)
     path = tmp_path / lease.name
     kept = path.read_bytes()
     path.unlink()
-    path.mkdir()  # neither read nor replaced
+    path.mkdir()  # can neither be read nor replaced
     time.sleep(TTL / 3)
     assert other.acquire(KEY) is None and other.active().keys() == {KEY}
     path.rmdir()
@@ -430,12 +432,12 @@ def test_a_place_that_fails_for_a_while_costs_a_beat_and_no_more(tmp_path: Path)
     lease.release()
 
 
-def test_two_containers_do_not_take_each_others_numbers_for_their_own() -> None:
-    """The same machine, even the same name: a process number means something only where it was given."""
+def test_process_numbers_of_two_containers_are_told_apart() -> None:
+    """They run on one machine and may have one name; a process number is valid in its own container only."""
     assert os.readlink("/proc/self/ns/pid") in module._boot()
 
 
-def test_foreign_files_beside_leases_disturb_nothing(files: Folder) -> None:
+def test_foreign_files_next_to_leases_are_ignored(files: Folder) -> None:
     for name in ("readme", f"{KEY}.old", f"{KEY}.", "x.1"):
         files.write(f"leases/{name}", b"?")
     leases = Leases(files, TTL)

@@ -1,8 +1,8 @@
-"""The key chain against the bits: each field is flipped once, its verdict read from the keys, and both runs trained to see it hold.
+"""The key chain against the bits: each field is changed once, and both runs are trained.
 
-What a run is to its end: its keys, and a hash of the weights after every step (the trained and the scored ones), its rows, its
-scores. The base has everything switched on, so that nearly every field matters to it; where one does not, CASES says what else
-must be so. How far two runs agree is said by hand (`first`), found in the keys, and found in the bits.
+The runs must share exactly the steps for which their keys are equal. They are compared by a hash of the
+weights after every step, by their rows and by their scores. The base config uses every feature, so that
+nearly every field matters; CASES holds what else a field needs, and the step from which it counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
-from mainrun.core.hardware import cores, cxx
+from mainrun.core.hardware import cores, cpp_compiler
 from mainrun.core.machine_class import versions
 from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
@@ -36,7 +36,8 @@ from mainrun.store import lineage
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 
-STEPS = 10  # of the base: warm-up 0 and 1, an op before 4, the decay from 6 (7 is the first to be lower), the average from 7 (8 differs)
+# Of the base: warm-up at 0 and 1, an op before 4, decay from 6 (7 is the first lower rate), average from 7.
+STEPS = 10
 FALLS, AVERAGES, GROWS = 7, 8, 4
 
 
@@ -44,26 +45,69 @@ def set_lr(value: float, step: int) -> dict[str, Any]:
     return {"ops": [{"name": "set_lr", "value": value, "trigger": {"step": step}}]}
 
 
-# All that can be on is on; every field that has one is beside its default.
+# Every feature is on, and every field differs from its default where it can.
 BASE: dict[str, Any] = {
-    "seed": 3, "device": "cpu", "threads": 1, "compile": "off", "attention": "plain",
-    "num_titles": 84, "val_frac": 0.08, "dev_frac": 0.05, "vocab_size": 300, "block_size": 8, "batch_size": 8, "grad_accum": 1,
+    "seed": 3,
+    "device": "cpu",
+    "threads": 1,
+    "compile": "off",
+    "attention": "plain",
+    "num_titles": 84,
+    "val_frac": 0.08,
+    "dev_frac": 0.05,
+    "vocab_size": 300,
+    "block_size": 8,
+    "batch_size": 8,
+    "grad_accum": 1,
     "epochs": 1,
-    "order": "shuffle_titles", "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 8, "d_ff": 12, "norm": "rmsnorm", "position": "rope",
-    "mlp": "swiglu", "qkv_bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.5, "value_residual": True, "title_mask": True,
-    "tie_head": False, "softcap": 15.0, "init_depth_scaled": True, "optimizer": "muon", "lr": 0.02, "lr_aux": 0.01, "momentum": 0.9,
-    "weight_decay": 0.5, "wd_schedule": "linear", "clip": 0.1, "schedule": "wsd", "warmup_frac": 0.2, "decay_frac": 0.4, "min_lr_frac": 0.1,
-    "dropout": 0.1, "attn_dropout": 0.2, "resid_dropout": 0.3, "rdrop": 0.5, "label_smoothing": 0.1, "swa": 0.3,
-    "growth": set_lr(0.03, GROWS), "official_geometry": "2x8", "eval_per_epoch": 0, "checkpoint_every": 1000,
-}  # fmt: skip
+    "order": "shuffle_titles",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "d_model": 8,
+    "d_ff": 12,
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "qkv_bias": False,
+    "qk_norm": True,
+    "attn_gate": True,
+    "layer_scale": 0.5,
+    "value_residual": True,
+    "title_mask": True,
+    "tie_head": False,
+    "softcap": 15.0,
+    "init_depth_scaled": True,
+    "optimizer": "muon",
+    "lr": 0.02,
+    "lr_aux": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 0.5,
+    "wd_schedule": "linear",
+    "clip": 0.1,
+    "schedule": "wsd",
+    "warmup_frac": 0.2,
+    "decay_frac": 0.4,
+    "min_lr_frac": 0.1,
+    "dropout": 0.1,
+    "attn_dropout": 0.2,
+    "resid_dropout": 0.3,
+    "rdrop": 0.5,
+    "label_smoothing": 0.1,
+    "swa": 0.3,
+    "growth": set_lr(0.03, GROWS),
+    "official_geometry": "2x8",
+    "eval_per_epoch": 0,
+    "checkpoint_every": 1000,
+}
 
 
 class Case(NamedTuple):
-    """Another value of a field, and what else is so in both runs."""
+    """Another value of a field, and other fields that both runs need."""
 
     value: Any
-    first: int | None = 0  # the first step that it enters, counted from 0; None: none
-    needs: dict[str, Any] = {}  # noqa: RUF012 (a NamedTuple's default, and nobody changes it)
+    first: int | None = 0  # the first step that depends on it, counted from 0; None if none does
+    needs: dict[str, Any] = {}  # noqa: RUF012 (the default of a NamedTuple, never changed)
 
 
 CASES: dict[str, Case] = {
@@ -125,7 +169,7 @@ CASES: dict[str, Case] = {
     "beta2": Case(0.9),
     "eps": Case(1e-3),
     "weight_decay": Case(1.0),
-    "wd_schedule": Case("cosine", 1),  # at step 0 none has fallen
+    "wd_schedule": Case("cosine", 1),  # it starts to fall after step 0
     "clip": Case(0.05),
     "schedule": Case("constant", FALLS),
     "warmup_frac": Case(0.0),
@@ -140,7 +184,7 @@ CASES: dict[str, Case] = {
     "label_smoothing": Case(0.0),
     "ema": Case(
         0.9, 3, {"swa": 0.0, "ema": 0.3}
-    ),  # a young average follows by (1 + step) / (10 + step), 4/13 of them at step 3
+    ),  # a young average moves by (1 + step) / (10 + step): 4/13 at step 3
     "swa": Case(0.6, 5),
     "growth": Case(set_lr(0.03, 6), GROWS),
     "eval_per_epoch": Case(5, None),
@@ -149,16 +193,16 @@ CASES: dict[str, Case] = {
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
 }
-# Their verdict is static, but the bits can come out the same: what is here so small is not split over threads.
+# Their class is static, but the bits can be equal: such small tensors are not split over threads.
 SAME_BITS = {"threads"}
-# What cannot be trained here in seconds, and the machine class that it would have.
+# Fields that cannot be tested in seconds, and the machine class that they would give.
 NOT_HERE: dict[str, dict[str, Any]] = {}
 if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
 NOT_HERE["compile"] = {
     "compile": True,
     "compiler": "g++ 14",
-}  # half a minute of compiling: the slow test below does it
+}  # compiling takes half a minute: see the slow test below
 
 
 def titles(changed: int | None = None, more: int = 0) -> str:
@@ -172,12 +216,12 @@ def titles(changed: int | None = None, more: int = 0) -> str:
 
 @dataclass
 class Trained:
-    """A run to its end, and what it can be told by."""
+    """A finished run, and what identifies its bits."""
 
     plan: Plan
     keys: list[str]
-    states: list[tuple[str, str]]  # after each step: the weights that are trained, and those that are scored
-    rows: dict[tuple[str, int], Any]  # what was written of each step, and of each score
+    states: list[tuple[str, str]]  # after each step: hashes of the trained and of the scored weights
+    rows: dict[tuple[str, int], Any]  # of each step and each score
     weights: str
 
 
@@ -244,8 +288,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
 
 
-def parting(a: list[Any], b: list[Any]) -> int | None:
-    """The first place at which two lists differ; None: there is none, as far as both go."""
+def first_difference(a: list[Any], b: list[Any]) -> int | None:
+    """Return the first index at which two lists differ, or None if one begins with the other."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
@@ -254,24 +298,24 @@ def pair(lab: Lab, field: str) -> tuple[TrainConfig, TrainConfig]:
     return lab.config(**case.needs), lab.config(**case.needs | {field: case.value})
 
 
-def verdict(a: list[str], b: list[str]) -> int | None:
-    """From which step on two runs are not one, by their keys: the state before that step is still the same (-1: not even at first)."""
-    at = parting(a, b)
+def last_common_step(a: list[str], b: list[str]) -> int | None:
+    """Return the last step at which two runs have the same state by their keys; -1 if there is none."""
+    at = first_difference(a, b)
     return None if at is None else at - 1
 
 
-def same_so_far(a: Trained, b: Trained, steps: int) -> None:
-    """To the bit, after that many steps: weights, rows, scores of the steps at which both have them."""
+def check_same_bits(a: Trained, b: Trained, steps: int) -> None:
+    """Check that two runs have the same weights, rows and scores for a number of steps."""
     assert a.states[:steps] == b.states[:steps]
     both = [key for key in a.rows if key in b.rows and key[1] <= steps]
     assert {key: a.rows[key] for key in both} == {key: b.rows[key] for key in both}
     assert not steps or any(event == "step" for event, _ in both)
 
 
-# -- every field, flipped once
+# -- every field, changed once
 
 
-def test_the_base_is_what_the_cases_were_written_for(lab: Lab) -> None:
+def test_the_base_has_the_steps_that_the_cases_assume(lab: Lab) -> None:
     base = lab.train(lab.config())
     assert base.plan.steps == STEPS
     assert (base.plan.warmup_steps, base.plan.decay_start + 1, base.plan.swa_start + 1) == (
@@ -283,19 +327,18 @@ def test_the_base_is_what_the_cases_were_written_for(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("field", TrainConfig.model_fields)
-def test_a_field_parts_keys_and_bits_where_its_class_says(lab: Lab, field: str) -> None:
+def test_keys_and_bits_differ_from_the_step_that_a_fields_class_says(lab: Lab, field: str) -> None:
     one, other = pair(lab, field)
     assert getattr(one, field) != getattr(other, field)
     kind, first = TrainConfig.class_of(field), CASES[field].first
     at = -1 if kind == "static" else first
     if field in NOT_HERE:
-        assert (
-            verdict(lab.chain(one)[1], lab.chain(other, Device(one).machine_class | NOT_HERE[field])[1]) == at
-        )
+        machine_class = Device(one).machine_class | NOT_HERE[field]
+        assert last_common_step(lab.chain(one)[1], lab.chain(other, machine_class)[1]) == at
         return
     a, b = lab.train(one), lab.train(other)
-    assert verdict(a.keys, b.keys) == at
-    same_so_far(a, b, a.plan.steps if at is None else max(at, 0))
+    assert last_common_step(a.keys, b.keys) == at
+    check_same_bits(a, b, a.plan.steps if at is None else max(at, 0))
     if at is None:
         assert kind == "inert" and a.weights == b.weights
     else:
@@ -306,15 +349,15 @@ def test_a_field_parts_keys_and_bits_where_its_class_says(lab: Lab, field: str) 
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_bits_and_a_key_of_its_own(lab: Lab) -> None:
-    if cxx()[1]:
-        pytest.skip(f"nothing can be compiled here: {cxx()[1]}")
+def test_a_compiled_run_has_other_bits_and_other_keys(lab: Lab) -> None:
+    if cpp_compiler()[1]:
+        pytest.skip(f"nothing can be compiled here: {cpp_compiler()[1]}")
     a, b = (lab.train(cfg) for cfg in pair(lab, "compile"))
-    assert verdict(a.keys, b.keys) == -1
+    assert last_common_step(a.keys, b.keys) == -1
     assert a.states != b.states
 
 
-# -- the same run in other words
+# -- the same run, written in another way
 
 
 ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -355,12 +398,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize("what", ALIKE)
-def test_what_comes_to_the_same_has_the_same_keys_and_bits(lab: Lab, what: str) -> None:
+def test_equivalent_configs_have_the_same_keys_and_bits(lab: Lab, what: str) -> None:
     one, other = (lab.config(**changes) for changes in ALIKE[what])
     assert one.digest != other.digest
     a, b = lab.train(one), lab.train(other)
     assert a.keys == b.keys
-    same_so_far(a, b, a.plan.steps)
+    check_same_bits(a, b, a.plan.steps)
     assert a.weights == b.weights
 
 
@@ -368,25 +411,25 @@ OPS = {"set_lr": 0.04, "set_weight_decay": 5.0, "set_dropout": 0.5, "set_batch_s
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_the_trunk_before_an_op_is_shared_whatever_the_length(lab: Lab, name: str) -> None:
+def test_steps_before_an_op_are_shared_by_runs_of_any_length(lab: Lab, name: str) -> None:
     trunk = {"schedule": "constant", "warmup_frac": 0.0, "wd_schedule": "constant", "swa": 0.0}
     op = {"name": name, "value": OPS[name], "trigger": {"step": 5}}
     a = lab.train(lab.config(**trunk, growth={}))
     b = lab.train(lab.config(**trunk, growth={"ops": [op]}, epochs=2 if name == "set_lr" else 1))
-    assert verdict(a.keys, b.keys) == 5
-    same_so_far(a, b, 5)
+    assert last_common_step(a.keys, b.keys) == 5
+    check_same_bits(a, b, 5)
     assert a.states[5] != b.states[5] and a.weights != b.weights
 
 
-def test_a_longer_run_goes_on_where_a_shorter_one_ends(lab: Lab) -> None:
+def test_a_longer_run_shares_all_steps_of_a_shorter_one(lab: Lab) -> None:
     trunk = {"schedule": "constant", "warmup_frac": 0.0, "wd_schedule": "constant", "swa": 0.0, "growth": {}}
     a, b = lab.train(lab.config(**trunk)), lab.train(lab.config(**trunk, epochs=2))
     assert b.keys[: STEPS + 1] == a.keys and len(b.keys) == 2 * STEPS + 1
-    same_so_far(a, b, STEPS)
+    check_same_bits(a, b, STEPS)
     assert a.weights != b.weights and a.states[-1] == b.states[STEPS - 1]
 
 
-# -- what is not in the config
+# -- inputs outside of the config
 
 
 def test_one_title_changed_gives_another_root(lab: Lab) -> None:
@@ -402,7 +445,7 @@ def test_one_title_changed_gives_another_root(lab: Lab) -> None:
     assert lab.chain(lab.config(corpus="OTHER"))[1][0] != base
 
 
-def test_each_fact_of_a_beginning_enters_the_root_and_is_named(lab: Lab) -> None:
+def test_each_value_of_an_origin_changes_the_root_and_is_named(lab: Lab) -> None:
     cfg, facts = lab.config(), Device(lab.config()).machine_class
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     begun = lineage.origin(cfg, prints, "tokens", versions(), facts)
@@ -424,7 +467,7 @@ def test_each_fact_of_a_beginning_enters_the_root_and_is_named(lab: Lab) -> None
             ]
         roots.add(
             lineage.root({**begun, part: {**table, "more": 1}})
-        )  # as a limit of the processor's instructions
+        )  # such as a limit of the processor's instructions
     assert len(roots) == 1 + sum(len(table) + 1 for table in begun.values())
     assert lineage.differences(begun, begun) == []
 
@@ -443,8 +486,8 @@ IN_MACHINE = ("attention", "compile", "device", "dtype", "threads")
 
 
 @pytest.mark.parametrize("field", [*IN_TOKENS, *IN_MACHINE])
-def test_a_field_that_enters_by_its_effect_does_not_enter_by_its_value(field: str) -> None:
-    """Two ways to the same tokens, and two to the same machine class, have the same keys."""
+def test_some_fields_count_by_their_effect_only(field: str) -> None:
+    """Two configs with the same tokens, or the same machine class, have the same keys."""
     cfg = from_dict({})
     origin = lineage.origin(cfg, {}, "tokens", {}, {})
     assert field not in origin["fields"] and "n_layer" in origin["fields"]
@@ -457,7 +500,7 @@ def test_a_root_does_not_depend_on_the_order_of_the_keys() -> None:
     assert lineage.root({"a": 1}) == hashlib.sha256(b'{"a": 1}').hexdigest()
 
 
-def test_what_is_frozen_is_a_list_as_in_the_store() -> None:
+def test_frozen_layers_are_a_list_as_in_the_store() -> None:
     frozen = lineage.origin(from_dict({"frozen": [1, 2]}), {}, "tokens", {}, {})["fields"]["frozen"]
     assert frozen == [1, 2] and isinstance(frozen, list)
 
@@ -474,7 +517,7 @@ def test_what_is_frozen_is_a_list_as_in_the_store() -> None:
         ({"x": 1}, {"x": 1}, []),
     ],
 )
-def test_differences_of_two_beginnings(mine: dict[str, Any], other: Any, said: list[str]) -> None:
+def test_differences_of_two_origins(mine: dict[str, Any], other: Any, said: list[str]) -> None:
     assert lineage.differences({"p": mine}, {"p": other}) == said
 
 
@@ -493,7 +536,7 @@ def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_chain_of_a_hundred_thousand_steps_takes_half_a_second() -> None:
-    """Of processor time: 0.25 s on a quiet core, 0.4 s beside a busy neighbour. Half as much again is allowed to a busier one."""
+    """It takes 0.25 s of processor time on an idle machine, 0.4 s on a busy one; 50% more is allowed."""
     plan = Plan(
         from_dict(
             {
@@ -533,8 +576,8 @@ def test_a_chain_is_the_hash_of_the_key_before_and_the_inputs() -> None:
 
 
 @st.composite
-def told_twice(draw: st.DrawFn) -> tuple[Plan, Plan]:
-    """Two plans of the same steps: in the second some ops set what is set, or are overtaken at once by another."""
+def equivalent_plans(draw: st.DrawFn) -> tuple[Plan, Plan]:
+    """Draw two equivalent plans. In the second, some ops set the current value or are replaced at once."""
     order, train_tokens = draw(st.sampled_from(["sequential", "shuffle_titles"])), draw(st.integers(26, 90))
     plain: list[dict[str, Any]] = []
     wordy: list[dict[str, Any]] = []
@@ -553,15 +596,15 @@ def told_twice(draw: st.DrawFn) -> tuple[Plan, Plan]:
         one, other = (
             Plan(from_dict(fields | {"growth": {"ops": ops}}), train_tokens) for ops in (plain, wordy)
         )
-    except ConfigError:  # no room for one of the steps
+    except ConfigError:  # there are not enough steps
         assume(False)
     return one, other
 
 
 @settings(max_examples=150)
-@given(told_twice())
+@given(equivalent_plans())
 def test_runs_with_the_same_keys_read_the_same_tokens(plans: tuple[Plan, Plan]) -> None:
-    """Where a step reads is in no key: it must follow from the sizes of the steps before it, by whatever ops they came about."""
+    """Keys do not hold where a step reads; it must follow from the sizes of the steps before."""
     a, b = plans
     assert lineage.chain("ab" * 32, a) == lineage.chain("ab" * 32, b)
     for step in range(a.steps):

@@ -1,4 +1,4 @@
-"""The run directory: one writer, one config, JSON files whole or not at all, and the way to find one."""
+"""The run directory: one writer, one config, atomic JSON files, and how a run is found."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from mainrun.config import TrainConfig
 from mainrun.errors import DiskFull, Interrupted, RunError
-from mainrun.store import checkpoint, rundir
-from mainrun.store.rundir import Metrics, RunDir, disk_errors, find, open_run, write_json, write_text
+from mainrun.files import inputs
+from mainrun.store import checkpoint
+from mainrun.store.rundir import RowLog, RunDir, disk_errors, find, open_run, write_json, write_text
 
 
 def made(out: Path, cfg: TrainConfig) -> RunDir:
@@ -44,7 +45,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_the_lock_of_a_dead_one_is_free(tmp_path: Path) -> None:
     cfg = TrainConfig()
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -59,7 +60,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path)
                 open_run(tmp_path, cfg, fresh=fresh)
         other = open_run(tmp_path / "elsewhere", cfg)
         other.release()
-        os.kill(holder.pid, signal.SIGSTOP)  # a stopped holder still holds
+        os.kill(holder.pid, signal.SIGSTOP)  # a stopped process keeps its lock
         with pytest.raises(RunError, match="being written"):
             open_run(tmp_path, cfg)
     finally:
@@ -76,7 +77,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path)
 
 
 def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
-    """As a file server does it to a machine that it does not hear; the machine comes back and knows nothing of it."""
+    """A file server drops the locks of a machine that it cannot reach. That machine then returns."""
     cfg = TrainConfig()
     made(tmp_path, cfg)
     old = open_run(tmp_path, cfg)
@@ -85,7 +86,7 @@ def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
     mark = log.mark()
     checkpoint.save(old.checkpoints, 1, {}, {}, old.check)
     assert old._lock is not None
-    fcntl.flock(old._lock, fcntl.LOCK_UN)
+    fcntl.flock(old._lock._file, fcntl.LOCK_UN)
     new = open_run(tmp_path, cfg)
     again = new.log("metrics.jsonl")
     assert again.rewind(mark)
@@ -106,7 +107,7 @@ def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
     old.release()
     new.write("status.json", {})
     (new.path / ".lock").unlink()
-    with pytest.raises(RunError, match="was taken away"):
+    with pytest.raises(RunError, match="was removed"):
         new.write("status.json", {})
     new.release()
 
@@ -122,10 +123,10 @@ def test_a_refused_directory_is_not_left_locked(tmp_path: Path) -> None:
     open_run(tmp_path, cfg).release()
 
 
-# -- what may be in it
+# -- foreign content
 
 
-def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
+def test_a_run_of_another_config_is_refused_with_the_differences(tmp_path: Path) -> None:
     cfg = TrainConfig()
     other = TrainConfig(lr=0.5, n_layer=2)
     run = RunDir(tmp_path / cfg.run_id)
@@ -135,8 +136,8 @@ def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path
         open_run(tmp_path, cfg)
     text = str(e.value)
     assert (
-        "lr=0.5 (asked: 0.006)" in text
-        and "n_layer=2 (asked: 6)" in text
+        "lr=0.5 (requested: 0.006)" in text
+        and "n_layer=2 (requested: 6)" in text
         and "--fresh" in text
         and "n_head" not in text
     )
@@ -150,7 +151,7 @@ def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(tmp_path
 @pytest.mark.parametrize(
     "config", ["", "{", '{"architectures": ["GPT2"]}', '{"config": {}}', '{"digest": ""}']
 )
-def test_files_that_are_no_run_are_refused_and_kept(tmp_path: Path, config: str, fresh: bool) -> None:
+def test_foreign_files_are_refused_and_kept(tmp_path: Path, config: str, fresh: bool) -> None:
     cfg = TrainConfig()
     path = tmp_path / cfg.run_id
     path.mkdir()
@@ -169,7 +170,7 @@ def test_files_that_are_no_run_are_refused_and_kept(tmp_path: Path, config: str,
 
 
 def test_fresh_removes_only_what_a_run_writes(tmp_path: Path) -> None:
-    """Also through a link in place of the run directory, or of its checkpoints."""
+    """The run directory and its checkpoints may be links."""
     cfg, elsewhere = TrainConfig(), tmp_path / "elsewhere"
     elsewhere.mkdir()
     run = made(tmp_path, cfg)
@@ -208,7 +209,7 @@ def test_a_file_in_place_of_the_run_directory_is_refused(tmp_path: Path, fresh: 
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_lock_that_is_no_file_is_to_be_removed(tmp_path: Path, fresh: bool) -> None:
+def test_a_lock_that_is_not_a_file_is_refused(tmp_path: Path, fresh: bool) -> None:
     run = made(tmp_path, TrainConfig())
     (run.path / ".lock").unlink()
     (run.path / ".lock").mkdir()
@@ -225,7 +226,7 @@ def test_a_damaged_config_is_a_run_error(tmp_path: Path, text: str) -> None:
         RunDir(path).config()
 
 
-def test_fresh_forgets_everything(tmp_path: Path) -> None:
+def test_fresh_removes_everything(tmp_path: Path) -> None:
     cfg = TrainConfig()
     run = made(tmp_path, cfg)
     run.write("summary.json", {"run": cfg.run_id})
@@ -251,7 +252,7 @@ def test_an_output_below_a_file_is_a_run_error(tmp_path: Path) -> None:
         open_run(tmp_path / "file", TrainConfig())
 
 
-def test_an_empty_run_directory_reads_as_nothing_yet(tmp_path: Path) -> None:
+def test_an_empty_run_directory_has_no_values(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert (
         run.summary() is None
@@ -285,15 +286,15 @@ def test_find_by_path_id_and_unique_beginning(tmp_path: Path, monkeypatch: pytes
     assert "not unique" in str(e.value) and a.path.name in str(e.value) and b.path.name in str(e.value)
 
 
-def test_a_whole_id_wins_over_longer_ones(tmp_path: Path) -> None:
+def test_a_complete_id_wins_over_longer_ones(tmp_path: Path) -> None:
     for name in ("demo-12345678", "demo-12345678-copy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     assert find("demo-12345678", tmp_path).path.name == "demo-12345678"
 
 
-def test_an_unknown_run_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no run 'x' in .*there are none yet"):
+def test_an_unknown_run_is_refused_with_similar_ids(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no run 'x' in .*it has no runs yet"):
         find("x", tmp_path)
     run = made(tmp_path, TrainConfig(preset="baseline"))
     with pytest.raises(RunError, match=run.path.name):
@@ -326,11 +327,11 @@ values = st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
     st.binary(max_size=12),
 )
 @settings(max_examples=60)
-def test_a_mark_brings_back_exactly_the_rows_before_it(
+def test_rewinding_to_a_mark_keeps_exactly_the_rows_before_it(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], at: int, torn: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("metrics")
-    metrics = Metrics(folder / "metrics.jsonl")
+    metrics = RowLog(folder / "metrics.jsonl")
     mark = metrics.mark()
     for i, row in enumerate(rows):
         metrics.append(row)
@@ -339,8 +340,8 @@ def test_a_mark_brings_back_exactly_the_rows_before_it(
     marked = (folder / "metrics.jsonl").read_bytes()[: mark["bytes"]]
     metrics.close()
     with (folder / "metrics.jsonl").open("ab") as f:
-        f.write(torn)  # half a row, left by a kill
-    again = Metrics(folder / "metrics.jsonl")
+        f.write(torn)  # a partial row, left by a killed process
+    again = RowLog(folder / "metrics.jsonl")
     assert again.rewind(mark) and (folder / "metrics.jsonl").read_bytes() == marked
     assert again.mark() == mark
     again.append({"after": 1})
@@ -349,24 +350,24 @@ def test_a_mark_brings_back_exactly_the_rows_before_it(
     again.close()
 
 
-def test_a_mark_of_other_rows_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+def test_a_mark_of_other_rows_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    metrics = RowLog(tmp_path / "metrics.jsonl")
     metrics.append({"step": 1})
     mark = metrics.mark()
     metrics.append({"step": 2})
     metrics.close()
     for text in ('{"step": 9}\n{"step": 2}\n', '{"step"', ""):
         (tmp_path / "metrics.jsonl").write_text(text)
-        again = Metrics(tmp_path / "metrics.jsonl")
+        again = RowLog(tmp_path / "metrics.jsonl")
         assert not again.rewind(mark)
         again.close()
         assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
-# -- files whole or not at all
+# -- atomic files
 
 
-def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
+def test_readers_never_see_a_partly_written_file(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     write_json(path, {"n": 0})
     stop, seen = threading.Event(), set()
@@ -399,7 +400,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temp(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(*((os, "fsync") if function == "fsync" else (Path, "replace")), fail)
-    with pytest.raises(DiskFull, match=r"summary\.json .*free some.*start the same command again"):
+    with pytest.raises(DiskFull, match=r"summary\.json .*free some space and run the same command again"):
         write_text(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
@@ -407,13 +408,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_temp(
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [*((code, DiskFull) for code in rundir.FULL), (errno.EACCES, RunError), (errno.EROFS, RunError)],
+    [*((code, DiskFull) for code in inputs.NO_SPACE), (errno.EACCES, RunError), (errno.EROFS, RunError)],
 )
-def test_disk_errors_have_their_class(tmp_path: Path, code: int, kind: type[Exception]) -> None:
+def test_each_disk_error_has_its_class(tmp_path: Path, code: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert issubclass(DiskFull, Interrupted) and DiskFull.exit_code == 75 and RunError.exit_code == 2
-    assert {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} == rundir.FULL
+    assert {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} == set(inputs.NO_SPACE)
 
 
 def test_json_is_readable_by_people(tmp_path: Path) -> None:

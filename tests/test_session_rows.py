@@ -18,6 +18,7 @@ from mainrun.data import scoring
 from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
+from mainrun.files.hashing import sha256_json
 from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
 from mainrun.run import resume, session, summary
@@ -381,7 +382,7 @@ class Resumed:
         resume.resume(self.cfg, self.run, self.state, self.accounts, self.env, log, sharing, self.growth)
 
     def lose(self, count: int) -> None:
-        for place in checkpoint.steps(self.run.checkpoints)[:count]:
+        for place in checkpoint.paths(self.run.checkpoints)[:count]:
             shutil.rmtree(place)
 
 
@@ -422,10 +423,10 @@ def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(resumed: Resum
     log = resumed.run.path / "metrics.jsonl"
     log.write_text(log.read_text() + row + "\n")
     mark = {"bytes": log.stat().st_size, "sha256": hashlib.sha256(log.read_bytes()).hexdigest()}
-    place = checkpoint.steps(resumed.run.checkpoints)[0]
+    place = checkpoint.paths(resumed.run.checkpoints)[0]
     meta = json.loads((place / "meta.json").read_text()) | {"metrics": mark}
     del meta["meta_sha256"]
-    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
+    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": sha256_json(meta)})
     with pytest.raises(RunError, match=r"metrics\.jsonl.* line \d+"):
         resumed.resume()
     assert resumed.loaded == []
@@ -434,7 +435,7 @@ def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(resumed: Resum
 def test_steps_behind_the_checkpoint_are_cut_off_and_wasted(resumed: Resumed) -> None:
     end = resumed.last
     resumed.lose(1)
-    kept = checkpoint.steps(resumed.run.checkpoints)[0]
+    kept = checkpoint.paths(resumed.run.checkpoints)[0]
     step = json.loads((kept / "meta.json").read_text())["step"]
     resumed.resume()
     assert resumed.state.step == step < end and resumed.accounts.ledger["wasted"] == end - step
@@ -569,7 +570,7 @@ def test_the_journal_of_growth_is_cut_at_the_checkpoint_too(resumed: Resumed) ->
 
 
 def test_other_processes_read_the_checkpoint_that_the_leader_chose(resumed: Resumed) -> None:
-    older = checkpoint.steps(resumed.run.checkpoints)[1]
+    older = checkpoint.paths(resumed.run.checkpoints)[1]
     step = json.loads((older / "meta.json").read_text())["step"]
 
     def device(leads: bool, chosen: int) -> SimpleNamespace:

@@ -31,6 +31,7 @@ from mainrun.core import device as machine
 from mainrun.core import machine_class
 from mainrun.core.device import Device
 from mainrun.errors import Diverged, Interrupted
+from mainrun.files.hashing import sha256_file
 from mainrun.plan.plan import Plan
 from mainrun.run import batch, sharing
 from mainrun.run import summary as summaries
@@ -165,7 +166,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, TrainCo
 
 
 def keys(cfg: TrainConfig) -> list[str]:
-    return batch.plan([cfg], None).chains[cfg.run_id]
+    return batch.share_steps([cfg], None).chains[cfg.run_id]
 
 
 def node(store: Store, step: int) -> Node:
@@ -837,12 +838,12 @@ def test_a_holder_that_is_dead_is_not_waited_for(
     gone = subprocess.Popen(["true"])
     gone.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(leases, "me", lambda: {"boot": leases._boot(), "pid": gone.pid, "started": "1"})
+        patch.setattr(leases, "this_process", lambda: {"boot": leases._boot(), "pid": gone.pid, "started": "1"})
         lease = Leases(store.files).acquire(keys(cfg)[18])
     assert lease is not None
     started = time.monotonic()
     train(cfg, tmp_path, store=store, progress=watch)
-    lease._over.set()
+    lease._stop.set()
     assert (
         time.monotonic() - started < 20
         and not watch.noted("waiting for")
@@ -858,7 +859,7 @@ def test_a_holder_that_was_taken_over_publishes_nothing_late_and_ends_right(
     name = f"leases/{keys(cfg)[18]}.000002"
     watch.at = {10: lambda: store.files.create(name, b"{}"), 30: lambda: store.files.remove(name)}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.noted("step 18 is not kept in the store: another process has taken these steps over")
+    assert watch.noted("step 18 is not kept in the store: another process has taken over these steps")
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     kept = store.summary()[0]
     assert [(entry.begins, entry.step) for entry in kept] == [(0, 27), (27, 36), (36, 37)], (
@@ -915,7 +916,7 @@ DAMAGE: dict[str, tuple[Harm, str, int]] = {
     "half of a state": (lambda s, p: os.truncate(state_file(s, 37), 5000), "of step 37 .* its state is torn or was changed", 36),
     "a state without a byte": (lambda s, p: os.truncate(state_file(s, 37), 0), "of step 37 .* its state is torn", 36),
     "a node in the middle": (lambda s, p: node_file(s, 18).unlink(), "of step 27 .* the rows before step 18 are lost", 19),
-    "a foreign file for a node": (lambda s, p: node_file(s, 27).write_bytes(b"\0hello\xff" * 99), "step 27 .* torn, or no node at all", 19),
+    "a foreign file for a node": (lambda s, p: node_file(s, 27).write_bytes(b"\0hello\xff" * 99), "step 27 .* torn, or not a node", 19),
     "a folder for a node": (lambda s, p: a_folder_for(node_file(s, 37)), "of step 37 .* it is a folder", 36),
     "a changed head": (lambda s, p: flip(node_file(s, 27), 200), "step 27 .* (changed after it was written|torn)", 28),
     "changed rows": (lambda s, p: flip(node_file(s, 27)), "step 27 .* rows are torn or were changed", 28),
@@ -956,7 +957,7 @@ def test_damage_is_named_and_costs_steps_but_no_bit(
         assert [
             finding
             for finding in store.verify()
-            if "no file of a store" not in finding and "its root" not in finding
+            if "not a file of a store" not in finding and "its root" not in finding
         ] == []
         if taken < STEPS:  # what was damaged has been trained again, so it is whole again
             again = from_dict(cfg.model_dump() | {"preset": "again"})
@@ -1493,7 +1494,7 @@ def test_a_holder_that_is_gone_is_taken_over(tmp_path: Path, worker: Any, alone:
         assert (tmp_path / "store" / "leases" / f"{key}.000002").exists()
         one.process.send_signal(signal.SIGCONT)
         one.summary()
-        assert "step 18 is not kept in the store: another process has taken these steps over" in one.stderr
+        assert "step 18 is not kept in the store: another process has taken over these steps" in one.stderr
         assert one.end() == alone(baseline())
     found = two.summary()
     assert two.end() == alone(baseline()) and found["ledger"]["wasted"] == 0
@@ -1589,7 +1590,7 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
         "pid": 2**22 + 1,
         "started": "1",
     }  # one run at a time: whoever else holds a lease is dead
-    monkeypatch.setattr(leases, "me", lambda: dead)
+    monkeypatch.setattr(leases, "this_process", lambda: dead)
     monkeypatch.setattr(nodes.os, "fsync", lambda fd: None)
     gone = False
 
@@ -1612,7 +1613,7 @@ def test_no_order_of_starts_kills_and_evictions_costs_a_bit_or_a_run(
         gone = gone or isinstance(sys.exc_info()[1], Killed)
         original_close(self)
         if gone and self.holder.lease:
-            self.holder.lease._over.set()
+            self.holder.lease._stop.set()
 
     left: int | None = None
     original_close = sharing.Sharing.close
@@ -1698,7 +1699,7 @@ def test_keeping_a_node_holds_the_training_up_for_no_more_than_a_copy(tmp_path: 
         tensors["model/0"][0] = float(i)
         started = time.perf_counter()
         checkpoint.save_tensors(tensors, tmp_path / "bare")
-        nodes.sha256(tmp_path / "bare")
+        sha256_file(tmp_path / "bare")
         bare = time.perf_counter() - started
         started = time.perf_counter()
         store.save(Node(**(vars(plain) | {"key": f"{i}" * 64})), tensors)

@@ -59,7 +59,7 @@ def lease(key: str, about: dict[str, Any]) -> SimpleNamespace:
     def release(unfinished: bool = False) -> None:
         released.append(unfinished)
 
-    return SimpleNamespace(key=key, about=about, release=release, released=released, check=lambda: None)
+    return SimpleNamespace(key=key, info=about, release=release, released=released, check=lambda: None)
 
 
 class Store:
@@ -198,7 +198,7 @@ class House:
         self, step: int, begins: int = 0, rows: tuple[dict[str, Any], ...] | None = None, **changes: Any
     ) -> Node:
         node = Node(
-            key=self.keys[step], parent=self.keys[begins], root=self.keys[0], step=step, begins=begins, presented=128 * step,
+            key=self.keys[step], parent=self.keys[begins], root=self.keys[0], step=step, begins=begins, tokens_processed=128 * step,
             state=f"state {step}", size=1, geometry=GEOMETRY, seconds=1.0, run="other-1", config={}, made=0.0, rows_sha256="",
             rows=self.rows(begins, step) if rows is None else rows,
         )  # fmt: skip
@@ -319,7 +319,7 @@ def test_the_lease_is_on_the_next_node_and_says_what_it_leaves(
         "root": house.keys[0],
         "step": target,
     }
-    assert held.about == about | {"scores": scores, "geometry": GEOMETRY, "fired": []}
+    assert held.info == about | {"scores": scores, "geometry": GEOMETRY, "fired": []}
 
 
 WAITS = {"ops": [{"name": "set_lr", "value": 0.001, "trigger": {"loss_below": 1.0}}]}
@@ -893,14 +893,14 @@ def test_a_node_holds_the_state_and_the_rows_since_the_one_before() -> None:
         house.keys[0],
         house.keys[0],
     )
-    assert (node.step, node.begins, node.presented, node.rows) == (18, 0, 18 * 128, house.rows(0, 18))
+    assert (node.step, node.begins, node.tokens_processed, node.rows) == (18, 0, 18 * 128, house.rows(0, 18))
     assert (node.run, node.geometry, node.config) == (
         house.cfg.run_id,
         GEOMETRY,
         house.cfg.model_dump(mode="json"),
     )
     assert node.seconds >= 0 and node.made > 1e9 and (node.state, node.size, node.rows_sha256) == ("", 0, "")
-    assert node.grown == {"cfg": 18}
+    assert node.growth_state == {"cfg": 18}
     assert house.store.began == [(house.keys[0], house.sharing.course.begun)] and house.store.kept == [
         {house.keys[18]}
     ]

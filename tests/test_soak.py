@@ -183,7 +183,7 @@ def test_a_planted_difference_of_a_study_is_noticed(case: str, tmp_path: Path) -
         (75, ("TERM",), False, "crash: KeyError", "a crash with exit code 75"),
         (None, ("STOP",), False, "", "hangs: no end after 2 s"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_ending_is_a_problem(
     code: int | None, applied: tuple[str, ...], full: bool, text: str, problem: str
 ) -> None:
@@ -228,7 +228,7 @@ def test_every_optimizer_feature_and_signal_is_drawn(tmp_path: Path) -> None:
 
 
 def test_new_parameters_join_the_momentum_of_the_others(tiny) -> None:
-    """A bug from the soak test: fused SGD needs momentum for all parameters or none, and a growth op adds parameters without it."""
+    """Fused SGD needs momentum for all parameters or none, but a growth op adds parameters without it."""
     cfg = tiny(optimizer="sgd", momentum=0.9, weight_decay=0.0)
     model = build(cfg, 50)
     optimizers = Optimizers(cfg, model)
@@ -268,7 +268,7 @@ def test_a_store_that_another_process_begins_meanwhile_is_a_store(
 
 
 def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
-    """A kill between the two writes must not leave a finished run that is `running` for ever."""
+    """A kill between the two writes must not leave a finished run with the state `running`."""
     seen = []
     run = RunDir(tmp_path)
 
@@ -285,7 +285,9 @@ def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
 
 def run_soak(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the soak test in a new interpreter, which has computed nothing before it forks."""
-    program = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import soak\n{program}\nsys.exit(soak.main(sys.argv[1:]))"
+    paths = [str(ROOT), str(ROOT / "tests")]
+    start = f"import sys; sys.path[:0] = {paths!r}; import soak"
+    program = f"{start}\n{program}\nsys.exit(soak.main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=600
     )

@@ -1,4 +1,4 @@
-"""The store of nodes: what goes in comes out to the bit, what is damaged is named and never believed, what is good is never thrown away."""
+"""The store of nodes: states keep every bit, damage is reported and never used, intact files stay."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mainrun.errors import ConfigError
 from mainrun.store import lineage
 from mainrun.store.files import Folder, Remote, open_files
 from mainrun.store.leases import Leases
-from mainrun.store.nodes import AHEAD, Damaged, Node, Refused, Store
+from mainrun.store.nodes import GRACE, Damaged, Node, Refused, Store
 
 BEGUN = {
     "fields": {"seed": 1},
@@ -62,9 +62,22 @@ def node(step: int, begins: int | None = None, **changes: Any) -> Node:
     begins = step - 10 if begins is None else begins
     rows = tuple(row(i) for i in range(begins + 1, step + 1))
     whole = Node(
-        key=key(step), parent=key(begins), root=ROOT, step=step, begins=begins, presented=step * 100, state="", size=0, geometry=[16, 1],
-        seconds=0.1 + step, run="run ü", config={"lr": 0.1, "preset": "tiny"}, made=time.time(), rows_sha256="", rows=rows,
-    )  # fmt: skip
+        key=key(step),
+        parent=key(begins),
+        root=ROOT,
+        step=step,
+        begins=begins,
+        tokens_processed=step * 100,
+        state="",
+        size=0,
+        geometry=[16, 1],
+        seconds=0.1 + step,
+        run="run ü",
+        config={"lr": 0.1, "preset": "tiny"},
+        made=time.time(),
+        rows_sha256="",
+        rows=rows,
+    )
     return replace(whole, **changes)
 
 
@@ -81,7 +94,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def usable(store: Store) -> set[int]:
-    """Steps that a run could begin at, each looked at as a run does; what is given must be what was saved."""
+    """Return the steps from which a run could continue. Each state must be the one that was saved."""
     found = set()
     for step in STEPS:
         try:
@@ -93,7 +106,7 @@ def usable(store: Store) -> set[int]:
         assert json.dumps([r for part in past[::-1] for r in part.rows]) == json.dumps(
             [row(i) for i in range(1, step + 1)]
         )
-        assert there.presented == step * 100 and same(state, tensors(step)), (
+        assert there.tokens_processed == step * 100 and same(state, tensors(step)), (
             "what is not what was saved was believed"
         )
         found.add(step)
@@ -101,7 +114,7 @@ def usable(store: Store) -> set[int]:
 
 
 def age(store: Store, ages: dict[str, float]) -> None:
-    """state -> seconds since its last use"""
+    """Set when states were last used. seconds: since then, by state."""
     for state, seconds in ages.items():
         os.utime(Path(str(store)) / f"states/{state}.safetensors", (time.time() - seconds,) * 2)
 
@@ -123,10 +136,10 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-# -- where the files are
+# -- kinds of stores
 
 
-def test_every_place_has_the_same_verbs(place: str, tmp_path: Path) -> None:
+def test_every_kind_of_store_has_the_same_methods(place: str, tmp_path: Path) -> None:
     files = open_files(place)
     assert (
         files.names("") == files.names("a") == set() and files.list("a") == {} and not files.exists("a/one")
@@ -163,7 +176,7 @@ def test_every_place_has_the_same_verbs(place: str, tmp_path: Path) -> None:
     assert not files.exists("a/one") and not files.exists("b/two") and files.exists("top")
 
 
-def test_a_folder_is_a_folder_however_it_is_written(tmp_path: Path) -> None:
+def test_a_folder_may_be_written_in_several_ways(tmp_path: Path) -> None:
     for place in (tmp_path, f"file://{tmp_path}", f"file:{tmp_path}", f"local:{tmp_path}"):
         assert isinstance(open_files(place), Folder) and str(open_files(place)) == str(tmp_path)
     assert str(open_files("file:here/store")) == "here/store" and str(open_files("odd:name")) == "odd:name"
@@ -171,8 +184,8 @@ def test_a_folder_is_a_folder_however_it_is_written(tmp_path: Path) -> None:
     assert isinstance(open_files("memory://x"), Remote) and str(open_files("memory://x")) == "memory://x"
 
 
-def test_to_use_a_state_moves_none_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where fsspec keeps it: reading it once is all."""
+def test_recording_a_use_does_not_read_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a remote store a state is read once, when it is loaded."""
     store = Store(f"memory://{tmp_path.name}/store")
     nodes = save(store, *STEPS)
     memory, moved = type(fsspec.filesystem("memory")), 0
@@ -183,9 +196,11 @@ def test_to_use_a_state_moves_none_of_its_bytes(tmp_path: Path, monkeypatch: pyt
             nonlocal moved
             found = original[name](self, *args, **kwargs)
             moved += {
-                "pipe_file": lambda: len(args[1]), "cat_file": lambda: len(found), "put_file": lambda: Path(args[0]).stat().st_size,
+                "pipe_file": lambda: len(args[1]),
+                "cat_file": lambda: len(found),
+                "put_file": lambda: Path(args[0]).stat().st_size,
                 "get_file": lambda: Path(args[1]).stat().st_size,
-            }[name]()  # fmt: skip
+            }[name]()
             return found
 
         return call
@@ -205,7 +220,7 @@ def test_to_use_a_state_moves_none_of_its_bytes(tmp_path: Path, monkeypatch: pyt
     ), "no mark stays behind"
 
 
-def test_what_is_created_is_not_created_again(place: str) -> None:
+def test_an_existing_file_is_not_created_again(place: str) -> None:
     files = open_files(place)
     assert files.create("a/one", b"first") and not files.create("a/one", b"second")
     assert files.read("a/one") == b"first"
@@ -214,8 +229,8 @@ def test_what_is_created_is_not_created_again(place: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "local://"])
-def test_of_many_who_create_at_once_one_does(tmp_path: Path, scheme: str) -> None:
-    """`file://` in fsspec looks first and opens then; it must not come to that."""
+def test_of_many_threads_that_create_a_file_one_succeeds(tmp_path: Path, scheme: str) -> None:
+    """fsspec's own local files check first and open later, which is not atomic; they must not be used."""
     files, ready = open_files(f"{scheme}{tmp_path}/store"), threading.Barrier(4)
 
     def create(me: int) -> list[bool]:
@@ -232,7 +247,7 @@ def test_of_many_who_create_at_once_one_does(tmp_path: Path, scheme: str) -> Non
         assert files.read(f"a/{i}") == b"%d" % winner * 5000
 
 
-def test_a_folder_without_links_excludes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_works_on_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(*args: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -245,8 +260,8 @@ def test_a_folder_without_links_excludes_too(tmp_path: Path, monkeypatch: pytest
     )
 
 
-def test_others_may_read_what_is_written(store: Store) -> None:
-    """A store is for a team: what is in it has the rights that any file of its writer has."""
+def test_other_users_can_read_the_files(store: Store) -> None:
+    """A team shares a store, so its files have the same permissions as other files of the writer."""
     (one,) = save(store, 10)
     folder = Path(str(store))
     (folder / "plain").touch()
@@ -264,7 +279,7 @@ def test_others_may_read_what_is_written(store: Store) -> None:
     )
 
 
-def test_a_reader_never_sees_half_of_what_replaces(tmp_path: Path) -> None:
+def test_a_reader_never_sees_a_partly_written_file(tmp_path: Path) -> None:
     files, over, seen = Folder(tmp_path), threading.Event(), set()
     files.write("one", b"a" * 300_000)
 
@@ -282,10 +297,10 @@ def test_a_reader_never_sees_half_of_what_replaces(tmp_path: Path) -> None:
 
 
 class Moody(MemoryFileSystem):
-    """A place of fsspec's that does not give some of its files today, in words of its own."""
+    """A file system of fsspec that cannot read some files now, and raises its own errors."""
 
     protocol = "moody"
-    store: dict[str, Any] = {}  # noqa: RUF012 - fsspec's own way
+    store: dict[str, Any] = {}  # noqa: RUF012 - as fsspec does
     pseudo_dirs: list[str] = [""]  # noqa: RUF012
     withheld: str | None = None
 
@@ -315,7 +330,7 @@ def moody() -> Iterator[Store]:
     Moody.pseudo_dirs[:] = [""]
 
 
-def test_whatever_a_place_fails_with_is_an_os_error(moody: Store) -> None:
+def test_every_error_of_fsspec_becomes_an_os_error(moody: Store) -> None:
     save(moody, *STEPS)
     Moody.withheld = "store"
     with pytest.raises(OSError, match="RuntimeError: the network is down"):
@@ -326,8 +341,8 @@ def test_whatever_a_place_fails_with_is_an_os_error(moody: Store) -> None:
         Store("moody://store")
 
 
-def test_what_a_place_does_not_give_today_is_not_thrown_away(moody: Store) -> None:
-    """It may be whole. A node that cannot be read may name any state and need any rows, so none lead nowhere then."""
+def test_gc_keeps_what_cannot_be_read_now(moody: Store) -> None:
+    """A node that cannot be read may be intact and may need any state and any rows, so gc removes none."""
     nodes = save(moody, *STEPS, made=time.time() - 2 * HOUR)
     for file in Moody.store.values():
         file.created -= type(file.created - file.created)(hours=2)
@@ -346,16 +361,16 @@ def test_what_a_place_does_not_give_today_is_not_thrown_away(moody: Store) -> No
 
 
 @pytest.mark.parametrize("url", ["nosuch://place", "nosuch://"])
-def test_a_place_that_nothing_opens_is_named(url: str) -> None:
+def test_an_unknown_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=rf"store '{url}' cannot be opened .*fsspec"):
         Store(url)
 
 
-# -- what was saved comes back
+# -- saving and loading
 
 
 def test_every_bit_of_a_state_comes_back(place: str) -> None:
-    """NaNs with a payload, negative zeros, subnormals, views, scalars, empty tensors."""
+    """These include NaNs with a payload, negative zeros, subnormals, views, scalars and empty tensors."""
     raw = torch.randint(0, 256, (64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     dtypes = [
         torch.float64,
@@ -408,7 +423,7 @@ def test_a_node_comes_back_with_its_rows(place: str) -> None:
     assert not any(again.gc().values())
 
 
-def test_nothing_is_made_until_something_is_kept(tmp_path: Path, place: str) -> None:
+def test_nothing_is_created_before_the_first_node(tmp_path: Path, place: str) -> None:
     store = Store(place)
     assert (
         store.summary() == ([], [])
@@ -416,7 +431,7 @@ def test_nothing_is_made_until_something_is_kept(tmp_path: Path, place: str) -> 
         and not any(store.gc().values())
         and store.evict() == []
     )
-    with pytest.raises(Damaged, match="it is gone"):
+    with pytest.raises(Damaged, match="it does not exist"):
         store.node(key(10))
     assert list(tmp_path.iterdir()) == [] and not store.files.exists("")
 
@@ -451,7 +466,7 @@ def test_other_bits_under_the_same_key_are_refused(place: str) -> None:
     )
 
 
-def test_a_writer_that_may_not_leaves_nothing(place: str) -> None:
+def test_a_refused_writer_leaves_nothing(place: str) -> None:
     store = Store(place)
     save(store, 10)
 
@@ -463,8 +478,8 @@ def test_a_writer_that_may_not_leaves_nothing(place: str) -> None:
     assert store.node_keys() == {key(10)} and len(store.states()) == 1
 
 
-def test_a_writer_is_asked_again_after_its_state_is_written(store: Store) -> None:
-    """Writing a large state may take longer than a lease lives."""
+def test_permission_is_checked_again_after_the_state_is_written(store: Store) -> None:
+    """Writing a large state may take longer than a lease lasts."""
     store.begin(ROOT, BEGUN)
 
     def once(asked: list[int]) -> None:
@@ -478,7 +493,7 @@ def test_a_writer_is_asked_again_after_its_state_is_written(store: Store) -> Non
     assert store.node_keys() == set()
 
 
-def test_saving_again_brings_an_evicted_state_back(place: str) -> None:
+def test_saving_again_restores_an_evicted_state(place: str) -> None:
     store = Store(place)
     nodes = save(store, *STEPS)
     store.size = nodes[0].size * 2
@@ -489,8 +504,8 @@ def test_saving_again_brings_an_evicted_state_back(place: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "a folder"])
-def test_saving_again_brings_a_damaged_state_back(store: Store, damage: str) -> None:
-    """Of the same size or not: it is not there because its name is."""
+def test_saving_again_restores_a_damaged_state(store: Store, damage: str) -> None:
+    """An existing file is not enough: its content is verified, whatever its size."""
     nodes = save(store, *STEPS)
     path = Path(str(store)) / f"states/{nodes[1].state}.safetensors"
     data = path.read_bytes()
@@ -514,7 +529,7 @@ def test_a_node_bigger_than_the_budget_is_refused(place: str) -> None:
     assert store.node_keys() == set() and store.states() == {} and store.files.names("new") == set()
 
 
-def test_a_history_goes_back_as_far_as_it_is_asked(store: Store) -> None:
+def test_a_history_goes_back_to_the_given_step(store: Store) -> None:
     nodes = save(store, *STEPS)
     for since, steps in (
         (0, [30, 20, 10]),
@@ -527,15 +542,17 @@ def test_a_history_goes_back_as_far_as_it_is_asked(store: Store) -> None:
         assert [part.step for part in store.history(nodes[2], since)] == steps
 
 
-def test_a_history_with_a_hole_names_it(store: Store) -> None:
+def test_a_history_with_a_missing_node_names_it(store: Store) -> None:
     nodes = save(store, *STEPS)
     store.files.remove(f"nodes/{key(20)}")
-    with pytest.raises(Damaged, match=rf"the rows before step 20 are lost: node {key(20)[:12]}: it is gone"):
+    with pytest.raises(
+        Damaged, match=rf"the rows before step 20 are lost: node {key(20)[:12]}: it does not exist"
+    ):
         list(store.history(nodes[2]))
     assert [part.step for part in store.history(nodes[2], 20)] == [30], "who is there already needs no more"
 
 
-def test_many_who_save_one_node_at_once_leave_one(store: Store) -> None:
+def test_many_threads_that_save_one_node_leave_one(store: Store) -> None:
     store.begin(ROOT, BEGUN)
     with ThreadPoolExecutor(4) as pool:
         for step in STEPS:
@@ -549,7 +566,7 @@ def test_many_who_save_one_node_at_once_leave_one(store: Store) -> None:
 
 
 def test_savers_and_cleaners_do_not_disturb_each_other(store: Store) -> None:
-    """Eviction, gc and verify beside runs that save and load: a state may be gone, nothing else may happen."""
+    """Evict, gc and verify run next to threads that save and load. At most, a state may be missing."""
     nodes = save(store, *STEPS)
     store.size, over = int(nodes[0].size * 1.5), threading.Event()
 
@@ -575,7 +592,7 @@ def test_savers_and_cleaners_do_not_disturb_each_other(store: Store) -> None:
         assert cleaner.result() == []
 
 
-# -- damage is named and never believed
+# -- damage is reported and never used
 
 
 def state_of(store: Store, step: int) -> Path:
@@ -601,12 +618,12 @@ def cut(path: Path, at: float) -> None:
 
 
 def header(path: Path) -> float:
-    """How far the first line of a node reaches into it."""
+    """Return the share of a node's file that its first line takes."""
     return (len(path.read_bytes().split(b"\n")[0]) - 1) / path.stat().st_size
 
 
 def rewrite(store: Store, step: int, **changes: Any) -> None:
-    """What a forger would do, or a bug of ours: every checksum fits."""
+    """Rewrite a node with valid checksums, as a forger would."""
     node_of(store, step).write_bytes(replace(store.node(key(step)), **changes).dump())
 
 
@@ -619,60 +636,153 @@ def folder_instead(path: Path) -> None:
 LOST = rf"node {key(30)[:12]} \(step 30\): the rows before step 20 are lost with {key(20)[:12]}"
 TORN = r"state [0-9a-f]{12} \(step 20 of run ü\): torn or changed after it was written"
 NODE = rf"node {key(20)[:12]}: "
-UNROOTED = rf"what its root {ROOT[:12]} began with is lost"
-# what is done; how verify names it; where runs can still begin; what gc takes; what verify says then, until the way is trained again
+UNROOTED = rf"the file of its root {ROOT[:12]} is lost"
+# (damage, report of verify, steps that stay usable, what gc removes, report of verify after that)
 Damage = tuple[Callable[[Store], Any], str, set[int], set[str], str | None]
 DAMAGES: dict[str, Damage] = {
     **{
-        f"state flipped at {at}": (lambda s, at=at: flip(state_of(s, 20), at), TORN, {10, 30}, {"state"}, None)
+        f"state flipped at {at}": (
+            lambda s, at=at: flip(state_of(s, 20), at),
+            TORN,
+            {10, 30},
+            {"state"},
+            None,
+        )
         for at in (0.0, 0.05, 0.3, 0.6, 0.9, 1.0)
     },
     **{
         f"state cut at {at}": (lambda s, at=at: cut(state_of(s, 20), at), TORN, {10, 30}, {"state"}, None)
         for at in (0.0, 0.02, 0.3, 0.9, 0.999)
     },
-    "state grew": (lambda s: state_of(s, 20).write_bytes(state_of(s, 20).read_bytes() + b"x"), TORN, {10, 30}, {"state"}, None),
-    "another's state": (lambda s: shutil.copy(state_of(s, 10), state_of(s, 20)), TORN, {10, 30}, {"state"}, None),
+    "state grew": (
+        lambda s: state_of(s, 20).write_bytes(state_of(s, 20).read_bytes() + b"x"),
+        TORN,
+        {10, 30},
+        {"state"},
+        None,
+    ),
+    "another's state": (
+        lambda s: shutil.copy(state_of(s, 10), state_of(s, 20)),
+        TORN,
+        {10, 30},
+        {"state"},
+        None,
+    ),
     "a folder for a state": (lambda s: folder_instead(state_of(s, 20)), TORN, {10, 30}, {"state"}, None),
     **{
         f"node line flipped at {at}": (
-            lambda s, at=at: flip(node_of(s, 20), at * header(node_of(s, 20))), NODE + "(its first line|it is torn)", {10}, {"node"}, LOST
+            lambda s, at=at: flip(node_of(s, 20), at * header(node_of(s, 20))),
+            NODE + "(its first line|it is torn)",
+            {10},
+            {"node"},
+            LOST,
         )
         for at in (0.0, 0.1, 0.5, 0.8, 1.0)
     },
-    "node rows flipped": (lambda s: flip(node_of(s, 20), 0.9), NODE + "its rows are torn or were changed", {10}, {"node"}, LOST),
-    "node flipped at its end": (lambda s: flip(node_of(s, 20), 1.0), NODE + "its rows are torn or were changed", {10}, {"node"}, LOST),
+    "node rows flipped": (
+        lambda s: flip(node_of(s, 20), 0.9),
+        NODE + "its rows are torn or were changed",
+        {10},
+        {"node"},
+        LOST,
+    ),
+    "node flipped at its end": (
+        lambda s: flip(node_of(s, 20), 1.0),
+        NODE + "its rows are torn or were changed",
+        {10},
+        {"node"},
+        LOST,
+    ),
     **{
-        f"node cut at {at}": (lambda s, at=at: cut(node_of(s, 20), at), NODE + "(it is torn|its rows are torn)", {10}, {"node"}, LOST)
+        f"node cut at {at}": (
+            lambda s, at=at: cut(node_of(s, 20), at),
+            NODE + "(it is torn|its rows are torn)",
+            {10},
+            {"node"},
+            LOST,
+        )
         for at in (0.0, 0.1, 0.5, 0.999)
     },
     "node of another key": (
-        lambda s: shutil.copy(node_of(s, 10), node_of(s, 20)), NODE + f"it is the node {key(10)[:12]} under another name",
-        {10}, {"node"}, LOST,
+        lambda s: shutil.copy(node_of(s, 10), node_of(s, 20)),
+        NODE + f"it is the node {key(10)[:12]} under another name",
+        {10},
+        {"node"},
+        LOST,
     ),
     "node deleted": (lambda s: node_of(s, 20).unlink(), LOST, {10}, set(), LOST),
-    "node is a list": (lambda s: node_of(s, 20).write_text("[]\n"), NODE + "it is torn, or no node at all", {10}, {"node"}, LOST),
-    "node is not text": (lambda s: node_of(s, 20).write_bytes(b"\xff\xfe\0"), NODE + "it is torn, or no node at all", {10}, {"node"}, LOST),
-    "a folder for a node": (lambda s: folder_instead(node_of(s, 20)), NODE + "it is a folder", {10}, {"node"}, LOST),
+    "node is a list": (
+        lambda s: node_of(s, 20).write_text("[]\n"),
+        NODE + "it is torn, or not a node",
+        {10},
+        {"node"},
+        LOST,
+    ),
+    "node is not text": (
+        lambda s: node_of(s, 20).write_bytes(b"\xff\xfe\0"),
+        NODE + "it is torn, or not a node",
+        {10},
+        {"node"},
+        LOST,
+    ),
+    "a folder for a node": (
+        lambda s: folder_instead(node_of(s, 20)),
+        NODE + "it is a folder",
+        {10},
+        {"node"},
+        LOST,
+    ),
     "parent of another step": (
-        lambda s: rewrite(s, 20, parent=key(30)), rf"\(step 20\): {key(30)[:12]} is not what it says was before it", {10}, {"node"}, LOST
+        lambda s: rewrite(s, 20, parent=key(30)),
+        rf"\(step 20\): node {key(30)[:12]} cannot be its parent",
+        {10},
+        {"node"},
+        LOST,
     ),
     "step of another node": (
-        lambda s: rewrite(s, 20, begins=5), rf"\(step 20\): {key(10)[:12]} is not what it says was before it", {10}, {"node"}, LOST
+        lambda s: rewrite(s, 20, begins=5),
+        rf"\(step 20\): node {key(10)[:12]} cannot be its parent",
+        {10},
+        {"node"},
+        LOST,
     ),
-    "parent that is not there": (
-        lambda s: rewrite(s, 20, parent=key(15)), rf"\(step 20\): the rows before step 10 are lost with {key(15)[:12]}", {10}, set(),
+    "parent that does not exist": (
+        lambda s: rewrite(s, 20, parent=key(15)),
+        rf"\(step 20\): the rows before step 10 are lost with {key(15)[:12]}",
+        {10},
+        set(),
         rf"\(step 20\): the rows before step 10 are lost with {key(15)[:12]}",
     ),
-    "root torn": (lambda s: cut(root_of(s), 0.5), f"root {ROOT[:12]}: torn or changed", {10, 20, 30}, {"root"}, UNROOTED),
+    "root torn": (
+        lambda s: cut(root_of(s), 0.5),
+        f"root {ROOT[:12]}: torn or changed",
+        {10, 20, 30},
+        {"root"},
+        UNROOTED,
+    ),
     "root edited": (
-        lambda s: root_of(s).write_text(json.dumps(BEGUN | {"data": {}})), f"root {ROOT[:12]}: torn or changed",
-        {10, 20, 30}, {"root"}, UNROOTED,
+        lambda s: root_of(s).write_text(json.dumps(BEGUN | {"data": {}})),
+        f"root {ROOT[:12]}: torn or changed",
+        {10, 20, 30},
+        {"root"},
+        UNROOTED,
     ),
     "root deleted": (lambda s: root_of(s).unlink(), UNROOTED, {10, 20, 30}, set(), UNROOTED),
-    "pin torn": (lambda s: s.files.write("pins/mine", b'["0123'), "pin mine: torn", {10, 20, 30}, {"pin"}, None),
-    "pin is a number": (lambda s: s.files.write("pins/mine", b"3"), "pin mine: torn", {10, 20, 30}, {"pin"}, None),
-}  # fmt: skip
+    "pin torn": (
+        lambda s: s.files.write("pins/mine", b'["0123'),
+        "pin mine: torn",
+        {10, 20, 30},
+        {"pin"},
+        None,
+    ),
+    "pin is a number": (
+        lambda s: s.files.write("pins/mine", b"3"),
+        "pin mine: torn",
+        {10, 20, 30},
+        {"pin"},
+        None,
+    ),
+}
 
 
 def files_in(place: Path) -> dict[str, bytes]:
@@ -680,7 +790,7 @@ def files_in(place: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damage_is_named_passed_over_and_cleared(store: Store, case: Damage) -> None:
+def test_damage_is_reported_skipped_and_removed(store: Store, case: Damage) -> None:
     damage, named, left, taken, after = case
     nodes = save(store, *STEPS)
     folder = Path(str(store))
@@ -706,15 +816,15 @@ def test_damage_is_named_passed_over_and_cleared(store: Store, case: Damage) -> 
     assert usable(store) == left, "gc took what was good"
     found = store.verify()
     assert (found and all(re.search(after, line) for line in found)) if after else found == []
-    if damage is not DAMAGES["parent that is not there"][0]:  # what nobody can train
-        save(store, *STEPS)  # as a run does that trains the way again
+    if damage is not DAMAGES["parent that does not exist"][0]:  # no run can train that parent
+        save(store, *STEPS)  # as a run does that trains these steps again
         assert (
             store.verify() == [] and usable(store) == set(STEPS) and files_in(folder).keys() == whole.keys()
         )
 
 
 def test_each_changed_byte_and_each_cut_is_detected(store: Store) -> None:
-    """Not a sample: every byte of a node and of its state, blanks for tabs too."""
+    """Every byte of a node and its state is changed, and blanks are replaced by tabs."""
     good = save(store, 10, rows=(row(1), row(2)))[0]
     for path, read in (
         (node_of(store, 10), lambda: store.node(good.key)),
@@ -738,8 +848,8 @@ def test_each_changed_byte_and_each_cut_is_detected(store: Store) -> None:
     assert store.verify() == []
 
 
-def test_a_first_line_alone_is_checked_too(store: Store) -> None:
-    """Lists and plans read no rows: what they say must be as sure."""
+def test_the_first_line_alone_is_verified_too(store: Store) -> None:
+    """Lists and plans read the first line only; it must be as reliable."""
     save(store, 10)
     path = node_of(store, 10)
     path.write_bytes(path.read_bytes().replace(b'"step": 10', b'"step": 11', 1))
@@ -749,19 +859,27 @@ def test_a_first_line_alone_is_checked_too(store: Store) -> None:
 
 
 FOREIGN = [
-    "notes.txt", "nodes/readme", f"nodes/{key(10)}.tmp", "nodes/folder/x", "states/x.bin", f"states/{'A' * 64}.safetensors",
-    "roots/readme.json", "leases/x", f"leases/{key(10)}.1", "wants/x",
-]  # fmt: skip
+    "notes.txt",
+    "nodes/readme",
+    f"nodes/{key(10)}.tmp",
+    "nodes/folder/x",
+    "states/x.bin",
+    f"states/{'A' * 64}.safetensors",
+    "roots/readme.json",
+    "leases/x",
+    f"leases/{key(10)}.1",
+    "wants/x",
+]
 
 
-def test_foreign_files_are_named_and_left_alone(store: Store) -> None:
+def test_foreign_files_are_reported_and_kept(store: Store) -> None:
     save(store, *STEPS)
     for name in FOREIGN:
         (Path(str(store)) / name).parent.mkdir(parents=True, exist_ok=True)
         (Path(str(store)) / name).write_text("{}")
         os.utime(Path(str(store)) / name, (time.time() - 10,) * 2)
     expected = sorted({"/".join(name.split("/")[:2]) for name in FOREIGN})
-    assert sorted(store.verify()) == [f"{name}: no file of a store; move it away" for name in expected]
+    assert sorted(store.verify()) == [f"{name}: not a file of a store; move it away" for name in expected]
     assert not any(store.gc().values())
     assert (
         usable(store) == set(STEPS)
@@ -776,11 +894,15 @@ def test_foreign_files_are_named_and_left_alone(store: Store) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", "store.json is damaged; restore it"), ('{"form', "store.json is damaged"), ("[]", "store.json is damaged"),
-        ("7", "store.json is damaged"), ('{"format": 2}', "has format 2, this version reads 1"), ("{}", "has format None"),
+        ("", "store.json is damaged; restore it"),
+        ('{"form', "store.json is damaged"),
+        ("[]", "store.json is damaged"),
+        ("7", "store.json is damaged"),
+        ('{"format": 2}', "has format 2, this version reads 1"),
+        ("{}", "has format None"),
     ],
-)  # fmt: skip
-def test_a_store_that_does_not_say_what_it_is_is_not_opened(store: Store, text: str, named: str) -> None:
+)
+def test_a_store_of_another_format_is_not_opened(store: Store, text: str, named: str) -> None:
     save(store, 10)
     before = files_in(Path(str(store))) | {"store.json": text.encode()}
     (Path(str(store)) / "store.json").write_text(text)
@@ -789,14 +911,14 @@ def test_a_store_that_does_not_say_what_it_is_is_not_opened(store: Store, text: 
     assert files_in(Path(str(store))) == before
 
 
-def test_a_store_whose_paper_is_lost_is_not_opened(store: Store) -> None:
+def test_a_store_without_store_json_is_not_opened(store: Store) -> None:
     save(store, 10)
     (Path(str(store)) / "store.json").unlink()
     with pytest.raises(ConfigError, match=r"holds .*nodes.* but no store.json"):
         Store(str(store))
 
 
-def test_a_file_or_a_folder_of_something_else_is_no_store(tmp_path: Path) -> None:
+def test_a_foreign_file_or_folder_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match=r"file is not a folder; give another place for the store"):
         Store(tmp_path / "file")
@@ -808,8 +930,8 @@ def test_a_file_or_a_folder_of_something_else_is_no_store(tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis.doc"]
 
 
-def test_a_store_opens_while_its_first_node_is_still_being_trained(place: str) -> None:
-    """A lease and a pin come before the first node does, and stay when its trainer is killed."""
+def test_a_store_opens_before_its_first_node_is_written(place: str) -> None:
+    """A lease and a pin are written before the first node, and stay if the run is killed."""
     store = Store(place)
     lease = Leases(store.files).acquire(key(10))
     assert lease
@@ -821,17 +943,17 @@ def test_a_store_opens_while_its_first_node_is_still_being_trained(place: str) -
 
 
 @pytest.mark.parametrize("text", ["", '{"fie', "[]", "{}"])
-def test_what_a_root_began_with_is_written_again_by_the_next_run(store: Store, text: str) -> None:
+def test_the_next_run_repairs_the_file_of_a_root(store: Store, text: str) -> None:
     save(store, 10)
     root_of(store).write_text(text)
     save(store, 20)
     assert store.verify() == [] and list(store.roots()) == [(ROOT, BEGUN)]
 
 
-# -- what gc clears, and what it leaves
+# -- what gc removes and what it keeps
 
 
-def test_gc_clears_states_that_no_node_names_once_they_are_old(store: Store) -> None:
+def test_gc_removes_old_states_without_a_node(store: Store) -> None:
     nodes = save(store, *STEPS)
     age(store, {nodes[1].state: 2 * HOUR, nodes[2].state: 0.5 * HOUR, nodes[0].state: 5 * HOUR})
     for step in (20, 30):
@@ -845,7 +967,7 @@ def test_gc_clears_states_that_no_node_names_once_they_are_old(store: Store) -> 
     assert store.gc()["orphans"] == 1, "a clock that was put back makes none immortal"
 
 
-def test_gc_clears_rows_that_lead_nowhere_and_no_others(store: Store) -> None:
+def test_gc_removes_only_nodes_that_lead_to_no_state(store: Store) -> None:
     nodes = save(store, *STEPS, made=time.time() - 2 * HOUR)
     for evicted, kept in ((20, {10, 20, 30}), (10, {10, 20, 30}), (30, set())):
         store.files.remove(f"states/{nodes[STEPS.index(evicted)].state}.safetensors")
@@ -857,8 +979,8 @@ def test_gc_clears_rows_that_lead_nowhere_and_no_others(store: Store) -> None:
         )
 
 
-def test_gc_keeps_the_rows_before_a_node_that_it_keeps(store: Store) -> None:
-    """A node without a state stays while it is young; its old beginning must stay with it."""
+def test_gc_keeps_the_ancestors_of_a_young_node(store: Store) -> None:
+    """A node without a state is kept while it is young, so its older ancestors must be kept too."""
     save(store, 10, 20, made=time.time() - 2 * HOUR)
     save(store, 30)
     for state in store.states():
@@ -870,7 +992,7 @@ def test_gc_keeps_the_rows_before_a_node_that_it_keeps(store: Store) -> None:
     )
 
 
-def test_gc_clears_what_killed_writers_left_once_it_is_old(store: Store) -> None:
+def test_gc_removes_the_old_files_of_killed_writers(store: Store) -> None:
     save(store, 10)
     folder = Path(str(store))
     for name, seconds in (
@@ -889,7 +1011,7 @@ def test_gc_clears_what_killed_writers_left_once_it_is_old(store: Store) -> None
     assert store.wants() == {key(30)} and store.verify() == []
 
 
-def test_a_want_is_forgotten_when_its_node_is_there(place: str) -> None:
+def test_a_want_ends_when_its_node_is_saved(place: str) -> None:
     store = Store(place)
     store.want(key(10), "one")
     store.want(key(10), "another")
@@ -899,7 +1021,7 @@ def test_a_want_is_forgotten_when_its_node_is_there(place: str) -> None:
     assert store.wants() == {key(20)} and store.verify() == []
 
 
-def test_gc_keeps_the_budget_after_clearing(store: Store) -> None:
+def test_gc_evicts_after_removing(store: Store) -> None:
     nodes = save(store, *STEPS, made=time.time() - 2 * HOUR)
     age(store, {nodes[i].state: 100.0 - i for i in range(3)})
     flip(state_of(store, 30), 0.9)
@@ -920,7 +1042,7 @@ def test_gc_keeps_the_budget_after_clearing(store: Store) -> None:
     budget=st.integers(0, 200),
 )
 @settings(max_examples=40)
-def test_the_least_recently_used_go_first_and_no_more_than_must(
+def test_the_least_recently_used_states_are_evicted_first_and_no_more(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     order: Any,
@@ -952,7 +1074,7 @@ def test_the_least_recently_used_go_first_and_no_more_than_must(
     shutil.rmtree(folder)
 
 
-def test_what_is_loaded_or_saved_again_stays_longer(place: str) -> None:
+def test_a_state_that_is_loaded_or_saved_again_is_evicted_later(place: str) -> None:
     store = Store(place)
     nodes = save(store, *STEPS)
     store.size = nodes[0].size * 2
@@ -965,7 +1087,7 @@ def test_what_is_loaded_or_saved_again_stays_longer(place: str) -> None:
     assert store.evict() == [nodes[0].state]
 
 
-def test_pins_hold_until_they_are_taken_away(place: str) -> None:
+def test_pinned_nodes_are_kept_until_they_are_unpinned(place: str) -> None:
     store = Store(place, size=10**6)
     nodes = save(store, *STEPS)
     store.pin("a", [nodes[0].key])
@@ -980,17 +1102,17 @@ def test_pins_hold_until_they_are_taken_away(place: str) -> None:
     assert store.evict() == [nodes[0].state] and store.states() == {}
 
 
-def test_rows_outlive_their_states(place: str) -> None:
+def test_rows_are_kept_after_their_states_are_evicted(place: str) -> None:
     store = Store(place)
     nodes = save(store, *STEPS)
     store.size = nodes[0].size
     assert len(store.evict({nodes[2].key})) == 2
     assert usable(store) == {30} and len(store.summary()[0]) == 3 and store.verify() == []
-    with pytest.raises(Damaged, match="its state is gone"):
+    with pytest.raises(Damaged, match="its state does not exist"):
         store.load(nodes[0])
 
 
-def test_a_clock_that_was_put_back_makes_no_state_immortal(store: Store) -> None:
+def test_a_state_from_the_future_is_evicted_in_its_turn(store: Store) -> None:
     nodes = save(store, *STEPS)
     age(store, {nodes[0].state: -10 * 24 * HOUR, nodes[1].state: 60.0, nodes[2].state: 30.0})
     (found,) = store.verify()
@@ -999,11 +1121,11 @@ def test_a_clock_that_was_put_back_makes_no_state_immortal(store: Store) -> None
     assert store.evict() == [nodes[1].state], "as if used now"
     assert store.verify() == []
     time.sleep(0.02)
-    save(store, 20, 30)  # used after that: it is now the one that waited longest
+    save(store, 20, 30)  # used after that, so the other is now the least recently used
     assert store.evict() == [nodes[0].state] and usable(store) == {20, 30}
 
 
-def test_gc_dates_anew_what_is_of_the_future(store: Store) -> None:
+def test_gc_sets_times_in_the_future_to_now(store: Store) -> None:
     nodes = save(store, *STEPS)
     store.pin("batch-1", [key(10)])
     late = (
@@ -1024,13 +1146,13 @@ def test_gc_dates_anew_what_is_of_the_future(store: Store) -> None:
         assert abs((Path(str(store)) / name).stat().st_mtime - time.time()) < 60, "it ages from now on"
 
 
-def test_a_clock_that_runs_a_little_ahead_is_not_worth_a_word(store: Store) -> None:
+def test_a_small_difference_of_clocks_is_not_reported(store: Store) -> None:
     nodes = save(store, *STEPS)
-    age(store, {nodes[0].state: -AHEAD / 2})
+    age(store, {nodes[0].state: -GRACE / 2})
     assert store.verify() == []
 
 
-# -- a place that cannot be written
+# -- stores that cannot be written
 
 
 @pytest.fixture
@@ -1049,7 +1171,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_store_that_may_not_be_written_is_read(disk: Path) -> None:
+def test_a_read_only_store_can_be_read(disk: Path) -> None:
     nodes = save(Store(disk / "store"), *STEPS)
     before = Store(disk / "store").states()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -1075,8 +1197,8 @@ def test_a_store_that_may_not_be_written_is_read(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("leave", [0, 4096, 20_000])
-def test_a_full_disk_leaves_no_half_node(disk: Path, leave: int) -> None:
-    """Safetensors hides what happened in an error of its own; who waits for OSError must get one."""
+def test_a_full_disk_leaves_no_partial_node(disk: Path, leave: int) -> None:
+    """Safetensors raises its own error for a full disk; the store turns it into an OSError."""
     store = Store(disk / "store")
     save(store, 10)
     big = {"w": torch.zeros(50_000)}
@@ -1095,7 +1217,7 @@ def test_a_full_disk_leaves_no_half_node(disk: Path, leave: int) -> None:
     assert same(store.load(store.save(node(20), big)), big)
 
 
-def test_a_limit_on_file_size_leaves_no_half_node(store: Store) -> None:
+def test_a_limit_on_file_size_leaves_no_partial_node(store: Store) -> None:
     save(store, 10)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
@@ -1112,7 +1234,7 @@ def test_a_limit_on_file_size_leaves_no_half_node(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_nodes_are_read_in_a_second(tmp_path: Path) -> None:
+def test_ten_thousand_nodes_are_read_within_a_second(tmp_path: Path) -> None:
     from mainrun.config import TrainConfig
 
     for folder in ("nodes", "states", "roots"):
@@ -1129,7 +1251,7 @@ def test_ten_thousand_nodes_are_read_in_a_second(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
     def best(function: Callable[[], Any]) -> float:
-        """CPU seconds: another's work on this machine is not ours."""
+        """Return processor time, which does not depend on other processes."""
         taken = []
         for _ in range(3):
             before = time.process_time()

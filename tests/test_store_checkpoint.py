@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, what is replaced when one is saved, and which words name each kind of damage."""
+"""Checkpoints in detail: their files, what saving replaces, and the message for each kind of damage."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from mainrun.errors import ConfigError, DiskFull, RunError
+from mainrun.files.hashing import sha256_json
 from mainrun.store import checkpoint
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3)}
@@ -38,7 +39,7 @@ def fail(error: BaseException) -> Callable[..., Any]:
 # -- saving
 
 
-def test_a_checkpoint_is_two_files_that_vouch_for_each_other(tmp_path: Path) -> None:
+def test_a_checkpoint_has_two_files_with_checksums(tmp_path: Path) -> None:
     place = save(tmp_path / "run/checkpoints", 7, digest="d")
     assert place == tmp_path / "run/checkpoints/step-00000007"
     assert names(place.parent) == ["step-00000007"] and names(place) == ["meta.json", "state.safetensors"]
@@ -60,7 +61,7 @@ def test_the_tensors_the_meta_and_the_folder_are_synced(
     assert synced == ["state.safetensors", ".meta.json.tmp", ".tmp-step-00000007", tmp_path.name]
 
 
-def test_what_an_earlier_kill_left_is_removed_first(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed_first(tmp_path: Path) -> None:
     for name in (".tmp-step-00000003", ".tmp-step-00000007"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.safetensors").touch()
@@ -91,7 +92,7 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000005", "step-00000007"]
 
 
-def test_a_check_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_check_changes_nothing(tmp_path: Path) -> None:
     save(tmp_path, 7, note="old")
     (tmp_path / "step-00000009").mkdir()
     with pytest.raises(RunError, match="taken over"):
@@ -100,7 +101,7 @@ def test_a_check_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "step-00000007/meta.json").read_text())["note"] == "old"
 
 
-def test_a_fault_while_it_is_written_names_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_writing_names_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "save_tensors", fail(OSError(28, "No space left on device")))
     with pytest.raises(DiskFull, match=f"{tmp_path}/step-00000007"):
         save(tmp_path, 7)
@@ -110,7 +111,7 @@ def test_a_fault_while_it_is_written_names_the_place(tmp_path: Path, monkeypatch
         save(tmp_path / "file", 7)
 
 
-def test_a_temporary_folder_that_cannot_be_removed_does_not_hide_the_fault(
+def test_a_temporary_folder_that_cannot_be_removed_does_not_hide_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_tensors(tensors: Any, path: Path) -> None:
@@ -170,27 +171,27 @@ def test_the_hash_of_tensors_covers_names_types_shapes_and_bits() -> None:
     assert sha256(a=one, b=others[0]) == sha256(b=others[0], a=one) != sha256(a=others[0], b=one)
 
 
-# -- which there are
+# -- listing
 
 
 def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
     for name in ("step-00000003", "step-00000010", ".tmp-step-00000020", "notes", "old-step-00000030"):
         (tmp_path / name).mkdir()
-    assert [place.name for place in checkpoint.steps(tmp_path)] == ["step-00000010", "step-00000003"]
-    assert checkpoint.steps(tmp_path / "none") == []
+    assert [place.name for place in checkpoint.paths(tmp_path)] == ["step-00000010", "step-00000003"]
+    assert checkpoint.paths(tmp_path / "none") == []
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=f"{tmp_path}/file is damaged: it cannot be read .*--fresh"):
-        checkpoint.steps(tmp_path / "file")
+        checkpoint.paths(tmp_path / "file")
 
 
-# -- damage, and the words for it
+# -- damage and its messages
 
 
 def written(place: Path, **changes: Any) -> None:
-    """Edit meta.json and make its checksum fit; None removes a key."""
+    """Edit meta.json and fix its checksum. None removes a key."""
     meta = json.loads((place / "meta.json").read_text()) | changes
     meta = {name: value for name, value in meta.items() if value is not None and name != "meta_sha256"}
-    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": checkpoint._meta_sha256(meta)})
+    checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": sha256_json(meta)})
 
 
 def text_of(place: Path, text: str | bytes) -> None:
@@ -202,7 +203,7 @@ def other_bytes(place: Path) -> None:
     path.write_bytes(path.read_bytes() + b"x")
 
 
-def no_safetensors(place: Path) -> None:
+def not_safetensors(place: Path) -> None:
     (place / "state.safetensors").write_bytes(b"junk")
     written(place, state_sha256=hashlib.sha256(b"junk").hexdigest())
 
@@ -237,12 +238,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda place: text_of(place, "[]"), TORN),
     "a word": (lambda place: text_of(place, '"format"'), TORN),
     "deep lists": (lambda place: text_of(place, "[" * 100 * sys.getrecursionlimit()), TORN),
-    "junk that its checksum fits": (no_safetensors, "state.safetensors is no safetensors file ("),
+    "junk that its checksum fits": (not_safetensors, "state.safetensors is not a safetensors file ("),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_each_damage_is_named(tmp_path: Path, name: str) -> None:
+def test_each_damage_is_reported(tmp_path: Path, name: str) -> None:
     damage, words = DAMAGES[name]
     place = save(tmp_path, 7)
     assert checkpoint._load(place, lambda meta: None)[1]["step"] == 7
@@ -259,7 +260,7 @@ def test_tensors_that_cannot_be_read_are_damage_too(tmp_path: Path, monkeypatch:
         checkpoint._load(place, lambda meta: None)
 
 
-def test_the_newest_that_is_whole_and_usable_is_loaded(tmp_path: Path) -> None:
+def test_the_newest_intact_and_usable_checkpoint_is_loaded(tmp_path: Path) -> None:
     for step in (3, 7):
         save(tmp_path, step)
     notes: list[str] = []
@@ -272,7 +273,7 @@ def test_the_newest_that_is_whole_and_usable_is_loaded(tmp_path: Path) -> None:
     found = checkpoint.load_newest(tmp_path, usable, notes.append)
     assert found is not None and torch.equal(found[0]["a"], TENSORS["a"]) and found[1] == metas[1]
     assert metas[1].keys() == {"format", "step", "state_sha256"} and metas[1]["step"] == 3
-    assert notes == [f"checkpoint {tmp_path}/step-00000007 is passed over: it is of another run"]
+    assert notes == [f"checkpoint {tmp_path}/step-00000007 is skipped: it is of another run"]
     assert checkpoint.load_newest(tmp_path, lambda meta: "no", notes.append) is None and len(notes) == 3
 
 
@@ -291,22 +292,29 @@ def test_a_meta_must_have_the_shape_of_a_checkpoint() -> None:
     assert checkpoint.fault({"step": 1}) == "meta.json lacks 'digest'"
 
 
-# -- a state that does not fit
+# -- states that do not fit
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        ConfigError("odd"), RunError("odd"), KeyError("odd"), IndexError("odd"), TypeError("odd"), ValueError("odd"), AttributeError("odd"),
-        AssertionError("odd"), RuntimeError("odd"),
+        ConfigError("odd"),
+        RunError("odd"),
+        KeyError("odd"),
+        IndexError("odd"),
+        TypeError("odd"),
+        ValueError("odd"),
+        AttributeError("odd"),
+        AssertionError("odd"),
+        RuntimeError("odd"),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_is_the_fault_of_its_file(error: Exception) -> None:
+)
+def test_a_state_that_does_not_fit_is_a_run_error(error: Exception) -> None:
     with (
         pytest.raises(
             RunError, match=rf"^FILE does not fit .*\({type(error).__name__}: '?odd'?\); .*--fresh"
         ),
-        checkpoint.fitting("FILE"),
+        checkpoint.fit_errors("FILE"),
     ):
         raise error
 
@@ -314,15 +322,15 @@ def test_what_does_not_fit_is_the_fault_of_its_file(error: Exception) -> None:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("full"), OSError("gone"), KeyboardInterrupt(), ZeroDivisionError("odd")]
 )
-def test_what_has_nothing_to_do_with_the_file_is_raised_as_it_is(error: BaseException) -> None:
-    with pytest.raises(type(error)) as e, checkpoint.fitting("FILE"):
+def test_other_errors_are_raised_unchanged(error: BaseException) -> None:
+    with pytest.raises(type(error)) as e, checkpoint.fit_errors("FILE"):
         raise error
     assert e.value is error
 
 
 def test_a_long_reason_is_put_on_one_line_and_cut() -> None:
-    with pytest.raises(RunError) as e, checkpoint.fitting("FILE"):
+    with pytest.raises(RunError) as e, checkpoint.fit_errors("FILE"):
         raise RuntimeError("a\n  b " + "c" * 400)
     assert "(RuntimeError: a b " + "c" * 296 + ");" in str(e.value)
-    with checkpoint.fitting("FILE"):
+    with checkpoint.fit_errors("FILE"):
         pass

@@ -1,4 +1,4 @@
-"""What `mainrun store` prints: each column, figure and refusal, for a store that answers from memory."""
+"""The output of `mainrun store`: columns, figures and messages, for a fake store in memory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,26 @@ KEYS = ["a" * 64, "ab" + "c" * 62, "d" * 64]
 
 def node(place: int, step: int, begins: int, **changes: Any) -> Node:
     whole = Node(
-        key=KEYS[place], parent=KEYS[place - 1] if begins else "0" * 64, root="0" * 64, step=step, begins=begins, presented=1,
-        state=f"state {step}", size=1500, geometry=[1, 1], seconds=60.0, run=f"run {step}", config={}, made=900.0, rows_sha256="",
-    )  # fmt: skip
+        key=KEYS[place],
+        parent=KEYS[place - 1] if begins else "0" * 64,
+        root="0" * 64,
+        step=step,
+        begins=begins,
+        tokens_processed=1,
+        state=f"state {step}",
+        size=1500,
+        geometry=[1, 1],
+        seconds=60.0,
+        run=f"run {step}",
+        config={},
+        made=900.0,
+        rows_sha256="",
+    )
     return replace(whole, **changes)
 
 
 class FakeStore:
-    """A store of three nodes in a row, of which the state of the second is gone."""
+    """A store with a chain of three nodes. The state of the second was evicted."""
 
     def __init__(self) -> None:
         self.nodes = [node(0, 10, 0), node(1, 20, 10), node(2, 30, 20)]
@@ -89,7 +101,7 @@ class FakeStore:
 
 @pytest.fixture
 def opened() -> list[Any]:
-    """How the store was opened."""
+    """The arguments with which the store was opened."""
     return []
 
 
@@ -215,8 +227,15 @@ def test_du_counts_the_steps_that_lead_to_a_state(
     store.damaged = [("e" * 64, "it is torn")]
     cli.du(as_json=True)
     assert json.loads(capsys.readouterr().out) == {
-        "store": "STORE", "nodes": 5, "damaged": 1, "states": 2, "bytes": 4000, "roots": 2, "steps": 30, "seconds": 180.0,
-    }  # fmt: skip
+        "store": "STORE",
+        "nodes": 5,
+        "damaged": 1,
+        "states": 2,
+        "bytes": 4000,
+        "roots": 2,
+        "steps": 30,
+        "seconds": 180.0,
+    }
     cli.du()
     assert capsys.readouterr().out == (
         "STORE: 4.0kB in 2 states of 5 nodes\n30 steps that need not be trained again: 3:00 of training\n"
@@ -234,17 +253,19 @@ def test_du_separates_thousands(store: FakeStore, capsys: pytest.CaptureFixture[
 # -- gc, verify, pin, unpin
 
 
-def test_gc_says_what_it_cleared(
+def test_gc_prints_what_it_removed(
     store: FakeStore, opened: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.gc(size="5GB")
-    assert capsys.readouterr().out == "cleared: 0 damaged, 1,234 rows\n"
+    assert capsys.readouterr().out == "removed: 0 damaged, 1,234 rows\n"
     cli.gc(as_json=True)
     assert json.loads(capsys.readouterr().out) == {"damaged": 0, "rows": 1234}
     assert opened == [(None, Path("runs"), "5GB", True), (None, Path("runs"), "20GB", True)]
 
 
-def test_verify_says_that_all_is_well(store: FakeStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_prints_that_everything_is_intact(
+    store: FakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     store.nodes = [node(0, 10, 0, key=f"{i:064}") for i in range(1000)]
     cli.verify()
     assert capsys.readouterr().out == "1,000 nodes, all as they were written\n"
@@ -275,7 +296,7 @@ def test_a_node_is_pinned_by_the_beginning_of_its_key(
 
 
 @pytest.mark.parametrize(("beginning", "word"), [("a", "'a'"), ("b", "'b'"), ("", "''")])
-def test_the_beginning_of_a_key_must_name_one_node(store: FakeStore, beginning: str, word: str) -> None:
+def test_a_beginning_of_a_key_must_match_one_node(store: FakeStore, beginning: str, word: str) -> None:
     several = beginning != "b"
     with pytest.raises(UsageError, match=word) as e:
         cli._node(store, beginning)  # type: ignore[arg-type]
@@ -317,7 +338,7 @@ def test_a_store_that_cannot_be_written_is_named(
 
 
 def audited(monkeypatch: pytest.MonkeyPatch, *findings: tuple[Node, str, str]) -> list[Any]:
-    """Plant what the audit finds, and give what it is asked."""
+    """Fake the results of an audit, and return the arguments of its calls."""
     asked: list[Any] = []
 
     def audit(*args: Any) -> list[SimpleNamespace]:
@@ -335,7 +356,8 @@ def test_audit_prints_a_segment_a_line(
     cli.audit(segments=7, seed=5, reach=9)
     assert asked == [(store, 7, 5, 9)]
     assert capsys.readouterr().out == (
-        f"same     {'a' * 12}  steps 1 to 10 of run 10\nskipped  {KEYS[1][:12]}  steps 11 to 20 of run 20: another machine\n"
+        f"same     {'a' * 12}  steps 1 to 10 of run 10\n"
+        f"skipped  {KEYS[1][:12]}  steps 11 to 20 of run 20: another machine\n"
     )
 
 
@@ -362,7 +384,7 @@ def test_audit_fails_where_one_differs(
     store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     audited(monkeypatch, (store.nodes[0], "same", ""), (store.nodes[1], "differs", "the weights"))
-    with pytest.raises(MainrunError, match="not what the store holds"):
+    with pytest.raises(MainrunError, match="differs from the store"):
         cli.audit(as_json=as_json)
     assert "differs" in capsys.readouterr().out
 
@@ -372,12 +394,12 @@ def test_audit_of_an_empty_store_says_so(
 ) -> None:
     audited(monkeypatch)
     cli.audit()
-    assert capsys.readouterr().out == "nothing to audit: the store has no node\n"
+    assert capsys.readouterr().out == "nothing to audit: the store has no nodes\n"
     cli.audit(as_json=True)
     assert json.loads(capsys.readouterr().out) == []
 
 
-# -- the options
+# -- options
 
 
 @pytest.mark.parametrize(
@@ -412,7 +434,7 @@ COMMANDS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_opens_the_store_that_must_be_there(
+def test_every_command_needs_an_existing_store(
     store: FakeStore, opened: list[Any], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     audited(monkeypatch)
@@ -429,9 +451,9 @@ def test_every_command_opens_the_store_that_must_be_there(
     [
         ("ls", "--store PLACE|The store: a folder, or a URL"),
         ("gc", "--store-size SIZE|Evict the least recently used"),
-        ("audit", "--reach STEPS|The longest way back|How many|The same seed"),
-        ("pin", "NODE|the unique beginning"),
-        ("unpin", "NODE|the unique beginning"),
+        ("audit", "--reach STEPS|Maximum number of steps back|How many segments|the same segments"),
+        ("pin", "NODE|a unique beginning"),
+        ("unpin", "NODE|a unique beginning"),
     ],
 )
 def test_the_help_names_each_option_and_its_value(command: str, words: str) -> None:
@@ -449,18 +471,27 @@ def test_no_command_prints_json_or_a_traceback_unless_asked() -> None:
         assert parameters["out"].default == Path("runs") and parameters["place"].default is None
 
 
-# -- where the store is
+# -- opening the store
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("0", 0), ("10", 10), ("10B", 10), ("1k", 1000), ("1KB", 1000), ("1.5 MB", 1_500_000), ("20GB", 20 * 10**9), (" 2t ", 2 * 10**12),
-        ("1" * 15, int("1" * 15)), ("0." + "5" * 15, 0), ("2g", 2 * 10**9),
+        ("0", 0),
+        ("10", 10),
+        ("10B", 10),
+        ("1k", 1000),
+        ("1KB", 1000),
+        ("1.5 MB", 1_500_000),
+        ("20GB", 20 * 10**9),
+        (" 2t ", 2 * 10**12),
+        ("1" * 15, int("1" * 15)),
+        ("0." + "5" * 15, 0),
+        ("2g", 2 * 10**9),
     ],
-)  # fmt: skip
+)
 def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None:
-    assert cli._bytes(text) == size
+    assert cli._parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -468,19 +499,17 @@ def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None
 )
 def test_any_other_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--store-size.*like 20GB"):
-        cli._bytes(text)
+        cli._parse_size(text)
 
 
 def test_a_size_that_is_refused_is_cut_to_eighty_characters() -> None:
     for length, whole in ((78, True), (79, False)):
         with pytest.raises(UsageError) as e:
-            cli._bytes("x" * length)
+            cli._parse_size("x" * length)
         assert ("x" * length in str(e.value)) is whole
 
 
-def test_the_store_lies_beside_the_runs_unless_it_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_is_next_to_the_runs_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAINRUN_STORE", raising=False)
     assert str(cli.open_store(None, tmp_path)) == f"{tmp_path}/.store"
     assert cli.open_store(None, tmp_path).size == 20 * 10**9
@@ -491,7 +520,7 @@ def test_the_store_lies_beside_the_runs_unless_it_is_given(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_must_be_there_is_refused_where_there_is_none(tmp_path: Path) -> None:
+def test_a_missing_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"there is no store at {tmp_path}/store.*--store or --out"):
         cli.open_store(str(tmp_path / "store"), tmp_path, must=True)
     Store(tmp_path / "store").begin("a" * 64, {})
@@ -507,7 +536,7 @@ def test_an_empty_place_is_refused(tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize(
     ("place", "variable", "option"), [("a\0b", "", "--store"), (None, "a" * 256, "the store")]
 )
-def test_a_path_that_no_store_can_have_is_named_with_its_option(
+def test_an_invalid_path_is_reported_with_its_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None, variable: str, option: str
 ) -> None:
     monkeypatch.setenv("MAINRUN_STORE", variable)
@@ -518,12 +547,12 @@ def test_a_path_that_no_store_can_have_is_named_with_its_option(
 @pytest.mark.parametrize(
     "place", ["~no-such-user/a", "file:~no-such-user/a", "file://~no-such-user/a", "local:~no-such-user/a"]
 )
-def test_a_home_of_nobody_is_refused(tmp_path: Path, place: str) -> None:
+def test_the_home_of_an_unknown_user_is_refused(tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match=r"--store.*~"):
         cli.open_store(place, tmp_path)
 
 
-def test_a_file_in_the_place_of_out_is_the_fault_of_out(
+def test_a_file_in_the_place_of_out_is_reported_as_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MAINRUN_STORE", raising=False)
@@ -536,10 +565,8 @@ def test_a_file_in_the_place_of_out_is_the_fault_of_out(
     cli.open_store(str(tmp_path / "store"), tmp_path / "file")
 
 
-def test_a_store_is_opened_where_nothing_may_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To read it is enough."""
+def test_a_read_only_store_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading needs no permission to write."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     for out in (tmp_path, tmp_path / "none"):
         assert str(cli.open_store(str(out / ".store"), out)) == f"{out}/.store"
@@ -547,7 +574,7 @@ def test_a_store_is_opened_where_nothing_may_be_written(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the key is wrong"), KeyError("host")])
-def test_whatever_a_place_fails_with_is_a_refusal(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_any_error_of_a_store_becomes_a_message(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from mainrun.store import nodes
 
     def fail(place: str, size: int) -> None:
@@ -556,16 +583,16 @@ def test_whatever_a_place_fails_with_is_a_refusal(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nodes, "Store", fail)
     with pytest.raises(
         UsageError,
-        match=rf"^store 's3://a' cannot be opened \({type(error).__name__}: .*a URL that fsspec knows",
+        match=rf"^store 's3://a' cannot be opened \({type(error).__name__}: .*a URL that fsspec can open",
     ):
-        cli._opened("s3://a", "20GB")
+        cli._open("s3://a", "20GB")
 
 
 @pytest.mark.parametrize(
     ("place", "why", "whole"),
     [("a" * 78, "b", True), ("a" * 79, "b", False), ("a", "b" * 186, True), ("a", "b" * 187, False)],
 )
-def test_a_refusal_cuts_long_places_and_reasons(
+def test_a_message_cuts_long_places_and_reasons(
     monkeypatch: pytest.MonkeyPatch, place: str, why: str, whole: bool
 ) -> None:
     from mainrun.store import nodes
@@ -575,11 +602,11 @@ def test_a_refusal_cuts_long_places_and_reasons(
 
     monkeypatch.setattr(nodes, "Store", fail)
     with pytest.raises(UsageError) as e:
-        cli._opened(place, "20GB")
+        cli._open(place, "20GB")
     assert ("characters ..." not in str(e.value)) is whole
 
 
-def test_a_refusal_of_the_store_itself_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_mainrun_stays_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     from mainrun.store import nodes
 
     def fail(place: str, size: int) -> None:
@@ -587,4 +614,4 @@ def test_a_refusal_of_the_store_itself_stays_as_it_is(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(nodes, "Store", fail)
     with pytest.raises(ConfigError, match=r"^is not a folder$"):
-        cli._opened("a", "20GB")
+        cli._open("a", "20GB")

@@ -1,4 +1,4 @@
-"""Where a store keeps its files: what is synced, what a link or a missing file comes to, and what fsspec is asked to do."""
+"""The files of a store: what is synced, links and missing files, and the calls of fsspec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is synced, in order: the size of a file at that moment, or the name of a folder."""
+    """Record what is synced, in order: the size of a file at that moment, or the name of a folder."""
     seen: list[Any] = []
 
     def fsync(fd: int) -> None:
@@ -67,7 +67,7 @@ def test_a_file_and_its_folder_are_synced_unless_the_caller_says_otherwise(
     assert folder.read("a/one") == b"12345" and folder.names("new") == set()
 
 
-def test_a_name_that_is_taken_is_not_synced_again(folder: Folder, synced: list[Any]) -> None:
+def test_an_existing_file_is_not_synced_again(folder: Folder, synced: list[Any]) -> None:
     folder.write("a/one", b"1")
     del synced[:]
     assert folder.create("a/one", b"234") is False
@@ -75,7 +75,7 @@ def test_a_name_that_is_taken_is_not_synced_again(folder: Folder, synced: list[A
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
-def test_a_file_is_created_without_a_link_where_there_are_none(
+def test_a_file_is_created_on_a_file_system_without_links(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def link(*_: Any) -> None:
@@ -88,7 +88,7 @@ def test_a_file_is_created_without_a_link_where_there_are_none(
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_any_other_fault_of_a_link_is_raised(
+def test_any_other_error_of_a_link_is_raised(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def link(*_: Any) -> None:
@@ -103,21 +103,23 @@ def test_any_other_fault_of_a_link_is_raised(
 @pytest.mark.parametrize(
     ("mode", "expected"), [(0o755, 0o644), (0o750, 0o640), (0o777, 0o666), (0o700, 0o600)]
 )
-def test_a_file_that_moves_in_gets_the_rights_of_its_folder(folder: Folder, mode: int, expected: int) -> None:
+def test_a_file_that_is_put_gets_the_permissions_of_its_folder(
+    folder: Folder, mode: int, expected: int
+) -> None:
     put(folder, b"1", "a/b/one")
-    (folder.place / "a/b").chmod(mode)
+    (folder.path / "a/b").chmod(mode)
     with folder.new() as path:
         path.write_bytes(b"2")
         path.chmod(0o400)
         folder.put(path, "a/b/one")
         assert not path.exists()
-    assert stat.S_IMODE((folder.place / "a/b/one").stat().st_mode) == expected
+    assert stat.S_IMODE((folder.path / "a/b/one").stat().st_mode) == expected
     assert folder.read("a/b/one") == b"2"
 
 
-def test_a_new_path_has_the_process_and_chance_in_its_name_and_is_gone_afterwards(folder: Folder) -> None:
+def test_a_temporary_path_is_unique_and_removed_afterwards(folder: Folder) -> None:
     with folder.new() as path, folder.new() as other:
-        assert path.parent == folder.place / "new" and path != other
+        assert path.parent == folder.path / "new" and path != other
         assert re.fullmatch(rf"{os.getpid()}-[0-9a-f]{{16}}", path.name)
         path.touch()
     assert folder.names("new") == set()
@@ -129,14 +131,14 @@ def test_a_new_path_has_the_process_and_chance_in_its_name_and_is_gone_afterward
     assert folder.names("new") == set()
 
 
-def test_a_list_follows_links_and_passes_over_those_that_lead_nowhere(folder: Folder) -> None:
+def test_a_listing_follows_links_and_skips_broken_ones(folder: Folder) -> None:
     folder.write("a/file", b"12345")
-    os.utime(folder.place / "a/file", (1, 1000.5))
-    (folder.place / "a/link").symlink_to("file")
-    (folder.place / "a/loop").symlink_to("loop")
+    os.utime(folder.path / "a/file", (1, 1000.5))
+    (folder.path / "a/link").symlink_to("file")
+    (folder.path / "a/loop").symlink_to("loop")
     for i in range(20):
         folder.write(f"a/file {i}", b"1")
-        (folder.place / f"a/lost {i}").symlink_to("nowhere")
+        (folder.path / f"a/lost {i}").symlink_to("nowhere")
     found = folder.list("a")
     assert found["file"] == found["link"] == Entry(5, 1000.5)
     assert found["loop"].size == len("loop") and found["loop"].modified > 1e9
@@ -144,7 +146,7 @@ def test_a_list_follows_links_and_passes_over_those_that_lead_nowhere(folder: Fo
     assert len(folder.names("a")) == 43
 
 
-def test_a_folder_that_is_missing_is_empty(folder: Folder) -> None:
+def test_a_missing_folder_is_empty(folder: Folder) -> None:
     assert folder.list("a") == {} and folder.names("a") == set() and not folder.exists("a")
     folder.write("a", b"")
     assert folder.exists("a")
@@ -153,19 +155,21 @@ def test_a_folder_that_is_missing_is_empty(folder: Folder) -> None:
             verb("a")
 
 
-def test_a_folder_is_removed_with_what_is_in_it_and_a_link_alone(folder: Folder, tmp_path: Path) -> None:
+def test_a_folder_is_removed_with_its_content_and_a_link_without_its_target(
+    folder: Folder, tmp_path: Path
+) -> None:
     folder.write("a/b/one", b"1")
     folder.write("file", b"1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/kept").touch()
-    (folder.place / "link").symlink_to(tmp_path / "other")
+    (folder.path / "link").symlink_to(tmp_path / "other")
     for name in ("a", "file", "link", "never was"):
         folder.remove(name)
-    assert not folder.exists("a") and not folder.exists("file") and not (folder.place / "link").is_symlink()
+    assert not folder.exists("a") and not folder.exists("file") and not (folder.path / "link").is_symlink()
     assert (tmp_path / "other/kept").exists()
 
 
-def test_a_folder_that_another_process_removes_too_is_no_error(
+def test_a_folder_that_another_process_removes_is_not_an_error(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.write("a/one", b"1")
@@ -177,29 +181,29 @@ def test_a_folder_that_another_process_removes_too_is_no_error(
     folder.remove("a")
 
 
-def test_touch_dates_a_file_now_and_local_is_the_file_itself(folder: Folder) -> None:
+def test_touch_sets_the_time_to_now_and_local_is_the_file_itself(folder: Folder) -> None:
     folder.write("a/one", b"first\nsecond\n")
-    os.utime(folder.place / "a/one", (1, 1))
+    os.utime(folder.path / "a/one", (1, 1))
     folder.touch("a/one")
     assert abs(folder.list("a")["one"].modified - time.time()) < 60
     with folder.local("a/one") as path:
-        assert path == folder.place / "a/one"
-    assert folder.first_line("a/one") == b"first\n" and str(folder) == str(folder.place)
+        assert path == folder.path / "a/one"
+    assert folder.first_line("a/one") == b"first\n" and str(folder) == str(folder.path)
 
 
-def test_a_pipe_is_not_waited_for(folder: Folder) -> None:
+def test_a_pipe_is_refused_at_once(folder: Folder) -> None:
     folder.write("a", b"")
-    os.mkfifo(folder.place / "pipe")
+    os.mkfifo(folder.path / "pipe")
     for verb in (folder.read, folder.first_line):
         with pytest.raises(OSError, match="pipe"):
             verb("pipe")
 
 
-# -- a place of fsspec's
+# -- files at a URL
 
 
 class Place:
-    """Records what it is asked, and answers from a table."""
+    """Records its calls, and returns results from a table."""
 
     def __init__(self, **answers: Any) -> None:
         self.answers = answers
@@ -231,7 +235,10 @@ FORGETS = ("invalidate_cache",)
     [
         (lambda files: files.read("a/one"), [("cat_file", "root/a/one")]),
         (lambda files: files.write("a/one", b"1"), [MAKES, ("pipe_file", "root/a/one", b"1")]),
-        (lambda files: files.create("a/one", b"1"), [MAKES, ("pipe_file", "root/a/one", b"1", {"mode": "create"})]),
+        (
+            lambda files: files.create("a/one", b"1"),
+            [MAKES, ("pipe_file", "root/a/one", b"1", {"mode": "create"})],
+        ),
         (lambda files: files.put(Path("x"), "a/one"), [MAKES, ("put_file", "x", "root/a/one")]),
         (lambda files: files.exists("a/one"), [FORGETS, ("exists", "root/a/one")]),
         (lambda files: files.list("a"), [FORGETS, ("ls", "root/a", {"detail": True})]),
@@ -240,15 +247,17 @@ FORGETS = ("invalidate_cache",)
         (
             lambda files: files.remove("a/one"),
             [
-                FORGETS, ("rm", "root/a/one", {"recursive": True}),
-                FORGETS, ("rm", "root/a/one.used", {"recursive": True}),
+                FORGETS,
+                ("rm", "root/a/one", {"recursive": True}),
+                FORGETS,
+                ("rm", "root/a/one.used", {"recursive": True}),
             ],
         ),
     ],
     ids=["read", "write", "create", "put", "exists", "list", "names", "touch", "remove"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("root", ["root", "root/"])
-def test_each_verb_asks_fsspec_for_this(
+def test_each_method_calls_fsspec(
     root: str, verb: Callable[[Remote], Any], calls: list[tuple[Any, ...]]
 ) -> None:
     files, place = remote(root, ls=[])
@@ -256,7 +265,7 @@ def test_each_verb_asks_fsspec_for_this(
     assert place.calls == calls
 
 
-def test_to_read_a_file_in_place_it_is_fetched_and_removed(tmp_path: Path) -> None:
+def test_a_local_copy_is_downloaded_and_removed(tmp_path: Path) -> None:
     files, place = remote()
     with files.local("a/one") as path:
         assert place.calls == [("get_file", "root/a/one", str(path))]
@@ -268,16 +277,16 @@ def test_to_read_a_file_in_place_it_is_fetched_and_removed(tmp_path: Path) -> No
     ("data", "line"),
     [(b"first\nsecond\n", b"first\n"), (b"first", b"first\n"), (b"", b"\n"), (b"\na", b"\n")],
 )
-def test_the_first_line_is_cut_from_the_whole(data: bytes, line: bytes) -> None:
+def test_the_first_line_is_cut_from_the_content(data: bytes, line: bytes) -> None:
     assert remote(cat_file=data)[0].first_line("a") == line
 
 
 @pytest.mark.parametrize(("answer", "created"), [(None, True), (FileExistsError(), False)])
-def test_an_object_is_created_unless_the_name_is_taken(answer: Any, created: bool) -> None:
+def test_an_object_is_created_unless_it_exists(answer: Any, created: bool) -> None:
     assert remote(pipe_file=answer)[0].create("a", b"1") is created
 
 
-def test_what_is_missing_is_empty_or_removed_already() -> None:
+def test_missing_objects_are_not_errors() -> None:
     files, place = remote(ls=FileNotFoundError(), rm=FileNotFoundError())
     assert files.list("a") == {} and files.names("a") == set()
     files.remove("a")
@@ -303,7 +312,9 @@ def row(name: str, modified: float, size: int | None = 5) -> dict[str, Any]:
     ],
     ids=["one", "no size", "no size at all", "used later", "used before", "a mark alone"],
 )
-def test_a_mark_says_when_an_object_was_used(rows: list[dict[str, Any]], entries: dict[str, Entry]) -> None:
+def test_a_file_next_to_an_object_records_its_last_use(
+    rows: list[dict[str, Any]], entries: dict[str, Entry]
+) -> None:
     files, _ = remote(ls=rows)
     assert files.list("a") == entries and files.names("a") == entries.keys()
 
@@ -313,17 +324,17 @@ MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 @pytest.mark.parametrize("word", ["mtime", "LastModified", "last_modified", "updated", "created"])
 @pytest.mark.parametrize(("value", "seconds"), [(5, 5.0), (0.0, 0.0), (MOMENT, MOMENT.timestamp())])
-def test_each_place_has_its_own_word_for_a_date(word: str, value: Any, seconds: float) -> None:
+def test_each_file_system_has_its_own_key_for_the_time(word: str, value: Any, seconds: float) -> None:
     assert module._modified({word: value, "ctime": 1.0}) == seconds
     assert module._modified({"mtime": None, word: value}) == seconds
 
 
-def test_an_object_without_a_date_is_of_now() -> None:
+def test_an_object_without_a_time_counts_as_new() -> None:
     assert abs(module._modified({"ctime": 1.0}) - time.time()) < 60
     assert module._modified({"created": 3.0, "mtime": 1.0, "updated": 2.0}) == 1.0
 
 
-def test_a_fault_of_fsspec_is_an_os_error() -> None:
+def test_an_error_of_fsspec_becomes_an_os_error() -> None:
     files, _ = remote(cat_file=RuntimeError("the key is wrong"), exists=PermissionError(errno.EACCES, "no"))
     with pytest.raises(OSError, match="RuntimeError: the key is wrong") as e:
         files.read("a")
@@ -334,7 +345,7 @@ def test_a_fault_of_fsspec_is_an_os_error() -> None:
 
 
 @pytest.mark.parametrize("error", [ImportError("no library"), ValueError("no such scheme")])
-def test_a_place_that_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_url_that_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import fsspec
 
     def fail(url: str) -> None:
@@ -345,21 +356,34 @@ def test_a_place_that_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch,
         Remote("s3://a")
 
 
-# -- which of the two
+# -- folder or URL
 
 
 @pytest.mark.parametrize(
     ("place", "folder"),
     [
-        ("a/b", "a/b"), ("/a", "/a"), ("file:a", "a"), ("file:/a", "/a"), ("file://" + "/a", "/a"), ("local://a", "a"), ("local:a", "a"),
-        ("odd:name", "odd:name"), ("file", "file"), ("local", "local"), ("~/a", f"{Path.home()}/a"), ("file:~/a", f"{Path.home()}/a"),
-        ("s3://a", None), ("memory://a/b", None), ("file+zip://a", None), (Path("a"), "a"),
+        ("a/b", "a/b"),
+        ("/a", "/a"),
+        ("file:a", "a"),
+        ("file:/a", "/a"),
+        ("file://" + "/a", "/a"),
+        ("local://a", "a"),
+        ("local:a", "a"),
+        ("odd:name", "odd:name"),
+        ("file", "file"),
+        ("local", "local"),
+        ("~/a", f"{Path.home()}/a"),
+        ("file:~/a", f"{Path.home()}/a"),
+        ("s3://a", None),
+        ("memory://a/b", None),
+        ("file+zip://a", None),
+        (Path("a"), "a"),
     ],
-)  # fmt: skip
+)
 def test_a_url_is_opened_by_fsspec_unless_it_names_a_folder(place: str | Path, folder: str | None) -> None:
     assert folder_of(place) == (None if folder is None else Path(folder))
 
 
-def test_a_place_opens_as_what_it_is() -> None:
+def test_a_place_opens_as_a_folder_or_a_remote() -> None:
     assert isinstance(open_files("file:a"), Folder) and str(open_files("file:a")) == "a"
     assert isinstance(open_files("memory://a"), Remote) and str(open_files("memory://a")) == "memory://a"

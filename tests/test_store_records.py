@@ -1,4 +1,4 @@
-"""What each shape of a file on disk accepts and what it refuses, key by key and up to each limit."""
+"""The values that each shape accepts and refuses, key by key and at each limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mainrun.store import records
 
 NAN, INFINITY = float("nan"), float("inf")
 
-# kind -> the values that it accepts, at both limits, and near misses that it refuses
+# kind -> accepted values, at both limits, and near misses that are refused
 KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     "count": ([0, 10**18], [-1, 10**18 + 1, 1.0, True, "1", None]),
     "first": ([1, 10**18], [0, 10**18 + 1, 1.0, True, None]),
@@ -68,9 +68,15 @@ SCORE = {
     "tokens": 1,
 }
 SCORE_KINDS = {
-    "step": "step", "split": "text", "full": "number", "official": "number", "loss": "number", "bits_per_byte": "number",
-    "coverage": "share", "tokens": "first",
-}  # fmt: skip
+    "step": "step",
+    "split": "text",
+    "full": "number",
+    "official": "number",
+    "loss": "number",
+    "bits_per_byte": "number",
+    "coverage": "share",
+    "tokens": "first",
+}
 MARK = {"bytes": 1, "sha256": "a"}
 GROWN = {"fired": [1], "applied": 1, "config": {}, "marks": {"a": [1]}}
 GROWN_KINDS = {"fired": "steps that fired", "applied?": "count", "config": "table", "marks": "lists by name"}
@@ -83,51 +89,119 @@ def below(name: str, kinds: dict[str, str]) -> dict[str, str]:
     return {f"{name}.{path}": kind for path, kind in kinds.items()}
 
 
-# shape -> a document with all of its keys, and the kind of each path; a path ends in "?" where the key may be missing
+# shape -> a document with all keys, and the kind of each path; "?" ends the path of an optional key
 DOCUMENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "SCORE": (SCORE, SCORE_KINDS),
     "STEP_ROW": (
         {"step": 1, "tokens": 1, "lr": 1.0, "loss": 1.0, "grad_norm": 1.0, "seconds": 1.0, "reused": True},
         {
-            "step": "step from 1", "tokens?": "count", "lr?": "number", "loss?": "number", "grad_norm?": "real", "seconds?": "positive",
+            "step": "step from 1",
+            "tokens?": "count",
+            "lr?": "number",
+            "loss?": "number",
+            "grad_norm?": "real",
+            "seconds?": "positive",
             "reused?": "flag",
         },
     ),
     "EVAL_ROW": (
         SCORE | {"seconds": 1.0, "params": 1, "active": 1, "flops": 1.0, "reused": True},
-        SCORE_KINDS | {"seconds?": "positive", "params?": "count", "active?": "count", "flops?": "positive", "reused?": "flag"},
+        SCORE_KINDS
+        | {
+            "seconds?": "positive",
+            "params?": "count",
+            "active?": "count",
+            "flops?": "positive",
+            "reused?": "flag",
+        },
     ),
     "SUMMARY": (
         {
-            "run": "a", "preset": "a", "steps": 1, "last": SCORE, "best": SCORE, "scores": {"val": BOTH, "dev": BOTH}, "params": 1,
-            "tokens": 1, "flops": 1.0, "seconds": 1.0, "tokens_per_s": 1.0, "geometry": [1, 1],
+            "run": "a",
+            "preset": "a",
+            "steps": 1,
+            "last": SCORE,
+            "best": SCORE,
+            "scores": {"val": BOTH, "dev": BOTH},
+            "params": 1,
+            "tokens": 1,
+            "flops": 1.0,
+            "seconds": 1.0,
+            "tokens_per_s": 1.0,
+            "geometry": [1, 1],
             "ledger": {"asked": 1, "trained": 1, "reused": 1, "wasted": 1},
-            "presentations": {"presentations_per_token": 1.0, "train_tokens_per_epoch": 1}, "fingerprints": {}, "origin": {},
-            "tokenizer": "a", "weights": "a", "machine_class": {}, "machine_classes": [{}], "versions": {}, "all_versions": [{}],
+            "presentations": {"presentations_per_token": 1.0, "train_tokens_per_epoch": 1},
+            "fingerprints": {},
+            "origin": {},
+            "tokenizer": "a",
+            "weights": "a",
+            "machine_class": {},
+            "machine_classes": [{}],
+            "versions": {},
+            "all_versions": [{}],
             "guards": [{"name": "a", "status": "pass", "detail": "a"}],
         },
         {
-            "run?": "text", "preset?": "text", "steps?": "first", "last?": "object", "best?": "object", "scores?": "object",
-            "scores.val?": "object", "scores.dev?": "object", "scores.val.last": "object", "scores.val.best": "object",
-            "scores.dev.last.full": "number", "last.full": "number", "best.full": "number", "params?": "first", "tokens?": "first",
-            "flops?": "above", "seconds?": "above", "tokens_per_s?": "positive", "geometry?": "pair of firsts", "ledger?": "object",
-            "presentations?": "object", "presentations.presentations_per_token": "positive",
-            "presentations.train_tokens_per_epoch?": "first", "fingerprints?": "texts by name", "origin?": "table", "tokenizer?": "text",
-            "weights?": "text", "machine_class?": "table", "machine_classes?": "tables", "versions?": "texts by name",
-            "all_versions?": "lists of texts by name", "guards?": "list", "guards.0": "object", "guards.0.name": "text",
-            "guards.0.status": "status", "guards.0.detail": "any text",
-        } | below("ledger", {"asked?": "count", "trained?": "count", "reused?": "count", "wasted?": "count"}),
+            "run?": "text",
+            "preset?": "text",
+            "steps?": "first",
+            "last?": "object",
+            "best?": "object",
+            "scores?": "object",
+            "scores.val?": "object",
+            "scores.dev?": "object",
+            "scores.val.last": "object",
+            "scores.val.best": "object",
+            "scores.dev.last.full": "number",
+            "last.full": "number",
+            "best.full": "number",
+            "params?": "first",
+            "tokens?": "first",
+            "flops?": "above",
+            "seconds?": "above",
+            "tokens_per_s?": "positive",
+            "geometry?": "pair of firsts",
+            "ledger?": "object",
+            "presentations?": "object",
+            "presentations.presentations_per_token": "positive",
+            "presentations.train_tokens_per_epoch?": "first",
+            "fingerprints?": "texts by name",
+            "origin?": "table",
+            "tokenizer?": "text",
+            "weights?": "text",
+            "machine_class?": "table",
+            "machine_classes?": "tables",
+            "versions?": "texts by name",
+            "all_versions?": "lists of texts by name",
+            "guards?": "list",
+            "guards.0": "object",
+            "guards.0.name": "text",
+            "guards.0.status": "status",
+            "guards.0.detail": "any text",
+        }
+        | below("ledger", {"asked?": "count", "trained?": "count", "reused?": "count", "wasted?": "count"}),
     ),
     "STATUS": ({"state": "a", "step": 1}, {"state?": "text", "step?": "step"}),
     "ENV": (
         {
-            "machine_class": {}, "versions": {}, "evaluate_hash": "a", "command": ["a"], "machine_classes": [{}], "all_versions": [{}],
+            "machine_class": {},
+            "versions": {},
+            "evaluate_hash": "a",
+            "command": ["a"],
+            "machine_classes": [{}],
+            "all_versions": [{}],
             "carried": {"checkpoint": 1, "wasted": 1, "resumed": 1},
         },
         {
-            "machine_class?": "table", "versions?": "texts by name", "evaluate_hash?": "text", "command?": "texts of any kind",
-            "machine_classes?": "some tables", "all_versions?": "some texts by name", "carried?": "object",
-        } | below("carried", {"checkpoint": "step", "wasted": "change", "resumed": "count"}),
+            "machine_class?": "table",
+            "versions?": "texts by name",
+            "evaluate_hash?": "text",
+            "command?": "texts of any kind",
+            "machine_classes?": "some tables",
+            "all_versions?": "some texts by name",
+            "carried?": "object",
+        }
+        | below("carried", {"checkpoint": "step", "wasted": "change", "resumed": "count"}),
     ),
     "CONFIG": (
         {"config": {}, "plan": {"train_tokens": 2}},
@@ -136,45 +210,119 @@ DOCUMENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "CHECK": (CHECK, {"name": "text", "ok": "flag", "detail": "any text"}),
     "EVENT": (
         {
-            "event": "op", "op": "a", "name": "a", "step": 1, "tokens": 1, "params": 1, "active": 1, "flops_per_token": 1.0,
-            "delta_logits": 1.0, "largest_logit": 1.0, "coverage": 1.0, "checks": [CHECK], "seconds": 1.0,
+            "event": "op",
+            "op": "a",
+            "name": "a",
+            "step": 1,
+            "tokens": 1,
+            "params": 1,
+            "active": 1,
+            "flops_per_token": 1.0,
+            "delta_logits": 1.0,
+            "largest_logit": 1.0,
+            "coverage": 1.0,
+            "checks": [CHECK],
+            "seconds": 1.0,
         },
         {
-            "event": "text", "op": "any text", "name": "text", "step": "step", "tokens?": "count", "params?": "count", "active?": "count",
-            "flops_per_token?": "positive", "delta_logits?": "real", "largest_logit?": "real", "coverage?": "real", "checks?": "list",
-            "checks.0.ok": "flag", "seconds?": "positive",
+            "event": "text",
+            "op": "any text",
+            "name": "text",
+            "step": "step",
+            "tokens?": "count",
+            "params?": "count",
+            "active?": "count",
+            "flops_per_token?": "positive",
+            "delta_logits?": "real",
+            "largest_logit?": "real",
+            "coverage?": "real",
+            "checks?": "list",
+            "checks.0.ok": "flag",
+            "seconds?": "positive",
         },
     ),
     "MARK": (MARK, {"bytes": "count", "sha256": "text"}),
-    "GROWN": (GROWN, GROWN_KINDS | {"fired.0": "fired"}),
+    "GROWTH_STATE": (GROWN, GROWN_KINDS | {"fired.0": "fired"}),
     "CHECKPOINT": (
         {
-            "step": 1, "digest": "a", "metrics": MARK, "journal": MARK, "resumed": 1, "presented": 1, "spent": {"a": 1.0},
-            "ledger": {"a": 1}, "growth": GROWN, "store": STORED,
+            "step": 1,
+            "digest": "a",
+            "metrics": MARK,
+            "journal": MARK,
+            "resumed": 1,
+            "presented": 1,
+            "spent": {"a": 1.0},
+            "ledger": {"a": 1},
+            "growth": GROWN,
+            "store": STORED,
         },
         {
-            "step": "step", "digest": "text", "metrics": "object", "journal?": "object or null", "resumed": "count", "presented": "count",
-            "spent": "numbers by name", "ledger?": "changes by name", "growth?": "growth", "store?": "object or null",
-            "metrics.bytes": "count", "journal.sha256": "text",
-        } | below("store", {"key": "text", "before": "pair", "rows": "list", "rows.0": "object", "rows.0.step": "step from 1"}),
+            "step": "step",
+            "digest": "text",
+            "metrics": "object",
+            "journal?": "object or null",
+            "resumed": "count",
+            "presented": "count",
+            "spent": "numbers by name",
+            "ledger?": "changes by name",
+            "growth?": "growth",
+            "store?": "object or null",
+            "metrics.bytes": "count",
+            "journal.sha256": "text",
+        }
+        | below(
+            "store",
+            {
+                "key": "text",
+                "before": "pair",
+                "rows": "list",
+                "rows.0": "object",
+                "rows.0.step": "step from 1",
+            },
+        ),
     ),
     "NODE": (
         {
-            "key": "a", "parent": "a", "root": "a", "step": 1, "begins": 0, "presented": 1, "state": "a", "size": 1, "geometry": [1, 2],
-            "seconds": 1.0, "run": "a", "config": {}, "made": 1.0, "rows_sha256": "a", "grown": GROWN,
+            "key": "a",
+            "parent": "a",
+            "root": "a",
+            "step": 1,
+            "begins": 0,
+            "presented": 1,
+            "state": "a",
+            "size": 1,
+            "geometry": [1, 2],
+            "seconds": 1.0,
+            "run": "a",
+            "config": {},
+            "made": 1.0,
+            "rows_sha256": "a",
+            "grown": GROWN,
         },
         {
-            "key": "text", "parent": "text", "root": "text", "step": "step", "begins": "step", "presented": "count", "state": "text",
-            "size": "count", "geometry": "counts", "seconds": "positive", "run": "text", "config": "table", "made": "number",
-            "rows_sha256": "text", "grown?": "growth",
+            "key": "text",
+            "parent": "text",
+            "root": "text",
+            "step": "step",
+            "begins": "step",
+            "presented": "count",
+            "state": "text",
+            "size": "count",
+            "geometry": "counts",
+            "seconds": "positive",
+            "run": "text",
+            "config": "table",
+            "made": "number",
+            "rows_sha256": "text",
+            "grown?": "growth",
         },
     ),
-}  # fmt: skip
+}
 PATHS = [(shape, path, kind) for shape, (_, kinds) in DOCUMENTS.items() for path, kind in kinds.items()]
 
 
 def place_of(document: Any, path: str) -> tuple[Any, Any]:
-    """The table or the list that holds the value of a path, and its key there."""
+    """Return the container that holds the value of a path, and its key in it."""
     *way, last = [int(part) if part.isdecimal() else part for part in path.removesuffix("?").split(".")]
     for part in way:
         document = document[part]
@@ -189,14 +337,14 @@ def changed(shape: str, path: str, value: Any) -> Any:
 
 
 def written(path: str) -> str:
-    """The path as a message writes it: guards.0.name -> guards[0].name."""
+    """Return a path as a message writes it: guards.0.name -> guards[0].name."""
     return "".join(
         f"[{part}]" if part.isdecimal() else f".{part}" for part in path.removesuffix("?").split(".")
     ).removeprefix(".")
 
 
 @pytest.mark.parametrize("shape", DOCUMENTS)
-def test_each_shape_accepts_a_whole_document_and_no_other_kind_of_value(shape: str) -> None:
+def test_each_shape_accepts_a_full_document_and_no_other_type(shape: str) -> None:
     assert records.fault(DOCUMENTS[shape][0], getattr(records, shape)) == ""
     assert records.fault(DOCUMENTS[shape][0] | {"another key": 1}, getattr(records, shape)) == ""
     for value in ([], "a", 5, None):
@@ -204,7 +352,7 @@ def test_each_shape_accepts_a_whole_document_and_no_other_kind_of_value(shape: s
 
 
 @pytest.mark.parametrize(("shape", "path", "kind"), PATHS)
-def test_each_key_accepts_its_kind_and_refuses_near_misses(shape: str, path: str, kind: str) -> None:
+def test_each_key_accepts_its_values_and_refuses_near_misses(shape: str, path: str, kind: str) -> None:
     accepted, refused = KINDS[kind]
     for value in accepted:
         assert records.fault(changed(shape, path, value), getattr(records, shape)) == "", f"{value!r:.80}"
@@ -231,11 +379,22 @@ def test_only_optional_keys_may_be_missing(shape: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("check", "kind"),
     [
-        (records.number, "number"), (records.above, "above"), (records.whole, "count"), (records.real, "real"), (records.text, "text"),
-        (records.any_text, "any text"), (records.yes_or_no, "flag"), (records.table, "table"), (records.pair(records.anything), "pair"),
-        (records.grown, "growth"), (records.first, "first"), (records.count, "count"), (records.step, "step"), (records.share, "share"),
+        (records.number, "number"),
+        (records.above_zero, "above"),
+        (records.integer, "count"),
+        (records.any_number, "real"),
+        (records.text, "text"),
+        (records.any_text, "any text"),
+        (records.true_or_false, "flag"),
+        (records.table, "table"),
+        (records.pair(records.anything), "pair"),
+        (records.growth_state, "growth"),
+        (records.at_least_one, "first"),
+        (records.count, "count"),
+        (records.step, "step"),
+        (records.share, "share"),
     ],
-)  # fmt: skip
+)
 def test_each_check_accepts_up_to_its_limits(check: Any, kind: str) -> None:
     accepted, refused = KINDS[kind]
     for value in accepted:
@@ -251,7 +410,7 @@ def test_a_setting_is_a_text_a_number_a_flag_or_null(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["\ud800", [], {}, NAN, 1.1e40])
-def test_a_setting_is_nothing_else(value: Any) -> None:
+def test_other_values_are_not_settings(value: Any) -> None:
     with pytest.raises(BadInput, match="x"):
         records.setting(value, "x")
 
@@ -276,7 +435,7 @@ def test_scores_are_numbers_by_rung(value: str) -> None:
         5,
     ],
 )
-def test_scores_are_nothing_else(value: Any) -> None:
+def test_other_values_are_not_scores(value: Any) -> None:
     with pytest.raises(BadInput, match="x"):
         records.scores(value, "x")
 
@@ -285,47 +444,47 @@ def test_scores_are_nothing_else(value: Any) -> None:
     ("value", "check", "words"),
     [
         (-1, records.share, "a number from 0 to 1"),
-        (-1, records.positive, "a number from 0 on"),
+        (-1, records.not_negative, "a number from 0 on"),
         ("a", records.number, "a number$"),
-        (-1, records.whole, "a whole number from 0 on"),
+        (-1, records.integer, "a whole number from 0 on"),
         (-1, records.step, "a whole number from 0 to 1e.09"),
-        (0, records.above, "a number above 0"),
-        ("a", records.real, "a number$"),
-        (True, records.real, "a number$"),
+        (0, records.above_zero, "a number above 0"),
+        ("a", records.any_number, "a number$"),
+        (True, records.any_number, "a number$"),
         (5, records.text, "a text on one line"),
         (5, records.any_text, "a text$"),
-        (5, records.yes_or_no, "true or false"),
+        (5, records.true_or_false, "true or false"),
         (5, records.table, "an object"),
         (5, records.one_of("a", "b"), "one of a, b"),
         ([1], records.pair(records.anything), "a list of two items"),
-        ([], records.some(records.anything), "a list with at least one item"),
+        ([], records.non_empty(records.anything), "a list with at least one item"),
         ("[", records.scores, "scores by rung"),
         (5, [records.anything], "a list"),
         (5, {"a": records.anything}, "an object"),
     ],
 )
-def test_a_refusal_says_what_the_value_must_be(value: Any, check: Any, words: str) -> None:
+def test_a_message_says_what_the_value_must_be(value: Any, check: Any, words: str) -> None:
     with pytest.raises(BadInput, match=f"x.*must be {words}"):
         records.check(value, check, "x")
 
 
-def test_a_refusal_without_a_name_speaks_of_the_file() -> None:
+def test_a_message_without_a_name_is_about_the_file() -> None:
     fault = records.fault(5, records.SUMMARY)
     assert "5" in fault and "must be an object" in fault and "has" not in fault
 
 
 @pytest.mark.parametrize(("length", "whole"), [(58, True), (59, False)])
-def test_a_refusal_shows_sixty_characters_of_the_value(length: int, whole: bool) -> None:
+def test_a_message_shows_sixty_characters_of_the_value(length: int, whole: bool) -> None:
     fault = records.fault({"x": "a" * length}, {"x": records.number})
     assert ("a" * length in fault) is whole
 
 
-def test_a_refusal_cuts_a_long_value_to_sixty_characters() -> None:
+def test_a_message_cuts_a_long_value_to_sixty_characters() -> None:
     fault = records.fault({"x": "a" * 1000}, {"x": records.number})
     assert fault.count("a" * 19) >= 2 and inputs.shown("a" * 1000, 60) in fault
 
 
-def test_the_names_in_a_refusal_lead_to_the_value() -> None:
+def test_a_message_names_the_path_to_the_value() -> None:
     shape = {"a": {"b": [records.table_of(records.number)]}}
     assert "a.b[1].c" in records.fault({"a": {"b": [{}, {"c": "d"}]}}, shape)
     assert records.fault({"a": {}}, shape) == "lacks 'a.b'"
@@ -341,23 +500,49 @@ STEP = {"event": "step", "step": 1, "tokens": 1, "lr": 0.1, "loss": 1.0, "grad_n
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"reused": True}, {"step": 10**9}, {"tokens": 0}, {"tokens": 10**18}, {"loss": 0.0}, {"loss": 1e40}, {"lr": 0.0}, {"lr": 1e40},
-        {"grad_norm": 1e40}, {"seconds": 0.0},
+        {},
+        {"reused": True},
+        {"step": 10**9},
+        {"tokens": 0},
+        {"tokens": 10**18},
+        {"loss": 0.0},
+        {"loss": 1e40},
+        {"lr": 0.0},
+        {"lr": 1e40},
+        {"grad_norm": 1e40},
+        {"seconds": 0.0},
     ],
-)  # fmt: skip
-def test_the_quick_check_passes_ordinary_steps(changes: dict[str, Any]) -> None:
+)
+def test_the_quick_check_accepts_ordinary_steps(changes: dict[str, Any]) -> None:
     assert records._is_plain_step(STEP | changes)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"event": "eval"}, {"event": None}, {"reused": False}, {"reused": 1}, {"step": 0}, {"step": 10**9 + 1}, {"step": 1.0},
-        {"step": True}, {"tokens": -1}, {"tokens": 10**18 + 1}, {"tokens": 1.0}, {"tokens": None}, {"lr": -0.1}, {"lr": 1.1e40},
-        {"loss": NAN}, {"loss": 1}, {"loss": None}, {"grad_norm": INFINITY}, {"seconds": -1.0}, {"seconds": "1"},
+        {"event": "eval"},
+        {"event": None},
+        {"reused": False},
+        {"reused": 1},
+        {"step": 0},
+        {"step": 10**9 + 1},
+        {"step": 1.0},
+        {"step": True},
+        {"tokens": -1},
+        {"tokens": 10**18 + 1},
+        {"tokens": 1.0},
+        {"tokens": None},
+        {"lr": -0.1},
+        {"lr": 1.1e40},
+        {"loss": NAN},
+        {"loss": 1},
+        {"loss": None},
+        {"grad_norm": INFINITY},
+        {"seconds": -1.0},
+        {"seconds": "1"},
     ],
-)  # fmt: skip
-def test_the_quick_check_passes_nothing_else(changes: dict[str, Any]) -> None:
+)
+def test_the_quick_check_accepts_nothing_else(changes: dict[str, Any]) -> None:
     assert not records._is_plain_step(STEP | changes)
 
 
@@ -387,12 +572,12 @@ EVENT = {"event": "grow", "op": "a", "name": "b", "step": 0}
         ([], False, "an object"),
     ],
 )
-def test_a_row_has_what_its_event_needs(row: Any, metric: bool, words: str) -> None:
-    assert words in records.fault(row, records.metric) and bool(words) == bool(
-        records.fault(row, records.metric)
+def test_a_row_has_the_keys_of_its_event(row: Any, metric: bool, words: str) -> None:
+    assert words in records.fault(row, records.metrics_row) and bool(words) == bool(
+        records.fault(row, records.metrics_row)
     )
     if metric:
-        assert records.fault(row, records.any_row) == records.fault(row, records.metric)
+        assert records.fault(row, records.any_row) == records.fault(row, records.metrics_row)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +590,7 @@ def test_a_row_has_what_its_event_needs(row: Any, metric: bool, words: str) -> N
         (5, False),
     ],
 )
-def test_any_other_row_is_an_event_of_growth(row: Any, fits: bool) -> None:
+def test_any_other_row_is_a_growth_event(row: Any, fits: bool) -> None:
     assert (records.fault(row, records.any_row) == "") is fits
 
 
@@ -423,8 +608,8 @@ ROW = b'{"event": "step", "step": 1}'
         (ROW + b"\n" + ROW + b"\n", 2),
     ],
 )
-def test_only_whole_lines_are_rows(data: bytes, count: int) -> None:
-    assert list(records.lines(data, records.metric)) == [json.loads(ROW)] * count
+def test_only_complete_lines_are_rows(data: bytes, count: int) -> None:
+    assert list(records.lines(data, records.metrics_row)) == [json.loads(ROW)] * count
 
 
 @pytest.mark.parametrize(
@@ -439,8 +624,8 @@ def test_only_whole_lines_are_rows(data: bytes, count: int) -> None:
     ],
     ids=["torn", "not UTF-8", "empty", "deep", "long", "without a step"],
 )
-def test_the_first_line_that_does_not_fit_is_named(line: bytes, words: str) -> None:
-    rows = records.lines((ROW + b"\n") * 1000 + line + b"\n" + ROW + b"\n", records.metric)
+def test_the_first_line_that_does_not_fit_is_reported(line: bytes, words: str) -> None:
+    rows = records.lines((ROW + b"\n") * 1000 + line + b"\n" + ROW + b"\n", records.metrics_row)
     assert len(list(itertools.islice(rows, 1000))) == 1000
     with pytest.raises(BadInput, match=f"^line 1,001 {words}"):
         next(rows)
@@ -449,21 +634,21 @@ def test_the_first_line_that_does_not_fit_is_named(line: bytes, words: str) -> N
 # -- files
 
 
-def test_a_pipe_is_refused_and_a_folder_is_python_s_own_error(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_and_a_folder_raises_pythons_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(records.NotAFile, match="it is a named pipe") as e:
-        records.open_file(tmp_path / "pipe")
+    with pytest.raises(inputs.NotAFile, match="it is a named pipe") as e:
+        inputs.open_file(tmp_path / "pipe")
     assert e.value.errno == errno.EINVAL and e.value.filename == str(tmp_path / "pipe")
     with pytest.raises(IsADirectoryError):
-        records.open_file(tmp_path)
+        inputs.open_file(tmp_path)
     with pytest.raises(FileNotFoundError):
-        records.open_file(tmp_path / "none")
+        inputs.open_file(tmp_path / "none")
     (tmp_path / "file").write_bytes(b"a\r\nb")
-    with records.open_file(tmp_path / "file") as f:
+    with inputs.open_file(tmp_path / "file") as f:
         assert f.read() == b"a\r\nb"
 
 
-def test_only_a_file_that_is_missing_reads_as_none(tmp_path: Path) -> None:
+def test_only_a_missing_file_reads_as_none(tmp_path: Path) -> None:
     assert records.read(tmp_path / "none") is None
     (tmp_path / "link").symlink_to(tmp_path / "none")
     with pytest.raises(BadInput, match=r"^does not exist$"):
@@ -476,7 +661,7 @@ def test_only_a_file_that_is_missing_reads_as_none(tmp_path: Path) -> None:
         records.read(tmp_path / "file", 4)
 
 
-def test_a_document_and_a_log_have_limits_of_their_own(
+def test_documents_and_logs_have_their_own_size_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[int] = []
@@ -507,7 +692,7 @@ def test_a_document_and_a_log_have_limits_of_their_own(
     ],
     ids=["not UTF-8", "not UTF-8 further on", "torn", "long", "deep lists", "deep tables", "deeper"],
 )
-def test_a_text_that_is_no_document_is_refused(data: bytes, words: str) -> None:
+def test_an_invalid_document_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         records.parse(data)
 
@@ -526,13 +711,13 @@ FIX = "fetch another"
     ("text", "words"),
     [("{", "it is not JSON"), ("[]", "it .*an object"), ('{"a": 5}', "it .*a text"), ("{}", "it lacks 'a'")],
 )
-def test_a_damaged_document_is_named_with_its_fix(tmp_path: Path, text: str, words: str) -> None:
+def test_a_damaged_document_is_reported_with_the_fix(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RunError, match=rf"^{tmp_path}/a.json is damaged: {words}.*; {FIX}$"):
         records.load(tmp_path / "a.json", {"a": records.text}, FIX)
 
 
-def test_a_whole_document_is_loaded(tmp_path: Path) -> None:
+def test_an_intact_document_is_loaded(tmp_path: Path) -> None:
     assert records.load(tmp_path / "a.json", {"a": records.text}, FIX) is None
     (tmp_path / "a.json").write_text('{"a": "b", "c": 1}')
     assert records.load(tmp_path / "a.json", {"a": records.text}, FIX) == {"a": "b", "c": 1}
@@ -550,9 +735,9 @@ def test_a_log_is_loaded_line_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0, "", [], False])
-def test_the_growth_of_a_state_is_an_object_or_null(value: Any) -> None:
+def test_a_growth_state_is_an_object_or_null(value: Any) -> None:
     assert (
-        records.fault(value, records.grown)
-        and not records.fault({}, records.grown)
-        and not records.fault(None, records.grown)
+        records.fault(value, records.growth_state)
+        and not records.fault({}, records.growth_state)
+        and not records.fault(None, records.growth_state)
     )

@@ -1,4 +1,4 @@
-"""The run directory, rule by rule: what is synced, what each reader gives, what --fresh removes and which run a name means."""
+"""The run directory in detail: syncing, each reader, what --fresh removes, and how a run is found."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mainrun.errors import DiskFull, RunError
 from mainrun.store import rundir
 from mainrun.store.rundir import (
     FIX,
-    Metrics,
+    RowLog,
     RunDir,
-    check_place,
-    check_places,
-    check_same,
+    check_files,
+    check_regular_file,
+    check_same_config,
     check_writable,
     disk_errors,
     find,
@@ -55,7 +55,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The name and the size of each file that is synced; the size of a folder is 0."""
+    """Record the name and size of each file that is synced. The size of a folder is 0."""
     seen: list[tuple[str, int]] = []
 
     def fsync(fd: int) -> None:
@@ -70,7 +70,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_says_so(code: int) -> None:
+def test_a_full_disk_is_reported(code: int) -> None:
     with pytest.raises(DiskFull, match=r"no space left to write a/b \(full\)"), disk_errors(Path("a/b")):
         raise OSError(code, "full")
 
@@ -78,25 +78,21 @@ def test_a_full_disk_says_so(code: int) -> None:
 @pytest.mark.parametrize(
     ("error", "words"), [(OSError(errno.EIO, "broken"), "broken"), (OSError("odd"), "odd")]
 )
-def test_an_unwritable_place_says_so(error: OSError, words: str) -> None:
+def test_an_unwritable_path_is_reported(error: OSError, words: str) -> None:
     with pytest.raises(RunError, match=f"cannot write a/b: {words}; .*--out"), disk_errors(Path("a/b")):
         raise error
     with pytest.raises(ValueError), disk_errors(Path("a/b")):
         raise ValueError
 
 
-def test_a_file_is_synced_whole_before_it_replaces_another(
-    tmp_path: Path, synced: list[tuple[str, int]]
-) -> None:
+def test_a_file_is_synced_before_it_replaces_another(tmp_path: Path, synced: list[tuple[str, int]]) -> None:
     (tmp_path / "a.json").write_text("old")
     rundir.write_json(tmp_path / "a.json", {"ü": 1})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "ü": 1\n}\n'
     assert synced == [(".a.json.tmp", 13), (tmp_path.name, 0)] and names(tmp_path) == {"a.json"}
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_written_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text("old")
 
     def fsync(fd: int) -> None:
@@ -110,7 +106,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
 
 def test_a_log_is_appended_to_marked_and_cut_back(tmp_path: Path, synced: list[tuple[str, int]]) -> None:
     asked: list[int] = []
-    log = Metrics(tmp_path / "a.jsonl", lambda: asked.append(1))
+    log = RowLog(tmp_path / "a.jsonl", lambda: asked.append(1))
     assert log.mark() == {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     log.append({"a": 1})
     mark = log.mark()
@@ -132,8 +128,8 @@ def test_a_log_is_appended_to_marked_and_cut_back(tmp_path: Path, synced: list[t
     assert log._file.closed
 
 
-def test_a_row_that_the_disk_takes_in_pieces_is_written_whole(tmp_path: Path) -> None:
-    log = Metrics(tmp_path / "a.jsonl")
+def test_a_row_that_is_written_in_pieces_is_complete(tmp_path: Path) -> None:
+    log = RowLog(tmp_path / "a.jsonl")
     file = log._file
 
     class Slow:
@@ -146,12 +142,12 @@ def test_a_row_that_the_disk_takes_in_pieces_is_written_whole(tmp_path: Path) ->
     assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": 1}\n'
 
 
-def test_a_log_is_not_opened_where_a_pipe_is(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_log_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(RunError, match="it is a named pipe; restore it"):
-        Metrics(tmp_path / "a.jsonl")
+        RowLog(tmp_path / "a.jsonl")
     with pytest.raises(RunError, match="cannot write"):
-        Metrics(tmp_path / "none/a.jsonl")
+        RowLog(tmp_path / "none/a.jsonl")
 
 
 # -- reading
@@ -160,14 +156,14 @@ READERS: list[tuple[str, Callable[[RunDir], Any], Any, Any, str]] = [
     ("summary.json", RunDir.summary, {"run": "a"}, None, '{"run": 5}'),
     ("status.json", RunDir.status, {"state": "done", "step": 3}, {}, '{"step": -1}'),
     ("env.json", RunDir.env, {"versions": {"torch": "2"}}, {}, '{"versions": 5}'),
-    ("config.json", RunDir.begun, {"config": {}, "more": 1}, {}, "{}"),
+    ("config.json", RunDir.config_file, {"config": {}, "more": 1}, {}, "{}"),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "read", "value", "nothing", "damaged"), READERS, ids=[row[0] for row in READERS]
 )
-def test_each_file_is_read_or_named(
+def test_each_file_is_read_or_reported(
     tmp_path: Path, name: str, read: Callable[[RunDir], Any], value: Any, nothing: Any, damaged: str
 ) -> None:
     run = RunDir(tmp_path, "fetch it again")
@@ -179,7 +175,7 @@ def test_each_file_is_read_or_named(
         read(run)
 
 
-def test_a_run_directory_knows_its_places(tmp_path: Path) -> None:
+def test_a_run_directory_has_its_paths(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert run.checkpoints == tmp_path / "checkpoints" and run.fix == FIX
     assert (
@@ -194,12 +190,17 @@ def test_a_run_directory_knows_its_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{}", "not a run directory"), ("[]", "not a run directory"), ('{"config": 5}', "not a run directory"),
+        ("{}", "not a run directory"),
+        ("[]", "not a run directory"),
+        ('{"config": 5}', "not a run directory"),
         ('{"config": {"lr": 1}}', "was changed after the run began; fetch it again"),
-        (json.dumps({"config": {"lr": "a"}, "digest": rundir.digest_of({"lr": "a"})}), "config of this version: .*lr.*; fetch it again"),
+        (
+            json.dumps({"config": {"lr": "a"}, "digest": rundir.digest_of({"lr": "a"})}),
+            "config of this version: .*lr.*; fetch it again",
+        ),
     ],
-)  # fmt: skip
-def test_a_config_that_is_none_is_named(tmp_path: Path, text: str, words: str) -> None:
+)
+def test_an_invalid_config_is_reported(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError, match=words):
         RunDir(tmp_path, "fetch it again").config()
@@ -209,18 +210,18 @@ STEP = '{"event": "step", "step": 1}\n'
 EVENT = '{"event": "grow", "op": "a", "name": "b", "step": 1}\n'
 
 
-def test_rows_are_read_up_to_the_first_that_is_damaged(tmp_path: Path) -> None:
+def test_rows_are_read_up_to_the_first_damaged_one(tmp_path: Path) -> None:
     run, log = RunDir(tmp_path, "fetch it again"), tmp_path / "metrics.jsonl"
-    assert run.metrics() == run.rows() == run.rows_so_far() == run.journal() == []
+    assert run.metrics() == run.rows() == run.intact_rows() == run.journal() == []
     log.write_text(STEP * 2 + "{}\n" + STEP)
     assert (
-        len(run.rows_so_far()) == 2 and run.rows_so_far()[0] == json.loads(STEP) and len(run.metrics()) == 4
+        len(run.intact_rows()) == 2 and run.intact_rows()[0] == json.loads(STEP) and len(run.metrics()) == 4
     )
     with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: line 3 .*; fetch it again"):
         run.rows()
     log.unlink()
     log.mkdir()
-    for read in (run.rows, run.rows_so_far, run.metrics):
+    for read in (run.rows, run.intact_rows, run.metrics):
         with pytest.raises(
             RunError, match=rf"{tmp_path}/metrics.jsonl is damaged: it is a folder; fetch it again"
         ):
@@ -235,7 +236,7 @@ def test_the_journal_has_events(tmp_path: Path) -> None:
         RunDir(tmp_path).journal()
 
 
-def test_a_text_must_be_there_and_be_json(tmp_path: Path) -> None:
+def test_a_text_must_exist_and_be_json(tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fetch it again")
     with pytest.raises(RunError, match=rf"{tmp_path} has no a.json; fetch it again"):
         run.text("a.json")
@@ -249,7 +250,7 @@ def test_a_text_must_be_there_and_be_json(tmp_path: Path) -> None:
 # -- the lock
 
 
-def test_a_run_that_is_opened_holds_its_lock_until_it_is_released(tmp_path: Path) -> None:
+def test_an_open_run_holds_its_lock_until_it_is_released(tmp_path: Path) -> None:
     run = open_run(tmp_path / "deep/runs", CONFIG)
     assert run.path == tmp_path / "deep/runs" / CONFIG.run_id
     first, second, rest = (run.path / ".lock").read_text().split("\n")
@@ -269,19 +270,21 @@ def test_a_run_that_is_opened_holds_its_lock_until_it_is_released(tmp_path: Path
 @pytest.mark.parametrize(
     "writes", [lambda run: run.write("a.json", {}), lambda run: run.log("a.jsonl").append({}), RunDir.check]
 )
-def test_who_lost_the_lock_writes_nothing_more(tmp_path: Path, writes: Callable[[RunDir], Any]) -> None:
+def test_a_process_that_lost_the_lock_writes_nothing_more(
+    tmp_path: Path, writes: Callable[[RunDir], Any]
+) -> None:
     run = open_run(tmp_path, CONFIG)
     (run.path / ".lock").write_text("7 on another machine\n1234\n")
     with pytest.raises(RunError, match="was taken over by process 7 on another machine; "):
         writes(run)
     (run.path / ".lock").unlink()
-    with pytest.raises(RunError, match=r"was taken away \(No such file or directory\)"):
+    with pytest.raises(RunError, match=r"was removed \(No such file or directory\)"):
         writes(run)
     run.release()
     run.check()
 
 
-def test_the_fault_of_a_lock_without_a_number_is_named_too(
+def test_an_error_of_the_lock_without_a_number_is_reported_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(tmp_path, CONFIG)
@@ -290,14 +293,14 @@ def test_the_fault_of_a_lock_without_a_number_is_named_too(
         raise OSError("odd")
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    with pytest.raises(RunError, match=r"was taken away \(odd\)"):
+    with pytest.raises(RunError, match=r"was removed \(odd\)"):
         run.check()
     run.release()
 
 
 def test_a_refused_run_is_released(tmp_path: Path) -> None:
     run = begin(tmp_path / CONFIG.run_id, from_dict({"lr": 0.5}))
-    with pytest.raises(RunError, match=r"another config: .*lr=0.5 \(asked: "):
+    with pytest.raises(RunError, match=r"another config: .*lr=0.5 \(requested: "):
         open_run(tmp_path, CONFIG)
     begin(run.path)
     opened = open_run(tmp_path, CONFIG)
@@ -321,7 +324,7 @@ def test_fresh_removes_what_a_run_writes_and_nothing_else(tmp_path: Path, fresh:
     opened.release()
 
 
-def test_fresh_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_fresh_removes_a_link_and_not_its_target(tmp_path: Path) -> None:
     run = begin(tmp_path / "runs" / CONFIG.run_id)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/kept").touch()
@@ -331,7 +334,7 @@ def test_fresh_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begun", [{}, {"config": {}}, {"digest": "a"}, None])
-def test_fresh_refuses_a_folder_with_strays_that_is_no_run(tmp_path: Path, begun: Any) -> None:
+def test_fresh_refuses_a_foreign_folder(tmp_path: Path, begun: Any) -> None:
     run = RunDir(tmp_path / CONFIG.run_id)
     run.path.mkdir()
     for name in "dbca":
@@ -342,7 +345,7 @@ def test_fresh_refuses_a_folder_with_strays_that_is_no_run(tmp_path: Path, begun
     assert names(run.path) == {*"abcd", "config.json", ".lock"}
 
 
-def test_fresh_needs_no_config_where_there_are_no_strays(tmp_path: Path) -> None:
+def test_fresh_needs_no_config_without_foreign_files(tmp_path: Path) -> None:
     run = RunDir(tmp_path / CONFIG.run_id)
     run.path.mkdir()
     (run.path / "config.json").write_text("{")
@@ -350,7 +353,7 @@ def test_fresh_needs_no_config_where_there_are_no_strays(tmp_path: Path) -> None
     assert names(run.path) == {".lock"}
 
 
-# -- what is in the way
+# -- folders and pipes in place of files
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -358,43 +361,43 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_p
     run = RunDir(tmp_path, "fetch it again")
     (tmp_path / name).mkdir()
     with pytest.raises(RunError, match=f"{tmp_path}/{name} is damaged: it is a folder; fetch it again$"):
-        check_places(run)
-    check_places(run, fresh=True)
+        check_files(run)
+    check_files(run, fresh=True)
 
 
 def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fetch it again")
-    check_places(run)
+    check_files(run)
     run.checkpoints.mkdir()
-    check_places(run)
+    check_files(run)
     run.checkpoints.rmdir()
     for make in (run.checkpoints.touch, lambda: run.checkpoints.symlink_to("nowhere")):
         make()
         with pytest.raises(
             RunError, match=f"{tmp_path}/checkpoints is damaged: it is not a folder; fetch it again$"
         ):
-            check_places(run)
-        check_places(run, fresh=True)
+            check_files(run)
+        check_files(run, fresh=True)
         run.checkpoints.unlink()
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, fresh: bool) -> None:
+def test_a_lock_that_is_not_a_file_is_refused(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(RunError, match=r"\.lock is damaged: it is a folder; remove it"):
-        check_places(RunDir(tmp_path), fresh)
+        check_files(RunDir(tmp_path), fresh)
 
 
-def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
-    check_place(tmp_path / "none")
+def test_a_broken_link_is_refused(tmp_path: Path) -> None:
+    check_regular_file(tmp_path / "none")
     (tmp_path / "file").touch()
-    check_place(tmp_path / "file")
+    check_regular_file(tmp_path / "file")
     (tmp_path / "link").symlink_to(tmp_path / "none")
     with pytest.raises(RunError, match=f"link is damaged: it does not exist; {FIX}$"):
-        check_place(tmp_path / "link")
+        check_regular_file(tmp_path / "link")
 
 
-def test_a_folder_for_runs_can_be_made_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_for_runs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_writable(tmp_path)
     check_writable(tmp_path / "a/b")
     assert names(tmp_path) == set()
@@ -415,27 +418,27 @@ def test_a_folder_for_runs_can_be_made_and_written(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("begun", "refused"), [(None, False), ({"titles": "a"}, False), ({"titles": "b"}, True), ({}, True)]
 )
-def test_a_run_goes_on_with_the_data_that_it_began_with(
+def test_a_run_resumes_only_with_the_same_data(
     tmp_path: Path, begun: dict[str, str] | None, refused: bool
 ) -> None:
     run = RunDir(tmp_path) if begun is None else begin(tmp_path, **begun)
     if not refused:
         rundir.check_same_data(run, {"titles": "a"})
         return
-    with pytest.raises(RunError, match=f"{tmp_path} was begun with other titles .*--fresh"):
+    with pytest.raises(RunError, match=f"{tmp_path} began with other titles .*--fresh"):
         rundir.check_same_data(run, {"titles": "a"})
 
 
 def test_a_folder_without_a_config_must_be_empty(tmp_path: Path) -> None:
     (tmp_path / ".hidden").touch()
-    check_same(RunDir(tmp_path), CONFIG)
+    check_same_config(RunDir(tmp_path), CONFIG)
     for name in "dbca":
         (tmp_path / name).touch()
     with pytest.raises(RunError, match="holds a, b, c but "):
-        check_same(RunDir(tmp_path), CONFIG)
+        check_same_config(RunDir(tmp_path), CONFIG)
 
 
-# -- which run a name means
+# -- finding a run
 
 
 def runs(out: Path, *ids: str) -> None:
@@ -446,10 +449,12 @@ def runs(out: Path, *ids: str) -> None:
 @pytest.mark.parametrize(
     ("name", "ids", "answer"),
     [
-        ("a-1", ["a-1", "a-12"], "a-1"), ("a-12", ["a-1", "a-12"], "a-12"), ("b", ["a-1", "b-1"], "b-1"),
+        ("a-1", ["a-1", "a-12"], "a-1"),
+        ("a-12", ["a-1", "a-12"], "a-12"),
+        ("b", ["a-1", "b-1"], "b-1"),
     ],
-)  # fmt: skip
-def test_a_run_is_named_by_its_id_or_the_beginning(
+)
+def test_a_run_is_found_by_its_id_or_a_beginning_of_it(
     tmp_path: Path, name: str, ids: list[str], answer: str
 ) -> None:
     runs(tmp_path, *ids)
@@ -461,14 +466,14 @@ def test_a_run_is_named_by_its_id_or_the_beginning(
     ("name", "ids", "words"),
     [
         ("a", ["a6", "a5", "a4", "a3", "a2", "a1"], "not unique in .*: a1, a2, a3, a4, a5; "),
-        ("zz", ["a1", "a2", "a3", "a4"], "there are: a2, a3, a4$"),
-        ("base-9", ["base-1", "base-2", "base-3", "base-4"], "there are: base-., base-., base-.$"),
-        ("abcxxx", ["abcyyyyy", "q1"], "there are: abcyyyyy$"),
-        ("abcxxx", ["abyyyyyy", "q1"], "there are: abyyyyyy, q1$"),
-        ("a", [], "there are none yet: `mainrun train` makes one"),
+        ("zz", ["a1", "a2", "a3", "a4"], "runs in it: a2, a3, a4$"),
+        ("base-9", ["base-1", "base-2", "base-3", "base-4"], "runs in it: base-., base-., base-.$"),
+        ("abcxxx", ["abcyyyyy", "q1"], "runs in it: abcyyyyy$"),
+        ("abcxxx", ["abyyyyyy", "q1"], "runs in it: abyyyyyy, q1$"),
+        ("a", [], "it has no runs yet; `mainrun train` makes one"),
     ],
 )
-def test_a_name_that_means_no_run_is_refused_with_those_that_there_are(
+def test_an_unknown_name_is_refused_with_similar_ids(
     tmp_path: Path, name: str, ids: list[str], words: str
 ) -> None:
     runs(tmp_path, *ids)

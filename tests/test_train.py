@@ -73,7 +73,7 @@ def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
     """All that two equal runs have in common: rows, scored weights, every tensor of the last checkpoint, the ledger."""
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done"
-    meta = json.loads((checkpoint.steps(run / "checkpoints")[0] / "meta.json").read_text())
+    meta = json.loads((checkpoint.paths(run / "checkpoints")[0] / "meta.json").read_text())
     assert meta["step"] == summary["steps"]
     return rows(run), summary["weights"], meta["state_sha256"], summary["presentations"]
 
@@ -651,7 +651,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     if step == 0:
         fill(small_disk, leave)
     with pytest.raises(
-        DiskFull, match=r"no space left to write .*free some and start the same command again"
+        DiskFull, match=r"no space left to write .*free some space and run the same command again"
     ) as e:
         train(cfg, small_disk, progress=Watch({step: lambda: fill(small_disk, leave)}))
     assert e.value.exit_code == 75 and full in str(e.value)
@@ -900,7 +900,7 @@ def test_a_sample_of_an_older_checkpoint_says_so(tmp_path: Path) -> None:
     run = RunDir(tmp_path / config(checkpoint_every=2).run_id)
     newest = max(run.checkpoints.iterdir())
     (newest / "state.safetensors").write_bytes(b"x")
-    with pytest.warns(UserWarning, match=f"checkpoint {newest} is passed over"):
+    with pytest.warns(UserWarning, match=f"checkpoint {newest} is skipped"):
         sample(run.path, "Show", n=1, max_tokens=4)
 
 

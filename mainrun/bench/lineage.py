@@ -187,14 +187,14 @@ class Bench:
         """Train a study with all trials known in advance, and then with trials that arrive one by one."""
         trials = {cfg.run_id: cfg for cfg in configs}
         start = time.perf_counter()
-        shared = batch.plan(trials.values(), None)
+        shared = batch.share_steps(trials.values(), None)
         planning = time.perf_counter() - start
         chains = shared.chains
         asked = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)
         fewest = len({key for chain in chains.values() for key in chain[1:]})
 
         result = StudyResult(study, "known at once", len(configs), asked, fewest, seconds=planning)
-        self.train_all(result, [trials[part.name] for part in shared.parts.parts], shared.keep)
+        self.train_all(result, [trials[part.name] for part in shared.assignments.order], shared.keep)
         result.scratch_seconds = self.scratch_seconds(configs)
         yield result
 
@@ -229,7 +229,7 @@ class Bench:
     def halving(self, study: str, configs: list[TrainConfig]) -> StudyResult:
         """Train a study by successive halving: the best trials of a rung continue to the next rung."""
         start = time.perf_counter()
-        shared = batch.plan(configs, None)
+        shared = batch.share_steps(configs, None)
         chains = shared.chains
         steps = len(next(iter(chains.values()))) - 1
         rungs = [max(1, round(rung.share * steps)) for rung in RUNGS]
@@ -397,7 +397,7 @@ def make_node(i: int) -> Node:
         root="0" * 64,
         step=i + 1,
         begins=0,
-        presented=8192,
+        tokens_processed=8192,
         state="",
         size=0,
         geometry=[64, 128],

@@ -14,8 +14,8 @@ from mainrun.errors import MainrunError
 from mainrun.growth.make import make_controller
 from mainrun.growth.state import Controller, growth_state_at, load_state
 from mainrun.store import lineage
-from mainrun.store.checkpoint import fitting, sha256_tensors
-from mainrun.store.nodes import Damaged, Node, Store, misplaced
+from mainrun.store.checkpoint import fit_errors, sha256_tensors
+from mainrun.store.nodes import Damaged, Node, Store, contradicts_parent
 from mainrun.train import Setup, State, TrainStep, score, set_up
 
 REACH = 10_000  # how many steps a segment may have
@@ -80,7 +80,7 @@ def _nearest_with_state(node: Node, nodes: Mapping[str, Node], states: Container
     """Return the nearest earlier node whose state exists, or None."""
     while node.begins:
         parent = nodes.get(node.parent)
-        if parent is None or misplaced(node, parent):
+        if parent is None or contradicts_parent(node, parent):
             return None
         if parent.state in states:
             return parent
@@ -92,7 +92,7 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
     """Train a node again and compare."""
     node = target.node
     try:
-        if misplaced(node, nodes.get(node.parent)):
+        if contradicts_parent(node, nodes.get(node.parent)):
             raise Damaged(f"{node.parent[:12]} is not the node that it names as its parent")
         node = store.node(node.key)
         segment = _prepare(store, node, target.start)
@@ -146,7 +146,7 @@ class _Segment:
 def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditResult:
     """Set up the run of a node at the start of its segment, or return why the node cannot be compared."""
     cfg = from_dict(node.config)
-    setup = set_up(cfg, node.grown.get("fired", ()))
+    setup = set_up(cfg, node.growth_state.get("fired", ()))
     plan = setup.plan
     origin = lineage.origin(
         cfg, setup.corpus.fingerprints, setup.data.digest, versions(), setup.device.machine_class
@@ -158,9 +158,9 @@ def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditRe
         return AuditResult(node, "differs", "its config does not lead to its key")
     state = setup.start()
     if start:
-        growth_state = growth_state_at(plan, start.step, start.grown)
-        with fitting(f"node {start.key[:12]}"):
-            load_state(state, store.load(start), start.step, start.presented, growth_state)
+        growth_state = growth_state_at(plan, start.step, start.growth_state)
+        with fit_errors(f"node {start.key[:12]}"):
+            load_state(state, store.load(start), start.step, start.tokens_processed, growth_state)
     return _Segment(setup, state, make_controller(cfg, plan, setup.device, state))
 
 
@@ -205,8 +205,8 @@ def _header_difference(node: Node, segment: _Segment) -> str:
     if node.geometry != list(cfg.geometry):
         return f"its official scores have geometry {node.geometry}, its config says {list(cfg.geometry)}"
     presented = segment.setup.plan.tokens(node.step) * cfg.passes
-    if node.presented != presented:
-        return f"it says that {node.presented:,} tokens were presented, its steps present {presented:,}"
+    if node.tokens_processed != presented:
+        return f"it says that {node.tokens_processed:,} tokens were presented, its steps present {presented:,}"
     return ""
 
 

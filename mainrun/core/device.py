@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mainrun.config import TrainConfig
 from mainrun.core.cuda_graph import CudaGraph
 from mainrun.core.dropout import Site, random_bytes, threshold
-from mainrun.core.hardware import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
+from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 from mainrun.core.machine_class import compile_balance, compiler, triton_works
 from mainrun.core.native import cpu as native
 from mainrun.core.process_group import ProcessGroup
@@ -62,7 +62,7 @@ class Device(ProcessGroup):
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")
         if cfg.compile == "on" and not compiler(name):
-            needs = f"a C++ compiler and Python's headers on a CPU ({cxx()[1]})"
+            needs = f"a C++ compiler and Python's headers on a CPU ({cpp_compiler()[1]})"
             if name == "cuda":
                 needs = "triton, which comes with torch"
             raise ConfigError(f"compile=on needs {needs}; install what is missing, or set compile=off")

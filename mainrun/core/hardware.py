@@ -1,4 +1,4 @@
-"""What this host is and has, found out without torch: processor, cores, C++ compiler, and the C library's memory."""
+"""The host without torch: processor, cores, C++ compiler, memory allocator and cache folder."""
 
 from __future__ import annotations
 
@@ -20,88 +20,112 @@ CPU_FLAGS = {
     "sve": "SVE",
     "bf16": "bf16",
 }
-# each of them makes a library compute in another way
+# Environment variables that change the bits that a library computes.
 CPU_LIMITS = (
-    "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
-    "OMP_THREAD_LIMIT", "NVIDIA_TF32_OVERRIDE", "TRITON_DEFAULT_FP_FUSION", "TRITON_INTERPRET", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT",
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_THREAD_LIMIT",
+    "NVIDIA_TF32_OVERRIDE",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_INTERPRET",
+    "PTXAS_OPTIONS",
+    "DISABLE_PTXAS_OPT",
     "TORCHINDUCTOR_MAX_AUTOTUNE",
-)  # fmt: skip
+)
 
 
 def cpu() -> dict[str, str]:
-    """What /proc/cpuinfo says of the first processor; empty where there is none."""
+    """Return the entries of /proc/cpuinfo for the first processor. They are empty on a system without it."""
     facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
     except OSError:
-        pass  # no /proc on this system: callers name what Python knows
+        pass
     return facts
 
 
 def cpu_name() -> str:
-    """Model, and the numbers that tell apart what a cloud sells under one name."""
+    """Return the processor's name with its family, model and stepping: clouds sell several under one name."""
     facts = cpu()
-    numbers = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
     name = facts.get("model name") or platform.processor() or platform.machine()
-    return f"{name} ({numbers})" if numbers else name
+    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts]
+    if not numbers:
+        return name
+    return f"{name} ({', '.join(numbers)})"
 
 
 def cpu_flags() -> list[str]:
+    """Return the processor's extensions that matter for speed, such as AVX-512."""
     facts = cpu()
-    found = set((facts.get("flags") or facts.get("Features") or "").split())
-    return [label for flag, label in CPU_FLAGS.items() if flag in found]
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    return [label for flag, label in CPU_FLAGS.items() if flag in flags]
 
 
 def cpu_limits() -> dict[str, str]:
+    """Return the environment variables of this process that change the bits that a library computes."""
     return {name: os.environ[name] for name in CPU_LIMITS if name in os.environ}
 
 
-def give_back() -> None:
-    """Free memory to the system: a change of what is held leaves holes of sizes that nobody asks for again."""
+def release_free_memory() -> None:
+    """Return freed memory to the system. After a model changes its size, no tensor fits the old blocks."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
-    with suppress(
-        OSError
-    ):  # what getrusage says begins on Linux with what the process that started this one had
+    """Return the peak memory of this process in bytes."""
+    # On Linux, getrusage includes the memory of the parent process before exec.
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_bytes().splitlines():
             if line.startswith(b"VmHWM:"):
                 return 1024 * int(line.split()[1])
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # bytes there, kilobytes elsewhere
+        return peak
+    return 1024 * peak
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def cxx() -> tuple[str, str]:
-    """The C++ compiler that torch.compile would take for a CPU, and what is wrong with it (empty: nothing)."""
-    asked = os.environ.get("CXX")
-    found = shutil.which(asked or "g++")
-    if not found:
-        return "", f"CXX={asked} is not there" if asked else "no g++"
+def cpp_compiler() -> tuple[str, str]:
+    """Return the C++ compiler that torch.compile uses on a CPU, and what is wrong with it, if anything."""
+    requested = os.environ.get("CXX")
+    path = shutil.which(requested or "g++")
+    if not path:
+        problem = f"CXX={requested} does not exist" if requested else "no g++"
+        return "", problem
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return found, "" if header.is_file() else f"{found}, but no {header}"
+    if not header.is_file():
+        return path, f"{path}, but no {header}"
+    return path, ""
 
 
 def cache_dir() -> Path:
-    if own := os.environ.get("MAINRUN_CACHE"):
-        return Path(own).expanduser()
+    """Return the folder that caches downloads, tokens and compiled kernels."""
+    folder = os.environ.get("MAINRUN_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mainrun"
 
 
 def tune_allocator() -> str:
-    """Let glibc keep a step's memory for the next one: else each step maps its large tensors anew, page by page. No bit changes.
+    """Make glibc keep the memory of one step for the next, so that no step maps its large tensors again.
 
-    Says what is in use. MAINRUN_ALLOCATOR=default leaves the C library as it is; others than glibc have no such settings.
+    Return a description of the allocator. MAINRUN_ALLOCATOR=default leaves it unchanged. Bits do not change.
     """
     if os.environ.get("MAINRUN_ALLOCATOR") == "default":
         return "default (MAINRUN_ALLOCATOR)"
@@ -109,8 +133,10 @@ def tune_allocator() -> str:
     if library != "glibc":
         return f"default ({library or 'this C library'} cannot be tuned)"
     mallopt = ctypes.CDLL(None).mallopt
-    # mmap_max 0 and trim_threshold -1: nothing is given back; top_pad: the heap grows in large steps. Threads keep heaps of their own:
-    # in a single one those of a tokenizer would wait for each other, and a step would gain nothing
+    # mmap_max 0, trim_threshold -1: no memory is returned to the system. top_pad: the heap grows in steps.
+    # The number of heaps stays: with a single one the threads of a tokenizer would wait for each other.
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
-    return f"glibc {version}, tuned" + (f" but for {', '.join(refused)}" if refused else "")
+    if refused:
+        return f"glibc {version}, tuned but for {', '.join(refused)}"
+    return f"glibc {version}, tuned"

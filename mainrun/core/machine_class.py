@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mainrun.config import TrainConfig
-from mainrun.core.hardware import cxx
+from mainrun.core.hardware import cpp_compiler
 from mainrun.core.kernels import HAS_AMX
 from mainrun.plan.plan import Plan
 
@@ -28,7 +28,7 @@ def compiler(device: str) -> str:
         except Exception:  # missing, or built for another system
             return ""
         return f"triton {triton.__version__}"
-    path, problem = cxx()
+    path, problem = cpp_compiler()
     if problem:
         return ""
     version = subprocess.run([path, "--version"], capture_output=True, text=True)

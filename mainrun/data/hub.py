@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import tempfile
@@ -23,6 +22,7 @@ from mainrun.data.title_files import COLUMN, parquet_column
 from mainrun.data.titles import Titles, one_line
 from mainrun.errors import CorpusError, DiskFull, HubError, nearest
 from mainrun.files import inputs
+from mainrun.files.hashing import sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +61,7 @@ class HubFile:
         size = path.stat().st_size
         if size != self.size:
             return f"is damaged: {size:,} bytes, the hub says {self.size:,}"
-        with path.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        sha256 = sha256_file(path)
         if sha256 != self.sha256:
             return f"is damaged: sha256 {sha256[:16]}..., the hub says {self.sha256[:16]}..."
         return ""

@@ -161,7 +161,7 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
             raise CorpusError(
-                f"{where}: not valid JSON ({inputs.plain(e)}); write one object a line"
+                f"{where}: not valid JSON ({inputs.parser_message(e)}); write one object a line"
             ) from None
         if not isinstance(row, dict):
             raise CorpusError(

@@ -25,9 +25,10 @@ import numpy as np
 from mainrun.config import TrainConfig
 from mainrun.core.hardware import cache_dir
 from mainrun.data.corpus import Corpus
-from mainrun.data.tokenizer import EOS, FORMAT, LIBRARY, SPECIALS, Tokenizer, canonical_json, fit
+from mainrun.data.tokenizer import EOS, FORMAT, LIBRARY, SPECIALS, Tokenizer, fit
 from mainrun.errors import RunError
 from mainrun.files import inputs
+from mainrun.files.hashing import compact_json
 
 SPLITS = ("train", "dev", "val")
 PUBLISH_ATTEMPTS = 10  # each failed attempt means that another process has just changed the entry
@@ -62,7 +63,7 @@ def _key(cfg: TrainConfig, corpus: Corpus) -> str:
     fingerprints = {split: corpus.fingerprints[split] for split in SPLITS}
     library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
     parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
-    return hashlib.sha256(canonical_json(parts)).hexdigest()
+    return hashlib.sha256(compact_json(parts)).hexdigest()
 
 
 def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
@@ -92,7 +93,7 @@ def _digest(
     for split, stream in splits.items():
         content = np.ascontiguousarray(stream).data
         streams[split] = [stream.dtype.str, hashlib.sha256(content).hexdigest()]
-    return hashlib.sha256(canonical_json([tokenizer.digest, streams, chars, n_bytes])).hexdigest()
+    return hashlib.sha256(compact_json([tokenizer.digest, streams, chars, n_bytes])).hexdigest()
 
 
 # -- cache entries
@@ -156,7 +157,7 @@ def _store(entry: Path, data: TokenData) -> TokenData:
         for split, stream in data.splits.items():
             np.save(fresh / f"{split}.npy", stream)
         meta = {"chars": data.chars, "bytes": data.bytes, "digest": data.digest}
-        (fresh / "meta.json").write_bytes(canonical_json(meta))
+        (fresh / "meta.json").write_bytes(compact_json(meta))
         first = _publish(fresh, entry)
     except OSError as e:
         warnings.warn(f"tokens are not cached in {entry.parent} ({e}); they stay in memory", stacklevel=3)

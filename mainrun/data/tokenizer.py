@@ -24,6 +24,7 @@ import numpy as np
 
 from mainrun.core.hardware import cores
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
+from mainrun.files.hashing import compact_json
 
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
@@ -93,7 +94,7 @@ class Tokenizer:
         else:
             model = base64.b64encode(self.model).decode()
         table = {"format": FORMAT, "kind": self.kind, "vocab_size": self.vocab_size, "model": model}
-        return canonical_json(table).decode()
+        return compact_json(table).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -105,7 +106,7 @@ class Tokenizer:
             model = table["model"]
             if table["format"] != FORMAT or kind not in LIBRARY or type(size) is not int:
                 raise ValueError(f"format {table['format']!r}, kind {kind!r}")
-            raw = canonical_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
+            raw = compact_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
             if not model:
                 raise ValueError("no model")
         except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a ValueError
@@ -129,11 +130,6 @@ class Tokenizer:
         vocab = self._library.get_vocab()
         known = {byte for byte, sign in enumerate(_byte_signs()) if sign in vocab}
         return lambda char: not known.issuperset(char.encode())
-
-
-def canonical_json(value: Any) -> bytes:
-    """Return JSON with sorted keys and without spaces, so that equal values have equal bytes."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 # -- fitting and loading
@@ -174,7 +170,7 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     fitted_size = library.get_vocab_size()
     if fitted_size != vocab_size:
         raise _vocabulary_error(vocab_size, fitted_size)
-    return Tokenizer("bpe", vocab_size, canonical_json(json.loads(library.to_str())))
+    return Tokenizer("bpe", vocab_size, compact_json(json.loads(library.to_str())))
 
 
 def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:

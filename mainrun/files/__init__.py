@@ -1,1 +1,1 @@
-"""Files that users write, hashes of files, and locks between processes."""
+"""Reading the files of users, hashing files, and locks between processes."""

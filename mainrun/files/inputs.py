@@ -1,7 +1,7 @@
-"""Input from outside: values in messages, paths, and files in TOML, JSON and YAML. PyYAML is imported only for YAML.
+"""Read what users give: paths, and files in TOML, JSON and YAML. Format values for messages.
 
-A file or a text that cannot be used is a `ValueError` (`BadInput`) whose words complete a sentence that begins with its name:
-"preset.toml" + " is a folder; give a file".
+A file or a text that cannot be used raises `BadInput`. Its message continues a sentence that starts with the
+name of the file: "preset.toml" + " is a folder; give a file".
 """
 
 from __future__ import annotations
@@ -15,38 +15,40 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from mainrun.errors import DiskFull, MainrunError, UsageError
 
-LARGEST = 16_000_000  # bytes of a file that is read as a document
-LARGEST_YAML = 300_000  # characters; its parser takes two seconds for that
+LARGEST = 16_000_000  # bytes of a document
+LARGEST_YAML = 300_000  # characters; the YAML parser needs two seconds for them
 DEEPEST = 100  # levels of lists and tables
-MOST_VALUES = 1_000_000  # YAML's aliases can name one list a billion times
-MOST_DIGITS = 300  # of a whole number; Python refuses to print one of 4,301
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and on macOS
+MOST_VALUES = 1_000_000  # YAML aliases can repeat one list a billion times
+MOST_DIGITS = 300  # of an integer; Python refuses to print one of 4,301 digits
+LONGEST_NAME = 255  # bytes of a file name, on Linux and macOS
+LONGEST_PATH = 4095  # bytes, on Linux
 MOST_FOLDERS = 200  # in a path; `Path.mkdir(parents=True)` recurses once per folder
 
 
 class BadInput(ValueError):
-    """Why a file or a text cannot be used, and what to do."""
+    """A file or a text cannot be used. The message says why, and how to fix it."""
 
 
 # -- values in messages
 
 
 def printable(text: str) -> str:
-    """The text on one line. Control characters and lone surrogates become escapes, so that a message cannot move the cursor."""
+    """Return the text on one line, with control characters and lone surrogates as escapes such as \\n."""
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
-        lambda c: c[0].encode("unicode_escape").decode(),
+        lambda match: match[0].encode("unicode_escape").decode(),
         text,
     )
 
 
 def shortened(text: str, most: int) -> str:
-    """The beginning and the end of a text that is longer than `most`."""
+    """Cut the middle out of a text that is longer than `most` characters."""
     if len(text) <= most:
         return text
     mark = f" [... {len(text) - most:,} characters ...] "
@@ -54,16 +56,16 @@ def shortened(text: str, most: int) -> str:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """A value in a message, as Python writes it."""
+    """Return a value for a message, as Python writes it."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of too many digits, lists in lists without end
+    except (ValueError, RecursionError):  # an integer with too many digits, or endlessly nested lists
         text = f"a {type(value).__name__} that cannot be printed"
     return shortened(printable(text), most)
 
 
 def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
-    """The texts, or ten of them and how many more there are."""
+    """Yield the first ten texts, and then how many more there are. what: the plural noun for them."""
     rest = iter(texts)
     for _, text in zip(range(10), rest, strict=False):
         yield text
@@ -76,7 +78,7 @@ def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def bad_path(text: str) -> str:
-    """Why the path is invalid and how to fix it, or an empty text."""
+    """Return why the path is invalid and how to fix it, or an empty text."""
     if not text.strip():
         return "which is empty; give a path"
     if "\0" in text:
@@ -88,7 +90,8 @@ def bad_path(text: str) -> str:
     if len(name) > LONGEST_PATH:
         return f"a path of {len(name):,} bytes; at most {LONGEST_PATH:,} are allowed, give a shorter one"
     if name.count(b"/") > MOST_FOLDERS:
-        return f"a path with {name.count(b'/'):,} folders; at most {MOST_FOLDERS} are allowed, give a shorter one"
+        folders = f"{name.count(b'/'):,} folders"
+        return f"a path with {folders}; at most {MOST_FOLDERS} are allowed, give a shorter one"
     try:
         os.stat(text)
     except OSError as e:
@@ -98,24 +101,27 @@ def bad_path(text: str) -> str:
 
 
 def check_path(text: str | Path, what: str) -> None:
-    """Refuse a path that no file can have. `what` is the option, such as --out."""
+    """Refuse an invalid path. what: the option that gave it, such as --out."""
     why = bad_path(str(text))
     if why:
         raise UsageError(f"got {what} {shown(str(text), 80)}, {why}")
 
 
 def expanded(text: str, what: str) -> Path:
-    """The path, with the home folder in place of ~. `what` is the option or the variable."""
+    """Return the path with ~ replaced by the home folder. what: the option or variable that gave it."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise UsageError(
-            f"got {what} {shown(text, 80)}, whose ~ names no user of this machine; write the path in full"
+            f"got {what} {shown(text, 80)}, whose ~ names no user of this machine; write the full path"
         ) from None
 
 
 def not_a_file(path: Path) -> str:
-    """Why the path is not a readable file, such as "is a folder", or an empty text. A pipe is never opened."""
+    """Return why the path is not a regular file, such as "is a folder", or an empty text.
+
+    The path is not opened, because opening a pipe would wait for a writer.
+    """
     why = bad_path(str(path))
     if why:
         return f"cannot be read: {why.removeprefix('which ')}"
@@ -139,7 +145,7 @@ REASONS = {
     errno.ELOOP: "a symbolic link that leads back to itself; remove it, or give another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
     errno.EISDIR: "it is a folder; give a file",
-    errno.EEXIST: "the name is already taken; remove that file, or give another path",
+    errno.EEXIST: "a file of that name exists; remove it, or give another path",
     errno.EACCES: "permission denied; change its permissions, or give another path",
     errno.EPERM: "permission denied; change its permissions, or give another path",
     errno.EROFS: "the file system is read-only; give a path on another one",
@@ -150,53 +156,63 @@ REASONS = {
     errno.EILSEQ: "the name is not valid text; rename the file in UTF-8",
 }
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FREE_SPACE = "free some space and run the same command again to resume"
 
 
 def reason_for(e: OSError) -> str:
+    """Return why the system refused a file operation, and how to fix it."""
     return REASONS.get(e.errno or 0) or f"{e.strerror or e}; check it, or give another path"
 
 
 def refusal(e: OSError) -> MainrunError:
-    """Turn an OSError into a MainrunError that names the path, the fault and the fix."""
-    names = [
-        shown(os.fsdecode(name), 120)
-        for name in (e.filename, e.filename2)
-        if isinstance(name, str | bytes | os.PathLike)
-    ]
+    """Turn an OSError into a MainrunError that names the path, the reason and the fix."""
+    names = []
+    for name in (e.filename, e.filename2):
+        if isinstance(name, str | bytes | os.PathLike):
+            names.append(shown(os.fsdecode(name), 120))
     where = " -> ".join(names) or "a file"
     if e.errno in NO_SPACE:
-        return DiskFull(
-            f"no space left to write {where} ({e.strerror}); free some and start the same command again, it goes on"
-        )
+        return DiskFull(f"no space left to write {where} ({e.strerror}); {FREE_SPACE}")
     return UsageError(f"{where} cannot be used: {reason_for(e)}")
 
 
 # -- files
 
 
+class NotAFile(OSError):
+    """A pipe, a socket or a device where a file should be."""
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading. Raise `NotAFile` for a pipe or a device, which could block or never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise NotAFile(errno.EINVAL, f"it {not_a_file(path)}", str(path))
+    return path.open("rb")
+
+
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """A file's bytes. A pipe is never waited for."""
+    """Return a file's bytes. largest: the maximum size in bytes."""
     why = not_a_file(path)
     if why:
         raise BadInput(f"{why}; give a file")
     try:
         size = path.stat().st_size
-        data = b"" if size > largest else path.read_bytes()
+        if size > largest:
+            raise BadInput(f"has {size:,} bytes; at most {largest:,} are allowed; give another file")
+        return path.read_bytes()
     except OSError as e:
         raise BadInput(f"cannot be read: {reason_for(e)}") from None
-    if size > largest:
-        raise BadInput(f"has {size:,} bytes; at most {largest:,} are allowed, so it must be another file")
-    return data
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """A file's text, in UTF-8, with or without a byte order mark."""
+    """Return the text of a file in UTF-8, with or without a byte order mark."""
     data = read_bytes(path, largest)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise BadInput("is UTF-16, not UTF-8; save the file as UTF-8")
-    at = data.find(b"\0")
-    if at >= 0:
-        raise BadInput(f"is binary: a NUL byte at offset {at:,}; give a text file in UTF-8")
+    offset = data.find(b"\0")
+    if offset >= 0:
+        raise BadInput(f"is binary: a NUL byte at offset {offset:,}; give a text file in UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -205,61 +221,64 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 
 # -- documents
 
-DEEP = f"it is nested too deep: at most {DEEPEST} levels are allowed"
-
-
-TIMES = (datetime.date, datetime.time)  # types of TOML and YAML that no setting uses
+TOO_DEEP = f"it is nested too deep: at most {DEEPEST} levels are allowed"
+TIMES = (datetime.date, datetime.time)  # TOML and YAML have these types; no setting uses them
 
 
 def parse_toml(text: str) -> dict[str, Any]:
+    """Parse a TOML document."""
     try:
         data = tomllib.loads(text)
     except RecursionError:
-        raise BadInput(DEEP) from None
+        raise BadInput(TOO_DEEP) from None
     except ValueError as e:
-        raise BadInput(plain(e)) from None
+        raise BadInput(parser_message(e)) from None
     check_data(data)
     return data
 
 
 def toml_value(text: str) -> Any:
-    """Parse a TOML value. A text that is not valid TOML is returned as it is."""
+    """Parse a TOML value. Return a text that is not valid TOML, or that is a date or a time, unchanged."""
     try:
-        data = tomllib.loads(f"v = {text}")
+        data = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        data = {"v": text}
+        data = {"value": text}
     except RecursionError:
-        raise BadInput(DEEP) from None
+        raise BadInput(TOO_DEEP) from None
     except ValueError as e:
-        raise BadInput(plain(e)) from None
-    value = data["v"] if len(data) == 1 else text  # a text of several lines may set more than one key
-    if isinstance(value, TIMES):
+        raise BadInput(parser_message(e)) from None
+    value = data["value"]
+    # A text of several lines may set further keys.
+    if len(data) > 1 or isinstance(value, TIMES):
         value = text
     check_data(value)
     return value
 
 
 def parse_json(text: str) -> Any:
-    """A key that appears twice in one object is refused, because one of the two would be lost."""
+    """Parse a JSON document. Refuse a key that appears twice in one object: a value would be lost."""
     try:
-        data = json.loads(text, object_pairs_hook=_once)
+        data = json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
-        raise BadInput(DEEP) from None
+        raise BadInput(TOO_DEEP) from None
     except ValueError as e:
-        raise BadInput(plain(e)) from None
+        raise BadInput(parser_message(e)) from None
     check_data(data)
     return data
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadInput(f"the key {shown(twice, 80)} appears twice in one object")
+        counts = Counter(key for key, _ in pairs)
+        for key, count in counts.items():
+            if count > 1:
+                raise BadInput(f"the key {shown(key, 80)} appears twice in one object")
     return data
 
 
 def parse_yaml(text: str) -> Any:
+    """Parse a YAML document."""
     import yaml
 
     if len(text) > LARGEST_YAML:
@@ -269,28 +288,25 @@ def parse_yaml(text: str) -> Any:
     try:
         data = yaml.load(text, _yaml_loader())
     except RecursionError:
-        raise BadInput(DEEP) from None
+        raise BadInput(TOO_DEEP) from None
     except yaml.YAMLError as e:
         raise BadInput(" ".join(str(e).split())) from None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as e:  # a date like 2026-99-99, a list as a key
-        raise BadInput(plain(e)) from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as e:
+        # PyYAML raises these for a date like 2026-99-99 and for a list as a key.
+        raise BadInput(parser_message(e)) from None
     check_data(data)
     return data
 
 
 def _yaml_loader() -> Any:
+    """Return a YAML loader class that refuses duplicate keys and reads 6e-4 as a number."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":  # "<<" takes over what another mapping has
+                if key.tag == "tag:yaml.org,2002:merge":  # "<<" copies the keys of another mapping
                     continue
                 name = self.construct_object(key, deep=True)
                 if name.__hash__ is None:
@@ -300,16 +316,16 @@ def _yaml_loader() -> Any:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1 takes 6e-4 for a text; JSON, TOML and YAML 1.2 for a number
+    # YAML 1.1 reads 6e-4 as a text; JSON, TOML and YAML 1.2 read it as a number
     exponent = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return Loader
 
 
-def plain(e: Exception) -> str:
-    """The message of a parser, without Python's hints for developers."""
+def parser_message(e: Exception) -> str:
+    """Return the message of a parser's exception, without Python's hints for developers."""
     if isinstance(e, RecursionError):
-        return DEEP
+        return TOO_DEEP
     digits = re.search(r"value has (\d+) digits", str(e))
     if digits:
         return f"a number has {int(digits[1]):,} digits; at most {MOST_DIGITS} are allowed"
@@ -317,7 +333,7 @@ def plain(e: Exception) -> str:
 
 
 def check_data(data: Any) -> None:
-    """Refuse data that the program cannot handle: deep nesting, numbers too long to print, text that cannot be written."""
+    """Refuse data nested too deep, integers too long to print, and text that UTF-8 cannot encode."""
     todo = [(data, 1)]
     for _ in range(MOST_VALUES):
         if not todo:
@@ -325,10 +341,10 @@ def check_data(data: Any) -> None:
         value, level = todo.pop()
         if isinstance(value, dict | list | tuple | set):
             if level > DEEPEST:
-                raise BadInput(DEEP)
-            todo += [(below, level + 1) for below in value]
+                raise BadInput(TOO_DEEP)
+            todo.extend((inner, level + 1) for inner in value)
             if isinstance(value, dict):
-                todo += [(below, level + 1) for below in value.values()]
+                todo.extend((inner, level + 1) for inner in value.values())
         else:
             _check_value(value)
     raise BadInput(f"it holds more than {MOST_VALUES:,} values")
@@ -342,4 +358,4 @@ def _check_value(value: Any) -> None:
     if isinstance(value, str) and "\0" in value:
         raise BadInput("a text holds a NUL character; remove it")
     if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise BadInput("a text holds half of a surrogate pair, which is no character; repair or remove it")
+        raise BadInput("a text holds half of a surrogate pair, which is not a character; repair or remove it")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.core.device import Device
-from mainrun.core.hardware import give_back
+from mainrun.core.hardware import release_free_memory
 from mainrun.core.optimizers import Optimizers
 from mainrun.errors import UsageError
 from mainrun.growth.moments import IndexMap, param_schedules, transfer
@@ -43,7 +43,7 @@ from mainrun.plan.cost import costs
 from mainrun.plan.ops import ARCHITECTURE, Op
 from mainrun.plan.plan import Decision, Plan, Segment
 from mainrun.plan.triggers import Facts, due
-from mainrun.store.rundir import Metrics
+from mainrun.store.rundir import RowLog
 from mainrun.train import GPT, State
 
 SETTLES = 10  # steps after which copies should have diverged and a router should have chosen
@@ -82,7 +82,7 @@ class Growth:
         plan: Plan,
         device: Device,
         state: State,
-        journal: Metrics | None = None,
+        journal: RowLog | None = None,
         on_event: Callable[[Row], None] = lambda row: None,
         clock: Callable[[str], Any] = nullcontext,
     ) -> None:
@@ -327,12 +327,12 @@ class Growth:
             old_moments = state.optimizers.state()
             # the old weights are freed before the new moments are made
             state.replace_model(after, grown.model, grown.optimizers)
-            give_back()
+            release_free_memory()
             mode = op.optimizer.mode
             moments = transfer(old_moments, grown.moved, mode, op.optimizer.min_coverage)[0]
             grown.optimizers.load(moments, copy=False)
             del old_moments
-            give_back()
+            release_free_memory()
             if grown.average:
                 state.average.separate(grown.average)
             self._recent.append(Recent(op, state.step, without_values(grown.moved)))

@@ -10,7 +10,7 @@ from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.growth.state import Controller, NoGrowth, Row
 from mainrun.plan.plan import Plan
-from mainrun.store.rundir import Metrics
+from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 
@@ -19,7 +19,7 @@ def make_controller(
     plan: Plan,
     device: Device,
     state: State,
-    journal: Metrics | None = None,
+    journal: RowLog | None = None,
     on_event: Callable[[Row], None] = lambda row: None,
     clock: Callable[[str], Any] = nullcontext,
 ) -> Controller:

@@ -14,7 +14,7 @@ from mainrun.config import from_dict
 from mainrun.core.optimizers import Optimizers, ParamSchedule
 from mainrun.plan.ops import Op
 from mainrun.plan.plan import Plan
-from mainrun.store.rundir import Metrics
+from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 Row = dict[str, Any]
@@ -67,7 +67,7 @@ class Controller(Protocol):
 
     plan: Plan  # what is known about the run so far
     state: State
-    journal: Metrics | None  # growth.jsonl
+    journal: RowLog | None  # growth.jsonl
 
     @property
     def pending_op(self) -> Op | None:
@@ -101,7 +101,7 @@ class Controller(Protocol):
 class NoGrowth:
     """The controller of a run that does not grow."""
 
-    journal: Metrics | None = None
+    journal: RowLog | None = None
 
     def __init__(self, plan: Plan, state: State) -> None:
         self.plan = plan

@@ -1,8 +1,8 @@
-"""Runs that are known together: how many of their steps are the same, and what one of them must keep for the others."""
+"""A batch of runs that are known together: the steps they share, and the nodes to keep for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,110 +14,139 @@ from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.plan.plan import Plan
 from mainrun.store import checkpoint, lineage, planner
-from mainrun.store.nodes import Damaged, Store
+from mainrun.store.nodes import Damaged, Node, Store
 from mainrun.store.rundir import RunDir
 
 
-def resolved(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, list[str]]]:
-    """The plan and the keys of each on this machine. Data that several have in common is read once."""
+@dataclass
+class SharedBatch:
+    """What a batch of runs has to train, and the nodes with which its runs share steps."""
+
+    assignments: planner.Assignments
+    keep: dict[str, list[int]]  # by run: the steps of the nodes that other runs need
+    keys: list[str]  # of those nodes
+    chains: dict[str, list[str]]
+
+
+def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path | None = None) -> SharedBatch:
+    """Find the steps that the runs of a batch share. out: the folder of their run directories."""
+    plans, chains = resolve(configs)
+    keys = _keys_to_keep(plans, chains)
+    keep: dict[str, list[int]] = {}
+    for name, chain in chains.items():
+        keep[name] = [step for step, key in enumerate(chain) if key in keys]
+    stored: set[str] = set()
+    if store:
+        stored = starting_keys(store, plans, chains)
+    resumed: dict[str, int] = {}
+    if out:
+        for name, plan in plans.items():
+            resumed[name] = _resumed_step(RunDir(out / name), plan)
+    return SharedBatch(planner.assign(chains, stored, resumed), keep, sorted(keys), chains)
+
+
+def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, list[str]]]:
+    """Return each run's plan and key chain on this machine. Data that runs have in common is read once."""
     read: dict[tuple[Any, ...], tuple[dict[str, str], TokenData]] = {}
-    plans, chains, now = {}, {}, versions()
+    plans = {}
+    chains = {}
+    current = versions()
     for cfg in configs:
-        machine, which = Device(cfg), tuple(getattr(cfg, field) for field in sorted(lineage.IN_TOKENS))
-        if which not in read:
-            with machine.leader_first():
+        device = Device(cfg)
+        data_fields = tuple(getattr(cfg, field) for field in sorted(lineage.IN_TOKENS))
+        if data_fields not in read:
+            with device.leader_first():
                 corpus = load_corpus(cfg)
-                read[which] = corpus.fingerprints, prepare(cfg, corpus)
-        fingerprints, data = read[which]
-        plans[cfg.run_id] = plan = Plan(cfg, len(data.splits["train"]))
-        machine.settle(cfg, plan)
-        root = lineage.root(lineage.origin(cfg, fingerprints, data.digest, now, machine.machine_class))
-        chains[cfg.run_id] = lineage.chain(root, plan)
+                read[data_fields] = (corpus.fingerprints, prepare(cfg, corpus))
+        fingerprints, data = read[data_fields]
+        plan = Plan(cfg, len(data.splits["train"]))
+        device.settle(cfg, plan)
+        origin = lineage.origin(cfg, fingerprints, data.digest, current, device.machine_class)
+        plans[cfg.run_id] = plan
+        chains[cfg.run_id] = lineage.chain(lineage.root(origin), plan)
     return plans, chains
 
 
 def may_share(configs: Sequence[TrainConfig]) -> bool:
-    """Whether any two could have a step in common: without reading any data."""
-    names = [f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static"]
-    static = [tuple(str(getattr(cfg, f)) for f in names) for cfg in configs]
-    return len(set(static)) < len(static)
+    """Whether any two runs could share a step, judged by their configs alone."""
+    fields = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
+    static = {tuple(str(getattr(cfg, field)) for field in fields) for cfg in configs}
+    return len(static) < len(configs)
 
 
-@dataclass
-class Shared:
-    """A batch of runs, and what the store has of it already."""
-
-    parts: planner.Batch
-    keep: dict[
-        str, list[int]
-    ]  # of each run, the steps at which others part from it, or want a score that it does not take
-    keys: list[str]  # of the nodes there
-    chains: dict[str, list[str]]
-
-
-def plan(configs: Iterable[TrainConfig], store: Store | None, out: Path | None = None) -> Shared:
-    """out: where the runs' own directories are, some of them perhaps half-way or done."""
-    plans, chains = resolved(configs)
-    forks = planner.plan(chains)
-    keys = {chains[part.name][step] for part in forks.parts for step in part.forks}
+def _keys_to_keep(plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
+    """Return the keys of the nodes at which runs part, or whose scores only some of the runs take."""
+    keys: set[str] = set()
+    for assignment in planner.assign(chains).order:
+        keys.update(chains[assignment.name][step] for step in assignment.forks)
     for root in {chain[0] for chain in chains.values()}:
-        alike = [name for name, chain in chains.items() if chain[0] == root]
-        if len({(plans[name].eval_steps, plans[name].cfg.geometry) for name in alike}) > 1:
-            keys |= {chains[name][step] for name in alike for step in plans[name].eval_steps}
-    keep = {name: [step for step, key in enumerate(found) if key in keys] for name, found in chains.items()}
-    stored = usable(store, plans, chains) if store else set()
-    own = {name: _own(RunDir(out / name), plan) for name, plan in plans.items()} if out else {}
-    return Shared(planner.plan(chains, stored, own), keep, sorted(keys), chains)
+        names = [name for name, chain in chains.items() if chain[0] == root]
+        scorings = {(plans[name].eval_steps, plans[name].cfg.geometry) for name in names}
+        if len(scorings) > 1:
+            for name in names:
+                keys.update(chains[name][step] for step in plans[name].eval_steps)
+    return keys
 
 
-def _own(run: RunDir, plan: Plan) -> int:
-    """The step that a run directory goes on from."""
+def _resumed_step(run: RunDir, plan: Plan) -> int:
+    """Return the step of the checkpoint that a run resumes from."""
     if run.summary():
         return plan.steps
-    digest = plan.cfg.digest
 
     def usable(meta: dict[str, Any]) -> str:
-        other = "it belongs to another config" if meta.get("digest") != digest else ""
-        return checkpoint.fault(meta) or other
+        if meta.get("digest") != plan.cfg.digest:
+            return "it belongs to another config"
+        return checkpoint.fault(meta)
 
-    found = checkpoint.load_newest(run.checkpoints, usable, lambda _: None)
-    return found[1]["step"] if found else 0
+    loaded = checkpoint.load_newest(run.checkpoints, usable, lambda _: None)
+    if loaded is None:
+        return 0
+    return loaded[1]["step"]
 
 
-def usable(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
-    """The key that each run can begin at."""
+def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
+    """Return the keys of the store's nodes at which the runs can start."""
+    reached: dict[str, int] = {}
     try:
-        states, keys = store.states(), store.node_keys()
-        found = {
-            name: _reach(store, states.keys(), keys, plans[name], chain) for name, chain in chains.items()
-        }
-    except OSError:  # a run that finds the same says so
+        states = store.states()
+        keys = store.node_keys()
+        for name, chain in chains.items():
+            reached[name] = _reachable_step(store, states, keys, plans[name], chain)
+    except OSError:  # each run reports it when it opens the store
         return set()
-    at = {chains[name][step]: step for name, step in found.items() if step}
-    # one that another run may not begin at, for want of a score, counts for neither: better to promise less
-    return {
-        key
-        for key, step in at.items()
-        if all(len(chain) <= step or chain[step] != key or found[n] >= step for n, chain in chains.items())
-    }
+    # If another run on the same chain lacks a score up to a node, neither run counts on that node.
+    starts = {chains[name][step]: step for name, step in reached.items() if step}
+    for name, chain in chains.items():
+        for key, step in list(starts.items()):
+            if step < len(chain) and chain[step] == key and reached[name] < step:
+                del starts[key]
+    return set(starts)
 
 
-def _reach(store: Store, states: Iterable[str], keys: set[str], plan: Plan, chain: list[str]) -> int:
-    """The deepest step that a run gets to from node to node, having every score that it wants on the way."""
-    step, there = 0, set(states)
+def _reachable_step(
+    store: Store, states: Container[str], keys: Container[str], plan: Plan, chain: list[str]
+) -> int:
+    """Return the deepest step that a run can reach from node to node, with all scores that it needs."""
+    step = 0
     while True:
-        for further in range(len(chain) - 1, step, -1):
-            if chain[further] not in keys:
-                continue
-            try:
-                node = store.node(chain[further])
-                past = list(store.history(node, step))
-            except Damaged:
-                continue
-            rows = (row for part in past if part.geometry == list(plan.cfg.geometry) for row in part.rows)
-            scored = {row["step"] for row in rows if row["event"] == "eval"}
-            if node.state in there and {s for s in plan.eval_steps if step < s < further} <= scored:
-                step = further
+        for target in range(len(chain) - 1, step, -1):
+            if chain[target] in keys and _can_use(store, states, plan, chain[target], step, target):
+                step = target
                 break
         else:
             return step
+
+
+def _can_use(store: Store, states: Container[str], plan: Plan, key: str, step: int, target: int) -> bool:
+    """Whether a run at `step` can continue from a node at `target`."""
+    try:
+        node = store.node(key)
+        path: list[Node] = list(store.history(node, step))
+    except Damaged:
+        return False
+    scored: set[int] = set()
+    for ancestor in path:
+        if ancestor.geometry == list(plan.cfg.geometry):
+            scored.update(row["step"] for row in ancestor.rows if row["event"] == "eval")
+    needed = {score for score in plan.eval_steps if step < score < target}
+    return node.state in states and needed <= scored

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mainrun.run.progress import Progress
-from mainrun.store.rundir import Metrics, RunDir
+from mainrun.store.rundir import RowLog, RunDir
 
 Row = dict[str, Any]
 
@@ -14,7 +14,7 @@ class RunLog:
     """The log of a run's leader."""
 
     def __init__(self, run: RunDir, progress: Progress) -> None:
-        self.metrics: Metrics | None = run.log("metrics.jsonl")
+        self.metrics: RowLog | None = run.log("metrics.jsonl")
         self.progress = progress
         self._run = run
 
@@ -45,7 +45,7 @@ class RunLog:
 class NullLog:
     """The log of the other processes of a run: only the leader writes."""
 
-    metrics: Metrics | None = None
+    metrics: RowLog | None = None
 
     def step(self, row: Row, steps: int) -> None: ...
 

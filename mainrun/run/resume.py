@@ -20,7 +20,7 @@ from mainrun.run.accounts import Accounts
 from mainrun.run.log import RunLog
 from mainrun.run.sharing import NoSharing, Sharing
 from mainrun.store import checkpoint
-from mainrun.store.rundir import RunDir
+from mainrun.store.rundir import LogRow, RunDir
 from mainrun.train import State
 
 Row = dict[str, Any]
@@ -60,8 +60,8 @@ def resume(
     growth: Controller,
 ) -> None:
     """Bring the state and all files of a run to its newest usable checkpoint, or to step 0."""
-    trained = steps_trained(run.rows_so_far(), growth.plan.steps)  # read before the logs are cut
-    had_checkpoints = bool(checkpoint.steps(run.checkpoints))
+    trained = steps_trained(run.intact_rows(), growth.plan.steps)  # read before the logs are cut
+    had_checkpoints = bool(checkpoint.paths(run.checkpoints))
     loaded = checkpoint.load_newest(run.checkpoints, Usable(cfg, log, growth), log.note)
     earlier = run.env() if loaded else {}
     if loaded:
@@ -153,7 +153,7 @@ def _continue(
             log.note(f"this is a different {what}: from here on the bits are not those of an undisturbed run")
 
 
-def steps_trained(rows: list[Row], end: int) -> set[int]:
+def steps_trained(rows: list[LogRow], end: int) -> set[int]:
     """Return the steps that a run trained itself, from its rows.
 
     Rows beyond the end of the run are ignored.
@@ -195,7 +195,7 @@ def load_checkpoint(
     growth: Controller,
 ) -> None:
     """Load a checkpoint, and what the sessions before it have cost."""
-    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
+    with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
         growth.restore()
     accounts.saved = state.step

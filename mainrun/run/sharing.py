@@ -21,15 +21,16 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
 from mainrun.errors import MainrunError
+from mainrun.files.inputs import NO_SPACE
 from mainrun.growth.state import FIGURES, Controller, growth_state_at, load_state
 from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts
 from mainrun.run.stop import StopSignal
 from mainrun.store import lineage, planner
-from mainrun.store.checkpoint import fitting
+from mainrun.store.checkpoint import fit_errors
 from mainrun.store.leases import Fenced, Lease, Leases
 from mainrun.store.nodes import Damaged, Node, Refused, Store
-from mainrun.store.rundir import FULL, Metrics
+from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 Row = dict[str, Any]
@@ -285,7 +286,7 @@ class LeaseHolder:
         theirs = lineage.chain(course.keys[0], plan)
         if theirs[holder["step"]] != key:
             return 0
-        return min(planner.shared(course.keys, theirs), course.until)
+        return min(planner.shared_steps(course.keys, theirs), course.until)
 
     def want(self, other: OtherRun) -> None:
         """Ask for a node where the two runs part, unless the other's lease is on that very node."""
@@ -342,7 +343,7 @@ class NodeWriter:
             root=course.keys[0],
             step=state.step,
             begins=self.before[0],
-            presented=state.tokens,
+            tokens_processed=state.tokens,
             state="",
             size=0,
             geometry=course.geometry,
@@ -352,12 +353,12 @@ class NodeWriter:
             made=time.time(),
             rows_sha256="",
             rows=tuple(self.rows),
-            grown=state.growth_state,
+            growth_state=state.growth_state,
         )
         self.continue_from(node)
         self._pending = node
         lease = self.holder.lease
-        if lease and lease.about["step"] <= node.step:
+        if lease and lease.info["step"] <= node.step:
             self.holder.lease = None  # the writer releases it; a lease on a later node stays
         self._writing = self._thread.submit(self._write, node, tensors, lease)
 
@@ -382,7 +383,7 @@ class NodeWriter:
             self.stop(f"step {node.step} and later steps are not kept in the store: {e}")
         except OSError as e:
             problem = f"the store {self.store} cannot be written ({e})"
-            if e.errno in FULL:
+            if e.errno in NO_SPACE:
                 problem = f"no space left in the store {self.store}"
             self.stop(f"{problem}; nothing more is kept in it")
         except Exception as e:  # of a library, such as safetensors on a full disk: reported, and not fatal
@@ -462,7 +463,7 @@ class Sharing:
 
     # -- reusing
 
-    def advance(self, state: State, growth: Controller, log: Metrics | None, stop: StopSignal) -> bool:
+    def advance(self, state: State, growth: Controller, log: RowLog | None, stop: StopSignal) -> bool:
         """Continue from the deepest node, hold the lease on the next one, and wait while other runs train it.
 
         Return True if the state lacks a score that this run wants; score it and call again.
@@ -480,18 +481,16 @@ class Sharing:
         return self.unscored
 
     def _load(self, state: State, node: Node, tensors: dict[str, Any]) -> None:
-        growth = growth_state_at(self.course.plan, node.step, node.grown)
-        load_state(state, tensors, node.step, node.presented, growth)
+        growth = growth_state_at(self.course.plan, node.step, node.growth_state)
+        load_state(state, tensors, node.step, node.tokens_processed, growth)
 
-    def _advance_leader(
-        self, state: State, growth: Controller, log: Metrics | None, stop: StopSignal
-    ) -> None:
+    def _advance_leader(self, state: State, growth: Controller, log: RowLog | None, stop: StopSignal) -> None:
         waiting = ""
         while state.step < self.course.until and not stop.name:
             try:
                 if self.reads and self._reuse(state, growth, log):
                     lease = self.holder.lease
-                    if lease and lease.about["step"] <= state.step:
+                    if lease and lease.info["step"] <= state.step:
                         self.holder.free()
                     if self.unscored or self.course.plan.undecided:
                         return  # the score comes first, and what it decides
@@ -539,7 +538,7 @@ class Sharing:
         self.holder.free()
         return False
 
-    def _reuse(self, state: State, growth: Controller, log: Metrics | None) -> bool:
+    def _reuse(self, state: State, growth: Controller, log: RowLog | None) -> bool:
         """Continue from the deepest usable node. Return False if there is none."""
         usable = self.reader.usable(state.step)
         for node, path in usable:
@@ -549,7 +548,7 @@ class Sharing:
                 self.reader.report(node.key, node.step, e)
                 continue
             first = state.step
-            with fitting(f"node {node.key[:12]} of the store {self.store}"):
+            with fit_errors(f"node {node.key[:12]} of the store {self.store}"):
                 self._load(state, node, tensors)
             self._add_scores_as_stops()
             self._account(first, node.step)
@@ -579,7 +578,7 @@ class Sharing:
             self.on_lost_steps_recovered()
 
     def _copy_rows(
-        self, path: list[Node], first: int, last: int, growth: Controller, log: Metrics | None
+        self, path: list[Node], first: int, last: int, growth: Controller, log: RowLog | None
     ) -> bool:
         """Write the rows of reused steps to this run's logs. Return whether the last step has a score."""
         scored = False
@@ -682,7 +681,7 @@ class NoSharing:
     def keeps(self, step: int) -> bool:
         return False
 
-    def advance(self, state: State, growth: Controller, log: Metrics | None, stop: StopSignal) -> bool:
+    def advance(self, state: State, growth: Controller, log: RowLog | None, stop: StopSignal) -> bool:
         return False
 
     def report_other_versions(self) -> None: ...

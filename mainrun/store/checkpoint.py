@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors + JSON in one folder, there whole or not at all, and never believed unchecked.
+"""Checkpoints: folders with a safetensors file and a meta.json, written atomically and verified when loaded.
 
-A checkpoint is written beside its place, synced, and renamed into it. Its meta.json holds the checksum of the
-tensors and one of itself, so a torn, truncated or edited one is found out, named, and passed over.
+A checkpoint is written to a temporary folder, synced and renamed. Its meta.json holds a checksum of the
+tensors and one of itself. A checkpoint that is torn, truncated or edited is reported and skipped.
 """
 
 from __future__ import annotations
@@ -21,52 +21,63 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mainrun.errors import MainrunError, RunError
+from mainrun.files.hashing import sha256_file, sha256_json
+from mainrun.files.inputs import open_file
 from mainrun.store import records
-from mainrun.store.records import open_file
 from mainrun.store.rundir import FIX, disk_errors, fsync_folder, to_json, write_json
 
 FORMAT = 1
-KEEP = 2  # the newest, and the one before it in case the newest turns out damaged
+KEEP = 2  # the newest checkpoint, and the one before it in case the newest is damaged
+
+Tensors = dict[str, torch.Tensor]
+Meta = dict[str, Any]
+
+
+# -- writing
 
 
 def save(
     folder: Path,
     step: int,
-    tensors: dict[str, torch.Tensor],
-    meta: dict[str, Any],
+    tensors: Tensors,
+    meta: Meta,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """`check` is asked last of all before anything that others see is touched."""
+    """Write a checkpoint and remove old ones. `check` may raise just before it becomes visible."""
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
     with disk_errors(place):
-        for left in folder.glob(".tmp-step-*"):  # by an earlier kill
-            with suppress(OSError):
-                _remove(left)
+        _remove_abandoned(folder)
         temp.mkdir(parents=True)
     try:
         with disk_errors(place):
-            save_tensors(tensors, temp / "state.safetensors")
-            meta = {
-                "format": FORMAT,
-                "step": step,
-                **meta,
-                "state_sha256": sha256_file(temp / "state.safetensors"),
-            }
-            write_json(temp / "meta.json", meta | {"meta_sha256": _meta_sha256(meta)})
+            _write(temp, step, tensors, meta)
             check()
-            for stale in steps(
-                folder
-            ):  # of this step or a later one: passed over when the run was resumed, this one replaces them
-                if stale >= place:
-                    _remove(stale)
+            # A run that resumed from an earlier checkpoint has skipped this step's and later ones.
+            for skipped in paths(folder):
+                if skipped >= place:
+                    _remove(skipped)
             temp.rename(place)
             fsync_folder(folder)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    for old in steps(folder)[KEEP:]:
+    for old in paths(folder)[KEEP:]:
         _remove(old)
     return place
+
+
+def _write(folder: Path, step: int, tensors: Tensors, meta: Meta) -> None:
+    state = folder / "state.safetensors"
+    save_tensors(tensors, state)
+    complete = {"format": FORMAT, "step": step, **meta, "state_sha256": sha256_file(state)}
+    write_json(folder / "meta.json", complete | {"meta_sha256": sha256_json(complete)})
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders of killed processes."""
+    for temp in folder.glob(".tmp-step-*"):
+        with suppress(OSError):
+            _remove(temp)
 
 
 def _remove(place: Path) -> None:
@@ -76,52 +87,73 @@ def _remove(place: Path) -> None:
         place.unlink()
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """One safetensors file, synced. A full disk is an OSError that says so."""
+def save_tensors(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file and sync it. A full disk raises OSError."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
-    except Exception as e:  # safetensors has its own error type and hides errno in its text
-        if code := re.search(r"os error (\d+)", str(e)):
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
+        save_file(contiguous, path)
+    except Exception as e:  # safetensors raises its own error, with the error number in its text
+        number = re.search(r"os error (\d+)", str(e))
+        if number:
+            code = int(number[1])
+            raise OSError(code, os.strerror(code)) from e
         raise
     with path.open("rb") as f:
         os.fsync(f.fileno())
 
 
-def steps(folder: Path) -> list[Path]:
-    """The checkpoints there, newest first. A folder that cannot be listed may hold some, and is an error."""
+# -- reading
+
+
+def paths(folder: Path) -> list[Path]:
+    """Return the paths of all checkpoints in a folder, newest first."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    except OSError as e:
+    except OSError as e:  # an unreadable folder may hold checkpoints, so it does not count as empty
         raise RunError(f"{folder} is damaged: it cannot be read ({e.strerror}); {FIX}") from None
     return sorted((folder / name for name in names if name.startswith("step-")), reverse=True)
 
 
 def load_newest(
-    folder: Path, usable: Callable[[dict[str, Any]], str | None], note: Callable[[str], None]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is whole and that `usable` has nothing against (it answers with a reason); others are named."""
-    for place in steps(folder):
+    folder: Path, usable: Callable[[Meta], str | None], note: Callable[[str], None]
+) -> tuple[Tensors, Meta] | None:
+    """Load the newest intact checkpoint that `usable` accepts, or return None.
+
+    usable: returns why a checkpoint cannot be used, if so. note: called with a line for each skipped one.
+    """
+    for place in paths(folder):
         try:
             return _load(place, usable)
         except ValueError as e:
-            note(f"checkpoint {place} is passed over: {e}")
+            note(f"checkpoint {place} is skipped: {e}")
     return None
 
 
-def _load(
-    place: Path, usable: Callable[[dict[str, Any]], str | None]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _load(place: Path, usable: Callable[[Meta], str | None]) -> tuple[Tensors, Meta]:
+    """Load a checkpoint. Raise ValueError if it is damaged or cannot be used."""
+    meta = _load_meta(place)
+    reason = usable(meta)
+    if reason:
+        raise ValueError(reason)
+    try:
+        return load_file(place / "state.safetensors"), meta
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"state.safetensors is not a safetensors file ({e})") from None
+
+
+def _load_meta(place: Path) -> Meta:
+    """Return the content of meta.json after verifying both checksums."""
     try:
         with open_file(place / "meta.json") as f:
             text = f.read()
         meta = json.loads(text)
-        claimed = meta.pop("meta_sha256")
+        checksum = meta.pop("meta_sha256")
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
-        if claimed != _meta_sha256(meta) or text != to_json(meta | {"meta_sha256": claimed}).encode():
+        original = to_json(meta | {"meta_sha256": checksum}).encode()
+        if checksum != sha256_json(meta) or text != original:
             raise ValueError("meta.json was changed after it was written")
         if sha256_file(place / "state.safetensors") != meta["state_sha256"]:
             raise ValueError("state.safetensors is torn or was changed after it was written")
@@ -129,23 +161,18 @@ def _load(
         raise ValueError(f"{e.filename} cannot be read ({e.strerror})") from None
     except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("meta.json is torn or was changed after it was written") from None
-    if reason := usable(meta):
-        raise ValueError(reason)
-    try:
-        return load_file(place / "state.safetensors"), meta
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"state.safetensors is no safetensors file ({e})") from None
+    return meta
 
 
-def fault(meta: dict[str, Any]) -> str:
-    """What is wrong with the meta.json of a run's checkpoint, even if its checksum fits; empty: nothing."""
+def fault(meta: Meta) -> str:
+    """Return what is wrong with the values in a meta.json, whose checksum may fit, or an empty text."""
     misfit = records.fault(meta, records.CHECKPOINT)
     return f"meta.json {misfit}" if misfit else ""
 
 
 @contextmanager
-def fitting(what: object) -> Iterator[None]:
-    """While a state is loaded: tensors that do not fit the model are the fault of the file that they came from."""
+def fit_errors(source: object) -> Iterator[None]:
+    """Turn errors about tensors that do not fit the model into RunError. source: their file."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -160,24 +187,14 @@ def fitting(what: object) -> Iterator[None]:
         RuntimeError,
     ) as e:
         why = " ".join(str(e).split())
-        raise RunError(
-            f"{what} does not fit the model of its run ({type(e).__name__}: {why[:300]}); {FIX}"
-        ) from e
-
-
-def sha256_file(path: Path) -> str:
-    with open_file(path) as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        got = f"{source} does not fit the model of its run ({type(e).__name__}: {why[:300]})"
+        raise RunError(f"{got}; {FIX}") from e
 
 
 def sha256_tensors(named: Iterator[tuple[str, torch.Tensor]]) -> str:
-    """One hash of names, shapes, types and bits."""
-    sha = hashlib.sha256()
+    """Return one hash of the names, shapes, types and bits of tensors."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(named):
-        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def _meta_sha256(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+        sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        sha256.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

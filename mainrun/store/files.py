@@ -1,7 +1,7 @@
-"""Where a store keeps its files: a folder, or any place that fsspec knows (`s3://bucket/store`, `memory://store`). No torch.
+"""The files of a store: in a folder, or anywhere that fsspec can open, such as s3://bucket/store. No torch.
 
-Both have the same few verbs, and each is whole or not at all: `write` replaces, `create` is refused when the name is taken (that
-is what leases and nodes stand on), `put` moves a finished file in.
+Both kinds have the same methods, and each is atomic: `write` replaces a file, `create` fails if the file
+exists (leases and nodes rely on that), and `put` moves a finished file into the store.
 """
 
 from __future__ import annotations
@@ -18,122 +18,140 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mainrun.errors import ConfigError
-from mainrun.store.records import open_file
+from mainrun.files.inputs import open_file
 from mainrun.store.rundir import fsync_folder
 
-USED = ".used"  # a name with this says when the one without was used
+USED = ".used"  # a file NAME.used records when NAME was last used
 
 
 class Entry(NamedTuple):
+    """What a listing says about a file."""
+
     size: int
     modified: float  # seconds since 1970
 
 
 class Folder:
-    """A folder on disk. What is written is synced, unless it says otherwise."""
+    """A store in a folder on disk. Writes are synced."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = Path(place)
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
 
     def __str__(self) -> str:
-        return str(self.place)
+        return str(self.path)
 
     def read(self, name: str) -> bytes:
-        with open_file(self.place / name) as f:
+        """Return the content of a file."""
+        with open_file(self.path / name) as f:
             return f.read()
 
     def first_line(self, name: str) -> bytes:
-        with open_file(self.place / name) as f:
+        """Return the first line of a file."""
+        with open_file(self.path / name) as f:
             return f.readline()
 
     def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        """Create or replace a file."""
         with self._temp(name) as temp:
             _write(temp, data, sync)
-            temp.replace(self.place / name)
+            temp.replace(self.path / name)
         if sync:
-            fsync_folder((self.place / name).parent)
+            fsync_folder((self.path / name).parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """False when there is such a file already; it is then untouched."""
+        """Create a file and return True. If it exists, leave it unchanged and return False."""
         with self._temp(name) as temp:
             _write(temp, data, sync=True)
             try:
-                os.link(
-                    temp, self.place / name
-                )  # a rename would replace; a link does not, and shows the file whole
+                # Unlike a rename, a link never replaces a file. Like a rename, it is atomic.
+                os.link(temp, self.path / name)
             except FileExistsError:
                 return False
             except OSError as e:
                 if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
-                try:  # a file system without links
-                    with (self.place / name).open("xb") as f:
-                        f.write(data)
-                except FileExistsError:
+                if not self._create_without_link(name, data):
                     return False
-        fsync_folder((self.place / name).parent)
+        fsync_folder((self.path / name).parent)
+        return True
+
+    def _create_without_link(self, name: str, data: bytes) -> bool:
+        """Create a file on a file system that has no links."""
+        try:
+            with (self.path / name).open("xb") as f:
+                f.write(data)
+        except FileExistsError:
+            return False
         return True
 
     @contextmanager
     def new(self) -> Iterator[Path]:
-        """A path on this machine to write a file at, for `put`; gone afterwards."""
+        """Give a local path at which to write a file for `put`. The file is removed afterwards."""
         with self._temp("new") as temp:
             yield temp
 
     def put(self, file: Path, name: str) -> None:
+        """Move a finished file to a name in the store. Replace a file of that name."""
         with file.open("rb") as f:
             os.fsync(f.fileno())
-        folder = (self.place / name).parent
+        folder = (self.path / name).parent
         folder.mkdir(parents=True, exist_ok=True)
-        file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
-        file.replace(self.place / name)
+        file.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that other users cannot read
+        file.replace(self.path / name)
         fsync_folder(folder)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """A path on this machine to read the file at."""
-        yield self.place / name
+        """Give a local path at which to read a file."""
+        yield self.path / name
 
     def list(self, folder: str) -> dict[str, Entry]:
-        found = {}
+        """Return the size and the time of last use of every file in a folder."""
+        files: dict[str, Entry] = {}
         try:
-            with os.scandir(self.place / folder) as entries:
+            with os.scandir(self.path / folder) as entries:
                 for entry in entries:
                     try:
                         stat = entry.stat()
-                    except FileNotFoundError:  # just now
+                    except FileNotFoundError:  # removed since the listing
                         continue
-                    except OSError:  # a link that leads back to itself
+                    except OSError:  # a symbolic link to itself
                         stat = entry.stat(follow_symlinks=False)
-                    found[entry.name] = Entry(stat.st_size, stat.st_mtime)
+                    files[entry.name] = Entry(stat.st_size, stat.st_mtime)
         except FileNotFoundError:
             pass
-        return found
+        return files
 
     def names(self, folder: str) -> set[str]:
+        """Return the names of all files in a folder."""
         try:
-            return set(os.listdir(self.place / folder))
+            return set(os.listdir(self.path / folder))
         except FileNotFoundError:
             return set()
 
     def exists(self, name: str) -> bool:
-        return (self.place / name).exists()
+        return (self.path / name).exists()
 
     def remove(self, name: str) -> None:
-        path = self.place / name
+        """Remove a file, or a folder in its place, if it exists."""
+        path = self.path / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
     def touch(self, name: str) -> None:
-        os.utime(self.place / name)
+        """Record that a file was used now."""
+        os.utime(self.path / name)
 
     @contextmanager
     def _temp(self, name: str) -> Iterator[Path]:
-        """Beside where it will be, so that a rename is enough. Not one of tempfile's, which nobody else may read."""
-        folder = self.place / "new"
-        (self.place / name).parent.mkdir(parents=True, exist_ok=True)
+        """Give a temporary path in the store, so that a rename moves the file into place.
+
+        tempfile is not used, because other users cannot read its files.
+        """
+        folder = self.path / "new"
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
@@ -151,18 +169,19 @@ def _write(path: Path, data: bytes, sync: bool) -> None:
 
 
 class Remote:
-    """The same on anything that fsspec opens. One object is written at once, so it is there whole or not at all."""
+    """A store on any file system that fsspec can open. fsspec writes an object at once, so it is atomic."""
 
     def __init__(self, url: str) -> None:
         import fsspec
 
         try:
-            fs, self.root = fsspec.core.url_to_fs(url)
+            fs, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as e:
-            raise ConfigError(
-                f"store {url!r} cannot be opened ({e}); give a folder or a place that fsspec knows"
-            ) from None
-        self.fs, self.url = _OSErrors(fs), url
+            allowed = "give a folder, or a URL that fsspec can open"
+            raise ConfigError(f"store {url!r} cannot be opened ({e}); {allowed}") from None
+        self.root = root
+        self.fs = _OSErrors(fs)
+        self.url = url
 
     def __str__(self) -> str:
         return self.url
@@ -170,10 +189,9 @@ class Remote:
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
-    def _fresh(self, name: str) -> str:
-        """Other machines write here too, so no listing of a moment ago is believed."""
+    def _refresh(self) -> None:
+        """Drop cached listings, because other machines write to the store too."""
         self.fs.invalidate_cache()
-        return self._path(name)
 
     def read(self, name: str) -> bytes:
         return self.fs.cat_file(self._path(name))
@@ -213,44 +231,51 @@ class Remote:
 
     def list(self, folder: str) -> dict[str, Entry]:
         try:
-            rows = self.fs.ls(self._fresh(folder), detail=True)
+            self._refresh()
+            rows = self.fs.ls(self._path(folder), detail=True)
         except FileNotFoundError:
             return {}
-        found = {row["name"].rpartition("/")[2]: Entry(row.get("size") or 0, _modified(row)) for row in rows}
-        marks = {name.removesuffix(USED): found.pop(name) for name in sorted(found) if name.endswith(USED)}
-        return {
-            name: Entry(entry.size, max(entry.modified, marks.get(name, entry).modified))
-            for name, entry in found.items()
-        }
+        entries: dict[str, Entry] = {}
+        for row in rows:
+            name = row["name"].rpartition("/")[2]
+            entries[name] = Entry(row.get("size") or 0, _modified(row))
+        files: dict[str, Entry] = {}
+        for name, entry in entries.items():
+            if not name.endswith(USED):
+                used = entries.get(name + USED, entry)
+                files[name] = Entry(entry.size, max(entry.modified, used.modified))
+        return files
 
     def names(self, folder: str) -> set[str]:
         return set(self.list(folder))
 
     def exists(self, name: str) -> bool:
-        return self.fs.exists(self._fresh(name))
+        self._refresh()
+        return self.fs.exists(self._path(name))
 
     def remove(self, name: str) -> None:
         for path in (name, name + USED):
+            self._refresh()
             with suppress(FileNotFoundError):
-                self.fs.rm(self._fresh(path), recursive=True)
+                self.fs.rm(self._path(path), recursive=True)
 
     def touch(self, name: str) -> None:
-        """By a mark beside it: an object is dated anew only by writing all of it."""
+        # The time of an object changes only when all of it is written, so an empty file records the use.
         self.write(name + USED, b"")
 
 
 class _OSErrors:
-    """The verbs of one of fsspec's places. Each has errors of its own for a network or a key that fails; here they are all OSErrors."""
+    """A file system of fsspec whose errors are all OSError. Each has its own errors for the network."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        verb = getattr(self._fs, name)
+        method = getattr(self._fs, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return verb(*args, **kwargs)
+                return method(*args, **kwargs)
             except OSError:
                 raise
             except Exception as e:
@@ -260,10 +285,14 @@ class _OSErrors:
 
 
 def _modified(row: dict[str, Any]) -> float:
-    """Each of fsspec's places has its own word for it."""
-    for word in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        if (found := row.get(word)) is not None:
-            return float(found.timestamp() if hasattr(found, "timestamp") else found)
+    """Return when a file was modified. Each file system of fsspec has its own key for it."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        modified = row.get(key)
+        if modified is None:
+            continue
+        if hasattr(modified, "timestamp"):
+            modified = modified.timestamp()
+        return float(modified)
     return time.time()
 
 
@@ -271,16 +300,21 @@ Files = Folder | Remote
 
 
 def open_files(place: str | Path) -> Files:
+    """Return the files of a store. place: a folder, or a URL."""
     folder = folder_of(place)
-    return Remote(str(place)) if folder is None else Folder(folder)
+    if folder is None:
+        return Remote(str(place))
+    return Folder(folder)
 
 
 def folder_of(place: str | Path) -> Path | None:
-    """Where on this machine a place is; None for one that fsspec opens.
+    """Return the local folder that a place names, or None for a URL that fsspec opens.
 
-    It could open folders too, but would neither exclude nor replace there: it opens a file and writes into it.
+    fsspec could open local folders too, but its writes there are not atomic.
     """
     scheme, colon, path = str(place).partition(":")
-    if colon and scheme in ("file", "local"):  # with none, one or three slashes
+    if colon and scheme in ("file", "local"):  # followed by no, one or three slashes
         return Path(path.removeprefix("//")).expanduser()
-    return None if "://" in str(place) else Path(place).expanduser()
+    if "://" in str(place):
+        return None
+    return Path(place).expanduser()

@@ -1,23 +1,22 @@
-"""The key chain: what a run's state after each step depends on, as one hash a step. No torch.
+"""The key chain: one hash per step of everything that the state after that step depends on. No torch.
 
-    key[0]   = H(model, optimiser and seed; the tokens; the versions of everything that computes; the machine class)
-    key[i+1] = H(key[i], everything scheduled that enters step i, the ops of the architecture that act before it)
+    key[0]   = H(model, optimiser and seed; tokens; versions of all code that computes; machine class)
+    key[i+1] = H(key[i], the scheduled inputs of step i, the operations that change the model before it)
 
-Two runs share a prefix exactly as long as their keys agree. Nothing else decides: not their names, not their length, not the
-study that they belong to.
+Two runs share a state exactly when their keys are equal. Names, lengths and studies do not matter.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from typing import Any, get_type_hints
 
 from mainrun.config import TrainConfig
+from mainrun.files.hashing import sha256_json
 from mainrun.plan.plan import Plan, StepInputs
 
-# Static fields of which only the effect counts, and that is in the chain's beginning anyway: in the tokens, or in the machine class.
+# Static fields that are left out of the first key, because it holds their effect: the tokens ...
 IN_TOKENS = {
     "corpus",
     "num_titles",
@@ -28,11 +27,11 @@ IN_TOKENS = {
     "tokenizer_fit",
     "vocab_size",
 }
+# ... or the machine class.
 IN_MACHINE = {"device", "dtype", "threads", "compile", "attention"}
 
-INPUTS = struct.Struct(
-    "<" + "".join({float: "d", int: "q"}[kind] for kind in get_type_hints(StepInputs).values())
-)
+STRUCT_CODES = {float: "d", int: "q"}
+INPUTS = struct.Struct("<" + "".join(STRUCT_CODES[kind] for kind in get_type_hints(StepInputs).values()))
 
 
 def origin(
@@ -42,18 +41,17 @@ def origin(
     versions: dict[str, str],
     machine: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a chain begins with. Fields that stand for another (`d_ff = 0`) as what they come to."""
-    static = (f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static")
-    fields = {f: getattr(cfg, f) for f in static if f not in IN_TOKENS | IN_MACHINE}
-    fields |= {
-        "d_ff": cfg.ff_width,
-        "n_kv_head": cfg.kv_heads,
-        "qkv_bias": cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias,
-    }
-    fields |= {
-        "head_dim": cfg.head_width,
-        "frozen": list(cfg.frozen),
-    }  # a list, as it comes back from the store
+    """Return what the first key of a run is the hash of. Defaults such as `d_ff = 0` are resolved."""
+    left_out = IN_TOKENS | IN_MACHINE
+    fields: dict[str, Any] = {}
+    for field in TrainConfig.model_fields:
+        if TrainConfig.class_of(field) == "static" and field not in left_out:
+            fields[field] = getattr(cfg, field)
+    fields["d_ff"] = cfg.ff_width
+    fields["n_kv_head"] = cfg.kv_heads
+    fields["qkv_bias"] = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+    fields["head_dim"] = cfg.head_width
+    fields["frozen"] = list(cfg.frozen)  # a list, as JSON returns it
     return {
         "fields": fields,
         "data": {**fingerprints, "tokens": tokens},
@@ -62,37 +60,37 @@ def origin(
     }
 
 
-def root(begun: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(begun, sort_keys=True).encode()).hexdigest()
+def root(origin: dict[str, Any]) -> str:
+    """Return the first key of a run."""
+    return sha256_json(origin)
 
 
 def chain(root: str, plan: Plan) -> list[str]:
-    """key[0] ... key[steps]; where an op waits for an evaluation (`plan.undecided`), as if it never fired."""
-    key, found, sha256, pack, at, grown = (
-        bytes.fromhex(root),
-        [root],
-        hashlib.sha256,
-        INPUTS.pack,
-        plan.at,
-        plan.grown,
-    )
+    """Return key[0] ... key[steps]. Operations that wait for an evaluation are treated as never fired."""
+    key = bytes.fromhex(root)
+    keys = [root]
     for step in range(plan.steps):
-        key = sha256(key + pack(*at(step)) + grown.get(step, b"")).digest()
-        found.append(key.hex())
-    return found
+        inputs = INPUTS.pack(*plan.at(step))
+        key = hashlib.sha256(key + inputs + plan.grown.get(step, b"")).digest()
+        keys.append(key.hex())
+    return keys
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What two beginnings differ in, for a sentence."""
-    found = []
-    for part in a:
-        mine, other = a[part], b.get(part)
-        other = other if isinstance(other, dict) else {}
-        names = [k for k in sorted({*mine, *other}) if mine.get(k) != other.get(k)]
-        found += [f"{part} {k}: {_short(other.get(k))} there, {_short(mine.get(k))} here" for k in names]
-    return found
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return the differences of two origins as phrases for a message. ours: of the current run."""
+    phrases = []
+    for part, values in ours.items():
+        other = theirs.get(part)
+        other_values = other if isinstance(other, dict) else {}
+        for name in sorted({*values, *other_values}):
+            value = values.get(name)
+            other_value = other_values.get(name)
+            if value != other_value:
+                phrases.append(f"{part} {name}: {_short(other_value)} there, {_short(value)} here")
+    return phrases
 
 
 def _short(value: Any) -> str:
+    """Return a value as text, a hash by its first 12 digits."""
     text = str(value)
     return text[:12] if len(text) == 64 else text

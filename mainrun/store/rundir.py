@@ -1,61 +1,120 @@
-"""The run directory: the one door between a training and everything that reads it. No torch.
+"""Run directories: their files, their log, and the lock of the process that writes one. No torch.
 
-    config.json  env.json  status.json  metrics.jsonl  summary.json  tokenizer.json  checkpoints/
+    config.json  env.json  status.json  metrics.jsonl  growth.jsonl  summary.json  tokenizer.json
+    checkpoints/
 
-JSON files are replaced whole or not at all; metrics.jsonl is append-only and cut back to the checkpoint on resume.
+JSON files are replaced atomically. metrics.jsonl and growth.jsonl are append-only; a run that resumes cuts
+them back to its checkpoint.
 """
 
 from __future__ import annotations
 
 import difflib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mainrun.config import TrainConfig, digest_of, from_dict
 from mainrun.errors import ConfigError, DiskFull, RunError, UsageError
 from mainrun.files import inputs
 from mainrun.files.inputs import BadInput
+from mainrun.files.locks import FileLock, Locked, first_line
 from mainrun.store import records
 
 FIX = "restore it, or train the run again with --fresh"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FILES = (
+    "config.json",
+    "env.json",
+    "status.json",
+    "metrics.jsonl",
+    "growth.jsonl",
+    "summary.json",
+    "tokenizer.json",
+)
+# everything that a run writes into its directory; --fresh removes these names and no other
+WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
+
+
+# -- rows of metrics.jsonl
+
+
+class LoggedStep(TypedDict):
+    """A training step in metrics.jsonl."""
+
+    event: Literal["step"]
+    step: int
+    tokens: int  # presented up to this step
+    lr: float
+    loss: float
+    grad_norm: float
+    seconds: float
+    reused: NotRequired[bool]  # read from the store, not trained by this run
+
+
+class LoggedEval(TypedDict):
+    """The scores of one split in metrics.jsonl."""
+
+    event: Literal["eval"]
+    step: int
+    split: str
+    full: float
+    official: float
+    loss: float
+    bits_per_byte: float
+    coverage: float
+    tokens: int
+    seconds: NotRequired[float]
+    params: NotRequired[int]  # of the model at this step, in runs that grow
+    active: NotRequired[int]
+    flops: NotRequired[float]
+    reused: NotRequired[bool]
+
+
+LogRow = LoggedStep | LoggedEval
+
+
+class LogMark(TypedDict):
+    """A position in a log that a checkpoint refers to."""
+
+    bytes: int
+    sha256: str  # of the bytes before the position
+
+
+# -- writing files
 
 
 @contextmanager
 def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
-    """A full disk and an unwritable place become errors that say so. `option` is the one that gave the path."""
+    """Turn an OSError into DiskFull or RunError. option: the command line option that gave the path."""
     try:
         yield
     except OSError as e:
-        if e.errno in FULL:
-            raise DiskFull(
-                f"no space left to write {path} ({e.strerror}); free some and start the same command again, it goes on"
-            ) from e
-        raise RunError(
-            f"cannot write {path}: {e.strerror or e}; choose a writable folder with {option}"
-        ) from e
+        if e.errno in inputs.NO_SPACE:
+            got = f"no space left to write {path} ({e.strerror})"
+            raise DiskFull(f"{got}; {inputs.FREE_SPACE}") from e
+        got = f"cannot write {path}: {e.strerror or e}"
+        raise RunError(f"{got}; choose a writable folder with {option}") from e
 
 
 def to_json(value: Any) -> str:
+    """Return a value as the text of a JSON file."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
     write_text(path, to_json(value))
 
 
 def write_text(path: Path, text: str) -> None:
-    """All of it or nothing: temp file, fsync, rename."""
+    """Write a text file atomically: to a temporary file that is synced and renamed."""
     temp = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
@@ -70,6 +129,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fsync_folder(path: Path) -> None:
+    """Sync a folder, so that a rename in it survives a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -77,219 +137,223 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
-class Metrics:
-    """metrics.jsonl as it is written: one row a line, and a running checksum that a checkpoint can hold on to."""
+class RowLog:
+    """An append-only log of JSON rows, one a line, with a running checksum.
+
+    A checkpoint holds a mark of the log. A run that resumes cuts the log back to that mark.
+    """
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
-        self.path, self._check = path, check
-        check_place(path)  # to open a pipe would wait for a reader
+        """Open the log. `check` is called before every change and may raise an error."""
+        self.path = path
+        self._check = check
+        check_regular_file(path)  # opening a pipe would wait for a reader
         with disk_errors(path):
-            self._file = path.open(
-                "ab", buffering=0
-            )  # no buffer: what a full disk refused must not be tried again on closing
-        self._sha = hashlib.sha256()
+            # Unbuffered: a row that a full disk refused must not be written again when the file is closed.
+            self._file = path.open("ab", buffering=0)
+        self._sha256 = hashlib.sha256()
         self._size = 0
 
-    def rewind(self, mark: dict[str, Any]) -> bool:
-        """Cut the file back to a mark. False if what is there is not what was marked; the file is then untouched."""
+    def rewind(self, mark: Mapping[str, Any]) -> bool:
+        """Cut the file back to a mark. Return False, and change nothing, if the file does not fit it."""
         self._check()
         data = self.path.read_bytes()[: mark["bytes"]]
-        sha = hashlib.sha256(data)
-        if len(data) != mark["bytes"] or sha.hexdigest() != mark["sha256"]:
+        sha256 = hashlib.sha256(data)
+        if len(data) != mark["bytes"] or sha256.hexdigest() != mark["sha256"]:
             return False
         os.truncate(self.path, mark["bytes"])
-        self._sha, self._size = sha, len(data)
+        self._sha256 = sha256
+        self._size = len(data)
         return True
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row at the end of the file."""
         self._check()
         line = json.dumps(row).encode() + b"\n"
         with disk_errors(self.path):
             rest = memoryview(line)
             while rest:
-                rest = rest[self._file.write(rest) :]
-        self._sha.update(line)
+                written = self._file.write(rest)
+                rest = rest[written:]
+        self._sha256.update(line)
         self._size += len(line)
 
     def rows(self) -> list[dict[str, Any]]:
-        """What the file holds now."""
+        """Return all rows of the file."""
         return records.load_lines(self.path, records.any_row, FIX)
 
-    def mark(self) -> dict[str, Any]:
-        """Where the file stands now, on disk for certain."""
+    def mark(self) -> LogMark:
+        """Sync the file and return its current end."""
         with disk_errors(self.path):
             os.fsync(self._file.fileno())
-        return {"bytes": self._size, "sha256": self._sha.hexdigest()}
+        return {"bytes": self._size, "sha256": self._sha256.hexdigest()}
 
     def close(self) -> None:
         self._file.close()
 
 
-class RunDir:
-    """A run directory, to read. `open_run` gives one to write.
+# -- the directory
 
-    A file in it that is not as it was written is a RunError with `fix`, what to do about it.
+
+class RunDir:
+    """A run directory. `open_run` locks one for writing; reading needs no lock.
+
+    A damaged file raises RunError. Its message ends with `fix`, which says how to repair the directory.
     """
 
     def __init__(self, path: Path, fix: str = FIX) -> None:
-        self.path, self.fix = Path(path), fix
-        self._lock: IO[str] | None = None
-        self._holder = ""  # what .lock says while it is ours
+        self.path = Path(path)
+        self.fix = fix
+        self._lock: FileLock | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    # -- reading
+
     def _load(self, name: str, shape: records.Shape) -> Any:
         return records.load(self.path / name, shape, self.fix)
 
     def config(self) -> TrainConfig:
-        place = self.path / "config.json"
+        """Return the config of the run. Its digest is checked."""
+        file = self.path / "config.json"
         data = self._load("config.json", records.anything)
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
-            raise RunError(
-                f"{self.path} is not a run directory (no usable config.json); give one that `mainrun train` made"
-            )
+            got = f"{self.path} is not a run directory (no usable config.json)"
+            raise RunError(f"{got}; give one that `mainrun train` made")
         if data.get("digest") != digest_of(data["config"]):
-            raise RunError(f"{place} was changed after the run began; {self.fix}")
+            raise RunError(f"{file} was changed after the run began; {self.fix}")
         try:
             return from_dict(data["config"])
         except ConfigError as e:
-            raise RunError(f"{place} does not hold a config of this version: {e}; {self.fix}") from None
+            raise RunError(f"{file} does not hold a config of this version: {e}; {self.fix}") from None
 
-    def begun(self) -> dict[str, Any]:
-        """All of config.json: the config, the resolved table, and what the data was."""
+    def config_file(self) -> dict[str, Any]:
+        """Return all of config.json: the config, the resolved plan and the fingerprints of the data."""
         return self._load("config.json", records.CONFIG) or {}
 
     def plan(self) -> dict[str, Any]:
-        """The resolved table."""
-        return dict(self.begun().get("plan", {}))
+        """Return the resolved plan, as config.json holds it."""
+        return dict(self.config_file().get("plan", {}))
 
     def summary(self) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self._load("summary.json", records.SUMMARY)
-        return found
+        """Return summary.json, or None if the run is not finished."""
+        summary: dict[str, Any] | None = self._load("summary.json", records.SUMMARY)
+        return summary
 
     def status(self) -> dict[str, Any]:
+        """Return status.json: the state of the run and its last saved step."""
         return self._load("status.json", records.STATUS) or {}
 
     def env(self) -> dict[str, Any]:
+        """Return env.json: the machine, the versions and the command."""
         return self._load("env.json", records.ENV) or {}
 
     def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl. Only their JSON is checked."""
         return records.load_lines(self.path / "metrics.jsonl", records.table, self.fix)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The same, and each row has what a row of its kind must have."""
-        return records.load_lines(self.path / "metrics.jsonl", records.metric, self.fix)
+        """Return the rows of metrics.jsonl. Every row is checked."""
+        return records.load_lines(self.path / "metrics.jsonl", records.metrics_row, self.fix)
 
-    def rows_so_far(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl up to the first that is damaged: what comes behind the last checkpoint may be torn."""
+    def intact_rows(self) -> list[LogRow]:
+        """Return the rows of metrics.jsonl up to the first damaged one. A killed run may leave a torn end."""
         try:
             data = records.read(self.path / "metrics.jsonl", records.LARGEST) or b""
         except BadInput as e:
             raise RunError(f"{self.path}/metrics.jsonl is damaged: it {e}; {self.fix}") from None
-        rows: list[dict[str, Any]] = []
+        rows: list[LogRow] = []
         with suppress(BadInput):
-            for row in records.lines(data, records.metric):
-                rows.append(row)
+            for row in records.lines(data, records.metrics_row):
+                rows.append(cast(LogRow, row))
         return rows
 
     def journal(self) -> list[dict[str, Any]]:
-        """What growth did, an event a row."""
+        """Return the growth events of growth.jsonl."""
         return records.load_lines(self.path / "growth.jsonl", records.EVENT, self.fix)
 
     def text(self, name: str) -> str:
-        """The text of a JSON file, which must be there."""
-        place = self.path / name
+        """Return the text of a JSON file. The file must exist."""
+        file = self.path / name
         try:
-            data = records.read(place)
+            data = records.read(file)
             if data is None:
                 raise RunError(f"{self.path} has no {name}; {self.fix}")
             records.parse(data)
             return data.decode("utf-8")
         except BadInput as e:
-            raise RunError(f"{place} is damaged: it {e}; {self.fix}") from None
+            raise RunError(f"{file} is damaged: it {e}; {self.fix}") from None
+
+    # -- writing
+
+    def lock(self) -> None:
+        """Lock the directory for writing. Raise RunError if another process holds the lock."""
+        # The random part tells apart two processes with the same number.
+        holder = f"{os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n"
+        try:
+            with disk_errors(self.path):
+                self._lock = FileLock(self.path / ".lock", holder)
+        except Locked as e:
+            got = f"{self.path} is being written by process {e}"
+            raise RunError(f"{got}; wait for it, or give another --out") from None
 
     def check(self) -> None:
-        """A lock can be lost while its holder lives: a file server drops those of a machine that it does not hear.
+        """Raise RunError if this process has lost the lock.
 
-        Whoever opens the run then writes its own name into .lock, and the one before, should it come back, writes nothing more.
+        A file server drops the locks of a machine that it cannot reach. Another process may then open the run
+        and write its own name into .lock.
         """
-        if self._lock:
-            try:
-                found = (self.path / ".lock").read_text(encoding="utf-8", errors="replace")
-            except OSError as e:
-                raise RunError(
-                    f"{self.path} was taken away ({e.strerror or e}) while this process wrote it; nothing more is written"
-                ) from e
-            if found != self._holder:
-                raise RunError(
-                    f"{self.path} was taken over by process {_name(found)}; this one writes nothing more"
-                )
+        if not self._lock:
+            return
+        try:
+            holder = self._lock.current_holder()
+        except OSError as e:
+            got = f"{self.path} was removed ({e.strerror or e}) while this process wrote to it"
+            raise RunError(f"{got}; this process writes nothing more") from e
+        if holder != self._lock.holder:
+            got = f"{self.path} was taken over by process {first_line(holder)}"
+            raise RunError(f"{got}; this process writes nothing more")
 
     def write(self, name: str, value: Any) -> None:
+        """Write a JSON file atomically."""
         self.check()
         write_json(self.path / name, value)
 
-    def log(self, name: str) -> Metrics:
-        return Metrics(self.path / name, self.check)
+    def log(self, name: str) -> RowLog:
+        """Open a log for appending."""
+        return RowLog(self.path / name, self.check)
 
     def release(self) -> None:
+        """Release the lock, if this process holds it."""
         if self._lock:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
 
 def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
-    """The directory of this config below `out`, locked for writing. What is there stays unless `fresh`."""
+    """Lock the directory of a config's run below `out`. fresh: remove what earlier sessions left there."""
     run = RunDir(Path(out) / cfg.run_id)
     if os.path.lexists(run.path) and not run.path.is_dir():
         raise RunError(f"{run.path} is not a folder; remove it, or give another --out")
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-    check_places(run, fresh)
-    with disk_errors(run.path):
-        lock = (run.path / ".lock").open("a+", encoding="utf-8", errors="replace")
+    check_files(run, fresh)
+    run.lock()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = _name(lock.read())
-        lock.close()
-        raise RunError(
-            f"{run.path} is being written by process {holder}; wait for it, or give another --out"
-        ) from None
-    run._lock, run._holder = lock, f"{os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n"
-    try:
-        with disk_errors(run.path):
-            os.ftruncate(lock.fileno(), 0)
-            os.write(
-                lock.fileno(), run._holder.encode()
-            )  # not through the file's buffer: it would be tried again on closing
         if fresh:
-            _forget(run)
+            _remove_written(run)
         else:
-            check_same(run, cfg)
+            check_same_config(run, cfg)
     except BaseException:
         run.release()
         raise
     return run
 
 
-FILES = (
-    "config.json",
-    "env.json",
-    "status.json",
-    "metrics.jsonl",
-    "growth.jsonl",
-    "summary.json",
-    "tokenizer.json",
-)
-WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
-
-
-def _forget(run: RunDir) -> None:
-    """Remove what an earlier start of the run wrote, and nothing else."""
+def _remove_written(run: RunDir) -> None:
+    """Remove the files of earlier sessions. Files that mainrun does not write stay."""
     strays = sorted(path.name for path in run.path.iterdir() if path.name not in WRITTEN)
     if strays and not _is_run(run):
         raise RunError(_not_a_run(run, strays))
@@ -304,32 +368,34 @@ def _forget(run: RunDir) -> None:
 
 
 def _is_run(run: RunDir) -> bool:
-    """Whether a run began in this folder, perhaps one of another version."""
+    """Whether the folder holds a run, perhaps of another version."""
     try:
-        return {"config", "digest"} <= run.begun().keys()
+        return {"config", "digest"} <= run.config_file().keys()
     except RunError:
         return False
 
 
 def _not_a_run(run: RunDir, strays: list[str]) -> str:
-    return (
-        f"{run.path} holds {', '.join(strays[:3])} but no run of mainrun; move it away, or give another --out"
-    )
+    got = f"{run.path} holds {', '.join(strays[:3])} but no run of mainrun"
+    return f"{got}; move it away, or give another --out"
 
 
-def check_places(run: RunDir, fresh: bool = False) -> None:
-    """Refuse a folder or a pipe in place of a file before anything is written beside it. `fresh` replaces all but the lock."""
-    check_place(run.path / ".lock", "remove it")
+# -- checks before writing
+
+
+def check_files(run: RunDir, fresh: bool = False) -> None:
+    """Refuse a folder or a pipe in place of a file of the run. fresh: only the lock file will be kept."""
+    check_regular_file(run.path / ".lock", "remove it")
     if fresh:
         return
     for name in FILES:
-        check_place(run.path / name, run.fix)
+        check_regular_file(run.path / name, run.fix)
     if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
         raise RunError(f"{run.checkpoints} is damaged: it is not a folder; {run.fix}")
 
 
-def check_place(path: Path, fix: str = FIX) -> None:
-    """Refuse what is no file where one is to be written."""
+def check_regular_file(path: Path, fix: str = FIX) -> None:
+    """Refuse a path that exists and is not a regular file."""
     if not os.path.lexists(path):
         return
     why = inputs.not_a_file(path)
@@ -337,61 +403,63 @@ def check_place(path: Path, fix: str = FIX) -> None:
         raise RunError(f"{path} is damaged: it {why.partition('; ')[0]}; {fix}")
 
 
-def _name(holder: str) -> str:
-    return holder.partition("\n")[0].strip()
-
-
 def check_writable(out: Path) -> None:
-    """Refuse a folder that cannot be made or written, without making it."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise RunError(f"cannot write {out}: {there} is not a folder; choose a writable one with --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(
-            f"cannot write {out}: no permission to write in {there}; choose a writable folder with --out"
-        )
+    """Refuse a folder that cannot be created or written. Nothing is created."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise RunError(f"cannot write {out}: {existing} is not a folder; choose a writable one with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        got = f"cannot write {out}: no permission to write in {existing}"
+        raise RunError(f"{got}; choose a writable folder with --out")
 
 
-def check_same_data(run: RunDir, titles: dict[str, Any]) -> None:
-    """Refuse to go on with other titles or tokens than the run began with: a file behind a config can change."""
-    begun = run.begun()
-    for name, now in titles.items():
-        if begun and begun.get(name) != now:
-            raise RunError(
-                f"{run.path} was begun with other {name} than its corpus gives now; restore the corpus, or use --fresh to start over"
-            )
+def check_same_data(run: RunDir, fingerprints: dict[str, Any]) -> None:
+    """Refuse to resume a run whose corpus has changed. fingerprints: of the data now, as in config.json."""
+    recorded = run.config_file()
+    for name, current in fingerprints.items():
+        if recorded and recorded.get(name) != current:
+            got = f"{run.path} began with other {name} than its corpus gives now"
+            raise RunError(f"{got}; restore the corpus, or use --fresh to start over")
 
 
-def check_same(run: RunDir, cfg: TrainConfig) -> None:
-    """Refuse a directory that holds something else than this config's run."""
+def check_same_config(run: RunDir, cfg: TrainConfig) -> None:
+    """Refuse a directory that holds the run of another config, or files of another program."""
     if not os.path.lexists(run.path / "config.json"):
-        strays = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
+        strays = sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))
         if strays:
             raise RunError(_not_a_run(run, strays))
         return
-    found, asked = run.config().model_dump(), cfg.model_dump()
-    differ = [f"{k}={found[k]!r} (asked: {asked[k]!r})" for k in asked if found[k] != asked[k]]
-    if differ:
-        what = f"{run.path} holds a run of another config: {', '.join(differ)}"
-        raise RunError(f"{what}; give another --out, or --fresh to overwrite it")
+    stored = run.config().model_dump()
+    requested = cfg.model_dump()
+    differences = [
+        f"{key}={stored[key]!r} (requested: {value!r})"
+        for key, value in requested.items()
+        if stored[key] != value
+    ]
+    if differences:
+        got = f"{run.path} holds a run of another config: {', '.join(differences)}"
+        raise RunError(f"{got}; give another --out, or --fresh to overwrite it")
 
 
 def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
-    """A run by path, by id, or by the unique beginning of its id."""
+    """Find a run by its path, its id, or a unique beginning of its id."""
     if not str(name):
-        raise UsageError(
-            f"got an empty run; give a run id, the beginning of one, or a run directory (those in {out} are searched)"
-        )
+        allowed = "give a run id, the beginning of one, or a run directory"
+        raise UsageError(f"got an empty run; {allowed} (those in {out} are searched)")
     if os.path.lexists(Path(name) / "config.json"):
         return RunDir(Path(name))
-    ids = sorted(p.parent.name for p in Path(out).glob("*/config.json"))
-    hits = [i for i in ids if i == str(name)] or [i for i in ids if i.startswith(str(name))]
-    if len(hits) == 1:
-        return RunDir(Path(out) / hits[0])
-    if hits:
-        raise RunError(
-            f"run {str(name)!r} is not unique in {out}: {', '.join(hits[:5])}; write more of the id"
-        )
-    near = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
-    hint = f"there are: {', '.join(near)}" if near else "there are none yet: `mainrun train` makes one"
+    ids = sorted(file.parent.name for file in Path(out).glob("*/config.json"))
+    if str(name) in ids:
+        return RunDir(Path(out) / name)
+    matches = [run_id for run_id in ids if run_id.startswith(str(name))]
+    if len(matches) == 1:
+        return RunDir(Path(out) / matches[0])
+    if matches:
+        got = f"run {str(name)!r} is not unique in {out}: {', '.join(matches[:5])}"
+        raise RunError(f"{got}; write more of the id")
+    similar = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
+    if similar:
+        hint = f"runs in it: {', '.join(similar)}"
+    else:
+        hint = "it has no runs yet; `mainrun train` makes one"
     raise RunError(f"no run {str(name)!r} in {out} and no run directory of that path; {hint}")

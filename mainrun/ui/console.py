@@ -271,7 +271,7 @@ def stoppable() -> Iterator[None]:
 # -- output
 
 
-def check_place(path: Path, option: str, begins: bytes, kind: str) -> None:
+def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> None:
     """Refuse to overwrite a file, unless it is empty or an earlier output that begins with the same bytes."""
     if path.is_dir():
         what = "a folder"

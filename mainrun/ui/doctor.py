@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mainrun.core.hardware import cores, cpu_flags, cpu_limits, cpu_name, cxx, tune_allocator
+from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
 TORCH_SECONDS = 120  # the import of torch is given up after this time
 DISK_WARN = 5e9  # bytes: a few runs of the largest preset
@@ -184,7 +184,7 @@ def _disk(name: str, folder: Path, fix: str) -> Diagnosis:
 
 
 def _compiler() -> Diagnosis:
-    compiler, problem = cxx()
+    compiler, problem = cpp_compiler()
     if problem:
         fix = "install python3-dev" if compiler else "install g++, or name a compiler with CXX"
         return Diagnosis("c++ compiler", "warn", problem, f"{fix}; until then, no run is compiled on the CPU")

@@ -26,7 +26,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     """Load the model of a run's newest checkpoint, with the weights that evaluations use."""
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
-    if run.begun().get("tokenizer", tokenizer.digest) != tokenizer.digest:
+    if run.config_file().get("tokenizer", tokenizer.digest) != tokenizer.digest:
         raise RunError(f"{run.path}/tokenizer.json is not the one that the run was trained with; {run.fix}")
 
     def fault(meta: dict[str, Any]) -> str:
@@ -42,7 +42,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
         warnings.warn(text, stacklevel=3)
     tensors, meta = loaded
     state = State(cfg, build(cfg, tokenizer.vocab_size))
-    with checkpoint.fitting(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
+    with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
     state.average.swap()
     return state.model.eval(), tokenizer

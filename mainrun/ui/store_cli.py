@@ -1,4 +1,4 @@
-"""`mainrun store`: what the store has, and its housekeeping. No torch until something is trained again."""
+"""`mainrun store`: list, check and clean the store of shared steps. Only `audit` imports torch."""
 
 from __future__ import annotations
 
@@ -17,113 +17,119 @@ from mainrun.files import inputs
 from mainrun.ui.console import Debug, Json, Out, commands, emit, process_group, show_table, stoppable
 
 if TYPE_CHECKING:
+    from mainrun.store.files import Entry
     from mainrun.store.nodes import Node, Store
+
+ALLOWED = "give a folder, or a URL that fsspec can open"
+NODE_COLUMNS = ("key", "root", "step", "begins", "run", "size", "seconds", "made")
 
 StorePlace = Annotated[
     str | None,
-    typer.Option("--store", metavar="PLACE", help="The store: a folder, or a URL that fsspec knows."),
+    typer.Option("--store", metavar="PLACE", help="The store: a folder, or a URL that fsspec can open."),
 ]
 
 
 def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool = False) -> Store:
-    """must: there has to be one already."""
+    """Open the store of a command. must: refuse a store that does not exist."""
     from mainrun.store import nodes
     from mainrun.store.files import folder_of
-    from mainrun.store.rundir import check_writable
 
     if place is not None and not place.strip():
-        raise UsageError("got --store ''; give a folder, or a URL that fsspec knows")
+        raise UsageError(f"got --store ''; {ALLOWED}")
     option = "--store" if place is not None else "the store"
-    place = place or nodes.whereabouts(out)
+    place = place or nodes.default_place(out)
     inputs.expanded(re.sub("^(file|local):(//)?", "", place), option)
     folder = folder_of(place)
     if folder:
         inputs.check_path(folder, option)
-    if (
-        folder
-        and out.resolve() in folder.resolve().parents
-        and not next(p for p in (out, *out.absolute().parents) if p.exists()).is_dir()
-    ):
-        check_writable(out)  # it is --out that is wrong, not the store
-    store = _opened(place, size)
+        _check_out(folder, out)
+    store = _open(place, size)
     if must and not store.files.exists("store.json"):
-        raise UsageError(
-            f"there is no store at {store}; runs make one there, or give another with --store or --out"
-        )
+        fix = "train a run to create it, or give another with --store or --out"
+        raise UsageError(f"there is no store at {store}; {fix}")
     return store
 
 
-def _opened(place: str, size: str) -> Store:
-    """fsspec's places fail in ways of their own: no library, no such scheme, a URL that one cannot read."""
+def _check_out(folder: Path, out: Path) -> None:
+    """Refuse an --out that is not a folder. The store is below it, but the message must name --out."""
+    from mainrun.store.rundir import check_writable
+
+    existing = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if out.resolve() in folder.resolve().parents and not existing.is_dir():
+        check_writable(out)
+
+
+def _open(place: str, size: str) -> Store:
+    """Open a store. fsspec raises errors of many kinds, for example for an unknown scheme."""
     from mainrun.store import nodes
 
     try:
-        return nodes.Store(place, _bytes(size))
+        return nodes.Store(place, _parse_size(size))
     except MainrunError:
         raise
     except Exception as e:
         why = inputs.shortened(f"{type(e).__name__}: {e}", 200)
-        raise UsageError(
-            f"store {inputs.shown(place, 80)} cannot be opened ({why}); give a folder, or a URL that fsspec knows"
-        ) from None
+        raise UsageError(f"store {inputs.shown(place, 80)} cannot be opened ({why}); {ALLOWED}") from None
 
 
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
-    if not found:
-        raise UsageError(
-            f"got --store-size {inputs.shown(text, 80)}; write a number of bytes with K, M, G or T behind it, like 20GB"
-        )
-    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+def _parse_size(text: str) -> int:
+    """Return the bytes of a size such as 20GB."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
+    if not match:
+        fix = "write a number of bytes followed by K, M, G or T, like 20GB"
+        raise UsageError(f"got --store-size {inputs.shown(text, 80)}; {fix}")
+    number, unit = match.groups()
+    return int(float(number) * 1000 ** " kmgt".index(unit or " "))
 
 
-app = commands("The steps that runs share: ls, du, gc, verify, audit, pin, unpin.")
+app = commands("List, check and clean the store of shared steps: ls, du, gc, verify, audit, pin, unpin.")
 
 
 @app.command("ls")
 def ls(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """List the nodes: where runs can begin."""
+    """List the nodes: the states from which runs can continue."""
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
-    states, pinned = store.states(), store.pinned()
-    rows = [
-        {
-            name: getattr(node, name)
-            for name in ("key", "root", "step", "begins", "run", "size", "seconds", "made")
-        }
-        | {
-            "state": node.state in states,
-            "used": states[node.state].modified if node.state in states else None,
-            "pinned": node.key in pinned,
-        }
-        for node in nodes
-    ]
+    states = store.states()
+    pinned = store.pinned()
+    rows = [_node_row(node, states, pinned) for node in nodes]
     if as_json:
         emit({"nodes": rows, "damaged": [{"key": key, "why": why} for key, why in damaged]})
         return
     lines = [
         [
-            r["key"][:12],
-            r["root"][:12],
-            str(r["step"]),
-            _state(r),
-            str(r["run"]),
-            _ago(r["made"]),
-            _ago(r["used"]),
+            row["key"][:12],
+            row["root"][:12],
+            str(row["step"]),
+            _state(row),
+            str(row["run"]),
+            _ago(row["made"]),
+            _ago(row["used"]),
         ]
-        for r in rows
+        for row in rows
     ]
     show_table(["node", "root", "step", "state", "by", "made", "used"], lines)
     for key, why in damaged:
         print(f"damaged: {key[:12]}: {why}", file=sys.stderr)
 
 
+def _node_row(node: Node, states: dict[str, Entry], pinned: set[str]) -> dict[str, Any]:
+    """Return what `ls` prints about a node."""
+    row: dict[str, Any] = {name: getattr(node, name) for name in NODE_COLUMNS}
+    entry = states.get(node.state)
+    row["state"] = entry is not None
+    row["used"] = entry.modified if entry else None
+    row["pinned"] = node.key in pinned
+    return row
+
+
 def _state(row: dict[str, Any]) -> str:
     from mainrun.run.progress import short
 
-    return (f"{short(row['size'])}B" if row["state"] else "evicted") + (", pinned" if row["pinned"] else "")
+    state = f"{short(row['size'])}B" if row["state"] else "evicted"
+    return f"{state}, pinned" if row["pinned"] else state
 
 
 def _ago(when: float | None) -> str:
@@ -132,36 +138,46 @@ def _ago(when: float | None) -> str:
     if when is None:
         return ""
     seconds = time.time() - when
-    return f"{clock(seconds)} ago" if seconds >= 0 else "in the future"
+    if seconds < 0:
+        return "in the future"
+    return f"{clock(seconds)} ago"
 
 
 @app.command("du")
 def du(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """What the store holds, and the training that it saves."""
+    """Show the size of the store, and the training that it saves."""
     from mainrun.run.progress import clock, short
 
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
     states = store.states()
-    needed, ways = [], set()  # what leads to a state
+    useful: list[Node] = []  # nodes that lead to a state
+    ancestors: set[str] = set()
     for node in sorted(nodes, key=lambda node: -node.step):
-        if node.state in states or node.key in ways:
-            needed.append(node)
-            ways.add(node.parent)
-    found = {
-        "store": str(store), "nodes": len(nodes), "damaged": len(damaged), "states": len(states),
-        "bytes": sum(entry.size for entry in states.values()), "roots": len({node.root for node in nodes}),
-        "steps": sum(node.step - node.begins for node in needed), "seconds": sum(node.seconds for node in needed),
-    }  # fmt: skip
+        if node.state in states or node.key in ancestors:
+            useful.append(node)
+            ancestors.add(node.parent)
+    size = sum(entry.size for entry in states.values())
+    steps = sum(node.step - node.begins for node in useful)
+    seconds = sum(node.seconds for node in useful)
     if as_json:
-        emit(found)
+        emit(
+            {
+                "store": str(store),
+                "nodes": len(nodes),
+                "damaged": len(damaged),
+                "states": len(states),
+                "bytes": size,
+                "roots": len({node.root for node in nodes}),
+                "steps": steps,
+                "seconds": seconds,
+            }
+        )
         return
-    print(
-        f"{found['store']}: {short(found['bytes'])}B in {found['states']:,} states of {found['nodes']:,} nodes"
-    )
-    print(f"{found['steps']:,} steps that need not be trained again: {clock(found['seconds'])} of training")
+    print(f"{store}: {short(size)}B in {len(states):,} states of {len(nodes):,} nodes")
+    print(f"{steps:,} steps that need not be trained again: {clock(seconds)} of training")
 
 
 @app.command("gc")
@@ -174,9 +190,9 @@ def gc(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Clear what is damaged or leads nowhere, and evict beyond the size.
+    """Remove damaged and useless files, and evict states beyond the size limit.
 
-    No run breaks by it; what is gone is trained again when it is wanted.
+    Runs are not affected: a removed state is trained again when a run needs it.
     """
     store = open_store(place, out, size, must=True)
     with _writing(store):
@@ -184,46 +200,43 @@ def gc(
     if as_json:
         emit(counts)
     else:
-        print(f"cleared: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+        removed = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        print(f"removed: {removed}")
 
 
 @app.command("verify")
 def verify(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Read everything, and name what is not as it was written.
+    """Read all files and list those that are damaged or foreign.
 
-    Exits with 1 when there is any.
+    Exits with 1 if there are any.
     """
     store = open_store(place, out, must=True)
-    found = store.verify()
+    faults = store.verify()
     if as_json:
-        emit(found)
+        emit(faults)
+    elif faults:
+        print(*faults, sep="\n")
     else:
-        print(
-            *found,
-            *([] if found else [f"{len(store.node_keys()):,} nodes, all as they were written"]),
-            sep="\n",
-        )
-    if found:
-        count = "1 finding" if len(found) == 1 else f"{len(found)} findings"
-        raise MainrunError(
-            f"{count}; runs pass over what is damaged, and `mainrun store gc` clears what is the store's own"
-        )
+        print(f"{len(store.node_keys()):,} nodes, all as they were written")
+    if faults:
+        count = "1 finding" if len(faults) == 1 else f"{len(faults)} findings"
+        raise MainrunError(f"{count}; runs skip damaged files, and `mainrun store gc` removes them")
 
 
 @app.command("audit")
 def audit(
-    segments: Annotated[int, typer.Option("--segments", min=1, max=1_000_000, help="How many.")] = 3,
+    segments: Annotated[int, typer.Option("--segments", min=1, max=1_000_000, help="How many segments.")] = 3,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed", min=0, help="The same seed takes the same ones; without it, others each time."
-        ),
+        typer.Option("--seed", min=0, help="Choose the same segments each time. Default: random ones."),
     ] = None,
     reach: Annotated[
         int,
-        typer.Option("--reach", metavar="STEPS", min=1, help="The longest way back to a state to begin at."),
+        typer.Option(
+            "--reach", metavar="STEPS", min=1, help="Maximum number of steps back to a state to start from."
+        ),
     ] = 10_000,
     out: Out = Path("runs"),
     place: StorePlace = None,
@@ -232,44 +245,35 @@ def audit(
 ) -> None:
     """Train random segments again and compare every bit.
 
-    Each begins at the nearest earlier state that is still there, or at step 0. Exits with 1 when one differs.
+    Each starts from the nearest earlier state in the store, or from step 0. Exits with 1 if one differs.
     """
-    store, found = open_store(place, out, must=True), list[dict[str, Any]]()
+    store = open_store(place, out, must=True)
+    rows: list[dict[str, Any]] = []
     with process_group(), stoppable():
         from mainrun.checks.audit import audit
 
         for finding in audit(store, segments, seed, reach):
             node = finding.node
-            found.append(
-                {
-                    "key": node.key,
-                    "begins": node.begins,
-                    "step": node.step,
-                    "run": node.run,
-                    "status": finding.status,
-                    "why": finding.why,
-                }
-            )
+            row = {name: getattr(node, name) for name in ("key", "begins", "step", "run")}
+            rows.append(row | {"status": finding.status, "why": finding.why})
             if not as_json:
+                steps = f"steps {node.begins + 1} to {node.step} of {node.run}"
                 why = f": {finding.why}" if finding.why else ""
-                print(
-                    f"{finding.status:7}  {node.key[:12]}  steps {node.begins + 1} to {node.step} of {node.run}{why}",
-                    flush=True,
-                )
+                print(f"{finding.status:7}  {node.key[:12]}  {steps}{why}", flush=True)
     if as_json:
-        emit(found)
-    elif not found:
-        print("nothing to audit: the store has no node")
-    if any(finding["status"] == "differs" for finding in found):
-        raise MainrunError("a segment trained again is not what the store holds; the lines above say which")
+        emit(rows)
+    elif not rows:
+        print("nothing to audit: the store has no nodes")
+    if any(row["status"] == "differs" for row in rows):
+        raise MainrunError("a segment that was trained again differs from the store; see the lines above")
 
 
-NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="A node, or the unique beginning of one.")]
+NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="A node's key, or a unique beginning of it.")]
 
 
 @app.command("pin")
 def pin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: Debug = False) -> None:
-    """Keep a node from eviction."""
+    """Protect a node from eviction."""
     store = open_store(place, out, must=True)
     node = _node(store, key)
     with _writing(store):
@@ -279,41 +283,42 @@ def pin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: 
 
 @app.command("unpin")
 def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: Debug = False) -> None:
-    """Let a node be evicted again."""
+    """Allow a node to be evicted again."""
     store = open_store(place, out, must=True)
-    hits = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]
-    if len(hits) != 1:
+    pins = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]
+    if len(pins) != 1:
+        state = "not unique" if pins else "not pinned"
         raise UsageError(
-            f"node {key!r} is {'not unique' if hits else 'not pinned'} in the store {store}; `mainrun store ls` shows what is"
+            f"node {key!r} is {state} in the store {store}; `mainrun store ls` lists pinned ones"
         )
     with _writing(store):
-        store.unpin(hits[0])
-    print(f"not pinned: {hits[0].removeprefix('node-')[:12]}")
+        store.unpin(pins[0])
+    print(f"not pinned: {pins[0].removeprefix('node-')[:12]}")
 
 
 def _node(store: Store, beginning: str) -> Node:
+    """Return the only node whose key begins with a text."""
     from mainrun.store.nodes import Damaged
 
-    hits = sorted(key for key in store.node_keys() if key.startswith(beginning))
-    if len(hits) != 1:
-        if hits:
-            raise UsageError(
-                f"{len(hits):,} nodes of the store {store} begin with {beginning!r}; give more characters of the key"
-            )
-        raise UsageError(
-            f"no node of the store {store} begins with {beginning!r}; `mainrun store ls` lists them"
-        )
+    matches = sorted(key for key in store.node_keys() if key.startswith(beginning))
+    if not matches:
+        got = f"no node of the store {store} begins with {beginning!r}"
+        raise UsageError(f"{got}; `mainrun store ls` lists them")
+    if len(matches) > 1:
+        got = f"{len(matches):,} nodes of the store {store} begin with {beginning!r}"
+        raise UsageError(f"{got}; give more characters of the key")
+    key = matches[0]
     try:
-        return store.node(hits[0], rows=False)
+        return store.node(key, rows=False)
     except Damaged as e:
-        raise RunError(f"node {hits[0][:12]} cannot be used: {e}; `mainrun store gc` clears it") from None
+        raise RunError(f"node {key[:12]} cannot be used: {e}; `mainrun store gc` removes it") from None
 
 
 @contextmanager
 def _writing(store: Store) -> Iterator[None]:
+    """Turn an OSError of the store into a message."""
     try:
         yield
     except OSError as e:
-        raise RunError(
-            f"the store {store} cannot be written ({e.strerror or e}); make it writable, or give another with --store"
-        ) from None
+        got = f"the store {store} cannot be written ({e.strerror or e})"
+        raise RunError(f"{got}; make it writable, or give another with --store") from None

@@ -183,8 +183,8 @@ def _shared_batch(
     if not batch.may_share(configs):
         yield configs, {}
         return
-    shared = batch.plan(configs, store)
-    position = {part.name: i for i, part in enumerate(shared.parts.parts)}
+    shared = batch.share_steps(configs, store)
+    position = {part.name: i for i, part in enumerate(shared.assignments.order)}
     order = sorted(configs, key=lambda cfg: position[cfg.run_id])
     if not shared.keys or not is_leader():
         yield order, shared.keep
@@ -202,12 +202,12 @@ def _shared_batch(
 def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[int]) -> Summary:
     """Train one run, or return the summary of the finished run."""
     from mainrun.run.progress import make_progress
-    from mainrun.store.rundir import RunDir, check_same
+    from mainrun.store.rundir import RunDir, check_same_config
     from mainrun.ui import compare
 
     run = RunDir(options.out / cfg.run_id)
     if not options.fresh and (run.path / "summary.json").is_file():
-        check_same(run, cfg)
+        check_same_config(run, cfg)
         _check_titles(run, cfg)
         return compare.load_summary(run)
     progress = make_progress(options.quiet)
@@ -298,21 +298,21 @@ def _show_results(summaries: list[Summary], out: Path) -> None:
 def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_json: bool) -> None:
     from mainrun.run import batch
 
-    parts = batch.plan(configs, store, out).parts
+    assignments = batch.share_steps(configs, store, out).assignments
     if not is_leader():
         return
-    saving = parts.asked / parts.steps if parts.steps else None
+    saving = assignments.requested / assignments.steps if assignments.steps else None
     if as_json:
-        runs = [vars(part) | {"steps": part.steps} for part in parts.parts]
-        emit({"asked": parts.asked, "to_train": parts.steps, "saving": saving, "runs": runs})
+        runs = [vars(part) | {"steps": part.steps} for part in assignments.order]
+        emit({"asked": assignments.requested, "to_train": assignments.steps, "saving": saving, "runs": runs})
         return
     lines = []
-    for part in parts.parts:
+    for part in assignments.order:
         forks = ", ".join(map(str, part.forks))
         lines.append([part.name, str(part.steps), str(part.begin), str(part.end), part.after or "", forks])
     show_table(["run", "steps to train", "from step", "to step", "after run", "keeps nodes at"], lines)
     times = "" if saving is None else f", {saving:.2f} times fewer"
-    print(f"requested steps: {parts.asked:,}; to train: {parts.steps:,}{times}; --plan trains nothing")
+    print(f"requested steps: {assignments.requested:,}; to train: {assignments.steps:,}{times}; --plan trains nothing")
 
 
 # -- --dry-run

@@ -12,6 +12,7 @@ from typing import Any
 
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, RunError
+from mainrun.files import inputs
 from mainrun.plan.plan import Decision, Plan
 from mainrun.plan.recipes import load, preset_names
 from mainrun.stats import Noise, noise
@@ -276,9 +277,9 @@ def _run(run: RunDir) -> Run:
 
 
 # what the pages need beside what a comparison needs
-REPORTED = {"flops": records.above, "presentations": {"train_tokens_per_epoch": records.first}}
+REPORTED = {"flops": records.above_zero, "presentations": {"train_tokens_per_epoch": records.at_least_one}}
 ROWS = {"step": {"tokens": records.count, "loss": records.number}, "eval": {}}
-STARTED = {"params": records.count, "flops_per_token": records.positive}
+STARTED = {"params": records.count, "flops_per_token": records.not_negative}
 ENDED = {"tokens": records.count, "value": records.anything, "step": records.step}
 
 
@@ -327,7 +328,7 @@ def _study(path: Path) -> Study:
     again = "export it again with `mainrun sweep export`"
     facts = records.load(path / "study.json", FACTS, again)
     try:
-        with records.open_file(path / "trials.parquet") as f:
+        with inputs.open_file(path / "trials.parquet") as f:
             rows = pyarrow.parquet.read_table(f).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as e:
         why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
@@ -345,12 +346,12 @@ def _study(path: Path) -> Study:
 
 
 CONFIRMED = {
-    "trial?": records.optional(records.count), "mean?": records.optional(records.real), "difference?": records.optional(records.real),
-    "interval?": records.optional(records.pair(records.real)), "p_holm?": records.optional(records.real), "why?": records.any_text,
+    "trial?": records.optional(records.count), "mean?": records.optional(records.any_number), "difference?": records.optional(records.any_number),
+    "interval?": records.optional(records.pair(records.any_number)), "p_holm?": records.optional(records.any_number), "why?": records.any_text,
 }  # fmt: skip
 # what `Study.fact` looks for, in the export itself and in two parts of it
 FACT: dict[str, Any] = {
-    "rows?": records.optional([CONFIRMED]), "rung_correlation?": records.optional(records.table_of(records.optional(records.real))),
+    "rows?": records.optional([CONFIRMED]), "rung_correlation?": records.optional(records.table_of(records.optional(records.any_number))),
     "space?": records.optional(
         records.table_of(records.optional({"values?": records.optional([records.anything]), "when?": records.optional(records.table)}))
     ),
@@ -358,14 +359,14 @@ FACT: dict[str, Any] = {
 }  # fmt: skip
 FACTS = FACT | {
     "name?": records.text, "study?": records.optional(FACT), "evidence?": records.optional(FACT),
-    "ledger?": records.optional(records.table_of(records.optional(records.positive))),
+    "ledger?": records.optional(records.table_of(records.optional(records.not_negative))),
 }  # fmt: skip
 LEDGER = dict.fromkeys(
-    ("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.positive)
+    ("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.not_negative)
 )
 TRIAL = LEDGER | {
     "trial": records.count, "state": records.text, "value": records.optional(records.number), "reason?": records.optional(records.any_text),
-    "rung?": records.optional(records.real), "scores?": records.optional(records.scores),
+    "rung?": records.optional(records.any_number), "scores?": records.optional(records.scores),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import MainrunError, UsageError
-from mainrun.ui.console import Debug, Json, check_place, emit, show_table, validate_paths
+from mainrun.ui.console import Debug, Json, check_regular_file, emit, show_table, validate_paths
 
 if TYPE_CHECKING:
     from reports.submission.prepare import Submission
@@ -72,7 +72,7 @@ def submit(
         check_url(url)
     if url and not yes and not dry_run and not sys.stdin.isatty():
         raise UsageError("got --upload without a terminal to ask on; add --yes to upload without asking")
-    check_place(out, "--out", b"PK", "zip")
+    check_regular_file(out, "--out", b"PK", "zip")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"got --out {out}, whose folder does not exist; make it, or give another path")
     submission = prepare.prepare(prepare.choose_run(run, runs), report, out, _note)

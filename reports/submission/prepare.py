@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.errors import RunError, UsageError
-from mainrun.store.rundir import RunDir, check_place, disk_errors, find, fsync_folder, to_json
+from mainrun.store.rundir import RunDir, check_regular_file, disk_errors, find, fsync_folder, to_json
 from reports.submission import bundle
 from reports.submission.bundle import CODE, MANIFEST, REPORT, RUN, format_size, sha256
 from reports.submission.commit import ROOT, Commit, check_leaks, read_head
@@ -174,7 +174,7 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
         path = run.path / name
         if path.is_symlink():
             raise RunError(f"{path} is a link; put the file itself in its place")
-        check_place(path)
+        check_regular_file(path)
         files[RUN + name] = path.read_bytes()
     return files, notes
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mainrun.core.hardware import cache_dir, cpu_flags, cpu_name, cxx
+from mainrun.core.hardware import cache_dir, cpp_compiler, cpu_flags, cpu_name
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL | None:
 
     Return None if there is no compiler that can build it. The kernels then use torch's own operations.
     """
-    compiler, problem = cxx()
+    compiler, problem = cpp_compiler()
     if problem:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
