@@ -9,7 +9,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
-from scipy import special
 from scipy import stats as reference
 
 from mainrun import stats
@@ -147,19 +146,6 @@ def test_the_quantiles_are_scipys(p: float, df: float) -> None:
 @pytest.mark.parametrize("df", [1, 5])
 def test_the_distribution_at_infinity(t: float, p: float, df: int) -> None:
     assert stats.t_cdf(t, df) == p
-
-
-@pytest.mark.parametrize("x", [0.0, 1e-12, 0.01, 0.2, 0.5, 0.51, 0.8, 0.99, 1 - 1e-12, 1.0])
-@pytest.mark.parametrize(
-    ("a", "b"), [(0.5, 0.5), (3.0, 0.5), (0.5, 3.0), (20.0, 0.5), (40.0, 60.0), (500.0, 0.5), (1.0, 1.0)]
-)
-def test_the_incomplete_beta_function_is_scipys(a: float, b: float, x: float) -> None:
-    assert stats._beta(a, b, x) == pytest.approx(float(special.betainc(a, b, x)), rel=1e-9, abs=1e-300)
-
-
-@pytest.mark.parametrize(("x", "value"), [(-0.5, 0.0), (0.0, 0.0), (1.0, 1.0), (1.5, 1.0)])
-def test_the_incomplete_beta_function_outside_of_its_interval(x: float, value: float) -> None:
-    assert stats._beta(2.0, 0.5, x) == value
 
 
 def test_the_level_is_95_percent() -> None:
