@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from reports.evidence import tables
-from reports.evidence.figures import ledger, shares
+from reports.evidence.studies import importance, ledger
 from reports.evidence.load import Evidence, Recipe, Run, Study
 from reports.evidence.tables import fixed, whole
 
@@ -169,7 +169,7 @@ def searched(study: Study) -> str:
     )
     if said := study.fact("claim"):
         text += f": {said}"
-    if found := shares(study):
+    if found := importance(study):
         field, share = max(found.items(), key=lambda item: item[1])
         text += f"; {field} matters most (importance {share:.3f})"
     if spent.get("asked") and "trained" in spent:

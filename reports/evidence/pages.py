@@ -51,7 +51,7 @@ class Report:
             for make in (tables.commands, tables.guards, tables.fingerprints, tables.hashes, tables.machines)
             if e.runs
         ]
-        found += [tables.growth(run, i) for i, run in enumerate(figures.grown(e), 1)]
+        found += [tables.growth(run, i) for i, run in enumerate(figures.grown_runs(e), 1)]
         found += [t for i, s in enumerate(e.studies, 1) for t in tables.study(s, i)]
         found += [model_card.checklist(e)]
         self.tables = {t.name: t for t in found}
@@ -292,7 +292,7 @@ def studies(r: Report) -> Iterator[Part]:
 
 
 def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    for i, run in enumerate(figures.grown(r.e), 1):
+    for i, run in enumerate(figures.grown_runs(r.e), 1):
         yield section()
         yield heading(f"Growth of {run.id}", 0)
         yield from figure(
@@ -381,7 +381,7 @@ def missing(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[str]:
         lacks = [name for name in figures.STUDY if f"study-{i}-{name}" not in drawn]
         if lacks:
             yield f"of the study {s.name} {', '.join(lacks)} (not in its export, or too few trials)"
-    if not figures.grown(r.e):
+    if not figures.grown_runs(r.e):
         yield "growth (no run changed on its way)"
     if not r.samples:
         yield "samples (not asked for, or no checkpoint to write them)"

@@ -14,7 +14,7 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE, TrainConfig
-from reports.evidence.figures import ledger
+from reports.evidence.studies import ledger
 from reports.evidence.load import Evidence, Run, Study, bad, config_differences, few, ladder_scores
 
 Format = Callable[[Any], str]
