@@ -11,17 +11,20 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evidence import make_study, make_trial
 from reporting import edit, export, fail_guard, make, rescore, reseed
 
 from mainrun import stats
 from mainrun.errors import RunError
 from reports import cli
-from reports.evidence import figures, findings, load, tables
+from reports.evidence import figures, findings, load, studies, tables
+from reports.evidence.figures import style
 
 T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
 
@@ -406,7 +409,7 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     assert [t["trial"] for t in s.whole] == whole
     assert s.searched == ["lr", "optimizer"]  # momentum took one value
     n, pruned = len(whole), 40 - len(whole) - len(failed)
-    assert figures.ledger(s) == {
+    assert studies.ledger(s) == {
         "asked": 30 * n + 10 * (pruned + len(failed)),
         "trained": 20 * n + 10 * (pruned + len(failed)),
         "reused": 10 * n,
@@ -414,15 +417,13 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     }
     all_of_it = {"asked": 9000, "trained": 8000, "reused": 1000, "wasted": 70}
     s.facts["ledger"] = all_of_it | {"flops": 1e12}
-    assert figures.ledger(s) == all_of_it, "what confirms the trials was trained too"
-    ((rung, pairs, rho, _),) = figures.rungs(s)
-    first = [json.loads(t["scores"])["0"] for t in s.whole]
-    assert (
-        (rung, pairs) == (0, n)
-        and rho == stats.spearman(first, [t["value"] for t in s.whole])
-        and rho is not None
-        and rho < 1
-    )
+    assert studies.ledger(s) == all_of_it, "what confirms the trials was trained too"
+    (rung,) = studies.rungs(s)
+    assert rung.number == 0
+    assert rung.values == [json.loads(t["scores"])["0"] for t in s.whole]
+    assert rung.last == [t["value"] for t in s.whole]
+    assert rung.correlation == stats.spearman(rung.values, rung.last)
+    assert rung.correlation is not None and rung.correlation < 1
     assert findings.claim(e).kind == "no claim"
     failures = tables.failures(e)
     assert (
@@ -432,20 +433,81 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     )
 
 
-def test_importance_is_the_share_that_a_field_explains(tmp_path: Path) -> None:
+def test_an_exported_importance_is_used_as_it_is(tmp_path: Path) -> None:
+    exported = {"params.lr": 0.9, "momentum": 0.2, "beta": None}
+    (s,) = load.gather([str(export(tmp_path / "lr", importance=exported))], tmp_path).studies
+    assert studies.importance(s) == {"lr": 0.9, "momentum": 0.2}
+
+
+def test_importance_is_that_of_ped_anova(tmp_path: Path) -> None:
+    """The study of `export` again, written out for Optuna: lr is logarithmic, the optimizer is a choice."""
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     (s,) = load.gather([str(export(tmp_path / "lr", trials=200))], tmp_path).studies
-    found = figures.shares(s)
-    groups: dict[str, list[float]] = {}
+    rates = [t["params.lr"] for t in s.whole]
+    distributions = {
+        "lr": optuna.distributions.FloatDistribution(min(rates), max(rates), log=True),
+        "optimizer": optuna.distributions.CategoricalDistribution(["adamw", "muon", "sgd"]),
+    }
+    study = optuna.create_study()
     for t in s.whole:
-        groups.setdefault(t["params.optimizer"], []).append(t["value"])
-    n, k = len(s.whole), len(groups)
-    within = sum(statistics.pvariance(g) * len(g) for g in groups.values()) / (
-        statistics.pvariance([t["value"] for t in s.whole]) * n
-    )
-    assert found["optimizer"] == pytest.approx(1 - within * (n - 1) / (n - k)) and found["optimizer"] > 0.5
-    assert 0 < found["lr"] < 0.5 and found.keys() == {"lr", "optimizer"}
-    (told,) = load.gather([str(export(tmp_path / "told", importance={"lr": 0.9}))], tmp_path).studies
-    assert figures.shares(told) == {"lr": 0.9}
+        params = {"lr": t["params.lr"], "optimizer": t["params.optimizer"]}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=t["value"])
+        )
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
+    expected = get_param_importances(study, evaluator=evaluator, normalize=True)
+    shares = studies.importance(s)
+    assert shares == pytest.approx(expected)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["optimizer"] > shares["lr"] > 0
+    assert studies.importance(s) == shares, "the same in every report"
+
+
+def study_of(settings: Sequence[Mapping[str, Any]], values: Sequence[float]) -> load.Study:
+    trials = []
+    for number, (fields, value) in enumerate(zip(settings, values, strict=True)):
+        params = {f"params.{name}": setting for name, setting in fields.items()}
+        trials.append(make_trial(number, value, **params))
+    return make_study(*trials)
+
+
+def test_a_field_that_decides_the_value_has_all_the_importance() -> None:
+    settings = [{"lr": t / 40, "flag": t % 2 == 0, "one": "x"} for t in range(40)]
+    shares = studies.importance(study_of(settings, [setting["lr"] for setting in settings]))
+    assert shares.keys() == {"lr", "flag"}, "a field with one value was not searched"
+    assert shares["lr"] > 0.9
+
+
+def test_a_field_may_be_active_in_some_trials_only() -> None:
+    settings: list[dict[str, Any]] = [{"lr": t / 40} for t in range(40)]
+    for setting in settings[:12]:
+        setting["momentum"] = setting["lr"] ** 2
+    for setting in settings[:9]:
+        setting["beta"] = setting["lr"]
+    study = study_of(settings, [setting["lr"] for setting in settings])
+    study.trials[0].update({"params.momentum": 0.0, "params.beta": 0.0})
+    assert studies.importance(study).keys() == {"lr", "momentum"}, "beta has 9 trials, one too few"
+
+
+@pytest.mark.parametrize(
+    ("count", "values"),
+    [
+        (9, lambda t: t),  # too few trials
+        (40, lambda t: 1.0),  # all are equally good
+        (
+            40,
+            lambda t: -float(t == 0),
+        ),  # one trial is better; the others tie, so the best quarter is all of them
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_no_importance_where_it_cannot_be_computed(count: int, values: Callable[[int], float]) -> None:
+    study = study_of([{"lr": t / 40} for t in range(count)], list(map(values, range(count))))
+    shares = studies.importance(study)
+    assert shares == {}
+    assert figures.STUDY["importance"](study) is None
 
 
 @pytest.mark.parametrize(
@@ -588,7 +650,7 @@ def known(folder: Path) -> set[float]:
     pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
     found.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
     (s,) = load.gather([str(folder / "lr")], folder).studies
-    found |= set(figures.shares(s).values())  # held by a test of its own
+    found |= set(studies.importance(s).values())  # held by a test of its own
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
     return found | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
 
@@ -690,7 +752,7 @@ def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
     for page, text, x, y, size in found:
         assert size > 6.9, (page, text, size)
         assert 20 < y < 842 - 20 and x > 20, (page, text, x, y)
-        assert x + max(stringWidth(line, figures.FONT, size) for line in text.splitlines()) < 595 - 20, (
+        assert x + max(stringWidth(line, style.FONT, size) for line in text.splitlines()) < 595 - 20, (
             page,
             text,
             x,
@@ -809,18 +871,17 @@ def test_the_command_writes_samples_and_says_its_claim(made: Path, tmp_path: Pat
 def test_every_pair_of_series_differs_in_grey() -> None:
     """Colours that a grey print makes one are told apart by dash and marker."""
     assert (
-        len(set(map(str, figures.DASHES)))
-        == len(figures.DASHES)
-        == len(figures.COLOURS)
-        == len(set(figures.MARKERS))
-        == figures.MOST
+        len(set(map(str, style.DASHES)))
+        == len(style.DASHES)
+        == len(style.COLOURS)
+        == len(set(style.MARKERS))
+        == style.MOST
     )
     grey = [
-        sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5)))
-        for c in figures.COLOURS
+        sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))) for c in style.COLOURS
     ]
     assert all(
-        abs(x - y) > 2 or figures.DASHES[i] != figures.DASHES[j]
+        abs(x - y) > 2 or style.DASHES[i] != style.DASHES[j]
         for (i, x), (j, y) in combinations(enumerate(grey), 2)
     )
     assert max(grey) < 190  # legible on white

@@ -58,7 +58,7 @@ def drawing(svg: bytes) -> Drawing:
 def svgs(e: Evidence, folder: Path | None) -> dict[str, bytes]:
     """Every figure; with a folder they are also kept there, as SVG and PNG."""
     found = {}
-    with figures.style():
+    with figures.report_style():
         for name, figure in figures.draw_all(e).items():
             out = io.BytesIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": CREATOR})

@@ -48,7 +48,7 @@ STUDY: dict[str, Callable[[Study], Figure | None]] = {
 
 
 def draw_all(e: Evidence) -> dict[str, Figure]:
-    """Draw every figure that the inputs have data for, by name. Call it inside `style`."""
+    """Draw every figure that the inputs have data for, by name. Call it inside `report_style`."""
     figures: dict[str, Figure | None] = {}
     for name, draw in RUNS.items():
         figures[name] = draw(e)

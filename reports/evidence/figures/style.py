@@ -55,7 +55,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def report_style() -> Iterator[None]:
     """Set matplotlib to the style of the report, whatever the user's own settings are."""
     import matplotlib as mpl
 
