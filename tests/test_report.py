@@ -23,8 +23,8 @@ from reporting import edit, export, fail_guard, make, rescore, reseed
 from mainrun import stats
 from mainrun.errors import RunError
 from reports import cli
-from reports.evidence import figures, findings, load, studies, tables
-from reports.evidence.figures import style
+from reports.evidence import findings, load, studies, tables
+from reports.evidence.figures import registry, style
 
 T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
 
@@ -507,7 +507,7 @@ def test_no_importance_where_it_cannot_be_computed(count: int, values: Callable[
     study = study_of([{"lr": t / 40} for t in range(count)], list(map(values, range(count))))
     shares = studies.importance(study)
     assert shares == {}
-    assert figures.STUDY["importance"](study) is None
+    assert registry.STUDY["importance"].draw(study) is None
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from reports.evidence import tables
-from reports.evidence.studies import importance, ledger
 from reports.evidence.load import Evidence, Recipe, Run, Study
+from reports.evidence.studies import importance, ledger
 from reports.evidence.tables import fixed, whole
 
 BUSY = 1.25  # runs of one recipe whose times differ by more were not alone on their machine

@@ -9,7 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reports.evidence import figures, findings, model_card, tables
+from reports.evidence import findings, model_card, tables
+from reports.evidence.figures import growth as growth_figure
+from reports.evidence.figures import registry
 from reports.evidence.load import Evidence, Run
 from reports.evidence.pdf import figure, heading, section, table, words
 from reports.evidence.tables import Column, Table, fixed, power, text, whole
@@ -51,7 +53,7 @@ class Report:
             for make in (tables.commands, tables.guards, tables.fingerprints, tables.hashes, tables.machines)
             if e.runs
         ]
-        found += [tables.growth(run, i) for i, run in enumerate(figures.grown_runs(e), 1)]
+        found += [tables.growth(run, i) for i, run in enumerate(growth_figure.grown_runs(e), 1)]
         found += [t for i, s in enumerate(e.studies, 1) for t in tables.study(s, i)]
         found += [model_card.checklist(e)]
         self.tables = {t.name: t for t in found}
@@ -132,7 +134,7 @@ def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     e, claim = r.e, findings.claim(r.e)
     yield words(r.title, "title")
     yield words(subtitle(e), "small")
-    yield heading("Result", 0)
+    yield heading(registry.RESULT, 0)
     if claim.difference is not None and e.baseline and e.optimised:
         d = claim.difference
         yield words(f"{fixed(4)(d.a)} → {fixed(4)(d.b)}", "big")
@@ -154,11 +156,14 @@ def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     yield heading("Findings", 1)
     for n, sentence in enumerate(findings.findings(e), 1):
         yield words(f"{n}. {sentence}", "finding")
-    yield from figure(
-        drawn,
-        "headline",
-        "Full score against the tokens trained; bands reach from the lowest to the highest seed.",
-    )
+    yield from figures_of(registry.RESULT, r, drawn)
+
+
+def figures_of(section: str, r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    """Yield the figures of a section with their captions."""
+    for name, row in registry.RUNS.items():
+        if row.section == section:
+            yield from figure(drawn, name, row.caption(r.e), row.title)
 
 
 def subtitle(e: Evidence) -> str:
@@ -180,29 +185,8 @@ def counted(n: int, what: str) -> str:
 def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "curves" in drawn:
         yield section()
-        yield heading("Loss against what it costs", 0)
-        note = " Grey: the other recipes." if len([x for x in r.e.recipes if x.good]) > figures.MOST else ""
-        reused = (
-            " Steps from the store count with the time that they took when they were trained."
-            if took(r.e)
-            else ""
-        )
-        yield from figure(
-            drawn,
-            "curves",
-            f"Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest to the highest.{note}"
-            f"{reused} What lies above the frame are first evaluations, of models that know nothing yet.",
-        )
-        yield from figure(
-            drawn,
-            "seeds",
-            "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
-            "An interval that has no end here goes on outside the frame, as those of two seeds may.",
-        )
-
-
-def took(e: Evidence) -> bool:
-    return any(run.summary.get("ledger", {}).get("reused") for run in e.runs)
+        yield heading(registry.COST, 0)
+        yield from figures_of(registry.COST, r, drawn)
 
 
 def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -227,32 +211,16 @@ def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
 def ablation(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "waterfall" in drawn:
         yield section()
-        yield heading("Ablation", 0)
-        yield from figure(
-            drawn,
-            "waterfall",
-            "Each step from where the one before it stood. Blue lowers the score, orange raises it, grey is inside the noise.",
-        )
+        yield heading(registry.ABLATION, 0)
+        yield from figures_of(registry.ABLATION, r, drawn)
         yield from r.table("ablation")
 
 
 def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
     if "gap" in drawn:
         yield section()
-        yield heading("How they trained", 0)
-        yield from figure(
-            drawn,
-            "gap",
-            "Loss in nats per token, a line a seed. Training losses have dropout, and lie before the evaluation that they end at, "
-            "so they may well be above validation. Tokens of two tokenizers are not the same thing: read each panel alone.",
-            "Train and validation",
-        )
-        yield from figure(
-            drawn,
-            "schedules",
-            "What enters each step, by the plan that the run followed. Marks: growth ops.",
-            "Schedules",
-        )
+        yield heading(registry.TRAINING, 0)
+        yield from figures_of(registry.TRAINING, r, drawn)
 
 
 def studies(r: Report) -> Iterator[Part]:
@@ -265,40 +233,20 @@ def studies(r: Report) -> Iterator[Part]:
             yield heading(f"Study {name}", 0)
             for part in ("", "_confirmation", "_space"):
                 yield from r.table(f"study_{i}{part}")
-            for part, caption in (
-                ("history", "Each trial's value at its highest rung, in the order of the trials."),
-                (
-                    "importance",
-                    "How much of the value each field decides: as exported; or else the share of the variance between the groups of that "
-                    "field alone (its values, or the quarters of a number), over the trials that were trained to the end.",
-                ),
-                ("ledger", "Steps: asked = trained + reused; wasted is part of trained."),
-                (
-                    "slices",
-                    "The value against each field; grey: stopped at a lower rung. The highest values may lie above the frame.",
-                ),
-                (
-                    "parallel",
-                    "Trials that were trained to the end and have all of these fields. The best tenth, at least one, is on top.",
-                ),
-                (
-                    "rungs",
-                    "Value at a rung against the value at the last one, of the trials that went on to it.",
-                ),
-            ):
-                yield from figure(drawn, f"study-{i}-{part}", caption)
+            for figure_name, row in registry.STUDY.items():
+                yield from figure(drawn, f"study-{i}-{figure_name}", row.caption)
 
         yield pages
 
 
 def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    for i, run in enumerate(figures.grown_runs(r.e), 1):
+    for i, run in enumerate(growth_figure.grown_runs(r.e), 1):
         yield section()
         yield heading(f"Growth of {run.id}", 0)
         yield from figure(
             drawn,
             f"growth-{i}",
-            "Dashed: the ops, by their numbers in the table. The first scores may lie above the frame.",
+            growth_figure.CAPTION,
         )
         yield from r.table(f"growth_{i}")
 
@@ -378,10 +326,10 @@ def missing(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[str]:
     if not r.e.studies:
         yield "studies (no export was given)"
     for i, s in enumerate(r.e.studies, 1):
-        lacks = [name for name in figures.STUDY if f"study-{i}-{name}" not in drawn]
+        lacks = [name for name in registry.STUDY if f"study-{i}-{name}" not in drawn]
         if lacks:
             yield f"of the study {s.name} {', '.join(lacks)} (not in its export, or too few trials)"
-    if not figures.grown_runs(r.e):
+    if not growth_figure.grown_runs(r.e):
         yield "growth (no run changed on its way)"
     if not r.samples:
         yield "samples (not asked for, or no checkpoint to write them)"

@@ -14,17 +14,19 @@ from xml.sax.saxutils import escape
 
 from mainrun import __version__
 from mainrun.store.rundir import disk_errors
-from reports.evidence import figures, tables
+from reports.evidence import tables
+from reports.evidence.figures.registry import draw_all
+from reports.evidence.figures.style import FONT, report_style
 from reports.evidence.load import Evidence
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
     from reportlab.platypus import Flowable
 
-FONT, BOLD = figures.FONT, f"{figures.FONT}-Bold"
+BOLD = f"{FONT}-Bold"
 RED = "#B00020"
 CREATOR = "mainrun report"
-COLUMN = 487.0  # points: an A4 page without its margins, a little more than figures.WIDTH
+COLUMN = 487.0  # points: an A4 page without its margins, a little more than the WIDTH of figures
 MARGIN = 54.0
 GAP = 6.0  # between the columns of a table
 
@@ -58,8 +60,8 @@ def drawing(svg: bytes) -> Drawing:
 def svgs(e: Evidence, folder: Path | None) -> dict[str, bytes]:
     """Every figure; with a folder they are also kept there, as SVG and PNG."""
     found = {}
-    with figures.report_style():
-        for name, figure in figures.draw_all(e).items():
+    with report_style():
+        for name, figure in draw_all(e).items():
             out = io.BytesIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": CREATOR})
             found[name] = out.getvalue()

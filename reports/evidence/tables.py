@@ -14,8 +14,8 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE, TrainConfig
-from reports.evidence.studies import ledger
 from reports.evidence.load import Evidence, Run, Study, bad, config_differences, few, ladder_scores
+from reports.evidence.studies import ledger
 
 Format = Callable[[Any], str]
 

@@ -29,6 +29,18 @@ COSTS: dict[str, Series] = {
 }
 
 
+def caption(e: Evidence) -> str:
+    text = (
+        "Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest"
+        " to the highest."
+    )
+    if any(place is None for _, place in coloured(e)):
+        text += " Grey: the other recipes."
+    if any(run.summary.get("ledger", {}).get("reused") for run in e.runs):
+        text += " Steps from the store count with the time that they took when they were trained."
+    return f"{text} The first evaluations, of models that know nothing yet, may lie above the frame."
+
+
 def draw(e: Evidence) -> Figure | None:
     drawn = coloured(e)
     if not drawn:

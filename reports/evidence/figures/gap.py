@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def caption(_: Evidence) -> str:
+    return (
+        "Loss in nats per token, one line per seed. The training loss includes dropout and is a mean over the"
+        " steps before the evaluation, so it may well be above the validation loss. Tokens of two tokenizers"
+        " are not comparable: read each panel alone."
+    )
+
+
 def draw(e: Evidence) -> Figure | None:
     pair = headline_pair(e)
     if not pair:

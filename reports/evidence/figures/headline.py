@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def caption(_: Evidence) -> str:
+    return "Full score against the tokens trained; bands reach from the lowest to the highest seed."
+
+
 def draw(e: Evidence) -> Figure | None:
     pair = headline_pair(e)
     if not pair:

@@ -15,6 +15,8 @@ from reports.evidence.studies import objective, values
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CAPTION = "The value of each trial at its highest rung, in the order of the trials."
+
 
 def draw(study: Study) -> Figure | None:
     if not study.done:

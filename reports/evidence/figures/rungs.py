@@ -12,6 +12,7 @@ from reports.evidence.studies import rungs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CAPTION = "The value at a rung against the value at the last rung, of the trials that reached both."
 PANELS = 3  # the last rungs
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 TITLES = {"lr": "lr (of the matrices)", "weight_decay": "weight_decay"}
 
 
+def caption(_: Evidence) -> str:
+    return "The values at each step, from the plan that the run followed. Marks: growth ops."
+
+
 def draw(e: Evidence) -> Figure | None:
     drawn = [(recipe, place) for recipe, place in coloured(e) if place is not None]
     if not drawn:

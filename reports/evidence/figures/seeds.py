@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 ROWS = 24  # the best recipes
 
 
+def caption(_: Evidence) -> str:
+    return (
+        "Every run that passed its guards, and the mean of each recipe with its interval (Student's t)."
+        " An interval may be wider than the frame, mostly that of two seeds."
+    )
+
+
 def draw(e: Evidence) -> Figure | None:
     counted = [recipe for recipe in e.recipes if recipe.good]
     ranked = sorted(counted, key=lambda recipe: mean_score(recipe).mean)[:ROWS]

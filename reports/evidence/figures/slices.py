@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CAPTION = (
+    "The value against each field. Grey: stopped at a lower rung. The highest values may lie above the frame."
+)
 PANELS = 9
 
 

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def caption(_: Evidence) -> str:
+    return (
+        "Each bar starts where the previous step ended. Blue lowers the score, orange raises it, grey is"
+        " within the noise."
+    )
+
+
 def draw(e: Evidence) -> Figure | None:
     ladder = e.ladder
     if not ladder:
