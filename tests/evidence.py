@@ -10,7 +10,7 @@ from typing import Any
 from conftest import TINY
 
 from mainrun.config import digest_of, from_dict
-from reports.evidence.load import Evidence, Recipe, Run, Study
+from reports.evidence.load import ReportData, Recipe, Run, Study
 
 STEPS = 4
 TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1
@@ -112,10 +112,10 @@ def failing(detail: str = "it sees the future", name: str = "causality") -> list
     return [guard("coverage"), guard(name, "fail", detail)]
 
 
-def make_evidence(*recipes: Recipe, studies: tuple[Study, ...] = ()) -> Evidence:
+def make_data(*recipes: Recipe, studies: tuple[Study, ...] = ()) -> ReportData:
     """The first two are the pair of the headline."""
     base, optimised = (*recipes, None, None)[:2]
-    return Evidence(recipes, studies, base, optimised, "by hand")
+    return ReportData(recipes, studies, base, optimised, "by hand")
 
 
 def make_trial(number: int, value: float | None = 1.0, state: str = "done", **changes: Any) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_without_a_name_the_best_mean_is_taken_and_that_is_said(runs: Path) -> N
     rescore(other, 1.1)
     e = load.gather([], runs)
     assert e.optimised is not None and e.optimised.name == "grown"
-    assert e.chosen == "the lowest mean full score of 2 recipes"
+    assert e.selection == "the lowest mean full score of 2 recipes"
 
 
 # -- what it refuses
@@ -145,7 +145,7 @@ def test_everything_wrong_is_said_at_once(runs: Path, tmp_path: Path) -> None:
     (study / "study.json").unlink()
     done = report(runs, study, "no-such-run", "--runs", runs, "--out", tmp_path / "r.pdf")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "r.pdf").exists()
-    assert done.stderr.startswith("error: 5 things keep the report from being written:\n")
+    assert done.stderr.startswith("error: 5 problems prevent the report:\n")
     for said in (
         f"run {base[1].name} is not finished (interrupted)",
         f"{base[2]} lacks env.json",
@@ -159,9 +159,9 @@ def test_everything_wrong_is_said_at_once(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"fingerprints": {"val": "f" * 64}}, "the val fingerprint is not one: "),
-        ({"fingerprints": {"corpus": "f" * 64}}, "the corpus fingerprint is not one: "),
-        ({"geometry": [4, 16]}, "the evaluation geometry is not one: "),
+        ({"fingerprints": {"val": "f" * 64}}, "the inputs differ in their val fingerprint: "),
+        ({"fingerprints": {"corpus": "f" * 64}}, "the inputs differ in their corpus fingerprint: "),
+        ({"geometry": [4, 16]}, "the inputs differ in their evaluation geometry: "),
     ],
 )
 def test_other_data_and_other_spans_are_refused_together(
@@ -185,13 +185,15 @@ def test_other_data_and_other_spans_are_refused_together(
 
 def test_a_study_of_other_data_is_refused_too(runs: Path) -> None:
     export(runs / "lr", fingerprints={"val": "0" * 64, "corpus": "0" * 64})
-    with pytest.raises(RunError, match=r"the val fingerprint is not one: .*000000000000: study lr"):
+    with pytest.raises(
+        RunError, match=r"the inputs differ in their val fingerprint: .*000000000000: study lr"
+    ):
         load.gather([], runs)
 
 
 def test_a_seed_counts_once(runs: Path) -> None:
     shutil.copytree(of(runs, "baseline")[1], runs / "copy")
-    with pytest.raises(RunError, match="seed 1 of baseline is there more than once"):
+    with pytest.raises(RunError, match="seed 1 of baseline was given more than once"):
         load.gather([], runs)
 
 
@@ -226,7 +228,7 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
         (["--out", "."], "got --out ., a folder"),
         (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
         (["--out", "notes.md"], "got --out notes.md, a file of another kind, which would be overwritten"),
-        (["--log", "none.md"], "--log none.md is no file"),
+        (["--log", "none.md"], "--log none.md is not a file"),
         (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # looks like a file, and cannot be read
         (["--title", "a\nb"], "cannot be printed"),
         (["--samples", "-1"], "--samples"),
@@ -283,7 +285,7 @@ def test_an_interval_with_zero_in_it_claims_nothing(runs: Path) -> None:
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60]
     )  # -0.4 on average, over the floor, but -0.2 to -0.6
     claim = findings.claim(load.gather([], runs))
-    assert claim.kind == "not sure" and "its interval holds zero" in claim.text
+    assert claim.kind == "not sure" and "its interval contains zero" in claim.text
 
 
 def test_a_busy_machine_is_said_with_the_time(runs: Path) -> None:
@@ -336,7 +338,7 @@ def test_a_recipe_whose_runs_all_failed_has_no_figure(runs: Path) -> None:
         findings.claim(e).text
         == "No claim: every run of optimized failed a guard (causality), so it has no figure."
     )
-    assert findings.findings(e)[1].startswith("Cost: there are no two recipes")
+    assert findings.findings(e)[1].startswith("Cost: not compared")
 
 
 def test_cost_says_when_time_is_not_one(runs: Path) -> None:
@@ -405,9 +407,9 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     (s,) = e.studies
     failed = [t for t in range(40) if t % 13 == 12]
     whole = [t for t in range(40) if t % 2 == 0 and t not in failed]
-    assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.bad(t)] == failed
-    assert [t["trial"] for t in s.whole] == whole
-    assert s.searched == ["lr", "optimizer"]  # momentum took one value
+    assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.is_failed(t)] == failed
+    assert [t["trial"] for t in s.completed] == whole
+    assert s.searched_fields == ["lr", "optimizer"]  # momentum took one value
     n, pruned = len(whole), 40 - len(whole) - len(failed)
     assert studies.ledger(s) == {
         "asked": 30 * n + 10 * (pruned + len(failed)),
@@ -420,8 +422,8 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     assert studies.ledger(s) == all_of_it, "what confirms the trials was trained too"
     (rung,) = studies.rungs(s)
     assert rung.number == 0
-    assert rung.values == [json.loads(t["scores"])["0"] for t in s.whole]
-    assert rung.last == [t["value"] for t in s.whole]
+    assert rung.values == [json.loads(t["scores"])["0"] for t in s.completed]
+    assert rung.last == [t["value"] for t in s.completed]
     assert rung.correlation == stats.spearman(rung.values, rung.last)
     assert rung.correlation is not None and rung.correlation < 1
     assert findings.claim(e).kind == "no claim"
@@ -445,13 +447,13 @@ def test_importance_is_that_of_ped_anova(tmp_path: Path) -> None:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     (s,) = load.gather([str(export(tmp_path / "lr", trials=200))], tmp_path).studies
-    rates = [t["params.lr"] for t in s.whole]
+    rates = [t["params.lr"] for t in s.completed]
     distributions = {
         "lr": optuna.distributions.FloatDistribution(min(rates), max(rates), log=True),
         "optimizer": optuna.distributions.CategoricalDistribution(["adamw", "muon", "sgd"]),
     }
     study = optuna.create_study()
-    for t in s.whole:
+    for t in s.completed:
         params = {"lr": t["params.lr"], "optimizer": t["params.optimizer"]}
         study.add_trial(
             optuna.trial.create_trial(params=params, distributions=distributions, value=t["value"])
@@ -533,13 +535,13 @@ def test_columns_that_an_export_lacks_are_not_missed(tmp_path: Path) -> None:
 
 
 def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
-    from reports.evidence.pages import from_log
+    from reports.evidence.pages import failures_in_log
 
     (tmp_path / "b.md").write_text("- [Deeper](deep.md) was **slower**.\n- Wider was better.\n")
     (tmp_path / "a.md").write_text("- The run\n  diverged.\n")
-    assert from_log(tmp_path) == ["The run diverged.", "Deeper was slower."]
-    assert from_log(tmp_path / "b.md") == ["Deeper was slower."]
-    assert from_log(cli.LOG)
+    assert failures_in_log(tmp_path) == ["The run diverged.", "Deeper was slower."]
+    assert failures_in_log(tmp_path / "b.md") == ["Deeper was slower."]
+    assert failures_in_log(cli.LOG)
 
 
 # -- the pages
@@ -744,9 +746,9 @@ def test_pages_outline_and_properties(pages: Path) -> None:
 def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
     from reportlab.pdfbase.pdfmetrics import stringWidth
 
-    from reports.evidence.pdf import fonts
+    from reports.evidence.pdf import register_fonts
 
-    fonts()
+    register_fonts()
     found = words(pages / "report.pdf")
     assert len(found) > 300
     for page, text, x, y, size in found:
@@ -819,7 +821,12 @@ def test_what_has_no_data_is_said(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(of(runs, "grown")[1])
     cli.write(load.gather([], runs), tmp_path / "r.pdf", "t")
     text = " ".join(text_of(tmp_path / "r.pdf").split())
-    for left_out in ("ablation (needs", "studies (no export", "growth (no run changed", "samples (not asked"):
+    for left_out in (
+        "ablation (needs",
+        "studies (no export",
+        "growth (no run has growth ops",
+        "samples (not requested",
+    ):
         assert left_out in text
     assert "Ablation" not in text
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evidence import STEPS, failing, make_evidence, make_recipe, make_run, make_study, make_trial, score
+from evidence import STEPS, failing, make_data, make_recipe, make_run, make_study, make_trial, score
 
 from mainrun import stats
 from reports.evidence import findings, tables
-from reports.evidence.load import Evidence, Recipe
+from reports.evidence.load import ReportData, Recipe
 
 MINUS = "\N{MINUS SIGN}"
 BASE = {1: 2.00, 2: 2.01, 3: 2.02}
@@ -21,9 +21,7 @@ T2, T4 = 4.302653, 2.776445  # Student's t at 97.5% with 2 and 4 degrees of free
 
 
 def claim(base: dict[int, float], other: dict[int, float]) -> findings.Claim:
-    return findings.claim(
-        make_evidence(make_recipe("baseline", base), make_recipe("optimized", other, OTHER))
-    )
+    return findings.claim(make_data(make_recipe("baseline", base), make_recipe("optimized", other, OTHER)))
 
 
 # -- the claim
@@ -78,7 +76,7 @@ def test_a_claim_at_its_edges(
     d: Any = SimpleNamespace(mean=mean, interval=interval, seeds=(1, 2), paired=True, n_a=2, n_b=2)
     noise: Any = None if floor is None else SimpleNamespace(floor=floor)
     monkeypatch.setattr(stats, "difference", lambda a, b: d)
-    e = make_evidence(make_recipe("baseline", {1: 2.0}), make_recipe("optimized", {1: 1.9}))
+    e = make_data(make_recipe("baseline", {1: 2.0}), make_recipe("optimized", {1: 1.9}))
     e.__dict__["noise"] = noise
     found = findings.claim(e)
     assert found.kind == kind and found.difference is d
@@ -143,9 +141,9 @@ def test_no_claim_says_the_seeds(
 
 
 def test_no_claim_without_two_recipes() -> None:
-    none = findings.claim(make_evidence())
+    none = findings.claim(make_data())
     assert (none.kind, none.difference) == ("no claim", None) and "no run" in none.text
-    one = findings.claim(make_evidence(make_recipe("baseline", BASE)))
+    one = findings.claim(make_data(make_recipe("baseline", BASE)))
     assert (one.kind, one.difference) == ("no claim", None) and "baseline is the only recipe" in one.text
 
 
@@ -155,7 +153,7 @@ def test_no_claim_for_a_recipe_that_failed(which: str) -> None:
     recipes = [make_recipe(name, BASE, guards=guards[name]) for name in guards]
     bad = recipes[list(guards).index(which)]
     bad.runs[1].summary["guards"] = failing(name="targets_unseen")
-    found = findings.claim(make_evidence(*recipes))
+    found = findings.claim(make_data(*recipes))
     assert (found.kind, found.difference) == ("no claim", None)
     assert (
         found.text
@@ -165,13 +163,16 @@ def test_no_claim_for_a_recipe_that_failed(which: str) -> None:
 
 def test_how_seeds_are_counted() -> None:
     assert (
-        findings.seeds(1) == "one seed" and findings.seeds(2) == "2 seeds" and findings.seeds(0) == "0 seeds"
+        findings.count_seeds(1) == "one seed"
+        and findings.count_seeds(2) == "2 seeds"
+        and findings.count_seeds(0) == "0 seeds"
     )
     assert (
-        findings.how(stats.difference({1: 1.0, 2: 1.1, 5: 1.2}, {1: 1.0, 2: 1.2, 6: 1.0})) == "2 paired seeds"
+        findings.describe_seeds(stats.difference({1: 1.0, 2: 1.1, 5: 1.2}, {1: 1.0, 2: 1.2, 6: 1.0}))
+        == "2 paired seeds"
     )
     assert (
-        findings.how(stats.difference({1: 1.0, 2: 1.1}, {3: 1.0, 4: 1.2, 5: 1.1}))
+        findings.describe_seeds(stats.difference({1: 1.0, 2: 1.1}, {3: 1.0, 4: 1.2, 5: 1.1}))
         == "2 and 3 seeds, not paired"
     )
 
@@ -190,7 +191,7 @@ def test_the_cost_is_in_ratios_of_means() -> None:
         {"flops": 2e12, "params": 1000, "seconds": 10.0}, {"flops": 3e12, "params": 2500, "seconds": 12.0}
     )
     b.runs[1].summary.update(flops=5e12, seconds=13.0, params=9)
-    said = findings.cost(make_evidence(a, b))
+    said = findings.cost(make_data(a, b))
     assert said == (
         "optimized takes 2.00 times the FLOPs (4e12 against 2e12), 2.50 times the parameters (2,500 against 1,000) "
         "and 1.25 times the time (12.5 s against 10.0 s) of baseline."
@@ -200,7 +201,7 @@ def test_the_cost_is_in_ratios_of_means() -> None:
 def test_what_failed_a_guard_costs_nothing() -> None:
     a, b = pair(other={"flops": 4e9})
     b.runs[0].summary.update(flops=1e15, seconds=1e6, guards=failing())
-    said = findings.cost(make_evidence(a, b))
+    said = findings.cost(make_data(a, b))
     assert "2.00 times the FLOPs" in said and "1.00 times the time" in said
 
 
@@ -210,9 +211,9 @@ def test_no_cost_without_two_recipes(missing: str) -> None:
         {"guards": failing()} if missing == "base failed" else None,
         {"guards": failing()} if missing == "failed" else None,
     )
-    others = {"both": make_evidence(), "other": make_evidence(a), "base": Evidence((b,), (), None, b)}
-    e = others.get(missing, make_evidence(a, b))
-    assert findings.cost(e).startswith("Cost: there are no two recipes")
+    others = {"both": make_data(), "other": make_data(a), "base": ReportData((b,), (), None, b)}
+    e = others.get(missing, make_data(a, b))
+    assert findings.cost(e).startswith("Cost: not compared")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_busy_machine_is_noticed(which: int, seconds: tuple[float, float], rat
     recipes = pair()
     for run, took in zip(recipes[which].runs, seconds, strict=True):
         run.summary["seconds"] = took
-    said = findings.cost(make_evidence(*recipes))
+    said = findings.cost(make_data(*recipes))
     assert ("busy" in said) == (ratio is not None) and "the time (" in said
     if ratio:
         assert f"up to {ratio} times as long" in said
@@ -251,7 +252,7 @@ def test_time_is_compared_on_one_machine(which: int, key: str, value: Any, compa
     recipes = pair()
     run = recipes[which].runs[1]
     run.summary["machine_class"] = run.summary["machine_class"] | {key: value}
-    said = findings.cost(make_evidence(*recipes))
+    said = findings.cost(make_data(*recipes))
     assert ("the time (" in said) == compared
     assert ("on different machines" in said) == (not compared)
 
@@ -259,7 +260,7 @@ def test_time_is_compared_on_one_machine(which: int, key: str, value: Any, compa
 def test_a_run_that_failed_on_another_machine_does_not_count() -> None:
     recipes = pair()
     recipes[1].runs[1].summary.update(machine_class={"device": "cuda"}, guards=failing())
-    assert "the time (" in findings.cost(make_evidence(*recipes))
+    assert "the time (" in findings.cost(make_data(*recipes))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_time_is_not_compared_over_steps_from_the_store(reused: tuple[int, int],
         recipe.runs[1].summary["ledger"] = {"reused": n}
         del recipe.runs[0].summary["ledger"]
         recipe.runs[0].summary["machine_class"] = {"device": recipe.name}
-    said = findings.cost(make_evidence(*recipes))
+    said = findings.cost(make_data(*recipes))
     assert ("the time (" in said) is False and ("machines" in said) == (not named)
     if named:
         assert f"since {named} took steps from the store" in said
@@ -284,7 +285,7 @@ LADDER = ("ablation:baseline", "ablation:size", "ablation:bfloat16", "ablation:a
 
 
 def ladder(*scores: dict[int, float]) -> Any:
-    return make_evidence(
+    return make_data(
         *(
             make_recipe(name, fulls, {"lr": 0.001 * (i + 1)})
             for i, (name, fulls) in enumerate(zip(LADDER, scores, strict=False))
@@ -294,7 +295,7 @@ def ladder(*scores: dict[int, float]) -> Any:
 
 def test_the_best_step_is_named_with_what_backs_it() -> None:
     e = ladder({1: 3.0, 2: 3.01}, {1: 2.5, 2: 2.51}, {1: 2.5, 2: 2.512}, {1: 2.6, 2: 2.61})
-    (said,) = findings.ablated(e)
+    (said,) = findings.ablation_sentences(e)
     assert said.startswith(
         f"Of the 3 steps from baseline to adamw, size lowers full most ({MINUS}0.5000, better); "
     )
@@ -304,12 +305,12 @@ def test_the_best_step_is_named_with_what_backs_it() -> None:
 
 
 def test_the_best_step_is_the_one_that_lowers_most_not_the_lowest() -> None:
-    (said,) = findings.ablated(ladder({1: 3.0, 2: 3.01}, {1: 2.5, 2: 2.51}, {1: 2.3, 2: 2.31}))
+    (said,) = findings.ablation_sentences(ladder({1: 3.0, 2: 3.01}, {1: 2.5, 2: 2.51}, {1: 2.3, 2: 2.31}))
     assert f"size lowers full most ({MINUS}0.5000" in said
 
 
 def test_no_step_lowers_full() -> None:
-    (said,) = findings.ablated(ladder({1: 2.0, 2: 2.01}, {1: 2.0, 2: 2.01}, {1: 2.5, 2: 2.51}))
+    (said,) = findings.ablation_sentences(ladder({1: 2.0, 2: 2.01}, {1: 2.0, 2: 2.01}, {1: 2.5, 2: 2.51}))
     assert (
         said.startswith("None of the 2 steps from baseline to bfloat16 lowers full; ")
         and "1 of 2 changes" in said
@@ -317,12 +318,12 @@ def test_no_step_lowers_full() -> None:
 
 
 def test_several_steps_within_noise() -> None:
-    (said,) = findings.ablated(ladder({1: 2.0, 2: 2.1}, {1: 2.0, 2: 2.11}, {1: 2.01, 2: 2.1}))
+    (said,) = findings.ablation_sentences(ladder({1: 2.0, 2: 2.1}, {1: 2.0, 2: 2.11}, {1: 2.01, 2: 2.1}))
     assert "0 of 2 changes are backed" in said and "2 are within noise" in said
 
 
 def test_one_seed_a_step_backs_nothing() -> None:
-    (said,) = findings.ablated(ladder({1: 2.0}, {1: 1.9}, {1: 1.7}))
+    (said,) = findings.ablation_sentences(ladder({1: 2.0}, {1: 1.9}, {1: 1.7}))
     assert (
         f"bfloat16 lowers full most ({MINUS}0.2000, no claim: one seed)" in said
         and "none of the changes is backed" in said
@@ -330,7 +331,7 @@ def test_one_seed_a_step_backs_nothing() -> None:
 
 
 def test_no_ladder_no_sentence() -> None:
-    assert list(findings.ablated(make_evidence(make_recipe("baseline", BASE)))) == []
+    assert list(findings.ablation_sentences(make_data(make_recipe("baseline", BASE)))) == []
 
 
 # -- a study
@@ -338,19 +339,19 @@ def test_no_ladder_no_sentence() -> None:
 
 def test_a_study_says_what_it_has() -> None:
     bare = make_study(make_trial(0), make_trial(1))
-    assert findings.searched(bare) == "The study lr has 2 trials."
+    assert findings.study_sentence(bare) == "The study lr has 2 trials."
     lost = make_study(make_trial(0), make_trial(1, None, "diverged"), make_trial(2, 1.0, "failed"))
-    assert findings.searched(lost) == "The study lr has 3 trials, 2 of them without a value."
+    assert findings.study_sentence(lost) == "The study lr has 3 trials, 2 of them without a value."
     told = make_study(make_trial(0), claim="trial 0 wins", importance={"lr": 0.25, "beta": 0.7512, "wd": 0.3})
     told.facts["ledger"] = {"asked": 4000, "trained": 3000}
-    assert findings.searched(told) == (
-        "The study lr has 1 trials: trial 0 wins; beta matters most (importance 0.751); of 4,000 steps asked for, 3,000 were trained."
+    assert findings.study_sentence(told) == (
+        "The study lr has 1 trials: trial 0 wins; beta matters most (importance 0.751); of 4,000 steps requested, 3,000 were trained."
     )
 
 
 @pytest.mark.parametrize("ledger", [{"asked": 0, "trained": 0}, {"asked": 10}, {"trained": 10}])
 def test_steps_are_said_where_both_are_known(ledger: dict[str, float]) -> None:
-    assert "steps" not in findings.searched(make_study(make_trial(0), ledger=ledger))
+    assert "steps" not in findings.study_sentence(make_study(make_trial(0), ledger=ledger))
 
 
 # -- what the official score covers
@@ -368,7 +369,7 @@ def test_steps_are_said_where_both_are_known(ledger: dict[str, float]) -> None:
 )
 def test_the_lowest_coverage_decides(coverages: tuple[float, float], kind: str) -> None:
     runs = [make_run(seed=seed, last=score(coverage=share)) for seed, share in enumerate(coverages, 1)]
-    said = findings.covered(make_evidence(Recipe("baseline", tuple(runs))))
+    said = findings.coverage_sentence(make_data(Recipe("baseline", tuple(runs))))
     worst = min(range(2), key=lambda i: coverages[i])
     assert f"{100 * coverages[worst]:.1f}%" in said
     assert (runs[worst].id in said and "under 97%" in said and "not compared" in said) == (kind == "low")
@@ -378,13 +379,13 @@ def test_the_lowest_coverage_decides(coverages: tuple[float, float], kind: str) 
 @pytest.mark.parametrize("early", [0, 1, 2])
 def test_runs_that_were_better_before_their_end(early: int) -> None:
     runs = [make_run(seed=seed, best=score(step=STEPS - 1 if seed <= early else STEPS)) for seed in (1, 2)]
-    said = findings.covered(make_evidence(Recipe("baseline", tuple(runs))))
+    said = findings.coverage_sentence(make_data(Recipe("baseline", tuple(runs))))
     assert (f"{early} of 2 runs scored lower before their end" in said) == (early > 0)
     assert ("no step was chosen" in said) == (early == 0)
 
 
 def test_without_runs_nothing_is_covered() -> None:
-    assert findings.covered(make_evidence()) == "No run was given, so no score is reported."
+    assert findings.coverage_sentence(make_data()) == "No run was given, so no score is reported."
 
 
 # -- all three
@@ -395,9 +396,9 @@ def test_the_third_finding_is_the_first_there_is() -> None:
     steps = ladder({1: 2.0}, {1: 1.9}, {1: 1.7}).recipes
     runs = (make_recipe("baseline", BASE), make_recipe("optimized", GAIN))
     for e, said in (
-        (make_evidence(*runs), findings.covered(make_evidence(*runs))),
-        (make_evidence(*runs, studies=(study,)), findings.searched(study)),
-        (make_evidence(*runs, *steps, studies=(study,)), "Of the 2 steps from baseline to bfloat16, "),
+        (make_data(*runs), findings.coverage_sentence(make_data(*runs))),
+        (make_data(*runs, studies=(study,)), findings.study_sentence(study)),
+        (make_data(*runs, *steps, studies=(study,)), "Of the 2 steps from baseline to bfloat16, "),
     ):
         first, second, third = findings.findings(e)
         assert first == findings.claim(e).text and second == findings.cost(e) and third.startswith(said)

@@ -17,7 +17,7 @@ from evidence import (
     edit,
     edit_rows,
     failing,
-    make_evidence,
+    make_data,
     make_recipe,
     make_rows,
     make_run,
@@ -30,7 +30,7 @@ from mainrun import stats
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import RunError
 from reports.evidence import load
-from reports.evidence.load import Evidence, Recipe, Run
+from reports.evidence.load import ReportData, Recipe, Run
 
 OPS = [
     {"name": "set_dropout", "value": 0.0, "trigger": {"step": 1}},
@@ -144,10 +144,10 @@ def test_the_folder_of_a_study_means_its_export(tmp_path: Path) -> None:
 def test_what_is_nowhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = refusal(tmp_path / "empty", "nothing", out=tmp_path)
-    assert said.startswith("2 things keep the report from being written:\n")
+    assert said.startswith("2 problems prevent the report:\n")
     assert f"{tmp_path / 'empty'} holds no run and no exported study" in said and "no run 'nothing'" in said
     one = refusal("nothing", out=tmp_path)
-    assert "things keep" not in one and one.startswith("no run 'nothing'")
+    assert "problems" not in one and one.startswith("no run 'nothing'")
 
 
 def test_what_a_run_holds(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_plan_that_cannot_have_been(
 @pytest.mark.parametrize("name", ["trial", "state", "value"])
 def test_trials_without_a_column(tmp_path: Path, name: str) -> None:
     write_study(tmp_path / "lr", [{k: v for k, v in make_trial(0).items() if k != name}])
-    assert "is not as `mainrun sweep export` writes it" in refusal(tmp_path)
+    assert "is not in the format of `mainrun sweep export`" in refusal(tmp_path)
 
 
 def test_a_study_may_have_no_trials(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_study_may_have_no_trials(tmp_path: Path) -> None:
         pyarrow.table({"other": pyarrow.array([], pyarrow.int64())}), study / "trials.parquet"
     )
     (read,) = load.gather([], tmp_path).studies
-    assert read.trials == [] and read.searched == [] and read.whole == []
+    assert read.trials == [] and read.searched_fields == [] and read.completed == []
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_other_titles_are_refused(tmp_path: Path, what: str) -> None:
     said = refusal(tmp_path)
     first = run.summary["fingerprints"][what][:12]
     assert (
-        f"the {what} fingerprint is not one: " in said
+        f"the inputs differ in their {what} fingerprint: " in said
         and f"{first}: {run.id}" in said
         and f"{'f' * 12}: {other.id}" in said
     )
@@ -400,7 +400,7 @@ def test_another_geometry_is_refused(tmp_path: Path) -> None:
         write_run(tmp_path, one)
     said = refusal(tmp_path)
     assert (
-        "the evaluation geometry is not one: " in said
+        "the inputs differ in their evaluation geometry: " in said
         and f"8x16: {run.id}" in said
         and f"4x16: {other.id}" in said
     )
@@ -410,9 +410,9 @@ def test_another_geometry_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"fingerprints": {"val": "f" * 64}}, "the val fingerprint is not one: "),
-        ({"fingerprints": {"corpus": "f" * 64}}, "the corpus fingerprint is not one: "),
-        ({"geometry": [4, 16]}, "the evaluation geometry is not one: "),
+        ({"fingerprints": {"val": "f" * 64}}, "the inputs differ in their val fingerprint: "),
+        ({"fingerprints": {"corpus": "f" * 64}}, "the inputs differ in their corpus fingerprint: "),
+        ({"geometry": [4, 16]}, "the inputs differ in their evaluation geometry: "),
         ({"fingerprints": {"val": "b" * 64}, "geometry": [8, 16]}, ""),
         ({"fingerprints": {"val": None}}, ""),
         ({}, ""),
@@ -436,11 +436,11 @@ def test_of_many_runs_four_are_named(tmp_path: Path) -> None:
     assert "and 2 more" in refusal(tmp_path)
     names = list("abcdef")
     assert (
-        load.few(names) == "a, b, c, d and 2 more"
-        and load.few(names[:4]) == "a, b, c, d"
-        and load.few([]) == ""
+        load.shorten(names) == "a, b, c, d and 2 more"
+        and load.shorten(names[:4]) == "a, b, c, d"
+        and load.shorten([]) == ""
     )
-    assert load.few(names, 5) == "a, b, c, d, e and 1 more"
+    assert load.shorten(names, 5) == "a, b, c, d, e and 1 more"
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     study = write_study(tmp_path / "lr")
     (study / "study.json").unlink()
     said = refusal(tmp_path).splitlines()
-    assert said[0] == "3 things keep the report from being written:" and len(said) == 4
+    assert said[0] == "3 problems prevent the report:" and len(said) == 4
 
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / make_run(seed=seed).id, tmp_path / f"again-{seed}")
     said = refusal(tmp_path)
     assert (
-        said.splitlines()[1].startswith("seed 1 of baseline is there more than once (")
+        said.splitlines()[1].startswith("seed 1 of baseline was given more than once (")
         and "seed 3 of baseline" in said
     )
     first = said.splitlines()[1]
@@ -474,7 +474,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
 
 
 def named(*runs: Run) -> list[tuple[str, list[int]]]:
-    return [(recipe.name, [run.cfg.seed for run in recipe.runs]) for recipe in load._recipes(runs)]
+    return [(recipe.name, [run.cfg.seed for run in recipe.runs]) for recipe in load._group_into_recipes(runs)]
 
 
 def test_runs_that_differ_by_their_seed_are_a_recipe() -> None:
@@ -530,7 +530,7 @@ def test_recipes_of_one_preset_are_told_apart_by_what_differs(
 
 
 def test_what_makes_a_recipe() -> None:
-    names = load.fields(make_run().cfg)
+    names = load.recipe_fields(make_run().cfg)
     left_out = {name for name in TrainConfig.model_fields if name not in names}
     assert left_out == {
         "seed",
@@ -542,15 +542,19 @@ def test_what_makes_a_recipe() -> None:
 def test_a_run_that_failed_is_no_score() -> None:
     recipe = make_recipe("baseline", {1: 2.0, 2: 3.0})
     recipe.runs[0].summary["guards"] = failing()
-    assert recipe.scores == {2: 3.0} and recipe.good == recipe.runs[1:] and recipe.cfg == recipe.runs[0].cfg
-    assert recipe.runs[0].failed == ["causality"] and recipe.runs[1].failed == []
+    assert (
+        recipe.scores == {2: 3.0}
+        and recipe.valid_runs == recipe.runs[1:]
+        and recipe.cfg == recipe.runs[0].cfg
+    )
+    assert recipe.runs[0].failed_guards == ["causality"] and recipe.runs[1].failed_guards == []
 
 
 # -- the headline
 
 
 def headline(*recipes: Recipe) -> tuple[str | None, str | None, str]:
-    base, other, chosen = load._headline(recipes)
+    base, other, chosen = load._select_pair(recipes)
     return base and base.name, other and other.name, chosen
 
 
@@ -592,13 +596,13 @@ def test_of_baselines_the_one_with_most_seeds_counts() -> None:
 def test_the_noise_is_between_the_seeds_of_a_recipe() -> None:
     a = make_recipe("baseline", {1: 2.0, 2: 2.2})
     b = make_recipe("optimized", {1: 1.0, 2: 1.1, 3: 1.2}, {"lr": 0.02})
-    assert make_evidence(a, b).noise == stats.noise([[2.0, 2.2], [1.0, 1.1, 1.2]])
-    assert make_evidence(a).noise == stats.noise([[2.0, 2.2]])
-    assert make_evidence(make_recipe("baseline", {1: 2.0})).noise is None and make_evidence().noise is None
+    assert make_data(a, b).noise == stats.noise([[2.0, 2.2], [1.0, 1.1, 1.2]])
+    assert make_data(a).noise == stats.noise([[2.0, 2.2]])
+    assert make_data(make_recipe("baseline", {1: 2.0})).noise is None and make_data().noise is None
     same = make_recipe("same", {1: 2.0, 2: 2.2})
-    assert make_evidence(a, same).noise == stats.noise([[2.0, 2.2]])
+    assert make_data(a, same).noise == stats.noise([[2.0, 2.2]])
     more = make_recipe("same", {3: 2.4})
-    assert make_evidence(a, more).noise == stats.noise([[2.0, 2.2, 2.4]])
+    assert make_data(a, more).noise == stats.noise([[2.0, 2.2, 2.4]])
 
 
 def steps(*names: str, **changes: Any) -> list[Recipe]:
@@ -618,14 +622,14 @@ def steps(*names: str, **changes: Any) -> list[Recipe]:
     ],
 )
 def test_a_ladder_is_in_the_order_of_its_preset(given: tuple[str, ...], ordered: list[str]) -> None:
-    e = make_evidence(make_recipe("baseline", {1: 2.0}), *steps(*given))
+    e = make_data(make_recipe("baseline", {1: 2.0}), *steps(*given))
     assert [recipe.cfg.preset.removeprefix("ablation:") for recipe in e.ladder] == ordered
 
 
 def test_a_step_that_failed_is_no_step() -> None:
     good, bad = steps("baseline", "size", "adamw"), steps("bfloat16", guards=failing())
-    assert len(make_evidence(*good, *bad).ladder) == 3
-    assert make_evidence(*good[:2], *bad).ladder == []
+    assert len(make_data(*good, *bad).ladder) == 3
+    assert make_data(*good[:2], *bad).ladder == []
 
 
 def test_a_pair_of_presets_is_no_ladder() -> None:
@@ -633,7 +637,7 @@ def test_a_pair_of_presets_is_no_ladder() -> None:
         make_recipe(f"demo:{name}", {1: 2.0}, {"lr": lr})
         for name, lr in (("baseline", 0.1), ("optimized", 0.2), ("other", 0.3))
     ]
-    assert make_evidence(*pair).ladder == []
+    assert make_data(*pair).ladder == []
 
 
 @pytest.mark.parametrize(
@@ -702,9 +706,9 @@ def test_the_ops_of_a_run_without_a_journal_are_those_of_its_plan() -> None:
 
 
 def test_the_runs_of_the_evidence() -> None:
-    e = make_evidence(make_recipe("baseline", {1: 2.0, 2: 2.0}), make_recipe("grown", {1: 2.0}))
+    e = make_data(make_recipe("baseline", {1: 2.0, 2: 2.0}), make_recipe("grown", {1: 2.0}))
     assert [run.cfg.preset for run in e.runs] == ["baseline", "baseline", "grown"]
-    assert Evidence((), ()).chosen == "" and Evidence((), ()).baseline is None
+    assert ReportData((), ()).selection == "" and ReportData((), ()).baseline is None
 
 
 # -- a study
@@ -712,13 +716,16 @@ def test_the_runs_of_the_evidence() -> None:
 
 @pytest.mark.parametrize("state", ["fail", "failed", "error", "diverged", "FAIL", "TrialState.FAIL"])
 def test_a_trial_that_failed(state: str) -> None:
-    assert load.bad(make_trial(0, state=state)) and make_study(make_trial(0, state=state)).done == []
+    assert load.is_failed(make_trial(0, state=state)) and make_study(make_trial(0, state=state)).scored == []
 
 
 @pytest.mark.parametrize("state", ["done", "complete", "TrialState.COMPLETE", "pruned", "running", ""])
 def test_a_trial_that_did_not(state: str) -> None:
-    assert not load.bad(make_trial(0, state=state)) and len(make_study(make_trial(0, state=state)).done) == 1
-    assert make_study(make_trial(0, None, state=state)).done == [] and load.state({}) == ""
+    assert (
+        not load.is_failed(make_trial(0, state=state))
+        and len(make_study(make_trial(0, state=state)).scored) == 1
+    )
+    assert make_study(make_trial(0, None, state=state)).scored == [] and load.trial_state({}) == ""
 
 
 @pytest.mark.parametrize("state", ["complete", "completed", "done", "TrialState.COMPLETE"])
@@ -729,15 +736,19 @@ def test_trials_that_were_trained_to_the_end(state: str) -> None:
         make_trial(2, None, state),
         make_trial(3, 9.0, "failed"),
     )
-    assert [t["trial"] for t in study.whole] == [0] and [t["trial"] for t in study.stopped] == [1]
+    assert [t["trial"] for t in study.completed] == [0] and [t["trial"] for t in study.stopped] == [1]
 
 
 def test_without_a_state_the_highest_rung_was_trained_to_the_end() -> None:
     trials = [make_trial(i, 1.0, "pruned", rung=rung) for i, rung in enumerate((0, 2, None, 2, 1))]
     study = make_study(*trials, make_trial(9, None, "pruned", rung=7))
-    assert [t["trial"] for t in study.whole] == [1, 3] and [t["trial"] for t in study.stopped] == [0, 2, 4]
+    assert [t["trial"] for t in study.completed] == [1, 3] and [t["trial"] for t in study.stopped] == [
+        0,
+        2,
+        4,
+    ]
     flat = make_study(*(make_trial(i, 1.0, "pruned") for i in range(2)))
-    assert len(flat.whole) == 2 and flat.stopped == [] and make_study().whole == []
+    assert len(flat.completed) == 2 and flat.stopped == [] and make_study().completed == []
 
 
 def test_the_fields_that_a_study_searched() -> None:
@@ -750,9 +761,9 @@ def test_the_fields_that_a_study_searched() -> None:
         ),
     ]
     assert (
-        make_study(*trials).searched == ["lr"]
-        and make_study().searched == []
-        and make_study(trials[0]).searched == []
+        make_study(*trials).searched_fields == ["lr"]
+        and make_study().searched_fields == []
+        and make_study(trials[0]).searched_fields == []
     )
 
 

@@ -83,7 +83,7 @@ def rungs(study: Study) -> list[RungValues]:
     """Return the rungs below the last one that at least three of the trials trained to the end have."""
     scores: list[dict[int, float]] = []
     top = 0
-    for trial in study.whole:
+    for trial in study.completed:
         if trial.get("scores"):
             by_rung = {int(rung): float(score) for rung, score in json.loads(trial["scores"]).items()}
             scores.append(by_rung)
@@ -167,11 +167,11 @@ def ped_anova(study: Study) -> dict[str, float]:
     The shares sum to 1. Empty if there are too few trials, or if no field sets the best ones apart.
     """
     scales: dict[str, Scale] = {}
-    for field in study.searched:
-        active = with_field(study.whole, field)
+    for field in study.searched_fields:
+        active = with_field(study.completed, field)
         if len(active) >= FEWEST:
             scales[field] = Scale.of(settings(active, field))
-    if not scales or len(set(values(study.whole))) < 2:
+    if not scales or len(set(values(study.completed))) < 2:
         return {}
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -199,7 +199,7 @@ def optuna_trials(study: Study, scales: Mapping[str, Scale]) -> list[optuna.tria
 
     distributions = {field: scale.distribution() for field, scale in scales.items()}
     trials = []
-    for trial in study.whole:
+    for trial in study.completed:
         params = {}
         for field, scale in scales.items():
             value = setting(trial, field)

@@ -16,7 +16,7 @@ from reports.evidence.figures.series import (
     steps,
     tokens,
 )
-from reports.evidence.load import Evidence
+from reports.evidence.load import ReportData
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ COSTS: dict[str, Series] = {
 }
 
 
-def caption(e: Evidence) -> str:
+def caption(e: ReportData) -> str:
     text = (
         "Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest"
         " to the highest."
@@ -41,7 +41,7 @@ def caption(e: Evidence) -> str:
     return f"{text} The first evaluations, of models that know nothing yet, may lie above the frame."
 
 
-def draw(e: Evidence) -> Figure | None:
+def draw(e: ReportData) -> Figure | None:
     drawn = coloured(e)
     if not drawn:
         return None

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
 from reports.evidence.figures.series import headline_pair
 from reports.evidence.figures.style import COLOURS, DASHES
-from reports.evidence.load import Evidence, Recipe, Run
+from reports.evidence.load import Recipe, ReportData, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def caption(_: Evidence) -> str:
+def caption(_: ReportData) -> str:
     return (
         "Loss in nats per token, one line per seed. The training loss includes dropout and is a mean over the"
         " steps before the evaluation, so it may well be above the validation loss. Tokens of two tokenizers"
@@ -22,7 +22,7 @@ def caption(_: Evidence) -> str:
     )
 
 
-def draw(e: Evidence) -> Figure | None:
+def draw(e: ReportData) -> Figure | None:
     pair = headline_pair(e)
     if not pair:
         return None
@@ -43,7 +43,7 @@ def draw_losses(axes: Axes, recipe: Recipe, colour: str) -> None:
     """Draw two lines per seed."""
     labels = ["train, mean since the last evaluation", "validation"]
     losses: list[float] = []
-    for run in recipe.good:
+    for run in recipe.valid_runs:
         steps, train = training_loss(run)
         val = [row["loss"] for row in run.evals if row["step"] in steps]
         axes.plot(steps, train, color=colour, linestyle=DASHES[1], label=labels[0])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from reports.evidence.figures.axes import format_ticks, panels, set_score_limits
 from reports.evidence.figures.series import column, full, steps
 from reports.evidence.figures.style import COLOURS, MOST, line_style
-from reports.evidence.load import Evidence, Run
+from reports.evidence.load import ReportData, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +19,9 @@ SIZES = (("params", "params"), ("flops_per_token", "FLOPs per token"))
 MARK: dict[str, Any] = {"color": "black", "linewidth": 0.7, "linestyle": (0, (2, 2))}
 
 
-def grown_runs(e: Evidence) -> list[Run]:
+def grown_runs(e: ReportData) -> list[Run]:
     """Return the first run of each recipe with growth ops."""
-    return [recipe.good[0] for recipe in e.recipes if recipe.good and recipe.good[0].ops]
+    return [recipe.valid_runs[0] for recipe in e.recipes if recipe.valid_runs and recipe.valid_runs[0].ops]
 
 
 def draw(run: Run) -> Figure:

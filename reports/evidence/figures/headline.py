@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
 from reports.evidence.figures.series import draw_recipe, full, full_scores, headline_pair, tokens
-from reports.evidence.load import Evidence
+from reports.evidence.load import ReportData
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def caption(_: Evidence) -> str:
+def caption(_: ReportData) -> str:
     return "Full score against the tokens trained; bands reach from the lowest to the highest seed."
 
 
-def draw(e: Evidence) -> Figure | None:
+def draw(e: ReportData) -> Figure | None:
     pair = headline_pair(e)
     if not pair:
         return None

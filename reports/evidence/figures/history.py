@@ -19,21 +19,21 @@ CAPTION = "The value of each trial at its highest rung, in the order of the tria
 
 
 def draw(study: Study) -> Figure | None:
-    if not study.done:
+    if not study.scored:
         return None
     figure, (axes,) = panels(2.2)
     kinds = (
         (GREY, "x", "stopped at a lower rung", study.stopped),
-        (COLOURS[0], "o", "trained to the end", study.whole),
+        (COLOURS[0], "o", "trained to the end", study.completed),
     )
     for colour, marker, label, trials in kinds:
         if trials:
             numbers = column(trials, "trial")
             axes.plot(numbers, values(trials), marker, color=colour, markerfacecolor="none", label=label)
-    lowest = np.minimum.accumulate(values(study.whole))
+    lowest = np.minimum.accumulate(values(study.completed))
     label = "the lowest of these so far"
-    axes.step(column(study.whole, "trial"), lowest, where="post", color=COLOURS[1], label=label)
-    set_score_limits(axes, values(study.done))
+    axes.step(column(study.completed, "trial"), lowest, where="post", color=COLOURS[1], label=label)
+    set_score_limits(axes, values(study.scored))
     axes.set(xlabel="trial", ylabel=objective(study))
     format_ticks(axes.xaxis, 8)
     format_ticks(axes.yaxis)

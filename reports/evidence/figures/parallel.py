@@ -22,8 +22,8 @@ BEST: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3}
 
 
 def draw(study: Study) -> Figure | None:
-    fields = by_importance(study.searched, importance(study))[:FIELDS]
-    trials = study.whole
+    fields = by_importance(study.searched_fields, importance(study))[:FIELDS]
+    trials = study.completed
     for field in fields:
         trials = with_field(trials, field)
     if len(fields) < 2 or len(trials) < 3:

@@ -24,7 +24,7 @@ from reports.evidence.figures import (
     slices,
     waterfall,
 )
-from reports.evidence.load import Evidence, Study
+from reports.evidence.load import ReportData, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +39,8 @@ TRAINING = "How they trained"
 @dataclass(frozen=True)
 class RunFigure:
     section: str
-    draw: Callable[[Evidence], Figure | None]
-    caption: Callable[[Evidence], str]
+    draw: Callable[[ReportData], Figure | None]
+    caption: Callable[[ReportData], str]
     title: str = ""
 
 
@@ -68,7 +68,7 @@ STUDY = {
 }
 
 
-def draw_all(e: Evidence) -> dict[str, Figure]:
+def draw_all(e: ReportData) -> dict[str, Figure]:
     """Draw every figure that the inputs have data for, by name. Call it inside `report_style`."""
     figures: dict[str, Figure | None] = {}
     for name, row in RUNS.items():

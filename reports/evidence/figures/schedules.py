@@ -9,7 +9,7 @@ import numpy as np
 from reports.evidence.figures.axes import add_legend, format_ticks, panels
 from reports.evidence.figures.series import coloured, thin
 from reports.evidence.figures.style import COLOURS, MARKERS, line_style
-from reports.evidence.load import Evidence, Run
+from reports.evidence.load import ReportData, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 TITLES = {"lr": "lr (of the matrices)", "weight_decay": "weight_decay"}
 
 
-def caption(_: Evidence) -> str:
+def caption(_: ReportData) -> str:
     return "The values at each step, from the plan that the run followed. Marks: growth ops."
 
 
-def draw(e: Evidence) -> Figure | None:
+def draw(e: ReportData) -> Figure | None:
     drawn = [(recipe, place) for recipe, place in coloured(e) if place is not None]
     if not drawn:
         return None
     figure, panel = panels(2.5, 1, len(TITLES))
     for axes, (name, title) in zip(panel, TITLES.items(), strict=True):
         for recipe, place in drawn:
-            draw_schedule(axes, recipe.good[0], name, place, recipe.name)
+            draw_schedule(axes, recipe.valid_runs[0], name, place, recipe.name)
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         format_ticks(axes.xaxis)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mainrun.stats import Mean
 from reports.evidence.figures.axes import format_ticks, panels, set_row_names
 from reports.evidence.figures.style import COLOURS
-from reports.evidence.load import Evidence, Recipe
+from reports.evidence.load import Recipe, ReportData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 ROWS = 24  # the best recipes
 
 
-def caption(_: Evidence) -> str:
+def caption(_: ReportData) -> str:
     return (
         "Every run that passed its guards, and the mean of each recipe with its interval (Student's t)."
         " An interval may be wider than the frame, mostly that of two seeds."
     )
 
 
-def draw(e: Evidence) -> Figure | None:
-    counted = [recipe for recipe in e.recipes if recipe.good]
+def draw(e: ReportData) -> Figure | None:
+    counted = [recipe for recipe in e.recipes if recipe.valid_runs]
     ranked = sorted(counted, key=lambda recipe: mean_score(recipe).mean)[:ROWS]
     if not ranked:
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reports.evidence.figures.style import COLOURS, MOST, line_style
-from reports.evidence.load import Evidence, Recipe, Run
+from reports.evidence.load import Recipe, ReportData, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def full_scores(recipes: Iterable[Recipe]) -> list[float]:
     """Every full score of some recipes, in no order."""
     scores: list[float] = []
     for recipe in recipes:
-        for run in recipe.good:
+        for run in recipe.valid_runs:
             scores += full(run)
     return scores
 
@@ -74,19 +74,19 @@ def thin(values: Sequence[Any]) -> list[Any]:
     return [*values[:-1:every], *values[-1:]]
 
 
-def headline_pair(e: Evidence) -> list[Recipe]:
+def headline_pair(e: ReportData) -> list[Recipe]:
     """The baseline and the optimised recipe, if they have runs that count."""
-    return [recipe for recipe in (e.baseline, e.optimised) if recipe is not None and recipe.good]
+    return [recipe for recipe in (e.baseline, e.optimised) if recipe is not None and recipe.valid_runs]
 
 
-def coloured(e: Evidence) -> list[tuple[Recipe, int | None]]:
+def coloured(e: ReportData) -> list[tuple[Recipe, int | None]]:
     """The recipes to draw, each with its place in the palette.
 
     The pair of the headline comes first in the palette. If there are too many recipes, the others are
     grey (None) and are drawn first, below the pair.
     """
     pair = headline_pair(e)
-    others = [recipe for recipe in e.recipes if recipe.good and recipe not in pair]
+    others = [recipe for recipe in e.recipes if recipe.valid_runs and recipe not in pair]
     if len(pair) + len(others) <= MOST:
         return list(zip([*pair, *others], range(MOST), strict=False))
     return [*zip(others, repeat(None), strict=False), *zip(pair, range(MOST), strict=False)]
@@ -100,14 +100,14 @@ def draw_recipe(axes: Axes, recipe: Recipe, x: Series, y: Series, place: int | N
     label = None
     if place is not None:
         label = recipe.name
-    schedules = {tuple(steps(run)) for run in recipe.good}
+    schedules = {tuple(steps(run)) for run in recipe.valid_runs}
     if len(schedules) > 1:
-        for run in recipe.good:
+        for run in recipe.valid_runs:
             axes.plot(x(run), y(run), label=label, **line_style(place))
             label = None
         return
-    xs = np.mean(list(map(x, recipe.good)), axis=0)
-    ys = np.array(list(map(y, recipe.good)))
+    xs = np.mean(list(map(x, recipe.valid_runs)), axis=0)
+    ys = np.array(list(map(y, recipe.valid_runs)))
     axes.plot(xs, ys.mean(axis=0), label=label, **line_style(place))
     if place is not None and len(ys) > 1:
         colour = COLOURS[place]

@@ -21,16 +21,16 @@ PANELS = 9
 
 
 def draw(study: Study) -> Figure | None:
-    present = [field for field in study.searched if with_field(study.done, field)]
+    present = [field for field in study.searched_fields if with_field(study.scored, field)]
     fields = by_importance(present, importance(study))[:PANELS]
-    if not fields or len(study.done) < 2:
+    if not fields or len(study.scored) < 2:
         return None
     columns = min(3, len(fields))
     rows = math.ceil(len(fields) / columns)
     figure, panel = panels(0.3 + 1.75 * rows, rows, columns, sharey=True)
     for axes, field in zip(panel, fields, strict=False):
         draw_field(axes, study, field)
-    set_score_limits(panel[0], values(study.done))
+    set_score_limits(panel[0], values(study.scored))
     for axes in panel[len(fields) :]:
         axes.set_visible(False)
     for axes in panel[::columns]:
@@ -41,7 +41,7 @@ def draw(study: Study) -> Figure | None:
 
 def draw_field(axes: Axes, study: Study, field: str) -> None:
     stopped = with_field(study.stopped, field)
-    whole = with_field(study.whole, field)
+    whole = with_field(study.completed, field)
     scale = Scale.of(settings(stopped + whole, field))
     if scale.log:
         axes.set_xscale("log")

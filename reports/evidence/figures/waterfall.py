@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 from mainrun.stats import Mean
 from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
 from reports.evidence.figures.style import COLOURS, GREY
-from reports.evidence.load import Evidence, ladder_scores
+from reports.evidence.load import ReportData, ladder_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def caption(_: Evidence) -> str:
+def caption(_: ReportData) -> str:
     return (
         "Each bar starts where the previous step ended. Blue lowers the score, orange raises it, grey is"
         " within the noise."
     )
 
 
-def draw(e: Evidence) -> Figure | None:
+def draw(e: ReportData) -> Figure | None:
     ladder = e.ladder
     if not ladder:
         return None
