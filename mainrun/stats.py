@@ -27,7 +27,7 @@ def t_quantile(p: float, df: float) -> float:
     return float(stdtrit(df, p))
 
 
-def half_width(error: float, df: float) -> float:
+def _half_width(error: float, df: float) -> float:
     """Return half the width of the interval around an estimate with this standard error."""
     return t_quantile((1 + LEVEL) / 2, df) * error
 
@@ -50,12 +50,12 @@ class Mean:
         return stdev(self.values)
 
     @property
-    def half(self) -> float | None:
+    def half_width(self) -> float | None:
         """Half the width of the interval of the mean."""
         n = len(self.values)
         if n < 2:
             return None
-        return half_width(stdev(self.values) / math.sqrt(n), n - 1)
+        return _half_width(stdev(self.values) / math.sqrt(n), n - 1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Difference:
     def interval(self) -> tuple[float, float] | None:
         if self.error is None:
             return None
-        half = half_width(self.error, self.df)
+        half = _half_width(self.error, self.df)
         return self.mean - half, self.mean + half
 
     @property
@@ -139,7 +139,7 @@ class Noise:
     @property
     def floor(self) -> float:
         """Two single runs of one recipe differ by less than this in 95 of 100 cases."""
-        return half_width(math.sqrt(2) * self.sd, self.df)
+        return _half_width(math.sqrt(2) * self.sd, self.df)
 
 
 def noise(groups: Iterable[Sequence[float]]) -> Noise | None:

@@ -247,7 +247,7 @@ def _recipe_row(recipe: Recipe) -> Row:
     mean: list[float | None] = [None, None, None]
     if valid:
         scores = stats.Mean(tuple(recipe.scores.values()))
-        mean = [scores.mean, scores.sd, scores.half]
+        mean = [scores.mean, scores.sd, scores.half_width]
     return [
         recipe.name,
         len(valid),

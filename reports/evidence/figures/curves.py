@@ -29,20 +29,20 @@ COSTS: dict[str, Series] = {
 }
 
 
-def caption(e: ReportData) -> str:
+def caption(data: ReportData) -> str:
     text = (
-        "Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest"
-        " to the highest."
+        "Full score of val against step, tokens, time and FLOPs: the mean of the seeds, with bands from the "
+        "lowest to the highest seed."
     )
-    if any(place is None for _, place in coloured(e)):
+    if any(place is None for _, place in coloured(data)):
         text += " Grey: the other recipes."
-    if any(run.summary.get("ledger", {}).get("reused") for run in e.runs):
-        text += " Steps from the store count with the time that they took when they were trained."
-    return f"{text} The first evaluations, of models that know nothing yet, may lie above the frame."
+    if any(run.summary.get("ledger", {}).get("reused") for run in data.runs):
+        text += " Steps from the store count with the time of their original training."
+    return f"{text} The first evaluations, of untrained models, may lie above the frame."
 
 
-def draw(e: ReportData) -> Figure | None:
-    drawn = coloured(e)
+def draw(data: ReportData) -> Figure | None:
+    drawn = coloured(data)
     if not drawn:
         return None
     figure, panel = panels(4.9, 2, 2, sharey=True)
@@ -51,7 +51,7 @@ def draw(e: ReportData) -> Figure | None:
             draw_recipe(axes, recipe, cost, full, place)
         axes.set_xlabel(name)
         format_ticks(axes.xaxis)
-    set_score_limits(panel[0], full_scores(e.recipes))
+    set_score_limits(panel[0], full_scores(data.recipes))
     for axes in panel[::2]:
         axes.set_ylabel("full, nats per character")
         format_ticks(axes.yaxis)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 def caption(_: ReportData) -> str:
     return (
-        "Loss in nats per token, one line per seed. The training loss includes dropout and is a mean over the"
-        " steps before the evaluation, so it may well be above the validation loss. Tokens of two tokenizers"
-        " are not comparable: read each panel alone."
+        "Loss in nats per token, one line per seed. Training losses include dropout and are averaged over "
+        "the steps before the evaluation, so they may be above validation. Tokens of different tokenizers "
+        "are not comparable: read each panel alone."
     )
 
 
-def draw(e: ReportData) -> Figure | None:
-    pair = headline_pair(e)
+def draw(data: ReportData) -> Figure | None:
+    pair = headline_pair(data)
     if not pair:
         return None
     figure, panel = panels(2.5, 1, len(pair))

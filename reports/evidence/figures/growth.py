@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CAPTION = "Dashed: the ops, by their numbers in the table. The first scores may lie above the frame."
+CAPTION = "Dashed: the ops, with their numbers in the table. The first scores may lie above the frame."
 AROUND = 40  # steps on each side of an op
 SIZES = (("params", "params"), ("flops_per_token", "FLOPs per token"))
 MARK: dict[str, Any] = {"color": "black", "linewidth": 0.7, "linestyle": (0, (2, 2))}
 
 
-def grown_runs(e: ReportData) -> list[Run]:
+def grown_runs(data: ReportData) -> list[Run]:
     """Return the first run of each recipe with growth ops."""
-    return [recipe.valid_runs[0] for recipe in e.recipes if recipe.valid_runs and recipe.valid_runs[0].ops]
+    return [recipe.valid_runs[0] for recipe in data.recipes if recipe.valid_runs and recipe.valid_runs[0].ops]
 
 
 def draw(run: Run) -> Figure:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def caption(_: ReportData) -> str:
-    return "Full score against the tokens trained; bands reach from the lowest to the highest seed."
+    return "Full score against the tokens trained. Bands reach from the lowest to the highest seed."
 
 
-def draw(e: ReportData) -> Figure | None:
-    pair = headline_pair(e)
+def draw(data: ReportData) -> Figure | None:
+    pair = headline_pair(data)
     if not pair:
         return None
     figure, (axes,) = panels(3.1)

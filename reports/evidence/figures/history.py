@@ -15,7 +15,7 @@ from reports.evidence.studies import objective, values
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTION = "The value of each trial at its highest rung, in the order of the trials."
+CAPTION = "Each trial's value at its highest rung, in the order of the trials."
 
 
 def draw(study: Study) -> Figure | None:

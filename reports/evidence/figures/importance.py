@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "How much each field matters, as exported; otherwise by PED-ANOVA over the trials that were trained to the"
-    " end: how far the settings of the best quarter differ from those of all trials. The shares sum to 1."
+    "How much each field decides the value, as exported. If the export has no importance: by PED-ANOVA, "
+    "which compares the settings of the best quarter with those of all trials that were trained to the end. "
+    "Its shares sum to 1."
 )
 ROWS = 16
 

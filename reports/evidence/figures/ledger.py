@@ -12,7 +12,7 @@ from reports.evidence.studies import ledger
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTION = "Steps: asked = trained + reused; wasted is part of trained."
+CAPTION = "Steps: asked = trained + reused. wasted is part of trained."
 BARS = {"asked": GREY, "trained": COLOURS[0], "reused": COLOURS[0], "wasted": COLOURS[1]}
 
 

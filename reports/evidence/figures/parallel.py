@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CAPTION = "Trials that were trained to the end and have all of these fields. The best tenth, at least one, is on top."
+CAPTION = (
+    "Trials that were trained to the end and have all of these fields. The best tenth, at least one trial, "
+    "is on top."
+)
 FIELDS = 8
 OTHERS: dict[str, Any] = {"color": GREY, "linewidth": 0.4}
 BEST: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3}

@@ -68,14 +68,14 @@ STUDY = {
 }
 
 
-def draw_all(e: ReportData) -> dict[str, Figure]:
+def draw_all(data: ReportData) -> dict[str, Figure]:
     """Draw every figure that the inputs have data for, by name. Call it inside `report_style`."""
     figures: dict[str, Figure | None] = {}
     for name, row in RUNS.items():
-        figures[name] = row.draw(e)
-    for i, run in enumerate(growth.grown_runs(e), 1):
+        figures[name] = row.draw(data)
+    for i, run in enumerate(growth.grown_runs(data), 1):
         figures[f"growth-{i}"] = growth.draw(run)
-    for i, study in enumerate(e.studies, 1):
+    for i, study in enumerate(data.studies, 1):
         for name, study_row in STUDY.items():
             figures[f"study-{i}-{name}"] = study_row.draw(study)
     return {name: figure for name, figure in figures.items() if figure is not None}

@@ -12,7 +12,7 @@ from reports.evidence.studies import rungs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTION = "The value at a rung against the value at the last rung, of the trials that reached both."
+CAPTION = "The value at a rung against the value at the last rung, for trials that reached the last rung."
 PANELS = 3  # the last rungs
 
 

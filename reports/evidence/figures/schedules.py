@@ -19,11 +19,14 @@ TITLES = {"lr": "lr (of the matrices)", "weight_decay": "weight_decay"}
 
 
 def caption(_: ReportData) -> str:
-    return "The values at each step, from the plan that the run followed. Marks: growth ops."
+    return (
+        "The learning rate and the weight decay of each step, by the plan that the run followed. "
+        "Marks: growth ops."
+    )
 
 
-def draw(e: ReportData) -> Figure | None:
-    drawn = [(recipe, place) for recipe, place in coloured(e) if place is not None]
+def draw(data: ReportData) -> Figure | None:
+    drawn = [(recipe, place) for recipe, place in coloured(data) if place is not None]
     if not drawn:
         return None
     figure, panel = panels(2.5, 1, len(TITLES))

@@ -18,14 +18,14 @@ ROWS = 24  # the best recipes
 
 def caption(_: ReportData) -> str:
     return (
-        "Every run that passed its guards, and the mean of each recipe with its interval (Student's t)."
-        " An interval may be wider than the frame, mostly that of two seeds."
+        "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
+        "An interval without an end mark continues outside the frame. Intervals of two seeds can be so wide."
     )
 
 
-def draw(e: ReportData) -> Figure | None:
-    counted = [recipe for recipe in e.recipes if recipe.valid_runs]
-    ranked = sorted(counted, key=lambda recipe: mean_score(recipe).mean)[:ROWS]
+def draw(data: ReportData) -> Figure | None:
+    counted = [recipe for recipe in data.recipes if recipe.valid_runs]
+    ranked = sorted(counted, key=lambda recipe: recipe.mean_score)[:ROWS]
     if not ranked:
         return None
     figure, (axes,) = panels(0.9 + 0.24 * len(ranked))
@@ -45,10 +45,6 @@ def draw(e: ReportData) -> Figure | None:
     return figure
 
 
-def mean_score(recipe: Recipe) -> Mean:
-    return Mean(tuple(recipe.scores.values()))
-
-
 def row_name(name: str) -> str:
     if len(name) < 40:
         return name
@@ -58,9 +54,9 @@ def row_name(name: str) -> str:
 def draw_row(axes: Axes, y: int, recipe: Recipe) -> None:
     scores = list(recipe.scores.values())
     axes.plot(scores, [y] * len(scores), "o", color=COLOURS[0], markerfacecolor="none", label="a run")
-    score = mean_score(recipe)
-    if score.half is None:
+    score = Mean(tuple(scores))
+    if score.half_width is None:
         return
     bar: dict[str, Any] = {"fmt": "|", "color": "black", "markersize": 6, "capsize": 2, "linewidth": 1}
-    line = axes.errorbar(score.mean, y + 0.28, xerr=score.half, **bar)
+    line = axes.errorbar(score.mean, y + 0.28, xerr=score.half_width, **bar)
     line.set_label("mean and 95% interval")

@@ -74,19 +74,19 @@ def thin(values: Sequence[Any]) -> list[Any]:
     return [*values[:-1:every], *values[-1:]]
 
 
-def headline_pair(e: ReportData) -> list[Recipe]:
+def headline_pair(data: ReportData) -> list[Recipe]:
     """The baseline and the optimised recipe, if they have runs that count."""
-    return [recipe for recipe in (e.baseline, e.optimised) if recipe is not None and recipe.valid_runs]
+    return [recipe for recipe in (data.baseline, data.optimised) if recipe is not None and recipe.valid_runs]
 
 
-def coloured(e: ReportData) -> list[tuple[Recipe, int | None]]:
+def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
     """The recipes to draw, each with its place in the palette.
 
     The pair of the headline comes first in the palette. If there are too many recipes, the others are
     grey (None) and are drawn first, below the pair.
     """
-    pair = headline_pair(e)
-    others = [recipe for recipe in e.recipes if recipe.valid_runs and recipe not in pair]
+    pair = headline_pair(data)
+    others = [recipe for recipe in data.recipes if recipe.valid_runs and recipe not in pair]
     if len(pair) + len(others) <= MOST:
         return list(zip([*pair, *others], range(MOST), strict=False))
     return [*zip(others, repeat(None), strict=False), *zip(pair, range(MOST), strict=False)]

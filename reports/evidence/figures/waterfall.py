@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 def caption(_: ReportData) -> str:
     return (
-        "Each bar starts where the previous step ended. Blue lowers the score, orange raises it, grey is"
-        " within the noise."
+        "Each step starts at the score of the step before it. Blue lowers the score, orange raises it, and "
+        "grey is within noise."
     )
 
 
-def draw(e: ReportData) -> Figure | None:
-    ladder = e.ladder
+def draw(data: ReportData) -> Figure | None:
+    ladder = data.ladder
     if not ladder:
         return None
     means = [Mean(tuple(scores.values())).mean for scores in ladder_scores(ladder)]
     floor = None
     whiskers = "one seed each: no noise floor"
-    if e.noise is not None:
-        floor = e.noise.floor
+    if data.noise is not None:
+        floor = data.noise.floor
         whiskers = "whiskers: the noise floor around the step before"
     figure, (axes,) = panels(0.8 + 0.25 * len(ladder))
     draw_start(axes, means[0])
