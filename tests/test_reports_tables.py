@@ -1,4 +1,4 @@
-"""The cells of each table, from rows made by hand: what is shown, rounded how, in which order, and what is red."""
+"""The tables of a report for hand-made runs: cells, rounding, order and red rows."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def heads(table: tables.Table | None) -> list[str]:
 
 
 def look(table: tables.Table | None) -> list[tuple[float, bool]]:
-    """The share of the width and the side of each column."""
+    """Return (share of the width, aligned right) of each column."""
     assert table is not None
     return [(column.share, column.right) for column in table.columns]
 
 
-# -- how a number is written
+# -- formats of numbers
 
 
 @pytest.mark.parametrize(
-    ("form", "value", "said"),
+    ("form", "value", "expected"),
     [
         (tables.fixed(4), 1.23456, "1.2346"),
         (tables.fixed(4), -1.23456, f"{MINUS}1.2346"),
@@ -82,11 +82,11 @@ def look(table: tables.Table | None) -> list[tuple[float, bool]]:
         (tables.setting, "adamw", "adamw"),
     ],
 )
-def test_how_a_value_is_written(form: tables.Format, value: Any, said: str) -> None:
-    assert form(value) == said
+def test_how_a_value_is_written(form: tables.Format, value: Any, expected: str) -> None:
+    assert form(value) == expected
 
 
-def test_numbers_stand_right_and_words_left() -> None:
+def test_numbers_are_aligned_right_and_words_left() -> None:
     sides = {
         form: tables.Column("x", form).right
         for form in (tables.text, tables.setting, tables.integer, tables.identifier)
@@ -95,7 +95,7 @@ def test_numbers_stand_right_and_words_left() -> None:
     assert tables.Column("x") == tables.Column("x", tables.text, 0.0)
 
 
-def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
+def test_the_csv_keeps_all_digits_and_the_cells_are_rounded(tmp_path: Path) -> None:
     columns = [tables.Column("a", tables.fixed(2)), tables.Column("b"), tables.Column("c", tables.setting)]
     table = tables.Table("x", "X", columns, [[1.23456, None, {"k": 1}], [2.0, "ü, z", ["y"]]])
     assert cells(table) == [["1.23", "", '{"k": 1}'], ["2.00", "ü, z", '["y"]']] and (
@@ -108,7 +108,7 @@ def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
         assert list(csv.reader(f)) == [["a", "b", "c"], ["1.23456", "", '{"k": 1}'], ["2.0", "ü, z", '["y"]']]
 
 
-def test_the_mean_of_nothing_is_none() -> None:
+def test_the_mean_without_runs_is_none() -> None:
     runs = [make_run(seed=seed, full=full) for seed, full in ((1, 1.0), (2, 2.0))]
     assert (
         tables.mean_of(runs, lambda run: run.full) == 1.5 and tables.mean_of([], lambda run: run.full) is None
@@ -147,14 +147,14 @@ def test_recipes() -> None:
     assert look(table) == [(0.25, False), *[(0.0, True)] * 9]
 
 
-def test_a_recipe_counts_its_good_runs_alone() -> None:
+def test_a_recipe_counts_only_its_valid_runs() -> None:
     mixed = make_recipe("baseline", {1: 2.0, 2: 2.2, 3: 0.1})
     mixed.runs[2].summary.update(guards=failing(), seconds=99.0, flops=9e15)
     (row,) = cells(tables.recipes(make_data(mixed)))
     assert row == ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.0000", "98.0", "1,000", "2e09", "10.0"]
 
 
-def test_recipes_without_a_good_run_come_last_in_their_order() -> None:
+def test_recipes_without_a_valid_run_come_last() -> None:
     red = [make_recipe(name, {1: 0.1}, guards=failing()) for name in ("grown", "staged")]
     table = tables.recipes(make_data(*red, make_recipe("baseline", {1: 2.0})))
     assert [row[0] for row in cells(table)] == ["baseline", "grown", "staged"]
@@ -165,7 +165,7 @@ def test_a_score_of_zero_is_the_lowest() -> None:
     assert [row[0] for row in cells(table)] == ["optimized", "baseline"]
 
 
-def test_a_recipe_all_from_the_store_has_no_time() -> None:
+def test_a_recipe_that_reused_all_runs_has_no_time() -> None:
     (row,) = cells(tables.recipes(make_data(make_recipe("baseline", {1: 2.0}, ledger={"reused": 4}))))
     assert row[-1] == ""
 
@@ -284,7 +284,7 @@ def test_the_ablation() -> None:
     assert look(table) == [(0.11, False), *[(0.0, True)] * 6, (0.12, False), (0.27, False)]
 
 
-def test_a_step_of_other_seeds_sets_no_seed() -> None:
+def test_the_seed_is_not_listed_as_a_change() -> None:
     steps = [
         make_recipe("ablation:baseline", {1: 3.0, 2: 3.0}, {"lr": 0.1}),
         make_recipe("ablation:size", {2: 2.5, 3: 2.5}, {"lr": 0.2}),
@@ -293,8 +293,8 @@ def test_a_step_of_other_seeds_sets_no_seed() -> None:
     assert [row[-1] for row in cells(tables.ablation(make_data(*steps)))] == ["", "lr=0.2", "lr=0.3"]
 
 
-def test_holm_counts_every_step() -> None:
-    """Alone, each p is under 5%; of two, the larger must stay under it and the smaller is doubled."""
+def test_holm_adjusts_over_all_steps() -> None:
+    """Each p alone is under 5%. Holm's method doubles the smaller of two and leaves the larger."""
     steps = [
         make_recipe(f"ablation:{name}", fulls, {"lr": 0.001 * n})
         for n, (name, fulls) in enumerate(
@@ -316,7 +316,7 @@ def test_holm_counts_every_step() -> None:
     assert [row[6] for row in table.rows[1:]] != pytest.approx(ps)
 
 
-def test_an_ablation_of_one_seed_a_step() -> None:
+def test_an_ablation_with_one_seed_per_step() -> None:
     steps = [
         make_recipe(f"ablation:{name}", {1: full}, {"lr": 0.01 * full})
         for name, full in (("baseline", 3.0), ("size", 2.5), ("adamw", 2.6))
@@ -329,7 +329,7 @@ def test_an_ablation_of_one_seed_a_step() -> None:
     assert table is not None and "floor" not in table.note
 
 
-def test_no_ladder_no_ablation() -> None:
+def test_without_a_ladder_there_is_no_ablation() -> None:
     assert tables.ablation(make_data(make_recipe("baseline", {1: 2.0}))) is None
 
 
@@ -341,7 +341,7 @@ def test_the_short_name_of_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "interval", "floor", "said"),
+    ("mean", "interval", "floor", "expected"),
     [
         (-0.1, (-0.2, -0.05), 0.0999, "better"),
         (0.1, (0.05, 0.2), 0.0999, "worse"),
@@ -356,17 +356,17 @@ def test_the_short_name_of_a_step() -> None:
         (-0.1, (-0.2, -0.05), None, "no claim: one seed"),
     ],
 )
-def test_a_verdict(mean: float, interval: Any, floor: float | None, said: str) -> None:
+def test_a_verdict(mean: float, interval: Any, floor: float | None, expected: str) -> None:
     d: Any = SimpleNamespace(mean=mean, interval=interval)
     noise: Any = None if floor is None else SimpleNamespace(floor=floor)
-    assert tables.verdict(d, noise) == said
+    assert tables.verdict(d, noise) == expected
 
 
 @pytest.mark.parametrize(
     ("p", "verdict"),
     [(0.0, "better"), (0.05, "better"), (0.0500001, "not sure"), (1.0, "not sure"), (None, "better")],
 )
-def test_a_verdict_needs_holms_p(p: float | None, verdict: str) -> None:
+def test_a_verdict_needs_a_significant_p(p: float | None, verdict: str) -> None:
     d: Any = SimpleNamespace(mean=-0.1, interval=(-0.2, -0.05))
     noise: Any = SimpleNamespace(floor=0.05)
     if p == 0.05:
@@ -374,7 +374,7 @@ def test_a_verdict_needs_holms_p(p: float | None, verdict: str) -> None:
     assert tables.verdict(d, noise, p) == verdict
 
 
-# -- what differs
+# -- differences between configs
 
 OPS = [
     {"name": "set_dropout", "value": 0.0, "trigger": {"step": 2}},
@@ -443,7 +443,7 @@ def test_guards() -> None:
     assert look(table) == [(0.17, False), (0.06, True), (0.06, True), (0.06, True), (0.65, False)]
 
 
-def test_of_details_as_frequent_the_first_by_name_is_shown() -> None:
+def test_equally_frequent_details_are_chosen_by_name() -> None:
     runs = tuple(
         make_run(seed=seed, guards=[guard("x", "fail", detail)]) for seed, detail in enumerate("cab")
     )
@@ -494,7 +494,7 @@ def test_failures() -> None:
     assert tables.failures(make_data(make_recipe("baseline", {1: 2.0}))) is None
 
 
-def test_thirty_failed_trials_are_shown() -> None:
+def test_at_most_thirty_failed_trials_are_shown() -> None:
     study = make_study(*(make_trial(i, None, "error") for i in range(32)))
     assert cells(tables.failures(make_data(studies=(study,))))[30:] == [
         ["lr", "", "and 2 more failed trials, in trials.parquet"]
@@ -545,8 +545,8 @@ def test_the_ops_of_a_run() -> None:
 
 
 def test_commands() -> None:
-    told = {"command": ["/bin/mainrun", "train", "--set", "a b"]}
-    runs = [make_run(seed=seed, env=told) for seed in range(10)]
+    env = {"command": ["/bin/mainrun", "train", "--set", "a b"]}
+    runs = [make_run(seed=seed, env=env) for seed in range(10)]
     other = make_run(seed=11)
     other.env["command"] = ["mainrun"]
     bare = make_run(seed=12)
@@ -637,7 +637,12 @@ def test_a_study_in_short() -> None:
         make_trial(0, 1.5), make_trial(1, 1.25), make_trial(2, None, "failed"),
         preset="optimized", objective="dev/full", rung_correlation={"0": 0.875, "1": None},
         ledger={"asked": 4000, "trained": 3000.0},
-        study={"sampler": {"name": "tpe", "seed": 3}, "budget": {"trials": 40, "tokens": None}, "set": {}, "seeds": [1, 2]},
+        study={
+            "sampler": {"name": "tpe", "seed": 3},
+            "budget": {"trials": 40, "tokens": None},
+            "set": {},
+            "seeds": [1, 2],
+        },
         evidence={"claim": "trial 1 wins"},
     )  # fmt: skip
     (short,) = tables.study(study, 2)
@@ -760,7 +765,7 @@ def test_the_confirmation_of_a_study() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"a": 1, "b": None, "c": "", "d": {}, "e": [], "f": 0}, "a 1, f 0"),
         ({"a": {"b": [1, "x"]}}, "a b 1 x"),
@@ -769,12 +774,12 @@ def test_the_confirmation_of_a_study() -> None:
         (None, "none"),
     ],
 )
-def test_settings_in_words(settings: Any, said: str) -> None:
-    assert tables.describe(settings) == said
+def test_settings_in_words(settings: Any, expected: str) -> None:
+    assert tables.describe(settings) == expected
 
 
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("space", "expected"),
     [
         ({"values": [1, 2.5, None], "low": None, "high": None, "log": True}, "one of 1, 2.5, none"),
         ({"low": 0, "high": 1e-3, "log": False, "when": {}}, "0 to 0.001"),
@@ -786,9 +791,9 @@ def test_settings_in_words(settings: Any, said: str) -> None:
         ([1, 2], "[1, 2]"),
     ],
 )
-def test_bounds_in_words(space: Any, said: str) -> None:
-    assert tables.describe_bounds(space) == said
+def test_bounds_in_words(space: Any, expected: str) -> None:
+    assert tables.describe_bounds(space) == expected
 
 
-def test_steps_is_what_the_summary_has() -> None:
+def test_the_steps_of_a_run_come_from_its_summary() -> None:
     assert cells(tables.runs(make_data(make_recipe("baseline", {1: 2.0}))))[0][7] == str(STEPS)
