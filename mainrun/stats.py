@@ -1,64 +1,40 @@
-"""What a few seeds can say: a mean with its interval, a difference, the noise floor, Holm's correction. Plain arithmetic, no scipy."""
+"""Statistics over a few seeds: mean and interval, difference of two recipes, noise floor, Holm, Spearman.
+
+scipy is imported inside the functions that need it, so that `import mainrun.stats` stays light.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
-LEVEL = 0.95
+LEVEL = 0.95  # confidence level of every interval
 
 
 def t_cdf(t: float, df: float) -> float:
-    """P(T <= t) of Student's distribution."""
-    if math.isinf(t):
-        return float(t > 0)
-    tail = 0.5 * _beta(df / 2, 0.5, df / (df + t * t))
-    return 1 - tail if t > 0 else tail
+    """Return P(T <= t) of Student's t distribution."""
+    from scipy.special import stdtr
+
+    return float(stdtr(df, t))
 
 
 def t_quantile(p: float, df: float) -> float:
-    """The t below which a share p lies: bisection, since the way there is monotone."""
-    if p < 0.5:
-        return -t_quantile(1 - p, df)
-    low, high = 0.0, 1.0
-    while t_cdf(high, df) < p:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
+    """Return the t with P(T <= t) = p."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(df, p))
 
 
-def _beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (Lentz)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly the mirrored one is fast
-        return 1 - _beta(b, a, 1 - x)
-    front = (
-        math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-        / a
-    )
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    value = d
-    for m in range(1, 1000):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / (1 + term * d)
-            c = 1 + term / c
-            value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return front * value
+def _half_width(error: float, df: float) -> float:
+    """Return half the width of the interval around an estimate with this standard error."""
+    return t_quantile((1 + LEVEL) / 2, df) * error
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of the runs of one recipe. With one run there is no spread, and no interval."""
+    """The mean score of a recipe over its seeds. A single run has neither a spread nor an interval."""
 
     values: tuple[float, ...]
 
@@ -68,25 +44,33 @@ class Mean:
 
     @property
     def sd(self) -> float | None:
-        return stdev(self.values) if len(self.values) > 1 else None
+        """Standard deviation over the seeds."""
+        if len(self.values) < 2:
+            return None
+        return stdev(self.values)
 
     @property
-    def half(self) -> float | None:
+    def half_width(self) -> float | None:
         """Half the width of the interval of the mean."""
         n = len(self.values)
-        return t_quantile((1 + LEVEL) / 2, n - 1) * stdev(self.values) / math.sqrt(n) if n > 1 else None
+        if n < 2:
+            return None
+        return _half_width(stdev(self.values) / math.sqrt(n), n - 1)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """b - a, and what backs it: over the seeds that both have where at least two are, else over all of each (Welch)."""
+    """The difference b - a of two recipes.
+
+    It is paired over the common seeds if there are at least two, else unpaired (Welch) over all seeds.
+    """
 
     a: float
     b: float
     n_a: int
     n_b: int
-    seeds: tuple[int, ...]  # that pair; empty: unpaired
-    error: float | None  # standard error; None: one of them has a single run
+    seeds: tuple[int, ...]  # the common seeds of a paired difference; empty if unpaired
+    error: float | None  # standard error; None if one of the recipes has a single run
     df: float
 
     @property
@@ -101,12 +85,12 @@ class Difference:
     def interval(self) -> tuple[float, float] | None:
         if self.error is None:
             return None
-        half = t_quantile((1 + LEVEL) / 2, self.df) * self.error
+        half = _half_width(self.error, self.df)
         return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float | None:
-        """Two-sided, against no difference."""
+        """Two-sided p-value of the hypothesis that the recipes do not differ."""
         if self.error is None:
             return None
         if self.error == 0:
@@ -114,63 +98,82 @@ class Difference:
         return 2 * t_cdf(-abs(self.mean) / self.error, self.df)
 
 
+# By hand: Difference needs the standard error, which scipy's t-tests do not return.
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
-    """a and b: seed -> score. Neither is empty."""
+    """Compare two recipes. Each maps a seed to a score, and neither is empty."""
     common = tuple(sorted(a.keys() & b.keys()))
     if len(common) > 1:
-        apart = [b[seed] - a[seed] for seed in common]
-        error = stdev(apart) / math.sqrt(len(common))
-        means = fmean(a[seed] for seed in common), fmean(b[seed] for seed in common)
-        return Difference(*means, len(common), len(common), common, error, len(common) - 1)
-    n_a, n_b = len(a), len(b)
-    means = fmean(a.values()), fmean(b.values())
+        return _paired(a, b, common)
+    return _unpaired(tuple(a.values()), tuple(b.values()))
+
+
+def _paired(a: Mapping[int, float], b: Mapping[int, float], seeds: tuple[int, ...]) -> Difference:
+    n = len(seeds)
+    mean_a = fmean(a[seed] for seed in seeds)
+    mean_b = fmean(b[seed] for seed in seeds)
+    error = stdev(b[seed] - a[seed] for seed in seeds) / math.sqrt(n)
+    return Difference(mean_a, mean_b, n, n, seeds, error, n - 1)
+
+
+def _unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Welch's test: the recipes may have different spreads."""
+    n_a = len(a)
+    n_b = len(b)
     if min(n_a, n_b) < 2:
-        return Difference(*means, n_a, n_b, (), None, 0)
-    v_a, v_b = (stdev(x.values()) ** 2 / len(x) for x in (a, b))
-    if v_a + v_b == 0:
-        return Difference(*means, n_a, n_b, (), 0.0, n_a + n_b - 2)
-    df = (v_a + v_b) ** 2 / (v_a**2 / (n_a - 1) + v_b**2 / (n_b - 1))  # Welch, Satterthwaite
-    return Difference(*means, n_a, n_b, (), math.sqrt(v_a + v_b), df)
+        return Difference(fmean(a), fmean(b), n_a, n_b, (), None, 0)
+    v_a = variance(a) / n_a
+    v_b = variance(b) / n_b
+    df = n_a + n_b - 2.0
+    if v_a + v_b > 0:
+        df = (v_a + v_b) ** 2 / (v_a**2 / (n_a - 1) + v_b**2 / (n_b - 1))  # Welch-Satterthwaite
+    return Difference(fmean(a), fmean(b), n_a, n_b, (), math.sqrt(v_a + v_b), df)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a seed alone does: the spread inside recipes, pooled."""
+    """The spread that the seed alone causes: the standard deviation within recipes, pooled."""
 
     sd: float
     df: int
 
     @property
     def floor(self) -> float:
-        """Two single runs of one recipe are closer than this in 95 of 100 cases: no smaller difference is worth a claim."""
-        return t_quantile((1 + LEVEL) / 2, self.df) * math.sqrt(2) * self.sd
+        """Two single runs of one recipe differ by less than this in 95 of 100 cases."""
+        return _half_width(math.sqrt(2) * self.sd, self.df)
 
 
 def noise(groups: Iterable[Sequence[float]]) -> Noise | None:
-    """None: no recipe was run with two seeds."""
-    several = [g for g in groups if len(g) > 1]
-    df = sum(len(g) - 1 for g in several)
-    return Noise(math.sqrt(sum(stdev(g) ** 2 * (len(g) - 1) for g in several) / df), df) if df else None
+    """Pool the spread of groups of scores, one group per recipe. None if no group has two scores."""
+    squares = 0.0
+    df = 0
+    for group in groups:
+        if len(group) > 1:
+            squares += variance(group) * (len(group) - 1)
+            df += len(group) - 1
+    if df == 0:
+        return None
+    return Noise(math.sqrt(squares / df), df)
 
 
+# By hand: scipy has no Holm correction (scipy.stats.false_discovery_control bounds another error rate).
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjusted p-values, in the order given: that any of them is a false alarm is as unlikely as one alone."""
-    adjusted, worst = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
-        adjusted[i] = worst
+    """Return the p-values adjusted by Holm's method, in the given order."""
+    ascending = sorted(range(len(ps)), key=lambda i: ps[i])
+    adjusted = [0.0] * len(ps)
+    highest = 0.0
+    for rank, i in enumerate(ascending):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = highest
     return adjusted
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation; ties share their mean rank. None where one of them has a single rank."""
-    x, y = _ranks(a), _ranks(b)
-    mx, my = fmean(x), fmean(y)
-    norm = math.sqrt(sum((v - mx) ** 2 for v in x) * sum((v - my) ** 2 for v in y))
-    return sum((v - mx) * (w - my) for v, w in zip(x, y, strict=True)) / norm if norm else None
+    """Return the rank correlation of two samples; tied values share their mean rank.
 
+    None if a sample has a single distinct value: its ranks have no variance.
+    """
+    from scipy.stats import spearmanr
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    first = {v: ordered.index(v) for v in set(values)}
-    return [first[v] + (ordered.count(v) - 1) / 2 for v in values]
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return float(spearmanr(a, b).statistic)

@@ -1,11 +1,11 @@
-"""`mainrun report`: runs and studies in, one PDF out."""
+"""`mainrun report`: writes a PDF of runs and studies."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,86 +17,107 @@ from mainrun.files import inputs
 from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_paths
 
 if TYPE_CHECKING:
-    from reports.evidence.load import Evidence
+    from reports.evidence.load import ReportData, Run
 
 LOG = Path(__file__).parents[1] / "docs" / "log"  # a folder with one page per subject
 
 
+Places = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN|STUDY]...",
+        callback=validate_paths,
+        help="Runs, exported studies, or folders of them.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The PDF.")]
+Title = Annotated[str, typer.Option("--title", metavar="TEXT", help="The title of the report.")]
+Figures = Annotated[
+    Path | None,
+    typer.Option(
+        "--figures",
+        metavar="DIR",
+        callback=validate_paths,
+        help="Also write each figure to this folder, as SVG and PNG.",
+    ),
+]
+Tables = Annotated[
+    Path | None,
+    typer.Option(
+        "--tables",
+        metavar="DIR",
+        callback=validate_paths,
+        help="Also write each table to this folder, as CSV.",
+    ),
+]
+Runs = Annotated[
+    Path,
+    typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
+]
+Samples = Annotated[
+    int,
+    typer.Option("--samples", min=0, max=100, help="How many titles each of the two main recipes generates."),
+]
+Log = Annotated[
+    Path | None,
+    typer.Option(
+        "--log",
+        metavar="FILE",
+        callback=validate_paths,
+        help="A log of experiments; the report quotes what failed.",
+    ),
+]
+
+
 def report(
-    places: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RUN|STUDY]...",
-            callback=validate_paths,
-            help="Runs, exported studies, or folders of them.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The PDF.")
-    ] = Path("report.pdf"),
-    title: Annotated[
-        str, typer.Option("--title", metavar="TEXT", help="What stands on top of it.")
-    ] = "Mainrun report",
-    figures: Annotated[
-        Path | None,
-        typer.Option(
-            "--figures", metavar="DIR", callback=validate_paths, help="Also keep each figure, as SVG and PNG."
-        ),
-    ] = None,
-    tables: Annotated[
-        Path | None,
-        typer.Option(
-            "--tables", metavar="DIR", callback=validate_paths, help="Also keep each table, as CSV."
-        ),
-    ] = None,
-    runs: Annotated[
-        Path,
-        typer.Option(
-            "--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories."
-        ),
-    ] = Path("runs"),
-    samples: Annotated[
-        int, typer.Option("--samples", min=0, max=100, help="Titles that each of the two recipes writes.")
-    ] = 8,
-    log: Annotated[
-        Path | None,
-        typer.Option(
-            "--log", metavar="FILE", callback=validate_paths, help="The log of experiments, for what failed."
-        ),
-    ] = None,
+    places: Places = None,
+    out: Out = Path("report.pdf"),
+    title: Title = "Mainrun report",
+    figures: Figures = None,
+    tables: Tables = None,
+    runs: Runs = Path("runs"),
+    samples: Samples = 8,
+    log: Log = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a PDF of runs and studies.
 
-    Without arguments it takes everything in the folder of the run directories. Every figure in it is read from the
-    inputs, and the same inputs give the same bytes. Runs on other data, or scored in other spans, are refused together.
+    Without arguments, the report covers everything in the folder of the run directories. Every figure is
+    read from the inputs, and the same inputs give the same bytes. Runs with different data or evaluation
+    spans cannot be reported together.
     """
     from reports.evidence import load
-    from reports.evidence.pages import counted
+    from reports.evidence.pages import count
 
-    if log is not None and not log.is_file():
-        raise UsageError(f"--log {log} is no file; give the log of experiments, or leave --log out")
     if log is not None:
-        try:
-            inputs.read_bytes(log)
-        except inputs.BadInput as fault:
-            raise UsageError(f"--log {log} {fault}") from None
+        _check_log(log)
+    elif LOG.is_dir():
+        log = LOG
     check_regular_file(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
-        raise UsageError(f"--title {title!r} cannot be printed; write one line of text")
-    e = load.gather(places or [], runs)
-    wrote = write(e, out, title, figures, tables, log or (LOG if LOG.is_dir() else None), samples)
+        raise UsageError(f"--title {title!r} cannot be printed; give one line of text")
+    data = load.gather(places or [], runs)
+    result = write(data, out, title, figures, tables, log, samples)
     if as_json:
-        emit(wrote)
-    else:
-        print(wrote["claim"])
-        sources = f"{counted(len(e.runs), 'run')} and {counted(len(e.studies), 'export')}"
-        print(f"{out}: {wrote['pages']} pages, {wrote['bytes']:,} bytes, from {sources}")
+        emit(result)
+        return
+    sources = f"{count(len(data.runs), 'run')} and {count(len(data.studies), 'export')}"
+    print(result["claim"])
+    print(f"{out}: {result['pages']} pages, {result['bytes']:,} bytes, from {sources}")
+
+
+def _check_log(log: Path) -> None:
+    if not log.is_file():
+        raise UsageError(f"--log {log} is not a file; give the log of experiments, or omit --log")
+    try:
+        inputs.read_bytes(log)
+    except inputs.BadInput as error:
+        raise UsageError(f"--log {log} {error}") from None
 
 
 def write(
-    e: Evidence,
+    data: ReportData,
     out: Path,
     title: str,
     figures: Path | None = None,
@@ -104,6 +125,7 @@ def write(
     log: Path | None = None,
     samples: int = 0,
 ) -> dict[str, object]:
+    """Write the PDF, and the figures and tables if folders are given. Return the result for `--json`."""
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
     from reports.evidence.pages import Report
@@ -112,55 +134,68 @@ def write(
         if folder:
             with disk_errors(folder, option):
                 folder.mkdir(parents=True, exist_ok=True)
-    with _writing(e, samples) as written:  # they write while this draws
-        drawn = {name: pdf.drawing(svg) for name, svg in pdf.svgs(e, figures).items()}
-        made = Report(e, title, log, tuple(written()))
+    with _sampling(data, samples) as processes:  # runs while the figures are drawn
+        drawings = {name: pdf.to_drawing(svg) for name, svg in pdf.render_figures(data, figures).items()}
+        made = Report(data, title, log, list(_read_samples(processes)))
     if tables:
         with disk_errors(tables, "--tables"):
             for table in made.tables.values():
                 table.write(tables)
-    pages = pdf.write(out, lambda: made.story(drawn), title, made.told())
-    claim = findings.claim(e)
-    facts = {"pages": pages, "bytes": out.stat().st_size, "runs": len(e.runs), "studies": len(e.studies)}
+    pages = pdf.write(out, lambda: made.story(drawings), title, made.properties())
+    claim = findings.claim(data)
     return {
         "report": str(out),
         "claim": claim.text,
         "kind": claim.kind,
-        "findings": findings.findings(e),
-        **facts,
+        "findings": findings.findings(data),
+        "pages": pages,
+        "bytes": out.stat().st_size,
+        "runs": len(data.runs),
+        "studies": len(data.studies),
     }
 
 
+Processes = list[tuple[str, subprocess.Popen[str]]]  # (run id, process)
+
+
 @contextmanager
-def _writing(e: Evidence, n: int) -> Iterator[Callable[[], Iterator[tuple[str, list[str]]]]]:
-    """What the two recipes write, each in a process of its own: nothing here knows the model. A run without its weights writes nothing."""
-    alone = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # a number of threads changes bits, and two processes would wait for each other's
-    pair = [r.good[0] for r in (e.baseline, e.optimised) if n and r is not None and r.good]
-    runs = [run for run in pair if (run.path / "checkpoints").is_dir()]
-    started = []
-    for run in runs:
-        command = [sys.executable, "-m", "mainrun", "sample", str(run.path), "--prompt", "", "-n", str(n)]
-        started.append(
-            (
-                run,
-                subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone
-                ),
-            )
+def _sampling(data: ReportData, count: int) -> Iterator[Processes]:
+    """Start a process for each of the two main recipes that generates titles.
+
+    Sampling needs the model, which the report itself does not load. Runs without checkpoints are skipped.
+    """
+    # one thread each: the number of threads changes the bits, and the two processes would compete for cores
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes: Processes = []
+    for run in _runs_to_sample(data) if count else ():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mainrun", "sample", str(run.path), "--prompt", "", "-n", str(count)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
-
-    def written() -> Iterator[tuple[str, list[str]]]:
-        for run, process in started:
-            titles, _ = process.communicate()
-            if process.returncode == 0:
-                yield run.id, titles.splitlines()
-
+        processes.append((run.id, process))
     try:
-        yield written
+        yield processes
     finally:
-        for _, process in started:
+        for _, process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def _runs_to_sample(data: ReportData) -> Iterator[Run]:
+    for recipe in (data.baseline, data.optimised):
+        if recipe is not None and recipe.valid_runs:
+            run = recipe.valid_runs[0]
+            if (run.path / "checkpoints").is_dir():
+                yield run
+
+
+def _read_samples(processes: Processes) -> Iterator[tuple[str, list[str]]]:
+    """Yield (run id, titles) of each process that succeeds."""
+    for run_id, process in processes:
+        titles, _ = process.communicate()
+        if process.returncode == 0:
+            yield run_id, titles.splitlines()

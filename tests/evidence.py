@@ -1,4 +1,4 @@
-"""Runs that nobody trained: a summary, a log and a config made by hand, in memory or as a run directory."""
+"""Hand-made runs, recipes and studies for the tests of reports, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from conftest import TINY
 
 from mainrun.config import digest_of, from_dict
-from reports.evidence.load import Evidence, Recipe, Run, Study
+from reports.evidence.load import Recipe, ReportData, Run, Study
 
 STEPS = 4
 TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1
@@ -37,21 +37,36 @@ def guard(name: str, status: str = "pass", detail: str = "fine") -> dict[str, st
 
 def make_summary(run_id: str, preset: str, full: float = 2.0, **changes: Any) -> dict[str, Any]:
     last, best = score(full=full), score(full=full)
-    found = {
-        "run": run_id, "preset": preset, "steps": STEPS, "last": last, "best": best, "scores": {"val": {"last": last, "best": best}},
-        "params": 1000, "tokens": 512, "flops": 2e9, "seconds": 10.0, "tokens_per_s": 51.2, "geometry": [8, 16],
+    summary = {
+        "run": run_id,
+        "preset": preset,
+        "steps": STEPS,
+        "last": last,
+        "best": best,
+        "scores": {"val": {"last": last, "best": best}},
+        "params": 1000,
+        "tokens": 512,
+        "flops": 2e9,
+        "seconds": 10.0,
+        "tokens_per_s": 51.2,
+        "geometry": [8, 16],
         "ledger": {"asked": 4, "trained": 4, "reused": 0, "wasted": 0},
         "presentations": {"presentations_per_token": 1.0, "train_tokens_per_epoch": 512},
         "fingerprints": {"corpus": "c" * 64, "train": "a" * 64, "dev": "d" * 64, "val": "b" * 64},
-        "origin": {"sha256": "0f" * 32}, "tokenizer": "7" * 64, "weights": "3" * 64,
-        "machine_class": MACHINE, "machine_classes": [MACHINE], "versions": VERSIONS, "all_versions": [VERSIONS],
+        "origin": {"sha256": "0f" * 32},
+        "tokenizer": "7" * 64,
+        "weights": "3" * 64,
+        "machine_class": MACHINE,
+        "machine_classes": [MACHINE],
+        "versions": VERSIONS,
+        "all_versions": [VERSIONS],
         "guards": [guard("coverage"), guard("causality")],
-    }  # fmt: skip
-    return found | changes
+    }
+    return summary | changes
 
 
 def make_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a step, and the scores that the summary has."""
+    """Return a row for each step, and the evaluations of the summary."""
     rows: list[dict[str, Any]] = [
         {
             "event": "step",
@@ -81,18 +96,20 @@ def make_run(
     env: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Run:
-    """`fields` go into the config, `changes` into the summary."""
+    """Make a run. `fields` change its config, `changes` its summary."""
     cfg = from_dict(TINY | {"preset": preset, "seed": seed} | dict(fields or {}))
     summary = make_summary(cfg.run_id, preset, full, **changes)
     if changes.get("last") and "scores" not in changes:
         summary["best"] = changes.get("best", summary["last"])
         summary["scores"] = {"val": {name: summary[name] for name in ("last", "best")}}
-    told = {"command": ["mainrun", "train", "--preset", preset], "evaluate_hash": "e" * 64} | dict(env or {})
+    environment = {"command": ["mainrun", "train", "--preset", preset], "evaluate_hash": "e" * 64} | dict(
+        env or {}
+    )
     return Run(
         Path("runs") / cfg.run_id,
         cfg,
         {"train_tokens": TRAIN_TOKENS},
-        told,
+        environment,
         summary,
         rows or make_rows(summary),
         journal or [],
@@ -102,7 +119,7 @@ def make_run(
 def make_recipe(
     name: str, fulls: Mapping[int, float], fields: Mapping[str, Any] | None = None, **changes: Any
 ) -> Recipe:
-    """A run for each seed and its score."""
+    """Make a recipe with a run for each seed and full score."""
     return Recipe(
         name, tuple(make_run(name, seed, full, fields=fields, **changes) for seed, full in fulls.items())
     )
@@ -112,10 +129,10 @@ def failing(detail: str = "it sees the future", name: str = "causality") -> list
     return [guard("coverage"), guard(name, "fail", detail)]
 
 
-def make_evidence(*recipes: Recipe, studies: tuple[Study, ...] = ()) -> Evidence:
-    """The first two are the pair of the headline."""
+def make_data(*recipes: Recipe, studies: tuple[Study, ...] = ()) -> ReportData:
+    """Make report data. The first two recipes are the baseline and the optimised recipe."""
     base, optimised = (*recipes, None, None)[:2]
-    return Evidence(recipes, studies, base, optimised, "by hand")
+    return ReportData(recipes, studies, base, optimised, "by hand")
 
 
 def make_trial(number: int, value: float | None = 1.0, state: str = "done", **changes: Any) -> dict[str, Any]:
@@ -127,7 +144,7 @@ def make_study(*trials: dict[str, Any], **facts: Any) -> Study:
 
 
 def write_run(out: Path, run: Run, status: str = "done") -> Path:
-    """The run directory of a run, by its id."""
+    """Write a run directory, named by the run's id, and return its path."""
     folder = out / run.cfg.run_id
     (folder / "checkpoints").mkdir(parents=True)
     config = run.cfg.model_dump(mode="json")

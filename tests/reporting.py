@@ -1,4 +1,4 @@
-"""Real runs for the tests of the report, and how their figures are changed as a whole: rows, summary and config stay of one piece."""
+"""Real runs and exports for the tests of reports, and functions that change them consistently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def edit(path: Path, change: Any) -> None:
 
 
 def rescore(run: Path, full: float) -> None:
-    """The run as if its last full score had been this one."""
+    """Change the last full score of a run, in its rows and its summary."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evals = [row for row in rows if row["event"] == "eval"]
     shift = full - evals[-1]["full"]
@@ -57,7 +57,7 @@ def rescore(run: Path, full: float) -> None:
 
 
 def reseed(run: Path, out: Path, **fields: Any) -> Path:
-    """A copy under another seed (or preset, or whatever else), in the folder of its id."""
+    """Copy a run with other config fields, such as its seed, into the folder of its new id."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     config["config"] |= fields
     config["digest"] = digest_of(config["config"])
@@ -82,7 +82,7 @@ def fail_guard(run: Path, name: str = "causality") -> None:
 
 
 def export(folder: Path, trials: int = 40, **facts: Any) -> Path:
-    """A study as `mainrun sweep` exports it. Rung 0 ranks as the last one does, but for every ninth trial."""
+    """Write an exported study. Rung 0 ranks like the last rung, except for every ninth trial."""
     import pyarrow
     import pyarrow.parquet
 
@@ -150,10 +150,22 @@ def export(folder: Path, trials: int = 40, **facts: Any) -> Path:
         "claim": True,
         "params": {"lr": 0.005},
     }
-    told: dict[str, Any] = {
-        "name": folder.name, "preset": "optimized", "objective": "dev/full", "rung_correlation": {"0": 0.875},
-        "study": {"sampler": {"name": "tpe", "seed": 3}, "budget": {"trials": trials, "tokens": None}, "space": space},
-        "evidence": {"noise": {"sigma": 0.0031, "floor": 0.0098}, "rows": [row], "winner": 6, "claim": "trial 6 is better than the base"},
-    }  # fmt: skip
-    (folder / "study.json").write_text(json.dumps(told | facts), encoding="utf-8")
+    study: dict[str, Any] = {
+        "name": folder.name,
+        "preset": "optimized",
+        "objective": "dev/full",
+        "rung_correlation": {"0": 0.875},
+        "study": {
+            "sampler": {"name": "tpe", "seed": 3},
+            "budget": {"trials": trials, "tokens": None},
+            "space": space,
+        },
+        "evidence": {
+            "noise": {"sigma": 0.0031, "floor": 0.0098},
+            "rows": [row],
+            "winner": 6,
+            "claim": "trial 6 is better than the base",
+        },
+    }
+    (folder / "study.json").write_text(json.dumps(study | facts), encoding="utf-8")
     return folder

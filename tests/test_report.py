@@ -1,4 +1,4 @@
-"""The report from real tiny runs: what it reads, refuses and claims, and that its pages hold what the run directories hold."""
+"""Reports of real tiny runs: inputs, errors, claims, and the numbers on the pages."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evidence import make_study, make_trial
 from reporting import edit, export, fail_guard, make, rescore, reseed
 
 from mainrun import stats
 from mainrun.errors import RunError
 from reports import cli
-from reports.evidence import figures, findings, load, tables
+from reports.evidence import findings, load, studies, tables
+from reports.evidence.figures import registry, style
 
 T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
 
@@ -39,16 +42,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of the runs that a test can damage."""
     return Path(shutil.copytree(made, tmp_path / "runs", ignore=shutil.ignore_patterns(".store")))
 
 
 def of(runs: Path, preset: str) -> dict[int, Path]:
-    """seed -> run directory."""
-    found = {
+    """Return the run directory of each seed of a preset."""
+    folders = {
         json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(folders.items()))
 
 
 def score(runs: Path, **fulls: list[float]) -> None:
@@ -70,10 +73,10 @@ def report(*args: Any, cwd: Path | None = None, **env: str) -> subprocess.Comple
     )
 
 
-# -- what it reads
+# -- inputs
 
 
-def test_runs_become_recipes_and_seeds(runs: Path) -> None:
+def test_runs_are_grouped_into_recipes_and_seeds(runs: Path) -> None:
     e = load.gather([], runs)
     assert {r.name: sorted(r.scores) for r in e.recipes} == {
         "baseline": [1, 2, 3],
@@ -90,7 +93,7 @@ def test_runs_become_recipes_and_seeds(runs: Path) -> None:
         assert run.full == json.loads((run.path / "summary.json").read_text())["last"]["full"]
 
 
-def test_ids_folders_and_studies_may_be_mixed(runs: Path, tmp_path: Path) -> None:
+def test_ids_folders_and_studies_can_be_mixed(runs: Path, tmp_path: Path) -> None:
     study = export(tmp_path / "studies" / "lr")
     some = [of(runs, "baseline")[1].name, str(of(runs, "optimized")[2])]
     e = load.gather([*some, str(study.parent)], runs)
@@ -106,19 +109,19 @@ def test_the_trials_of_a_study_are_not_runs_of_the_report(runs: Path) -> None:
     assert len(load.gather([], runs).runs) == 7
 
 
-def test_two_recipes_of_one_preset_are_told_apart_by_what_differs(runs: Path) -> None:
+def test_recipes_of_one_preset_are_named_by_the_fields_that_differ(runs: Path) -> None:
     reseed(of(runs, "optimized")[1], runs, lr=0.02)
     names = {r.name for r in load.gather([], runs).recipes}
     assert names == {"baseline", "grown", "optimized lr=0.005", "optimized lr=0.02"}
 
 
-def test_the_one_with_most_seeds_is_the_optimised_one(runs: Path) -> None:
+def test_the_optimised_recipe_is_the_one_with_most_seeds(runs: Path) -> None:
     reseed(of(runs, "optimized")[1], runs, lr=0.02)
     e = load.gather([], runs)
     assert e.optimised is not None and e.optimised.name == "optimized lr=0.005"
 
 
-def test_without_a_name_the_best_mean_is_taken_and_that_is_said(runs: Path) -> None:
+def test_without_a_name_the_lowest_mean_is_selected_and_the_selection_is_recorded(runs: Path) -> None:
     for run in of(runs, "optimized").values():
         shutil.rmtree(run)
     rescore(of(runs, "grown")[1], 1.0)
@@ -126,13 +129,13 @@ def test_without_a_name_the_best_mean_is_taken_and_that_is_said(runs: Path) -> N
     rescore(other, 1.1)
     e = load.gather([], runs)
     assert e.optimised is not None and e.optimised.name == "grown"
-    assert e.chosen == "the lowest mean full score of 2 recipes"
+    assert e.selection == "the lowest mean full score of 2 recipes"
 
 
-# -- what it refuses
+# -- errors
 
 
-def test_everything_wrong_is_said_at_once(runs: Path, tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(runs: Path, tmp_path: Path) -> None:
     base, opt = of(runs, "baseline"), of(runs, "optimized")
     (base[1] / "summary.json").unlink()
     edit(base[1] / "status.json", lambda status: status.update(state="interrupted"))
@@ -142,27 +145,27 @@ def test_everything_wrong_is_said_at_once(runs: Path, tmp_path: Path) -> None:
     (study / "study.json").unlink()
     done = report(runs, study, "no-such-run", "--runs", runs, "--out", tmp_path / "r.pdf")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "r.pdf").exists()
-    assert done.stderr.startswith("error: 5 things keep the report from being written:\n")
-    for said in (
+    assert done.stderr.startswith("error: 5 problems prevent the report:\n")
+    for message in (
         f"run {base[1].name} is not finished (interrupted)",
         f"{base[2]} lacks env.json",
         f"{opt[1]}/summary.json gives 0.5 for full of the last score",
         f"the study {study} lacks study.json",
         "no run 'no-such-run'",
     ):
-        assert said in done.stderr, said
+        assert message in done.stderr, message
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"fingerprints": {"val": "f" * 64}}, "the val fingerprint is not one: "),
-        ({"fingerprints": {"corpus": "f" * 64}}, "the corpus fingerprint is not one: "),
-        ({"geometry": [4, 16]}, "the evaluation geometry is not one: "),
+        ({"fingerprints": {"val": "f" * 64}}, "the inputs differ in their val fingerprint: "),
+        ({"fingerprints": {"corpus": "f" * 64}}, "the inputs differ in their corpus fingerprint: "),
+        ({"geometry": [4, 16]}, "the inputs differ in their evaluation geometry: "),
     ],
 )
-def test_other_data_and_other_spans_are_refused_together(
-    runs: Path, change: dict[str, Any], said: str
+def test_runs_with_different_data_or_spans_are_refused(
+    runs: Path, change: dict[str, Any], message: str
 ) -> None:
     odd = of(runs, "optimized")[2]
 
@@ -174,32 +177,34 @@ def test_other_data_and_other_spans_are_refused_together(
     with pytest.raises(RunError) as e:
         load.gather([], runs)
     assert (
-        said in str(e.value)
+        message in str(e.value)
         and odd.name in str(e.value)
         and "ffffffffffff" in str(e.value) + "ffffffffffff" * ("geometry" in change)
     )
 
 
-def test_a_study_of_other_data_is_refused_too(runs: Path) -> None:
+def test_a_study_with_different_data_is_refused(runs: Path) -> None:
     export(runs / "lr", fingerprints={"val": "0" * 64, "corpus": "0" * 64})
-    with pytest.raises(RunError, match=r"the val fingerprint is not one: .*000000000000: study lr"):
+    with pytest.raises(
+        RunError, match=r"the inputs differ in their val fingerprint: .*000000000000: study lr"
+    ):
         load.gather([], runs)
 
 
 def test_a_seed_counts_once(runs: Path) -> None:
     shutil.copytree(of(runs, "baseline")[1], runs / "copy")
-    with pytest.raises(RunError, match="seed 1 of baseline is there more than once"):
+    with pytest.raises(RunError, match="seed 1 of baseline was given more than once"):
         load.gather([], runs)
 
 
-def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run and no exported study"):
         load.gather([str(tmp_path)], tmp_path)
 
 
-def test_the_folder_of_a_study_means_its_export(tmp_path: Path) -> None:
+def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     folder = export(tmp_path / "lr" / "export").parent
-    (folder / "study.json").write_text("{}")  # the driver's own
+    (folder / "study.json").write_text("{}")  # the file of the study's driver
     (s,) = load.gather([], tmp_path).studies
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
@@ -218,25 +223,25 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--out", "."], "got --out ., a folder"),
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # it would be replaced
+        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # writing would replace it
         (["--out", "notes.md"], "got --out notes.md, a file of another kind, which would be overwritten"),
-        (["--log", "none.md"], "--log none.md is no file"),
-        (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # looks like a file, and cannot be read
+        (["--log", "none.md"], "--log none.md is not a file"),
+        (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # a file that cannot be read
         (["--title", "a\nb"], "cannot be printed"),
         (["--samples", "-1"], "--samples"),
     ],
 )
-def test_odd_requests_are_refused(runs: Path, tmp_path: Path, args: list[str], said: str) -> None:
+def test_invalid_options_are_refused(runs: Path, tmp_path: Path, args: list[str], message: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "notes.md").write_text("mine")
     done = report(runs, *args, cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-# -- what it claims
+# -- claims
 
 
 def test_a_clear_gain_is_claimed_with_its_numbers(runs: Path) -> None:
@@ -246,11 +251,12 @@ def test_a_clear_gain_is_claimed_with_its_numbers(runs: Path) -> None:
     half = T3 * statistics.stdev(apart) / 3**0.5
     assert claim.kind == "better"
     assert claim.text.startswith(
-        f"optimized is better than baseline: full falls by 0.2000 (95% interval −{0.2 + half:.4f} to −{0.2 - half:.4f}, 3 paired seeds)"
+        "optimized is better than baseline: full falls by 0.2000 "
+        f"(95% interval −{0.2 + half:.4f} to −{0.2 - half:.4f}, 3 paired seeds)"
     )
 
 
-def test_a_loss_is_said_to_be_one(runs: Path) -> None:
+def test_a_worse_result_is_reported_as_worse(runs: Path) -> None:
     score(runs, baseline=[1.80, 1.82, 1.81], optimized=[2.00, 2.01, 2.02])
     claim = findings.claim(load.gather([], runs))
     assert claim.kind == "worse" and claim.text.startswith(
@@ -258,10 +264,10 @@ def test_a_loss_is_said_to_be_one(runs: Path) -> None:
     )
 
 
-def test_a_difference_under_the_floor_is_none(runs: Path) -> None:
+def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
     score(
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189]
-    )  # always better, by a tenth of what a seed does
+    )  # always better, but by a tenth of the seed noise
     claim = findings.claim(load.gather([], runs))
     assert (
         claim.difference is not None
@@ -275,15 +281,15 @@ def test_a_difference_under_the_floor_is_none(runs: Path) -> None:
     )
 
 
-def test_an_interval_with_zero_in_it_claims_nothing(runs: Path) -> None:
+def test_an_interval_that_contains_zero_is_not_claimed(runs: Path) -> None:
     score(
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60]
-    )  # -0.4 on average, over the floor, but -0.2 to -0.6
+    )  # -0.4 on average, above the floor, but from -0.2 to -0.6
     claim = findings.claim(load.gather([], runs))
-    assert claim.kind == "not sure" and "its interval holds zero" in claim.text
+    assert claim.kind == "not sure" and "its interval contains zero" in claim.text
 
 
-def test_a_busy_machine_is_said_with_the_time(runs: Path) -> None:
+def test_a_busy_machine_is_mentioned_with_the_time(runs: Path) -> None:
     for run in of(runs, "baseline").values():
         edit(run / "summary.json", lambda s: s.update(seconds=10.0))
     for run, seconds in zip(of(runs, "optimized").values(), (12.0, 12.5, 12.5), strict=True):
@@ -294,7 +300,7 @@ def test_a_busy_machine_is_said_with_the_time(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["baseline", "optimized"])
-def test_one_seed_claims_nothing(runs: Path, preset: str) -> None:
+def test_with_one_seed_nothing_is_claimed(runs: Path, preset: str) -> None:
     for seed in (2, 3):
         shutil.rmtree(of(runs, preset)[seed])
     claim = findings.claim(load.gather([], runs))
@@ -305,7 +311,7 @@ def test_one_seed_claims_nothing(runs: Path, preset: str) -> None:
     )
 
 
-def test_what_failed_a_guard_is_in_no_figure_of_the_headline(runs: Path) -> None:
+def test_a_run_that_failed_a_guard_is_excluded_from_the_headline(runs: Path) -> None:
     score(runs, baseline=[2.00, 2.01, 2.02], optimized=[1.80, 0.10, 1.81])
     fail_guard(of(runs, "optimized")[2])
     e = load.gather([], runs)
@@ -333,10 +339,10 @@ def test_a_recipe_whose_runs_all_failed_has_no_figure(runs: Path) -> None:
         findings.claim(e).text
         == "No claim: every run of optimized failed a guard (causality), so it has no figure."
     )
-    assert findings.findings(e)[1].startswith("Cost: there are no two recipes")
+    assert findings.findings(e)[1].startswith("Cost: not compared")
 
 
-def test_cost_says_when_time_is_not_one(runs: Path) -> None:
+def test_the_cost_says_why_time_is_not_compared(runs: Path) -> None:
     e = load.gather([], runs)
     assert "the time (" in findings.cost(e)
     edit(
@@ -368,7 +374,7 @@ def test_low_coverage_is_a_finding(runs: Path) -> None:
     )
 
 
-def test_the_ablation_is_read_in_the_order_of_its_preset(runs: Path) -> None:
+def test_the_ablation_is_in_the_order_of_its_preset(runs: Path) -> None:
     start = of(runs, "baseline")
     for step, lr, fulls in (
         ("baseline", 0.01, (3.0, 3.01)),
@@ -397,16 +403,16 @@ def test_one_recipe_under_two_names_counts_once_in_the_noise(runs: Path) -> None
 # -- studies
 
 
-def test_a_study_is_counted(tmp_path: Path) -> None:
+def test_trials_steps_and_rungs_of_a_study(tmp_path: Path) -> None:
     e = load.gather([str(export(tmp_path / "lr"))], tmp_path)
     (s,) = e.studies
     failed = [t for t in range(40) if t % 13 == 12]
     whole = [t for t in range(40) if t % 2 == 0 and t not in failed]
-    assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.bad(t)] == failed
-    assert [t["trial"] for t in s.whole] == whole
-    assert s.searched == ["lr", "optimizer"]  # momentum took one value
+    assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.is_failed(t)] == failed
+    assert [t["trial"] for t in s.completed] == whole
+    assert s.searched_fields == ["lr", "optimizer"]  # momentum took one value
     n, pruned = len(whole), 40 - len(whole) - len(failed)
-    assert figures.ledger(s) == {
+    assert studies.ledger(s) == {
         "asked": 30 * n + 10 * (pruned + len(failed)),
         "trained": 20 * n + 10 * (pruned + len(failed)),
         "reused": 10 * n,
@@ -414,15 +420,13 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     }
     all_of_it = {"asked": 9000, "trained": 8000, "reused": 1000, "wasted": 70}
     s.facts["ledger"] = all_of_it | {"flops": 1e12}
-    assert figures.ledger(s) == all_of_it, "what confirms the trials was trained too"
-    ((rung, pairs, rho, _),) = figures.rungs(s)
-    first = [json.loads(t["scores"])["0"] for t in s.whole]
-    assert (
-        (rung, pairs) == (0, n)
-        and rho == stats.spearman(first, [t["value"] for t in s.whole])
-        and rho is not None
-        and rho < 1
-    )
+    assert studies.ledger(s) == all_of_it, "the steps of the confirmation count too"
+    (rung,) = studies.rungs(s)
+    assert rung.number == 0
+    assert rung.values == [json.loads(t["scores"])["0"] for t in s.completed]
+    assert rung.last == [t["value"] for t in s.completed]
+    assert rung.correlation == stats.spearman(rung.values, rung.last)
+    assert rung.correlation is not None and rung.correlation < 1
     assert findings.claim(e).kind == "no claim"
     failures = tables.failures(e)
     assert (
@@ -432,33 +436,94 @@ def test_a_study_is_counted(tmp_path: Path) -> None:
     )
 
 
-def test_importance_is_the_share_that_a_field_explains(tmp_path: Path) -> None:
+def test_an_exported_importance_is_used_as_it_is(tmp_path: Path) -> None:
+    exported = {"params.lr": 0.9, "momentum": 0.2, "beta": None}
+    (s,) = load.gather([str(export(tmp_path / "lr", importance=exported))], tmp_path).studies
+    assert studies.importance(s) == {"lr": 0.9, "momentum": 0.2}
+
+
+def test_importance_is_that_of_ped_anova(tmp_path: Path) -> None:
+    """Compare with Optuna on the study of `export`: lr is logarithmic, the optimizer is categorical."""
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     (s,) = load.gather([str(export(tmp_path / "lr", trials=200))], tmp_path).studies
-    found = figures.shares(s)
-    groups: dict[str, list[float]] = {}
-    for t in s.whole:
-        groups.setdefault(t["params.optimizer"], []).append(t["value"])
-    n, k = len(s.whole), len(groups)
-    within = sum(statistics.pvariance(g) * len(g) for g in groups.values()) / (
-        statistics.pvariance([t["value"] for t in s.whole]) * n
-    )
-    assert found["optimizer"] == pytest.approx(1 - within * (n - 1) / (n - k)) and found["optimizer"] > 0.5
-    assert 0 < found["lr"] < 0.5 and found.keys() == {"lr", "optimizer"}
-    (told,) = load.gather([str(export(tmp_path / "told", importance={"lr": 0.9}))], tmp_path).studies
-    assert figures.shares(told) == {"lr": 0.9}
+    rates = [t["params.lr"] for t in s.completed]
+    distributions = {
+        "lr": optuna.distributions.FloatDistribution(min(rates), max(rates), log=True),
+        "optimizer": optuna.distributions.CategoricalDistribution(["adamw", "muon", "sgd"]),
+    }
+    study = optuna.create_study()
+    for t in s.completed:
+        params = {"lr": t["params.lr"], "optimizer": t["params.optimizer"]}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=t["value"])
+        )
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
+    expected = get_param_importances(study, evaluator=evaluator, normalize=True)
+    shares = studies.importance(s)
+    assert shares == pytest.approx(expected)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["optimizer"] > shares["lr"] > 0
+    assert studies.importance(s) == shares, "the same in every report"
+
+
+def study_of(settings: Sequence[Mapping[str, Any]], values: Sequence[float]) -> load.Study:
+    trials = []
+    for number, (fields, value) in enumerate(zip(settings, values, strict=True)):
+        params = {f"params.{name}": setting for name, setting in fields.items()}
+        trials.append(make_trial(number, value, **params))
+    return make_study(*trials)
+
+
+def test_a_field_that_decides_the_value_has_all_the_importance() -> None:
+    settings = [{"lr": t / 40, "flag": t % 2 == 0, "one": "x"} for t in range(40)]
+    shares = studies.importance(study_of(settings, [setting["lr"] for setting in settings]))
+    assert shares.keys() == {"lr", "flag"}, "a field with one value was not searched"
+    assert shares["lr"] > 0.9
+
+
+def test_a_field_may_be_active_in_some_trials_only() -> None:
+    settings: list[dict[str, Any]] = [{"lr": t / 40} for t in range(40)]
+    for setting in settings[:12]:
+        setting["momentum"] = setting["lr"] ** 2
+    for setting in settings[:9]:
+        setting["beta"] = setting["lr"]
+    study = study_of(settings, [setting["lr"] for setting in settings])
+    study.trials[0].update({"params.momentum": 0.0, "params.beta": 0.0})
+    assert studies.importance(study).keys() == {"lr", "momentum"}, "beta has 9 trials, one too few"
+
+
+@pytest.mark.parametrize(
+    ("count", "values"),
+    [
+        (9, lambda t: t),  # too few trials
+        (40, lambda t: 1.0),  # all are equally good
+        (
+            40,
+            lambda t: -float(t == 0),
+        ),  # one trial is better; the others tie, so the best quarter is all of them
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_no_importance_where_it_cannot_be_computed(count: int, values: Callable[[int], float]) -> None:
+    study = study_of([{"lr": t / 40} for t in range(count)], list(map(values, range(count))))
+    shares = studies.importance(study)
+    assert shares == {}
+    assert registry.STUDY["importance"].draw(study) is None
 
 
 @pytest.mark.parametrize(
     "lacking", [("study", "rung_correlation"), ("evidence", "objective", "preset", "name")]
 )
-def test_an_export_may_lack_what_it_does_not_know(tmp_path: Path, lacking: tuple[str, ...]) -> None:
+def test_optional_facts_of_an_export_can_be_missing(tmp_path: Path, lacking: tuple[str, ...]) -> None:
     study = export(tmp_path / "lr")
     edit(study / "study.json", lambda facts: [facts.pop(k) for k in lacking])
     wrote = cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
     assert wrote["studies"] == 1 and (tmp_path / "r.pdf").stat().st_size > 10_000
 
 
-def test_columns_that_an_export_lacks_are_not_missed(tmp_path: Path) -> None:
+def test_optional_columns_of_an_export_can_be_missing(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     study = export(tmp_path / "lr")
@@ -471,13 +536,13 @@ def test_columns_that_an_export_lacks_are_not_missed(tmp_path: Path) -> None:
 
 
 def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
-    from reports.evidence.pages import from_log
+    from reports.evidence.pages import failures_in_log
 
     (tmp_path / "b.md").write_text("- [Deeper](deep.md) was **slower**.\n- Wider was better.\n")
     (tmp_path / "a.md").write_text("- The run\n  diverged.\n")
-    assert from_log(tmp_path) == ["The run diverged.", "Deeper was slower."]
-    assert from_log(tmp_path / "b.md") == ["Deeper was slower."]
-    assert from_log(cli.LOG)
+    assert failures_in_log(tmp_path) == ["The run diverged.", "Deeper was slower."]
+    assert failures_in_log(tmp_path / "b.md") == ["Deeper was slower."]
+    assert failures_in_log(cli.LOG)
 
 
 # -- the pages
@@ -485,7 +550,7 @@ def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """report.pdf of all there is, and beside it the figures, the tables and the folders that it was made from."""
+    """A folder with a report of all inputs, its figures and tables, and the inputs."""
     from reports.evidence.load import gather
 
     folder = tmp_path_factory.mktemp("pages")
@@ -500,10 +565,10 @@ def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
-    """(page, text, x, y, size) of every piece of text."""
+    """Return (page, text, x, y, size) of every piece of text."""
     from pypdf import PdfReader
 
-    found: list[tuple[int, str, float, float, float]] = []
+    pieces: list[tuple[int, str, float, float, float]] = []
     for n, page in enumerate(PdfReader(pdf).pages):
 
         def visit(text: str, cm: Any, tm: Any, font: Any, size: float, n: int = n) -> None:
@@ -511,11 +576,11 @@ def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
                 x, y = tm[4] * cm[0] + tm[5] * cm[2] + cm[4], tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
                 scale = (
                     abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
-                )  # turned text has one, too
-                found.append((n, text.strip(), x, y, size * scale))
+                )  # also for rotated text
+                pieces.append((n, text.strip(), x, y, size * scale))
 
         page.extract_text(visitor_text=visit)
-    return found
+    return pieces
 
 
 def text_of(pdf: Path) -> str:
@@ -536,10 +601,10 @@ def numbers_in(value: Any) -> set[float]:
 
 
 def known(folder: Path) -> set[float]:
-    """Every number of the inputs, and what follows from them, worked out here once more."""
+    """Return every number of the inputs and every number derived from them, computed independently."""
     import pyarrow.parquet as pq
 
-    found, scores = set(), {}
+    numbers, scores = set(), {}
     for run in (folder / "runs").iterdir():
         files = {
             name: json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary", "env")
@@ -550,8 +615,8 @@ def known(folder: Path) -> set[float]:
             if (run / f"{name}.jsonl").is_file()
             for line in (run / f"{name}.jsonl").open()
         ]
-        found |= numbers_in(files) | numbers_in(rows)
-        found.add(100 * files["summary"]["last"]["coverage"])
+        numbers |= numbers_in(files) | numbers_in(rows)
+        numbers.add(100 * files["summary"]["last"]["coverage"])
         if not any(g["status"] == "fail" for g in files["summary"]["guards"]):
             last, cfg = files["summary"]["last"], files["config"]["config"]
             means = {"full": last["full"], "official": last["official"], "flops": files["summary"]["flops"]}
@@ -564,14 +629,14 @@ def known(folder: Path) -> set[float]:
     t = {1: 12.706205, 2: 4.302653, 3: 3.182446}
     sd = (squares / df) ** 0.5
     floor = t[df] * 2**0.5 * sd
-    found |= {sd, floor}
+    numbers |= {sd, floor}
     for mine in full.values():
         v = list(mine.values())
         if len(v) > 1:
-            found |= {statistics.stdev(v), t[len(v) - 1] * statistics.stdev(v) / len(v) ** 0.5}
+            numbers |= {statistics.stdev(v), t[len(v) - 1] * statistics.stdev(v) / len(v) ** 0.5}
     for mine in scores.values():
         for some in (mine, {seed: s for seed, s in mine.items() if seed in full["baseline"]}):
-            found |= (
+            numbers |= (
                 {statistics.fmean(s[k] for s in some.values()) for k in next(iter(mine.values()))}
                 if some
                 else set()
@@ -579,22 +644,22 @@ def known(folder: Path) -> set[float]:
     a, b = full["baseline"], full["optimized"]
     apart = [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
     middle, half = statistics.fmean(apart), t[len(apart) - 1] * statistics.stdev(apart) / len(apart) ** 0.5
-    found |= {middle, middle - half, middle + half, abs(middle) / floor}
+    numbers |= {middle, middle - half, middle + half, abs(middle) / floor}
     for k in ("flops", "seconds", "params"):
         x, y = (statistics.fmean(s[k] for s in scores[p].values()) for p in ("baseline", "optimized"))
-        found.add(y / x)
+        numbers.add(y / x)
     study = pq.read_table(folder / "lr" / "trials.parquet").to_pylist()
-    found |= numbers_in(json.loads((folder / "lr" / "study.json").read_text())) | numbers_in(study)
+    numbers |= numbers_in(json.loads((folder / "lr" / "study.json").read_text())) | numbers_in(study)
     pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
-    found.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
+    numbers.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
     (s,) = load.gather([str(folder / "lr")], folder).studies
-    found |= set(figures.shares(s).values())  # held by a test of its own
+    numbers |= set(studies.importance(s).values())  # tested separately
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
-    return found | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
+    return numbers | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
 
 
 def ticks(folder: Path) -> set[str]:
-    """What stands at the axes of the figures."""
+    """Return the tick labels of the figures."""
     from xml.etree import ElementTree
 
     trees = [ElementTree.parse(svg) for svg in (folder / "figures").glob("*.svg")]
@@ -610,7 +675,7 @@ def ticks(folder: Path) -> set[str]:
 
 
 def unknown(folder: Path) -> list[str]:
-    """The numbers with decimals on the pages, outside of the figures' axes, that the inputs do not hold."""
+    """Return decimal numbers on the pages, except tick labels, that do not follow from the inputs."""
     allowed, at_axes = known(folder), ticks(folder)
     text = text_of(folder / "report.pdf").replace("\N{MINUS SIGN}", "-")
     wrong = []
@@ -623,7 +688,7 @@ def unknown(folder: Path) -> list[str]:
     return wrong
 
 
-def test_every_number_is_found_in_the_inputs(pages: Path) -> None:
+def test_every_number_in_the_report_follows_from_the_inputs(pages: Path) -> None:
     assert unknown(pages) == []
     text = text_of(pages / "report.pdf")
     for run in (pages / "runs").iterdir():
@@ -637,7 +702,7 @@ def test_every_number_is_found_in_the_inputs(pages: Path) -> None:
             assert shown in text
 
 
-def test_a_number_that_no_run_has_is_seen(pages: Path, tmp_path: Path) -> None:
+def test_a_number_that_does_not_follow_from_the_inputs_is_detected(pages: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pages, tmp_path / "pages"))
     for run in of(folder / "runs", "optimized").values():
         rescore(run, 0.1234)
@@ -662,11 +727,11 @@ def test_pages_outline_and_properties(pages: Path) -> None:
         "Study lr",
         "What failed",
     } <= set(titles)
-    told = pdf.metadata
+    properties = pdf.metadata
     assert (
-        told is not None
-        and told.title == "A title <of> & all"
-        and of(pages / "runs", "optimized")[1].name in (told.get("/Keywords") or "")
+        properties is not None
+        and properties.title == "A title <of> & all"
+        and of(pages / "runs", "optimized")[1].name in (properties.get("/Keywords") or "")
     )
     fonts = {
         str(font)
@@ -682,15 +747,15 @@ def test_pages_outline_and_properties(pages: Path) -> None:
 def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
     from reportlab.pdfbase.pdfmetrics import stringWidth
 
-    from reports.evidence.pdf import fonts
+    from reports.evidence.pdf import register_fonts
 
-    fonts()
-    found = words(pages / "report.pdf")
-    assert len(found) > 300
-    for page, text, x, y, size in found:
+    register_fonts()
+    pieces = words(pages / "report.pdf")
+    assert len(pieces) > 300
+    for page, text, x, y, size in pieces:
         assert size > 6.9, (page, text, size)
         assert 20 < y < 842 - 20 and x > 20, (page, text, x, y)
-        assert x + max(stringWidth(line, figures.FONT, size) for line in text.splitlines()) < 595 - 20, (
+        assert x + max(stringWidth(line, style.FONT, size) for line in text.splitlines()) < 595 - 20, (
             page,
             text,
             x,
@@ -701,10 +766,10 @@ def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
 
 
 def red(pdf: Path) -> list[str]:
-    """The text that is drawn in red, outside of figures."""
+    """Return the text that is set in red, outside of figures."""
     from pypdf import PdfReader
 
-    found = []
+    texts = []
     for page in PdfReader(pdf).pages:
         fill: list[float] = []
 
@@ -714,19 +779,17 @@ def red(pdf: Path) -> list[str]:
 
         def visit(text: str, *_: Any, fill: list[float] = fill) -> None:
             if fill == [0.69, 0.0, 0.13] and text.strip():
-                found.append(text.strip())
+                texts.append(text.strip())
 
         page.extract_text(visitor_operand_before=before, visitor_text=visit)
-    return found
+    return texts
 
 
-def test_a_failed_run_is_red_and_named(pages: Path, runs: Path, tmp_path: Path) -> None:
+def test_a_failed_run_is_shown_in_red_with_its_guard(pages: Path, runs: Path, tmp_path: Path) -> None:
     shown = " ".join(red(pages / "report.pdf"))
-    assert (
-        "FAIL: causality" in shown
-        and f"{json.loads((of(pages / 'runs', 'baseline')[3] / 'summary.json').read_text())['last']['full']:.4f}"
-        in shown
-    )
+    summary = json.loads((of(pages / "runs", "baseline")[3] / "summary.json").read_text())
+    assert "FAIL: causality" in shown
+    assert f"{summary['last']['full']:.4f}" in shown
     text = text_of(pages / "report.pdf")
     assert "logits change with the future at position 3" in text
     assert "Wider was worse by far." in text and "Deeper was better" not in text
@@ -734,7 +797,7 @@ def test_a_failed_run_is_red_and_named(pages: Path, runs: Path, tmp_path: Path) 
     assert red(tmp_path / "r.pdf") == []
 
 
-def test_figures_and_tables_are_kept(pages: Path) -> None:
+def test_figures_and_tables_are_written(pages: Path) -> None:
     drawn = sorted(p.name for p in (pages / "figures").iterdir())
     assert {
         "headline.svg",
@@ -750,14 +813,19 @@ def test_figures_and_tables_are_kept(pages: Path) -> None:
         last = json.loads((pages / "runs" / row["run"] / "summary.json").read_text())["last"]
         assert (
             float(row["full"]) == last["full"] and float(row["official"]) == last["official"]
-        )  # whole, not rounded
+        )  # not rounded
 
 
-def test_what_has_no_data_is_said(runs: Path, tmp_path: Path) -> None:
+def test_sections_without_data_are_listed(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(of(runs, "grown")[1])
     cli.write(load.gather([], runs), tmp_path / "r.pdf", "t")
     text = " ".join(text_of(tmp_path / "r.pdf").split())
-    for left_out in ("ablation (needs", "studies (no export", "growth (no run changed", "samples (not asked"):
+    for left_out in (
+        "ablation (needs",
+        "studies (no export",
+        "growth (no run has growth ops",
+        "samples (not requested",
+    ):
         assert left_out in text
     assert "Ablation" not in text
 
@@ -773,8 +841,8 @@ def same(folder: Path, runs: Path, **env: str) -> bytes:
 
 
 @pytest.mark.slow
-def test_the_same_inputs_are_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    """In another folder, from another copy of the runs, at another time, in another zone and language, with other hashes of Python."""
+def test_the_same_inputs_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    """The bytes do not depend on folder, time, time zone, language or Python's hash seed."""
     copies = [
         Path(shutil.copytree(made, tmp_path / name, ignore=shutil.ignore_patterns(".store")))
         for name in ("a", "deep/er/b")
@@ -794,33 +862,32 @@ def test_the_same_inputs_are_the_same_bytes(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_samples_and_says_its_claim(made: Path, tmp_path: Path) -> None:
+def test_the_command_writes_samples_and_prints_its_claim(made: Path, tmp_path: Path) -> None:
     done = report(made, "--out", tmp_path / "r.pdf", "--samples", "3", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert (
-        told["runs"] == 7
-        and told["kind"] in ("better", "worse", "within noise", "not sure")
-        and len(told["findings"]) == 3
+        result["runs"] == 7
+        and result["kind"] in ("better", "worse", "within noise", "not sure")
+        and len(result["findings"]) == 3
     )
     assert "Samples" in text_of(tmp_path / "r.pdf")
 
 
 def test_every_pair_of_series_differs_in_grey() -> None:
-    """Colours that a grey print makes one are told apart by dash and marker."""
+    """Colours that look equal in a grey print differ by dash and marker."""
     assert (
-        len(set(map(str, figures.DASHES)))
-        == len(figures.DASHES)
-        == len(figures.COLOURS)
-        == len(set(figures.MARKERS))
-        == figures.MOST
+        len(set(map(str, style.DASHES)))
+        == len(style.DASHES)
+        == len(style.COLOURS)
+        == len(set(style.MARKERS))
+        == style.MOST
     )
     grey = [
-        sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5)))
-        for c in figures.COLOURS
+        sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))) for c in style.COLOURS
     ]
     assert all(
-        abs(x - y) > 2 or figures.DASHES[i] != figures.DASHES[j]
+        abs(x - y) > 2 or style.DASHES[i] != style.DASHES[j]
         for (i, x), (j, y) in combinations(enumerate(grey), 2)
     )
     assert max(grey) < 190  # legible on white

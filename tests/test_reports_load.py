@@ -1,4 +1,4 @@
-"""What a report is made of: which places are runs and studies, what may not stand side by side, what makes a recipe."""
+"""Loading the data of a report: finding runs and studies, rejecting mixed data, grouping recipes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from evidence import (
     edit,
     edit_rows,
     failing,
-    make_evidence,
+    make_data,
     make_recipe,
     make_rows,
     make_run,
     make_study,
     make_trial,
     write_run,
-)  # fmt: skip
+)
 
 from mainrun import stats
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import RunError
 from reports.evidence import load
-from reports.evidence.load import Evidence, Recipe, Run
+from reports.evidence.load import Recipe, ReportData, Run
 
 OPS = [
     {"name": "set_dropout", "value": 0.0, "trigger": {"step": 1}},
@@ -75,12 +75,12 @@ def refusal(*places: object, out: Path = Path("none")) -> str:
     return str(caught.value)
 
 
-# -- which places
+# -- finding runs and studies
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A folder with a run of the baseline, a hidden one, and a study with a run of its own."""
+    """A folder with a baseline run, a hidden run, and a study that contains a run."""
     out = tmp_path / "runs"
     write_run(out, make_run())
     write_run(out / ".hidden", make_run("optimized"))
@@ -105,16 +105,14 @@ def test_a_folder_is_searched_for_runs_and_studies(out: Path) -> None:
     assert load.gather([str(out / ".hidden")], out).runs[0].cfg.preset == "optimized"
 
 
-def test_a_path_comes_before_a_name_in_the_folder_of_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_takes_precedence_over_a_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "mine", make_run())
     write_run(tmp_path / "runs" / "mine", make_run("optimized"))
     monkeypatch.chdir(tmp_path)
     assert [run.cfg.preset for run in load.gather(["mine"], Path("runs")).runs] == ["baseline"]
 
 
-def test_below_a_run_nothing_is_searched(out: Path) -> None:
+def test_folders_inside_a_run_are_not_searched(out: Path) -> None:
     run = make_run()
     write_run(out / run.id / "checkpoints", make_run("optimized"))
     write_run(out / "z", make_run("grown"))
@@ -128,29 +126,32 @@ def test_folders_are_searched_in_the_order_of_their_names(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["study.json", "trials.parquet"])
-def test_a_half_of_an_export_is_a_study_that_lacks_the_other(tmp_path: Path, name: str) -> None:
+def test_a_file_of_an_export_is_missing(tmp_path: Path, name: str) -> None:
     study = write_study(tmp_path / "lr")
     (study / name).unlink()
     assert f"the study {study} lacks {name}" in refusal(tmp_path)
 
 
-def test_the_folder_of_a_study_means_its_export(tmp_path: Path) -> None:
+def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     export = write_study(tmp_path / "lr" / "export", name="mine")
     (tmp_path / "lr" / "study.json").write_text("{}")
     (study,) = load.gather([str(tmp_path / "lr"), str(export)], tmp_path).studies
     assert study.path == export and study.name == "mine"
 
 
-def test_what_is_nowhere_is_refused(tmp_path: Path) -> None:
+def test_places_without_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    said = refusal(tmp_path / "empty", "nothing", out=tmp_path)
-    assert said.startswith("2 things keep the report from being written:\n")
-    assert f"{tmp_path / 'empty'} holds no run and no exported study" in said and "no run 'nothing'" in said
+    message = refusal(tmp_path / "empty", "nothing", out=tmp_path)
+    assert message.startswith("2 problems prevent the report:\n")
+    assert (
+        f"{tmp_path / 'empty'} holds no run and no exported study" in message
+        and "no run 'nothing'" in message
+    )
     one = refusal("nothing", out=tmp_path)
-    assert "things keep" not in one and one.startswith("no run 'nothing'")
+    assert "problems" not in one and one.startswith("no run 'nothing'")
 
 
-def test_what_a_run_holds(tmp_path: Path) -> None:
+def test_the_content_of_a_run_is_read(tmp_path: Path) -> None:
     run = make_run(journal=[started(1), ended(1), ended(3)], fields=GROWTH)
     folder = write_run(tmp_path, run)
     (read,) = load.gather([], tmp_path).runs
@@ -159,11 +160,11 @@ def test_what_a_run_holds(tmp_path: Path) -> None:
     assert read.env["command"] == run.env["command"]
 
 
-# -- a run that is not whole
+# -- incomplete and damaged runs
 
 
 @pytest.mark.parametrize("name", ["env.json", "metrics.jsonl", "tokenizer.json"])
-def test_a_file_of_a_run_that_is_missing(tmp_path: Path, name: str) -> None:
+def test_a_file_of_a_run_is_missing(tmp_path: Path, name: str) -> None:
     folder = write_run(tmp_path, make_run())
     (folder / name).unlink()
     assert name in refusal(tmp_path)
@@ -176,7 +177,7 @@ def test_all_missing_files_are_named(tmp_path: Path) -> None:
     assert f"{folder} lacks env.json, tokenizer.json" in refusal(tmp_path)
 
 
-def test_a_run_that_is_not_finished(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path, make_run(), status="interrupted")
     (folder / "summary.json").unlink()
     assert f"run {folder.name} is not finished (interrupted)" in refusal(tmp_path)
@@ -193,32 +194,70 @@ def in_rows(name: str, change: Callable[[list[dict[str, Any]]], Any]) -> Callabl
 HARMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no flops": (in_json("summary.json", lambda s: s.pop("flops")), "summary.json", "flops"),
     "no presentations": (
-        in_json("summary.json", lambda s: s["presentations"].pop("train_tokens_per_epoch")), "summary.json", "train_tokens_per_epoch",
+        in_json("summary.json", lambda s: s["presentations"].pop("train_tokens_per_epoch")),
+        "summary.json",
+        "train_tokens_per_epoch",
     ),
-    "a step without tokens": (in_rows("metrics.jsonl", lambda rows: rows[1].pop("tokens")), "metrics.jsonl", "tokens"),
-    "a step without loss": (in_rows("metrics.jsonl", lambda rows: rows[1].pop("loss")), "metrics.jsonl", "loss"),
-    "no step": (in_rows("metrics.jsonl", lambda rows: rows.__delitem__(slice(0, STEPS))), "metrics.jsonl", "row of a step"),
-    "an op without tokens": (in_rows("growth.jsonl", lambda rows: rows[1].pop("tokens")), "growth.jsonl", "tokens"),
-    "an op without value": (in_rows("growth.jsonl", lambda rows: rows[1].pop("value")), "growth.jsonl", "value"),
+    "a step without tokens": (
+        in_rows("metrics.jsonl", lambda rows: rows[1].pop("tokens")),
+        "metrics.jsonl",
+        "tokens",
+    ),
+    "a step without loss": (
+        in_rows("metrics.jsonl", lambda rows: rows[1].pop("loss")),
+        "metrics.jsonl",
+        "loss",
+    ),
+    "no step": (
+        in_rows("metrics.jsonl", lambda rows: rows.__delitem__(slice(0, STEPS))),
+        "metrics.jsonl",
+        "row of a step",
+    ),
+    "an op without tokens": (
+        in_rows("growth.jsonl", lambda rows: rows[1].pop("tokens")),
+        "growth.jsonl",
+        "tokens",
+    ),
+    "an op without value": (
+        in_rows("growth.jsonl", lambda rows: rows[1].pop("value")),
+        "growth.jsonl",
+        "value",
+    ),
     "an op without step": (in_rows("growth.jsonl", lambda rows: rows[1].pop("step")), "growth.jsonl", "step"),
-    "a start without params": (in_rows("growth.jsonl", lambda rows: rows[0].pop("params")), "growth.jsonl", "params"),
-    "a start without flops": (in_rows("growth.jsonl", lambda rows: rows[0].pop("flops_per_token")), "growth.jsonl", "flops_per_token"),
+    "a start without params": (
+        in_rows("growth.jsonl", lambda rows: rows[0].pop("params")),
+        "growth.jsonl",
+        "params",
+    ),
+    "a start without flops": (
+        in_rows("growth.jsonl", lambda rows: rows[0].pop("flops_per_token")),
+        "growth.jsonl",
+        "flops_per_token",
+    ),
     "no start": (in_rows("growth.jsonl", lambda rows: rows.pop(0)), "growth.jsonl", "began"),
-    "too many ops": (in_rows("growth.jsonl", lambda rows: rows.extend(rows[1:] * 2)), "growth.jsonl", "cannot have trained"),
-    "no number of tokens": (in_json("config.json", lambda config: config["plan"].clear()), "config.json", "train_tokens"),
-}  # fmt: skip
+    "too many ops": (
+        in_rows("growth.jsonl", lambda rows: rows.extend(rows[1:] * 2)),
+        "growth.jsonl",
+        "cannot have trained",
+    ),
+    "no number of tokens": (
+        in_json("config.json", lambda config: config["plan"].clear()),
+        "config.json",
+        "train_tokens",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_a_run_that_is_damaged(tmp_path: Path, name: str) -> None:
+def test_a_damaged_run_is_refused(tmp_path: Path, name: str) -> None:
     folder = write_run(
         tmp_path, make_run(fields=GROWTH, journal=[started(1), ended(1, params=1000), ended(3)])
     )
     load.gather([], tmp_path)
-    harm, file, said = HARMS[name]
+    harm, file, message = HARMS[name]
     harm(folder)
     refused = refusal(tmp_path)
-    assert file in refused and said in refused and str(folder) in refused
+    assert file in refused and message in refused and str(folder) in refused
 
 
 def test_a_run_without_a_score_of_val_is_refused(tmp_path: Path) -> None:
@@ -231,26 +270,30 @@ def test_a_run_without_a_score_of_val_is_refused(tmp_path: Path) -> None:
     assert "metrics.jsonl" in refusal(tmp_path)
 
 
-# -- a study that is not whole
+# -- incomplete and damaged studies
 
 
 @pytest.mark.parametrize("data", [b"[]", b"3", b"{", b"\xff", b'{"name": 3}'])
-def test_a_study_that_cannot_be_read(tmp_path: Path, data: bytes) -> None:
+def test_an_unreadable_study_is_refused(tmp_path: Path, data: bytes) -> None:
     study = write_study(tmp_path / "lr")
     (study / "study.json").write_bytes(data)
-    said = refusal(tmp_path)
-    assert "lr/study.json" in said and "mainrun sweep export" in said
+    message = refusal(tmp_path)
+    assert "lr/study.json" in message and "mainrun sweep export" in message
 
 
-def test_trials_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_trials_are_refused(tmp_path: Path) -> None:
     study = write_study(tmp_path / "lr")
     (study / "trials.parquet").write_bytes(b"no parquet")
-    said = refusal(tmp_path)
-    assert f"the study {study} cannot be read" in said and "mainrun sweep export" in said and len(said) < 600
+    message = refusal(tmp_path)
+    assert (
+        f"the study {study} cannot be read" in message
+        and "mainrun sweep export" in message
+        and len(message) < 600
+    )
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, pyarrow.ArrowException])
-def test_whatever_reading_trials_raises(
+def test_errors_of_the_parquet_reader_are_reported(
     tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
@@ -262,7 +305,7 @@ def test_whatever_reading_trials_raises(
 
 
 @pytest.mark.parametrize("error", [RunError, KeyError, AssertionError])
-def test_a_plan_that_cannot_have_been(
+def test_a_plan_that_contradicts_the_journal_is_refused(
     tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
@@ -270,44 +313,58 @@ def test_a_plan_that_cannot_have_been(
 
     folder = write_run(tmp_path, make_run())
     monkeypatch.setattr(load, "Plan", fail)
-    said = refusal(tmp_path)
-    assert f"{folder} cannot have trained as" in said and "so" in said
+    message = refusal(tmp_path)
+    assert f"{folder} cannot have trained as" in message and "so" in message
 
 
 @pytest.mark.parametrize("name", ["trial", "state", "value"])
-def test_trials_without_a_column(tmp_path: Path, name: str) -> None:
+def test_trials_without_a_required_column_are_refused(tmp_path: Path, name: str) -> None:
     write_study(tmp_path / "lr", [{k: v for k, v in make_trial(0).items() if k != name}])
-    assert "is not as `mainrun sweep export` writes it" in refusal(tmp_path)
+    assert "is not in the format of `mainrun sweep export`" in refusal(tmp_path)
 
 
-def test_a_study_may_have_no_trials(tmp_path: Path) -> None:
+def test_a_study_without_trials_is_read(tmp_path: Path) -> None:
     study = write_study(tmp_path / "lr", [{"other": 1}])
     pyarrow.parquet.write_table(
         pyarrow.table({"other": pyarrow.array([], pyarrow.int64())}), study / "trials.parquet"
     )
     (read,) = load.gather([], tmp_path).studies
-    assert read.trials == [] and read.searched == [] and read.whole == []
+    assert read.trials == [] and read.searched_fields == [] and read.completed == []
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("trial", -1), ("trial", "x"), ("state", 3), ("value", "x"), ("value", float("nan")), ("reason", 3), ("rung", "x"), ("scores", "x"),
-        ("scores", '{"a": 1}'), ("asked", -1.0), ("trained", "x"), ("reused", -1), ("wasted", -1), ("branch", -1), ("steps", "x"),
-        ("params.lr", [1]), ("params.lr", float("nan")),
+        ("trial", -1),
+        ("trial", "x"),
+        ("state", 3),
+        ("value", "x"),
+        ("value", float("nan")),
+        ("reason", 3),
+        ("rung", "x"),
+        ("scores", "x"),
+        ("scores", '{"a": 1}'),
+        ("asked", -1.0),
+        ("trained", "x"),
+        ("reused", -1),
+        ("wasted", -1),
+        ("branch", -1),
+        ("steps", "x"),
+        ("params.lr", [1]),
+        ("params.lr", float("nan")),
     ],
-)  # fmt: skip
-def test_a_trial_that_is_damaged(tmp_path: Path, name: str, value: Any) -> None:
+)
+def test_a_damaged_trial_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     write_study(tmp_path / "lr", [make_trial(0) | {name: value}])
-    said = refusal(tmp_path)
-    assert "trials.parquet is damaged" in said and name in said
+    message = refusal(tmp_path)
+    assert "trials.parquet is damaged" in message and name in message
 
 
-def test_a_trial_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
+def test_optional_columns_of_a_trial_can_be_empty(tmp_path: Path) -> None:
     unknown = dict.fromkeys(
         ("reason", "rung", "scores", "asked", "trained", "reused", "wasted", "branch", "steps", "params.lr")
     )
-    told = {
+    filled = {
         "reason": "",
         "rung": float("inf"),
         "scores": '{"0": 1.5}',
@@ -319,7 +376,7 @@ def test_a_trial_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
     }
     trials = [
         make_trial(0, None) | unknown,
-        make_trial(1, 2.0) | unknown | told | {"steps": 3, "params.lr": 0.5},
+        make_trial(1, 2.0) | unknown | filled | {"steps": 3, "params.lr": 0.5},
     ]
     write_study(tmp_path / "lr", trials)
     assert [t["value"] for t in load.gather([], tmp_path).studies[0].trials] == [None, 2.0]
@@ -329,28 +386,42 @@ def test_a_trial_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rows", 3), ("rows", [3]), ("rows", [{"trial": "x"}]), ("rows", [{"mean": "x"}]), ("rows", [{"difference": "x"}]),
-        ("rows", [{"interval": 3}]), ("rows", [{"interval": [1]}]), ("rows", [{"interval": ["x", 1]}]), ("rows", [{"p_holm": "x"}]),
-        ("rows", [{"why": 3}]), ("rung_correlation", 3), ("rung_correlation", {"0": "x"}), ("space", 3), ("space", {"lr": 3}),
-        ("space", {"lr": {"values": 3}}), ("space", {"lr": {"when": 3}}), ("importance", 3), ("importance", {"lr": "x"}),
+        ("rows", 3),
+        ("rows", [3]),
+        ("rows", [{"trial": "x"}]),
+        ("rows", [{"mean": "x"}]),
+        ("rows", [{"difference": "x"}]),
+        ("rows", [{"interval": 3}]),
+        ("rows", [{"interval": [1]}]),
+        ("rows", [{"interval": ["x", 1]}]),
+        ("rows", [{"p_holm": "x"}]),
+        ("rows", [{"why": 3}]),
+        ("rung_correlation", 3),
+        ("rung_correlation", {"0": "x"}),
+        ("space", 3),
+        ("space", {"lr": 3}),
+        ("space", {"lr": {"values": 3}}),
+        ("space", {"lr": {"when": 3}}),
+        ("importance", 3),
+        ("importance", {"lr": "x"}),
     ],
-)  # fmt: skip
-def test_a_fact_of_a_study_that_is_damaged(tmp_path: Path, part: str, name: str, value: Any) -> None:
+)
+def test_a_damaged_fact_of_a_study_is_refused(tmp_path: Path, part: str, name: str, value: Any) -> None:
     write_study(tmp_path / "lr", **({part: {name: value}} if part else {name: value}))
-    said = refusal(tmp_path)
-    assert "study.json is damaged" in said and name in said
+    message = refusal(tmp_path)
+    assert "study.json is damaged" in message and name in message
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("ledger", 3), ("ledger", {"asked": -1}), ("study", 3), ("evidence", 3)]
 )
-def test_a_part_of_a_study_that_is_damaged(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_damaged_table_of_a_study_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     write_study(tmp_path / "lr", **{name: value})
-    said = refusal(tmp_path)
-    assert "study.json is damaged" in said and name in said
+    message = refusal(tmp_path)
+    assert "study.json is damaged" in message and name in message
 
 
-def test_a_study_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
+def test_optional_facts_of_a_study_can_be_missing(tmp_path: Path) -> None:
     unknown = dict.fromkeys(
         ("rows", "rung_correlation", "space", "importance", "study", "evidence", "ledger")
     )
@@ -366,27 +437,27 @@ def test_a_study_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
     assert [s.name for s in load.gather([], tmp_path).studies] == ["a", "b", "c"]
 
 
-# -- what may not stand side by side
+# -- data that must not be mixed
 
 
 @pytest.mark.parametrize("what", ["val", "corpus"])
-def test_other_titles_are_refused(tmp_path: Path, what: str) -> None:
+def test_runs_with_different_titles_are_refused(tmp_path: Path, what: str) -> None:
     run, other = make_run(), make_run(seed=2)
     other.summary["fingerprints"] = other.summary["fingerprints"] | {what: "f" * 64}
     for one in (run, other):
         write_run(tmp_path, one)
-    said = refusal(tmp_path)
+    message = refusal(tmp_path)
     first = run.summary["fingerprints"][what][:12]
     assert (
-        f"the {what} fingerprint is not one: " in said
-        and f"{first}: {run.id}" in said
-        and f"{'f' * 12}: {other.id}" in said
+        f"the inputs differ in their {what} fingerprint: " in message
+        and f"{first}: {run.id}" in message
+        and f"{'f' * 12}: {other.id}" in message
     )
-    assert "same titles" in said
+    assert "same titles" in message
 
 
 @pytest.mark.parametrize("what", ["train", "dev"])
-def test_other_splits_of_train_may_stand_together(tmp_path: Path, what: str) -> None:
+def test_runs_with_different_train_splits_are_accepted(tmp_path: Path, what: str) -> None:
     other = make_run(seed=2)
     other.summary["fingerprints"] = other.summary["fingerprints"] | {what: "f" * 64}
     for one in (make_run(), other):
@@ -394,41 +465,43 @@ def test_other_splits_of_train_may_stand_together(tmp_path: Path, what: str) -> 
     assert len(load.gather([], tmp_path).runs) == 2
 
 
-def test_another_geometry_is_refused(tmp_path: Path) -> None:
+def test_runs_with_different_geometries_are_refused(tmp_path: Path) -> None:
     run, other = make_run(), make_run(seed=2, geometry=[4, 16])
     for one in (run, other):
         write_run(tmp_path, one)
-    said = refusal(tmp_path)
+    message = refusal(tmp_path)
     assert (
-        "the evaluation geometry is not one: " in said
-        and f"8x16: {run.id}" in said
-        and f"4x16: {other.id}" in said
+        "the inputs differ in their evaluation geometry: " in message
+        and f"8x16: {run.id}" in message
+        and f"4x16: {other.id}" in message
     )
-    assert "official_geometry=ROWSxTOKENS" in said
+    assert "official_geometry=ROWSxTOKENS" in message
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("facts", "message"),
     [
-        ({"fingerprints": {"val": "f" * 64}}, "the val fingerprint is not one: "),
-        ({"fingerprints": {"corpus": "f" * 64}}, "the corpus fingerprint is not one: "),
-        ({"geometry": [4, 16]}, "the evaluation geometry is not one: "),
+        ({"fingerprints": {"val": "f" * 64}}, "the inputs differ in their val fingerprint: "),
+        ({"fingerprints": {"corpus": "f" * 64}}, "the inputs differ in their corpus fingerprint: "),
+        ({"geometry": [4, 16]}, "the inputs differ in their evaluation geometry: "),
         ({"fingerprints": {"val": "b" * 64}, "geometry": [8, 16]}, ""),
         ({"fingerprints": {"val": None}}, ""),
         ({}, ""),
     ],
 )
-def test_a_study_of_other_titles(tmp_path: Path, facts: dict[str, Any], said: str) -> None:
+def test_a_study_with_different_titles_is_refused(
+    tmp_path: Path, facts: dict[str, Any], message: str
+) -> None:
     write_run(tmp_path, make_run())
     write_study(tmp_path / "lr", **facts)
-    if not said:
+    if not message:
         assert len(load.gather([], tmp_path).studies) == 1
         return
     refused = refusal(tmp_path)
-    assert said in refused and "study lr" in refused and make_run().id in refused
+    assert message in refused and "study lr" in refused and make_run().id in refused
 
 
-def test_of_many_runs_four_are_named(tmp_path: Path) -> None:
+def test_at_most_four_runs_are_named(tmp_path: Path) -> None:
     runs = [make_run(seed=seed) for seed in range(6)]
     for run in runs:
         write_run(tmp_path, run)
@@ -436,21 +509,21 @@ def test_of_many_runs_four_are_named(tmp_path: Path) -> None:
     assert "and 2 more" in refusal(tmp_path)
     names = list("abcdef")
     assert (
-        load.few(names) == "a, b, c, d and 2 more"
-        and load.few(names[:4]) == "a, b, c, d"
-        and load.few([]) == ""
+        load.shorten(names) == "a, b, c, d and 2 more"
+        and load.shorten(names[:4]) == "a, b, c, d"
+        and load.shorten([]) == ""
     )
-    assert load.few(names, 5) == "a, b, c, d, e and 1 more"
+    assert load.shorten(names, 5) == "a, b, c, d, e and 1 more"
 
 
-def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     for run in (make_run(), make_run(seed=2, geometry=[1, 2]), make_run(seed=3)):
         write_run(tmp_path, run)
     (tmp_path / make_run(seed=3).id / "env.json").unlink()
     study = write_study(tmp_path / "lr")
     (study / "study.json").unlink()
-    said = refusal(tmp_path).splitlines()
-    assert said[0] == "3 things keep the report from being written:" and len(said) == 4
+    message = refusal(tmp_path).splitlines()
+    assert message[0] == "3 problems prevent the report:" and len(message) == 4
 
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
@@ -458,15 +531,17 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         write_run(tmp_path, make_run(seed=seed))
     for seed in (3, 1):
         shutil.copytree(tmp_path / make_run(seed=seed).id, tmp_path / f"again-{seed}")
-    said = refusal(tmp_path)
+    message = refusal(tmp_path)
     assert (
-        said.splitlines()[1].startswith("seed 1 of baseline is there more than once (")
-        and "seed 3 of baseline" in said
+        message.splitlines()[1].startswith("seed 1 of baseline was given more than once (")
+        and "seed 3 of baseline" in message
     )
-    first = said.splitlines()[1]
+    first = message.splitlines()[1]
     assert "again-1" in first and "again-3" not in first
     assert (
-        str(tmp_path / "again-1") in said and str(tmp_path / make_run().id) in said and "seed 2" not in said
+        str(tmp_path / "again-1") in message
+        and str(tmp_path / make_run().id) in message
+        and "seed 2" not in message
     )
 
 
@@ -474,10 +549,10 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
 
 
 def named(*runs: Run) -> list[tuple[str, list[int]]]:
-    return [(recipe.name, [run.cfg.seed for run in recipe.runs]) for recipe in load._recipes(runs)]
+    return [(recipe.name, [run.cfg.seed for run in recipe.runs]) for recipe in load._group_into_recipes(runs)]
 
 
-def test_runs_that_differ_by_their_seed_are_a_recipe() -> None:
+def test_runs_that_differ_only_by_seed_form_a_recipe() -> None:
     runs = (
         make_run(seed=3),
         make_run("optimized"),
@@ -492,12 +567,12 @@ def test_recipes_are_ordered_by_preset_before_seed() -> None:
     assert named(*runs) == [("baseline", [2, 3]), ("optimized", [1])]
 
 
-def test_recipes_stand_in_one_order() -> None:
+def test_the_order_of_recipes_does_not_depend_on_the_order_of_runs() -> None:
     runs = [make_run(fields={"lr": lr}) for lr in (0.1, 0.2, 0.3)]
     assert named(*runs) == named(*reversed(runs)) == named(*sorted(runs, key=lambda run: run.id))
 
 
-def test_a_preset_is_told_apart_from_its_own_kind_alone() -> None:
+def test_a_recipe_name_lists_only_differences_within_its_preset() -> None:
     assert named(make_run(), make_run("optimized", fields={"lr": 0.5})) == [
         ("baseline", [1]),
         ("optimized", [1]),
@@ -523,14 +598,14 @@ def test_a_preset_is_told_apart_from_its_own_kind_alone() -> None:
         (GROWTH, {}, ["baseline dropout=0", "baseline dropout=0.1 with growth"]),
     ],
 )
-def test_recipes_of_one_preset_are_told_apart_by_what_differs(
+def test_recipe_names_list_the_fields_that_differ(
     fields: dict[str, Any], others: dict[str, Any], names: list[str]
 ) -> None:
     assert sorted(name for name, _ in named(make_run(fields=fields), make_run(fields=others))) == names
 
 
-def test_what_makes_a_recipe() -> None:
-    names = load.fields(make_run().cfg)
+def test_the_fields_that_define_a_recipe() -> None:
+    names = load.recipe_fields(make_run().cfg)
     left_out = {name for name in TrainConfig.model_fields if name not in names}
     assert left_out == {
         "seed",
@@ -539,22 +614,26 @@ def test_what_makes_a_recipe() -> None:
     assert names["lr"] == 0.006
 
 
-def test_a_run_that_failed_is_no_score() -> None:
+def test_a_run_that_failed_a_guard_has_no_score() -> None:
     recipe = make_recipe("baseline", {1: 2.0, 2: 3.0})
     recipe.runs[0].summary["guards"] = failing()
-    assert recipe.scores == {2: 3.0} and recipe.good == recipe.runs[1:] and recipe.cfg == recipe.runs[0].cfg
-    assert recipe.runs[0].failed == ["causality"] and recipe.runs[1].failed == []
+    assert (
+        recipe.scores == {2: 3.0}
+        and recipe.valid_runs == recipe.runs[1:]
+        and recipe.cfg == recipe.runs[0].cfg
+    )
+    assert recipe.runs[0].failed_guards == ["causality"] and recipe.runs[1].failed_guards == []
 
 
 # -- the headline
 
 
 def headline(*recipes: Recipe) -> tuple[str | None, str | None, str]:
-    base, other, chosen = load._headline(recipes)
+    base, other, chosen = load._select_pair(recipes)
     return base and base.name, other and other.name, chosen
 
 
-def test_the_two_of_the_headline() -> None:
+def test_the_selection_of_the_two_main_recipes() -> None:
     base, base1 = make_recipe("baseline", {1: 2.0}), make_recipe("ablation:baseline", {1: 2.0})
     opt, opt1 = make_recipe("optimized", {1: 1.9}), make_recipe("demo:optimized", {1: 1.8, 2: 1.8})
     low, lower, bad = (
@@ -577,7 +656,7 @@ def test_the_two_of_the_headline() -> None:
     assert headline(bad, opt, low) == ("x", "optimized", named_so)
 
 
-def test_of_baselines_the_one_with_most_seeds_counts() -> None:
+def test_the_baseline_with_most_seeds_is_selected() -> None:
     few, many = make_recipe("baseline", {1: 2.0}), make_recipe("ablation:baseline", {1: 2.0, 2: 2.0})
     assert headline(few, many, make_recipe("optimized", {1: 1.0}))[0] == "ablation:baseline"
     twins = [
@@ -589,16 +668,16 @@ def test_of_baselines_the_one_with_most_seeds_counts() -> None:
 # -- noise and ladder
 
 
-def test_the_noise_is_between_the_seeds_of_a_recipe() -> None:
+def test_the_noise_is_measured_between_seeds_of_a_recipe() -> None:
     a = make_recipe("baseline", {1: 2.0, 2: 2.2})
     b = make_recipe("optimized", {1: 1.0, 2: 1.1, 3: 1.2}, {"lr": 0.02})
-    assert make_evidence(a, b).noise == stats.noise([[2.0, 2.2], [1.0, 1.1, 1.2]])
-    assert make_evidence(a).noise == stats.noise([[2.0, 2.2]])
-    assert make_evidence(make_recipe("baseline", {1: 2.0})).noise is None and make_evidence().noise is None
+    assert make_data(a, b).noise == stats.noise([[2.0, 2.2], [1.0, 1.1, 1.2]])
+    assert make_data(a).noise == stats.noise([[2.0, 2.2]])
+    assert make_data(make_recipe("baseline", {1: 2.0})).noise is None and make_data().noise is None
     same = make_recipe("same", {1: 2.0, 2: 2.2})
-    assert make_evidence(a, same).noise == stats.noise([[2.0, 2.2]])
+    assert make_data(a, same).noise == stats.noise([[2.0, 2.2]])
     more = make_recipe("same", {3: 2.4})
-    assert make_evidence(a, more).noise == stats.noise([[2.0, 2.2, 2.4]])
+    assert make_data(a, more).noise == stats.noise([[2.0, 2.2, 2.4]])
 
 
 def steps(*names: str, **changes: Any) -> list[Recipe]:
@@ -618,22 +697,22 @@ def steps(*names: str, **changes: Any) -> list[Recipe]:
     ],
 )
 def test_a_ladder_is_in_the_order_of_its_preset(given: tuple[str, ...], ordered: list[str]) -> None:
-    e = make_evidence(make_recipe("baseline", {1: 2.0}), *steps(*given))
+    e = make_data(make_recipe("baseline", {1: 2.0}), *steps(*given))
     assert [recipe.cfg.preset.removeprefix("ablation:") for recipe in e.ladder] == ordered
 
 
-def test_a_step_that_failed_is_no_step() -> None:
+def test_a_step_without_valid_runs_is_not_in_the_ladder() -> None:
     good, bad = steps("baseline", "size", "adamw"), steps("bfloat16", guards=failing())
-    assert len(make_evidence(*good, *bad).ladder) == 3
-    assert make_evidence(*good[:2], *bad).ladder == []
+    assert len(make_data(*good, *bad).ladder) == 3
+    assert make_data(*good[:2], *bad).ladder == []
 
 
-def test_a_pair_of_presets_is_no_ladder() -> None:
+def test_other_presets_are_not_a_ladder() -> None:
     pair = [
         make_recipe(f"demo:{name}", {1: 2.0}, {"lr": lr})
         for name, lr in (("baseline", 0.1), ("optimized", 0.2), ("other", 0.3))
     ]
-    assert make_evidence(*pair).ladder == []
+    assert make_data(*pair).ladder == []
 
 
 @pytest.mark.parametrize(
@@ -646,15 +725,17 @@ def test_a_pair_of_presets_is_no_ladder() -> None:
         (((1,), (2,)), [[1], [2]]),
     ],
 )
-def test_the_scores_of_a_ladder_are_over_common_seeds(
+def test_the_scores_of_a_ladder_use_common_seeds(
     seeds: tuple[tuple[int, ...], ...], kept: list[list[int]]
 ) -> None:
     recipes = [
         make_recipe("baseline", {seed: seed / 10 + i for seed in mine}) for i, mine in enumerate(seeds)
     ]
-    found = load.ladder_scores(recipes)
-    assert [list(scores) for scores in found] == kept
-    assert all(score == seed / 10 + i for i, scores in enumerate(found) for seed, score in scores.items())
+    scores_of_steps = load.ladder_scores(recipes)
+    assert [list(scores) for scores in scores_of_steps] == kept
+    assert all(
+        score == seed / 10 + i for i, scores in enumerate(scores_of_steps) for seed, score in scores.items()
+    )
 
 
 def test_config_differences() -> None:
@@ -676,7 +757,7 @@ def test_the_rows_of_a_run() -> None:
     assert run.id == "named-otherwise"
 
 
-def test_the_ops_of_a_run_are_those_of_its_journal() -> None:
+def test_the_ops_of_a_run_come_from_its_journal() -> None:
     journal = [
         started(1),
         ended(1),
@@ -690,7 +771,7 @@ def test_the_ops_of_a_run_are_those_of_its_journal() -> None:
     assert make_run(fields=GROWTH, journal=[started(1), ended(1), ended(3)]).resolved.fired == (1, 3)
 
 
-def test_the_ops_of_a_run_without_a_journal_are_those_of_its_plan() -> None:
+def test_without_a_journal_the_ops_come_from_the_plan() -> None:
     run = make_run(fields=GROWTH)
     span = run.cfg.batch_size * run.cfg.block_size
     assert run.ops == [
@@ -701,43 +782,50 @@ def test_the_ops_of_a_run_without_a_journal_are_those_of_its_plan() -> None:
     assert make_run().ops == [] and make_run().resolved.fired == ()
 
 
-def test_the_runs_of_the_evidence() -> None:
-    e = make_evidence(make_recipe("baseline", {1: 2.0, 2: 2.0}), make_recipe("grown", {1: 2.0}))
+def test_the_runs_of_the_report_data() -> None:
+    e = make_data(make_recipe("baseline", {1: 2.0, 2: 2.0}), make_recipe("grown", {1: 2.0}))
     assert [run.cfg.preset for run in e.runs] == ["baseline", "baseline", "grown"]
-    assert Evidence((), ()).chosen == "" and Evidence((), ()).baseline is None
+    assert ReportData((), ()).selection == "" and ReportData((), ()).baseline is None
 
 
 # -- a study
 
 
 @pytest.mark.parametrize("state", ["fail", "failed", "error", "diverged", "FAIL", "TrialState.FAIL"])
-def test_a_trial_that_failed(state: str) -> None:
-    assert load.bad(make_trial(0, state=state)) and make_study(make_trial(0, state=state)).done == []
+def test_states_of_failed_trials(state: str) -> None:
+    assert load.is_failed(make_trial(0, state=state)) and make_study(make_trial(0, state=state)).scored == []
 
 
 @pytest.mark.parametrize("state", ["done", "complete", "TrialState.COMPLETE", "pruned", "running", ""])
-def test_a_trial_that_did_not(state: str) -> None:
-    assert not load.bad(make_trial(0, state=state)) and len(make_study(make_trial(0, state=state)).done) == 1
-    assert make_study(make_trial(0, None, state=state)).done == [] and load.state({}) == ""
+def test_states_of_trials_that_did_not_fail(state: str) -> None:
+    assert (
+        not load.is_failed(make_trial(0, state=state))
+        and len(make_study(make_trial(0, state=state)).scored) == 1
+    )
+    assert make_study(make_trial(0, None, state=state)).scored == [] and load.trial_state({}) == ""
 
 
 @pytest.mark.parametrize("state", ["complete", "completed", "done", "TrialState.COMPLETE"])
-def test_trials_that_were_trained_to_the_end(state: str) -> None:
+def test_trials_trained_to_the_end_by_state(state: str) -> None:
     study = make_study(
         make_trial(0, 1.0, state),
         make_trial(1, 0.5, "pruned", rung=5),
         make_trial(2, None, state),
         make_trial(3, 9.0, "failed"),
     )
-    assert [t["trial"] for t in study.whole] == [0] and [t["trial"] for t in study.stopped] == [1]
+    assert [t["trial"] for t in study.completed] == [0] and [t["trial"] for t in study.stopped] == [1]
 
 
-def test_without_a_state_the_highest_rung_was_trained_to_the_end() -> None:
+def test_trials_trained_to_the_end_by_rung() -> None:
     trials = [make_trial(i, 1.0, "pruned", rung=rung) for i, rung in enumerate((0, 2, None, 2, 1))]
     study = make_study(*trials, make_trial(9, None, "pruned", rung=7))
-    assert [t["trial"] for t in study.whole] == [1, 3] and [t["trial"] for t in study.stopped] == [0, 2, 4]
+    assert [t["trial"] for t in study.completed] == [1, 3] and [t["trial"] for t in study.stopped] == [
+        0,
+        2,
+        4,
+    ]
     flat = make_study(*(make_trial(i, 1.0, "pruned") for i in range(2)))
-    assert len(flat.whole) == 2 and flat.stopped == [] and make_study().whole == []
+    assert len(flat.completed) == 2 and flat.stopped == [] and make_study().completed == []
 
 
 def test_the_fields_that_a_study_searched() -> None:
@@ -750,14 +838,14 @@ def test_the_fields_that_a_study_searched() -> None:
         ),
     ]
     assert (
-        make_study(*trials).searched == ["lr"]
-        and make_study().searched == []
-        and make_study(trials[0]).searched == []
+        make_study(*trials).searched_fields == ["lr"]
+        and make_study().searched_fields == []
+        and make_study(trials[0]).searched_fields == []
     )
 
 
 @pytest.mark.parametrize("empty", [None, {}, [], ""])
-def test_a_fact_is_looked_for_in_three_places(empty: Any) -> None:
+def test_a_fact_is_looked_up_in_three_tables(empty: Any) -> None:
     study = make_study(a=1, b=empty, study={"b": 2, "c": empty, "a": 9}, evidence={"c": 3, "b": 9})
     assert [study.fact(name) for name in "abcd"] == [1, 2, 3, None]
     assert make_study(study=None, a=0).fact("a") == 0

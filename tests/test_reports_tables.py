@@ -1,4 +1,4 @@
-"""The cells of each table, from rows made by hand: what is shown, rounded how, in which order, and what is red."""
+"""The tables of a report for hand-made runs: cells, rounding, order and red rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evidence import (
     STEPS,
     failing,
     guard,
-    make_evidence,
+    make_data,
     make_recipe,
     make_run,
     make_study,
@@ -38,16 +38,16 @@ def heads(table: tables.Table | None) -> list[str]:
 
 
 def look(table: tables.Table | None) -> list[tuple[float, bool]]:
-    """The share of the width and the side of each column."""
+    """Return (share of the width, aligned right) of each column."""
     assert table is not None
     return [(column.share, column.right) for column in table.columns]
 
 
-# -- how a number is written
+# -- formats of numbers
 
 
 @pytest.mark.parametrize(
-    ("form", "value", "said"),
+    ("form", "value", "expected"),
     [
         (tables.fixed(4), 1.23456, "1.2346"),
         (tables.fixed(4), -1.23456, f"{MINUS}1.2346"),
@@ -56,47 +56,47 @@ def look(table: tables.Table | None) -> list[tuple[float, bool]]:
         (tables.fixed(2, sign=True), 0.5, "+0.50"),
         (tables.fixed(2, sign=True), -0.5, f"{MINUS}0.50"),
         (tables.fixed(2, sign=True), None, ""),
-        (tables.whole, 1234567.4, "1,234,567"),
-        (tables.whole, 0, "0"),
-        (tables.whole, None, ""),
-        (tables.plain, 1337, "1337"),
-        (tables.chance, 0.001, "0.001"),
-        (tables.chance, 0.00099, "<0.001"),
-        (tables.chance, 0.0, "<0.001"),
-        (tables.chance, 0.12345, "0.123"),
-        (tables.chance, None, ""),
+        (tables.integer, 1234567.4, "1,234,567"),
+        (tables.integer, 0, "0"),
+        (tables.integer, None, ""),
+        (tables.identifier, 1337, "1337"),
+        (tables.p_value, 0.001, "0.001"),
+        (tables.p_value, 0.00099, "<0.001"),
+        (tables.p_value, 0.0, "<0.001"),
+        (tables.p_value, 0.12345, "0.123"),
+        (tables.p_value, None, ""),
         (tables.text, None, ""),
         (tables.text, 0, "0"),
-        (tables.power, 3.5512e13, "3.55e13"),
-        (tables.power, 1e-5, "1e-05"),
-        (tables.power, 12.0, "12"),
-        (tables.power, None, ""),
-        (tables.value, None, "none"),
-        (tables.value, True, "true"),
-        (tables.value, {"a": [1]}, '{"a": [1]}'),
-        (tables.value, [1, 2], "[1, 2]"),
-        (tables.value, (1, 2), "[1, 2]"),
-        (tables.value, 0.1234567, "0.123457"),
-        (tables.value, 3.0, "3"),
-        (tables.value, 10, "10"),
-        (tables.value, "adamw", "adamw"),
+        (tables.scientific, 3.5512e13, "3.55e13"),
+        (tables.scientific, 1e-5, "1e-05"),
+        (tables.scientific, 12.0, "12"),
+        (tables.scientific, None, ""),
+        (tables.setting, None, "none"),
+        (tables.setting, True, "true"),
+        (tables.setting, {"a": [1]}, '{"a": [1]}'),
+        (tables.setting, [1, 2], "[1, 2]"),
+        (tables.setting, (1, 2), "[1, 2]"),
+        (tables.setting, 0.1234567, "0.123457"),
+        (tables.setting, 3.0, "3"),
+        (tables.setting, 10, "10"),
+        (tables.setting, "adamw", "adamw"),
     ],
 )
-def test_how_a_value_is_written(form: tables.Format, value: Any, said: str) -> None:
-    assert form(value) == said
+def test_how_a_value_is_written(form: tables.Format, value: Any, expected: str) -> None:
+    assert form(value) == expected
 
 
-def test_numbers_stand_right_and_words_left() -> None:
+def test_numbers_are_aligned_right_and_words_left() -> None:
     sides = {
         form: tables.Column("x", form).right
-        for form in (tables.text, tables.value, tables.whole, tables.plain)
+        for form in (tables.text, tables.setting, tables.integer, tables.identifier)
     }
-    assert sides == {tables.text: False, tables.value: False, tables.whole: True, tables.plain: True}
+    assert sides == {tables.text: False, tables.setting: False, tables.integer: True, tables.identifier: True}
     assert tables.Column("x") == tables.Column("x", tables.text, 0.0)
 
 
-def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
-    columns = [tables.Column("a", tables.fixed(2)), tables.Column("b"), tables.Column("c", tables.value)]
+def test_the_csv_keeps_all_digits_and_the_cells_are_rounded(tmp_path: Path) -> None:
+    columns = [tables.Column("a", tables.fixed(2)), tables.Column("b"), tables.Column("c", tables.setting)]
     table = tables.Table("x", "X", columns, [[1.23456, None, {"k": 1}], [2.0, "ü, z", ["y"]]])
     assert cells(table) == [["1.23", "", '{"k": 1}'], ["2.00", "ü, z", '["y"]']] and (
         table.note,
@@ -108,7 +108,7 @@ def test_the_csv_is_whole_and_the_cells_are_rounded(tmp_path: Path) -> None:
         assert list(csv.reader(f)) == [["a", "b", "c"], ["1.23456", "", '{"k": 1}'], ["2.0", "ü, z", '["y"]']]
 
 
-def test_the_mean_of_nothing_is_none() -> None:
+def test_the_mean_without_runs_is_none() -> None:
     runs = [make_run(seed=seed, full=full) for seed, full in ((1, 1.0), (2, 2.0))]
     assert (
         tables.mean_of(runs, lambda run: run.full) == 1.5 and tables.mean_of([], lambda run: run.full) is None
@@ -125,7 +125,7 @@ def test_recipes() -> None:
     better = make_recipe("optimized", {1: 1.9})
     del better.runs[0].summary["ledger"]
     bad = make_recipe("grown", {1: 0.1, 2: 0.3}, guards=failing())
-    table = tables.recipes(make_evidence(good, bad, better))
+    table = tables.recipes(make_data(good, bad, better))
     assert heads(table) == [
         "recipe",
         "seeds",
@@ -147,28 +147,26 @@ def test_recipes() -> None:
     assert look(table) == [(0.25, False), *[(0.0, True)] * 9]
 
 
-def test_a_recipe_counts_its_good_runs_alone() -> None:
+def test_a_recipe_counts_only_its_valid_runs() -> None:
     mixed = make_recipe("baseline", {1: 2.0, 2: 2.2, 3: 0.1})
     mixed.runs[2].summary.update(guards=failing(), seconds=99.0, flops=9e15)
-    (row,) = cells(tables.recipes(make_evidence(mixed)))
+    (row,) = cells(tables.recipes(make_data(mixed)))
     assert row == ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.0000", "98.0", "1,000", "2e09", "10.0"]
 
 
-def test_recipes_without_a_good_run_come_last_in_their_order() -> None:
+def test_recipes_without_a_valid_run_come_last() -> None:
     red = [make_recipe(name, {1: 0.1}, guards=failing()) for name in ("grown", "staged")]
-    table = tables.recipes(make_evidence(*red, make_recipe("baseline", {1: 2.0})))
+    table = tables.recipes(make_data(*red, make_recipe("baseline", {1: 2.0})))
     assert [row[0] for row in cells(table)] == ["baseline", "grown", "staged"]
 
 
 def test_a_score_of_zero_is_the_lowest() -> None:
-    table = tables.recipes(
-        make_evidence(make_recipe("baseline", {1: 0.5}), make_recipe("optimized", {1: 0.0}))
-    )
+    table = tables.recipes(make_data(make_recipe("baseline", {1: 0.5}), make_recipe("optimized", {1: 0.0})))
     assert [row[0] for row in cells(table)] == ["optimized", "baseline"]
 
 
-def test_a_recipe_all_from_the_store_has_no_time() -> None:
-    (row,) = cells(tables.recipes(make_evidence(make_recipe("baseline", {1: 2.0}, ledger={"reused": 4}))))
+def test_a_recipe_that_reused_all_runs_has_no_time() -> None:
+    (row,) = cells(tables.recipes(make_data(make_recipe("baseline", {1: 2.0}, ledger={"reused": 4}))))
     assert row[-1] == ""
 
 
@@ -189,7 +187,7 @@ def test_runs() -> None:
         make_run(seed=9, full=1.5),
     )
     del runs[2].summary["ledger"]
-    table = tables.runs(make_evidence(Recipe("baseline", runs)))
+    table = tables.runs(make_data(Recipe("baseline", runs)))
     assert heads(table) == [
         "run",
         "seed",
@@ -234,7 +232,7 @@ def test_runs() -> None:
     ]
     assert table.red == {1} and "Red" in table.note and (table.name, table.title) == ("runs", "Runs")
     assert look(table) == [(0.3, False), *[(0.0, True)] * 9, (0.14, False)]
-    assert "Red" not in tables.runs(make_evidence(Recipe("baseline", runs[2:]))).note
+    assert "Red" not in tables.runs(make_data(Recipe("baseline", runs[2:]))).note
 
 
 # -- from step to step
@@ -246,7 +244,7 @@ def test_the_ablation() -> None:
         make_recipe("ablation:size", {1: 2.5, 2: 2.51, 3: 2.52}, {"lr": 0.002, "dropout": 0.2}),
         make_recipe("ablation:bfloat16", {1: 2.3, 2: 2.33, 3: 2.36}, {"lr": 0.003, "dropout": 0.2}),
     )
-    e = make_evidence(*steps)
+    e = make_data(*steps)
     table = tables.ablation(e)
     assert table is not None and e.noise is not None
     assert heads(table) == ["step", "seeds", "full", "delta", "low", "high", "p", "verdict", "what it sets"]
@@ -286,17 +284,17 @@ def test_the_ablation() -> None:
     assert look(table) == [(0.11, False), *[(0.0, True)] * 6, (0.12, False), (0.27, False)]
 
 
-def test_a_step_of_other_seeds_sets_no_seed() -> None:
+def test_the_seed_is_not_listed_as_a_change() -> None:
     steps = [
         make_recipe("ablation:baseline", {1: 3.0, 2: 3.0}, {"lr": 0.1}),
         make_recipe("ablation:size", {2: 2.5, 3: 2.5}, {"lr": 0.2}),
         make_recipe("ablation:adamw", {2: 2.4, 3: 2.4}, {"lr": 0.3}),
     ]
-    assert [row[-1] for row in cells(tables.ablation(make_evidence(*steps)))] == ["", "lr=0.2", "lr=0.3"]
+    assert [row[-1] for row in cells(tables.ablation(make_data(*steps)))] == ["", "lr=0.2", "lr=0.3"]
 
 
-def test_holm_counts_every_step() -> None:
-    """Alone, each p is under 5%; of two, the larger must stay under it and the smaller is doubled."""
+def test_holm_adjusts_over_all_steps() -> None:
+    """Each p alone is under 5%. Holm's method doubles the smaller of two and leaves the larger."""
     steps = [
         make_recipe(f"ablation:{name}", fulls, {"lr": 0.001 * n})
         for n, (name, fulls) in enumerate(
@@ -308,7 +306,7 @@ def test_holm_counts_every_step() -> None:
             1,
         )
     ]
-    table = tables.ablation(make_evidence(*steps))
+    table = tables.ablation(make_data(*steps))
     assert table is not None
     scores = [recipe.scores for recipe in steps]
     ps = [tables.stats.difference(a, b).p for a, b in pairwise(scores)]
@@ -318,12 +316,12 @@ def test_holm_counts_every_step() -> None:
     assert [row[6] for row in table.rows[1:]] != pytest.approx(ps)
 
 
-def test_an_ablation_of_one_seed_a_step() -> None:
+def test_an_ablation_with_one_seed_per_step() -> None:
     steps = [
         make_recipe(f"ablation:{name}", {1: full}, {"lr": 0.01 * full})
         for name, full in (("baseline", 3.0), ("size", 2.5), ("adamw", 2.6))
     ]
-    table = tables.ablation(make_evidence(*steps))
+    table = tables.ablation(make_data(*steps))
     assert [row[3:8] for row in cells(table)[1:]] == [
         [f"{MINUS}0.5000", "", "", "", "no claim: one seed"],
         ["+0.1000", "", "", "", "no claim: one seed"],
@@ -331,19 +329,19 @@ def test_an_ablation_of_one_seed_a_step() -> None:
     assert table is not None and "floor" not in table.note
 
 
-def test_no_ladder_no_ablation() -> None:
-    assert tables.ablation(make_evidence(make_recipe("baseline", {1: 2.0}))) is None
+def test_without_a_ladder_there_is_no_ablation() -> None:
+    assert tables.ablation(make_data(make_recipe("baseline", {1: 2.0}))) is None
 
 
 def test_the_short_name_of_a_step() -> None:
     assert (
-        tables.short(make_run("ablation:size").cfg) == "size"
-        and tables.short(make_run("baseline").cfg) == "baseline"
+        tables.step_name(make_run("ablation:size").cfg) == "size"
+        and tables.step_name(make_run("baseline").cfg) == "baseline"
     )
 
 
 @pytest.mark.parametrize(
-    ("mean", "interval", "floor", "said"),
+    ("mean", "interval", "floor", "expected"),
     [
         (-0.1, (-0.2, -0.05), 0.0999, "better"),
         (0.1, (0.05, 0.2), 0.0999, "worse"),
@@ -358,17 +356,17 @@ def test_the_short_name_of_a_step() -> None:
         (-0.1, (-0.2, -0.05), None, "no claim: one seed"),
     ],
 )
-def test_a_verdict(mean: float, interval: Any, floor: float | None, said: str) -> None:
+def test_a_verdict(mean: float, interval: Any, floor: float | None, expected: str) -> None:
     d: Any = SimpleNamespace(mean=mean, interval=interval)
     noise: Any = None if floor is None else SimpleNamespace(floor=floor)
-    assert tables.verdict(d, noise) == said
+    assert tables.verdict(d, noise) == expected
 
 
 @pytest.mark.parametrize(
     ("p", "verdict"),
     [(0.0, "better"), (0.05, "better"), (0.0500001, "not sure"), (1.0, "not sure"), (None, "better")],
 )
-def test_a_verdict_needs_holms_p(p: float | None, verdict: str) -> None:
+def test_a_verdict_needs_a_significant_p(p: float | None, verdict: str) -> None:
     d: Any = SimpleNamespace(mean=-0.1, interval=(-0.2, -0.05))
     noise: Any = SimpleNamespace(floor=0.05)
     if p == 0.05:
@@ -376,7 +374,7 @@ def test_a_verdict_needs_holms_p(p: float | None, verdict: str) -> None:
     assert tables.verdict(d, noise, p) == verdict
 
 
-# -- what differs
+# -- differences between configs
 
 OPS = [
     {"name": "set_dropout", "value": 0.0, "trigger": {"step": 2}},
@@ -388,7 +386,7 @@ GROWTH = {"dropout": 0.1, "growth": {"version": 2, "ops": OPS}}
 def test_differences() -> None:
     base = make_recipe("baseline", {1: 2.0, 2: 2.0})
     other = make_recipe("optimized", {2: 1.9}, GROWTH | {"lr": 0.02, "optimizer": "adamw"})
-    table = tables.differences(make_evidence(base, other))
+    table = tables.differences(make_data(base, other))
     assert table is not None and heads(table) == ["field", "baseline", "optimized"]
     ops = other.cfg.growth.ops
     fields = [["optimizer", "sgd", "adamw"], ["lr", "0.006", "0.02"], ["dropout", "0", "0.1"]]
@@ -396,13 +394,13 @@ def test_differences() -> None:
     assert cells(table)[-2:] == [["growth", "", f"{op} at {op.trigger}"] for op in ops]
     assert table.name == "config" and table.title == "Config of optimized against baseline" and table.note
     assert look(table) == [(0.2, False), (0.35, False), (0.45, False)]
-    assert tables.differences(make_evidence(base)) is None and tables.differences(make_evidence()) is None
+    assert tables.differences(make_data(base)) is None and tables.differences(make_data()) is None
 
 
 def test_the_other_recipes() -> None:
     base, optimised = make_recipe("baseline", {1: 2.0}), make_recipe("optimized", {1: 2.0}, {"lr": 0.02})
     more = make_recipe("grown", {5: 2.0}, GROWTH | {"lr": 0.5})
-    table = tables.others(make_evidence(base, optimised, more))
+    table = tables.other_configs(make_data(base, optimised, more))
     assert cells(table) == [["grown", "lr=0.5, dropout=0.1"]]
     assert (
         table is not None
@@ -410,15 +408,15 @@ def test_the_other_recipes() -> None:
         and look(table) == [(0.25, False), (0.75, False)]
     )
     assert (table.name, table.title) == ("other_configs", "Other recipes against baseline")
-    assert tables.others(make_evidence(base, optimised)) is None
-    e = make_evidence(base, optimised, more)
+    assert tables.other_configs(make_data(base, optimised)) is None
+    e = make_data(base, optimised, more)
     object.__setattr__(e, "baseline", None)
-    assert tables.others(e) is None
+    assert tables.other_configs(e) is None
     steps = [
         make_recipe(f"ablation:{name}", {1: 2.0}, {"lr": lr})
         for name, lr in (("baseline", 0.1), ("size", 0.2), ("adamw", 0.3))
     ]
-    assert tables.others(make_evidence(base, optimised, *steps)) is None
+    assert tables.other_configs(make_data(base, optimised, *steps)) is None
 
 
 # -- guards and failures
@@ -433,7 +431,7 @@ def test_guards() -> None:
         [guard("coverage"), guard("causality", "fail", "d"), guard("late", "pass", "y")],
     ]
     runs = tuple(make_run(seed=seed, guards=guards) for seed, guards in enumerate(each))
-    table = tables.guards(make_evidence(Recipe("baseline", runs)))
+    table = tables.guards(make_data(Recipe("baseline", runs)))
     assert heads(table)[:4] == ["guard", "pass", "flag", "fail"]
     assert cells(table) == [
         ["coverage", "5", "0", "0", "pass: fine"],
@@ -445,11 +443,11 @@ def test_guards() -> None:
     assert look(table) == [(0.17, False), (0.06, True), (0.06, True), (0.06, True), (0.65, False)]
 
 
-def test_of_details_as_frequent_the_first_by_name_is_shown() -> None:
+def test_equally_frequent_details_are_chosen_by_name() -> None:
     runs = tuple(
         make_run(seed=seed, guards=[guard("x", "fail", detail)]) for seed, detail in enumerate("cab")
     )
-    assert cells(tables.guards(make_evidence(Recipe("baseline", runs)))) == [
+    assert cells(tables.guards(make_data(Recipe("baseline", runs)))) == [
         ["x", "0", "0", "3", "fail: a (and 2 more like it)"]
     ]
 
@@ -474,7 +472,7 @@ def test_failures() -> None:
         make_trial(2, None, "TrialState.FAIL"),
         make_trial(3, None, "failed"),
     )
-    e = make_evidence(Recipe("baseline", (bad, grown)), studies=(study,))
+    e = make_data(Recipe("baseline", (bad, grown)), studies=(study,))
     rows = [
         [bad.id, "guard", "causality: it looks ahead"],
         [grown.id, "step 3", 'stack_layers was rolled back: [{"ok": false}]'],
@@ -488,17 +486,17 @@ def test_failures() -> None:
         "failures",
         "Runs, trials and ops",
     )
-    assert cells(tables.failures(e, most=3)) == rows
-    assert cells(tables.failures(e, most=2)) == [
+    assert cells(tables.failures(e, limit=3)) == rows
+    assert cells(tables.failures(e, limit=2)) == [
         *rows[:4],
         ["lr", "", "and 1 more failed trials, in trials.parquet"],
     ]
-    assert tables.failures(make_evidence(make_recipe("baseline", {1: 2.0}))) is None
+    assert tables.failures(make_data(make_recipe("baseline", {1: 2.0}))) is None
 
 
-def test_thirty_failed_trials_are_shown() -> None:
+def test_at_most_thirty_failed_trials_are_shown() -> None:
     study = make_study(*(make_trial(i, None, "error") for i in range(32)))
-    assert cells(tables.failures(make_evidence(studies=(study,))))[30:] == [
+    assert cells(tables.failures(make_data(studies=(study,))))[30:] == [
         ["lr", "", "and 2 more failed trials, in trials.parquet"]
     ]
 
@@ -547,13 +545,13 @@ def test_the_ops_of_a_run() -> None:
 
 
 def test_commands() -> None:
-    told = {"command": ["/bin/mainrun", "train", "--set", "a b"]}
-    runs = [make_run(seed=seed, env=told) for seed in range(10)]
+    env = {"command": ["/bin/mainrun", "train", "--set", "a b"]}
+    runs = [make_run(seed=seed, env=env) for seed in range(10)]
     other = make_run(seed=11)
     other.env["command"] = ["mainrun"]
     bare = make_run(seed=12)
     del bare.env["command"]
-    table = tables.commands(make_evidence(Recipe("baseline", (*runs, other, bare))))
+    table = tables.commands(make_data(Recipe("baseline", (*runs, other, bare))))
     assert cells(table) == [
         ["mainrun train --set 'a b'", ", ".join(run.id for run in runs[:8]) + " and 2 more"],
         ["mainrun", other.id],
@@ -575,7 +573,7 @@ def test_hashes() -> None:
     for name in ("weights", "versions", "tokenizer"):
         del bare.summary[name]
     del bare.env["evaluate_hash"]
-    table = tables.hashes(make_evidence(Recipe("baseline", (full, bare))))
+    table = tables.hashes(make_data(Recipe("baseline", (full, bare))))
     assert heads(table) == ["run", "config", "weights", "evaluate", "source", "tokenizer"]
     assert cells(table) == [
         [full.id, full.cfg.digest[:12], *(f"{name}01234567890" for name in "west")],
@@ -593,7 +591,7 @@ def test_fingerprints(name: str) -> None:
     runs[2].summary["fingerprints"] |= {name: "123456789abcdef"}
     del runs[3].summary["fingerprints"][name]
     del runs[3].summary["origin"]
-    table = tables.fingerprints(make_evidence(Recipe("baseline", tuple(runs))))
+    table = tables.fingerprints(make_data(Recipe("baseline", tuple(runs))))
     assert heads(table) == ["corpus", "train", "dev", "val", "which titles", "file", "runs"]
     first = ["c" * 12, "a" * 12, "d" * 12, "b" * 12, "synthetic, 400 titles", "0f" * 6, "2"]
     place = heads(table).index(name)
@@ -618,7 +616,7 @@ def test_machines() -> None:
     bare = make_run(seed=3)
     for name in ("machine_classes", "all_versions"):
         del bare.summary[name]
-    table = tables.machines(make_evidence(Recipe("baseline", (moved, stayed, bare))))
+    table = tables.machines(make_data(Recipe("baseline", (moved, stayed, bare))))
     assert heads(table) == ["kind", "what", "runs"]
     assert cells(table) == [
         ["machine class", "device cpu, threads 1", "1"],
@@ -639,7 +637,12 @@ def test_a_study_in_short() -> None:
         make_trial(0, 1.5), make_trial(1, 1.25), make_trial(2, None, "failed"),
         preset="optimized", objective="dev/full", rung_correlation={"0": 0.875, "1": None},
         ledger={"asked": 4000, "trained": 3000.0},
-        study={"sampler": {"name": "tpe", "seed": 3}, "budget": {"trials": 40, "tokens": None}, "set": {}, "seeds": [1, 2]},
+        study={
+            "sampler": {"name": "tpe", "seed": 3},
+            "budget": {"trials": 40, "tokens": None},
+            "set": {},
+            "seeds": [1, 2],
+        },
         evidence={"claim": "trial 1 wins"},
     )  # fmt: skip
     (short,) = tables.study(study, 2)
@@ -762,7 +765,7 @@ def test_the_confirmation_of_a_study() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"a": 1, "b": None, "c": "", "d": {}, "e": [], "f": 0}, "a 1, f 0"),
         ({"a": {"b": [1, "x"]}}, "a b 1 x"),
@@ -771,12 +774,12 @@ def test_the_confirmation_of_a_study() -> None:
         (None, "none"),
     ],
 )
-def test_settings_in_words(settings: Any, said: str) -> None:
-    assert tables.told(settings) == said
+def test_settings_in_words(settings: Any, expected: str) -> None:
+    assert tables.describe(settings) == expected
 
 
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("space", "expected"),
     [
         ({"values": [1, 2.5, None], "low": None, "high": None, "log": True}, "one of 1, 2.5, none"),
         ({"low": 0, "high": 1e-3, "log": False, "when": {}}, "0 to 0.001"),
@@ -788,9 +791,9 @@ def test_settings_in_words(settings: Any, said: str) -> None:
         ([1, 2], "[1, 2]"),
     ],
 )
-def test_bounds_in_words(space: Any, said: str) -> None:
-    assert tables.bounds(space) == said
+def test_bounds_in_words(space: Any, expected: str) -> None:
+    assert tables.describe_bounds(space) == expected
 
 
-def test_steps_is_what_the_summary_has() -> None:
-    assert cells(tables.runs(make_evidence(make_recipe("baseline", {1: 2.0}))))[0][7] == str(STEPS)
+def test_the_steps_of_a_run_come_from_its_summary() -> None:
+    assert cells(tables.runs(make_data(make_recipe("baseline", {1: 2.0}))))[0][7] == str(STEPS)

@@ -1,1 +1,1 @@
-"""The report of `mainrun report`: finished runs and exported studies are read, compared and set as one PDF."""
+"""`mainrun report`: read finished runs and exported studies, compare them and write one PDF."""

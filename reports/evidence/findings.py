@@ -1,4 +1,4 @@
-"""The sentences of a report. Each is written from the numbers, and says less where the numbers say less."""
+"""The sentences of a report, written from its numbers. Weak numbers give weaker claims."""
 
 from __future__ import annotations
 
@@ -8,196 +8,223 @@ from dataclasses import dataclass
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from reports.evidence import tables
-from reports.evidence.figures import ledger, shares
-from reports.evidence.load import Evidence, Recipe, Run, Study
-from reports.evidence.tables import fixed, whole
+from reports.evidence.load import Recipe, ReportData, Run, Study
+from reports.evidence.studies import importance, ledger
+from reports.evidence.tables import fixed, get_flops, get_seconds, integer, scientific
 
-BUSY = 1.25  # runs of one recipe whose times differ by more were not alone on their machine
+# if the times of two runs of a recipe differ by more than this factor, the machine was busy
+BUSY = 1.25
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What page 1 says of the two recipes."""
+    """The comparison of the two main recipes, as stated on page 1."""
 
     kind: str  # better, worse, within noise, not sure, no claim
     text: str
     difference: stats.Difference | None = None
 
 
-def claim(e: Evidence) -> Claim:
-    a, b, noise = e.baseline, e.optimised, e.noise
-    if a is None:
+def claim(data: ReportData) -> Claim:
+    """Compare the optimised recipe with the baseline."""
+    base = data.baseline
+    other = data.optimised
+    if base is None:
         return Claim("no claim", "No claim: no run was given, so there is nothing to compare.")
-    if b is None:
-        return Claim("no claim", f"No claim: {a.name} is the only recipe; a comparison needs a second one.")
-    for recipe in (a, b):
-        if not recipe.good:
-            failed = sorted({name for run in recipe.runs for name in run.failed})
-            return Claim(
-                "no claim",
-                f"No claim: every run of {recipe.name} failed a guard ({', '.join(failed)}), so it has no figure.",
-            )
-    d = stats.difference(a.scores, b.scores)
-    size = f"{fixed(4, sign=True)(d.mean)} nats per character"
-    if d.interval is None or noise is None:
+    if other is None:
         return Claim(
-            "no claim",
-            f"No claim: {a.name} was run with {seeds(d.n_a)} and {b.name} with {seeds(d.n_b)}, and what a seed alone changes is not known. "
-            f"The difference is {size}; two seeds of each, better three, would back it.",
-            d,
+            "no claim", f"No claim: {base.name} is the only recipe; a comparison needs a second one."
         )
-    low, high = d.interval
-    backing = f"95% interval {fixed(4, sign=True)(low)} to {fixed(4, sign=True)(high)}, {how(d)}"
+    for recipe in (base, other):
+        if not recipe.valid_runs:
+            failed = sorted({name for run in recipe.runs for name in run.failed_guards})
+            text = f"every run of {recipe.name} failed a guard ({', '.join(failed)}), so it has no figure."
+            return Claim("no claim", f"No claim: {text}")
+    change = stats.difference(base.scores, other.scores)
+    if change.interval is None or data.noise is None:
+        text = (
+            f"No claim: {base.name} was run with {count_seeds(change.n_a)} and {other.name} with "
+            f"{count_seeds(change.n_b)}, so the effect of the seed alone is not known. The difference is "
+            f"{_signed(change.mean)} nats per character; two seeds of each, or better three, would support "
+            "it."
+        )
+        return Claim("no claim", text, change)
+    kind, text = _judge(base.name, other.name, change, change.interval, data.noise)
+    return Claim(kind, text, change)
+
+
+def _judge(
+    base: str, other: str, change: stats.Difference, interval: tuple[float, float], noise: stats.Noise
+) -> tuple[str, str]:
+    """Return the kind and the sentence of a claim that has an interval and a noise floor."""
+    low, high = interval
+    size = f"{_signed(change.mean)} nats per character"
+    backing = f"95% interval {_signed(low)} to {_signed(high)}, {describe_seeds(change)}"
     floor = f"the noise floor of {fixed(4)(noise.floor)}"
-    if abs(d.mean) <= noise.floor:
-        return Claim(
-            "within noise",
-            f"{b.name} is not better than {a.name} within noise: the difference of {size} is under {floor} ({backing}).",
-            d,
-        )
+    if abs(change.mean) <= noise.floor:
+        text = f"{other} is not better than {base} within noise: the difference of {size} is under {floor}"
+        return "within noise", f"{text} ({backing})."
     if low <= 0 <= high:
-        return Claim(
-            "not sure",
-            f"No claim: the difference of {size} is above {floor}, but its interval holds zero ({backing}).",
-            d,
-        )
-    times = (
-        f"{abs(d.mean) / noise.floor:.1f} times {floor}"
-        if noise.floor
-        else "with no noise between seeds at all"
-    )
-    if d.mean < 0:
-        return Claim(
-            "better",
-            f"{b.name} is better than {a.name}: full falls by {fixed(4)(-d.mean)} ({backing}), {times}.",
-            d,
-        )
-    return Claim(
-        "worse", f"{b.name} is worse than {a.name}: full rises by {fixed(4)(d.mean)} ({backing}), {times}.", d
-    )
+        text = f"No claim: the difference of {size} is above {floor}, but its interval contains zero"
+        return "not sure", f"{text} ({backing})."
+    ratio = "with no noise between seeds at all"
+    if noise.floor:
+        ratio = f"{abs(change.mean) / noise.floor:.1f} times {floor}"
+    size = fixed(4)(abs(change.mean))
+    if change.mean < 0:
+        return "better", f"{other} is better than {base}: full falls by {size} ({backing}), {ratio}."
+    return "worse", f"{other} is worse than {base}: full rises by {size} ({backing}), {ratio}."
 
 
-def seeds(n: int) -> str:
-    return "one seed" if n == 1 else f"{n} seeds"
+def _signed(number: float) -> str:
+    return fixed(4, sign=True)(number)
 
 
-def how(d: stats.Difference) -> str:
-    return f"{len(d.seeds)} paired seeds" if d.paired else f"{d.n_a} and {d.n_b} seeds, not paired"
+def count_seeds(count: int) -> str:
+    if count == 1:
+        return "one seed"
+    return f"{count} seeds"
 
 
-def cost(e: Evidence) -> str:
-    a, b = e.baseline, e.optimised
-    if a is None or b is None or not (a.good and b.good):
-        return "Cost: there are no two recipes with a run that counts, so none is compared."
-    said = [
-        f"{times(mean(b, flops), mean(a, flops))} the FLOPs ({tables.power(mean(b, flops))} against {tables.power(mean(a, flops))})",
-        f"{times(params(b), params(a))} the parameters ({whole(params(b))} against {whole(params(a))})",
+def describe_seeds(change: stats.Difference) -> str:
+    """Describe the seeds that a difference compares, and whether they are paired."""
+    if change.paired:
+        return f"{len(change.seeds)} paired seeds"
+    return f"{change.n_a} and {change.n_b} seeds, not paired"
+
+
+def cost(data: ReportData) -> str:
+    """Compare the cost of the two main recipes: FLOPs, parameters and time."""
+    base = data.baseline
+    other = data.optimised
+    if base is None or other is None or not (base.valid_runs and other.valid_runs):
+        return "Cost: not compared, because there are no two recipes with a valid run."
+    flops = _mean(base, get_flops), _mean(other, get_flops)
+    params = _params(base), _params(other)
+    parts = [
+        f"{_times(flops)} the FLOPs ({scientific(flops[1])} against {scientific(flops[0])})",
+        f"{_times(params)} the parameters ({integer(params[1])} against {integer(params[0])})",
     ]
-    reused = [r.name for r in (a, b) if any(run.summary.get("ledger", {}).get("reused") for run in r.good)]
-    classes = {tables.value(hardware(run)) for r in (a, b) for run in r.good}
-    if reused:
-        note = f"; time is not compared, since {' and '.join(reused)} took steps from the store"
-    elif len(classes) > 1:
-        note = "; time is not compared, since the runs were on different machines"
+    obstacle = _time_obstacle(base, other)
+    note = ""
+    if obstacle:
+        note = f"; time is not compared, since {obstacle}"
     else:
-        said.append(
-            f"{times(mean(b, seconds), mean(a, seconds))} the time ({mean(b, seconds):.1f} s against {mean(a, seconds):.1f} s)"
-        )
-        spread = max(max(map(seconds, r.good)) / min(map(seconds, r.good)) for r in (a, b))
-        note = (
-            f"; the same work took up to {spread:.1f} times as long in another run, so the machine was busy"
-            if spread > BUSY
-            else ""
-        )
-    return f"{b.name} takes {', '.join(said[:-1])} and {said[-1]} of {a.name}{note}."
+        seconds = _mean(base, get_seconds), _mean(other, get_seconds)
+        parts.append(f"{_times(seconds)} the time ({seconds[1]:.1f} s against {seconds[0]:.1f} s)")
+        spread = max(_time_spread(base), _time_spread(other))
+        if spread > BUSY:
+            note = (
+                f"; the same work took up to {spread:.1f} times as long in another run, "
+                "so the machine was busy"
+            )
+    return f"{other.name} takes {', '.join(parts[:-1])} and {parts[-1]} of {base.name}{note}."
 
 
-def hardware(run: Run) -> dict[str, object]:
-    """Of a machine class what is the machine's; the dtype, say, is the recipe's."""
-    return {
-        k: v
-        for k, v in run.summary.get("machine_class", {}).items()
-        if k in ("device", "instructions", "processes")
-    }
+def _times(values: tuple[float, float]) -> str:
+    """Return the ratio of the second value to the first, in words."""
+    first, second = values
+    return f"{second / first:.2f} times"
 
 
-def flops(run: Run) -> float:
-    return float(run.summary["flops"])
+def _time_obstacle(base: Recipe, other: Recipe) -> str:
+    """Return why the times of two recipes cannot be compared, or an empty string if they can."""
+    reused = [recipe.name for recipe in (base, other) if not all(map(tables.is_fresh, recipe.valid_runs))]
+    if reused:
+        return f"{' and '.join(reused)} took steps from the store"
+    first, *others = map(_hardware, (*base.valid_runs, *other.valid_runs))
+    if others.count(first) < len(others):
+        return "the runs were on different machines"
+    return ""
 
 
-def seconds(run: Run) -> float:
-    return float(run.summary["seconds"])
+def _hardware(run: Run) -> dict[str, object]:
+    """Return the part of the machine class that describes the machine. The dtype belongs to the recipe."""
+    machine = run.summary.get("machine_class", {})
+    return {name: machine[name] for name in machine if name in ("device", "instructions", "processes")}
 
 
-def params(recipe: Recipe) -> int:
-    return int(recipe.good[0].summary["params"])
+def _time_spread(recipe: Recipe) -> float:
+    """Return how many times longer the slowest run took than the fastest."""
+    seconds = list(map(get_seconds, recipe.valid_runs))
+    return max(seconds) / min(seconds)
 
 
-def mean(recipe: Recipe, get: Callable[[Run], float]) -> float:
-    return sum(map(get, recipe.good)) / len(recipe.good)
+def _params(recipe: Recipe) -> int:
+    return int(recipe.valid_runs[0].summary["params"])
 
 
-def times(a: float, b: float) -> str:
-    return f"{a / b:.2f} times"
+def _mean(recipe: Recipe, get: Callable[[Run], float]) -> float:
+    return sum(map(get, recipe.valid_runs)) / len(recipe.valid_runs)
 
 
-def ablated(e: Evidence) -> Iterator[str]:
-    table = tables.ablation(e)
+def ablation_sentences(data: ReportData) -> Iterator[str]:
+    """Yield a sentence on the ablation, if the data has one."""
+    table = tables.ablation(data)
     if table is None:
         return
-    steps = [row for row in table.rows if row[3] is not None]
-    first, last = table.rows[0][0], table.rows[-1][0]
-    best = min(steps, key=lambda row: row[3])
-    backed = [row for row in steps if row[7] in ("better", "worse")]
-    quiet = sum(row[7] == "within noise" for row in steps)
-    text = f"Of the {len(steps)} steps from {first} to {last}, {best[0]} lowers full most ({fixed(4, sign=True)(best[3])}, {best[7]})"
-    if best[3] >= 0:
-        text = f"None of the {len(steps)} steps from {first} to {last} lowers full"
-    if e.noise is None:
-        yield text + "; with one seed a step, none of the changes is backed."
-    else:
-        backing = f"{len(backed)} of {len(steps)} changes are backed after Holm's correction"
-        yield f"{text}; {backing}, {quiet} {'is' if quiet == 1 else 'are'} within noise."
-
-
-def searched(study: Study) -> str:
-    spent = ledger(study)
-    lost = len(study.trials) - len(study.done)
-    text = (
-        f"The study {study.name} has {len(study.trials)} trials"
-        + f", {lost} of them without a value" * bool(lost)
+    first, *steps = [dict(zip(table.heads, row, strict=True)) for row in table.rows]
+    best = min(steps, key=lambda step: step["delta"])
+    which = f"the {len(steps)} steps from {first['step']} to {steps[-1]['step']}"
+    text = f"Of {which}, {best['step']} lowers full most ({_signed(best['delta'])}, {best['verdict']})"
+    if best["delta"] >= 0:
+        text = f"None of {which} lowers full"
+    if data.noise is None:
+        yield f"{text}; with one seed per step, none of the changes is backed."
+        return
+    verdicts = [step["verdict"] for step in steps]
+    backed = verdicts.count("better") + verdicts.count("worse")
+    quiet = verdicts.count("within noise")
+    verb = "is" if quiet == 1 else "are"
+    yield (
+        f"{text}; {backed} of {len(steps)} changes are backed after Holm's correction, "
+        f"{quiet} {verb} within noise."
     )
-    if said := study.fact("claim"):
-        text += f": {said}"
-    if found := shares(study):
-        field, share = max(found.items(), key=lambda item: item[1])
-        text += f"; {field} matters most (importance {share:.3f})"
-    if spent.get("asked") and "trained" in spent:
-        text += f"; of {whole(spent['asked'])} steps asked for, {whole(spent['trained'])} were trained"
-    return text + "."
 
 
-def covered(e: Evidence) -> str:
-    """What the official score covers, and whether it may be compared."""
-    share = [(run.summary["last"]["coverage"], run.id) for run in e.runs]
-    if not share:
+def study_sentence(study: Study) -> str:
+    """Summarise a study: its trials, its claim, the most important field and its steps."""
+    text = f"The study {study.name} has {len(study.trials)} trials"
+    without_value = len(study.trials) - len(study.scored)
+    if without_value:
+        text += f", {without_value} of them without a value"
+    claimed = study.fact("claim")
+    if claimed:
+        text += f": {claimed}"
+    shares = importance(study)
+    if shares:
+        field = max(shares, key=shares.__getitem__)
+        text += f"; {field} matters most (importance {shares[field]:.3f})"
+    steps = ledger(study)
+    if steps.get("asked") and "trained" in steps:
+        text += f"; of {integer(steps['asked'])} steps requested, {integer(steps['trained'])} were trained"
+    return f"{text}."
+
+
+def coverage_sentence(data: ReportData) -> str:
+    """Say how much of val the official score covers, and whether it can be compared."""
+    if not data.runs:
         return "No run was given, so no score is reported."
-    low, which = min(share)
-    if low < MIN_COVERAGE:
+    lowest = min(data.runs, key=lambda run: (run.summary["last"]["coverage"], run.id))
+    coverage = lowest.summary["last"]["coverage"]
+    if coverage < MIN_COVERAGE:
         return (
-            f"The official score of {which} covers {100 * low:.1f}% of val, under {MIN_COVERAGE:.0%}: official figures are not compared "
-            "here; full covers every token."
+            f"The official score of {lowest.id} covers {100 * coverage:.1f}% of val, under "
+            f"{MIN_COVERAGE:.0%}: official figures are not compared in this report; full covers every "
+            "token."
         )
-    early = [run for run in e.runs if run.summary["best"]["step"] != run.summary["last"]["step"]]
-    text = f"The official score covers at least {100 * low:.1f}% of val in every run. "
+    text = f"The official score covers at least {100 * coverage:.1f}% of val in every run."
+    early = 0
+    for run in data.runs:
+        if run.summary["best"]["step"] != run.summary["last"]["step"]:
+            early += 1
     if early:
-        return (
-            text
-            + f"{len(early)} of {len(e.runs)} runs scored lower before their end; what counts is the last step."
-        )
-    return text + "The last evaluation of every run is also its lowest: no step was chosen."
+        text += f" {early} of {len(data.runs)} runs scored lower before their end; only the last step counts."
+        return text
+    return f"{text} The last evaluation of every run is also its lowest: no step was chosen."
 
 
-def findings(e: Evidence) -> list[str]:
-    """Three: whether it is better, what it costs, and the next that the inputs can tell."""
-    return [claim(e).text, cost(e), [*ablated(e), *map(searched, e.studies), covered(e)][0]]
+def findings(data: ReportData) -> list[str]:
+    """Return three sentences: the comparison, its cost, and the first other finding."""
+    others = [*ablation_sentences(data), *map(study_sentence, data.studies), coverage_sentence(data)]
+    return [claim(data).text, cost(data), others[0]]

@@ -1,14 +1,17 @@
-"""What a report stands on: finished runs on the same data, grouped into recipes, and exported studies. Everything wrong is said at once."""
+"""The data of a report: finished runs on the same titles, grouped into recipes, and exported studies.
+
+`gather` reads all inputs and reports all their problems in one error.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, RunError
@@ -20,32 +23,40 @@ from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
 from mainrun.ui.compare import SAME, load_summary
 
+Source = TypeVar("Source")
+Item = TypeVar("Item")
+
 EXPORT = ("study.json", "trials.parquet")
-FIRED = ("SUCCESS", "ERROR")  # how an event of growth.jsonl ends that says an op is over
+OP_ENDED = ("SUCCESS", "ERROR")  # suffixes of the events of growth.jsonl that end an op
+FAILED_STATES = ("fail", "failed", "error", "diverged")
+COMPLETED_STATES = ("complete", "completed", "done")
 
 
 @dataclass(frozen=True)
 class Run:
+    """A finished run, as read from its directory."""
+
     path: Path
     cfg: TrainConfig
     plan: dict[str, Any]
     env: dict[str, Any]
     summary: dict[str, Any]
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # of metrics.jsonl
     journal: list[dict[str, Any]]  # of growth.jsonl
 
     @property
     def id(self) -> str:
-        return str(self.summary["run"])  # not what today's code would name it
+        """The run's recorded id. The current code might name the run differently."""
+        return str(self.summary["run"])
 
     @property
     def full(self) -> float:
-        """The score that ranks: of the last step."""
+        """The full score of the last step. Recipes are ranked by this score."""
         return float(self.summary["last"]["full"])
 
     @property
-    def failed(self) -> list[str]:
-        return [g["name"] for g in self.summary["guards"] if g["status"] == "fail"]
+    def failed_guards(self) -> list[str]:
+        return [guard["name"] for guard in self.summary["guards"] if guard["status"] == "fail"]
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -53,46 +64,46 @@ class Run:
 
     @cached_property
     def evals(self) -> list[dict[str, Any]]:
+        """Evaluations of val, in order."""
         return [row for row in self.rows if row["event"] == "eval" and row["split"] == "val"]
 
     @cached_property
     def ops(self) -> list[dict[str, Any]]:
-        """What changed on the way, one row an op: from the journal, or (of a run before there was one) from the plan."""
+        """Growth ops in order, from the journal, or from the plan if the run is older than journals."""
         if self.journal:
-            return [row for row in self.journal if str(row.get("event", "")).endswith(FIRED)]
+            return [row for row in self.journal if _op_ended(row)]
         if not self.cfg.growth.ops:
             return []
         plan = Plan(self.cfg, self.plan["train_tokens"])
-        ops = zip(
-            self.cfg.growth.ops, plan.decisions, strict=False
-        )  # what waits for a loss has no step in a plan
-        return [
-            {"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)}
-            for op, (step, skipped) in ops
-            if not skipped
-        ]
+        ops = []
+        # ops that wait for a loss have no step in the plan, so the plan may be shorter
+        for op, (step, skipped) in zip(self.cfg.growth.ops, plan.decisions, strict=False):
+            if not skipped:
+                ops.append({"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)})
+        return ops
 
     @cached_property
     def resolved(self) -> Plan:
-        """The plan that the run followed: with what its journal says about when each op fired."""
-        fired = (
-            [Decision(row["step"], str(row["event"]).endswith("ERROR")).to_int() for row in self.ops]
-            if self.journal
-            else []
-        )
+        """The plan that the run followed, with the step of each op from the journal."""
+        fired = []
+        if self.journal:
+            for row in self.ops:
+                decision = Decision(row["step"], str(row["event"]).endswith("ERROR"))
+                fired.append(decision.to_int())
         return Plan(self.cfg, self.plan["train_tokens"], fired)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Runs that differ by their seed alone. What failed a guard is shown, and never counted."""
+    """Runs that differ only by their seed. Runs that failed a guard are shown but not counted."""
 
     name: str
     runs: tuple[Run, ...]
 
     @cached_property
-    def good(self) -> tuple[Run, ...]:
-        return tuple(run for run in self.runs if not run.failed)
+    def valid_runs(self) -> tuple[Run, ...]:
+        """The runs that passed every guard."""
+        return tuple(run for run in self.runs if not run.failed_guards)
 
     @property
     def cfg(self) -> TrainConfig:
@@ -100,68 +111,91 @@ class Recipe:
 
     @cached_property
     def scores(self) -> dict[int, float]:
-        return {run.cfg.seed: run.full for run in self.good}
+        """Seed -> full score, for the valid runs."""
+        return {run.cfg.seed: run.full for run in self.valid_runs}
+
+    @property
+    def mean_score(self) -> float:
+        return sum(self.scores.values()) / len(self.scores)
 
 
 @dataclass(frozen=True)
 class Study:
+    """An exported study."""
+
     path: Path
     facts: dict[str, Any]  # study.json
-    trials: list[dict[str, Any]]  # trials.parquet: a row a trial
+    trials: list[dict[str, Any]]  # trials.parquet, one dict per trial
 
     @property
     def name(self) -> str:
         return str(self.facts.get("name") or self.path.name)
 
     def fact(self, name: str) -> Any:
-        """Of the export itself, of the study file that it holds, or of its evidence."""
-        inside = (self.facts, *(self.facts.get(k) or {} for k in ("study", "evidence")))
-        return next((found[name] for found in inside if found.get(name) not in (None, {}, [], "")), None)
+        """Look up a value in the export, then in its copy of the study file, then in its evidence."""
+        for table in (self.facts, self.facts.get("study"), self.facts.get("evidence")):
+            if table and table.get(name) not in (None, {}, [], ""):
+                return table[name]
+        return None
 
     @cached_property
-    def done(self) -> list[dict[str, Any]]:
-        """Trials whose value counts."""
-        return [t for t in self.trials if t.get("value") is not None and not bad(t)]
+    def scored(self) -> list[dict[str, Any]]:
+        """Trials that have a value and did not fail."""
+        return [trial for trial in self.trials if trial.get("value") is not None and not is_failed(trial)]
 
     @cached_property
-    def whole(self) -> list[dict[str, Any]]:
-        """Those whose values may be compared: trained to the end. An export that does not tell has its highest rung."""
-        ended = [t for t in self.done if state(t) in ("complete", "completed", "done")]
-        top = max(((t.get("rung") or 0) for t in self.done), default=0)
-        return ended or [t for t in self.done if (t.get("rung") or 0) == top]
+    def completed(self) -> list[dict[str, Any]]:
+        """Trials that were trained to the end, so that their values can be compared.
+
+        If the export does not record completion, these are the trials of its highest rung.
+        """
+        completed = [trial for trial in self.scored if trial_state(trial) in COMPLETED_STATES]
+        if completed:
+            return completed
+        top = max(map(_rung, self.scored), default=0)
+        return [trial for trial in self.scored if _rung(trial) == top]
 
     @cached_property
     def stopped(self) -> list[dict[str, Any]]:
-        whole = {t["trial"] for t in self.whole}
-        return [t for t in self.done if t["trial"] not in whole]
+        """Trials that were stopped at a lower rung."""
+        completed = {trial["trial"] for trial in self.completed}
+        return [trial for trial in self.scored if trial["trial"] not in completed]
 
     @cached_property
-    def searched(self) -> list[str]:
-        """The fields of the space that took more than one value."""
-        names = [k for k in (self.trials[0] if self.trials else {}) if k.startswith("params.")]
-        return [
-            k.removeprefix("params.")
-            for k in names
-            if len({str(t.get(k)) for t in self.trials if t.get(k) is not None}) > 1
-        ]
+    def searched_fields(self) -> list[str]:
+        """Fields of the search space that took more than one value."""
+        if not self.trials:
+            return []
+        fields = []
+        for column in self.trials[0]:
+            values = {str(trial.get(column)) for trial in self.trials if trial.get(column) is not None}
+            if column.startswith("params.") and len(values) > 1:
+                fields.append(column.removeprefix("params."))
+        return fields
 
 
-def bad(trial: dict[str, Any]) -> bool:
-    return state(trial) in ("fail", "failed", "error", "diverged")
+def is_failed(trial: dict[str, Any]) -> bool:
+    return trial_state(trial) in FAILED_STATES
 
 
-def state(trial: dict[str, Any]) -> str:
-    """Optuna's names, with or without their class before them."""
+def trial_state(trial: dict[str, Any]) -> str:
+    """Return the state in lower case, without the class name that Optuna puts in front."""
     return str(trial.get("state", "")).split(".")[-1].lower()
 
 
+def _rung(trial: dict[str, Any]) -> Any:
+    return trial.get("rung") or 0
+
+
 @dataclass(frozen=True)
-class Evidence:
+class ReportData:
+    """Everything that a report shows."""
+
     recipes: tuple[Recipe, ...]
     studies: tuple[Study, ...]
     baseline: Recipe | None = None
     optimised: Recipe | None = None
-    chosen: str = ""  # how the two were
+    selection: str = ""  # how the optimised recipe was selected
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -169,302 +203,440 @@ class Evidence:
 
     @cached_property
     def noise(self) -> Noise | None:
-        """Between the seeds of a recipe. One under two names, as two presets may have it, is counted once."""
+        """The noise between the seeds of a recipe. A recipe that two presets share is counted once."""
         groups: dict[str, dict[int, float]] = {}
-        for r in self.recipes:
-            groups.setdefault(json.dumps(fields(r.cfg), sort_keys=True), {}).update(r.scores)
+        for recipe in self.recipes:
+            groups.setdefault(_recipe_key(recipe.cfg), {}).update(recipe.scores)
         return noise([list(scores.values()) for scores in groups.values()])
 
     @cached_property
     def ladder(self) -> list[Recipe]:
-        """The steps of an ablation in the order of their preset, where at least three of them have a run that counts."""
+        """The steps of an ablation preset, in its order. Empty if fewer than three have a valid run."""
         for preset in preset_names():
             order = [cfg.preset for cfg in load(preset)]
-            named = {r.cfg.preset: r for r in self.recipes if r.good and r.cfg.preset in order}
+            named = {r.cfg.preset: r for r in self.recipes if r.valid_runs and r.cfg.preset in order}
             if len(named) > 2:
-                return [named[name] for name in order if name in named]
+                return sorted(named.values(), key=lambda recipe: order.index(recipe.cfg.preset))
         return []
 
 
+# -- reading the inputs
+
+
 @dataclass
-class _Found:
-    """Run directories and studies as they are met, and what is wrong with any of them."""
+class _Collector:
+    """Collects run directories and studies, and the problems with them."""
 
     runs: dict[Path, RunDir] = field(default_factory=dict)
     studies: dict[Path, Path] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def take(self, path: Path) -> bool:
-        """Whether this folder is one of them."""
+    def add(self, path: Path) -> bool:
+        """Add a folder if it is a run or a study, and return whether it is one."""
         if os.path.lexists(path / "config.json"):
             self.runs.setdefault(path.resolve(), RunDir(path))
             return True
         if any(os.path.lexists(path / name) for name in EXPORT):
-            if (path / "export").is_dir():  # the study's own folder, where its driver works
+            if (path / "export").is_dir():  # the working folder of the study's driver
                 path = path / "export"
             self.studies.setdefault(path.resolve(), path)
             return True
         return False
 
-    def below(self, folder: Path) -> None:
-        taken = 0
-        for path, below, _ in os.walk(folder):
-            below.sort()
-            if self.take(Path(path)):
-                taken += 1
-                below.clear()
-            below[:] = [name for name in below if not name.startswith(".")]
-        if not taken:
+    def add_below(self, folder: Path) -> None:
+        """Add all runs and studies below a folder. Hidden folders are skipped."""
+        added = 0
+        for path, subfolders, _ in os.walk(folder):
+            if self.add(Path(path)):
+                added += 1
+                subfolders.clear()
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if not added:
             self.faults.append(
-                f"{folder} holds no run and no exported study; `mainrun train` and `mainrun sweep export` make them"
+                f"{folder} holds no run and no exported study; "
+                "`mainrun train` and `mainrun sweep export` make them"
             )
 
+    def read(self, sources: Iterable[Source], read: Callable[[Source], Item]) -> list[Item]:
+        """Read each source. A source that cannot be read is recorded as a fault."""
+        items = []
+        for source in sources:
+            try:
+                items.append(read(source))
+            except MainrunError as error:
+                self.faults.append(str(error))
+        return items
 
-def gather(places: Sequence[str], out: Path = Path("runs")) -> Evidence:
-    """places: run directories, ids of runs in `out`, exported studies, or folders of these; none: all of `out`."""
-    met = _Found()
+
+def gather(places: Sequence[str], out: Path = Path("runs")) -> ReportData:
+    """Read the data of a report, or raise a RunError that lists all problems.
+
+    `places` are run directories, ids of runs in `out`, exported studies, or folders of these.
+    Without any, everything in `out` is read.
+    """
+    collector = _Collector()
     for place in places or [str(out)]:
         path = Path(place)
         if not path.is_dir() and (out / place).is_dir():
             path = out / place
         if path.is_dir():
-            if not met.take(path):
-                met.below(path)
+            if not collector.add(path):
+                collector.add_below(path)
             continue
         try:
-            met.take(find(place, out).path)
-        except RunError as e:
-            met.faults.append(str(e))
-    runs = list(_each(met.runs.values(), _run, met.faults))
-    studies = list(_each(met.studies.values(), _study, met.faults))
-    met.faults += _mixed(runs, studies)
-    recipes = _recipes(runs)
+            collector.add(find(place, out).path)
+        except RunError as error:
+            collector.faults.append(str(error))
+    runs = collector.read(collector.runs.values(), _read_run)
+    studies = collector.read(collector.studies.values(), _read_study)
+    recipes = _group_into_recipes(runs)
+    faults = [*collector.faults, *_mixed_data(runs, studies), *_repeated_seeds(recipes)]
+    if len(faults) > 1:
+        faults.insert(0, f"{len(faults)} problems prevent the report:")
+    if faults:
+        raise RunError("\n".join(faults))
+    baseline, optimised, selection = _select_pair(recipes)
+    return ReportData(recipes, tuple(studies), baseline, optimised, selection)
+
+
+def _repeated_seeds(recipes: Sequence[Recipe]) -> Iterator[str]:
     for recipe in recipes:
-        seeds = [run.cfg.seed for run in recipe.runs]
-        for seed in sorted({s for s in seeds if seeds.count(s) > 1}):
-            twice = ", ".join(str(run.path) for run in recipe.runs if run.cfg.seed == seed)
-            met.faults.append(
-                f"seed {seed} of {recipe.name} is there more than once ({twice}); give one of them: a seed counts once"
-            )
-    if met.faults:
-        head = (
-            f"{len(met.faults)} things keep the report from being written:\n" if len(met.faults) > 1 else ""
-        )
-        raise RunError(head + "\n".join(met.faults))
-    return Evidence(recipes, tuple(studies), *_headline(recipes))
+        by_seed: dict[int, list[str]] = {}
+        for run in recipe.runs:
+            by_seed.setdefault(run.cfg.seed, []).append(str(run.path))
+        for seed, paths in sorted(by_seed.items()):
+            if len(paths) > 1:
+                yield (
+                    f"seed {seed} of {recipe.name} was given more than once ({', '.join(paths)}); "
+                    "give only one of these runs, because a seed counts once"
+                )
 
 
-def _each(things: Iterable[Any], read: Any, faults: list[str]) -> Iterator[Any]:
-    for thing in things:
-        try:
-            yield read(thing)
-        except MainrunError as e:
-            faults.append(str(e))
-
-
-def _run(run: RunDir) -> Run:
-    summary = load_summary(run)
-    missing = [
-        name for name in ("env.json", "metrics.jsonl", "tokenizer.json") if not (run.path / name).is_file()
-    ]
+def _read_run(folder: RunDir) -> Run:
+    summary = load_summary(folder)
+    missing = _missing(folder.path, ("env.json", "metrics.jsonl", "tokenizer.json"), Path.is_file)
     if missing:
         raise RunError(
-            f"{run.path} lacks {', '.join(missing)}; restore what is missing, or train the run again with --fresh"
+            f"{folder.path} lacks {missing}; restore what is missing, or train the run again with --fresh"
         )
-    loaded = Run(run.path, run.config(), run.plan(), run.env(), summary, run.rows(), run.journal())
-    _check_run(run, loaded)
-    return loaded
+    run = Run(
+        path=folder.path,
+        cfg=folder.config(),
+        plan=folder.plan(),
+        env=folder.env(),
+        summary=summary,
+        rows=folder.rows(),
+        journal=folder.journal(),
+    )
+    _check_run(folder, run)
+    return run
 
 
-# what the pages need beside what a comparison needs
+def _missing(folder: Path, names: Sequence[str], exists: Callable[[Path], bool]) -> str:
+    return ", ".join(name for name in names if not exists(folder / name))
+
+
+# what a report needs in addition to what `mainrun compare` needs
 REPORTED = {"flops": records.above_zero, "presentations": {"train_tokens_per_epoch": records.at_least_one}}
 ROWS = {"step": {"tokens": records.count, "loss": records.number}, "eval": {}}
 STARTED = {"params": records.count, "flops_per_token": records.not_negative}
 ENDED = {"tokens": records.count, "value": records.anything, "step": records.step}
 
 
-def _check_run(run: RunDir, loaded: Run) -> None:
-    """Check that a run has what the pages need, and that its journal fits its config."""
-    faults = {"summary.json": records.fault(loaded.summary, REPORTED)}
-    faults["metrics.jsonl"] = next(
-        (fault for row in loaded.rows if (fault := records.fault(row, ROWS[row["event"]]))), ""
-    )
-    faults["growth.jsonl"] = next(
-        (fault for row in loaded.journal if (fault := records.fault(row, _needed(row)))), ""
-    )
-    if not loaded.steps or not loaded.evals:
-        faults["metrics.jsonl"] = "has no row of a step" if not loaded.steps else "has no score of val"
-    if any("params" in op for op in loaded.ops) and not any(
-        row["event"].endswith("START") for row in loaded.journal
+def _check_run(folder: RunDir, run: Run) -> None:
+    """Check that a run has what the report needs, and that its journal fits its config."""
+    for name, fault in (
+        ("summary.json", records.fault(run.summary, REPORTED)),
+        ("metrics.jsonl", _metrics_fault(run)),
+        ("growth.jsonl", _journal_fault(run)),
     ):
-        faults["growth.jsonl"] = "says how ops ended, and of none that it began"
-    for name, fault in faults.items():
         if fault:
-            raise RunError(f"{run.path / name} is damaged: it {fault}; {run.fix}")
-    if "train_tokens" not in loaded.plan:
-        raise RunError(f"{run.path}/config.json is damaged: it lacks 'plan.train_tokens'; {run.fix}")
+            raise RunError(f"{folder.path / name} is damaged: it {fault}; {folder.fix}")
+    if "train_tokens" not in run.plan:
+        raise RunError(f"{folder.path}/config.json is damaged: it lacks 'plan.train_tokens'; {folder.fix}")
     try:
-        _ = loaded.resolved
-    except (MainrunError, LookupError, AssertionError) as e:
+        _ = run.resolved
+    except (MainrunError, LookupError, AssertionError) as error:
         raise RunError(
-            f"{run.path} cannot have trained as its config.json and growth.jsonl say ({e}); {run.fix}"
+            f"{folder.path} cannot have trained as its config.json and growth.jsonl say ({error}); "
+            f"{folder.fix}"
         ) from None
 
 
-def _needed(row: dict[str, Any]) -> records.Shape:
+def _metrics_fault(run: Run) -> str:
+    if not run.steps:
+        return "has no row of a step"
+    if not run.evals:
+        return "has no score of val"
+    return _first_fault(run.rows, lambda row: ROWS[row["event"]])
+
+
+def _journal_fault(run: Run) -> str:
+    if not run.journal:
+        return ""
+    started = any(row["event"].endswith("START") for row in run.journal)
+    if not started and any("params" in op for op in run.ops):
+        return "records how ops ended, but not that they began"
+    return _first_fault(run.journal, _journal_shape)
+
+
+def _first_fault(rows: Iterable[dict[str, Any]], shape_of: Callable[[dict[str, Any]], records.Shape]) -> str:
+    for row in rows:
+        fault = records.fault(row, shape_of(row))
+        if fault:
+            return fault
+    return ""
+
+
+def _journal_shape(row: dict[str, Any]) -> records.Shape:
     if row["event"].endswith("START"):
         return STARTED
-    return ENDED if row["event"].endswith(FIRED) else {}
+    if _op_ended(row):
+        return ENDED
+    return {}
 
 
-def _study(path: Path) -> Study:
-    missing = [name for name in EXPORT if not os.path.lexists(path / name)]
+def _op_ended(row: dict[str, Any]) -> bool:
+    return str(row.get("event", "")).endswith(OP_ENDED)
+
+
+def _read_study(path: Path) -> Study:
+    missing = _missing(path, EXPORT, os.path.lexists)
     if missing:
         raise RunError(
-            f"the study {path} lacks {', '.join(missing)}; `mainrun sweep` writes both at the end of a study; go on with it"
+            f"the study {path} lacks {missing}; "
+            "`mainrun sweep` writes both at the end of a study; resume the study"
         )
     import pyarrow.parquet
 
-    again = "export it again with `mainrun sweep export`"
-    facts = records.load(path / "study.json", FACTS, again)
+    advice = "export it again with `mainrun sweep export`"
+    facts = records.load(path / "study.json", FACTS, advice)
     try:
         with inputs.open_file(path / "trials.parquet") as f:
-            rows = pyarrow.parquet.read_table(f).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as e:
-        why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
-        raise RunError(f"the study {path} cannot be read (trials.parquet: {why}); {again}") from None
-    if rows and not {"trial", "state", "value"} <= rows[0].keys():
+            trials = pyarrow.parquet.read_table(f).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+        reason = " ".join(reason.split())[:300]
+        raise RunError(f"the study {path} cannot be read (trials.parquet: {reason}); {advice}") from None
+    if trials and not {"trial", "state", "value"} <= trials[0].keys():
         raise RunError(
-            f"the study {path} is not as `mainrun sweep export` writes it (no trial, state and value); {again}"
+            f"the study {path} is not in the format of `mainrun sweep export` "
+            f"(no trial, state and value); {advice}"
         )
-    for row in rows:
-        if fault := records.fault(
-            row, TRIAL | {name: records.setting for name in row if name.startswith("params.")}
-        ):
-            raise RunError(f"{path}/trials.parquet is damaged: a trial {fault}; {again}")
-    return Study(path, facts, rows)
+    fault = _first_fault(trials, _trial_shape)
+    if fault:
+        raise RunError(f"{path}/trials.parquet is damaged: a trial {fault}; {advice}")
+    return Study(path, facts, trials)
+
+
+def _trial_shape(trial: dict[str, Any]) -> records.Shape:
+    return TRIAL | {name: records.setting for name in trial if name.startswith("params.")}
 
 
 CONFIRMED = {
-    "trial?": records.optional(records.count), "mean?": records.optional(records.any_number), "difference?": records.optional(records.any_number),
-    "interval?": records.optional(records.pair(records.any_number)), "p_holm?": records.optional(records.any_number), "why?": records.any_text,
-}  # fmt: skip
-# what `Study.fact` looks for, in the export itself and in two parts of it
+    "trial?": records.optional(records.count),
+    "mean?": records.optional(records.any_number),
+    "difference?": records.optional(records.any_number),
+    "interval?": records.optional(records.pair(records.any_number)),
+    "p_holm?": records.optional(records.any_number),
+    "why?": records.optional(records.any_text),
+}
+SPACE = {
+    "values?": records.optional([records.anything]),
+    "when?": records.optional(records.table),
+}
+# what `Study.fact` reads, in the export itself and in its tables "study" and "evidence"
 FACT: dict[str, Any] = {
-    "rows?": records.optional([CONFIRMED]), "rung_correlation?": records.optional(records.table_of(records.optional(records.any_number))),
-    "space?": records.optional(
-        records.table_of(records.optional({"values?": records.optional([records.anything]), "when?": records.optional(records.table)}))
-    ),
+    "rows?": records.optional([CONFIRMED]),
+    "rung_correlation?": records.optional(records.table_of(records.optional(records.any_number))),
+    "space?": records.optional(records.table_of(records.optional(SPACE))),
     "importance?": records.optional(records.table_of(records.optional(records.number))),
-}  # fmt: skip
+}
 FACTS = FACT | {
-    "name?": records.text, "study?": records.optional(FACT), "evidence?": records.optional(FACT),
+    "name?": records.text,
+    "study?": records.optional(FACT),
+    "evidence?": records.optional(FACT),
     "ledger?": records.optional(records.table_of(records.optional(records.not_negative))),
-}  # fmt: skip
+}
 LEDGER = dict.fromkeys(
     ("asked?", "trained?", "reused?", "wasted?", "branch?", "steps?"), records.optional(records.not_negative)
 )
 TRIAL = LEDGER | {
-    "trial": records.count, "state": records.text, "value": records.optional(records.number), "reason?": records.optional(records.any_text),
-    "rung?": records.optional(records.any_number), "scores?": records.optional(records.scores),
-}  # fmt: skip
+    "trial": records.count,
+    "state": records.text,
+    "value": records.optional(records.number),
+    "reason?": records.optional(records.any_text),
+    "rung?": records.optional(records.any_number),
+    "scores?": records.optional(records.scores),
+}
 
 
-def _mixed(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
-    """Scores of other titles, or of other spans, do not stand side by side."""
-    given = [(run.id, run.summary) for run in runs] + [(f"study {s.name}", s.facts) for s in studies]
+# -- data that must not be mixed
+
+
+def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
+    """Report scores of different titles or different spans, which cannot be compared."""
+    tables: list[tuple[str, Mapping[str, Any]]] = []  # (source, what it records)
+    for run in runs:
+        tables.append((run.id, run.summary))
+    for study in studies:
+        tables.append((f"study {study.name}", study.facts))
     faults = []
-    asked = {f"{name} fingerprint": ("fingerprints", name) for name in SAME} | {
-        "evaluation geometry": ("geometry", "")
-    }
-    advice = {
-        "evaluation geometry": "train them with one --set official_geometry=ROWSxTOKENS (the steps come from the store)",
-    }
-    for what, (key, part) in asked.items():
-        values: dict[str, list[str]] = {}
-        for name, facts in given:
-            value = facts.get(key)
-            value = value.get(part) if part and isinstance(value, dict) else value
-            if value is not None:
-                values.setdefault(
-                    "x".join(map(str, value)) if isinstance(value, list) else str(value)[:12], []
-                ).append(name)
-        if len(values) > 1:
-            each = "; ".join(f"{value}: {few(names)}" for value, names in values.items())
-            faults.append(
-                f"the {what} is not one: {each}; {advice.get(what, 'report runs of the same titles and splits together')}"
-            )
+    for name in SAME:
+        advice = "report runs of the same titles and splits together"
+        faults += _unequal(f"{name} fingerprint", tables, partial(_digest, name=name), advice)
+    advice = "train them with one --set official_geometry=ROWSxTOKENS (the steps come from the store)"
+    faults += _unequal("evaluation geometry", tables, _geometry, advice)
     return faults
 
 
-def few(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _digest(table: Mapping[str, Any], name: str) -> str | None:
+    fingerprints = table.get("fingerprints")
+    if isinstance(fingerprints, dict):
+        fingerprints = fingerprints.get(name)
+    if fingerprints is None:
+        return None
+    return str(fingerprints)[:12]
+
+
+def _geometry(table: Mapping[str, Any]) -> str | None:
+    geometry = table.get("geometry")
+    if geometry is None:
+        return None
+    if isinstance(geometry, list):
+        return "x".join(map(str, geometry))
+    return str(geometry)[:12]
+
+
+def _unequal(
+    what: str,
+    tables: Sequence[tuple[str, Mapping[str, Any]]],
+    get: Callable[[Mapping[str, Any]], str | None],
+    advice: str,
+) -> list[str]:
+    """Return a fault if the sources differ in a value. A source without the value is ignored."""
+    sources: dict[str, list[str]] = {}
+    for source, table in tables:
+        value = get(table)
+        if value is not None:
+            sources.setdefault(value, []).append(source)
+    if len(sources) < 2:
+        return []
+    listed = "; ".join(f"{value}: {shorten(names)}" for value, names in sources.items())
+    return [f"the inputs differ in their {what}: {listed}; {advice}"]
+
+
+def shorten(names: Sequence[str], limit: int = 4) -> str:
+    """Join the first names, and count the others."""
+    joined = ", ".join(names[:limit])
+    if len(names) > limit:
+        return f"{joined} and {len(names) - limit} more"
+    return joined
 
 
 # -- recipes
 
 
-def fields(cfg: TrainConfig) -> dict[str, Any]:
-    """What makes a recipe: every field that touches the trajectory, but the seed."""
-    dumped = cfg.model_dump()
-    return {k: dumped[k] for k in dumped if k != "seed" and TrainConfig.class_of(k) != "inert"}
+def recipe_fields(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the fields that define a recipe: all that affect the training, without the seed."""
+    fields = cfg.model_dump()
+    return {k: v for k, v in fields.items() if k != "seed" and TrainConfig.class_of(k) != "inert"}
 
 
-def _recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
-    groups: dict[tuple[str, str], list[Run]] = {}
+def _recipe_key(cfg: TrainConfig) -> str:
+    return json.dumps(recipe_fields(cfg), sort_keys=True)
+
+
+def _group_into_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
+    presets: dict[str, dict[str, list[Run]]] = {}  # preset -> recipe key -> runs
     for run in sorted(runs, key=lambda run: (run.cfg.preset, run.cfg.seed, run.id)):
-        groups.setdefault((run.cfg.preset, json.dumps(fields(run.cfg), sort_keys=True)), []).append(run)
-    found = []
-    for (preset, _), mine in groups.items():
-        alike = [json.loads(text) for name, text in groups if name == preset]
-        own = json.loads(json.dumps(fields(mine[0].cfg)))
-        differ = [k for k in own if any(other[k] != own[k] for other in alike)]
-        said = [
-            f"{k}={own[k]:.6g}" if isinstance(own[k], float) else f"{k}={own[k]}"
-            for k in differ
-            if k != "growth"
-        ]
-        said += ["with growth"] if "growth" in differ and own["growth"]["ops"] else []
-        found.append(Recipe(" ".join([preset, *said]), tuple(mine)))
-    return tuple(found)
+        recipes = presets.setdefault(run.cfg.preset, {})
+        recipes.setdefault(_recipe_key(run.cfg), []).append(run)
+    grouped = []
+    for preset, recipes in presets.items():
+        differing = _differing_fields([members[0].cfg for members in recipes.values()])
+        for key, members in recipes.items():
+            name = _recipe_name(preset, json.loads(key), differing)
+            grouped.append(Recipe(name, tuple(members)))
+    return tuple(grouped)
 
 
-def _headline(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, str]:
-    """By name where the names say it; else the best mean, which is then said, for a best of many is better than it is."""
+def _differing_fields(cfgs: Sequence[TrainConfig]) -> list[str]:
+    """Return the recipe fields that do not have the same value in all configs."""
+    first, *others = map(recipe_fields, cfgs)
+    return [name for name in first if any(fields[name] != first[name] for fields in others)]
 
-    def called(name: str) -> list[Recipe]:
-        mine = [r for r in recipes if r.cfg.preset.split(":")[-1] == name]
-        return sorted(mine, key=lambda r: (-len(r.good), r.cfg.preset.startswith("ablation:"), r.name))
 
+def _recipe_name(preset: str, config: Mapping[str, Any], differing: Sequence[str]) -> str:
+    """Name a recipe by its preset and the fields that differ from other recipes of the preset."""
+    words = [preset]
+    for name in differing:
+        value = config[name]
+        if isinstance(value, float):
+            words.append(f"{name}={value:.6g}")
+        elif name != "growth":
+            words.append(f"{name}={value}")
+    if "growth" in differing and config["growth"]["ops"]:
+        words.append("with growth")
+    return " ".join(words)
+
+
+def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, str]:
+    """Select the baseline and the optimised recipe, and say how the latter was selected.
+
+    Recipes with these names come first. Otherwise the lowest mean is taken, and the report says so:
+    the best of many recipes looks better than it is.
+    """
     if not recipes:
         return None, None, "no run was given"
-    base = (called("baseline") or list(recipes))[0]
-    others = [r for r in recipes if r is not base]
-    if named := [r for r in called("optimized") if r is not base]:
-        return (
-            base,
-            named[0],
-            "the recipe is called optimized" + (", the one with most seeds" if len(named) > 1 else ""),
-        )
-    good = [r for r in others if r.good]
-    if not good:
-        return base, others[0] if others else None, "the only other recipe"
-    best = min(good, key=lambda r: sum(r.scores.values()) / len(r.scores))
-    return (
-        base,
-        best,
-        f"the lowest mean full score of {len(good)} recipes" if len(good) > 1 else "the only other recipe",
-    )
+    base = (_recipes_called("baseline", recipes) or list(recipes))[0]
+    others = [recipe for recipe in recipes if recipe is not base]
+    named = _recipes_called("optimized", others)
+    if len(named) > 1:
+        return base, named[0], "the recipe is called optimized, the one with most seeds"
+    if named:
+        return base, named[0], "the recipe is called optimized"
+    valid = [recipe for recipe in others if recipe.valid_runs]
+    if len(valid) > 1:
+        best = min(valid, key=lambda recipe: recipe.mean_score)
+        return base, best, f"the lowest mean full score of {len(valid)} recipes"
+    only = next(iter(valid or others), None)
+    return base, only, "the only other recipe"
+
+
+def _recipes_called(name: str, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Return the recipes whose preset has this name, those with most valid runs first."""
+    called = [recipe for recipe in recipes if step_name(recipe.cfg) == name]
+    return sorted(called, key=lambda r: (-len(r.valid_runs), r.cfg.preset.startswith("ablation:"), r.name))
+
+
+def step_name(cfg: TrainConfig) -> str:
+    """Return the name of a step without its preset: `size` for `ablation:size`."""
+    return cfg.preset.split(":")[-1]
 
 
 def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
-    """The scores of each step, over the seeds that all have where there are two: then every change is the difference of what is shown."""
-    common = set.intersection(*(set(r.scores) for r in ladder))
-    if len(common) < 2:
-        return [r.scores for r in ladder]
-    return [{seed: r.scores[seed] for seed in sorted(common)} for r in ladder]
+    """Return the scores of each step, for the seeds that all steps share.
+
+    With common seeds, each change equals the difference of the means shown. If fewer than two seeds are
+    common, each step keeps all of its scores.
+    """
+    common = set(ladder[0].scores)
+    for recipe in ladder:
+        common &= recipe.scores.keys()
+    scores = []
+    for recipe in ladder:
+        seeds = sorted(common) if len(common) > 1 else recipe.scores
+        scores.append({seed: recipe.scores[seed] for seed in seeds})
+    return scores
 
 
 def config_differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
-    x, y = a.model_dump(exclude={"preset"}), b.model_dump(exclude={"preset"})
-    return [(k, x[k], y[k]) for k in x if x[k] != y[k]]
+    """Return (field, value in a, value in b) for each field that differs, except the preset."""
+    old = a.model_dump(exclude={"preset"})
+    new = b.model_dump(exclude={"preset"})
+    differences = []
+    for name in old:
+        if old[name] != new[name]:
+            differences.append((name, old[name], new[name]))
+    return differences

@@ -1,101 +1,141 @@
-"""What reviewers ask for: the items of the ACL responsible-NLP checklist that runs can answer, and a model card."""
+"""A model card, and the items of the ACL responsible-NLP checklist that can be answered from runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from mainrun.config import TASK
 from reports.evidence import findings
-from reports.evidence.load import Evidence
-from reports.evidence.tables import Column, Table, fixed, power, text, whole
+from reports.evidence.load import ReportData, Run, Study
+from reports.evidence.tables import Column, Table, fixed, get_flops, get_seconds, integer, scientific, text
+
+Answer = tuple[str, str, str]  # item, question, answer
 
 
-def checklist(e: Evidence) -> Table:
-    rows = [list(row) for row in _items(e)]
+def checklist(data: ReportData) -> Table:
+    """Make the table of checklist items and their answers."""
+    answers = chain(_data_answers(data.runs), _budget_answers(data), _method_answers(data))
+    rows = list(map(list, answers))
     columns = [Column("item", text, 0.07), Column("asked", text, 0.28), Column("answer", text, 0.65)]
-    note = "Items of the ACL responsible NLP research checklist that can be read from runs; the others are the author's to answer."
+    note = (
+        "Items of the ACL responsible NLP research checklist that can be answered from runs. "
+        "The author must answer the others."
+    )
     return Table("checklist", "ACL checklist", columns, rows, note)
 
 
-def _items(e: Evidence) -> Iterator[tuple[str, str, str]]:
-    runs, studies = e.runs, e.studies
-    if runs:
-        origins = sorted({f"{run.cfg.corpus} ({run.cfg.num_titles:,} titles)" for run in runs})
-        yield "B1", "Creators of the data", "; ".join(origins) + "; fingerprints below Data fingerprints"
-        one = runs[0]
-        split = f"val_frac {one.cfg.val_frac:g}, dev_frac {one.cfg.dev_frac:g}"
-        tokens = f"{one.summary['presentations']['train_tokens_per_epoch']:,} train and {one.summary['last']['tokens']:,} val tokens"
-        yield "B6", "Statistics and splits", f"{split}; {tokens} with the tokenizer of {one.id}"
-        sizes = [run.summary["params"] for run in runs]
-        flops, seconds = (
-            sum(run.summary["flops"] for run in runs),
-            sum(run.summary["seconds"] for run in runs),
-        )
-        asked = sum(run.summary.get("ledger", {}).get("asked", run.summary["steps"]) for run in runs)
-        wasted = sum(run.summary.get("ledger", {}).get("wasted", 0) for run in runs)
-        devices = sorted({str(run.summary["machine_class"].get("device", "unknown")) for run in runs})
-        budget = (
-            f"{whole(min(sizes))} to {whole(max(sizes))} parameters; {power(flops)} FLOPs and {fixed(1)(seconds / 60)} minutes in all "
-            f"runs here, {whole(asked)} steps asked for, {whole(wasted)} wasted; on {', '.join(devices)}"
-        )
-        if searching := sum(float((s.facts.get("ledger") or {}).get("flops") or 0) for s in studies):
-            budget += f"; the studies trained {power(searching)} FLOPs besides"
-        yield "C1", "Parameters, budget, infrastructure", budget
-    space = "; ".join(
-        f"{s.name}: {len(s.trials)} trials over {', '.join(s.fact('space') or s.searched)}" for s in studies
+def _data_answers(runs: Sequence[Run]) -> Iterator[Answer]:
+    if not runs:
+        return
+    origins = sorted({f"{run.cfg.corpus} ({run.cfg.num_titles:,} titles)" for run in runs})
+    yield "B1", "Creators of the data", f"{'; '.join(origins)}; fingerprints below Data fingerprints"
+    first = runs[0]
+    train_tokens = first.summary["presentations"]["train_tokens_per_epoch"]
+    yield (
+        "B6",
+        "Statistics and splits",
+        f"val_frac {first.cfg.val_frac:g}, dev_frac {first.cfg.dev_frac:g}; {train_tokens:,} train and "
+        f"{first.summary['last']['tokens']:,} val tokens with the tokenizer of {first.id}",
     )
-    trials = sum(len(s.trials) for s in studies)
-    searched = (
-        f"{trials} trials ({space}); bounds and best values on the studies' pages"
-        if studies
-        else "no study was given"
+
+
+def _budget_answers(data: ReportData) -> Iterator[Answer]:
+    runs = data.runs
+    if not runs:
+        return
+    sizes = set()
+    devices = set()
+    asked = 0
+    wasted = 0
+    for run in runs:
+        sizes.add(run.summary["params"])
+        devices.add(str(run.summary["machine_class"].get("device", "unknown")))
+        ledger = run.summary.get("ledger", {})
+        asked += ledger.get("asked", run.summary["steps"])
+        wasted += ledger.get("wasted", 0)
+    budget = (
+        f"{integer(min(sizes))} to {integer(max(sizes))} parameters; "
+        f"{scientific(sum(map(get_flops, runs)))} FLOPs and {fixed(1)(sum(map(get_seconds, runs)) / 60)} "
+        f"minutes in all runs of this report, {integer(asked)} steps requested, {integer(wasted)} wasted; "
+        f"on {', '.join(sorted(devices))}"
     )
-    chosen = f"optimised is {e.optimised.name}: {e.chosen}" if e.optimised else e.chosen
-    split = "the last step of val, looked at for every recipe here; a search should look at dev"
-    yield "C2", "Search, bounds, selection", f"{searched}; selection criterion: {chosen}; judged by {split}"
-    noise = e.noise
-    backing = (
-        f"{noise.df} degrees of freedom between seeds"
-        if noise
-        else "no repeats: no recipe was run with two seeds"
+    study_flops = 0.0
+    for study in data.studies:
+        ledger = study.facts.get("ledger") or {}
+        study_flops += float(ledger.get("flops") or 0)
+    if study_flops:
+        budget += f"; the studies trained {scientific(study_flops)} additional FLOPs"
+    yield "C1", "Parameters, budget, infrastructure", budget
+
+
+def _method_answers(data: ReportData) -> Iterator[Answer]:
+    selection = data.selection
+    if data.optimised:
+        selection = f"optimised is {data.optimised.name}: {selection}"
+    yield (
+        "C2",
+        "Search, bounds, selection",
+        f"{_search(data.studies)}; selection criterion: {selection}; judged by the last step of val, "
+        "which was evaluated for every recipe of this report; a search should use dev",
     )
+    backing = "no repeats: no recipe was run with two seeds"
+    if data.noise:
+        backing = f"{data.noise.df} degrees of freedom between seeds"
     yield (
         "C3",
         "Error bars, single run or mean",
         f"means over seeds, 95% intervals by Student's t, Holm over ablation steps; {backing}",
     )
-    if runs:
-        packages = sorted(
-            {f"{k} {v}" for run in runs for k, v in run.summary.get("versions", {}).items() if k != "mainrun"}
-        )
-        yield "C4", "Packages and settings", ", ".join(packages) + "; each run's command is above"
+    if data.runs:
+        packages = set()
+        for run in data.runs:
+            for name, version in run.summary.get("versions", {}).items():
+                if name != "mainrun":
+                    packages.add(f"{name} {version}")
+        yield "C4", "Packages and settings", f"{', '.join(sorted(packages))}; each run's command is above"
 
 
-def card(e: Evidence) -> Iterator[str]:
-    """Of the optimised recipe, or of the one there is."""
-    recipe = e.optimised or e.baseline
+def _search(studies: Sequence[Study]) -> str:
+    if not studies:
+        return "no study was given"
+    total = 0
+    spaces = []
+    for study in studies:
+        total += len(study.trials)
+        fields = ", ".join(study.fact("space") or study.searched_fields)
+        spaces.append(f"{study.name}: {len(study.trials)} trials over {fields}")
+    return f"{total} trials ({'; '.join(spaces)}); bounds and best values on the studies' pages"
+
+
+def card(data: ReportData) -> Iterator[str]:
+    """Yield the paragraphs of the model card of the optimised recipe, or else of the baseline."""
+    recipe = data.optimised or data.baseline
     if recipe is None:
         return
-    run = (recipe.good or recipe.runs)[0]
-    cfg, s = run.cfg, run.summary
-    shape = f"{cfg.n_layer} layers, width {cfg.d_model}, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,} ({cfg.tokenizer})"
-    yield f"Model: {recipe.name}, a decoder-only transformer with {whole(s['params'])} parameters ({shape}), trained from random weights."
-    fits = all(getattr(cfg, k) == v for k, v in TASK.items() if k != "seed")
-    epochs = f"{cfg.epochs} epoch{'s' * (cfg.epochs != 1)}"
+    run = (recipe.valid_runs or recipe.runs)[0]
+    cfg = run.cfg
+    summary = run.summary
     yield (
-        f"Data: {cfg.num_titles:,} titles of {cfg.corpus}, {epochs}, {whole(s['tokens'])} tokens in {whole(s['steps'])} steps. "
-        + (
-            "Sizes are the task's own."
-            if fits
-            else "Sizes are not the task's own: its figures are not comparable with these."
-        )
+        f"Model: {recipe.name}, a decoder-only transformer with {integer(summary['params'])} parameters "
+        f"({cfg.n_layer} layers, width {cfg.d_model}, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,} "
+        f"({cfg.tokenizer})), trained from random weights."
     )
-    scores = (
-        ", ".join(f"{fixed(4)(v)} (seed {seed})" for seed, v in recipe.scores.items()) or "none that counts"
-    )
-    yield f"Score: full {scores}, in nats per character of held-out titles. {findings.covered(e)}"
+    sizes = "Sizes are those of the task."
+    if any(getattr(cfg, name) != value for name, value in TASK.items() if name != "seed"):
+        sizes = "Sizes are not those of the task: these figures cannot be compared with the task's figures."
+    epochs = "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
     yield (
-        "Use: to study training recipes on short titles. It writes text in the manner of its titles, without knowledge or safety; "
-        "it is not meant for any product, and what it writes is not fact."
+        f"Data: {cfg.num_titles:,} titles of {cfg.corpus}, {epochs}, {integer(summary['tokens'])} tokens in "
+        f"{integer(summary['steps'])} steps. {sizes}"
     )
-    yield "Limits: one corpus, one language, one size of data; what was found here need not hold at another scale."
+    scores = ", ".join(f"{fixed(4)(score)} (seed {seed})" for seed, score in recipe.scores.items())
+    yield (
+        f"Score: full {scores or 'none that counts'}, in nats per character of held-out titles. "
+        f"{findings.coverage_sentence(data)}"
+    )
+    yield (
+        "Use: to study training recipes on short titles. The model imitates the style of its titles, without "
+        "knowledge or safety training. It is not meant for any product, and its output is not fact."
+    )
+    yield "Limits: one corpus, one language, one size of data. The findings may not hold at another scale."

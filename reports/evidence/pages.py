@@ -1,4 +1,7 @@
-"""Which pages a report has, and in which order. What the inputs have no data for is left out, and said in the appendix."""
+"""The sections of a report and their order.
+
+Sections without data are left out, and the appendix lists them.
+"""
 
 from __future__ import annotations
 
@@ -9,381 +12,366 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reports.evidence import figures, findings, model_card, tables
-from reports.evidence.load import Evidence, Run
-from reports.evidence.pdf import figure, heading, section, table, words
-from reports.evidence.tables import Column, Table, fixed, power, text, whole
+from reports.evidence import findings, model_card, tables
+from reports.evidence.figures import growth as growth_figure
+from reports.evidence.figures import registry
+from reports.evidence.load import ReportData, Study
+from reports.evidence.pdf import figure, heading, page_break, paragraph, table
+from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, scientific, text
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
     from reportlab.platypus import Flowable
 
-Part = Callable[["Report", Mapping[str, "Drawing"]], Iterator["Flowable"]]
 LOST = re.compile(r"\b(worse|slower|fail(s|ed)?|diverge[sd]?|did not help|lost)\b")
+LONGEST_POINT = 240  # characters of a point that is quoted from the log
 
 
 @dataclass
 class Report:
-    """All that goes on the pages, computed once: the PDF and the CSV files show the same tables."""
+    """The content of a report. Each table is computed once, for both the PDF and the CSV files."""
 
-    e: Evidence
+    data: ReportData
     title: str
     log: Path | None = None
-    samples: Sequence[tuple[str, Sequence[str]]] = ()
+    samples: Sequence[tuple[str, Sequence[str]]] = ()  # (run id, titles that its model wrote)
     tables: dict[str, Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        e = self.e
-        found = [tables.runs(e), tables.recipes(e)] if e.runs else []
-        found += [
-            t
-            for t in (
-                headline(e),
-                tables.ablation(e),
-                tables.differences(e),
-                tables.others(e),
-                tables.failures(e),
-            )
-            if t
-        ]
-        found += [
-            make(e)
-            for make in (tables.commands, tables.guards, tables.fingerprints, tables.hashes, tables.machines)
-            if e.runs
-        ]
-        found += [tables.growth(run, i) for i, run in enumerate(figures.grown(e), 1)]
-        found += [t for i, s in enumerate(e.studies, 1) for t in tables.study(s, i)]
-        found += [model_card.checklist(e)]
-        self.tables = {t.name: t for t in found}
+        for made in make_tables(self.data):
+            self.tables[made.name] = made
 
-    def told(self) -> dict[str, str]:
-        """For whoever looks at the file's properties: what it claims, and of which runs."""
-        return {"subject": findings.claim(self.e).text, "keywords": ", ".join(run.id for run in self.e.runs)}
+    def properties(self) -> dict[str, str]:
+        """Return the properties of the PDF file: its claim and the ids of its runs."""
+        ids = ", ".join(run.id for run in self.data.runs)
+        return {"subject": findings.claim(self.data).text, "keywords": ids}
 
-    def story(self, drawn: Mapping[str, Drawing]) -> list[Flowable]:
-        parts = (
-            first,
-            curves,
-            recipes,
-            ablation,
-            training,
-            *studies(self),
-            growth,
-            failed,
-            written,
-            appendix,
-        )
-        return [flowable for part in parts for flowable in part(self, drawn)]
+    def story(self, drawings: Mapping[str, Drawing]) -> list[Flowable]:
+        """Return the content of all pages, in order."""
+        flowables: list[Flowable] = []
+        for section in SECTIONS:
+            flowables += section(self, drawings)
+        return flowables
 
     def table(self, name: str) -> list[Flowable]:
         return table(self.tables.get(name))
 
 
-def headline(e: Evidence) -> Table | None:
-    """Both recipes of page 1, over the same seeds as their difference."""
-    pair = [r for r in (e.baseline, e.optimised) if r is not None]
+def make_tables(data: ReportData) -> Iterator[Table]:
+    """Yield all tables that the data supports."""
+    if data.runs:
+        yield tables.runs(data)
+        yield tables.recipes(data)
+    for make_optional in (
+        headline,
+        tables.ablation,
+        tables.differences,
+        tables.other_configs,
+        tables.failures,
+    ):
+        optional = make_optional(data)
+        if optional is not None:
+            yield optional
+    if data.runs:
+        yield tables.commands(data)
+        yield tables.guards(data)
+        yield tables.fingerprints(data)
+        yield tables.hashes(data)
+        yield tables.machines(data)
+    for number, run in enumerate(growth_figure.grown_runs(data), 1):
+        yield tables.growth(run, number)
+    for number, study in enumerate(data.studies, 1):
+        yield from tables.study(study, number)
+    yield model_card.checklist(data)
+
+
+def headline(data: ReportData) -> Table | None:
+    """Make the table of page 1: the two main recipes, over the seeds that their difference uses."""
+    pair = [recipe for recipe in (data.baseline, data.optimised) if recipe is not None]
     if not pair:
         return None
-    d = findings.claim(e).difference
-    rows, red = [], set()
+    change = findings.claim(data).difference
+    rows: list[Row] = []
+    red = set()
     for i, recipe in enumerate(pair):
-        runs = [run for run in recipe.good if d is None or not d.paired or run.cfg.seed in d.seeds]
-        means = [tables.mean_of(runs, get) for get in (full, official, coverage, flops)]
-        means.append(
-            tables.mean_of([run for run in runs if not run.summary.get("ledger", {}).get("reused")], seconds)
-        )
-        params = recipe.runs[0].summary["params"]
-        name = recipe.name if recipe.good else f"{recipe.name} (failed a guard)"
-        rows.append([name, ", ".join(str(run.cfg.seed) for run in runs), *means[:3], params, *means[3:]])
-        if not recipe.good:
+        runs = list(recipe.valid_runs)
+        if change is not None and change.paired:
+            runs = [run for run in runs if run.cfg.seed in change.seeds]
+        name = recipe.name
+        if not recipe.valid_runs:
+            name += " (failed a guard)"
             red.add(i)
+        rows.append(
+            [
+                name,
+                ", ".join(str(run.cfg.seed) for run in runs),
+                mean_of(runs, tables.get_full),
+                mean_of(runs, tables.get_official),
+                mean_of(runs, tables.get_coverage),
+                recipe.runs[0].summary["params"],
+                mean_of(runs, tables.get_flops),
+                mean_of(list(filter(tables.is_fresh, runs)), tables.get_seconds),
+            ]
+        )
     columns = [
-        Column("recipe", text, 0.28), Column("seeds", text, 0.1), Column("full", fixed(4)), Column("official", fixed(4)),
-        Column("covers %", fixed(1)), Column("parameters", whole), Column("FLOPs", power), Column("seconds", fixed(1)),
-    ]  # fmt: skip
-    note = "Means over the seeds named, of the last step, in nats per character of val. full scores every token once and is what ranks."
+        Column("recipe", text, 0.28),
+        Column("seeds", text, 0.1),
+        Column("full", fixed(4)),
+        Column("official", fixed(4)),
+        Column("covers %", fixed(1)),
+        Column("parameters", integer),
+        Column("FLOPs", scientific),
+        Column("seconds", fixed(1)),
+    ]
+    note = (
+        "Means over the listed seeds, at the last step, in nats per character of val. "
+        "full scores every token once; recipes are ranked by it."
+    )
     return Table("headline", "Both in figures", columns, rows, note, red)
 
 
-def full(run: Run) -> float:
-    return run.full
+# -- the sections
 
 
-def official(run: Run) -> float:
-    return float(run.summary["last"]["official"])
-
-
-def coverage(run: Run) -> float:
-    return 100 * float(run.summary["last"]["coverage"])
-
-
-def flops(run: Run) -> float:
-    return float(run.summary["flops"])
-
-
-def seconds(run: Run) -> float:
-    return float(run.summary["seconds"])
-
-
-# -- the pages
-
-
-def first(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    e, claim = r.e, findings.claim(r.e)
-    yield words(r.title, "title")
-    yield words(subtitle(e), "small")
-    yield heading("Result", 0)
-    if claim.difference is not None and e.baseline and e.optimised:
-        d = claim.difference
-        yield words(f"{fixed(4)(d.a)} → {fixed(4)(d.b)}", "big")
-        if d.interval:
-            low, high = (fixed(4, sign=True)(v) for v in d.interval)
-            by = f"{fixed(4, sign=True)(d.mean)}, 95% interval {low} to {high}, {findings.how(d)}"
-        else:
-            by = f"{fixed(4, sign=True)(d.mean)}, {findings.seeds(d.n_a)} and {findings.seeds(d.n_b)}: no interval"
-        yield words(
-            f"{e.baseline.name} → {e.optimised.name}, full score of val in nats per character, lower is better: {by}."
-        )
-        if e.chosen.startswith("the lowest"):
-            yield words(
-                f"{e.optimised.name} was chosen on val itself, as {e.chosen}: part of its lead is that choice."
-            )
-    else:
-        yield words("No headline figure", "big")
-    yield from r.table("headline")
+def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    data = report.data
+    yield paragraph(report.title, "title")
+    yield paragraph(subtitle(data), "small")
+    yield heading(registry.RESULT, 0)
+    yield from _result(data)
+    yield from report.table("headline")
     yield heading("Findings", 1)
-    for n, sentence in enumerate(findings.findings(e), 1):
-        yield words(f"{n}. {sentence}", "finding")
-    yield from figure(
-        drawn,
-        "headline",
-        "Full score against the tokens trained; bands reach from the lowest to the highest seed.",
+    for number, sentence in enumerate(findings.findings(data), 1):
+        yield paragraph(f"{number}. {sentence}", "finding")
+    yield from run_figures(registry.RESULT, report, drawings)
+
+
+def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    """Yield the figures of a section, with their captions."""
+    for name, row in registry.RUNS.items():
+        if row.section == section:
+            yield from figure(drawings, name, row.caption(report.data), row.title)
+
+
+def _result(data: ReportData) -> Iterator[Flowable]:
+    """Yield the scores of the two main recipes in large type, and their difference."""
+    change = findings.claim(data).difference
+    if change is None or data.baseline is None or data.optimised is None:
+        yield paragraph("No headline figure", "big")
+        return
+    base = data.baseline.name
+    other = data.optimised.name
+    signed = fixed(4, sign=True)
+    yield paragraph(f"{fixed(4)(change.a)} → {fixed(4)(change.b)}", "big")
+    if change.interval:
+        low, high = change.interval
+        interval = f"95% interval {signed(low)} to {signed(high)}, {findings.describe_seeds(change)}"
+    else:
+        seeds = f"{findings.count_seeds(change.n_a)} and {findings.count_seeds(change.n_b)}"
+        interval = f"{seeds}: no interval"
+    yield paragraph(
+        f"{base} → {other}, full score of val in nats per character, lower is better: "
+        f"{signed(change.mean)}, {interval}."
     )
-
-
-def subtitle(e: Evidence) -> str:
-    parts = [f"{counted(len(e.runs), 'run')} of {counted(len(e.recipes), 'recipe')}"] if e.runs else []
-    if e.runs:
-        one = e.runs[0]
-        parts.append(
-            f"{one.cfg.corpus.split('/')[-1]}, {one.cfg.num_titles:,} titles, val {one.summary['fingerprints']['val'][:12]}"
+    if data.selection.startswith("the lowest"):
+        yield paragraph(
+            f"{other} was selected on val itself, as {data.selection}. Part of its lead comes from this "
+            "selection."
         )
-        parts.append("spans of the official score {}x{}".format(*one.summary["geometry"]))
-    parts += [f"study {s.name}, {len(s.trials)} trials" for s in e.studies]
+
+
+def subtitle(data: ReportData) -> str:
+    """Describe the inputs of the report in one line."""
+    parts = []
+    if data.runs:
+        first = data.runs[0]
+        corpus = first.cfg.corpus.split("/")[-1]
+        val = first.summary["fingerprints"]["val"][:12]
+        rows, tokens = first.summary["geometry"]
+        parts.append(f"{count(len(data.runs), 'run')} of {count(len(data.recipes), 'recipe')}")
+        parts.append(f"{corpus}, {first.cfg.num_titles:,} titles, val {val}")
+        parts.append(f"spans of the official score {rows}x{tokens}")
+    for study in data.studies:
+        parts.append(f"study {study.name}, {len(study.trials)} trials")
     return "; ".join(parts)
 
 
-def counted(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 run", "2 runs"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
-def curves(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if "curves" in drawn:
-        yield section()
-        yield heading("Loss against what it costs", 0)
-        note = " Grey: the other recipes." if len([x for x in r.e.recipes if x.good]) > figures.MOST else ""
-        reused = (
-            " Steps from the store count with the time that they took when they were trained."
-            if took(r.e)
-            else ""
+def curves(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if "curves" in drawings:
+        yield page_break()
+        yield heading(registry.COST, 0)
+        yield from run_figures(registry.COST, report, drawings)
+
+
+def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if not report.data.runs:
+        return
+    yield page_break()
+    yield heading("Recipes and runs", 0)
+    noise = report.data.noise
+    if noise:
+        yield paragraph(
+            f"Noise floor: {fixed(4)(noise.floor)} nats per character. The seed alone changes full by "
+            f"{fixed(4)(noise.sd)} (standard deviation inside recipes, {noise.df} degrees of freedom). In "
+            "95 of 100 cases, two single runs of one recipe differ by less than the floor, so smaller "
+            "differences are not counted as differences."
         )
-        yield from figure(
-            drawn,
-            "curves",
-            f"Full score of val against step, tokens, time and FLOPs; the mean of the seeds, bands from the lowest to the highest.{note}"
-            f"{reused} What lies above the frame are first evaluations, of models that know nothing yet.",
+    else:
+        yield paragraph(
+            "Noise floor: unknown, because no recipe was run with two seeds. "
+            "No difference in this report is backed."
         )
-        yield from figure(
-            drawn,
-            "seeds",
-            "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
-            "An interval that has no end here goes on outside the frame, as those of two seeds may.",
-        )
+    yield from report.table("recipes")
+    yield from report.table("runs")
 
 
-def took(e: Evidence) -> bool:
-    return any(run.summary.get("ledger", {}).get("reused") for run in e.runs)
+def ablation(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if "waterfall" in drawings:
+        yield page_break()
+        yield heading(registry.ABLATION, 0)
+        yield from run_figures(registry.ABLATION, report, drawings)
+        yield from report.table("ablation")
 
 
-def recipes(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if r.e.runs:
-        yield section()
-        yield heading("Recipes and runs", 0)
-        noise = r.e.noise
-        if noise:
-            yield words(
-                f"Noise floor: {fixed(4)(noise.floor)} nats per character. A seed alone moves full by {fixed(4)(noise.sd)} (standard "
-                f"deviation inside recipes, {noise.df} degrees of freedom); two single runs of one recipe are closer than the floor in "
-                "95 of 100 cases, so no smaller difference is called one."
-            )
-        else:
-            yield words(
-                "Noise floor: not known, no recipe was run with two seeds. No difference in this report is backed."
-            )
-        yield from r.table("recipes")
-        yield from r.table("runs")
+def training(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if "gap" in drawings:
+        yield page_break()
+        yield heading(registry.TRAINING, 0)
+        yield from run_figures(registry.TRAINING, report, drawings)
 
 
-def ablation(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if "waterfall" in drawn:
-        yield section()
-        yield heading("Ablation", 0)
-        yield from figure(
-            drawn,
-            "waterfall",
-            "Each step from where the one before it stood. Blue lowers the score, orange raises it, grey is inside the noise.",
-        )
-        yield from r.table("ablation")
+def studies(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    for number, study in enumerate(report.data.studies, 1):
+        yield page_break()
+        yield heading(f"Study {study.name}", 0)
+        yield from report.table(f"study_{number}")
+        yield from report.table(f"study_{number}_confirmation")
+        yield from report.table(f"study_{number}_space")
+        for name, row in registry.STUDY.items():
+            yield from figure(drawings, f"study-{number}-{name}", row.caption)
 
 
-def training(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if "gap" in drawn:
-        yield section()
-        yield heading("How they trained", 0)
-        yield from figure(
-            drawn,
-            "gap",
-            "Loss in nats per token, a line a seed. Training losses have dropout, and lie before the evaluation that they end at, "
-            "so they may well be above validation. Tokens of two tokenizers are not the same thing: read each panel alone.",
-            "Train and validation",
-        )
-        yield from figure(
-            drawn,
-            "schedules",
-            "What enters each step, by the plan that the run followed. Marks: growth ops.",
-            "Schedules",
-        )
-
-
-def studies(r: Report) -> Iterator[Part]:
-    for i, study in enumerate(r.e.studies, 1):
-
-        def pages(
-            r: Report, drawn: Mapping[str, Drawing], i: int = i, name: str = study.name
-        ) -> Iterator[Flowable]:
-            yield section()
-            yield heading(f"Study {name}", 0)
-            for part in ("", "_confirmation", "_space"):
-                yield from r.table(f"study_{i}{part}")
-            for part, caption in (
-                ("history", "Each trial's value at its highest rung, in the order of the trials."),
-                (
-                    "importance",
-                    "How much of the value each field decides: as exported; or else the share of the variance between the groups of that "
-                    "field alone (its values, or the quarters of a number), over the trials that were trained to the end.",
-                ),
-                ("ledger", "Steps: asked = trained + reused; wasted is part of trained."),
-                (
-                    "slices",
-                    "The value against each field; grey: stopped at a lower rung. The highest values may lie above the frame.",
-                ),
-                (
-                    "parallel",
-                    "Trials that were trained to the end and have all of these fields. The best tenth, at least one, is on top.",
-                ),
-                (
-                    "rungs",
-                    "Value at a rung against the value at the last one, of the trials that went on to it.",
-                ),
-            ):
-                yield from figure(drawn, f"study-{i}-{part}", caption)
-
-        yield pages
-
-
-def growth(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    for i, run in enumerate(figures.grown(r.e), 1):
-        yield section()
+def growth(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    for number, run in enumerate(growth_figure.grown_runs(report.data), 1):
+        yield page_break()
         yield heading(f"Growth of {run.id}", 0)
-        yield from figure(
-            drawn,
-            f"growth-{i}",
-            "Dashed: the ops, by their numbers in the table. The first scores may lie above the frame.",
-        )
-        yield from r.table(f"growth_{i}")
+        yield from figure(drawings, f"growth-{number}", growth_figure.CAPTION)
+        yield from report.table(f"growth_{number}")
 
 
-def failed(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    found, told = r.table("failures"), from_log(r.log)
-    if found or told:
-        yield section()
+def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    failed = report.table("failures")
+    points = failures_in_log(report.log)
+    if failed or points:
+        yield page_break()
         yield heading("What failed", 0)
-        yield from found
-    if told and r.log:
+        yield from failed
+    if points and report.log:
+        digest = sha256(log_text(report.log)).hexdigest()[:12]
         yield heading("From the log", 1)
-        digest = sha256(log_text(r.log)).hexdigest()[:12]
-        yield words(
-            f"What {r.log.name} (sha256 {digest}) says went worse, slower or wrong; it holds every experiment.",
+        yield paragraph(
+            f"Points of {report.log.name} (sha256 {digest}) about results that were worse, slower or wrong. "
+            "The log holds every experiment.",
             "small",
         )
-        for sentence in told:
-            yield words(f"• {sentence}", "finding")
+        for point in points:
+            yield paragraph(f"• {point}", "finding")
 
 
-def from_log(log: Path | None, most: int = 16) -> list[str]:
-    """The points of the log that tell of something that did not work, cut to their beginning."""
+def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
+    """Return the points of the log about something that did not work. Long points are cut."""
     if log is None:
         return []
-    points = re.findall(r"(?m)^- (.+(?:\n  .+)*)", log_text(log).decode())
-    unlinked = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", point) for point in points]
-    clean = [" ".join(point.split()).replace("**", "").replace("`", "") for point in unlinked]
-    return [p if len(p) < 240 else p[: p.rfind(" ", 0, 238)] + " …" for p in clean if LOST.search(p)][:most]
+    points = []
+    for point in re.findall(r"(?m)^- (.+(?:\n  .+)*)", log_text(log).decode()):
+        without_links = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", point)
+        plain = " ".join(without_links.split()).replace("**", "").replace("`", "")
+        if not LOST.search(plain):
+            continue
+        if len(plain) >= LONGEST_POINT:
+            plain = plain[: plain.rfind(" ", 0, LONGEST_POINT - 2)] + " …"
+        points.append(plain)
+    return points[:limit]
 
 
 def log_text(log: Path) -> bytes:
     """Return the text of the log: a file, or the pages of a folder in the order of their names."""
-    pages = sorted(log.glob("*.md")) if log.is_dir() else [log]
+    pages = [log]
+    if log.is_dir():
+        pages = sorted(log.glob("*.md"))
     return b"\n".join(page.read_bytes() for page in pages)
 
 
-def written(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if r.samples:
-        yield section()
-        yield heading("Samples", 0)
-        for name, titles in r.samples:
-            yield heading(name, 1)
-            for title in titles:
-                yield words(title if title.strip() else "(an empty title)", "finding")
+def samples(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    if not report.samples:
+        return
+    yield page_break()
+    yield heading("Samples", 0)
+    for run_id, titles in report.samples:
+        yield heading(run_id, 1)
+        for title in titles:
+            yield paragraph(title if title.strip() else "(an empty title)", "finding")
 
 
-def appendix(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield section()
+APPENDIX = (
+    "config", "other_configs", "commands", "guards", "fingerprints", "hashes", "machines", "checklist",
+)  # fmt: skip
+
+
+def appendix(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    missing = "; ".join(missing_sections(report, drawings))
+    yield page_break()
     yield heading("Appendix", 0)
-    yield words(
-        f"Left out: {'; '.join(missing(r, drawn)) or 'nothing, the inputs have data for every page'}."
-    )
-    for name in (
-        "config",
-        "other_configs",
-        "commands",
-        "guards",
-        "fingerprints",
-        "hashes",
-        "machines",
-        "checklist",
-    ):
-        yield from r.table(name)
-    if r.e.runs:
+    yield paragraph(f"Left out: {missing or 'nothing, the inputs have data for every page'}.")
+    for name in APPENDIX:
+        yield from report.table(name)
+    if report.data.runs:
         yield heading("Model card", 1)
-        for line in model_card.card(r.e):
-            yield words(line)
+        for line in model_card.card(report.data):
+            yield paragraph(line)
 
 
-def missing(r: Report, drawn: Mapping[str, Drawing]) -> Iterator[str]:
-    """What the inputs had no data for."""
-    if not r.e.runs:
+def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[str]:
+    """Yield what the report leaves out because the inputs have no data for it."""
+    if not report.data.runs:
         yield "everything about runs (none was given)"
-    if not r.e.ladder:
-        yield "ablation (needs three steps of a ladder, like `mainrun train --preset ablation`)"
-    if not r.e.studies:
+    if not report.data.ladder:
+        yield "ablation (needs three steps of a ladder, for example `mainrun train --preset ablation`)"
+    if not report.data.studies:
         yield "studies (no export was given)"
-    for i, s in enumerate(r.e.studies, 1):
-        lacks = [name for name in figures.STUDY if f"study-{i}-{name}" not in drawn]
-        if lacks:
-            yield f"of the study {s.name} {', '.join(lacks)} (not in its export, or too few trials)"
-    if not figures.grown(r.e):
-        yield "growth (no run changed on its way)"
-    if not r.samples:
-        yield "samples (not asked for, or no checkpoint to write them)"
-    if r.log is None:
+    for number, study in enumerate(report.data.studies, 1):
+        yield from _missing_figures(study, number, drawings)
+    if not growth_figure.grown_runs(report.data):
+        yield "growth (no run has growth ops)"
+    if not report.samples:
+        yield "samples (not requested, or no checkpoint to write them)"
+    if report.log is None:
         yield "the log (no folder docs/log next to the code)"
+
+
+def _missing_figures(study: Study, number: int, drawings: Mapping[str, Drawing]) -> Iterator[str]:
+    missing = [name for name in registry.STUDY if f"study-{number}-{name}" not in drawings]
+    if missing:
+        yield f"of the study {study.name} {', '.join(missing)} (not in its export, or too few trials)"
+
+
+Section = Callable[[Report, Mapping[str, "Drawing"]], Iterator["Flowable"]]
+SECTIONS: tuple[Section, ...] = (
+    first_page,
+    curves,
+    recipes,
+    ablation,
+    training,
+    studies,
+    growth,
+    failures,
+    samples,
+    appendix,
+)

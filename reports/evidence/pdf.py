@@ -1,12 +1,12 @@
-"""How a page is set: reportlab lays out words and tables, figures come in as vectors by way of SVG. The same input gives the same bytes.
+"""The layout of the PDF: reportlab sets text and tables, and figures are drawn as vectors from SVG.
 
-Nothing in here computes or knows what a run is: what stands on the pages is pages.py's.
+The same input gives the same bytes. The content of the pages is decided in `pages.py`.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,24 +14,29 @@ from xml.sax.saxutils import escape
 
 from mainrun import __version__
 from mainrun.store.rundir import disk_errors
-from reports.evidence import figures, tables
-from reports.evidence.load import Evidence
+from reports.evidence.figures.registry import draw_all
+from reports.evidence.figures.style import FONT, report_style
+from reports.evidence.load import ReportData
+from reports.evidence.tables import Column, Table
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
     from reportlab.platypus import Flowable
 
-FONT, BOLD = figures.FONT, f"{figures.FONT}-Bold"
+BOLD = f"{FONT}-Bold"
 RED = "#B00020"
+GREY = "#444444"
 CREATOR = "mainrun report"
-COLUMN = 487.0  # points: an A4 page without its margins, a little more than figures.WIDTH
+COLUMN = 487.0  # points: an A4 page without its margins, a little more than the WIDTH of figures
 MARGIN = 54.0
-GAP = 6.0  # between the columns of a table
+GAP = 6.0  # points between the columns of a table
+CELL_SIZE = 7  # points
+LONGEST_TITLE = 90  # characters of the title in the footer
 
 
 @cache
-def fonts() -> None:
-    """One family for text and figures: the one that matplotlib brings, so that none needs to be installed."""
+def register_fonts() -> None:
+    """Register the font family of text and figures. matplotlib ships it, so nothing must be installed."""
     import matplotlib
     from reportlab.pdfbase import pdfmetrics
     from reportlab.pdfbase.ttfonts import TTFont
@@ -45,52 +50,58 @@ def fonts() -> None:
     pdfmetrics.registerFontFamily(FONT, normal=FONT, bold=BOLD, italic=FONT, boldItalic=BOLD)
 
 
-def drawing(svg: bytes) -> Drawing:
-    fonts()
+def to_drawing(svg: bytes) -> Drawing:
+    """Convert an SVG into a drawing for reportlab."""
+    register_fonts()
     from svglib.svglib import svg2rlg
 
-    found = svg2rlg(io.BytesIO(svg))
-    assert found is not None, "a figure of ours is no SVG"
-    found.hAlign = "LEFT"
-    return found
+    drawing = svg2rlg(io.BytesIO(svg))
+    assert drawing is not None, "matplotlib wrote an invalid SVG"
+    drawing.hAlign = "LEFT"
+    return drawing
 
 
-def svgs(e: Evidence, folder: Path | None) -> dict[str, bytes]:
-    """Every figure; with a folder they are also kept there, as SVG and PNG."""
-    found = {}
-    with figures.style():
-        for name, figure in figures.figures(e).items():
+def render_figures(data: ReportData, folder: Path | None) -> dict[str, bytes]:
+    """Return each figure as SVG. If a folder is given, also write the figures there, as SVG and PNG."""
+    svgs = {}
+    with report_style():
+        for name, figure in draw_all(data).items():
             out = io.BytesIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": CREATOR})
-            found[name] = out.getvalue()
+            svgs[name] = out.getvalue()
             if folder:
                 with disk_errors(folder, "--figures"):
-                    (folder / f"{name}.svg").write_bytes(found[name])
+                    (folder / f"{name}.svg").write_bytes(svgs[name])
                     figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": CREATOR})
-    return found
+    return svgs
 
 
-def words(text: str, style: str = "body") -> Flowable:
+# -- blocks of a page
+
+
+def paragraph(text: str, style: str = "body") -> Flowable:
     from reportlab.platypus import Paragraph
 
     return Paragraph(escape(text), styles()[style])
 
 
-def figure(drawn: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
-    """With what it shows below it, all on one page; nothing where there is no such figure."""
+def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
+    """Return a figure with its title and caption, all on one page. Return nothing if it was not drawn."""
     from reportlab.platypus import KeepTogether, Spacer
 
-    if name not in drawn:
+    if name not in drawings:
         return []
-    above = [heading(title, 1)] if title else []
-    return [KeepTogether([*above, drawn[name], words(caption, "caption"), Spacer(1, 6)])]
+    block = [drawings[name], paragraph(caption, "caption"), Spacer(1, 6)]
+    if title:
+        block.insert(0, heading(title, 1))
+    return [KeepTogether(block)]
 
 
-def section(least: float = 330.0) -> Flowable:
-    """A new page, unless this one has room for the beginning of what comes."""
+def page_break(room: float = 330.0) -> Flowable:
+    """Return a page break that applies only if less than `room` points are left on the page."""
     from reportlab.platypus import CondPageBreak
 
-    return CondPageBreak(least)
+    return CondPageBreak(room)
 
 
 @cache
@@ -98,24 +109,18 @@ def styles() -> dict[str, Any]:
     from reportlab.lib.styles import ParagraphStyle
 
     body = ParagraphStyle("body", fontName=FONT, fontSize=8.5, leading=12.5, spaceAfter=5)
+    cell = ParagraphStyle("cell", body, fontSize=CELL_SIZE, leading=9, spaceAfter=0)
+    title = ParagraphStyle("title", body, fontName=BOLD, fontSize=17, leading=21, spaceAfter=2)
+    h0 = ParagraphStyle("h0", body, fontName=BOLD, fontSize=12.5, leading=16, spaceBefore=14, spaceAfter=5)
+    h1 = ParagraphStyle("h1", body, fontName=BOLD, fontSize=9, leading=12, spaceBefore=8, spaceAfter=3)
+    caption = ParagraphStyle("caption", body, fontSize=7.5, leading=10, textColor=GREY, spaceAfter=3)
+    note = ParagraphStyle("note", body, fontSize=7, leading=9.5, textColor=GREY, spaceBefore=2, spaceAfter=8)
+    bad = ParagraphStyle("bad", cell, textColor=RED)
+    finding = ParagraphStyle("finding", body, leftIndent=13, bulletIndent=0, spaceAfter=4)
+    big = ParagraphStyle("big", body, fontName=BOLD, fontSize=15, leading=19, spaceAfter=0)
+    small = ParagraphStyle("small", body, fontSize=7, leading=9, textColor=GREY, spaceAfter=2)
     return {
-        "body": body,
-        "title": ParagraphStyle("title", body, fontName=BOLD, fontSize=17, leading=21, spaceAfter=2),
-        "h0": ParagraphStyle(
-            "h0", body, fontName=BOLD, fontSize=12.5, leading=16, spaceBefore=14, spaceAfter=5
-        ),
-        "h1": ParagraphStyle("h1", body, fontName=BOLD, fontSize=9, leading=12, spaceBefore=8, spaceAfter=3),
-        "caption": ParagraphStyle(
-            "caption", body, fontSize=7.5, leading=10, textColor="#444444", spaceAfter=3
-        ),
-        "note": ParagraphStyle(
-            "note", body, fontSize=7, leading=9.5, textColor="#444444", spaceBefore=2, spaceAfter=8
-        ),
-        "cell": ParagraphStyle("cell", body, fontSize=7, leading=9, spaceAfter=0),
-        "bad": ParagraphStyle("bad", body, fontSize=7, leading=9, spaceAfter=0, textColor=RED),
-        "finding": ParagraphStyle("finding", body, leftIndent=13, bulletIndent=0, spaceAfter=4),
-        "big": ParagraphStyle("big", body, fontName=BOLD, fontSize=15, leading=19, spaceAfter=0),
-        "small": ParagraphStyle("small", body, fontSize=7, leading=9, textColor="#444444", spaceAfter=2),
+        style.name: style for style in (body, cell, title, h0, h1, caption, note, bad, finding, big, small)
     }
 
 
@@ -123,7 +128,7 @@ def heading(text: str, level: int) -> Flowable:
     from reportlab.platypus import Paragraph
 
     class Heading(Paragraph):  # type: ignore[misc]
-        """Says to the outline where it stands."""
+        """A heading that adds itself to the outline of the PDF."""
 
         def draw(self) -> None:
             key = f"{self.canv.getPageNumber()} {text}"
@@ -134,72 +139,134 @@ def heading(text: str, level: int) -> Flowable:
     return Heading(escape(text), styles()[f"h{level}"])
 
 
-def table(found: tables.Table | None, width: float = COLUMN) -> list[Flowable]:
-    """A heading, the rows with aligned decimals, and what its columns mean. It breaks between rows, with its head on every page."""
-    if found is None or not found.rows:
+# -- tables
+
+
+def table(content: Table | None, width: float = COLUMN) -> list[Flowable]:
+    """Return a table with its title and its note. It breaks between rows, and its head is on every page."""
+    if content is None or not content.rows:
         return []
+    from reportlab.platypus import Spacer
+    from reportlab.platypus import Table as PdfTable
+
+    register_fonts()
+    lines = [content.heads, *content.cells()]
+    columns = list(zip(*lines, strict=True))
+    longest = list(map(_longest, columns))
+    widths = _column_widths(content.columns, longest, width)
+    for i, column in enumerate(content.columns):
+        if not column.right and widths[i] < longest[i]:
+            columns[i] = tuple(_wrapped(columns[i], widths[i], content.red))
+    note = Spacer(1, 6)
+    if content.note:
+        note = paragraph(content.note, "note")
+    rows = list(zip(*columns, strict=True))
+    pdf_table = PdfTable(rows, colWidths=widths, repeatRows=1, style=_table_style(content), hAlign="LEFT")
+    return [page_break(90), heading(content.title, 1), pdf_table, note]
+
+
+def _longest(cells: Sequence[str]) -> float:
+    """Return the width of the longest cell, in points."""
     from reportlab.pdfbase.pdfmetrics import stringWidth
-    from reportlab.platypus import Paragraph, Spacer, Table
 
-    cells = list(found.cells())
-    columns = found.columns
-    longest = [
-        max(stringWidth(text, BOLD, 7) for text in (c.head, *(row[i] for row in cells))) + GAP + 1
-        for i, c in enumerate(columns)
-    ]
-    natural = [w if c.right else min(w, 0.3 * width) for w, c in zip(longest, columns, strict=True)]
-    fixed = sum(w for w, c in zip(natural, columns, strict=True) if not c.share)
-    shares = sum(c.share for c in columns)
-    widths = [
-        (width - fixed) * c.share / shares if c.share else w for w, c in zip(natural, columns, strict=True)
-    ]
-    if not shares and fixed > width:
-        widths = [w * width / fixed for w in widths]
-    wraps = [not c.right and w < long for c, w, long in zip(columns, widths, longest, strict=True)]
+    return max(stringWidth(text, BOLD, CELL_SIZE) for text in cells) + GAP + 1
 
-    def cell(text: str, i: int, red: bool) -> Any:
-        if wraps[i]:
-            return Paragraph(_breakable(text, widths[i] - GAP - 1), styles()["bad" if red else "cell"])
-        return text
 
-    head = [c.head for c in columns]
-    rows = [[cell(text, i, n in found.red) for i, text in enumerate(row)] for n, row in enumerate(cells)]
-    look: list[Any] = [
-        ("FONT", (0, 0), (-1, 0), BOLD, 7), ("FONT", (0, 1), (-1, -1), FONT, 7), ("LEADING", (0, 0), (-1, -1), 9),
-        ("VALIGN", (0, 0), (-1, -1), "TOP"), ("LINEBELOW", (0, 0), (-1, 0), 0.6, "#000000"),
+def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: float) -> list[float]:
+    """Return the width of each column, in points.
+
+    Columns without a share are as wide as their cells; text columns take at most 30% of the table.
+    Columns with a share divide the rest. Without such columns, a table that is too wide is scaled down.
+    """
+    natural = list(longest)
+    used = 0.0
+    shares = 0.0
+    for i, column in enumerate(columns):
+        if not column.right:
+            natural[i] = min(natural[i], 0.3 * width)
+        if not column.share:
+            used += natural[i]
+        shares += column.share
+    if not shares and used > width:
+        return [column_width * width / used for column_width in natural]
+    for i, column in enumerate(columns):
+        if column.share:
+            natural[i] = (width - used) * column.share / shares
+    return natural
+
+
+def _wrapped(cells: Sequence[str], width: float, red: set[int]) -> Iterator[Flowable]:
+    """Yield the cells of a column, the head first, as paragraphs whose lines may break."""
+    from reportlab.platypus import Paragraph
+
+    head, *body = cells
+    yield Paragraph(f"<b>{escape(head)}</b>", styles()["cell"])
+    for row, text in enumerate(body):
+        style = styles()["bad"] if row in red else styles()["cell"]
+        yield Paragraph(_breakable(text, width - GAP - 1), style)
+
+
+def _table_style(content: Table) -> list[Any]:
+    style: list[Any] = [
+        ("FONT", (0, 0), (-1, 0), BOLD, CELL_SIZE),
+        ("FONT", (0, 1), (-1, -1), FONT, CELL_SIZE),
+        ("LEADING", (0, 0), (-1, -1), 9),
+        ("VALIGN", (0, 0), (-1, -1), "TOP"),
+        ("LINEBELOW", (0, 0), (-1, 0), 0.6, "#000000"),
         ("LINEBELOW", (0, -1), (-1, -1), 0.4, "#888888"),
-        ("LEFTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-1, -1), GAP), ("TOPPADDING", (0, 0), (-1, -1), 1.6),
+        ("LEFTPADDING", (0, 0), (-1, -1), 0),
+        ("RIGHTPADDING", (0, 0), (-1, -1), GAP),
+        ("TOPPADDING", (0, 0), (-1, -1), 1.6),
         ("BOTTOMPADDING", (0, 0), (-1, -1), 1.6),
-    ]  # fmt: skip
-    look += [("ALIGN", (i, 0), (i, -1), "RIGHT") for i, c in enumerate(columns) if c.right]
-    look += [("TEXTCOLOR", (0, n + 1), (-1, n + 1), RED) for n in sorted(found.red)]
-    head = [Paragraph(f"<b>{escape(h)}</b>", styles()["cell"]) if wraps[i] else h for i, h in enumerate(head)]
-    drawn = Table([head, *rows], colWidths=widths, repeatRows=1, style=look, hAlign="LEFT")
-    note = [Paragraph(escape(found.note), styles()["note"])] if found.note else [Spacer(1, 6)]
-    return [section(90), heading(found.title, 1), drawn, *note]
+    ]
+    for i, column in enumerate(content.columns):
+        if column.right:
+            style.append(("ALIGN", (i, 0), (i, -1), "RIGHT"))
+    for row in sorted(content.red):
+        style.append(("TEXTCOLOR", (0, row + 1), (-1, row + 1), RED))
+    return style
 
 
 def _breakable(text: str, width: float) -> str:
-    """Escaped, and words that are wider than their column (hashes, paths, configs) may break in it."""
+    """Escape a text, and break words that are wider than their column, such as hashes, paths and configs."""
+    words = []
+    for word in text.split(" "):
+        rest = word
+        while not _fits(rest, width):
+            cut = _break_position(rest, width)
+            words.append(rest[:cut])
+            rest = rest[cut:]
+        words.append(rest)
+    return escape(" ".join(words))
+
+
+def _break_position(word: str, width: float) -> int:
+    """Return how many characters of a word fit. Break after punctuation if possible."""
+    fitting = len(word)
+    while fitting > 1 and not _fits(word[:fitting], width):
+        fitting -= 1
+    after_punctuation = max(word.rfind(mark, 1, fitting) + 1 for mark in "/-_,=.")
+    return after_punctuation or fitting
+
+
+def _fits(text: str, width: float) -> bool:
     from reportlab.pdfbase.pdfmetrics import stringWidth
 
-    found = []
-    for word in text.split(" "):
-        while stringWidth(word, FONT, 7) > width:
-            n = next(n for n in range(len(word), 0, -1) if n == 1 or stringWidth(word[:n], FONT, 7) <= width)
-            n = max((word.rfind(c, 1, n) + 1 for c in "/-_,=."), default=0) or n
-            found.append(word[:n])
-            word = word[n:]
-        found.append(word)
-    return escape(" ".join(found))
+    return bool(stringWidth(text, FONT, CELL_SIZE) <= width)
 
 
-def write(path: Path, story: Callable[[], list[Flowable]], title: str, told: Mapping[str, str]) -> int:
-    """story: the pages, anew at each call. They are laid out twice: the first time tells how many there are, which is returned."""
-    fonts()
-    pages, data = 0, b""
-    for _ in range(2):
-        data, pages = _build(story(), title, told, pages)
+# -- the file
+
+
+def write(path: Path, story: Callable[[], list[Flowable]], title: str, properties: Mapping[str, str]) -> int:
+    """Write the PDF and return its number of pages.
+
+    `story` returns the content anew at each call. It is laid out twice, because the footer of each page shows
+    the number of pages.
+    """
+    register_fonts()
+    _, total = _build(story(), title, properties, 0)
+    data, pages = _build(story(), title, properties, total)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = path.with_name(f".{path.name}.tmp")
@@ -211,15 +278,21 @@ def write(path: Path, story: Callable[[], list[Flowable]], title: str, told: Map
     return pages
 
 
-def _build(story: list[Flowable], title: str, told: Mapping[str, str], total: int) -> tuple[bytes, int]:
+def _build(story: list[Flowable], title: str, properties: Mapping[str, str], total: int) -> tuple[bytes, int]:
+    """Lay out the story. Return the PDF and its number of pages."""
     from reportlab.lib.pagesizes import A4
     from reportlab.platypus import BaseDocTemplate, Frame, PageTemplate
 
+    width, height = A4
+    footer_title = title
+    if len(title) >= LONGEST_TITLE:
+        footer_title = title[: LONGEST_TITLE - 2] + "…"
+
     def footer(canvas: Any, doc: Any) -> None:
         canvas.setFont(FONT, 7)
-        canvas.setFillColor("#444444")
-        canvas.drawString(MARGIN, 30, title if len(title) < 90 else title[:88] + "…")
-        canvas.drawRightString(A4[0] - MARGIN, 30, f"page {doc.page} of {total}")
+        canvas.setFillColor(GREY)
+        canvas.drawString(MARGIN, 30, footer_title)
+        canvas.drawRightString(width - MARGIN, 30, f"page {doc.page} of {total}")
 
     out = io.BytesIO()
     doc = BaseDocTemplate(
@@ -230,9 +303,9 @@ def _build(story: list[Flowable], title: str, told: Mapping[str, str], total: in
         title=title,
         creator=CREATOR,
         author=f"mainrun {__version__}",
-        **told,
+        **properties,
     )
-    frame = Frame(MARGIN, 46, COLUMN, A4[1] - 46 - 44, 0, 0, 0, 0)
+    frame = Frame(MARGIN, 46, COLUMN, height - 46 - 44, 0, 0, 0, 0)
     doc.addPageTemplates(PageTemplate("page", [frame], onPage=footer))
     doc.build(story)
     return out.getvalue(), doc.page

@@ -1,4 +1,7 @@
-"""The tables of a report, as values: the PDF shows them rounded, the CSV whole. And how a number is written."""
+"""The tables of a report, and how their numbers are written.
+
+The PDF shows rounded numbers. The CSV files keep all digits.
+"""
 
 from __future__ import annotations
 
@@ -6,473 +9,710 @@ import csv
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mainrun import stats
-from mainrun.config import MIN_COVERAGE, TrainConfig
-from reports.evidence.figures import ledger
-from reports.evidence.load import Evidence, Run, Study, bad, config_differences, few, ladder_scores
+from mainrun.config import MIN_COVERAGE
+from reports.evidence.load import (
+    Recipe,
+    ReportData,
+    Run,
+    Study,
+    config_differences,
+    is_failed,
+    ladder_scores,
+    shorten,
+    step_name,
+)
+from reports.evidence.studies import ledger
 
 Format = Callable[[Any], str]
+Row = list[Any]
+
+
+# -- how a number is written
 
 
 def fixed(decimals: int, sign: bool = False) -> Format:
-    return lambda v: (
-        "" if v is None else f"{v:{'+' if sign else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
-    )
+    """Return a format with this many decimals, and with a plus sign if `sign` is set."""
+    spec = f".{decimals}f"
+    if sign:
+        spec = f"+{spec}"
+
+    def write(number: Any) -> str:
+        if number is None:
+            return ""
+        return format(number, spec).replace("-", "\N{MINUS SIGN}")
+
+    return write
 
 
-def whole(v: Any) -> str:
-    return "" if v is None else f"{v:,.0f}"
+def integer(number: Any) -> str:
+    """Write an amount, with commas: 1,234."""
+    if number is None:
+        return ""
+    return f"{number:,.0f}"
 
 
-def plain(v: Any) -> str:
-    """A number that is a name, like a seed."""
-    return f"{v}"
+def identifier(number: Any) -> str:
+    """Write a number that is a name, such as a seed."""
+    return f"{number}"
 
 
-def chance(v: Any) -> str:
-    return "<0.001" if v is not None and v < 0.001 else fixed(3)(v)
+def p_value(p: Any) -> str:
+    if p is not None and p < 0.001:
+        return "<0.001"
+    return fixed(3)(p)
 
 
-def text(v: Any) -> str:
-    return "" if v is None else str(v)
+def text(words: Any) -> str:
+    if words is None:
+        return ""
+    return str(words)
 
 
-def power(v: Any) -> str:
-    """3.55e13: FLOPs."""
-    return "" if v is None else f"{v:.3g}".replace("e+", "e")
+def scientific(number: Any) -> str:
+    """Write a number of FLOPs: 3.55e13."""
+    if number is None:
+        return ""
+    return f"{number:.3g}".replace("e+", "e")
 
 
-def value(v: Any) -> str:
-    """A field as --set takes it."""
-    if v is None:
+def setting(value: Any) -> str:
+    """Write the value of a field as `--set` takes it."""
+    if value is None:
         return "none"
-    if isinstance(v, (dict, list, tuple, bool)):
-        return json.dumps(v)
-    return f"{v:.6g}" if isinstance(v, float) else str(v)
+    if isinstance(value, (dict, list, tuple, bool)):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def describe(settings: Any) -> str:
+    """Describe a nested table of settings in one line. Unset values are left out."""
+    if isinstance(settings, dict):
+        return ", ".join(f"{k} {describe(v)}" for k, v in settings.items() if v not in (None, "", {}, []))
+    if isinstance(settings, (list, tuple)):
+        return " ".join(map(describe, settings))
+    return setting(settings)
+
+
+def describe_bounds(bounds: Any) -> str:
+    """Describe the values that a study may choose for a field."""
+    if not isinstance(bounds, dict):
+        return setting(bounds)
+    if bounds.get("values"):
+        words = "one of " + ", ".join(map(setting, bounds["values"]))
+    else:
+        words = f"{setting(bounds.get('low'))} to {setting(bounds.get('high'))}"
+        if bounds.get("log"):
+            words += ", logarithmic"
+    if bounds.get("when"):
+        words += f", when {describe(bounds['when'])}"
+    return words
+
+
+# -- tables
 
 
 @dataclass(frozen=True)
 class Column:
+    """A column of a table."""
+
     head: str
     format: Format = text
-    share: float = 0.0  # of the page's width; 0: what the words need
+    share: float = 0.0  # of the page's width; 0: as wide as its cells
 
     @property
     def right(self) -> bool:
-        return self.format not in (text, value)
+        """Whether the column is aligned to the right, as numbers are."""
+        return self.format not in (text, setting)
 
 
 @dataclass
 class Table:
+    """A table of the report and of a CSV file."""
+
     name: str  # of the CSV file
     title: str
     columns: Sequence[Column]
-    rows: list[list[Any]]
+    rows: list[Row]
     note: str = ""
-    red: set[int] = field(default_factory=set)  # rows that do not count
+    red: set[int] = field(default_factory=set)  # rows set in red, because they do not count
+
+    @property
+    def heads(self) -> list[str]:
+        return [column.head for column in self.columns]
 
     def cells(self) -> Iterator[list[str]]:
+        """Yield the cells of each row, as the PDF shows them."""
         for row in self.rows:
-            yield [column.format(v) for column, v in zip(self.columns, row, strict=True)]
+            yield [column.format(value) for column, value in zip(self.columns, row, strict=True)]
 
     def write(self, folder: Path) -> Path:
+        """Write the table as CSV and return the path."""
         path = folder / f"{self.name}.csv"
         with path.open("w", encoding="utf-8", newline="") as f:
-            out = csv.writer(f, lineterminator="\n")
-            out.writerow([column.head for column in self.columns])
-            out.writerows(
-                [json.dumps(v) if isinstance(v, (dict, list)) else v for v in row] for row in self.rows
-            )
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(self.heads)
+            for row in self.rows:
+                writer.writerow(map(_csv_value, row))
         return path
 
 
+def _csv_value(value: Any) -> Any:
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
+    return value
+
+
 def mean_of(runs: Sequence[Run], get: Callable[[Run], float]) -> float | None:
-    return sum(map(get, runs)) / len(runs) if runs else None
+    """Return the mean of a number of each run, or None without runs."""
+    if not runs:
+        return None
+    return sum(map(get, runs)) / len(runs)
 
 
-def recipes(e: Evidence) -> Table:
-    rows, red = [], set()
-    for i, r in enumerate(
-        sorted(e.recipes, key=lambda r: (not r.good, mean_of(r.good, lambda run: run.full) or 0))
-    ):
-        scores = stats.Mean(tuple(r.scores.values())) if r.good else None
-        counted = r.good or r.runs
-        fresh = [run for run in counted if not run.summary.get("ledger", {}).get("reused")]
-        rows.append(
-            [
-                r.name,
-                len(r.good),
-                scores and scores.mean,
-                scores and scores.sd,
-                scores and scores.half,
-                mean_of(r.good, lambda run: run.summary["last"]["official"]),
-                100 * (mean_of(counted, lambda run: run.summary["last"]["coverage"]) or 0),
-                counted[0].summary["params"],
-                mean_of(counted, lambda run: run.summary["flops"]),
-                mean_of(fresh, lambda run: run.summary["seconds"]),
-            ]
-        )
-        if not r.good:
+def is_fresh(run: Run) -> bool:
+    """Return whether the run trained all of its steps. Only then do its seconds tell its speed."""
+    return not run.summary.get("ledger", {}).get("reused")
+
+
+def get_full(run: Run) -> float:
+    return run.full
+
+
+def get_official(run: Run) -> float:
+    return float(run.summary["last"]["official"])
+
+
+def get_coverage(run: Run) -> float:
+    """Return the share of val that the official score covers, in percent."""
+    return 100 * float(run.summary["last"]["coverage"])
+
+
+def get_flops(run: Run) -> float:
+    return float(run.summary["flops"])
+
+
+def get_seconds(run: Run) -> float:
+    return float(run.summary["seconds"])
+
+
+# -- recipes and runs
+
+
+def recipes(data: ReportData) -> Table:
+    """Make the table of recipes, the lowest score first."""
+    rows: list[Row] = []
+    red = set()
+    for i, recipe in enumerate(sorted(data.recipes, key=_rank)):
+        rows.append(_recipe_row(recipe))
+        if not recipe.valid_runs:
             red.add(i)
     columns = [
-        Column("recipe", text, 0.25), Column("seeds", whole), Column("full", fixed(4)), Column("sd", fixed(4)), Column("±95%", fixed(4)),
-        Column("official", fixed(4)), Column("covers %", fixed(1)), Column("params", whole), Column("FLOPs", power),
+        Column("recipe", text, 0.25),
+        Column("seeds", integer),
+        Column("full", fixed(4)),
+        Column("sd", fixed(4)),
+        Column("±95%", fixed(4)),
+        Column("official", fixed(4)),
+        Column("covers %", fixed(1)),
+        Column("params", integer),
+        Column("FLOPs", scientific),
         Column("seconds", fixed(1)),
-    ]  # fmt: skip
+    ]
     note = (
-        "Means over the seeds that passed every guard, of the last step, in nats per character; sd between seeds; ±95% of the mean by "
-        "Student's t. An official score that covers less than "
-        f"{MIN_COVERAGE:.0%} of val is not compared. Seconds leave out runs that took steps from the store."
+        "Means over the seeds that passed every guard, at the last step, in nats per character. sd is the "
+        "standard deviation between seeds; ±95% is the interval of the mean by Student's t. Official "
+        f"scores that cover less than {MIN_COVERAGE:.0%} of val are not compared. Seconds exclude runs "
+        "that reused steps from the store."
     )
     return Table("recipes", "Recipes", columns, rows, note, red)
 
 
-def runs(e: Evidence) -> Table:
-    rows, red = [], set()
-    for i, run in enumerate(e.runs):
-        s, said = run.summary, Counter(g["status"] for g in run.summary["guards"])
-        guards = (
-            f"FAIL: {', '.join(run.failed)}"
-            if run.failed
-            else "ok" + f", {said['flag']} flag" * bool(said["flag"])
-        )
-        last = s["last"]
-        rows.append(
-            [
-                run.id, run.cfg.seed, last["full"], s["best"]["full"], last["official"], 100 * last["coverage"], last["bits_per_byte"],
-                s["steps"], s.get("ledger", {}).get("reused", 0), s["tokens_per_s"], guards,
-            ]
-        )  # fmt: skip
-        if run.failed:
+def _rank(recipe: Recipe) -> tuple[bool, float]:
+    """Sort key: recipes without a valid run come last."""
+    return not recipe.valid_runs, mean_of(recipe.valid_runs, get_full) or 0
+
+
+def _recipe_row(recipe: Recipe) -> Row:
+    valid = recipe.valid_runs
+    shown = valid or recipe.runs
+    mean: list[float | None] = [None, None, None]
+    if valid:
+        scores = stats.Mean(tuple(recipe.scores.values()))
+        mean = [scores.mean, scores.sd, scores.half_width]
+    return [
+        recipe.name,
+        len(valid),
+        *mean,
+        mean_of(valid, get_official),
+        mean_of(shown, get_coverage),
+        shown[0].summary["params"],
+        mean_of(shown, get_flops),
+        mean_of(list(filter(is_fresh, shown)), get_seconds),
+    ]
+
+
+def runs(data: ReportData) -> Table:
+    """Make the table of runs."""
+    rows: list[Row] = []
+    red = set()
+    for i, run in enumerate(data.runs):
+        rows.append(_run_row(run))
+        if run.failed_guards:
             red.add(i)
     columns = [
-        Column("run", text, 0.3), Column("seed", plain), Column("full", fixed(4)), Column("best", fixed(4)), Column("official", fixed(4)),
-        Column("covers %", fixed(1)), Column("bits/byte", fixed(4)), Column("steps", whole), Column("reused", whole),
-        Column("tokens/s", whole), Column("guards", text, 0.14),
-    ]  # fmt: skip
-    note = "full and official of the last step; best: the lowest full of any evaluation, shown for honesty and used for nothing."
+        Column("run", text, 0.3),
+        Column("seed", identifier),
+        Column("full", fixed(4)),
+        Column("best", fixed(4)),
+        Column("official", fixed(4)),
+        Column("covers %", fixed(1)),
+        Column("bits/byte", fixed(4)),
+        Column("steps", integer),
+        Column("reused", integer),
+        Column("tokens/s", integer),
+        Column("guards", text, 0.14),
+    ]
+    note = (
+        "full and official are scores of the last step. best is the lowest full score of any evaluation; "
+        "it is shown for honesty and not used."
+    )
     if red:
-        note += " Red: a run that failed a guard; it is in no mean, no difference and no figure."
+        note += " Red: a run that failed a guard. It is excluded from all means, differences and figures."
     return Table("runs", "Runs", columns, rows, note, red)
 
 
-def ablation(e: Evidence) -> Table | None:
-    if not e.ladder:
+def _run_row(run: Run) -> Row:
+    last = run.summary["last"]
+    return [
+        run.id,
+        run.cfg.seed,
+        last["full"],
+        run.summary["best"]["full"],
+        last["official"],
+        get_coverage(run),
+        last["bits_per_byte"],
+        run.summary["steps"],
+        run.summary.get("ledger", {}).get("reused", 0),
+        run.summary["tokens_per_s"],
+        _guard_result(run),
+    ]
+
+
+def _guard_result(run: Run) -> str:
+    if run.failed_guards:
+        return f"FAIL: {', '.join(run.failed_guards)}"
+    flags = _count_statuses(run.summary["guards"])["flag"]
+    if flags:
+        return f"ok, {flags} flag"
+    return "ok"
+
+
+# -- from step to step
+
+
+def ablation(data: ReportData) -> Table | None:
+    """Make the table of an ablation: what each step changes, and whether the change is significant."""
+    if not data.ladder:
         return None
-    noise = e.noise
-    scores = ladder_scores(e.ladder)
-    apart = [stats.difference(a, b) for a, b in pairwise(scores)]
-    adjusted = iter(stats.holm([d.p for d in apart if d.p is not None]))
-    means = [stats.Mean(tuple(found.values())).mean for found in scores]
-    rows: list[list[Any]] = [[short(e.ladder[0].cfg), len(scores[0]), means[0], *[None] * 4, "", ""]]
-    for (before, recipe), d, mean, mine in zip(pairwise(e.ladder), apart, means[1:], scores[1:], strict=True):
-        low, high = d.interval or (None, None)
-        p = next(adjusted) if d.p is not None else None
-        changed = ", ".join(
-            f"{k}={value(b)}" for k, _, b in config_differences(before.cfg, recipe.cfg) if k != "seed"
-        )
-        rows.append([short(recipe.cfg), len(mine), mean, d.mean, low, high, p, verdict(d, noise, p), changed])
+    scores = ladder_scores(data.ladder)
+    changes = [stats.difference(a, b) for a, b in pairwise(scores)]
+    adjusted = iter(stats.holm([change.p for change in changes if change.p is not None]))
+    means = [stats.Mean(tuple(of_step.values())).mean for of_step in scores]
+    first = data.ladder[0]
+    rows: list[Row] = [[step_name(first.cfg), len(scores[0]), means[0], None, None, None, None, "", ""]]
+    for i, change in enumerate(changes, 1):
+        before = data.ladder[i - 1].cfg
+        cfg = data.ladder[i].cfg
+        low, high = change.interval or (None, None)
+        p = None
+        if change.p is not None:
+            p = next(adjusted)
+        result = verdict(change, data.noise, p)
+        sets = _settings(config_differences(before, cfg), without=("seed",))
+        rows.append([step_name(cfg), len(scores[i]), means[i], change.mean, low, high, p, result, sets])
     columns = [
-        Column("step", text, 0.11), Column("seeds", whole), Column("full", fixed(4)), Column("delta", fixed(4, sign=True)),
-        Column("low", fixed(4, sign=True)), Column("high", fixed(4, sign=True)), Column("p", chance), Column("verdict", text, 0.12),
+        Column("step", text, 0.11),
+        Column("seeds", integer),
+        Column("full", fixed(4)),
+        Column("delta", fixed(4, sign=True)),
+        Column("low", fixed(4, sign=True)),
+        Column("high", fixed(4, sign=True)),
+        Column("p", p_value),
+        Column("verdict", text, 0.12),
         Column("what it sets", text, 0.27),
-    ]  # fmt: skip
-    note = "Each step keeps the changes of the steps before it. delta with its 95% interval (low, high); p by Holm over all steps."
+    ]
+    note = (
+        "Each step keeps the changes of the steps before it. low and high are the 95% interval of delta. "
+        "p is adjusted over all steps by Holm's method."
+    )
+    noise = data.noise
     if noise:
-        note += f" Noise floor {noise.floor:.4f} (sd {noise.sd:.4f} between seeds, {noise.df} degrees of freedom)."
+        spread = f"sd {noise.sd:.4f} between seeds, {noise.df} degrees of freedom"
+        note += f" Noise floor {noise.floor:.4f} ({spread})."
     return Table("ablation", "From step to step", columns, rows, note)
 
 
-def short(cfg: TrainConfig) -> str:
-    return cfg.preset.split(":")[-1]
+def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str]) -> str:
+    """Write the new values of the fields that differ, as `--set` takes them."""
+    return ", ".join(f"{name}={setting(new)}" for name, _, new in differences if name not in without)
 
 
-def verdict(d: stats.Difference, noise: stats.Noise | None, p: float | None = None) -> str:
-    """What a difference amounts to. A claim needs an interval without zero, and more than the floor."""
-    if d.interval is None or noise is None:
+def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None = None) -> str:
+    """Judge a difference. It counts if its interval excludes zero and it exceeds the noise floor."""
+    if change.interval is None or noise is None:
         return "no claim: one seed"
-    if abs(d.mean) <= noise.floor:
+    if abs(change.mean) <= noise.floor:
         return "within noise"
-    if d.interval[0] <= 0 <= d.interval[1] or (p is not None and p > 1 - stats.LEVEL):
+    low, high = change.interval
+    if low <= 0 <= high:
         return "not sure"
-    return "better" if d.mean < 0 else "worse"
+    if p is not None and p > 1 - stats.LEVEL:
+        return "not sure"
+    if change.mean < 0:
+        return "better"
+    return "worse"
 
 
-def differences(e: Evidence) -> Table | None:
-    if e.baseline is None or e.optimised is None:
+# -- configs
+
+
+def differences(data: ReportData) -> Table | None:
+    """Make the table of config fields in which the optimised recipe differs from the baseline."""
+    if data.baseline is None or data.optimised is None:
         return None
-    rows: list[list[Any]] = [
-        [k, value(a), value(b)]
-        for k, a, b in config_differences(e.baseline.cfg, e.optimised.cfg)
-        if k not in ("seed", "growth")
-    ]
-    for op in e.optimised.cfg.growth.ops:
+    rows: list[Row] = []
+    for name, old, new in config_differences(data.baseline.cfg, data.optimised.cfg):
+        if name not in ("seed", "growth"):
+            rows.append([name, setting(old), setting(new)])
+    for op in data.optimised.cfg.growth.ops:
         rows.append(["growth", "", f"{op} at {op.trigger}"])
     columns = [
         Column("field", text, 0.2),
-        Column(e.baseline.name, text, 0.35),
-        Column(e.optimised.name, text, 0.45),
+        Column(data.baseline.name, text, 0.35),
+        Column(data.optimised.name, text, 0.45),
     ]
-    return Table(
-        "config",
-        f"Config of {e.optimised.name} against {e.baseline.name}",
-        columns,
-        rows,
-        "Fields that are not here are equal.",
-    )
+    title = f"Config of {data.optimised.name} against {data.baseline.name}"
+    return Table("config", title, columns, rows, "Fields that are not listed are equal.")
 
 
-def others(e: Evidence) -> Table | None:
-    """The other recipes against the baseline, a line each."""
-    mine = [r for r in e.recipes if r not in (e.baseline, e.optimised, *e.ladder)]
-    if e.baseline is None or not mine:
+def other_configs(data: ReportData) -> Table | None:
+    """Make the table of how the other recipes differ from the baseline, one row per recipe."""
+    shown = (data.baseline, data.optimised, *data.ladder)
+    others = [recipe for recipe in data.recipes if recipe not in shown]
+    if data.baseline is None or not others:
         return None
-    base = e.baseline.cfg
-    rows = [
-        [
-            r.name,
-            ", ".join(
-                f"{k}={value(b)}"
-                for k, _, b in config_differences(base, r.cfg)
-                if k not in ("seed", "growth")
-            ),
-        ]
-        for r in mine
-    ]
-    return Table(
-        "other_configs",
-        f"Other recipes against {e.baseline.name}",
-        [Column("recipe", text, 0.25), Column("sets", text, 0.75)],
-        rows,
-    )
+    rows: list[Row] = []
+    for recipe in others:
+        changes = config_differences(data.baseline.cfg, recipe.cfg)
+        rows.append([recipe.name, _settings(changes, without=("seed", "growth"))])
+    columns = [Column("recipe", text, 0.25), Column("sets", text, 0.75)]
+    return Table("other_configs", f"Other recipes against {data.baseline.name}", columns, rows)
 
 
-def guards(e: Evidence) -> Table:
-    names = list(dict.fromkeys(g["name"] for run in e.runs for g in run.summary["guards"]))
-    rows, red = [], set()
-    for i, name in enumerate(names):
-        mine = [g for run in e.runs for g in run.summary["guards"] if g["name"] == name]
-        said = Counter(g["status"] for g in mine)
-        worst = next((s for s in ("fail", "flag") if said[s]), "pass")
-        details = Counter(g["detail"] for g in mine if g["status"] == worst)
-        detail, _ = min(details.items(), key=lambda item: (-item[1], item[0]))
-        more = f" (and {len(details) - 1} more like it)" if len(details) > 1 else ""
-        rows.append([name, said["pass"], said["flag"], said["fail"], f"{worst}: {detail}{more}"])
-        if said["fail"]:
+# -- guards and growth
+
+
+def guards(data: ReportData) -> Table:
+    """Make the table of guards: how often each passed, and its worst result."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for run in data.runs:
+        for guard in run.summary["guards"]:
+            results.setdefault(guard["name"], []).append(guard)
+    rows: list[Row] = []
+    red = set()
+    for i, (name, of_guard) in enumerate(results.items()):
+        counts = _count_statuses(of_guard)
+        rows.append([name, counts["pass"], counts["flag"], counts["fail"], _worst_result(of_guard)])
+        if counts["fail"]:
             red.add(i)
     columns = [
-        Column("guard", text, 0.17), Column("pass", whole, 0.06), Column("flag", whole, 0.06), Column("fail", whole, 0.06),
+        Column("guard", text, 0.17),
+        Column("pass", integer, 0.06),
+        Column("flag", integer, 0.06),
+        Column("fail", integer, 0.06),
         Column("the worst that was said", text, 0.65),
-    ]  # fmt: skip
-    note = "flag: honest, but not the task's own figure; fail: the figure is not what it claims to be."
+    ]
+    note = (
+        "flag: the figure is honest, but it is not the task's own figure. "
+        "fail: the figure is not what it claims to be."
+    )
     return Table("guards", "Guards", columns, rows, note, red)
 
 
-def growth(run: Run, i: int) -> Table:
-    rows, fulls = [], [(row["step"], row["full"]) for row in run.evals]
-    for n, op in enumerate(run.ops, 1):
-        before = [f for step, f in fulls if step <= op["step"]]
-        after = [f for step, f in fulls if step > op["step"]]
-        how = "failed: rolled back" if str(op.get("event", "")).endswith("ERROR") else None
-        done = op.get("delta_logits")
-        rows.append(
-            [
-                n, op["name"], value(op["value"]), op["step"], op["tokens"], before[-1] if before else None, after[0] if after else None,
-                op.get("params"), op.get("flops_per_token"), power(done) if done is not None else how,
-            ]
-        )  # fmt: skip
+def _count_statuses(results: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    return Counter(guard["status"] for guard in results)
+
+
+def _worst_result(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the worst status of a guard with its most frequent detail."""
+    counts = _count_statuses(results)
+    worst = "pass"
+    for status in ("flag", "fail"):
+        if counts[status]:
+            worst = status
+    details = Counter(guard["detail"] for guard in results if guard["status"] == worst)
+    detail = min(details, key=lambda detail: (-details[detail], detail))
+    if len(details) > 1:
+        return f"{worst}: {detail} (and {len(details) - 1} more like it)"
+    return f"{worst}: {detail}"
+
+
+def growth(run: Run, number: int) -> Table:
+    """Make the table of the ops of a run, with the score before and after each."""
+    rows: list[Row] = []
+    for op in run.ops:
+        rows.append(_op_row(len(rows) + 1, op, run))
     columns = [
-        Column("#", whole), Column("op", text, 0.2), Column("value", text, 0.13), Column("step", whole), Column("tokens", whole),
-        Column("full before", fixed(4)), Column("after", fixed(4)), Column("params", whole), Column("FLOPs/token", whole),
+        Column("#", integer),
+        Column("op", text, 0.2),
+        Column("value", text, 0.13),
+        Column("step", integer),
+        Column("tokens", integer),
+        Column("full before", fixed(4)),
+        Column("after", fixed(4)),
+        Column("params", integer),
+        Column("FLOPs/token", integer),
         Column("Δ logits", text),
-    ]  # fmt: skip
-    note = "full at the last evaluation before the op, and at the first one after it. Δ logits: the largest change that the op itself made."
-    return Table(f"growth_{i}", "The ops", columns, rows, note)
+    ]
+    note = (
+        "The full score at the last evaluation before the op, and at the first evaluation after it. "
+        "Δ logits is the largest change of a logit by the op itself."
+    )
+    return Table(f"growth_{number}", "The ops", columns, rows, note)
+
+
+def _op_row(number: int, op: Mapping[str, Any], run: Run) -> Row:
+    before = None
+    after = None
+    for evaluation in run.evals:
+        if evaluation["step"] <= op["step"]:
+            before = evaluation["full"]
+        elif after is None:
+            after = evaluation["full"]
+    change = None
+    if op.get("delta_logits") is not None:
+        change = scientific(op["delta_logits"])
+    elif _was_rolled_back(op):
+        change = "failed: rolled back"
+    return [
+        number,
+        op["name"],
+        setting(op["value"]),
+        op["step"],
+        op["tokens"],
+        before,
+        after,
+        op.get("params"),
+        op.get("flops_per_token"),
+        change,
+    ]
+
+
+def _was_rolled_back(op: Mapping[str, Any]) -> bool:
+    return str(op.get("event", "")).endswith("ERROR")
 
 
 # -- appendix
 
 
-def commands(e: Evidence) -> Table:
-    given: dict[str, list[str]] = {}
-    for run in e.runs:
-        words = run.env.get("command", ["", "(not recorded)"])[1:]
-        given.setdefault(" ".join(["mainrun", *map(shlex.quote, words)]), []).append(run.id)
-    rows = [[command, few(ids, 8)] for command, ids in given.items()]
-    note = "As env.json has them: those of the last sitting of each run. A ladder trains all of its steps."
-    return Table(
-        "commands", "Commands", [Column("command", text, 0.6), Column("runs", text, 0.4)], rows, note
+def commands(data: ReportData) -> Table:
+    """Make the table of the commands that trained the runs."""
+    ids: dict[str, list[str]] = {}
+    for run in data.runs:
+        arguments = run.env.get("command", ["", "(not recorded)"])[1:]
+        ids.setdefault(shlex.join(["mainrun", *arguments]), []).append(run.id)
+    rows: list[Row] = []
+    for command, names in ids.items():
+        rows.append([command, shorten(names, 8)])
+    columns = [Column("command", text, 0.6), Column("runs", text, 0.4)]
+    note = (
+        "The command of the last session of each run, from its env.json. "
+        "The command of a ladder trains all steps of the ladder."
     )
+    return Table("commands", "Commands", columns, rows, note)
 
 
-def hashes(e: Evidence) -> Table:
-    rows = [
-        [
-            run.id, run.cfg.digest[:12], run.summary.get("weights", "")[:12], run.env.get("evaluate_hash", "")[:12],
-            run.summary.get("versions", {}).get("mainrun", "")[:12], run.summary.get("tokenizer", "")[:12],
-        ]
-        for run in e.runs
-    ]  # fmt: skip
-    columns = [
-        Column("run"),
-        *(Column(h, text, 0.15) for h in ("config", "weights", "evaluate", "source", "tokenizer")),
-    ]
-    note = "The first 12 digits of each sha256; evaluate and source: the code that scored and that trained."
+def hashes(data: ReportData) -> Table:
+    """Make the table of the hashes of each run."""
+    rows: list[Row] = []
+    for run in data.runs:
+        digests = (
+            run.cfg.digest,
+            run.summary.get("weights", ""),
+            run.env.get("evaluate_hash", ""),
+            run.summary.get("versions", {}).get("mainrun", ""),
+            run.summary.get("tokenizer", ""),
+        )
+        rows.append([run.id, *(digest[:12] for digest in digests)])
+    columns = [Column("run")]
+    for head in ("config", "weights", "evaluate", "source", "tokenizer"):
+        columns.append(Column(head, text, 0.15))
+    note = (
+        "The first 12 digits of each sha256. evaluate is the code that computed the scores; "
+        "source is the code that trained."
+    )
     return Table("hashes", "Hashes", columns, rows, note)
 
 
-def fingerprints(e: Evidence) -> Table:
-    seen: dict[tuple[str, ...], list[str]] = {}
-    for run in e.runs:
-        f, origin = run.summary["fingerprints"], run.summary.get("origin", {})
-        key = (
-            *(f.get(k, "")[:12] for k in ("corpus", "train", "dev", "val")),
-            f"{run.cfg.corpus}, {run.cfg.num_titles:,} titles",
-        )
-        seen.setdefault((*key, str(origin.get("sha256", ""))[:12]), []).append(run.id)
-    rows = [[*key, len(ids)] for key, ids in seen.items()]
-    heads = ("corpus", "train", "dev", "val", "which titles", "file")
-    return Table(
-        "fingerprints",
-        "Data fingerprints",
-        [*(Column(h, text, 0.15) for h in heads), Column("runs", whole)],
-        rows,
-    )
+def fingerprints(data: ReportData) -> Table:
+    """Make the table of data fingerprints, and of how many runs have each."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for run in data.runs:
+        digests = run.summary["fingerprints"]
+        parts = [digests.get(part, "")[:12] for part in ("corpus", "train", "dev", "val")]
+        titles = f"{run.cfg.corpus}, {run.cfg.num_titles:,} titles"
+        file = str(run.summary.get("origin", {}).get("sha256", ""))[:12]
+        counts[*parts, titles, file] += 1
+    rows: list[Row] = []
+    for key, count in counts.items():
+        rows.append([*key, count])
+    columns = []
+    for head in ("corpus", "train", "dev", "val", "which titles", "file"):
+        columns.append(Column(head, text, 0.15))
+    columns.append(Column("runs", integer))
+    return Table("fingerprints", "Data fingerprints", columns, rows)
 
 
-def machines(e: Evidence) -> Table:
-    """Machine classes and versions: every one that any sitting of a run was on."""
-    seen: Counter[tuple[str, str]] = Counter()
-    for run in e.runs:
-        for kind, entries in (
-            ("machine class", run.summary.get("machine_classes", [])),
-            ("versions", run.summary.get("all_versions", [])),
-        ):
-            for entry in entries:
-                shown = {k: (v[:12] if k == "mainrun" else v) for k, v in entry.items()}
-                seen[kind, ", ".join(f"{k} {value(v)}" for k, v in shown.items())] += 1
-    rows = [[kind, what, n] for (kind, what), n in sorted(seen.items())]
-    return Table(
-        "machines",
-        "Machines and versions",
-        [Column("kind", text, 0.15), Column("what", text, 0.77), Column("runs", whole, 0.08)],
-        rows,
-    )
+def machines(data: ReportData) -> Table:
+    """Make the table of machine classes and versions, over all sessions of all runs."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for run in data.runs:
+        for machine in run.summary.get("machine_classes", []):
+            counts["machine class", _describe_flat(machine)] += 1
+        for versions in run.summary.get("all_versions", []):
+            shown = dict(versions)
+            if "mainrun" in shown:
+                shown["mainrun"] = shown["mainrun"][:12]
+            counts["versions", _describe_flat(shown)] += 1
+    rows: list[Row] = []
+    for (kind, what), count in sorted(counts.items()):
+        rows.append([kind, what, count])
+    columns = [Column("kind", text, 0.15), Column("what", text, 0.77), Column("runs", integer, 0.08)]
+    return Table("machines", "Machines and versions", columns, rows)
+
+
+def _describe_flat(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {setting(value)}" for name, value in facts.items())
 
 
 # -- studies
 
+STUDY_FACTS = (
+    "preset", "objective", "set", "sampler", "budget", "rungs",
+    "engine", "noise", "seeds", "base", "claim", "val",
+)  # fmt: skip
 
-def study(s: Study, i: int) -> list[Table]:
-    states = Counter(str(t.get("state")) for t in s.trials)
-    best = min(s.whole, key=lambda t: float(t["value"])) if s.whole else None
-    facts: list[list[Any]] = [
-        ["trials", f"{len(s.trials):,}: " + ", ".join(f"{n} {state}" for state, n in sorted(states.items()))]
-    ]
+
+def study(export: Study, number: int) -> list[Table]:
+    """Make the tables of a study: its facts, its search space and its confirmation."""
+    best = None
+    if export.completed:
+        best = min(export.completed, key=lambda trial: float(trial["value"]))
+    columns = [Column("fact", text, 0.15), Column("value", text, 0.85)]
+    tables = [Table(f"study_{number}", "In short", columns, list(_study_facts(export, best)))]
+    space = export.fact("space")
+    if isinstance(space, dict):
+        tables.append(_space(space, best, number))
+    confirmed = [row for row in export.fact("rows") or [] if isinstance(row, dict)]
+    if confirmed:
+        tables.append(_confirmation(confirmed, number))
+    return tables
+
+
+def _study_facts(export: Study, best: Mapping[str, Any] | None) -> Iterator[Row]:
+    states = Counter(str(trial.get("state")) for trial in export.trials)
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    yield ["trials", f"{len(export.trials):,}: {counts}"]
     if best:
-        facts.append(["best trial", f"{best['trial']}, value {float(best['value']):.4f}"])
-    for key in (
-        "preset",
-        "objective",
-        "set",
-        "sampler",
-        "budget",
-        "rungs",
-        "engine",
-        "noise",
-        "seeds",
-        "base",
-        "claim",
-        "val",
-    ):
-        if (found := s.fact(key)) is not None:
-            facts.append([key, told(found)])
-    facts.append(["steps", ", ".join(f"{name} {n:,.0f}" for name, n in ledger(s).items()) or "not exported"])
-    for rung, rho in (s.fact("rung_correlation") or {}).items():
-        facts.append(
-            [
-                f"rung {rung}",
-                "rank correlation with the last rung " + ("none" if rho is None else f"{rho:.2f}"),
-            ]
-        )
-    made = [Table(f"study_{i}", "In short", [Column("fact", text, 0.15), Column("value", text, 0.85)], facts)]
-    if isinstance(space := s.fact("space"), dict):
-        rows = [[k, bounds(v), value(best.get(f"params.{k}")) if best else ""] for k, v in space.items()]
-        columns = [Column("field", text, 0.3), Column("searched", text, 0.5), Column("best trial", text, 0.2)]
-        made.append(Table(f"study_{i}_space", "Bounds", columns, rows))
-    if confirmed := [c for c in s.fact("rows") or [] if isinstance(c, dict)]:
-        rows = [
-            [
-                *(
-                    c.get("trial"),
-                    c.get("mean"),
-                    c.get("difference"),
-                    *(c.get("interval") or (None, None)),
-                    c.get("p_holm"),
-                ),
-                "claimed" if c.get("claim") else c.get("why"),
-                told(c.get("params")),
-            ]
-            for c in confirmed
+        yield ["best trial", f"{best['trial']}, value {float(best['value']):.4f}"]
+    for name in STUDY_FACTS:
+        fact = export.fact(name)
+        if fact is not None:
+            yield [name, describe(fact)]
+    steps = ", ".join(f"{name} {count:,.0f}" for name, count in ledger(export).items())
+    yield ["steps", steps or "not exported"]
+    for rung, rho in (export.fact("rung_correlation") or {}).items():
+        shown = "none"
+        if rho is not None:
+            shown = f"{rho:.2f}"
+        yield [f"rung {rung}", f"rank correlation with the last rung {shown}"]
+
+
+def _space(space: Mapping[str, Any], best: Mapping[str, Any] | None, number: int) -> Table:
+    rows: list[Row] = []
+    for name, bounds in space.items():
+        chosen = ""
+        if best:
+            chosen = setting(best.get(f"params.{name}"))
+        rows.append([name, describe_bounds(bounds), chosen])
+    columns = [Column("field", text, 0.3), Column("searched", text, 0.5), Column("best trial", text, 0.2)]
+    return Table(f"study_{number}_space", "Bounds", columns, rows)
+
+
+def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
+    rows: list[Row] = []
+    for trial in confirmed:
+        low, high = trial.get("interval") or (None, None)
+        result = trial.get("why")
+        if trial.get("claim"):
+            result = "claimed"
+        sets = describe(trial.get("params"))
+        numbers = [
+            trial.get("trial"),
+            trial.get("mean"),
+            trial.get("difference"),
+            low,
+            high,
+            trial.get("p_holm"),
         ]
-        columns = [
-            Column("trial", whole), Column("mean", fixed(4)), Column("difference", fixed(4, sign=True)), Column("low", fixed(4, sign=True)),
-            Column("high", fixed(4, sign=True)), Column("p", chance), Column("verdict", text, 0.25), Column("what it sets", text, 0.35),
-        ]  # fmt: skip
-        note = "Against the base, on fresh paired seeds: interval and verdict as the study wrote them; p by Holm."
-        made.append(Table(f"study_{i}_confirmation", "Confirmation", columns, rows, note))
-    return made
-
-
-def told(found: Any) -> str:
-    """A table of settings in words: what is unset stays unsaid."""
-    if isinstance(found, dict):
-        return ", ".join(f"{k} {told(v)}" for k, v in found.items() if v not in (None, "", {}, []))
-    if isinstance(found, (list, tuple)):
-        return " ".join(map(told, found))
-    return value(found)
-
-
-def bounds(space: Any) -> str:
-    if not isinstance(space, dict):
-        return value(space)
-    if space.get("values"):
-        said = "one of " + ", ".join(value(v) for v in space["values"])
-    else:
-        said = f"{value(space.get('low'))} to {value(space.get('high'))}" + ", logarithmic" * bool(
-            space.get("log")
-        )
-    when = space.get("when")
-    return said + (f", when {told(when)}" if when else "")
-
-
-def failures(e: Evidence, most: int = 30) -> Table | None:
-    """Runs that failed a guard, trials that failed, ops that were rolled back."""
-    rows: list[list[Any]] = [
-        [run.id, "guard", f"{g['name']}: {g['detail']}"]
-        for run in e.runs
-        for g in run.summary["guards"]
-        if g["status"] == "fail"
+        rows.append([*numbers, result, sets])
+    columns = [
+        Column("trial", integer),
+        Column("mean", fixed(4)),
+        Column("difference", fixed(4, sign=True)),
+        Column("low", fixed(4, sign=True)),
+        Column("high", fixed(4, sign=True)),
+        Column("p", p_value),
+        Column("verdict", text, 0.25),
+        Column("what it sets", text, 0.35),
     ]
-    for run in e.runs:
+    note = (
+        "Compared with the base on new paired seeds. Interval and verdict are those that the study recorded; "
+        "p is adjusted by Holm's method."
+    )
+    return Table(f"study_{number}_confirmation", "Confirmation", columns, rows, note)
+
+
+def failures(data: ReportData, limit: int = 30) -> Table | None:
+    """Make the table of runs that failed a guard, trials that failed and ops that were rolled back."""
+    rows: list[Row] = []
+    for run in data.runs:
+        for guard in run.summary["guards"]:
+            if guard["status"] == "fail":
+                rows.append([run.id, "guard", f"{guard['name']}: {guard['detail']}"])
+    for run in data.runs:
         for op in run.journal:
-            if str(op.get("event", "")).endswith("ERROR"):
-                rows.append(
-                    [run.id, f"step {op['step']}", f"{op['name']} was rolled back: {value(op.get('checks'))}"]
-                )
-    for s in e.studies:
-        failed = [t for t in s.trials if bad(t)]
-        rows += [
-            [f"{s.name}, trial {t['trial']}", str(t["state"]), str(t.get("reason") or "no reason given")]
-            for t in failed[:most]
-        ]
-        if len(failed) > most:
-            rows.append([s.name, "", f"and {len(failed) - most} more failed trials, in trials.parquet"])
+            if _was_rolled_back(op):
+                reason = f"{op['name']} was rolled back: {setting(op.get('checks'))}"
+                rows.append([run.id, f"step {op['step']}", reason])
+    for export in data.studies:
+        failed = [trial for trial in export.trials if is_failed(trial)]
+        for trial in failed[:limit]:
+            reason = str(trial.get("reason") or "no reason given")
+            rows.append([f"{export.name}, trial {trial['trial']}", str(trial["state"]), reason])
+        if len(failed) > limit:
+            more = f"and {len(failed) - limit} more failed trials, in trials.parquet"
+            rows.append([export.name, "", more])
+    if not rows:
+        return None
     columns = [Column("what", text, 0.25), Column("where", text, 0.12), Column("why", text, 0.63)]
-    return Table("failures", "Runs, trials and ops", columns, rows) if rows else None
+    return Table("failures", "Runs, trials and ops", columns, rows)

@@ -1,0 +1,1 @@
+"""The figures of a report: one module per figure, and a registry of all of them."""

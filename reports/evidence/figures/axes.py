@@ -1,0 +1,104 @@
+"""Helpers that the figures share: panels, ticks, labels, legends and limits of axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from reports.evidence.figures.style import WIDTH
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+LEGEND_WIDTH = 108  # characters in one row of the legend
+SUFFIXES = ("", "K", "M", "G", "T", "P", "E")
+
+
+def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    """Return a figure of the page's width and its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, axes.ravel()
+
+
+def tick_text(value: float, _position: Any = None) -> str:
+    """Format a tick without a small exponent, which nobody could read: 1,500,000 is 1.5M."""
+    if value == 0 or not math.isfinite(value):
+        return "0"
+    if abs(value) >= 1e3:
+        power = min(int(math.log10(abs(value)) / 3 + 1e-9), len(SUFFIXES) - 1)
+        return f"{value / 1000**power:.4g}{SUFFIXES[power]}"
+    if abs(value) < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-")
+    return f"{value:.4g}"
+
+
+def format_ticks(axis: Axis, most: int = 5) -> None:
+    """Format the ticks of an axis. A linear axis gets at most `most` intervals."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    if axis.get_scale() == "linear":
+        axis.set_major_locator(MaxNLocator(most))
+    axis.set_major_formatter(FuncFormatter(tick_text))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def format_panel_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Set at most four ticks, so that their labels fit side by side in a narrow panel."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    if axis.get_scale() == "log":
+        low = math.floor(math.log10(min(values)))
+        high = math.ceil(math.log10(max(values)))
+        every = max(1, math.ceil((high - low) / 3))
+        axis.set_major_locator(FixedLocator([10.0**power for power in range(low, high + 1, every)]))
+        axis.set_minor_locator(NullLocator())
+    format_ticks(axis, 3)
+
+
+def set_row_names(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a horizontal chart, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def label_bar(axes: Axes, x: float, y: float, text: str) -> None:
+    """Write the value of a bar to the right of its end. The offset is in points: SVG drops leading blanks."""
+    axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut a text of `width` characters or more, and mark the cut."""
+    if len(text) < width:
+        return text
+    return text[: width - 1] + "…"
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """Add one legend for the whole figure below it, where it covers no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    longest = max(map(len, labels))
+    columns = max(1, min(len(labels), LEGEND_WIDTH // (longest + 8)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2)
+
+
+def set_score_limits(axes: Axes, values: Sequence[float]) -> None:
+    """Limit the y axis to the lowest 85% of the values and some room.
+
+    The first evaluations are those of an untrained model. They would squeeze all later ones together.
+    """
+    if not values:
+        return
+    ordered = sorted(values)
+    low = ordered[0]
+    high = ordered[-1]
+    late = ordered[: max(2, int(0.85 * len(values)))][-1]
+    axes.set_ylim(low - 0.06 * (late - low), min(high, late + 0.35 * (late - low)) + 0.02 * (high - low))

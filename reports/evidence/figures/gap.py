@@ -1,0 +1,70 @@
+"""Training loss against validation loss, in one panel per recipe: tokens of two tokenizers differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
+from reports.evidence.figures.series import headline_pair
+from reports.evidence.figures.style import COLOURS, DASHES
+from reports.evidence.load import Recipe, ReportData, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def caption(_: ReportData) -> str:
+    return (
+        "Loss in nats per token, one line per seed. Training losses include dropout and are averaged over "
+        "the steps before the evaluation, so they may be above validation. Tokens of different tokenizers "
+        "are not comparable: read each panel alone."
+    )
+
+
+def draw(data: ReportData) -> Figure | None:
+    pair = headline_pair(data)
+    if not pair:
+        return None
+    figure, panel = panels(2.5, 1, len(pair))
+    for axes, recipe, colour in zip(panel, pair, COLOURS, strict=False):
+        draw_losses(axes, recipe, colour)
+        axes.set(title=recipe.name, xlabel="step")
+        format_ticks(axes.xaxis)
+        format_ticks(axes.yaxis)
+    panel[0].set_ylabel("nats per token")
+    add_legend(figure, panel[0])
+    for handle in figure.legends[0].get_lines():
+        handle.set_color("black")
+    return figure
+
+
+def draw_losses(axes: Axes, recipe: Recipe, colour: str) -> None:
+    """Draw two lines per seed."""
+    labels = ["train, mean since the last evaluation", "validation"]
+    losses: list[float] = []
+    for run in recipe.valid_runs:
+        steps, train = training_loss(run)
+        val = [row["loss"] for row in run.evals if row["step"] in steps]
+        axes.plot(steps, train, color=colour, linestyle=DASHES[1], label=labels[0])
+        axes.plot(steps, val, color=colour, linestyle=DASHES[0], label=labels[1])
+        labels = ["", ""]
+        losses += [*train, *val]
+    set_score_limits(axes, losses)
+
+
+def training_loss(run: Run) -> tuple[list[int], list[float]]:
+    """Return the steps of the evaluations, and the mean training loss since the previous evaluation."""
+    import numpy as np
+
+    steps = []
+    means = []
+    since: list[float] = []
+    for row in run.rows:
+        if row["event"] == "step":
+            since.append(row["loss"])
+        elif row["split"] == "val" and since:
+            steps.append(row["step"])
+            means.append(float(np.mean(since)))
+            since = []
+    return steps, means

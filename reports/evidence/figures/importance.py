@@ -1,0 +1,37 @@
+"""The importance of the fields that a study searched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
+from reports.evidence.figures.style import COLOURS
+from reports.evidence.load import Study
+from reports.evidence.studies import by_importance, importance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTION = (
+    "How much each field decides the value, as exported. If the export has no importance: by PED-ANOVA, "
+    "which compares the settings of the best quarter with those of all trials that were trained to the end. "
+    "Its shares sum to 1."
+)
+ROWS = 16
+
+
+def draw(study: Study) -> Figure | None:
+    shares = importance(study)
+    if not shares:
+        return None
+    ranked = by_importance(shares, shares)[:ROWS]
+    figure, (axes,) = panels(0.7 + 0.2 * len(ranked))
+    for y, name in enumerate(ranked):
+        axes.barh(y, shares[name], color=COLOURS[0], height=0.6)
+        label_bar(axes, shares[name], y, f"{shares[name]:.3f}")
+    set_row_names(axes, ranked)
+    axes.set_xlim(0, 1.12 * shares[ranked[0]] or 1)
+    axes.set_xlabel("importance")
+    axes.grid(axis="y", visible=False)
+    format_ticks(axes.xaxis, 8)
+    return figure

@@ -1,0 +1,83 @@
+"""Parallel coordinates: one line per trial through the searched fields, the best tenth on top."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reports.evidence.figures.axes import add_legend, panels, shorten
+from reports.evidence.figures.style import COLOURS, GREY
+from reports.evidence.load import Study
+from reports.evidence.studies import Scale, by_importance, importance, settings, values, with_field
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CAPTION = (
+    "Trials that were trained to the end and have all of these fields. The best tenth, at least one trial, "
+    "is on top."
+)
+FIELDS = 8
+OTHERS: dict[str, Any] = {"color": GREY, "linewidth": 0.4}
+BEST: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3}
+
+
+def draw(study: Study) -> Figure | None:
+    fields = by_importance(study.searched_fields, importance(study))[:FIELDS]
+    trials = study.completed
+    for field in fields:
+        trials = with_field(trials, field)
+    if len(fields) < 2 or len(trials) < 3:
+        return None
+    figure, (axes,) = panels(3.0)
+    heights = []
+    for x, field in enumerate(fields):
+        scale = Scale.of(settings(trials, field))
+        heights.append(scale.unit())
+        draw_field(axes, x, scale)
+    ordered = sorted(values(trials))
+    best = np.array(values(trials)) <= ordered[max(0, len(trials) // 10 - 1)]
+    lines = np.stack(heights, axis=1)  # trials x fields
+    draw_lines(axes, lines[~best], "the others", OTHERS)
+    draw_lines(axes, lines[best], "the best tenth", BEST)
+    set_field_names(axes, fields)
+    add_legend(figure, axes)
+    return figure
+
+
+def draw_field(axes: Axes, x: int, scale: Scale) -> None:
+    """Draw the axis of a field with its lowest and highest value."""
+    if scale.names:
+        low = scale.names[0]
+        high = scale.names[-1]
+    else:
+        low = f"{min(scale.places):.3g}"
+        high = f"{max(scale.places):.3g}"
+    axes.text(x, -0.03, shorten(low, 14), ha="center", va="top", fontsize=7)
+    axes.text(x, 1.03, shorten(high, 14), ha="center", va="bottom", fontsize=7)
+    axes.plot([x, x], [0, 1], color="black", linewidth=0.6)
+
+
+def draw_lines(axes: Axes, lines: np.ndarray, label: str, look: dict[str, Any]) -> None:
+    for line in lines:
+        axes.plot(range(len(line)), line, label=label, **look)
+        label = ""
+
+
+def set_field_names(axes: Axes, fields: list[str]) -> None:
+    names = []
+    for field in fields:
+        if len(field) < 16:
+            names.append(field)
+        else:
+            names.append("…" + field[-15:])
+    axes.set_xticks(range(len(fields)), names)
+    axes.tick_params(axis="x", length=0, pad=12)
+    axes.set_yticks([])
+    axes.set_ylim(-0.04, 1.06)
+    axes.set_xlim(-0.4, len(fields) - 0.6)
+    axes.grid(visible=False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,81 @@
+"""Every figure of a report. To add one, write a module with `draw` and a caption, and add a row here.
+
+`draw` returns a matplotlib figure, or None if the inputs have no data for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reports.evidence.figures import (
+    curves,
+    gap,
+    growth,
+    headline,
+    history,
+    importance,
+    ledger,
+    parallel,
+    rungs,
+    schedules,
+    seeds,
+    slices,
+    waterfall,
+)
+from reports.evidence.load import ReportData, Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Sections of the report that show figures of runs.
+RESULT = "Result"
+COST = "Loss against what it costs"
+ABLATION = "Ablation"
+TRAINING = "How they trained"
+
+
+@dataclass(frozen=True)
+class RunFigure:
+    section: str
+    draw: Callable[[ReportData], Figure | None]
+    caption: Callable[[ReportData], str]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class StudyFigure:
+    draw: Callable[[Study], Figure | None]
+    caption: str
+
+
+RUNS = {
+    "headline": RunFigure(RESULT, headline.draw, headline.caption),
+    "curves": RunFigure(COST, curves.draw, curves.caption),
+    "seeds": RunFigure(COST, seeds.draw, seeds.caption),
+    "waterfall": RunFigure(ABLATION, waterfall.draw, waterfall.caption),
+    "gap": RunFigure(TRAINING, gap.draw, gap.caption, "Train and validation"),
+    "schedules": RunFigure(TRAINING, schedules.draw, schedules.caption, "Schedules"),
+}
+STUDY = {
+    "history": StudyFigure(history.draw, history.CAPTION),
+    "importance": StudyFigure(importance.draw, importance.CAPTION),
+    "ledger": StudyFigure(ledger.draw, ledger.CAPTION),
+    "slices": StudyFigure(slices.draw, slices.CAPTION),
+    "parallel": StudyFigure(parallel.draw, parallel.CAPTION),
+    "rungs": StudyFigure(rungs.draw, rungs.CAPTION),
+}
+
+
+def draw_all(data: ReportData) -> dict[str, Figure]:
+    """Draw every figure that the inputs have data for, by name. Call it inside `report_style`."""
+    figures: dict[str, Figure | None] = {}
+    for name, row in RUNS.items():
+        figures[name] = row.draw(data)
+    for i, run in enumerate(growth.grown_runs(data), 1):
+        figures[f"growth-{i}"] = growth.draw(run)
+    for i, study in enumerate(data.studies, 1):
+        for name, study_row in STUDY.items():
+            figures[f"study-{i}-{name}"] = study_row.draw(study)
+    return {name: figure for name, figure in figures.items() if figure is not None}

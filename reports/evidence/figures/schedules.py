@@ -1,0 +1,55 @@
+"""The learning rate and the weight decay of each step, from the plan that the run followed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reports.evidence.figures.axes import add_legend, format_ticks, panels
+from reports.evidence.figures.series import coloured, thin
+from reports.evidence.figures.style import COLOURS, MARKERS, line_style
+from reports.evidence.load import ReportData, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TITLES = {"lr": "lr (of the matrices)", "weight_decay": "weight_decay"}
+
+
+def caption(_: ReportData) -> str:
+    return (
+        "The learning rate and the weight decay of each step, by the plan that the run followed. "
+        "Marks: growth ops."
+    )
+
+
+def draw(data: ReportData) -> Figure | None:
+    drawn = [(recipe, place) for recipe, place in coloured(data) if place is not None]
+    if not drawn:
+        return None
+    figure, panel = panels(2.5, 1, len(TITLES))
+    for axes, (name, title) in zip(panel, TITLES.items(), strict=True):
+        for recipe, place in drawn:
+            draw_schedule(axes, recipe.valid_runs[0], name, place, recipe.name)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0)
+        format_ticks(axes.xaxis)
+        format_ticks(axes.yaxis)
+    panel[0].set_ylabel("rate")
+    panel[1].set_ylabel("decay, in units of 1 / rate")
+    add_legend(figure, panel[0])
+    return figure
+
+
+def draw_schedule(axes: Axes, run: Run, name: str, place: int, label: str) -> None:
+    """Draw one field of the plan over the steps, and mark the growth ops."""
+    plan = run.resolved
+    steps = thin(range(plan.steps))
+    values = [getattr(plan.at(step), name) for step in steps]
+    axes.plot(np.array(steps) + 1, values, label=label, **line_style(place))
+    for op in run.ops:
+        step = min(op["step"], plan.steps - 1)
+        value = getattr(plan.at(step), name)
+        axes.plot(step, value, MARKERS[place], color=COLOURS[place], markersize=5, zorder=4)

@@ -1,0 +1,62 @@
+"""The last score of every run, and the mean of each recipe with its interval."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mainrun.stats import Mean
+from reports.evidence.figures.axes import format_ticks, panels, set_row_names
+from reports.evidence.figures.style import COLOURS
+from reports.evidence.load import Recipe, ReportData
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROWS = 24  # the best recipes
+
+
+def caption(_: ReportData) -> str:
+    return (
+        "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
+        "An interval without an end mark continues outside the frame. Intervals of two seeds can be so wide."
+    )
+
+
+def draw(data: ReportData) -> Figure | None:
+    counted = [recipe for recipe in data.recipes if recipe.valid_runs]
+    ranked = sorted(counted, key=lambda recipe: recipe.mean_score)[:ROWS]
+    if not ranked:
+        return None
+    figure, (axes,) = panels(0.9 + 0.24 * len(ranked))
+    scores: list[float] = []
+    for y, recipe in enumerate(ranked):
+        draw_row(axes, y, recipe)
+        scores += recipe.scores.values()
+    set_row_names(axes, [row_name(recipe.name) for recipe in ranked])
+    # The limits follow the scores: the interval of two seeds may be far wider than they are.
+    room = 0.15 * (max(scores) - min(scores)) or 0.01
+    axes.set_xlim(min(scores) - room, max(scores) + room)
+    axes.set_xlabel("full score of val at the last step, nats per character")
+    format_ticks(axes.xaxis, 8)
+    handles, labels = axes.get_legend_handles_labels()
+    distinct = dict(zip(labels, handles, strict=True))
+    figure.legend(distinct.values(), distinct.keys(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def row_name(name: str) -> str:
+    if len(name) < 40:
+        return name
+    return f"{name[:16]}…{name[-22:]}"
+
+
+def draw_row(axes: Axes, y: int, recipe: Recipe) -> None:
+    scores = list(recipe.scores.values())
+    axes.plot(scores, [y] * len(scores), "o", color=COLOURS[0], markerfacecolor="none", label="a run")
+    score = Mean(tuple(scores))
+    if score.half_width is None:
+        return
+    bar: dict[str, Any] = {"fmt": "|", "color": "black", "markersize": 6, "capsize": 2, "linewidth": 1}
+    line = axes.errorbar(score.mean, y + 0.28, xerr=score.half_width, **bar)
+    line.set_label("mean and 95% interval")

@@ -1,0 +1,72 @@
+"""The look of every figure: one palette, one font, and lines that also differ in a grey print.
+
+Text stays text in the SVG, so that it can be searched and is set in the font of the report. Nothing in
+a figure depends on the date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+WIDTH = 6.7  # inches: the column of the page
+FONT = "DejaVu Sans"
+# The palette of Okabe and Ito without yellow. It is safe for colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1, 1.2)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (8, 2)),
+)
+MARKERS = "osD^vP"
+GREY = "#8A8A8A"
+MOST = len(COLOURS)  # number of recipes with a colour; the others are grey
+
+STYLE: dict[Any, Any] = {
+    "font.family": FONT,
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlelocation": "left",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mainrun",
+    "figure.dpi": 200,
+}
+
+
+@contextmanager
+def report_style() -> Iterator[None]:
+    """Set matplotlib to the style of the report, whatever the user's own settings are."""
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        yield
+
+
+def line_style(place: int | None) -> dict[str, Any]:
+    """Return the arguments of `plot` for the line at a place of the palette. None: thin and grey."""
+    if place is None:
+        return {"color": GREY, "linewidth": 0.6, "zorder": 1}
+    return {"color": COLOURS[place], "linestyle": DASHES[place], "zorder": 3}

@@ -1,0 +1,73 @@
+"""The steps of an ablation: each bar starts where the previous step ended. Grey: within the noise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mainrun.stats import Mean
+from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
+from reports.evidence.figures.style import COLOURS, GREY
+from reports.evidence.load import ReportData, ladder_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def caption(_: ReportData) -> str:
+    return (
+        "Each step starts at the score of the step before it. Blue lowers the score, orange raises it, and "
+        "grey is within noise."
+    )
+
+
+def draw(data: ReportData) -> Figure | None:
+    ladder = data.ladder
+    if not ladder:
+        return None
+    means = [Mean(tuple(scores.values())).mean for scores in ladder_scores(ladder)]
+    floor = None
+    whiskers = "one seed each: no noise floor"
+    if data.noise is not None:
+        floor = data.noise.floor
+        whiskers = "whiskers: the noise floor around the step before"
+    figure, (axes,) = panels(0.8 + 0.25 * len(ladder))
+    draw_start(axes, means[0])
+    for y in range(1, len(means)):
+        draw_change(axes, y, means[y - 1], means[y], floor)
+    for y, mean in enumerate(means):
+        below = y + 1.31
+        if y + 1 == len(means):
+            below = y + 0.31
+        axes.plot([mean, mean], [y - 0.31, below], color="black", linewidth=0.7)
+    set_row_names(axes, [recipe.cfg.preset.split(":")[-1] for recipe in ladder])
+    reach = floor or 0.0
+    span = max(means) - min(means)
+    axes.set_xlim(min(means) - reach - 0.03 * span, max(means) + reach + 0.24 * (span + reach))
+    axes.set_xlabel(f"full score of val at the last step, nats per character; {whiskers}")
+    axes.grid(axis="y", visible=False)
+    format_ticks(axes.xaxis, 8)
+    return figure
+
+
+def draw_start(axes: Axes, mean: float) -> None:
+    """Draw the first step, which changes nothing: a bar without width, and its score."""
+    axes.barh(0, 0.0, left=mean, height=0.62, color=GREY, linewidth=0)
+    label_bar(axes, mean, 0, f"{mean:.4f}")
+
+
+def draw_change(axes: Axes, y: int, before: float, mean: float, floor: float | None) -> None:
+    change = mean - before
+    text = f"{change:+.4f}".replace("-", "\N{MINUS SIGN}")
+    colour = COLOURS[1]
+    if change < 0:
+        colour = COLOURS[0]
+    right = max(mean, before)
+    if floor is not None:
+        right = max(mean, before + floor)
+        axes.errorbar(before, y, xerr=floor, fmt="none", ecolor="black", capsize=2, linewidth=0.8)
+        if abs(change) <= floor:
+            colour = GREY
+            text += " (noise)"
+    axes.barh(y, change, left=before, height=0.62, color=colour, linewidth=0)
+    label_bar(axes, right, y, text)

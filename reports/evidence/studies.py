@@ -1,0 +1,213 @@
+"""Numbers computed from an exported study: its steps, its rungs, the importance of its fields."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mainrun import stats
+from reports.evidence.load import Study
+
+if TYPE_CHECKING:
+    import optuna
+
+LEDGER = ("asked", "trained", "reused", "wasted")
+FEWEST = 10  # trials trained to the end, for an importance
+TOP = 0.25  # the best share of the trials: of 20, it has the 5 that PED-ANOVA needs to be stable
+
+Trials = Sequence[dict[str, Any]]
+
+
+def objective(study: Study) -> str:
+    """Return the name of the value that the study minimises."""
+    return str(study.fact("objective") or "value")
+
+
+def values(trials: Trials) -> list[float]:
+    return [float(trial["value"]) for trial in trials]
+
+
+def setting(trial: Mapping[str, Any], field: str) -> Any:
+    """Return the value of a field in a trial. None if the field was not active."""
+    return trial.get(f"params.{field}")
+
+
+def settings(trials: Trials, field: str) -> list[Any]:
+    return [setting(trial, field) for trial in trials]
+
+
+def with_field(trials: Trials, field: str) -> list[dict[str, Any]]:
+    """Return the trials in which a field was active."""
+    return [trial for trial in trials if setting(trial, field) is not None]
+
+
+# -- steps
+
+
+def ledger(study: Study) -> dict[str, float]:
+    """Return the steps of a study and of its evidence. Without a total in the export: of its trials."""
+    rows = study.trials
+    if study.facts.get("ledger"):
+        rows = [study.facts["ledger"]]
+    steps = {}
+    for name in LEDGER:
+        counts = [float(row[name]) for row in rows if row.get(name) is not None]
+        if counts:
+            steps[name] = sum(counts)
+    return steps
+
+
+# -- rungs
+
+
+@dataclass(frozen=True)
+class RungValues:
+    """The trials that reached both a rung and the last one."""
+
+    number: int
+    values: list[float]  # at this rung
+    last: list[float]  # at the last rung
+
+    @property
+    def correlation(self) -> float | None:
+        """How well this rung ranks the trials: the rank correlation with the last rung."""
+        return stats.spearman(self.values, self.last)
+
+
+def rungs(study: Study) -> list[RungValues]:
+    """Return the rungs below the last one that at least three of the trials trained to the end have."""
+    scores: list[dict[int, float]] = []
+    top = 0
+    for trial in study.completed:
+        if trial.get("scores"):
+            by_rung = {int(rung): float(score) for rung, score in json.loads(trial["scores"]).items()}
+            scores.append(by_rung)
+            top = max(top, *by_rung, 0)
+    rows = []
+    for number in range(top):
+        row = RungValues(number, [], [])
+        for by_rung in scores:
+            if number in by_rung and top in by_rung:
+                row.values.append(by_rung[number])
+                row.last.append(by_rung[top])
+        if len(row.values) > 2:
+            rows.append(row)
+    return rows
+
+
+# -- importance
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values on an axis: numbers at themselves, anything else at the index of its name."""
+
+    places: list[float]
+    names: list[str]  # empty for numbers
+    log: bool
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Scale:
+        """An axis of positive numbers that span more than a factor of 20 is logarithmic."""
+        if all(map(is_number, values)):
+            places = list(map(float, values))
+            return cls(places, [], min(places) > 0 and max(places) / min(places) > 20)
+        texts = list(map(str, values))
+        names = sorted(set(texts))
+        return cls([float(names.index(text)) for text in texts], names, False)
+
+    def unit(self) -> np.ndarray:
+        """Return the places between 0 and 1."""
+        places = np.array(self.places)
+        if self.log:
+            places = np.log10(places)
+        low = places.min()
+        high = places.max()
+        if low == high:
+            return np.full(len(places), 0.5)
+        return (places - low) / (high - low)
+
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+        if self.names:
+            return CategoricalDistribution(self.names)
+        return FloatDistribution(min(self.places), max(self.places), log=self.log)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def by_importance(fields: Iterable[str], shares: Mapping[str, float]) -> list[str]:
+    """Sort fields, the most important first."""
+    return sorted(fields, key=lambda field: -shares.get(field, 0.0))
+
+
+def importance(study: Study) -> dict[str, float]:
+    """Return the importance of each field: as exported, else by PED-ANOVA. Empty if it cannot be computed."""
+    exported = study.fact("importance")
+    if not isinstance(exported, dict):
+        return ped_anova(study)
+    shares = {}
+    for name, share in exported.items():
+        if isinstance(share, (int, float)):
+            shares[str(name).removeprefix("params.")] = float(share)
+    return shares
+
+
+def ped_anova(study: Study) -> dict[str, float]:
+    """Compare the settings of the best trials with those of all trials that were trained to the end.
+
+    The shares sum to 1. Empty if there are too few trials, or if no field sets the best ones apart.
+    """
+    scales: dict[str, Scale] = {}
+    for field in study.searched_fields:
+        active = with_field(study.completed, field)
+        if len(active) >= FEWEST:
+            scales[field] = Scale.of(settings(active, field))
+    if not scales or len(set(values(study.completed))) < 2:
+        return {}
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rebuilt = optuna.create_study(direction="minimize")
+    rebuilt.add_trials(optuna_trials(study, scales))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a field that is active in all trials but one
+        shares = get_param_importances(
+            rebuilt,
+            evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP),
+            params=list(scales),
+            normalize=False,
+        )
+    total = sum(shares.values())
+    if not total > 0:
+        return {}
+    return {field: shares[field] / total for field in scales}
+
+
+def optuna_trials(study: Study, scales: Mapping[str, Scale]) -> list[optuna.trial.FrozenTrial]:
+    """Rebuild the trials that were trained to the end."""
+    import optuna
+
+    distributions = {field: scale.distribution() for field, scale in scales.items()}
+    trials = []
+    for trial in study.completed:
+        params = {}
+        for field, scale in scales.items():
+            value = setting(trial, field)
+            if value is not None and scale.names:
+                params[field] = str(value)
+            elif value is not None:
+                params[field] = value
+        active = {field: distributions[field] for field in params}
+        value = float(trial["value"])
+        trials.append(optuna.trial.create_trial(params=params, distributions=active, value=value))
+    return trials
