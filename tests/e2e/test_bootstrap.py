@@ -1,8 +1,8 @@
 """`./task` and the tasks of Taskfile.yml.
 
 Most tests use the real files with a fake Python, whose `-m venv` and `-m pip` only log that they were called.
-Each state of the environment (absent, changed, interrupted, failed, two installations at once) therefore takes
-only milliseconds to test. One slow test creates the real environment.
+Each state of the environment (absent, changed, interrupted, failed, two installations at once) therefore
+takes only milliseconds to test. One slow test creates the real environment.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ TOOLS = [
     "tail",
 ]
 
-# `-V` and `-c` work as in the real Python. `-m venv` creates a folder with a copy of this script. `-m pip` logs
-# the call, runs FAKE_PIP (for example `exit 1` or `sleep 1`), and finally installs go-task.
+# `-V` and `-c` work as in the real Python. `-m venv` creates a folder with a copy of this script. `-m pip`
+# logs the call, runs FAKE_PIP (for example `exit 1` or `sleep 1`), and finally installs go-task.
 FAKE_PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 case "$1 $2" in
