@@ -1,4 +1,4 @@
-"""What every test stands on: a cache of its own, one thread, and a run that takes a second."""
+"""The set-up of all tests: a separate cache, one thread, and a config that trains in a second."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # its threads wait for each other on a busy machine; the tokens are the same
+# On a busy machine the threads would wait for each other. The tokens are the same without threads.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# no machine is too slow: how long an example takes says how busy it is
+# The time of an example depends on the load of the machine, so a slow example is not an error.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
 
@@ -34,31 +33,29 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads or fills the user's cache; subprocesses inherit it."""
+    """Use a separate cache, also in subprocesses, so that no test reads or changes the user's cache."""
     os.environ["MAINRUN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def real_titles() -> Path:
     if not REAL_TITLES.is_file():
-        pytest.skip(
-            f"needs real titles, one a line, at {REAL_TITLES}; the synthetic corpus carries the suite"
-        )
+        pytest.skip(f"needs a file of real titles, one per line, at {REAL_TITLES}")
     return REAL_TITLES
 
 
 @pytest.fixture
 def tiny():
-    """tiny(**changes): a config whose whole run takes about a second."""
+    """Return a function of config changes. It returns a config whose whole run takes about a second."""
     from mainrun.config import from_dict
 
     return lambda **changes: from_dict(TINY | changes)
 
 
 def tiny_sets(**changes: object) -> list[str]:
-    """The same as `--set key=value ...` arguments for the command line."""
-    return [
-        arg
-        for k, v in (TINY | changes).items()
-        for arg in ("--set", f"{k}={str(v).lower() if isinstance(v, bool) else v}")
-    ]
+    """Return the same config as `--set key=value ...` arguments for the command line."""
+    arguments = []
+    for key, value in (TINY | changes).items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        arguments += ["--set", f"{key}={text}"]
+    return arguments

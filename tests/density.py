@@ -59,6 +59,7 @@ def counts(tree: ast.Module) -> Counter[str]:
 
 def violations(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, str]]:
     """Yield (line, rule) for each place that breaks a rule."""
+    own = own_classes(tree)
     for number, line in enumerate(lines, 1):
         if len(line) > WIDEST_LINE:
             yield number, f"line of {len(line)} columns, at most {WIDEST_LINE}"
@@ -74,7 +75,7 @@ def violations(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and has_call(node.value):
             yield node.lineno, "tuple assignment with a call"
         if isinstance(node, FUNCTIONS):
-            for line in outside_attributes(node):
+            for line in outside_attributes(node, own):
                 yield line, "attribute of a new object set from outside"
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > LONGEST_FUNCTION:
@@ -93,8 +94,17 @@ def has_call(value: ast.expr) -> bool:
     return any(isinstance(call.func, ast.Attribute) and call.func.attr in CHANGING for call in calls)
 
 
-def outside_attributes(function: ast.AST) -> Iterator[int]:
-    """Yield the lines that set an attribute of an object which the same function has created."""
+def own_classes(tree: ast.Module) -> set[str]:
+    """Return the names that a file defines as classes, or imports from the product."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PRODUCT:
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def outside_attributes(function: ast.AST, own: set[str]) -> Iterator[int]:
+    """Yield the lines that set an attribute of an own object which the same function has created."""
     created: set[str] = set()
     for node in ast.walk(function):
         if not isinstance(node, ast.Assign):
@@ -102,7 +112,7 @@ def outside_attributes(function: ast.AST) -> Iterator[int]:
         target = node.targets[0]
         if isinstance(target, ast.Name) and isinstance(node.value, ast.Call):
             name = ast.unparse(node.value.func).rpartition(".")[2]
-            if name[:1].isupper():
+            if name[:1].isupper() and name in own:
                 created.add(target.id)
         if (
             isinstance(target, ast.Attribute)

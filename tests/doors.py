@@ -1,7 +1,8 @@
-"""Run the command line with odd input, thousands of times: each case is a child forked from a process that has imported everything.
+"""Run the command line thousands of times with odd input.
 
-A case passes if the command ends in time with a documented exit code and at most one readable message.
-`Driver.run` runs a case. `Outcome.problem` returns the reason why it failed.
+Each case is a child, forked from a process that has imported everything. A case passes if the command ends in
+time with a documented exit code and at most one readable message. `Driver.run` runs a case, and
+`Outcome.problem` returns the reason why it failed.
 
     with Driver() as driver:
         outcome = driver.run(["presets", "no-such-preset"], cwd=tmp_path)
@@ -43,13 +44,15 @@ ROOT = Path(__file__).parents[1]
 
 # Imported once, before the first case. Nothing is computed, so there are no threads that a fork would lose.
 WARM = (
-    "mainrun.cli", "mainrun.config", "mainrun.data.sources", "mainrun.train", "mainrun.run.session", "mainrun.ui.sample", "mainrun.checks.guards",
-    "mainrun.ui.compare", "mainrun.ui.doctor", "mainrun.ui.demo", "mainrun.ui.estimate", "mainrun.run.batch", "mainrun.growth.verify",
-    "mainrun.plan.simulate", "sweeps.study", "sweeps.driver", "reports.evidence.pdf", "reports.submission.bundle", "reports.submission.prepare",
-    "reports.submission.verification", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors.torch", "optuna", "sqlalchemy", "scipy.stats",
-    "matplotlib.figure", "matplotlib.backends.backend_svg", "reportlab.platypus", "svglib.svglib", "pypdf", "pyarrow.parquet",
-    "huggingface_hub", "rich.console", "rich.table", "rich.text", "rich.box", "tomllib", "yaml", "ctypes", "difflib", "http.client",
-    "urllib.request", "concurrent.futures", "multiprocessing",
+    "mainrun.cli", "mainrun.config", "mainrun.data.sources", "mainrun.train", "mainrun.run.session",
+    "mainrun.ui.sample", "mainrun.checks.guards", "mainrun.ui.compare", "mainrun.ui.doctor",
+    "mainrun.ui.demo", "mainrun.ui.estimate", "mainrun.run.batch", "mainrun.growth.verify",
+    "mainrun.plan.simulate", "sweeps.study", "sweeps.driver", "reports.evidence.pdf",
+    "reports.submission.bundle", "reports.submission.prepare", "reports.submission.verification", "torch",
+    "numpy", "tokenizers", "sentencepiece", "safetensors.torch", "optuna", "sqlalchemy", "scipy.stats",
+    "matplotlib.figure", "matplotlib.backends.backend_svg", "reportlab.platypus", "svglib.svglib", "pypdf",
+    "pyarrow.parquet", "huggingface_hub", "rich.console", "rich.table", "rich.text", "rich.box", "tomllib",
+    "yaml", "ctypes", "difflib", "http.client", "urllib.request", "concurrent.futures", "multiprocessing",
 )  # fmt: skip
 
 # documented exit codes of the commands, apart from 0, 2 and 75
@@ -74,7 +77,10 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. `code` is None if it was killed at the time limit, and negative if a signal ended it."""
+    """How a command ended.
+
+    `code` is None if it was killed at the time limit, and negative if a signal ended it.
+    """
 
     command: str
     code: int | None
@@ -89,7 +95,10 @@ class Outcome:
         return self.err[match.end() :].strip() if match else ""
 
     def problem(self, allowed: Sequence[int] = (), stderr_is_read: bool = True) -> str:
-        """Return why the case failed, or an empty string. `allowed` are further exit codes that are correct."""
+        """Return why the case failed, or an empty string.
+
+        `allowed` are further exit codes that are correct.
+        """
         if self.code is None:
             return f"hangs: no end after {self.seconds:.0f} s"
         for name, text in (("stdout", self.out), ("stderr", self.err)):
@@ -120,17 +129,19 @@ class Outcome:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """Return the key for `OTHER_CODES`: the first word, or the first two words if the first is a group of commands."""
+    """Return the command as in `OTHER_CODES`: two words for a command of a group, otherwise one."""
     groups = {name.split()[0] for name in OTHER_CODES if " " in name}
     return " ".join(argv[: 2 if argv and argv[0] in groups else 1])
 
 
 @dataclass
 class Driver:
-    """A process that has imported everything and forks one child per case. Use it as a context manager, from one thread.
+    """A process that has imported everything and forks one child per case.
 
-    `tree` is the root of the code under test. `env` changes the environment of the interpreter, for example its locale.
-    `warm=False` imports only the command line.
+    Use it as a context manager, from one thread.
+
+    `tree` is the root of the code under test. `env` changes the environment of the interpreter, for example
+    its locale. `warm=False` imports only the command line.
     """
 
     tree: Path = ROOT
@@ -175,8 +186,8 @@ class Driver:
     ) -> Outcome:
         """Run `mainrun *argv` in the folder `cwd`. `env` changes the environment; None removes a variable.
 
-        `stdin` is null, none (no such descriptor) or text:TEXT. `stdout` and `stderr` are file, pipe, none, closed (a pipe
-        that nobody reads) or full (/dev/full). The outcome has the text of file and pipe only.
+        `stdin` is null, none (no such descriptor) or text:TEXT. `stdout` and `stderr` are file, pipe, none,
+        closed (a pipe that nobody reads) or full (/dev/full). The outcome has the text of file and pipe only.
         """
         words = [os.fsdecode(word) for word in argv]
         case = {
@@ -334,7 +345,10 @@ def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
 
 
 def _decode(text: str) -> str:
-    """Decode an argument as the interpreter does in its locale. A lone surrogate cannot come from a shell and is kept."""
+    """Decode an argument as the interpreter does in its locale.
+
+    A lone surrogate cannot come from a shell and is kept.
+    """
     try:
         return os.fsdecode(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -368,7 +382,10 @@ def _redirect(stdin: str, writes: dict[str, int | None]) -> None:
 
 
 def _finish(code: int) -> int:
-    """Flush the streams as the interpreter does at its end: if that fails, it prints a message and exits with 120."""
+    """Flush the streams as the interpreter does at its end, and return the exit code.
+
+    If that fails, the interpreter prints a message and exits with 120.
+    """
     for file in (sys.stdout, sys.stderr):
         try:
             if file is not None and not file.closed:

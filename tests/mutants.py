@@ -1,8 +1,9 @@
 """Find the mutants of a file and apply one of them.
 
-A mutant is the file with one small bug. Cosmic Ray provides operators that change numbers, comparisons, arithmetic, booleans,
-loops, decorators and `except` clauses. The operators in this module add the bugs that people make in this code: an entry missing
-from a table, a call or a keyword argument left out, half of a condition ignored, `min` for `max`, a filter that accepts everything.
+A mutant is the file with one small bug. Cosmic Ray provides operators that change numbers, comparisons,
+arithmetic, booleans, loops, decorators and `except` clauses. The operators in this module add the bugs that
+people make in this code: an entry missing from a table, a call or a keyword argument left out, half of a
+condition ignored, `min` for `max`, a filter that accepts everything.
 """
 
 from __future__ import annotations
@@ -21,23 +22,30 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
 
-# Replacing `<` by `is`, or `+` by `>>`, gives type errors that any test notices. These mistakes are easy to miss.
+# Replacing `<` by `is`, or `+` by `>>`, gives type errors that any test notices. These are easy to miss.
 MISTAKES = {
-    "Comparison": "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is",
-    "Binary": "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_Mul Pow_Mul BitOr_BitAnd BitAnd_BitOr RShift_LShift LShift_RShift",
+    "Comparison": "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq "
+    "Is_IsNot IsNot_Is",
+    "Binary": "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_Mul Pow_Mul BitOr_BitAnd BitAnd_BitOr "
+    "RShift_LShift LShift_RShift",
     "Unary": "Delete_USub Delete_Not",
 }
 OTHERS = (
-    "AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue "
-    "ReplaceContinueWithBreak ExceptionReplacer NumberReplacer RemoveDecorator ZeroIterationForLoop"
+    "AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd "
+    "ReplaceBreakWithContinue ReplaceContinueWithBreak ExceptionReplacer NumberReplacer RemoveDecorator "
+    "ZeroIterationForLoop"
 )
-# `strict=True` only checks lengths that are already equal. The others change memory, or the behaviour on a machine without UTF-8.
+# `strict=True` only checks lengths that are already equal. The others change memory, or the behaviour on a
+# machine without UTF-8.
 SAFEGUARDS = ("strict", "encoding", "slots")
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 class AddedOperator(Operator):
-    """An operator that replaces whole nodes. `alternatives` returns the code of each replacement of a node."""
+    """An operator that replaces whole nodes.
+
+    `alternatives` returns the code of each replacement of a node.
+    """
 
     def alternatives(self, node: Any) -> list[str]:
         raise NotImplementedError
@@ -91,7 +99,10 @@ class DropKeyword(AddedOperator):
 
 
 class DropStatement(AddedOperator):
-    """Replace a call, an assignment to an attribute or an item, an augmented assignment or a `raise` with `pass`."""
+    """Replace a statement with `pass`.
+
+    The statement is a call, an assignment to an attribute or an item, an augmented assignment or a `raise`.
+    """
 
     def alternatives(self, node: Any) -> list[str]:
         if node.parent is None or node.parent.type != "simple_stmt":
@@ -168,7 +179,10 @@ def name_of(argument: list[Any]) -> str:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug in one place. `lines` are the lines of its statement; `before` and `after` are the first line that differs."""
+    """One bug in one place.
+
+    `lines` are the lines of its statement; `before` and `after` are the first line that differs.
+    """
 
     file: str
     operator: str
@@ -191,7 +205,7 @@ OPERATORS = operators()
 
 
 def places(source: str) -> list[tuple[str, int, int]]:
-    """Return (operator, occurrence, line) of all that the operators can change, except changes that no test could notice."""
+    """Return (operator, occurrence, line) of every change that a test could notice."""
     nodes = list(ast_nodes(get_ast(source)))
     everything = []
     for name, operator in OPERATORS.items():
@@ -203,7 +217,10 @@ def places(source: str) -> list[tuple[str, int, int]]:
 
 
 def draw(file: str, source: str, count: int, chance: random.Random) -> list[Mutant]:
-    """Draw `count` random mutants (0: all). Each compiles and differs from the source in more than its spaces."""
+    """Draw `count` random mutants, or all of them for 0.
+
+    Each mutant compiles and differs from the source in more than its spaces.
+    """
     candidates = places(source)
     chance.shuffle(candidates)
     statements = statement_lines(source)
@@ -239,7 +256,10 @@ def is_unobservable(node: Any) -> bool:
 
 
 def is_annotation(node: Any) -> bool:
-    """Whether the node is part of an annotation, which Python does not evaluate (`from __future__ import annotations`)."""
+    """Whether the node is part of an annotation.
+
+    Because of `from __future__ import annotations`, Python does not evaluate annotations.
+    """
     for child in upwards(node):
         parent = child.parent
         if parent.type == "annassign" and child is parent.children[1]:
@@ -260,7 +280,7 @@ def is_shortened_text(node: Any) -> bool:
 
 
 def is_safeguard(node: Any) -> bool:
-    """Whether the node is part of an assert for the type checker, or of a keyword argument that only matters after another bug."""
+    """Whether the node is part of an assert or of a keyword argument that only matters after another bug."""
     if any(child.parent.type == "assert_stmt" for child in upwards(node)):
         return True
     arguments = [child for child in (node, *upwards(node)) if child.type == "argument"]
@@ -290,7 +310,10 @@ def changed_line(source: str, mutated: str) -> tuple[str, str]:
 
 
 def statement_lines(source: str) -> dict[int, range]:
-    """Map each line to the lines of its smallest statement. For a compound statement these are the lines before its body."""
+    """Map each line to the lines of its smallest statement.
+
+    For a compound statement these are the lines before its body.
+    """
     ranges = {}
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.stmt):

@@ -1,16 +1,18 @@
 """Mutation testing: plant one small bug at a time in a source file and see whether the tests notice.
 
     ./task mutate -- sweeps/confirm.py --sample 40 --seed 1
-    ./task mutate -- mainrun/store --sample 0          # a folder; 0: every mutant there is
+    ./task mutate -- mainrun/store --sample 0          # a folder; 0 means all mutants
 
-First the test files that mirror the source file run once without a bug. This shows which test executes which line, and how long
-each test takes. Then each mutant is tested by the test files that reach its line, and by the tests that start other processes.
-The tests that are most likely to fail run first. Tests marked slow never run. One worker runs per core. It imports the libraries
-once and forks a process for each mutant, so a mutant has no start-up time.
+First the test files that mirror the source file run once without a bug. This shows which test executes which
+line, and how long each test takes. Then each mutant is tested by the test files that reach its line, and by
+the tests that start other processes. The tests that are most likely to fail run first. Tests marked slow
+never run. One worker runs per core. It imports the libraries once and forks a process for each mutant, so a
+mutant has no start-up time.
 
-Cosmic Ray makes the mutants (tests/mutants.py). We use our own runner because Cosmic Ray's starts a new Python for each mutant,
-which takes four seconds. We do not use mutmut for two reasons. It changes function bodies only, but our tolerances, bounds and leak
-patterns are tables at the top of a module. It also rewrites every function, and the guards that hash the source refuse that.
+Cosmic Ray makes the mutants (tests/mutants.py). We use our own runner because Cosmic Ray's starts a new
+Python for each mutant, which takes four seconds. We do not use mutmut for two reasons. It changes function
+bodies only, but our tolerances, bounds and leak patterns are tables at the top of a module. It also rewrites
+every function, and the guards that hash the source refuse that.
 """
 
 from __future__ import annotations
@@ -52,31 +54,65 @@ LEFT_OUT = (
     "docs",
 )
 
-# tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the tests in this table.
+# tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the
+# tests in this table.
 MIRRORS = {
-    "mainrun/run/batch.py": "test_reuse test_audit",
     "mainrun/bench": "test_bench",
-    "mainrun/ui/compare.py": "test_cli test_damaged",
-    "mainrun/ui/demo.py": "test_cli",
-    "mainrun/ui/doctor.py": "test_cli",
-    "mainrun/errors.py": "test_cli test_doors",
-    "mainrun/ui/growth_cli.py": "test_growth_plan",
-    "mainrun/checks/repeat.py": "test_growth_repeat test_growth_controller",
-    "mainrun/plan/simulate.py": "test_growth_plan",
     "mainrun/checks/guards.py": "test_guards test_guards_rows",
-    "mainrun/core/hardware.py": "test_machine",
-    "mainrun/layers": "test_layers test_layers_rows test_model",
+    "mainrun/checks/repeat.py": "test_growth_repeat test_growth_controller",
+    "mainrun/core/average.py": "test_model test_layers_rows",
+    "mainrun/core/cuda_graph.py": "test_estimate test_train_rows",
+    "mainrun/core/dropout.py": "test_model test_kernels test_train_rows",
+    "mainrun/core/frozen_torch.py": "test_plain_run test_train",
+    "mainrun/core/hardware.py": "test_device test_kernels",
+    "mainrun/core/lora.py": "test_layers test_layers_rows",
+    "mainrun/core/machine_class.py": "test_device test_lineage",
+    "mainrun/core/moe.py": "test_layers test_layers_rows",
     "mainrun/core/native/cpu.py": "test_kernels",
-    "mainrun/core/cuda_graph.py": "test_estimate",
-    "mainrun/ui/sample.py": "test_cli test_doors",
+    "mainrun/core/optimizers.py": "test_model test_kernels test_train_rows",
+    "mainrun/core/pending_losses.py": "test_train test_train_rows",
+    "mainrun/core/process_group.py": "test_device test_train_rows",
+    "mainrun/data/batches.py": "test_tokens test_tokens_rows",
+    "mainrun/data/mix.py": "test_corpus",
     "mainrun/data/scoring.py": "test_scoring test_guards",
-    "mainrun/run/session.py": "test_train test_checkpoint test_reuse test_forgery",
-    "mainrun/ui/store_cli.py": "test_store test_audit",
+    "mainrun/data/sources.py": "test_corpus test_hub",
+    "mainrun/data/title_files.py": "test_corpus",
+    "mainrun/data/titles.py": "test_corpus",
+    "mainrun/data/token_cache.py": "test_tokens test_tokens_rows",
+    "mainrun/data/tokenizer.py": "test_tokens test_tokens_rows",
+    "mainrun/errors.py": "test_cli test_doors",
+    "mainrun/growth/make.py": "test_growth_controller test_growth_controller_rows",
+    "mainrun/growth/state.py": "test_growth_controller test_growth_controller_rows",
+    "mainrun/plan/cost.py": "test_growth_simulate test_growth_plan test_layers",
+    "mainrun/plan/op_files.py": "test_growth_schedule test_growth_schedule_rows",
+    "mainrun/plan/op_values.py": "test_growth_schedule test_growth_schedule_rows",
+    "mainrun/plan/ops.py": "test_growth_schedule test_growth_schedule_rows",
+    "mainrun/plan/optimizers.py": "test_growth_simulate test_growth_moments",
+    "mainrun/plan/plan.py": "test_config test_config_rows test_train_rows",
+    "mainrun/plan/recipes.py": "test_config test_config_rows test_presets",
+    "mainrun/plan/seeds.py": "test_model test_train_rows",
+    "mainrun/plan/simulate.py": "test_growth_simulate test_growth_plan",
+    "mainrun/plan/triggers.py": "test_growth_schedule test_growth_schedule_rows",
+    "mainrun/run/accounts.py": "test_session_rows test_sharing",
+    "mainrun/run/batch.py": "test_sharing test_audit",
+    "mainrun/run/log.py": "test_session_rows test_train",
+    "mainrun/run/resume.py": "test_session_rows test_checkpoint",
+    "mainrun/run/session.py": "test_train test_checkpoint test_sharing test_forgery",
+    "mainrun/run/stop.py": "test_train test_session_rows",
+    "mainrun/run/summary.py": "test_session_rows test_train",
     "mainrun/store/files.py": "test_store test_leases",
     "mainrun/store/nodes.py": "test_store",
     "mainrun/store/records.py": "test_damaged",
-    "mainrun/ui/console.py": "test_cli test_doors",
     "mainrun/train.py": "test_train test_model",
+    "mainrun/ui/compare.py": "test_cli test_damaged",
+    "mainrun/ui/console.py": "test_cli test_doors",
+    "mainrun/ui/demo.py": "test_cli",
+    "mainrun/ui/doctor.py": "test_cli",
+    "mainrun/ui/growth_cli.py": "test_growth_plan",
+    "mainrun/ui/presets_cli.py": "test_cli",
+    "mainrun/ui/sample.py": "test_cli test_doors",
+    "mainrun/ui/store_cli.py": "test_store test_audit",
+    "mainrun/ui/train_cli.py": "test_cli test_sharing",
     "reports": "test_report",
     "reports/evidence/findings.py": "test_report test_reports_findings",
     "reports/evidence/load.py": "test_report test_reports_load",
@@ -197,7 +233,8 @@ class Recorder:
 class Stop(Recorder):
     """Run the selected tests in their order, file by file, and record the first that fails.
 
-    `selected` maps each test to the seconds that it may take. The deadline of the current test is in a file that the worker reads.
+    `selected` maps each test to the seconds that it may take. The deadline of the current test is in a file
+    that the worker reads.
     """
 
     def __init__(self, selected: dict[str, float], deadline: Path) -> None:
@@ -225,7 +262,7 @@ class Stop(Recorder):
 
 
 class Measure(Recorder):
-    """Record which lines each test executes, how long it takes, whether it starts processes and whether it fails without a mutant."""
+    """Record the lines, the time, the processes and the failures of each test without a mutant."""
 
     def __init__(self, sources: list[str]) -> None:
         import coverage
@@ -268,7 +305,8 @@ class Measure(Recorder):
         ]
         return {
             "lines": lines, "seconds": self.seconds, "failed": sorted(self.failed),
-            "starters": sorted(self.starters), "imports": [name for name in imports if "coverage" not in name],
+            "starters": sorted(self.starters),
+            "imports": [name for name in imports if "coverage" not in name],
         }  # fmt: skip
 
 
@@ -302,7 +340,10 @@ class Worker:
             )
 
     def write(self, file: str, source: str) -> None:
-        """Python reuses a .pyc if size and modification time (in seconds) match, so each change gets a new time."""
+        """Write a source file with a new modification time.
+
+        Python reuses a .pyc if the size and the modification time in seconds are the same.
+        """
         path = self.tree / file
         path.write_text(source, encoding="utf-8")
         self.changes += 1
@@ -314,12 +355,13 @@ class Worker:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(
-                f"mutate: a worker process exited unexpectedly:\n{self.log.read_text(errors='replace')[-2000:]}"
-            )
+            raise SystemExit(f"mutate: a worker process exited unexpectedly:\n{self.last_output()}")
         shutil.rmtree(self.temporary, ignore_errors=True)
         result = json.loads(self.result.read_text()) if self.result.is_file() else {}
         return json.loads(answer) | result
+
+    def last_output(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
 
     def close(self) -> None:
         """Stop the worker and the mutant that it runs."""
@@ -340,9 +382,10 @@ class Baseline:
     kills: Counter[str] = field(default_factory=Counter)
 
     def tests_of(self, file: str, lines: range) -> list[str]:
-        """Return the tests to run against a mutant: first those that are most likely to fail, then the quickest.
+        """Return the tests to run against a mutant, the most likely to fail first, then the quickest.
 
-        A shared fixture executes its lines only in the first test that uses it, so all tests of a file are selected together.
+        A shared fixture executes its lines only in the first test that uses it, so all tests of a file are
+        selected together.
         """
         contexts = {context for line in lines for context in self.lines.get(file, {}).get(line, ())}
         on_import = "" in contexts or not contexts
@@ -356,7 +399,10 @@ class Baseline:
         )
 
     def allowed(self, test: str) -> float:
-        """Return the seconds that a test may take. The first test of a file also runs its shared fixtures, so the slowest test counts."""
+        """Return the seconds that a test may take.
+
+        The first test of a file also runs its shared fixtures, so the slowest test counts.
+        """
         return 20 + 5 * self.slowest[file_of(test)]
 
     @cached_property
@@ -376,9 +422,7 @@ def measure(worker: Worker, files: list[str], tests: list[str]) -> Baseline:
     paths = [str(worker.tree / file) for file in files]
     answer = worker.ask(kind="measure", limit=1800, tests=tests, selected={}, sources=paths)
     if "lines" not in answer or not answer["seconds"]:
-        raise SystemExit(
-            f"mutate: the tests cannot be run without a mutant:\n{worker.log.read_text(errors='replace')[-2000:]}"
-        )
+        raise SystemExit(f"mutate: the tests cannot be run without a mutant:\n{worker.last_output()}")
     lines = {
         str(Path(file).relative_to(worker.tree)): {int(line): contexts for line, contexts in by_line.items()}
         for file, by_line in answer["lines"].items()
@@ -503,8 +547,8 @@ def summary(name: str, results: list[Verdict], seed: int, seconds: float) -> str
     mutants = "1 mutant" if len(results) == 1 else f"{len(results)} mutants"
     return (
         f"{name}: {mutants} (seed {seed}): {killed} killed ({count['timeout']} by the time limit), "
-        f"{count['survived']} survived, {count['equivalent']} equivalent: {score(results):.1f}% of {killed + count['survived']}; "
-        f"{seconds:.0f} s"
+        f"{count['survived']} survived, {count['equivalent']} equivalent: "
+        f"{score(results):.1f}% of {killed + count['survived']}; {seconds:.0f} s"
     )
 
 
@@ -555,8 +599,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./task mutate",
         usage="./task mutate -- FILE [FILE ...] [OPTIONS]",
-        description="Plant small bugs in source files and see whether the tests that are not marked slow notice.",
-        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. 2: wrong use. 130: interrupted.",
+        description="Plant small bugs in source files and list those that no test detects. "
+        "Tests that are marked slow do not run.",
+        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. 2: wrong use. "
+        "130: interrupted.",
     )
     parser.add_argument(
         "targets",
@@ -699,7 +745,10 @@ def main(arguments: list[str]) -> int:
 def collect(
     results: list[Verdict], files: list[str], tests: list[str], reasons: Reasons, args: argparse.Namespace
 ) -> None:
-    """Append the verdict of each mutant to the results. After an interruption they have the verdicts so far."""
+    """Append the verdict of each mutant to the results.
+
+    After an interruption they have the verdicts so far.
+    """
     sources = {file: (args.root / file).read_text(encoding="utf-8") for file in files}
     mutants = draw_mutants(sources, args)
     remaining = []

@@ -1,7 +1,8 @@
-"""Odd command lines for test_doors.py: every command, every option, unlikely values. A case is a function of (seed, index).
+"""Odd command lines for test_doors.py: every command and every option, with unlikely values.
 
-The commands and their options are read from the command line itself. A text option needs a row in `TEXT`. The values of other
-options depend on their type. The arguments in `BASE` keep a case from using the network or training for longer than a second.
+A case is a function of (seed, index). The commands and their options are read from the command line itself. A text option needs a row in `TEXT`. The
+values of other options depend on their type. The arguments in `BASE` keep a case from using the network or
+training for longer than a second.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from doors import Driver, Outcome
 Draw = Callable[[random.Random], str]
 
 SMALL = {
-    "num_titles": 120, "vocab_size": 300, "block_size": 8, "batch_size": 4, "n_layer": 1, "n_head": 1, "d_model": 8, "threads": 1,
-    "device": "cpu", "max_steps": 1, "eval_per_epoch": 0, "dev_frac": 0.2,
+    "num_titles": 120, "vocab_size": 300, "block_size": 8, "batch_size": 4, "n_layer": 1, "n_head": 1,
+    "d_model": 8, "threads": 1, "device": "cpu", "max_steps": 1, "eval_per_epoch": 0, "dev_frac": 0.2,
 }  # fmt: skip
 
 
@@ -60,17 +61,20 @@ def bomb(word: str) -> str:
 
 
 WORDS = (
-    "", " ", "\t", "\n", "x" * 300, "x" * 5000, "ü" * 200, "\0", "a\0b", "\x1b[31mred\x1b[0m", "\x07", "a\nb", "a\rb", "\x9b31m", "\x7f",
-    "ü", "日本語", "\u202egnp.exe", "e\u0301", "\u2028", "\ufeff", "\ud83d", os.fsdecode(b"caf\xe9"), os.fsdecode(b"\xff\xfe"), "😀" * 80,
-    "-", "--", "-x", "=", "a=b", "=b", "a=", "%s%n%d", "{}", "{0}", "{", "[bold]x[/bold]", "[/]", "'", '"', "`id`", "$(id)", "*", "?", "!",
-    "..", ".", "/", "//", "~", "~no-such-user", "a/b", "None", "null", "true", "nan", "C:\\x", "file:x", "memory://x", "http://127.0.0.1:9/x",
-    "#", "a#b", ":", "a:b", ":a", "a:", "@", "a,b", ",", "<x>", "&amp;", "1" * 5000, "\\", "\\x1b", "x.toml", ".toml", "x" * 300 + ".toml",
+    "", " ", "\t", "\n", "x" * 300, "x" * 5000, "ü" * 200, "\0", "a\0b", "\x1b[31mred\x1b[0m", "\x07", "a\nb",
+    "a\rb", "\x9b31m", "\x7f", "ü", "日本語", "\u202egnp.exe", "e\u0301", "\u2028", "\ufeff", "\ud83d",
+    os.fsdecode(b"caf\xe9"), os.fsdecode(b"\xff\xfe"), "😀" * 80, "-", "--", "-x", "=", "a=b", "=b", "a=",
+    "%s%n%d", "{}", "{0}", "{", "[bold]x[/bold]", "[/]", "'", '"', "`id`", "$(id)", "*", "?", "!", "..", ".",
+    "/", "//", "~", "~no-such-user", "a/b", "None", "null", "true", "nan", "C:\\x", "file:x", "memory://x",
+    "http://127.0.0.1:9/x", "#", "a#b", ":", "a:b", ":a", "a:", "@", "a,b", ",", "<x>", "&amp;", "1" * 5000,
+    "\\", "\\x1b", "x.toml", ".toml", "x" * 300 + ".toml",
 )  # fmt: skip
 NUMBERS = (
-    "0", "-0", "-1", "1", "2", "007", "0x10", "1" * 400, "1" * 5000, "-" + "9" * 5000, "0x" + "f" * 5000, "1e-320", "-1e-320", "1e400",
-    "nan", "-nan", "inf", "-inf", "1.5", "0.0", "-0.0", "1e3", " 1", "1 ", "+1", "1,0", "٣", "½", "²", "9223372036854775808",
-    "-9223372036854775809", "18446744073709551616", "4294967296", "", "true", "1j", "1;2", "0b1", "0o7", "1__0", "0.1e", ".5", "5.",
-    "1979-05-27T07:32:00Z", "07:32:00", "[1]", "{a=1}", "'1'", '"1"',
+    "0", "-0", "-1", "1", "2", "007", "0x10", "1" * 400, "1" * 5000, "-" + "9" * 5000, "0x" + "f" * 5000,
+    "1e-320", "-1e-320", "1e400", "nan", "-nan", "inf", "-inf", "1.5", "0.0", "-0.0", "1e3", " 1", "1 ", "+1",
+    "1,0", "٣", "½", "²", "9223372036854775808", "-9223372036854775809", "18446744073709551616", "4294967296",
+    "", "true", "1j", "1;2", "0b1", "0o7", "1__0", "0.1e", ".5", "5.", "1979-05-27T07:32:00Z", "07:32:00",
+    "[1]", "{a=1}", "'1'", '"1"',
 )  # fmt: skip
 
 
@@ -85,20 +89,24 @@ def number(rng: random.Random) -> str:
 # -- documents that are nearly valid: written for one case, under the names in DOCUMENTS
 
 VALUES = (
-    "-1", "0", "1", "1.5", "1e-320", "1e308", "-0.0", "nan", "inf", "true", '""', '"x"', '"none"', "[]", "{}", "[[]]", "[1, 1]", "[0.5]",
-    "{ a = 1 }", "9223372036854775807", "1" + "0" * 299, "1" * 5000, "0x" + "f" * 400, "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z",
-    '"\\u0000"', '"\\u001b[2J"', '"\\u0085"', '"' + "x" * 300 + '"', '"' + "y" * 5000 + '"', "[" + "1," * 2000 + "]", "[nan, inf]",
-    "[true, false, 1]", '"""two\nlines"""', "[" * 90 + "]" * 90, "[" * 3000 + "]" * 3000, '"../../x"', '"small.toml"', '"demo"',
-    '"file:titles.txt"', '["sgd", "muon"]', "[0.5, 0.25]", "[1e-320, 2]", '["a", "a"]', "[1, 1.0]", '[0.1, "x"]',
+    "-1", "0", "1", "1.5", "1e-320", "1e308", "-0.0", "nan", "inf", "true", '""', '"x"', '"none"', "[]", "{}",
+    "[[]]", "[1, 1]", "[0.5]", "{ a = 1 }", "9223372036854775807", "1" + "0" * 299, "1" * 5000,
+    "0x" + "f" * 400, "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z", '"\\u0000"', '"\\u001b[2J"',
+    '"\\u0085"', '"' + "x" * 300 + '"', '"' + "y" * 5000 + '"', "[" + "1," * 2000 + "]", "[nan, inf]",
+    "[true, false, 1]", '"""two\nlines"""', "[" * 90 + "]" * 90, "[" * 3000 + "]" * 3000, '"../../x"',
+    '"small.toml"', '"demo"', '"file:titles.txt"', '["sgd", "muon"]', "[0.5, 0.25]", "[1e-320, 2]",
+    '["a", "a"]', "[1, 1.0]", '[0.1, "x"]',
 )  # fmt: skip
 STUDY = {
-    "name": '"odd"', "about": '"text"', "preset": '"small.toml"', "objective": '"dev/full"', "threads": "1", "workers": "0",
-    "engine": '"local"', "address": '""', "gpus": "0.0", "storage": '""', "set.lr": "0.1", "set.dev_frac": "0.2", "space.lr.low": "1e-3",
-    "space.lr.high": "1e-2", "space.lr.log": "true", "space.lr.step": "1e-4", "space.momentum.values": "[0.0, 0.9]",
-    "space.momentum.when": '{ optimizer = ["sgd"] }', "space.x.low": "1", "space.growth.low": "1", "space.timescale.low": "0.1",
-    "space.timescale.high": "1e300", "space.dropout.values": "[0.1, 0.2]", "budget.trials": "1", "budget.tokens": "1e9",
-    "sampler.name": '"random"', "sampler.seed": "0", "sampler.generation": "4", "rungs.at": "[0.5]", "rungs.keep": "0.5",
-    "rungs.score": '"raw"', "evidence.seeds": "2", "evidence.noise_seeds": "2", "evidence.best": "1", "x": "1",
+    "name": '"odd"', "about": '"text"', "preset": '"small.toml"', "objective": '"dev/full"', "threads": "1",
+    "workers": "0", "engine": '"local"', "address": '""', "gpus": "0.0", "storage": '""', "set.lr": "0.1",
+    "set.dev_frac": "0.2", "space.lr.low": "1e-3", "space.lr.high": "1e-2", "space.lr.log": "true",
+    "space.lr.step": "1e-4", "space.momentum.values": "[0.0, 0.9]",
+    "space.momentum.when": '{ optimizer = ["sgd"] }', "space.x.low": "1", "space.growth.low": "1",
+    "space.timescale.low": "0.1", "space.timescale.high": "1e300", "space.dropout.values": "[0.1, 0.2]",
+    "budget.trials": "1", "budget.tokens": "1e9", "sampler.name": '"random"', "sampler.seed": "0",
+    "sampler.generation": "4", "rungs.at": "[0.5]", "rungs.keep": "0.5", "rungs.score": '"raw"',
+    "evidence.seeds": "2", "evidence.noise_seeds": "2", "evidence.best": "1", "x": "1",
 }  # fmt: skip
 MIX = {"path": '"titles.txt"', "corpus": '"synthetic"', "ratio": "1", "weight": "1", "x": "1"}
 OPS = '[{ name = "set_lr", value = 0.1, trigger = { step = 1 } }]'
@@ -163,16 +171,18 @@ def path(rng: random.Random) -> str:
 
 
 PLACES = (
-    "fifo", "fifo.toml", "fifo.json", "fifo.yaml", "fifo.csv", "fifo.pdf", "loop", "loop.toml", "loop.json", "loop/x", "folder",
-    "folder.toml", "folder.json", "folder.pdf", "folder.zip", "dangling", "dangling.toml", "socket", "socket.toml", "notes.txt",
-    "titles.txt", "empty.toml", "empty.json", "empty.pdf", "binary.toml", "binary.json", "binary.yaml", "binary.pdf", "binary.zip",
-    "utf16.toml", "utf16.json", "utf16.yaml", "bom.toml", "bom.json", "bom.yaml", "latin.toml", "latin.json", "latin.yaml", "deep.toml",
-    "deep.json", "deep.yaml", "dotted.toml", "bomb.yaml", "numbers.toml", "numbers.json", "numbers.yaml", "keys.toml", "keys.json",
-    "keys.yaml", "nul.toml", "surrogate.json", "wide.csv", "long.csv", "mix.toml", "deepmix.toml", "loopmix.toml", "growth.json",
-    "growth.toml", "small.toml", "base.toml", "steps.toml", "study.toml", "broken.toml", "types.toml", "dates.toml", "readonly",
-    "no/such/place", "new", "runs", "runs/studies", "runs/studies/done", "runs/.store", "ünï", "a b", "with\nline", "report.pdf",
-    "bundle.zip", "/dev/null", "/dev/full", "/dev/zero", "/dev/stdin", "/proc/self/mem", "/proc/self/fd/1", ".", "..", "/",
-    "./" * 3000 + "x", "d/" * 1500 + "x",
+    "fifo", "fifo.toml", "fifo.json", "fifo.yaml", "fifo.csv", "fifo.pdf", "loop", "loop.toml", "loop.json",
+    "loop/x", "folder", "folder.toml", "folder.json", "folder.pdf", "folder.zip", "dangling", "dangling.toml",
+    "socket", "socket.toml", "notes.txt", "titles.txt", "empty.toml", "empty.json", "empty.pdf",
+    "binary.toml", "binary.json", "binary.yaml", "binary.pdf", "binary.zip", "utf16.toml", "utf16.json",
+    "utf16.yaml", "bom.toml", "bom.json", "bom.yaml", "latin.toml", "latin.json", "latin.yaml", "deep.toml",
+    "deep.json", "deep.yaml", "dotted.toml", "bomb.yaml", "numbers.toml", "numbers.json", "numbers.yaml",
+    "keys.toml", "keys.json", "keys.yaml", "nul.toml", "surrogate.json", "wide.csv", "long.csv", "mix.toml",
+    "deepmix.toml", "loopmix.toml", "growth.json", "growth.toml", "small.toml", "base.toml", "steps.toml",
+    "study.toml", "broken.toml", "types.toml", "dates.toml", "readonly", "no/such/place", "new", "runs",
+    "runs/studies", "runs/studies/done", "runs/.store", "ünï", "a b", "with\nline", "report.pdf",
+    "bundle.zip", "/dev/null", "/dev/full", "/dev/zero", "/dev/stdin", "/proc/self/mem", "/proc/self/fd/1",
+    ".", "..", "/", "./" * 3000 + "x", "d/" * 1500 + "x",
 )  # fmt: skip
 
 
@@ -183,9 +193,9 @@ def preset(rng: random.Random) -> str:
     """Draw a preset that does not train for minutes."""
     names = ("demo:x", "baseline:x", "staged:", "small.toml", "small.toml:x", "Grown", "demo-grow", "demo:")
     drawn = rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
-    return (
-        "small.toml" if drawn == "empty.toml" else drawn
-    )  # an empty preset is the baseline at its full size
+    if drawn == "empty.toml":  # an empty preset is the baseline at its full size
+        return "small.toml"
+    return drawn
 
 
 def setting(rng: random.Random) -> str:
@@ -272,23 +282,28 @@ def study(rng: random.Random) -> str:
 
 
 def store(rng: random.Random) -> str:
-    urls = ("memory://x", "memory://", "://", "x://y", "file://", "file:" + "x" * 300, "local://loop", "s3://b/x", "simplecache::x", "zip://x",
-            "file:/dev/null", "http://127.0.0.1:9/x", "ftp://127.0.0.1:9/x", "data:,x", "dir://x", "reference://x",
-            "a" * 300 + "://x")  # fmt: skip
+    urls = (
+        "memory://x", "memory://", "://", "x://y", "file://", "file:" + "x" * 300, "local://loop", "s3://b/x",
+        "simplecache::x", "zip://x", "file:/dev/null", "http://127.0.0.1:9/x", "ftp://127.0.0.1:9/x",
+        "data:,x", "dir://x", "reference://x", "a" * 300 + "://x",
+    )  # fmt: skip
     return rng.choice((path, word, lambda r: r.choice(urls)))(rng)
 
 
 def url(rng: random.Random) -> str:
-    urls = ("http://127.0.0.1:9/x", "https://127.0.0.1:9/", "http://", "http://[", "http://x:99999/", "ftp://x", "file:x", "http://\x00/",
-            "http://a b/", "http://" + "x" * 300 + "/", "http://user:" + "secret@127.0.0.1:9/x",
-            "http://127.0.0.1:9/" + "x" * 5000)  # fmt: skip
+    urls = (
+        "http://127.0.0.1:9/x", "https://127.0.0.1:9/", "http://", "http://[", "http://x:99999/", "ftp://x",
+        "file:x", "http://\x00/", "http://a b/", "http://" + "x" * 300 + "/",
+        "http://user:" + "secret@127.0.0.1:9/x", "http://127.0.0.1:9/" + "x" * 5000,
+    )  # fmt: skip
     return rng.choice((word, lambda r: r.choice(urls)))(rng)
 
 
 def storage(rng: random.Random) -> str:
     urls = (
-        "sqlite:///no/such/place.db", "sqlite:///folder", "sqlite:", "sqlite:///loop", "sqlite:///" + "x" * 300,
-        "sqlite:///notes.txt", "postgresql://", "postgresql://u:p@127.0.0.1:9/d", "postgresql://u:p@p@h/d", "mysql://x",
+        "sqlite:///no/such/place.db", "sqlite:///folder", "sqlite:", "sqlite:///loop",
+        "sqlite:///" + "x" * 300, "sqlite:///notes.txt", "postgresql://", "postgresql://u:p@127.0.0.1:9/d",
+        "postgresql://u:p@p@h/d", "mysql://x",
     )  # fmt: skip
     return rng.choice((word, lambda r: r.choice(urls)))(rng)
 
@@ -364,12 +379,8 @@ BASE: dict[str, list[str]] = {
     "grow plan": [],
     "grow verify": [],
 }
-LAST = {
-    "demo",
-    "bench step",
-    "bench lineage",
-    "bench gpu",
-}  # their base comes last, because the last --set wins
+# The arguments in BASE of these commands come last, because the last --set wins.
+LAST = {"demo", "bench step", "bench lineage", "bench gpu"}
 WEIGHT = {
     "train": 4.0,
     "sweep run": 3.0,
@@ -382,8 +393,11 @@ WEIGHT = {
     "report": 0.5,
     "store audit": 0.5,
 }
-VALID = {"name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml", "file": "growth.json",
-         "folder": "new", "path": "bundle.zip"}  # fmt: skip
+VALID = {
+    "name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml",
+    "file": "growth.json", "folder": "new", "path": "bundle.zip",
+}  # fmt: skip
+# Options that set the amount of work.
 WORK_SIZES = {
     "-n",
     "--max-tokens",
@@ -393,7 +407,7 @@ WORK_SIZES = {
     "--steps",
     "--trials",
     "--workers",
-}  # options that set the amount of work
+}
 
 
 # -- cases
@@ -440,7 +454,10 @@ def commands() -> dict[str, list[Any]]:
 
 
 def draw_for(param: Any) -> Draw | None:
-    """Return the function that draws odd values of a parameter, or None for a flag. LookupError: an option without a row in TEXT."""
+    """Return the function that draws odd values of a parameter, or None for a flag.
+
+    LookupError: an option without a row in TEXT.
+    """
     kind = param.type_descriptor.annotation
     if getattr(param, "is_flag", False):
         return None
@@ -551,17 +568,18 @@ def make_fixture(driver: Driver, folder: Path) -> Path:
     done.mkdir(parents=True)
     ledger = {"asked": 1, "trained": 1, "reused": 0, "wasted": 0, "branch": 0}
     trial = {
-        "trial": 0, "state": "done", "value": 2.5, "seed": 1, "params": {"lr": 0.1}, "rung": 0, "scores": {"0": 2.5},
-        "raw_scores": {"0": 2.5}, "stops": [1], "run": "x", "reason": "", "sets": ["lr=0.1"], "steps": 1, "tokens": 1, "flops": 1.0,
-        "seconds": 1.0, **ledger,
+        "trial": 0, "state": "done", "value": 2.5, "seed": 1, "params": {"lr": 0.1}, "rung": 0,
+        "scores": {"0": 2.5}, "raw_scores": {"0": 2.5}, "stops": [1], "run": "x", "reason": "",
+        "sets": ["lr=0.1"], "steps": 1, "tokens": 1, "flops": 1.0, "seconds": 1.0, **ledger,
     }  # fmt: skip
     study = {
-        "name": "done", "preset": "small.toml", "storage": "", "sampler": {"name": "random", "seed": 0}, "space": {},
-        "budget": {"trials": 1},
+        "name": "done", "preset": "small.toml", "storage": "", "sampler": {"name": "random", "seed": 0},
+        "space": {}, "budget": {"trials": 1},
     }  # fmt: skip
     ended = {
-        "name": "done", "preset": "small.toml", "objective": "dev/full", "digest": "x", "study": study, "trials": [trial],
-        "ledger": ledger, "rung_correlation": {}, "raw_rung_correlation": {}, "evidence": None,
+        "name": "done", "preset": "small.toml", "objective": "dev/full", "digest": "x", "study": study,
+        "trials": [trial], "ledger": ledger, "rung_correlation": {}, "raw_rung_correlation": {},
+        "evidence": None,
     }  # fmt: skip
     (done / "study.json").write_text(
         json.dumps({"digest": "x", "study": study, "command": "mainrun sweep done"}), encoding="utf-8"
@@ -577,31 +595,37 @@ def _small(folder: Path) -> None:
 SMALL_TOML = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SMALL.items()).encode()
 DEEP = 3000
 FILES: dict[str, bytes] = {
-    "notes.txt": b"someone's notes\n",
-    "titles.txt": b"".join(b"Show HN: title %d\n" % i for i in range(150)),
-    "empty.toml": b"", "empty.json": b"", "empty.pdf": b"",
-    "binary.toml": bytes(range(256)), "binary.json": bytes(range(256)), "binary.yaml": bytes(range(256)),
-    "binary.pdf": b"%PDF" + bytes(range(256)), "binary.zip": b"PK\3\4" + bytes(range(256)), "bundle.zip": b"PK\5\6" + bytes(18),
-    "report.pdf": b"%PDF-1.4\n%%EOF\n",
-    "utf16.toml": "lr = 0.1\n".encode("utf-16"), "utf16.json": b"{}".decode().encode("utf-16"), "utf16.yaml": "ops: []".encode("utf-16"),
-    "bom.toml": b"\xef\xbb\xbf" + SMALL_TOML, "bom.json": b'\xef\xbb\xbf{"ops": []}', "bom.yaml": b"\xef\xbb\xbfops: []\n",
+    "notes.txt": b"someone's notes\n", "titles.txt": b"".join(b"Show HN: title %d\n" % i for i in range(150)),
+    "empty.toml": b"", "empty.json": b"", "empty.pdf": b"", "binary.toml": bytes(range(256)),
+    "binary.json": bytes(range(256)), "binary.yaml": bytes(range(256)),
+    "binary.pdf": b"%PDF" + bytes(range(256)), "binary.zip": b"PK\3\4" + bytes(range(256)),
+    "bundle.zip": b"PK\5\6" + bytes(18), "report.pdf": b"%PDF-1.4\n%%EOF\n",
+    "utf16.toml": "lr = 0.1\n".encode("utf-16"), "utf16.json": b"{}".decode().encode("utf-16"),
+    "utf16.yaml": "ops: []".encode("utf-16"), "bom.toml": b"\xef\xbb\xbf" + SMALL_TOML,
+    "bom.json": b'\xef\xbb\xbf{"ops": []}', "bom.yaml": b"\xef\xbb\xbfops: []\n",
     "latin.toml": b'about = "caf\xe9"\n', "latin.json": b'{"ops": "\xe9"}', "latin.yaml": b"ops: \xe9\n",
-    "deep.toml": b"lr = " + b"[" * DEEP + b"]" * DEEP, "deep.json": b"[" * DEEP + b"]" * DEEP, "deep.yaml": b"[" * DEEP + b"]" * DEEP,
-    "dotted.toml": b"a." * DEEP + b"b = 1\n",
+    "deep.toml": b"lr = " + b"[" * DEEP + b"]" * DEEP, "deep.json": b"[" * DEEP + b"]" * DEEP,
+    "deep.yaml": b"[" * DEEP + b"]" * DEEP, "dotted.toml": b"a." * DEEP + b"b = 1\n",
     "bomb.yaml": bomb("x").encode(),
-    "numbers.toml": b"seed = " + b"1" * 5000 + b"\nlr = 1e-320\nn_layer = 0x" + b"f" * 5000 + b"\nd_model = nan\n",
-    "numbers.json": b'{"ops": ' + b"1" * 5000 + b"}", "numbers.yaml": b"ops: 0x" + b"f" * 5000 + b"\nseed: " + b"1:" * 3000 + b"1\n",
-    "keys.toml": b"".join(b"k%d = 1\n" % i for i in range(2000)), "keys.json": json.dumps({f"k{i}": 1 for i in range(2000)}).encode(),
-    "keys.yaml": b"".join(b"k%d: 1\n" % i for i in range(500)),
-    "nul.toml": b'about = "\\u0000"\nlr = 1\n', "surrogate.json": b'{"ops": "\\ud800"}',
-    "wide.csv": b"title\n" + b"x" * 140_000 + b"\n", "long.csv": b"title," * 300 + b"\n",
+    "numbers.toml": b"seed = " + b"1" * 5000 + b"\nlr = 1e-320\nn_layer = 0x" + b"f" * 5000
+    + b"\nd_model = nan\n",
+    "numbers.json": b'{"ops": ' + b"1" * 5000 + b"}",
+    "numbers.yaml": b"ops: 0x" + b"f" * 5000 + b"\nseed: " + b"1:" * 3000 + b"1\n",
+    "keys.toml": b"".join(b"k%d = 1\n" % i for i in range(2000)),
+    "keys.json": json.dumps({f"k{i}": 1 for i in range(2000)}).encode(),
+    "keys.yaml": b"".join(b"k%d: 1\n" % i for i in range(500)), "nul.toml": b'about = "\\u0000"\nlr = 1\n',
+    "surrogate.json": b'{"ops": "\\ud800"}', "wide.csv": b"title\n" + b"x" * 140_000 + b"\n",
+    "long.csv": b"title," * 300 + b"\n",
     "mix.toml": b'[[source]]\npath = "titles.txt"\n[[source]]\ncorpus = "synthetic"\nratio = 1e-320\n',
-    "deepmix.toml": b"source = " + b"[" * DEEP + b"]" * DEEP, "loopmix.toml": b'[[source]]\npath = "loop"\n[[source]]\npath = "fifo"\n',
+    "deepmix.toml": b"source = " + b"[" * DEEP + b"]" * DEEP,
+    "loopmix.toml": b'[[source]]\npath = "loop"\n[[source]]\npath = "fifo"\n',
     "growth.json": b'{"version": 2, "ops": [{"name": "set_dropout", "value": 0.1, "trigger": {"step": 1}}]}',
     "growth.toml": b'[[ops]]\nname = "set_dropout"\nvalue = 0.1\ntrigger = { step = 1 }\n',
-    "base.toml": b'base = "base.toml"\n', "steps.toml": b'base = "small.toml"\n[[steps]]\nname = "a"\n[[steps]]\nname = "a"\n',
+    "base.toml": b'base = "base.toml"\n',
+    "steps.toml": b'base = "small.toml"\n[[steps]]\nname = "a"\n[[steps]]\nname = "a"\n',
     "study.toml": b'preset = "small.toml"\n[space.lr]\nlow = 1e-3\nhigh = 1e-2\n[budget]\ntrials = 1\n',
-    "broken.toml": b'preset = "small.toml"\n[set]\ncorpus = "file:none.txt"\n[space.lr]\nlow = 1e-3\nhigh = 1e-2\n[budget]\ntrials = 1\n',
+    "broken.toml": b'preset = "small.toml"\n[set]\ncorpus = "file:none.txt"\n'
+    + b"[space.lr]\nlow = 1e-3\nhigh = 1e-2\n[budget]\ntrials = 1\n",
     "types.toml": b'preset = []\nspace = 3\nbudget = "x"\nset = [1]\nname = {a=1}\nsteps = {}\nscale = 1\n'
     + b"base = 7\nsource = [1]\nops = 1\n",
     "dates.toml": b"about = 1979-05-27\nlr = 07:32:00\n[set]\nlr = 1979-05-27T07:32:00Z\n"

@@ -1,4 +1,4 @@
-"""Two processes (gloo, by torchrun) are one: ranks take slices of one global batch, and the leader alone writes."""
+"""Two processes (gloo, started by torchrun) train the same run as one process, and only the leader writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "optimizer": "sgd",
 }
 
-# one op at its step, one when an evaluation decides: all processes must find the same
+# One operation fires at its step and one at an evaluation. All processes must decide the same.
 GROWS = (
     '{"version":2,"ops":[{"name":"stack_layers","value":[0,0,1],"init":"identity","trigger":{"step":9}},'
     '{"name":"widen_mlp","value":160,"trigger":{"any":[{"loss_below":0.1},{"wait_iters":5}]}}]}'
@@ -38,7 +38,7 @@ GROWS = (
 
 
 def config(**changes: Any) -> TrainConfig:
-    """What the command line makes of the same changes."""
+    """Return the config that the command line makes of the same changes."""
     from mainrun.plan.recipes import load
 
     fields = load("baseline")[0].model_dump() | TINY | SMALL | changes
@@ -47,26 +47,9 @@ def config(**changes: Any) -> TrainConfig:
 
 def command(out: Path, *arguments: str, processes: int = 2, **changes: Any) -> list[str]:
     sets = {k: v for k, v in (SMALL | changes).items() if k != "preset"}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    return [
-        *torchrun,
-        "-m",
-        "mainrun",
-        "train",
-        "--preset",
-        "baseline",
-        *tiny_sets(**sets),
-        "--out",
-        str(out),
-        *arguments,
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    train = ["-m", "mainrun", "train", "--preset", "baseline", *tiny_sets(**sets), "--out", str(out)]
+    return [sys.executable, *torchrun, *train, *arguments]
 
 
 def torchrun(out: Path, *arguments: str, **changes: Any) -> subprocess.CompletedProcess[str]:
@@ -80,19 +63,20 @@ def losses(run: RunDir) -> list[float]:
 
 
 def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
-    a, b = losses(one), losses(two)
-    assert len(a) == len(b) >= 20 and a[0] - a[-1] > 0.05
-    assert b == pytest.approx(a, abs=tolerance)
+    """Check that the losses, scores and weights of two runs are nearly equal."""
+    losses_one = losses(one)
+    losses_two = losses(two)
+    assert len(losses_one) == len(losses_two) >= 20 and losses_one[0] - losses_one[-1] > 0.05
+    assert losses_two == pytest.approx(losses_one, abs=tolerance)
     for row_a, row_b in zip(one.metrics(), two.metrics(), strict=True):
         assert row_a["event"] == row_b["event"] and row_a["step"] == row_b["step"]
         if row_a["event"] == "eval":
             assert row_b["full"] == pytest.approx(row_a["full"], abs=tolerance)
-    first, second = (
-        checkpoint.load_newest(r.checkpoints, lambda meta: None, lambda text: None) for r in (one, two)
-    )
+    first = checkpoint.load_newest(one.checkpoints, lambda meta: None, lambda text: None)
+    second = checkpoint.load_newest(two.checkpoints, lambda meta: None, lambda text: None)
     assert first is not None and second is not None and first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
-        # nothing depends on the bias of k, so AdamW makes steps of its gradient's rounding alone
+        # the loss does not depend on the bias of k, so AdamW amplifies the rounding of its gradient
         if name.startswith("model/") and not name.endswith("attn.k.bias"):
             assert (tensor - second[0][name]).abs().max() < 10 * tolerance, name
 
@@ -114,15 +98,15 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
     ],
     ids=["sgd", "adamw, accumulation, ema", "muon", "growth"],
 )
-def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_two_processes_train_the_same_run_as_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     cfg = config(**recipe)
     done = torchrun(tmp_path / "two", **recipe)
     assert done.returncode == 0, done.stderr
     two = RunDir(tmp_path / "two" / cfg.run_id)
-    # torch's Muon orthogonalises in bfloat16, which makes one rounding of a sum of gradients as large as 1e-4 in the loss ...
+    # Muon orthogonalises in bfloat16. A different rounding of the gradients then changes the loss by 1e-4.
     train(cfg, tmp_path / "one")
     compare(RunDir(tmp_path / "one" / cfg.run_id), two, 5e-4 if cfg.optimizer == "muon" else 1e-5)
-    # ... so for it one process sums the same pieces in the same order
+    # With accumulation, one process sums the gradients in the same order as two, so the losses are closer.
     if cfg.optimizer == "muon":
         pieces = config(**recipe, grad_accum=2)
         train(pieces, tmp_path / "one")
@@ -130,13 +114,13 @@ def test_two_processes_are_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     summary = two.summary()
     assert summary is not None and summary["machine_class"]["processes"] == 2
     assert [g for g in summary["guards"] if g["status"] == "fail"] == [], (
-        "both processes' tokens are in the ledger"
+        "the ledger contains the tokens of both processes"
     )
-    assert done.stdout.count("guards:") == 1, "the leader alone speaks"
+    assert done.stdout.count("guards:") == 1, "only the leader prints"
 
 
 def test_dropout_masks_differ_between_the_processes(tmp_path: Path) -> None:
-    """The same rows on both ranks would get the same mask if the ranks shared a seed; two pieces of one process never do."""
+    """If both processes had the same seed, their losses would differ from those of one process."""
     changes = {"dropout": 0.5, "lr": 1e-9, "eval_per_epoch": 0}
     done = torchrun(tmp_path / "two", **changes)
     assert done.returncode == 0, done.stderr
@@ -146,7 +130,7 @@ def test_dropout_masks_differ_between_the_processes(tmp_path: Path) -> None:
     assert losses(two) == pytest.approx(losses(RunDir(tmp_path / "one" / cfg.run_id)), abs=1e-5)
 
 
-def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_of_two_processes_resumes(tmp_path: Path) -> None:
     changes = {"optimizer": "adamw", "lr": 1e-3, "epochs": 8, "checkpoint_every": 50}
     cfg = config(**changes)
     run = RunDir(tmp_path / "two" / cfg.run_id)
@@ -158,7 +142,7 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
         while len(losses(run)) < 20:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
             time.sleep(0.01)
-        os.kill(run.status()["pid"], signal.SIGTERM)  # one process is asked, both stop
+        os.kill(run.status()["pid"], signal.SIGTERM)  # a signal to one process stops both
         error = process.communicate(timeout=300)[1]
     finally:
         process.kill()
@@ -174,7 +158,7 @@ def test_an_interrupted_run_of_two_processes_goes_on(tmp_path: Path) -> None:
     compare(RunDir(tmp_path / "one" / cfg.run_id), run)
     assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, status["steps"] + 1))
 
-    # asked again it is done; --fresh does it again, and no process takes the old summary for the new run's
+    # a second command shows the finished run; with --fresh, no process reuses the old summary
     weights = (run.summary() or {})["weights"]
     assert torchrun(tmp_path / "two", **changes).returncode == 0 and (run.summary() or {})["resumed"] == 1
     done = torchrun(tmp_path / "two", "--fresh", **changes)
@@ -189,7 +173,7 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0 and message in done.stderr
     assert re.findall(r"exitcode *: (\d+)", done.stderr)[:1] == ["2"], done.stderr
     assert list(tmp_path.iterdir()) == []
-    # the process itself, without torchrun around it
+    # one of the processes without torchrun
     alone = [sys.executable, *command(tmp_path, grad_accum=8)[6:]]
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     one = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)

@@ -1,7 +1,9 @@
-"""With any input, a command ends with a documented exit code and at most one message. See doors.py and odd_cases.py.
+"""With any input, a command ends with a documented exit code and at most one message.
 
-python tests/doors.py --cases 20000 --seed 1    # many more random cases than these tests run
-python tests/doors.py --case 1:57               # one of them, with all of its output
+See doors.py and odd_cases.py.
+
+    python tests/doors.py --cases 20000 --seed 1    # many more random cases than these tests run
+    python tests/doors.py --case 1:57               # one case, with all of its output
 """
 
 from __future__ import annotations
@@ -181,16 +183,16 @@ def test_a_preset_of_300_000_unknown_keys(driver: Driver, tmp_path: Path) -> Non
     )
 
 
-def test_only_the_faults_that_are_shown_are_looked_up(
+def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Comparing a name with those of all fields takes a fifth of a millisecond: a minute for 300,000 of them."""
-    asked = []
-    monkeypatch.setattr(config, "nearest", lambda name, allowed: asked.append(name) or "")
+    """Comparing a name with all fields takes 0.2 ms, which would be a minute for 300,000 names."""
+    names = []
+    monkeypatch.setattr(config, "nearest", lambda name, allowed: names.append(name) or "")
     (tmp_path / "keys.toml").write_text("".join(f"k{i} = 1\n" for i in range(2000)), encoding="utf-8")
     with pytest.raises(ConfigError, match="and 1,990 more faults"):
         config.load(str(tmp_path / "keys.toml"))
-    assert asked == [f"k{i}" for i in range(10)]
+    assert names == [f"k{i}" for i in range(10)]
 
 
 # -- messages about too large input, and commands that work nevertheless
@@ -232,7 +234,9 @@ def test_only_the_faults_that_are_shown_are_looked_up(
     ],
     ids=lambda text: inputs.shown(text, 40),
 )
-def test_too_much_of_it(driver: Driver, tmp_path: Path, words: str, document: str, expected: str) -> None:
+def test_too_large_documents(
+    driver: Driver, tmp_path: Path, words: str, document: str, expected: str
+) -> None:
     name = re.search(r"odd\.\w+", words)
     assert name
     (tmp_path / name[0]).write_text(document, encoding="utf-8")
@@ -252,7 +256,7 @@ def test_the_coldest_temperature_is_the_likeliest_token(
     assert samples[0] and samples == [samples[0]] * 3
 
 
-def test_a_training_finishes_although_stdout_is_full(driver: Driver, fixture: Path, tmp_path: Path) -> None:
+def test_a_full_stdout_does_not_end_a_training(driver: Driver, fixture: Path, tmp_path: Path) -> None:
     odd_cases.make_folder(fixture, tmp_path / "case", ())
     outcome = driver.run(
         ["train", "--preset", "small.toml", "--set", "seed=5", "--json"], cwd=tmp_path / "case", stdout="full"
@@ -291,7 +295,7 @@ def test_a_training_finishes_although_stdout_is_full(driver: Driver, fixture: Pa
     ],
     ids=lambda value: inputs.shown(value, 60),
 )
-def test_one_message_whatever_is_raised(
+def test_every_error_gives_one_message(
     monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, expected: str
 ) -> None:
     def fail() -> list[str]:
@@ -304,7 +308,7 @@ def test_one_message_whatever_is_raised(
 
 
 @pytest.mark.parametrize("word", ["a\0", "\ud83d"])
-def test_an_argument_that_is_no_text(word: str) -> None:
+def test_an_argument_that_is_not_text(word: str) -> None:
     result = CliRunner().invoke(app, ["presets", word])
     assert (
         result.exit_code == 2
@@ -325,8 +329,8 @@ def test_every_option_has_odd_values() -> None:
             odd_cases.draw_for(param)
 
 
-def test_every_path_is_checked() -> None:
-    """An option or an argument that is a path has the callback `usable`, so that a name of 300 characters is refused by its option."""
+def test_every_path_is_validated() -> None:
+    """Every option and argument that is a path has a callback, which refuses names of 300 characters."""
     bare = [
         f"{command} {param.opts[0]}"
         for command, params in odd_cases.commands().items()

@@ -104,7 +104,7 @@ def test_every_source_file_has_tests_that_mirror_it() -> None:
     tests = {file: mutate.mirrored_tests(file, root) for file in files}
     assert tests["mainrun/growth/controller.py"] == [
         "tests/test_growth_controller.py",
-        "tests/test_growth_live_rows.py",
+        "tests/test_growth_controller_rows.py",
     ]
     assert [file for file, names in tests.items() if not names] == ["mainrun/__main__.py"]
 
@@ -153,7 +153,10 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Standard output, standard error and the rows for a small tree. One function has tests, the other has none."""
+    """Standard output, standard error and the rows for a small tree.
+
+    One function has tests, the other has none.
+    """
     root = tmp_path_factory.mktemp("tree")
     (root / "mainrun").mkdir()
     (root / "tests").mkdir()
@@ -205,16 +208,14 @@ def test_a_listed_equivalent_is_named_with_its_reason_and_does_not_count(outcome
     assert [row["reason"] for row in outcome.rows if row["outcome"] == "equivalent"] == ["nobody calls it"]
     assert "nobody calls it" in outcome.out
     killed = sum(row["outcome"] == "killed" for row in outcome.rows)
-    assert (
-        f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent: {killed / (killed + 3):.1%} of {killed + 3}"
-        in outcome.out
-    )
+    counts = f"{killed} killed (0 by the time limit), 3 survived, 1 equivalent"
+    assert f"{counts}: {killed / (killed + 3):.1%} of {killed + 3}" in outcome.out
 
 
 def test_a_score_below_the_minimum_is_reported(outcome: Outcome) -> None:
     killed = sum(row["outcome"] == "killed" for row in outcome.rows)
     assert outcome.err == f"mutate: {100 * killed / (killed + 3):.1f}% is below --at-least 99\n", (
-        "and no progress, as stderr is no terminal"
+        "stderr is not a terminal, so there is no progress"
     )
 
 

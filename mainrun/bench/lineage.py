@@ -195,7 +195,7 @@ class Bench:
 
         result = StudyResult(study, "known at once", len(configs), asked, fewest, seconds=planning)
         self.train_all(result, [trials[part.name] for part in shared.assignments.order], shared.keep)
-        result.scratch_seconds = self.scratch_seconds(configs)
+        result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
         # A search knows its space, and so the steps at which its trials may part.
@@ -208,7 +208,7 @@ class Bench:
         order = random.Random(1).sample(list(trials.values()), len(trials))
         result = StudyResult(study, "one by one", len(configs), asked, fewest)
         self.train_all(result, order, keep)
-        result.scratch_seconds = self.scratch_seconds(configs)
+        result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
     def train_all(self, result: StudyResult, order: list[TrainConfig], keep: dict[str, list[int]]) -> None:
@@ -262,7 +262,7 @@ class Bench:
             self.compare_with_scratch(result, cfg, final_bits(RunDir(out / cfg.run_id)))
         # Only finalists are trained from scratch. The time of the other trials follows from their steps.
         seconds_per_step = self.scratch_seconds(finalists) / (len(finalists) * steps)
-        result.scratch_seconds = seconds_per_step * asked
+        result.scratch_seconds += seconds_per_step * asked
         return result
 
     def train_to(self, cfg: TrainConfig, out: Path, store: Store, keep: list[int], step: int) -> float:

@@ -206,7 +206,8 @@ def _header_difference(node: Node, segment: _Segment) -> str:
         return f"its official scores have geometry {node.geometry}, its config says {list(cfg.geometry)}"
     presented = segment.setup.plan.tokens(node.step) * cfg.passes
     if node.tokens_processed != presented:
-        return f"it says that {node.tokens_processed:,} tokens were presented, its steps present {presented:,}"
+        tokens = f"{node.tokens_processed:,} tokens were presented"
+        return f"it says that {tokens}, its steps present {presented:,}"
     return ""
 
 

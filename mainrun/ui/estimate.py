@@ -191,8 +191,8 @@ def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: st
 # -- memory: counted on tensors without data
 
 PROCESS = 500_000_000  # bytes of Python, torch and other libraries; on a GPU they are not in its memory
-# The peak of the heap, relative to the peak of the tensors that are allocated and freed within a step. Tensors
-# that stay allocated do not fragment the heap (docs/log/growth.md).
+# The peak of the heap, relative to the peak of the tensors that are allocated and freed within a step.
+# Tensors that stay allocated do not fragment the heap (docs/log/growth.md).
 FRAGMENTATION = 1.28
 # Bytes that torch.compile leaves in the process. A compiled step does not fragment the heap, however.
 COMPILER = 100_000_000

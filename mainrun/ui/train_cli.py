@@ -312,7 +312,8 @@ def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_js
         lines.append([part.name, str(part.steps), str(part.begin), str(part.end), part.after or "", forks])
     show_table(["run", "steps to train", "from step", "to step", "after run", "keeps nodes at"], lines)
     times = "" if saving is None else f", {saving:.2f} times fewer"
-    print(f"requested steps: {assignments.requested:,}; to train: {assignments.steps:,}{times}; --plan trains nothing")
+    steps = f"requested steps: {assignments.requested:,}; to train: {assignments.steps:,}{times}"
+    print(f"{steps}; --plan trains nothing")
 
 
 # -- --dry-run

@@ -1,6 +1,6 @@
-"""Every kind of bad input: exit 2, one clear message, no traceback, and nothing that was there is lost.
+"""Bad input of every kind gives exit code 2, one message and no traceback, and changes no file.
 
-Most cases run in this process, where torch is loaded once; a few run as a person would run them.
+Most cases run in this process, which imports torch once. A few run in their own process.
 """
 
 import fcntl
@@ -25,20 +25,23 @@ TITLES = "".join(
 )
 
 
-def ask(*args: object) -> Result:
+def invoke(*args: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
 
 
 def train(
     out: Path, *sets: str, preset: object = "baseline", flags: tuple[str, ...] = ("--quiet",)
 ) -> Result:
-    """A tiny run of two checkpoints, with some --set on top of it (a later --set wins)."""
-    return ask(
+    """Train a tiny run with two checkpoints. `sets` override its fields."""
+    options: list[str] = []
+    for text in sets:
+        options += ["--set", text]
+    return invoke(
         "train",
         "--preset",
         preset,
         *tiny_sets(epochs=2),
-        *(arg for s in sets for arg in ("--set", s)),
+        *options,
         "--out",
         out,
         *flags,
@@ -46,7 +49,7 @@ def train(
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """But for .lock, which says who looked at a run last."""
+    """Return the content of all files but .lock, which changes when a run is read."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -64,7 +67,7 @@ def one_message(stderr: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, to be copied: whatever goes wrong next to it must leave it as it is."""
+    """The folder of a finished run, which tests copy."""
     out = tmp_path_factory.mktemp("made")
     assert train(out).exit_code == 0
     return out
@@ -83,13 +86,15 @@ def only(out: Path) -> Path:
 
 
 def refused(out: Path, call: Callable[[], Result], *words: str) -> None:
-    before, runs = files(out), sorted(p.name for p in out.iterdir())
+    """Check that a call ends with one error message, and that it changes nothing in `out`."""
+    before = files(out)
+    folders = sorted(p.name for p in out.iterdir())
     result = call()
     assert result.exit_code == 2, (result.exit_code, result.output)
     assert result.stdout == ""
     one_message(result.stderr, *words)
-    assert files(out) == before, "something that was there has changed"
-    assert sorted(p.name for p in out.iterdir()) == runs, "a refused run left a directory"
+    assert files(out) == before, "a file has changed"
+    assert sorted(p.name for p in out.iterdir()) == folders, "the refused command left a directory"
 
 
 @pytest.mark.parametrize(
@@ -167,36 +172,36 @@ def test_a_bad_corpus(out: Path, tmp_path: Path, name: str, content: bytes | Non
     refused(out, lambda: train(out, f"corpus=file:{tmp_path / name}"), *words)
 
 
-def test_a_folder_is_no_corpus(out: Path, tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_corpus(out: Path, tmp_path: Path) -> None:
     refused(out, lambda: train(out, f"corpus=file:{tmp_path}"), str(tmp_path))
 
 
-def test_a_mix_of_what_is_not_there(out: Path, tmp_path: Path) -> None:
+def test_a_bad_mix_file(out: Path, tmp_path: Path) -> None:
     refused(out, lambda: train(out, f"corpus=mix:{tmp_path}/no.toml"), "no.toml")
-    (tmp_path / "mix.toml").write_text("this is = = no mix", encoding="utf-8")
+    (tmp_path / "mix.toml").write_text("this is = = not TOML", encoding="utf-8")
     refused(out, lambda: train(out, f"corpus=mix:{tmp_path}/mix.toml"), "mix.toml")
 
 
 # -- the output
 
 
-@pytest.mark.parametrize("place", ["{file}", "{file}/runs", "/proc/no-such-place/runs"])
-def test_an_output_that_cannot_be_written(out: Path, tmp_path: Path, place: str) -> None:
-    """Below a file and below /proc not even root can make a folder."""
+@pytest.mark.parametrize("folder", ["{file}", "{file}/runs", "/proc/no-such-place/runs"])
+def test_an_output_that_cannot_be_written(out: Path, tmp_path: Path, folder: str) -> None:
+    """Not even root can create a folder below a file or below /proc."""
     blocker = tmp_path / "a-file"
     blocker.write_text("mine", encoding="utf-8")
-    refused(out, lambda: train(Path(place.format(file=blocker))), "cannot write", "--out")
+    refused(out, lambda: train(Path(folder.format(file=blocker))), "cannot write", "--out")
     assert blocker.read_text(encoding="utf-8") == "mine"
 
 
 def test_a_run_directory_of_another_config(out: Path) -> None:
     path = only(out) / "config.json"
-    held = json.loads(path.read_text(encoding="utf-8"))
-    held["config"]["lr"] = 0.7
-    path.write_text(json.dumps(held), encoding="utf-8")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["config"]["lr"] = 0.7
+    path.write_text(json.dumps(content), encoding="utf-8")
     refused(out, lambda: train(out), "config.json was changed after the run began", "--fresh")
-    held["digest"] = digest_of(held["config"])  # now it is whole, and not the one that was asked for
-    path.write_text(json.dumps(held), encoding="utf-8")
+    content["digest"] = digest_of(content["config"])  # now the file is valid, but of another config
+    path.write_text(json.dumps(content), encoding="utf-8")
     refused(out, lambda: train(out), "another config", "lr=0.7", "0.006", "--fresh")
     (only(out) / "summary.json").unlink()
     refused(out, lambda: train(out), "another config", "lr=0.7", "0.006", "--fresh")
@@ -206,14 +211,14 @@ def test_a_run_directory_of_another_config(out: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "[1]", '{"config": {}}', '{"config": {"lr": -1}}', '{"config": {"unheard_of": 1}}']
 )
-def test_a_config_json_that_is_not_ours(out: Path, content: str) -> None:
+def test_an_invalid_config_json(out: Path, content: str) -> None:
     (only(out) / "config.json").write_text(content, encoding="utf-8")
     refused(out, lambda: train(out), only(out).name)
     (only(out) / "summary.json").unlink()
     refused(out, lambda: train(out), only(out).name)
 
 
-def test_a_folder_that_is_no_run(out: Path) -> None:
+def test_a_folder_that_is_not_a_run(out: Path) -> None:
     for p in only(out).iterdir():
         shutil.rmtree(p) if p.is_dir() else p.unlink()
     (only(out) / "thesis.txt").write_text("ten years of work", encoding="utf-8")
@@ -223,7 +228,7 @@ def test_a_folder_that_is_no_run(out: Path) -> None:
     assert (only(out) / "thesis.txt").read_text(encoding="utf-8") == "ten years of work"
 
 
-def test_a_run_that_another_process_writes(out: Path) -> None:
+def test_a_run_that_another_process_is_writing(out: Path) -> None:
     (only(out) / "summary.json").unlink()
     with (only(out) / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -236,14 +241,15 @@ def test_a_damaged_summary(out: Path, content: str) -> None:
     (only(out) / "summary.json").write_text(content, encoding="utf-8")
     for flags in ([], ["--json"]):
         refused(out, lambda flags=flags: train(out, flags=tuple(flags)), "summary.json", "--fresh")  # type: ignore[misc]
-    refused(out, lambda: ask("compare", only(out)), "summary.json")
+    refused(out, lambda: invoke("compare", only(out)), "summary.json")
 
 
 # -- checkpoints
 
 
 def damage(path: Path, how: str) -> None:
-    meta, state = path / "meta.json", path / "state.safetensors"
+    meta = path / "meta.json"
+    state = path / "state.safetensors"
     if how == "a changed meta.json":
         text = json.loads(meta.read_text(encoding="utf-8"))
         meta.write_text(json.dumps(text | {"step": text["step"] + 1}), encoding="utf-8")
@@ -273,37 +279,42 @@ def damage(path: Path, how: str) -> None:
     ],
 )
 @pytest.mark.parametrize("all_of_them", [False, True])
-def test_a_damaged_checkpoint_is_named_and_passed_over(out: Path, how: str, all_of_them: bool) -> None:
-    """The run goes on from the one before it, or from the start, and ends as if nothing had been."""
-    whole = json.loads((only(out) / "summary.json").read_text(encoding="utf-8"))
+def test_a_damaged_checkpoint_is_skipped_with_a_message(out: Path, how: str, all_of_them: bool) -> None:
+    """The run resumes from an earlier checkpoint or from the start, and its result is the same."""
+    undamaged = json.loads((only(out) / "summary.json").read_text(encoding="utf-8"))
     (only(out) / "summary.json").unlink()
-    places = sorted((only(out) / "checkpoints").iterdir())
-    assert len(places) == 2
-    damaged = places if all_of_them else places[-1:]
-    for place in damaged:
-        damage(place, how)
+    checkpoints = sorted((only(out) / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    damaged = checkpoints if all_of_them else checkpoints[-1:]
+    for checkpoint in damaged:
+        damage(checkpoint, how)
     result = train(out, flags=("--json",))
     assert result.exit_code == 0, result.output
+<<<<<<< HEAD
     for place in damaged:
         assert f"{place.name} is skipped" in result.stderr, result.stderr
+=======
+    for checkpoint in damaged:
+        assert f"{checkpoint.name} is passed over" in result.stderr, result.stderr
+>>>>>>> h7
     assert "Traceback" not in result.stderr
     again = json.loads(result.stdout)
-    assert again["weights"] == whole["weights"]
-    assert again["last"] == whole["last"]
+    assert again["weights"] == undamaged["weights"]
+    assert again["last"] == undamaged["last"]
 
 
 @pytest.mark.parametrize("how", ["a changed weight", "an empty meta.json"])
-def test_no_sample_from_a_damaged_run(out: Path, how: str) -> None:
-    for place in (only(out) / "checkpoints").iterdir():
-        damage(place, how)
-    refused(out, lambda: ask("sample", only(out), "--prompt", "a"), "no usable checkpoint")
+def test_sampling_from_a_damaged_run(out: Path, how: str) -> None:
+    for checkpoint in (only(out) / "checkpoints").iterdir():
+        damage(checkpoint, how)
+    refused(out, lambda: invoke("sample", only(out), "--prompt", "a"), "no usable checkpoint")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"kind": "bpe"}'])
-def test_no_sample_with_a_damaged_tokenizer(out: Path, content: str | None) -> None:
+def test_sampling_with_a_damaged_tokenizer(out: Path, content: str | None) -> None:
     path = only(out) / "tokenizer.json"
     path.unlink() if content is None else path.write_text(content, encoding="utf-8")
-    refused(out, lambda: ask("sample", only(out), "--prompt", "a"), "tokenizer")
+    refused(out, lambda: invoke("sample", only(out), "--prompt", "a"), "tokenizer")
 
 
 # -- other commands
@@ -319,17 +330,17 @@ def test_no_sample_with_a_damaged_tokenizer(out: Path, content: str | None) -> N
     ],
 )
 def test_other_commands(out: Path, args: list[str], words: list[str]) -> None:
-    refused(out, lambda: ask(*args, *(["--out", out] if args[0] != "download" else [])), *words)
+    refused(out, lambda: invoke(*args, *(["--out", out] if args[0] != "download" else [])), *words)
 
 
-def test_a_dry_run_refuses_the_same(out: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_the_same_input(out: Path, tmp_path: Path) -> None:
     dry = ("--dry-run",)
     refused(out, lambda: train(out, "n_head=7", flags=dry), "n_head=7")
     refused(out, lambda: train(out, f"corpus=file:{tmp_path}/no.txt", flags=dry), "no.txt")
     refused(out, lambda: train(out, "official_geometry=1000x16", flags=dry), "the val split")
 
 
-# -- as a person runs them
+# -- in a separate process
 
 
 @pytest.mark.parametrize(
@@ -343,7 +354,7 @@ def test_a_dry_run_refuses_the_same(out: Path, tmp_path: Path) -> None:
         (["train", *tiny_sets(), "--out", "/dev/null/runs"], ["/dev/null/runs", "--out"]),
     ],
 )
-def test_in_a_process_of_its_own(args: list[str], words: list[str], tmp_path: Path) -> None:
+def test_a_separate_process(args: list[str], words: list[str], tmp_path: Path) -> None:
     src = str(Path(__file__).parents[2])
     env: dict[str, Any] = {**os.environ, "PYTHONPATH": src}
     done = subprocess.run(

@@ -1,8 +1,8 @@
-"""`./task` and the menu, driven as a person drives them.
+"""`./task` and the tasks of Taskfile.yml.
 
-Most of it runs in a small house with the real `task` and Taskfile.yml and a stand-in for Python, whose `-m venv` and
-`-m pip` write down that they were called: so each state (absent, changed, interrupted, failed, two at once) takes
-milliseconds. One slow test makes the real environment from nothing.
+Most tests use the real files with a fake Python, whose `-m venv` and `-m pip` only log that they were called.
+Each state of the environment (absent, changed, interrupted, failed, two installations at once) therefore
+takes only milliseconds to test. One slow test creates the real environment.
 """
 
 from __future__ import annotations
@@ -42,22 +42,26 @@ TOOLS = [
     "tail",
 ]
 
-# Answers `-V` and `-c` as the Python below it; `-m venv` makes a folder with a copy of itself; `-m pip` logs, and puts
-# go-task in place at the end of an install as pip does. FAKE_PIP is run in between: `exit 1`, `sleep 1`, ...
+# `-V` and `-c` work as in the real Python. `-m venv` creates a folder with a copy of this script. `-m pip`
+# logs the call, runs FAKE_PIP (for example `exit 1` or `sleep 1`), and finally installs go-task.
 FAKE_PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 case "$1 $2" in
-    "-m venv") echo venv "$3" >>"{log}"; rm -rf "$4"; mkdir -p "$4/bin"; cat "$0" >"$4/bin/python"; chmod +x "$4/bin/python" ;;
+    "-m venv")
+        echo venv "$3" >>"{log}"; rm -rf "$4"; mkdir -p "$4/bin"
+        cat "$0" >"$4/bin/python"; chmod +x "$4/bin/python" ;;
     "-m pip")
         echo "pip $*" >>"{log}"; eval "${{FAKE_PIP:-:}}"
-        case "$*" in *'-e .[dev]'*) cat "{mainrun}" >"$here/mainrun"; chmod +x "$here/mainrun"; ln -sf "{task}" "$here/task" ;; esac ;;
+        case "$*" in *'-e .[dev]'*)
+            cat "{mainrun}" >"$here/mainrun"; chmod +x "$here/mainrun"; ln -sf "{task}" "$here/task" ;;
+        esac ;;
     "-V ") echo "Python ${{FAKE_VERSION:-3.11.7}}" ;;
     -c*) exec "{python}" -c 'import sys; sys._base_executable = "{self}"; exec(sys.argv[1])' "$2" ;;
     *) exec "{python}" "$@" ;;
 esac
 """
 
-# Says how it was called: arguments, folder.
+# Prints the current folder and its arguments.
 FAKE_MAINRUN = """#!{python}
 import json, os, sys
 print(json.dumps([os.getcwd(), *sys.argv[1:]]))
@@ -65,11 +69,11 @@ sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
 """
 
 
-class House:
-    """A copy of the bootstrap and the menu in a folder with a space, on a PATH with nothing but what they may use."""
+class Clone:
+    """A copy of `task` and Taskfile.yml in a folder with a space. PATH contains only the tools they need."""
 
     def __init__(self, tmp: Path) -> None:
-        self.root = tmp / "my house"
+        self.root = tmp / "my clone"
         self.bin = tmp / "bin"
         self.log = tmp / "calls.log"
         self.python = self.bin / "python3"
@@ -96,18 +100,16 @@ class House:
         return path
 
     def env(self, **extra: str) -> dict[str, str]:
-        # a user's name for git, and none of this process' settings
-        who = {
-            f"GIT_{role}_{what}": "x@example.org"
-            for role in ("AUTHOR", "COMMITTER")
-            for what in ("NAME", "EMAIL")
-        }
+        """Return an environment with a user for git, and without the settings of this process."""
         return {
             "PATH": str(self.bin),
             "HOME": str(self.bin),
-            "GIT_CONFIG_GLOBAL": os.devnull,
             "NO_COLOR": "1",
-            **who,
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_AUTHOR_NAME": "x@example.org",
+            "GIT_AUTHOR_EMAIL": "x@example.org",
+            "GIT_COMMITTER_NAME": "x@example.org",
+            "GIT_COMMITTER_EMAIL": "x@example.org",
             **extra,
         }
 
@@ -129,62 +131,67 @@ class House:
         )
 
     def calls(self) -> list[str]:
-        """venv and pip calls since the last look: `venv`, `setuptools`, `house`."""
+        """Return what was installed since the last call of this method: venv, setuptools, mainrun."""
+        calls = []
         lines = self.log.read_text().splitlines() if self.log.exists() else []
+        for line in lines:
+            if line.startswith("venv"):
+                calls.append("venv")
+            elif "-e .[dev]" in line:
+                calls.append("mainrun")
+            else:
+                calls.append("setuptools")
         self.log.unlink(missing_ok=True)
-        return [
-            "venv" if line.startswith("venv") else "house" if "-e .[dev]" in line else "setuptools"
-            for line in lines
-        ]
+        return calls
 
 
-ALL = ["venv", "setuptools", "house"]
-UPDATE = ["setuptools", "house"]
+ALL = ["venv", "setuptools", "mainrun"]
+UPDATE = ["setuptools", "mainrun"]
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path)
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
 
 
 @pytest.fixture
-def made(house: House) -> House:
-    done = house.task("--version")
+def installed(clone: Clone) -> Clone:
+    done = clone.task("--version")
     assert done.returncode == 0, done.stderr
-    assert house.calls() == ALL
-    return house
+    assert clone.calls() == ALL
+    return clone
 
 
 # -- when it installs
 
 
-def test_first_call_installs_and_the_second_does_not(made: House) -> None:
-    done = made.task("--version")
-    assert (done.returncode, done.stderr, made.calls()) == (0, "", [])
+def test_only_the_first_call_installs(installed: Clone) -> None:
+    done = installed.task("--version")
+    assert (done.returncode, done.stderr, installed.calls()) == (0, "", [])
 
 
-def test_every_install_is_held_by_the_constraints(house: House) -> None:
-    house.task("--version")
-    pip = [line for line in house.log.read_text().splitlines() if line.startswith("pip")]
+def test_every_installation_uses_the_constraints(clone: Clone) -> None:
+    clone.task("--version")
+    pip = [line for line in clone.log.read_text().splitlines() if line.startswith("pip")]
     assert len(pip) == 2
     assert all(" install " in line and " -c constraints.txt " in line for line in pip)
 
 
-def _changed(name: str) -> Callable[[House], None]:
-    def change(house: House) -> None:
-        with (house.root / name).open("a") as f:
+def _changed(name: str) -> Callable[[Clone], None]:
+    def change(clone: Clone) -> None:
+        with (clone.root / name).open("a") as f:
             f.write("# changed\n")
 
     return change
 
 
-def _new_package(house: House) -> None:
-    (house.root / "sweeps").mkdir()
-    (house.root / "sweeps/__init__.py").touch()
+def _new_package(clone: Clone) -> None:
+    (clone.root / "sweeps").mkdir()
+    (clone.root / "sweeps/__init__.py").touch()
 
 
-def _moved(house: House) -> None:
-    house.root = house.root.rename(house.root.with_name("moved house"))
+def _moved(clone: Clone) -> None:
+    clone.root = clone.root.rename(clone.root.with_name("moved clone"))
 
 
 @pytest.mark.parametrize(
@@ -195,96 +202,98 @@ def _moved(house: House) -> None:
         (_changed("Taskfile.yml"), []),
         (_new_package, UPDATE),
         (_moved, ALL),
-        (lambda house: (house.root / ".venv/bin/task").unlink(), UPDATE),
-        (lambda house: (house.root / ".venv/bin/python").unlink(), ALL),
-        (lambda house: shutil.rmtree(house.root / ".venv"), ALL),
+        (lambda clone: (clone.root / ".venv/bin/task").unlink(), UPDATE),
+        (lambda clone: (clone.root / ".venv/bin/python").unlink(), ALL),
+        (lambda clone: shutil.rmtree(clone.root / ".venv"), ALL),
     ],
     ids=["constraints", "pyproject", "menu", "new package", "moved", "no go-task", "no python", "no venv"],
 )
-def test_what_changed_decides_what_is_made_again(
-    made: House, change: Callable[[House], None], calls: list[str]
+def test_a_change_updates_or_recreates_the_environment(
+    installed: Clone, change: Callable[[Clone], None], calls: list[str]
 ) -> None:
-    change(made)
-    done = made.task("--version")
+    change(installed)
+    done = installed.task("--version")
     assert done.returncode == 0, done.stderr
-    assert made.calls() == calls
-    assert made.task("--version").returncode == 0
-    assert made.calls() == []
+    assert installed.calls() == calls
+    assert installed.task("--version").returncode == 0
+    assert installed.calls() == []
 
 
-def test_another_python_makes_another_environment(made: House) -> None:
-    assert made.task("--version", FAKE_VERSION="3.12.1").returncode == 0
-    assert made.calls() == ALL
-    other = made.script(made.bin / "mypython", made.python.read_text().replace("3.11.7", "3.13.0"))
-    made.task("--version", PYTHON=str(other))
-    assert made.calls() == ALL
-    made.task("--version")  # what PYTHON= chose stays chosen
-    assert made.calls() == []
+def test_another_python_recreates_the_environment(installed: Clone) -> None:
+    assert installed.task("--version", FAKE_VERSION="3.12.1").returncode == 0
+    assert installed.calls() == ALL
+    other = installed.script(
+        installed.bin / "mypython", installed.python.read_text().replace("3.11.7", "3.13.0")
+    )
+    installed.task("--version", PYTHON=str(other))
+    assert installed.calls() == ALL
+    installed.task("--version")  # the environment keeps the Python that PYTHON= chose
+    assert installed.calls() == []
 
 
-def test_a_failed_install_says_what_to_do_and_is_redone(house: House) -> None:
-    done = house.task("--version", FAKE_PIP="echo no network here; exit 1")
+def test_a_failed_installation_is_explained_and_repeated(clone: Clone) -> None:
+    done = clone.task("--version", FAKE_PIP="echo no network here; exit 1")
     assert done.returncode == 2
     assert done.stdout == ""
     assert "no network here" in done.stderr
     assert "check the network" in done.stderr
-    assert str(house.root / ".venv.log") in done.stderr
-    assert "no network here" in (house.root / ".venv.log").read_text()
-    house.calls()
-    assert house.task("--version").returncode == 0
-    assert house.calls() == ALL
+    assert str(clone.root / ".venv.log") in done.stderr
+    assert "no network here" in (clone.root / ".venv.log").read_text()
+    clone.calls()
+    assert clone.task("--version").returncode == 0
+    assert clone.calls() == ALL
 
 
-def test_a_failed_update_leaves_nothing_that_looks_whole(made: House) -> None:
-    _changed("constraints.txt")(made)
-    assert made.task("--version", FAKE_PIP="exit 1").returncode == 2
-    made.calls()
-    assert made.task("--version").returncode == 0
-    assert made.calls() == ALL
+def test_after_a_failed_update_everything_is_installed_again(installed: Clone) -> None:
+    _changed("constraints.txt")(installed)
+    assert installed.task("--version", FAKE_PIP="exit 1").returncode == 2
+    installed.calls()
+    assert installed.task("--version").returncode == 0
+    assert installed.calls() == ALL
 
 
-def _until(what: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end, "waited 30 s for nothing"
+    while not condition():
+        assert time.monotonic() < end, "waited 30 s in vain"
         time.sleep(0.01)
 
 
-def test_a_killed_install_is_redone_and_leaves_no_lock(house: House) -> None:
-    first = house.start(FAKE_PIP="sleep 60")
-    _until(lambda: house.log.exists() and "pip" in house.log.read_text())
+def test_a_killed_installation_is_repeated_and_leaves_no_lock(clone: Clone) -> None:
+    first = clone.start(FAKE_PIP="sleep 60")
+    wait_until(lambda: clone.log.exists() and "pip" in clone.log.read_text())
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    house.calls()
-    done = house.task("--version")
+    clone.calls()
+    done = clone.task("--version")
     assert done.returncode == 0, done.stderr
     assert "waiting" not in done.stderr
-    assert house.calls() == ALL
+    assert clone.calls() == ALL
 
 
-def test_two_at_once_install_once(house: House) -> None:
-    gate = house.bin / "gate"
+def test_two_processes_install_once(clone: Clone) -> None:
+    gate = clone.bin / "gate"
     wait = f'while ! [ -e "{gate}" ]; do sleep 0.02; done'
-    both = [house.start(FAKE_PIP=wait) for _ in range(2)]
-    _until(lambda: house.log.exists() and "pip" in house.log.read_text())
-    time.sleep(0.3)  # the other one is at the lock, or will be: it must not go past it
+    both = [clone.start(FAKE_PIP=wait) for _ in range(2)]
+    wait_until(lambda: clone.log.exists() and "pip" in clone.log.read_text())
+    time.sleep(0.3)  # time for the other process to reach the lock, where it must wait
     gate.touch()
-    said = [p.communicate(timeout=30)[1] for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    assert house.calls() == ALL
+    messages = [process.communicate(timeout=30)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], messages
+    assert clone.calls() == ALL
 
 
 # -- which Python
 
 
-def _answers(house: House, name: str, lie: str) -> None:
-    """A python that is real but for one thing."""
-    house.script(
-        house.bin / name,
+def _install_python(clone: Clone, name: str, patch: str) -> None:
+    """Install a Python on which `patch` runs first."""
+    clone.script(
+        clone.bin / name,
         f"""#!/bin/sh
 case $1 in
     -V) echo Python 3.9.18 ;;
-    -c) exec "{sys.executable}" -c 'import sys; {lie}; exec(sys.argv[1])' "$2" ;;
+    -c) exec "{sys.executable}" -c 'import sys; {patch}; exec(sys.argv[1])' "$2" ;;
 esac
 """,
     )
@@ -294,57 +303,57 @@ OLD = 'sys.version_info = (3, 9, 18, "final", 0)'
 BARE = 'sys.modules["ensurepip"] = None'
 
 
-def test_an_old_python_is_refused(house: House) -> None:
-    _answers(house, "python3", OLD)
-    done = house.task("--list")
+def test_an_old_python_is_refused(clone: Clone) -> None:
+    _install_python(clone, "python3", OLD)
+    done = clone.task("--list")
     assert done.returncode == 2
     assert "needs Python 3.11 or newer; found: python3 (Python 3.9.18)" in done.stderr
     assert "PYTHON=" in done.stderr
-    assert not (house.root / ".venv").exists()
+    assert not (clone.root / ".venv").exists()
 
 
-def test_no_python_is_refused(house: House) -> None:
-    house.python.unlink()
-    done = house.task("--list")
+def test_no_python_is_refused(clone: Clone) -> None:
+    clone.python.unlink()
+    done = clone.task("--list")
     assert (done.returncode, done.stdout) == (2, "")
     assert "needs Python 3.11 or newer; found: none" in done.stderr
-    assert house.task("--list", PYTHON="/no/such/python").returncode == 2
+    assert clone.task("--list", PYTHON="/no/such/python").returncode == 2
 
 
-def test_a_python_without_venv_is_refused(house: House) -> None:
-    _answers(house, "python3", BARE)
-    done = house.task("--list")
+def test_a_python_without_venv_is_refused(clone: Clone) -> None:
+    _install_python(clone, "python3", BARE)
+    done = clone.task("--list")
     assert done.returncode == 2
     assert "no venv module" in done.stderr
     assert "python3-venv" in done.stderr
 
 
-def test_a_newer_python_beside_an_old_one_is_found(house: House) -> None:
-    house.python.rename(house.bin / "python3.12")
-    house.script(
-        house.bin / "python3.12",
-        (house.bin / "python3.12").read_text().replace(str(house.python), str(house.bin / "python3.12")),
+def test_a_newer_python_next_to_an_old_one_is_used(clone: Clone) -> None:
+    clone.python.rename(clone.bin / "python3.12")
+    clone.script(
+        clone.bin / "python3.12",
+        (clone.bin / "python3.12").read_text().replace(str(clone.python), str(clone.bin / "python3.12")),
     )
-    _answers(house, "python3", OLD)
-    _answers(house, "python3.13", BARE)
-    done = house.task("--version")
+    _install_python(clone, "python3", OLD)
+    _install_python(clone, "python3.13", BARE)
+    done = clone.task("--version")
     assert done.returncode == 0, done.stderr
-    assert house.calls() == ALL
+    assert clone.calls() == ALL
 
 
-def test_an_environment_that_is_a_link_is_refused(house: House, tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    (theirs / "notes").touch()
-    (house.root / ".venv").symlink_to(theirs)
-    done = house.task("--list")
+def test_an_environment_that_is_a_link_is_refused(clone: Clone, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "notes").touch()
+    (clone.root / ".venv").symlink_to(target)
+    done = clone.task("--list")
     assert done.returncode == 2
     assert "is a link" in done.stderr and "remove the link" in done.stderr
-    assert [path.name for path in theirs.iterdir()] == ["notes"]
+    assert [path.name for path in target.iterdir()] == ["notes"]
 
 
 def test_an_unwritable_folder_is_refused() -> None:
-    with tempfile.TemporaryDirectory() as name:  # not tmp_path: that one only its owner may enter
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path, which only its owner may enter
         for file in ("task", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / file, name)
         Path(name).chmod(0o555)
@@ -363,62 +372,60 @@ def test_an_unwritable_folder_is_refused() -> None:
     assert "cannot write to" in done.stderr
 
 
-# -- from where, and with what
+# -- calls from other folders, and arguments
 
 
-def test_alone_it_lists_the_menu(made: House) -> None:
-    done = made.task()
+def test_without_arguments_it_lists_the_tasks(installed: Clone) -> None:
+    done = installed.task()
     assert done.returncode == 0
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("* ")] == [
-        f"{name}:"
-        for name in [
-            "train",
-            "report",
-            "demo",
-            "sweep",
-            "dashboard",
-            "test",
-            "mutate",
-            "soak",
-            "check",
-            "checkpoint",
-            "submit",
-            "verify",
-            "download",
-            "bench",
-            "doctor",
-        ]
+    listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("* ")]
+    assert listed == [
+        "train:",
+        "report:",
+        "demo:",
+        "sweep:",
+        "dashboard:",
+        "test:",
+        "mutate:",
+        "soak:",
+        "check:",
+        "checkpoint:",
+        "submit:",
+        "verify:",
+        "download:",
+        "bench:",
+        "doctor:",
     ]
 
 
 @pytest.mark.parametrize("way", ["absolute", "relative", "link", "link to a link", "path"])
-def test_from_any_folder_and_through_links(made: House, tmp_path: Path, way: str) -> None:
+def test_calls_from_any_folder_and_through_links(installed: Clone, tmp_path: Path, way: str) -> None:
     away = tmp_path / "else where"
     away.mkdir()
-    (away / "link").symlink_to(made.root / "task")
+    (away / "link").symlink_to(installed.root / "task")
     (away / "relative link").symlink_to("link")
     ways = {
-        "absolute": made.root / "task",
-        "relative": "../my house/task",
+        "absolute": installed.root / "task",
+        "relative": "../my clone/task",
         "link": away / "link",
         "link to a link": "./relative link",
         "path": "task",
     }
-    path = f"{made.root}:{made.bin}" if way == "path" else str(made.bin)
-    if way == "path":  # found by the shell, not by us
+    path = f"{installed.root}:{installed.bin}" if way == "path" else str(installed.bin)
+    if way == "path":  # found by the shell
         command = ["sh", "-c", "task train"]
         done = subprocess.run(
-            command, cwd=away, env=made.env(PATH=path), capture_output=True, text=True, timeout=60
+            command, cwd=away, env=installed.env(PATH=path), capture_output=True, text=True, timeout=60
         )
     else:
-        done = made.task("train", cwd=away, via=ways[way])
+        done = installed.task("train", cwd=away, via=ways[way])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [str(away), "train"]  # relative --out and corpus paths are the caller's
-    assert made.calls() == []
+    assert json.loads(done.stdout) == [str(away), "train"]  # relative paths are relative to this folder
+    assert installed.calls() == []
 
 
 @pytest.mark.parametrize(
-    ("args", "arrives"),
+    ("args", "expected"),
     [
         (["train", "--", "--preset", "baseline"], ["train", "--preset", "baseline"]),
         (
@@ -432,49 +439,50 @@ def test_from_any_folder_and_through_links(made: House, tmp_path: Path, way: str
         (["doctor", "--", "--json"], ["doctor", "--json"]),
     ],
 )
-def test_arguments_arrive_whole(made: House, args: list[str], arrives: list[str]) -> None:
-    done = made.task(*args)
+def test_arguments_are_passed_unchanged(installed: Clone, args: list[str], expected: list[str]) -> None:
+    done = installed.task(*args)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[1:] == arrives
+    assert json.loads(done.stdout)[1:] == expected
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 75])
-def test_exit_codes_arrive(made: House, code: int) -> None:
-    assert made.task("train", FAKE_EXIT=str(code)).returncode == code
+def test_exit_codes_are_passed_on(installed: Clone, code: int) -> None:
+    assert installed.task("train", FAKE_EXIT=str(code)).returncode == code
 
 
-def test_a_go_task_of_ones_own_is_told_the_way(house: House) -> None:
-    own = house.bin / "task"
-    own.symlink_to(shutil.which("task", path=str(Path(sys.executable).parent)) or str(shutil.which("task")))
-    done = house.task("train", via=own)
+def test_a_separate_go_task_is_refused(clone: Clone) -> None:
+    go_task = clone.bin / "task"
+    go_task.symlink_to(
+        shutil.which("task", path=str(Path(sys.executable).parent)) or str(shutil.which("task"))
+    )
+    done = clone.task("train", via=go_task)
     assert done.returncode != 0
     assert "start it as ./task" in done.stderr
-    assert house.calls() == []
+    assert clone.calls() == []
 
 
-def test_the_second_call_adds_less_than_300_ms(made: House) -> None:
-    def best(command: list[str]) -> float:
+def test_the_second_call_adds_less_than_300_ms(installed: Clone) -> None:
+    def best_time(command: list[str]) -> float:
         times = []
         for _ in range(7):
             start = time.perf_counter()
-            subprocess.run(command, env=made.env(), check=True, capture_output=True)
+            subprocess.run(command, env=installed.env(), check=True, capture_output=True)
             times.append(time.perf_counter() - start)
         return min(times)
 
-    added = best([str(made.root / "task"), "--version"]) - best(
-        [str(made.root / ".venv/bin/task"), "--version"]
-    )
-    assert added < 0.3
+    with_script = best_time([str(installed.root / "task"), "--version"])
+    without_script = best_time([str(installed.root / ".venv/bin/task"), "--version"])
+    assert with_script - without_script < 0.3
 
 
 # -- task checkpoint
 
 
-def git(house: House, *args: str) -> str:
+def git(clone: Clone, *args: str) -> str:
     done = subprocess.run(
         ["git", *args],
-        cwd=house.root,
-        env=house.env(),
+        cwd=clone.root,
+        env=clone.env(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -484,13 +492,13 @@ def git(house: House, *args: str) -> str:
 
 
 @pytest.fixture
-def repo(made: House) -> House:
-    shutil.copy(ROOT / ".gitignore", made.root / ".gitignore")
-    git(made, "init", "--quiet")
-    return made
+def repo(installed: Clone) -> Clone:
+    shutil.copy(ROOT / ".gitignore", installed.root / ".gitignore")
+    git(installed, "init", "--quiet")
+    return installed
 
 
-def test_checkpoint_commits_the_whole_tree(repo: House) -> None:
+def test_checkpoint_commits_the_whole_tree(repo: Clone) -> None:
     done = repo.task("checkpoint", "--", "lr 0.01, it's better $(date)", cwd=repo.root / "mainrun")
     assert done.returncode == 0, done.stderr
     assert git(repo, "log", "--format=%s") == "lr 0.01, it's better $(date)"
@@ -498,21 +506,15 @@ def test_checkpoint_commits_the_whole_tree(repo: House) -> None:
     assert ".venv" not in git(repo, "ls-files")
     (repo.root / "constraints.txt").unlink()
     (repo.root / "new.txt").touch()
-    # made again first: constraints.txt is gone, so this goes by go-task alone
-    assert (
-        subprocess.run(
-            [repo.root / ".venv/bin/task", "checkpoint"], cwd=repo.root, env=repo.env(), check=False
-        ).returncode
-        == 0
-    )
-    assert git(repo, "show", "--format=%s", "--name-status").splitlines()[2:] == [
-        "D\tconstraints.txt",
-        "A\tnew.txt",
-    ]
+    # call go-task directly, because ./task needs constraints.txt
+    go_task = [repo.root / ".venv/bin/task", "checkpoint"]
+    assert subprocess.run(go_task, cwd=repo.root, env=repo.env(), check=False).returncode == 0
+    changes = git(repo, "show", "--format=%s", "--name-status").splitlines()[2:]
+    assert changes == ["D\tconstraints.txt", "A\tnew.txt"]
     assert git(repo, "log", "-1", "--format=%s").startswith("checkpoint 20")
 
 
-def test_checkpoint_refuses_when_nothing_changed(repo: House) -> None:
+def test_checkpoint_refuses_an_unchanged_tree(repo: Clone) -> None:
     assert repo.task("checkpoint").returncode == 0
     done = repo.task("checkpoint")
     assert done.returncode == 2
@@ -520,20 +522,20 @@ def test_checkpoint_refuses_when_nothing_changed(repo: House) -> None:
     assert git(repo, "rev-list", "--count", "HEAD") == "1"
 
 
-def test_checkpoint_refuses_outside_git(made: House) -> None:
-    done = made.task("checkpoint")
+def test_checkpoint_refuses_outside_git(installed: Clone) -> None:
+    done = installed.task("checkpoint")
     assert done.returncode == 2
     assert "is not in a git repository" in done.stderr
 
 
-def test_checkpoint_refuses_another_projects_repository(made: House) -> None:
-    subprocess.run(["git", "init", "--quiet", str(made.root.parent)], env=made.env(), check=True)
-    done = made.task("checkpoint")
+def test_checkpoint_refuses_a_folder_of_a_larger_repository(installed: Clone) -> None:
+    subprocess.run(["git", "init", "--quiet", str(installed.root.parent)], env=installed.env(), check=True)
+    done = installed.task("checkpoint")
     assert done.returncode == 2
     assert "larger git repository" in done.stderr
 
 
-def test_checkpoint_that_git_refuses_fails(repo: House) -> None:
+def test_checkpoint_fails_if_git_refuses_the_commit(repo: Clone) -> None:
     assert repo.task("checkpoint").returncode == 0
     (repo.root / "new.txt").touch()
     repo.script(repo.root / ".git/hooks/pre-commit", "#!/bin/sh\nexit 1\n")
@@ -542,21 +544,15 @@ def test_checkpoint_that_git_refuses_fails(repo: House) -> None:
     assert done.stdout == ""
 
 
-def test_submit_commits_first_and_only_what_is_new(repo: House) -> None:
+def test_submit_first_commits_changes(repo: Clone) -> None:
     for commits in ("1", "1", "2"):
         done = repo.task("submit", "--", "--run", "a b", cwd=repo.root / "mainrun")
-        assert json.loads(done.stdout.splitlines()[-1]) == [
-            str(repo.root / "mainrun"),
-            "submit",
-            "--run",
-            "a b",
-        ], done.stderr
-        assert (
-            git(repo, "rev-list", "--count", "HEAD") == commits and git(repo, "status", "--porcelain") == ""
-        )
-        assert git(repo, "log", "-1", "--format=%s").startswith(
-            "checkpoint 20"
-        )  # the arguments are the command's, no message
+        call = json.loads(done.stdout.splitlines()[-1])
+        assert call == [str(repo.root / "mainrun"), "submit", "--run", "a b"], done.stderr
+        assert git(repo, "rev-list", "--count", "HEAD") == commits
+        assert git(repo, "status", "--porcelain") == ""
+        # the arguments do not become the commit message
+        assert git(repo, "log", "-1", "--format=%s").startswith("checkpoint 20")
         if done.stdout.count("\n") == 1:
             (repo.root / "new.txt").touch()
 
@@ -565,34 +561,36 @@ def test_submit_commits_first_and_only_what_is_new(repo: House) -> None:
 
 
 @pytest.mark.parametrize(("fast", "slow", "code"), [(True, True, 0), (False, True, 1), (True, False, 1)])
-def test_ci_ends_with_pytests_summary_and_its_verdict(made: House, fast: bool, slow: bool, code: int) -> None:
-    shutil.copytree(ROOT / ".ci", made.root / ".ci")
-    (made.root / "tests").mkdir()
-    (made.root / "tests/test_x.py").write_text(
-        f"import pytest\ndef test_a():\n    assert {fast}\n@pytest.mark.slow\ndef test_b():\n    assert {slow}\n"
+def test_ci_fails_with_the_tests_and_ends_with_the_summary_of_pytest(
+    installed: Clone, fast: bool, slow: bool, code: int
+) -> None:
+    shutil.copytree(ROOT / ".ci", installed.root / ".ci")
+    (installed.root / "tests").mkdir()
+    (installed.root / "tests/test_x.py").write_text(
+        "import pytest\n"
+        f"def test_a():\n    assert {fast}\n"
+        f"@pytest.mark.slow\ndef test_b():\n    assert {slow}\n"
     )
-    env = made.env(CI="true")
-    del env["NO_COLOR"]  # as CI calls it: go-task then writes in colours
+    env = installed.env(CI="true")
+    del env["NO_COLOR"]  # as in CI, where go-task then prints in colours
     done = subprocess.run(
-        [made.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120
+        [installed.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == code, done.stdout
     assert done.stderr == ""
-    ends = [
-        line for line in done.stdout.splitlines() if re.fullmatch(r"=+ 1 (passed|failed) in [\d.]+s =+", line)
-    ]
-    assert [
-        ("1 passed" if ok else "1 failed") in line for ok, line in zip((fast, slow), ends, strict=True)
-    ] == [True, True]
-    assert done.stdout.splitlines()[-1] == ends[-1]
+    lines = done.stdout.splitlines()
+    summaries = [line for line in lines if re.fullmatch(r"=+ 1 (passed|failed) in [\d.]+s =+", line)]
+    results = ["1 passed" in line for line in summaries]
+    assert results == [fast, slow]
+    assert lines[-1] == summaries[-1]
 
 
-# -- the real thing
+# -- the real environment
 
 
 @pytest.mark.slow
 def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
-    """What is in git, or about to be, and Python: nothing else. Needs the package index that pip is set to."""
+    """Only the files of the repository and a Python are there. pip needs its package index."""
     clone = tmp_path / "fresh clone"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],
@@ -606,7 +604,7 @@ def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHON")}
-    env["NO_COLOR"] = "1"  # go-task colours its menu whenever CI is set
+    env["NO_COLOR"] = "1"  # if CI is set, go-task colours its list
     env["PATH"] = os.pathsep.join(
         p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent)
     )
@@ -616,18 +614,17 @@ def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
             [clone / "task", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=850
         )
 
-    menu = task()
-    assert menu.returncode == 0, menu.stderr
-    assert "train:" in menu.stdout
-    again = task()
-    assert (again.stdout, again.stderr) == (menu.stdout, "")
-    asked = subprocess.run(
-        [clone / ".venv/bin/mainrun", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert asked.returncode == 0, asked.stderr
-    found = subprocess.run(
-        [clone / ".venv/bin/python", "-c", "import mainrun, torch; print(mainrun.__file__); print(torch.__version__)"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    assert found[0] == str(clone / "mainrun/__init__.py")
-    assert found[1].split("+")[0] == "2.13.0"
+    first = task()
+    assert first.returncode == 0, first.stderr
+    assert "train:" in first.stdout
+    second = task()
+    assert (second.stdout, second.stderr) == (first.stdout, "")
+    mainrun = [clone / ".venv/bin/mainrun", "--help"]
+    usage = subprocess.run(mainrun, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert usage.returncode == 0, usage.stderr
+    code = "import mainrun, torch; print(mainrun.__file__); print(torch.__version__)"
+    python = [clone / ".venv/bin/python", "-c", code]
+    done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    package, version = done.stdout.splitlines()
+    assert package == str(clone / "mainrun/__init__.py")
+    assert version.split("+")[0] == "2.13.0"

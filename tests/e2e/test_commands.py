@@ -1,4 +1,4 @@
-"""The installed command line, driven as a person drives it: subprocesses, signals, files on disk."""
+"""The command line as a user runs it: processes, signals, files on disk, terminals."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def train_args(out: Path, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One run directory that many tests look at, and what the command that made it printed."""
+    """A run directory that several tests read, and the process that wrote it."""
     out = tmp_path_factory.mktemp("runs")
     return out, run(*train_args(out), "--json")
 
 
 def children_seconds() -> float:
-    """CPU seconds of all ended children: what a command takes on an idle machine, also while this one is busy."""
+    """Return the processor time of all ended child processes, which hardly depends on the machine's load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -56,7 +56,7 @@ def only(out: Path) -> Path:
     return path
 
 
-def test_a_run_leaves_a_whole_run_directory(trained: tuple[Path, Any]) -> None:
+def test_a_run_writes_a_complete_run_directory(trained: tuple[Path, Any]) -> None:
     out, done = trained
     summary = json.loads(done.stdout)
     path = only(out)
@@ -77,7 +77,7 @@ def test_a_run_leaves_a_whole_run_directory(trained: tuple[Path, Any]) -> None:
     assert len({g["name"] for g in summary["guards"]}) == len(summary["guards"]) >= 13
 
 
-def test_stdout_is_the_result_and_stderr_the_progress(trained: tuple[Path, Any]) -> None:
+def test_stdout_has_the_result_and_stderr_the_progress(trained: tuple[Path, Any]) -> None:
     _, done = trained
     assert isinstance(json.loads(done.stdout), dict)
     lines = done.stderr.splitlines()
@@ -90,7 +90,8 @@ def test_stdout_is_the_result_and_stderr_the_progress(trained: tuple[Path, Any])
 
 def test_a_finished_run_is_shown_again_within_a_second(trained: tuple[Path, Any]) -> None:
     out, first = trained
-    before, times = files(out), []
+    before = files(out)
+    times = []
     for _ in range(3):
         begin = children_seconds()
         done = run(*train_args(out), "--json")
@@ -101,7 +102,7 @@ def test_a_finished_run_is_shown_again_within_a_second(trained: tuple[Path, Any]
 
 
 @pytest.mark.slow
-def test_fresh_redoes_a_run_to_the_same_bits(trained: tuple[Path, Any], tmp_path: Path) -> None:
+def test_fresh_trains_a_run_again_to_the_same_bits(trained: tuple[Path, Any], tmp_path: Path) -> None:
     first = json.loads(trained[1].stdout)
     one = json.loads(run(*train_args(tmp_path), "--json", "--quiet").stdout)
     checkpoint = max((only(tmp_path) / "checkpoints").iterdir())
@@ -118,7 +119,7 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_the_plain_result_is_a_table(trained: tuple[Path, Any]) -> None:
+def test_without_json_the_result_is_a_table(trained: tuple[Path, Any]) -> None:
     out, first = trained
     summary = json.loads(first.stdout)
     done = run(*train_args(out))
@@ -127,16 +128,16 @@ def test_the_plain_result_is_a_table(trained: tuple[Path, Any]) -> None:
     assert str(only(out)) in done.stdout
 
 
-def test_dry_run_trains_nothing_and_says_what_would_be(tmp_path: Path, trained: tuple[Path, Any]) -> None:
+def test_a_dry_run_shows_the_plan_and_trains_nothing(tmp_path: Path, trained: tuple[Path, Any]) -> None:
     out = tmp_path / "runs"
     summary = json.loads(trained[1].stdout)
-    found = json.loads(run(*train_args(out), "--dry-run", "--json").stdout)
-    assert found["run"] == summary["run"]
-    assert found["params"] == summary["params"]
-    assert found["flops"] == summary["flops"]
-    assert found["plan"]["steps"] == summary["steps"]
-    assert found["memory"] > 4 * found["params"]
-    assert found["eta_seconds"] > 0
+    cost = json.loads(run(*train_args(out), "--dry-run", "--json").stdout)
+    assert cost["run"] == summary["run"]
+    assert cost["params"] == summary["params"]
+    assert cost["flops"] == summary["flops"]
+    assert cost["plan"]["steps"] == summary["steps"]
+    assert cost["memory"] > 4 * cost["params"]
+    assert cost["eta_seconds"] > 0
     text = run(*train_args(out), "--dry-run").stdout
     assert summary["run"] in text
     assert "memory" in text
@@ -175,30 +176,31 @@ def test_sample(trained: tuple[Path, Any]) -> None:
     assert all(line.startswith("Show HN: ") for line in done.stdout.splitlines())
     assert run(*args).stdout == done.stdout
     assert run(*args, "--seed", 1).stdout != done.stdout
-    coldest = run(*args, "--temperature", 0).stdout.splitlines()
-    assert len(set(coldest)) == 1
-    odd = run(
-        "sample", only(out).name[:12], "--out", out, "--prompt", "a\x1b[31mb\nc", "-n", 2, "--max-tokens", 2
-    ).stdout.splitlines()
-    assert len(odd) == 2 and all(line.startswith(r"a\x1b[31mb\x0ac") for line in odd), (
-        "a title is a line and moves no cursor"
-    )
+    likeliest = run(*args, "--temperature", 0).stdout.splitlines()
+    assert len(set(likeliest)) == 1
 
 
-def test_presets_and_doctor_answer(tmp_path: Path) -> None:
+def test_sample_escapes_control_characters(trained: tuple[Path, Any]) -> None:
+    out, _ = trained
+    options = ["--prompt", "a\x1b[31mb\nc", "-n", 2, "--max-tokens", 2]
+    lines = run("sample", only(out).name[:12], "--out", out, *options).stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith(r"a\x1b[31mb\x0ac") for line in lines)
+
+
+def test_presets_and_doctor(tmp_path: Path) -> None:
     assert "baseline" in run("presets").stdout
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "MAINRUN_CACHE": str(tmp_path)}
     done = subprocess.run(
         [*MAINRUN, "doctor", "--json"], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
     )
-    found = {c["name"]: c for c in json.loads(done.stdout)}
+    status = {diagnosis["name"]: diagnosis["status"] for diagnosis in json.loads(done.stdout)}
     assert done.stderr == ""
-    assert found["torch"]["status"] == "ok"
-    assert found["hub"]["status"] == "warn"
+    assert status["torch"] == "ok"
+    assert status["hub"] == "warn"
 
 
 @pytest.mark.slow
-def test_the_ladder_form_of_json_is_a_list(tmp_path: Path) -> None:
+def test_the_json_of_a_ladder_is_a_list(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder.toml"
     ladder.write_text('[[steps]]\nname = "a"\n[[steps]]\nname = "b"\nlr = 0.1\n', encoding="utf-8")
     done = run("train", "--preset", ladder, *tiny_sets(), "--out", tmp_path / "runs", "--json")
@@ -207,8 +209,7 @@ def test_the_ladder_form_of_json_is_a_list(tmp_path: Path) -> None:
     assert a["weights"] != b["weights"]
 
 
-def test_no_torch_where_nothing_is_trained(trained: tuple[Path, Any]) -> None:
-    """A torch that cannot be imported is not noticed by help, lists, tables and finished runs."""
+def test_commands_that_train_nothing_do_not_import_torch(trained: tuple[Path, Any]) -> None:
     out, _ = trained
     fake = out.parent / "no-torch"
     fake.mkdir(exist_ok=True)
@@ -232,7 +233,7 @@ def test_no_torch_where_nothing_is_trained(trained: tuple[Path, Any]) -> None:
 
 
 class Running:
-    """A run long enough to be stopped, and a way to know that it has begun to step."""
+    """A run that takes long enough to be stopped."""
 
     def __init__(self, out: Path, **changes: object) -> None:
         self.out = out
@@ -252,45 +253,45 @@ class Running:
             time.sleep(0.02)
 
     def end(self) -> tuple[int, str, str]:
-        out, self.err = self.process.communicate(timeout=120)
-        assert "Traceback" not in self.err, self.err
-        return self.process.returncode, out, self.err
+        out, err = self.process.communicate(timeout=120)
+        assert "Traceback" not in err, err
+        return self.process.returncode, out, err
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """start(**changes) begins a run; whatever the test did with it, it is not left running."""
-    begun: list[Running] = []
+    """Return a function that starts a run. Runs that are still running at the end of the test are killed."""
+    started: list[Running] = []
 
-    def begin(**changes: object) -> Running:
-        begun.append(Running(tmp_path / "runs", **changes))
-        return begun[-1]
+    def start_run(**changes: object) -> Running:
+        started.append(Running(tmp_path / "runs", **changes))
+        return started[-1]
 
-    yield begin
-    for it in begun:
-        if it.process.poll() is None:
-            it.process.kill()
-            it.process.wait()
+    yield start_run
+    for running in started:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_ends_with_75_and_the_same_command_goes_on(
+def test_after_one_signal_the_same_command_resumes_the_run(
     start: Callable[..., Running], number: int
 ) -> None:
-    it = start(epochs=10)
-    it.wait_for(20)
-    it.process.send_signal(number)
-    code, out, err = it.end()
+    running = start(epochs=10)
+    running.wait_for(20)
+    running.process.send_signal(number)
+    code, out, err = running.end()
     assert (code, out) == (75, ""), err
     assert err.splitlines()[-1].startswith("interrupted: ")
-    assert "goes on" in err.splitlines()[-1]
-    path = only(it.out)
+    assert "run the same command again to resume" in err.splitlines()[-1]
+    path = only(running.out)
     status = json.loads((path / "status.json").read_text(encoding="utf-8"))
     assert status["state"] == "interrupted"
     assert status["step"] >= 20
     assert not (path / "summary.json").exists()
-    done = run(*it.args, "--json")
+    done = run(*running.args, "--json")
     summary = json.loads(done.stdout)
     assert summary["resumed"] == 1
     assert f"after step {status['step']}" in done.stderr
@@ -302,8 +303,8 @@ def test_one_signal_ends_with_75_and_the_same_command_goes_on(
     assert steps == list(range(1, summary["steps"] + 1))
 
 
-def test_ctrl_c_twice_ends_at_once_with_130(start: Callable[..., Running]) -> None:
-    """Both come while one step, of some seconds, is under way: the second does not wait for its end."""
+def test_a_second_ctrl_c_ends_the_run_at_once_with_exit_code_130(start: Callable[..., Running]) -> None:
+    """Both signals are sent during one long step. After the second one, the run does not finish the step."""
     sizes = {
         "num_titles": 2000,
         "batch_size": 128,
@@ -312,25 +313,26 @@ def test_ctrl_c_twice_ends_at_once_with_130(start: Callable[..., Running]) -> No
         "d_model": 128,
         "grad_accum": 128,
     }
-    it = start(**sizes, official_geometry="1x64", checkpoint_every=1)
-    it.wait_for(2)
-    time.sleep(0.3)  # the checkpoint of step 2 is written, step 3 has begun
-    it.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # two signals during one of its many small products would be one
-    it.process.send_signal(signal.SIGINT)
-    assert it.end() == (130, "", it.err)
-    assert "interrupted" not in it.err and "stopped at once" in it.err
-    path = only(it.out)
+    running = start(**sizes, official_geometry="1x64", checkpoint_every=1)
+    running.wait_for(2)
+    time.sleep(0.3)  # the checkpoint of step 2 has been written, and step 3 has started
+    running.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # Python would see two signals during one torch operation as one
+    running.process.send_signal(signal.SIGINT)
+    code, out, err = running.end()
+    assert (code, out) == (130, "")
+    assert "interrupted" not in err and "stopped at once" in err
+    path = only(running.out)
     assert not (path / "summary.json").exists()
-    assert any((path / "checkpoints").iterdir())  # and what was saved before is still there
+    assert any((path / "checkpoints").iterdir()), "earlier checkpoints remain"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_torch_loads_ends_with_75(tmp_path: Path, number: int) -> None:
+def test_a_signal_while_torch_is_imported_ends_with_exit_code_75(tmp_path: Path, number: int) -> None:
     fake = tmp_path / "slow"
     fake.mkdir()
     (fake / "torch.py").write_text(
-        "import pathlib, time\npathlib.Path(__file__).with_name('here').touch()\ntime.sleep(60)\n",
+        "import pathlib, time\npathlib.Path(__file__).with_name('started').touch()\ntime.sleep(60)\n",
         encoding="utf-8",
     )
     env = {
@@ -344,7 +346,7 @@ def test_a_signal_while_torch_loads_ends_with_75(tmp_path: Path, number: int) ->
         text=True,
         env=env,
     )
-    while not (fake / "here").exists():
+    while not (fake / "started").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(number)
@@ -358,7 +360,7 @@ def test_a_signal_while_torch_loads_ends_with_75(tmp_path: Path, number: int) ->
 
 
 def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
-    """What a terminal of that width gets on stderr."""
+    """Run a command on a terminal of a given width and return its stderr."""
     import fcntl
     import pty
     import struct
@@ -379,7 +381,7 @@ def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
     while True:
         try:
             part = os.read(leader, 65536)
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # Linux reports a closed terminal in this way
             break
         if not part:
             break
@@ -392,11 +394,11 @@ def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(("width", "env"), [(100, {}), (100, {"NO_COLOR": "1"}), (24, {})])
-def test_a_terminal_gets_one_bar(tmp_path: Path, width: int, env: dict[str, str]) -> None:
+def test_a_terminal_shows_one_bar(tmp_path: Path, width: int, env: dict[str, str]) -> None:
     import re
 
     seen = on_a_terminal([*train_args(tmp_path), "--json"], width, env)
-    assert "\x1b[2K" in seen  # the line is drawn over itself
+    assert "\x1b[2K" in seen  # the line is overwritten
     assert bool(re.search(r"\x1b\[(\d+;)*3[0-8]", seen)) is (not env)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
     steps = json.loads((only(tmp_path) / "summary.json").read_text(encoding="utf-8"))["steps"]

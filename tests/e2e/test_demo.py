@@ -1,4 +1,4 @@
-"""`mainrun demo`, all of it, in a repository of its own: at a scale of seconds, with the commands and processes of the real one."""
+"""The whole `mainrun demo` in its own repository, at an even smaller scale."""
 
 from __future__ import annotations
 
@@ -30,70 +30,66 @@ def start(house: Path, *args: str) -> subprocess.Popen[str]:
 
 
 def demo(house: Path, *args: str, code: int = 0) -> str:
+    """Run the demo to its end and return its output."""
     process = start(house, *args)
-    said, wrong = process.communicate(timeout=900)
-    assert process.returncode == code, said + wrong
-    assert wrong == "" or code
-    return said if code == 0 else said + wrong
+    stdout, stderr = process.communicate(timeout=900)
+    assert process.returncode == code, stdout + stderr
+    assert stderr == "" or code
+    return stdout + stderr
 
 
 @pytest.fixture(scope="module")
-def gone(house: Path) -> str:
-    """The whole way, and what it said."""
+def output(house: Path) -> str:
+    """The output of the whole demo."""
     return demo(house)
 
 
 @pytest.mark.slow
-def test_it_is_stopped(house: Path) -> None:
+def test_the_demo_can_be_interrupted(house: Path) -> None:
     stopped = start(house)
     end = time.monotonic() + 300
-    while not list(house.glob("runs/demo/demo-*/metrics.jsonl")):  # the first run has begun
+    while not list(house.glob("runs/demo/demo-*/metrics.jsonl")):  # the first run has started
         assert time.monotonic() < end and stopped.poll() is None
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
-    said, wrong = stopped.communicate(timeout=300)
-    assert stopped.returncode == 75, said + wrong
-    assert wrong.splitlines()[-1] == "interrupted: the demo was stopped; the same command goes on from there"
-    assert "Traceback" not in wrong
+    stdout, stderr = stopped.communicate(timeout=300)
+    assert stopped.returncode == 75, stdout + stderr
+    message = "interrupted: the demo was stopped; run the same command again to resume"
+    assert stderr.splitlines()[-1] == message
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.slow
-def test_it_goes_on_the_whole_way(house: Path, gone: str) -> None:
-    assert [line.split(":")[0] for line in gone.splitlines() if line.startswith("[")] == [
-        f"[{i}/7] {name}"
-        for i, name in enumerate(("train", "train", "grow", "sweep", "report", "submit", "verify"), 1)
-    ]
-    assert "      verified: demo-optimized-" in gone and "compared: every bit" in gone
-    for place in ("studies/demo/export.json", "report.pdf", "submission.zip"):
-        assert (house / "runs/demo" / place).is_file()
+def test_the_same_command_resumes_the_demo(house: Path, output: str) -> None:
+    steps = [line.split(":")[0] for line in output.splitlines() if line.startswith("[")]
+    names = ("train", "train", "grow", "sweep", "report", "submit", "verify")
+    assert steps == [f"[{i}/7] {name}" for i, name in enumerate(names, 1)]
+    assert "      verified: demo-optimized-" in output and "compared: every bit" in output
+    for path in ("studies/demo/export.json", "report.pdf", "submission.zip"):
+        assert (house / "runs/demo" / path).is_file()
     assert len(list((house / "runs/demo").glob("demo-*/summary.json"))) == 5
-    assert (
-        git(house, "status", "--porcelain") == ""
-    )  # what it leaves is ignored, so that its own code stays committed
-    assert len(gone.splitlines()) < 60  # calm
-    following = [
-        line.split()
-        for line in gone.split("the whole way")[1].splitlines()
-        if line.startswith("      mainrun ")
-    ]
-    assert [words[1] for words in following] == ["compare", "sample", "sweep", "report", "verify"]
+    assert git(house, "status", "--porcelain") == "", "git ignores the results, so the code stays committed"
+    assert len(output.splitlines()) < 60
+    suggestions = output.split("The whole demo took")[1].splitlines()
+    commands = [line.split()[1] for line in suggestions if line.startswith("      mainrun ")]
+    assert commands == ["compare", "sample", "sweep", "report", "verify"]
 
 
 @pytest.mark.slow
-def test_again_nothing_is_trained_and_changes_are_no_failure(house: Path, gone: str) -> None:
-    """A row of metrics.jsonl holds the time that its step took: trained again it would be another."""
+def test_a_second_demo_trains_nothing_and_skips_the_submission_of_changes(house: Path, output: str) -> None:
+    """Rows of metrics.jsonl contain the time of their step, so a step that is trained again changes them."""
     before = {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")}
     (house / ZIP).unlink()
     (house / "note.txt").touch()
-    said = demo(house)
+    second = demo(house)
     assert {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")} == before
-    assert "left out: the working tree is not committed: note.txt; `./task checkpoint` commits it" in said
-    assert "no submission, for the reason above" in said and not (house / ZIP).exists()
+    assert "skipped: the working tree is not committed: note.txt; `./task checkpoint` commits it" in second
+    assert "no submission, for the reason above" in second and not (house / ZIP).exists()
 
 
 @pytest.mark.slow
-def test_a_step_that_fails_ends_it_and_says_why(house: Path, tmp_path: Path) -> None:
+def test_a_step_that_fails_ends_the_demo(house: Path, tmp_path: Path) -> None:
     assert demo(house, "--set", "lr=nonsense", code=2).startswith("error: lr='nonsense'")
-    said = demo(house, "--out", str(tmp_path), "--set", "num_titles=3", code=2)
-    assert "step train of the demo ended with 2, above is why; the same command goes on from there" in said
-    assert said.count("error: ") == 2 and "Traceback" not in said
+    failed = demo(house, "--out", str(tmp_path), "--set", "num_titles=3", code=2)
+    assert "the demo's train step failed with exit code 2, for the reason above" in failed
+    assert failed.count("error: ") == 2 and "Traceback" not in failed

@@ -1,4 +1,4 @@
-"""Killed at any moment, asked again, and in the end the same run: by the real command line, with real signals."""
+"""A run that is killed at any moment and resumed gives the same result as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,23 +21,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 KILLS = 20
 CONFIG: dict[str, Any] = {
-    "num_titles": 300, "epochs": 8, "dropout": 0.1, "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "ema": 0.9,
-    "order": "shuffle_titles", "checkpoint_every": 3, "eval_per_epoch": 8,
+    "num_titles": 300, "epochs": 8, "dropout": 0.1, "optimizer": "muon", "momentum": 0.9, "lr": 0.01,
+    "lr_aux": 1e-3, "ema": 0.9, "order": "shuffle_titles", "checkpoint_every": 3, "eval_per_epoch": 8,
 }  # fmt: skip
 
 
 def start(out: Path, **changes: Any) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "mainrun",
-        "train",
-        "--preset",
-        "baseline",
-        *tiny_sets(**CONFIG | changes),
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "mainrun", "train", "--preset", "baseline"]
+    command += [*tiny_sets(**CONFIG | changes), "--out", str(out)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -53,17 +44,23 @@ def the_run(out: Path) -> RunDir:
     return RunDir(path)
 
 
-def clean(run: RunDir) -> list[dict[str, Any]]:
+def rows_without_seconds(run: RunDir) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
 
 
 def wait_for_rows(process: subprocess.Popen[str], out: Path, rows: int, seconds: float = 600) -> None:
-    """Until it has written so many. (A start cuts metrics.jsonl back first: what grows is counted, not what is there.)"""
-    size, written, deadline = -1, 0, time.monotonic() + seconds
+    """Wait until the process has written so many rows.
+
+    At its start a run may shorten metrics.jsonl, so this counts how often the file grows.
+    """
+    size = -1
+    written = 0
+    deadline = time.monotonic() + seconds
     while process.poll() is None and written < rows and time.monotonic() < deadline:
-        now = sum(p.stat().st_size for p in out.glob("*/metrics.jsonl"))
-        written += 0 <= size < now
-        size = now
+        new_size = sum(p.stat().st_size for p in out.glob("*/metrics.jsonl"))
+        if 0 <= size < new_size:
+            written += 1
+        size = new_size
         time.sleep(0.002)
 
 
@@ -73,11 +70,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> None:
-    """Some hit while it starts (imports, data, resuming), the others at random moments of training, evaluating and saving."""
+    """Some kills hit the start (imports, data, resuming), the others the training, evaluating and saving."""
     chance = random.Random(1)
     starting = set(chance.sample(range(1, KILLS), 5))
     total = (undisturbed.summary() or {})["steps"]
-    reached, moments = [], Counter[str]()
+    reached = []
+    moments = Counter[str]()
     startup = 1.0
     for kill in range(KILLS):
         begin = time.monotonic()
@@ -87,27 +85,27 @@ def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> Non
         else:
             wait_for_rows(process, tmp_path, 1)
             startup = time.monotonic() - begin
-            # by rows, so that a fast machine does not end before its kills and a slow one gets on; then by the clock
+            # wait for rows, so that a fast machine does not finish early and a slow one makes progress
             wait_for_rows(process, tmp_path, chance.randint(0, 24))
             time.sleep(chance.uniform(0, 0.03))
-        assert process.poll() is None, f"it ended before kill {kill}: {process.communicate()[1]}"
+        assert process.poll() is None, f"the run ended before kill {kill}: {process.communicate()[1]}"
         process.kill()
         process.communicate()
         for run in map(RunDir, tmp_path.glob("[!.]*")):
-            run.config(), run.status(), run.env()  # whole, whenever the kill was
+            run.config(), run.status(), run.env()  # these files are always complete
             steps = [r["step"] for r in run.metrics() if r["event"] == "step"]
-            assert steps == list(range(1, len(steps) + 1)), "no row lost or doubled, also on the way"
+            assert steps == list(range(1, len(steps) + 1)), "no row is lost or doubled"
             reached.append(len(steps))
             moments["saving"] += bool(list(run.checkpoints.glob(".tmp-*")))
             moments["writing a row"] += not (run.path / "metrics.jsonl").read_bytes().endswith(b"\n")
         moments["starting" if kill in starting else "training"] += 1
     print(f"steps reached: {reached} of {total}; kills while {dict(moments)}")
     saved = [int(p.name.split("-")[1]) for p in the_run(tmp_path).checkpoints.glob("step-*")]
-    assert 0 < max(saved) < total, "kills must hit the run in its middle"
-    assert len(set(reached)) >= 8, "it went on between the kills"
+    assert 0 < max(saved) < total, "the kills must hit the middle of the run"
+    assert len(set(reached)) >= 8, "the run must make progress between the kills"
 
     run = finish(tmp_path)
-    assert clean(run) == clean(undisturbed)
+    assert rows_without_seconds(run) == rows_without_seconds(undisturbed)
     summary, expected = run.summary(), undisturbed.summary()
     assert summary is not None and expected is not None
     assert summary["weights"] == expected["weights"] and summary["scores"] == expected["scores"]
@@ -116,7 +114,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_with_75_and_the_same_command_goes_on(
+def test_after_a_signal_the_same_command_resumes_the_run(
     tmp_path: Path, undisturbed: RunDir, number: signal.Signals
 ) -> None:
     process = start(tmp_path)
@@ -124,10 +122,11 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == 75, error
-    assert f"{number.name} at step" in error and "same command goes on" in error and "Traceback" not in error
+    assert f"{number.name} at step" in error and "run the same command again to resume" in error
+    assert "Traceback" not in error
     status = the_run(tmp_path).status()
     assert status["state"] == "interrupted" and 0 < status["step"] < status["steps"]
     run = finish(tmp_path)
-    assert clean(run) == clean(undisturbed)
+    assert rows_without_seconds(run) == rows_without_seconds(undisturbed)
     assert (run.summary() or {})["weights"] == (undisturbed.summary() or {})["weights"]
     assert (run.summary() or {})["resumed"] == 1
