@@ -83,7 +83,9 @@ def test_an_example_works_as_it_stands(tmp_path: Path, heading: str) -> None:
     body = sections(PAGE.read_text(encoding="utf-8"))[heading]
     root = copy_code(tmp_path)
     blocks = list(BLOCK.finditer(body))
-    assert len(blocks) == body.count("```python") + body.count("```toml"), "a block without a sentence that says where it belongs"
+    assert len(blocks) == body.count("```python") + body.count("```toml"), (
+        "a block without a sentence that says where it belongs"
+    )
     for block in blocks:
         insert(root, block["place"], block["code"])
     commands = [line.removeprefix("$ ") for line in COMMANDS.search(body)["text"].splitlines()]  # type: ignore[index]

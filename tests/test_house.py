@@ -486,7 +486,10 @@ def test_a_trainer_of_too_many_lines_is_named(tmp_path: Path) -> None:
         ("x = '" + "a" * 120 + "'", "line of 126 columns"),
         ("def f():\n" + "    x = 1\n" * 60, "function f of 61 lines"),
         ("a, b = f.pop(), g", "tuple assignment with a call"),
-        ("class Run: ...\ndef f():\n    run = Run()\n    run.name = 1", "attribute of a new object set from outside"),
+        (
+            "class Run: ...\ndef f():\n    run = Run()\n    run.name = 1",
+            "attribute of a new object set from outside",
+        ),
     ],
 )
 def test_a_dense_place_is_named(tmp_path: Path, text: str, rule: str) -> None:

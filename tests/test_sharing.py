@@ -346,7 +346,13 @@ def test_what_others_trained_stays_reused_after_a_kill(tmp_path: Path, alone: An
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({20: crash}))
     summary = train(cfg, tmp_path, store=store)
-    assert summary["ledger"] == ledger(STEPS + 2, 5, 2) and reused_steps(tmp_path / cfg.run_id) == [1, 2, 3, 4, 5]
+    assert summary["ledger"] == ledger(STEPS + 2, 5, 2) and reused_steps(tmp_path / cfg.run_id) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
@@ -838,7 +844,9 @@ def test_a_holder_that_is_dead_is_not_waited_for(
     gone = subprocess.Popen(["true"])
     gone.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(leases, "this_process", lambda: {"boot": leases._boot(), "pid": gone.pid, "started": "1"})
+        patch.setattr(
+            leases, "this_process", lambda: {"boot": leases._boot(), "pid": gone.pid, "started": "1"}
+        )
         lease = Leases(store.files).acquire(keys(cfg)[18])
     assert lease is not None
     started = time.monotonic()
