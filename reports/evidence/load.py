@@ -168,7 +168,10 @@ class Study:
             return []
         fields = []
         for column in self.trials[0]:
-            values = {str(trial.get(column)) for trial in self.trials if trial.get(column) is not None}
+            values = set()
+            for trial in self.trials:
+                if trial.get(column) is not None:
+                    values.add(str(trial[column]))
             if column.startswith("params.") and len(values) > 1:
                 fields.append(column.removeprefix("params."))
         return fields
@@ -214,9 +217,12 @@ class ReportData:
         """The steps of an ablation preset, in its order. Empty if fewer than three have a valid run."""
         for preset in preset_names():
             order = [cfg.preset for cfg in load(preset)]
-            named = {r.cfg.preset: r for r in self.recipes if r.valid_runs and r.cfg.preset in order}
-            if len(named) > 2:
-                return sorted(named.values(), key=lambda recipe: order.index(recipe.cfg.preset))
+            steps = {}
+            for recipe in self.recipes:
+                if recipe.valid_runs and recipe.cfg.preset in order:
+                    steps[recipe.cfg.preset] = recipe
+            if len(steps) > 2:
+                return sorted(steps.values(), key=lambda recipe: order.index(recipe.cfg.preset))
         return []
 
 
