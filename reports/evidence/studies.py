@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import optuna
 
 LEDGER = ("asked", "trained", "reused", "wasted")
-FEWEST = 10  # trials trained to the end, for an importance
-TOP = 0.25  # the best share of the trials: of 20, it has the 5 that PED-ANOVA needs to be stable
+FEWEST = 10  # completed trials that an importance needs
+TOP = 0.25  # share of the trials that count as best. Optuna recommends at least 5 of them
 
 Trials = Sequence[dict[str, Any]]
 
@@ -50,7 +50,7 @@ def with_field(trials: Trials, field: str) -> list[dict[str, Any]]:
 
 
 def ledger(study: Study) -> dict[str, float]:
-    """Return the steps of a study and of its evidence. Without a total in the export: of its trials."""
+    """Return the steps of a study with its evidence. If the export has no total, sum over the trials."""
     rows = study.trials
     if study.facts.get("ledger"):
         rows = [study.facts["ledger"]]
@@ -80,7 +80,7 @@ class RungValues:
 
 
 def rungs(study: Study) -> list[RungValues]:
-    """Return the rungs below the last one that at least three of the trials trained to the end have."""
+    """Return each rung below the last one that at least three completed trials reached."""
     scores: list[dict[int, float]] = []
     top = 0
     for trial in study.completed:
@@ -105,7 +105,7 @@ def rungs(study: Study) -> list[RungValues]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values on an axis: numbers at themselves, anything else at the index of its name."""
+    """The places of settings on an axis: a number is its own place, any other setting has an index."""
 
     places: list[float]
     names: list[str]  # empty for numbers
@@ -162,7 +162,7 @@ def importance(study: Study) -> dict[str, float]:
 
 
 def ped_anova(study: Study) -> dict[str, float]:
-    """Compare the settings of the best trials with those of all trials that were trained to the end.
+    """Compare the settings of the best trials with those of all completed trials.
 
     The shares sum to 1. Empty if there are too few trials, or if no field sets the best ones apart.
     """
@@ -180,7 +180,7 @@ def ped_anova(study: Study) -> dict[str, float]:
     rebuilt = optuna.create_study(direction="minimize")
     rebuilt.add_trials(optuna_trials(study, scales))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a field that is active in all trials but one
+        warnings.simplefilter("ignore")  # Optuna warns about a field that one trial lacks
         shares = get_param_importances(
             rebuilt,
             evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP),
@@ -194,7 +194,7 @@ def ped_anova(study: Study) -> dict[str, float]:
 
 
 def optuna_trials(study: Study, scales: Mapping[str, Scale]) -> list[optuna.trial.FrozenTrial]:
-    """Rebuild the trials that were trained to the end."""
+    """Rebuild the completed trials for Optuna."""
     import optuna
 
     distributions = {field: scale.distribution() for field, scale in scales.items()}
