@@ -194,7 +194,8 @@ class Bench:
         fewest = len({key for chain in chains.values() for key in chain[1:]})
 
         result = StudyResult(study, "known at once", len(configs), asked, fewest, seconds=planning)
-        self.train_all(result, [trials[part.name] for part in shared.assignments.order], shared.keep)
+        order = [trials[assignment.name] for assignment in shared.assignments.order]
+        self.train_all(result, order, shared.keep)
         result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
