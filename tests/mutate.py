@@ -41,7 +41,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.toml"
-DEADLINE = ".deadline"  # beside the file of the result
+DEADLINE = ".deadline"  # the suffix of a file next to the result
 LEFT_OUT = (
     "[.]git",
     ".venv*",
