@@ -41,7 +41,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.toml"
-DEADLINE = ".deadline"  # beside the file of the result
+DEADLINE = ".deadline"  # the suffix of a file next to the result
 LEFT_OUT = (
     "[.]git",
     ".venv*",
@@ -81,6 +81,8 @@ MIRRORS = {
     "mainrun/data/token_cache.py": "test_tokens test_tokens_rows",
     "mainrun/data/tokenizer.py": "test_tokens test_tokens_rows",
     "mainrun/errors.py": "test_cli test_doors",
+    "mainrun/files/hashing.py": "test_checkpoint test_store_checkpoint",
+    "mainrun/files/locks.py": "test_rundir test_store_rundir",
     "mainrun/growth/make.py": "test_growth_controller test_growth_controller_rows",
     "mainrun/growth/state.py": "test_growth_controller test_growth_controller_rows",
     "mainrun/plan/cost.py": "test_growth_simulate test_growth_plan test_layers",

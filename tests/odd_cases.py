@@ -1,8 +1,8 @@
 """Odd command lines for test_doors.py: every command and every option, with unlikely values.
 
-A case is a function of (seed, index). The commands and their options are read from the command line itself. A text option needs a row in `TEXT`. The
-values of other options depend on their type. The arguments in `BASE` keep a case from using the network or
-training for longer than a second.
+A case is a function of (seed, index). The commands and their options are read from the command line itself. A
+text option needs a row in `TEXT`. The values of other options depend on their type. The arguments in `BASE`
+keep a case from using the network or training for longer than a second.
 """
 
 from __future__ import annotations

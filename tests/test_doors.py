@@ -30,6 +30,7 @@ from mainrun import config
 from mainrun.cli import app
 from mainrun.errors import ConfigError, UsageError
 from mainrun.files import inputs
+from mainrun.plan.recipes import load
 
 TREE = Path(os.environ.get("DOORS_TREE", ROOT))  # to run these tests on another tree
 CASES = int(os.environ.get("DOORS_CASES", "60"))
@@ -191,7 +192,7 @@ def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
     monkeypatch.setattr(config, "nearest", lambda name, allowed: names.append(name) or "")
     (tmp_path / "keys.toml").write_text("".join(f"k{i} = 1\n" for i in range(2000)), encoding="utf-8")
     with pytest.raises(ConfigError, match="and 1,990 more faults"):
-        config.load(str(tmp_path / "keys.toml"))
+        load(str(tmp_path / "keys.toml"))
     assert names == [f"k{i}" for i in range(10)]
 
 

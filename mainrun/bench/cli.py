@@ -129,8 +129,9 @@ def bench_lineage(
 def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, debug: Debug = False) -> None:
     """Measure training on a GPU.
 
-    `baseline` and `optimized` are trained in bfloat16. The table shows the share of the GPU's peak speed
-    that a step reaches, and the time of a whole run. A second run must give the same losses and weights to the bit.
+    `baseline` and `optimized` are trained in bfloat16. The table shows the share of the GPU's peak speed that
+    a step reaches, and the time of a whole run. A second run must give the same losses and weights, bit by
+    bit.
     """
     from mainrun.bench import gpu
 

@@ -190,11 +190,12 @@ class Bench:
         shared = batch.share_steps(trials.values(), None)
         planning = time.perf_counter() - start
         chains = shared.chains
-        asked = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)
+        requested = sum(len(chains[cfg.run_id]) - 1 for cfg in configs)
         fewest = len({key for chain in chains.values() for key in chain[1:]})
 
-        result = StudyResult(study, "known at once", len(configs), asked, fewest, seconds=planning)
-        self.train_all(result, [trials[part.name] for part in shared.assignments.order], shared.keep)
+        result = StudyResult(study, "known at once", len(configs), requested, fewest, seconds=planning)
+        order = [trials[assignment.name] for assignment in shared.assignments.order]
+        self.train_all(result, order, shared.keep)
         result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
@@ -206,7 +207,7 @@ class Bench:
         for name, chain in chains.items():
             keep[name] = [step for step in sorted(forks) if step < len(chain)]
         order = random.Random(1).sample(list(trials.values()), len(trials))
-        result = StudyResult(study, "one by one", len(configs), asked, fewest)
+        result = StudyResult(study, "one by one", len(configs), requested, fewest)
         self.train_all(result, order, keep)
         result.scratch_seconds += self.scratch_seconds(configs)
         yield result
@@ -246,12 +247,12 @@ class Bench:
             remaining = remaining[: max(1, len(remaining) // keep)]
         seconds = time.perf_counter() - start
 
-        asked = sum(reached.values())
+        requested = sum(reached.values())
         different: set[str] = set()
         for name, chain in chains.items():
             different.update(chain[1 : reached[name] + 1])
         result = StudyResult(
-            study, "successive halving", len(configs), asked, len(different), seconds=seconds
+            study, "successive halving", len(configs), requested, len(different), seconds=seconds
         )
         for cfg in configs:
             trained, store_seconds = ledger_of(RunDir(out / cfg.run_id))
@@ -262,7 +263,7 @@ class Bench:
             self.compare_with_scratch(result, cfg, final_bits(RunDir(out / cfg.run_id)))
         # Only finalists are trained from scratch. The time of the other trials follows from their steps.
         seconds_per_step = self.scratch_seconds(finalists) / (len(finalists) * steps)
-        result.scratch_seconds += seconds_per_step * asked
+        result.scratch_seconds += seconds_per_step * requested
         return result
 
     def train_to(self, cfg: TrainConfig, out: Path, store: Store, keep: list[int], step: int) -> float:

@@ -184,7 +184,7 @@ def _shared_batch(
         yield configs, {}
         return
     shared = batch.share_steps(configs, store)
-    position = {part.name: i for i, part in enumerate(shared.assignments.order)}
+    position = {assignment.name: i for i, assignment in enumerate(shared.assignments.order)}
     order = sorted(configs, key=lambda cfg: position[cfg.run_id])
     if not shared.keys or not is_leader():
         yield order, shared.keep
@@ -301,19 +301,20 @@ def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_js
     assignments = batch.share_steps(configs, store, out).assignments
     if not is_leader():
         return
-    saving = assignments.requested / assignments.steps if assignments.steps else None
+    requested = assignments.requested
+    to_train = assignments.steps
+    saving = requested / to_train if to_train else None
     if as_json:
-        runs = [vars(part) | {"steps": part.steps} for part in assignments.order]
-        emit({"asked": assignments.requested, "to_train": assignments.steps, "saving": saving, "runs": runs})
+        runs = [vars(each) | {"steps": each.steps} for each in assignments.order]
+        emit({"asked": requested, "to_train": to_train, "saving": saving, "runs": runs})
         return
     lines = []
-    for part in assignments.order:
-        forks = ", ".join(map(str, part.forks))
-        lines.append([part.name, str(part.steps), str(part.begin), str(part.end), part.after or "", forks])
+    for each in assignments.order:
+        forks = ", ".join(map(str, each.forks))
+        lines.append([each.name, str(each.steps), str(each.begin), str(each.end), each.after or "", forks])
     show_table(["run", "steps to train", "from step", "to step", "after run", "keeps nodes at"], lines)
     times = "" if saving is None else f", {saving:.2f} times fewer"
-    steps = f"requested steps: {assignments.requested:,}; to train: {assignments.steps:,}{times}"
-    print(f"{steps}; --plan trains nothing")
+    print(f"requested steps: {requested:,}; to train: {to_train:,}{times}; --plan trains nothing")
 
 
 # -- --dry-run
