@@ -451,8 +451,8 @@ def test_a_broken_op_aborts_and_changes_nothing(broken_widen_mlp: None) -> None:
         "growth: ops[0] 'widen_mlp' did not keep its promise at step 10: function: max |delta logits| "
     )
     assert (
-        "; the state before it is kept. Ask less of it (preserve, optimizer.min_coverage), or write on_fail="
-        in text
+        "; the state before it is kept. Ask less of it (preserve, optimizer.min_coverage), "
+        "or write on_fail=skip" in text
     )
     assert run.state.cfg is cfg and run.growth.applied == 0 and run.scored == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
