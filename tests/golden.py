@@ -1,10 +1,12 @@
-"""The golden record: what small runs of every kind came to, to the last bit. test_golden.py holds the code to it.
+"""The golden record: what small runs of every kind came to, to the last bit. test_golden.py holds the code
+to it.
 
     python tests/golden.py              # add a record for this kind of machine
     python tests/golden.py --check      # train all cases again and name those that differ
 
-A record belongs to a machine class and to versions of the libraries: other processors and other versions of torch give
-other bits. Make a record from a commit that is known to be right, and never to make a failing test pass.
+A record belongs to a machine class and to versions of the libraries: other processors and other versions of
+torch give other bits. Make a record from a commit that is known to be right, and never to make a failing
+test pass.
 """
 
 from __future__ import annotations
@@ -25,16 +27,38 @@ if __name__ == "__main__":
 
 FILE = Path(__file__).parent / "data" / "golden.jsonl"
 SIZE: dict[str, Any] = {
-    "num_titles": 300, "vocab_size": 400, "block_size": 16, "batch_size": 8, "epochs": 1, "n_layer": 2, "n_head": 2, "d_model": 32,
-    "threads": 1, "device": "cpu", "compile": "off", "eval_per_epoch": 2, "dev_frac": 0.1,
+    "num_titles": 300,
+    "vocab_size": 400,
+    "block_size": 16,
+    "batch_size": 8,
+    "epochs": 1,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 32,
+    "threads": 1,
+    "device": "cpu",
+    "compile": "off",
+    "eval_per_epoch": 2,
+    "dev_frac": 0.1,
     "official_geometry": "8x16",
-}  # fmt: skip
+}
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}
 MUON: dict[str, Any] = {"optimizer": "muon", "lr": 0.02, "lr_aux": 0.01, "weight_decay": 0.1}
 MODERN: dict[str, Any] = {
-    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
-    "value_residual": True, "tie_head": False, "softcap": 8.0, "n_kv_head": 1, "title_mask": True, "init_depth_scaled": True,
-}  # fmt: skip
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "bias": False,
+    "qk_norm": True,
+    "attn_gate": True,
+    "layer_scale": 0.3,
+    "value_residual": True,
+    "tie_head": False,
+    "softcap": 8.0,
+    "n_kv_head": 1,
+    "title_mask": True,
+    "init_depth_scaled": True,
+}
 
 
 def grow(name: str, value: Any = None, **more: Any) -> dict[str, Any]:
@@ -60,7 +84,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw, bfloat16": ("baseline", ADAMW | {"dtype": "bfloat16"}),
     "muon": ("baseline", MUON),
     "muon, modern blocks, bfloat16": ("baseline", MUON | MODERN | {"dtype": "bfloat16"}),
-    "relu2, untied, plain attention": ("baseline", ADAMW | {"mlp": "relu2", "tie_head": False, "attention": "plain"}),
+    "relu2, untied, plain attention": (
+        "baseline",
+        ADAMW | {"mlp": "relu2", "tie_head": False, "attention": "plain"},
+    ),
     "attention by sdpa": ("baseline", ADAMW | {"attention": "sdpa", "attn_dropout": 0.0, "dropout": 0.1}),
     "no dropout": ("baseline", ADAMW | {"dropout": 0.0}),
     "dropout of attention alone": ("baseline", ADAMW | {"dropout": 0.0, "attn_dropout": 0.2}),
@@ -69,28 +96,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ema": ("baseline", ADAMW | {"ema": 0.9}),
     "swa": ("baseline", ADAMW | {"swa": 0.4}),
     "experts": ("baseline", ADAMW | {"experts": 3, "top_k": 2}),
-    "experts, muon, softmax router": ("baseline", MUON | {"experts": 2, "top_k": 1, "router_weights": "softmax"}),
+    "experts, muon, softmax router": (
+        "baseline",
+        MUON | {"experts": 2, "top_k": 1, "router_weights": "softmax"},
+    ),
     "low rank": ("baseline", ADAMW | {"attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0}),
     "frozen layer": ("baseline", ADAMW | {"attn_lora_rank": 2, "frozen": [0]}),
     "accumulation": ("baseline", ADAMW | {"grad_accum": 4, "dropout": 0.1}),
     "wsd with warm-up": (
         "baseline",
         ADAMW
-        | {"schedule": "wsd", "warmup_iters": 4, "decay_frac": 0.4, "decay_shape": "sqrt", "min_lr_frac": 0.1, "wd_schedule": "cosine"},
+        | {
+            "schedule": "wsd",
+            "warmup_iters": 4,
+            "decay_frac": 0.4,
+            "decay_shape": "sqrt",
+            "min_lr_frac": 0.1,
+            "wd_schedule": "cosine",
+        },
     ),
     "shuffled titles": ("baseline", ADAMW | {"order": "shuffle_titles", "epochs": 2}),
-    "unigram tokenizer": ("baseline", ADAMW | {"tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 380}),
+    "unigram tokenizer": (
+        "baseline",
+        ADAMW | {"tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 380},
+    ),
     "mix": ("baseline", ADAMW | {"corpus": "mix:mix.toml"}),
     "grow training values": (
         "baseline",
         growing(
-            grow("set_lr", 0.005), grow("set_batch_size", 16, trigger={"step": 9}), grow("set_grad_accum", 2, trigger={"step": 11}),
-            grow("set_weight_decay", 0.0, trigger={"step": 12}), grow("set_dropout", 0.1, trigger={"step": 13}),
+            grow("set_lr", 0.005),
+            grow("set_batch_size", 16, trigger={"step": 9}),
+            grow("set_grad_accum", 2, trigger={"step": 11}),
+            grow("set_weight_decay", 0.0, trigger={"step": 12}),
+            grow("set_dropout", 0.1, trigger={"step": 13}),
             grow("reset_lr_schedule", trigger={"step": 15}),
         ),
     ),
     "grow stack_layers": ("baseline", growing(grow("stack_layers", [0, 0, 1], init="identity"))),
-    "grow stack_layers, muon and ema": ("baseline", growing(grow("stack_layers", [0, 1, 1])) | MUON | {"ema": 0.9}),
+    "grow stack_layers, muon and ema": (
+        "baseline",
+        growing(grow("stack_layers", [0, 1, 1])) | MUON | {"ema": 0.9},
+    ),
     "grow widen_mlp": ("baseline", growing(grow("widen_mlp", 160))),
     "grow widen_model": ("baseline", growing(grow("widen_model", {"factor": 2}))),
     "grow add_heads": ("baseline", growing(grow("add_heads", 4), head_dim=16)),
@@ -98,12 +144,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grow adapters and merge them": (
         "baseline",
         growing(
-            grow("set_attn_lora_rank", 4), grow("set_embedding_lora_rank", 4, trigger={"step": 9}),
+            grow("set_attn_lora_rank", 4),
+            grow("set_embedding_lora_rank", 4, trigger={"step": 9}),
             grow("merge_lora_weights", trigger={"step": 15}),
         ),
     ),
     "grow freeze_layer and unfreeze_layer": (
-        "baseline", growing(grow("freeze_layer", [0]), grow("unfreeze_layer", [0], trigger={"step": 12})),
+        "baseline",
+        growing(grow("freeze_layer", [0]), grow("unfreeze_layer", [0], trigger={"step": 12})),
     ),
     "grow resize_vocabulary": ("baseline", growing(grow("resize_vocabulary", 420))),
     "grow when the loss says so": (
@@ -114,9 +162,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "compiled, muon": ("baseline", MUON | {"compile": "on", "n_layer": 1, "dropout": 0.1}),
-    "compiled, bfloat16": ("baseline", ADAMW | {"compile": "on", "n_layer": 1, "dtype": "bfloat16", "dropout": 0.1}),
+    "compiled, bfloat16": (
+        "baseline",
+        ADAMW | {"compile": "on", "n_layer": 1, "dtype": "bfloat16", "dropout": 0.1},
+    ),
     "two processes": ("baseline", ADAMW | {"dropout": 0.1}),
-}  # fmt: skip
+}
 SLOW = tuple(name for name in CASES if name.startswith(("compiled", "two processes", "preset staged")))
 
 
@@ -189,7 +240,9 @@ def numbers(run: Path) -> dict[str, Any]:
 
 
 def machine_class() -> dict[str, Any]:
-    """What the bits depend on besides the code: the processor, and the versions of the libraries that compute."""
+    """What the bits depend on besides the code: the processor, and the versions of the libraries that
+    compute.
+    """
     from importlib.metadata import version
 
     from mainrun.config import from_dict

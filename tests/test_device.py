@@ -1,4 +1,6 @@
-"""How a machine is used: what is chosen for a run, what of it the machine class tells, and that the choice is never a stopwatch's."""
+"""How a machine is used: what is chosen for a run, what of it the machine class tells, and that the choice
+is never a stopwatch's.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,8 @@ def test_the_tuned_allocator_keeps_a_steps_memory() -> None:
 
 def test_the_peak_is_this_processes_and_not_its_parents() -> None:
     child = "from mainrun.core.hardware import peak_memory; print(peak_memory())"
-    held = f"import subprocess, sys; much = b'x' * 500_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    run_child = f"subprocess.run([sys.executable, '-c', {child!r}])"
+    held = f"import subprocess, sys; much = b'x' * 500_000_000; {run_child}"
     assert 5_000_000 < int(python(held)) < 100_000_000
 
 
@@ -250,7 +253,9 @@ def test_a_loss_that_is_read_late_still_ends_the_run(
 def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That step has not reached the weights: they are saved, and the checkpoint must vouch for every row up to it."""
+    """That step has not reached the weights: they are saved, and the checkpoint must vouch for every row up
+    to it.
+    """
     cfg = tiny(eval_per_epoch=0, checkpoint_every=10**6)
     train(cfg, tmp_path / "whole")
     loss, calls = trainer.compute_loss, 0
@@ -317,7 +322,10 @@ def test_each_dropout_alone_changes_the_training_and_is_the_same_twice(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_dropout_keeps_is_scaled_to_keep_the_mean(tiny: Tiny, dtype: torch.dtype) -> None:
-    """In bfloat16 the scale itself is not rounded: 256/230 would become 1.109, and every branch a third of a per cent smaller."""
+    """In bfloat16 the scale itself is not rounded:
+
+    256/230 would become 1.109, and every branch a third of a per cent smaller.
+    """
     for drop in (26, 13, 51, 128):
         p = drop / 256
         machine = Device(tiny())

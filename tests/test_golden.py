@@ -15,7 +15,7 @@ def record() -> dict[str, Any]:
     cases = golden.record_for(machine)
     if not cases:
         pytest.skip(
-            f"tests/data/golden.jsonl has no record for {machine}; python tests/golden.py makes one from a commit that is right"
+            f"tests/data/golden.jsonl has no record for {machine}; make one with python tests/golden.py"
         )
     return cases
 
@@ -36,7 +36,8 @@ def test_every_operation_and_every_optimizer_has_a_case() -> None:
 
     fields = [fields for _, fields in golden.CASES.values()]
     named = {op["name"] for values in fields for op in values.get("growth", {}).get("ops", ())}
-    # set_eval_interval changes when a run is scored and no bit; set_eval_iters is refused; the climb is tested by its own schedule
+    # set_eval_interval changes when a run is scored and no bit; set_eval_iters is refused; the climb is
+    # tested by its own schedule
     assert set(NAMES) - named == {"set_eval_interval", "set_eval_iters", "set_warmup_iters"}
     assert {values.get("optimizer") for values in fields} >= set(
         get_args(TrainConfig.model_fields["optimizer"].annotation)

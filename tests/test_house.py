@@ -85,7 +85,7 @@ FACES = {
 # What a run imports although the version hash does not cover it, and why its bits cannot depend on it.
 NOT_HASHED = {
     "mainrun.errors": "text of errors",
-    "mainrun.files": "reads files of users; what it reads is in the config and in the fingerprints of the data",
+    "mainrun.files": "reads files; what they hold is in the config and in the fingerprints of the data",
     "mainrun.store": "stores and loads states with checksums; computes none",
     "mainrun.checks.guards": "judges a run that is finished",
 }
@@ -329,7 +329,8 @@ def test_the_hash_changes_with_every_hashed_file(tmp_path: Path) -> None:
 
 def heavy_loaded(root: Path, modules: Iterable[str]) -> list[str]:
     """Heavy libraries that are in memory after the modules were imported, by whatever way they came."""
-    code = f"import sys\nfor m in {list(modules)!r}: __import__(m)\nprint(*(h for h in {HEAVY!r} if h in sys.modules))"
+    loaded = f"print(*(h for h in {HEAVY!r} if h in sys.modules))"
+    code = f"import sys\nfor m in {list(modules)!r}: __import__(m)\n{loaded}"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()

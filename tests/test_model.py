@@ -1,4 +1,6 @@
-"""The model, the loss and the optimisers, each against a plain reference that is written here a second time."""
+"""The model, the loss and the optimisers, each against a plain reference that is written here a second
+time.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,21 @@ from mainrun.train import GPT, build, compute_loss, rope_table, rotate
 V = 53  # vocabulary
 T = 12  # tokens of context
 MODERN: dict[str, Any] = {
-    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
-    "value_residual": True, "title_mask": True, "tie_head": False, "softcap": 4.0, "n_head": 4, "n_kv_head": 2, "init_depth_scaled": True,
-}  # fmt: skip
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "bias": False,
+    "qk_norm": True,
+    "attn_gate": True,
+    "layer_scale": 0.3,
+    "value_residual": True,
+    "title_mask": True,
+    "tie_head": False,
+    "softcap": 4.0,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "init_depth_scaled": True,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +98,9 @@ TORCH_NAMES = {
 
 
 def torch_logits(model: GPT, idx: Tensor) -> Tensor:
-    """The baseline out of torch's own transformer layers (nn.MultiheadAttention inside), the weights copied."""
+    """The baseline out of torch's own transformer layers (nn.MultiheadAttention inside), the weights
+    copied.
+    """
     cfg, length = model.cfg, idx.size(1)
     weights = model.state_dict()
     x = weights["embed.weight"][idx] + weights["positions.weight"][:length]
@@ -114,7 +130,9 @@ def torch_logits(model: GPT, idx: Tensor) -> Tensor:
 
 
 def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
-    """Every dense option by hand: a dict of weights, one title token and one head at a time, rotary as complex numbers."""
+    """Every dense option by hand: a dict of weights, one title token and one head at a time, rotary as
+    complex numbers.
+    """
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros((), dtype=x.dtype))
@@ -260,7 +278,9 @@ def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
     ids=lambda d: "+".join(f"{k}={v}" for k, v in d.items()) or "baseline",
 )
 def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any]) -> None:
-    """With all weights that both have in common, the field alone changes the function; and all its weights are trained."""
+    """With all weights that both have in common, the field alone changes the function; and all its weights
+    are trained.
+    """
     old, new = shaken(config(**before)), shaken(config(**before | change), seed=1)
     own = new.state_dict()
     new.load_state_dict(
@@ -386,7 +406,9 @@ def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, a
 @given(architectures, st.integers(1, T - 1), st.integers(0, 1000))
 @settings(max_examples=25)
 def test_title_mask_hides_earlier_titles(fields: dict[str, Any], start: int, seed: int) -> None:
-    """A title is told from its <eos> on; the words before that cannot be seen with the mask, and can without."""
+    """A title is told from its <eos> on; the words before that cannot be seen with the mask, and can
+    without.
+    """
     idx = some_titles(seed=seed)
     idx[:, start] = EOS
     idx[:, start + 1 :][idx[:, start + 1 :] == EOS] = 5  # the title that starts here is the last
@@ -438,7 +460,9 @@ def masks(cfg: TrainConfig, at: StepInputs, idx: Tensor, seed: int) -> Tensor | 
 
 
 def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each place has bytes of its own, dropout_sites what its rate says, and scales up what stays, so that the mean stays."""
+    """Each place has bytes of its own, dropout_sites what its rate says, and scales up what stays, so that
+    the mean stays.
+    """
     cfg = config(n_layer=3)
     model, idx = shaken(cfg), some_titles()
     at = inputs(cfg, dropout=64 / 256, attn_dropout=32 / 256, resid_dropout=16 / 256)
@@ -576,7 +600,9 @@ def test_decay_shrinks_matrices_and_tables_at_their_own_rates_and_leaves_vectors
 def hand_written_steps(
     cfg: TrainConfig, w: dict[str, Tensor], batches: list[Tensor], at: StepInputs
 ) -> dict[str, Tensor]:
-    """SGD with Nesterov momentum, or AdamW, on a dict of weights: gradients of the slow reference, clipped, and the update written out."""
+    """SGD with Nesterov momentum, or AdamW, on a dict of weights: gradients of the slow reference, clipped,
+    and the update written out.
+    """
     w = {n: p.clone() for n, p in w.items()}
     first, second = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
     for step, idx in enumerate(batches, 1):
@@ -677,7 +703,9 @@ SHAPES = [(8, 8), (8, 32), (32, 8), (8, 8), (8, 32)]
 
 
 def test_muon_remembers_earlier_gradients() -> None:
-    """Nesterov momentum of 0.9: at the second step the first gradient still weighs, as the written-out average says."""
+    """Nesterov momentum of 0.9: at the second step the first gradient still weighs, as the written-out
+    average says.
+    """
     cfg = config(optimizer="muon", momentum=0.9)
     model = shaken(cfg)
     optimizers = Optimizers(cfg, model)

@@ -1,4 +1,6 @@
-"""How a run begins again after a stop and what its summary says, decision by decision; one tiny run is trained for all."""
+"""How a run begins again after a stop and what its summary says, decision by decision; one tiny run is
+trained for all.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,8 @@ def test_the_environment_says_what_the_bits_depend_on(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("changes", "flops"),
     [
-        # weights that multiply: q, k, v, o 4 * 32 * 32; up and down 2 * 32 * 128; the head 400 * 32. Attention: 12 * 2 * 16 * 16
+        # weights that multiply: q, k, v, o 4 * 32 * 32; up and down 2 * 32 * 128; the head 400 * 32.
+        # Attention: 12 * 2 * 16 * 16
         ({}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"tie_head": False}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"n_layer": 2}, 6 * (2 * (4 * 1024 + 8192) + 12_800) + 2 * 12 * 2 * 16 * 16),

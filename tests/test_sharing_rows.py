@@ -1,4 +1,6 @@
-"""What a run takes from the store and leaves there, decision by decision: no training, and a store of hand-made nodes."""
+"""What a run takes from the store and leaves there, decision by decision: no training, and a store of
+hand-made nodes.
+"""
 
 from __future__ import annotations
 
@@ -198,10 +200,22 @@ class House:
         self, step: int, begins: int = 0, rows: tuple[dict[str, Any], ...] | None = None, **changes: Any
     ) -> Node:
         node = Node(
-            key=self.keys[step], parent=self.keys[begins], root=self.keys[0], step=step, begins=begins, tokens_processed=128 * step,
-            state=f"state {step}", size=1, geometry=GEOMETRY, seconds=1.0, run="other-1", config={}, made=0.0, rows_sha256="",
+            key=self.keys[step],
+            parent=self.keys[begins],
+            root=self.keys[0],
+            step=step,
+            begins=begins,
+            tokens_processed=128 * step,
+            state=f"state {step}",
+            size=1,
+            geometry=GEOMETRY,
+            seconds=1.0,
+            run="other-1",
+            config={},
+            made=0.0,
+            rows_sha256="",
             rows=self.rows(begins, step) if rows is None else rows,
-        )  # fmt: skip
+        )
         return replace(node, **changes)
 
     def add(self, *nodes: Node) -> None:
@@ -676,7 +690,10 @@ def test_three_runs_are_all_there_are() -> None:
 def test_a_run_at_step_15_takes_the_rows_that_it_has_not_written(
     event: str, step: int, told: bool, shown: bool
 ) -> None:
-    """A run may be stopped right after an op has acted. Its journal says so, and the rows of the op do not come twice."""
+    """A run may be stopped right after an op has acted.
+
+    Its journal says so, and the rows of the op do not come twice.
+    """
     house, journal = House(), Journal()
     row = {"event": event, "op": "0-set_lr", "step": step}
     house.add(house.node(18, rows=(row, *house.rows(16, 18))))

@@ -70,7 +70,9 @@ def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
 
 
 def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
-    """All that two equal runs have in common: rows, scored weights, every tensor of the last checkpoint, the ledger."""
+    """All that two equal runs have in common: rows, scored weights, every tensor of the last checkpoint,
+    the ledger.
+    """
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done"
     meta = json.loads((checkpoint.paths(run / "checkpoints")[0] / "meta.json").read_text())
@@ -134,7 +136,9 @@ def test_the_same_config_gives_the_same_bits(
 def test_the_same_config_gives_the_same_bits_in_two_processes(
     tmp_path: Path, dtype: str, compiled: str
 ) -> None:
-    """With R-Drop, gates, a title mask and all three dropouts: what is random is drawn again in the same way."""
+    """With R-Drop, gates, a title mask and all three dropouts: what is random is drawn again in the same
+    way.
+    """
     if compiled == "on" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     recipe = {
@@ -195,7 +199,9 @@ def test_rows_are_written_as_often_as_asked(tmp_path: Path) -> None:
 def test_weights_dropout_and_order_come_from_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the three at a time: the weights are put to one seed's, then dropout and the order of titles alone are left."""
+    """One of the three at a time: the weights are put to one seed's, then dropout and the order of titles
+    alone are left.
+    """
 
     def first_losses(**changes: Any) -> list[float]:
         cfg = config(eval_per_epoch=0, **changes)
@@ -234,7 +240,9 @@ def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(
 
 
 def test_the_first_step_is_the_hand_written_one(tmp_path: Path) -> None:
-    """Batch, loss, clipping, rate and update together: train()'s first step against the same in a few plain lines."""
+    """Batch, loss, clipping, rate and update together: train()'s first step against the same in a few plain
+    lines.
+    """
     cfg = config(dropout=0.0, lr=0.3, lr_aux=0.1, warmup_frac=0.2, clip=0.5, checkpoint_every=1)
     with pytest.raises(Interrupted):
         train(cfg, tmp_path, progress=Watch({1: terminate}))
@@ -268,18 +276,52 @@ def test_the_first_step_is_the_hand_written_one(tmp_path: Path) -> None:
 RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {},
     "sgd with momentum": {"momentum": 0.9, "lr": 0.01},
-    "adamw, ema": {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, "weight_decay": 0.1, "wd_schedule": "cosine"},
+    "adamw, ema": {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "ema": 0.9,
+        "weight_decay": 0.1,
+        "wd_schedule": "cosine",
+    },
     "muon, swa": {
-        "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3, "swa": 0.7, "schedule": "wsd",
-        "order": "shuffle_titles", "epochs": 2, "dev_frac": 0.2,
+        "optimizer": "muon",
+        "momentum": 0.9,
+        "lr": 0.01,
+        "lr_aux": 1e-3,
+        "swa": 0.7,
+        "schedule": "wsd",
+        "order": "shuffle_titles",
+        "epochs": 2,
+        "dev_frac": 0.2,
     },
-    "r-drop": {"optimizer": "adamw", "lr": 1e-3, "rdrop": 0.5, "label_smoothing": 0.1, "grad_accum": 2, "warmup_frac": 0.3},
+    "r-drop": {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "rdrop": 0.5,
+        "label_smoothing": 0.1,
+        "grad_accum": 2,
+        "warmup_frac": 0.3,
+    },
     "every option": {
-        "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": True, "attn_gate": True, "layer_scale": 0.3,
-        "value_residual": True, "title_mask": True, "tie_head": False, "softcap": 15.0, "n_kv_head": 1, "dtype": "bfloat16",
-        "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "lr_aux": 1e-3,
+        "norm": "rmsnorm",
+        "position": "rope",
+        "mlp": "swiglu",
+        "bias": False,
+        "qk_norm": True,
+        "attn_gate": True,
+        "layer_scale": 0.3,
+        "value_residual": True,
+        "title_mask": True,
+        "tie_head": False,
+        "softcap": 15.0,
+        "n_kv_head": 1,
+        "dtype": "bfloat16",
+        "optimizer": "muon",
+        "momentum": 0.9,
+        "lr": 0.01,
+        "lr_aux": 1e-3,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -355,7 +397,9 @@ def test_a_run_killed_while_it_opened_starts_over(
 def test_a_kill_between_any_two_files_of_the_start_leaves_a_run_that_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is written first, second, third: a death right before it is not taken for somebody else's folder."""
+    """Whatever is written first, second, third: a death right before it is not taken for somebody else's
+    folder.
+    """
 
     class Killed(BaseException):
         pass
@@ -549,7 +593,8 @@ def test_a_crash_is_not_left_as_running(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_ladder_goes_on_behind_a_step_that_diverges(tmp_path: Path) -> None:
     (tmp_path / "ladder.toml").write_text(
-        "[[steps]]\nname = 'high'\nlr = 1000.0\nweight_decay = 100.0\n[[steps]]\nname = 'fine'\nlr = 0.001\nweight_decay = 0.0\n"
+        "[[steps]]\nname = 'high'\nlr = 1000.0\nweight_decay = 100.0\n"
+        "[[steps]]\nname = 'fine'\nlr = 0.001\nweight_decay = 0.0\n"
     )
     sets = tiny_sets(optimizer="adamw", schedule="constant")
     command = [sys.executable, "-m", "mainrun", "train", "--preset", "ladder.toml", "--out", "runs", *sets]
@@ -559,7 +604,9 @@ def test_a_ladder_goes_on_behind_a_step_that_diverges(tmp_path: Path) -> None:
 
 
 def test_what_is_said_to_be_on_disk_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a checkpoint is renamed into its place, its tensors, its meta and the rows it vouches for are on disk."""
+    """Before a checkpoint is renamed into its place, its tensors, its meta and the rows it vouches for are
+    on disk.
+    """
     synced: list[str] = []
     renamed: list[tuple[str, set[str]]] = []
     fsync, rename = os.fsync, Path.rename
@@ -588,7 +635,9 @@ def test_the_operations_that_torch_cannot_repeat_are_refused(tmp_path: Path) -> 
 
 
 def test_flops_are_counted_as_the_formula_says() -> None:
-    """Six a weight that multiplies; twice a score and a sum over the whole block in attention, three times with the backward pass."""
+    """Six a weight that multiplies; twice a score and a sum over the whole block in attention, three times
+    with the backward pass.
+    """
     cfg = config(n_layer=2, d_model=32, block_size=16)
     products = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 400 * 32
     attention = 2 * (2 * 16 * 32) * 2 * 3
@@ -633,11 +682,24 @@ def no_half_files(run: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "leave", "checkpoint_every", "full"),
     [
-        (0, 0, 10, ""), (0, 8192, 10, ""), (0, 24_000, 10, ""), (0, 60_000, 10, ""),
-        (3, 0, 1000, "metrics.jsonl"), (9, 100_000, 10, "step-00000010"), (19, 100_000, 10, "step-00000020"),
+        (0, 0, 10, ""),
+        (0, 8192, 10, ""),
+        (0, 24_000, 10, ""),
+        (0, 60_000, 10, ""),
+        (3, 0, 1000, "metrics.jsonl"),
+        (9, 100_000, 10, "step-00000010"),
+        (19, 100_000, 10, "step-00000020"),
     ],
-    ids=["nothing at the start", "two blocks at the start", "six blocks", "a few files fit", "metrics", "checkpoint", "second checkpoint"],
-)  # fmt: skip
+    ids=[
+        "nothing at the start",
+        "two blocks at the start",
+        "six blocks",
+        "a few files fit",
+        "metrics",
+        "checkpoint",
+        "second checkpoint",
+    ],
+)
 def test_a_full_disk_stops_the_run_and_loses_nothing(
     small_disk: Path,
     undisturbed: Callable[[TrainConfig], Path],
@@ -757,10 +819,34 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
     summary = RunDir(run).summary()
     assert summary is not None
     assert set(summary) == {
-        "run", "preset", "status", "steps", "last", "best", "scores", "params", "tokens", "presentations", "flops", "seconds",
-        "tokens_per_s", "fingerprints", "origin", "geometry", "tokenizer", "guards", "machine_class", "machine_classes", "versions",
-        "all_versions", "weights", "resumed", "spent", "ledger", "peak_memory",
-    }  # fmt: skip
+        "run",
+        "preset",
+        "status",
+        "steps",
+        "last",
+        "best",
+        "scores",
+        "params",
+        "tokens",
+        "presentations",
+        "flops",
+        "seconds",
+        "tokens_per_s",
+        "fingerprints",
+        "origin",
+        "geometry",
+        "tokenizer",
+        "guards",
+        "machine_class",
+        "machine_classes",
+        "versions",
+        "all_versions",
+        "weights",
+        "resumed",
+        "spent",
+        "ledger",
+        "peak_memory",
+    }
     plan = RunDir(run).plan()
     assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (
         cfg.run_id,
@@ -773,8 +859,9 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         mine = [r for r in rows(run, "eval") if r["split"] == split]
         last, best = mine[-1], min(mine, key=lambda r: r["full"])
         assert summary["scores"][split] == {
-            "last": {k: v for k, v in last.items() if k != "event"}, "best": {k: v for k, v in best.items() if k != "event"},
-        }  # fmt: skip
+            "last": {k: v for k, v in last.items() if k != "event"},
+            "best": {k: v for k, v in best.items() if k != "event"},
+        }
         assert last["step"] == plan["steps"] and last["full"] < mine[0]["full"] - 0.05
         assert len({r["tokens"] for r in mine}) == 1 and len({r["coverage"] for r in mine}) == 1
     assert (
@@ -785,8 +872,11 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         summary["tokens"] / plan["train_tokens"]
     )
     assert summary["presentations"] | {"presentations_per_token": 0} == {
-        "train_tokens_per_epoch": plan["train_tokens"], "forward_passes": 1, "ensemble_members": 1, "presentations_per_token": 0,
-    }  # fmt: skip
+        "train_tokens_per_epoch": plan["train_tokens"],
+        "forward_passes": 1,
+        "ensemble_members": 1,
+        "presentations_per_token": 0,
+    }
     assert set(summary["fingerprints"]) == {"corpus", "train", "dev", "val"}
     assert all(
         len(h) == 64 for h in (*summary["fingerprints"].values(), summary["tokenizer"], summary["weights"])
@@ -831,8 +921,15 @@ def test_the_status_follows_the_run(tmp_path: Path) -> None:
     assert {p.name for p in run.path.iterdir()} == files
     env = run.env()
     assert set(env) == {
-        "machine_class", "machine_classes", "versions", "all_versions", "evaluate_hash", "allocator", "command", "carried",
-    }  # fmt: skip
+        "machine_class",
+        "machine_classes",
+        "versions",
+        "all_versions",
+        "evaluate_hash",
+        "allocator",
+        "command",
+        "carried",
+    }
     assert run.config() == cfg
 
 

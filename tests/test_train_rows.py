@@ -1,4 +1,6 @@
-"""The trainer on numbers that are worked out by hand: shapes, starts, masks, losses, groups, gradients, and the rows of one tiny run."""
+"""The trainer on numbers that are worked out by hand: shapes, starts, masks, losses, groups, gradients, and
+the rows of one tiny run.
+"""
 
 from __future__ import annotations
 
@@ -114,15 +116,51 @@ ATTENTION = {"n_head": 4, "n_kv_head": 2, "head_dim": 6, "d_model": 8}
 @pytest.mark.parametrize(
     ("fields", "shapes"),
     [
-        ({}, {"q.weight": (24, 8), "k.weight": (12, 8), "v.weight": (12, 8), "o.weight": (8, 24), "q.bias": (24,), "k.bias": (12,),
-              "v.bias": (12,), "o.bias": (8,)}),
-        ({"bias": False}, {"q.weight": (24, 8), "k.weight": (12, 8), "v.weight": (12, 8), "o.weight": (8, 24)}),
-        ({"qkv_bias": False}, {"q.weight": (24, 8), "k.weight": (12, 8), "v.weight": (12, 8), "o.weight": (8, 24), "o.bias": (8,)}),
-        ({"bias": False, "qkv_bias": True, "qk_norm": True, "attn_gate": True, "value_residual": True},
-         {"q.weight": (24, 8), "k.weight": (12, 8), "v.weight": (12, 8), "o.weight": (8, 24), "q.bias": (24,), "k.bias": (12,),
-          "v.bias": (12,), "q_norm.weight": (6,), "k_norm.weight": (6,), "gate.weight": (4, 8), "first_share": ()}),
+        (
+            {},
+            {
+                "q.weight": (24, 8),
+                "k.weight": (12, 8),
+                "v.weight": (12, 8),
+                "o.weight": (8, 24),
+                "q.bias": (24,),
+                "k.bias": (12,),
+                "v.bias": (12,),
+                "o.bias": (8,),
+            },
+        ),
+        (
+            {"bias": False},
+            {"q.weight": (24, 8), "k.weight": (12, 8), "v.weight": (12, 8), "o.weight": (8, 24)},
+        ),
+        (
+            {"qkv_bias": False},
+            {
+                "q.weight": (24, 8),
+                "k.weight": (12, 8),
+                "v.weight": (12, 8),
+                "o.weight": (8, 24),
+                "o.bias": (8,),
+            },
+        ),
+        (
+            {"bias": False, "qkv_bias": True, "qk_norm": True, "attn_gate": True, "value_residual": True},
+            {
+                "q.weight": (24, 8),
+                "k.weight": (12, 8),
+                "v.weight": (12, 8),
+                "o.weight": (8, 24),
+                "q.bias": (24,),
+                "k.bias": (12,),
+                "v.bias": (12,),
+                "q_norm.weight": (6,),
+                "k_norm.weight": (6,),
+                "gate.weight": (4, 8),
+                "first_share": (),
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_parameters_of_attention(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     model = build(config(**ATTENTION | fields), V)
     first, second = ({n: tuple(p.shape) for n, p in block.attn.named_parameters()} for block in model.blocks)
@@ -491,9 +529,15 @@ KINDS = {
     ],
 }
 EVERYTHING: dict[str, Any] = {
-    "experts": 3, "tie_head": False, "layer_scale": 0.5, "value_residual": True, "attn_lora_rank": 2, "eps": 1e-3, "beta1": 0.5,
+    "experts": 3,
+    "tie_head": False,
+    "layer_scale": 0.5,
+    "value_residual": True,
+    "attn_lora_rank": 2,
+    "eps": 1e-3,
+    "beta1": 0.5,
     "beta2": 0.75,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
@@ -684,7 +728,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     tensors = {f"model/{n}": p.detach().clone() for n, p in state.model.named_parameters()}
     with pytest.raises(
         RunError,
-        match=r"the state holds model/a, the model does not; build the model as it was when the state was saved",
+        match=r"the state holds model/a, the model does not; build the model as it was when",
     ):
         state.load(tensors | {"model/b": torch.ones(1), "model/a": torch.ones(1)}, 7, 700)
     assert state.step == 0
@@ -948,9 +992,19 @@ def test_how_the_model_is_run(
 # -- the loop: a run of nine steps of 64 tokens, on a clock that stands still but for what is said below
 
 RUN: dict[str, Any] = {
-    "num_titles": 60, "block_size": 8, "batch_size": 8, "vocab_size": 300, "n_layer": 1, "log_every": 4, "eval_per_epoch": 0,
-    "eval_interval": 3, "checkpoint_every": 2, "max_steps": 9, "lr": 0.3, "dropout": 0.1,
-}  # fmt: skip
+    "num_titles": 60,
+    "block_size": 8,
+    "batch_size": 8,
+    "vocab_size": 300,
+    "n_layer": 1,
+    "log_every": 4,
+    "eval_per_epoch": 0,
+    "eval_interval": 3,
+    "checkpoint_every": 2,
+    "max_steps": 9,
+    "lr": 0.3,
+    "dropout": 0.1,
+}
 
 
 class Clock:
@@ -1073,10 +1127,17 @@ def test_what_a_run_writes(ran: Ran) -> None:
     data = trainer.prepare(ran.cfg, corpus := trainer.load_corpus(ran.cfg))
     plan = Plan(ran.cfg, len(data.splits["train"]))
     written = json.loads((ran.run.path / "config.json").read_text())
-    assert written == json.loads(json.dumps({
-        "config": ran.cfg.model_dump(), "digest": ran.cfg.digest, "plan": plan.table(), "fingerprints": corpus.fingerprints,
-        "tokenizer": data.tokenizer.digest,
-    }))  # fmt: skip
+    assert written == json.loads(
+        json.dumps(
+            {
+                "config": ran.cfg.model_dump(),
+                "digest": ran.cfg.digest,
+                "plan": plan.table(),
+                "fingerprints": corpus.fingerprints,
+                "tokenizer": data.tokenizer.digest,
+            }
+        )
+    )
     assert (ran.run.path / "tokenizer.json").read_text() == data.tokenizer.to_json()
 
 
@@ -1085,10 +1146,17 @@ def test_the_checkpoints_of_a_run(ran: Ran) -> None:
     meta = ran.saved[1][1]
     spent = {"data": 7.0, "steps": 44.0, "evaluation": 200.0, "checkpoints": 1000.0}
     assert meta["spent"] == spent
-    assert {k: meta[k] for k in ("digest", "resumed", "presented", "store", "ledger", "growth", "journal")} == {
-        "digest": ran.cfg.digest, "resumed": 0, "presented": 256, "store": None, "growth": {}, "journal": None,
+    assert {
+        k: meta[k] for k in ("digest", "resumed", "presented", "store", "ledger", "growth", "journal")
+    } == {
+        "digest": ran.cfg.digest,
+        "resumed": 0,
+        "presented": 256,
+        "store": None,
+        "growth": {},
+        "journal": None,
         "ledger": {"reused": 0, "reused_tokens": 0, "wasted": 0},
-    }  # fmt: skip
+    }
     assert meta["machine_class"]["device"] and meta["machine_class"]["torch"] == torch.__version__
     metrics = (ran.run.path / "metrics.jsonl").read_bytes()
     assert 0 < meta["metrics"]["bytes"] < len(metrics) == ran.saved[-1][1]["metrics"]["bytes"]
@@ -1218,7 +1286,8 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     found = go(small(), tmp_path, error=Diverged)
     lr = Plan(found.cfg, 10_000).at(2).lr
     assert found.said == (
-        f"the score at step 3 of 9 is not a number after lr {lr:g}; lower lr, lr_aux or weight_decay (the last checkpoint before it is kept)"
+        f"the score at step 3 of 9 is not a number after lr {lr:g}; lower lr, lr_aux or weight_decay "
+        "(the last checkpoint before it is kept)"
     )
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]
 
@@ -1246,7 +1315,8 @@ def test_numbers_that_are_read_later_are_the_same(
     rows = found.rows("step")
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [r for r in plain(rows) if r["step"] in (4, 8, 9)] == plain(ran.rows("step"))
-    # read after step 1 (a score), 5 (four are waiting), 7 (a checkpoint) and 9 (the end), before the last of them moved the weights
+    # read after step 1 (a score), 5 (four are waiting), 7 (a checkpoint) and 9 (the end), before the last of
+    # them moved the weights
     assert sum(row["seconds"] for row in rows) == 99.0
     assert {row["seconds"] for row in rows} == {11.0}
 
@@ -1372,5 +1442,6 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.summary == {} and found.saved == [] and len(followed) == 1
     assert found.watch.started == found.watch.steps == found.watch.evals == []
     assert not found.run.path.exists()
-    # before steps 1, 5 and 9 whether to stop, after 1 and 9 whether a score is no number, then twice where the leader saves
+    # before steps 1, 5 and 9 whether to stop, after 1 and 9 whether a score is no number, then twice where
+    # the leader saves
     assert flags == [False] * 7

@@ -265,14 +265,18 @@ class Session:
         cause = ""
         if self.until and step >= self.until:
             cause = self.stop.name or "stopped"
-        # asking the other processes makes them wait for each other
-        elif self.device.world == 1 or step % self.device.read_every == 0:
-            if self.device.any_process(bool(self.stop.name)):
-                cause = self.stop.name or "another process stopped"
+        elif self._any_process_stops():
+            cause = self.stop.name or "another process stopped"
         if not cause:
             return ""
         fix = "everything is saved; run the same command again to resume"
         return f"{cause} at step {step} of {self.plan.steps}; {fix}"
+
+    def _any_process_stops(self) -> bool:
+        # processes that ask each other wait for each other, so several of them ask only now and then
+        if self.device.world > 1 and self.state.step % self.device.read_every:
+            return False
+        return self.device.any_process(bool(self.stop.name))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         if self._began is None:
