@@ -1,6 +1,4 @@
-"""How a run begins again after a stop and what its summary says, decision by decision; one tiny run is
-trained for all.
-"""
+"""How a run resumes, how a session ends, and what its summary contains. One tiny run serves all tests."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ def step_row(step: int, **more: Any) -> dict[str, Any]:
     return {"event": "step", "step": step} | more
 
 
-# -- which steps a run has trained
+# -- trained steps
 
 
 @pytest.mark.parametrize(
@@ -67,11 +65,13 @@ def step_row(step: int, **more: Any) -> dict[str, Any]:
     [
         pytest.param([], [], id="none"),
         pytest.param([step_row(1), step_row(2)], [1, 2], id="each"),
-        pytest.param([step_row(5)], [1, 2, 3, 4, 5], id="one row stands for those before it"),
+        pytest.param([step_row(5)], [1, 2, 3, 4, 5], id="a row also counts the steps before it"),
         pytest.param([step_row(5, reused=True), step_row(7)], [6, 7], id="after steps from the store"),
         pytest.param([step_row(2), step_row(5, reused=True)], [1, 2], id="before steps from the store"),
         pytest.param(
-            [step_row(2), {"event": "eval", "step": 4}, step_row(5)], [1, 2, 3, 4, 5], id="a score is no step"
+            [step_row(2), {"event": "eval", "step": 4}, step_row(5)],
+            [1, 2, 3, 4, 5],
+            id="a score is not a step",
         ),
         pytest.param(
             [{"event": "eval", "step": 4, "reused": True}, step_row(6)], [5, 6], id="a score from the store"
@@ -79,26 +79,26 @@ def step_row(step: int, **more: Any) -> dict[str, Any]:
         pytest.param([step_row(9)], [1, 2, 3, 4, 5, 6, 7, 8], id="not beyond the end"),
     ],
 )
-def test_steps_behind_the_rows_were_trained_unless_they_are_marked(
+def test_logged_steps_were_trained_unless_marked_as_reused(
     rows: list[dict[str, Any]], steps: list[int]
 ) -> None:
     assert sorted(resume.steps_trained(rows, 8)) == steps
 
 
-# -- before the first step
+# -- before training
 
 
 @pytest.mark.parametrize(
     ("split", "sizes"), [("val", {"val": 3, "dev": 400}), ("dev", {"val": 400, "dev": 3})]
 )
-def test_a_split_that_is_too_short_is_named_before_training(split: str, sizes: dict[str, int]) -> None:
+def test_a_split_that_is_too_short_is_refused_before_training(split: str, sizes: dict[str, int]) -> None:
     data = SimpleNamespace(splits={name: [0] * size for name, size in sizes.items()})
     with pytest.raises(ConfigError, match=f"the {split} split is too short: "):
         resume.check_spans(config(), data)
     resume.check_spans(config(), SimpleNamespace(splits={"val": [0] * 400, "train": [0]}))
 
 
-def test_the_environment_says_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_records_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume.sys, "argv", ["mainrun", "train"])
     env = resume.environment(SimpleNamespace(machine_class={"cpu": "x"}, allocator="tuned"))
     assert (
@@ -109,37 +109,35 @@ def test_the_environment_says_what_the_bits_depend_on(monkeypatch: pytest.Monkey
     assert env["evaluate_hash"] == scoring.evaluate_source_hash() and "torch" in env["versions"]
 
 
-# -- what a run costs
+# -- costs
 
 
 @pytest.mark.parametrize(
     ("changes", "flops"),
     [
-        # weights that multiply: q, k, v, o 4 * 32 * 32; up and down 2 * 32 * 128; the head 400 * 32.
-        # Attention: 12 * 2 * 16 * 16
+        # weights of matrices: q, k, v, o 4 * 32 * 32; up and down 2 * 32 * 128; head 400 * 32
+        # attention: 12 * 2 * 16 * 16
         ({}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"tie_head": False}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"n_layer": 2}, 6 * (2 * (4 * 1024 + 8192) + 12_800) + 2 * 12 * 2 * 16 * 16),
         ({"experts": 4, "top_k": 1}, 6 * (4 * 1024 + 8192 + 4 * 32 + 12_800) + 12 * 2 * 16 * 16),
         ({"experts": 4, "top_k": 2}, 6 * (4 * 1024 + 2 * 8192 + 4 * 32 + 12_800) + 12 * 2 * 16 * 16),
     ],
-    ids=["tied", "apart", "two layers", "one expert of four", "two of four"],
+    ids=["tied", "untied", "two layers", "one expert of four", "two of four"],
 )
-def test_flops_a_token_are_six_a_weight_and_the_products_of_attention(
-    changes: dict[str, Any], flops: int
-) -> None:
+def test_flops_per_token_are_six_per_weight_plus_attention(changes: dict[str, Any], flops: int) -> None:
     cfg = config(**{"position": "learned", "tie_head": True, "d_ff": 128} | changes)
     assert costs(cfg, 400)["flops_per_token"] == flops
 
 
-def test_peak_is_the_memory_of_this_process() -> None:
+def test_peak_memory_is_that_of_this_process() -> None:
     assert 50e6 < summary.peak() < 1e12
 
 
 # -- the end of a session
 
 
-def finished_part() -> SimpleNamespace:
+def closing_counter() -> SimpleNamespace:
     part = SimpleNamespace(closed=0)
 
     def close() -> None:
@@ -159,10 +157,10 @@ def finished_part() -> SimpleNamespace:
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
     ],
 )
-def test_whatever_ends_a_session_is_in_its_status(
+def test_the_status_records_why_a_session_ended(
     tmp_path: Path, error: BaseException, state: str, why: str
 ) -> None:
-    run, part = RunDir(tmp_path), finished_part()
+    run, part = RunDir(tmp_path), closing_counter()
     ended = SimpleNamespace(
         state=SimpleNamespace(step=7),
         plan=SimpleNamespace(steps=20),
@@ -180,8 +178,8 @@ def test_whatever_ends_a_session_is_in_its_status(
     assert part.closed == 1
 
 
-def test_only_the_leader_writes_the_status_and_a_good_end_writes_none(tmp_path: Path) -> None:
-    run, part = RunDir(tmp_path), finished_part()
+def test_only_the_leader_writes_a_status_and_only_after_an_error(tmp_path: Path) -> None:
+    run, part = RunDir(tmp_path), closing_counter()
     ended = SimpleNamespace(
         state=SimpleNamespace(step=7),
         plan=SimpleNamespace(steps=20),
@@ -197,7 +195,7 @@ def test_only_the_leader_writes_the_status_and_a_good_end_writes_none(tmp_path: 
     assert part.closed == 2 and not (tmp_path / "status.json").exists()
 
 
-def test_a_full_disk_does_not_hide_what_ended_the_session(
+def test_a_full_disk_does_not_hide_the_error_that_ended_the_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path)
@@ -219,7 +217,7 @@ def test_a_full_disk_does_not_hide_what_ended_the_session(
         raise Diverged("not a number")
 
 
-def test_the_speed_counts_the_tokens_that_were_trained(tmp_path: Path) -> None:
+def test_speed_counts_trained_tokens(tmp_path: Path) -> None:
     cfg = config()
     plan = Plan(cfg, 20 * 128)
     accounts = Accounts()
@@ -231,7 +229,7 @@ def test_the_speed_counts_the_tokens_that_were_trained(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "done", "step": 20, "steps": 20}
 
 
-# -- one run, its summary, and what comes back of it
+# -- summaries and resumed runs
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +239,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, RunD
     return cfg, RunDir(out / cfg.run_id), summary
 
 
-def test_the_summary_says_what_the_rows_say(trained: tuple[TrainConfig, RunDir, dict[str, Any]]) -> None:
+def test_the_scores_of_the_summary_are_those_of_the_log(
+    trained: tuple[TrainConfig, RunDir, dict[str, Any]],
+) -> None:
     _, run, summary = trained
     assert run.summary() == summary
     evals = [row for row in run.metrics() if row["event"] == "eval"]
@@ -316,7 +316,7 @@ def test_the_weights_hash_is_that_of_the_last_checkpoint(
     assert summary["weights"] == checkpoint.sha256_tensors(iter(weights.items()))
 
 
-def test_scores_cover_val_and_dev_and_name_their_step(
+def test_scores_cover_val_and_dev(
     trained: tuple[TrainConfig, RunDir, dict[str, Any]],
 ) -> None:
     cfg, _, _ = trained
@@ -351,8 +351,8 @@ def test_scores_cover_val_and_dev_and_name_their_step(
         assert row["full"] == exact.full and row["official"] == exact.official
 
 
-class Resumed:
-    """A run directory that is resumed by hand."""
+class ResumableRun:
+    """A copy of a finished run directory that tests damage and resume."""
 
     def __init__(self, trained: tuple[TrainConfig, RunDir, dict[str, Any]], place: Path) -> None:
         self.cfg, source, _ = trained
@@ -390,11 +390,11 @@ class Resumed:
 
 
 @pytest.fixture
-def resumed(trained: tuple[TrainConfig, RunDir, dict[str, Any]], tmp_path: Path) -> Resumed:
-    return Resumed(trained, tmp_path)
+def resumed(trained: tuple[TrainConfig, RunDir, dict[str, Any]], tmp_path: Path) -> ResumableRun:
+    return ResumableRun(trained, tmp_path)
 
 
-def test_a_run_resumes_at_its_newest_checkpoint(resumed: Resumed) -> None:
+def test_a_run_resumes_at_its_newest_checkpoint(resumed: ResumableRun) -> None:
     end = resumed.last
     resumed.resume()
     assert (
@@ -407,9 +407,7 @@ def test_a_run_resumes_at_its_newest_checkpoint(resumed: Resumed) -> None:
         and resumed.accounts.spent["steps"] > 1.0
         and "evaluation" in resumed.accounts.spent
     )
-    assert resumed.env["evaluate_hash"] == scoring.evaluate_source_hash(), (
-        "an edit between two sessions must show"
-    )
+    assert resumed.env["evaluate_hash"] == scoring.evaluate_source_hash(), "the hash is that of this session"
     assert resumed.run.status() == {
         "state": "running",
         "step": end,
@@ -421,8 +419,8 @@ def test_a_run_resumes_at_its_newest_checkpoint(resumed: Resumed) -> None:
 
 
 @pytest.mark.parametrize("row", ["[1]", '{"event": "step", "step": "x"}'])
-def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(resumed: Resumed, row: str) -> None:
-    """The checksum only says that the log is the one that was saved."""
+def test_a_damaged_row_with_a_valid_checksum_is_refused(resumed: ResumableRun, row: str) -> None:
+    """A valid checksum does not make the rows of a log valid."""
     log = resumed.run.path / "metrics.jsonl"
     log.write_text(log.read_text() + row + "\n")
     mark = {"bytes": log.stat().st_size, "sha256": hashlib.sha256(log.read_bytes()).hexdigest()}
@@ -435,7 +433,7 @@ def test_a_damaged_row_that_its_checkpoint_vouches_for_is_refused(resumed: Resum
     assert resumed.loaded == []
 
 
-def test_steps_behind_the_checkpoint_are_cut_off_and_wasted(resumed: Resumed) -> None:
+def test_steps_after_the_checkpoint_are_cut_off_and_wasted(resumed: ResumableRun) -> None:
     end = resumed.last
     resumed.lose(1)
     kept = checkpoint.paths(resumed.run.checkpoints)[0]
@@ -446,8 +444,8 @@ def test_steps_behind_the_checkpoint_are_cut_off_and_wasted(resumed: Resumed) ->
     assert resumed.run.env()["carried"] == {"checkpoint": step, "wasted": end - step, "resumed": 1}
 
 
-def test_a_session_that_saved_nothing_is_not_forgotten(resumed: Resumed) -> None:
-    """The next one starts at the same checkpoint: what the first had lost still counts."""
+def test_a_session_without_a_checkpoint_still_counts(resumed: ResumableRun) -> None:
+    """The next session starts at the same checkpoint. Steps that the first one lost still count."""
     resumed.lose(1)
     resumed.resume()
     wasted = resumed.accounts.ledger["wasted"]
@@ -465,7 +463,7 @@ def test_a_session_that_saved_nothing_is_not_forgotten(resumed: Resumed) -> None
     assert resumed.accounts.ledger["wasted"] == wasted + 1 and resumed.accounts.resumed == 2
 
 
-def test_without_a_checkpoint_a_run_starts_over(resumed: Resumed) -> None:
+def test_without_a_checkpoint_a_run_starts_over(resumed: ResumableRun) -> None:
     end = resumed.last
     resumed.lose(2)
     (resumed.run.checkpoints / "step-00000001").mkdir()
@@ -475,7 +473,7 @@ def test_without_a_checkpoint_a_run_starts_over(resumed: Resumed) -> None:
     assert resumed.notes.texts[-1] == f"{resumed.run.path} has no usable checkpoint: it starts over at step 0"
 
 
-def test_a_checkpoint_of_another_config_is_passed_over(resumed: Resumed) -> None:
+def test_a_checkpoint_of_another_config_is_skipped(resumed: ResumableRun) -> None:
     resumed.cfg = config(lr=0.02)
     resumed.resume()
     assert (
@@ -484,14 +482,14 @@ def test_a_checkpoint_of_another_config_is_passed_over(resumed: Resumed) -> None
     )
 
 
-def test_a_log_that_was_changed_stops_the_run(resumed: Resumed) -> None:
+def test_a_changed_log_stops_the_run(resumed: ResumableRun) -> None:
     place = resumed.run.path / "metrics.jsonl"
     place.write_text(place.read_text().replace('"step": 1,', '"step": 2,', 1))
     with pytest.raises(RunError, match=r"metrics\.jsonl is not the one its checkpoints were saved with"):
         resumed.resume()
 
 
-def test_a_lost_environment_stops_the_run(resumed: Resumed) -> None:
+def test_a_missing_environment_stops_the_run(resumed: ResumableRun) -> None:
     (resumed.run.path / "env.json").write_text("{}")
     with pytest.raises(RunError, match="how the run began"):
         resumed.resume()
@@ -504,8 +502,8 @@ def test_a_lost_environment_stops_the_run(resumed: Resumed) -> None:
         ("versions", "all_versions", "a different version of mainrun or of a library"),
     ],
 )
-def test_another_machine_or_version_is_said_and_remembered(
-    resumed: Resumed, key: str, history: str, words: str
+def test_another_machine_or_version_is_reported_and_recorded(
+    resumed: ResumableRun, key: str, history: str, words: str
 ) -> None:
     before = resumed.env[key]
     resumed.env[key] = {"other": "x"}
@@ -516,10 +514,10 @@ def test_another_machine_or_version_is_said_and_remembered(
     assert resumed.env[history] == [before, {"other": "x"}] == resumed.run.env()[history]
     resumed.env[key] = before
     resumed.resume()
-    assert resumed.env[history] == [{"other": "x"}, before], "the present one is the last"
+    assert resumed.env[history] == [{"other": "x"}, before], "the current one comes last"
     resumed.notes.texts.clear()
     resumed.resume()
-    assert not any(words in text for text in resumed.notes.texts), "it is the one of the session before"
+    assert not any(words in text for text in resumed.notes.texts), "nothing changed since the last session"
 
 
 class FakeSharing:
@@ -542,7 +540,7 @@ class FakeSharing:
         self.calls.append("report")
 
 
-def test_the_store_hears_where_a_run_resumes_and_what_it_lost(resumed: Resumed) -> None:
+def test_sharing_gets_the_checkpoint_and_the_lost_steps(resumed: ResumableRun) -> None:
     end, sharing = resumed.last, FakeSharing()
     resumed.lose(1)
     resumed.resume(sharing)
@@ -557,7 +555,7 @@ def test_the_store_hears_where_a_run_resumes_and_what_it_lost(resumed: Resumed) 
     assert fresh.calls == ["follow", "report"]
 
 
-def test_the_journal_of_growth_is_cut_at_the_checkpoint_too(resumed: Resumed) -> None:
+def test_the_growth_journal_is_cut_at_the_checkpoint(resumed: ResumableRun) -> None:
     marks: list[Any] = []
 
     def rewind(mark: Any) -> bool:
@@ -566,28 +564,28 @@ def test_the_journal_of_growth_is_cut_at_the_checkpoint_too(resumed: Resumed) ->
 
     resumed.growth.journal = SimpleNamespace(rewind=rewind, path=Path("growth.jsonl"))
     resumed.resume()
-    assert marks == [resume.EMPTY_LOG], "a checkpoint without a mark stands at an empty journal"
+    assert marks == [resume.EMPTY_LOG], "a checkpoint without a mark belongs to an empty journal"
     resumed.lose(2)
     resumed.resume()
     assert marks == [resume.EMPTY_LOG, resume.EMPTY_LOG]
 
 
-def test_other_processes_read_the_checkpoint_that_the_leader_chose(resumed: Resumed) -> None:
+def test_other_processes_load_the_checkpoint_of_the_leader(resumed: ResumableRun) -> None:
     older = checkpoint.paths(resumed.run.checkpoints)[1]
     step = json.loads((older / "meta.json").read_text())["step"]
 
-    def device(leads: bool, chosen: int) -> SimpleNamespace:
+    def process(leads: bool, chosen: int) -> SimpleNamespace:
         return SimpleNamespace(leads=leads, rank=1, broadcast=lambda _step: (chosen,))
 
     resume.follow_leader(
-        resumed.run, resumed.state, resumed.accounts, device(leads=True, chosen=step), resumed.growth
+        resumed.run, resumed.state, resumed.accounts, process(leads=True, chosen=step), resumed.growth
     )
     resume.follow_leader(
-        resumed.run, resumed.state, resumed.accounts, device(leads=False, chosen=0), resumed.growth
+        resumed.run, resumed.state, resumed.accounts, process(leads=False, chosen=0), resumed.growth
     )
     assert resumed.loaded == []
     resume.follow_leader(
-        resumed.run, resumed.state, resumed.accounts, device(leads=False, chosen=step), resumed.growth
+        resumed.run, resumed.state, resumed.accounts, process(leads=False, chosen=step), resumed.growth
     )
     assert resumed.loaded == [(step, step * 128)]
     with pytest.raises(
@@ -595,11 +593,15 @@ def test_other_processes_read_the_checkpoint_that_the_leader_chose(resumed: Resu
         match=f"process 1 cannot read the checkpoint of step {step + 1} in .*; --out must be a folder",
     ):
         resume.follow_leader(
-            resumed.run, resumed.state, resumed.accounts, device(leads=False, chosen=step + 1), resumed.growth
+            resumed.run,
+            resumed.state,
+            resumed.accounts,
+            process(leads=False, chosen=step + 1),
+            resumed.growth,
         )
 
 
-def test_what_earlier_sessions_cost_is_added_up(resumed: Resumed) -> None:
+def test_the_costs_of_all_sessions_are_added(resumed: ResumableRun) -> None:
     newest = checkpoint.load_newest(resumed.run.checkpoints, lambda meta: None, lambda text: None)
     assert newest is not None
     tensors, meta = newest
