@@ -19,7 +19,8 @@ ROWS = 24  # the best recipes
 def caption(_: ReportData) -> str:
     return (
         "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
-        "An interval without an end mark continues outside the frame. The interval of two seeds can be that wide."
+        "An interval without an end mark continues outside the frame. "
+        "The interval of two seeds can be that wide."
     )
 
 
