@@ -816,6 +816,24 @@ def test_figures_and_tables_are_written(pages: Path) -> None:
         )  # not rounded
 
 
+def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
+    data = load.gather([str(pages / "runs"), str(pages / "lr")], pages / "runs")
+    text = " ".join(text_of(pages / "report.pdf").split())
+    captions = {name: row.caption(data) for name, row in registry.RUNS.items()}
+    captions |= {f"study-1-{name}": row.caption for name, row in registry.STUDY.items()}
+    for name, caption in captions.items():
+        drawn = (pages / "figures" / f"{name}.svg").is_file()
+        assert drawn == (name != "waterfall"), "these runs have data for every figure but the ablation"
+        assert (caption in text) == drawn, name
+
+
+def test_the_data_that_a_missing_figure_needs_is_named(tmp_path: Path) -> None:
+    study = export(tmp_path / "lr", trials=12)
+    cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
+    text = " ".join(text_of(tmp_path / "r.pdf").split())
+    assert "figures of the study lr: importance (needs an exported importance, or 10 trials" in text
+
+
 def test_sections_without_data_are_listed(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(of(runs, "grown")[1])
     cli.write(load.gather([], runs), tmp_path / "r.pdf", "t")

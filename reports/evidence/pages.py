@@ -146,11 +146,22 @@ def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flow
     yield from run_figures(registry.RESULT, report, drawings)
 
 
-def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    """Yield the figures of a section, with their captions."""
+def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> list[Flowable]:
+    """Return the figures of a section, with their captions."""
+    flowables: list[Flowable] = []
     for name, row in registry.RUNS.items():
         if row.section == section:
-            yield from figure(drawings, name, row.caption(report.data), row.title)
+            flowables += figure(drawings, name, row.caption(report.data), row.title)
+    return flowables
+
+
+def section_of_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    """Yield a section that shows figures of runs. Without a figure it is left out."""
+    shown = run_figures(section, report, drawings)
+    if shown:
+        yield page_break()
+        yield heading(section, 0)
+        yield from shown
 
 
 def _result(data: ReportData) -> Iterator[Flowable]:
@@ -204,10 +215,7 @@ def count(number: int, noun: str) -> str:
 
 
 def curves(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if "curves" in drawings:
-        yield page_break()
-        yield heading(registry.COST, 0)
-        yield from run_figures(registry.COST, report, drawings)
+    yield from section_of_figures(registry.COST, report, drawings)
 
 
 def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -233,18 +241,12 @@ def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowabl
 
 
 def ablation(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if "waterfall" in drawings:
-        yield page_break()
-        yield heading(registry.ABLATION, 0)
-        yield from run_figures(registry.ABLATION, report, drawings)
-        yield from report.table("ablation")
+    yield from section_of_figures(registry.ABLATION, report, drawings)
+    yield from report.table("ablation")
 
 
 def training(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if "gap" in drawings:
-        yield page_break()
-        yield heading(registry.TRAINING, 0)
-        yield from run_figures(registry.TRAINING, report, drawings)
+    yield from section_of_figures(registry.TRAINING, report, drawings)
 
 
 def studies(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -357,9 +359,12 @@ def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterato
 
 
 def _missing_figures(study: Study, number: int, drawings: Mapping[str, Drawing]) -> Iterator[str]:
-    missing = [name for name in registry.STUDY if f"study-{number}-{name}" not in drawings]
+    missing = []
+    for name, row in registry.STUDY.items():
+        if f"study-{number}-{name}" not in drawings:
+            missing.append(f"{name} (needs {row.needs})")
     if missing:
-        yield f"of the study {study.name} {', '.join(missing)} (not in its export, or too few trials)"
+        yield f"figures of the study {study.name}: {', '.join(missing)}"
 
 
 Section = Callable[[Report, Mapping[str, "Drawing"]], Iterator["Flowable"]]

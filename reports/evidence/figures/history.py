@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = "Each trial's value at its highest rung, in the order of the trials."
+NEEDS = "a trial with a value"
 
 
 def draw(study: Study) -> Figure | None:

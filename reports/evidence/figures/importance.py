@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
 from reports.evidence.figures.style import COLOURS
 from reports.evidence.load import Study
-from reports.evidence.studies import by_importance, importance
+from reports.evidence.studies import FEWEST, by_importance, importance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "How much each field decides the value, as exported. If the export has no importance: by PED-ANOVA, "
-    "which compares the settings of the best quarter with those of all trials that were trained to the end. "
-    "Its shares sum to 1."
+    "How much each field decides the value. If the export has no importance, it is computed by PED-ANOVA, "
+    "which compares the settings of the best quarter of the trials with those of all trials that were "
+    "trained to the end. Its shares sum to 1."
 )
+NEEDS = f"an exported importance, or {FEWEST} trials trained to the end whose values differ"
 ROWS = 16
 
 

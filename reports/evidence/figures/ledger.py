@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = "Steps: asked = trained + reused. wasted is part of trained."
+NEEDS = "the number of steps"
 BARS = {"asked": GREY, "trained": COLOURS[0], "reused": COLOURS[0], "wasted": COLOURS[1]}
 
 

@@ -19,6 +19,7 @@ CAPTION = (
     "Trials that were trained to the end and have all of these fields. The best tenth, at least one trial, "
     "is on top."
 )
+NEEDS = "three trials trained to the end, and two fields with more than one setting"
 FIELDS = 8
 OTHERS: dict[str, Any] = {"color": GREY, "linewidth": 0.4}
 BEST: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3}

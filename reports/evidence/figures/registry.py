@@ -29,7 +29,7 @@ from reports.evidence.load import ReportData, Study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Sections of the report that show figures of runs.
+# headings of the sections that show figures of runs
 RESULT = "Result"
 COST = "Loss against what it costs"
 ABLATION = "Ablation"
@@ -38,16 +38,21 @@ TRAINING = "How they trained"
 
 @dataclass(frozen=True)
 class RunFigure:
-    section: str
+    """A figure of the runs, and where the report shows it."""
+
+    section: str  # heading of the section
     draw: Callable[[ReportData], Figure | None]
     caption: Callable[[ReportData], str]
-    title: str = ""
+    title: str = ""  # heading right above the figure
 
 
 @dataclass(frozen=True)
 class StudyFigure:
+    """A figure of a study."""
+
     draw: Callable[[Study], Figure | None]
     caption: str
+    needs: str  # data that `draw` needs; the appendix says so if the figure is left out
 
 
 RUNS = {
@@ -59,12 +64,12 @@ RUNS = {
     "schedules": RunFigure(TRAINING, schedules.draw, schedules.caption, "Schedules"),
 }
 STUDY = {
-    "history": StudyFigure(history.draw, history.CAPTION),
-    "importance": StudyFigure(importance.draw, importance.CAPTION),
-    "ledger": StudyFigure(ledger.draw, ledger.CAPTION),
-    "slices": StudyFigure(slices.draw, slices.CAPTION),
-    "parallel": StudyFigure(parallel.draw, parallel.CAPTION),
-    "rungs": StudyFigure(rungs.draw, rungs.CAPTION),
+    "history": StudyFigure(history.draw, history.CAPTION, history.NEEDS),
+    "importance": StudyFigure(importance.draw, importance.CAPTION, importance.NEEDS),
+    "ledger": StudyFigure(ledger.draw, ledger.CAPTION, ledger.NEEDS),
+    "slices": StudyFigure(slices.draw, slices.CAPTION, slices.NEEDS),
+    "parallel": StudyFigure(parallel.draw, parallel.CAPTION, parallel.NEEDS),
+    "rungs": StudyFigure(rungs.draw, rungs.CAPTION, rungs.NEEDS),
 }
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = "The value at a rung against the value at the last rung, for trials that reached the last rung."
+NEEDS = "three trials trained to the end, with scores at a lower rung"
 PANELS = 3  # the last rungs
 
 

@@ -19,7 +19,8 @@ ROWS = 24  # the best recipes
 def caption(_: ReportData) -> str:
     return (
         "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
-        "An interval without an end mark continues outside the frame. Intervals of two seeds can be so wide."
+        "An interval without an end mark continues outside the frame. "
+        "The interval of two seeds can be that wide."
     )
 
 
@@ -34,7 +35,7 @@ def draw(data: ReportData) -> Figure | None:
         draw_row(axes, y, recipe)
         scores += recipe.scores.values()
     set_row_names(axes, [row_name(recipe.name) for recipe in ranked])
-    # The limits follow the scores: the interval of two seeds may be far wider than they are.
+    # the limits follow the scores, because the interval of two seeds may be far wider
     room = 0.15 * (max(scores) - min(scores)) or 0.01
     axes.set_xlim(min(scores) - room, max(scores) + room)
     axes.set_xlabel("full score of val at the last step, nats per character")

@@ -1,4 +1,4 @@
-"""Series of numbers from runs: what the figures of runs have on their axes, and how a recipe is drawn."""
+"""Numbers of a run for the axes of figures, and how figures draw a recipe."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flops(run: Run) -> list[float]:
 
 
 def full_scores(recipes: Iterable[Recipe]) -> list[float]:
-    """Every full score of some recipes, in no order."""
+    """The full scores of all evaluations of some recipes, for the limits of an axis."""
     scores: list[float] = []
     for recipe in recipes:
         for run in recipe.valid_runs:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CAPTION = (
     "The value against each field. Grey: stopped at a lower rung. The highest values may lie above the frame."
 )
+NEEDS = "two trials with a value, and a field with more than one setting"
 PANELS = 9
 
 
