@@ -58,18 +58,19 @@ def messages(tree: ast.Module) -> Iterator[str]:
 
 
 def comments(path: Path) -> Iterator[str]:
-    """Yield comments; those of neighbouring lines are one text."""
+    """Yield comments. Whole-line comments on neighbouring lines are one text."""
     text: list[str] = []
     last = -1
     with tokenize.open(path) as file:
         for token in tokenize.generate_tokens(file.readline):
             if token.type != tokenize.COMMENT or re.match(r"#\s*(noqa|type:|fmt:|!)", token.string):
                 continue
-            if token.start[0] != last + 1:
+            whole_line = not token.line[: token.start[1]].strip()
+            if token.start[0] != last + 1 or not whole_line:
                 yield " ".join(text)
                 text = []
             text.append(token.string.lstrip("# "))
-            last = token.start[0]
+            last = token.start[0] if whole_line else -1
     yield " ".join(text)
 
 
