@@ -75,14 +75,16 @@ def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float
     """
     done = [t for t in trials if t.state is TrialState.DONE and len(t.scores) > 1]
     last_rung = max((t.rung for t in done), default=0)
-    final_scores = [t.scores[t.rung] for t in done]
     correlations: dict[str, float | None] = {}
     for rung in range(last_rung):
         scores = []
+        final_scores = []
         for trial in done:
             rung_scores = trial.scores | trial.raw_scores if raw else trial.scores
-            scores.append(rung_scores[rung])
-        correlations[str(rung)] = stats.spearman(scores, final_scores) if len(done) > 2 else None
+            if rung in rung_scores and rung < trial.rung:  # a short trial may have fewer rungs
+                scores.append(rung_scores[rung])
+                final_scores.append(trial.scores[trial.rung])
+        correlations[str(rung)] = stats.spearman(scores, final_scores) if len(scores) > 2 else None
     return correlations
 
 

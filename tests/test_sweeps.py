@@ -805,3 +805,13 @@ def test_trials_that_differ_in_their_seed_alone_claim_nothing(
     drawn = sum(claims(chance.sample(scores, 12)) for _ in range(500))
     print(f"wrong claims: {repeats} of 20 repeats, {drawn} of 500 that draw from the same runs")
     assert repeats <= 1 and drawn <= 25, "the level is 5%"
+
+
+def test_a_trial_with_fewer_rungs_does_not_count_for_the_others() -> None:
+    """Rungs of a short trial may fall on the same evaluation, which is then a single rung."""
+    rows = [(1.0, 1.5, 1.0), (2.0, 2.5, 2.0), (3.0, 3.5, 3.0)]
+    trials = []
+    for number, scores in enumerate(rows):
+        trials.append(Trial(number, {}, "run", (5, 7, 9), dict(enumerate(scores)), {}, TrialState.DONE))
+    short = Trial(3, {}, "run", (5, 9), {0: 9.0, 1: 0.5}, {}, TrialState.DONE)
+    assert rung_correlations([*trials, short]) == {"0": pytest.approx(-0.2), "1": pytest.approx(1.0)}
