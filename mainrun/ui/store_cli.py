@@ -82,7 +82,7 @@ def _parse_size(text: str) -> int:
     return int(float(number) * 1000 ** " kmgt".index(unit or " "))
 
 
-app = commands("List, check and clean the store of shared steps: ls, du, gc, verify, audit, pin, unpin.")
+app = commands("List, check and clean the store of shared steps.")
 
 
 @app.command("ls")
