@@ -1512,7 +1512,7 @@ def test_a_process_that_waits_for_the_fork_of_a_killed_process_continues(
     one = worker(tmp_path / "one", tmp_path / "store", halt=20, decay_frac=0.2)
     one.halted()
     two = worker(tmp_path / "two", tmp_path / "store")
-    two.waits("trains the way to step 27 that both share")
+    two.waits("which trains the shared steps up to 27")
     assert Store(tmp_path / "store").wants() == {keys(baseline())[FORK]}
     one.process.kill()
     assert two.summary()["ledger"] == ledger(STEPS, 18) and two.outcome() == alone(baseline())
