@@ -12,7 +12,7 @@ class Accounts:
 
     def __init__(self) -> None:
         self.saved = 0  # the step of the last checkpoint
-        self.resumed = 0  # sessions that continued from a checkpoint or from reused steps
+        self.resumed = 0  # sessions that continued from a checkpoint, or repeated lost steps
         # reused: steps read from the store; wasted: steps that were trained and then lost with a session
         self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
         self.spent: dict[str, float] = {}  # seconds by activity

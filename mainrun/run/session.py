@@ -263,14 +263,15 @@ class Session:
     def stop_reason(self) -> str:
         step = self.state.step
         cause = ""
+        fix = "run the same command again to resume"
         if self.until and step >= self.until:
             cause = self.stop.name or "stopped"
+            fix = "to continue, run the command without --until or with a later step"
         elif self._any_process_stops():
             cause = self.stop.name or "another process stopped"
         if not cause:
             return ""
-        fix = "everything is saved; run the same command again to resume"
-        return f"{cause} at step {step} of {self.plan.steps}; {fix}"
+        return f"{cause} at step {step} of {self.plan.steps}; everything is saved; {fix}"
 
     def _any_process_stops(self) -> bool:
         # processes that ask each other wait for each other, so several of them ask only now and then

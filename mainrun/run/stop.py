@@ -14,6 +14,8 @@ class StopSignal:
     A second SIGINT stops at once.
     """
 
+    last = ""  # the last signal that any session received, even too late to stop it
+
     def __init__(self) -> None:
         self.name = ""  # of the signal; "" while none has come
         self._handlers: dict[int, Any] = {}
@@ -29,6 +31,7 @@ class StopSignal:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        StopSignal.last = self.name
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._handlers.items():

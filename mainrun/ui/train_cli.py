@@ -152,9 +152,15 @@ def _refuse_conflicts(
 
 def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
     """Train the runs of a preset. If one of several runs diverges, the others are still trained."""
+    from mainrun.run.stop import StopSignal
+
     results = Results()
+    StopSignal.last = ""
     with _shared_batch(configs, options.store) as (order, keep):
         for number, cfg in enumerate(order, 1):
+            if StopSignal.last:  # it came when the run before was scored for the last time
+                done = f"{StopSignal.last} after {number - 1} of {len(order)} runs"
+                raise Interrupted(f"{done}; run the same command again to resume")
             label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
             try:
                 summary = _train_one(cfg, options, label, keep.get(cfg.run_id, []))
