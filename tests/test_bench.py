@@ -157,7 +157,7 @@ def test_each_part_dominates_a_config_that_consists_of_it(tiny: Any) -> None:
     # from 0.03 to 0.17, depending on the machine and its load
     assert dropped["dropout"] > 0.01, dropped
     wide = {"vocab_size": 40_000, "tie_head": False, "batch_size": 16, "label_smoothing": 0.1}
-    assert shares(tiny(**small | wide))["loss"] > 0.2
+    assert shares(tiny(**small | wide))["loss"] > 0.1  # from 0.2 to 0.53, depending on the load
     muon = {"d_model": 256, "batch_size": 1, "block_size": 2, "optimizer": "muon"}
     assert shares(tiny(**small | muon))["optimiser"] > 0.3
 

@@ -1193,7 +1193,10 @@ def test_a_run_on_a_compiled_model_counts_its_first_step_apart(
 
 def test_a_run_that_stops_and_goes_on(tmp_path: Path, ran: Ran) -> None:
     stopped = go(small(), tmp_path, error=Interrupted, until=5)
-    assert stopped.said == "stopped at step 5 of 9; everything is saved; run the same command again to resume"
+    assert stopped.said == (
+        "stopped at step 5 of 9; everything is saved; "
+        "to continue, run the command without --until or with a later step"
+    )
     assert [step for step, _ in stopped.saved] == [2, 4, 5]
     assert stopped.run.status()["state"] == "interrupted" and stopped.watch.closed == 1
     back = go(small(), tmp_path)
