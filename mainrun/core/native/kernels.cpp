@@ -126,7 +126,7 @@ void softmax(bf16* x, const bf16* bias, const uint8_t* mask, bf16* dropped, int6
 }
 
 // Replace the gradient of the masked weights by the gradient of the scores.
-// If there is a mask, write the weights times the mask to `dropped`. Otherwise, `mask` and `dropped` are null.
+// If there is a mask, write weights times mask to `dropped`. Otherwise, `mask` and `dropped` are null.
 void softmax_backward(bf16* grad, const bf16* weights, const bf16* bias, const uint8_t* mask, bf16* dropped,
                       int64_t rows, int64_t width, int64_t period) {
     auto length = lengths(bias, period, width);
