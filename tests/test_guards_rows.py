@@ -569,7 +569,7 @@ def test_the_weights_must_give_the_last_score(
     if status == "fail":
         row = [row for row in e.evals if row["split"] == split][-1]
         assert (
-            f"on {split} the weights score {figure}" in detail
+            f"on {split} the weights have {figure}" in detail
             and f"says {row[figure] * factor:.4f}" in detail
         )
 
@@ -713,16 +713,16 @@ def remember_other_text(model: Odd, idx: Tensor) -> None:
 @pytest.mark.parametrize(
     ("act", "status", "shown"),
     [
-        (learn_a_weight, "fail", "1 parameters or buffers, like table.weight"),
-        (count_in_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (count_in_a_hidden_buffer, "fail", "1 parameters or buffers, like hidden"),
-        (add_a_buffer, "fail", "1 parameters or buffers, like added"),
-        (remove_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (reshape_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (widen_a_buffer, "fail", "1 parameters or buffers, like seen"),
+        (learn_a_weight, "fail", "1 parameters or buffers, such as table.weight"),
+        (count_in_a_buffer, "fail", "1 parameters or buffers, such as seen"),
+        (count_in_a_hidden_buffer, "fail", "1 parameters or buffers, such as hidden"),
+        (add_a_buffer, "fail", "1 parameters or buffers, such as added"),
+        (remove_a_buffer, "fail", "1 parameters or buffers, such as seen"),
+        (reshape_a_buffer, "fail", "1 parameters or buffers, such as seen"),
+        (widen_a_buffer, "fail", "1 parameters or buffers, such as seen"),
         (lambda model, idx: (count_in_a_buffer(model, idx), learn_a_weight(model, idx)), "fail",
-        "2 parameters or buffers, like seen"),
-        (remember_other_text, "fail", "the same tokens scored"),
+        "2 parameters or buffers, such as seen"),
+        (remember_other_text, "fail", "the same tokens had loss"),
         (lambda model, idx: torch.rand(1), "fail", "random generator"),
         (lambda model, idx: np.random.rand(), "fail", "random generator"),
         (lambda model, idx: random.random(), "fail", "random generator"),
@@ -872,7 +872,7 @@ def test_another_target_may_move_logits_by_rounding_only(
 ) -> None:
     status, detail = check(leaking(dtype, largest, frame_peeker(beyond)), "targets_unseen")
     assert status == "fail"
-    assert f"moved logits by {beyond:.3g}" in detail
+    assert f"changed logits by {beyond:.3g}" in detail
     assert check(leaking(dtype, largest, frame_peeker(within)), "targets_unseen")[0] == "pass"
 
 
@@ -935,7 +935,7 @@ def test_a_forward_that_takes_targets_must_give_the_same_logits(name: str, moves
     beyond = replace(evidence(), model=Taker(name, moves(1.01)))
     status, detail = check(beyond, "targets_unseen")
     assert status == "fail"
-    assert f"forward({name}=...) moved logits by 1.01" in detail
+    assert f"forward({name}=...) changed logits by 1.01" in detail
     assert check(replace(evidence(), model=Taker(name, moves(1.0))), "targets_unseen")[0] == "pass"
     half = evidence(from_dict(CONFIG | {"dtype": "bfloat16"}))
     assert check(replace(half, model=Taker(name, moves(100.0))), "targets_unseen")[0] == "pass"
@@ -1054,7 +1054,7 @@ def test_other_rows_may_move_logits_by_rounding_only(
 
     status, detail = check(leaking(dtype, largest, leak(beyond)), "causality")
     assert status == "fail"
-    assert "other rows in its batch" in detail
+    assert "other rows of the batch" in detail
     assert check(leaking(dtype, largest, leak(within)), "causality")[0] == "pass"
 
 
@@ -1273,7 +1273,7 @@ def test_a_single_unknown_token_of_any_split_fails(split: str) -> None:
             replace(e, data=replace(e.data, splits=e.data.splits | {split: stream})), "lossless_tokens"
         )
         assert status == "fail"
-        assert f"{split} holds {count} <unk>" in detail
+        assert f"{split} contains {count} <unk> tokens" in detail
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "val"])
@@ -1321,7 +1321,7 @@ def test_which_titles_are_decoded(split: str, count: int, position: int, all: bo
     got, detail = check(many_titles(split, count, tokenizer), "lossless_tokens", all)
     assert got == status
     if status == "fail":
-        assert f"title of {split} came back changed: {bad!r} as 'changed'" in detail
+        assert f"title of {split} changed: {bad!r} was decoded to 'changed'" in detail
     else:
         assert ("a sample" in detail) != all
 
@@ -1335,11 +1335,11 @@ def test_the_number_of_decoded_titles_must_be_equal(
     e = evidence()
     status, detail = check(replace(e, data=replace(e.data, tokenizer=tokenizer)), "lossless_tokens", all)
     assert status == "fail"
-    assert f"20 titles of train came back as {len(change(['a'] * 20))}" in detail
+    assert f"20 titles of train were decoded to {len(change(['a'] * 20))} titles" in detail
 
 
 def test_the_message_says_which_titles_were_checked() -> None:
-    assert check(evidence(), "lossless_tokens", all=True)[1].startswith("every title comes back")
+    assert check(evidence(), "lossless_tokens", all=True)[1].startswith("every title is decoded without changes")
     assert "a sample of the others" in check(evidence(), "lossless_tokens", all=False)[1]
 
 
@@ -1448,7 +1448,7 @@ def test_the_titles_must_come_from_the_source_of_the_config(
     got, detail = check(from_source(corpus, origin), "data_known", all)
     assert got == status
     if origin["kind"] != {"hn": "hub", "hn-2025": "hub"}.get(corpus, corpus.partition(":")[0]):
-        assert f"corpus={corpus}, but the titles are from {origin['kind']}" in detail
+        assert f"corpus={corpus}, but the titles come from {origin['kind']}" in detail
     elif status == "fail":
         assert f"revision {origin['revision']}, verified: {origin.get('verified', False)}" in detail
     else:
@@ -1489,8 +1489,8 @@ def test_val_titles_in_train_or_dev_are_counted(split: str, count: int) -> None:
         from_source("file:a.txt", {"kind": "file"}, a_corpus(train, dev, val)), "data_known"
     )
     assert status == "flag"
-    assert (f"{count} of its 10 val titles are in train too" in detail) == (count > 0)
-    assert ("in train too" in detail) == (count > 0)
+    assert (f"{count} of 10 val titles are also in train" in detail) == (count > 0)
+    assert ("also in train" in detail) == (count > 0)
 
 
 # -- the rules of the task
@@ -1585,7 +1585,7 @@ def test_every_entry_of_the_ledger_is_counted_again(
     got, detail = check(replace(e, ledger=e.ledger | {name: true * factor}), "presentations")
     assert got == status
     if status == "fail":
-        assert f"{name}={true * factor:.6g}; the config makes {true:.6g}" in detail
+        assert f"{name}={true * factor:.6g}; the config gives {true:.6g}" in detail
         assert f"(passes: {e.cfg.passes}, models: 1)" in detail
 
 
@@ -1617,13 +1617,13 @@ def test_every_model_of_an_ensemble_is_counted() -> None:
             "mix:a.toml",
             ["a", "b", "b", "b", "c", "c"],
             "flag",
-            "3 of an epoch's 6 titles are repeats by the mix's weights, up to 3 of one",
+            "3 of an epoch's 6 titles are repeats from the mix's weights, and one title occurs 3 times",
         ),
         (
             "mix:a.toml",
             ["a", "b", "b"],
             "flag",
-            "1 of an epoch's 3 titles are repeats by the mix's weights, up to 2 of one",
+            "1 of an epoch's 3 titles are repeats from the mix's weights, and one title occurs 2 times",
         ),
         ("mix:a.toml", ["a", "b", "c"], "pass", "times"),
         ("file:a.txt", ["a", "b", "b"], "pass", "times"),
