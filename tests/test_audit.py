@@ -166,11 +166,7 @@ def test_a_segment_that_is_too_long_is_skipped_with_the_reason(store: Store) -> 
     assert (found[36].status, found[37].status) == ("skipped", "same")
     assert found[36].why == "the nearest state before it is 36 steps away; use --reach 36"
     text = ask("audit", "--store", store, "--reach", 35)
-    assert (
-        text.exit_code == 0
-        and text.stdout.count("skipped") == 2
-        and "use --reach 36" in text.stdout
-    )
+    assert text.exit_code == 0 and text.stdout.count("skipped") == 2 and "use --reach 36" in text.stdout
     assert ask("audit", "--store", store, "--reach", 36, "--segments", 2).stdout.count("same ") == 2
     assert [finding.node.step for finding in audit(store, 1, reach=1)] == [37], (
         "segments that can be trained are picked first"
@@ -208,7 +204,8 @@ def test_one_changed_bit_of_an_optimizer_state_is_detected(store: Store) -> None
 
 def test_a_state_with_a_missing_tensor_is_detected(store: Store) -> None:
     restate(store, at(store, 37), lambda tensors: tensors.pop("model/embed.weight"))
-    assert findings(store)[37].why == "the tensor model/embed.weight is missing in the store or after training again"
+    why = "the tensor model/embed.weight is missing in the store or after training again"
+    assert findings(store)[37].why == why
 
 
 def changed(

@@ -112,7 +112,7 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
         AttributeError,
         ArithmeticError,
         AssertionError,
-    ) as e:  # a node that mainrun has written raises none of these
+    ) as e:  # only a node that mainrun did not write raises these errors
         return AuditResult(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     try:
         rows = segment.train(node)

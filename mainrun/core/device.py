@@ -130,7 +130,7 @@ class Device(ProcessGroup):
         """Return the model that training steps call. It is compiled and distributed if the run is."""
         runner: nn.Module = model
         if self.compile:
-            # make_deterministic covers eager mode only. This call covers compiled code too.
+            # Unlike make_deterministic, this call also makes compiled code deterministic.
             torch.use_deterministic_algorithms(True)
             # Compile for one fixed shape, even if this process has compiled another shape before.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Import torch and exclude its objects from garbage collection.
 
-The objects of torch live as long as the process. If the garbage collector visited all of them, importing
-torch would take a tenth longer.
+The objects of torch live as long as the process. Excluding these objects saves about a tenth of the time that
+importing torch takes.
 """
 
 import gc

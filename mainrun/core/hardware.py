@@ -53,7 +53,7 @@ def cpu() -> dict[str, str]:
 def cpu_name() -> str:
     """Return the processor's name with its family, model and stepping.
 
-    Cloud providers use one name for several models.
+    Some cloud providers use the same processor name for several models.
     """
     facts = cpu()
     name = facts.get("model name") or platform.processor() or platform.machine()

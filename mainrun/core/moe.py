@@ -61,7 +61,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weight = self.route(x)
-        # `order` has N * k entries. It sorts the rows by expert, and the rows of each expert by token.
+        # `order` sorts all N * k rows by expert. The rows of one expert stay in the order of the tokens.
         order = chosen.flatten().argsort(stable=True)
         rows = x.flatten(0, -2)[order // self.k].split(self.shares(chosen))
         outputs = [expert(part) for expert, part in zip(self.experts, rows, strict=True)]

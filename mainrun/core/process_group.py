@@ -26,7 +26,7 @@ def read_rank() -> tuple[int, int]:
     fix = "start with torchrun, or unset both"
     numbers = PROCESS_NUMBER.fullmatch(rank) and PROCESS_NUMBER.fullmatch(world)
     if not numbers or int(rank) >= int(world):
-        raise ConfigError(f"{got}; RANK must be a number below WORLD_SIZE: {fix}")
+        raise ConfigError(f"{got}, but RANK must be a number below WORLD_SIZE; {fix}")
     if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(f"{got}, but MASTER_ADDR or MASTER_PORT is not set; {fix}")
     return int(rank), int(world)

@@ -1,8 +1,8 @@
 """The corpus of a run: ordered titles, split into train, dev and val, with fingerprints that identify them.
 
-The titles of the source are permuted with the task's seed. With shuffle=false, they keep their order. The run
-uses the first num_titles titles. The last val_frac of these titles are val. The last dev_frac of the other
-titles are dev, and the remaining titles are train.
+The titles of the source are permuted with the task's seed. With shuffle=false, the titles keep the order of
+the source. The run uses the first num_titles titles. The fraction val_frac at the end of these titles becomes
+val. The fraction dev_frac at the end of the other titles becomes dev. The remaining titles become train.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Corpus:
 
 
 def load_corpus(cfg: TrainConfig) -> Corpus:
-    """Load and split the titles of a config."""
+    """Load the corpus that a config names, and split its titles."""
     order = partial(_order, shuffle=cfg.shuffle)
     if cfg.corpus.startswith("mix:"):
         mix = load_mix(inputs.expanded(cfg.corpus[4:], "corpus"), cfg.num_titles, order)
@@ -68,7 +68,7 @@ def _check_count(cfg: TrainConfig, count: int) -> None:
     if count >= max(cfg.num_titles, 2):
         return
     plural = "s" if count != 1 else ""
-    problem = f"corpus={cfg.corpus} has {count:,} title{plural}, num_titles={cfg.num_titles:,} were asked for"
+    problem = f"corpus={cfg.corpus} has {count:,} title{plural}, but num_titles={cfg.num_titles:,}"
     if count < 2:
         raise CorpusError(f"{problem}; a corpus needs at least two titles: one to train on, one for val")
     raise CorpusError(f"{problem}; use --set num_titles={count}, or a larger corpus")
@@ -83,7 +83,7 @@ def _order(count: int, shuffle: bool) -> np.ndarray:
 
 def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
     """Return the position after the last title of train, and the position after the last title of dev."""
-    # Fractions are exact, so 0.9 of 20,000 is always 18,000. Floats could round the product down.
+    # Fractions are exact, so 0.9 of 20,000 is always 18,000. Float arithmetic could round the product down.
     n_known = int(count * (1 - Fraction(str(cfg.val_frac))))
     n_train = int(n_known * (1 - Fraction(str(cfg.dev_frac))))
     if n_train < 1:
@@ -97,7 +97,7 @@ def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
 def _repeated(titles: list[str], weights: list[int]) -> list[str]:
     """Return a list in which each title occurs as often as its weight says.
 
-    The list consists of passes over the titles. A pass has each title at most once.
+    The list consists of several passes over the titles. In each pass, a title occurs at most once.
     """
     repeated = []
     for turn in range(max(weights)):

@@ -60,10 +60,10 @@ class HubFile:
             return "is missing"
         size = path.stat().st_size
         if size != self.size:
-            return f"is damaged: {size:,} bytes, the hub says {self.size:,}"
+            return f"is damaged: it has {size:,} bytes, but the hub says {self.size:,}"
         sha256 = sha256_file(path)
         if sha256 != self.sha256:
-            return f"is damaged: sha256 {sha256[:16]}..., the hub says {self.sha256[:16]}..."
+            return f"is damaged: its sha256 is {sha256[:16]}..., but the hub says {self.sha256[:16]}..."
         return ""
 
 
@@ -161,8 +161,8 @@ def _fetch(name: str) -> tuple[Path, HubFile]:
     if damage:
         _delete(path)
         raise HubError(
-            f"corpus={name}: the file from {_endpoint()} {damage}; it was deleted: "
-            "start again, or set HF_ENDPOINT"
+            f"corpus={name}: the file from {_endpoint()} {damage}; the file was deleted; "
+            "start again, or set HF_ENDPOINT to a mirror"
         )
     try:
         _write_note(note, path.relative_to(cache).as_posix(), file)

@@ -64,7 +64,7 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
     for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if share == 0:
             raise CorpusError(
-                f"{source.where} ({source.corpus}): its ratio gives it no title of num_titles={wanted}; "
+                f"{source.where} ({source.corpus}): the ratio gives it no title of num_titles={wanted}; "
                 "raise its ratio or num_titles"
             )
         # A synthetic source makes `wanted` titles. These are enough even if other sources have some of them.
@@ -142,8 +142,8 @@ def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
         raise CorpusError(f"{where}: ratio={inputs.shown(ratio)}; it must be a number above 0")
     if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
         raise CorpusError(
-            f"{where}: weight={inputs.shown(weight)}; it must be a whole number from 1 to {MAX_WEIGHT}: "
-            "how many times an epoch presents a title"
+            f"{where}: weight={inputs.shown(weight)}, which is how many times an epoch presents a title; "
+            f"it must be a whole number from 1 to {MAX_WEIGHT}"
         )
     return MixSource(where, corpus, Fraction(str(ratio)), weight)
 

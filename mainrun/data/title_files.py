@@ -26,7 +26,7 @@ BOM = b"\xef\xbb\xbf"
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
     """Return the titles of the file PATH[#COLUMN]."""
     path, column = _path_and_column(argument)
-    data = read_bytes(path, "a file with one title a line, or .csv, .jsonl or .parquet")
+    data = read_bytes(path, "a file with one title per line, or a .csv, .jsonl or .parquet file")
     raw = _raw_titles(data, path, column)
     titles = []
     for text in raw:
@@ -60,10 +60,10 @@ def _raw_titles(data: bytes, path: Path, column: str | None) -> list[str]:
     if reader is not None:
         return reader(data, path, column or COLUMN)
     if suffix == ".json":
-        raise CorpusError(f"{path} is one JSON document; write one object a line, and call it .jsonl")
+        raise CorpusError(f"{path} is a single JSON document; write a .jsonl file with one object per line")
     if column is not None:
         raise CorpusError(
-            f"{path} has lines, not columns, but column {column!r} was asked for; leave out #{column}"
+            f"{path} has lines and no columns, but the corpus names column {column!r}; remove #{column}"
         )
     return _lines(data, path)
 
@@ -72,7 +72,7 @@ def _check_unicode(titles: list[str], path: Path) -> None:
     for number, title in enumerate(titles, 1):
         if not title.isascii() and any("\ud800" <= c <= "\udfff" for c in title):
             raise CorpusError(
-                f"{path}: title {number} is not valid Unicode: it holds half of a surrogate pair; "
+                f"{path}: title {number} is not valid Unicode: it contains half of a surrogate pair; "
                 "repair or remove it"
             )
 
@@ -160,11 +160,11 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
             raise CorpusError(
-                f"{where}: not valid JSON ({inputs.parser_message(e)}); write one object a line"
+                f"{where}: not valid JSON ({inputs.parser_message(e)}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise CorpusError(
-                f"{where}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}"
+                f"{where}: got a JSON {type(row).__name__}; write one object with the key {column!r} per line"
             )
         if column not in row:
             raise CorpusError(f"{where}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")

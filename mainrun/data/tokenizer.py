@@ -111,7 +111,7 @@ class Tokenizer:
             if not model:
                 raise ValueError("no model")
         except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a ValueError
-            raise RunError(f"tokenizer.json is damaged or of another version ({e}); {DAMAGED}") from None
+            raise RunError(f"tokenizer.json is damaged or has another version ({e}); {DAMAGED}") from None
         return cls(kind, size, raw)
 
     @cached_property
@@ -200,8 +200,8 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             input_sentence_size=0,  # use all titles
             shuffle_input_sentence=False,
             max_sentence_length=2**30,  # sentencepiece silently skips titles longer than this limit
-            # The number of threads is the same on every machine, because it affects how sums are rounded and
-            # therefore which tokens are chosen.
+            # The number of threads affects how sums are rounded, and therefore which tokens are chosen. It
+            # must be the same on every machine.
             num_threads=16,
             # More than ten seed candidates per token would make the encodings longer and the fit slower.
             seed_sentencepiece_size=max(10_000, 10 * vocab_size),
@@ -246,8 +246,8 @@ def _load_bpe(model: bytes) -> Any:
 
     try:
         library = Library.from_str(model.decode())
-    except Exception as e:  # the library raises plain exceptions without a narrower class
-        raise RunError(f"tokenizer.json holds no BPE model ({e}); {DAMAGED}") from None
+    except Exception as e:  # the library `tokenizers` raises no error class narrower than Exception
+        raise RunError(f"tokenizer.json contains no BPE model ({e}); {DAMAGED}") from None
     library.encode_special_tokens = True  # the characters "<eos>" inside a title are encoded as plain text
     return library
 
@@ -258,7 +258,7 @@ def _load_unigram(model: bytes) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as e:
-        raise RunError(f"tokenizer.json holds no sentencepiece model ({e}); {DAMAGED}") from None
+        raise RunError(f"tokenizer.json contains no sentencepiece model ({e}); {DAMAGED}") from None
 
 
 def _byte_signs() -> list[str]:
@@ -282,7 +282,7 @@ def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str
         if "\ud800" <= char <= "\udfff":
             title = next(title for title in titles if char in title)
             raise UsageError(
-                f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8"
+                f"title {title!r} is not Unicode: it contains half of a surrogate pair; write it in UTF-8"
             )
     escapes = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if is_unsafe(char)}
     if not escapes and "\\x{" not in text:

@@ -33,7 +33,7 @@ MOST_FOLDERS = 200  # the maximum depth of a path, because `Path.mkdir(parents=T
 
 
 class BadInput(ValueError):
-    """Raised for a file or a text that cannot be used. The message says why, and how to fix the problem."""
+    """Raised for a file or a text that cannot be used. The message names the reason and the fix."""
 
 
 # -- values in messages
@@ -86,7 +86,7 @@ def bad_path(text: str) -> str:
     if not text.strip():
         return "which is empty; give a path"
     if "\0" in text:
-        return "which holds a NUL character; remove it"
+        return "which contains a NUL character; remove it"
     name = os.fsencode(text)
     longest = max(len(part) for part in name.split(b"/"))
     if longest > LONGEST_NAME:
@@ -252,7 +252,7 @@ def toml_value(text: str) -> Any:
     except ValueError as e:
         raise BadInput(parser_message(e)) from None
     value = data["value"]
-    # A text of several lines may define more keys than `value`. It is not a single TOML value.
+    # A text of several lines may define more keys than `value`, so it is not a single TOML value.
     if len(data) > 1 or isinstance(value, TIMES):
         value = text
     check_data(value)
@@ -314,7 +314,7 @@ def _yaml_loader() -> Any:
                     continue
                 name = self.construct_object(key, deep=True)
                 if name.__hash__ is None:
-                    raise BadInput(f"the key {shown(name, 80)} is a list or a table; write a text")
+                    raise BadInput(f"the key {shown(name, 80)} is a list or a table; write a text as the key")
                 if name in seen:
                     raise BadInput(f"the key {shown(name, 80)} appears twice in one mapping")
                 seen.add(name)
@@ -351,7 +351,7 @@ def check_data(data: Any) -> None:
                 todo.extend((inner, level + 1) for inner in value.values())
         else:
             _check_value(value)
-    raise BadInput(f"it holds more than {MOST_VALUES:,} values")
+    raise BadInput(f"it contains more than {MOST_VALUES:,} values")
 
 
 def _check_value(value: Any) -> None:
@@ -360,6 +360,6 @@ def _check_value(value: Any) -> None:
     if isinstance(value, int) and value.bit_length() > MOST_DIGITS * 3.33:
         raise BadInput(f"a number has more than {MOST_DIGITS} digits")
     if isinstance(value, str) and "\0" in value:
-        raise BadInput("a text holds a NUL character; remove it")
+        raise BadInput("a text contains a NUL character; remove it")
     if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise BadInput("a text holds half of a surrogate pair, which is not a character; repair or remove it")
+        raise BadInput("a text contains half of a surrogate pair, which is no character; repair or remove it")

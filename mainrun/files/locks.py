@@ -20,7 +20,7 @@ class FileLock:
         """Acquire the lock and write `holder` into the file. Raise `Locked` if another process has it."""
         self.path = path
         self.holder = holder
-        # A buffered file could write `holder` a second time when it is closed, after the disk was full.
+        # A buffered file would try again to write `holder` when it is closed, even after the disk was full.
         self._file = path.open("a+b", buffering=0)
         try:
             self._acquire()
