@@ -1,17 +1,17 @@
-"""Every error that a user can meet, and the exit code of the command that raises it.
+"""The errors that mainrun raises for users, and the exit codes of its commands.
 
-    MainrunError            1   something failed
-    ├── UsageError          2   the request is invalid: what was got, what is allowed, how to fix it
-    │   ├── ConfigError         a field, a preset, or sizes that do not fit together
-    │   ├── CorpusError         a corpus that is missing, empty, binary or too small
-    │   ├── HubError            a download that failed or is damaged
-    │   └── RunError            a run directory that is foreign, locked, damaged or not writable
+    MainrunError            1   the command failed
+    ├── UsageError          2   the request is invalid; the message says what is allowed and how to fix it
+    │   ├── ConfigError         a field or a preset is invalid, or sizes do not fit together
+    │   ├── CorpusError         the corpus is missing, empty, binary or too small
+    │   ├── HubError            a download failed or is damaged
+    │   └── RunError            the run directory belongs to another run, or is locked, damaged or read-only
     ├── Diverged            3   the loss is NaN or infinite
-    └── Interrupted        75   stopped between two steps; run the same command again to resume
-        └── DiskFull            no file is half-written; free some space and run the same command again
+    └── Interrupted        75   the run stopped between two steps; the same command resumes it
+        └── DiskFull            the disk is full, but no file is damaged; the same command resumes the run
 
-`mainrun.files.inputs.refusal` turns an OSError that names a path into one of these. Any other exception is a
-bug in mainrun; the command exits with 1.
+`mainrun.files.inputs.refusal` turns an OSError about a path into one of these errors. Any other exception is
+a bug in mainrun, and the command exits with code 1.
 """
 
 import difflib
@@ -21,12 +21,15 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST_GUESS = 100  # characters; a longer name gets no suggestion
+LONGEST_GUESS = 100  # a name with more characters than this gets no suggestion
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """Return a suggestion such as " (did you mean 'lr'?)", or an empty text. Case and dashes do not count."""
-    if len(got) > LONGEST_GUESS:  # the comparison takes time proportional to the product of both lengths
+    """Return a suggestion such as " (did you mean 'lr'?)", or an empty text.
+
+    The comparison ignores case and leading dashes.
+    """
+    if len(got) > LONGEST_GUESS:  # comparing long names would be slow
         return ""
     plain = {name.lower().lstrip("-"): name for name in allowed}
     matches = difflib.get_close_matches(got.lower().lstrip("-"), plain, n=1, cutoff=0.6)

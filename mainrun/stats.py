@@ -1,6 +1,6 @@
-"""Statistics over a few seeds: mean and interval, difference of two recipes, noise floor, Holm, Spearman.
+"""Statistics for recipes that are trained with a few seeds each.
 
-scipy is imported inside the functions that need it, so that `import mainrun.stats` stays light.
+scipy is imported inside the functions that need it, so that `import mainrun.stats` is fast.
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
-LEVEL = 0.95  # confidence level of every interval
+LEVEL = 0.95  # the confidence level of all intervals
 
 
 def t_cdf(t: float, df: float) -> float:
-    """Return P(T <= t) of Student's t distribution."""
+    """Return P(T <= t) for Student's t distribution with `df` degrees of freedom."""
     from scipy.special import stdtr
 
     return float(stdtr(df, t))
 
 
 def t_quantile(p: float, df: float) -> float:
-    """Return the t with P(T <= t) = p."""
+    """Return the t for which P(T <= t) = p in Student's t distribution with `df` degrees of freedom."""
     from scipy.special import stdtrit
 
     return float(stdtrit(df, p))
 
 
 def _half_width(error: float, df: float) -> float:
-    """Return half the width of the interval around an estimate with this standard error."""
+    """Return half the width of the confidence interval of an estimate, given its standard error."""
     return t_quantile((1 + LEVEL) / 2, df) * error
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean score of a recipe over its seeds. A single run has neither a spread nor an interval."""
+    """The mean score of a recipe over its seeds.
+
+    With a single score, the standard deviation and the interval are None.
+    """
 
     values: tuple[float, ...]
 
@@ -44,14 +47,14 @@ class Mean:
 
     @property
     def sd(self) -> float | None:
-        """Standard deviation over the seeds."""
+        """The standard deviation of the scores over the seeds."""
         if len(self.values) < 2:
             return None
         return stdev(self.values)
 
     @property
     def half_width(self) -> float | None:
-        """Half the width of the interval of the mean."""
+        """Half the width of the confidence interval of the mean."""
         n = len(self.values)
         if n < 2:
             return None
@@ -60,17 +63,18 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference b - a of two recipes.
+    """The difference b - a of the mean scores of two recipes.
 
-    It is paired over the common seeds if there are at least two, else unpaired (Welch) over all seeds.
+    If the recipes have at least two seeds in common, the difference is paired over these seeds. Otherwise it
+    is unpaired over all seeds, with Welch's method.
     """
 
     a: float
     b: float
     n_a: int
     n_b: int
-    seeds: tuple[int, ...]  # the common seeds of a paired difference; empty if unpaired
-    error: float | None  # standard error; None if one of the recipes has a single run
+    seeds: tuple[int, ...]  # the common seeds of a paired difference, or () if it is unpaired
+    error: float | None  # the standard error, or None if a recipe in an unpaired difference has a single run
     df: float
 
     @property
@@ -90,7 +94,7 @@ class Difference:
 
     @property
     def p(self) -> float | None:
-        """Two-sided p-value of the hypothesis that the recipes do not differ."""
+        """The two-sided p-value of the hypothesis that the recipes do not differ."""
         if self.error is None:
             return None
         if self.error == 0:
@@ -98,9 +102,9 @@ class Difference:
         return 2 * t_cdf(-abs(self.mean) / self.error, self.df)
 
 
-# By hand: Difference needs the standard error, which scipy's t-tests do not return.
+# scipy's t-tests are not used here, because they do not return the standard error that Difference needs.
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
-    """Compare two recipes. Each maps a seed to a score, and neither is empty."""
+    """Compare two recipes. Each argument maps seeds to scores and must not be empty."""
     common = tuple(sorted(a.keys() & b.keys()))
     if len(common) > 1:
         return _paired(a, b, common)
@@ -116,7 +120,7 @@ def _paired(a: Mapping[int, float], b: Mapping[int, float], seeds: tuple[int, ..
 
 
 def _unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Welch's test: the recipes may have different spreads."""
+    """Compare two recipes with Welch's method, which allows for different standard deviations."""
     n_a = len(a)
     n_b = len(b)
     if min(n_a, n_b) < 2:
@@ -131,19 +135,22 @@ def _unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Noise:
-    """The spread that the seed alone causes: the standard deviation within recipes, pooled."""
+    """The pooled standard deviation of scores within recipes, which only the seeds cause."""
 
     sd: float
     df: int
 
     @property
     def floor(self) -> float:
-        """Two single runs of one recipe differ by less than this in 95 of 100 cases."""
+        """The difference that two single runs of one recipe stay below in 95% of cases."""
         return _half_width(math.sqrt(2) * self.sd, self.df)
 
 
 def noise(groups: Iterable[Sequence[float]]) -> Noise | None:
-    """Pool the spread of groups of scores, one group per recipe. None if no group has two scores."""
+    """Pool the standard deviations of groups of scores. Each group has the scores of one recipe.
+
+    Return None if no group has at least two scores.
+    """
     squares = 0.0
     df = 0
     for group in groups:
@@ -155,9 +162,9 @@ def noise(groups: Iterable[Sequence[float]]) -> Noise | None:
     return Noise(math.sqrt(squares / df), df)
 
 
-# By hand: scipy has no Holm correction (scipy.stats.false_discovery_control bounds another error rate).
+# scipy has no Holm correction. Its function false_discovery_control bounds a different error rate.
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted by Holm's method, in the given order."""
+    """Return the p-values adjusted with Holm's method, in the order of the argument."""
     ascending = sorted(range(len(ps)), key=lambda i: ps[i])
     adjusted = [0.0] * len(ps)
     highest = 0.0
@@ -168,9 +175,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Return the rank correlation of two samples; tied values share their mean rank.
+    """Return Spearman's rank correlation of two samples. Tied values share their mean rank.
 
-    None if a sample has a single distinct value: its ranks have no variance.
+    Return None if all values of a sample are equal, because the correlation is then undefined.
     """
     from scipy.stats import spearmanr
 

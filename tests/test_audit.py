@@ -164,13 +164,9 @@ def test_a_segment_that_is_too_long_is_skipped_with_the_reason(store: Store) -> 
         store.files.remove(f"states/{at(store, step).state}.safetensors")
     found = {finding.node.step: finding for finding in audit(store, 100, reach=35)}
     assert (found[36].status, found[37].status) == ("skipped", "same")
-    assert found[36].why == "the nearest state before it is 36 steps away; --reach 36 allows that many"
+    assert found[36].why == "the nearest state before it is 36 steps away; use --reach 36"
     text = ask("audit", "--store", store, "--reach", 35)
-    assert (
-        text.exit_code == 0
-        and text.stdout.count("skipped") == 2
-        and "--reach 36 allows that many" in text.stdout
-    )
+    assert text.exit_code == 0 and text.stdout.count("skipped") == 2 and "use --reach 36" in text.stdout
     assert ask("audit", "--store", store, "--reach", 36, "--segments", 2).stdout.count("same ") == 2
     assert [finding.node.step for finding in audit(store, 1, reach=1)] == [37], (
         "segments that can be trained are picked first"
@@ -183,7 +179,7 @@ def test_a_wrong_parent_is_detected(store: Store) -> None:
     (Path(str(store)) / "nodes" / node.key).write_bytes(edited.dump())
     assert (
         findings(store)[36].status == "differs"
-        and "is not the node that it names as its parent" in findings(store)[36].why
+        and "is not the parent that this node names" in findings(store)[36].why
     )
 
 
@@ -208,7 +204,8 @@ def test_one_changed_bit_of_an_optimizer_state_is_detected(store: Store) -> None
 
 def test_a_state_with_a_missing_tensor_is_detected(store: Store) -> None:
     restate(store, at(store, 37), lambda tensors: tensors.pop("model/embed.weight"))
-    assert findings(store)[37].why == "one of them has no model/embed.weight"
+    why = "the tensor model/embed.weight is missing in the store or after training again"
+    assert findings(store)[37].why == why
 
 
 def changed(
@@ -237,13 +234,13 @@ EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
     "a missing score": (
         36,
         lambda n: {"rows": changed(n.rows, "eval", 36, split="dev")},
-        "no eval row of step 36",
+        "the store has no eval row of step 36",
     ),
-    "a missing row": (27, lambda n: {"rows": n.rows[1:]}, "no step row of step 19"),
+    "a missing row": (27, lambda n: {"rows": n.rows[1:]}, "the store has no step row of step 19"),
     "an extra row": (
         27,
         lambda n: {"rows": (*n.rows, n.rows[0] | {"step": 40})},
-        "a row that no step writes: step of step 40",
+        "a row that training again does not write: step of step 40",
     ),
     "an extra field": (
         27,
@@ -253,9 +250,9 @@ EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
     "the tokens presented": (
         27,
         lambda n: {"tokens_processed": n.tokens_processed + 1},
-        "3,457 tokens were presented, its steps present 3,456",
+        "3,457 tokens were presented, but its steps present 3,456",
     ),
-    "its config": (27, lambda n: {"config": n.config | {"lr": 0.02}}, "its config does not lead to its key"),
+    "its config": (27, lambda n: {"config": n.config | {"lr": 0.02}}, "its key does not match its config"),
 }
 
 
@@ -272,7 +269,7 @@ def test_a_node_under_the_key_of_another_config_is_detected(store: Store) -> Non
     other = batch.share_steps([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
     rewrite(store, at(store, 37), key=other)
     assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {
-        "its config does not lead to its key"
+        "its key does not match its config"
     }
 
 

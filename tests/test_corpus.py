@@ -304,7 +304,7 @@ def test_a_parquet_file_without_titles_is_refused(titles: list[str], said: str, 
 
 
 def test_a_column_of_a_text_file_is_refused(txt: str) -> None:
-    assert "lines, not columns" in refused(txt + "#title")
+    assert "lines and no columns" in refused(txt + "#title")
 
 
 # -- mixes

@@ -170,7 +170,7 @@ def test_training_ops_and_other_events_need_not_be_repeated(tmp_path: Path, fake
 def test_a_run_without_a_completed_op_is_refused(
     tmp_path: Path, fake_train: FakeTrain, rows: list[dict[str, Any]], ops: list[dict[str, Any]]
 ) -> None:
-    problem = "has no op of the architecture that was carried out; give a run whose schedule grew it"
+    problem = "has no completed op that changes the architecture; give a run that has grown"
     with pytest.raises(UsageError, match=problem):
         list(repeat_ops(make_run(tmp_path, rows, ops), STORE))
     assert not fake_train.calls
@@ -186,7 +186,7 @@ def test_a_row_without_its_checks_is_damaged(tmp_path: Path, event: str) -> None
     torn = {key: value for key, value in row(event, "widen_mlp", 8).items() if key != "checks"}
     with pytest.raises(
         RunError,
-        match=rf"growth.jsonl is damaged: its row OPERATION_{event} of step 8 lacks 'checks'; restore it",
+        match=rf"growth.jsonl is damaged: its OPERATION_{event} row of step 8 lacks 'checks'; restore it",
     ):
         read_journal(make_run(tmp_path, [STACK, torn]))
     start = {key: value for key, value in row("START", "widen_mlp", 8).items() if key != "checks"}

@@ -255,7 +255,7 @@ def test_guards_change_neither_the_model_nor_random_state(honest: Honest) -> Non
 def test_the_docstring_of_every_guard_says_what_it_prevents() -> None:
     for name, check in GUARDS.items():
         doc = check.__doc__ or ""
-        assert doc.startswith("Prevents "), name
+        assert doc.startswith("Detect "), name
         assert "\n" not in doc, name
 
 
@@ -1008,7 +1008,7 @@ def test_titles_repeated_by_a_mix_are_presentations(
     (tmp_path / "mix.toml").write_text(f'[[source]]\ncorpus = "synthetic"\nweight = {weight}\n')
     found = verdict(honest(corpus=f"mix:{tmp_path / 'mix.toml'}"), "presentations")
     assert found.status == status
-    assert ("repeats by the mix's weights, up to 5 of one" in found.detail) == (weight > 1)
+    assert ("repeats from the mix's weights, and one title occurs 5 times" in found.detail) == (weight > 1)
 
 
 def test_val_titles_in_train_are_counted(honest: Honest) -> None:
@@ -1018,7 +1018,7 @@ def test_val_titles_in_train_are_counted(honest: Honest) -> None:
     leak = replace(leak, origin={"kind": "file"}, fingerprints=fingerprints(leak.train, leak.dev, leak.val))
     leaking = replace(e, cfg=cfg, corpus=leak, summary=e.summary | {"fingerprints": leak.fingerprints})
     found = verdict(leaking, "data_known")
-    assert found.status == "flag" and f"7 of its {len(leak.val)} val titles are in train too" in found.detail
+    assert found.status == "flag" and f"7 of {len(leak.val)} val titles are also in train" in found.detail
 
 
 # all tricks
@@ -1049,7 +1049,7 @@ def test_rows_that_the_weights_do_not_give_are_detected(honest: Honest, split: s
         e, lambda r: r | {k: r[k] * 0.9 for k in figures} if r["step"] > 1 and r["split"] == split else r
     )
     assert of(guards(better), "fail") == {"same_evaluate"}
-    assert f"on {split} the weights score" in verdict(better, "same_evaluate").detail
+    assert f"on {split} the weights have" in verdict(better, "same_evaluate").detail
 
 
 def test_every_stored_token_is_checked(honest: Honest) -> None:

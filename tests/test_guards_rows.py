@@ -363,7 +363,7 @@ def test_every_score_times_its_denominator_must_be_the_same_sum(
     got, detail = check(with_row(evidence(), split, at, **{figure: times(factor)}), "denominator")
     assert got == status
     if status == "fail":
-        assert f"{split} at step {(1, 17, 35)[at]}: {figure} means" in detail
+        assert f"{split} at step {(1, 17, 35)[at]}: {figure} corresponds to" in detail
 
 
 @pytest.mark.parametrize("split", ["val", "dev"])
@@ -378,7 +378,7 @@ def test_the_sums_in_the_message_are_in_nats() -> None:
     nats = row["loss"] * row["tokens"]
     for figure in ("full", "bits_per_byte"):
         detail = check(with_row(e, "val", 0, **{figure: times(0.5)}), "denominator")[1]
-        assert f"{nats / 2:,.1f} nats" in detail and f"loss {nats:,.1f}" in detail
+        assert f"{nats / 2:,.1f} nats" in detail and f"loss to {nats:,.1f}" in detail
     chars, nbytes = e.data.chars["val"], e.data.bytes["val"]
     assert f"{chars} characters and {nbytes} bytes" in check(e, "denominator")[1]
 
@@ -426,7 +426,7 @@ def test_the_last_row_must_be_of_the_last_step(split: str, change: int) -> None:
     e = with_row(evidence(), split, -1, step=plus(change))
     status, detail = check(replace(e, summary=summary_of(e.evals)), "last_and_best")
     assert status == "fail"
-    assert f"last evaluation of {split} is of step {35 + change}" in detail and "35 steps" in detail
+    assert f"last evaluation of {split} is at step {35 + change}" in detail and "35 steps" in detail
 
 
 def test_the_best_row_is_the_first_with_the_lowest_full_score() -> None:
@@ -489,7 +489,7 @@ def test_the_hash_of_another_file_fails_and_both_are_shown() -> None:
     now = scoring.evaluate_source_hash()
     status, detail = check(replace(evidence(), evaluate_hash="0123456789abcdef"), "same_evaluate")
     assert status == "fail"
-    assert "0123456789ab," in detail and now[:12] in detail
+    assert "0123456789ab " in detail and now[:12] in detail
     assert now[:12] in check(evidence(), "same_evaluate")[1]
 
 
@@ -526,7 +526,7 @@ def test_the_known_answer_reveals_replaced_functions(
     )
     got, detail = check(e, "same_evaluate")
     assert got == status
-    assert ("where the formula gives" in detail) == (status == "fail")
+    assert ("but the formula gives" in detail) == (status == "fail")
 
 
 def test_the_known_answer_counts_both_scores(evaluate_calls: list[dict[str, Any]]) -> None:
@@ -569,8 +569,7 @@ def test_the_weights_must_give_the_last_score(
     if status == "fail":
         row = [row for row in e.evals if row["split"] == split][-1]
         assert (
-            f"on {split} the weights score {figure}" in detail
-            and f"says {row[figure] * factor:.4f}" in detail
+            f"on {split} the weights have {figure}" in detail and f"says {row[figure] * factor:.4f}" in detail
         )
 
 
@@ -713,16 +712,16 @@ def remember_other_text(model: Odd, idx: Tensor) -> None:
 @pytest.mark.parametrize(
     ("act", "status", "shown"),
     [
-        (learn_a_weight, "fail", "1 parameters or buffers, like table.weight"),
-        (count_in_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (count_in_a_hidden_buffer, "fail", "1 parameters or buffers, like hidden"),
-        (add_a_buffer, "fail", "1 parameters or buffers, like added"),
-        (remove_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (reshape_a_buffer, "fail", "1 parameters or buffers, like seen"),
-        (widen_a_buffer, "fail", "1 parameters or buffers, like seen"),
+        (learn_a_weight, "fail", "1 parameters or buffers, such as table.weight"),
+        (count_in_a_buffer, "fail", "1 parameters or buffers, such as seen"),
+        (count_in_a_hidden_buffer, "fail", "1 parameters or buffers, such as hidden"),
+        (add_a_buffer, "fail", "1 parameters or buffers, such as added"),
+        (remove_a_buffer, "fail", "1 parameters or buffers, such as seen"),
+        (reshape_a_buffer, "fail", "1 parameters or buffers, such as seen"),
+        (widen_a_buffer, "fail", "1 parameters or buffers, such as seen"),
         (lambda model, idx: (count_in_a_buffer(model, idx), learn_a_weight(model, idx)), "fail",
-        "2 parameters or buffers, like seen"),
-        (remember_other_text, "fail", "the same tokens scored"),
+        "2 parameters or buffers, such as seen"),
+        (remember_other_text, "fail", "the same tokens had loss"),
         (lambda model, idx: torch.rand(1), "fail", "random generator"),
         (lambda model, idx: np.random.rand(), "fail", "random generator"),
         (lambda model, idx: random.random(), "fail", "random generator"),
@@ -872,7 +871,7 @@ def test_another_target_may_move_logits_by_rounding_only(
 ) -> None:
     status, detail = check(leaking(dtype, largest, frame_peeker(beyond)), "targets_unseen")
     assert status == "fail"
-    assert f"moved logits by {beyond:.3g}" in detail
+    assert f"changed logits by {beyond:.3g}" in detail
     assert check(leaking(dtype, largest, frame_peeker(within)), "targets_unseen")[0] == "pass"
 
 
@@ -935,7 +934,7 @@ def test_a_forward_that_takes_targets_must_give_the_same_logits(name: str, moves
     beyond = replace(evidence(), model=Taker(name, moves(1.01)))
     status, detail = check(beyond, "targets_unseen")
     assert status == "fail"
-    assert f"forward({name}=...) moved logits by 1.01" in detail
+    assert f"forward({name}=...) changed logits by 1.01" in detail
     assert check(replace(evidence(), model=Taker(name, moves(1.0))), "targets_unseen")[0] == "pass"
     half = evidence(from_dict(CONFIG | {"dtype": "bfloat16"}))
     assert check(replace(half, model=Taker(name, moves(100.0))), "targets_unseen")[0] == "pass"
@@ -1054,7 +1053,7 @@ def test_other_rows_may_move_logits_by_rounding_only(
 
     status, detail = check(leaking(dtype, largest, leak(beyond)), "causality")
     assert status == "fail"
-    assert "other rows in its batch" in detail
+    assert "other rows of the batch" in detail
     assert check(leaking(dtype, largest, leak(within)), "causality")[0] == "pass"
 
 
@@ -1070,7 +1069,7 @@ def test_the_length_may_move_logits_by_rounding_only(
 
     status, detail = check(leaking(dtype, largest, leak(beyond)), "causality")
     assert status == "fail"
-    assert f"{length} of 16 tokens alone" in detail
+    assert f"cut to {length} of 16 tokens" in detail
     assert check(leaking(dtype, largest, leak(within)), "causality")[0] == "pass"
 
 
@@ -1091,7 +1090,7 @@ def test_the_positions_after_which_causality_changes_tokens(
     e = replace(evidence(), cfg=from_dict(CONFIG | changes))
     status, detail = check(e, "causality", all)
     assert status == "pass"
-    assert f"at positions {', '.join(map(str, positions))}, in a shorter row" in detail
+    assert f"after positions {', '.join(map(str, positions))}, in a shorter row" in detail
     for position in positions:
         model = Table(
             lambda idx, position=position: future(idx, lambda later: later[:, :1] == PAD, position, 1.0)
@@ -1199,7 +1198,7 @@ def test_weights_from_elsewhere_fail(origin: str) -> None:
 def test_the_first_evaluation_must_be_of_step_1(step: int) -> None:
     status, detail = check(with_row(evidence(), "val", 0, step=step), "random_start")
     assert status == "fail"
-    assert f"of step {step};" in detail
+    assert f"at step {step};" in detail
 
 
 SMOOTHINGS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
@@ -1273,7 +1272,7 @@ def test_a_single_unknown_token_of_any_split_fails(split: str) -> None:
             replace(e, data=replace(e.data, splits=e.data.splits | {split: stream})), "lossless_tokens"
         )
         assert status == "fail"
-        assert f"{split} holds {count} <unk>" in detail
+        assert f"{split} contains {count} <unk> tokens" in detail
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "val"])
@@ -1321,7 +1320,7 @@ def test_which_titles_are_decoded(split: str, count: int, position: int, all: bo
     got, detail = check(many_titles(split, count, tokenizer), "lossless_tokens", all)
     assert got == status
     if status == "fail":
-        assert f"title of {split} came back changed: {bad!r} as 'changed'" in detail
+        assert f"title of {split} changed: {bad!r} was decoded to 'changed'" in detail
     else:
         assert ("a sample" in detail) != all
 
@@ -1335,11 +1334,13 @@ def test_the_number_of_decoded_titles_must_be_equal(
     e = evidence()
     status, detail = check(replace(e, data=replace(e.data, tokenizer=tokenizer)), "lossless_tokens", all)
     assert status == "fail"
-    assert f"20 titles of train came back as {len(change(['a'] * 20))}" in detail
+    assert f"20 titles of train were decoded to {len(change(['a'] * 20))} titles" in detail
 
 
 def test_the_message_says_which_titles_were_checked() -> None:
-    assert check(evidence(), "lossless_tokens", all=True)[1].startswith("every title comes back")
+    assert check(evidence(), "lossless_tokens", all=True)[1].startswith(
+        "every title is decoded without changes"
+    )
     assert "a sample of the others" in check(evidence(), "lossless_tokens", all=False)[1]
 
 
@@ -1448,9 +1449,9 @@ def test_the_titles_must_come_from_the_source_of_the_config(
     got, detail = check(from_source(corpus, origin), "data_known", all)
     assert got == status
     if origin["kind"] != {"hn": "hub", "hn-2025": "hub"}.get(corpus, corpus.partition(":")[0]):
-        assert f"corpus={corpus}, but the titles are from {origin['kind']}" in detail
+        assert f"corpus={corpus}, but the titles come from {origin['kind']}" in detail
     elif status == "fail":
-        assert f"revision {origin['revision']}, verified: {origin.get('verified', False)}" in detail
+        assert f"revision {origin['revision']} (verified: {origin.get('verified', False)})" in detail
     else:
         assert honest_parts()[1].fingerprints["corpus"][:12] in detail
 
@@ -1477,7 +1478,7 @@ def test_a_known_source_must_give_the_same_titles_again(
     assert got == status
     assert given == ([e.cfg] if status == "fail" else [])
     if status == "fail":
-        assert f"{corpus} gives {e.corpus.fingerprints['corpus'][:12]}" in detail
+        assert f"{corpus} has the fingerprint {e.corpus.fingerprints['corpus'][:12]}" in detail
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1), ("dev", 1), ("train", 3), ("none", 0)])
@@ -1489,8 +1490,8 @@ def test_val_titles_in_train_or_dev_are_counted(split: str, count: int) -> None:
         from_source("file:a.txt", {"kind": "file"}, a_corpus(train, dev, val)), "data_known"
     )
     assert status == "flag"
-    assert (f"{count} of its 10 val titles are in train too" in detail) == (count > 0)
-    assert ("in train too" in detail) == (count > 0)
+    assert (f"{count} of 10 val titles are also in train" in detail) == (count > 0)
+    assert ("also in train" in detail) == (count > 0)
 
 
 # -- the rules of the task
@@ -1585,7 +1586,7 @@ def test_every_entry_of_the_ledger_is_counted_again(
     got, detail = check(replace(e, ledger=e.ledger | {name: true * factor}), "presentations")
     assert got == status
     if status == "fail":
-        assert f"{name}={true * factor:.6g}; the config makes {true:.6g}" in detail
+        assert f"{name}={true * factor:.6g}; the config gives {true:.6g}" in detail
         assert f"(passes: {e.cfg.passes}, models: 1)" in detail
 
 
@@ -1617,13 +1618,13 @@ def test_every_model_of_an_ensemble_is_counted() -> None:
             "mix:a.toml",
             ["a", "b", "b", "b", "c", "c"],
             "flag",
-            "3 of an epoch's 6 titles are repeats by the mix's weights, up to 3 of one",
+            "3 of an epoch's 6 titles are repeats from the mix's weights, and one title occurs 3 times",
         ),
         (
             "mix:a.toml",
             ["a", "b", "b"],
             "flag",
-            "1 of an epoch's 3 titles are repeats by the mix's weights, up to 2 of one",
+            "1 of an epoch's 3 titles are repeats from the mix's weights, and one title occurs 2 times",
         ),
         ("mix:a.toml", ["a", "b", "c"], "pass", "times"),
         ("file:a.txt", ["a", "b", "b"], "pass", "times"),

@@ -221,7 +221,7 @@ def test_a_valid_document(kind: str, text: str, value: Any) -> None:
         ("TOML", "a." * 3000 + "b = 1", "nested too deep"),
         ("TOML", "a = " + "1" * 5000, "a number has 5,000 digits; at most 300"),
         ("TOML", "a = 0x" + "f" * 400, "a number has more than 300 digits"),
-        ("TOML", 'a = "\\u0000"', "a text holds a NUL character"),
+        ("TOML", 'a = "\\u0000"', "a text contains a NUL character"),
         ("TOML", "a = ", "Invalid value"),
         ("TOML", "a = 07:32:00", "07:32:00 is a date or a time; write it in quotes"),
         ("TOML", "a = [{b = 2026-11-28}]", "2026-11-28 is a date or a time; write it in quotes"),

@@ -155,7 +155,7 @@ GOOD = {"format": 2, "kind": "unigram", "vocab_size": 9, "model": base64.b64enco
 )  # fmt: skip
 def test_a_tokenizer_file_with_a_bad_entry_is_refused(change: dict[str, Any]) -> None:
     assert Tokenizer.from_json(json.dumps(GOOD)).model == b"model"
-    with pytest.raises(RunError, match=r"tokenizer.json is damaged or of another version .*--fresh"):
+    with pytest.raises(RunError, match=r"tokenizer.json is damaged or has another version .*--fresh"):
         Tokenizer.from_json(json.dumps(GOOD | change))
 
 

@@ -1,1 +1,1 @@
-"""Work that is done again and compared: guards, the audit of a store, repeated growth."""
+"""Checks of finished work: the guards of a score, the audit of a store, and repeated growth operations."""

@@ -1,4 +1,4 @@
-"""Train random segments of the store again and compare every bit with what the store has."""
+"""Train random segments of the store again, and compare every bit with the stored result."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mainrun.store.checkpoint import fit_errors, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, contradicts_parent
 from mainrun.train import Setup, State, TrainStep, score, set_up
 
-REACH = 10_000  # how many steps a segment may have
+REACH = 10_000  # the maximum number of steps of a segment
 Row = dict[str, Any]  # a row of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The result for one node."""
+    """The result of the audit for one node."""
 
     node: Node
     status: Literal["same", "differs", "skipped"]
@@ -33,7 +33,10 @@ class AuditResult:
 
 @dataclass(frozen=True)
 class _Target:
-    """A node and the nearest earlier node with a state. Without one, the segment begins at step 0."""
+    """A node to audit, and the nearest earlier node whose state exists.
+
+    If there is no such node, `start` is None and the segment begins at step 0.
+    """
 
     node: Node
     start: Node | None
@@ -44,10 +47,9 @@ class _Target:
 
 
 def audit(store: Store, segments: int, seed: int | None = None, reach: int = REACH) -> Iterator[AuditResult]:
-    """Audit a random sample of nodes, and yield a result for each.
+    """Audit a random sample of nodes, and yield a result for each node.
 
-    If there are fewer nodes that can be trained again than `segments`, also yield skipped nodes with the
-    reason.
+    If fewer than `segments` nodes can be trained again, also yield nodes that are skipped, with the reason.
     """
     nodes, damaged = store.summary()
     for key, why in damaged:
@@ -69,7 +71,7 @@ def audit(store: Store, segments: int, seed: int | None = None, reach: int = REA
     for target in rest[: segments - len(picked)]:
         if target.node.state in states:
             distance = f"the nearest state before it is {target.steps:,} steps away"
-            yield AuditResult(target.node, "skipped", f"{distance}; --reach {target.steps} allows that many")
+            yield AuditResult(target.node, "skipped", f"{distance}; use --reach {target.steps}")
         else:
             yield AuditResult(
                 target.node, "skipped", "its state was evicted, so there is nothing to compare with"
@@ -89,11 +91,11 @@ def _nearest_with_state(node: Node, nodes: Mapping[str, Node], states: Container
 
 
 def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> AuditResult:
-    """Train a node again and compare."""
+    """Train a node again, and compare the result with the store."""
     node = target.node
     try:
         if contradicts_parent(node, nodes.get(node.parent)):
-            raise Damaged(f"{node.parent[:12]} is not the node that it names as its parent")
+            raise Damaged(f"the node {node.parent[:12]} is not the parent that this node names")
         node = store.node(node.key)
         segment = _prepare(store, node, target.start)
         if isinstance(segment, AuditResult):
@@ -110,11 +112,11 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
         AttributeError,
         ArithmeticError,
         AssertionError,
-    ) as e:  # mainrun has not written this node
+    ) as e:  # only a node that mainrun did not write raises these errors
         return AuditResult(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     try:
         rows = segment.train(node)
-    except MainrunError as e:  # an operation failed its checks
+    except MainrunError as e:  # a growth operation failed its checks
         return AuditResult(node, "differs", str(e))
     difference = (
         _header_difference(node, segment)
@@ -126,25 +128,28 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
 
 @dataclass(frozen=True)
 class _Segment:
-    """A run that is ready to train to a node."""
+    """A run that is ready to train up to the step of a node."""
 
     setup: Setup
     state: State
     controller: Controller
 
     def train(self, node: Node) -> list[Row]:
-        """Train to the node, and return the rows that the node should have."""
+        """Train up to the step of a node, and return the rows that the node should contain."""
         scored_steps = set()
         for row in node.rows:
             if row["event"] == "eval" and row["step"] >= node.begins:
                 scored_steps.add(row["step"])
         rows = retrain(self.setup, self.controller, node.step, lambda step: step in scored_steps)
-        # The score at `begins` is a row of this node if an earlier run has not stored it.
+        # The node contains the score at the step `begins` unless an earlier run has already stored it.
         return [row for row in rows if row["event"] == "eval" or row["step"] > node.begins]
 
 
 def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditResult:
-    """Set up the run of a node at the start of its segment, or return why the node cannot be compared."""
+    """Set up the run of a node at the start of its segment.
+
+    If the node cannot be compared, return a result with the reason instead.
+    """
     cfg = from_dict(node.config)
     setup = set_up(cfg, node.growth_state.get("fired", ()))
     plan = setup.plan
@@ -155,7 +160,7 @@ def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditRe
         stored_origin = dict(store.roots()).get(node.root, {})
         return AuditResult(node, "skipped", "; ".join(lineage.differences(origin, stored_origin)[:3]))
     if lineage.chain(node.root, plan)[node.step : node.step + 1] != [node.key]:
-        return AuditResult(node, "differs", "its config does not lead to its key")
+        return AuditResult(node, "differs", "its key does not match its config")
     state = setup.start()
     if start:
         growth_state = growth_state_at(plan, start.step, start.growth_state)
@@ -167,10 +172,11 @@ def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditRe
 def retrain(
     setup: Setup, growth: Controller, end: int, scored: Callable[[int], bool], decides: bool = False
 ) -> Iterator[Row]:
-    """Train to step `end`, or to the end of the run. Yield the rows of every step and of every score.
+    """Train up to step `end` or to the end of the run. Yield the rows of every step and of every score.
 
-    `scored` says whether a step is scored. With `decides`, the scores trigger growth operations as they do in
-    a run; they must then be all the scores of the run. Otherwise the plan already knows when operations run.
+    `scored(step)` returns whether a step is scored. If `decides` is True, the scores trigger growth
+    operations as in a run, so all steps that the run scores must be scored. If it is False, the plan already
+    knows the steps of the operations.
     """
     state = growth.state
     batches = Batches(setup.cfg, setup.data.splits["train"])
@@ -197,24 +203,24 @@ def retrain(
         yield row | {"loss": loss, "grad_norm": norm}
 
 
-# -- comparisons: each returns a difference, or an empty text
+# -- comparisons, each of which returns a difference or an empty text
 
 
 def _header_difference(node: Node, segment: _Segment) -> str:
     cfg = segment.setup.cfg
     if node.geometry != list(cfg.geometry):
-        return f"its official scores have geometry {node.geometry}, its config says {list(cfg.geometry)}"
+        return f"its official scores have geometry {node.geometry}, but its config says {list(cfg.geometry)}"
     presented = segment.setup.plan.tokens(node.step) * cfg.passes
     if node.tokens_processed != presented:
         tokens = f"{node.tokens_processed:,} tokens were presented"
-        return f"it says that {tokens}, its steps present {presented:,}"
+        return f"it says that {tokens}, but its steps present {presented:,}"
     return ""
 
 
 def _tensor_difference(stored: dict[str, Any], trained: dict[str, Any]) -> str:
     missing = sorted({*stored} ^ {*trained})
     if missing:
-        return f"one of them has no {missing[0]}"
+        return f"the tensor {missing[0]} is missing in the store or after training again"
     differing = []
     for name in sorted(trained):
         if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", trained[name])])):
@@ -231,7 +237,7 @@ def _row_difference(node: Node, rows: list[Row]) -> str:
     for row in rows:
         stored_row = stored.pop(_row_key(row), None)
         if stored_row is None:
-            return f"no {row['event']} row of step {row['step']}"
+            return f"the store has no {row['event']} row of step {row['step']}"
         for name in sorted({*row, *stored_row} - {"seconds"}):
             if stored_row.get(name) != row.get(name):
                 return (
@@ -240,7 +246,7 @@ def _row_difference(node: Node, rows: list[Row]) -> str:
                 )
     if stored:
         event, step, _ = next(iter(stored))
-        return f"the store has a row that no step writes: {event} of step {step}"
+        return f"the store has a row that training again does not write: {event} of step {step}"
     return ""
 
 

@@ -1,16 +1,16 @@
-"""The guards: named checks that the scores of a run are what they claim to be.
+"""The guards: checks that a run has computed its scores correctly and honestly.
 
-Each guard prevents one trick, which its docstring names. Its verdict is one of:
+Each guard detects one trick. Its docstring describes the trick. A guard returns one of three verdicts:
 
-    pass    nothing was found
+    pass    the guard found no problem
     flag    the run is honest, but its score cannot be compared with the scores of the task
-    fail    the score is not what it claims to be
+    fail    the score is wrong or was obtained by a trick
 
-Every run ends with the guards. `mainrun submit` calls them with all=True: they then check every title and
-more positions, and they load the corpus again.
+Every run calls the guards at its end. `mainrun submit` calls them with all=True. They then check every title
+and more positions, and they load the corpus again.
 
-To add a guard, write a function whose docstring begins with "Prevents" and add it to GUARDS.
-reports/submission.py says for each guard how to fix a failure.
+To add a guard, write a function whose docstring begins with "Detect", and add the function to GUARDS.
+reports/submission explains how to fix a failure of each guard.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
-LONGEST_WORD = 20  # characters; a longer token is not a word
-TARGET_NAMES = ("target", "targets", "labels", "y")  # arguments of a model's forward that take targets
+LONGEST_WORD = 20  # the maximum length of a word in characters
+TARGET_NAMES = ("target", "targets", "labels", "y")  # names of arguments of `forward` that take targets
 
 Status = Literal["pass", "flag", "fail"]
 EvalRow = dict[str, Any]  # an eval row of metrics.jsonl
@@ -50,23 +50,22 @@ EvalRow = dict[str, Any]  # an eval row of metrics.jsonl
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run leaves behind. The guards recompute everything that can be recomputed."""
+    """The results of a run that the guards check. The guards recompute as much as possible."""
 
     cfg: TrainConfig
     corpus: Corpus
     data: TokenData
-    model: nn.Module  # the scored weights: of a run with EMA or SWA, the average
-    evals: list[EvalRow]  # in order
-    ledger: dict[
-        str, Any
-    ]  # train_tokens_per_epoch, presentations_per_token, forward_passes, ensemble_members
-    summary: dict[str, Any]  # contains at least last, best and scores
-    initial_weights: str  # "random", or where the weights come from
-    evaluate_hash: str  # scoring.evaluate_source_hash() at the start of the run
+    model: nn.Module  # the model with the scored weights, which are the average in a run with EMA or SWA
+    evals: list[EvalRow]  # all evaluations in the order of the steps
+    # The keys are train_tokens_per_epoch, presentations_per_token, forward_passes and ensemble_members.
+    ledger: dict[str, Any]
+    summary: dict[str, Any]  # the summary contains at least the keys last, best and scores
+    initial_weights: str  # "random", or the origin of the initial weights
+    evaluate_hash: str  # the result of scoring.evaluate_source_hash() at the start of the run
 
 
 class Verdict(NamedTuple):
-    """What a guard function returns."""
+    """The status and the explanation that a guard function returns."""
 
     status: Status
     detail: str
@@ -74,7 +73,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """The verdict of a guard with the name of the guard."""
+    """The name of a guard and its verdict."""
 
     name: str
     status: Status
@@ -82,14 +81,13 @@ class Guard:
 
 
 def guards(e: Evidence, *, all: bool = False) -> list[Guard]:
-    """Run every guard, in the order of GUARDS."""
+    """Run all guards in the order of GUARDS."""
     results = []
     for name, check in GUARDS.items():
         try:
             status, detail = check(e, all)
         except Exception as error:
-            # Evidence that cannot be read must not pass. It must not end a run of hours with a traceback
-            # either.
+            # Evidence that cannot be read must not pass. It must not end a long run with a traceback either.
             status = "fail"
             detail = f"the evidence cannot be read: {type(error).__name__}: {error}"
         results.append(Guard(name, status, detail))
@@ -112,7 +110,7 @@ def fail(detail: str) -> Verdict:
 
 
 def coverage(e: Evidence, all: bool) -> Verdict:
-    """Prevents a score that leaves out the end of a split."""
+    """Detect a score that leaves out the end of a split."""
     for split in _scored_splits(e):
         last = _eval_rows(e, split)[-1]
         n = len(e.data.splits[split])
@@ -131,7 +129,7 @@ def coverage(e: Evidence, all: bool) -> Verdict:
 
 
 def geometry(e: Evidence, all: bool) -> Verdict:
-    """Prevents an official score whose spans, and thus whose unscored tokens, change during the run."""
+    """Detect official scores whose spans change during the run, so that other tokens are left out."""
     spans = "{}x{}".format(*e.cfg.geometry)
     for split in _scored_splits(e):
         rows = _eval_rows(e, split)
@@ -145,13 +143,13 @@ def geometry(e: Evidence, all: bool) -> Verdict:
             if row["tokens"] != rows[0]["tokens"]:
                 return fail(
                     f"{where}: {row['tokens']:,} tokens were scored, "
-                    f"at step {rows[0]['step']} {rows[0]['tokens']:,}"
+                    f"but at step {rows[0]['step']} {rows[0]['tokens']:,} tokens were scored"
                 )
     return passed(f"spans of {spans} tokens at every evaluation")
 
 
 def denominator(e: Evidence, all: bool) -> Verdict:
-    """Prevents a score that is small because it was divided by too many characters or bytes."""
+    """Detect a score that is too small because it was divided by too many characters or bytes."""
     for split in e.data.splits:
         titles: list[str] = getattr(e.corpus, split)
         chars = sum(map(len, titles)) + len("<eos>") * len(titles)
@@ -175,8 +173,8 @@ def denominator(e: Evidence, all: bool) -> Verdict:
             for name, total in totals.items():
                 if not _close(total, nats):
                     return fail(
-                        f"{_where(row)}: {name} means {total:,.1f} nats, loss {nats:,.1f}: "
-                        "it was divided by something else"
+                        f"{_where(row)}: {name} corresponds to {total:,.1f} nats, but the loss to "
+                        f"{nats:,.1f}: the score was divided by a wrong number"
                     )
     val_chars = e.data.chars["val"]
     val_bytes = e.data.bytes["val"]
@@ -184,13 +182,13 @@ def denominator(e: Evidence, all: bool) -> Verdict:
 
 
 def last_and_best(e: Evidence, all: bool) -> Verdict:
-    """Prevents the best of many evaluations from being shown as the result of the run."""
+    """Detect a run that reports the best of many evaluations as its final result."""
     steps = _plan(e).steps
     for split in _scored_splits(e):
         rows = _eval_rows(e, split)
         if rows[-1]["step"] != steps:
             return fail(
-                f"the last evaluation of {split} is of step {rows[-1]['step']}, the run has {steps} steps"
+                f"the last evaluation of {split} is at step {rows[-1]['step']}, but the run has {steps} steps"
             )
         best = min(rows, key=lambda row: row["full"])
         for name, row in (("last", rows[-1]), ("best", best)):
@@ -212,26 +210,28 @@ def last_and_best(e: Evidence, all: bool) -> Verdict:
 
 
 def same_evaluate(e: Evidence, all: bool) -> Verdict:
-    """Prevents an edited evaluate: its file, its functions in memory and a known answer must agree."""
+    """Detect an `evaluate` function that was edited in its file or replaced in memory."""
     now = scoring.evaluate_source_hash()
     if e.evaluate_hash != now:
-        return fail(f"the run began with evaluate {e.evaluate_hash[:12]}, scoring.py is now {now[:12]}")
+        return fail(
+            f"the hash of scoring.py was {e.evaluate_hash[:12]} when the run began; it is {now[:12]} now"
+        )
     replaced = _replaced_function()
     if replaced:
         return fail(replaced)
     result, formula = _known_answer()
     if not _close(result, formula):
         return fail(
-            f"evaluate gives {result} where the formula gives {formula}: something that it calls was replaced"
+            f"evaluate gives {result}, but the formula gives {formula}: a function that it calls was replaced"
         )
-    # Another machine may round differently.
+    # The tolerance allows for the different rounding of another machine.
     tolerance = 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4
     for split in _scored_splits(e):
         row = _eval_rows(e, split)[-1]
         with _restored(e.model):
             score = asdict(_evaluate(e, e.data.splits[split], e.cfg.geometry))
-        # The official score is compared relative to the full score: `denominator` checks what both are
-        # divided by.
+        # The official score is compared relative to the full score, because the guard `denominator` checks
+        # the numbers by which both scores are divided.
         ratio = score["official"] / score["full"]
         row_ratio = row["official"] / row["full"]
         for name, agrees in (
@@ -240,14 +240,14 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
         ):
             if not agrees:
                 return fail(
-                    f"on {split} the weights score {name} {score[name]:.4f}, "
-                    f"the last evaluation says {row[name]:.4f}"
+                    f"on {split} the weights have {name} {score[name]:.4f}, "
+                    f"but the last evaluation says {row[name]:.4f}"
                 )
     return passed(f"evaluate {now[:12]}, from start to end")
 
 
 def _replaced_function() -> str:
-    """Return which function differs from the file scoring.py, or an empty text."""
+    """Return a message about a function in memory that differs from scoring.py, or an empty text."""
     path = Path(scoring.__file__)
     module_code = compile(path.read_text(encoding="utf-8"), path, "exec", dont_inherit=True)
     for code in module_code.co_consts:
@@ -255,19 +255,19 @@ def _replaced_function() -> str:
             continue
         live = vars(scoring).get(code.co_name)
         if isinstance(live, type):
-            continue  # the body of a class has no code object in memory
+            continue  # a class in memory does not keep the code object of its body
         if getattr(live, "__code__", None) != code:
-            return f"scoring.{code.co_name} in memory is not what scoring.py says"
+            return f"the function scoring.{code.co_name} in memory differs from the file scoring.py"
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] != "mainrun":
             continue
         if getattr(module, "evaluate", scoring.evaluate) is not scoring.evaluate:
-            return f"{name} has its own evaluate"
+            return f"{name} has another function evaluate"
     return ""
 
 
 def _known_answer() -> tuple[float, float]:
-    """Return full + official of a table of 8 tokens, from evaluate and from the formula written out."""
+    """Return full + official for a small model with a known answer: from `evaluate` and from the formula."""
     table = torch.linspace(-1, 1, 64).reshape(8, 8).sin()
     model = nn.Embedding.from_pretrained(table)
     tokens = np.array([3, 1, 4, 1, 5, 7, 2, 6, 5, 3, 5, 1, 7, 7, 3, 2, 3, 1], dtype=np.uint16)
@@ -287,24 +287,24 @@ def _known_answer() -> tuple[float, float]:
 
 
 def no_learning(e: Evidence, all: bool) -> Verdict:
-    """Prevents a model that learns from the validation text while it is scored, in any kind of memory."""
+    """Detect a model that learns from the validation text while it is scored."""
     tokens = _val_slice(e)
     with _restored(e.model) as before:
         modes = [module.training for module in e.model.modules()]
         rng = _rng_state()
         first = _evaluate(e, tokens)
         if _rng_state() != rng:
-            return fail("evaluate moved a random generator")
+            return fail("evaluate changed the state of a random generator")
         changed = _changed(before, _tensors(e.model))
         if changed:
-            return fail(f"evaluate changed {len(changed)} parameters or buffers, like {min(changed)}")
+            return fail(f"evaluate changed {len(changed)} parameters or buffers, such as {min(changed)}")
         if modes != [module.training for module in e.model.modules()]:
-            return fail("evaluate left the model in another mode")
-        _evaluate(e, tokens[::-1].copy())  # other tokens, which a memory would now contain
+            return fail("evaluate changed a module from training to evaluation mode, or back")
+        _evaluate(e, tokens[::-1].copy())  # a model with a memory would now remember these tokens
         second = _evaluate(e, tokens)
     if second != first:
-        return fail(f"the same tokens scored {first.loss} at first and {second.loss} later")
-    return passed("weights, buffers and random state are the same after evaluate, and so is a second score")
+        return fail(f"the same tokens had loss {first.loss} at first and loss {second.loss} later")
+    return passed("evaluate changes no weights, buffers or random state, and a second score is the same")
 
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
@@ -316,17 +316,17 @@ def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 
 def targets_unseen(e: Evidence, all: bool) -> Verdict:
-    """Prevents a model that uses the targets it is scored on: its logits must not depend on them."""
+    """Detect a model whose logits depend on the targets that they are scored on."""
     n = min(e.cfg.block_size, len(e.data.splits["val"]))
     stream = e.data.splits["val"][:n].copy()
     other = stream.copy()
-    # In one block, the last token is a target and never an input.
+    # The last token of a block is only a target and never an input.
     other[-1] = EOS if stream[-1] != EOS else UNK + 1
     outputs = _logits_during_evaluate(e, stream, n)
     outputs_with_other_target = _logits_during_evaluate(e, other, n)
     gap = max(_gap(a, b) for a, b in zip(outputs, outputs_with_other_target, strict=True))
     if gap > _tolerance(e, outputs[0]):
-        return fail(f"another last target moved logits by {gap:.3g}, with the same inputs")
+        return fail(f"another last target changed logits by {gap:.3g}, although the inputs were the same")
     for name in list(inspect.signature(e.model.forward).parameters)[1:]:
         if name not in TARGET_NAMES:
             continue
@@ -334,12 +334,12 @@ def targets_unseen(e: Evidence, all: bool) -> Verdict:
         logits = [_forward(e.model, idx, **{name: targets}) for targets in (idx.roll(-1, 1), idx.flip(1))]
         gap = max(_gap(with_targets, _forward(e.model, idx)) for with_targets in logits)
         if gap > _tolerance(e, logits[0]):
-            return fail(f"forward({name}=...) moved logits by {gap:.3g}")
-    return passed("other targets, same logits")
+            return fail(f"forward({name}=...) changed logits by {gap:.3g}")
+    return passed("the logits are the same with other targets")
 
 
 def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Tensor]:
-    """Score one block of n tokens, and return the output of each forward pass."""
+    """Score one block of n tokens, and return the logits of each forward pass."""
     outputs: list[Tensor] = []
     hook = e.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
     try:
@@ -351,15 +351,15 @@ def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Ten
 
 
 def causality(e: Evidence, all: bool) -> Verdict:
-    """Prevents a look at later tokens of the row, or at another row of the batch."""
+    """Detect a model that uses later tokens of a row, or other rows of the batch."""
     idx = _windows(e, 1, None if all else 512)  # (1, T)
     T = idx.shape[1]
     cuts = _cuts(T, all)
     shuffled = idx[:, torch.from_numpy(np.random.default_rng(0).permutation(T))]
-    # Masks are made from <eos> and <pad>, so two futures consist only of them.
+    # A model may derive its masks from <eos> and <pad>, so two of the futures consist only of these tokens.
     futures = [shuffled, idx.flip(1) // 2, torch.full_like(idx, EOS), torch.full_like(idx, PAD)]
     changed = []
-    kept = []  # how many tokens each changed row shares with the original
+    kept = []  # the number of leading tokens that each changed row shares with the original row
     for cut in cuts:
         for future in futures:
             changed.append(torch.cat([idx[:, : cut + 1], future[:, cut + 1 :]], dim=1))
@@ -370,25 +370,25 @@ def causality(e: Evidence, all: bool) -> Verdict:
         gap = _gap(batch[row, :n], batch[0, :n])
         if gap > allowed:
             return fail(
-                f"tokens after position {n - 1} moved logits at or before it by {gap:.3g} "
+                f"tokens after position {n - 1} changed logits up to that position by {gap:.3g} "
                 f"(allowed {allowed:.1g})"
             )
     other_rows = _forward(e.model, torch.cat([idx, *(row.roll(1, 1) for row in changed)]))
     gap = _gap(other_rows[0], batch[0])
     if gap > allowed:
-        return fail(f"other rows in its batch moved a row's logits by {gap:.3g} (allowed {allowed:.1g})")
+        return fail(f"other rows of the batch changed a row's logits by {gap:.3g} (allowed {allowed:.1g})")
     allowed = _tolerance(e, batch, same_shape=False)
     for length in (*(cut + 1 for cut in cuts), T):
         logits = _forward(e.model, idx[:, :length])
         gap = _gap(logits[0], batch[0, :length])
         if gap > allowed:
             return fail(
-                f"{length} of {T} tokens alone have logits that differ by {gap:.3g} (allowed {allowed:.1g})"
+                f"a row cut to {length} of {T} tokens changed logits by {gap:.3g} (allowed {allowed:.1g})"
             )
     positions = ", ".join(map(str, cuts))
     return passed(
-        f"logits are the same with other futures at positions {positions}, in a shorter row, "
-        "and next to other rows"
+        f"logits are the same with other tokens after positions {positions}, in a shorter row, "
+        "and in a batch with other rows"
     )
 
 
@@ -400,26 +400,26 @@ def _cuts(T: int, all: bool) -> list[int]:
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Prevents a start from trained weights: after one step, a model knows little but token counts."""
+    """Detect a start from trained weights. After one step, a random model has learned only token counts."""
     if e.initial_weights != "random":
-        return fail(f"the weights came from {e.initial_weights}; the task starts from random ones")
+        return fail(f"the weights came from {e.initial_weights}; the task starts from random weights")
     first = _eval_rows(e)[0]
     if first["step"] != 1:
         return fail(
-            f"the first evaluation is of step {first['step']}; "
-            "without step 1 nothing shows that the start was random"
+            f"the first evaluation is at step {first['step']}; "
+            "only an evaluation at step 1 can show that the start was random"
         )
     vocab = e.data.tokenizer.vocab_size
     _, targets = Batches(e.cfg, e.data.splits["train"]).at(0)
     counts = np.bincount(targets.ravel(), minlength=vocab)[None]
-    # The smoothing that fits val best. No model with a random start can choose it.
+    # The floor uses the smoothing that fits val best, which a model with a random start cannot know.
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
     if first["loss"] < floor:
         return fail(
             f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, "
-            "which is all that the first batch's counts could give"
+            "the lowest loss that the token counts of the first batch allow"
         )
     return passed(f"loss {first['loss']:.3f} after step 1; no random start is below {floor:.3f}")
 
@@ -428,13 +428,13 @@ def random_start(e: Evidence, all: bool) -> Verdict:
 
 
 def lossless_tokens(e: Evidence, all: bool) -> Verdict:
-    """Prevents a tokenizer that makes the text easier: every title must come back from its tokens."""
+    """Detect a tokenizer that changes or loses text, which would make the text easier to predict."""
     tokenizer = e.data.tokenizer
     for split, stream in e.data.splits.items():
         titles: list[str] = getattr(e.corpus, split)
         unknown = int(np.count_nonzero(stream == UNK))
         if unknown:
-            return fail(f"{split} holds {unknown:,} <unk>")
+            return fail(f"{split} contains {unknown:,} <unk> tokens")
         if not np.array_equal(tokenizer.encode(titles), stream):
             return fail(f"the tokens of {split} are not the encoding of its titles")
         if split == "val" or all:
@@ -443,16 +443,16 @@ def lossless_tokens(e: Evidence, all: bool) -> Verdict:
             titles = titles[:: max(1, len(titles) // 1000)]
             decoded = tokenizer.titles(tokenizer.encode(titles))
         if len(decoded) != len(titles):
-            return fail(f"{len(titles):,} titles of {split} came back as {len(decoded):,}")
+            return fail(f"{len(titles):,} titles of {split} were decoded to {len(decoded):,} titles")
         for title, returned in zip(titles, decoded, strict=True):
             if title != returned:
-                return fail(f"a title of {split} came back changed: {title!r} as {returned!r}")
+                return fail(f"a title of {split} changed: {title!r} was decoded to {returned!r}")
     checked = "every title" if all else "every title of val and a sample of the others"
-    return passed(f"{checked} comes back; no <unk>")
+    return passed(f"{checked} is decoded without changes; no token is <unk>")
 
 
 def no_val_tokens(e: Evidence, all: bool) -> Verdict:
-    """Prevents a vocabulary that contains validation titles (the tokenizer may have been fitted on them)."""
+    """Detect a vocabulary that contains whole phrases of validation titles."""
     train = np.unique(e.data.splits["train"])
     val = np.unique(e.data.splits["val"])
     text = ""
@@ -460,14 +460,14 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
         word = e.data.tokenizer.decode([int(token)]).strip()
         if len(word.split()) > 1 or len(word) > LONGEST_WORD:
             text = text or "\n".join(e.corpus.train)
-            # If train contains the text in other tokens, the token reveals nothing about val.
+            # If the text also occurs in train, as other tokens, the token reveals nothing about val.
             if word not in text:
-                return fail(f"token {token} = {word!r} is longer than a word and occurs in validation only")
+                return fail(f"token {token} = {word!r} is longer than a word and occurs only in validation")
     return passed(f"no validation-only token is longer than a word (fitted on {e.cfg.tokenizer_fit})")
 
 
 def data_known(e: Evidence, all: bool) -> Verdict:
-    """Prevents other titles under a known name: fingerprints are computed again from titles and source."""
+    """Detect titles that differ from the corpus that the config names."""
     fingerprints = corpora.fingerprints(e.corpus.train, e.corpus.dev, e.corpus.val)
     for where, claimed in (
         ("the corpus", e.corpus.fingerprints),
@@ -483,28 +483,31 @@ def data_known(e: Evidence, all: bool) -> Verdict:
     origin = e.corpus.origin
     kind = sources.kind(corpus)
     if origin["kind"] != kind:
-        return fail(f"corpus={corpus}, but the titles are from {origin['kind']}")
+        return fail(f"corpus={corpus}, but the titles come from {origin['kind']}")
     identity = fingerprints["corpus"][:12]
     if not sources.is_fixed(corpus):
         train_titles = set(e.corpus.train).union(e.corpus.dev)
         repeated = sum(title in train_titles for title in e.corpus.val)
-        note = f"; {repeated:,} of its {len(e.corpus.val):,} val titles are in train too" if repeated else ""
-        return flag(f"unknown data: compare only with runs of the same fingerprint, {identity}{note}")
+        note = f"; {repeated:,} of {len(e.corpus.val):,} val titles are also in train" if repeated else ""
+        return flag(f"unknown data: compare only with runs that have the fingerprint {identity}{note}")
     if kind == "hub":
         verified = origin.get("verified", False)
         if origin["revision"] != HUB_REVISIONS[corpus] or verified is not True:
             return fail(
-                f"revision {origin['revision']}, verified: {verified}; {corpus} is pinned and verified"
+                f"the titles are of revision {origin['revision']} (verified: {verified}); "
+                f"{corpus} must be verified and of revision {HUB_REVISIONS[corpus]}"
             )
     if kind == "synthetic" or all:
         loaded = corpora.load_corpus(e.cfg).fingerprints
         if loaded != fingerprints:
-            return fail(f"{corpus} gives {loaded['corpus'][:12]}, these titles are {identity}")
+            return fail(
+                f"{corpus} has the fingerprint {loaded['corpus'][:12]}, but these titles have {identity}"
+            )
     return passed(f"{corpus}, {identity}")
 
 
 def task_rules(e: Evidence, all: bool) -> Verdict:
-    """Prevents a score of another task: epochs, seed, data, split and number of titles are given."""
+    """Detect a score with other epochs, data, titles, split or seed than those of the task."""
     cfg = e.cfg
     is_task_data = cfg.corpus in HUB_REVISIONS
     wrong = []
@@ -522,7 +525,7 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
     if not is_task_data:
         wrong.append(f"corpus={cfg.corpus} is not the task's data ({', '.join(HUB_REVISIONS)})")
     if wrong:
-        # A study may train with other seeds and sizes. A submission of the task's data may not.
+        # A study may train with other seeds and sizes. A submission with the task's data must not.
         verdict = fail if all and is_task_data else flag
         return verdict("; ".join(wrong))
     return passed(
@@ -532,7 +535,7 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
 
 
 def presentations(e: Evidence, all: bool) -> Verdict:
-    """Prevents hidden training: presentations are counted again, including R-Drop's and a mix's repeats."""
+    """Detect hidden training, by counting again how often each token was presented to the model."""
     plan = _plan(e)
     passes = e.cfg.passes
     members = e.ledger["ensemble_members"]
@@ -546,18 +549,18 @@ def presentations(e: Evidence, all: bool) -> Verdict:
     for name, value in expected.items():
         if not _close(e.ledger[name], value):
             return fail(
-                f"the ledger says {name}={e.ledger[name]:.6g}; the config makes {value:.6g} {counted_as}"
+                f"the ledger says {name}={e.ledger[name]:.6g}; the config gives {value:.6g} {counted_as}"
             )
     detail = f"each token was shown {per_token:.2f} times in {e.cfg.epochs} epochs {counted_as}"
-    # The titles of a mix are distinct, so repeats come from its weights. They are counted, whatever the
-    # origin says.
+    # The titles of a mix are distinct, so repeated titles come from its weights. The repeats are counted in
+    # the titles, because the recorded origin may be wrong.
     train = e.corpus.train
     repeats = len(train) - len(set(train))
     if e.cfg.corpus.startswith("mix:") and repeats:
         most = Counter(train).most_common(1)[0][1]
         return flag(
-            f"{detail}; {repeats:,} of an epoch's {len(train):,} titles are repeats by the mix's weights, "
-            f"up to {most} of one"
+            f"{detail}; {repeats:,} of an epoch's {len(train):,} titles are repeats from the mix's weights, "
+            f"and one title occurs {most} times"
         )
     return passed(detail)
 
@@ -594,7 +597,7 @@ def _eval_rows(e: Evidence, split: str = "val") -> list[EvalRow]:
 
 
 def _scored_splits(e: Evidence) -> list[str]:
-    """Return the splits that runs are ranked by: val, and dev if there is one."""
+    """Return the splits that are scored: val, and dev if the corpus has it."""
     return [split for split in ("val", "dev") if split in e.data.splits]
 
 
@@ -615,7 +618,7 @@ def _close(a: float, b: float, tolerance: float = 1e-6) -> bool:
 
 
 def _val_slice(e: Evidence) -> np.ndarray:
-    """Return a few blocks of val, which take seconds to score."""
+    """Return the first few blocks of val, which can be scored in seconds."""
     return e.data.splits["val"][: 8 * e.cfg.block_size + 2].copy()
 
 
@@ -629,7 +632,7 @@ def _evaluate(e: Evidence, tokens: np.ndarray, geometry: tuple[int, int] | None 
 
 
 def _windows(e: Evidence, rows: int, longest: int | None = None) -> Tensor:
-    """Return `rows` blocks of validation tokens, (rows, T)."""
+    """Return blocks of validation tokens as a tensor of shape (rows, T)."""
     T = min(e.cfg.block_size, longest or e.cfg.block_size)
     tokens = np.resize(np.asarray(e.data.splits["val"]), rows * T).astype(np.int64)
     first = next(e.model.parameters(), None)
@@ -638,7 +641,7 @@ def _windows(e: Evidence, rows: int, longest: int | None = None) -> Tensor:
 
 
 def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
-    """Return logits (B, T, V) as evaluate would get them, and restore the model."""
+    """Return the logits (B, T, V) that `evaluate` would use, and restore the model."""
     with _restored(model), torch.no_grad():
         model.eval()
         output = model(idx, **targets)
@@ -648,9 +651,9 @@ def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Restore the model's tensors and modes and torch's random state after a `with` block.
+    """Restore the model's tensors and modes, and torch's random state, after a `with` block.
 
-    The value is a copy of the tensors before the block.
+    The context manager returns a copy of the tensors before the block.
     """
     before = _tensors(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -667,7 +670,7 @@ def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the parameters and buffers, including those that are not in the state dict."""
+    """Return copies of all parameters and buffers, including buffers that are not in the state dict."""
     tensors = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         tensors[name] = tensor.detach().clone()
@@ -688,16 +691,17 @@ def _rng_state() -> list[Any]:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference. Equal infinities do not differ."""
+    """Return the largest absolute difference of two tensors. Equal infinities have the difference 0."""
     if a.shape != b.shape:
         return math.inf
     return float(torch.where(a == b, 0.0, (a.float() - b.float()).abs()).nan_to_num(nan=math.inf).max())
 
 
 def _tolerance(e: Evidence, logits: Tensor, *, same_shape: bool = True) -> float:
-    """Return how much rounding may change logits. It may depend on the shape of a product, most in bfloat16.
+    """Return the largest difference of logits that rounding can cause.
 
-    A leak that improves a score changes logits by much more.
+    Matrix products of different shapes are rounded differently, especially in bfloat16. A leak that improves
+    a score changes logits by much more.
     """
     scale = max(1.0, float(logits.float().abs().nan_to_num(posinf=0.0).max()))
     if e.cfg.dtype == "bfloat16":

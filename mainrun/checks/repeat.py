@@ -1,4 +1,4 @@
-"""`mainrun grow verify`: repeat the ops of a run from the states before them, with all their checks."""
+"""`mainrun grow verify`: repeat the growth operations (ops) of a run, with all their checks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mainrun.run.session import train
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 
-NOT_COMPARED = ("seconds", "reused")  # differ from one training to the next
+NOT_COMPARED = ("seconds", "reused")  # these values may differ when a run is trained again
 SUCCESS = f"{PREFIX}SUCCESS"
 EVENTS_WITH_CHECKS = (SUCCESS, f"{PREFIX}LOOKBACK")
 
-Row = dict[str, Any]  # of growth.jsonl
+Row = dict[str, Any]  # a row of growth.jsonl
 
 
 class RepeatedCheck(NamedTuple):
-    """One check of a repeated op. `same`: the run's own journal has the same row, to the bit."""
+    """One check of a repeated op. `same` says whether the run's journal has an identical row."""
 
     op: str
     name: str
@@ -37,9 +37,10 @@ class RepeatedCheck(NamedTuple):
 
 
 def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
-    """Repeat every op of the architecture and compare it with the run's journal.
+    """Repeat every op that changes the architecture, and compare its checks with the run's journal.
 
-    The states before an op come from the store, if it has them. The op and the steps after it are trained.
+    The state before an op comes from the store, if the store has it. The op and the steps after the op are
+    always computed again.
     """
     cfg = run.config()
     journal = read_journal(run)
@@ -48,8 +49,8 @@ def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
         if row["event"] == SUCCESS and row["name"] in ARCHITECTURE:
             step_of_op[row["op"]] = row["step"]
     if not step_of_op or not cfg.growth.ops:
-        problem = f"{run.path} has no op of the architecture that was carried out"
-        raise UsageError(f"{problem}; give a run whose schedule grew it")
+        problem = f"{run.path} has no completed op that changes the architecture"
+        raise UsageError(f"{problem}; give a run that has grown")
     with TemporaryDirectory() as folder:
         for step in sorted(set(step_of_op.values())):
             _train(cfg, Path(folder), store, step)
@@ -59,7 +60,7 @@ def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
 
 
 def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]:
-    """Yield all checks of the repeated ops, then one for each row of the journal that was not repeated."""
+    """Yield all checks of the repeated ops, then one check for each journal row that was not repeated."""
     expected = _comparable(journal)
     for row in _comparable(repeated):
         same = row in expected
@@ -75,7 +76,7 @@ def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]
 
 
 def _comparable(rows: list[Row]) -> list[Row]:
-    """Return the rows with checks of ops of the architecture, without the values that are not compared."""
+    """Return the rows that have checks of architecture ops, without the values that are not compared."""
     comparable = []
     for row in rows:
         if row["event"] in EVENTS_WITH_CHECKS and row["name"] in ARCHITECTURE:
@@ -89,13 +90,13 @@ def _train(cfg: TrainConfig, out: Path, store: Store | None, until: int) -> None
 
 
 def read_journal(run: RunDir) -> list[Row]:
-    """Read growth.jsonl, which only a run with a growth schedule has."""
+    """Read growth.jsonl of a run. Only a run with a growth schedule has this file."""
     file = run.path / "growth.jsonl"
     if not os.path.lexists(file):
         raise UsageError(f"{run.path} has no growth.jsonl; give a run with a growth schedule")
     rows = run.journal()
     for row in rows:
         if row["event"] in EVENTS_WITH_CHECKS and "checks" not in row:
-            problem = f"{file} is damaged: its row {row['event']} of step {row['step']} lacks 'checks'"
+            problem = f"{file} is damaged: its {row['event']} row of step {row['step']} lacks 'checks'"
             raise RunError(f"{problem}; {run.fix}")
     return rows

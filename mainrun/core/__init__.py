@@ -1,1 +1,1 @@
-"""What decides the bits of a step: kernels, dropout, optimizers, the device and its processes."""
+"""Everything that determines the numbers of a training step: kernels, dropout, optimizers and the device."""

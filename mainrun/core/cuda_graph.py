@@ -1,6 +1,6 @@
-"""CUDA graphs: launch all kernels of a step at once.
+"""Launch all kernels of a training step at once as a CUDA graph.
 
-Launching a thousand kernels one by one takes several times as long as running them.
+A step has about a thousand kernels. Launching them one by one takes several times as long as running them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-WARM = 3  # calls that run without a graph, because libraries initialise themselves in the first call
+# The number of calls before a graph is recorded. CUDA libraries initialise themselves in these calls.
+WARM = 3
 
 
 class CudaGraph:
     """A function on tensors that is recorded as a CUDA graph and then replayed.
 
-    The first `WARM` calls with a key run the function directly. The next call records it, and later calls
-    replay the recording: the same kernels, so the same bits. The key must identify everything that the
-    function depends on, except the values of tensors on the device. With `on=False` nothing is recorded.
+    The first `WARM` calls with a key run the function directly. The call after them records the graph, and
+    later calls replay it. A replay runs the same kernels, so it gives the same bits. The key must identify
+    everything that the function depends on, except the values of tensors on the device. If `on` is False,
+    every call runs the function directly.
     """
 
     def __init__(self, generators: list[torch.Generator], on: bool) -> None:
@@ -27,7 +29,7 @@ class CudaGraph:
         self.forget()
 
     def forget(self) -> None:
-        """Discard the recording. Call this when a tensor that the function uses has moved in memory."""
+        """Discard the recorded graph. Call this after a tensor that the function uses moves in memory."""
         self.key: Hashable = None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -35,7 +37,7 @@ class CudaGraph:
         self.result: Tensor | None = None
 
     def __call__(self, key: Hashable, work: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
-        """Return work(*inputs)."""
+        """Return the result of `work(*inputs)`."""
         if key != self.key:
             self.forget()
             self.key = key

@@ -1,4 +1,4 @@
-"""The device of a run: threads or GPU, attention kernels, compilation, and the randomness of dropout."""
+"""The device that computes a run, its settings, and its random numbers for dropout."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from mainrun.plan.plan import Plan
 
 
 class Device(ProcessGroup):
-    """What one process of a run computes with.
+    """The CPU or GPU that one process of a run uses, with its settings.
 
-    `machine_class` holds the facts that decide the bits: same facts and same config, same bits.
+    `machine_class` contains the facts about the machine that affect the results. Two machines with the same
+    facts give the same bits for the same config.
     """
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -42,19 +43,19 @@ class Device(ProcessGroup):
         self.join()
         self.allocator = tune_allocator()
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
-        # on a GPU a step's loss is read only this many steps later, so that no step waits for it
+        # A GPU reads the losses of this many steps at once, so that a step does not wait for its own loss.
         self.read_every = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
-        self.generators: list[torch.Generator] = []  # of a GPU: one per micro-batch
+        self.generators: list[torch.Generator] = []  # one generator per micro-batch on a GPU, none on a CPU
         self.compile = cfg.compile == "on"
         self.half = cfg.dtype == "bfloat16"
-        self.triton = ""  # the version of Triton if the loss is computed in it
-        self.note = ""  # what the user should know about this device
+        self.triton = ""  # the version of Triton if a Triton kernel computes the loss, else ""
+        self.note = ""  # a message to the user about this device
         if name == "cuda" and self.half:
             self.triton, self.note = triton_works(self.torch_device)
         self.machine_class = self._facts(cfg)
         if self.compile:
-            self.note = "compiling, which may take some minutes; a stop waits for it"
+            self.note = "compiling, which may take some minutes; a stop waits until it is done"
             self.machine_class |= self._compiler_facts()
 
     def _check(self, cfg: TrainConfig, name: str) -> None:
@@ -94,7 +95,10 @@ class Device(ProcessGroup):
         return facts
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
-        """Decide compile=auto from the length of the run. A measured time would differ from day to day."""
+        """Resolve compile=auto based on the length of the run.
+
+        The decision does not use measured times, because these differ from day to day.
+        """
         if cfg.compile != "auto":
             return
         costs, saves = compile_balance(cfg, plan, self.torch_device.type, self.threads)
@@ -103,13 +107,13 @@ class Device(ProcessGroup):
             return
         self.machine_class |= self._compiler_facts()
         gain = f"about {costs:.0f} s, to save about {saves:.0f} s"
-        self.note = f"compiling: {gain} (--set compile=off: without); a stop waits for it"
+        self.note = f"compiling: {gain}; --set compile=off turns it off; a stop waits until it is done"
 
     @property
     def native(self) -> bool:
-        """Whether our own kernels compute the loss.
+        """Whether mainrun's own kernels compute the loss.
 
-        They are written in Triton for a GPU, and in C++ for a compiled bfloat16 step on a CPU.
+        On a GPU these kernels use Triton. On a CPU they use C++ and need a compiled bfloat16 step.
         """
         if self.triton:
             return True
@@ -123,17 +127,18 @@ class Device(ProcessGroup):
         return facts
 
     def runner(self, model: nn.Module) -> nn.Module:
-        """Return a model as training steps call it: compiled and distributed."""
+        """Return the model that training steps call. It is compiled and distributed if the run is."""
         runner: nn.Module = model
         if self.compile:
-            torch.use_deterministic_algorithms(True)  # now for compiled code, too
-            # one fixed shape, whatever this process compiled before
+            # Unlike make_deterministic, this call also makes compiled code deterministic.
+            torch.use_deterministic_algorithms(True)
+            # Compile for one fixed shape, even if this process has compiled another shape before.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return nn.parallel.DistributedDataParallel(runner) if self.world > 1 else runner
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Turn an error of torch.compile into one that names a way out."""
+        """Turn an error of torch.compile into a ConfigError that says how to train without it."""
         try:
             yield
         except Exception as e:
@@ -144,36 +149,37 @@ class Device(ProcessGroup):
             raise ConfigError(f"torch.compile failed ({reason}); {fix}") from e
 
     def put(self, array: np.ndarray) -> Tensor:
-        """Return an array as a tensor on the device; a copy to a GPU does not block."""
+        """Return an array as a tensor on the device. A copy to a GPU is asynchronous."""
         tensor = torch.from_numpy(array)
         if self.torch_device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
     def cuda_graph(self, cfg: TrainConfig) -> CudaGraph:
-        """Return a CUDA graph. It records on a single GPU, unless routers decide what is computed."""
+        """Return a CUDA graph, which is enabled for a run on a single GPU without a mixture of experts."""
         on = self.torch_device.type == "cuda" and self.world == 1 and not cfg.experts
         return CudaGraph(self.generators, on=on)
 
-    # -- randomness of a step
+    # -- random numbers of a step
 
     def seed(self, seeds: list[int]) -> None:
-        """Set the seeds of a step: one per micro-batch."""
+        """Set the seeds of a step. Each micro-batch has one seed."""
         self.seeds = seeds
         if self.torch_device.type != "cuda":
             return
-        torch.manual_seed(seeds[0])  # fused attention draws its own dropout
+        torch.manual_seed(seeds[0])  # fused attention uses torch's global generator for its dropout
         missing = len(seeds) - len(self.generators)
         self.generators += [torch.Generator(self.torch_device) for _ in range(missing)]
-        # an earlier step may have had more micro-batches
+        # There may be more generators than seeds, because an earlier step may have had more micro-batches.
         for generator, seed in zip(self.generators, seeds, strict=False):
             generator.manual_seed(seed)
 
     def masks(self, sites: list[Site], micro: int) -> Tensor | None:
-        """Return the dropout masks of a micro-batch, or None if nothing drops."""
+        """Return the dropout masks of a micro-batch, or None if it uses no dropout."""
         on_cpu = self.torch_device.type == "cpu"
         if on_cpu:
-            torch.manual_seed(self.seeds[micro])  # fused attention draws its own dropout
+            # Fused attention uses torch's global generator for its dropout.
+            torch.manual_seed(self.seeds[micro])
         total = sum(size for size, _ in sites)
         if not total:
             return None
@@ -190,28 +196,30 @@ class Device(ProcessGroup):
 
 
 def choose_device(cfg: TrainConfig) -> str:
-    """Return "cpu" or "cuda"."""
+    """Return the device of a config, "cpu" or "cuda"."""
     if cfg.device != "auto":
         return cfg.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_deterministic(threads: int) -> None:
-    """Make torch compute the same bits each time."""
+    """Configure torch so that repeated computations give the same bits."""
     torch.set_num_threads(threads)
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # another size might choose other kernels
-    # the same as use_deterministic_algorithms for eager mode, without importing the compiler (0.9 s)
+    # cuBLAS may choose other kernels if its workspace has another size.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    # In eager mode this is equivalent to use_deterministic_algorithms. That function would also import the
+    # compiler, which takes 0.9 s.
     torch.set_deterministic_debug_mode("error")
-    # filling new memory costs a pass over every buffer, and no kernel here reads what it did not write
+    # Filling new memory would cost one pass over every buffer. No kernel here reads uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False
 
 
 def best_attention(cfg: TrainConfig, device: str) -> str:
-    """Return the faster way to compute attention, "plain" or "sdpa" (measured: docs/log/speed.md).
+    """Return the faster implementation of attention, "plain" or "sdpa".
 
-    On a CPU, torch's fused kernels have no dropout masks of bytes.
+    docs/log/speed.md has the measurements. On a CPU, torch's fused kernels cannot use dropout masks of bytes.
     """
     if device == "cuda":
         return "sdpa"

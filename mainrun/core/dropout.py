@@ -1,4 +1,4 @@
-"""Dropout: where a model drops, the random bytes that decide it, and the masks made from them."""
+"""Dropout masks, which are made from random bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from mainrun.config import TrainConfig
 from mainrun.plan.plan import StepInputs
 
-Site = tuple[int, float]  # number of elements, dropout rate
+Site = tuple[int, float]  # the number of elements and the dropout rate
 
 
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
-    """Return the dropout sites of one forward pass in order: (number of elements, rate)."""
+    """Return the places where one forward pass applies dropout, in order, as (number of elements, rate)."""
     branch = rows * cfg.block_size * cfg.d_model
-    # fused attention draws its own mask
+    # Fused attention creates its own mask.
     weights = rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0
     block = [(weights, inputs.attn_dropout), (branch, inputs.resid_dropout), (branch, inputs.resid_dropout)]
     sites = [(branch, inputs.dropout), *block * cfg.n_layer]
@@ -28,14 +28,17 @@ def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: st
 
 
 def random_bytes(count: int, seed: int) -> np.ndarray:
-    """Return random bytes on the CPU; numpy's generator is ten times faster there than torch's."""
+    """Return random bytes on the CPU. There, numpy's generator is ten times faster than torch's."""
     generator = np.random.Generator(np.random.SFC64(seed))
     words = generator.integers(0, 2**64, -(-count // 8), dtype=np.uint64)
     return words.view(np.uint8)[:count]
 
 
 def threshold(noise: Any, sites: list[Site]) -> None:
-    """Turn random bytes into masks in place: 1 where a byte is at least 256 times the site's rate, else 0."""
+    """Turn random bytes into masks in place.
+
+    A mask element is 1 if its byte is at least 256 times the dropout rate, and 0 otherwise.
+    """
     compare: Any = torch.greater_equal if isinstance(noise, Tensor) else np.greater_equal
     start = 0
     for rate, sites_of_rate in groupby(sites, key=lambda site: site[1]):
@@ -46,22 +49,26 @@ def threshold(noise: Any, sites: list[Site]) -> None:
 
 
 class Masks:
-    """The dropout masks of one forward pass: a byte per element, in the order of `dropout_sites`."""
+    """The dropout masks of one forward pass, in the order of `dropout_sites`.
+
+    Each element of a mask takes one byte.
+    """
 
     def __init__(self, pool: Tensor) -> None:
         self.pool = pool
         self.used = 0
 
     def take(self, shape: Iterable[int]) -> Tensor:
-        """Return the next mask of the pool."""
+        """Return the next unused mask of the pool in the given shape."""
         shape = tuple(shape)
         start = self.used
         self.used += math.prod(shape)
         return self.pool[start : self.used].view(shape)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """Apply the next mask to x and scale what is kept."""
+        """Apply the next unused mask to x, and scale the elements that are kept."""
         if not p:
             return x
-        # a bool mask would be six times slower; the scale comes last so that bfloat16 does not round it
+        # Converting a bool mask would be six times slower. The scale is applied last, so that bfloat16 does
+        # not round the scale itself.
         return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p))

@@ -1,4 +1,4 @@
-"""The host without torch: processor, cores, C++ compiler, memory allocator and cache folder."""
+"""Facts about the host that need no torch: its processor, memory allocator, C++ compiler and cache folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU_FLAGS = {
     "sve": "SVE",
     "bf16": "bf16",
 }
-# Environment variables that change the bits that a library computes.
+# Environment variables that can change the results of a numerical library in the last bits.
 CPU_LIMITS = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -39,7 +39,7 @@ CPU_LIMITS = (
 
 
 def cpu() -> dict[str, str]:
-    """Return the entries of /proc/cpuinfo for the first processor. They are empty on a system without it."""
+    """Return the entries of /proc/cpuinfo for the first processor, or {} on a system without that file."""
     facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -51,7 +51,10 @@ def cpu() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name with its family, model and stepping: clouds sell several under one name."""
+    """Return the processor's name with its family, model and stepping.
+
+    Some cloud providers use the same processor name for several models.
+    """
     facts = cpu()
     name = facts.get("model name") or platform.processor() or platform.machine()
     numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts]
@@ -68,12 +71,15 @@ def cpu_flags() -> list[str]:
 
 
 def cpu_limits() -> dict[str, str]:
-    """Return the environment variables of this process that change the bits that a library computes."""
+    """Return the variables in `CPU_LIMITS` that are set in this process, with their values."""
     return {name: os.environ[name] for name in CPU_LIMITS if name in os.environ}
 
 
 def release_free_memory() -> None:
-    """Return freed memory to the system. After a model changes its size, no tensor fits the old blocks."""
+    """Return freed memory to the system.
+
+    After a model changes its size, its new tensors do not fit into the memory blocks of the old tensors.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
@@ -81,7 +87,7 @@ def release_free_memory() -> None:
 
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
-    # On Linux, getrusage includes the memory of the parent process before exec.
+    # On Linux, the peak of getrusage can include the memory of the parent process.
     with suppress(OSError):
         for line in Path("/proc/self/status").read_bytes().splitlines():
             if line.startswith(b"VmHWM:"):
@@ -89,7 +95,7 @@ def peak_memory() -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == "darwin":  # bytes there, kilobytes elsewhere
+    if sys.platform == "darwin":  # ru_maxrss is in bytes on macOS and in kilobytes on other systems
         return peak
     return 1024 * peak
 
@@ -102,7 +108,10 @@ def cores() -> int:
 
 
 def cpp_compiler() -> tuple[str, str]:
-    """Return the C++ compiler that torch.compile uses on a CPU, and what is wrong with it, if anything."""
+    """Return the path of the C++ compiler that torch.compile uses on a CPU.
+
+    The second value says why the compiler cannot be used, or is an empty text if it can.
+    """
     requested = os.environ.get("CXX")
     path = shutil.which(requested or "g++")
     if not path:
@@ -123,9 +132,10 @@ def cache_dir() -> Path:
 
 
 def tune_allocator() -> str:
-    """Make glibc keep the memory of one step for the next, so that no step maps its large tensors again.
+    """Configure glibc to keep freed memory, so that a step reuses the memory of the previous step.
 
-    Return a description of the allocator. MAINRUN_ALLOCATOR=default leaves it unchanged. Bits do not change.
+    Return a description of the allocator. MAINRUN_ALLOCATOR=default leaves the allocator unchanged. The
+    allocator does not affect the results.
     """
     if os.environ.get("MAINRUN_ALLOCATOR") == "default":
         return "default (MAINRUN_ALLOCATOR)"
@@ -133,10 +143,11 @@ def tune_allocator() -> str:
     if library != "glibc":
         return f"default ({library or 'this C library'} cannot be tuned)"
     mallopt = ctypes.CDLL(None).mallopt
-    # mmap_max 0, trim_threshold -1: no memory is returned to the system. top_pad: the heap grows in steps.
-    # The number of heaps stays: with a single one the threads of a tokenizer would wait for each other.
+    # mmap_max=0 and trim_threshold=-1 keep all freed memory in the process. top_pad lets the heap grow by
+    # 64 MiB at a time. The number of heaps is not limited, because the threads of a tokenizer would wait for
+    # each other if they shared a single heap.
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
     if refused:
-        return f"glibc {version}, tuned but for {', '.join(refused)}"
+        return f"glibc {version}, tuned except {', '.join(refused)}"
     return f"glibc {version}, tuned"

@@ -1,8 +1,8 @@
 """Kernels for the parts of a step where torch's own operations are slow, mainly on a CPU.
 
-In eager mode they save passes over memory. torch.compile fuses most of those passes, but its exp and
+In eager mode these kernels save passes over memory. torch.compile fuses most of those passes, but its exp and
 erf are slow on a CPU. The compiler therefore calls the functions wrapped by `opaque_op` without tracing
-into them. In bfloat16 some of them run C++ (native/kernels.cpp).
+into them. In bfloat16 some of these functions run the C++ code of native/kernels.cpp.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from mainrun.core.hardware import cpu_flags
 from mainrun.core.native import cpu as native
 
-# An AMX product runs at half speed if an operand must be transposed on the fly.
+# On AMX, a matrix product runs at half speed if an operand must be transposed on the fly.
 HAS_AMX = "AMX bf16" in cpu_flags()
-AMX_MIN_WIDTH = 2048  # below this width the difference is not measurable
+AMX_MIN_WIDTH = 2048  # below this width, transposing an operand first saves no measurable time
 
 
 def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Wrap a function so that torch.compile on a CPU calls it as one operator and does not trace into it.
 
-    The operator runs `compiled` if it is given: an implementation of the same function in C++.
+    `compiled` is an optional C++ implementation of the function. If it is given, the operator runs it.
     """
     name = function.__name__.strip("_")
     op = torch.library.custom_op(f"mainrun::{name}", compiled or function, mutates_args=())
@@ -43,7 +43,7 @@ def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None 
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """RMSNorm, computed in the dtype of the gain. On a CPU it takes a third of the time of F.rms_norm."""
+    """RMSNorm, computed in the dtype of the gain. On a CPU it is three times as fast as F.rms_norm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 class AmxLinear(torch.autograd.Function):
     """F.linear with a weight gradient that is fast on AMX.
 
-    The weight gradient is a product over rows, so one operand must be transposed. If that operand is much
-    narrower than the other, it is transposed first.
+    The product that gives the weight gradient needs one operand to be transposed. If one operand is much
+    narrower than the other, the narrow operand is transposed before the product.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class AmxLinear(torch.autograd.Function):
 def transposed(x: Tensor) -> Tensor:
     """Return x.t() as a contiguous tensor.
 
-    A product with the identity is exact and four times as fast as torch's copy.
+    Multiplying by the identity matrix is exact, and it is four times as fast as torch's copy.
     """
     rows, columns = x.shape
     identity = torch.eye(min(rows, columns), dtype=x.dtype)
@@ -113,7 +113,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, in bfloat16 under autocast."""
+    """Apply F.linear. Under autocast it computes in bfloat16."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.bfloat16()
         weight = weight.bfloat16()
@@ -139,7 +139,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Gelu(torch.autograd.Function):
-    """F.gelu as two opaque operators."""
+    """F.gelu with one opaque operator for the forward pass and one for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ attend_backward = opaque_op(_attend_backward, _attend_backward_native)
 
 
 class Attend(torch.autograd.Function):
-    """Attention as two opaque operators."""
+    """Attention with one opaque operator for the forward pass and one for the backward pass."""
 
     @staticmethod
     def forward(
@@ -252,10 +252,10 @@ class Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """softmax(q k' + bias), masked for dropout with rate p, times v.
+    """Return dropout(softmax(q kᵀ + bias)) v, where `mask` decides which weights dropout keeps.
 
     q, k and v have the shape (B, H, T, h), and q is already scaled. The bias is broadcast to (B, H, T, T).
-    The mask has one byte per attention weight.
+    The mask has one byte per attention weight, and p is the dropout rate.
     """
     return Attend.apply(q.contiguous(), k.contiguous(), v.contiguous(), bias, mask, 1 / (1 - p))
 
@@ -263,7 +263,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p
 # -- loss
 
 
-# Logits that are processed at once. On a CPU they fit in the cache; on a GPU they are enough to keep it busy.
+# The number of logits that are processed at once. On a CPU this many logits fit in the cache. On a GPU this
+# many logits keep all cores busy.
 CHUNK = {"cpu": 1_000_000, "cuda": 50_000_000}
 TRITON_MAX_VOCAB = 2**16  # the Triton kernel holds a row of logits in registers
 
@@ -271,8 +272,8 @@ TRITON_MAX_VOCAB = 2**16  # the Triton kernel holds a row of logits in registers
 class CrossEntropy(torch.autograd.Function):
     """Mean cross entropy of rows of logits, computed in chunks.
 
-    A chunk stays in the cache, and the float32 copy is made for one chunk at a time. The gradient is
-    computed in the forward pass.
+    A chunk of logits fits in the cache, and only one chunk at a time is copied to float32. The forward pass
+    computes the gradient too.
     """
 
     @staticmethod
@@ -287,7 +288,7 @@ class CrossEntropy(torch.autograd.Function):
         rows, vocab = logits.shape
         wide = torch.promote_types(logits.dtype, torch.float32)
         ctx.grad = torch.empty_like(logits)
-        # The sums are float64, so that the chunk size does not change the loss.
+        # The sums are in float64, so that the chunk size does not affect the loss.
         plain, uniform = torch.zeros(2, dtype=torch.float64, device=logits.device)
         chunk_rows = max(1, CHUNK[logits.device.type] // vocab)
         for start in range(0, rows, chunk_rows):
@@ -313,16 +314,16 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = ctx.grad
         ctx.grad = None  # drop the reference, so that the memory is freed as soon as the gradient is used
-        # A factor of 1 needs no pass over the gradient. Reading the factor from a GPU would wait for it.
+        # On a CPU, skip the multiplication by 1. On a GPU, reading the factor would wait for pending kernels.
         if grad.is_cuda or grads[0] != 1:
             grad.mul_(grads[0])
         return grad, None, None, None
 
 
 class CrossEntropyOnGpu(torch.autograd.Function):
-    """Mean cross entropy in one Triton kernel per direction.
+    """Mean cross entropy, computed by one Triton kernel in the forward pass and one in the backward pass.
 
-    The factor of the gradient stays on the device, because reading it would wait for the device.
+    The incoming gradient stays on the GPU, because reading it would wait for pending kernels.
     """
 
     @staticmethod
@@ -350,7 +351,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss to minimise and the plain cross entropy without label smoothing.
 
-    use_native: use the C++ or Triton kernel if it supports these logits.
+    If `use_native` is True, the C++ or Triton kernel is used for the logits that it supports.
     """
     use_native = use_native and logits.dtype == torch.bfloat16 and not smoothing
     if use_native and logits.is_cuda and logits.size(-1) <= TRITON_MAX_VOCAB:

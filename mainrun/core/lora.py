@@ -1,6 +1,7 @@
 """Low-rank adaptation (LoRA): layers whose effective weight is W + (alpha / rank) B A.
 
-A is initialised at random and B with zeros, so a new layer computes what W computes. W is trained too.
+A is initialised with random numbers and B with zeros, so a new layer gives the same output as W alone. W is
+trained too.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from mainrun.config import TrainConfig
 
 
 class LowRank(nn.Module):
-    """A mixin that adds A (rank, columns) and B (rows, rank) to a weight (rows, columns)."""
+    """A mixin that adds two matrices to a weight of shape (rows, columns).
+
+    A has the shape (rank, columns), and B has the shape (rows, rank).
+    """
 
     weight: Tensor
 
     def add(self, rank: int, alpha: float) -> None:
-        """Create A and B."""
+        """Create the matrices A and B."""
         rows, columns = self.weight.shape
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(torch.empty(rank, columns))
@@ -43,8 +47,8 @@ class LowRankLinear(LowRank, nn.Linear):
 class LowRankEmbedding(LowRank, nn.Embedding):
     """An embedding with a low-rank term.
 
-    A tied head uses `effective_weight`. The term then acts in the embedding and in the head, and merging it
-    into the weight changes neither.
+    A tied head uses `effective_weight`, so the low-rank term affects both the embedding and the head. Merging
+    the term into the weight changes neither output.
     """
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class LowRankEmbedding(LowRank, nn.Embedding):
 
 
 def add_low_rank(model: Any, cfg: TrainConfig) -> None:
-    """Replace q, k, v and o of each block and the embedding by low-rank layers, as the config says."""
+    """Replace the attention projections and the embedding by low-rank layers, if the config sets a rank."""
     if cfg.attn_lora_rank:
         for block in model.blocks:
             for name in "qkvo":

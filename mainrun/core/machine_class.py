@@ -1,4 +1,4 @@
-"""What the bits of a run depend on besides its config: compilers, libraries, and our source code."""
+"""Versions of the compilers, libraries and source code that affect a run's results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from mainrun.core.hardware import cpp_compiler
 from mainrun.core.kernels import HAS_AMX
 from mainrun.plan.plan import Plan
 
-# Every source file that decides the bits of a run; tests/test_house.py checks that a run imports no others.
+# The source files and folders that affect a run's results. tests/test_house.py checks that training imports
+# no other source files of mainrun.
 HASHED = ("config.py", "train.py", "core", "data", "plan", "growth", "run")
 
 
 def compiler(device: str) -> str:
-    """Return the version of the compiler that torch.compile would use, or "" if there is none that works."""
+    """Return the version of the compiler that torch.compile would use, or "" if no compiler works."""
     if device == "cuda":
         try:
             import triton
-        except Exception:  # missing, or built for another system
+        except Exception:  # Triton is missing or was built for another system
             return ""
         return f"triton {triton.__version__}"
     path, problem = cpp_compiler()
@@ -37,13 +38,13 @@ def compiler(device: str) -> str:
 
 @cache
 def triton_works(device: torch.device) -> tuple[str, str]:
-    """Try our Triton kernels once.
+    """Try mainrun's Triton kernels once.
 
-    Return (version, "") if they work, else ("", why the run does without them).
+    Return (version, "") if the kernels work. Otherwise, return ("", the reason why they are not used).
     """
     try:
         _try_triton(device)
-    # missing, another version, no C compiler, no driver library: torch's own operations work without Triton
+    # Triton may be missing or too old, or it may find no C compiler or driver. Training does not need Triton.
     except Exception as e:
         lines = str(e).strip().splitlines()
         reason = lines[0] if lines else type(e).__name__
@@ -54,9 +55,9 @@ def triton_works(device: torch.device) -> tuple[str, str]:
 
 def _try_triton(device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < (8, 0):
-        raise RuntimeError("a GPU of this age has no bfloat16")
+        raise RuntimeError("this GPU is too old to support bfloat16")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise RuntimeError("TRITON_INTERPRET makes it run on the CPU")
+        raise RuntimeError("TRITON_INTERPRET makes Triton run on the CPU")
     from mainrun.core.native import gpu
 
     logits = torch.zeros(1, 2, dtype=torch.bfloat16, device=device)
@@ -67,7 +68,10 @@ def _try_triton(device: torch.device) -> None:
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> tuple[float, float]:
-    """Estimate the seconds that compiling costs and saves over the run (docs/log/speed.md)."""
+    """Estimate how many seconds compiling takes and how many it saves during the run.
+
+    docs/log/speed.md has the measurements behind the estimate.
+    """
     attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_width
     matrices = 3 if cfg.mlp == "swiglu" else 2
     mlp = matrices * cfg.d_model * cfg.ff_width
@@ -80,17 +84,18 @@ def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> 
 
 
 def _cpu_rates(half: bool, rms: bool) -> tuple[float, float]:
-    """Return the FLOP/s of one thread, and the share of a step that compiling removes."""
+    """Return the FLOP/s of one thread, and the fraction of a step's time that compiling saves."""
     if not half:
-        return 6e10, 0.0  # float32 products take so long that fusing the rest gains nothing
-    # RMSNorm has the most to fuse; it weighs more next to products on AMX, which are faster
+        # In float32, matrix products take so long that fusing the other operations saves nothing.
+        return 6e10, 0.0
+    # Compiling saves most in RMSNorm. With AMX, matrix products are faster, so RMSNorm takes a larger share.
     if HAS_AMX:
         return 4.7e11, 0.3 if rms else 0.06
     return 1.5e11, 0.1 if rms else 0.0
 
 
 def source_hash(root: Path = Path(__file__).parents[1]) -> str:
-    """Return the hash of the source files that decide the bits of a run."""
+    """Return the hash of the source files that affect a run's results."""
     paths: list[Path] = []
     for name in HASHED:
         paths += [root / name, *(root / name).rglob("*")]
@@ -101,11 +106,12 @@ def source_hash(root: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()
 
 
-SOURCE = source_hash()  # read once at import: an edit while this process lives does not change what it runs
+# The hash is computed at import, because a later edit of the files does not change the code of this process.
+SOURCE = source_hash()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that computes: Python, the libraries, and mainrun's own source."""
+    """Return the versions of Python and the libraries, and the hash of mainrun's source code."""
     import numpy
     import safetensors
     import sentencepiece

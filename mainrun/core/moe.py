@@ -1,7 +1,8 @@
-"""Mixture of experts: several MLPs in place of one. A router sends each token to its top k experts.
+"""Mixture of experts: a layer with several MLPs. A router sends each token to its top k experts.
 
-An expert is a plain MLP with its own weights (`mlp.experts.3.up.weight`), so optimizers see matrices.
-The router is trained at `lr_aux`, like the embeddings and the head.
+Each expert is an MLP with separate weight matrices, for example `mlp.experts.3.up.weight`. An optimizer
+therefore treats the weights of experts like other matrices. The router is trained at the learning rate
+`lr_aux`, like the embeddings and the head.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has loaded it
+from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has already loaded this module
 
 from mainrun.config import TrainConfig
 
 
 class MoE(nn.Module):
-    """A layer of experts. Shapes: N tokens, width D, E experts, k experts per token."""
+    """A layer of experts.
+
+    In shapes, N is the number of tokens, D the width, E the number of experts, and k the number of experts
+    per token.
+    """
 
     def __init__(self, cfg: TrainConfig, expert: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -31,15 +36,15 @@ class MoE(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """Return the router's scores (N, E) in the dtype of its weights.
 
-        In bfloat16, scores that are close would become equal.
+        In bfloat16, two scores that differ by little would be rounded to the same number.
         """
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.flatten(0, -2).to(self.router.weight.dtype), self.router.weight)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's experts and their weights, both (N, k).
+        """Return the experts of each token and their weights. Both results have the shape (N, k).
 
-        If scores are equal, the expert with the lower index wins on every machine.
+        If two scores are equal, the expert with the lower index comes first on every machine.
         """
         best, chosen = self.scores(x).sort(dim=-1, descending=True, stable=True)
         weight = best[:, : self.k].softmax(-1) if self.renormalised else best.softmax(-1)[:, : self.k]
@@ -48,7 +53,7 @@ class MoE(nn.Module):
     def shares(self, chosen: Tensor) -> list[int]:
         """Return how many rows each expert gets."""
         experts = len(self.experts)
-        # A fake tensor has a shape and no values. The memory estimate assumes equal shares.
+        # A fake tensor has no values, so the memory estimate assumes that all experts get equally many rows.
         if isinstance(chosen, FakeTensor):
             n = chosen.numel()
             return [n * (i + 1) // experts - n * i // experts for i in range(experts)]
@@ -56,7 +61,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weight = self.route(x)
-        # (N k): the rows of the first expert come first, each expert's rows in token order
+        # `order` sorts all N * k rows by expert. The rows of one expert stay in the order of the tokens.
         order = chosen.flatten().argsort(stable=True)
         rows = x.flatten(0, -2)[order // self.k].split(self.shares(chosen))
         outputs = [expert(part) for expert, part in zip(self.experts, rows, strict=True)]
@@ -66,9 +71,10 @@ class MoE(nn.Module):
 
 @cache
 def _disable_compilation() -> None:
-    """Keep torch.compile out of MoE.forward. The shares differ in each step, so each step would be compiled.
+    """Exclude MoE.forward from torch.compile.
 
-    `torch.compiler.disable` imports torch._dynamo, which takes 0.8 s, so it is called for the first MoE and
-    not when this module is imported.
+    The number of rows per expert changes in each step, so torch.compile would compile each step again.
+    `torch.compiler.disable` imports torch._dynamo, which takes 0.8 s. It is therefore called when the first
+    MoE is created and not when this module is imported.
     """
     MoE.forward = torch.compiler.disable(MoE.forward)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The optimisers of a model: parameter groups, learning rates, and state by the names of the parameters."""
+"""The optimisers of a model, with their parameter groups, learning rates and state."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Group = dict[str, Any]
 
 
 class ParamSchedule(NamedTuple):
-    """How a parameter's learning differs from the config: factors for rate, decay and eps, and a warm-up."""
+    """Factors for the learning rate, weight decay and eps of a parameter, and a warm-up of its own."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
-    since: int = 0  # the step after which the parameter was new; its rate climbs over the next `rewarm` steps
-    rewarm: int = 0
+    since: int = 0  # the step at which the parameter was added
+    rewarm: int = 0  # the number of steps after `since` in which the learning rate rises to its full value
 
     def rate(self, step: int) -> float:
-        """Return the factor of the learning rate at a step."""
+        """Return the factor by which the learning rate is multiplied at a step."""
         if not self.rewarm:
             return self.lr
         return self.lr * min(1.0, (step - self.since + 1) / self.rewarm)
@@ -37,9 +37,9 @@ class ParamSchedule(NamedTuple):
 def skip_dynamo_import() -> None:
     """Let torch create optimizers without importing torch._dynamo, which takes a second.
 
-    torch wraps add_param_group so that torch.compile leaves it alone, and imports the compiler for that
-    wrapper. No optimizer is created inside compiled code here. The attribute is the one in which the
-    wrapper caches its result.
+    torch excludes add_param_group from torch.compile by a wrapper, and the wrapper imports the compiler.
+    mainrun creates no optimizer inside compiled code, so it does not need the wrapper. The attribute
+    `__dynamo_disable` is where the wrapper caches its result.
     """
     plain: Any = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     if not hasattr(plain, "__dynamo_disable"):
@@ -53,10 +53,11 @@ NO_SCHEDULES: Mapping[str, ParamSchedule] = MappingProxyType({})
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: every singular value of an update is about 1.
+    """The Muon optimizer, which orthogonalises the momentum of each matrix.
 
-    The learning rate is in AdamW's units: an update has the size (RMS) that AdamW's would have. Matrices of
-    the same shape are orthogonalised in one batch, which torch's own Muon does not do.
+    All singular values of an orthogonalised update are about 1. The update is then scaled so that its RMS is
+    the RMS of a typical AdamW update. The learning rate therefore has the same scale as AdamW's. Unlike
+    torch's own Muon, this class orthogonalises all matrices of the same shape in one batch.
     """
 
     def __init__(self, groups: list[Group], momentum: float) -> None:
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_batch(params, group["lr"], group["weight_decay"])
 
     def _step_batch(self, params: list[Tensor], lr: Any, weight_decay: float) -> None:
-        """Update parameters of one shape."""
+        """Update parameters that have the same shape."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -81,7 +82,7 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         torch._foreach_lerp_(moments, grads, 1 - self.momentum)
         directions = grads
-        if self.momentum:  # Nesterov
+        if self.momentum:  # use Nesterov momentum
             directions = list(torch._foreach_lerp(grads, moments, self.momentum))
         scale = -lr * 0.2 * math.sqrt(max(params[0].shape))
         updates = orthogonal(torch.stack(directions)).to(params[0].dtype) * scale
@@ -90,9 +91,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(batch: Tensor) -> Tensor:
-    """Return the nearest matrices with singular values near 1: five quintic Newton-Schulz steps in bfloat16.
+    """Return the nearest matrices whose singular values are near 1.
 
-    batch: (N, rows, columns)
+    The method is five quintic Newton-Schulz steps in bfloat16. `batch` has the shape (N, rows, columns).
     """
     x = batch.bfloat16()
     tall = x.size(1) > x.size(2)
@@ -128,7 +129,8 @@ MAKERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] =
 class Optimizers:
     """All optimisers of a model.
 
-    Parameters are grouped by kind and schedule; state is named after its parameter.
+    Each parameter group has parameters of one kind and one schedule. State tensors are named after their
+    parameters.
     """
 
     def __init__(
@@ -143,11 +145,12 @@ class Optimizers:
             self.groups += optimizer.param_groups
 
     def _make(self, cfg: TrainConfig, trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        matrices: list[Tensor] = []  # inside blocks
-        tables: list[Tensor] = []  # embeddings, head, routers
-        vectors: list[Tensor] = []  # gains and biases
+        matrices: list[Tensor] = []  # the weight matrices inside blocks
+        tables: list[Tensor] = []  # the embeddings, the head and the routers
+        vectors: list[Tensor] = []  # the gains and biases
         for name, p in trained.items():
-            # a router's gradient has no component that all its scores share; Muon would fill it with noise
+            # A router's gradient always sums to zero over the experts. Muon would amplify the rounding errors
+            # in that direction, so routers are not among the matrices.
             in_block = name.startswith("blocks.") and ".router." not in name
             if p.ndim < 2:
                 vectors.append(p)
@@ -165,7 +168,7 @@ class Optimizers:
         return [*optimizers, MAKERS[others](outer, cfg)]
 
     def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decays: bool) -> list[Group]:
-        """Return one parameter group per schedule; without growth that is one group."""
+        """Return one parameter group per schedule. Without growth operations there is a single group."""
         by_schedule: dict[ParamSchedule, list[Tensor]] = {}
         for p in params:
             schedule = self.schedules.get(self.names[p], DEFAULT_SCHEDULE)
@@ -189,7 +192,10 @@ class Optimizers:
 
     @staticmethod
     def _rate_value(group: Group, rate: float) -> float | Tensor:
-        """Return the rate as a number, or on a GPU in the tensor from which a recorded step reads it."""
+        """Return the learning rate as a number on a CPU and as a tensor on a GPU.
+
+        A recorded CUDA graph reads the learning rate from this tensor.
+        """
         if not group["params"][0].is_cuda:
             return rate
         if isinstance(group["lr"], Tensor):
@@ -202,7 +208,7 @@ class Optimizers:
             on_gpu = group["params"][0].is_cuda
             group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
         for optimizer in self.all:
-            # torch's wrapper around `step` would import torch._dynamo; what it does is here
+            # torch's wrapper around `step` would import torch._dynamo, so these lines do its work instead.
             step = inspect.unwrap(type(optimizer).step)
             with torch.no_grad(), torch.profiler.record_function("Optimizer.step"):
                 step(optimizer)
@@ -212,7 +218,7 @@ class Optimizers:
         self.apply()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state tensors by name: optimizer/PARAMETER/KEY."""
+        """Return the state tensors by name. Each name has the form optimizer/PARAMETER/KEY."""
         tensors = {}
         for optimizer in self.all:
             for p, entries in optimizer.state.items():
@@ -222,7 +228,10 @@ class Optimizers:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], copy: bool = True) -> None:
-        """Load state tensors. They are copied unless `copy` is False, because they may be a mapped file."""
+        """Load state tensors.
+
+        The tensors are copied by default, because they may be mapped from a file.
+        """
         owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}
         for optimizer in self.all:
             for group in optimizer.param_groups:
@@ -230,9 +239,9 @@ class Optimizers:
         for full_name, value in tensors.items():
             _, name, key = full_name.split("/")
             optimizer, p = owners[name]
-            # fused kernels want everything on the parameter's device, the step count too
+            # Fused kernels need all state on the parameter's device, including the step count.
             optimizer.state[p][key] = value.to(p.device, copy=copy)
         if tensors and self.all[0].defaults.get("nesterov"):
-            # fused SGD wants momentum for all parameters or for none; that of new ones begins at zero
+            # Fused SGD needs momentum buffers for all parameters or for none. New parameters get zeros.
             for p in self.names:
                 self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))

@@ -1,4 +1,4 @@
-"""Losses of steps that have run, read from the device as late as possible."""
+"""Losses of completed steps, which are read from the device as late as possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class StepRow(NamedTuple):
 
 
 class NotFinite(Diverged):
-    """The loss or the gradient norm of a step is NaN or infinite. `rows` are the steps before it."""
+    """Raised when the loss or the gradient norm of a step is NaN or infinite.
+
+    `rows` contains the steps before this step.
+    """
 
     def __init__(self, row: StepRow, rows: list[StepRow]) -> None:
         got = f"loss {row.loss} with gradient norm {row.grad_norm} at step {row.step}, lr {row.lr:g}"
@@ -31,7 +34,10 @@ class NotFinite(Diverged):
 
 
 class PendingLosses:
-    """Losses that are still on the device. Reading one waits for its step, so a GPU reads many at once."""
+    """Losses that are still on the device.
+
+    Reading a loss waits until its step is complete, so losses on a GPU are read many at a time.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -45,7 +51,7 @@ class PendingLosses:
         return len(self.pending) >= self.limit
 
     def drain(self) -> list[StepRow]:
-        """Read all pending numbers. Raise NotFinite at the first that is NaN or infinite."""
+        """Read all pending losses and gradient norms. Raise NotFinite if one of them is NaN or infinite."""
         if not self.pending:
             return []
         numbers = torch.stack([loss_and_norm for _, _, loss_and_norm in self.pending]).tolist()

@@ -1,4 +1,4 @@
-"""The processes of one run: which of them this process is, and what they agree on."""
+"""Communication between the processes that train one run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def read_rank() -> tuple[int, int]:
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
     got = f"got RANK={rank!r} and WORLD_SIZE={world!r}"
-    fix = "start with torchrun, or unset both"  # a batch system may have left its own values behind
+    # A batch system may have set both variables for its own purposes.
+    fix = "start with torchrun, or unset both"
     numbers = PROCESS_NUMBER.fullmatch(rank) and PROCESS_NUMBER.fullmatch(world)
     if not numbers or int(rank) >= int(world):
-        raise ConfigError(f"{got}; RANK must be a number below WORLD_SIZE: {fix}")
+        raise ConfigError(f"{got}, but RANK must be a number below WORLD_SIZE; {fix}")
     if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ConfigError(f"{got}, but no MASTER_ADDR and MASTER_PORT; {fix}")
+        raise ConfigError(f"{got}, but MASTER_ADDR or MASTER_PORT is not set; {fix}")
     return int(rank), int(world)
 
 
 class ProcessGroup:
-    """The processes that train one run together. Process 0 leads: it alone writes files."""
+    """The processes that train one run together. Process 0 is the leader. Only the leader writes files."""
 
     def __init__(self) -> None:
         self.rank, self.world = read_rank()
@@ -43,7 +44,7 @@ class ProcessGroup:
         if self.world == 1 or dist.is_initialized():
             return
         backend = "nccl" if self.torch_device.type == "cuda" else "gloo"
-        # the other processes wait while the leader tokenises or scores, which may take long
+        # The timeout is long, because the other processes wait while the leader tokenises or scores.
         dist.init_process_group(backend, timeout=timedelta(hours=6))
 
     @property
@@ -52,7 +53,7 @@ class ProcessGroup:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """Run the block in the leader first, and in the other processes once the leader is done."""
+        """Run a `with` block in the leader first, and then in the other processes."""
         if not self.leads:
             dist.barrier()
         yield
@@ -60,7 +61,7 @@ class ProcessGroup:
             dist.barrier()
 
     def any_process(self, flag: bool) -> bool:
-        """Return True on every process as soon as the flag is True on one of them."""
+        """Return True on every process if the flag is True on at least one process."""
         if self.world == 1:
             return flag
         votes = torch.tensor([float(flag)], device=self.torch_device)

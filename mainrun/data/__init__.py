@@ -1,1 +1,1 @@
-"""From a corpus to the batch of a step, and the score of a model on held-out titles."""
+"""Corpora, tokenizers, training batches and the scoring of a model on held-out titles."""

@@ -1,4 +1,4 @@
-"""The batch of each step."""
+"""The training batch of each step."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from mainrun.plan.plan import Segment
 
 
 class Batches:
-    """The batches of a run. Each is a pure function of (config, step), so steps can be read in any order."""
+    """The training batches of a run.
+
+    Each batch depends only on the config, the tokens and the step, so steps can be read in any order.
+    """
 
     def __init__(self, cfg: TrainConfig, train: np.ndarray) -> None:
         self.cfg = cfg
         self.train = train
-        self._epoch = -1  # the epoch of `_stream`
+        self._epoch = -1  # the epoch for which `_stream` is shuffled
         self._stream = train
 
     def at(self, step: int, segment: Segment | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the inputs and targets (batch_size, block_size) of a step, counted from 0.
+        """Return the inputs and targets of a step. Each array has the shape (batch_size, block_size).
 
-        `segment` is the plan's segment that contains the step. Without it the whole run is one segment.
+        Steps are counted from 0. `segment` is the plan's segment that contains the step. By default, the
+        whole run is one segment.
         """
         segment = segment or Segment(self.cfg)
         span = segment.span
@@ -33,7 +37,7 @@ class Batches:
         return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """Return train with its titles in the order of an epoch. Only the last result is kept."""
+        """Return the train tokens with the titles in the order of an epoch. Cache only the last result."""
         if self._epoch != epoch:
             ends = np.flatnonzero(self.train == EOS) + 1
             starts = np.concatenate(([0], ends[:-1]))

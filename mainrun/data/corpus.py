@@ -1,8 +1,8 @@
-"""The corpus of a run: titles in order, split into train, dev and val, with fingerprints that identify them.
+"""The corpus of a run: ordered titles, split into train, dev and val, with fingerprints that identify them.
 
-Order: a permutation of all titles by the task's seed or, with shuffle=false, the order of the source. The
-run uses the first num_titles. Split: val is the last val_frac of them, dev the last dev_frac of the rest,
-and train the remainder.
+The titles of the source are permuted with the task's seed. With shuffle=false, the titles keep the order of
+the source. The run uses the first num_titles titles. The fraction val_frac at the end of these titles becomes
+val. The fraction dev_frac at the end of the other titles becomes dev. The remaining titles become train.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from mainrun.files import inputs
 
 @dataclass(frozen=True)
 class Corpus:
-    """The titles of a run."""
+    """The titles of a run, with their fingerprints and their origin."""
 
     name: str
     train: list[str]
     dev: list[str]
     val: list[str]
-    fingerprints: dict[str, str]  # corpus, train, dev, val: sha256 of the ordered titles
-    origin: dict[str, Any]  # JSON: where the titles come from and what was skipped
+    fingerprints: dict[str, str]  # the sha256 of the ordered titles of corpus, train, dev and val
+    origin: dict[str, Any]  # where the titles come from and how many were skipped, as JSON values
 
 
 def load_corpus(cfg: TrainConfig) -> Corpus:
-    """Load and split the titles of a config."""
+    """Load the corpus that a config names, and split its titles."""
     order = partial(_order, shuffle=cfg.shuffle)
     if cfg.corpus.startswith("mix:"):
         mix = load_mix(inputs.expanded(cfg.corpus[4:], "corpus"), cfg.num_titles, order)
@@ -54,7 +54,7 @@ def load_corpus(cfg: TrainConfig) -> Corpus:
     dev = titles[n_train:n_known]
     val = titles[n_known:]
     train = _repeated(distinct, weights[:n_train])
-    # Real data contains reposts, and the task leaves them in val. The origin says how many there are.
+    # Real data contains reposts, and the task does not remove them from val. The origin counts them.
     seen = set(distinct).union(dev)
     counts = {
         "titles": len(titles),
@@ -68,22 +68,22 @@ def _check_count(cfg: TrainConfig, count: int) -> None:
     if count >= max(cfg.num_titles, 2):
         return
     plural = "s" if count != 1 else ""
-    problem = f"corpus={cfg.corpus} has {count:,} title{plural}, num_titles={cfg.num_titles:,} were asked for"
+    problem = f"corpus={cfg.corpus} has {count:,} title{plural}, but num_titles={cfg.num_titles:,}"
     if count < 2:
-        raise CorpusError(f"{problem}; a corpus needs at least two: one to train on, one for val")
+        raise CorpusError(f"{problem}; a corpus needs at least two titles: one to train on, one for val")
     raise CorpusError(f"{problem}; use --set num_titles={count}, or a larger corpus")
 
 
 def _order(count: int, shuffle: bool) -> np.ndarray:
-    """Return the order in which a run uses the titles of a source."""
+    """Return the positions of the titles of a source in the order in which a run uses them."""
     if shuffle:
         return np.random.default_rng(int(TASK["seed"])).permutation(count)
     return np.arange(count)
 
 
 def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
-    """Return the end of train and the end of dev."""
-    # Fractions are exact: 0.9 of 20,000 is 18,000, whatever the floats give.
+    """Return the position after the last title of train, and the position after the last title of dev."""
+    # Fractions are exact, so 0.9 of 20,000 is always 18,000. Float arithmetic could round the product down.
     n_known = int(count * (1 - Fraction(str(cfg.val_frac))))
     n_train = int(n_known * (1 - Fraction(str(cfg.dev_frac))))
     if n_train < 1:
@@ -95,7 +95,10 @@ def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
 
 
 def _repeated(titles: list[str], weights: list[int]) -> list[str]:
-    """Repeat each title as often as its weight says. Repeats are one pass over all titles apart."""
+    """Return a list in which each title occurs as often as its weight says.
+
+    The list consists of several passes over the titles. In each pass, a title occurs at most once.
+    """
     repeated = []
     for turn in range(max(weights)):
         for title, weight in zip(titles, weights, strict=True):
@@ -115,7 +118,10 @@ def fingerprints(train: list[str], dev: list[str], val: list[str]) -> dict[str, 
 
 
 def fingerprint(titles: Iterable[str]) -> str:
-    """Return the sha256 of the titles, each after its length, so that no two lists have the same bytes."""
+    """Return the sha256 of a list of titles.
+
+    The length of each title is hashed too, so that different lists never give the same bytes.
+    """
     digest = hashlib.sha256()
     for title in titles:
         data = title.encode()

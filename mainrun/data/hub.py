@@ -1,7 +1,7 @@
-"""Download the dataset of the task from the Hugging Face hub, and check every file by its sha256.
+"""Download the task's dataset from the Hugging Face hub, and verify the sha256 of the file.
 
-The download is kept in the cache. A note next to it holds what the hub says about the file, so that a
-later load can check the file without a network.
+The file is stored in the cache folder. A JSON file in the same folder, the note, stores its size and sha256.
+mainrun can therefore verify the file later without a network connection.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 HUB_REPO = "julien040/hacker-news-posts"
-HUB_REVISIONS = {  # the scores published for the task are from hn-2025; hn is newer
+HUB_REVISIONS = {  # hn-2025 is the data behind the task's published scores, and hn is newer
     "hn": "d210f96ddcc592f324c3108dd1d7b7edc03ca788",
     "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
 }
-ABANDONED = 3600  # seconds without a write after which a partial download has no process any more
-LOCAL_ERRORS = (  # errors of this machine's disk, not of the hub
+ABANDONED = 3600  # a partial download is abandoned if it was not written to for this many seconds
+LOCAL_ERRORS = (  # the error codes that come from this machine's disk and not from the hub
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -46,7 +46,7 @@ LOCAL_ERRORS = (  # errors of this machine's disk, not of the hub
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the hub says about the parquet file of a dataset at one revision."""
+    """The metadata of a dataset's parquet file at one revision on the hub."""
 
     repo: str
     revision: str
@@ -55,24 +55,27 @@ class HubFile:
     sha256: str
 
     def damage(self, path: Path) -> str:
-        """Return how a local file differs from the file on the hub, or an empty text."""
+        """Return how a local file differs from the file on the hub, or an empty text if they are equal."""
         if not path.is_file():
-            return "is gone"
+            return "is missing"
         size = path.stat().st_size
         if size != self.size:
-            return f"is damaged: {size:,} bytes, the hub says {self.size:,}"
+            return f"is damaged: it has {size:,} bytes, but the hub says {self.size:,}"
         sha256 = sha256_file(path)
         if sha256 != self.sha256:
-            return f"is damaged: sha256 {sha256[:16]}..., the hub says {self.sha256[:16]}..."
+            return f"is damaged: its sha256 is {sha256[:16]}..., but the hub says {self.sha256[:16]}..."
         return ""
 
 
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
-    """Return the titles of a hub corpus. Blank titles are kept: the task's permutation includes them."""
+    """Return the titles of a hub corpus.
+
+    Blank titles are kept, because the task's permutation includes them.
+    """
     path, file = _fetch(name)
     try:
         column = parquet_column(str(path), path, COLUMN)
-    except CorpusError as e:  # the bytes are those of the hub, so the pinned file itself is unexpected
+    except CorpusError as e:  # the sha256 is right, so the file on the hub has an unexpected content
         raise HubError(f"corpus={name}: {e}") from None
 
     def take(positions: np.ndarray) -> list[str]:
@@ -82,7 +85,7 @@ def open_titles(name: str, argument: str, wanted: int) -> Titles:
 
 
 def download(name: str) -> Path:
-    """Return the path of a hub corpus in the cache. Download the corpus if the cache does not have it."""
+    """Return the path of a hub corpus in the cache. Download it first if the cache does not have it."""
     if name not in HUB_REVISIONS:
         raise CorpusError(
             f"corpus={name!r} cannot be downloaded{nearest(name, HUB_REVISIONS)}; "
@@ -93,7 +96,7 @@ def download(name: str) -> Path:
 
 
 def hub_reachable(timeout: float = 3.0) -> tuple[bool, str]:
-    """Return whether the hub answers, and a line that says so."""
+    """Return whether the hub answers a request, and a message about the answer."""
     import urllib.error
     import urllib.request
 
@@ -118,7 +121,7 @@ def _endpoint() -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets without an address, or a port that is not a number
+    except ValueError:  # the URL has brackets without an address, or its port is not a number
         usable = False
     if not usable:
         raise HubError(
@@ -136,7 +139,7 @@ def _offline() -> bool:
 
 
 def _fetch(name: str) -> tuple[Path, HubFile]:
-    """Return the parquet file of a hub corpus in the cache, after checking it."""
+    """Verify the cached parquet file of a hub corpus, and return its path. Download the file if necessary."""
     revision = HUB_REVISIONS[name]
     cache = cache_dir() / "hub"
     note = cache / f"{name}.json"
@@ -158,8 +161,8 @@ def _fetch(name: str) -> tuple[Path, HubFile]:
     if damage:
         _delete(path)
         raise HubError(
-            f"corpus={name}: the file from {_endpoint()} {damage}; it was deleted: "
-            "start again, or set HF_ENDPOINT"
+            f"corpus={name}: the file from {_endpoint()} {damage}; the file was deleted; "
+            "start again, or set HF_ENDPOINT to a mirror"
         )
     try:
         _write_note(note, path.relative_to(cache).as_posix(), file)
@@ -176,7 +179,7 @@ def _look_up(name: str, revision: str) -> HubFile:
         info = HfApi(endpoint=_endpoint()).dataset_info(
             HUB_REPO, revision=revision, files_metadata=True, timeout=10
         )
-    except Exception as e:  # the errors of requests, of the hub library and of JSON have no common base
+    except Exception as e:  # the hub library, its HTTP client and JSON have no common error class
         raise _explained(name, revision, e) from e
     files = [f for f in info.siblings or [] if f.rfilename.endswith(".parquet")]
     if len(files) != 1:
@@ -206,17 +209,17 @@ def _download(name: str, file: HubFile, cache: Path) -> Path:
     }
     try:
         path = Path(hf_hub_download(HUB_REPO, file.file, **options))
-        # The library returns a copy from its cache without checking the content.
+        # The library does not verify the content of a file that is already in its cache.
         if file.damage(path):
             _delete(path)
             path = Path(hf_hub_download(HUB_REPO, file.file, **options))
-    except Exception as e:  # as in _look_up
+    except Exception as e:  # the same error classes as in _look_up
         raise _explained(name, file.revision, e) from e
     return path
 
 
 def _remove_abandoned_parts(cache: Path) -> None:
-    """Remove the partial files of killed downloads. No other download resumes them."""
+    """Remove the partial files of killed downloads, because no later download resumes them."""
     for part in cache.glob("*/blobs/*.incomplete"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > ABANDONED:
@@ -224,7 +227,7 @@ def _remove_abandoned_parts(cache: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Remove a cached file and the blob that it links to, so that the next download starts from scratch."""
+    """Remove a cached file and the file that it links to, so that the next download starts from zero."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
@@ -233,7 +236,7 @@ def _delete(path: Path) -> None:
 
 
 def _read_note(note: Path, revision: str) -> tuple[str, HubFile] | None:
-    """Return the path in the cache and the hub's facts, or None if no valid note of this revision exists."""
+    """Return the file's path in the cache and its metadata, or None if there is no valid note."""
     try:
         record = json.loads(note.read_bytes())
         path = record["path"]
@@ -248,7 +251,7 @@ def _read_note(note: Path, revision: str) -> tuple[str, HubFile] | None:
 
 
 def _write_note(note: Path, path: str, file: HubFile) -> None:
-    """Replace the note atomically."""
+    """Write the note to a temporary file, then rename that file, so that no reader sees a partial note."""
     text = json.dumps({**asdict(file), "path": path}, indent=1)
     note.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=note.parent, prefix=note.name)
@@ -259,7 +262,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, note)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # it was renamed if all went well
+        with contextlib.suppress(FileNotFoundError):  # the temporary file is gone if the rename succeeded
             os.unlink(temporary)
 
 
@@ -267,7 +270,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
 
 
 def _explained(name: str, revision: str, e: Exception) -> Exception:
-    """Turn the error of a request into one that says what it means and what to do."""
+    """Turn the error of a request into an error whose message explains the cause and the fix."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -307,8 +310,8 @@ def _local_error(cache: Path, e: OSError) -> Exception:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(
             f"no space left for the download in {cache}; "
-            "free some, or set MAINRUN_CACHE to another disk, and start again"
+            "free some space, or set MAINRUN_CACHE to a folder on another disk, and start again"
         )
     return HubError(
-        f"the cache {cache} cannot be written ({e.strerror}); set MAINRUN_CACHE to a folder that can"
+        f"the cache {cache} cannot be written ({e.strerror}); set MAINRUN_CACHE to a writable folder"
     )

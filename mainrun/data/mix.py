@@ -1,13 +1,13 @@
 """Mix several sources into one corpus: `mix:PATH.toml`.
 
     [[source]]
-    path = "mine.txt"      # relative to the TOML file; or corpus = "synthetic", "hn", "file:PATH", ...
+    path = "mine.txt"      # a path relative to the TOML file, or instead corpus = "synthetic", "hn", ...
     ratio = 3              # the source's share of num_titles, relative to the other ratios (default 1)
-    weight = 2             # how many times an epoch presents each of its titles (default 1)
+    weight = 2             # how many times an epoch presents each title of the source (default 1)
 
-Each source is ordered as if it were the only one and gives its first titles. A title that the mix already
-has is skipped, so all titles are distinct. The sources are interleaved evenly, so train, dev and val each
-have the ratios. A weight repeats only titles of train.
+Each source is ordered as if it were the only source, and the mix uses the first titles of that order. A title
+that the mix already has is skipped, so all titles are distinct. The sources are interleaved evenly. Train,
+dev and val therefore each contain the sources in the given ratios. A weight only repeats titles of train.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ KEYS = ("path", "corpus", "ratio", "weight")
 
 @dataclass(frozen=True)
 class MixSource:
-    """One [[source]] table."""
+    """One [[source]] table of the TOML file."""
 
-    where: str  # the file and the number of the table, for messages
+    where: str  # the file and the number of the table, as messages name them
     corpus: str
     ratio: Fraction
     weight: int
@@ -51,7 +51,10 @@ class Mix:
 
 
 def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix:
-    """Mix `wanted` titles. `order(n)` returns the order in which a run uses the n titles of a source."""
+    """Load a mix of `wanted` titles.
+
+    `order(n)` returns the order in which a run uses the n titles of a source.
+    """
     sources = _read(path)
     shares = _shares([source.ratio for source in sources], wanted)
     ratio_sum = sum(source.ratio for source in sources)
@@ -61,20 +64,19 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
     for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if share == 0:
             raise CorpusError(
-                f"{source.where} ({source.corpus}): its ratio gives it no title of num_titles={wanted}; "
-                "raise one of them"
+                f"{source.where} ({source.corpus}): the ratio gives it no title of num_titles={wanted}; "
+                "raise its ratio or num_titles"
             )
-        # A synthetic source is asked for `wanted` titles, which is enough even if the other sources have
-        # some of them.
+        # A synthetic source makes `wanted` titles. These are enough even if other sources have some of them.
         titles = open_source(source.corpus, wanted)
         fresh = _unseen(titles, order(titles.count), share, wanted, seen)
         if len(fresh) < share:
             largest = int(Fraction(len(fresh) * ratio_sum) / source.ratio)
             raise CorpusError(
                 f"{source.where} ({source.corpus}): {len(fresh):,} titles that no earlier source has, "
-                f"its ratio asks for {share:,}; lower its ratio, or use --set num_titles={largest}"
+                f"but its ratio asks for {share:,}; lower its ratio, or use --set num_titles={largest}"
             )
-        # Title k of n has the position (2k + 1) / 2n, so the titles of each source are spread evenly.
+        # Title k of n titles gets the position (2k + 1) / 2n, so the titles of each source are spread evenly.
         for k, title in enumerate(fresh):
             placed.append((Fraction(2 * k + 1, 2 * share), i, title))
         origins.append(
@@ -95,7 +97,7 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
 
 
 def _unseen(titles: Titles, order: np.ndarray, share: int, batch: int, seen: set[str]) -> list[str]:
-    """Return the first `share` titles that are not in `seen`, and add them to `seen`."""
+    """Return the first `share` titles of a source that are not in `seen`, and add them to `seen`."""
     fresh: list[str] = []
     for start in range(0, titles.count, batch):
         for title in titles.take(order[start : start + batch]):
@@ -140,14 +142,14 @@ def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
         raise CorpusError(f"{where}: ratio={inputs.shown(ratio)}; it must be a number above 0")
     if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
         raise CorpusError(
-            f"{where}: weight={inputs.shown(weight)}; it must be a whole number from 1 to {MAX_WEIGHT}: "
-            "how many times an epoch presents a title"
+            f"{where}: weight={inputs.shown(weight)}, which is how many times an epoch presents a title; "
+            f"it must be a whole number from 1 to {MAX_WEIGHT}"
         )
     return MixSource(where, corpus, Fraction(str(ratio)), weight)
 
 
 def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
-    """Return the `corpus` of a table. Paths are relative to the folder of the TOML file."""
+    """Return the `corpus` value of a table. A relative path starts at the folder of the TOML file."""
     if ("path" in table) == ("corpus" in table):
         given = "both" if "path" in table else "none"
         raise CorpusError(f"{where}: got {given} of path and corpus; write one of them")
@@ -163,7 +165,10 @@ def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
 
 
 def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
-    """Divide `wanted` in proportion to the ratios, rounding up the largest remainders."""
+    """Divide `wanted` titles in proportion to the ratios.
+
+    The shares with the largest remainders are rounded up.
+    """
     total = sum(ratios)
     exact = [ratio * wanted / total for ratio in ratios]
     shares = [int(share) for share in exact]

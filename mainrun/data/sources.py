@@ -1,11 +1,11 @@
-"""The kinds of sources that titles come from.
+"""The kinds of sources from which a corpus takes its titles.
 
-    synthetic             titles from the seeded grammar of synthetic.py; needs no network
+    synthetic             titles from the seeded grammar in synthetic.py, without a network
     hn, hn-2025           the dataset of the task on the Hugging Face hub, at two pinned revisions; see hub.py
     file:PATH[#COLUMN]    a local file; see title_files.py
 
-To add a kind, write a function that returns its `Titles` and add a row to SOURCES. corpus.py selects,
-orders and splits the titles; mix.py combines several sources.
+To add a kind, write a function that returns a `Titles` object, and add a row to SOURCES. corpus.py selects,
+orders and splits the titles. mix.py combines several sources.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from mainrun.data import hub, title_files
 from mainrun.data.titles import Titles, from_list
 from mainrun.errors import CorpusError, nearest
 
-MIX = "mix:PATH.toml"  # how a mix of sources is written; mix.py reads it
+MIX = "mix:PATH.toml"  # the syntax of `corpus` for a mix of sources
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of source. The config field `corpus` names it, and may add an argument after a colon.
+    """A kind of source. The config field `corpus` contains its name, and may add an argument after a colon.
 
-    `open` is called with the name, the argument and the number of titles that the run wants.
+    `open` is called with the name, the argument and the number of titles that the run will use.
     """
 
-    syntax: str  # how the source is written in `corpus`
-    kind: str  # the `kind` in the origin of its titles
-    fixed: bool  # whether the same `corpus` gives the same titles everywhere; a guard flags other data
+    syntax: str  # how a user writes the source in `corpus`
+    kind: str  # the value of `kind` in the origin of the titles
+    fixed: bool  # True if the same `corpus` gives the same titles on every machine
     open: Callable[[str, str, int], Titles]
 
 
 def _synthetic(name: str, argument: str, wanted: int) -> Titles:
     from mainrun.data import synthetic
 
-    # The grammar produces any number of titles, so the source has as many as are wanted.
+    # The grammar can produce any number of titles, so the source has exactly as many titles as the run uses.
     return from_list(synthetic.titles(wanted), {"kind": "synthetic", "seed": synthetic.SEED})
 
 
@@ -62,7 +62,7 @@ def open_source(corpus: str, wanted: int) -> Titles:
 
 
 def is_source(corpus: str) -> bool:
-    """Return whether `corpus` is written like one of the sources, or like a mix of them."""
+    """Return whether `corpus` has the syntax of a source or of a mix."""
     name, _, argument = corpus.partition(":")
     if name == MIX.partition(":")[0]:
         return bool(argument)
@@ -70,17 +70,17 @@ def is_source(corpus: str) -> bool:
 
 
 def kind(corpus: str) -> str:
-    """Return the `kind` in the origin of a corpus."""
+    """Return the value of `kind` in the origin of a corpus."""
     name = corpus.partition(":")[0]
     return SOURCES[name].kind if name in SOURCES else name
 
 
 def is_fixed(corpus: str) -> bool:
-    """Return whether the same `corpus` gives the same titles everywhere."""
+    """Return whether the same `corpus` gives the same titles on every machine."""
     name = corpus.partition(":")[0]
     return name in SOURCES and SOURCES[name].fixed
 
 
 def syntaxes() -> list[str]:
-    """Return how each source is written in `corpus`."""
+    """Return the syntax of each kind of source."""
     return [source.syntax for source in SOURCES.values()]

@@ -1,14 +1,15 @@
-"""Titles that resemble a technology news page, from a seeded grammar. They need no network and no file.
+"""Generate titles like those of a technology news page from a seeded grammar, without a network or a file.
 
-A title has a topic. A word comes from the lists of its topic or from general lists. It is drawn by its rank
-(Zipf's law), or it is one of the favourites of the preceding word, so there is structure to learn at every
-distance. Names and rare words are made from syllables by rank, so the vocabulary keeps growing, as it does in
-real titles. Only the statistics follow real titles; no word or rule is copied from them.
+Each title has a topic. A word comes from the lists of the topic or from general lists. Most words are drawn
+by their rank, following Zipf's law. Other words are favourites of the preceding word, so a model can learn
+dependencies between words. Names and rare words are built from syllables, so the vocabulary keeps growing
+with the number of titles. The statistics follow real titles, but no word or rule is copied from them.
 
-    titles(3)    the first three titles; titles(n) are the first n of titles(n + 1)
+    titles(3)    the first three titles, which are also the first three titles of titles(4)
 
-The titles are the same on every machine: random numbers are the raw output of PCG64, which numpy keeps
-stable, and arithmetic on them is exact. There is no libm function, no hash() and no iteration over a set.
+The titles are the same on every machine. Random numbers are the raw output of PCG64, which numpy guarantees
+to be stable, and arithmetic on them is exact. The code uses no libm function, no hash() and no iteration over
+a set.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import numpy as np
 
 SEED = 20_070_219
 
-# A topic: nouns; mass nouns; verbs; adjectives; endings of product names. The most frequent words come first.
-# In nouns, "-" stands for a space.
+# Each topic has five lists: nouns, mass nouns, verbs, adjectives, and endings of product names. The most
+# frequent words come first. In nouns, "-" stands for a space.
 TOPICS = """
 compiler function type macro parser pointer closure module runtime library debugger linter interpreter
   exception generic iterator loop string array struct interface decorator thread lambda variable operator
@@ -136,7 +137,7 @@ brain mind memory habit dream emotion child study bias decision personality illu
   think self human
 """
 
-# Nouns, mass nouns, verbs and adjectives without a topic.
+# Nouns, mass nouns, verbs and adjectives that belong to no topic.
 GENERAL = """
 way thing tool guide year problem system project idea list story world time day team life history reason
   person case future rule example part lesson interview place service question answer mistake version review
@@ -153,7 +154,7 @@ way thing tool guide year problem system project idea list story world time day 
   interesting nice custom major dead
 """
 
-# Closed lists, syllables and irregular forms. "~" stands for a space inside a name.
+# Lists of names and function words, syllables, and irregular forms. "~" stands for a space inside a name.
 WORDS = """
 place: US China California India Europe London Germany New~York Japan Russia France Berlin Canada Africa
   Israel Texas Australia Iran Brazil Korea Paris Boston Seattle Sweden Mexico Norway Iceland Estonia Tokyo
@@ -206,10 +207,10 @@ plurals: person:people man:men woman:women child:children mouse:mice bacterium:b
 small: a an the of for in on to with and or by from at as via vs vs. is its
 """
 
-# rule: weight pattern | weight pattern ... {x} is another rule, a closed list, a name (co, tool, person,
-# last, coined) or an inflected word: n and ns (noun and plural), m (mass noun), v, vs, ved and ving
-# (verb), adj. The rule `more` adds a phrase while the title is short; "_" stands for the space before the
-# phrase.
+# A rule has the form "rule: weight pattern | weight pattern ...". In a pattern, {x} is another rule, a list
+# in WORDS, a name or an inflected word. The names are co, tool, person, last and coined. The inflected words
+# are n and ns (noun and plural), m (mass noun), v, vs, ved and ving (verb), and adj (adjective). The rule
+# `more` adds a phrase while the title is short. Its "_" stands for the space before the phrase.
 RULES = """
 title: 52 {headline} | 13 {headline2} | 16 Ask HN: {ask} | 7 Show HN: {show} | 0.2 Tell HN: {S} | 0.15
   Launch HN: {co} (YC {w}{d}{d}) – {pitch} | 4 {short} | 5 {quoted} | 1.3 {S} [pdf] | 0.7 {headline} [video]
@@ -331,22 +332,23 @@ number: 4 {d} | 4 {d}{d} | 2 {d}00 | 2 {d},{d}00 | 1 {d}M | 1 {d}k | 2 two | 1 t
 
 # -- probabilities, fitted to the statistics of real titles
 
-FAVOURED = 0.16  # share of words that are a favourite of the preceding word
-GENERAL_SHARE = 0.35  # share of words without a topic
-RARE = {"n": 0.29, "m": 0.24, "v": 0.2, "a": 0.29}  # share of words that are made from syllables
+FAVOURED = 0.16  # the fraction of words that are favourites of the preceding word
+GENERAL_SHARE = 0.35  # the fraction of words that belong to no topic
+RARE = {"n": 0.29, "m": 0.24, "v": 0.2, "a": 0.29}  # the fraction of words that are built from syllables
 SHIFT = 24  # the weight of a rank is 1 / (rank + SHIFT)
-KNOWN = {"co": 0.5, "tool": 0.15, "person": 0.3, "last": 0.3, "coined": 0.3}  # share of names without a topic
-# How likely an octave of ranks is, relative to the octave below it.
+# The fraction of names that belong to no topic.
+KNOWN = {"co": 0.5, "tool": 0.15, "person": 0.3, "last": 0.3, "coined": 0.3}
+# An octave is a range of ranks from 2**k to 2**(k + 1). An octave is this much more likely than the octave
+# below it.
 STEEP = {"co": 0.8, "tool": 0.97, "person": 0.95, "last": 0.95, "coined": 1.05, "rare": 1.15}
 OCTAVES = 15  # ranks go up to 2**OCTAVES
-TITLE_CASE = 0.34  # share of titles with capitals everywhere
-COLON_CASE = 0.75  # share of titles with a capital after a colon
-CURLY = 0.3  # share of titles with ’ for '
-MIN_PIECES = (
-    8  # a title with more pieces than MIN_PIECES + a random part of EXTRA_PIECES gets no more phrases
-)
+TITLE_CASE = 0.34  # the fraction of titles in which most words are capitalised
+COLON_CASE = 0.75  # the fraction of titles that have a capital after a colon
+CURLY = 0.3  # the fraction of titles that use ’ instead of '
+# A title gets no more phrases if it has more than MIN_PIECES pieces plus a random fraction of EXTRA_PIECES.
+MIN_PIECES = 8
 EXTRA_PIECES = 4
-LONGEST = 80  # characters; the news page has the same limit
+LONGEST = 80  # the maximum length of a title in characters, as on the real news page
 
 TABLES = dict(re.findall(r"^(\w+): (.*(?:\n  .*)*)", WORDS + RULES, re.M))
 LISTS = {name: body.split() for name, body in TABLES.items() if f"\n{name}: " in WORDS}
@@ -354,7 +356,7 @@ TOPIC_LISTS = [[part.split() for part in topic.split(";")] for topic in re.split
 PAST = dict(pair.split(":") for pair in LISTS["ed"])
 PLURAL = dict(pair.split(":") for pair in LISTS["plurals"])
 SMALL = frozenset(LISTS["small"])
-FORMS = {  # slot of a pattern -> (kind of word, ending)
+FORMS = {  # maps a slot of a pattern to the kind of word and its ending
     "n": ("n", ""),
     "ns": ("n", "s"),
     "m": ("m", ""),
@@ -365,12 +367,13 @@ FORMS = {  # slot of a pattern -> (kind of word, ending)
     "adj": ("a", ""),
 }
 AN = re.compile(r"\ba(?= [“‘\"']?(?:[aeio]|u(?!ni|s|r[aeiou])))", re.I)
-DOUBLED = re.compile(r"^[^aeiou]*[aeiou][bdgmnprtz]$|^de[bf]ug$")  # stop -> stopped
+# Words that double their last letter before an ending, such as "stop" in "stopped".
+DOUBLED = re.compile(r"^[^aeiou]*[aeiou][bdgmnprtz]$|^de[bf]ug$")
 
 
 @cache
 def inflect(word: str, ending: str) -> str:
-    """Add an English ending: "s" (of nouns and verbs), "ed", "ing" or none."""
+    """Return a word with the ending "s", "ed" or "ing", or without an ending, in English spelling."""
     consonant_y = word[-1] == "y" and word[-2:-1] not in tuple("aeiou")
     if ending == "s":
         if word in PLURAL or consonant_y:
@@ -387,13 +390,16 @@ def inflect(word: str, ending: str) -> str:
 
 
 def zipf(words: Sequence[Any], share: float = 1.0) -> list[float]:
-    """Return weights by rank that sum to `share`."""
+    """Return a weight for each word by its rank. The weights sum to `share`."""
     weights = [1 / (rank + SHIFT) for rank in range(len(words))]
     return [share * w / fsum(weights) for w in weights]
 
 
 def lookup_table(items: Sequence[Any], weights: Sequence[float]) -> list[Any]:
-    """Return 2048 places that items fill by weight, so that a random place is a weighted draw."""
+    """Return a list of 2048 entries in which each item occurs in proportion to its weight.
+
+    Choosing a random entry of the list is a weighted draw of an item.
+    """
     scale = 2048 / fsum(weights)
     end = 0.0
     places: list[Any] = []
@@ -403,11 +409,11 @@ def lookup_table(items: Sequence[Any], weights: Sequence[float]) -> list[Any]:
     return places
 
 
-# -- names and rare words: each a pure function of its kind, topic and rank
+# -- names and rare words, which depend only on their kind, topic and rank
 
 
 def chooser(key: str) -> Callable[[Any], Any]:
-    """Return a function that chooses an item of a sequence by the next digits of a hash of the key."""
+    """Return a function that chooses items of sequences. A hash of the key determines its choices."""
     bits = int.from_bytes(hashlib.blake2b(key.encode()).digest(), "little")
 
     def choose(items: Any) -> Any:
@@ -419,14 +425,14 @@ def chooser(key: str) -> Callable[[Any], Any]:
 
 
 def syllables(choose: Callable[[Any], Any]) -> tuple[str, str]:
-    """Return a syllable and a word of two syllables."""
+    """Return a random syllable, and a word of two syllables that ends with it."""
     one = "".join(choose(LISTS[part]) for part in ("onset", "vowel", "coda"))
     return one, choose(LISTS["onset"]) + choose(LISTS["vowel"]) + one
 
 
 @cache
 def rare(kind: str, rank: int) -> str:
-    """Return a rare word."""
+    """Return the rare word of a kind at a rank."""
     choose = chooser(f"{kind} {rank}")
     one, two = syllables(choose)
     stem = choose([one, one, one, two, choose(LISTS["root"]), choose(LISTS["prefix"]) + one])
@@ -435,7 +441,7 @@ def rare(kind: str, rank: int) -> str:
 
 @cache
 def name(kind: str, topic: int, rank: int) -> str:
-    """Return the name of a company, tool or person, a last name or a coined acronym."""
+    """Return the name of a company, a tool or a person, or a last name, or an acronym."""
     choose = chooser(f"{kind} {topic} {rank}")
     if kind == "coined":
         return "".join(choose("SACPDTMIRLBFEGNVOHUWXKQ") for _ in range(2 + rank % 3))
@@ -474,10 +480,10 @@ class Writer:
         self.next = uniforms().__next__
         self.out: list[str] = []  # the pieces of the title that is being written
         self.topic = 0
-        self.last = ""  # the last word, which decides the favourites
+        self.last = ""  # the preceding word, which determines the favourites
         self.enough = 0.0  # the number of pieces after which no phrase is added
-        self.topic_words: dict[tuple[int, str], list[str]] = {}  # by (topic, kind)
-        self.words: dict[tuple[int, str], list[str]] = {}  # lookup tables of topic and general words
+        self.topic_words: dict[tuple[int, str], list[str]] = {}  # the words of each (topic, kind)
+        self.words: dict[tuple[int, str], list[str]] = {}  # the lookup table of each (topic, kind)
         self._make_word_tables()
         self.topics = lookup_table(range(len(TOPIC_LISTS)), zipf(TOPIC_LISTS))
         self.octaves: dict[str, list[int]] = {}
@@ -499,7 +505,7 @@ class Writer:
                 self.words[topic, kind] = lookup_table(topic_words + general, weights)
 
     def _make_rule_tables(self) -> None:
-        """Fill the lists of `rules` in place, because patterns refer to each other's lists."""
+        """Fill the lists of `rules` in place, because parsed patterns contain references to these lists."""
         for rule, body in TABLES.items():
             if rule in LISTS:
                 self.rules[rule] += lookup_table([[word] for word in LISTS[rule]], zipf(LISTS[rule]))
@@ -515,7 +521,8 @@ class Writer:
     def parse(self, pattern: str) -> list[Any]:
         """Split a pattern into parts.
 
-        A literal is a string, a rule is its table, a word is (kind, ending) and a name is (kind,).
+        A literal text becomes a string, and a rule becomes its table. A word becomes the tuple
+        (kind, ending), and a name becomes the tuple (kind,).
         """
         parts: list[Any] = []
         for i, text in enumerate(re.split(r"\{(\w+)\}", pattern.replace("_", " "))):
@@ -532,12 +539,12 @@ class Writer:
         return items[int(self.next() * len(items))]
 
     def rank(self, kind: str) -> int:
-        """Draw an octave, then a rank in it."""
+        """Draw an octave, and then draw a rank in this octave."""
         first = 1 << self.draw(self.octaves[kind])
         return first + int(self.next() * first)
 
     def word(self, kind: str) -> str:
-        """Draw a rare word, a favourite of the last word, or any word of the topic."""
+        """Draw a rare word, a favourite of the preceding word, or any word of the topic."""
         x = self.next() - RARE[kind]
         if x < 0:
             self.last = rare(kind, self.rank("rare"))
@@ -567,7 +574,7 @@ class Writer:
                 out.append(inflect(self.word(part[0]), part[1]))
 
     def title(self) -> str:
-        """Write a title."""
+        """Return the next title."""
         self.out = []
         self.last = ""
         self.topic = self.draw(self.topics)
@@ -579,7 +586,7 @@ class Writer:
         if self.next() < CURLY:
             text = text.replace("'", "’")
         words = text.split(" ")
-        capital = True  # whether the next word starts with a capital
+        capital = True  # True if the next word starts with a capital
         for i, word in enumerate(words):
             if capital or (title_case and word not in SMALL):
                 start = word[0] in "“‘\"'("
@@ -590,14 +597,14 @@ class Writer:
 
 
 def uniforms() -> Iterator[float]:
-    """Yield floats in [0, 1) with 53 random bits each, forever."""
+    """Yield an endless sequence of random floats in [0, 1), with 53 random bits each."""
     bits = np.random.PCG64(SEED)
     while True:
         yield from ((bits.random_raw(65_536) >> 11) * 2.0**-53).tolist()
 
 
 def titles(n: int) -> list[str]:
-    """Return the first n titles. All are distinct."""
+    """Return the first n titles. All titles are distinct."""
     writer = Writer()
     distinct: dict[str, None] = {}
     while len(distinct) < n:

@@ -1,8 +1,8 @@
 """Read titles from a file: `file:PATH[#COLUMN]`.
 
-A .csv file with a header, a .jsonl file or a .parquet file has its titles in a column, `title` by
-default. Any other file has one title per line. Line breaks inside a title become spaces. Blank titles are
-skipped and counted.
+A .csv, .jsonl or .parquet file has its titles in a column, by default `title`. A .csv file needs a header.
+Any other file has one title per line. Line breaks inside a title become spaces. Blank titles are skipped, and
+the origin of the corpus counts them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BOM = b"\xef\xbb\xbf"
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
     """Return the titles of the file PATH[#COLUMN]."""
     path, column = _path_and_column(argument)
-    data = read_bytes(path, "a file with one title a line, or .csv, .jsonl or .parquet")
+    data = read_bytes(path, "a file with one title per line, or a .csv, .jsonl or .parquet file")
     raw = _raw_titles(data, path, column)
     titles = []
     for text in raw:
@@ -36,7 +36,7 @@ def open_titles(name: str, argument: str, wanted: int) -> Titles:
     _check_unicode(titles, path)
     if not titles:
         blank = f": all {len(raw):,} rows are blank" if raw else ""
-        raise CorpusError(f"{path} has no titles{blank}; give a file with at least two")
+        raise CorpusError(f"{path} has no titles{blank}; give a file with at least two titles")
     origin = {
         "kind": "file",
         "path": argument,
@@ -48,7 +48,7 @@ def open_titles(name: str, argument: str, wanted: int) -> Titles:
 
 def _path_and_column(argument: str) -> tuple[Path, str | None]:
     path = inputs.expanded(argument, "corpus")
-    if "#" not in argument or path.exists():  # a file name may contain a #
+    if "#" not in argument or path.exists():  # the name of an existing file may contain "#"
         return path, None
     front, _, column = argument.rpartition("#")
     return inputs.expanded(front, "corpus"), column
@@ -60,10 +60,10 @@ def _raw_titles(data: bytes, path: Path, column: str | None) -> list[str]:
     if reader is not None:
         return reader(data, path, column or COLUMN)
     if suffix == ".json":
-        raise CorpusError(f"{path} is one JSON document; write one object a line, and call it .jsonl")
+        raise CorpusError(f"{path} is a single JSON document; write a .jsonl file with one object per line")
     if column is not None:
         raise CorpusError(
-            f"{path} has lines, not columns, but column {column!r} was asked for; leave out #{column}"
+            f"{path} has lines and no columns, but the corpus names column {column!r}; remove #{column}"
         )
     return _lines(data, path)
 
@@ -72,13 +72,13 @@ def _check_unicode(titles: list[str], path: Path) -> None:
     for number, title in enumerate(titles, 1):
         if not title.isascii() and any("\ud800" <= c <= "\udfff" for c in title):
             raise CorpusError(
-                f"{path}: title {number} is not valid Unicode: it holds half of a surrogate pair; "
+                f"{path}: title {number} is not valid Unicode: it contains half of a surrogate pair; "
                 "repair or remove it"
             )
 
 
 def read_bytes(path: Path, allowed: str) -> bytes:
-    """Read a user's file. `allowed` says in an error message which file to give instead."""
+    """Read a file of the user. Error messages use `allowed` to say which kind of file is valid."""
     why = inputs.bad_path(str(path))
     if why:
         raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read, {why}; give {allowed}")
@@ -101,7 +101,7 @@ def read_bytes(path: Path, allowed: str) -> bytes:
 
 
 def decode(data: bytes, path: Path) -> str:
-    """Decode a file in UTF-8, with or without a byte order mark."""
+    """Return the text of a UTF-8 file, with or without a byte order mark."""
     nul = data.find(b"\0")
     if nul >= 0:
         kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "binary"
@@ -120,13 +120,12 @@ def decode(data: bytes, path: Path) -> str:
         ) from None
 
 
-# -- readers: the raw titles of a file in one format
+# -- readers, each of which returns the raw titles of a file in one format
 
 
 def _lines(data: bytes, path: Path) -> list[str]:
-    lines = decode(data, path).split(
-        "\n"
-    )  # not splitlines: a title may contain U+2028 and similar characters
+    # splitlines would also split at U+2028 and similar characters, which a title may contain.
+    lines = decode(data, path).split("\n")
     if not lines[-1]:
         lines.pop()
     return lines
@@ -161,11 +160,11 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
             raise CorpusError(
-                f"{where}: not valid JSON ({inputs.parser_message(e)}); write one object a line"
+                f"{where}: not valid JSON ({inputs.parser_message(e)}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise CorpusError(
-                f"{where}: got a JSON {type(row).__name__}; write one object a line, with the key {column!r}"
+                f"{where}: got a JSON {type(row).__name__}; write one object with the key {column!r} per line"
             )
         if column not in row:
             raise CorpusError(f"{where}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")
@@ -180,7 +179,7 @@ def _parquet(data: bytes, path: Path, column: str) -> list[str]:
 
 
 def parquet_column(file: Any, path: Path, column: str) -> Any:
-    """Read a column of strings from a parquet file, as a pyarrow array. `path` is for messages."""
+    """Read a column of strings from a parquet file, as a pyarrow array. Error messages contain `path`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -207,7 +206,7 @@ def _check_column(column: str, columns: Sequence[str], path: Path) -> None:
     if column not in columns:
         names = ", ".join(map(repr, columns)) or "none"
         raise CorpusError(
-            f"{path} has no column {column!r}{nearest(column, columns)}; its columns: {names}; "
+            f"{path} has no column {column!r}{nearest(column, columns)}; its columns are {names}; "
             f"write file:{path}#COLUMN"
         )
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Titles:
-    """The titles of a source in the order of the source."""
+    """All titles of a source, in the order of the source."""
 
     count: int
-    take: Callable[[np.ndarray], list[str]]  # returns the titles at an array of positions
-    origin: dict[str, Any]  # JSON: where the titles come from; `kind` names the kind of source
+    take: Callable[[np.ndarray], list[str]]  # a function that returns the titles at the given positions
+    origin: dict[str, Any]  # where the titles come from, as JSON values; `kind` is the kind of source
 
 
 def from_list(titles: list[str], origin: dict[str, Any]) -> Titles:
@@ -24,5 +24,5 @@ def from_list(titles: list[str], origin: dict[str, Any]) -> Titles:
 
 
 def one_line(text: str) -> str:
-    """Return the text without surrounding spaces and with spaces in place of line breaks."""
+    """Replace line breaks by spaces, and remove surrounding spaces."""
     return text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ").strip()

@@ -1,8 +1,8 @@
-"""The token streams of a run, kept in the cache.
+"""A cache for the token streams of runs.
 
-A cache entry holds the tokenizer and one array per split, which is memory-mapped, with a checksum. A damaged
-entry is rebuilt with a warning. If the cache cannot be written, because it is read-only or the disk is full,
-the streams stay in memory, with a warning.
+A cache entry contains the tokenizer, one memory-mapped array per split, and a checksum. A damaged entry is
+rebuilt with a warning. If the cache is read-only or the disk is full, the streams stay in memory and mainrun
+prints a warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
 
 SPLITS = ("train", "dev", "val")
-PUBLISH_ATTEMPTS = 10  # each failed attempt means that another process has just changed the entry
-ABANDONED = 86_400  # seconds after which a temporary folder belongs to a killed process
+PUBLISH_ATTEMPTS = 10  # an attempt fails if another process changes the cache entry at the same time
+ABANDONED = 86_400  # a temporary folder is abandoned after this many seconds
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class TokenData:
     """The tokenizer of a run and the token stream of each split."""
 
     tokenizer: Tokenizer
-    splits: dict[str, np.ndarray]  # train, val, and dev if it is not empty
-    chars: dict[str, int]  # number of characters of the titles, each followed by "<eos>"
-    bytes: dict[str, int]  # number of UTF-8 bytes of the titles, each followed by a newline
-    digest: str  # identifies the tokenizer and all streams
+    splits: dict[str, np.ndarray]  # the streams of train, of val, and of dev unless dev is empty
+    chars: dict[str, int]  # the number of characters of a split, with "<eos>" after each title
+    bytes: dict[str, int]  # the number of UTF-8 bytes of a split, with a newline after each title
+    digest: str  # a hash of the tokenizer and all streams
 
 
 def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
-    """Return the tokenizer and the streams of a config, from the cache if it has them.
+    """Return the tokenizer and the token streams of a config. Load them from the cache if it has them.
 
-    The tokenizer is never fitted on dev.
+    The tokenizer is never fitted on the titles of dev.
     """
     entry = cache_dir() / "tokens" / _key(cfg, corpus)
     cached = _load(entry)
@@ -59,7 +59,7 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 
 
 def _key(cfg: TrainConfig, corpus: Corpus) -> str:
-    """Return the name of the cache entry: a hash of everything that decides the streams."""
+    """Return the name of the cache entry, which is a hash of everything that affects the streams."""
     fingerprints = {split: corpus.fingerprints[split] for split in SPLITS}
     library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
     parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
@@ -79,7 +79,7 @@ def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
         if not titles:
             continue
         stream = tokenizer.encode(titles)
-        assert np.count_nonzero(stream == EOS) == len(titles), "a title encodes to an <eos>"
+        assert np.count_nonzero(stream == EOS) == len(titles), "a title contains the token <eos>"
         splits[split] = stream
         chars[split] = sum(map(len, titles)) + len(SPECIALS[EOS]) * len(titles)
         n_bytes[split] = len("\n".join(titles).encode()) + 1
@@ -101,8 +101,8 @@ def _digest(
 
 def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
     """Return a cache entry, or None if it does not exist or is damaged."""
-    # Check first whether the entry exists. If the read failed, an entry that exists now might be an
-    # intact one that another process has just published.
+    # Check first whether the entry exists. After a failed read the check would be too late, because another
+    # process may have published an intact entry in the meantime.
     if not os.path.lexists(entry):
         return None
     try:
@@ -118,14 +118,14 @@ def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
         RunError,
     ) as e:
         if warn:
-            warnings.warn(f"cached tokens {entry} are damaged ({e}); they are rebuilt", stacklevel=3)
+            warnings.warn(f"the cached tokens {entry} are damaged ({e}); they are rebuilt", stacklevel=3)
         return None
 
 
 def _read(entry: Path) -> TokenData:
-    """Read and check a cache entry."""
+    """Read a cache entry and verify its checksum."""
     for file in entry.iterdir():
-        fault = inputs.not_a_file(file)  # opening a pipe would wait for a writer
+        fault = inputs.not_a_file(file)  # a named pipe must not be opened, because that can block forever
         if fault:
             raise ValueError(f"{file.name} {fault}")
     meta = json.loads((entry / "meta.json").read_bytes())
@@ -142,9 +142,9 @@ def _read(entry: Path) -> TokenData:
 
 
 def _store(entry: Path, data: TokenData) -> TokenData:
-    """Write a cache entry in one rename, and return the data that the cache has now.
+    """Write a cache entry atomically, and return the data of the entry.
 
-    If another process has written the entry first, its data is returned. It is the same data.
+    If another process has already written the entry, return the data of that entry, which is identical.
     """
     temporary: Path | None = None
     try:
@@ -171,13 +171,13 @@ def _store(entry: Path, data: TokenData) -> TokenData:
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary folders of killed processes."""
     for temporary in folder.glob("*.tmp"):
-        with suppress(OSError):  # another process may remove it at the same time
+        with suppress(OSError):  # another process may remove the folder at the same time
             if time.time() - temporary.stat().st_mtime > ABANDONED:
                 shutil.rmtree(temporary)
 
 
 def _publish(fresh: Path, entry: Path) -> TokenData | None:
-    """Move a finished entry into place. If an intact entry exists already, return that one instead."""
+    """Move a finished entry to its final path. If an intact entry already exists there, return its data."""
     for attempt in itertools.count():
         try:
             fresh.rename(entry)
@@ -191,10 +191,10 @@ def _publish(fresh: Path, entry: Path) -> TokenData | None:
         aside = fresh.with_name(f"aside-{attempt}")
         try:
             entry.rename(aside)
-        except FileNotFoundError:  # another process has moved it aside and will publish its own entry
+        except FileNotFoundError:  # another process has moved the damaged entry and will publish a new one
             continue
-        # Between the check and the rename, another process may have replaced the damaged entry.
+        # Another process may have replaced the damaged entry between the check and the rename.
         if _load(aside, warn=False) is not None:
-            with suppress(OSError):  # a third process has published in the meantime
+            with suppress(OSError):  # a third process may have published an entry in the meantime
                 aside.rename(entry)
     return None

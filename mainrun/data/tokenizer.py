@@ -1,11 +1,11 @@
-"""Fit tokenizers, and turn titles into token ids and back.
+"""Fit tokenizers, and convert titles to token ids and back.
 
-There are two kinds: byte-level BPE (the library `tokenizers`) and unigram (the library `sentencepiece`,
-because the unigram trainer of `tokenizers` is not deterministic). Both are lossless and give the same ids
-on every machine.
+There are two kinds of tokenizers. Byte-level BPE uses the library `tokenizers`. Unigram uses the library
+`sentencepiece`, because the unigram trainer of `tokenizers` is not deterministic. Both kinds are lossless and
+give the same ids on every machine.
 
-The ids 0, 1 and 2 are <pad>, <eos> and <unk>. No title encodes to one of them, so the <eos> ids of a
-stream are the ends of its titles. A character that a model cannot represent is written as `\\x{HEX}`.
+The ids 0, 1 and 2 are <pad>, <eos> and <unk>. The ids of a title contain none of them, so each <eos> in a
+token stream marks the end of a title. A character that a model cannot represent is written as `\\x{HEX}`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from mainrun.files.hashing import compact_json
 
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
-FORMAT = 2  # raise it when the ids, tokenizer.json or the cache change
-MIN_VOCAB_SIZE = 300  # room for the special tokens, the bytes and some learned tokens
+FORMAT = 2  # increase this number when the ids, tokenizer.json or the cache format change
+MIN_VOCAB_SIZE = 300  # enough for the special tokens, all bytes and some learned tokens
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
-# Characters with a special meaning in sentencepiece. It decodes the first as a space, and it skips titles
-# that contain the second when it fits.
+# Characters with a special meaning in sentencepiece. It decodes U+2581 as a space. Its trainer skips titles
+# that contain U+2585.
 UNIGRAM_UNSAFE = frozenset("\u2581\u2585")
 ESCAPE_ALPHABET = "\\x{}0123456789abcdef"
 ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 
 
 class Tokenizer:
-    """A fitted vocabulary.
+    """A fitted tokenizer.
 
-    `model` is in the format of the library: JSON text for bpe, a serialised sentencepiece model for unigram.
+    `model` has the format of the library. For bpe it is JSON text. For unigram it is a serialised
+    sentencepiece model.
     """
 
     PAD, EOS, UNK = PAD, EOS, UNK
@@ -54,7 +55,7 @@ class Tokenizer:
         self.model = model
 
     def encode(self, titles: Sequence[str]) -> np.ndarray:
-        """Return the titles as one flat stream with an <eos> after each title."""
+        """Return the token ids of the titles as one flat array, with an <eos> after each title."""
         texts = _escape(titles, self._is_unsafe)
         if self.kind == "bpe":
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
@@ -64,7 +65,7 @@ class Tokenizer:
         return np.fromiter(itertools.chain.from_iterable(_with_eos(ids)), dtype=self.dtype)
 
     def titles(self, stream: np.ndarray | Sequence[int]) -> list[str]:
-        """Return the titles of a stream. The last title may lack its <eos>."""
+        """Return the titles of a token stream. The last title may lack its <eos>."""
         ids = np.asarray(stream, dtype=np.int64)
         parts = np.split(ids, np.flatnonzero(ids == EOS) + 1)
         if len(ids) == 0 or ids[-1] == EOS:
@@ -79,7 +80,7 @@ class Tokenizer:
         return [ESCAPED.sub(_unescape, text) for text in texts]
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """Return the text of a stream, one title per line."""
+        """Return the text of a token stream, with one title per line."""
         return "\n".join(self.titles(ids))
 
     @property
@@ -87,7 +88,7 @@ class Tokenizer:
         return np.uint16 if self.vocab_size < 2**16 else np.uint32
 
     def to_json(self) -> str:
-        """Return the content of tokenizer.json."""
+        """Return the text that is saved as tokenizer.json."""
         model: Any
         if self.kind == "bpe":
             model = json.loads(self.model)
@@ -98,7 +99,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Return the tokenizer of a tokenizer.json."""
+        """Create a tokenizer from the text of a tokenizer.json file."""
         try:
             table = json.loads(text)
             kind = table["kind"]
@@ -110,7 +111,7 @@ class Tokenizer:
             if not model:
                 raise ValueError("no model")
         except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a ValueError
-            raise RunError(f"tokenizer.json is damaged or of another version ({e}); {DAMAGED}") from None
+            raise RunError(f"tokenizer.json is damaged or has another version ({e}); {DAMAGED}") from None
         return cls(kind, size, raw)
 
     @cached_property
@@ -119,7 +120,7 @@ class Tokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        """The library's tokenizer, loaded on first use. A run with cached streams may not need it."""
+        """The library's tokenizer object. It is loaded on first use, as cached streams do not need it."""
         return _load_bpe(self.model) if self.kind == "bpe" else _load_unigram(self.model)
 
     @cached_property
@@ -136,7 +137,7 @@ class Tokenizer:
 
 
 def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Fit a vocabulary of exactly `vocab_size` tokens, including the special tokens and bytes."""
+    """Fit a tokenizer with exactly `vocab_size` tokens, including the special tokens and bytes."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; "
@@ -151,15 +152,15 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    # Each title gets a leading space, so that its first word has the same token as the word elsewhere.
-    # The decoder removes the space. ByteLevel's add_prefix_space is not lossless: it adds a space only if
-    # the title has none, and the decoder keeps it.
+    # Each title gets a leading space, so that a word has the same token at the start of a title as inside a
+    # title. The decoder removes the leading space. ByteLevel's option add_prefix_space is not lossless: it
+    # adds no space if a title already starts with one, and the decoder does not remove the space.
     library = Library(models.BPE(unk_token=SPECIALS[UNK]))
     library.normalizer = normalizers.Prepend(" ")
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    # As in the public baseline, only bytes that occur get a token. Other bytes are escaped, so the alphabet
-    # always includes the characters of an escape.
+    # As in the public baseline, only bytes that occur in the titles get a token. Other bytes are escaped, so
+    # the alphabet always includes the characters of an escape.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
@@ -198,10 +199,11 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             remove_extra_whitespaces=False,
             input_sentence_size=0,  # use all titles
             shuffle_input_sentence=False,
-            max_sentence_length=2**30,  # sentencepiece would skip a longer title without a message
-            # The same on every machine: the split of the sums decides their last bits, and so the vocabulary.
+            max_sentence_length=2**30,  # sentencepiece silently skips titles longer than this limit
+            # The number of threads affects how sums are rounded, and therefore which tokens are chosen. It
+            # must be the same on every machine.
             num_threads=16,
-            # More seed candidates than ten per token give longer encodings and a slower fit.
+            # More than ten seed candidates per token would make the encodings longer and the fit slower.
             seed_sentencepiece_size=max(10_000, 10 * vocab_size),
             minloglevel=2,
         )
@@ -211,7 +213,7 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
-    """Turn a message of sentencepiece's trainer into an error that says what to do."""
+    """Turn a message of sentencepiece's trainer into an error whose message explains the fix."""
     too_large = re.search(r"value <= (\d+)", reason)
     if too_large:
         return _vocabulary_error(vocab_size, int(too_large[1]))
@@ -244,9 +246,9 @@ def _load_bpe(model: bytes) -> Any:
 
     try:
         library = Library.from_str(model.decode())
-    except Exception as e:  # the library raises no narrower class
-        raise RunError(f"tokenizer.json holds no BPE model ({e}); {DAMAGED}") from None
-    library.encode_special_tokens = True  # "<eos>" inside a title is text
+    except Exception as e:  # the library `tokenizers` raises no error class narrower than Exception
+        raise RunError(f"tokenizer.json contains no BPE model ({e}); {DAMAGED}") from None
+    library.encode_special_tokens = True  # the characters "<eos>" inside a title are encoded as plain text
     return library
 
 
@@ -256,7 +258,7 @@ def _load_unigram(model: bytes) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as e:
-        raise RunError(f"tokenizer.json holds no sentencepiece model ({e}); {DAMAGED}") from None
+        raise RunError(f"tokenizer.json contains no sentencepiece model ({e}); {DAMAGED}") from None
 
 
 def _byte_signs() -> list[str]:
@@ -270,14 +272,17 @@ def _byte_signs() -> list[str]:
 
 
 def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str]:
-    """Write unsafe characters as \\x{HEX}. The backslash of a literal "\\x{" is written that way too."""
+    """Replace unsafe characters by escapes \\x{HEX}.
+
+    The backslash of a literal "\\x{" in a title is escaped too.
+    """
     text = "".join(titles)
     chars = set(text)
     for char in chars:
         if "\ud800" <= char <= "\udfff":
             title = next(title for title in titles if char in title)
             raise UsageError(
-                f"title {title!r} is not Unicode text: it holds half of a surrogate pair; write it in UTF-8"
+                f"title {title!r} is not Unicode: it contains half of a surrogate pair; write it in UTF-8"
             )
     escapes = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if is_unsafe(char)}
     if not escapes and "\\x{" not in text:
@@ -286,7 +291,7 @@ def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str
 
 
 def _unescape(match: re.Match[str]) -> str:
-    """Return the character of an escape, or the escape itself if it is not a valid character."""
+    """Return the character that an escape represents, or the escape itself if its number is invalid."""
     code = int(match[1], 16)
     is_character = code < 0x110000 and not 0xD800 <= code < 0xE000
     return chr(code) if is_character else match[0]

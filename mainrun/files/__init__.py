@@ -1,1 +1,1 @@
-"""Reading the files of users, hashing files, and locks between processes."""
+"""Utilities that read user files, hash files, and lock files between processes."""

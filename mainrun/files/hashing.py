@@ -1,4 +1,7 @@
-"""SHA-256 of files and of JSON values. Stored hashes and keys depend on these bytes: they must not change."""
+"""Compute the SHA-256 of files and of JSON values.
+
+The JSON encodings in this module must not change, because stored hashes and keys depend on them.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ from mainrun.files.inputs import open_file
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file as a hexadecimal string."""
     with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return a value as JSON with sorted keys, in ASCII: equal values give equal bytes."""
+    """Return a value as ASCII JSON with sorted keys, so that equal values give equal bytes."""
     return json.dumps(value, sort_keys=True).encode()
 
 
 def compact_json(value: Any) -> bytes:
-    """Return a value as JSON with sorted keys and without spaces, in UTF-8, as tokenizers are stored."""
+    """Return a value as UTF-8 JSON with sorted keys and without spaces, the form of stored tokenizers."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def sha256_json(value: Any) -> str:
-    """Return the SHA-256 of a value's canonical JSON, in hexadecimal."""
+    """Return the SHA-256 of a value's canonical JSON as a hexadecimal string."""
     return hashlib.sha256(canonical_json(value)).hexdigest()

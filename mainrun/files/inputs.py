@@ -1,7 +1,8 @@
-"""Read what users give: paths, and files in TOML, JSON and YAML. Format values for messages.
+"""Check user input: paths, and files in TOML, JSON and YAML. Format values for error messages.
 
-A file or a text that cannot be used raises `BadInput`. Its message continues a sentence that starts with the
-name of the file: "preset.toml" + " is a folder; give a file".
+Functions raise `BadInput` for a file or a text that cannot be used. The caller puts the name of the file in
+front of the message. For example, the message "is a folder; give a file" becomes "preset.toml is a folder;
+give a file".
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from typing import Any
 
 from mainrun.errors import DiskFull, MainrunError, UsageError
 
-LARGEST = 16_000_000  # bytes of a document
-LARGEST_YAML = 300_000  # characters; the YAML parser needs two seconds for them
-DEEPEST = 100  # levels of lists and tables
-MOST_VALUES = 1_000_000  # YAML aliases can repeat one list a billion times
-MOST_DIGITS = 300  # of an integer; Python refuses to print one of 4,301 digits
-LONGEST_NAME = 255  # bytes of a file name, on Linux and macOS
-LONGEST_PATH = 4095  # bytes, on Linux
-MOST_FOLDERS = 200  # in a path; `Path.mkdir(parents=True)` recurses once per folder
+LARGEST = 16_000_000  # the maximum size of a document in bytes
+LARGEST_YAML = 300_000  # the maximum length of a YAML document in characters, which takes 2 s to parse
+DEEPEST = 100  # the maximum depth of nested lists and tables
+MOST_VALUES = 1_000_000  # the maximum number of values, because YAML aliases can repeat a list very often
+MOST_DIGITS = 300  # the maximum length of an integer, because Python cannot print 4,301 digits
+LONGEST_NAME = 255  # the maximum length of a file name in bytes, on Linux and macOS
+LONGEST_PATH = 4095  # the maximum length of a path in bytes, on Linux
+MOST_FOLDERS = 200  # the maximum depth of a path, because `Path.mkdir(parents=True)` is recursive
 
 
 class BadInput(ValueError):
-    """A file or a text cannot be used. The message says why, and how to fix it."""
+    """Raised for a file or a text that cannot be used. The message names the reason and the fix."""
 
 
 # -- values in messages
 
 
 def printable(text: str) -> str:
-    """Return the text on one line, with control characters and lone surrogates as escapes such as \\n."""
+    """Replace control characters, line breaks and lone surrogates in a text by escapes such as \\n."""
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
         lambda match: match[0].encode("unicode_escape").decode(),
@@ -56,16 +57,19 @@ def shortened(text: str, most: int) -> str:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """Return a value for a message, as Python writes it."""
+    """Return the `repr` of a value for an error message, shortened to `most` characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer with too many digits, or endlessly nested lists
+    except (ValueError, RecursionError):  # the integer has too many digits, or the lists are nested too deep
         text = f"a {type(value).__name__} that cannot be printed"
     return shortened(printable(text), most)
 
 
 def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
-    """Yield the first ten texts, and then how many more there are. what: the plural noun for them."""
+    """Yield the first ten texts, and then the number of remaining texts.
+
+    `what` is a plural noun for the texts.
+    """
     rest = iter(texts)
     for _, text in zip(range(10), rest, strict=False):
         yield text
@@ -78,11 +82,11 @@ def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def bad_path(text: str) -> str:
-    """Return why the path is invalid and how to fix it, or an empty text."""
+    """Return why a path is invalid and how to fix it, or an empty text if the path is valid."""
     if not text.strip():
         return "which is empty; give a path"
     if "\0" in text:
-        return "which holds a NUL character; remove it"
+        return "which contains a NUL character; remove it"
     name = os.fsencode(text)
     longest = max(len(part) for part in name.split(b"/"))
     if longest > LONGEST_NAME:
@@ -101,14 +105,14 @@ def bad_path(text: str) -> str:
 
 
 def check_path(text: str | Path, what: str) -> None:
-    """Refuse an invalid path. what: the option that gave it, such as --out."""
+    """Raise UsageError for an invalid path. `what` names the option of the path, such as --out."""
     why = bad_path(str(text))
     if why:
         raise UsageError(f"got {what} {shown(str(text), 80)}, {why}")
 
 
 def expanded(text: str, what: str) -> Path:
-    """Return the path with ~ replaced by the home folder. what: the option or variable that gave it."""
+    """Return the path with ~ replaced by the home folder. `what` names the option or variable of the path."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -118,9 +122,9 @@ def expanded(text: str, what: str) -> Path:
 
 
 def not_a_file(path: Path) -> str:
-    """Return why the path is not a regular file, such as "is a folder", or an empty text.
+    """Return why a path is not a regular file, such as "is a folder", or an empty text if it is one.
 
-    The path is not opened, because opening a pipe would wait for a writer.
+    The function does not open the path, because opening a named pipe blocks until a process writes to it.
     """
     why = bad_path(str(path))
     if why:
@@ -160,7 +164,7 @@ FREE_SPACE = "free some space and run the same command again to resume"
 
 
 def reason_for(e: OSError) -> str:
-    """Return why the system refused a file operation, and how to fix it."""
+    """Return why the operating system refused a file operation, and how to fix the problem."""
     return REASONS.get(e.errno or 0) or f"{e.strerror or e}; check it, or give another path"
 
 
@@ -180,11 +184,11 @@ def refusal(e: OSError) -> MainrunError:
 
 
 class NotAFile(OSError):
-    """A pipe, a socket or a device where a file should be."""
+    """Raised for a pipe, a socket or a device at the path of a regular file."""
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a file for reading. Raise `NotAFile` for a pipe or a device, which could block or never end."""
+    """Open a file for reading. Raise `NotAFile` for a pipe, a socket or a device, because it could block."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise NotAFile(errno.EINVAL, f"it {not_a_file(path)}", str(path))
@@ -192,7 +196,7 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """Return a file's bytes. largest: the maximum size in bytes."""
+    """Return the content of a file. `largest` is the maximum size in bytes."""
     why = not_a_file(path)
     if why:
         raise BadInput(f"{why}; give a file")
@@ -206,7 +210,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """Return the text of a file in UTF-8, with or without a byte order mark."""
+    """Return the text of a UTF-8 file, with or without a byte order mark."""
     data = read_bytes(path, largest)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise BadInput("is UTF-16, not UTF-8; save the file as UTF-8")
@@ -222,7 +226,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 # -- documents
 
 TOO_DEEP = f"it is nested too deep: at most {DEEPEST} levels are allowed"
-TIMES = (datetime.date, datetime.time)  # TOML and YAML have these types; no setting uses them
+TIMES = (datetime.date, datetime.time)  # types of TOML and YAML that no setting accepts
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -238,7 +242,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """Parse a TOML value. Return a text that is not valid TOML, or that is a date or a time, unchanged."""
+    """Parse a TOML value. Return the text itself if it is not valid TOML, or if it is a date or a time."""
     try:
         data = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -248,7 +252,7 @@ def toml_value(text: str) -> Any:
     except ValueError as e:
         raise BadInput(parser_message(e)) from None
     value = data["value"]
-    # A text of several lines may set further keys.
+    # A text of several lines may define more keys than `value`, so it is not a single TOML value.
     if len(data) > 1 or isinstance(value, TIMES):
         value = text
     check_data(value)
@@ -256,7 +260,7 @@ def toml_value(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse a JSON document. Refuse a key that appears twice in one object: a value would be lost."""
+    """Parse a JSON document. Raise BadInput if a key appears twice in one object."""
     try:
         data = json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
@@ -292,14 +296,14 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as e:
         raise BadInput(" ".join(str(e).split())) from None
     except (ValueError, TypeError, AttributeError, OverflowError) as e:
-        # PyYAML raises these for a date like 2026-99-99 and for a list as a key.
+        # PyYAML raises these errors for an invalid date such as 2026-99-99, and for a list as a key.
         raise BadInput(parser_message(e)) from None
     check_data(data)
     return data
 
 
 def _yaml_loader() -> Any:
-    """Return a YAML loader class that refuses duplicate keys and reads 6e-4 as a number."""
+    """Return a YAML loader class that rejects duplicate keys and reads 6e-4 as a number."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -310,20 +314,20 @@ def _yaml_loader() -> Any:
                     continue
                 name = self.construct_object(key, deep=True)
                 if name.__hash__ is None:
-                    raise BadInput(f"the key {shown(name, 80)} is a list or a table; write a text")
+                    raise BadInput(f"the key {shown(name, 80)} is a list or a table; write a text as the key")
                 if name in seen:
                     raise BadInput(f"the key {shown(name, 80)} appears twice in one mapping")
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1 reads 6e-4 as a text; JSON, TOML and YAML 1.2 read it as a number
+    # YAML 1.1 reads 6e-4 as a text, but JSON, TOML and YAML 1.2 read it as a number.
     exponent = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return Loader
 
 
 def parser_message(e: Exception) -> str:
-    """Return the message of a parser's exception, without Python's hints for developers."""
+    """Return the message of a parser's exception, without hints that only help Python developers."""
     if isinstance(e, RecursionError):
         return TOO_DEEP
     digits = re.search(r"value has (\d+) digits", str(e))
@@ -333,7 +337,7 @@ def parser_message(e: Exception) -> str:
 
 
 def check_data(data: Any) -> None:
-    """Refuse data nested too deep, integers too long to print, and text that UTF-8 cannot encode."""
+    """Raise BadInput for data that is nested too deep, is too large, or contains an unusable value."""
     todo = [(data, 1)]
     for _ in range(MOST_VALUES):
         if not todo:
@@ -347,7 +351,7 @@ def check_data(data: Any) -> None:
                 todo.extend((inner, level + 1) for inner in value.values())
         else:
             _check_value(value)
-    raise BadInput(f"it holds more than {MOST_VALUES:,} values")
+    raise BadInput(f"it contains more than {MOST_VALUES:,} values")
 
 
 def _check_value(value: Any) -> None:
@@ -356,6 +360,6 @@ def _check_value(value: Any) -> None:
     if isinstance(value, int) and value.bit_length() > MOST_DIGITS * 3.33:
         raise BadInput(f"a number has more than {MOST_DIGITS} digits")
     if isinstance(value, str) and "\0" in value:
-        raise BadInput("a text holds a NUL character; remove it")
+        raise BadInput("a text contains a NUL character; remove it")
     if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise BadInput("a text holds half of a surrogate pair, which is not a character; repair or remove it")
+        raise BadInput("a text contains half of a surrogate pair, which is no character; repair or remove it")

@@ -1,4 +1,4 @@
-"""Exclusive locks between processes, on files."""
+"""Exclusive file locks between processes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from pathlib import Path
 
 
 class Locked(Exception):
-    """Another process holds the lock. The message is the first line of the lock file: the holder."""
+    """Raised when another process has the lock. The message is the first line of the lock file."""
 
 
 class FileLock:
-    """An exclusive lock on a file, which names the holder. It lasts until `release` or the process ends."""
+    """An exclusive lock on a file. The file contains the name of the holder.
+
+    The lock lasts until `release` is called or the process ends.
+    """
 
     def __init__(self, path: Path, holder: str) -> None:
-        """Acquire the lock and write `holder` into the file. Raise `Locked` if another process holds it."""
+        """Acquire the lock and write `holder` into the file. Raise `Locked` if another process has it."""
         self.path = path
         self.holder = holder
-        # Unbuffered: text that a full disk refused must not be written again when the file is closed.
+        # A buffered file would try again to write `holder` when it is closed, even after the disk was full.
         self._file = path.open("a+b", buffering=0)
         try:
             self._acquire()
@@ -35,14 +38,14 @@ class FileLock:
         self._file.write(self.holder.encode())
 
     def current_holder(self) -> str:
-        """Return the holder that the file names. It is another one if this process has lost the lock."""
+        """Return the holder that the file names. It is another holder if this process has lost the lock."""
         return self.path.read_text(encoding="utf-8", errors="replace")
 
     def release(self) -> None:
-        """Release the lock. The file is kept."""
+        """Release the lock without deleting the file."""
         self._file.close()
 
 
 def first_line(holder: str) -> str:
-    """Return the first line of a lock file's content: the process, and its machine if known."""
+    """Return the first line of a lock file, which names the process and, if known, its machine."""
     return holder.partition("\n")[0].strip()

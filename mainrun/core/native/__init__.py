@@ -1,1 +1,1 @@
-"""Kernels in C++ (CPU) and Triton (GPU)."""
+"""Kernels in C++ for a CPU and in Triton for a GPU."""

@@ -1,4 +1,4 @@
-"""Build kernels.cpp once per machine, keep the library in the cache, and call its functions on tensors."""
+"""Compile kernels.cpp once per machine, and call its functions on tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the library, and build it first if it is not in the cache.
+    """Load the compiled library. If the cache does not have it, compile it first.
 
-    Return None if there is no compiler that can build it. The kernels then use torch's own operations.
+    Return None if no compiler can build the library. mainrun then uses torch's own operations instead.
     """
     compiler, problem = cpp_compiler()
     if problem:
@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         if subprocess.run(command, capture_output=True).returncode:
             return None
-        with suppress(OSError):  # without a writable cache, each process builds the library in 0.3 s
+        with suppress(OSError):  # if the cache is not writable, each process builds the library in 0.3 s
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
                 temporary.write(built.read_bytes())
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    """Call a function of the library. Tensors are passed as the addresses of their data."""
+    """Call a function of the library. A tensor is passed as the address of its data."""
     loaded = library()
     assert loaded is not None
     types: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_double, type(None): ctypes.c_void_p}
@@ -63,7 +63,7 @@ def _call(name: str, *args: Tensor | int | float | None) -> None:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's loss and the gradient of the mean loss."""
+    """Return the loss of each row and the gradient of the mean loss."""
     rows, vocab = logits.shape
     loss = torch.empty(rows, dtype=torch.float64)
     grad = torch.empty_like(logits)
@@ -72,14 +72,20 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bias_rows(bias: Tensor, scores: Tensor) -> tuple[Tensor, int]:
-    """Return the bias as contiguous rows, and their number. Row i of the scores uses bias row i % number."""
+    """Return the bias as contiguous rows, and the number n of these rows.
+
+    Row i of the scores uses row i % n of the bias.
+    """
     if bias.dim() > 2:
         bias = bias.expand_as(scores)
     return bias.contiguous(), bias[..., 0].numel()
 
 
 def softmax(scores: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Replace the scores by softmax(scores + bias). Return them, and a copy times the mask."""
+    """Replace the scores by softmax(scores + bias) in place.
+
+    Return the softmax and the softmax multiplied by the mask.
+    """
     dropped = scores if mask is None else torch.empty_like(scores)
     output = None if mask is None else dropped
     bias, period = _bias_rows(bias, scores)
@@ -92,9 +98,9 @@ def softmax(scores: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 def softmax_backward(
     grad: Tensor, weights: Tensor, bias: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of the dropped weights into that of the scores, in place.
+    """Turn the gradient of the masked weights into the gradient of the scores, in place.
 
-    Return the gradient and the dropped weights, which are computed again.
+    Return the gradient of the scores, and the masked weights, which are computed again.
     """
     dropped = weights if mask is None else torch.empty_like(weights)
     output = None if mask is None else dropped
