@@ -543,7 +543,8 @@ class TrainStep:
         state = self.state
         state.optimizers.set_rates(inputs, state.step)
         graph = self.forward_backward.graph
-        self.optimizer_step.on = graph is not None  # without a graph, the addresses of the gradients change at every step
+        # without a graph, the addresses of the gradients change at every step
+        self.optimizer_step.on = graph is not None
         self.optimizer_step((inputs.weight_decay, graph), state.optimizers.apply)
         state.average.update(inputs)
 
@@ -580,7 +581,7 @@ class Run(Protocol):
         """The plan of the run. Growth may replace the plan during training."""
 
     def settle(self) -> None:
-        """Share the state through the store, continue from a later state if there is one, and decide on growth."""
+        """Share the state through the store, continue from a later stored state, and decide on growth."""
 
     def stop_reason(self) -> str:
         """Return the reason to stop before the next step, or an empty string."""
