@@ -1,7 +1,7 @@
 """The trainer in one file: model, loss, step and loop. Read it from top to bottom.
 
-    python -m mainrun.train --preset demo:optimized    # this file alone: no checkpoints, no store, no growth
-    mainrun train --preset optimized                   # the same loop with all three (mainrun/run/session.py)
+    python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
+    mainrun train --preset optimized                   # with checkpoints, store and growth
     torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
 A config gives the same bits every time on one class of machines. The reason is that a training step is a pure
@@ -403,7 +403,7 @@ class State:
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
         self.step = 0
         self.tokens = 0  # tokens processed in training. R-Drop processes each token twice
-        self.growth_state: dict[str, Any] = {}  # see growth/state.py; empty if the run does not grow
+        self.growth_state: dict[str, Any] = {}  # empty if the run does not grow
         self.generation = 0  # increases when tensors are replaced, so that CUDA graphs are recorded again
         self.replace_model(cfg, model, Optimizers(cfg, model))
 
@@ -550,7 +550,7 @@ class TrainStep:
 
 
 def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
-    """Start to count the tokens that the model processes in training. Return a function that stops this."""
+    """Count the tokens that the model processes in training. Return a function that stops the count."""
     model = state.model
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -731,7 +731,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mainrun.train", description=main.__doc__)
     parser.add_argument("--preset", default="demo:optimized", help="a built-in preset or a TOML file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; may be repeated"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; can be repeated"
     )
     options = parser.parse_args(arguments)
     try:

@@ -323,7 +323,7 @@ class Growth:
         state.model.zero_grad(set_to_none=True)
         try:
             grown = self._make(op, before, after)
-        except Exception as e:  # for example if memory is too small or a value is not finite
+        except Exception as e:  # for example an out-of-memory error
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
@@ -378,8 +378,8 @@ class Growth:
         if op.on_fail == "abort":
             self._store_state()
             at = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}"
-            fix = "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
-            raise UsageError(f"{at}: {why}; the state before it is kept. {fix}")
+            fix = "Lower preserve or optimizer.min_coverage, or write on_fail=skip"
+            raise UsageError(f"{at}: {why}; the state before the operation is kept. {fix}")
         self.plan = self.plan.decided(Decision(self.state.step, skipped=True), op.place)
 
     def _probe(self) -> Tensor:
@@ -421,7 +421,7 @@ class Growth:
         symmetry = check_symmetry(replace(recent.moved, pieces=kept), model)
         # a router needs some steps before it distributes the tokens
         locked = locked_routers(model, self._probe()) if later >= SETTLES else []
-        detail = "; ".join(locked) or "each layer's tokens go to several experts, where it has any"
+        detail = "; ".join(locked) or "in every layer with experts, tokens go to several experts"
         router = PromiseCheck("router", not locked, detail)
         row: Row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name}
         row |= {"step": self.state.step, "since": recent.step, "checks": [vars(symmetry), vars(router)]}

@@ -411,8 +411,8 @@ def _expert_piece(change: Change, name: str, noise: dict[NoisePair, Tensor]) -> 
     index = tuple(units if space == "F" else None for space in spaces)
     if spaces[0] != "D":  # the up and gate projections
         return Piece(source, index, grad=shards / experts)
-    # The rest is the down projection. With softmax, the weights of a zero router sum to top_k / experts.
-    # A larger down projection compensates for this.
+    # The remaining parameters belong to the down projection. With softmax, the weights of a zero router sum
+    # to top_k / experts, and the scale of the down projection compensates for this.
     scale = 1.0
     grad = 1.0 / experts
     if change.after.router_weights == "softmax":

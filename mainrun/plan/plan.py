@@ -180,7 +180,7 @@ class Plan:
                 break
             segment = self._next_segment(segments[-1], applied[place], decision)
             if decision is None and segment.tokens + segment.span > self.budget:
-                if not foreseen:  # the reason is a previous op that fired late
+                if not foreseen:  # a previous op fired too late
                     break
                 raise ConfigError(self._too_late(segment, segments[-1]))
             segments.append(segment)

@@ -130,7 +130,10 @@ def _past_step(op: Op, past: int) -> str:
     step = op.trigger.step
     if step is None or not op.trigger.static or step >= past:
         return ""
-    return f"step {step} is over when its turn comes; it fires with the op before it, not before step {past}"
+    return (
+        f"step {step} is earlier than the op can fire; "
+        f"the op fires with the previous op, not before step {past}"
+    )
 
 
 def _dropped_layers(op: Op, before: TrainConfig) -> str:
@@ -140,7 +143,7 @@ def _dropped_layers(op: Op, before: TrainConfig) -> str:
     if not dropped:
         return ""
     noun = "layer" if len(dropped) == 1 else "layers"
-    return f"drops {noun} {', '.join(dropped)} of {before.n_layer}, and everything learned there"
+    return f"drops {noun} {', '.join(dropped)} of {before.n_layer} and their trained weights"
 
 
 def _short_wait(op: Op, evaluated: int, interval: int) -> str:
@@ -171,7 +174,7 @@ def _never_fires(applied: list[Applied], plan: Plan) -> Iterator[str]:
         text = "only fires if its condition on the loss is met"
     text += f"; the run has {plan.steps} steps"
     if op is not applied[-1].op:
-        text += ", and the ops after it wait for it"
+        text += ", and later ops wait for this op"
     yield f"ops[{op.place}] {op.name!r}: {text}."
 
 

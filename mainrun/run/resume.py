@@ -123,7 +123,7 @@ def rewind(log: RunLog, growth: Controller, metrics: Row, journal: Row) -> None:
         if file and not file.rewind(mark):
             # the user decides what to do, because starting over would lose the training so far
             fix = "restore it, or use --fresh to start over"
-            raise RunError(f"{file.path} is not the one its checkpoints were saved with; {fix}")
+            raise RunError(f"{file.path} does not match the checkpoints of the run; {fix}")
 
 
 def _continue(

@@ -59,9 +59,9 @@ def train(
     until: stop after this step.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())  # catch signals while data is prepared, too
+        stop = stack.enter_context(StopSignal())  # catch signals even while data is prepared
         started = time.perf_counter()
-        check_writable(Path(out))  # check early, because reading the data may be slow
+        check_writable(Path(out))  # check this before the data is read, which may take long
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
@@ -236,7 +236,7 @@ class Session:
     def _diverged(self, e: NotFinite) -> Diverged:
         """Save the state before a loss that is not finite, and return the error for the user."""
         self._log_steps(e.rows)
-        kept = "the last checkpoint before it is kept"
+        kept = "the last checkpoint before this step is kept"
         row = e.row
         if row.step == self.state.step + 1:  # the weights have not changed yet
             self.state.tokens -= self.plan.segment_at(self.state.step).span * self.cfg.passes
@@ -274,7 +274,7 @@ class Session:
         return f"{cause} at step {step} of {self.plan.steps}; everything is saved; {fix}"
 
     def _any_process_stops(self) -> bool:
-        # this question makes all processes wait for each other, so it is asked rarely
+        # `any_process` makes all processes wait for each other, so several processes call it rarely
         if self.device.world > 1 and self.state.step % self.device.read_every:
             return False
         return self.device.any_process(bool(self.stop.name))
@@ -329,7 +329,7 @@ class Session:
             lr = self.plan.at(step - 1).lr
             got = f"the score at step {step} of {self.plan.steps} is not a number after lr {lr:g}"
             fix = "lower lr, lr_aux or weight_decay"
-            raise Diverged(f"{got}; {fix} (the last checkpoint before it is kept)")
+            raise Diverged(f"{got}; {fix} (the last checkpoint before this step is kept)")
         for row in rows:
             self.sharing.add_row(row)
             self.run_log.eval(row, self.plan.steps)

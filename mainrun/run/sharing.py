@@ -138,7 +138,7 @@ class NodeReader:
         try:
             node = self.store.node(key)
             if node.step != target:
-                raise Damaged(f"it says that it is of step {node.step}")
+                raise Damaged(f"the node contains another step: {node.step}")
             if node.state not in states:  # the state was evicted from the store
                 return []
             return list(self.store.history(node, step))[::-1]
@@ -375,7 +375,7 @@ class NodeWriter:
         try:
             self.store.begin(node.root, self.course.begun)
             if node.begins and not self.store.files.exists(f"nodes/{node.parent}"):
-                raise Refused(f"the rows up to step {node.begins} are no longer in it")
+                raise Refused(f"the rows up to step {node.begins} are no longer in the store")
             self.store.save(node, tensors, lease.check if lease else lambda: None)
             self.store.evict({node.key})
             return True
@@ -655,7 +655,7 @@ class Sharing:
         """Continue from the data of a checkpoint."""
         if not meta:
             steps = f"the steps up to {step} were trained without a store"
-            self.writer.stop(f"{steps}: nothing of this run is kept in it")
+            self.writer.stop(f"{steps}: no steps of this run are kept in the store")
             return
         if meta["key"] != self.course.keys[step]:
             # the state has other bits, so it must not be stored with the keys of this run
