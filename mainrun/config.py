@@ -406,7 +406,7 @@ class TrainConfig(BaseModel):
 
     @property
     def segment_configs(self) -> tuple[TrainConfig, ...]:
-        """The configs of all segments. The first segment starts at step 0, and each op starts another one."""
+        """The configs of all segments. The first segment starts at step 0, and each op starts a segment."""
         applied, _ = walk(self, self.growth.ops)
         return (self, *(op.cfg for op in applied))
 

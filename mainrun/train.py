@@ -1,4 +1,4 @@
-"""The trainer in one file: model, loss, step and loop. Read it from top to bottom.
+"""The trainer in one file: model, loss, step and loop. Read this file from top to bottom.
 
     python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
     mainrun train --preset optimized                   # with checkpoints, store and growth
@@ -574,7 +574,7 @@ class Due(NamedTuple):
 
 
 class Run(Protocol):
-    """The methods that `loop` calls. `Session` in run/session.py and `PlainRun` implement them."""
+    """The methods that `loop` calls. `Session` in run/session.py and `PlainRun` implement this protocol."""
 
     @property
     def plan(self) -> Plan:

@@ -23,7 +23,7 @@ from mainrun.plan.ops import Op
 from mainrun.plan.optimizers import state_powers
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
-STEP = "step"  # the state entry that counts updates. It is copied and never scaled
+STEP = "step"  # the state entry that counts updates, which is copied but never scaled
 Factor = float | Tensor  # a number or a broadcastable tensor
 
 

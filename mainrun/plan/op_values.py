@@ -171,7 +171,7 @@ class NumberValue:
 
 @dataclass(frozen=True)
 class LayersValue:
-    """A list of layers. A single number is also accepted here. The operation decides what it means."""
+    """A list of layers. A single number is also accepted. The operation decides what the number means."""
 
     wanted: str
     required: bool = True

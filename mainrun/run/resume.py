@@ -99,7 +99,7 @@ def resume(
 
 
 class Usable:
-    """Check whether a checkpoint fits the run. If it fits, truncate the logs to their earlier sizes."""
+    """Check whether a checkpoint fits the run. If it fits, also truncate the logs of the run."""
 
     def __init__(self, cfg: TrainConfig, log: RunLog, growth: Controller) -> None:
         self.cfg = cfg

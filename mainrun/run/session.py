@@ -349,7 +349,7 @@ class Session:
             pass
 
     def _settle_once(self) -> bool:
-        """Share the state and decide about growth. Return True if this must be repeated."""
+        """Share the state and decide about growth. Return True to call this method again."""
         state = self.state
         self.sharing.publish(state)
         before = state.step
