@@ -14,7 +14,7 @@ class StopSignal:
     A second SIGINT stops the run immediately.
     """
 
-    last = ""  # the last signal that any session received, even too late to stop it
+    last = ""  # name of the last signal, even if it came too late to stop a session
 
     def __init__(self) -> None:
         self.name = ""  # name of the received signal; "" if no signal was received
