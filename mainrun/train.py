@@ -590,7 +590,7 @@ class Run(Protocol):
         """Carry out the growth operation that is due. Return False if no operation is due."""
 
     def due(self, step: int) -> Due:
-        """Return the actions that are due after a step. The loop asks for them before it trains the step."""
+        """Return the actions that are due after a step. The loop calls this before it trains the step."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and the targets of a step. Both have the shape (B, T)."""

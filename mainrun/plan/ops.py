@@ -46,7 +46,7 @@ class Transfer:
     """How the optimiser state is transferred to the new model."""
 
     mode: str = "auto"
-    min_coverage: float = 0.0  # the minimum fraction of the state that must be transferred
+    min_coverage: float = 0.0  # the minimum fraction of the state to transfer
 
 
 @dataclass(frozen=True)

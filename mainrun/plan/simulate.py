@@ -33,7 +33,7 @@ class SegmentForecast(NamedTuple):
 class Forecast(NamedTuple):
     """The result of `simulate`."""
 
-    faults: list[str]  # faults of ops that are missing in the segments
+    faults: list[str]  # ops with a fault are not part of the segments
     warnings: list[str]
     segments: list[SegmentForecast]
 

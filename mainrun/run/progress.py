@@ -174,7 +174,7 @@ class BarProgress(LineProgress):
 
 
 def make_progress(quiet: bool = False) -> Progress:
-    """Return a progress bar if stderr is a terminal. Otherwise return a display of lines."""
+    """Return a progress bar if stderr is a terminal. Otherwise return a display that prints lines."""
     if quiet:
         return QUIET
     if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown"):

@@ -138,7 +138,7 @@ class NodeReader:
         try:
             node = self.store.node(key)
             if node.step != target:
-                raise Damaged(f"the node contains another step: {node.step}")
+                raise Damaged(f"the node contains step {node.step}")
             if node.state not in states:  # the state was evicted from the store
                 return []
             return list(self.store.history(node, step))[::-1]
@@ -496,7 +496,7 @@ class Sharing:
                     if lease and lease.info["step"] <= state.step:
                         self.holder.free()
                     if self.unscored or self.course.plan.undecided:
-                        return  # the score and its decisions come first
+                        return  # score the state and decide about growth first
                     continue
                 if self.holder.lease or not self.writer.on:
                     return
