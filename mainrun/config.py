@@ -1,10 +1,10 @@
-"""The configuration of a run: one flat, immutable set of fields with bounds.
+"""The configuration of a run: a flat, immutable set of fields with bounds.
 
-Every field has a class, which says what it can influence:
+Every field has a class. The class says what the field can influence:
 
-    static      the run from step 0 on (model, data, seed, threads, ...)
-    scheduled   the run from the first step at which the resolved value differs (lr, dropout, batch size, ...)
-    inert       nothing in the training itself: names, and how often to log, evaluate and save
+    static      the whole run, for example the model, the data and the seed
+    scheduled   the run from the first step at which its value differs, for example lr and dropout
+    inert       no training step; for example names, and the intervals of logs, evaluations and checkpoints
 
 This module does not import torch, so that the command line starts fast.
 """
@@ -34,7 +34,7 @@ from mainrun.plan.op_files import from_text, read
 from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
 
-MIN_COVERAGE = 0.97  # an official score that covers less of val is shown with its coverage and never compared
+MIN_COVERAGE = 0.97  # the minimum share of val that an official score must cover to be compared with others
 # the fixed numbers of the public task
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
 
@@ -274,13 +274,14 @@ class TrainConfig(BaseModel):
     @field_validator("growth", mode="plain")
     @classmethod
     def _check_growth(cls, value: Any, info: ValidationInfo) -> Schedule:
-        """Read a schedule. Report all faults together: in how it is written, and in what its ops do."""
+        """Read a growth schedule. Report syntax faults and faults of its ops together."""
         faults: list[Fault] = []
         schedule = value
         if not isinstance(value, Schedule):
             schedule, faults = read(value)
         fields_before = list(cls.model_fields).index("growth")
-        if schedule.ops and len(info.data) == fields_before:  # otherwise the wrong fields are reported first
+        # if another field is invalid, report that field first
+        if schedule.ops and len(info.data) == fields_before:
             faults = faults + cls._faults_of_ops(schedule, info.data)
         if faults:
             faults.sort(key=lambda fault: fault[0])
@@ -324,7 +325,7 @@ class TrainConfig(BaseModel):
             raise ValueError(f"position=rope needs an even head width, got {got}")
 
     def _fix_of_heads(self) -> str:
-        """Suggest numbers of heads that divide d_model into even widths, and a width that n_head divides."""
+        """Suggest values of n_head that fit d_model, and a value of d_model that fits n_head."""
         width = 2 * self.n_head * max(1, round(self.d_model / (2 * self.n_head)))
         fitting = [n for n in range(1, self.d_model // 2 + 1) if self.d_model % (2 * n) == 0]
         if not fitting:
@@ -397,7 +398,7 @@ class TrainConfig(BaseModel):
 
     # -- values that follow from the fields
     def changed(self, **fields: Any) -> Self:
-        """Return a config with other values, and without growth. Raise ValueError if they are not allowed."""
+        """Return a copy with changed fields and without growth. Raise ValueError for an invalid value."""
         try:
             return type(self)(**self.model_dump(exclude={"growth"}) | fields)
         except ValidationError as e:
@@ -405,7 +406,7 @@ class TrainConfig(BaseModel):
 
     @property
     def segment_configs(self) -> tuple[TrainConfig, ...]:
-        """The config of each segment: the first from the start of the run, one more from each op on."""
+        """The configs of all segments. The first segment starts at step 0, and each op starts a segment."""
         applied, _ = walk(self, self.growth.ops)
         return (self, *(op.cfg for op in applied))
 
@@ -438,12 +439,12 @@ class TrainConfig(BaseModel):
 
     @property
     def passes(self) -> int:
-        """How often a step runs each of its tokens through the model."""
+        """The number of times that a step passes each token through the model."""
         return 2 if self.rdrop else 1
 
     @property
     def geometry(self) -> tuple[int, int]:
-        """Rows and tokens of one span of the official score; (0, 0) if the field cannot be parsed."""
+        """The rows and tokens of a span of the official score, or (0, 0) if the field cannot be parsed."""
         if not self.official_geometry:
             return self.batch_size, self.block_size
         rows, _, length = self.official_geometry.partition("x")
@@ -462,20 +463,20 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def class_of(cls, field: str) -> str:
-        """Return the class of a field: static, scheduled or inert."""
+        """Return the class of a field: "static", "scheduled" or "inert"."""
         extra = cls.model_fields[field].json_schema_extra
         assert isinstance(extra, dict)
         return str(extra["class"])
 
 
 def digest_of(fields: dict[str, Any]) -> str:
-    """Return the digest of a config that is given as a dict, possibly of another version of mainrun."""
+    """Return the digest of a config that is given as a dict. Another version may have written the dict."""
     hashed = {name: value for name, value in fields.items() if name != "preset"}
     return sha256_json(hashed)
 
 
 def from_dict(fields: dict[str, Any]) -> TrainConfig:
-    """Build a config from its fields. Raise ConfigError with a line for each fault."""
+    """Build a config from its fields. Raise ConfigError with one line per fault."""
     fields = fields | {"preset": str(fields.get("preset", "custom"))}
     growth = fields.get("growth")
     if isinstance(growth, str):
@@ -490,7 +491,7 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
 
 
 def _explained(e: ValidationError) -> Iterator[str]:
-    """Yield each fault once. Only the first ten unknown names get a suggestion, because it takes time."""
+    """Yield each fault once. Only the first ten faults contain suggestions, because suggestions are slow."""
     seen: set[str] = set()
     for error in e.errors():
         text = _explain(error, suggest=len(seen) < 10)
@@ -506,7 +507,7 @@ def _explain(error: Any, suggest: bool = True) -> str:
     if kind == "extra_forbidden":
         suggestion = _suggestion(name) if suggest else ""
         return f"unknown field {inputs.shown(name, 80)}{suggestion}; `mainrun presets --fields` lists all"
-    if kind == "value_error":  # from a validator of TrainConfig: already a complete message
+    if kind == "value_error":  # a validator of TrainConfig raised a complete message
         return str(error["ctx"]["error"])
     problem = error["msg"].lower()
     if kind.startswith("bool"):
@@ -516,7 +517,7 @@ def _explain(error: Any, suggest: bool = True) -> str:
 
 
 def _suggestion(name: str) -> str:
-    """Suggest a field with a similar name, or one whose description has the same words."""
+    """Suggest a field with a similar name, or a field whose description contains the name."""
     similar = nearest(name, TrainConfig.model_fields)
     if similar:
         return similar

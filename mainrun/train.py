@@ -1,12 +1,12 @@
-"""The trainer in one file: model, loss, step and loop. Read it from top to bottom.
+"""The trainer in one file: model, loss, step and loop. Read this file from top to bottom.
 
-    python -m mainrun.train --preset demo:optimized    # this file alone: no checkpoints, no store, no growth
-    mainrun train --preset optimized                   # the same loop with all three (mainrun/run/session.py)
+    python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
+    mainrun train --preset optimized                   # with checkpoints, store and growth
     torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
-A config gives the same bits every time on one machine class, because a step is a pure function of (config,
-step): its batch, dropout masks and learning rates do not depend on what happened before. So a run that was
-killed continues from its checkpoint as if it had never stopped.
+A config gives the same bits every time on one class of machines. The reason is that a training step is a pure
+function of (config, step). The batch, the dropout masks and the learning rates of a step do not depend on
+earlier steps. So a run that was killed continues from its checkpoint as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mainrun.core.frozen_torch  # noqa: F401  comes first, so that the imports below are fast
+import mainrun.core.frozen_torch  # noqa: F401  must come first to make the imports below fast
 from mainrun.config import TrainConfig
 from mainrun.core.average import Average
 from mainrun.core.device import Device
@@ -44,20 +44,21 @@ from mainrun.plan.recipes import load
 from mainrun.plan.seeds import seed_from
 
 # ------------------------------------------------------------------------------------------------------------
-# The model. Shapes: B rows, T tokens, D width, H query heads, K key/value heads, h head width, V vocabulary.
+# The model. Letters in shapes: B rows, T tokens, D width of the model, H query heads, K key/value heads,
+# h width of a head, V size of the vocabulary
 
 Rope = tuple[Tensor, Tensor] | None
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position times frequency, each (T, h/2)."""
+    """Return the cosines and the sines of position * frequency. Both tensors have the shape (T, h/2)."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its position. x: (B, heads, T, h)"""
+    """Apply rotary position embedding to queries or keys `x` of shape (B, heads, T, h)."""
     a, b = x.chunk(2, dim=-1)
     cos = cos[: x.size(-2)].to(x.dtype)
     sin = sin[: x.size(-2)].to(x.dtype)
@@ -82,15 +83,15 @@ def make_norm(cfg: TrainConfig) -> nn.Module:
 
 
 def cast(x: Tensor) -> Tensor:
-    """Cast to the matmul dtype once, so that the projections below don't each do it."""
+    """Cast `x` to bfloat16 under autocast. Casting once is faster than one cast per projection."""
     return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
 
 
 class Linear(nn.Linear):
-    """A linear layer on our own kernel."""
+    """A linear layer that uses the matrix product of `mainrun.core.kernels`."""
 
     def effective_weight(self) -> Tensor:
-        """Return the weight, with low-rank terms added where a subclass has them."""
+        """Return the weight of the layer. Subclasses add low-rank terms to it."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Optional: grouped keys and values, QK norm, gates, value residuals."""
+    """Causal self-attention with optional grouped keys and values, QK norm, gates and value residuals."""
 
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class Attention(nn.Module):
         self.dropout = 0.0
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, H, T, h), keys (B, K, T, h) and values (B, K, T, h), in one matrix product."""
+        """Compute queries (B, H, T, h), keys (B, K, T, h) and values (B, K, T, h) in one matrix product."""
         layers = (self.q, self.k, self.v)
         weight = torch.cat([layer.effective_weight() for layer in layers])
         bias = None
@@ -136,13 +137,13 @@ class Attention(nn.Module):
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads h) -> (B, heads, T, h)"""
+        """Reshape (B, T, heads * h) to (B, heads, T, h)."""
         return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (B, T, D) and the values (B, K, T, h), which later layers may mix in."""
+        """Return the output (B, T, D) and the values (B, K, T, h). Later layers may use the values again."""
         x = cast(x)  # (B, T, D)
         q, k, v = self.project(x)
         q = self.q_norm(q)  # (B, H, T, h)
@@ -164,9 +165,12 @@ class Attention(nn.Module):
         return self.o(y), v
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, masks: Masks | None) -> Tensor:
-        """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights. All (B, H, T, h)"""
+        """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights.
+
+        The arguments q, k and v and the result have the shape (B, H, T, h).
+        """
         if self.fused:
-            p = self.dropout if self.training else 0.0  # the fused kernel draws its own dropout
+            p = self.dropout if self.training else 0.0  # the fused kernel generates its own dropout masks
             causal = bias is None
             return F.scaled_dot_product_attention(
                 q.to(v.dtype), k.to(v.dtype), v, bias, dropout_p=p, is_causal=causal
@@ -176,7 +180,8 @@ class Attention(nn.Module):
             B, H, T, _ = q.shape
             mask = masks.take((B, H, T, T))
         assert bias is not None
-        with torch.autocast(q.device.type, enabled=False):  # which would copy the scores to float32 and back
+        # autocast would copy the attention scores to float32 and back
+        with torch.autocast(q.device.type, enabled=False):
             return attend(q * self.width**-0.5, k, v, bias, mask, self.dropout)
 
 
@@ -209,7 +214,7 @@ def make_mlp(cfg: TrainConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual connection around it."""
+    """A block of attention and an MLP. Each has a norm before it and a residual connection around it."""
 
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
@@ -228,7 +233,7 @@ class Block(nn.Module):
         return nn.Parameter(torch.full((cfg.d_model,), cfg.layer_scale))
 
     def branch(self, y: Tensor, scale: Tensor | None, masks: Masks | None) -> Tensor:
-        """Return what a branch adds to the residual stream."""
+        """Apply layer scale and dropout to the output of a branch."""
         if scale is not None:
             y = y * scale
         return masks.drop(y, self.dropout) if masks else y
@@ -243,7 +248,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model of a config."""
+    """The language model that a config describes."""
 
     causal: Tensor
     blocks: list[Block]
@@ -274,7 +279,7 @@ class GPT(nn.Module):
             self.blocks[i].requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Draw the initial weights."""
+        """Initialise all weights with random values."""
         std = self.cfg.init_std
         branch_std = std
         if self.cfg.init_depth_scaled:
@@ -290,7 +295,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(start_at_zero.weight)
 
     def set_dropout(self, inputs: StepInputs, attention: str) -> None:
-        """Set this step's dropout rates and attention kernel. Evaluation never drops."""
+        """Set the dropout rates and the attention kernel of a step. Evaluation never applies dropout."""
         self.dropout = inputs.dropout
         for block in self.blocks:
             block.dropout = inputs.resid_dropout
@@ -298,11 +303,14 @@ class GPT(nn.Module):
             block.attn.fused = attention == "sdpa"
 
     def attention_bias(self, idx: Tensor) -> Tensor | None:
-        """Return 0 where a token may look and -inf elsewhere, or None if the fused kernel masks by itself."""
+        """Return the attention bias: 0 where a token may attend, and -inf elsewhere.
+
+        Return None if the fused kernel applies the causal mask itself.
+        """
         T = idx.size(1)
         visible = self.causal[:T, :T]  # (T, T)
         if self.cfg.title_mask:
-            # <eos> belongs to the title that follows it, because it predicts that title's first word
+            # <eos> belongs to the title that follows it, because <eos> predicts the first token of that title
             title = (idx == EOS).cumsum(1)  # (B, T)
             same_title = title.unsqueeze(2) == title.unsqueeze(1)  # (B, T, T)
             visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
@@ -314,7 +322,7 @@ class GPT(nn.Module):
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
     def output_weight(self) -> Tensor:
-        """Return the weight of the head, which may be the embedding."""
+        """Return the weight of the output head. A tied head uses the weight of the embedding."""
         if self.head is not None:
             return self.head.weight
         if self.cfg.embed_lora_rank:
@@ -322,9 +330,10 @@ class GPT(nn.Module):
         return self.embed.weight
 
     def forward(self, idx: Tensor, pool: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V) of the token after each token.
+        """Return the logits (B, T, V) of the next token at each position.
 
-        Matrix products run in the config's dtype. pool: dropout masks; without them nothing is dropped.
+        Matrix products use the `dtype` of the config.
+        pool: the dropout masks. None turns dropout off.
         """
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             bias = self.attention_bias(idx)
@@ -351,7 +360,7 @@ class GPT(nn.Module):
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """Return the model of a config at step 0. The seed decides every weight."""
+    """Build the model of a config with its initial weights. The seed determines every weight."""
     torch.manual_seed(seed_from(cfg.seed, "weights"))
     return GPT(cfg, vocab_size)
 
@@ -363,11 +372,11 @@ def build(cfg: TrainConfig, vocab_size: int) -> GPT:
 def compute_loss(
     model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the training loss, and the plain cross entropy (nats per token) for the log."""
+    """Return the training loss, and the cross entropy in nats per token for the log."""
     if not inputs.rdrop:
         logits = model(x, pool).flatten(0, 1)  # (BT, V)
         return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
-    # R-Drop: the same rows under two dropout masks; both predict the target, and the two must agree
+    # R-Drop runs the same rows with two dropout masks, and penalises differences between the two outputs
     logits = model(torch.cat([x, x]), pool).float().flatten(0, 1)  # (2BT, V)
     logp = F.log_softmax(logits, dim=-1)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
@@ -384,18 +393,18 @@ def compute_loss(
 
 
 class State:
-    """Everything that a run carries from step to step, and so everything that a checkpoint holds."""
+    """The state of a run after a step. A checkpoint contains this state."""
 
-    cfg: TrainConfig  # in force now: growth may have changed it
+    cfg: TrainConfig  # the current config, which growth may have changed
     model: GPT
     optimizers: Optimizers
     average: Average
 
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
         self.step = 0
-        self.tokens = 0  # tokens processed in training; R-Drop processes each of them twice
-        self.growth_state: dict[str, Any] = {}  # of a growing run (growth/state.py)
-        self.generation = 0  # raised when tensors were replaced, so that recorded work is recorded again
+        self.tokens = 0  # tokens processed in training. R-Drop processes each token twice
+        self.growth_state: dict[str, Any] = {}  # empty if the run does not grow
+        self.generation = 0  # increases when tensors are replaced, so that CUDA graphs are recorded again
         self.replace_model(cfg, model, Optimizers(cfg, model))
 
     def replace_model(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
@@ -406,7 +415,7 @@ class State:
         self.generation += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name: model/..., optimizer/..., average/..."""
+        """Return all tensors by name. The names begin with model/, optimizer/ or average/."""
         tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
         tensors |= self.optimizers.state()
         if self.average.differs:
@@ -414,7 +423,7 @@ class State:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], step: int, tokens: int) -> None:
-        """Load the tensors of a state that belongs to this model."""
+        """Load saved tensors whose names and shapes match this model."""
         params = dict(self.model.named_parameters())
         unknown = {name for name in tensors if name.startswith("model/")} - {
             f"model/{name}" for name in params
@@ -436,17 +445,17 @@ class State:
 
     @staticmethod
     def _fitting(tensor: Tensor, target: Tensor, name: str) -> Tensor:
-        if tensor.shape != target.shape:  # copy_ would broadcast it
+        if tensor.shape != target.shape:  # copy_ would broadcast a tensor of another shape
             got = f"{name} has shape {tuple(tensor.shape)} in the state"
             raise RunError(f"{got} and {tuple(target.shape)} in the model; restore the state that was saved")
         return tensor
 
 
 class TrainStep:
-    """A training step: first the gradients, then the update of the weights.
+    """A training step in two parts: the gradients, and the update of the weights.
 
-    On a GPU both are recorded as CUDA graphs. What changes between steps (batch, seeds, rates) therefore
-    reaches them through tensors and generators only.
+    On a GPU, both parts are recorded as CUDA graphs. Values that change between steps, such as the batch and
+    the learning rates, therefore enter the graphs only through tensors and random generators.
     """
 
     def __init__(self, state: State, device: Device) -> None:
@@ -459,7 +468,7 @@ class TrainStep:
         self.prepare()
 
     def prepare(self) -> None:
-        """Adapt to a state whose model or tensors were replaced."""
+        """Prepare for a state whose model or tensors were replaced."""
         state = self.state
         if self.model is not state.model:
             self.release()
@@ -468,14 +477,15 @@ class TrainStep:
             self.stop_counting = count_tokens(self.runner, state, self.device.world)
             self.forward_backward = self.device.cuda_graph(state.cfg)
             self.optimizer_step = self.device.cuda_graph(state.cfg)
-            self.tokens_per_replay = 0  # a replayed graph calls no model, so nothing counts its tokens
+            # the replay of a graph does not call the model, so the hook of `count_tokens` does not run
+            self.tokens_per_replay = 0
         elif self.generation != state.generation:
             self.forward_backward.forget()
             self.optimizer_step.forget()
         self.generation = state.generation
 
     def release(self) -> None:
-        """Let go of the model before it is replaced: memory has room for two models, not for three."""
+        """Drop all references to the model before growth replaces it, so that its memory can be freed."""
         if self.model is None:
             return
         self.stop_counting()
@@ -485,14 +495,14 @@ class TrainStep:
         self.runner = None
 
     def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Tensor:
-        """Compute the clipped gradients of a batch. Return loss and gradient norm, still on the device."""
+        """Compute the clipped gradients of a batch. Return the loss and the gradient norm on the device."""
         self.prepare()
         device = self.device
         state = self.state
         # micro-batch m of this process is piece m * world + rank of the batch
         pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
         device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
-        # the rates do not enter the gradients, so they must not start a new recording
+        # learning rates do not affect the gradients, so a new rate must not start a new recording
         self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
         before = state.tokens
         with device.compiling():
@@ -517,36 +527,37 @@ class TrainStep:
             piece = micro * device.world + device.rank
             pool = device.masks(sites, micro)
             last = micro == inputs.grad_accum - 1
-            # gradients travel between processes after the last micro-batch only
+            # processes exchange gradients only after the last micro-batch
             with nullcontext() if last or device.world == 1 else self.runner.no_sync():
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
                 loss, plain = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
                 (loss / inputs.grad_accum).backward()
             total += plain / inputs.grad_accum
-            del loss, pool  # free their memory before the next micro-batch
+            del loss, pool  # free this memory before the next micro-batch
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         return torch.stack((device.mean(total), norm))
 
     def update(self, inputs: StepInputs) -> None:
-        """Move the weights along the gradients, and average them if the config asks for it."""
+        """Update the weights from the gradients, and update their average if the config has one."""
         state = self.state
         state.optimizers.set_rates(inputs, state.step)
         graph = self.forward_backward.graph
-        self.optimizer_step.on = graph is not None  # until then gradients lie elsewhere at every step
+        # without a graph, the addresses of the gradients change at every step
+        self.optimizer_step.on = graph is not None
         self.optimizer_step((inputs.weight_decay, graph), state.optimizers.apply)
         state.average.update(inputs)
 
 
 def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
-    """Count the tokens that the model processes in training, until the returned function is called."""
+    """Count the tokens that the model processes in training. Return a function that stops the count."""
     model = state.model
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if model.training:
             state.tokens += args[0].numel() * world
 
-    # the hook must not refer to the step, or DDP would outlive its process group
+    # the hook must not refer to the TrainStep, or DDP would outlive its process group
     return runner.register_forward_pre_hook(count).remove
 
 
@@ -555,49 +566,49 @@ def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], No
 
 
 class Due(NamedTuple):
-    """What happens after a step."""
+    """The actions that are due after a step."""
 
     score: bool
-    keep: bool  # its state is kept in the store
-    save: bool  # a checkpoint is written
+    keep: bool  # keep the state in the store
+    save: bool  # write a checkpoint
 
 
 class Run(Protocol):
-    """What the loop asks of a run: `Session` in run/session.py does everything, `PlainRun` the least."""
+    """The methods that `loop` calls. `Session` in run/session.py and `PlainRun` implement this protocol."""
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run. Growth may replace it on the way."""
+        """The plan of the run. Growth may replace the plan during training."""
 
     def settle(self) -> None:
-        """Share the state through the store, continue from a later one, and decide on growth."""
+        """Share the state through the store, continue from a later stored state, and decide on growth."""
 
     def stop_reason(self) -> str:
-        """Return why the run must stop before the next step, or ""."""
+        """Return the reason to stop before the next step, or an empty string."""
 
     def grow(self, release: Callable[[], None]) -> bool:
-        """Carry out the growth operation that is due. Return False if there is none."""
+        """Carry out the growth operation that is due. Return False if no operation is due."""
 
     def due(self, step: int) -> Due:
-        """Return what happens after a step, before that step is trained."""
+        """Return the actions that are due after a step. The loop calls this before it trains the step."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs and targets of a step, each (B, T)."""
+        """Return the inputs and the targets of a step. Both have the shape (B, T)."""
 
     def log(self, rows: Sequence[StepRow]) -> None:
-        """Log steps that are done."""
+        """Log finished steps."""
 
     def evaluate(self) -> None:
-        """Score the state on held-out titles."""
+        """Score the weights on held-out titles."""
 
     def save(self) -> None:
-        """Write a checkpoint, unless this state has one."""
+        """Write a checkpoint, unless this state already has one."""
 
 
 def loop(run: Run, state: State, device: Device) -> None:
     """Train to the end of the plan.
 
-    A step is a pure function of (config, step), so it does not matter who starts this loop, or at which step.
+    The loop can start at any step, because a training step is a pure function of (config, step).
     """
     step = TrainStep(state, device)
     losses = PendingLosses(limit=device.read_every)
@@ -613,11 +624,11 @@ def loop(run: Run, state: State, device: Device) -> None:
             continue
 
         due = run.due(state.step + 1)
-        inputs = run.plan.at(state.step)  # learning rates, weight decay, dropout and batch size of this step
+        inputs = run.plan.at(state.step)  # learning rates, weight decay, dropout and batch size of the step
         x, y = run.batch(state.step)
         loss_and_norm = step.gradients(x, y, inputs)
 
-        # read before the weights move if anything is due: a NaN must never reach a checkpoint
+        # if anything is due, check the loss before the weights change: a NaN must never reach a checkpoint
         losses.push(state.step + 1, inputs.lr, loss_and_norm)
         rows = losses.drain() if losses.full or any(due) else []
 
@@ -634,11 +645,11 @@ def loop(run: Run, state: State, device: Device) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# This file alone
+# Training with this file alone
 
 
 class Setup(NamedTuple):
-    """What a config needs to train on this machine."""
+    """The data, the device and the plan of a config on this machine."""
 
     cfg: TrainConfig
     device: Device
@@ -647,19 +658,19 @@ class Setup(NamedTuple):
     plan: Plan
 
     def start(self) -> State:
-        """Return the state at step 0."""
+        """Return the initial state."""
         state = State(self.cfg, build(self.cfg, self.data.tokenizer.vocab_size).to(self.device.torch_device))
         state.model.set_dropout(
             self.plan.at(0), self.device.attention
-        )  # a score may come before the first step
+        )  # set the dropout rates now, because the model may be scored before the first step
         return state
 
 
 def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
-    """Read the data of a config and plan its run. fired: growth operations that have fired (plan/plan.py)."""
+    """Read the data of a config and plan its run. fired: the argument `fired` of `Plan`."""
     device = Device(cfg)
     corpus = load_corpus(cfg)
-    with device.leader_first():  # the other processes find the tokens in the cache
+    with device.leader_first():  # the leader fills the token cache for the other processes
         data = prepare(cfg, corpus)
     plan = Plan(cfg, len(data.splits["train"]), fired)
     device.settle(cfg, plan)
@@ -667,7 +678,7 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
 
 
 def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
-    """Score the weights on val, and on dev if there is one. Yield the rows that metrics.jsonl holds."""
+    """Score the weights on val and, if it exists, on dev. Yield one row of metrics.jsonl per split."""
     for split in ("val", "dev"):
         if split not in data.splits:
             continue
@@ -680,7 +691,7 @@ def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str,
 
 
 class PlainRun:
-    """The least that `loop` needs: no checkpoints, no store, no growth. Rows are printed as JSON."""
+    """A minimal `Run` without checkpoints, store and growth. It prints its rows as JSON."""
 
     def __init__(self, setup: Setup, state: State) -> None:
         if setup.cfg.growth.ops:
@@ -716,11 +727,11 @@ class PlainRun:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train a preset with nothing but this file."""
+    """Train a preset with this file alone."""
     parser = argparse.ArgumentParser(prog="python -m mainrun.train", description=main.__doc__)
     parser.add_argument("--preset", default="demo:optimized", help="a built-in preset or a TOML file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; may be repeated"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; can be repeated"
     )
     options = parser.parse_args(arguments)
     try:

@@ -241,7 +241,7 @@ def test_a_loss_that_is_read_late_still_ends_the_run(
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     cfg = tiny(checkpoint_every=10, eval_per_epoch=0)
-    with pytest.raises(Diverged, match=r"at step 12 of .*the last checkpoint before it is kept"):
+    with pytest.raises(Diverged, match=r"at step 12 of .*the last checkpoint before this step is kept"):
         train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000010"]

@@ -113,7 +113,7 @@ def test_a_plan_as_json() -> None:
 
 def test_warnings_are_printed_after_the_table_and_in_the_json() -> None:
     drops = '{"ops": [{"name": "stack_layers", "value": [0], "trigger": {"step": 30}}]}'
-    message = "ops[0] 'stack_layers': drops layer 1 of 2, and everything learned there."
+    message = "ops[0] 'stack_layers': drops layer 1 of 2 and their trained weights."
     code, text, _ = run("plan", drops, *SETS)
     assert code == 0 and text.splitlines()[-1] == f"warning: {message}"
     assert json.loads(run("plan", drops, *SETS, "--json")[1])["warnings"] == [message]

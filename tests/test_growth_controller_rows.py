@@ -451,7 +451,7 @@ def test_a_broken_op_aborts_and_changes_nothing(broken_widen_mlp: None) -> None:
         "growth: ops[0] 'widen_mlp' did not keep its promise at step 10: function: max |delta logits| "
     )
     assert (
-        "; the state before it is kept. Ask less of it (preserve, optimizer.min_coverage), "
+        "; the state before the operation is kept. Lower preserve or optimizer.min_coverage, "
         "or write on_fail=skip" in text
     )
     assert run.state.cfg is cfg and run.growth.applied == 0 and run.scored == []
@@ -560,7 +560,7 @@ def test_copies_that_stay_equal_are_reported_ten_steps_later() -> None:
         "router",
         True,
     )
-    assert router["detail"] == "each layer's tokens go to several experts, where it has any"
+    assert router["detail"] == "in every layer with experts, tokens go to several experts"
     run.go(21)
     assert run.growth.look_back() == [], "each op is reported once"
 

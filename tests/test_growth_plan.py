@@ -257,14 +257,14 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
         ([wait("set_lr", 0.01, step=5)], None,
             ["ops[0] 'set_lr': changes nothing; the config already has these values."]),
         ([wait("stack_layers", [1, 1, 1], step=5)], None,
-            ["ops[0] 'stack_layers': drops layer 0 of 2, and everything learned there."]),
+            ["ops[0] 'stack_layers': drops layer 0 of 2 and their trained weights."]),
         ([wait("stack_layers", [1, 0], step=5)], None, []),
         ([wait("reset_lr_schedule", None, step=5)], None, []),
         ([wait("set_lr", 0.1, loss_below=0)], None,
             ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]),
         ([wait("set_lr", 0.1, step=50), wait("set_lr", 0.2, step=40)], None,
-         ["ops[1] 'set_lr': step 40 is over when its turn comes; "
-          "it fires with the op before it, not before step 50."]),
+         ["ops[1] 'set_lr': step 40 is earlier than the op can fire; "
+          "the op fires with the previous op, not before step 50."]),
         ([wait("set_lr", 0.1, wait_iters=2)], 102_401,
          ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; "
           "the op fires at the next evaluation."]),
@@ -277,7 +277,7 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
         ([wait("set_lr", 0.1, wait_iters=700)], 102_401,
             ["ops[0] 'set_lr': never fires; the run has 700 steps."]),
         ([wait("set_lr", 0.1, wait_iters=700), wait("set_lr", 0.2, step=9)], 102_401,
-         ["ops[0] 'set_lr': never fires; the run has 700 steps, and the ops after it wait for it."]),
+         ["ops[0] 'set_lr': never fires; the run has 700 steps, and later ops wait for this op."]),
         ([wait("set_lr", 0.1, loss_below=3, wait_iters=700)], 102_401,
          ["ops[0] 'set_lr': only fires if its condition on the loss is met; the run has 700 steps."]),
         ([wait("set_lr", 0.1, wait_iters=600), wait("set_lr", 0.2, wait_iters=60),
@@ -335,7 +335,7 @@ def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[2][1:5] == ["loss < 3.5 or a wait of 500", "4", "16", "2"]
     assert done.stdout.rstrip().endswith(
-        "warning: ops[4] 'stack_layers': drops layer 0 of 4, and everything learned there."
+        "warning: ops[4] 'stack_layers': drops layer 0 of 4 and their trained weights."
     )
     assert path.read_text() == LIST and [*tmp_path.iterdir()] == [path]
 

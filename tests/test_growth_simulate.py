@@ -251,11 +251,11 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
     ),
     "two layers that are dropped": (
         THREE, [op("stack_layers", [1], {"step": 5})], None,
-        ["ops[0] 'stack_layers': drops layers 0, 2 of 3, and everything learned there."],
+        ["ops[0] 'stack_layers': drops layers 0, 2 of 3 and their trained weights."],
     ),
     "one layer that is dropped": (
         THREE, [op("stack_layers", [0, 2], {"step": 5})], None,
-        ["ops[0] 'stack_layers': drops layer 1 of 3, and everything learned there."],
+        ["ops[0] 'stack_layers': drops layer 1 of 3 and their trained weights."],
     ),
     "a loss below zero": (
         {}, [op("set_lr", 0.1, {"loss_below": -1.5})], None,
@@ -270,10 +270,10 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
     "steps that go back, after the largest": (
         {}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 40}),
             op("set_lr", 0.3, {"step": 45})], None,
-        ["ops[1] 'set_lr': step 40 is over when its turn comes; "
-         "it fires with the op before it, not before step 50.",
-         "ops[2] 'set_lr': step 45 is over when its turn comes; "
-         "it fires with the op before it, not before step 50."],
+        ["ops[1] 'set_lr': step 40 is earlier than the op can fire; "
+         "the op fires with the previous op, not before step 50.",
+         "ops[2] 'set_lr': step 45 is earlier than the op can fire; "
+         "the op fires with the previous op, not before step 50."],
     ),
     "a step next to a loss is not static": (
         {}, [op("set_lr", 0.1, {"any": [{"step": 50}, {"loss_below": 3}]}), op("set_lr", 0.2, {"step": 40})],
@@ -323,7 +323,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
     ),
     "an op waits for one that never fires": (
         {}, [op("set_lr", 0.2, {"wait_iters": 99}), op("set_lr", 0.1, {"loss_below": 9})], 641,
-        ["ops[0] 'set_lr': never fires; the run has 70 steps, and the ops after it wait for it."],
+        ["ops[0] 'set_lr': never fires; the run has 70 steps, and later ops wait for this op."],
     ),
     "a reset changes nothing by itself": ({}, [op("reset_lr_schedule", None, {"step": 9})], None, []),
 }  # fmt: skip

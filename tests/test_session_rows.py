@@ -485,7 +485,7 @@ def test_a_checkpoint_of_another_config_is_skipped(resumed: ResumableRun) -> Non
 def test_a_changed_log_stops_the_run(resumed: ResumableRun) -> None:
     place = resumed.run.path / "metrics.jsonl"
     place.write_text(place.read_text().replace('"step": 1,', '"step": 2,', 1))
-    with pytest.raises(RunError, match=r"metrics\.jsonl is not the one its checkpoints were saved with"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl does not match the checkpoints of the run"):
         resumed.resume()
 
 

@@ -422,7 +422,7 @@ def test_a_run_resumed_with_another_store_writes_no_incomplete_nodes(tmp_path: P
             progress=Watch({19: lambda: time.sleep(0.5), 22: kill}),
         )
     train(cfg, tmp_path, store=other, progress=watch)
-    assert watch.noted("the rows up to step 18 are no longer in it") and other.verify() == []
+    assert watch.noted("the rows up to step 18 are no longer in the store") and other.verify() == []
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
@@ -436,7 +436,7 @@ def test_a_run_with_sessions_without_a_store_writes_no_incomplete_nodes(
         with suppress(Killed):
             train(cfg, tmp_path, store=store if kind == "S" else None, progress=watch)
     assert outcome(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
-    assert watch.noted("were trained without a store: nothing of this run is kept in it") == (
+    assert watch.noted("were trained without a store: no steps of this run are kept in the store") == (
         sessions != "-SS" or store.node_keys() == set()
     )
     again = from_dict(cfg.model_dump() | {"preset": "again"})
@@ -1011,7 +1011,7 @@ def test_damage_during_a_run_costs_no_bit(tmp_path: Path, alone: Any, filled_sto
     watch = Watch({28: lambda: [shutil.rmtree(tmp_path / "store" / name) for name in ("nodes", "states")]})
     train(cfg, tmp_path, store=store, progress=watch)
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
-    assert watch.noted("the rows up to step 27 are no longer in it") and store.verify() == []
+    assert watch.noted("the rows up to step 27 are no longer in the store") and store.verify() == []
 
 
 @contextmanager

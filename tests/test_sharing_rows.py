@@ -946,7 +946,7 @@ def test_a_node_without_its_parent_stops_writing() -> None:
     assert (
         not run.sharing.writer.on
         and run.store.saved == []
-        and "the rows up to step 18 are no longer in it" in run.notes[0]
+        and "the rows up to step 18 are no longer in the store" in run.notes[0]
     )
 
 

@@ -1290,7 +1290,7 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     lr = Plan(found.cfg, 10_000).at(2).lr
     assert found.said == (
         f"the score at step 3 of 9 is not a number after lr {lr:g}; lower lr, lr_aux or weight_decay "
-        "(the last checkpoint before it is kept)"
+        "(the last checkpoint before this step is kept)"
     )
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]
 
@@ -1330,7 +1330,9 @@ def test_a_loss_that_is_read_later_keeps_the_last_checkpoint(
     late_numbers(monkeypatch, 4)
     planted(monkeypatch, 3, lambda loss, plain: (loss, plain + math.nan))
     found = go(small(log_every=1, eval_interval=0, checkpoint_every=50), tmp_path, error=Diverged)
-    assert "at step 3 of 9" in found.said and found.said.endswith("(the last checkpoint before it is kept)")
+    assert "at step 3 of 9" in found.said and found.said.endswith(
+        "(the last checkpoint before this step is kept)"
+    )
     assert [row["step"] for row in found.rows("step")] == [1, 2] and found.saved == []
 
 

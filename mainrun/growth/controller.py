@@ -1,8 +1,9 @@
-"""Growth while a run trains: when an operation is due, what it does, and whether it kept its promise.
+"""The growth controller of a run: it fires operations, carries them out, and checks the results.
 
-The state after a step is the one before the operations that act there. Checkpoints and nodes of the store
-hold it like that, so a run that continues from one decides and acts again. Both are functions of the config
-and of the scores so far, so they give the same bits.
+An operation that fires after a step changes the state of that step. Checkpoints and nodes of the store
+contain the state before the operation. A run that continues from a checkpoint or node therefore decides about
+the operation again and carries it out again. This gives the same bits, because decisions and operations
+depend only on the config and the previous scores.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ from mainrun.plan.triggers import Facts, due
 from mainrun.store.rundir import RowLog
 from mainrun.train import GPT, State
 
-SETTLES = 10  # steps after which copies should have diverged and a router should have chosen
-ROWS = 4  # rows of the batch that an operation is checked on
-PREFIX = "OPERATION_"  # of the journal's events
+SETTLES = 10  # number of steps after which copies should differ and a router should distribute tokens
+ROWS = 4  # number of rows in the batch for checks of an operation
+PREFIX = "OPERATION_"  # prefix of the event names in growth.jsonl
 
 
 class Recent(NamedTuple):
-    """An operation on the architecture whose copies have not been looked at yet."""
+    """A recent operation whose copies have not been checked yet."""
 
     op: Op
     step: int
@@ -60,20 +61,21 @@ class Recent(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """What an operation makes of a state: it replaces model, optimisers and average if every check passes."""
+    """The result of an operation. It replaces parts of the state if all checks pass."""
 
     model: GPT
     optimizers: Optimizers
     average: dict[str, Tensor] | None
     moved: IndexMap
     checks: list[PromiseCheck]
-    figures: Row  # for the journal
+    figures: Row  # further values for growth.jsonl
 
 
 class Growth:
-    """The growth of one run.
+    """The growth controller of a run.
 
-    `plan` holds what is known about its schedule so far, `journal` what was done.
+    plan: the plan of the run, with all decisions so far.
+    journal: the log of growth events, growth.jsonl.
     """
 
     def __init__(
@@ -93,16 +95,16 @@ class Growth:
         self.journal = journal
         self.on_event = on_event
         self.clock = clock
-        self.losses: list[tuple[int, float]] = []  # (step, loss) of the split that decides
-        self.applied = 0  # operations that have acted
+        self.losses: list[tuple[int, float]] = []  # step and loss of each evaluation of `split`
+        self.applied = 0  # number of operations that were carried out
         self._recent: list[Recent] = []
-        self._compiling: Op | None = None  # the last operation that makes the next step compile
+        self._compiling: Op | None = None  # the last operation after which the model must be compiled again
         self._notes: list[str] = []
         self.restore()
 
     @property
     def split(self) -> str:
-        """The split whose loss decides: dev if there is one, because val must not steer a run."""
+        """The split whose loss triggers operations: dev if it exists, because val must not steer a run."""
         return "dev" if self.cfg.dev_frac else "val"
 
     @property
@@ -120,7 +122,7 @@ class Growth:
             self.journal.close()
 
     def restore(self) -> None:
-        """Follow a state that was just built or loaded. Operations that act right there are still to come."""
+        """Adapt to a state that was just built or loaded. Due operations have not changed this state yet."""
         saved = self.state.growth_state
         if saved:
             self.plan = Plan(self.cfg, self.plan.train_tokens, saved["fired"])
@@ -129,7 +131,7 @@ class Growth:
         self._store_state()
 
     def _recall(self) -> list[Recent]:
-        """Return earlier operations, also of other sessions and runs, whose copies were not looked at yet."""
+        """Return earlier operations whose copies were not checked yet, including those of other sessions."""
         recent: list[Recent] = []
         for last, segment in pairwise(self.plan.segments[: self.applied + 1]):
             op = segment.op
@@ -139,7 +141,7 @@ class Growth:
             if self.state.step < segment.first + SETTLES:
                 old = empty_model(self.state.model, last.cfg)
                 for p in old.parameters():
-                    p.detach().zero_()  # where numbers go does not depend on what they are
+                    p.detach().zero_()  # the index map does not depend on the values of the weights
                 new = meta_model(old, segment.cfg)
                 moved = map_parameters(op, last.cfg, segment.cfg, old, new, op.seed)[1]
                 recent.append(Recent(op, segment.first, without_values(moved)))
@@ -155,7 +157,7 @@ class Growth:
         self.state.growth_state = growth_state(self.plan, self.applied, schedules)
 
     def figures(self, step: int) -> Row:
-        """Return the size of the model after a step and the FLOPs so far, for a row of its scores."""
+        """Return the size of the model and the total FLOPs after a step, for the log of its scores."""
         flops = 0
         segments = self.plan.segments
         for segment, later in zip(segments, [*segments[1:], None], strict=True):
@@ -167,7 +169,7 @@ class Growth:
         return dict(zip(FIGURES, (size["params"], size["active"], flops), strict=True))
 
     def observe_scores(self, rows: Iterable[Row]) -> None:
-        """Remember the losses of the split that decides."""
+        """Remember the losses of the split that triggers operations."""
         losses = dict(self.losses)
         for row in rows:
             if row["event"] == "eval" and row["split"] == self.split:
@@ -177,7 +179,7 @@ class Growth:
     # -- when an operation is due
 
     def decide(self) -> bool:
-        """Fire the operations that waited for the latest evaluation. Return True if the plan changed."""
+        """Fire the operations whose triggers the latest evaluation met. Return True if the plan changed."""
         changed = False
         while self._may_decide():
             op = self.plan.undecided
@@ -191,38 +193,38 @@ class Growth:
         return changed
 
     def _may_decide(self) -> bool:
-        """Whether the score of this step may fire the next undecided operation."""
+        """Whether the evaluation after this step may fire the next undecided operation."""
         step = self.state.step
         last = self.plan.segments[-1]
         if self.plan.undecided is None or last.first > step or step not in self.plan.eval_steps:
             return False
-        # an operation with `reevaluate` makes the next one wait for a loss of its own
+        # after an operation with `reevaluate`, the next operation waits for a new evaluation
         waits = last.op is not None and last.op.reevaluate and last.first == step
         return not waits
 
     def _reason(self, op: Op, last: int) -> str | None:
-        """Return why an operation fires after this step, or None if it does not."""
+        """Return the reason why an operation fires after this step, or None if it does not fire."""
         step = self.state.step
         losses = [entry for entry in self.losses if entry[0] <= step]
         return due(op.trigger, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))
 
     @property
     def pending_op(self) -> Op | None:
-        """The operation that acts before the next step, if there is one."""
+        """The operation that is due before the next step, or None."""
         later = self.plan.segments[self.applied + 1 :]
         if not later or later[0].first > self.state.step or self.state.step >= self.plan.steps:
             return None
         return later[0].op
 
-    # -- what an operation does
+    # -- carrying out operations
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
-        """Carry out every operation that is due before the next step.
+        """Carry out all operations that are due before the next step.
 
         Return True if the model was replaced.
         """
         replaced = False
-        # the loss of the state as it is, if this step was scored
+        # the loss before the operations, if the state was scored
         loss = dict(self.losses).get(self.state.step)
         op = self.pending_op
         while op:
@@ -234,7 +236,7 @@ class Growth:
     def _act(
         self, op: Op, evaluate: Callable[[], list[Row]], replaced: bool, loss: float | None
     ) -> tuple[bool, float | None]:
-        """Carry out one operation. Return whether the model was replaced so far, and the loss after it."""
+        """Carry out an operation. Return whether the model was replaced, and the loss after the operation."""
         last, segment = self.plan.segments[self.applied : self.applied + 2]
         before = self.state.cfg
         event = self._event(op)
@@ -268,13 +270,13 @@ class Growth:
         return replaced or op.name in ARCHITECTURE, loss
 
     def _event(self, op: Op) -> Row:
-        """Return what every row of the journal says about an operation."""
+        """Return the fields that every event of an operation has in growth.jsonl."""
         step = self.state.step
         tokens = self.plan.tokens(step)
         return {"op": op.id, "name": op.name, "value": op.value, "step": step, "tokens": tokens}
 
     def _apply(self, op: Op, segment: Segment) -> tuple[list[PromiseCheck], Row]:
-        """Change the state as the operation says, if every check of the result passes."""
+        """Apply an operation to the state if all checks of the result pass."""
         if op.name not in ARCHITECTURE:
             self.state.cfg = segment.cfg
             return [], {}
@@ -283,7 +285,7 @@ class Growth:
             return self._grow(op, self.state.cfg, segment.cfg)
 
     def _note(self, op: Op, before: TrainConfig, after: TrainConfig) -> str:
-        """Return the line that the user sees."""
+        """Return the message about an operation for the user."""
         value = "" if op.value is None else f" {json.dumps(op.value)}"
         note = f"growth: step {self.state.step}: ops[{op.place}] {op.name!r}{value}"
         if op.name not in ARCHITECTURE:
@@ -296,7 +298,7 @@ class Growth:
     ) -> float | None:
         """Score the state again after an operation.
 
-        Return its loss, or the one before if nobody scores here.
+        Return the new loss. In a process that does not score, return the previous loss.
         """
         rows = evaluate()
         if not rows:
@@ -308,7 +310,7 @@ class Growth:
         return after
 
     def _look_before(self, op: Op) -> None:
-        """Look at copies now that could not be identified after this operation."""
+        """Check the copies of earlier operations now if this operation renames their tensors."""
         kept = self._surviving(op, self._recent)
         for recent in self._recent:
             if recent not in kept and recent.step < self.state.step:
@@ -316,16 +318,16 @@ class Growth:
         self._recent = kept
 
     def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[PromiseCheck], Row]:
-        """Replace the model by the grown one if it passes every check; otherwise change nothing."""
+        """Replace the model by the grown model if the grown model passes every check."""
         state = self.state
         state.model.zero_grad(set_to_none=True)
         try:
             grown = self._make(op, before, after)
-        except Exception as e:  # whatever it is: too little memory, a number that is not finite
+        except Exception as e:  # for example an out-of-memory error
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
-            # the old weights are freed before the new moments are made
+            # free the old weights before the new optimiser state is allocated
             state.replace_model(after, grown.model, grown.optimizers)
             release_free_memory()
             mode = op.optimizer.mode
@@ -339,9 +341,9 @@ class Growth:
         return grown.checks, grown.figures
 
     def _make(self, op: Op, before: TrainConfig, after: TrainConfig) -> Grown:
-        """Return what an operation makes of the state, and whether it kept its promise.
+        """Compute the result of an operation and check it.
 
-        The state is not touched.
+        The state does not change.
         """
         state = self.state
         old = state.model
@@ -357,7 +359,7 @@ class Growth:
         average: dict[str, Tensor] | None = None
         if state.average.differs:
             with state.average.applied():
-                # the same seed draws the same numbers, so the average changes as the weights do
+                # with the same seed, the average gets the same random numbers as the weights
                 average = dict(grow(op, before, after, old, op.seed)[0].named_parameters())
         schedules = param_schedules(state.optimizers.schedules, moved, op, state.step)
         optimizers = Optimizers(after, new, schedules)
@@ -369,27 +371,27 @@ class Growth:
         return Grown(new, optimizers, average, moved, checks, figures)
 
     def _fail(self, op: Op, event: Row, failed: list[PromiseCheck]) -> None:
-        """Report an operation that failed. The state was never touched; the operation is not tried again."""
+        """Report a failed operation. The state did not change. The operation is not tried again."""
         why = "; ".join(f"{check.name}: {check.detail}" for check in failed)
         checks = [vars(check) for check in failed]
         self.log_event({"event": f"{PREFIX}ERROR", **event, "checks": checks, "on_fail": op.on_fail})
         if op.on_fail == "abort":
             self._store_state()
             at = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}"
-            fix = "Ask less of it (preserve, optimizer.min_coverage), or write on_fail=skip"
-            raise UsageError(f"{at}: {why}; the state before it is kept. {fix}")
+            fix = "Lower preserve or optimizer.min_coverage, or write on_fail=skip"
+            raise UsageError(f"{at}: {why}; the state before the operation is kept. {fix}")
         self.plan = self.plan.decided(Decision(self.state.step, skipped=True), op.place)
 
     def _probe(self) -> Tensor:
-        """Return the batch of ids that operations are checked on."""
+        """Return the batch of token ids for checks of an operation."""
         model = self.state.model
         length = min(model.cfg.block_size, 128)
         return probe(self.vocab_size, length, self.cfg.seed, ROWS).to(model.embed.weight.device)
 
-    # -- some steps later
+    # -- checks some steps after an operation
 
     def compiled(self, seconds: float) -> None:
-        """Log how long the first step after an operation compiled."""
+        """Log how long the compilation after an operation took."""
         op = self._compiling
         self._compiling = None
         if op and seconds:
@@ -397,7 +399,7 @@ class Growth:
             self.log_event(row | {"seconds": seconds})
 
     def look_back(self) -> list[str]:
-        """Return what the user should know after a step: operations, and copies or routers that are stuck."""
+        """Return messages for the user: new operations, equal copies, and routers that are stuck."""
         settled = [recent for recent in self._recent if self.state.step >= recent.step + SETTLES]
         for recent in settled:
             self._recent.remove(recent)
@@ -412,14 +414,14 @@ class Growth:
         op = recent.op
         later = self.state.step - recent.step
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        kept = {}  # tensors that no operation has changed since
+        kept = {}  # the tensors that no later operation has changed
         for name, piece in recent.moved.pieces.items():
             if shapes.get(name) == recent.moved.new[name]:
                 kept[name] = piece
         symmetry = check_symmetry(replace(recent.moved, pieces=kept), model)
-        # a router needs some steps before it must have chosen
+        # a router needs some steps before it distributes the tokens
         locked = locked_routers(model, self._probe()) if later >= SETTLES else []
-        detail = "; ".join(locked) or "each layer's tokens go to several experts, where it has any"
+        detail = "; ".join(locked) or "in every layer with experts, tokens go to several experts"
         router = PromiseCheck("router", not locked, detail)
         row: Row = {"event": f"{PREFIX}LOOKBACK", "op": op.id, "name": op.name}
         row |= {"step": self.state.step, "since": recent.step, "checks": [vars(symmetry), vars(router)]}
@@ -430,8 +432,6 @@ class Growth:
 
 
 def without_values(moved: IndexMap) -> IndexMap:
-    """Return an index map without the values that it adds: they are as large as the model and not needed
-    later.
-    """
+    """Return an index map without the field `plus` of its pieces, which is large and not needed later."""
     pieces = {name: replace(piece, plus=None) for name, piece in moved.pieces.items()}
     return replace(moved, pieces=pieces)

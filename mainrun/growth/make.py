@@ -1,4 +1,4 @@
-"""Makes the growth controller of a run. The operators are imported only if the run grows."""
+"""Create the growth controller of a run. The operators are imported only if the run grows."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ def make_controller(
     on_event: Callable[[Row], None] = lambda row: None,
     clock: Callable[[str], Any] = nullcontext,
 ) -> Controller:
-    """Return the controller of a run.
+    """Return the growth controller of a run.
 
-    journal: where its events are written. on_event: is called with each event. clock: measures an activity.
+    journal: the log for its events.
+    on_event: a function that is called with each event.
+    clock: a context manager that measures the time of an activity.
     """
     if not cfg.growth.ops:
         return NoGrowth(plan, state)

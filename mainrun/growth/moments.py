@@ -1,11 +1,12 @@
-"""Where the elements of a grown model come from, and the optimiser state that moves with them.
+"""Describe where the elements of a grown model come from, and transfer the optimiser state.
 
-The gradient of a copied weight is a known multiple of its source's gradient. Momentum is scaled by this
-factor, and a second moment by its square (`state_powers` in mainrun/plan/optimizers.py has the powers).
+The gradient of a copied weight is a known multiple of the gradient of its source. Momentum is scaled by this
+factor, and a second moment by its square. The powers are in `state_powers` in mainrun/plan/optimizers.py.
 
-A tensor that is entirely new starts with an empty state. A tensor with some new elements keeps its step
-count. At a large step count, a second moment of zero would make the first update of a new element 3.2
-learning rates long (beta2 = 0.999). New elements therefore start with the mean second moment of their tensor.
+A completely new tensor starts with an empty state. A tensor with some new elements keeps its step count. At a
+large step count, a second moment of zero would make the first update of a new element too large. With beta2 =
+0.999, the update would be 3.2 times the learning rate. New elements therefore start with the mean second
+moment of their tensor.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from mainrun.plan.ops import Op
 from mainrun.plan.optimizers import state_powers
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
-STEP = "step"  # the state entry that counts updates; it is copied and never scaled
-Factor = float | Tensor  # a number, or a tensor that broadcasts
+STEP = "step"  # the state entry that counts updates, which is copied but never scaled
+Factor = float | Tensor  # a number or a broadcastable tensor
 
 
 def along(index: Tensor, dim: int, ndim: int) -> Tensor:
@@ -43,7 +44,7 @@ def scaled(x: Tensor, factor: Factor) -> Tensor:
 
 
 def power_of(factor: Factor, power: int) -> Factor:
-    """Return a power as a product, because `**` may round differently."""
+    """Compute a power as a product, because `**` may round differently."""
     result: Factor = 1.0
     for _ in range(power):
         result = result * factor
@@ -52,18 +53,18 @@ def power_of(factor: Factor, power: int) -> Factor:
 
 @dataclass(frozen=True)
 class Piece:
-    """The recipe for one tensor of the new model: source[index] * weight + plus."""
+    """The formula for a tensor of the new model: source[index] * weight + plus."""
 
-    source: str | None  # a tensor of the old model; None: all elements are new
-    # One entry per dimension: the source's index for each new index, where -1 marks a new element.
-    # None copies the dimension unchanged. Missing entries count as None.
+    source: str | None  # the name of a tensor in the old model, or None if all elements are new
+    # For each dimension, the source index of each new index. -1 marks a new element.
+    # None copies the dimension unchanged. A missing entry means None.
     index: tuple[Tensor | None, ...] = ()
     weight: Factor = 1.0
-    grad: Factor | None = 1.0  # gradient / the source's gradient; None: the optimiser state starts empty
-    plus: Tensor | None = None  # values to add: random new elements, noise, or a merged low-rank term
+    grad: Factor | None = 1.0  # new gradient / source gradient; None starts with an empty state
+    plus: Tensor | None = None  # values to add, for example noise or random new elements
 
     def take(self, source: Tensor) -> Tensor:
-        """Return the elements of a source tensor in their new places. New elements are zero."""
+        """Return the elements of a source tensor at their new positions. New elements are zero."""
         for dim, index in enumerate(self.index):
             if index is None:
                 continue
@@ -73,7 +74,7 @@ class Piece:
         return source
 
     def value(self, old: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """Return the tensor's value. A new tensor has the dtype and device of `like`."""
+        """Return the new tensor. A tensor without a source has the dtype and device of `like`."""
         if self.source is None:
             value = torch.zeros_like(like)
         else:
@@ -92,7 +93,7 @@ class Piece:
 
 
 class Copies(NamedTuple):
-    """Rows of a tensor that started as copies: row rows[i] equals row first_rows[i] of the tensor `first`."""
+    """Rows of a tensor that started as copies. Row rows[i] copies row first_rows[i] of the tensor `first`."""
 
     name: str
     rows: Tensor
@@ -102,23 +103,23 @@ class Copies(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexMap:
-    """The pieces of all trainable tensors of a new model, with the shapes before and after."""
+    """The pieces of all trainable tensors in a new model, with the old and the new shapes."""
 
     pieces: dict[str, Piece]
     old: dict[str, torch.Size]
     new: dict[str, torch.Size]
-    # Modules whose low-rank term was truncated, with the share of the term's norm that was lost.
+    # Maps modules with a truncated low-rank term to the lost share of the norm of this term.
     truncated: dict[str, float] = field(default_factory=dict)
 
     def copies(self) -> Iterator[Copies]:
-        """Yield the copied rows of all matrices inside blocks, grouped by the tensor with the first copy."""
-        first: dict[tuple[str, int], tuple[str, int]] = {}  # (source, source row) -> its first copy
+        """Yield the copied rows of all matrices inside blocks. Group them by the tensor of the first copy."""
+        first: dict[tuple[str, int], tuple[str, int]] = {}  # maps a source row to its first copy
         for name, piece in self.pieces.items():
             if piece.source is None or not name.startswith("blocks.") or len(self.new[name]) != 2:
                 continue
             source = name
             if ".experts." in name:
-                # only experts are copies across tensors; the copies of a stacked layer get different inputs
+                # only experts are compared across tensors: copies of a stacked layer get different inputs
                 source = piece.source
             pairs: dict[str, list[tuple[int, int]]] = {}
             for row, source_row in enumerate(self._source_rows(name)):
@@ -132,7 +133,7 @@ class IndexMap:
                 yield Copies(name, rows, owner, first_rows)
 
     def _source_rows(self, name: str) -> list[int]:
-        """Return the source's row for each row of a tensor."""
+        """Return the source row of each row in a tensor."""
         index = self.pieces[name].index
         if not index or index[0] is None:
             return list(range(self.new[name][0]))
@@ -144,7 +145,7 @@ class IndexMap:
 
 
 class WidthFactors(NamedTuple):
-    """Factors of learning rate, weight decay and eps that make a wide run follow the narrow one."""
+    """Factors of the learning rate, weight decay and eps that keep training equal in a wider model."""
 
     lr: float
     weight_decay: float
@@ -152,10 +153,11 @@ class WidthFactors(NamedTuple):
 
 
 def width_factors(moved: IndexMap) -> dict[str, WidthFactors]:
-    """Return the factors of all parameters that were scaled as a whole.
+    """Return the factors of all parameters that were scaled by one number.
 
-    A weight that was divided by n needs updates divided by n. Its relative decay per step must not change, so
-    its weight decay is multiplied by n. AdamW compares eps with the gradient, so eps scales with it.
+    If a weight was divided by n, its learning rate is divided by n. The relative decay per step must not
+    change, so its weight decay is multiplied by n. AdamW adds eps to a root mean square of gradients, so eps
+    is scaled like the gradient.
     """
     factors = {}
     for name, piece in moved.pieces.items():
@@ -167,7 +169,7 @@ def width_factors(moved: IndexMap) -> dict[str, WidthFactors]:
 def param_schedules(
     before: Mapping[str, ParamSchedule], moved: IndexMap, op: Op, step: int
 ) -> dict[str, ParamSchedule]:
-    """Return the schedules of parameters after an operation, without those that equal the default.
+    """Return the schedules of parameters after an operation. Schedules that equal the default are left out.
 
     A parameter is new if its state starts empty, or if it belongs to a second copy of a layer.
     """
@@ -208,7 +210,7 @@ def _widened(schedule: ParamSchedule, by: WidthFactors) -> ParamSchedule:
 
 # -- optimiser state
 
-StateTensors = dict[str, Tensor]  # of one parameter, by key
+StateTensors = dict[str, Tensor]  # the optimiser state of one parameter
 
 
 def transfer(
@@ -218,20 +220,21 @@ def transfer(
     min_coverage: float = 0.0,
     dry: bool = False,
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the optimiser state of the new model, and the share of its elements that kept their state.
+    """Return the optimiser state of the new model, and the share of its elements whose state was kept.
 
     state: `Optimizers.state()` of the old model. If it is empty, the share is 1.
-    mode: "scale" and "auto" scale the state with the gradients; "keep" copies it unscaled; "reset" drops it.
-        "asymmetric" scales it, but only the first of several copies keeps its momentum; then copies diverge.
-    min_coverage: the minimum share; less raises ValueError, except in the mode "reset".
-    dry: compute the share only, and return no tensors.
+    mode: "scale" and "auto" scale the state like the gradients. "keep" copies the state without scaling.
+        "reset" drops the state. "asymmetric" scales the state, but only the first copy keeps its momentum.
+        The other copies then diverge from the first copy.
+    min_coverage: the minimum share. A smaller share raises ValueError, except in the mode "reset".
+    dry: compute only the share, and return no tensors.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not allowed; use {', '.join(MODES)}")
     powers = state_powers()
     old_state = by_parameter(state, moved.old)
     new_state: dict[str, Tensor] = {}
-    used: dict[str, Tensor] = {}  # elements of each source whose momentum a copy already has
+    used: dict[str, Tensor] = {}  # masks of the source elements whose momentum was already copied
     kept = 0
     for name, shape in moved.new.items():
         piece = moved.pieces[name]
@@ -266,7 +269,7 @@ def transfer(
 def _scaled_state(
     tensors: StateTensors, piece: Piece, factor: Factor, powers: dict[str, int], dry: bool
 ) -> StateTensors:
-    """Return the scaled state of one parameter in its new places. A dry run leaves the momentum as it was."""
+    """Return the scaled state of a parameter at its new positions. A dry run does not change the momentum."""
     result = dict(tensors)
     for key, value in tensors.items():
         if key == STEP or (dry and powers[key] == 1):
@@ -276,9 +279,9 @@ def _scaled_state(
 
 
 def _fill_new_elements(tensors: StateTensors, powers: dict[str, int], known: Tensor) -> bool:
-    """Set the second moments of new elements to the mean of the known ones.
+    """Set the second moments of new elements to the mean second moment of the known elements.
 
-    Return False if that mean is zero: the parameter has learned nothing yet, so its state starts empty.
+    Return False if this mean is zero. The parameter then starts with an empty state.
     """
     if known.all():
         return True
@@ -294,7 +297,7 @@ def _fill_new_elements(tensors: StateTensors, powers: dict[str, int], known: Ten
 
 
 def _clear_momentum(tensors: StateTensors, powers: dict[str, int], mask: Tensor) -> None:
-    """Set the momentum of masked elements to zero."""
+    """Set the momentum of the masked elements to zero."""
     for key, value in tensors.items():
         if key != STEP and powers[key] == 1:
             tensors[key] = value.masked_fill(mask.to(value.device), 0)
@@ -320,20 +323,20 @@ def by_parameter(state: Mapping[str, Tensor], old: Mapping[str, torch.Size]) -> 
 
 
 def _first_uses(piece: Piece, shape: torch.Size) -> Tensor:
-    """Return a mask of the elements that are the first copy of their source within this tensor."""
+    """Return a mask of the elements that are the first copy of their source element within a tensor."""
     mask = torch.ones(shape, dtype=torch.bool)
     for dim, index in enumerate(piece.index):
         if index is None or not len(index):
             continue
         position = torch.arange(len(index))
-        slots = torch.full((int(index.max()) + 2,), len(index))  # slot 0 is for -1, a new element
+        slots = torch.full((int(index.max()) + 2,), len(index))  # slot 0 is for new elements
         first = slots.scatter_reduce(0, index + 1, position, "amin")
         mask &= along(first[index + 1] == position, dim, len(shape))
     return mask
 
 
 def _used_elements(piece: Piece, shape: torch.Size) -> Tensor:
-    """Return a mask of the source elements that this piece copies."""
+    """Return a mask of the source elements that a piece copies."""
     mask = torch.ones(shape, dtype=torch.bool)
     for dim, index in enumerate(piece.index):
         if index is not None:

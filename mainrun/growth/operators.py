@@ -1,10 +1,10 @@
-"""The operations that change a model. Each makes a new model and says where its parameters come from.
+"""The operations that change a model. Each operation says where the parameters of the new model come from.
 
-Every parameter spans named spaces (SPACES), for example the hidden units or the channels of all heads. An
-operation maps the spaces of the new model to those of the old one, and scales parameters so that the model
-computes the same function. All random numbers come from the operation's seed.
+Each dimension of a parameter is a named space, for example the hidden units; see SPACES. An operation maps
+the spaces of the new model to the spaces of the old model. It scales parameters so that the model computes
+the same function. All random numbers come from the seed of the operation.
 
-To add an operation, write a function from Change to Pieces and add a row to OPS, at the end of this file.
+To add an operation, write a function from Change to Pieces. Then add a row to OPS at the end of this file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from mainrun.growth.moments import IndexMap, Piece, along
 from mainrun.plan.ops import Op
 from mainrun.train import GPT
 
-# D width, V vocabulary, T positions, H heads, Q channels of all heads, K channels of all key and value heads,
-# h channels of one head, F hidden units, E experts, R rank in attention, S rank of the embedding
+# The letters are: D width of the model, V vocabulary, T positions, H heads, Q channels of all query heads,
+# K channels of all key and value heads, h channels of one head, F hidden units, E experts,
+# R rank of low-rank terms in attention, S rank of the low-rank term of the embedding.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
     "positions.weight": "TD", "head.weight": "VD",
@@ -41,45 +42,45 @@ Pieces = dict[str, Piece]
 
 
 def part(name: str) -> str:
-    """Return a parameter's name within its block: `blocks.3.mlp.experts.1.up.weight` -> `mlp.up.weight`."""
+    """Shorten the name of a parameter: `blocks.3.mlp.experts.1.up.weight` becomes `mlp.up.weight`."""
     return re.sub(r"^blocks\.\d+\.|experts\.\d+\.", "", name)
 
 
 def flow(name: str) -> tuple[str, str]:
-    """Return the spaces that a parameter writes to and reads from; "" if it reads none."""
+    """Return the output space and the input space of a parameter. The input space may be ""."""
     spaces = SPACES[part(name)]
     if len(spaces) < 2:
         return spaces, ""
     rows = spaces[0]
     columns = spaces[1]
-    if name.startswith(("embed.", "positions.")):  # a lookup reads one row
+    if name.startswith(("embed.", "positions.")):  # a lookup table has no input space
         return columns, rows
     return rows, columns
 
 
 @dataclass
 class Change:
-    """The input of an operation: the configs and parameters before and after, and a random generator."""
+    """The input of an operation: the old and new configs and parameters, and a random generator."""
 
     op: Op
     before: TrainConfig
     after: TrainConfig
     old: dict[str, nn.Parameter]
-    new: dict[str, nn.Parameter]  # their shapes are known, their values are not
+    new: dict[str, nn.Parameter]  # parameters with known shapes but without values
     generator: torch.Generator
-    truncated: dict[str, float] = field(default_factory=dict)  # output: see IndexMap
+    truncated: dict[str, float] = field(default_factory=dict)  # an output of the operation; see IndexMap
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=self.generator) * std
 
     def rms(self, name: str) -> float:
-        """Return the root mean square of an old parameter."""
+        """Return the root mean square of a parameter in the old model."""
         return float(self.old[name].detach().float().square().mean().sqrt())
 
     def by_space(self, **spaces: Tensor) -> Pieces:
-        """Map every parameter to the old one of the same name, and use an index for each given space.
+        """Map each parameter to the old parameter of the same name. Apply the index of each given space.
 
-        A parameter that the old model does not have becomes zero.
+        A parameter that does not exist in the old model becomes zero.
         """
         pieces: Pieces = {}
         for name in self.new:
@@ -91,7 +92,7 @@ class Change:
         return pieces
 
     def fill(self, pieces: Pieces, parts: tuple[str, ...], dim: int, std: float | None = None) -> None:
-        """Give random values to the new elements of a dimension. The default of std is cfg.init_std."""
+        """Set the new elements of a dimension to random values. The default of std is cfg.init_std."""
         if std is None:
             std = self.before.init_std
         for name, piece in pieces.items():
@@ -109,9 +110,10 @@ class Change:
 
 
 def grow(op: Op, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
-    """Return the new model, and where its parameters come from. The old model is not changed.
+    """Return the new model, and the index map of its parameters. The old model does not change.
 
-    before, after: the configs of the old and the new model. seed: for the operation's random numbers.
+    before, after: the configs of the old and the new model.
+    seed: the seed of all random numbers in the operation.
     """
     new = empty_model(model, after)
     pieces, moved = map_parameters(op, before, after, model, new, seed)
@@ -130,7 +132,7 @@ def map_parameters(
 ) -> tuple[Pieces, IndexMap]:
     """Return the pieces of all parameters, and the index map of the trainable ones.
 
-    new: the new model, whose values are not read; it may be on the meta device.
+    new: the new model. It may be on the meta device, because its values are not read.
     """
     old = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +145,7 @@ def map_parameters(
 
 
 def meta_model(model: GPT, cfg: TrainConfig) -> GPT:
-    """Return a model of another config on the meta device: it has shapes and no values."""
+    """Return a model of another config on the meta device, with shapes but without values."""
     with torch.device("meta"):
         return GPT(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
 
@@ -153,7 +155,7 @@ def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
     new = meta_model(model, cfg).to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device)
     new.train(model.training)
     for name, buffer in new.named_buffers():
-        # no operation changes a buffer, because buffers depend only on the context length and the head width
+        # operations do not change buffers, which depend only on the context length and the head width
         buffer.copy_(model.get_buffer(name))
     for block in new.blocks:
         block.attn.fused = model.blocks[0].attn.fused
@@ -162,14 +164,14 @@ def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
 
 # -- depth
 
-# the parameters that end the two branches of a block
+# the parameters at the end of the two branches in a block
 BRANCH_ENDS = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
 
 
 def stack_layers(change: Change) -> Pieces:
     """Copy each new layer from its source layer.
 
-    With init=identity, both branches of a second copy end in zeros, so that it changes nothing at first.
+    With init=identity, both branches of a second copy end in zeros. The copy then returns its input at first.
     The first layer of a model has no `first_share`, so the `first_share` of its copies starts at zero.
     """
     sources = change.op.value
@@ -185,7 +187,7 @@ def stack_layers(change: Change) -> Pieces:
         if source not in change.old or (inserted and part(name) in BRANCH_ENDS):
             pieces[name] = Piece(None)
         elif inserted:
-            # zeros after it stop its gradient at first, so the source's momentum would be wrong
+            # zeros in later weights stop the gradient at first, so the momentum of the source would be wrong
             pieces[name] = Piece(source, grad=None)
         else:
             pieces[name] = Piece(source)
@@ -196,7 +198,11 @@ def stack_layers(change: Change) -> Pieces:
 
 
 def widen_mlp(change: Change) -> Pieces:
-    """Add hidden units: copies of random units (init=copy) or random units with no output (init=identity)."""
+    """Add hidden units to each MLP.
+
+    With init=copy, the new units are copies of random units. With init=identity, the new units have random
+    input weights and output weights of zero.
+    """
     old = change.before.ff_width
     new = change.after.ff_width
     if new < old:
@@ -223,9 +229,9 @@ def widen_mlp(change: Change) -> Pieces:
 
 
 def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the source of every hidden unit, and its share of the source's output.
+    """Draw a random source for each new hidden unit. Return all sources and the shares of their output.
 
-    Copies of a unit get unequal shares. With equal shares they would get equal gradients and never diverge.
+    Copies of a unit get unequal shares. With equal shares, copies would get equal gradients and stay equal.
     """
     units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
     share = torch.rand(new, generator=generator, dtype=torch.float64) + 0.5
@@ -234,13 +240,13 @@ def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def channels(heads: Tensor, width: int) -> Tensor:
-    """Return the source channel of every channel, given the source head of every head (-1: new)."""
+    """Return the source channel of each channel, given the source head of each head. -1 means new."""
     index = heads.unsqueeze(1) * width + torch.arange(width)
     return index.where(heads.unsqueeze(1) >= 0, torch.tensor(-1)).flatten()
 
 
 def widen_model(change: Change) -> Pieces:
-    """Copy each channel n times (HyperCloning). Parameters that read the n copies are divided by n."""
+    """Copy each channel n times, as in HyperCloning. Parameters that read n copies are divided by n."""
     before = change.before
     after = change.after
     if after.head_width != before.head_width:
@@ -259,9 +265,9 @@ def widen_model(change: Change) -> Pieces:
         if reads in spaces:
             weight = 1 / n
         if writes in spaces:
-            grad = 1 / n  # each of n copies receives 1/n of the error
+            grad = 1 / n  # each of n copies receives 1/n of the gradient
         if before.tie_head and name in ("norm.weight", "norm.bias"):
-            # a tied head sums n copies of each product; the embedding keeps its scale, so the norm is divided
+            # a tied head sums n copies of each product, so the weight of the final norm is divided by n
             weight = 1 / n
             grad = 1.0
         plus = None
@@ -272,11 +278,11 @@ def widen_model(change: Change) -> Pieces:
 
 
 def _copied_spaces(before: TrainConfig, after: TrainConfig, n: int) -> dict[str, Tensor]:
-    """Return the index of every space that a width of n copies changes."""
+    """Return the indices of all spaces that change if the width is multiplied by n."""
     heads = torch.arange(before.n_head)
     spaces: dict[str, Tensor] = {}
     if after.kv_heads == before.kv_heads:
-        # the copies of a query head stay in its group, because they read the same keys and values
+        # all copies of a query head stay in the same group, because they use the same keys and values
         heads = heads.repeat_interleave(n)
     else:
         heads = heads.repeat(n)
@@ -289,9 +295,9 @@ def _copied_spaces(before: TrainConfig, after: TrainConfig, n: int) -> dict[str,
 
 
 def _paired_noise(change: Change, name: str, columns: Tensor, n: int, snr_db: float) -> Tensor:
-    """Return noise that makes copies diverge and keeps the function.
+    """Return noise that makes copies diverge but does not change the output of the model.
 
-    Two copies of a column get +N and -N. Their inputs are equal, so the noise cancels.
+    One copy of a column gets +N and another copy gets -N. Their inputs are equal, so the noise cancels out.
     """
     std = change.rms(name) / n * 10 ** (-snr_db / 20)
     plus = torch.zeros(change.new[name].shape)
@@ -304,10 +310,10 @@ def _paired_noise(change: Change, name: str, columns: Tensor, n: int, snr_db: fl
 
 
 def add_heads(change: Change) -> Pieces:
-    """Add random heads whose output weights are zero. Each group of queries gets its new heads at its end."""
+    """Add random heads with output weights of zero. New query heads are at the end of their groups."""
     before = change.before
     after = change.after
-    old = before.n_head // before.kv_heads  # query heads per group
+    old = before.n_head // before.kv_heads  # number of query heads per group
     new = after.n_head // after.kv_heads
     if new < old or after.kv_heads < before.kv_heads or after.head_width != before.head_width:
         got = f"{after.n_head} heads of width {after.head_width} over {after.kv_heads} key/value heads"
@@ -327,21 +333,21 @@ def add_heads(change: Change) -> Pieces:
 
 
 def _extended(old: int, new: int) -> Tensor:
-    """Return the index of a space with new elements at its end: 0, 1, ..., old - 1, -1, ..., -1."""
+    """Return the index of a space with new elements at its end: 0, 1, ..., old - 1, then -1, ..., -1."""
     index = torch.arange(new)
     return index.where(index < old, torch.tensor(-1))
 
 
 # -- experts
 
-NoisePair = tuple[str, int, int, int]  # source, shard, first copy, number of the pair
+NoisePair = tuple[str, int, int, int]  # source, shard, first copy, index of the pair
 
 
 def upcycle_moe(change: Change) -> Pieces:
-    """Make every expert a copy of the MLP or, with shards, one of its shards.
+    """Make every expert a copy of the MLP. With shards, make every expert a copy of a shard.
 
-    The shards of one copy are a group. Their rows of the router are equal, so a token gets whole groups.
-    The gradient factors assume that the tokens are spread evenly over the copies.
+    The shards of one copy form a group. All experts of a group have equal router weights, so the router
+    always chooses whole groups. The gradient factors assume an even distribution of tokens over the copies.
     """
     _check_experts(change)
     pieces = change.by_space()
@@ -355,7 +361,7 @@ def upcycle_moe(change: Change) -> Pieces:
 
 
 def _shards(change: Change) -> int:
-    """Return the number of shards that an MLP is cut into."""
+    """Return the number of shards that an MLP is split into."""
     shards: int = change.op.value.get("shards", 1)
     return shards
 
@@ -365,7 +371,7 @@ def _has_zero_router(change: Change) -> bool:
 
 
 def _check_experts(change: Change) -> None:
-    """Raise ValueError if the experts cannot keep the function of the MLP."""
+    """Raise ValueError if the experts cannot compute the same function as the MLP."""
     shards = _shards(change)
     hidden = change.before.ff_width
     experts = change.after.experts
@@ -382,7 +388,7 @@ def _check_experts(change: Change) -> None:
 
 
 def _router_rows(change: Change) -> Tensor | None:
-    """Return the weights of a router, with one random row per group; None if they are zero."""
+    """Return router weights with one random row per group. Return None if the weights are zero."""
     if _has_zero_router(change):
         return None
     shards = _shards(change)
@@ -405,7 +411,8 @@ def _expert_piece(change: Change, name: str, noise: dict[NoisePair, Tensor]) -> 
     index = tuple(units if space == "F" else None for space in spaces)
     if spaces[0] != "D":  # the up and gate projections
         return Piece(source, index, grad=shards / experts)
-    # the down projection; it makes up for softmax weights of a zero router, which sum to top_k / experts
+    # The remaining parameters belong to the down projection. With softmax, the weights of a zero router sum
+    # to top_k / experts, and the scale of the down projection compensates for this.
     scale = 1.0
     grad = 1.0 / experts
     if change.after.router_weights == "softmax":
@@ -424,9 +431,9 @@ def _expert_piece(change: Change, name: str, noise: dict[NoisePair, Tensor]) -> 
 def _expert_noise(
     change: Change, noise: dict[NoisePair, Tensor], source: str, expert: int, std: float
 ) -> Tensor | None:
-    """Return +N or -N for the two experts of a pair; None for an expert without a partner among the chosen.
+    """Return +N for one expert of a pair and -N for the other. Return None for an expert without a partner.
 
-    A zero router chooses the first copies for all tokens. Both experts of a pair must be chosen, or neither.
+    A zero router chooses the first copies for all tokens. It must choose both experts of a pair, or neither.
     """
     shards = _shards(change)
     copy = expert // shards
@@ -458,8 +465,8 @@ def set_embedding_lora_rank(change: Change) -> Pieces:
 def _set_rank(change: Change, prefix: str, old: int, new: int) -> Pieces:
     """Set the rank of the low-rank terms (lora_alpha / rank) B A.
 
-    A new term has a random A and B = 0. A higher rank adds random rows to A and zero columns to B, and
-    multiplies B by new / old. A lower rank takes the nearest product of that rank.
+    A new term has a random A and B = 0. A higher rank adds random rows to A, adds zero columns to B, and
+    multiplies B by new / old. A lower rank uses the best approximation of B A with this rank.
     """
     if new < 1:
         raise ValueError(
@@ -490,9 +497,9 @@ def _set_rank(change: Change, prefix: str, old: int, new: int) -> Pieces:
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the A and B of the nearest product of a rank, and the share of the norm of B A that is lost.
+    """Approximate B A with a lower rank. Return the new A and B, and the lost share of the norm.
 
-    QR of both factors and SVD of the small core avoid computing B A.
+    QR decompositions of both factors and an SVD of a small matrix avoid the full product B A.
     """
     qa, ra = torch.linalg.qr(a.double().mT)
     qb, rb = torch.linalg.qr(b.double())
@@ -506,7 +513,7 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def merge_lora_weights(change: Change) -> Pieces:
-    """Add (lora_alpha / rank) B A to the weights. A tied head uses the term too, so its output is kept."""
+    """Add (lora_alpha / rank) B A to the weights. The output of a tied head does not change."""
     pieces = change.by_space()
     for name, a in change.old.items():
         if not name.endswith(".lora_a"):
@@ -523,12 +530,12 @@ def merge_lora_weights(change: Change) -> Pieces:
 
 
 def unchanged(change: Change) -> Pieces:
-    """Keep all parameters. The config says which layers train; a thawed layer starts with an empty state."""
+    """Copy all parameters. The config says which layers are frozen. Unfrozen layers start with no state."""
     return change.by_space()
 
 
 def resize_vocabulary(change: Change) -> Pieces:
-    """Add small random rows at the end. Their logits are -inf while the ids are unused (`unused_ids`)."""
+    """Add small random rows at the end. The logits of unused ids are -inf; see `unused_ids`."""
     old = change.old["embed.weight"].size(0)
     new = change.new["embed.weight"].size(0)
     pieces = change.by_space(V=_extended(old, new))

@@ -1,6 +1,6 @@
-"""What a state must hold so that a growing run can continue from it.
+"""The growth state, which a run needs to continue from a saved state.
 
-Operators are imported only by runs that grow.
+Only runs that grow import the operators.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 Row = dict[str, Any]
-FIGURES = ("params", "active", "flops")  # what growth adds to the rows of scores; flops: so far
+FIGURES = ("params", "active", "flops")  # the fields that growth adds to rows of scores
 
 
 def ops_applied(plan: Plan, step: int) -> int:
-    """Return how many operations the state after a step has seen.
+    """Return the number of operations before the state of a step.
 
-    It is kept before those that act right there.
+    The state is saved before operations that fire after this step.
     """
     return sum(segment.first < step for segment in plan.segments[1:])
 
 
 def growth_state(plan: Plan, applied: int, schedules: dict[str, list[Any]]) -> dict[str, Any]:
-    """Return the growth state after `applied` operations; empty if the config has none."""
+    """Return the growth state after `applied` operations. It is empty if the config has no operations."""
     if not plan.cfg.growth.ops:
         return {}
     config = plan.segments[applied].cfg.model_dump(mode="json")
@@ -38,14 +38,14 @@ def growth_state(plan: Plan, applied: int, schedules: dict[str, list[Any]]) -> d
 
 
 def growth_state_at(plan: Plan, step: int, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return what this plan says about a saved state. Another run with another schedule may have saved it."""
+    """Return the growth state for this plan. A run with another schedule may have saved the state."""
     return growth_state(plan, ops_applied(plan, step), saved.get("marks", {}))
 
 
 def load_state(
     state: State, tensors: dict[str, Tensor], step: int, tokens: int, growth: dict[str, Any] | None
 ) -> None:
-    """Load a state, after rebuilding the model that it belongs to."""
+    """Rebuild the model of a saved state, and load the state."""
     if growth:
         rebuild_model(state, growth)
     state.growth_state = growth or {}
@@ -53,7 +53,7 @@ def load_state(
 
 
 def rebuild_model(state: State, growth: dict[str, Any]) -> None:
-    """Replace config, model and optimisers by those that a growth state describes."""
+    """Replace the config, the model and the optimisers according to a growth state."""
     from mainrun.growth.operators import empty_model
 
     cfg = from_dict(growth["config"])
@@ -63,36 +63,36 @@ def rebuild_model(state: State, growth: dict[str, Any]) -> None:
 
 
 class Controller(Protocol):
-    """What a session asks about growth. `Growth` (growth/controller.py) and `NoGrowth` answer."""
+    """The growth methods that a session calls. `Growth` and `NoGrowth` implement this protocol."""
 
-    plan: Plan  # what is known about the run so far
+    plan: Plan  # the plan with all decisions so far
     state: State
     journal: RowLog | None  # growth.jsonl
 
     @property
     def pending_op(self) -> Op | None:
-        """The operation that acts before the next step, if there is one."""
+        """The operation that is due before the next step, or None."""
 
     def restore(self) -> None:
-        """Follow a state that was just built or loaded."""
+        """Adapt to a state that was just built or loaded."""
 
     def observe_scores(self, rows: Iterable[Row]) -> None:
-        """Remember the scores that decide when an operation fires."""
+        """Remember the scores that trigger operations."""
 
     def decide(self) -> bool:
-        """Fire the operations that waited for the latest score. Return True if the plan changed."""
+        """Fire the operations whose triggers the latest score met. Return True if the plan changed."""
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
-        """Carry out every operation that is due. Return True if the model was replaced."""
+        """Carry out all operations that are due. Return True if the model was replaced."""
 
     def figures(self, step: int) -> Row:
-        """Return what a row of scores says about the size of the model."""
+        """Return the size of the model and the total FLOPs, for a row of scores."""
 
     def look_back(self) -> list[str]:
-        """Return what the user should know after a step."""
+        """Return messages for the user after a step."""
 
     def compiled(self, seconds: float) -> None:
-        """Log how long the first step after an operation compiled."""
+        """Log how long the compilation after an operation took."""
 
     def close(self) -> None:
         """Close the journal."""

@@ -1,4 +1,4 @@
-"""Checks that an operation kept its promise. They compare the models before and after it."""
+"""Check a grown model by comparing the models before and after an operation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap
 from mainrun.train import GPT
 
-EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the largest change of a logit by rounding
-EQUAL = 1e-5  # copies whose relative difference is at most this count as equal: rounding alone can cause it
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the maximum change of a logit by rounding
+EQUAL = 1e-5  # the maximum relative difference between equal copies, which rounding can cause
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def probe(vocab_size: int, length: int, seed: int, rows: int = 4) -> Tensor:
 def eval_mode(*models: GPT, full: bool = False) -> Iterator[None]:
     """Run models in eval mode without gradients.
 
-    full: compute in the precision of the weights instead of the config's dtype.
+    full: compute in the precision of the weights instead of the `dtype` in the config.
     """
     before = [(model.training, model.cfg) for model in models]
     for model in models:
@@ -56,13 +56,13 @@ def eval_mode(*models: GPT, full: bool = False) -> Iterator[None]:
             model.cfg = cfg
 
 
-# -- right after an operation
+# -- checks immediately after an operation
 
 
 def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[float, float]:
     """Return the largest change of a logit, and the largest absolute logit before the change.
 
-    The change is infinite if a new token id has a logit above -inf: it takes probability from the others.
+    The change is infinite if a new token id has a logit above -inf, because this changes all probabilities.
     """
     with eval_mode(old, new, full=full):
         before = old(idx)
@@ -79,10 +79,10 @@ def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[f
 
 
 def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseCheck:
-    """Check that the logits changed by no more than the promise allows.
+    """Check that the logits changed by no more than the promised guarantee allows.
 
-    exact: at most by rounding, which grows with the logits. bitexact: not at all. none and approx set no
-    limit, but the logits must be finite.
+    "bitexact" allows no change. "exact" allows rounding errors, which are larger for larger logits. "approx"
+    and "none" allow any change, but the logits must be finite.
     """
     moved, largest = logit_change(old, new, idx, full=promise == "exact")
     if promise == "exact":
@@ -100,13 +100,13 @@ def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseChec
 
 
 def check_coverage(coverage: float, required: float) -> PromiseCheck:
-    """Check that enough of the optimiser's state was transferred."""
+    """Check that enough of the optimiser state was transferred."""
     detail = f"{coverage:.1%} of the optimiser's state was transferred, {required:.1%} is required"
     return PromiseCheck("coverage", coverage >= required, detail)
 
 
 def check_tying(before: TrainConfig, new: GPT) -> PromiseCheck:
-    """Check that a tied head still is the embedding itself, and that no two parameters share memory."""
+    """Check that a tied head still uses the embedding, and that different parameters do not share memory."""
     owners = Counter(p.untyped_storage().data_ptr() for p in new.parameters())
     shared = [name for name, p in new.named_parameters() if owners[p.untyped_storage().data_ptr()] > 1]
     is_tied = new.head is None
@@ -117,7 +117,7 @@ def check_tying(before: TrainConfig, new: GPT) -> PromiseCheck:
 
 
 def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
-    """Check that each trainable parameter is in exactly one parameter group, and nothing else is in one."""
+    """Check that parameter groups contain each trainable parameter once, and no other tensors."""
     uses: Counter[int] = Counter()
     for optimizer in optimizers.all:
         for group in optimizer.param_groups:
@@ -132,7 +132,7 @@ def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
 
 
 def check_rope(old: GPT, new: GPT) -> PromiseCheck:
-    """Check that heads kept their width and rotary tables their values. A table fits one width only."""
+    """Check that the width of a head and the values of the rotary tables did not change."""
     before = old.cfg.head_width
     after = new.cfg.head_width
     attn: Any = new.blocks[0].attn
@@ -145,10 +145,10 @@ def check_rope(old: GPT, new: GPT) -> PromiseCheck:
 
 
 def check_router_scale(old: GPT, new: GPT, idx: Tensor, tolerance: float = 0.01) -> PromiseCheck:
-    """Check that the spread of every router's scores is what it was.
+    """Check that the spread of the scores did not change in any router.
 
-    A model n times as wide has scores n times as far apart if its router is not divided by n. A model without
-    routers before the operation passes if the new scores are finite.
+    If a model is n times wider and its router is not divided by n, the spread is n times larger. If the old
+    model had no routers, the check only requires finite scores.
     """
     before = _score_spreads(old, idx)
     after = _score_spreads(new, idx)
@@ -162,7 +162,7 @@ def check_router_scale(old: GPT, new: GPT, idx: Tensor, tolerance: float = 0.01)
 
 
 def _score_spreads(model: GPT, idx: Tensor) -> list[float]:
-    """Return the standard deviation of the scores over the experts, for each router."""
+    """Return the standard deviation over the experts of the scores in each router."""
     layers = moe_layers(model)
     spreads: list[float] = []
     for name, x in router_inputs(model, idx).items():
@@ -177,7 +177,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def check_layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> PromiseCheck:
-    """Check that inserted layers return their input, bit by bit."""
+    """Check that the output of inserted layers has the same bits as their input."""
     changing: list[int] = []
 
     def compare(layer: int) -> Callable[..., None]:
@@ -200,11 +200,11 @@ def check_layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> Promis
     return PromiseCheck("layer identity", not changing, detail)
 
 
-# -- some steps later
+# -- checks some steps after an operation
 
 
 def check_symmetry(moved: IndexMap, new: nn.Module) -> PromiseCheck:
-    """Check that the copies that an operation made have diverged."""
+    """Check that the copies from an operation have diverged."""
     with_copies = {copies.name for copies in moved.copies()}
     equal = equal_copies(moved, new)
     detail = f"copies are still equal in {len(equal)} of {len(with_copies)} tensors"
@@ -214,7 +214,7 @@ def check_symmetry(moved: IndexMap, new: nn.Module) -> PromiseCheck:
 
 
 def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> list[str]:
-    """Return the tensors whose copied rows are all still equal. Equal rows may get equal gradients forever.
+    """Return the tensors whose copied rows are all still equal. Equal rows might never diverge.
 
     moved: the index map of the operation that made the copies.
     """
@@ -229,7 +229,7 @@ def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> l
 
 
 def _without_share(moved: IndexMap, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a tensor divided by the factors that its copies started with, so that they can be compared."""
+    """Return a tensor divided by the initial factors of its copies, so that the copies can be compared."""
     weight = moved.pieces[name].weight
     x = tensors[name].detach().double()
     if isinstance(weight, Tensor):
@@ -238,7 +238,7 @@ def _without_share(moved: IndexMap, tensors: Mapping[str, Tensor], name: str) ->
 
 
 def locked_routers(model: GPT, idx: Tensor) -> list[str]:
-    """Return one message per router that sends all tokens to the same experts, or that gets no gradient."""
+    """Return one message per router that sends all tokens to the same experts or gets no gradient."""
     problems = []
     layers = moe_layers(model)
     for name, x in router_inputs(model, idx).items():

@@ -1,1 +1,1 @@
-"""The plan of a run, worked out before the run starts. Nothing in this folder imports torch."""
+"""The plan of a run, computed before the run starts. No module in this folder imports torch."""

@@ -1,4 +1,4 @@
-"""The size and the cost of a model, computed from its config. A test compares them with real models."""
+"""Compute the size and the cost of a model from its config. A test compares the results with real models."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from mainrun.config import TrainConfig
 from mainrun.plan.optimizers import OPTIMIZERS, state_tensors
 from mainrun.plan.plan import Plan
 
-BYTES = 4  # of a number in the optimiser's state
+BYTES = 4  # bytes per number in the optimiser state
 
 
 class Size(NamedTuple):
-    """The size of a config's model."""
+    """The size of the model that a config describes."""
 
     params: int
     active: int  # parameters that one token uses
     trained: int  # parameters that are not frozen
-    flops: int  # per token, forward and backward
-    moments: int  # bytes of the optimiser's state
+    flops: int  # FLOPs per token of the forward and the backward pass
+    moments: int  # bytes of the optimiser state
 
 
 class _Block(NamedTuple):
-    """The parameters of one block."""
+    """The numbers of parameters in a block."""
 
-    attention: int  # matrices of attention, low-rank terms included
+    attention: int  # matrices of attention, including low-rank terms
     router: int
-    vectors: int  # biases, norms and gains, but not those of the MLP
+    vectors: int  # biases, norms and gains, except in the MLPs
     expert: int  # matrices of one MLP
     expert_bias: int
-    experts: int  # MLPs
-    used: int  # MLPs that one token uses
+    experts: int  # number of MLPs
+    used: int  # number of MLPs that one token uses
 
     @property
     def params(self) -> int:
@@ -43,30 +43,30 @@ class _Block(NamedTuple):
 
     @property
     def multiplied(self) -> int:
-        """Parameters of the matrices that one token is multiplied by."""
+        """Parameters of the matrices that one token uses."""
         return self.attention + self.router + self.used * self.expert
 
     @property
     def hidden_matrices(self) -> int:
-        """Parameters of all matrices except the router. Muon trains only these."""
+        """Parameters of all matrices except the router. Muon trains only these parameters."""
         return self.attention + self.experts * self.expert
 
 
 def size(cfg: TrainConfig) -> Size:
-    """Return the size of a config's model, with as many ids as the config allows."""
+    """Return the size of the model that a config describes, with the largest vocabulary that it allows."""
     d = cfg.d_model
     block = _block(cfg)
     vocab = cfg.vocab_size + cfg.unused_ids
     embedding = vocab * d
     embed_lora = cfg.embed_lora_rank * (vocab + d)
 
-    outside = embedding + embed_lora + _norm(cfg)  # of the blocks
+    outside = embedding + embed_lora + _norm(cfg)  # parameters outside the blocks
     if cfg.position == "learned":
         outside += cfg.block_size * d
     if not cfg.tie_head:
         outside += vocab * d
     frozen = len(cfg.frozen) * block.params
-    if cfg.value_residual:  # a ratio in each layer but the first
+    if cfg.value_residual:  # each layer except the first has one learned ratio
         outside += cfg.n_layer - 1
         frozen += sum(layer > 0 for layer in cfg.frozen)
     params = cfg.n_layer * block.params + outside
@@ -89,8 +89,8 @@ def size(cfg: TrainConfig) -> Size:
 
 def _block(cfg: TrainConfig) -> _Block:
     d = cfg.d_model
-    q = cfg.n_head * cfg.head_width  # width of the queries, and of the attention output
-    kv = cfg.kv_heads * cfg.head_width  # width of the keys, and of the values
+    q = cfg.n_head * cfg.head_width  # width of the queries and of the attention output
+    kv = cfg.kv_heads * cfg.head_width  # width of the keys and of the values
 
     attention = d * (q + 2 * kv) + q * d
     attention += cfg.attn_lora_rank * (2 * (d + q) + 2 * (d + kv))
@@ -107,7 +107,7 @@ def _block(cfg: TrainConfig) -> _Block:
     if cfg.layer_scale:
         vectors += 2 * d
 
-    up = 2 if cfg.mlp == "swiglu" else 1  # matrices from the model's width to the hidden width
+    up = 2 if cfg.mlp == "swiglu" else 1  # number of matrices from d_model to the hidden width
     experts = max(1, cfg.experts)
     return _Block(
         attention=attention,
@@ -121,7 +121,7 @@ def _block(cfg: TrainConfig) -> _Block:
 
 
 def _state_numbers(cfg: TrainConfig, trained: int, hidden_matrices: int) -> int:
-    """Return how many numbers the state of the optimiser has."""
+    """Return the number of elements in the optimiser state."""
     per_parameter = state_tensors(cfg.optimizer, cfg.momentum)
     others = OPTIMIZERS[cfg.optimizer].others
     if not others:
@@ -130,14 +130,14 @@ def _state_numbers(cfg: TrainConfig, trained: int, hidden_matrices: int) -> int:
 
 
 def _norm(cfg: TrainConfig) -> int:
-    """Return the parameters of one norm."""
+    """Return the number of parameters of one norm."""
     if cfg.norm == "layernorm" and cfg.bias:
         return 2 * cfg.d_model
     return cfg.d_model
 
 
 def costs(cfg: TrainConfig, ids: int) -> dict[str, Any]:
-    """Return the costs of a model with `ids` ids: a tokenizer may have fewer than the config allows."""
+    """Return the costs of a model with `ids` token ids. A tokenizer may have fewer ids than `vocab_size`."""
     exact = size(cfg.model_copy(update={"vocab_size": ids}))
     return {"params": exact.params, "active": exact.active, "flops_per_token": exact.flops}
 

@@ -1,10 +1,10 @@
-"""Read a growth schedule: from JSON, YAML or TOML, inline or in a file. A file is never written.
+"""Read a growth schedule from JSON, YAML or TOML. The schedule is an inline text or a file.
 
-There are two formats. Version 2 is a table with a list of ops, each with a trigger:
+There are two formats. Version 2 is a table with a list of ops. Each op has a trigger:
 
     {"version": 2, "ops": [{"name": "set_lr", "value": 6e-4, "trigger": {"step": 100}}]}
 
-The original format is a list, in which two keys take the place of the trigger:
+The original format is a list of ops. The keys `trigger_loss` and `max_wait_iters` replace the trigger:
 
     [{"name": "set_lr", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false}]
 """
@@ -48,19 +48,20 @@ from mainrun.plan.ops import (
 from mainrun.plan.seeds import seed_from
 from mainrun.plan.triggers import Trigger
 
-LARGEST_SCHEDULE = 1000  # ops
+LARGEST_SCHEDULE = 1000  # the maximum number of ops in a schedule
 SHAPE = "{ ops = [{ name, value, trigger }, ...] }"
 OP_SHAPE = "{ name, value, trigger }"
 TRIGGER_SHAPE = "{ step = N } or { budget_frac = F } or { any = [{ loss_below = L }, { wait_iters = N }] }"
 
-LIST_TRIGGER = {"trigger_loss": "loss_below", "max_wait_iters": "wait_iters"}  # key -> condition
+# maps keys of the list format to conditions of a trigger
+LIST_TRIGGER = {"trigger_loss": "loss_below", "max_wait_iters": "wait_iters"}
 SCHEDULE_KEYS = ("version", "seed", "defaults", "ops")
 LIST_KEYS: tuple[str, ...] = ("name", "desc", "value", "trigger_loss", "max_wait_iters", "reevaluate")
 OP_KEYS: tuple[str, ...] = (
     "id", "name", "desc", "value", "trigger", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail",
 )  # fmt: skip
-WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # only for ops of the architecture
-DEFAULT_KEYS = ("reevaluate", "preserve", "optimizer", "lr", "on_fail")  # that `defaults` may hold
+WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # allowed only in ops that change the model
+DEFAULT_KEYS = ("reevaluate", "preserve", "optimizer", "lr", "on_fail")  # the keys that `defaults` may have
 
 
 def _keep_id(value: Any) -> str | None:
@@ -110,7 +111,7 @@ CONDITIONS: dict[str, Rule] = {
 
 
 def read(data: Any) -> tuple[Schedule, list[Fault]]:
-    """Read a schedule. Return the ops that are well formed, and what is wrong with the others."""
+    """Read a schedule. Return the valid ops, and the faults of the invalid ops."""
     if isinstance(data, list):
         return _read_list(data)
     if isinstance(data, dict):
@@ -175,7 +176,7 @@ def _read_defaults(defaults: Any, wrong: list[str]) -> dict[str, Any]:
 
 
 def _read_key(key: str, value: Any, wrong: list[str]) -> Any:
-    """Return the value of a key to keep, or None if it is not allowed."""
+    """Return the parsed value of a key, or None if the value is not allowed."""
     if key == "optimizer":
         table = {"mode": value} if isinstance(value, str) else value
         return read_table(key, table, TRANSFER, wrong, Transfer)
@@ -201,7 +202,7 @@ class _OpReader:
 
     def read(self, entries: Iterable[Any]) -> tuple[Op, ...]:
         ops: list[Op] = []
-        owners: dict[str, int] = {}  # id -> place of the op that has it
+        owners: dict[str, int] = {}  # maps each id to the place of its op
         for place, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 self.faults.append((place, f"ops[{place}]={shown(entry)} is not an op; write {OP_SHAPE}."))
@@ -236,7 +237,7 @@ class _OpReader:
         return LIST_KEYS if self.list_format else OP_KEYS
 
     def _unknown_keys(self, entry: dict[Any, Any]) -> list[str]:
-        """Return a fault for each key that the format does not have."""
+        """Return one fault per key that the format does not have."""
         other_format = "the list format; write a trigger"
         if self.list_format:
             other_format = "version 2; write { version = 2, ops = [...] } around the list"
@@ -271,7 +272,7 @@ class _OpReader:
 
 
 def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:
-    """Return the name of an op, which may be an old relative one, or None if there is no such operation."""
+    """Return the name of an op, or None if it is unknown. Names of old relative operations are known."""
     if "name" not in entry:
         wrong.append(f"the name is missing; write one of {', '.join(NAMES)}")
         return None
@@ -280,14 +281,14 @@ def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:
         return name
     allowed = f"{nearest(str(name), NAMES)}; allowed: {', '.join(NAMES)}"
     if isinstance(name, str):
-        wrong.append(f"unknown op{allowed}")  # the name is in front of every fault of the op
+        wrong.append(f"unknown op{allowed}")  # `fault_of` puts the name before the text
     else:
         wrong.append(f"unknown op {shown(name)}{allowed}")
     return None
 
 
 def _read_value(name: str, entry: dict[Any, Any], wrong: list[str]) -> Any:
-    """Return the value to keep. Whether it fits the model is decided by the operation."""
+    """Return the parsed value of an op. The operation checks later whether the value fits the model."""
     kind = operation_of(name).value
     if "value" not in entry and kind.required:
         wrong.append(f"the value is missing; write value = {kind.wanted}")
@@ -335,7 +336,7 @@ def _read_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | None:
 
 
 def _read_any(trigger: dict[Any, Any], wrong: list[str]) -> dict[Any, Any] | None:
-    """Return the conditions of { any = [...] } as one table, or None if they are not written so."""
+    """Return the conditions of { any = [...] } as one table, or None if their syntax is wrong."""
     tables = trigger["any"]
     if len(trigger) > 1 or not _are_conditions(tables):
         wrong.append(
@@ -369,11 +370,11 @@ PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def from_text(text: str) -> Any:
-    """Return the data of a schedule that is given as a file name, or as JSON or YAML."""
+    """Parse a schedule from a file name, or from inline JSON or YAML."""
     if text.lstrip()[:1] in ("{", "[") or "\n" in text:
         return _parse_inline(text)
     data = _parse_file(text)
-    if isinstance(data, dict) and data.keys() == {"growth"}:  # a part of a preset
+    if isinstance(data, dict) and data.keys() == {"growth"}:  # the file is a part of a preset
         return data["growth"]
     return data
 
@@ -410,7 +411,7 @@ def _parse_inline(text: str) -> Any:
     try:
         return inputs.parse_yaml(text)
     except inputs.BadInput as e:
-        if "\n" in text:  # then it was meant as YAML
+        if "\n" in text:  # a text with several lines is probably YAML
             why = e
     raise ConfigError(
         f"growth={inputs.shortened(text, 200)} is neither TOML, JSON nor YAML ({why}); "

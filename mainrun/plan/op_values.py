@@ -1,4 +1,4 @@
-"""Readers for the values in a growth schedule. They return the value to keep and add faults to a list."""
+"""Read the values in a growth schedule. Each reader returns the parsed value and adds faults to a list."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from mainrun.errors import nearest
 
 T = TypeVar("T")
-NAMED_KEYS = 10  # unknown keys that get a fault of their own; the others are only counted
+NAMED_KEYS = 10  # the maximum number of unknown keys that are reported by name
 
 
 def shown(value: Any) -> str:
-    """Return a value as Python writes it, cut to 80 characters."""
+    """Return the `repr` of a value, shortened to 80 characters."""
     if isinstance(value, tuple):
         value = list(value)
     text = repr(value)
@@ -33,11 +33,11 @@ def shown_key(key: Any) -> str:
 
 
 class Rule(NamedTuple):
-    """Which values a key may have."""
+    """A rule that says which values a key may have."""
 
-    keep: Callable[[Any], Any]  # returns the value to keep, or None if the value is not allowed
-    allowed: str  # completes "... is not allowed; write ..."
-    choices: tuple[str, ...] = ()  # the allowed texts, to suggest one for a misspelt value
+    keep: Callable[[Any], Any]  # returns the parsed value, or None if the value is not allowed
+    allowed: str  # the end of the message "... is not allowed; write ..."
+    choices: tuple[str, ...] = ()  # the allowed texts, used to suggest a correction
 
 
 def is_number(value: Any) -> bool:
@@ -45,12 +45,12 @@ def is_number(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether the value is a number that a float can hold with room to spare."""
+    """Whether the value is a finite number below 1e300. Larger numbers might overflow a float."""
     return is_number(value) and abs(value) < 1e300
 
 
 def number(allowed: str, low: float = -math.inf, high: float = math.inf, closed: bool = False) -> Rule:
-    """Allow finite numbers between two bounds; the bounds themselves only if `closed`."""
+    """Allow finite numbers between two bounds. The bounds themselves are allowed only if `closed` is true."""
 
     def keep(value: Any) -> float | None:
         if not is_finite(value):
@@ -63,7 +63,7 @@ def number(allowed: str, low: float = -math.inf, high: float = math.inf, closed:
 
 
 def whole_number(low: int) -> Rule:
-    """Allow whole numbers from `low` on. 2e8 is one too, although JSON and TOML read it as a float."""
+    """Allow whole numbers of at least `low`. 2e8 is allowed, although JSON and TOML read it as a float."""
 
     def keep(value: Any) -> int | None:
         if not is_number(value) or not low <= value < 2**63 or value != int(value):
@@ -88,7 +88,7 @@ def instance_of(kind: type, allowed: str) -> Rule:
 
 
 def refusal(name: str, value: Any, rule: Rule) -> str:
-    """Return the fault of a value that breaks its rule."""
+    """Return the message for a value that breaks its rule."""
     suggestion = nearest(value, rule.choices) if isinstance(value, str) else ""
     return f"{name}={shown(value)} is not allowed{suggestion}; write {rule.allowed}"
 
@@ -97,7 +97,7 @@ def refusal(name: str, value: Any, rule: Rule) -> str:
 
 
 def unknown_keys(prefix: str, keys: Iterable[Any], allowed: Collection[str]) -> list[str]:
-    """Return a fault for each of the first ten unknown keys, and one that counts the others."""
+    """Return one fault for each of the first ten unknown keys, and one fault with the number of the rest."""
     unknown = [key for key in keys if key not in allowed]
     faults = []
     show = shown_key if prefix else shown
@@ -137,13 +137,13 @@ class Value(Protocol):
     """The kind of value that an operation takes."""
 
     @property
-    def wanted(self) -> str: ...  # what is allowed, to complete "write value = ..."
+    def wanted(self) -> str: ...  # the allowed values, which end the message "write value = ..."
 
     @property
-    def required(self) -> bool: ...  # whether the key `value` may be left out
+    def required(self) -> bool: ...  # whether an op must have the key `value`
 
     def read(self, value: Any, faults: list[str]) -> Any:
-        """Return the value to keep. Add a fault if the value is of another kind."""
+        """Return the parsed value. Add a fault if the value has the wrong type."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class NumberValue:
 
 @dataclass(frozen=True)
 class LayersValue:
-    """A list of layers. A single number is kept too: the operation decides what it means."""
+    """A list of layers. A single number is also accepted. The operation decides what the number means."""
 
     wanted: str
     required: bool = True
@@ -187,13 +187,13 @@ class LayersValue:
 
 @dataclass(frozen=True)
 class TableValue:
-    """A table with exactly one of the `sizes`. A single number is kept too: the operation refuses it."""
+    """A table with exactly one of the `sizes`. A single number is accepted here and refused later."""
 
     wanted: str
     rules: Mapping[str, Rule]
     sizes: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    integer: str = ""  # the key that a plain integer stands for, if any
+    integer: str = ""  # the key that a plain integer sets; empty if an integer is not allowed
     required: bool = True
 
     def read(self, value: Any, faults: list[str]) -> Any:

@@ -1,9 +1,9 @@
-"""Operations: the changes that a growth schedule can make to a config while a run trains.
+"""Operations are the changes that a growth schedule can make to a config while a run trains.
 
-A schedule is a list of ops. Each op names an operation, its value in absolute terms, and the trigger that
-decides when it fires (`triggers.py`). Ops fire in the order of the list: each one waits for the op before it.
-After an op with `reevaluate = false`, the next op may fire on the same loss. With `true`, the model is
-evaluated again, and the next op waits for the next regular evaluation.
+A schedule is a list of ops. Each op has the name of an operation, an absolute value, and a trigger. The
+trigger decides when the op fires; see `triggers.py`. Ops fire in the order of the list. After an op with
+`reevaluate = false`, the next op may fire on the same loss. After an op with `reevaluate = true`, the model
+is evaluated again, and the next op waits for the next regular evaluation.
 
 To add an operation, add a row to OPERATIONS in this file. If the operation changes the model, also add its
 function to OPS in `mainrun/growth/operators.py`.
@@ -35,7 +35,7 @@ GUARANTEES = (
     "approx",
     "exact",
     "bitexact",
-)  # how well an op keeps the model's function, weakest first
+)  # how well an op preserves the function of the model, from the weakest to the strongest guarantee
 
 
 # -- a schedule
@@ -43,41 +43,41 @@ GUARANTEES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """How the optimiser's state is carried over to the new model."""
+    """How the optimiser state is transferred to the new model."""
 
     mode: str = "auto"
-    min_coverage: float = 0.0  # fraction of the state that must be carried over
+    min_coverage: float = 0.0  # the minimum fraction of the state to transfer
 
 
 @dataclass(frozen=True)
 class Rates:
     """The learning rate of new parameters."""
 
-    rewarm_iters: int = 0  # steps of warm-up
-    new_params_peak: float = 1.0  # peak rate, relative to the other parameters
-    width_rule: str = "none"  # how the rate follows the width
+    rewarm_iters: int = 0  # number of warm-up steps
+    new_params_peak: float = 1.0  # peak learning rate as a multiple of the rate of other parameters
+    width_rule: str = "none"  # how the learning rate depends on the width
 
 
 @dataclass(frozen=True)
 class Op:
-    """One change of a schedule."""
+    """An entry of a growth schedule: one change of the config."""
 
     name: str
     value: Any  # int, float, tuple of ints, dict, or None for an operation without a value
     trigger: Trigger
-    place: int = 0  # index in the schedule
-    seed: int = 0  # of its random numbers; derived from the schedule's seed and the place
+    place: int = 0  # index of the op in the schedule
+    seed: int = 0  # seed of random numbers, derived from the seed of the schedule and the place
     id: str = ""
     desc: str = ""
-    reevaluate: bool = True  # whether the model is evaluated again right after the op
-    init: str = ""  # how new parameters start: copy, or identity (they add nothing at first)
-    preserve: str = ""  # one of GUARANTEES; empty until `walk` sets the strongest that the op can give
+    reevaluate: bool = True  # whether the model is evaluated again immediately after the op
+    init: str = ""  # initial values of new parameters: "copy", or "identity" to keep the output unchanged
+    preserve: str = ""  # one of GUARANTEES; if it is empty, `walk` sets the strongest possible one
     optimizer: Transfer = Transfer()
     lr: Rates = Rates()
-    on_fail: str = "abort"  # what to do if a check fails: abort, or skip
+    on_fail: str = "abort"  # the action if a check fails: "abort" or "skip"
 
     def data(self) -> dict[str, Any]:
-        """Return the op as a schedule file holds it, without the keys that have their default."""
+        """Return the op in the format of a schedule file, without keys that have their default value."""
         data: dict[str, Any] = {"name": self.name}
         if isinstance(self.value, tuple):
             data["value"] = list(self.value)
@@ -92,7 +92,7 @@ class Op:
         return data
 
     def effect(self) -> dict[str, Any]:
-        """Return everything that decides the bits after the op: not its trigger, and not its texts."""
+        """Return all settings that affect the state after the op. The trigger and the texts do not."""
         data = self.data()
         for key in ("trigger", "id", "desc", "reevaluate", "on_fail"):
             data.pop(key, None)
@@ -114,7 +114,7 @@ class Schedule:
     seed: int = 0
 
     def data(self) -> dict[str, Any]:
-        """Return the schedule in the format of version 2. Reading it gives an equal schedule."""
+        """Return the schedule in format version 2."""
         data: dict[str, Any] = {"version": 2}
         if self.seed:
             data["seed"] = self.seed
@@ -122,7 +122,7 @@ class Schedule:
         return data
 
     def __str__(self) -> str:
-        """Return the schedule as `--set growth=` accepts it."""
+        """Return the schedule as a text that `--set growth=` accepts."""
         return json.dumps(self.data(), separators=(",", ":"))
 
 
@@ -136,7 +136,7 @@ def _compact(value: Any) -> str:
 
 
 class Config(Protocol):
-    """The fields of a config that an operation reads. `mainrun.config.TrainConfig` has them all."""
+    """The fields of a config that operations read. `mainrun.config.TrainConfig` implements this protocol."""
 
     @property
     def n_layer(self) -> int: ...
@@ -168,22 +168,22 @@ class Config(Protocol):
     def unused_ids(self) -> int: ...
 
     def changed(self, **fields: Any) -> Self:
-        """Return a config with other values and without a schedule. Raise ValueError if they are wrong."""
+        """Return a copy with changed fields and no schedule. Raise ValueError if a value is not allowed."""
 
 
 C = TypeVar("C", bound=Config)
-Changes = dict[str, Any]  # config field -> new value
-SetBy = Mapping[str, int]  # config field -> place of the op that set it last
+Changes = dict[str, Any]  # maps config fields to their new values
+SetBy = Mapping[str, int]  # maps each config field to the place of the op that set the field last
 
 
 def _origin(set_by: SetBy, field: str, how: str = "set by") -> str:
-    """Return a remark that names the op which set a field, or an empty text."""
+    """Return a remark that names the op which set a field. Return an empty text if no op set the field."""
     if field in set_by:
         return f" ({how} ops[{set_by[field]}])"
     return ""
 
 
-# -- what each operation changes. A ValueError says what was given, what is allowed and how to fix it
+# -- what each operation changes. An error message names the given value, the allowed values and a fix
 
 
 def _grown_size(op: Op, what: str, now: int, origin: str) -> int:
@@ -216,7 +216,7 @@ def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     wrong = [f"value[{i}]={layer}" for i, layer in enumerate(sources) if not 0 <= layer < cfg.n_layer]
     if wrong:
         raise ValueError(f"{', '.join(wrong[:5])} out of range; {state}. Use {_layer_range(cfg.n_layer)}")
-    # the first copy of a frozen layer stays frozen, the other copies train
+    # the first copy of a frozen layer stays frozen, and the other copies are trained
     frozen = [i for i, layer in enumerate(sources) if layer in cfg.frozen and layer not in sources[:i]]
     return {"n_layer": len(sources), "frozen": tuple(frozen)}
 
@@ -240,10 +240,10 @@ def _widen_mlp(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
-    kv_heads = factor * cfg.n_kv_head  # 0 stays 0: it means n_head
+    kv_heads = factor * cfg.n_kv_head  # 0 stays 0, which means n_head
     if op.value["kv"] == "keep":
         kv_heads = cfg.kv_heads
-    return {  # heads keep their width
+    return {  # the width of a head does not change
         "d_model": factor * cfg.d_model,
         "d_ff": factor * cfg.ff_width,
         "n_head": factor * cfg.n_head,
@@ -382,7 +382,7 @@ def _unfreeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 
 def _layers_of(op: Op, cfg: Config, set_by: SetBy) -> tuple[int, ...]:
-    """Return the layers that an op names. The model must have them."""
+    """Return the layers that an op names. Raise ValueError if the model does not have these layers."""
     layers = op.value
     if isinstance(layers, int):
         layers = (layers,)
@@ -408,7 +408,8 @@ def _frozen_layers(cfg: Config, set_by: SetBy) -> str:
 def _resize_vocabulary(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     now = cfg.vocab_size + cfg.unused_ids
     ids = _grown_size(op, "vocabulary", now, _origin(set_by, "unused_ids"))
-    return {"unused_ids": ids - cfg.vocab_size}  # vocab_size stays, because the tokenizer depends on it
+    # vocab_size does not change, because the tokenizer depends on it
+    return {"unused_ids": ids - cfg.vocab_size}
 
 
 def _set_field(op: Op, cfg: Config, set_by: SetBy) -> Changes:
@@ -422,18 +423,18 @@ def _set_eval_iters(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 
 def _reset_lr_schedule(op: Op, cfg: Config, set_by: SetBy) -> Changes:
-    return {}  # Plan restarts warm-up, plateau and decay over the steps that are left
+    return {}  # Plan restarts the learning rate schedule over the remaining steps
 
 
-# -- how well each operation can keep the model's function
+# -- how well each operation can preserve the function of the model
 
 
 class Guarantee(NamedTuple):
     """The strongest guarantee that an op can give."""
 
     level: str  # one of GUARANTEES
-    why: str = ""  # why it is not stronger: completes "preserve=... is impossible ..."
-    instead: str = ""  # what to write for a stronger one
+    why: str = ""  # the reason why no stronger guarantee is possible, after "preserve=... is impossible"
+    instead: str = ""  # what to write to get a stronger guarantee
 
 
 BITEXACT = Guarantee("bitexact")
@@ -489,14 +490,14 @@ def _guarantee_of_upcycling(op: Op, cfg: Config) -> Guarantee:
 
 @dataclass(frozen=True)
 class Operation:
-    """A row of OPERATIONS: everything that is known about an operation without a model."""
+    """A row of OPERATIONS. It describes an operation without using a model."""
 
     changes: Callable[[Op, Config, SetBy], Changes]
     value: Value
-    field: str = ""  # the config field that the value is written to, if it is a single one
-    architecture: bool = True  # whether it changes the model, not only how the model is trained
-    guarantee: Callable[[Op, Config], Guarantee] = _exact  # of an operation of the architecture
-    init: str = ""  # default of the key `init`; empty if the operation has no such key
+    field: str = ""  # the config field that the operation sets, if it sets exactly one
+    architecture: bool = True  # whether the operation changes the model itself
+    guarantee: Callable[[Op, Config], Guarantee] = _exact  # used only if `architecture` is true
+    init: str = ""  # default of the key `init`; empty if the operation has no key `init`
 
 
 def _training(field: str) -> Operation:
@@ -546,7 +547,7 @@ OPERATIONS: dict[str, Operation] = {
     "set_lr": _training("lr"),
     "set_batch_size": _training("batch_size"),
     "set_grad_accum": _training("grad_accum"),
-    # counts from the start of the current schedule: after the warm-up it has no effect until the next reset
+    # After the warm-up, set_warmup_iters has no effect until the next reset_lr_schedule.
     "set_warmup_iters": _training("warmup_iters"),
     "set_eval_iters": Operation(_set_eval_iters, NumberValue(), architecture=False),
     "set_eval_interval": _training("eval_interval"),
@@ -573,7 +574,7 @@ OPERATIONS: dict[str, Operation] = {
 NAMES = tuple(OPERATIONS)
 ARCHITECTURE = tuple(name for name, operation in OPERATIONS.items() if operation.architecture)
 TRAINING = tuple(name for name in NAMES if name not in ARCHITECTURE)
-# the old relative operations, which are refused with the absolute value to write instead
+# Maps old relative operations to new ones. An old operation is refused with the absolute value to write.
 RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERATIONS[name].field}
 
 
@@ -589,7 +590,7 @@ def default_keys(name: str, place: int) -> dict[str, Any]:
 
 
 def operation_of(name: str) -> Operation:
-    """Return the row of an operation. An old relative one (change_lr) has the row of set_lr."""
+    """Return the row of an operation. An old relative operation, like change_lr, uses the row of set_lr."""
     return OPERATIONS[RELATIVE.get(name, name)]
 
 
@@ -597,13 +598,13 @@ def operation_of(name: str) -> Operation:
 
 
 class AppliedOp(NamedTuple, Generic[C]):
-    """An op whose guarantee is settled, and the config that is in force after it."""
+    """An op with its final guarantee, and the config after the op."""
 
     op: Op
     cfg: C
 
 
-Fault = tuple[int, str]  # place of the op (-1 for the schedule as a whole), and the message
+Fault = tuple[int, str]  # place of the op, or -1 for the whole schedule, and the message
 
 
 def fault_of(place: int, name: Any, text: str) -> Fault:
@@ -614,9 +615,10 @@ def fault_of(place: int, name: Any, text: str) -> Fault:
 
 
 def after(op: Op, cfg: C, set_by: SetBy | None = None) -> C:
-    """Return the config that is in force after an op. It has no schedule of its own.
+    """Return the config after an op. This config has no schedule.
 
-    Raise ValueError if the op cannot be applied. set_by: which op set each field, for the message.
+    Raise ValueError if the op cannot be applied.
+    set_by: the op that set each field, for the error message.
     """
     return cfg.changed(**_changes(op, cfg, set_by or {}))
 
@@ -649,7 +651,7 @@ def _old_relative_form(op: Op, cfg: Config, set_by: SetBy) -> str:
 
 
 def walk(cfg: C, ops: Iterable[Op]) -> tuple[list[AppliedOp[C]], list[Fault]]:
-    """Apply ops one after another. An op that cannot be applied is left out and becomes a fault."""
+    """Apply ops one after another. An op that cannot be applied is skipped and reported as a fault."""
     applied: list[AppliedOp[C]] = []
     faults: list[Fault] = []
     set_by: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The optimisers that a config may name, and the state that each keeps. To add one, see docs/extending.md."""
+"""The optimisers that a config may name, and their state. docs/extending.md says how to add an optimiser."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class OptimizerSpec(NamedTuple):
-    """What is known about an optimiser without torch."""
+    """The properties of an optimiser that are needed without torch."""
 
-    # Tensors that it keeps per parameter, and the power of the gradient that each grows with.
-    # Growth scales them with the gradient; --dry-run counts their bytes.
+    # The state tensors per parameter. Each is proportional to the given power of the gradient.
+    # Growth scales the tensors when it scales the gradient, and --dry-run counts their bytes.
     state: dict[str, int]
-    # The optimiser of everything but the matrices inside blocks; "" if it takes all parameters itself.
+    # The optimiser of all parameters except matrices inside blocks; "" if no other optimiser is used.
     others: str = ""
 
 
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 
 
 def state_powers() -> dict[str, int]:
-    """Return the state tensors of all optimisers, with the power of the gradient that each grows with."""
+    """Return the state tensors of all optimisers. Each is proportional to the returned gradient power."""
     powers: dict[str, int] = {}
     for spec in OPTIMIZERS.values():
         powers |= spec.state
@@ -31,7 +31,7 @@ def state_powers() -> dict[str, int]:
 
 
 def state_tensors(optimizer: str, momentum: float) -> int:
-    """Return how many state tensors an optimiser keeps per parameter. SGD without momentum keeps none."""
+    """Return the number of state tensors per parameter. SGD without momentum has no state tensors."""
     if optimizer == "sgd" and not momentum:
         return 0
     return len(OPTIMIZERS[optimizer].state)

@@ -1,4 +1,4 @@
-"""The plan of a run: which steps it has, and what enters each of them."""
+"""The plan of a run: its steps, and the scheduled values of every step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mainrun.plan.ops import ARCHITECTURE, AppliedOp, Op, walk
 
 
 class StepInputs(NamedTuple):
-    """Every scheduled value that enters a step. Runs are equal as long as these and the static fields are."""
+    """All scheduled values of a step. Runs with equal static fields and equal inputs have equal steps."""
 
     lr: float
     lr_aux: float
@@ -27,18 +27,18 @@ class StepInputs(NamedTuple):
     grad_accum: int
     rdrop: float
     label_smoothing: float
-    average: float  # weight of the new parameters in the scored average; 1 if there is no average
+    average: float  # weight of the new parameters in the weight average; 1 means no average
 
 
 class Decision(NamedTuple):
-    """What became of an op: it fired after this number of steps, or was skipped then."""
+    """The decision about an op: it fired or was skipped after `step` steps."""
 
     step: int
     skipped: bool = False
 
     @classmethod
     def from_int(cls, number: int) -> Decision:
-        """Read the form that files hold: the step, or ~step if the op was skipped."""
+        """Read the integer form that files use: `step`, or `~step` if the op was skipped."""
         if number < 0:
             return cls(~number, skipped=True)
         return cls(number)
@@ -48,15 +48,15 @@ class Decision(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The steps between two ops, and the config that is in force in them."""
+    """The steps between two ops, and their config."""
 
     cfg: TrainConfig
     first: int = 0  # first step
     tokens: int = 0  # tokens trained before the first step
     epoch: int = 0  # epoch of the first step
-    start: int = 0  # where the step before the first one stopped reading in the stream of that epoch
-    lr_start: int = 0  # step from which the learning rate schedule counts: that of the last reset_lr_schedule
-    op: Op | None = None  # the op that began the segment, with its guarantee settled
+    start: int = 0  # position in the token stream of the epoch at the first step
+    lr_start: int = 0  # step at which the learning rate schedule starts: the last reset_lr_schedule
+    op: Op | None = None  # the op that began the segment, with its final guarantee
 
     @property
     def span(self) -> int:
@@ -72,46 +72,48 @@ class Segment(NamedTuple):
             )
 
     def place(self, step: int, train_tokens: int) -> tuple[int, int]:
-        """Return the epoch of a step, and where its span + 1 tokens begin in the stream of that epoch."""
+        """Return the epoch of a step, and the position of its first token in the stream of this epoch."""
         epoch, start = self._pointer(step, train_tokens)
         if start + self.span >= train_tokens:
             start = 0
         return epoch, start
 
     def after(self, step: int, train_tokens: int) -> tuple[int, int]:
-        """Return the epoch and the position at which the step before `step` stopped reading."""
+        """Return the epoch and the position in the stream after `step` steps."""
         epoch, start = self._pointer(step - 1, train_tokens)
         return epoch, start + self.span
 
     def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
-        # The last target of a step is one token beyond its span. If an epoch is a whole number of spans, its
-        # last step has no last target. A sequential stream then starts the next epoch early; a shuffled epoch
-        # reads its own start again.
+        # The last target of a step is the token after its span. If an epoch is a whole number of spans, the
+        # last step of the epoch has no last target. In this case, a sequential stream starts the next epoch
+        # early, and a shuffled epoch reads its first token again.
         readable = train_tokens - 1
         if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0:
             readable = train_tokens
         steps = step - self.first
-        steps_in_epoch = max(0, readable - self.start) // self.span  # that are left of the first epoch
+        steps_in_epoch = max(0, readable - self.start) // self.span  # steps left in the first epoch
         if steps < steps_in_epoch:
             return self.epoch, self.start + steps * self.span
         epochs, steps = divmod(steps - steps_in_epoch, readable // self.span)
         return self.epoch + 1 + epochs, steps * self.span
 
     def steps_to(self, tokens: float) -> int:
-        """Return the step that is nearest to a number of trained tokens."""
+        """Return the number of steps that is nearest to a number of trained tokens."""
         return self.first + round((tokens - self.tokens) / self.span)
 
     def last_step(self, budget: int) -> int:
-        """Return the number of steps of a run that ends in this segment."""
+        """Return the total number of steps if the run ends in this segment."""
         return self.first + (budget - self.tokens) // self.span
 
 
 class Plan:
-    """The steps of a config on a number of training tokens. Steps count from 0.
+    """The steps of a config, given the number of training tokens. Steps count from 0.
 
-    fired: the decisions about the first ops, as integers (`Decision.to_int`). An op whose trigger needs an
-    evaluation can only be decided during the run. Without its decision the plan continues as if the op never
-    fired, and `undecided` is that op. One decision more changes nothing before the step of the decision.
+    fired: the decisions about the first ops, as integers (see `Decision.to_int`).
+
+    An op whose trigger needs an evaluation can only be decided during the run. Before this decision, the plan
+    assumes that the op never fires, and `undecided` contains the op. A new decision does not change the plan
+    before the step of the decision.
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
@@ -122,7 +124,7 @@ class Plan:
         self.train_tokens = train_tokens
         self.steps_per_epoch = train_tokens // (cfg.batch_size * cfg.block_size)
         self.before, self.since = self._plan_before(given)
-        self.decisions: list[Decision] = []  # as far as they are known
+        self.decisions: list[Decision] = []  # the decisions that are known so far
         self.undecided: Op | None = None
         self.segments = self._lay_out(given)
         self._firsts = [segment.first for segment in self.segments]
@@ -135,26 +137,26 @@ class Plan:
         self.swa_start = self.steps - round(cfg.swa * self.steps)
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
 
-    # -- the layout: fractions become integer steps, once
+    # -- the layout, which converts fractions to steps
 
     @property
     def fired(self) -> tuple[int, ...]:
-        """The decisions as files hold them."""
+        """The decisions in the integer form that files use."""
         return tuple(decision.to_int() for decision in self.decisions)
 
     @property
     def budget(self) -> int:
-        """Tokens of the run."""
+        """The number of tokens that the run trains on."""
         return self.cfg.epochs * self.steps_per_epoch * self.cfg.batch_size * self.cfg.block_size
 
     def decided(self, decision: Decision, place: int | None = None) -> Plan:
-        """Return the plan after one more decision: about the undecided op, or about the op at a place."""
+        """Return the plan after a decision about the undecided op, or about the op at `place`."""
         if place is None:
             place = len(self.decisions)
         return Plan(self.cfg, self.train_tokens, (*self.fired[:place], decision.to_int()))
 
     def _plan_before(self, given: list[Decision]) -> tuple[Plan | None, int]:
-        """Return the plan before the last decision that the run made, and the step of that decision."""
+        """Return the plan before the last decision during the run, and the step of this decision."""
         for place, decision in reversed(list(enumerate(given))):
             if decision.skipped or not self.cfg.growth.ops[place].trigger.static:
                 earlier = [other.to_int() for other in given[:place]]
@@ -162,11 +164,11 @@ class Plan:
         return None, 0
 
     def _lay_out(self, given: list[Decision]) -> list[Segment]:
-        """Return where each segment begins. Set `decisions` and `undecided`."""
+        """Return the segments of the run. Set `decisions` and `undecided`."""
         applied = self._applied_ops(given)
         skipped = any(decision.skipped for decision in given)
         segments = [Segment(self.cfg)]
-        foreseen = True  # no op so far was decided during the run
+        foreseen = True  # whether all previous ops were decided before the run
         for place in range(len(self.cfg.growth.ops)):
             decision = given[place] if place < len(given) else None
             if decision and decision.skipped:
@@ -178,7 +180,7 @@ class Plan:
                 break
             segment = self._next_segment(segments[-1], applied[place], decision)
             if decision is None and segment.tokens + segment.span > self.budget:
-                if not foreseen:  # an op before it came too late
+                if not foreseen:  # a previous op fired too late
                     break
                 raise ConfigError(self._too_late(segment, segments[-1]))
             segments.append(segment)
@@ -187,7 +189,7 @@ class Plan:
         return segments
 
     def _applied_ops(self, given: list[Decision]) -> dict[int, AppliedOp[TrainConfig]]:
-        """Return each op that is not skipped, by its place."""
+        """Return the ops that are not skipped. The keys are their places in the schedule."""
         skipped = [place for place, decision in enumerate(given) if decision.skipped]
         ops = [op for place, op in enumerate(self.cfg.growth.ops) if place not in skipped]
         applied, faults = walk(self.cfg, ops)
@@ -238,10 +240,10 @@ class Plan:
         decay = steps
         if cfg.schedule == "wsd":
             decay = round(cfg.decay_frac * steps)
-        decay_start = max(warmup, steps - decay)  # both fractions may have been rounded up
+        decay_start = max(warmup, steps - decay)  # both numbers of steps may have been rounded up
         return segment.lr_start + warmup, segment.lr_start + decay_start
 
-    # -- by step
+    # -- the values of each step
 
     def segment_at(self, step: int) -> Segment:
         return self.segments[self._index_at(step)]
@@ -255,7 +257,7 @@ class Plan:
         return segment.tokens + (done - segment.first) * segment.span
 
     def at(self, step: int) -> StepInputs:
-        """Return what enters a step."""
+        """Return the scheduled values of a step."""
         if self.before and step < self.since:
             return self.before.at(step)
         index = self._index_at(step)
@@ -280,7 +282,7 @@ class Plan:
         )
 
     def lr_factor(self, step: int) -> float:
-        """Return the learning rate of a step as a fraction of the peak."""
+        """Return the learning rate of a step as a fraction of the peak learning rate."""
         index = self._index_at(step)
         lr_start = self.segments[index].lr_start
         warmup_end, decay_start = self._lr_phases[index]
@@ -296,17 +298,17 @@ class Plan:
         return low + (1 - low) * DECAY[shape](progress)
 
     def average(self, step: int) -> float:
-        """Return the weight of the new parameters in the average."""
+        """Return the weight of the new parameters in the weight average."""
         if step >= self.swa_start:
             return 1 / (step - self.swa_start + 1)
         if not self.cfg.ema:
             return 1.0
-        # a young average follows the parameters closely, or the random start would dominate it
+        # at first, the average follows the parameters closely, to forget the random initial weights
         return 1 - min(self.cfg.ema, (1 + step) / (10 + step))
 
     @cached_property
     def grown(self) -> dict[int, bytes]:
-        """The effects of ops of the architecture, by the step before which they act. They enter that step."""
+        """The effects of ops that change the model. Each key is the first step after the op."""
         effects: dict[int, bytes] = {}
         for segment in self.segments:
             if segment.op and segment.op.name in ARCHITECTURE:
@@ -314,11 +316,11 @@ class Plan:
                 effects[segment.first] = effects.get(segment.first, b"") + effect
         return effects
 
-    # -- steps at which something happens
+    # -- the steps with evaluations and checkpoints
 
     @cached_property
     def eval_steps(self) -> frozenset[int]:
-        """Steps (counted from 1) after which val and dev are scored."""
+        """The steps, counted from 1, after which val and dev are scored."""
         steps = {1, self.steps}
         starts = self._eval_segments()
         ends = [segment.first for segment in starts[1:]]
@@ -332,7 +334,7 @@ class Plan:
         return frozenset(steps)
 
     def _eval_segments(self) -> list[Segment]:
-        """Return the segments from which the interval between evaluations is counted again."""
+        """Return the segments at whose start the interval between evaluations begins again."""
         starts = self.segments[:1]
         for segment in self.segments[1:]:
             before = starts[-1]
@@ -343,27 +345,27 @@ class Plan:
         return starts
 
     def _eval_interval(self, segment: Segment) -> int:
-        """Return the steps between two evaluations, or 0 if there are none."""
+        """Return the number of steps between two evaluations, or 0 if there are no evaluations."""
         if segment.cfg.eval_interval or not self.cfg.eval_per_epoch:
             return segment.cfg.eval_interval
         return max(1, self.train_tokens // segment.span // self.cfg.eval_per_epoch)
 
     @cached_property
     def breaks(self) -> list[int]:
-        """Steps after which other runs are likely to differ: at the ops and the phases of the schedules."""
+        """The steps after which similar runs often differ, such as ops and the start of the decay."""
         steps = set(self._firsts)
         for warmup_end, decay_start in self._lr_phases:
             steps.add(warmup_end)
             if self.cfg.schedule != "constant":
                 steps.add(decay_start + 1)  # the first step of a decay still has the peak rate
-        steps.add(self.swa_start + 1)  # the first average is equal to the weights
+        steps.add(self.swa_start + 1)  # the first average equals the weights
         earlier = []
         if self.before:
             earlier = [step for step in self.before.breaks if step <= self.since]
         return earlier + sorted(step for step in steps if self.since < step < self.steps)
 
     def table(self) -> dict[str, Any]:
-        """Return the resolved numbers as config.json and --dry-run show them."""
+        """Return the numbers of the plan that config.json and --dry-run show."""
         cfg = self.cfg
         growth = [f"{segment.op} after step {segment.first}" for segment in self.segments if segment.op]
         if self.undecided:
@@ -388,13 +390,13 @@ class Plan:
 
 
 def _in_256ths(p: float) -> float:
-    """Round a dropout rate to a multiple of 1/256, because a random byte decides. Only 0 becomes 0."""
+    """Round a dropout rate to a multiple of 1/256, because masks use random bytes. Only 0 becomes 0."""
     if p == 0:
         return 0.0
     return min(max(round(256 * p), 1), 255) / 256
 
 
-# shapes of a decay: from 1 at progress 0 to 0 at progress 1
+# each decay falls from 1 at progress 0 to 0 at progress 1
 DECAY = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),

@@ -1,4 +1,4 @@
-"""Presets and `--set`: how the command line names a config."""
+"""Read presets and `--set` options, which select a config on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 class Step(NamedTuple):
-    """One config of a preset."""
+    """A step of a preset, which is one config."""
 
     label: str  # name of the preset, with `:name` if the preset is a ladder
     fields: dict[str, Any]
@@ -31,10 +31,10 @@ def preset_names() -> list[str]:
 
 
 def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
-    """Return the configs of a preset: one, or one per step if the preset is a ladder (`[[steps]]`).
+    """Return the configs of a preset. A preset with `[[steps]]` is a ladder and has one config per step.
 
-    preset: a built-in name or a TOML file, with `:step` for a single step of a ladder.
-    sets: texts like "lr=0.01", which override the fields of every config.
+    preset: a built-in name or a TOML file. The suffix `:STEP` selects one step of a ladder.
+    sets: texts like "lr=0.01" that replace fields in every config.
     """
     overrides = dict(parse_set(text) for text in sets)
     if "preset" in overrides:
@@ -45,7 +45,7 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """Split "key=value". The value is a TOML literal, else a string; `none` unsets the field."""
+    """Split "key=value". The value is a TOML literal or a plain string. `none` unsets the field."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key:
         raise ConfigError(f"--set got {inputs.shown(text)}; write key=value, like --set lr=0.01")
@@ -62,7 +62,10 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def _expand(preset: str, above: tuple[str, ...] = ()) -> list[Step]:
-    """Return the steps of a preset, with their bases filled in. above: presets that use it as a base."""
+    """Return the steps of a preset with the fields of their bases.
+
+    above: the presets that use this preset as a base.
+    """
     if preset in above:
         chain = " -> ".join((*above, preset))
         raise ConfigError(f"preset {preset!r} is its own base ({chain}); remove one of the base keys")
@@ -130,7 +133,7 @@ def _are_tables(entries: Any) -> bool:
 
 
 def _base(table: dict[str, Any], path: Path, above: tuple[str, ...]) -> dict[str, Any]:
-    """Remove the key `base` from a table and return the fields of that preset."""
+    """Remove the key `base` from a table and return the fields of the base preset."""
     base = table.pop("base", None)
     if base is None:
         return {}
@@ -143,7 +146,7 @@ def _base(table: dict[str, Any], path: Path, above: tuple[str, ...]) -> dict[str
 
 
 def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
-    """Return the wanted step of a ladder, or all steps if none is named."""
+    """Return the wanted step of a ladder, or all steps if `wanted` is empty."""
     counts = Counter(step.name for step in ladder)
     for name, count in counts.items():
         if count > 1:
@@ -159,7 +162,7 @@ def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
 
 
 def _check_name(name: str, what: str) -> None:
-    """Refuse a name that cannot be part of the name of a run directory."""
+    """Raise ConfigError if a name cannot be part of the name of a run directory."""
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
         raise ConfigError(
             f"{what} is called {name!r}; write at most 80 letters, digits and . + - _ or blanks, "
@@ -168,7 +171,7 @@ def _check_name(name: str, what: str) -> None:
 
 
 def _find(preset: str) -> tuple[Path, str]:
-    """Return the file that a preset's name stands for, and the step that it names, if any."""
+    """Return the file of a preset and the name of the step, which may be empty."""
     name, colon, step = preset.partition(":")
     if colon and preset.endswith(":"):
         raise ConfigError(

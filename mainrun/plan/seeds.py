@@ -1,4 +1,4 @@
-"""Seeds that depend on where a random number is needed, not on what was drawn before it."""
+"""Derive seeds from names and numbers, so that they do not depend on earlier random numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_from(*parts: object) -> int:
-    """Return a 63-bit seed that is a hash of its parts, such as the run's seed and a step."""
+    """Return a 63-bit seed that is a hash of its parts, for example of the seed of a run and a step."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

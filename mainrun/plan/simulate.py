@@ -1,4 +1,4 @@
-"""Check a growth schedule without training: its faults, its oddities, and the cost of each segment."""
+"""Check a growth schedule without training. The result is faults, warnings and the cost of each segment."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mainrun.plan.plan import Decision, Plan
 from mainrun.plan.triggers import Facts, due
 
 Applied = AppliedOp[TrainConfig]
-NEEDS_A_LOSS = {"loss_below", "plateau"}  # conditions that may never be met
+NEEDS_A_LOSS = {"loss_below", "plateau"}  # conditions on the loss, which may never be met
 
 
 class SegmentForecast(NamedTuple):
-    """One segment. The numbers of steps assume that every op waits as long as possible."""
+    """The forecast of a segment. Its number of steps assumes that every op waits as long as possible."""
 
-    op: str  # the op that begins the segment; empty for the first one
+    op: str  # the op that begins the segment; empty for the first segment
     begins: str
     cfg: TrainConfig
     size: Size
-    steps: int | None = None  # None if it cannot be known
+    steps: int | None = None  # None if the number is unknown
     tokens: int | None = None
     seconds: float | None = None
 
@@ -33,7 +33,7 @@ class SegmentForecast(NamedTuple):
 class Forecast(NamedTuple):
     """The result of `simulate`."""
 
-    faults: list[str]  # ops with a fault are left out of the segments
+    faults: list[str]  # ops with a fault are not part of the segments
     warnings: list[str]
     segments: list[SegmentForecast]
 
@@ -41,9 +41,10 @@ class Forecast(NamedTuple):
 def simulate(
     cfg: TrainConfig, data: Any, train_tokens: int | None = None, speed: float | None = None
 ) -> Forecast:
-    """Apply a schedule to a config, op by op.
+    """Apply the ops of a schedule to a config, one after another.
 
-    train_tokens: tokens of one epoch, to forecast the steps. speed: FLOP/s, to forecast the time.
+    train_tokens: the number of tokens in an epoch, to forecast the steps.
+    speed: the speed in FLOP/s, to forecast the time.
     """
     schedule, unreadable = read(data)
     applied, impossible = walk(cfg, schedule.ops)
@@ -62,7 +63,7 @@ def simulate(
 
 
 def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
-    """Return the plan in which every op fires as late as possible: no loss ever falls."""
+    """Return the plan in which every op fires as late as possible, because the loss never falls."""
     plan = Plan(cfg, train_tokens)
     while plan.undecided:
         step = _latest_step(plan, plan.undecided)
@@ -73,7 +74,7 @@ def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
 
 
 def _latest_step(plan: Plan, op: Op) -> int | None:
-    """Return the first evaluation at which an op fires whatever the loss is, or None."""
+    """Return the step of the first evaluation at which an op fires with any loss, or None."""
     last = plan.segments[-1].first
     earliest = last
     if plan.fired and plan.cfg.growth.ops[len(plan.fired) - 1].reevaluate:
@@ -90,11 +91,11 @@ def _latest_step(plan: Plan, op: Op) -> int | None:
 
 
 def _warnings(cfg: TrainConfig, applied: list[Applied], plan: Plan | None) -> Iterator[str]:
-    """Yield what is odd about each op."""
+    """Yield a warning for each op that probably does not do what was intended."""
     before = cfg
-    past = 0  # the latest step that an op before this one waits for
+    past = 0  # the last step that a previous op waits for
     for i, (op, after) in enumerate(applied):
-        evaluated = 1 if i == 0 else 0  # steps of the wait that end at an evaluation: step 1 always has one
+        evaluated = 1 if i == 0 else 0  # step 1 always ends with an evaluation
         oddities = [
             _no_effect(op, before, after),
             _impossible_loss(op),
@@ -129,7 +130,10 @@ def _past_step(op: Op, past: int) -> str:
     step = op.trigger.step
     if step is None or not op.trigger.static or step >= past:
         return ""
-    return f"step {step} is over when its turn comes; it fires with the op before it, not before step {past}"
+    return (
+        f"step {step} is earlier than the op can fire; "
+        f"the op fires with the previous op, not before step {past}"
+    )
 
 
 def _dropped_layers(op: Op, before: TrainConfig) -> str:
@@ -139,7 +143,7 @@ def _dropped_layers(op: Op, before: TrainConfig) -> str:
     if not dropped:
         return ""
     noun = "layer" if len(dropped) == 1 else "layers"
-    return f"drops {noun} {', '.join(dropped)} of {before.n_layer}, and everything learned there"
+    return f"drops {noun} {', '.join(dropped)} of {before.n_layer} and their trained weights"
 
 
 def _short_wait(op: Op, evaluated: int, interval: int) -> str:
@@ -153,14 +157,14 @@ def _short_wait(op: Op, evaluated: int, interval: int) -> str:
 
 
 def _eval_interval(cfg: TrainConfig, plan: Plan | None) -> int:
-    """Return the steps between two evaluations, or 0 if they are not known."""
+    """Return the number of steps between two evaluations, or 0 if it is unknown."""
     if cfg.eval_interval or not plan or not cfg.eval_per_epoch:
         return cfg.eval_interval
     return max(1, plan.train_tokens // (cfg.batch_size * cfg.block_size) // cfg.eval_per_epoch)
 
 
 def _never_fires(applied: list[Applied], plan: Plan) -> Iterator[str]:
-    """Yield a warning if the next op is not certain to fire, unless it waits for a loss alone."""
+    """Yield a warning if the next op might never fire, unless its trigger depends only on the loss."""
     op = applied[len(plan.fired)].op
     conditions = op.trigger.conditions.keys()
     if conditions <= NEEDS_A_LOSS:
@@ -170,7 +174,7 @@ def _never_fires(applied: list[Applied], plan: Plan) -> Iterator[str]:
         text = "only fires if its condition on the loss is met"
     text += f"; the run has {plan.steps} steps"
     if op is not applied[-1].op:
-        text += ", and the ops after it wait for it"
+        text += ", and later ops wait for this op"
     yield f"ops[{op.place}] {op.name!r}: {text}."
 
 

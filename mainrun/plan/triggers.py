@@ -1,16 +1,17 @@
-"""When an op fires: its trigger, and the facts that the trigger is compared with.
+"""Decide when an op fires, by comparing its trigger with the facts about a run.
 
 An op fires as soon as any condition of its trigger holds:
 
-    loss_below    the loss of the last evaluation (mean per token, in nats) is below the value
-    wait_iters    at least so many steps have passed since the last op, or since the start if there is none
-    plateau       since the last op, the best of the last `evals` evaluations improved on the best one before
-                  them by less than the fraction `rel`
-    step, tokens, budget_frac
-                  so many steps or tokens have been trained, or that fraction of the tokens of the run
+    loss_below    the loss of the last evaluation, in nats per token, is below the value
+    wait_iters    the given number of steps has passed since the last op, or since the start of the run
+    plateau       the best loss of the last `evals` evaluations is less than the fraction `rel` below the best
+                  earlier loss since the last op
+    step          the given number of steps has been trained
+    tokens        the given number of tokens has been trained
+    budget_frac   the given fraction of the tokens of the run has been trained
 
-Conditions are checked after an evaluation. A trigger that has none of the first three conditions is static:
-its op fires at exactly that step, without an evaluation.
+Conditions are checked after an evaluation. A trigger without `loss_below`, `wait_iters` and `plateau` is
+static. An op with a static trigger fires at exactly the given step, without an evaluation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Trigger:
-    """The conditions of one op; any of them is enough."""
+    """The conditions of an op. The op fires when any condition is met."""
 
     loss_below: float | None = None
     wait_iters: int | None = None
@@ -38,11 +39,11 @@ class Trigger:
 
     @property
     def static(self) -> bool:
-        """Whether the step is known before the run."""
+        """Whether the step of the op is known before the run."""
         return self.conditions.keys() <= {"step", "tokens", "budget_frac"}
 
     def data(self) -> dict[str, Any]:
-        """Return the trigger as a schedule file holds it."""
+        """Return the trigger in the format of a schedule file."""
         conditions = self.conditions
         if self.plateau is not None:
             evals, rel = self.plateau
@@ -66,15 +67,15 @@ class Trigger:
 class Facts(NamedTuple):
     """The state of a run right after an evaluation."""
 
-    step: int  # steps trained
-    last: int  # steps trained when the last op fired; 0 if none has
-    tokens: int  # tokens trained
-    budget: int  # tokens of the run
-    losses: Sequence[tuple[int, float]] = ()  # (step, loss) of each evaluation, the newest last
+    step: int  # number of steps trained
+    last: int  # the step at which the last op fired, or 0 if no op has fired
+    tokens: int  # number of tokens trained
+    budget: int  # number of tokens in the whole run
+    losses: Sequence[tuple[int, float]] = ()  # step and loss of each evaluation, the newest last
 
 
 def due(trigger: Trigger, facts: Facts) -> str | None:
-    """Return why a trigger fires, or None if it does not. The op must be the next in line."""
+    """Return the reason why a trigger fires, or None if it does not fire."""
     loss = facts.losses[-1][1] if facts.losses else None
     if trigger.loss_below is not None and loss is not None and loss < trigger.loss_below:
         return f"loss {loss:.4f} < {trigger.loss_below:g}"

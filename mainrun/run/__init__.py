@@ -1,1 +1,1 @@
-"""One run: its session, log, summary, and what it shares with other runs through the store."""
+"""The parts of a run: its session, its log, its summary, and the sharing of steps through the store."""

@@ -1,4 +1,4 @@
-"""What a run has cost so far: seconds by activity, steps reused and wasted, resumes."""
+"""The costs of a run so far: seconds per activity, numbers of reused and wasted steps, and resumes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from contextlib import contextmanager
 
 
 class Accounts:
-    """The costs of a run over all its sessions. A checkpoint holds them next to the state."""
+    """The costs of a run over all its sessions. A checkpoint contains these costs."""
 
     def __init__(self) -> None:
-        self.saved = 0  # the step of the last checkpoint
-        self.resumed = 0  # sessions that continued from a checkpoint, or repeated lost steps
-        # reused: steps read from the store; wasted: steps that were trained and then lost with a session
+        self.saved = 0  # step of the last checkpoint
+        self.resumed = 0  # number of sessions that continued from a checkpoint or repeated lost steps
+        # Reused steps were read from the store. Wasted steps were trained, but lost when a session ended.
         self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
-        self.spent: dict[str, float] = {}  # seconds by activity
-        self._inner = [0.0]  # seconds spent in clocks inside the current one
+        self.spent: dict[str, float] = {}  # seconds per activity
+        self._inner = [0.0]  # seconds spent in clocks inside the current clock
 
     def add(self, activity: str, seconds: float) -> None:
         self.spent[activity] = self.spent.get(activity, 0.0) + seconds
 
     @contextmanager
     def clock(self, activity: str) -> Iterator[None]:
-        """Add the time of the block to an activity. A clock inside another one stops the outer one."""
+        """Add the time of the `with` block to an activity. An inner clock pauses the outer clock."""
         started = time.perf_counter()
         self._inner.append(0.0)
         try:

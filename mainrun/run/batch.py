@@ -1,4 +1,4 @@
-"""A batch of runs that are known together: the steps they share, and the nodes to keep for them."""
+"""Find the steps that several runs share, and the nodes of the store that these runs need."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mainrun.store.rundir import RunDir
 
 @dataclass
 class SharedBatch:
-    """What a batch of runs has to train, and the nodes with which its runs share steps."""
+    """The steps that a batch of runs must train, and the nodes through which its runs share steps."""
 
     assignments: planner.Assignments
-    keep: dict[str, list[int]]  # by run: the steps of the nodes that other runs need
+    keep: dict[str, list[int]]  # for each run, the steps of the nodes that other runs need
     keys: list[str]  # of those nodes
     chains: dict[str, list[str]]
 
 
 def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path | None = None) -> SharedBatch:
-    """Find the steps that the runs of a batch share. out: the folder of their run directories."""
+    """Find the steps that the runs of a batch share. out: the folder that contains the run directories."""
     plans, chains = resolve(configs)
     keys = _keys_to_keep(plans, chains)
     keep: dict[str, list[int]] = {}
@@ -46,7 +46,7 @@ def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path |
 
 
 def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, list[str]]]:
-    """Return each run's plan and key chain on this machine. Data that runs have in common is read once."""
+    """Return the plan and the key chain of each run on this machine. Common data is read only once."""
     read: dict[tuple[Any, ...], tuple[dict[str, str], TokenData]] = {}
     plans = {}
     chains = {}
@@ -68,14 +68,14 @@ def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, 
 
 
 def may_share(configs: Sequence[TrainConfig]) -> bool:
-    """Whether any two runs could share a step, judged by their configs alone."""
+    """Whether two configs are similar enough that their runs could share a step."""
     fields = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     static = {tuple(str(getattr(cfg, field)) for field in fields) for cfg in configs}
     return len(static) < len(configs)
 
 
 def _keys_to_keep(plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
-    """Return the keys of the nodes at which runs part, or whose scores only some of the runs take."""
+    """Return the keys of nodes at the forks of runs, and of nodes that only some of the runs score."""
     keys: set[str] = set()
     for assignment in planner.assign(chains).order:
         keys.update(chains[assignment.name][step] for step in assignment.forks)
@@ -105,16 +105,16 @@ def _resumed_step(run: RunDir, plan: Plan) -> int:
 
 
 def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
-    """Return the keys of the store's nodes at which the runs can start."""
+    """Return the keys of the nodes in the store at which the runs can start."""
     reached: dict[str, int] = {}
     try:
         states = store.states()
         keys = store.node_keys()
         for name, chain in chains.items():
             reached[name] = _reachable_step(store, states, keys, plans[name], chain)
-    except OSError:  # each run reports it when it opens the store
+    except OSError:  # each run reports this error when it opens the store
         return set()
-    # If another run on the same chain lacks a score up to a node, neither run counts on that node.
+    # If another run on the same chain lacks a score before a node, no run can start from this node.
     starts = {chains[name][step]: step for name, step in reached.items() if step}
     for name, chain in chains.items():
         for key, step in list(starts.items()):
@@ -126,7 +126,7 @@ def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[s
 def _reachable_step(
     store: Store, states: Container[str], keys: Container[str], plan: Plan, chain: list[str]
 ) -> int:
-    """Return the deepest step that a run can reach from node to node, with all scores that it needs."""
+    """Return the last step that a run can reach through nodes of the store with all necessary scores."""
     step = 0
     while True:
         for target in range(len(chain) - 1, step, -1):

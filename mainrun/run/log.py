@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows of metrics.jsonl, and lines for the user."""
+"""The log of a run: rows of metrics.jsonl, and messages for the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class RunLog:
-    """The log of a run's leader."""
+    """The log that the leader of a run writes."""
 
     def __init__(self, run: RunDir, progress: Progress) -> None:
         self.metrics: RowLog | None = run.log("metrics.jsonl")
@@ -19,7 +19,7 @@ class RunLog:
         self._run = run
 
     def step(self, row: Row, steps: int) -> None:
-        """Log a training step. steps: of the whole run."""
+        """Log a training step. steps: the number of steps in the whole run."""
         assert self.metrics is not None
         self.metrics.append(row)
         self.progress.step(row | {"steps": steps})
@@ -34,7 +34,7 @@ class RunLog:
         self.progress.note(text)
 
     def rows(self) -> list[Row]:
-        """Return every row so far."""
+        """Return all rows so far."""
         return self._run.metrics()
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class RunLog:
 
 
 class NullLog:
-    """The log of the other processes of a run: only the leader writes."""
+    """A log that writes nothing, for all processes except the leader."""
 
     metrics: RowLog | None = None
 

@@ -1,6 +1,6 @@
-"""Show the progress of a run on stderr: a bar on a terminal, and one line per evaluation elsewhere.
+"""Show the progress of a run on stderr. A terminal shows a bar; other outputs get one line per evaluation.
 
-Progress only reads rows of the log. It does not affect the training.
+The progress display reads rows of the log. It does not affect the training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = dict[str, Any]  # a row of metrics.jsonl
 
 REFRESH_SECONDS = 0.2  # the minimum time between two drawings of the bar
 REFRESH_SHARE = 0.01  # the maximum share of the time that drawing takes
-BAR_WIDTH = 40  # columns, at most
+BAR_WIDTH = 40  # the maximum width of the bar in columns
 MIN_BAR_WIDTH = 8
 
 
@@ -29,7 +29,7 @@ class Progress:
     """Receive the events of a run. This base class shows nothing."""
 
     def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
-        """Start or resume a run. table: the resolved plan. earlier: the rows logged before a resume."""
+        """Start or resume a run. table: the table of its plan. earlier: the rows from before a resume."""
 
     def step(self, row: Row) -> None:
         """Show a "step" row of metrics.jsonl."""
@@ -58,8 +58,8 @@ class LineProgress(Progress):
         self.best: float | None = min(scores, default=None)
         self.current_step = max((row["step"] for row in earlier), default=0)
         self.loss = ""
-        self.first_step: tuple[int, float] | None = None  # of this process: (step, time)
-        self.rate = 0.0  # steps per second since then, including evaluations
+        self.first_step: tuple[int, float] | None = None  # first step of this process, and its time
+        self.rate = 0.0  # steps per second since the first step, including evaluations
         self.note(f"{cfg.run_id}: {self.total_steps:,} steps of {self.tokens_per_step:,} tokens")
 
     def step(self, row: Row) -> None:
@@ -89,7 +89,7 @@ class LineProgress(Progress):
         self.note("  ".join(parts))
 
     def best_and_speed(self) -> list[str]:
-        """Return the best score, the ETA and the speed, as far as they are known."""
+        """Return the best score, the ETA and the speed. Unknown values are left out."""
         parts = []
         if self.best is not None:
             parts.append(f"best {self.best:.4f}")
@@ -100,14 +100,14 @@ class LineProgress(Progress):
         return parts
 
     def note(self, text: str) -> None:
-        with suppress(OSError):  # the training continues if nobody reads stderr any more
+        with suppress(OSError):  # training continues even if stderr was closed
             print(text, file=sys.stderr, flush=True)
 
 
 class BarProgress(LineProgress):
     """Draw a progress bar.
 
-    The thread that trains draws it, and only rarely, so that the training is not slower.
+    The training thread draws the bar rarely, so that drawing does not slow down the training.
     """
 
     def __init__(self, console: Console) -> None:
@@ -122,7 +122,7 @@ class BarProgress(LineProgress):
         with suppress(OSError):
             self.live.start()
         self.draw()
-        self.next_draw = 0.0  # the first drawing is slow because it imports modules, so do not wait after it
+        self.next_draw = 0.0  # no minimum wait after the first drawing, which is slow because of imports
 
     def step(self, row: Row) -> None:
         super().step(row)
@@ -133,14 +133,14 @@ class BarProgress(LineProgress):
         self.draw()
 
     def draw(self) -> None:
-        start = time.thread_time()  # processor time, so that a busy machine does not make drawing look slow
+        start = time.thread_time()  # CPU time does not depend on other processes
         with suppress(OSError):  # the terminal was closed
             self.live.update(self.line(), refresh=True)
         cost = time.thread_time() - start
         self.next_draw = time.perf_counter() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
 
     def line(self) -> RenderableType:
-        """Return as many parts as fit on the terminal, the most important first. The bar fills the rest."""
+        """Return the parts that fit on the terminal. The bar fills the remaining width."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -174,7 +174,7 @@ class BarProgress(LineProgress):
 
 
 def make_progress(quiet: bool = False) -> Progress:
-    """Return a bar if stderr is a terminal, and lines otherwise."""
+    """Return a progress bar if stderr is a terminal. Otherwise return a display that prints lines."""
     if quiet:
         return QUIET
     if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown"):
@@ -197,7 +197,7 @@ def clock(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share, rounded down. 96.98% must not look like the 97% that a rule requires."""
+    """Format a share as a percentage, rounded down. 96.98% must not be shown as 97%."""
     return f"{int(100 * share + 1e-9)}%"
 
 

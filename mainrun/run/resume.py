@@ -1,4 +1,4 @@
-"""How a session starts: from which checkpoint, and what earlier sessions have cost."""
+"""Start a session from a checkpoint, and restore the costs of earlier sessions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mainrun.store.rundir import LogRow, RunDir
 from mainrun.train import State
 
 Row = dict[str, Any]
-EMPTY_LOG = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # the mark of a log without rows
+EMPTY_LOG = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # the size and hash of a log without rows
 
 
 def check_spans(cfg: TrainConfig, data: TokenData) -> None:
-    """Refuse a split that is too short to score before training begins, not an hour later."""
+    """Raise an error before training if a split is too short to be scored."""
     for split in ("val", "dev"):
         if split not in data.splits:
             continue
@@ -39,7 +39,7 @@ def check_spans(cfg: TrainConfig, data: TokenData) -> None:
 
 
 def environment(device: Device) -> Row:
-    """Return what env.json says about this session."""
+    """Return the contents of env.json for this session."""
     return {
         "machine_class": device.machine_class,
         "versions": versions(),
@@ -59,7 +59,7 @@ def resume(
     sharing: Sharing | NoSharing,
     growth: Controller,
 ) -> None:
-    """Bring the state and all files of a run to its newest usable checkpoint, or to step 0."""
+    """Restore the state and all files of a run from its newest usable checkpoint, or start at step 0."""
     trained = steps_trained(run.intact_rows(), growth.plan.steps)  # read before the logs are cut
     had_checkpoints = bool(checkpoint.paths(run.checkpoints))
     loaded = checkpoint.load_newest(run.checkpoints, Usable(cfg, log, growth), log.note)
@@ -70,10 +70,10 @@ def resume(
         if had_checkpoints:
             log.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         rewind(log, growth, EMPTY_LOG, EMPTY_LOG)
-    # some of these may be in the store
+    # the store may have some of the lost steps
     lost_steps = {step for step in trained if step > state.step}
     carried = run.env().get("carried", {})
-    if carried and carried["checkpoint"] == state.step:  # the last session ended before it saved anything
+    if carried and carried["checkpoint"] == state.step:  # the last session saved no checkpoint
         accounts.ledger["wasted"] = carried["wasted"]
         accounts.resumed = carried["resumed"] + bool(lost_steps)
     accounts.ledger["wasted"] += len(lost_steps)
@@ -99,7 +99,7 @@ def resume(
 
 
 class Usable:
-    """Decides whether a checkpoint fits the run, and cuts the logs back to it if it does."""
+    """Check whether a checkpoint fits the run. If it fits, also truncate the logs of the run."""
 
     def __init__(self, cfg: TrainConfig, log: RunLog, growth: Controller) -> None:
         self.cfg = cfg
@@ -107,7 +107,7 @@ class Usable:
         self.growth = growth
 
     def __call__(self, meta: Row) -> str | None:
-        """Return why a checkpoint cannot be used, or None."""
+        """Return the reason why a checkpoint cannot be used, or None."""
         fault = checkpoint.fault(meta)
         if fault:
             return fault
@@ -118,12 +118,12 @@ class Usable:
 
 
 def rewind(log: RunLog, growth: Controller, metrics: Row, journal: Row) -> None:
-    """Cut the logs back to the marks of a checkpoint."""
+    """Truncate the logs to their sizes at a checkpoint."""
     for file, mark in ((log.metrics, metrics or EMPTY_LOG), (growth.journal, journal)):
         if file and not file.rewind(mark):
-            # hours of training are not thrown away because of a log; whoever changed it decides
+            # the user decides what to do, because starting over would lose the training so far
             fix = "restore it, or use --fresh to start over"
-            raise RunError(f"{file.path} is not the one its checkpoints were saved with; {fix}")
+            raise RunError(f"{file.path} does not match the checkpoints of the run; {fix}")
 
 
 def _continue(
@@ -136,13 +136,13 @@ def _continue(
     growth: Controller,
     log: RunLog,
 ) -> None:
-    """Load a checkpoint, and tell the user what differs from the session that saved it."""
+    """Load a checkpoint. Tell the user if the machine class or a version has changed since it was saved."""
     if "evaluate_hash" not in earlier:
         fix = "restore it, or use --fresh to start over"
         raise RunError(f"{run.path}/env.json, which says how the run began, is missing; {fix}")
-    run.rows()  # a matching checksum does not make every line a valid row
+    run.rows()  # raises an error for an invalid row, which a matching checksum does not exclude
     load_checkpoint(run, state, accounts, *loaded, growth)
-    env["evaluate_hash"] = earlier["evaluate_hash"]  # of the first session: an edit in between must show
+    env["evaluate_hash"] = earlier["evaluate_hash"]  # the hash in the first session reveals edits
     log.note(f"{run.path} resumes after step {state.step}")
     compared = (
         ("machine class", "machine_classes", env["machine_class"]),
@@ -154,7 +154,7 @@ def _continue(
 
 
 def steps_trained(rows: list[LogRow], end: int) -> set[int]:
-    """Return the steps that a run trained itself, from its rows.
+    """Return the steps that a run trained itself, according to its rows.
 
     Rows beyond the end of the run are ignored.
     """
@@ -171,7 +171,7 @@ def steps_trained(rows: list[LogRow], end: int) -> set[int]:
 
 
 def follow_leader(run: RunDir, state: State, accounts: Accounts, device: Device, growth: Controller) -> None:
-    """Load the leader's checkpoint in every other process."""
+    """Load the checkpoint of the leader in all other processes."""
     (step,) = device.broadcast(state.step)
     if not step or device.leads:
         return
@@ -194,7 +194,7 @@ def load_checkpoint(
     meta: Row,
     growth: Controller,
 ) -> None:
-    """Load a checkpoint, and what the sessions before it have cost."""
+    """Load the state and the costs from a checkpoint."""
     with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
         growth.restore()

@@ -1,4 +1,4 @@
-"""One session of a run: from its checkpoint, or from step 0, until it is done or stopped.
+"""A session of a run. It starts at a checkpoint or at step 0, and lasts until the run is done or stopped.
 
 from mainrun.run.session import train
 summary = train(cfg, Path("runs"))
@@ -50,18 +50,18 @@ def train(
     keep: Iterable[int] = (),
     until: int = 0,
 ) -> Row:
-    """Train a config to its end and return its summary.
+    """Train a config to the end and return the summary.
 
-    Reuse its last checkpoint, and what the store has of it.
+    Continue from the last checkpoint of the run, and reuse steps from the store.
 
-    keep: steps after which the store keeps the state, in addition to those that the config suggests.
+    keep: further steps after which the store keeps the state.
 
     until: stop after this step.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())  # early, so that a signal while data is prepared counts
+        stop = stack.enter_context(StopSignal())  # catch signals even while data is prepared
         started = time.perf_counter()
-        check_writable(Path(out))  # before the data is read, which may take a while
+        check_writable(Path(out))  # check this before the data is read, which may take long
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
@@ -95,8 +95,8 @@ def train(
 
 
 def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
-    """Return the run's directory, locked by the leader, after checking that it holds the same data."""
-    with setup.device.leader_first():  # the other processes see what the leader kept of an earlier run
+    """Open the run directory, which the leader locks. Check that its data is the same."""
+    with setup.device.leader_first():  # other processes wait until the directory is ready
         run = open_run(out, setup.cfg, fresh) if setup.device.leads else RunDir(out / setup.cfg.run_id)
     try:
         check_same_data(run, titles(setup))
@@ -107,15 +107,15 @@ def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
 
 
 def titles(setup: Setup) -> Row:
-    """Return what identifies the data of a run."""
+    """Return the fingerprints of the titles and of the tokenizer."""
     return {"fingerprints": setup.corpus.fingerprints, "tokenizer": setup.data.tokenizer.digest}
 
 
 def write_beginning(setup: Setup, run: RunDir) -> None:
-    """Write what a run knows before it trains."""
+    """Write the files that a run needs before training."""
     cfg = setup.cfg
     table = {"config": cfg.model_dump(), "digest": cfg.digest, "plan": setup.plan.table(), **titles(setup)}
-    # the config comes first: a folder with other files but no config is not taken for a run
+    # write the config first, because a folder without a config is not recognised as a run
     run.write("config.json", table)
     write_text(run.path / "tokenizer.json", setup.data.tokenizer.to_json())
 
@@ -146,7 +146,7 @@ def start_session(
     stop: StopSignal,
     until: int,
 ) -> Session:
-    """Return a session that continues from the run's last checkpoint, on all processes."""
+    """Start a session from the last checkpoint of the run in all processes."""
     cfg = setup.cfg
     device = setup.device
     journal = None
@@ -170,25 +170,25 @@ def start_session(
 
 @contextmanager
 def ending(run: RunDir, session: Session) -> Iterator[None]:
-    """Close a session when it ends. If it fails, say so in status.json."""
+    """Close a session when it ends. If the session fails, write this to status.json."""
     try:
         yield
     except BaseException as e:
         if session.device.leads:
             state = STATUS.get(getattr(e, "exit_code", 1), "failed")
             status = {"state": state, "step": session.state.step, "steps": session.plan.steps}
-            with suppress(MainrunError):  # the user must see `e`; a full disk is reported at the next write
+            with suppress(MainrunError):  # the user must see `e`, not an error from this write
                 run.write("status.json", {**status, "why": str(e) or type(e).__name__})
         raise
     finally:
         session.close()
 
 
-# -- what the loop asks of it
+# -- the session itself
 
 
 class Session:
-    """The full `Run` of mainrun/train.py: logs, checkpoints, the store, growth and stop signals."""
+    """A `Run` for the loop in mainrun/train.py that supports checkpoints, the store, growth and signals."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class Session:
         self.run = run
         self.state = state
         self.accounts = accounts
-        self.env = env  # env.json
+        self.env = env  # the contents of env.json
         self.run_log = log
         self.progress = progress
         self.sharing = sharing
@@ -219,7 +219,7 @@ class Session:
         self.until = until
         self.batches = Batches(setup.cfg, setup.data.splits["train"])
         self.slow_steps = SlowSteps(self.device.threads, self.device.torch_device.type)
-        self._began: float | None = None  # when the steps began that are not logged yet
+        self._began: float | None = None  # start time of the steps that are not logged yet
         self._compiles = self.device.compile  # whether the next step compiles the model
 
     @property
@@ -234,11 +234,11 @@ class Session:
             raise self._diverged(e) from None
 
     def _diverged(self, e: NotFinite) -> Diverged:
-        """Keep what was trained before a loss that is not finite, and return the error for the user."""
+        """Save the state before a loss that is not finite, and return the error for the user."""
         self._log_steps(e.rows)
-        kept = "the last checkpoint before it is kept"
+        kept = "the last checkpoint before this step is kept"
         row = e.row
-        if row.step == self.state.step + 1:  # the weights have not moved yet
+        if row.step == self.state.step + 1:  # the weights have not changed yet
             self.state.tokens -= self.plan.segment_at(self.state.step).span * self.cfg.passes
             self.save()
             kept = "the checkpoint before this step is kept"
@@ -246,13 +246,13 @@ class Session:
         return Diverged(f"{got}, lr {row.lr:g}; lower lr or lr_aux, or raise warmup_frac ({kept})")
 
     def close(self) -> None:
-        """Finish writing, and close every file."""
+        """Finish writing and close all files."""
         self.sharing.close()
         self.progress.close()
         self.run_log.close()
         self.growth.close()
 
-    # -- when
+    # -- what is due
 
     def due(self, step: int) -> Due:
         score = step in self.plan.eval_steps
@@ -274,7 +274,7 @@ class Session:
         return f"{cause} at step {step} of {self.plan.steps}; everything is saved; {fix}"
 
     def _any_process_stops(self) -> bool:
-        # processes that ask each other wait for each other, so several of them ask only now and then
+        # `any_process` makes all processes wait for each other, so several processes call it rarely
         if self.device.world > 1 and self.state.step % self.device.read_every:
             return False
         return self.device.any_process(bool(self.stop.name))
@@ -329,13 +329,13 @@ class Session:
             lr = self.plan.at(step - 1).lr
             got = f"the score at step {step} of {self.plan.steps} is not a number after lr {lr:g}"
             fix = "lower lr, lr_aux or weight_decay"
-            raise Diverged(f"{got}; {fix} (the last checkpoint before it is kept)")
+            raise Diverged(f"{got}; {fix} (the last checkpoint before this step is kept)")
         for row in rows:
             self.sharing.add_row(row)
             self.run_log.eval(row, self.plan.steps)
 
     def _score(self) -> list[Row]:
-        """Return the scores of the weights. Only the leader scores."""
+        """Return the scores of the weights. Only the leader computes scores."""
         if not self.device.leads:
             return []
         with self.accounts.clock("evaluation"):
@@ -349,7 +349,7 @@ class Session:
             pass
 
     def _settle_once(self) -> bool:
-        """Share the state and decide what grows. Return True if that may lead further."""
+        """Share the state and decide about growth. Return True to call this method again."""
         state = self.state
         self.sharing.publish(state)
         before = state.step
@@ -389,7 +389,7 @@ class Session:
                 checkpoint.save(
                     self.run.checkpoints, self.state.step, tensors, self._checkpoint_meta(), self.run.check
                 )
-        # all processes wait for the leader: torchrun stops all of them as soon as one has ended
+        # all processes wait for the leader, because torchrun stops all processes when one of them ends
         self.device.any_process(False)
         self.accounts.saved = self.state.step
 

@@ -1,11 +1,13 @@
-"""What a run reads from the store and what it leaves there, so that no training step is done twice.
+"""Share training steps between runs through the store, so that no step is trained twice.
 
-At its start, and wherever it keeps a node, a run looks for the deepest node on its own key chain and
-continues from there. If there is none, it takes the lease on its next node and trains up to it, or waits
-while another run does. If another run is training a shared prefix, this run waits for it up to the fork,
-even if the other run's own target lies elsewhere: it asks for a node at the fork (wants/KEY), and the other
-run keeps one on its way. A background thread writes the nodes. A fault of the store costs steps, never the
-run.
+A node is a stored state. At its start and at each node, a run looks for the latest node on its key chain and
+continues from this node. If no node exists, the run takes the lease on its next node and trains up to this
+node. If another run has the lease, the run waits for the other run.
+
+Two runs with different targets may share steps up to a fork. One run then trains these steps, and the other
+run waits. The waiting run requests a node at the fork with the file wants/KEY, and the training run keeps
+this node. A background thread writes the nodes. If the store fails, steps may be trained again, but the run
+continues.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 Row = dict[str, Any]
-POLL = 0.1  # seconds between two looks at a lease
-# what reading another run's lease or config may raise, whatever it contains
+POLL = 0.1  # seconds between two checks of a lease
+# the errors that invalid leases or configs of other runs may raise
 MISREAD = (
     MainrunError,
     LookupError,
@@ -46,71 +48,71 @@ MISREAD = (
     RecursionError,
     AssertionError,
 )
-CHANCE = random.SystemRandom()  # separate from every generator that training draws from
-LOSSES = ("step", "eval")  # the events of metrics.jsonl; all others belong to growth.jsonl
+CHANCE = random.SystemRandom()  # independent of the random generators for training
+LOSSES = ("step", "eval")  # the events of metrics.jsonl; all other events belong to growth.jsonl
 
 
 def row_identity(row: Row) -> tuple[Any, ...]:
-    """Return what identifies a row of growth.jsonl: the event, the operation and the step."""
+    """Return the event, the operation and the step, which identify a row of growth.jsonl."""
     return row["event"], row["op"], row["step"]
 
 
 class OtherRun(NamedTuple):
-    """Another run that is training steps of this run."""
+    """Another run that is training steps which this run needs."""
 
-    meets: int  # the step of the node that both will reach
-    fork: int  # the last step that both share, as far as is known
-    key: str  # the key of its lease
+    meets: int  # step of the next node that both runs will reach
+    fork: int  # last step that both runs are known to share
+    key: str  # key of the lease of the other run
     run: str
 
 
 class Course:
-    """The keys of a run's steps, and the steps at which it keeps nodes."""
+    """The keys of the steps in a run, and the steps at which the run keeps nodes."""
 
     def __init__(
         self, cfg: TrainConfig, begun: dict[str, Any], plan: Plan, keep: Iterable[int], until: int
     ) -> None:
         self.cfg = cfg
-        self.begun = begun  # everything that the first key is a hash of
+        self.begun = begun  # the values whose hash is the first key
         self.geometry = list(cfg.geometry)
         self._keep = frozenset(keep)
         self._until = until
         self.follow(plan)
 
     def follow(self, plan: Plan) -> None:
-        """Continue on a plan that growth has changed."""
+        """Use a plan that growth has changed."""
         self.plan = plan
         self.keys = lineage.chain(lineage.root(self.begun), plan)
         self.until = min(self._until or plan.steps, plan.steps)
-        # the first score comes after step 1: a node there would save one step
+        # the first score is after step 1, where a node would save only one step
         stops = {*plan.breaks, *plan.eval_steps - {1}, *self._keep, self.until}
         self.stops = stops & set(range(1, self.until + 1))
         self.steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
 
     def certain_until(self, step: int) -> int:
-        """Return the step up to which the plan is certain: the next score, if that may fire an operation."""
+        """Return the step up to which the plan is certain. The next score may fire an undecided operation."""
         if not self.plan.undecided:
             return self.until
         later = [score for score in self.plan.eval_steps if score > step]
         return min([self.until, *later])
 
     def scores_between(self, begin: int, end: int) -> list[int]:
-        """Return the steps between two others after which the run is scored."""
+        """Return the steps between two given steps after which the run is scored."""
         return sorted(step for step in self.plan.eval_steps if begin < step < end)
 
 
 class NodeReader:
-    """Finds nodes of the store on a run's course, and the rows on the way to them."""
+    """Find the nodes in the store that a run can use, and the log rows up to these nodes."""
 
     def __init__(self, store: Store, course: Course, note: Callable[[str], None]) -> None:
         self.store = store
         self.course = course
         self.note = note
-        self.extra_stops: set[int] = set()  # scores that no node on the way has
+        self.extra_stops: set[int] = set()  # steps whose scores are missing in the store
         self._reported: set[str] = set()
 
     def usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
-        """Yield later nodes, the deepest first, each with the nodes that hold the rows up to it, in order."""
+        """Yield later nodes, the latest first. Each comes with the ordered path of nodes that leads to it."""
         course = self.course
         keys = self.store.node_keys()
         states: Container[str] | None = None
@@ -128,16 +130,16 @@ class NodeReader:
             if not missing:
                 yield path[-1], path
             else:
-                # trained again for the sake of a score; a node there spares the next run that work
+                # this run trains up to the missing scores and keeps nodes there for other runs
                 self.extra_stops |= missing
 
     def _path(self, key: str, target: int, step: int, states: Container[str]) -> list[Node]:
-        """Return the nodes from `step` to a target, in order; empty if they cannot be used."""
+        """Return the nodes from `step` to `target` in order. Return an empty list if a node is missing."""
         try:
             node = self.store.node(key)
             if node.step != target:
-                raise Damaged(f"it says that it is of step {node.step}")
-            if node.state not in states:  # evicted
+                raise Damaged(f"the node contains step {node.step}")
+            if node.state not in states:  # the state was evicted from the store
                 return []
             return list(self.store.history(node, step))[::-1]
         except Damaged as e:
@@ -147,18 +149,18 @@ class NodeReader:
     def rows_for_run(
         self, path: list[Node], since: int, written: Container[tuple[Any, ...]] = ()
     ) -> Iterator[Row]:
-        """Yield rows as this run would have written them: its log interval, its scores.
+        """Yield the rows that this run would have logged, with its own intervals of logs and evaluations.
 
-        written: the rows that its growth.jsonl already has.
+        written: the identities of rows that growth.jsonl already contains.
         """
         course = self.course
-        # a score may stand twice: with its own node, and with the next one of a run that began there
+        # two nodes may contain the same score, because a run that starts at a node scores the node again
         scored: set[tuple[int, str]] = set()
         for node in path:
             for row in node.rows:
                 step = row["step"]
                 if row["event"] not in LOSSES:
-                    # of growth: the run may have stopped after an operation acted at `since`
+                    # rows of growth at `since` may be missing if the run stopped before its operations
                     if step >= since and row_identity(row) not in written:
                         yield row
                     continue
@@ -185,7 +187,7 @@ class NodeReader:
 
 
 class LeaseHolder:
-    """The lease on a run's next node, and what the leases of other runs say."""
+    """Hold the lease on the next node of a run, and read the leases of other runs."""
 
     def __init__(self, store: Store, course: Course, device: Device) -> None:
         self.store = store
@@ -193,15 +195,15 @@ class LeaseHolder:
         self.device = device
         self.leases = Leases(store.files)
         self.lease: Lease | None = None
-        self.wanted: frozenset[int] = frozenset()  # steps at which waiting runs part from this one
-        self.passed = 0  # it is too late to ask for a node at this step or before it
-        self.due: list[int] = []  # steps that are kept; those after `written` are not in the store yet
+        self.wanted: frozenset[int] = frozenset()  # steps at which waiting runs request a node
+        self.passed = 0  # the last step for which nodes can no longer be requested
+        self.due: list[int] = []  # steps of nodes to keep; nodes after `written` are not in the store yet
         self.written = 0
-        self._requested: set[str] = set()  # keys that this run has asked other runs for
-        self._forks: dict[tuple[str, str], int] = {}  # by key and run of another lease
+        self._requested: set[str] = set()  # keys that this run has requested from other runs
+        self._forks: dict[tuple[str, str], int] = {}  # forks with other runs, by key and run of a lease
 
     def follow(self) -> None:
-        """Forget what depended on the course before growth changed it."""
+        """Adapt to a course that growth has changed."""
         self._forks.clear()
         if self.lease and self.lease.key not in self.course.steps:
             self.free()
@@ -217,19 +219,19 @@ class LeaseHolder:
         self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
 
     def beat(self) -> Row:
-        """Return what the lease announces at each heartbeat: the step up to which kept nodes are written."""
-        if self.device.world == 1:  # the processes of one run would have to agree on the steps they keep
+        """Return the data of a heartbeat: the step up to which all nodes are written."""
+        if self.device.world == 1:  # several processes would have to agree on the nodes to keep
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
                 self.wanted = frozenset(self.course.steps[key] for key in keys)
-        passed = self.passed  # read before `due`, which grows first
+        passed = self.passed  # read `passed` before `due`, because `keeps` updates them in the other order
         unwritten = [step - 1 for step in self.due if step > self.written]
         return {"at": min([passed, *unwritten])}
 
     def keeps(self, step: int) -> bool:
-        """Return whether the state after a step is kept.
+        """Return whether to keep the state after a step.
 
-        Once it was asked, the step can no longer be wanted.
+        After this call, other runs can no longer request a node at this step.
         """
         kept = step in self.course.stops or step in self.wanted
         if kept:
@@ -238,7 +240,7 @@ class LeaseHolder:
         return kept
 
     def other_run(self, step: int) -> OtherRun | None:
-        """Return the run that trains this run's steps the furthest and takes the scores that it needs."""
+        """Return the other run that trains most steps of this run with the scores that this run needs."""
         others = []
         limit = self.course.certain_until(step)
         for key, holder in self.leases.active().items():
@@ -251,16 +253,16 @@ class LeaseHolder:
         return max(others, default=None)
 
     def _meeting(self, key: str, holder: Row, fork: int, limit: int) -> int:
-        """Return the step of the node that another run will leave on this course; 0 if there is none."""
+        """Return the step of the next shared node that another run will write, or 0 if there is none."""
         target = self.course.steps.get(key, 0)
         if 0 < target <= limit:
             return target
-        # the other run passes the fork on its way elsewhere, and can still be asked for a node there
+        # the other run has another target, but this run can request a node at the fork in time
         at = holder.get("at")
         return fork if isinstance(at, int) and at < fork else 0
 
     def _leaves_scores(self, holder: Row, step: int, meets: int) -> bool:
-        """Whether another run takes all scores that this run needs up to where they meet."""
+        """Whether another run computes all scores that this run needs up to the step `meets`."""
         needed = self.course.scores_between(step, meets)
         if not needed:
             return True
@@ -269,17 +271,17 @@ class LeaseHolder:
         return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
 
     def fork(self, key: str, holder: Row) -> int:
-        """Return the last step shared with the holder of a lease; 0 if it is unknown or not kept."""
+        """Return the last step that this run shares with the holder of a lease, or 0 if it is unknown."""
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
-            with suppress(*MISREAD):  # a lease that cannot be understood costs at most a wait
+            with suppress(*MISREAD):  # an invalid lease costs at most some waiting time
                 self._forks[known] = self._shared_steps(key, holder)
         return self._forks[known]
 
     def _shared_steps(self, key: str, holder: Row) -> int:
         course = self.course
-        same_start = holder["root"] == course.keys[0]  # then data and machine are the same, too
+        same_start = holder["root"] == course.keys[0]  # equal roots mean equal data and machines
         if self.device.world > 1 or not same_start:
             return 0
         plan = Plan(from_dict(holder["config"]), course.plan.train_tokens, holder.get("fired", ()))
@@ -289,23 +291,23 @@ class LeaseHolder:
         return min(planner.shared_steps(course.keys, theirs), course.until)
 
     def want(self, other: OtherRun) -> None:
-        """Ask for a node where the two runs part, unless the other's lease is on that very node."""
+        """Request a node at the fork of both runs, unless the other run already trains up to this node."""
         key = self.course.keys[other.fork]
         if not other.fork or key == other.key or key in self._requested:
             return
         self._requested.add(key)
-        with suppress(OSError):  # then the node is kept by chance, or not at all
+        with suppress(OSError):  # without the request, the node may be missing
             self.store.want(key, self.course.cfg.run_id)
 
     def free(self) -> None:
-        """Give the lease up, so that other runs need not wait for it."""
+        """Release the lease, so that other runs do not wait."""
         if self.lease:
             self.lease.release(unfinished=True)
             self.lease = None
 
 
 class NodeWriter:
-    """Writes the nodes of a run in the background."""
+    """Write the nodes of a run in the background."""
 
     def __init__(
         self, store: Store, course: Course, holder: LeaseHolder, note: Callable[[str], None]
@@ -316,8 +318,8 @@ class NodeWriter:
         self.note = note
         self.on = True
         self.before = (0, course.keys[0])  # step and key of the last node
-        self.rows: list[Row] = []  # every row since that node
-        self.since = time.perf_counter()  # when training began after it
+        self.rows: list[Row] = []  # all rows since the last node
+        self.since = time.perf_counter()  # start time of training after the last node
         self._thread = ThreadPoolExecutor(1, "store")
         self._writing: Future[bool] | None = None
         self._pending: Node | None = None  # the node that is being written
@@ -328,11 +330,11 @@ class NodeWriter:
         return kept and step != self.before[0]
 
     def publish(self, state: State) -> None:
-        """Copy the state and write it as a node in the background."""
+        """Copy the state and write the copy as a node in the background."""
         if self._writing:
             self._writing.result()
         if not self.on:
-            self.holder.free()  # other runs must not wait for a node that will not come
+            self.holder.free()  # other runs must not wait for a node that is never written
             return
         self.before, self.rows = self.unwritten()
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
@@ -359,11 +361,11 @@ class NodeWriter:
         self._pending = node
         lease = self.holder.lease
         if lease and lease.info["step"] <= node.step:
-            self.holder.lease = None  # the writer releases it; a lease on a later node stays
+            self.holder.lease = None  # `_write` releases the lease
         self._writing = self._thread.submit(self._write, node, tensors, lease)
 
     def continue_from(self, node: Node) -> None:
-        """Collect rows from a node on."""
+        """Start to collect the rows after a node."""
         self.before = (node.step, node.key)
         self.rows = []
         self._pending = None
@@ -373,7 +375,7 @@ class NodeWriter:
         try:
             self.store.begin(node.root, self.course.begun)
             if node.begins and not self.store.files.exists(f"nodes/{node.parent}"):
-                raise Refused(f"the rows up to step {node.begins} are no longer in it")
+                raise Refused(f"the rows up to step {node.begins} are no longer in the store")
             self.store.save(node, tensors, lease.check if lease else lambda: None)
             self.store.evict({node.key})
             return True
@@ -386,7 +388,7 @@ class NodeWriter:
             if e.errno in NO_SPACE:
                 problem = f"no space left in the store {self.store}"
             self.stop(f"{problem}; nothing more is kept in it")
-        except Exception as e:  # of a library, such as safetensors on a full disk: reported, and not fatal
+        except Exception as e:  # library errors, for example from safetensors, must not end the run
             self.stop(f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it")
         finally:
             self.holder.written = node.step
@@ -395,25 +397,25 @@ class NodeWriter:
         return False
 
     def unwritten(self) -> tuple[tuple[int, str], list[Row]]:
-        """Return the last node that is in the store, and every row since then."""
+        """Return the step and key of the last stored node, and all rows since this node."""
         written = self._writing is not None and self._writing.done() and self._writing.result()
         if not self._pending or not self._writing or written:
             return self.before, self.rows
         return (self._pending.begins, self._pending.parent), [*self._pending.rows, *self.rows]
 
     def stop(self, why: str) -> None:
-        """Write no more nodes, and tell the user why."""
+        """Stop writing nodes, and tell the user why."""
         if self.on:
             self.on = False
             self.note(why)
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until all nodes are written."""
         self._thread.shutdown()
 
 
 class Sharing:
-    """One run's use of the store: it reuses nodes, waits for other runs, and leaves nodes of its own."""
+    """Manage how a run uses the store: it reuses nodes, waits for other runs, and writes nodes."""
 
     def __init__(
         self,
@@ -439,34 +441,35 @@ class Sharing:
         self.holder = LeaseHolder(store, self.course, device)
         self.writer = NodeWriter(store, self.course, self.holder, note)
         self.reads = not fresh
-        self.unscored = False  # the node that was reused lacks the score that this run wants there
-        self.lost_steps: set[int] = set()  # steps that this run trained and lost with a session
+        self.unscored = False  # whether the reused node lacks a score that this run needs
+        self.lost_steps: set[int] = set()  # steps that this run trained but lost when a session ended
         self.on_lost_steps_recovered: Callable[[], None] = lambda: None
 
     def begin(self, lost_steps: set[int], on_lost_steps_recovered: Callable[[], None]) -> None:
-        """Start a session. The callback runs when lost steps were read back from the store."""
+        """Start a session. The callback is called after lost steps were recovered from the store."""
         self.lost_steps = lost_steps
         self.on_lost_steps_recovered = on_lost_steps_recovered
 
     def follow(self, plan: Plan) -> None:
-        """Continue on a plan that growth has changed."""
+        """Use a plan that growth has changed."""
         self.course.follow(plan)
         self.holder.follow()
 
     def add_row(self, row: Row) -> None:
-        """Remember a row for the next node."""
+        """Add a log row to the next node."""
         self.writer.rows.append(row)
 
     def keeps(self, step: int) -> bool:
-        """Return whether the state after a step is kept. To be asked before the step."""
+        """Return whether to keep the state after a step. Call this method before the step."""
         return self.holder.keeps(step)
 
-    # -- reusing
+    # -- reusing nodes
 
     def advance(self, state: State, growth: Controller, log: RowLog | None, stop: StopSignal) -> bool:
-        """Continue from the deepest node, hold the lease on the next one, and wait while other runs train it.
+        """Continue from the latest usable node. Then take the lease on the next node, or wait for other runs.
 
-        Return True if the state lacks a score that this run wants; score it and call again.
+        Return True if the state lacks a score that this run needs. The caller then computes the score and
+        calls this method again.
         """
         with self.accounts.clock("store"):
             self.unscored = False
@@ -493,7 +496,7 @@ class Sharing:
                     if lease and lease.info["step"] <= state.step:
                         self.holder.free()
                     if self.unscored or self.course.plan.undecided:
-                        return  # the score comes first, and what it decides
+                        return  # score the state and decide about growth first
                     continue
                 if self.holder.lease or not self.writer.on:
                     return
@@ -508,7 +511,7 @@ class Sharing:
                 elif self._take_lease(state.step):
                     if not self.reads:
                         return
-                    continue  # the node may have been published just before the lease was taken
+                    continue  # another run may just have published the node
             except OSError as e:
                 reason = e.strerror or e
                 self.writer.stop(
@@ -516,7 +519,7 @@ class Sharing:
                 )
                 self.holder.free()
                 return
-            # a random pause, so that two runs that make room for each other do not do so forever
+            # the pause is random, so that two runs do not release their leases for each other forever
             time.sleep(POLL * CHANCE.uniform(0.5, 1.5))
 
     def _other_run(self, step: int) -> OtherRun | None:
@@ -525,7 +528,7 @@ class Sharing:
     def _take_lease(self, step: int) -> bool:
         """Take the lease on the next node.
 
-        Return False if another run has it, or took a conflicting one just now.
+        Return False if another run has this lease or a conflicting lease.
         """
         self.holder.acquire(step)
         if not self.reads:
@@ -533,13 +536,13 @@ class Sharing:
         rival = self._other_run(step)
         if self.holder.lease and not rival:
             return True
-        if rival:  # whichever of the two continues first must know about the fork
+        if rival:  # the run that continues first must know about the fork
             self.holder.want(rival)
         self.holder.free()
         return False
 
     def _reuse(self, state: State, growth: Controller, log: RowLog | None) -> bool:
-        """Continue from the deepest usable node. Return False if there is none."""
+        """Continue from the latest usable node. Return False if no node is usable."""
         usable = self.reader.usable(state.step)
         for node, path in usable:
             try:
@@ -561,12 +564,12 @@ class Sharing:
         return False
 
     def _add_scores_as_stops(self) -> None:
-        if self.device.world == 1:  # the processes of one run would have to agree on the steps they keep
+        if self.device.world == 1:  # several processes would have to agree on the nodes to keep
             self.course.stops |= self.reader.extra_stops
         self.reader.extra_stops.clear()
 
     def _account(self, first: int, last: int) -> None:
-        """Count the steps that were reused. Lost steps that are found again are no longer wasted."""
+        """Count reused steps. A lost step that is found in the store no longer counts as wasted."""
         plan = self.course.plan
         ledger = self.accounts.ledger
         reused = [step for step in range(first + 1, last + 1) if step not in self.lost_steps]
@@ -580,14 +583,14 @@ class Sharing:
     def _copy_rows(
         self, path: list[Node], first: int, last: int, growth: Controller, log: RowLog | None
     ) -> bool:
-        """Write the rows of reused steps to this run's logs. Return whether the last step has a score."""
+        """Copy the rows of reused steps to the logs of this run. Return whether the last step has a score."""
         scored = False
         journal = growth.journal
         written = {row_identity(row) for row in journal.rows()} if journal else set()
         for row in self.reader.rows_for_run(path, first, written):
             if row["event"] == "eval":
                 scored = scored or row["step"] == last
-                # another schedule of growth may have written the row, or none
+                # the other run may have another growth schedule
                 row = {key: value for key, value in row.items() if key not in FIGURES}
                 row |= growth.figures(row["step"])
             target = log if row["event"] in LOSSES else journal
@@ -604,7 +607,7 @@ class Sharing:
         self.note(f"{steps} are reused from the store ({trained_by})")
 
     def report_other_versions(self) -> None:
-        """Tell the user if the store has this run's steps with the bits of another machine or version."""
+        """Tell the user if the store has steps of this run from another machine class or version."""
         begun = self.course.begun
         root = lineage.root(begun)
         closest: list[str] | None = None
@@ -630,32 +633,32 @@ class Sharing:
                 f"the store has this run's first steps with other bits, so they are not reused ({reasons})"
             )
 
-    # -- leaving nodes
+    # -- writing nodes
 
     def publish(self, state: State) -> None:
-        """Keep the state of this step, if it is one to keep."""
+        """Write the state to the store if a node is due at this step."""
         if not self.device.leads or not self.writer.due(state.step):
             return
         with self.accounts.clock("store"):
             self.writer.publish(state)
 
-    # -- a run's own checkpoints
+    # -- the checkpoints of the run
 
     def checkpoint_meta(self, step: int) -> Row | None:
-        """Return what a checkpoint must hold so that the node after it gets all its rows."""
-        if not self.writer.on:  # rows may be missing already
+        """Return the data of a checkpoint that the next node needs, or None if no nodes are written."""
+        if not self.writer.on:  # rows may be missing
             return None
         before, rows = self.writer.unwritten()
         return {"key": self.course.keys[step], "before": list(before), "rows": rows}
 
     def restore(self, meta: Row | None, step: int) -> None:
-        """Continue from a checkpoint's meta."""
+        """Continue from the data of a checkpoint."""
         if not meta:
             steps = f"the steps up to {step} were trained without a store"
-            self.writer.stop(f"{steps}: nothing of this run is kept in it")
+            self.writer.stop(f"{steps}: no steps of this run are kept in the store")
             return
         if meta["key"] != self.course.keys[step]:
-            # other bits: nothing of this run may be stored under the keys of its chain
+            # the state has other bits, so it must not be stored with the keys of this run
             self.reads = False
             steps = f"the steps up to {step} were trained elsewhere and have other bits"
             self.writer.stop(f"{steps}: this run neither reads from the store nor adds to it")
@@ -664,13 +667,13 @@ class Sharing:
         self.writer.rows = list(meta["rows"])
 
     def close(self) -> None:
-        """Finish writing, and free the node that was not reached for other runs."""
+        """Finish writing, and release the lease on the next node."""
         self.writer.close()
         self.holder.free()
 
 
 class NoSharing:
-    """A run without a store."""
+    """Replace `Sharing` in a run without a store."""
 
     def begin(self, lost_steps: set[int], on_lost_steps_recovered: Callable[[], None]) -> None: ...
 

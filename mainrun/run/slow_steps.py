@@ -1,18 +1,18 @@
-"""Notices training steps that wait for a processor which other processes keep busy."""
+"""Detect training steps that are slow because other processes use the CPU cores."""
 
 from __future__ import annotations
 
 import time
 
-WINDOW = 5.0  # seconds of steps that are looked at together
-LEAST_CORES = 1.1  # two threads that are not held up use more than this many cores on average
+WINDOW = 5.0  # seconds of training per check
+LEAST_CORES = 1.1  # two threads that do not wait use more cores than this on average
 
 
 class SlowSteps:
-    """Warns once when steps on several threads take far longer than the processor time that they use.
+    """Warn once if steps on several threads take much longer than their CPU time.
 
-    Every matrix product waits for its slowest thread. If another process keeps one of two cores busy, a run
-    on two threads is therefore many times slower than a run on one.
+    Every matrix product waits for its slowest thread. If another process uses one of two cores, a run on two
+    threads is therefore many times slower than a run on one thread.
     """
 
     def __init__(self, threads: int, device: str) -> None:
@@ -29,7 +29,7 @@ class SlowSteps:
             self._started = (time.perf_counter(), time.process_time())
 
     def check(self, steps: int) -> str:
-        """Stop the clocks after some steps. Return a warning the first time that they are slow, else ""."""
+        """Stop the clocks after some steps. If the steps were slow, return a warning once, otherwise ""."""
         if not self.on:
             return ""
         self.steps += steps

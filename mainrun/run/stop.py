@@ -1,4 +1,4 @@
-"""A stop that was requested by a signal."""
+"""Stop a run when it receives a signal."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT, so that a run stops between two steps.
+    """Remember the first SIGTERM or SIGINT, so that a run stops between two steps.
 
-    A second SIGINT stops at once.
+    A second SIGINT stops the run immediately.
     """
 
-    last = ""  # the last signal that any session received, even too late to stop it
+    last = ""  # name of the last signal, even if it came too late to stop a session
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal; "" while none has come
+        self.name = ""  # name of the received signal; "" if no signal was received
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:

@@ -1,4 +1,4 @@
-"""summary.json: what a finished run amounts to."""
+"""Create summary.json, which contains the results of a finished run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "c
 def summarize(
     setup: Setup, plan: Plan, run: RunDir, state: State, accounts: Accounts, env: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the scores, their costs, what they were computed with, and the guards' verdicts."""
+    """Return the scores, the costs, the environment and the results of the checks."""
     cfg = setup.cfg
     evals = [row for row in run.rows() if row["event"] == "eval"]
     scores = best_and_last(evals)
@@ -32,7 +32,7 @@ def summarize(
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # of the tokens that were really processed
+        flops = state.tokens * segments[0]["flops_per_token"]  # all processed tokens, including repetitions
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,
@@ -106,18 +106,18 @@ def _score(row: dict[str, Any]) -> dict[str, Any]:
 def finish(
     run: RunDir, state: State, plan: Plan, accounts: Accounts, summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """Add the time that the run took, and write its last files."""
+    """Add the duration of the run to the summary, and write the last files."""
     seconds = sum(accounts.spent.values())
     trained = plan.tokens(plan.steps) - accounts.ledger["reused_tokens"]
     summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": accounts.spent}
-    # A run that has a summary is never started again, so a status that a kill left out would stay missing.
+    # Write the status first. A run with a summary never starts again, so its status could not be fixed.
     run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
     run.write("summary.json", summary)
     return summary
 
 
 def peak() -> int:
-    """Return the peak memory of this process in bytes; on a GPU that of the GPU."""
+    """Return the peak memory of this process in bytes. On a GPU, return the peak GPU memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return peak_memory()
