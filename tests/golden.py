@@ -1,7 +1,8 @@
 """The golden record: what small runs of every kind came to, to the last bit. test_golden.py holds the code
 to it.
 
-    python tests/golden.py              # add a record for this kind of machine
+    python tests/golden.py              # record all cases on this kind of machine
+    python tests/golden.py --add        # record new cases; then --check must name no others
     python tests/golden.py --check      # train all cases again and name those that differ
 
 A record belongs to a machine class and to versions of the libraries: other processors and other versions of
@@ -275,21 +276,29 @@ def main() -> int:
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="only the cases whose names contain this text"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="record the cases that have no record yet, and no others"
+    )
     options = parser.parse_args()
     machine = machine_class()
+    known = record_for(machine)
+    names = [name for name in CASES if options.only in name]
+    if options.add:
+        names = [name for name in names if name not in known]
     with tempfile.TemporaryDirectory() as place:
         cases: dict[str, Any] = {}
-        for i, name in enumerate(name for name in CASES if options.only in name):
+        for i, name in enumerate(names):
             folder = Path(place) / str(i)
             folder.mkdir()
             cases[name] = train(name, folder)
             print(f"{name}: {cases[name]['weights'][:12]}", flush=True)
-    known = record_for(machine)
-    if options.check or options.only:
+    if options.check or (options.only and not options.add):
         differ = [name for name, values in cases.items() if known.get(name) != values]
         print(f"{len(differ)} of {len(cases)} cases differ" + "".join(f"\n    {name}" for name in differ))
         return bool(differ)
-    kept = [line for line in lines() if line["machine"] != machine]
+    kept = [
+        line for line in lines() if line["machine"] != machine or (options.add and line["case"] not in cases)
+    ]
     new = [{"machine": machine, "case": name, "numbers": values} for name, values in cases.items()]
     FILE.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *new]))
     print(f"{len(cases)} cases are in {FILE}")

@@ -104,7 +104,7 @@ def test_every_kind_of_the_table_has_an_example() -> None:
 
 def test_a_command_that_fails_is_noticed(tmp_path: Path) -> None:
     root = copy_code(tmp_path)
-    assert run("mainrun train --preset demo:baseline --set optimizer=lion", root).returncode == 2
+    assert run("mainrun train --preset demo:baseline --set optimizer=lyon", root).returncode == 2
 
 
 def test_a_wrong_example_fails(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_a_wrong_example_fails(tmp_path: Path) -> None:
     insert(
         root,
         "In `OPTIMIZERS` of `mainrun/plan/optimizers.py`:",
-        '    "lion": OptimizerSpec({"exp_avg": 1}),\n',
+        '    "lyon": OptimizerSpec({"exp_avg": 1}),\n',
     )
     done = run(
-        "mainrun train --preset demo:baseline --set optimizer=lion --set num_titles=300 --out runs", root
+        "mainrun train --preset demo:baseline --set optimizer=lyon --set num_titles=300 --out runs", root
     )
-    assert done.returncode == 1 and "lion" in done.stderr, "the class is missing"
+    assert done.returncode == 1 and "lyon" in done.stderr, "the class is missing"

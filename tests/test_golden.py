@@ -25,6 +25,7 @@ def record() -> dict[str, Any]:
     [pytest.param(name, marks=pytest.mark.slow if name in golden.SLOW else ()) for name in golden.CASES],
 )
 def test_a_small_run_gives_the_recorded_bits(record: dict[str, Any], tmp_path: Path, name: str) -> None:
+    assert name in record, f"{name} has no record; record it with python tests/golden.py --add"
     assert golden.train(name, tmp_path) == record[name]
 
 

@@ -26,7 +26,11 @@ def state_powers() -> dict[str, int]:
     """Return the state tensors of all optimisers. Each is proportional to the returned gradient power."""
     powers: dict[str, int] = {}
     for spec in OPTIMIZERS.values():
-        powers |= spec.state
+        for name, power in spec.state.items():
+            if powers.setdefault(name, power) != power:
+                raise ValueError(
+                    f"two rows of OPTIMIZERS give {name!r} different powers; rename one of the tensors"
+                )
     return powers
 
 

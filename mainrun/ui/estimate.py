@@ -27,12 +27,12 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import dropout_sites
 from mainrun.core.kernels import CHUNK
 from mainrun.core.machine_class import compile_balance
-from mainrun.core.optimizers import Muon
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.token_cache import TokenData
 from mainrun.plan.cost import segment_costs, size
 from mainrun.plan.ops import Schedule
+from mainrun.plan.optimizers import state_tensors
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.resume import check_spans
 from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
@@ -314,17 +314,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
     """Allocate the optimizer state.
 
-    Muon allocates its state and its temporary tensors in a step. The other optimizers are fused: they cannot
-    step without data, and they need no temporary tensors.
+    Our own optimizers allocate their state and their temporary tensors in a step. Those of torch are fused:
+    they cannot step without data, and they need no temporary tensors.
     """
     moments = []
     for optimizer in state.optimizers.all:
-        if isinstance(optimizer, Muon):
+        if not optimizer.defaults.get("fused"):
             optimizer.step()
             continue
-        per_parameter = int(cfg.momentum > 0)
-        if isinstance(optimizer, torch.optim.AdamW):
-            per_parameter = 2
+        kind = "adamw" if isinstance(optimizer, torch.optim.AdamW) else "sgd"
+        per_parameter = state_tensors(kind, cfg.momentum)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 moments += [torch.empty_like(p) for _ in range(per_parameter)]
