@@ -391,7 +391,7 @@ def test_paths_in_a_mix_are_relative_to_its_folder(tmp_path: Path, monkeypatch: 
         ('[[source]]\npath = "c.txt"', ["c.txt does not exist"]),
         (
             '[[source]]\npath = "a.txt"\nratio = 1000\n[[source]]\npath = "b.txt"',
-            ["source 2", "gives it no title"],
+            ["source 2", "gets no title"],
         ),
         (
             '[[source]]\npath = "a.txt"\n[[source]]\npath = "a.txt"',

@@ -87,7 +87,7 @@ def guards(e: Evidence, *, all: bool = False) -> list[Guard]:
         try:
             status, detail = check(e, all)
         except Exception as error:
-            # Evidence that cannot be read must not pass. It must not end a long run with a traceback either.
+            # Evidence that cannot be read fails, so that a long run does not end with a traceback.
             status = "fail"
             detail = f"the evidence cannot be read: {type(error).__name__}: {error}"
         results.append(Guard(name, status, detail))

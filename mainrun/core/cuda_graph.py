@@ -29,7 +29,7 @@ class CudaGraph:
         self.forget()
 
     def forget(self) -> None:
-        """Discard the recorded graph. Call this after a tensor that the function uses moves in memory."""
+        """Discard the recorded graph. Call this method after a tensor of the function moves in memory."""
         self.key: Hashable = None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -64,10 +64,10 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
     for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if share == 0:
             raise CorpusError(
-                f"{source.where} ({source.corpus}): the ratio gives it no title of num_titles={wanted}; "
-                "raise its ratio or num_titles"
+                f"{source.where} ({source.corpus}): the source gets no title of num_titles={wanted}, "
+                "because its ratio is too small; raise its ratio or num_titles"
             )
-        # A synthetic source makes `wanted` titles. These are enough even if other sources have some of them.
+        # A synthetic source makes `wanted` titles, which is enough even if other sources have the same ones.
         titles = open_source(source.corpus, wanted)
         fresh = _unseen(titles, order(titles.count), share, wanted, seen)
         if len(fresh) < share:

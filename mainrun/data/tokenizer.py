@@ -33,8 +33,8 @@ MIN_VOCAB_SIZE = 300  # enough for the special tokens, all bytes and some learne
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
-# Characters with a special meaning in sentencepiece. It decodes U+2581 as a space. Its trainer skips titles
-# that contain U+2585.
+# Characters with a special meaning in sentencepiece. Sentencepiece decodes U+2581 as a space, and its trainer
+# skips titles that contain U+2585.
 UNIGRAM_UNSAFE = frozenset("\u2581\u2585")
 ESCAPE_ALPHABET = "\\x{}0123456789abcdef"
 ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")

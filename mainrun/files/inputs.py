@@ -26,7 +26,7 @@ LARGEST = 16_000_000  # the maximum size of a document in bytes
 LARGEST_YAML = 300_000  # the maximum length of a YAML document in characters, which takes 2 s to parse
 DEEPEST = 100  # the maximum depth of nested lists and tables
 MOST_VALUES = 1_000_000  # the maximum number of values, because YAML aliases can repeat a list very often
-MOST_DIGITS = 300  # the maximum length of an integer, because Python cannot print 4,301 digits
+MOST_DIGITS = 300  # the maximum number of digits of an integer, because Python cannot print 4,301 digits
 LONGEST_NAME = 255  # the maximum length of a file name in bytes, on Linux and macOS
 LONGEST_PATH = 4095  # the maximum length of a path in bytes, on Linux
 MOST_FOLDERS = 200  # the maximum depth of a path, because `Path.mkdir(parents=True)` is recursive
