@@ -282,9 +282,9 @@ def test_the_help_of_plan_describes_each_option() -> None:
     for words in (
         "FILE <str> A growth schedule: a JSON, YAML or TOML file, or inline JSON.",
         "--preset NAME|FILE The config at the start of the run. [default: optimized]",
-        "--set KEY=VALUE Change one field; may be repeated.",
-        "--train-tokens N Tokens in one epoch: show the steps", "[1<=x<=10000000000000]",
-        "--speed FLOP/S With --train-tokens: show the time too. [x>=1.0]", "--json ", "--debug ",
+        "--set KEY=VALUE Change one field. Can be repeated.",
+        "--train-tokens N Tokens per epoch. Also show the steps", "[1<=x<=10000000000000]",
+        "--speed FLOP/S With --train-tokens: also show the time. [x>=1.0]", "--json ", "--debug ",
     ):  # fmt: skip
         assert words in text, words
     assert text.count("default:") == 1

@@ -24,7 +24,7 @@ from mainrun.ui.console import (
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure the speed of training, and the time that shared steps save.")
+app = commands("Measure the speed of training, and what shared steps save.")
 
 Repeats = Annotated[
     int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")

@@ -325,7 +325,7 @@ def folder_of(place: str | Path) -> Path | None:
     fsspec is not used for local folders, because its writes to them are not atomic.
     """
     scheme, colon, path = str(place).partition(":")
-    if colon and scheme in ("file", "local"):  # file:path, file:/path or file:///path
+    if colon and scheme in ("file", "local"):  # zero, one or three slashes may follow the colon
         return Path(path.removeprefix("//")).expanduser()
     if "://" in str(place):
         return None
