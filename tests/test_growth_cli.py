@@ -212,14 +212,14 @@ VERDICTS = [
     (
         [finding(same=False)],
         "ok, but not as in the run",
-        "the ops gave other results than the journal of the run holds; see the table",
+        "the ops gave other results than in the run; see the table",
     ),
     ([finding(ok=False)], "FAILS", "1 of 1 checks fail; see the table"),
     ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; see the table"),
     (
         [finding(), finding(same=False)],
         "ok",
-        "the ops gave other results than the journal of the run holds; see the table",
+        "the ops gave other results than in the run; see the table",
     ),
 ]
 

@@ -54,9 +54,7 @@ def bench_step(
     sets: Sets = None,
     rivals: Annotated[
         bool,
-        typer.Option(
-            "--rivals", help="Also measure a plain training loop, and the default memory allocator."
-        ),
+        typer.Option("--rivals", help="Also measure a plain training loop and the default memory allocator."),
     ] = False,
     repeats: Repeats = 5,
     as_json: Json = False,

@@ -25,8 +25,8 @@ from mainrun.store.rundir import RunDir
 
 PRESETS = ("baseline", "optimized")
 BURST = 20  # the number of steps between two synchronizations with the GPU
-# The peak speed of dense bf16 matrix products in FLOP/s, as stated by the manufacturer. A device has the
-# speed of the first entry whose words are all in the name of the device.
+# The peak speed of dense bf16 matrix products in FLOP/s, as stated by the manufacturer. `stated_peak`
+# returns the first entry whose words all occur in the name of the device.
 PEAKS = {
     "H200 NVL": 835e12,
     "H200": 989e12,

@@ -8,9 +8,10 @@ Four studies are trained with a store, and again from scratch, in one process:
     4  24 trials: random learning rates with cosine decay, which have few steps in common
 
 For each study, the table shows the number of requested steps, of different steps, and of trained steps. No
-store can train fewer steps than the number of different steps. Studies 1, 2 and 4 are trained with a store in
-two ways. In the first way, all trials are known in advance. In the second way, the trials arrive one by one
-in random order. Every score and every weight must be exactly equal to those of the trials from scratch.
+store can train fewer steps than the number of different steps. Studies 1, 2 and 4 are trained with a store
+twice. In the first training, all trials are known in advance. In the second training, the trials arrive one
+by one in random order. Every score and every weight must be exactly equal to those of the trials from
+scratch.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class StudyResult:
     trained: int = 0  # the number of trained steps
     seconds: float = 0.0
     store_seconds: float = 0.0  # the part of `seconds` that was spent in the store
-    scratch_seconds: float = 0.0  # the time of the same trials from scratch
+    scratch_seconds: float = 0.0  # the training time of the same trials from scratch
     compared: int = 0  # the number of trials that were also trained from scratch
     differ: list[str] = field(default_factory=list)  # the run ids of trials that gave other bits
 
@@ -174,7 +175,7 @@ class ScratchRun(NamedTuple):
 
 
 class Bench:
-    """Train studies below a folder. Each different trial is trained from scratch only once."""
+    """Train studies below a folder. Each distinct trial is trained from scratch only once."""
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder = folder
@@ -222,7 +223,7 @@ class Bench:
             result.seconds += time.perf_counter() - start
             result.trained += summary["ledger"]["trained"]
             result.store_seconds += summary["spent"]["store"]
-            # The run from scratch follows at once. If the machine is slow for a while, both runs are
+            # Train the same trial from scratch now. If the machine is slow for a while, both runs are
             # affected.
             self.compare_with_scratch(result, cfg, bits)
             self.note_progress(f"study {result.study}, {result.way}", i, len(order), study_start)

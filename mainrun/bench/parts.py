@@ -120,7 +120,7 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
     if part:
         return part
     for outer in chain:
-        if outer.sequence_nr in forward_parts:  # a backward operation has the part of its forward operation
+        if outer.sequence_nr in forward_parts:  # backward operations have the part of their forward operation
             return forward_parts[outer.sequence_nr]
     for outer in chain:
         part = part_of(outer.name)
@@ -141,8 +141,8 @@ def labelled(model: nn.Module) -> Iterator[None]:
                 _label_module(module, "attention", stack)
             elif isinstance(module, nn.LayerNorm | RMSNorm):
                 _label_module(module, "norm", stack)
-        _label_dropout(Masks, "drop", 2, stack)  # argument 2 is the dropout rate
-        _label_dropout(Device, "masks", 1, stack)  # argument 1 is the list of dropout sites
+        _label_dropout(Masks, "drop", 2, stack)  # argument 2 of Masks.drop is the dropout rate
+        _label_dropout(Device, "masks", 1, stack)  # argument 1 of Device.masks is the list of dropout sites
         yield
 
 

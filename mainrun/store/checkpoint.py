@@ -46,7 +46,7 @@ def save(
 ) -> Path:
     """Write a checkpoint and remove old checkpoints.
 
-    check: called just before the checkpoint becomes visible. It may raise an error to prevent that.
+    check: called just before the checkpoint becomes visible. If it raises an error, no checkpoint is written.
     """
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
@@ -115,7 +115,7 @@ def paths(folder: Path) -> list[Path]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    except OSError as e:  # an unreadable folder may contain checkpoints
+    except OSError as e:  # the unreadable folder may contain checkpoints
         raise RunError(f"{folder} is damaged: it cannot be read ({e.strerror}); {FIX}") from None
     return sorted((folder / name for name in names if name.startswith("step-")), reverse=True)
 

@@ -65,7 +65,7 @@ class Folder:
         with self._temp(name) as temp:
             _write(temp, data, sync=True)
             try:
-                # Unlike a rename, a link never replaces a file. Like a rename, it is atomic.
+                # Creating a link is atomic, like renaming a file. Unlike a rename, it never replaces a file.
                 os.link(temp, self.path / name)
             except FileExistsError:
                 return False

@@ -65,7 +65,8 @@ class Lease:
             # that.
             try:
                 content = canonical_json(self.info | self.status() | {"beat": count})
-                # A heartbeat is not synced to disk. After a power failure, no process holds the lease anyway.
+                # A heartbeat is not synced to disk, because a power failure also ends the holder of the
+                # lease.
                 self.leases.files.write(self.name, content, sync=False)
             except OSError:
                 continue

@@ -48,7 +48,7 @@ def origin(
 ) -> dict[str, Any]:
     """Return the values that the first key of a run is computed from.
 
-    Defaults that stand for a computed value, such as `d_ff = 0`, are resolved.
+    A default such as `d_ff = 0` is replaced with the value that it stands for.
     """
     left_out = IN_TOKENS | IN_MACHINE
     fields: dict[str, Any] = {}

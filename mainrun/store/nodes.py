@@ -86,8 +86,8 @@ class Node:
     step: int
     begins: int  # the step of the parent
     tokens_processed: int
-    state: str  # the SHA-256 of the file of the state
-    size: int  # the size of the file of the state, in bytes
+    state: str  # the SHA-256 hash of the state file
+    size: int  # the size of the state file, in bytes
     geometry: list[int]  # the rows and the row length of a batch of the official score
     seconds: float  # the training time since the parent
     run: str
@@ -189,7 +189,7 @@ class Store:
     def _check_empty(self, place: str | Path) -> None:
         """Refuse a folder that has no store.json but contains files of another program."""
         strays = self.files.names("") - BEFORE_FIRST_NODE
-        # Another process may have just created the store. It writes store.json before the first node.
+        # Another process may have created the store. Every process writes store.json before the first node.
         if strays and not self.files.exists("store.json"):
             got = f"store {place} holds {', '.join(sorted(strays)[:3])} but no store.json"
             raise ConfigError(f"{got}, so it is not a store of mainrun; give another place for the store")
@@ -414,7 +414,7 @@ class Store:
     def evict(self, keep: Set[str] = frozenset()) -> list[str]:
         """Remove the least recently used states until the others fit the limit. Return the removed states.
 
-        keep: the keys of more nodes whose states are not removed. Pinned nodes are never removed.
+        keep: the keys of nodes whose states are kept. The states of pinned nodes are also kept.
         """
         states = self.states()
         excess = sum(entry.size for entry in states.values()) - self.size
@@ -449,7 +449,7 @@ class Store:
     # -- housekeeping
 
     def summary(self) -> tuple[list[Node], list[tuple[str, str]]]:
-        """Return all intact nodes and the damaged nodes.
+        """Return all intact nodes and all damaged nodes.
 
         The intact nodes have no rows and are sorted by root and step. A damaged node is a pair (key, reason).
         """
@@ -511,8 +511,8 @@ class Store:
         """Remove useless files, evict states beyond the limit, and return how much was removed.
 
         Useless files are damaged nodes and states, states without a node, and nodes without a state that no
-        later node needs. Nodes after a lost node are kept. They become usable again when a run trains the
-        lost steps.
+        later node needs. Nodes after a lost node are kept. These nodes become usable again when a run trains
+        the lost steps.
         """
         now = time.time()
         nodes, damaged, unreadable = self._sort_nodes()
@@ -561,7 +561,7 @@ class Store:
     def _remove_useless_states(self, counts: dict[str, int], owned: Set[str] | None, now: float) -> None:
         """Remove damaged states, and states that belong to no node.
 
-        counts: the counts of removed files and bytes, which are updated.
+        counts: the numbers of removed files and bytes. This dict is updated.
         owned: the states of all nodes, or None if some node could not be read.
         """
         for state, entry in self.states().items():
@@ -607,7 +607,7 @@ def _is_young(modified: float, now: float) -> bool:
 
 def _check_same_bits(existing: Node, node: Node) -> None:
     """Raise Refused if a new node differs from the stored node in its state or its losses."""
-    audit = "`mainrun store audit` finds out which is right"
+    audit = "`mainrun store audit` shows which of them is right"
     if existing.state != node.state:
         got = f"the store has other bits for step {node.step} (by {existing.run})"
         raise Refused(f"{got}: two trainings of the same steps differ; {audit}")

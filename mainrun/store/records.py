@@ -23,7 +23,7 @@ LARGEST = 4_000_000_000  # the maximum size of a log, in bytes
 LARGEST_DOCUMENT = 500_000_000  # the maximum size of a JSON document, in bytes
 DEEPEST = 100  # the maximum number of nested lists and objects
 MAX_COUNT = 10**18
-MAX_NUMBER = 1e40  # larger than every float32; the square of this number is still finite in float64
+MAX_NUMBER = 1e40  # above every float32, and small enough that its square is finite in float64
 
 Shape = Callable[[Any, str], None] | Mapping[str, Any] | list[Any]
 
@@ -266,7 +266,7 @@ def optional(shape: Shape) -> Shape:
 
 
 def table_of(shape: Shape) -> Shape:
-    """Return a shape for an object with any keys. All its values must have the given shape."""
+    """Return a shape for an object with any keys. All values of the object must have the given shape."""
 
     def all_of(value: Any, name: str) -> None:
         table(value, name)
@@ -278,7 +278,7 @@ def table_of(shape: Shape) -> Shape:
 
 
 def pair(shape: Shape) -> Shape:
-    """Return a shape for a list of exactly two items. Both must have the given shape."""
+    """Return a shape for a list of exactly two items. Both items must have the given shape."""
 
     def both(value: Any, name: str) -> None:
         check(value, [shape], name)

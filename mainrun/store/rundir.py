@@ -71,7 +71,7 @@ class LoggedEval(TypedDict):
     coverage: float
     tokens: int
     seconds: NotRequired[float]
-    params: NotRequired[int]  # the parameters of the model at this step, in runs that grow
+    params: NotRequired[int]  # the number of parameters at this step, in runs that grow
     active: NotRequired[int]
     flops: NotRequired[float]
     reused: NotRequired[bool]
@@ -153,8 +153,8 @@ class RowLog:
         self._check = check
         check_regular_file(path)  # refuse a pipe, because opening it would block until a reader opens it too
         with disk_errors(path):
-            # The file is unbuffered. Otherwise, closing it would write a row again that did not fit on a full
-            # disk.
+            # The file is unbuffered. A buffer would keep a row that did not fit on a full disk, and would
+            # write this row when the file is closed.
             self._file = path.open("ab", buffering=0)
         self._sha256 = hashlib.sha256()
         self._size = 0
@@ -229,7 +229,7 @@ class RunDir:
         data = self._load("config.json", records.anything)
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
             got = f"{self.path} is not a run directory (no usable config.json)"
-            raise RunError(f"{got}; give one that `mainrun train` made")
+            raise RunError(f"{got}; give a run directory that `mainrun train` created")
         if data.get("digest") != digest_of(data["config"]):
             raise RunError(f"{file} was changed after the run began; {self.fix}")
         try:
@@ -308,7 +308,7 @@ class RunDir:
                 self._lock = FileLock(self.path / ".lock", holder)
         except Locked as e:
             got = f"{self.path} is being written by process {e}"
-            raise RunError(f"{got}; wait for it, or give another --out") from None
+            raise RunError(f"{got}; wait until that process ends, or give another --out") from None
 
     def check(self) -> None:
         """Raise RunError if this process has lost the lock.
@@ -424,7 +424,7 @@ def check_writable(out: Path) -> None:
     """Raise RunError if a folder cannot be created or written. The folder is not created."""
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise RunError(f"cannot write {out}: {existing} is not a folder; choose a writable one with --out")
+        raise RunError(f"cannot write {out}: {existing} is not a folder; choose a writable folder with --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         got = f"cannot write {out}: no permission to write in {existing}"
         raise RunError(f"{got}; choose a writable folder with --out")
@@ -476,10 +476,10 @@ def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
         return RunDir(Path(out) / matches[0])
     if matches:
         got = f"run {str(name)!r} is not unique in {out}: {', '.join(matches[:5])}"
-        raise RunError(f"{got}; write more of the id")
+        raise RunError(f"{got}; give more characters of the id")
     similar = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
     if similar:
         hint = f"runs in it: {', '.join(similar)}"
     else:
         hint = "it has no runs yet; `mainrun train` makes one"
-    raise RunError(f"no run {str(name)!r} in {out} and no run directory of that path; {hint}")
+    raise RunError(f"no run {str(name)!r} in {out} and no run directory at that path; {hint}")

@@ -120,7 +120,7 @@ def _data_of(summary: dict[str, Any]) -> dict[str, str]:
 
 def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     last = summary["last"]
-    # With another geometry, the official score covers other tokens.
+    # The official scores of two different geometries cover different tokens.
     same_geometry = summary["geometry"] == first["geometry"]
     lowest_coverage = min(last["coverage"], first["last"]["coverage"])
     delta_official = None

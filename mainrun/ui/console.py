@@ -108,7 +108,9 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except OSError as e:
-        raise UsageError(f"the current folder cannot be used ({e.strerror}); change to another one") from None
+        raise UsageError(
+            f"the current folder cannot be used ({e.strerror}); change to another folder"
+        ) from None
 
 
 PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "--store", "--svg", "--tables")
@@ -253,7 +255,7 @@ def stoppable() -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         nonlocal signals
         signals += 1
-        raise KeyboardInterrupt  # libraries that catch Exception do not catch this
+        raise KeyboardInterrupt  # libraries that catch Exception do not catch this error
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
 TORCH_SECONDS = 120  # the time limit for importing torch
-DISK_WARN = 5e9  # bytes; the size of a few runs of the largest preset
-DISK_FAIL = 5e8  # bytes; the size of one checkpoint
+DISK_WARN = 5e9  # the size of a few runs of the largest preset, in bytes
+DISK_FAIL = 5e8  # the size of one checkpoint, in bytes
 MEMORY_WARN = 2e9  # bytes
 
 # This code runs in a separate process. If torch crashes or hangs, only that process is affected.
@@ -141,7 +141,7 @@ def _memory() -> Diagnosis:
 
 
 def _available_memory() -> int:
-    """Return the available memory in bytes. On Linux, it includes caches that the kernel can free."""
+    """Return the available memory in bytes. On Linux, the result includes caches that the kernel can free."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():

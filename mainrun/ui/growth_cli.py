@@ -106,7 +106,7 @@ def verify(
     if failed:
         raise MainrunError(f"{len(failed)} of {len(checks)} checks fail; see the table")
     if not all(check["same"] for check in checks):
-        raise MainrunError("the ops gave other results than the journal of the run holds; see the table")
+        raise MainrunError("the ops gave other results than in the run; see the table")
 
 
 def _verdict(check: Row) -> str:

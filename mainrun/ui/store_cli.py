@@ -48,7 +48,7 @@ def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool =
         _check_out(folder, out)
     store = _open(place, size)
     if must and not store.files.exists("store.json"):
-        fix = "train a run to create it, or give another with --store or --out"
+        fix = "train a run to create it, or give another place with --store or --out"
         raise UsageError(f"there is no store at {store}; {fix}")
     return store
 
@@ -241,9 +241,7 @@ def audit(
     ] = 3,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed", min=0, help="Choose the same segments each time. By default, they are random."
-        ),
+        typer.Option("--seed", min=0, help="The same seed chooses the same segments."),
     ] = None,
     reach: Annotated[
         int,
@@ -285,7 +283,7 @@ def audit(
         raise MainrunError("a segment that was trained again differs from the store; see the lines above")
 
 
-NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="The key of a node, or a unique prefix of it.")]
+NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="A node key, or a unique prefix of a node key.")]
 
 
 @app.command("pin")
@@ -306,7 +304,7 @@ def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug
     if len(pins) != 1:
         state = "not unique" if pins else "not pinned"
         raise UsageError(
-            f"node {key!r} is {state} in the store {store}; `mainrun store ls` lists pinned ones"
+            f"node {key!r} is {state} in the store {store}; `mainrun store ls` lists pinned nodes"
         )
     with _writing(store):
         store.unpin(pins[0])
@@ -320,7 +318,7 @@ def _node(store: Store, beginning: str) -> Node:
     matches = sorted(key for key in store.node_keys() if key.startswith(beginning))
     if not matches:
         got = f"no node of the store {store} begins with {beginning!r}"
-        raise UsageError(f"{got}; `mainrun store ls` lists them")
+        raise UsageError(f"{got}; `mainrun store ls` lists all nodes")
     if len(matches) > 1:
         got = f"{len(matches):,} nodes of the store {store} begin with {beginning!r}"
         raise UsageError(f"{got}; give more characters of the key")
@@ -338,4 +336,4 @@ def _writing(store: Store) -> Iterator[None]:
         yield
     except OSError as e:
         got = f"the store {store} cannot be written ({e.strerror or e})"
-        raise RunError(f"{got}; make it writable, or give another with --store") from None
+        raise RunError(f"{got}; make it writable, or give another store with --store") from None
