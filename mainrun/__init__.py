@@ -1,6 +1,6 @@
 """Train small language models under a fixed budget, reproducible to the bit.
 
-`__all__` lists the public names. Each one is imported on first use, so that `import mainrun` is instant.
+`__all__` lists the public names. Each name is imported on first use, so that `import mainrun` is fast.
 To train from Python, use `mainrun.run.session.train`.
 """
 

@@ -1,9 +1,17 @@
-"""The command line: `mainrun train`, `mainrun sweep`, `mainrun report` and so on.
+"""The command line, with commands such as `mainrun train`, `mainrun sweep` and `mainrun report`.
 
-Results go to stdout; with --json they are JSON and nothing else. Progress and errors go to stderr. The exit
-codes are 0 (done), 1 (crash), 2 (usage error), 3 (diverged), 75 (interrupted, can be resumed) and 130 (Ctrl-C
-twice). Each command imports the slow libraries that it needs (torch, Rich, pydantic), so that
-`mainrun --help` is instant.
+Results go to stdout. With --json, stdout contains only JSON. Progress and errors go to stderr.
+
+The exit codes are:
+
+    0    the command succeeded
+    1    the command failed or crashed
+    2    the usage is wrong
+    3    the training diverged
+    75   the command was interrupted and can be resumed
+    130  Ctrl-C was pressed twice
+
+Each command imports slow libraries such as torch only when it needs them, so that `mainrun --help` is fast.
 """
 
 from __future__ import annotations
@@ -42,19 +50,19 @@ app = typer.Typer(
     cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: no Rich import, and the same text in a pipe
+    rich_markup_mode=None,  # show the help without Rich, which is slow to import
     help="Train small language models under a fixed budget, reproducible to the bit.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def main() -> None:
-    """Run the command line. This is the entry point of the `mainrun` script."""
+    """Run the command line. This function is the entry point of the `mainrun` script."""
     guard_streams()
     try:
         app()
     finally:
-        # The command has ended. Another Ctrl-C must not interrupt the exit handlers of libraries.
+        # The command has ended. A later Ctrl-C must not interrupt the exit handlers of libraries.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -85,8 +93,9 @@ def demo(
 ) -> None:
     """Run the whole workflow in a few minutes.
 
-    The demo trains, sweeps, writes a report, submits and verifies. Each step is a separate command, which is
-    printed. Ctrl-C stops the demo; the same command resumes it. Nothing is sent over the network.
+    The demo trains models, runs a sweep, writes a report, and creates and verifies a submission. Each step is
+    a separate command, which is printed. Ctrl-C stops the demo, and the same command resumes it. Nothing is
+    sent over the network.
     """
     from mainrun.ui.demo import run_demo
 
@@ -111,7 +120,7 @@ def compare(
 ) -> None:
     """Compare finished runs in a table.
 
-    Each run's `full` score is compared with that of the first run.
+    The score `full` of each run is compared with the score of the first run.
     """
     from mainrun.store import rundir
     from mainrun.ui import compare as comparison
@@ -133,7 +142,7 @@ def sample(
         typer.Argument(metavar="RUN", help="A run id, a unique prefix of a run id, or a run directory."),
     ],
     prompt: Annotated[
-        str, typer.Option("--prompt", metavar="TEXT", help="The text that each title begins with.")
+        str, typer.Option("--prompt", metavar="TEXT", help="The text at the beginning of each title.")
     ],
     n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="The number of titles.")] = 1,
     max_tokens: Annotated[
@@ -145,7 +154,7 @@ def sample(
             "--temperature",
             min=0.0,
             max=100.0,
-            help="Sampling temperature. 0 always chooses the likeliest token.",
+            help="The sampling temperature. At 0, the likeliest token is always chosen.",
         ),
     ] = 0.8,
     seed: Annotated[
@@ -158,7 +167,7 @@ def sample(
     from mainrun.store import rundir
 
     run_dir = rundir.find(run, out)
-    run_dir.config()  # refuse what is not a run before torch is loaded
+    run_dir.config()  # raises an error for a wrong folder before torch is imported
     from mainrun.ui.sample import sample as generate
 
     titles = generate(run_dir.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -173,7 +182,7 @@ def _escape(character: re.Match[str]) -> str:
 def doctor(out: Out = Path("runs"), as_json: Json = False, debug: Debug = False) -> None:
     """Check that this machine is ready for training.
 
-    Exits with 1 if a problem must be fixed first.
+    The exit code is 1 if a problem must be fixed before training.
     """
     from mainrun.ui.doctor import diagnose
 
@@ -190,10 +199,10 @@ def doctor(out: Out = Path("runs"), as_json: Json = False, debug: Debug = False)
 
 
 def download(
-    name: Annotated[str, typer.Argument(metavar="hn|hn-2025", help="The corpus.")],
+    name: Annotated[str, typer.Argument(metavar="hn|hn-2025", help="The corpus to download.")],
     debug: Debug = False,
 ) -> None:
-    """Download a corpus, so that you can train offline later."""
+    """Download a corpus for offline training."""
     from mainrun.data.hub import download as fetch
 
     print(fetch(name))

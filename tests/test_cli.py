@@ -702,7 +702,7 @@ def test_a_deleted_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    refused(invoke("presets"), "the current folder cannot be used", "change to another one")
+    refused(invoke("presets"), "the current folder cannot be used", "change to another folder")
 
 
 @pytest.mark.parametrize("columns", ["²", "1" * 5000, "-1", "wide", ""])

@@ -212,14 +212,14 @@ VERDICTS = [
     (
         [finding(same=False)],
         "ok, but not as in the run",
-        "the ops gave other results than the journal of the run holds; see the table",
+        "the ops gave other results than in the run; see the table",
     ),
     ([finding(ok=False)], "FAILS", "1 of 1 checks fail; see the table"),
     ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; see the table"),
     (
         [finding(), finding(same=False)],
         "ok",
-        "the ops gave other results than the journal of the run holds; see the table",
+        "the ops gave other results than in the run; see the table",
     ),
 ]
 
@@ -282,9 +282,9 @@ def test_the_help_of_plan_describes_each_option() -> None:
     for words in (
         "FILE <str> A growth schedule: a JSON, YAML or TOML file, or inline JSON.",
         "--preset NAME|FILE The config at the start of the run. [default: optimized]",
-        "--set KEY=VALUE Change one field; may be repeated.",
-        "--train-tokens N Tokens in one epoch: show the steps", "[1<=x<=10000000000000]",
-        "--speed FLOP/S With --train-tokens: show the time too. [x>=1.0]", "--json ", "--debug ",
+        "--set KEY=VALUE Change one field. Can be repeated.",
+        "--train-tokens N Tokens per epoch. Also show the steps", "[1<=x<=10000000000000]",
+        "--speed FLOP/S With --train-tokens: also show the time. [x>=1.0]", "--json ", "--debug ",
     ):  # fmt: skip
         assert words in text, words
     assert text.count("default:") == 1

@@ -451,9 +451,9 @@ def test_every_command_needs_an_existing_store(
     [
         ("ls", "--store PLACE|The store: a folder, or a URL"),
         ("gc", "--store-size SIZE|Evict the least recently used"),
-        ("audit", "--reach STEPS|Maximum number of steps back|How many segments|the same segments"),
-        ("pin", "NODE|a unique beginning"),
-        ("unpin", "NODE|a unique beginning"),
+        ("audit", "--reach STEPS|Maximum number of steps|Number of segments|the same segments"),
+        ("pin", "NODE|a unique prefix"),
+        ("unpin", "NODE|a unique prefix"),
     ],
 )
 def test_the_help_names_each_option_and_its_value(command: str, words: str) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks of a training step, of whole runs on a GPU, and of sharing steps between runs."""
+"""Benchmarks of training steps, of whole runs on a GPU, and of the store that shares steps between runs."""

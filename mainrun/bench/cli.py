@@ -1,4 +1,4 @@
-"""`mainrun bench`: measure the cost of a training step, and what sharing steps between runs saves."""
+"""The commands of `mainrun bench`, which measure training speed and the time that shared steps save."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mainrun.ui.console import (
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure training steps, and what sharing them saves.")
+app = commands("Measure the speed of training, and what shared steps save.")
 
 Repeats = Annotated[
-    int, typer.Option("--repeats", min=1, max=1000, help="How often to measure. The median counts.")
+    int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")
 ]
 
 
@@ -54,9 +54,7 @@ def bench_step(
     sets: Sets = None,
     rivals: Annotated[
         bool,
-        typer.Option(
-            "--rivals", help="Also measure a plain loop, and both with the default memory allocator."
-        ),
+        typer.Option("--rivals", help="Also measure a plain training loop and the default memory allocator."),
     ] = False,
     repeats: Repeats = 5,
     as_json: Json = False,
@@ -64,8 +62,8 @@ def bench_step(
 ) -> None:
     """Measure a training step and its parts.
 
-    Each rival runs in its own process, and the rivals take turns. The plain loop always uses float32 and
-    AdamW.
+    With --rivals, each rival runs in its own process, and the rivals take turns. The plain training loop
+    always uses float32 and AdamW.
     """
     from mainrun.bench import step
 
@@ -89,15 +87,15 @@ def bench_lineage(
     ] = "1,2,3,4",
     trials: Annotated[
         int,
-        typer.Option("--trials", min=0, max=192, help="How many random trials of each study to run; 0: all."),
+        typer.Option("--trials", min=0, max=192, help="Random trials per study. 0 runs all trials."),
     ] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what sharing steps saves.
+    """Measure how much training time a store of shared steps saves.
 
-    Four studies are trained with a store and from scratch. Both must give the same bits. All four studies
-    together take about half an hour.
+    Four studies are trained with a store, and again from scratch. Both must give the same bits. All four
+    studies together take about half an hour.
     """
     from mainrun.config import from_dict
     from mainrun.plan.recipes import parse_set
@@ -129,9 +127,9 @@ def bench_lineage(
 def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, debug: Debug = False) -> None:
     """Measure training on a GPU.
 
-    `baseline` and `optimized` are trained in bfloat16. The table shows the share of the GPU's peak speed that
-    a step reaches, and the time of a whole run. A second run must give the same losses and weights, bit by
-    bit.
+    The presets `baseline` and `optimized` are trained in bfloat16. The table shows how much of the peak speed
+    of the GPU a step reaches, and the time of a whole run. A second run must give exactly the same losses and
+    weights.
     """
     from mainrun.bench import gpu
 

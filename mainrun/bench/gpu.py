@@ -1,7 +1,7 @@
 """`mainrun bench gpu`: measure training on a GPU.
 
-It measures the share of the GPU's peak speed that a step reaches and the time of whole runs. It also checks
-that two runs of the same config give the same losses and weights.
+The benchmark measures how much of the peak speed of the GPU a step reaches, and the time of whole runs. It
+also checks that two runs of the same config give the same losses and weights.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
 
 PRESETS = ("baseline", "optimized")
-BURST = 20  # steps between two waits for the GPU; a run reads its losses late, too
-# Peak speed of dense bf16 products in FLOP/s, as stated by the manufacturer. The first entry counts whose
-# words are all in the name of the device.
+BURST = 20  # the number of steps between two synchronizations with the GPU
+# The peak speed of dense bf16 matrix products in FLOP/s, as stated by the manufacturer. `stated_peak`
+# returns the first entry whose words all occur in the name of the device.
 PEAKS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -35,11 +35,12 @@ PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
 }
-MATMUL_SIZE = 8192  # rows and columns
-MATMUL_COUNT = 10  # products between two waits for the GPU
-COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")  # columns of metrics.jsonl
+MATMUL_SIZE = 8192  # the number of rows and of columns of the matrices
+MATMUL_COUNT = 10  # the number of products between two synchronizations with the GPU
+# The keys of the rows in metrics.jsonl that must be equal in both runs.
+COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")
 
-Report = dict[str, Any]  # what --json prints
+Report = dict[str, Any]  # the output of --json
 
 
 def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> Report:
@@ -68,7 +69,7 @@ def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = 
 
 
 def stated_peak(device: str) -> float | None:
-    """Return the peak speed that the manufacturer states for a GPU, if it is known."""
+    """Return the peak speed that the manufacturer states for a GPU, or None if it is unknown."""
     words = set(re.split(r"[\s-]+", device))
     for name, peak in PEAKS.items():
         if set(name.split()) <= words:
@@ -125,7 +126,7 @@ def compare_two_runs(preset: str, sets: list[str], note: Callable[[str], None]) 
 
 
 def run(preset: str, sets: list[str], out: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    """Run a preset through the command line, as a user would, and measure the time of the whole process."""
+    """Run a preset with `mainrun train` in a new process, and measure the time of the whole process."""
     note(f"{preset}: a whole run into {out.name}")
     command = [sys.executable, "-m", "mainrun", "train", "--preset", preset]
     for text in sets:
@@ -152,7 +153,7 @@ def only_run(out: Path) -> RunDir:
 
 
 def differences(a: RunDir, b: RunDir) -> list[str]:
-    """Compare the losses, gradient norms, scores and final weights of two runs. Return what differs."""
+    """Compare the losses, gradient norms, scores and final weights of two runs. Return the differences."""
     texts = []
     rows_a = _compared_rows(a)
     rows_b = _compared_rows(b)
@@ -174,7 +175,7 @@ def _compared_rows(run: RunDir) -> list[dict[str, Any]]:
 
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of the table of presets."""
+    """Return the header and the rows of the table of presets."""
     head = ["", "tokens/s", "ms/step", "min-max", "MFU", "of matmul"]
     head += ["peak", "whole run", "second run", "same bits"]
     lines = []
@@ -198,8 +199,8 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yield the lines below the table."""
-    stated = "stated peak unknown, so MFU is relative to the measured product"
+    """Yield the text lines that are printed below the table."""
+    stated = "stated peak unknown, so MFU is relative to the measured matrix product"
     if report["stated_peak"]:
         stated = f"{report['stated_peak'] / 1e12:.0f} stated"
     measured = f"{report['matmul_peak'] / 1e12:.0f} measured with a large product"

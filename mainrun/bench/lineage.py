@@ -1,16 +1,17 @@
-"""`mainrun bench lineage`: measure what sharing steps between runs saves.
+"""`mainrun bench lineage`: measure how much training time shared steps save.
 
-Four studies are trained with a store and from scratch, in one process:
+Four studies are trained with a store, and again from scratch, in one process:
 
     1  192 trials: 2 learning rates x 4 late changes x 8 decay starts x 3 decay shapes
-    2  study 1, and the same trials with every second decay start moved between two others
+    2  study 1, and the trials of study 1 again with every second decay start moved
     3  128 trials by successive halving: piecewise constant learning rates with random values and milestones
-    4  24 trials: random learning rates with cosine decay, which can share little
+    4  24 trials: random learning rates with cosine decay, which have few steps in common
 
-For each study, the table shows the requested steps, the fewest steps that any way of sharing must train, and
-the steps that were trained. Studies 1, 2 and 4 are trained twice: with all trials known in advance, and with
-trials that arrive one by one in random order. Every score and every weight must equal, to the bit, those of
-the trials from scratch.
+For each study, the table shows the number of requested steps, of different steps, and of trained steps. No
+store can train fewer steps than the number of different steps. Studies 1, 2 and 4 are trained with a store
+twice. In the first training, all trials are known in advance. In the second training, the trials arrive one
+by one in random order. Every score and every weight must be exactly equal to those of the trials from
+scratch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mainrun.store import lineage
 from mainrun.store.nodes import Node, Store
 from mainrun.store.rundir import RunDir
 
-# The default base. One of its runs takes a few seconds.
+# The default base config. A run of this config takes a few seconds.
 SMALL = {
     "num_titles": 2100, "val_frac": 0.05, "vocab_size": 500, "block_size": 32, "batch_size": 8, "epochs": 2,
     "n_layer": 2, "n_head": 2, "d_model": 64, "norm": "rmsnorm", "position": "rope", "mlp": "relu2",
@@ -42,18 +43,17 @@ SMALL = {
     "warmup_frac": 0.02, "threads": 1, "compile": "off", "eval_per_epoch": 0,
 }  # fmt: skip
 RATES = (2e-3, 4e-3)
-CHANGES = (0.10, 0.25, 0.40, 0.55)  # shares of the tokens after which dropout ends
-STARTS = tuple(
-    round(0.75 + 0.03 * i, 3) for i in range(8)
-)  # shares of the steps after which the decay starts
+CHANGES = (0.10, 0.25, 0.40, 0.55)  # dropout ends after these shares of the training tokens
+# The decay of the learning rate starts after these shares of the training steps.
+STARTS = tuple(round(0.75 + 0.03 * i, 3) for i in range(8))
 MOVED = tuple(start if i % 2 == 0 else round(start - 0.015, 3) for i, start in enumerate(STARTS))
 SHAPES = ("linear", "cosine", "sqrt")
 BASELINE_PARAMS = 27_172_864
 
 
 class Rung(NamedTuple):
-    share: float  # of the steps of a run
-    keep: int  # one of so many trials continues
+    share: float  # the share of the steps of a run that a trial trains
+    keep: int  # one in `keep` trials continues to the next rung
 
 
 RUNGS = (Rung(1 / 16, 4), Rung(1 / 4, 4), Rung(1.0, 1))
@@ -63,7 +63,7 @@ RUNGS = (Rung(1 / 16, 4), Rung(1 / 4, 4), Rung(1.0, 1))
 
 
 def late_change(base: TrainConfig, starts: Sequence[float]) -> list[TrainConfig]:
-    """Return the trials of study 1 or 2. The late change ends dropout, as an example of any change."""
+    """Return the trials of study 1 or 2. The late change sets the dropout to 0."""
     configs = []
     for rate in RATES:
         for share in CHANGES:
@@ -110,30 +110,30 @@ def changed(base: TrainConfig, fields: dict[str, Any]) -> TrainConfig:
 
 
 def sample(configs: list[TrainConfig], trials: int) -> list[TrainConfig]:
-    """Return so many random trials, or all of them for 0."""
+    """Return a random sample of the trials, or all trials if `trials` is 0."""
     if 0 < trials < len(configs):
         return random.Random(0).sample(configs, trials)
     return configs
 
 
-# -- training them
+# -- training the studies
 
 
 @dataclass
 class StudyResult:
-    """What one way of training a study took. The names of the fields are keys of --json."""
+    """The cost of one way to train a study. The field names are the keys in the output of --json."""
 
     study: str
     way: str
     trials: int
-    asked: int  # steps of all trials together
-    fewest: int  # different steps
-    trained: int = 0  # steps
+    asked: int  # the sum of the steps of all trials
+    fewest: int  # the number of different steps
+    trained: int = 0  # the number of trained steps
     seconds: float = 0.0
-    store_seconds: float = 0.0  # of these seconds, those spent in the store
-    scratch_seconds: float = 0.0  # from scratch
-    compared: int = 0  # trials that were also trained from scratch
-    differ: list[str] = field(default_factory=list)  # of these trials, those with other bits
+    store_seconds: float = 0.0  # the part of `seconds` that was spent in the store
+    scratch_seconds: float = 0.0  # the training time of the same trials from scratch
+    compared: int = 0  # the number of trials that were also trained from scratch
+    differ: list[str] = field(default_factory=list)  # the run ids of trials that gave other bits
 
     @property
     def saving(self) -> float:
@@ -150,9 +150,9 @@ def measure(
     trials: int = 0,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Run the studies and return a row for each way of training each study.
+    """Run the studies and return one row per study and way of training it.
 
-    trials: train so many random trials of each study, or all of them for 0.
+    trials: the number of random trials per study. 0 runs all trials.
     """
     results: list[StudyResult] = []
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as folder:
@@ -171,11 +171,11 @@ def measure(
 
 class ScratchRun(NamedTuple):
     seconds: float
-    bits: str  # see final_bits
+    bits: str  # the result of final_bits
 
 
 class Bench:
-    """Train studies below a folder. Trials from scratch are trained once for all studies."""
+    """Train studies below a folder. Each distinct trial is trained from scratch only once."""
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder = folder
@@ -184,7 +184,7 @@ class Bench:
         self.stores = 0
 
     def two_ways(self, study: str, configs: list[TrainConfig]) -> Iterator[StudyResult]:
-        """Train a study with all trials known in advance, and then with trials that arrive one by one."""
+        """Train a study with all trials known in advance, and again with trials that arrive one by one."""
         trials = {cfg.run_id: cfg for cfg in configs}
         start = time.perf_counter()
         shared = batch.share_steps(trials.values(), None)
@@ -199,7 +199,8 @@ class Bench:
         result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
-        # A search knows its space, and so the steps at which its trials may part.
+        # A search knows its search space. It can therefore list the steps at which two trials may begin to
+        # differ.
         forks: set[int] = set()
         for steps in shared.keep.values():
             forks.update(steps)
@@ -213,7 +214,7 @@ class Bench:
         yield result
 
     def train_all(self, result: StudyResult, order: list[TrainConfig], keep: dict[str, list[int]]) -> None:
-        """Train trials with a new store, and add what they took to the result."""
+        """Train trials with a new store, and add their times and steps to the result."""
         out, store = self.new_store()
         study_start = time.perf_counter()
         for i, cfg in enumerate(order):
@@ -222,13 +223,13 @@ class Bench:
             result.seconds += time.perf_counter() - start
             result.trained += summary["ledger"]["trained"]
             result.store_seconds += summary["spent"]["store"]
-            self.compare_with_scratch(
-                result, cfg, bits
-            )  # now, so that a slow phase of the machine affects both
+            # Train the same trial from scratch now. If the machine is slow for a while, both runs are
+            # affected.
+            self.compare_with_scratch(result, cfg, bits)
             self.note_progress(f"study {result.study}, {result.way}", i, len(order), study_start)
 
     def halving(self, study: str, configs: list[TrainConfig]) -> StudyResult:
-        """Train a study by successive halving: the best trials of a rung continue to the next rung."""
+        """Train a study by successive halving. The best trials of each rung continue to the next rung."""
         start = time.perf_counter()
         shared = batch.share_steps(configs, None)
         chains = shared.chains
@@ -236,7 +237,7 @@ class Bench:
         rungs = [max(1, round(rung.share * steps)) for rung in RUNGS]
         out, store = self.new_store()
         remaining = list(configs)
-        reached = dict.fromkeys(chains, 0)  # the last step of each trial
+        reached = dict.fromkeys(chains, 0)  # the last trained step of each trial
         for rung, (_, keep) in zip(rungs, RUNGS, strict=True):
             scores = {}
             for i, cfg in enumerate(remaining):
@@ -261,13 +262,13 @@ class Bench:
         finalists = [cfg for cfg in configs if reached[cfg.run_id] == rungs[-1]]
         for cfg in finalists:
             self.compare_with_scratch(result, cfg, final_bits(RunDir(out / cfg.run_id)))
-        # Only finalists are trained from scratch. The time of the other trials follows from their steps.
+        # Only finalists are trained from scratch. The time of the other trials is computed from their steps.
         seconds_per_step = self.scratch_seconds(finalists) / (len(finalists) * steps)
         result.scratch_seconds += seconds_per_step * requested
         return result
 
     def train_to(self, cfg: TrainConfig, out: Path, store: Store, keep: list[int], step: int) -> float:
-        """Train a trial to a step and return its training loss there, summed over five rows."""
+        """Train a trial up to a step and return the sum of its last five training losses."""
         from mainrun.run.session import train
 
         with suppress(Interrupted):
@@ -279,7 +280,7 @@ class Bench:
         return float(sum(losses[-5:]))
 
     def compare_with_scratch(self, result: StudyResult, cfg: TrainConfig, bits: str) -> None:
-        """Train a trial from scratch, unless another study did, and compare the bits."""
+        """Train a trial from scratch and compare its bits. A trial is trained from scratch only once."""
         if cfg.run_id not in self.scratch:
             start = time.perf_counter()
             _, scratch_bits = self.train(cfg, self.folder / "scratch", None, [])
@@ -294,7 +295,7 @@ class Bench:
     def train(
         self, cfg: TrainConfig, out: Path, store: Store | None, keep: list[int]
     ) -> tuple[dict[str, Any], str]:
-        """Train a trial to its end and return its summary and its bits."""
+        """Train a trial to its last step. Return its summary and the result of `final_bits`."""
         from mainrun.run.session import train
 
         summary = train(cfg, out, store=store, keep=keep)
@@ -304,20 +305,20 @@ class Bench:
         return summary, bits
 
     def new_store(self) -> tuple[Path, Store]:
-        """Return a new folder for runs, and an empty store in it."""
+        """Return a new folder for runs and an empty store in this folder."""
         self.stores += 1
         out = self.folder / f"shared-{self.stores}"
         return out, Store(out / ".store")
 
     def note_progress(self, label: str, i: int, total: int, start: float) -> None:
-        """Print about eight lines per study."""
+        """Report the progress of a study in about eight lines."""
         count = i + 1
         if count % max(1, total // 8) == 0 or count == total:
             self.note(f"{label}: {count} of {total} trials, {time.perf_counter() - start:.0f} s")
 
 
 def final_bits(run: RunDir) -> str:
-    """Return the hash of a run's weights, and all of its losses and scores, as text."""
+    """Return a text with the hash of the final weights and all losses and scores of a run."""
     summary = run.summary()
     if summary is None:
         raise MainrunError(f"{run.path} did not finish")
@@ -327,7 +328,10 @@ def final_bits(run: RunDir) -> str:
 
 
 def ledger_of(run: RunDir) -> tuple[int, float]:
-    """Return the trained steps and the seconds in the store of a run, which may have stopped early."""
+    """Return the number of steps that a run trained, and its seconds in the store.
+
+    The run may have been stopped before its last step.
+    """
     summary = run.summary()
     if summary:
         return summary["ledger"]["trained"], summary["spent"]["store"]
@@ -341,7 +345,11 @@ def ledger_of(run: RunDir) -> tuple[int, float]:
 
 
 def overheads() -> dict[str, float]:
-    """Measure the store: a node of the baseline's size, a list of 10,000 nodes, a chain of 100,000 steps."""
+    """Measure the time of operations on a store.
+
+    The operations are saving and loading a node of the size of the baseline, listing 10,000 nodes, and
+    looking up a chain of 100,000 steps.
+    """
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as folder:
         return _node_overheads(Path(folder) / "one") | _list_overheads(Path(folder) / "many")
 
@@ -379,7 +387,7 @@ def _list_overheads(folder: Path) -> dict[str, float]:
 
 
 def make_node(i: int) -> Node:
-    """Return a node with two rows and no state."""
+    """Return a node with two metric rows and no state."""
     rows = []
     for step in (1, 2):
         rows.append(
@@ -412,7 +420,7 @@ def make_node(i: int) -> Node:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds that a call takes, and its result."""
+    """Return the seconds that a call takes, and the result of the call."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
@@ -422,7 +430,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def lines(overheads: dict[str, float]) -> Iterator[str]:
-    """Yield the lines below the table."""
+    """Yield the text lines that are printed below the table."""
     yield (
         f"a node of 27.2M parameters with AdamW, {overheads['bytes'] / 1e6:.0f} MB: "
         f"{overheads['copy']:.2f} s to copy, during which the training waits,"
@@ -433,7 +441,7 @@ def lines(overheads: dict[str, float]) -> Iterator[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of the table of studies."""
+    """Return the header and the rows of the table of studies."""
     head = ["study", "trials", "trials are", "requested", "fewest", "trained", "requested/trained"]
     head += ["wall s", "in store s", "from scratch s", "speed-up", "bits"]
     lines = []

@@ -1,4 +1,7 @@
-"""Where the time of a training step goes, and the floor of its time: the matrix products alone."""
+"""Profile a training step by part, and measure the floor of its time.
+
+The floor is the time of the matrix products of the linear layers. No step with these layers can be faster.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,12 @@ from mainrun.core.dropout import Masks
 from mainrun.train import GPT, Attention, RMSNorm
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
-LABEL = "part:"  # the prefix of our own events in the profile
+LABEL = "part:"  # the prefix of the events that this module adds to the profile
 STEP = "whole step"
 
-# Substrings of operation names, by part. The first part that fits counts. torch.compile puts the names of the
-# fused operations into the name of a kernel, so a fused kernel counts as its most expensive operation.
+# Substrings of operation names, by part. An operation belongs to the first part that has a matching
+# substring. torch.compile puts the names of all fused operations into the name of a kernel. The parts are
+# ordered so that a fused kernel belongs to the part of its most expensive operation.
 NAMES = {
     "optimiser": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
@@ -44,7 +48,7 @@ NAMES = {
 
 
 def part_of(name: str) -> str | None:
-    """Return the part that an operation belongs to, judged by its name."""
+    """Return the part that an operation belongs to, or None if its name is unknown."""
     name = name.lower()
     for part, substrings in NAMES.items():
         if any(text in name for text in substrings):
@@ -55,7 +59,7 @@ def part_of(name: str) -> str | None:
 def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
     """Return each part's share of the time of one step. The shares sum to 1.
 
-    Time outside of known operations, for example in Python, is `other`.
+    The part `other` is the time outside of known operations, for example in Python.
     """
     cuda = next(model.parameters()).is_cuda
     activities = [ProfilerActivity.CPU]
@@ -79,14 +83,14 @@ def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
 
 
 def _chain(event: Any) -> Iterator[Any]:
-    """Yield an event and then the events that enclose it, from the inside out."""
+    """Yield an event and all events that enclose it, from the innermost to the outermost."""
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
 def _label(event: Any) -> str | None:
-    """Return the part of the labelled module that an event runs in."""
+    """Return the part of the labelled module in which an event occurs, or None."""
     for outer in _chain(event):
         if outer.name.startswith(LABEL):
             return str(outer.name.removeprefix(LABEL))
@@ -94,7 +98,10 @@ def _label(event: Any) -> str | None:
 
 
 def _forward_parts(events: list[Any]) -> dict[int, str]:
-    """Return the parts of labelled forward operations. Their keys are shared with the backward operations."""
+    """Return the parts of all labelled forward operations by sequence number.
+
+    A backward operation has the same sequence number as its forward operation.
+    """
     parts = {}
     for event in events:
         if event.sequence_nr >= 0 and event.scope == 0:
@@ -105,7 +112,7 @@ def _forward_parts(events: list[Any]) -> dict[int, str]:
 
 
 def _part(event: Any, forward_parts: dict[int, str]) -> str:
-    """Return the part of an event, judged by its name and by the events around it."""
+    """Return the part of an event, based on its name and on the events that enclose it."""
     chain = list(_chain(event))
     if any(outer.name.startswith("Optimizer.") for outer in chain):
         return "optimiser"
@@ -113,7 +120,7 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
     if part:
         return part
     for outer in chain:
-        if outer.sequence_nr in forward_parts:  # this is its backward operation
+        if outer.sequence_nr in forward_parts:  # backward operations have the part of their forward operation
             return forward_parts[outer.sequence_nr]
     for outer in chain:
         part = part_of(outer.name)
@@ -126,7 +133,7 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
 def labelled(model: nn.Module) -> Iterator[None]:
     """Label attention, norms and dropout for the profiler.
 
-    A compiled model calls no labelled module. Its kernels are recognised by their names.
+    This has no effect on a compiled model, whose kernels are recognised by their names.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -134,13 +141,13 @@ def labelled(model: nn.Module) -> Iterator[None]:
                 _label_module(module, "attention", stack)
             elif isinstance(module, nn.LayerNorm | RMSNorm):
                 _label_module(module, "norm", stack)
-        _label_dropout(Masks, "drop", 2, stack)  # if the argument `rate` is not 0
-        _label_dropout(Device, "masks", 1, stack)  # if there are any `sites`
+        _label_dropout(Masks, "drop", 2, stack)  # argument 2 of Masks.drop is the dropout rate
+        _label_dropout(Device, "masks", 1, stack)  # argument 1 of Device.masks is the list of dropout sites
         yield
 
 
 def _label_module(module: nn.Module, part: str, stack: ExitStack) -> None:
-    """Record each forward pass of a module as an event, until the stack is closed."""
+    """Record each forward pass of a module as a profiler event until the stack is closed."""
     open_events: list[Any] = []
 
     def enter(*_: Any) -> None:
@@ -156,7 +163,10 @@ def _label_module(module: nn.Module, part: str, stack: ExitStack) -> None:
 
 
 def _label_dropout(owner: type, name: str, condition: int, stack: ExitStack) -> None:
-    """Record each call of a method, if its argument number `condition` is true, until the stack is closed."""
+    """Record the calls of a method as profiler events until the stack is closed.
+
+    condition: the index of an argument. A call is recorded only if this argument is true.
+    """
     method = getattr(owner, name)
 
     @wraps(method)
@@ -172,7 +182,7 @@ def _label_dropout(owner: type, name: str, condition: int, stack: ExitStack) -> 
 
 
 def products(cfg: TrainConfig, vocab_size: int) -> Counter[tuple[int, int, bool]]:
-    """Count the linear layers of a step by (inputs, outputs, whether it is the head)."""
+    """Count the linear layers of a model by (inputs, outputs, whether the layer is the head)."""
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
     counts: Counter[tuple[int, int, bool]] = Counter()
@@ -184,7 +194,7 @@ def products(cfg: TrainConfig, vocab_size: int) -> Counter[tuple[int, int, bool]
 
 
 class Floor:
-    """The forward and backward products of all linear layers. No step with these layers can be faster."""
+    """The matrix products of all linear layers in the forward and backward pass of a step."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int, device: torch.device) -> None:
         self.device = device
@@ -197,7 +207,7 @@ class Floor:
             self.flops += self.repeats * 6 * self.rows * inputs * outputs * count
 
     def step(self) -> dict[str, float]:
-        """Return the seconds of the products of the layers and of the head."""
+        """Run all matrix products once. Return the seconds for the layers and for the head."""
         seconds = {"layers": 0.0, "head": 0.0}
         for (inputs, outputs, is_head), count in self.products.items():
             part = "head" if is_head else "layers"
@@ -211,7 +221,7 @@ class Floor:
         dx = torch.empty_like(x)
         dy = torch.empty_like(y)
         dw = torch.empty_like(w)
-        self.multiply(x, w, y, dx, dy, dw)  # once without the clock, which allocates the memory
+        self.multiply(x, w, y, dx, dy, dw)  # a warm-up call that allocates memory
         wait(self.device)
         start = time.perf_counter()
         for _ in range(count):
@@ -221,7 +231,7 @@ class Floor:
 
     @staticmethod
     def multiply(x: Tensor, w: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dw: Tensor) -> None:
-        """Compute the three products of a linear layer: the output, and the gradients of input and weight."""
+        """Compute the output of a linear layer, the gradient of its input and the gradient of its weight."""
         torch.mm(x, w.t(), out=dy)
         torch.mm(y, w, out=dx)
         torch.mm(y.t(), x, out=dw)

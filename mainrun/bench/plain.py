@@ -1,7 +1,7 @@
-"""A textbook GPT-2 and its training loop, without any optimization, as a rival for `mainrun bench step`.
+"""A plain GPT-2 and its training loop, which `mainrun bench step` compares with mainrun.
 
-Only the sizes and the dropout rates come from the config. The plain loop always has the architecture of the
-public baseline, float32 and AdamW, so that its step is always the same kind of work.
+The plain loop has no optimizations. It takes only the sizes and the dropout rates from the config. It always
+uses the architecture of the public baseline, float32 and AdamW.
 """
 
 from __future__ import annotations

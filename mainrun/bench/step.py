@@ -1,4 +1,6 @@
-"""`mainrun bench step`: compare a training step with its rivals, which take turns step by step.
+"""`mainrun bench step`: compare the training step of mainrun with the steps of its rivals.
+
+Each rival runs in its own process. The rivals take turns after every step.
 
 This module does not import torch, so that the parent process does not disturb the measurements.
 """
@@ -20,10 +22,10 @@ from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, UsageError
 
 WORKER = [sys.executable, "-m", "mainrun.bench.worker"]
-BF16_TOLERANCE = 1e-3  # allowed difference between the losses in bfloat16 and in float32 on the same weights
+BF16_TOLERANCE = 1e-3  # the allowed difference between the losses in bfloat16 and in float32
 
-Answer = dict[str, Any]  # of a worker, see bench/worker.py
-Report = dict[str, Any]  # what --json prints
+Answer = dict[str, Any]  # an answer of a worker, see bench/worker.py
+Report = dict[str, Any]  # the output of --json
 
 
 class RivalSpec(NamedTuple):
@@ -46,7 +48,7 @@ ALWAYS = {
 
 
 class Worker:
-    """The process of one rival, seen from the parent."""
+    """The connection of the parent process to the process of one rival."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.name = name
@@ -54,9 +56,9 @@ class Worker:
         self.log = log
 
     def ask(self, word: str) -> Answer:
-        """Send a word to the worker and return its answer."""
+        """Send a command word to the worker and return the answer of the worker."""
         assert self.process.stdin is not None
-        with suppress(OSError):  # the worker has ended; listen() reports why
+        with suppress(OSError):  # the worker has ended, and listen() reports the reason
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
         return self.listen()
@@ -89,7 +91,7 @@ class Worker:
 
 @contextmanager
 def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) -> Iterator[Worker]:
-    """Start a worker, and kill it at the end of the `with` block."""
+    """Start a worker. Kill it at the end of the `with` block."""
     request = json.dumps({"rival": rival, "config": cfg.model_dump(), **options})
     env = dict(os.environ)
     env.pop("MAINRUN_ALLOCATOR", None)
@@ -103,7 +105,7 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) 
             stderr=log,
             text=True,
             env=env,
-            # A Ctrl-C does not reach the worker, and killing its session also ends compilers that it started.
+            # In its own session, the worker gets no Ctrl-C, and it can be killed with its compiler processes.
             start_new_session=True,
         )
         try:
@@ -114,7 +116,7 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) 
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                with suppress(OSError):  # a word may be left in the buffer
+                with suppress(OSError):  # the buffer may contain a word that cannot be sent
                     pipe.close()
 
 
@@ -127,14 +129,14 @@ def measure(
     steps: dict[str, list[Answer]] = {name: [] for name in specs}
     with ExitStack() as stack:
         workers = []
-        for name, spec in specs.items():  # one at a time, because they would slow each other down
+        for name, spec in specs.items():  # one warm-up at a time, because workers slow each other down
             note(f"{name}: warming up")
             worker = stack.enter_context(start(name, spec.worker, spec.tuned, cfg, **spec.options))
             ready[name] = worker.listen()
             workers.append(worker)
         for i in range(repeats):
             note(f"round {i + 1} of {repeats}")
-            first = i % len(workers)  # so that no rival always follows the same one
+            first = i % len(workers)  # rotate the order, so that no rival always follows the same rival
             for worker in workers[first:] + workers[:first]:
                 steps[worker.name].append(worker.ask("step"))
         note("peak memory, evaluation and profile")
@@ -145,7 +147,7 @@ def measure(
 def make_report(
     cfg: TrainConfig, steps: dict[str, list[Answer]], ready: dict[str, Answer], ends: dict[str, Answer]
 ) -> Report:
-    """Compute the figures of the report from the workers' answers."""
+    """Compute the figures of the report from the answers of the workers."""
     tokens = cfg.batch_size * cfg.block_size
     floor = {}
     for part in ("seconds", "layers", "head"):
@@ -197,12 +199,12 @@ def _row(name: str, times: list[float], tokens: int, peak: int | None, ready: An
 
 
 def _evaluation(measured: Answer, processed_per_s: float) -> dict[str, Any]:
-    """Compare an evaluation with the forward pass of a training step, and bfloat16 with float32.
+    """Compare the speed of an evaluation with a forward pass, and the loss in bfloat16 with float32.
 
-    processed_per_s: the tokens that training steps process per second.
+    processed_per_s: the number of tokens that training steps process per second.
     """
     evaluation = dict(measured)
-    # A forward pass is about a third of the work of a step.
+    # A forward pass takes about a third of the time of a training step.
     evaluation["of_forward_share"] = 3 * processed_per_s / evaluation["tokens_per_s"]
     if "loss_float32" in evaluation:
         evaluation["bf16_error"] = abs(evaluation["loss"] - evaluation["loss_float32"])
@@ -211,7 +213,7 @@ def _evaluation(measured: Answer, processed_per_s: float) -> dict[str, Any]:
 
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of the table of rivals."""
+    """Return the header and the rows of the table of rivals."""
     head = ["", "tokens/s", "s/step", "min-max", "mainrun is", "GEMM floor", "peak", "warm-up"]
     lines = []
     for row in report["rivals"]:
@@ -232,7 +234,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yield the lines below the table."""
+    """Yield the text lines that are printed below the table."""
     floor = report["floor"]
     memory = report["memory"]
     evaluation = report["evaluation"]

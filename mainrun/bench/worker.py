@@ -1,13 +1,14 @@
-"""The process of one rival, started by bench/step.py: `python -m mainrun.bench.worker '{"rival": ...}'`.
+"""The worker process of one rival: `python -m mainrun.bench.worker '{"rival": ...}'`.
 
-The parent sends one word per line on stdin, and the worker answers with one JSON object per line on stdout:
+bench/step.py starts this process. At the start, the worker runs the warm-up steps and prints {"ready": ...}.
+Then the parent process sends one word per line on stdin. The worker answers each word with one JSON object
+per line on stdout:
 
-    (at the start)  {"ready": ...} after the warm-up steps
     step            the time of one step
     end             the peak memory and, if requested, an evaluation and a profile; then the worker exits
 
-Each rival has its own process, because the allocator and the peak memory belong to a process. Everything else
-that the worker prints goes to stderr.
+Each rival has its own process, because the memory allocator and the peak memory belong to a process. All
+other output of the worker goes to stderr.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from mainrun.core.hardware import cores, peak_memory, tune_allocator
 from mainrun.errors import MainrunError, UsageError
 from mainrun.plan.plan import Plan
 
-WARMUP = 2  # steps; the first one compiles and allocates memory
-TOKENS_PER_TITLE = 14  # approximately; compile=auto depends on the number of tokens
+WARMUP = 2  # the number of warm-up steps; the first step compiles and allocates memory
+TOKENS_PER_TITLE = 14  # an approximate value, because compile=auto depends on the number of tokens
 SCORE_REPEATS = 3
 
-Answer = dict[str, Any]  # sent to the parent as JSON
+Answer = dict[str, Any]  # sent to the parent process as JSON
 
 
 class Rival(Protocol):
     def step(self) -> Answer:
-        """Run one step. The answer contains at least its `seconds`."""
+        """Run one step. The answer contains at least the key `seconds`."""
 
     def describe(self) -> Answer:
-        """Describe the rival after the warm-up."""
+        """Return the properties of the rival. This is called after the warm-up steps."""
 
     def finish(self) -> Answer:
-        """Measure what comes after the steps and after the reading of the peak memory."""
+        """Run the measurements that must come after the steps and must not affect the peak memory."""
 
 
 class PlainRival:
-    """The plain loop of bench/plain.py."""
+    """The plain training loop of bench/plain.py."""
 
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        self.allocator = tune_allocator()  # before torch allocates memory
+        self.allocator = tune_allocator()  # this call must come before torch allocates memory
         import torch
 
         from mainrun.bench.plain import PlainGPT
@@ -130,14 +131,14 @@ class MainrunRival:
             answer["evaluation"] = self.evaluation()
         if self.request.get("profile"):
             train_step = self.probe.train_step
-            # the profiler cannot see the parts of a recorded CUDA graph
+            # The profiler cannot see the parts of a recorded CUDA graph. Switch the graph off.
             train_step.forward_backward.forget()
             train_step.forward_backward.on = False
             answer["profile"] = shares(self.step, train_step.runner)
         return answer
 
     def evaluation(self) -> Answer:
-        """Measure the speed of an evaluation, and compare bfloat16 with float32 on the same weights."""
+        """Measure the speed of an evaluation. With dtype=bfloat16, also compute the loss in float32."""
         from mainrun.data.scoring import evaluate
         from mainrun.train import GPT
 
@@ -146,7 +147,8 @@ class MainrunRival:
         rows, length = cfg.geometry
         span = rows * length
         tokens = random_tokens(cfg, max(4 * cfg.batch_size * cfg.block_size, span + 1))
-        targets = len(tokens) + len(tokens) // (span + 1) * span  # of the full score and the official score
+        # The number of targets of the full score and the official score together.
+        targets = len(tokens) + len(tokens) // (span + 1) * span
         sizes: dict[str, Any] = {
             "chars": len(tokens),
             "nbytes": len(tokens),
@@ -168,7 +170,7 @@ class MainrunRival:
 
 
 class FloorRival:
-    """Only the matrix products of the linear layers. No step with these layers can be faster."""
+    """The matrix products of the linear layers. No step with these layers can be faster."""
 
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
         from mainrun.bench.parts import Floor
@@ -194,7 +196,7 @@ RIVALS: dict[str, Any] = {"plain": PlainRival, "ours": MainrunRival, "floor": Fl
 def random_tokens(cfg: TrainConfig, count: int) -> Any:
     import numpy as np
 
-    # ids 0, 1 and 2 are not text
+    # The token ids 0, 1 and 2 are special tokens.
     return np.random.default_rng(0).integers(3, cfg.vocab_size, count, dtype=np.int64)
 
 
@@ -206,7 +208,7 @@ def random_batch(cfg: TrainConfig, device: Any) -> Any:
 
 
 def peak(cuda: bool) -> int:
-    """Return the peak memory of this process in bytes. With cuda, return that of the GPU."""
+    """Return the peak memory in bytes. With `cuda`, return the peak memory of the GPU."""
     if cuda:
         import torch
 
@@ -215,7 +217,7 @@ def peak(cuda: bool) -> int:
 
 
 def serve(request: dict[str, Any], words: queue.Queue[str], channel: TextIO) -> None:
-    """Run the rival and answer the words of the parent."""
+    """Run the rival and answer the command words of the parent process."""
 
     def answer(**content: Any) -> None:
         print(json.dumps(content), file=channel, flush=True)
@@ -239,15 +241,15 @@ def serve(request: dict[str, Any], words: queue.Queue[str], channel: TextIO) -> 
 
 
 def main() -> int:
-    tune_allocator()  # before torch allocates memory
+    tune_allocator()  # this call must come before torch allocates memory
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not end up among the JSON
+    os.dup2(2, 1)  # redirect the output of libraries to stderr
     words: queue.Queue[str] = queue.Queue()
 
     def read_words() -> None:
         for line in sys.stdin:
             words.put(line.strip())
-        os._exit(1)  # the parent has ended; exit at once, even during a step
+        os._exit(1)  # the parent process has ended, so exit at once, even during a step
 
     threading.Thread(target=read_words, daemon=True).start()
     try:

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its directory, its checkpoints."""
+"""Run directories, checkpoints and the store of shared states."""

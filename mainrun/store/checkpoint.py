@@ -1,7 +1,8 @@
-"""Checkpoints: folders with a safetensors file and a meta.json, written atomically and verified when loaded.
+"""Save and load checkpoints.
 
-A checkpoint is written to a temporary folder, synced and renamed. Its meta.json holds a checksum of the
-tensors and one of itself. A checkpoint that is torn, truncated or edited is reported and skipped.
+A checkpoint is a folder with a safetensors file and a meta.json. It is written to a temporary folder, which
+is synced and then renamed. The meta.json holds a checksum of the tensors and a checksum of its own content. A
+checkpoint that is incomplete or edited is reported and skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mainrun.store import records
 from mainrun.store.rundir import FIX, disk_errors, fsync_folder, to_json, write_json
 
 FORMAT = 1
-KEEP = 2  # the newest checkpoint, and the one before it in case the newest is damaged
+KEEP = 2  # the number of checkpoints to keep; the older checkpoint is used if the newer one is damaged
 
 Tensors = dict[str, torch.Tensor]
 Meta = dict[str, Any]
@@ -43,7 +44,10 @@ def save(
     meta: Meta,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint and remove old ones. `check` may raise just before it becomes visible."""
+    """Write a checkpoint and remove old checkpoints.
+
+    check: called just before the checkpoint becomes visible. If it raises an error, no checkpoint is written.
+    """
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
     with disk_errors(place):
@@ -53,7 +57,7 @@ def save(
         with disk_errors(place):
             _write(temp, step, tensors, meta)
             check()
-            # A run that resumed from an earlier checkpoint has skipped this step's and later ones.
+            # The run may have resumed from an earlier checkpoint because the later checkpoints were unusable.
             for skipped in paths(folder):
                 if skipped >= place:
                     _remove(skipped)
@@ -88,11 +92,11 @@ def _remove(place: Path) -> None:
 
 
 def save_tensors(tensors: Tensors, path: Path) -> None:
-    """Write a safetensors file and sync it. A full disk raises OSError."""
+    """Write tensors to a safetensors file and sync the file. A full disk raises OSError."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path)
-    except Exception as e:  # safetensors raises its own error, with the error number in its text
+    except Exception as e:  # safetensors raises its own error type, whose text contains the error number
         number = re.search(r"os error (\d+)", str(e))
         if number:
             code = int(number[1])
@@ -111,7 +115,7 @@ def paths(folder: Path) -> list[Path]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    except OSError as e:  # an unreadable folder may hold checkpoints, so it does not count as empty
+    except OSError as e:  # the unreadable folder may contain checkpoints
         raise RunError(f"{folder} is damaged: it cannot be read ({e.strerror}); {FIX}") from None
     return sorted((folder / name for name in names if name.startswith("step-")), reverse=True)
 
@@ -121,7 +125,8 @@ def load_newest(
 ) -> tuple[Tensors, Meta] | None:
     """Load the newest intact checkpoint that `usable` accepts, or return None.
 
-    usable: returns why a checkpoint cannot be used, if so. note: called with a line for each skipped one.
+    usable: returns the reason why a checkpoint cannot be used, or None.
+    note: called with a message for each skipped checkpoint.
     """
     for place in paths(folder):
         try:
@@ -165,14 +170,17 @@ def _load_meta(place: Path) -> Meta:
 
 
 def fault(meta: Meta) -> str:
-    """Return what is wrong with the values in a meta.json, whose checksum may fit, or an empty text."""
+    """Return what is wrong with the values in a meta.json, or an empty text. Checksums are not verified."""
     misfit = records.fault(meta, records.CHECKPOINT)
     return f"meta.json {misfit}" if misfit else ""
 
 
 @contextmanager
 def fit_errors(source: object) -> Iterator[None]:
-    """Turn errors about tensors that do not fit the model into RunError. source: their file."""
+    """Turn errors about tensors that do not fit the model into RunError.
+
+    source: the file of the tensors, for the message.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -192,7 +200,7 @@ def fit_errors(source: object) -> Iterator[None]:
 
 
 def sha256_tensors(named: Iterator[tuple[str, torch.Tensor]]) -> str:
-    """Return one hash of the names, shapes, types and bits of tensors."""
+    """Return a hash of the names, shapes, data types and values of the tensors."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(named):
         sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

@@ -1,7 +1,9 @@
-"""The files of a store: in a folder, or anywhere that fsspec can open, such as s3://bucket/store. No torch.
+"""Read and write the files of a store.
 
-Both kinds have the same methods, and each is atomic: `write` replaces a file, `create` fails if the file
-exists (leases and nodes rely on that), and `put` moves a finished file into the store.
+`Folder` is a store in a local folder. `Remote` is a store at any URL that fsspec can open, such as
+s3://bucket/store. Both classes have the same methods, and all their writes are atomic. `write` replaces a
+file. `create` does nothing if the file exists, which leases and nodes rely on. `put` moves a finished file
+into the store. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ from mainrun.errors import ConfigError
 from mainrun.files.inputs import open_file
 from mainrun.store.rundir import fsync_folder
 
-USED = ".used"  # a file NAME.used records when NAME was last used
+USED = ".used"  # the time of the file NAME.used is when the file NAME was last used
 
 
 class Entry(NamedTuple):
-    """What a listing says about a file."""
+    """The size and the time of a file."""
 
     size: int
     modified: float  # seconds since 1970
 
 
 class Folder:
-    """A store in a folder on disk. Writes are synced."""
+    """The files of a store in a local folder. Files are synced to disk after they are written."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -63,7 +65,7 @@ class Folder:
         with self._temp(name) as temp:
             _write(temp, data, sync=True)
             try:
-                # Unlike a rename, a link never replaces a file. Like a rename, it is atomic.
+                # Creating a link is atomic, like renaming a file. Unlike a rename, it never replaces a file.
                 os.link(temp, self.path / name)
             except FileExistsError:
                 return False
@@ -76,7 +78,7 @@ class Folder:
         return True
 
     def _create_without_link(self, name: str, data: bytes) -> bool:
-        """Create a file on a file system that has no links."""
+        """Create a file on a file system that does not support hard links."""
         try:
             with (self.path / name).open("xb") as f:
                 f.write(data)
@@ -86,12 +88,12 @@ class Folder:
 
     @contextmanager
     def new(self) -> Iterator[Path]:
-        """Give a local path at which to write a file for `put`. The file is removed afterwards."""
+        """Yield a local path at which to write a file for `put`. The file is removed afterwards."""
         with self._temp("new") as temp:
             yield temp
 
     def put(self, file: Path, name: str) -> None:
-        """Move a finished file to a name in the store. Replace a file of that name."""
+        """Move a finished file into the store under a name. An existing file of that name is replaced."""
         with file.open("rb") as f:
             os.fsync(f.fileno())
         folder = (self.path / name).parent
@@ -102,7 +104,7 @@ class Folder:
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """Give a local path at which to read a file."""
+        """Yield a local path from which the file can be read."""
         yield self.path / name
 
     def list(self, folder: str) -> dict[str, Entry]:
@@ -113,9 +115,9 @@ class Folder:
                 for entry in entries:
                     try:
                         stat = entry.stat()
-                    except FileNotFoundError:  # removed since the listing
+                    except FileNotFoundError:  # another process removed the file
                         continue
-                    except OSError:  # a symbolic link to itself
+                    except OSError:  # for example, a symbolic link to itself
                         stat = entry.stat(follow_symlinks=False)
                     files[entry.name] = Entry(stat.st_size, stat.st_mtime)
         except FileNotFoundError:
@@ -133,7 +135,7 @@ class Folder:
         return (self.path / name).exists()
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder in its place, if it exists."""
+        """Remove the file or folder of this name, if it exists."""
         path = self.path / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -146,9 +148,9 @@ class Folder:
 
     @contextmanager
     def _temp(self, name: str) -> Iterator[Path]:
-        """Give a temporary path in the store, so that a rename moves the file into place.
+        """Yield a temporary path in the store. A file at this path can be renamed to its final name.
 
-        tempfile is not used, because other users cannot read its files.
+        The module tempfile is not used, because other users cannot read the files that it creates.
         """
         folder = self.path / "new"
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,10 @@ def _write(path: Path, data: bytes, sync: bool) -> None:
 
 
 class Remote:
-    """A store on any file system that fsspec can open. fsspec writes an object at once, so it is atomic."""
+    """The files of a store at a URL that fsspec can open.
+
+    An object store makes an object visible only when all of it is written, so every write is atomic.
+    """
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -190,7 +195,7 @@ class Remote:
         return f"{self.root.rstrip('/')}/{name}"
 
     def _refresh(self) -> None:
-        """Drop cached listings, because other machines write to the store too."""
+        """Drop the cached listings of fsspec, because other machines write to the store too."""
         self.fs.invalidate_cache()
 
     def read(self, name: str) -> bytes:
@@ -260,12 +265,16 @@ class Remote:
                 self.fs.rm(self._path(path), recursive=True)
 
     def touch(self, name: str) -> None:
-        # The time of an object changes only when all of it is written, so an empty file records the use.
+        # The time of an object changes only when the object is written again. An empty file is written
+        # instead.
         self.write(name + USED, b"")
 
 
 class _OSErrors:
-    """A file system of fsspec whose errors are all OSError. Each has its own errors for the network."""
+    """Wrap a file system of fsspec and convert all its errors to OSError.
+
+    Each file system of fsspec has its own exception types for network errors.
+    """
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -285,7 +294,7 @@ class _OSErrors:
 
 
 def _modified(row: dict[str, Any]) -> float:
-    """Return when a file was modified. Each file system of fsspec has its own key for it."""
+    """Return when a file was modified. Each file system of fsspec has its own key for this time."""
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         modified = row.get(key)
         if modified is None:
@@ -300,7 +309,10 @@ Files = Folder | Remote
 
 
 def open_files(place: str | Path) -> Files:
-    """Return the files of a store. place: a folder, or a URL."""
+    """Return the files of a store.
+
+    place: a folder, or a URL that fsspec can open.
+    """
     folder = folder_of(place)
     if folder is None:
         return Remote(str(place))
@@ -308,12 +320,12 @@ def open_files(place: str | Path) -> Files:
 
 
 def folder_of(place: str | Path) -> Path | None:
-    """Return the local folder that a place names, or None for a URL that fsspec opens.
+    """Return the path of a local folder, or None if `place` is a URL that fsspec must open.
 
-    fsspec could open local folders too, but its writes there are not atomic.
+    fsspec is not used for local folders, because its writes to them are not atomic.
     """
     scheme, colon, path = str(place).partition(":")
-    if colon and scheme in ("file", "local"):  # followed by no, one or three slashes
+    if colon and scheme in ("file", "local"):  # zero, one or three slashes may follow the colon
         return Path(path.removeprefix("//")).expanduser()
     if "://" in str(place):
         return None

@@ -1,9 +1,13 @@
-"""The key chain: one hash per step of everything that the state after that step depends on. No torch.
+"""Compute the key chain of a run.
+
+A run has one key per step. The key is a hash of everything that the state of the run after that step depends
+on:
 
     key[0]   = H(model, optimiser and seed; tokens; versions of all code that computes; machine class)
-    key[i+1] = H(key[i], the scheduled inputs of step i, the operations that change the model before it)
+    key[i+1] = H(key[i], the scheduled inputs of step i, the operations that change the model before step i)
 
-Two runs share a state exactly when their keys are equal. Names, lengths and studies do not matter.
+Two runs have the same state exactly when their keys are equal. The name, the length and the study of a run do
+not affect its keys. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from mainrun.config import TrainConfig
 from mainrun.files.hashing import sha256_json
 from mainrun.plan.plan import Plan, StepInputs
 
-# Static fields that are left out of the first key, because it holds their effect: the tokens ...
+# Static fields that affect only the tokens. They are left out of the first key, which contains a hash of the
+# tokens.
 IN_TOKENS = {
     "corpus",
     "num_titles",
@@ -27,7 +32,7 @@ IN_TOKENS = {
     "tokenizer_fit",
     "vocab_size",
 }
-# ... or the machine class.
+# Static fields that affect only the machine class, which is part of the first key.
 IN_MACHINE = {"device", "dtype", "threads", "compile", "attention"}
 
 STRUCT_CODES = {float: "d", int: "q"}
@@ -41,7 +46,10 @@ def origin(
     versions: dict[str, str],
     machine: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what the first key of a run is the hash of. Defaults such as `d_ff = 0` are resolved."""
+    """Return the values that the first key of a run is computed from.
+
+    A default such as `d_ff = 0` is replaced with the value that it stands for.
+    """
     left_out = IN_TOKENS | IN_MACHINE
     fields: dict[str, Any] = {}
     for field in TrainConfig.model_fields:
@@ -51,7 +59,7 @@ def origin(
     fields["n_kv_head"] = cfg.kv_heads
     fields["qkv_bias"] = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
     fields["head_dim"] = cfg.head_width
-    fields["frozen"] = list(cfg.frozen)  # a list, as JSON returns it
+    fields["frozen"] = list(cfg.frozen)  # a list, because JSON has no tuples
     return {
         "fields": fields,
         "data": {**fingerprints, "tokens": tokens},
@@ -66,7 +74,10 @@ def root(origin: dict[str, Any]) -> str:
 
 
 def chain(root: str, plan: Plan) -> list[str]:
-    """Return key[0] ... key[steps]. Operations that wait for an evaluation are treated as never fired."""
+    """Return key[0] ... key[steps] of a run.
+
+    Operations that wait for the loss of an evaluation are left out, as if they never fired.
+    """
     key = bytes.fromhex(root)
     keys = [root]
     for step in range(plan.steps):
@@ -77,7 +88,10 @@ def chain(root: str, plan: Plan) -> list[str]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return the differences of two origins as phrases for a message. ours: of the current run."""
+    """Return the differences between two origins as phrases for a message.
+
+    ours: the origin of the current run.
+    """
     phrases = []
     for part, values in ours.items():
         other = theirs.get(part)
@@ -91,6 +105,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text, a hash by its first 12 digits."""
+    """Return a value as text. A hash is shortened to its first 12 digits."""
     text = str(value)
     return text[:12] if len(text) == 64 else text

@@ -1,16 +1,17 @@
-"""The store of nodes: states of runs, each under its key of the chain. Only loading a state needs torch.
+"""The store of nodes. A node is the state of a run after a step, stored under its key of the key chain.
 
     store.json                   the format of the store
-    nodes/KEY                    one line about the node, then the metric rows since its parent, one a line
+    nodes/KEY                    one line about the node, then one line per metric row since its parent
     states/SHA256.safetensors    weights, optimiser state and averages, named by the hash of the file
-    roots/KEY                    what the first key of a chain is the hash of
-    leases/KEY.TOKEN             which process is training the steps up to a node (leases.py)
-    wants/KEY                    another run waits for this node, which a run that passes it should keep
-    pins/NAME                    keys of nodes that are not evicted
+    roots/KEY                    the values that the first key of a chain is computed from
+    leases/KEY.TOKEN             the process that is training the steps up to a node (leases.py)
+    wants/KEY                    a request of a waiting run, which asks other runs to save this node
+    pins/NAME                    the keys of nodes that must not be evicted
 
-A node exists once its file does; its state is written first. Everything that is read is verified: a node that
-is torn, changed or foreign is reported and skipped. Eviction removes a state and keeps the rows, so that the
-history of later nodes stays complete.
+The state of a node is written first. The node exists as soon as nodes/KEY exists. All data is verified when
+it is read. A node that is incomplete or changed is reported and skipped. Eviction removes the state of a node
+but keeps its metric rows, so that the history of later nodes stays complete. Only loading a state imports
+torch.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-SIZE = 20_000_000_000  # default limit of all states, in bytes
+SIZE = 20_000_000_000  # default limit of the total size of all states, in bytes
 KEY = re.compile(r"[0-9a-f]{64}")
 STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
 LEASE = re.compile(r"[0-9a-f]{64}\.\d{6}")
-FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}  # and their file names
+FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}  # file name patterns
 BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may exist before store.json
 
 BATCH_PIN_LIFETIME = 7 * 86_400.0  # seconds
 WANT_LIFETIME = 86_400.0  # seconds
-# Seconds for which a file may belong to a process that is still writing, and by which clocks may differ.
+# A file that is younger than this many seconds may belong to a process that is still writing. The clocks of
+# two machines may differ by this much.
 GRACE = 3600.0
 
 
 class Damaged(Exception):
-    """A node cannot be used. The message says why."""
+    """A node cannot be used. The message gives the reason."""
 
 
 class Missing(Damaged):
@@ -58,44 +60,45 @@ class Missing(Damaged):
 
 
 class Unreadable(Damaged):
-    """A node cannot be read now, but may be intact. It is not removed."""
+    """A node cannot be read at the moment. It may be intact, so it is not removed."""
 
 
 class Refused(Exception):
-    """A node may not be written. The message says why."""
+    """A node may not be written. The message gives the reason."""
 
 
 # -- nodes
 
+# Fields of Node whose key in the file nodes/KEY differs from the name of the field.
 JSON_KEYS = {
     "tokens_processed": "presented",
     "growth_state": "grown",
-}  # fields with another name in nodes/KEY
+}
 
 
 @dataclass(frozen=True)
 class Node:
-    """The content of nodes/KEY. `rows` are empty if only its first line was read."""
+    """The content of a file nodes/KEY. `rows` is empty if only the first line of the file was read."""
 
     key: str
-    parent: str  # the key of the node before it on the chain, or the root
+    parent: str  # the key of the previous node of the run, or the root
     root: str
     step: int
-    begins: int  # step of the parent
+    begins: int  # the step of the parent
     tokens_processed: int
-    state: str  # SHA-256 of the state's file
-    size: int  # of the state's file, in bytes
-    geometry: list[int]  # of the official scores in the rows
-    seconds: float  # of training since the parent
+    state: str  # the SHA-256 hash of the state file
+    size: int  # the size of the state file, in bytes
+    geometry: list[int]  # the rows and the row length of a batch of the official score
+    seconds: float  # the training time since the parent
     run: str
     config: dict[str, Any]
-    made: float  # seconds since 1970
+    made: float  # the time of creation, in seconds since 1970
     rows_sha256: str
     rows: tuple[dict[str, Any], ...] = ()
-    growth_state: dict[str, Any] = field(default_factory=dict)  # of a run that grows (mainrun.growth.state)
+    growth_state: dict[str, Any] = field(default_factory=dict)  # see mainrun.growth.state
 
     def dump(self) -> bytes:
-        """Return the content of nodes/KEY, with checksums."""
+        """Return the content of the file nodes/KEY, with its checksums."""
         body = b"".join(json.dumps(row).encode() + b"\n" for row in self.rows)
         line: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
@@ -106,19 +109,19 @@ class Node:
 
     @classmethod
     def parse(cls, key: str, content: bytes, *, rows: bool) -> Node:
-        """Return a verified node, with or without its rows. Raise Damaged if it cannot be used."""
+        """Parse and verify a node, with or without its rows. Raise Damaged if the node cannot be used."""
         head, _, body = content.partition(b"\n")
         try:
             line = json.loads(head)
             checksum = line.pop("sha256")
-            # `dump` computed the checksum of this very line without the checksum
+            # `dump` computed the checksum from this line, before it added the checksum to the line.
             without_checksum = head.replace(b'"sha256": "%s", ' % checksum.encode(), b"", 1)
             if checksum != hashlib.sha256(without_checksum).hexdigest():
                 raise Damaged("its first line was changed after it was written")
             if line["key"] != key:
                 raise Damaged(f"it is the node {line['key'][:12]} under another name")
             if not 0 <= line["begins"] < line["step"]:
-                raise Damaged("its step is not after that of its parent")
+                raise Damaged("its step is not after the step of its parent")
             if rows and line["rows_sha256"] != hashlib.sha256(body).hexdigest():
                 raise Damaged("its rows are torn or were changed after they were written")
             fault = records.fault(line, records.NODE)
@@ -133,14 +136,20 @@ class Node:
 
 
 def contradicts_parent(node: Node, parent: Node | None) -> bool:
-    """Whether a node and the one that is stored as its parent, if any, contradict each other."""
+    """Return whether a node contradicts the node that is stored under the key of its parent.
+
+    parent: the stored node, or None if there is none.
+    """
     if not node.begins:
         return node.parent != node.root
     return parent is not None and (parent.step, parent.root) != (node.begins, node.root)
 
 
 def default_place(out: Path) -> str:
-    """Return where the store of a folder of runs is: MAINRUN_STORE, or .store in that folder."""
+    """Return the default place of the store for a folder of runs.
+
+    The place is the environment variable MAINRUN_STORE or, if it is not set, the folder .store below `out`.
+    """
     return os.environ.get("MAINRUN_STORE") or str(Path(out) / ".store")
 
 
@@ -148,10 +157,16 @@ def default_place(out: Path) -> str:
 
 
 class Store:
-    """A store in a folder, or at a URL that fsspec can open. It is created when the first node is saved."""
+    """A store of nodes in a folder, or at a URL that fsspec can open.
+
+    The store is created when its first node is saved.
+    """
 
     def __init__(self, place: str | Path, size: int = SIZE) -> None:
-        """Open a store. size: the limit of all states, in bytes."""
+        """Open a store.
+
+        size: the limit of the total size of all states, in bytes.
+        """
         self.files: Files = open_files(place)
         self.size = size
         another = "give another place for the store"
@@ -172,9 +187,9 @@ class Store:
             raise ConfigError(f"store {place} cannot be read ({e.strerror or e}); {another}") from None
 
     def _check_empty(self, place: str | Path) -> None:
-        """Refuse a folder without store.json that holds the files of another program."""
+        """Refuse a folder that has no store.json but contains files of another program."""
         strays = self.files.names("") - BEFORE_FIRST_NODE
-        # Another process may have created the store since; it writes store.json before the first node.
+        # Another process may have created the store. Every process writes store.json before the first node.
         if strays and not self.files.exists("store.json"):
             got = f"store {place} holds {', '.join(sorted(strays)[:3])} but no store.json"
             raise ConfigError(f"{got}, so it is not a store of mainrun; give another place for the store")
@@ -185,11 +200,11 @@ class Store:
     # -- reading
 
     def node_keys(self) -> set[str]:
-        """Return the keys of all nodes, damaged ones too."""
+        """Return the keys of all nodes, including damaged nodes."""
         return {name for name in self.files.names("nodes") if KEY.fullmatch(name)}
 
     def node(self, key: str, *, rows: bool = True) -> Node:
-        """Return a node, with or without its rows. Raise Damaged if it cannot be used."""
+        """Read and verify a node, with or without its rows. Raise Damaged if the node cannot be used."""
         name = f"nodes/{key}"
         try:
             content = self.files.read(name) if rows else self.files.first_line(name)
@@ -204,7 +219,10 @@ class Store:
         return Node.parse(key, content, rows=rows)
 
     def history(self, node: Node, since: int = 0) -> Iterator[Node]:
-        """Yield the node and its ancestors, newest first, back to the one with the step after `since`."""
+        """Yield the node and its ancestors, newest first.
+
+        The last node that is yielded contains the row of the step `since + 1`.
+        """
         while True:
             yield node
             if node.begins <= since:
@@ -219,7 +237,10 @@ class Store:
             node = parent
 
     def load(self, node: Node) -> dict[str, Tensor]:
-        """Return the state of a node. Raise Damaged if it cannot be used; `save` then replaces it."""
+        """Load the state of a node. Raise Damaged if the state cannot be used.
+
+        A later `save` of the same node replaces a damaged state.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -238,17 +259,17 @@ class Store:
         return tensors
 
     def touch(self, node: Node) -> None:
-        """Record that the state of a node was used now, so that it is evicted last."""
-        with suppress(OSError):  # a store that is read only
+        """Record that the state of a node was used now. The least recently used states are evicted first."""
+        with suppress(OSError):  # the store may be read-only
             self.files.touch(_state_name(node.state))
 
     def states(self) -> dict[str, Entry]:
-        """Return hash -> size and time of last use of every state in the store."""
+        """Return a dict from the hash of every state to its size and the time of its last use."""
         entries = self.files.list("states")
         return {name.removesuffix(".safetensors"): e for name, e in entries.items() if STATE.fullmatch(name)}
 
     def roots(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each root with the origin that it is the hash of. Damaged ones are skipped."""
+        """Yield each root with the values that it is computed from. Damaged roots are skipped."""
         for name in sorted(self._root_keys()):
             with suppress(OSError):
                 origin = self._origin(name)
@@ -259,7 +280,7 @@ class Store:
         return {name for name in self.files.names("roots") if KEY.fullmatch(name)}
 
     def _origin(self, root: str) -> dict[str, Any] | None:
-        """Return what a root is the hash of, or None if that is lost or damaged."""
+        """Return the values that a root is computed from, or None if they are lost or damaged."""
         from mainrun.store import lineage
 
         try:
@@ -273,7 +294,10 @@ class Store:
     # -- writing
 
     def begin(self, root: str, origin: dict[str, Any]) -> None:
-        """Prepare for the first node of a root: create the store, and write or repair the root's file."""
+        """Prepare the store for the first node of a root.
+
+        Create the store if it does not exist, and write or repair the file of the root.
+        """
         if not self.files.exists("store.json"):
             self.files.write("store.json", canonical_json({"format": FORMAT}))
         if self._origin(root) is None:
@@ -282,10 +306,12 @@ class Store:
     def save(
         self, node: Node, tensors: dict[str, Tensor], allowed: Callable[[], None] = lambda: None
     ) -> Node:
-        """Write a node, and return it as the store holds it. `allowed` is called last and may raise Refused.
+        """Write a node and return the node that the store contains afterwards.
 
-        An existing node is left unchanged, but its state must have the same bits. A state that was evicted or
-        is damaged is written again.
+        An existing node is left unchanged. Refused is raised if its state or its losses differ from those of
+        the new node. A state that was evicted or is damaged is written again.
+
+        allowed: called before the state and again before the node is written. It may raise Refused.
         """
         from mainrun.store.checkpoint import save_tensors
 
@@ -303,15 +329,15 @@ class Store:
                 self.touch(node)
             else:
                 self.files.put(path, _state_name(node.state))
-        allowed()  # writing may have taken a while
+        allowed()  # called again, because writing the state may take a long time
         if existing is None and not self.files.create(f"nodes/{node.key}", node.dump()):
-            return self.save(node, tensors, allowed)  # another process was faster
+            return self.save(node, tensors, allowed)  # another process created the node
         with suppress(OSError):
             self.files.remove(f"wants/{node.key}")
         return existing or node
 
     def _existing(self, node: Node) -> Node | None:
-        """Return the node that the store has under a key. Remove it if it is damaged."""
+        """Return the stored node with the same key, or None. Remove the stored node if it is damaged."""
         name = f"nodes/{node.key}"
         try:
             return self.node(node.key)
@@ -325,7 +351,7 @@ class Store:
             return None
 
     def _is_intact(self, state: str) -> bool | None:
-        """Whether a state is as it was written. None: it does not exist."""
+        """Return whether a state is unchanged since it was written, or None if it does not exist."""
         try:
             with self.files.local(_state_name(state)) as path:
                 return sha256_file(path) == state
@@ -337,11 +363,11 @@ class Store:
     # -- wants, pins and eviction
 
     def want(self, key: str, run: str) -> None:
-        """Ask the runs that pass a node to keep it. The request lasts until it is saved, or for a day."""
+        """Ask other runs to save a node when they reach it. The request expires after a day."""
         self.files.create(f"wants/{key}", canonical_json({"run": run}))
 
     def wants(self) -> set[str]:
-        """Return the keys of the nodes that runs wait for."""
+        """Return the keys of all nodes that runs are waiting for."""
         return self.files.names("wants")
 
     def pin(self, name: str, keys: Iterable[str]) -> None:
@@ -360,7 +386,10 @@ class Store:
         return keys
 
     def _expired_pins(self) -> set[str]:
-        """Return the pins of killed batches: one that still runs is done within a week."""
+        """Return the names of the pins that killed batches of runs left behind.
+
+        A batch is assumed to have been killed if its pin is older than a week.
+        """
         oldest = time.time() - BATCH_PIN_LIFETIME
         expired = set()
         for name, entry in self.files.list("pins").items():
@@ -369,10 +398,10 @@ class Store:
         return expired
 
     def _pin(self, name: str) -> set[str] | None:
-        """Return the keys of a pin, or None if it is damaged."""
+        """Return the keys that a pin protects, or None if the pin is damaged."""
         try:
             keys = records.parse(self.files.read(f"pins/{name}"))
-        except FileNotFoundError:  # removed since the listing
+        except FileNotFoundError:  # another process removed the pin
             return set()
         except (IsADirectoryError, NotAFile, ValueError):
             return None
@@ -383,9 +412,9 @@ class Store:
         return set(keys)
 
     def evict(self, keep: Set[str] = frozenset()) -> list[str]:
-        """Remove the least recently used states until the rest fits the limit, and return them.
+        """Remove the least recently used states until the others fit the limit. Return the removed states.
 
-        keep: keys of nodes that are kept like pinned ones, whatever their size.
+        keep: the keys of nodes whose states are kept. The states of pinned nodes are also kept.
         """
         states = self.states()
         excess = sum(entry.size for entry in states.values()) - self.size
@@ -408,7 +437,10 @@ class Store:
         return evicted
 
     def _correct_future_times(self, folder: str) -> None:
-        """Set times in the future to now. The clock was set back, so they say nothing about the last use."""
+        """Set modification times in the future to now.
+
+        A file has a time in the future after the clock of the machine was set back.
+        """
         for name, entry in self.files.list(folder).items():
             if entry.modified > time.time() + GRACE:
                 with suppress(OSError):
@@ -417,7 +449,10 @@ class Store:
     # -- housekeeping
 
     def summary(self) -> tuple[list[Node], list[tuple[str, str]]]:
-        """Return all nodes without rows, by root and step, and (key, reason) of those that are damaged."""
+        """Return all intact nodes and all damaged nodes.
+
+        The intact nodes have no rows and are sorted by root and step. A damaged node is a pair (key, reason).
+        """
         nodes: list[Node] = []
         damaged: list[tuple[str, str]] = []
         for key in sorted(self.node_keys()):
@@ -428,7 +463,7 @@ class Store:
         return sorted(nodes, key=lambda node: (node.root, node.step, node.key)), damaged
 
     def verify(self) -> list[str]:
-        """Read everything, and return a sentence for each thing that is not as it was written."""
+        """Read and verify all files of the store. Return a message for each damaged or foreign file."""
         nodes: dict[str, Node] = {}
         faults: list[str] = []
         for key in sorted(self.node_keys()):
@@ -473,10 +508,11 @@ class Store:
         return strays
 
     def gc(self) -> dict[str, int]:
-        """Remove what cannot be used, evict states beyond the limit, and return the counts.
+        """Remove useless files, evict states beyond the limit, and return how much was removed.
 
-        This removes damaged nodes and states, states without a node, and nodes that lead to no state. The
-        nodes after a lost node stay: they are usable again once a run trains the lost steps.
+        Useless files are damaged nodes and states, states without a node, and nodes without a state that no
+        later node needs. Nodes after a lost node are kept. These nodes become usable again when a run trains
+        the lost steps.
         """
         now = time.time()
         nodes, damaged, unreadable = self._sort_nodes()
@@ -495,7 +531,7 @@ class Store:
         counts["bytes"] += sum(states[state].size for state in evicted if state in states)
         if not unreadable:
             counts["rows"] = self._remove_useless_nodes(nodes, now)
-        # A process that lives rewrites its lease all the time.
+        # The lease of a living process is never old, because the process rewrites it every few seconds.
         for folder, age in (("new", GRACE), ("leases", GRACE), ("wants", WANT_LIFETIME)):
             for name, entry in self.files.list(folder).items():
                 if entry.modified < now - age:
@@ -503,7 +539,7 @@ class Store:
         return counts
 
     def _sort_nodes(self) -> tuple[list[Node], list[str], bool]:
-        """Return the intact nodes, the names of damaged files, and whether some node cannot be read now."""
+        """Return the intact nodes, the names of damaged files, and whether some node is unreadable."""
         nodes: dict[str, Node] = {}
         damaged: list[str] = []
         unreadable = False
@@ -523,13 +559,17 @@ class Store:
         return list(nodes.values()), damaged, unreadable
 
     def _remove_useless_states(self, counts: dict[str, int], owned: Set[str] | None, now: float) -> None:
-        """Remove torn and orphaned states. owned: the states of all nodes, or None if not all are known."""
+        """Remove damaged states, and states that belong to no node.
+
+        counts: the numbers of removed files and bytes. This dict is updated.
+        owned: the states of all nodes, or None if some node could not be read.
+        """
         for state, entry in self.states().items():
             try:
                 torn = self._is_intact(state) is False
             except OSError:
                 continue
-            # the node of a young state may not be written yet
+            # The node of a state is written after the state. A new state may therefore have no node yet.
             orphan = owned is not None and state not in owned and not _is_young(entry.modified, now)
             if torn or orphan:
                 counts["damaged" if torn else "orphans"] += 1
@@ -537,7 +577,10 @@ class Store:
                 self.files.remove(_state_name(state))
 
     def _remove_useless_nodes(self, nodes: list[Node], now: float) -> int:
-        """Remove nodes that lead to no state, unless they are young. Return how many."""
+        """Remove nodes without a state that no later node needs. Return how many were removed.
+
+        New nodes are kept.
+        """
         states = self.states()
         needed: set[str] = set()
         removed = 0
@@ -555,13 +598,16 @@ def _state_name(state: str) -> str:
 
 
 def _is_young(modified: float, now: float) -> bool:
-    """Whether a file may belong to a process that is writing. A time far in the future is not believed."""
+    """Return whether a file may belong to a process that is still writing.
+
+    A time far in the future is wrong, so the file does not count as young.
+    """
     return now - GRACE < modified < now + GRACE
 
 
 def _check_same_bits(existing: Node, node: Node) -> None:
-    """Refuse a node whose state or losses differ from those in the store."""
-    audit = "`mainrun store audit` finds out which is right"
+    """Raise Refused if a new node differs from the stored node in its state or its losses."""
+    audit = "`mainrun store audit` shows which of them is right"
     if existing.state != node.state:
         got = f"the store has other bits for step {node.step} (by {existing.run})"
         raise Refused(f"{got}: two trainings of the same steps differ; {audit}")
@@ -571,7 +617,7 @@ def _check_same_bits(existing: Node, node: Node) -> None:
 
 
 def _first_other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) -> int:
-    """Return the first step for which both have a loss, and not the same; 0 if there is none."""
+    """Return the first step at which the losses of two lists of rows differ, or 0 if there is none."""
     known = {(row.get("event"), row.get("step"), row.get("split")): row.get("loss") for row in a}
     for row in b:
         identity = (row.get("event"), row.get("step"), row.get("split"))
@@ -581,7 +627,7 @@ def _first_other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) 
 
 
 def _node_faults(nodes: Mapping[str, Node], roots: Set[str]) -> Iterator[str]:
-    """Yield a sentence for each node whose parent or root is lost or contradicts it."""
+    """Yield a message for each node whose parent or root is lost, or whose parent contradicts the node."""
     for node in nodes.values():
         name = f"node {node.key[:12]} (step {node.step})"
         parent = nodes.get(node.parent)

@@ -1,8 +1,9 @@
-"""Decide which run of a batch trains which steps, so that no step is trained twice. No torch.
+"""Decide which run of a batch trains which steps, so that no step is trained twice.
 
-The key chains of the runs form a tree: runs share their steps up to the fork where their keys differ. Each
-segment of the tree is assigned to one run. At a fork the longest run continues, and the others start from the
-node that it leaves there. Of the runs that can start, the longest starts first.
+Two runs share all steps up to the fork, after which their keys differ. The key chains of all runs therefore
+form a tree, and each segment of this tree is assigned to one run. The longest run continues after a fork and
+saves a node there. The other runs start from this node. Among the runs that can start, the longest run starts
+first. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Assignment:
-    """The steps that one run trains: those after `begin`, up to `end`."""
+    """The steps that one run trains. The first step is `begin + 1`, and the last step is `end`."""
 
     name: str
     begin: int
     end: int
-    after: str | None  # the run that leaves the node at `begin`; None if this run need not wait
-    forks: list[int] = field(
-        default_factory=list
-    )  # steps at which other runs begin, so at which a node is kept
+    after: str | None  # the run that saves the node of step `begin`, or None if this run need not wait
+    # The steps at which this run saves a node, because other runs begin there.
+    forks: list[int] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -31,14 +31,14 @@ class Assignment:
 
 @dataclass
 class Assignments:
-    """What every run of a batch trains, in the order in which to start the runs."""
+    """The assignments of all runs of a batch, in the order in which to start the runs."""
 
     order: list[Assignment]
-    requested: int  # steps of all runs together, shared ones counted several times
+    requested: int  # the sum of the steps of all runs; a step that two runs share counts twice
 
     @property
     def steps(self) -> int:
-        """The number of steps to train."""
+        """The total number of steps to train."""
         return sum(assignment.steps for assignment in self.order)
 
 
@@ -49,12 +49,13 @@ def assign(
 ) -> Assignments:
     """Assign every step to one run.
 
-    chains: key[0] ... key[steps] of each run.
-    stored: keys of nodes in the store. Steps before such a node are not trained.
-    resumed: the step of a run's own checkpoint. The run leaves no nodes up to that step.
+    chains: the keys key[0] ... key[steps] of each run.
+    stored: the keys of the nodes in the store. Steps up to a stored node are not trained.
+    resumed: for each interrupted run, the step of its checkpoint. The run saves no nodes up to that step.
     """
     assignments: dict[str, Assignment] = {}
-    # groups of runs that begin at one step: (names, step, the run to wait for)
+    # Groups of runs that begin at the same node. A group is (names, step of the node, run that saves the
+    # node).
     groups: list[tuple[list[str], int, str | None]] = [
         (names, step, None) for step, names in _group_by_start(chains, stored)
     ]
@@ -63,7 +64,7 @@ def assign(
         longest, *others = sorted(names, key=lambda name: (-len(chains[name]), name))
         start = max(begin, (resumed or {}).get(longest, 0))
         branches: dict[tuple[int, str], list[str]] = {}
-        left_out: list[str] = []  # they part from the longest run before its checkpoint
+        left_out: list[str] = []  # runs that share steps with the longest run only up to its checkpoint
         for name in others:
             fork = shared_steps(chains[longest], chains[name])
             if fork <= start and start > begin:
@@ -84,7 +85,7 @@ def assign(
 
 
 def _group_by_start(chains: Mapping[str, Sequence[str]], stored: Set[str]) -> list[tuple[int, list[str]]]:
-    """Return (step, names) for each node of the store, or root, at which runs begin."""
+    """Group the runs by the stored node or root at which they begin. Return (step, names) for each group."""
     groups: dict[tuple[int, str], list[str]] = {}
     for name, keys in chains.items():
         step = next((step for step in range(len(keys) - 1, 0, -1) if keys[step] in stored), 0)
@@ -93,7 +94,10 @@ def _group_by_start(chains: Mapping[str, Sequence[str]], stored: Set[str]) -> li
 
 
 def shared_steps(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the last step at which two chains are equal. Once they differ, they never agree again."""
+    """Return the last step at which two chains are equal.
+
+    All keys before this step are equal, and all keys after it differ.
+    """
     low = 0
     high = min(len(a), len(b)) - 1
     while low < high:
@@ -106,7 +110,10 @@ def shared_steps(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _starting_order(assignments: dict[str, Assignment]) -> list[Assignment]:
-    """Order the assignments: each after the one that it waits for, longer ones first."""
+    """Return the assignments in the order in which to start the runs.
+
+    A run starts after the run that it waits for. Longer assignments start first.
+    """
     by_depth = sorted(
         assignments.values(), key=lambda each: (_depth(each, assignments), -each.steps, each.name)
     )
@@ -125,7 +132,7 @@ def _starting_order(assignments: dict[str, Assignment]) -> list[Assignment]:
 
 
 def _depth(assignment: Assignment, assignments: dict[str, Assignment]) -> int:
-    """Return how many runs must come before this one."""
+    """Return how many runs must be trained one after another before this run can start."""
     depth = 0
     while assignment.after:
         assignment = assignments[assignment.after]

@@ -1,8 +1,10 @@
-"""Read JSON files without trusting them: refuse pipes and huge files, check every value. No torch.
+"""Read and validate JSON files.
 
-A shape describes the allowed values. It is a function that checks a value, a dict of shapes by key ("key?"
-may be missing), or a list with one shape for all items. A value that does not fit raises `BadInput`. Its
-message continues a sentence that starts with the file's name.
+Pipes and huge files are refused, and every value is checked against a shape. A shape is a function that
+checks a value, a dict, or a list. A dict maps keys to the shapes of their values, and a key that ends with
+"?" is optional. A list contains one shape, which all items must have. A value that does not fit its shape
+raises `BadInput`. The message of the error is a predicate such as "is not JSON", so that a caller can put the
+name of the file in front. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from mainrun.errors import RunError
 from mainrun.files import inputs
 from mainrun.files.inputs import BadInput, shown
 
-LARGEST = 4_000_000_000  # bytes of a log
-LARGEST_DOCUMENT = 500_000_000  # bytes of a JSON document
-DEEPEST = 100  # levels of lists and tables
+LARGEST = 4_000_000_000  # the maximum size of a log, in bytes
+LARGEST_DOCUMENT = 500_000_000  # the maximum size of a JSON document, in bytes
+DEEPEST = 100  # the maximum number of nested lists and objects
 MAX_COUNT = 10**18
-MAX_NUMBER = 1e40  # larger than every float32; sums and squares of such numbers are still finite in float64
+MAX_NUMBER = 1e40  # above every float32, and small enough that its square is finite in float64
 
 Shape = Callable[[Any, str], None] | Mapping[str, Any] | list[Any]
 
@@ -40,7 +42,7 @@ def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
 
 
 def parse(data: bytes) -> Any:
-    """Parse a JSON document in UTF-8. Every fault raises BadInput."""
+    """Parse a JSON document that is encoded in UTF-8. Raise BadInput if it is not valid."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -69,7 +71,10 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def load(path: Path, shape: Shape, fix: str, *, largest: int = LARGEST_DOCUMENT) -> Any:
-    """Return the JSON document of a file, or None if it does not exist. Raise RunError if it is damaged."""
+    """Read a JSON file and check its shape. Return None if the file does not exist.
+
+    fix: how to repair the file, for the message of the RunError that a damaged file raises.
+    """
     try:
         data = read(path, largest)
         if data is None:
@@ -82,9 +87,10 @@ def load(path: Path, shape: Shape, fix: str, *, largest: int = LARGEST_DOCUMENT)
 
 
 def load_lines(path: Path, shape: Shape, fix: str) -> list[dict[str, Any]]:
-    """Return the rows of a log, one JSON object a line. They are empty if the file does not exist.
+    """Return the rows of a log, which has one JSON object per line.
 
-    A last line without a newline is ignored: a killed process may leave one.
+    The list is empty if the file does not exist. A last line without a newline is ignored, because a killed
+    process may leave an incomplete line.
     """
     try:
         data = read(path, LARGEST) or b""
@@ -97,7 +103,7 @@ def load_lines(path: Path, shape: Shape, fix: str) -> list[dict[str, Any]]:
 
 
 def lines(data: bytes, shape: Shape) -> Iterator[dict[str, Any]]:
-    """Yield each row of a log. The first row that does not fit raises BadInput."""
+    """Yield each row of a log. Raise BadInput at the first row that does not fit the shape."""
     complete = data.rpartition(b"\n")[0]
     if not complete:
         return
@@ -116,7 +122,10 @@ def lines(data: bytes, shape: Shape) -> Iterator[dict[str, Any]]:
 
 
 def check(value: Any, shape: Shape, name: str = "") -> None:
-    """Raise BadInput if a value does not fit its shape. name: the path to the value, for the message."""
+    """Raise BadInput if a value does not fit its shape.
+
+    name: the path of the value within the file, for the message.
+    """
     if callable(shape):
         shape(value, name)
     elif isinstance(shape, list):
@@ -162,19 +171,19 @@ def _fault(value: Any, name: str, allowed: str) -> BadInput:
 
 
 def number(value: Any, name: str, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> None:
-    """A finite number."""
+    """Check that a value is a finite number between `low` and `high`."""
     if type(value) not in (int, float) or not low <= value <= high:
         raise _fault(value, name, _between("a number", low, high))
 
 
 def above_zero(value: Any, name: str) -> None:
-    """A number that one can divide by."""
+    """Check that a value is a number above 0 that is not too small to divide by."""
     if type(value) not in (int, float) or not 1e-30 <= value <= MAX_NUMBER:
         raise _fault(value, name, "a number above 0")
 
 
 def integer(value: Any, name: str, low: int = 0, high: int = MAX_COUNT) -> None:
-    """An integer, not negative unless `low` allows it."""
+    """Check that a value is an integer between `low` and `high`."""
     if type(value) is not int or not low <= value <= high:
         raise _fault(value, name, _between("a whole number", low, high))
 
@@ -188,7 +197,7 @@ def _between(what: str, low: float, high: float) -> str:
 
 
 def any_number(value: Any, name: str) -> None:
-    """A number that may be infinite or NaN."""
+    """Check that a value is a number. It may be infinite or NaN."""
     if type(value) is int:
         number(value, name)
     elif type(value) is not float:
@@ -196,40 +205,40 @@ def any_number(value: Any, name: str) -> None:
 
 
 def text(value: Any, name: str) -> None:
-    """A text on one line."""
+    """Check that a value is a text on one line, without control characters."""
     if not isinstance(value, str) or inputs.printable(value) != value:
         raise _fault(value, name, "a text on one line")
 
 
 def any_text(value: Any, name: str) -> None:
-    """A text that UTF-8 can encode."""
+    """Check that a value is a text that UTF-8 can encode."""
     if not isinstance(value, str) or has_surrogates(value):
         raise _fault(value, name, "a text")
 
 
 def has_surrogates(value: str) -> bool:
-    """Whether a text holds a lone surrogate, which UTF-8 cannot encode."""
+    """Return whether a text contains a lone surrogate, which UTF-8 cannot encode."""
     return not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def true_or_false(value: Any, name: str) -> None:
-    """A boolean."""
+    """Check that a value is a boolean."""
     if type(value) is not bool:
         raise _fault(value, name, "true or false")
 
 
 def table(value: Any, name: str) -> None:
-    """An object with any keys and values."""
+    """Check that a value is an object. It may have any keys and values."""
     if not isinstance(value, dict):
         raise _fault(value, name, "an object")
 
 
 def anything(value: Any, name: str) -> None:
-    """Any value: it is only shown or compared."""
+    """Accept any value. This shape is for values that are only shown or compared."""
 
 
 def setting(value: Any, name: str) -> None:
-    """A value of a config field in a search space, or null."""
+    """Check that a value is null or can be a value of a config field in a search space."""
     if isinstance(value, str):
         any_text(value, name)
     elif value is not None and type(value) is not bool:
@@ -237,7 +246,7 @@ def setting(value: Any, name: str) -> None:
 
 
 def one_of(*allowed: str) -> Shape:
-    """One of some texts."""
+    """Return a shape that accepts one of the given texts."""
 
     def shape(value: Any, name: str) -> None:
         if value not in allowed:
@@ -247,7 +256,7 @@ def one_of(*allowed: str) -> Shape:
 
 
 def optional(shape: Shape) -> Shape:
-    """A value of a shape, or null."""
+    """Return a shape that accepts null in addition to the values of another shape."""
 
     def shape_or_null(value: Any, name: str) -> None:
         if value is not None:
@@ -257,7 +266,7 @@ def optional(shape: Shape) -> Shape:
 
 
 def table_of(shape: Shape) -> Shape:
-    """An object with any keys, and values of one shape."""
+    """Return a shape for an object with any keys. All values of the object must have the given shape."""
 
     def all_of(value: Any, name: str) -> None:
         table(value, name)
@@ -269,7 +278,7 @@ def table_of(shape: Shape) -> Shape:
 
 
 def pair(shape: Shape) -> Shape:
-    """A list of two items of one shape."""
+    """Return a shape for a list of exactly two items. Both items must have the given shape."""
 
     def both(value: Any, name: str) -> None:
         check(value, [shape], name)
@@ -280,7 +289,7 @@ def pair(shape: Shape) -> Shape:
 
 
 def non_empty(shape: Shape) -> Shape:
-    """A list with at least one item, all of one shape."""
+    """Return a shape for a list with at least one item. All items must have the given shape."""
 
     def items(value: Any, name: str) -> None:
         check(value, [shape], name)
@@ -291,7 +300,10 @@ def non_empty(shape: Shape) -> Shape:
 
 
 def scores(value: Any, name: str) -> None:
-    """The scores of a trial by rung, as a JSON text because Parquet cannot store an object with any keys."""
+    """Check that a value is the JSON text of an object that maps rungs to scores.
+
+    The scores are stored as a text, because Parquet cannot store an object with arbitrary keys.
+    """
     any_text(value, name)
     try:
         by_rung = parse(value.encode())
@@ -394,7 +406,7 @@ EVENT = {
 
 
 def metrics_row(value: Any, name: str) -> None:
-    """A row of metrics.jsonl."""
+    """Check that a value is a row of metrics.jsonl."""
     if _is_plain_step(value):
         return
     check(value, {"event": one_of("step", "eval")}, name)
@@ -405,7 +417,10 @@ def metrics_row(value: Any, name: str) -> None:
 
 
 def _is_plain_step(row: Any) -> bool:
-    """Whether a row is a valid training step. This check is fast, because a log may have a million rows."""
+    """Return whether a row is a valid training step with all the usual fields.
+
+    This check is fast. It saves the slow general check for most rows of a log, which may have a million rows.
+    """
     if type(row) is not dict or row.get("event") != "step" or row.get("reused", True) is not True:
         return False
     step = row.get("step")
@@ -419,7 +434,7 @@ def _is_plain_step(row: Any) -> bool:
 
 
 def any_row(value: Any, name: str) -> None:
-    """A row of metrics.jsonl or of growth.jsonl."""
+    """Check that a value is a row of metrics.jsonl or of growth.jsonl."""
     check(value, {"event": text}, name)
     if value["event"] in ("step", "eval"):
         metrics_row(value, name)
@@ -439,7 +454,10 @@ GROWTH_STATE = {
 
 
 def growth_state(value: Any, name: str) -> None:
-    """The growth state of a checkpoint or node. It is null or empty in a run that does not grow."""
+    """Check that a value is the growth state of a checkpoint or node.
+
+    The growth state is null or empty if the run does not grow its model.
+    """
     if value is not None and value != {}:
         check(value, GROWTH_STATE, name)
 

@@ -1,10 +1,10 @@
-"""Run directories: their files, their log, and the lock of the process that writes one. No torch.
+"""Read, write and lock run directories. A run directory contains these files:
 
     config.json  env.json  status.json  metrics.jsonl  growth.jsonl  summary.json  tokenizer.json
     checkpoints/
 
-JSON files are replaced atomically. metrics.jsonl and growth.jsonl are append-only; a run that resumes cuts
-them back to its checkpoint.
+JSON files are replaced atomically. metrics.jsonl and growth.jsonl are append-only logs. A run that resumes
+truncates them to their length at the time of its checkpoint. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILES = (
     "summary.json",
     "tokenizer.json",
 )
-# everything that a run writes into its directory; --fresh removes these names and no other
+# All names that a run writes into its directory. The option --fresh removes only files with these names.
 WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
 
 
@@ -50,12 +50,12 @@ class LoggedStep(TypedDict):
 
     event: Literal["step"]
     step: int
-    tokens: int  # presented up to this step
+    tokens: int  # the number of tokens processed up to this step
     lr: float
     loss: float
     grad_norm: float
     seconds: float
-    reused: NotRequired[bool]  # read from the store, not trained by this run
+    reused: NotRequired[bool]  # true if this step was copied from the store instead of trained
 
 
 class LoggedEval(TypedDict):
@@ -71,7 +71,7 @@ class LoggedEval(TypedDict):
     coverage: float
     tokens: int
     seconds: NotRequired[float]
-    params: NotRequired[int]  # of the model at this step, in runs that grow
+    params: NotRequired[int]  # the number of parameters at this step, in runs that grow
     active: NotRequired[int]
     flops: NotRequired[float]
     reused: NotRequired[bool]
@@ -84,7 +84,7 @@ class LogMark(TypedDict):
     """A position in a log that a checkpoint refers to."""
 
     bytes: int
-    sha256: str  # of the bytes before the position
+    sha256: str  # the hash of the bytes before the position
 
 
 # -- writing files
@@ -92,7 +92,10 @@ class LogMark(TypedDict):
 
 @contextmanager
 def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
-    """Turn an OSError into DiskFull or RunError. option: the command line option that gave the path."""
+    """Turn an OSError into DiskFull or RunError.
+
+    option: the command line option that sets the path, for the message.
+    """
     try:
         yield
     except OSError as e:
@@ -114,7 +117,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: to a temporary file that is synced and renamed."""
+    """Write a text file atomically. The text is written to a temporary file, which is synced and renamed."""
     temp = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
@@ -138,24 +141,29 @@ def fsync_folder(path: Path) -> None:
 
 
 class RowLog:
-    """An append-only log of JSON rows, one a line, with a running checksum.
+    """An append-only log with one JSON row per line and a running checksum.
 
-    A checkpoint holds a mark of the log. A run that resumes cuts the log back to that mark.
+    A checkpoint contains a mark, which is a position in the log. A run that resumes truncates the log at this
+    mark.
     """
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
         """Open the log. `check` is called before every change and may raise an error."""
         self.path = path
         self._check = check
-        check_regular_file(path)  # opening a pipe would wait for a reader
+        check_regular_file(path)  # refuse a pipe, because opening it would block until a reader opens it too
         with disk_errors(path):
-            # Unbuffered: a row that a full disk refused must not be written again when the file is closed.
+            # The file is unbuffered. A buffer would keep a row that did not fit on a full disk, and would
+            # write this row when the file is closed.
             self._file = path.open("ab", buffering=0)
         self._sha256 = hashlib.sha256()
         self._size = 0
 
     def rewind(self, mark: Mapping[str, Any]) -> bool:
-        """Cut the file back to a mark. Return False, and change nothing, if the file does not fit it."""
+        """Truncate the file at a mark.
+
+        If the content before the mark has another checksum, leave the file unchanged and return False.
+        """
         self._check()
         data = self.path.read_bytes()[: mark["bytes"]]
         sha256 = hashlib.sha256(data)
@@ -196,7 +204,7 @@ class RowLog:
 
 
 class RunDir:
-    """A run directory. `open_run` locks one for writing; reading needs no lock.
+    """A run directory. `open_run` locks the directory for writing. Reading needs no lock.
 
     A damaged file raises RunError. Its message ends with `fix`, which says how to repair the directory.
     """
@@ -216,12 +224,12 @@ class RunDir:
         return records.load(self.path / name, shape, self.fix)
 
     def config(self) -> TrainConfig:
-        """Return the config of the run. Its digest is checked."""
+        """Return the config of the run. Raise RunError if its digest is wrong."""
         file = self.path / "config.json"
         data = self._load("config.json", records.anything)
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
             got = f"{self.path} is not a run directory (no usable config.json)"
-            raise RunError(f"{got}; give one that `mainrun train` made")
+            raise RunError(f"{got}; give a run directory that `mainrun train` created")
         if data.get("digest") != digest_of(data["config"]):
             raise RunError(f"{file} was changed after the run began; {self.fix}")
         try:
@@ -230,36 +238,39 @@ class RunDir:
             raise RunError(f"{file} does not hold a config of this version: {e}; {self.fix}") from None
 
     def config_file(self) -> dict[str, Any]:
-        """Return all of config.json: the config, the resolved plan and the fingerprints of the data."""
+        """Return the content of config.json: the config, the resolved plan and the data fingerprints."""
         return self._load("config.json", records.CONFIG) or {}
 
     def plan(self) -> dict[str, Any]:
-        """Return the resolved plan, as config.json holds it."""
+        """Return the resolved plan from config.json."""
         return dict(self.config_file().get("plan", {}))
 
     def summary(self) -> dict[str, Any] | None:
-        """Return summary.json, or None if the run is not finished."""
+        """Return the content of summary.json, or None if the run is not finished."""
         summary: dict[str, Any] | None = self._load("summary.json", records.SUMMARY)
         return summary
 
     def status(self) -> dict[str, Any]:
-        """Return status.json: the state of the run and its last saved step."""
+        """Return the content of status.json, which has the state of the run and its last saved step."""
         return self._load("status.json", records.STATUS) or {}
 
     def env(self) -> dict[str, Any]:
-        """Return env.json: the machine, the versions and the command."""
+        """Return the content of env.json, which describes the machine, the versions and the command."""
         return self._load("env.json", records.ENV) or {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl. Only their JSON is checked."""
+        """Return the rows of metrics.jsonl. Each row must be a JSON object. Its values are not checked."""
         return records.load_lines(self.path / "metrics.jsonl", records.table, self.fix)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl. Every row is checked."""
+        """Return the rows of metrics.jsonl. Every value is checked."""
         return records.load_lines(self.path / "metrics.jsonl", records.metrics_row, self.fix)
 
     def intact_rows(self) -> list[LogRow]:
-        """Return the rows of metrics.jsonl up to the first damaged one. A killed run may leave a torn end."""
+        """Return the rows of metrics.jsonl before the first damaged row.
+
+        A killed run may leave an incomplete row at the end.
+        """
         try:
             data = records.read(self.path / "metrics.jsonl", records.LARGEST) or b""
         except BadInput as e:
@@ -275,7 +286,7 @@ class RunDir:
         return records.load_lines(self.path / "growth.jsonl", records.EVENT, self.fix)
 
     def text(self, name: str) -> str:
-        """Return the text of a JSON file. The file must exist."""
+        """Return the text of a JSON file. Raise RunError if the file does not exist."""
         file = self.path / name
         try:
             data = records.read(file)
@@ -290,20 +301,20 @@ class RunDir:
 
     def lock(self) -> None:
         """Lock the directory for writing. Raise RunError if another process holds the lock."""
-        # The random part tells apart two processes with the same number.
+        # Two processes on different machines may have the same number. The random part distinguishes them.
         holder = f"{os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n"
         try:
             with disk_errors(self.path):
                 self._lock = FileLock(self.path / ".lock", holder)
         except Locked as e:
             got = f"{self.path} is being written by process {e}"
-            raise RunError(f"{got}; wait for it, or give another --out") from None
+            raise RunError(f"{got}; wait until that process ends, or give another --out") from None
 
     def check(self) -> None:
         """Raise RunError if this process has lost the lock.
 
-        A file server drops the locks of a machine that it cannot reach. Another process may then open the run
-        and write its own name into .lock.
+        A file server drops the locks of a machine that it cannot reach. Another process may then lock the
+        directory and write its own name into the file .lock.
         """
         if not self._lock:
             return
@@ -333,7 +344,10 @@ class RunDir:
 
 
 def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
-    """Lock the directory of a config's run below `out`. fresh: remove what earlier sessions left there."""
+    """Create and lock the run directory of a config below `out`.
+
+    fresh: remove the files of earlier sessions of the run.
+    """
     run = RunDir(Path(out) / cfg.run_id)
     if os.path.lexists(run.path) and not run.path.is_dir():
         raise RunError(f"{run.path} is not a folder; remove it, or give another --out")
@@ -353,7 +367,7 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
 
 
 def _remove_written(run: RunDir) -> None:
-    """Remove the files of earlier sessions. Files that mainrun does not write stay."""
+    """Remove the files of earlier sessions. Files that mainrun did not write are kept."""
     strays = sorted(path.name for path in run.path.iterdir() if path.name not in WRITTEN)
     if strays and not _is_run(run):
         raise RunError(_not_a_run(run, strays))
@@ -368,7 +382,7 @@ def _remove_written(run: RunDir) -> None:
 
 
 def _is_run(run: RunDir) -> bool:
-    """Whether the folder holds a run, perhaps of another version."""
+    """Return whether the folder contains a run, which may be from another version of mainrun."""
     try:
         return {"config", "digest"} <= run.config_file().keys()
     except RunError:
@@ -384,7 +398,10 @@ def _not_a_run(run: RunDir, strays: list[str]) -> str:
 
 
 def check_files(run: RunDir, fresh: bool = False) -> None:
-    """Refuse a folder or a pipe in place of a file of the run. fresh: only the lock file will be kept."""
+    """Raise RunError if a file of the run is a folder or a pipe.
+
+    fresh: check only the lock file, because all other files will be removed.
+    """
     check_regular_file(run.path / ".lock", "remove it")
     if fresh:
         return
@@ -395,7 +412,7 @@ def check_files(run: RunDir, fresh: bool = False) -> None:
 
 
 def check_regular_file(path: Path, fix: str = FIX) -> None:
-    """Refuse a path that exists and is not a regular file."""
+    """Raise RunError if a path exists and is not a regular file."""
     if not os.path.lexists(path):
         return
     why = inputs.not_a_file(path)
@@ -404,17 +421,20 @@ def check_regular_file(path: Path, fix: str = FIX) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Refuse a folder that cannot be created or written. Nothing is created."""
+    """Raise RunError if a folder cannot be created or written. The folder is not created."""
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise RunError(f"cannot write {out}: {existing} is not a folder; choose a writable one with --out")
+        raise RunError(f"cannot write {out}: {existing} is not a folder; choose a writable folder with --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         got = f"cannot write {out}: no permission to write in {existing}"
         raise RunError(f"{got}; choose a writable folder with --out")
 
 
 def check_same_data(run: RunDir, fingerprints: dict[str, Any]) -> None:
-    """Refuse to resume a run whose corpus has changed. fingerprints: of the data now, as in config.json."""
+    """Raise RunError if the corpus of a run has changed.
+
+    fingerprints: the current fingerprints of the corpus, in the format of config.json.
+    """
     recorded = run.config_file()
     for name, current in fingerprints.items():
         if recorded and recorded.get(name) != current:
@@ -423,7 +443,7 @@ def check_same_data(run: RunDir, fingerprints: dict[str, Any]) -> None:
 
 
 def check_same_config(run: RunDir, cfg: TrainConfig) -> None:
-    """Refuse a directory that holds the run of another config, or files of another program."""
+    """Raise RunError if a directory contains the run of another config, or files of another program."""
     if not os.path.lexists(run.path / "config.json"):
         strays = sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))
         if strays:
@@ -442,7 +462,7 @@ def check_same_config(run: RunDir, cfg: TrainConfig) -> None:
 
 
 def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
-    """Find a run by its path, its id, or a unique beginning of its id."""
+    """Find a run by its path, its id, or a unique prefix of its id."""
     if not str(name):
         allowed = "give a run id, the beginning of one, or a run directory"
         raise UsageError(f"got an empty run; {allowed} (those in {out} are searched)")
@@ -456,10 +476,10 @@ def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
         return RunDir(Path(out) / matches[0])
     if matches:
         got = f"run {str(name)!r} is not unique in {out}: {', '.join(matches[:5])}"
-        raise RunError(f"{got}; write more of the id")
+        raise RunError(f"{got}; give more characters of the id")
     similar = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
     if similar:
         hint = f"runs in it: {', '.join(similar)}"
     else:
         hint = "it has no runs yet; `mainrun train` makes one"
-    raise RunError(f"no run {str(name)!r} in {out} and no run directory of that path; {hint}")
+    raise RunError(f"no run {str(name)!r} in {out} and no run directory at that path; {hint}")

@@ -1,1 +1,1 @@
-"""The commands that people use."""
+"""The commands of the command line, and the functions that they share."""

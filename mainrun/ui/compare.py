@@ -1,7 +1,7 @@
 """Compare finished runs in a table.
 
-Rank runs by `full`. The `official` score is shown with the share of the titles that it covers.
-Runs that were scored on different titles are refused, because their scores are not comparable.
+Use the score `full` to rank runs. The score `official` is shown with the share of the validation titles that
+it covers. Runs that were scored on different titles are refused, because their scores are not comparable.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ NEEDED = (
     "geometry",
     "guards",
 )
-SAME = ("corpus", "val")  # comparable runs have the same fingerprints of these
-STATUSES = ("pass", "flag", "fail")  # of a guard
+SAME = ("corpus", "val")  # the fingerprints that must be equal in all compared runs
+STATUSES = ("pass", "flag", "fail")  # the possible results of a guard
 
 HEAD = (
     "run", "full last", "full best", "delta full", "official", "bits/byte",
@@ -48,8 +48,8 @@ HEAD = (
 
 
 def load_summary(run: RunDir) -> dict[str, Any]:
-    """Return the summary of a finished run. Refuse an unfinished run and a damaged summary."""
-    run.config()  # refuse a folder that is not a run directory, and a changed config
+    """Return the summary of a run. Raise RunError if the run is unfinished or the summary is damaged."""
+    run.config()  # raises an error if the folder is not a run directory
     summary = run.summary()
     if summary is None:
         state = run.status().get("state", "not started")
@@ -68,7 +68,7 @@ def load_summary(run: RunDir) -> dict[str, Any]:
 
 
 def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
-    """Refuse a summary whose scores differ from those in metrics.jsonl."""
+    """Raise RunError if the scores in the summary differ from the scores in metrics.jsonl."""
     logged: dict[str, dict[str, Any]] = {"last": {}, "best": {}}
     split = summary["last"]["split"]
     evals = [row for row in run.rows() if row.get("event") == "eval" and row["split"] == split]
@@ -89,7 +89,7 @@ def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
 
 
 def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row of plain figures per run. Differences are relative to the first run."""
+    """Return one row of figures per run. Each run is compared with the first run."""
     first = summaries[0]
     for other in summaries[1:]:
         _check_same_data(first, other)
@@ -97,7 +97,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
-    """Refuse two runs that were scored on different titles."""
+    """Raise RunError if two runs were scored on different titles."""
     data = _data_of(first)
     other_data = _data_of(other)
     differences = []
@@ -112,7 +112,7 @@ def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _data_of(summary: dict[str, Any]) -> dict[str, str]:
-    """Return what identifies the titles on which a run was scored."""
+    """Return the values that identify the titles on which a run was scored."""
     data = {f"{name} fingerprint": summary["fingerprints"][name][:12] for name in SAME}
     data["scored split"] = summary["last"]["split"]
     return data
@@ -120,7 +120,7 @@ def _data_of(summary: dict[str, Any]) -> dict[str, str]:
 
 def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     last = summary["last"]
-    # In other spans, the official score leaves out other tokens.
+    # The official scores of two different geometries cover different tokens.
     same_geometry = summary["geometry"] == first["geometry"]
     lowest_coverage = min(last["coverage"], first["last"]["coverage"])
     delta_official = None
@@ -155,7 +155,10 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(table: list[dict[str, Any]], console: Console) -> None:
-    """Print one row per run or, on a narrow screen, one column per run. Then print the notes."""
+    """Print the table and its notes.
+
+    The table has one row per run. On a narrow screen, it has one column per run.
+    """
     cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
     wide = _draw(list(HEAD), cells)
     if _fits(wide, console):
@@ -167,7 +170,7 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
 
 
 def _show_transposed(cells: list[list[str]], console: Console) -> None:
-    """Print one column per run, in several tables if the screen is too narrow for all runs."""
+    """Print one column per run. Print several tables if the screen is too narrow for all runs."""
     while cells:
         count = len(cells)
         drawn = _draw_transposed(cells)
@@ -202,7 +205,7 @@ def _fits(table: Table, console: Console) -> bool:
 
 
 def _notes(table: list[dict[str, Any]]) -> list[str]:
-    """Return the explanations below the table."""
+    """Return the notes that are printed below the table."""
     notes = []
     if any(row["official_flagged"] for row in table):
         notes.append(
@@ -222,7 +225,7 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(guards: dict[str, list[str]]) -> str:
-    """Return the names of the guards that failed, and then of those that flagged."""
+    """Return a text with the names of the failed guards and of the guards that flagged the run."""
     parts = []
     for status in ("fail", "flag"):
         if guards[status]:
@@ -258,7 +261,7 @@ def write_svg(table: list[dict[str, Any]], path: Path) -> None:
 
     console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
     show(table, console)
-    # With a fixed id, the same table always gives the same file.
+    # The fixed id makes the output reproducible.
     svg = console.export_svg(title="mainrun compare", unique_id="mainrun")
     try:
         path.write_text(svg, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What all commands share: exit codes and error messages, common options, output streams and tables.
+"""Functions that all commands share, for errors, common options, output streams and tables.
 
-This module does not import torch, and imports Rich only to print a table.
+This module does not import torch. It imports Rich only to print a table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Group(TyperGroup):
             _check_text(args)
             _check_caches()
             code = super().main(args, "mainrun", standalone_mode=False)  # 130 after a KeyboardInterrupt
-        except typer.TyperException as e:  # an unknown option, a missing argument, a value of the wrong type
+        except typer.TyperException as e:  # for example, an unknown option or a missing argument
             code = _fail(e, "error", _usage_message(e), UsageError.exit_code, args)
         except Interrupted as e:
             code = _fail(e, "interrupted", str(e), e.exit_code, args)
@@ -51,7 +51,8 @@ class Group(TyperGroup):
         except MainrunError as e:
             code = _fail(e, "error", str(e), e.exit_code, args)
         except OSError as e:
-            # An error with a path is the user's to fix. One without a path is a bug, unless the disk is full.
+            # The user can fix an error that names a path. An error without a path is a bug, unless the disk
+            # is full.
             if e.filename is not None or e.errno in inputs.NO_SPACE:
                 code = _refuse(e, args)
             else:
@@ -76,7 +77,7 @@ class Group(TyperGroup):
 
 
 def commands(help: str) -> typer.Typer:
-    """Create a command group. Without a subcommand it prints its help."""
+    """Create a command group that prints its help if no subcommand is given."""
     app = typer.Typer(cls=Group, help=help, rich_markup_mode=None)
 
     @app.callback(invoke_without_command=True)
@@ -88,14 +89,14 @@ def commands(help: str) -> typer.Typer:
 
 
 def is_leader() -> bool:
-    """Whether this process prints results. Only rank 0 of the processes that torchrun starts does."""
+    """Return whether this process prints results. Of the processes that torchrun starts, only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _drop_odd_sizes() -> None:
-    """Ignore terminal sizes that are not numbers.
+    """Remove COLUMNS and LINES from the environment if they are not decimal numbers.
 
-    Rich accepts all digits, even superscripts, and then fails to convert them to an integer.
+    Rich accepts all Unicode digits, such as superscripts, and then fails to convert them to an integer.
     """
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[0-9]{1,6}", os.environ.get(name, "0")):
@@ -103,18 +104,23 @@ def _drop_odd_sizes() -> None:
 
 
 def _check_folder() -> None:
-    """Refuse to run in a folder that was deleted."""
+    """Raise UsageError if the current folder was deleted."""
     try:
         os.getcwd()
     except OSError as e:
-        raise UsageError(f"the current folder cannot be used ({e.strerror}); change to another one") from None
+        raise UsageError(
+            f"the current folder cannot be used ({e.strerror}); change to another folder"
+        ) from None
 
 
 PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "--store", "--svg", "--tables")
 
 
 def _check_text(args: Sequence[str]) -> None:
-    """Refuse arguments that are not valid text, because they end up in JSON, tables and PDFs."""
+    """Raise UsageError if an argument is not valid text.
+
+    Arguments are written to JSON files, tables and PDFs.
+    """
     for previous, arg in pairwise(["", *args]):
         if arg == "" and previous in PATH_OPTIONS:
             raise UsageError(f"got {previous} '', which is empty; give a path")
@@ -131,7 +137,7 @@ def _check_text(args: Sequence[str]) -> None:
 
 
 def _check_caches() -> None:
-    """Check the environment variables of the cache folder early, so that an error names the variable."""
+    """Check the environment variables of the cache folder early, so that the error names the variable."""
     for name in ("MAINRUN_CACHE", "XDG_CACHE_HOME"):
         folder = os.environ.get(name)
         if folder:
@@ -155,18 +161,19 @@ def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]
     if "--debug" in args:
         traceback.print_exception(e)
     if not is_leader():
-        time.sleep(5)  # rank 0 usually prints the same error, and torchrun then ends this process
+        # Rank 0 usually prints the same error. Then torchrun ends this process while it waits here.
+        time.sleep(5)
         kind = f"{kind} in process {os.environ['RANK']}"
     print(f"{kind}: {_readable(text)}", file=sys.stderr, flush=True)
     return code
 
 
-MAX_MESSAGE = 2800  # characters
-MAX_LINE = 1200
+MAX_MESSAGE = 2800  # the maximum length of an error message, in characters
+MAX_LINE = 1200  # the maximum length of a line of an error message
 
 
 def _readable(text: str) -> str:
-    """Escape the control characters of a message, and shorten it."""
+    """Escape the control characters in a message and shorten the message if it is too long."""
     lines = [inputs.shortened(inputs.printable(line), MAX_LINE) for line in text.split("\n")]
     kept: list[str] = []
     length = 0
@@ -179,7 +186,7 @@ def _readable(text: str) -> str:
 
 
 def _usage_message(e: typer.TyperException) -> str:
-    """Rewrite an error of Typer: suggest the nearest option, and name the command that prints the help."""
+    """Return the text of a Typer error with the nearest option and the command that prints the help."""
     text = e.format_message().rstrip(".")
     ctx = getattr(e, "ctx", None)
     if ctx is None:
@@ -196,7 +203,7 @@ def _usage_message(e: typer.TyperException) -> str:
 
 
 def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
-    """Refuse names that no file can have. Every option and argument that is a path has this callback."""
+    """Raise UsageError if a path is not valid. All options and arguments for paths use this callback."""
     name = param.opts[0] if param.param_type_name == "option" else param.metavar
     paths = value if isinstance(value, list | tuple) else [value]
     for path in paths:
@@ -216,7 +223,7 @@ Out = Annotated[
     Path,
     typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by _fail
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # see _fail
 
 
 # -- interrupts
@@ -224,7 +231,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Configure the memory allocator before torch is imported, and shut down the process group at the end."""
+    """Tune the memory allocator before torch is imported. At the end, shut down the process group."""
     from mainrun.core.hardware import tune_allocator
 
     tune_allocator()
@@ -238,16 +245,17 @@ def process_group() -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `Interrupted` at SIGTERM or the first Ctrl-C, for example while torch is being imported.
+    """Raise `Interrupted` at SIGTERM or at the first Ctrl-C.
 
-    During the training steps, the training replaces these signal handlers with its own.
+    This context manager is for the time outside of the training steps, for example while torch is imported.
+    During the training steps, `mainrun.run` installs other signal handlers.
     """
     signals = 0
 
     def stop(signum: int, frame: Any) -> None:
         nonlocal signals
         signals += 1
-        raise KeyboardInterrupt  # a BaseException, which the `except Exception` of a library does not catch
+        raise KeyboardInterrupt  # libraries that catch Exception do not catch this error
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -272,7 +280,12 @@ def stoppable() -> Iterator[None]:
 
 
 def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> None:
-    """Refuse to overwrite a file, unless it is empty or an earlier output that begins with the same bytes."""
+    """Raise UsageError if an output file would overwrite a file of another kind.
+
+    An empty file may be overwritten, and so may an earlier output of the same kind.
+
+    begins: the first bytes of all files of this kind.
+    """
     if path.is_dir():
         what = "a folder"
     elif path.exists() and not path.is_file():
@@ -285,7 +298,7 @@ def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> Non
 
 
 class _Outlet(io.FileIO):
-    """A stdout or stderr that never raises. It remembers the first error and drops all output after it."""
+    """A raw output stream that never raises. After the first write error, it drops all output."""
 
     fault: OSError | None = None
 
@@ -303,7 +316,7 @@ def guard_streams() -> None:
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # it is closed, so the next file to be opened would take its number
+        except OSError:  # the descriptor is closed; open it, so that no other file gets its number
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
@@ -312,10 +325,10 @@ def guard_streams() -> None:
 
 
 def _guarded(stream: TextIO | None, fd: int) -> TextIO:
-    """Return the stream on top of an `_Outlet`. It escapes characters that its encoding does not have."""
+    """Return a stream that writes to an `_Outlet` and escapes characters that its encoding does not have."""
     try:
         raw = _Outlet(fd if stream is None else stream.fileno(), "w", closefd=False)
-    except io.UnsupportedOperation:  # a stream in memory
+    except io.UnsupportedOperation:  # the stream is in memory, for example in tests
         return stream or sys.stdout
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
@@ -327,7 +340,11 @@ def _guarded(stream: TextIO | None, fd: int) -> TextIO:
 
 
 def _final_code(code: int) -> int:
-    """Flush stdout and return the exit code. A full disk is an error; a closed pipe (`| head`) is not."""
+    """Flush stdout and return the exit code.
+
+    A full disk is an error. A closed pipe is not an error, because programs such as `head` close their input
+    early.
+    """
     if sys.stdout is None:
         return code
     sys.stdout.flush()
@@ -347,7 +364,7 @@ def emit(value: Any) -> None:
 
 
 def console() -> Console:
-    """Return a console for tables on stdout. In a pipe or a file, tables are 200 columns wide."""
+    """Return a console for tables on stdout. If stdout is not a terminal, the console is 200 columns wide."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -369,7 +386,7 @@ def show_table(head: list[str], lines: list[list[str]]) -> None:
 
 
 def field_value(value: Any) -> str:
-    """Format the value of a config field as --set accepts it."""
+    """Format the value of a config field in the syntax of --set."""
     if value is None:
         return "none"
     if isinstance(value, bool):

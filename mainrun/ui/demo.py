@@ -1,6 +1,7 @@
-"""`mainrun demo`: the whole workflow at a small scale, run as separate mainrun commands.
+"""`mainrun demo`: run the whole workflow at a small scale.
 
-Each command recognises what an earlier call of it has finished. An interrupted demo can therefore be resumed.
+The demo runs each step as a separate mainrun command. Each command skips work that an earlier call has
+finished. An interrupted demo can therefore be resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SEED = int(TASK["seed"])
 STUDY = "demo"
 # The exit codes of a step that was stopped by a signal.
 STOPPED = (Interrupted.exit_code, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
-# The signals that are passed to the running step. A step saves its state at SIGINT and SIGTERM.
+# Signals that the demo passes on to the running step. The step saves its state at SIGINT and SIGTERM.
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -38,11 +39,11 @@ PASSED_ON = {
 class DemoStep(NamedTuple):
     name: str
     about: str
-    command: list[str]  # the arguments of mainrun
+    command: list[str]  # the arguments of the `mainrun` command
 
 
 class StepFailed(MainrunError):
-    """A step of the demo failed. Its exit code becomes that of the demo."""
+    """A step of the demo failed. The demo exits with the exit code of the step."""
 
     def __init__(self, step: DemoStep, code: int) -> None:
         super().__init__(
@@ -53,12 +54,12 @@ class StepFailed(MainrunError):
 
 
 class Files:
-    """The paths of what the demo writes."""
+    """The paths of the files and folders that the demo writes."""
 
     def __init__(self, out: Path, sets: Sequence[str]) -> None:
         (cfg,) = load("demo:optimized", sets)
         self.out = str(out)
-        self.run_id = cfg.run_id  # the run to submit
+        self.run_id = cfg.run_id  # the run that the demo submits
         self.studies = str(out / "studies")
         self.report = str(out / "report.pdf")
         self.bundle = str(out / "submission.zip")
@@ -100,9 +101,9 @@ def demo_steps(files: Files, sets: Sequence[str]) -> list[DemoStep]:
 
 
 def run_demo(out: Path, sets: Sequence[str], why_not_submittable: Callable[[], str]) -> None:
-    """Run the steps of the demo and print what they wrote.
+    """Run the steps of the demo and print their results.
 
-    why_not_submittable: returns the reason why the current code cannot be submitted, or "".
+    why_not_submittable: returns the reason why the current code cannot be submitted, or an empty text.
     """
     files = Files(out, sets)
     steps = demo_steps(files, sets)
@@ -134,7 +135,7 @@ def run_demo(out: Path, sets: Sequence[str], why_not_submittable: Callable[[], s
 
 
 def _highlights(step: DemoStep, out: Path, output: str) -> list[str]:
-    """Return the lines of a step's output that are worth showing. Training results are left to the report."""
+    """Return the lines of the output of a step that the demo shows. Training steps show none."""
     if step.name in ("train", "grow"):
         return []
     if step.name == "sweep":
@@ -147,7 +148,7 @@ def _highlights(step: DemoStep, out: Path, output: str) -> list[str]:
 
 
 def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[str]]]:
-    """Yield each result of the demo with a command to try on it."""
+    """Yield pairs of a result of the demo and a command that uses this result."""
     out = Path(files.out)
     ids = [path.parent.name for path in sorted(out.glob("*/summary.json"))]
     yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", files.out, *ids]
@@ -168,7 +169,10 @@ def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[st
 
 
 def _run(step: DemoStep, log: Path) -> str:
-    """Run a step and return its stdout. Its progress goes to the terminal, or to `log` if there is none."""
+    """Run a step and return its stdout.
+
+    The progress of the step goes to the terminal. If stderr is not a terminal, it goes to the file `log`.
+    """
     on_terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "mainrun", *step.command]
     with (
@@ -189,9 +193,9 @@ def _run(step: DemoStep, log: Path) -> str:
 
 @contextmanager
 def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
-    """Start a command in its own process group, and pass signals on to it.
+    """Start a command in its own process group, and pass signals on to the command.
 
-    A Ctrl-C in a terminal would otherwise reach the command twice.
+    Without its own process group, the command would receive each Ctrl-C in a terminal twice.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0

@@ -1,4 +1,4 @@
-"""`mainrun doctor`: check that this machine is ready for training, and say how to fix what is not."""
+"""`mainrun doctor`: check that this machine is ready for training, and suggest how to fix problems."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
-TORCH_SECONDS = 120  # the import of torch is given up after this time
-DISK_WARN = 5e9  # bytes: a few runs of the largest preset
-DISK_FAIL = 5e8  # bytes: one checkpoint
+TORCH_SECONDS = 120  # the time limit for importing torch
+DISK_WARN = 5e9  # the size of a few runs of the largest preset, in bytes
+DISK_FAIL = 5e8  # the size of one checkpoint, in bytes
 MEMORY_WARN = 2e9  # bytes
 
-# This runs in a separate process, so that a torch that crashes or hangs becomes a line of the output.
+# This code runs in a separate process. If torch crashes or hangs, only that process is affected.
 _ASK_TORCH = """
 import json, time
 t = time.perf_counter()
@@ -36,7 +36,7 @@ print(json.dumps({"version": torch.__version__, "seconds": t, "gpus": gpus}))
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The state of one thing that training needs."""
+    """The result of one check of the machine."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -45,7 +45,7 @@ class Diagnosis:
 
 
 def diagnose(out: Path) -> Iterator[Diagnosis]:
-    """Yield the diagnoses, in the order in which a person would fix the problems.
+    """Yield the results of all checks, in the order in which to fix the problems.
 
     out: the folder of the run directories.
     """
@@ -63,7 +63,7 @@ def diagnose(out: Path) -> Iterator[Diagnosis]:
 
 
 def _python() -> Diagnosis:
-    # An older Python could not run this file.
+    # The version is not checked, because an older Python cannot run this file.
     return Diagnosis("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
@@ -141,7 +141,7 @@ def _memory() -> Diagnosis:
 
 
 def _available_memory() -> int:
-    """Return the available memory in bytes. On Linux this includes caches that the kernel can drop."""
+    """Return the available memory in bytes. On Linux, the result includes caches that the kernel can free."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
@@ -197,5 +197,5 @@ def _hub() -> Diagnosis:
     reachable, detail = hub_reachable()
     if reachable:
         return Diagnosis("hub", "ok", detail)
-    fix = "the corpora hn and hn-2025 need it once; synthetic and file:PATH never do"
+    fix = "the corpora hn and hn-2025 need the hub once; synthetic and file:PATH never do"
     return Diagnosis("hub", "warn", detail, fix)

@@ -1,6 +1,6 @@
-"""`mainrun train --dry-run`: estimate what a run costs, without training it.
+"""`mainrun train --dry-run`: estimate the cost of a run without training it.
 
-With --probe, a few training steps are measured on weights that are thrown away.
+With --probe, a few training steps are measured on temporary weights.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.resume import check_spans
 from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
 
-PROBE_STEPS = 3  # the median of their times counts
-STEP_EFFICIENCY = 0.6  # of the speed of a matrix product, which a training step reaches
-DISK_SPEED = 3e8  # bytes per second to hash, write and sync a checkpoint
+PROBE_STEPS = 3  # the number of measured steps, whose median time is used
+STEP_EFFICIENCY = 0.6  # the speed of a training step, relative to the speed of a matrix product
+DISK_SPEED = 3e8  # the speed of saving a checkpoint, in bytes per second
 
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """Return the resolved plan of a run and its estimated cost.
 
-    probe: measure the time with a few real steps. store: the run keeps states in a store.
+    probe: measure the time of a few training steps.
+    store: whether the run saves states in a store.
     """
     _, device, _, data, plan = set_up(cfg)
     check_spans(cfg, data)
@@ -68,14 +69,14 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
 
 
 def matmul_speed(cfg: TrainConfig, device: Device) -> float:
-    """Measure the FLOP/s of a matrix product of the config's shape."""
+    """Measure the FLOP/s of a matrix product with the shape of a feed-forward layer."""
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     rows = min(4096, cfg.batch_size * cfg.block_size)
     x = torch.ones(rows, cfg.d_model, dtype=dtype, device=device.torch_device)
     w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=device.torch_device)
     best = math.inf
     for _ in range(5):
-        # reading one number of the result waits for the GPU
+        # Reading one number of the result waits until the GPU has finished.
         best = min(best, seconds_of(lambda: float(F.linear(x, w)[0, 0])))
     return 2 * rows * cfg.d_model * cfg.ff_width / best
 
@@ -86,11 +87,11 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-# -- time: measured
+# -- measuring the time
 
 
 class StepProbe:
-    """Run the training steps of a config on weights that are thrown away."""
+    """Run training steps of a config on temporary weights."""
 
     def __init__(self, cfg: TrainConfig, device: Device, plan: Plan, vocab_size: int) -> None:
         self.device = device
@@ -99,9 +100,9 @@ class StepProbe:
         self.train_step = TrainStep(self.state, device)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
-        """Run `count` steps and return the loss of the last one.
+        """Run `count` steps and return the loss of the last step.
 
-        As in a run, no step waits for the one before. The last step is complete when this returns.
+        The CPU does not wait for the GPU between two steps. It waits for the GPU after the last step.
         """
         for _ in range(count):
             inputs = self.plan.at(min(self.state.step, self.plan.steps - 1))
@@ -116,12 +117,14 @@ class StepProbe:
 def probe_time(
     cfg: TrainConfig, device: Device, plan: Plan, data: TokenData, cost_growth: float
 ) -> dict[str, Any]:
-    """Estimate the time of a run from a few steps, a part of an evaluation, and the size of a checkpoint.
+    """Estimate the time of a run.
 
-    cost_growth: the mean cost of a token during the run, relative to its cost at the start.
+    The estimate is based on a few measured steps, a part of an evaluation, and the size of a checkpoint.
+
+    cost_growth: the mean cost of a token during the run, relative to the cost of a token at the start.
     """
     compiles = device.compile
-    with _compiling_off(device):  # compiling would take longer than the probe
+    with _compiling_off(device):  # compiling takes longer than the measurement
         probe = StepProbe(cfg, device, plan, data.tokenizer.vocab_size)
     batches = Batches(cfg, data.splits["train"])
 
@@ -129,7 +132,7 @@ def probe_time(
         x, y = batches.at(i)
         probe.step(device.put(x), device.put(y))
 
-    # The first step allocates memory. On a GPU, more steps run before a step is recorded as a CUDA graph.
+    # The first step allocates memory. On a GPU, more warm-up steps precede the recording of a CUDA graph.
     warmup = 1
     if probe.train_step.forward_backward.on:
         warmup += WARM
@@ -147,8 +150,8 @@ def probe_time(
     training = plan.tokens(plan.steps) / plan.segments[0].span * step_seconds * cost_growth
     if compiles:
         costs, saves = compile_balance(cfg, plan, device.torch_device.type, device.threads)
-        training += costs - min(saves, training / 3)  # compiling never saves more than a third
-    evaluations = len(plan.eval_steps) + 1  # the guards at the end take about as long as one evaluation
+        training += costs - min(saves, training / 3)  # compiling saves at most a third of the time
+    evaluations = len(plan.eval_steps) + 1  # the final guards take as long as an evaluation
     checkpoints = math.ceil(plan.steps / plan.checkpoint_every)
     checkpoint_seconds = _bytes(probe.state.tensors().values()) / DISK_SPEED
     total = training + evaluations * evaluation_seconds * cost_growth + checkpoints * checkpoint_seconds
@@ -173,14 +176,14 @@ def _compiling_off(device: Device) -> Iterator[None]:
 
 
 def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: str) -> float:
-    """Measure the evaluation of the first tokens of a split, and extrapolate it to the whole split."""
+    """Measure the evaluation of the first tokens of a split, and extrapolate the time to the whole split."""
     tokens = data.splits[split]
     rows, length = cfg.geometry
     span = rows * length + 1
     sample = tokens[: max(span, 2 * cfg.batch_size * cfg.block_size)]
 
     def targets(n: int) -> int:
-        """Return how many targets the official score and the full score of n tokens have together."""
+        """Return the number of targets of the official score and the full score together, for n tokens."""
         return n // span * rows * length + n
 
     sizes = {"chars": len(sample), "nbytes": len(sample), "block_size": cfg.block_size}
@@ -188,22 +191,22 @@ def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: st
     return seconds * targets(len(tokens)) / targets(len(sample))
 
 
-# -- memory: counted on tensors without data
+# -- estimating the memory
 
-PROCESS = 500_000_000  # bytes of Python, torch and other libraries; on a GPU they are not in its memory
-# The peak of the heap, relative to the peak of the tensors that are allocated and freed within a step.
-# Tensors that stay allocated do not fragment the heap (docs/log/growth.md).
+PROCESS = 500_000_000  # the bytes in RAM that Python, torch and other libraries need
+# The peak size of the heap, relative to the peak size of the temporary tensors of a step. Tensors that stay
+# allocated do not fragment the heap (see docs/log/growth.md).
 FRAGMENTATION = 1.28
-# Bytes that torch.compile leaves in the process. A compiled step does not fragment the heap, however.
+# The memory in bytes that torch.compile keeps allocated. A compiled step does not fragment the heap.
 COMPILER = 100_000_000
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that are alive, and their peak, while this mode is active."""
+    """Count the bytes of all live tensors, and the peak of this count, while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[int, int] = {}  # by storage
+        self.sizes: dict[int, int] = {}  # the bytes of each storage, by its address
         self.current = 0
         self.peak = 0
 
@@ -228,25 +231,29 @@ class LiveBytes(TorchDispatchMode):
 
 
 def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = False) -> int:
-    """Return the peak memory of the process (on a GPU: of the GPU) in bytes.
+    """Return the peak memory of a run in bytes. If the run uses a GPU, return the peak memory of the GPU.
 
-    A step and an evaluation of each model run on tensors that have a size but no data. The count includes
-    weights, gradients, optimizer state, the activations that autograd keeps, temporary tensors and, with a
-    store, the copy of the state that is being written.
+    For each model of the plan, a step and an evaluation run on fake tensors, which have a size but no data.
+    The count includes weights, gradients, optimizer state, activations and temporary tensors. With a store,
+    it also includes a copy of the state, which is written in the background.
     """
     configs = []
     ends = [*(segment.first for segment in plan.segments[1:]), plan.steps]
     for segment, end in zip(plan.segments, ends, strict=True):
         if end > segment.first:
             configs.append(segment.cfg)
-    configs += plan.cfg.segment_configs[len(plan.segments) :]  # of operations that wait for a loss
+    configs += plan.cfg.segment_configs[len(plan.segments) :]  # models of operations that wait for a loss
     peaks = [_segment_memory(cfg, device, vocab_size, store) for cfg in _largest_segments(configs)]
     peaks += _operation_memory(configs, device, vocab_size)
     return max(peaks)
 
 
 def _largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
-    """Return, for each model, the config with the most rows per pass and, among those, the most dropout."""
+    """Return the config of each model that needs the most memory.
+
+    This is the config with the most rows per pass. Among configs with equally many rows, it is the config
+    with the highest dropout.
+    """
     static = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     largest: dict[str, TrainConfig] = {}
     for cfg in configs:
@@ -261,7 +268,7 @@ def _rows_and_dropout(cfg: TrainConfig) -> tuple[int, float]:
 
 
 def _operation_memory(configs: list[TrainConfig], device: Device, vocab_size: int) -> Iterator[int]:
-    """Yield the peak while each operation replaces the model."""
+    """Yield the peak memory of each operation that replaces the model."""
     sizes = [size(cfg.model_copy(update={"vocab_size": vocab_size})) for cfg in configs]
     for old, new in pairwise(sizes):
         # The old weights are freed before the new optimizer state is allocated.
@@ -270,7 +277,11 @@ def _operation_memory(configs: list[TrainConfig], device: Device, vocab_size: in
 
 
 def _process_memory(device: Device, peak: int, persistent: int) -> int:
-    """Return the peak of the process, given that of its tensors and the bytes that stay allocated."""
+    """Return the peak memory of the process.
+
+    peak: the peak size of its tensors.
+    persistent: the size of the tensors that stay allocated.
+    """
     if device.torch_device.type == "cuda":
         return peak
     temporary = peak - persistent
@@ -280,7 +291,7 @@ def _process_memory(device: Device, peak: int, persistent: int) -> int:
 
 
 def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bool) -> int:
-    """Return the peak of a training step and an evaluation of one model."""
+    """Return the peak memory of a training step and an evaluation of one model."""
     rows = cfg.batch_size // cfg.grad_accum // device.world
     inputs = Plan(cfg.model_copy(update={"growth": Schedule()}), cfg.batch_size * cfg.block_size * 2).at(0)
     with FakeTensorMode(allow_fallback_kernels=False), LiveBytes() as live, device.torch_device:
@@ -289,7 +300,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         model.set_dropout(inputs, device.attention)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
-        # Allocated first, because from the second step on it exists during the forward pass.
+        # Allocate the optimizer state first, because it exists during the forward pass of all later steps.
         moments = _optimizer_state(cfg, state)
         _evaluate(model, cfg, vocab_size)
         model.zero_grad(set_to_none=True)
@@ -303,7 +314,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         persistent *= 2
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if device.world > 1:
-        peak += gradients  # the buckets in which processes exchange them
+        peak += gradients  # buffers for the exchange of gradients between processes
     return _process_memory(device, peak, min(persistent + gradients, peak))
 
 
@@ -314,8 +325,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
     """Allocate the optimizer state.
 
-    Our own optimizers allocate their state and their temporary tensors in a step. Those of torch are fused:
-    they cannot step without data, and they need no temporary tensors.
+    Our own optimizers allocate their state and their temporary tensors when they step. Those of torch are
+    fused: they cannot step on fake tensors, and they need no temporary tensors.
     """
     moments = []
     for optimizer in state.optimizers.all:
@@ -331,7 +342,7 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
 
 
 def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
-    """Run the largest batch of an evaluation, as scoring.py does."""
+    """Run the largest batch of an evaluation in the same way as mainrun.data.scoring."""
     device = model.embed.weight.device
     rows = max(1, scoring.LOGITS[device.type] // (cfg.block_size * vocab_size))
     with torch.no_grad():
@@ -340,7 +351,10 @@ def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
 
 
 class LossMemory(torch.autograd.Function):
-    """Allocate as much as kernels.cross_entropy: the logits' gradient, and two float32 copies of a chunk."""
+    """Allocate as much memory as `kernels.cross_entropy`.
+
+    The loss allocates the gradient of the logits and two float32 copies of a chunk of the logits.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`mainrun grow`: check a growth schedule before a run, and verify its ops after the run."""
+"""`mainrun grow`: check a growth schedule before a run, and verify its operations after the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-app = commands("Check and verify growth: how a model changes while it trains.")
+app = commands("Check and verify how a model grows during training.")
 
 
 @app.command("plan")
@@ -31,7 +31,7 @@ def plan(
     ] = "optimized",
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one field; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one field. Can be repeated."),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -40,19 +40,19 @@ def plan(
             min=1,
             max=10**13,
             metavar="N",
-            help="Tokens in one epoch: show the steps, and warn about ops that cannot fire.",
+            help="Tokens per epoch. Also show the steps, and warn about operations that cannot fire.",
         ),
     ] = None,
     speed: Annotated[
         float | None,
-        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: show the time too."),
+        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: also show the time."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a growth schedule and show the model after each op. Nothing is trained.
+    """Check a growth schedule and show the model after each operation. Nothing is trained.
 
-    The exit code is 2 if the schedule has faults; all of them are listed.
+    If the schedule has faults, all faults are listed and the exit code is 2.
     """
     from mainrun.plan.op_files import from_text
     from mainrun.plan.recipes import load
@@ -85,11 +85,11 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Repeat the ops of a run and all their checks.
+    """Repeat the growth operations of a run and all their checks.
 
-    Each op starts from the state that the run had before it. The state is read from the store next to the
-    run (or from --store), or trained again if the store does not have it. The exit code is 1 if a check
-    fails, or if an op gives another result than in the run.
+    Each operation starts from the state that the run had before the operation. The state is read from the
+    store. If the store does not contain the state, it is trained again. The exit code is 1 if a check fails,
+    or if an operation gives another result than in the run.
     """
     from mainrun.checks.repeat import repeat_ops
     from mainrun.store.rundir import RunDir
@@ -106,7 +106,7 @@ def verify(
     if failed:
         raise MainrunError(f"{len(failed)} of {len(checks)} checks fail; see the table")
     if not all(check["same"] for check in checks):
-        raise MainrunError("the ops gave other results than the journal of the run holds; see the table")
+        raise MainrunError("the ops gave other results than in the run; see the table")
 
 
 def _verdict(check: Row) -> str:
@@ -116,7 +116,7 @@ def _verdict(check: Row) -> str:
 
 
 def _row(segment: SegmentForecast) -> Row:
-    """Return a segment as --json prints it."""
+    """Return a segment in the format of --json."""
     cfg = segment.cfg
     size = segment.size
     return {

@@ -1,4 +1,4 @@
-"""`mainrun presets`: list the presets, the fields of one preset, or all fields."""
+"""`mainrun presets`: list all presets, the fields of one preset, or all fields."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import typer
 from mainrun.errors import UsageError
 from mainrun.ui.console import Debug, Json, emit, field_value, show_table
 
-# The signs of the bounds in a JSON schema.
+# The symbols for the bounds in a JSON schema.
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
-Listing = tuple[list[dict[str, Any]], list[str], list[list[str]]]  # for --json; the table's head and lines
+# The output of --json, the header of the table, and the rows of the table.
+Listing = tuple[list[dict[str, Any]], list[str], list[list[str]]]
 
 
 def presets(
@@ -20,7 +21,7 @@ def presets(
         str | None, typer.Argument(metavar="[NAME]", help="Show the fields of this preset.")
     ] = None,
     fields: Annotated[
-        bool, typer.Option("--fields", help="List every field: default, bounds, class and meaning.")
+        bool, typer.Option("--fields", help="List all fields with their default, bounds, class and meaning.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -69,7 +70,7 @@ def _description(preset: str) -> str:
 
 
 def _fields_of(name: str) -> Listing:
-    """List the fields that a preset sets. Each step of a ladder is compared with the step before it."""
+    """List the fields that a preset sets. Each step of a ladder is compared with the previous step."""
     from mainrun.config import TrainConfig
     from mainrun.plan.recipes import load
 
@@ -85,7 +86,7 @@ def _fields_of(name: str) -> Listing:
         label = cfg.preset
         for key, value in changes.items():
             lines.append([label, key, field_value(value), field_value(before[key])])
-            label = ""  # only the first line of a preset names it
+            label = ""  # only the first row of a preset shows its name
         before = values
     return records, ["preset", "field", "value", "before" if len(records) > 1 else "default"], lines
 
@@ -118,7 +119,7 @@ def _describe(field: str) -> dict[str, Any]:
 
 def _allowed_values(schema: dict[str, Any]) -> str:
     """Return the values that a field accepts, such as "number, >= 0, < 1, or none"."""
-    if "anyOf" in schema:  # the type, or null
+    if "anyOf" in schema:  # the field may be null
         (kind,) = (option for option in schema["anyOf"] if option.get("type") != "null")
         return f"{_allowed_values(kind)}, or none"
     if "$ref" in schema:

@@ -1,4 +1,4 @@
-"""Load the model of a run, and generate titles with it."""
+"""Generate titles with the model of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, State, build
 
-# Below this temperature the likeliest token is always chosen. float32 would round the temperature to 0.
+# Below this temperature, the likeliest token is always chosen, because float32 rounds the temperature to 0.
 MIN_TEMPERATURE = 1e-30
 
 
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
-    """Load the model of a run's newest checkpoint, with the weights that evaluations use."""
+    """Load the model of the newest checkpoint of a run, with the weights that evaluations use."""
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
     if run.config_file().get("tokenizer", tokenizer.digest) != tokenizer.digest:
@@ -49,7 +49,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
 
 
 def _wrong_config(meta: dict[str, Any], cfg: TrainConfig) -> str:
-    """Return why a checkpoint does not belong to a config, or ""."""
+    """Return why a checkpoint does not belong to a config, or an empty text."""
     return "" if meta.get("digest") == cfg.digest else "it belongs to another config"
 
 
@@ -61,7 +61,7 @@ def sample(
     model, tokenizer = load_model(RunDir(run_dir))
     prefix = [EOS]
     if prompt:
-        prefix += [int(token) for token in tokenizer.encode([prompt])[:-1]]  # without the EOS at the end
+        prefix += [int(token) for token in tokenizer.encode([prompt])[:-1]]  # remove the EOS token at the end
     titles = []
     for i in range(n):
         torch.manual_seed(seed_from(seed, "sample", i))
@@ -85,5 +85,5 @@ def _choose(logits: Tensor, temperature: float) -> int:
     """Choose the next token."""
     if temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature  # at most 0, so that a low temperature cannot overflow
+    scaled = (logits - logits.max()) / temperature  # at most 0, so that no value overflows
     return int(scaled.softmax(-1).multinomial(1))

@@ -30,7 +30,10 @@ StorePlace = Annotated[
 
 
 def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool = False) -> Store:
-    """Open the store of a command. must: refuse a store that does not exist."""
+    """Open the store that a command uses.
+
+    must: raise UsageError if the store does not exist.
+    """
     from mainrun.store import nodes
     from mainrun.store.files import folder_of
 
@@ -45,13 +48,16 @@ def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool =
         _check_out(folder, out)
     store = _open(place, size)
     if must and not store.files.exists("store.json"):
-        fix = "train a run to create it, or give another with --store or --out"
+        fix = "train a run to create it, or give another place with --store or --out"
         raise UsageError(f"there is no store at {store}; {fix}")
     return store
 
 
 def _check_out(folder: Path, out: Path) -> None:
-    """Refuse an --out that is not a folder. The store is below it, but the message must name --out."""
+    """Raise an error that names --out if `out` is not a folder and the store is below it.
+
+    Without this check, the error would name the store.
+    """
     from mainrun.store.rundir import check_writable
 
     existing = next(place for place in (out, *out.absolute().parents) if place.exists())
@@ -60,7 +66,7 @@ def _check_out(folder: Path, out: Path) -> None:
 
 
 def _open(place: str, size: str) -> Store:
-    """Open a store. fsspec raises errors of many kinds, for example for an unknown scheme."""
+    """Open a store. Convert any error of fsspec, for example for an unknown URL scheme, to UsageError."""
     from mainrun.store import nodes
 
     try:
@@ -73,7 +79,7 @@ def _open(place: str, size: str) -> Store:
 
 
 def _parse_size(text: str) -> int:
-    """Return the bytes of a size such as 20GB."""
+    """Parse a size such as 20GB and return it in bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not match:
         fix = "write a number of bytes followed by K, M, G or T, like 20GB"
@@ -89,7 +95,7 @@ app = commands("List, check and clean the store of shared steps.")
 def ls(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """List the nodes: the states from which runs can continue."""
+    """List the nodes, which are the states from which runs can continue."""
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
     states = store.states()
@@ -116,7 +122,7 @@ def ls(
 
 
 def _node_row(node: Node, states: dict[str, Entry], pinned: set[str]) -> dict[str, Any]:
-    """Return what `ls` prints about a node."""
+    """Return the values that `ls` prints for a node."""
     row: dict[str, Any] = {name: getattr(node, name) for name in NODE_COLUMNS}
     entry = states.get(node.state)
     row["state"] = entry is not None
@@ -147,13 +153,13 @@ def _ago(when: float | None) -> str:
 def du(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Show the size of the store, and the training that it saves."""
+    """Show the size of the store, and the training time that it saves."""
     from mainrun.run.progress import clock, short
 
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
     states = store.states()
-    useful: list[Node] = []  # nodes that lead to a state
+    useful: list[Node] = []  # nodes with a state, and their ancestors
     ancestors: set[str] = set()
     for node in sorted(nodes, key=lambda node: -node.step):
         if node.state in states or node.key in ancestors:
@@ -185,14 +191,17 @@ def gc(
     out: Out = Path("runs"),
     place: StorePlace = None,
     size: Annotated[
-        str, typer.Option("--store-size", metavar="SIZE", help="Evict the least recently used beyond this.")
+        str,
+        typer.Option(
+            "--store-size", metavar="SIZE", help="Evict the least recently used states beyond this size."
+        ),
     ] = "20GB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Remove damaged and useless files, and evict states beyond the size limit.
 
-    Runs are not affected: a removed state is trained again when a run needs it.
+    Runs are not affected. If a run needs a removed state, it trains the steps of this state again.
     """
     store = open_store(place, out, size, must=True)
     with _writing(store):
@@ -208,9 +217,9 @@ def gc(
 def verify(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Read all files and list those that are damaged or foreign.
+    """Read all files of the store, and list damaged and foreign files.
 
-    Exits with 1 if there are any.
+    The exit code is 1 if there are any.
     """
     store = open_store(place, out, must=True)
     faults = store.verify()
@@ -227,15 +236,20 @@ def verify(
 
 @app.command("audit")
 def audit(
-    segments: Annotated[int, typer.Option("--segments", min=1, max=1_000_000, help="How many segments.")] = 3,
+    segments: Annotated[
+        int, typer.Option("--segments", min=1, max=1_000_000, help="Number of segments.")
+    ] = 3,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, help="Choose the same segments each time. Default: random ones."),
+        typer.Option("--seed", min=0, help="The same seed chooses the same segments."),
     ] = None,
     reach: Annotated[
         int,
         typer.Option(
-            "--reach", metavar="STEPS", min=1, help="Maximum number of steps back to a state to start from."
+            "--reach",
+            metavar="STEPS",
+            min=1,
+            help="Maximum number of steps between a segment and its starting state.",
         ),
     ] = 10_000,
     out: Out = Path("runs"),
@@ -243,9 +257,10 @@ def audit(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train random segments again and compare every bit.
+    """Train random segments of the store again and compare every bit.
 
-    Each starts from the nearest earlier state in the store, or from step 0. Exits with 1 if one differs.
+    Each segment is trained from the nearest earlier state in the store, or from step 0. The exit code is 1 if
+    a segment differs.
     """
     store = open_store(place, out, must=True)
     rows: list[dict[str, Any]] = []
@@ -268,7 +283,7 @@ def audit(
         raise MainrunError("a segment that was trained again differs from the store; see the lines above")
 
 
-NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="A node's key, or a unique beginning of it.")]
+NodeKey = Annotated[str, typer.Argument(metavar="NODE", help="A node key, or a unique prefix of a node key.")]
 
 
 @app.command("pin")
@@ -283,13 +298,13 @@ def pin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: 
 
 @app.command("unpin")
 def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: Debug = False) -> None:
-    """Allow a node to be evicted again."""
+    """Remove the protection of a node from eviction."""
     store = open_store(place, out, must=True)
     pins = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]
     if len(pins) != 1:
         state = "not unique" if pins else "not pinned"
         raise UsageError(
-            f"node {key!r} is {state} in the store {store}; `mainrun store ls` lists pinned ones"
+            f"node {key!r} is {state} in the store {store}; `mainrun store ls` lists pinned nodes"
         )
     with _writing(store):
         store.unpin(pins[0])
@@ -297,13 +312,13 @@ def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug
 
 
 def _node(store: Store, beginning: str) -> Node:
-    """Return the only node whose key begins with a text."""
+    """Return the node whose key has a prefix. Raise UsageError if no node or several nodes match."""
     from mainrun.store.nodes import Damaged
 
     matches = sorted(key for key in store.node_keys() if key.startswith(beginning))
     if not matches:
         got = f"no node of the store {store} begins with {beginning!r}"
-        raise UsageError(f"{got}; `mainrun store ls` lists them")
+        raise UsageError(f"{got}; `mainrun store ls` lists all nodes")
     if len(matches) > 1:
         got = f"{len(matches):,} nodes of the store {store} begin with {beginning!r}"
         raise UsageError(f"{got}; give more characters of the key")
@@ -316,9 +331,9 @@ def _node(store: Store, beginning: str) -> Node:
 
 @contextmanager
 def _writing(store: Store) -> Iterator[None]:
-    """Turn an OSError of the store into a message."""
+    """Convert an OSError of the store to a RunError with a clear message."""
     try:
         yield
     except OSError as e:
         got = f"the store {store} cannot be written ({e.strerror or e})"
-        raise RunError(f"{got}; make it writable, or give another with --store") from None
+        raise RunError(f"{got}; make it writable, or give another store with --store") from None

@@ -1,4 +1,4 @@
-"""`mainrun train`: train a preset, or show with --plan or --dry-run what that would take."""
+"""`mainrun train`: train a preset, or show its plan or its cost without training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Summary = dict[str, Any]  # the content of a summary.json
 
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start over, and discard the results of earlier starts.")
+    bool, typer.Option("--fresh", help="Discard the earlier results of the run and start over.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the resolved plan and its cost, without training.")
@@ -53,14 +53,14 @@ Until = Annotated[
         "--until",
         min=0,
         metavar="STEP",
-        help="Stop after this step (0: at the end). The same command resumes.",
+        help="Stop after this step. 0 trains to the end. The same command resumes the run.",
     ),
 ]
-NoStore = Annotated[bool, typer.Option("--no-store", help="Train every step, and store none for other runs.")]
+NoStore = Annotated[bool, typer.Option("--no-store", help="Train all steps, and share none with other runs.")]
 StoreSize = Annotated[
     str,
     typer.Option(
-        "--store-size", metavar="SIZE", help="Evict the least recently used nodes beyond this size."
+        "--store-size", metavar="SIZE", help="Evict the least recently used states beyond this size."
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
@@ -68,7 +68,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where and how far to train."""
+    """The options of `mainrun train` that apply to every run."""
 
     out: Path
     fresh: bool
@@ -79,10 +79,10 @@ class TrainOptions:
 
 @dataclass
 class Results:
-    """What became of the runs of one command."""
+    """The results of all runs of one command."""
 
-    summaries: dict[str, Summary] = field(default_factory=dict)  # by the name of the preset
-    diverged: list[str] = field(default_factory=list)  # a sentence for each run that diverged
+    summaries: dict[str, Summary] = field(default_factory=dict)  # the summary of each finished run, by preset
+    diverged: list[str] = field(default_factory=list)  # a message for each run that diverged
 
 
 def train(
@@ -103,9 +103,10 @@ def train(
 ) -> None:
     """Train a preset, or resume its run.
 
-    If the run is finished, its result is shown. A preset with several steps trains each step in turn and then
-    compares them. Ctrl-C stops between two steps and saves everything; the same command resumes the run.
-    Steps that another run has already trained are copied from the store (DIR/.store, or MAINRUN_STORE).
+    If the run is finished, its result is shown. A preset with several steps trains one run per step and then
+    compares the runs. Ctrl-C stops the run after the current training step and saves its state. The same
+    command resumes the run. Training steps that another run has already trained are copied from the store.
+    The default store is DIR/.store, or MAINRUN_STORE if that variable is set.
     """
     from mainrun.plan.recipes import load
 
@@ -130,7 +131,7 @@ def train(
 def _refuse_conflicts(
     *, dry_run: bool, plan: bool, until: int, fresh: bool, no_store: bool, place: str | None
 ) -> None:
-    """Refuse options that contradict each other."""
+    """Raise UsageError if options contradict each other."""
     if dry_run and plan:
         raise UsageError(
             "got --dry-run and --plan; give one of them: "
@@ -151,14 +152,14 @@ def _refuse_conflicts(
 
 
 def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
-    """Train the runs of a preset. If one of several runs diverges, the others are still trained."""
+    """Train the runs of a preset. If one of several runs diverges, the other runs are still trained."""
     from mainrun.run.stop import StopSignal
 
     results = Results()
     StopSignal.last = ""
     with _shared_batch(configs, options.store) as (order, keep):
         for number, cfg in enumerate(order, 1):
-            if StopSignal.last:  # it came when the run before was scored for the last time
+            if StopSignal.last:  # a signal arrived during the final scoring of the previous run
                 done = f"{StopSignal.last} after {number - 1} of {len(order)} runs"
                 raise Interrupted(f"{done}; run the same command again to resume")
             label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
@@ -177,9 +178,9 @@ def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
 def _shared_batch(
     configs: list[TrainConfig], store: Store | None
 ) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
-    """Yield the runs in the order in which they share the most steps, and the steps of the nodes to keep.
+    """Yield the runs in a good order, and the steps at which each run must save a node.
 
-    The nodes stay pinned in the store until all runs are done.
+    In this order, the runs share the most steps. The nodes are pinned in the store until all runs are done.
     """
     if store is None or len(configs) < 2:
         yield configs, {}
@@ -197,7 +198,7 @@ def _shared_batch(
         return
     pin = f"batch-{shared.keys[0][:16]}-{os.getpid()}"
     try:
-        with suppress(OSError):  # each run reports that the store cannot be written
+        with suppress(OSError):  # if the store cannot be written, each run reports the error
             store.pin(pin, shared.keys)
         yield order, shared.keep
     finally:
@@ -206,7 +207,7 @@ def _shared_batch(
 
 
 def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[int]) -> Summary:
-    """Train one run, or return the summary of the finished run."""
+    """Train one run and return its summary. A finished run is not trained again."""
     from mainrun.run.progress import make_progress
     from mainrun.store.rundir import RunDir, check_same_config
     from mainrun.ui import compare
@@ -233,7 +234,7 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
                 until=options.until,
             )
         except Interrupted as e:
-            if options.fresh:  # the same command would delete the run
+            if options.fresh:  # resuming with the same command would delete the run
                 raise type(e)(f"{e} (without --fresh, which starts over)") from e
             raise
         finally:
@@ -242,7 +243,7 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
 
 @contextmanager
 def _keeping_traceback(run: RunDir) -> Iterator[None]:
-    """Write the traceback of a crash to the run directory, because a crash may come after hours."""
+    """If training crashes, write the traceback to the run directory."""
     path = run.path / "traceback.txt"
     try:
         yield
@@ -253,12 +254,12 @@ def _keeping_traceback(run: RunDir) -> Iterator[None]:
             path.write_text(traceback.format_exc(), encoding="utf-8")
             e.add_note(f"it is saved in {path}")
         raise
-    with suppress(OSError):  # a folder of that name is not ours
+    with suppress(OSError):  # another program may have created a folder of this name
         path.unlink(missing_ok=True)
 
 
 def _check_titles(run: RunDir, cfg: TrainConfig) -> None:
-    """Refuse a finished run whose files of titles have changed since. A deleted file is accepted."""
+    """Raise RunError if the title files of a finished run have changed. Deleted files are accepted."""
     if not cfg.corpus.startswith(("file:", "mix:")):
         return
     from mainrun.data.corpus import load_corpus
@@ -290,7 +291,7 @@ def _show_results(summaries: list[Summary], out: Path) -> None:
     screen = console()
     try:
         compare.show(compare.rows(summaries), screen)
-    except RunError as e:  # the steps of a ladder may use different data
+    except RunError as e:  # the runs of a preset may use different data
         for summary in summaries:
             compare.show(compare.rows([summary]), screen)
         print(f"no comparison: {e}", file=sys.stderr)
@@ -346,7 +347,7 @@ def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_jso
 
 
 def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the cost of a run, and then its resolved plan."""
+    """Yield the rows of the table with the cost and the resolved plan of a run."""
     from mainrun.run.progress import clock, short
 
     yield "parameters", f"{cost['params']:,}"
@@ -368,7 +369,7 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _eta_basis(cost: dict[str, Any]) -> str:
-    """Return what the estimate of the time is based on."""
+    """Describe how the time of a run was estimated."""
     if "probe" not in cost:
         return "plus evaluations and checkpoints; --probe measures them"
     probe = cost["probe"]

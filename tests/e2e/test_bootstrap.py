@@ -457,7 +457,7 @@ def test_a_separate_go_task_is_refused(clone: Clone) -> None:
     )
     done = clone.task("train", via=go_task)
     assert done.returncode != 0
-    assert "start it as ./task" in done.stderr
+    assert "run ./task in" in done.stderr
     assert clone.calls() == []
 
 
