@@ -87,7 +87,7 @@ class Replay:
         except (MainrunError, LookupError, AssertionError) as e:
             return f"its ops cannot have fired at these steps ({e})"
         if meta["digest"] != self.cfg.digest or meta["step"] != plan.steps:
-            return "it is not of this run's last step"
+            return "it does not belong to the run's last step"
         return None
 
 
@@ -132,7 +132,7 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
         result["last"] = [row | end.figures(end.state.step) for row in scores]
         result["weights"] = hash_scored_weights(end.state)
     elif checkpoint.paths(run.checkpoints):
-        result["unusable"] = "; ".join(notes) or "they are not of its last step"
+        result["unusable"] = "; ".join(notes) or "they do not belong to the run's last step"
     if finished:
         result["trained_weights"] = hash_scored_weights(growth.state)
     if end is not None:
