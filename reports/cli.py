@@ -125,7 +125,10 @@ def write(
     log: Path | None = None,
     samples: int = 0,
 ) -> dict[str, object]:
-    """Write the PDF. If folders are given, also write the figures and tables. Return the result for `--json`."""
+    """Write the PDF, and return the result for `--json`.
+
+    If folders are given, also write the figures and tables.
+    """
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
     from reports.evidence.pages import Report

@@ -62,7 +62,9 @@ def _judge(
     backing = f"95% interval {_signed(low)} to {_signed(high)}, {describe_seeds(change)}"
     floor = f"the noise floor of {fixed(4)(noise.floor)}"
     if abs(change.mean) <= noise.floor:
-        text = f"{other} is no better than {base}, within the noise: the difference of {size} is under {floor}"
+        text = (
+            f"{other} is no better than {base}, within the noise: the difference of {size} is under {floor}"
+        )
         return "within noise", f"{text} ({backing})."
     if low <= 0 <= high:
         text = f"No claim: the difference of {size} is above {floor}, but its interval contains zero"

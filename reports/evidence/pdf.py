@@ -179,7 +179,8 @@ def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: f
     """Return the width of each column, in points.
 
     Columns without a share are as wide as their cells. A text column takes at most 30% of the table. Columns
-    with a share divide the remaining width. If no column has a share, a table that is too wide is scaled down.
+    with a share divide the remaining width. If no column has a share, a table that is too wide is
+    scaled down.
     """
     natural = list(longest)
     used = 0.0

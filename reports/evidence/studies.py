@@ -116,7 +116,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Scale:
-        """Create the scale of an axis. It is logarithmic if positive numbers span more than a factor of 20."""
+        """Create a scale. It is logarithmic if positive numbers span more than a factor of 20."""
         if all(map(is_number, values)):
             places = list(map(float, values))
             return cls(places, [], min(places) > 0 and max(places) / min(places) > 20)
@@ -155,7 +155,8 @@ def by_importance(fields: Iterable[str], shares: Mapping[str, float]) -> list[st
 def importance(study: Study) -> dict[str, float]:
     """Return the importance of each field.
 
-    If the export has no importance, it is computed by PED-ANOVA. If it cannot be computed, the result is empty.
+    If the export has no importance, it is computed by PED-ANOVA. If it cannot be computed, the
+    result is empty.
     """
     exported = study.fact("importance")
     if not isinstance(exported, dict):
@@ -170,8 +171,8 @@ def importance(study: Study) -> dict[str, float]:
 def ped_anova(study: Study) -> dict[str, float]:
     """Compare the settings of the best trials with those of all completed trials.
 
-    The returned shares sum to 1. The result is empty if there are too few trials, or if no field distinguishes
-    the best trials.
+    The returned shares sum to 1. The result is empty if there are too few trials, or if no field
+    distinguishes the best trials.
     """
     scales: dict[str, Scale] = {}
     for field in study.searched_fields:

@@ -689,8 +689,8 @@ def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
         Column("what it sets", text, 0.35),
     ]
     note = (
-        "Trials are compared with the base on new paired seeds. The study recorded the intervals and verdicts. "
-        "p is adjusted by Holm's method."
+        "Trials are compared with the base on new paired seeds. The study recorded the intervals and "
+        "verdicts. p is adjusted by Holm's method."
     )
     return Table(f"study_{number}_confirmation", "Confirmation", columns, rows, note)
 

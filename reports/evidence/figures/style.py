@@ -1,7 +1,7 @@
 """Define the style of every figure.
 
-Lines differ in their dashes, so that they can be distinguished in a grey print. Text stays text in the SVG, so
-that it can be searched and uses the font of the report. Nothing in a figure depends on the date.
+Lines differ in their dashes, so that they can be distinguished in a grey print. Text stays text in the SVG,
+so that it can be searched and uses the font of the report. Nothing in a figure depends on the date.
 """
 
 from __future__ import annotations
