@@ -132,7 +132,7 @@ class Study:
         return str(self.facts.get("name") or self.path.name)
 
     def fact(self, name: str) -> Any:
-        """Look up a value in the export, then in its copy of the study file, then in its evidence."""
+        """Return a fact from the export, from its copy of the study file, or from its evidence."""
         for table in (self.facts, self.facts.get("study"), self.facts.get("evidence")):
             if table and table.get(name) not in (None, {}, [], ""):
                 return table[name]

@@ -218,7 +218,7 @@ def _show_comparison(verdict: Verdict) -> None:
     from reports.submission.bundle import escape
 
     if verdict.same_class:
-        print("compared: exactly, because this is the machine class of the run")
+        print("compared: every bit, because this is the machine class of the run")
     else:
         tolerance = f"a relative {verdict.tolerance:g} (gradient norms ten times that)"
         print(f"compared: within {tolerance}, because this is another machine class")

@@ -100,7 +100,7 @@ def _verify_run(
         return
     verdict.changed_code = _changed_code(files)
     commit = str(manifest.get("commit"))[:12]
-    note(f"training at most {steps} steps with the code of the bundle (commit {commit})")
+    note(f"this executes the bundle's own code (commit {commit}), which trains at most {steps} steps")
     try:
         result = run_replay(folder / CODE, "steps", run.path, str(steps))
         _compare_machines(verdict, result, run.env(), dtype)

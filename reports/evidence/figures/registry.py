@@ -1,7 +1,7 @@
 """List every figure of a report.
 
 To add a figure, write a module with `draw` and a caption, and add a row here.
-`draw` returns a matplotlib figure, or None if the inputs have no data for it.
+`draw` returns a matplotlib figure, or None if the inputs have no data for the figure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAINING = "How they trained"
 
 @dataclass(frozen=True)
 class RunFigure:
-    """A figure of the runs, and where the report shows it."""
+    """A figure of the runs, and the section that shows it."""
 
     section: str  # heading of the section
     draw: Callable[[ReportData], Figure | None]
