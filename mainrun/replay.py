@@ -1,10 +1,10 @@
-"""Check a finished run with the source code that contains this file.
+"""Check a finished run with the code that this file is part of.
 
     python -m mainrun.replay guards RUN RESULT.json   # run all guards
-    python -m mainrun.replay steps RUN RESULT.json N  # train N steps again, and score the final weights
+    python -m mainrun.replay steps RUN RESULT.json N  # train the first N steps again, score the last weights
 
-`mainrun submit` and `mainrun verify` run this module from a commit or a bundle. The code there may differ
-from the installed code.
+`mainrun submit` and `mainrun verify` run it from a commit or a bundle, whose code may differ from the
+installed code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mainrun.train import State, score, set_up
 
 
 class Replay:
-    """A finished run with its data and plan, ready to be trained or scored again."""
+    """A finished run with its data, plan and machine, ready to be trained or scored again."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -41,7 +41,7 @@ class Replay:
         self.plan = self.setup.plan
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that `mainrun verify` compares with the facts of the run."""
+        """What `verify` compares with the run, apart from its rows."""
         return {
             "versions": versions(),
             "machine_class": self.setup.device.machine_class,
@@ -50,11 +50,11 @@ class Replay:
         }
 
     def start(self) -> Controller:
-        """Return a controller of the run at step 0."""
+        """Return the run at step 0."""
         return make_controller(self.cfg, self.plan, self.setup.device, self.setup.start())
 
     def end(self, note: Callable[[str], None] = lambda _: None) -> Controller | None:
-        """Return a controller of the run at its last step, or None if no checkpoint of it is usable."""
+        """Return the run at its last step, or None if it has no usable checkpoint of that step."""
         newest = checkpoint.load_newest(self.run.checkpoints, self._checkpoint_problem, note)
         if newest is None:
             return None
@@ -66,7 +66,7 @@ class Replay:
         return growth
 
     def totals(self, growth: Controller) -> dict[str, Any]:
-        """Return the totals of the whole run according to its plan."""
+        """The figures of the whole run, by its plan."""
         plan = growth.plan
         segments = segment_costs(plan, self.data.tokenizer.vocab_size)
         return {
@@ -77,7 +77,7 @@ class Replay:
         }
 
     def _checkpoint_problem(self, meta: dict[str, Any]) -> str | None:
-        """Return why a checkpoint cannot be used as the last step of this run, or None if it can."""
+        """Return why a checkpoint is not one of this run's last step, or None."""
         problem = checkpoint.fault(meta)
         if problem:
             return problem
@@ -85,14 +85,14 @@ class Replay:
         try:
             plan = Plan(self.cfg, self.plan.train_tokens, fired)
         except (MainrunError, LookupError, AssertionError) as e:
-            return f"its growth operations cannot have run at these steps ({e})"
+            return f"its ops cannot have fired at these steps ({e})"
         if meta["digest"] != self.cfg.digest or meta["step"] != plan.steps:
-            return "it is not of this run's last step"
+            return "it does not belong to the run's last step"
         return None
 
 
 def run_guards(run: RunDir) -> dict[str, Any]:
-    """Run all guards on the final weights of a run."""
+    """Run all guards on the last weights of a run."""
     replay = Replay(run)
     summary = run.summary() or {}
     end = replay.end()
@@ -100,7 +100,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
         problem = f"{run.path} has no usable checkpoint of its last step, and the guards need its weights"
         raise RunError(f"{problem}; train it again with --fresh")
     if hash_scored_weights(end.state) != summary.get("weights"):
-        problem = f"{run.path}/summary.json belongs to other weights than the weights in the checkpoint"
+        problem = f"{run.path}/summary.json was written for other weights than its checkpoint holds"
         raise RunError(f"{problem}; train it again with --fresh")
     with end.state.average.applied():
         evidence = Evidence(
@@ -119,7 +119,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
 
 
 def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
-    """Train the first `n` steps again. If the run has a checkpoint of its final weights, score them again."""
+    """Train the first `n` steps again. Score the last weights again, if the run has a checkpoint of them."""
     replay = Replay(run)
     notes: list[str] = []
     growth = replay.start()
@@ -132,24 +132,24 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
         result["last"] = [row | end.figures(end.state.step) for row in scores]
         result["weights"] = hash_scored_weights(end.state)
     elif checkpoint.paths(run.checkpoints):
-        result["unusable"] = "; ".join(notes) or "they are not of the run's last step"
+        result["unusable"] = "; ".join(notes) or "they do not belong to the run's last step"
     if finished:
         result["trained_weights"] = hash_scored_weights(growth.state)
     if end is not None:
         result |= replay.totals(end)
-    elif finished or not replay.cfg.growth.ops:  # the plan of a run that grows is only complete at its end
+    elif finished or not replay.cfg.growth.ops:  # the plan of a growing run is only known at its end
         result |= replay.totals(growth)
     return result
 
 
 def hash_scored_weights(state: State) -> str:
-    """Hash the weights that are scored. In a run with EMA or SWA, these are the averaged weights."""
+    """Hash the weights that are scored: the average, if the run has one."""
     with state.average.applied():
         return sha256_tensors(iter(state.model.named_parameters()))
 
 
 def main(command: str, run: str, output: str, n: str = "1") -> int:
-    """Write the result or the error as JSON, and return the exit code, which is 0 in both cases."""
+    """Write the result, or the error, as JSON. The exit code is 0 in both cases."""
     run_dir = RunDir(Path(run))
     try:
         if command == "guards":

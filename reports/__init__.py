@@ -1,1 +1,1 @@
-"""Reports of finished runs and studies (`evidence`), and submissions that others can check (`submission`)."""
+"""Create reports of runs and studies (`evidence`), and submissions that others can verify (`submission`)."""

@@ -1,4 +1,4 @@
-"""`mainrun report`: writes a PDF of runs and studies."""
+"""Implement `mainrun report`, which writes a PDF of runs and studies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_p
 if TYPE_CHECKING:
     from reports.evidence.load import ReportData, Run
 
-LOG = Path(__file__).parents[1] / "docs" / "log"  # a folder with one page per subject
+LOG = Path(__file__).parents[1] / "docs" / "log"  # the log of experiments, with one page per subject
 
 
 Places = Annotated[
@@ -64,7 +64,7 @@ Log = Annotated[
         "--log",
         metavar="FILE",
         callback=validate_paths,
-        help="A log of experiments; the report quotes what failed.",
+        help="A log of experiments. The report quotes failures.",
     ),
 ]
 
@@ -83,9 +83,9 @@ def report(
 ) -> None:
     """Write a PDF of runs and studies.
 
-    Without arguments, the report covers everything in the folder of the run directories. Every figure is
-    read from the inputs, and the same inputs give the same bytes. Runs with different data or evaluation
-    spans cannot be reported together.
+    Without arguments, the report covers everything in the folder of the run directories. Every number comes
+    from the inputs, and the same inputs give the same bytes. Runs with different data or evaluation spans
+    cannot be in the same report.
     """
     from reports.evidence import load
     from reports.evidence.pages import count
@@ -125,7 +125,10 @@ def write(
     log: Path | None = None,
     samples: int = 0,
 ) -> dict[str, object]:
-    """Write the PDF, and the figures and tables if folders are given. Return the result for `--json`."""
+    """Write the PDF, and return the result for `--json`.
+
+    If folders are given, also write the figures and tables.
+    """
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
     from reports.evidence.pages import Report
@@ -134,7 +137,7 @@ def write(
         if folder:
             with disk_errors(folder, option):
                 folder.mkdir(parents=True, exist_ok=True)
-    with _sampling(data, samples) as processes:  # runs while the figures are drawn
+    with _sampling(data, samples) as processes:  # generate titles while the figures are drawn
         drawings = {name: pdf.to_drawing(svg) for name, svg in pdf.render_figures(data, figures).items()}
         made = Report(data, title, log, list(_read_samples(processes)))
     if tables:
@@ -160,11 +163,11 @@ Processes = list[tuple[str, subprocess.Popen[str]]]  # (run id, process)
 
 @contextmanager
 def _sampling(data: ReportData, count: int) -> Iterator[Processes]:
-    """Start a process for each of the two main recipes that generates titles.
+    """Start a process for each of the two main recipes, which generates titles.
 
-    Sampling needs the model, which the report itself does not load. Runs without checkpoints are skipped.
+    The models are loaded only in these processes. Recipes without checkpoints are skipped.
     """
-    # one thread each: the number of threads changes the bits, and the two processes would compete for cores
+    # Each process uses one thread, because the number of threads could change the titles.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes: Processes = []
     for run in _runs_to_sample(data) if count else ():
@@ -194,7 +197,7 @@ def _runs_to_sample(data: ReportData) -> Iterator[Run]:
 
 
 def _read_samples(processes: Processes) -> Iterator[tuple[str, list[str]]]:
-    """Yield (run id, titles) of each process that succeeds."""
+    """Yield (run id, titles) for each process that succeeds."""
     for run_id, process in processes:
         titles, _ = process.communicate()
         if process.returncode == 0:

@@ -1,6 +1,8 @@
-"""Measure the cost of the driver itself, with trials that take no time and a SQLite database.
+"""Measure the overhead of the driver. The trials take no time, and the database is SQLite.
 
-python -m sweeps.bench_driver [TRIALS [SAMPLER]]          default: 10000 random
+    python -m sweeps.bench_driver [TRIALS [SAMPLER]]
+
+The default is 10,000 trials with the random sampler.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class InstantSearch(Search):
 
 
 class Sample(NamedTuple):
-    """What the process had used when it had a number of trials."""
+    """The resources that the process used up to a number of trials."""
 
     trials: int
     cpu_seconds: float
@@ -55,8 +57,8 @@ class Sample(NamedTuple):
 
 class BenchRow(NamedTuple):
     trials: int
-    cpu_ms: float  # of each trial since the row before
-    ms: float
+    cpu_ms: float  # CPU milliseconds per trial since the previous row
+    ms: float  # elapsed milliseconds per trial since the previous row
     peak_mb: float
 
 
@@ -65,7 +67,7 @@ def take_sample(trials: int) -> Sample:
 
 
 def bench(trials: int, sampler: str, folder: Path) -> Iterator[BenchRow]:
-    """Run a study and yield a row for each tenth of its trials."""
+    """Run a study and yield a row after each tenth of its trials."""
     data = {
         "name": "bench",
         "preset": "baseline",

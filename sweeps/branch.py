@@ -1,10 +1,11 @@
-"""Decay branches: short runs that score the rungs of a `wsd` trial.
+"""Create decay branches, which are short runs that score the rungs of a `wsd` trial.
 
-The loss of a run before its learning rate has decayed depends on the rate. At an early step, high rates look
-better than they are, so trials with different rates cannot be compared. A branch is an ordinary run with the
-trial's config and an earlier end: the same warm-up, the same peak rate up to the rung, and then the trial's
-whole decay, which ends shortly after the rung. The steps before the decay are shared with the trial through
-the store.
+Before the learning rate has decayed, the loss of a run depends on the rate. At an early step, high rates look
+better than they are, so trials with different rates cannot be compared.
+
+A branch is an ordinary run with the trial's config and fewer steps. It has the same warm-up as the trial, and
+the same peak rate up to the rung. Then its learning rate decays completely, and the branch ends shortly after
+the rung. The branch and the trial share the steps before the decay through the store.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from sweeps.space import with_values
 def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
     """Return the config of the branch that scores a trial at a rung.
 
-    The branch runs for another `share` of the steps so far. If the trial's own decay starts before the rung,
-    the branch starts to decay there too, so that all trials of a rung have trained for equally many steps.
+    After the rung, the branch trains for additional steps. Their number is `share` times the number of steps
+    before the rung. If the trial's decay starts before the rung, the decay of the branch starts at the same
+    step. All branches of a rung therefore have the same number of steps.
     """
-    # The first step of a decay still has the peak rate, so a branch needs at least two.
+    # The first step of a decay still has the peak rate, so the decay needs at least two steps.
     end = min(plan.steps, step + max(2, round(share * step)))
     decay_start = min(step, plan.decay_start)
     decay_frac = (end - decay_start) / end
@@ -32,7 +34,7 @@ def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> Trai
         "warmup_iters": plan.warmup_steps,
         "warmup_frac": 0.0,
         "decay_frac": decay_frac,
-        # An average that starts before the decay would not share the trial's steps.
+        # If weight averaging started before the decay, the branch could not share the trial's steps.
         "swa": min(cfg.swa, decay_frac),
     }
     branch = with_values(cfg, changes)
@@ -45,7 +47,7 @@ def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> Trai
 
 
 def _shared_steps(a: Plan, b: Plan, end: int) -> int:
-    """Return the number of steps, up to `end`, before the first one that differs."""
+    """Return the number of steps before the first difference between two plans, at most `end`."""
     for step in range(end):
         if a.at(step) != b.at(step):
             return step
@@ -78,7 +80,7 @@ def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
 
 
 def _possible_values(name: str, space: Mapping[str, Any], base: TrainConfig) -> list[Any]:
-    """Return the values that a field has in some trial."""
+    """Return all values that a field can have in a trial."""
     parameter = space.get(name)
     if parameter is None:
         return [getattr(base, name)]

@@ -1,4 +1,4 @@
-"""The commands of `mainrun sweep`. They import torch and Optuna only when they use them."""
+"""Define the commands of `mainrun sweep`. They import torch and Optuna only when they need them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class SweepGroup(Group):
-    """Reads an unknown command as the name of a study: `mainrun sweep lr` runs the study `lr`."""
+    """Treat an unknown command as the name of a study.
+
+    For example, `mainrun sweep lr` runs the study `lr`.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
@@ -48,7 +51,7 @@ DEFAULT_OUT = Path("runs/studies")
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the studies.")
 ]
-Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of a study that was started.")]
+Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of an existing study.")]
 
 
 # -- run
@@ -60,7 +63,7 @@ def run(
     out: Out = DEFAULT_OUT,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, max=10_000, help="Maximum number of trials at the same time."),
+        typer.Option("--workers", min=1, max=10_000, help="Maximum number of concurrent trials."),
     ] = None,
     engine: Annotated[
         str | None,
@@ -85,7 +88,7 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Set a config field in every trial. Repeatable."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Run it as a separate study with this name.")
+        str | None, typer.Option("--as", metavar="NAME", help="Run the study separately, under this name.")
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="Print the search space; train nothing.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a study file.")] = False,
@@ -94,8 +97,8 @@ def run(
 ) -> None:
     """Run a study, or resume it. The trials do not depend on the number of workers or on interruptions.
 
-    At the end the best trials and the base are trained again on new seeds, to see whether a gain is more than
-    noise. Then the best trials, the cost of the search and the claims are printed.
+    After the search, the best trials and the base are trained again with new seeds. This shows whether a gain
+    is larger than the noise. Finally, the best trials, the cost of the search and the claims are printed.
     """
     from mainrun.plan.recipes import parse_set
     from sweeps.study import json_schema, read_study
@@ -168,7 +171,7 @@ def _create_engine(study: Study) -> Engine:
 def _command_line() -> str:
     """Return the command that resumes the study.
 
-    It is printed and written to study.json, so it has no password.
+    The command contains no password, because it is printed and written to study.json.
     """
     return shlex.join(["mainrun", *map(_hide_password, sys.argv[1:])])
 
@@ -244,7 +247,10 @@ def ls(out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> N
 
 
 def _study_row(folder: Path) -> dict[str, Any]:
-    """Return the row of a study in the list. A damaged study prints its fault on stderr and keeps its row."""
+    """Return the row of a study in the list.
+
+    If the study is damaged, print the fault on stderr and still return a row.
+    """
     from sweeps.folder import read_export, read_study_json
 
     finished = (folder / "export.json").is_file()
@@ -262,14 +268,14 @@ def _study_row(folder: Path) -> dict[str, Any]:
 
 
 def _ranked_trials(export: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials that are done, the best first."""
+    """Return the completed trials, sorted from best to worst."""
     done = [trial for trial in export["trials"] if trial["state"] == "done"]
     return sorted(done, key=lambda trial: (trial["value"], trial["trial"]))
 
 
 @app.command("show")
 def show(name: Name, out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> None:
-    """Show a finished study: best trials, cost and claims."""
+    """Show the best trials, the cost and the claims of a finished study."""
     from sweeps.folder import read_export
 
     _show_export(read_export(out / name), as_json)
@@ -368,7 +374,7 @@ def best(
     name: Name,
     save: Annotated[
         str | None,
-        typer.Option("--save", metavar="NAME", help="Write the winner as NAME.toml, for --preset NAME.toml."),
+        typer.Option("--save", metavar="NAME", help="Save the winner as the preset file NAME.toml."),
     ] = None,
     out: Out = DEFAULT_OUT,
     as_json: Json = False,
@@ -376,7 +382,7 @@ def best(
 ) -> None:
     """Print the command that trains the best confirmed trial.
 
-    If no trial is confirmed, it trains the trial with the best score.
+    If no trial is confirmed, the command trains the trial with the best score.
     """
     from sweeps.folder import read_export
 
@@ -412,7 +418,7 @@ def _winner(export: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _save_preset(name: str, base: str, settings: list[str], about: str) -> None:
-    """Write a preset file in the current folder."""
+    """Write a preset file to the current folder."""
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UsageError(f"got --save {name!r}; write letters, digits, - and _")
     file = Path(f"{name}.toml")
@@ -430,7 +436,7 @@ def _save_preset(name: str, base: str, settings: list[str], about: str) -> None:
 
 
 def _is_toml(value: str) -> bool:
-    """Whether a value can be written to TOML as it is. JSON objects cannot."""
+    """Return whether a value is valid TOML without changes. A JSON object is not valid TOML."""
     try:
         tomllib.loads(f"v = {value}")
     except tomllib.TOMLDecodeError:
@@ -482,9 +488,9 @@ def dashboard(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Open optuna-dashboard on a study.
+    """Open a study in optuna-dashboard.
 
-    It needs the package: pip install 'mainrun[dashboard]'.
+    The dashboard is an extra package. Install it with pip install 'mainrun[dashboard]'.
     """
     from sweeps.folder import require_study
 

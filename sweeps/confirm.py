@@ -1,4 +1,7 @@
-"""Confirm the best trials: train them and the base on new seeds, and compare the gains with the noise."""
+"""Confirm the best trials of a study.
+
+The best trials and the base are trained with new seeds, and the gains are compared with the noise.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ from sweeps.ledger import run_cost
 from sweeps.space import with_values
 from sweeps.trial import Trial
 
-FIRST_NOISE_SEED = 1  # counted from the base's seed
-FIRST_CONFIRMATION_SEED = 101
+FIRST_NOISE_SEED = 1  # an offset that is added to the base's seed
+FIRST_CONFIRMATION_SEED = 101  # an offset that is added to the base's seed
 
-Job = tuple[str, int]  # "noise" or the number of a trial, and the seed
+Job = tuple[str, int]  # ("noise" or the number of a trial, seed)
 
 
 def confirm(search: Search) -> dict[str, Any]:
-    """Return the evidence of a study: the noise floor, the differences from the base, and the claim."""
+    """Train the confirmation runs, and return the evidence of a study.
+
+    The evidence contains the noise floor, the differences from the base, and the claim.
+    """
     base = search.base
     settings = search.study.evidence
     candidates = [trial for trial in search.best(settings.best + 1) if trial.number != 0][: settings.best]
@@ -42,7 +48,7 @@ def confirm(search: Search) -> dict[str, Any]:
 
     noise_scores = [scores["noise", seed] for seed in noise_seeds]
     sigma, single_floor = _noise(noise_scores)
-    floor = single_floor / math.sqrt(len(seeds))  # of a difference between means over the seeds
+    floor = single_floor / math.sqrt(len(seeds))  # the floor for a difference of means over the seeds
     base_scores = {seed: scores["0", seed] for seed in seeds}
     rows = _compare(candidates, base_scores, scores, floor)
     evidence: dict[str, Any] = {
@@ -55,7 +61,7 @@ def confirm(search: Search) -> dict[str, Any]:
     }
     claims = sorted((row for row in rows if row["claim"]), key=lambda row: row["difference"])
     if not claims:
-        return evidence | {"winner": None, "claim": "not better than the base within noise"}
+        return evidence | {"winner": None, "claim": "no better than the base, within the noise"}
     winner = claims[0]
     winner_cfg = search.runs_of(search.trials[winner["trial"]]).cfg
     val = _val_scores(search, with_seed(winner_cfg, seeds[0]))
@@ -70,7 +76,7 @@ def with_seed(cfg: TrainConfig, seed: int) -> TrainConfig:
 
 
 def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float]:
-    """Train the runs of all jobs and return their scores. A run that diverged scores infinity."""
+    """Train the runs of all jobs and return their scores. If a run diverged, its score is infinity."""
     split, name = search.study.objective.split("/")
 
     def train(cfg: TrainConfig) -> float:
@@ -86,7 +92,7 @@ def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float
     with ThreadPoolExecutor(search.engine.workers) as pool:
         try:
             return dict(zip(jobs, pool.map(train, jobs.values()), strict=True))
-        except BaseException:  # without this, Ctrl-C would wait for all runs
+        except BaseException:  # stop all workers, so that Ctrl-C does not wait for them
             search.engine.close()
             raise
 
@@ -100,13 +106,13 @@ def _final_scores(run: RunDir, split: str) -> dict[str, Any]:
 
 
 def _val_scores(search: Search, cfg: TrainConfig) -> dict[str, Any]:
-    """Return the winner's scores on val. A study reads val nowhere else."""
+    """Return the winner's scores on the val split. No other part of a study reads this split."""
     scores = _final_scores(search.run_dir(cfg), "val")
     return {"run": cfg.run_id, "full": scores["full"], "official": scores["official"]}
 
 
 def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[str, Any]:
-    """Return what a confirmation run cost."""
+    """Return the cost of a noise run or a confirmation run, as a row of the evidence."""
     name, seed = job
     cost = run_cost(search.run_dir(cfg), cfg)
     if math.isinf(score):
@@ -124,9 +130,9 @@ def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[
 
 
 def _noise(scores: list[float]) -> tuple[float, float]:
-    """Return sigma and the noise floor of scores that differ only in their seed.
+    """Return the standard deviation and the noise floor of runs that differ only in their seed.
 
-    Both are infinite if the base diverged on a seed, so that nothing is claimed.
+    If one of the runs diverged, both values are infinite, so that no claim is made.
     """
     if not all(map(math.isfinite, scores)):
         return math.inf, math.inf
@@ -138,7 +144,7 @@ def _noise(scores: list[float]) -> tuple[float, float]:
 def _compare(
     candidates: list[Trial], base_scores: dict[int, float], scores: Mapping[Job, float], floor: float
 ) -> list[dict[str, Any]]:
-    """Return a row of evidence for each candidate. Their p-values are corrected together (Holm)."""
+    """Return a row of evidence for each candidate. The p-values are adjusted by Holm's method."""
     differences = []
     for trial in candidates:
         trial_scores = {seed: scores[str(trial.number), seed] for seed in base_scores}
@@ -151,9 +157,9 @@ def _compare(
 
 
 def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
-    """Return the difference of two lists of scores, paired by seed.
+    """Return the difference between the scores of the base and of a trial, paired by seed.
 
-    A run that diverged scores infinity, which has no spread, so there is no interval and no p-value.
+    If a run diverged, its score is infinity. The difference then has no interval and no p-value.
     """
     if all(map(math.isfinite, (*base.values(), *trial.values()))):
         return stats.difference(base, trial)
@@ -163,7 +169,8 @@ def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Differ
 def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: float) -> dict[str, Any]:
     """Return the comparison of a trial with the base.
 
-    A claim needs the interval, the floor and the p-value.
+    The trial is claimed to be better only if the interval is below zero, the gain exceeds the noise floor,
+    and the p-value is significant.
     """
     interval = difference.interval or (-math.inf, math.inf)
     claim = interval[1] < 0 and -difference.mean > floor and p < 1 - stats.LEVEL

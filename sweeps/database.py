@@ -1,7 +1,8 @@
-"""Optuna's database of a study, for people and dashboards: SQLite in the study's folder, or PostgreSQL.
+"""Write the trials of a study to Optuna's database, where people and dashboards can read them.
 
-The driver reads back only the digest and the number of trials, so no result is lost if the database is lost.
-Optuna is imported when a database is opened.
+The database is a SQLite file in the study's folder, or a PostgreSQL database. The driver reads back only the
+digest and the number of trials. If the database is lost, no result is lost. Optuna is imported only when a
+database is opened.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from sweeps.trial import Trial, TrialState
 if TYPE_CHECKING:
     from sweeps.ledger import Ledger
 
-LOCK_TIMEOUT = 60.0  # seconds to wait for another process that holds a SQLite file
-OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # enough of them to recognize the database
+LOCK_TIMEOUT = 60.0  # seconds to wait while another process locks a SQLite file
+OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # tables that identify a database of Optuna
 
 
 def open_storage(url: str, file: Path) -> Any:
-    """Open Optuna's storage at a URL, or in a file if the URL is empty.
+    """Open Optuna's storage at a URL. If the URL is empty, open the SQLite database in `file`.
 
-    Refuse a database with tables of another program.
+    Raises UsageError if the database has tables of another program.
     """
     import optuna
 
@@ -37,7 +38,7 @@ def open_storage(url: str, file: Path) -> Any:
     if url.startswith("postgresql"):
         options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
     if url:
-        # The default driver depends on SQLAlchemy's version.
+        # Name the driver, because the default driver depends on SQLAlchemy's version.
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     else:
         url = f"sqlite:///{file.absolute()}"
@@ -52,7 +53,7 @@ def open_storage(url: str, file: Path) -> Any:
 
 
 def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
-    """Refuse a database that is neither empty nor Optuna's."""
+    """Raise UsageError if a database is not empty and was not created by Optuna."""
     from sqlalchemy import create_engine, inspect
 
     try:
@@ -76,9 +77,9 @@ def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
 
 
 def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
-    """Whether Optuna was stopped while it created its tables.
+    """Return whether Optuna was stopped while it created its tables.
 
-    It creates the missing ones when it opens the database.
+    Optuna creates the missing tables when it opens the database.
     """
     from optuna.storages._rdb.models import BaseModel
 
@@ -93,7 +94,7 @@ def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
 
 
 def short_message(e: Exception) -> str:
-    """Return an error message of SQLAlchemy or Optuna in one line, without the name of its class."""
+    """Return the first line of an error message of SQLAlchemy or Optuna, without the class of the error."""
     first_line = str(_cause(e)).splitlines()[0]
     return re.sub(r"^\([\w.]+\) ", "", first_line)
 
@@ -105,7 +106,7 @@ def _cause(e: Exception) -> BaseException | None:
 
 
 class StudyDatabase:
-    """Writes each trial once it is finished, in the order of the trial numbers."""
+    """Write each finished trial to Optuna's database, in the order of the trial numbers."""
 
     def __init__(self, study: Study, folder: Path, note: Callable[[str], None]) -> None:
         self.study = study
@@ -113,7 +114,7 @@ class StudyDatabase:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.on_server = study.storage.startswith("postgresql")
-        self.write_failed = False  # if True, the last write may have succeeded without an answer
+        self.write_failed = False  # if True, the last write may still have succeeded
         self.storage, self.optuna_study = self._retry(self._open, opening=True)
         self.written = self._retry(self._count)
         digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))
@@ -139,10 +140,10 @@ class StudyDatabase:
         return int(self.storage.get_n_trials(self._study_id))
 
     def _retry(self, operation: Callable[[], Any], opening: bool = False) -> Any:
-        """Call an operation until the database answers. Workers keep training meanwhile.
+        """Call an operation until the database answers. Workers continue to train during this time.
 
-        A locked file is retried for LOCK_TIMEOUT. An unreachable server is retried without a limit, unless it
-        could never be opened.
+        If a SQLite file is locked, retry for LOCK_TIMEOUT seconds. If a server cannot be reached, retry
+        without a limit. If the server cannot be reached while the database is opened, raise an error.
         """
         from optuna.exceptions import StorageInternalError
         from sqlalchemy.exc import SQLAlchemyError
@@ -196,7 +197,7 @@ class StudyDatabase:
         )
 
     def write(self, trials: Sequence[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
-        """Write the trials that are finished, up to the first one that is not."""
+        """Write the finished trials, up to the first unfinished trial."""
         while self.written < len(trials):
             trial = trials[self.written]
             if not trial.is_finished:
@@ -233,6 +234,6 @@ class StudyDatabase:
                 "ledger": asdict(cost_of(trial)),
             },
         )
-        # The method of Optuna's study would keep a copy of the trial in memory.
+        # Use the storage directly, because Optuna's study keeps a copy of each trial in memory.
         self.storage.create_new_trial(self._study_id, template_trial=frozen_trial)
         self.written += 1

@@ -1,4 +1,4 @@
-"""The progress of a search: a live table on a terminal, plain lines elsewhere."""
+"""Show the progress of a search. On a terminal it is a live table, and otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REFRESH_SECONDS = 0.25
 
 
 class Display:
-    """Shows a search on stderr. `quiet` shows nothing."""
+    """Show a search on stderr. If `quiet` is true, nothing is shown."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self.search: Search | None = None
-        self.live: Any = None  # Rich's table; None: plain lines
+        self.live: Any = None  # the live table of Rich, or None for plain lines
         self.start_time = time.monotonic()
         self.last_refresh = 0.0
         self.last_line = ""
@@ -53,7 +53,7 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def refresh(self, force: bool = False) -> None:
-        """Show the current state, at most four times a second unless forced."""
+        """Show the current state. Unless `force` is true, show it at most four times a second."""
         if self.quiet or self.search is None:
             return
         now = time.monotonic()
@@ -99,7 +99,7 @@ class Display:
 
 
 def describe_values(values: dict[str, Any]) -> str:
-    """Return the values of a trial as a text such as "lr=0.01, optimizer=sgd"."""
+    """Format the values of a trial as text, such as "lr=0.01, optimizer=sgd"."""
     texts = []
     for name, value in values.items():
         texts.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
@@ -107,10 +107,10 @@ def describe_values(values: dict[str, Any]) -> str:
 
 
 def status_line(search: Search) -> str:
-    """Return the number of trials in each state, and the best trial so far."""
+    """Return one line with the number of trials in each state and the best trial so far."""
     counts = Counter(trial.state for trial in search.trials)
     queued = counts[TrialState.RUNNING] - search.engine.workers
-    if queued > 0:  # more trials are given to the engine than it has workers
+    if queued > 0:  # the engine has more trials than workers
         counts[TrialState.RUNNING] = search.engine.workers
         counts[TrialState.WAITING] = queued
     order = (

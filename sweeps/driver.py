@@ -1,9 +1,9 @@
 """Run a study: choose trials, train them, promote the best of each generation, and prune the others.
 
-One process drives a study. It can be killed and started again at any time, because it keeps no state of its
-own: the study file determines the trials, and the run directories hold their scores and checkpoints. A new
-driver asks the sampler for the same trials, reads finished runs from disk, and resumes the others. Optuna's
-database is only written, for people and dashboards.
+One process drives a study. It can be killed and restarted at any time, because all of its state is on disk.
+The study file determines the trials, and the run directories contain their scores and checkpoints. A new
+driver asks the sampler for the same trials, reads finished runs from disk, and resumes unfinished runs. It
+writes Optuna's database only for people and dashboards.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from sweeps.space import trial_config
 from sweeps.study import Study, set_arguments
 from sweeps.trial import Trial, TrialRuns, TrialState
 
-UNLIMITED = 1_000_000  # trials of a study whose budget has no limit for them
+UNLIMITED = 1_000_000  # the number of trials if the budget does not limit it
 
-Target = tuple[TrainConfig, int]  # a run, and the step to train it to; 0: to its end
+Target = tuple[TrainConfig, int]  # (config of a run, step to stop at); 0 means the end of the run
 
 
 class Search:
-    """The search of one study in its folder.
+    """Run the search of one study.
 
-    `trials` is its whole state; everything else can be computed again.
+    `trials` is the complete state. All other attributes can be computed from it again.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Search:
         note: Callable[[str], None],
         tick: Callable[[], None],
     ) -> None:
-        """`note` prints a message; `tick` is called about twice a second, to show the progress."""
+        """`note` prints a message. `tick` is called about twice a second to show the progress."""
         self.study = study
         self.folder = folder
         self.engine = engine
@@ -55,16 +55,16 @@ class Search:
         self.tick = tick
         self.base = study.base()
         self.trials: list[Trial] = []
-        # The first trial with each run id. Samplers may repeat values.
+        # Run id -> number of the first trial with this run. Trials share a run if a sampler repeats values.
         self.owners: dict[str, int] = {}
         self.sampler = TrialSampler(study.sampler, study.space, self.base)
         self.generation_size = study.sampler.generation
         self.start_time = time.monotonic()
         self.train_tokens = self._count_train_tokens()
-        self._costs: dict[int, Ledger] = {}  # of finished trials
-        self._runs: dict[int, TrialRuns] = {}  # of trials that are not in the database yet
-        self._reported = 0  # generations whose scores the sampler has
-        self._first_open = 0  # the first generation with a trial that is not finished
+        self._costs: dict[int, Ledger] = {}  # costs of finished trials, by trial number
+        self._runs: dict[int, TrialRuns] = {}  # runs of trials that are not in the database yet
+        self._reported = 0  # number of generations whose scores the sampler has
+        self._first_open = 0  # index of the first generation with an unfinished trial
 
     def _count_train_tokens(self) -> int:
         return count_train_tokens(self.study, self.base, self.folder)
@@ -75,10 +75,9 @@ class Search:
         return self.trials[index * self.generation_size : (index + 1) * self.generation_size]
 
     def ask(self) -> bool:
-        """Add the next generation. Return False if it must wait, or if the budget is spent.
+        """Add a generation of trials. Return False if it must wait, or if the budget is spent.
 
-        A generation is sampled once the one before the last is finished. Workers train the last one
-        meanwhile.
+        Generation n is sampled after generation n - 2 is finished, while workers train generation n - 1.
         """
         index = len(self.trials) // self.generation_size
         if index > 1 and not all(trial.is_finished for trial in self.generation(index - 2)):
@@ -93,7 +92,7 @@ class Search:
         return True
 
     def _report_scores(self, end: int) -> None:
-        """Tell the sampler the scores of the generations before `end` that it does not have yet."""
+        """Report the new scores of the generations before `end` to the sampler."""
         while self._reported < end:
             for trial in self.generation(self._reported):
                 self.sampler.tell(trial.number, trial.scores, trial.state is TrialState.DONE)
@@ -102,9 +101,11 @@ class Search:
     def remaining_trials(self) -> int:
         """Return how many more trials the budget allows.
 
-        Tokens and FLOPs are summed over the generations whose scores the sampler has, so that the number does
-        not depend on the speed of workers. With rungs the limit is rounded up to a whole generation, because
-        a larger budget later must not change which trials of the last generation are promoted.
+        Tokens and FLOPs are summed only over the generations whose scores the sampler has. The result
+        therefore does not depend on the speed of workers.
+
+        If the study has rungs, the limit on trials is rounded up to a whole generation. Otherwise, a later
+        increase of the budget could change which trials of the last generation are promoted.
         """
         if self._is_budget_spent():
             return 0
@@ -141,7 +142,10 @@ class Search:
         return trial
 
     def _make_runs(self, values: dict[str, Any]) -> TrialRuns:
-        """Create the runs of a trial. Each rung is at the first evaluation after its share of the steps."""
+        """Create the runs of a trial.
+
+        Each rung is at the first evaluation that is not before the rung's share of the steps.
+        """
         cfg = trial_config(self.base, values, self.train_tokens)
         plan = Plan(cfg, self.train_tokens)
         rungs = self.study.rungs
@@ -164,7 +168,7 @@ class Search:
     def run(self) -> None:
         """Train trials until the budget is spent.
 
-        After a KeyboardInterrupt a new driver can resume the study.
+        If a KeyboardInterrupt stops the search, a new driver can resume the study.
         """
         from sweeps.database import StudyDatabase
 
@@ -201,9 +205,9 @@ class Search:
                 raise
 
     def _open_generations(self) -> range:
-        """Return the generations that may have unfinished trials.
+        """Return the indices of the generations that may have unfinished trials.
 
-        Finished ones are skipped, because a study may have a million trials.
+        Finished generations are skipped to save time, because a study may have a million trials.
         """
         count = -(-len(self.trials) // self.generation_size)
         while self._first_open < count:
@@ -217,19 +221,23 @@ class Search:
             yield from self.generation(index)
 
     def _forget_runs(self, end: int) -> None:
-        """Drop the configs of the trials before `end`, which take most of the memory of a trial."""
+        """Free the configs of the trials before `end`. Configs use most of the memory of a trial."""
         for number in list(self._runs):
             if number < end:
                 del self._runs[number]
 
     def _targets(self, trial: Trial, rung: int) -> list[Target]:
-        """Return what to train for a rung: the trial up to its step, then the branch that scores it."""
+        """Return the targets to train for a rung of a trial.
+
+        The first target is the trial itself, up to the step of the rung. If a branch scores the rung, the
+        branch is the second target.
+        """
         runs = self.runs_of(trial)
         is_last = rung + 1 == len(trial.stops)
         targets = [(runs.cfg, 0 if is_last else trial.stops[rung])]
         branch = runs.branches.get(rung)
         if branch:
-            # Trials that differ only in their decay can have a branch in common.
+            # Trials that differ only in their decay can share a branch.
             self.owners.setdefault(branch.run_id, trial.number)
             targets.append((branch, 0))
         return targets
@@ -244,7 +252,7 @@ class Search:
     def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
         """Train a run up to a step, or to its end.
 
-        If the run is that far already, no worker is started, because a start takes a second.
+        If the run has already reached the step, no worker is started, because starting one takes a second.
         """
         run = self.run_dir(cfg)
         status = run.status()
@@ -285,7 +293,7 @@ class Search:
         return self.run_score(self.runs_of(trial).cfg, step)
 
     def run_score(self, cfg: TrainConfig, step: int) -> float:
-        """Return the objective of a run after a step. The last row counts if the run was resumed."""
+        """Return the objective of a run after a step. If the step was scored twice, use the last score."""
         run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
         for row in reversed(run.rows()):
@@ -297,16 +305,17 @@ class Search:
         )
 
     def _promote(self) -> None:
-        """Promote the best trials of each generation whose trials are all at a rung, and prune the others.
+        """Promote the best trials of each generation, and prune the others.
 
-        Equal scores are ranked by trial number. Trial 0, the base of all comparisons, is never pruned.
+        A generation is promoted when all of its unfinished trials have the score of a rung. Equal scores are
+        ordered by trial number. Trial 0 is never pruned, because all trials are compared with it.
         """
         for index in self._open_generations():
             group = [trial for trial in self.generation(index) if not trial.is_finished]
             if not group or any(trial.state is not TrialState.PAUSED for trial in group):
                 continue
             assert self.study.rungs is not None
-            rung = group[0].rung  # the same for all, because they were promoted together
+            rung = group[0].rung  # trials that were promoted together are at the same rung
             ranked = sorted(group, key=lambda trial: (trial.scores[rung], trial.number))
             keep = max(1, round(self.study.rungs.keep * len(group)))
             for place, trial in enumerate(ranked, 1):
@@ -321,8 +330,8 @@ class Search:
     def cost_of(self, trial: Trial) -> Ledger:
         """Return the cost of a trial and its branches.
 
-        All steps of a trial that was not trained to its end are wasted, even if the sampler learned from its
-        scores. A run that belongs to an earlier trial costs nothing again.
+        If a trial was not trained to its end, all of its steps count as wasted, even if the sampler used its
+        scores. If a run belongs to an earlier trial, its cost is not counted again.
         """
         if trial.number in self._costs:
             return self._costs[trial.number]
@@ -331,7 +340,7 @@ class Search:
         runs = self.runs_of(trial)
         cost = self._cost_of_run(trial, runs.cfg)
         for rung, branch in runs.branches.items():
-            # A branch that diverged gave no score, but its trial still pays for it.
+            # A branch that diverged has no score, but its cost still belongs to the trial.
             if rung in trial.scores or self.owners.get(branch.run_id) == trial.number:
                 branch_cost = self._cost_of_run(trial, branch)
                 cost = total([cost, replace(branch_cost, branch=branch_cost.trained)])
@@ -351,7 +360,7 @@ class Search:
         return cost
 
     def best(self, count: int = 1) -> list[Trial]:
-        """Return the best trials that are done. Of trials with the same run, only the first counts."""
+        """Return the best completed trials. If several trials share a run, only the first one counts."""
         done = []
         for trial in self.trials:
             if trial.state is TrialState.DONE and self.owners[trial.run_id] == trial.number:

@@ -1,4 +1,7 @@
-"""Write a finished study: export.json for `show` and `best`, and two files for reports and other tools."""
+"""Write the results of a finished study.
+
+The commands `show` and `best` read export.json. Reports and other tools read trials.parquet and study.json.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from sweeps.trial import Trial, TrialState
 
 
 def write_export(search: Search, evidence: dict[str, Any] | None) -> None:
-    """Write export.json and the folder `export` in the study's folder."""
+    """Write export.json and the folder `export` to the study's folder."""
     study = search.study
     costs = [search.cost_of(trial) for trial in search.trials]
     for run in (evidence or {}).get("runs", []):
@@ -68,10 +71,10 @@ def _by_text(scores: dict[int, float]) -> dict[str, float]:
 
 
 def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float | None]:
-    """Return the rank correlation of each rung's scores with the final scores, over the trials that are done.
+    """Return the rank correlation of each rung's scores with the final scores of completed trials.
 
-    `raw` uses the trials' own scores instead of those of their branches. With fewer than three trials it is
-    None.
+    If `raw` is true, use the trials' own scores instead of the scores of their branches. A correlation over
+    fewer than three trials is None.
     """
     done = [t for t in trials if t.state is TrialState.DONE and len(t.scores) > 1]
     last_rung = max((t.rung for t in done), default=0)
@@ -95,7 +98,10 @@ COLUMNS = (
 
 
 def write_tables(export: dict[str, Any], folder: Path) -> None:
-    """Write trials.parquet, a row per trial, and study.json, which holds everything else."""
+    """Write trials.parquet and study.json.
+
+    trials.parquet has one row per trial. study.json contains the rest of the export.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -118,7 +124,7 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
 
 def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [trial[name] for trial in trials] for name in COLUMNS}
-    for name in ("scores", "raw_scores"):  # tables by rung, as JSON
+    for name in ("scores", "raw_scores"):  # each value is a JSON object with one entry per rung
         columns[name] = [json.dumps(trial[name]) for trial in trials]
     parameters: set[str] = set()
     for trial in trials:
@@ -129,7 +135,10 @@ def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _parameter_column(values: list[Any]) -> list[Any]:
-    """Return the values of a parameter as a column. Mixed types become strings, except numbers."""
+    """Return the values of a parameter as a column.
+
+    Values of different types are converted to strings. Integers and floats may be mixed.
+    """
     known = [value for value in values if value is not None]
     has_one_type = len({type(value) for value in known}) <= 1
     if has_one_type or all(isinstance(value, int | float) for value in known):

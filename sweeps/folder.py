@@ -1,4 +1,4 @@
-"""The folder of a study.
+"""Read and write the folder of a study, which contains these files:
 
 study.json   the study, its digest, and the command that resumes it
 tokens.json  the number of training tokens in an epoch, and fingerprints of the data (corpus_size.py)
@@ -27,7 +27,7 @@ from sweeps.study import Study
 def locked_folder(folder: Path, study: Study) -> Iterator[None]:
     """Create and lock the folder of a study.
 
-    Refuse a folder that another driver uses or that holds another study.
+    Raises UsageError if another driver uses the folder, or if it belongs to another study.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def write_study_json(folder: Path, study: Study, command: str) -> None:
-    """Assign a folder to a study. Call this only once the base is known to be trainable."""
+    """Write study.json, which assigns the folder to a study.
+
+    Call this function only after checking that the base can be trained.
+    """
     document = {"digest": study.digest, "study": study.model_dump(mode="json"), "command": command}
     write_text(folder / "study.json", json.dumps(document, indent=2))
 
@@ -95,9 +98,9 @@ def read_study_json(folder: Path) -> dict[str, Any] | None:
 
 
 def require_study(folder: Path) -> dict[str, Any]:
-    """Return the study.json of a study.
+    """Return the content of a study's study.json.
 
-    Raises UsageError, with the names of the studies that exist, if there is none.
+    Raises UsageError if the study does not exist. The error message names the existing studies.
     """
     document = read_study_json(folder)
     if not document:
@@ -115,7 +118,7 @@ def require_study(folder: Path) -> dict[str, Any]:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """Return the export.json of a finished study."""
+    """Return the content of the export.json of a finished study."""
     command = require_study(folder)["command"]
     file = folder / "export.json"
     export = _read(file, EXPORT_JSON)
@@ -130,7 +133,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 
 
 def _contradiction(export: dict[str, Any]) -> str:
-    """Return how the parts of an export contradict each other, or an empty text."""
+    """Return how parts of an export contradict each other, or an empty string if they do not."""
     trials = export["trials"]
     numbers = {trial["trial"] for trial in trials}
     if len(numbers) < len(trials):
@@ -146,7 +149,7 @@ def _contradiction(export: dict[str, Any]) -> str:
     return ""
 
 
-# -- the shapes of both files
+# -- the shapes of study.json and export.json
 
 STUDY_JSON = {"digest": records.text, "study": records.table, "command?": records.any_text}
 COST = {

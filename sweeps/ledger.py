@@ -1,4 +1,4 @@
-"""What the runs of a study cost, read from their run directories."""
+"""Compute the cost of the runs of a study from their run directories."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ STEP_COSTS = {"step": records.at_least_one, "tokens": records.count, "seconds": 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The cost of some runs.
+    """The cost of a set of runs.
 
-    Asked = trained + reused; wasted and branch steps are part of the trained ones.
+    The asked steps are the sum of the trained and the reused steps. Wasted steps and branch steps are
+    included in the trained steps.
     """
 
-    asked: int = 0  # steps that the runs cover
-    trained: int = 0  # steps that were computed for them
+    asked: int = 0  # all steps of the runs
+    trained: int = 0  # steps that were computed
     reused: int = 0  # steps that were read from the store
-    wasted: int = 0  # steps lost with a worker, or of trials that were not trained to their end
-    branch: int = 0  # steps that only served to score a rung
-    tokens: int = 0  # trained
+    wasted: int = 0  # trained steps that were lost, or that belong to trials that ended early
+    branch: int = 0  # trained steps of branches, which only score a rung
+    tokens: int = 0  # tokens of the trained steps
     flops: float = 0.0
     seconds: float = 0.0
 
 
 def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
-    """Read the cost of a run from its metrics. A run that was never started costs nothing."""
+    """Compute the cost of a run from its metrics. A run that was never started has no cost."""
     rows = [row for row in run.rows() if row["event"] == "step"]
     if not rows:
         return Ledger()
@@ -45,7 +46,7 @@ def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
     reused = 0
     trained_tokens = 0
     seconds = 0.0
-    for row in rows:  # a row covers the steps since the row before it
+    for row in rows:  # a row covers the steps since the previous row
         if row.get("reused"):
             reused += row["step"] - step
         else:
@@ -53,7 +54,7 @@ def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
             seconds += row["seconds"]
         step = row["step"]
         tokens = row["tokens"]
-    # Steps that were lost with a worker have no rows any more, so the mean of the others is counted for them.
+    # Steps that were lost with a worker have no rows. Their tokens are estimated by the mean of other steps.
     wasted = int(run.env().get("carried", {}).get("wasted", 0))
     trained_tokens += wasted * tokens // step
     flops = trained_tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]

@@ -1,8 +1,10 @@
 """Choose the values of each trial with Optuna's samplers.
 
-The values depend on the study and on the scores reported so far, in their order; never on workers or clocks.
-Optuna's study is kept in memory. It gets the scores only before a new generation, and every trial has a new
-sampler, seeded with the trial's number.
+The values depend only on the study and on the scores reported so far, including their order. They do not
+depend on the number of workers or on the time.
+
+Optuna's study is kept in memory. It receives scores only before a new generation is sampled. Every trial gets
+a new sampler, which is seeded with the trial's number.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     import optuna
 
 
-# -- samplers: functions of the settings, the space and the seed of a trial
+# -- samplers
+# Each function creates a sampler from the settings, the search space and the seed of a trial.
 
 
 def tpe(settings: SamplerSettings, space: Space, seed: int) -> Any:
@@ -50,7 +53,7 @@ def random(settings: SamplerSettings, space: Space, seed: int) -> Any:
 
 
 def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
-    """All trials are cells of one grid, so they share the seed of its order."""
+    """Create a sampler that visits the cells of a grid. The seed sets the order, so all trials share it."""
     from optuna.samplers import GridSampler
 
     cells = {name: grid_values(parameter) for name, parameter in space.items()}
@@ -58,7 +61,7 @@ def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
 
 
 def qmc(settings: SamplerSettings, space: Space, seed: int) -> Any:
-    """All trials are points of one sequence, so they share its seed."""
+    """Create a sampler that follows a quasi-random sequence. All trials share the seed of the sequence."""
     from optuna.samplers import QMCSampler
 
     return QMCSampler(seed=settings.seed, scramble=True, warn_asynchronous_seeding=False)
@@ -80,7 +83,7 @@ else:
 
 
 class SamplerSettings(BaseModel):
-    """How the values of the trials are chosen: the table [sampler] of a study file."""
+    """The table [sampler] of a study file, which sets how the values of trials are chosen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: SamplerName = "tpe"
@@ -93,8 +96,8 @@ class SamplerSettings(BaseModel):
         Field(
             ge=1,
             le=1000,
-            description="number of trials that are sampled together; "
-            "the scores of the previous generation are not used yet",
+            description="number of trials that are sampled together, "
+            "without the scores of the previous generation",
         ),
     ] = 4
 
@@ -122,15 +125,15 @@ class TrialSampler:
         self.optuna_study = optuna.create_study(direction="minimize")
         self.distributions = {name: distribution(parameter) for name, parameter in space.items()}
         self.open_trials: dict[int, optuna.Trial] = {}
-        self.worst: float | None = None  # of the scores so far
+        self.worst: float | None = None  # the highest score so far
 
     def ask(self, number: int) -> dict[str, Any]:
-        """Return the values of a trial. Trial 0 is the base and has none."""
+        """Return the values of a trial. Trial 0 is the base, so its values are empty."""
         import optuna
 
         if number == 0:
             return {}
-        # Random values do not depend on earlier trials, so none are kept.
+        # Random values do not depend on earlier trials, so earlier trials are not stored.
         is_random = self.settings.name == "random"
         optuna_study = optuna.create_study() if is_random else self.optuna_study
         optuna_study.sampler = self._sampler(number)
@@ -147,10 +150,10 @@ class TrialSampler:
         return values
 
     def tell(self, number: int, scores: Mapping[int, float], completed: bool) -> None:
-        """Report the scores of a finished trial by rung.
+        """Report the scores of a finished trial, keyed by rung.
 
-        A trial without scores diverged or failed. It gets a value worse than all others, so that the sampler
-        avoids it.
+        A trial that diverged or failed may have no scores. The sampler then receives a value that is worse
+        than all others, so that it avoids these settings.
         """
         from optuna import trial as optuna_trial
 
@@ -178,7 +181,7 @@ class TrialSampler:
 
 
 def distribution(parameter: Parameter) -> Any:
-    """Return Optuna's distribution of a parameter."""
+    """Convert a parameter to a distribution of Optuna."""
     from optuna import distributions
 
     if not isinstance(parameter, Range):
@@ -197,12 +200,13 @@ def grid_values(parameter: Parameter) -> list[Any]:
         return list(parameter.values)
     assert parameter.step is not None
     count = int((parameter.high - parameter.low) / parameter.step + 1e-9) + 1
-    highest = distribution(parameter).high  # 0 + 3 * 0.1 is slightly above 0.3, which Optuna would refuse
+    # 0 + 3 * 0.1 is slightly above 0.3, and Optuna rejects values above the maximum.
+    highest = distribution(parameter).high
     return [min(parameter.low + i * parameter.step, highest) for i in range(count)]
 
 
 def grid_size(space: Mapping[str, Parameter]) -> int:
-    """Return the number of cells of a grid."""
+    """Return the number of cells in a grid."""
     cells = 1
     for parameter in space.values():
         cells *= len(grid_values(parameter))

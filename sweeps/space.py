@@ -1,4 +1,4 @@
-"""The search space: parameters named after config fields, and the config of a trial from its values."""
+"""Check the search space of a study, and create the config of a trial from its values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mainrun.plan.plan import Plan
 
 DATA_IS_FIXED = "the data is fixed by the task"
 MACHINE_IS_FIXED = "the machine is the same for all trials; set it under [set] or with threads"
-# Fields that must be equal in all trials, because their scores are compared, and the reason for the user.
+# Fields that must be equal in all trials, because the scores of trials are compared. Each value is the reason
+# that the error message gives.
 NOT_SEARCHABLE = {
     "seed": "a seed is not a setting, and a study that searches it fits noise",
     "epochs": "the number of epochs is fixed by the task",
@@ -32,13 +33,13 @@ NOT_SEARCHABLE = {
     "attention": MACHINE_IS_FIXED,
     "dtype": MACHINE_IS_FIXED,
 }
-# Parameters that are not config fields, and the field that each one sets. `timescale` is the number of epochs
-# over which a weight decays: 1 / (lr * weight_decay * steps).
+# Parameters that are not config fields, and the config field that each of them sets. `timescale` is the
+# number of epochs over which a weight decays. It equals 1 / (lr * weight_decay * steps).
 DERIVED = {"timescale": "weight_decay"}
 
 
 class Range(BaseModel):
-    """A number between low and high."""
+    """A parameter whose value is a number between `low` and `high`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     low: float | int
@@ -49,7 +50,7 @@ class Range(BaseModel):
 
 
 class Choice(BaseModel):
-    """One of a list of values."""
+    """A parameter whose value is chosen from a list."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     values: list[Any]
@@ -61,7 +62,7 @@ Space = Mapping[str, Parameter]
 
 
 def searchable_names() -> list[str]:
-    """Return the names that a parameter can have, apart from paths into the growth schedule."""
+    """Return the names that a parameter can have, except paths into the growth schedule."""
     return [*TrainConfig.model_fields, *DERIVED]
 
 
@@ -69,7 +70,7 @@ def searchable_names() -> list[str]:
 
 
 def faults(space: Space, base: TrainConfig) -> Iterator[str]:
-    """Yield a sentence for each fault of a space whose trials start from `base`."""
+    """Yield a sentence for each fault of a search space. Trials change the fields of `base`."""
     if not space:
         yield "space is empty; write at least one [space.FIELD]."
     for name, parameter in space.items():
@@ -88,7 +89,7 @@ def faults(space: Space, base: TrainConfig) -> Iterator[str]:
 
 
 def _name_fault(name: str, base: TrainConfig) -> str:
-    """Return why a parameter cannot have this name, or an empty text."""
+    """Return why a parameter cannot have this name, or an empty string if it can."""
     field = name.partition(".")[0]
     if name in NOT_SEARCHABLE:
         return f": {NOT_SEARCHABLE[name]}; remove it"
@@ -170,7 +171,7 @@ def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter)
 
 
 def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
-    """Yield the first value with which no config can be created."""
+    """Yield a fault for the first value that is not allowed in the config."""
     values = p.values if isinstance(p, Choice) else [p.low, p.high]
     if name in DERIVED:
         smallest = p.values if isinstance(p, Choice) else [p.low]
@@ -182,14 +183,17 @@ def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> It
         try:
             with_values(base, {name: value})
         except ConfigError as e:
-            # Ignore a conflict with another field: the space may resolve it.
+            # Ignore a conflict with another field, because other parameters may resolve it.
             if field in str(e).partition(":")[0]:
                 yield f"{where}: {value!r} is not allowed: {e}."
                 return
 
 
 def _path_fault(name: str, base: TrainConfig) -> str:
-    """Return why a path such as growth.ops.0.value leads nowhere in the schedule, or an empty text."""
+    """Return why a path such as growth.ops.0.value does not exist in the growth schedule.
+
+    Return an empty string if the path exists.
+    """
     node: Any = base.growth.data()
     keys = name.split(".")[1:]
     if not keys:
@@ -206,7 +210,7 @@ def _path_fault(name: str, base: TrainConfig) -> str:
 
 
 def _keys_of(node: Any) -> str:
-    """Return the keys with which a path into the schedule can continue."""
+    """Describe the keys that may follow `node` in a path into the growth schedule."""
     if isinstance(node, list) and node:
         return f"0..{len(node) - 1}"
     if isinstance(node, dict):
@@ -218,7 +222,7 @@ def _keys_of(node: Any) -> str:
 
 
 def active_parameters(space: Space, values: Mapping[str, Any], base: TrainConfig) -> dict[str, Parameter]:
-    """Return the parameters whose conditions are true for the values of the unconditional parameters."""
+    """Return the parameters whose conditions are met by the values of the unconditional parameters."""
     active: dict[str, Parameter] = {}
     for name, parameter in space.items():
         conditions = parameter.when.items()
@@ -228,9 +232,9 @@ def active_parameters(space: Space, values: Mapping[str, Any], base: TrainConfig
 
 
 def with_values(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return the base with other values of fields and of the growth schedule. Derived parameters are ignored.
+    """Return a copy of the base with new values of config fields and of the growth schedule.
 
-    Raises ConfigError if the values do not form a valid config.
+    Derived parameters are ignored. Raises ConfigError if the values do not form a valid config.
     """
     fields = base.model_dump()
     growth = base.growth.data()
@@ -256,7 +260,10 @@ def _index(node: Any, key: str) -> Any:
 
 
 def trial_config(base: TrainConfig, values: Mapping[str, Any], train_tokens: int | None) -> TrainConfig:
-    """Return the config of a trial, derived parameters included. `train_tokens` is the length of an epoch."""
+    """Return the config of a trial, including its derived parameters.
+
+    `train_tokens` is the number of training tokens in an epoch.
+    """
     cfg = with_values(base, values)
     if "timescale" in values:
         assert train_tokens is not None

@@ -1,8 +1,8 @@
-"""Study files: their keys, how they are read, and the messages for invalid ones. An example:
+"""Read and check study files. This is an example of a study file:
 
 name = "lr"
 preset = "optimized"
-[set]                     # changes to the preset, for every trial
+[set]                     # fields that every trial sets
 dev_frac = 0.1
 [space.lr]                # a config field, or a path into the growth schedule such as "growth.ops.1.value"
 low = 1e-3
@@ -11,11 +11,11 @@ log = true
 [space.momentum]
 values = [0.9, 0.95]
 when = { optimizer = ["muon", "sgd"] }
-[budget]                  # the study ends when the first of its limits is reached
+[budget]                  # the study ends when it reaches one of these limits
 trials = 24
 [rungs]
-at = [0.25, 0.5]          # shares of a trial's steps; the best `keep` of a generation train on from there
-score = "branch"          # compare scores after a short decay (branch.py), not at the peak learning rate
+at = [0.25, 0.5]          # shares of a trial's steps at which the best trials of a generation are promoted
+score = "branch"          # compare scores after a short decay of the learning rate (see branch.py)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sweeps.sampling import SamplerSettings
 from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
-MAX_FAULTS = 10  # named one by one
+MAX_FAULTS = 10  # the maximum number of faults with a suggestion
 
 
 class StudyTable(BaseModel):
@@ -48,7 +48,7 @@ class StudyTable(BaseModel):
 
 
 class Budget(StudyTable):
-    """The limits of a study, which ends when it reaches the first of them."""
+    """The limits of a study. The study ends when it reaches one of them."""
 
     trials: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     tokens: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
@@ -94,7 +94,7 @@ class Confirmation(StudyTable):
 
 
 class Study(StudyTable):
-    """A search: what is varied, how the values are chosen, and for how long."""
+    """The content of a study file, which describes a search."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,59}$")]
     about: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
@@ -109,11 +109,11 @@ class Study(StudyTable):
     threads: Annotated[
         int,
         Field(
-            ge=1, le=1024, description="CPU threads of a trial; part of the study, since they change the bits"
+            ge=1, le=1024, description="CPU threads of a trial; another number changes the scores slightly"
         ),
     ] = 1
     workers: Annotated[
-        int, Field(ge=0, le=10_000, description="trials at the same time; 0: as many as the cores allow")
+        int, Field(ge=0, le=10_000, description="number of concurrent trials; 0: as many as the cores allow")
     ] = 0
     engine: Annotated[
         Literal["local", "ray"], Field(description="where workers run: on this machine, or on a Ray cluster")
@@ -137,19 +137,19 @@ class Study(StudyTable):
 
     @field_serializer("storage")
     def _serialize_storage(self, url: str) -> str:
-        return without_password(url)  # because the files of a study may be shared
+        return without_password(url)  # the files of a study may be shared
 
-    # These may change when a study is resumed, because they do not change its trials.
+    # Keys that may change when a study is resumed, because they do not affect its trials.
     FREE: ClassVar = {"about", "budget", "evidence", "workers", "engine", "address", "gpus", "storage"}
 
     @property
     def digest(self) -> str:
-        """A hash of everything that decides the trials."""
+        """The hash of all keys that affect the trials."""
         data = self.model_dump(exclude=self.FREE, mode="json")
         return sha256_json(data)
 
     def base(self) -> TrainConfig:
-        """The config of trial 0, which all other trials change."""
+        """Return the config of trial 0. Each other trial changes some of its fields."""
         fields = {"threads": self.threads, **self.set}
         settings = [f"{key}={_setting(value)}" for key, value in fields.items()]
         configs = load(self.preset, settings)
@@ -162,12 +162,12 @@ class Study(StudyTable):
 
 
 def _setting(value: Any) -> str:
-    """Return a value as `--set` reads it."""
+    """Format a value for `--set`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def set_arguments(study: Study, cfg: TrainConfig) -> list[str]:
-    """Return the KEY=VALUE texts that turn the study's preset into a config."""
+    """Return the settings, as KEY=VALUE, that turn the study's preset into a config."""
     preset = load(study.preset)[0]
     settings = []
     for name in TrainConfig.model_fields:
@@ -186,7 +186,7 @@ def set_arguments(study: Study, cfg: TrainConfig) -> list[str]:
 def without_password(url: str) -> str:
     """Remove the password from a database URL.
 
-    PostgreSQL can read it from PGPASSWORD or ~/.pgpass instead.
+    PostgreSQL can read the password from PGPASSWORD or ~/.pgpass instead.
     """
     url = re.sub(r"^([\w+]+://[^:/@?]*):.*@", r"\1@", url, flags=re.DOTALL)
     return re.sub(r"(?<=[?&])(ssl)?password=[^&]*&?", "", url).rstrip("?&")
@@ -202,7 +202,8 @@ def built_in_names() -> list[str]:
 def read_study(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
     """Read a built-in study or a study file.
 
-    `sets` are added to its [set] table and `changes` replace its keys. Raises ConfigError with every fault.
+    `sets` are added to the [set] table of the file, and `changes` replace other keys of the file. Raises
+    ConfigError with a list of the faults.
     """
     is_name = "/" not in place and not place.endswith(".toml")
     path = _study_file(place, is_name)
@@ -232,7 +233,7 @@ def _read_text(path: Path) -> str:
 
 
 def _study_file(place: str, is_name: bool) -> Path:
-    """Return the file of a study that is given by its name or by its path."""
+    """Return the path of a study file. `place` is the name of a built-in study, or a path."""
     names = built_in_names()
     allowed = f"allowed: {', '.join(names)}, or a file ending in .toml"
     if is_name and place in names:
@@ -250,9 +251,9 @@ def _study_file(place: str, is_name: bool) -> Path:
 
 
 def validate_study(data: dict[str, Any], source: str) -> Study:
-    """Check the data of a study file.
+    """Check the data of a study file and return the study.
 
-    Raises ConfigError with its faults; `source` says where the data came from.
+    Raises ConfigError with a list of the faults. In the error message, `source` names the origin of the data.
     """
     try:
         study = Study.model_validate(data)
@@ -269,9 +270,9 @@ def validate_study(data: dict[str, Any], source: str) -> Study:
 
 
 def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each fault that pydantic found, each once.
+    """Yield a sentence for each distinct fault that pydantic found.
 
-    Only the first ten get suggestions, which are slow.
+    Only the first ten faults get a suggestion, because suggestions are slow.
     """
     seen: set[str] = set()
     for detail in error.errors():
@@ -284,7 +285,10 @@ def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator
 
 
 def _follows_from_another(detail: Any, error: ValidationError) -> bool:
-    """Whether a list is too short only because its items are invalid, which is reported already."""
+    """Return whether a list is too short only because its items are invalid.
+
+    The invalid items are reported separately.
+    """
     if detail["type"] != "too_short" or not detail.get("input"):
         return False
     return any(other["loc"][:-1] == detail["loc"] for other in error.errors())
@@ -326,7 +330,7 @@ def _explain(detail: Any, data: dict[str, Any], suggest: bool) -> str:
 
 
 def _study_faults(study: Study) -> Iterator[str]:
-    """Yield a sentence for each fault that concerns several keys, or the config."""
+    """Yield a sentence for each fault that involves several keys, or the config of the base."""
     try:
         base = study.base()
     except ConfigError as e:

@@ -1,4 +1,4 @@
-"""One trial of a study, the states it passes through, and the runs that train and score it."""
+"""Define a trial of a study, its states, and the runs that train and score it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mainrun.config import TrainConfig
 class TrialState(StrEnum):
     """The state of a trial. The values are written to export.json.
 
-    WAITING: The trial can train to its next rung, but the engine does not have it yet.
-    RUNNING: The engine has the trial and trains it as soon as a worker is free.
-    PAUSED: The trial has the score of a rung and waits until the rest of its generation has one too.
+    WAITING: The trial can train to its next rung, but it is not with the engine yet.
+    RUNNING: The engine trains the trial as soon as a worker is free.
+    PAUSED: The trial has the score of a rung and waits for the other scores of its generation.
     DONE: The trial was trained to its last step.
     PRUNED: The trial was stopped at a rung because others of its generation scored better.
     DIVERGED: The loss of the trial, or of one of its branches, is no longer a finite number.
@@ -41,9 +41,9 @@ class Trial:
     number: int
     values: dict[str, Any]
     run_id: str = ""  # empty if the values do not form a valid config
-    stops: tuple[int, ...] = ()  # the step of each rung; the last one is the end of the run
-    scores: dict[int, float] = field(default_factory=dict)  # by rung
-    raw_scores: dict[int, float] = field(default_factory=dict)  # its own scores, if branches score rungs
+    stops: tuple[int, ...] = ()  # the step of each rung; the last step is the end of the run
+    scores: dict[int, float] = field(default_factory=dict)  # rung -> score
+    raw_scores: dict[int, float] = field(default_factory=dict)  # rung -> own score, if a branch scores it
     state: TrialState = TrialState.WAITING
     reason: str = ""  # why the trial was pruned, diverged or failed
 
@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def rung(self) -> int:
-        """The last rung with a score, or -1."""
+        """The index of the last rung with a score, or -1 if no rung has a score."""
         return max(self.scores, default=-1)
 
     def start(self) -> None:
@@ -68,7 +68,10 @@ class Trial:
         self.reason = reason
 
     def add_score(self, rung: int, score: float, raw_score: float | None = None) -> None:
-        """Record the score of a rung. The last rung completes the trial; an earlier one pauses it."""
+        """Record the score of a rung.
+
+        The score of the last rung completes the trial. The score of an earlier rung pauses the trial.
+        """
         self.scores[rung] = score
         if raw_score is not None:
             self.raw_scores[rung] = raw_score
@@ -80,8 +83,8 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class TrialRuns:
-    """The runs of a trial: its own, and the branch that scores a rung."""
+    """The configs of the runs that train a trial and score its rungs."""
 
     cfg: TrainConfig
     stops: tuple[int, ...]
-    branches: dict[int, TrainConfig]  # by rung; empty if the trial's own scores count
+    branches: dict[int, TrainConfig]  # rung -> config of the branch that scores the rung

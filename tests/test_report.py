@@ -276,7 +276,7 @@ def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
     )
     assert (
         claim.kind == "within noise"
-        and "is not better than baseline within noise" in claim.text
+        and "is no better than baseline, within the noise" in claim.text
         and "is under the noise floor" in claim.text
     )
 

@@ -109,7 +109,7 @@ def test_a_worse_claim_gives_its_numbers() -> None:
 def test_a_claim_within_noise_gives_its_numbers() -> None:
     result = claim({1: 2.0, 2: 2.1, 3: 2.2}, {1: 1.99, 2: 2.088, 3: 2.189})
     floor = T4 * math.sqrt(2) * math.sqrt((0.01 + 0.009901) / 2)
-    assert "optimized is not better than baseline" in result.text
+    assert "optimized is no better than baseline" in result.text
     assert f"{MINUS}0.0110 nats" in result.text and f"floor of {floor:.4f}" in result.text
     assert "3 paired seeds" in result.text and result.difference is not None
 

@@ -650,7 +650,7 @@ def test_the_selection_of_the_two_main_recipes() -> None:
     assert headline(bad, lower, base) == ("baseline", "staged", only)
     assert headline(bad, base) == ("baseline", "x", only)
     assert headline(low, opt, base) == ("baseline", "optimized", named_so)
-    assert headline(opt, opt1, base) == ("baseline", "demo:optimized", f"{named_so}, the one with most seeds")
+    assert headline(opt, opt1, base) == ("baseline", "demo:optimized", f"{named_so} and has the most seeds")
     assert headline(base1, base, opt) == ("baseline", "optimized", named_so)
     assert headline(opt) == ("optimized", None, only)
     assert headline(bad, opt, low) == ("x", "optimized", named_so)

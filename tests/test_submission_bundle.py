@@ -162,7 +162,7 @@ def test_the_limit_of_the_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bundle, "MAX_ZIP_BYTES", zip_bytes)
     read(path)
     monkeypatch.setattr(bundle, "MAX_ZIP_BYTES", zip_bytes - 1)
-    expected = f"it has {format_size(zip_bytes)}, a bundle has at most {format_size(zip_bytes - 1)}"
+    expected = f"it is {format_size(zip_bytes)}; a bundle may be at most {format_size(zip_bytes - 1)}"
     assert f"{path} is refused: {expected}" in refusal(path)
 
 
@@ -173,7 +173,7 @@ def test_the_limit_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bundle, "MAX_FILES", len(files))
     assert read(path) == files
     monkeypatch.setattr(bundle, "MAX_FILES", len(files) - 1)
-    assert f"it has {len(files)} files, a bundle has at most {len(files) - 1}" in refusal(path)
+    assert f"it has {len(files)} files; a bundle may have at most {len(files) - 1}" in refusal(path)
 
 
 def test_the_limit_of_the_unpacked_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,7 +299,7 @@ def test_an_unreadable_report(setup: Setup) -> None:
 def test_a_report_of_another_run(setup: Setup) -> None:
     setup.report.write_bytes(make_pdf(["run other", "full 2.0000"]))
     assert (
-        f"it has no run {setup.run.id}, no official 3.0000; make it: mainrun report {setup.run.id}"
+        f"it lacks run {setup.run.id}, official 3.0000; make it: mainrun report {setup.run.id}"
         in setup.refusal()
     )
     setup.report.write_bytes(b"%PDF no")
@@ -315,7 +315,7 @@ def test_the_size_limit_of_the_report(
     room = 20_000 + more - len(data)
     setup.report.write_bytes(data + b"\n" * room)
     if refused:
-        assert "20.0 kB, a submission has at most 20.0 kB" in setup.refusal()
+        assert "20.0 kB; a submission may be at most 20.0 kB" in setup.refusal()
     else:
         setup.prepare()
 
@@ -376,7 +376,7 @@ def test_the_size_limit_of_the_checkpoint(
     if inside:
         assert submission.notes == []
     else:
-        assert submission.notes == ["the last checkpoint is left out: it has 1.0 kB, the limit is 1.0 kB"]
+        assert submission.notes == ["the last checkpoint is left out: it is 1.0 kB, and the limit is 1.0 kB"]
 
 
 def test_the_journal_is_included(setup: Setup) -> None:

@@ -223,7 +223,7 @@ def test_a_guard_that_failed(case: Case) -> None:
     ("report", "problem"),
     [
         (b"no pdf", "report.pdf is not a readable PDF"),
-        (make_pdf(["run x", "full 2.0000"]), "report.pdf does not quote this run: it has no run "),
+        (make_pdf(["run x", "full 2.0000"]), "report.pdf does not quote this run: it lacks run "),
     ],
     ids=["not a PDF", "another run"],
 )
@@ -291,7 +291,7 @@ def test_an_incomplete_result(case: Case) -> None:
 
 def test_another_number_of_steps(case: Case) -> None:
     case.result["of"] = 5
-    assert case.refusal() == "its config makes 5 steps, the summary says 4"
+    assert case.refusal() == "its config implies 5 steps, but the summary says 4"
     del case.result["of"]
     assert case.verify().verified
 

@@ -768,7 +768,7 @@ def test_a_real_gain_is_claimed_and_a_small_one_is_not(
     small = confirm_with_gain(tmp_path / "b", monkeypatch, gain=0.001, noise=0.01, seed=1)
     assert (
         small["winner"] is None
-        and small["claim"] == "not better than the base within noise"
+        and small["claim"] == "no better than the base, within the noise"
         and "val" not in small
     )
     assert all(row["why"] for row in small["rows"])

@@ -22,7 +22,7 @@ from sweeps.sampling import TrialSampler
 from sweeps.trial import TrialState
 
 SEED = 1337  # of the base, which the search trains with
-NOT_BETTER = "not better than the base within noise"
+NOT_BETTER = "no better than the base, within the noise"
 QUIET = (2.0, 2.001, 1.999)  # scores of the base on the seeds of the noise floor
 Z = 2.7764451051977934  # t of 97.5% with 4 degrees of freedom
 

@@ -1,1 +1,1 @@
-"""`mainrun report`: read finished runs and exported studies, compare them and write one PDF."""
+"""Implement `mainrun report`, which compares finished runs and exported studies in a PDF."""

@@ -1,4 +1,4 @@
-"""The sentences of a report, written from its numbers. Weak numbers give weaker claims."""
+"""Write the sentences of a report from its numbers. Weaker evidence gives weaker claims."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reports.evidence.load import Recipe, ReportData, Run, Study
 from reports.evidence.studies import importance, ledger
 from reports.evidence.tables import fixed, get_flops, get_seconds, integer, scientific
 
-# if the times of two runs of a recipe differ by more than this factor, the machine was busy
+# If the times of two runs of a recipe differ by more than this factor, the machine was busy.
 BUSY = 1.25
 
 
@@ -20,13 +20,13 @@ BUSY = 1.25
 class Claim:
     """The comparison of the two main recipes, as stated on page 1."""
 
-    kind: str  # better, worse, within noise, not sure, no claim
+    kind: str  # "better", "worse", "within noise", "not sure" or "no claim"
     text: str
     difference: stats.Difference | None = None
 
 
 def claim(data: ReportData) -> Claim:
-    """Compare the optimised recipe with the baseline."""
+    """Compare the optimized recipe with the baseline."""
     base = data.baseline
     other = data.optimised
     if base is None:
@@ -62,7 +62,9 @@ def _judge(
     backing = f"95% interval {_signed(low)} to {_signed(high)}, {describe_seeds(change)}"
     floor = f"the noise floor of {fixed(4)(noise.floor)}"
     if abs(change.mean) <= noise.floor:
-        text = f"{other} is not better than {base} within noise: the difference of {size} is under {floor}"
+        text = (
+            f"{other} is no better than {base}, within the noise: the difference of {size} is under {floor}"
+        )
         return "within noise", f"{text} ({backing})."
     if low <= 0 <= high:
         text = f"No claim: the difference of {size} is above {floor}, but its interval contains zero"
@@ -139,13 +141,16 @@ def _time_obstacle(base: Recipe, other: Recipe) -> str:
 
 
 def _hardware(run: Run) -> dict[str, object]:
-    """Return the part of the machine class that describes the machine. The dtype belongs to the recipe."""
+    """Return the part of the machine class that describes the machine.
+
+    The dtype is left out, because it belongs to the recipe.
+    """
     machine = run.summary.get("machine_class", {})
     return {name: machine[name] for name in machine if name in ("device", "instructions", "processes")}
 
 
 def _time_spread(recipe: Recipe) -> float:
-    """Return how many times longer the slowest run took than the fastest."""
+    """Return the time of the slowest run, divided by the time of the fastest run."""
     seconds = list(map(get_seconds, recipe.valid_runs))
     return max(seconds) / min(seconds)
 
@@ -159,7 +164,7 @@ def _mean(recipe: Recipe, get: Callable[[Run], float]) -> float:
 
 
 def ablation_sentences(data: ReportData) -> Iterator[str]:
-    """Yield a sentence on the ablation, if the data has one."""
+    """Yield a sentence about the ablation, if the report has an ablation."""
     table = tables.ablation(data)
     if table is None:
         return
@@ -183,7 +188,7 @@ def ablation_sentences(data: ReportData) -> Iterator[str]:
 
 
 def study_sentence(study: Study) -> str:
-    """Summarise a study: its trials, its claim, the most important field and its steps."""
+    """Summarize the trials, the claim, the most important field and the steps of a study."""
     text = f"The study {study.name} has {len(study.trials)} trials"
     without_value = len(study.trials) - len(study.scored)
     if without_value:
@@ -225,6 +230,6 @@ def coverage_sentence(data: ReportData) -> str:
 
 
 def findings(data: ReportData) -> list[str]:
-    """Return three sentences: the comparison, its cost, and the first other finding."""
+    """Return three sentences about the comparison, its cost, and the first other finding."""
     others = [*ablation_sentences(data), *map(study_sentence, data.studies), coverage_sentence(data)]
     return [claim(data).text, cost(data), others[0]]

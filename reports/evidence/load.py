@@ -1,6 +1,6 @@
-"""The data of a report: finished runs on the same titles, grouped into recipes, and exported studies.
+"""Read the data of a report, which is made of finished runs and exported studies.
 
-`gather` reads all inputs and reports all their problems in one error.
+`gather` reads all inputs and reports all problems in one error. It groups the runs into recipes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Source = TypeVar("Source")
 Item = TypeVar("Item")
 
 EXPORT = ("study.json", "trials.parquet")
-OP_ENDED = ("SUCCESS", "ERROR")  # suffixes of the events of growth.jsonl that end an op
+OP_ENDED = ("SUCCESS", "ERROR")  # suffixes of event names in growth.jsonl that mark the end of an op
 FAILED_STATES = ("fail", "failed", "error", "diverged")
 COMPLETED_STATES = ("complete", "completed", "done")
 
@@ -41,8 +41,8 @@ class Run:
     plan: dict[str, Any]
     env: dict[str, Any]
     summary: dict[str, Any]
-    rows: list[dict[str, Any]]  # of metrics.jsonl
-    journal: list[dict[str, Any]]  # of growth.jsonl
+    rows: list[dict[str, Any]]  # rows of metrics.jsonl
+    journal: list[dict[str, Any]]  # rows of growth.jsonl
 
     @property
     def id(self) -> str:
@@ -64,19 +64,19 @@ class Run:
 
     @cached_property
     def evals(self) -> list[dict[str, Any]]:
-        """Evaluations of val, in order."""
+        """The evaluations of the val split, in order."""
         return [row for row in self.rows if row["event"] == "eval" and row["split"] == "val"]
 
     @cached_property
     def ops(self) -> list[dict[str, Any]]:
-        """Growth ops in order, from the journal, or from the plan if the run is older than journals."""
+        """The growth ops in order. If an old run has no journal, the ops come from its plan."""
         if self.journal:
             return [row for row in self.journal if _op_ended(row)]
         if not self.cfg.growth.ops:
             return []
         plan = Plan(self.cfg, self.plan["train_tokens"])
         ops = []
-        # ops that wait for a loss have no step in the plan, so the plan may be shorter
+        # Ops that are triggered by a loss have no step in the plan, so the plan may have fewer ops.
         for op, (step, skipped) in zip(self.cfg.growth.ops, plan.decisions, strict=False):
             if not skipped:
                 ops.append({"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)})
@@ -111,7 +111,7 @@ class Recipe:
 
     @cached_property
     def scores(self) -> dict[int, float]:
-        """Seed -> full score, for the valid runs."""
+        """The full score of each valid run, by seed."""
         return {run.cfg.seed: run.full for run in self.valid_runs}
 
     @property
@@ -124,15 +124,15 @@ class Study:
     """An exported study."""
 
     path: Path
-    facts: dict[str, Any]  # study.json
-    trials: list[dict[str, Any]]  # trials.parquet, one dict per trial
+    facts: dict[str, Any]  # content of study.json
+    trials: list[dict[str, Any]]  # rows of trials.parquet, one per trial
 
     @property
     def name(self) -> str:
         return str(self.facts.get("name") or self.path.name)
 
     def fact(self, name: str) -> Any:
-        """Look up a value in the export, then in its copy of the study file, then in its evidence."""
+        """Return a fact from the export, from its copy of the study file, or from its evidence."""
         for table in (self.facts, self.facts.get("study"), self.facts.get("evidence")):
             if table and table.get(name) not in (None, {}, [], ""):
                 return table[name]
@@ -140,14 +140,14 @@ class Study:
 
     @cached_property
     def scored(self) -> list[dict[str, Any]]:
-        """Trials that have a value and did not fail."""
+        """The trials that have a value and did not fail."""
         return [trial for trial in self.trials if trial.get("value") is not None and not is_failed(trial)]
 
     @cached_property
     def completed(self) -> list[dict[str, Any]]:
-        """Trials that were trained to the end, so that their values can be compared.
+        """The trials that were trained to the end, so that their values can be compared.
 
-        If the export does not record completion, these are the trials of its highest rung.
+        If the export does not record completion, these are the trials at its highest rung.
         """
         completed = [trial for trial in self.scored if trial_state(trial) in COMPLETED_STATES]
         if completed:
@@ -157,13 +157,13 @@ class Study:
 
     @cached_property
     def stopped(self) -> list[dict[str, Any]]:
-        """Trials that were stopped at a lower rung."""
+        """The trials that were stopped at a lower rung."""
         completed = {trial["trial"] for trial in self.completed}
         return [trial for trial in self.scored if trial["trial"] not in completed]
 
     @cached_property
     def searched_fields(self) -> list[str]:
-        """Fields of the search space that took more than one value."""
+        """The fields of the search space that had more than one value."""
         if not self.trials:
             return []
         fields = []
@@ -182,7 +182,7 @@ def is_failed(trial: dict[str, Any]) -> bool:
 
 
 def trial_state(trial: dict[str, Any]) -> str:
-    """Return the state in lower case, without the class name that Optuna puts in front."""
+    """Return the state of a trial in lower case, without the prefix of Optuna's class name."""
     return str(trial.get("state", "")).split(".")[-1].lower()
 
 
@@ -198,7 +198,7 @@ class ReportData:
     studies: tuple[Study, ...]
     baseline: Recipe | None = None
     optimised: Recipe | None = None
-    selection: str = ""  # how the optimised recipe was selected
+    selection: str = ""  # how the optimized recipe was selected
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -214,7 +214,10 @@ class ReportData:
 
     @cached_property
     def ladder(self) -> list[Recipe]:
-        """The steps of an ablation preset, in its order. Empty if fewer than three have a valid run."""
+        """The recipes of an ablation preset, in its order.
+
+        The list is empty if fewer than three recipes have a valid run.
+        """
         for preset in preset_names():
             order = [cfg.preset for cfg in load(preset)]
             steps = {}
@@ -277,8 +280,8 @@ class _Collector:
 def gather(places: Sequence[str], out: Path = Path("runs")) -> ReportData:
     """Read the data of a report, or raise a RunError that lists all problems.
 
-    `places` are run directories, ids of runs in `out`, exported studies, or folders of these.
-    Without any, everything in `out` is read.
+    `places` are run directories, ids of runs in `out`, exported studies, or folders that contain them.
+    If `places` is empty, everything in `out` is read.
     """
     collector = _Collector()
     for place in places or [str(out)]:
@@ -342,7 +345,7 @@ def _missing(folder: Path, names: Sequence[str], exists: Callable[[Path], bool])
     return ", ".join(name for name in names if not exists(folder / name))
 
 
-# what a report needs in addition to what `mainrun compare` needs
+# Keys that a report needs in addition to the keys that `mainrun compare` needs.
 REPORTED = {"flops": records.above_zero, "presentations": {"train_tokens_per_epoch": records.at_least_one}}
 ROWS = {"step": {"tokens": records.count, "loss": records.number}, "eval": {}}
 STARTED = {"params": records.count, "flops_per_token": records.not_negative}
@@ -350,7 +353,7 @@ ENDED = {"tokens": records.count, "value": records.anything, "step": records.ste
 
 
 def _check_run(folder: RunDir, run: Run) -> None:
-    """Check that a run has what the report needs, and that its journal fits its config."""
+    """Check that a run has the data that a report needs, and that its journal fits its config."""
     for name, fault in (
         ("summary.json", records.fault(run.summary, REPORTED)),
         ("metrics.jsonl", _metrics_fault(run)),
@@ -451,7 +454,7 @@ SPACE = {
     "values?": records.optional([records.anything]),
     "when?": records.optional(records.table),
 }
-# what `Study.fact` reads, in the export itself and in its tables "study" and "evidence"
+# Keys that `Study.fact` reads from the export and from its tables "study" and "evidence".
 FACT: dict[str, Any] = {
     "rows?": records.optional([CONFIRMED]),
     "rung_correlation?": records.optional(records.table_of(records.optional(records.any_number))),
@@ -481,8 +484,8 @@ TRIAL = LEDGER | {
 
 
 def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
-    """Report scores of different titles or different spans, which cannot be compared."""
-    tables: list[tuple[str, Mapping[str, Any]]] = []  # (source, what it records)
+    """Return faults if the scores are of different titles or spans, and cannot be compared."""
+    tables: list[tuple[str, Mapping[str, Any]]] = []  # (source, recorded facts)
     for run in runs:
         tables.append((run.id, run.summary))
     for study in studies:
@@ -533,7 +536,7 @@ def _unequal(
 
 
 def shorten(names: Sequence[str], limit: int = 4) -> str:
-    """Join the first names, and count the others."""
+    """Join the first names, and add the number of other names."""
     joined = ", ".join(names[:limit])
     if len(names) > limit:
         return f"{joined} and {len(names) - limit} more"
@@ -544,7 +547,7 @@ def shorten(names: Sequence[str], limit: int = 4) -> str:
 
 
 def recipe_fields(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the fields that define a recipe: all that affect the training, without the seed."""
+    """Return the fields that define a recipe, which are all fields that affect training except the seed."""
     fields = cfg.model_dump()
     return {k: v for k, v in fields.items() if k != "seed" and TrainConfig.class_of(k) != "inert"}
 
@@ -588,10 +591,10 @@ def _recipe_name(preset: str, config: Mapping[str, Any], differing: Sequence[str
 
 
 def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, str]:
-    """Select the baseline and the optimised recipe, and say how the latter was selected.
+    """Select the baseline and the optimized recipe, and describe how the optimized recipe was selected.
 
-    Recipes with these names come first. Otherwise the lowest mean is taken, and the report says so:
-    the best of many recipes looks better than it is.
+    Recipes with these names are preferred. Otherwise, the recipe with the lowest mean score is selected. The
+    report says so, because the best of many recipes looks better than it is.
     """
     if not recipes:
         return None, None, "no run was given"
@@ -599,7 +602,7 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
     others = [recipe for recipe in recipes if recipe is not base]
     named = _recipes_called("optimized", others)
     if len(named) > 1:
-        return base, named[0], "the recipe is called optimized, the one with most seeds"
+        return base, named[0], "the recipe is called optimized and has the most seeds"
     if named:
         return base, named[0], "the recipe is called optimized"
     valid = [recipe for recipe in others if recipe.valid_runs]
@@ -611,21 +614,21 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
 
 
 def _recipes_called(name: str, recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Return the recipes whose preset has this name, those with most valid runs first."""
+    """Return the recipes whose preset has this name. Recipes with more valid runs come first."""
     called = [recipe for recipe in recipes if step_name(recipe.cfg) == name]
     return sorted(called, key=lambda r: (-len(r.valid_runs), r.cfg.preset.startswith("ablation:"), r.name))
 
 
 def step_name(cfg: TrainConfig) -> str:
-    """Return the name of a step without its preset: `size` for `ablation:size`."""
+    """Return the name of a step without its preset, such as `size` for `ablation:size`."""
     return cfg.preset.split(":")[-1]
 
 
 def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
-    """Return the scores of each step, for the seeds that all steps share.
+    """Return the scores of each step of a ladder, for the seeds that all steps share.
 
-    With common seeds, each change equals the difference of the means shown. If fewer than two seeds are
-    common, each step keeps all of its scores.
+    With shared seeds, each change equals the difference of the displayed means. If the steps share fewer than
+    two seeds, all scores of each step are returned.
     """
     common = set(ladder[0].scores)
     for recipe in ladder:

@@ -1,4 +1,4 @@
-"""A model card, and the items of the ACL responsible-NLP checklist that can be answered from runs."""
+"""Write a model card, and answer the items of the ACL responsible NLP checklist that runs can answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reports.evidence import findings
 from reports.evidence.load import ReportData, Run, Study
 from reports.evidence.tables import Column, Table, fixed, get_flops, get_seconds, integer, scientific, text
 
-Answer = tuple[str, str, str]  # item, question, answer
+Answer = tuple[str, str, str]  # (item, question, answer)
 
 
 def checklist(data: ReportData) -> Table:
@@ -72,7 +72,7 @@ def _budget_answers(data: ReportData) -> Iterator[Answer]:
 def _method_answers(data: ReportData) -> Iterator[Answer]:
     selection = data.selection
     if data.optimised:
-        selection = f"optimised is {data.optimised.name}: {selection}"
+        selection = f"the optimized recipe is {data.optimised.name}: {selection}"
     yield (
         "C2",
         "Search, bounds, selection",
@@ -109,7 +109,7 @@ def _search(studies: Sequence[Study]) -> str:
 
 
 def card(data: ReportData) -> Iterator[str]:
-    """Yield the paragraphs of the model card of the optimised recipe, or else of the baseline."""
+    """Yield the paragraphs of the model card. It describes the optimized recipe, or else the baseline."""
     recipe = data.optimised or data.baseline
     if recipe is None:
         return

@@ -1,6 +1,6 @@
-"""The sections of a report and their order.
+"""Define the sections of a report and their order.
 
-Sections without data are left out, and the appendix lists them.
+A section without data is left out, and the appendix lists it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reportlab.platypus import Flowable
 
 LOST = re.compile(r"\b(worse|slower|fail(s|ed)?|diverge[sd]?|did not help|lost)\b")
-LONGEST_POINT = 240  # characters of a point that is quoted from the log
+LONGEST_POINT = 240  # the maximum length of a point that is quoted from the log
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Report:
     data: ReportData
     title: str
     log: Path | None = None
-    samples: Sequence[tuple[str, Sequence[str]]] = ()  # (run id, titles that its model wrote)
+    samples: Sequence[tuple[str, Sequence[str]]] = ()  # (run id, generated titles)
     tables: dict[str, Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Report:
 
 
 def make_tables(data: ReportData) -> Iterator[Table]:
-    """Yield all tables that the data supports."""
+    """Yield all tables for which the report has data."""
     if data.runs:
         yield tables.runs(data)
         yield tables.recipes(data)
@@ -86,7 +86,7 @@ def make_tables(data: ReportData) -> Iterator[Table]:
 
 
 def headline(data: ReportData) -> Table | None:
-    """Make the table of page 1: the two main recipes, over the seeds that their difference uses."""
+    """Make the table of page 1, which compares the two main recipes over the seeds of their difference."""
     pair = [recipe for recipe in (data.baseline, data.optimised) if recipe is not None]
     if not pair:
         return None
@@ -125,9 +125,9 @@ def headline(data: ReportData) -> Table | None:
     ]
     note = (
         "Means over the listed seeds, at the last step, in nats per character of val. "
-        "full scores every token once; recipes are ranked by it."
+        "The full score counts every token once. Recipes are ranked by the full score."
     )
-    return Table("headline", "Both in figures", columns, rows, note, red)
+    return Table("headline", "Both recipes in numbers", columns, rows, note, red)
 
 
 # -- the sections
@@ -156,7 +156,7 @@ def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -
 
 
 def section_of_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    """Yield a section that shows figures of runs. Without a figure it is left out."""
+    """Yield a section with figures of runs. If there is no figure, yield nothing."""
     shown = run_figures(section, report, drawings)
     if shown:
         yield page_break()
@@ -280,7 +280,7 @@ def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
         yield heading("From the log", 1)
         yield paragraph(
             f"Points of {report.log.name} (sha256 {digest}) about results that were worse, slower or wrong. "
-            "The log holds every experiment.",
+            "The log describes every experiment.",
             "small",
         )
         for point in points:
@@ -288,7 +288,7 @@ def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
 
 
 def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
-    """Return the points of the log about something that did not work. Long points are cut."""
+    """Return the points of the log that describe a failure. Long points are shortened."""
     if log is None:
         return []
     points = []
@@ -304,7 +304,7 @@ def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
 
 
 def log_text(log: Path) -> bytes:
-    """Return the text of the log: a file, or the pages of a folder in the order of their names."""
+    """Return the text of the log. If the log is a folder, join its pages in the order of their names."""
     pages = [log]
     if log.is_dir():
         pages = sorted(log.glob("*.md"))
@@ -341,7 +341,7 @@ def appendix(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
 
 
 def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[str]:
-    """Yield what the report leaves out because the inputs have no data for it."""
+    """Yield each part that the report leaves out because the inputs have no data for it."""
     if not report.data.runs:
         yield "everything about runs (none was given)"
     if not report.data.ladder:

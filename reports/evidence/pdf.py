@@ -1,6 +1,6 @@
-"""The layout of the PDF: reportlab sets text and tables, and figures are drawn as vectors from SVG.
+"""Lay out the PDF with reportlab, and convert figures from SVG to vector graphics.
 
-The same input gives the same bytes. The content of the pages is decided in `pages.py`.
+The same input gives the same bytes. `pages.py` defines the content of the pages.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ BOLD = f"{FONT}-Bold"
 RED = "#B00020"
 GREY = "#444444"
 CREATOR = "mainrun report"
-COLUMN = 487.0  # points: an A4 page without its margins, a little more than the WIDTH of figures
+COLUMN = 487.0  # width of the text in points, slightly more than the WIDTH of figures
 MARGIN = 54.0
 GAP = 6.0  # points between the columns of a table
-CELL_SIZE = 7  # points
-LONGEST_TITLE = 90  # characters of the title in the footer
+CELL_SIZE = 7  # font size of table cells in points
+LONGEST_TITLE = 90  # the maximum length of the title in the footer
 
 
 @cache
 def register_fonts() -> None:
-    """Register the font family of text and figures. matplotlib ships it, so nothing must be installed."""
+    """Register the font family of text and figures. The fonts come with matplotlib."""
     import matplotlib
     from reportlab.pdfbase import pdfmetrics
     from reportlab.pdfbase.ttfonts import TTFont
@@ -86,7 +86,7 @@ def paragraph(text: str, style: str = "body") -> Flowable:
 
 
 def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
-    """Return a figure with its title and caption, all on one page. Return nothing if it was not drawn."""
+    """Return a figure with its title and caption, all on one page. If it was not drawn, return nothing."""
     from reportlab.platypus import KeepTogether, Spacer
 
     if name not in drawings:
@@ -143,7 +143,10 @@ def heading(text: str, level: int) -> Flowable:
 
 
 def table(content: Table | None, width: float = COLUMN) -> list[Flowable]:
-    """Return a table with its title and its note. It breaks between rows, and its head is on every page."""
+    """Return a table with its title and its note.
+
+    The table can break between rows. Its header is repeated on every page.
+    """
     if content is None or not content.rows:
         return []
     from reportlab.platypus import Spacer
@@ -175,8 +178,9 @@ def _longest(cells: Sequence[str]) -> float:
 def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: float) -> list[float]:
     """Return the width of each column, in points.
 
-    Columns without a share are as wide as their cells; text columns take at most 30% of the table.
-    Columns with a share divide the rest. Without such columns, a table that is too wide is scaled down.
+    Columns without a share are as wide as their cells. A text column takes at most 30% of the table. Columns
+    with a share divide the remaining width. If no column has a share, a table that is too wide is
+    scaled down.
     """
     natural = list(longest)
     used = 0.0
@@ -196,7 +200,7 @@ def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: f
 
 
 def _wrapped(cells: Sequence[str], width: float, red: set[int]) -> Iterator[Flowable]:
-    """Yield the cells of a column, the head first, as paragraphs whose lines may break."""
+    """Yield the cells of a column as paragraphs with line breaks. The first cell is the header."""
     from reportlab.platypus import Paragraph
 
     head, *body = cells
@@ -261,8 +265,8 @@ def _fits(text: str, width: float) -> bool:
 def write(path: Path, story: Callable[[], list[Flowable]], title: str, properties: Mapping[str, str]) -> int:
     """Write the PDF and return its number of pages.
 
-    `story` returns the content anew at each call. It is laid out twice, because the footer of each page shows
-    the number of pages.
+    `story` returns new content at each call. The content is laid out twice, because the footer of each page
+    shows the number of pages.
     """
     register_fonts()
     _, total = _build(story(), title, properties, 0)

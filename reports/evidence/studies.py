@@ -1,4 +1,4 @@
-"""Numbers computed from an exported study: its steps, its rungs, the importance of its fields."""
+"""Compute the steps, the rungs and the importance of fields from an exported study."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import optuna
 
 LEDGER = ("asked", "trained", "reused", "wasted")
-FEWEST = 10  # completed trials that an importance needs
-TOP = 0.25  # share of the trials that count as best. Optuna recommends at least 5 of them
+FEWEST = 10  # the minimum number of completed trials to compute an importance
+TOP = 0.25  # share of the trials that count as best; Optuna recommends at least five best trials
 
 Trials = Sequence[dict[str, Any]]
 
 
 def objective(study: Study) -> str:
-    """Return the name of the value that the study minimises."""
+    """Return the name of the value that the study minimizes."""
     return str(study.fact("objective") or "value")
 
 
@@ -33,7 +33,7 @@ def values(trials: Trials) -> list[float]:
 
 
 def setting(trial: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a field in a trial. None if the field was not active."""
+    """Return the value of a field in a trial, or None if the field was not active."""
     return trial.get(f"params.{field}")
 
 
@@ -50,7 +50,7 @@ def with_field(trials: Trials, field: str) -> list[dict[str, Any]]:
 
 
 def ledger(study: Study) -> dict[str, float]:
-    """Return the steps of a study with its evidence. If the export has no total, sum over the trials."""
+    """Return the steps of a study and its confirmation. If the export has no total, sum over the trials."""
     rows = study.trials
     if study.facts.get("ledger"):
         rows = [study.facts["ledger"]]
@@ -67,20 +67,20 @@ def ledger(study: Study) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class RungValues:
-    """The trials that reached both a rung and the last one."""
+    """The values at a rung and at the last rung, for trials that reached both rungs."""
 
     number: int
-    values: list[float]  # at this rung
-    last: list[float]  # at the last rung
+    values: list[float]  # values at this rung
+    last: list[float]  # values at the last rung
 
     @property
     def correlation(self) -> float | None:
-        """How well this rung ranks the trials: the rank correlation with the last rung."""
+        """The rank correlation between the values at this rung and at the last rung."""
         return stats.spearman(self.values, self.last)
 
 
 def rungs(study: Study) -> list[RungValues]:
-    """Return each rung below the last one that at least three completed trials reached."""
+    """Return the rungs below the last rung that at least three completed trials reached."""
     scores: list[dict[int, float]] = []
     top = 0
     for trial in study.completed:
@@ -105,15 +105,18 @@ def rungs(study: Study) -> list[RungValues]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The places of settings on an axis: a number is its own place, any other setting has an index."""
+    """The positions of settings on an axis.
+
+    The position of a number is its value. The position of any other setting is an index.
+    """
 
     places: list[float]
-    names: list[str]  # empty for numbers
+    names: list[str]  # names of the settings, empty if they are numbers
     log: bool
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Scale:
-        """An axis of positive numbers that span more than a factor of 20 is logarithmic."""
+        """Create a scale. It is logarithmic if positive numbers span more than a factor of 20."""
         if all(map(is_number, values)):
             places = list(map(float, values))
             return cls(places, [], min(places) > 0 and max(places) / min(places) > 20)
@@ -122,7 +125,7 @@ class Scale:
         return cls([float(names.index(text)) for text in texts], names, False)
 
     def unit(self) -> np.ndarray:
-        """Return the places between 0 and 1."""
+        """Return the positions, scaled to the range from 0 to 1."""
         places = np.array(self.places)
         if self.log:
             places = np.log10(places)
@@ -150,7 +153,11 @@ def by_importance(fields: Iterable[str], shares: Mapping[str, float]) -> list[st
 
 
 def importance(study: Study) -> dict[str, float]:
-    """Return the importance of each field: as exported, else by PED-ANOVA. Empty if it cannot be computed."""
+    """Return the importance of each field.
+
+    If the export has no importance, it is computed by PED-ANOVA. If it cannot be computed, the
+    result is empty.
+    """
     exported = study.fact("importance")
     if not isinstance(exported, dict):
         return ped_anova(study)
@@ -164,7 +171,8 @@ def importance(study: Study) -> dict[str, float]:
 def ped_anova(study: Study) -> dict[str, float]:
     """Compare the settings of the best trials with those of all completed trials.
 
-    The shares sum to 1. Empty if there are too few trials, or if no field sets the best ones apart.
+    The returned shares sum to 1. The result is empty if there are too few trials, or if no field
+    distinguishes the best trials.
     """
     scales: dict[str, Scale] = {}
     for field in study.searched_fields:
@@ -180,7 +188,7 @@ def ped_anova(study: Study) -> dict[str, float]:
     rebuilt = optuna.create_study(direction="minimize")
     rebuilt.add_trials(optuna_trials(study, scales))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna warns about a field that one trial lacks
+        warnings.simplefilter("ignore")  # Optuna warns if a trial lacks a field
         shares = get_param_importances(
             rebuilt,
             evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP),
@@ -194,7 +202,7 @@ def ped_anova(study: Study) -> dict[str, float]:
 
 
 def optuna_trials(study: Study, scales: Mapping[str, Scale]) -> list[optuna.trial.FrozenTrial]:
-    """Rebuild the completed trials for Optuna."""
+    """Convert the completed trials to Optuna's trials."""
     import optuna
 
     distributions = {field: scale.distribution() for field, scale in scales.items()}

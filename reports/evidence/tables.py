@@ -1,4 +1,4 @@
-"""The tables of a report, and how their numbers are written.
+"""Make the tables of a report, and format their numbers.
 
 The PDF shows rounded numbers. The CSV files keep all digits.
 """
@@ -34,11 +34,14 @@ Format = Callable[[Any], str]
 Row = list[Any]
 
 
-# -- how a number is written
+# -- number formats
 
 
 def fixed(decimals: int, sign: bool = False) -> Format:
-    """Return a format with this many decimals, and with a plus sign if `sign` is set."""
+    """Return a function that writes a number with a fixed number of decimals.
+
+    If `sign` is true, positive numbers get a plus sign.
+    """
     spec = f".{decimals}f"
     if sign:
         spec = f"+{spec}"
@@ -52,14 +55,14 @@ def fixed(decimals: int, sign: bool = False) -> Format:
 
 
 def integer(number: Any) -> str:
-    """Write an amount, with commas: 1,234."""
+    """Write an amount with commas, such as 1,234."""
     if number is None:
         return ""
     return f"{number:,.0f}"
 
 
 def identifier(number: Any) -> str:
-    """Write a number that is a name, such as a seed."""
+    """Write a number that is used as a name, such as a seed."""
     return f"{number}"
 
 
@@ -76,14 +79,14 @@ def text(words: Any) -> str:
 
 
 def scientific(number: Any) -> str:
-    """Write a number of FLOPs: 3.55e13."""
+    """Write a number of FLOPs, such as 3.55e13."""
     if number is None:
         return ""
     return f"{number:.3g}".replace("e+", "e")
 
 
 def setting(value: Any) -> str:
-    """Write the value of a field as `--set` takes it."""
+    """Write the value of a field in the format of `--set`."""
     if value is None:
         return "none"
     if isinstance(value, (dict, list, tuple, bool)):
@@ -126,7 +129,7 @@ class Column:
 
     head: str
     format: Format = text
-    share: float = 0.0  # of the page's width; 0: as wide as its cells
+    share: float = 0.0  # share of the page's width; 0 means as wide as the cells
 
     @property
     def right(self) -> bool:
@@ -138,12 +141,12 @@ class Column:
 class Table:
     """A table of the report and of a CSV file."""
 
-    name: str  # of the CSV file
+    name: str  # the name of the CSV file
     title: str
     columns: Sequence[Column]
     rows: list[Row]
     note: str = ""
-    red: set[int] = field(default_factory=set)  # rows set in red, because they do not count
+    red: set[int] = field(default_factory=set)  # indices of the rows in red, which do not count
 
     @property
     def heads(self) -> list[str]:
@@ -172,14 +175,14 @@ def _csv_value(value: Any) -> Any:
 
 
 def mean_of(runs: Sequence[Run], get: Callable[[Run], float]) -> float | None:
-    """Return the mean of a number of each run, or None without runs."""
+    """Return the mean of `get` over the runs, or None if there are no runs."""
     if not runs:
         return None
     return sum(map(get, runs)) / len(runs)
 
 
 def is_fresh(run: Run) -> bool:
-    """Return whether the run trained all of its steps. Only then do its seconds tell its speed."""
+    """Return whether the run trained all of its steps. Otherwise, its seconds do not measure its speed."""
     return not run.summary.get("ledger", {}).get("reused")
 
 
@@ -208,7 +211,7 @@ def get_seconds(run: Run) -> float:
 
 
 def recipes(data: ReportData) -> Table:
-    """Make the table of recipes, the lowest score first."""
+    """Make the table of recipes, sorted by score."""
     rows: list[Row] = []
     red = set()
     for i, recipe in enumerate(sorted(data.recipes, key=_rank)):
@@ -237,7 +240,7 @@ def recipes(data: ReportData) -> Table:
 
 
 def _rank(recipe: Recipe) -> tuple[bool, float]:
-    """Sort key: recipes without a valid run come last."""
+    """Return the sort key of a recipe. Recipes without a valid run come last."""
     return not recipe.valid_runs, mean_of(recipe.valid_runs, get_full) or 0
 
 
@@ -282,8 +285,8 @@ def runs(data: ReportData) -> Table:
         Column("guards", text, 0.14),
     ]
     note = (
-        "full and official are scores of the last step. best is the lowest full score of any evaluation; "
-        "it is shown for honesty and not used."
+        "full and official are scores of the last step. best is the lowest full score of any evaluation. "
+        "It is shown for transparency, but nothing is computed from it."
     )
     if red:
         note += " Red: a run that failed a guard. It is excluded from all means, differences and figures."
@@ -316,11 +319,11 @@ def _guard_result(run: Run) -> str:
     return "ok"
 
 
-# -- from step to step
+# -- ablation
 
 
 def ablation(data: ReportData) -> Table | None:
-    """Make the table of an ablation: what each step changes, and whether the change is significant."""
+    """Make the table of an ablation. It shows the change of each step, and whether it is significant."""
     if not data.ladder:
         return None
     scores = ladder_scores(data.ladder)
@@ -362,12 +365,12 @@ def ablation(data: ReportData) -> Table | None:
 
 
 def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str]) -> str:
-    """Write the new values of the fields that differ, as `--set` takes them."""
+    """Write the new values of the fields that differ, in the format of `--set`."""
     return ", ".join(f"{name}={setting(new)}" for name, _, new in differences if name not in without)
 
 
 def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None = None) -> str:
-    """Judge a difference. It counts if its interval excludes zero and it exceeds the noise floor."""
+    """Judge a difference, which counts if its interval excludes zero and it exceeds the noise floor."""
     if change.interval is None or noise is None:
         return "no claim: one seed"
     if abs(change.mean) <= noise.floor:
@@ -386,7 +389,7 @@ def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None
 
 
 def differences(data: ReportData) -> Table | None:
-    """Make the table of config fields in which the optimised recipe differs from the baseline."""
+    """Make the table of config fields in which the optimized recipe differs from the baseline."""
     if data.baseline is None or data.optimised is None:
         return None
     rows: list[Row] = []
@@ -405,7 +408,7 @@ def differences(data: ReportData) -> Table | None:
 
 
 def other_configs(data: ReportData) -> Table | None:
-    """Make the table of how the other recipes differ from the baseline, one row per recipe."""
+    """Make the table of the fields in which the other recipes differ from the baseline."""
     shown = (data.baseline, data.optimised, *data.ladder)
     others = [recipe for recipe in data.recipes if recipe not in shown]
     if data.baseline is None or not others:
@@ -422,7 +425,7 @@ def other_configs(data: ReportData) -> Table | None:
 
 
 def guards(data: ReportData) -> Table:
-    """Make the table of guards: how often each passed, and its worst result."""
+    """Make the table of guards. It shows how often each guard passed, and its worst result."""
     results: dict[str, list[dict[str, Any]]] = {}
     for run in data.runs:
         for guard in run.summary["guards"]:
@@ -439,11 +442,11 @@ def guards(data: ReportData) -> Table:
         Column("pass", integer, 0.06),
         Column("flag", integer, 0.06),
         Column("fail", integer, 0.06),
-        Column("the worst that was said", text, 0.65),
+        Column("worst result", text, 0.65),
     ]
     note = (
-        "flag: the figure is honest, but it is not the task's own figure. "
-        "fail: the figure is not what it claims to be."
+        "flag: the score is valid, but it cannot be compared with the task's own score. "
+        "fail: the score is not valid."
     )
     return Table("guards", "Guards", columns, rows, note, red)
 
@@ -467,7 +470,7 @@ def _worst_result(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def growth(run: Run, number: int) -> Table:
-    """Make the table of the ops of a run, with the score before and after each."""
+    """Make the table of the ops of a run, with the score before and after each op."""
     rows: list[Row] = []
     for op in run.ops:
         rows.append(_op_row(len(rows) + 1, op, run))
@@ -484,7 +487,7 @@ def growth(run: Run, number: int) -> Table:
         Column("Δ logits", text),
     ]
     note = (
-        "The full score at the last evaluation before the op, and at the first evaluation after it. "
+        "full is scored at the last evaluation before the op and at the first evaluation after it. "
         "Δ logits is the largest change of a logit by the op itself."
     )
     return Table(f"growth_{number}", "The ops", columns, rows, note)
@@ -535,7 +538,7 @@ def commands(data: ReportData) -> Table:
         rows.append([command, shorten(names, 8)])
     columns = [Column("command", text, 0.6), Column("runs", text, 0.4)]
     note = (
-        "The command of the last session of each run, from its env.json. "
+        "Each command is from the last session of a run, and is recorded in its env.json. "
         "The command of a ladder trains all steps of the ladder."
     )
     return Table("commands", "Commands", columns, rows, note)
@@ -557,14 +560,14 @@ def hashes(data: ReportData) -> Table:
     for head in ("config", "weights", "evaluate", "source", "tokenizer"):
         columns.append(Column(head, text, 0.15))
     note = (
-        "The first 12 digits of each sha256. evaluate is the code that computed the scores; "
+        "The table shows the first 12 digits of each sha256. evaluate is the code that computed the scores; "
         "source is the code that trained."
     )
     return Table("hashes", "Hashes", columns, rows, note)
 
 
 def fingerprints(data: ReportData) -> Table:
-    """Make the table of data fingerprints, and of how many runs have each."""
+    """Make the table of data fingerprints, with the number of runs that have each fingerprint."""
     counts: Counter[tuple[str, ...]] = Counter()
     for run in data.runs:
         digests = run.summary["fingerprints"]
@@ -613,7 +616,7 @@ STUDY_FACTS = (
 
 
 def study(export: Study, number: int) -> list[Table]:
-    """Make the tables of a study: its facts, its search space and its confirmation."""
+    """Make the tables of the facts, the search space and the confirmation of a study."""
     best = None
     if export.completed:
         best = min(export.completed, key=lambda trial: float(trial["value"]))
@@ -686,8 +689,8 @@ def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
         Column("what it sets", text, 0.35),
     ]
     note = (
-        "Compared with the base on new paired seeds. Interval and verdict are those that the study recorded; "
-        "p is adjusted by Holm's method."
+        "Trials are compared with the base on new paired seeds. The study recorded the intervals and "
+        "verdicts. p is adjusted by Holm's method."
     )
     return Table(f"study_{number}_confirmation", "Confirmation", columns, rows, note)
 

@@ -1,1 +1,1 @@
-"""Submissions: bundle a run with its code and report, and verify such a bundle."""
+"""Bundle a run with its code and report, and verify bundles."""

@@ -1,6 +1,8 @@
-"""The zip file of a submission: packed reproducibly, and unpacked safely even if it comes from a stranger.
+"""Pack and unpack bundles, which are the zip files of submissions.
 
-A bundle contains MANIFEST.json, report.pdf, run/ (a run directory) and code/ (the tree of a commit).
+The same files give the same bytes. Unpacking is safe even if the bundle comes from a stranger.
+
+A bundle contains MANIFEST.json, report.pdf, the run directory in run/, and the files of a commit in code/.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ MAX_ZIP_BYTES = 50_000_000
 MAX_UNPACKED_BYTES = 200_000_000
 MAX_FILES = 10_000
 MAX_NAME_BYTES = 200
-MAX_CHECKPOINT_BYTES = 20_000_000  # a larger checkpoint is left out, and `verify` can't repeat the last score
+MAX_CHECKPOINT_BYTES = 20_000_000  # a larger checkpoint is left out
 
 MANIFEST = "MANIFEST.json"
 REPORT = "report.pdf"
@@ -49,7 +51,10 @@ class BundleError(UsageError):
 
 
 def refusal(path: Path, error: BundleError) -> BundleError:
-    """Add the path of the bundle to an error about its content, and a way to fix it if the error has none."""
+    """Add the path of the bundle to an error about its content.
+
+    If the error does not say how to fix the problem, add a way to fix it.
+    """
     fix = "" if ";" in str(error) else GET_A_NEW_COPY
     return BundleError(f"{path} is refused: {error}{fix}")
 
@@ -69,7 +74,10 @@ def format_size(n: float) -> str:
 
 
 def name_problem(name: str) -> str:
-    """Return why a bundle can't contain a file of this name, or "" if the name works on every system."""
+    """Return why a bundle cannot contain a file of this name.
+
+    Return an empty string if the name works on every system.
+    """
     if not name:
         return "it is empty"
     if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
@@ -94,7 +102,10 @@ def name_problem(name: str) -> str:
 
 
 def collisions(names: Iterable[str]) -> list[str]:
-    """Describe names that are one file on some system, and names that are both a file and a folder."""
+    """Describe names that collide.
+
+    Two names collide if some system treats them as the same file, or if a file has the name of a folder.
+    """
     problems = []
     names_by_key: dict[str, str] = {}
     for name in names:
@@ -112,7 +123,7 @@ def collisions(names: Iterable[str]) -> list[str]:
 
 
 def escape(name: str) -> str:
-    """Escape characters that could move the cursor, and cut a long name to fit on a line."""
+    """Escape characters that could move the cursor, and shorten a long name."""
     text = ""
     for character in name:
         if character.isprintable():
@@ -128,7 +139,7 @@ def escape(name: str) -> str:
 
 
 def pack(files: Mapping[str, bytes], executables: Iterable[str] = ()) -> bytes:
-    """Zip the files. The same files give the same bytes: names are sorted, and all dates are the same."""
+    """Zip the files. The same files give the same bytes, because names are sorted and dates are fixed."""
     executables = set(executables)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -146,7 +157,10 @@ def pack(files: Mapping[str, bytes], executables: Iterable[str] = ()) -> bytes:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """Return the files of a bundle. They stay in memory, so that nothing is written before all is checked."""
+    """Return the files of a bundle.
+
+    The files stay in memory, so that all checks are complete before any file is written.
+    """
     try:
         data = _read_zip(path)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -168,7 +182,8 @@ def _read_zip(path: Path) -> bytes:
     zip_bytes = path.stat().st_size
     if zip_bytes > MAX_ZIP_BYTES:
         raise BundleError(
-            f"it has {format_size(zip_bytes)}, a bundle has at most {format_size(MAX_ZIP_BYTES)}"
+            f"it is {format_size(zip_bytes)}; "
+            f"a bundle may be at most {format_size(MAX_ZIP_BYTES)}{GET_A_NEW_COPY}"
         )
     try:
         return path.read_bytes()
@@ -178,7 +193,9 @@ def _read_zip(path: Path) -> bytes:
 
 def _check_entries(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
     if len(entries) > MAX_FILES:
-        raise BundleError(f"it has {len(entries):,} files, a bundle has at most {MAX_FILES:,}")
+        raise BundleError(
+            f"it has {len(entries):,} files; a bundle may have at most {MAX_FILES:,}{GET_A_NEW_COPY}"
+        )
     for entry in entries:
         _check_entry(entry)
     same_names = collisions(entry.filename for entry in entries)
@@ -187,12 +204,17 @@ def _check_entries(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > MAX_UNPACKED_BYTES:
         limit = format_size(MAX_UNPACKED_BYTES)
-        raise BundleError(f"it unpacks to {format_size(unpacked)}, a bundle unpacks to at most {limit}")
+        raise BundleError(
+            f"it unpacks to {format_size(unpacked)}; a bundle may unpack to at most {limit}{GET_A_NEW_COPY}"
+        )
     _check_layout(entries, zip_bytes)
 
 
 def _check_layout(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
-    """Check that files and directory fill the zip without gaps or overlaps, so that no bytes are hidden."""
+    """Check that the files and the directory fill the zip without gaps or overlaps.
+
+    Without this check, a zip could contain hidden bytes.
+    """
     end = 0
     directory = DIRECTORY_END_BYTES
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
@@ -235,12 +257,12 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     with archive.open(entry) as f:
-        # Unpack one byte more than the stated size: a bomb that states less then fails its checksum
+        # Read one byte more than the stated size. If the file is larger than stated, its checksum then fails.
         return f.read(entry.file_size + 1)
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files into a new or empty folder. An existing file is an error."""
+    """Write the files to a new or empty folder. If a file exists, an error is raised."""
     for name, data in files.items():
         path = folder / name
         with disk_errors(path):
@@ -259,7 +281,7 @@ def read_manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         manifest = inputs.parse_json(files[MANIFEST].decode())
         if manifest["format"] != FORMAT:
-            problem = f"it has format {manifest['format']}, this version reads {FORMAT}"
+            problem = f"it has format {manifest['format']}, but this version reads format {FORMAT}"
             raise BundleError(f"{problem}; use the version of mainrun that made it")
         _check_shape(manifest)
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""`mainrun submit` and `mainrun verify`: submit a run, and verify a submission."""
+"""Implement `mainrun submit` and `mainrun verify`, which submit a run and verify a submission."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from reports.submission.prepare import Submission
     from reports.submission.verification import Verdict
 
-MAX_DIFFERENCES = 20  # shown; the others are counted
+MAX_DIFFERENCES = 20  # the maximum number of differences to print
 MAX_FILES_SHOWN = 5
 
 
@@ -26,7 +26,7 @@ def _note(text: str) -> None:
 def submit(
     run: Annotated[
         str | None,
-        typer.Option("--run", metavar="RUN", help="The run. Not needed if only one is finished."),
+        typer.Option("--run", metavar="RUN", help="The run. Default: the only finished run."),
     ] = None,
     runs: Annotated[
         Path,
@@ -60,8 +60,8 @@ def submit(
 ) -> None:
     """Bundle a run with its code and report.
 
-    All guards are run. The report must quote the run, and the commit must be the code that trained it.
-    Anything that looks like a key is refused. Nothing is uploaded without --upload.
+    All guards are run. The report must quote the run, and the commit must contain the code that trained the
+    run. Files that look like keys are refused. Nothing is uploaded without --upload.
     """
     from reports.submission import prepare
     from reports.submission.upload import check_url
@@ -86,7 +86,7 @@ def submit(
 
 
 def why_not_submittable() -> str:
-    """Return why this code can't be submitted, whatever the run, or ""."""
+    """Return why no run of this code can be submitted, or an empty string."""
     from reports.submission.commit import ROOT, check_tree
 
     try:
@@ -158,7 +158,7 @@ def verify(
             "--steps",
             min=1,
             metavar="N",
-            help="How many steps to train again. The number of steps of the run repeats all of it.",
+            help="How many steps to train again. The steps of the whole run repeat all of it.",
         ),
     ] = 10,
     as_json: Json = False,
@@ -166,8 +166,8 @@ def verify(
 ) -> None:
     """Replay a bundle, and compare its figures.
 
-    This executes the bundle's own code. The exit code is 0 if the bundle is verified, 1 if not, and 2 if the
-    file is not a bundle.
+    This command executes the code of the bundle. The exit code is 0 if the bundle is verified, 1 if it is not
+    verified, and 2 if the file is not a bundle.
     """
     from reports.submission import verification
 
@@ -214,7 +214,7 @@ def _show_verdict(verdict: Verdict) -> None:
 
 
 def _show_comparison(verdict: Verdict) -> None:
-    """Print how exact the comparison was, and whether the bundle's trainer is the installed one."""
+    """Print the tolerance of the comparison, and whether the bundle contains the installed trainer."""
     from reports.submission.bundle import escape
 
     if verdict.same_class:

@@ -1,4 +1,4 @@
-"""The code of a submission. It is read from the commit in git, not from the working tree."""
+"""Read the code of a submission from the commit in git, not from the working tree."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from reports.submission.bundle import (
 )
 
 ROOT = Path(__file__).parents[2]  # the repository of this code
-MAX_LISTED = 5  # a message lists this many problems and counts the others
+MAX_LISTED = 5  # the maximum number of problems that a message lists
 
-EXECUTABLE = "100755"  # modes of git
+EXECUTABLE = "100755"  # file modes of git
 PLAIN_FILES = ("100644", EXECUTABLE)
 LINK = "120000"
 
@@ -36,7 +36,7 @@ class Commit:
     tree: str
     files: dict[str, bytes]
     executables: list[str]
-    left_out: dict[str, str]  # name -> what kind of file it is
+    left_out: dict[str, str]  # name -> kind of file
 
 
 class TreeEntry(NamedTuple):
@@ -49,7 +49,7 @@ class TreeEntry(NamedTuple):
 
 
 def run_git(root: Path, *args: str, stdin: bytes | None = None) -> bytes:
-    """Run git without the user's GIT_* variables and without replaced objects. Return its stdout."""
+    """Run git and return its stdout. The GIT_* variables of the user and replaced objects are ignored."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env["GIT_OPTIONAL_LOCKS"] = "0"
     env["LC_ALL"] = "C"
@@ -65,13 +65,14 @@ def run_git(root: Path, *args: str, stdin: bytes | None = None) -> bytes:
 
 
 def read_head(root: Path, ignored: Iterable[Path] = ()) -> Commit:
-    """Read the checked-out commit. Refuse files that look like secrets, and uncommitted changes.
+    """Read the commit that is checked out.
 
-    `ignored` files may be untracked.
+    Raises UsageError if a file looks like a secret, or if there are uncommitted changes. The files in
+    `ignored` may be untracked.
     """
     check_tree(root, ignored)
     entries = _list_tree(root)
-    # A file with a secret's name is refused even in a folder that is left out: it should not be in git at all
+    # A file with the name of a secret is refused even in a folder that is left out. It should not be in git.
     _refuse(_secret_names(entries))
     left_out = {}
     kept = []
@@ -100,12 +101,15 @@ def read_head(root: Path, ignored: Iterable[Path] = ()) -> Commit:
 
 
 def check_leaks(files: Mapping[str, bytes]) -> None:
-    """Refuse the files if one of their names or contents looks like a secret."""
+    """Raise UsageError if the name or the content of a file looks like a secret."""
     _refuse(_leaks(files))
 
 
 def check_tree(root: Path, ignored: Iterable[Path] = ()) -> None:
-    """Require a git repository without uncommitted changes. `ignored` files may be untracked."""
+    """Raise UsageError unless `root` is a git repository without uncommitted changes.
+
+    The files in `ignored` may be untracked.
+    """
     try:
         top = Path(os.fsdecode(run_git(root, "rev-parse", "--show-toplevel").rstrip(b"\n")))
     except UsageError as e:
@@ -150,14 +154,14 @@ def _list_tree(root: Path) -> list[TreeEntry]:
             continue
         fields, _, name = line.partition(b"\t")
         mode, _, object_id, size = fields.decode().split()
-        if size == "-":  # a commit of another repository has no size
+        if size == "-":  # a submodule has no size
             size = "0"
         entries.append(TreeEntry(mode, object_id, int(size), os.fsdecode(name)))
     return entries
 
 
 def _read_objects(root: Path, entries: list[TreeEntry]) -> Iterator[bytes]:
-    """Yield the contents of the entries, all read by one call of git."""
+    """Yield the contents of all entries. One git process reads them all."""
     request = "".join(f"{entry.object_id}\n" for entry in entries)
     output = run_git(root, "cat-file", "--batch", stdin=request.encode())
     position = 0
@@ -180,7 +184,7 @@ def _check_size(entries: list[TreeEntry]) -> None:
     named = ", ".join(f"{escape(entry.name)} ({format_size(entry.size)})" for entry in largest)
     limits = f"at most {format_size(MAX_UNPACKED_BYTES)}, or {format_size(MAX_ZIP_BYTES)} as a zip"
     raise UsageError(
-        f"the code of the commit has {format_size(total)}, a submission has {limits}; remove {named}"
+        f"the code of the commit is {format_size(total)}; a submission may be {limits}; remove {named}"
     )
 
 
@@ -192,7 +196,7 @@ def _secret_names(entries: list[TreeEntry]) -> Iterator[str]:
 
 
 def _entry_problems(entries: list[TreeEntry]) -> Iterator[str]:
-    """Yield why some entries can't be in a bundle."""
+    """Yield a sentence for each entry that cannot be in a bundle."""
     for entry in entries:
         problem = name_problem(f"code/{entry.name}")
         if problem:
@@ -213,12 +217,12 @@ def _leaks(files: Mapping[str, bytes]) -> Iterator[str]:
 
 
 def _refuse(problems: Iterable[str]) -> None:
-    """Raise an error that lists the problems, if there are any."""
+    """Raise a UsageError that lists the problems, if there are any."""
     lines = list(problems)
     if not lines:
         return
     shown = lines[:MAX_LISTED]
     if len(lines) > MAX_LISTED:
         shown.append(f"and {len(lines) - MAX_LISTED} more")
-    fix = "remove it (git rm, git commit); a key that was committed is no longer secret, so have it replaced"
+    fix = "remove it (git rm, git commit); a committed key is no longer secret, so replace it"
     raise UsageError("\n  ".join(["a submission must not contain:", *shown]) + f"\n{fix}")

@@ -1,4 +1,4 @@
-"""What a submission needs of a run and its report. `submit` and `verify` both check it, without training."""
+"""Check that a run is complete and that a report quotes it. Both `submit` and `verify` use these checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ RESTORE = "restore it, or train the run again with --fresh"
 
 
 def complete_summary(run: RunDir) -> dict[str, Any]:
-    """Return the summary of a finished run. Refuse a run that lacks a file or contradicts its own log."""
+    """Return the summary of a finished run.
+
+    Raises RunError if the run lacks a file, or if its summary contradicts its log.
+    """
     summary = compare.load_summary(run)
     missing = [name for name in RUN_FILES if not (run.path / name).is_file()]
     if missing:
@@ -43,13 +46,13 @@ def _check_run_id(run: RunDir, summary: dict[str, Any]) -> None:
     if summary["run"] == run_id:
         return
     if summary["run"] == run.path.name:
-        problem = f"{run.path} was trained by other code: today's code names its config {run_id}"
+        problem = f"{run.path} was trained by other code: the current code names its config {run_id}"
         raise RunError(f"{problem}; check out the commit that trained it, or train it again")
     raise RunError(f"{run.path}/summary.json belongs to the run {summary['run']}; {RESTORE}")
 
 
 def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
-    """The log must end with a row of the last step and a score of val at that step."""
+    """Check that the log ends with a row of the last step and a score of val at this step."""
     last_steps = {}
     for row in run.rows():
         if row["event"] == "step" or row.get("split") == "val":
@@ -63,7 +66,7 @@ def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
 def pdf_text(data: bytes, name: str) -> str:
     from pypdf import PdfReader
 
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings would precede our error
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # hide the warnings of pypdf
     try:
         return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(data)).pages)
     except Exception as e:  # pypdf raises errors of many types on a damaged file
@@ -72,9 +75,12 @@ def pdf_text(data: bytes, name: str) -> str:
 
 
 def missing_quotes(text: str, summary: dict[str, Any]) -> list[str]:
-    """Return what a report fails to quote: the run's id, and both last scores with four digits or more."""
+    """Return what a report does not quote.
+
+    A report must quote the run's id, and both last scores with at least four decimals.
+    """
     missing = []
-    if summary["run"] not in re.sub(r"\s", "", text):  # an id may be broken over two lines
+    if summary["run"] not in re.sub(r"\s", "", text):  # a line break may split an id
         missing.append(f"run {summary['run']}")
     numbers = re.findall(r"\d+\.\d{4,}", text)
     for name in ("official", "full"):
@@ -85,6 +91,6 @@ def missing_quotes(text: str, summary: dict[str, Any]) -> list[str]:
 
 
 def _is_rounded(number: str, value: float) -> bool:
-    """Is `number` the value, rounded to the digits that `number` has?"""
+    """Return whether `number` is the value, rounded to the decimals of `number`."""
     digits = len(number.partition(".")[2])
     return number == f"{value:.{digits}f}"

@@ -1,7 +1,7 @@
-"""Find keys and passwords by file name and by content, and the files that a submission leaves out.
+"""Find keys and passwords by file name and by content, and find the files that a submission leaves out.
 
-Any match stops a submission. The generic patterns are wide on purpose: rewriting a line of code costs less
-than a leaked key.
+Any key or password stops a submission. The patterns match more than real keys on purpose. It is cheaper to
+rewrite a line of code than to leak a key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECRET_NAMES = re.compile(
     re.IGNORECASE,
 )
 SECRET_FOLDERS = {".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure", ".gcloud"}
-# Templates of .env files are allowed. Their contents are searched like those of any other file
+# Templates of .env files are allowed. Their contents are searched for secrets like all other files.
 TEMPLATES = re.compile(r"\.env\.(example|sample|template|dist)", re.IGNORECASE)
 
 LEFT_OUT_FOLDERS = {
@@ -56,7 +56,7 @@ KIND_OF_ENDING = {
     f".{ending}": kind for kind, endings in LEFT_OUT_ENDINGS.items() for ending in endings.split()
 }
 
-# The first bytes of archives and databases. Their contents can't be searched, whatever the file is called
+# The first bytes of archives and databases, whose contents cannot be searched for secrets.
 ARCHIVE_MAGIC = (
     b"PK\x03\x04",
     b"\x1f\x8b",
@@ -70,7 +70,7 @@ ARCHIVE_MAGIC = (
 
 
 def secret_name(path: str) -> str:
-    """Return why a file of this name must not be submitted, or ""."""
+    """Return why a file of this name must not be submitted, or an empty string."""
     *folders, name = PurePosixPath(path).parts
     for folder in folders:
         if folder.lower() in SECRET_FOLDERS:
@@ -81,7 +81,7 @@ def secret_name(path: str) -> str:
 
 
 def left_out(path: str) -> str:
-    """Return the kind of a file that submissions leave out, or "" if the file is code."""
+    """Return the kind of a file that submissions leave out, or an empty string if the file is code."""
     *folders, _ = PurePosixPath(path).parts
     for folder in folders:
         if folder in LEFT_OUT_FOLDERS:
@@ -94,7 +94,7 @@ def left_out(path: str) -> str:
 
 
 def is_archive(data: bytes) -> bool:
-    """Tell from the first bytes whether a file is an archive or a database."""
+    """Return whether the first bytes of a file are those of an archive or a database."""
     return data.startswith(ARCHIVE_MAGIC) or data[257:262] == b"ustar"
 
 
@@ -128,9 +128,9 @@ NAMES = (
     rb"(passw(?:or)?d|passwd|passphrase|pwd|secret|token|credential"
     rb"|api[_-]?key|access[_-]?key|auth[_-]?key|private[_-]?key)s?"
 )
-# NAME = "value", as in code, JSON and TOML
+# matches NAME = "value" in code, JSON and TOML
 QUOTED = re.compile(rb"(?i)" + NAMES + rb"[\"']?\s{0,9}[:=]\s{0,9}[bru]{0,2}[\"']([^\s\"']{6,500})[\"']")
-# NAME = value alone on a line, as in shell, INI and YAML files
+# matches a line NAME = value in shell, INI and YAML files
 UNQUOTED = re.compile(
     rb"(?im)^[ \t]{0,99}(?:export[ \t]+)?[\w.-]{0,60}?"
     + NAMES
@@ -140,8 +140,8 @@ PLACEHOLDER = re.compile(rb"[{}$<>*%]|\.\.\.|(?i:example|your[_-]|changeme|place
 
 
 def secrets_in(data: bytes) -> Iterator[tuple[int, str]]:
-    """Yield (line, kind) of everything that looks like a secret, in text of any encoding."""
-    text = data.replace(b"\0", b"")  # UTF-16 and UTF-32 without their zero bytes read like ASCII
+    """Yield (line, kind) for each text that looks like a secret. The data can have any encoding."""
+    text = data.replace(b"\0", b"")  # without zero bytes, UTF-16 and UTF-32 read like ASCII
     for kind, pattern in TOKEN_PATTERNS.items():
         for match in pattern.finditer(text):
             yield _line_number(text, match), kind
@@ -157,7 +157,7 @@ def _line_number(text: bytes, match: re.Match[bytes]) -> int:
 
 
 def _is_secret(name: bytes, value: bytes, quoted: bool) -> bool:
-    """Tell a secret from a variable, an expression or a placeholder."""
+    """Return whether a value is a secret, and not a variable, an expression or a placeholder."""
     if PLACEHOLDER.search(value):
         return False
     is_password = name.startswith(PASSWORD_NAMES)
@@ -170,7 +170,7 @@ def _is_secret(name: bytes, value: bytes, quoted: bool) -> bool:
 
 
 def _entropy(value: bytes) -> float:
-    """The Shannon entropy of the bytes, in bits per byte."""
+    """Return the Shannon entropy of the bytes, in bits per byte."""
     total = 0.0
     for count in Counter(value).values():
         share = count / len(value)

@@ -1,4 +1,4 @@
-"""`mainrun submit`: check a finished run, its code and its report, and bundle them."""
+"""Implement `mainrun submit`, which checks and bundles a finished run, its code and its report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reports.submission.replay_process import run_replay
 
 OPTIONAL_RUN_FILES = ("growth.jsonl",)
 
-# How to fix a failed guard
+# Guard -> how to fix the run if this guard failed.
 FIXES = {
     "coverage": "score every token: train again with the scoring.py of the repository",
     "geometry": (
@@ -33,7 +33,7 @@ FIXES = {
         "and train again with --fresh"
     ),
     "denominator": (
-        "restore mainrun/data/sources.py and token_cache.py, which count the raw titles, "
+        "restore mainrun/data/token_cache.py, which counts the characters of the titles, "
         "and train again with --fresh"
     ),
     "last_and_best": "the summary and metrics.jsonl disagree: restore them, or train again with --fresh",
@@ -41,11 +41,11 @@ FIXES = {
         "restore the scoring.py that the run began with (git log shows it), or train again with --fresh"
     ),
     "no_learning": (
-        "a model must not change while it is scored: remove the memory from its forward, and train again"
+        "a model must not change while it is scored: remove the state that its forward keeps, and train again"
     ),
     "targets_unseen": "the model's forward must not use targets: remove them, and train again",
     "causality": "a position may attend only to itself and to earlier ones: fix the mask, and train again",
-    "random_start": "start from random weights: remove the loading of others, and train again with --fresh",
+    "random_start": "start from random weights: do not load other weights, and train again with --fresh",
     "lossless_tokens": (
         "decoding must return the title: use tokenizer=bpe or unigram unchanged, and train again"
     ),
@@ -65,13 +65,13 @@ FIXES = {
 
 @dataclass
 class Submission:
-    """A checked submission, in memory."""
+    """A submission that passed all checks. It is kept in memory."""
 
     files: dict[str, bytes]
     data: bytes  # the zip file
     commit: Commit
     manifest: dict[str, Any]
-    flags: list[str]  # from guards: the figures are honest, but not comparable with the task's own
+    flags: list[str]  # flags of guards: the scores are valid, but cannot be compared with the task's
     notes: list[str]
 
 
@@ -91,7 +91,7 @@ def choose_run(name: str | None, runs: Path) -> RunDir:
 def prepare(
     run: RunDir, report: Path, out: Path, note: Callable[[str], None], root: Path = ROOT
 ) -> Submission:
-    """Run every check, the fast ones first, and make the zip in memory."""
+    """Run every check, and create the zip in memory. The fast checks run first."""
     summary = complete_summary(run)
     pdf = _read_report(report, summary)
     commit = read_head(root, ignored=(report, out))
@@ -151,7 +151,7 @@ def _read_report(path: Path, summary: dict[str, Any]) -> bytes:
     report_bytes = path.stat().st_size
     if report_bytes > bundle.MAX_ZIP_BYTES:
         limit = format_size(bundle.MAX_ZIP_BYTES)
-        raise UsageError(f"{path} has {format_size(report_bytes)}, a submission has at most {limit}; {fix}")
+        raise UsageError(f"{path} is {format_size(report_bytes)}; a submission may be at most {limit}; {fix}")
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -159,7 +159,7 @@ def _read_report(path: Path, summary: dict[str, Any]) -> bytes:
     text = pdf_text(data, str(path))
     missing = missing_quotes(text, summary)
     if missing:
-        raise UsageError(f"{path} does not quote this run: it has no {', no '.join(missing)}; {fix}")
+        raise UsageError(f"{path} does not quote this run: it lacks {', '.join(missing)}; {fix}")
     check_leaks({f"{path.name} (its text)": text.encode("utf-8", "replace")})
     return data
 
@@ -180,7 +180,7 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
 
 
 def _checkpoint_files(run: RunDir) -> tuple[list[str], list[str]]:
-    """Return the names of the last checkpoint's files. If they are too large, return a note instead."""
+    """Return the names of the files of the last checkpoint. If they are too large, return a note instead."""
     newest = max(run.checkpoints.glob("step-*"), default=None)
     if newest is None:
         return [], []
@@ -191,12 +191,12 @@ def _checkpoint_files(run: RunDir) -> tuple[list[str], list[str]]:
     total = sum(path.stat().st_size for path in paths if path.is_file())
     if total > bundle.MAX_CHECKPOINT_BYTES:
         limit = format_size(bundle.MAX_CHECKPOINT_BYTES)
-        return [], [f"the last checkpoint is left out: it has {format_size(total)}, the limit is {limit}"]
+        return [], [f"the last checkpoint is left out: it is {format_size(total)}, and the limit is {limit}"]
     return [str(path.relative_to(run.path)) for path in paths], []
 
 
 def _run_guards(run: RunDir, commit: Commit, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run all guards with the committed code, which must be the code that trained the run."""
+    """Run all guards with the code of the commit, which must be the code that trained the run."""
     with tempfile.TemporaryDirectory(prefix="mainrun-submit-") as folder:
         code = Path(folder)
         bundle.write(commit.files, code)
@@ -220,7 +220,7 @@ def _check_source(source: str, commit: Commit, summary: dict[str, Any]) -> None:
     named = ", ".join(sorted(other[:12] for other in trained_by))
     problem = f"run {summary['run']} was trained by source {named}"
     fix = "check out the commit that trained it, or train it again with this one (--fresh)"
-    raise UsageError(f"{problem}, commit {commit.id[:12]} is source {source[:12]}; {fix}")
+    raise UsageError(f"{problem}, but commit {commit.id[:12]} is source {source[:12]}; {fix}")
 
 
 def _check_guards(guards: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -245,5 +245,6 @@ def _check_size(files: dict[str, bytes], data: bytes) -> None:
     sizes = f"{format_size(len(data))} ({format_size(unpacked)} unpacked)"
     raise UsageError(
         f"the submission has {len(files):,} files and {sizes}; "
-        f"allowed are {bundle.MAX_FILES:,} and {zip_limit} ({unpacked_limit} unpacked); the largest: {named}"
+        f"at most {bundle.MAX_FILES:,} files and {zip_limit} ({unpacked_limit} unpacked) are allowed; "
+        f"the largest: {named}"
     )

@@ -1,4 +1,4 @@
-"""Upload a file by HTTP PUT: stream it, check the server's certificate, and retry if that can help."""
+"""Upload a file by HTTP PUT. The server's certificate is checked, and failed uploads are retried."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mainrun.errors import MainrunError, UsageError
 
 TRIES = 4
 BLOCK_BYTES = 1 << 16
-MAX_REDIRECTS = 3  # per try, all on the same host
+MAX_REDIRECTS = 3  # maximum number of redirects per try, all on the same host
 MAX_PAUSE = 30.0  # seconds between two tries
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 REDIRECT_CODES = (301, 302, 307, 308)
-RETRIED_CODES = (408, 425, 429)  # and 5xx
+RETRIED_CODES = (408, 425, 429)  # all codes from 500 on are retried too
 
 
 @dataclass
@@ -47,7 +47,10 @@ class Unreachable(Exception):
 
 
 def check_url(url: str) -> SplitResult:
-    """Parse the URL, or say what is wrong with it. No message quotes it in full: its query may be a key."""
+    """Parse a URL. Raises UsageError if it is not allowed.
+
+    The error message does not contain the whole URL, because its query may be a key.
+    """
     try:
         parsed = urlsplit(url)
         port = parsed.port
@@ -69,14 +72,14 @@ def check_url(url: str) -> SplitResult:
 
 
 def without_query(url: SplitResult) -> str:
-    """The URL without its query, which may be a key."""
+    """Return the URL without its query, which may be a key."""
     return f"{url.scheme}://{url.netloc}{url.path or '/'}"
 
 
 def upload(
     path: Path, url: str, note: Callable[[str], None], *, timeout: float = 60.0, pause: float = 1.0
 ) -> str:
-    """Upload the file and return the server's status line. Every error says that the file is kept."""
+    """Upload a file and return the server's status line. All errors mention that the file is kept."""
     target = check_url(url)
     kept = f"{path} is kept"
     problem = ""
@@ -186,7 +189,11 @@ def _exchange(connection: http.client.HTTPConnection, path: Path, url: SplitResu
 
 
 def _send_body(connection: http.client.HTTPConnection, path: Path) -> OSError | None:
-    """Send the file. A closed connection is returned, not raised: the server may have answered already."""
+    """Send the file.
+
+    If the connection is closed, return the error. The server may have answered before it closed the
+    connection.
+    """
     try:
         connection.endheaders()
         with path.open("rb") as f:

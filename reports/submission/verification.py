@@ -1,6 +1,7 @@
-"""`mainrun verify`: check whether a bundle's figures come from its code.
+"""Implement `mainrun verify`, which checks whether the scores of a bundle come from its code.
 
-The bundle's code trains the first steps again and scores the last weights again. All results are compared.
+The code of the bundle trains the first steps again and scores the last weights again. The results are
+compared with those in the bundle.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from reports.submission.commit import ROOT
 from reports.submission.finished_run import FIGURES, RUN_FILES, complete_summary, missing_quotes, pdf_text
 from reports.submission.replay_process import run_replay
 
-Row = dict[str, Any]  # of metrics.jsonl
+Row = dict[str, Any]  # a row of metrics.jsonl
 
-# On another machine class each step rounds differently, and the differences grow from step to step
+# On another machine class, each step rounds differently. The differences grow from step to step.
 TRAINING_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
-SCORING_TOLERANCE = 1e-3  # of the last weights, which are the same on every machine
-GRAD_NORM_FACTOR = 10  # gradient norms differ more than losses
+SCORING_TOLERANCE = 1e-3  # the last weights are the same on every machine, so their scores are close
+GRAD_NORM_FACTOR = 10  # the tolerance for gradient norms is larger by this factor
 NOT_COMPARED = {"seconds", "reused"}
 
-# Facts of a run that the manifest repeats
+# Facts of a run that are also in the manifest.
 MANIFEST_FACTS = ("fingerprints", "tokenizer", "geometry", "machine_class", "versions")
-# Facts of a run that follow from its code and config
+# Facts of a run that its code and config determine.
 REPLAYED_FACTS = ("fingerprints", "tokenizer", "params", "tokens", "flops")
 
 
@@ -40,13 +41,13 @@ class Verdict:
 
     run: str
     differences: list[str]
-    checked: list[str] = field(default_factory=list)  # what was compared, a line each
-    same_class: bool = True  # is this the machine class of the run?
+    checked: list[str] = field(default_factory=list)  # one line per comparison
+    same_class: bool = True  # whether this is the machine class of the run
     machine_differences: list[str] = field(default_factory=list)
     tolerance: float = 0.0
-    steps: int = 0  # trained again
+    steps: int = 0  # number of steps that were trained again
     total_steps: int = 0
-    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from the installed ones
+    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from this installation
 
     @property
     def verified(self) -> bool:
@@ -54,7 +55,7 @@ class Verdict:
 
 
 def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
-    """Verify a bundle. Its code is executed only if its files, its manifest and its report agree."""
+    """Verify a bundle. The code is executed only if the files, the manifest and the report are consistent."""
     files = bundle.read(path)
     try:
         manifest = bundle.read_manifest(files)
@@ -82,7 +83,7 @@ def _verify_run(
     steps: int,
     note: Callable[[str], None],
 ) -> None:
-    """Unpack the bundle into the folder, check its run and, if all is well, replay it."""
+    """Unpack a bundle into a folder and check its run. If there are no differences, replay the run."""
     bundle.write(files, folder)
     run = RunDir(folder / RUN)
     try:
@@ -99,7 +100,7 @@ def _verify_run(
         return
     verdict.changed_code = _changed_code(files)
     commit = str(manifest.get("commit"))[:12]
-    note(f"this executes the bundle's own code (commit {commit}) to train its first steps, {steps} at most")
+    note(f"this executes the bundle's own code (commit {commit}), which trains at most {steps} steps")
     try:
         result = run_replay(folder / CODE, "steps", run.path, str(steps))
         _compare_machines(verdict, result, run.env(), dtype)
@@ -115,7 +116,7 @@ def _verify_run(
 def _documents(
     manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, files: dict[str, bytes]
 ) -> list[str]:
-    """Compare manifest, run and report. Nothing is executed."""
+    """Compare the manifest, the run and the report. No code of the bundle is executed."""
     problems = []
     cfg = run.config()
     facts = {"run": cfg.run_id, "preset": cfg.preset}
@@ -140,7 +141,7 @@ def _documents(
         problems.append(str(e))
     else:
         if missing:
-            problems.append(f"{REPORT} does not quote this run: it has no {', no '.join(missing)}")
+            problems.append(f"{REPORT} does not quote this run: it lacks {', '.join(missing)}")
     return problems
 
 
@@ -158,7 +159,7 @@ def _changed_code(files: dict[str, bytes]) -> list[str]:
 
 
 def _compare_machines(verdict: Verdict, result: dict[str, Any], env: dict[str, Any], dtype: str) -> None:
-    """Decide by machine class and versions whether every bit must agree or a tolerance applies."""
+    """Choose the tolerance. It is zero if the machine class and the versions are those of the run."""
     of_run = _machine(env["machine_classes"][0], env["all_versions"][0])
     current = _machine(result["machine_class"], result["versions"])
     for name in sorted(of_run.keys() | current.keys()):
@@ -176,7 +177,7 @@ def _compare_machines(verdict: Verdict, result: dict[str, Any], env: dict[str, A
 
 
 def _machine(machine_class: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
-    """The facts that decide how a machine rounds. The source of mainrun is compared separately."""
+    """Return the facts that affect rounding. The source of mainrun is compared separately."""
     facts = dict(machine_class)
     for name, version in versions.items():
         if name != "mainrun":
@@ -190,7 +191,7 @@ def _compare_facts(verdict: Verdict, result: dict[str, Any], summary: dict[str, 
     planned = result.get("of", verdict.total_steps)
     if planned != verdict.total_steps:
         verdict.differences.append(
-            f"its config makes {planned} steps, the summary says {verdict.total_steps}"
+            f"its config implies {planned} steps, but the summary says {verdict.total_steps}"
         )
     source = result["versions"]["mainrun"]
     trained_by = {versions["mainrun"] for versions in summary["all_versions"]}
@@ -225,7 +226,7 @@ def _compare_scores(verdict: Verdict, result: dict[str, Any], rows: list[Row]) -
 def _compare_weights(verdict: Verdict, result: dict[str, Any], summary: dict[str, Any]) -> None:
     expected = summary["weights"]
     computed = {"the checkpoint's": result.get("weights", expected)}
-    if verdict.same_class:  # weights trained on another class have other bits
+    if verdict.same_class:  # another machine class gives slightly different weights
         computed["the replay's"] = result.get("trained_weights", expected)
     for owner, weights in computed.items():
         if weights != expected:
@@ -251,7 +252,7 @@ def _compare_rows(
             place += f", {row['split']}"
         logged_row = logged.get(_key(row))
         if logged_row is None:
-            if is_score:  # steps may be missing, because of log_every
+            if is_score:  # log_every may leave out steps
                 verdict.differences.append(f"{place}: the log has no score")
             continue
         for name in sorted((row.keys() | logged_row.keys()) - NOT_COMPARED):

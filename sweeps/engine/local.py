@@ -1,4 +1,7 @@
-"""The engine `local`: workers are subprocesses on this machine. They end when the driver ends."""
+"""The engine `local`, which runs workers as subprocesses on this machine.
+
+The workers end when the driver ends.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from sweeps.engine.worker import STOPPED, WorkerExit, run_until_done, start_work
 
 
 class Local:
-    """Trains each task in a subprocess. Zero workers mean as many as the cores allow."""
+    """Train each task in a subprocess.
+
+    If `workers` is 0, the number of workers is the number of cores divided by `threads`.
+    """
 
     def __init__(self, workers: int, threads: int) -> None:
         self.workers = workers or max(1, cores() // threads)

@@ -1,9 +1,11 @@
-"""The engine `ray`: workers run on the nodes of a Ray cluster, one Ray task per attempt.
+"""The engine `ray`, which runs workers on the nodes of a Ray cluster. Each attempt is one Ray task.
 
-Ray decides where a worker runs and reports lost nodes. Run directories and store are in a folder that all
-nodes share, so a new attempt resumes from the last checkpoint on any node. Ray itself does not retry;
-`run_until_done` does. A worker that lost its driver ends with its Ray worker. Until then it holds the lock of
-its run directory, and if it loses the lock too, it stops writing (`RunDir.check`).
+Ray decides where a worker runs and reports lost nodes. The run directories and the store are in a folder that
+all nodes share. A new attempt can therefore resume from the last checkpoint on any node. Ray does not retry a
+task, because `run_until_done` retries it.
+
+If the driver is lost, a worker ends together with its Ray worker. Until then, it keeps the lock of its run
+directory. If the worker loses the lock, it stops writing (see `RunDir.check`).
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from mainrun.errors import UsageError
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.engine.worker import STOPPED, WorkerExit, run_until_done, start_worker
 
-OBJECT_STORE_BYTES = 80_000_000  # close to Ray's minimum; only tasks and their exit codes are stored
+OBJECT_STORE_BYTES = 80_000_000  # near Ray's minimum, because only tasks and exit codes are stored
 
 
 class Ray:
-    """Trains each task on a cluster.
+    """Train each task on a Ray cluster.
 
-    Without an address it starts a cluster on this machine, which ends with the driver.
+    If `address` is empty, start a cluster on this machine. This cluster ends with the driver.
     """
 
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
@@ -114,7 +116,7 @@ class Ray:
 
 
 def _describe(resources: dict[str, float]) -> str:
-    """Return a text such as "2 CPU, 0.5 GPU"."""
+    """Format resources as text, such as "2 CPU, 0.5 GPU"."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
@@ -138,8 +140,8 @@ def run_attempt(task: Task, folder: str) -> WorkerExit:
 
 
 def _connect(address: str, num_cpus: int) -> None:
-    """Join the cluster at an address, or start one on this machine that ends with this process."""
-    if address == "auto":  # Ray lets this variable override it
+    """Join the Ray cluster at an address. If the address is empty, start a cluster on this machine."""
+    if address == "auto":  # like Ray, let RAY_ADDRESS override "auto"
         address = os.environ.get("RAY_ADDRESS") or "auto"
         options: dict[str, Any] = {}
     elif address:
@@ -168,7 +170,7 @@ def _connect(address: str, num_cpus: int) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address at which nothing answers. Ray itself would try for minutes."""
+    """Raise UsageError if no server answers at an address. Without this check, Ray retries for minutes."""
     if not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
         raise UsageError(
             f"got --address {address!r}; allowed: auto, or HOST:PORT of the cluster's head, such as head:6379"

@@ -1,4 +1,4 @@
-"""Start workers, which run `mainrun train` in a process of their own, and interpret how they end."""
+"""Start worker processes, which run `mainrun train`, and interpret how they end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import NamedTuple
 from mainrun.errors import DiskFull, Diverged, Interrupted, UsageError
 from sweeps.engine.protocol import Outcome, Task
 
-# On Linux a worker gets SIGTERM when its parent ends, and saves a checkpoint. On other systems it trains on.
+# On Linux, a worker receives SIGTERM when its parent ends, and saves a checkpoint. On other systems, the
+# worker continues to train.
 START = (
     "import sys, signal; sys.argv[0] = 'mainrun'\n"
     "if sys.platform == 'linux':\n"
@@ -21,14 +22,14 @@ START = (
     "    os.getppid() == {parent} or sys.exit(75)\n"
     "from mainrun.cli import main; main()\n"
 )
-MAX_DEATHS = 20  # after this many deaths of its workers, a task fails
-RUN_IS_LOCKED = "is being written by process"  # in the trainer's error message
+MAX_DEATHS = 20  # a task fails after this many deaths of its workers
+RUN_IS_LOCKED = "is being written by process"  # part of the trainer's error message
 
 
 class WorkerExit(NamedTuple):
     """How a worker ended."""
 
-    code: int  # negative if the worker was killed or lost
+    code: int  # the exit code, negative if the worker was killed or lost
     stderr: str
 
 
@@ -36,9 +37,10 @@ STOPPED = WorkerExit(Interrupted.exit_code, "")
 
 
 def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
-    """Start a worker in a folder (by default the current one).
+    """Start a worker for a task.
 
-    Relative paths in the task start from there.
+    The worker runs in `folder`, which is the current folder by default. Relative paths in the task start from
+    this folder.
     """
     command = [
         sys.executable,
@@ -69,7 +71,8 @@ def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]
 def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Callable[[], bool]) -> Outcome:
     """Run workers until the task is done.
 
-    A killed worker is replaced; an error is final, because it would come again.
+    If a worker is killed, another worker continues the task. If a worker reports an error, the task fails,
+    because the error would occur again.
     """
     deaths = 0
     while not closed():
@@ -82,7 +85,7 @@ def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Cal
             return Outcome(False, diverged=True, reason=message)
         if interrupted and "no space left" in message:  # a full disk stops the whole study
             raise DiskFull(message.removeprefix("interrupted: "))
-        if RUN_IS_LOCKED in stderr:  # by a worker of an earlier driver, which ends soon
+        if RUN_IS_LOCKED in stderr:  # a worker of an earlier driver has the lock, and ends soon
             time.sleep(0.5)
             continue
         if code >= 0 and not interrupted:
@@ -99,9 +102,9 @@ def _last_line(text: str) -> str:
 
 
 def _reached(until: int, stderr: str) -> bool:
-    """Whether a worker stopped at the step of its task.
+    """Return whether a worker stopped at the step of its task, or later.
 
-    An earlier driver may have trained the run further.
+    The worker stops later if an earlier driver has trained the run further.
     """
     stopped = re.search(r"stopped at step (\d+) of", stderr)
     return bool(until and stopped and int(stopped[1]) >= until)

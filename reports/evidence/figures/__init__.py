@@ -1,1 +1,1 @@
-"""The figures of a report: one module per figure, and a registry of all of them."""
+"""Draw the figures of a report. Each figure has its own module, and `registry.py` lists all figures."""

@@ -1,4 +1,4 @@
-"""Helpers that the figures share: panels, ticks, labels, legends and limits of axes."""
+"""Provide the panels, ticks, labels, legends and axis limits that all figures share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIXES = ("", "K", "M", "G", "T", "P", "E")
 
 
 def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """Return a figure of the page's width and its axes, row by row."""
+    """Return a figure that is as wide as the page, and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -28,7 +28,7 @@ def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tu
 
 
 def tick_text(value: float, _position: Any = None) -> str:
-    """Format a tick without a small exponent, which nobody could read: 1,500,000 is 1.5M."""
+    """Format a tick. Large numbers get a suffix, such as 1.5M for 1,500,000."""
     if value == 0 or not math.isfinite(value):
         return "0"
     if abs(value) >= 1e3:
@@ -63,25 +63,28 @@ def format_panel_ticks(axis: Axis, values: Sequence[float]) -> None:
 
 
 def set_row_names(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows of a horizontal chart, the first one on top."""
+    """Name the rows of a horizontal chart. The first row is on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def label_bar(axes: Axes, x: float, y: float, text: str) -> None:
-    """Write the value of a bar to the right of its end. The offset is in points: SVG drops leading blanks."""
+    """Write a text to the right of the end of a bar.
+
+    The distance is in points, because SVG drops leading blanks.
+    """
     axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut a text of `width` characters or more, and mark the cut."""
+    """Shorten a text of `width` or more characters, and end it with an ellipsis."""
     if len(text) < width:
         return text
     return text[: width - 1] + "…"
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """Add one legend for the whole figure below it, where it covers no line."""
+    """Add one legend below the whole figure, where it does not cover any line."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
@@ -91,9 +94,9 @@ def add_legend(figure: Figure, axes: Axes) -> None:
 
 
 def set_score_limits(axes: Axes, values: Sequence[float]) -> None:
-    """Limit the y axis to the lowest 85% of the values and some room.
+    """Limit the y axis to the lowest 85% of the values, with a margin.
 
-    The first evaluations are those of an untrained model. They would squeeze all later ones together.
+    Without this limit, the high scores of an untrained model would compress all later scores.
     """
     if not values:
         return

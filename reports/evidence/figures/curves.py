@@ -1,4 +1,4 @@
-"""The full score of every recipe against its cost: steps, tokens, seconds and FLOPs."""
+"""Draw the full score of every recipe against its steps, tokens, seconds and FLOPs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ COSTS: dict[str, Series] = {
 
 def caption(data: ReportData) -> str:
     text = (
-        "Full score of val against step, tokens, time and FLOPs: the mean of the seeds, with bands from the "
-        "lowest to the highest seed."
+        "Full score of val against step, tokens, time and FLOPs. Lines are means over the seeds. Bands reach "
+        "from the lowest to the highest seed."
     )
     if any(place is None for _, place in coloured(data)):
-        text += " Grey: the other recipes."
+        text += " Grey lines are the other recipes."
     if any(run.summary.get("ledger", {}).get("reused") for run in data.runs):
         text += " Steps from the store count with the time of their original training."
     return f"{text} The first evaluations, of untrained models, may lie above the frame."

@@ -1,4 +1,7 @@
-"""Training loss against validation loss, in one panel per recipe: tokens of two tokenizers differ."""
+"""Draw the training loss and the validation loss of each recipe.
+
+Each recipe has its own panel, because tokens of different tokenizers cannot be compared.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def caption(_: ReportData) -> str:
     return (
         "Loss in nats per token, one line per seed. Training losses include dropout and are averaged over "
         "the steps before the evaluation, so they may be above validation. Tokens of different tokenizers "
-        "are not comparable: read each panel alone."
+        "are not comparable, so read each panel alone."
     )
 
 
@@ -40,7 +43,7 @@ def draw(data: ReportData) -> Figure | None:
 
 
 def draw_losses(axes: Axes, recipe: Recipe, colour: str) -> None:
-    """Draw two lines per seed."""
+    """Draw the training loss and the validation loss of each seed."""
     labels = ["train, mean since the last evaluation", "validation"]
     losses: list[float] = []
     for run in recipe.valid_runs:

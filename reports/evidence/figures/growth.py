@@ -1,4 +1,4 @@
-"""A run with growth: its score, its size and cost, and its training loss around each op."""
+"""Draw the score, the size, the cost and the training loss of a run with growth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CAPTION = "Dashed: the ops, with their numbers in the table. The first scores may lie above the frame."
+CAPTION = (
+    "Dashed lines mark the ops, with their numbers in the table. The first scores may lie above the frame."
+)
 AROUND = 40  # steps on each side of an op
 SIZES = (("params", "params"), ("flops_per_token", "FLOPs per token"))
 MARK: dict[str, Any] = {"color": "black", "linewidth": 0.7, "linestyle": (0, (2, 2))}

@@ -1,4 +1,4 @@
-"""The figure of page 1: the two recipes of the headline."""
+"""Draw the figure of page 1, which compares the two recipes of the headline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The value of each trial of a study, in the order of the trials."""
+"""Draw the value of each trial of a study, in the order of the trials."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw(study: Study) -> Figure | None:
             numbers = column(trials, "trial")
             axes.plot(numbers, values(trials), marker, color=colour, markerfacecolor="none", label=label)
     lowest = np.minimum.accumulate(values(study.completed))
-    label = "the lowest of these so far"
+    label = "the lowest value so far"
     axes.step(column(study.completed, "trial"), lowest, where="post", color=COLOURS[1], label=label)
     set_score_limits(axes, values(study.scored))
     axes.set(xlabel="trial", ylabel=objective(study))

@@ -1,4 +1,4 @@
-"""The steps that a study asked for, trained, reused and wasted."""
+"""Draw the steps that a study asked for, trained, reused and wasted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reports.evidence.studies import ledger
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTION = "Steps: asked = trained + reused. wasted is part of trained."
+CAPTION = "Asked steps are the sum of trained and reused steps. Wasted steps are part of the trained steps."
 NEEDS = "the number of steps"
 BARS = {"asked": GREY, "trained": COLOURS[0], "reused": COLOURS[0], "wasted": COLOURS[1]}
 

@@ -1,4 +1,4 @@
-"""Parallel coordinates: one line per trial through the searched fields, the best tenth on top."""
+"""Draw parallel coordinates, with one line per trial through the values of the searched fields."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Trials that were trained to the end and have all of these fields. The best tenth, at least one trial, "
-    "is on top."
+    "Trials that were trained to the end and have all of these fields. The best tenth of the trials is on "
+    "top."
 )
 NEEDS = "three trials trained to the end, and two fields with more than one setting"
 FIELDS = 8

@@ -1,6 +1,7 @@
-"""Every figure of a report. To add one, write a module with `draw` and a caption, and add a row here.
+"""List every figure of a report.
 
-`draw` returns a matplotlib figure, or None if the inputs have no data for it.
+To add a figure, write a module with `draw` and a caption, and add a row here.
+`draw` returns a matplotlib figure, or None if the inputs have no data for the figure.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from reports.evidence.load import ReportData, Study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# headings of the sections that show figures of runs
+# Headings of the sections that show figures of runs
 RESULT = "Result"
 COST = "Loss against what it costs"
 ABLATION = "Ablation"
@@ -38,7 +39,7 @@ TRAINING = "How they trained"
 
 @dataclass(frozen=True)
 class RunFigure:
-    """A figure of the runs, and where the report shows it."""
+    """A figure of the runs, and the section that shows it."""
 
     section: str  # heading of the section
     draw: Callable[[ReportData], Figure | None]
@@ -52,7 +53,7 @@ class StudyFigure:
 
     draw: Callable[[Study], Figure | None]
     caption: str
-    needs: str  # data that `draw` needs; the appendix says so if the figure is left out
+    needs: str  # data that `draw` needs; the appendix names it if the figure is left out
 
 
 RUNS = {
@@ -74,7 +75,7 @@ STUDY = {
 
 
 def draw_all(data: ReportData) -> dict[str, Figure]:
-    """Draw every figure that the inputs have data for, by name. Call it inside `report_style`."""
+    """Draw every figure for which the inputs have data. Call this function inside `report_style`."""
     figures: dict[str, Figure | None] = {}
     for name, row in RUNS.items():
         figures[name] = row.draw(data)

@@ -1,4 +1,7 @@
-"""The value at a rung against the value at the last rung: how well a short training ranks the trials."""
+"""Draw the value at a rung against the value at the last rung.
+
+The figure shows how well a short training ranks the trials.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 CAPTION = "The value at a rung against the value at the last rung, for trials that reached the last rung."
 NEEDS = "three trials trained to the end, with scores at a lower rung"
-PANELS = 3  # the last rungs
+PANELS = 3  # the maximum number of rungs to draw, the last ones
 
 
 def draw(study: Study) -> Figure | None:

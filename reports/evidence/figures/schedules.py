@@ -1,4 +1,4 @@
-"""The learning rate and the weight decay of each step, from the plan that the run followed."""
+"""Draw the learning rate and the weight decay of each step, from the plan that the run followed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TITLES = {"lr": "lr (of the matrices)", "weight_decay": "weight_decay"}
 def caption(_: ReportData) -> str:
     return (
         "The learning rate and the weight decay of each step, by the plan that the run followed. "
-        "Marks: growth ops."
+        "Marks show growth ops."
     )
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a run for the axes of figures, and how figures draw a recipe."""
+"""Compute the numbers of a run for the axes of figures, and draw the lines of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reports.evidence.load import Recipe, ReportData, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 400  # of one line: the page cannot show more
+POINTS = 400  # the maximum number of points of a line on the page
 Series = Callable[[Run], Sequence[float]]
 
 
@@ -24,23 +24,23 @@ def column(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
 
 
 def full(run: Run) -> list[float]:
-    """The full score at each evaluation."""
+    """Return the full score at each evaluation."""
     return column(run.evals, "full")
 
 
 def steps(run: Run) -> list[int]:
-    """The step of each evaluation."""
+    """Return the step of each evaluation."""
     return column(run.evals, "step")
 
 
 def tokens(run: Run) -> list[float]:
-    """The tokens trained at each evaluation."""
+    """Return the number of tokens trained up to each evaluation."""
     counts = dict(zip(column(run.steps, "step"), column(run.steps, "tokens"), strict=True))
     return [counts.get(step, run.resolved.tokens(step)) for step in steps(run)]
 
 
 def seconds(run: Run) -> list[float]:
-    """The seconds spent in steps and evaluations up to each evaluation."""
+    """Return the seconds spent in steps and evaluations up to each evaluation."""
     total = 0.0
     totals = []
     for row in run.rows:
@@ -51,7 +51,7 @@ def seconds(run: Run) -> list[float]:
 
 
 def flops(run: Run) -> list[float]:
-    """The FLOPs at each evaluation. An old run did not write them: they are proportional to its tokens."""
+    """Return the FLOPs at each evaluation. For old runs, they are estimated from the tokens."""
     total = float(run.summary["flops"])
     totals = []
     for row, count in zip(run.evals, tokens(run), strict=True):
@@ -60,7 +60,7 @@ def flops(run: Run) -> list[float]:
 
 
 def full_scores(recipes: Iterable[Recipe]) -> list[float]:
-    """The full scores of all evaluations of some recipes, for the limits of an axis."""
+    """Return the full scores of all evaluations of some recipes, for the limits of an axis."""
     scores: list[float] = []
     for recipe in recipes:
         for run in recipe.valid_runs:
@@ -69,21 +69,21 @@ def full_scores(recipes: Iterable[Recipe]) -> list[float]:
 
 
 def thin(values: Sequence[Any]) -> list[Any]:
-    """Return at most about POINTS of the values, evenly spaced, and always the last one."""
+    """Return about POINTS evenly spaced values, always including the last value."""
     every = math.ceil(len(values) / POINTS)
     return [*values[:-1:every], *values[-1:]]
 
 
 def headline_pair(data: ReportData) -> list[Recipe]:
-    """The baseline and the optimised recipe, if they have runs that count."""
+    """Return the baseline and the optimized recipe, if they have valid runs."""
     return [recipe for recipe in (data.baseline, data.optimised) if recipe is not None and recipe.valid_runs]
 
 
 def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
-    """The recipes to draw, each with its place in the palette.
+    """Return the recipes to draw, each with its place in the palette.
 
-    The pair of the headline comes first in the palette. If there are too many recipes, the others are
-    grey (None) and are drawn first, below the pair.
+    The two recipes of the headline come first in the palette. If there are too many recipes, all others have
+    the place None. They are drawn first, in grey.
     """
     pair = headline_pair(data)
     others = [recipe for recipe in data.recipes if recipe.valid_runs and recipe not in pair]
@@ -95,7 +95,7 @@ def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
 def draw_recipe(axes: Axes, recipe: Recipe, x: Series, y: Series, place: int | None) -> None:
     """Draw the mean over the seeds, and a band from the lowest to the highest seed.
 
-    Seeds that were evaluated at different steps get a line each.
+    If the seeds were evaluated at different steps, draw one line per seed.
     """
     label = None
     if place is not None:

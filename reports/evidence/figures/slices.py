@@ -1,4 +1,4 @@
-"""The value of a study against each searched field, one panel per field."""
+"""Draw the value of a study against each searched field, one panel per field."""
 
 from __future__ import annotations
 

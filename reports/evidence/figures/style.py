@@ -1,7 +1,7 @@
-"""The look of every figure: one palette, one font, and lines that also differ in a grey print.
+"""Define the style of every figure.
 
-Text stays text in the SVG, so that it can be searched and is set in the font of the report. Nothing in
-a figure depends on the date.
+Lines differ in their dashes, so that they can be distinguished in a grey print. Text stays text in the SVG,
+so that it can be searched and uses the font of the report. Nothing in a figure depends on the date.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-WIDTH = 6.7  # inches: the column of the page
+WIDTH = 6.7  # width of a figure in inches
 FONT = "DejaVu Sans"
-# The palette of Okabe and Ito without yellow. It is safe for colour-blind readers.
+# The palette of Okabe and Ito without yellow. It is safe for color-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = (
     "-",
@@ -24,7 +24,7 @@ DASHES: tuple[Any, ...] = (
 )
 MARKERS = "osD^vP"
 GREY = "#8A8A8A"
-MOST = len(COLOURS)  # number of recipes with a colour; the others are grey
+MOST = len(COLOURS)  # maximum number of recipes with a color; all others are grey
 
 STYLE: dict[Any, Any] = {
     "font.family": FONT,
@@ -66,7 +66,7 @@ def report_style() -> Iterator[None]:
 
 
 def line_style(place: int | None) -> dict[str, Any]:
-    """Return the arguments of `plot` for the line at a place of the palette. None: thin and grey."""
+    """Return the arguments of `plot` for a place in the palette. The place None gives a thin grey line."""
     if place is None:
         return {"color": GREY, "linewidth": 0.6, "zorder": 1}
     return {"color": COLOURS[place], "linestyle": DASHES[place], "zorder": 3}

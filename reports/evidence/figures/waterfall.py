@@ -1,4 +1,4 @@
-"""The steps of an ablation: each bar starts where the previous step ended. Grey: within the noise."""
+"""Draw the steps of an ablation. Each bar starts at the score of the previous step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def caption(_: ReportData) -> str:
     return (
-        "Each step starts at the score of the step before it. Blue lowers the score, orange raises it, and "
+        "Each step starts at the score of the previous step. Blue lowers the score, orange raises it, and "
         "grey is within noise."
     )
 
@@ -30,7 +30,7 @@ def draw(data: ReportData) -> Figure | None:
     whiskers = "one seed each: no noise floor"
     if data.noise is not None:
         floor = data.noise.floor
-        whiskers = "whiskers: the noise floor around the step before"
+        whiskers = "whiskers: the noise floor around the previous step"
     figure, (axes,) = panels(0.8 + 0.25 * len(ladder))
     draw_start(axes, means[0])
     for y in range(1, len(means)):
@@ -51,7 +51,7 @@ def draw(data: ReportData) -> Figure | None:
 
 
 def draw_start(axes: Axes, mean: float) -> None:
-    """Draw the first step, which changes nothing: a bar without width, and its score."""
+    """Draw the first step as a bar without width, because the step changes nothing."""
     axes.barh(0, 0.0, left=mean, height=0.62, color=GREY, linewidth=0)
     label_bar(axes, mean, 0, f"{mean:.4f}")
 
