@@ -419,7 +419,7 @@ def test_a_manifest_that_cannot_be_read(data: Any) -> None:
 @pytest.mark.parametrize("number", [0, 2, "1", None])
 def test_a_manifest_of_another_format(number: Any) -> None:
     message = manifest_error(MINIMAL | {"format": number})
-    assert f"format {number}, this version reads 1" in message
+    assert f"format {number}, but this version reads format 1" in message
 
 
 # -- differences

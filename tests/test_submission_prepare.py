@@ -119,7 +119,7 @@ def test_the_files_and_the_manifest(setup: Setup) -> None:
 
 def test_the_size_is_checked(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "MAX_FILES", 3)
-    assert "allowed are 3 and" in setup.refusal()
+    assert "at most 3 files and" in setup.refusal()
 
 
 def test_executable_files_stay_executable(setup: Setup) -> None:
@@ -416,7 +416,7 @@ def test_a_commit_without_the_replay(setup: Setup) -> None:
 def test_a_run_of_other_code(setup: Setup, versions: list[dict[str, str]]) -> None:
     setup.edit_summary(all_versions=versions)
     sources = ", ".join(sorted(entry["mainrun"][:12] for entry in versions))
-    expected = f"was trained by source {sources}, commit c0ffeec0ffee is source 555555555555"
+    expected = f"was trained by source {sources}, but commit c0ffeec0ffee is source 555555555555"
     assert f"run {setup.run.id} {expected}" in setup.refusal()
 
 
@@ -458,7 +458,10 @@ def test_the_limits_of_a_submission(limit: str, monkeypatch: pytest.MonkeyPatch)
     assert message.endswith("the largest: a (2.0 kB), c (1.0 kB), b (0.3 kB)")
     zip_limit = bundle.format_size(bundle.MAX_ZIP_BYTES)
     unpacked_limit = bundle.format_size(bundle.MAX_UNPACKED_BYTES)
-    assert f"allowed are {bundle.MAX_FILES:,} and {zip_limit} ({unpacked_limit} unpacked)" in message
+    assert (
+        f"at most {bundle.MAX_FILES:,} files and {zip_limit} ({unpacked_limit} unpacked) are allowed"
+        in message
+    )
 
 
 def test_a_failed_write_leaves_the_old_zip(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

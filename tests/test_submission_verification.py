@@ -135,7 +135,7 @@ def test_a_good_bundle(case: Case) -> None:
     assert (code.name, command, path.name, steps) == ("code", "steps", "run", "2") and not path.exists()
     assert code.parent == path.parent and code.parent.name.startswith("mainrun-verify-")
     (note,) = case.notes
-    assert "(commit c0ffeec0ffee)" in note and "2 at most" in note
+    assert "(commit c0ffeec0ffee)" in note and "at most 2 steps" in note
 
 
 def test_the_verdict_lists_what_was_scored(case: Case) -> None:
