@@ -43,7 +43,7 @@ class Trial:
     run_id: str = ""  # empty if the values do not form a valid config
     stops: tuple[int, ...] = ()  # the step of each rung; the last step is the end of the run
     scores: dict[int, float] = field(default_factory=dict)  # rung -> score
-    raw_scores: dict[int, float] = field(default_factory=dict)  # rung -> own score, if a branch scores it
+    raw_scores: dict[int, float] = field(default_factory=dict)  # rung -> score without the branch
     state: TrialState = TrialState.WAITING
     reason: str = ""  # why the trial was pruned, diverged or failed
 
