@@ -65,9 +65,9 @@ def train(
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
-        run = open_run_directory(setup, Path(out), fresh)
-        stack.callback(run.release)
-        summary = run.summary()
+        run_dir = open_run_directory(setup, Path(out), fresh)
+        stack.callback(run_dir.release)
+        summary = run_dir.summary()
         if summary:
             return summary
         accounts = Accounts()
@@ -78,17 +78,17 @@ def train(
         sharing: Sharing | NoSharing = NoSharing()
         if store:
             sharing = make_sharing(setup, store, accounts, progress.note, keep, until, fresh)
-        session = start_session(setup, run, state, accounts, progress, sharing, stop, until)
+        session = start_session(setup, run_dir, state, accounts, progress, sharing, stop, until)
         earlier = sum(accounts.spent.values()) - data_seconds
-        with ending(run, session):
+        with ending(run_dir, session):
             session.train()
         if not setup.device.leads:
             return {}
         with state.average.applied(), accounts.clock("guards"):
-            summary = summarize(setup, session.plan, run, state, accounts, session.env)
+            summary = summarize(setup, session.plan, run_dir, state, accounts, session.env)
         unaccounted = earlier + time.perf_counter() - started - sum(accounts.spent.values())
         accounts.add("overhead", unaccounted)
-        return finish(run, state, session.plan, accounts, summary)
+        return finish(run_dir, state, session.plan, accounts, summary)
 
 
 # -- the parts of a session
@@ -97,13 +97,13 @@ def train(
 def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
     """Open the run directory, which the leader locks. Check that its data is the same."""
     with setup.device.leader_first():  # other processes wait until the directory is ready
-        run = open_run(out, setup.cfg, fresh) if setup.device.leads else RunDir(out / setup.cfg.run_id)
+        run_dir = open_run(out, setup.cfg, fresh) if setup.device.leads else RunDir(out / setup.cfg.run_id)
     try:
-        check_same_data(run, titles(setup))
+        check_same_data(run_dir, titles(setup))
     except BaseException:
-        run.release()
+        run_dir.release()
         raise
-    return run
+    return run_dir
 
 
 def titles(setup: Setup) -> Row:
@@ -111,13 +111,13 @@ def titles(setup: Setup) -> Row:
     return {"fingerprints": setup.corpus.fingerprints, "tokenizer": setup.data.tokenizer.digest}
 
 
-def write_beginning(setup: Setup, run: RunDir) -> None:
+def write_beginning(setup: Setup, run_dir: RunDir) -> None:
     """Write the files that a run needs before training."""
     cfg = setup.cfg
     table = {"config": cfg.model_dump(), "digest": cfg.digest, "plan": setup.plan.table(), **titles(setup)}
     # write the config first, because a folder without a config is not recognised as a run
-    run.write("config.json", table)
-    write_text(run.path / "tokenizer.json", setup.data.tokenizer.to_json())
+    run_dir.write("config.json", table)
+    write_text(run_dir.path / "tokenizer.json", setup.data.tokenizer.to_json())
 
 
 def make_sharing(
@@ -138,7 +138,7 @@ def make_sharing(
 
 def start_session(
     setup: Setup,
-    run: RunDir,
+    run_dir: RunDir,
     state: State,
     accounts: Accounts,
     progress: Progress,
@@ -151,25 +151,25 @@ def start_session(
     device = setup.device
     journal = None
     if device.leads:
-        write_beginning(setup, run)
+        write_beginning(setup, run_dir)
         if cfg.growth.ops:
-            journal = run.log("growth.jsonl")
+            journal = run_dir.log("growth.jsonl")
     growth = make_controller(cfg, setup.plan, device, state, journal, sharing.add_row, accounts.clock)
     env = environment(device)
     log: RunLog | NullLog = NullLog()
     if device.leads:
-        log = RunLog(run, progress)
-        resume(cfg, run, state, accounts, env, log, sharing, growth)
+        log = RunLog(run_dir, progress)
+        resume(cfg, run_dir, state, accounts, env, log, sharing, growth)
     if device.world > 1:
-        follow_leader(run, state, accounts, device, growth)
-    progress.start(cfg, growth.plan.table(), run.metrics())
+        follow_leader(run_dir, state, accounts, device, growth)
+    progress.start(cfg, growth.plan.table(), run_dir.metrics())
     if device.note:
         progress.note(device.note)
-    return Session(setup, run, state, accounts, env, log, progress, sharing, growth, stop, until)
+    return Session(setup, run_dir, state, accounts, env, log, progress, sharing, growth, stop, until)
 
 
 @contextmanager
-def ending(run: RunDir, session: Session) -> Iterator[None]:
+def ending(run_dir: RunDir, session: Session) -> Iterator[None]:
     """Close a session when it ends. If the session fails, write this to status.json."""
     try:
         yield
@@ -178,7 +178,7 @@ def ending(run: RunDir, session: Session) -> Iterator[None]:
             state = STATUS.get(getattr(e, "exit_code", 1), "failed")
             status = {"state": state, "step": session.state.step, "steps": session.plan.steps}
             with suppress(MainrunError):  # the user must see `e`, not an error from this write
-                run.write("status.json", {**status, "why": str(e) or type(e).__name__})
+                run_dir.write("status.json", {**status, "why": str(e) or type(e).__name__})
         raise
     finally:
         session.close()
@@ -193,7 +193,7 @@ class Session:
     def __init__(
         self,
         setup: Setup,
-        run: RunDir,
+        run_dir: RunDir,
         state: State,
         accounts: Accounts,
         env: Row,
@@ -207,7 +207,7 @@ class Session:
         self.cfg = setup.cfg
         self.device = setup.device
         self.data = setup.data
-        self.run = run
+        self.run_dir = run_dir
         self.state = state
         self.accounts = accounts
         self.env = env  # the contents of env.json
@@ -387,7 +387,11 @@ class Session:
             with self.accounts.clock("checkpoints"):
                 tensors = self.state.tensors()
                 checkpoint.save(
-                    self.run.checkpoints, self.state.step, tensors, self._checkpoint_meta(), self.run.check
+                    self.run_dir.checkpoints,
+                    self.state.step,
+                    tensors,
+                    self._checkpoint_meta(),
+                    self.run_dir.check,
                 )
         # all processes wait for the leader, because torchrun stops all processes when one of them ends
         self.device.any_process(False)
