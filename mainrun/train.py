@@ -4,9 +4,10 @@
     mainrun train --preset optimized                   # with checkpoints, store and growth
     torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
-A config gives the same bits every time on one class of machines. The reason is that a training step is a pure
-function of (config, step). The batch, the dropout masks and the learning rates of a step do not depend on
-earlier steps. So a run that was killed continues from its checkpoint as if it had never stopped.
+A config gives the same bits every time on one class of machines. The batch, the dropout masks and the
+learning rates of a step depend only on the config, the number of the step and the growth operations so far.
+So a checkpoint needs no random state, and `mainrun train` continues from it as if the run had never
+stopped.
 """
 
 from __future__ import annotations

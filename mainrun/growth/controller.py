@@ -104,7 +104,7 @@ class Growth:
 
     @property
     def split(self) -> str:
-        """The split whose loss triggers operations: dev if it exists, because val must not steer a run."""
+        """The split whose loss triggers operations: dev if it exists, else val."""
         return "dev" if self.cfg.dev_frac else "val"
 
     @property
