@@ -152,7 +152,7 @@ def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
     """Return the `corpus` value of a table. A relative path starts at the folder of the TOML file."""
     if ("path" in table) == ("corpus" in table):
         given = "both" if "path" in table else "none"
-        raise CorpusError(f"{where}: got {given} of path and corpus; write one of them")
+        raise CorpusError(f"{where}: got {given} of path and corpus; set exactly one of them")
     corpus = table.get("corpus", f"file:{table.get('path')}")
     kind, _, argument = str(corpus).partition(":")
     if kind == "mix" or not isinstance(corpus, str):

@@ -43,7 +43,7 @@ class _Block(NamedTuple):
 
     @property
     def multiplied(self) -> int:
-        """Parameters of the matrices that one token uses."""
+        """The number of parameters in the matrices that a token is multiplied with."""
         return self.attention + self.router + self.used * self.expert
 
     @property

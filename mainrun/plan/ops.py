@@ -574,7 +574,7 @@ OPERATIONS: dict[str, Operation] = {
 NAMES = tuple(OPERATIONS)
 ARCHITECTURE = tuple(name for name, operation in OPERATIONS.items() if operation.architecture)
 TRAINING = tuple(name for name in NAMES if name not in ARCHITECTURE)
-# Maps old relative operations to new ones. An old operation is refused with the absolute value to write.
+# Maps old relative operations to new ones. The error for an old operation names the absolute value to use.
 RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERATIONS[name].field}
 
 

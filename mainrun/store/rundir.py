@@ -38,7 +38,8 @@ FILES = (
     "summary.json",
     "tokenizer.json",
 )
-# All names that a run writes into its directory. The option --fresh removes only files with these names.
+# The names of all files that a run writes into its directory. The option --fresh removes only files with
+# these names.
 WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
 
 

@@ -1,7 +1,7 @@
 """Find keys and passwords by file name and by content, and find the files that a submission leaves out.
 
-Any key or password stops a submission. The patterns match more than real keys on purpose. It is cheaper to
-rewrite a line of code than to leak a key.
+`mainrun submit` refuses to write a bundle that contains a key or a password. The patterns match more than
+real keys on purpose. It is cheaper to rewrite a line of code than to leak a key.
 """
 
 from __future__ import annotations
