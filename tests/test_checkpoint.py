@@ -439,7 +439,7 @@ def test_a_run_whose_log_was_changed_is_refused(finished: tuple[TrainConfig, Run
             path.read_text().replace('"loss": 5.', '"loss": 4.', 1).replace('"loss": 6.', '"loss": 5.', 1)
         )
 
-    with pytest.raises(RunError, match=r"metrics.jsonl is not the one.*--fresh"):
+    with pytest.raises(RunError, match=r"metrics.jsonl does not match.*--fresh"):
         again(*finished, tmp_path, damage)
     assert len(checkpoint.paths(tmp_path / finished[0].run_id / "checkpoints")) == 2, (
         "the weights are still there"

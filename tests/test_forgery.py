@@ -135,7 +135,7 @@ def test_removed_fingerprints(tiny: Callable[..., TrainConfig], tmp_path: Path) 
     begun = json.loads((run.path / "config.json").read_text())
     del begun["fingerprints"]
     write_json(run.path / "config.json", begun)
-    with pytest.raises(RunError, match="begun with other fingerprints"):
+    with pytest.raises(RunError, match="began with other fingerprints"):
         train_run(cfg, tmp_path / "runs")
 
 
@@ -176,7 +176,7 @@ def test_a_finished_run_is_valid_only_for_its_titles(
     first = train_run(cfg, tmp_path / "runs")
     assert train_run(cfg, tmp_path / "runs") == first
     titles.write_text(titles.read_text().replace("number 7 ", "numero 7 "))
-    with pytest.raises(RunError, match="begun with other fingerprints"):
+    with pytest.raises(RunError, match="began with other fingerprints"):
         train_run(cfg, tmp_path / "runs")
 
 

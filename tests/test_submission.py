@@ -191,10 +191,10 @@ def test_the_report_may_be_untracked(copy: Path) -> None:
     ("lines", "problem"),
     [
         (None, "no report .*report.pdf; make it: mainrun report "),
-        (["run RUN", "full FULL"], "no official OFFICIAL"),
-        (["run RUN", "official OFFICIAL"], "no full FULL"),
-        (["run other-00000000", "full FULL", "official OFFICIAL"], "no run RUN"),
-        (["run RUN", "full 9FULL", "official OFFICIAL1"], "no official OFFICIAL, no full FULL"),
+        (["run RUN", "full FULL"], "it lacks official OFFICIAL"),
+        (["run RUN", "official OFFICIAL"], "it lacks full FULL"),
+        (["run other-00000000", "full FULL", "official OFFICIAL"], "it lacks run RUN"),
+        (["run RUN", "full 9FULL", "official OFFICIAL1"], "it lacks official OFFICIAL, full FULL"),
         (
             ["run RUN", "full FULL", "official OFFICIAL", "see https://ann" + ":secret9@example.org"],
             "a password in a URL",

@@ -971,7 +971,7 @@ def test_a_corpus_that_changed_under_an_interrupted_run_is_refused(tmp_path: Pat
         train(cfg, tmp_path / "runs", progress=Watch({5: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
     before = (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes()
     titles.write_text(titles.read_text().replace("number 7 ", "numero 7 "))
-    with pytest.raises(RunError, match="begun with other fingerprints"):
+    with pytest.raises(RunError, match="began with other fingerprints"):
         train(cfg, tmp_path / "runs")
     assert (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes() == before
 
@@ -1009,5 +1009,5 @@ def test_a_sample_of_broken_weights_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         trainer.GPT, "forward", lambda self, idx: torch.full((1, idx.shape[1], 400), math.nan)
     )
-    with pytest.raises(RunError, match="no probabilities"):
+    with pytest.raises(RunError, match="no valid probabilities"):
         sample(run, "Show", n=1, max_tokens=4)
