@@ -1,8 +1,8 @@
-"""Measure the overhead of the driver. The trials take no time, and the database is SQLite.
+"""Measure the overhead of the driver with trials that take no time and a SQLite database.
 
     python -m sweeps.bench_driver [TRIALS [SAMPLER]]
 
-The default is 10,000 trials with the random sampler.
+By default, the benchmark runs 10,000 trials with the random sampler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class InstantEngine:
 
 
 class InstantSearch(Search):
-    """A search that computes scores instead of reading them from run directories."""
+    """A search that computes artificial scores instead of reading scores from run directories."""
 
     def _count_train_tokens(self) -> int:
         return 10_000
@@ -47,7 +47,7 @@ class InstantSearch(Search):
 
 
 class Sample(NamedTuple):
-    """The resources that the process used up to a number of trials."""
+    """The resources that the process had used when the search reached a number of trials."""
 
     trials: int
     cpu_seconds: float
@@ -67,7 +67,7 @@ def take_sample(trials: int) -> Sample:
 
 
 def bench(trials: int, sampler: str, folder: Path) -> Iterator[BenchRow]:
-    """Run a study and yield a row after each tenth of its trials."""
+    """Run a study, and yield a row of measurements for each tenth of its trials."""
     data = {
         "name": "bench",
         "preset": "baseline",

@@ -1,4 +1,4 @@
-"""Define the commands of `mainrun sweep`. They import torch and Optuna only when they need them."""
+"""Define the commands of `mainrun sweep`. A command imports torch or Optuna only when necessary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SweepGroup(Group):
-    """Treat an unknown command as the name of a study.
+    """A command group that treats an unknown command as the name of a study.
 
     For example, `mainrun sweep lr` runs the study `lr`.
     """
@@ -171,7 +171,7 @@ def _create_engine(study: Study) -> Engine:
 def _command_line() -> str:
     """Return the command that resumes the study.
 
-    The command contains no password, because it is printed and written to study.json.
+    The password of the database is removed, because the command is printed and written to study.json.
     """
     return shlex.join(["mainrun", *map(_hide_password, sys.argv[1:])])
 
@@ -247,9 +247,9 @@ def ls(out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> N
 
 
 def _study_row(folder: Path) -> dict[str, Any]:
-    """Return the row of a study in the list.
+    """Return a study's row in the output of `mainrun sweep ls`.
 
-    If the study is damaged, print the fault on stderr and still return a row.
+    If a file of the study is damaged, print an error on stderr and still return a row.
     """
     from sweeps.folder import read_export, read_study_json
 
@@ -268,7 +268,7 @@ def _study_row(folder: Path) -> dict[str, Any]:
 
 
 def _ranked_trials(export: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the completed trials, sorted from best to worst."""
+    """Return the completed trials, sorted from the best score to the worst."""
     done = [trial for trial in export["trials"] if trial["state"] == "done"]
     return sorted(done, key=lambda trial: (trial["value"], trial["trial"]))
 
@@ -436,7 +436,7 @@ def _save_preset(name: str, base: str, settings: list[str], about: str) -> None:
 
 
 def _is_toml(value: str) -> bool:
-    """Return whether a value is valid TOML without changes. A JSON object is not valid TOML."""
+    """Return whether a text is a valid TOML value. For example, a JSON object is not valid TOML."""
     try:
         tomllib.loads(f"v = {value}")
     except tomllib.TOMLDecodeError:

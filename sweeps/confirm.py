@@ -1,6 +1,7 @@
 """Confirm the best trials of a study.
 
-The best trials and the base are trained with new seeds, and the gains are compared with the noise.
+The configs of the best trials and the base config are trained with new seeds. Each gain over the base is then
+compared with the noise between seeds.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from sweeps.ledger import run_cost
 from sweeps.space import with_values
 from sweeps.trial import Trial
 
-FIRST_NOISE_SEED = 1  # an offset that is added to the base's seed
-FIRST_CONFIRMATION_SEED = 101  # an offset that is added to the base's seed
+FIRST_NOISE_SEED = 1  # offset of the first noise seed from the seed of the base config
+FIRST_CONFIRMATION_SEED = 101  # offset of the first confirmation seed from the seed of the base config
 
-Job = tuple[str, int]  # ("noise" or the number of a trial, seed)
+Job = tuple[str, int]  # ("noise" or the trial number as text, seed)
 
 
 def confirm(search: Search) -> dict[str, Any]:
-    """Train the confirmation runs, and return the evidence of a study.
+    """Train the noise runs and the confirmation runs, and return the evidence of a study.
 
-    The evidence contains the noise floor, the differences from the base, and the claim.
+    The evidence contains the noise floor, the difference of each trial from the base, and the claim.
     """
     base = search.base
     settings = search.study.evidence
@@ -48,7 +49,7 @@ def confirm(search: Search) -> dict[str, Any]:
 
     noise_scores = [scores["noise", seed] for seed in noise_seeds]
     sigma, single_floor = _noise(noise_scores)
-    floor = single_floor / math.sqrt(len(seeds))  # the floor for a difference of means over the seeds
+    floor = single_floor / math.sqrt(len(seeds))  # noise floor of a difference of means over the seeds
     base_scores = {seed: scores["0", seed] for seed in seeds}
     rows = _compare(candidates, base_scores, scores, floor)
     evidence: dict[str, Any] = {
@@ -76,7 +77,7 @@ def with_seed(cfg: TrainConfig, seed: int) -> TrainConfig:
 
 
 def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float]:
-    """Train the runs of all jobs and return their scores. If a run diverged, its score is infinity."""
+    """Train the run of each job, and return the scores. The score of a diverged run is infinity."""
     split, name = search.study.objective.split("/")
 
     def train(cfg: TrainConfig) -> float:
@@ -92,7 +93,7 @@ def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float
     with ThreadPoolExecutor(search.engine.workers) as pool:
         try:
             return dict(zip(jobs, pool.map(train, jobs.values()), strict=True))
-        except BaseException:  # stop all workers, so that Ctrl-C does not wait for them
+        except BaseException:  # stop all workers, so that Ctrl-C takes effect immediately
             search.engine.close()
             raise
 
@@ -106,13 +107,13 @@ def _final_scores(run: RunDir, split: str) -> dict[str, Any]:
 
 
 def _val_scores(search: Search, cfg: TrainConfig) -> dict[str, Any]:
-    """Return the winner's scores on the val split. No other part of a study reads this split."""
+    """Return the winner's scores on the val split, which no other part of a study uses."""
     scores = _final_scores(search.run_dir(cfg), "val")
     return {"run": cfg.run_id, "full": scores["full"], "official": scores["official"]}
 
 
 def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[str, Any]:
-    """Return the cost of a noise run or a confirmation run, as a row of the evidence."""
+    """Return the row of the evidence with the cost of a noise run or a confirmation run."""
     name, seed = job
     cost = run_cost(search.run_dir(cfg), cfg)
     if math.isinf(score):
@@ -130,9 +131,9 @@ def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[
 
 
 def _noise(scores: list[float]) -> tuple[float, float]:
-    """Return the standard deviation and the noise floor of runs that differ only in their seed.
+    """Return the standard deviation and the noise floor of the scores of runs with different seeds.
 
-    If one of the runs diverged, both values are infinite, so that no claim is made.
+    If any of the runs diverged, both values are infinite, so the study makes no claim.
     """
     if not all(map(math.isfinite, scores)):
         return math.inf, math.inf
@@ -144,7 +145,7 @@ def _noise(scores: list[float]) -> tuple[float, float]:
 def _compare(
     candidates: list[Trial], base_scores: dict[int, float], scores: Mapping[Job, float], floor: float
 ) -> list[dict[str, Any]]:
-    """Return a row of evidence for each candidate. The p-values are adjusted by Holm's method."""
+    """Return one row of evidence per candidate trial, with p-values adjusted by Holm's method."""
     differences = []
     for trial in candidates:
         trial_scores = {seed: scores[str(trial.number), seed] for seed in base_scores}
@@ -157,9 +158,10 @@ def _compare(
 
 
 def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
-    """Return the difference between the scores of the base and of a trial, paired by seed.
+    """Return the difference between the scores of the base and the scores of a trial, paired by seed.
 
-    If a run diverged, its score is infinity. The difference then has no interval and no p-value.
+    The score of a diverged run is infinity. A difference with an infinite score has no confidence interval
+    and no p-value.
     """
     if all(map(math.isfinite, (*base.values(), *trial.values()))):
         return stats.difference(base, trial)
@@ -167,10 +169,10 @@ def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Differ
 
 
 def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: float) -> dict[str, Any]:
-    """Return the comparison of a trial with the base.
+    """Return the row of the evidence that compares a trial with the base.
 
-    The trial is claimed to be better only if the interval is below zero, the gain exceeds the noise floor,
-    and the p-value is significant.
+    A trial is claimed to be better only if the confidence interval of the difference is below zero, the gain
+    exceeds the noise floor, and the p-value is significant.
     """
     interval = difference.interval or (-math.inf, math.inf)
     claim = interval[1] < 0 and -difference.mean > floor and p < 1 - stats.LEVEL
@@ -187,7 +189,7 @@ def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: f
 
 
 def _why_not(difference: stats.Difference, floor: float, p: float) -> str:
-    """Return why a trial is not claimed to be better than the base."""
+    """Return the reason why a trial is not claimed to be better than the base."""
     if difference.mean >= 0:
         return "it is not better"
     if difference.interval is None:

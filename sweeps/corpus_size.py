@@ -1,4 +1,4 @@
-"""Count the training tokens in an epoch. The count determines the number of steps of every trial."""
+"""Count the training tokens in an epoch, which determine the number of steps of every trial."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOKENS_JSON = {"train_tokens": records.at_least_one, "fingerprints?": records.ta
 def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
     """Return the number of training tokens in an epoch.
 
-    The first driver of a study counts the tokens and writes tokens.json. Later drivers read this file. Raises
-    UsageError if the data has changed since the file was written.
+    The first driver of a study counts the tokens and writes the number to tokens.json. Later drivers read
+    tokens.json. Raises UsageError if the data has changed since tokens.json was written.
     """
     file = folder / "tokens.json"
     fingerprints = load_corpus(base).fingerprints
@@ -49,9 +49,9 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
 
 
 def _dry_run(study: Study, base: TrainConfig) -> int:
-    """Run the trainer with --dry-run to tokenize the data, and return the number of training tokens.
+    """Run `mainrun train --dry-run` to tokenize the data, and return the number of training tokens.
 
-    If the process is killed, it is started again.
+    If the process is killed, the command is run again.
     """
     command = [sys.executable, "-m", "mainrun", "train", "--preset", study.preset]
     for setting in set_arguments(study, base):
@@ -65,7 +65,7 @@ def _dry_run(study: Study, base: TrainConfig) -> int:
         return int(json.loads(process.stdout)["plan"]["train_tokens"])
     lines = process.stderr.strip().splitlines()
     message = lines[-1] if lines else "it ended without a message"
-    if process.returncode == Interrupted.exit_code:  # for example, because the disk is full
+    if process.returncode == Interrupted.exit_code:  # for example, if the disk is full
         raise Interrupted(message.removeprefix("interrupted: "))
     error = UsageError if process.returncode == UsageError.exit_code else MainrunError
     raise error(f"the base of the study cannot be trained: {message.removeprefix('error: ')}")

@@ -1,8 +1,8 @@
-"""Write the trials of a study to Optuna's database, where people and dashboards can read them.
+"""Write the trials of a study to an Optuna database for people and dashboards.
 
-The database is a SQLite file in the study's folder, or a PostgreSQL database. The driver reads back only the
-digest and the number of trials. If the database is lost, no result is lost. Optuna is imported only when a
-database is opened.
+The database is a SQLite file in the study's folder, or a PostgreSQL database. From the database, the driver
+reads only the study's digest and the number of trials. Losing the database therefore loses no results. Optuna
+is imported only when a database is opened.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sweeps.trial import Trial, TrialState
 if TYPE_CHECKING:
     from sweeps.ledger import Ledger
 
-LOCK_TIMEOUT = 60.0  # seconds to wait while another process locks a SQLite file
-OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # tables that identify a database of Optuna
+LOCK_TIMEOUT = 60.0  # how long to wait for a locked SQLite file, in seconds
+OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # names of tables that identify an Optuna database
 
 
 def open_storage(url: str, file: Path) -> Any:
-    """Open Optuna's storage at a URL. If the URL is empty, open the SQLite database in `file`.
+    """Open an Optuna storage at a URL. If the URL is empty, open the SQLite database in `file`.
 
-    Raises UsageError if the database has tables of another program.
+    Raises UsageError if the database contains tables of another program.
     """
     import optuna
 
@@ -38,14 +38,14 @@ def open_storage(url: str, file: Path) -> Any:
     if url.startswith("postgresql"):
         options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
     if url:
-        # Name the driver, because the default driver depends on SQLAlchemy's version.
+        # Name the database driver explicitly, because SQLAlchemy's default driver depends on its version.
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     else:
         url = f"sqlite:///{file.absolute()}"
     _check_tables(url, options, name)
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except RuntimeError as e:  # Optuna refuses the schema of another version
+    except RuntimeError as e:  # Optuna cannot read the schema of another Optuna version
         message = " ".join(str(e).split())
         raise UsageError(
             f"{name} cannot be used: {message} Or create a new database, or give another --storage"
@@ -53,7 +53,7 @@ def open_storage(url: str, file: Path) -> Any:
 
 
 def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
-    """Raise UsageError if a database is not empty and was not created by Optuna."""
+    """Raise UsageError if a database contains tables that Optuna did not create."""
     from sqlalchemy import create_engine, inspect
 
     try:
@@ -77,9 +77,9 @@ def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
 
 
 def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
-    """Return whether Optuna was stopped while it created its tables.
+    """Return whether Optuna was stopped before it had created all of its tables.
 
-    Optuna creates the missing tables when it opens the database.
+    Optuna creates the missing tables when the database is opened again.
     """
     from optuna.storages._rdb.models import BaseModel
 
@@ -94,7 +94,7 @@ def _is_unfinished(inspector: Any, tables: set[str]) -> bool:
 
 
 def short_message(e: Exception) -> str:
-    """Return the first line of an error message of SQLAlchemy or Optuna, without the class of the error."""
+    """Return the first line of an error message from SQLAlchemy or Optuna, without the name of the class."""
     first_line = str(_cause(e)).splitlines()[0]
     return re.sub(r"^\([\w.]+\) ", "", first_line)
 
@@ -106,7 +106,7 @@ def _cause(e: Exception) -> BaseException | None:
 
 
 class StudyDatabase:
-    """Write each finished trial to Optuna's database, in the order of the trial numbers."""
+    """Writes each finished trial to an Optuna database, in the order of the trial numbers."""
 
     def __init__(self, study: Study, folder: Path, note: Callable[[str], None]) -> None:
         self.study = study
@@ -114,7 +114,7 @@ class StudyDatabase:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.on_server = study.storage.startswith("postgresql")
-        self.write_failed = False  # if True, the last write may still have succeeded
+        self.write_failed = False  # True if the last write failed, although its data may have been stored
         self.storage, self.optuna_study = self._retry(self._open, opening=True)
         self.written = self._retry(self._count)
         digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))
@@ -140,10 +140,11 @@ class StudyDatabase:
         return int(self.storage.get_n_trials(self._study_id))
 
     def _retry(self, operation: Callable[[], Any], opening: bool = False) -> Any:
-        """Call an operation until the database answers. Workers continue to train during this time.
+        """Call a database operation, and retry the operation while the database does not answer.
 
-        If a SQLite file is locked, retry for LOCK_TIMEOUT seconds. If a server cannot be reached, retry
-        without a limit. If the server cannot be reached while the database is opened, raise an error.
+        Workers continue to train during the retries. If a SQLite file is locked, the operation is retried for
+        LOCK_TIMEOUT seconds. If a server cannot be reached, the operation is retried without a time limit.
+        However, opening the database raises an error immediately if the server cannot be reached.
         """
         from optuna.exceptions import StorageInternalError
         from sqlalchemy.exc import SQLAlchemyError
@@ -166,7 +167,7 @@ class StudyDatabase:
                     waiting = True
                 time.sleep(pause)
                 pause = min(5.0, 2 * pause)
-            except (LookupError, ValueError, AssertionError) as e:  # Optuna did not write these rows
+            except (LookupError, ValueError, AssertionError) as e:  # the database contains rows that Optuna cannot read
                 message = " ".join(str(e).split())[:200]
                 raise RunError(
                     f"{self.name} holds rows that Optuna cannot read ({type(e).__name__}: {message}); "
@@ -197,7 +198,7 @@ class StudyDatabase:
         )
 
     def write(self, trials: Sequence[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
-        """Write the finished trials, up to the first unfinished trial."""
+        """Write the trials that come before the first unfinished trial and are not in the database yet."""
         while self.written < len(trials):
             trial = trials[self.written]
             if not trial.is_finished:
@@ -234,6 +235,6 @@ class StudyDatabase:
                 "ledger": asdict(cost_of(trial)),
             },
         )
-        # Use the storage directly, because Optuna's study keeps a copy of each trial in memory.
+        # Bypass Optuna's study object, because a study object keeps a copy of each trial in memory.
         self.storage.create_new_trial(self._study_id, template_trial=frozen_trial)
         self.written += 1

@@ -1,4 +1,4 @@
-"""Show the progress of a search. On a terminal it is a live table, and otherwise plain lines."""
+"""Show the progress of a search, as a live table on a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REFRESH_SECONDS = 0.25
 
 
 class Display:
-    """Show a search on stderr. If `quiet` is true, nothing is shown."""
+    """Shows the progress of a search on stderr. If `quiet` is true, nothing is shown."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self.search: Search | None = None
-        self.live: Any = None  # the live table of Rich, or None for plain lines
+        self.live: Any = None  # the live table from Rich, or None if plain lines are printed
         self.start_time = time.monotonic()
         self.last_refresh = 0.0
         self.last_line = ""
@@ -40,11 +40,11 @@ class Display:
             self.live.stop()
 
     def watch(self, search: Search) -> None:
-        """Set the search to show."""
+        """Set the search whose progress is shown."""
         self.search = search
 
     def note(self, text: str) -> None:
-        """Print a message above the table."""
+        """Print a message above the live table."""
         if self.quiet:
             return
         if self.live:
@@ -53,7 +53,10 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def refresh(self, force: bool = False) -> None:
-        """Show the current state. Unless `force` is true, show it at most four times a second."""
+        """Show the current state of the search.
+
+        Unless `force` is true, the display is updated at most four times a second.
+        """
         if self.quiet or self.search is None:
             return
         now = time.monotonic()
@@ -107,10 +110,10 @@ def describe_values(values: dict[str, Any]) -> str:
 
 
 def status_line(search: Search) -> str:
-    """Return one line with the number of trials in each state and the best trial so far."""
+    """Return a line of text with the number of trials in each state and the best trial so far."""
     counts = Counter(trial.state for trial in search.trials)
     queued = counts[TrialState.RUNNING] - search.engine.workers
-    if queued > 0:  # the engine has more trials than workers
+    if queued > 0:  # some trials wait for a free worker
         counts[TrialState.RUNNING] = search.engine.workers
         counts[TrialState.WAITING] = queued
     order = (

@@ -1,9 +1,11 @@
-"""Run a study: choose trials, train them, promote the best of each generation, and prune the others.
+"""Search for the best config of a study by training trials in generations.
 
-One process drives a study. It can be killed and restarted at any time, because all of its state is on disk.
-The study file determines the trials, and the run directories contain their scores and checkpoints. A new
-driver asks the sampler for the same trials, reads finished runs from disk, and resumes unfinished runs. It
-writes Optuna's database only for people and dashboards.
+In each generation, the best trials are promoted to the next rung, and the other trials are pruned.
+
+A study is run by a single process, the driver. The driver can be killed and restarted at any time, because
+the complete state of the study can be rebuilt from disk. A new driver asks the sampler for the same trials,
+reads the scores of finished runs from their run directories, and resumes unfinished runs from their
+checkpoints. The driver also writes the trials to an Optuna database for people and dashboards.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from sweeps.space import trial_config
 from sweeps.study import Study, set_arguments
 from sweeps.trial import Trial, TrialRuns, TrialState
 
-UNLIMITED = 1_000_000  # the number of trials if the budget does not limit it
+UNLIMITED = 1_000_000  # the maximum number of trials if the study's budget does not limit the trials
 
-Target = tuple[TrainConfig, int]  # (config of a run, step to stop at); 0 means the end of the run
+Target = tuple[TrainConfig, int]  # (config of a run, step to stop at), where step 0 means the end of the run
 
 
 class Search:
-    """Run the search of one study.
+    """The search of one study.
 
-    `trials` is the complete state. All other attributes can be computed from it again.
+    `trials` contains the complete state of the search. All other attributes can be rebuilt from `trials`.
     """
 
     def __init__(
@@ -47,7 +49,10 @@ class Search:
         note: Callable[[str], None],
         tick: Callable[[], None],
     ) -> None:
-        """`note` prints a message. `tick` is called about twice a second to show the progress."""
+        """Prepare a search without training.
+
+        `note` is called to print a message. `tick` is called about twice a second to show the progress.
+        """
         self.study = study
         self.folder = folder
         self.engine = engine
@@ -55,15 +60,16 @@ class Search:
         self.tick = tick
         self.base = study.base()
         self.trials: list[Trial] = []
-        # Run id -> number of the first trial with this run. Trials share a run if a sampler repeats values.
+        # Map the id of a run to the number of the first trial that uses the run. If a sampler suggests the
+        # same values twice, two trials share a run.
         self.owners: dict[str, int] = {}
         self.sampler = TrialSampler(study.sampler, study.space, self.base)
         self.generation_size = study.sampler.generation
         self.start_time = time.monotonic()
         self.train_tokens = self._count_train_tokens()
-        self._costs: dict[int, Ledger] = {}  # costs of finished trials, by trial number
-        self._runs: dict[int, TrialRuns] = {}  # runs of trials that are not in the database yet
-        self._reported = 0  # number of generations whose scores the sampler has
+        self._costs: dict[int, Ledger] = {}  # the cost of each finished trial, by trial number
+        self._runs: dict[int, TrialRuns] = {}  # runs of the trials that are not in the database yet
+        self._reported = 0  # number of generations whose scores were reported to the sampler
         self._first_open = 0  # index of the first generation with an unfinished trial
 
     def _count_train_tokens(self) -> int:
@@ -75,9 +81,10 @@ class Search:
         return self.trials[index * self.generation_size : (index + 1) * self.generation_size]
 
     def ask(self) -> bool:
-        """Add a generation of trials. Return False if it must wait, or if the budget is spent.
+        """Sample a new generation of trials, and return whether trials were added.
 
-        Generation n is sampled after generation n - 2 is finished, while workers train generation n - 1.
+        No trials are added if the budget is spent. Generation n is sampled only after generation n - 2 is
+        finished, so workers can train generation n - 1 during the sampling.
         """
         index = len(self.trials) // self.generation_size
         if index > 1 and not all(trial.is_finished for trial in self.generation(index - 2)):
@@ -92,7 +99,7 @@ class Search:
         return True
 
     def _report_scores(self, end: int) -> None:
-        """Report the new scores of the generations before `end` to the sampler."""
+        """Report the scores of all generations before `end` to the sampler, each generation only once."""
         while self._reported < end:
             for trial in self.generation(self._reported):
                 self.sampler.tell(trial.number, trial.scores, trial.state is TrialState.DONE)
@@ -101,11 +108,11 @@ class Search:
     def remaining_trials(self) -> int:
         """Return how many more trials the budget allows.
 
-        Tokens and FLOPs are summed only over the generations whose scores the sampler has. The result
-        therefore does not depend on the speed of workers.
+        Tokens and FLOPs are summed only over the generations whose scores were reported to the sampler. A
+        budget of tokens or FLOPs therefore allows the same trials, no matter how fast the workers are.
 
-        If the study has rungs, the limit on trials is rounded up to a whole generation. Otherwise, a later
-        increase of the budget could change which trials of the last generation are promoted.
+        If the study has rungs, the maximum number of trials is rounded up to a whole generation. Without
+        rounding, a larger budget could later change which trials of the last generation are promoted.
         """
         if self._is_budget_spent():
             return 0
@@ -142,9 +149,9 @@ class Search:
         return trial
 
     def _make_runs(self, values: dict[str, Any]) -> TrialRuns:
-        """Create the runs of a trial.
+        """Create the configs of the runs of a trial, and choose the step of each rung.
 
-        Each rung is at the first evaluation that is not before the rung's share of the steps.
+        A rung is at the first evaluation after the rung's share of the steps was trained.
         """
         cfg = trial_config(self.base, values, self.train_tokens)
         plan = Plan(cfg, self.train_tokens)
@@ -166,7 +173,7 @@ class Search:
     # -- training
 
     def run(self) -> None:
-        """Train trials until the budget is spent.
+        """Sample and train trials until the budget is spent.
 
         If a KeyboardInterrupt stops the search, a new driver can resume the study.
         """
@@ -207,7 +214,8 @@ class Search:
     def _open_generations(self) -> range:
         """Return the indices of the generations that may have unfinished trials.
 
-        Finished generations are skipped to save time, because a study may have a million trials.
+        Finished generations at the start of the study are skipped to save time, because a study may have a
+        million trials.
         """
         count = -(-len(self.trials) // self.generation_size)
         while self._first_open < count:
@@ -221,23 +229,23 @@ class Search:
             yield from self.generation(index)
 
     def _forget_runs(self, end: int) -> None:
-        """Free the configs of the trials before `end`. Configs use most of the memory of a trial."""
+        """Free the configs of all trials whose number is below `end`, because configs use the most memory."""
         for number in list(self._runs):
             if number < end:
                 del self._runs[number]
 
     def _targets(self, trial: Trial, rung: int) -> list[Target]:
-        """Return the targets to train for a rung of a trial.
+        """Return the runs that must be trained to score a trial at a rung, and the step to stop each run at.
 
-        The first target is the trial itself, up to the step of the rung. If a branch scores the rung, the
-        branch is the second target.
+        The first run is the trial's own run, up to the step of the rung. If the rung is scored by a branch,
+        the branch is the second run.
         """
         runs = self.runs_of(trial)
         is_last = rung + 1 == len(trial.stops)
         targets = [(runs.cfg, 0 if is_last else trial.stops[rung])]
         branch = runs.branches.get(rung)
         if branch:
-            # Trials that differ only in their decay can share a branch.
+            # Trials that differ only in their learning rate decay can share a branch.
             self.owners.setdefault(branch.run_id, trial.number)
             targets.append((branch, 0))
         return targets
@@ -250,9 +258,10 @@ class Search:
         return outcome
 
     def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
-        """Train a run up to a step, or to its end.
+        """Train a run up to a step, or to the end of the run if `until` is 0.
 
-        If the run has already reached the step, no worker is started, because starting one takes a second.
+        If the run has already reached the step, no worker is started, because starting a worker takes about a
+        second.
         """
         run = self.run_dir(cfg)
         status = run.status()
@@ -293,7 +302,10 @@ class Search:
         return self.run_score(self.runs_of(trial).cfg, step)
 
     def run_score(self, cfg: TrainConfig, step: int) -> float:
-        """Return the objective of a run after a step. If the step was scored twice, use the last score."""
+        """Return the value of the objective for a run after a step.
+
+        If metrics.jsonl has several evaluations of the step, use the last evaluation.
+        """
         run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
         for row in reversed(run.rows()):
@@ -305,17 +317,18 @@ class Search:
         )
 
     def _promote(self) -> None:
-        """Promote the best trials of each generation, and prune the others.
+        """Promote the best trials of each generation to the next rung, and prune the other trials.
 
-        A generation is promoted when all of its unfinished trials have the score of a rung. Equal scores are
-        ordered by trial number. Trial 0 is never pruned, because all trials are compared with it.
+        A generation is promoted when all of its unfinished trials have a score at the current rung. Trials
+        with equal scores are ordered by trial number. Trial 0 is never pruned, because all other trials are
+        compared with trial 0.
         """
         for index in self._open_generations():
             group = [trial for trial in self.generation(index) if not trial.is_finished]
             if not group or any(trial.state is not TrialState.PAUSED for trial in group):
                 continue
             assert self.study.rungs is not None
-            rung = group[0].rung  # trials that were promoted together are at the same rung
+            rung = group[0].rung  # all trials of the group have the same rung
             ranked = sorted(group, key=lambda trial: (trial.scores[rung], trial.number))
             keep = max(1, round(self.study.rungs.keep * len(group)))
             for place, trial in enumerate(ranked, 1):
@@ -328,10 +341,10 @@ class Search:
     # -- results
 
     def cost_of(self, trial: Trial) -> Ledger:
-        """Return the cost of a trial and its branches.
+        """Return the cost of a trial, including its branches.
 
-        If a trial was not trained to its end, all of its steps count as wasted, even if the sampler used its
-        scores. If a run belongs to an earlier trial, its cost is not counted again.
+        If a trial was pruned, diverged or failed, all of its trained steps count as wasted, even though the
+        sampler uses the trial's scores. If two trials share a run, only the first trial pays for the run.
         """
         if trial.number in self._costs:
             return self._costs[trial.number]
@@ -340,7 +353,7 @@ class Search:
         runs = self.runs_of(trial)
         cost = self._cost_of_run(trial, runs.cfg)
         for rung, branch in runs.branches.items():
-            # A branch that diverged has no score, but its cost still belongs to the trial.
+            # A branch that diverged has no score, but the cost of the branch still belongs to the trial.
             if rung in trial.scores or self.owners.get(branch.run_id) == trial.number:
                 branch_cost = self._cost_of_run(trial, branch)
                 cost = total([cost, replace(branch_cost, branch=branch_cost.trained)])
@@ -360,7 +373,7 @@ class Search:
         return cost
 
     def best(self, count: int = 1) -> list[Trial]:
-        """Return the best completed trials. If several trials share a run, only the first one counts."""
+        """Return the best completed trials. If several trials share a run, return only the first trial."""
         done = []
         for trial in self.trials:
             if trial.state is TrialState.DONE and self.owners[trial.run_id] == trial.number:

@@ -1,6 +1,7 @@
 """Write the results of a finished study.
 
-The commands `show` and `best` read export.json. Reports and other tools read trials.parquet and study.json.
+The commands `mainrun sweep show` and `mainrun sweep best` read export.json. Reports and other tools read
+trials.parquet and study.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sweeps.trial import Trial, TrialState
 
 
 def write_export(search: Search, evidence: dict[str, Any] | None) -> None:
-    """Write export.json and the folder `export` to the study's folder."""
+    """Write export.json and the subfolder `export` to the folder of a study."""
     study = search.study
     costs = [search.cost_of(trial) for trial in search.trials]
     for run in (evidence or {}).get("runs", []):
@@ -71,10 +72,10 @@ def _by_text(scores: dict[int, float]) -> dict[str, float]:
 
 
 def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float | None]:
-    """Return the rank correlation of each rung's scores with the final scores of completed trials.
+    """Compute how well the scores at each rung predict the final scores of the completed trials.
 
-    If `raw` is true, use the trials' own scores instead of the scores of their branches. A correlation over
-    fewer than three trials is None.
+    The result maps each rung to a rank correlation, or to None if fewer than three trials have a score at the
+    rung. If `raw` is true, use the trials' own scores instead of the scores of their branches.
     """
     done = [t for t in trials if t.state is TrialState.DONE and len(t.scores) > 1]
     last_rung = max((t.rung for t in done), default=0)
@@ -84,7 +85,7 @@ def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float
         final_scores = []
         for trial in done:
             rung_scores = trial.scores | trial.raw_scores if raw else trial.scores
-            if rung in rung_scores and rung < trial.rung:  # a short trial may have fewer rungs
+            if rung in rung_scores and rung < trial.rung:  # trials with few steps may have fewer rungs
                 scores.append(rung_scores[rung])
                 final_scores.append(trial.scores[trial.rung])
         correlations[str(rung)] = stats.spearman(scores, final_scores) if len(scores) > 2 else None
@@ -98,9 +99,9 @@ COLUMNS = (
 
 
 def write_tables(export: dict[str, Any], folder: Path) -> None:
-    """Write trials.parquet and study.json.
+    """Write the files trials.parquet and study.json of an export.
 
-    trials.parquet has one row per trial. study.json contains the rest of the export.
+    trials.parquet has one row per trial. study.json contains all other data of the export.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -124,7 +125,7 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
 
 def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [trial[name] for trial in trials] for name in COLUMNS}
-    for name in ("scores", "raw_scores"):  # each value is a JSON object with one entry per rung
+    for name in ("scores", "raw_scores"):  # each cell is a JSON object with one entry per rung
         columns[name] = [json.dumps(trial[name]) for trial in trials]
     parameters: set[str] = set()
     for trial in trials:
@@ -135,9 +136,10 @@ def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _parameter_column(values: list[Any]) -> list[Any]:
-    """Return the values of a parameter as a column.
+    """Return the values of a parameter as a column of trials.parquet.
 
-    Values of different types are converted to strings. Integers and floats may be mixed.
+    If the values have different types, all values are converted to strings. However, a mixture of integers
+    and floats is not converted.
     """
     known = [value for value in values if value is not None]
     has_one_type = len({type(value) for value in known}) <= 1

@@ -1,4 +1,4 @@
-"""Compute the cost of the runs of a study from their run directories."""
+"""Compute the cost of a study from the run directories of its runs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ STEP_COSTS = {"step": records.at_least_one, "tokens": records.count, "seconds": 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The cost of a set of runs.
+    """The cost of one or more runs.
 
-    The asked steps are the sum of the trained and the reused steps. Wasted steps and branch steps are
-    included in the trained steps.
+    The number of asked steps is the sum of the trained steps and the reused steps. The trained steps include
+    the wasted steps and the steps of branches.
     """
 
-    asked: int = 0  # all steps of the runs
-    trained: int = 0  # steps that were computed
-    reused: int = 0  # steps that were read from the store
-    wasted: int = 0  # trained steps that were lost, or that belong to trials that ended early
-    branch: int = 0  # trained steps of branches, which only score a rung
-    tokens: int = 0  # tokens of the trained steps
+    asked: int = 0  # number of steps that were trained or reused
+    trained: int = 0  # number of steps that were trained, including wasted steps
+    reused: int = 0  # number of steps whose results were read from the store
+    wasted: int = 0  # number of trained steps that were lost, or that belong to trials that ended early
+    branch: int = 0  # number of trained steps of branches, which are used only to score a rung
+    tokens: int = 0  # number of tokens in the trained steps
     flops: float = 0.0
     seconds: float = 0.0
 
 
 def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
-    """Compute the cost of a run from its metrics. A run that was never started has no cost."""
+    """Compute the cost of a run from its metrics.jsonl. If the run was never started, the cost is zero."""
     rows = [row for row in run.rows() if row["event"] == "step"]
     if not rows:
         return Ledger()
@@ -46,7 +46,7 @@ def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
     reused = 0
     trained_tokens = 0
     seconds = 0.0
-    for row in rows:  # a row covers the steps since the previous row
+    for row in rows:  # each row covers the steps since the previous row
         if row.get("reused"):
             reused += row["step"] - step
         else:
@@ -54,7 +54,8 @@ def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
             seconds += row["seconds"]
         step = row["step"]
         tokens = row["tokens"]
-    # Steps that were lost with a worker have no rows. Their tokens are estimated by the mean of other steps.
+    # Steps that were lost when a worker was killed have no rows in metrics.jsonl. Assume that a lost step has
+    # as many tokens as the average step of the run.
     wasted = int(run.env().get("carried", {}).get("wasted", 0))
     trained_tokens += wasted * tokens // step
     flops = trained_tokens * cfg.passes * costs(cfg, cfg.vocab_size)["flops_per_token"]
@@ -70,7 +71,7 @@ def run_cost(run: RunDir, cfg: TrainConfig) -> Ledger:
 
 
 def total(ledgers: Iterable[Ledger]) -> Ledger:
-    """Add ledgers field by field."""
+    """Return the sum of several ledgers. Each field is summed separately."""
     ledgers = list(ledgers)
     sums = {name: sum(getattr(ledger, name) for ledger in ledgers) for name in Ledger.__dataclass_fields__}
     return Ledger(**sums)

@@ -1,10 +1,10 @@
 """Choose the values of each trial with Optuna's samplers.
 
-The values depend only on the study and on the scores reported so far, including their order. They do not
-depend on the number of workers or on the time.
+The values depend only on the study file and on the scores that were reported so far. The scores are reported
+in the order of the trial numbers. The values therefore do not depend on the number of workers or on timing.
 
-Optuna's study is kept in memory. It receives scores only before a new generation is sampled. Every trial gets
-a new sampler, which is seeded with the trial's number.
+The Optuna study is kept in memory. The scores of finished trials are added to the Optuna study only before
+a new generation is sampled. Every trial gets a new sampler, whose seed depends on the trial's number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # -- samplers
-# Each function creates a sampler from the settings, the search space and the seed of a trial.
+# Each function below creates an Optuna sampler from the sampler settings, the search space and a seed.
 
 
 def tpe(settings: SamplerSettings, space: Space, seed: int) -> Any:
@@ -53,7 +53,10 @@ def random(settings: SamplerSettings, space: Space, seed: int) -> Any:
 
 
 def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
-    """Create a sampler that visits the cells of a grid. The seed sets the order, so all trials share it."""
+    """Create a sampler that visits the cells of a grid.
+
+    The order of the cells depends on the seed, so every trial uses the seed of the study's settings.
+    """
     from optuna.samplers import GridSampler
 
     cells = {name: grid_values(parameter) for name, parameter in space.items()}
@@ -61,7 +64,10 @@ def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
 
 
 def qmc(settings: SamplerSettings, space: Space, seed: int) -> Any:
-    """Create a sampler that follows a quasi-random sequence. All trials share the seed of the sequence."""
+    """Create a sampler that follows a quasi-random sequence.
+
+    The sequence depends on the seed, so every trial uses the seed of the study's settings.
+    """
     from optuna.samplers import QMCSampler
 
     return QMCSampler(seed=settings.seed, scramble=True, warn_asynchronous_seeding=False)
@@ -83,7 +89,7 @@ else:
 
 
 class SamplerSettings(BaseModel):
-    """The table [sampler] of a study file, which sets how the values of trials are chosen."""
+    """The [sampler] table of a study file, which defines how the values of trials are chosen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: SamplerName = "tpe"
@@ -103,7 +109,7 @@ class SamplerSettings(BaseModel):
 
 
 def trial_seed(sampler_seed: int, number: int) -> int:
-    """Return the seed of a trial's sampler."""
+    """Compute the seed of a trial's sampler from the study's sampler seed and the trial number."""
     digest = hashlib.sha256(repr((sampler_seed, number)).encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
@@ -112,7 +118,7 @@ def trial_seed(sampler_seed: int, number: int) -> int:
 
 
 class TrialSampler:
-    """Suggests the values of trials, with the ask-and-tell interface of Optuna."""
+    """Suggest the values of trials with Optuna's ask-and-tell interface."""
 
     def __init__(self, settings: SamplerSettings, space: Space, base: TrainConfig) -> None:
         import optuna
@@ -125,15 +131,15 @@ class TrialSampler:
         self.optuna_study = optuna.create_study(direction="minimize")
         self.distributions = {name: distribution(parameter) for name, parameter in space.items()}
         self.open_trials: dict[int, optuna.Trial] = {}
-        self.worst: float | None = None  # the highest score so far
+        self.worst: float | None = None  # the highest (worst) score of any trial so far
 
     def ask(self, number: int) -> dict[str, Any]:
-        """Return the values of a trial. Trial 0 is the base, so its values are empty."""
+        """Return the values of a trial. The dictionary is empty for trial 0, which trains the base config."""
         import optuna
 
         if number == 0:
             return {}
-        # Random values do not depend on earlier trials, so earlier trials are not stored.
+        # The random sampler ignores earlier trials, so these trials are not kept in the Optuna study.
         is_random = self.settings.name == "random"
         optuna_study = optuna.create_study() if is_random else self.optuna_study
         optuna_study.sampler = self._sampler(number)
@@ -150,10 +156,10 @@ class TrialSampler:
         return values
 
     def tell(self, number: int, scores: Mapping[int, float], completed: bool) -> None:
-        """Report the scores of a finished trial, keyed by rung.
+        """Report the scores of a finished trial to the sampler.
 
-        A trial that diverged or failed may have no scores. The sampler then receives a value that is worse
-        than all others, so that it avoids these settings.
+        `scores` maps the index of a rung to the score at this rung. A trial that diverged or failed may have
+        no scores. The sampler then receives a very bad score, so that it avoids the settings of this trial.
         """
         from optuna import trial as optuna_trial
 
@@ -181,7 +187,7 @@ class TrialSampler:
 
 
 def distribution(parameter: Parameter) -> Any:
-    """Convert a parameter to a distribution of Optuna."""
+    """Convert a parameter to an Optuna distribution."""
     from optuna import distributions
 
     if not isinstance(parameter, Range):
@@ -195,18 +201,18 @@ def distribution(parameter: Parameter) -> Any:
 
 
 def grid_values(parameter: Parameter) -> list[Any]:
-    """Return the values of a parameter on a grid."""
+    """Return all values that the grid sampler tries for a parameter."""
     if not isinstance(parameter, Range):
         return list(parameter.values)
     assert parameter.step is not None
     count = int((parameter.high - parameter.low) / parameter.step + 1e-9) + 1
-    # 0 + 3 * 0.1 is slightly above 0.3, and Optuna rejects values above the maximum.
+    # Clip rounding errors, such as 3 * 0.1 > 0.3, because Optuna rejects values above the maximum.
     highest = distribution(parameter).high
     return [min(parameter.low + i * parameter.step, highest) for i in range(count)]
 
 
 def grid_size(space: Mapping[str, Parameter]) -> int:
-    """Return the number of cells in a grid."""
+    """Return the number of cells in the grid of a search space."""
     cells = 1
     for parameter in space.values():
         cells *= len(grid_values(parameter))

@@ -1,21 +1,21 @@
-"""Read and check study files. This is an example of a study file:
+"""Read and check study files. The following text is an example of a study file:
 
 name = "lr"
 preset = "optimized"
-[set]                     # fields that every trial sets
+[set]                     # config fields that have the same value in every trial
 dev_frac = 0.1
-[space.lr]                # a config field, or a path into the growth schedule such as "growth.ops.1.value"
+[space.lr]                # the name of a config field, or a path such as "growth.ops.1.value"
 low = 1e-3
 high = 3e-2
 log = true
 [space.momentum]
 values = [0.9, 0.95]
 when = { optimizer = ["muon", "sgd"] }
-[budget]                  # the study ends when it reaches one of these limits
+[budget]                  # the study ends when the first of these limits is reached
 trials = 24
 [rungs]
-at = [0.25, 0.5]          # shares of a trial's steps at which the best trials of a generation are promoted
-score = "branch"          # compare scores after a short decay of the learning rate (see branch.py)
+at = [0.25, 0.5]          # positions of the rungs, as fractions of the total steps of a trial
+score = "branch"          # compare trials after a short decay of the learning rate (see branch.py)
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from sweeps.sampling import SamplerSettings
 from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
-MAX_FAULTS = 10  # the maximum number of faults with a suggestion
+MAX_FAULTS = 10  # the maximum number of error messages that suggest a correction
 
 
 class StudyTable(BaseModel):
-    """A table of a study file."""
+    """The base class of all tables of a study file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Budget(StudyTable):
-    """The limits of a study. The study ends when it reaches one of them."""
+    """The limits of a study. A study ends when the first limit is reached."""
 
     trials: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     tokens: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
@@ -57,7 +57,7 @@ class Budget(StudyTable):
 
 
 class Rungs(StudyTable):
-    """The steps at which the best trials of a generation are promoted and the others are pruned."""
+    """The rungs of a study, where the best trials are promoted and the other trials are pruned."""
 
     at: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
@@ -82,7 +82,7 @@ class Rungs(StudyTable):
 
 
 class Confirmation(StudyTable):
-    """How the best trials are compared with the base on new seeds."""
+    """The settings of the confirmation, which compares the best trials with the base on new seeds."""
 
     noise_seeds: Annotated[
         int, Field(ge=2, le=100, description="number of seeds of the base that measure the noise floor")
@@ -94,7 +94,7 @@ class Confirmation(StudyTable):
 
 
 class Study(StudyTable):
-    """The content of a study file, which describes a search."""
+    """The content of a study file, which defines a hyperparameter search."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,59}$")]
     about: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
@@ -137,19 +137,19 @@ class Study(StudyTable):
 
     @field_serializer("storage")
     def _serialize_storage(self, url: str) -> str:
-        return without_password(url)  # the files of a study may be shared
+        return without_password(url)  # remove the password, because the files of a study may be shared
 
-    # Keys that may change when a study is resumed, because they do not affect its trials.
+    # Keys that do not affect the trials of a study, and that may therefore change when the study is resumed.
     FREE: ClassVar = {"about", "budget", "evidence", "workers", "engine", "address", "gpus", "storage"}
 
     @property
     def digest(self) -> str:
-        """The hash of all keys that affect the trials."""
+        """The hash of all keys of the study file that affect the trials."""
         data = self.model_dump(exclude=self.FREE, mode="json")
         return sha256_json(data)
 
     def base(self) -> TrainConfig:
-        """Return the config of trial 0. Each other trial changes some of its fields."""
+        """Return the base config, which trial 0 trains without changes."""
         fields = {"threads": self.threads, **self.set}
         settings = [f"{key}={_setting(value)}" for key, value in fields.items()]
         configs = load(self.preset, settings)
@@ -162,12 +162,12 @@ class Study(StudyTable):
 
 
 def _setting(value: Any) -> str:
-    """Format a value for `--set`."""
+    """Format a value for the option `--set` of `mainrun train`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def set_arguments(study: Study, cfg: TrainConfig) -> list[str]:
-    """Return the settings, as KEY=VALUE, that turn the study's preset into a config."""
+    """Return the settings in the form KEY=VALUE that turn the study's preset into the given config."""
     preset = load(study.preset)[0]
     settings = []
     for name in TrainConfig.model_fields:
@@ -184,9 +184,9 @@ def set_arguments(study: Study, cfg: TrainConfig) -> list[str]:
 
 
 def without_password(url: str) -> str:
-    """Remove the password from a database URL.
+    """Return a database URL without its password.
 
-    PostgreSQL can read the password from PGPASSWORD or ~/.pgpass instead.
+    The PostgreSQL client can read the password from the variable PGPASSWORD or the file ~/.pgpass instead.
     """
     url = re.sub(r"^([\w+]+://[^:/@?]*):.*@", r"\1@", url, flags=re.DOTALL)
     return re.sub(r"(?<=[?&])(ssl)?password=[^&]*&?", "", url).rstrip("?&")
@@ -202,8 +202,8 @@ def built_in_names() -> list[str]:
 def read_study(place: str, sets: dict[str, Any] | None = None, **changes: Any) -> Study:
     """Read a built-in study or a study file.
 
-    `sets` are added to the [set] table of the file, and `changes` replace other keys of the file. Raises
-    ConfigError with a list of the faults.
+    `sets` is merged into the [set] table of the file, and `changes` replaces other keys of the file. If the
+    study is invalid, raises a ConfigError that lists all faults.
     """
     is_name = "/" not in place and not place.endswith(".toml")
     path = _study_file(place, is_name)
@@ -233,7 +233,7 @@ def _read_text(path: Path) -> str:
 
 
 def _study_file(place: str, is_name: bool) -> Path:
-    """Return the path of a study file. `place` is the name of a built-in study, or a path."""
+    """Return the path of a study file. `place` is either the name of a built-in study or a path."""
     names = built_in_names()
     allowed = f"allowed: {', '.join(names)}, or a file ending in .toml"
     if is_name and place in names:
@@ -251,9 +251,10 @@ def _study_file(place: str, is_name: bool) -> Path:
 
 
 def validate_study(data: dict[str, Any], source: str) -> Study:
-    """Check the data of a study file and return the study.
+    """Check the data of a study file, and return the study.
 
-    Raises ConfigError with a list of the faults. In the error message, `source` names the origin of the data.
+    If the data is invalid, raises a ConfigError that lists all faults. The error message names `source` as the
+    origin of the data.
     """
     try:
         study = Study.model_validate(data)
@@ -270,9 +271,9 @@ def validate_study(data: dict[str, Any], source: str) -> Study:
 
 
 def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each distinct fault that pydantic found.
+    """Yield one sentence for each distinct validation error of pydantic.
 
-    Only the first ten faults get a suggestion, because suggestions are slow.
+    Only the first ten sentences suggest a correction, because finding a correction is slow.
     """
     seen: set[str] = set()
     for detail in error.errors():
@@ -285,9 +286,9 @@ def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator
 
 
 def _follows_from_another(detail: Any, error: ValidationError) -> bool:
-    """Return whether a list is too short only because its items are invalid.
+    """Return whether pydantic calls a list too short only because items of the list are invalid.
 
-    The invalid items are reported separately.
+    Such an error is redundant, because each invalid item is reported separately.
     """
     if detail["type"] != "too_short" or not detail.get("input"):
         return False
@@ -305,9 +306,9 @@ PARAMETER_KEYS = ["low", "high", "log", "step", "values", "when"]
 
 
 def _explain(detail: Any, data: dict[str, Any], suggest: bool) -> str:
-    """Return a sentence for one fault that pydantic found."""
+    """Return a sentence that explains one validation error of pydantic."""
     keys = [str(key) for key in detail["loc"] if key not in ("Range", "Choice")]
-    if len(keys) > 1 and keys[0] == "space":  # a parameter that is neither a Range nor a Choice
+    if len(keys) > 1 and keys[0] == "space":  # the parameter is neither a Range nor a Choice
         got = inputs.shown(data["space"][keys[1]])
         return (
             f"space.{keys[1]} is not a parameter: write low and high (and log, step), or values; got {got}."
@@ -330,7 +331,7 @@ def _explain(detail: Any, data: dict[str, Any], suggest: bool) -> str:
 
 
 def _study_faults(study: Study) -> Iterator[str]:
-    """Yield a sentence for each fault that involves several keys, or the config of the base."""
+    """Yield one sentence for each fault that involves several keys of the study file or the base config."""
     try:
         base = study.base()
     except ConfigError as e:
@@ -382,7 +383,7 @@ def _storage_faults(url: str) -> Iterator[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a study file."""
+    """Return the JSON schema of study files."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mainrun study",

@@ -1,6 +1,6 @@
 """The engine `local`, which runs workers as subprocesses on this machine.
 
-The workers end when the driver ends.
+On Linux, the workers stop when the driver ends.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from sweeps.engine.worker import STOPPED, WorkerExit, run_until_done, start_work
 
 
 class Local:
-    """Train each task in a subprocess.
+    """An engine that trains each task in a subprocess.
 
-    If `workers` is 0, the number of workers is the number of cores divided by `threads`.
+    If `workers` is 0, the number of workers is the number of CPU cores divided by `threads`.
     """
 
     def __init__(self, workers: int, threads: int) -> None:

@@ -12,16 +12,16 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Task:
-    """A request to train a run up to a step, or to its end.
+    """A request to train a run up to a step, or to the end of the run.
 
-    If the run was started before, it resumes in its run directory.
+    A run that was started before is resumed from its run directory.
     """
 
     preset: str
-    sets: tuple[str, ...]  # settings as KEY=VALUE that change the preset
-    out: Path  # the folder of the run directories
-    store: Path  # the store that all runs of a study share
-    until: int  # the step to stop at, or 0 to train to the end
+    sets: tuple[str, ...]  # settings in the form KEY=VALUE that override the preset
+    out: Path  # the folder that contains the run directories
+    store: Path  # the folder of the store, which all runs of a study share
+    until: int  # the step to stop at, or 0 to train to the end of the run
     threads: int = field(default=1, compare=False)
 
 
@@ -31,21 +31,25 @@ class Outcome:
 
     ok: bool
     diverged: bool = False
-    refused: bool = False  # the worker exited with code 2 because its input is wrong or damaged
+    refused: bool = False  # True if the worker reported invalid or damaged input (exit code 2)
     reason: str = ""
 
 
 class Engine(Protocol):
-    """Train tasks in worker processes, either on this machine (`local`) or on a Ray cluster (`ray`)."""
+    """The interface of an engine, which trains tasks in worker processes.
+
+    The engine `local` starts its workers on this machine. The engine `ray` starts its workers on a Ray
+    cluster.
+    """
 
     workers: int
 
     def train(self, task: Task) -> Outcome:
         """Train a task and return its outcome.
 
-        The method blocks until the task ends. If a worker dies, the task is retried. The driver calls the
-        method from `workers` threads at the same time.
+        This method blocks until the task ends. If a worker dies, the engine starts the task again. The driver
+        calls this method from several threads at the same time, one thread per worker.
         """
 
     def close(self) -> None:
-        """Stop all workers immediately. Their progress is saved in checkpoints."""
+        """Stop all workers immediately. Each worker saves a checkpoint before it ends."""

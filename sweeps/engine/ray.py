@@ -1,11 +1,12 @@
-"""The engine `ray`, which runs workers on the nodes of a Ray cluster. Each attempt is one Ray task.
+"""The engine `ray`, which runs workers on the nodes of a Ray cluster.
 
-Ray decides where a worker runs and reports lost nodes. The run directories and the store are in a folder that
-all nodes share. A new attempt can therefore resume from the last checkpoint on any node. Ray does not retry a
-task, because `run_until_done` retries it.
+Each attempt to run a worker is one Ray task. Ray chooses the node of each worker and reports lost nodes. The
+run directories and the store are in a folder that all nodes share, so a new worker can resume a run on any
+node. Retries by Ray are disabled, because `run_until_done` already retries a task whose worker was lost.
 
-If the driver is lost, a worker ends together with its Ray worker. Until then, it keeps the lock of its run
-directory. If the worker loses the lock, it stops writing (see `RunDir.check`).
+If the driver is lost, Ray ends its worker processes, and each training process ends with its Ray worker. A
+training process keeps the lock on its run directory until the process ends. A training process that loses the
+lock stops writing to the run directory (see `RunDir.check`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from mainrun.errors import UsageError
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.engine.worker import STOPPED, WorkerExit, run_until_done, start_worker
 
-OBJECT_STORE_BYTES = 80_000_000  # near Ray's minimum, because only tasks and exit codes are stored
+OBJECT_STORE_BYTES = 80_000_000  # close to Ray's minimum size, because only tasks and exit codes are stored
 
 
 class Ray:
-    """Train each task on a Ray cluster.
+    """An engine that trains each task on a Ray cluster.
 
-    If `address` is empty, start a cluster on this machine. This cluster ends with the driver.
+    If `address` is empty, a Ray cluster is started on this machine. That cluster stops when the driver ends.
     """
 
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
@@ -56,7 +57,7 @@ class Ray:
         self._closed = False
 
     def _capacity(self) -> int:
-        """Return how many trials the nodes can train at the same time."""
+        """Return how many trials all nodes of the cluster together can train at the same time."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -91,7 +92,7 @@ class Ray:
             worker_exit: WorkerExit = ray.get(ref)
         except TaskCancelledError:
             return STOPPED
-        except RayTaskError as e:  # the worker could not be started
+        except RayTaskError as e:  # the Ray task raised an error before a worker was started
             raise UsageError(
                 f"a node of the cluster cannot start a worker ({e.cause}); "
                 "every node needs this version of mainrun[ray] and the study's folder"
@@ -116,12 +117,12 @@ class Ray:
 
 
 def _describe(resources: dict[str, float]) -> str:
-    """Format resources as text, such as "2 CPU, 0.5 GPU"."""
+    """Format Ray resources as text, such as "2 CPU, 0.5 GPU"."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def run_attempt(task: Task, folder: str) -> WorkerExit:
-    """Run a worker for a task. This is called on a node, in the main thread of a Ray worker."""
+    """Run a worker for a task. Ray calls this function on a node, in the main thread of a Ray worker."""
     for place in (folder, task.out):
         if not os.path.isdir(os.path.join(folder, place)):
             raise UsageError(f"{platform.node()} has no folder {place}")
@@ -129,19 +130,19 @@ def run_attempt(task: Task, folder: str) -> WorkerExit:
     try:
         while True:
             try:
-                _, stderr = process.communicate(timeout=0.5)  # Ray can cancel the task between two timeouts
+                _, stderr = process.communicate(timeout=0.5)  # time out, so that Ray can cancel the task
                 return WorkerExit(process.returncode, stderr)
             except subprocess.TimeoutExpired:
                 continue
     finally:
         if process.poll() is None:
-            process.terminate()  # the worker saves a checkpoint
+            process.terminate()  # SIGTERM makes the worker save a checkpoint
             process.communicate()
 
 
 def _connect(address: str, num_cpus: int) -> None:
-    """Join the Ray cluster at an address. If the address is empty, start a cluster on this machine."""
-    if address == "auto":  # like Ray, let RAY_ADDRESS override "auto"
+    """Connect to the Ray cluster at an address. If the address is empty, start a cluster on this machine."""
+    if address == "auto":  # RAY_ADDRESS overrides "auto", as in Ray itself
         address = os.environ.get("RAY_ADDRESS") or "auto"
         options: dict[str, Any] = {}
     elif address:
@@ -154,7 +155,7 @@ def _connect(address: str, num_cpus: int) -> None:
         }
     if address not in ("", "auto"):
         _check_address(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # do not send usage statistics to the Ray project
     import ray
 
     sigterm_handler = signal.getsignal(signal.SIGTERM)
@@ -165,12 +166,12 @@ def _connect(address: str, num_cpus: int) -> None:
             f"cannot join a Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}"
         ) from e
     finally:
-        # Ray's own handler would end the driver without a message.
+        # Restore the driver's SIGTERM handler, because Ray's handler would end the driver without a message.
         signal.signal(signal.SIGTERM, sigterm_handler)
 
 
 def _check_address(address: str) -> None:
-    """Raise UsageError if no server answers at an address. Without this check, Ray retries for minutes."""
+    """Raise UsageError if no server answers at an address. Otherwise, Ray would retry for minutes."""
     if not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
         raise UsageError(
             f"got --address {address!r}; allowed: auto, or HOST:PORT of the cluster's head, such as head:6379"

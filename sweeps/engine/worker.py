@@ -1,4 +1,4 @@
-"""Start worker processes, which run `mainrun train`, and interpret how they end."""
+"""Start worker processes, which run `mainrun train`, and interpret their exit codes and messages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from mainrun.errors import DiskFull, Diverged, Interrupted, UsageError
 from sweeps.engine.protocol import Outcome, Task
 
-# On Linux, a worker receives SIGTERM when its parent ends, and saves a checkpoint. On other systems, the
-# worker continues to train.
+# On Linux, a worker receives SIGTERM when its parent process ends. The worker then saves a checkpoint and
+# stops. On other systems, the worker continues to train after its parent process has ended.
 START = (
     "import sys, signal; sys.argv[0] = 'mainrun'\n"
     "if sys.platform == 'linux':\n"
@@ -22,14 +22,14 @@ START = (
     "    os.getppid() == {parent} or sys.exit(75)\n"
     "from mainrun.cli import main; main()\n"
 )
-MAX_DEATHS = 20  # a task fails after this many deaths of its workers
-RUN_IS_LOCKED = "is being written by process"  # part of the trainer's error message
+MAX_DEATHS = 20  # a task fails when its workers have died this many times
+RUN_IS_LOCKED = "is being written by process"  # part of an error message of `mainrun train`
 
 
 class WorkerExit(NamedTuple):
-    """How a worker ended."""
+    """The exit code and the error output of a worker that has ended."""
 
-    code: int  # the exit code, negative if the worker was killed or lost
+    code: int  # the exit code, which is negative if the worker was killed or lost
     stderr: str
 
 
@@ -37,10 +37,10 @@ STOPPED = WorkerExit(Interrupted.exit_code, "")
 
 
 def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
-    """Start a worker for a task.
+    """Start a worker process for a task.
 
-    The worker runs in `folder`, which is the current folder by default. Relative paths in the task start from
-    this folder.
+    The working directory of the worker is `folder`, or the current directory if `folder` is None. Relative
+    paths in the task are relative to the working directory.
     """
     command = [
         sys.executable,
@@ -69,10 +69,10 @@ def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]
 
 
 def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Callable[[], bool]) -> Outcome:
-    """Run workers until the task is done.
+    """Run one worker after another until the task is done.
 
-    If a worker is killed, another worker continues the task. If a worker reports an error, the task fails,
-    because the error would occur again.
+    If a worker is killed, a new worker resumes the task. If a worker reports an error, the task fails,
+    because a new worker would report the same error.
     """
     deaths = 0
     while not closed():
@@ -83,9 +83,9 @@ def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Cal
         message = _last_line(stderr) or f"it ended with code {code} and without a message"
         if code == Diverged.exit_code:
             return Outcome(False, diverged=True, reason=message)
-        if interrupted and "no space left" in message:  # a full disk stops the whole study
+        if interrupted and "no space left" in message:  # stop the whole study if the disk is full
             raise DiskFull(message.removeprefix("interrupted: "))
-        if RUN_IS_LOCKED in stderr:  # a worker of an earlier driver has the lock, and ends soon
+        if RUN_IS_LOCKED in stderr:  # wait for a worker of an earlier driver to release the lock
             time.sleep(0.5)
             continue
         if code >= 0 and not interrupted:
@@ -102,9 +102,9 @@ def _last_line(text: str) -> str:
 
 
 def _reached(until: int, stderr: str) -> bool:
-    """Return whether a worker stopped at the step of its task, or later.
+    """Return whether a worker stopped at or after the step where its task ends.
 
-    The worker stops later if an earlier driver has trained the run further.
+    A worker stops after this step if an earlier driver has already trained the run further.
     """
     stopped = re.search(r"stopped at step (\d+) of", stderr)
     return bool(until and stopped and int(stopped[1]) >= until)
