@@ -1,11 +1,12 @@
-"""Create decay branches, which are short runs that score the rungs of a `wsd` trial.
+"""Create decay branches, which are short runs that score the rungs of trials with the `wsd` schedule.
 
-Before the learning rate has decayed, the loss of a run depends on the rate. At an early step, high rates look
-better than they are, so trials with different rates cannot be compared.
+Before the learning rate decays, the loss of a run depends strongly on the current learning rate. Trials with
+different learning rates therefore cannot be compared in the middle of training.
 
-A branch is an ordinary run with the trial's config and fewer steps. It has the same warm-up as the trial, and
-the same peak rate up to the rung. Then its learning rate decays completely, and the branch ends shortly after
-the rung. The branch and the trial share the steps before the decay through the store.
+A branch is an ordinary run that has the trial's config but fewer steps. Up to the rung, the learning rates of
+the branch and the trial are equal. After the rung, the branch trains for only a few more steps, while its
+learning rate decays completely. The branch does not train the steps before the decay again, but reads the
+results of these steps from the store.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from sweeps.space import with_values
 def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
     """Return the config of the branch that scores a trial at a rung.
 
-    After the rung, the branch trains for additional steps. Their number is `share` times the number of steps
-    before the rung. If the trial's decay starts before the rung, the decay of the branch starts at the same
-    step. All branches of a rung therefore have the same number of steps.
+    `step` is the step of the rung. After the rung, the branch trains for `share * step` additional steps. If
+    the trial's learning rate starts to decay before the rung, the branch's learning rate starts to decay at
+    the same step. The number of steps in a branch does not depend on the start of the decay.
     """
-    # The first step of a decay still has the peak rate, so the decay needs at least two steps.
+    # A decay needs at least two steps, because its first step still has the peak learning rate.
     end = min(plan.steps, step + max(2, round(share * step)))
     decay_start = min(step, plan.decay_start)
     decay_frac = (end - decay_start) / end
@@ -34,7 +35,7 @@ def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> Trai
         "warmup_iters": plan.warmup_steps,
         "warmup_frac": 0.0,
         "decay_frac": decay_frac,
-        # If weight averaging started before the decay, the branch could not share the trial's steps.
+        # If weight averaging started before the decay, the branch could not reuse the trial's steps.
         "swa": min(cfg.swa, decay_frac),
     }
     branch = with_values(cfg, changes)
@@ -47,7 +48,7 @@ def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> Trai
 
 
 def _shared_steps(a: Plan, b: Plan, end: int) -> int:
-    """Return the number of steps before the first difference between two plans, at most `end`."""
+    """Return the first step at which two plans differ, or `end` if the plans do not differ before `end`."""
     for step in range(end):
         if a.at(step) != b.at(step):
             return step
@@ -55,7 +56,7 @@ def _shared_steps(a: Plan, b: Plan, end: int) -> int:
 
 
 def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
-    """Yield the reasons why a study cannot score its rungs on branches."""
+    """Yield each reason why a study cannot score its rungs with branches."""
     instead = 'write score = "raw" under [rungs], or'
     for value in _possible_values("schedule", space, base):
         if value != "wsd":
@@ -80,7 +81,7 @@ def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
 
 
 def _possible_values(name: str, space: Mapping[str, Any], base: TrainConfig) -> list[Any]:
-    """Return all values that a field can have in a trial."""
+    """Return all values that a config field can have in the trials of a study."""
     parameter = space.get(name)
     if parameter is None:
         return [getattr(base, name)]

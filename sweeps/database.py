@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sweeps.ledger import Ledger
 
 LOCK_TIMEOUT = 60.0  # how long to wait for a locked SQLite file, in seconds
-OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # names of tables that identify an Optuna database
+OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # tables of every Optuna database
 
 
 def open_storage(url: str, file: Path) -> Any:
@@ -167,7 +167,7 @@ class StudyDatabase:
                     waiting = True
                 time.sleep(pause)
                 pause = min(5.0, 2 * pause)
-            except (LookupError, ValueError, AssertionError) as e:  # the database contains rows that Optuna cannot read
+            except (LookupError, ValueError, AssertionError) as e:  # Optuna cannot read a row
                 message = " ".join(str(e).split())[:200]
                 raise RunError(
                     f"{self.name} holds rows that Optuna cannot read ({type(e).__name__}: {message}); "

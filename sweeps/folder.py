@@ -1,10 +1,10 @@
-"""Read and write the folder of a study, which contains these files:
+"""Read and write the folder of a study, which contains the following files:
 
 study.json   the study, its digest, and the command that resumes it
 tokens.json  the number of training tokens in an epoch, and fingerprints of the data (corpus_size.py)
-runs/        the run directories, and the store that they share
-study.db     Optuna's database of the study (database.py), unless it is stored elsewhere
-export.json  the results, once the study is finished (export.py)
+runs/        the run directories, and the store that all runs share
+study.db     the Optuna database of the study, unless a different storage is configured (database.py)
+export.json  the results of the study, if the study is finished (export.py)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sweeps.study import Study
 def locked_folder(folder: Path, study: Study) -> Iterator[None]:
     """Create and lock the folder of a study.
 
-    Raises UsageError if another driver uses the folder, or if it belongs to another study.
+    Raises UsageError if another driver uses the folder, or if the folder belongs to another study.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,10 @@ def _without_free_keys(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the first five differences of two nested tables, such as "space.lr.high was 0.1, is 0.2"."""
+    """Describe the first five differences of two nested tables.
+
+    For example, a difference is described as "space.lr.high was 0.1, is 0.2".
+    """
     texts: list[str] = []
     for key in sorted({*old, *new}):
         name = f"{prefix}{key}"
@@ -85,9 +88,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def write_study_json(folder: Path, study: Study, command: str) -> None:
-    """Write study.json, which assigns the folder to a study.
+    """Write study.json, which assigns a folder to a study.
 
-    Call this function only after checking that the base can be trained.
+    Call this function only after checking that the study's base config can be trained.
     """
     document = {"digest": study.digest, "study": study.model_dump(mode="json"), "command": command}
     write_text(folder / "study.json", json.dumps(document, indent=2))
@@ -98,9 +101,9 @@ def read_study_json(folder: Path) -> dict[str, Any] | None:
 
 
 def require_study(folder: Path) -> dict[str, Any]:
-    """Return the content of a study's study.json.
+    """Return the content of study.json in the folder of a study.
 
-    Raises UsageError if the study does not exist. The error message names the existing studies.
+    If the study does not exist, raises a UsageError that names the existing studies.
     """
     document = read_study_json(folder)
     if not document:
@@ -118,7 +121,7 @@ def require_study(folder: Path) -> dict[str, Any]:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """Return the content of the export.json of a finished study."""
+    """Return the content of export.json in the folder of a finished study."""
     command = require_study(folder)["command"]
     file = folder / "export.json"
     export = _read(file, EXPORT_JSON)
@@ -133,7 +136,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 
 
 def _contradiction(export: dict[str, Any]) -> str:
-    """Return how parts of an export contradict each other, or an empty string if they do not."""
+    """Describe the first contradiction between parts of an export, or return an empty string."""
     trials = export["trials"]
     numbers = {trial["trial"] for trial in trials}
     if len(numbers) < len(trials):
@@ -149,7 +152,7 @@ def _contradiction(export: dict[str, Any]) -> str:
     return ""
 
 
-# -- the shapes of study.json and export.json
+# -- the expected structure of study.json and export.json
 
 STUDY_JSON = {"digest": records.text, "study": records.table, "command?": records.any_text}
 COST = {

@@ -1,4 +1,4 @@
-"""Check the search space of a study, and create the config of a trial from its values."""
+"""Check the search space of a study, and create the config of a trial from the trial's values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mainrun.plan.plan import Plan
 
 DATA_IS_FIXED = "the data is fixed by the task"
 MACHINE_IS_FIXED = "the machine is the same for all trials; set it under [set] or with threads"
-# Fields that must be equal in all trials, because the scores of trials are compared. Each value is the reason
-# that the error message gives.
+# Config fields that must be equal in all trials, because the scores of the trials are compared. The
+# dictionary maps the name of each field to the reason that the error message gives.
 NOT_SEARCHABLE = {
     "seed": "a seed is not a setting, and a study that searches it fits noise",
     "epochs": "the number of epochs is fixed by the task",
@@ -33,8 +33,8 @@ NOT_SEARCHABLE = {
     "attention": MACHINE_IS_FIXED,
     "dtype": MACHINE_IS_FIXED,
 }
-# Parameters that are not config fields, and the config field that each of them sets. `timescale` is the
-# number of epochs over which a weight decays. It equals 1 / (lr * weight_decay * steps).
+# Maps each parameter that is not a config field to the config field that the parameter sets. `timescale` is
+# the number of epochs over which a weight decays, which equals 1 / (lr * weight_decay * steps).
 DERIVED = {"timescale": "weight_decay"}
 
 
@@ -62,7 +62,7 @@ Space = Mapping[str, Parameter]
 
 
 def searchable_names() -> list[str]:
-    """Return the names that a parameter can have, except paths into the growth schedule."""
+    """Return all valid names of parameters, except paths into the growth schedule."""
     return [*TrainConfig.model_fields, *DERIVED]
 
 
@@ -70,7 +70,7 @@ def searchable_names() -> list[str]:
 
 
 def faults(space: Space, base: TrainConfig) -> Iterator[str]:
-    """Yield a sentence for each fault of a search space. Trials change the fields of `base`."""
+    """Yield one sentence for each fault of a search space. The trials change fields of the config `base`."""
     if not space:
         yield "space is empty; write at least one [space.FIELD]."
     for name, parameter in space.items():
@@ -89,7 +89,7 @@ def faults(space: Space, base: TrainConfig) -> Iterator[str]:
 
 
 def _name_fault(name: str, base: TrainConfig) -> str:
-    """Return why a parameter cannot have this name, or an empty string if it can."""
+    """Return why a name is not valid for a parameter, or an empty string if the name is valid."""
     field = name.partition(".")[0]
     if name in NOT_SEARCHABLE:
         return f": {NOT_SEARCHABLE[name]}; remove it"
@@ -156,7 +156,7 @@ def _condition_faults(where: str, p: Parameter, space: Space, base: TrainConfig)
 
 
 def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter) -> Iterator[str]:
-    """Yield the faults of a condition on another parameter of the space."""
+    """Yield the faults of a condition that depends on another parameter of the search space."""
     if parent.when:
         yield f"{where}.when: {name} has a condition itself; let {where} depend on what {name} depends on."
     if isinstance(parent, Range):
@@ -171,7 +171,7 @@ def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter)
 
 
 def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
-    """Yield a fault for the first value that is not allowed in the config."""
+    """Yield a sentence about the first value of a parameter that the config does not allow."""
     values = p.values if isinstance(p, Choice) else [p.low, p.high]
     if name in DERIVED:
         smallest = p.values if isinstance(p, Choice) else [p.low]
@@ -183,16 +183,16 @@ def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> It
         try:
             with_values(base, {name: value})
         except ConfigError as e:
-            # Ignore a conflict with another field, because other parameters may resolve it.
+            # Ignore conflicts with other fields, because other parameters may resolve these conflicts.
             if field in str(e).partition(":")[0]:
                 yield f"{where}: {value!r} is not allowed: {e}."
                 return
 
 
 def _path_fault(name: str, base: TrainConfig) -> str:
-    """Return why a path such as growth.ops.0.value does not exist in the growth schedule.
+    """Return why a path, such as growth.ops.0.value, does not exist in the growth schedule of `base`.
 
-    Return an empty string if the path exists.
+    If the path exists, return an empty string.
     """
     node: Any = base.growth.data()
     keys = name.split(".")[1:]
@@ -210,7 +210,7 @@ def _path_fault(name: str, base: TrainConfig) -> str:
 
 
 def _keys_of(node: Any) -> str:
-    """Describe the keys that may follow `node` in a path into the growth schedule."""
+    """Return a text that lists the keys or indices of a node of the growth schedule."""
     if isinstance(node, list) and node:
         return f"0..{len(node) - 1}"
     if isinstance(node, dict):
@@ -222,7 +222,7 @@ def _keys_of(node: Any) -> str:
 
 
 def active_parameters(space: Space, values: Mapping[str, Any], base: TrainConfig) -> dict[str, Parameter]:
-    """Return the parameters whose conditions are met by the values of the unconditional parameters."""
+    """Return the parameters whose conditions are met by the values of a trial or by the base config."""
     active: dict[str, Parameter] = {}
     for name, parameter in space.items():
         conditions = parameter.when.items()
@@ -232,9 +232,9 @@ def active_parameters(space: Space, values: Mapping[str, Any], base: TrainConfig
 
 
 def with_values(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return a copy of the base with new values of config fields and of the growth schedule.
+    """Return a copy of the base config with new values for config fields and parts of the growth schedule.
 
-    Derived parameters are ignored. Raises ConfigError if the values do not form a valid config.
+    Derived parameters are ignored. Raises ConfigError if the new config is not valid.
     """
     fields = base.model_dump()
     growth = base.growth.data()
@@ -260,7 +260,7 @@ def _index(node: Any, key: str) -> Any:
 
 
 def trial_config(base: TrainConfig, values: Mapping[str, Any], train_tokens: int | None) -> TrainConfig:
-    """Return the config of a trial, including its derived parameters.
+    """Return the config of a trial, including the fields that derived parameters set.
 
     `train_tokens` is the number of training tokens in an epoch.
     """

@@ -253,8 +253,8 @@ def _study_file(place: str, is_name: bool) -> Path:
 def validate_study(data: dict[str, Any], source: str) -> Study:
     """Check the data of a study file, and return the study.
 
-    If the data is invalid, raises a ConfigError that lists all faults. The error message names `source` as the
-    origin of the data.
+    If the data is invalid, raises a ConfigError that lists all faults. The error message names `source` as
+    the origin of the data.
     """
     try:
         study = Study.model_validate(data)

@@ -1,4 +1,4 @@
-"""Define a trial of a study, its states, and the runs that train and score it."""
+"""Define a trial of a study, the states of a trial, and the runs that train and score a trial."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mainrun.config import TrainConfig
 
 
 class TrialState(StrEnum):
-    """The state of a trial. The values are written to export.json.
+    """The state of a trial, as written to export.json.
 
-    WAITING: The trial can train to its next rung, but it is not with the engine yet.
-    RUNNING: The engine trains the trial as soon as a worker is free.
-    PAUSED: The trial has the score of a rung and waits for the other scores of its generation.
+    WAITING: The trial can train to its next rung, but has not been passed to the engine.
+    RUNNING: The trial was passed to the engine, which trains the trial as soon as a worker is free.
+    PAUSED: The trial has the score of a rung and waits for the other trials of its generation.
     DONE: The trial was trained to its last step.
-    PRUNED: The trial was stopped at a rung because others of its generation scored better.
+    PRUNED: The trial was stopped at a rung because other trials of its generation had better scores.
     DIVERGED: The loss of the trial, or of one of its branches, is no longer a finite number.
-    FAILED: The trial could not be trained. Its `reason` says why.
+    FAILED: The trial could not be trained. The attribute `reason` says why the trial failed.
     """
 
     WAITING = "waiting"
@@ -36,14 +36,14 @@ class TrialState(StrEnum):
 
 @dataclass(slots=True)
 class Trial:
-    """The values that a trial sets in the config, its scores so far, and its state."""
+    """A trial with its parameter values, its scores so far, and its state."""
 
     number: int
     values: dict[str, Any]
-    run_id: str = ""  # empty if the values do not form a valid config
-    stops: tuple[int, ...] = ()  # the step of each rung; the last step is the end of the run
-    scores: dict[int, float] = field(default_factory=dict)  # rung -> score
-    raw_scores: dict[int, float] = field(default_factory=dict)  # rung -> score without the branch
+    run_id: str = ""  # an empty string if the trial's config is not valid
+    stops: tuple[int, ...] = ()  # the step of each rung, where the last rung is the end of the run
+    scores: dict[int, float] = field(default_factory=dict)  # maps each rung to the score at the rung
+    raw_scores: dict[int, float] = field(default_factory=dict)  # like `scores`, but without branches
     state: TrialState = TrialState.WAITING
     reason: str = ""  # why the trial was pruned, diverged or failed
 
@@ -68,9 +68,9 @@ class Trial:
         self.reason = reason
 
     def add_score(self, rung: int, score: float, raw_score: float | None = None) -> None:
-        """Record the score of a rung.
+        """Record the score of the trial at a rung.
 
-        The score of the last rung completes the trial. The score of an earlier rung pauses the trial.
+        The trial is done after the score of its last rung, and is paused after the score of an earlier rung.
         """
         self.scores[rung] = score
         if raw_score is not None:
@@ -87,4 +87,4 @@ class TrialRuns:
 
     cfg: TrainConfig
     stops: tuple[int, ...]
-    branches: dict[int, TrainConfig]  # rung -> config of the branch that scores the rung
+    branches: dict[int, TrainConfig]  # maps each rung to the config of the branch that scores the rung

@@ -1,1 +1,1 @@
-"""Implement `mainrun report`, which compares finished runs and exported studies in a PDF."""
+"""Implement `mainrun report`, which writes a PDF that compares finished runs and exported studies."""

@@ -1,4 +1,4 @@
-"""Write the sentences of a report from its numbers. Weaker evidence gives weaker claims."""
+"""Write the sentences of a report. The strength of each claim depends on the strength of the evidence."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from reports.evidence.load import Recipe, ReportData, Run, Study
 from reports.evidence.studies import importance, ledger
 from reports.evidence.tables import fixed, get_flops, get_seconds, integer, scientific
 
-# If the times of two runs of a recipe differ by more than this factor, the machine was busy.
+# If the training times of two runs of the same recipe differ by more than this factor, the machine was busy.
 BUSY = 1.25
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The comparison of the two main recipes, as stated on page 1."""
+    """The claim on page 1 of a report, which compares the optimized recipe with the baseline."""
 
     kind: str  # "better", "worse", "within noise", "not sure" or "no claim"
     text: str
@@ -26,7 +26,7 @@ class Claim:
 
 
 def claim(data: ReportData) -> Claim:
-    """Compare the optimized recipe with the baseline."""
+    """Compare the scores of the optimized recipe and the baseline, and return the claim."""
     base = data.baseline
     other = data.optimised
     if base is None:
@@ -56,7 +56,7 @@ def claim(data: ReportData) -> Claim:
 def _judge(
     base: str, other: str, change: stats.Difference, interval: tuple[float, float], noise: stats.Noise
 ) -> tuple[str, str]:
-    """Return the kind and the sentence of a claim that has an interval and a noise floor."""
+    """Return the kind and the text of a claim, based on a confidence interval and the noise floor."""
     low, high = interval
     size = f"{_signed(change.mean)} nats per character"
     backing = f"95% interval {_signed(low)} to {_signed(high)}, {describe_seeds(change)}"
@@ -89,14 +89,14 @@ def count_seeds(count: int) -> str:
 
 
 def describe_seeds(change: stats.Difference) -> str:
-    """Describe the seeds that a difference compares, and whether they are paired."""
+    """Return a text with the number of seeds in a comparison, which says whether the seeds are paired."""
     if change.paired:
         return f"{len(change.seeds)} paired seeds"
     return f"{change.n_a} and {change.n_b} seeds, not paired"
 
 
 def cost(data: ReportData) -> str:
-    """Compare the cost of the two main recipes: FLOPs, parameters and time."""
+    """Return a sentence that compares the FLOPs, the parameters and the time of the two main recipes."""
     base = data.baseline
     other = data.optimised
     if base is None or other is None or not (base.valid_runs and other.valid_runs):
@@ -124,13 +124,13 @@ def cost(data: ReportData) -> str:
 
 
 def _times(values: tuple[float, float]) -> str:
-    """Return the ratio of the second value to the first, in words."""
+    """Format the ratio of the second value to the first value as text, such as "0.50 times"."""
     first, second = values
     return f"{second / first:.2f} times"
 
 
 def _time_obstacle(base: Recipe, other: Recipe) -> str:
-    """Return why the times of two recipes cannot be compared, or an empty string if they can."""
+    """Return why the training times of two recipes cannot be compared, or an empty string."""
     reused = [recipe.name for recipe in (base, other) if not all(map(tables.is_fresh, recipe.valid_runs))]
     if reused:
         return f"{' and '.join(reused)} took steps from the store"
@@ -141,16 +141,16 @@ def _time_obstacle(base: Recipe, other: Recipe) -> str:
 
 
 def _hardware(run: Run) -> dict[str, object]:
-    """Return the part of the machine class that describes the machine.
+    """Return the part of a run's machine class that describes the hardware.
 
-    The dtype is left out, because it belongs to the recipe.
+    The dtype is left out, because the dtype is part of the recipe.
     """
     machine = run.summary.get("machine_class", {})
     return {name: machine[name] for name in machine if name in ("device", "instructions", "processes")}
 
 
 def _time_spread(recipe: Recipe) -> float:
-    """Return the time of the slowest run, divided by the time of the fastest run."""
+    """Return the time of a recipe's slowest run, divided by the time of the recipe's fastest run."""
     seconds = list(map(get_seconds, recipe.valid_runs))
     return max(seconds) / min(seconds)
 
@@ -164,7 +164,7 @@ def _mean(recipe: Recipe, get: Callable[[Run], float]) -> float:
 
 
 def ablation_sentences(data: ReportData) -> Iterator[str]:
-    """Yield a sentence about the ablation, if the report has an ablation."""
+    """Yield a sentence about the ablation if the report has an ablation."""
     table = tables.ablation(data)
     if table is None:
         return
@@ -188,7 +188,7 @@ def ablation_sentences(data: ReportData) -> Iterator[str]:
 
 
 def study_sentence(study: Study) -> str:
-    """Summarize the trials, the claim, the most important field and the steps of a study."""
+    """Return a sentence about the trials, the claim, the most important field and the steps of a study."""
     text = f"The study {study.name} has {len(study.trials)} trials"
     without_value = len(study.trials) - len(study.scored)
     if without_value:
@@ -207,7 +207,7 @@ def study_sentence(study: Study) -> str:
 
 
 def coverage_sentence(data: ReportData) -> str:
-    """Say how much of val the official score covers, and whether it can be compared."""
+    """Return one or two sentences about the part of the val split that the official score covers."""
     if not data.runs:
         return "No run was given, so no score is reported."
     lowest = min(data.runs, key=lambda run: (run.summary["last"]["coverage"], run.id))
@@ -230,6 +230,6 @@ def coverage_sentence(data: ReportData) -> str:
 
 
 def findings(data: ReportData) -> list[str]:
-    """Return three sentences about the comparison, its cost, and the first other finding."""
+    """Return the three findings of page 1: the claim, the comparison of the cost, and one other finding."""
     others = [*ablation_sentences(data), *map(study_sentence, data.studies), coverage_sentence(data)]
     return [claim(data).text, cost(data), others[0]]

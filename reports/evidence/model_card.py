@@ -1,4 +1,4 @@
-"""Write a model card, and answer the items of the ACL responsible NLP checklist that runs can answer."""
+"""Write a model card, and answer items of the ACL Responsible NLP checklist from the data of the runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from reports.evidence import findings
 from reports.evidence.load import ReportData, Run, Study
 from reports.evidence.tables import Column, Table, fixed, get_flops, get_seconds, integer, scientific, text
 
-Answer = tuple[str, str, str]  # (item, question, answer)
+Answer = tuple[str, str, str]  # (item of the checklist, question, answer)
 
 
 def checklist(data: ReportData) -> Table:
-    """Make the table of checklist items and their answers."""
+    """Make the table with the checklist items and the answers."""
     answers = chain(_data_answers(data.runs), _budget_answers(data), _method_answers(data))
     rows = list(map(list, answers))
     columns = [Column("item", text, 0.07), Column("asked", text, 0.28), Column("answer", text, 0.65)]
@@ -109,7 +109,10 @@ def _search(studies: Sequence[Study]) -> str:
 
 
 def card(data: ReportData) -> Iterator[str]:
-    """Yield the paragraphs of the model card. It describes the optimized recipe, or else the baseline."""
+    """Yield the paragraphs of the model card.
+
+    The model card describes the optimized recipe, or the baseline if there is no optimized recipe.
+    """
     recipe = data.optimised or data.baseline
     if recipe is None:
         return

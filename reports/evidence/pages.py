@@ -1,6 +1,6 @@
-"""Define the sections of a report and their order.
+"""Define the sections of a report and the order of the sections.
 
-A section without data is left out, and the appendix lists it.
+A section without data is left out of the report, and the appendix lists the sections that were left out.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from reportlab.platypus import Flowable
 
 LOST = re.compile(r"\b(worse|slower|fail(s|ed)?|diverge[sd]?|did not help|lost)\b")
-LONGEST_POINT = 240  # the maximum length of a point that is quoted from the log
+LONGEST_POINT = 240  # the maximum number of characters in a point that is quoted from the log
 
 
 @dataclass
 class Report:
-    """The content of a report. Each table is computed once, for both the PDF and the CSV files."""
+    """The content of a report. Each table is computed only once, and is used for the PDF and a CSV file."""
 
     data: ReportData
     title: str
     log: Path | None = None
-    samples: Sequence[tuple[str, Sequence[str]]] = ()  # (run id, generated titles)
+    samples: Sequence[tuple[str, Sequence[str]]] = ()  # pairs of a run id and generated titles
     tables: dict[str, Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,12 +42,12 @@ class Report:
             self.tables[made.name] = made
 
     def properties(self) -> dict[str, str]:
-        """Return the properties of the PDF file: its claim and the ids of its runs."""
+        """Return the properties of the PDF file, which are the report's claim and the ids of the runs."""
         ids = ", ".join(run.id for run in self.data.runs)
         return {"subject": findings.claim(self.data).text, "keywords": ids}
 
     def story(self, drawings: Mapping[str, Drawing]) -> list[Flowable]:
-        """Return the content of all pages, in order."""
+        """Return the content of all pages of the PDF, in the order of the pages."""
         flowables: list[Flowable] = []
         for section in SECTIONS:
             flowables += section(self, drawings)
@@ -58,7 +58,7 @@ class Report:
 
 
 def make_tables(data: ReportData) -> Iterator[Table]:
-    """Yield all tables for which the report has data."""
+    """Yield every table for which the inputs of the report have data."""
     if data.runs:
         yield tables.runs(data)
         yield tables.recipes(data)
@@ -86,7 +86,10 @@ def make_tables(data: ReportData) -> Iterator[Table]:
 
 
 def headline(data: ReportData) -> Table | None:
-    """Make the table of page 1, which compares the two main recipes over the seeds of their difference."""
+    """Make the table on page 1, which compares the baseline with the optimized recipe.
+
+    If the two recipes are compared by paired seeds, the table includes only the paired seeds.
+    """
     pair = [recipe for recipe in (data.baseline, data.optimised) if recipe is not None]
     if not pair:
         return None
@@ -147,7 +150,7 @@ def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flow
 
 
 def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> list[Flowable]:
-    """Return the figures of a section, with their captions."""
+    """Return the run figures of a section, together with the captions of the figures."""
     flowables: list[Flowable] = []
     for name, row in registry.RUNS.items():
         if row.section == section:
@@ -156,7 +159,7 @@ def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -
 
 
 def section_of_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    """Yield a section with figures of runs. If there is no figure, yield nothing."""
+    """Yield a section with figures of runs. If the section has no figure, yield nothing."""
     shown = run_figures(section, report, drawings)
     if shown:
         yield page_break()
@@ -165,7 +168,7 @@ def section_of_figures(section: str, report: Report, drawings: Mapping[str, Draw
 
 
 def _result(data: ReportData) -> Iterator[Flowable]:
-    """Yield the scores of the two main recipes in large type, and their difference."""
+    """Yield the scores of the baseline and the optimized recipe in large type, and the difference."""
     change = findings.claim(data).difference
     if change is None or data.baseline is None or data.optimised is None:
         yield paragraph("No headline figure", "big")
@@ -192,7 +195,7 @@ def _result(data: ReportData) -> Iterator[Flowable]:
 
 
 def subtitle(data: ReportData) -> str:
-    """Describe the inputs of the report in one line."""
+    """Return one line of text that describes the inputs of the report."""
     parts = []
     if data.runs:
         first = data.runs[0]
@@ -208,7 +211,7 @@ def subtitle(data: ReportData) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 run", "2 runs"."""
+    """Return a number and a noun as text, such as "1 run" or "2 runs"."""
     if number == 1:
         return f"1 {noun}"
     return f"{number} {noun}s"
@@ -288,7 +291,7 @@ def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
 
 
 def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
-    """Return the points of the log that describe a failure. Long points are shortened."""
+    """Return the bullet points of the log that describe a failure. Long bullet points are shortened."""
     if log is None:
         return []
     points = []
@@ -304,7 +307,7 @@ def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
 
 
 def log_text(log: Path) -> bytes:
-    """Return the text of the log. If the log is a folder, join its pages in the order of their names."""
+    """Return the text of the log. If the log is a folder, join its Markdown files in alphabetical order."""
     pages = [log]
     if log.is_dir():
         pages = sorted(log.glob("*.md"))
@@ -341,7 +344,7 @@ def appendix(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
 
 
 def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[str]:
-    """Yield each part that the report leaves out because the inputs have no data for it."""
+    """Yield the name of each part that the report leaves out because the inputs lack the necessary data."""
     if not report.data.runs:
         yield "everything about runs (none was given)"
     if not report.data.ladder:

@@ -1,4 +1,4 @@
-"""Compute the steps, the rungs and the importance of fields from an exported study."""
+"""Analyze an exported study: count its steps, compare its rungs, and compute the importance of its fields."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import optuna
 
 LEDGER = ("asked", "trained", "reused", "wasted")
-FEWEST = 10  # the minimum number of completed trials to compute an importance
-TOP = 0.25  # share of the trials that count as best; Optuna recommends at least five best trials
+FEWEST = 10  # the minimum number of completed trials for computing the importance of a field
+TOP = 0.25  # the fraction of completed trials that are considered the best trials
 
 Trials = Sequence[dict[str, Any]]
 
 
 def objective(study: Study) -> str:
-    """Return the name of the value that the study minimizes."""
+    """Return the name of the objective, which is the value that a study minimizes."""
     return str(study.fact("objective") or "value")
 
 
@@ -33,7 +33,7 @@ def values(trials: Trials) -> list[float]:
 
 
 def setting(trial: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a field in a trial, or None if the field was not active."""
+    """Return the value of a config field in a trial, or None if the field was not active in the trial."""
     return trial.get(f"params.{field}")
 
 
@@ -42,7 +42,7 @@ def settings(trials: Trials, field: str) -> list[Any]:
 
 
 def with_field(trials: Trials, field: str) -> list[dict[str, Any]]:
-    """Return the trials in which a field was active."""
+    """Return the trials in which a config field was active."""
     return [trial for trial in trials if setting(trial, field) is not None]
 
 
@@ -50,7 +50,10 @@ def with_field(trials: Trials, field: str) -> list[dict[str, Any]]:
 
 
 def ledger(study: Study) -> dict[str, float]:
-    """Return the steps of a study and its confirmation. If the export has no total, sum over the trials."""
+    """Return the number of steps that a study and its confirmation asked for, trained, reused and wasted.
+
+    If the export has no total, sum the steps of all trials.
+    """
     rows = study.trials
     if study.facts.get("ledger"):
         rows = [study.facts["ledger"]]
@@ -67,20 +70,23 @@ def ledger(study: Study) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class RungValues:
-    """The values at a rung and at the last rung, for trials that reached both rungs."""
+    """The values of trials at a rung and at the last rung.
+
+    The lists contain only trials that reached the last rung.
+    """
 
     number: int
-    values: list[float]  # values at this rung
-    last: list[float]  # values at the last rung
+    values: list[float]  # the value of each trial at this rung
+    last: list[float]  # the value of each trial at the last rung
 
     @property
     def correlation(self) -> float | None:
-        """The rank correlation between the values at this rung and at the last rung."""
+        """The rank correlation between the values at this rung and the values at the last rung."""
         return stats.spearman(self.values, self.last)
 
 
 def rungs(study: Study) -> list[RungValues]:
-    """Return the rungs below the last rung that at least three completed trials reached."""
+    """Return all rungs below the last rung for which at least three trials can be compared."""
     scores: list[dict[int, float]] = []
     top = 0
     for trial in study.completed:
@@ -105,18 +111,22 @@ def rungs(study: Study) -> list[RungValues]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The positions of settings on an axis.
+    """The positions of the values of a config field on an axis.
 
-    The position of a number is its value. The position of any other setting is an index.
+    The position of a number is the number itself. The position of any other value is the value's index in
+    `names`.
     """
 
     places: list[float]
-    names: list[str]  # names of the settings, empty if they are numbers
+    names: list[str]  # sorted names of the values, or an empty list if the values are numbers
     log: bool
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Scale:
-        """Create a scale. It is logarithmic if positive numbers span more than a factor of 20."""
+        """Create a scale from values.
+
+        The scale is logarithmic if the values are positive numbers that span more than a factor of 20.
+        """
         if all(map(is_number, values)):
             places = list(map(float, values))
             return cls(places, [], min(places) > 0 and max(places) / min(places) > 20)
@@ -125,7 +135,7 @@ class Scale:
         return cls([float(names.index(text)) for text in texts], names, False)
 
     def unit(self) -> np.ndarray:
-        """Return the positions, scaled to the range from 0 to 1."""
+        """Return all positions, scaled to the range from 0 to 1."""
         places = np.array(self.places)
         if self.log:
             places = np.log10(places)
@@ -148,15 +158,15 @@ def is_number(value: Any) -> bool:
 
 
 def by_importance(fields: Iterable[str], shares: Mapping[str, float]) -> list[str]:
-    """Sort fields, the most important first."""
+    """Return the fields, sorted from the most important to the least important."""
     return sorted(fields, key=lambda field: -shares.get(field, 0.0))
 
 
 def importance(study: Study) -> dict[str, float]:
-    """Return the importance of each field.
+    """Return the importance of each searched field of a study.
 
-    If the export has no importance, it is computed by PED-ANOVA. If it cannot be computed, the
-    result is empty.
+    If the export does not contain the importance of fields, PED-ANOVA computes the importance. If the
+    importance cannot be computed, the result is empty.
     """
     exported = study.fact("importance")
     if not isinstance(exported, dict):
@@ -169,10 +179,10 @@ def importance(study: Study) -> dict[str, float]:
 
 
 def ped_anova(study: Study) -> dict[str, float]:
-    """Compare the settings of the best trials with those of all completed trials.
+    """Compute the importance of each field by comparing the best trials with all completed trials.
 
-    The returned shares sum to 1. The result is empty if there are too few trials, or if no field
-    distinguishes the best trials.
+    The importance values sum to 1. The result is empty if there are too few trials, or if the values of the
+    best trials do not differ from the values of the other trials.
     """
     scales: dict[str, Scale] = {}
     for field in study.searched_fields:
@@ -188,7 +198,7 @@ def ped_anova(study: Study) -> dict[str, float]:
     rebuilt = optuna.create_study(direction="minimize")
     rebuilt.add_trials(optuna_trials(study, scales))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna warns if a trial lacks a field
+        warnings.simplefilter("ignore")  # ignore Optuna's warnings about trials that lack a field
         shares = get_param_importances(
             rebuilt,
             evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP),
@@ -202,7 +212,7 @@ def ped_anova(study: Study) -> dict[str, float]:
 
 
 def optuna_trials(study: Study, scales: Mapping[str, Scale]) -> list[optuna.trial.FrozenTrial]:
-    """Convert the completed trials to Optuna's trials."""
+    """Convert the completed trials of a study to Optuna trials."""
     import optuna
 
     distributions = {field: scale.distribution() for field, scale in scales.items()}

@@ -1,6 +1,6 @@
-"""Make the tables of a report, and format their numbers.
+"""Make the tables of a report, and format the numbers in the tables.
 
-The PDF shows rounded numbers. The CSV files keep all digits.
+The PDF shows rounded numbers. The CSV files contain all digits of each number.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Row = list[Any]
 
 
 def fixed(decimals: int, sign: bool = False) -> Format:
-    """Return a function that writes a number with a fixed number of decimals.
+    """Return a function that formats a number with a fixed number of decimal places.
 
-    If `sign` is true, positive numbers get a plus sign.
+    If `sign` is true, positive numbers are formatted with a plus sign.
     """
     spec = f".{decimals}f"
     if sign:
@@ -55,14 +55,14 @@ def fixed(decimals: int, sign: bool = False) -> Format:
 
 
 def integer(number: Any) -> str:
-    """Write an amount with commas, such as 1,234."""
+    """Format a number as an integer with commas, such as 1,234."""
     if number is None:
         return ""
     return f"{number:,.0f}"
 
 
 def identifier(number: Any) -> str:
-    """Write a number that is used as a name, such as a seed."""
+    """Format a number that identifies something, such as a seed, without commas."""
     return f"{number}"
 
 
@@ -79,14 +79,14 @@ def text(words: Any) -> str:
 
 
 def scientific(number: Any) -> str:
-    """Write a number of FLOPs, such as 3.55e13."""
+    """Format a large number, such as a number of FLOPs, in scientific notation with three digits."""
     if number is None:
         return ""
     return f"{number:.3g}".replace("e+", "e")
 
 
 def setting(value: Any) -> str:
-    """Write the value of a field in the format of `--set`."""
+    """Format the value of a config field in the syntax of the option `--set`."""
     if value is None:
         return "none"
     if isinstance(value, (dict, list, tuple, bool)):
@@ -97,7 +97,7 @@ def setting(value: Any) -> str:
 
 
 def describe(settings: Any) -> str:
-    """Describe a nested table of settings in one line. Unset values are left out."""
+    """Format a nested dictionary of settings as one line of text. Empty values are left out."""
     if isinstance(settings, dict):
         return ", ".join(f"{k} {describe(v)}" for k, v in settings.items() if v not in (None, "", {}, []))
     if isinstance(settings, (list, tuple)):
@@ -106,7 +106,7 @@ def describe(settings: Any) -> str:
 
 
 def describe_bounds(bounds: Any) -> str:
-    """Describe the values that a study may choose for a field."""
+    """Format the search space of a field as text, such as "0.001 to 0.1, logarithmic"."""
     if not isinstance(bounds, dict):
         return setting(bounds)
     if bounds.get("values"):
@@ -129,36 +129,36 @@ class Column:
 
     head: str
     format: Format = text
-    share: float = 0.0  # share of the page's width; 0 means as wide as the cells
+    share: float = 0.0  # width relative to other columns; 0 fits the width to the cells
 
     @property
     def right(self) -> bool:
-        """Whether the column is aligned to the right, as numbers are."""
+        """Whether the cells of the column are aligned to the right, which is the case for numbers."""
         return self.format not in (text, setting)
 
 
 @dataclass
 class Table:
-    """A table of the report and of a CSV file."""
+    """A table that is shown in the PDF and written to a CSV file."""
 
-    name: str  # the name of the CSV file
+    name: str  # the name of the CSV file, without the suffix
     title: str
     columns: Sequence[Column]
     rows: list[Row]
     note: str = ""
-    red: set[int] = field(default_factory=set)  # indices of the rows in red, which do not count
+    red: set[int] = field(default_factory=set)  # indices of the rows that are printed in red
 
     @property
     def heads(self) -> list[str]:
         return [column.head for column in self.columns]
 
     def cells(self) -> Iterator[list[str]]:
-        """Yield the cells of each row, as the PDF shows them."""
+        """Yield the formatted cells of each row of the table."""
         for row in self.rows:
             yield [column.format(value) for column, value in zip(self.columns, row, strict=True)]
 
     def write(self, folder: Path) -> Path:
-        """Write the table as CSV and return the path."""
+        """Write the table to a CSV file in a folder, and return the path of the file."""
         path = folder / f"{self.name}.csv"
         with path.open("w", encoding="utf-8", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
@@ -175,14 +175,17 @@ def _csv_value(value: Any) -> Any:
 
 
 def mean_of(runs: Sequence[Run], get: Callable[[Run], float]) -> float | None:
-    """Return the mean of `get` over the runs, or None if there are no runs."""
+    """Return the mean of `get(run)` over all runs, or None if there are no runs."""
     if not runs:
         return None
     return sum(map(get, runs)) / len(runs)
 
 
 def is_fresh(run: Run) -> bool:
-    """Return whether the run trained all of its steps. Otherwise, its seconds do not measure its speed."""
+    """Return whether a run trained all of its steps instead of reading some of the steps from the store.
+
+    Otherwise, the time of the run does not show how long the training takes.
+    """
     return not run.summary.get("ledger", {}).get("reused")
 
 
@@ -195,7 +198,7 @@ def get_official(run: Run) -> float:
 
 
 def get_coverage(run: Run) -> float:
-    """Return the share of val that the official score covers, in percent."""
+    """Return the percentage of the val split that the official score covers."""
     return 100 * float(run.summary["last"]["coverage"])
 
 
@@ -211,7 +214,7 @@ def get_seconds(run: Run) -> float:
 
 
 def recipes(data: ReportData) -> Table:
-    """Make the table of recipes, sorted by score."""
+    """Make the table of recipes, sorted from the best mean score to the worst."""
     rows: list[Row] = []
     red = set()
     for i, recipe in enumerate(sorted(data.recipes, key=_rank)):
@@ -240,7 +243,7 @@ def recipes(data: ReportData) -> Table:
 
 
 def _rank(recipe: Recipe) -> tuple[bool, float]:
-    """Return the sort key of a recipe. Recipes without a valid run come last."""
+    """Return the sort key of a recipe. Recipes without a valid run are sorted to the end."""
     return not recipe.valid_runs, mean_of(recipe.valid_runs, get_full) or 0
 
 
@@ -264,7 +267,7 @@ def _recipe_row(recipe: Recipe) -> Row:
 
 
 def runs(data: ReportData) -> Table:
-    """Make the table of runs."""
+    """Make the table that lists every run of the report."""
     rows: list[Row] = []
     red = set()
     for i, run in enumerate(data.runs):
@@ -323,7 +326,7 @@ def _guard_result(run: Run) -> str:
 
 
 def ablation(data: ReportData) -> Table | None:
-    """Make the table of an ablation. It shows the change of each step, and whether it is significant."""
+    """Make the table of an ablation, which shows the change of the score at each step and a verdict."""
     if not data.ladder:
         return None
     scores = ladder_scores(data.ladder)
@@ -365,12 +368,16 @@ def ablation(data: ReportData) -> Table | None:
 
 
 def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str]) -> str:
-    """Write the new values of the fields that differ, in the format of `--set`."""
+    """Format the new values of the fields that differ, in the syntax of the option `--set`."""
     return ", ".join(f"{name}={setting(new)}" for name, _, new in differences if name not in without)
 
 
 def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None = None) -> str:
-    """Judge a difference, which counts if its interval excludes zero and it exceeds the noise floor."""
+    """Judge whether a difference between two recipes is larger than the noise.
+
+    The verdict is "better" or "worse" only if the difference exceeds the noise floor, the confidence interval
+    excludes zero, and the p-value (if given) is significant.
+    """
     if change.interval is None or noise is None:
         return "no claim: one seed"
     if abs(change.mean) <= noise.floor:
@@ -389,7 +396,7 @@ def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None
 
 
 def differences(data: ReportData) -> Table | None:
-    """Make the table of config fields in which the optimized recipe differs from the baseline."""
+    """Make the table of the config fields that differ between the baseline and the optimized recipe."""
     if data.baseline is None or data.optimised is None:
         return None
     rows: list[Row] = []
@@ -408,7 +415,7 @@ def differences(data: ReportData) -> Table | None:
 
 
 def other_configs(data: ReportData) -> Table | None:
-    """Make the table of the fields in which the other recipes differ from the baseline."""
+    """Make the table of the config fields that differ between the baseline and each other recipe."""
     shown = (data.baseline, data.optimised, *data.ladder)
     others = [recipe for recipe in data.recipes if recipe not in shown]
     if data.baseline is None or not others:
@@ -425,7 +432,7 @@ def other_configs(data: ReportData) -> Table | None:
 
 
 def guards(data: ReportData) -> Table:
-    """Make the table of guards. It shows how often each guard passed, and its worst result."""
+    """Make the table of guards, which shows the number of passes and the worst result of each guard."""
     results: dict[str, list[dict[str, Any]]] = {}
     for run in data.runs:
         for guard in run.summary["guards"]:
@@ -456,7 +463,7 @@ def _count_statuses(results: Sequence[Mapping[str, Any]]) -> Counter[str]:
 
 
 def _worst_result(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the worst status of a guard with its most frequent detail."""
+    """Return the worst status of a guard over all runs, with the most frequent detail of this status."""
     counts = _count_statuses(results)
     worst = "pass"
     for status in ("flag", "fail"):
@@ -470,7 +477,7 @@ def _worst_result(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def growth(run: Run, number: int) -> Table:
-    """Make the table of the ops of a run, with the score before and after each op."""
+    """Make the table of the growth ops of a run, with the score before and after each op."""
     rows: list[Row] = []
     for op in run.ops:
         rows.append(_op_row(len(rows) + 1, op, run))
@@ -528,7 +535,7 @@ def _was_rolled_back(op: Mapping[str, Any]) -> bool:
 
 
 def commands(data: ReportData) -> Table:
-    """Make the table of the commands that trained the runs."""
+    """Make the table of the commands with which the runs were trained."""
     ids: dict[str, list[str]] = {}
     for run in data.runs:
         arguments = run.env.get("command", ["", "(not recorded)"])[1:]
@@ -545,7 +552,7 @@ def commands(data: ReportData) -> Table:
 
 
 def hashes(data: ReportData) -> Table:
-    """Make the table of the hashes of each run."""
+    """Make the table that lists the hashes of each run."""
     rows: list[Row] = []
     for run in data.runs:
         digests = (
@@ -567,7 +574,7 @@ def hashes(data: ReportData) -> Table:
 
 
 def fingerprints(data: ReportData) -> Table:
-    """Make the table of data fingerprints, with the number of runs that have each fingerprint."""
+    """Make the table of data fingerprints, which shows how many runs have each fingerprint."""
     counts: Counter[tuple[str, ...]] = Counter()
     for run in data.runs:
         digests = run.summary["fingerprints"]
@@ -586,7 +593,7 @@ def fingerprints(data: ReportData) -> Table:
 
 
 def machines(data: ReportData) -> Table:
-    """Make the table of machine classes and versions, over all sessions of all runs."""
+    """Make the table of the machine classes and software versions of all sessions of all runs."""
     counts: Counter[tuple[str, str]] = Counter()
     for run in data.runs:
         for machine in run.summary.get("machine_classes", []):
@@ -616,7 +623,7 @@ STUDY_FACTS = (
 
 
 def study(export: Study, number: int) -> list[Table]:
-    """Make the tables of the facts, the search space and the confirmation of a study."""
+    """Make three tables about a study: its facts, its search space, and the confirmation of its best trials."""
     best = None
     if export.completed:
         best = min(export.completed, key=lambda trial: float(trial["value"]))
@@ -696,7 +703,7 @@ def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
 
 
 def failures(data: ReportData, limit: int = 30) -> Table | None:
-    """Make the table of runs that failed a guard, trials that failed and ops that were rolled back."""
+    """Make the table of failures: runs that failed a guard, failed trials, and ops that were rolled back."""
     rows: list[Row] = []
     for run in data.runs:
         for guard in run.summary["guards"]:
