@@ -1,4 +1,4 @@
-"""Implement `mainrun report`, which writes a PDF of runs and studies."""
+"""Implement `mainrun report`, which writes a PDF report about runs and studies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_p
 if TYPE_CHECKING:
     from reports.evidence.load import ReportData, Run
 
-LOG = Path(__file__).parents[1] / "docs" / "log"  # the log of experiments, with one page per subject
+LOG = Path(__file__).parents[1] / "docs" / "log"  # the folder with the log of experiments
 
 
 Places = Annotated[
@@ -125,9 +125,9 @@ def write(
     log: Path | None = None,
     samples: int = 0,
 ) -> dict[str, object]:
-    """Write the PDF, and return the result for `--json`.
+    """Write the PDF of a report, and return the result that `--json` prints.
 
-    If folders are given, also write the figures and tables.
+    If `figures` or `tables` is given, also write the figures or the tables to this folder.
     """
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
@@ -158,16 +158,16 @@ def write(
     }
 
 
-Processes = list[tuple[str, subprocess.Popen[str]]]  # (run id, process)
+Processes = list[tuple[str, subprocess.Popen[str]]]  # pairs of a run id and a process
 
 
 @contextmanager
 def _sampling(data: ReportData, count: int) -> Iterator[Processes]:
-    """Start a process for each of the two main recipes, which generates titles.
+    """Start one process for each of the two main recipes to generate titles from the recipe's model.
 
-    The models are loaded only in these processes. Recipes without checkpoints are skipped.
+    Models are loaded only in these processes. Recipes whose run has no checkpoints are skipped.
     """
-    # Each process uses one thread, because the number of threads could change the titles.
+    # Each process uses a single thread, because the number of threads could change the generated titles.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes: Processes = []
     for run in _runs_to_sample(data) if count else ():
@@ -197,7 +197,7 @@ def _runs_to_sample(data: ReportData) -> Iterator[Run]:
 
 
 def _read_samples(processes: Processes) -> Iterator[tuple[str, list[str]]]:
-    """Yield (run id, titles) for each process that succeeds."""
+    """Yield the run id and the generated titles of each process that succeeds."""
     for run_id, process in processes:
         titles, _ = process.communicate()
         if process.returncode == 0:

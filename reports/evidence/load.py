@@ -1,6 +1,7 @@
-"""Read the data of a report, which is made of finished runs and exported studies.
+"""Read the inputs of a report, which are finished runs and exported studies.
 
-`gather` reads all inputs and reports all problems in one error. It groups the runs into recipes.
+`gather` reads all inputs and groups the runs into recipes. If there are problems with the inputs, `gather`
+raises a single error that lists all problems.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ Source = TypeVar("Source")
 Item = TypeVar("Item")
 
 EXPORT = ("study.json", "trials.parquet")
-OP_ENDED = ("SUCCESS", "ERROR")  # suffixes of event names in growth.jsonl that mark the end of an op
+OP_ENDED = ("SUCCESS", "ERROR")  # event name suffixes that mark the end of an op
 FAILED_STATES = ("fail", "failed", "error", "diverged")
 COMPLETED_STATES = ("complete", "completed", "done")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as read from its directory."""
+    """A finished run that was read from its run directory."""
 
     path: Path
     cfg: TrainConfig
     plan: dict[str, Any]
     env: dict[str, Any]
     summary: dict[str, Any]
-    rows: list[dict[str, Any]]  # rows of metrics.jsonl
-    journal: list[dict[str, Any]]  # rows of growth.jsonl
+    rows: list[dict[str, Any]]  # the rows of metrics.jsonl
+    journal: list[dict[str, Any]]  # the rows of growth.jsonl
 
     @property
     def id(self) -> str:
-        """The run's recorded id. The current code might name the run differently."""
+        """The id that the run recorded, because the current code might compute a different id for the run."""
         return str(self.summary["run"])
 
     @property
     def full(self) -> float:
-        """The full score of the last step. Recipes are ranked by this score."""
+        """The full score at the last step, which is used to rank recipes."""
         return float(self.summary["last"]["full"])
 
     @property
@@ -64,19 +65,22 @@ class Run:
 
     @cached_property
     def evals(self) -> list[dict[str, Any]]:
-        """The evaluations of the val split, in order."""
+        """The evaluations of the val split, in the order of the steps."""
         return [row for row in self.rows if row["event"] == "eval" and row["split"] == "val"]
 
     @cached_property
     def ops(self) -> list[dict[str, Any]]:
-        """The growth ops in order. If an old run has no journal, the ops come from its plan."""
+        """The growth ops of the run, in the order of the steps.
+
+        The ops of an old run without a journal are read from the plan of the run.
+        """
         if self.journal:
             return [row for row in self.journal if _op_ended(row)]
         if not self.cfg.growth.ops:
             return []
         plan = Plan(self.cfg, self.plan["train_tokens"])
         ops = []
-        # Ops that are triggered by a loss have no step in the plan, so the plan may have fewer ops.
+        # An op that is triggered by a loss has no step in the plan, so the plan may contain fewer ops.
         for op, (step, skipped) in zip(self.cfg.growth.ops, plan.decisions, strict=False):
             if not skipped:
                 ops.append({"name": op.name, "value": op.value, "step": step, "tokens": plan.tokens(step)})
@@ -84,7 +88,7 @@ class Run:
 
     @cached_property
     def resolved(self) -> Plan:
-        """The plan that the run followed, with the step of each op from the journal."""
+        """The plan that the run followed, in which the step of each growth op is read from the journal."""
         fired = []
         if self.journal:
             for row in self.ops:
@@ -95,7 +99,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Runs that differ only by their seed. Runs that failed a guard are shown but not counted."""
+    """A group of runs that differ only in their seed.
+
+    A run that failed a guard is shown in the report, but does not count for the scores of the recipe.
+    """
 
     name: str
     runs: tuple[Run, ...]
@@ -111,7 +118,7 @@ class Recipe:
 
     @cached_property
     def scores(self) -> dict[int, float]:
-        """The full score of each valid run, by seed."""
+        """The full score of each valid run, with the seed of the run as the key."""
         return {run.cfg.seed: run.full for run in self.valid_runs}
 
     @property
@@ -121,18 +128,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Study:
-    """An exported study."""
+    """A study that was exported by `mainrun sweep`."""
 
     path: Path
-    facts: dict[str, Any]  # content of study.json
-    trials: list[dict[str, Any]]  # rows of trials.parquet, one per trial
+    facts: dict[str, Any]  # the content of study.json
+    trials: list[dict[str, Any]]  # the rows of trials.parquet, one row per trial
 
     @property
     def name(self) -> str:
         return str(self.facts.get("name") or self.path.name)
 
     def fact(self, name: str) -> Any:
-        """Return a fact from the export, from its copy of the study file, or from its evidence."""
+        """Return a fact from the exported study.json, or from its nested tables "study" and "evidence"."""
         for table in (self.facts, self.facts.get("study"), self.facts.get("evidence")):
             if table and table.get(name) not in (None, {}, [], ""):
                 return table[name]
@@ -140,14 +147,15 @@ class Study:
 
     @cached_property
     def scored(self) -> list[dict[str, Any]]:
-        """The trials that have a value and did not fail."""
+        """All trials that have a value and did not fail."""
         return [trial for trial in self.trials if trial.get("value") is not None and not is_failed(trial)]
 
     @cached_property
     def completed(self) -> list[dict[str, Any]]:
-        """The trials that were trained to the end, so that their values can be compared.
+        """All trials that were trained to the end, so that their values can be compared.
 
-        If the export does not record completion, these are the trials at its highest rung.
+        If the export does not record which trials were completed, all trials at the highest rung count as
+        completed.
         """
         completed = [trial for trial in self.scored if trial_state(trial) in COMPLETED_STATES]
         if completed:
@@ -157,13 +165,13 @@ class Study:
 
     @cached_property
     def stopped(self) -> list[dict[str, Any]]:
-        """The trials that were stopped at a lower rung."""
+        """All trials that were stopped at a lower rung than the completed trials."""
         completed = {trial["trial"] for trial in self.completed}
         return [trial for trial in self.scored if trial["trial"] not in completed]
 
     @cached_property
     def searched_fields(self) -> list[str]:
-        """The fields of the search space that had more than one value."""
+        """All fields of the search space that have more than one value among the trials."""
         if not self.trials:
             return []
         fields = []
@@ -182,7 +190,7 @@ def is_failed(trial: dict[str, Any]) -> bool:
 
 
 def trial_state(trial: dict[str, Any]) -> str:
-    """Return the state of a trial in lower case, without the prefix of Optuna's class name."""
+    """Return the state of a trial in lower case, such as "complete" for "TrialState.COMPLETE"."""
     return str(trial.get("state", "")).split(".")[-1].lower()
 
 
@@ -192,13 +200,13 @@ def _rung(trial: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that a report shows."""
+    """All data that a report shows."""
 
     recipes: tuple[Recipe, ...]
     studies: tuple[Study, ...]
     baseline: Recipe | None = None
     optimised: Recipe | None = None
-    selection: str = ""  # how the optimized recipe was selected
+    selection: str = ""  # a text that says how the optimized recipe was selected
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -206,7 +214,10 @@ class ReportData:
 
     @cached_property
     def noise(self) -> Noise | None:
-        """The noise between the seeds of a recipe. A recipe that two presets share is counted once."""
+        """The noise between runs of the same recipe with different seeds.
+
+        If two presets have the same recipe, the runs of both presets are combined.
+        """
         groups: dict[str, dict[int, float]] = {}
         for recipe in self.recipes:
             groups.setdefault(_recipe_key(recipe.cfg), {}).update(recipe.scores)
@@ -214,9 +225,9 @@ class ReportData:
 
     @cached_property
     def ladder(self) -> list[Recipe]:
-        """The recipes of an ablation preset, in its order.
+        """The recipes of an ablation preset, in the order of the preset's steps.
 
-        The list is empty if fewer than three recipes have a valid run.
+        The list is empty if fewer than three recipes of the preset have a valid run.
         """
         for preset in preset_names():
             order = [cfg.preset for cfg in load(preset)]
@@ -234,26 +245,26 @@ class ReportData:
 
 @dataclass
 class _Collector:
-    """Collects run directories and studies, and the problems with them."""
+    """Collects run directories and studies, and the faults of these inputs."""
 
     runs: dict[Path, RunDir] = field(default_factory=dict)
     studies: dict[Path, Path] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def add(self, path: Path) -> bool:
-        """Add a folder if it is a run or a study, and return whether it is one."""
+        """Add a folder if the folder is a run directory or a study, and return whether it was added."""
         if os.path.lexists(path / "config.json"):
             self.runs.setdefault(path.resolve(), RunDir(path))
             return True
         if any(os.path.lexists(path / name) for name in EXPORT):
-            if (path / "export").is_dir():  # the working folder of the study's driver
+            if (path / "export").is_dir():  # the folder contains a study with its export
                 path = path / "export"
             self.studies.setdefault(path.resolve(), path)
             return True
         return False
 
     def add_below(self, folder: Path) -> None:
-        """Add all runs and studies below a folder. Hidden folders are skipped."""
+        """Add all run directories and studies in a folder and its subfolders, except in hidden subfolders."""
         added = 0
         for path, subfolders, _ in os.walk(folder):
             if self.add(Path(path)):
@@ -267,7 +278,7 @@ class _Collector:
             )
 
     def read(self, sources: Iterable[Source], read: Callable[[Source], Item]) -> list[Item]:
-        """Read each source. A source that cannot be read is recorded as a fault."""
+        """Read each source, and return the items that were read. A source that cannot be read adds a fault."""
         items = []
         for source in sources:
             try:
@@ -278,10 +289,10 @@ class _Collector:
 
 
 def gather(places: Sequence[str], out: Path = Path("runs")) -> ReportData:
-    """Read the data of a report, or raise a RunError that lists all problems.
+    """Read the inputs of a report. If there are problems, raise a RunError that lists all problems.
 
-    `places` are run directories, ids of runs in `out`, exported studies, or folders that contain them.
-    If `places` is empty, everything in `out` is read.
+    Each place is a run directory, the id of a run in `out`, an exported study, or a folder that contains runs
+    and studies. If `places` is empty, all runs and studies in `out` are read.
     """
     collector = _Collector()
     for place in places or [str(out)]:
@@ -353,7 +364,7 @@ ENDED = {"tokens": records.count, "value": records.anything, "step": records.ste
 
 
 def _check_run(folder: RunDir, run: Run) -> None:
-    """Check that a run has the data that a report needs, and that its journal fits its config."""
+    """Check that a run has the data that a report needs, and that the growth journal fits the run's config."""
     for name, fault in (
         ("summary.json", records.fault(run.summary, REPORTED)),
         ("metrics.jsonl", _metrics_fault(run)),
@@ -454,7 +465,7 @@ SPACE = {
     "values?": records.optional([records.anything]),
     "when?": records.optional(records.table),
 }
-# Keys that `Study.fact` reads from the export and from its tables "study" and "evidence".
+# Keys that `Study.fact` reads from study.json, or from the tables "study" and "evidence" in study.json.
 FACT: dict[str, Any] = {
     "rows?": records.optional([CONFIRMED]),
     "rung_correlation?": records.optional(records.table_of(records.optional(records.any_number))),
@@ -484,8 +495,11 @@ TRIAL = LEDGER | {
 
 
 def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
-    """Return faults if the scores are of different titles or spans, and cannot be compared."""
-    tables: list[tuple[str, Mapping[str, Any]]] = []  # (source, recorded facts)
+    """Return the reasons why the scores of the inputs cannot be compared.
+
+    Scores cannot be compared if they were computed from different titles or different evaluation spans.
+    """
+    tables: list[tuple[str, Mapping[str, Any]]] = []  # pairs of a source name and recorded facts
     for run in runs:
         tables.append((run.id, run.summary))
     for study in studies:
@@ -523,7 +537,7 @@ def _unequal(
     get: Callable[[Mapping[str, Any]], str | None],
     advice: str,
 ) -> list[str]:
-    """Return a fault if the sources differ in a value. A source without the value is ignored."""
+    """Return a fault if a value is not equal in all sources. Sources that lack the value are ignored."""
     sources: dict[str, list[str]] = {}
     for source, table in tables:
         value = get(table)
@@ -536,7 +550,7 @@ def _unequal(
 
 
 def shorten(names: Sequence[str], limit: int = 4) -> str:
-    """Join the first names, and add the number of other names."""
+    """Join the first `limit` names with commas, and add the number of remaining names."""
     joined = ", ".join(names[:limit])
     if len(names) > limit:
         return f"{joined} and {len(names) - limit} more"
@@ -547,7 +561,7 @@ def shorten(names: Sequence[str], limit: int = 4) -> str:
 
 
 def recipe_fields(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the fields that define a recipe, which are all fields that affect training except the seed."""
+    """Return the config fields that define a recipe: all fields that affect training, except the seed."""
     fields = cfg.model_dump()
     return {k: v for k, v in fields.items() if k != "seed" and TrainConfig.class_of(k) != "inert"}
 
@@ -557,7 +571,7 @@ def _recipe_key(cfg: TrainConfig) -> str:
 
 
 def _group_into_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
-    presets: dict[str, dict[str, list[Run]]] = {}  # preset -> recipe key -> runs
+    presets: dict[str, dict[str, list[Run]]] = {}  # preset -> (recipe key -> runs)
     for run in sorted(runs, key=lambda run: (run.cfg.preset, run.cfg.seed, run.id)):
         recipes = presets.setdefault(run.cfg.preset, {})
         recipes.setdefault(_recipe_key(run.cfg), []).append(run)
@@ -571,13 +585,13 @@ def _group_into_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
 
 
 def _differing_fields(cfgs: Sequence[TrainConfig]) -> list[str]:
-    """Return the recipe fields that do not have the same value in all configs."""
+    """Return the names of the recipe fields that do not have the same value in all configs."""
     first, *others = map(recipe_fields, cfgs)
     return [name for name in first if any(fields[name] != first[name] for fields in others)]
 
 
 def _recipe_name(preset: str, config: Mapping[str, Any], differing: Sequence[str]) -> str:
-    """Name a recipe by its preset and the fields that differ from other recipes of the preset."""
+    """Return a recipe's name, which consists of its preset and the fields in `differing`."""
     words = [preset]
     for name in differing:
         value = config[name]
@@ -593,8 +607,9 @@ def _recipe_name(preset: str, config: Mapping[str, Any], differing: Sequence[str
 def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, str]:
     """Select the baseline and the optimized recipe, and describe how the optimized recipe was selected.
 
-    Recipes with these names are preferred. Otherwise, the recipe with the lowest mean score is selected. The
-    report says so, because the best of many recipes looks better than it is.
+    Recipes that are called "baseline" and "optimized" are preferred. If no recipe is called "optimized", the
+    recipe with the lowest mean score is selected. The report mentions this selection, because the best of many
+    recipes tends to look better than it is.
     """
     if not recipes:
         return None, None, "no run was given"
@@ -614,21 +629,21 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
 
 
 def _recipes_called(name: str, recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Return the recipes whose preset has this name. Recipes with more valid runs come first."""
+    """Return the recipes whose preset or ablation step is called `name`, with the most valid runs first."""
     called = [recipe for recipe in recipes if step_name(recipe.cfg) == name]
     return sorted(called, key=lambda r: (-len(r.valid_runs), r.cfg.preset.startswith("ablation:"), r.name))
 
 
 def step_name(cfg: TrainConfig) -> str:
-    """Return the name of a step without its preset, such as `size` for `ablation:size`."""
+    """Return the name of an ablation step without the preset, such as `size` for `ablation:size`."""
     return cfg.preset.split(":")[-1]
 
 
 def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
-    """Return the scores of each step of a ladder, for the seeds that all steps share.
+    """Return the scores of each step of an ablation, limited to the seeds that all steps share.
 
-    With shared seeds, each change equals the difference of the displayed means. If the steps share fewer than
-    two seeds, all scores of each step are returned.
+    Because of this limit, the change between two steps equals the difference between the displayed means. If
+    the steps share fewer than two seeds, all scores of each step are returned.
     """
     common = set(ladder[0].scores)
     for recipe in ladder:
@@ -641,7 +656,7 @@ def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
 
 
 def config_differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Return (field, value in a, value in b) for each field that differs, except the preset."""
+    """Return a tuple (field, value in `a`, value in `b`) for each differing field, except the preset."""
     old = a.model_dump(exclude={"preset"})
     new = b.model_dump(exclude={"preset"})
     differences = []

@@ -1,6 +1,6 @@
-"""Lay out the PDF with reportlab, and convert figures from SVG to vector graphics.
+"""Lay out the PDF with reportlab, and insert SVG figures into the PDF as vector graphics.
 
-The same input gives the same bytes. `pages.py` defines the content of the pages.
+The PDF is reproducible: the same input always gives the same bytes. `pages.py` defines the content of the pages.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ BOLD = f"{FONT}-Bold"
 RED = "#B00020"
 GREY = "#444444"
 CREATOR = "mainrun report"
-COLUMN = 487.0  # width of the text in points, slightly more than the WIDTH of figures
+COLUMN = 487.0  # the width of the text in points, which is slightly more than the width of a figure
 MARGIN = 54.0
-GAP = 6.0  # points between the columns of a table
-CELL_SIZE = 7  # font size of table cells in points
-LONGEST_TITLE = 90  # the maximum length of the title in the footer
+GAP = 6.0  # the gap between two columns of a table, in points
+CELL_SIZE = 7  # the font size of table cells, in points
+LONGEST_TITLE = 90  # the maximum number of characters of the title in the footer
 
 
 @cache
 def register_fonts() -> None:
-    """Register the font family of text and figures. The fonts come with matplotlib."""
+    """Register the fonts for the text and the figures of the report. The font files come with matplotlib."""
     import matplotlib
     from reportlab.pdfbase import pdfmetrics
     from reportlab.pdfbase.ttfonts import TTFont
@@ -51,7 +51,7 @@ def register_fonts() -> None:
 
 
 def to_drawing(svg: bytes) -> Drawing:
-    """Convert an SVG into a drawing for reportlab."""
+    """Convert an SVG image to a reportlab drawing."""
     register_fonts()
     from svglib.svglib import svg2rlg
 
@@ -62,7 +62,7 @@ def to_drawing(svg: bytes) -> Drawing:
 
 
 def render_figures(data: ReportData, folder: Path | None) -> dict[str, bytes]:
-    """Return each figure as SVG. If a folder is given, also write the figures there, as SVG and PNG."""
+    """Return each figure as SVG. If `folder` is given, also write SVG and PNG files to the folder."""
     svgs = {}
     with report_style():
         for name, figure in draw_all(data).items():
@@ -86,7 +86,10 @@ def paragraph(text: str, style: str = "body") -> Flowable:
 
 
 def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
-    """Return a figure with its title and caption, all on one page. If it was not drawn, return nothing."""
+    """Return a figure with its title and caption, which stay together on one page.
+
+    If the figure was not drawn, return an empty list.
+    """
     from reportlab.platypus import KeepTogether, Spacer
 
     if name not in drawings:
@@ -98,7 +101,7 @@ def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str 
 
 
 def page_break(room: float = 330.0) -> Flowable:
-    """Return a page break that applies only if less than `room` points are left on the page."""
+    """Return a page break that takes effect only if less than `room` points are left on the page."""
     from reportlab.platypus import CondPageBreak
 
     return CondPageBreak(room)
@@ -128,7 +131,7 @@ def heading(text: str, level: int) -> Flowable:
     from reportlab.platypus import Paragraph
 
     class Heading(Paragraph):  # type: ignore[misc]
-        """A heading that adds itself to the outline of the PDF."""
+        """A heading that is also an entry in the outline of the PDF."""
 
         def draw(self) -> None:
             key = f"{self.canv.getPageNumber()} {text}"
@@ -145,7 +148,7 @@ def heading(text: str, level: int) -> Flowable:
 def table(content: Table | None, width: float = COLUMN) -> list[Flowable]:
     """Return a table with its title and its note.
 
-    The table can break between rows. Its header is repeated on every page.
+    A long table is split between rows, and the header of the table is repeated on every page.
     """
     if content is None or not content.rows:
         return []
@@ -169,18 +172,18 @@ def table(content: Table | None, width: float = COLUMN) -> list[Flowable]:
 
 
 def _longest(cells: Sequence[str]) -> float:
-    """Return the width of the longest cell, in points."""
+    """Return the width of the widest cell of a column, in points."""
     from reportlab.pdfbase.pdfmetrics import stringWidth
 
     return max(stringWidth(text, BOLD, CELL_SIZE) for text in cells) + GAP + 1
 
 
 def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: float) -> list[float]:
-    """Return the width of each column, in points.
+    """Return the width of each column of a table, in points.
 
-    Columns without a share are as wide as their cells. A text column takes at most 30% of the table. Columns
-    with a share divide the remaining width. If no column has a share, a table that is too wide is
-    scaled down.
+    A column without a share is as wide as its widest cell, but a text column is limited to 30% of the table.
+    The remaining width is divided among the columns with a share, in proportion to their shares. If no column
+    has a share and the table is too wide, all columns are scaled down.
     """
     natural = list(longest)
     used = 0.0
@@ -200,7 +203,7 @@ def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: f
 
 
 def _wrapped(cells: Sequence[str], width: float, red: set[int]) -> Iterator[Flowable]:
-    """Yield the cells of a column as paragraphs with line breaks. The first cell is the header."""
+    """Yield the cells of a column as paragraphs with line breaks. The first cell is the column header."""
     from reportlab.platypus import Paragraph
 
     head, *body = cells
@@ -232,7 +235,7 @@ def _table_style(content: Table) -> list[Any]:
 
 
 def _breakable(text: str, width: float) -> str:
-    """Escape a text, and break words that are wider than their column, such as hashes, paths and configs."""
+    """Escape a text, and split words that are wider than the column, such as hashes and paths."""
     words = []
     for word in text.split(" "):
         rest = word
@@ -245,7 +248,7 @@ def _breakable(text: str, width: float) -> str:
 
 
 def _break_position(word: str, width: float) -> int:
-    """Return how many characters of a word fit. Break after punctuation if possible."""
+    """Return the position at which a word must be split to fit `width`, if possible after punctuation."""
     fitting = len(word)
     while fitting > 1 and not _fits(word[:fitting], width):
         fitting -= 1
@@ -263,10 +266,10 @@ def _fits(text: str, width: float) -> bool:
 
 
 def write(path: Path, story: Callable[[], list[Flowable]], title: str, properties: Mapping[str, str]) -> int:
-    """Write the PDF and return its number of pages.
+    """Write the PDF to a file, and return the number of pages.
 
-    `story` returns new content at each call. The content is laid out twice, because the footer of each page
-    shows the number of pages.
+    `story` is a function that creates the content of the PDF. The content is created and laid out twice,
+    because the footer of each page shows the total number of pages.
     """
     register_fonts()
     _, total = _build(story(), title, properties, 0)
@@ -283,7 +286,7 @@ def write(path: Path, story: Callable[[], list[Flowable]], title: str, propertie
 
 
 def _build(story: list[Flowable], title: str, properties: Mapping[str, str], total: int) -> tuple[bytes, int]:
-    """Lay out the story. Return the PDF and its number of pages."""
+    """Lay out the content of the PDF, and return the bytes of the PDF and the number of pages."""
     from reportlab.lib.pagesizes import A4
     from reportlab.platypus import BaseDocTemplate, Frame, PageTemplate
 

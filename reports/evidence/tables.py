@@ -623,7 +623,7 @@ STUDY_FACTS = (
 
 
 def study(export: Study, number: int) -> list[Table]:
-    """Make three tables about a study: its facts, its search space, and the confirmation of its best trials."""
+    """Make the tables of a study, which show its facts, its search space and its confirmation."""
     best = None
     if export.completed:
         best = min(export.completed, key=lambda trial: float(trial["value"]))

@@ -1,4 +1,4 @@
-"""Provide the panels, ticks, labels, legends and axis limits that all figures share."""
+"""Functions for the panels, ticks, labels, legends and axis limits of all figures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-LEGEND_WIDTH = 108  # characters in one row of the legend
+LEGEND_WIDTH = 108  # the maximum number of characters in one row of the legend
 SUFFIXES = ("", "K", "M", "G", "T", "P", "E")
 
 
 def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """Return a figure that is as wide as the page, and its axes, row by row."""
+    """Return a figure that is as wide as the page, and the axes of its panels, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -28,7 +28,7 @@ def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tu
 
 
 def tick_text(value: float, _position: Any = None) -> str:
-    """Format a tick. Large numbers get a suffix, such as 1.5M for 1,500,000."""
+    """Format the label of a tick. Large numbers are shortened with a suffix, such as 1.5M for 1,500,000."""
     if value == 0 or not math.isfinite(value):
         return "0"
     if abs(value) >= 1e3:
@@ -40,7 +40,7 @@ def tick_text(value: float, _position: Any = None) -> str:
 
 
 def format_ticks(axis: Axis, most: int = 5) -> None:
-    """Format the ticks of an axis. A linear axis gets at most `most` intervals."""
+    """Format the ticks of an axis. The ticks divide a linear axis into at most `most` intervals."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     if axis.get_scale() == "linear":
@@ -50,7 +50,7 @@ def format_ticks(axis: Axis, most: int = 5) -> None:
 
 
 def format_panel_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Set at most four ticks, so that their labels fit side by side in a narrow panel."""
+    """Set only a few ticks on an axis, so that the labels of the ticks fit into a narrow panel."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     if axis.get_scale() == "log":
@@ -63,28 +63,28 @@ def format_panel_ticks(axis: Axis, values: Sequence[float]) -> None:
 
 
 def set_row_names(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows of a horizontal chart. The first row is on top."""
+    """Label the rows of a horizontal chart, with the first row at the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def label_bar(axes: Axes, x: float, y: float, text: str) -> None:
-    """Write a text to the right of the end of a bar.
+    """Write a label to the right of a bar.
 
-    The distance is in points, because SVG drops leading blanks.
+    The gap is an offset in points instead of leading spaces, because SVG ignores leading spaces.
     """
     axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
 
 
 def shorten(text: str, width: int) -> str:
-    """Shorten a text of `width` or more characters, and end it with an ellipsis."""
+    """Shorten a text that has `width` or more characters. A shortened text ends with an ellipsis."""
     if len(text) < width:
         return text
     return text[: width - 1] + "…"
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """Add one legend below the whole figure, where it does not cover any line."""
+    """Add a legend below the panels of a figure, so that the legend does not cover any line."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
@@ -96,7 +96,7 @@ def add_legend(figure: Figure, axes: Axes) -> None:
 def set_score_limits(axes: Axes, values: Sequence[float]) -> None:
     """Limit the y axis to the lowest 85% of the values, with a margin.
 
-    Without this limit, the high scores of an untrained model would compress all later scores.
+    Without this limit, the high scores of the untrained model would squeeze all later scores together.
     """
     if not values:
         return

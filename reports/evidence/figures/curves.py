@@ -1,4 +1,4 @@
-"""Draw the full score of every recipe against its steps, tokens, seconds and FLOPs."""
+"""Draw the full score of every recipe against the number of steps, tokens, seconds and FLOPs."""
 
 from __future__ import annotations
 

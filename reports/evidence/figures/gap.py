@@ -1,6 +1,6 @@
 """Draw the training loss and the validation loss of each recipe.
 
-Each recipe has its own panel, because tokens of different tokenizers cannot be compared.
+Each recipe has a separate panel, because losses per token cannot be compared across different tokenizers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draw(data: ReportData) -> Figure | None:
 
 
 def draw_losses(axes: Axes, recipe: Recipe, colour: str) -> None:
-    """Draw the training loss and the validation loss of each seed."""
+    """Draw the training loss and the validation loss of each valid run of a recipe."""
     labels = ["train, mean since the last evaluation", "validation"]
     losses: list[float] = []
     for run in recipe.valid_runs:
@@ -57,7 +57,7 @@ def draw_losses(axes: Axes, recipe: Recipe, colour: str) -> None:
 
 
 def training_loss(run: Run) -> tuple[list[int], list[float]]:
-    """Return the steps of the evaluations, and the mean training loss since the previous evaluation."""
+    """Return the step of each evaluation, and the mean training loss since the previous evaluation."""
     import numpy as np
 
     steps = []

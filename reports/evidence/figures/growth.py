@@ -1,4 +1,4 @@
-"""Draw the score, the size, the cost and the training loss of a run with growth."""
+"""Draw the score, the model size, the cost and the training loss of a run with growth ops."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 CAPTION = (
     "Dashed lines mark the ops, with their numbers in the table. The first scores may lie above the frame."
 )
-AROUND = 40  # steps on each side of an op
+AROUND = 40  # the number of steps to draw before and after each growth op
 SIZES = (("params", "params"), ("flops_per_token", "FLOPs per token"))
 MARK: dict[str, Any] = {"color": "black", "linewidth": 0.7, "linestyle": (0, (2, 2))}
 
 
 def grown_runs(data: ReportData) -> list[Run]:
-    """Return the first run of each recipe with growth ops."""
+    """Return the first valid run of each recipe that has growth ops."""
     return [recipe.valid_runs[0] for recipe in data.recipes if recipe.valid_runs and recipe.valid_runs[0].ops]
 
 
@@ -60,7 +60,7 @@ def draw_score(axes: Axes, run: Run) -> None:
 
 
 def draw_size(axes: Axes, run: Run, ops: list[dict[str, Any]]) -> None:
-    """Draw the parameters and the FLOPs per token after each op."""
+    """Draw the number of parameters and the FLOPs per token after each growth op."""
     start = next(row for row in run.journal if str(row["event"]).endswith("START"))
     edges = [0, *column(ops, "step"), run.summary["steps"]]
     for place, (name, label) in enumerate(SIZES):

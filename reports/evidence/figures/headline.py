@@ -1,4 +1,4 @@
-"""Draw the figure of page 1, which compares the two recipes of the headline."""
+"""Draw the figure on page 1, which compares the baseline with the optimized recipe."""
 
 from __future__ import annotations
 

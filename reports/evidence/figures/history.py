@@ -1,4 +1,4 @@
-"""Draw the value of each trial of a study, in the order of the trials."""
+"""Draw the value of each trial of a study, in the order of the trial numbers."""
 
 from __future__ import annotations
 

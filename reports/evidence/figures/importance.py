@@ -1,4 +1,4 @@
-"""Draw the importance of the fields that a study searched."""
+"""Draw the importance of each config field that a study searched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the steps that a study asked for, trained, reused and wasted."""
+"""Draw how many steps a study asked for, trained, reused and wasted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw parallel coordinates, with one line per trial through the values of the searched fields."""
+"""Draw a parallel coordinate plot, where the line of a trial passes through the values of its fields."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw(study: Study) -> Figure | None:
         draw_field(axes, x, scale)
     ordered = sorted(values(trials))
     best = np.array(values(trials)) <= ordered[max(0, len(trials) // 10 - 1)]
-    lines = np.stack(heights, axis=1)  # trials x fields
+    lines = np.stack(heights, axis=1)  # array of shape (trials, fields)
     draw_lines(axes, lines[~best], "the others", OTHERS)
     draw_lines(axes, lines[best], "the best tenth", BEST)
     set_field_names(axes, fields)
@@ -49,7 +49,7 @@ def draw(study: Study) -> Figure | None:
 
 
 def draw_field(axes: Axes, x: int, scale: Scale) -> None:
-    """Draw the axis of a field with its lowest and highest value."""
+    """Draw the vertical axis of a field, with its lowest value and its highest value as labels."""
     if scale.names:
         low = scale.names[0]
         high = scale.names[-1]

@@ -1,6 +1,6 @@
 """List every figure of a report.
 
-To add a figure, write a module with `draw` and a caption, and add a row here.
+To add a figure, write a module with a function `draw` and a caption, and add a row to a table in this file.
 `draw` returns a matplotlib figure, or None if the inputs have no data for the figure.
 """
 
@@ -30,7 +30,7 @@ from reports.evidence.load import ReportData, Study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Headings of the sections that show figures of runs
+# The headings of the sections that show figures of runs.
 RESULT = "Result"
 COST = "Loss against what it costs"
 ABLATION = "Ablation"
@@ -39,21 +39,21 @@ TRAINING = "How they trained"
 
 @dataclass(frozen=True)
 class RunFigure:
-    """A figure of the runs, and the section that shows it."""
+    """A figure that shows runs, and the section that contains the figure."""
 
-    section: str  # heading of the section
+    section: str  # the heading of the section that contains the figure
     draw: Callable[[ReportData], Figure | None]
     caption: Callable[[ReportData], str]
-    title: str = ""  # heading right above the figure
+    title: str = ""  # the heading that is printed directly above the figure
 
 
 @dataclass(frozen=True)
 class StudyFigure:
-    """A figure of a study."""
+    """A figure that shows the trials of a study."""
 
     draw: Callable[[Study], Figure | None]
     caption: str
-    needs: str  # data that `draw` needs; the appendix names it if the figure is left out
+    needs: str  # the data that `draw` needs, as described in the appendix
 
 
 RUNS = {
@@ -75,7 +75,7 @@ STUDY = {
 
 
 def draw_all(data: ReportData) -> dict[str, Figure]:
-    """Draw every figure for which the inputs have data. Call this function inside `report_style`."""
+    """Draw every figure for which the inputs have data. Call this function in the context `report_style`."""
     figures: dict[str, Figure | None] = {}
     for name, row in RUNS.items():
         figures[name] = row.draw(data)

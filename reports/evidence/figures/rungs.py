@@ -1,6 +1,6 @@
-"""Draw the value at a rung against the value at the last rung.
+"""Draw the value of each trial at a rung against the value of the same trial at the last rung.
 
-The figure shows how well a short training ranks the trials.
+The figure shows how well the scores after a short training predict the final ranking of the trials.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CAPTION = "The value at a rung against the value at the last rung, for trials that reached the last rung."
 NEEDS = "three trials trained to the end, with scores at a lower rung"
-PANELS = 3  # the maximum number of rungs to draw, the last ones
+PANELS = 3  # the maximum number of panels, which show the last rungs
 
 
 def draw(study: Study) -> Figure | None:

@@ -1,4 +1,4 @@
-"""Draw the learning rate and the weight decay of each step, from the plan that the run followed."""
+"""Draw the learning rate and the weight decay at each step of the plan that a run followed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw(data: ReportData) -> Figure | None:
 
 
 def draw_schedule(axes: Axes, run: Run, name: str, place: int, label: str) -> None:
-    """Draw one field of the plan over the steps, and mark the growth ops."""
+    """Draw one value of the plan, such as the learning rate, at each step, and mark the growth ops."""
     plan = run.resolved
     steps = thin(range(plan.steps))
     values = [getattr(plan.at(step), name) for step in steps]

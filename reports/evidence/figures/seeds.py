@@ -1,4 +1,4 @@
-"""Draw the last score of every run, and the mean of each recipe with its interval."""
+"""Draw the last score of every run, and the mean of each recipe with a confidence interval."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROWS = 24  # the maximum number of recipes, the best ones first
+ROWS = 24  # the maximum number of recipes in the figure, which shows the best recipes
 
 
 def caption(_: ReportData) -> str:
@@ -35,7 +35,7 @@ def draw(data: ReportData) -> Figure | None:
         draw_row(axes, y, recipe)
         scores += recipe.scores.values()
     set_row_names(axes, [row_name(recipe.name) for recipe in ranked])
-    # The limits depend only on the scores, because the interval of two seeds may be far wider.
+    # Ignore the confidence intervals when setting the limits, because an interval of two seeds may be very wide.
     room = 0.15 * (max(scores) - min(scores)) or 0.01
     axes.set_xlim(min(scores) - room, max(scores) + room)
     axes.set_xlabel("full score of val at the last step, nats per character")

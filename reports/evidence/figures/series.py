@@ -1,4 +1,4 @@
-"""Compute the numbers of a run for the axes of figures, and draw the lines of a recipe."""
+"""Compute the values of a run that figures show on their axes, and draw the lines of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reports.evidence.load import Recipe, ReportData, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 400  # the maximum number of points of a line on the page
+POINTS = 400  # the approximate maximum number of points in a line of a figure
 Series = Callable[[Run], Sequence[float]]
 
 
@@ -24,23 +24,23 @@ def column(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
 
 
 def full(run: Run) -> list[float]:
-    """Return the full score at each evaluation."""
+    """Return the full score of a run at each evaluation."""
     return column(run.evals, "full")
 
 
 def steps(run: Run) -> list[int]:
-    """Return the step of each evaluation."""
+    """Return the step of each evaluation of a run."""
     return column(run.evals, "step")
 
 
 def tokens(run: Run) -> list[float]:
-    """Return the number of tokens trained up to each evaluation."""
+    """Return the number of tokens that a run has trained on at each evaluation."""
     counts = dict(zip(column(run.steps, "step"), column(run.steps, "tokens"), strict=True))
     return [counts.get(step, run.resolved.tokens(step)) for step in steps(run)]
 
 
 def seconds(run: Run) -> list[float]:
-    """Return the seconds spent in steps and evaluations up to each evaluation."""
+    """Return the number of seconds that a run has spent on training and evaluation at each evaluation."""
     total = 0.0
     totals = []
     for row in run.rows:
@@ -51,7 +51,10 @@ def seconds(run: Run) -> list[float]:
 
 
 def flops(run: Run) -> list[float]:
-    """Return the FLOPs at each evaluation. For old runs, they are estimated from the tokens."""
+    """Return the number of FLOPs that a run has used at each evaluation.
+
+    If an old run did not record FLOPs at evaluations, the FLOPs are estimated from the number of tokens.
+    """
     total = float(run.summary["flops"])
     totals = []
     for row, count in zip(run.evals, tokens(run), strict=True):
@@ -60,7 +63,7 @@ def flops(run: Run) -> list[float]:
 
 
 def full_scores(recipes: Iterable[Recipe]) -> list[float]:
-    """Return the full scores of all evaluations of some recipes, for the limits of an axis."""
+    """Return the full scores of all evaluations of several recipes, which determine the limits of an axis."""
     scores: list[float] = []
     for recipe in recipes:
         for run in recipe.valid_runs:
@@ -69,21 +72,21 @@ def full_scores(recipes: Iterable[Recipe]) -> list[float]:
 
 
 def thin(values: Sequence[Any]) -> list[Any]:
-    """Return about POINTS evenly spaced values, always including the last value."""
+    """Reduce a sequence to about POINTS evenly spaced values. The last value is always included."""
     every = math.ceil(len(values) / POINTS)
     return [*values[:-1:every], *values[-1:]]
 
 
 def headline_pair(data: ReportData) -> list[Recipe]:
-    """Return the baseline and the optimized recipe, if they have valid runs."""
+    """Return those of the two main recipes (baseline and optimized) that have valid runs."""
     return [recipe for recipe in (data.baseline, data.optimised) if recipe is not None and recipe.valid_runs]
 
 
 def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
-    """Return the recipes to draw, each with its place in the palette.
+    """Return the recipes to draw, each with an index into the color palette.
 
-    The two recipes of the headline come first in the palette. If there are too many recipes, all others have
-    the place None. They are drawn first, in grey.
+    The baseline and the optimized recipe get the first colors. If there are more recipes than colors, all other
+    recipes are drawn in grey before these two recipes, and their index is None.
     """
     pair = headline_pair(data)
     others = [recipe for recipe in data.recipes if recipe.valid_runs and recipe not in pair]
@@ -93,9 +96,9 @@ def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
 
 
 def draw_recipe(axes: Axes, recipe: Recipe, x: Series, y: Series, place: int | None) -> None:
-    """Draw the mean over the seeds, and a band from the lowest to the highest seed.
+    """Draw the mean over the seeds of a recipe, and a band between the lowest and the highest value.
 
-    If the seeds were evaluated at different steps, draw one line per seed.
+    If the runs of the recipe were evaluated at different steps, draw one line per run instead.
     """
     label = None
     if place is not None:

@@ -1,4 +1,4 @@
-"""Draw the value of a study against each searched field, one panel per field."""
+"""Draw the value of each trial against each searched field, with one panel per field."""
 
 from __future__ import annotations
 

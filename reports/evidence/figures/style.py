@@ -1,7 +1,8 @@
-"""Define the style of every figure.
+"""Define the common style of all figures.
 
-Lines differ in their dashes, so that they can be distinguished in a grey print. Text stays text in the SVG,
-so that it can be searched and uses the font of the report. Nothing in a figure depends on the date.
+Lines have different dash patterns, so that they can be distinguished in a grayscale print. SVG files contain
+text as text instead of outlines, so that the text can be searched and is shown in the font of the report. SVG
+files contain no dates, so that the same data always gives the same file.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-WIDTH = 6.7  # width of a figure in inches
+WIDTH = 6.7  # the width of a figure in inches
 FONT = "DejaVu Sans"
-# The palette of Okabe and Ito without yellow. It is safe for color-blind readers.
+# The color palette of Okabe and Ito without yellow, which color-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = (
     "-",
@@ -24,7 +25,7 @@ DASHES: tuple[Any, ...] = (
 )
 MARKERS = "osD^vP"
 GREY = "#8A8A8A"
-MOST = len(COLOURS)  # maximum number of recipes with a color; all others are grey
+MOST = len(COLOURS)  # the maximum number of recipes that are drawn in color
 
 STYLE: dict[Any, Any] = {
     "font.family": FONT,
@@ -56,7 +57,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def report_style() -> Iterator[None]:
-    """Set matplotlib to the style of the report, whatever the user's own settings are."""
+    """Use the report's style in matplotlib, and ignore the user's matplotlib settings."""
     import matplotlib as mpl
 
     with mpl.rc_context():
@@ -66,7 +67,10 @@ def report_style() -> Iterator[None]:
 
 
 def line_style(place: int | None) -> dict[str, Any]:
-    """Return the arguments of `plot` for a place in the palette. The place None gives a thin grey line."""
+    """Return arguments for `plot` that set the color and dashes of a line.
+
+    `place` is an index into the color palette. If `place` is None, the line is thin and grey.
+    """
     if place is None:
         return {"color": GREY, "linewidth": 0.6, "zorder": 1}
     return {"color": COLOURS[place], "linestyle": DASHES[place], "zorder": 3}

@@ -1,4 +1,7 @@
-"""Draw the steps of an ablation. Each bar starts at the score of the previous step."""
+"""Draw the steps of an ablation as a waterfall chart.
+
+Each bar starts at the score of the previous step.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def draw(data: ReportData) -> Figure | None:
 
 
 def draw_start(axes: Axes, mean: float) -> None:
-    """Draw the first step as a bar without width, because the step changes nothing."""
+    """Draw the first step of an ablation as a bar of zero width, because the first step changes nothing."""
     axes.barh(0, 0.0, left=mean, height=0.62, color=GREY, linewidth=0)
     label_bar(axes, mean, 0, f"{mean:.4f}")
 
