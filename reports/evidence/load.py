@@ -278,7 +278,7 @@ class _Collector:
             )
 
     def read(self, sources: Iterable[Source], read: Callable[[Source], Item]) -> list[Item]:
-        """Read each source, and return the items that were read. A source that cannot be read adds a fault."""
+        """Read all sources, and return their items. If a source cannot be read, record a fault instead."""
         items = []
         for source in sources:
             try:
@@ -364,7 +364,7 @@ ENDED = {"tokens": records.count, "value": records.anything, "step": records.ste
 
 
 def _check_run(folder: RunDir, run: Run) -> None:
-    """Check that a run has the data that a report needs, and that the growth journal fits the run's config."""
+    """Check that a run has all data for a report, and that its growth journal matches its config."""
     for name, fault in (
         ("summary.json", records.fault(run.summary, REPORTED)),
         ("metrics.jsonl", _metrics_fault(run)),
@@ -608,8 +608,8 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
     """Select the baseline and the optimized recipe, and describe how the optimized recipe was selected.
 
     Recipes that are called "baseline" and "optimized" are preferred. If no recipe is called "optimized", the
-    recipe with the lowest mean score is selected. The report mentions this selection, because the best of many
-    recipes tends to look better than it is.
+    recipe with the lowest mean score is selected. The report mentions such a selection, because the recipe
+    with the lowest score is probably not quite as good as its score.
     """
     if not recipes:
         return None, None, "no run was given"

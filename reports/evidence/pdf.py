@@ -1,6 +1,7 @@
 """Lay out the PDF with reportlab, and insert SVG figures into the PDF as vector graphics.
 
-The PDF is reproducible: the same input always gives the same bytes. `pages.py` defines the content of the pages.
+The PDF is reproducible, which means that the same input always gives the same bytes. `pages.py` defines the
+content of the pages.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def draw(data: ReportData) -> Figure | None:
         draw_row(axes, y, recipe)
         scores += recipe.scores.values()
     set_row_names(axes, [row_name(recipe.name) for recipe in ranked])
-    # Ignore the confidence intervals when setting the limits, because an interval of two seeds may be very wide.
+    # Ignore the confidence intervals when setting the axis limits, because some intervals are very wide.
     room = 0.15 * (max(scores) - min(scores)) or 0.01
     axes.set_xlim(min(scores) - room, max(scores) + room)
     axes.set_xlabel("full score of val at the last step, nats per character")

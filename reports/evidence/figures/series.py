@@ -85,8 +85,8 @@ def headline_pair(data: ReportData) -> list[Recipe]:
 def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
     """Return the recipes to draw, each with an index into the color palette.
 
-    The baseline and the optimized recipe get the first colors. If there are more recipes than colors, all other
-    recipes are drawn in grey before these two recipes, and their index is None.
+    The baseline and the optimized recipe get the first colors. If there are more recipes than colors, all
+    other recipes have the index None and are drawn first, in gray.
     """
     pair = headline_pair(data)
     others = [recipe for recipe in data.recipes if recipe.valid_runs and recipe not in pair]

@@ -69,7 +69,7 @@ def report_style() -> Iterator[None]:
 def line_style(place: int | None) -> dict[str, Any]:
     """Return arguments for `plot` that set the color and dashes of a line.
 
-    `place` is an index into the color palette. If `place` is None, the line is thin and grey.
+    `place` is an index into the color palette. If `place` is None, the line is thin and gray.
     """
     if place is None:
         return {"color": GREY, "linewidth": 0.6, "zorder": 1}
