@@ -49,7 +49,7 @@ def confirm(search: Search) -> dict[str, Any]:
 
     noise_scores = [scores["noise", seed] for seed in noise_seeds]
     sigma, single_floor = _noise(noise_scores)
-    floor = single_floor / math.sqrt(len(seeds))  # noise floor of a difference of means over the seeds
+    floor = single_floor / math.sqrt(len(seeds))  # noise floor of the difference between two means
     base_scores = {seed: scores["0", seed] for seed in seeds}
     rows = _compare(candidates, base_scores, scores, floor)
     evidence: dict[str, Any] = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sweeps.ledger import Ledger
 
 LOCK_TIMEOUT = 60.0  # how long to wait for a locked SQLite file, in seconds
-OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # tables of every Optuna database
+OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # tables that identify an Optuna database
 
 
 def open_storage(url: str, file: Path) -> Any:
@@ -114,7 +114,7 @@ class StudyDatabase:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.on_server = study.storage.startswith("postgresql")
-        self.write_failed = False  # True if the last write failed, although its data may have been stored
+        self.write_failed = False  # True after an error during a write, which may still have stored its data
         self.storage, self.optuna_study = self._retry(self._open, opening=True)
         self.written = self._retry(self._count)
         digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))

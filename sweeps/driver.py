@@ -49,7 +49,7 @@ class Search:
         note: Callable[[str], None],
         tick: Callable[[], None],
     ) -> None:
-        """Prepare a search without training.
+        """Initialize a search, without training any trials.
 
         `note` is called to print a message. `tick` is called about twice a second to show the progress.
         """
@@ -343,8 +343,8 @@ class Search:
     def cost_of(self, trial: Trial) -> Ledger:
         """Return the cost of a trial, including its branches.
 
-        If a trial was pruned, diverged or failed, all of its trained steps count as wasted, even though the
-        sampler uses the trial's scores. If two trials share a run, only the first trial pays for the run.
+        If a trial was pruned, diverged or failed, all of its trained steps count as wasted, even if the
+        sampler used the trial's scores. If two trials share a run, only the first trial pays for the run.
         """
         if trial.number in self._costs:
             return self._costs[trial.number]

@@ -55,7 +55,7 @@ def random(settings: SamplerSettings, space: Space, seed: int) -> Any:
 def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
     """Create a sampler that visits the cells of a grid.
 
-    The order of the cells depends on the seed, so every trial uses the seed of the study's settings.
+    The order of the cells depends on the seed, so every trial of a study uses the same seed.
     """
     from optuna.samplers import GridSampler
 
@@ -66,7 +66,7 @@ def grid(settings: SamplerSettings, space: Space, seed: int) -> Any:
 def qmc(settings: SamplerSettings, space: Space, seed: int) -> Any:
     """Create a sampler that follows a quasi-random sequence.
 
-    The sequence depends on the seed, so every trial uses the seed of the study's settings.
+    The quasi-random sequence depends on the seed, so every trial of a study uses the same seed.
     """
     from optuna.samplers import QMCSampler
 

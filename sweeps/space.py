@@ -89,7 +89,7 @@ def faults(space: Space, base: TrainConfig) -> Iterator[str]:
 
 
 def _name_fault(name: str, base: TrainConfig) -> str:
-    """Return why a name is not valid for a parameter, or an empty string if the name is valid."""
+    """Return the reason why a parameter cannot have a name, or an empty string if the name is valid."""
     field = name.partition(".")[0]
     if name in NOT_SEARCHABLE:
         return f": {NOT_SEARCHABLE[name]}; remove it"
@@ -190,7 +190,7 @@ def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> It
 
 
 def _path_fault(name: str, base: TrainConfig) -> str:
-    """Return why a path, such as growth.ops.0.value, does not exist in the growth schedule of `base`.
+    """Return an error message if a path, such as growth.ops.0.value, is not in the growth schedule of `base`.
 
     If the path exists, return an empty string.
     """

@@ -288,7 +288,7 @@ def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator
 def _follows_from_another(detail: Any, error: ValidationError) -> bool:
     """Return whether pydantic calls a list too short only because items of the list are invalid.
 
-    Such an error is redundant, because each invalid item is reported separately.
+    The error about the length of the list is then redundant, because each invalid item has its own error.
     """
     if detail["type"] != "too_short" or not detail.get("input"):
         return False

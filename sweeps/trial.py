@@ -43,7 +43,7 @@ class Trial:
     run_id: str = ""  # an empty string if the trial's config is not valid
     stops: tuple[int, ...] = ()  # the step of each rung, where the last rung is the end of the run
     scores: dict[int, float] = field(default_factory=dict)  # maps each rung to the score at the rung
-    raw_scores: dict[int, float] = field(default_factory=dict)  # like `scores`, but without branches
+    raw_scores: dict[int, float] = field(default_factory=dict)  # the trial's own score at each rung
     state: TrialState = TrialState.WAITING
     reason: str = ""  # why the trial was pruned, diverged or failed
 
@@ -60,7 +60,7 @@ class Trial:
         self.state = TrialState.RUNNING
 
     def promote(self) -> None:
-        """Let the trial train to its next rung."""
+        """Allow the trial to train to its next rung."""
         self.state = TrialState.WAITING
 
     def end(self, state: TrialState, reason: str) -> None:

@@ -130,7 +130,7 @@ def _times(values: tuple[float, float]) -> str:
 
 
 def _time_obstacle(base: Recipe, other: Recipe) -> str:
-    """Return why the training times of two recipes cannot be compared, or an empty string."""
+    """Return the reason why the times of two recipes cannot be compared, or an empty string."""
     reused = [recipe.name for recipe in (base, other) if not all(map(tables.is_fresh, recipe.valid_runs))]
     if reused:
         return f"{' and '.join(reused)} took steps from the store"

@@ -252,7 +252,7 @@ class _Collector:
     faults: list[str] = field(default_factory=list)
 
     def add(self, path: Path) -> bool:
-        """Add a folder if the folder is a run directory or a study, and return whether it was added."""
+        """Add a folder that is a run directory or a study, and return whether the folder was added."""
         if os.path.lexists(path / "config.json"):
             self.runs.setdefault(path.resolve(), RunDir(path))
             return True
@@ -608,8 +608,8 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
     """Select the baseline and the optimized recipe, and describe how the optimized recipe was selected.
 
     Recipes that are called "baseline" and "optimized" are preferred. If no recipe is called "optimized", the
-    recipe with the lowest mean score is selected. The report mentions such a selection, because the recipe
-    with the lowest score is probably not quite as good as its score.
+    recipe with the lowest mean score is selected. In this case, the report mentions how the recipe was
+    selected, because the lowest of many scores is partly due to chance.
     """
     if not recipes:
         return None, None, "no run was given"
@@ -642,8 +642,8 @@ def step_name(cfg: TrainConfig) -> str:
 def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
     """Return the scores of each step of an ablation, limited to the seeds that all steps share.
 
-    Because of this limit, the change between two steps equals the difference between the displayed means. If
-    the steps share fewer than two seeds, all scores of each step are returned.
+    If all steps have the same seeds, the change between two steps equals the difference between the displayed
+    means. If the steps share fewer than two seeds, all scores of each step are returned.
     """
     common = set(ladder[0].scores)
     for recipe in ladder:

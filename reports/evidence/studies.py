@@ -72,7 +72,7 @@ def ledger(study: Study) -> dict[str, float]:
 class RungValues:
     """The values of trials at a rung and at the last rung.
 
-    The lists contain only trials that reached the last rung.
+    Each list contains only the trials that have a value at both rungs.
     """
 
     number: int

@@ -184,7 +184,7 @@ def mean_of(runs: Sequence[Run], get: Callable[[Run], float]) -> float | None:
 def is_fresh(run: Run) -> bool:
     """Return whether a run trained all of its steps instead of reading some of the steps from the store.
 
-    Otherwise, the time of the run does not show how long the training takes.
+    If any steps were read from the store, the time of the run does not show how long the training takes.
     """
     return not run.summary.get("ledger", {}).get("reused")
 

@@ -27,7 +27,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended."""
+    """The outcome of a task, which says how the task ended."""
 
     ok: bool
     diverged: bool = False

@@ -34,7 +34,7 @@ OBJECT_STORE_BYTES = 80_000_000  # close to Ray's minimum size, because only tas
 class Ray:
     """An engine that trains each task on a Ray cluster.
 
-    If `address` is empty, a Ray cluster is started on this machine. That cluster stops when the driver ends.
+    If `address` is empty, start a Ray cluster on this machine, which stops when the driver ends.
     """
 
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
@@ -171,7 +171,10 @@ def _connect(address: str, num_cpus: int) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Raise UsageError if no server answers at an address. Otherwise, Ray would retry for minutes."""
+    """Raise UsageError if no server answers at an address.
+
+    Without this check, Ray would try to connect for several minutes.
+    """
     if not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
         raise UsageError(
             f"got --address {address!r}; allowed: auto, or HOST:PORT of the cluster's head, such as head:6379"

@@ -104,7 +104,7 @@ def _last_line(text: str) -> str:
 def _reached(until: int, stderr: str) -> bool:
     """Return whether a worker stopped at or after the step where its task ends.
 
-    A worker stops after this step if an earlier driver has already trained the run further.
+    A worker stops at a later step if an earlier driver has already trained the run beyond this step.
     """
     stopped = re.search(r"stopped at step (\d+) of", stderr)
     return bool(until and stopped and int(stopped[1]) >= until)

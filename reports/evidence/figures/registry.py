@@ -75,7 +75,10 @@ STUDY = {
 
 
 def draw_all(data: ReportData) -> dict[str, Figure]:
-    """Draw every figure for which the inputs have data. Call this function in the context `report_style`."""
+    """Draw every figure for which the inputs have data.
+
+    Call this function inside the context manager `report_style`.
+    """
     figures: dict[str, Figure | None] = {}
     for name, row in RUNS.items():
         figures[name] = row.draw(data)

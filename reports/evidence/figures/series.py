@@ -78,7 +78,7 @@ def thin(values: Sequence[Any]) -> list[Any]:
 
 
 def headline_pair(data: ReportData) -> list[Recipe]:
-    """Return those of the two main recipes (baseline and optimized) that have valid runs."""
+    """Return the baseline and the optimized recipe, except a recipe without valid runs."""
     return [recipe for recipe in (data.baseline, data.optimised) if recipe is not None and recipe.valid_runs]
 
 
