@@ -18,10 +18,10 @@ WARM = 3
 class CudaGraph:
     """A function on tensors that is recorded as a CUDA graph and then replayed.
 
-    The first `WARM` calls with a key run the function directly. The next call records the graph, and all later
-    calls replay the graph. Replaying a graph runs the same kernels, so the results are identical bit for bit.
-    The key must identify everything that the function depends on, except the values of tensors on the device.
-    If `on` is False, every call runs the function directly.
+    The first `WARM` calls with a key run the function directly. The next call records the graph, and all
+    later calls replay the graph. Replaying a graph runs the same kernels, so the results are identical bit
+    for bit. The key must identify everything that the function depends on, except the values of tensors on
+    the device. If `on` is False, every call runs the function directly.
     """
 
     def __init__(self, generators: list[torch.Generator], on: bool) -> None:
@@ -30,7 +30,7 @@ class CudaGraph:
         self.forget()
 
     def forget(self) -> None:
-        """Discard the recorded graph. Call this method when a tensor that the graph uses has a new address."""
+        """Discard the recorded graph. Call this method when a tensor of the graph has a new address."""
         self.key: Hashable = None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None

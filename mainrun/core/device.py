@@ -43,8 +43,8 @@ class Device(ProcessGroup):
         self.join()
         self.allocator = tune_allocator()
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
-        # The number of steps after which the losses are read from a GPU. Reading a loss after every step would
-        # make the step wait until the GPU has finished.
+        # The number of steps after which the losses are read from a GPU. Reading a loss after every step
+        # would make the step wait until the GPU has finished.
         self.read_every = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
         self.generators: list[torch.Generator] = []  # one per micro-batch on a GPU, none on a CPU
@@ -135,7 +135,8 @@ class Device(ProcessGroup):
         if self.compile:
             # make_deterministic does not affect compiled code, so this call makes it deterministic.
             torch.use_deterministic_algorithms(True)
-            # Compile for one fixed shape, even if this process has already compiled the model for another shape.
+            # Compile for one fixed shape, even if this process has already compiled the model for another
+            # shape.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return nn.parallel.DistributedDataParallel(runner) if self.world > 1 else runner
 
@@ -173,8 +174,8 @@ class Device(ProcessGroup):
         torch.manual_seed(seeds[0])  # fused attention uses torch's global generator for its dropout
         missing = len(seeds) - len(self.generators)
         self.generators += [torch.Generator(self.torch_device) for _ in range(missing)]
-        # There may be more generators than seeds, because an earlier step may have had more micro-batches than
-        # this step.
+        # There may be more generators than seeds, because an earlier step may have had more micro-batches
+        # than this step.
         for generator, seed in zip(self.generators, seeds, strict=False):
             generator.manual_seed(seed)
 
@@ -214,7 +215,8 @@ def make_deterministic(threads: int) -> None:
     # In eager mode, this call has the same effect as use_deterministic_algorithms. Calling
     # use_deterministic_algorithms would also import torch's compiler, and the import takes 0.9 s.
     torch.set_deterministic_debug_mode("error")
-    # Filling new memory would cost one pass over every buffer. mainrun's kernels read no uninitialized memory.
+    # Filling new memory would cost one pass over every buffer. mainrun's kernels read no uninitialized
+    # memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False

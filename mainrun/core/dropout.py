@@ -20,7 +20,7 @@ Site = tuple[int, float]  # the number of elements and the dropout rate
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
     """Return the number of elements and the dropout rate of each dropout in a forward pass, in order."""
     branch = rows * cfg.block_size * cfg.d_model
-    # Fused attention creates its own mask.
+    # Fused attention creates the dropout mask itself.
     weights = rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0
     block = [(weights, inputs.attn_dropout), (branch, inputs.resid_dropout), (branch, inputs.resid_dropout)]
     sites = [(branch, inputs.dropout), *block * cfg.n_layer]

@@ -133,7 +133,7 @@ def cache_dir() -> Path:
 
 
 def tune_allocator() -> str:
-    """Configure glibc to keep freed memory, so that each training step reuses the memory of the previous step.
+    """Configure glibc to keep freed memory, so that a training step reuses the previous step's memory.
 
     Return a description of the memory allocator. If MAINRUN_ALLOCATOR=default is set, the allocator is not
     changed. The allocator does not affect the results of a run.
@@ -144,8 +144,8 @@ def tune_allocator() -> str:
     if library != "glibc":
         return f"default ({library or 'this C library'} cannot be tuned)"
     mallopt = ctypes.CDLL(None).mallopt
-    # mmap_max=0 and trim_threshold=-1 keep all freed memory in the process. top_pad makes the heap grow by
-    # 64 MiB at a time. The number of heaps is not limited, because tokenizer threads that shared a single heap
+    # mmap_max=0 and trim_threshold=-1 keep all freed memory in the process. top_pad makes the heap grow by 64
+    # MiB at a time. The number of heaps is not limited, because tokenizer threads that shared a single heap
     # would wait for each other.
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]

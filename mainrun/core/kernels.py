@@ -1,9 +1,9 @@
 """Kernels for the parts of a training step where torch's own operations are slow, mainly on a CPU.
 
-In eager mode, these kernels make fewer passes over memory than torch's own operations. torch.compile also saves
-most of these passes, but the exp and erf that it generates for a CPU are slow. The compiler therefore calls the
-functions wrapped by `opaque_op` without tracing into them. In bfloat16, some of the wrapped functions run the
-C++ code in native/kernels.cpp.
+In eager mode, these kernels make fewer passes over memory than torch's own operations. torch.compile also
+saves most of these passes, but the exp and erf that it generates for a CPU are slow. The compiler therefore
+calls the functions wrapped by `opaque_op` without tracing into them. In bfloat16, some of the wrapped
+functions run the C++ code in native/kernels.cpp.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None 
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """RMSNorm, computed in the dtype of the gain. On a CPU, this class is three times as fast as F.rms_norm."""
+    """RMSNorm in the dtype of the gain. On a CPU, this class is three times as fast as F.rms_norm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ class AmxLinear(torch.autograd.Function):
 def transposed(x: Tensor) -> Tensor:
     """Return x.t() as a contiguous tensor.
 
-    The transpose is computed as a product with the identity matrix. This product is exact, and it is four times
-    as fast as copying x.t() with torch.
+    The transpose is computed as a product with the identity matrix. This product is exact, and it is four
+    times as fast as copying x.t() with torch.
     """
     rows, columns = x.shape
     identity = torch.eye(min(rows, columns), dtype=x.dtype)
@@ -265,8 +265,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p
 # -- loss
 
 
-# The number of logits that are processed at once. The number is small enough for the cache of a CPU, and large
-# enough to keep all cores of a GPU busy.
+# The number of logits that are processed at once. The number is small enough for the cache of a CPU, and
+# large enough to keep all cores of a GPU busy.
 CHUNK = {"cpu": 1_000_000, "cuda": 50_000_000}
 TRITON_MAX_VOCAB = 2**16  # the limit of the Triton kernel, which keeps a row of logits in registers
 
@@ -274,8 +274,8 @@ TRITON_MAX_VOCAB = 2**16  # the limit of the Triton kernel, which keeps a row of
 class CrossEntropy(torch.autograd.Function):
     """Mean cross entropy over the rows of the logits, computed in chunks.
 
-    A chunk of logits fits in the cache, and only one chunk at a time is converted to float32. The forward pass
-    also computes the gradient.
+    A chunk of logits fits in the cache, and only one chunk at a time is converted to float32. The forward
+    pass also computes the gradient.
     """
 
     @staticmethod
@@ -316,8 +316,8 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = ctx.grad
         ctx.grad = None  # lets the memory be freed as soon as the gradient has been used
-        # On a CPU, a multiplication by 1 is skipped. On a GPU, the code does not check whether the factor is 1,
-        # because reading the factor would wait until all running kernels have finished.
+        # On a CPU, a multiplication by 1 is skipped. On a GPU, the code does not check whether the factor is
+        # 1, because reading the factor would wait until all running kernels have finished.
         if grad.is_cuda or grads[0] != 1:
             grad.mul_(grads[0])
         return grad, None, None, None

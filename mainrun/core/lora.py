@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA): layers whose effective weight is W + (alpha / rank) B A.
 
-A is initialized with random numbers and B with zeros, so a new layer gives the same output as a layer with the
-weight W. The matrices W, A and B are all trained.
+A is initialized with random numbers and B with zeros, so a new layer gives the same output as a layer with
+the weight W. The matrices W, A and B are all trained.
 """
 
 from __future__ import annotations

@@ -86,10 +86,11 @@ def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> 
 def _cpu_rates(half: bool, rms: bool) -> tuple[float, float]:
     """Return the FLOP/s of one thread, and the fraction of a training step's time that compiling saves."""
     if not half:
-        # In float32, most of a step's time goes into matrix products, so fusing other operations saves nothing.
+        # In float32, most of a step's time goes into matrix products, so fusing other operations saves
+        # nothing.
         return 6e10, 0.0
-    # Compiling speeds up RMSNorm most. With AMX, matrix products are faster, so RMSNorm takes a larger share of
-    # a step's time.
+    # Compiling speeds up RMSNorm most. With AMX, matrix products are faster, so RMSNorm takes a larger share
+    # of a step's time.
     if HAS_AMX:
         return 4.7e11, 0.3 if rms else 0.06
     return 1.5e11, 0.1 if rms else 0.0

@@ -1,8 +1,8 @@
 """Mixture of experts: a layer with several MLPs, where a router sends each token to k of the MLPs.
 
 Each expert is an MLP with separate weight matrices, for example `mlp.experts.3.up.weight`. An optimizer
-therefore treats an expert's weights like the weights of any other layer. The router is trained at the learning
-rate `lr_aux`, like the embeddings and the head.
+therefore treats an expert's weights like the weights of any other layer. The router is trained at the
+learning rate `lr_aux`, like the embeddings and the head.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class MoE(nn.Module):
     def shares(self, chosen: Tensor) -> list[int]:
         """Return the number of rows that each expert receives."""
         experts = len(self.experts)
-        # A fake tensor has no values. The memory estimate therefore assumes that each expert receives the same
-        # number of rows.
+        # A fake tensor has no values. The memory estimate therefore assumes that each expert receives the
+        # same number of rows.
         if isinstance(chosen, FakeTensor):
             n = chosen.numel()
             return [n * (i + 1) // experts - n * i // experts for i in range(experts)]
@@ -75,7 +75,8 @@ def _disable_compilation() -> None:
     """Exclude MoE.forward from torch.compile.
 
     The number of rows per expert changes in each step, so torch.compile would compile the layer again in each
-    step. `torch.compiler.disable` imports torch._dynamo, and this import takes 0.8 s. `torch.compiler.disable`
-    is therefore called when the first MoE is created, and not when this module is imported.
+    step. `torch.compiler.disable` imports torch._dynamo, and this import takes 0.8 s.
+    `torch.compiler.disable` is therefore called when the first MoE is created, and not when this module is
+    imported.
     """
     MoE.forward = torch.compiler.disable(MoE.forward)  # type: ignore[method-assign]
