@@ -169,10 +169,10 @@ def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
 
 
 def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
-    """Return the number of titles that each source contributes to `wanted` titles, in proportion to the
-    ratios.
+    """Divide `wanted` titles among the sources in proportion to the ratios.
 
-    The numbers of titles with the largest fractional parts are rounded up, and the others are rounded down.
+    The numbers of titles with the largest fractional parts are rounded up, and all other numbers are rounded
+    down.
     """
     total = sum(ratios)
     exact = [ratio * wanted / total for ratio in ratios]

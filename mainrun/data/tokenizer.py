@@ -121,7 +121,7 @@ class Tokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        """The library's tokenizer object. The object is loaded on first use, because many runs never need it."""
+        """The library's tokenizer object, which is loaded on first use."""
         return _load_bpe(self.model) if self.kind == "bpe" else _load_unigram(self.model)
 
     @cached_property
