@@ -1,4 +1,4 @@
-"""The errors that mainrun raises for users, and the exit codes of its commands.
+"""The errors that mainrun raises for users, and the exit codes of mainrun's commands.
 
     MainrunError            1   the command failed
     ├── UsageError          2   the request is invalid; the message says what is allowed and how to fix it
@@ -7,7 +7,7 @@
     │   ├── HubError            a download failed, or the downloaded file is damaged
     │   └── RunError            the run directory belongs to another run, or is locked, damaged or read-only
     ├── Diverged            3   the loss is NaN or infinite
-    └── Interrupted        75   the run stopped between two steps; the same command resumes it
+    └── Interrupted        75   the run stopped between two steps; the same command resumes the run
         └── DiskFull            the disk is full, but no file is damaged; the same command resumes the run
 
 `mainrun.files.inputs.refusal` converts an OSError about a path to a MainrunError. An exception of any other
@@ -27,7 +27,7 @@ LONGEST_GUESS = 100  # the maximum number of characters of a name that gets a su
 def nearest(got: str, allowed: Iterable[str]) -> str:
     """Return a suggestion for a misspelled name, such as " (did you mean 'lr'?)", or an empty text.
 
-    Upper case, lower case and leading dashes make no difference to the suggestion.
+    The comparison with the valid names ignores case and leading dashes.
     """
     if len(got) > LONGEST_GUESS:  # comparing long names would be slow
         return ""

@@ -62,7 +62,7 @@ class Evidence:
     # ensemble_members.
     ledger: dict[str, Any]
     summary: dict[str, Any]  # the run's summary, with at least the keys last, best and scores
-    initial_weights: str  # where the initial weights come from; "random" if they are random
+    initial_weights: str  # the source of the initial weights, or "random" for random weights
     evaluate_hash: str  # the value of scoring.evaluate_source_hash() at the start of the run
 
 
@@ -75,7 +75,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """The name of a guard and the verdict that it returned."""
+    """The name of a guard and the verdict that the guard returned."""
 
     name: str
     status: Status
@@ -270,7 +270,7 @@ def _replaced_function() -> str:
 
 
 def _known_answer() -> tuple[float, float]:
-    """Score a small model with `evaluate` and with the formula, and return both sums of full and official."""
+    """Score a small model with `evaluate` and with the formula. Return full + official for both scores."""
     table = torch.linspace(-1, 1, 64).reshape(8, 8).sin()
     model = nn.Embedding.from_pretrained(table)
     tokens = np.array([3, 1, 4, 1, 5, 7, 2, 6, 5, 3, 5, 1, 7, 7, 3, 2, 3, 1], dtype=np.uint16)
@@ -533,7 +533,7 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
         wrong.append(f"corpus={cfg.corpus} is not the task's data ({', '.join(HUB_REVISIONS)})")
     if wrong:
         # A study may use other seeds and corpus sizes than the task. A submission that uses the task's data
-        # must not.
+        # must use the task's seed and corpus size.
         verdict = fail if all and is_task_data else flag
         return verdict("; ".join(wrong))
     return passed(
@@ -543,7 +543,7 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
 
 
 def presentations(e: Evidence, all: bool) -> Verdict:
-    """Detect hidden training: count again how many times each token was presented to the model."""
+    """Detect hidden training, by counting how many times each token was presented to the model."""
     plan = _plan(e)
     passes = e.cfg.passes
     members = e.ledger["ensemble_members"]

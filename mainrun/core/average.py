@@ -34,7 +34,7 @@ class Average:
             torch._foreach_lerp_(list(self.shadow.values()), weights, inputs.average)
 
     def separate(self, averages: dict[str, torch.Tensor]) -> None:
-        """Replace the stored averages with averages that differ from the weights."""
+        """Replace the running averages with the given averages, which may differ from the weights."""
         self.differs = True
         self.shadow = {name: average.detach() for name, average in averages.items()}
 

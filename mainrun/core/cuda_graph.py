@@ -1,7 +1,7 @@
 """Launch all kernels of a training step at once, as a CUDA graph.
 
 A training step launches about a thousand kernels. Launching a thousand kernels one by one takes several times
-as long as running them.
+as long as running these kernels.
 """
 
 from __future__ import annotations

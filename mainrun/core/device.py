@@ -26,7 +26,7 @@ class Device(ProcessGroup):
     """The CPU or GPU that one process of a run uses, with the settings of this device.
 
     `machine_class` contains the facts about the machine that affect the results. Two machines with the same
-    machine class compute the same bits for the same config.
+    `machine_class` compute the same bits for the same config.
     """
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -47,7 +47,7 @@ class Device(ProcessGroup):
         # would make the step wait until the GPU has finished.
         self.read_every = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
-        self.generators: list[torch.Generator] = []  # one per micro-batch on a GPU, none on a CPU
+        self.generators: list[torch.Generator] = []  # one generator per micro-batch on a GPU, none on a CPU
         self.compile = cfg.compile == "on"
         self.half = cfg.dtype == "bfloat16"
         self.triton = ""  # Triton's version if a Triton kernel computes the loss, else ""
@@ -98,8 +98,8 @@ class Device(ProcessGroup):
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """Decide whether to compile the model if the config says compile=auto.
 
-        The decision depends on the length of the run. It does not depend on measured times, because measured
-        times differ from day to day.
+        The decision depends on the length of the run. The decision does not use measured times, because
+        measured times differ from day to day.
         """
         if cfg.compile != "auto":
             return
@@ -133,7 +133,8 @@ class Device(ProcessGroup):
         """Return the model that training steps call: the plain, the compiled or the distributed model."""
         runner: nn.Module = model
         if self.compile:
-            # make_deterministic does not affect compiled code, so this call makes it deterministic.
+            # make_deterministic affects only eager code. use_deterministic_algorithms also affects compiled
+            # code.
             torch.use_deterministic_algorithms(True)
             # Compile for one fixed shape, even if this process has already compiled the model for another
             # shape.
@@ -212,8 +213,8 @@ def make_deterministic(threads: int) -> None:
     torch.set_num_threads(threads)
     # cuBLAS may choose other kernels if its workspace has another size.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    # In eager mode, this call has the same effect as use_deterministic_algorithms. Calling
-    # use_deterministic_algorithms would also import torch's compiler, and the import takes 0.9 s.
+    # In eager mode, set_deterministic_debug_mode has the same effect as use_deterministic_algorithms. Calling
+    # use_deterministic_algorithms would also import torch's compiler, and this import takes 0.9 s.
     torch.set_deterministic_debug_mode("error")
     # Filling new memory would cost one pass over every buffer. mainrun's kernels read no uninitialized
     # memory.

@@ -111,7 +111,7 @@ def cores() -> int:
 def cpp_compiler() -> tuple[str, str]:
     """Return the path of the C++ compiler that torch.compile uses on a CPU.
 
-    The second return value says why the compiler cannot be used. It is an empty text if the compiler works.
+    The second return value says why the compiler cannot be used, or is an empty text if the compiler works.
     """
     requested = os.environ.get("CXX")
     path = shutil.which(requested or "g++")

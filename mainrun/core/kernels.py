@@ -1,9 +1,9 @@
 """Kernels for the parts of a training step where torch's own operations are slow, mainly on a CPU.
 
 In eager mode, these kernels make fewer passes over memory than torch's own operations. torch.compile also
-saves most of these passes, but the exp and erf that it generates for a CPU are slow. The compiler therefore
-calls the functions wrapped by `opaque_op` without tracing into them. In bfloat16, some of the wrapped
-functions run the C++ code in native/kernels.cpp.
+saves most of these passes, but torch.compile generates slow code for exp and erf on a CPU. The compiler
+therefore calls the functions wrapped by `opaque_op` without tracing into these functions. In bfloat16, some
+of the wrapped functions run the C++ code in native/kernels.cpp.
 """
 
 from __future__ import annotations

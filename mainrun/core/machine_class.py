@@ -68,7 +68,7 @@ def _try_triton(device: torch.device) -> None:
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> tuple[float, float]:
-    """Estimate how many seconds compiling the model takes, and how many seconds it saves during the run.
+    """Estimate how many seconds compiling the model takes, and how many seconds the run saves by compiling.
 
     The estimate is based on the measurements in docs/log/speed.md.
     """

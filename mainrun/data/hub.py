@@ -56,7 +56,7 @@ class HubFile:
     sha256: str
 
     def damage(self, path: Path) -> str:
-        """Return how a local file differs from the file on the hub, or an empty text if it does not."""
+        """Return how a local file differs from the hub's file, or an empty text if the files are equal."""
         if not path.is_file():
             return "is missing"
         size = path.stat().st_size

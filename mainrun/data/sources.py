@@ -37,7 +37,8 @@ class Source:
 def _synthetic(name: str, argument: str, wanted: int) -> Titles:
     from mainrun.data import synthetic
 
-    # The grammar can generate any number of titles, so it generates exactly as many titles as the run uses.
+    # The grammar can generate any number of titles, so this source has exactly as many titles as the run
+    # uses.
     return from_list(synthetic.titles(wanted), {"kind": "synthetic", "seed": synthetic.SEED})
 
 

@@ -40,9 +40,9 @@ class TokenData:
     """The tokenizer of a run and the token stream of each split."""
 
     tokenizer: Tokenizer
-    splits: dict[str, np.ndarray]  # the streams of train and val, and of dev if it is not empty
-    chars: dict[str, int]  # the characters of each split, with "<eos>" after each title
-    bytes: dict[str, int]  # the UTF-8 bytes of each split, with a newline after each title
+    splits: dict[str, np.ndarray]  # the token streams of train, val and, unless empty, dev
+    chars: dict[str, int]  # the number of characters in each split, with "<eos>" after each title
+    bytes: dict[str, int]  # the number of UTF-8 bytes in each split, with a newline after each title
     digest: str  # a hash of the tokenizer and all token streams
 
 

@@ -202,8 +202,8 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             input_sentence_size=0,  # fit on all titles
             shuffle_input_sentence=False,
             max_sentence_length=2**30,  # sentencepiece silently skips titles that are longer
-            # The number of threads must be the same on every machine, because it affects how sums are rounded
-            # and therefore which tokens are chosen.
+            # The number of threads must be the same on every machine. Another number of threads would round
+            # sums differently and could choose other tokens.
             num_threads=16,
             # With more than ten seed candidates per token, titles would need more tokens, and fitting would
             # be slower.

@@ -23,13 +23,13 @@ from typing import Any
 from mainrun.errors import DiskFull, MainrunError, UsageError
 
 LARGEST = 16_000_000  # the maximum size of a document in bytes
-LARGEST_YAML = 300_000  # the maximum number of characters of a YAML document; parsing takes 2 s
+LARGEST_YAML = 300_000  # the maximum number of characters in a YAML document, which take 2 s to parse
 DEEPEST = 100  # the maximum depth of nested lists and tables
-MOST_VALUES = 1_000_000  # the maximum number of values; YAML aliases can repeat a list many times
-MOST_DIGITS = 300  # the maximum number of digits of an integer; Python prints at most 4,300 digits
+MOST_VALUES = 1_000_000  # the maximum number of values, because YAML aliases can repeat a list many times
+MOST_DIGITS = 300  # the maximum number of digits of an integer, because Python prints at most 4,300
 LONGEST_NAME = 255  # the maximum length of a file name in bytes, on Linux and macOS
 LONGEST_PATH = 4095  # the maximum length of a path in bytes, on Linux
-MOST_FOLDERS = 200  # the maximum depth of a path; `Path.mkdir(parents=True)` is recursive
+MOST_FOLDERS = 200  # the maximum depth of a path, because `Path.mkdir(parents=True)` is recursive
 
 
 class BadInput(ValueError):

@@ -42,7 +42,7 @@ class FileLock:
         self._file.write(self.holder.encode())
 
     def current_holder(self) -> str:
-        """Return the holder that the lock file names. If this process has lost the lock, the name differs."""
+        """Return the text of the lock file, which names another holder if this process has lost the lock."""
         return self.path.read_text(encoding="utf-8", errors="replace")
 
     def release(self) -> None:
