@@ -1,17 +1,17 @@
-"""The errors that mainrun raises for users, and the exit codes of its commands.
+"""The errors that mainrun raises for users, and the exit codes of mainrun's commands.
 
     MainrunError            1   the command failed
     ├── UsageError          2   the request is invalid; the message says what is allowed and how to fix it
-    │   ├── ConfigError         a field or a preset is invalid, or sizes do not fit together
+    │   ├── ConfigError         a field or a preset is invalid, or several fields do not fit together
     │   ├── CorpusError         the corpus is missing, empty, binary or too small
-    │   ├── HubError            a download failed or is damaged
+    │   ├── HubError            a download failed, or the downloaded file is damaged
     │   └── RunError            the run directory belongs to another run, or is locked, damaged or read-only
     ├── Diverged            3   the loss is NaN or infinite
-    └── Interrupted        75   the run stopped between two steps; the same command resumes it
+    └── Interrupted        75   the run stopped between two steps; the same command resumes the run
         └── DiskFull            the disk is full, but no file is damaged; the same command resumes the run
 
-`mainrun.files.inputs.refusal` turns an OSError about a path into one of these errors. Any other exception is
-a bug in mainrun, and the command exits with code 1.
+`mainrun.files.inputs.refusal` converts an OSError about a path to a MainrunError. An exception of any other
+class is a bug in mainrun, and the command exits with code 1.
 """
 
 import difflib
@@ -21,13 +21,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST_GUESS = 100  # a name with more characters than this gets no suggestion
+LONGEST_GUESS = 100  # the maximum number of characters of a name that gets a suggestion
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """Return a suggestion such as " (did you mean 'lr'?)", or an empty text.
+    """Return a suggestion for a misspelled name, such as " (did you mean 'lr'?)", or an empty text.
 
-    The comparison ignores case and leading dashes.
+    The comparison with the valid names ignores case and leading dashes.
     """
     if len(got) > LONGEST_GUESS:  # comparing long names would be slow
         return ""
@@ -39,7 +39,7 @@ def nearest(got: str, allowed: Iterable[str]) -> str:
 
 
 def plain_warnings() -> None:
-    """Print every warning of mainrun and its libraries as one line on stderr."""
+    """Print every warning from mainrun and its libraries as one line on stderr."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message))

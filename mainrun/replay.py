@@ -1,10 +1,10 @@
-"""Check a finished run with the code that this file is part of.
+"""Check a finished run with the version of mainrun that this file belongs to.
 
     python -m mainrun.replay guards RUN RESULT.json   # run all guards
     python -m mainrun.replay steps RUN RESULT.json N  # train the first N steps again, score the last weights
 
-`mainrun submit` and `mainrun verify` run it from a commit or a bundle, whose code may differ from the
-installed code.
+`mainrun submit` and `mainrun verify` run this module from a commit or a bundle. The code in the commit or the
+bundle may differ from the installed code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mainrun.train import State, score, set_up
 
 
 class Replay:
-    """A finished run with its data, plan and machine, ready to be trained or scored again."""
+    """A finished run that can be trained again or scored again on this machine."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -41,7 +41,7 @@ class Replay:
         self.plan = self.setup.plan
 
     def facts(self) -> dict[str, Any]:
-        """What `verify` compares with the run, apart from its rows."""
+        """Return everything that `mainrun verify` compares with the run, except the rows."""
         return {
             "versions": versions(),
             "machine_class": self.setup.device.machine_class,
@@ -50,11 +50,11 @@ class Replay:
         }
 
     def start(self) -> Controller:
-        """Return the run at step 0."""
+        """Return the state of the run at step 0, with the run's growth controller."""
         return make_controller(self.cfg, self.plan, self.setup.device, self.setup.start())
 
     def end(self, note: Callable[[str], None] = lambda _: None) -> Controller | None:
-        """Return the run at its last step, or None if it has no usable checkpoint of that step."""
+        """Return the state of the run at the last step, or None without a usable checkpoint of that step."""
         newest = checkpoint.load_newest(self.run.checkpoints, self._checkpoint_problem, note)
         if newest is None:
             return None
@@ -66,7 +66,7 @@ class Replay:
         return growth
 
     def totals(self, growth: Controller) -> dict[str, Any]:
-        """The figures of the whole run, by its plan."""
+        """Return the steps, parameters, tokens and FLOPs of the whole run, computed from the run's plan."""
         plan = growth.plan
         segments = segment_costs(plan, self.data.tokenizer.vocab_size)
         return {
@@ -77,7 +77,7 @@ class Replay:
         }
 
     def _checkpoint_problem(self, meta: dict[str, Any]) -> str | None:
-        """Return why a checkpoint is not one of this run's last step, or None."""
+        """Return why a checkpoint does not belong to the run's last step, or None if the checkpoint does."""
         problem = checkpoint.fault(meta)
         if problem:
             return problem
@@ -92,7 +92,7 @@ class Replay:
 
 
 def run_guards(run: RunDir) -> dict[str, Any]:
-    """Run all guards on the last weights of a run."""
+    """Run all guards on the weights that a run had at its last step."""
     replay = Replay(run)
     summary = run.summary() or {}
     end = replay.end()
@@ -119,7 +119,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
 
 
 def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
-    """Train the first `n` steps again. Score the last weights again, if the run has a checkpoint of them."""
+    """Train the first `n` steps of a run again. Score the run's last checkpoint again if there is one."""
     replay = Replay(run)
     notes: list[str] = []
     growth = replay.start()
@@ -137,19 +137,19 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
         result["trained_weights"] = hash_scored_weights(growth.state)
     if end is not None:
         result |= replay.totals(end)
-    elif finished or not replay.cfg.growth.ops:  # the plan of a growing run is only known at its end
+    elif finished or not replay.cfg.growth.ops:  # a growing run's plan is known only at the end
         result |= replay.totals(growth)
     return result
 
 
 def hash_scored_weights(state: State) -> str:
-    """Hash the weights that are scored: the average, if the run has one."""
+    """Hash the weights that are scored, which are the averaged weights in a run with EMA or SWA."""
     with state.average.applied():
         return sha256_tensors(iter(state.model.named_parameters()))
 
 
 def main(command: str, run: str, output: str, n: str = "1") -> int:
-    """Write the result, or the error, as JSON. The exit code is 0 in both cases."""
+    """Write the result or the error to a JSON file. The exit code is 0 in both cases."""
     run_dir = RunDir(Path(run))
     try:
         if command == "guards":

@@ -1,4 +1,4 @@
-"""Statistics for recipes that are trained with a few seeds each.
+"""Statistics for comparing recipes that are each trained with a few seeds.
 
 scipy is imported inside the functions that need it, so that `import mainrun.stats` is fast.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
-LEVEL = 0.95  # the confidence level of all intervals
+LEVEL = 0.95  # the confidence level of all confidence intervals
 
 
 def t_cdf(t: float, df: float) -> float:
@@ -28,7 +28,7 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def _half_width(error: float, df: float) -> float:
-    """Return half the width of the confidence interval of an estimate, given its standard error."""
+    """Return half the width of an estimate's confidence interval, given the estimate's standard error."""
     return t_quantile((1 + LEVEL) / 2, df) * error
 
 
@@ -36,7 +36,7 @@ def _half_width(error: float, df: float) -> float:
 class Mean:
     """The mean score of a recipe over its seeds.
 
-    With a single score, the standard deviation and the interval are None.
+    If there is only one score, the standard deviation and the confidence interval are None.
     """
 
     values: tuple[float, ...]
@@ -47,14 +47,14 @@ class Mean:
 
     @property
     def sd(self) -> float | None:
-        """The standard deviation of the scores over the seeds."""
+        """The standard deviation of the recipe's scores over the seeds."""
         if len(self.values) < 2:
             return None
         return stdev(self.values)
 
     @property
     def half_width(self) -> float | None:
-        """Half the width of the confidence interval of the mean."""
+        """Half the width of the mean's confidence interval."""
         n = len(self.values)
         if n < 2:
             return None
@@ -63,18 +63,18 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference b - a of the mean scores of two recipes.
+    """The difference b - a between the mean scores of two recipes.
 
-    If the recipes have at least two seeds in common, the difference is paired over these seeds. Otherwise it
-    is unpaired over all seeds, with Welch's method.
+    If the recipes have at least two seeds in common, the scores are compared in pairs with the same seed.
+    Otherwise, the scores of all seeds are compared with Welch's method.
     """
 
     a: float
     b: float
     n_a: int
     n_b: int
-    seeds: tuple[int, ...]  # the common seeds of a paired difference, or () if it is unpaired
-    error: float | None  # the standard error, or None if a recipe in an unpaired difference has a single run
+    seeds: tuple[int, ...]  # the common seeds of a paired difference; empty if unpaired
+    error: float | None  # the standard error of the difference, or None if unknown
     df: float
 
     @property
@@ -94,7 +94,7 @@ class Difference:
 
     @property
     def p(self) -> float | None:
-        """The two-sided p-value of the hypothesis that the recipes do not differ."""
+        """The two-sided p-value for the hypothesis that the two recipes have the same mean score."""
         if self.error is None:
             return None
         if self.error == 0:
@@ -102,9 +102,9 @@ class Difference:
         return 2 * t_cdf(-abs(self.mean) / self.error, self.df)
 
 
-# scipy's t-tests are not used here, because they do not return the standard error that Difference needs.
+# The code does not use scipy's t-tests, because scipy's t-tests do not return the standard error.
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
-    """Compare two recipes. Each argument maps seeds to scores and must not be empty."""
+    """Compare two recipes. Each argument maps the seeds of a recipe to scores, and must not be empty."""
     common = tuple(sorted(a.keys() & b.keys()))
     if len(common) > 1:
         return _paired(a, b, common)
@@ -120,7 +120,7 @@ def _paired(a: Mapping[int, float], b: Mapping[int, float], seeds: tuple[int, ..
 
 
 def _unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Compare two recipes with Welch's method, which allows for different standard deviations."""
+    """Compare two recipes with Welch's method, which does not assume equal standard deviations."""
     n_a = len(a)
     n_b = len(b)
     if min(n_a, n_b) < 2:
@@ -129,25 +129,25 @@ def _unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
     v_b = variance(b) / n_b
     df = n_a + n_b - 2.0
     if v_a + v_b > 0:
-        df = (v_a + v_b) ** 2 / (v_a**2 / (n_a - 1) + v_b**2 / (n_b - 1))  # Welch-Satterthwaite
+        df = (v_a + v_b) ** 2 / (v_a**2 / (n_a - 1) + v_b**2 / (n_b - 1))  # the Welch-Satterthwaite equation
     return Difference(fmean(a), fmean(b), n_a, n_b, (), math.sqrt(v_a + v_b), df)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The pooled standard deviation of scores within recipes, which only the seeds cause."""
+    """The pooled standard deviation of scores that differ only in the seed."""
 
     sd: float
     df: int
 
     @property
     def floor(self) -> float:
-        """The difference that two single runs of one recipe stay below in 95% of cases."""
+        """The difference between two runs of the same recipe is smaller than this number in 95% of cases."""
         return _half_width(math.sqrt(2) * self.sd, self.df)
 
 
 def noise(groups: Iterable[Sequence[float]]) -> Noise | None:
-    """Pool the standard deviations of groups of scores. Each group has the scores of one recipe.
+    """Pool the standard deviations of several groups of scores. Each group has the scores of one recipe.
 
     Return None if no group has at least two scores.
     """
@@ -162,9 +162,10 @@ def noise(groups: Iterable[Sequence[float]]) -> Noise | None:
     return Noise(math.sqrt(squares / df), df)
 
 
-# scipy has no Holm correction. Its function false_discovery_control bounds a different error rate.
+# scipy has no Holm correction. scipy's function false_discovery_control controls another error rate than
+# Holm's method.
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted with Holm's method, in the order of the argument."""
+    """Adjust p-values with Holm's method. The order of the p-values does not change."""
     ascending = sorted(range(len(ps)), key=lambda i: ps[i])
     adjusted = [0.0] * len(ps)
     highest = 0.0
@@ -175,9 +176,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation of two samples. Tied values share their mean rank.
+    """Return Spearman's rank correlation of two samples. Equal values all get the mean of their ranks.
 
-    Return None if all values of a sample are equal, because the correlation is then undefined.
+    If all values of a sample are equal, the correlation is undefined and the function returns None.
     """
     from scipy.stats import spearmanr
 

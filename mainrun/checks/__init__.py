@@ -1,1 +1,1 @@
-"""Checks of finished work: the guards of a score, the audit of a store, and repeated growth operations."""
+"""Check finished runs: run the guards, audit the store, and repeat growth operations."""

@@ -1,4 +1,4 @@
-"""Train random segments of the store again, and compare every bit with the stored result."""
+"""Train random segments of stored runs again, and compare each result with the store bit by bit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mainrun.store.checkpoint import fit_errors, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, contradicts_parent
 from mainrun.train import Setup, State, TrainStep, score, set_up
 
-REACH = 10_000  # the maximum number of steps of a segment
+REACH = 10_000  # the maximum number of steps of a segment that is trained again
 Row = dict[str, Any]  # a row of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The result of the audit for one node."""
+    """The result of auditing one node of the store."""
 
     node: Node
     status: Literal["same", "differs", "skipped"]
@@ -33,9 +33,9 @@ class AuditResult:
 
 @dataclass(frozen=True)
 class _Target:
-    """A node to audit, and the nearest earlier node whose state exists.
+    """A node to audit, and the nearest earlier node whose state is in the store.
 
-    If there is no such node, `start` is None and the segment begins at step 0.
+    If the store has no state of an earlier node, `start` is None and the segment begins at step 0.
     """
 
     node: Node
@@ -47,9 +47,9 @@ class _Target:
 
 
 def audit(store: Store, segments: int, seed: int | None = None, reach: int = REACH) -> Iterator[AuditResult]:
-    """Audit a random sample of nodes, and yield a result for each node.
+    """Audit a random sample of the store's nodes, and yield a result for each node.
 
-    If fewer than `segments` nodes can be trained again, also yield nodes that are skipped, with the reason.
+    If fewer than `segments` nodes can be trained again, also yield results that say why nodes were skipped.
     """
     nodes, damaged = store.summary()
     for key, why in damaged:
@@ -79,7 +79,7 @@ def audit(store: Store, segments: int, seed: int | None = None, reach: int = REA
 
 
 def _nearest_with_state(node: Node, nodes: Mapping[str, Node], states: Container[str]) -> Node | None:
-    """Return the nearest earlier node whose state exists, or None."""
+    """Return the nearest earlier node whose state is in the store, or None."""
     while node.begins:
         parent = nodes.get(node.parent)
         if parent is None or contradicts_parent(node, parent):
@@ -91,7 +91,7 @@ def _nearest_with_state(node: Node, nodes: Mapping[str, Node], states: Container
 
 
 def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> AuditResult:
-    """Train a node again, and compare the result with the store."""
+    """Train the segment of a node again, and compare the result with the node."""
     node = target.node
     try:
         if contradicts_parent(node, nodes.get(node.parent)):
@@ -112,7 +112,7 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
         AttributeError,
         ArithmeticError,
         AssertionError,
-    ) as e:  # only a node that mainrun did not write raises these errors
+    ) as e:  # these errors show that mainrun did not write the node
         return AuditResult(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     try:
         rows = segment.train(node)
@@ -128,27 +128,28 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
 
 @dataclass(frozen=True)
 class _Segment:
-    """A run that is ready to train up to the step of a node."""
+    """A run that is ready to be trained up to the step of a node."""
 
     setup: Setup
     state: State
     controller: Controller
 
     def train(self, node: Node) -> list[Row]:
-        """Train up to the step of a node, and return the rows that the node should contain."""
+        """Train the run up to the step of a node, and return the rows that the node should contain."""
         scored_steps = set()
         for row in node.rows:
             if row["event"] == "eval" and row["step"] >= node.begins:
                 scored_steps.add(row["step"])
         rows = retrain(self.setup, self.controller, node.step, lambda step: step in scored_steps)
-        # The node contains the score at the step `begins` unless an earlier run has already stored it.
+        # The node contains the score at the step `begins`, unless an earlier run had already stored this
+        # score.
         return [row for row in rows if row["event"] == "eval" or row["step"] > node.begins]
 
 
 def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditResult:
-    """Set up the run of a node at the start of its segment.
+    """Set up a run at the start of a node's segment.
 
-    If the node cannot be compared, return a result with the reason instead.
+    If the node cannot be trained again, return a result that says why.
     """
     cfg = from_dict(node.config)
     setup = set_up(cfg, node.growth_state.get("fired", ()))
@@ -172,11 +173,11 @@ def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditRe
 def retrain(
     setup: Setup, growth: Controller, end: int, scored: Callable[[int], bool], decides: bool = False
 ) -> Iterator[Row]:
-    """Train up to step `end` or to the end of the run. Yield the rows of every step and of every score.
+    """Train a run up to step `end`, or to the end of the run. Yield a row for every step and every score.
 
-    `scored(step)` returns whether a step is scored. If `decides` is True, the scores trigger growth
-    operations as in a run, so all steps that the run scores must be scored. If it is False, the plan already
-    knows the steps of the operations.
+    `scored(step)` returns whether the model is scored at a step. If `decides` is True, the scores trigger
+    growth operations as in a run. In this case, `scored` must return True for every step at which the run
+    scores the model. If `decides` is False, the plan already contains the steps of the growth operations.
     """
     state = growth.state
     batches = Batches(setup.cfg, setup.data.splits["train"])
@@ -203,7 +204,7 @@ def retrain(
         yield row | {"loss": loss, "grad_norm": norm}
 
 
-# -- comparisons, each of which returns a difference or an empty text
+# -- comparisons: each function describes a difference, or returns an empty text if there is no difference
 
 
 def _header_difference(node: Node, segment: _Segment) -> str:
@@ -255,5 +256,5 @@ def _row_key(row: Row) -> tuple[str, int, str | None]:
 
 
 def _unreadable(key: str) -> Node:
-    """Return a placeholder for a node that cannot be read."""
+    """Return a placeholder for a node that mainrun cannot read."""
     return Node(key, "", "", 0, 0, 0, "", 0, [], 0.0, "", {}, 0.0, "")

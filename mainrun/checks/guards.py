@@ -1,16 +1,17 @@
 """The guards: checks that a run has computed its scores correctly and honestly.
 
-Each guard detects one trick. Its docstring describes the trick. A guard returns one of three verdicts:
+Each guard detects one trick, and the docstring of the guard describes this trick. A guard returns one of
+three verdicts:
 
     pass    the guard found no problem
     flag    the run is honest, but its score cannot be compared with the scores of the task
     fail    the score is wrong or was obtained by a trick
 
-Every run calls the guards at its end. `mainrun submit` calls them with all=True. They then check every title
-and more positions, and they load the corpus again.
+Every run calls all guards when training has finished. `mainrun submit` calls the guards with all=True. With
+all=True, the guards check every title and more positions, and load the corpus again.
 
 To add a guard, write a function whose docstring begins with "Detect", and add the function to GUARDS.
-reports/submission explains how to fix a failure of each guard.
+reports/submission explains how to fix the failure of each guard.
 """
 
 from __future__ import annotations
@@ -41,27 +42,28 @@ from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
-LONGEST_WORD = 20  # the maximum length of a word in characters
-TARGET_NAMES = ("target", "targets", "labels", "y")  # names of arguments of `forward` that take targets
+LONGEST_WORD = 20  # the maximum number of characters of a word
+TARGET_NAMES = ("target", "targets", "labels", "y")  # the names that a target argument of `forward` may have
 
 Status = Literal["pass", "flag", "fail"]
-EvalRow = dict[str, Any]  # an eval row of metrics.jsonl
+EvalRow = dict[str, Any]  # a row of metrics.jsonl that contains an evaluation
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The results of a run that the guards check. The guards recompute as much as possible."""
+    """The results of a run that the guards check. The guards recompute as many results as possible."""
 
     cfg: TrainConfig
     corpus: Corpus
     data: TokenData
-    model: nn.Module  # the model with the scored weights, which are the average in a run with EMA or SWA
-    evals: list[EvalRow]  # all evaluations in the order of the steps
-    # The keys are train_tokens_per_epoch, presentations_per_token, forward_passes and ensemble_members.
+    model: nn.Module  # the model with the weights that were scored, which EMA or SWA may have averaged
+    evals: list[EvalRow]  # the rows of all evaluations, in the order of the steps
+    # The keys of the ledger: train_tokens_per_epoch, presentations_per_token, forward_passes,
+    # ensemble_members.
     ledger: dict[str, Any]
-    summary: dict[str, Any]  # the summary contains at least the keys last, best and scores
-    initial_weights: str  # "random", or the origin of the initial weights
-    evaluate_hash: str  # the result of scoring.evaluate_source_hash() at the start of the run
+    summary: dict[str, Any]  # the run's summary, with at least the keys last, best and scores
+    initial_weights: str  # the source of the initial weights, or "random" for random weights
+    evaluate_hash: str  # the value of scoring.evaluate_source_hash() at the start of the run
 
 
 class Verdict(NamedTuple):
@@ -73,7 +75,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """The name of a guard and its verdict."""
+    """The name of a guard and the verdict that the guard returned."""
 
     name: str
     status: Status
@@ -87,7 +89,8 @@ def guards(e: Evidence, *, all: bool = False) -> list[Guard]:
         try:
             status, detail = check(e, all)
         except Exception as error:
-            # Evidence that cannot be read fails, so that a long run does not end with a traceback.
+            # If the evidence cannot be read, the guard fails, so that a long run does not end with a
+            # traceback.
             status = "fail"
             detail = f"the evidence cannot be read: {type(error).__name__}: {error}"
         results.append(Guard(name, status, detail))
@@ -110,7 +113,7 @@ def fail(detail: str) -> Verdict:
 
 
 def coverage(e: Evidence, all: bool) -> Verdict:
-    """Detect a score that leaves out the end of a split."""
+    """Detect a score that ignores the tokens at the end of a split."""
     for split in _scored_splits(e):
         last = _eval_rows(e, split)[-1]
         n = len(e.data.splits[split])
@@ -129,7 +132,7 @@ def coverage(e: Evidence, all: bool) -> Verdict:
 
 
 def geometry(e: Evidence, all: bool) -> Verdict:
-    """Detect official scores whose spans change during the run, so that other tokens are left out."""
+    """Detect official scores that are computed over different tokens at different steps of the run."""
     spans = "{}x{}".format(*e.cfg.geometry)
     for split in _scored_splits(e):
         rows = _eval_rows(e, split)
@@ -210,7 +213,7 @@ def last_and_best(e: Evidence, all: bool) -> Verdict:
 
 
 def same_evaluate(e: Evidence, all: bool) -> Verdict:
-    """Detect an `evaluate` function that was edited in its file or replaced in memory."""
+    """Detect an `evaluate` function that was edited in scoring.py or replaced in memory."""
     now = scoring.evaluate_source_hash()
     if e.evaluate_hash != now:
         return fail(
@@ -224,14 +227,14 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
         return fail(
             f"evaluate gives {result}, but the formula gives {formula}: a function that it calls was replaced"
         )
-    # The tolerance allows for the different rounding of another machine.
+    # The tolerance allows for different rounding on different machines.
     tolerance = 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4
     for split in _scored_splits(e):
         row = _eval_rows(e, split)[-1]
         with _restored(e.model):
             score = asdict(_evaluate(e, e.data.splits[split], e.cfg.geometry))
-        # The official score is compared relative to the full score, because the guard `denominator` checks
-        # the numbers by which both scores are divided.
+        # Only the ratio of the official score to the full score is compared. The guard `denominator` checks
+        # the numbers that both scores are divided by.
         ratio = score["official"] / score["full"]
         row_ratio = row["official"] / row["full"]
         for name, agrees in (
@@ -247,7 +250,7 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
 
 
 def _replaced_function() -> str:
-    """Return a message about a function in memory that differs from scoring.py, or an empty text."""
+    """Return a message if a function in memory differs from scoring.py. Otherwise, return an empty text."""
     path = Path(scoring.__file__)
     module_code = compile(path.read_text(encoding="utf-8"), path, "exec", dont_inherit=True)
     for code in module_code.co_consts:
@@ -255,7 +258,7 @@ def _replaced_function() -> str:
             continue
         live = vars(scoring).get(code.co_name)
         if isinstance(live, type):
-            continue  # a class in memory does not keep the code object of its body
+            continue  # a class does not keep the code object of the class body
         if getattr(live, "__code__", None) != code:
             return f"the function scoring.{code.co_name} in memory differs from the file scoring.py"
     for name, module in list(sys.modules.items()):
@@ -267,7 +270,7 @@ def _replaced_function() -> str:
 
 
 def _known_answer() -> tuple[float, float]:
-    """Return full + official for a small model with a known answer: from `evaluate` and from the formula."""
+    """Score a small model with `evaluate` and with the formula. Return full + official for both scores."""
     table = torch.linspace(-1, 1, 64).reshape(8, 8).sin()
     model = nn.Embedding.from_pretrained(table)
     tokens = np.array([3, 1, 4, 1, 5, 7, 2, 6, 5, 3, 5, 1, 7, 7, 3, 2, 3, 1], dtype=np.uint16)
@@ -300,7 +303,7 @@ def no_learning(e: Evidence, all: bool) -> Verdict:
             return fail(f"evaluate changed {len(changed)} parameters or buffers, such as {min(changed)}")
         if modes != [module.training for module in e.model.modules()]:
             return fail("evaluate changed a module from training to evaluation mode, or back")
-        _evaluate(e, tokens[::-1].copy())  # a model with a memory would now remember these tokens
+        _evaluate(e, tokens[::-1].copy())  # a model with a memory would remember these tokens
         second = _evaluate(e, tokens)
     if second != first:
         return fail(f"the same tokens had loss {first.loss} at first and loss {second.loss} later")
@@ -316,11 +319,11 @@ def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 
 def targets_unseen(e: Evidence, all: bool) -> Verdict:
-    """Detect a model whose logits depend on the targets that they are scored on."""
+    """Detect a model that uses the targets to compute its logits."""
     n = min(e.cfg.block_size, len(e.data.splits["val"]))
     stream = e.data.splits["val"][:n].copy()
     other = stream.copy()
-    # The last token of a block is only a target and never an input.
+    # The last token of a block is a target, but it is never an input.
     other[-1] = EOS if stream[-1] != EOS else UNK + 1
     outputs = _logits_during_evaluate(e, stream, n)
     outputs_with_other_target = _logits_during_evaluate(e, other, n)
@@ -339,7 +342,7 @@ def targets_unseen(e: Evidence, all: bool) -> Verdict:
 
 
 def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Tensor]:
-    """Score one block of n tokens, and return the logits of each forward pass."""
+    """Score one block of n tokens, and return the logits from each of the model's forward passes."""
     outputs: list[Tensor] = []
     hook = e.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
     try:
@@ -351,15 +354,16 @@ def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Ten
 
 
 def causality(e: Evidence, all: bool) -> Verdict:
-    """Detect a model that uses later tokens of a row, or other rows of the batch."""
+    """Detect a model whose predictions depend on later tokens in a row, or on other rows in the batch."""
     idx = _windows(e, 1, None if all else 512)  # (1, T)
     T = idx.shape[1]
     cuts = _cuts(T, all)
     shuffled = idx[:, torch.from_numpy(np.random.default_rng(0).permutation(T))]
-    # A model may derive its masks from <eos> and <pad>, so two of the futures consist only of these tokens.
+    # A model may derive attention masks from <eos> and <pad>. One changed row therefore continues with <eos>
+    # tokens only, and another changed row continues with <pad> tokens only.
     futures = [shuffled, idx.flip(1) // 2, torch.full_like(idx, EOS), torch.full_like(idx, PAD)]
     changed = []
-    kept = []  # the number of leading tokens that each changed row shares with the original row
+    kept = []  # for each changed row, the number of leading tokens that were not changed
     for cut in cuts:
         for future in futures:
             changed.append(torch.cat([idx[:, : cut + 1], future[:, cut + 1 :]], dim=1))
@@ -393,14 +397,14 @@ def causality(e: Evidence, all: bool) -> Verdict:
 
 
 def _cuts(T: int, all: bool) -> list[int]:
-    """Return the positions after which `causality` changes a row of T tokens."""
+    """Return the positions in a row of T tokens after which the guard `causality` changes all tokens."""
     if all:
         return sorted({p for p in (0, 1, T // 4, T // 2, 3 * T // 4, T - 2) if p < T - 1})
     return sorted({0, T // 2 if T > 3 else 0, T - 2})
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Detect a start from trained weights. After one step, a random model has learned only token counts."""
+    """Detect a run that starts from trained weights, by the loss after the first training step."""
     if e.initial_weights != "random":
         return fail(f"the weights came from {e.initial_weights}; the task starts from random weights")
     first = _eval_rows(e)[0]
@@ -412,7 +416,9 @@ def random_start(e: Evidence, all: bool) -> Verdict:
     vocab = e.data.tokenizer.vocab_size
     _, targets = Batches(e.cfg, e.data.splits["train"]).at(0)
     counts = np.bincount(targets.ravel(), minlength=vocab)[None]
-    # The floor uses the smoothing that fits val best, which a model with a random start cannot know.
+    # After one training step, a model that started from random weights has learned no more than token counts.
+    # The floor is the lowest val loss of a prediction from the token counts of the first batch, over several
+    # smoothing values.
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
@@ -428,7 +434,7 @@ def random_start(e: Evidence, all: bool) -> Verdict:
 
 
 def lossless_tokens(e: Evidence, all: bool) -> Verdict:
-    """Detect a tokenizer that changes or loses text, which would make the text easier to predict."""
+    """Detect a tokenizer that changes or drops text, which would make the text easier to predict."""
     tokenizer = e.data.tokenizer
     for split, stream in e.data.splits.items():
         titles: list[str] = getattr(e.corpus, split)
@@ -460,14 +466,15 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
         word = e.data.tokenizer.decode([int(token)]).strip()
         if len(word.split()) > 1 or len(word) > LONGEST_WORD:
             text = text or "\n".join(e.corpus.train)
-            # If the text also occurs in train, as other tokens, the token reveals nothing about val.
+            # If the token's text also occurs in train, split into other tokens, the token reveals nothing
+            # about val.
             if word not in text:
                 return fail(f"token {token} = {word!r} is longer than a word and occurs only in validation")
     return passed(f"no validation-only token is longer than a word (fitted on {e.cfg.tokenizer_fit})")
 
 
 def data_known(e: Evidence, all: bool) -> Verdict:
-    """Detect titles that differ from the corpus that the config names."""
+    """Detect a run whose titles differ from the corpus that the config names."""
     fingerprints = corpora.fingerprints(e.corpus.train, e.corpus.dev, e.corpus.val)
     for where, claimed in (
         ("the corpus", e.corpus.fingerprints),
@@ -507,7 +514,7 @@ def data_known(e: Evidence, all: bool) -> Verdict:
 
 
 def task_rules(e: Evidence, all: bool) -> Verdict:
-    """Detect a score with other epochs, data, titles, split or seed than those of the task."""
+    """Detect a run whose epochs, corpus, number of titles, split or seed differ from the task's values."""
     cfg = e.cfg
     is_task_data = cfg.corpus in HUB_REVISIONS
     wrong = []
@@ -525,7 +532,8 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
     if not is_task_data:
         wrong.append(f"corpus={cfg.corpus} is not the task's data ({', '.join(HUB_REVISIONS)})")
     if wrong:
-        # A study may train with other seeds and sizes. A submission with the task's data must not.
+        # A study may use other seeds and corpus sizes than the task. A submission that uses the task's data
+        # must use the task's seed and corpus size.
         verdict = fail if all and is_task_data else flag
         return verdict("; ".join(wrong))
     return passed(
@@ -535,7 +543,7 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
 
 
 def presentations(e: Evidence, all: bool) -> Verdict:
-    """Detect hidden training, by counting again how often each token was presented to the model."""
+    """Detect hidden training, by counting how many times each token was presented to the model."""
     plan = _plan(e)
     passes = e.cfg.passes
     members = e.ledger["ensemble_members"]
@@ -552,8 +560,8 @@ def presentations(e: Evidence, all: bool) -> Verdict:
                 f"the ledger says {name}={e.ledger[name]:.6g}; the config gives {value:.6g} {counted_as}"
             )
     detail = f"each token was shown {per_token:.2f} times in {e.cfg.epochs} epochs {counted_as}"
-    # The titles of a mix are distinct, so repeated titles come from its weights. The repeats are counted in
-    # the titles, because the recorded origin may be wrong.
+    # The sources of a mix contribute distinct titles, so repeated titles come from the mix's weights. The
+    # code counts repeated titles itself, because the number in the run's records may be wrong.
     train = e.corpus.train
     repeats = len(train) - len(set(train))
     if e.cfg.corpus.startswith("mix:") and repeats:
@@ -597,7 +605,7 @@ def _eval_rows(e: Evidence, split: str = "val") -> list[EvalRow]:
 
 
 def _scored_splits(e: Evidence) -> list[str]:
-    """Return the splits that are scored: val, and dev if the corpus has it."""
+    """Return the splits on which a model is scored: val, and also dev if the corpus has this split."""
     return [split for split in ("val", "dev") if split in e.data.splits]
 
 
@@ -618,7 +626,7 @@ def _close(a: float, b: float, tolerance: float = 1e-6) -> bool:
 
 
 def _val_slice(e: Evidence) -> np.ndarray:
-    """Return the first few blocks of val, which can be scored in seconds."""
+    """Return the first few blocks of val, which a model can score in seconds."""
     return e.data.splits["val"][: 8 * e.cfg.block_size + 2].copy()
 
 
@@ -641,7 +649,7 @@ def _windows(e: Evidence, rows: int, longest: int | None = None) -> Tensor:
 
 
 def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
-    """Return the logits (B, T, V) that `evaluate` would use, and restore the model."""
+    """Return the logits that `evaluate` would use, of shape (B, T, V). Restore the model afterward."""
     with _restored(model), torch.no_grad():
         model.eval()
         output = model(idx, **targets)
@@ -651,9 +659,9 @@ def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Restore the model's tensors and modes, and torch's random state, after a `with` block.
+    """Restore the model's tensors, the model's modes and torch's random state after a `with` block.
 
-    The context manager returns a copy of the tensors before the block.
+    The context manager yields a copy of the model's tensors, which is made before the block runs.
     """
     before = _tensors(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -670,7 +678,7 @@ def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all parameters and buffers, including buffers that are not in the state dict."""
+    """Return copies of all parameters and buffers, including the buffers that the state dict omits."""
     tensors = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         tensors[name] = tensor.detach().clone()
@@ -682,7 +690,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _rng_state() -> list[Any]:
-    """Return the states of all random generators that a model could use."""
+    """Return the states of all random number generators that a model could use."""
     cuda: list[Any] = []
     if torch.cuda.is_available():
         cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()]
@@ -691,17 +699,21 @@ def _rng_state() -> list[Any]:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """Return the largest absolute difference of two tensors. Equal infinities have the difference 0."""
+    """Return the largest absolute difference between two tensors.
+
+    The difference between equal infinities is 0. The difference between tensors of different shapes is
+    infinite.
+    """
     if a.shape != b.shape:
         return math.inf
     return float(torch.where(a == b, 0.0, (a.float() - b.float()).abs()).nan_to_num(nan=math.inf).max())
 
 
 def _tolerance(e: Evidence, logits: Tensor, *, same_shape: bool = True) -> float:
-    """Return the largest difference of logits that rounding can cause.
+    """Return the largest difference between logits that rounding can cause.
 
-    Matrix products of different shapes are rounded differently, especially in bfloat16. A leak that improves
-    a score changes logits by much more.
+    Matrix products of different shapes are rounded differently, especially in bfloat16. If a model sees
+    tokens that improve its score unfairly, the logits change by much more than this tolerance.
     """
     scale = max(1.0, float(logits.float().abs().nan_to_num(posinf=0.0).max()))
     if e.cfg.dtype == "bfloat16":

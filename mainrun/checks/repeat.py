@@ -1,4 +1,4 @@
-"""`mainrun grow verify`: repeat the growth operations (ops) of a run, with all their checks."""
+"""`mainrun grow verify`: repeat a run's growth operations (ops) with all checks of these operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mainrun.run.session import train
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 
-NOT_COMPARED = ("seconds", "reused")  # these values may differ when a run is trained again
+NOT_COMPARED = ("seconds", "reused")  # the values that may differ when a run is trained again
 SUCCESS = f"{PREFIX}SUCCESS"
 EVENTS_WITH_CHECKS = (SUCCESS, f"{PREFIX}LOOKBACK")
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]  # a row of growth.jsonl
 
 
 class RepeatedCheck(NamedTuple):
-    """One check of a repeated op. `same` says whether the run's journal has an identical row."""
+    """One check of a repeated op. `same` is True if the run's journal has an identical row."""
 
     op: str
     name: str
@@ -37,9 +37,9 @@ class RepeatedCheck(NamedTuple):
 
 
 def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
-    """Repeat every op that changes the architecture, and compare its checks with the run's journal.
+    """Repeat every op that changes the architecture, and compare the checks of the op with the run's journal.
 
-    The state before an op comes from the store, if the store has it. The op and the steps after the op are
+    If the store has the state before an op, this state is loaded. The op and the steps after the op are
     always computed again.
     """
     cfg = run.config()
@@ -60,7 +60,7 @@ def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
 
 
 def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]:
-    """Yield all checks of the repeated ops, then one check for each journal row that was not repeated."""
+    """Yield all checks of the repeated ops. Then yield a check for each journal row that was not repeated."""
     expected = _comparable(journal)
     for row in _comparable(repeated):
         same = row in expected
@@ -76,7 +76,7 @@ def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]
 
 
 def _comparable(rows: list[Row]) -> list[Row]:
-    """Return the rows that have checks of architecture ops, without the values that are not compared."""
+    """Return the rows with checks of architecture ops, without the values that NOT_COMPARED lists."""
     comparable = []
     for row in rows:
         if row["event"] in EVENTS_WITH_CHECKS and row["name"] in ARCHITECTURE:
@@ -85,12 +85,12 @@ def _comparable(rows: list[Row]) -> list[Row]:
 
 
 def _train(cfg: TrainConfig, out: Path, store: Store | None, until: int) -> None:
-    with suppress(Interrupted):  # the training stops at `until`
+    with suppress(Interrupted):  # training stops at the step `until` by raising Interrupted
         train(cfg, out, store=store, until=until)
 
 
 def read_journal(run: RunDir) -> list[Row]:
-    """Read growth.jsonl of a run. Only a run with a growth schedule has this file."""
+    """Read a run's growth.jsonl. Only runs with a growth schedule have a growth.jsonl."""
     file = run.path / "growth.jsonl"
     if not os.path.lexists(file):
         raise UsageError(f"{run.path} has no growth.jsonl; give a run with a growth schedule")

@@ -1,1 +1,1 @@
-"""Everything that determines the numbers of a training step: kernels, dropout, optimizers and the device."""
+"""The code that affects the results of a training step: kernels, dropout, optimizers and the device."""

@@ -1,4 +1,4 @@
-"""Average the weights over the training steps with EMA or SWA."""
+"""Average a model's weights over the training steps, with EMA or SWA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mainrun.plan.plan import StepInputs
 class Average:
     """The running average of a model's weights, if the config enables EMA or SWA.
 
-    `shadow` maps each parameter name to its average. It is empty if the config enables neither.
+    `shadow` maps each parameter name to the parameter's average. Without EMA or SWA, `shadow` is empty.
     """
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
@@ -27,20 +27,20 @@ class Average:
             self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
 
     def update(self, inputs: StepInputs) -> None:
-        """Move the average towards the current weights by the fraction `inputs.average`."""
+        """Move the average toward the current weights by the fraction `inputs.average` of the distance."""
         if self.on:
             self.differs |= inputs.average < 1
             weights = [p.detach() for p in self.live.values()]
             torch._foreach_lerp_(list(self.shadow.values()), weights, inputs.average)
 
     def separate(self, averages: dict[str, torch.Tensor]) -> None:
-        """Replace the stored averages by averages that differ from the weights."""
+        """Replace the running averages with the given averages, which may differ from the weights."""
         self.differs = True
         self.shadow = {name: average.detach() for name, average in averages.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Use the average as the model's weights inside a `with` block."""
+        """Use the averaged weights as the model's weights inside a `with` block."""
         self.swap()
         try:
             yield
@@ -48,7 +48,7 @@ class Average:
             self.swap()
 
     def swap(self) -> None:
-        """Exchange the model's weights and the average."""
+        """Swap the model's weights and the averaged weights."""
         for name, average in self.shadow.items():
             p = self.live[name]
             weights = p.data

@@ -1,6 +1,7 @@
-"""Launch all kernels of a training step at once as a CUDA graph.
+"""Launch all kernels of a training step at once, as a CUDA graph.
 
-A step has about a thousand kernels. Launching them one by one takes several times as long as running them.
+A training step launches about a thousand kernels. Launching a thousand kernels one by one takes several times
+as long as running these kernels.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-# The number of calls before a graph is recorded. CUDA libraries initialise themselves in these calls.
+# The number of calls before a graph is recorded. CUDA libraries are initialized during these calls.
 WARM = 3
 
 
 class CudaGraph:
     """A function on tensors that is recorded as a CUDA graph and then replayed.
 
-    The first `WARM` calls with a key run the function directly. The call after them records the graph, and
-    later calls replay it. A replay runs the same kernels, so it gives the same bits. The key must identify
-    everything that the function depends on, except the values of tensors on the device. If `on` is False,
-    every call runs the function directly.
+    The first `WARM` calls with a key run the function directly. The next call records the graph, and all
+    later calls replay the graph. Replaying a graph runs the same kernels, so the results are identical bit
+    for bit. The key must identify everything that the function depends on, except the values of tensors on
+    the device. If `on` is False, every call runs the function directly.
     """
 
     def __init__(self, generators: list[torch.Generator], on: bool) -> None:
@@ -29,7 +30,7 @@ class CudaGraph:
         self.forget()
 
     def forget(self) -> None:
-        """Discard the recorded graph. Call this method after a tensor of the function moves in memory."""
+        """Discard the recorded graph. Call this method when a tensor of the graph has a new address."""
         self.key: Hashable = None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -1,4 +1,4 @@
-"""The device that computes a run, its settings, and its random numbers for dropout."""
+"""The device that a run is trained on, with the device's settings and random numbers for dropout."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mainrun.plan.plan import Plan
 
 
 class Device(ProcessGroup):
-    """The CPU or GPU that one process of a run uses, with its settings.
+    """The CPU or GPU that one process of a run uses, with the settings of this device.
 
     `machine_class` contains the facts about the machine that affect the results. Two machines with the same
-    facts give the same bits for the same config.
+    `machine_class` compute the same bits for the same config.
     """
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -43,13 +43,14 @@ class Device(ProcessGroup):
         self.join()
         self.allocator = tune_allocator()
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
-        # A GPU reads the losses of this many steps at once, so that a step does not wait for its own loss.
+        # The number of steps after which the losses are read from a GPU. Reading a loss after every step
+        # would make the step wait until the GPU has finished.
         self.read_every = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
         self.generators: list[torch.Generator] = []  # one generator per micro-batch on a GPU, none on a CPU
         self.compile = cfg.compile == "on"
         self.half = cfg.dtype == "bfloat16"
-        self.triton = ""  # the version of Triton if a Triton kernel computes the loss, else ""
+        self.triton = ""  # Triton's version if a Triton kernel computes the loss, else ""
         self.note = ""  # a message to the user about this device
         if name == "cuda" and self.half:
             self.triton, self.note = triton_works(self.torch_device)
@@ -59,7 +60,7 @@ class Device(ProcessGroup):
             self.machine_class |= self._compiler_facts()
 
     def _check(self, cfg: TrainConfig, name: str) -> None:
-        """Refuse a config that this device cannot run."""
+        """Raise an error if this device cannot run the config."""
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")
         if cfg.compile == "on" and not compiler(name):
@@ -95,9 +96,10 @@ class Device(ProcessGroup):
         return facts
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
-        """Resolve compile=auto based on the length of the run.
+        """Decide whether to compile the model if the config says compile=auto.
 
-        The decision does not use measured times, because these differ from day to day.
+        The decision depends on the length of the run. The decision does not use measured times, because
+        measured times differ from day to day.
         """
         if cfg.compile != "auto":
             return
@@ -113,7 +115,8 @@ class Device(ProcessGroup):
     def native(self) -> bool:
         """Whether mainrun's own kernels compute the loss.
 
-        On a GPU these kernels use Triton. On a CPU they use C++ and need a compiled bfloat16 step.
+        On a GPU, these kernels are written in Triton. On a CPU, the kernels are written in C++, and mainrun
+        uses them only if the model is compiled and computes in bfloat16.
         """
         if self.triton:
             return True
@@ -127,18 +130,20 @@ class Device(ProcessGroup):
         return facts
 
     def runner(self, model: nn.Module) -> nn.Module:
-        """Return the model that training steps call. It is compiled and distributed if the run is."""
+        """Return the model that training steps call: the plain, the compiled or the distributed model."""
         runner: nn.Module = model
         if self.compile:
-            # Unlike make_deterministic, this call also makes compiled code deterministic.
+            # make_deterministic affects only eager code. use_deterministic_algorithms also affects compiled
+            # code.
             torch.use_deterministic_algorithms(True)
-            # Compile for one fixed shape, even if this process has compiled another shape before.
+            # Compile for one fixed shape, even if this process has already compiled the model for another
+            # shape.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return nn.parallel.DistributedDataParallel(runner) if self.world > 1 else runner
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Turn an error of torch.compile into a ConfigError that says how to train without it."""
+        """Turn an error from torch.compile into a ConfigError that says how to train without compiling."""
         try:
             yield
         except Exception as e:
@@ -149,33 +154,34 @@ class Device(ProcessGroup):
             raise ConfigError(f"torch.compile failed ({reason}); {fix}") from e
 
     def put(self, array: np.ndarray) -> Tensor:
-        """Return an array as a tensor on the device. A copy to a GPU is asynchronous."""
+        """Return an array as a tensor on the device. Arrays are copied to a GPU asynchronously."""
         tensor = torch.from_numpy(array)
         if self.torch_device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
     def cuda_graph(self, cfg: TrainConfig) -> CudaGraph:
-        """Return a CUDA graph, which is enabled for a run on a single GPU without a mixture of experts."""
+        """Return a CUDA graph. The graph is enabled if the run uses one GPU and no mixture of experts."""
         on = self.torch_device.type == "cuda" and self.world == 1 and not cfg.experts
         return CudaGraph(self.generators, on=on)
 
     # -- random numbers of a step
 
     def seed(self, seeds: list[int]) -> None:
-        """Set the seeds of a step. Each micro-batch has one seed."""
+        """Seed the random numbers of a step. `seeds` contains one seed per micro-batch."""
         self.seeds = seeds
         if self.torch_device.type != "cuda":
             return
         torch.manual_seed(seeds[0])  # fused attention uses torch's global generator for its dropout
         missing = len(seeds) - len(self.generators)
         self.generators += [torch.Generator(self.torch_device) for _ in range(missing)]
-        # There may be more generators than seeds, because an earlier step may have had more micro-batches.
+        # There may be more generators than seeds, because an earlier step may have had more micro-batches
+        # than this step.
         for generator, seed in zip(self.generators, seeds, strict=False):
             generator.manual_seed(seed)
 
     def masks(self, sites: list[Site], micro: int) -> Tensor | None:
-        """Return the dropout masks of a micro-batch, or None if it uses no dropout."""
+        """Return the dropout masks of a micro-batch, or None if no masks are needed."""
         on_cpu = self.torch_device.type == "cpu"
         if on_cpu:
             # Fused attention uses torch's global generator for its dropout.
@@ -196,21 +202,22 @@ class Device(ProcessGroup):
 
 
 def choose_device(cfg: TrainConfig) -> str:
-    """Return the device of a config, "cpu" or "cuda"."""
+    """Return the device that a config asks for, either "cpu" or "cuda"."""
     if cfg.device != "auto":
         return cfg.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_deterministic(threads: int) -> None:
-    """Configure torch so that repeated computations give the same bits."""
+    """Configure torch so that repeating a computation gives the same bits."""
     torch.set_num_threads(threads)
     # cuBLAS may choose other kernels if its workspace has another size.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    # In eager mode this is equivalent to use_deterministic_algorithms. That function would also import the
-    # compiler, which takes 0.9 s.
+    # In eager mode, set_deterministic_debug_mode has the same effect as use_deterministic_algorithms. Calling
+    # use_deterministic_algorithms would also import torch's compiler, and this import takes 0.9 s.
     torch.set_deterministic_debug_mode("error")
-    # Filling new memory would cost one pass over every buffer. No kernel here reads uninitialized memory.
+    # Filling new memory would cost one pass over every buffer. mainrun's kernels read no uninitialized
+    # memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False
@@ -219,7 +226,8 @@ def make_deterministic(threads: int) -> None:
 def best_attention(cfg: TrainConfig, device: str) -> str:
     """Return the faster implementation of attention, "plain" or "sdpa".
 
-    docs/log/speed.md has the measurements. On a CPU, torch's fused kernels cannot use dropout masks of bytes.
+    docs/log/speed.md has the measurements. On a CPU, torch's fused attention cannot use dropout masks that
+    consist of bytes.
     """
     if device == "cuda":
         return "sdpa"

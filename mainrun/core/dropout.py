@@ -1,4 +1,4 @@
-"""Dropout masks, which are made from random bytes."""
+"""Make dropout masks from random bytes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Site = tuple[int, float]  # the number of elements and the dropout rate
 
 
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
-    """Return the places where one forward pass applies dropout, in order, as (number of elements, rate)."""
+    """Return the number of elements and the dropout rate of each dropout in a forward pass, in order."""
     branch = rows * cfg.block_size * cfg.d_model
-    # Fused attention creates its own mask.
+    # Fused attention creates the dropout mask itself.
     weights = rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0
     block = [(weights, inputs.attn_dropout), (branch, inputs.resid_dropout), (branch, inputs.resid_dropout)]
     sites = [(branch, inputs.dropout), *block * cfg.n_layer]
@@ -28,7 +28,7 @@ def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: st
 
 
 def random_bytes(count: int, seed: int) -> np.ndarray:
-    """Return random bytes on the CPU. There, numpy's generator is ten times faster than torch's."""
+    """Return random bytes on the CPU. numpy generates random bytes ten times faster than torch on a CPU."""
     generator = np.random.Generator(np.random.SFC64(seed))
     words = generator.integers(0, 2**64, -(-count // 8), dtype=np.uint64)
     return words.view(np.uint8)[:count]
@@ -37,7 +37,7 @@ def random_bytes(count: int, seed: int) -> np.ndarray:
 def threshold(noise: Any, sites: list[Site]) -> None:
     """Turn random bytes into masks in place.
 
-    A mask element is 1 if its byte is at least 256 times the dropout rate, and 0 otherwise.
+    A byte becomes 1 if its value is at least 256 times the dropout rate. Otherwise, the byte becomes 0.
     """
     compare: Any = torch.greater_equal if isinstance(noise, Tensor) else np.greater_equal
     start = 0
@@ -51,7 +51,7 @@ def threshold(noise: Any, sites: list[Site]) -> None:
 class Masks:
     """The dropout masks of one forward pass, in the order of `dropout_sites`.
 
-    Each element of a mask takes one byte.
+    Each mask element takes one byte.
     """
 
     def __init__(self, pool: Tensor) -> None:
@@ -59,16 +59,16 @@ class Masks:
         self.used = 0
 
     def take(self, shape: Iterable[int]) -> Tensor:
-        """Return the next unused mask of the pool in the given shape."""
+        """Return the next unused mask in the given shape."""
         shape = tuple(shape)
         start = self.used
         self.used += math.prod(shape)
         return self.pool[start : self.used].view(shape)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """Apply the next unused mask to x, and scale the elements that are kept."""
+        """Multiply x by the next unused mask, and scale the elements that the mask keeps."""
         if not p:
             return x
-        # Converting a bool mask would be six times slower. The scale is applied last, so that bfloat16 does
-        # not round the scale itself.
+        # Converting a mask of bytes is six times faster than converting a mask of bools. Multiplying by the
+        # scale comes last, because the scale would otherwise be rounded to bfloat16.
         return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p))

@@ -1,7 +1,7 @@
 """Import torch and exclude its objects from garbage collection.
 
-The objects of torch live as long as the process. Excluding these objects saves about a tenth of the time that
-importing torch takes.
+Torch's objects exist until the process ends, so the garbage collector never needs to scan them. Excluding
+these objects makes importing torch about 10% faster.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Facts about the host that need no torch: its processor, memory allocator, C++ compiler and cache folder."""
+"""Find the host's processor, memory allocator, C++ compiler and cache folder, without importing torch."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def cpu() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name with its family, model and stepping.
+    """Return the processor's name, family, model and stepping.
 
-    Some cloud providers use the same processor name for several models.
+    The name alone does not identify a processor, because some cloud providers give several processor models
+    the same name.
     """
     facts = cpu()
     name = facts.get("model name") or platform.processor() or platform.machine()
@@ -64,21 +65,21 @@ def cpu_name() -> str:
 
 
 def cpu_flags() -> list[str]:
-    """Return the processor's extensions that matter for speed, such as AVX-512."""
+    """Return the processor's instruction set extensions that matter for speed, such as AVX-512."""
     facts = cpu()
     flags = (facts.get("flags") or facts.get("Features") or "").split()
     return [label for flag, label in CPU_FLAGS.items() if flag in flags]
 
 
 def cpu_limits() -> dict[str, str]:
-    """Return the variables in `CPU_LIMITS` that are set in this process, with their values."""
+    """Return the environment variables in `CPU_LIMITS` that are set for this process, with their values."""
     return {name: os.environ[name] for name in CPU_LIMITS if name in os.environ}
 
 
 def release_free_memory() -> None:
-    """Return freed memory to the system.
+    """Return freed memory to the operating system.
 
-    After a model changes its size, its new tensors do not fit into the memory blocks of the old tensors.
+    After a model has grown, its larger tensors do not fit into the memory that its smaller tensors used.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
@@ -87,7 +88,7 @@ def release_free_memory() -> None:
 
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
-    # On Linux, the peak of getrusage can include the memory of the parent process.
+    # On Linux, the peak memory that getrusage reports can include the memory of the parent process.
     with suppress(OSError):
         for line in Path("/proc/self/status").read_bytes().splitlines():
             if line.startswith(b"VmHWM:"):
@@ -110,7 +111,7 @@ def cores() -> int:
 def cpp_compiler() -> tuple[str, str]:
     """Return the path of the C++ compiler that torch.compile uses on a CPU.
 
-    The second value says why the compiler cannot be used, or is an empty text if it can.
+    The second return value says why the compiler cannot be used, or is an empty text if the compiler works.
     """
     requested = os.environ.get("CXX")
     path = shutil.which(requested or "g++")
@@ -124,7 +125,7 @@ def cpp_compiler() -> tuple[str, str]:
 
 
 def cache_dir() -> Path:
-    """Return the folder that caches downloads, tokens and compiled kernels."""
+    """Return the cache folder, which contains downloads, tokens and compiled kernels."""
     folder = os.environ.get("MAINRUN_CACHE")
     if folder:
         return Path(folder).expanduser()
@@ -132,10 +133,10 @@ def cache_dir() -> Path:
 
 
 def tune_allocator() -> str:
-    """Configure glibc to keep freed memory, so that a step reuses the memory of the previous step.
+    """Configure glibc to keep freed memory, so that a training step reuses the previous step's memory.
 
-    Return a description of the allocator. MAINRUN_ALLOCATOR=default leaves the allocator unchanged. The
-    allocator does not affect the results.
+    Return a description of the memory allocator. If MAINRUN_ALLOCATOR=default is set, the allocator is not
+    changed. The allocator does not affect the results of a run.
     """
     if os.environ.get("MAINRUN_ALLOCATOR") == "default":
         return "default (MAINRUN_ALLOCATOR)"
@@ -143,9 +144,9 @@ def tune_allocator() -> str:
     if library != "glibc":
         return f"default ({library or 'this C library'} cannot be tuned)"
     mallopt = ctypes.CDLL(None).mallopt
-    # mmap_max=0 and trim_threshold=-1 keep all freed memory in the process. top_pad lets the heap grow by
-    # 64 MiB at a time. The number of heaps is not limited, because the threads of a tokenizer would wait for
-    # each other if they shared a single heap.
+    # mmap_max=0 and trim_threshold=-1 keep all freed memory in the process. top_pad makes the heap grow by 64
+    # MiB at a time. The number of heaps is not limited, because tokenizer threads that shared a single heap
+    # would wait for each other.
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
     if refused:

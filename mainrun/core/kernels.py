@@ -1,8 +1,9 @@
-"""Kernels for the parts of a step where torch's own operations are slow, mainly on a CPU.
+"""Kernels for the parts of a training step where torch's own operations are slow, mainly on a CPU.
 
-In eager mode these kernels save passes over memory. torch.compile fuses most of those passes, but its exp and
-erf are slow on a CPU. The compiler therefore calls the functions wrapped by `opaque_op` without tracing
-into them. In bfloat16 some of these functions run the C++ code of native/kernels.cpp.
+In eager mode, these kernels make fewer passes over memory than torch's own operations. torch.compile also
+saves most of these passes, but torch.compile generates slow code for exp and erf on a CPU. The compiler
+therefore calls the functions wrapped by `opaque_op` without tracing into these functions. In bfloat16, some
+of the wrapped functions run the C++ code in native/kernels.cpp.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 from mainrun.core.hardware import cpu_flags
 from mainrun.core.native import cpu as native
 
-# On AMX, a matrix product runs at half speed if an operand must be transposed on the fly.
+# With AMX, a matrix product runs at half speed if an operand must be transposed during the product.
 HAS_AMX = "AMX bf16" in cpu_flags()
-AMX_MIN_WIDTH = 2048  # below this width, transposing an operand first saves no measurable time
+AMX_MIN_WIDTH = 2048  # transposing a narrower operand before the product saves no time
 
 
 def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Wrap a function so that torch.compile on a CPU calls it as one operator and does not trace into it.
+    """Wrap a function so that torch.compile on a CPU calls the function without tracing into it.
 
-    `compiled` is an optional C++ implementation of the function. If it is given, the operator runs it.
+    `compiled` is an optional C++ implementation of the function, which compiled code then calls instead.
     """
     name = function.__name__.strip("_")
     op = torch.library.custom_op(f"mainrun::{name}", compiled or function, mutates_args=())
@@ -43,7 +44,7 @@ def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None 
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """RMSNorm, computed in the dtype of the gain. On a CPU it is three times as fast as F.rms_norm."""
+    """RMSNorm in the dtype of the gain. On a CPU, this class is three times as fast as F.rms_norm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
@@ -72,10 +73,10 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 class AmxLinear(torch.autograd.Function):
-    """F.linear with a weight gradient that is fast on AMX.
+    """F.linear with a backward pass that computes the weight gradient faster with AMX.
 
-    The product that gives the weight gradient needs one operand to be transposed. If one operand is much
-    narrower than the other, the narrow operand is transposed before the product.
+    The weight gradient is a matrix product in which one operand must be transposed. If one operand is much
+    narrower than the other operand, the narrow operand is transposed before the product.
     """
 
     @staticmethod
@@ -103,7 +104,8 @@ class AmxLinear(torch.autograd.Function):
 def transposed(x: Tensor) -> Tensor:
     """Return x.t() as a contiguous tensor.
 
-    Multiplying by the identity matrix is exact, and it is four times as fast as torch's copy.
+    The transpose is computed as a product with the identity matrix. This product is exact, and it is four
+    times as fast as copying x.t() with torch.
     """
     rows, columns = x.shape
     identity = torch.eye(min(rows, columns), dtype=x.dtype)
@@ -113,7 +115,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply F.linear. Under autocast it computes in bfloat16."""
+    """Return the result of F.linear. Under autocast, the result is computed in bfloat16."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.bfloat16()
         weight = weight.bfloat16()
@@ -139,7 +141,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Gelu(torch.autograd.Function):
-    """F.gelu with one opaque operator for the forward pass and one for the backward pass."""
+    """F.gelu, with one opaque operator for the forward pass and another for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def _attend_forward(
     weights = (q @ k.mT).add_(bias).softmax(dim=-1)
     if mask is None:
         return weights @ v, weights
-    # Dropout's scale is applied to the output, which has fewer elements than the weights.
+    # The dropout scale is applied to the output, because the output is smaller than the attention weights.
     return ((weights * mask) @ v).mul_(scale), weights
 
 
@@ -235,7 +237,7 @@ attend_backward = opaque_op(_attend_backward, _attend_backward_native)
 
 
 class Attend(torch.autograd.Function):
-    """Attention with one opaque operator for the forward pass and one for the backward pass."""
+    """Attention, with one opaque operator for the forward pass and another for the backward pass."""
 
     @staticmethod
     def forward(
@@ -252,10 +254,10 @@ class Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """Return dropout(softmax(q kᵀ + bias)) v, where `mask` decides which weights dropout keeps.
+    """Return dropout(softmax(q kᵀ + bias)) v, where `mask` determines which attention weights dropout keeps.
 
-    q, k and v have the shape (B, H, T, h), and q is already scaled. The bias is broadcast to (B, H, T, T).
-    The mask has one byte per attention weight, and p is the dropout rate.
+    q, k and v have the shape (B, H, T, h), and the caller has already scaled q. The bias is broadcast to the
+    shape (B, H, T, T). The mask has one byte per attention weight, and p is the dropout rate.
     """
     return Attend.apply(q.contiguous(), k.contiguous(), v.contiguous(), bias, mask, 1 / (1 - p))
 
@@ -263,17 +265,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p
 # -- loss
 
 
-# The number of logits that are processed at once. On a CPU this many logits fit in the cache. On a GPU this
-# many logits keep all cores busy.
+# The number of logits that are processed at once. The number is small enough for the cache of a CPU, and
+# large enough to keep all cores of a GPU busy.
 CHUNK = {"cpu": 1_000_000, "cuda": 50_000_000}
-TRITON_MAX_VOCAB = 2**16  # the Triton kernel holds a row of logits in registers
+TRITON_MAX_VOCAB = 2**16  # the limit of the Triton kernel, which keeps a row of logits in registers
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of rows of logits, computed in chunks.
+    """Mean cross entropy over the rows of the logits, computed in chunks.
 
-    A chunk of logits fits in the cache, and only one chunk at a time is copied to float32. The forward pass
-    computes the gradient too.
+    A chunk of logits fits in the cache, and only one chunk at a time is converted to float32. The forward
+    pass also computes the gradient.
     """
 
     @staticmethod
@@ -288,7 +290,7 @@ class CrossEntropy(torch.autograd.Function):
         rows, vocab = logits.shape
         wide = torch.promote_types(logits.dtype, torch.float32)
         ctx.grad = torch.empty_like(logits)
-        # The sums are in float64, so that the chunk size does not affect the loss.
+        # The losses are summed in float64, so that the chunk size does not affect the mean loss.
         plain, uniform = torch.zeros(2, dtype=torch.float64, device=logits.device)
         chunk_rows = max(1, CHUNK[logits.device.type] // vocab)
         for start in range(0, rows, chunk_rows):
@@ -296,7 +298,7 @@ class CrossEntropy(torch.autograd.Function):
             p = F.softmax(logits[chunk], dim=-1, dtype=wide)
             at_target = torch.arange(len(p), device=p.device), target[chunk]
             p_target = p[at_target]
-            # A probability that underflows to 0 costs 87 nats, not infinity.
+            # If a probability underflows to 0, the loss of the token is 87 nats and not infinity.
             plain = plain - p_target.clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
             p[at_target] = p_target - (1 - smoothing)
             if smoothing:
@@ -313,8 +315,9 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = ctx.grad
-        ctx.grad = None  # drop the reference, so that the memory is freed as soon as the gradient is used
-        # On a CPU, skip the multiplication by 1. On a GPU, reading the factor would wait for pending kernels.
+        ctx.grad = None  # lets the memory be freed as soon as the gradient has been used
+        # On a CPU, a multiplication by 1 is skipped. On a GPU, the code does not check whether the factor is
+        # 1, because reading the factor would wait until all running kernels have finished.
         if grad.is_cuda or grads[0] != 1:
             grad.mul_(grads[0])
         return grad, None, None, None
@@ -323,7 +326,8 @@ class CrossEntropy(torch.autograd.Function):
 class CrossEntropyOnGpu(torch.autograd.Function):
     """Mean cross entropy, computed by one Triton kernel in the forward pass and one in the backward pass.
 
-    The incoming gradient stays on the GPU, because reading it would wait for pending kernels.
+    The incoming gradient stays on the GPU, because reading a value from the GPU would wait until all running
+    kernels have finished.
     """
 
     @staticmethod
@@ -349,9 +353,9 @@ class CrossEntropyOnGpu(torch.autograd.Function):
 def cross_entropy(
     logits: Tensor, target: Tensor, smoothing: float, use_native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss to minimise and the plain cross entropy without label smoothing.
+    """Return two numbers: the loss to minimize, and the cross entropy without label smoothing.
 
-    If `use_native` is True, the C++ or Triton kernel is used for the logits that it supports.
+    If `use_native` is True and the C++ or Triton kernel supports the logits, the kernel is used.
     """
     use_native = use_native and logits.dtype == torch.bfloat16 and not smoothing
     if use_native and logits.is_cuda and logits.size(-1) <= TRITON_MAX_VOCAB:

@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA): layers whose effective weight is W + (alpha / rank) B A.
 
-A is initialised with random numbers and B with zeros, so a new layer gives the same output as W alone. W is
-trained too.
+A is initialized with random numbers and B with zeros, so a new layer gives the same output as a layer with
+the weight W. The matrices W, A and B are all trained.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mainrun.config import TrainConfig
 
 
 class LowRank(nn.Module):
-    """A mixin that adds two matrices to a weight of shape (rows, columns).
+    """A mixin that adds a low-rank term B A to a weight matrix of shape (rows, columns).
 
     A has the shape (rank, columns), and B has the shape (rows, rank).
     """
@@ -32,12 +32,12 @@ class LowRank(nn.Module):
         nn.init.normal_(self.lora_a, std=columns**-0.5)
 
     def effective_weight(self) -> Tensor:
-        """Return the weight including the low-rank term."""
+        """Return the sum of the weight matrix and the low-rank term."""
         return self.weight + self.scale * (self.lora_b @ self.lora_a)
 
 
 class LowRankLinear(LowRank, nn.Linear):
-    """A linear layer with a low-rank term."""
+    """A linear layer whose weight has a low-rank term."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -45,10 +45,10 @@ class LowRankLinear(LowRank, nn.Linear):
 
 
 class LowRankEmbedding(LowRank, nn.Embedding):
-    """An embedding with a low-rank term.
+    """An embedding whose weight has a low-rank term.
 
     A tied head uses `effective_weight`, so the low-rank term affects both the embedding and the head. Merging
-    the term into the weight changes neither output.
+    the low-rank term into the weight therefore changes neither the embedding's output nor the head's output.
     """
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class LowRankEmbedding(LowRank, nn.Embedding):
 
 
 def add_low_rank(model: Any, cfg: TrainConfig) -> None:
-    """Replace the attention projections and the embedding by low-rank layers, if the config sets a rank."""
+    """If the config sets a rank, replace the attention projections and the embedding with low-rank layers."""
     if cfg.attn_lora_rank:
         for block in model.blocks:
             for name in "qkvo":

@@ -17,7 +17,7 @@ from mainrun.core.kernels import HAS_AMX
 from mainrun.plan.plan import Plan
 
 # The source files and folders that affect a run's results. tests/test_house.py checks that training imports
-# no other source files of mainrun but those in NOT_HASHED there.
+# only these files and the modules that NOT_HASHED in tests/test_house.py lists.
 HASHED = ("config.py", "train.py", "core", "data", "plan", "growth", "run")
 
 
@@ -26,7 +26,7 @@ def compiler(device: str) -> str:
     if device == "cuda":
         try:
             import triton
-        except Exception:  # Triton is missing or was built for another system
+        except Exception:  # Triton is not installed or was built for another system
             return ""
         return f"triton {triton.__version__}"
     path, problem = cpp_compiler()
@@ -38,13 +38,13 @@ def compiler(device: str) -> str:
 
 @cache
 def triton_works(device: torch.device) -> tuple[str, str]:
-    """Try mainrun's Triton kernels once.
+    """Test whether mainrun's Triton kernels work on this machine.
 
-    Return (version, "") if the kernels work. Otherwise, return ("", the reason why they are not used).
+    Return (Triton's version, "") if the kernels work. Otherwise, return ("", the reason for the failure).
     """
     try:
         _try_triton(device)
-    # Triton may be missing or too old, or it may find no C compiler or driver. Training does not need Triton.
+    # Triton may be missing or too old, or may find no C compiler or no driver. Training works without Triton.
     except Exception as e:
         lines = str(e).strip().splitlines()
         reason = lines[0] if lines else type(e).__name__
@@ -68,9 +68,9 @@ def _try_triton(device: torch.device) -> None:
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> tuple[float, float]:
-    """Estimate how many seconds compiling takes and how many it saves during the run.
+    """Estimate how many seconds compiling the model takes, and how many seconds the run saves by compiling.
 
-    docs/log/speed.md has the measurements behind the estimate.
+    The estimate is based on the measurements in docs/log/speed.md.
     """
     attention = cfg.d_model * (2 * cfg.n_head + 2 * cfg.kv_heads) * cfg.head_width
     matrices = 3 if cfg.mlp == "swiglu" else 2
@@ -84,11 +84,13 @@ def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> 
 
 
 def _cpu_rates(half: bool, rms: bool) -> tuple[float, float]:
-    """Return the FLOP/s of one thread, and the fraction of a step's time that compiling saves."""
+    """Return the FLOP/s of one thread, and the fraction of a training step's time that compiling saves."""
     if not half:
-        # In float32, matrix products take so long that fusing the other operations saves nothing.
+        # In float32, most of a step's time goes into matrix products, so fusing other operations saves
+        # nothing.
         return 6e10, 0.0
-    # Compiling saves most in RMSNorm. With AMX, matrix products are faster, so RMSNorm takes a larger share.
+    # Compiling speeds up RMSNorm most. With AMX, matrix products are faster, so RMSNorm takes a larger share
+    # of a step's time.
     if HAS_AMX:
         return 4.7e11, 0.3 if rms else 0.06
     return 1.5e11, 0.1 if rms else 0.0
@@ -106,7 +108,8 @@ def source_hash(root: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()
 
 
-# The hash is computed at import, because a later edit of the files does not change the code of this process.
+# The hash is computed when this module is imported. Source files that are edited later do not change the code
+# that this process runs.
 SOURCE = source_hash()
 
 

@@ -1,8 +1,8 @@
-"""Mixture of experts: a layer with several MLPs. A router sends each token to its top k experts.
+"""Mixture of experts: a layer with several MLPs, where a router sends each token to k of the MLPs.
 
 Each expert is an MLP with separate weight matrices, for example `mlp.experts.3.up.weight`. An optimizer
-therefore treats the weights of experts like other matrices. The router is trained at the learning rate
-`lr_aux`, like the embeddings and the head.
+therefore treats an expert's weights like the weights of any other layer. The router is trained at the
+learning rate `lr_aux`, like the embeddings and the head.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(expert() for _ in range(cfg.experts))
 
     def scores(self, x: Tensor) -> Tensor:
-        """Return the router's scores (N, E) in the dtype of its weights.
+        """Return the router's scores, of shape (N, E), in the dtype of the router's weights.
 
-        In bfloat16, two scores that differ by little would be rounded to the same number.
+        In bfloat16, two slightly different scores could be rounded to the same number.
         """
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.flatten(0, -2).to(self.router.weight.dtype), self.router.weight)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts of each token and their weights. Both results have the shape (N, k).
+        """Return the indices and the weights of each token's experts. Both tensors have the shape (N, k).
 
         If two scores are equal, the expert with the lower index comes first on every machine.
         """
@@ -51,9 +51,10 @@ class MoE(nn.Module):
         return chosen[:, : self.k], weight
 
     def shares(self, chosen: Tensor) -> list[int]:
-        """Return how many rows each expert gets."""
+        """Return the number of rows that each expert receives."""
         experts = len(self.experts)
-        # A fake tensor has no values, so the memory estimate assumes that all experts get equally many rows.
+        # A fake tensor has no values. The memory estimate therefore assumes that each expert receives the
+        # same number of rows.
         if isinstance(chosen, FakeTensor):
             n = chosen.numel()
             return [n * (i + 1) // experts - n * i // experts for i in range(experts)]
@@ -61,7 +62,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weight = self.route(x)
-        # `order` sorts all N * k rows by expert. The rows of one expert stay in the order of the tokens.
+        # `order` sorts all N * k rows by expert. Rows of the same expert stay in the order of their tokens.
         order = chosen.flatten().argsort(stable=True)
         rows = x.flatten(0, -2)[order // self.k].split(self.shares(chosen))
         outputs = [expert(part) for expert, part in zip(self.experts, rows, strict=True)]
@@ -73,8 +74,9 @@ class MoE(nn.Module):
 def _disable_compilation() -> None:
     """Exclude MoE.forward from torch.compile.
 
-    The number of rows per expert changes in each step, so torch.compile would compile each step again.
-    `torch.compiler.disable` imports torch._dynamo, which takes 0.8 s. It is therefore called when the first
-    MoE is created and not when this module is imported.
+    The number of rows per expert changes in each step, so torch.compile would compile the layer again in each
+    step. `torch.compiler.disable` imports torch._dynamo, and this import takes 0.8 s.
+    `torch.compiler.disable` is therefore called when the first MoE is created, and not when this module is
+    imported.
     """
     MoE.forward = torch.compiler.disable(MoE.forward)  # type: ignore[method-assign]

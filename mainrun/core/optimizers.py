@@ -1,4 +1,4 @@
-"""The optimisers of a model, with their parameter groups, learning rates and state."""
+"""The optimizers of a model, with their parameter groups, learning rates and state tensors."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ Group = dict[str, Any]
 
 
 class ParamSchedule(NamedTuple):
-    """Factors for the learning rate, weight decay and eps of a parameter, and a warm-up of its own."""
+    """The factors by which a parameter's learning rate, weight decay and eps are multiplied, and its warm-up.
+
+    A growth operation can give the parameters that it adds a separate warm-up.
+    """
 
     lr: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
     since: int = 0  # the step at which the parameter was added
-    rewarm: int = 0  # the number of steps after `since` in which the learning rate rises to its full value
+    rewarm: int = 0  # the number of warm-up steps after the step `since`
 
     def rate(self, step: int) -> float:
-        """Return the factor by which the learning rate is multiplied at a step."""
+        """Return the factor by which the parameter's learning rate is multiplied at a step."""
         if not self.rewarm:
             return self.lr
         return self.lr * min(1.0, (step - self.since + 1) / self.rewarm)
 
 
 def skip_dynamo_import() -> None:
-    """Let torch create optimizers without importing torch._dynamo, which takes a second.
+    """Make torch create optimizers without importing torch._dynamo, because this import takes a second.
 
-    torch excludes add_param_group from torch.compile by a wrapper, and the wrapper imports the compiler.
-    mainrun creates no optimizer inside compiled code, so it does not need the wrapper. The attribute
-    `__dynamo_disable` is where the wrapper caches its result.
+    torch wraps add_param_group to exclude this method from torch.compile, and the wrapper imports the
+    compiler. mainrun creates no optimizer inside compiled code, so it does not need the wrapper. The wrapper
+    does not import the compiler if the attribute `__dynamo_disable` already contains the function to call.
     """
     plain: Any = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     if not hasattr(plain, "__dynamo_disable"):
@@ -53,11 +56,12 @@ NO_SCHEDULES: Mapping[str, ParamSchedule] = MappingProxyType({})
 
 
 class Muon(torch.optim.Optimizer):
-    """The Muon optimizer, which orthogonalises the momentum of each matrix.
+    """The Muon optimizer, which orthogonalizes the momentum of each matrix.
 
-    All singular values of an orthogonalised update are about 1. The update is then scaled so that its RMS is
-    the RMS of a typical AdamW update. The learning rate therefore has the same scale as AdamW's. Unlike
-    torch's own Muon, this class orthogonalises all matrices of the same shape in one batch.
+    All singular values of an orthogonalized update are about 1. The update is then scaled so that its RMS
+    equals the RMS of a typical AdamW update. Learning rates for Muon therefore have the same scale as
+    learning rates for AdamW. Unlike torch's own Muon, this class orthogonalizes all matrices of the same
+    shape in one batch.
     """
 
     def __init__(self, groups: list[Group], momentum: float) -> None:
@@ -74,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_batch(params, group["lr"], group["weight_decay"])
 
     def _step_batch(self, params: list[Tensor], lr: Any, weight_decay: float) -> None:
-        """Update parameters that have the same shape."""
+        """Update a batch of parameters that all have the same shape."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -91,9 +95,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(batch: Tensor) -> Tensor:
-    """Return the nearest matrices whose singular values are near 1.
+    """Return the nearest matrices whose singular values are about 1.
 
-    The method is five quintic Newton-Schulz steps in bfloat16. `batch` has the shape (N, rows, columns).
+    The matrices are computed with five quintic Newton-Schulz steps in bfloat16. `batch` has the shape
+    (N, rows, columns).
     """
     x = batch.bfloat16()
     tall = x.size(1) > x.size(2)
@@ -127,10 +132,10 @@ MAKERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] =
 
 
 class Optimizers:
-    """All optimisers of a model.
+    """All optimizers of a model.
 
-    Each parameter group has parameters of one kind and one schedule. State tensors are named after their
-    parameters.
+    The parameters in a group all have the same kind and the same schedule. The name of a state tensor
+    contains the name of the parameter.
     """
 
     def __init__(
@@ -149,8 +154,8 @@ class Optimizers:
         tables: list[Tensor] = []  # the embeddings, the head and the routers
         vectors: list[Tensor] = []  # the gains and biases
         for name, p in trained.items():
-            # A router's gradient always sums to zero over the experts. Muon would amplify the rounding errors
-            # in that direction, so routers are not among the matrices.
+            # Over the experts, a router's gradient always sums to zero, apart from rounding errors. Muon
+            # would amplify these rounding errors, so `matrices` contains no routers.
             in_block = name.startswith("blocks.") and ".router." not in name
             if p.ndim < 2:
                 vectors.append(p)
@@ -168,7 +173,7 @@ class Optimizers:
         return [*optimizers, MAKERS[others](outer, cfg)]
 
     def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decays: bool) -> list[Group]:
-        """Return one parameter group per schedule. Without growth operations there is a single group."""
+        """Return one parameter group per schedule. A run without growth operations has a single schedule."""
         by_schedule: dict[ParamSchedule, list[Tensor]] = {}
         for p in params:
             schedule = self.schedules.get(self.names[p], DEFAULT_SCHEDULE)
@@ -181,7 +186,7 @@ class Optimizers:
         return groups
 
     def set_rates(self, inputs: StepInputs, step: int) -> None:
-        """Set the learning rate and weight decay of every group for a step."""
+        """Set the learning rate and the weight decay of every parameter group for a step."""
         for group in self.groups:
             rate = getattr(inputs, group["rate"])
             schedule = group["schedule"]
@@ -208,7 +213,8 @@ class Optimizers:
             on_gpu = group["params"][0].is_cuda
             group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
         for optimizer in self.all:
-            # torch's wrapper around `step` would import torch._dynamo, so these lines do its work instead.
+            # torch's wrapper around `step` would import torch._dynamo. The code below does the same as the
+            # wrapper without this import.
             step = inspect.unwrap(type(optimizer).step)
             with torch.no_grad(), torch.profiler.record_function("Optimizer.step"):
                 step(optimizer)
@@ -218,7 +224,7 @@ class Optimizers:
         self.apply()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state tensors by name. Each name has the form optimizer/PARAMETER/KEY."""
+        """Return the state tensors of all optimizers. The names have the form optimizer/PARAMETER/KEY."""
         tensors = {}
         for optimizer in self.all:
             for p, entries in optimizer.state.items():
@@ -228,9 +234,9 @@ class Optimizers:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], copy: bool = True) -> None:
-        """Load state tensors.
+        """Load the state tensors of all optimizers.
 
-        The tensors are copied by default, because they may be mapped from a file.
+        By default, the tensors are copied, because they may be memory-mapped from a file.
         """
         owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}
         for optimizer in self.all:
@@ -239,9 +245,11 @@ class Optimizers:
         for full_name, value in tensors.items():
             _, name, key = full_name.split("/")
             optimizer, p = owners[name]
-            # Fused kernels need all state on the parameter's device, including the step count.
+            # Fused optimizer kernels need all state tensors on the parameter's device, including the step
+            # count.
             optimizer.state[p][key] = value.to(p.device, copy=copy)
         if tensors and self.all[0].defaults.get("nesterov"):
-            # Fused SGD needs momentum buffers for all parameters or for none. New parameters get zeros.
+            # Fused SGD needs momentum buffers either for all parameters or for no parameter. New parameters
+            # therefore start with momentum buffers of zeros.
             for p in self.names:
                 self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))

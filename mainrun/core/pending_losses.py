@@ -1,4 +1,4 @@
-"""Losses of completed steps, which are read from the device as late as possible."""
+"""Store the losses of training steps on the device, and read these losses as late as possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mainrun.errors import Diverged
 
 
 class StepRow(NamedTuple):
-    """The numbers of one training step."""
+    """The results of one training step."""
 
     step: int
     lr: float
@@ -23,7 +23,7 @@ class StepRow(NamedTuple):
 class NotFinite(Diverged):
     """Raised when the loss or the gradient norm of a step is NaN or infinite.
 
-    `rows` contains the steps before this step.
+    `rows` contains the results of the steps before the failed step.
     """
 
     def __init__(self, row: StepRow, rows: list[StepRow]) -> None:
@@ -36,7 +36,8 @@ class NotFinite(Diverged):
 class PendingLosses:
     """Losses that are still on the device.
 
-    Reading a loss waits until its step is complete, so losses on a GPU are read many at a time.
+    Reading a loss makes the CPU wait until the GPU has finished the step. The losses of many steps are
+    therefore read from a GPU at once.
     """
 
     def __init__(self, limit: int) -> None:

@@ -18,11 +18,11 @@ PROCESS_NUMBER = re.compile("[0-9]{1,6}")
 
 
 def read_rank() -> tuple[int, int]:
-    """Return this process's rank and the number of processes, from the variables that torchrun sets."""
+    """Read this process's rank and the number of processes from the environment variables of torchrun."""
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
     got = f"got RANK={rank!r} and WORLD_SIZE={world!r}"
-    # A batch system may have set both variables for its own purposes.
+    # A batch system may have set the same environment variables for other purposes.
     fix = "start with torchrun, or unset both"
     numbers = PROCESS_NUMBER.fullmatch(rank) and PROCESS_NUMBER.fullmatch(world)
     if not numbers or int(rank) >= int(world):
@@ -33,18 +33,19 @@ def read_rank() -> tuple[int, int]:
 
 
 class ProcessGroup:
-    """The processes that train one run together. Process 0 is the leader. Only the leader writes files."""
+    """The processes that train one run together. Only the leader, which is process 0, writes files."""
 
     def __init__(self) -> None:
         self.rank, self.world = read_rank()
         self.torch_device = torch.device("cpu")
 
     def join(self) -> None:
-        """Connect to the other processes."""
+        """Connect this process to the other processes of the run."""
         if self.world == 1 or dist.is_initialized():
             return
         backend = "nccl" if self.torch_device.type == "cuda" else "gloo"
-        # The timeout is long, because the other processes wait while the leader tokenises or scores.
+        # The timeout is long, because the other processes wait while the leader tokenizes the corpus or
+        # scores the model.
         dist.init_process_group(backend, timeout=timedelta(hours=6))
 
     @property
@@ -53,7 +54,7 @@ class ProcessGroup:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """Run a `with` block in the leader first, and then in the other processes."""
+        """Run a `with` block in the leader process first, and then in all other processes."""
         if not self.leads:
             dist.barrier()
         yield
@@ -61,7 +62,7 @@ class ProcessGroup:
             dist.barrier()
 
     def any_process(self, flag: bool) -> bool:
-        """Return True on every process if the flag is True on at least one process."""
+        """Return True in every process if the flag is True in at least one process."""
         if self.world == 1:
             return flag
         votes = torch.tensor([float(flag)], device=self.torch_device)
@@ -69,7 +70,7 @@ class ProcessGroup:
         return bool(votes.item())
 
     def broadcast(self, *numbers: int) -> tuple[int, ...]:
-        """Return the leader's numbers on every process."""
+        """Return the leader's numbers in every process."""
         if self.world == 1:
             return numbers
         leaders = torch.tensor(numbers, device=self.torch_device)

@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, training batches and the scoring of a model on held-out titles."""
+"""Load corpora, fit tokenizers, make training batches, and score models on held-out titles."""

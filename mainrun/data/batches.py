@@ -12,7 +12,7 @@ from mainrun.plan.plan import Segment
 class Batches:
     """The training batches of a run.
 
-    Each batch depends only on the config, the tokens and the step, so steps can be read in any order.
+    Each batch depends only on the config, the tokens and the step, so the batches can be read in any order.
     """
 
     def __init__(self, cfg: TrainConfig, train: np.ndarray) -> None:
@@ -22,10 +22,10 @@ class Batches:
         self._stream = train
 
     def at(self, step: int, segment: Segment | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the inputs and targets of a step. Each array has the shape (batch_size, block_size).
+        """Return the inputs and the targets of a step. Both arrays have the shape (batch_size, block_size).
 
-        Steps are counted from 0. `segment` is the plan's segment that contains the step. By default, the
-        whole run is one segment.
+        Steps are counted from 0. `segment` is the segment of the plan that contains the step. By default, the
+        whole run is a single segment.
         """
         segment = segment or Segment(self.cfg)
         span = segment.span
@@ -37,7 +37,7 @@ class Batches:
         return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """Return the train tokens with the titles in the order of an epoch. Cache only the last result."""
+        """Return the train tokens, with the titles in the order of an epoch. Only one epoch is cached."""
         if self._epoch != epoch:
             ends = np.flatnonzero(self.train == EOS) + 1
             starts = np.concatenate(([0], ends[:-1]))

@@ -1,8 +1,9 @@
-"""The corpus of a run: ordered titles, split into train, dev and val, with fingerprints that identify them.
+"""The corpus of a run: ordered titles, split into train, dev and val, and the fingerprint of each split.
 
-The titles of the source are permuted with the task's seed. With shuffle=false, the titles keep the order of
-the source. The run uses the first num_titles titles. The fraction val_frac at the end of these titles becomes
-val. The fraction dev_frac at the end of the other titles becomes dev. The remaining titles become train.
+The titles of the source are shuffled with the task's seed. If shuffle=false is set, the titles stay in the
+order of the source. The run uses the first num_titles titles. The last val_frac of these titles become the
+split val. The last dev_frac of the titles before val become the split dev. All titles before dev become the
+split train.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from mainrun.files import inputs
 
 @dataclass(frozen=True)
 class Corpus:
-    """The titles of a run, with their fingerprints and their origin."""
+    """The titles of a run, with the fingerprint of each split and the origin of the titles."""
 
     name: str
     train: list[str]
     dev: list[str]
     val: list[str]
-    fingerprints: dict[str, str]  # the sha256 of the ordered titles of corpus, train, dev and val
+    fingerprints: dict[str, str]  # the sha256 of the ordered titles, for corpus, train, dev and val
     origin: dict[str, Any]  # where the titles come from and how many were skipped, as JSON values
 
 
 def load_corpus(cfg: TrainConfig) -> Corpus:
-    """Load the corpus that a config names, and split its titles."""
+    """Load the corpus that a config names, and split the titles into train, dev and val."""
     order = partial(_order, shuffle=cfg.shuffle)
     if cfg.corpus.startswith("mix:"):
         mix = load_mix(inputs.expanded(cfg.corpus[4:], "corpus"), cfg.num_titles, order)
@@ -54,7 +55,8 @@ def load_corpus(cfg: TrainConfig) -> Corpus:
     dev = titles[n_train:n_known]
     val = titles[n_known:]
     train = _repeated(distinct, weights[:n_train])
-    # Real data contains reposts, and the task does not remove them from val. The origin counts them.
+    # Real data contains reposts, and the task does not remove reposts from val. `origin` contains the number
+    # of reposts.
     seen = set(distinct).union(dev)
     counts = {
         "titles": len(titles),
@@ -82,8 +84,9 @@ def _order(count: int, shuffle: bool) -> np.ndarray:
 
 
 def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
-    """Return the position after the last title of train, and the position after the last title of dev."""
-    # Fractions are exact, so 0.9 of 20,000 is always 18,000. Float arithmetic could round the product down.
+    """Return the position where train ends, and the position where dev ends."""
+    # The code uses exact fractions, so 0.9 of 20,000 titles is always 18,000 titles. Float arithmetic could
+    # lose a title to rounding.
     n_known = int(count * (1 - Fraction(str(cfg.val_frac))))
     n_train = int(n_known * (1 - Fraction(str(cfg.dev_frac))))
     if n_train < 1:
@@ -95,7 +98,7 @@ def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
 
 
 def _repeated(titles: list[str], weights: list[int]) -> list[str]:
-    """Return a list in which each title occurs as often as its weight says.
+    """Return a list in which the number of times that a title occurs equals the weight of the title.
 
     The list consists of several passes over the titles. In each pass, a title occurs at most once.
     """
@@ -120,7 +123,7 @@ def fingerprints(train: list[str], dev: list[str], val: list[str]) -> dict[str, 
 def fingerprint(titles: Iterable[str]) -> str:
     """Return the sha256 of a list of titles.
 
-    The length of each title is hashed too, so that different lists never give the same bytes.
+    The length of each title is also hashed, so that the hashed bytes of two different lists always differ.
     """
     digest = hashlib.sha256()
     for title in titles:

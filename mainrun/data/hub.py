@@ -1,7 +1,8 @@
-"""Download the task's dataset from the Hugging Face hub, and verify the sha256 of the file.
+"""Download the task's dataset from the Hugging Face hub, and verify the sha256 of the downloaded file.
 
-The file is stored in the cache folder. A JSON file in the same folder, the note, stores its size and sha256.
-mainrun can therefore verify the file later without a network connection.
+The downloaded file is stored in the cache folder. A JSON file in the same folder, called the note, contains
+the size and the sha256 of the download. With the note, mainrun can verify the download later without a
+network.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 HUB_REPO = "julien040/hacker-news-posts"
-HUB_REVISIONS = {  # hn-2025 is the data behind the task's published scores, and hn is newer
+HUB_REVISIONS = {  # the task's published scores use hn-2025; hn is newer
     "hn": "d210f96ddcc592f324c3108dd1d7b7edc03ca788",
     "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
 }
-ABANDONED = 3600  # a partial download is abandoned if it was not written to for this many seconds
-LOCAL_ERRORS = (  # the error codes that come from this machine's disk and not from the hub
+ABANDONED = 3600  # seconds without a write after which a partial download is abandoned
+LOCAL_ERRORS = (  # the error codes for problems of this machine's disk and not of the hub
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -46,7 +47,7 @@ LOCAL_ERRORS = (  # the error codes that come from this machine's disk and not f
 
 @dataclass(frozen=True)
 class HubFile:
-    """The metadata of a dataset's parquet file at one revision on the hub."""
+    """The metadata of the dataset's parquet file at one revision on the hub."""
 
     repo: str
     revision: str
@@ -55,7 +56,7 @@ class HubFile:
     sha256: str
 
     def damage(self, path: Path) -> str:
-        """Return how a local file differs from the file on the hub, or an empty text if they are equal."""
+        """Return how a local file differs from the hub's file, or an empty text if the files are equal."""
         if not path.is_file():
             return "is missing"
         size = path.stat().st_size
@@ -70,12 +71,12 @@ class HubFile:
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
     """Return the titles of a hub corpus.
 
-    Blank titles are kept, because the task's permutation includes them.
+    Blank titles are not removed, because the task shuffles the titles together with the blank titles.
     """
     path, file = _fetch(name)
     try:
         column = parquet_column(str(path), path, COLUMN)
-    except CorpusError as e:  # the sha256 is right, so the file on the hub has an unexpected content
+    except CorpusError as e:  # the download is intact, so the file on the hub is not as expected
         raise HubError(f"corpus={name}: {e}") from None
 
     def take(positions: np.ndarray) -> list[str]:
@@ -85,7 +86,7 @@ def open_titles(name: str, argument: str, wanted: int) -> Titles:
 
 
 def download(name: str) -> Path:
-    """Return the path of a hub corpus in the cache. Download it first if the cache does not have it."""
+    """Return the path of a hub corpus in the cache. If the corpus is not in the cache, download it first."""
     if name not in HUB_REVISIONS:
         raise CorpusError(
             f"corpus={name!r} cannot be downloaded{nearest(name, HUB_REVISIONS)}; "
@@ -96,7 +97,7 @@ def download(name: str) -> Path:
 
 
 def hub_reachable(timeout: float = 3.0) -> tuple[bool, str]:
-    """Return whether the hub answers a request, and a message about the answer."""
+    """Return whether the hub answers a request, and a message that describes the answer."""
     import urllib.error
     import urllib.request
 
@@ -111,7 +112,7 @@ def hub_reachable(timeout: float = 3.0) -> tuple[bool, str]:
             return True, f"{endpoint} answers"
     except urllib.error.HTTPError as e:
         return e.code < 500, f"{endpoint} answers with status {e.code}"
-    except (OSError, ValueError) as e:  # URLError is an OSError
+    except (OSError, ValueError) as e:  # URLError is a subclass of OSError
         return False, f"{endpoint} does not answer: {getattr(e, 'reason', e)}"
 
 
@@ -121,7 +122,7 @@ def _endpoint() -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # the URL has brackets without an address, or its port is not a number
+    except ValueError:  # the URL has empty brackets, or a port that is not a number
         usable = False
     if not usable:
         raise HubError(
@@ -139,7 +140,7 @@ def _offline() -> bool:
 
 
 def _fetch(name: str) -> tuple[Path, HubFile]:
-    """Verify the cached parquet file of a hub corpus, and return its path. Download the file if necessary."""
+    """Verify the cached parquet file of a hub corpus, and return its path. Download a missing file first."""
     revision = HUB_REVISIONS[name]
     cache = cache_dir() / "hub"
     note = cache / f"{name}.json"
@@ -179,7 +180,7 @@ def _look_up(name: str, revision: str) -> HubFile:
         info = HfApi(endpoint=_endpoint()).dataset_info(
             HUB_REPO, revision=revision, files_metadata=True, timeout=10
         )
-    except Exception as e:  # the hub library, its HTTP client and JSON have no common error class
+    except Exception as e:  # the hub library, the HTTP client and the JSON parser raise unrelated errors
         raise _explained(name, revision, e) from e
     files = [f for f in info.siblings or [] if f.rfilename.endswith(".parquet")]
     if len(files) != 1:
@@ -209,17 +210,17 @@ def _download(name: str, file: HubFile, cache: Path) -> Path:
     }
     try:
         path = Path(hf_hub_download(HUB_REPO, file.file, **options))
-        # The library does not verify the content of a file that is already in its cache.
+        # huggingface_hub does not verify the content of a file that it finds in its cache.
         if file.damage(path):
             _delete(path)
             path = Path(hf_hub_download(HUB_REPO, file.file, **options))
-    except Exception as e:  # the same error classes as in _look_up
+    except Exception as e:  # as in _look_up, the libraries raise unrelated errors
         raise _explained(name, file.revision, e) from e
     return path
 
 
 def _remove_abandoned_parts(cache: Path) -> None:
-    """Remove the partial files of killed downloads, because no later download resumes them."""
+    """Remove the partial files of killed downloads, because no later download continues a partial file."""
     for part in cache.glob("*/blobs/*.incomplete"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > ABANDONED:
@@ -227,7 +228,7 @@ def _remove_abandoned_parts(cache: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Remove a cached file and the file that it links to, so that the next download starts from zero."""
+    """Remove a cached link and the file that it points to, so that the next download starts from scratch."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
@@ -236,7 +237,7 @@ def _delete(path: Path) -> None:
 
 
 def _read_note(note: Path, revision: str) -> tuple[str, HubFile] | None:
-    """Return the file's path in the cache and its metadata, or None if there is no valid note."""
+    """Return the path and the metadata of the downloaded file, or None if there is no valid note."""
     try:
         record = json.loads(note.read_bytes())
         path = record["path"]
@@ -251,7 +252,7 @@ def _read_note(note: Path, revision: str) -> tuple[str, HubFile] | None:
 
 
 def _write_note(note: Path, path: str, file: HubFile) -> None:
-    """Write the note to a temporary file, then rename that file, so that no reader sees a partial note."""
+    """Write the note to a temporary file and then rename this file, so that no process reads half a note."""
     text = json.dumps({**asdict(file), "path": path}, indent=1)
     note.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=note.parent, prefix=note.name)
@@ -262,7 +263,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, note)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # the temporary file is gone if the rename succeeded
+        with contextlib.suppress(FileNotFoundError):  # after a rename, there is no temporary file
             os.unlink(temporary)
 
 
@@ -270,7 +271,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
 
 
 def _explained(name: str, revision: str, e: Exception) -> Exception:
-    """Turn the error of a request into an error whose message explains the cause and the fix."""
+    """Turn the error of a failed request into a HubError whose message explains the cause and the fix."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,

@@ -5,9 +5,11 @@
     ratio = 3              # the source's share of num_titles, relative to the other ratios (default 1)
     weight = 2             # how many times an epoch presents each title of the source (default 1)
 
-Each source is ordered as if it were the only source, and the mix uses the first titles of that order. A title
-that the mix already has is skipped, so all titles are distinct. The sources are interleaved evenly. Train,
-dev and val therefore each contain the sources in the given ratios. A weight only repeats titles of train.
+The titles of each source are ordered as in a run that uses only this source. The mix takes the first titles
+of each source in this order. A title that is already in the mix is skipped, so all titles of a mix are
+distinct. The titles of the sources are spread evenly over the mix. Train, dev and val therefore each contain
+the sources in the given ratios. A weight affects only the titles of train, because dev and val repeat no
+title.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ KEYS = ("path", "corpus", "ratio", "weight")
 
 @dataclass(frozen=True)
 class MixSource:
-    """One [[source]] table of the TOML file."""
+    """One [[source]] table of a mix's TOML file."""
 
-    where: str  # the file and the number of the table, as messages name them
+    where: str  # the file and the number of the table, for error messages
     corpus: str
     ratio: Fraction
     weight: int
@@ -43,7 +45,7 @@ class MixSource:
 
 @dataclass
 class Mix:
-    """The titles of a mix in order, with the weight of each title."""
+    """The ordered titles of a mix, with the weight of each title."""
 
     titles: list[str]
     weights: list[int]
@@ -51,9 +53,9 @@ class Mix:
 
 
 def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix:
-    """Load a mix of `wanted` titles.
+    """Load a mix that contains `wanted` titles.
 
-    `order(n)` returns the order in which a run uses the n titles of a source.
+    `order(n)` returns the order in which a run uses the titles of a source that has n titles.
     """
     sources = _read(path)
     shares = _shares([source.ratio for source in sources], wanted)
@@ -67,7 +69,8 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
                 f"{source.where} ({source.corpus}): the source gets no title of num_titles={wanted}, "
                 "because its ratio is too small; raise its ratio or num_titles"
             )
-        # A synthetic source makes `wanted` titles, which is enough even if other sources have the same ones.
+        # A synthetic source generates `wanted` titles, which are enough even if another source contains some
+        # of the same titles.
         titles = open_source(source.corpus, wanted)
         fresh = _unseen(titles, order(titles.count), share, wanted, seen)
         if len(fresh) < share:
@@ -76,7 +79,8 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
                 f"{source.where} ({source.corpus}): {len(fresh):,} titles that no earlier source has, "
                 f"but its ratio asks for {share:,}; lower its ratio, or use --set num_titles={largest}"
             )
-        # Title k of n titles gets the position (2k + 1) / 2n, so the titles of each source are spread evenly.
+        # Title k of a source with n titles gets the position (2k + 1) / 2n, so that the titles of each source
+        # are spread evenly.
         for k, title in enumerate(fresh):
             placed.append((Fraction(2 * k + 1, 2 * share), i, title))
         origins.append(
@@ -97,7 +101,7 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
 
 
 def _unseen(titles: Titles, order: np.ndarray, share: int, batch: int, seen: set[str]) -> list[str]:
-    """Return the first `share` titles of a source that are not in `seen`, and add them to `seen`."""
+    """Return the first `share` titles of a source that are not in `seen`, and add these titles to `seen`."""
     fresh: list[str] = []
     for start in range(0, titles.count, batch):
         for title in titles.take(order[start : start + batch]):
@@ -149,7 +153,7 @@ def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
 
 
 def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
-    """Return the `corpus` value of a table. A relative path starts at the folder of the TOML file."""
+    """Return the `corpus` value of a [[source]] table. A path is relative to the TOML file's folder."""
     if ("path" in table) == ("corpus" in table):
         given = "both" if "path" in table else "none"
         raise CorpusError(f"{where}: got {given} of path and corpus; set exactly one of them")
@@ -165,9 +169,10 @@ def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
 
 
 def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
-    """Divide `wanted` titles in proportion to the ratios.
+    """Divide `wanted` titles among the sources in proportion to the ratios.
 
-    The shares with the largest remainders are rounded up.
+    The numbers of titles with the largest fractional parts are rounded up, and all other numbers are rounded
+    down.
     """
     total = sum(ratios)
     exact = [ratio * wanted / total for ratio in ratios]

@@ -1,11 +1,11 @@
-"""The kinds of sources from which a corpus takes its titles.
+"""The kinds of sources that a corpus can take titles from.
 
     synthetic             titles from the seeded grammar in synthetic.py, without a network
     hn, hn-2025           the dataset of the task on the Hugging Face hub, at two pinned revisions; see hub.py
     file:PATH[#COLUMN]    a local file; see title_files.py
 
-To add a kind, write a function that returns a `Titles` object, and add a row to SOURCES. corpus.py selects,
-orders and splits the titles. mix.py combines several sources.
+To add a kind of source, write a function that returns a `Titles` object, and add a row to SOURCES. corpus.py
+selects, orders and splits the titles. mix.py combines several sources into one corpus.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from mainrun.data import hub, title_files
 from mainrun.data.titles import Titles, from_list
 from mainrun.errors import CorpusError, nearest
 
-MIX = "mix:PATH.toml"  # the syntax of `corpus` for a mix of sources
+MIX = "mix:PATH.toml"  # the syntax of the config field `corpus` for a mix of sources
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of source. The config field `corpus` contains its name, and may add an argument after a colon.
+    """A kind of source. The config field `corpus` contains the name of a source and sometimes an argument.
 
-    `open` is called with the name, the argument and the number of titles that the run will use.
+    The function `open` is called with three values: the name, the argument, and the number of titles that the
+    run will use.
     """
 
     syntax: str  # how a user writes the source in `corpus`
-    kind: str  # the value of `kind` in the origin of the titles
-    fixed: bool  # True if the same `corpus` gives the same titles on every machine
+    kind: str  # the value of the key `kind` in the origin of the titles
+    fixed: bool  # True if the config field `corpus` determines the titles on every machine
     open: Callable[[str, str, int], Titles]
 
 
 def _synthetic(name: str, argument: str, wanted: int) -> Titles:
     from mainrun.data import synthetic
 
-    # The grammar can produce any number of titles, so the source has exactly as many titles as the run uses.
+    # The grammar can generate any number of titles, so this source has exactly as many titles as the run
+    # uses.
     return from_list(synthetic.titles(wanted), {"kind": "synthetic", "seed": synthetic.SEED})
 
 
@@ -49,7 +51,7 @@ SOURCES = {
 
 
 def open_source(corpus: str, wanted: int) -> Titles:
-    """Open the source that `corpus` names. `wanted` is the number of titles that the run will use."""
+    """Open the source that a corpus names. `wanted` is the number of titles that the run will use."""
     name, _, argument = corpus.partition(":")
     source = SOURCES.get(name)
     if source is None or (":" in source.syntax and not argument):
@@ -62,7 +64,7 @@ def open_source(corpus: str, wanted: int) -> Titles:
 
 
 def is_source(corpus: str) -> bool:
-    """Return whether `corpus` has the syntax of a source or of a mix."""
+    """Return whether a text has the syntax of a source or of a mix."""
     name, _, argument = corpus.partition(":")
     if name == MIX.partition(":")[0]:
         return bool(argument)
@@ -70,13 +72,13 @@ def is_source(corpus: str) -> bool:
 
 
 def kind(corpus: str) -> str:
-    """Return the value of `kind` in the origin of a corpus."""
+    """Return the value of the key `kind` in the origin of a corpus."""
     name = corpus.partition(":")[0]
     return SOURCES[name].kind if name in SOURCES else name
 
 
 def is_fixed(corpus: str) -> bool:
-    """Return whether the same `corpus` gives the same titles on every machine."""
+    """Return whether the config field `corpus` alone determines the titles on every machine."""
     name = corpus.partition(":")[0]
     return name in SOURCES and SOURCES[name].fixed
 

@@ -1,15 +1,16 @@
-"""Generate titles like those of a technology news page from a seeded grammar, without a network or a file.
+"""Generate titles that resemble the titles of a technology news page, from a seeded grammar.
 
-Each title has a topic. A word comes from the lists of the topic or from general lists. Most words are drawn
-by their rank, following Zipf's law. Other words are favourites of the preceding word, so a model can learn
-dependencies between words. Names and rare words are built from syllables, so the vocabulary keeps growing
-with the number of titles. The statistics follow real titles, but no word or rule is copied from them.
+The grammar needs neither a network nor a file. Each title has a topic. The words of a title come from the
+topic's word lists and from general word lists. Most words are drawn by rank, following Zipf's law. Other
+words are favorites of the preceding word, so that a model can learn dependencies between words. Names and
+rare words are built from syllables, so the vocabulary grows with the number of titles. The generated titles
+have similar statistics to real titles, but no word or rule is copied from a real title.
 
     titles(3)    the first three titles, which are also the first three titles of titles(4)
 
-The titles are the same on every machine. Random numbers are the raw output of PCG64, which numpy guarantees
-to be stable, and arithmetic on them is exact. The code uses no libm function, no hash() and no iteration over
-a set.
+The generated titles are the same on every machine. The random numbers are the raw output of PCG64, which
+numpy guarantees to be stable, and all arithmetic on the random numbers is exact. The code uses no libm
+function, no hash() and no iteration over a set.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import numpy as np
 
 SEED = 20_070_219
 
-# Each topic has five lists: nouns, mass nouns, verbs, adjectives, and endings of product names. The most
-# frequent words come first. In nouns, "-" stands for a space.
+# Each topic has five word lists: nouns, mass nouns, verbs, adjectives, and endings of product names. Each
+# list begins with its most frequent words. In nouns, "-" stands for a space.
 TOPICS = """
 compiler function type macro parser pointer closure module runtime library debugger linter interpreter
   exception generic iterator loop string array struct interface decorator thread lambda variable operator
@@ -137,7 +138,7 @@ brain mind memory habit dream emotion child study bias decision personality illu
   think self human
 """
 
-# Nouns, mass nouns, verbs and adjectives that belong to no topic.
+# The general word lists: nouns, mass nouns, verbs and adjectives that belong to no topic.
 GENERAL = """
 way thing tool guide year problem system project idea list story world time day team life history reason
   person case future rule example part lesson interview place service question answer mistake version review
@@ -154,7 +155,7 @@ way thing tool guide year problem system project idea list story world time day 
   interesting nice custom major dead
 """
 
-# Lists of names and function words, syllables, and irregular forms. "~" stands for a space inside a name.
+# Lists of names, function words, syllables and irregular forms. "~" stands for a space inside a name.
 WORDS = """
 place: US China California India Europe London Germany New~York Japan Russia France Berlin Canada Africa
   Israel Texas Australia Iran Brazil Korea Paris Boston Seattle Sweden Mexico Norway Iceland Estonia Tokyo
@@ -207,10 +208,10 @@ plurals: person:people man:men woman:women child:children mouse:mice bacterium:b
 small: a an the of for in on to with and or by from at as via vs vs. is its
 """
 
-# A rule has the form "rule: weight pattern | weight pattern ...". In a pattern, {x} is another rule, a list
-# in WORDS, a name or an inflected word. The names are co, tool, person, last and coined. The inflected words
-# are n and ns (noun and plural), m (mass noun), v, vs, ved and ving (verb), and adj (adjective). The rule
-# `more` adds a phrase while the title is short. Its "_" stands for the space before the phrase.
+# A rule has the form "rule: weight pattern | weight pattern ...". In a pattern, {x} stands for another rule,
+# a list in WORDS, a name or an inflected word. The names are co, tool, person, last and coined. The inflected
+# words are n and ns (noun and plural), m (mass noun), v, vs, ved and ving (verb), and adj (adjective). The
+# rule `more` adds a phrase if the title is still short. In a pattern, "_" stands for a space.
 RULES = """
 title: 52 {headline} | 13 {headline2} | 16 Ask HN: {ask} | 7 Show HN: {show} | 0.2 Tell HN: {S} | 0.15
   Launch HN: {co} (YC {w}{d}{d}) – {pitch} | 4 {short} | 5 {quoted} | 1.3 {S} [pdf] | 0.7 {headline} [video]
@@ -330,25 +331,25 @@ number: 4 {d} | 4 {d}{d} | 2 {d}00 | 2 {d},{d}00 | 1 {d}M | 1 {d}k | 2 two | 1 t
   {d}{d}0,000
 """
 
-# -- probabilities, fitted to the statistics of real titles
+# -- probabilities, which are fitted to the statistics of real titles
 
-FAVOURED = 0.16  # the fraction of words that are favourites of the preceding word
+FAVOURED = 0.16  # the fraction of words that are favorites of the preceding word
 GENERAL_SHARE = 0.35  # the fraction of words that belong to no topic
 RARE = {"n": 0.29, "m": 0.24, "v": 0.2, "a": 0.29}  # the fraction of words that are built from syllables
-SHIFT = 24  # the weight of a rank is 1 / (rank + SHIFT)
-# The fraction of names that belong to no topic.
+SHIFT = 24  # a word of rank r has the weight 1 / (r + SHIFT)
+# The fraction of names that belong to no topic, for each kind of name.
 KNOWN = {"co": 0.5, "tool": 0.15, "person": 0.3, "last": 0.3, "coined": 0.3}
-# An octave is a range of ranks from 2**k to 2**(k + 1). An octave is this much more likely than the octave
-# below it.
+# The probability of an octave of ranks, divided by the probability of the octave below. An octave consists of
+# the ranks from 2**k to 2**(k + 1).
 STEEP = {"co": 0.8, "tool": 0.97, "person": 0.95, "last": 0.95, "coined": 1.05, "rare": 1.15}
-OCTAVES = 15  # ranks go up to 2**OCTAVES
-TITLE_CASE = 0.34  # the fraction of titles in which most words are capitalised
-COLON_CASE = 0.75  # the fraction of titles that have a capital after a colon
+OCTAVES = 15  # the number of octaves, so the highest rank is 2**OCTAVES
+TITLE_CASE = 0.34  # the fraction of titles in which most words are capitalized
+COLON_CASE = 0.75  # the fraction of titles that have a capital letter after a colon
 CURLY = 0.3  # the fraction of titles that use ’ instead of '
-# A title gets no more phrases if it has more than MIN_PIECES pieces plus a random fraction of EXTRA_PIECES.
+# No phrase is added to a title that has more pieces than MIN_PIECES plus a random fraction of EXTRA_PIECES.
 MIN_PIECES = 8
 EXTRA_PIECES = 4
-LONGEST = 80  # the maximum length of a title in characters, as on the real news page
+LONGEST = 80  # the maximum number of characters of a title, as on the real news page
 
 TABLES = dict(re.findall(r"^(\w+): (.*(?:\n  .*)*)", WORDS + RULES, re.M))
 LISTS = {name: body.split() for name, body in TABLES.items() if f"\n{name}: " in WORDS}
@@ -356,7 +357,7 @@ TOPIC_LISTS = [[part.split() for part in topic.split(";")] for topic in re.split
 PAST = dict(pair.split(":") for pair in LISTS["ed"])
 PLURAL = dict(pair.split(":") for pair in LISTS["plurals"])
 SMALL = frozenset(LISTS["small"])
-FORMS = {  # maps a slot of a pattern to the kind of word and its ending
+FORMS = {  # maps the name of a slot in a pattern to (kind of word, ending)
     "n": ("n", ""),
     "ns": ("n", "s"),
     "m": ("m", ""),
@@ -367,13 +368,13 @@ FORMS = {  # maps a slot of a pattern to the kind of word and its ending
     "adj": ("a", ""),
 }
 AN = re.compile(r"\ba(?= [“‘\"']?(?:[aeio]|u(?!ni|s|r[aeiou])))", re.I)
-# Words that double their last letter before an ending, such as "stop" in "stopped".
+# Words whose last letter is doubled before an ending, such as "stop" in "stopped".
 DOUBLED = re.compile(r"^[^aeiou]*[aeiou][bdgmnprtz]$|^de[bf]ug$")
 
 
 @cache
 def inflect(word: str, ending: str) -> str:
-    """Return a word with the ending "s", "ed" or "ing", or without an ending, in English spelling."""
+    """Return a word with the ending "s", "ed", "ing" or "", following the rules of English spelling."""
     consonant_y = word[-1] == "y" and word[-2:-1] not in tuple("aeiou")
     if ending == "s":
         if word in PLURAL or consonant_y:
@@ -390,15 +391,15 @@ def inflect(word: str, ending: str) -> str:
 
 
 def zipf(words: Sequence[Any], share: float = 1.0) -> list[float]:
-    """Return a weight for each word by its rank. The weights sum to `share`."""
+    """Return a weight for each word, which decreases with the word's rank. The weights sum to `share`."""
     weights = [1 / (rank + SHIFT) for rank in range(len(words))]
     return [share * w / fsum(weights) for w in weights]
 
 
 def lookup_table(items: Sequence[Any], weights: Sequence[float]) -> list[Any]:
-    """Return a list of 2048 entries in which each item occurs in proportion to its weight.
+    """Return a list of 2048 entries in which the number of copies of an item is proportional to its weight.
 
-    Choosing a random entry of the list is a weighted draw of an item.
+    Choosing a random entry of this list draws an item with a probability proportional to the item's weight.
     """
     scale = 2048 / fsum(weights)
     end = 0.0
@@ -409,11 +410,11 @@ def lookup_table(items: Sequence[Any], weights: Sequence[float]) -> list[Any]:
     return places
 
 
-# -- names and rare words, which depend only on their kind, topic and rank
+# -- names and rare words, which are determined by their kind, topic and rank
 
 
 def chooser(key: str) -> Callable[[Any], Any]:
-    """Return a function that chooses items of sequences. A hash of the key determines its choices."""
+    """Return a function that chooses an item of a sequence. A hash of the key determines the choices."""
     bits = int.from_bytes(hashlib.blake2b(key.encode()).digest(), "little")
 
     def choose(items: Any) -> Any:
@@ -425,14 +426,14 @@ def chooser(key: str) -> Callable[[Any], Any]:
 
 
 def syllables(choose: Callable[[Any], Any]) -> tuple[str, str]:
-    """Return a random syllable, and a word of two syllables that ends with it."""
+    """Return a random syllable, and a word of two syllables that ends with this syllable."""
     one = "".join(choose(LISTS[part]) for part in ("onset", "vowel", "coda"))
     return one, choose(LISTS["onset"]) + choose(LISTS["vowel"]) + one
 
 
 @cache
 def rare(kind: str, rank: int) -> str:
-    """Return the rare word of a kind at a rank."""
+    """Return the rare word that has the given kind and rank."""
     choose = chooser(f"{kind} {rank}")
     one, two = syllables(choose)
     stem = choose([one, one, one, two, choose(LISTS["root"]), choose(LISTS["prefix"]) + one])
@@ -441,7 +442,7 @@ def rare(kind: str, rank: int) -> str:
 
 @cache
 def name(kind: str, topic: int, rank: int) -> str:
-    """Return the name of a company, a tool or a person, or a last name, or an acronym."""
+    """Return a name of the given kind: a company, a tool, a person, a last name or a coined acronym."""
     choose = chooser(f"{kind} {topic} {rank}")
     if kind == "coined":
         return "".join(choose("SACPDTMIRLBFEGNVOHUWXKQ") for _ in range(2 + rank % 3))
@@ -474,16 +475,16 @@ def name(kind: str, topic: int, rank: int) -> str:
 
 
 class Writer:
-    """Writes titles one after another from a stream of random numbers."""
+    """Generates one title after another from a stream of random numbers."""
 
     def __init__(self) -> None:
         self.next = uniforms().__next__
-        self.out: list[str] = []  # the pieces of the title that is being written
+        self.out: list[str] = []  # the pieces of the title that is being generated
         self.topic = 0
-        self.last = ""  # the preceding word, which determines the favourites
-        self.enough = 0.0  # the number of pieces after which no phrase is added
-        self.topic_words: dict[tuple[int, str], list[str]] = {}  # the words of each (topic, kind)
-        self.words: dict[tuple[int, str], list[str]] = {}  # the lookup table of each (topic, kind)
+        self.last = ""  # the preceding word, whose favorites are drawn
+        self.enough = 0.0  # the number of pieces above which no phrase is added
+        self.topic_words: dict[tuple[int, str], list[str]] = {}  # the topic's words by (topic, kind)
+        self.words: dict[tuple[int, str], list[str]] = {}  # the lookup tables by (topic, kind)
         self._make_word_tables()
         self.topics = lookup_table(range(len(TOPIC_LISTS)), zipf(TOPIC_LISTS))
         self.octaves: dict[str, list[int]] = {}
@@ -521,7 +522,7 @@ class Writer:
     def parse(self, pattern: str) -> list[Any]:
         """Split a pattern into parts.
 
-        A literal text becomes a string, and a rule becomes its table. A word becomes the tuple
+        A literal text becomes a string, and a rule becomes the table of the rule. A word becomes the tuple
         (kind, ending), and a name becomes the tuple (kind,).
         """
         parts: list[Any] = []
@@ -539,12 +540,12 @@ class Writer:
         return items[int(self.next() * len(items))]
 
     def rank(self, kind: str) -> int:
-        """Draw an octave, and then draw a rank in this octave."""
+        """Draw an octave of ranks, and then draw a rank in this octave."""
         first = 1 << self.draw(self.octaves[kind])
         return first + int(self.next() * first)
 
     def word(self, kind: str) -> str:
-        """Draw a rare word, a favourite of the preceding word, or any word of the topic."""
+        """Draw a rare word, a favorite of the preceding word, or any word of the topic."""
         x = self.next() - RARE[kind]
         if x < 0:
             self.last = rare(kind, self.rank("rare"))
@@ -557,7 +558,7 @@ class Writer:
         return self.last
 
     def expand(self, rule: list[Any]) -> None:
-        """Draw a pattern of a rule and append its pieces to `out`."""
+        """Draw one of a rule's patterns, and append the pieces of this pattern to `out`."""
         out = self.out
         if rule is self.more and len(out) > self.enough:
             return
@@ -574,7 +575,7 @@ class Writer:
                 out.append(inflect(self.word(part[0]), part[1]))
 
     def title(self) -> str:
-        """Return the next title."""
+        """Generate the next title, and return the title."""
         self.out = []
         self.last = ""
         self.topic = self.draw(self.topics)
@@ -586,11 +587,11 @@ class Writer:
         if self.next() < CURLY:
             text = text.replace("'", "’")
         words = text.split(" ")
-        capital = True  # True if the next word starts with a capital
+        capital = True  # True if the next word starts with a capital letter
         for i, word in enumerate(words):
             if capital or (title_case and word not in SMALL):
                 start = word[0] in "“‘\"'("
-                if word[start:].islower():  # names and acronyms keep their case
+                if word[start:].islower():  # the case of names and acronyms is not changed
                     words[i] = word[:start] + word[start:].capitalize()
             capital = colon_case and word[-1] == ":"
         return " ".join(words).replace("~", " ")
@@ -604,7 +605,7 @@ def uniforms() -> Iterator[float]:
 
 
 def titles(n: int) -> list[str]:
-    """Return the first n titles. All titles are distinct."""
+    """Return the first n titles of the grammar. All returned titles are distinct."""
     writer = Writer()
     distinct: dict[str, None] = {}
     while len(distinct) < n:

@@ -1,8 +1,8 @@
 """Read titles from a file: `file:PATH[#COLUMN]`.
 
-A .csv, .jsonl or .parquet file has its titles in a column, by default `title`. A .csv file needs a header.
-Any other file has one title per line. Line breaks inside a title become spaces. Blank titles are skipped, and
-the origin of the corpus counts them.
+The titles of a .csv, .jsonl or .parquet file are in a column, which is called `title` by default. A .csv file
+needs a header row. A file of any other type has one title per line. Line breaks inside a title become spaces.
+Blank titles are skipped, and the origin of the corpus contains the number of blank titles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
-    """Return the titles of the file PATH[#COLUMN]."""
+    """Return the titles of a file. The argument has the form PATH[#COLUMN]."""
     path, column = _path_and_column(argument)
     data = read_bytes(path, "a file with one title per line, or a .csv, .jsonl or .parquet file")
     raw = _raw_titles(data, path, column)
@@ -48,7 +48,7 @@ def open_titles(name: str, argument: str, wanted: int) -> Titles:
 
 def _path_and_column(argument: str) -> tuple[Path, str | None]:
     path = inputs.expanded(argument, "corpus")
-    if "#" not in argument or path.exists():  # the name of an existing file may contain "#"
+    if "#" not in argument or path.exists():  # the name of a file may contain "#"
         return path, None
     front, _, column = argument.rpartition("#")
     return inputs.expanded(front, "corpus"), column
@@ -78,7 +78,7 @@ def _check_unicode(titles: list[str], path: Path) -> None:
 
 
 def read_bytes(path: Path, allowed: str) -> bytes:
-    """Read a file of the user. Error messages use `allowed` to say which kind of file is valid."""
+    """Read a file that the user names. `allowed` describes valid files, for error messages."""
     why = inputs.bad_path(str(path))
     if why:
         raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read, {why}; give {allowed}")
@@ -120,11 +120,11 @@ def decode(data: bytes, path: Path) -> str:
         ) from None
 
 
-# -- readers, each of which returns the raw titles of a file in one format
+# -- readers: each reader returns the raw titles of a file in one format
 
 
 def _lines(data: bytes, path: Path) -> list[str]:
-    # splitlines would also split at U+2028 and similar characters, which a title may contain.
+    # A title may contain U+2028 or a similar character, and splitlines would split the title there.
     lines = decode(data, path).split("\n")
     if not lines[-1]:
         lines.pop()
@@ -179,7 +179,7 @@ def _parquet(data: bytes, path: Path, column: str) -> list[str]:
 
 
 def parquet_column(file: Any, path: Path, column: str) -> Any:
-    """Read a column of strings from a parquet file, as a pyarrow array. Error messages contain `path`."""
+    """Read a column of strings from a parquet file, as a pyarrow array. `path` is for error messages."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

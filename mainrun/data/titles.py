@@ -1,4 +1,4 @@
-"""The titles of one source, before a run selects some of them."""
+"""The titles of one source, before a run selects some of these titles."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Titles:
-    """All titles of a source, in the order of the source."""
+    """All titles of a source, in the order in which the source provides the titles."""
 
     count: int
     take: Callable[[np.ndarray], list[str]]  # a function that returns the titles at the given positions
-    origin: dict[str, Any]  # where the titles come from, as JSON values; `kind` is the kind of source
+    origin: dict[str, Any]  # describes the source as JSON; `kind` is the kind of source
 
 
 def from_list(titles: list[str], origin: dict[str, Any]) -> Titles:
@@ -24,5 +24,5 @@ def from_list(titles: list[str], origin: dict[str, Any]) -> Titles:
 
 
 def one_line(text: str) -> str:
-    """Replace line breaks by spaces, and remove surrounding spaces."""
+    """Replace the line breaks in a title with spaces, and remove spaces at the start and the end."""
     return text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ").strip()

@@ -1,8 +1,8 @@
 """A cache for the token streams of runs.
 
-A cache entry contains the tokenizer, one memory-mapped array per split, and a checksum. A damaged entry is
-rebuilt with a warning. If the cache is read-only or the disk is full, the streams stay in memory and mainrun
-prints a warning.
+A cache entry contains the tokenizer, one memory-mapped array per split, and a checksum. mainrun replaces a
+damaged entry and prints a warning. If the cache is read-only or the disk is full, mainrun keeps the token
+streams in memory and prints a warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
 
 SPLITS = ("train", "dev", "val")
-PUBLISH_ATTEMPTS = 10  # an attempt fails if another process changes the cache entry at the same time
-ABANDONED = 86_400  # a temporary folder is abandoned after this many seconds
+PUBLISH_ATTEMPTS = 10  # an attempt fails if another process changes the entry at the same time
+ABANDONED = 86_400  # the age in seconds from which a temporary folder is abandoned
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class TokenData:
     """The tokenizer of a run and the token stream of each split."""
 
     tokenizer: Tokenizer
-    splits: dict[str, np.ndarray]  # the streams of train, of val, and of dev unless dev is empty
-    chars: dict[str, int]  # the number of characters of a split, with "<eos>" after each title
-    bytes: dict[str, int]  # the number of UTF-8 bytes of a split, with a newline after each title
-    digest: str  # a hash of the tokenizer and all streams
+    splits: dict[str, np.ndarray]  # the token streams of train, val and, unless empty, dev
+    chars: dict[str, int]  # the number of characters in each split, with "<eos>" after each title
+    bytes: dict[str, int]  # the number of UTF-8 bytes in each split, with a newline after each title
+    digest: str  # a hash of the tokenizer and all token streams
 
 
 def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
-    """Return the tokenizer and the token streams of a config. Load them from the cache if it has them.
+    """Return the tokenizer and the token streams of a config, from the cache if possible.
 
-    The tokenizer is never fitted on the titles of dev.
+    The titles of dev are never used to fit the tokenizer.
     """
     entry = cache_dir() / "tokens" / _key(cfg, corpus)
     cached = _load(entry)
@@ -59,7 +59,7 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 
 
 def _key(cfg: TrainConfig, corpus: Corpus) -> str:
-    """Return the name of the cache entry, which is a hash of everything that affects the streams."""
+    """Return the name of the cache entry, which is a hash of everything that affects the token streams."""
     fingerprints = {split: corpus.fingerprints[split] for split in SPLITS}
     library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
     parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
@@ -100,9 +100,9 @@ def _digest(
 
 
 def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
-    """Return a cache entry, or None if it does not exist or is damaged."""
-    # Check first whether the entry exists. After a failed read the check would be too late, because another
-    # process may have published an intact entry in the meantime.
+    """Return a cache entry, or None if the entry does not exist or is damaged."""
+    # The code checks before reading whether the entry exists. A check after a failed read would be too late,
+    # because another process could have published an intact entry in the meantime.
     if not os.path.lexists(entry):
         return None
     try:
@@ -123,9 +123,9 @@ def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
 
 
 def _read(entry: Path) -> TokenData:
-    """Read a cache entry and verify its checksum."""
+    """Read a cache entry, and verify the checksum of the entry."""
     for file in entry.iterdir():
-        fault = inputs.not_a_file(file)  # a named pipe must not be opened, because that can block forever
+        fault = inputs.not_a_file(file)  # opening a named pipe could block forever
         if fault:
             raise ValueError(f"{file.name} {fault}")
     meta = json.loads((entry / "meta.json").read_bytes())
@@ -142,9 +142,10 @@ def _read(entry: Path) -> TokenData:
 
 
 def _store(entry: Path, data: TokenData) -> TokenData:
-    """Write a cache entry atomically, and return the data of the entry.
+    """Write a cache entry atomically, and return the data in the entry.
 
-    If another process has already written the entry, return the data of that entry, which is identical.
+    If another process has already written the entry, return the data that the other process has written. Both
+    processes write identical data.
     """
     temporary: Path | None = None
     try:
@@ -169,15 +170,15 @@ def _store(entry: Path, data: TokenData) -> TokenData:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders of killed processes."""
+    """Remove the temporary folders that killed processes have left."""
     for temporary in folder.glob("*.tmp"):
-        with suppress(OSError):  # another process may remove the folder at the same time
+        with suppress(OSError):  # another process may be removing the same folder
             if time.time() - temporary.stat().st_mtime > ABANDONED:
                 shutil.rmtree(temporary)
 
 
 def _publish(fresh: Path, entry: Path) -> TokenData | None:
-    """Move a finished entry to its final path. If an intact entry already exists there, return its data."""
+    """Move a finished entry to its final path. If this path has an intact entry, return that entry's data."""
     for attempt in itertools.count():
         try:
             fresh.rename(entry)
@@ -191,10 +192,11 @@ def _publish(fresh: Path, entry: Path) -> TokenData | None:
         aside = fresh.with_name(f"aside-{attempt}")
         try:
             entry.rename(aside)
-        except FileNotFoundError:  # another process has moved the damaged entry and will publish a new one
+        except FileNotFoundError:  # another process is replacing the damaged entry
             continue
-        # Another process may have replaced the damaged entry between the check and the rename.
+        # Between the check and the rename, another process may have replaced the damaged entry with an intact
+        # entry.
         if _load(aside, warn=False) is not None:
-            with suppress(OSError):  # a third process may have published an entry in the meantime
+            with suppress(OSError):  # another process may have published an entry in the meantime
                 aside.rename(entry)
     return None

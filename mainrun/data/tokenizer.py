@@ -1,11 +1,12 @@
 """Fit tokenizers, and convert titles to token ids and back.
 
-There are two kinds of tokenizers. Byte-level BPE uses the library `tokenizers`. Unigram uses the library
-`sentencepiece`, because the unigram trainer of `tokenizers` is not deterministic. Both kinds are lossless and
-give the same ids on every machine.
+There are two kinds of tokenizers: byte-level BPE and unigram. Byte-level BPE uses the library `tokenizers`.
+Unigram uses the library `sentencepiece`, because the unigram trainer in `tokenizers` is not deterministic.
+Both kinds of tokenizers are lossless and give the same ids on every machine.
 
-The ids 0, 1 and 2 are <pad>, <eos> and <unk>. The ids of a title contain none of them, so each <eos> in a
-token stream marks the end of a title. A character that a model cannot represent is written as `\\x{HEX}`.
+The ids 0, 1 and 2 belong to the special tokens <pad>, <eos> and <unk>. The text of a title is never encoded
+as a special token, so each <eos> in a token stream marks the end of a title. A character that a tokenizer's
+model cannot represent is written as `\\x{HEX}`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from mainrun.files.hashing import compact_json
 
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
-FORMAT = 2  # increase this number when the ids, tokenizer.json or the cache format change
-MIN_VOCAB_SIZE = 300  # enough for the special tokens, all bytes and some learned tokens
+FORMAT = 2  # increase this version when the ids, tokenizer.json or the cache format change
+MIN_VOCAB_SIZE = 300  # enough tokens for the special tokens, all bytes and some learned tokens
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
-# Characters with a special meaning in sentencepiece. Sentencepiece decodes U+2581 as a space, and its trainer
-# skips titles that contain U+2585.
+# Characters with a special meaning in sentencepiece. The decoder of sentencepiece turns U+2581 into a space.
+# The trainer of sentencepiece skips titles that contain U+2585.
 UNIGRAM_UNSAFE = frozenset("\u2581\u2585")
 ESCAPE_ALPHABET = "\\x{}0123456789abcdef"
 ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
@@ -43,8 +44,8 @@ ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 class Tokenizer:
     """A fitted tokenizer.
 
-    `model` has the format of the library. For bpe it is JSON text. For unigram it is a serialised
-    sentencepiece model.
+    `model` is the model in the format of the tokenizer's library. A bpe model is JSON text. A unigram model
+    is a serialized sentencepiece model.
     """
 
     PAD, EOS, UNK = PAD, EOS, UNK
@@ -55,7 +56,7 @@ class Tokenizer:
         self.model = model
 
     def encode(self, titles: Sequence[str]) -> np.ndarray:
-        """Return the token ids of the titles as one flat array, with an <eos> after each title."""
+        """Return the token ids of all titles as one flat array, with an <eos> after each title."""
         texts = _escape(titles, self._is_unsafe)
         if self.kind == "bpe":
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
@@ -65,7 +66,7 @@ class Tokenizer:
         return np.fromiter(itertools.chain.from_iterable(_with_eos(ids)), dtype=self.dtype)
 
     def titles(self, stream: np.ndarray | Sequence[int]) -> list[str]:
-        """Return the titles of a token stream. The last title may lack its <eos>."""
+        """Return the titles in a token stream. The stream may end without an <eos> after the last title."""
         ids = np.asarray(stream, dtype=np.int64)
         parts = np.split(ids, np.flatnonzero(ids == EOS) + 1)
         if len(ids) == 0 or ids[-1] == EOS:
@@ -88,7 +89,7 @@ class Tokenizer:
         return np.uint16 if self.vocab_size < 2**16 else np.uint32
 
     def to_json(self) -> str:
-        """Return the text that is saved as tokenizer.json."""
+        """Return the tokenizer as the JSON text that is saved in tokenizer.json."""
         model: Any
         if self.kind == "bpe":
             model = json.loads(self.model)
@@ -110,7 +111,7 @@ class Tokenizer:
             raw = compact_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
             if not model:
                 raise ValueError("no model")
-        except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a ValueError
+        except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a subclass of ValueError
             raise RunError(f"tokenizer.json is damaged or has another version ({e}); {DAMAGED}") from None
         return cls(kind, size, raw)
 
@@ -120,7 +121,7 @@ class Tokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        """The library's tokenizer object. It is loaded on first use, as cached streams do not need it."""
+        """The library's tokenizer object, which is loaded on first use."""
         return _load_bpe(self.model) if self.kind == "bpe" else _load_unigram(self.model)
 
     @cached_property
@@ -137,7 +138,7 @@ class Tokenizer:
 
 
 def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Fit a tokenizer with exactly `vocab_size` tokens, including the special tokens and bytes."""
+    """Fit a tokenizer that has exactly `vocab_size` tokens, including the special tokens and the bytes."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; "
@@ -152,15 +153,16 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    # Each title gets a leading space, so that a word has the same token at the start of a title as inside a
-    # title. The decoder removes the leading space. ByteLevel's option add_prefix_space is not lossless: it
-    # adds no space if a title already starts with one, and the decoder does not remove the space.
+    # Each title gets a leading space, so that a word is encoded as the same token at the start and in the
+    # middle of a title. The decoder removes the leading space. The option add_prefix_space of ByteLevel would
+    # not be lossless. The option adds no space to a title that already starts with a space, and the decoder
+    # does not remove the added space.
     library = Library(models.BPE(unk_token=SPECIALS[UNK]))
     library.normalizer = normalizers.Prepend(" ")
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    # As in the public baseline, only bytes that occur in the titles get a token. Other bytes are escaped, so
-    # the alphabet always includes the characters of an escape.
+    # As in the public baseline, only bytes that occur in the titles get a token. All other bytes are escaped,
+    # so the alphabet always includes the characters that escapes consist of.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
@@ -197,13 +199,14 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            input_sentence_size=0,  # use all titles
+            input_sentence_size=0,  # fit on all titles
             shuffle_input_sentence=False,
-            max_sentence_length=2**30,  # sentencepiece silently skips titles longer than this limit
-            # The number of threads affects how sums are rounded, and therefore which tokens are chosen. It
-            # must be the same on every machine.
+            max_sentence_length=2**30,  # sentencepiece silently skips titles that are longer
+            # The number of threads must be the same on every machine. Another number of threads would round
+            # sums differently and could choose other tokens.
             num_threads=16,
-            # More than ten seed candidates per token would make the encodings longer and the fit slower.
+            # With more than ten seed candidates per token, titles would need more tokens, and fitting would
+            # be slower.
             seed_sentencepiece_size=max(10_000, 10 * vocab_size),
             minloglevel=2,
         )
@@ -213,7 +216,7 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
-    """Turn a message of sentencepiece's trainer into an error whose message explains the fix."""
+    """Turn an error message of sentencepiece's trainer into an error that explains the fix."""
     too_large = re.search(r"value <= (\d+)", reason)
     if too_large:
         return _vocabulary_error(vocab_size, int(too_large[1]))
@@ -246,9 +249,9 @@ def _load_bpe(model: bytes) -> Any:
 
     try:
         library = Library.from_str(model.decode())
-    except Exception as e:  # the library `tokenizers` raises no error class narrower than Exception
+    except Exception as e:  # the library `tokenizers` raises plain instances of Exception
         raise RunError(f"tokenizer.json contains no BPE model ({e}); {DAMAGED}") from None
-    library.encode_special_tokens = True  # the characters "<eos>" inside a title are encoded as plain text
+    library.encode_special_tokens = True  # encode "<eos>" inside a title as plain text
     return library
 
 
@@ -262,7 +265,7 @@ def _load_unigram(model: bytes) -> Any:
 
 
 def _byte_signs() -> list[str]:
-    """Return the printable character that represents each byte in a byte-level vocabulary."""
+    """Return, for each byte, the printable character that represents it in a byte-level vocabulary."""
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
@@ -272,9 +275,9 @@ def _byte_signs() -> list[str]:
 
 
 def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str]:
-    """Replace unsafe characters by escapes \\x{HEX}.
+    """Replace unsafe characters with escapes of the form \\x{HEX}.
 
-    The backslash of a literal "\\x{" in a title is escaped too.
+    If a title contains the characters "\\x{", their backslash is also replaced with an escape.
     """
     text = "".join(titles)
     chars = set(text)
@@ -291,14 +294,14 @@ def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str
 
 
 def _unescape(match: re.Match[str]) -> str:
-    """Return the character that an escape represents, or the escape itself if its number is invalid."""
+    """Return the character that an escape represents, or the escape itself if the escape is invalid."""
     code = int(match[1], 16)
     is_character = code < 0x110000 and not 0xD800 <= code < 0xE000
     return chr(code) if is_character else match[0]
 
 
 def _with_eos(titles: Iterable[list[int]]) -> Iterator[list[int]]:
-    """Append an <eos> to the ids of each title."""
+    """Append the id of <eos> to the token ids of each title."""
     for ids in titles:
         ids.append(EOS)
         yield ids

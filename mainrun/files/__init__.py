@@ -1,1 +1,1 @@
-"""Utilities that read user files, hash files, and lock files between processes."""
+"""Read and check user files, hash files, and lock files between processes."""

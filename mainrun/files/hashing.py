@@ -1,6 +1,6 @@
 """Compute the SHA-256 of files and of JSON values.
 
-The JSON encodings in this module must not change, because stored hashes and keys depend on them.
+The JSON encodings in this module must not change, because stored hashes and keys depend on these encodings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def compact_json(value: Any) -> bytes:
-    """Return a value as UTF-8 JSON with sorted keys and without spaces, the form of stored tokenizers."""
+    """Return a value as UTF-8 JSON with sorted keys and without spaces. Stored tokenizers use this form."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -1,7 +1,7 @@
-"""Check user input: paths, and files in TOML, JSON and YAML. Format values for error messages.
+"""Check paths and files that users provide, and format values for error messages.
 
-Functions raise `BadInput` for a file or a text that cannot be used. The caller puts the name of the file in
-front of the message. For example, the message "is a folder; give a file" becomes "preset.toml is a folder;
+The functions raise `BadInput` if a file or a text cannot be used. The caller adds the file name to the start
+of the error message. For example, the message "is a folder; give a file" becomes "preset.toml is a folder;
 give a file".
 """
 
@@ -23,24 +23,24 @@ from typing import Any
 from mainrun.errors import DiskFull, MainrunError, UsageError
 
 LARGEST = 16_000_000  # the maximum size of a document in bytes
-LARGEST_YAML = 300_000  # the maximum length of a YAML document in characters, which takes 2 s to parse
+LARGEST_YAML = 300_000  # the maximum number of characters in a YAML document, which take 2 s to parse
 DEEPEST = 100  # the maximum depth of nested lists and tables
-MOST_VALUES = 1_000_000  # the maximum number of values, because YAML aliases can repeat a list very often
-MOST_DIGITS = 300  # the maximum number of digits of an integer, because Python cannot print 4,301 digits
+MOST_VALUES = 1_000_000  # the maximum number of values, because YAML aliases can repeat a list many times
+MOST_DIGITS = 300  # the maximum number of digits of an integer, because Python prints at most 4,300
 LONGEST_NAME = 255  # the maximum length of a file name in bytes, on Linux and macOS
 LONGEST_PATH = 4095  # the maximum length of a path in bytes, on Linux
 MOST_FOLDERS = 200  # the maximum depth of a path, because `Path.mkdir(parents=True)` is recursive
 
 
 class BadInput(ValueError):
-    """Raised for a file or a text that cannot be used. The message names the reason and the fix."""
+    """Raised if a file or a text cannot be used. The message says why and how to fix the problem."""
 
 
 # -- values in messages
 
 
 def printable(text: str) -> str:
-    """Replace control characters, line breaks and lone surrogates in a text by escapes such as \\n."""
+    """Replace control characters, line breaks and lone surrogates in a text with escapes such as \\n."""
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
         lambda match: match[0].encode("unicode_escape").decode(),
@@ -49,7 +49,7 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Cut the middle out of a text that is longer than `most` characters."""
+    """Shorten a text to `most` characters by cutting out the middle of the text."""
     if len(text) <= most:
         return text
     mark = f" [... {len(text) - most:,} characters ...] "
@@ -60,15 +60,15 @@ def shown(value: Any, most: int = 200) -> str:
     """Return the `repr` of a value for an error message, shortened to `most` characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # the integer has too many digits, or the lists are nested too deep
+    except (ValueError, RecursionError):  # an integer has too many digits, or lists are nested too deep
         text = f"a {type(value).__name__} that cannot be printed"
     return shortened(printable(text), most)
 
 
 def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
-    """Yield the first ten texts, and then the number of remaining texts.
+    """Yield the first ten texts, and then a text with the number of remaining texts.
 
-    `what` is a plural noun for the texts.
+    `what` is a plural noun that says what the texts describe.
     """
     rest = iter(texts)
     for _, text in zip(range(10), rest, strict=False):
@@ -82,7 +82,7 @@ def first_ten(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def bad_path(text: str) -> str:
-    """Return why a path is invalid and how to fix it, or an empty text if the path is valid."""
+    """Return why a path is invalid and how to fix the path, or an empty text if the path is valid."""
     if not text.strip():
         return "which is empty; give a path"
     if "\0" in text:
@@ -105,14 +105,14 @@ def bad_path(text: str) -> str:
 
 
 def check_path(text: str | Path, what: str) -> None:
-    """Raise UsageError for an invalid path. `what` names the option of the path, such as --out."""
+    """Raise UsageError if a path is invalid. `what` names the option with the path, such as --out."""
     why = bad_path(str(text))
     if why:
         raise UsageError(f"got {what} {shown(str(text), 80)}, {why}")
 
 
 def expanded(text: str, what: str) -> Path:
-    """Return the path with ~ replaced by the home folder. `what` names the option or variable of the path."""
+    """Replace ~ in a path with the home folder. `what` names the option or variable with the path."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -122,9 +122,10 @@ def expanded(text: str, what: str) -> Path:
 
 
 def not_a_file(path: Path) -> str:
-    """Return why a path is not a regular file, such as "is a folder", or an empty text if it is one.
+    """Return why a path is not a regular file, such as "is a folder", or an empty text for a regular file.
 
-    The function does not open the path, because opening a named pipe blocks until a process writes to it.
+    The function does not open the path, because opening a named pipe blocks until a process writes to the
+    pipe.
     """
     why = bad_path(str(path))
     if why:
@@ -164,12 +165,12 @@ FREE_SPACE = "free some space and run the same command again to resume"
 
 
 def reason_for(e: OSError) -> str:
-    """Return why the operating system refused a file operation, and how to fix the problem."""
+    """Return why the operating system could not perform a file operation, and how to fix the problem."""
     return REASONS.get(e.errno or 0) or f"{e.strerror or e}; check it, or give another path"
 
 
 def refusal(e: OSError) -> MainrunError:
-    """Turn an OSError into a MainrunError that names the path, the reason and the fix."""
+    """Convert an OSError to a MainrunError whose message names the path, the reason and the fix."""
     names = []
     for name in (e.filename, e.filename2):
         if isinstance(name, str | bytes | os.PathLike):
@@ -184,11 +185,11 @@ def refusal(e: OSError) -> MainrunError:
 
 
 class NotAFile(OSError):
-    """Raised for a pipe, a socket or a device at the path of a regular file."""
+    """Raised if a path should be a regular file but is a pipe, a socket or a device."""
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a file for reading. Raise `NotAFile` for a pipe, a socket or a device, because it could block."""
+    """Open a file for reading. Raise `NotAFile` for pipes, sockets and devices, because reading may block."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise NotAFile(errno.EINVAL, f"it {not_a_file(path)}", str(path))
@@ -226,7 +227,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 # -- documents
 
 TOO_DEEP = f"it is nested too deep: at most {DEEPEST} levels are allowed"
-TIMES = (datetime.date, datetime.time)  # types of TOML and YAML that no setting accepts
+TIMES = (datetime.date, datetime.time)  # the types of dates and times, which no setting accepts
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """Parse a TOML value. Return the text itself if it is not valid TOML, or if it is a date or a time."""
+    """Parse a TOML value. If the text is not a TOML value, or is a date or a time, return the text itself."""
     try:
         data = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -252,7 +253,7 @@ def toml_value(text: str) -> Any:
     except ValueError as e:
         raise BadInput(parser_message(e)) from None
     value = data["value"]
-    # A text of several lines may define more keys than `value`, so it is not a single TOML value.
+    # A text with several lines may define other keys besides `value`. Such a text is not a single TOML value.
     if len(data) > 1 or isinstance(value, TIMES):
         value = text
     check_data(value)
@@ -296,7 +297,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as e:
         raise BadInput(" ".join(str(e).split())) from None
     except (ValueError, TypeError, AttributeError, OverflowError) as e:
-        # PyYAML raises these errors for an invalid date such as 2026-99-99, and for a list as a key.
+        # PyYAML raises these errors if a date such as 2026-99-99 is invalid, or if a list is used as a key.
         raise BadInput(parser_message(e)) from None
     check_data(data)
     return data
@@ -310,7 +311,7 @@ def _yaml_loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":  # "<<" copies the keys of another mapping
+                if key.tag == "tag:yaml.org,2002:merge":  # the key "<<" copies all keys of another mapping
                     continue
                 name = self.construct_object(key, deep=True)
                 if name.__hash__ is None:
@@ -320,14 +321,14 @@ def _yaml_loader() -> Any:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1 reads 6e-4 as a text, but JSON, TOML and YAML 1.2 read it as a number.
+    # In YAML 1.1, 6e-4 is a text. In JSON, TOML and YAML 1.2, 6e-4 is a number.
     exponent = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return Loader
 
 
 def parser_message(e: Exception) -> str:
-    """Return the message of a parser's exception, without hints that only help Python developers."""
+    """Return the message of a parser's exception, without hints that help only Python developers."""
     if isinstance(e, RecursionError):
         return TOO_DEEP
     digits = re.search(r"value has (\d+) digits", str(e))
@@ -337,7 +338,7 @@ def parser_message(e: Exception) -> str:
 
 
 def check_data(data: Any) -> None:
-    """Raise BadInput for data that is nested too deep, is too large, or contains an unusable value."""
+    """Raise BadInput if data is nested too deep, is too large, or contains an unusable value."""
     todo = [(data, 1)]
     for _ in range(MOST_VALUES):
         if not todo:

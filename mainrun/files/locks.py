@@ -7,20 +7,24 @@ from pathlib import Path
 
 
 class Locked(Exception):
-    """Raised when another process has the lock. The message is the first line of the lock file."""
+    """Raised when another process holds the lock. The message is the first line of the lock file."""
 
 
 class FileLock:
-    """An exclusive lock on a file. The file contains the name of the holder.
+    """An exclusive lock on a file. The lock file contains the name of the process that holds the lock.
 
-    The lock lasts until `release` is called or the process ends.
+    The process holds the lock until it calls `release` or ends.
     """
 
     def __init__(self, path: Path, holder: str) -> None:
-        """Acquire the lock and write `holder` into the file. Raise `Locked` if another process has it."""
+        """Acquire the lock, and write `holder` to the lock file.
+
+        Raise `Locked` if another process holds the lock.
+        """
         self.path = path
         self.holder = holder
-        # A buffered file would try again to write `holder` when it is closed, even after the disk was full.
+        # The file is not buffered. If the disk is full, closing a buffered file would fail, because Python
+        # would try to write `holder` again.
         self._file = path.open("a+b", buffering=0)
         try:
             self._acquire()
@@ -38,7 +42,7 @@ class FileLock:
         self._file.write(self.holder.encode())
 
     def current_holder(self) -> str:
-        """Return the holder that the file names. It is another holder if this process has lost the lock."""
+        """Return the text of the lock file, which names another holder if this process has lost the lock."""
         return self.path.read_text(encoding="utf-8", errors="replace")
 
     def release(self) -> None:
@@ -47,5 +51,5 @@ class FileLock:
 
 
 def first_line(holder: str) -> str:
-    """Return the first line of a lock file, which names the process and, if known, its machine."""
+    """Return the first line of a lock file, which names the process and, if known, the machine."""
     return holder.partition("\n")[0].strip()

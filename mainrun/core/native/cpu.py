@@ -1,4 +1,4 @@
-"""Compile kernels.cpp once per machine, and call its functions on tensors."""
+"""Compile kernels.cpp once per machine, and call the compiled functions on tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the compiled library. If the cache does not have it, compile it first.
+    """Load the compiled library. If the library is not in the cache, compile it first.
 
-    Return None if no compiler can build the library. mainrun then uses torch's own operations instead.
+    Return None if no compiler can build the library. In this case, mainrun uses torch's own operations.
     """
     compiler, problem = cpp_compiler()
     if problem:
@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         if subprocess.run(command, capture_output=True).returncode:
             return None
-        with suppress(OSError):  # if the cache is not writable, each process builds the library in 0.3 s
+        with suppress(OSError):  # without a writable cache, each process builds the library in 0.3 s
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
                 temporary.write(built.read_bytes())
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    """Call a function of the library. A tensor is passed as the address of its data."""
+    """Call a function of the compiled library. Each tensor is passed as the address of the tensor's data."""
     loaded = library()
     assert loaded is not None
     types: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_double, type(None): ctypes.c_void_p}
@@ -74,7 +74,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _bias_rows(bias: Tensor, scores: Tensor) -> tuple[Tensor, int]:
     """Return the bias as contiguous rows, and the number n of these rows.
 
-    Row i of the scores uses row i % n of the bias.
+    Row i % n of the bias is added to row i of the scores.
     """
     if bias.dim() > 2:
         bias = bias.expand_as(scores)
@@ -82,9 +82,9 @@ def _bias_rows(bias: Tensor, scores: Tensor) -> tuple[Tensor, int]:
 
 
 def softmax(scores: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Replace the scores by softmax(scores + bias) in place.
+    """Replace the scores with softmax(scores + bias) in place.
 
-    Return the softmax and the softmax multiplied by the mask.
+    Return two tensors: the softmax, and the softmax multiplied by the dropout mask.
     """
     dropped = scores if mask is None else torch.empty_like(scores)
     output = None if mask is None else dropped
@@ -98,9 +98,9 @@ def softmax(scores: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 def softmax_backward(
     grad: Tensor, weights: Tensor, bias: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of the masked weights into the gradient of the scores, in place.
+    """Convert the gradient of the masked attention weights to the gradient of the scores, in place.
 
-    Return the gradient of the scores, and the masked weights, which are computed again.
+    Return the gradient of the scores and the masked attention weights, which this function computes again.
     """
     dropped = weights if mask is None else torch.empty_like(weights)
     output = None if mask is None else dropped

@@ -1,7 +1,7 @@
 """The cross entropy of bfloat16 logits on a GPU, written in Triton.
 
-The forward pass and the backward pass each read the logits once, without a float32 copy of them. A row is
-processed in a fixed order, so its result does not depend on the other rows.
+The forward pass and the backward pass each read the logits once, and neither pass makes a float32 copy of the
+logits. The elements of a row are summed in a fixed order, so the loss of a row does not depend on other rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-# mypy does not know the types of Triton's decorator and of the variables inside a kernel.
+# mypy cannot infer the types of Triton's decorator and of the variables inside a kernel.
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(logits, target, loss, log_sum, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
@@ -37,7 +37,7 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row and the logarithm of its softmax denominator."""
+    """Return the loss and the logarithm of the softmax denominator for each row."""
     rows, vocab = logits.shape
     block = triton.next_power_of_2(vocab)
     warps = min(32, max(4, block // 1024))
@@ -48,7 +48,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy_backward(logits: Tensor, target: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
-    """Return the gradient of the mean loss, multiplied by a factor. The factor is a tensor on the GPU."""
+    """Return the gradient of the mean loss, multiplied by `factor`, which is a tensor on the GPU."""
     rows, vocab = logits.shape
     grad = torch.empty_like(logits)
     block = min(4096, triton.next_power_of_2(vocab))

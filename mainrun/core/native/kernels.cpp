@@ -1,8 +1,8 @@
-// Kernels for the operations of a compiled step that are not matrix products. Each kernel makes one pass over
-// its input. Inputs and outputs are bfloat16, arithmetic is float32, and each result is rounded once.
+// Kernels for the cross entropy and the softmax of a compiled training step. The inputs and outputs of each
+// kernel are bfloat16. The arithmetic is float32, and each result is rounded to bfloat16 once.
 //
-// One thread computes each row in a fixed order, so the number of threads does not affect the results.
-// cpu.py compiles this file and calls its functions.
+// Each row is computed by one thread in a fixed order, so the number of threads does not affect the results.
+// cpu.py compiles this file and calls these kernels.
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +19,7 @@ static inline float wide(bf16 h) {
     return x;
 }
 
-// Round to the nearest bfloat16. A tie is rounded to the even neighbour, and a NaN stays a NaN.
+// Round a float to the nearest bfloat16. A tie is rounded to the even neighbor, and a NaN stays a NaN.
 static inline bf16 narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -31,7 +31,7 @@ static inline bf16 narrow(float x) {
 // polynomial around 0. If x is below -87, the result is 0.
 static inline float power(float x) {
     float y = x < -87.0f ? -87.0f : x;
-    // Adding 1.5 * 2^23 rounds to the nearest integer, k, and puts it into the last bits.
+    // Adding 1.5 * 2^23 rounds a float to the nearest integer k, and stores k in the last bits of the sum.
     float shifted = y * 1.44269504f + 12582912.0f;
     float k = shifted - 12582912.0f, r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
     float p = 1.0f / 720;
@@ -51,7 +51,8 @@ static inline float power(float x) {
 
 extern "C" {
 
-// Compute the cross entropy of each row of logits, and the gradient of the cross entropy times a factor.
+// Compute the cross entropy of each row of logits, and the gradient of the cross entropy multiplied by a
+// factor.
 void cross_entropy(const bf16* logits, const int64_t* target, double* loss, bf16* grad, int64_t rows,
                    int64_t vocab, double factor) {
 #pragma omp parallel
@@ -76,8 +77,8 @@ void cross_entropy(const bf16* logits, const int64_t* target, double* loss, bf16
     }
 }
 
-// Return, for each row of the bias, the position of the first of its trailing -inf values. The position is
-// rounded up to a multiple of 32. All attention weights from that position on are 0.
+// For each row of the bias, return the position where the trailing -inf values begin. The position is rounded
+// up to a multiple of 32. From this position on, all attention weights of the row are 0.
 static std::unique_ptr<int64_t[]> lengths(const bf16* bias, int64_t period, int64_t width) {
     std::unique_ptr<int64_t[]> ends(new int64_t[period]);
     for (int64_t i = 0; i < period; i++) {
@@ -88,8 +89,8 @@ static std::unique_ptr<int64_t[]> lengths(const bf16* bias, int64_t period, int6
     return ends;
 }
 
-// Replace each row of x by the softmax of x + bias. Row i of x uses row i % period of the bias.
-// If there is a mask, write the result times the mask to `dropped`. Otherwise, `mask` and `dropped` are null.
+// Replace each row of x with the softmax of x + bias. Row i % period of the bias is added to row i of x. If
+// there is a mask, write the softmax times the mask to `dropped`. Otherwise, `mask` and `dropped` are null.
 void softmax(bf16* x, const bf16* bias, const uint8_t* mask, bf16* dropped, int64_t rows, int64_t width,
              int64_t period) {
     auto length = lengths(bias, period, width);
@@ -125,8 +126,8 @@ void softmax(bf16* x, const bf16* bias, const uint8_t* mask, bf16* dropped, int6
     }
 }
 
-// Replace the gradient of the masked weights by the gradient of the scores.
-// If there is a mask, write weights times mask to `dropped`. Otherwise, `mask` and `dropped` are null.
+// Replace the gradient of the masked attention weights with the gradient of the scores. If there is a mask,
+// write the weights times the mask to `dropped`. Otherwise, `mask` and `dropped` are null.
 void softmax_backward(bf16* grad, const bf16* weights, const bf16* bias, const uint8_t* mask, bf16* dropped,
                       int64_t rows, int64_t width, int64_t period) {
     auto length = lengths(bias, period, width);
