@@ -1,7 +1,7 @@
 """`mainrun bench gpu`: measure training on a GPU.
 
-The benchmark measures how much of the peak speed of the GPU a step reaches, and the time of whole runs. It
-also checks that two runs of the same config give the same losses and weights.
+The benchmark measures what share of the GPU's peak speed a training step reaches, and how long whole runs
+take. The benchmark also checks that two runs of the same config give the same losses and weights.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ MATMUL_COUNT = 10  # the number of products between two synchronizations with th
 # The keys of the rows in metrics.jsonl that must be equal in both runs.
 COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")
 
-Report = dict[str, Any]  # the output of --json
+Report = dict[str, Any]  # the report that --json prints
 
 
 def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> Report:
-    """Measure both presets. Raise UsageError if torch sees no GPU."""
+    """Measure both presets on a GPU. Raise UsageError if torch finds no GPU."""
     sets = ["device=cuda", "dtype=bfloat16", *sets]
-    configs = [load(preset, sets)[0] for preset in PRESETS]  # refuse a wrong --set before measuring
+    configs = [load(preset, sets)[0] for preset in PRESETS]  # refuse a wrong --set option before measuring
     for cfg in configs:
         if cfg.device != "cuda":
             raise UsageError(f"bench gpu got device={cfg.device}, but it measures the GPU; leave device out")

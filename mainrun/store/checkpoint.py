@@ -173,7 +173,7 @@ def _load_meta(place: Path) -> Meta:
 
 
 def fault(meta: Meta) -> str:
-    """Return what is wrong with the values in a file meta.json, or an empty string. 
+    """Return what is wrong with the values in a file meta.json, or an empty string.
 
     The checksums are not verified.
     """

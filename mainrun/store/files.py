@@ -94,7 +94,7 @@ class Folder:
             yield temp
 
     def put(self, file: Path, name: str) -> None:
-        """Move a finished file into the store under a name. 
+        """Move a finished file into the store under a name.
 
         An existing file with the same name is replaced.
         """

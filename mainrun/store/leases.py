@@ -130,7 +130,7 @@ class Leases:
             content = b""
         info = {}
         released = False
-        # If a lease file cannot be parsed, only changes to its content show that the holder is alive.
+        # If a lease file cannot be parsed, only changes of the file show that the lease holder is alive.
         try:
             parsed = json.loads(content)
             released = bool(parsed.get("released")) or is_dead(parsed)

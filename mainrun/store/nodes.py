@@ -1,14 +1,14 @@
 """The store of nodes. A node is the state of a run after a training step.
 
     store.json                   the format of the store
-    nodes/KEY                    a line that describes the node, then a line per metric row since the parent node
+    nodes/KEY                    a line that describes the node, then a line per metric row since its parent
     states/SHA256.safetensors    weights, optimizer state and averages, named by the hash of the file
     roots/KEY                    the values from which the first key of a key chain is computed
     leases/KEY.TOKEN             the process that is training the steps up to a node (leases.py)
     wants/KEY                    a request by a waiting run that other runs save this node
     pins/NAME                    the keys of nodes that must not be evicted
 
-KEY is the key that the key chain of a run has for the step of a node. The state of a node is written before
+KEY is the key of the node in the key chain of its run (see lineage.py). The state of a node is written before
 the file nodes/KEY. The node exists as soon as the file nodes/KEY exists. All data is verified when it is
 read. Nodes that are incomplete or were modified are reported and skipped. Eviction removes the state of a
 node but keeps its metric rows, so that the history of later nodes stays complete. This module imports torch
@@ -46,8 +46,8 @@ LEASE = re.compile(r"[0-9a-f]{64}\.\d{6}")
 FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}
 BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may exist before store.json
 
-BATCH_PIN_LIFETIME = 7 * 86_400.0  # seconds
-WANT_LIFETIME = 86_400.0  # seconds
+BATCH_PIN_LIFETIME = 7 * 86_400.0  # the number of seconds after which the pin of a batch expires
+WANT_LIFETIME = 86_400.0  # the number of seconds after which a request to save a node expires
 # A file that is newer than this number of seconds may belong to a process that is still writing the file. The
 # clocks of two machines may also differ by up to this number of seconds.
 GRACE = 3600.0
@@ -264,7 +264,7 @@ class Store:
         return tensors
 
     def touch(self, node: Node) -> None:
-        """Record that the state of a node has just been used. 
+        """Record that the state of a node has just been used.
 
         The least recently used states are evicted first.
         """
@@ -277,7 +277,7 @@ class Store:
         return {name.removesuffix(".safetensors"): e for name, e in entries.items() if STATE.fullmatch(name)}
 
     def roots(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each root key with the values from which the key is computed. 
+        """Yield each root key with the values from which the key is computed.
 
         Damaged root files are skipped.
         """
@@ -376,7 +376,7 @@ class Store:
     # -- wants, pins and eviction
 
     def want(self, key: str, run: str) -> None:
-        """Ask other runs to save a node when they reach its training step. 
+        """Ask other runs to save a node when they reach its training step.
 
         The request expires after a day.
         """
@@ -580,7 +580,7 @@ class Store:
         """Remove damaged states, and states that belong to no node.
 
         counts: a dict with the numbers of removed files and removed bytes, which is updated.
-        owned: the states that belong to a node, or None if any node could not be read.
+        owned: the states that belong to a node, or None if the store contains an unreadable node.
         """
         for state, entry in self.states().items():
             try:
@@ -595,7 +595,7 @@ class Store:
                 self.files.remove(_state_name(state))
 
     def _remove_useless_nodes(self, nodes: list[Node], now: float) -> int:
-        """Remove the nodes that have no state and that no later node needs. 
+        """Remove the nodes that have no state and that no later node needs.
 
         Return the number of removed nodes.
 

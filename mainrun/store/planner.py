@@ -22,7 +22,7 @@ class Assignment:
     end: int
     # The run that saves the node of step `begin`, or None if this run does not have to wait.
     after: str | None
-    # The steps at which this run saves a node, because other runs start from this node.
+    # The steps at which this run saves a node, because other runs start from these nodes.
     forks: list[int] = field(default_factory=list)
 
     @property

@@ -263,7 +263,7 @@ class RunDir:
         return self._load("env.json", records.ENV) or {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl. 
+        """Return the rows of metrics.jsonl.
 
         Each row must be a JSON object, but the values in a row are not checked.
         """

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
 TORCH_SECONDS = 120  # the time limit for importing torch
-DISK_WARN = 5e9  # the size of a few runs of the largest preset, in bytes
-DISK_FAIL = 5e8  # the size of one checkpoint, in bytes
-MEMORY_WARN = 2e9  # bytes
+DISK_WARN = 5e9  # doctor warns below this free disk space, in bytes; a few large runs fill it
+DISK_FAIL = 5e8  # doctor reports a failure below this free disk space, in bytes; one checkpoint fills it
+MEMORY_WARN = 2e9  # doctor warns below this available memory, in bytes
 
 # This code runs in a separate process. If torch crashes or hangs, only that process is affected.
 _ASK_TORCH = """
@@ -45,9 +45,9 @@ class Diagnosis:
 
 
 def diagnose(out: Path) -> Iterator[Diagnosis]:
-    """Yield the results of all checks, in the order in which to fix the problems.
+    """Yield the results of all checks, in the order in which any problems should be fixed.
 
-    out: the folder of the run directories.
+    out: the folder that contains the run directories.
     """
     yield _python()
     torch = _ask_torch()
@@ -63,7 +63,7 @@ def diagnose(out: Path) -> Iterator[Diagnosis]:
 
 
 def _python() -> Diagnosis:
-    # The version is not checked, because an older Python cannot run this file.
+    # The Python version is not checked, because an older Python cannot run this file.
     return Diagnosis("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
