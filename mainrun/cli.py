@@ -167,7 +167,7 @@ def sample(
     from mainrun.store import rundir
 
     run_dir = rundir.find(run, out)
-    run_dir.config()  # raises an error for a wrong folder before the slow import of torch
+    run_dir.config()  # `config` raises an error for a wrong folder before the slow import of torch
     from mainrun.ui.sample import sample as generate
 
     titles = generate(run_dir.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed)

@@ -36,7 +36,7 @@ PEAKS = {
     "A100": 312e12,
 }
 MATMUL_SIZE = 8192  # the number of rows and of columns of the matrices
-MATMUL_COUNT = 10  # the number of products between two synchronizations with the GPU
+MATMUL_COUNT = 10  # the number of matrix products between two synchronizations with the GPU
 # The keys of the rows in metrics.jsonl that must be equal in both runs.
 COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")
 
@@ -69,7 +69,7 @@ def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = 
 
 
 def stated_peak(device: str) -> float | None:
-    """Return the peak speed that the manufacturer states for a GPU, or None if it is unknown."""
+    """Return the peak speed that the manufacturer states for a GPU, or None if the speed is unknown."""
     words = set(re.split(r"[\s-]+", device))
     for name, peak in PEAKS.items():
         if set(name.split()) <= words:
@@ -117,7 +117,7 @@ def measure_steps(cfg: TrainConfig, repeats: int) -> dict[str, Any]:
 
 
 def compare_two_runs(preset: str, sets: list[str], note: Callable[[str], None]) -> dict[str, Any]:
-    """Run a preset twice. Return the times of both runs and the differences between them."""
+    """Run a preset twice. Return the times of both runs and the differences between the runs."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "first"
         second = Path(folder) / "second"
@@ -162,7 +162,7 @@ def differences(a: RunDir, b: RunDir) -> list[str]:
     for row_a, row_b in zip(rows_a, rows_b, strict=False):
         if row_a != row_b:
             texts.append(f"{row_a['event']} at step {row_a['step']}: {row_a} against {row_b}")
-            break  # the first difference is enough
+            break  # only the first row that differs is reported
     summary_a = a.summary() or {}
     summary_b = b.summary() or {}
     if summary_a.get("weights") != summary_b.get("weights"):

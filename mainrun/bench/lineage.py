@@ -8,7 +8,7 @@ Four studies are trained with a store, and again from scratch, in one process:
     4  24 trials: random learning rates with cosine decay, which have few steps in common
 
 For each study, the table shows the number of requested steps, the number of distinct steps, and the number of
-trained steps. With any store, at least the distinct steps must be trained. Studies 1, 2 and 4 are trained
+trained steps. Even with a store, every distinct step must be trained once. Studies 1, 2 and 4 are trained
 with a store twice. In the first training, all trials are known in advance. In the second training, the trials
 arrive one by one in random order. Every score and every weight must be exactly equal to the result of
 training the same trial from scratch.
@@ -224,8 +224,8 @@ class Bench:
             result.seconds += time.perf_counter() - start
             result.trained += summary["ledger"]["trained"]
             result.store_seconds += summary["spent"]["store"]
-            # Train the same trial from scratch now. If the machine is slow for a while, both runs are
-            # affected.
+            # Train the same trial from scratch immediately, so that a temporary slowdown of the machine
+            # affects both runs.
             self.compare_with_scratch(result, cfg, bits)
             self.note_progress(f"study {result.study}, {result.way}", i, len(order), study_start)
 

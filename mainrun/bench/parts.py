@@ -50,7 +50,7 @@ NAMES = {
 
 
 def part_of(name: str) -> str | None:
-    """Return the part that an operation belongs to, or None if its name is unknown."""
+    """Return the part that an operation belongs to, or None if the name of the operation is unknown."""
     name = name.lower()
     for part, substrings in NAMES.items():
         if any(text in name for text in substrings):

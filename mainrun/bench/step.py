@@ -130,7 +130,7 @@ def measure(
     steps: dict[str, list[Answer]] = {name: [] for name in specs}
     with ExitStack() as stack:
         workers = []
-        for name, spec in specs.items():  # one warm-up at a time, because workers slow each other down
+        for name, spec in specs.items():  # warm up one worker at a time, because workers slow each other down
             note(f"{name}: warming up")
             worker = stack.enter_context(start(name, spec.worker, spec.tuned, cfg, **spec.options))
             ready[name] = worker.listen()

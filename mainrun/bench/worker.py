@@ -49,7 +49,7 @@ class PlainRival:
     """The plain training loop of bench/plain.py."""
 
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        self.allocator = tune_allocator()  # this call must come before torch allocates memory
+        self.allocator = tune_allocator()  # tune the allocator before torch allocates any memory
         import torch
 
         from mainrun.bench.plain import PlainGPT
@@ -244,7 +244,7 @@ def serve(request: dict[str, Any], words: queue.Queue[str], channel: TextIO) -> 
 
 
 def main() -> int:
-    tune_allocator()  # this call must come before torch allocates memory
+    tune_allocator()  # tune the allocator before torch allocates any memory
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # redirect the output of libraries to stderr
     words: queue.Queue[str] = queue.Queue()

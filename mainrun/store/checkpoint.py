@@ -140,7 +140,7 @@ def load_newest(
 
 
 def _load(place: Path, usable: Callable[[Meta], str | None]) -> tuple[Tensors, Meta]:
-    """Load a checkpoint. Raise ValueError if it is damaged or cannot be used."""
+    """Load a checkpoint. Raise ValueError if the checkpoint is damaged or cannot be used."""
     meta = _load_meta(place)
     reason = usable(meta)
     if reason:

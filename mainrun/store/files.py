@@ -27,7 +27,7 @@ USED = ".used"  # the modification time of the file NAME.used is the time at whi
 
 
 class Entry(NamedTuple):
-    """The size and the time of a file."""
+    """The size and the modification time of a file."""
 
     size: int
     modified: float  # the modification time of the file, in seconds since 1970

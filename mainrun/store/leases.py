@@ -25,12 +25,12 @@ from mainrun.files.hashing import canonical_json
 from mainrun.store.files import Files
 from mainrun.store.nodes import Refused
 
-TTL = 30.0  # seconds after which a lease without heartbeats expires
+TTL = 30.0  # the number of seconds after which a lease without heartbeats expires
 HEARTBEATS_PER_TTL = 4
 
 
 class Fenced(Refused):
-    """Another process has taken over the lease of this process."""
+    """The error for a lease of this process that another process has taken over."""
 
 
 def lease_name(key: str, token: int) -> str:
@@ -146,7 +146,7 @@ class Leases:
         return None if released or expired else info
 
     def acquire(self, key: str, status: Callable[[], dict[str, Any]] = dict, **info: Any) -> Lease | None:
-        """Return the lease on a key, or None if another process holds it.
+        """Return the lease on a key, or None if another process holds the lease.
 
         status: a function that is called at each heartbeat. Its result is written to the lease file.
         info: additional values that are written to the lease file.
@@ -158,7 +158,7 @@ class Leases:
         lease = Lease(self, key, newest + 1, this_process() | info, status)
         if not self.files.create(lease.name, canonical_json(lease.info | lease.status())):
             return None  # another process has just acquired the lease
-        # Since `tokens` was read, other processes may have acquired and released this lease.
+        # Other processes may have acquired and released this lease since `tokens` was read.
         if max(self.tokens().get(key, [])) > lease.token:
             self.files.remove(lease.name)
             return None

@@ -48,8 +48,8 @@ BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may exist
 
 BATCH_PIN_LIFETIME = 7 * 86_400.0  # the number of seconds after which the pin of a batch expires
 WANT_LIFETIME = 86_400.0  # the number of seconds after which a request to save a node expires
-# A file that is newer than this number of seconds may belong to a process that is still writing the file. The
-# clocks of two machines may also differ by up to this number of seconds.
+# A file that was written less than this number of seconds ago may belong to a process that is still writing
+# the file. The clocks of two machines may also differ by up to this number of seconds.
 GRACE = 3600.0
 
 
@@ -417,7 +417,7 @@ class Store:
         """Return the keys that a pin protects, or None if the pin is damaged."""
         try:
             keys = records.parse(self.files.read(f"pins/{name}"))
-        except FileNotFoundError:  # another process removed the pin
+        except FileNotFoundError:  # another process has just removed the pin
             return set()
         except (IsADirectoryError, NotAFile, ValueError):
             return None
@@ -597,9 +597,7 @@ class Store:
     def _remove_useless_nodes(self, nodes: list[Node], now: float) -> int:
         """Remove the nodes that have no state and that no later node needs.
 
-        Return the number of removed nodes.
-
-        Nodes that were written very recently are kept.
+        Return the number of removed nodes. Nodes that were written very recently are kept.
         """
         states = self.states()
         needed: set[str] = set()

@@ -1,10 +1,10 @@
 """Read and validate JSON files.
 
-Pipes and huge files are refused, and every value is checked against a shape. A shape is a function that
-checks a value, a dict, or a list. A dict maps keys to the shapes of their values, and a key that ends with
-"?" is optional. A list contains one shape, which all items must have. A value that does not fit its shape
-raises `BadInput`. The error message is a predicate such as "is not JSON", so that a caller can put the file
-name before it. This module does not import torch.
+Pipes and huge files are refused, and every value is checked against a shape. A shape is a dict, a list, or a
+function that checks a value. A shape that is a dict maps each key to the shape of its value, and a key that
+ends with "?" is optional. A shape that is a list contains one shape, which all items must have. A value that
+does not fit its shape raises `BadInput`. The error message is a predicate such as "is not JSON", so that a
+caller can put the file name before it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Shape = Callable[[Any, str], None] | Mapping[str, Any] | list[Any]
 
 
 def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
-    """Return the bytes of a file, or None if it does not exist."""
+    """Return the bytes of a file, or None if the file does not exist."""
     if not path.exists() and not path.is_symlink():
         return None
     try:
@@ -42,7 +42,7 @@ def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
 
 
 def parse(data: bytes) -> Any:
-    """Parse a JSON document that is encoded in UTF-8. Raise BadInput if it is not valid."""
+    """Parse a JSON document that is encoded in UTF-8. Raise BadInput if the document is not valid."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as e:

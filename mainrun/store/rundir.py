@@ -72,7 +72,7 @@ class LoggedEval(TypedDict):
     coverage: float
     tokens: int
     seconds: NotRequired[float]
-    params: NotRequired[int]  # the number of parameters at this step, in runs that grow
+    params: NotRequired[int]  # the number of parameters at this step, in runs whose model grows
     active: NotRequired[int]
     flops: NotRequired[float]
     reused: NotRequired[bool]
@@ -149,7 +149,7 @@ class RowLog:
     """
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
-        """Open the log. `check` is called before every change and may raise an error."""
+        """Open the log. The function `check` is called before every change and may raise an error."""
         self.path = path
         self._check = check
         # Refuse a pipe, because opening a pipe blocks until another process reads from it.

@@ -156,7 +156,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(table: list[dict[str, Any]], console: Console) -> None:
-    """Print the table and its notes.
+    """Print the comparison table and its notes.
 
     On a wide screen, the table has one row per run. On a narrow screen, the table has one column per run.
     """
@@ -171,7 +171,7 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
 
 
 def _show_transposed(cells: list[list[str]], console: Console) -> None:
-    """Print one column per run. Print several tables if the screen is too narrow for all runs."""
+    """Print a table with one column per run, or several tables if the screen is too narrow for all runs."""
     while cells:
         count = len(cells)
         drawn = _draw_transposed(cells)

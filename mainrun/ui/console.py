@@ -1,6 +1,6 @@
 """Functions that all commands share, for errors, common options, output streams and tables.
 
-This module does not import torch. It imports Rich only to print a table.
+This module does not import torch, and imports Rich only to print a table.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def commands(help: str) -> typer.Typer:
 
 
 def is_leader() -> bool:
-    """Return whether this process prints results. Of the processes that torchrun starts, only rank 0 does."""
+    """Return whether this process prints results.
+
+    Of the processes that torchrun starts, only rank 0 prints results.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -304,7 +307,7 @@ def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> Non
 
 
 class _Outlet(io.FileIO):
-    """A raw output stream that never raises. After the first write error, it drops all output."""
+    """A raw output stream that never raises. After the first write error, the stream drops all output."""
 
     fault: OSError | None = None
 

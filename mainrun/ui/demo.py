@@ -198,7 +198,7 @@ def _run(step: DemoStep, log: Path) -> str:
 def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
     """Start a command in its own process group, and pass signals on to the command.
 
-    Without its own process group, the command would receive each Ctrl-C in a terminal twice.
+    Without a separate process group, the command would receive each Ctrl-C in a terminal twice.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0

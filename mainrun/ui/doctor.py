@@ -17,9 +17,9 @@ from typing import Any, Literal
 from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
 TORCH_SECONDS = 120  # the time limit for importing torch
-DISK_WARN = 5e9  # doctor warns below this free disk space, in bytes; a few large runs fill it
-DISK_FAIL = 5e8  # doctor reports a failure below this free disk space, in bytes; one checkpoint fills it
-MEMORY_WARN = 2e9  # doctor warns below this available memory, in bytes
+DISK_WARN = 5e9  # the free disk space in bytes below which doctor warns
+DISK_FAIL = 5e8  # the free disk space in bytes below which doctor reports a failure
+MEMORY_WARN = 2e9  # the available memory in bytes below which doctor warns
 
 # This code runs in a separate process. If torch crashes or hangs, only that process is affected.
 _ASK_TORCH = """
@@ -68,7 +68,7 @@ def _python() -> Diagnosis:
 
 
 def _ask_torch() -> dict[str, Any]:
-    """Import torch in a separate process. Return its version, import time and GPUs, or an error."""
+    """Import torch in a separate process. Return the torch version, import time and GPUs, or an error."""
     try:
         process = subprocess.run(
             [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=TORCH_SECONDS

@@ -102,7 +102,7 @@ class StepProbe:
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
         """Run `count` steps and return the loss of the last step.
 
-        The CPU does not wait for the GPU between two steps. It waits for the GPU after the last step.
+        The CPU waits for the GPU only after the last step, not between two steps.
         """
         for _ in range(count):
             inputs = self.plan.at(min(self.state.step, self.plan.steps - 1))

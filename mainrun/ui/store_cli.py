@@ -1,4 +1,7 @@
-"""`mainrun store`: list, check and clean the store of shared steps. Only `audit` imports torch."""
+"""`mainrun store`: list, check and clean the store of shared steps.
+
+Only the command `audit` imports torch.
+"""
 
 from __future__ import annotations
 

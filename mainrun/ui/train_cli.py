@@ -256,7 +256,7 @@ def _keeping_traceback(run: RunDir) -> Iterator[None]:
             path.write_text(traceback.format_exc(), encoding="utf-8")
             e.add_note(f"it is saved in {path}")
         raise
-    with suppress(OSError):  # another program may have created a folder of this name
+    with suppress(OSError):  # another program may have created a folder with the same name
         path.unlink(missing_ok=True)
 
 
