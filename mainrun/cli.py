@@ -62,7 +62,7 @@ def main() -> None:
     try:
         app()
     finally:
-        # The command has ended. A later Ctrl-C must not interrupt the exit handlers of libraries.
+        # After the command has ended, Ctrl-C must not interrupt the exit handlers of libraries.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -167,12 +167,13 @@ def sample(
     from mainrun.store import rundir
 
     run_dir = rundir.find(run, out)
-    run_dir.config()  # raises an error for a wrong folder before torch is imported
+    run_dir.config()  # `config` raises an error for a wrong folder before the slow import of torch
     from mainrun.ui.sample import sample as generate
 
     titles = generate(run_dir.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed)
     for title in titles:
-        print(re.sub(r"[\x00-\x1f\x7f-\x9f]", _escape, title))  # one line per title, no control characters
+        # Print each title on one line, and escape its control characters.
+        print(re.sub(r"[\x00-\x1f\x7f-\x9f]", _escape, title))
 
 
 def _escape(character: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """`mainrun bench gpu`: measure training on a GPU.
 
-The benchmark measures how much of the peak speed of the GPU a step reaches, and the time of whole runs. It
-also checks that two runs of the same config give the same losses and weights.
+The benchmark measures what share of the GPU's peak speed a training step reaches, and how long whole runs
+take. The benchmark also checks that two runs of the same config give the same losses and weights.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ PEAKS = {
     "A100": 312e12,
 }
 MATMUL_SIZE = 8192  # the number of rows and of columns of the matrices
-MATMUL_COUNT = 10  # the number of products between two synchronizations with the GPU
+MATMUL_COUNT = 10  # the number of matrix products between two synchronizations with the GPU
 # The keys of the rows in metrics.jsonl that must be equal in both runs.
 COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")
 
-Report = dict[str, Any]  # the output of --json
+Report = dict[str, Any]  # the report that --json prints
 
 
 def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> Report:
-    """Measure both presets. Raise UsageError if torch sees no GPU."""
+    """Measure both presets on a GPU. Raise UsageError if torch finds no GPU."""
     sets = ["device=cuda", "dtype=bfloat16", *sets]
-    configs = [load(preset, sets)[0] for preset in PRESETS]  # refuse a wrong --set before measuring
+    configs = [load(preset, sets)[0] for preset in PRESETS]  # refuse a wrong --set option before measuring
     for cfg in configs:
         if cfg.device != "cuda":
             raise UsageError(f"bench gpu got device={cfg.device}, but it measures the GPU; leave device out")
@@ -69,7 +69,7 @@ def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = 
 
 
 def stated_peak(device: str) -> float | None:
-    """Return the peak speed that the manufacturer states for a GPU, or None if it is unknown."""
+    """Return the peak speed that the manufacturer states for a GPU, or None if the speed is unknown."""
     words = set(re.split(r"[\s-]+", device))
     for name, peak in PEAKS.items():
         if set(name.split()) <= words:
@@ -117,7 +117,7 @@ def measure_steps(cfg: TrainConfig, repeats: int) -> dict[str, Any]:
 
 
 def compare_two_runs(preset: str, sets: list[str], note: Callable[[str], None]) -> dict[str, Any]:
-    """Run a preset twice. Return the times of both runs and the differences between them."""
+    """Run a preset twice. Return the times of both runs and the differences between the runs."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "first"
         second = Path(folder) / "second"
@@ -162,7 +162,7 @@ def differences(a: RunDir, b: RunDir) -> list[str]:
     for row_a, row_b in zip(rows_a, rows_b, strict=False):
         if row_a != row_b:
             texts.append(f"{row_a['event']} at step {row_a['step']}: {row_a} against {row_b}")
-            break  # the first difference is enough
+            break  # only the first row that differs is reported
     summary_a = a.summary() or {}
     summary_b = b.summary() or {}
     if summary_a.get("weights") != summary_b.get("weights"):

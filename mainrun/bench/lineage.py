@@ -7,11 +7,11 @@ Four studies are trained with a store, and again from scratch, in one process:
     3  128 trials by successive halving: piecewise constant learning rates with random values and milestones
     4  24 trials: random learning rates with cosine decay, which have few steps in common
 
-For each study, the table shows the number of requested steps, of different steps, and of trained steps. No
-store can train fewer steps than the number of different steps. Studies 1, 2 and 4 are trained with a store
-twice. In the first training, all trials are known in advance. In the second training, the trials arrive one
-by one in random order. Every score and every weight must be exactly equal to those of the trials from
-scratch.
+For each study, the table shows the number of requested steps, the number of distinct steps, and the number of
+trained steps. Even with a store, every distinct step must be trained once. Studies 1, 2 and 4 are trained
+with a store twice. In the first training, all trials are known in advance. In the second training, the trials
+arrive one by one in random order. Every score and every weight must be exactly equal to the result of
+training the same trial from scratch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SMALL = {
     "warmup_frac": 0.02, "threads": 1, "compile": "off", "eval_per_epoch": 0,
 }  # fmt: skip
 RATES = (2e-3, 4e-3)
-CHANGES = (0.10, 0.25, 0.40, 0.55)  # dropout ends after these shares of the training tokens
-# The decay of the learning rate starts after these shares of the training steps.
+CHANGES = (0.10, 0.25, 0.40, 0.55)  # the shares of the training tokens after which dropout ends
+# The shares of the training steps after which the decay of the learning rate starts.
 STARTS = tuple(round(0.75 + 0.03 * i, 3) for i in range(8))
 MOVED = tuple(start if i % 2 == 0 else round(start - 0.015, 3) for i, start in enumerate(STARTS))
 SHAPES = ("linear", "cosine", "sqrt")
@@ -52,7 +52,7 @@ BASELINE_PARAMS = 27_172_864
 
 
 class Rung(NamedTuple):
-    share: float  # the share of the steps of a run that a trial trains
+    share: float  # the share of a full run's steps that a trial trains at this rung
     keep: int  # one in `keep` trials continues to the next rung
 
 
@@ -121,19 +121,20 @@ def sample(configs: list[TrainConfig], trials: int) -> list[TrainConfig]:
 
 @dataclass
 class StudyResult:
-    """The cost of one way to train a study. The field names are the keys in the output of --json."""
+    """The cost of training a study with one method. The field names are the keys in the output of --json."""
 
     study: str
     way: str
     trials: int
-    asked: int  # the sum of the steps of all trials
-    fewest: int  # the number of different steps
-    trained: int = 0  # the number of trained steps
+    asked: int  # the total number of steps that all trials request
+    fewest: int  # the number of distinct steps of all trials
+    trained: int = 0  # the number of steps that were actually trained
     seconds: float = 0.0
     store_seconds: float = 0.0  # the part of `seconds` that was spent in the store
     scratch_seconds: float = 0.0  # the training time of the same trials from scratch
     compared: int = 0  # the number of trials that were also trained from scratch
-    differ: list[str] = field(default_factory=list)  # the run ids of trials that gave other bits
+    # The IDs of the runs whose result was not equal in every bit.
+    differ: list[str] = field(default_factory=list)
 
     @property
     def saving(self) -> float:
@@ -150,9 +151,9 @@ def measure(
     trials: int = 0,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Run the studies and return one row per study and way of training it.
+    """Run the studies and return one row for each study and each method of training the study.
 
-    trials: the number of random trials per study. 0 runs all trials.
+    trials: the number of randomly chosen trials per study, or 0 to run all trials.
     """
     results: list[StudyResult] = []
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as folder:
@@ -171,11 +172,11 @@ def measure(
 
 class ScratchRun(NamedTuple):
     seconds: float
-    bits: str  # the result of final_bits
+    bits: str  # the string that `final_bits` returns for this trial
 
 
 class Bench:
-    """Train studies below a folder. Each distinct trial is trained from scratch only once."""
+    """Train studies in a folder. Each distinct trial is trained from scratch only once."""
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder = folder
@@ -199,7 +200,7 @@ class Bench:
         result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
-        # A search knows its search space. It can therefore list the steps at which two trials may begin to
+        # A search knows its search space, and can therefore list the steps at which two trials may begin to
         # differ.
         forks: set[int] = set()
         for steps in shared.keep.values():
@@ -223,8 +224,8 @@ class Bench:
             result.seconds += time.perf_counter() - start
             result.trained += summary["ledger"]["trained"]
             result.store_seconds += summary["spent"]["store"]
-            # Train the same trial from scratch now. If the machine is slow for a while, both runs are
-            # affected.
+            # Train the same trial from scratch immediately, so that a temporary slowdown of the machine
+            # affects both runs.
             self.compare_with_scratch(result, cfg, bits)
             self.note_progress(f"study {result.study}, {result.way}", i, len(order), study_start)
 
@@ -262,7 +263,8 @@ class Bench:
         finalists = [cfg for cfg in configs if reached[cfg.run_id] == rungs[-1]]
         for cfg in finalists:
             self.compare_with_scratch(result, cfg, final_bits(RunDir(out / cfg.run_id)))
-        # Only finalists are trained from scratch. The time of the other trials is computed from their steps.
+        # Only the finalists are trained from scratch. The training time of each other trial is computed from
+        # its number of steps.
         seconds_per_step = self.scratch_seconds(finalists) / (len(finalists) * steps)
         result.scratch_seconds += seconds_per_step * requested
         return result
@@ -280,7 +282,10 @@ class Bench:
         return float(sum(losses[-5:]))
 
     def compare_with_scratch(self, result: StudyResult, cfg: TrainConfig, bits: str) -> None:
-        """Train a trial from scratch and compare its bits. A trial is trained from scratch only once."""
+        """Train a trial from scratch and compare all bits of the results.
+
+        A trial is trained from scratch only once.
+        """
         if cfg.run_id not in self.scratch:
             start = time.perf_counter()
             _, scratch_bits = self.train(cfg, self.folder / "scratch", None, [])
@@ -318,7 +323,7 @@ class Bench:
 
 
 def final_bits(run: RunDir) -> str:
-    """Return a text with the hash of the final weights and all losses and scores of a run."""
+    """Return a string that contains a run's losses and scores, and the hash of its final weights."""
     summary = run.summary()
     if summary is None:
         raise MainrunError(f"{run.path} did not finish")
@@ -328,7 +333,7 @@ def final_bits(run: RunDir) -> str:
 
 
 def ledger_of(run: RunDir) -> tuple[int, float]:
-    """Return the number of steps that a run trained, and its seconds in the store.
+    """Return the number of steps that a run trained, and the seconds that the run spent in the store.
 
     The run may have been stopped before its last step.
     """

@@ -1,6 +1,7 @@
-"""Profile a training step by part, and measure the floor of its time.
+"""Profile the parts of a training step, and measure the lower limit of the step time.
 
-The floor is the time of the matrix products of the linear layers. No step with these layers can be faster.
+The lower limit, called the floor, is the time that the matrix products of the linear layers take. No training
+step with these linear layers can be faster.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
 LABEL = "part:"  # the prefix of the events that this module adds to the profile
 STEP = "whole step"
 
-# Substrings of operation names, by part. An operation belongs to the first part that has a matching
-# substring. torch.compile puts the names of all fused operations into the name of a kernel. The parts are
-# ordered so that a fused kernel belongs to the part of its most expensive operation.
+# The substrings of operation names that identify each part of a training step. An operation belongs to the
+# first part that has a matching substring. torch.compile puts the names of all fused operations into the name
+# of a kernel. The parts are ordered so that a fused kernel belongs to the part of its most expensive
+# operation.
 NAMES = {
     "optimiser": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
@@ -48,7 +50,7 @@ NAMES = {
 
 
 def part_of(name: str) -> str | None:
-    """Return the part that an operation belongs to, or None if its name is unknown."""
+    """Return the part that an operation belongs to, or None if the name of the operation is unknown."""
     name = name.lower()
     for part, substrings in NAMES.items():
         if any(text in name for text in substrings):
@@ -57,9 +59,9 @@ def part_of(name: str) -> str | None:
 
 
 def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
-    """Return each part's share of the time of one step. The shares sum to 1.
+    """Return each part's share of the time of a training step. The shares sum to 1.
 
-    The part `other` is the time outside of known operations, for example in Python.
+    The part `other` is the time that is spent outside of known operations, for example in Python code.
     """
     cuda = next(model.parameters()).is_cuda
     activities = [ProfilerActivity.CPU]
@@ -83,14 +85,14 @@ def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
 
 
 def _chain(event: Any) -> Iterator[Any]:
-    """Yield an event and all events that enclose it, from the innermost to the outermost."""
+    """Yield a profiler event and all events that enclose it, from the innermost to the outermost."""
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
 def _label(event: Any) -> str | None:
-    """Return the part of the labelled module in which an event occurs, or None."""
+    """Return the part of the labeled module in which a profiler event occurs, or None."""
     for outer in _chain(event):
         if outer.name.startswith(LABEL):
             return str(outer.name.removeprefix(LABEL))
@@ -98,7 +100,7 @@ def _label(event: Any) -> str | None:
 
 
 def _forward_parts(events: list[Any]) -> dict[int, str]:
-    """Return the parts of all labelled forward operations by sequence number.
+    """Return a dict that maps the sequence number of each labeled forward operation to its part.
 
     A backward operation has the same sequence number as its forward operation.
     """
@@ -112,7 +114,7 @@ def _forward_parts(events: list[Any]) -> dict[int, str]:
 
 
 def _part(event: Any, forward_parts: dict[int, str]) -> str:
-    """Return the part of an event, based on its name and on the events that enclose it."""
+    """Return the part of a profiler event, based on its name and on the events that enclose it."""
     chain = list(_chain(event))
     if any(outer.name.startswith("Optimizer.") for outer in chain):
         return "optimiser"
@@ -133,7 +135,7 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
 def labelled(model: nn.Module) -> Iterator[None]:
     """Label attention, norms and dropout for the profiler.
 
-    This has no effect on a compiled model, whose kernels are recognised by their names.
+    The labels have no effect on a compiled model, whose kernels are recognized by their names.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -207,7 +209,7 @@ class Floor:
             self.flops += self.repeats * 6 * self.rows * inputs * outputs * count
 
     def step(self) -> dict[str, float]:
-        """Run all matrix products once. Return the seconds for the layers and for the head."""
+        """Run all matrix products once. Return the seconds that the layers and the head take."""
         seconds = {"layers": 0.0, "head": 0.0}
         for (inputs, outputs, is_head), count in self.products.items():
             part = "head" if is_head else "layers"

@@ -1,7 +1,7 @@
 """A plain GPT-2 and its training loop, which `mainrun bench step` compares with mainrun.
 
-The plain loop has no optimizations. It takes only the sizes and the dropout rates from the config. It always
-uses the architecture of the public baseline, float32 and AdamW.
+The plain training loop has no optimizations. The loop takes only the sizes and the dropout rates from the
+config, and always uses the architecture of the public baseline, float32 and AdamW.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class PlainBlock(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, T, D / heads)
+        # The shape is (B, heads, T, D / heads).
+        return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)
 
     def attention(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = map(self.split_heads, self.qkv(x).split(D, dim=2))
-        score = q @ k.transpose(-2, -1) / math.sqrt(D // self.heads)  # (B, heads, T, T)
+        score = q @ k.transpose(-2, -1) / math.sqrt(D // self.heads)  # the shape is (B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weight = self.attn_drop(F.softmax(score.masked_fill(future, -torch.inf), dim=-1))
         return self.out((weight @ v).transpose(1, 2).reshape(B, T, D))

@@ -1,6 +1,6 @@
 """`mainrun bench step`: compare the training step of mainrun with the steps of its rivals.
 
-Each rival runs in its own process. The rivals take turns after every step.
+Each rival runs in its own process. The rivals take turns, and each turn is one training step.
 
 This module does not import torch, so that the parent process does not disturb the measurements.
 """
@@ -24,8 +24,8 @@ from mainrun.errors import MainrunError, UsageError
 WORKER = [sys.executable, "-m", "mainrun.bench.worker"]
 BF16_TOLERANCE = 1e-3  # the allowed difference between the losses in bfloat16 and in float32
 
-Answer = dict[str, Any]  # an answer of a worker, see bench/worker.py
-Report = dict[str, Any]  # the output of --json
+Answer = dict[str, Any]  # an answer of a worker, as defined in bench/worker.py
+Report = dict[str, Any]  # the report that --json prints
 
 
 class RivalSpec(NamedTuple):
@@ -91,7 +91,7 @@ class Worker:
 
 @contextmanager
 def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) -> Iterator[Worker]:
-    """Start a worker. Kill it at the end of the `with` block."""
+    """Start a worker, and kill the worker at the end of the `with` block."""
     request = json.dumps({"rival": rival, "config": cfg.model_dump(), **options})
     env = dict(os.environ)
     env.pop("MAINRUN_ALLOCATOR", None)
@@ -105,7 +105,8 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) 
             stderr=log,
             text=True,
             env=env,
-            # In its own session, the worker gets no Ctrl-C, and it can be killed with its compiler processes.
+            # In a separate session, the worker receives no Ctrl-C and can be killed together with its
+            # compiler processes.
             start_new_session=True,
         )
         try:
@@ -129,14 +130,14 @@ def measure(
     steps: dict[str, list[Answer]] = {name: [] for name in specs}
     with ExitStack() as stack:
         workers = []
-        for name, spec in specs.items():  # one warm-up at a time, because workers slow each other down
+        for name, spec in specs.items():  # warm up one worker at a time, because workers slow each other down
             note(f"{name}: warming up")
             worker = stack.enter_context(start(name, spec.worker, spec.tuned, cfg, **spec.options))
             ready[name] = worker.listen()
             workers.append(worker)
         for i in range(repeats):
             note(f"round {i + 1} of {repeats}")
-            first = i % len(workers)  # rotate the order, so that no rival always follows the same rival
+            first = i % len(workers)  # rotate the order, so that no rival always runs after the same rival
             for worker in workers[first:] + workers[:first]:
                 steps[worker.name].append(worker.ask("step"))
         note("peak memory, evaluation and profile")
@@ -159,7 +160,7 @@ def make_report(
     ours = rows[OURS]
     for row in rows.values():
         row["floor_share"] = floor["seconds"] / row["seconds"]
-        row["ours_is"] = row["seconds"] / ours["seconds"]  # the speed-up of mainrun
+        row["ours_is"] = row["seconds"] / ours["seconds"]  # the speed-up of mainrun over this rival
     floor["flops"] = ready[FLOOR]["flops"]
     floor["flops_per_s"] = ready[FLOOR]["flops"] / floor["seconds"]
     estimate = ready[OURS]["memory_estimate"]
@@ -181,7 +182,7 @@ def make_report(
 
 
 def _row(name: str, times: list[float], tokens: int, peak: int | None, ready: Answer) -> dict[str, Any]:
-    """Return the figures of one rival."""
+    """Return the measured figures of one rival."""
     median = statistics.median(times)
     row = {
         "rival": name,
@@ -199,7 +200,7 @@ def _row(name: str, times: list[float], tokens: int, peak: int | None, ready: An
 
 
 def _evaluation(measured: Answer, processed_per_s: float) -> dict[str, Any]:
-    """Compare the speed of an evaluation with a forward pass, and the loss in bfloat16 with float32.
+    """Compare the speed of an evaluation with a forward pass, and the bfloat16 loss with the float32 loss.
 
     processed_per_s: the number of tokens that training steps process per second.
     """

@@ -4,11 +4,11 @@ bench/step.py starts this process. At the start, the worker runs the warm-up ste
 Then the parent process sends one word per line on stdin. The worker answers each word with one JSON object
 per line on stdout:
 
-    step            the time of one step
-    end             the peak memory and, if requested, an evaluation and a profile; then the worker exits
+    step            the time of one training step
+    end             the peak memory and, if requested, an evaluation and a profile; the worker then exits
 
-Each rival has its own process, because the memory allocator and the peak memory belong to a process. All
-other output of the worker goes to stderr.
+Each rival has its own process, because the memory allocator and the peak memory are those of a whole process.
+All other output of the worker goes to stderr.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mainrun.errors import MainrunError, UsageError
 from mainrun.plan.plan import Plan
 
 WARMUP = 2  # the number of warm-up steps; the first step compiles and allocates memory
-TOKENS_PER_TITLE = 14  # an approximate value, because compile=auto depends on the number of tokens
+TOKENS_PER_TITLE = 14  # the approximate token count of a title; compile=auto depends on token counts
 SCORE_REPEATS = 3
 
-Answer = dict[str, Any]  # sent to the parent process as JSON
+Answer = dict[str, Any]  # an answer that is sent to the parent process as JSON
 
 
 class Rival(Protocol):
@@ -39,7 +39,7 @@ class Rival(Protocol):
         """Run one step. The answer contains at least the key `seconds`."""
 
     def describe(self) -> Answer:
-        """Return the properties of the rival. This is called after the warm-up steps."""
+        """Return the properties of the rival. This method is called after the warm-up steps."""
 
     def finish(self) -> Answer:
         """Run the measurements that must come after the steps and must not affect the peak memory."""
@@ -49,7 +49,7 @@ class PlainRival:
     """The plain training loop of bench/plain.py."""
 
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
-        self.allocator = tune_allocator()  # this call must come before torch allocates memory
+        self.allocator = tune_allocator()  # tune the allocator before torch allocates any memory
         import torch
 
         from mainrun.bench.plain import PlainGPT
@@ -131,7 +131,7 @@ class MainrunRival:
             answer["evaluation"] = self.evaluation()
         if self.request.get("profile"):
             train_step = self.probe.train_step
-            # The profiler cannot see the parts of a recorded CUDA graph. Switch the graph off.
+            # The profiler cannot see the parts of a recorded CUDA graph, so the graph is switched off.
             train_step.forward_backward.forget()
             train_step.forward_backward.on = False
             answer["profile"] = shares(self.step, train_step.runner)
@@ -147,7 +147,7 @@ class MainrunRival:
         rows, length = cfg.geometry
         span = rows * length
         tokens = random_tokens(cfg, max(4 * cfg.batch_size * cfg.block_size, span + 1))
-        # The number of targets of the full score and the official score together.
+        # The total number of targets in the full score and the official score.
         targets = len(tokens) + len(tokens) // (span + 1) * span
         sizes: dict[str, Any] = {
             "chars": len(tokens),
@@ -170,7 +170,10 @@ class MainrunRival:
 
 
 class FloorRival:
-    """The matrix products of the linear layers. No step with these layers can be faster."""
+    """A rival that computes only the matrix products of the linear layers.
+
+    No training step with these linear layers can be faster.
+    """
 
     def __init__(self, cfg: TrainConfig, request: dict[str, Any]) -> None:
         from mainrun.bench.parts import Floor
@@ -208,7 +211,7 @@ def random_batch(cfg: TrainConfig, device: Any) -> Any:
 
 
 def peak(cuda: bool) -> int:
-    """Return the peak memory in bytes. With `cuda`, return the peak memory of the GPU."""
+    """Return the peak memory of the process in bytes. If `cuda` is set, return the peak GPU memory."""
     if cuda:
         import torch
 
@@ -241,7 +244,7 @@ def serve(request: dict[str, Any], words: queue.Queue[str], channel: TextIO) -> 
 
 
 def main() -> int:
-    tune_allocator()  # this call must come before torch allocates memory
+    tune_allocator()  # tune the allocator before torch allocates any memory
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # redirect the output of libraries to stderr
     words: queue.Queue[str] = queue.Queue()

@@ -1,8 +1,8 @@
 """Save and load checkpoints.
 
-A checkpoint is a folder with a safetensors file and a meta.json. It is written to a temporary folder, which
-is synced and then renamed. The meta.json holds a checksum of the tensors and a checksum of its own content. A
-checkpoint that is incomplete or edited is reported and skipped.
+A checkpoint is a folder that contains a safetensors file and the file meta.json. A new checkpoint is written
+to a temporary folder, which is then synced and renamed. The file meta.json holds a checksum of the tensors
+and a checksum of its own content. Checkpoints that are incomplete or were edited are reported and skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from mainrun.store import records
 from mainrun.store.rundir import FIX, disk_errors, fsync_folder, to_json, write_json
 
 FORMAT = 1
-KEEP = 2  # the number of checkpoints to keep; the older checkpoint is used if the newer one is damaged
+# The number of checkpoints to keep; if the newest checkpoint is damaged, the older checkpoint is used.
+KEEP = 2
 
 Tensors = dict[str, torch.Tensor]
 Meta = dict[str, Any]
@@ -46,7 +47,8 @@ def save(
 ) -> Path:
     """Write a checkpoint and remove old checkpoints.
 
-    check: called just before the checkpoint becomes visible. If it raises an error, no checkpoint is written.
+    check: a function that is called just before the checkpoint becomes visible. If the function raises an
+    error, no checkpoint is written.
     """
     place = folder / f"step-{step:08d}"
     temp = folder / f".tmp-{place.name}"
@@ -78,7 +80,7 @@ def _write(folder: Path, step: int, tensors: Tensors, meta: Meta) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders of killed processes."""
+    """Remove the temporary folders that killed processes left behind."""
     for temp in folder.glob(".tmp-step-*"):
         with suppress(OSError):
             _remove(temp)
@@ -96,7 +98,8 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path)
-    except Exception as e:  # safetensors raises its own error type, whose text contains the error number
+    # Safetensors raises its own exception type, whose message contains the OS error number.
+    except Exception as e:
         number = re.search(r"os error (\d+)", str(e))
         if number:
             code = int(number[1])
@@ -115,7 +118,7 @@ def paths(folder: Path) -> list[Path]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    except OSError as e:  # the unreadable folder may contain checkpoints
+    except OSError as e:  # the folder cannot be read, but it may contain checkpoints
         raise RunError(f"{folder} is damaged: it cannot be read ({e.strerror}); {FIX}") from None
     return sorted((folder / name for name in names if name.startswith("step-")), reverse=True)
 
@@ -125,8 +128,8 @@ def load_newest(
 ) -> tuple[Tensors, Meta] | None:
     """Load the newest intact checkpoint that `usable` accepts, or return None.
 
-    usable: returns the reason why a checkpoint cannot be used, or None.
-    note: called with a message for each skipped checkpoint.
+    usable: a function that returns the reason why a checkpoint cannot be used, or None.
+    note: a function that is called with a message for each skipped checkpoint.
     """
     for place in paths(folder):
         try:
@@ -137,7 +140,7 @@ def load_newest(
 
 
 def _load(place: Path, usable: Callable[[Meta], str | None]) -> tuple[Tensors, Meta]:
-    """Load a checkpoint. Raise ValueError if it is damaged or cannot be used."""
+    """Load a checkpoint. Raise ValueError if the checkpoint is damaged or cannot be used."""
     meta = _load_meta(place)
     reason = usable(meta)
     if reason:
@@ -170,7 +173,10 @@ def _load_meta(place: Path) -> Meta:
 
 
 def fault(meta: Meta) -> str:
-    """Return what is wrong with the values in a meta.json, or an empty text. Checksums are not verified."""
+    """Return what is wrong with the values in a file meta.json, or an empty string.
+
+    The checksums are not verified.
+    """
     misfit = records.fault(meta, records.CHECKPOINT)
     return f"meta.json {misfit}" if misfit else ""
 
@@ -179,7 +185,7 @@ def fault(meta: Meta) -> str:
 def fit_errors(source: object) -> Iterator[None]:
     """Turn errors about tensors that do not fit the model into RunError.
 
-    source: the file of the tensors, for the message.
+    source: the file that contains the tensors. The error message names this file.
     """
     try:
         yield

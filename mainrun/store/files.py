@@ -2,8 +2,8 @@
 
 `Folder` is a store in a local folder. `Remote` is a store at any URL that fsspec can open, such as
 s3://bucket/store. Both classes have the same methods, and all their writes are atomic. `write` replaces a
-file. `create` does nothing if the file exists, which leases and nodes rely on. `put` moves a finished file
-into the store. This module does not import torch.
+file. `create` does not change an existing file, and leases and nodes rely on this guarantee. `put` moves a
+finished file into the store. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mainrun.errors import ConfigError
 from mainrun.files.inputs import open_file
 from mainrun.store.rundir import fsync_folder
 
-USED = ".used"  # the time of the file NAME.used is when the file NAME was last used
+USED = ".used"  # the modification time of the file NAME.used is the time at which the file NAME was last used
 
 
 class Entry(NamedTuple):
-    """The size and the time of a file."""
+    """The size and the modification time of a file."""
 
     size: int
-    modified: float  # seconds since 1970
+    modified: float  # the modification time of the file, in seconds since 1970
 
 
 class Folder:
@@ -61,11 +61,12 @@ class Folder:
             fsync_folder((self.path / name).parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create a file and return True. If it exists, leave it unchanged and return False."""
+        """Create a file and return True. If the file exists, leave it unchanged and return False."""
         with self._temp(name) as temp:
             _write(temp, data, sync=True)
             try:
-                # Creating a link is atomic, like renaming a file. Unlike a rename, it never replaces a file.
+                # Creating a hard link is atomic, like renaming a file. Unlike a rename, creating a link never
+                # replaces an existing file.
                 os.link(temp, self.path / name)
             except FileExistsError:
                 return False
@@ -88,12 +89,15 @@ class Folder:
 
     @contextmanager
     def new(self) -> Iterator[Path]:
-        """Yield a local path at which to write a file for `put`. The file is removed afterwards."""
+        """Yield a temporary local path for a file that `put` will store. The file is removed afterwards."""
         with self._temp("new") as temp:
             yield temp
 
     def put(self, file: Path, name: str) -> None:
-        """Move a finished file into the store under a name. An existing file of that name is replaced."""
+        """Move a finished file into the store under a name.
+
+        An existing file with the same name is replaced.
+        """
         with file.open("rb") as f:
             os.fsync(f.fileno())
         folder = (self.path / name).parent
@@ -108,16 +112,17 @@ class Folder:
         yield self.path / name
 
     def list(self, folder: str) -> dict[str, Entry]:
-        """Return the size and the time of last use of every file in a folder."""
+        """Return the size of every file in a folder, and the time at which the file was last used."""
         files: dict[str, Entry] = {}
         try:
             with os.scandir(self.path / folder) as entries:
                 for entry in entries:
                     try:
                         stat = entry.stat()
-                    except FileNotFoundError:  # another process removed the file
+                    except FileNotFoundError:  # another process has just removed the file
                         continue
-                    except OSError:  # for example, a symbolic link to itself
+                    # The file is unusable, for example because it is a symbolic link to itself.
+                    except OSError:
                         stat = entry.stat(follow_symlinks=False)
                     files[entry.name] = Entry(stat.st_size, stat.st_mtime)
         except FileNotFoundError:
@@ -135,7 +140,7 @@ class Folder:
         return (self.path / name).exists()
 
     def remove(self, name: str) -> None:
-        """Remove the file or folder of this name, if it exists."""
+        """Remove the file or folder with the given name, if it exists."""
         path = self.path / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -143,14 +148,14 @@ class Folder:
             path.unlink(missing_ok=True)
 
     def touch(self, name: str) -> None:
-        """Record that a file was used now."""
+        """Record that a file has just been used."""
         os.utime(self.path / name)
 
     @contextmanager
     def _temp(self, name: str) -> Iterator[Path]:
         """Yield a temporary path in the store. A file at this path can be renamed to its final name.
 
-        The module tempfile is not used, because other users cannot read the files that it creates.
+        The module `tempfile` is not used, because it creates files that other users cannot read.
         """
         folder = self.path / "new"
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +178,7 @@ def _write(path: Path, data: bytes, sync: bool) -> None:
 class Remote:
     """The files of a store at a URL that fsspec can open.
 
-    An object store makes an object visible only when all of it is written, so every write is atomic.
+    An object store makes an object visible only after the whole object was written, so every write is atomic.
     """
 
     def __init__(self, url: str) -> None:
@@ -195,7 +200,7 @@ class Remote:
         return f"{self.root.rstrip('/')}/{name}"
 
     def _refresh(self) -> None:
-        """Drop the cached listings of fsspec, because other machines write to the store too."""
+        """Drop the folder listings that fsspec caches, because other machines also write to the store."""
         self.fs.invalidate_cache()
 
     def read(self, name: str) -> bytes:
@@ -265,15 +270,15 @@ class Remote:
                 self.fs.rm(self._path(path), recursive=True)
 
     def touch(self, name: str) -> None:
-        # The time of an object changes only when the object is written again. An empty file is written
-        # instead.
+        # The modification time of an object changes only when the object is written again. To record a use,
+        # write an empty file NAME.used instead.
         self.write(name + USED, b"")
 
 
 class _OSErrors:
-    """Wrap a file system of fsspec and convert all its errors to OSError.
+    """Wrap an fsspec file system and convert all its errors to OSError.
 
-    Each file system of fsspec has its own exception types for network errors.
+    Each fsspec file system has its own exception types for network errors.
     """
 
     def __init__(self, fs: Any) -> None:
@@ -294,7 +299,7 @@ class _OSErrors:
 
 
 def _modified(row: dict[str, Any]) -> float:
-    """Return when a file was modified. Each file system of fsspec has its own key for this time."""
+    """Return the modification time of a file. Each fsspec file system has its own key for this time."""
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         modified = row.get(key)
         if modified is None:
@@ -309,7 +314,7 @@ Files = Folder | Remote
 
 
 def open_files(place: str | Path) -> Files:
-    """Return the files of a store.
+    """Return an object that reads and writes the files of a store.
 
     place: a folder, or a URL that fsspec can open.
     """
@@ -322,10 +327,10 @@ def open_files(place: str | Path) -> Files:
 def folder_of(place: str | Path) -> Path | None:
     """Return the path of a local folder, or None if `place` is a URL that fsspec must open.
 
-    fsspec is not used for local folders, because its writes to them are not atomic.
+    fsspec is not used for local folders, because fsspec does not write local files atomically.
     """
     scheme, colon, path = str(place).partition(":")
-    if colon and scheme in ("file", "local"):  # zero, one or three slashes may follow the colon
+    if colon and scheme in ("file", "local"):  # zero, one or three slashes may follow the colon of a file URL
         return Path(path.removeprefix("//")).expanduser()
     if "://" in str(place):
         return None

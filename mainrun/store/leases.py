@@ -1,10 +1,11 @@
-"""Leases, which record which process is training the steps up to a node.
+"""Leases record which process is training the steps up to a node.
 
-A lease is a file leases/KEY.TOKEN, which is created exactly once. The process that holds the lease rewrites
-the file every few seconds with a heartbeat count. Other processes time these heartbeats with their own
-clocks, so the clocks of two machines need not agree. When the heartbeats stop for `ttl` seconds, or the
-holder is known to be dead, another process takes over the lease. It creates the file with the next token. The
-previous holder may then no longer write the node. This module does not import torch.
+A lease is a file with the name leases/KEY.TOKEN, which is created exactly once. The process that holds the
+lease rewrites the lease file every few seconds with an incremented heartbeat count. Other processes measure
+the time between heartbeats with their own clocks, so the clocks of two machines need not agree. When the
+heartbeats stop for `ttl` seconds, or the process that holds the lease is known to be dead, another process
+can take over the lease. To take over a lease, a process creates a lease file with the next token. The
+previous holder of the lease may then no longer write the node. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from mainrun.files.hashing import canonical_json
 from mainrun.store.files import Files
 from mainrun.store.nodes import Refused
 
-TTL = 30.0  # seconds after which a lease without heartbeats expires
+TTL = 30.0  # the number of seconds after which a lease without heartbeats expires
 HEARTBEATS_PER_TTL = 4
 
 
 class Fenced(Refused):
-    """Another process has taken over the lease of this process."""
+    """The error for a lease of this process that another process has taken over."""
 
 
 def lease_name(key: str, token: int) -> str:
@@ -38,13 +39,14 @@ def lease_name(key: str, token: int) -> str:
 
 @dataclass
 class Lease:
-    """A lease that this process holds. Each takeover increments the token."""
+    """A lease that this process holds. Each takeover increments the lease token."""
 
     leases: Leases
     key: str
     token: int
-    info: dict[str, Any]  # the identity of this process, and the run and steps that it trains
-    status: Callable[[], dict[str, Any]]  # called at each heartbeat; the result is written into the lease
+    info: dict[str, Any]  # the identity of this process, its run, and the steps that the process trains
+    # A function that is called at each heartbeat, and whose result is written to the lease file.
+    status: Callable[[], dict[str, Any]]
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -61,12 +63,12 @@ class Lease:
         count = 0
         while not self._stop.wait(self.leases.ttl / HEARTBEATS_PER_TTL):
             count += 1
-            # While the store cannot be written, another process may take over the lease. `check` detects
-            # that.
+            # While the store cannot be written, another process may take over the lease. `check` detects such
+            # a takeover.
             try:
                 content = canonical_json(self.info | self.status() | {"beat": count})
-                # A heartbeat is not synced to disk, because a power failure also ends the holder of the
-                # lease.
+                # Heartbeats are not synced to disk. A power failure that loses a heartbeat also stops the
+                # process that holds the lease.
                 self.leases.files.write(self.name, content, sync=False)
             except OSError:
                 continue
@@ -81,8 +83,8 @@ class Lease:
     def release(self, *, unfinished: bool = False) -> None:
         """End the lease.
 
-        unfinished: the node was not written. The file of the lease stays, so that the next holder gets a
-        higher token.
+        unfinished: whether the node was not written. In this case, the lease file is kept, so that the next
+        holder gets a higher token.
         """
         self._stop.set()
         if self._thread:
@@ -96,7 +98,7 @@ class Lease:
                 if token <= self.token:
                     self.leases.files.remove(lease_name(self.key, token))
         except OSError:
-            pass  # the lease expires, because its heartbeats have stopped
+            pass  # the lease will expire, because its heartbeats have stopped
 
 
 class Leases:
@@ -105,7 +107,7 @@ class Leases:
     def __init__(self, files: Files, ttl: float = TTL) -> None:
         self.files = files
         self.ttl = ttl
-        # For each lease: its content, and the time at which this process first read that content.
+        # The content of each lease file, and the time at which this process first read the content.
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def tokens(self) -> dict[str, list[int]]:
@@ -118,7 +120,7 @@ class Leases:
         return tokens
 
     def _holder(self, key: str, token: int) -> dict[str, Any] | None:
-        """Return the recorded information about the holder of a lease, or None if the lease has ended."""
+        """Return what a lease file records about the lease holder, or None if the lease has ended."""
         name = lease_name(key, token)
         try:
             content = self.files.read(name)
@@ -128,7 +130,7 @@ class Leases:
             content = b""
         info = {}
         released = False
-        # If the content of a lease cannot be parsed, only its heartbeats count.
+        # If a lease file cannot be parsed, only changes of the file show that the lease holder is alive.
         try:
             parsed = json.loads(content)
             released = bool(parsed.get("released")) or is_dead(parsed)
@@ -144,10 +146,10 @@ class Leases:
         return None if released or expired else info
 
     def acquire(self, key: str, status: Callable[[], dict[str, Any]] = dict, **info: Any) -> Lease | None:
-        """Return the lease on a key, or None if another process holds it.
+        """Return the lease on a key, or None if another process holds the lease.
 
-        status: called at each heartbeat. Its result is written into the lease.
-        info: more values that are written into the lease.
+        status: a function that is called at each heartbeat. Its result is written to the lease file.
+        info: additional values that are written to the lease file.
         """
         tokens = self.tokens().get(key, [])
         newest = max(tokens, default=0)
@@ -155,8 +157,8 @@ class Leases:
             return None
         lease = Lease(self, key, newest + 1, this_process() | info, status)
         if not self.files.create(lease.name, canonical_json(lease.info | lease.status())):
-            return None  # another process has acquired the lease
-        # Since `tokens` was read, other processes may have acquired and released this lease.
+            return None  # another process has just acquired the lease
+        # Other processes may have acquired and released this lease since `tokens` was read.
         if max(self.tokens().get(key, [])) > lease.token:
             self.files.remove(lease.name)
             return None
@@ -166,7 +168,7 @@ class Leases:
         return lease
 
     def active(self) -> dict[str, dict[str, Any]]:
-        """Return a dict from the key of every active lease to the information about its holder."""
+        """Return a dict that maps the key of every active lease to information about the lease holder."""
         holders = {}
         for key, tokens in self.tokens().items():
             holder = self._holder(key, max(tokens))
@@ -180,19 +182,19 @@ class Leases:
 
 @cache
 def _boot() -> str:
-    """Return a text that identifies the current boot of this machine, or an empty text if it is unknown."""
+    """Return an identifier of this machine's current boot, or an empty string if there is no identifier."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        process_numbers = os.readlink("/proc/self/ns/pid")  # process numbers are unique within this namespace
+        process_numbers = os.readlink("/proc/self/ns/pid")  # process IDs are unique within this namespace
     except OSError:
         return ""
     return f"{platform.node()} {boot} {process_numbers}"
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process started, or an empty text if the process is dead or unknown.
+    """Return the start time of a process, or an empty string if the process is dead or unknown.
 
-    The start time distinguishes two processes that have had the same number.
+    The start time distinguishes two processes that had the same process ID at different times.
     """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -209,7 +211,7 @@ def this_process() -> dict[str, Any]:
 def is_dead(process: dict[str, Any]) -> bool:
     """Return whether a process is known to be dead.
 
-    This is known only for processes that started on this machine since its last boot.
+    The result can be true only for processes that started on this machine since its last boot.
     """
     if not process.get("boot") or process["boot"] != _boot():
         return False

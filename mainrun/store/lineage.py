@@ -1,9 +1,9 @@
 """Compute the key chain of a run.
 
-A run has one key per step. The key is a hash of everything that the state of the run after that step depends
-on:
+A run has one key per step. The key of a step is a hash of everything that determines the state of the run
+after this step:
 
-    key[0]   = H(model, optimiser and seed; tokens; versions of all code that computes; machine class)
+    key[0]   = H(model, optimizer and seed; tokens; versions of all code that computes; machine class)
     key[i+1] = H(key[i], the scheduled inputs of step i, the operations that change the model before step i)
 
 Two runs have the same state exactly when their keys are equal. The name, the length and the study of a run do
@@ -20,8 +20,8 @@ from mainrun.config import TrainConfig
 from mainrun.files.hashing import sha256_json
 from mainrun.plan.plan import Plan, StepInputs
 
-# Static fields that affect only the tokens. They are left out of the first key, which contains a hash of the
-# tokens.
+# Static fields that affect only the tokens. The first key does not include these fields, because it already
+# contains a hash of the tokens.
 IN_TOKENS = {
     "corpus",
     "num_titles",
@@ -46,9 +46,9 @@ def origin(
     versions: dict[str, str],
     machine: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the values that the first key of a run is computed from.
+    """Return the values from which the first key of a run is computed.
 
-    A default such as `d_ff = 0` is replaced with the value that it stands for.
+    A default value such as `d_ff = 0` is replaced with the actual value that mainrun uses.
     """
     left_out = IN_TOKENS | IN_MACHINE
     fields: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def origin(
     fields["n_kv_head"] = cfg.kv_heads
     fields["qkv_bias"] = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
     fields["head_dim"] = cfg.head_width
-    fields["frozen"] = list(cfg.frozen)  # a list, because JSON has no tuples
+    fields["frozen"] = list(cfg.frozen)  # the tuple is converted to a list, because JSON has no tuples
     return {
         "fields": fields,
         "data": {**fingerprints, "tokens": tokens},
@@ -76,7 +76,7 @@ def root(origin: dict[str, Any]) -> str:
 def chain(root: str, plan: Plan) -> list[str]:
     """Return key[0] ... key[steps] of a run.
 
-    Operations that wait for the loss of an evaluation are left out, as if they never fired.
+    Operations that wait for the loss of an evaluation are ignored, as if these operations never took place.
     """
     key = bytes.fromhex(root)
     keys = [root]
@@ -88,7 +88,7 @@ def chain(root: str, plan: Plan) -> list[str]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return the differences between two origins as phrases for a message.
+    """Return phrases that describe the differences between two origins, for use in a message.
 
     ours: the origin of the current run.
     """
@@ -105,6 +105,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text. A hash is shortened to its first 12 digits."""
+    """Return a value as a string. A hash is shortened to its first 12 digits."""
     text = str(value)
     return text[:12] if len(text) == 64 else text

@@ -1,17 +1,18 @@
-"""The store of nodes. A node is the state of a run after a step, stored under its key of the key chain.
+"""The store of nodes. A node is the state of a run after a training step.
 
     store.json                   the format of the store
-    nodes/KEY                    one line about the node, then one line per metric row since its parent
-    states/SHA256.safetensors    weights, optimiser state and averages, named by the hash of the file
-    roots/KEY                    the values that the first key of a chain is computed from
+    nodes/KEY                    a line that describes the node, then a line per metric row since its parent
+    states/SHA256.safetensors    weights, optimizer state and averages, named by the hash of the file
+    roots/KEY                    the values from which the first key of a key chain is computed
     leases/KEY.TOKEN             the process that is training the steps up to a node (leases.py)
-    wants/KEY                    a request of a waiting run, which asks other runs to save this node
+    wants/KEY                    a request by a waiting run that other runs save this node
     pins/NAME                    the keys of nodes that must not be evicted
 
-The state of a node is written first. The node exists as soon as nodes/KEY exists. All data is verified when
-it is read. A node that is incomplete or changed is reported and skipped. Eviction removes the state of a node
-but keeps its metric rows, so that the history of later nodes stays complete. Only loading a state imports
-torch.
+KEY is the key of the node in the key chain of its run (see lineage.py). The state of a node is written before
+the file nodes/KEY. The node exists as soon as the file nodes/KEY exists. All data is verified when it is
+read. Nodes that are incomplete or were modified are reported and skipped. Eviction removes the state of a
+node but keeps its metric rows, so that the history of later nodes stays complete. This module imports torch
+only when it loads a state.
 """
 
 from __future__ import annotations
@@ -37,39 +38,40 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-SIZE = 20_000_000_000  # default limit of the total size of all states, in bytes
+SIZE = 20_000_000_000  # the default limit for the total size of all states, in bytes
 KEY = re.compile(r"[0-9a-f]{64}")
 STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
 LEASE = re.compile(r"[0-9a-f]{64}\.\d{6}")
-FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}  # file name patterns
+# The pattern that the file names in each folder must match.
+FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}
 BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may exist before store.json
 
-BATCH_PIN_LIFETIME = 7 * 86_400.0  # seconds
-WANT_LIFETIME = 86_400.0  # seconds
-# A file that is younger than this many seconds may belong to a process that is still writing. The clocks of
-# two machines may differ by this much.
+BATCH_PIN_LIFETIME = 7 * 86_400.0  # the number of seconds after which the pin of a batch expires
+WANT_LIFETIME = 86_400.0  # the number of seconds after which a request to save a node expires
+# A file that was written less than this number of seconds ago may belong to a process that is still writing
+# the file. The clocks of two machines may also differ by up to this number of seconds.
 GRACE = 3600.0
 
 
 class Damaged(Exception):
-    """A node cannot be used. The message gives the reason."""
+    """The error for a node that cannot be used. The error message gives the reason."""
 
 
 class Missing(Damaged):
-    """A node does not exist."""
+    """The error for a node that does not exist."""
 
 
 class Unreadable(Damaged):
-    """A node cannot be read at the moment. It may be intact, so it is not removed."""
+    """The error for a node that cannot be read now. The node may be intact, so it is not removed."""
 
 
 class Refused(Exception):
-    """A node may not be written. The message gives the reason."""
+    """The error for a node that may not be written. The error message gives the reason."""
 
 
 # -- nodes
 
-# Fields of Node whose key in the file nodes/KEY differs from the name of the field.
+# The fields of `Node` that have a different name in the file nodes/KEY.
 JSON_KEYS = {
     "tokens_processed": "presented",
     "growth_state": "grown",
@@ -81,24 +83,25 @@ class Node:
     """The content of a file nodes/KEY. `rows` is empty if only the first line of the file was read."""
 
     key: str
-    parent: str  # the key of the previous node of the run, or the root
+    parent: str  # the key of the run's previous node, or the root key of the run
     root: str
     step: int
-    begins: int  # the step of the parent
+    begins: int  # the training step of the parent node
     tokens_processed: int
     state: str  # the SHA-256 hash of the state file
     size: int  # the size of the state file, in bytes
-    geometry: list[int]  # the rows and the row length of a batch of the official score
-    seconds: float  # the training time since the parent
+    geometry: list[int]  # the number of rows and the row length of a batch for the official score
+    seconds: float  # the training time since the parent node, in seconds
     run: str
     config: dict[str, Any]
-    made: float  # the time of creation, in seconds since 1970
+    made: float  # the time at which the node was created, in seconds since 1970
     rows_sha256: str
     rows: tuple[dict[str, Any], ...] = ()
-    growth_state: dict[str, Any] = field(default_factory=dict)  # see mainrun.growth.state
+    # The growth state, which mainrun.growth.state defines.
+    growth_state: dict[str, Any] = field(default_factory=dict)
 
     def dump(self) -> bytes:
-        """Return the content of the file nodes/KEY, with its checksums."""
+        """Return the content of the file nodes/KEY, including its checksums."""
         body = b"".join(json.dumps(row).encode() + b"\n" for row in self.rows)
         line: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
@@ -114,7 +117,7 @@ class Node:
         try:
             line = json.loads(head)
             checksum = line.pop("sha256")
-            # `dump` computed the checksum from this line, before it added the checksum to the line.
+            # `dump` computes the checksum of this line before it adds the checksum to the line.
             without_checksum = head.replace(b'"sha256": "%s", ' % checksum.encode(), b"", 1)
             if checksum != hashlib.sha256(without_checksum).hexdigest():
                 raise Damaged("its first line was changed after it was written")
@@ -136,9 +139,9 @@ class Node:
 
 
 def contradicts_parent(node: Node, parent: Node | None) -> bool:
-    """Return whether a node contradicts the node that is stored under the key of its parent.
+    """Return whether a node contradicts the node that is stored under the parent key.
 
-    parent: the stored node, or None if there is none.
+    parent: the stored parent node, or None if the store does not contain the parent node.
     """
     if not node.begins:
         return node.parent != node.root
@@ -146,9 +149,10 @@ def contradicts_parent(node: Node, parent: Node | None) -> bool:
 
 
 def default_place(out: Path) -> str:
-    """Return the default place of the store for a folder of runs.
+    """Return the default location of the store for a folder of runs.
 
-    The place is the environment variable MAINRUN_STORE or, if it is not set, the folder .store below `out`.
+    The environment variable MAINRUN_STORE sets the location. If this variable is not set, the location is the
+    folder .store in the folder `out`.
     """
     return os.environ.get("MAINRUN_STORE") or str(Path(out) / ".store")
 
@@ -165,7 +169,7 @@ class Store:
     def __init__(self, place: str | Path, size: int = SIZE) -> None:
         """Open a store.
 
-        size: the limit of the total size of all states, in bytes.
+        size: the limit for the total size of all states, in bytes.
         """
         self.files: Files = open_files(place)
         self.size = size
@@ -189,7 +193,8 @@ class Store:
     def _check_empty(self, place: str | Path) -> None:
         """Refuse a folder that has no store.json but contains files of another program."""
         strays = self.files.names("") - BEFORE_FIRST_NODE
-        # Another process may have created the store. Every process writes store.json before the first node.
+        # Another process may have just created the store. Every process writes store.json before the first
+        # node.
         if strays and not self.files.exists("store.json"):
             got = f"store {place} holds {', '.join(sorted(strays)[:3])} but no store.json"
             raise ConfigError(f"{got}, so it is not a store of mainrun; give another place for the store")
@@ -219,9 +224,9 @@ class Store:
         return Node.parse(key, content, rows=rows)
 
     def history(self, node: Node, since: int = 0) -> Iterator[Node]:
-        """Yield the node and its ancestors, newest first.
+        """Yield a node and its ancestors, newest first.
 
-        The last node that is yielded contains the row of the step `since + 1`.
+        The last yielded node contains the metric row of step `since + 1`.
         """
         while True:
             yield node
@@ -259,17 +264,23 @@ class Store:
         return tensors
 
     def touch(self, node: Node) -> None:
-        """Record that the state of a node was used now. The least recently used states are evicted first."""
+        """Record that the state of a node has just been used.
+
+        The least recently used states are evicted first.
+        """
         with suppress(OSError):  # the store may be read-only
             self.files.touch(_state_name(node.state))
 
     def states(self) -> dict[str, Entry]:
-        """Return a dict from the hash of every state to its size and the time of its last use."""
+        """Return a dict that maps the hash of every state to the size and time of last use of the state."""
         entries = self.files.list("states")
         return {name.removesuffix(".safetensors"): e for name, e in entries.items() if STATE.fullmatch(name)}
 
     def roots(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each root with the values that it is computed from. Damaged roots are skipped."""
+        """Yield each root key with the values from which the key is computed.
+
+        Damaged root files are skipped.
+        """
         for name in sorted(self._root_keys()):
             with suppress(OSError):
                 origin = self._origin(name)
@@ -280,7 +291,7 @@ class Store:
         return {name for name in self.files.names("roots") if KEY.fullmatch(name)}
 
     def _origin(self, root: str) -> dict[str, Any] | None:
-        """Return the values that a root is computed from, or None if they are lost or damaged."""
+        """Return the values from which a root key is computed, or None if the values are lost or damaged."""
         from mainrun.store import lineage
 
         try:
@@ -294,9 +305,9 @@ class Store:
     # -- writing
 
     def begin(self, root: str, origin: dict[str, Any]) -> None:
-        """Prepare the store for the first node of a root.
+        """Prepare the store for the first node of a new key chain.
 
-        Create the store if it does not exist, and write or repair the file of the root.
+        Create the store if it does not exist, and write or repair the root file.
         """
         if not self.files.exists("store.json"):
             self.files.write("store.json", canonical_json({"format": FORMAT}))
@@ -308,10 +319,12 @@ class Store:
     ) -> Node:
         """Write a node and return the node that the store contains afterwards.
 
-        An existing node is left unchanged. Refused is raised if its state or its losses differ from those of
-        the new node. A state that was evicted or is damaged is written again.
+        An existing node is left unchanged. Refused is raised if the existing node and the new node have
+        different states or different losses. If the state of the existing node was evicted or is damaged, the
+        state is written again.
 
-        allowed: called before the state and again before the node is written. It may raise Refused.
+        allowed: a function that is called before the state is written, and again before the node is written.
+        The function may raise Refused.
         """
         from mainrun.store.checkpoint import save_tensors
 
@@ -329,9 +342,9 @@ class Store:
                 self.touch(node)
             else:
                 self.files.put(path, _state_name(node.state))
-        allowed()  # called again, because writing the state may take a long time
+        allowed()  # `allowed` is called again, because writing the state may take a long time
         if existing is None and not self.files.create(f"nodes/{node.key}", node.dump()):
-            return self.save(node, tensors, allowed)  # another process created the node
+            return self.save(node, tensors, allowed)  # another process has just created the node
         with suppress(OSError):
             self.files.remove(f"wants/{node.key}")
         return existing or node
@@ -351,7 +364,7 @@ class Store:
             return None
 
     def _is_intact(self, state: str) -> bool | None:
-        """Return whether a state is unchanged since it was written, or None if it does not exist."""
+        """Return whether a state is unchanged since it was written, or None if the state does not exist."""
         try:
             with self.files.local(_state_name(state)) as path:
                 return sha256_file(path) == state
@@ -363,7 +376,10 @@ class Store:
     # -- wants, pins and eviction
 
     def want(self, key: str, run: str) -> None:
-        """Ask other runs to save a node when they reach it. The request expires after a day."""
+        """Ask other runs to save a node when they reach its training step.
+
+        The request expires after a day.
+        """
         self.files.create(f"wants/{key}", canonical_json({"run": run}))
 
     def wants(self) -> set[str]:
@@ -386,7 +402,7 @@ class Store:
         return keys
 
     def _expired_pins(self) -> set[str]:
-        """Return the names of the pins that killed batches of runs left behind.
+        """Return the names of the pins that were left behind by killed batches of runs.
 
         A batch is assumed to have been killed if its pin is older than a week.
         """
@@ -401,7 +417,7 @@ class Store:
         """Return the keys that a pin protects, or None if the pin is damaged."""
         try:
             keys = records.parse(self.files.read(f"pins/{name}"))
-        except FileNotFoundError:  # another process removed the pin
+        except FileNotFoundError:  # another process has just removed the pin
             return set()
         except (IsADirectoryError, NotAFile, ValueError):
             return None
@@ -412,7 +428,7 @@ class Store:
         return set(keys)
 
     def evict(self, keep: Set[str] = frozenset()) -> list[str]:
-        """Remove the least recently used states until the others fit the limit. Return the removed states.
+        """Evict the least recently used states until the size limit is met. Return the evicted states.
 
         keep: the keys of nodes whose states are kept. The states of pinned nodes are also kept.
         """
@@ -437,9 +453,9 @@ class Store:
         return evicted
 
     def _correct_future_times(self, folder: str) -> None:
-        """Set modification times in the future to now.
+        """Set every modification time that lies in the future to the current time.
 
-        A file has a time in the future after the clock of the machine was set back.
+        Modification times can lie in the future after the machine's clock was set back.
         """
         for name, entry in self.files.list(folder).items():
             if entry.modified > time.time() + GRACE:
@@ -451,7 +467,8 @@ class Store:
     def summary(self) -> tuple[list[Node], list[tuple[str, str]]]:
         """Return all intact nodes and all damaged nodes.
 
-        The intact nodes have no rows and are sorted by root and step. A damaged node is a pair (key, reason).
+        The intact nodes are returned without their rows, sorted by root and step. A damaged node is returned
+        as a pair (key, reason).
         """
         nodes: list[Node] = []
         damaged: list[tuple[str, str]] = []
@@ -463,7 +480,7 @@ class Store:
         return sorted(nodes, key=lambda node: (node.root, node.step, node.key)), damaged
 
     def verify(self) -> list[str]:
-        """Read and verify all files of the store. Return a message for each damaged or foreign file."""
+        """Read and verify all files of the store. Return a message for each damaged or unknown file."""
         nodes: dict[str, Node] = {}
         faults: list[str] = []
         for key in sorted(self.node_keys()):
@@ -499,7 +516,7 @@ class Store:
         return sorted(name for name in self.files.names("pins") if self._pin(name) is None)
 
     def _strays(self) -> list[str]:
-        """Return the names of files that are not part of a store."""
+        """Return the names of the files that do not belong to the store."""
         strays = sorted(self.files.names("") - {"store.json", "pins", "new", *FOLDERS})
         for folder, pattern in FOLDERS.items():
             for name in sorted(self.files.names(folder)):
@@ -508,11 +525,11 @@ class Store:
         return strays
 
     def gc(self) -> dict[str, int]:
-        """Remove useless files, evict states beyond the limit, and return how much was removed.
+        """Remove useless files, evict states beyond the size limit, and return the amount of removed data.
 
-        Useless files are damaged nodes and states, states without a node, and nodes without a state that no
-        later node needs. Nodes after a lost node are kept. These nodes become usable again when a run trains
-        the lost steps.
+        The useless files are damaged nodes, damaged states, states without a node, and nodes that have no
+        state and that no later node needs. Nodes whose ancestor was lost are kept, because they become usable
+        again when a run trains the lost steps.
         """
         now = time.time()
         nodes, damaged, unreadable = self._sort_nodes()
@@ -531,7 +548,8 @@ class Store:
         counts["bytes"] += sum(states[state].size for state in evicted if state in states)
         if not unreadable:
             counts["rows"] = self._remove_useless_nodes(nodes, now)
-        # The lease of a living process is never old, because the process rewrites it every few seconds.
+        # The lease file of a living process is never old, because the process rewrites the file every few
+        # seconds.
         for folder, age in (("new", GRACE), ("leases", GRACE), ("wants", WANT_LIFETIME)):
             for name, entry in self.files.list(folder).items():
                 if entry.modified < now - age:
@@ -539,7 +557,7 @@ class Store:
         return counts
 
     def _sort_nodes(self) -> tuple[list[Node], list[str], bool]:
-        """Return the intact nodes, the names of damaged files, and whether some node is unreadable."""
+        """Return the intact nodes, the names of damaged files, and whether any node is unreadable."""
         nodes: dict[str, Node] = {}
         damaged: list[str] = []
         unreadable = False
@@ -561,15 +579,15 @@ class Store:
     def _remove_useless_states(self, counts: dict[str, int], owned: Set[str] | None, now: float) -> None:
         """Remove damaged states, and states that belong to no node.
 
-        counts: the numbers of removed files and bytes. This dict is updated.
-        owned: the states of all nodes, or None if some node could not be read.
+        counts: a dict with the numbers of removed files and removed bytes, which is updated.
+        owned: the states that belong to a node, or None if the store contains an unreadable node.
         """
         for state, entry in self.states().items():
             try:
                 torn = self._is_intact(state) is False
             except OSError:
                 continue
-            # The node of a state is written after the state. A new state may therefore have no node yet.
+            # A state is written before its node. A new state may therefore have no node yet.
             orphan = owned is not None and state not in owned and not _is_young(entry.modified, now)
             if torn or orphan:
                 counts["damaged" if torn else "orphans"] += 1
@@ -577,9 +595,9 @@ class Store:
                 self.files.remove(_state_name(state))
 
     def _remove_useless_nodes(self, nodes: list[Node], now: float) -> int:
-        """Remove nodes without a state that no later node needs. Return how many were removed.
+        """Remove the nodes that have no state and that no later node needs.
 
-        New nodes are kept.
+        Return the number of removed nodes. Nodes that were written very recently are kept.
         """
         states = self.states()
         needed: set[str] = set()
@@ -598,15 +616,15 @@ def _state_name(state: str) -> str:
 
 
 def _is_young(modified: float, now: float) -> bool:
-    """Return whether a file may belong to a process that is still writing.
+    """Return whether a file is so new that a process may still be writing it.
 
-    A time far in the future is wrong, so the file does not count as young.
+    A modification time far in the future must be wrong, so a file with such a time does not count as new.
     """
     return now - GRACE < modified < now + GRACE
 
 
 def _check_same_bits(existing: Node, node: Node) -> None:
-    """Raise Refused if a new node differs from the stored node in its state or its losses."""
+    """Raise Refused if a new node and the stored node have different states or different losses."""
     audit = "`mainrun store audit` shows which of them is right"
     if existing.state != node.state:
         got = f"the store has other bits for step {node.step} (by {existing.run})"
@@ -617,7 +635,7 @@ def _check_same_bits(existing: Node, node: Node) -> None:
 
 
 def _first_other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) -> int:
-    """Return the first step at which the losses of two lists of rows differ, or 0 if there is none."""
+    """Return the first step at which two lists of rows have different losses, or 0 if no losses differ."""
     known = {(row.get("event"), row.get("step"), row.get("split")): row.get("loss") for row in a}
     for row in b:
         identity = (row.get("event"), row.get("step"), row.get("split"))
@@ -627,7 +645,7 @@ def _first_other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) 
 
 
 def _node_faults(nodes: Mapping[str, Node], roots: Set[str]) -> Iterator[str]:
-    """Yield a message for each node whose parent or root is lost, or whose parent contradicts the node."""
+    """Yield a message for each node that contradicts its parent, or whose parent or root is lost."""
     for node in nodes.values():
         name = f"node {node.key[:12]} (step {node.step})"
         parent = nodes.get(node.parent)

@@ -1,9 +1,9 @@
 """Decide which run of a batch trains which steps, so that no step is trained twice.
 
-Two runs share all steps up to the fork, after which their keys differ. The key chains of all runs therefore
-form a tree, and each segment of this tree is assigned to one run. The longest run continues after a fork and
-saves a node there. The other runs start from this node. Among the runs that can start, the longest run starts
-first. This module does not import torch.
+Two runs share all steps up to a fork, which is the step after which their keys differ. The key chains of all
+runs therefore form a tree, and each segment of this tree is assigned to one run. At each fork, the longest
+run saves a node and continues. The other runs start from this node. Among the runs that can start, the
+longest run starts first. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class Assignment:
     name: str
     begin: int
     end: int
-    after: str | None  # the run that saves the node of step `begin`, or None if this run need not wait
-    # The steps at which this run saves a node, because other runs begin there.
+    # The run that saves the node of step `begin`, or None if this run does not have to wait.
+    after: str | None
+    # The steps at which this run saves a node, because other runs start from these nodes.
     forks: list[int] = field(default_factory=list)
 
     @property
@@ -34,7 +35,7 @@ class Assignments:
     """The assignments of all runs of a batch, in the order in which to start the runs."""
 
     order: list[Assignment]
-    requested: int  # the sum of the steps of all runs; a step that two runs share counts twice
+    requested: int  # the total number of steps of all runs; a step that two runs share counts twice
 
     @property
     def steps(self) -> int:
@@ -51,11 +52,12 @@ def assign(
 
     chains: the keys key[0] ... key[steps] of each run.
     stored: the keys of the nodes in the store. Steps up to a stored node are not trained.
-    resumed: for each interrupted run, the step of its checkpoint. The run saves no nodes up to that step.
+    resumed: a dict that maps each interrupted run to the step of its checkpoint. An interrupted run saves no
+    nodes up to the step of its checkpoint.
     """
     assignments: dict[str, Assignment] = {}
-    # Groups of runs that begin at the same node. A group is (names, step of the node, run that saves the
-    # node).
+    # Groups of runs that begin at the same node. A group is a tuple of the names of the runs, the step of the
+    # node, and the run that saves the node.
     groups: list[tuple[list[str], int, str | None]] = [
         (names, step, None) for step, names in _group_by_start(chains, stored)
     ]
@@ -64,7 +66,8 @@ def assign(
         longest, *others = sorted(names, key=lambda name: (-len(chains[name]), name))
         start = max(begin, (resumed or {}).get(longest, 0))
         branches: dict[tuple[int, str], list[str]] = {}
-        left_out: list[str] = []  # runs that share steps with the longest run only up to its checkpoint
+        # Runs that share no steps with the longest run after the checkpoint of the longest run.
+        left_out: list[str] = []
         for name in others:
             fork = shared_steps(chains[longest], chains[name])
             if fork <= start and start > begin:

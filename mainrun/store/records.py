@@ -1,10 +1,10 @@
 """Read and validate JSON files.
 
-Pipes and huge files are refused, and every value is checked against a shape. A shape is a function that
-checks a value, a dict, or a list. A dict maps keys to the shapes of their values, and a key that ends with
-"?" is optional. A list contains one shape, which all items must have. A value that does not fit its shape
-raises `BadInput`. The message of the error is a predicate such as "is not JSON", so that a caller can put the
-name of the file in front. This module does not import torch.
+Pipes and huge files are refused, and every value is checked against a shape. A shape is a dict, a list, or a
+function that checks a value. A shape that is a dict maps each key to the shape of its value, and a key that
+ends with "?" is optional. A shape that is a list contains one shape, which all items must have. A value that
+does not fit its shape raises `BadInput`. The error message is a predicate such as "is not JSON", so that a
+caller can put the file name before it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGEST = 4_000_000_000  # the maximum size of a log, in bytes
 LARGEST_DOCUMENT = 500_000_000  # the maximum size of a JSON document, in bytes
 DEEPEST = 100  # the maximum number of nested lists and objects
 MAX_COUNT = 10**18
-MAX_NUMBER = 1e40  # above every float32, and small enough that its square is finite in float64
+MAX_NUMBER = 1e40  # a limit above every float32 number, whose square is still finite in float64
 
 Shape = Callable[[Any, str], None] | Mapping[str, Any] | list[Any]
 
@@ -32,7 +32,7 @@ Shape = Callable[[Any, str], None] | Mapping[str, Any] | list[Any]
 
 
 def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
-    """Return the bytes of a file, or None if it does not exist."""
+    """Return the bytes of a file, or None if the file does not exist."""
     if not path.exists() and not path.is_symlink():
         return None
     try:
@@ -42,7 +42,7 @@ def read(path: Path, largest: int = LARGEST_DOCUMENT) -> bytes | None:
 
 
 def parse(data: bytes) -> Any:
-    """Parse a JSON document that is encoded in UTF-8. Raise BadInput if it is not valid."""
+    """Parse a JSON document that is encoded in UTF-8. Raise BadInput if the document is not valid."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -73,7 +73,8 @@ def _items(value: Any) -> Iterable[Any]:
 def load(path: Path, shape: Shape, fix: str, *, largest: int = LARGEST_DOCUMENT) -> Any:
     """Read a JSON file and check its shape. Return None if the file does not exist.
 
-    fix: how to repair the file, for the message of the RunError that a damaged file raises.
+    fix: advice on how to repair the file. If the file is damaged, the message of the RunError contains this
+    advice.
     """
     try:
         data = read(path, largest)
@@ -89,8 +90,8 @@ def load(path: Path, shape: Shape, fix: str, *, largest: int = LARGEST_DOCUMENT)
 def load_lines(path: Path, shape: Shape, fix: str) -> list[dict[str, Any]]:
     """Return the rows of a log, which has one JSON object per line.
 
-    The list is empty if the file does not exist. A last line without a newline is ignored, because a killed
-    process may leave an incomplete line.
+    If the file does not exist, the returned list is empty. A last line without a newline is ignored, because
+    a killed process may leave an incomplete line.
     """
     try:
         data = read(path, LARGEST) or b""
@@ -124,7 +125,7 @@ def lines(data: bytes, shape: Shape) -> Iterator[dict[str, Any]]:
 def check(value: Any, shape: Shape, name: str = "") -> None:
     """Raise BadInput if a value does not fit its shape.
 
-    name: the path of the value within the file, for the message.
+    name: the path of the value within the file. The error message shows this path.
     """
     if callable(shape):
         shape(value, name)
@@ -135,7 +136,7 @@ def check(value: Any, shape: Shape, name: str = "") -> None:
 
 
 def fault(value: Any, shape: Shape) -> str:
-    """Return why a value does not fit its shape, or an empty text."""
+    """Return the reason why a value does not fit its shape, or an empty string."""
     try:
         check(value, shape)
     except BadInput as e:
@@ -197,7 +198,7 @@ def _between(what: str, low: float, high: float) -> str:
 
 
 def any_number(value: Any, name: str) -> None:
-    """Check that a value is a number. It may be infinite or NaN."""
+    """Check that a value is a number, which may be infinite or NaN."""
     if type(value) is int:
         number(value, name)
     elif type(value) is not float:
@@ -205,19 +206,19 @@ def any_number(value: Any, name: str) -> None:
 
 
 def text(value: Any, name: str) -> None:
-    """Check that a value is a text on one line, without control characters."""
+    """Check that a value is a one-line string without control characters."""
     if not isinstance(value, str) or inputs.printable(value) != value:
         raise _fault(value, name, "a text on one line")
 
 
 def any_text(value: Any, name: str) -> None:
-    """Check that a value is a text that UTF-8 can encode."""
+    """Check that a value is a string that can be encoded in UTF-8."""
     if not isinstance(value, str) or has_surrogates(value):
         raise _fault(value, name, "a text")
 
 
 def has_surrogates(value: str) -> bool:
-    """Return whether a text contains a lone surrogate, which UTF-8 cannot encode."""
+    """Return whether a string contains a lone surrogate, which cannot be encoded in UTF-8."""
     return not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)
 
 
@@ -228,7 +229,7 @@ def true_or_false(value: Any, name: str) -> None:
 
 
 def table(value: Any, name: str) -> None:
-    """Check that a value is an object. It may have any keys and values."""
+    """Check that a value is a JSON object, which may have any keys and values."""
     if not isinstance(value, dict):
         raise _fault(value, name, "an object")
 
@@ -238,7 +239,7 @@ def anything(value: Any, name: str) -> None:
 
 
 def setting(value: Any, name: str) -> None:
-    """Check that a value is null or can be a value of a config field in a search space."""
+    """Check that a value is null, or a value that a search space can give to a config field."""
     if isinstance(value, str):
         any_text(value, name)
     elif value is not None and type(value) is not bool:
@@ -246,7 +247,7 @@ def setting(value: Any, name: str) -> None:
 
 
 def one_of(*allowed: str) -> Shape:
-    """Return a shape that accepts one of the given texts."""
+    """Return a shape that accepts only the given strings."""
 
     def shape(value: Any, name: str) -> None:
         if value not in allowed:
@@ -256,7 +257,7 @@ def one_of(*allowed: str) -> Shape:
 
 
 def optional(shape: Shape) -> Shape:
-    """Return a shape that accepts null in addition to the values of another shape."""
+    """Return a shape that accepts null and every value that the given shape accepts."""
 
     def shape_or_null(value: Any, name: str) -> None:
         if value is not None:
@@ -266,7 +267,7 @@ def optional(shape: Shape) -> Shape:
 
 
 def table_of(shape: Shape) -> Shape:
-    """Return a shape for an object with any keys. All values of the object must have the given shape."""
+    """Return a shape for a JSON object with any keys, whose values must all have the given shape."""
 
     def all_of(value: Any, name: str) -> None:
         table(value, name)
@@ -278,7 +279,7 @@ def table_of(shape: Shape) -> Shape:
 
 
 def pair(shape: Shape) -> Shape:
-    """Return a shape for a list of exactly two items. Both items must have the given shape."""
+    """Return a shape for a list of exactly two items, which must both have the given shape."""
 
     def both(value: Any, name: str) -> None:
         check(value, [shape], name)
@@ -289,7 +290,7 @@ def pair(shape: Shape) -> Shape:
 
 
 def non_empty(shape: Shape) -> Shape:
-    """Return a shape for a list with at least one item. All items must have the given shape."""
+    """Return a shape for a non-empty list, whose items must all have the given shape."""
 
     def items(value: Any, name: str) -> None:
         check(value, [shape], name)
@@ -300,9 +301,9 @@ def non_empty(shape: Shape) -> Shape:
 
 
 def scores(value: Any, name: str) -> None:
-    """Check that a value is the JSON text of an object that maps rungs to scores.
+    """Check that a value is a string that contains a JSON object, which maps rungs to scores.
 
-    The scores are stored as a text, because Parquet cannot store an object with arbitrary keys.
+    The scores are stored as a string, because Parquet cannot store an object with arbitrary keys.
     """
     any_text(value, name)
     try:
@@ -419,7 +420,7 @@ def metrics_row(value: Any, name: str) -> None:
 def _is_plain_step(row: Any) -> bool:
     """Return whether a row is a valid training step with all the usual fields.
 
-    This check is fast. It saves the slow general check for most rows of a log, which may have a million rows.
+    This fast check replaces the slow general check for most rows. A log may have a million rows.
     """
     if type(row) is not dict or row.get("event") != "step" or row.get("reused", True) is not True:
         return False

@@ -4,7 +4,8 @@
     checkpoints/
 
 JSON files are replaced atomically. metrics.jsonl and growth.jsonl are append-only logs. A run that resumes
-truncates them to their length at the time of its checkpoint. This module does not import torch.
+truncates both logs to the length that they had when its checkpoint was saved. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ FILES = (
     "summary.json",
     "tokenizer.json",
 )
-# The names of all files that a run writes into its directory. The option --fresh removes only files with
-# these names.
+# The files that a run writes into its directory. The option --fresh removes only these files.
 WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
 
 
@@ -56,7 +56,7 @@ class LoggedStep(TypedDict):
     loss: float
     grad_norm: float
     seconds: float
-    reused: NotRequired[bool]  # true if this step was copied from the store instead of trained
+    reused: NotRequired[bool]  # whether this step was copied from the store instead of being trained
 
 
 class LoggedEval(TypedDict):
@@ -72,7 +72,7 @@ class LoggedEval(TypedDict):
     coverage: float
     tokens: int
     seconds: NotRequired[float]
-    params: NotRequired[int]  # the number of parameters at this step, in runs that grow
+    params: NotRequired[int]  # the number of parameters at this step, in runs whose model grows
     active: NotRequired[int]
     flops: NotRequired[float]
     reused: NotRequired[bool]
@@ -85,7 +85,7 @@ class LogMark(TypedDict):
     """A position in a log that a checkpoint refers to."""
 
     bytes: int
-    sha256: str  # the hash of the bytes before the position
+    sha256: str  # the hash of all bytes of the log before the position
 
 
 # -- writing files
@@ -95,7 +95,7 @@ class LogMark(TypedDict):
 def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
     """Turn an OSError into DiskFull or RunError.
 
-    option: the command line option that sets the path, for the message.
+    option: the command-line option that sets the path. The error message names this option.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
 
 
 def to_json(value: Any) -> str:
-    """Return a value as the text of a JSON file."""
+    """Return the JSON text of a value, as it is written to a file."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -133,7 +133,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Sync a folder, so that a rename in it survives a power failure."""
+    """Sync a folder to disk, so that a renamed file in the folder survives a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -149,21 +149,23 @@ class RowLog:
     """
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
-        """Open the log. `check` is called before every change and may raise an error."""
+        """Open the log. The function `check` is called before every change and may raise an error."""
         self.path = path
         self._check = check
-        check_regular_file(path)  # refuse a pipe, because opening it would block until a reader opens it too
+        # Refuse a pipe, because opening a pipe blocks until another process reads from it.
+        check_regular_file(path)
         with disk_errors(path):
-            # The file is unbuffered. A buffer would keep a row that did not fit on a full disk, and would
-            # write this row when the file is closed.
+            # The log file is unbuffered. If a row did not fit on a full disk, a buffer would keep the row,
+            # and would write it when the file is closed.
             self._file = path.open("ab", buffering=0)
         self._sha256 = hashlib.sha256()
         self._size = 0
 
     def rewind(self, mark: Mapping[str, Any]) -> bool:
-        """Truncate the file at a mark.
+        """Truncate the log at a mark.
 
-        If the content before the mark has another checksum, leave the file unchanged and return False.
+        If the checksum of the content before the mark does not match, leave the log unchanged and return
+        False.
         """
         self._check()
         data = self.path.read_bytes()[: mark["bytes"]]
@@ -176,7 +178,7 @@ class RowLog:
         return True
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row at the end of the file."""
+        """Append a row to the log."""
         self._check()
         line = json.dumps(row).encode() + b"\n"
         with disk_errors(self.path):
@@ -188,11 +190,11 @@ class RowLog:
         self._size += len(line)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all rows of the file."""
+        """Return all rows of the log."""
         return records.load_lines(self.path, records.any_row, FIX)
 
     def mark(self) -> LogMark:
-        """Sync the file and return its current end."""
+        """Sync the log to disk and return its current end as a mark."""
         with disk_errors(self.path):
             os.fsync(self._file.fileno())
         return {"bytes": self._size, "sha256": self._sha256.hexdigest()}
@@ -205,9 +207,10 @@ class RowLog:
 
 
 class RunDir:
-    """A run directory. `open_run` locks the directory for writing. Reading needs no lock.
+    """A run directory. `open_run` locks the directory for writing. Reading a run directory needs no lock.
 
-    A damaged file raises RunError. Its message ends with `fix`, which says how to repair the directory.
+    Reading a damaged file raises RunError. The error message ends with `fix`, which says how to repair the
+    directory.
     """
 
     def __init__(self, path: Path, fix: str = FIX) -> None:
@@ -225,7 +228,7 @@ class RunDir:
         return records.load(self.path / name, shape, self.fix)
 
     def config(self) -> TrainConfig:
-        """Return the config of the run. Raise RunError if its digest is wrong."""
+        """Return the config of the run. Raise RunError if the config does not match its stored digest."""
         file = self.path / "config.json"
         data = self._load("config.json", records.anything)
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
@@ -252,7 +255,7 @@ class RunDir:
         return summary
 
     def status(self) -> dict[str, Any]:
-        """Return the content of status.json, which has the state of the run and its last saved step."""
+        """Return the content of status.json, which contains the state of the run and its last saved step."""
         return self._load("status.json", records.STATUS) or {}
 
     def env(self) -> dict[str, Any]:
@@ -260,17 +263,20 @@ class RunDir:
         return self._load("env.json", records.ENV) or {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl. Each row must be a JSON object. Its values are not checked."""
+        """Return the rows of metrics.jsonl.
+
+        Each row must be a JSON object, but the values in a row are not checked.
+        """
         return records.load_lines(self.path / "metrics.jsonl", records.table, self.fix)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl. Every value is checked."""
+        """Return the rows of metrics.jsonl, after checking every value."""
         return records.load_lines(self.path / "metrics.jsonl", records.metrics_row, self.fix)
 
     def intact_rows(self) -> list[LogRow]:
         """Return the rows of metrics.jsonl before the first damaged row.
 
-        A killed run may leave an incomplete row at the end.
+        A killed run may leave an incomplete row at the end of the file.
         """
         try:
             data = records.read(self.path / "metrics.jsonl", records.LARGEST) or b""
@@ -302,7 +308,8 @@ class RunDir:
 
     def lock(self) -> None:
         """Lock the directory for writing. Raise RunError if another process holds the lock."""
-        # Two processes on different machines may have the same number. The random part distinguishes them.
+        # Two processes on different machines may have the same process ID. The random part of the name
+        # distinguishes the processes.
         holder = f"{os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n"
         try:
             with disk_errors(self.path):
@@ -345,9 +352,9 @@ class RunDir:
 
 
 def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
-    """Create and lock the run directory of a config below `out`.
+    """Create and lock the run directory of a config in the folder `out`.
 
-    fresh: remove the files of earlier sessions of the run.
+    fresh: whether to remove the files that earlier sessions of the run wrote.
     """
     run = RunDir(Path(out) / cfg.run_id)
     if os.path.lexists(run.path) and not run.path.is_dir():
@@ -368,7 +375,7 @@ def open_run(out: Path, cfg: TrainConfig, fresh: bool = False) -> RunDir:
 
 
 def _remove_written(run: RunDir) -> None:
-    """Remove the files of earlier sessions. Files that mainrun did not write are kept."""
+    """Remove the files that earlier sessions of the run wrote. Files that mainrun did not write are kept."""
     strays = sorted(path.name for path in run.path.iterdir() if path.name not in WRITTEN)
     if strays and not _is_run(run):
         raise RunError(_not_a_run(run, strays))
@@ -383,7 +390,7 @@ def _remove_written(run: RunDir) -> None:
 
 
 def _is_run(run: RunDir) -> bool:
-    """Return whether the folder contains a run, which may be from another version of mainrun."""
+    """Return whether the folder contains a run, possibly from another version of mainrun."""
     try:
         return {"config", "digest"} <= run.config_file().keys()
     except RunError:
@@ -401,7 +408,7 @@ def _not_a_run(run: RunDir, strays: list[str]) -> str:
 def check_files(run: RunDir, fresh: bool = False) -> None:
     """Raise RunError if a file of the run is a folder or a pipe.
 
-    fresh: check only the lock file, because all other files will be removed.
+    fresh: whether to check only the lock file, because all other files of the run will be removed.
     """
     check_regular_file(run.path / ".lock", "remove it")
     if fresh:
@@ -422,7 +429,7 @@ def check_regular_file(path: Path, fix: str = FIX) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Raise RunError if a folder cannot be created or written. The folder is not created."""
+    """Raise RunError if a folder cannot be created or written. This check does not create the folder."""
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise RunError(f"cannot write {out}: {existing} is not a folder; choose a writable folder with --out")

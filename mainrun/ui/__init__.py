@@ -1,1 +1,1 @@
-"""The commands of the command line, and the functions that they share."""
+"""The `mainrun` commands, and the functions that several commands share."""

@@ -1,7 +1,8 @@
 """Compare finished runs in a table.
 
 Use the score `full` to rank runs. The score `official` is shown with the share of the validation titles that
-it covers. Runs that were scored on different titles are refused, because their scores are not comparable.
+this score covers. Runs that were scored on different titles are refused, because their scores are not
+comparable.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ HEAD = (
 
 def load_summary(run: RunDir) -> dict[str, Any]:
     """Return the summary of a run. Raise RunError if the run is unfinished or the summary is damaged."""
-    run.config()  # raises an error if the folder is not a run directory
+    run.config()  # `config` raises an error if the folder is not a run directory
     summary = run.summary()
     if summary is None:
         state = run.status().get("state", "not started")
@@ -120,7 +121,7 @@ def _data_of(summary: dict[str, Any]) -> dict[str, str]:
 
 def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     last = summary["last"]
-    # The official scores of two different geometries cover different tokens.
+    # Official scores with different batch geometries cover different tokens.
     same_geometry = summary["geometry"] == first["geometry"]
     lowest_coverage = min(last["coverage"], first["last"]["coverage"])
     delta_official = None
@@ -155,9 +156,9 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(table: list[dict[str, Any]], console: Console) -> None:
-    """Print the table and its notes.
+    """Print the comparison table and its notes.
 
-    The table has one row per run. On a narrow screen, it has one column per run.
+    On a wide screen, the table has one row per run. On a narrow screen, the table has one column per run.
     """
     cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
     wide = _draw(list(HEAD), cells)
@@ -170,7 +171,7 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
 
 
 def _show_transposed(cells: list[list[str]], console: Console) -> None:
-    """Print one column per run. Print several tables if the screen is too narrow for all runs."""
+    """Print a table with one column per run, or several tables if the screen is too narrow for all runs."""
     while cells:
         count = len(cells)
         drawn = _draw_transposed(cells)
@@ -225,7 +226,7 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(guards: dict[str, list[str]]) -> str:
-    """Return a text with the names of the failed guards and of the guards that flagged the run."""
+    """Return a string that names the guards that failed and the guards that flagged the run."""
     parts = []
     for status in ("fail", "flag"):
         if guards[status]:
@@ -261,7 +262,7 @@ def write_svg(table: list[dict[str, Any]], path: Path) -> None:
 
     console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
     show(table, console)
-    # The fixed id makes the output reproducible.
+    # A fixed ID for the SVG elements makes the file reproducible.
     svg = console.export_svg(title="mainrun compare", unique_id="mainrun")
     try:
         path.write_text(svg, encoding="utf-8")

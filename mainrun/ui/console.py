@@ -1,6 +1,6 @@
 """Functions that all commands share, for errors, common options, output streams and tables.
 
-This module does not import torch. It imports Rich only to print a table.
+This module does not import torch, and imports Rich only to print a table.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Group(TyperGroup):
             _check_folder()
             _check_text(args)
             _check_caches()
-            code = super().main(args, "mainrun", standalone_mode=False)  # 130 after a KeyboardInterrupt
-        except typer.TyperException as e:  # for example, an unknown option or a missing argument
+            # `main` returns the exit code, which is 130 after a KeyboardInterrupt.
+            code = super().main(args, "mainrun", standalone_mode=False)
+        except typer.TyperException as e:  # a usage error, for example an unknown option
             code = _fail(e, "error", _usage_message(e), UsageError.exit_code, args)
         except Interrupted as e:
             code = _fail(e, "interrupted", str(e), e.exit_code, args)
@@ -51,8 +52,8 @@ class Group(TyperGroup):
         except MainrunError as e:
             code = _fail(e, "error", str(e), e.exit_code, args)
         except OSError as e:
-            # The user can fix an error that names a path. An error without a path is a bug, unless the disk
-            # is full.
+            # The user can fix an OSError that names a path. An OSError without a path is a bug, unless the
+            # disk is full.
             if e.filename is not None or e.errno in inputs.NO_SPACE:
                 code = _refuse(e, args)
             else:
@@ -89,14 +90,18 @@ def commands(help: str) -> typer.Typer:
 
 
 def is_leader() -> bool:
-    """Return whether this process prints results. Of the processes that torchrun starts, only rank 0 does."""
+    """Return whether this process prints results.
+
+    Of the processes that torchrun starts, only rank 0 prints results.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def _drop_odd_sizes() -> None:
     """Remove COLUMNS and LINES from the environment if they are not decimal numbers.
 
-    Rich accepts all Unicode digits, such as superscripts, and then fails to convert them to an integer.
+    Rich accepts all Unicode digits, such as superscripts, and then fails to convert these digits to an
+    integer.
     """
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[0-9]{1,6}", os.environ.get(name, "0")):
@@ -137,7 +142,10 @@ def _check_text(args: Sequence[str]) -> None:
 
 
 def _check_caches() -> None:
-    """Check the environment variables of the cache folder early, so that the error names the variable."""
+    """Check the environment variables for the cache folder.
+
+    An early check makes the error message name the variable that is wrong.
+    """
     for name in ("MAINRUN_CACHE", "XDG_CACHE_HOME"):
         folder = os.environ.get(name)
         if folder:
@@ -157,11 +165,11 @@ def _refuse(e: OSError, args: Sequence[str]) -> int:
 
 
 def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]) -> int:
-    """Print the error and return the exit code."""
+    """Print an error and return the exit code."""
     if "--debug" in args:
         traceback.print_exception(e)
     if not is_leader():
-        # Rank 0 usually prints the same error. Then torchrun ends this process while it waits here.
+        # Rank 0 usually prints the same error and exits. Then torchrun ends this process during the wait.
         time.sleep(5)
         kind = f"{kind} in process {os.environ['RANK']}"
     print(f"{kind}: {_readable(text)}", file=sys.stderr, flush=True)
@@ -186,7 +194,7 @@ def _readable(text: str) -> str:
 
 
 def _usage_message(e: typer.TyperException) -> str:
-    """Return the text of a Typer error with the nearest option and the command that prints the help."""
+    """Return the message of a Typer error, with the most similar option and the command for the help."""
     text = e.format_message().rstrip(".")
     ctx = getattr(e, "ctx", None)
     if ctx is None:
@@ -223,7 +231,8 @@ Out = Annotated[
     Path,
     typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # see _fail
+# The function `_fail` looks for the option --debug in the arguments of the command.
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 # -- interrupts
@@ -231,7 +240,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Tune the memory allocator before torch is imported. At the end, shut down the process group."""
+    """Tune the memory allocator before torch is imported. At exit, shut down the process group."""
     from mainrun.core.hardware import tune_allocator
 
     tune_allocator()
@@ -247,15 +256,15 @@ def process_group() -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Raise `Interrupted` at SIGTERM or at the first Ctrl-C.
 
-    This context manager is for the time outside of the training steps, for example while torch is imported.
-    During the training steps, `mainrun.run` installs other signal handlers.
+    Use this context manager outside of the training steps, for example while torch is imported. During the
+    training steps, `mainrun.run` installs other signal handlers.
     """
     signals = 0
 
     def stop(signum: int, frame: Any) -> None:
         nonlocal signals
         signals += 1
-        raise KeyboardInterrupt  # libraries that catch Exception do not catch this error
+        raise KeyboardInterrupt  # libraries that catch Exception do not catch KeyboardInterrupt
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -282,9 +291,9 @@ def stoppable() -> Iterator[None]:
 def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> None:
     """Raise UsageError if an output file would overwrite a file of another kind.
 
-    An empty file may be overwritten, and so may an earlier output of the same kind.
+    Empty files and earlier outputs of the same kind may be overwritten.
 
-    begins: the first bytes of all files of this kind.
+    begins: the bytes with which every file of the expected kind begins.
     """
     if path.is_dir():
         what = "a folder"
@@ -298,7 +307,7 @@ def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> Non
 
 
 class _Outlet(io.FileIO):
-    """A raw output stream that never raises. After the first write error, it drops all output."""
+    """A raw output stream that never raises. After the first write error, the stream drops all output."""
 
     fault: OSError | None = None
 
@@ -312,11 +321,14 @@ class _Outlet(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Keep the command running if stdout or stderr cannot be written. Call this before printing anything."""
+    """Keep the command running if stdout or stderr cannot be written.
+
+    Call this function before printing anything.
+    """
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # the descriptor is closed; open it, so that no other file gets its number
+        except OSError:  # open the closed descriptor, so that no other file gets its number
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
@@ -325,7 +337,7 @@ def guard_streams() -> None:
 
 
 def _guarded(stream: TextIO | None, fd: int) -> TextIO:
-    """Return a stream that writes to an `_Outlet` and escapes characters that its encoding does not have."""
+    """Return a stream that writes to an `_Outlet` and escapes characters that cannot be encoded."""
     try:
         raw = _Outlet(fd if stream is None else stream.fileno(), "w", closefd=False)
     except io.UnsupportedOperation:  # the stream is in memory, for example in tests

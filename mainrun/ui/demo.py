@@ -1,7 +1,7 @@
 """`mainrun demo`: run the whole workflow at a small scale.
 
-The demo runs each step as a separate mainrun command. Each command skips work that an earlier call has
-finished. An interrupted demo can therefore be resumed.
+The demo runs each step as a separate mainrun command. Each command skips the work that an earlier call of the
+same command has finished. An interrupted demo can therefore be resumed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SEED = int(TASK["seed"])
 STUDY = "demo"
 # The exit codes of a step that was stopped by a signal.
 STOPPED = (Interrupted.exit_code, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
-# Signals that the demo passes on to the running step. The step saves its state at SIGINT and SIGTERM.
+# Signals that the demo passes on to the running command. A command that is training saves its state when it
+# receives SIGINT or SIGTERM.
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -43,7 +44,7 @@ class DemoStep(NamedTuple):
 
 
 class StepFailed(MainrunError):
-    """A step of the demo failed. The demo exits with the exit code of the step."""
+    """The error for a failed step of the demo. The demo exits with the exit code of this step."""
 
     def __init__(self, step: DemoStep, code: int) -> None:
         super().__init__(
@@ -59,7 +60,7 @@ class Files:
     def __init__(self, out: Path, sets: Sequence[str]) -> None:
         (cfg,) = load("demo:optimized", sets)
         self.out = str(out)
-        self.run_id = cfg.run_id  # the run that the demo submits
+        self.run_id = cfg.run_id  # the ID of the run that the demo submits
         self.studies = str(out / "studies")
         self.report = str(out / "report.pdf")
         self.bundle = str(out / "submission.zip")
@@ -103,7 +104,8 @@ def demo_steps(files: Files, sets: Sequence[str]) -> list[DemoStep]:
 def run_demo(out: Path, sets: Sequence[str], why_not_submittable: Callable[[], str]) -> None:
     """Run the steps of the demo and print their results.
 
-    why_not_submittable: returns the reason why the current code cannot be submitted, or an empty text.
+    why_not_submittable: a function that returns the reason why the current code cannot be submitted, or an
+    empty string.
     """
     files = Files(out, sets)
     steps = demo_steps(files, sets)
@@ -135,7 +137,7 @@ def run_demo(out: Path, sets: Sequence[str], why_not_submittable: Callable[[], s
 
 
 def _highlights(step: DemoStep, out: Path, output: str) -> list[str]:
-    """Return the lines of the output of a step that the demo shows. Training steps show none."""
+    """Return the lines of a step's output that the demo shows. No lines are shown for a training step."""
     if step.name in ("train", "grow"):
         return []
     if step.name == "sweep":
@@ -148,7 +150,7 @@ def _highlights(step: DemoStep, out: Path, output: str) -> list[str]:
 
 
 def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[str]]]:
-    """Yield pairs of a result of the demo and a command that uses this result."""
+    """Yield pairs that consist of a result of the demo and a command that uses this result."""
     out = Path(files.out)
     ids = [path.parent.name for path in sorted(out.glob("*/summary.json"))]
     yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", files.out, *ids]
@@ -171,7 +173,8 @@ def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[st
 def _run(step: DemoStep, log: Path) -> str:
     """Run a step and return its stdout.
 
-    The progress of the step goes to the terminal. If stderr is not a terminal, it goes to the file `log`.
+    The progress of the step is shown in the terminal. If stderr is not a terminal, the progress is written to
+    the file `log`.
     """
     on_terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "mainrun", *step.command]
@@ -195,7 +198,7 @@ def _run(step: DemoStep, log: Path) -> str:
 def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
     """Start a command in its own process group, and pass signals on to the command.
 
-    Without its own process group, the command would receive each Ctrl-C in a terminal twice.
+    Without a separate process group, the command would receive each Ctrl-C in a terminal twice.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0

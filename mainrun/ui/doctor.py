@@ -17,9 +17,9 @@ from typing import Any, Literal
 from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
 
 TORCH_SECONDS = 120  # the time limit for importing torch
-DISK_WARN = 5e9  # the size of a few runs of the largest preset, in bytes
-DISK_FAIL = 5e8  # the size of one checkpoint, in bytes
-MEMORY_WARN = 2e9  # bytes
+DISK_WARN = 5e9  # the free disk space in bytes below which doctor warns
+DISK_FAIL = 5e8  # the free disk space in bytes below which doctor reports a failure
+MEMORY_WARN = 2e9  # the available memory in bytes below which doctor warns
 
 # This code runs in a separate process. If torch crashes or hangs, only that process is affected.
 _ASK_TORCH = """
@@ -45,9 +45,9 @@ class Diagnosis:
 
 
 def diagnose(out: Path) -> Iterator[Diagnosis]:
-    """Yield the results of all checks, in the order in which to fix the problems.
+    """Yield the results of all checks, in the order in which any problems should be fixed.
 
-    out: the folder of the run directories.
+    out: the folder that contains the run directories.
     """
     yield _python()
     torch = _ask_torch()
@@ -63,12 +63,12 @@ def diagnose(out: Path) -> Iterator[Diagnosis]:
 
 
 def _python() -> Diagnosis:
-    # The version is not checked, because an older Python cannot run this file.
+    # The Python version is not checked, because an older Python cannot run this file.
     return Diagnosis("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
 def _ask_torch() -> dict[str, Any]:
-    """Import torch in a separate process. Return its version, import time and GPUs, or an error."""
+    """Import torch in a separate process. Return the torch version, import time and GPUs, or an error."""
     try:
         process = subprocess.run(
             [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=TORCH_SECONDS

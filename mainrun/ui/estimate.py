@@ -37,15 +37,15 @@ from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.resume import check_spans
 from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
 
-PROBE_STEPS = 3  # the number of measured steps, whose median time is used
-STEP_EFFICIENCY = 0.6  # the speed of a training step, relative to the speed of a matrix product
-DISK_SPEED = 3e8  # the speed of saving a checkpoint, in bytes per second
+PROBE_STEPS = 3  # the number of steps to measure; the estimate uses their median time
+STEP_EFFICIENCY = 0.6  # the assumed speed of a training step, relative to the speed of a matrix product
+DISK_SPEED = 3e8  # the assumed speed of saving a checkpoint, in bytes per second
 
 
 def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict[str, Any]:
     """Return the resolved plan of a run and its estimated cost.
 
-    probe: measure the time of a few training steps.
+    probe: whether to measure the time of a few training steps.
     store: whether the run saves states in a store.
     """
     _, device, _, data, plan = set_up(cfg)
@@ -76,7 +76,7 @@ def matmul_speed(cfg: TrainConfig, device: Device) -> float:
     w = torch.ones(cfg.ff_width, cfg.d_model, dtype=dtype, device=device.torch_device)
     best = math.inf
     for _ in range(5):
-        # Reading one number of the result waits until the GPU has finished.
+        # Reading a number from the result forces the CPU to wait until the GPU has finished.
         best = min(best, seconds_of(lambda: float(F.linear(x, w)[0, 0])))
     return 2 * rows * cfg.d_model * cfg.ff_width / best
 
@@ -102,7 +102,7 @@ class StepProbe:
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
         """Run `count` steps and return the loss of the last step.
 
-        The CPU does not wait for the GPU between two steps. It waits for the GPU after the last step.
+        The CPU waits for the GPU only after the last step, not between two steps.
         """
         for _ in range(count):
             inputs = self.plan.at(min(self.state.step, self.plan.steps - 1))
@@ -124,7 +124,7 @@ def probe_time(
     cost_growth: the mean cost of a token during the run, relative to the cost of a token at the start.
     """
     compiles = device.compile
-    with _compiling_off(device):  # compiling takes longer than the measurement
+    with _compiling_off(device):  # compiling the model would take longer than the measurement
         probe = StepProbe(cfg, device, plan, data.tokenizer.vocab_size)
     batches = Batches(cfg, data.splits["train"])
 
@@ -150,8 +150,10 @@ def probe_time(
     training = plan.tokens(plan.steps) / plan.segments[0].span * step_seconds * cost_growth
     if compiles:
         costs, saves = compile_balance(cfg, plan, device.torch_device.type, device.threads)
-        training += costs - min(saves, training / 3)  # compiling saves at most a third of the time
-    evaluations = len(plan.eval_steps) + 1  # the final guards take as long as an evaluation
+        # Compiling the model saves at most a third of the training time.
+        training += costs - min(saves, training / 3)
+    # The final guards count as one more evaluation, because they take as long as an evaluation.
+    evaluations = len(plan.eval_steps) + 1
     checkpoints = math.ceil(plan.steps / plan.checkpoint_every)
     checkpoint_seconds = _bytes(probe.state.tensors().values()) / DISK_SPEED
     total = training + evaluations * evaluation_seconds * cost_growth + checkpoints * checkpoint_seconds
@@ -183,7 +185,7 @@ def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: st
     sample = tokens[: max(span, 2 * cfg.batch_size * cfg.block_size)]
 
     def targets(n: int) -> int:
-        """Return the number of targets of the official score and the full score together, for n tokens."""
+        """Return the total number of targets in the official score and the full score of n tokens."""
         return n // span * rows * length + n
 
     sizes = {"chars": len(sample), "nbytes": len(sample), "block_size": cfg.block_size}
@@ -193,20 +195,20 @@ def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: st
 
 # -- estimating the memory
 
-PROCESS = 500_000_000  # the bytes in RAM that Python, torch and other libraries need
-# The peak size of the heap, relative to the peak size of the temporary tensors of a step. Tensors that stay
-# allocated do not fragment the heap (see docs/log/growth.md).
+PROCESS = 500_000_000  # the amount of RAM that Python, torch and other libraries need, in bytes
+# The peak size of the heap, relative to the peak size of a training step's temporary tensors. Tensors that
+# stay allocated do not fragment the heap (see docs/log/growth.md).
 FRAGMENTATION = 1.28
-# The memory in bytes that torch.compile keeps allocated. A compiled step does not fragment the heap.
+# The memory in bytes that torch.compile keeps allocated. A compiled training step does not fragment the heap.
 COMPILER = 100_000_000
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of all live tensors, and the peak of this count, while this mode is active."""
+    """While this mode is active, count the bytes of all live tensors and record the peak of the count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[int, int] = {}  # the bytes of each storage, by its address
+        self.sizes: dict[int, int] = {}  # the size of each tensor storage in bytes, by the storage's address
         self.current = 0
         self.peak = 0
 
@@ -219,7 +221,7 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.sizes:  # a view shares the storage of its base
+        if key in self.sizes:  # a view shares the storage of its base tensor
             return
         self.sizes[key] = storage.nbytes()
         self.current += self.sizes[key]
@@ -231,28 +233,30 @@ class LiveBytes(TorchDispatchMode):
 
 
 def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = False) -> int:
-    """Return the peak memory of a run in bytes. If the run uses a GPU, return the peak memory of the GPU.
+    """Return the peak memory of a run in bytes. For a run on a GPU, return the peak GPU memory.
 
-    For each model of the plan, a step and an evaluation run on fake tensors, which have a size but no data.
-    The count includes weights, gradients, optimizer state, activations and temporary tensors. With a store,
-    it also includes a copy of the state, which is written in the background.
+    For each model in the plan, a training step and an evaluation are run on fake tensors, which have a size
+    but no data. The estimate includes weights, gradients, optimizer state, activations and temporary tensors.
+    For a run with a store, the estimate also includes the copy of the state that is written in the
+    background.
     """
     configs = []
     ends = [*(segment.first for segment in plan.segments[1:]), plan.steps]
     for segment, end in zip(plan.segments, ends, strict=True):
         if end > segment.first:
             configs.append(segment.cfg)
-    configs += plan.cfg.segment_configs[len(plan.segments) :]  # models of operations that wait for a loss
+    # Add the models that result from operations that wait for a loss.
+    configs += plan.cfg.segment_configs[len(plan.segments) :]
     peaks = [_segment_memory(cfg, device, vocab_size, store) for cfg in _largest_segments(configs)]
     peaks += _operation_memory(configs, device, vocab_size)
     return max(peaks)
 
 
 def _largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
-    """Return the config of each model that needs the most memory.
+    """Return, for each model of a run, the config that needs the most memory.
 
-    This is the config with the most rows per pass. Among configs with equally many rows, it is the config
-    with the highest dropout.
+    The config with the most rows per pass needs the most memory. Among configs with equally many rows, the
+    config with the highest dropout needs the most memory.
     """
     static = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     largest: dict[str, TrainConfig] = {}
@@ -279,8 +283,8 @@ def _operation_memory(configs: list[TrainConfig], device: Device, vocab_size: in
 def _process_memory(device: Device, peak: int, persistent: int) -> int:
     """Return the peak memory of the process.
 
-    peak: the peak size of its tensors.
-    persistent: the size of the tensors that stay allocated.
+    peak: the peak size of the tensors in the process.
+    persistent: the size of the tensors that stay allocated between training steps.
     """
     if device.torch_device.type == "cuda":
         return peak
@@ -314,7 +318,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         persistent *= 2
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if device.world > 1:
-        peak += gradients  # buffers for the exchange of gradients between processes
+        peak += gradients  # add the buffers for exchanging gradients between processes
     return _process_memory(device, peak, min(persistent + gradients, peak))
 
 
@@ -325,8 +329,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
     """Allocate the optimizer state.
 
-    Our own optimizers allocate their state and their temporary tensors when they step. Those of torch are
-    fused: they cannot step on fake tensors, and they need no temporary tensors.
+    The optimizers of mainrun allocate their state and their temporary tensors during a step. The optimizers
+    of torch are fused. Fused optimizers cannot step on fake tensors, and need no temporary tensors.
     """
     moments = []
     for optimizer in state.optimizers.all:
@@ -342,7 +346,7 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
 
 
 def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
-    """Run the largest batch of an evaluation in the same way as mainrun.data.scoring."""
+    """Run the largest batch of an evaluation in the same way as mainrun.data.scoring does."""
     device = model.embed.weight.device
     rows = max(1, scoring.LOGITS[device.type] // (cfg.block_size * vocab_size))
     with torch.no_grad():
@@ -353,7 +357,7 @@ def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
 class LossMemory(torch.autograd.Function):
     """Allocate as much memory as `kernels.cross_entropy`.
 
-    The loss allocates the gradient of the logits and two float32 copies of a chunk of the logits.
+    The loss function allocates the gradient of the logits and two float32 copies of a chunk of the logits.
     """
 
     @staticmethod

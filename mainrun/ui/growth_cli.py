@@ -116,7 +116,7 @@ def _verdict(check: Row) -> str:
 
 
 def _row(segment: SegmentForecast) -> Row:
-    """Return a segment in the format of --json."""
+    """Return the description of a segment for the --json output."""
     cfg = segment.cfg
     size = segment.size
     return {

@@ -9,10 +9,10 @@ import typer
 from mainrun.errors import UsageError
 from mainrun.ui.console import Debug, Json, emit, field_value, show_table
 
-# The symbols for the bounds in a JSON schema.
+# The symbols that stand for the bounds of a JSON schema in the table.
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
-# The output of --json, the header of the table, and the rows of the table.
+# A listing is a tuple of the --json output, the table header and the table rows.
 Listing = tuple[list[dict[str, Any]], list[str], list[list[str]]]
 
 
@@ -86,7 +86,7 @@ def _fields_of(name: str) -> Listing:
         label = cfg.preset
         for key, value in changes.items():
             lines.append([label, key, field_value(value), field_value(before[key])])
-            label = ""  # only the first row of a preset shows its name
+            label = ""  # only the first row of each preset shows the preset name
         before = values
     return records, ["preset", "field", "value", "before" if len(records) > 1 else "default"], lines
 

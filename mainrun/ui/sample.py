@@ -18,12 +18,12 @@ from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, State, build
 
-# Below this temperature, the likeliest token is always chosen, because float32 rounds the temperature to 0.
+# Below this temperature, the most likely token is always chosen, because float32 rounds the temperature to 0.
 MIN_TEMPERATURE = 1e-30
 
 
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
-    """Load the model of the newest checkpoint of a run, with the weights that evaluations use."""
+    """Load the model from a run's newest checkpoint, with the weights that evaluations use."""
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
     if run.config_file().get("tokenizer", tokenizer.digest) != tokenizer.digest:
@@ -49,7 +49,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
 
 
 def _wrong_config(meta: dict[str, Any], cfg: TrainConfig) -> str:
-    """Return why a checkpoint does not belong to a config, or an empty text."""
+    """Return the reason why a checkpoint does not belong to a config, or an empty string."""
     return "" if meta.get("digest") == cfg.digest else "it belongs to another config"
 
 
@@ -82,8 +82,9 @@ def sample(
 
 
 def _choose(logits: Tensor, temperature: float) -> int:
-    """Choose the next token."""
+    """Choose the next token of a title."""
     if temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature  # at most 0, so that no value overflows
+    # All values are at most 0, so that their exponentials cannot overflow.
+    scaled = (logits - logits.max()) / temperature
     return int(scaled.softmax(-1).multinomial(1))

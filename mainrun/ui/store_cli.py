@@ -1,4 +1,7 @@
-"""`mainrun store`: list, check and clean the store of shared steps. Only `audit` imports torch."""
+"""`mainrun store`: list, check and clean the store of shared steps.
+
+Only the command `audit` imports torch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ StorePlace = Annotated[
 def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool = False) -> Store:
     """Open the store that a command uses.
 
-    must: raise UsageError if the store does not exist.
+    must: whether to raise UsageError if the store does not exist.
     """
     from mainrun.store import nodes
     from mainrun.store.files import folder_of
@@ -54,9 +57,9 @@ def open_store(place: str | None, out: Path, size: str = "20GB", *, must: bool =
 
 
 def _check_out(folder: Path, out: Path) -> None:
-    """Raise an error that names --out if `out` is not a folder and the store is below it.
+    """Raise an error that names --out if the store is inside `out` and `out` is not a folder.
 
-    Without this check, the error would name the store.
+    Without this check, the error message would name the store instead of the option --out.
     """
     from mainrun.store.rundir import check_writable
 
@@ -79,7 +82,7 @@ def _open(place: str, size: str) -> Store:
 
 
 def _parse_size(text: str) -> int:
-    """Parse a size such as 20GB and return it in bytes."""
+    """Parse a size such as 20GB and return the number of bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not match:
         fix = "write a number of bytes followed by K, M, G or T, like 20GB"
@@ -159,7 +162,7 @@ def du(
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
     states = store.states()
-    useful: list[Node] = []  # nodes with a state, and their ancestors
+    useful: list[Node] = []  # nodes that have a state, and the ancestors of such nodes
     ancestors: set[str] = set()
     for node in sorted(nodes, key=lambda node: -node.step):
         if node.state in states or node.key in ancestors:
@@ -312,7 +315,7 @@ def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug
 
 
 def _node(store: Store, beginning: str) -> Node:
-    """Return the node whose key has a prefix. Raise UsageError if no node or several nodes match."""
+    """Return the node whose key starts with a prefix. Raise UsageError if no node or several nodes match."""
     from mainrun.store.nodes import Damaged
 
     matches = sorted(key for key in store.node_keys() if key.startswith(beginning))

@@ -79,9 +79,10 @@ class TrainOptions:
 
 @dataclass
 class Results:
-    """The results of all runs of one command."""
+    """The results of all runs that one command trains."""
 
-    summaries: dict[str, Summary] = field(default_factory=dict)  # the summary of each finished run, by preset
+    # The summary of each finished run, by preset name.
+    summaries: dict[str, Summary] = field(default_factory=dict)
     diverged: list[str] = field(default_factory=list)  # a message for each run that diverged
 
 
@@ -178,9 +179,10 @@ def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
 def _shared_batch(
     configs: list[TrainConfig], store: Store | None
 ) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
-    """Yield the runs in a good order, and the steps at which each run must save a node.
+    """Yield the runs in the best order, and the steps at which each run must save a node.
 
-    In this order, the runs share the most steps. The nodes are pinned in the store until all runs are done.
+    In the best order, the runs share the most steps. The saved nodes are pinned in the store until all runs
+    are done.
     """
     if store is None or len(configs) < 2:
         yield configs, {}
@@ -198,7 +200,7 @@ def _shared_batch(
         return
     pin = f"batch-{shared.keys[0][:16]}-{os.getpid()}"
     try:
-        with suppress(OSError):  # if the store cannot be written, each run reports the error
+        with suppress(OSError):  # if the store cannot be written, each run will report the error
             store.pin(pin, shared.keys)
         yield order, shared.keep
     finally:
@@ -234,7 +236,7 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
                 until=options.until,
             )
         except Interrupted as e:
-            if options.fresh:  # resuming with the same command would delete the run
+            if options.fresh:  # repeating a command with --fresh would delete the run
                 raise type(e)(f"{e} (without --fresh, which starts over)") from e
             raise
         finally:
@@ -254,12 +256,12 @@ def _keeping_traceback(run: RunDir) -> Iterator[None]:
             path.write_text(traceback.format_exc(), encoding="utf-8")
             e.add_note(f"it is saved in {path}")
         raise
-    with suppress(OSError):  # another program may have created a folder of this name
+    with suppress(OSError):  # another program may have created a folder with the same name
         path.unlink(missing_ok=True)
 
 
 def _check_titles(run: RunDir, cfg: TrainConfig) -> None:
-    """Raise RunError if the title files of a finished run have changed. Deleted files are accepted."""
+    """Raise RunError if the title files of a finished run have changed. Deleted title files are accepted."""
     if not cfg.corpus.startswith(("file:", "mix:")):
         return
     from mainrun.data.corpus import load_corpus
@@ -347,7 +349,7 @@ def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_jso
 
 
 def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the rows of the table with the cost and the resolved plan of a run."""
+    """Yield the rows of a table that shows the estimated cost and the resolved plan of a run."""
     from mainrun.run.progress import clock, short
 
     yield "parameters", f"{cost['params']:,}"
