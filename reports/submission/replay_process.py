@@ -1,4 +1,4 @@
-"""Run the `mainrun.replay` module of a commit or a bundle in a process that does not receive the user's keys."""
+"""Run `mainrun.replay` from a commit or a bundle in a process that does not receive the user's keys."""
 
 from __future__ import annotations
 
