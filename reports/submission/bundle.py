@@ -53,9 +53,9 @@ class BundleError(UsageError):
 
 
 def refusal(path: Path, error: BundleError) -> BundleError:
-    """Add the bundle's path to an error about the content of the bundle.
+    """Return an error that also contains the path of the bundle.
 
-    If the error message does not say how to fix the problem, also add a suggestion.
+    If the message of `error` does not say how to fix the problem, the new error also contains a suggestion.
     """
     fix = "" if ";" in str(error) else GET_A_NEW_COPY
     return BundleError(f"{path} is refused: {error}{fix}")
@@ -66,7 +66,7 @@ def sha256(data: bytes) -> str:
 
 
 def format_size(n: float) -> str:
-    """Format a number of bytes as a text in kB or MB."""
+    """Format a number of bytes as a string in kB or MB."""
     if n >= 1e6:
         return f"{n / 1e6:.1f} MB"
     return f"{n / 1e3:.1f} kB"
@@ -153,7 +153,7 @@ def pack(files: Mapping[str, bytes], executables: Iterable[str] = ()) -> bytes:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.create_system = 3  # the code of Unix in the zip format
+            entry.create_system = 3  # the code that the zip format uses for Unix
             permissions = 0o755 if name in executables else 0o644
             entry.external_attr = (stat.S_IFREG | permissions) << 16
             archive.writestr(entry, files[name], compresslevel=9)
@@ -166,7 +166,7 @@ def pack(files: Mapping[str, bytes], executables: Iterable[str] = ()) -> bytes:
 def read(path: Path) -> dict[str, bytes]:
     """Read all files of a bundle into memory.
 
-    No file is written to disk, because the bundle must pass all checks first.
+    The function writes no file to disk, because the bundle must first pass all checks.
     """
     try:
         data = _read_zip(path)
@@ -264,7 +264,7 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     with archive.open(entry) as f:
-        # If the file is larger than its entry declares, the extra byte makes the checksum fail.
+        # Reading one extra byte makes the checksum fail if the file is larger than its entry declares.
         return f.read(entry.file_size + 1)
 
 

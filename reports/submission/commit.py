@@ -72,7 +72,7 @@ def read_head(root: Path, ignored: Iterable[Path] = ()) -> Commit:
     """
     check_tree(root, ignored)
     entries = _list_tree(root)
-    # Folders that a submission omits are searched too, because secrets do not belong in any git commit.
+    # Check the names of omitted files too, because secrets do not belong in any git commit.
     _refuse(_secret_names(entries))
     left_out = {}
     kept = []

@@ -22,7 +22,7 @@ RESTORE = "restore it, or train the run again with --fresh"
 
 
 def complete_summary(run: RunDir) -> dict[str, Any]:
-    """Return the summary of a finished run.
+    """Check that a run is finished, and return the summary of the run.
 
     Raise RunError if a file of the run is missing, or if the summary contradicts the log.
     """

@@ -100,7 +100,7 @@ def left_out(path: str) -> str:
 
 
 def is_archive(data: bytes) -> bool:
-    """Return whether a file begins like an archive or a database."""
+    """Return whether the first bytes of a file show that the file is an archive or a database."""
     return data.startswith(ARCHIVE_MAGIC) or data[257:262] == b"ustar"
 
 
@@ -150,7 +150,7 @@ def secrets_in(data: bytes) -> Iterator[tuple[int, str]]:
 
     The text may be encoded in ASCII, UTF-8, UTF-16 or UTF-32.
     """
-    text = data.replace(b"\0", b"")  # ASCII text in UTF-16 or UTF-32 becomes plain ASCII
+    text = data.replace(b"\0", b"")  # this turns ASCII text in UTF-16 or UTF-32 into plain ASCII
     for kind, pattern in TOKEN_PATTERNS.items():
         for match in pattern.finditer(text):
             yield _line_number(text, match), kind

@@ -71,7 +71,7 @@ class Submission:
     data: bytes  # the content of the zip file
     commit: Commit
     manifest: dict[str, Any]
-    flags: list[str]  # the reasons why the scores are not comparable with the task's scores
+    flags: list[str]  # the reasons that guards give why the scores are not comparable with the task's
     notes: list[str]
 
 
@@ -196,7 +196,7 @@ def _checkpoint_files(run: RunDir) -> tuple[list[str], list[str]]:
 
 
 def _run_guards(run: RunDir, commit: Commit, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run all guards with the code of the commit. Raise an error if other code trained the run."""
+    """Run all guards with the code of the commit. Raise an error if the run was trained by different code."""
     with tempfile.TemporaryDirectory(prefix="mainrun-submit-") as folder:
         code = Path(folder)
         bundle.write(commit.files, code)

@@ -23,7 +23,7 @@ MAX_PAUSE = 30.0  # the maximum number of seconds between two upload attempts
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 REDIRECT_CODES = (301, 302, 307, 308)
-RETRIED_CODES = (408, 425, 429)  # status codes that are retried in addition to all codes from 500
+RETRIED_CODES = (408, 425, 429)  # mainrun retries after these status codes and after all codes from 500 on
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _fix(status: int) -> str:
 
 
 def _put_following_redirects(path: Path, target: SplitResult, timeout: float) -> Response:
-    """Try once to upload the file. Follow redirects only within the same host."""
+    """Make one attempt to upload the file. Follow redirects only within the same host."""
     url = target
     for _ in range(MAX_REDIRECTS + 1):
         response = _put(path, url, timeout)

@@ -25,8 +25,8 @@ Row = dict[str, Any]  # the type of a row in metrics.jsonl
 
 # Other machine classes round differently, and the differences grow with each training step.
 TRAINING_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
-SCORING_TOLERANCE = 1e-3  # smaller than for training, because the weights are the same
-GRAD_NORM_FACTOR = 10  # the factor by which the tolerance for gradient norms is larger
+SCORING_TOLERANCE = 1e-3  # the tolerance for scores of the final weights, which are the same everywhere
+GRAD_NORM_FACTOR = 10  # the tolerance for gradient norms, relative to the tolerance for losses
 NOT_COMPARED = {"seconds", "reused"}
 
 # The names of the facts that both the manifest and the summary of a run contain.
@@ -47,7 +47,7 @@ class Verdict:
     tolerance: float = 0.0
     steps: int = 0  # the number of steps that were trained again
     total_steps: int = 0
-    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from the installation
+    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from the installed ones
 
     @property
     def verified(self) -> bool:
@@ -261,7 +261,7 @@ def _compare_rows(
             place += f", {row['split']}"
         logged_row = logged.get(_key(row))
         if logged_row is None:
-            if is_score:  # the log may omit steps, but never scores
+            if is_score:  # the log may omit rows of steps, but must contain all scores
                 verdict.differences.append(f"{place}: the log has no score")
             continue
         for name in sorted((row.keys() | logged_row.keys()) - NOT_COMPARED):
