@@ -1,1 +1,1 @@
-"""Bundle a run with its code and report, and verify bundles."""
+"""Bundle a run with its code and its report, and verify bundles."""

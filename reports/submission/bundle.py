@@ -1,8 +1,10 @@
-"""Pack and unpack bundles, which are the zip files of submissions.
+"""Pack and unpack bundles. A bundle is the zip file of a submission.
 
-The same files give the same bytes. Unpacking is safe even if the bundle comes from a stranger.
+`pack` writes the same bytes whenever the files are the same. `read` is safe even if a bundle comes from a
+stranger.
 
-A bundle contains MANIFEST.json, report.pdf, the run directory in run/, and the files of a commit in code/.
+A bundle contains MANIFEST.json and report.pdf. The folder run/ in the bundle contains files of the run, and
+the folder code/ contains files of a git commit.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MAX_ZIP_BYTES = 50_000_000
 MAX_UNPACKED_BYTES = 200_000_000
 MAX_FILES = 10_000
 MAX_NAME_BYTES = 200
-MAX_CHECKPOINT_BYTES = 20_000_000  # a larger checkpoint is left out
+MAX_CHECKPOINT_BYTES = 20_000_000  # the maximum size of the checkpoint in a bundle
 
 MANIFEST = "MANIFEST.json"
 REPORT = "report.pdf"
@@ -36,7 +38,7 @@ CODE = "code/"
 
 FORBIDDEN_CHARACTERS = '"*:<>?\\|'
 DOS_NAMES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
-UTF8_NAME = 0x800  # the only flag that `pack` sets, and only for names that are not ASCII
+UTF8_NAME = 0x800  # the zip flag for a file name in UTF-8; bundles use no other zip flag
 LOCAL_HEADER_BYTES = 30
 DIRECTORY_ENTRY_BYTES = 46
 DIRECTORY_END_BYTES = 22
@@ -47,13 +49,13 @@ GET_A_NEW_COPY = "; get a new copy from its author"
 
 
 class BundleError(UsageError):
-    """The file is not a bundle, or is not safe to unpack."""
+    """Raised if a file is not a bundle, or if a bundle is not safe to unpack."""
 
 
 def refusal(path: Path, error: BundleError) -> BundleError:
-    """Add the path of the bundle to an error about its content.
+    """Return an error that also contains the path of the bundle.
 
-    If the error does not say how to fix the problem, add a way to fix it.
+    If the message of `error` does not say how to fix the problem, the new error also contains a suggestion.
     """
     fix = "" if ";" in str(error) else GET_A_NEW_COPY
     return BundleError(f"{path} is refused: {error}{fix}")
@@ -64,19 +66,19 @@ def sha256(data: bytes) -> str:
 
 
 def format_size(n: float) -> str:
-    """Format a number of bytes as kB or MB."""
+    """Format a number of bytes as a string in kB or MB."""
     if n >= 1e6:
         return f"{n / 1e6:.1f} MB"
     return f"{n / 1e3:.1f} kB"
 
 
-# -- names
+# -- file names
 
 
 def name_problem(name: str) -> str:
-    """Return why a bundle cannot contain a file of this name.
+    """Return the reason why a bundle must not contain a file with this name.
 
-    Return an empty string if the name works on every system.
+    Return an empty string if the name is valid on every operating system.
     """
     if not name:
         return "it is empty"
@@ -102,9 +104,10 @@ def name_problem(name: str) -> str:
 
 
 def collisions(names: Iterable[str]) -> list[str]:
-    """Describe names that collide.
+    """Describe the file names that collide with each other.
 
-    Two names collide if some system treats them as the same file, or if a file has the name of a folder.
+    Two names collide if some operating systems treat the names as equal, or if a file and a folder have the
+    same name.
     """
     problems = []
     names_by_key: dict[str, str] = {}
@@ -123,7 +126,7 @@ def collisions(names: Iterable[str]) -> list[str]:
 
 
 def escape(name: str) -> str:
-    """Escape characters that could move the cursor, and shorten a long name."""
+    """Escape the unprintable characters in a file name, and shorten a long name."""
     text = ""
     for character in name:
         if character.isprintable():
@@ -135,31 +138,35 @@ def escape(name: str) -> str:
     return f"{text[:280]}..."
 
 
-# -- packing
+# -- packing bundles
 
 
 def pack(files: Mapping[str, bytes], executables: Iterable[str] = ()) -> bytes:
-    """Zip the files. The same files give the same bytes, because names are sorted and dates are fixed."""
+    """Create a zip archive of the files.
+
+    The archive has the same bytes whenever the files are the same, because its names are sorted and its dates
+    are fixed.
+    """
     executables = set(executables)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.create_system = 3  # Unix
+            entry.create_system = 3  # the code that the zip format uses for Unix
             permissions = 0o755 if name in executables else 0o644
             entry.external_attr = (stat.S_IFREG | permissions) << 16
             archive.writestr(entry, files[name], compresslevel=9)
     return buffer.getvalue()
 
 
-# -- unpacking
+# -- unpacking bundles
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """Return the files of a bundle.
+    """Read all files of a bundle into memory.
 
-    The files stay in memory, so that all checks are complete before any file is written.
+    The function writes no file to disk, because the bundle must first pass all checks.
     """
     try:
         data = _read_zip(path)
@@ -211,9 +218,9 @@ def _check_entries(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
 
 
 def _check_layout(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
-    """Check that the files and the directory fill the zip without gaps or overlaps.
+    """Check that the files and the central directory fill the zip file without gaps or overlaps.
 
-    Without this check, a zip could contain hidden bytes.
+    Without this check, a zip file could contain hidden bytes.
     """
     end = 0
     directory = DIRECTORY_END_BYTES
@@ -257,12 +264,12 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     with archive.open(entry) as f:
-        # Read one byte more than the stated size. If the file is larger than stated, its checksum then fails.
+        # Reading one extra byte makes the checksum fail if the file is larger than its entry declares.
         return f.read(entry.file_size + 1)
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files to a new or empty folder. If a file exists, an error is raised."""
+    """Write the files to a new or empty folder. Raise an error if a file already exists."""
     for name, data in files.items():
         path = folder / name
         with disk_errors(path):
@@ -275,7 +282,7 @@ def write(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def read_manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the manifest of a bundle after checking its format and its shape."""
+    """Read the manifest of a bundle, and check the format version and the structure of the manifest."""
     if MANIFEST not in files:
         raise BundleError(f"it has no {MANIFEST}; {GIVE_A_BUNDLE}")
     try:
@@ -298,7 +305,7 @@ def _check_shape(manifest: dict[str, Any]) -> None:
 
 
 def differences(files: Mapping[str, bytes], listed: Mapping[str, Any]) -> list[str]:
-    """Describe every file that is missing, changed or not listed in the manifest."""
+    """Describe each file that was changed, is missing from the bundle, or is not listed in the manifest."""
     problems = []
     for name in sorted(files.keys() - listed.keys() - {MANIFEST}):
         problems.append(f"{name} is in the bundle, but not in its manifest")

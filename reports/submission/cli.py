@@ -1,4 +1,4 @@
-"""Implement `mainrun submit` and `mainrun verify`, which submit a run and verify a submission."""
+"""Implement the commands `mainrun submit` and `mainrun verify`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from reports.submission.prepare import Submission
     from reports.submission.verification import Verdict
 
-MAX_DIFFERENCES = 20  # the maximum number of differences to print
+MAX_DIFFERENCES = 20  # the maximum number of differences that `mainrun verify` prints
 MAX_FILES_SHOWN = 5
 
 
@@ -86,7 +86,10 @@ def submit(
 
 
 def why_not_submittable() -> str:
-    """Return why no run of this code can be submitted, or an empty string."""
+    """Return the reason why the current code cannot be submitted.
+
+    Return an empty string if the current code can be submitted.
+    """
     from reports.submission.commit import ROOT, check_tree
 
     try:
@@ -214,7 +217,7 @@ def _show_verdict(verdict: Verdict) -> None:
 
 
 def _show_comparison(verdict: Verdict) -> None:
-    """Print the tolerance of the comparison, and whether the bundle contains the installed trainer."""
+    """Print how strictly numbers were compared, and whether the bundle contains the installed trainer."""
     from reports.submission.bundle import escape
 
     if verdict.same_class:

@@ -1,4 +1,4 @@
-"""Read the code of a submission from the commit in git, not from the working tree."""
+"""Read the code of a submission from a git commit, not from the working tree."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from reports.submission.bundle import (
     name_problem,
 )
 
-ROOT = Path(__file__).parents[2]  # the repository of this code
-MAX_LISTED = 5  # the maximum number of problems that a message lists
+ROOT = Path(__file__).parents[2]  # the root folder of the repository that contains this module
+MAX_LISTED = 5  # the maximum number of problems that an error message lists
 
-EXECUTABLE = "100755"  # file modes of git
+EXECUTABLE = "100755"  # the mode that git gives to executable files
 PLAIN_FILES = ("100644", EXECUTABLE)
 LINK = "120000"
 
 
 @dataclass
 class Commit:
-    """The files of a commit that go into a submission."""
+    """A git commit and the files of the commit that belong in a submission."""
 
     id: str
     tree: str
     files: dict[str, bytes]
     executables: list[str]
-    left_out: dict[str, str]  # name -> kind of file
+    left_out: dict[str, str]  # maps the name of each omitted file to a description of its kind
 
 
 class TreeEntry(NamedTuple):
-    """A line of `git ls-tree`."""
+    """One line of the output of `git ls-tree`."""
 
     mode: str
     object_id: str
@@ -49,7 +49,7 @@ class TreeEntry(NamedTuple):
 
 
 def run_git(root: Path, *args: str, stdin: bytes | None = None) -> bytes:
-    """Run git and return its stdout. The GIT_* variables of the user and replaced objects are ignored."""
+    """Run git and return its stdout. Ignore replacement objects and the GIT_* environment variables."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env["GIT_OPTIONAL_LOCKS"] = "0"
     env["LC_ALL"] = "C"
@@ -65,14 +65,14 @@ def run_git(root: Path, *args: str, stdin: bytes | None = None) -> bytes:
 
 
 def read_head(root: Path, ignored: Iterable[Path] = ()) -> Commit:
-    """Read the commit that is checked out.
+    """Read the files of the commit that is checked out.
 
-    Raises UsageError if a file looks like a secret, or if there are uncommitted changes. The files in
-    `ignored` may be untracked.
+    Raise UsageError if a file looks like a secret, or if the working tree has uncommitted changes. The files
+    in `ignored` may be untracked.
     """
     check_tree(root, ignored)
     entries = _list_tree(root)
-    # A file with the name of a secret is refused even in a folder that is left out. It should not be in git.
+    # Check the names of omitted files too, because secrets do not belong in any git commit.
     _refuse(_secret_names(entries))
     left_out = {}
     kept = []
@@ -135,7 +135,7 @@ def check_tree(root: Path, ignored: Iterable[Path] = ()) -> None:
 
 
 def _uncommitted(root: Path, ignored: Iterable[Path]) -> list[str]:
-    """Return the names of changed files, and of untracked files that are not in `ignored`."""
+    """Return the names of all changed files, and of all untracked files that are not in `ignored`."""
     ignored_paths = {path.resolve() for path in ignored}
     status = run_git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames")
     names = []
@@ -154,14 +154,14 @@ def _list_tree(root: Path) -> list[TreeEntry]:
             continue
         fields, _, name = line.partition(b"\t")
         mode, _, object_id, size = fields.decode().split()
-        if size == "-":  # a submodule has no size
+        if size == "-":  # git shows the size of a submodule as "-"
             size = "0"
         entries.append(TreeEntry(mode, object_id, int(size), os.fsdecode(name)))
     return entries
 
 
 def _read_objects(root: Path, entries: list[TreeEntry]) -> Iterator[bytes]:
-    """Yield the contents of all entries. One git process reads them all."""
+    """Yield the content of each entry, using a single git process for all entries."""
     request = "".join(f"{entry.object_id}\n" for entry in entries)
     output = run_git(root, "cat-file", "--batch", stdin=request.encode())
     position = 0
@@ -196,7 +196,7 @@ def _secret_names(entries: list[TreeEntry]) -> Iterator[str]:
 
 
 def _entry_problems(entries: list[TreeEntry]) -> Iterator[str]:
-    """Yield a sentence for each entry that cannot be in a bundle."""
+    """Yield a message for each entry that a bundle must not contain."""
     for entry in entries:
         problem = name_problem(f"code/{entry.name}")
         if problem:
@@ -217,7 +217,7 @@ def _leaks(files: Mapping[str, bytes]) -> Iterator[str]:
 
 
 def _refuse(problems: Iterable[str]) -> None:
-    """Raise a UsageError that lists the problems, if there are any."""
+    """Raise a UsageError that lists the problems. Do nothing if there are no problems."""
     lines = list(problems)
     if not lines:
         return

@@ -1,4 +1,7 @@
-"""Check that a run is complete and that a report quotes it. Both `submit` and `verify` use these checks."""
+"""Check that a run is complete and that a report quotes the scores of the run.
+
+Both `mainrun submit` and `mainrun verify` use these checks.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ RESTORE = "restore it, or train the run again with --fresh"
 
 
 def complete_summary(run: RunDir) -> dict[str, Any]:
-    """Return the summary of a finished run.
+    """Check that a run is finished, and return the summary of the run.
 
-    Raises RunError if the run lacks a file, or if its summary contradicts its log.
+    Raise RunError if a file of the run is missing, or if the summary contradicts the log.
     """
     summary = compare.load_summary(run)
     missing = [name for name in RUN_FILES if not (run.path / name).is_file()]
@@ -52,7 +55,7 @@ def _check_run_id(run: RunDir, summary: dict[str, Any]) -> None:
 
 
 def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
-    """Check that the log ends with a row of the last step and a score of val at this step."""
+    """Check that the log ends with a row for the last step and a score on `val` at the last step."""
     last_steps = {}
     for row in run.rows():
         if row["event"] == "step" or row.get("split") == "val":
@@ -66,21 +69,22 @@ def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
 def pdf_text(data: bytes, name: str) -> str:
     from pypdf import PdfReader
 
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # hide the warnings of pypdf
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # hides the warnings that pypdf logs
     try:
         return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(data)).pages)
-    except Exception as e:  # pypdf raises errors of many types on a damaged file
+    except Exception as e:  # pypdf raises errors of many types if a file is damaged
         problem = f"{name} is not a readable PDF ({type(e).__name__}: {e})"
         raise UsageError(f"{problem}; make it again: mainrun report") from None
 
 
 def missing_quotes(text: str, summary: dict[str, Any]) -> list[str]:
-    """Return what a report does not quote.
+    """Return the parts of a run's result that a report does not quote.
 
-    A report must quote the run's id, and both last scores with at least four decimals.
+    A report must quote the id of the run. A report must also quote the last `official` score and the last
+    `full` score with at least four decimals.
     """
     missing = []
-    if summary["run"] not in re.sub(r"\s", "", text):  # a line break may split an id
+    if summary["run"] not in re.sub(r"\s", "", text):  # a line break in the PDF may split the id of the run
         missing.append(f"run {summary['run']}")
     numbers = re.findall(r"\d+\.\d{4,}", text)
     for name in ("official", "full"):
@@ -91,6 +95,6 @@ def missing_quotes(text: str, summary: dict[str, Any]) -> list[str]:
 
 
 def _is_rounded(number: str, value: float) -> bool:
-    """Return whether `number` is the value, rounded to the decimals of `number`."""
+    """Return whether `number` equals `value`, rounded to as many decimals as `number` has."""
     digits = len(number.partition(".")[2])
     return number == f"{value:.{digits}f}"

@@ -1,7 +1,7 @@
-"""Find keys and passwords by file name and by content, and find the files that a submission leaves out.
+"""Find keys and passwords in the names and contents of files. Also find the files that a submission omits.
 
-`mainrun submit` refuses to write a bundle that contains a key or a password. The patterns match more than
-real keys on purpose. It is cheaper to rewrite a line of code than to leak a key.
+`mainrun submit` refuses to write a bundle that contains a key or a password. The patterns
+deliberately match some harmless text, because rewriting a line of code costs less than leaking a key.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-# -- by name
+# -- checks of file names
 
 SECRET_NAMES = re.compile(
     r"\.env(rc|\..+)?|.+\.env"
@@ -26,7 +26,7 @@ SECRET_NAMES = re.compile(
     re.IGNORECASE,
 )
 SECRET_FOLDERS = {".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure", ".gcloud"}
-# Templates of .env files are allowed. Their contents are searched for secrets like all other files.
+# Templates of .env files may be submitted. Like all files, the templates are searched for secrets.
 TEMPLATES = re.compile(r"\.env\.(example|sample|template|dist)", re.IGNORECASE)
 
 LEFT_OUT_FOLDERS = {
@@ -56,7 +56,7 @@ KIND_OF_ENDING = {
     f".{ending}": kind for kind, endings in LEFT_OUT_ENDINGS.items() for ending in endings.split()
 }
 
-# The first bytes of archives and databases, whose contents cannot be searched for secrets.
+# Archives and databases begin with these bytes. The contents of these files cannot be searched for secrets.
 ARCHIVE_MAGIC = (
     b"PK\x03\x04",
     b"\x1f\x8b",
@@ -70,7 +70,10 @@ ARCHIVE_MAGIC = (
 
 
 def secret_name(path: str) -> str:
-    """Return why a file of this name must not be submitted, or an empty string."""
+    """Return the reason why a file with this name must not be submitted.
+
+    Return an empty string if the file may be submitted.
+    """
     *folders, name = PurePosixPath(path).parts
     for folder in folders:
         if folder.lower() in SECRET_FOLDERS:
@@ -81,7 +84,10 @@ def secret_name(path: str) -> str:
 
 
 def left_out(path: str) -> str:
-    """Return the kind of a file that submissions leave out, or an empty string if the file is code."""
+    """Return the kind of a file that submissions omit.
+
+    Return an empty string if submissions include the file.
+    """
     *folders, _ = PurePosixPath(path).parts
     for folder in folders:
         if folder in LEFT_OUT_FOLDERS:
@@ -94,11 +100,11 @@ def left_out(path: str) -> str:
 
 
 def is_archive(data: bytes) -> bool:
-    """Return whether the first bytes of a file are those of an archive or a database."""
+    """Return whether the first bytes of a file show that the file is an archive or a database."""
     return data.startswith(ARCHIVE_MAGIC) or data[257:262] == b"ustar"
 
 
-# -- by content
+# -- checks of file contents
 
 TOKENS: dict[str, bytes] = {
     "a private key": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-\d",
@@ -128,9 +134,9 @@ NAMES = (
     rb"(passw(?:or)?d|passwd|passphrase|pwd|secret|token|credential"
     rb"|api[_-]?key|access[_-]?key|auth[_-]?key|private[_-]?key)s?"
 )
-# matches NAME = "value" in code, JSON and TOML
+# Matches an assignment of a quoted value, such as NAME = "value", in code, JSON and TOML.
 QUOTED = re.compile(rb"(?i)" + NAMES + rb"[\"']?\s{0,9}[:=]\s{0,9}[bru]{0,2}[\"']([^\s\"']{6,500})[\"']")
-# matches a line NAME = value in shell, INI and YAML files
+# Matches a line that assigns an unquoted value, such as NAME = value, in shell, INI and YAML files.
 UNQUOTED = re.compile(
     rb"(?im)^[ \t]{0,99}(?:export[ \t]+)?[\w.-]{0,60}?"
     + NAMES
@@ -140,8 +146,11 @@ PLACEHOLDER = re.compile(rb"[{}$<>*%]|\.\.\.|(?i:example|your[_-]|changeme|place
 
 
 def secrets_in(data: bytes) -> Iterator[tuple[int, str]]:
-    """Yield (line, kind) for each text that looks like a secret. The data can have any encoding."""
-    text = data.replace(b"\0", b"")  # without zero bytes, UTF-16 and UTF-32 read like ASCII
+    """Yield the line number and the kind of each text that looks like a secret.
+
+    The text may be encoded in ASCII, UTF-8, UTF-16 or UTF-32.
+    """
+    text = data.replace(b"\0", b"")  # this turns ASCII text in UTF-16 or UTF-32 into plain ASCII
     for kind, pattern in TOKEN_PATTERNS.items():
         for match in pattern.finditer(text):
             yield _line_number(text, match), kind
@@ -157,7 +166,7 @@ def _line_number(text: bytes, match: re.Match[bytes]) -> int:
 
 
 def _is_secret(name: bytes, value: bytes, quoted: bool) -> bool:
-    """Return whether a value is a secret, and not a variable, an expression or a placeholder."""
+    """Return whether a value looks like a secret rather than a variable, an expression or a placeholder."""
     if PLACEHOLDER.search(value):
         return False
     is_password = name.startswith(PASSWORD_NAMES)
@@ -170,7 +179,7 @@ def _is_secret(name: bytes, value: bytes, quoted: bool) -> bool:
 
 
 def _entropy(value: bytes) -> float:
-    """Return the Shannon entropy of the bytes, in bits per byte."""
+    """Return the Shannon entropy of a byte string, in bits per byte."""
     total = 0.0
     for count in Counter(value).values():
         share = count / len(value)

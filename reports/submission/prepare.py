@@ -1,4 +1,4 @@
-"""Implement `mainrun submit`, which checks and bundles a finished run, its code and its report."""
+"""Implement `mainrun submit`, which checks a finished run and bundles the run with its code and report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reports.submission.replay_process import run_replay
 
 OPTIONAL_RUN_FILES = ("growth.jsonl",)
 
-# Guard -> how to fix the run if this guard failed.
+# Maps the name of each guard to a suggestion that is shown if the guard fails.
 FIXES = {
     "coverage": "score every token: train again with the scoring.py of the repository",
     "geometry": (
@@ -65,18 +65,18 @@ FIXES = {
 
 @dataclass
 class Submission:
-    """A submission that passed all checks. It is kept in memory."""
+    """A submission that passed all checks. All files of the submission are kept in memory."""
 
     files: dict[str, bytes]
-    data: bytes  # the zip file
+    data: bytes  # the content of the zip file
     commit: Commit
     manifest: dict[str, Any]
-    flags: list[str]  # flags of guards: the scores are valid, but cannot be compared with the task's
+    flags: list[str]  # the reasons that guards give why the scores are not comparable with the task's
     notes: list[str]
 
 
 def choose_run(name: str | None, runs: Path) -> RunDir:
-    """Find a run by name. Without a name, return the only finished run."""
+    """Find a run by its name. If no name is given, return the only finished run."""
     if name:
         return find(name, runs)
     finished = sorted(path.parent.name for path in runs.glob("*/summary.json"))
@@ -91,13 +91,13 @@ def choose_run(name: str | None, runs: Path) -> RunDir:
 def prepare(
     run: RunDir, report: Path, out: Path, note: Callable[[str], None], root: Path = ROOT
 ) -> Submission:
-    """Run every check, and create the zip in memory. The fast checks run first."""
+    """Run all checks, and create the zip file in memory. The fast checks run before the slow checks."""
     summary = complete_summary(run)
     pdf = _read_report(report, summary)
     commit = read_head(root, ignored=(report, out))
     files, notes = _run_files(run)
     files[REPORT] = pdf
-    check_leaks(files)  # read_head has already searched the code
+    check_leaks(files)  # `read_head` has already checked the files of the commit
     for name, data in commit.files.items():
         files[CODE + name] = data
     note(f"the guards are run by the code of commit {commit.id[:12]}")
@@ -132,7 +132,7 @@ def _make_manifest(
 
 
 def write(submission: Submission, out: Path) -> None:
-    """Write the zip file. If this fails, `out` is unchanged."""
+    """Write the zip file to `out`. If an error occurs, an existing file at `out` is not changed."""
     temp = out.with_name(f".{out.name}.tmp")
     with disk_errors(out):
         try:
@@ -144,7 +144,7 @@ def write(submission: Submission, out: Path) -> None:
 
 
 def _read_report(path: Path, summary: dict[str, Any]) -> bytes:
-    """Return the report after checking that it quotes the run and contains no key."""
+    """Read the report, and check that the report quotes the run and contains no key."""
     fix = f"make it: mainrun report {summary['run']} --out {path}"
     if not path.is_file():
         raise UsageError(f"no report {path}; {fix}")
@@ -165,7 +165,7 @@ def _read_report(path: Path, summary: dict[str, Any]) -> bytes:
 
 
 def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files of the run that are submitted, and notes on what is left out."""
+    """Return the files of the run that the bundle contains, and notes about the files that are omitted."""
     names = list(RUN_FILES)
     names += [name for name in OPTIONAL_RUN_FILES if (run.path / name).is_file()]
     checkpoint_files, notes = _checkpoint_files(run)
@@ -180,7 +180,7 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
 
 
 def _checkpoint_files(run: RunDir) -> tuple[list[str], list[str]]:
-    """Return the names of the files of the last checkpoint. If they are too large, return a note instead."""
+    """Return the file names of the last checkpoint. If the checkpoint is too large, return a note instead."""
     newest = max(run.checkpoints.glob("step-*"), default=None)
     if newest is None:
         return [], []
@@ -196,7 +196,7 @@ def _checkpoint_files(run: RunDir) -> tuple[list[str], list[str]]:
 
 
 def _run_guards(run: RunDir, commit: Commit, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run all guards with the code of the commit, which must be the code that trained the run."""
+    """Run all guards with the code of the commit. Raise an error if the run was trained by different code."""
     with tempfile.TemporaryDirectory(prefix="mainrun-submit-") as folder:
         code = Path(folder)
         bundle.write(commit.files, code)

@@ -1,4 +1,4 @@
-"""Run `mainrun.replay` of a commit or a bundle in a separate process, without the keys of the user."""
+"""Run `mainrun.replay` from a commit or a bundle in a process that does not receive the user's keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from mainrun.errors import MainrunError, UsageError
 
-# The process gets only these variables. They locate files or affect the results.
+# The replay process receives only these environment variables, which locate files or affect the results.
 PASSED_VARIABLES = (
     "PATH",
     "HOME",
@@ -44,17 +44,17 @@ PASSED_VARIABLES = (
 
 
 def run_replay(code: Path, command: str, run: Path, *args: str) -> dict[str, Any]:
-    """Run a command of `mainrun.replay`, which is "guards" or "steps", and return its result.
+    """Run the command "guards" or "steps" of `mainrun.replay`, and return the result of the command.
 
-    If the process reports an error, the error is raised here. Relative paths in the run's config start at the
-    current folder.
+    If the process reports an error, raise an exception with the same message. Relative paths in the run's
+    config refer to the current folder.
     """
     env = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
     env["PYTHONPATH"] = str(code.resolve())
     env["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory(prefix="mainrun-replay-") as folder:
         output = Path(folder) / "result.json"
-        python = [sys.executable, "-P"]  # -P prevents imports from the current folder
+        python = [sys.executable, "-P"]  # the option -P prevents imports from the current folder
         process = subprocess.run(
             [*python, "-m", "mainrun.replay", command, str(run.resolve()), str(output), *args],
             env=env,

@@ -1,4 +1,7 @@
-"""Upload a file by HTTP PUT. The server's certificate is checked, and failed uploads are retried."""
+"""Upload a file by HTTP PUT.
+
+The upload checks the server's certificate and is retried if the failure may be temporary.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from mainrun.errors import MainrunError, UsageError
 
 TRIES = 4
 BLOCK_BYTES = 1 << 16
-MAX_REDIRECTS = 3  # maximum number of redirects per try, all on the same host
-MAX_PAUSE = 30.0  # seconds between two tries
+MAX_REDIRECTS = 3  # the maximum number of redirects that one upload attempt follows
+MAX_PAUSE = 30.0  # the maximum number of seconds between two upload attempts
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 REDIRECT_CODES = (301, 302, 307, 308)
-RETRIED_CODES = (408, 425, 429)  # all codes from 500 on are retried too
+RETRIED_CODES = (408, 425, 429)  # mainrun retries after these status codes and after all codes from 500 on
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Response:
     status: int
     reason: str
     location: str
-    retry_after: float  # seconds
+    retry_after: float  # the number of seconds that the server asks the client to wait
 
     @property
     def ok(self) -> bool:
@@ -43,13 +46,13 @@ class Response:
 
 
 class Unreachable(Exception):
-    """The server did not answer. Another try may succeed."""
+    """Raised if the server does not answer. Another attempt may succeed."""
 
 
 def check_url(url: str) -> SplitResult:
-    """Parse a URL. Raises UsageError if it is not allowed.
+    """Parse a URL, and raise UsageError if uploads to the URL are not allowed.
 
-    The error message does not contain the whole URL, because its query may be a key.
+    The error message omits the query of the URL, because the query may contain a key.
     """
     try:
         parsed = urlsplit(url)
@@ -72,14 +75,17 @@ def check_url(url: str) -> SplitResult:
 
 
 def without_query(url: SplitResult) -> str:
-    """Return the URL without its query, which may be a key."""
+    """Return the URL without its query, because the query may contain a key."""
     return f"{url.scheme}://{url.netloc}{url.path or '/'}"
 
 
 def upload(
     path: Path, url: str, note: Callable[[str], None], *, timeout: float = 60.0, pause: float = 1.0
 ) -> str:
-    """Upload a file and return the server's status line. All errors mention that the file is kept."""
+    """Upload a file, and return the server's status line.
+
+    Every error message says that the local file is kept.
+    """
     target = check_url(url)
     kept = f"{path} is kept"
     problem = ""
@@ -116,7 +122,7 @@ def _fix(status: int) -> str:
 
 
 def _put_following_redirects(path: Path, target: SplitResult, timeout: float) -> Response:
-    """Send the file once. Redirects are followed only within the same host."""
+    """Make one attempt to upload the file. Follow redirects only within the same host."""
     url = target
     for _ in range(MAX_REDIRECTS + 1):
         response = _put(path, url, timeout)
@@ -164,7 +170,7 @@ def _connection(url: SplitResult, timeout: float) -> http.client.HTTPConnection:
 
 
 def _exchange(connection: http.client.HTTPConnection, path: Path, url: SplitResult) -> Response:
-    """Send the request with the file as its body, and read the response."""
+    """Send the file as the body of a PUT request, and read the response."""
     place = url.path or "/"
     if url.query:
         place += f"?{url.query}"
@@ -189,10 +195,10 @@ def _exchange(connection: http.client.HTTPConnection, path: Path, url: SplitResu
 
 
 def _send_body(connection: http.client.HTTPConnection, path: Path) -> OSError | None:
-    """Send the file.
+    """Send the content of the file.
 
-    If the connection is closed, return the error. The server may have answered before it closed the
-    connection.
+    If the server closes the connection early, return the error instead of raising an exception, because the
+    server may already have sent a response.
     """
     try:
         connection.endheaders()

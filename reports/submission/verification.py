@@ -1,7 +1,7 @@
 """Implement `mainrun verify`, which checks whether the scores of a bundle come from its code.
 
-The code of the bundle trains the first steps again and scores the last weights again. The results are
-compared with those in the bundle.
+The code in the bundle trains the first steps again and scores the final weights again. `mainrun verify`
+compares the new results with the results in the bundle.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from reports.submission.commit import ROOT
 from reports.submission.finished_run import FIGURES, RUN_FILES, complete_summary, missing_quotes, pdf_text
 from reports.submission.replay_process import run_replay
 
-Row = dict[str, Any]  # a row of metrics.jsonl
+Row = dict[str, Any]  # the type of a row in metrics.jsonl
 
-# On another machine class, each step rounds differently. The differences grow from step to step.
+# Other machine classes round differently, and the differences grow with each training step.
 TRAINING_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
-SCORING_TOLERANCE = 1e-3  # the last weights are the same on every machine, so their scores are close
-GRAD_NORM_FACTOR = 10  # the tolerance for gradient norms is larger by this factor
+SCORING_TOLERANCE = 1e-3  # the tolerance for scores of the final weights, which are the same everywhere
+GRAD_NORM_FACTOR = 10  # the tolerance for gradient norms, relative to the tolerance for losses
 NOT_COMPARED = {"seconds", "reused"}
 
-# Facts of a run that are also in the manifest.
+# The names of the facts that both the manifest and the summary of a run contain.
 MANIFEST_FACTS = ("fingerprints", "tokenizer", "geometry", "machine_class", "versions")
-# Facts of a run that its code and config determine.
+# The names of the facts that follow from the code and the config of a run.
 REPLAYED_FACTS = ("fingerprints", "tokenizer", "params", "tokens", "flops")
 
 
 @dataclass
 class Verdict:
-    """The result of a verification."""
+    """The result of verifying a bundle."""
 
     run: str
     differences: list[str]
-    checked: list[str] = field(default_factory=list)  # one line per comparison
-    same_class: bool = True  # whether this is the machine class of the run
+    checked: list[str] = field(default_factory=list)  # one line for each comparison that was made
+    same_class: bool = True  # whether this machine has the same class and versions as the run's machine
     machine_differences: list[str] = field(default_factory=list)
     tolerance: float = 0.0
-    steps: int = 0  # number of steps that were trained again
+    steps: int = 0  # the number of steps that were trained again
     total_steps: int = 0
-    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from this installation
+    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from the installed ones
 
     @property
     def verified(self) -> bool:
@@ -55,7 +55,10 @@ class Verdict:
 
 
 def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
-    """Verify a bundle. The code is executed only if the files, the manifest and the report are consistent."""
+    """Verify a bundle.
+
+    The code in the bundle is executed only if the files, the manifest and the report are consistent.
+    """
     files = bundle.read(path)
     try:
         manifest = bundle.read_manifest(files)
@@ -83,7 +86,10 @@ def _verify_run(
     steps: int,
     note: Callable[[str], None],
 ) -> None:
-    """Unpack a bundle into a folder and check its run. If there are no differences, replay the run."""
+    """Unpack a bundle into a folder, and check the run in the bundle.
+
+    If this check finds no differences, replay the run.
+    """
     bundle.write(files, folder)
     run = RunDir(folder / RUN)
     try:
@@ -116,7 +122,7 @@ def _verify_run(
 def _documents(
     manifest: dict[str, Any], summary: dict[str, Any], run: RunDir, files: dict[str, bytes]
 ) -> list[str]:
-    """Compare the manifest, the run and the report. No code of the bundle is executed."""
+    """Compare the manifest, the run and the report without executing code from the bundle."""
     problems = []
     cfg = run.config()
     facts = {"run": cfg.run_id, "preset": cfg.preset}
@@ -146,7 +152,7 @@ def _documents(
 
 
 def _changed_code(files: dict[str, bytes]) -> list[str]:
-    """Return the trainer files that differ between the bundle and this installation."""
+    """Return the names of the trainer files that differ between the bundle and the installation."""
     bundled = {}
     for name, data in files.items():
         if name.startswith(f"{CODE}mainrun/") and name.endswith(".py"):
@@ -159,7 +165,10 @@ def _changed_code(files: dict[str, bytes]) -> list[str]:
 
 
 def _compare_machines(verdict: Verdict, result: dict[str, Any], env: dict[str, Any], dtype: str) -> None:
-    """Choose the tolerance. It is zero if the machine class and the versions are those of the run."""
+    """Choose the tolerance for comparing numbers.
+
+    The tolerance is zero if this machine has the same class and versions as the run's machine.
+    """
     of_run = _machine(env["machine_classes"][0], env["all_versions"][0])
     current = _machine(result["machine_class"], result["versions"])
     for name in sorted(of_run.keys() | current.keys()):
@@ -177,7 +186,7 @@ def _compare_machines(verdict: Verdict, result: dict[str, Any], env: dict[str, A
 
 
 def _machine(machine_class: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that affect rounding. The source of mainrun is compared separately."""
+    """Return all facts that affect rounding, except the version of mainrun, which is compared separately."""
     facts = dict(machine_class)
     for name, version in versions.items():
         if name != "mainrun":
@@ -226,7 +235,7 @@ def _compare_scores(verdict: Verdict, result: dict[str, Any], rows: list[Row]) -
 def _compare_weights(verdict: Verdict, result: dict[str, Any], summary: dict[str, Any]) -> None:
     expected = summary["weights"]
     computed = {"the checkpoint's": result.get("weights", expected)}
-    if verdict.same_class:  # another machine class gives slightly different weights
+    if verdict.same_class:  # training on another machine class gives slightly different weights
         computed["the replay's"] = result.get("trained_weights", expected)
     for owner, weights in computed.items():
         if weights != expected:
@@ -252,7 +261,7 @@ def _compare_rows(
             place += f", {row['split']}"
         logged_row = logged.get(_key(row))
         if logged_row is None:
-            if is_score:  # log_every may leave out steps
+            if is_score:  # the log may omit rows of steps, but must contain all scores
                 verdict.differences.append(f"{place}: the log has no score")
             continue
         for name in sorted((row.keys() | logged_row.keys()) - NOT_COMPARED):
