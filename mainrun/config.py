@@ -409,7 +409,7 @@ class TrainConfig(BaseModel):
 
     @property
     def segment_configs(self) -> tuple[TrainConfig, ...]:
-        """The configs of all segments. The first segment starts at step 0, and each op starts a new segment."""
+        """The configs of all segments. The first segment starts at step 0. Each op starts a new segment."""
         applied, _ = walk(self, self.growth.ops)
         return (self, *(op.cfg for op in applied))
 

@@ -316,7 +316,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         visible = self.causal[:T, :T]  # (T, T)
         if self.cfg.title_mask:
-            # <eos> belongs to the title after it, because the model predicts that title's first token from <eos>
+            # <eos> belongs to the title that follows <eos>, whose first token the model predicts from <eos>
             title = (idx == EOS).cumsum(1)  # (B, T)
             same_title = title.unsqueeze(2) == title.unsqueeze(1)  # (B, T, T)
             visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
@@ -689,7 +689,7 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
 
 
 def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
-    """Score the weights on each held-out split, val and dev. Yield one row of metrics.jsonl per split."""
+    """Score the weights on each held-out split that exists. Yield one row of metrics.jsonl per split."""
     for split in ("val", "dev"):
         if split not in data.splits:
             continue
