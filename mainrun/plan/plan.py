@@ -94,7 +94,7 @@ class Segment(NamedTuple):
         if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0:
             readable = train_tokens
         steps = step - self.first
-        steps_in_epoch = max(0, readable - self.start) // self.span  # number of steps in the rest of the first epoch
+        steps_in_epoch = max(0, readable - self.start) // self.span  # steps in the rest of the first epoch
         if steps < steps_in_epoch:
             return self.epoch, self.start + steps * self.span
         epochs, steps = divmod(steps - steps_in_epoch, readable // self.span)
