@@ -399,7 +399,7 @@ class Growth:
             self.log_event(row | {"seconds": seconds})
 
     def look_back(self) -> list[str]:
-        """Return messages for the user about new operations, copies that are still equal, and stuck routers."""
+        """Return messages for the user about new operations, copies that stay equal, and stuck routers."""
         settled = [recent for recent in self._recent if self.state.step >= recent.step + SETTLES]
         for recent in settled:
             self._recent.remove(recent)

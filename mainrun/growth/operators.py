@@ -237,7 +237,8 @@ def widen_mlp(change: Change) -> Pieces:
 def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the source of each hidden unit, and the unit's share of the source's output.
 
-    The source of a new unit is random. Copies of a unit get unequal shares. With equal shares, copies would get equal gradients and stay equal.
+    The source of a new unit is random. Copies of a unit get unequal shares. With equal shares, copies would
+    get equal gradients and stay equal.
     """
     units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
     share = torch.rand(new, generator=generator, dtype=torch.float64) + 0.5
@@ -356,8 +357,9 @@ NoisePair = tuple[str, int, int, int]  # source, shard, first copy, index of the
 def upcycle_moe(change: Change) -> Pieces:
     """Make every expert a copy of the MLP, or a copy of one shard of the MLP.
 
-    The experts that together contain one copy of the MLP form a group. All experts of a group have equal router weights, so the router
-    always chooses whole groups. The gradient factors assume an even distribution of tokens over the copies.
+    The experts that together contain one copy of the MLP form a group. All experts of a group have equal
+    router weights, so the router always chooses whole groups. The gradient factors assume that tokens are
+    evenly distributed over the copies.
     """
     _check_experts(change)
     pieces = change.by_space()

@@ -1,4 +1,5 @@
-"""The costs of a run so far: seconds per activity, numbers of reused and wasted steps, and resumes."""
+"""The costs of a run so far: seconds per activity, and the numbers of reused steps, wasted steps and resumes.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def summarize(
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # all processed tokens, including repetitions
+        flops = state.tokens * segments[0]["flops_per_token"]  # count all processed tokens, including repetitions
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,
@@ -106,11 +106,11 @@ def _score(row: dict[str, Any]) -> dict[str, Any]:
 def finish(
     run: RunDir, state: State, plan: Plan, accounts: Accounts, summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """Add the duration of the run to the summary, and write the last files."""
+    """Add the duration of the run to the summary, and write status.json and summary.json."""
     seconds = sum(accounts.spent.values())
     trained = plan.tokens(plan.steps) - accounts.ledger["reused_tokens"]
     summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": accounts.spent}
-    # Write the status first. A run with a summary never starts again, so its status could not be fixed.
+    # Write status.json first. A run with a summary.json never starts again, so a wrong status would remain.
     run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
     run.write("summary.json", summary)
     return summary
