@@ -173,7 +173,7 @@ class Attention(nn.Module):
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, masks: Masks | None) -> Tensor:
         """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights.
 
-        The arguments q, k and v and the result have the shape (B, H, T, h).
+        The tensors q, k and v have the shape (B, H, T, h), like the result.
         """
         if self.fused:
             p = self.dropout if self.training else 0.0  # the fused kernel generates the dropout masks itself
@@ -372,13 +372,13 @@ def build(cfg: TrainConfig, vocab_size: int) -> GPT:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The loss
+# The training loss
 
 
 def compute_loss(
     model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the training loss, and the cross entropy in nats per token for the log."""
+    """Return the training loss, and the cross entropy in nats per token that is logged."""
     if not inputs.rdrop:
         logits = model(x, pool).flatten(0, 1)  # (BT, V)
         return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
@@ -422,7 +422,7 @@ class State:
         self.generation += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name. The names begin with model/, optimizer/ or average/."""
+        """Return a dict of all tensors. The names begin with model/, optimizer/ or average/."""
         tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
         tensors |= self.optimizers.state()
         if self.average.differs:
@@ -475,7 +475,7 @@ class TrainStep:
         self.prepare()
 
     def prepare(self) -> None:
-        """Discard what was recorded for an old model or old tensors, if the state has new ones."""
+        """Adapt to the current model of the state, and discard CUDA graphs that are out of date."""
         state = self.state
         if self.model is not state.model:
             self.release()
@@ -492,7 +492,7 @@ class TrainStep:
         self.generation = state.generation
 
     def release(self) -> None:
-        """Drop all references to the model before growth replaces it, so that its memory can be freed."""
+        """Drop all references to the model, so that its memory is freed when growth replaces the model."""
         if self.model is None:
             return
         self.stop_counting()
@@ -509,7 +509,7 @@ class TrainStep:
         # micro-batch m of this process is piece m * world + rank of the batch
         pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
         device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
-        # learning rates do not affect the gradients, so a new rate must not cause a new CUDA graph
+        # learning rates do not affect the gradients, so a new rate must not make the CUDA graph invalid
         self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
         before = state.tokens
         with device.compiling():
@@ -588,7 +588,7 @@ class Run(Protocol):
     def settle(self) -> None:
         """Exchange states with the store, and decide which growth operations fire.
 
-        The run may continue from a later state that it finds in the store.
+        If the store contains a later state, the run continues from that state.
         """
 
     def stop_reason(self) -> str:
@@ -601,7 +601,7 @@ class Run(Protocol):
         """Return the actions that are due after a step. The loop calls this method before the step."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs and the targets of a step. Both have the shape (B, T)."""
+        """Return the inputs and the targets of a step. Both tensors have the shape (B, T)."""
 
     def log(self, rows: Sequence[StepRow]) -> None:
         """Write the rows of finished steps to the log."""
@@ -657,7 +657,7 @@ def loop(run: Run, state: State, device: Device) -> None:
 
 
 class Setup(NamedTuple):
-    """All that a run of a config needs on this machine: the device, the data and the plan."""
+    """Everything that a run needs on this machine: the config, the device, the data and the plan."""
 
     cfg: TrainConfig
     device: Device

@@ -104,7 +104,7 @@ class Growth:
 
     @property
     def split(self) -> str:
-        """The split whose loss triggers operations: dev if it exists, else val."""
+        """The split whose loss triggers operations: dev if the config has a dev split, else val."""
         return "dev" if self.cfg.dev_frac else "val"
 
     @property
@@ -206,14 +206,14 @@ class Growth:
         return not waits
 
     def _reason(self, op: Op, last: int) -> str | None:
-        """Return the reason why an operation fires after this step, or None if it does not fire."""
+        """Return the reason why an operation fires after this step, or None if the operation does not fire."""
         step = self.state.step
         losses = [entry for entry in self.losses if entry[0] <= step]
         return due(op.trigger, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))
 
     @property
     def pending_op(self) -> Op | None:
-        """The operation that is due before the next step, or None."""
+        """The operation that is due before the next step, or None if no operation is due."""
         later = self.plan.segments[self.applied + 1 :]
         if not later or later[0].first > self.state.step or self.state.step >= self.plan.steps:
             return None
@@ -326,7 +326,7 @@ class Growth:
         state.model.zero_grad(set_to_none=True)
         try:
             grown = self._make(op, before, after)
-        except Exception as e:  # for example an out-of-memory error
+        except Exception as e:  # any error fails the operation, for example an out-of-memory error
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()

@@ -107,7 +107,7 @@ class Copies(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexMap:
-    """The pieces of all trainable tensors in a new model, with the old and the new shapes."""
+    """The pieces of all trainable tensors in a new model, and the tensor shapes of both models."""
 
     pieces: dict[str, Piece]
     old: dict[str, torch.Size]

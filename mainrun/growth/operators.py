@@ -69,7 +69,7 @@ class Change:
     old: dict[str, nn.Parameter]
     new: dict[str, nn.Parameter]  # parameters whose shapes are known but whose values are not read
     generator: torch.Generator
-    truncated: dict[str, float] = field(default_factory=dict)  # an output: the field of IndexMap
+    truncated: dict[str, float] = field(default_factory=dict)  # lost shares of norms; see IndexMap.truncated
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=self.generator) * std
@@ -115,7 +115,7 @@ class Change:
 
 
 def grow(op: Op, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
-    """Return the new model, and the index map of its parameters. The old model does not change.
+    """Return the new model and the index map of its parameters. The old model does not change.
 
     before, after: the configs of the old and the new model.
     seed: the seed of all random numbers in the operation.
@@ -256,7 +256,7 @@ def channels(heads: Tensor, width: int) -> Tensor:
 
 
 def widen_model(change: Change) -> Pieces:
-    """Copy each channel n times, as in HyperCloning. Parameters that read n copies are divided by n."""
+    """Copy each channel n times, as in HyperCloning. Weights that multiply n copies are divided by n."""
     before = change.before
     after = change.after
     if after.head_width != before.head_width:
@@ -288,7 +288,7 @@ def widen_model(change: Change) -> Pieces:
 
 
 def _copied_spaces(before: TrainConfig, after: TrainConfig, n: int) -> dict[str, Tensor]:
-    """Return the indices of all spaces that change if the width is multiplied by n."""
+    """Return the indices of all spaces that change when the model width is multiplied by n."""
     heads = torch.arange(before.n_head)
     spaces: dict[str, Tensor] = {}
     if after.kv_heads == before.kv_heads:
@@ -543,7 +543,7 @@ def merge_lora_weights(change: Change) -> Pieces:
 
 
 def unchanged(change: Change) -> Pieces:
-    """Copy all parameters. The config, not the parameters, says which layers are frozen."""
+    """Copy all parameters. Freezing and unfreezing change only the config and the optimiser state."""
     return change.by_space()
 
 

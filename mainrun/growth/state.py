@@ -70,11 +70,11 @@ class Controller(Protocol):
 
     plan: Plan  # the plan with all decisions so far
     state: State
-    journal: RowLog | None  # the log growth.jsonl, or None in a process that does not log
+    journal: RowLog | None  # the log growth.jsonl, or None if this process does not write growth.jsonl
 
     @property
     def pending_op(self) -> Op | None:
-        """The operation that is due before the next step, or None."""
+        """The operation that is due before the next step, or None if no operation is due."""
 
     def restore(self) -> None:
         """Adapt the controller to a state that was just built or loaded."""
@@ -89,7 +89,7 @@ class Controller(Protocol):
         """Carry out all operations that are due. Return True if the model was replaced."""
 
     def figures(self, step: int) -> Row:
-        """Return the size of the model and the total FLOPs, for a row of scores."""
+        """Return the model size and the total FLOPs after a step, to log with the scores of the step."""
 
     def look_back(self) -> list[str]:
         """Return messages for the user about operations in recent steps."""

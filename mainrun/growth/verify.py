@@ -71,7 +71,7 @@ def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[f
     new_id_logits = after[..., old_ids:]
     after = after[..., :old_ids]
     moved = (before.double() - after.double()).abs()
-    moved.masked_fill_(before == after, 0)  # if both logits are -inf, their difference is NaN
+    moved.masked_fill_(before == after, 0)  # the difference of two logits of -inf is NaN
     largest = float(before[before > -torch.inf].abs().max())
     if bool((new_id_logits == -torch.inf).all()) and bool(moved.isfinite().all()):
         return float(moved.max()), largest
@@ -214,7 +214,7 @@ def check_symmetry(moved: IndexMap, new: nn.Module) -> PromiseCheck:
 
 
 def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> list[str]:
-    """Return the tensors whose copied rows are all still equal. Equal rows might never diverge.
+    """Return the names of tensors whose copied rows are all still equal. Equal rows might never diverge.
 
     moved: the index map of the operation that made the copies.
     """

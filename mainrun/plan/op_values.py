@@ -97,7 +97,7 @@ def refusal(name: str, value: Any, rule: Rule) -> str:
 
 
 def unknown_keys(prefix: str, keys: Iterable[Any], allowed: Collection[str]) -> list[str]:
-    """Return one fault for each of the first ten unknown keys, and one fault that counts the other keys."""
+    """Return one fault for each of the first ten unknown keys, and one fault that counts the remaining keys."""
     unknown = [key for key in keys if key not in allowed]
     faults = []
     show = shown_key if prefix else shown
@@ -171,7 +171,7 @@ class NumberValue:
 
 @dataclass(frozen=True)
 class LayersValue:
-    """A list of layers. A single number is also accepted. The operation decides what the number means."""
+    """A list of layers. A single number is also accepted, and the operation decides what it means."""
 
     wanted: str
     required: bool = True

@@ -71,7 +71,7 @@ class Op:
     desc: str = ""
     reevaluate: bool = True  # whether the model is evaluated again immediately after the op
     init: str = ""  # initial values of new parameters: "copy", or "identity" to keep the output unchanged
-    preserve: str = ""  # one of GUARANTEES; `walk` replaces "" by the strongest possible guarantee
+    preserve: str = ""  # one of GUARANTEES; `walk` replaces "" with the strongest possible guarantee
     optimizer: Transfer = Transfer()
     lr: Rates = Rates()
     on_fail: str = "abort"  # the action if a check fails: "abort" or "skip"
@@ -168,7 +168,10 @@ class Config(Protocol):
     def unused_ids(self) -> int: ...
 
     def changed(self, **fields: Any) -> Self:
-        """Return a copy with changed fields and no schedule. Raise ValueError if a value is not allowed."""
+        """Return a copy of the config with changed fields and without a growth schedule.
+
+        Raise ValueError if a value is not allowed.
+        """
 
 
 C = TypeVar("C", bound=Config)
@@ -574,7 +577,8 @@ OPERATIONS: dict[str, Operation] = {
 NAMES = tuple(OPERATIONS)
 ARCHITECTURE = tuple(name for name, operation in OPERATIONS.items() if operation.architecture)
 TRAINING = tuple(name for name in NAMES if name not in ARCHITECTURE)
-# Maps old relative operations to new ones. The error for an old operation names the absolute value to use.
+# Maps the names of old relative operations to the names of current operations. The error message for an old
+# operation names the absolute value to use.
 RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERATIONS[name].field}
 
 
@@ -598,7 +602,7 @@ def operation_of(name: str) -> Operation:
 
 
 class AppliedOp(NamedTuple, Generic[C]):
-    """An op with a value for `preserve`, and the config after the op."""
+    """An op whose guarantee is set in `preserve`, and the config after the op."""
 
     op: Op
     cfg: C

@@ -59,7 +59,7 @@ class Segment(NamedTuple):
     epoch: int = 0  # epoch of the first step
     start: int = 0  # position in the epoch's token stream at which the first step begins
     lr_start: int = 0  # step at which the learning rate schedule starts, or was last reset
-    op: Op | None = None  # the op that began the segment, with a value for `preserve`
+    op: Op | None = None  # the op that began the segment; `preserve` contains its guarantee
 
     @property
     def span(self) -> int:
@@ -167,7 +167,7 @@ class Plan:
         return None, 0
 
     def _lay_out(self, given: list[Decision]) -> list[Segment]:
-        """Return the segments of the run. Set `decisions` and `undecided`."""
+        """Return the segments of the run. Also set the attributes `decisions` and `undecided`."""
         applied = self._applied_ops(given)
         skipped = any(decision.skipped for decision in given)
         segments = [Segment(self.cfg)]

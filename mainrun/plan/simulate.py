@@ -91,7 +91,7 @@ def _latest_step(plan: Plan, op: Op) -> int | None:
 
 
 def _warnings(cfg: TrainConfig, applied: list[Applied], plan: Plan | None) -> Iterator[str]:
-    """Yield a warning for each op that probably does not do what was intended."""
+    """Yield a warning for each op that probably does not do what the author intended."""
     before = cfg
     past = 0  # the latest step in the static triggers of previous ops
     for i, (op, after) in enumerate(applied):
@@ -157,7 +157,7 @@ def _short_wait(op: Op, evaluated: int, interval: int) -> str:
 
 
 def _eval_interval(cfg: TrainConfig, plan: Plan | None) -> int:
-    """Return the number of steps between two evaluations, or 0 if it is unknown."""
+    """Return the number of steps between two evaluations, or 0 if this number is unknown."""
     if cfg.eval_interval or not plan or not cfg.eval_per_epoch:
         return cfg.eval_interval
     return max(1, plan.train_tokens // (cfg.batch_size * cfg.block_size) // cfg.eval_per_epoch)

@@ -65,7 +65,7 @@ class Trigger:
 
 
 class Facts(NamedTuple):
-    """The progress of a run right after an evaluation, as far as triggers depend on this progress."""
+    """The numbers that triggers are compared with, right after an evaluation."""
 
     step: int  # number of steps trained
     last: int  # the step at which the last op fired, or 0 if no op has fired

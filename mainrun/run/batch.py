@@ -20,7 +20,7 @@ from mainrun.store.rundir import RunDir
 
 @dataclass
 class SharedBatch:
-    """The steps that a batch of runs must train, and the nodes through which its runs share steps."""
+    """The steps that a batch of runs must train, and the nodes through which the runs share steps."""
 
     assignments: planner.Assignments
     keep: dict[str, list[int]]  # for each run, the steps of the nodes that other runs need

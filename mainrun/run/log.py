@@ -43,7 +43,7 @@ class RunLog:
 
 
 class NullLog:
-    """A log that writes nothing, for all processes except the leader."""
+    """A log that writes nothing, which all processes except the leader use."""
 
     metrics: RowLog | None = None
 

@@ -62,7 +62,7 @@ class LineProgress(Progress):
         self.best: float | None = min(scores, default=None)
         self.current_step = max((row["step"] for row in earlier), default=0)
         self.loss = ""
-        self.first_step: tuple[int, float] | None = None  # the first step of this process, and the time of the step
+        self.first_step: tuple[int, float] | None = None  # first step of this process, and the step's time
         self.rate = 0.0  # steps per second since the first step, including evaluations
         self.note(f"{cfg.run_id}: {self.total_steps:,} steps of {self.tokens_per_step:,} tokens")
 

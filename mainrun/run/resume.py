@@ -59,7 +59,7 @@ def resume(
     sharing: Sharing | NoSharing,
     growth: Controller,
 ) -> None:
-    """Restore the state and all files of a run from its newest usable checkpoint, or start at step 0."""
+    """Restore a run from the newest usable checkpoint, or start the run at step 0."""
     trained = steps_trained(run.intact_rows(), growth.plan.steps)  # the logs are truncated later
     had_checkpoints = bool(checkpoint.paths(run.checkpoints))
     loaded = checkpoint.load_newest(run.checkpoints, Usable(cfg, log, growth), log.note)
@@ -73,7 +73,7 @@ def resume(
     # the steps after the checkpoint are lost, but the store may contain some of these steps
     lost_steps = {step for step in trained if step > state.step}
     carried = run.env().get("carried", {})
-    if carried and carried["checkpoint"] == state.step:  # the last session started here and saved no checkpoint
+    if carried and carried["checkpoint"] == state.step:  # the last session did not save a checkpoint
         accounts.ledger["wasted"] = carried["wasted"]
         accounts.resumed = carried["resumed"] + bool(lost_steps)
     accounts.ledger["wasted"] += len(lost_steps)

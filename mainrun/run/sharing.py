@@ -112,7 +112,7 @@ class NodeReader:
         self._reported: set[str] = set()
 
     def usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
-        """Yield the usable nodes after a step, the latest first, with the path of nodes from the step."""
+        """Yield each usable node after a step, the latest node first, and the list of nodes up to this node."""
         course = self.course
         keys = self.store.node_keys()
         states: Container[str] | None = None
@@ -210,7 +210,7 @@ class LeaseHolder:
             self.free()
 
     def acquire(self, step: int) -> None:
-        """Take the lease on the next node, unless another run has it."""
+        """Take the lease on the next node, unless another run holds this lease."""
         course = self.course
         self.passed = step
         target = min(stop for stop in course.stops if stop > step)
@@ -220,7 +220,7 @@ class LeaseHolder:
         self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
 
     def beat(self) -> Row:
-        """Return the data of a heartbeat: the step up to which all nodes are written."""
+        """Return the data that a heartbeat writes to the lease: the step up to which all nodes are written."""
         if self.device.world == 1:  # several processes would have to agree on the nodes to keep
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
@@ -272,7 +272,7 @@ class LeaseHolder:
         return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
 
     def fork(self, key: str, holder: Row) -> int:
-        """Return the last step that this run shares with the holder of a lease, or 0 if it is unknown."""
+        """Return the last step that this run shares with the holder of a lease, or 0 if unknown."""
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
@@ -465,7 +465,7 @@ class Sharing:
         self.writer.rows.append(row)
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep the state after a step. Call this method before the step."""
+        """Return whether to keep the state after a step in the store. Call this method before the step."""
         return self.holder.keeps(step)
 
     # -- reusing nodes

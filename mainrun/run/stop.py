@@ -1,4 +1,4 @@
-"""Stop a run when it receives a signal."""
+"""Stop a run when the process receives a signal."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "c
 def summarize(
     setup: Setup, plan: Plan, run: RunDir, state: State, accounts: Accounts, env: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the scores, the costs, the environment and the results of the checks."""
+    """Return the contents of summary.json: the scores, the costs, the environment and the check results."""
     cfg = setup.cfg
     evals = [row for row in run.rows() if row["event"] == "eval"]
     scores = best_and_last(evals)
@@ -32,7 +32,7 @@ def summarize(
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # count all processed tokens, including repetitions
+        flops = state.tokens * segments[0]["flops_per_token"]  # processed tokens include repetitions
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,
